@@ -15,6 +15,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from stratagem.checkpoint.formats import format_for
+from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
 from stratagem.checkpoint.tree import StateTree
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, ConfigValueError
 from stratagem.storage import atomic_file
@@ -152,3 +153,12 @@ def _fetch_torchvision(url: str) -> Path:
         raise CheckpointNotFoundError(f"torchvision's {name} has no weights {weights!r}. {did_you_mean(weights, by_name)}")
     chosen = by_name[weights.casefold()] if weights else choices.DEFAULT
     return _fetch_http(chosen.url)
+
+
+@CheckpointLoader.register_scheme(("open-mmlab://", "openmmlab://"))
+def _fetch_open_mmlab(url: str) -> Path:
+    """``open-mmlab://resnet50_v1c``: weights that configurations of that family name."""
+    name = url.partition("://")[2]
+    if name not in OPEN_MMLAB_URLS:
+        raise CheckpointNotFoundError(f"open-mmlab has no weights {name!r}. {did_you_mean(name, OPEN_MMLAB_URLS)}")
+    return _fetch_http(OPEN_MMLAB_URLS[name])
