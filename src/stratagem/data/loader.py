@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import random
 from collections.abc import Iterator, Mapping, Sized
 from itertools import islice
@@ -121,7 +121,7 @@ def build_dataloader(
         return EpochLoader(dataloader, world_size=world_size)
     if not isinstance(dataloader, Mapping):
         raise ConfigTypeError(f"A dataloader is a DataLoader or a mapping of its arguments, not {dataloader!r}.")
-    cfg = copy.copy(dict(dataloader))
+    cfg = dict(dataloader)
     if "dataset" not in cfg:
         raise ConfigValueError(f"A dataloader needs a dataset; it has {', '.join(map(repr, cfg)) or 'nothing'}.")
     dataset = _build_dataset(cfg.pop("dataset"))
@@ -196,19 +196,7 @@ def _build_function(function: Any, name: str) -> Any:
         target = FUNCTIONS.get(kind) if isinstance(kind, str) else kind
         if not callable(target):
             raise ConfigTypeError(f"{name}: type={kind!r} is no function that is known or can be called.")
-        return _Partial(target, arguments) if arguments else target
+        return functools.partial(target, **arguments) if arguments else target
     if not callable(function):
         raise ConfigTypeError(f"{name} is a function or a mapping with its type, not {function!r}.")
     return function
-
-
-@final
-class _Partial:
-    """A function with keyword arguments bound; unlike a closure it reaches worker processes that are spawned."""
-
-    def __init__(self, function: Any, arguments: dict[str, Any]) -> None:
-        self._function = function
-        self._arguments = arguments
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args, **self._arguments)
