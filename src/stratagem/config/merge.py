@@ -1,0 +1,82 @@
+"""How one configuration is laid over another. Pure: nothing that is given is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stratagem.config.node import KeyPath, path_text
+from stratagem.errors import ConfigKeyError, ConfigTypeError
+
+__all__ = ["DELETE", "merge", "nest"]
+
+DELETE = "_delete_"
+
+
+def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: KeyPath = ()) -> Any:
+    """Return ``base`` with ``over`` laid on it.
+
+    A dict on a dict merges, key by key. A dict with ``_delete_=True`` replaces what is below it, and anything else
+    replaces too. With ``list_keys``, a dict whose keys are digits changes those items of a list.
+
+    Raises:
+        ConfigTypeError: if a dict lies on something that is there and is not a dict.
+        ConfigKeyError: if an index is outside of its list.
+    """
+    if list_keys and isinstance(base, list | tuple):
+        return _merge_items(over, base, path)
+    merged = dict(base)
+    for key, value in over.items():
+        if not isinstance(value, Mapping):
+            merged[key] = value
+        elif key not in merged or value.get(DELETE, False):
+            merged[key] = without_marks(value)
+        elif isinstance(merged[key], Mapping) or (list_keys and isinstance(merged[key], list | tuple)):
+            merged[key] = merge(value, merged[key], list_keys=list_keys, path=(*path, key))
+        else:
+            raise ConfigTypeError(
+                f"{path_text((*path, key))} is a dict here and a {type(merged[key]).__name__} "
+                f"({_short(merged[key])}) in what it is laid on. Add {DELETE}=True to replace it."
+            )
+    merged.pop(DELETE, None)
+    return merged
+
+
+def without_marks(value: Any) -> Any:
+    """Return a copy of nested dicts without their ``_delete_`` marks, which have nothing to delete there."""
+    if isinstance(value, Mapping):
+        return {key: without_marks(item) for key, item in value.items() if key != DELETE}
+    return value
+
+
+def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested dicts for keys with dots: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
+    nested: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, last = str(key).split(".")
+        node = nested
+        for name in parents:
+            node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ConfigTypeError(f"{key} is given together with a value for {name!r} as a whole.")
+        node[last] = value
+    return nested
+
+
+def _merge_items(over: Mapping[str, Any], base: list[Any] | tuple[Any, ...], path: KeyPath) -> Any:
+    items = list(base)
+    for key, value in over.items():
+        if not str(key).isdigit() or int(key) >= len(items):
+            raise ConfigKeyError(f"{path_text((*path, key))}: {path_text(path)} is a list of {len(items)} items.")
+        index = int(key)
+        below = items[index]
+        if isinstance(value, Mapping) and isinstance(below, Mapping | list | tuple) and not value.get(DELETE, False):
+            items[index] = merge(value, below, list_keys=True, path=(*path, index))
+        else:
+            items[index] = without_marks(value)
+    return items if isinstance(base, list) else tuple(items)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,46 @@
+"""What was read: one layer of a configuration, with the text that it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+__all__ = ["DATA_SUFFIXES", "Origin", "Source"]
+
+# The files that are data: reading one never runs code, whoever wrote it.
+DATA_SUFFIXES = frozenset({".yaml", ".yml", ".json", ".toml"})
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a value was given: a file and its line (from 1), or a word such as ``--set`` and no line."""
+
+    path: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.path if self.line is None else f"{self.path}:{self.line}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One layer: what a file (or the command line) says by itself, before anything is merged.
+
+    ``suffix`` names the language of ``text`` (``".py"``, ``".yaml"`` ...) and is empty for a layer without a file,
+    such as overrides. ``list_keys`` tells that keys of digits mean items of lists.
+    """
+
+    name: str
+    data: Mapping[str, Any]
+    text: str = ""
+    suffix: str = ""
+    list_keys: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative paths in this layer start from."""
+        return Path(self.name).parent if self.suffix and not self.name.startswith("<") else Path()

@@ -1,0 +1,152 @@
+"""Write a configuration as Python, YAML, JSON or TOML."""
+
+from __future__ import annotations
+
+import json
+import keyword
+import math
+import re
+from collections.abc import Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
+
+import yaml
+
+from stratagem.errors import ConfigFileError, ConfigValueError
+
+__all__ = ["python_text", "text_of"]
+
+_WIDTH = 100
+
+
+def text_of(data: Mapping[str, Any], suffix: str) -> str:
+    """Return ``data`` in the language of ``suffix``: ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml``.
+
+    Classes and functions are written as their dotted names; other objects as their ``repr``, which is a text.
+
+    Raises:
+        ConfigFileError: for another suffix.
+        ConfigValueError: if TOML cannot hold a value, which is so for ``None``.
+    """
+    match suffix:
+        case ".py":
+            return python_text(data)
+        case ".yaml" | ".yml":
+            return yaml.dump(_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
+        case ".json":
+            return json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n"
+        case ".toml":
+            return "\n".join(_toml_table(_plain(data), ())) + "\n"
+    raise ConfigFileError(f"A configuration cannot be written as {suffix!r}; choose .py, .yaml, .json or .toml.")
+
+
+def python_text(data: Mapping[str, Any]) -> str:
+    """Return assignments, one for each top-level key, which give ``data`` when they are executed."""
+    lines = []
+    for key, value in data.items():
+        if not key.isidentifier():
+            raise ConfigValueError(f"The key {key!r} is no Python name. Write this configuration as .yaml or .json.")
+        lines.append(f"{key} = {_python(value, 0, len(key) + 3)}")
+    return "\n".join(lines) + "\n"
+
+
+def _python(value: Any, indent: int, taken: int) -> str:
+    """Return an expression: on one line where it fits after ``taken`` characters, else an item a line."""
+    flat = _python_flat(value)
+    if len(flat) + taken <= _WIDTH or not isinstance(value, dict | list | tuple) or not value:
+        return flat
+    inner = " " * (indent + 4)
+    opening, closing = _brackets(value)
+    lines = [opening]
+    for prefix, item in _labelled(value):
+        lines.append(f"{inner}{prefix}{_python(item, indent + 4, len(inner) + len(prefix) + 1)},")
+    lines.append(" " * indent + closing)
+    return "\n".join(lines)
+
+
+def _python_flat(value: Any) -> str:
+    if isinstance(value, dict | list | tuple):
+        opening, closing = _brackets(value)
+        inner = ", ".join(prefix + _python_flat(item) for prefix, item in _labelled(value))
+        comma = "," if isinstance(value, tuple) and len(value) == 1 else ""
+        return f"{opening}{inner}{comma}{closing}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if value is None or isinstance(value, bool | int | float | str | bytes):
+        return repr(value)
+    if isinstance(value, set | frozenset):
+        return f"{type(value).__name__}([{', '.join(sorted(map(_python_flat, value)))}])"
+    return repr(_name(value))
+
+
+def _brackets(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> tuple[str, str]:
+    if isinstance(value, dict):
+        return ("dict(", ")") if _takes_keywords(value) else ("{", "}")
+    return ("[", "]") if isinstance(value, list) else ("(", ")")
+
+
+def _labelled(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        return (("", item) for item in value)
+    if _takes_keywords(value):
+        return ((f"{key}=", item) for key, item in value.items())
+    return ((f"{key!r}: ", item) for key, item in value.items())
+
+
+def _takes_keywords(value: dict[Any, Any]) -> bool:
+    return all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in value)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return [_plain(item) for item in sorted(value, key=repr)]
+    return _name(value)
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, type | FunctionType | BuiltinFunctionType):
+        return f"{value.__module__}.{value.__qualname__}"
+    return str(value)
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper without anchors, which nobody expects in a configuration."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _toml_table(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    tables = {key: value for key, value in data.items() if isinstance(value, dict)}
+    if path and (len(tables) < len(data) or not data):
+        yield f"\n[{'.'.join(map(_toml_key, path))}]"
+    for key, value in data.items():
+        if key not in tables:
+            yield f"{_toml_key(key)} = {_toml_value(value, (*path, key))}"
+    for key, value in tables.items():
+        yield from _toml_table(value, (*path, str(key)))
+
+
+def _toml_value(value: Any, path: tuple[str, ...]) -> str:
+    if value is None:
+        raise ConfigValueError(f"{'.'.join(path)} is None, which TOML cannot say. Write .yaml, .json or .py instead.")
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item, path) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(item, path)}' for key, item in value.items())}}}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _toml_key(key: object) -> str:
+    text = str(key)
+    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else json.dumps(text, ensure_ascii=False)

@@ -1,0 +1,67 @@
+"""Registries: what configurations can name, and how it is built."""
+
+from stratagem.registry.build import build_from_cfg
+from stratagem.registry.families import Constructors, Family, Members
+from stratagem.registry.registry import Registry
+from stratagem.registry.roots import (
+    DATA_SAMPLERS,
+    DATASETS,
+    EVALUATOR,
+    EVALUATORS,
+    FUNCTIONS,
+    HOOKS,
+    INFERENCERS,
+    LOG_PROCESSORS,
+    LOOPS,
+    METRICS,
+    MODEL_WRAPPERS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
+    RUNNERS,
+    STRATEGIES,
+    TASK_UTILS,
+    TRANSFORMS,
+    VISBACKENDS,
+    VISUALIZERS,
+    WEIGHT_INITIALIZERS,
+)
+from stratagem.registry.scope import current_scope, switch_scope
+from stratagem.registry.trust import allow_packages, allowed_packages
+
+__all__ = [
+    "DATASETS",
+    "DATA_SAMPLERS",
+    "EVALUATOR",
+    "EVALUATORS",
+    "FUNCTIONS",
+    "HOOKS",
+    "INFERENCERS",
+    "LOG_PROCESSORS",
+    "LOOPS",
+    "METRICS",
+    "MODELS",
+    "MODEL_WRAPPERS",
+    "OPTIMIZERS",
+    "OPTIM_WRAPPERS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
+    "PARAM_SCHEDULERS",
+    "RUNNERS",
+    "STRATEGIES",
+    "TASK_UTILS",
+    "TRANSFORMS",
+    "VISBACKENDS",
+    "VISUALIZERS",
+    "WEIGHT_INITIALIZERS",
+    "Constructors",
+    "Family",
+    "Members",
+    "Registry",
+    "allow_packages",
+    "allowed_packages",
+    "build_from_cfg",
+    "current_scope",
+    "switch_scope",
+]

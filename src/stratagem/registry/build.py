@@ -1,0 +1,117 @@
+"""Build what a mapping with a ``type`` describes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError
+from stratagem.utils import did_you_mean, import_object
+from stratagem.utils.places import place_of
+from stratagem.utils.signatures import arguments_of
+
+__all__ = ["Names", "build_from_cfg", "build_model_from_cfg", "build_runner_from_cfg"]
+
+_SCOPE = "_scope_"
+
+
+class Names(Protocol):
+    """What building needs of a registry."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def scope(self) -> str: ...  # noqa: D102
+    def get(self, key: str) -> Callable[..., Any] | None: ...  # noqa: D102
+    def names(self) -> list[str]: ...  # noqa: D102
+    def switch_scope_and_registry(self, scope: str | None) -> Any: ...  # noqa: D102
+
+
+def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mapping[str, Any] | None = None) -> Any:
+    """Call what the ``type`` of ``cfg`` names with the other items of ``cfg`` as arguments.
+
+    ``type`` is a name in ``registry``, a class or a function. Only this node is built: arguments that are mappings
+    themselves are handed on as they are. ``_scope_`` names the library whose names go first for this node and all that
+    its target builds. An exception from the target keeps its class and gets a note with the place in the configuration.
+
+    Args:
+        cfg: What to build; it is not changed.
+        registry: Where ``type`` is looked up.
+        default_args: Arguments, or the ``type``, for what ``cfg`` does not give.
+
+    Raises:
+        ConfigTypeError: if ``cfg`` is not a mapping, or the target does not take an argument or misses one.
+        ConfigKeyError: if there is no ``type`` or its name is unknown.
+    """
+    arguments = _arguments(cfg, registry, default_args)
+    if "type" not in arguments:
+        raise ConfigKeyError(
+            f"{_at(cfg)}a {registry.name} is described by a mapping with the key 'type', "
+            f"and there is none among {list(arguments)}."
+        )
+    kind = arguments.pop("type")
+    with registry.switch_scope_and_registry(arguments.pop(_SCOPE, None)) as scoped:
+        target = _resolve(kind, scoped, cfg)
+        _check_arguments(target, arguments, cfg)
+        try:
+            return target(**arguments)
+        except Exception as error:
+            error.add_note(f"while building {_name(target)} from {place_of(cfg) or 'a configuration'}")
+            raise
+
+
+def build_model_from_cfg(cfg: Any, registry: Names, default_args: Mapping[str, Any] | None = None) -> Any:
+    """Build a model; a list of models becomes a ``torch.nn.Sequential``."""
+    if isinstance(cfg, list):
+        return import_object("torch.nn:Sequential")(*(build_from_cfg(item, registry, default_args) for item in cfg))
+    return build_from_cfg(cfg, registry, default_args)
+
+
+def build_runner_from_cfg(cfg: Mapping[str, Any], registry: Names) -> Any:
+    """Build the runner that ``runner_type`` names (``Runner`` by default) with its ``from_cfg``."""
+    arguments = _arguments(cfg, registry, None)
+    with registry.switch_scope_and_registry(arguments.get(_SCOPE)) as scoped:
+        return _resolve(arguments.get("runner_type", "Runner"), scoped, cfg).from_cfg(cfg)
+
+
+def _arguments(cfg: object, registry: Names, default_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    if not isinstance(cfg, Mapping):
+        raise ConfigTypeError(f"A {registry.name} is described by a mapping with a 'type', not by {cfg!r}.")
+    if not (default_args is None or isinstance(default_args, Mapping)):
+        raise ConfigTypeError(f"default_args must be a mapping or None, not {default_args!r}.")
+    return {**(default_args or {}), **cfg}
+
+
+def _resolve(kind: object, registry: Names, cfg: Mapping[str, Any]) -> Any:
+    if not isinstance(kind, str):
+        if callable(kind):
+            return kind
+        raise ConfigTypeError(f"{_at(cfg, 'type')}type must be a name, a class or a function, not {kind!r}.")
+    target = registry.get(kind)
+    if target is None:
+        raise ConfigKeyError(
+            f"{_at(cfg, 'type')}{kind!r} is not in the {registry.scope}::{registry.name} registry. "
+            f"{did_you_mean(kind, registry.names())}"
+        )
+    return target
+
+
+def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
+    taken = arguments_of(target)
+    for name in arguments:
+        if not taken.accept(name):
+            raise ConfigTypeError(
+                f"{_at(cfg, name)}{_name(target)} takes no argument {name!r}. {did_you_mean(name, taken.names)}"
+            )
+    missing = [name for name in taken.names if name in taken.required and name not in arguments]
+    if missing:
+        raise ConfigTypeError(f"{_at(cfg)}{_name(target)} needs {', '.join(map(repr, missing))}, not given here.")
+
+
+def _at(cfg: object, key: str | None = None) -> str:
+    place = place_of(cfg, key)
+    return f"{place}: " if place else ""
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__qualname__", None) or repr(target)

@@ -1,0 +1,277 @@
+"""Names for classes and functions, so that a configuration can say what to build."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, overload
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, MissingDependencyError
+from stratagem.registry.build import build_from_cfg
+from stratagem.registry.families import Family
+from stratagem.registry.scope import current_scope, switch_scope
+from stratagem.registry.trust import import_dotted, is_allowed
+from stratagem.utils import did_you_mean, import_module, import_object
+
+__all__ = ["Registry"]
+
+Target = Callable[..., Any]
+BuildFunction = Callable[..., Any]
+T = TypeVar("T", bound=Target)
+
+
+class Registry:
+    """A table of names and what they stand for.
+
+    A name is looked up among what was registered, then among the ready names, then in the families, then in the
+    parent. ``scope.name`` looks in the registry of that scope alone, and a dotted path such as
+    ``my_package.models.Net`` is imported, unless a data file wrote it.
+
+    Args:
+        name: What its entries are, in errors: ``"model"``.
+        parent: The registry to look in after this one; this one becomes its child.
+        scope: The name of the library that it belongs to; the caller's top package by default.
+        locations: Modules that register entries when they are imported, which happens when a name is first missing.
+        build_func: Called as ``build_func(cfg, registry=..., default_args=...)`` in place of ``build_from_cfg``; the
+            parent's by default.
+        ready: Names that are known from the start, each with where to find it: ``"package.module:Class"``.
+        families: Further ready names that need not be listed.
+
+    Raises:
+        ConfigValueError: if the parent has a child of this scope already.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        parent: Registry | None = None,
+        scope: str | None = None,
+        locations: Sequence[str] = (),
+        build_func: BuildFunction | None = None,
+        ready: Mapping[str, str] | None = None,
+        families: Sequence[Family] = (),
+    ) -> None:
+        self._name = name
+        self._scope = scope if scope is not None else _scope_of_caller()
+        self._parent = parent
+        self._children: dict[str, Registry] = {}
+        self._entries: dict[str, Target] = {}
+        self._ready = dict(ready or {})
+        self._families = tuple(families)
+        self._locations = list(locations)
+        self._build_func: BuildFunction = build_func or (parent.build_func if parent else build_from_cfg)
+        if parent is not None:
+            parent._add_child(self)
+
+    @property
+    def name(self) -> str:
+        """What its entries are."""
+        return self._name
+
+    @property
+    def scope(self) -> str:
+        """The name of the library that it belongs to."""
+        return self._scope
+
+    @property
+    def parent(self) -> Registry | None:
+        """The registry that is looked in after this one."""
+        return self._parent
+
+    @property
+    def children(self) -> Mapping[str, Registry]:
+        """The registries below this one, by scope."""
+        return dict(self._children)
+
+    @property
+    def root(self) -> Registry:
+        """The registry at the top, which has no parent."""
+        registry = self
+        while registry._parent is not None:
+            registry = registry._parent
+        return registry
+
+    @property
+    def build_func(self) -> BuildFunction:
+        """What ``build`` calls."""
+        return self._build_func
+
+    @property
+    def module_dict(self) -> Mapping[str, Target]:
+        """What was registered, by name; without ready names that nobody asked for."""
+        return dict(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries.keys() | self._ready.keys())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.get(name) is not None
+
+    def __repr__(self) -> str:
+        return f"Registry({self._name!r}, scope={self._scope!r}, {len(self)} names)"
+
+    @overload
+    def register_module(
+        self, name: str | Sequence[str] | None = ..., *, force: bool = ..., module: None = ...
+    ) -> Callable[[T], T]: ...
+
+    @overload
+    def register_module(self, name: str | Sequence[str] | None = ..., *, force: bool = ..., module: T) -> T: ...
+
+    def register_module(
+        self, name: str | Sequence[str] | None = None, *, force: bool = False, module: T | None = None
+    ) -> T | Callable[[T], T]:
+        """Register a class or function, as a decorator or with ``module``; its own name is the default.
+
+        A registered name goes before a name of a family. With ``force`` it also replaces a registered or ready one.
+
+        Raises:
+            ConfigTypeError: if a name is not a text or the module cannot be called.
+            ConfigKeyError: if a name is taken.
+        """
+        if not isinstance(force, bool):
+            raise ConfigTypeError(f"force must be a bool, not {force!r}.")
+        if not (name is None or isinstance(name, str) or _is_names(name)):
+            raise ConfigTypeError(f"A name is a text or a list of texts, not {name!r}.")
+        if module is not None:
+            self._register(module, name, force=force)
+            return module
+
+        def decorate(target: T) -> T:
+            self._register(target, name, force=force)
+            return target
+
+        return decorate
+
+    def get(self, key: str) -> Target | None:
+        """Return what a name stands for, or None where it is unknown.
+
+        Raises:
+            ConfigTypeError: if ``key`` is not a text.
+            MissingDependencyError: if it is known but its library is not installed.
+            ConfigValueError: if a data file wrote a dotted path that the program did not allow.
+        """
+        if not isinstance(key, str):
+            raise ConfigTypeError(f"A name in a registry is a text, not {key!r}.")
+        found = self._find_in_chain(key)
+        if found is None and "." in key:
+            scope, _, name = key.partition(".")
+            registry = self._registry_of(scope, may_import=is_allowed(key))
+            found = registry._find(name) if registry is not None else None
+            if found is None:
+                found = import_dotted(key)
+        return found
+
+    def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
+        """Build what ``cfg`` describes; see ``build_from_cfg``."""
+        return self._build_func(cfg, *args, **kwargs, registry=self)
+
+    @contextmanager
+    def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
+        """Give the registry of ``scope``, or of the scope that holds here; names are looked up there meanwhile.
+
+        Raises:
+            ConfigKeyError: if ``scope`` is given and no library has registries of that name.
+        """
+        with switch_scope(scope):
+            wanted = current_scope()
+            registry = self if wanted is None else self._registry_of(wanted, may_import=True)
+            if registry is None:
+                if scope is not None:
+                    known = [item.scope for item in _tree(self.root)]
+                    raise ConfigKeyError(
+                        f"No {self._name} registry has the scope {scope!r}. {did_you_mean(scope, known)}"
+                    )
+                registry = self
+            yield registry
+
+    def names(self) -> list[str]:
+        """Return all names that can be looked up here and in the parents; libraries of families are imported."""
+        names: set[str] = set()
+        for registry in self._chain():
+            names.update(registry._entries, registry._ready)
+            for family in registry._families:
+                try:
+                    names.update(family.names())
+                except MissingDependencyError:
+                    continue
+        return sorted(names)
+
+    @staticmethod
+    def split_scope_key(key: str) -> tuple[str | None, str]:
+        """Return the scope before the first dot, or None, and the rest."""
+        scope, dot, name = key.partition(".")
+        return (scope, name) if dot else (None, key)
+
+    def _chain(self) -> Iterator[Registry]:
+        registry: Registry | None = self
+        while registry is not None:
+            yield registry
+            registry = registry._parent
+
+    def _find_in_chain(self, key: str) -> Target | None:
+        return next((found for registry in self._chain() if (found := registry._find(key)) is not None), None)
+
+    def _find(self, name: str) -> Target | None:
+        """Look here alone: registered, then what the locations register, then ready names, then families."""
+        if name not in self._entries and self._locations:
+            self._import_locations()
+        if name in self._entries:
+            return self._entries[name]
+        if name in self._ready:
+            target: Target = import_object(self._ready[name])
+            return target
+        return next((found for family in self._families if (found := family.find(name)) is not None), None)
+
+    def _import_locations(self) -> None:
+        locations, self._locations = self._locations, []
+        for location in locations:
+            import_module(location)
+
+    def _registry_of(self, scope: str, *, may_import: bool) -> Registry | None:
+        def search() -> Registry | None:
+            return next((registry for registry in _tree(self.root) if registry.scope == scope), None)
+
+        found = search()
+        if found is None and may_import and scope.isidentifier() and importlib.util.find_spec(scope) is not None:
+            if importlib.util.find_spec(f"{scope}.registry") is None:
+                return None
+            import_module(f"{scope}.registry")
+            found = search()
+        return found
+
+    def _register(self, module: Target, name: str | Sequence[str] | None, *, force: bool) -> None:
+        if not callable(module):
+            raise ConfigTypeError(f"{module!r} is neither a class nor a function, so {self._name} cannot register it.")
+        names = [module.__name__] if name is None else [name] if isinstance(name, str) else name
+        for key in names:
+            if not force and (key in self._entries or key in self._ready):
+                holder = self._entries.get(key) or self._ready[key]
+                raise ConfigKeyError(
+                    f"{key!r} is already registered in {self._name}, for {holder}. "
+                    f"Choose another name, or pass force=True to replace it."
+                )
+            self._entries[key] = module
+
+    def _add_child(self, child: Registry) -> None:
+        if child.scope in self._children:
+            raise ConfigValueError(f"The {self._name} registry already has a child of the scope {child.scope!r}.")
+        self._children[child.scope] = child
+
+
+def _tree(registry: Registry) -> Iterator[Registry]:
+    yield registry
+    for child in registry.children.values():
+        yield from _tree(child)
+
+
+def _is_names(name: object) -> bool:
+    return isinstance(name, Sequence) and all(isinstance(item, str) for item in name)
+
+
+def _scope_of_caller() -> str:
+    module: str = sys._getframe(2).f_globals.get("__name__", "stratagem")
+    return module.partition(".")[0]

@@ -1,0 +1,128 @@
+"""The registries that configurations name things from, and what is ready in each."""
+
+from __future__ import annotations
+
+from stratagem.registry.build import build_model_from_cfg, build_runner_from_cfg
+from stratagem.registry.families import Constructors, Members
+from stratagem.registry.registry import Registry
+
+_SCOPE = "stratagem"
+_MODULE = "torch.nn:Module"
+_METRIC = "torchmetrics:Metric"
+_SCHEDULES = "stratagem.optim.schedules.bindings"
+_SCHEDULE_NAMES = (
+    *(
+        f"{family}{kind}"
+        for family in (
+            "Constant",
+            "CosineAnnealing",
+            "CosineRestart",
+            "Exponential",
+            "Linear",
+            "MultiStep",
+            "Poly",
+            "ReduceOnPlateau",
+            "Step",
+            "WarmupStableDecay",
+        )
+        for kind in ("LR", "Momentum", "ParamScheduler")
+    ),
+    "OneCycleLR",
+    "OneCycleParamScheduler",
+)
+
+MODELS = Registry(
+    "model",
+    scope=_SCOPE,
+    build_func=build_model_from_cfg,
+    families=(
+        Members("torch.nn", _MODULE),
+        Constructors("timm.", "timm:create_model", "timm:list_models"),
+        Constructors("torchvision.", "torchvision.models:get_model", "torchvision.models:list_models"),
+    ),
+)
+MODEL_WRAPPERS = Registry("model wrapper", scope=_SCOPE)
+WEIGHT_INITIALIZERS = Registry("weight initializer", scope=_SCOPE)
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    scope=_SCOPE,
+    families=(Members("torch.optim", "torch.optim:Optimizer", {"TorchAdafactor": "Adafactor"}),),
+)
+OPTIM_WRAPPERS = Registry(
+    "optimizer wrapper",
+    scope=_SCOPE,
+    ready={
+        "OptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
+        "AmpOptimWrapper": "stratagem.optim.precision:AmpOptimWrapper",
+    },
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    "optimizer wrapper constructor",
+    scope=_SCOPE,
+    ready={"DefaultOptimWrapperConstructor": "stratagem.optim.groups:DefaultOptimWrapperConstructor"},
+)
+PARAM_SCHEDULERS = Registry(
+    "parameter scheduler", scope=_SCOPE, ready={name: f"{_SCHEDULES}:{name}" for name in _SCHEDULE_NAMES}
+)
+
+STRATEGIES = Registry(
+    "strategy",
+    scope=_SCOPE,
+    ready={
+        "SingleDeviceStrategy": "stratagem.strategies.single:SingleDeviceStrategy",
+        "DDPStrategy": "stratagem.strategies.ddp:DDPStrategy",
+    },
+)
+RUNNERS = Registry(
+    "runner", scope=_SCOPE, build_func=build_runner_from_cfg, ready={"Runner": "stratagem.runner:Runner"}
+)
+LOOPS = Registry(
+    "loop",
+    scope=_SCOPE,
+    ready={
+        name: f"stratagem.train.loops:{name}"
+        for name in ("EpochBasedTrainLoop", "IterBasedTrainLoop", "ValLoop", "TestLoop")
+    },
+)
+HOOKS = Registry(
+    "hook",
+    scope=_SCOPE,
+    ready={
+        "CheckpointHook": "stratagem.train.hooks.checkpoint:CheckpointHook",
+        "DistSamplerSeedHook": "stratagem.train.hooks.sampler_seed:DistSamplerSeedHook",
+        "IterTimerHook": "stratagem.train.hooks.timing:IterTimerHook",
+        "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
+        "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
+        "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
+    },
+)
+
+DATASETS = Registry("dataset", scope=_SCOPE)
+DATA_SAMPLERS = Registry(
+    "data sampler",
+    scope=_SCOPE,
+    ready={name: f"stratagem.data.samplers:{name}" for name in ("DefaultSampler", "InfiniteSampler")},
+)
+TRANSFORMS = Registry("transform", scope=_SCOPE)
+FUNCTIONS = Registry(
+    "function",
+    scope=_SCOPE,
+    ready={
+        "default_collate": "torch.utils.data:default_collate",
+        "pseudo_collate": "stratagem.data.collate:pseudo_collate",
+    },
+)
+
+METRICS = Registry(
+    "metric",
+    scope=_SCOPE,
+    families=(Members("torchmetrics", _METRIC), Members("torchmetrics.classification", _METRIC)),
+)
+EVALUATORS = Registry("evaluator", scope=_SCOPE)
+EVALUATOR = EVALUATORS  # the name that other libraries know it by
+LOG_PROCESSORS = Registry("log processor", scope=_SCOPE)
+VISUALIZERS = Registry("visualizer", scope=_SCOPE)
+VISBACKENDS = Registry("visualizer backend", scope=_SCOPE)
+TASK_UTILS = Registry("task util", scope=_SCOPE)
+INFERENCERS = Registry("inferencer", scope=_SCOPE)

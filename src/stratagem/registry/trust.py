@@ -1,0 +1,84 @@
+"""Which dotted paths may be imported because a configuration names them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from stratagem.errors import ConfigError, ConfigValueError
+from stratagem.utils.data_names import DataName, is_dotted_name
+
+__all__ = ["TargetImportError", "allow_packages", "allowed_packages", "import_dotted", "is_allowed"]
+
+_allowed: set[str] = set()
+
+
+class TargetImportError(ConfigError, RuntimeError):
+    """The module in a dotted path exists, but importing it fails."""
+
+
+def allow_packages(*names: str) -> None:
+    """Let data files (YAML, JSON, TOML) name anything callable below these packages or modules by its dotted path.
+
+    For the program to call, once, at its start; there is no way to say it in a file. Whoever writes the data files
+    can then call every function of these packages with arguments of their choice.
+
+    Raises:
+        ConfigValueError: if a name is not that of a package.
+    """
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ConfigValueError(f"{name!r} is not the name of a package.")
+    _allowed.update(names)
+
+
+def allowed_packages() -> frozenset[str]:
+    """Return the packages that data files may name."""
+    return frozenset(_allowed)
+
+
+def is_allowed(key: str) -> bool:
+    """Tell whether the dotted path ``key`` may be imported: by whom it was written, or because of where it leads."""
+    if not isinstance(key, DataName):
+        return True
+    return any(key == package or key.startswith((f"{package}.", f"{package}:")) for package in _allowed)
+
+
+def import_dotted(key: str) -> Callable[..., Any] | None:
+    """Return the class or function with the dotted path ``key``; None if there is none.
+
+    Raises:
+        ConfigValueError: if a data file wrote ``key`` and its package is not allowed.
+        TargetImportError: if the module exists and fails when it is imported.
+    """
+    if not is_dotted_name(key):
+        return None
+    if not is_allowed(key):
+        raise ConfigValueError(
+            f"A data file names {str(key)!r}, which is no registered name, and data files cannot choose "
+            f"what is imported. Register it, write the configuration in Python, or let the program call "
+            f"allow_packages({key.partition('.')[0]!r})."
+        )
+    parts = key.replace(":", ".").split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        found = _import_if_there(".".join(parts[:end]))
+        if found is None:
+            continue
+        for part in parts[end:]:
+            found = getattr(found, part, None)
+        return found if callable(found) else None
+    return None
+
+
+def _import_if_there(module: str) -> Any:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return None
+    except (ImportError, ValueError):  # a parent is no package, or is missing
+        return None
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise TargetImportError(f"Importing {module} failed with {type(error).__name__}: {error}") from error
