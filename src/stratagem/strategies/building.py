@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict
+from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
+from stratagem.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict, ParamScheduler
 from stratagem.optim import build_optim_wrapper as construct_optim_wrapper
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS, OPTIM_WRAPPERS
 
-__all__ = ["build_model", "build_optim_wrapper", "compile_model", "each_wrapper", "scale_lr"]
+__all__ = ["build_model", "build_optim_wrapper", "compile_model", "each_wrapper", "load_schedulers", "scale_lr"]
 
 
 def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
@@ -127,3 +127,32 @@ def scale_lr(optim: AnyOptim, *, base_batch: int, real_batch: int) -> float:
 def _shown(value: object, most: int = 120) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= most else text[:most] + '...'}"
+
+
+def load_schedulers(
+    schedulers: list[ParamScheduler] | dict[str, list[ParamScheduler]],
+    states: Sequence[Any] | Mapping[str, Sequence[Any]],
+) -> None:
+    """Load the schedulers' states, one for one.
+
+    Raises:
+        CheckpointMismatchError: if there are more or fewer than schedulers, or they belong to other optimizers.
+    """
+    if isinstance(schedulers, dict) != isinstance(states, Mapping):
+        here, there = ("several", "one") if isinstance(schedulers, dict) else ("one", "several")
+        raise CheckpointMismatchError(f"The checkpoint's schedulers belong to {there} optimizer(s), this run's to {here}.")
+    if isinstance(schedulers, dict) and isinstance(states, Mapping):
+        if set(schedulers) != set(states):
+            raise CheckpointMismatchError(
+                f"The checkpoint has schedulers for {sorted(states)}, this run for {sorted(schedulers)}."
+            )
+        for name, some in schedulers.items():
+            load_schedulers(some, states[name])
+        return
+    if len(schedulers) != len(states):
+        raise CheckpointMismatchError(
+            f"The checkpoint has {len(states)} schedulers, this run has {len(schedulers)}. Build the same ones, or resume "
+            "with resume_param_scheduler=False."
+        )
+    for scheduler, state in zip(schedulers, states, strict=True):
+        scheduler.load_state_dict(state)
