@@ -189,7 +189,9 @@ class BaseStrategy(ABC):
         if self._auto_scale_lr is None:
             return
         if BaseStrategy.param_schedulers.get(self) is not None:
-            raise StateError("Learning rates are scaled before schedulers are built, since these store the initial values.")
+            raise StateError(
+                "Learning rates are scaled before schedulers are built, since these store the initial values."
+            )
         micro_batch = Horizon.parse(self.dispatch_kwargs).train_micro_batch_size_per_gpu
         if micro_batch is None:
             raise ConfigValueError(
@@ -288,7 +290,9 @@ class BaseStrategy(ABC):
         """
         optim = BaseStrategy.optim_wrapper.get(self)
         if optim is None:
-            raise ConfigTypeError("There is no optimizer wrapper, so it has no state. Call prepare(model, optim_wrapper=...).")
+            raise ConfigTypeError(
+                "There is no optimizer wrapper, so it has no state. Call prepare(model, optim_wrapper=...)."
+            )
         return optim.state_dict()
 
     def scheduler_state_dict(self) -> list[dict[str, Any]] | dict[str, list[dict[str, Any]]]:
@@ -377,7 +381,9 @@ def _make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkDirError(f"work_dir: {path} cannot be created: {error.strerror}. Choose another with --work-dir.") from error
+        raise WorkDirError(
+            f"work_dir: {path} cannot be created: {error.strerror}. Choose another with --work-dir."
+        ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise WorkDirError(f"work_dir: {path} cannot be written to. Choose another with --work-dir.")
     return path

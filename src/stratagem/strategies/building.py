@@ -53,7 +53,9 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
     elif isinstance(compile, Mapping):
         options = dict(compile)
     else:
-        raise ConfigTypeError(f"compile is {_shown(compile)}; True, False or a mapping of torch.compile's arguments is due.")
+        raise ConfigTypeError(
+            f"compile is {_shown(compile)}; True, False or a mapping of torch.compile's arguments is due."
+        )
     if options.get("disable", False):
         return False
     target = options.pop("target", "forward")
@@ -92,7 +94,9 @@ def build_optim_wrapper(
             raise ConfigValueError("build_optim_wrapper needs the model whose parameters the optimizer shall step.")
         return construct_optim_wrapper(model, optim)
     if not optim:
-        raise ConfigValueError("optim_wrapper is an empty mapping; it needs an optimizer: dict(optimizer=dict(type='SGD', lr=0.1)).")
+        raise ConfigValueError(
+            "optim_wrapper is an empty mapping; it needs an optimizer: dict(optimizer=dict(type='SGD', lr=0.1))."
+        )
     for name, wrapper in optim.items():
         if not isinstance(wrapper, BaseOptimWrapper):
             raise ConfigValueError(
@@ -140,7 +144,9 @@ def load_schedulers(
     """
     if isinstance(schedulers, dict) != isinstance(states, Mapping):
         here, there = ("several", "one") if isinstance(schedulers, dict) else ("one", "several")
-        raise CheckpointMismatchError(f"The checkpoint's schedulers belong to {there} optimizer(s), this run's to {here}.")
+        raise CheckpointMismatchError(
+            f"The checkpoint's schedulers belong to {there} optimizer(s), this run's to {here}."
+        )
     if isinstance(schedulers, dict) and isinstance(states, Mapping):
         if set(schedulers) != set(states):
             raise CheckpointMismatchError(

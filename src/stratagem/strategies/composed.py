@@ -61,7 +61,9 @@ class ComposedStrategy(BaseStrategy):
             self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self._bare_model()))
         if param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None:
             if BaseStrategy.optim_wrapper.get(self) is None:
-                raise ConfigValueError("param_scheduler schedules an optimizer's values, but no optim_wrapper was given.")
+                raise ConfigValueError(
+                    "param_scheduler schedules an optimizer's values, but no optim_wrapper was given."
+                )
             self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
         return self._prepared_components()
 
@@ -78,7 +80,9 @@ class ComposedStrategy(BaseStrategy):
         steps = Steps(
             init=self._init_model_weights,
             compile=lambda module: self.compile_model(module, compile),
-            make_optim=None if optim_wrapper is None else lambda module: self.build_optim_wrapper(optim_wrapper, module),
+            make_optim=None
+            if optim_wrapper is None
+            else lambda module: self.build_optim_wrapper(optim_wrapper, module),
         )
         placed = self._placement.place(built, steps, self.world)
         self.model = placed.model
@@ -241,12 +245,15 @@ class ComposedStrategy(BaseStrategy):
         state = generators.get(str(self.rank)) if isinstance(generators, Mapping) else None
         if state is None:
             self.logger.warning(
-                "The checkpoint holds no state of the random generators for rank %d; they go on freshly seeded.", self.rank
+                "The checkpoint holds no state of the random generators for rank %d; they go on freshly seeded.",
+                self.rank,
             )
             return
         unknown = restore_generator_state(state)
         if unknown:
-            self.logger.warning("The generators of %s are not those of the checkpoint; they go on freshly seeded.", unknown)
+            self.logger.warning(
+                "The generators of %s are not those of the checkpoint; they go on freshly seeded.", unknown
+            )
 
 
 def _part(checkpoint: StateTree, key: str, filename: str | os.PathLike[str]) -> Any:

@@ -57,7 +57,11 @@ class DDPStrategy(ComposedStrategy):
         }
         wrapper, options = _parse_wrapper(model_wrapper)
         self._separate = wrapper
-        self._options = {**options, **(ddp_kwargs or {}), **{key: value for key, value in named.items() if value is not None}}
+        self._options = {
+            **options,
+            **(ddp_kwargs or {}),
+            **{key: value for key, value in named.items() if value is not None},
+        }
         self._sync_bn = sync_bn
         super().__init__(**kwargs)
         if not is_distributed():
@@ -83,5 +87,7 @@ def _parse_wrapper(model_wrapper: str | Mapping[str, Any] | None) -> tuple[bool,
     else:
         raise ConfigTypeError(f"model_wrapper is {model_wrapper!r}; 'whole', 'separate' or a mapping is due.")
     if name not in (*_WHOLE, *_SEPARATE):
-        raise ConfigValueError(f"model_wrapper: {name!r} is not known. {did_you_mean(str(name), [*_WHOLE, *_SEPARATE])}")
+        raise ConfigValueError(
+            f"model_wrapper: {name!r} is not known. {did_you_mean(str(name), [*_WHOLE, *_SEPARATE])}"
+        )
     return name in _SEPARATE, options

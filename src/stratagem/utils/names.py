@@ -43,4 +43,6 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
     known = list(known)
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise ConfigKeyError("\n".join(f"{where}: {name!r} is not known. {did_you_mean(name, known)}" for name in unknown))
+        raise ConfigKeyError(
+            "\n".join(f"{where}: {name!r} is not known. {did_you_mean(name, known)}" for name in unknown)
+        )
