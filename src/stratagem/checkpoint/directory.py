@@ -53,7 +53,9 @@ class DirectoryFormat:
                 # Last: a directory without it is no checkpoint.
                 _write_json(aside / MANIFEST, _manifest(tree, sizes))
         except OSError as error:
-            raise CheckpointError(f"{path}: the checkpoint could not be written: {error}. Nothing there was changed.") from error
+            raise CheckpointError(
+                f"{path}: the checkpoint could not be written: {error}. Nothing there was changed."
+            ) from error
 
     def load(
         self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None

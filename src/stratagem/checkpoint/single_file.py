@@ -36,7 +36,9 @@ class SingleFileFormat:
             with atomic_file(path) as aside:
                 torch.save(tree, aside)
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: the checkpoint could not be written: {error}. Nothing there was changed.") from error
+            raise CheckpointError(
+                f"{path}: the checkpoint could not be written: {error}. Nothing there was changed."
+            ) from error
 
     def load(
         self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None

@@ -53,7 +53,9 @@ class CheckpointLoader:
         def register(function: Fetcher) -> Fetcher:
             for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
                 if prefix in cls._fetchers and not force:
-                    raise ConfigValueError(f"The scheme {prefix!r} is registered already; pass force=True to replace it.")
+                    raise ConfigValueError(
+                        f"The scheme {prefix!r} is registered already; pass force=True to replace it."
+                    )
                 cls._fetchers[prefix] = function
             return function
 
@@ -77,12 +79,12 @@ class CheckpointLoader:
             if name.startswith(prefix):
                 return cls._fetchers[prefix](name)
         scheme = name.partition("://")[0] + "://"
-        raise CheckpointError(f"{mask_text(name)}: no way to read {scheme} is known. {did_you_mean(scheme, cls._fetchers)}")
+        raise CheckpointError(
+            f"{mask_text(name)}: no way to read {scheme} is known. {did_you_mean(scheme, cls._fetchers)}"
+        )
 
     @classmethod
-    def load_checkpoint(
-        cls, filename: str | os.PathLike[str], map_location: torch.device | str = "cpu"
-    ) -> StateTree:
+    def load_checkpoint(cls, filename: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> StateTree:
         """Read a checkpoint from a path, a URL or a named collection; never runs code from it."""
         path = cls.fetch(filename)
         return format_for(path).load(path, map_location=map_location)
@@ -114,7 +116,11 @@ def _fetch_http(url: str) -> Path:
     name = Path(urllib.parse.urlsplit(address).path).name
     in_name = _DIGEST_IN_NAME.search(name)
     expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else in_name[1] if in_name else ""
-    kept = cache_folder() / "checkpoints" / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name or 'checkpoint.pth'}"
+    kept = (
+        cache_folder()
+        / "checkpoints"
+        / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name or 'checkpoint.pth'}"
+    )
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         _download(address, kept, expected)
@@ -135,7 +141,9 @@ def _download(address: str, target: Path, expected: str) -> None:
                     "Nothing was kept; the file was changed or the transfer was cut."
                 )
     except urllib.error.HTTPError as error:
-        raise CheckpointNotFoundError(f"{mask_text(address)}: the server answered {error.code} {error.reason}.") from error
+        raise CheckpointNotFoundError(
+            f"{mask_text(address)}: the server answered {error.code} {error.reason}."
+        ) from error
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise CheckpointError(f"{mask_text(address)}: the download failed: {error}.") from error
 
@@ -150,7 +158,9 @@ def _fetch_torchvision(url: str) -> Path:
     choices = models.get_model_weights(name)
     by_name = {choice.name.casefold(): choice for choice in choices}
     if weights and weights.casefold() not in by_name:
-        raise CheckpointNotFoundError(f"torchvision's {name} has no weights {weights!r}. {did_you_mean(weights, by_name)}")
+        raise CheckpointNotFoundError(
+            f"torchvision's {name} has no weights {weights!r}. {did_you_mean(weights, by_name)}"
+        )
     chosen = by_name[weights.casefold()] if weights else choices.DEFAULT
     return _fetch_http(chosen.url)
 

@@ -120,7 +120,9 @@ class Replicated(Placement):
         model = steps.compile(model.to(world.device))
         # On the bare model: its parameters' names are the ones that rules for parameter groups are written for.
         optim = steps.make_optim(model) if steps.make_optim else None
-        return Placed(model=self._wrap_children(model, world) if self._separate else self._wrap(model, world), optim=optim)
+        return Placed(
+            model=self._wrap_children(model, world) if self._separate else self._wrap(model, world), optim=optim
+        )
 
     def _wrap(self, module: nn.Module, world: World) -> nn.Module:
         if not any(parameter.requires_grad for parameter in module.parameters()):

@@ -6,7 +6,7 @@ What needs torch is imported when it is first asked for, so that reading a confi
 from typing import Any
 
 from stratagem.utils.imports import import_module, import_object
-from stratagem.utils.names import did_you_mean, nearest_names
+from stratagem.utils.names import did_you_mean, nearest_names, refuse_unknown
 from stratagem.utils.paths import absolute, is_url
 from stratagem.utils.versions import digit_version
 
@@ -34,6 +34,7 @@ __all__ = [
     "mask_secrets",
     "mask_text",
     "nearest_names",
+    "refuse_unknown",
     "restore_generator_state",
     "set_multi_processing",
     "set_random_seed",

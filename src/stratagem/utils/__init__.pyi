@@ -7,6 +7,7 @@ from stratagem.utils.multiprocess import AppliedSettings as AppliedSettings
 from stratagem.utils.multiprocess import set_multi_processing as set_multi_processing
 from stratagem.utils.names import did_you_mean as did_you_mean
 from stratagem.utils.names import nearest_names as nearest_names
+from stratagem.utils.names import refuse_unknown as refuse_unknown
 from stratagem.utils.paths import absolute as absolute
 from stratagem.utils.paths import is_url as is_url
 from stratagem.utils.seeding import generator_state as generator_state
