@@ -4,6 +4,7 @@ from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.build import build_optim_wrapper
 from stratagem.optim.groups import DefaultOptimWrapperConstructor
 from stratagem.optim.many import OptimWrapperDict
+from stratagem.optim.precision import AmpOptimWrapper
 from stratagem.optim.schedules import (
     ConstantLR,
     ConstantMomentum,
@@ -45,6 +46,7 @@ from stratagem.optim.wrapper import AccumulatingOptimWrapper, OptimWrapper
 
 __all__ = [
     "AccumulatingOptimWrapper",
+    "AmpOptimWrapper",
     "BaseOptimWrapper",
     "DefaultOptimWrapperConstructor",
     "OptimWrapper",

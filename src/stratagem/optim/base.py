@@ -7,16 +7,20 @@ micro-batches (``inner_count``), windows of them (``attempts``) and updates real
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Final
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError
 
-__all__ = ["BaseOptimWrapper"]
+__all__ = ["NOTHING", "BaseOptimWrapper", "without_exchange"]
+
+# One object for every iteration that needs no context: entering it costs nothing worth measuring.
+NOTHING: Final = nullcontext()
 
 # How the update is computed belongs to the machine at hand, not to a checkpoint.
 _IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
@@ -31,6 +35,8 @@ class BaseOptimWrapper(ABC):
         inner_count: micro-batches whose gradient has been computed.
         attempts: accumulation windows completed, those included whose update was skipped.
         updates: updates of the weights really taken.
+        accumulation_context: called with the model and whether ranks must exchange gradients; a strategy puts its
+            placement's here.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -44,6 +50,7 @@ class BaseOptimWrapper(ABC):
         self.inner_count = 0
         self.attempts = 0
         self.updates = 0
+        self.accumulation_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = without_exchange
 
     @abstractmethod
     def update_params(
@@ -160,3 +167,10 @@ def _momentum(group: Mapping[str, Any]) -> float:
     if "momentum" in group:
         return group["momentum"]  # type: ignore[no-any-return]  # groups are untyped
     return group["betas"][0] if "betas" in group else 0.0
+
+
+def without_exchange(model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+    """Return the context of one micro-batch in which a ``DistributedDataParallel`` exchanges gradients only on sync."""
+    if not sync and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return NOTHING

@@ -9,13 +9,14 @@ from torch import nn
 
 from stratagem.errors import ConfigTypeError
 from stratagem.optim.base import BaseOptimWrapper
+from stratagem.optim.many import OptimWrapperDict
 from stratagem.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ["build_optim_wrapper"]
 
 
-def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> BaseOptimWrapper:
-    """Return the optimizer wrapper that a configuration describes for a model.
+def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> BaseOptimWrapper | OptimWrapperDict:
+    """Return the optimizer wrapper, or several, that a configuration describes for a model.
 
     ``constructor`` names what builds it (``DefaultOptimWrapperConstructor`` by default) from the rest of the
     configuration and ``paramwise_cfg``.
@@ -32,6 +33,6 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> BaseOptimWr
         {"type": kind, "optim_wrapper_cfg": rest, "paramwise_cfg": paramwise_cfg}
     )
     built = constructor(model)
-    if not isinstance(built, BaseOptimWrapper):
+    if not isinstance(built, BaseOptimWrapper | OptimWrapperDict):
         raise ConfigTypeError(f"The constructor {kind!r} built {built!r}, which is no optimizer wrapper.")
     return built

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
-from contextlib import AbstractContextManager
 from typing import Any, NoReturn, final
 
-from torch import Tensor, nn
+from torch import nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
@@ -16,48 +15,40 @@ __all__ = ["OptimWrapperDict"]
 
 
 @final
-class OptimWrapperDict(BaseOptimWrapper):
+class OptimWrapperDict:
     """A mapping of name to wrapper. A model's ``train_step`` uses each wrapper by its name.
 
     One iteration is one ``train_step``, however many optimizers it steps and however often; each wrapper counts its
     own micro-batches and updates.
+
+    Raises:
+        ConfigValueError: if there is no wrapper.
+        ConfigTypeError: if an item is something else.
     """
 
     def __init__(self, **optim_wrappers: BaseOptimWrapper) -> None:
         if not optim_wrappers:
             raise ConfigValueError("OptimWrapperDict needs at least one name=wrapper.")
         for name, wrapper in optim_wrappers.items():
-            if not isinstance(wrapper, BaseOptimWrapper) or isinstance(wrapper, OptimWrapperDict):
-                raise ConfigTypeError(f"{name}={wrapper!r} must be an optimizer wrapper with one optimizer.")
+            if not isinstance(wrapper, BaseOptimWrapper):
+                raise ConfigTypeError(f"{name}={wrapper!r} must be a built optimizer wrapper.")
         self.optim_wrappers = dict(optim_wrappers)
 
-    def update_params(
-        self,
-        loss: Tensor,
-        *,
-        weight: float | Tensor | None = None,
-        step_kwargs: Mapping[str, Any] | None = None,
-        zero_kwargs: Mapping[str, Any] | None = None,
-    ) -> NoReturn:
+    def update_params(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a loss is for one of the optimizers."""
         raise self._ambiguous("update_params")
 
-    def backward(self, loss: Tensor, **kwargs: Any) -> NoReturn:
+    def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: a loss is for one of the optimizers."""
         raise self._ambiguous("backward")
 
-    def step(self, **kwargs: Any) -> NoReturn:
+    def step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: each optimizer has its own time to step."""
         raise self._ambiguous("step")
 
-    def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
+    def optim_context(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: each optimizer has its own precision and windows."""
         raise self._ambiguous("optim_context")
-
-    def should_update(self) -> bool:
-        raise self._ambiguous("should_update")
-
-    def should_sync(self) -> bool:
-        raise self._ambiguous("should_sync")
-
-    def scale_loss(self, loss: Tensor) -> Tensor:
-        raise self._ambiguous("scale_loss")
 
     def zero_grad(self, **kwargs: Any) -> None:
         """Forget the gradients of every optimizer."""
@@ -65,14 +56,16 @@ class OptimWrapperDict(BaseOptimWrapper):
             wrapper.zero_grad(**kwargs)
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
-        """Leave every wrapper as it is: how often an iteration uses each one is the model's own business."""
+        """Say where the run stands to every wrapper; each counts one micro-batch an iteration."""
+        for wrapper in self.optim_wrappers.values():
+            wrapper.initialize_count_status(model, init_counts, max_counts)
 
     def drop_window(self) -> int:
         """Forget the unfinished window of every wrapper; return how many micro-batches they had in all."""
         return sum(wrapper.drop_window() for wrapper in self.optim_wrappers.values())
 
     @property
-    def param_groups(self) -> dict[str, list[dict[str, Any]]]:  # type: ignore[override]  # as people know it
+    def param_groups(self) -> dict[str, list[dict[str, Any]]]:
         """The groups of each optimizer by name."""
         return {name: wrapper.param_groups for name, wrapper in self.optim_wrappers.items()}
 
@@ -83,11 +76,11 @@ class OptimWrapperDict(BaseOptimWrapper):
 
     def get_lr(self) -> dict[str, list[float]]:
         """Return ``{"<name>.lr": [...]}`` for every optimizer."""
-        return {f"{name}.{key}": values for name, w in self.items() for key, values in w.get_lr().items()}
+        return {f"{name}.{key}": values for name, one in self.items() for key, values in one.get_lr().items()}
 
     def get_momentum(self) -> dict[str, list[float]]:
         """Return ``{"<name>.momentum": [...]}`` for every optimizer."""
-        return {f"{name}.{key}": values for name, w in self.items() for key, values in w.get_momentum().items()}
+        return {f"{name}.{key}": values for name, one in self.items() for key, values in one.get_momentum().items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return each wrapper's state by name."""

@@ -135,7 +135,7 @@ class ParamwiseRules:
         return min(matching, key=lambda key: (-len(key), key), default=None)
 
     def multipliers(self, place: Place) -> Options:
-        """Return what the rules for kinds of parameters say: ``lr_mult`` and ``decay_mult`` where they say something."""
+        """Return the ``lr_mult`` and ``decay_mult`` that the rules for kinds of parameters say."""
         options: Options = {}
         if place.is_bias and not (place.is_norm or place.in_deformable):
             options["lr_mult"] = self.bias_lr_mult
@@ -165,9 +165,7 @@ def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
     if paramwise_cfg is None:
         return ParamwiseRules()
     if not isinstance(paramwise_cfg, Mapping):
-        raise ConfigTypeError(
-            f"paramwise_cfg must be a mapping, got {paramwise_cfg!r}."
-        )
+        raise ConfigTypeError(f"paramwise_cfg must be a mapping, got {paramwise_cfg!r}.")
     rules = dict(paramwise_cfg)
     _refuse_unknown("paramwise_cfg", rules, ParamwiseRules)
     if rules.get("layer_decay") is not None:

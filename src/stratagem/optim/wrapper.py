@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from stratagem.dist import all_reduce, get_world_size
 from stratagem.errors import ConfigValueError, StateError
-from stratagem.optim.base import BaseOptimWrapper
+from stratagem.optim.base import NOTHING, BaseOptimWrapper
 from stratagem.optim.gradients import (
     Clipping,
     NonFinite,
@@ -26,12 +25,10 @@ from stratagem.optim.gradients import (
     parse_nonfinite,
 )
 
-__all__ = ["AccumulatingOptimWrapper", "OptimWrapper", "without_exchange"]
+__all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 
 logger = logging.getLogger(__name__)
 
-# One object for every iteration that needs no context: entering it costs nothing worth measuring.
-_NOTHING: Final = nullcontext()
 _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 
 
@@ -51,8 +48,6 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     Attributes:
         grad_norm: the norm before clipping of the last step, on its device; ``None`` where none is computed.
         max_counts: micro-batches of the whole run, -1 where unknown.
-        accumulation_context: called with the model and whether ranks must exchange gradients; a strategy puts its
-            placement's here.
     """
 
     def __init__(
@@ -69,7 +64,6 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.accumulative_counts = accumulative_counts
         self.max_counts = -1
         self.grad_norm: Tensor | None = None
-        self.accumulation_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = without_exchange
         self._clipping: Clipping | None = parse_clipping(clip_grad)
         self._nonfinite = parse_nonfinite(nonfinite, self._clipping)
         self._plain = self._clipping is None and self._nonfinite is None
@@ -102,7 +96,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
         if self.accumulative_counts == 1:
-            return _NOTHING
+            return NOTHING
         return self.accumulation_context(model, self.should_sync())
 
     def should_update(self) -> bool:
@@ -215,10 +209,3 @@ class OptimWrapper(AccumulatingOptimWrapper):
         if (self._plain and self._weight is None) or self._settle_gradients(micro_batches):
             self.optimizer.step(**kwargs)
             self.updates += 1
-
-
-def without_exchange(model: nn.Module, sync: bool) -> AbstractContextManager[object]:
-    """Return the context of one micro-batch in which a ``DistributedDataParallel`` exchanges gradients only on sync."""
-    if not sync and isinstance(model, DistributedDataParallel):
-        return model.no_sync()
-    return _NOTHING

@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.many import OptimWrapperDict
 from stratagem.optim.schedules.chain import chain_of
 from stratagem.utils.names import did_you_mean
 
@@ -71,7 +70,7 @@ class ParamScheduler(ABC):
         by: Unit | None = None,
         verbose: bool = False,
     ) -> None:
-        if not isinstance(optimizer, Optimizer | BaseOptimWrapper) or isinstance(optimizer, OptimWrapperDict):
+        if not isinstance(optimizer, Optimizer | BaseOptimWrapper):
             raise ConfigTypeError(
                 f"{type(self).__name__} needs one optimizer or its wrapper, got {type(optimizer).__name__}."
             )

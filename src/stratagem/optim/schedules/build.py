@@ -19,7 +19,7 @@ ParamSchedulers: TypeAlias = list[ParamScheduler] | dict[str, list[ParamSchedule
 
 def build_param_schedulers(
     spec: ParamScheduler | Mapping[str, Any] | Sequence[ParamScheduler | Mapping[str, Any]],
-    optim: BaseOptimWrapper,
+    optim: BaseOptimWrapper | OptimWrapperDict,
     *,
     max_epochs: int | None = None,
     max_iters: int | None = None,
