@@ -132,7 +132,7 @@ class BaseOptimWrapper(ABC):
         return {**self.optimizer.state_dict(), "counts": counts}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; the argument stays as it is.
+        """Restore what ``state_dict`` returned; its tensors are taken over, not copied, as torch does.
 
         The state of a bare optimizer is taken too. How updates are computed (fused, foreach) stays as this process
         chose it.

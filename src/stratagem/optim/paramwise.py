@@ -160,7 +160,7 @@ def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
     Raises:
         ConfigTypeError: if it, ``custom_keys`` or an entry of that is no mapping.
         ConfigKeyError: for an unknown rule.
-        ConfigValueError: for an unknown ``match``.
+        ConfigValueError: for an unknown ``match``, or a ``layer_decay`` that lacks something.
     """
     if paramwise_cfg is None:
         return ParamwiseRules()
@@ -168,9 +168,13 @@ def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
         raise ConfigTypeError(f"paramwise_cfg must be a mapping, got {paramwise_cfg!r}.")
     rules = dict(paramwise_cfg)
     _refuse_unknown("paramwise_cfg", rules, ParamwiseRules)
-    if rules.get("layer_decay") is not None:
-        _refuse_unknown("paramwise_cfg.layer_decay", rules["layer_decay"], LayerDecay)
-        rules["layer_decay"] = LayerDecay(**rules["layer_decay"])
+    decay = rules.get("layer_decay")
+    if decay is not None:
+        _refuse_unknown("paramwise_cfg.layer_decay", decay, LayerDecay)
+        missing = [key for key in ("rate", "layers") if key not in decay]
+        if missing:
+            raise ConfigValueError(f"paramwise_cfg.layer_decay needs {' and '.join(missing)}, got {dict(decay)!r}.")
+        rules["layer_decay"] = LayerDecay(**decay)
     return ParamwiseRules(**rules)
 
 
