@@ -274,13 +274,13 @@ class BaseStrategy(ABC):
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
-    def _bare_model(self) -> nn.Module:
+    def bare_model(self) -> nn.Module:
         """Return the model without what its placement put around it."""
         return bare_model(self.model)
 
     def model_state_dict(self) -> dict[str, Any]:
         """Return the bare model's state on the CPU."""
-        return weights_to_cpu(self._bare_model().state_dict())
+        return weights_to_cpu(self.bare_model().state_dict())
 
     def optim_state_dict(self) -> dict[str, Any]:
         """Return the optimizer wrapper's state.
@@ -314,7 +314,7 @@ class BaseStrategy(ABC):
         Raises:
             CheckpointMismatchError: if no key matches, or with ``strict`` if anything differs.
         """
-        report = load_state_dict(self._bare_model(), state_dict, strict=strict, revise_keys=revise_keys)
+        report = load_state_dict(self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys)
         if not report.exact:
             self.logger.warning(report.describe())
         return report

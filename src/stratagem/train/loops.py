@@ -77,7 +77,9 @@ class EpochBasedTrainLoop:
         run.progress.max_epochs = _positive("max_epochs", max_epochs)
         run.progress.epoch_length = length = dataloader.length
         if length == 0:
-            raise ConfigValueError("The training data has no batch; is the dataset smaller than a batch with drop_last=True?")
+            raise ConfigValueError(
+                "The training data has no batch; is the dataset smaller than a batch with drop_last=True?"
+            )
         run.progress.max_iters = None if length is None else max_epochs * length
 
     def run(self) -> None:
@@ -87,7 +89,9 @@ class EpochBasedTrainLoop:
         events.call("before_train", run)
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
-            train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), None)
+            # A sampler without end does not end the epoch; its length does.
+            left = None if progress.epoch_length is None else progress.epoch_length - progress.batch
+            train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if progress.stop_training and progress.batch != progress.epoch_length:
                 break
             events.call("after_train_epoch", run)
@@ -203,7 +207,7 @@ class _EvaluationLoop:
             for call in after:
                 call(run, index, batch, outputs)
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
-        run.metrics = metrics
+        run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         events.call(f"after_{mode}_epoch", run, metrics=metrics)
         events.call(f"after_{mode}", run)
         return metrics
