@@ -118,6 +118,11 @@ class Replicated(Placement):
             model = convert_sync_batchnorm(model, self._sync_bn)
             self._logger.info("Converted BatchNorm layers to SyncBatchNorm.")
         model = steps.compile(model.to(world.device))
+        if "train_step" in vars(model):
+            raise PlacementError(
+                "compile: target='train_step' cannot be used under DDP, whose hooks around forward it would leave out. "
+                "Compile target='forward'."
+            )
         # On the bare model: its parameters' names are the ones that rules for parameter groups are written for.
         optim = steps.make_optim(model) if steps.make_optim else None
         return Placed(

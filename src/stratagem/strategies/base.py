@@ -332,25 +332,29 @@ class BaseStrategy(ABC):
         building.load_schedulers(self.param_schedulers, state_dict)
 
     def load_or_resume(
-        self, *, load_from: str | os.PathLike[str] | None = None, resume: bool | str | os.PathLike[str] = False
+        self,
+        *,
+        load_from: str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
+        callback: CheckpointCallback | None = None,
     ) -> StateTree | None:
         """Load weights, resume, or do nothing, as the two arguments say. Collective.
 
         ``resume`` with a path resumes from there; ``True`` from ``load_from`` where that is given, otherwise from the
         latest checkpoint under ``work_dir``, and where there is none it does nothing. ``load_from`` alone loads the
-        weights.
+        weights. ``callback`` is that of :meth:`load_checkpoint` and :meth:`resume`.
         """
         if not resume:
-            return None if load_from is None else self.load_checkpoint(load_from)
+            return None if load_from is None else self.load_checkpoint(load_from, callback=callback)
         if not isinstance(resume, bool):
-            return self.resume(resume)
+            return self.resume(resume, callback=callback)
         if load_from is not None:
-            return self.resume(load_from)
+            return self.resume(load_from, callback=callback)
         latest = self._agree_on_latest()
         if latest is None:
             self.logger.info("No checkpoint to resume from under %s; starting anew.", self.work_dir)
             return None
-        return self.resume(latest)
+        return self.resume(latest, callback=callback)
 
     def _agree_on_latest(self) -> Path | None:
         """Return rank 0's choice, so that all ranks go on from the same step."""
