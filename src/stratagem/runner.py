@@ -10,6 +10,7 @@ from typing import Any, final
 from torch import nn
 from torch.utils.data import DataLoader
 
+from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config
 from stratagem.data import EpochLoader, build_dataloader
 from stratagem.dist import infer_launcher
@@ -166,6 +167,10 @@ class Runner:
     def interrupted(self) -> int | None:
         """The number of the signal that stopped the training; None where none did."""
         return self.run.interrupt.received
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the checkpoint that this run saved last, or the latest under its folder; None where there is none."""
+        return self.run.last_checkpoint or find_latest_checkpoint(self.strategy.work_dir)
 
     def train(self) -> nn.Module:
         """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -80,3 +81,15 @@ class ParamSchedulerHook(Hook):
     def after_val_epoch(self, run: Run, metrics: dict[str, Any] | None = None) -> None:
         for scheduler in getattr(self, "_on_metrics", ()):
             scheduler.step(metrics)
+
+
+def _follower(optim: BaseOptimWrapper, schedulers: Sequence[ParamScheduler], done: int) -> _Follower:
+    return _Follower(
+        optim=optim,
+        by_iter=tuple(each for each in schedulers if each.unit == "iter"),
+        by_step=tuple(each for each in schedulers if each.unit == "step"),
+        attempts=optim.attempts,
+        updates=optim.updates,
+        # Where the last whole window of the optimizer ended.
+        since=done - done % optim.accumulative_counts,
+    )
