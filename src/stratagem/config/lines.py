@@ -130,7 +130,7 @@ def _json_lines(text: str) -> Lines:
     path: list[str | int] = []
     kinds: list[str] = []  # of the containers around, each "{" or "["
     number, expects_key = 1, False
-    for TOKENSJSON_TOKEN.findall(text):
+    for piece in _JSON_TOKEN.findall(text):
         if piece == "\n":
             number += 1
         elif piece in {"}", "]"}:

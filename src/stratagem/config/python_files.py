@@ -145,7 +145,7 @@ def _literal_bases(tree: ast.Module, name: str) -> Any:
                     return ast.literal_eval(value)
                 except ValueError as error:
                     raise ConfigParsingError(
-                        f"{name}:{statement.lineno}: _base_ must be plain text, since this file reads values of its base."
+                        f"{name}:{statement.lineno}: _base_ must be plain text, since this file reads its base."
                     ) from error
     raise ConfigParsingError(f"{name} reads values of its base and has no _base_.")
 
