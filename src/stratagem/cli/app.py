@@ -40,7 +40,7 @@ Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
-def _print_version(value: bool) -> None:  # noqa: FBT001 -- typer's signature
+def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"stratagem {__version__}")
         raise typer.Exit

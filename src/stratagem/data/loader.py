@@ -94,7 +94,7 @@ class _WorkerSeed:
     def __call__(self, worker: int) -> None:
         seed = stream_seed(self.seed, self.epoch, self.rank, worker)
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 -- augmentations in the wild draw from the legacy generator
+        np.random.seed(seed)
         torch.manual_seed(seed)
 
 

@@ -58,7 +58,7 @@ class Replica(DistributedDataParallel):
         self._passed = False
         # The plain function, so that `self` in it is the replica.
         step = type(self.module).train_step
-        outputs: dict[str, Tensor] = cast(Any, step)(self, data, optim_wrapper=optim_wrapper)
+        outputs: dict[str, Tensor] = cast("Any", step)(self, data, optim_wrapper=optim_wrapper)
         if not self._passed:
             name = type(self.module).__name__
             raise PlacementError(
@@ -70,11 +70,11 @@ class Replica(DistributedDataParallel):
 
     def val_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged, so ranks may have different numbers of batches."""
-        return cast(Trainable, self.module).val_step(data)
+        return cast("Trainable", self.module).val_step(data)
 
     def test_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged."""
-        return cast(Trainable, self.module).test_step(data)
+        return cast("Trainable", self.module).test_step(data)
 
 
 @final
@@ -155,7 +155,7 @@ class Replicated(Placement):
         if sync:
             return NO_CONTEXT
         if isinstance(model, DistributedDataParallel):
-            return cast(AbstractContextManager[object], model.no_sync())
+            return cast("AbstractContextManager[object]", model.no_sync())
         return _no_sync_of_children(model)
 
 

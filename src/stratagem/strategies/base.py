@@ -149,7 +149,7 @@ class BaseStrategy(ABC):
         """Return a module as it is; build a mapping through ``MODELS``; see :func:`building.build_model`."""
         return building.build_model(model)
 
-    def compile_model(self, model: nn.Module, compile: bool | Mapping[str, Any] = False) -> nn.Module:  # noqa: A002, FBT001, FBT002 -- the contract's
+    def compile_model(self, model: nn.Module, compile: bool | Mapping[str, Any] = False) -> nn.Module:  # noqa: A002 -- the contract's
         """Compile a method of the model in place where asked; see :func:`building.compile_model`."""
         if building.compile_model(model, compile):
             self.logger.info("Compiling the model with torch.compile: the first iterations are slow.")

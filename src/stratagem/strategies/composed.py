@@ -71,7 +71,7 @@ class ComposedStrategy(BaseStrategy):
         self,
         model: nn.Module | Mapping[str, Any],
         optim_wrapper: Any,
-        compile: bool | Mapping[str, Any],  # noqa: A002, FBT001
+        compile: bool | Mapping[str, Any],  # noqa: A002
         dispatch_kwargs: Mapping[str, Any],
     ) -> None:
         self._set_horizon(dispatch_kwargs)
@@ -170,8 +170,8 @@ class ComposedStrategy(BaseStrategy):
     def _write(
         self,
         filename: str | os.PathLike[str],
-        save_optimizer: bool,  # noqa: FBT001
-        save_param_scheduler: bool,  # noqa: FBT001
+        save_optimizer: bool,
+        save_param_scheduler: bool,
         extra_ckpt: Mapping[str, Any] | None,
         callback: CheckpointCallback | None,
         generators: list[dict[str, Any]],

@@ -26,7 +26,7 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
     progress, interrupt = run.progress, run.interrupt
     before, after = run.events["before_train_iter"], run.events["after_train_iter"]
     model, optim = run.model, run.optim_wrapper
-    train_step = cast(Trainable, model).train_step
+    train_step = cast("Trainable", model).train_step
     model.train()
     first = progress.iter
     for batch in islice(batches, count):
@@ -197,7 +197,7 @@ class _EvaluationLoop:
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
-        step = cast(Any, run.model).val_step if mode == "val" else cast(Any, run.model).test_step
+        step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = events[f"before_{mode}_iter"], events[f"after_{mode}_iter"]
         for index, batch in enumerate(self.dataloader.batches(0)):
             for call in before:
