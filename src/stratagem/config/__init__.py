@@ -1,10 +1,28 @@
 """Configurations: read, merge, override, write, and know where each value comes from."""
 
+from stratagem.config.check import FREE_KEY, Problem, Rule, Section, check, require
 from stratagem.config.config import Config
-from stratagem.config.history import Change
+from stratagem.config.explain import explain, show
+from stratagem.config.history import Change, Did
 from stratagem.config.node import ConfigDict
 from stratagem.config.overrides import parse_overrides
 from stratagem.config.read_base import read_base
 from stratagem.config.source import Origin
 
-__all__ = ["Change", "Config", "ConfigDict", "Origin", "parse_overrides", "read_base"]
+__all__ = [
+    "FREE_KEY",
+    "Change",
+    "Config",
+    "ConfigDict",
+    "Did",
+    "Origin",
+    "Problem",
+    "Rule",
+    "Section",
+    "check",
+    "explain",
+    "parse_overrides",
+    "read_base",
+    "require",
+    "show",
+]

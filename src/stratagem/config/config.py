@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.config.custom_imports import import_custom_modules
-from stratagem.config.files import RESERVED_KEYS, Loaded, load_file, load_text, merged
+from stratagem.config.custom_imports import find_beside, import_custom_modules
+from stratagem.config.files import Layers, Reader, merge_layers
 from stratagem.config.history import Change, History
+from stratagem.config.keys import KeyPath, parse_path
 from stratagem.config.merge import merge, nest
-from stratagem.config.node import ConfigDict, KeyPath
+from stratagem.config.node import ConfigDict, as_plain
 from stratagem.config.source import Origin, Source
 from stratagem.config.text import python_text, text_of
 from stratagem.errors import ConfigFileError, ConfigKeyError, ConfigTypeError
@@ -43,28 +44,49 @@ class Config(MutableMapping[str, Any], Placed):
     def __init__(self, data: Mapping[str, Any] | None = None, filename: str | Path | None = None) -> None:
         if data is not None and not isinstance(data, Mapping):
             raise ConfigTypeError(f"Config is made from a mapping, not from {type(data).__name__} ({data!r}).")
-        sections = dict(data or {})
-        for key in RESERVED_KEYS.intersection(sections):
-            raise ConfigKeyError(f"{key!r} is an attribute of every Config, so it cannot be a key. Rename it.")
         name = None if filename is None else str(filename)
+        sections = as_plain(data._data if isinstance(data, Config) else dict(data or {}))
         layers = (Source(name or "Config(...)", sections),) if sections else ()
-        self._become(ConfigDict.placed(sections, history := History(layers)), history, name)
+        self._become(sections, layers, name)
 
     @classmethod
-    def fromfile(cls, filename: str | Path, *, import_custom_modules: bool = True) -> Config:
-        """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file with the files in its ``_base_``.
+    def fromfile(
+        cls,
+        filename: str | Path,
+        *,
+        import_custom_modules: bool = True,
+        lazy_import: bool | None = None,
+        root: str | Path | None = None,
+    ) -> Config:
+        """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file with the files that it is based on.
 
         A ``.py`` file is executed. Where it says ``custom_imports=dict(imports=["my_model"])``, those modules are
-        imported, so that what they register is there; the folder of the file is put on ``sys.path`` for that and stays
-        there, for worker processes that import the same modules when they unpickle. ``import_custom_modules=False``
-        leaves both out.
+        imported, so that what they register is there; the folder of the file is put first on ``sys.path`` for that and
+        stays there, for worker processes that import the same modules when they unpickle.
+
+        The other files are data: they never run code, cannot be based on a ``.py`` file or on a file outside of
+        ``root``, and what they name as ``type`` is a registered name or lies in a package that the program allowed
+        (``stratagem.registry.allow_packages``). That holds for each value of a data file, also where a Python file is
+        based on it.
+
+        Args:
+            filename: The file.
+            import_custom_modules: Do what ``custom_imports`` says.
+            lazy_import: Whether a Python file is a pure-Python configuration, whose imports only name things. None to
+                find out: it has ``with read_base():``, or imports what Python does not bring and has no ``_base_``.
+            root: The folder that the bases of data files must lie in. The working directory by default if the file
+                lies in it, else the folder of the file.
 
         Raises:
             ConfigFileError: if a file cannot be read or is of another kind.
             ConfigParsingError: if a text is not valid, with its line.
+            ConfigKeyError: if two bases give the same key, or an environment variable is needed and not set.
+            ConfigTypeError: if a dict is laid on something that is none.
+            ConfigValueError: if a data file is based on what it must not reach.
         """
         path = Path(filename).expanduser()
-        return cls._load(load_file(path), str(path), import_modules=import_custom_modules)
+        layers = Reader(Path(root) if root else _default_root(path), lazy_import).read_file(path)
+        return cls._load(layers, str(path), import_modules=import_custom_modules)
 
     @classmethod
     def fromstring(cls, text: str, suffix: str) -> Config:
@@ -74,18 +96,24 @@ class Config(MutableMapping[str, Any], Placed):
             ConfigFileError: if the suffix is not one that ``fromfile`` reads.
             ConfigParsingError: if the text is not valid, with its line.
         """
-        return cls._load(load_text(text, suffix, "<string>"), None, import_modules=True)
+        return cls._load(Reader(Path()).read_text(text, suffix, "<string>"), None, import_modules=True)
 
     @classmethod
-    def _load(cls, layers: Loaded, filename: str | None, *, import_modules: bool) -> Config:
-        history = History(layers)
+    def _load(cls, layers: Layers, filename: str | None, *, import_modules: bool) -> Config:
         config = cls.__new__(cls)
-        config._become(ConfigDict.placed(merged(layers), history), history, filename)
+        config._become(merge_layers(layers), layers, filename)
+        find_beside(layers)
         if import_modules:
             import_custom_modules(layers, config._data.get("custom_imports"))
         return config
 
-    def _become(self, data: ConfigDict, history: History, filename: str | None) -> None:
+    def _become(self, sections: Mapping[str, Any], layers: Layers, filename: str | None) -> None:
+        history = History(layers)
+        for key in _RESERVED.intersection(sections):
+            raise ConfigKeyError(f"{history.place((key,))}: every Config has an attribute {key!r}. Rename the key.")
+        self._adopt(ConfigDict.placed(sections, history), history, filename)
+
+    def _adopt(self, data: ConfigDict, history: History, filename: str | None) -> None:
         object.__setattr__(self, "_data", data)
         object.__setattr__(self, "_history", history)
         object.__setattr__(self, "_filename", filename)
@@ -102,16 +130,21 @@ class Config(MutableMapping[str, Any], Placed):
         return "\n".join(f"{layer.name}\n{layer.text}" for layer in self._history.layers if layer.text)
 
     @property
+    def env_variables(self) -> dict[str, str]:
+        """The environment variables that placeholders used, with the values that they had."""
+        return {name: value for layer in self._history.layers for name, value in layer.environment.items()}
+
+    @property
     def pretty_text(self) -> str:
         """The configuration as Python, with everything merged."""
-        return python_text(self._data)
+        return python_text(self.to_dict())
 
     def __getitem__(self, key: str) -> Any:
         return self._data[key]
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in RESERVED_KEYS:
-            raise ConfigKeyError(f"{key!r} is an attribute of every Config, so it cannot be a key. Rename it.")
+        if key in _RESERVED:
+            raise ConfigKeyError(f"Every Config has an attribute {key!r}. Choose another key.")
         self._data[key] = value
 
     def __delitem__(self, key: str) -> None:
@@ -158,10 +191,10 @@ class Config(MutableMapping[str, Any], Placed):
         return _revive, (self._data, self._history, self._filename)
 
     def _with(self, data: ConfigDict) -> Config:
-        return _revive(data, History(self._history.layers), self._filename)
+        return _revive(data, self._history, self._filename)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the same as plain dicts, lists and tuples, all of them copies."""
+        """Return the same as plain dicts, lists and tuples, all of them copies; lazy objects as their dotted names."""
         return self._data.to_dict()
 
     def merge_from_dict(
@@ -179,11 +212,8 @@ class Config(MutableMapping[str, Any], Placed):
             ConfigTypeError: if a key lies below a value that has no keys.
         """
         layer = Source(source, nest(options), list_keys=allow_list_keys)
-        for key in RESERVED_KEYS & layer.data.keys():
-            raise ConfigKeyError(f"{key!r} is an attribute of every Config, so it cannot be a key. Rename it.")
-        history = History((*self._history.layers, layer))
-        data = merge(layer.data, self._data.to_dict(), list_keys=allow_list_keys)
-        self._become(ConfigDict.placed(data, history), history, self._filename)
+        sections = merge(layer.data, as_plain(self._data), list_keys=allow_list_keys)
+        self._become(sections, (*self._history.layers, layer), self._filename)
 
     def dump(self, path: str | Path | None = None) -> str:
         """Write the merged configuration to a file, in the language that its suffix names, and return the text.
@@ -195,7 +225,7 @@ class Config(MutableMapping[str, Any], Placed):
             ConfigValueError: if a value cannot be said in that language.
         """
         suffix = Path(path if path is not None else self._filename or "config.py").suffix
-        text = text_of(self._data, suffix)
+        text = text_of(self.to_dict(), suffix)
         if path is not None:
             try:
                 Path(path).write_text(text, encoding="utf-8")
@@ -204,12 +234,23 @@ class Config(MutableMapping[str, Any], Placed):
         return text
 
     def where(self, path: str) -> Origin | None:
-        """Return which file and line, or which override, gave the value at a dotted path; None where nothing did."""
-        return self._history.origin(_key_path(path))
+        """Return which file and line, or which override, gave the value at a dotted path; None if there is no value.
+
+        A dict was given where it was first written, or replaced as a whole; what was merged into it later has origins
+        of its own.
+        """
+        keys = parse_path(path)
+        value = _at(self._data, keys)
+        if value is _MISSING:
+            return None
+        change = self._history.last(keys)
+        if change is None or not _same(value, change.value):
+            return Origin("the program")
+        return change.origin
 
     def explain(self, path: str) -> list[Change]:
         """Return what gave, changed or removed the value at a dotted path, in the order in which it happened."""
-        return self._history.changes(_key_path(path))
+        return self._history.changes(parse_path(path))
 
     @staticmethod
     def diff(first: Config | str | Path, second: Config | str | Path) -> str:
@@ -225,11 +266,41 @@ class Config(MutableMapping[str, Any], Placed):
         return "\n".join(lines)
 
 
-def _key_path(path: str) -> KeyPath:
-    return tuple(int(key) if key.isdigit() else key for key in path.split("."))
+# Attributes that a key of the same name would hide.
+_RESERVED = frozenset(dir(Config))
+_MISSING = object()
+
+
+def _at(node: Any, keys: KeyPath) -> Any:
+    for key in keys:
+        if isinstance(node, ConfigDict):
+            node = dict(node.raw_items()).get(str(key), _MISSING)
+        elif isinstance(node, list | tuple) and isinstance(key, int) and key < len(node):
+            node = node[key]
+        else:
+            return _MISSING
+    return node
+
+
+def _same(value: Any, given: Any) -> bool:
+    """Tell whether a value is still what a layer gave; dicts always count as that, since other layers add to them."""
+    if isinstance(value, dict):
+        return isinstance(given, Mapping)
+    if isinstance(value, list | tuple):
+        return (
+            isinstance(given, list | tuple)
+            and len(value) == len(given)
+            and all(_same(item, was) for item, was in zip(value, given, strict=True))
+        )
+    return value is given or (isinstance(value, str | int | float) and type(value) is type(given) and value == given)
+
+
+def _default_root(path: Path) -> Path:
+    here = Path.cwd()
+    return here if path.resolve().is_relative_to(here) else path.parent
 
 
 def _revive(data: ConfigDict, history: History, filename: str | None) -> Config:
     config = Config.__new__(Config)
-    config._become(data, history, filename)
+    config._adopt(data, history, filename)
     return config

@@ -6,13 +6,14 @@ import importlib
 import sys
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from stratagem.config.source import DATA_SUFFIXES, Source
-from stratagem.errors import ConfigKeyError, ConfigParsingError, ConfigTypeError, MissingDependencyError
+from stratagem.config.source import Source
+from stratagem.errors import ConfigKeyError, ConfigTypeError, MissingDependencyError
 from stratagem.utils import did_you_mean
 
-__all__ = ["CUSTOM_IMPORTS", "import_custom_modules"]
+__all__ = ["CUSTOM_IMPORTS", "find_beside", "import_custom_modules"]
 
 CUSTOM_IMPORTS = "custom_imports"
 _KEYS = ("imports", "allow_failed_imports")
@@ -21,27 +22,20 @@ _KEYS = ("imports", "allow_failed_imports")
 def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] | None) -> None:
     """Import what ``custom_imports`` of the merged layers lists.
 
-    The folders of the Python files that say ``custom_imports`` and of the outermost file go to the front of
-    ``sys.path``, as Python does with the folder of a script, and stay there: worker processes unpickle objects of
-    these modules later.
+    The folders of the files that say ``custom_imports`` and of the outermost file go to the front of ``sys.path``, as
+    Python does with the folder of a script, and stay there: worker processes unpickle objects of these modules later.
 
     Raises:
-        ConfigParsingError: if a data file asks for imports.
         MissingDependencyError: if a module cannot be imported and ``allow_failed_imports`` is not True.
+        ConfigTypeError: if ``wanted`` is not of the form ``dict(imports=[...])``.
+        ConfigKeyError: if it has another key.
     """
-    asking = [layer for layer in layers if CUSTOM_IMPORTS in layer.data]
-    for layer in asking:
-        if layer.suffix in DATA_SUFFIXES:
-            raise ConfigParsingError(
-                f"{layer.name} is data and cannot import modules: remove {CUSTOM_IMPORTS}, or say it in a .py file."
-            )
     if wanted is None:
         return
     modules, forgive = _parse(wanted)
-    for layer in (*asking, layers[-1]):
-        folder = str(layer.folder.resolve())
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
+    for layer in layers:
+        if CUSTOM_IMPORTS in layer.data or layer is layers[-1]:
+            _put_on_path(layer.folder)
     for module in modules:
         try:
             importlib.import_module(module)
@@ -50,6 +44,19 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
             if not forgive:
                 raise MissingDependencyError(problem) from error
             warnings.warn(problem, UserWarning, stacklevel=4)
+
+
+def find_beside(layers: tuple[Source, ...]) -> None:
+    """Put the folders of pure-Python configurations that name modules beside them on ``sys.path``, where they stay."""
+    for layer in layers:
+        if any((layer.folder / f"{name}.py").is_file() or (layer.folder / name).is_dir() for name in layer.modules):
+            _put_on_path(layer.folder)
+
+
+def _put_on_path(folder: Path) -> None:
+    entry = str(folder.resolve())
+    if entry not in sys.path:
+        sys.path.insert(0, entry)
 
 
 def _parse(wanted: object) -> tuple[list[str], bool]:

@@ -2,63 +2,98 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-from stratagem.config.data_files import parse_data
+from stratagem.config.data_files import read_data
+from stratagem.config.lazy import BaseImport, locate_base
 from stratagem.config.lines import line_of
 from stratagem.config.merge import merge
-from stratagem.config.python_files import parse_python
-from stratagem.config.source import DATA_SUFFIXES, Source
-from stratagem.errors import ConfigFileError, ConfigKeyError, ConfigParsingError, ConfigTypeError
+from stratagem.config.placeholders import BaseValues
+from stratagem.config.python_files import read_python
+from stratagem.config.source import DATA_SUFFIXES, Origin, Source
+from stratagem.errors import (
+    ConfigFileError,
+    ConfigKeyError,
+    ConfigParsingError,
+    ConfigTypeError,
+    ConfigValueError,
+    MissingDependencyError,
+)
 
-__all__ = ["RESERVED_KEYS", "Loaded", "load_file", "load_text", "merged"]
+__all__ = ["Layers", "Reader", "merge_layers"]
+
+Layers = tuple[Source, ...]
 
 BASE = "_base_"
+DEPRECATION = "_deprecation_"
+CUSTOM_IMPORTS = "custom_imports"
 SUFFIXES = DATA_SUFFIXES | {".py"}
-# Attributes of a Config that would hide a key of this name.
-RESERVED_KEYS = frozenset({"filename", "text", "pretty_text", "env_variables"})
-
-Loaded = tuple[Source, ...]
 
 
-def load_file(path: Path, *, below: tuple[Path, ...] = ()) -> Loaded:
-    """Return the layers of a file, those of its bases first. ``below`` are the files that led here.
+@final
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Reads files and their bases into layers.
+
+    Args:
+        root: The folder that the bases of data files must lie in.
+        lazy: Whether Python files are pure-Python configurations; None to find out for each.
+        chain: The files that led to the one to read, outermost first.
+    """
+
+    root: Path
+    lazy: bool | None = None
+    chain: tuple[Path, ...] = ()
+
+    def read_file(self, path: Path) -> Layers:
+        """Return the layers of a file, those of its bases first.
+
+        Raises:
+            ConfigFileError: if a file cannot be read, or is of another kind than .py, .yaml, .yml, .json, .toml.
+            ConfigParsingError: if a text is not valid, or files are based on each other in a circle.
+            ConfigKeyError: if two bases of a file give the same key.
+            ConfigValueError: if a data file is based on a program, or on a file outside of ``root``.
+        """
+        if path in self.chain:
+            circle = " -> ".join(map(str, (*self.chain[self.chain.index(path) :], path)))
+            raise ConfigParsingError(f"Configuration files are based on each other in a circle: {circle}.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigParsingError(f"{path} is not a text in UTF-8.") from error
+        except OSError as error:
+            led = f" It is a base of {self.chain[-1]}." if self.chain else ""
+            raise ConfigFileError(f"{path} cannot be read: {error.strerror or error}.{led}") from error
+        return self.read_text(text, path.suffix, str(path))
+
+    def read_text(self, text: str, suffix: str, name: str) -> Layers:
+        """Return the layers of a text in the language of ``suffix``; ``name`` stands for it in errors."""
+        if suffix not in SUFFIXES:
+            raise ConfigFileError(f"{name} has the suffix {suffix!r}. A configuration is one of {sorted(SUFFIXES)}.")
+        bases = _Bases(replace(self, chain=(*self.chain, Path(name))), name, suffix)
+        if suffix == ".py":
+            file = read_python(text, name, bases.load, lazy=self.lazy)
+            source = Source(name, file.data, text, suffix, environment=file.environment, modules=file.modules)
+        else:
+            data, environment = read_data(text, suffix, name, bases.load)
+            source = Source(name, data, text, suffix, environment=environment)
+            _refuse_imports(source)
+        return (*bases.layers, _without_deprecation(source))
+
+
+def merge_layers(layers: Layers) -> dict[str, Any]:
+    """Return what the layers say together, the last one above all others.
 
     Raises:
-        ConfigFileError: if a file cannot be read, or is of another kind than .py, .yaml, .yml, .json, .toml.
-        ConfigParsingError: if a text is not valid, or files are based on each other in a circle.
-        ConfigKeyError: if two bases of a file give the same key.
+        ConfigTypeError: if a dict lies on something else; with the file.
+        ConfigKeyError: if an index is outside of its list.
     """
-    if path in below:
-        circle = " -> ".join(map(str, (*below[below.index(path) :], path)))
-        raise ConfigParsingError(f"Configuration files are based on each other in a circle: {circle}.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigParsingError(f"{path} is not a text in UTF-8.") from error
-    except OSError as error:
-        led = f" It is a base of {below[-1]}." if below else ""
-        raise ConfigFileError(f"{path} cannot be read: {error.strerror or error}.{led}") from error
-    return load_text(text, path.suffix, str(path), below=below)
-
-
-def load_text(text: str, suffix: str, name: str, *, below: tuple[Path, ...] = ()) -> Loaded:
-    """Return the layers of a text in the language of ``suffix``; ``name`` stands for it in errors."""
-    if suffix not in SUFFIXES:
-        raise ConfigFileError(
-            f"{name} has the suffix {suffix!r}; a configuration is one of {', '.join(sorted(SUFFIXES))}."
-        )
-    data = parse_python(text, name) if suffix == ".py" else parse_data(text, suffix, name)
-    source = Source(name, {key: value for key, value in data.items() if key != BASE}, text, suffix)
-    _refuse_reserved(source)
-    layers = _load_bases(data.get(BASE, ()), source, below)
-    return (*layers, source)
-
-
-def merged(layers: Loaded) -> dict[str, Any]:
-    """Return what the layers say together, the last one above all others."""
     data: dict[str, Any] = {}
     for layer in layers:
         try:
@@ -68,38 +103,122 @@ def merged(layers: Loaded) -> dict[str, Any]:
     return data
 
 
-def _load_bases(bases: object, source: Source, below: tuple[Path, ...]) -> Loaded:
-    paths = [bases] if isinstance(bases, str) else bases
-    if not isinstance(paths, list | tuple) or not all(isinstance(path, str) for path in paths):
-        raise ConfigTypeError(f"{source.name}: {BASE} must be a path or a list of paths, not {bases!r}.")
-    layers: list[Source] = []
-    given: dict[str, Loaded] = {}
-    for base in paths:
-        loaded = load_file(_locate(base, source), below=(*below, Path(source.name)))
-        for key in merged(loaded):
-            if key in given:
-                raise ConfigKeyError(
-                    f"{source.name}: two bases give the key {key!r}: "
-                    f"{_where(given[key], key)} and {_where(loaded, key)}. Keep it in one of them."
+@final
+class _Bases:
+    """The bases of one file, loaded when the file was read far enough to name them."""
+
+    def __init__(self, reader: Reader, name: str, suffix: str) -> None:
+        self.layers: Layers = ()
+        self._reader = reader
+        self._name = name
+        self._suffix = suffix
+
+    def load(self, wanted: Any) -> BaseValues:
+        """Load what ``_base_`` says, or the imports below ``read_base``; return what gives the merged values."""
+        bases = wanted if isinstance(wanted, list | tuple) else [wanted]
+        if not all(isinstance(base, str | BaseImport) for base in bases):
+            raise ConfigTypeError(f"{self._name}: {BASE} must be a path or a list of paths, not {wanted!r}.")
+        loaded = [self._load_one(base) for base in bases]
+        self._refuse_repeated(loaded)
+        self.layers = tuple(layer for layers in loaded for layer in layers)
+        return functools.cache(lambda: merge_layers(self.layers))
+
+    def _load_one(self, base: str | BaseImport) -> Layers:
+        if isinstance(base, BaseImport):
+            path = locate_base(base, self._name, _package_folder)
+            return _select(self._reader.read_file(Path(os.path.normpath(path))), base, self._name)
+        package, separator, inside = base.partition("::")
+        if separator:
+            layers = self._reader.read_file(self._in_package(package, inside))
+            return tuple(replace(layer, data=_scoped(layer.data, package)) for layer in layers)
+        return self._reader.read_file(self._beside(base))
+
+    def _beside(self, base: str) -> Path:
+        # normpath and not resolve: errors show the names that people wrote, and a linked folder keeps its neighbours.
+        folder = Path() if self._name.startswith("<") else Path(self._name).parent
+        path = Path(os.path.normpath(folder / Path(base).expanduser()))
+        if self._suffix in DATA_SUFFIXES:
+            if path.suffix not in DATA_SUFFIXES:
+                raise ConfigValueError(
+                    f"{self._name} is data and cannot be based on the program {base!r}, which would run. "
+                    f"Write the outer file in Python."
                 )
-            given[key] = loaded
-        layers.extend(loaded)
-    return tuple(layers)
+            if not path.resolve().is_relative_to(self._reader.root.resolve()):
+                raise ConfigValueError(
+                    f"{self._name} is based on {base!r}, which lies outside of {self._reader.root.resolve()}. "
+                    f"To allow that, name the folder that holds both: Config.fromfile(path, root=folder)."
+                )
+        return path
+
+    def _in_package(self, package: str, inside: str) -> Path:
+        folder = _package_folder(package)
+        for place in (folder / ".mim" / "configs", folder / "configs", folder):
+            path = Path(os.path.normpath(place / inside))
+            if path.is_file() and path.is_relative_to(folder):
+                if self._suffix in DATA_SUFFIXES and path.suffix not in DATA_SUFFIXES:
+                    raise ConfigValueError(f"{self._name} is data and cannot be based on the program {path}.")
+                return path
+        raise ConfigFileError(f"{self._name}: the package {package} has no configuration {inside!r} in {folder}.")
+
+    def _refuse_repeated(self, loaded: list[Layers]) -> None:
+        given: dict[str, Layers] = {}
+        for layers in loaded:
+            for key in {key for layer in layers for key in layer.data}:
+                if key in given:
+                    raise ConfigKeyError(
+                        f"{self._name}: two bases give the key {key!r}: {_origin(given[key], key)} and "
+                        f"{_origin(layers, key)}. Keep it in one of them."
+                    )
+                given[key] = layers
 
 
-def _locate(base: str, source: Source) -> Path:
-    # normpath and not resolve: errors show the names that people wrote, and a linked folder keeps its neighbours.
-    return Path(os.path.normpath(source.folder / Path(base).expanduser()))
+def _package_folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise MissingDependencyError(f"The package {package!r} is not installed; a base configuration lies in it.")
+    return Path(spec.submodule_search_locations[0])
 
 
-def _where(layers: Loaded, key: str) -> str:
+def _select(layers: Layers, wanted: BaseImport, name: str) -> Layers:
+    """Return the layers with only the imported names, under their aliases."""
+    if wanted.names is None:
+        return layers
+    for key in wanted.names:
+        if not any(key in layer.data for layer in layers):
+            raise ConfigKeyError(f"{name}:{wanted.line}: {layers[-1].name} gives no {key!r}.")
+    return tuple(
+        replace(layer, data={alias: layer.data[key] for key, alias in wanted.names.items() if key in layer.data})
+        for layer in layers
+    )
+
+
+def _scoped(data: Any, scope: str) -> Any:
+    """Return data in which every dict with a ``type`` says in which library's registries to look."""
+    if isinstance(data, dict):
+        scoped = {key: _scoped(value, scope) for key, value in data.items()}
+        return {**scoped, "_scope_": scope} if "type" in data else scoped
+    return [_scoped(item, scope) for item in data] if isinstance(data, list) else data
+
+
+def _origin(layers: Layers, key: str) -> Origin:
     layer = next(layer for layer in reversed(layers) if key in layer.data)
-    line = line_of(layer, (key,))
-    return layer.name if line is None else f"{layer.name}:{line}"
+    return Origin(layer.name, line_of(layer, (key,)))
 
 
-def _refuse_reserved(source: Source) -> None:
-    for key in RESERVED_KEYS & source.data.keys():
-        raise ConfigKeyError(
-            f"{source.name}: {key!r} is an attribute of every Config, so it cannot be a key. Rename it."
+def _refuse_imports(source: Source) -> None:
+    if CUSTOM_IMPORTS in source.data:
+        where = Origin(source.name, line_of(source, (CUSTOM_IMPORTS,)))
+        raise ConfigParsingError(
+            f"{where}: a data file cannot import modules. Remove {CUSTOM_IMPORTS}, or say it in a .py file."
         )
+
+
+def _without_deprecation(source: Source) -> Source:
+    """Warn of a file that says that it was replaced: ``_deprecation_ = dict(expected=..., reference=...)``."""
+    notice = source.data.get(DEPRECATION)
+    if notice is None:
+        return source
+    expected = notice.get("expected", "another file") if isinstance(notice, dict) else notice
+    reference = f" See {notice['reference']}." if isinstance(notice, dict) and "reference" in notice else ""
+    warnings.warn(f"{source.name} is deprecated; use {expected}.{reference}", DeprecationWarning, stacklevel=2)
+    return replace(source, data={key: value for key, value in source.data.items() if key != DEPRECATION})

@@ -4,76 +4,101 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, final
 
+from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.lines import line_of
 from stratagem.config.merge import DELETE
-from stratagem.config.node import KeyPath, path_text
 from stratagem.config.source import Origin, Source
 
-__all__ = ["Change", "History"]
+__all__ = ["Change", "Did", "History"]
+
+
+class Did(StrEnum):
+    """What a layer did to a value."""
+
+    GAVE = "gave it"
+    REPLACED = "replaced it"
+    MERGED = "merged into it"
+    REMOVED = "removed it"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One layer's say in a value: it gave it, or took it away with what it replaced above."""
+    """One layer's say in a value. ``value`` is what the layer says, which is only a part of a dict merged into."""
 
     origin: Origin
+    did: Did
     value: Any
-    removed: bool = False
 
 
 @final
+@dataclass(frozen=True, slots=True)
 class History:
     """The layers of one configuration in the order in which they were merged."""
 
-    def __init__(self, layers: tuple[Source, ...]) -> None:
-        self.layers = layers
-
-    def add(self, layer: Source) -> None:
-        """Put a layer above all others."""
-        self.layers = (*self.layers, layer)
+    layers: tuple[Source, ...]
 
     def changes(self, path: KeyPath) -> list[Change]:
-        """Return what each layer did to the value at ``path``, in order; a removal only where something was."""
+        """Return what each layer did to the value at ``path``, in order."""
         changes: list[Change] = []
         for layer in self.layers:
-            change = _change(layer, path)
-            if change is not None and not (change.removed and (not changes or changes[-1].removed)):
-                changes.append(change)
+            said = _said(layer, path)
+            there = bool(changes) and changes[-1].did is not Did.REMOVED
+            if said is None or (said.value is _NOTHING and not there):
+                continue
+            if said.value is _NOTHING:
+                changes.append(Change(said.origin, Did.REMOVED, None))
+            elif there and not said.replaces and isinstance(said.value, Mapping):
+                changes.append(Change(said.origin, Did.MERGED, said.value))
+            else:
+                changes.append(Change(said.origin, Did.REPLACED if there else Did.GAVE, said.value))
         return changes
 
-    def origin(self, path: KeyPath) -> Origin | None:
-        """Return where the present value at ``path`` was given; None where no layer gives it."""
-        changes = self.changes(path)
-        return changes[-1].origin if changes and not changes[-1].removed else None
+    def last(self, path: KeyPath) -> Change | None:
+        """Return the change that gave the value at ``path`` as a whole; None where no layer gives it."""
+        whole = [change for change in self.changes(path) if change.did is not Did.MERGED]
+        return whole[-1] if whole and whole[-1].did is not Did.REMOVED else None
 
     def place(self, path: KeyPath) -> str:
         """Return ``"model.depth (config.py:12)"``; for a path that no layer gives, the place of its parent."""
         for end in range(len(path), 0, -1):
-            origin = self.origin(path[:end])
-            if origin is not None:
-                return f"{path_text(path)} ({origin})"
+            change = self.last(path[:end])
+            if change is not None:
+                return f"{path_text(path)} ({change.origin})"
         return path_text(path) or (self.layers[-1].name if self.layers else "")
 
 
-def _change(layer: Source, path: KeyPath) -> Change | None:
+_NOTHING = object()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What one layer says at a path: a value or ``_NOTHING``, and whether it replaces what is below."""
+
+    origin: Origin
+    value: Any
+    replaces: bool
+
+
+def _said(layer: Source, path: KeyPath) -> _Said | None:
     node: Any = layer.data
     replaces = False
     for depth, key in enumerate(path):
         if isinstance(node, Mapping):
-            replaces = replaces or bool(node.get(DELETE, False))
             found = key if key in node else str(key)
             if found not in node:
-                return Change(_origin(layer, path[:depth]), None, removed=True) if replaces else None
+                return _Said(_origin(layer, path[:depth]), _NOTHING, replaces) if replaces else None
             node = node[found]
-        elif isinstance(node, list | tuple) and str(key).isdigit() and int(key) < len(node):
-            replaces = True
-            node = node[int(key)]
+            replaces = replaces or not isinstance(node, Mapping) or bool(node.get(DELETE, False))
+        elif isinstance(node, list | tuple) and isinstance(key, int) and key < len(node):
+            node = node[key]
         else:
-            return Change(_origin(layer, path[:depth]), None, removed=True)
-    return Change(_origin(layer, path), node)
+            return _Said(_origin(layer, path[:depth]), _NOTHING, replaces)
+    return _Said(_origin(layer, path), node, replaces)
 
 
 def _origin(layer: Source, path: KeyPath) -> Origin:

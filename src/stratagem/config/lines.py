@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-from stratagem.config.node import KeyPath
+from stratagem.config.keys import KeyPath
 from stratagem.config.source import Source
 
 __all__ = ["line_of"]
@@ -33,7 +34,8 @@ def _lines(text: str, suffix: str) -> Lines:
         return _python_lines(text)
     if suffix == ".toml":
         return _toml_lines(text)
-    # JSON is read as the YAML that it is: only the marks are used, never the values.
+    if suffix == ".json":
+        return _json_lines(text)
     return _yaml_lines(text) if suffix else {}
 
 
@@ -117,6 +119,38 @@ def _yaml_lines(text: str) -> Lines:
             for index, item in enumerate(node.value):
                 lines[(*path, index)] = item.start_mark.line + 1
                 stack.append((item, (*path, index)))
+    return lines
+
+
+_JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\],:\n]|[^\s{}\[\],:"]+')
+
+
+def _json_lines(text: str) -> Lines:
+    lines: Lines = {}
+    path: list[str | int] = []
+    kinds: list[str] = []  # of the containers around, each "{" or "["
+    number, expects_key = 1, False
+    for piece in _JSON_TOKEN.findall(text):
+        if piece == "\n":
+            number += 1
+        elif piece in {"}", "]"}:
+            kinds.pop()
+            path.pop()
+        elif piece == ",":
+            expects_key = kinds[-1] == "{"
+            if not expects_key:
+                path[-1] = int(path[-1]) + 1
+        elif piece == ":":
+            expects_key = False
+        elif expects_key:
+            path[-1] = json.loads(piece)
+            lines[tuple(path)] = number
+        else:
+            lines.setdefault(tuple(path), number)
+            if piece in {"{", "["}:
+                kinds.append(piece)
+                path.append("" if piece == "{" else 0)
+                expects_key = piece == "{"
     return lines
 
 

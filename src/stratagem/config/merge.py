@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stratagem.config.node import KeyPath, path_text
+from stratagem.config.keys import KeyPath, path_text
 from stratagem.errors import ConfigKeyError, ConfigTypeError
 
-__all__ = ["DELETE", "merge", "nest"]
+__all__ = ["DELETE", "difference", "merge", "nest"]
 
 DELETE = "_delete_"
+_MISSING = object()
 
 
 def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: KeyPath = ()) -> Any:
@@ -47,6 +48,22 @@ def without_marks(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: without_marks(item) for key, item in value.items() if key != DELETE}
     return value
+
+
+def difference(new: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what must be laid over ``base`` to get ``new``, in which no top-level key of ``base`` is missing."""
+    changes: dict[str, Any] = {}
+    for key, value in new.items():
+        below = base.get(key, _MISSING)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            inner = difference(value, below) if below.keys() <= value.keys() else {**value, DELETE: True}
+            if inner:
+                changes[key] = inner
+        elif isinstance(value, Mapping) and below is not _MISSING:
+            changes[key] = {**value, DELETE: True}
+        elif below is _MISSING or type(value) is not type(below) or value != below:
+            changes[key] = value
+    return changes
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:

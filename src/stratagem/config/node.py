@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from copy import deepcopy
 from typing import Any, Protocol, Self, cast, final
 
+from stratagem.config.keys import KeyPath
+from stratagem.config.merge import merge
 from stratagem.errors import ConfigKeyError
 from stratagem.utils import did_you_mean
+from stratagem.utils.lazy import LazyObject, lazy_name, resolve
 from stratagem.utils.places import Placed
 
-__all__ = ["ConfigDict", "KeyPath", "MissingKeyError", "as_node", "path_text"]
+__all__ = ["ConfigDict", "MissingKeyError", "as_node", "as_plain"]
 
-type_of_leaf = frozenset({str, int, float, bool, type(None)})
-
-KeyPath = tuple[str | int, ...]
-
-
-def path_text(path: KeyPath) -> str:
-    """Return a path of keys and list indices as people write it: ``model.layers.0.depth``."""
-    return ".".join(map(str, path))
+_LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
 class MissingKeyError(ConfigKeyError, AttributeError):
@@ -38,6 +34,7 @@ class ConfigDict(dict[str, Any], Placed):
 
     Nested mappings, also those in lists and tuples, are converted when they are put in (lists and tuples are copied
     then). Names that a dict has itself (``items``, ``update`` ...) stay methods; such a key is read as an item.
+    A lazy object of a pure-Python configuration is imported when it is read; ``raw_items`` gives it as it is.
     """
 
     # Values are mirrored in the instance's own __dict__, where the interpreter finds them without calling __getattr__:
@@ -59,10 +56,8 @@ class ConfigDict(dict[str, Any], Placed):
         node = cls()
         object.__setattr__(node, "_owner", owner)
         object.__setattr__(node, "_path", path)
-        for key, value in data.items():
-            dict.__setitem__(
-                node, key, value if value.__class__ in type_of_leaf else _place(value, owner, (*path, key))
-            )
+        for key, value in _raw_items(data):
+            dict.__setitem__(node, key, value if value.__class__ in _LEAVES else _place(value, owner, (*path, key)))
         node._mirror_all()
         return node
 
@@ -79,6 +74,29 @@ class ConfigDict(dict[str, Any], Placed):
             raise AttributeError(name)
         return self[name]
 
+    def __getitem__(self, key: str) -> Any:
+        return resolve(super().__getitem__(key))
+
+    def __iter__(self) -> Iterator[str]:
+        # Only where a subclass iterates by itself do dict() and ** ask it for its values instead of copying them raw.
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of ``key``, or ``default`` where it is missing."""
+        return resolve(super().get(key, default))
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # a view of the same kind
+        """Return pairs of key and value."""
+        return self._resolved().items()
+
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]  # a view of the same kind
+        """Return the values."""
+        return self._resolved().values()
+
+    def raw_items(self) -> ItemsView[str, Any]:
+        """Return pairs of key and value without importing lazy objects."""
+        return super().items()
+
     def __setattr__(self, name: str, value: Any) -> None:
         self[name] = value
 
@@ -88,7 +106,9 @@ class ConfigDict(dict[str, Any], Placed):
     def __setitem__(self, key: str, value: Any) -> None:
         value = as_node(value)
         super().__setitem__(key, value)
-        if key not in _METHODS:
+        if key in _METHODS or isinstance(value, LazyObject):
+            self.__dict__.pop(key, None)
+        else:
             self.__dict__[key] = value
 
     def __delitem__(self, key: str) -> None:
@@ -99,7 +119,9 @@ class ConfigDict(dict[str, Any], Placed):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Set the given keys, each as a whole; ``merge`` goes into nested dicts instead."""
-        for key, value in dict(*args, **kwargs).items():
+        if len(args) > 1:
+            raise TypeError(f"update takes at most 1 positional argument, not {len(args)}")
+        for key, value in (*_raw_items(args[0] if args else ()), *kwargs.items()):
             super().__setitem__(key, as_node(value))
         self._mirror_all()
 
@@ -126,13 +148,13 @@ class ConfigDict(dict[str, Any], Placed):
         self.__dict__.pop(key, None)
         if key not in self and not default:
             self.__missing__(key)
-        return super().pop(key, *default)
+        return resolve(super().pop(key, *default))
 
     def popitem(self) -> tuple[str, Any]:
         """Remove the key that was put in last and return it with its value."""
         key, value = super().popitem()
         self.__dict__.pop(key, None)
-        return key, value
+        return key, resolve(value)
 
     def clear(self) -> None:
         """Remove all keys."""
@@ -144,33 +166,45 @@ class ConfigDict(dict[str, Any], Placed):
         """Return a dict with these keys, all of the same value."""
         return cls(dict.fromkeys(keys, value))
 
+    def merge(self, other: Mapping[str, Any]) -> None:
+        """Lay ``other`` over this dict, in place: nested dicts merge key by key; ``_delete_=True`` replaces."""
+        merged = as_node(merge(as_plain(other), as_plain(self)))
+        self.clear()
+        self.update(merged)
+
     def copy(self) -> ConfigDict:
         """Return a shallow copy; nested dicts are shared."""
-        return _revive(dict(self), self._owner, self._path)
+        return _revive(dict(self.raw_items()), self._owner, self._path)
 
     __copy__ = copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConfigDict:
         copied = _revive({}, self._owner, self._path)
         memo[id(self)] = copied
-        copied.update({key: deepcopy(value, memo) for key, value in self.items()})
+        copied.update({key: deepcopy(value, memo) for key, value in self.raw_items()})
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (dict(self), self._owner, self._path)
+        return _revive, (dict(self.raw_items()), self._owner, self._path)
 
     def __dir__(self) -> Iterator[str]:
         yield from super().__dir__()
         yield from self
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the same as plain dicts, lists and tuples, all of them copies."""
-        return cast("dict[str, Any]", _as_plain(self))
+        """Return the same as plain dicts, lists and tuples, all of them copies; lazy objects as their dotted names."""
+        return cast("dict[str, Any]", as_plain(self, keep_lazy=False))
+
+    def _resolved(self) -> dict[str, Any]:
+        return {key: resolve(value) for key, value in self.raw_items()}
 
     def _mirror_all(self) -> None:
-        self.__dict__.update(self)
-        for name in _METHODS.intersection(self):
-            del self.__dict__[name]
+        mirror = self.__dict__
+        mirror.update(self.raw_items())
+        for name in _METHODS.intersection(mirror):
+            del mirror[name]
+        for name in [name for name, value in mirror.items() if value.__class__ is LazyObject]:
+            del mirror[name]
 
 
 # What stays a method although a key has its name.
@@ -179,7 +213,7 @@ _METHODS = frozenset(name for name in dir(ConfigDict))
 
 def as_node(value: Any) -> Any:
     """Return ``value`` with the mappings in it as ``ConfigDict``; a ``ConfigDict`` itself is not copied."""
-    if value.__class__ in type_of_leaf or isinstance(value, ConfigDict):
+    if value.__class__ in _LEAVES or isinstance(value, ConfigDict):
         return value
     if isinstance(value, dict):
         return ConfigDict(value)
@@ -195,21 +229,30 @@ def _place(value: Any, owner: Located, path: KeyPath) -> Any:
         return ConfigDict.placed(value, owner, path)
     if value.__class__ is list or value.__class__ is tuple:
         items = [
-            item if item.__class__ in type_of_leaf else _place(item, owner, (*path, index))
+            item if item.__class__ in _LEAVES else _place(item, owner, (*path, index))
             for index, item in enumerate(value)
         ]
         return items if value.__class__ is list else tuple(items)
     return value
 
 
-def _as_plain(value: Any) -> Any:
+def as_plain(value: Any, *, keep_lazy: bool = True) -> Any:
+    """Return ``value`` with plain dicts, lists and tuples in it, all of them copies."""
+    if value.__class__ in _LEAVES:
+        return value
     if isinstance(value, dict):
-        return {key: _as_plain(item) for key, item in value.items()}
+        return {key: as_plain(item, keep_lazy=keep_lazy) for key, item in _raw_items(value)}
     if value.__class__ is list:
-        return [_as_plain(item) for item in value]
+        return [as_plain(item, keep_lazy=keep_lazy) for item in value]
     if value.__class__ is tuple:
-        return tuple(_as_plain(item) for item in value)
-    return value
+        return tuple(as_plain(item, keep_lazy=keep_lazy) for item in value)
+    return lazy_name(value) if value.__class__ is LazyObject and not keep_lazy else value
+
+
+def _raw_items(data: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(data, ConfigDict):
+        return data.raw_items()
+    return data.items() if isinstance(data, Mapping) else data
 
 
 def _suggest(key: object, known: Iterable[object]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from stratagem.errors import ConfigParsingError
 
-__all__ = ["parse_overrides", "parse_value"]
+__all__ = ["parse_overrides", "parse_scalar", "parse_value"]
 
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 _INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
@@ -88,7 +88,7 @@ class _Reader:
         start = self._at
         while self._at < len(self._text) and self._text[self._at] not in stops:
             self._at += 1
-        return _scalar(self._text[start : self._at].strip())
+        return parse_scalar(self._text[start : self._at].strip())
 
     def _quoted(self, quote: str) -> str:
         end = self._text.find(quote, self._at + 1)
@@ -123,7 +123,8 @@ class _Reader:
         return ConfigParsingError(f"{problem} in the value {self._text!r}, at character {self._at + 1}.")
 
 
-def _scalar(word: str) -> Any:
+def parse_scalar(word: str) -> Any:
+    """Return the int, float, bool or None that a word spells, or else the word."""
     if word.lower() in _WORDS:
         return _WORDS[word.lower()]
     if _INTEGER.fullmatch(word):

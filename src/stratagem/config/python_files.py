@@ -2,29 +2,121 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import traceback
-from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from typing import Any, TypeVar, final
 
+from stratagem.config.lazy import HAS_IMPORT, imported_names, is_lazy, take_base_imports, take_imports
+from stratagem.config.merge import difference
+from stratagem.config.node import ConfigDict, as_plain
+from stratagem.config.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, StratagemError
+from stratagem.utils.lazy import lazy_name
 
-__all__ = ["parse_python"]
+__all__ = ["LoadBases", "PythonFile", "read_python"]
+
+# Given the value of `_base_`, or the imports below read_base, load them; the result gives their merged values.
+LoadBases = Callable[[object], BaseValues]
+
+T = TypeVar("T")
 
 _NOT_KEYS = (FunctionType, BuiltinFunctionType, ModuleType, type)
+_READS_BASE = re.compile(r"\b_base_\s*[.\[]")
+_BASE_VALUES = "_base_values_"
 
 
-def parse_python(text: str, name: str) -> dict[str, Any]:
-    """Execute ``text`` and return its public names that hold values, and ``_base_`` where given.
+@final
+@dataclass(frozen=True, slots=True)
+class PythonFile:
+    """What a Python configuration says by itself.
+
+    ``environment`` are the variables that placeholders used, ``modules`` the top packages that a pure-Python
+    configuration names without importing them.
+    """
+
+    data: dict[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
+
+
+def read_python(text: str, name: str, load_bases: LoadBases, *, lazy: bool | None = None) -> PythonFile:
+    """Execute ``text`` and take its public names that hold values; modules, classes and functions are no keys.
+
+    Args:
+        text: The program.
+        name: The file, for errors.
+        load_bases: Loads what the file is based on.
+        lazy: Whether it is a pure-Python configuration; None to find out.
 
     Raises:
         ConfigParsingError: if it is not valid Python, or fails when it is executed; with the line.
     """
-    namespace: dict[str, Any] = {"__file__": name, "__name__": "stratagem_config"}
+    placeholders = Placeholders(text, ".py", name)
+    if not (placeholders or lazy or _READS_BASE.search(text) or HAS_IMPORT.search(text)):
+        # Most files need no syntax tree, which would cost more than all the rest.
+        namespace = _run(_compile(text, name), name, {})
+        load_bases(namespace.get("_base_", []))
+        return PythonFile(_values(namespace))
+    tree = _parse(placeholders.text, name)
+    if lazy or (lazy is None and is_lazy(tree, name)):
+        return _read_lazy(tree, name, load_bases, placeholders)
+    return _read_eager(tree, name, load_bases, placeholders)
+
+
+def _read_eager(tree: ast.Module, name: str, load_bases: LoadBases, placeholders: Placeholders) -> PythonFile:
+    not_keys = imported_names(tree)
+    reader = _Reader(placeholders)
+    reader.visit(tree)
+    base: BaseValues = dict
+    if reader.reads_base:
+        base = load_bases(placeholders.fill_data(_literal_bases(tree, name), dict))
+    given = reader.values(base)
+    reader.fill(base)
+    namespace = _run(_compile(tree, name), name, dict(given))
+    if not reader.reads_base:
+        load_bases(namespace.get("_base_", []))
+    return PythonFile(as_plain(_values(namespace, but=not_keys | given.keys())), placeholders.environment)
+
+
+def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders: Placeholders) -> PythonFile:
+    base = load_bases(take_base_imports(tree, name))
+    imports = take_imports(tree, name)
+    not_keys = imported_names(tree) | imports.keys()
+    reader = _Reader(placeholders)
+    reader.visit(tree)
+    given = imports | reader.values(base)
+    reader.fill(base)
+    inherited = ConfigDict(base())
+    namespace = _run(_compile(tree, name), name, {**given, **dict(inherited.raw_items())})
+    for key in inherited.keys() - namespace.keys():
+        raise ConfigParsingError(f"{name} deletes {key!r}, which its base gives. Set it to None instead.")
+    data = as_plain(_values(namespace, but=not_keys | given.keys()))
+    modules = frozenset(lazy_name(lazy).partition(".")[0] for lazy in imports.values())
+    return PythonFile(difference(data, base()), placeholders.environment, modules)
+
+
+def _parse(text: str, name: str) -> ast.Module:
+    return _guarded(lambda: ast.parse(text, name), name)
+
+
+def _compile(code: str | ast.Module, name: str) -> CodeType:
+    return _guarded(lambda: compile(code, name, "exec", dont_inherit=True), name)
+
+
+def _guarded(parse: Callable[[], T], name: str) -> T:
     try:
-        code = compile(text, name, "exec", dont_inherit=True)
+        return parse()
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise ConfigParsingError(f"{name}{line} is not valid Python: {error}.") from error
+
+
+def _run(code: CodeType, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__file__": name, "__name__": "stratagem_config", **given}
     try:
         exec(code, namespace)  # noqa: S102 -- a .py configuration is a program, and documented as one
     except StratagemError:
@@ -33,8 +125,82 @@ def parse_python(text: str, name: str) -> dict[str, Any]:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         where = f"{name}:{lines[-1]}" if lines else name
         raise ConfigParsingError(f"{where} failed with {type(error).__name__}: {error}") from error
+    return namespace
+
+
+def _values(namespace: dict[str, Any], but: frozenset[str] | set[str] = frozenset()) -> dict[str, Any]:
     return {
         key: value
         for key, value in namespace.items()
-        if key == "_base_" or not (key.startswith("_") or isinstance(value, _NOT_KEYS))
+        if not (key in but or isinstance(value, _NOT_KEYS)) and (not key.startswith("_") or key == "_deprecation_")
     }
+
+
+def _literal_bases(tree: ast.Module, name: str) -> Any:
+    """Return the value of ``_base_``, which is needed before the file is executed."""
+    for statement in tree.body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="_base_")], value=value):
+                try:
+                    return ast.literal_eval(value)
+                except ValueError as error:
+                    raise ConfigParsingError(
+                        f"{name}:{statement.lineno}: _base_ must be plain text, since this file reads its base."
+                    ) from error
+    raise ConfigParsingError(f"{name} reads values of its base and has no _base_.")
+
+
+@final
+class _Reader(ast.NodeTransformer):
+    """Finds placeholders and ``_base_.key`` in a syntax tree and makes names of them, which ``values`` then gives."""
+
+    def __init__(self, placeholders: Placeholders) -> None:
+        self.reads_base = placeholders.reads_base
+        self._placeholders = placeholders
+        self._words: dict[str, bool] = {}
+        self._texts: list[ast.Constant] = []
+
+    def values(self, base: BaseValues) -> dict[str, Any]:
+        """Return the values of the names that were put into the tree."""
+        values = {word: self._placeholders.value(word, base, bare=bare) for word, bare in self._words.items()}
+        return {**values, _BASE_VALUES: ConfigDict(base())} if self.reads_base else values
+
+    def fill(self, base: BaseValues) -> None:
+        """Put values into the texts that hold placeholders among other characters."""
+        for constant in self._texts:
+            constant.value = self._placeholders.fill(str(constant.value), base)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if self._placeholders.is_word(node.id):
+            self._words[node.id] = True
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.expr:
+        if not isinstance(node.value, str) or not self._placeholders:
+            return node
+        if self._placeholders.is_word(node.value):
+            self._words.setdefault(node.value, False)
+            return ast.copy_location(ast.Name(node.value, ast.Load()), node)
+        self._texts.append(node)
+        return node
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        for part in node.values:
+            if isinstance(part, ast.Constant):
+                self._texts.append(part)
+            else:
+                self.visit(part)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        return self._visit_read(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
+        return self._visit_read(node)
+
+    def _visit_read(self, node: ast.Attribute | ast.Subscript) -> ast.expr:
+        if isinstance(node.value, ast.Name) and node.value.id == "_base_":
+            self.reads_base = True
+            node.value.id = _BASE_VALUES
+        self.generic_visit(node)
+        return node

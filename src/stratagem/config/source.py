@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -31,7 +31,8 @@ class Source:
     """One layer: what a file (or the command line) says by itself, before anything is merged.
 
     ``suffix`` names the language of ``text`` (``".py"``, ``".yaml"`` ...) and is empty for a layer without a file,
-    such as overrides. ``list_keys`` tells that keys of digits mean items of lists.
+    such as overrides. ``list_keys`` tells that keys of digits mean items of lists. ``environment`` are the variables
+    that placeholders used, ``modules`` the top packages that a pure-Python configuration names without importing them.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Source:
     text: str = ""
     suffix: str = ""
     list_keys: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
+    modules: frozenset[str] = frozenset()
 
     @property
     def folder(self) -> Path:

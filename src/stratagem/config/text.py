@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from stratagem.errors import ConfigFileError, ConfigValueError
+from stratagem.utils.lazy import LazyObject, lazy_name
 
 __all__ = ["python_text", "text_of"]
 
@@ -112,6 +113,8 @@ def _plain(value: Any) -> Any:
 
 
 def _name(value: Any) -> str:
+    if isinstance(value, LazyObject):
+        return lazy_name(value)
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)

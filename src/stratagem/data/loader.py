@@ -94,7 +94,7 @@ class _WorkerSeed:
     def __call__(self, worker: int) -> None:
         seed = stream_seed(self.seed, self.epoch, self.rank, worker)
         random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 -- augmentations in the wild draw from the legacy generator
+        np.random.seed(seed)
         torch.manual_seed(seed)
 
 
@@ -128,6 +128,9 @@ def build_dataloader(
     dealt = {"rank": rank, "world_size": world_size}
     if not isinstance(dataset, IterableDataset):
         cfg |= _build_samplers(cfg, dataset, seed=seed, training=training, dealt=dealt)
+    # Torch draws the workers' base seed when an iteration begins: from a generator of the loader's own, so that stopping
+    # and going on does not shift the model's random numbers.
+    cfg.setdefault("generator", torch.Generator().manual_seed(stream_seed(seed, rank)))
     cfg["collate_fn"] = _build_function(cfg.get("collate_fn", pseudo_collate), "collate_fn")
     if cfg.get("worker_init_fn") is None:
         cfg["worker_init_fn"] = _WorkerSeed(seed, rank)

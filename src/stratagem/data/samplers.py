@@ -71,9 +71,9 @@ class DefaultSampler(PositionedSampler):
     def __init__(
         self,
         dataset: Sized,
-        shuffle: bool = True,  # noqa: FBT001, FBT002 -- positional in the configurations that people have
+        shuffle: bool = True,
         seed: int | None = None,
-        round_up: bool = True,  # noqa: FBT001, FBT002
+        round_up: bool = True,
         *,
         rank: int | None = None,
         world_size: int | None = None,
@@ -130,7 +130,7 @@ class InfiniteSampler(PositionedSampler):
     def __init__(
         self,
         dataset: Sized,
-        shuffle: bool = True,  # noqa: FBT001, FBT002 -- positional in the configurations that people have
+        shuffle: bool = True,
         seed: int | None = None,
         *,
         rank: int | None = None,

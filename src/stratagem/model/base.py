@@ -70,14 +70,14 @@ class BaseModel(nn.Module, ABC):
         of those whose name contains "loss".
         """
         with optim_wrapper.optim_context(self):
-            losses = call_forward(self, self.data_preprocessor(data, True), "loss")  # noqa: FBT003
+            losses = call_forward(self, self.data_preprocessor(data, True), "loss")
         loss, weight, log_vars = parse_losses(losses)
         optim_wrapper.update_params(loss, weight=weight)
         return log_vars
 
     def val_step(self, data: Any) -> Any:
         """Return the predictions for one batch."""
-        return call_forward(self, self.data_preprocessor(data, False), "predict")  # noqa: FBT003
+        return call_forward(self, self.data_preprocessor(data, False), "predict")
 
     def test_step(self, data: Any) -> Any:
         """Return the predictions for one batch; the same as in validation."""

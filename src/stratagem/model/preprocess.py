@@ -49,13 +49,13 @@ class BaseDataPreprocessor(nn.Module):
         self.device = _CPU
         self.non_blocking = non_blocking
 
-    def _apply(self, fn: Any, recurse: bool = True) -> BaseDataPreprocessor:  # noqa: FBT001, FBT002 -- torch's signature
+    def _apply(self, fn: Any, recurse: bool = True) -> BaseDataPreprocessor:
         super()._apply(fn, recurse)
         # What `to`, `cuda`, `cpu` ... do to tensors tells where the model went.
         self.device = fn(torch.empty(0, device=self.device)).device
         return self
 
-    def forward(self, data: Any, training: bool = False) -> Any:  # noqa: ARG002, FBT001, FBT002 -- for those who derive
+    def forward(self, data: Any, training: bool = False) -> Any:
         """Return ``data`` on the model's device. ``training`` tells whether it comes from a training step."""
         # A model on the CPU gets its data from there; walking through the batch would be all for nothing.
         return data if self.device == _CPU else to_device(data, self.device, non_blocking=self.non_blocking)

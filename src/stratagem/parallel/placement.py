@@ -56,5 +56,5 @@ class Placement(ABC):
         """Return the model without what :meth:`place` put around it."""
 
     @abstractmethod
-    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:  # noqa: FBT001 -- called each iteration
+    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         """Return the context of one micro-batch: with ``sync=False`` its gradients stay on this rank."""

@@ -58,7 +58,7 @@ class Replica(DistributedDataParallel):
         self._passed = False
         # The plain function, so that `self` in it is the replica.
         step = type(self.module).train_step
-        outputs: dict[str, Tensor] = cast(Any, step)(self, data, optim_wrapper=optim_wrapper)
+        outputs: dict[str, Tensor] = cast("Any", step)(self, data, optim_wrapper=optim_wrapper)
         if not self._passed:
             name = type(self.module).__name__
             raise PlacementError(
@@ -70,11 +70,11 @@ class Replica(DistributedDataParallel):
 
     def val_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged, so ranks may have different numbers of batches."""
-        return cast(Trainable, self.module).val_step(data)
+        return cast("Trainable", self.module).val_step(data)
 
     def test_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged."""
-        return cast(Trainable, self.module).test_step(data)
+        return cast("Trainable", self.module).test_step(data)
 
 
 @final
@@ -118,6 +118,11 @@ class Replicated(Placement):
             model = convert_sync_batchnorm(model, self._sync_bn)
             self._logger.info("Converted BatchNorm layers to SyncBatchNorm.")
         model = steps.compile(model.to(world.device))
+        if "train_step" in vars(model):
+            raise PlacementError(
+                "compile: target='train_step' cannot be used under DDP, whose hooks around forward it would leave out. "
+                "Compile target='forward'."
+            )
         # On the bare model: its parameters' names are the ones that rules for parameter groups are written for.
         optim = steps.make_optim(model) if steps.make_optim else None
         return Placed(
@@ -150,7 +155,7 @@ class Replicated(Placement):
         if sync:
             return NO_CONTEXT
         if isinstance(model, DistributedDataParallel):
-            return cast(AbstractContextManager[object], model.no_sync())
+            return cast("AbstractContextManager[object]", model.no_sync())
         return _no_sync_of_children(model)
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError
 from stratagem.utils import did_you_mean, import_object
+from stratagem.utils.lazy import resolve_all
 from stratagem.utils.places import place_of
 from stratagem.utils.signatures import arguments_of
 
@@ -19,12 +20,12 @@ class Names(Protocol):
     """What building needs of a registry."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
     @property
-    def scope(self) -> str: ...  # noqa: D102
-    def get(self, key: str) -> Callable[..., Any] | None: ...  # noqa: D102
-    def names(self) -> list[str]: ...  # noqa: D102
-    def switch_scope_and_registry(self, scope: str | None) -> Any: ...  # noqa: D102
+    def scope(self) -> str: ...
+    def get(self, key: str) -> Callable[..., Any] | None: ...
+    def names(self) -> list[str]: ...
+    def switch_scope_and_registry(self, scope: str | None) -> Any: ...
 
 
 def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mapping[str, Any] | None = None) -> Any:
@@ -79,7 +80,7 @@ def _arguments(cfg: object, registry: Names, default_args: Mapping[str, Any] | N
         raise ConfigTypeError(f"A {registry.name} is described by a mapping with a 'type', not by {cfg!r}.")
     if not (default_args is None or isinstance(default_args, Mapping)):
         raise ConfigTypeError(f"default_args must be a mapping or None, not {default_args!r}.")
-    return {**(default_args or {}), **cfg}
+    return {key: resolve_all(value) for key, value in {**(default_args or {}), **cfg}.items()}
 
 
 def _resolve(kind: object, registry: Names, cfg: Mapping[str, Any]) -> Any:

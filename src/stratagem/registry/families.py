@@ -41,14 +41,14 @@ class Members(Family):
         self._base = base
         self._spelled = dict(spelled)
 
-    def find(self, name: str) -> Callable[..., Any] | None:  # noqa: D102
+    def find(self, name: str) -> Callable[..., Any] | None:
         short = name.removeprefix(f"{self._module}.")
         if not short.isidentifier() or short.startswith("_"):
             return None
         found = getattr(import_module(self._module), self._spelled.get(short, short), None)
         return found if self._accepts(found) else None
 
-    def names(self) -> Iterable[str]:  # noqa: D102
+    def names(self) -> Iterable[str]:
         members = inspect.getmembers(import_module(self._module), self._accepts)
         return [name for name, _ in members if not name.startswith("_")] + list(self._spelled)
 
@@ -71,10 +71,10 @@ class Constructors(Family):
         self._maker = maker
         self._lister = lister
 
-    def find(self, name: str) -> Callable[..., Any] | None:  # noqa: D102
+    def find(self, name: str) -> Callable[..., Any] | None:
         if not name.startswith(self._prefix):
             return None
         return partial(import_object(self._maker), name.removeprefix(self._prefix))
 
-    def names(self) -> Iterable[str]:  # noqa: D102
+    def names(self) -> Iterable[str]:
         return [f"{self._prefix}{name}" for name in import_object(self._lister)()]

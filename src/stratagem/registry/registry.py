@@ -62,7 +62,7 @@ class Registry:
         self._ready = dict(ready or {})
         self._families = tuple(families)
         self._locations = list(locations)
-        self._build_func: BuildFunction = build_func or (parent.build_func if parent else build_from_cfg)
+        self._build_func: BuildFunction = build_func or (build_from_cfg if parent is None else parent.build_func)
         if parent is not None:
             parent._add_child(self)
 

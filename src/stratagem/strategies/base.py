@@ -149,7 +149,7 @@ class BaseStrategy(ABC):
         """Return a module as it is; build a mapping through ``MODELS``; see :func:`building.build_model`."""
         return building.build_model(model)
 
-    def compile_model(self, model: nn.Module, compile: bool | Mapping[str, Any] = False) -> nn.Module:  # noqa: A002, FBT001, FBT002 -- the contract's
+    def compile_model(self, model: nn.Module, compile: bool | Mapping[str, Any] = False) -> nn.Module:  # noqa: A002 -- the contract's
         """Compile a method of the model in place where asked; see :func:`building.compile_model`."""
         if building.compile_model(model, compile):
             self.logger.info("Compiling the model with torch.compile: the first iterations are slow.")
@@ -274,13 +274,13 @@ class BaseStrategy(ABC):
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
-    def _bare_model(self) -> nn.Module:
+    def bare_model(self) -> nn.Module:
         """Return the model without what its placement put around it."""
         return bare_model(self.model)
 
     def model_state_dict(self) -> dict[str, Any]:
         """Return the bare model's state on the CPU."""
-        return weights_to_cpu(self._bare_model().state_dict())
+        return weights_to_cpu(self.bare_model().state_dict())
 
     def optim_state_dict(self) -> dict[str, Any]:
         """Return the optimizer wrapper's state.
@@ -314,7 +314,7 @@ class BaseStrategy(ABC):
         Raises:
             CheckpointMismatchError: if no key matches, or with ``strict`` if anything differs.
         """
-        report = load_state_dict(self._bare_model(), state_dict, strict=strict, revise_keys=revise_keys)
+        report = load_state_dict(self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys)
         if not report.exact:
             self.logger.warning(report.describe())
         return report
@@ -332,25 +332,29 @@ class BaseStrategy(ABC):
         building.load_schedulers(self.param_schedulers, state_dict)
 
     def load_or_resume(
-        self, *, load_from: str | os.PathLike[str] | None = None, resume: bool | str | os.PathLike[str] = False
+        self,
+        *,
+        load_from: str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
+        callback: CheckpointCallback | None = None,
     ) -> StateTree | None:
         """Load weights, resume, or do nothing, as the two arguments say. Collective.
 
         ``resume`` with a path resumes from there; ``True`` from ``load_from`` where that is given, otherwise from the
         latest checkpoint under ``work_dir``, and where there is none it does nothing. ``load_from`` alone loads the
-        weights.
+        weights. ``callback`` is that of :meth:`load_checkpoint` and :meth:`resume`.
         """
         if not resume:
-            return None if load_from is None else self.load_checkpoint(load_from)
+            return None if load_from is None else self.load_checkpoint(load_from, callback=callback)
         if not isinstance(resume, bool):
-            return self.resume(resume)
+            return self.resume(resume, callback=callback)
         if load_from is not None:
-            return self.resume(load_from)
+            return self.resume(load_from, callback=callback)
         latest = self._agree_on_latest()
         if latest is None:
             self.logger.info("No checkpoint to resume from under %s; starting anew.", self.work_dir)
             return None
-        return self.resume(latest)
+        return self.resume(latest, callback=callback)
 
     def _agree_on_latest(self) -> Path | None:
         """Return rank 0's choice, so that all ranks go on from the same step."""

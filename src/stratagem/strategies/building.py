@@ -34,7 +34,7 @@ def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
     return built
 
 
-def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool:  # noqa: A002, FBT001 -- the contract's name
+def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool:  # noqa: A002 -- the contract's name
     """Replace a method of ``model`` by its compiled form, in place; tell whether that was asked for.
 
     Args:

@@ -58,7 +58,7 @@ class ComposedStrategy(BaseStrategy):
         elif optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None:
             # Prepared for evaluation first; now it is to be trained.
             self._set_horizon(dispatch_kwargs or {})
-            self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self._bare_model()))
+            self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.bare_model()))
         if param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None:
             if BaseStrategy.optim_wrapper.get(self) is None:
                 raise ConfigValueError(
@@ -71,7 +71,7 @@ class ComposedStrategy(BaseStrategy):
         self,
         model: nn.Module | Mapping[str, Any],
         optim_wrapper: Any,
-        compile: bool | Mapping[str, Any],  # noqa: A002, FBT001
+        compile: bool | Mapping[str, Any],  # noqa: A002
         dispatch_kwargs: Mapping[str, Any],
     ) -> None:
         self._set_horizon(dispatch_kwargs)
@@ -108,7 +108,7 @@ class ComposedStrategy(BaseStrategy):
         self.optim_wrapper = optim
         self._scale_lr()
 
-    def _bare_model(self) -> nn.Module:
+    def bare_model(self) -> nn.Module:
         return self._placement.bare(self.model)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class ComposedStrategy(BaseStrategy):
         self.load_model_state_dict(model_part(checkpoint, filename))
         used = {"state_dict"}
         if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
-            write_optim(self.optim_wrapper, _part(checkpoint, "optimizer", filename), self._bare_model())
+            write_optim(self.optim_wrapper, _part(checkpoint, "optimizer", filename), self.bare_model())
             used.add("optimizer")
         if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
             self.load_scheduler_state_dict(_part(checkpoint, "param_schedulers", filename))
@@ -170,15 +170,15 @@ class ComposedStrategy(BaseStrategy):
     def _write(
         self,
         filename: str | os.PathLike[str],
-        save_optimizer: bool,  # noqa: FBT001
-        save_param_scheduler: bool,  # noqa: FBT001
+        save_optimizer: bool,
+        save_param_scheduler: bool,
         extra_ckpt: Mapping[str, Any] | None,
         callback: CheckpointCallback | None,
         generators: list[dict[str, Any]],
     ) -> None:
-        checkpoint: StateTree = {"state_dict": weights_to_cpu(self._bare_model().state_dict())}
+        checkpoint: StateTree = {"state_dict": weights_to_cpu(self.bare_model().state_dict())}
         if save_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
-            checkpoint["optimizer"] = read_optim(self.optim_wrapper, self._bare_model())
+            checkpoint["optimizer"] = read_optim(self.optim_wrapper, self.bare_model())
         if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
             checkpoint["param_schedulers"] = self.scheduler_state_dict()
         checkpoint["generators"] = {str(rank): state for rank, state in enumerate(generators)}

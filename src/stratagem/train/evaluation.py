@@ -75,7 +75,9 @@ class Evaluator:
         for name, metric in self._metrics.items():
             for key, value in _values(name, metric, size).items():
                 if key in values:
-                    raise ConfigValueError(f"Two metrics give a value called {key!r}. Give one of them a prefix or a name.")
+                    raise ConfigValueError(
+                        f"Two metrics give a value called {key!r}. Give one of them a prefix or a name."
+                    )
                 values[key] = value
         return values
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, final
+from typing import Any, final
 
 from stratagem.train.priority import Priority, get_priority
 
@@ -42,7 +42,7 @@ class Hook:
     from 0. While an iteration's hooks run, ``run.iter`` does not count it yet; the same goes for ``run.epoch``.
     """
 
-    priority: ClassVar[int | str | Priority] = Priority.NORMAL
+    priority: int | str | Priority = Priority.NORMAL
 
     def before_run(self, run: Any) -> None:
         """Before anything else, when all is built and loaded."""

@@ -26,7 +26,7 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
     progress, interrupt = run.progress, run.interrupt
     before, after = run.events["before_train_iter"], run.events["after_train_iter"]
     model, optim = run.model, run.optim_wrapper
-    train_step = cast(Trainable, model).train_step
+    train_step = cast("Trainable", model).train_step
     model.train()
     first = progress.iter
     for batch in islice(batches, count):
@@ -77,7 +77,9 @@ class EpochBasedTrainLoop:
         run.progress.max_epochs = _positive("max_epochs", max_epochs)
         run.progress.epoch_length = length = dataloader.length
         if length == 0:
-            raise ConfigValueError("The training data has no batch; is the dataset smaller than a batch with drop_last=True?")
+            raise ConfigValueError(
+                "The training data has no batch; is the dataset smaller than a batch with drop_last=True?"
+            )
         run.progress.max_iters = None if length is None else max_epochs * length
 
     def run(self) -> None:
@@ -87,7 +89,9 @@ class EpochBasedTrainLoop:
         events.call("before_train", run)
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
-            train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), None)
+            # A sampler without end does not end the epoch; its length does.
+            left = None if progress.epoch_length is None else progress.epoch_length - progress.batch
+            train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if progress.stop_training and progress.batch != progress.epoch_length:
                 break
             events.call("after_train_epoch", run)
@@ -193,7 +197,7 @@ class _EvaluationLoop:
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
-        step = cast(Any, run.model).val_step if mode == "val" else cast(Any, run.model).test_step
+        step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = events[f"before_{mode}_iter"], events[f"after_{mode}_iter"]
         for index, batch in enumerate(self.dataloader.batches(0)):
             for call in before:
@@ -203,7 +207,7 @@ class _EvaluationLoop:
             for call in after:
                 call(run, index, batch, outputs)
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
-        run.metrics = metrics
+        run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         events.call(f"after_{mode}_epoch", run, metrics=metrics)
         events.call(f"after_{mode}", run)
         return metrics

@@ -11,12 +11,13 @@ from torch import nn
 
 from stratagem.checkpoint import StateTree
 from stratagem.dist import World
-from stratagem.logging import JsonLinesWriter, Logger
+from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
 from stratagem.train.hook import Events
 from stratagem.train.progress import Position, Progress
 from stratagem.train.signals import Interrupt
+from stratagem.train.timing import Timing
 
 __all__ = ["Run"]
 
@@ -36,7 +37,10 @@ class Run:
         self.events = events
         self.progress = Progress()
         self.interrupt = Interrupt(distributed=strategy.world_size > 1)
+        self.timing = Timing()
+        self.bar: TrainingProgress | None = None
         self.metrics: dict[str, Any] = {}
+        self.evaluated_batches: int | None = None
         self.last_checkpoint: Path | None = None
         self._config_text = config_text
         self._scalars: JsonLinesWriter | None = None
@@ -144,7 +148,10 @@ class Run:
         self.last_checkpoint = Path(path)
 
     def close(self) -> None:
-        """Close the files of the run. Idempotent."""
+        """Close the files of the run and take its bar from the terminal. Idempotent."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
         if self._scalars is not None:
             self._scalars.close()
             self._scalars = None

@@ -13,13 +13,16 @@ __all__ = ["did_you_mean", "nearest_names", "refuse_unknown"]
 def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     """Return at most ``most`` of ``known``, nearest first; empty where nothing is near.
 
-    Case and the difference between ``_`` and ``-`` do not count.
+    Case and the difference between ``_`` and ``-`` do not count. Names that one slip of the fingers turns into ``name``
+    (a character dropped, doubled, added, replaced, or two swapped) come first, however short they are.
     """
     folded: dict[str, str] = {}
     for candidate in known:
         folded.setdefault(candidate.casefold().replace("-", "_"), candidate)
     wanted = name.casefold().replace("-", "_")
-    return [folded[near] for near in difflib.get_close_matches(wanted, folded, n=most, cutoff=0.6)]
+    slips = sorted(candidate for candidate in folded if _one_slip_apart(wanted, candidate))
+    close = difflib.get_close_matches(wanted, folded, n=most, cutoff=0.6)
+    return [folded[near] for near in dict.fromkeys((*slips, *close))][:most]
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
@@ -46,3 +49,14 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
         raise ConfigKeyError(
             "\n".join(f"{where}: {name!r} is not known. {did_you_mean(name, known)}" for name in unknown)
         )
+
+
+def _one_slip_apart(one: str, other: str) -> bool:
+    if abs(len(one) - len(other)) > 1:
+        return False
+    start = 0
+    while start < min(len(one), len(other)) and one[start] == other[start]:
+        start += 1
+    one, other = one[start:], other[start:]
+    swapped = one[:2] == other[:2][::-1] and one[2:] == other[2:]
+    return swapped or one[1:] == other[1:] or one[1:] == other or one == other[1:]

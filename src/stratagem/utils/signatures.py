@@ -1,38 +1,235 @@
-"""Which arguments a class or function takes."""
+"""Which arguments a class or function takes, also those that it hands on in ``**kwargs``."""
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
 __all__ = ["Arguments", "arguments_of"]
 
+# Reading a dict of keyword arguments in these ways takes no other name than the one in the call.
+_READING_METHODS = frozenset({"pop", "get", "setdefault"})
+
 
 @final
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The names that a target takes as keywords. ``open`` means that it takes any other name as well."""
+    """The names that a target takes as keywords. ``open`` means that it may take any other name as well."""
 
-    names: tuple[str, ...]
-    required: frozenset[str]
-    open: bool
+    names: tuple[str, ...] = ()
+    required: frozenset[str] = frozenset()
+    open: bool = False
 
     def accept(self, name: str) -> bool:
         """Tell whether the target takes an argument of this name."""
         return self.open or name in self.names
 
+    def __or__(self, other: Arguments) -> Arguments:
+        """Return what is taken by either; what only the other requires may be given by the code that hands it on."""
+        names = dict.fromkeys((*self.names, *other.names))
+        return Arguments(tuple(names), self.required, self.open or other.open)
+
+
+_ANYTHING = Arguments(open=True)
+_NOTHING = Arguments()
+
 
 def arguments_of(target: Callable[..., Any]) -> Arguments:
-    """Return what ``target`` takes; a target without a readable signature takes everything."""
+    """Return what ``target`` takes.
+
+    ``**kwargs`` is followed where the source says where it goes: to the next class's ``__init__``, to a function or
+    class of the module, or into ``kwargs.pop("name")``. Where it cannot be followed, every name is taken.
+    """
+    if isinstance(target, functools.partial):
+        inner = arguments_of(target.func)
+        try:
+            bound = inspect.signature(target.func).bind_partial(*target.args, **target.keywords).arguments
+        except (TypeError, ValueError):
+            return inner
+        positional = set(list(bound)[: len(target.args)])
+        names = tuple(name for name in inner.names if name not in positional)
+        return Arguments(names, inner.required - bound.keys(), inner.open)
     try:
-        parameters = inspect.signature(target).parameters.values()
+        parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
-        return Arguments((), frozenset(), open=True)
-    keywords = [item for item in parameters if item.kind in {item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY}]
+        return _ANYTHING
+    taken = _own(parameters)
+    if not taken.open:
+        return taken
+    if isinstance(target, type):
+        return _replace_open(taken, _forwarded_by_class(target))
+    function = inspect.unwrap(target)
+    owner = type(target.__self__) if inspect.ismethod(target) and not isinstance(target.__self__, type) else None
+    return _replace_open(taken, _forwarded(getattr(function, "__func__", function), owner))
+
+
+def _own(parameters: list[inspect.Parameter]) -> Arguments:
+    named = [item for item in parameters if item.kind in {item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY}]
     return Arguments(
-        tuple(item.name for item in keywords),
-        frozenset(item.name for item in keywords if item.default is item.empty),
+        tuple(item.name for item in named),
+        frozenset(item.name for item in named if item.default is item.empty),
         any(item.kind is item.VAR_KEYWORD for item in parameters),
     )
+
+
+def _replace_open(taken: Arguments, forwarded: Arguments) -> Arguments:
+    return Arguments(taken.names, taken.required) | forwarded
+
+
+def _forwarded_by_class(target: type) -> Arguments:
+    """Return what ``**kwargs`` of a class's constructor may hold."""
+    if type(target).__call__ is not type.__call__:
+        return _ANYTHING
+    for name in ("__new__", "__init__"):
+        owner = _owner(target, name)
+        if owner is not object:
+            return _forwarded(vars(owner)[name], target, owner)
+    return _NOTHING
+
+
+def _owner(target: type, name: str, after: type | None = None) -> type:
+    order = target.__mro__
+    start = order.index(after) + 1 if after is not None else 0
+    return next((owner for owner in order[start:] if name in vars(owner)), object)
+
+
+def _forwarded(function: Any, cls: type | None, owner: type | None = None) -> Arguments:
+    """Return what the ``**kwargs`` of a function may hold, by what its source does with them."""
+    function = getattr(function, "__func__", function)
+    if (
+        getattr(function, "__module__", None) == "torch.nn.modules.module"
+        and function.__qualname__ == "Module.__init__"
+    ):
+        return _NOTHING  # takes *args and **kwargs only to refuse them with a better message
+    node = _syntax(function)
+    if node is None or node.args.kwarg is None:
+        return _ANYTHING if node is None else _NOTHING
+    uses = _Uses(node.args.kwarg.arg)
+    for statement in node.body:
+        uses.visit(statement)
+    if uses.elsewhere:
+        return _ANYTHING
+    taken = Arguments(tuple(uses.names))
+    for call in uses.calls:
+        taken |= _left_over(_callee(call.func, function, cls, owner), call)
+    return taken
+
+
+def _left_over(taken: Arguments, call: ast.Call) -> Arguments:
+    """Return what can still be given to a call beside the arguments that are written in it."""
+    written = {item.arg for item in call.keywords}
+    for name, argument in zip(taken.names, call.args, strict=False):
+        if isinstance(argument, ast.Starred):
+            break
+        written.add(name)
+    return Arguments(tuple(name for name in taken.names if name not in written), taken.required - written, taken.open)
+
+
+@functools.lru_cache(maxsize=512)
+def _syntax(function: Any) -> ast.FunctionDef | None:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return next((node for node in tree.body if isinstance(node, ast.FunctionDef)), None)
+
+
+@final
+class _Uses(ast.NodeVisitor):
+    """What a function does with the dict of its keyword arguments."""
+
+    def __init__(self, kwargs: str) -> None:
+        self.calls: list[ast.Call] = []
+        self.names: list[str] = []
+        self.elsewhere = False
+        self._kwargs = kwargs
+
+    def visit_Call(self, node: ast.Call) -> None:
+        match node.func:
+            case ast.Attribute(value=ast.Name(id=name), attr=method) if name == self._kwargs:
+                self._method(node, method)
+                return
+        if any(item.arg is None and self._is_kwargs(item.value) for item in node.keywords):
+            self.calls.append(node)
+        self.visit(node.func)
+        for child in (*node.args, *(item.value for item in node.keywords if item.arg is not None)):
+            self.visit(child)
+        for item in node.keywords:
+            if item.arg is None and not self._is_kwargs(item.value):
+                self.visit(item.value)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        if self._is_kwargs(node.value) and isinstance(node.slice, ast.Constant):
+            self.names.append(str(node.slice.value))
+            return
+        self.generic_visit(node)
+
+    def visit_Compare(self, node: ast.Compare) -> None:
+        if len(node.ops) == 1 and isinstance(node.ops[0], ast.In | ast.NotIn) and self._is_kwargs(node.comparators[0]):
+            if isinstance(node.left, ast.Constant):
+                self.names.append(str(node.left.value))
+            self.visit(node.left)
+            return
+        self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        # `if kwargs: raise ...` refuses what is left: reading kwargs for the message takes nothing.
+        if self._is_kwargs(node.test) and isinstance(node.body[-1], ast.Raise):
+            for statement in node.orelse:
+                self.visit(statement)
+            return
+        self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> None:
+        if node.id == self._kwargs:
+            self.elsewhere = True
+
+    def _method(self, node: ast.Call, method: str) -> None:
+        if method in _READING_METHODS and node.args and isinstance(node.args[0], ast.Constant):
+            self.names.append(str(node.args[0].value))
+        elif method != "update":
+            self.elsewhere = True
+        for child in (*node.args, *(item.value for item in node.keywords)):
+            self.visit(child)
+
+    def _is_kwargs(self, node: ast.expr) -> bool:
+        return isinstance(node, ast.Name) and node.id == self._kwargs
+
+
+def _callee(called: ast.expr, function: Any, cls: type | None, owner: type | None) -> Arguments:
+    """Return what the called function takes, which is handed ``**kwargs``."""
+    match called:
+        case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name) if (
+            cls is not None and owner is not None
+        ):
+            following = _owner(cls, name, after=owner)
+            if following is object:
+                return _NOTHING
+            method = vars(following)[name]
+            method = getattr(method, "__func__", method)
+            try:
+                taken = _own(list(inspect.signature(method).parameters.values())[1:])
+            except (TypeError, ValueError):
+                return _ANYTHING
+            return _replace_open(taken, _forwarded(method, cls, following)) if taken.open else taken
+    names = list(_dotted(called))
+    found: Any = getattr(function, "__globals__", {}).get(names[0]) if names else None
+    for name in names[1:]:
+        found = getattr(found, name, None)
+    return arguments_of(found) if callable(found) and found is not function else _ANYTHING
+
+
+def _dotted(node: ast.expr) -> Iterator[str]:
+    """Give the names of ``a.b.c``; nothing for any other expression."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    if isinstance(node, ast.Name):
+        yield node.id
+        yield from reversed(names)

@@ -1,0 +1,249 @@
+"""Refuse a configuration with a key or an argument that nobody reads, before anything is built.
+
+What is known is data: the caller gives, for each key, a ``Section`` that says what may stand there. This module knows
+no section and no registry of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, final
+
+from stratagem.config.config import Config
+from stratagem.config.keys import KeyPath, path_text
+from stratagem.config.source import Origin
+from stratagem.errors import ConfigKeyError, StratagemError
+from stratagem.utils import did_you_mean, import_object, nearest_names
+from stratagem.utils.signatures import Arguments, arguments_of
+
+__all__ = ["FREE_KEY", "Names", "Problem", "Rule", "Section", "check", "require"]
+
+# The one section that carries values which nobody reads: texts to refer to, anchors of a YAML file, notes.
+FREE_KEY = "vars"
+# Read while the file is loaded.
+_READ_KEYS = frozenset({FREE_KEY, "custom_imports"})
+# Read by whatever builds a mapping with a type.
+_BUILD_KEYS = frozenset({"type", "_scope_"})
+
+
+class Names(Protocol):
+    """What checking needs of a registry."""
+
+    @property
+    def name(self) -> str: ...
+    def get(self, key: str) -> Callable[..., Any] | None: ...
+    def names(self) -> Iterable[str]: ...
+    def switch_scope_and_registry(self, scope: str | None) -> AbstractContextManager[Any]: ...
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """What may stand at one place of a configuration. Without any field, anything may.
+
+    Args:
+        registry: A mapping here is built by it, and a list is one of such mappings.
+        target: A mapping here is the arguments of this ``"module:name"``.
+        default_type: The ``type`` of a mapping that gives none.
+        by_name: A text here is a name in the registry.
+        supplied: Arguments that the program gives.
+        keys: Further keys of a mapping here, and what may stand below each; also of arguments of the target.
+        others: What may stand below any other key; None if there is none.
+    """
+
+    registry: Names | None = None
+    target: str | None = None
+    default_type: str | None = None
+    by_name: bool = False
+    supplied: frozenset[str] = frozenset()
+    keys: Mapping[str, Rule] = field(default_factory=dict)
+    others: Rule | None = None
+
+    @property
+    def anything(self) -> bool:
+        """Whether nothing is known of what stands here."""
+        return self.registry is None and self.target is None and not self.keys and self.others is None
+
+
+# A section, or a function that chooses one by what stands there.
+Rule = Section | Callable[[Any], Section]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: at which path, given where, and what to do."""
+
+    path: str
+    origin: Origin | None
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.origin}): {self.message}" if self.origin else f"{self.path}: {self.message}"
+
+
+def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = None) -> list[Problem]:
+    """Return all problems of a configuration, in its order; empty if there is none.
+
+    A problem is a top-level key that no section has, a key that nothing in its section reads, a ``type`` that is not
+    registered, and an argument that the target of a ``type`` does not take or misses. Targets are imported for that,
+    nothing is built. A mapping deep in the arguments of a target may be meant for code that is not known here: it is
+    checked as far as the registry of its section knows its ``type``, and only what looks like a slip is a problem.
+
+    Args:
+        config: What to check.
+        sections: What may stand below each top-level key.
+        scope: The library whose names go first.
+    """
+    top = Section(keys={**sections, **dict.fromkeys(_READ_KEYS, Section())})
+    return list(_Check(config, scope).mapping(config, top, ()))
+
+
+def require(config: Config, sections: Mapping[str, Rule], *, scope: str | None = None) -> None:
+    """Check a configuration and refuse it with all its problems at once; see ``check``.
+
+    Raises:
+        ConfigKeyError: if there is a problem.
+    """
+    problems = check(config, sections, scope=scope)
+    if len(problems) == 1:
+        raise ConfigKeyError(str(problems[0]))
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ConfigKeyError(f"{config.filename or 'The configuration'} has {len(problems)} problems:\n{listed}")
+
+
+@final
+class _Check:
+    """A walk through one configuration."""
+
+    def __init__(self, config: Config, scope: str | None) -> None:
+        self._config = config
+        self._scope = scope
+
+    def value(self, value: Any, rule: Rule, path: KeyPath) -> Iterator[Problem]:
+        section = rule if isinstance(rule, Section) else rule(value)
+        if section.anything:
+            return
+        if isinstance(value, Mapping):
+            yield from self.mapping(value, section, path)
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                yield from self.value(item, section, (*path, index))
+        elif isinstance(value, str) and section.by_name and section.registry is not None:
+            yield from self._named(value, section.registry, self._scope, path)[1]
+
+    def mapping(self, node: Mapping[str, Any], section: Section, path: KeyPath) -> Iterator[Problem]:
+        """Check a mapping and all below it."""
+        target = None
+        if section.target is not None:
+            target = import_object(section.target)
+        elif section.registry is not None:
+            target, problems = self._target(node, section, section.registry, path)
+            yield from problems
+            if target is None:
+                return
+        taken = Arguments() if target is None else arguments_of(target)
+        for key in node:
+            below = (*path, key)
+            if key in section.keys:
+                yield from self._below(node, key, section.keys[key], below)
+            elif target is not None and key in _BUILD_KEYS:
+                continue
+            elif target is not None and taken.accept(key):
+                yield from self._argument(node, key, section.registry, below)
+            elif section.others is not None:
+                yield from self._below(node, key, section.others, below)
+            else:
+                yield self._unknown(key, section, taken, below, target)
+        missing = sorted(taken.required - node.keys() - section.supplied)
+        if missing:
+            yield self._problem(path, f"{_title(target)} needs {', '.join(map(repr, missing))}, not given here.")
+
+    def _below(self, node: Mapping[str, Any], key: str, rule: Rule, path: KeyPath) -> Iterator[Problem]:
+        try:
+            value = node[key]
+        except StratagemError as error:  # a lazy object that cannot be imported
+            yield self._problem(path, str(error))
+        else:
+            yield from self.value(value, rule, path)
+
+    def _argument(self, node: Any, key: str | int, registry: Names | None, path: KeyPath) -> Iterator[Problem]:
+        """Check mappings in an argument, of which it is not sure that this registry builds them."""
+        try:
+            value = node[key]
+        except StratagemError as error:
+            yield self._problem(path, str(error))
+            return
+        if isinstance(value, list | tuple):
+            for index in range(len(value)):
+                yield from self._argument(value, index, registry, (*path, index))
+        elif isinstance(value, Mapping):
+            yield from self._slips(value, registry, path)
+            for name in value:
+                yield from self._argument(value, name, registry, (*path, name))
+
+    def _slips(self, node: Mapping[str, Any], registry: Names | None, path: KeyPath) -> Iterator[Problem]:
+        if registry is None or "type" not in node:
+            return
+        try:
+            target = _find(node["type"], registry, node.get("_scope_", self._scope))
+        except StratagemError as error:
+            yield self._problem((*path, "type"), str(error))
+            return
+        taken = Arguments(open=True) if target is None else arguments_of(target)
+        for key in node:
+            if not (key in _BUILD_KEYS or taken.accept(key)) and set(nearest_names(key, taken.names)) - node.keys():
+                yield self._unknown(key, Section(), taken, (*path, key), target)
+
+    def _target(
+        self, node: Mapping[str, Any], section: Section, registry: Names, path: KeyPath
+    ) -> tuple[Any, list[Problem]]:
+        try:
+            kind = node.get("type", section.default_type)
+        except StratagemError as error:
+            return None, [self._problem((*path, "type"), str(error))]
+        if kind is None:
+            near = nearest_names("type", [str(key) for key in node])
+            hint = f" Did you mean it by {near[0]!r}?" if near else ""
+            return None, [self._problem(path, f"the key 'type', which names a {registry.name}, is missing.{hint}")]
+        return self._named(kind, registry, node.get("_scope_", self._scope), (*path, "type"))
+
+    def _named(self, kind: Any, registry: Names, scope: str | None, path: KeyPath) -> tuple[Any, list[Problem]]:
+        try:
+            target = _find(kind, registry, scope)
+        except StratagemError as error:
+            return None, [self._problem(path, str(error))]
+        if target is None:
+            suggestion = did_you_mean(str(kind), registry.names())
+            return None, [self._problem(path, f"{kind!r} is no registered {registry.name}. {suggestion}")]
+        return target, []
+
+    def _unknown(self, key: str, section: Section, taken: Arguments, path: KeyPath, target: Any) -> Problem:
+        suggestion = did_you_mean(str(key), {*section.keys, *taken.names} - section.supplied)
+        if target is not None:
+            return self._problem(path, f"{_title(target)} takes no argument {key!r}. {suggestion}")
+        if len(path) > 1:
+            return self._problem(path, f"nobody reads the key {key!r}. {suggestion}")
+        return self._problem(
+            path, f"nobody reads the key {key!r}. {suggestion} Values for yourself go below {FREE_KEY!r}."
+        )
+
+    def _problem(self, path: KeyPath, message: str) -> Problem:
+        origin = next(
+            (found for end in range(len(path), 0, -1) if (found := self._config.where(path_text(path[:end])))), None
+        )
+        return Problem(path_text(path), origin, message)
+
+
+def _find(kind: Any, registry: Names, scope: str | None) -> Any:
+    if not isinstance(kind, str):
+        return kind if callable(kind) else None
+    with registry.switch_scope_and_registry(scope) as scoped:
+        return scoped.get(kind)
+
+
+def _title(target: Any) -> str:
+    return getattr(target, "__qualname__", None) or repr(target)

@@ -1,0 +1,17 @@
+"""Paths of keys through nested configurations."""
+
+from __future__ import annotations
+
+__all__ = ["KeyPath", "parse_path", "path_text"]
+
+KeyPath = tuple[str | int, ...]
+
+
+def path_text(path: KeyPath) -> str:
+    """Return a path of keys and list indices as people write it: ``model.layers.0.depth``."""
+    return ".".join(map(str, path))
+
+
+def parse_path(text: str) -> KeyPath:
+    """Return the keys and list indices of a path such as ``model.layers.0.depth``."""
+    return tuple(int(key) if key.isdigit() else key for key in text.split("."))

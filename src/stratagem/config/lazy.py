@@ -1,0 +1,167 @@
+"""Pure-Python configurations: imports name classes, and ``with read_base():`` names bases; nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from stratagem.errors import ConfigParsingError
+from stratagem.utils.lazy import LazyObject
+
+__all__ = ["BaseImport", "LazyImports", "imported_names", "is_lazy", "locate_base", "take_base_imports", "take_imports"]
+
+# Only a text with an import statement is worth a syntax tree.
+HAS_IMPORT = re.compile(r"^\s*(?:import|from)\s", re.MULTILINE)
+
+LazyImports = dict[str, LazyObject]
+
+
+def imported_names(tree: ast.Module) -> set[str]:
+    """Return the names that the imports at the top level of a file give, none of which is a key."""
+    imports = [item for item in tree.body if isinstance(item, ast.Import | ast.ImportFrom)]
+    return {alias.asname or alias.name.partition(".")[0] for item in imports for alias in item.names}
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BaseImport:
+    """One ``from .module import names`` below ``read_base``; ``names`` is None for ``*``, else wanted name to alias."""
+
+    module: str
+    level: int
+    names: dict[str, str] | None
+    line: int
+
+
+def is_lazy(tree: ast.Module, name: str) -> bool:
+    """Tell whether a file is a pure-Python configuration: it has ``read_base``, or imports what Python does not bring.
+
+    A file with ``_base_`` is none: its imports are executed.
+
+    Raises:
+        ConfigParsingError: if it has both ``_base_`` and ``read_base``.
+    """
+    reads_base = any(_is_read_base(statement) for statement in tree.body)
+    has_base = any(
+        isinstance(statement, ast.Assign)
+        and any(isinstance(to, ast.Name) and to.id == "_base_" for to in statement.targets)
+        for statement in tree.body
+    )
+    if has_base and reads_base:
+        raise ConfigParsingError(f"{name} has both _base_ and read_base(). Use one of them.")
+    return not has_base and (reads_base or any(_is_foreign(statement) for statement in tree.body))
+
+
+def take_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
+    """Remove ``with read_base():`` from the tree and return what stands in it.
+
+    Raises:
+        ConfigParsingError: if something else than ``from module import names`` stands in it.
+    """
+    imports = []
+    kept: list[ast.stmt] = []
+    for statement in tree.body:
+        if not (isinstance(statement, ast.With) and _is_read_base(statement)):
+            kept.append(statement)
+            continue
+        for line in statement.body:
+            if not isinstance(line, ast.ImportFrom):
+                raise ConfigParsingError(
+                    f"{name}:{line.lineno}: below read_base() stands `from .base import *` and nothing else."
+                )
+            everything = line.names[0].name == "*"
+            names = None if everything else {item.name: item.asname or item.name for item in line.names}
+            imports.append(BaseImport(line.module or "", line.level, names, line.lineno))
+    tree.body = kept
+    return imports
+
+
+def take_imports(tree: ast.Module, name: str) -> LazyImports:
+    """Remove imports of what Python does not bring from the tree, and return a lazy object for each name.
+
+    Raises:
+        ConfigParsingError: for a relative import outside of ``read_base``, and for ``import *``.
+    """
+    taker = _ImportTaker(name)
+    taker.visit(tree)
+    ast.fix_missing_locations(tree)
+    return taker.imports
+
+
+def locate_base(wanted: BaseImport, name: str, find_package: Callable[[str], Path]) -> Path:
+    """Return the file that a base import means.
+
+    Raises:
+        ConfigParsingError: if no module is named.
+    """
+    if not wanted.module:
+        raise ConfigParsingError(f"{name}:{wanted.line}: name the file: `from .base import *`.")
+    parts = wanted.module.split(".")
+    if wanted.level:
+        folder = Path(name).parent
+        for _ in range(wanted.level - 1):
+            folder = folder / ".."
+    else:
+        folder = find_package(parts.pop(0))
+    return folder.joinpath(*parts).with_suffix(".py")
+
+
+@final
+class _ImportTaker(ast.NodeTransformer):
+    """Replaces imports by nothing and remembers what they name; functions keep theirs, they run later or never."""
+
+    def __init__(self, name: str) -> None:
+        self.imports: LazyImports = {}
+        self._name = name
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        return node
+
+    def visit_Import(self, node: ast.Import) -> ast.stmt | None:
+        known = [item for item in node.names if _is_known(item.name)]
+        for item in node.names:
+            if item not in known:
+                top = item.name.partition(".")[0]
+                self.imports[item.asname or top] = LazyObject(item.name if item.asname else top, "", self._at(node))
+        return ast.Import(known) if known else ast.Pass()
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | None:
+        if not _is_foreign(node):
+            return node
+        if node.level:
+            raise ConfigParsingError(f"{self._at(node)}: a relative import stands below `with read_base():`.")
+        for item in node.names:
+            if item.name == "*":
+                raise ConfigParsingError(f"{self._at(node)}: name what to import from {node.module}, instead of *.")
+            self.imports[item.asname or item.name] = LazyObject(node.module or "", item.name, self._at(node))
+        return ast.Pass()
+
+    def _at(self, node: ast.stmt) -> str:
+        return f"{self._name}:{node.lineno}"
+
+
+def _is_read_base(statement: ast.stmt) -> bool:
+    if not isinstance(statement, ast.With) or len(statement.items) != 1:
+        return False
+    match statement.items[0].context_expr:
+        case ast.Call(func=ast.Name(id="read_base") | ast.Attribute(attr="read_base")):
+            return True
+    return False
+
+
+def _is_foreign(statement: ast.stmt) -> bool:
+    match statement:
+        case ast.Import(names=names):
+            return not all(_is_known(item.name) for item in names)
+        case ast.ImportFrom(level=level, module=module):
+            return level > 0 or not _is_known(module or "")
+    return False
+
+
+def _is_known(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names

@@ -1,0 +1,87 @@
+"""Objects that are named now and imported when somebody needs them."""
+
+from __future__ import annotations
+
+from typing import Any, Never, final
+
+from stratagem.errors import ConfigKeyError, ConfigParsingError
+from stratagem.utils.imports import import_module, import_object
+
+__all__ = ["LazyObject", "lazy_name", "resolve", "resolve_all"]
+
+
+@final
+class LazyObject:
+    """A module, or something in it, that has not been imported. Its attributes are lazy objects, too.
+
+    Args:
+        module: The module to import.
+        path: The dotted name in it; empty for the module itself.
+        place: Where it is imported, such as ``"config.py:3"``, for errors.
+    """
+
+    # Private names, since any public attribute means one of the object that is not there yet.
+    __slots__ = ("_module", "_path", "_place")
+
+    def __init__(self, module: str, path: str = "", place: str = "") -> None:
+        self._module = module
+        self._path = path
+        self._place = place
+
+    def __getattr__(self, name: str) -> LazyObject:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return LazyObject(self._module, f"{self._path}.{name}" if self._path else name, self._place)
+
+    def __call__(self, *_: object, **__: object) -> Never:
+        raise ConfigParsingError(
+            f"{self._place}: {lazy_name(self)} is called, but configurations that import classes only name them. Write "
+            f"dict(type={lazy_name(self)}, ...), or add the line `_base_ = []`, with which imports are executed."
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LazyObject) and lazy_name(self) == lazy_name(other)
+
+    def __hash__(self) -> int:
+        return hash(lazy_name(self))
+
+    def __repr__(self) -> str:
+        return f"<{lazy_name(self)}, not imported yet>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LazyObject, (self._module, self._path, self._place)
+
+
+def lazy_name(lazy: LazyObject) -> str:
+    """Return the dotted path of a lazy object: ``torch.optim.SGD``."""
+    return f"{lazy._module}.{lazy._path}" if lazy._path else lazy._module
+
+
+def resolve(value: Any) -> Any:
+    """Return what a lazy object stands for, importing it now; any other value as it is.
+
+    Raises:
+        MissingDependencyError: if its module is not installed.
+        ConfigKeyError: if the module has no such name.
+    """
+    if not isinstance(value, LazyObject):
+        return value
+    try:
+        return import_object(f"{value._module}:{value._path}")
+    except ConfigKeyError as error:
+        if "." not in value._path:
+            # `from package import module` of a module that the package does not import by itself.
+            try:
+                return import_module(lazy_name(value))
+            except ImportError:
+                pass
+        raise ConfigKeyError(f"{value._place}: {error}") from error
+
+
+def resolve_all(value: Any) -> Any:
+    """Return ``value`` with the lazy objects in its lists and tuples resolved; dicts in them are kept as they are."""
+    if value.__class__ is list:
+        return [resolve_all(item) for item in value]
+    if value.__class__ is tuple:
+        return tuple(resolve_all(item) for item in value)
+    return resolve(value)
