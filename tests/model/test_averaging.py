@@ -18,6 +18,7 @@ from stratagem.model.averaging import (
 
 
 def set_to(model: nn.Module, value: float) -> None:
+    """Fill every parameter with one value."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(value)
@@ -34,6 +35,7 @@ def averages(average: AveragedModel, model: nn.Module, values: list[float]) -> l
 
 
 def model() -> nn.Linear:
+    """Return a model with two parameters."""
     return nn.Linear(2, 1)
 
 

@@ -28,6 +28,7 @@ class Net(nn.Module):
 
 
 def build(model: nn.Module, paramwise: dict[str, Any] | None = None, **optimizer: Any) -> BaseOptimWrapper:
+    """Return the wrapper of an SGD with these rules; an option that is None is left out."""
     options = {"type": "SGD", "lr": 1.0, "weight_decay": 0.1, **optimizer}
     cfg = {"optimizer": {key: value for key, value in options.items() if value is not None}}
     built = build_optim_wrapper(model, cfg if paramwise is None else {**cfg, "paramwise_cfg": paramwise})

@@ -12,6 +12,7 @@ from stratagem.optim import OptimWrapper, OptimWrapperDict
 
 
 def several() -> tuple[nn.Parameter, nn.Parameter, OptimWrapperDict]:
+    """Return two parameters and the wrappers, with rates 1 and 0.1, that train them."""
     first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     wrappers = OptimWrapperDict(a=OptimWrapper(SGD([first], lr=1.0)), b=OptimWrapper(SGD([second], lr=0.1)))
     return first, second, wrappers

@@ -12,12 +12,14 @@ from stratagem.optim import AmpOptimWrapper
 
 
 def wrapped(**options: object) -> tuple[nn.Linear, AmpOptimWrapper]:
+    """Return a model and its wrapper."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     return model, AmpOptimWrapper(SGD(model.parameters(), lr=0.1), **options)  # type: ignore[arg-type]
 
 
 def train(model: nn.Module, wrapper: AmpOptimWrapper, factor: float = 1.0) -> torch.dtype:
+    """Train one micro-batch and return the type of the outputs."""
     with wrapper.optim_context(model):
         outputs = model(torch.ones(3, 4))
     wrapper.update_params(outputs.float().mean() * factor)

@@ -17,6 +17,7 @@ from stratagem.optim import OptimWrapper
 
 
 def parameter(*values: float) -> nn.Parameter:
+    """Return a parameter, by default a single zero."""
     return nn.Parameter(torch.tensor(values or (0.0,)))
 
 

@@ -29,10 +29,12 @@ from stratagem.optim import (
 
 
 def optimizer(lr: float = 1.0, **options: object) -> SGD:
+    """Return an optimizer of one parameter."""
     return SGD([nn.Parameter(torch.zeros(1))], lr=lr, **options)  # type: ignore[arg-type]
 
 
 def rates(optim: Optimizer, schedules: list[ParamScheduler], count: int) -> list[float]:
+    """Return the rate at each of the next positions."""
     seen = []
     for _ in range(count):
         seen.append(optim.param_groups[0]["lr"])

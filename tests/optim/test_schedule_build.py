@@ -14,10 +14,12 @@ from stratagem.optim import LinearLR, OptimWrapper, OptimWrapperDict, build_para
 
 
 def wrapper(**options: object) -> OptimWrapper:
+    """Return a wrapper of one parameter."""
     return OptimWrapper(SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9), **options)  # type: ignore[arg-type]
 
 
 def two() -> OptimWrapperDict:
+    """Return two wrappers by name."""
     return OptimWrapperDict(generator=wrapper(), critic=wrapper())
 
 

@@ -28,6 +28,7 @@ from stratagem.optim import (
 
 
 def optimizer(lr: float = 1.0) -> SGD:
+    """Return an optimizer of one parameter."""
     return SGD([nn.Parameter(torch.zeros(1))], lr=lr)
 
 

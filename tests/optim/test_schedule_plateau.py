@@ -16,6 +16,7 @@ METRICS = [1.0, 0.9, 0.95, 0.91, 0.92, 0.93, 0.5, 0.5, 0.5, 0.51, 0.52, 0.4, 0.4
 
 
 def optimizer(**options: object) -> SGD:
+    """Return an optimizer of one parameter."""
     return SGD([nn.Parameter(torch.zeros(1))], lr=1.0, **options)  # type: ignore[arg-type]
 
 
