@@ -378,3 +378,23 @@ def test_a_plain_step_costs_six_calls_more_than_its_parts() -> None:
 
     # optim_context and the two ends of its context are not of update_params.
     assert calls(ours) - calls(bare) <= 6 + 3
+
+
+def test_schedule_free_optimizers_are_switched_between_their_two_weights() -> None:
+    """An optimizer with train() and eval() is put to training at once, and follows the wrapper."""
+
+    modes: list[str] = []
+
+    class ScheduleFree(SGD):
+        def train(self) -> None:
+            modes.append("train")
+
+        def eval(self) -> None:
+            modes.append("eval")
+
+    optimizer = ScheduleFree([parameter()], lr=1.0)
+    wrapper = OptimWrapper(optimizer)
+    wrapper.eval()
+    wrapper.train()
+    assert modes == ["train", "eval", "train"]
+    OptimWrapper(SGD([parameter()], lr=1.0)).eval()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.utils.imports import import_object
 
 __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage"]
 
@@ -55,8 +56,10 @@ class AveragedModel(ABC):
         if update_buffers:
             weights.update((name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point())
         self.averages = {name: _average_of(weight, device) for name, weight in weights.items()}
-        self._weights = list(weights.values())
-        self._values = list(self.averages.values())
+        self._whole = list(weights.values())
+        # Kernels over lists of tensors do not know sharded ones: each rank averages the pieces that it has.
+        self._weights = [_piece(weight) for weight in self._whole]
+        self._values = [_piece(value) for value in self.averages.values()]
         self._lies_alike = all(
             weight.dtype == value.dtype and weight.device == value.device
             for weight, value in zip(self._weights, self._values, strict=True)
@@ -90,15 +93,17 @@ class AveragedModel(ABC):
         if self.steps == 0 or self._kept is not None:
             return
         with torch.no_grad():
-            self._kept = [weight.clone() for weight in self._weights]
-            torch._foreach_copy_(self._weights, self._values)
+            self._kept = [weight.detach().clone() for weight in self._whole]
+            for weight, value in zip(self._whole, self.averages.values(), strict=True):
+                weight.copy_(value)
 
     def restore(self) -> None:
         """Give the model its own weights back."""
         if self._kept is None:
             return
         with torch.no_grad():
-            torch._foreach_copy_(self._weights, self._kept)
+            for weight, kept in zip(self._whole, self._kept, strict=True):
+                weight.copy_(kept)
         self._kept = None
 
     @contextmanager
@@ -112,7 +117,7 @@ class AveragedModel(ABC):
 
     def own_weights(self) -> dict[str, Tensor]:
         """Return the model's own weights by name, whether or not the average is applied."""
-        return dict(zip(self.averages, self._weights if self._kept is None else self._kept, strict=True))
+        return dict(zip(self.averages, self._whole if self._kept is None else self._kept, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``steps`` and ``averages``, the tensors themselves by the names of the weights."""
@@ -134,7 +139,8 @@ class AveragedModel(ABC):
                 f"such as {', '.join(differing[:3])}. Build the same model, or leave the average out."
             )
         with torch.no_grad():
-            torch._foreach_copy_(self._values, [saved[name] for name in self.averages])
+            for name, value in self.averages.items():
+                value.copy_(saved[name])
         self.steps = int(state_dict["steps"])
 
     def _present(self) -> list[Tensor]:
@@ -185,6 +191,15 @@ class StochasticWeightAverage(AveragedModel):
 def _average_of(weight: Tensor, device: torch.device | str | None) -> Tensor:
     dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
     return weight.detach().to(device or weight.device, dtype, copy=True)
+
+
+@torch.no_grad()
+def _piece(tensor: Tensor) -> Tensor:
+    """Return the memory of a tensor that this rank has: of a sharded one its shard, else the tensor itself."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    sharded: Any = import_object("torch.distributed.tensor:DTensor")
+    return sharded.to_local(tensor) if isinstance(tensor, sharded) else tensor
 
 
 def _require_momentum(momentum: float) -> float:

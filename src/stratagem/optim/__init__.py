@@ -41,6 +41,7 @@ from stratagem.optim.schedules import (
     WarmupStableDecayMomentum,
     WarmupStableDecayParamScheduler,
     build_param_schedulers,
+    preview_schedules,
 )
 from stratagem.optim.wrapper import AccumulatingOptimWrapper, OptimWrapper
 
@@ -55,6 +56,7 @@ __all__ = [
     "ParamSchedulers",
     "build_optim_wrapper",
     "build_param_schedulers",
+    "preview_schedules",
     "ConstantLR",
     "ConstantMomentum",
     "ConstantParamScheduler",

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError
 
-__all__ = ["NOTHING", "BaseOptimWrapper", "without_exchange"]
+__all__ = ["NOTHING", "BaseOptimWrapper", "momentum_of", "without_exchange"]
 
 # One object for every iteration that needs no context: entering it costs nothing worth measuring.
 NOTHING: Final = nullcontext()
@@ -51,6 +51,7 @@ class BaseOptimWrapper(ABC):
         self.attempts = 0
         self.updates = 0
         self.accumulation_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = without_exchange
+        self.train()
 
     @abstractmethod
     def update_params(
@@ -108,6 +109,14 @@ class BaseOptimWrapper(ABC):
     def drop_window(self) -> int:
         """Forget an unfinished window's gradients, as at an early stop; return how many micro-batches it had."""
 
+    def train(self) -> None:
+        """Let the parameters hold the weights that train; only schedule-free optimizers keep others for evaluation."""
+        _switch(self.optimizer, "train")
+
+    def eval(self) -> None:
+        """Let the parameters hold the weights to evaluate and to save; call ``train`` before the next update."""
+        _switch(self.optimizer, "eval")
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups themselves, not copies."""
@@ -124,7 +133,7 @@ class BaseOptimWrapper(ABC):
 
     def get_momentum(self) -> dict[str, list[float]]:
         """Return ``{"momentum": [...]}`` per group: ``momentum``, else the first of ``betas``, else 0."""
-        return {"momentum": [_momentum(group) for group in self.param_groups]}
+        return {"momentum": [momentum_of(group) for group in self.param_groups]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state with the counts of this wrapper under ``counts``."""
@@ -163,7 +172,14 @@ class BaseOptimWrapper(ABC):
         return f"{type(self).__name__}(accumulative_counts={self.accumulative_counts}, optimizer={self.optimizer!r})"
 
 
-def _momentum(group: Mapping[str, Any]) -> float:
+def _switch(optimizer: Optimizer, mode: str) -> None:
+    method = getattr(optimizer, mode, None)
+    if method is not None:
+        method()
+
+
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """Return the momentum of a group: ``momentum``, else the first of ``betas``, else 0."""
     if "momentum" in group:
         return group["momentum"]  # type: ignore[no-any-return]  # groups are untyped
     return group["betas"][0] if "betas" in group else 0.0
