@@ -382,7 +382,6 @@ def test_a_plain_step_costs_six_calls_more_than_its_parts() -> None:
 
 def test_schedule_free_optimizers_are_switched_between_their_two_weights() -> None:
     """An optimizer with train() and eval() is put to training at once, and follows the wrapper."""
-
     modes: list[str] = []
 
     class ScheduleFree(SGD):
