@@ -44,7 +44,7 @@ class DirectoryFormat:
         parts = {name: split_tree(part) for name, part in tree.items()}
         try:
             with atomic_directory(path) as aside:
-                sizes = {}
+                sizes: dict[str, int] = {}
                 for name, (tensors, _) in parts.items():
                     if tensors:
                         sizes |= _write_tensors(aside / f"{_FILE_OF.get(name, name)}.safetensors", tensors)

@@ -41,10 +41,8 @@ class CheckpointLoader:
     _fetchers: ClassVar[dict[str, Fetcher]] = {}
 
     @classmethod
-    def register_scheme(
-        cls, prefixes: str | Iterable[str], fetcher: Fetcher | None = None, *, force: bool = False
-    ) -> Callable[[Fetcher], Fetcher] | Fetcher:
-        """Have ``fetcher`` serve the names that begin with one of ``prefixes``; also a decorator.
+    def register_scheme(cls, prefixes: str | Iterable[str], *, force: bool = False) -> Callable[[Fetcher], Fetcher]:
+        """Have the decorated function serve the names that begin with one of ``prefixes``.
 
         Raises:
             ConfigValueError: if a prefix is taken and ``force`` is not set.
@@ -59,7 +57,7 @@ class CheckpointLoader:
                 cls._fetchers[prefix] = function
             return function
 
-        return register if fetcher is None else register(fetcher)
+        return register
 
     @classmethod
     def fetch(cls, filename: str | os.PathLike[str]) -> Path:

@@ -22,7 +22,7 @@ def pseudo_collate(samples: Sequence[Any]) -> Any:
     first = samples[0]
     if isinstance(first, Mapping):
         return {key: pseudo_collate([sample[key] for sample in samples]) for key in first}
-    if isinstance(first, tuple | list) and not isinstance(first, str):
+    if isinstance(first, tuple | list):
         if any(len(sample) != len(first) for sample in samples):
             lengths = sorted({len(sample) for sample in samples})
             raise ConfigTypeError(f"Samples of one batch have different numbers of fields: {lengths}.")

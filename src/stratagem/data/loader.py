@@ -79,7 +79,8 @@ class EpochLoader:
 def _index_sampler(loader: DataLoader[Any]) -> Sampler[Any] | None:
     """Return the sampler that yields single indices, also from inside of a batch sampler."""
     batch_sampler = loader.batch_sampler
-    return loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
+    sampler = loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
+    return sampler if isinstance(sampler, Sampler) else None
 
 
 @final

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stratagem.dist.launch import Launch, infer_launcher, read_launch
 from stratagem.dist.world import pick_device
@@ -92,13 +94,13 @@ def _default_backend(device: torch.device) -> str:
     return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
 
 
-def _meet(launch: Launch, limit: timedelta) -> torch_dist.Store:
+def _meet(launch: Launch, limit: timedelta) -> Store:
     """Return the store through which the ranks find each other."""
     # torchrun's agent usually serves the store already; its workers are all clients then.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serve = launch.rank == 0 and not served
     listener = _loopback_listener(launch) if serve and _is_loopback(launch.master_addr) else None
-    store: torch_dist.Store = torch_dist.TCPStore(
+    store: Store = TCPStore(
         launch.master_addr,
         launch.master_port,
         world_size=None if served else launch.size,
@@ -109,7 +111,7 @@ def _meet(launch: Launch, limit: timedelta) -> torch_dist.Store:
         master_listen_fd=None if listener is None else listener.detach(),
     )
     # A restarted group must not read what its predecessor left in a store that outlived it.
-    return torch_dist.PrefixStore(f"stratagem/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"stratagem/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _loopback_listener(launch: Launch) -> socket.socket:

@@ -6,7 +6,7 @@ In one process each of them returns at once.
 from __future__ import annotations
 
 from itertools import chain, zip_longest
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as torch_dist
 
@@ -64,4 +64,4 @@ def collect_results(results: list[T], size: int, group: Group | None = None) -> 
     if parts is None:
         return None
     dealt = chain.from_iterable(zip_longest(*parts, fillvalue=_ABSENT))
-    return [result for result in dealt if result is not _ABSENT][:size]  # type: ignore[misc]
+    return [cast(T, result) for result in dealt if result is not _ABSENT][:size]

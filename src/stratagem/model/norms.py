@@ -37,7 +37,8 @@ def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> n
             f"sync_bn={implementation!r} is not known. {did_you_mean(implementation, ['torch'])} "
             "Layers of other libraries are converted by their own functions before the model is given to the strategy."
         )
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
 
 
 def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:

@@ -50,7 +50,7 @@ class BaseDataPreprocessor(nn.Module):
         self.non_blocking = non_blocking
 
     def _apply(self, fn: Any, recurse: bool = True) -> BaseDataPreprocessor:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         # What `to`, `cuda`, `cpu` ... do to tensors tells where the model went.
         self.device = fn(torch.empty(0, device=self.device)).device
         return self

@@ -39,7 +39,7 @@ class SupervisedModel(BaseModel):
         if not callable(self.loss):
             raise ConfigTypeError(f"loss must be a module, a function or a mapping with its type, not {loss!r}.")
 
-    def forward(self, inputs: Any, targets: Any = None, mode: str = "tensor") -> Any:
+    def forward(self, inputs: Any, targets: Any = None, mode: str = "tensor") -> Any:  # type: ignore[override]  # narrower
         if isinstance(inputs, list):
             raise TrainingError(
                 "SupervisedModel got a list of inputs in place of a batch. Stack them while loading: "

@@ -46,7 +46,7 @@ class Replica(DistributedDataParallel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._passed = True
-        return super().forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Learn from one micro-batch; see the model's ``train_step``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -135,7 +135,7 @@ def _shown(value: object, most: int = 120) -> str:
 
 def load_schedulers(
     schedulers: list[ParamScheduler] | dict[str, list[ParamScheduler]],
-    states: Sequence[Any] | Mapping[str, Sequence[Any]],
+    states: Any,
 ) -> None:
     """Load the schedulers' states, one for one.
 
@@ -147,7 +147,7 @@ def load_schedulers(
         raise CheckpointMismatchError(
             f"The checkpoint's schedulers belong to {there} optimizer(s), this run's to {here}."
         )
-    if isinstance(schedulers, dict) and isinstance(states, Mapping):
+    if isinstance(schedulers, dict):
         if set(schedulers) != set(states):
             raise CheckpointMismatchError(
                 f"The checkpoint has schedulers for {sorted(states)}, this run for {sorted(schedulers)}."

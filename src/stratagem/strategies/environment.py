@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,10 +25,8 @@ from stratagem.dist import (
 from stratagem.errors import ConfigTypeError
 from stratagem.utils import refuse_unknown, set_multi_processing, set_random_seed
 
-try:
+if sys.platform != "win32":
     import resource
-except ImportError:  # Windows has no such limits.
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["Environment", "set_up_environment"]
 
@@ -127,7 +126,7 @@ def _benchmark_cudnn() -> Callable[[], None]:
 
 def _raise_open_files(limit: int) -> None:
     """Raise the soft limit of open files: data workers and many shards need more than the usual 1,024."""
-    if resource is None:
+    if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(limit, soft), hard), hard))

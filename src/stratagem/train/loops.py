@@ -92,13 +92,17 @@ class EpochBasedTrainLoop:
             # A sampler without end does not end the epoch; its length does.
             left = None if progress.epoch_length is None else progress.epoch_length - progress.batch
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
-            if progress.stop_training and progress.batch != progress.epoch_length:
+            if self._stopped_inside():
                 break
             events.call("after_train_epoch", run)
             progress.epoch, progress.batch = progress.epoch + 1, 0
             if self._val_loop is not None and self._validation_is_due(progress.epoch) and not run.interrupt.received:
                 self._val_loop.run()
         events.call("after_train", run)
+
+    def _stopped_inside(self) -> bool:
+        progress = self._run.progress
+        return progress.stop_training and progress.batch != progress.epoch_length
 
     def _validation_is_due(self, epoch: int) -> bool:
         last = epoch == self._run.progress.max_epochs

@@ -10,7 +10,7 @@ from torch import Tensor
 from stratagem.dist import all_reduce
 from stratagem.errors import ConfigValueError
 from stratagem.logging import ScalarWindow, TrainingProgress
-from stratagem.optim import OptimWrapperDict
+from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.train.hook import Hook
 from stratagem.train.log_lines import evaluation_line, train_line, train_place
 from stratagem.train.priority import Priority
@@ -110,11 +110,14 @@ def _learning_rates(run: Run) -> dict[str, float]:
 def _gradient_norms(run: Run) -> dict[str, float]:
     """Return the norms that clipping computed, where it did."""
     optim = run.optim_wrapper
-    norms = (
-        {f"{name}.grad_norm": wrapper.grad_norm for name, wrapper in optim.items()}
+    wrappers = (
+        {f"{name}.grad_norm": wrapper for name, wrapper in optim.items()}
         if isinstance(optim, OptimWrapperDict)
-        else {"grad_norm": optim.grad_norm}
+        else {"grad_norm": optim}
     )
+    norms = {
+        name: wrapper.grad_norm for name, wrapper in wrappers.items() if isinstance(wrapper, AccumulatingOptimWrapper)
+    }
     return {name: float(norm) for name, norm in norms.items() if norm is not None}
 
 

@@ -56,7 +56,7 @@ class ParamSchedulerHook(Hook):
         by_optim: list[tuple[BaseOptimWrapper, list[ParamScheduler]]] = []
         if isinstance(schedulers, dict) and isinstance(optim, OptimWrapperDict):
             by_optim = [(optim[name], some) for name, some in schedulers.items()]
-        elif schedulers:
+        elif schedulers and isinstance(optim, BaseOptimWrapper):
             by_optim = [(optim, schedulers)]
         everything = [scheduler for _, some in by_optim for scheduler in some]
         self._on_metrics = [scheduler for scheduler in everything if scheduler.need_val_args]
