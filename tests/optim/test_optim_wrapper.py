@@ -67,6 +67,21 @@ def test_a_resume_inside_a_window_averages_what_is_left_of_it() -> None:
     assert optimizer.seen == [[1.0], [1.0]]
 
 
+def test_a_window_begins_where_a_state_is_loaded() -> None:
+    """A state of micro-batch 5 of windows of 4 leaves three to go, and they are divided by 3."""
+    weight = parameter()
+    saved = OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=4)
+    for _ in range(5):
+        saved.update_params(weight.sum())
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=4)
+    wrapper.load_state_dict(saved.state_dict())
+    wrapper.zero_grad()
+    for _ in range(3):
+        wrapper.update_params(weight.sum())
+    assert optimizer.seen == [pytest.approx([1.0])]
+
+
 def test_dropping_an_open_window_leaves_no_gradient_behind() -> None:
     """An early stop inside a window forgets its gradients and says how many micro-batches they were."""
     weight = parameter()

@@ -4,6 +4,7 @@ from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.build import build_optim_wrapper
 from stratagem.optim.groups import DefaultOptimWrapperConstructor
 from stratagem.optim.many import OptimWrapperDict
+from stratagem.optim.per_module import MultiOptimWrapperConstructor
 from stratagem.optim.precision import AmpOptimWrapper
 from stratagem.optim.schedules import (
     ConstantLR,
@@ -50,6 +51,7 @@ __all__ = [
     "AmpOptimWrapper",
     "BaseOptimWrapper",
     "DefaultOptimWrapperConstructor",
+    "MultiOptimWrapperConstructor",
     "OptimWrapper",
     "OptimWrapperDict",
     "ParamScheduler",

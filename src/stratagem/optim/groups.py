@@ -22,7 +22,7 @@ from stratagem.optim.places import Kind, Place, walk
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters"]
+__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters", "without_wrapper"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,7 @@ class DefaultOptimWrapperConstructor:
         """Return the wrapper for the parameters of a model; ``freeze`` switches the gradients of some of them off."""
         optimizer = self._optimizer
         if not isinstance(optimizer, Optimizer):
-            # Only torch's own wrappers: a model may have a part that is called "module".
-            bare = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
-            optimizer = self._build_optimizer(bare)
+            optimizer = self._build_optimizer(without_wrapper(model))
         wrapper = OPTIM_WRAPPERS.build({"type": "OptimWrapper", **self._wrapper_options, "optimizer": optimizer})
         if not isinstance(wrapper, BaseOptimWrapper):
             raise ConfigTypeError(
@@ -169,6 +167,14 @@ def group_parameters(
             )
     _warn_of_unused_keys(rules, {key for key, _, _ in decided})
     return sorted((group for group in groups.values() if group.parameters), key=lambda group: bool(group.options))
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """Return what torch's replicating wrappers hold, or the model itself: it may have a part called ``module``."""
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        inner: nn.Module = model.module
+        return inner
+    return model
 
 
 def describe_groups(groups: Sequence[Group]) -> str:

@@ -139,6 +139,12 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             logger.info("Dropped the gradients of %d micro-batches of an unfinished window.", dropped)
         return dropped
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # Gradients are not part of the state, so a window begins here.
+        self._window_start = self.inner_count
+        self._forget_weights()
+
     def _window_length(self) -> int:
         """Return how many micro-batches the window has to which the coming one belongs."""
         end = (self.inner_count // self.accumulative_counts + 1) * self.accumulative_counts
