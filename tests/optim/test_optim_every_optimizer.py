@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -29,9 +31,8 @@ def test_it_builds_steps_and_is_scheduled(name: str) -> None:
     before = next(model.parameters()).detach().clone()
     for _ in range(2):
         loss = model(data).square().mean()
-        wrapper.update_params(
-            loss, step_kwargs=dict(closure=lambda kept=loss.detach(): kept) if name == "LBFGS" else None
-        )
+        closure = partial(torch.clone, loss.detach())
+        wrapper.update_params(loss, step_kwargs={"closure": closure} if name == "LBFGS" else None)
         schedule.step()
     assert not torch.equal(next(model.parameters()), before)
     assert wrapper.get_lr()["lr"] == [wrapper.param_groups[0]["initial_lr"] / 4]
