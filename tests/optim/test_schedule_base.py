@@ -194,6 +194,18 @@ def test_first_values_come_back_with_the_optimizer() -> None:
     assert second.param_groups[0]["lr"] == pytest.approx(0.2)
 
 
+def test_a_schedule_can_go_back_before_its_range() -> None:
+    """Loading an earlier position undoes the schedule, and entering the range again does it again."""
+    optim = optimizer()
+    schedule = LinearLR(optim, start_factor=0.5, begin=2, end=5)
+    schedule.step(2)
+    assert optim.param_groups[0]["lr"] == 0.5
+    schedule.load_state_dict({"_global_step": 0})
+    assert optim.param_groups[0]["lr"] == 1.0
+    schedule.step(2)
+    assert optim.param_groups[0]["lr"] == 0.5
+
+
 def test_the_range_is_that_of_the_configuration_after_a_resume() -> None:
     """A run that is made longer at resume uses its new range; the state holds the position alone."""
     first, second = optimizer(), optimizer()
