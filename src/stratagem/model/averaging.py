@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
-from stratagem.utils.imports import import_object
+from stratagem.optim.sharded import local_part
 
 __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage"]
 
@@ -58,8 +58,8 @@ class AveragedModel(ABC):
         self.averages = {name: _average_of(weight, device) for name, weight in weights.items()}
         self._whole = list(weights.values())
         # Kernels over lists of tensors do not know sharded ones: each rank averages the pieces that it has.
-        self._weights = [_piece(weight) for weight in self._whole]
-        self._values = [_piece(value) for value in self.averages.values()]
+        self._weights = [local_part(weight) for weight in self._whole]
+        self._values = [local_part(value) for value in self.averages.values()]
         self._lies_alike = all(
             weight.dtype == value.dtype and weight.device == value.device
             for weight, value in zip(self._weights, self._values, strict=True)
@@ -154,8 +154,16 @@ class AveragedModel(ABC):
 class ExponentialMovingAverage(AveragedModel):
     """``average = (1 - momentum) * average + momentum * weights``. Other arguments: see ``AveragedModel``."""
 
-    def __init__(self, model: nn.Module, momentum: float = 0.0002, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        *,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+    ) -> None:
+        super().__init__(model, interval=interval, device=device, update_buffers=update_buffers)
         self.momentum = _require_momentum(momentum)
 
     def share(self) -> float:
@@ -169,8 +177,17 @@ class MomentumAnnealingEMA(AveragedModel):
     It never falls below ``momentum``. Other arguments: see ``AveragedModel``.
     """
 
-    def __init__(self, model: nn.Module, momentum: float = 0.0002, gamma: int = 100, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        gamma: int = 100,
+        *,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+    ) -> None:
+        super().__init__(model, interval=interval, device=device, update_buffers=update_buffers)
         self.momentum = _require_momentum(momentum)
         if not gamma > 0:
             raise ConfigValueError(f"gamma must be positive, got {gamma!r}.")
@@ -191,15 +208,6 @@ class StochasticWeightAverage(AveragedModel):
 def _average_of(weight: Tensor, device: torch.device | str | None) -> Tensor:
     dtype = torch.float32 if weight.dtype in (torch.float16, torch.bfloat16) else weight.dtype
     return weight.detach().to(device or weight.device, dtype, copy=True)
-
-
-@torch.no_grad()
-def _piece(tensor: Tensor) -> Tensor:
-    """Return the memory of a tensor that this rank has: of a sharded one its shard, else the tensor itself."""
-    if type(tensor) in (Tensor, nn.Parameter):
-        return tensor
-    sharded: Any = import_object("torch.distributed.tensor:DTensor")
-    return sharded.to_local(tensor) if isinstance(tensor, sharded) else tensor
 
 
 def _require_momentum(momentum: float) -> float:

@@ -22,6 +22,7 @@ __all__ = ["NOTHING", "BaseOptimWrapper", "momentum_of", "without_exchange"]
 # One object for every iteration that needs no context: entering it costs nothing worth measuring.
 NOTHING: Final = nullcontext()
 
+_COUNTS: Final = ("inner_count", "attempts", "updates")
 # How the update is computed belongs to the machine at hand, not to a checkpoint.
 _IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
 
@@ -137,8 +138,7 @@ class BaseOptimWrapper(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state with the counts of this wrapper under ``counts``."""
-        counts = {"inner_count": self.inner_count, "attempts": self.attempts, "updates": self.updates}
-        return {**self.optimizer.state_dict(), "counts": counts}
+        return {**self.optimizer.state_dict(), "counts": {name: getattr(self, name) for name in _COUNTS}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; its tensors are taken over, not copied, as torch does.
@@ -165,8 +165,9 @@ class BaseOptimWrapper(ABC):
                 f"The saved state does not fit {type(self.optimizer).__name__} of this run: {error}. "
                 "Build the same groups, or resume without the optimizer."
             ) from error
-        for name, count in state_dict.get("counts", {}).items():
-            setattr(self, name, count)
+        counts = state_dict.get("counts", {})
+        for name in _COUNTS:
+            setattr(self, name, int(counts.get(name, getattr(self, name))))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(accumulative_counts={self.accumulative_counts}, optimizer={self.optimizer!r})"
