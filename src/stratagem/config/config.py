@@ -12,6 +12,7 @@ from stratagem.config.custom_imports import find_beside, import_custom_modules
 from stratagem.config.files import Layers, Reader, merge_layers
 from stratagem.config.history import Change, History
 from stratagem.config.keys import KeyPath, parse_path
+from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.merge import merge, nest
 from stratagem.config.node import ConfigDict, as_plain
 from stratagem.config.source import Origin, Source
@@ -123,6 +124,12 @@ class Config(MutableMapping[str, Any], Placed):
     def filename(self) -> str | None:
         """The file that was loaded; None where there was none."""
         return self._filename
+
+    @property
+    def is_data(self) -> bool:
+        """Whether all files that it was read from are data, so that a dump of it should be one too, not a program."""
+        suffixes = {layer.suffix for layer in self._history.layers if layer.suffix}
+        return bool(suffixes) and suffixes <= DATA_SUFFIXES
 
     @property
     def text(self) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.config.data_files import read_data
+from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.lazy import BaseImport, locate_base
 from stratagem.config.lines import line_of
 from stratagem.config.merge import merge
 from stratagem.config.placeholders import BaseValues
 from stratagem.config.python_files import read_python
-from stratagem.config.source import DATA_SUFFIXES, Origin, Source
+from stratagem.config.source import Origin, Source
 from stratagem.errors import (
     ConfigFileError,
     ConfigKeyError,

@@ -178,7 +178,7 @@ class Registry:
         """
         with switch_scope(scope):
             wanted = current_scope()
-            registry = self if wanted is None else self._registry_of(wanted, may_import=True)
+            registry = self if wanted is None else self._registry_of(wanted, may_import=is_allowed(wanted))
             if registry is None:
                 if scope is not None:
                     known = [item.scope for item in _tree(self.root)]
