@@ -16,6 +16,7 @@ __all__ = ["lines", "parse", "write"]
 
 def parse(text: str, name: str) -> Any:
     """Return the values in a text; a repeated key is refused."""
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) < len(pairs):

@@ -119,11 +119,11 @@ def _run(code: CodeType, name: str, given: dict[str, Any]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__file__": name, "__name__": "stratagem_config", **given}
     try:
         exec(code, namespace)  # noqa: S102 -- a .py configuration is a program, and documented as one
-    except StratagemError:
-        raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         where = f"{name}:{lines[-1]}" if lines else name
+        if isinstance(error, StratagemError):
+            raise type(error)(f"{where}: {error}") from error
         raise ConfigParsingError(f"{where} failed with {type(error).__name__}: {error}") from error
     return namespace
 

@@ -51,6 +51,11 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """Read 0x10 and 0o20, and 010 as ten, which YAML 1.1 takes for eight."""
+        text = node.value.lower()
+        return int(text, 16 if "x" in text else 8 if "o" in text else 10)
+
     def refuse_tag(self, node: yaml.Node) -> Any:
         """Refuse a type that is not plain data, such as ``!!python/object``."""
         raise yaml.constructor.ConstructorError(
@@ -64,6 +69,7 @@ _Loader.yaml_constructors = {
     tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag in _PLAIN_TAGS
 }
 _Loader.add_constructor(None, _Loader.refuse_tag)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 # YAML 1.1 reads 1e-3 as a text, 12:30 as a number of minutes and 2026-01-01 as a date; numbers as in YAML 1.2 instead.
 _IMPLICIT = {
     "tag:yaml.org,2002:int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",

@@ -236,9 +236,7 @@ class Registry:
             return next((registry for registry in _tree(self.root) if registry.scope == scope), None)
 
         found = search()
-        if found is None and may_import and scope.isidentifier() and importlib.util.find_spec(scope) is not None:
-            if importlib.util.find_spec(f"{scope}.registry") is None:
-                return None
+        if found is None and may_import and _has_registries(scope):
             import_module(f"{scope}.registry")
             found = search()
         return found
@@ -266,6 +264,12 @@ def _tree(registry: Registry) -> Iterator[Registry]:
     yield registry
     for child in registry.children.values():
         yield from _tree(child)
+
+
+def _has_registries(package: str) -> bool:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return is_package and importlib.util.find_spec(f"{package}.registry") is not None
 
 
 def _is_names(name: object) -> bool:
