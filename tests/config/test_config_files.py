@@ -133,7 +133,7 @@ def test_a_standard_library_import_is_no_lazy_import(write):
 
 def test_a_config_is_a_mapping():
     """A Config has the interface of a mapping and equals the dict that it stands for."""
-    config = Config(dict(a=1, b=dict(c=2)))
+    config = Config({"a": 1, "b": {"c": 2}})
     assert isinstance(config, Mapping)
     assert list(config) == ["a", "b"]
     assert config.get("x", 5) == 5

@@ -59,7 +59,7 @@ def test_what_the_program_changed_says_so(config):
 
 
 def test_changes_are_listed_in_order(config):
-    """explain tells who gave a value, who replaced it and who took it away."""
+    """Explain tells who gave a value, who replaced it and who took it away."""
     did = [(name(change.origin), change.did, change.value) for change in config.explain("model.depth")]
     assert did == [("base.py:3", Did.GAVE, 3), ("run.py:3", Did.REPLACED, 5)]
     did = [(name(change.origin), change.did) for change in config.explain("model.head.bias")]

@@ -57,7 +57,8 @@ def test_a_dumped_lazy_config_builds_the_same(library, tmp_path):
 def test_modules_and_aliases_are_lazy_too(library):
     """``import a as b``, ``import a`` and ``from a import module`` name things without importing them."""
     config = Config.fromstring(
-        "import lazylib as lib\nimport lazylib\nfrom lazylib import inner\nx = dict(a=lib.Net, b=lazylib.Net, c=inner.WIDTH)\n",
+        "import lazylib as lib\nimport lazylib\nfrom lazylib import inner\n"
+        "x = dict(a=lib.Net, b=lazylib.Net, c=inner.WIDTH)\n",
         ".py",
     )
     assert "lazylib" not in sys.modules
@@ -70,7 +71,8 @@ def bases(tmp_path):
     """A pure-Python base in a folder beside, and a function to write and load the file based on it."""
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "base.py").write_text(
-        "from torch.optim import SGD\nmodel = dict(type='Net', depth=3,\n    width=8)\noptimizer = dict(type=SGD, lr=0.1)\n"
+        "from torch.optim import SGD\nmodel = dict(type='Net', depth=3,\n    width=8)\n"
+        "optimizer = dict(type=SGD, lr=0.1)\n"
     )
     (tmp_path / "runs").mkdir()
 
@@ -171,4 +173,4 @@ def test_torch_optimizers_are_given_as_classes():
 
     config = Config.fromstring("from torch.optim import SGD\noptimizer = dict(type=SGD, lr=0.1)\n", ".py")
     weight = torch.nn.Parameter(torch.zeros(1))
-    assert OPTIMIZERS.build(config.optimizer, default_args=dict(params=[weight])).param_groups[0]["lr"] == 0.1
+    assert OPTIMIZERS.build(config.optimizer, default_args={"params": [weight]}).param_groups[0]["lr"] == 0.1

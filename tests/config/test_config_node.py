@@ -8,7 +8,7 @@ from stratagem.config import Config, ConfigDict
 
 def test_keys_are_attributes_at_every_depth():
     """Nested dicts, also those in lists and tuples, are read as attributes."""
-    node = ConfigDict(model=dict(stages=[dict(depth=3)], pair=(dict(width=4),)))
+    node = ConfigDict(model={"stages": [{"depth": 3}], "pair": ({"width": 4},)})
     assert node.model.stages[0].depth == 3
     assert node.model.pair[0].width == 4
 
@@ -76,7 +76,7 @@ def test_a_key_with_the_name_of_a_method_is_an_item():
 def test_a_missing_key_is_an_attribute_error_and_a_key_error_with_the_nearest_name():
     """Reading a key that is not there says which one is near, whichever way it was read."""
     node = ConfigDict(depth=3)
-    with pytest.raises(AttributeError, match="no key 'dept'. Did you mean 'depth'"):
+    with pytest.raises(AttributeError, match=r"no key 'dept'\. Did you mean 'depth'"):
         _ = node.dept
     with pytest.raises(KeyError, match="Did you mean 'depth'"):
         _ = node["dept"]
@@ -85,15 +85,15 @@ def test_a_missing_key_is_an_attribute_error_and_a_key_error_with_the_nearest_na
 
 def test_merge_goes_into_nested_dicts():
     """``merge`` lays keys over nested dicts; ``_delete_`` replaces one."""
-    node = ConfigDict(a=dict(x=1, y=2), b=dict(x=1))
-    node.merge(dict(a=dict(y=3), b=dict(_delete_=True, z=4)))
+    node = ConfigDict(a={"x": 1, "y": 2}, b={"x": 1})
+    node.merge({"a": {"y": 3}, "b": {"_delete_": True, "z": 4}})
     assert node == {"a": {"x": 1, "y": 3}, "b": {"z": 4}}
     assert node.a.y == 3
 
 
 def test_a_copy_shares_nested_dicts_and_a_deep_copy_does_not():
-    """copy is shallow, deepcopy is not, and both are ConfigDicts."""
-    node = ConfigDict(a=dict(x=1))
+    """Copy is shallow, deepcopy is not, and both are ConfigDicts."""
+    node = ConfigDict(a={"x": 1})
     shallow, deep = copy.copy(node), copy.deepcopy(node)
     node.a.x = 2
     assert shallow.a.x == 2
@@ -109,7 +109,7 @@ def test_pickling_keeps_attributes_and_places():
 
 def test_to_dict_gives_plain_containers():
     """to_dict has no ConfigDict in it, and changing it does not change the configuration."""
-    node = ConfigDict(a=[dict(x=1)])
+    node = ConfigDict(a=[{"x": 1}])
     plain = node.to_dict()
     assert type(plain) is dict
     assert type(plain["a"][0]) is dict
@@ -119,6 +119,6 @@ def test_to_dict_gives_plain_containers():
 
 def test_unpacking_gives_the_values():
     """``**`` and ``dict()`` read a ConfigDict like any mapping."""
-    node = ConfigDict(a=1, b=dict(c=2))
+    node = ConfigDict(a=1, b={"c": 2})
     assert dict(**node) == {"a": 1, "b": {"c": 2}}
     assert dict(node) == {"a": 1, "b": {"c": 2}}

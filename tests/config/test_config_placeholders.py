@@ -87,12 +87,12 @@ def test_a_python_file_reads_values_of_its_base(tmp_path, suffix, text):
         ),
         (
             "json",
-            '{"_base_": "base.yaml", "head": {{ _base_.model }}, "w": {{_base_.model.stages.0.width}}, '
-            '"n": "n{{ _base_.lr }}"}',
+            """{"_base_": "base.yaml", "head": {{ _base_.model }},
+                "w": {{_base_.model.stages.0.width}}, "n": "n{{ _base_.lr }}"}""",
         ),
         (
             "toml",
-            "_base_ = 'base.yaml'\nhead = {{ _base_.model }}\nw = '{{_base_.model.stages.0.width}}'\nn='n{{_base_.lr}}'",
+            "_base_='base.yaml'\nhead={{ _base_.model }}\nw='{{_base_.model.stages.0.width}}'\nn='n{{_base_.lr}}'",
         ),
     ],
 )

@@ -54,12 +54,12 @@ def test_a_toml_dump_is_read_back_as_it_was(tmp_path_factory, data):
 def test_toml_refuses_none():
     """What TOML cannot say is an error that names the key."""
     with pytest.raises(ConfigValueError, match=r"model.norm is None"):
-        show(Config(dict(model=dict(norm=None))), ".toml")
+        show(Config({"model": {"norm": None}}), ".toml")
 
 
 def test_python_text_is_short_where_it_fits():
     """A dict that fits on a line stays on one; a longer one has an item a line, with a comma after each."""
-    config = Config(dict(a=dict(b=1, c=(2,)), stages=[dict(name="x" * 30, width=i) for i in range(3)]))
+    config = Config({"a": {"b": 1, "c": (2,)}, "stages": [{"name": "x" * 30, "width": i} for i in range(3)]})
     assert config.pretty_text == (
         "a = dict(b=1, c=(2,))\n"
         "stages = [\n"
@@ -78,7 +78,7 @@ def test_python_text_keeps_what_only_python_has():
 
 def test_classes_and_functions_are_written_by_name():
     """What is no data is written as a name, which the registries resolve."""
-    config = Config(dict(model=dict(type=Config, key=sorted, f=math.sqrt)))
+    config = Config({"model": {"type": Config, "key": sorted, "f": math.sqrt}})
     assert (
         config.pretty_text
         == "model = dict(type='stratagem.config.config.Config', key='builtins.sorted', f='math.sqrt')\n"
@@ -96,14 +96,14 @@ def test_dump_without_path_uses_the_language_of_the_file(tmp_path):
 
 def test_an_unknown_language_and_an_unwritable_place_are_file_errors(tmp_path):
     """Both are OSErrors that name the place."""
-    with pytest.raises(ConfigFileError, match="cannot be written as '.txt'"):
-        Config(dict(a=1)).dump(tmp_path / "run.txt")
+    with pytest.raises(ConfigFileError, match=r"cannot be written as '\.txt'"):
+        Config({"a": 1}).dump(tmp_path / "run.txt")
     with pytest.raises(OSError, match="cannot be written"):
-        Config(dict(a=1)).dump(tmp_path / "none" / "run.py")
+        Config({"a": 1}).dump(tmp_path / "none" / "run.py")
 
 
 def test_diff_shows_the_lines_that_differ(tmp_path):
-    """diff takes configurations or files, and says nothing where nothing differs."""
+    """Diff takes configurations or files, and says nothing where nothing differs."""
     path = tmp_path / "run.py"
     path.write_text("a = 1\nb = dict(c=2)\n")
     changed = Config.fromfile(path)

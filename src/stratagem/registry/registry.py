@@ -157,13 +157,11 @@ class Registry:
         if not isinstance(key, str):
             raise ConfigTypeError(f"A name in a registry is a text, not {key!r}.")
         found = self._find_in_chain(key)
-        if found is None and "." in key:
-            scope, _, name = key.partition(".")
-            registry = self._registry_of(scope, may_import=is_allowed(key))
-            found = registry._find(name) if registry is not None else None
-            if found is None:
-                found = import_dotted(key)
-        return found
+        if found is None:
+            scope, name = self.split_scope_key(key)
+            registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
+            found = None if registry is None else registry._find(name)
+        return import_dotted(key) if found is None else found
 
     def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         """Build what ``cfg`` describes; see ``build_from_cfg``."""
