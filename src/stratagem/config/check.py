@@ -32,10 +32,10 @@ class Names(Protocol):
     """What checking needs of a registry."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
-    def get(self, key: str) -> Callable[..., Any] | None: ...  # noqa: D102
-    def names(self) -> Iterable[str]: ...  # noqa: D102
-    def switch_scope_and_registry(self, scope: str | None) -> AbstractContextManager[Any]: ...  # noqa: D102
+    def name(self) -> str: ...
+    def get(self, key: str) -> Callable[..., Any] | None: ...
+    def names(self) -> Iterable[str]: ...
+    def switch_scope_and_registry(self, scope: str | None) -> AbstractContextManager[Any]: ...
 
 
 @final

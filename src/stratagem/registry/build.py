@@ -20,12 +20,12 @@ class Names(Protocol):
     """What building needs of a registry."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
     @property
-    def scope(self) -> str: ...  # noqa: D102
-    def get(self, key: str) -> Callable[..., Any] | None: ...  # noqa: D102
-    def names(self) -> list[str]: ...  # noqa: D102
-    def switch_scope_and_registry(self, scope: str | None) -> Any: ...  # noqa: D102
+    def scope(self) -> str: ...
+    def get(self, key: str) -> Callable[..., Any] | None: ...
+    def names(self) -> list[str]: ...
+    def switch_scope_and_registry(self, scope: str | None) -> Any: ...
 
 
 def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mapping[str, Any] | None = None) -> Any:

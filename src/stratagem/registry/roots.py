@@ -35,6 +35,8 @@ MODELS = Registry(
     "model",
     scope=_SCOPE,
     build_func=build_model_from_cfg,
+    ready={name: f"stratagem.model.ready:{name}" for name in ("SupervisedModel", "ModelWithLoss")}
+    | {"BaseDataPreprocessor": "stratagem.model.preprocess:BaseDataPreprocessor"},
     families=(
         Members("torch.nn", _MODULE),
         Constructors("timm.", "timm:create_model", "timm:list_models"),
@@ -124,7 +126,7 @@ METRICS = Registry(
     scope=_SCOPE,
     families=(Members("torchmetrics", _METRIC), Members("torchmetrics.classification", _METRIC)),
 )
-EVALUATORS = Registry("evaluator", scope=_SCOPE)
+EVALUATORS = Registry("evaluator", scope=_SCOPE, ready={"Evaluator": "stratagem.train.evaluation:Evaluator"})
 EVALUATOR = EVALUATORS  # the name that other libraries know it by
 LOG_PROCESSORS = Registry("log processor", scope=_SCOPE)
 VISUALIZERS = Registry("visualizer", scope=_SCOPE)

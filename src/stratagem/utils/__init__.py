@@ -1,8 +1,52 @@
-"""Pure helpers: names, imports, versions, paths, seeds and the report of the environment."""
+"""Pure helpers: names, imports, versions, paths, seeds and the report of the environment.
+
+What needs torch is imported when it is first asked for, so that reading a configuration does not wait for torch.
+"""
+
+from typing import Any
 
 from stratagem.utils.imports import import_module, import_object
-from stratagem.utils.names import did_you_mean, nearest_names
+from stratagem.utils.names import did_you_mean, nearest_names, refuse_unknown
 from stratagem.utils.paths import absolute, is_url
 from stratagem.utils.versions import digit_version
 
-__all__ = ["absolute", "did_you_mean", "digit_version", "import_module", "import_object", "is_url", "nearest_names"]
+_LATER = {
+    "AppliedSettings": "stratagem.utils.multiprocess:AppliedSettings",
+    "collect_env": "stratagem.utils.environment_report:collect_env",
+    "generator_state": "stratagem.utils.seeding:generator_state",
+    "mask_secrets": "stratagem.utils.masking:mask_secrets",
+    "mask_text": "stratagem.utils.masking:mask_text",
+    "restore_generator_state": "stratagem.utils.seeding:restore_generator_state",
+    "set_multi_processing": "stratagem.utils.multiprocess:set_multi_processing",
+    "set_random_seed": "stratagem.utils.seeding:set_random_seed",
+}
+
+__all__ = [
+    "AppliedSettings",
+    "absolute",
+    "collect_env",
+    "did_you_mean",
+    "digit_version",
+    "generator_state",
+    "import_module",
+    "import_object",
+    "is_url",
+    "mask_secrets",
+    "mask_text",
+    "nearest_names",
+    "refuse_unknown",
+    "restore_generator_state",
+    "set_multi_processing",
+    "set_random_seed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = import_object(_LATER[name])
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

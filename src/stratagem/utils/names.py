@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["did_you_mean", "nearest_names"]
+from stratagem.errors import ConfigKeyError
+
+__all__ = ["did_you_mean", "nearest_names", "refuse_unknown"]
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
@@ -33,6 +35,20 @@ def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
         return "None is known here."
     shown = ", ".join(known[:20])
     return f"Known: {shown}, ... ({len(known)} in all)." if len(known) > 20 else f"Known: {shown}."
+
+
+def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse keys that nobody reads, each with the nearest one that somebody does.
+
+    Raises:
+        ConfigKeyError: if one of ``given`` is not among ``known``; all of them are listed.
+    """
+    known = list(known)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ConfigKeyError(
+            "\n".join(f"{where}: {name!r} is not known. {did_you_mean(name, known)}" for name in unknown)
+        )
 
 
 def _one_slip_apart(one: str, other: str) -> bool:

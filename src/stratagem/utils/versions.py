@@ -10,7 +10,8 @@ __all__ = ["digit_version"]
 
 _PHASES = {"dev": -4, "a": -3, "alpha": -3, "b": -2, "beta": -2, "rc": -1, "c": -1, "post": 1}
 _VERSION = re.compile(
-    r"v?(?P<release>\d+(?:\.\d+)*)(?:[._-]?(?P<phase>dev|alpha|beta|rc|post|a|b|c)[._-]?(?P<number>\d*))?", re.IGNORECASE
+    r"v?(?P<release>\d+(?:\.\d+)*)(?:[._-]?(?P<phase>dev|alpha|beta|rc|post|a|b|c)[._-]?(?P<number>\d*))?",
+    re.IGNORECASE,
 )
 
 

@@ -1,0 +1,35 @@
+"""State of a run as files, and back."""
+
+from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoint
+from stratagem.checkpoint.directory import DirectoryFormat, read_manifest
+from stratagem.checkpoint.find import find_latest_checkpoint
+from stratagem.checkpoint.formats import CheckpointFormat, format_for
+from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
+from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.checkpoint.single_file import SingleFileFormat
+from stratagem.checkpoint.sources import CheckpointLoader
+from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
+
+__all__ = [
+    "DEFAULT_REVISE_KEYS",
+    "CheckpointFormat",
+    "CheckpointLoader",
+    "DirectoryFormat",
+    "LoadReport",
+    "SingleFileFormat",
+    "StateTree",
+    "bare_name",
+    "find_latest_checkpoint",
+    "format_for",
+    "join_tree",
+    "load_checkpoint",
+    "load_state_dict",
+    "model_part",
+    "optimizer_by_index",
+    "optimizer_by_name",
+    "parameter_names",
+    "read_manifest",
+    "save_checkpoint",
+    "split_tree",
+    "weights_to_cpu",
+]

@@ -1,0 +1,66 @@
+"""Save and load a checkpoint without a strategy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stratagem.checkpoint.formats import format_for
+from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
+from stratagem.checkpoint.sources import CheckpointLoader
+from stratagem.checkpoint.tree import StateTree
+from stratagem.errors import CheckpointError
+from stratagem.model import bare_model
+from stratagem.utils import absolute
+
+__all__ = ["load_checkpoint", "model_part", "save_checkpoint"]
+
+
+def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
+    """Write a tree of state so that ``filename`` holds either all of it or what it held before.
+
+    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. Not
+    collective: one process writes.
+
+    Raises:
+        CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
+    """
+    path = absolute(filename)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    format_for(path).save(dict(checkpoint), path)
+
+
+def load_checkpoint(
+    model: nn.Module,
+    filename: str | os.PathLike[str],
+    map_location: torch.device | str = "cpu",
+    *,
+    strict: bool = False,
+    revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
+) -> tuple[StateTree, LoadReport]:
+    """Load a checkpoint's weights into ``model``; return the whole checkpoint and how the two fit together.
+
+    Raises:
+        CheckpointError: in one of its kinds, if there is none, it is damaged, or it belongs to another model.
+    """
+    checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
+    state = model_part(checkpoint, filename)
+    return checkpoint, load_state_dict(bare_model(model), state, strict=strict, revise_keys=revise_keys)
+
+
+def model_part(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return the model's state of a checkpoint.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    state = checkpoint.get("state_dict")
+    if not isinstance(state, Mapping):
+        raise CheckpointError(
+            f"{os.fspath(filename)} has no model state ('state_dict'); it has {', '.join(map(repr, checkpoint)) or 'nothing'}."
+        )
+    return state

@@ -1,0 +1,34 @@
+"""The forms in which a checkpoint is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from stratagem.checkpoint.directory import DirectoryFormat
+from stratagem.checkpoint.single_file import SingleFileFormat
+from stratagem.checkpoint.tree import StateTree
+
+__all__ = ["CheckpointFormat", "format_for"]
+
+_SINGLE_FILES = {".pth", ".pt", ".ckpt", ".bin"}
+
+
+class CheckpointFormat(Protocol):
+    """How a state tree becomes files, and comes back."""
+
+    def save(self, tree: StateTree, path: Path) -> None:
+        """Write ``tree`` so that ``path`` either holds all of it or what it held before."""
+
+    def load(
+        self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
+    ) -> StateTree:
+        """Read the tree, or only some of its top-level parts, with tensors on ``map_location``."""
+
+
+def format_for(path: Path) -> CheckpointFormat:
+    """Return the single-file form where the name ends in ``.pth`` (or ``.pt``, ``.ckpt``, ``.bin``), else a directory."""
+    return SingleFileFormat() if path.suffix in _SINGLE_FILES else DirectoryFormat()

@@ -1,0 +1,114 @@
+"""One key space: parameters under the bare model's names, optimizer state under those of its parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stratagem.errors import CheckpointMismatchError
+
+__all__ = ["bare_name", "optimizer_by_index", "optimizer_by_name", "parameter_names", "revise"]
+
+_WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# How a step is computed belongs to the machine, not to the run: it is chosen anew where the run goes on.
+_IMPLEMENTATION = ("fused", "foreach")
+
+
+def bare_name(name: str) -> str:
+    """Return a parameter's name without the parts that wrappers add, such as ``module.`` or ``_orig_mod.``."""
+    parts = [part for part in name.split(".") if part not in _WRAPPING_PARTS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return for each name what it becomes when every (pattern, replacement) is applied to it in turn."""
+    patterns = [(re.compile(pattern), replacement) for pattern, replacement in revise_keys]
+    revised = {}
+    for name in names:
+        new = name
+        for pattern, replacement in patterns:
+            new = pattern.sub(replacement, new)
+        revised[name] = new
+    return revised
+
+
+def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
+    """Return the names of the optimizer's parameters, a list for each of its groups.
+
+    Parameters that are not the model's are named by their place: ``unnamed.<group>.<position>``.
+    """
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        [known.get(id(p), f"unnamed.{index}.{place}") for place, p in enumerate(group["params"])]
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def optimizer_by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return an optimizer's state dict with parameters' names in the place of torch's running indices."""
+    flat = [name for group in names for name in group]
+    groups = [
+        {key: value for key, value in group.items() if key not in {"params", "param_names", *_IMPLEMENTATION}}
+        | {"params": list(group_names)}
+        for group, group_names in zip(state["param_groups"], names, strict=True)
+    ]
+    return {**state, "state": {flat[index]: slots for index, slots in state["state"].items()}, "param_groups": groups}
+
+
+def optimizer_by_index(
+    state: Mapping[str, Any], names: Sequence[Sequence[str]], current: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return a state dict that torch's optimizer loads, from one by name.
+
+    Args:
+        state: made by :func:`optimizer_by_name`, or by torch itself (then indices are taken as they are).
+        names: those of the optimizer that loads it, a list for each group.
+        current: the parameter groups of the optimizer that loads it.
+
+    Raises:
+        CheckpointMismatchError: if the groups differ in number or in their parameters.
+    """
+    saved_groups = state["param_groups"]
+    if len(saved_groups) != len(names):
+        raise CheckpointMismatchError(
+            f"The checkpoint's optimizer has {len(saved_groups)} parameter groups, this run's has {len(names)}. "
+            "Build the same groups, or resume with resume_optimizer=False."
+        )
+    if not _is_by_name(state):
+        _check_sizes(saved_groups, names)
+        return dict(state)
+    index_of = {name: index for index, name in enumerate(name for group in names for name in group)}
+    groups = []
+    for number, (saved, own, now) in enumerate(zip(saved_groups, names, current, strict=True)):
+        if set(saved["params"]) != set(own):
+            only_saved, only_own = sorted(set(saved["params"]) - set(own)), sorted(set(own) - set(saved["params"]))
+            raise CheckpointMismatchError(
+                f"Parameter group {number} of the optimizer differs: only in the checkpoint {only_saved[:5]}, only in this "
+                f"run {only_own[:5]}. Build the same groups, or resume with resume_optimizer=False."
+            )
+        kept = {key: now[key] for key in _IMPLEMENTATION if key in now}
+        groups.append({**saved, **kept, "params": [index_of[name] for name in own]})
+    return {
+        **state,
+        "state": {index_of[name]: slots for name, slots in state["state"].items() if name in index_of},
+        "param_groups": groups,
+    }
+
+
+def _is_by_name(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(key, str) for group in state["param_groups"] for key in group["params"])
+
+
+def _check_sizes(saved_groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> None:
+    for number, (saved, own) in enumerate(zip(saved_groups, names, strict=True)):
+        if len(saved["params"]) != len(own):
+            raise CheckpointMismatchError(
+                f"Parameter group {number} of the checkpoint's optimizer has {len(saved['params'])} parameters, this run's "
+                f"has {len(own)}. Build the same groups, or resume with resume_optimizer=False."
+            )

@@ -1,0 +1,121 @@
+"""The commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stratagem._version import __version__
+from stratagem.cli import evaluation, report, training
+from stratagem.cli.options import RunOptions
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="stratagem",
+    help="Train PyTorch models from configurations, from one CPU to many nodes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A .py, .yaml, .json or .toml configuration.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set optim_wrapper.optimizer.lr=0.01"),
+]
+WorkDir = Annotated[
+    Path | None, typer.Option(help="The folder of the run. By default the configuration's, or work_dirs/<its name>.")
+]
+Nproc = Annotated[
+    int | None, typer.Option(min=1, help="Start this many processes on this machine, by torchrun's launcher.")
+]
+Launcher = Annotated[
+    str | None, typer.Option(help="What started the processes: none, pytorch, slurm or mpi. By default it is inferred.")
+]
+Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"stratagem {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train PyTorch models from configurations, from one CPU to many nodes."""
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    work_dir: WorkDir = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[PATH]",
+            help="Go on from a checkpoint; without a path from the latest in the folder of the run, if there is one.",
+        ),
+    ] = None,
+    load_from: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Begin with the weights of a checkpoint.")
+    ] = None,
+    nproc: Nproc = None,
+    launcher: Launcher = None,
+    strategy: Strategy = None,
+    traceback: Traceback = False,
+) -> None:
+    """Train what CONFIG describes.
+
+    Interrupt it with Ctrl-C and it saves a checkpoint; --resume goes on from there.
+    """
+    options = RunOptions(
+        config=config,
+        overrides=tuple(overrides or ()),
+        work_dir=work_dir,
+        launcher=launcher,
+        strategy=strategy,
+        nproc=nproc,
+    )
+    training.train(options, resume=resume, load_from=load_from)
+
+
+@app.command()
+def test(
+    config: ConfigFile,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint whose weights are evaluated.")
+    ],
+    overrides: Overrides = None,
+    work_dir: WorkDir = None,
+    nproc: Nproc = None,
+    launcher: Launcher = None,
+    strategy: Strategy = None,
+    traceback: Traceback = False,
+) -> None:
+    """Evaluate CHECKPOINT on the test data of CONFIG."""
+    options = RunOptions(
+        config=config,
+        overrides=tuple(overrides or ()),
+        work_dir=work_dir,
+        launcher=launcher,
+        strategy=strategy,
+        nproc=nproc,
+    )
+    evaluation.test(options, checkpoint=checkpoint)
+
+
+@app.command()
+def env(traceback: Traceback = False) -> None:
+    """Print what this machine and its installation are, for bug reports."""
+    report.print_environment()

@@ -1,0 +1,28 @@
+"""``stratagem test``."""
+
+from __future__ import annotations
+
+import typer
+
+from stratagem.cli.launching import launch
+from stratagem.cli.options import RunOptions, read_config
+from stratagem.runner import Runner
+
+__all__ = ["test"]
+
+
+def test(options: RunOptions, *, checkpoint: str) -> None:
+    """Evaluate a checkpoint's weights on the test data and print the metrics."""
+    config = read_config(options)
+    if options.nproc is not None:
+        launch(options.nproc)
+        return
+    config.merge_from_dict({"load_from": checkpoint, "resume": False}, source="CHECKPOINT")
+    runner = Runner.from_cfg(config)
+    try:
+        metrics = runner.test()
+        if runner.strategy.rank == 0:
+            for name, value in metrics.items():
+                typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    finally:
+        runner.close()

@@ -1,0 +1,46 @@
+"""The entry point: run a command, and turn errors into one clear message and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from stratagem.cli.app import app
+from stratagem.errors import StratagemError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 where all went well, 2 for what the user can mend, 1 for a failure."""
+    words = spell_out_resume(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        app(words, prog_name="stratagem")
+    except Exception as error:  # noqa: BLE001 -- the outermost place: every error becomes a message here
+        _tell(error, whole="--traceback" in words)
+        raise SystemExit(getattr(error, "exit_status", 1)) from None
+
+
+def spell_out_resume(words: list[str]) -> list[str]:
+    """Give ``--resume`` the value ``auto`` where none follows it: typer has no options whose value may be left out."""
+    spelled: list[str] = []
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        bare = word == "--resume" and (following is None or following.startswith("-"))
+        spelled += ["--resume=auto"] if bare else [word]
+    return spelled
+
+
+def _tell(error: Exception, *, whole: bool) -> None:
+    if whole:
+        traceback.print_exception(error)
+    rank = os.environ.get("RANK")
+    who = "stratagem" if rank is None else f"stratagem (rank {rank})"
+    notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+    if isinstance(error, StratagemError):
+        print(f"{who}: error: {error}{notes}", file=sys.stderr)  # noqa: T201 -- this is the command line
+        return
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if whole else f"\n  at {frame.filename}:{frame.lineno} in {frame.name}; --traceback shows all of it."
+    print(f"{who}: {type(error).__name__}: {error}{notes}{where}", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,69 @@
+"""What the commands that run a configuration have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from stratagem.config import Config, parse_overrides
+from stratagem.errors import ConfigValueError, LaunchError
+from stratagem.registry import STRATEGIES
+from stratagem.utils import did_you_mean
+
+__all__ = ["RunOptions", "read_config"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """The options that say which configuration runs, where and how."""
+
+    config: Path
+    overrides: tuple[str, ...] = ()
+    work_dir: Path | None = None
+    launcher: str | None = None
+    strategy: str | None = None
+    nproc: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.nproc is not None and self.launcher not in (None, "pytorch"):
+            raise LaunchError(
+                f"--nproc {self.nproc} starts processes by torchrun's launcher, but --launcher says {self.launcher!r}. "
+                "Leave one of them out."
+            )
+
+
+def read_config(options: RunOptions) -> Config:
+    """Read the configuration and lay the command line's values over it.
+
+    Raises:
+        ConfigError: in one of its kinds, if it cannot be read or a value cannot be set.
+    """
+    config = Config.fromfile(options.config)
+    config.merge_from_dict(parse_overrides(options.overrides))
+    if options.work_dir is not None:
+        config.merge_from_dict({"work_dir": str(options.work_dir)}, source="--work-dir")
+    elif config.get("work_dir") is None:
+        config["work_dir"] = f"work_dirs/{options.config.stem}"
+    if options.launcher is not None:
+        config.merge_from_dict({"launcher": options.launcher}, source="--launcher")
+    if options.strategy is not None:
+        config["strategy"] = _strategy(config, options.strategy)
+    return config
+
+
+def _strategy(config: Config, name: str) -> dict[str, object]:
+    """Return the strategy's section: the configuration's options stay where they are for the same strategy."""
+    kind = _strategy_name(name)
+    section = config.get("strategy")
+    return dict(section) if isinstance(section, dict) and section.get("type") == kind else {"type": kind}
+
+
+def _strategy_name(name: str) -> str:
+    known = STRATEGIES.names()
+    short = {kind.removesuffix("Strategy").removesuffix("Device").lower(): kind for kind in known}
+    kind = name if name in known else short.get(name.lower())
+    if kind is None:
+        raise ConfigValueError(f"--strategy {name}: there is no such strategy. {did_you_mean(name, [*short, *known])}")
+    return kind

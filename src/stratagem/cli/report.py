@@ -1,0 +1,17 @@
+"""``stratagem env``."""
+
+from __future__ import annotations
+
+import typer
+
+from stratagem.utils import collect_env
+
+__all__ = ["print_environment"]
+
+
+def print_environment() -> None:
+    """Print the environment report, a line for each fact."""
+    report = collect_env()
+    width = max(map(len, report))
+    for name, value in report.items():
+        typer.echo(f"{name:<{width}}  {value}")

@@ -1,0 +1,56 @@
+"""The processes of a run: who started them, what each one is, and how they exchange values."""
+
+from stratagem.dist.collectives import (
+    all_gather,
+    all_reduce,
+    barrier,
+    broadcast,
+    gather,
+    get_backend,
+    get_dist_info,
+    get_rank,
+    get_world_size,
+    is_distributed,
+    is_main_process,
+    master_only,
+    sync_random_seed,
+)
+from stratagem.dist.group import close_dist, init_dist
+from stratagem.dist.launch import LAUNCHERS, Launch, infer_launcher, read_launch
+from stratagem.dist.objects import (
+    all_gather_object,
+    broadcast_object,
+    broadcast_object_list,
+    collect_results,
+    gather_object,
+)
+from stratagem.dist.world import World, pick_device
+
+__all__ = [
+    "LAUNCHERS",
+    "Launch",
+    "World",
+    "all_gather",
+    "all_gather_object",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "broadcast_object",
+    "broadcast_object_list",
+    "close_dist",
+    "collect_results",
+    "gather",
+    "gather_object",
+    "get_backend",
+    "get_dist_info",
+    "get_rank",
+    "get_world_size",
+    "infer_launcher",
+    "init_dist",
+    "is_distributed",
+    "is_main_process",
+    "master_only",
+    "pick_device",
+    "read_launch",
+    "sync_random_seed",
+]

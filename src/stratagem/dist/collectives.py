@@ -1,0 +1,197 @@
+"""Collectives on tensors. In one process each of them returns at once and changes nothing.
+
+A tensor may lie on any device: it is moved to one that the group's backend serves, and the result comes back to where
+the tensor was.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
+from stratagem.utils.names import did_you_mean
+
+__all__ = [
+    "all_gather",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "gather",
+    "get_backend",
+    "get_dist_info",
+    "get_rank",
+    "get_world_size",
+    "is_distributed",
+    "is_main_process",
+    "master_only",
+    "sync_random_seed",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Group = torch_dist.ProcessGroup
+
+_OPS = {
+    "sum": torch_dist.ReduceOp.SUM,
+    "product": torch_dist.ReduceOp.PRODUCT,
+    "min": torch_dist.ReduceOp.MIN,
+    "max": torch_dist.ReduceOp.MAX,
+    "band": torch_dist.ReduceOp.BAND,
+    "bor": torch_dist.ReduceOp.BOR,
+    "bxor": torch_dist.ReduceOp.BXOR,
+}
+
+
+def is_distributed() -> bool:
+    """Tell whether there is a process group, be it of one process."""
+    return torch_dist.is_available() and torch_dist.is_initialized()
+
+
+def get_world_size(group: Group | None = None) -> int:
+    """Return how many processes the group has; 1 without a group."""
+    return torch_dist.get_world_size(group) if is_distributed() else 1
+
+
+def get_rank(group: Group | None = None) -> int:
+    """Return this process's rank in the group; 0 without a group."""
+    return torch_dist.get_rank(group) if is_distributed() else 0
+
+
+def get_dist_info(group: Group | None = None) -> tuple[int, int]:
+    """Return rank and world size."""
+    return get_rank(group), get_world_size(group)
+
+
+def get_backend(group: Group | None = None) -> str | None:
+    """Return the name of the group's backend; None without a group."""
+    return str(torch_dist.get_backend(group)) if is_distributed() else None
+
+
+def is_main_process(group: Group | None = None) -> bool:
+    """Tell whether this is rank 0."""
+    return get_rank(group) == 0
+
+
+def master_only(function: Callable[P, R]) -> Callable[P, R | None]:
+    """Make a function run on rank 0 alone; on the others it returns None."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | None:
+        return function(*args, **kwargs) if is_main_process() else None
+
+    return wrapper
+
+
+def barrier(group: Group | None = None) -> None:
+    """Wait until every rank is here. Collective."""
+    if get_world_size(group) > 1:
+        torch_dist.barrier(group)
+
+
+def broadcast(data: Tensor, src: int = 0, group: Group | None = None) -> None:
+    """Overwrite ``data`` on every rank with rank ``src``'s values.
+
+    Collective: all ranks call it with equal shape and dtype.
+
+    Raises:
+        LaunchError: if ``src`` is outside ``[0, world size)``.
+    """
+    _check_rank(src, group)
+    if get_world_size(group) > 1:
+        moved = _to_backend(data, group)
+        torch_dist.broadcast(moved, src, group)
+        _copy_back(moved, data)
+
+
+def all_reduce(data: Tensor, op: str = "sum", group: Group | None = None) -> None:
+    """Overwrite ``data`` on every rank with the reduction of all ranks' values.
+
+    Collective. ``op`` is one of sum, mean, product, min, max, band, bor, bxor.
+
+    Raises:
+        ConfigValueError: if there is no such operation.
+        ConfigTypeError: for the mean of integers.
+    """
+    if op != "mean" and op not in _OPS:
+        raise ConfigValueError(f"all_reduce: op={op!r} is not known. {did_you_mean(op, [*_OPS, 'mean'])}")
+    if op == "mean" and not (data.is_floating_point() or data.is_complex()):
+        raise ConfigTypeError(f"all_reduce: the mean of {data.dtype} values is no {data.dtype}; convert to float first.")
+    size = get_world_size(group)
+    if size == 1:
+        return
+    moved = _to_backend(data, group)
+    # gloo has no average.
+    torch_dist.all_reduce(moved, _OPS["sum" if op == "mean" else op], group)
+    if op == "mean":
+        moved.div_(size)
+    _copy_back(moved, data)
+
+
+def all_gather(data: Tensor, group: Group | None = None) -> list[Tensor]:
+    """Return every rank's tensor, in order of rank. Collective; equal shape and dtype on all ranks."""
+    size = get_world_size(group)
+    if size == 1:
+        return [data]
+    moved = _to_backend(data, group)
+    gathered = [torch.empty_like(moved) for _ in range(size)]
+    torch_dist.all_gather(gathered, moved, group)
+    return [part.to(data.device) for part in gathered]
+
+
+def gather(data: Tensor, dst: int = 0, group: Group | None = None) -> list[Tensor]:
+    """Return every rank's tensor on rank ``dst``, an empty list on the others. Collective; equal shapes and dtypes.
+
+    Raises:
+        LaunchError: if ``dst`` is outside ``[0, world size)``.
+    """
+    _check_rank(dst, group)
+    size = get_world_size(group)
+    if size == 1:
+        return [data]
+    moved = _to_backend(data, group)
+    here = get_rank(group) == dst
+    gathered = [torch.empty_like(moved) for _ in range(size)] if here else None
+    torch_dist.gather(moved, gathered, dst, group)
+    return [part.to(data.device) for part in gathered or ()]
+
+
+def sync_random_seed() -> int:
+    """Return a seed that rank 0 drew from the operating system, the same on every rank. Collective."""
+    seed = torch.randint(2**31 - 1, (1,), generator=_fresh_generator())
+    broadcast(seed)
+    return int(seed.item())
+
+
+def _fresh_generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def _check_rank(rank: int, group: Group | None) -> None:
+    size = get_world_size(group)
+    if not 0 <= rank < size:
+        raise LaunchError(f"Rank {rank} does not exist: the world has {size} process(es), ranks 0 to {size - 1}.")
+
+
+def _to_backend(data: Tensor, group: Group | None) -> Tensor:
+    """Return a contiguous tensor on a device that the group serves: the tensor itself where that is so already."""
+    # Such as "cpu:gloo,cuda:nccl".
+    served = {pair.partition(":")[0] for pair in torch_dist.get_backend_config(group).split(",")}
+    if data.device.type in served:
+        return data.detach().contiguous()
+    if "cpu" in served:
+        return data.detach().cpu().contiguous()
+    accelerator = torch.accelerator.current_accelerator()
+    return data.detach().to(accelerator).contiguous()
+
+
+def _copy_back(moved: Tensor, data: Tensor) -> None:
+    if moved.data_ptr() != data.data_ptr() or moved.device != data.device:
+        data.detach().copy_(moved)

@@ -1,0 +1,67 @@
+"""Collectives on picklable objects, between the ranks of one run, which trust each other.
+
+In one process each of them returns at once.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, zip_longest
+from typing import Any, TypeVar, cast
+
+import torch.distributed as torch_dist
+
+from stratagem.dist.collectives import Group, _check_rank, get_rank, get_world_size
+
+__all__ = ["all_gather_object", "broadcast_object", "broadcast_object_list", "collect_results", "gather_object"]
+
+T = TypeVar("T")
+
+_ABSENT = object()
+
+
+def broadcast_object_list(data: list[Any], src: int = 0, group: Group | None = None) -> None:
+    """Overwrite the items of ``data`` on every rank with rank ``src``'s. Collective; lists of equal length."""
+    _check_rank(src, group)
+    if get_world_size(group) > 1:
+        torch_dist.broadcast_object_list(data, src, group)
+
+
+def broadcast_object(data: T, src: int = 0, group: Group | None = None) -> T:
+    """Return rank ``src``'s object on every rank. Collective."""
+    box: list[T] = [data]
+    broadcast_object_list(box, src, group)
+    return box[0]
+
+
+def all_gather_object(data: T, group: Group | None = None) -> list[T]:
+    """Return every rank's object, in order of rank. Collective."""
+    size = get_world_size(group)
+    if size == 1:
+        return [data]
+    gathered: list[Any] = [None] * size
+    torch_dist.all_gather_object(gathered, data, group)
+    return gathered
+
+
+def gather_object(data: T, dst: int = 0, group: Group | None = None) -> list[T] | None:
+    """Return every rank's object on rank ``dst``, in order of rank; None on the others. Collective."""
+    _check_rank(dst, group)
+    size = get_world_size(group)
+    if size == 1:
+        return [data]
+    gathered: list[Any] | None = [None] * size if get_rank(group) == dst else None
+    torch_dist.gather_object(data, gathered, dst, group)
+    return gathered
+
+
+def collect_results(results: list[T], size: int, group: Group | None = None) -> list[T] | None:
+    """Return the results of all ranks in the order of the samples on rank 0; None on the others.
+
+    Collective. Ranks are taken to have seen the samples in turn (rank 0 the first, rank 1 the second ...), as our
+    samplers deal them; what goes beyond ``size``, which a sampler adds to give every rank as many, is cut off.
+    """
+    parts = gather_object(results, 0, group)
+    if parts is None:
+        return None
+    dealt = chain.from_iterable(zip_longest(*parts, fillvalue=_ABSENT))
+    return [cast(T, result) for result in dealt if result is not _ABSENT][:size]

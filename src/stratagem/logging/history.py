@@ -1,0 +1,89 @@
+"""Smoothed scalars that cost nothing until they are looked at."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, TypeGuard, final
+
+import torch
+from torch import Tensor
+
+from stratagem.errors import ConfigValueError
+
+__all__ = ["ScalarWindow"]
+
+
+@final
+class ScalarWindow:
+    """The outputs of the last ``size`` iterations, kept by reference; their means when they are asked for.
+
+    Adding is one append: nothing is copied and nothing leaves the device. So do not change the outputs afterwards,
+    and hand over detached scalars: whatever the outputs hold stays in memory as long as they are in the window.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ConfigValueError(f"The window has size {size}; it must hold 1 iteration or more.")
+        self._window: deque[Mapping[str, Any]] = deque(maxlen=size)
+        #: Takes the outputs of one iteration: values by name. It is the deque's own append, for its speed.
+        self.append: Callable[[Mapping[str, Any]], None] = self._window.append
+
+    def __len__(self) -> int:
+        return len(self._window)
+
+    def clear(self) -> None:
+        """Forget everything, for instance between epochs."""
+        self._window.clear()
+
+    def means(self, *, last: int | None = None, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """Return the mean of each name over the iterations in which it was a scalar, sorted by name.
+
+        Numbers and tensors of one element count; everything else (text, predictions, complex numbers) is left out.
+        All tensors of a device come to the host in one copy, which waits for the device.
+
+        Args:
+            last: Look at this many of the newest iterations alone.
+            reduce: Called once with all means, a float64 CPU tensor of shape [names], and returns them averaged over
+                ranks. With it this is a collective: every rank must call it, with the same names in its window.
+
+        Raises:
+            ConfigValueError: if ``last`` is below 1, or ``reduce`` returns another number of values.
+        """
+        if last is not None and last < 1:
+            raise ConfigValueError(f"last is {last}; it must be 1 iteration or more.")
+        by_name: dict[str, list[Tensor | Real]] = {}
+        for outputs in list(self._window)[-(last or len(self._window)) :]:
+            for name, value in outputs.items():
+                if _is_scalar(value):
+                    by_name.setdefault(name, []).append(value)
+        names = sorted(by_name)
+        numbers = iter(_fetch([value for name in names for value in by_name[name]]))
+        means = [sum(next(numbers) for _ in by_name[name]) / len(by_name[name]) for name in names]
+        if reduce is not None:
+            means = reduce(torch.tensor(means, dtype=torch.float64)).tolist()
+        if len(means) != len(names):
+            raise ConfigValueError(f"reduce returned {len(means)} values for the {len(names)} names {names}.")
+        return dict(zip(names, means, strict=True))
+
+
+def _is_scalar(value: object) -> TypeGuard[Tensor | Real]:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, Real)
+
+
+def _fetch(values: Sequence[Tensor | Real]) -> list[float]:
+    """Return the values as numbers of the host, with one copy for each device."""
+    numbers = [0.0] * len(values)
+    tensors: dict[torch.device, dict[int, Tensor]] = {}
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            tensors.setdefault(value.device, {})[index] = value.detach().reshape(())
+        else:
+            numbers[index] = float(value)
+    for on_device in tensors.values():
+        for index, number in zip(on_device, torch.stack(list(on_device.values())).tolist(), strict=True):
+            numbers[index] = float(number)
+    return numbers

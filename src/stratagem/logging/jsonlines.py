@@ -1,0 +1,113 @@
+"""Records as JSON lines: one object a line, valid whatever the values are."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO, final
+
+from stratagem.errors import WorkDirError
+from stratagem.utils import absolute
+
+__all__ = ["JsonLinesWriter"]
+
+_DEEPEST = 20  # what lies deeper in a record is an accident
+_LONGEST_INTEGER_BITS = 1024  # Python refuses to write integers of thousands of digits
+
+
+@final
+class JsonLinesWriter:
+    """Appends records to a file, each flushed as one line of ASCII.
+
+    JSON has no NaN and no infinity: they are written as the texts ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which
+    ``float()`` reads. Tensors and arrays become numbers and lists, and what JSON does not know becomes text. A line
+    that a kill left half written is ended, so that it spoils no later one.
+
+    Raises:
+        WorkDirError: if the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path: Path = absolute(path)
+        try:
+            self._file: TextIO = self.path.open("a", encoding="ascii")
+            if self._file.tell() > 0 and not _ends_with_newline(self.path):
+                self._file.write("\n")
+        except OSError as error:
+            raise WorkDirError(
+                f"{self.path}: cannot be opened for writing ({error.strerror}). "
+                "Make its directory, or choose another file."
+            ) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record; no value is refused.
+
+        Raises:
+            OSError: if the disk is full or broken.
+            ValueError: if the writer is closed.
+        """
+        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """Return the value as JSON knows it; ``within`` holds the identities of the values that contain it."""
+    if id(value) in within or len(within) >= _DEEPEST:
+        return _text(value)
+    try:
+        return _convert(value, (*within, id(value)))
+    except Exception:  # noqa: BLE001 -- a tensor without data, a mapping that fails: no value must end a run
+        return _text(value)
+
+
+def _convert(value: Any, within: tuple[int, ...]) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int(value) if value.bit_length() <= _LONGEST_INTEGER_BITS else hex(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else _name_of(value)
+    if isinstance(value, Mapping):
+        return {_text(key): _plain(inner, within) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(inner, within) for inner in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist(), within)
+    return _text(value)
+
+
+def _name_of(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def _text(value: Any) -> str:
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 -- a value that cannot even be printed must not end a run
+        return f"<{type(value).__name__} that cannot be printed>"

@@ -1,0 +1,155 @@
+"""A logger that knows its rank, and belongs to one run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import final
+
+from rich.text import Text
+
+from stratagem.errors import ConfigTypeError, ConfigValueError, WorkDirError
+from stratagem.logging.console import shared_console
+from stratagem.utils import absolute, did_you_mean
+
+__all__ = ["Logger"]
+
+_LABEL = "stratagem"
+_CONSOLE_TIME = "%m/%d %H:%M:%S"
+_FILE_TIME = "%Y/%m/%d %H:%M:%S"
+_STYLES = {"DEBUG": "cyan", "INFO": "green", "WARNING": "yellow", "ERROR": "red", "CRITICAL": "bold red"}
+_REMEMBERED_WARNINGS = 1000
+
+
+@final
+class Logger(logging.Logger):
+    """Writes log lines to the console on rank 0, and to a file.
+
+    Ranks above 0 write errors alone to the console. The file is written on rank 0; at level DEBUG, or with
+    ``distributed=True``, each other rank writes ``<stem>_rank<rank><suffix>`` beside it. Every line is flushed.
+    A warning that was already given is dropped. Lines of errors name the file, the function and the line.
+
+    It is not registered in the ``logging`` module and passes nothing on: two runs of one process never share one,
+    even under the same name.
+
+    Raises:
+        ConfigValueError: if the level is not known, or the rank is negative.
+        WorkDirError: if the file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        log_level: str | int = "INFO",
+        log_file: str | os.PathLike[str] | None = None,
+        file_mode: str = "a",
+        rank: int = 0,
+        distributed: bool = False,
+        console: bool = True,
+    ) -> None:
+        level = _parse_level(log_level)
+        if file_mode not in ("a", "w"):
+            raise ConfigValueError(f"file_mode is {file_mode!r}; it must be 'a' (append) or 'w' (begin anew).")
+        if rank < 0:
+            raise ConfigValueError(f"rank is {rank}; it must be 0 or more.")
+        super().__init__(name, level)
+        self.log_file: Path | None = None
+        if log_file is not None:
+            self.log_file = _file_of_rank(absolute(log_file), rank, every_rank=distributed or level <= logging.DEBUG)
+        if self.log_file is not None:
+            self.addHandler(_open_file(self.log_file, file_mode))
+        if console:
+            self.addHandler(_ConsoleHandler(level if rank == 0 else max(level, logging.ERROR)))
+        if not self.handlers:
+            self.addHandler(logging.NullHandler())  # else the logging module writes warnings to stderr by itself
+        self.addFilter(_RepeatedWarnings())
+
+    def close(self) -> None:
+        """Close the file and write nothing more; a second call does nothing."""
+        for handler in list(self.handlers):
+            self.removeHandler(handler)
+            handler.close()
+        self.addHandler(logging.NullHandler())
+
+
+@final
+class _Formatter(logging.Formatter):
+    """``<time> - stratagem - <LEVEL> - <message>``; from ERROR on with path, function and line before the message."""
+
+    def __init__(self, time_format: str) -> None:
+        super().__init__(f"%(asctime)s - {_LABEL} - %(levelname)s - %(message)s", time_format)
+        self._with_place = logging.Formatter(
+            f"%(asctime)s - {_LABEL} - %(levelname)s - %(pathname)s - %(funcName)s - %(lineno)d - %(message)s",
+            time_format,
+        )
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._with_place.format(record) if record.levelno >= logging.ERROR else super().format(record)
+
+
+@final
+class _ConsoleHandler(logging.Handler):
+    """Writes lines above a live progress bar if there is one; the name of the level is coloured on a terminal."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.setFormatter(_Formatter(_CONSOLE_TIME))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = Text(self.format(record))
+            start = line.plain.index(record.levelname)
+            line.stylize(_STYLES.get(record.levelname, ""), start, start + len(record.levelname))
+            shared_console().print(line, soft_wrap=True)
+        except Exception:  # noqa: BLE001 -- as every handler of the logging module: a log line never ends a run
+            self.handleError(record)
+
+
+@final
+class _RepeatedWarnings(logging.Filter):
+    """Drops a warning whose text was given before; after 1000 different ones it starts to forget."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[tuple[str, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        text = str(record.msg), repr(record.args)
+        if text in self._seen:
+            return False
+        if len(self._seen) >= _REMEMBERED_WARNINGS:
+            self._seen.clear()
+        self._seen.add(text)
+        return True
+
+
+def _parse_level(level: str | int) -> int:
+    if isinstance(level, int) and not isinstance(level, bool):
+        return level
+    if not isinstance(level, str):
+        raise ConfigTypeError(f"log_level must be a name or a number, not {level!r} ({type(level).__name__}).")
+    known = logging.getLevelNamesMapping()
+    if level.upper() not in known:
+        raise ConfigValueError(f"log_level is {level!r}, which is not a level. {did_you_mean(level, known)}")
+    return known[level.upper()]
+
+
+def _file_of_rank(file: Path, rank: int, *, every_rank: bool) -> Path | None:
+    if rank == 0:
+        return file
+    return file.with_name(f"{file.stem}_rank{rank}{file.suffix}") if every_rank else None
+
+
+def _open_file(file: Path, mode: str) -> logging.Handler:
+    try:
+        handler = logging.FileHandler(file, mode, encoding="utf-8")
+    except OSError as error:
+        raise WorkDirError(
+            f"{file}: the log file cannot be opened ({error.strerror}). Make its directory, or choose another file."
+        ) from error
+    handler.setFormatter(_Formatter(_FILE_TIME))
+    return handler

@@ -1,0 +1,21 @@
+"""Models that the loops can train."""
+
+from stratagem.model.base import BaseModel, Trainable, parse_losses
+from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
+from stratagem.model.preprocess import BaseDataPreprocessor, to_device
+from stratagem.model.ready import ModelWithLoss, SupervisedModel
+from stratagem.model.wrappers import bare_model, is_model_wrapper
+
+__all__ = [
+    "BaseDataPreprocessor",
+    "BaseModel",
+    "ModelWithLoss",
+    "SupervisedModel",
+    "Trainable",
+    "bare_model",
+    "convert_sync_batchnorm",
+    "is_model_wrapper",
+    "parse_losses",
+    "revert_sync_batchnorm",
+    "to_device",
+]

@@ -1,0 +1,72 @@
+"""Batch normalisation over all ranks, and back."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stratagem.errors import ConfigValueError
+from stratagem.utils.names import did_you_mean
+
+__all__ = ["convert_sync_batchnorm", "revert_sync_batchnorm"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class _AnyBatchNorm(_BatchNorm):
+    """Batch normalisation of inputs with any number of dimensions, as SyncBatchNorm takes them."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 -- torch's name
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> nn.Module:
+    """Turn every BatchNorm layer into one whose statistics are those of all ranks.
+
+    Parameters, buffers and the training mode are kept; the model itself is changed and returned.
+
+    Raises:
+        ConfigValueError: if ``implementation`` is not ``"torch"``.
+    """
+    if implementation != "torch":
+        raise ConfigValueError(
+            f"sync_bn={implementation!r} is not known. {did_you_mean(implementation, ['torch'])} "
+            "Layers of other libraries are converted by their own functions before the model is given to the strategy."
+        )
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:
+    """Turn every SyncBatchNorm layer into plain batch normalisation; returns the model and how many there were.
+
+    Parameters, buffers and the training mode are kept; the model itself is changed unless it is such a layer.
+    """
+    if isinstance(model, nn.SyncBatchNorm):
+        return _plain(model), 1
+    reverted = 0
+    for name, child in model.named_children():
+        new, count = revert_sync_batchnorm(child)
+        reverted += count
+        if new is not child:
+            setattr(model, name, new)
+    return model, reverted
+
+
+def _plain(layer: nn.SyncBatchNorm) -> nn.Module:
+    plain = _AnyBatchNorm(
+        layer.num_features,
+        eps=layer.eps,
+        momentum=layer.momentum,
+        affine=layer.affine,
+        track_running_stats=layer.track_running_stats,
+    )
+    if layer.affine:
+        plain.weight, plain.bias = layer.weight, layer.bias
+    plain.running_mean, plain.running_var = layer.running_mean, layer.running_var
+    plain.num_batches_tracked = layer.num_batches_tracked
+    return plain.train(layer.training)

@@ -1,0 +1,61 @@
+"""Bring a batch to the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BaseDataPreprocessor", "to_device"]
+
+_CPU = torch.device("cpu")
+
+
+def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
+    """Return ``data`` with every tensor in it on ``device``.
+
+    Mappings, lists, tuples and objects with a ``to`` method are followed; anything else is kept as it is.
+    """
+    if isinstance(data, Tensor):
+        return data if data.device == device else data.to(device, non_blocking=non_blocking)
+    if isinstance(data, tuple):
+        moved = [to_device(item, device, non_blocking=non_blocking) for item in data]
+        return type(data)(*moved) if hasattr(data, "_fields") else tuple(moved)
+    if isinstance(data, list):
+        return [to_device(item, device, non_blocking=non_blocking) for item in data]
+    if isinstance(data, Mapping):
+        return type(data)(  # type: ignore[call-arg]
+            {key: to_device(item, device, non_blocking=non_blocking) for key, item in data.items()}
+        )
+    move = getattr(data, "to", None)
+    return move(device) if callable(move) else data
+
+
+class BaseDataPreprocessor(nn.Module):
+    """Move a batch to the device where the model is; derive from it to normalise or stack as well.
+
+    It is a part of the model, so it follows the model to its device.
+
+    Args:
+        non_blocking: whether copies from pinned memory may overlap with computation.
+    """
+
+    device: torch.device
+
+    def __init__(self, *, non_blocking: bool = False) -> None:
+        super().__init__()
+        self.device = _CPU
+        self.non_blocking = non_blocking
+
+    def _apply(self, fn: Any, recurse: bool = True) -> BaseDataPreprocessor:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        # What `to`, `cuda`, `cpu` ... do to tensors tells where the model went.
+        self.device = fn(torch.empty(0, device=self.device)).device
+        return self
+
+    def forward(self, data: Any, training: bool = False) -> Any:
+        """Return ``data`` on the model's device. ``training`` tells whether it comes from a training step."""
+        # A model on the CPU gets its data from there; walking through the batch would be all for nothing.
+        return data if self.device == _CPU else to_device(data, self.device, non_blocking=self.non_blocking)

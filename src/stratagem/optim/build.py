@@ -1,0 +1,38 @@
+"""Build what a configuration says about optimization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from stratagem.errors import ConfigTypeError
+from stratagem.optim.base import BaseOptimWrapper
+from stratagem.optim.many import OptimWrapperDict
+from stratagem.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+__all__ = ["build_optim_wrapper"]
+
+
+def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> BaseOptimWrapper | OptimWrapperDict:
+    """Return the optimizer wrapper, or several, that a configuration describes for a model.
+
+    ``constructor`` names what builds it (``DefaultOptimWrapperConstructor`` by default) from the rest of the
+    configuration and ``paramwise_cfg``.
+
+    Raises:
+        ConfigTypeError: if the configuration is no mapping, or its constructor builds something else.
+    """
+    if not isinstance(cfg, Mapping):
+        raise ConfigTypeError(f"optim_wrapper must be a mapping, got {type(cfg).__name__}: {cfg!r}.")
+    rest = dict(cfg)
+    kind = rest.pop("constructor", "DefaultOptimWrapperConstructor")
+    paramwise_cfg = rest.pop("paramwise_cfg", None)
+    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
+        {"type": kind, "optim_wrapper_cfg": rest, "paramwise_cfg": paramwise_cfg}
+    )
+    built = constructor(model)
+    if not isinstance(built, BaseOptimWrapper | OptimWrapperDict):
+        raise ConfigTypeError(f"The constructor {kind!r} built {built!r}, which is no optimizer wrapper.")
+    return built

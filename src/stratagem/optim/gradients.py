@@ -1,0 +1,127 @@
+"""Clip gradients and look whether they are finite, over all parameters of an optimizer and under any sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, cast, final
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
+from stratagem.utils.imports import import_object
+from stratagem.utils.names import did_you_mean
+
+__all__ = ["Clipping", "NonFinite", "global_norm", "is_admitted", "parse_clipping", "parse_nonfinite"]
+
+NonFinite = Literal["error", "skip"]
+
+_KNOWN_KEYS: Final = {
+    "norm": ("type", "max_norm", "norm_type", "error_if_nonfinite", "foreach"),
+    "value": ("type", "clip_value", "foreach"),
+}
+_LIMIT_KEY: Final = {"norm": "max_norm", "value": "clip_value"}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clipping:
+    """How far gradients may go: by the norm of all of them, or each value on its own."""
+
+    by_norm: bool
+    limit: float
+    norm_type: float = 2.0
+    error_if_nonfinite: bool = False
+    foreach: bool | None = None
+
+    def apply(self, parameters: Sequence[Tensor], norm: Tensor | None) -> None:
+        """Clip the gradients of the parameters in place; ``norm`` is the norm of all of them."""
+        if self.by_norm and norm is not None:
+            clip_grads_with_norm_(parameters, self.limit, norm, foreach=self.foreach)
+        else:
+            clip_grad_value_(parameters, self.limit, foreach=self.foreach)
+
+
+def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
+    """Check what a configuration says about clipping; the argument stays as it is.
+
+    Raises:
+        ConfigTypeError: if it is no mapping, or a limit is no number.
+        ConfigValueError: if it is empty, names another ``type``, or has no positive limit.
+        ConfigKeyError: for a key that this ``type`` does not take.
+    """
+    if clip_grad is None:
+        return None
+    if not isinstance(clip_grad, Mapping):
+        raise ConfigTypeError(f"clip_grad must be a mapping such as dict(max_norm=1.0), got {clip_grad!r}.")
+    kind = clip_grad.get("type", "norm")
+    if kind not in _KNOWN_KEYS:
+        raise ConfigValueError(f'clip_grad: type={kind!r} is not known. Use "norm" or "value".')
+    for key in clip_grad:
+        if key not in _KNOWN_KEYS[kind]:
+            raise ConfigKeyError(
+                f"clip_grad: {key!r} is not known for type={kind!r}. {did_you_mean(key, _KNOWN_KEYS[kind])}"
+            )
+    limit = clip_grad.get(_LIMIT_KEY[kind])
+    if limit is None:
+        raise ConfigValueError(f"clip_grad={dict(clip_grad)!r} has no limit. Give {_LIMIT_KEY[kind]}=...")
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        raise ConfigTypeError(f"clip_grad: {_LIMIT_KEY[kind]} must be a number, got {limit!r}.")
+    if not limit > 0:
+        raise ConfigValueError(f"clip_grad: {_LIMIT_KEY[kind]} must be positive, got {limit!r}.")
+    return Clipping(
+        by_norm=kind == "norm",
+        limit=float(limit),
+        norm_type=float(clip_grad.get("norm_type", 2.0)),
+        error_if_nonfinite=bool(clip_grad.get("error_if_nonfinite", False)),
+        foreach=clip_grad.get("foreach"),
+    )
+
+
+def parse_nonfinite(policy: str | None, clipping: Clipping | None) -> NonFinite | None:
+    """Return the policy for gradients that are not finite, which ``error_if_nonfinite`` of clipping may also ask for.
+
+    Raises:
+        ConfigValueError: for another policy.
+    """
+    if policy is None:
+        return "error" if clipping is not None and clipping.error_if_nonfinite else None
+    if policy not in ("error", "skip"):
+        raise ConfigValueError(f'nonfinite={policy!r} is not known. Use "error", "skip", or None to not look.')
+    return cast("NonFinite", policy)
+
+
+def global_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Return the norm of all gradients as one vector, a scalar on their device, without waiting for it.
+
+    Gradients that are sharded over ranks count as the whole tensors that they stand for; then the call is collective.
+    """
+    if all(type(gradient) is Tensor for gradient in gradients):
+        return get_total_norm(gradients, norm_type)
+    # Norms of tensors on different meshes cannot be stacked: reduce each mesh's own first.
+    dtensor = import_object("torch.distributed.tensor:DTensor")
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, dtensor) else None, []).append(gradient)
+    norms = [get_total_norm(group, norm_type) for group in by_mesh.values()]
+    whole = [norm.full_tensor() if isinstance(norm, dtensor) else norm for norm in norms]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(whole), norm_type)
+    return norm
+
+
+def is_admitted(norm: Tensor, policy: NonFinite | None) -> bool:
+    """Tell whether gradients of this norm may update the parameters; with a policy it waits for the device.
+
+    Raises:
+        TrainingError: if the norm is not finite and the policy is ``"error"``.
+    """
+    if policy is None or bool(torch.isfinite(norm)):
+        return True
+    if policy == "error":
+        raise TrainingError(
+            f"The norm of the gradients is {norm.item()}. Lower the learning rate, look for a division by zero or a "
+            'logarithm in the loss, or set nonfinite="skip" in the optimizer wrapper.'
+        )
+    return False

@@ -1,0 +1,70 @@
+"""Make a class of schedules from a shape and the option that it changes, with one signature for both."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC
+from typing import Any, ClassVar
+
+from stratagem.errors import ConfigTypeError
+from stratagem.optim.schedules.base import ParamScheduler
+from stratagem.optim.schedules.curves import Curve
+from stratagem.utils.names import did_you_mean
+
+__all__ = ["BoundScheduler", "CurveScheduler"]
+
+
+class BoundScheduler(ParamScheduler, ABC):
+    """A schedule whose arguments are the fields of a dataclass, the options of every schedule, and maybe the key.
+
+    A class names the dataclass as ``settings`` and, unless users choose it by ``param_name``, the ``key``. Its
+    signature is made from them, so that help, checks of configurations and errors know every argument.
+    """
+
+    settings_type: ClassVar[type[Any]]
+    key: ClassVar[str | None] = None
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, *, settings: type[Any] | None = None, key: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if settings is None:
+            return
+        cls.settings_type = settings
+        cls.key = key
+        cls.counted_arguments = getattr(settings, "counted", ())
+        shared = list(inspect.signature(ParamScheduler.__init__).parameters.values())[1:]
+        given = [parameter for parameter in shared if parameter.name != "param_name" or key is None]
+        head = [parameter for parameter in given if parameter.default is inspect.Parameter.empty]
+        own = list(inspect.signature(settings).parameters.values())
+        cls.__signature__ = inspect.Signature([*head, *own, *given[len(head) :]])
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            given = self.__signature__.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            unknown = [name for name in kwargs if name not in self.__signature__.parameters]
+            hint = did_you_mean(unknown[0], self.__signature__.parameters) if unknown else ""
+            raise ConfigTypeError(f"{type(self).__name__}: {error}. {hint}".rstrip()) from None
+        own = inspect.signature(self.settings_type).parameters
+        self.settings = self.settings_type(**{name: value for name, value in given.items() if name in own})
+        if self.key is not None:
+            given["param_name"] = self.key
+        super().__init__(**{name: value for name, value in given.items() if name not in own})
+
+
+class CurveScheduler(BoundScheduler, ABC):
+    """A schedule that follows a curve."""
+
+    settings: Curve
+    # Not a number differs from every shape, so the first one counts as a change.
+    _shape: float = math.nan
+
+    def transform(self, value: float, initial: float) -> float:
+        return self.settings.apply(self._shape, value, initial)
+
+    def _reshape(self) -> bool:
+        shape = self.settings.at(self._in_range, self._span)
+        changed = shape != self._shape
+        self._shape = shape
+        return changed

@@ -1,0 +1,322 @@
+"""The shapes of schedules as pure functions of the position in their range.
+
+Position 0 is the first of the range and ``span`` the number of positions, so the last one is ``span - 1``. ``at`` is
+computed once a position, ``apply`` once for each parameter group.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final
+
+from stratagem.errors import ConfigValueError
+
+__all__ = [
+    "Constant",
+    "CosineAnnealing",
+    "CosineRestart",
+    "Curve",
+    "Exponential",
+    "Linear",
+    "MultiStep",
+    "OneCycle",
+    "Poly",
+    "Step",
+    "WarmupStableDecay",
+]
+
+
+@dataclass(frozen=True)
+class Curve(ABC):
+    """A shape; its fields are what a configuration may say about it.
+
+    Attributes:
+        counted: the fields that count positions, so that they grow when a schedule by epoch becomes one by iteration.
+    """
+
+    counted: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def at(self, position: int, span: int) -> float:
+        """Return what ``apply`` needs to know about a position: for most curves a factor."""
+
+    def apply(self, shape: float, value: float, initial: float) -> float:
+        """Return what a value becomes; ``initial`` is the value that the group began the run with."""
+        del initial
+        return value * shape
+
+
+@final
+@dataclass(frozen=True)
+class Constant(Curve):
+    """``factor`` times the value, and the value itself from the last position on."""
+
+    factor: float = 1 / 3
+
+    def __post_init__(self) -> None:
+        _require_fraction("factor", self.factor)
+
+    def at(self, position: int, span: int) -> float:
+        return self.factor if position < span - 1 else 1.0
+
+
+@final
+@dataclass(frozen=True)
+class Linear(Curve):
+    """A straight line from ``start_factor`` at the first position to ``end_factor`` at the last."""
+
+    start_factor: float = 1 / 3
+    end_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_fraction("start_factor", self.start_factor)
+        _require_fraction("end_factor", self.end_factor)
+
+    def at(self, position: int, span: int) -> float:
+        if position >= span - 1:
+            return self.end_factor
+        return self.start_factor + (self.end_factor - self.start_factor) * position / (span - 1)
+
+
+@final
+@dataclass(frozen=True)
+class Step(Curve):
+    """``gamma`` times smaller after every ``step_size`` positions."""
+
+    step_size: int
+    gamma: float = 0.1
+
+    counted = ("step_size",)
+
+    def __post_init__(self) -> None:
+        _require_counts("step_size", [self.step_size])
+
+    def at(self, position: int, span: int) -> float:
+        return self.gamma ** (position // self.step_size)
+
+
+@final
+@dataclass(frozen=True)
+class MultiStep(Curve):
+    """``gamma`` times smaller from each milestone on; one that is given twice counts twice."""
+
+    milestones: Sequence[int]
+    gamma: float = 0.1
+
+    counted = ("milestones",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "milestones", tuple(sorted(self.milestones)))
+
+    def at(self, position: int, span: int) -> float:
+        factor = 1.0
+        for milestone in self.milestones:
+            if position < milestone:
+                break
+            factor *= self.gamma
+        return factor
+
+
+@final
+@dataclass(frozen=True)
+class Exponential(Curve):
+    """``gamma`` times smaller at each position."""
+
+    gamma: float
+
+    def at(self, position: int, span: int) -> float:
+        return float(self.gamma**position)
+
+
+@final
+@dataclass(frozen=True)
+class CosineAnnealing(Curve):
+    """Half a cosine wave over ``T_max`` positions, by default the whole range (arXiv:1608.03983, without restarts)."""
+
+    T_max: int | None = None
+    eta_min: float | None = None
+    eta_min_ratio: float | None = None
+
+    counted = ("T_max",)
+
+    def __post_init__(self) -> None:
+        _require_one_floor(self.eta_min, self.eta_min_ratio)
+        if self.T_max is not None:
+            _require_counts("T_max", [self.T_max])
+
+    def at(self, position: int, span: int) -> float:
+        period = span if self.T_max is None else self.T_max
+        return 0.5 * (1.0 + math.cos(math.pi * position / period))
+
+    def apply(self, shape: float, value: float, initial: float) -> float:
+        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
+        return floor + (value - floor) * shape
+
+
+@final
+@dataclass(frozen=True)
+class CosineRestart(Curve):
+    """One half cosine wave after the other, each as long as its period and as high as its weight (arXiv:1608.03983)."""
+
+    periods: Sequence[int]
+    restart_weights: Sequence[float] = (1.0,)
+    eta_min: float | None = None
+    eta_min_ratio: float | None = None
+
+    counted = ("periods",)
+
+    def __post_init__(self) -> None:
+        _require_one_floor(self.eta_min, self.eta_min_ratio)
+        if self.eta_min is None and self.eta_min_ratio is None:
+            raise ConfigValueError("A cosine with restarts needs a floor. Give eta_min or eta_min_ratio.")
+        if not self.periods or len(self.periods) != len(self.restart_weights):
+            raise ConfigValueError(
+                f"periods={list(self.periods)!r} and restart_weights={list(self.restart_weights)!r} must have the "
+                "same length, at least 1."
+            )
+        _require_counts("periods", self.periods)
+        object.__setattr__(self, "periods", tuple(self.periods))
+        object.__setattr__(self, "restart_weights", tuple(self.restart_weights))
+
+    def at(self, position: int, span: int) -> float:
+        start = 0
+        for period, weight in zip(self.periods, self.restart_weights, strict=True):
+            if position < start + period:
+                return 0.5 * weight * (1.0 + math.cos(math.pi * (position - start) / period))
+            start += period
+        return 0.0
+
+    def apply(self, shape: float, value: float, initial: float) -> float:
+        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
+        return floor + (value - floor) * shape
+
+
+@final
+@dataclass(frozen=True)
+class Poly(Curve):
+    """A power of the straight line from the value at the first position to ``eta_min`` at the last."""
+
+    eta_min: float = 0.0
+    power: float = 1.0
+
+    def at(self, position: int, span: int) -> float:
+        if position >= span - 1:
+            return 0.0
+        return float((1.0 - position / (span - 1)) ** self.power)
+
+    def apply(self, shape: float, value: float, initial: float) -> float:
+        return self.eta_min + (value - self.eta_min) * shape
+
+
+@final
+@dataclass(frozen=True)
+class OneCycle(Curve):
+    """Up to ``eta_max`` and down again, whatever the group's own value (arXiv:1708.07120).
+
+    It begins at ``eta_max / div_factor`` and ends at that divided by ``final_div_factor``. ``pct_start`` is the part of
+    the range that goes up; with ``three_phase`` as much goes down to where it began, and the rest to the end.
+    """
+
+    eta_max: float
+    total_steps: int | None = None
+    pct_start: float = 0.3
+    anneal_strategy: Literal["cos", "linear"] = "cos"
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+    three_phase: bool = False
+
+    counted = ("total_steps",)
+
+    def __post_init__(self) -> None:
+        _require_fraction("pct_start", self.pct_start)
+        if self.anneal_strategy not in ("cos", "linear"):
+            raise ConfigValueError(f'anneal_strategy={self.anneal_strategy!r} is not known. Use "cos" or "linear".')
+        if self.total_steps is not None:
+            _require_counts("total_steps", [self.total_steps])
+
+    def at(self, position: int, span: int) -> float:
+        total = span if self.total_steps is None else self.total_steps
+        first = self.eta_max / self.div_factor
+        last = first / self.final_div_factor
+        top = self.pct_start * total - 1
+        ends = [(top, first, self.eta_max)]
+        if self.three_phase:
+            ends += [(2 * top, self.eta_max, first), (total - 1, first, last)]
+        else:
+            ends += [(total - 1, self.eta_max, last)]
+        start = 0.0
+        for end, begin_value, end_value in ends:
+            if position <= end:
+                progress = (position - start) / (end - start) if end > start else 1.0
+                return self._between(begin_value, end_value, progress)
+            start = end
+        return last
+
+    def apply(self, shape: float, value: float, initial: float) -> float:
+        del value, initial
+        return shape
+
+    def _between(self, begin_value: float, end_value: float, progress: float) -> float:
+        if self.anneal_strategy == "linear":
+            return begin_value + (end_value - begin_value) * progress
+        return end_value + (begin_value - end_value) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@final
+@dataclass(frozen=True)
+class WarmupStableDecay(Curve):
+    """A straight warm-up, the value itself, and a decay to the floor at the last position (arXiv:2404.06395).
+
+    ``decay`` and ``warmup`` count positions. ``shape`` is that of the decay: ``"sqrt"`` is ``1 - sqrt(progress)``
+    (arXiv:2405.18392).
+    """
+
+    decay: int
+    warmup: int = 0
+    start_factor: float = 0.001
+    shape: Literal["linear", "cosine", "sqrt"] = "linear"
+    eta_min: float | None = None
+    eta_min_ratio: float | None = None
+
+    counted = ("decay", "warmup")
+
+    def __post_init__(self) -> None:
+        _require_one_floor(self.eta_min, self.eta_min_ratio)
+        _require_fraction("start_factor", self.start_factor)
+        _require_counts("decay", [self.decay])
+        if self.shape not in ("linear", "cosine", "sqrt"):
+            raise ConfigValueError(f'shape={self.shape!r} is not known. Use "linear", "cosine" or "sqrt".')
+
+    def at(self, position: int, span: int) -> float:
+        if position < self.warmup:
+            return self.start_factor + (1.0 - self.start_factor) * position / self.warmup
+        progress = (position - span + 1 + self.decay) / self.decay
+        if progress <= 0.0:
+            return 1.0
+        if self.shape == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return 1.0 - (progress if self.shape == "linear" else math.sqrt(progress))
+
+    def apply(self, shape: float, value: float, initial: float) -> float:
+        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
+        return floor + (value - floor) * shape
+
+
+def _require_fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ConfigValueError(f"{name} must be from 0 to 1, got {value!r}.")
+
+
+def _require_counts(name: str, values: Sequence[int]) -> None:
+    if not all(isinstance(value, int) and value > 0 for value in values):
+        raise ConfigValueError(f"{name} must be positive whole numbers, got {values!r}.")
+
+
+def _require_one_floor(eta_min: float | None, eta_min_ratio: float | None) -> None:
+    if eta_min is not None and eta_min_ratio is not None:
+        raise ConfigValueError(
+            f"eta_min={eta_min!r} and eta_min_ratio={eta_min_ratio!r} both name the floor. Give one of them."
+        )

@@ -1,0 +1,137 @@
+"""Make an option smaller when a metric has stopped getting better."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal, final
+
+from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.optim.schedules.bound import BoundScheduler
+from stratagem.utils.names import did_you_mean
+
+__all__ = ["Plateau", "PlateauScheduler"]
+
+_STATE: Final = ("best", "num_bad_epochs", "cooldown_counter", "reductions")
+
+
+@final
+@dataclass(frozen=True)
+class Plateau:
+    """When a metric counts as better, and what happens once it has not been for long.
+
+    Attributes:
+        monitor: the name of the metric among those of validation.
+        rule: whether ``"less"`` or ``"greater"`` is better.
+        factor: what the value is multiplied by.
+        patience: how many validations without a better metric are borne.
+        threshold: how much better counts, relative to the best (``"rel"``) or as a difference (``"abs"``).
+        cooldown: how many validations after a reduction do not count.
+        min_value: the value is not made smaller than this.
+        eps: a change that is not larger is left out.
+    """
+
+    monitor: str = "loss"
+    rule: Literal["less", "greater"] = "less"
+    factor: float = 0.1
+    patience: int = 10
+    threshold: float = 1e-4
+    threshold_rule: Literal["rel", "abs"] = "rel"
+    cooldown: int = 0
+    min_value: float = 0.0
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        if not self.factor < 1.0:
+            raise ConfigValueError(f"factor must be smaller than 1, got {self.factor!r}.")
+        if self.rule not in ("less", "greater"):
+            raise ConfigValueError(f'rule={self.rule!r} is not known. Use "less" or "greater".')
+        if self.threshold_rule not in ("rel", "abs"):
+            raise ConfigValueError(f'threshold_rule={self.threshold_rule!r} is not known. Use "rel" or "abs".')
+
+    def is_better(self, metric: float, best: float | None) -> bool:
+        """Tell whether a metric is better than the best so far, ``None`` where there is none yet."""
+        if best is None:
+            return True
+        sign = 1.0 if self.rule == "greater" else -1.0
+        if self.threshold_rule == "rel":
+            return sign * metric > sign * best * (1.0 + sign * self.threshold)
+        return sign * metric > sign * best + self.threshold
+
+    def reduced(self, value: float, times: int) -> float:
+        """Return what a value is after this many reductions."""
+        for _ in range(times):
+            smaller = max(value * self.factor, self.min_value)
+            if value - smaller <= self.eps:
+                break
+            value = smaller
+        return value
+
+
+class PlateauScheduler(BoundScheduler, ABC):
+    """A schedule that is stepped with the metrics of each validation; its positions count validations."""
+
+    need_val_args = True
+    settings: Plateau
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.best: float | None = None
+        self.num_bad_epochs = 0
+        self.cooldown_counter = 0
+        self.reductions = 0
+        super().__init__(*args, **kwargs)
+        if self.unit != "epoch":
+            raise ConfigValueError(f"{type(self).__name__} is stepped after validation: it is by epoch only.")
+
+    def transform(self, value: float, initial: float) -> float:
+        return self.settings.reduced(value, self.reductions)
+
+    def step(self, metrics: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]  # as people know it
+        """Count a validation and look at its metrics; ``None`` only counts it.
+
+        Raises:
+            ConfigTypeError: if the metrics are no mapping.
+            ConfigKeyError: if the monitored one is not among them.
+        """
+        self._move_to(self.position + 1)
+        if metrics is None:
+            return
+        if not isinstance(metrics, Mapping):
+            raise ConfigTypeError(f"{type(self).__name__}: metrics must be a mapping, got {metrics!r}.")
+        name = self.settings.monitor
+        if name not in metrics:
+            raise ConfigKeyError(f"{type(self).__name__}: there is no metric {name!r}. {did_you_mean(name, metrics)}")
+        if self.begin <= self.position < self.end:
+            self._look_at(float(metrics[name]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **{name: getattr(self, name) for name in _STATE}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        missing = [name for name in _STATE if name not in state_dict]
+        if missing:
+            raise CheckpointMismatchError(
+                f"{type(self).__name__}: the saved state has no {', '.join(missing)}. Is it that of another schedule?"
+            )
+        for name in _STATE:
+            setattr(self, name, state_dict[name])
+        super().load_state_dict(state_dict)
+
+    def _look_at(self, metric: float) -> None:
+        if self.settings.is_better(metric, self.best):
+            self.best = metric
+            self.num_bad_epochs = 0
+        else:
+            self.num_bad_epochs += 1
+        if self.cooldown_counter > 0:
+            self.cooldown_counter -= 1
+            self.num_bad_epochs = 0
+        if self.num_bad_epochs > self.settings.patience:
+            self.cooldown_counter = self.settings.cooldown
+            self.num_bad_epochs = 0
+            self.reductions += 1
+            self._chain.apply()
+
+    def _reshape(self) -> bool:
+        return False

@@ -1,0 +1,168 @@
+"""A replica of the model on every rank, gradients averaged: DistributedDataParallel."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, cast, final
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stratagem.dist import World
+from stratagem.errors import ConfigKeyError, PlacementError
+from stratagem.model import Trainable, bare_model, convert_sync_batchnorm, is_model_wrapper
+from stratagem.parallel.placement import NO_CONTEXT, Placed, Placement, Steps
+from stratagem.utils.names import did_you_mean
+
+__all__ = ["DDP_OPTIONS", "Replica", "Replicated"]
+
+# What the placement decides itself.
+_OWN_OPTIONS = {"self", "module", "device_ids", "output_device", "process_group", "device_mesh"}
+DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in _OWN_OPTIONS)
+
+
+@final
+class Replica(DistributedDataParallel):
+    """A DistributedDataParallel that trains through its model's own ``train_step``.
+
+    The step runs with the replica in the place of ``self``, so the calls of ``self(...)`` in it go through
+    DistributedDataParallel and gradients are exchanged; any other attribute is the model's.
+    """
+
+    _passed: bool
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._passed = True
+        return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Learn from one micro-batch; see the model's ``train_step``.
+
+        Raises:
+            PlacementError: if the model's step did not call ``self(...)``, which would leave each rank with gradients
+                of its own.
+        """
+        self._passed = False
+        # The plain function, so that `self` in it is the replica.
+        step = type(self.module).train_step
+        outputs: dict[str, Tensor] = cast("Any", step)(self, data, optim_wrapper=optim_wrapper)
+        if not self._passed:
+            name = type(self.module).__name__
+            raise PlacementError(
+                f"{name}.train_step reached the model's parameters without calling self(...), so DDP exchanged no "
+                "gradients and the ranks would drift apart. Call self(...) for the forward pass, or wrap each "
+                "sub-module by itself: DDPStrategy(model_wrapper='separate')."
+            )
+        return outputs
+
+    def val_step(self, data: Any) -> Any:
+        """Return the model's predictions; nothing is exchanged, so ranks may have different numbers of batches."""
+        return cast("Trainable", self.module).val_step(data)
+
+    def test_step(self, data: Any) -> Any:
+        """Return the model's predictions; nothing is exchanged."""
+        return cast("Trainable", self.module).test_step(data)
+
+
+@final
+class Replicated(Placement):
+    """A replica on every rank.
+
+    Args:
+        logger: says what was converted.
+        sync_bn: ``"torch"`` turns BatchNorm layers into SyncBatchNorm; None leaves them.
+        separate: whether each child module that learns is wrapped by itself, as a model with several optimizers needs
+            whose steps use only some of its parts.
+        options: those of ``DistributedDataParallel``.
+
+    Raises:
+        ConfigKeyError: if there is no such option.
+    """
+
+    def __init__(
+        self, logger: logging.Logger, *, sync_bn: str | None, separate: bool, options: Mapping[str, Any]
+    ) -> None:
+        for name in options:
+            if name not in DDP_OPTIONS:
+                raise ConfigKeyError(
+                    f"DistributedDataParallel has no option {name!r}. {did_you_mean(name, DDP_OPTIONS)}"
+                )
+        self._logger = logger
+        self._sync_bn = sync_bn
+        self._separate = separate
+        # Buffers that every rank updates alike, or from its own samples as BatchNorm does, need no broadcast in each
+        # forward pass; it costs one more exchange.
+        self._options = {"broadcast_buffers": False, **options}
+        self._views: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+    def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
+        if is_model_wrapper(model):
+            raise PlacementError(
+                f"The model is wrapped already, in a {type(model).__name__}; give the strategy the bare model: it wraps it."
+            )
+        model = steps.init(model)
+        if self._sync_bn is not None:
+            model = convert_sync_batchnorm(model, self._sync_bn)
+            self._logger.info("Converted BatchNorm layers to SyncBatchNorm.")
+        model = steps.compile(model.to(world.device))
+        if "train_step" in vars(model):
+            raise PlacementError(
+                "compile: target='train_step' cannot be used under DDP, whose hooks around forward it would leave out. "
+                "Compile target='forward'."
+            )
+        # On the bare model: its parameters' names are the ones that rules for parameter groups are written for.
+        optim = steps.make_optim(model) if steps.make_optim else None
+        return Placed(
+            model=self._wrap_children(model, world) if self._separate else self._wrap(model, world), optim=optim
+        )
+
+    def _wrap(self, module: nn.Module, world: World) -> nn.Module:
+        if not any(parameter.requires_grad for parameter in module.parameters()):
+            return module
+        device_ids = None if world.device.type == "cpu" else [world.device]
+        return Replica(module, device_ids=device_ids, **self._options)
+
+    def _wrap_children(self, model: nn.Module, world: World) -> nn.Module:
+        own = [name for name, parameter in model.named_parameters(recurse=False) if parameter.requires_grad]
+        if own:
+            raise PlacementError(
+                f"model_wrapper='separate' wraps each child module, but {type(model).__name__} has learning parameters of "
+                f"its own ({', '.join(own[:5])}), whose gradients nobody would exchange. Move them into a child module."
+            )
+        # A second view of the same model: its children are replicas, and the bare model keeps its own, with its names.
+        view = copy.copy(model)
+        view.__dict__["_modules"] = {name: self._wrap(child, world) for name, child in model.named_children()}
+        self._views[view] = model
+        return view
+
+    def bare(self, model: nn.Module) -> nn.Module:
+        return self._views[model] if model in self._views else bare_model(model)
+
+    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+        if sync:
+            return NO_CONTEXT
+        if isinstance(model, DistributedDataParallel):
+            return cast("AbstractContextManager[object]", model.no_sync())
+        return _no_sync_of_children(model)
+
+
+@contextmanager
+def _no_sync_of_children(model: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for child in model.children():
+            if isinstance(child, DistributedDataParallel):
+                stack.enter_context(child.no_sync())
+        yield

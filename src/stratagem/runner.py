@@ -1,0 +1,353 @@
+"""The composition root: the only place that wires everything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from stratagem.checkpoint import find_latest_checkpoint
+from stratagem.config import Config
+from stratagem.data import EpochLoader, build_dataloader
+from stratagem.dist import infer_launcher
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.registry import STRATEGIES, switch_scope
+from stratagem.storage import write_atomic
+from stratagem.strategies import BaseStrategy
+from stratagem.train import Hook, Position, Run
+from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
+from stratagem.utils import did_you_mean
+
+__all__ = ["CONFIG_KEYS", "Runner"]
+
+# What a configuration may say at its top. The first line holds the runner's arguments; `vars` holds free values that
+# nobody reads, and the last two are read while the configuration is loaded and by the registry of runners.
+_ARGUMENTS = (
+    "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
+    "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
+    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg",
+    "log_level", "randomness", "compile", "default_scope",
+)  # fmt: skip
+CONFIG_KEYS = (*_ARGUMENTS, "vars", "custom_imports", "runner_type")
+
+_TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
+_VAL = ("val_dataloader", "val_cfg", "val_evaluator")
+_TEST = ("test_dataloader", "test_cfg", "test_evaluator")
+
+
+@final
+class Runner:
+    """Trains, validates and tests what a configuration describes, under the strategy that it names.
+
+    Args:
+        model: a module or its configuration.
+        work_dir: the folder of the run; ``work_dirs`` by default.
+        experiment_name: the run's name; by default that of the configuration file.
+        train_dataloader: a ``DataLoader`` or its configuration; likewise for validation and test.
+        optim_wrapper: an optimizer wrapper, an optimizer, or its configuration.
+        param_scheduler: schedules or their configurations.
+        train_cfg: ``by_epoch``, ``max_epochs`` or ``max_iters``, ``val_interval`` ..., or a loop's configuration.
+        val_dataloader: the data of the validation.
+        val_evaluator: metrics, their configurations, or an evaluator.
+        val_cfg: the arguments of the validation's loop; may be empty.
+        test_dataloader: the data of the test.
+        test_evaluator: metrics, their configurations, or an evaluator.
+        test_cfg: the arguments of the test's loop; may be empty.
+        strategy: a strategy or its configuration; by default one device, or DDP where a launcher started the process.
+        auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
+        default_hooks: changes to the default hooks, by name; None removes one.
+        custom_hooks: further hooks.
+        data_preprocessor: goes into the model's configuration where that has none.
+        load_from: a checkpoint whose weights are loaded, or that is resumed where ``resume`` is True.
+        resume: False, True (from ``load_from`` or the latest checkpoint under ``work_dir``, if any), or a path.
+        launcher: what started the processes; inferred where not given.
+        env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
+        log_level: of the logger.
+        randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
+        compile: True, or arguments of ``torch.compile`` with ``target``, the model's method.
+        default_scope: the scope in which names are looked up first.
+        cfg: the whole configuration, kept with the run.
+
+    Raises:
+        ConfigError: in one of its kinds, if the arguments do not fit together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        work_dir: str | os.PathLike[str] | None = None,
+        *,
+        experiment_name: str | None = None,
+        train_dataloader: DataLoader[Any] | Mapping[str, Any] | None = None,
+        optim_wrapper: Any = None,
+        param_scheduler: Any = None,
+        train_cfg: Mapping[str, Any] | None = None,
+        val_dataloader: DataLoader[Any] | Mapping[str, Any] | None = None,
+        val_evaluator: Any = None,
+        val_cfg: Mapping[str, Any] | None = None,
+        test_dataloader: DataLoader[Any] | Mapping[str, Any] | None = None,
+        test_evaluator: Any = None,
+        test_cfg: Mapping[str, Any] | None = None,
+        strategy: BaseStrategy | Mapping[str, Any] | str | None = None,
+        auto_scale_lr: Mapping[str, Any] | None = None,
+        default_hooks: Mapping[str, Any] | None = None,
+        custom_hooks: Sequence[Hook | Mapping[str, Any]] | None = None,
+        data_preprocessor: nn.Module | Mapping[str, Any] | None = None,
+        load_from: str | os.PathLike[str] | None = None,
+        resume: bool | str | os.PathLike[str] = False,
+        launcher: str | None = None,
+        env_cfg: Mapping[str, Any] | None = None,
+        log_level: str | int = "INFO",
+        randomness: Mapping[str, Any] | None = None,
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the name that configurations use
+        default_scope: str | None = None,
+        cfg: Config | Mapping[str, Any] | None = None,
+    ) -> None:
+        self._parts: dict[str, Any] = {
+            "train_dataloader": train_dataloader, "train_cfg": train_cfg, "optim_wrapper": optim_wrapper,
+            "val_dataloader": val_dataloader, "val_cfg": val_cfg, "val_evaluator": val_evaluator,
+            "test_dataloader": test_dataloader, "test_cfg": test_cfg, "test_evaluator": test_evaluator,
+        }  # fmt: skip
+        for group in (_TRAIN, _VAL, _TEST):
+            self._refuse_half(group)
+        if param_scheduler is not None and optim_wrapper is None:
+            raise ConfigValueError("param_scheduler is given, but no optim_wrapper whose values it could schedule.")
+        if not isinstance(compile, bool | Mapping):
+            raise ConfigTypeError(
+                f"compile is {compile!r}; True, False or a mapping of torch.compile's arguments is due."
+            )
+        if not isinstance(resume, bool) and load_from is not None:
+            raise ConfigValueError(
+                f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint."
+            )
+        self.cfg = cfg if isinstance(cfg, Config) else Config(cfg or {})
+        self._model = _with_preprocessor(model, data_preprocessor)
+        self._param_scheduler = param_scheduler
+        self._compile = compile
+        self._load_from, self._resume = load_from, resume
+        self._scope = default_scope
+        with switch_scope(default_scope):
+            events = build_events(default_hooks, custom_hooks)
+            self.strategy = _build_strategy(
+                strategy,
+                launcher=launcher,
+                work_dir=work_dir,
+                experiment_name=experiment_name or (Path(self.cfg.filename).stem if self.cfg.filename else None),
+                env_cfg=env_cfg,
+                randomness=randomness,
+                auto_scale_lr=auto_scale_lr,
+                log_level=log_level,
+            )
+        self.run = Run(self.strategy, events, config_text=self.cfg.pretty_text if len(self.cfg) else None)
+        self._keep_config()
+
+    @classmethod
+    def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
+        """Build a runner from a configuration; every key at its top must be one of the arguments, or ``vars``.
+
+        Raises:
+            ConfigKeyError: if a key is unknown (all of them are listed), or there is no model.
+        """
+        config = cfg if isinstance(cfg, Config) else Config(cfg)
+        unknown = [key for key in config if key not in CONFIG_KEYS]
+        if unknown:
+            raise ConfigKeyError("\n".join(_unknown_key(config, key) for key in unknown))
+        if "model" not in config:
+            raise ConfigKeyError(
+                f"{config.filename or 'The configuration'} has no key 'model': there is nothing to train."
+            )
+        arguments = {key: config[key] for key in _ARGUMENTS if key in config}
+        return cls(**arguments, cfg=config)
+
+    @property
+    def interrupted(self) -> int | None:
+        """The number of the signal that stopped the training; None where none did."""
+        return self.run.interrupt.received
+
+    def latest_checkpoint(self) -> Path | None:
+        """Return the checkpoint that this run saved last, or the latest under its folder; None where there is none."""
+        return self.run.last_checkpoint or find_latest_checkpoint(self.strategy.work_dir)
+
+    def train(self) -> nn.Module:
+        """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.
+
+        Raises:
+            StateError: if the runner was given nothing to train with.
+        """
+        if self._parts["train_cfg"] is None:
+            raise StateError(f"There is nothing to train with: {', '.join(_TRAIN)} are not given.")
+        run, strategy = self.run, self.strategy
+        with switch_scope(self._scope):
+            val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
+            loader = self._loader("train")
+            loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop)
+            strategy.prepare(
+                self._model,
+                optim_wrapper=self._parts["optim_wrapper"],
+                param_scheduler=self._param_scheduler,
+                compile=self._compile,
+                dispatch_kwargs={
+                    "epoch_length": run.progress.epoch_length,
+                    "max_epochs": run.progress.max_epochs,
+                    "max_iters": run.progress.max_iters,
+                    "train_micro_batch_size_per_gpu": loader.batch_size,
+                },
+            )
+            seed = strategy.seed
+            self._take_up()
+            if strategy.seed != seed:
+                # The order of the data hangs on the seed, and the checkpoint's is another.
+                loop.dataloader = self._loader("train")
+        run.events.call("before_run", run)
+        if self._is_complete():
+            run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
+            if val_loop is not None:
+                val_loop.run()
+        else:
+            with run.interrupt.listening():
+                loop.run()
+            if self.interrupted is not None:
+                self._save_interrupted()
+        run.events.call("after_run", run)
+        return strategy.model
+
+    def val(self) -> dict[str, Any]:
+        """Evaluate the validation data; return the metrics. Collective."""
+        return self._evaluate("val")
+
+    def test(self) -> dict[str, Any]:
+        """Evaluate the test data; return the metrics. Collective."""
+        return self._evaluate("test")
+
+    def close(self) -> None:
+        """Close files, and end the process group if the strategy made it. Idempotent."""
+        self.run.close()
+        self.strategy.close()
+
+    def _evaluate(self, mode: str) -> dict[str, Any]:
+        if self._parts[f"{mode}_cfg"] is None:
+            names = _VAL if mode == "val" else _TEST
+            raise StateError(f"There is nothing to evaluate with: {', '.join(names)} are not given.")
+        with switch_scope(self._scope):
+            loop = self._evaluation_loop(mode)
+            self.strategy.prepare(self._model, compile=self._compile)
+            self._take_up()
+        self.run.events.call("before_run", self.run)
+        metrics: dict[str, Any] = loop.run()
+        self.run.events.call("after_run", self.run)
+        return metrics
+
+    def _take_up(self) -> None:
+        """Load or resume as asked, once, and go to the position that was saved."""
+        load_from, resume = self._load_from, self._resume
+        self._load_from, self._resume = None, False
+
+        def tell(checkpoint: dict[str, Any]) -> None:
+            self.run.events.call("after_load_checkpoint", self.run, checkpoint=checkpoint)
+
+        rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
+        if resume and rest is not None:
+            self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+            self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+
+    def _is_complete(self) -> bool:
+        progress = self.run.progress
+        if progress.max_epochs is not None:
+            return progress.epoch >= progress.max_epochs
+        return progress.max_iters is not None and progress.iter >= progress.max_iters
+
+    def _save_interrupted(self) -> None:
+        run = self.run
+        path = Path(run.work_dir) / f"iter_{run.iter}"
+        run.save_checkpoint(path, run.progress.here())
+        run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+
+    def _loader(self, mode: str) -> EpochLoader:
+        world = self.strategy.world
+        return build_dataloader(
+            self._parts[f"{mode}_dataloader"],
+            seed=self.strategy.seed,
+            rank=world.rank,
+            world_size=world.size,
+            training=mode == "train",
+        )
+
+    def _evaluation_loop(self, mode: str) -> Any:
+        return build_evaluation_loop(
+            self._parts[f"{mode}_cfg"], mode, self.run, self._loader(mode), self._parts[f"{mode}_evaluator"]
+        )
+
+    def _refuse_half(self, group: Sequence[str]) -> None:
+        missing = [name for name in group if self._parts[name] is None]
+        if missing and len(missing) < len(group):
+            given = [name for name in group if name not in missing]
+            raise ConfigValueError(f"{', '.join(given)} given, but not {', '.join(missing)}: give all of them or none.")
+
+    def _keep_config(self) -> None:
+        """Write the merged configuration into the run's folder, on rank 0."""
+        if self.strategy.rank == 0 and len(self.cfg):
+            name = Path(self.cfg.filename).stem if self.cfg.filename else self.strategy.timestamp
+            write_atomic(Path(self.strategy.work_dir) / f"{name}.py", self.cfg.pretty_text)
+
+
+def _with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
+    if data_preprocessor is None:
+        return model
+    if not isinstance(model, Mapping):
+        raise ConfigValueError(
+            "data_preprocessor goes into the model's configuration, but the model is built already: give it to the model."
+        )
+    return {"data_preprocessor": data_preprocessor, **model}
+
+
+def _build_strategy(
+    strategy: BaseStrategy | Mapping[str, Any] | str | None,
+    *,
+    launcher: str | None,
+    work_dir: str | os.PathLike[str] | None,
+    experiment_name: str | None,
+    env_cfg: Mapping[str, Any] | None,
+    randomness: Mapping[str, Any] | None,
+    auto_scale_lr: Mapping[str, Any] | None,
+    log_level: str | int,
+) -> BaseStrategy:
+    given = {
+        "launcher": launcher,
+        "work_dir": work_dir,
+        "env_cfg": env_cfg,
+        "randomness": randomness,
+        "auto_scale_lr": auto_scale_lr,
+    }
+    if isinstance(strategy, BaseStrategy):
+        ignored = [name for name, value in given.items() if value is not None]
+        if ignored:
+            raise ConfigValueError(
+                f"The strategy is built already, so {', '.join(ignored)} would be ignored: give them to it."
+            )
+        return strategy
+    if strategy is None:
+        strategy = "SingleDeviceStrategy" if (launcher or infer_launcher()) == "none" else "DDPStrategy"
+    cfg = {"type": strategy} if isinstance(strategy, str) else strategy
+    defaults = {
+        "work_dir": work_dir or "work_dirs",
+        "experiment_name": experiment_name,
+        "auto_scale_lr": auto_scale_lr,
+        "env_kwargs": {"launcher": launcher, "randomness": randomness, **(env_cfg or {})},
+        "log_kwargs": {"log_level": log_level},
+    }
+    built = STRATEGIES.build(cfg, default_args=defaults)
+    if not isinstance(built, BaseStrategy):
+        raise ConfigTypeError(f"strategy: {cfg.get('type')!r} made a {type(built).__name__}, which is no strategy.")
+    return built
+
+
+def _unknown_key(config: Config, key: str) -> str:
+    origin = config.where(key)
+    where = f"{origin}: " if origin else ""
+    return (
+        f"{where}nobody reads the key {key!r}. {did_you_mean(key, CONFIG_KEYS)} Free values of your own go into `vars`."
+    )

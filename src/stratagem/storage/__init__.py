@@ -1,0 +1,28 @@
+"""Local files that are written durably and published whole."""
+
+from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic
+from stratagem.storage.files import (
+    fsync_directory,
+    fsync_file,
+    fsync_tree,
+    read_bytes,
+    remove,
+    tree_bytes,
+    write_bytes,
+)
+from stratagem.storage.stale import Cleaned, clean_temporaries
+
+__all__ = [
+    "atomic_directory",
+    "atomic_file",
+    "Cleaned",
+    "clean_temporaries",
+    "fsync_directory",
+    "fsync_file",
+    "fsync_tree",
+    "read_bytes",
+    "remove",
+    "tree_bytes",
+    "write_atomic",
+    "write_bytes",
+]

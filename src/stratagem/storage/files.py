@@ -1,0 +1,79 @@
+"""Read, write, sync and remove local files, so that what is said to be stored survives a power loss.
+
+On macOS ``fsync`` hands the data to the drive but does not empty the drive's own cache.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+__all__ = ["fsync_directory", "fsync_file", "fsync_tree", "read_bytes", "remove", "tree_bytes", "write_bytes"]
+
+# Some network and user-space file systems cannot sync a directory; they publish a name at once or not at all.
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what the file holds."""
+    return path.read_bytes()
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Create or overwrite a file in place, and wait until its content is on the disk.
+
+    A kill leaves it half written; ``write_atomic`` is what the rest of the package uses.
+    """
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on the disk; nothing happens where the file system cannot."""
+    try:
+        fsync_file(path)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def fsync_tree(path: Path) -> None:
+    """Wait until a directory and all below it are on the disk; links are not followed."""
+    for folder, _, names in os.walk(path, topdown=False, onerror=_raise):
+        for name in names:
+            file = Path(folder, name)
+            if not file.is_symlink():
+                fsync_file(file)
+        fsync_directory(Path(folder))
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it points to) or a directory with all below it; a missing one is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def tree_bytes(path: Path) -> int:
+    """Return the size in bytes of a file, or of all files in a directory; 0 where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        return sum(tree_bytes(inner) for inner in path.iterdir())
+    return path.lstat().st_size if path.exists() else 0
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,8 @@
+"""The strategies: change one, and the rest of a run stays as it is."""
+
+from stratagem.strategies.base import BaseStrategy
+from stratagem.strategies.composed import ComposedStrategy
+from stratagem.strategies.ddp import DDPStrategy
+from stratagem.strategies.single import SingleDeviceStrategy
+
+__all__ = ["BaseStrategy", "ComposedStrategy", "DDPStrategy", "SingleDeviceStrategy"]

@@ -1,0 +1,266 @@
+"""Prepare, load, resume and save, written once for every torch-native placement."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stratagem._version import __version__
+from stratagem.checkpoint import (
+    DEFAULT_REVISE_KEYS,
+    CheckpointLoader,
+    StateTree,
+    model_part,
+    save_checkpoint,
+    weights_to_cpu,
+)
+from stratagem.dist import all_gather_object
+from stratagem.errors import CheckpointMismatchError, ConfigValueError
+from stratagem.parallel import AnyOptim, Placement, Steps
+from stratagem.strategies import building
+from stratagem.strategies.base import BaseStrategy, CheckpointCallback
+from stratagem.strategies.horizon import Horizon
+from stratagem.strategies.main_rank import from_main
+from stratagem.strategies.optim_state import read_optim, write_optim
+from stratagem.utils import generator_state, restore_generator_state
+
+__all__ = ["ComposedStrategy"]
+
+
+class ComposedStrategy(BaseStrategy):
+    """A strategy made of a placement; a final class chooses which and adds nothing else."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._placement = self._make_placement()
+
+    @abstractmethod
+    def _make_placement(self) -> Placement:
+        """Return how this strategy places a model."""
+
+    def prepare(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        *,
+        optim_wrapper: Any = None,
+        param_scheduler: Any = None,
+        compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
+        dispatch_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if BaseStrategy.model.get(self) is None:
+            self._place(model, optim_wrapper, compile, dispatch_kwargs or {})
+        elif optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None:
+            # Prepared for evaluation first; now it is to be trained.
+            self._set_horizon(dispatch_kwargs or {})
+            self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.bare_model()))
+        if param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None:
+            if BaseStrategy.optim_wrapper.get(self) is None:
+                raise ConfigValueError(
+                    "param_scheduler schedules an optimizer's values, but no optim_wrapper was given."
+                )
+            self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
+        return self._prepared_components()
+
+    def _place(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        optim_wrapper: Any,
+        compile: bool | Mapping[str, Any],  # noqa: A002
+        dispatch_kwargs: Mapping[str, Any],
+    ) -> None:
+        self._set_horizon(dispatch_kwargs)
+        with self._placement.construction(self.world):
+            built = self.build_model(model)
+        steps = Steps(
+            init=self._init_model_weights,
+            compile=lambda module: self.compile_model(module, compile),
+            make_optim=None
+            if optim_wrapper is None
+            else lambda module: self.build_optim_wrapper(optim_wrapper, module),
+        )
+        placed = self._placement.place(built, steps, self.world)
+        self.model = placed.model
+        if placed.optim is not None:
+            self._adopt_optim(placed.optim)
+
+    def _set_horizon(self, dispatch_kwargs: Mapping[str, Any]) -> None:
+        Horizon.parse(dispatch_kwargs)
+        self.dispatch_kwargs.update(dispatch_kwargs)
+
+    def _adopt_optim(self, optim: AnyOptim) -> None:
+        """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
+        horizon = Horizon.parse(self.dispatch_kwargs)
+        for wrapper in building.each_wrapper(optim).values():
+            if wrapper.accumulative_counts > 1:
+                if horizon.max_iters is None:
+                    raise ConfigValueError(
+                        f"accumulative_counts={wrapper.accumulative_counts} needs dispatch_kwargs['max_iters'], the "
+                        "micro-batches of the run: the last window may be shorter, and is averaged over its own length."
+                    )
+                wrapper.initialize_count_status(self.model, horizon.cur_iter, horizon.max_iters)
+            wrapper.accumulation_context = self._placement.accumulate
+        self.optim_wrapper = optim
+        self._scale_lr()
+
+    def bare_model(self) -> nn.Module:
+        return self._placement.bare(self.model)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------
+
+    def load_checkpoint(
+        self,
+        filename: str | os.PathLike[str],
+        *,
+        map_location: torch.device | str = "cpu",
+        strict: bool = False,
+        revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
+        callback: CheckpointCallback | None = None,
+    ) -> StateTree:
+        self.logger.info("Load checkpoint from %s", filename)
+        checkpoint = self._read(filename, map_location, callback)
+        state = model_part(checkpoint, filename)
+        self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys)
+        return {key: value for key, value in checkpoint.items() if key != "state_dict"}
+
+    def resume(
+        self,
+        filename: str | os.PathLike[str],
+        *,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: torch.device | str = "default",
+        callback: CheckpointCallback | None = None,
+    ) -> StateTree:
+        self.logger.info("Resume checkpoint from %s", filename)
+        checkpoint = self._read(filename, map_location, callback)
+        self.load_model_state_dict(model_part(checkpoint, filename))
+        used = {"state_dict"}
+        if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
+            write_optim(self.optim_wrapper, _part(checkpoint, "optimizer", filename), self.bare_model())
+            used.add("optimizer")
+        if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
+            self.load_scheduler_state_dict(_part(checkpoint, "param_schedulers", filename))
+            used.add("param_schedulers")
+        meta = checkpoint.get("meta") or {}
+        self._compare_runs(meta)
+        self._resume_accumulation(meta)
+        # Last: nothing after it may draw a random number.
+        self._resume_randomness(checkpoint, meta)
+        used.add("generators")
+        return {key: value for key, value in checkpoint.items() if key not in used}
+
+    def save_checkpoint(
+        self,
+        filename: str | os.PathLike[str],
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: Mapping[str, Any] | None = None,
+        callback: CheckpointCallback | None = None,
+    ) -> None:
+        generators = all_gather_object(generator_state())
+        from_main(lambda: self._write(filename, save_optimizer, save_param_scheduler, extra_ckpt, callback, generators))
+
+    def _write(
+        self,
+        filename: str | os.PathLike[str],
+        save_optimizer: bool,
+        save_param_scheduler: bool,
+        extra_ckpt: Mapping[str, Any] | None,
+        callback: CheckpointCallback | None,
+        generators: list[dict[str, Any]],
+    ) -> None:
+        checkpoint: StateTree = {"state_dict": weights_to_cpu(self.bare_model().state_dict())}
+        if save_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
+            checkpoint["optimizer"] = read_optim(self.optim_wrapper, self.bare_model())
+        if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
+            checkpoint["param_schedulers"] = self.scheduler_state_dict()
+        checkpoint["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+        extra = dict(extra_ckpt or {})
+        checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta()}
+        checkpoint.update(extra)
+        if callback is not None:
+            callback(checkpoint)
+        save_checkpoint(checkpoint, filename)
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "seed": self.seed,
+            "time": time.strftime("%Y%m%d_%H%M%S"),
+            "stratagem": __version__,
+            "torch": torch.__version__,
+            "strategy": type(self).__name__,
+            "world_size": self.world_size,
+            "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
+        }
+
+    def _read(
+        self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
+    ) -> StateTree:
+        device = self.world.device if map_location == "default" else map_location
+        checkpoint = CheckpointLoader.load_checkpoint(filename, device)
+        if callback is not None:
+            callback(checkpoint)
+        return checkpoint
+
+    def _compare_runs(self, meta: Mapping[str, Any]) -> None:
+        """Say in the log what differs from the run that was saved, and what follows from it."""
+        size, micro = meta.get("world_size"), meta.get("train_micro_batch_size_per_gpu")
+        if size is not None and size != self.world_size:
+            self.logger.warning(
+                "The checkpoint was saved by %s ranks, this run has %d: parameters, optimizers and schedules go on equal; "
+                "the global batch and each rank's random numbers differ.", size, self.world_size,
+            )  # fmt: skip
+        own = self.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
+        if None not in (micro, own) and micro != own:
+            self.logger.warning(
+                "The checkpoint was saved with %s samples in a rank's micro-batch, this run has %s: iterations are of another "
+                "size, so epochs and schedules by iteration are counted differently.", micro, own,
+            )  # fmt: skip
+
+    def _resume_accumulation(self, meta: Mapping[str, Any]) -> None:
+        horizon = Horizon.parse(self.dispatch_kwargs)
+        optim = BaseStrategy.optim_wrapper.get(self)
+        for wrapper in building.each_wrapper(optim).values() if optim is not None else ():
+            if wrapper.accumulative_counts > 1 and horizon.max_iters is not None:
+                wrapper.initialize_count_status(self.model, int(meta.get("iter", 0)), horizon.max_iters)
+
+    def _resume_randomness(self, checkpoint: StateTree, meta: Mapping[str, Any]) -> None:
+        """Take up the saved seed and this rank's generators where they were."""
+        seed = meta.get("seed")
+        if isinstance(seed, int) and seed != self._seed:
+            if self._env.seed_given:
+                self.logger.warning(
+                    "The checkpoint's seed is %d, this run's is %d. The run goes on with the checkpoint's, since the order "
+                    "of the data hangs on it.", seed, self._seed,
+                )  # fmt: skip
+            self._seed = seed
+        generators = checkpoint.get("generators")
+        state = generators.get(str(self.rank)) if isinstance(generators, Mapping) else None
+        if state is None:
+            self.logger.warning(
+                "The checkpoint holds no state of the random generators for rank %d; they go on freshly seeded.",
+                self.rank,
+            )
+            return
+        unknown = restore_generator_state(state)
+        if unknown:
+            self.logger.warning(
+                "The generators of %s are not those of the checkpoint; they go on freshly seeded.", unknown
+            )
+
+
+def _part(checkpoint: StateTree, key: str, filename: str | os.PathLike[str]) -> Any:
+    if key not in checkpoint:
+        argument = "resume_optimizer" if key == "optimizer" else "resume_param_scheduler"
+        raise CheckpointMismatchError(
+            f"{os.fspath(filename)} has no {key!r}, so the run cannot go on as it was. Load its weights alone with "
+            f"load_from, or resume with {argument}=False."
+        )
+    return checkpoint[key]

@@ -1,0 +1,47 @@
+"""The state of one or several optimizer wrappers, by the names of the bare model's parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.errors import CheckpointMismatchError
+from stratagem.optim import OptimWrapperDict
+from stratagem.parallel import AnyOptim
+
+__all__ = ["read_optim", "write_optim"]
+
+
+def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
+    """Return the optimizer's state by parameter name; for several optimizers, name -> state."""
+    if isinstance(optim, OptimWrapperDict):
+        return {name: read_optim(wrapper, model) for name, wrapper in optim.items()}
+    return optimizer_by_name(optim.state_dict(), parameter_names(optim.optimizer, model))
+
+
+def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module) -> None:
+    """Load what :func:`read_optim` gave, or what torch's own optimizer gives, by index.
+
+    Raises:
+        CheckpointMismatchError: if it belongs to other optimizers or other parameter groups.
+    """
+    if isinstance(optim, OptimWrapperDict):
+        names = list(optim.keys())
+        if set(state) != set(names):
+            raise CheckpointMismatchError(
+                f"The checkpoint has optimizers {sorted(state)}, this run has {sorted(names)}. Name them alike, or resume "
+                "with resume_optimizer=False."
+            )
+        for name in names:
+            write_optim(optim[name], state[name], model)
+        return
+    if "param_groups" not in state:
+        raise CheckpointMismatchError(
+            f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of several "
+            "optimizers, and this run has one. Resume with resume_optimizer=False."
+        )
+    names_here = parameter_names(optim.optimizer, model)
+    optim.load_state_dict(optimizer_by_index(state, names_here, optim.optimizer.param_groups))

@@ -1,0 +1,39 @@
+"""Time: loops, hooks, evaluation."""
+
+from stratagem.train.evaluation import BaseMetric, Evaluator
+from stratagem.train.hook import EVENTS, Events, Hook
+from stratagem.train.hooks import (
+    CheckpointHook,
+    DistSamplerSeedHook,
+    IterTimerHook,
+    LoggerHook,
+    ParamSchedulerHook,
+    RuntimeInfoHook,
+)
+from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
+from stratagem.train.priority import Priority, get_priority
+from stratagem.train.progress import Position, Progress
+from stratagem.train.run import Run
+
+__all__ = [
+    "EVENTS",
+    "BaseMetric",
+    "CheckpointHook",
+    "DistSamplerSeedHook",
+    "EpochBasedTrainLoop",
+    "Evaluator",
+    "Events",
+    "Hook",
+    "IterBasedTrainLoop",
+    "IterTimerHook",
+    "LoggerHook",
+    "ParamSchedulerHook",
+    "Position",
+    "Priority",
+    "Progress",
+    "Run",
+    "RuntimeInfoHook",
+    "TestLoop",
+    "ValLoop",
+    "get_priority",
+]

@@ -1,0 +1,98 @@
+"""Hooks, loops and evaluators from their configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stratagem.data import EpochLoader
+from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.registry import EVALUATORS, HOOKS, LOOPS
+from stratagem.train.evaluation import Evaluator
+from stratagem.train.hook import Events, Hook
+from stratagem.train.priority import get_priority
+from stratagem.train.run import Run
+from stratagem.utils import refuse_unknown
+
+__all__ = ["build_evaluation_loop", "build_events", "build_train_loop"]
+
+_DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
+    "runtime_info": {"type": "RuntimeInfoHook"},
+    "timer": {"type": "IterTimerHook"},
+    "sampler_seed": {"type": "DistSamplerSeedHook"},
+    "logger": {"type": "LoggerHook"},
+    "param_scheduler": {"type": "ParamSchedulerHook"},
+    "checkpoint": {"type": "CheckpointHook", "interval": 1},
+}
+
+
+def build_events(
+    default_hooks: Mapping[str, Any] | None, custom_hooks: Sequence[Hook | Mapping[str, Any]] | None
+) -> Events:
+    """Build the hooks: the default ones as ``default_hooks`` changes them (None removes one), then the custom ones.
+
+    Raises:
+        ConfigKeyError: if ``default_hooks`` names one that does not exist.
+        ConfigTypeError: if an item is neither a hook nor a mapping with its type.
+    """
+    changes = default_hooks or {}
+    refuse_unknown(changes, _DEFAULT_HOOKS, "default_hooks (hooks of your own go into custom_hooks)")
+    hooks = []
+    for name, default in _DEFAULT_HOOKS.items():
+        wanted = changes.get(name, default)
+        if wanted is None:
+            continue
+        hooks.append(_build_hook({**default, **wanted} if isinstance(wanted, Mapping) else wanted))
+    return Events([*hooks, *(_build_hook(hook) for hook in custom_hooks or ())])
+
+
+def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
+    if isinstance(hook, Mapping):
+        arguments = {key: value for key, value in hook.items() if key != "priority"}
+        built = HOOKS.build(arguments)
+        if isinstance(built, Hook) and "priority" in hook:
+            built.priority = get_priority(hook["priority"])
+    else:
+        built = hook
+    if not isinstance(built, Hook):
+        raise ConfigTypeError(f"A hook is derived from stratagem.train.Hook, or a mapping with its type, not {hook!r}.")
+    return built
+
+
+def build_train_loop(train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLoader, val_loop: Any) -> Any:
+    """Build the training loop: the ``type`` named, else by ``by_epoch``, else by which length is given.
+
+    Raises:
+        ConfigTypeError: if ``train_cfg`` is not a mapping.
+        ConfigValueError: if it does not say how long to train.
+    """
+    cfg = _mapping(train_cfg, "train_cfg")
+    if "type" not in cfg:
+        by_epoch = cfg.pop("by_epoch", "max_epochs" in cfg)
+        length = "max_epochs" if by_epoch else "max_iters"
+        if length not in cfg:
+            raise ConfigValueError(f"train_cfg says by_epoch={by_epoch} but not {length}, how long to train.")
+        cfg["type"] = "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop"
+    return LOOPS.build(cfg, default_args={"run": run, "dataloader": dataloader, "val_loop": val_loop})
+
+
+def build_evaluation_loop(cfg: Mapping[str, Any], mode: str, run: Run, dataloader: EpochLoader, evaluator: Any) -> Any:
+    """Build the loop of a validation (``mode="val"``) or a test (``"test"``)."""
+    arguments = {"type": "ValLoop" if mode == "val" else "TestLoop", **_mapping(cfg, f"{mode}_cfg")}
+    defaults = {"run": run, "dataloader": dataloader, "evaluator": _build_evaluator(evaluator, run)}
+    return LOOPS.build(arguments, default_args=defaults)
+
+
+def _build_evaluator(evaluator: Any, run: Run) -> Evaluator:
+    if isinstance(evaluator, Evaluator):
+        return evaluator
+    if isinstance(evaluator, Mapping) and evaluator.get("type") in ("Evaluator", Evaluator):
+        built: Evaluator = EVALUATORS.build(evaluator, default_args={"device": run.world.device})
+        return built
+    return Evaluator(evaluator, device=run.world.device)
+
+
+def _mapping(cfg: Any, name: str) -> dict[str, Any]:
+    if not isinstance(cfg, Mapping):
+        raise ConfigTypeError(f"{name} is {cfg!r}; a mapping is due.")
+    return dict(cfg)

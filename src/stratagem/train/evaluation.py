@@ -1,0 +1,150 @@
+"""Measure predictions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+
+from stratagem.dist import broadcast_object, collect_results
+from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
+from stratagem.registry import METRICS
+
+__all__ = ["BaseMetric", "Evaluator"]
+
+
+class BaseMetric(ABC):
+    """A metric that is computed from all results at once: write :meth:`process` and :meth:`compute_metrics`.
+
+    Args:
+        prefix: put before the names of its values, with a slash.
+    """
+
+    default_prefix: str | None = None
+
+    def __init__(self, prefix: str | None = None) -> None:
+        self.results: list[Any] = []
+        self.prefix = prefix or self.default_prefix
+
+    @abstractmethod
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        """Append to ``self.results`` what is needed of one batch, an item for each sample."""
+
+    @abstractmethod
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        """Return the values, from the results of all ranks in the order of the samples. Called on rank 0."""
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Return the values on every rank and forget the results. Collective."""
+        results = collect_results(self.results, size)
+        self.results = []
+        values = None if results is None else self.compute_metrics(results)
+        values = broadcast_object(values)
+        return {f"{self.prefix}/{name}" if self.prefix else name: value for name, value in (values or {}).items()}
+
+
+@final
+class Evaluator:
+    """Feeds predictions to metrics: those of torchmetrics, and those derived from :class:`BaseMetric`.
+
+    A metric of torchmetrics is given what the model's ``val_step`` returned: a mapping with ``preds`` and ``target``,
+    or a tuple of them in the order of its ``update``.
+
+    Args:
+        metrics: a metric, its configuration, a list of them, or a mapping from the name of the value to one of them. A
+            metric of torchmetrics without a name is called by its class in small letters.
+        device: where the metrics of torchmetrics count.
+    """
+
+    def __init__(self, metrics: Any, *, device: torch.device | None = None) -> None:
+        self._metrics = {name: _place(metric, device) for name, metric in _named(metrics).items()}
+
+    def process(self, data_batch: Any, outputs: Any) -> None:
+        """Take in one batch and what the model made of it."""
+        for metric in self._metrics.values():
+            if isinstance(metric, BaseMetric):
+                metric.process(data_batch, outputs)
+            else:
+                _update(metric, outputs)
+
+    def evaluate(self, size: int) -> dict[str, float]:
+        """Return all values, for ``size`` samples over all ranks, and start anew. Collective."""
+        values: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            for key, value in _values(name, metric, size).items():
+                if key in values:
+                    raise ConfigValueError(
+                        f"Two metrics give a value called {key!r}. Give one of them a prefix or a name."
+                    )
+                values[key] = value
+        return values
+
+
+def _named(metrics: Any) -> dict[str, Any]:
+    if isinstance(metrics, Mapping) and "type" not in metrics:
+        if not metrics:
+            raise ConfigValueError("The evaluator has no metric.")
+        return {name: _build(metric) for name, metric in metrics.items()}
+    listed = metrics if isinstance(metrics, Sequence) and not isinstance(metrics, str) else [metrics]
+    named: dict[str, Any] = {}
+    for item in listed:
+        metric = _build(item)
+        name = _name_of(item, metric)
+        if name in named:
+            raise ConfigValueError(
+                f"Two metrics are called {name!r}. Give them names: dict(first=dict(type=...), second=dict(type=...))."
+            )
+        named[name] = metric
+    return named
+
+
+def _build(metric: Any) -> Any:
+    built = METRICS.build(metric) if isinstance(metric, Mapping) else metric
+    if not isinstance(built, BaseMetric) and not all(callable(getattr(built, method, None)) for method in _METHODS):
+        raise ConfigTypeError(
+            f"A metric is one of torchmetrics, one derived from BaseMetric, or a mapping with its type, not {metric!r}."
+        )
+    return built
+
+
+_METHODS = ("update", "compute", "reset")
+
+
+def _name_of(item: Any, metric: Any) -> str:
+    kind = item.get("type") if isinstance(item, Mapping) else None
+    # As configured: `Accuracy(task="multiclass")` makes a MulticlassAccuracy.
+    return (kind.rpartition(".")[2] if isinstance(kind, str) else type(metric).__name__).lower()
+
+
+def _place(metric: Any, device: torch.device | None) -> Any:
+    return metric if isinstance(metric, BaseMetric) or device is None else metric.to(device)
+
+
+def _update(metric: Any, outputs: Any) -> None:
+    if isinstance(outputs, Mapping) and "preds" in outputs and "target" in outputs:
+        metric.update(outputs["preds"], outputs["target"])
+    elif isinstance(outputs, tuple):
+        metric.update(*outputs)
+    else:
+        raise TrainingError(
+            f"{type(metric).__name__} needs predictions and targets, and val_step returned a {type(outputs).__name__}. "
+            "Return {'preds': ..., 'target': ...}, or derive a metric from BaseMetric."
+        )
+
+
+def _values(name: str, metric: Any, size: int) -> dict[str, float]:
+    if isinstance(metric, BaseMetric):
+        return metric.evaluate(size)
+    computed = metric.compute()
+    metric.reset()
+    if isinstance(computed, Mapping):
+        return {f"{name}/{key}": _number(value) for key, value in computed.items()}
+    return {name: _number(computed)}
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return value

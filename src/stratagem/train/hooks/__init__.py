@@ -1,0 +1,17 @@
+"""The hooks that come with Stratagem."""
+
+from stratagem.train.hooks.checkpoint import CheckpointHook
+from stratagem.train.hooks.logger import LoggerHook
+from stratagem.train.hooks.runtime_info import RuntimeInfoHook
+from stratagem.train.hooks.sampler_seed import DistSamplerSeedHook
+from stratagem.train.hooks.schedule import ParamSchedulerHook
+from stratagem.train.hooks.timing import IterTimerHook
+
+__all__ = [
+    "CheckpointHook",
+    "DistSamplerSeedHook",
+    "IterTimerHook",
+    "LoggerHook",
+    "ParamSchedulerHook",
+    "RuntimeInfoHook",
+]

@@ -1,0 +1,126 @@
+"""Tell how the run goes: lines for people, records for programs, a bar on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from stratagem.dist import all_reduce
+from stratagem.errors import ConfigValueError
+from stratagem.logging import ScalarWindow, TrainingProgress
+from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
+from stratagem.train.hook import Hook
+from stratagem.train.log_lines import evaluation_line, train_line, train_place
+from stratagem.train.priority import Priority
+from stratagem.train.run import Run
+
+__all__ = ["LoggerHook"]
+
+
+@final
+class LoggerHook(Hook):
+    """Write a line every ``interval`` iterations, and one for each evaluation.
+
+    Between the lines values stay on the device, by reference. At a line they are averaged over the window and over all
+    ranks: one copy to the host and one small all-reduce for all of them.
+
+    Args:
+        interval: iterations between two lines.
+        ignore_last: whether the shorter rest of an epoch gets no line of its own.
+        window_size: over how many iterations values are averaged; by default over those since the last line.
+    """
+
+    priority = Priority.BELOW_NORMAL
+
+    def __init__(self, interval: int = 10, *, ignore_last: bool = True, window_size: int | None = None) -> None:
+        if interval < 1:
+            raise ConfigValueError(f"LoggerHook: interval is {interval}; at least 1 is due.")
+        self._interval = interval
+        self._ignore_last = ignore_last
+        self._window = ScalarWindow(window_size or interval)
+        self._append = self._window.append
+
+    def before_train(self, run: Run) -> None:
+        if run.rank == 0:
+            run.bar = TrainingProgress("train", total=run.max_iters, completed=run.iter)
+            run.bar.start()
+
+    def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self._append(outputs)
+        progress = run.progress
+        if run.bar is not None:
+            run.bar.completed = progress.iter + 1
+        rest = progress.epoch_length == batch_idx + 1 and not self._ignore_last
+        if (progress.iter + 1) % self._interval == 0 or rest:
+            self._log_iteration(run)
+
+    def _log_iteration(self, run: Run) -> None:
+        values = self._window.means(reduce=_mean_over_ranks if run.world_size > 1 else None)
+        self._window.clear()
+        values = {**values, **_gradient_norms(run)}
+        rates = _learning_rates(run)
+        seconds = run.timing.take()
+        left = None if run.max_iters is None else run.timing.left(run.max_iters - run.iter - 1)
+        place = train_place(run.progress)
+        run.logger.info(
+            train_line(place, values, rates, seconds=seconds, left_s=left, memory_mb=_memory_mb(run.world.device))
+        )
+        times = {} if seconds is None else {"time": seconds[0], "data_time": seconds[1]}
+        run.record({**rates, **times, **values, "epoch": run.epoch + 1, "iter": run.iter + 1, "step": run.iter + 1})
+        if run.bar is not None:
+            run.bar.show({**{key: values[key] for key in ("loss",) if key in values}, **rates}, label=place)
+
+    def before_val(self, run: Run) -> None:
+        self._pause(run)
+
+    def after_val_epoch(self, run: Run, metrics: dict[str, Any] | None = None) -> None:
+        self._log_evaluation(run, "val", metrics or {})
+
+    def after_val(self, run: Run) -> None:
+        if run.bar is not None:
+            run.bar.start()
+
+    def after_test_epoch(self, run: Run, metrics: dict[str, Any] | None = None) -> None:
+        self._log_evaluation(run, "test", metrics or {})
+
+    def after_train(self, run: Run) -> None:
+        self._pause(run)
+
+    def _pause(self, run: Run) -> None:
+        if run.bar is not None:
+            run.bar.stop()
+
+    def _log_evaluation(self, run: Run, mode: str, metrics: dict[str, Any]) -> None:
+        run.logger.info(evaluation_line(mode, run.progress, run.evaluated_batches, metrics))
+        run.record({**metrics, "mode": mode, "epoch": run.epoch, "iter": run.iter, "step": run.iter})
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    all_reduce(values, "mean")
+    return values
+
+
+def _learning_rates(run: Run) -> dict[str, float]:
+    """Return the learning rate of each optimizer's first group, as the optimizer uses it."""
+    return {name: rates[0] for name, rates in run.optim_wrapper.get_lr().items() if rates}
+
+
+def _gradient_norms(run: Run) -> dict[str, float]:
+    """Return the norms that clipping computed, where it did."""
+    optim = run.optim_wrapper
+    wrappers = (
+        {f"{name}.grad_norm": wrapper for name, wrapper in optim.items()}
+        if isinstance(optim, OptimWrapperDict)
+        else {"grad_norm": optim}
+    )
+    norms = {
+        name: wrapper.grad_norm for name, wrapper in wrappers.items() if isinstance(wrapper, AccumulatingOptimWrapper)
+    }
+    return {name: float(norm) for name, norm in norms.items() if norm is not None}
+
+
+def _memory_mb(device: torch.device) -> int | None:
+    """Return the most memory that tensors took on an accelerator, in MiB; None on the CPU."""
+    return None if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device) / 2**20)

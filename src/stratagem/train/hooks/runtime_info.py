@@ -1,0 +1,40 @@
+"""Say what runs, where and with what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import final
+
+from stratagem.storage import write_atomic
+from stratagem.train.hook import Hook
+from stratagem.train.priority import Priority
+from stratagem.train.run import Run
+from stratagem.utils import mask_secrets
+
+__all__ = ["RuntimeInfoHook"]
+
+
+@final
+class RuntimeInfoHook(Hook):
+    """Log the run's placement and size, and keep the whole report as ``<log_dir>/environment.json``."""
+
+    priority = Priority.VERY_HIGH
+
+    def before_run(self, run: Run) -> None:
+        if run.rank != 0:
+            return
+        system, runtime = run.strategy.collect_env()
+        report = {"system": system, "runtime": {key: str(value) for key, value in mask_secrets(runtime).items()}}
+        write_atomic(Path(run.log_dir) / "environment.json", json.dumps(report, indent=2) + "\n")
+        parameters = list(run.model.parameters())
+        learning = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        run.logger.info(
+            "%s: %d process(es) on %s, launcher %s, seed %d",
+            type(run.strategy).__name__, run.world_size, run.world.device, run.world.launcher, run.strategy.seed,
+        )  # fmt: skip
+        run.logger.info(
+            "Model %s: %s parameters, %s of them learning",
+            type(run.strategy.bare_model()).__name__, f"{sum(p.numel() for p in parameters):,}", f"{learning:,}",
+        )  # fmt: skip
+        run.logger.info("Logs and the environment report: %s", run.log_dir)

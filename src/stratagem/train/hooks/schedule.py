@@ -1,0 +1,95 @@
+"""Move the schedules on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from stratagem.errors import ConfigValueError
+from stratagem.optim import BaseOptimWrapper, OptimWrapperDict, ParamScheduler
+from stratagem.train.hook import Hook
+from stratagem.train.priority import Priority
+from stratagem.train.run import Run
+
+__all__ = ["ParamSchedulerHook"]
+
+
+@final
+@dataclass(slots=True)
+class _Follower:
+    """The schedules of one optimizer that follow its updates, and what of it they have seen."""
+
+    optim: BaseOptimWrapper
+    by_iter: tuple[ParamScheduler, ...]
+    by_step: tuple[ParamScheduler, ...]
+    attempts: int
+    updates: int
+    since: int
+
+    def follow(self, done: int) -> None:
+        """Advance, after ``done`` iterations of the run, by what the last update consumed; a skipped one advances nothing."""
+        updates = self.optim.updates
+        if updates != self.updates:
+            for scheduler in self.by_iter:
+                scheduler.step(done - self.since)
+            for scheduler in self.by_step:
+                scheduler.step(updates - self.updates)
+            self.updates = updates
+        self.attempts = self.optim.attempts
+        self.since = done
+
+
+@final
+class ParamSchedulerHook(Hook):
+    """Schedules by iteration and by step advance with the optimizer's updates, those by epoch after each epoch.
+
+    An update over several micro-batches advances a schedule by iteration by all of them, so its curve over the run does
+    not depend on accumulation, and nothing changes between updates. Schedules that look at metrics advance after each
+    validation.
+    """
+
+    priority = Priority.LOW
+
+    def before_train(self, run: Run) -> None:
+        schedulers, optim = run.param_schedulers, run.optim_wrapper
+        by_optim: list[tuple[BaseOptimWrapper, list[ParamScheduler]]] = []
+        if isinstance(schedulers, dict) and isinstance(optim, OptimWrapperDict):
+            by_optim = [(optim[name], some) for name, some in schedulers.items()]
+        elif schedulers and isinstance(optim, BaseOptimWrapper):
+            by_optim = [(optim, schedulers)]
+        everything = [scheduler for _, some in by_optim for scheduler in some]
+        self._on_metrics = [scheduler for scheduler in everything if scheduler.need_val_args]
+        self._by_epoch = [each for each in everything if each.unit == "epoch" and not each.need_val_args]
+        self._followers = [_follower(wrapper, some, run.iter) for wrapper, some in by_optim]
+        self._followers = [each for each in self._followers if each.by_iter or each.by_step]
+        if self._by_epoch and run.max_epochs is None:
+            raise ConfigValueError(
+                f"{type(self._by_epoch[0]).__name__} counts epochs, but this run counts iterations, so it would never move. "
+                "Give by_epoch=False, or convert_to_iter_based=True."
+            )
+
+    def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        for follower in self._followers:
+            if follower.optim.attempts != follower.attempts:
+                follower.follow(run.progress.iter + 1)
+
+    def after_train_epoch(self, run: Run) -> None:
+        for scheduler in self._by_epoch:
+            scheduler.step()
+
+    def after_val_epoch(self, run: Run, metrics: dict[str, Any] | None = None) -> None:
+        for scheduler in getattr(self, "_on_metrics", ()):
+            scheduler.step(metrics)
+
+
+def _follower(optim: BaseOptimWrapper, schedulers: Sequence[ParamScheduler], done: int) -> _Follower:
+    return _Follower(
+        optim=optim,
+        by_iter=tuple(each for each in schedulers if each.unit == "iter"),
+        by_step=tuple(each for each in schedulers if each.unit == "step"),
+        attempts=optim.attempts,
+        updates=optim.updates,
+        # Where the last whole window of the optimizer ended.
+        since=done - done % optim.accumulative_counts,
+    )

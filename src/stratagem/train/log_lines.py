@@ -1,0 +1,62 @@
+"""What the log says of an iteration or an evaluation, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+from stratagem.train.progress import Progress
+
+__all__ = ["evaluation_line", "train_line", "train_place"]
+
+
+def train_place(progress: Progress) -> str:
+    """Return where the iteration that ends now stands: ``Epoch(train) [2][ 50/125]`` or ``Iter(train) [ 50/1000]``."""
+    if progress.max_epochs is not None:
+        total = progress.epoch_length
+        done = str(progress.batch + 1).rjust(len(str(total))) if total else str(progress.batch + 1)
+        epoch = str(progress.epoch + 1).rjust(len(str(progress.max_epochs)))
+        return f"Epoch(train) [{epoch}][{done}/{total or '?'}]"
+    total = progress.max_iters
+    return f"Iter(train) [{str(progress.iter + 1).rjust(len(str(total)))}/{total}]"
+
+
+def train_line(
+    place: str,
+    values: Mapping[str, float],
+    rates: Mapping[str, float],
+    *,
+    seconds: tuple[float, float] | None,
+    left_s: float | None,
+    memory_mb: int | None,
+) -> str:
+    """Return the line of a training iteration.
+
+    ``rates`` are learning rates by name, ``seconds`` the times of an iteration and of its waiting for data.
+    """
+    parts = [place, *(f"{name}: {value:.4e}" for name, value in rates.items())]
+    if left_s is not None:
+        parts.append(f"eta: {timedelta(seconds=int(left_s))}")
+    if seconds is not None:
+        parts += [f"time: {seconds[0]:.4f}", f"data_time: {seconds[1]:.4f}"]
+    if memory_mb is not None:
+        parts.append(f"memory: {memory_mb}")
+    parts += [f"{name}: {value:.4f}" for name, value in values.items()]
+    return "  ".join(parts)
+
+
+def evaluation_line(mode: str, progress: Progress, batches: int | None, metrics: Mapping[str, Any]) -> str:
+    """Return the line of a whole validation or test: ``Epoch(val) [2][8/8]    accuracy: 0.9810``."""
+    place = f"[{progress.epoch}]" if progress.max_epochs is not None else f"[{progress.iter}]"
+    unit = "Epoch" if progress.max_epochs is not None else "Iter"
+    where = (
+        f"{unit}({mode}) {place if mode == 'val' else ''}[{batches}/{batches}]"
+        if batches
+        else f"{unit}({mode}) {place}"
+    )
+    return "  ".join([f"{where}  ", *(f"{name}: {_value(value)}" for name, value in metrics.items())])
+
+
+def _value(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,238 @@
+"""Time: the loops that train and evaluate. Nothing is hidden; hooks are called where it says so."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, cast, final
+
+import torch
+
+from stratagem.data import EpochLoader
+from stratagem.errors import ConfigValueError, TrainingError
+from stratagem.model import Trainable
+from stratagem.train.evaluation import Evaluator
+from stratagem.train.run import Run
+
+__all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
+
+
+def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int:
+    """Train on the next ``count`` batches, or on all that are left; return how many there were.
+
+    Stops earlier, between two iterations, where the run was interrupted or a hook asked for it.
+    """
+    progress, interrupt = run.progress, run.interrupt
+    before, after = run.events["before_train_iter"], run.events["after_train_iter"]
+    model, optim = run.model, run.optim_wrapper
+    train_step = cast("Trainable", model).train_step
+    model.train()
+    first = progress.iter
+    for batch in islice(batches, count):
+        index = progress.batch
+        for call in before:
+            call(run, index, batch)
+        outputs = train_step(batch, optim_wrapper=optim)
+        for call in after:
+            call(run, index, batch, outputs)
+        progress.iter += 1
+        progress.batch = index + 1
+        if progress.stop_training or interrupt.due(progress.iter):
+            progress.stop_training = True
+            break
+    return progress.iter - first
+
+
+@final
+class EpochBasedTrainLoop:
+    """Train for a number of epochs, and validate after some of them.
+
+    Args:
+        run: what it trains.
+        dataloader: gives the epochs.
+        max_epochs: epochs of the whole run.
+        val_begin: the first epoch, counted from 1, after which to validate.
+        val_interval: validate after every so many epochs, and after the last.
+        dynamic_intervals: pairs (epoch, interval): from that epoch on, counted from 1, the interval is another.
+        val_loop: validates; None where the run has no validation.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        dataloader: EpochLoader,
+        max_epochs: int,
+        val_begin: int = 1,
+        val_interval: int = 1,
+        dynamic_intervals: Sequence[tuple[int, int]] | None = None,
+        *,
+        val_loop: ValLoop | None = None,
+    ) -> None:
+        self._run = run
+        self.dataloader = dataloader
+        self._val_loop = val_loop
+        self._val_begin = val_begin
+        self._intervals = _Intervals(val_interval, dynamic_intervals)
+        run.progress.max_epochs = _positive("max_epochs", max_epochs)
+        run.progress.epoch_length = length = dataloader.length
+        if length == 0:
+            raise ConfigValueError(
+                "The training data has no batch; is the dataset smaller than a batch with drop_last=True?"
+            )
+        run.progress.max_iters = None if length is None else max_epochs * length
+
+    def run(self) -> None:
+        """Train from where the run stands to its end."""
+        run, progress, events = self._run, self._run.progress, self._run.events
+        max_epochs = progress.max_epochs or 0
+        events.call("before_train", run)
+        while progress.epoch < max_epochs and not progress.stop_training:
+            events.call("before_train_epoch", run)
+            # A sampler without end does not end the epoch; its length does.
+            left = None if progress.epoch_length is None else progress.epoch_length - progress.batch
+            train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
+            if self._stopped_inside():
+                break
+            events.call("after_train_epoch", run)
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+            if self._val_loop is not None and self._validation_is_due(progress.epoch) and not run.interrupt.received:
+                self._val_loop.run()
+        events.call("after_train", run)
+
+    def _stopped_inside(self) -> bool:
+        progress = self._run.progress
+        return progress.stop_training and progress.batch != progress.epoch_length
+
+    def _validation_is_due(self, epoch: int) -> bool:
+        last = epoch == self._run.progress.max_epochs
+        return epoch >= self._val_begin and (last or epoch % self._intervals.at(epoch) == 0)
+
+
+@final
+class IterBasedTrainLoop:
+    """Train for a number of iterations, over the data as often as it takes, and validate after some of them.
+
+    Args:
+        run: what it trains.
+        dataloader: gives the data, epoch after epoch or without end.
+        max_iters: iterations of the whole run.
+        val_begin: the first iteration, counted from 1, after which to validate.
+        val_interval: validate after every so many iterations, and after the last.
+        dynamic_intervals: pairs (iteration, interval): from that iteration on the interval is another.
+        val_loop: validates; None where the run has no validation.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        dataloader: EpochLoader,
+        max_iters: int,
+        val_begin: int = 1,
+        val_interval: int = 1000,
+        dynamic_intervals: Sequence[tuple[int, int]] | None = None,
+        *,
+        val_loop: ValLoop | None = None,
+    ) -> None:
+        self._run = run
+        self.dataloader = dataloader
+        self._val_loop = val_loop
+        self._val_begin = val_begin
+        self._intervals = _Intervals(val_interval, dynamic_intervals)
+        run.progress.max_iters = _positive("max_iters", max_iters)
+        run.progress.epoch_length = dataloader.length
+
+    def run(self) -> None:
+        """Train from where the run stands to its end."""
+        run, progress, events = self._run, self._run.progress, self._run.events
+        max_iters = progress.max_iters or 0
+        events.call("before_train", run)
+        events.call("before_train_epoch", run)
+        batches = self.dataloader.batches(progress.epoch, done=progress.batch)
+        while progress.iter < max_iters and not progress.stop_training:
+            due = min(self._next_validation(progress.iter), max_iters)
+            wanted = due - progress.iter
+            trained = train_iterations(run, batches, wanted)
+            if trained < wanted and not progress.stop_training:
+                if progress.batch == 0:
+                    raise TrainingError("The training data has no batch to give.")
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+                batches = self.dataloader.batches(progress.epoch)
+            elif self._val_loop is not None and trained == wanted and not run.interrupt.received:
+                self._val_loop.run()
+        events.call("after_train_epoch", run)
+        events.call("after_train", run)
+
+    def _next_validation(self, iteration: int) -> int:
+        """Return after how many iterations the next validation is due, beyond ``iteration``."""
+        following = max(iteration + 1, self._val_begin)
+        while following % self._intervals.at(following):
+            following += 1
+        return following
+
+
+@final
+class _Intervals:
+    """An interval that may change at milestones."""
+
+    def __init__(self, interval: int, dynamic: Sequence[tuple[int, int]] | None) -> None:
+        steps = sorted(dynamic or ())
+        self._milestones = [0, *(milestone for milestone, _ in steps)]
+        self._values = [_positive("val_interval", interval), *(_positive("interval", value) for _, value in steps)]
+
+    def at(self, count: int) -> int:
+        return self._values[bisect.bisect(self._milestones, count) - 1]
+
+
+class _EvaluationLoop:
+    """What validation and test share."""
+
+    mode: str
+
+    def __init__(self, run: Run, dataloader: EpochLoader, evaluator: Evaluator) -> None:
+        self._run = run
+        self.dataloader = dataloader
+        self.evaluator = evaluator
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """Evaluate all of the data; return the metrics, the same on every rank. Collective."""
+        run, events, mode = self._run, self._run.events, self.mode
+        events.call(f"before_{mode}", run)
+        events.call(f"before_{mode}_epoch", run)
+        run.model.eval()
+        step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
+        before, after = events[f"before_{mode}_iter"], events[f"after_{mode}_iter"]
+        for index, batch in enumerate(self.dataloader.batches(0)):
+            for call in before:
+                call(run, index, batch)
+            outputs = step(batch)
+            self.evaluator.process(batch, outputs)
+            for call in after:
+                call(run, index, batch, outputs)
+        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+        run.metrics, run.evaluated_batches = metrics, self.dataloader.length
+        events.call(f"after_{mode}_epoch", run, metrics=metrics)
+        events.call(f"after_{mode}", run)
+        return metrics
+
+
+@final
+class ValLoop(_EvaluationLoop):
+    """Evaluate the validation data."""
+
+    mode = "val"
+
+
+@final
+class TestLoop(_EvaluationLoop):
+    """Evaluate the test data."""
+
+    mode = "test"
+    __test__ = False  # not pytest's
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigValueError(f"{name} is {value!r}; a whole number of at least 1 is due.")
+    return value

@@ -1,0 +1,46 @@
+"""The order of hooks: lower numbers are called earlier."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import final
+
+from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.utils import did_you_mean
+
+__all__ = ["Priority", "get_priority"]
+
+
+@final
+class Priority(IntEnum):
+    """The names of the usual places."""
+
+    HIGHEST = 0
+    VERY_HIGH = 10
+    HIGH = 30
+    ABOVE_NORMAL = 40
+    NORMAL = 50
+    BELOW_NORMAL = 60
+    LOW = 70
+    VERY_LOW = 90
+    LOWEST = 100
+
+
+def get_priority(priority: int | str | Priority) -> int:
+    """Return a priority as a number from 0 to 100; names may be in any case.
+
+    Raises:
+        ConfigValueError: if the number is out of range or the name is unknown.
+        ConfigTypeError: if it is neither.
+    """
+    if isinstance(priority, bool) or not isinstance(priority, int | str):
+        raise ConfigTypeError(f"A hook's priority is a number from 0 to 100 or a name, not {priority!r}.")
+    if isinstance(priority, int):
+        if not 0 <= priority <= 100:
+            raise ConfigValueError(f"A hook's priority is from 0 to 100, not {int(priority)}.")
+        return int(priority)
+    try:
+        return int(Priority[priority.upper()])
+    except KeyError:
+        names = [name.name for name in Priority]
+        raise ConfigValueError(f"There is no priority {priority!r}. {did_you_mean(priority, names)}") from None

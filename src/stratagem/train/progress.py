@@ -1,0 +1,63 @@
+"""Where a run stands."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+__all__ = ["Position", "Progress"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """What is done: whole epochs, iterations of the run, and batches of the epoch that is under way."""
+
+    epoch: int = 0
+    iter: int = 0
+    batch: int = 0
+
+    def as_meta(self) -> dict[str, int]:
+        """Return it as a checkpoint's ``meta`` has it."""
+        return {"epoch": self.epoch, "iter": self.iter, "batch_in_epoch": self.batch}
+
+    @classmethod
+    def from_meta(cls, meta: Mapping[str, Any]) -> Position:
+        """Read it from a checkpoint's ``meta``; what is missing is zero."""
+        return cls(
+            epoch=int(meta.get("epoch", 0)), iter=int(meta.get("iter", 0)), batch=int(meta.get("batch_in_epoch", 0))
+        )
+
+
+@final
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """Counts what is done while a run goes on. The loop writes it, hooks read it.
+
+    During an iteration ``iter`` and ``batch`` do not count it yet, nor does ``epoch`` an epoch before its end.
+    """
+
+    epoch: int = 0
+    iter: int = 0
+    batch: int = 0
+    max_epochs: int | None = None
+    max_iters: int | None = None
+    epoch_length: int | None = None
+    stop_training: bool = False
+
+    def here(self) -> Position:
+        """Return what is done between two iterations."""
+        return Position(epoch=self.epoch, iter=self.iter, batch=self.batch)
+
+    def after_this_iteration(self) -> Position:
+        """Return what will be done when the iteration that is under way has ended."""
+        return Position(epoch=self.epoch, iter=self.iter + 1, batch=self.batch + 1)
+
+    def after_this_epoch(self) -> Position:
+        """Return what will be done when the epoch whose last iteration is done has ended."""
+        return Position(epoch=self.epoch + 1, iter=self.iter, batch=0)
+
+    def move_to(self, position: Position) -> None:
+        """Take up a position that was saved."""
+        self.epoch, self.iter, self.batch = position.epoch, position.iter, position.batch

@@ -1,0 +1,157 @@
+"""What loops and hooks know of a run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+from torch import nn
+
+from stratagem.checkpoint import StateTree
+from stratagem.dist import World
+from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
+from stratagem.parallel import AnyOptim
+from stratagem.strategies import BaseStrategy
+from stratagem.train.hook import Events
+from stratagem.train.progress import Position, Progress
+from stratagem.train.signals import Interrupt
+from stratagem.train.timing import Timing
+
+__all__ = ["Run"]
+
+
+@final
+class Run:
+    """The facts of a run: its strategy, where it stands, and who listens.
+
+    Args:
+        strategy: owns the state.
+        events: the hooks' methods.
+        config_text: the configuration as text, kept with every checkpoint.
+    """
+
+    def __init__(self, strategy: BaseStrategy, events: Events, *, config_text: str | None = None) -> None:
+        self.strategy = strategy
+        self.events = events
+        self.progress = Progress()
+        self.interrupt = Interrupt(distributed=strategy.world_size > 1)
+        self.timing = Timing()
+        self.bar: TrainingProgress | None = None
+        self.metrics: dict[str, Any] = {}
+        self.evaluated_batches: int | None = None
+        self.last_checkpoint: Path | None = None
+        self._config_text = config_text
+        self._scalars: JsonLinesWriter | None = None
+
+    # The strategy's, under the names that hooks use.
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it was placed."""
+        return self.strategy.model
+
+    @property
+    def optim_wrapper(self) -> AnyOptim:
+        """The optimizer wrapper or wrappers."""
+        return self.strategy.optim_wrapper
+
+    @property
+    def param_schedulers(self) -> Any:
+        """The schedulers: a list, a dict of lists, or None where the run has none."""
+        return BaseStrategy.param_schedulers.get(self.strategy)
+
+    @property
+    def logger(self) -> Logger:
+        """The logger of the run."""
+        return self.strategy.logger
+
+    @property
+    def world(self) -> World:
+        """What is true of this process."""
+        return self.strategy.world
+
+    @property
+    def rank(self) -> int:
+        """This process's global rank."""
+        return self.strategy.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train together."""
+        return self.strategy.world_size
+
+    @property
+    def work_dir(self) -> str:
+        """The folder of the run."""
+        return self.strategy.work_dir
+
+    @property
+    def log_dir(self) -> str:
+        """The folder of this start of the run."""
+        return self.strategy.log_dir
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return self.progress.epoch
+
+    @property
+    def iter(self) -> int:
+        """Iterations that are done."""
+        return self.progress.iter
+
+    @property
+    def max_epochs(self) -> int | None:
+        """Epochs of the whole run, where it is counted in them."""
+        return self.progress.max_epochs
+
+    @property
+    def max_iters(self) -> int | None:
+        """Iterations of the whole run."""
+        return self.progress.max_iters
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Append a line to ``<log_dir>/vis_data/scalars.json``, on rank 0."""
+        if self.rank != 0:
+            return
+        if self._scalars is None:
+            folder = Path(self.log_dir) / "vis_data"
+            folder.mkdir(exist_ok=True)
+            self._scalars = JsonLinesWriter(folder / "scalars.json")
+        self._scalars.write(values)
+
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        position: Position,
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+    ) -> None:
+        """Publish the state of the run as it is at ``position``. Collective."""
+
+        def add(checkpoint: StateTree) -> None:
+            self.events.call("before_save_checkpoint", self, checkpoint=checkpoint)
+
+        meta: dict[str, Any] = {**position.as_meta(), "experiment_name": self.strategy.experiment_name}
+        if self._config_text is not None:
+            meta["cfg"] = self._config_text
+        self.strategy.save_checkpoint(
+            path,
+            save_optimizer=save_optimizer,
+            save_param_scheduler=save_param_scheduler,
+            extra_ckpt={"meta": meta},
+            callback=add,
+        )
+        self.last_checkpoint = Path(path)
+
+    def close(self) -> None:
+        """Close the files of the run and take its bar from the terminal. Idempotent."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        if self._scalars is not None:
+            self._scalars.close()
+            self._scalars = None

@@ -1,0 +1,97 @@
+"""Describe the machine and the software that a run uses, for the first lines of its log."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from stratagem._version import __version__
+
+__all__ = ["collect_env"]
+
+_COMPILER_TIMEOUT_S = 5.0
+_UNKNOWN = "unknown"
+
+
+def collect_env() -> dict[str, str]:
+    """Return what a report of a problem needs: platform, Python, PyTorch, devices, library versions, CPU and memory.
+
+    It reads no environment variable and imports no library for its version.
+    """
+    report = {
+        "stratagem": __version__,
+        "Platform": platform.platform(),
+        "Python": sys.version.replace("\n", " "),
+        "CPU": _describe_cpu(),
+        "Memory": _describe_memory(),
+        "PyTorch": torch.__version__,
+        "PyTorch build": _describe_build(),
+        **_describe_accelerators(),
+        "NumPy": _installed("numpy") or _UNKNOWN,
+    }
+    for name, distribution in (("TorchMetrics", "torchmetrics"), ("TorchVision", "torchvision")):
+        version = _installed(distribution)
+        if version is not None:
+            report[name] = version
+    compiler = _describe_compiler()
+    if compiler is not None:
+        report["GCC"] = compiler
+    return report
+
+
+def _describe_cpu() -> str:
+    model = platform.processor() or platform.machine()
+    # A container or a scheduler often grants fewer cores than the machine has.
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model}, {usable} of {os.cpu_count()} cores usable"
+
+
+def _describe_memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (ValueError, OSError, AttributeError):  # the platform does not tell
+        return _UNKNOWN
+
+
+def _describe_build() -> str:
+    lines = [line.strip(" -") for line in torch.__config__.show().splitlines()[1:]]
+    return "; ".join(line for line in lines if not line.startswith("Build settings"))  # 2000 letters of flags
+
+
+def _describe_accelerators() -> dict[str, str]:
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        return {"Accelerator": "none"}
+    count = torch.accelerator.device_count()
+    facts = {"Accelerator": f"{count} x {device.type}"}
+    if device.type == "cuda":
+        facts["Accelerator"] = ", ".join(torch.cuda.get_device_name(index) for index in range(count))
+        facts["CUDA"] = torch.version.cuda or f"HIP {torch.version.hip}"
+        facts["cuDNN"] = str(torch.backends.cudnn.version())
+    return facts
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe_compiler() -> str | None:
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        return None
+    try:
+        answer = subprocess.run(  # noqa: S603 -- a fixed command, found on the path
+            [compiler, "--version"], capture_output=True, text=True, timeout=_COMPILER_TIMEOUT_S, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return _UNKNOWN
+    return answer.stdout.partition("\n")[0]

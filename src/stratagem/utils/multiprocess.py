@@ -1,0 +1,121 @@
+"""Set up a process for work with others: start method of workers, threads of OpenCV, OpenMP and MKL."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, final
+
+from stratagem.errors import ConfigValueError
+from stratagem.utils.imports import import_module
+from stratagem.utils.names import did_you_mean
+
+__all__ = ["AppliedSettings", "set_multi_processing"]
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class AppliedSettings:
+    """What ``set_multi_processing`` changed; ``close()``, or the end of a ``with`` block, puts it back.
+
+    ``notices`` are the sentences that belong into the log: what was changed without being asked, and what was asked
+    but had already been decided.
+    """
+
+    notices: tuple[str, ...]
+    _undo: ExitStack = field(repr=False)
+
+    def close(self) -> None:
+        """Put back what was changed; a second call does nothing."""
+        self._undo.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def set_multi_processing(
+    mp_start_method: str | None = None, opencv_num_threads: int | None = 0, *, distributed: bool = False
+) -> AppliedSettings:
+    """Set how this process starts workers and how many threads libraries take, each only where it is still open.
+
+    Args:
+        mp_start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``; None takes ``"fork"`` where there is one.
+            A method that is already fixed stays.
+        opencv_num_threads: Threads of OpenCV in this process, if it is installed; 0 runs it in the calling thread.
+            None, or the variable ``OPENCV_FOR_THREADS_NUM`` in the environment, leaves it alone.
+        distributed: Set ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` to 1 where the environment has none. Processes
+            started from now on read them; torch, in this one, has already chosen its threads.
+
+    Raises:
+        ConfigValueError: if the platform has no such start method, or the number of threads is negative.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    if mp_start_method is not None and mp_start_method not in methods:
+        raise ConfigValueError(
+            f"mp_start_method is {mp_start_method!r}, which this platform does not have. "
+            f"{did_you_mean(mp_start_method, methods)}"
+        )
+    if opencv_num_threads is not None and opencv_num_threads < 0:
+        raise ConfigValueError(f"opencv_num_threads is {opencv_num_threads}; it must be 0 (no threads) or more.")
+    undo = ExitStack()
+    notices = _fix_start_method(mp_start_method, undo)
+    if opencv_num_threads is not None:
+        _limit_opencv(opencv_num_threads, undo)
+    if distributed:
+        notices += _limit_threads(undo)
+    return AppliedSettings(tuple(notices), undo)
+
+
+def _fix_start_method(method: str | None, undo: ExitStack) -> list[str]:
+    fixed = multiprocessing.get_start_method(allow_none=True)
+    if fixed:
+        if method in (None, fixed):
+            return []
+        return [f"The start method of workers stays {fixed!r}, which was fixed before {method!r} was asked for."]
+    if method is None and "fork" in multiprocessing.get_all_start_methods():
+        method = "fork"
+    if method is not None:
+        multiprocessing.set_start_method(method)
+        undo.callback(_free_start_method, method)
+    return []
+
+
+def _free_start_method(method: str) -> None:
+    if multiprocessing.get_start_method(allow_none=True) == method:
+        multiprocessing.set_start_method(None, force=True)
+
+
+def _limit_opencv(threads: int, undo: ExitStack) -> None:
+    if "OPENCV_FOR_THREADS_NUM" in os.environ:
+        return
+    try:
+        cv2 = import_module("cv2")
+    except ImportError:  # not installed, or without the libraries of the system that it needs: nothing to limit
+        return
+    undo.callback(cv2.setNumThreads, cv2.getNumThreads())
+    cv2.setNumThreads(threads)
+
+
+def _limit_threads(undo: ExitStack) -> list[str]:
+    missing = [name for name in _THREAD_VARIABLES if name not in os.environ]
+    for name in missing:
+        os.environ[name] = "1"
+        undo.callback(_drop_variable, name, "1")
+    names = " and ".join(missing)
+    why = "so that the processes of this run do not compete for cores; set it in the environment to choose otherwise"
+    return [f"{names} set to 1, {why}."] if missing else []
+
+
+def _drop_variable(name: str, value: str) -> None:
+    if os.environ.get(name) == value:
+        del os.environ[name]

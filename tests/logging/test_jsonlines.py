@@ -1,0 +1,161 @@
+"""Records as JSON lines."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stratagem.errors import WorkDirError
+from stratagem.logging import JsonLinesWriter
+from stratagem.logging.jsonlines import _plain
+
+
+def lines(path: Path) -> list[Any]:
+    """Parse each line as strict JSON, which knows no NaN."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text("ascii").splitlines()]
+
+
+def written(tmp_path: Path, value: Any) -> Any:
+    """Write a value, and return what is read."""
+    with JsonLinesWriter(tmp_path / "values.jsonl") as writer:
+        writer.write({"value": value})
+    return lines(tmp_path / "values.jsonl")[-1]["value"]
+
+
+def test_each_record_is_a_line(tmp_path: Path) -> None:
+    """Records are appended, one a line, to what is there."""
+    for step in (1, 2):
+        with JsonLinesWriter(tmp_path / "log.jsonl") as writer:
+            writer.write({"step": step, "loss": 0.5, "note": "a\nb é"})
+    assert lines(tmp_path / "log.jsonl") == [{"step": step, "loss": 0.5, "note": "a\nb é"} for step in (1, 2)]
+
+
+def test_a_line_can_be_read_at_once(tmp_path: Path) -> None:
+    """Each record is flushed, so that a plot of a living run shows it, and a kill does not lose it."""
+    writer = JsonLinesWriter(tmp_path / "log.jsonl")
+    writer.write({"step": 1})
+    assert lines(tmp_path / "log.jsonl") == [{"step": 1}]
+    writer.close()
+
+
+def test_a_half_written_line_spoils_no_later_one(tmp_path: Path) -> None:
+    """After a kill in the middle of a line the next run begins a new one."""
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"step": 1}\n{"st')
+    with JsonLinesWriter(file) as writer:
+        writer.write({"step": 2})
+    assert file.read_text() == '{"step": 1}\n{"st\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(float("nan"), "NaN"), (float("inf"), "Infinity"), (-float("inf"), "-Infinity")]
+)
+def test_what_json_does_not_know_of_numbers_is_text(tmp_path: Path, value: float, text: str) -> None:
+    """NaN and infinities are written as the texts that float() reads, also inside tensors."""
+    assert written(tmp_path, value) == text
+    assert written(tmp_path, torch.tensor([1.0, value])) == [1.0, text]
+    assert repr(float(text)) == repr(value)
+
+
+class Colour(enum.IntEnum):
+    RED = 1
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        (torch.tensor(2), 2),
+        (torch.tensor(0.5, dtype=torch.bfloat16, requires_grad=True), 0.5),
+        (np.float32(0.25), 0.25),
+        (np.arange(3), [0, 1, 2]),
+        (np.bool_(True), True),
+        ((1, (2, None)), [1, [2, None]]),
+        ({3}, [3]),
+        ({1: {None: True}}, {"1": {"None": True}}),
+        (Colour.RED, 1),
+        (Path("a/b"), "a/b"),
+        (b"\xff", "b'\\xff'"),
+        (1 + 2j, "(1+2j)"),
+        (2**5000, hex(2**5000)),
+        ("\ud800", "\ud800"),
+    ],
+)
+def test_odd_values_are_written_somehow(tmp_path: Path, value: Any, read: Any) -> None:
+    """Numbers of tensors and arrays become numbers, and what JSON does not know becomes text."""
+    assert written(tmp_path, value) == read
+
+
+def test_a_value_that_cannot_be_printed_is_named(tmp_path: Path) -> None:
+    """Even a value whose every method fails does not end a run."""
+    assert written(tmp_path, Unprintable()) == "<Unprintable that cannot be printed>"
+
+
+def test_a_tensor_without_data_is_text(tmp_path: Path) -> None:
+    """A meta tensor has no value to write; its description is written."""
+    assert "meta" in written(tmp_path, torch.zeros(2, device="meta"))
+
+
+def test_a_value_that_contains_itself_ends(tmp_path: Path) -> None:
+    """A cycle is cut where it closes, however often it closes."""
+    value: list[Any] = [1]
+    value += [value, value]
+    assert written(tmp_path, value) == [1, "[1, [...], [...]]", "[1, [...], [...]]"]
+
+
+def test_a_very_deep_value_ends(tmp_path: Path) -> None:
+    """What lies deeper than 20 levels is text."""
+    value: Any = 1
+    for _ in range(50):
+        value = [value]
+    read, depth = written(tmp_path, value), 0
+    while isinstance(read, list):
+        read, depth = read[0], depth + 1
+    assert depth < 20
+    assert read.startswith("[[[")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.integers() | st.text() | st.binary() | st.complex_numbers(),
+        lambda inner: (
+            st.lists(inner) | st.dictionaries(st.text() | st.integers() | st.floats(), inner) | st.tuples(inner)
+        ),
+    )
+)
+@settings(max_examples=100, deadline=None)
+def test_every_value_becomes_valid_json(value: Any) -> None:
+    """Whatever a model puts into its outputs, the line is strict JSON."""
+    json.loads(json.dumps(_plain(value), allow_nan=False))
+
+
+def test_a_missing_directory_is_named(tmp_path: Path) -> None:
+    """A file that cannot be opened says which and why."""
+    with pytest.raises(WorkDirError, match=r"absent/log\.jsonl: cannot be opened for writing \(No such file"):
+        JsonLinesWriter(tmp_path / "absent" / "log.jsonl")
+
+
+def test_closing_may_be_repeated(tmp_path: Path) -> None:
+    """close() twice is the same as once."""
+    writer = JsonLinesWriter(tmp_path / "log.jsonl")
+    writer.close()
+    writer.close()

@@ -1,0 +1,102 @@
+"""The live progress bar."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import pytest
+from rich.console import Console
+
+from stratagem.logging import Logger, TrainingProgress
+from stratagem.logging import logger as logger_module
+
+
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """A terminal that remembers what was written to it."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Console(file=io.StringIO(), force_terminal=True, color_system=None, width=160, height=20)
+
+
+def written(screen: Console) -> str:
+    """Return everything that was written."""
+    return screen.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_bar_shows_where_the_run_is(screen: Console) -> None:
+    """Label, iterations and values of the last moment are drawn, at the latest when the bar stops."""
+    with TrainingProgress("Epoch 1/3", total=100, console=screen) as progress:
+        progress.completed = 42
+        progress.show({"loss": 0.123456, "lr": 0.001}, label="Epoch 2/3")
+    last = written(screen)
+    assert "Epoch 2/3" in last
+    assert "42/100" in last
+    assert "loss 0.1235  lr 0.001" in last
+
+
+def test_speed_and_times_are_drawn(screen: Console) -> None:
+    """After two looks the speed, the time passed and the time left are known."""
+    clock = iter(range(1000))
+    progress = TrainingProgress("train", total=1000, console=screen)
+    progress._progress.get_time = lambda: next(clock)
+    for completed in (0, 10, 20, 30):
+        progress.completed = completed
+        progress._render()
+    screen.print(progress._render())
+    line = written(screen)
+    assert "it/s" in line
+    assert "0:00:" in line
+
+
+def test_nothing_is_drawn_in_a_pipe() -> None:
+    """Where the console is no terminal nothing is written and no thread runs."""
+    pipe = Console(file=io.StringIO(), force_terminal=False)
+    threads = threading.active_count()
+    with TrainingProgress("train", total=3, console=pipe) as progress:
+        progress.completed = 3
+        assert threading.active_count() == threads
+    assert written(pipe) == ""
+
+
+def test_nothing_is_drawn_on_a_dumb_terminal(screen: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal that cannot move its cursor gets no bar."""
+    monkeypatch.setenv("TERM", "dumb")
+    dumb = Console(file=io.StringIO(), force_terminal=True)
+    with TrainingProgress("train", total=3, console=dumb):
+        pass
+    assert written(dumb) == ""
+
+
+def test_log_lines_stand_above_the_bar(screen: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log line ends before the bar is drawn again: they never share a line."""
+    monkeypatch.setattr(logger_module, "shared_console", lambda: screen)
+    logger = Logger("run")
+    with TrainingProgress("train", total=3, console=screen):
+        logger.info("hello")
+    logger.close()
+    (line,) = [line for line in written(screen).splitlines() if "hello" in line]
+    assert line.endswith(" - INFO - hello")
+    assert "train" not in line
+
+
+def test_a_bar_can_make_room_for_another(screen: Console) -> None:
+    """A stopped bar can be started again where it was, and stopping or starting twice does nothing."""
+    progress = TrainingProgress("train", total=10, completed=4, console=screen)
+    progress.start()
+    progress.start()
+    progress.stop()
+    progress.stop()
+    with TrainingProgress("val", total=2, unit="batch", console=screen):
+        pass
+    with progress:
+        progress.completed = 5
+    assert written(screen).rindex("5/10") > written(screen).rindex("0/2") > written(screen).index("4/10")
+
+
+def test_an_unknown_total_is_fine(screen: Console) -> None:
+    """A stream without end shows how far it is."""
+    with TrainingProgress("stream", total=None, console=screen) as progress:
+        progress.completed = 7
+    assert "7/?" in written(screen)
