@@ -172,7 +172,9 @@ work_dir = 'runs'
 load_from = None
 resume = False
 param_scheduler = []
-model = dict(type='BigNet', scale=2, backbone=dict(type='Backbone', depth=3, width=4, norm='bn'), head=None, transforms=[])
+model = dict(type='BigNet', scale=2, backbone=dict(type='Backbone', depth=3, width=4, norm='bn'), head=None,
+             transforms=[dict(type='Net', backbone=1), dict(type='Net', backbone=2, head=3)])
+custom_imports = dict(imports=[], allow_failed_imports=False)
 train_dataloader = dict(batch_size=2, num_workers=0, shuffle=True, drop_last=False, pin_memory=False, timeout=0,
                         persistent_workers=False, prefetch_factor=None, collate_fn=dict(type='default_collate'))
 train_cfg = dict(by_epoch=True, max_epochs=3, val_interval=1)
@@ -185,9 +187,12 @@ optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_dec
 
 def key_paths(node, path=()):
     """Return the path of every key below which a name is checked."""
-    for key, value in node.items():
-        yield (*path, key)
-        if isinstance(value, dict):
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from key_paths(item, (*path, index))
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield (*path, key)
             yield from key_paths(value, (*path, key))
 
 
@@ -204,6 +209,8 @@ def misspellings(key):
 def renamed(node, path, name):
     """Return nested dicts with the last key of a path renamed."""
     key, *rest = path
+    if isinstance(node, list):
+        return [renamed(item, rest, name) if index == key else item for index, item in enumerate(node)]
     if not rest:
         return {name if item == key else item: value for item, value in node.items()}
     return {item: renamed(value, rest, name) if item == key else value for item, value in node.items()}

@@ -100,6 +100,7 @@ def test_explaining_an_unknown_path_suggests_the_nearest(config):
         (".py", "w = [\n    1,\n    2]\na = dict(\n    w=w)\n", {"w.1": 3, "a.w": 5, "a.w.0": 2}),
         (".py", "a = dict(b=1)\na['c'] = 2\na.update(\n    d=3)\n", {"a": 1, "a.b": 1, "a.c": 2, "a.d": 4}),
         (".py", "a = {\n  'b': 1,\n **dict(c=2)}\n", {"a.b": 2, "a.c": 1}),
+        (".py", "x = dict(c=1)\na, b = dict(\n    d=2), x\n", {"a.d": 3, "b": 2, "b.c": 1}),
         (".py", "a = [dict(b=i)\n for i in range(2)]\n", {"a.1.b": 1}),
     ],
 )

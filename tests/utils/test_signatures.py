@@ -50,7 +50,7 @@ class Inheriting(Handing):
 
 
 class Choosing:
-    def __new__(cls, kind, **kwargs):  # noqa: D102
+    def __new__(cls, kind, **kwargs):
         return Base(**kwargs) if kind else Handing(**kwargs)
 
 

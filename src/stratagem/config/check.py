@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 from stratagem.config.config import Config
+from stratagem.config.custom_imports import CUSTOM_IMPORTS, IMPORT_KEYS
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.source import Origin
 from stratagem.errors import ConfigKeyError, StratagemError
@@ -22,8 +23,6 @@ __all__ = ["FREE_KEY", "Names", "Problem", "Rule", "Section", "check", "require"
 
 # The one section that carries values which nobody reads: texts to refer to, anchors of a YAML file, notes.
 FREE_KEY = "vars"
-# Read while the file is loaded.
-_READ_KEYS = frozenset({FREE_KEY, "custom_imports"})
 # Read by whatever builds a mapping with a type.
 _BUILD_KEYS = frozenset({"type", "_scope_"})
 
@@ -99,7 +98,8 @@ def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = N
         sections: What may stand below each top-level key.
         scope: The library whose names go first.
     """
-    top = Section(keys={**sections, **dict.fromkeys(_READ_KEYS, Section())})
+    imports = Section(keys=dict.fromkeys(IMPORT_KEYS, Section()))
+    top = Section(keys={**sections, FREE_KEY: Section(), CUSTOM_IMPORTS: imports})
     return list(_Check(config, scope).mapping(config, top, ()))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+from stratagem.config.custom_imports import CUSTOM_IMPORTS
 from stratagem.config.data_files import read_data
 from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.lazy import BaseImport, locate_base
@@ -33,7 +34,6 @@ Layers = tuple[Source, ...]
 
 BASE = "_base_"
 DEPRECATION = "_deprecation_"
-CUSTOM_IMPORTS = "custom_imports"
 SUFFIXES = DATA_SUFFIXES | {".py"}
 
 

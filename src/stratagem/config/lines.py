@@ -36,9 +36,10 @@ def _python_lines(text: str) -> Lines:
     named: dict[str, ast.expr] = {}
     for statement in ast.parse(text).body:
         match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                named[name] = value
-                lines.update(_expression_lines(value, (name,), statement.lineno, named))
+            case ast.Assign(targets=[ast.Name() | ast.Tuple() as target], value=value):
+                for name, given in _named(target, value):
+                    named[name] = given
+                    lines.update(_expression_lines(given, (name,), statement.lineno, named))
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 named[name] = value
                 lines.update(_expression_lines(value, (name,), statement.lineno, named))
@@ -81,6 +82,19 @@ def _children_lines(node: ast.expr, path: KeyPath, named: dict[str, ast.expr]) -
         case ast.List(elts=items) | ast.Tuple(elts=items):
             for index, item in enumerate(items):
                 yield from _expression_lines(item, (*path, index), item.lineno, named)
+
+
+def _named(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """Give the names of ``a`` or ``a, b`` with what each is assigned."""
+    match target, value:
+        case ast.Name(id=name), _:
+            yield name, value
+        case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
+            for inner, given in zip(targets, values, strict=True):
+                yield from _named(inner, given)
+        case ast.Tuple(elts=targets), _:
+            for inner in targets:
+                yield from _named(inner, value)
 
 
 def _target_path(node: ast.expr) -> KeyPath:
