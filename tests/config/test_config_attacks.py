@@ -152,6 +152,9 @@ BOMBS = {
         "a0: &a0 {k: v}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12)),
     ),
     "alias of itself yaml": (".yaml", "a: &a [*a]\n"),
+    "blanks json": (".json", '{"a": {{ $A' + " " * 1_000_000 + "x"),
+    "blanks in a default json": (".json", '{"a": {{ $A:' + " " * 1_000_000 + "{"),
+    "repeated keys json": (".json", "{" + '"a": 1, ' * 100_000 + '"b": 1}'),
     "digits json": (".json", '{"a": ' + "9" * 10_000 + "}"),
     "digits yaml": (".yaml", "a: " + "9" * 10_000),
 }
@@ -267,3 +270,18 @@ def test_numbers_of_yaml_are_read_as_people_mean_them():
     """1e-3 is a number, a date and a clock time are texts."""
     config = Config.fromstring("a: 1e-3\nb: 2026-01-01\nc: 12:30:45\nd: 0x10\ne: .inf\nf: 010\n", ".yaml")
     assert config == {"a": 0.001, "b": "2026-01-01", "c": "12:30:45", "d": 16, "e": float("inf"), "f": 10}
+
+
+def test_what_someone_else_wrote_is_read_as_data_only(tmp_path, monkeypatch):
+    """Reading with fromdata refuses programs and does not tell the environment's secrets."""
+    monkeypatch.setenv("TOKEN", "secret")
+    (tmp_path / "run.py").write_text("raise SystemExit('ran')\n")
+    with pytest.raises(ConfigValueError, match="is a program and would run"):
+        Config.fromdata(tmp_path / "run.py")
+    (tmp_path / "run.yaml").write_text("x: 1\nname: '{{ $TOKEN }}'\n")
+    with pytest.raises(ConfigValueError, match=r"run.yaml:2: environment variables are not read here"):
+        Config.fromdata(tmp_path / "run.yaml")
+    with pytest.raises(ConfigValueError, match="environment variables"):
+        Config.fromfile(tmp_path / "run.yaml", use_environment_variables=False)
+    (tmp_path / "run.yaml").write_text("x: 1\n")
+    assert Config.fromdata(tmp_path / "run.yaml") == {"x": 1}

@@ -47,6 +47,9 @@ def test_a_quote_inside_of_the_placeholder_keeps_editors_happy(monkeypatch):
     """``{{'$NAME:1'}}`` is the same as ``{{ $NAME:1 }}``."""
     monkeypatch.delenv("NAME", raising=False)
     assert Config.fromstring("x = {{'$NAME:1'}}", ".py") == {"x": 1}
+    assert Config.fromstring("x = {{ '$NAME: a b ' }}", ".py") == {"x": "a b"}
+    monkeypatch.setenv("NAME", "2")
+    assert Config.fromstring("x = {{'$NAME'}}", ".py") == {"x": 2}
 
 
 def test_a_variable_without_value_is_a_key_error_with_its_line(monkeypatch):

@@ -56,6 +56,7 @@ class Config(MutableMapping[str, Any], Placed):
         filename: str | Path,
         *,
         import_custom_modules: bool = True,
+        use_environment_variables: bool = True,
         lazy_import: bool | None = None,
         root: str | Path | None = None,
     ) -> Config:
@@ -73,6 +74,7 @@ class Config(MutableMapping[str, Any], Placed):
         Args:
             filename: The file.
             import_custom_modules: Do what ``custom_imports`` says.
+            use_environment_variables: Let placeholders read environment variables; without it they are refused.
             lazy_import: Whether a Python file is a pure-Python configuration, whose imports only name things. None to
                 find out: it has ``with read_base():``, or imports what Python does not bring and has no ``_base_``.
             root: The folder that the bases of data files must lie in. The working directory by default if the file
@@ -86,8 +88,22 @@ class Config(MutableMapping[str, Any], Placed):
             ConfigValueError: if a data file is based on what it must not reach.
         """
         path = Path(filename).expanduser()
-        layers = Reader(Path(root) if root else _default_root(path), lazy_import).read_file(path)
-        return cls._load(layers, str(path), import_modules=import_custom_modules)
+        reader = Reader(Path(root) if root else _default_root(path), lazy_import, use_environment_variables)
+        return cls._load(reader.read_file(path), str(path), import_modules=import_custom_modules)
+
+    @classmethod
+    def fromdata(cls, filename: str | Path, *, root: str | Path | None = None) -> Config:
+        """Read a YAML, JSON or TOML file that someone else wrote, such as one of an archive or a hub.
+
+        A ``.py`` file is refused, since it would run, and so are placeholders for environment variables, whose values
+        would end up in logs. Its bases lie in ``root``, by default the file's own folder.
+
+        Raises:
+            ConfigError: in one of its kinds, as ``fromfile`` does.
+        """
+        path = Path(filename).expanduser()
+        reader = Reader(Path(root) if root else path.parent, environment=False, programs=False)
+        return cls._load(reader.read_file(path), str(path), import_modules=False)
 
     @classmethod
     def fromstring(cls, text: str, suffix: str) -> Config:

@@ -19,7 +19,7 @@ _REMOTE_CODE = "trust_remote_code"
 
 
 def read_data(
-    text: str, suffix: str, name: str, load_bases: Callable[[object], BaseValues]
+    text: str, suffix: str, name: str, load_bases: Callable[[object], BaseValues], *, environment: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what a data file says, and the environment variables that it used.
 
@@ -31,12 +31,13 @@ def read_data(
         suffix: Its language.
         name: The file, for errors.
         load_bases: Called with the value of ``_base_``; returns the merged bases when called.
+        environment: Whether the file may read environment variables.
 
     Raises:
         ConfigParsingError: if the text is not valid, repeats a key, or is large or deep beyond reason.
         ConfigTypeError: if its outermost value is not a mapping with texts as keys.
     """
-    placeholders = Placeholders(text, suffix, name)
+    placeholders = Placeholders(text, suffix, name, environment=environment)
     data = _parse(placeholders.text, suffix, name)
     base = load_bases(placeholders.fill_data(data.pop("_base_", []), dict))
     if placeholders:

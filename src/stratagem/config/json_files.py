@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +21,7 @@ def parse(text: str, name: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) < len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
+            repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise ConfigParsingError(f"{name} gives the key {repeated!r} twice in one mapping. Keep one of them.")
         return data
 
