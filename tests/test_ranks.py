@@ -42,7 +42,7 @@ def test_processes_stay_for_the_next_call(ranks: Ranks) -> None:
 def test_failing_ranks_are_reported_and_replaced(ranks: Ranks) -> None:
     """A hang, a death and an exception name their rank, and the next call finds new processes, of the old ones none."""
     before = ranks.run(os.getpid)
-    with pytest.raises(RankError, match="rank 0: gave no answer within 0.3 s\nrank 1: gave no answer within 0.3 s"):
+    with pytest.raises(RankError, match=r"rank 0: gave no answer within 0\.3 s\nrank 1: gave no answer within 0\.3 s"):
         ranks.run_within(0.3, time.sleep, 30)
     for pid in before:
         with pytest.raises(ProcessLookupError):
