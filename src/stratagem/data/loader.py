@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from stratagem.data.collate import pseudo_collate
-from stratagem.data.samplers import DefaultSampler, PositionedSampler, stream_seed
+from stratagem.data.samplers import DefaultSampler, InfiniteSampler, PositionedSampler, stream_seed
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
@@ -68,6 +68,12 @@ class EpochLoader:
         if isinstance(self.loader.worker_init_fn, _WorkerSeed):
             self.loader.worker_init_fn.epoch = epoch
         if isinstance(self._sampler, PositionedSampler) and self.batch_size is not None:
+            if isinstance(self._sampler, InfiniteSampler):
+                # It has no epochs of its own: each goes on where the one before it ended.
+                done += epoch * len(self.loader)
+            elif done == self.length:
+                # Its last batch may be a shorter one, so the samples seen are not its batches times their size.
+                return iter(())
             self._sampler.set_start(done * self.batch_size * self._world_size)
             return iter(self.loader)
         batches = iter(self.loader)
