@@ -68,7 +68,7 @@ def layer_violations(source: Path) -> list[str]:
     for name, path in found.items():
         for target, node in own_imports(name, path, set(found)):
             here, there = room(name), room(target)
-            if here == there or here == "":
+            if here in {there, ""}:
                 continue
             if there not in ROOM_LEVEL or here not in ROOM_LEVEL or ROOM_LEVEL[there] >= ROOM_LEVEL[here]:
                 lines.append(f"{path}:{node.lineno}: {here or 'the package'} may not import {target}")
