@@ -30,8 +30,8 @@ DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).
 class Replica(DistributedDataParallel):
     """A DistributedDataParallel that trains through its model's own ``train_step``.
 
-    The step runs with the replica in the place of ``self``, so the calls of ``self(...)`` in it go through
-    DistributedDataParallel and gradients are exchanged; any other attribute is the model's.
+    While the step runs, calls of the model, such as ``self(...)`` in it, go through DistributedDataParallel, so that
+    gradients are exchanged. Attributes that the replica does not have are the model's.
     """
 
     _passed: bool
@@ -56,9 +56,8 @@ class Replica(DistributedDataParallel):
                 of its own.
         """
         self._passed = False
-        # The plain function, so that `self` in it is the replica.
-        step = type(self.module).train_step
-        outputs: dict[str, Tensor] = cast("Any", step)(self, data, optim_wrapper=optim_wrapper)
+        with self._calls_redirected():
+            outputs = cast("Trainable", self.module).train_step(data, optim_wrapper)
         if not self._passed:
             name = type(self.module).__name__
             raise PlacementError(
@@ -67,6 +66,29 @@ class Replica(DistributedDataParallel):
                 "sub-module by itself: DDPStrategy(model_wrapper='separate')."
             )
         return outputs
+
+    @contextmanager
+    def _calls_redirected(self) -> Iterator[None]:
+        """Send calls of the model here, and from here on to the model itself.
+
+        Only the call is replaced. Running the step with the replica as ``self`` instead would break ``super()`` in it,
+        and keep what it assigns to ``self`` from the model.
+        """
+        model = self.module
+        own_call = model._compiled_call_impl  # what torch looks at first when a module is called
+
+        def call_replica(*args: Any, **kwargs: Any) -> Any:
+            model._compiled_call_impl = own_call
+            try:
+                return self(*args, **kwargs)
+            finally:
+                model._compiled_call_impl = call_replica
+
+        model._compiled_call_impl = call_replica
+        try:
+            yield
+        finally:
+            model._compiled_call_impl = own_call
 
     def val_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged, so ranks may have different numbers of batches."""
@@ -107,6 +129,7 @@ class Replicated(Placement):
         # forward pass; it costs one more exchange.
         self._options = {"broadcast_buffers": False, **options}
         self._views: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+        self._replicas: WeakKeyDictionary[nn.Module, Replica] = WeakKeyDictionary()
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
         if is_model_wrapper(model):
@@ -133,7 +156,9 @@ class Replicated(Placement):
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         device_ids = None if world.device.type == "cpu" else [world.device]
-        return Replica(module, device_ids=device_ids, **self._options)
+        replica = Replica(module, device_ids=device_ids, **self._options)
+        self._replicas[module] = replica
+        return replica
 
     def _wrap_children(self, model: nn.Module, world: World) -> nn.Module:
         own = [name for name, parameter in model.named_parameters(recurse=False) if parameter.requires_grad]
@@ -154,8 +179,10 @@ class Replicated(Placement):
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         if sync:
             return NO_CONTEXT
-        if isinstance(model, DistributedDataParallel):
-            return cast("AbstractContextManager[object]", model.no_sync())
+        # A step gives the model that it is of, not what was put around it.
+        replica = model if isinstance(model, DistributedDataParallel) else self._replicas.get(model)
+        if replica is not None:
+            return cast("AbstractContextManager[object]", replica.no_sync())
         return _no_sync_of_children(model)
 
 
