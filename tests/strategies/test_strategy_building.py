@@ -206,7 +206,10 @@ def test_a_configuration_goes_to_the_constructor(single: Make) -> None:
     original = copy.deepcopy(cfg)
     wrapper = single().build_optim_wrapper(cfg, model)
     assert isinstance(wrapper, OptimWrapper)
-    assert sorted((group["weight_decay"], len(group["params"])) for group in wrapper.param_groups) == [(0.0, 2), (0.1, 2)]
+    assert sorted((group["weight_decay"], len(group["params"])) for group in wrapper.param_groups) == [
+        (0.0, 2),
+        (0.1, 2),
+    ]
     assert cfg == original
 
 
@@ -272,7 +275,10 @@ def test_one_optimizer_has_a_list_of_schedulers(single: Make) -> None:
     assert cfg == {"type": "LinearLR", "start_factor": 0.5}
     first, second = scheduled(
         single,
-        [{"type": "LinearLR", "by_epoch": False, "end": 5}, {"type": "CosineAnnealingLR", "by_epoch": False, "begin": 5}],
+        [
+            {"type": "LinearLR", "by_epoch": False, "end": 5},
+            {"type": "CosineAnnealingLR", "by_epoch": False, "begin": 5},
+        ],
         max_iters=30,
     )
     assert (first.end, second.begin, second.end, second.by_epoch) == (5, 5, 30, False)
@@ -453,4 +459,3 @@ def scaled_on_a_rank(folder: str) -> list[float]:
 def test_the_batch_of_all_ranks_counts(ranks: Ranks, tmp_path: Any) -> None:
     """2 ranks x 8 samples for a base of 16: the rate stays; with one rank it is a half."""
     assert ranks.run(scaled_on_a_rank, str(tmp_path)) == [[0.4], [0.4]]
-

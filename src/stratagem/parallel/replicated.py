@@ -26,6 +26,10 @@ _OWN_OPTIONS = {"self", "module", "device_ids", "output_device", "process_group"
 DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in _OWN_OPTIONS)
 
 
+# Newer releases of torch know the broadcast in each forward pass by a name of its own, and warn of the old one.
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"
+
+
 @final
 class Replica(DistributedDataParallel):
     """A DistributedDataParallel that trains through its model's own ``train_step``.
@@ -127,7 +131,8 @@ class Replicated(Placement):
         self._separate = separate
         # Buffers that every rank updates alike, or from its own samples as BatchNorm does, need no broadcast in each
         # forward pass; it costs one more exchange.
-        self._options = {"broadcast_buffers": False, **options}
+        given = dict(options)
+        self._options = {_BUFFERS: given.pop("broadcast_buffers", False), **given}
         self._views: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
         self._replicas: WeakKeyDictionary[nn.Module, Replica] = WeakKeyDictionary()
 

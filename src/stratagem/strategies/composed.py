@@ -202,7 +202,7 @@ class ComposedStrategy(BaseStrategy):
             "seed": self.seed,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "stratagem": __version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),  # a class of torch's own, which weights_only=True refuses
             "strategy": type(self).__name__,
             "world_size": self.world_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
