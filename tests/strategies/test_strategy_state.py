@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -584,3 +585,35 @@ def test_ranks_agree_on_the_latest_checkpoint(ranks: Ranks, single: Make, tmp_pa
     """It is rank 0's choice, whatever the others see."""
     two_saved(single, tmp_path)
     assert ranks.run(latest_on_a_rank, str(tmp_path)) == [1.0, 1.0]
+
+
+ZERO = {"optimizer": {"type": "ZeroRedundancyOptimizer", "optimizer_type": "AdamW", "lr": 0.05}}
+
+
+def spread_on_a_rank(folder: str) -> dict[str, Any]:
+    """Train with an optimizer whose state is spread over the ranks, save, and go on in another strategy."""
+    # torch.distributed.optim scripts functions when it is imported, and torch warns of that.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    one = make("ddp", folder)
+    one.prepare(Mlp(), optim_wrapper=ZERO)
+    train(one, [batch()] * 3)
+    one.save_checkpoint(f"{folder}/spread")
+    expected = train(one, [batch()] * 3), digest(one.bare_model())
+    one.close()
+    other = make("ddp", folder)
+    other.prepare(Mlp(), optim_wrapper=ZERO)
+    other.resume(f"{folder}/spread")
+    resumed = train(other, [batch()] * 3), digest(other.bare_model())
+    other.close()
+    return {"equal": resumed == expected, "losses": expected[0]}
+
+
+def test_an_optimizer_spread_over_ranks_is_saved_whole(ranks: Ranks, single: Make, tmp_path: Path) -> None:
+    """Its state is resumed by as many ranks, and by one process with the plain optimizer."""
+    one, other = ranks.run(spread_on_a_rank, str(tmp_path))
+    assert one["equal"]
+    assert other["equal"]
+    alone = single()
+    alone.prepare(Mlp(), optim_wrapper=ADAMW)
+    alone.resume(tmp_path / "spread")
+    assert train(alone, [batch()] * 3) == pytest.approx(one["losses"], rel=1e-5)

@@ -54,6 +54,7 @@ WEIGHT_INITIALIZERS = Registry("weight initializer", scope=_SCOPE)
 OPTIMIZERS = Registry(
     "optimizer",
     scope=_SCOPE,
+    ready={"ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer"},
     families=(Members("torch.optim", "torch.optim:Optimizer", {"TorchAdafactor": "Adafactor"}),),
 )
 OPTIM_WRAPPERS = Registry(

@@ -19,7 +19,6 @@ from stratagem.checkpoint import (
     StateTree,
     model_part,
     save_checkpoint,
-    weights_to_cpu,
 )
 from stratagem.dist import all_gather_object
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
@@ -176,24 +175,24 @@ class ComposedStrategy(BaseStrategy):
         extra_ckpt: Mapping[str, Any] | None = None,
         callback: CheckpointCallback | None = None,
     ) -> None:
+        parts: StateTree = {}
+        # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
+        if save_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
+            parts["optimizer"] = read_optim(self.optim_wrapper, self.bare_model())
+        if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
+            parts["param_schedulers"] = self.scheduler_state_dict()
         generators = all_gather_object(generator_state())
-        from_main(lambda: self._write(filename, save_optimizer, save_param_scheduler, extra_ckpt, callback, generators))
+        parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+        from_main(lambda: self._write(filename, parts, extra_ckpt, callback))
 
     def _write(
         self,
         filename: str | os.PathLike[str],
-        save_optimizer: bool,
-        save_param_scheduler: bool,
+        parts: StateTree,
         extra_ckpt: Mapping[str, Any] | None,
         callback: CheckpointCallback | None,
-        generators: list[dict[str, Any]],
     ) -> None:
-        checkpoint: StateTree = {"state_dict": weights_to_cpu(self.bare_model().state_dict())}
-        if save_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
-            checkpoint["optimizer"] = read_optim(self.optim_wrapper, self.bare_model())
-        if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
-            checkpoint["param_schedulers"] = self.scheduler_state_dict()
-        checkpoint["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+        checkpoint: StateTree = {"state_dict": self.model_state_dict(), **parts}
         extra = dict(extra_ckpt or {})
         checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta()}
         checkpoint.update(extra)
