@@ -122,7 +122,8 @@ class Runner:
             )
         if not isinstance(resume, bool) and load_from is not None:
             raise ConfigValueError(
-                f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint."
+                f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint. "
+                "Give one of them."
             )
         self.cfg = cfg if isinstance(cfg, Config) else Config(cfg or {})
         self._model = _with_preprocessor(model, data_preprocessor)
@@ -143,7 +144,6 @@ class Runner:
                 log_level=log_level,
             )
         self.run = Run(self.strategy, events, config_text=self.cfg.pretty_text if len(self.cfg) else None)
-        self._keep_config()
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
@@ -198,18 +198,18 @@ class Runner:
                 },
             )
             seed = strategy.seed
-            self._take_up()
+            self._take_up(training=True)
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
                 loop.dataloader = self._loader("train")
+        # Not earlier: a run that cannot begin leaves what an earlier one kept.
+        self._keep_config()
         run.events.call("before_run", run)
         if self._is_complete():
             run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
-            if val_loop is not None:
-                val_loop.run()
-        else:
-            with run.interrupt.listening():
-                loop.run()
+        run.progress.stop_training = False
+        with run.interrupt.listening():
+            loop.run()
             if self.interrupted is not None:
                 self._save_interrupted()
         run.events.call("after_run", run)
@@ -219,36 +219,47 @@ class Runner:
         """Evaluate the validation data; return the metrics. Collective."""
         return self._evaluate("val")
 
-    def test(self) -> dict[str, Any]:
-        """Evaluate the test data; return the metrics. Collective."""
-        return self._evaluate("test")
+    def test(self, *, strict: bool = False) -> dict[str, Any]:
+        """Evaluate the test data; return the metrics. Collective.
+
+        Args:
+            strict: whether the checkpoint that ``load_from`` names must have exactly the model's weights.
+        """
+        return self._evaluate("test", strict=strict)
 
     def close(self) -> None:
         """Close files, and end the process group if the strategy made it. Idempotent."""
         self.run.close()
         self.strategy.close()
 
-    def _evaluate(self, mode: str) -> dict[str, Any]:
+    def _evaluate(self, mode: str, *, strict: bool = False) -> dict[str, Any]:
         if self._parts[f"{mode}_cfg"] is None:
             names = _VAL if mode == "val" else _TEST
             raise StateError(f"There is nothing to evaluate with: {', '.join(names)} are not given.")
         with switch_scope(self._scope):
             loop = self._evaluation_loop(mode)
             self.strategy.prepare(self._model, compile=self._compile)
-            self._take_up()
+            self._take_up(training=False, strict=strict)
         self.run.events.call("before_run", self.run)
         metrics: dict[str, Any] = loop.run()
         self.run.events.call("after_run", self.run)
         return metrics
 
-    def _take_up(self) -> None:
-        """Load or resume as asked, once, and go to the position that was saved."""
+    def _take_up(self, *, training: bool, strict: bool = False) -> None:
+        """Load or resume as asked, once, and go to the position that was saved.
+
+        An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
+        """
         load_from, resume = self._load_from, self._resume
-        self._load_from, self._resume = None, False
+        if training or not resume:
+            self._load_from, self._resume = None, False
 
         def tell(checkpoint: dict[str, Any]) -> None:
             self.run.events.call("after_load_checkpoint", self.run, checkpoint=checkpoint)
 
+        if strict and load_from is not None and not resume:
+            self.strategy.load_checkpoint(load_from, strict=True, callback=tell)
+            return
         rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
         if resume and rest is not None:
             self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))

@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Train PyTorch models from configurations, from one CPU to many nodes.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -28,13 +29,18 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set optim_wrapper.optimizer.lr=0.01"),
 ]
 WorkDir = Annotated[
-    Path | None, typer.Option(help="The folder of the run. By default the configuration's, or work_dirs/<its name>.")
+    Path | None,
+    typer.Option(metavar="DIR", help="The folder of the run. By default the configuration's, or work_dirs/<its name>."),
 ]
 Nproc = Annotated[
-    int | None, typer.Option(min=1, help="Start this many processes on this machine, by torchrun's launcher.")
+    int | None,
+    typer.Option(metavar="N", min=1, help="Start this many processes on this machine, by torchrun's launcher."),
 ]
 Launcher = Annotated[
-    str | None, typer.Option(help="What started the processes: none, pytorch, slurm or mpi. By default it is inferred.")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="What started the processes: none, pytorch, slurm or mpi. By default it is inferred."
+    ),
 ]
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]

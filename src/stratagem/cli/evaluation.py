@@ -20,7 +20,7 @@ def test(options: RunOptions, *, checkpoint: str) -> None:
     config.merge_from_dict({"load_from": checkpoint, "resume": False}, source="CHECKPOINT")
     runner = Runner.from_cfg(config)
     try:
-        metrics = runner.test()
+        metrics = runner.test(strict=True)
         if runner.strategy.rank == 0:
             for name, value in metrics.items():
                 typer.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import sys
 import tempfile
+import time
 import uuid
 from pathlib import Path
 
@@ -16,11 +19,14 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from stratagem.dist import infer_launcher
 from stratagem.errors import LaunchError
 
-__all__ = ["launch"]
+__all__ = ["hand_over", "launch"]
 
 # How long ranks may take to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
 _MONITOR_S = 0.1
+# Tells ranks that their parent is this module.
+_NPROC_VARIABLE = "STRATAGEM_NPROC"
+_MESSAGE_KEY = "stratagem"
 
 
 def launch(nproc: int) -> None:
@@ -39,7 +45,9 @@ def launch(nproc: int) -> None:
         )
     # The workers make a store of their own, which listens on loopback; the agent's would listen everywhere.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["STRATAGEM_NPROC"] = str(nproc)
+    os.environ[_NPROC_VARIABLE] = str(nproc)
+    # It would report on our ranks' errors and signals a second time.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Each rank computes with its share of the cores, unless the user has chosen.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
@@ -61,10 +69,25 @@ def launch(nproc: int) -> None:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             status = failure.exitcode
-            typer.echo(f"stratagem: rank {rank} of {nproc} ended with status {status}.", err=True)
+            ended = f"ended with status {status}" if status > 0 else f"was ended by {failure.signal_name()}"
+            handed_over = failure.error_file_data.get(_MESSAGE_KEY)
+            typer.echo(handed_over or f"stratagem: rank {rank} of {nproc} {ended}.", err=True)
             raise typer.Exit(status if status > 0 else 128 - status) from error
         except SignalException as error:
             raise typer.Exit(128 + int(error.sigval)) from error
+
+
+def hand_over(message: str) -> bool:
+    """Give the error that ends this rank to the process that started it with :func:`launch`, which tells it once.
+
+    Returns False where no such process waits for it, so that the rank has to tell it itself.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None or _NPROC_VARIABLE not in os.environ:
+        return False
+    # The first two keys are what the launcher reads to find the rank that failed first.
+    Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), _MESSAGE_KEY: message}))
+    return True
 
 
 def _without_nproc(arguments: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from stratagem.cli.app import app
+from stratagem.cli.launching import hand_over
 from stratagem.errors import StratagemError
 
 __all__ = ["main"]
@@ -26,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def spell_out_resume(words: list[str]) -> list[str]:
     """Give ``--resume`` the value ``auto`` where none follows it: typer has no options whose value may be left out."""
     spelled: list[str] = []
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words, None][1:], strict=True):
         bare = word == "--resume" and (following is None or following.startswith("-"))
         spelled += ["--resume=auto"] if bare else [word]
     return spelled
@@ -39,8 +40,10 @@ def _tell(error: Exception, *, whole: bool) -> None:
     who = "stratagem" if rank is None else f"stratagem (rank {rank})"
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, StratagemError):
-        print(f"{who}: error: {error}{notes}", file=sys.stderr)  # noqa: T201 -- this is the command line
-        return
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if whole else f"\n  at {frame.filename}:{frame.lineno} in {frame.name}; --traceback shows all of it."
-    print(f"{who}: {type(error).__name__}: {error}{notes}{where}", file=sys.stderr)  # noqa: T201
+        message = f"{who}: error: {error}{notes}"
+    else:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if whole else f"\n  at {frame.filename}:{frame.lineno} in {frame.name}; --traceback shows all of it."
+        message = f"{who}: {type(error).__name__}: {error}{notes}{where}"
+    if not hand_over(message):
+        print(message, file=sys.stderr)  # noqa: T201 -- this is the command line

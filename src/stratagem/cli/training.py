@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,9 +53,11 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         again = _command(options, "--resume")
         how = "continue"
     else:
-        lines = [f"Trained {_length(runner)} in {timedelta(seconds=round(seconds))}."]
-        more = {"max_epochs": run.max_epochs * 2} if run.max_epochs else {"max_iters": (run.max_iters or 0) * 2}
-        again = _command(options, "--resume", *(f"--set train_cfg.{key}={value}" for key, value in more.items()))
+        lines = [f"Trained {_length(runner)}; this start took {timedelta(seconds=round(seconds))}."]
+        key, length = ("max_epochs", run.max_epochs) if run.max_epochs else ("max_iters", run.max_iters or 0)
+        key = f"train_cfg.{key}"
+        others = tuple(each for each in options.overrides if each.partition("=")[0].strip() != key)
+        again = _command(replace(options, overrides=(*others, f"{key}={length * 2}")), "--resume")
         how = "train on"
     rows = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in run.metrics.items()}
     checkpoint = runner.latest_checkpoint()
@@ -70,8 +73,12 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
 
 def _length(runner: Runner) -> str:
     run = runner.run
-    iterations = f"{run.iter} iterations"
-    return f"{run.epoch} epochs ({iterations})" if run.max_epochs is not None else iterations
+    iterations = _count(run.iter, "iteration")
+    return f"{_count(run.epoch, 'epoch')} ({iterations})" if run.max_epochs is not None else iterations
+
+
+def _count(number: int, unit: str) -> str:
+    return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
 def _near(path: Path) -> str:
@@ -83,11 +90,16 @@ def _near(path: Path) -> str:
 def _command(options: RunOptions, *further: str, command: str = "train", after: tuple[str, ...] = ()) -> str:
     """Return the command that runs this configuration again, as it was called."""
     program = Path(sys.argv[0])
-    called = f"{_near(program)}" if program.name == "stratagem" and program.parent.name == "bin" else "stratagem"
-    words = [called, command, str(options.config), *after]
+    if program.name == "__main__.py":
+        called = ["python", "-m", "stratagem"]
+    else:
+        called = [_near(program)] if program.name == "stratagem" and program.parent.name == "bin" else ["stratagem"]
+    words = [*called, command, str(options.config), *after]
     words += [word for override in options.overrides for word in ("--set", override)]
     if options.work_dir is not None:
         words += ["--work-dir", str(options.work_dir)]
+    if options.launcher is not None:
+        words += ["--launcher", options.launcher]
     if options.strategy is not None:
         words += ["--strategy", options.strategy]
     size = os.environ.get("STRATAGEM_NPROC")

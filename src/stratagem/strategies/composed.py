@@ -139,7 +139,8 @@ class ComposedStrategy(BaseStrategy):
     ) -> StateTree:
         self.logger.info("Resume checkpoint from %s", filename)
         checkpoint = self._read(filename, map_location, callback)
-        self.load_model_state_dict(model_part(checkpoint, filename))
+        # Another model's moments would be applied to this one's parameters.
+        self.load_model_state_dict(model_part(checkpoint, filename), strict=True)
         used = {"state_dict"}
         if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
             write_optim(self.optim_wrapper, _part(checkpoint, "optimizer", filename), self.bare_model())

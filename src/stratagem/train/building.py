@@ -42,7 +42,10 @@ def build_events(
         wanted = changes.get(name, default)
         if wanted is None:
             continue
-        hooks.append(_build_hook({**default, **wanted} if isinstance(wanted, Mapping) else wanted))
+        if isinstance(wanted, Mapping):
+            # The defaults are arguments of the default type; another has its own.
+            wanted = {**default, **wanted} if wanted.get("type", default["type"]) == default["type"] else wanted
+        hooks.append(_build_hook(wanted))
     return Events([*hooks, *(_build_hook(hook) for hook in custom_hooks or ())])
 
 

@@ -48,8 +48,8 @@ def train_line(
 
 def evaluation_line(mode: str, progress: Progress, batches: int | None, metrics: Mapping[str, Any]) -> str:
     """Return the line of a whole validation or test: ``Epoch(val) [2][8/8]    accuracy: 0.9810``."""
-    place = f"[{progress.epoch}]" if progress.max_epochs is not None else f"[{progress.iter}]"
-    unit = "Epoch" if progress.max_epochs is not None else "Iter"
+    by_iter = progress.max_epochs is None and progress.max_iters is not None
+    unit, place = ("Iter", f"[{progress.iter}]") if by_iter else ("Epoch", f"[{progress.epoch}]")
     where = (
         f"{unit}({mode}) {place if mode == 'val' else ''}[{batches}/{batches}]"
         if batches

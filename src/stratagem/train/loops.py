@@ -72,7 +72,7 @@ class EpochBasedTrainLoop:
         self._run = run
         self.dataloader = dataloader
         self._val_loop = val_loop
-        self._val_begin = val_begin
+        self._val_begin = _positive("val_begin", val_begin)
         self._intervals = _Intervals(val_interval, dynamic_intervals)
         run.progress.max_epochs = _positive("max_epochs", max_epochs)
         run.progress.epoch_length = length = dataloader.length
@@ -87,6 +87,8 @@ class EpochBasedTrainLoop:
         run, progress, events = self._run, self._run.progress, self._run.events
         max_epochs = progress.max_epochs or 0
         events.call("before_train", run)
+        # What was saved at the end of an epoch was saved before its validation.
+        self._validate_if_due()
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
             # A sampler without end does not end the epoch; its length does.
@@ -94,19 +96,24 @@ class EpochBasedTrainLoop:
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break
+            if progress.batch == 0:
+                raise TrainingError(f"Epoch {progress.epoch + 1}: the training data has no batch to give.")
             events.call("after_train_epoch", run)
             progress.epoch, progress.batch = progress.epoch + 1, 0
-            if self._val_loop is not None and self._validation_is_due(progress.epoch) and not run.interrupt.received:
-                self._val_loop.run()
+            self._validate_if_due()
         events.call("after_train", run)
 
     def _stopped_inside(self) -> bool:
         progress = self._run.progress
         return progress.stop_training and progress.batch != progress.epoch_length
 
-    def _validation_is_due(self, epoch: int) -> bool:
-        last = epoch == self._run.progress.max_epochs
-        return epoch >= self._val_begin and (last or epoch % self._intervals.at(epoch) == 0)
+    def _validate_if_due(self) -> None:
+        progress = self._run.progress
+        epoch = progress.epoch
+        last = epoch == progress.max_epochs
+        due = epoch >= self._val_begin and (last or epoch % self._intervals.at(epoch) == 0)
+        if due and progress.batch == 0:
+            _validate_once(self._run, self._val_loop)
 
 
 @final
@@ -137,7 +144,7 @@ class IterBasedTrainLoop:
         self._run = run
         self.dataloader = dataloader
         self._val_loop = val_loop
-        self._val_begin = val_begin
+        self._val_begin = _positive("val_begin", val_begin)
         self._intervals = _Intervals(val_interval, dynamic_intervals)
         run.progress.max_iters = _positive("max_iters", max_iters)
         run.progress.epoch_length = dataloader.length
@@ -148,6 +155,8 @@ class IterBasedTrainLoop:
         max_iters = progress.max_iters or 0
         events.call("before_train", run)
         events.call("before_train_epoch", run)
+        # What was saved after an iteration was saved before its validation.
+        self._validate_if_due()
         batches = self.dataloader.batches(progress.epoch, done=progress.batch)
         while progress.iter < max_iters and not progress.stop_training:
             due = min(self._next_validation(progress.iter), max_iters)
@@ -158,8 +167,8 @@ class IterBasedTrainLoop:
                     raise TrainingError("The training data has no batch to give.")
                 progress.epoch, progress.batch = progress.epoch + 1, 0
                 batches = self.dataloader.batches(progress.epoch)
-            elif self._val_loop is not None and trained == wanted and not run.interrupt.received:
-                self._val_loop.run()
+            else:
+                self._validate_if_due()
         events.call("after_train_epoch", run)
         events.call("after_train", run)
 
@@ -169,6 +178,13 @@ class IterBasedTrainLoop:
         while following % self._intervals.at(following):
             following += 1
         return following
+
+    def _validate_if_due(self) -> None:
+        progress = self._run.progress
+        done = progress.iter
+        last = done == progress.max_iters
+        if done >= self._val_begin and (last or done % self._intervals.at(done) == 0):
+            _validate_once(self._run, self._val_loop)
 
 
 @final
@@ -212,6 +228,8 @@ class _EvaluationLoop:
                 call(run, index, batch, outputs)
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
+        if mode == "val":
+            run.progress.validated = run.progress.iter
         events.call(f"after_{mode}_epoch", run, metrics=metrics)
         events.call(f"after_{mode}", run)
         return metrics
@@ -230,6 +248,12 @@ class TestLoop(_EvaluationLoop):
 
     mode = "test"
     __test__ = False  # not pytest's
+
+
+def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
+    """Validate, unless that was done where the run stands, or the run was interrupted."""
+    if val_loop is not None and run.progress.validated != run.progress.iter and not run.interrupt.received:
+        val_loop.run()
 
 
 def _positive(name: str, value: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 __all__ = ["Position", "Progress"]
@@ -12,21 +12,30 @@ __all__ = ["Position", "Progress"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """What is done: whole epochs, iterations of the run, and batches of the epoch that is under way."""
+    """What is done: whole epochs, iterations of the run, batches of the epoch that is under way, validation.
+
+    ``validated`` is after how many iterations the last validation was; -1 where there was none.
+    """
 
     epoch: int = 0
     iter: int = 0
     batch: int = 0
+    validated: int = -1
 
     def as_meta(self) -> dict[str, int]:
         """Return it as a checkpoint's ``meta`` has it."""
-        return {"epoch": self.epoch, "iter": self.iter, "batch_in_epoch": self.batch}
+        return {
+            "epoch": self.epoch, "iter": self.iter, "batch_in_epoch": self.batch, "validated_iter": self.validated,
+        }  # fmt: skip
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Position:
-        """Read it from a checkpoint's ``meta``; what is missing is zero."""
+        """Read it from a checkpoint's ``meta``; what is missing was not done."""
         return cls(
-            epoch=int(meta.get("epoch", 0)), iter=int(meta.get("iter", 0)), batch=int(meta.get("batch_in_epoch", 0))
+            epoch=int(meta.get("epoch", 0)),
+            iter=int(meta.get("iter", 0)),
+            batch=int(meta.get("batch_in_epoch", 0)),
+            validated=int(meta.get("validated_iter", -1)),
         )
 
 
@@ -41,6 +50,7 @@ class Progress:
     epoch: int = 0
     iter: int = 0
     batch: int = 0
+    validated: int = -1
     max_epochs: int | None = None
     max_iters: int | None = None
     epoch_length: int | None = None
@@ -48,16 +58,17 @@ class Progress:
 
     def here(self) -> Position:
         """Return what is done between two iterations."""
-        return Position(epoch=self.epoch, iter=self.iter, batch=self.batch)
+        return Position(epoch=self.epoch, iter=self.iter, batch=self.batch, validated=self.validated)
 
     def after_this_iteration(self) -> Position:
         """Return what will be done when the iteration that is under way has ended."""
-        return Position(epoch=self.epoch, iter=self.iter + 1, batch=self.batch + 1)
+        return replace(self.here(), iter=self.iter + 1, batch=self.batch + 1)
 
     def after_this_epoch(self) -> Position:
         """Return what will be done when the epoch whose last iteration is done has ended."""
-        return Position(epoch=self.epoch + 1, iter=self.iter, batch=0)
+        return replace(self.here(), epoch=self.epoch + 1, batch=0)
 
     def move_to(self, position: Position) -> None:
         """Take up a position that was saved."""
         self.epoch, self.iter, self.batch = position.epoch, position.iter, position.batch
+        self.validated = position.validated

@@ -28,20 +28,26 @@ class Interrupt:
     """Remembers that SIGINT or SIGTERM came; a second one, later, stops at once.
 
     With several ranks they agree every ten iterations, so that all stop after the same one.
+
+    Attributes:
+        received: the signal that :meth:`due` told of, equal on every rank; None where there was none.
     """
 
     def __init__(self, *, distributed: bool) -> None:
         self.received: int | None = None
         self._distributed = distributed
+        # What came to this process alone: collectives must not hang on it.
+        self._here: int | None = None
         self._since = 0.0
 
     def due(self, iteration: int) -> bool:
         """Tell whether to stop after ``iteration`` iterations. Collective where there are several ranks."""
         if not self._distributed:
+            self.received = self._here
             return self.received is not None
         if iteration % _AGREE_EVERY:
             return False
-        signals = torch.tensor([self.received or 0])
+        signals = torch.tensor([self._here or 0])
         all_reduce(signals, "max")
         self.received = int(signals.item()) or None
         return self.received is not None
@@ -53,6 +59,7 @@ class Interrupt:
             # Python delivers signals to the main thread alone.
             yield
             return
+        self.received = self._here = None
         before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield
@@ -62,7 +69,7 @@ class Interrupt:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.received is None:
-            self.received, self._since = number, now
+        if self._here is None:
+            self._here, self._since = number, now
         elif now - self._since > _SAME_REQUEST_S:
             raise KeyboardInterrupt

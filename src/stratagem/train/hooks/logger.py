@@ -39,7 +39,8 @@ class LoggerHook(Hook):
             raise ConfigValueError(f"LoggerHook: interval is {interval}; at least 1 is due.")
         self._interval = interval
         self._ignore_last = ignore_last
-        self._window = ScalarWindow(window_size or interval)
+        self._window = ScalarWindow(interval if window_size is None else window_size)
+        self._clear_at_line = window_size is None
         self._append = self._window.append
 
     def before_train(self, run: Run) -> None:
@@ -58,7 +59,8 @@ class LoggerHook(Hook):
 
     def _log_iteration(self, run: Run) -> None:
         values = self._window.means(reduce=_mean_over_ranks if run.world_size > 1 else None)
-        self._window.clear()
+        if self._clear_at_line:
+            self._window.clear()
         values = {**values, **_gradient_norms(run)}
         rates = _learning_rates(run)
         seconds = run.timing.take()
@@ -87,6 +89,7 @@ class LoggerHook(Hook):
 
     def after_train(self, run: Run) -> None:
         self._pause(run)
+        run.bar = None
 
     def _pause(self, run: Run) -> None:
         if run.bar is not None:

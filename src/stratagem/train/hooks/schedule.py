@@ -51,6 +51,11 @@ class ParamSchedulerHook(Hook):
 
     priority = Priority.LOW
 
+    def __init__(self) -> None:
+        self._followers: list[_Follower] = []
+        self._by_epoch: list[ParamScheduler] = []
+        self._on_metrics: list[Any] = []
+
     def before_train(self, run: Run) -> None:
         schedulers, optim = run.param_schedulers, run.optim_wrapper
         by_optim: list[tuple[BaseOptimWrapper, list[ParamScheduler]]] = []
@@ -79,8 +84,12 @@ class ParamSchedulerHook(Hook):
             scheduler.step()
 
     def after_val_epoch(self, run: Run, metrics: dict[str, Any] | None = None) -> None:
-        for scheduler in getattr(self, "_on_metrics", ()):
+        for scheduler in self._on_metrics:
             scheduler.step(metrics)
+
+    def after_train(self, run: Run) -> None:
+        # A validation that is asked for after the training moves nothing.
+        self._on_metrics = []
 
 
 def _follower(optim: BaseOptimWrapper, schedulers: Sequence[ParamScheduler], done: int) -> _Follower:
