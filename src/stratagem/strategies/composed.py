@@ -195,7 +195,8 @@ class ComposedStrategy(BaseStrategy):
             "seed": self.seed,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "stratagem": __version__,
-            "torch": torch.__version__,
+            # A plain text: torch.load(weights_only=True) refuses the class that torch gives it.
+            "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
