@@ -1,4 +1,4 @@
-# A small convolutional network on real digits: about 99 % of 1,000 held-out images after five epochs.
+# A small convolutional network on 4,000 real digits: about 98 % of 1,000 held-out ones are read rightly.
 #   stratagem train examples/mnist/config.py            on one device
 #   stratagem train examples/mnist/config.py --nproc 2  the same under DDP, with two processes
 custom_imports = dict(imports=["digits"])
@@ -6,6 +6,7 @@ custom_imports = dict(imports=["digits"])
 model = dict(
     type="SupervisedModel",
     network=[
+        dict(type="RandomAffine"),
         dict(type="Conv2d", in_channels=1, out_channels=16, kernel_size=5, padding=2),
         dict(type="ReLU"),
         dict(type="MaxPool2d", kernel_size=2),
@@ -24,7 +25,7 @@ train_dataloader = dict(
     dataset=dict(type="Digits", held_out=False),
     collate_fn=dict(type="default_collate"),
 )
-train_cfg = dict(by_epoch=True, max_epochs=5)
+train_cfg = dict(by_epoch=True, max_epochs=12)
 
 val_dataloader = dict(
     batch_size=250,
@@ -41,7 +42,7 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=50),
     dict(type="CosineAnnealingLR", by_epoch=False, begin=50),
 ]
-default_hooks = dict(logger=dict(interval=25))
+default_hooks = dict(logger=dict(interval=50))
 
 randomness = dict(seed=0)
 work_dir = "work_dirs/mnist"

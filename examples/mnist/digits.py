@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 
 from stratagem.errors import MissingDependencyError
-from stratagem.registry import DATASETS
+from stratagem.registry import DATASETS, MODELS
 
 
 @DATASETS.register_module()
@@ -35,6 +36,29 @@ class Digits(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.images[index], self.digits[index]
+
+
+@MODELS.register_module()
+class RandomAffine(nn.Module):
+    """Turn, stretch and move each image of a batch by random amounts while training; leave it alone otherwise.
+
+    Images have the shape [N, C, H, W]. ``degrees`` bounds the angle, ``scale`` the relative change of size, ``shift``
+    the way to each side as a part of the image.
+    """
+
+    def __init__(self, *, degrees: float = 10.0, scale: float = 0.1, shift: float = 0.1) -> None:
+        super().__init__()
+        self.bounds = (degrees * torch.pi / 180, scale, 2 * shift, 2 * shift)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return images
+        draws = torch.rand(4, len(images), device=images.device) * 2 - 1
+        angle, stretch, right, down = (bound * draw for bound, draw in zip(self.bounds, draws, strict=True))
+        cos, sin = angle.cos() * (1 + stretch), angle.sin() * (1 + stretch)
+        rows = torch.stack([cos, -sin, right, sin, cos, down], dim=1).reshape(-1, 2, 3)
+        grid = nn.functional.affine_grid(rows, list(images.shape), align_corners=False)
+        return nn.functional.grid_sample(images, grid, align_corners=False)
 
 
 def _read() -> np.ndarray:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 from stratagem.config.config import Config
+from stratagem.config.custom_imports import CUSTOM_IMPORTS, IMPORT_KEYS
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.source import Origin
 from stratagem.errors import ConfigKeyError, StratagemError
@@ -22,8 +23,6 @@ __all__ = ["FREE_KEY", "Names", "Problem", "Rule", "Section", "check", "require"
 
 # The one section that carries values which nobody reads: texts to refer to, anchors of a YAML file, notes.
 FREE_KEY = "vars"
-# Read while the file is loaded.
-_READ_KEYS = frozenset({FREE_KEY, "custom_imports"})
 # Read by whatever builds a mapping with a type.
 _BUILD_KEYS = frozenset({"type", "_scope_"})
 
@@ -49,6 +48,7 @@ class Section:
         default_type: The ``type`` of a mapping that gives none.
         by_name: A text here is a name in the registry.
         supplied: Arguments that the program gives.
+        partial: The target is a function that is called later, with the arguments that are missing here.
         keys: Further keys of a mapping here, and what may stand below each; also of arguments of the target.
         others: What may stand below any other key; None if there is none.
     """
@@ -58,6 +58,7 @@ class Section:
     default_type: str | None = None
     by_name: bool = False
     supplied: frozenset[str] = frozenset()
+    partial: bool = False
     keys: Mapping[str, Rule] = field(default_factory=dict)
     others: Rule | None = None
 
@@ -97,7 +98,8 @@ def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = N
         sections: What may stand below each top-level key.
         scope: The library whose names go first.
     """
-    top = Section(keys={**sections, **dict.fromkeys(_READ_KEYS, Section())})
+    imports = Section(keys=dict.fromkeys(IMPORT_KEYS, Section()))
+    top = Section(keys={**sections, FREE_KEY: Section(), CUSTOM_IMPORTS: imports})
     return list(_Check(config, scope).mapping(config, top, ()))
 
 
@@ -159,7 +161,7 @@ class _Check:
             else:
                 yield self._unknown(key, section, taken, below, target)
         missing = sorted(taken.required - node.keys() - section.supplied)
-        if missing:
+        if missing and not section.partial:
             yield self._problem(path, f"{_title(target)} needs {', '.join(map(repr, missing))}, not given here.")
 
     def _below(self, node: Mapping[str, Any], key: str, rule: Rule, path: KeyPath) -> Iterator[Problem]:
@@ -186,12 +188,19 @@ class _Check:
                 yield from self._argument(value, name, registry, (*path, name))
 
     def _slips(self, node: Mapping[str, Any], registry: Names | None, path: KeyPath) -> Iterator[Problem]:
-        if registry is None or "type" not in node:
+        if registry is None:
+            return
+        key = "type" if "type" in node else next(iter(nearest_names("type", map(str, node))), None)
+        if key is None or (not isinstance(node.get(key), str) and key != "type"):
             return
         try:
-            target = _find(node["type"], registry, node.get("_scope_", self._scope))
+            target = _find(node[key], registry, node.get("_scope_", self._scope))
         except StratagemError as error:
-            yield self._problem((*path, "type"), str(error))
+            yield self._problem((*path, key), str(error))
+            return
+        if key != "type":
+            if target is not None:  # a name that is known stands there, so this key was meant to be the type
+                yield self._problem((*path, key), f"nobody reads the key {key!r}. Did you mean 'type'?")
             return
         taken = Arguments(open=True) if target is None else arguments_of(target)
         for key in node:

@@ -12,6 +12,7 @@ from stratagem.config.custom_imports import find_beside, import_custom_modules
 from stratagem.config.files import Layers, Reader, merge_layers
 from stratagem.config.history import Change, History
 from stratagem.config.keys import KeyPath, parse_path
+from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.merge import merge, nest
 from stratagem.config.node import ConfigDict, as_plain
 from stratagem.config.source import Origin, Source
@@ -55,6 +56,7 @@ class Config(MutableMapping[str, Any], Placed):
         filename: str | Path,
         *,
         import_custom_modules: bool = True,
+        use_environment_variables: bool = True,
         lazy_import: bool | None = None,
         root: str | Path | None = None,
     ) -> Config:
@@ -72,6 +74,7 @@ class Config(MutableMapping[str, Any], Placed):
         Args:
             filename: The file.
             import_custom_modules: Do what ``custom_imports`` says.
+            use_environment_variables: Let placeholders read environment variables; without it they are refused.
             lazy_import: Whether a Python file is a pure-Python configuration, whose imports only name things. None to
                 find out: it has ``with read_base():``, or imports what Python does not bring and has no ``_base_``.
             root: The folder that the bases of data files must lie in. The working directory by default if the file
@@ -85,8 +88,22 @@ class Config(MutableMapping[str, Any], Placed):
             ConfigValueError: if a data file is based on what it must not reach.
         """
         path = Path(filename).expanduser()
-        layers = Reader(Path(root) if root else _default_root(path), lazy_import).read_file(path)
-        return cls._load(layers, str(path), import_modules=import_custom_modules)
+        reader = Reader(Path(root) if root else _default_root(path), lazy_import, use_environment_variables)
+        return cls._load(reader.read_file(path), str(path), import_modules=import_custom_modules)
+
+    @classmethod
+    def fromdata(cls, filename: str | Path, *, root: str | Path | None = None) -> Config:
+        """Read a YAML, JSON or TOML file that someone else wrote, such as one of an archive or a hub.
+
+        A ``.py`` file is refused, since it would run, and so are placeholders for environment variables, whose values
+        would end up in logs. Its bases lie in ``root``, by default the file's own folder.
+
+        Raises:
+            ConfigError: in one of its kinds, as ``fromfile`` does.
+        """
+        path = Path(filename).expanduser()
+        reader = Reader(Path(root) if root else path.parent, environment=False, programs=False)
+        return cls._load(reader.read_file(path), str(path), import_modules=False)
 
     @classmethod
     def fromstring(cls, text: str, suffix: str) -> Config:
@@ -123,6 +140,12 @@ class Config(MutableMapping[str, Any], Placed):
     def filename(self) -> str | None:
         """The file that was loaded; None where there was none."""
         return self._filename
+
+    @property
+    def is_data(self) -> bool:
+        """Whether all files that it was read from are data, so that a dump of it should be one too, not a program."""
+        suffixes = {layer.suffix for layer in self._history.layers if layer.suffix}
+        return bool(suffixes) and suffixes <= DATA_SUFFIXES
 
     @property
     def text(self) -> str:

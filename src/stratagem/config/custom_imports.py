@@ -13,10 +13,10 @@ from stratagem.config.source import Source
 from stratagem.errors import ConfigKeyError, ConfigTypeError, MissingDependencyError
 from stratagem.utils import did_you_mean
 
-__all__ = ["CUSTOM_IMPORTS", "find_beside", "import_custom_modules"]
+__all__ = ["CUSTOM_IMPORTS", "IMPORT_KEYS", "find_beside", "import_custom_modules"]
 
 CUSTOM_IMPORTS = "custom_imports"
-_KEYS = ("imports", "allow_failed_imports")
+IMPORT_KEYS = ("imports", "allow_failed_imports")
 
 
 def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] | None) -> None:
@@ -63,8 +63,8 @@ def _parse(wanted: object) -> tuple[list[str], bool]:
     if not isinstance(wanted, Mapping):
         raise ConfigTypeError(f"{CUSTOM_IMPORTS} must be dict(imports=[...]), not {wanted!r}.")
     for key in wanted:
-        if key not in _KEYS:
-            raise ConfigKeyError(f"{CUSTOM_IMPORTS} has no key {key!r}. {did_you_mean(str(key), _KEYS)}")
+        if key not in IMPORT_KEYS:
+            raise ConfigKeyError(f"{CUSTOM_IMPORTS} has no key {key!r}. {did_you_mean(str(key), IMPORT_KEYS)}")
     modules = wanted.get("imports", [])
     modules = [modules] if isinstance(modules, str) else modules
     if not isinstance(modules, list | tuple) or not all(isinstance(module, str) for module in modules):

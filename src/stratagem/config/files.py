@@ -10,13 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
+from stratagem.config.custom_imports import CUSTOM_IMPORTS
 from stratagem.config.data_files import read_data
+from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.lazy import BaseImport, locate_base
 from stratagem.config.lines import line_of
 from stratagem.config.merge import merge
 from stratagem.config.placeholders import BaseValues
 from stratagem.config.python_files import read_python
-from stratagem.config.source import DATA_SUFFIXES, Origin, Source
+from stratagem.config.source import Origin, Source
 from stratagem.errors import (
     ConfigFileError,
     ConfigKeyError,
@@ -32,7 +34,6 @@ Layers = tuple[Source, ...]
 
 BASE = "_base_"
 DEPRECATION = "_deprecation_"
-CUSTOM_IMPORTS = "custom_imports"
 SUFFIXES = DATA_SUFFIXES | {".py"}
 
 
@@ -44,11 +45,15 @@ class Reader:
     Args:
         root: The folder that the bases of data files must lie in.
         lazy: Whether Python files are pure-Python configurations; None to find out for each.
+        environment: Whether placeholders may read environment variables.
+        programs: Whether Python files may be read, which runs them.
         chain: The files that led to the one to read, outermost first.
     """
 
     root: Path
     lazy: bool | None = None
+    environment: bool = True
+    programs: bool = True
     chain: tuple[Path, ...] = ()
 
     def read_file(self, path: Path) -> Layers:
@@ -76,12 +81,16 @@ class Reader:
         """Return the layers of a text in the language of ``suffix``; ``name`` stands for it in errors."""
         if suffix not in SUFFIXES:
             raise ConfigFileError(f"{name} has the suffix {suffix!r}. A configuration is one of {sorted(SUFFIXES)}.")
+        if suffix == ".py" and not self.programs:
+            raise ConfigValueError(
+                f"{name} is a program and would run. Only data is read here: {sorted(DATA_SUFFIXES)}."
+            )
         bases = _Bases(replace(self, chain=(*self.chain, Path(name))), name, suffix)
         if suffix == ".py":
-            file = read_python(text, name, bases.load, lazy=self.lazy)
+            file = read_python(text, name, bases.load, lazy=self.lazy, environment=self.environment)
             source = Source(name, file.data, text, suffix, environment=file.environment, modules=file.modules)
         else:
-            data, environment = read_data(text, suffix, name, bases.load)
+            data, environment = read_data(text, suffix, name, bases.load, environment=self.environment)
             source = Source(name, data, text, suffix, environment=environment)
             _refuse_imports(source)
         return (*bases.layers, _without_deprecation(source))

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
-import json
-import re
 from collections.abc import Iterator
-from typing import Any
-
-import yaml
 
 from stratagem.config.keys import KeyPath
+from stratagem.config.languages import language_of
 from stratagem.config.source import Source
 
 __all__ = ["line_of"]
@@ -32,11 +28,7 @@ def line_of(source: Source, path: KeyPath) -> int | None:
 def _lines(text: str, suffix: str) -> Lines:
     if suffix == ".py":
         return _python_lines(text)
-    if suffix == ".toml":
-        return _toml_lines(text)
-    if suffix == ".json":
-        return _json_lines(text)
-    return _yaml_lines(text) if suffix else {}
+    return language_of(suffix).lines(text) if suffix else {}
 
 
 def _python_lines(text: str) -> Lines:
@@ -44,9 +36,10 @@ def _python_lines(text: str) -> Lines:
     named: dict[str, ast.expr] = {}
     for statement in ast.parse(text).body:
         match statement:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                named[name] = value
-                lines.update(_expression_lines(value, (name,), statement.lineno, named))
+            case ast.Assign(targets=[ast.Name() | ast.Tuple() as target], value=value):
+                for name, given in _named(target, value):
+                    named[name] = given
+                    lines.update(_expression_lines(given, (name,), statement.lineno, named))
             case ast.AnnAssign(target=ast.Name(id=name), value=ast.expr() as value):
                 named[name] = value
                 lines.update(_expression_lines(value, (name,), statement.lineno, named))
@@ -91,6 +84,19 @@ def _children_lines(node: ast.expr, path: KeyPath, named: dict[str, ast.expr]) -
                 yield from _expression_lines(item, (*path, index), item.lineno, named)
 
 
+def _named(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+    """Give the names of ``a`` or ``a, b`` with what each is assigned."""
+    match target, value:
+        case ast.Name(id=name), _:
+            yield name, value
+        case ast.Tuple(elts=targets), ast.Tuple(elts=values) if len(targets) == len(values):
+            for inner, given in zip(targets, values, strict=True):
+                yield from _named(inner, given)
+        case ast.Tuple(elts=targets), _:
+            for inner in targets:
+                yield from _named(inner, value)
+
+
 def _target_path(node: ast.expr) -> KeyPath:
     """Return ``("model", "layers", 0)`` for ``model.layers[0]`` and ``model["layers"][0]``; empty for anything else."""
     match node:
@@ -103,78 +109,3 @@ def _target_path(node: ast.expr) -> KeyPath:
             path = _target_path(value)
             return (*path, key) if path else ()
     return ()
-
-
-def _yaml_lines(text: str) -> Lines:
-    lines: Lines = {}
-    stack: list[tuple[Any, KeyPath]] = [(yaml.compose(text, Loader=yaml.SafeLoader), ())]
-    while stack:
-        node, path = stack.pop()
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                below = (*path, key.value)
-                lines[below] = key.start_mark.line + 1
-                stack.append((value, below))
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                lines[(*path, index)] = item.start_mark.line + 1
-                stack.append((item, (*path, index)))
-    return lines
-
-
-_JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\],:\n]|[^\s{}\[\],:"]+')
-
-
-def _json_lines(text: str) -> Lines:
-    lines: Lines = {}
-    path: list[str | int] = []
-    kinds: list[str] = []  # of the containers around, each "{" or "["
-    number, expects_key = 1, False
-    for piece in _JSON_TOKEN.findall(text):
-        if piece == "\n":
-            number += 1
-        elif piece in {"}", "]"}:
-            kinds.pop()
-            path.pop()
-        elif piece == ",":
-            expects_key = kinds[-1] == "{"
-            if not expects_key:
-                path[-1] = int(path[-1]) + 1
-        elif piece == ":":
-            expects_key = False
-        elif expects_key:
-            path[-1] = json.loads(piece)
-            lines[tuple(path)] = number
-        else:
-            lines.setdefault(tuple(path), number)
-            if piece in {"{", "["}:
-                kinds.append(piece)
-                path.append("" if piece == "{" else 0)
-                expects_key = piece == "{"
-    return lines
-
-
-_TOML_TABLE = re.compile(r"^\s*(\[\[?)\s*([^\]]+?)\s*\]")
-_TOML_KEY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
-_TOML_PART = re.compile(r"""[\w-]+|"[^"]*"|'[^']*'""")
-
-
-def _toml_lines(text: str) -> Lines:
-    """Lines of tables and of keys at the start of a line; inline tables count as the line that they begin on."""
-    lines: Lines = {}
-    table: KeyPath = ()
-    counts: dict[KeyPath, int] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := _TOML_TABLE.match(line):
-            table = _toml_path(header[2])
-            if header[1] == "[[":
-                counts[table] = counts.get(table, -1) + 1
-                table = (*table, counts[table])
-            lines.setdefault(table, number)
-        elif key := _TOML_KEY.match(line):
-            lines.setdefault((*table, *_toml_path(key[1])), number)
-    return lines
-
-
-def _toml_path(text: str) -> KeyPath:
-    return tuple(part.strip("\"'") for part in _TOML_PART.findall(text))

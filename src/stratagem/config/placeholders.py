@@ -14,18 +14,19 @@ from typing import Any, final
 
 from stratagem.config.node import ConfigDict
 from stratagem.config.overrides import parse_scalar
-from stratagem.errors import ConfigKeyError
+from stratagem.errors import ConfigKeyError, ConfigValueError
 
 __all__ = ["BaseValues", "Placeholders"]
 
 BaseValues = Callable[[], Mapping[str, Any]]
 
+# Possessive repeats (`*+`), since a text of a million blanks must not take hours.
 _PLACEHOLDER = re.compile(
-    r"""\{\{\s*(?:
+    r"""\{\{\s*+(?:
         (?P<file>fileDirname|fileBasenameNoExtension|fileBasename|fileExtname)
-      | (?P<quote>['"]?)\s*\$\s*(?P<variable>\w+)\s*(?::\s*(?P<default>[^{}\n]*?))?\s*(?P=quote)
-      | _base_\.(?P<base>\w+(?:\.\w+)*)
-    )\s*\}\}""",
+      | (?P<quote>['"]?)\s*+\$\s*+(?P<variable>\w++)\s*+(?::(?P<default>[^{}\n]*+)|['"]?)
+      | _base_\.(?P<base>\w++(?:\.\w++)*+)
+    )\s*+\}\}""",
     re.VERBOSE,
 )
 # Quoted text, in languages where a word must stand in quotes to be a value; YAML and Python can read a bare one.
@@ -43,10 +44,12 @@ class Placeholders:
         text: What was read.
         suffix: Its language.
         name: The file, which the ``file...`` placeholders tell of.
+        environment: Whether it may read environment variables.
     """
 
-    def __init__(self, text: str, suffix: str, name: str) -> None:
+    def __init__(self, text: str, suffix: str, name: str, *, environment: bool = True) -> None:
         self.environment: dict[str, str] = {}
+        self._may_read = environment
         self._name = name
         self._matches: list[re.Match[str]] = []
         self._bare: set[str] = set()
@@ -73,6 +76,7 @@ class Placeholders:
 
         Raises:
             ConfigKeyError: if a variable is not set and has no default, or the base has no such key.
+            ConfigValueError: if environment variables may not be read.
         """
         match = self._matches[int(word.removeprefix(self._stem).rstrip("_"))]
         if match["base"]:
@@ -123,8 +127,10 @@ class Placeholders:
         return path.suffix
 
     def _variable(self, match: re.Match[str]) -> str:
-        name, default = match["variable"], match["default"]
-        value = os.environ.get(name, default)
+        if not self._may_read:
+            raise ConfigValueError(f"{self._where(match)}: environment variables are not read here, such as this one.")
+        name, default = match["variable"], (match["default"] or "").strip()
+        value = os.environ.get(name, default.removesuffix(match["quote"]).rstrip())
         if not value and name not in os.environ:
             raise ConfigKeyError(
                 f"{self._where(match)}: the environment variable {name} is not set and has no default. "

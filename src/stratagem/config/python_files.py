@@ -43,7 +43,9 @@ class PythonFile:
     modules: frozenset[str] = frozenset()
 
 
-def read_python(text: str, name: str, load_bases: LoadBases, *, lazy: bool | None = None) -> PythonFile:
+def read_python(
+    text: str, name: str, load_bases: LoadBases, *, lazy: bool | None = None, environment: bool = True
+) -> PythonFile:
     """Execute ``text`` and take its public names that hold values; modules, classes and functions are no keys.
 
     Args:
@@ -51,11 +53,12 @@ def read_python(text: str, name: str, load_bases: LoadBases, *, lazy: bool | Non
         name: The file, for errors.
         load_bases: Loads what the file is based on.
         lazy: Whether it is a pure-Python configuration; None to find out.
+        environment: Whether its placeholders may read environment variables.
 
     Raises:
         ConfigParsingError: if it is not valid Python, or fails when it is executed; with the line.
     """
-    placeholders = Placeholders(text, ".py", name)
+    placeholders = Placeholders(text, ".py", name, environment=environment)
     if not (placeholders or lazy or _READS_BASE.search(text) or HAS_IMPORT.search(text)):
         # Most files need no syntax tree, which would cost more than all the rest.
         namespace = _run(_compile(text, name), name, {})
@@ -119,11 +122,11 @@ def _run(code: CodeType, name: str, given: dict[str, Any]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__file__": name, "__name__": "stratagem_config", **given}
     try:
         exec(code, namespace)  # noqa: S102 -- a .py configuration is a program, and documented as one
-    except StratagemError:
-        raise
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
         where = f"{name}:{lines[-1]}" if lines else name
+        if isinstance(error, StratagemError):
+            raise type(error)(f"{where}: {error}") from error
         raise ConfigParsingError(f"{where} failed with {type(error).__name__}: {error}") from error
     return namespace
 

@@ -7,10 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-__all__ = ["DATA_SUFFIXES", "Origin", "Source"]
-
-# The files that are data: reading one never runs code, whoever wrote it.
-DATA_SUFFIXES = frozenset({".yaml", ".yml", ".json", ".toml"})
+__all__ = ["Origin", "Source"]
 
 
 @final

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import keyword
 import math
-import re
 from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-import yaml
-
+from stratagem.config.languages import DATA_SUFFIXES, language_of
 from stratagem.errors import ConfigFileError, ConfigValueError
 from stratagem.utils.lazy import LazyObject, lazy_name
 
@@ -29,15 +26,10 @@ def text_of(data: Mapping[str, Any], suffix: str) -> str:
         ConfigFileError: for another suffix.
         ConfigValueError: if TOML cannot hold a value, which is so for ``None``.
     """
-    match suffix:
-        case ".py":
-            return python_text(data)
-        case ".yaml" | ".yml":
-            return yaml.dump(_plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
-        case ".json":
-            return json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n"
-        case ".toml":
-            return "\n".join(_toml_table(_plain(data), ())) + "\n"
+    if suffix == ".py":
+        return python_text(data)
+    if suffix in DATA_SUFFIXES:
+        return language_of(suffix).write(_plain(data))
     raise ConfigFileError(f"A configuration cannot be written as {suffix!r}; choose .py, .yaml, .json or .toml.")
 
 
@@ -118,38 +110,3 @@ def _name(value: Any) -> str:
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)
-
-
-class _Dumper(yaml.SafeDumper):
-    """The safe dumper without anchors, which nobody expects in a configuration."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _toml_table(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
-    tables = {key: value for key, value in data.items() if isinstance(value, dict)}
-    if path and (len(tables) < len(data) or not data):
-        yield f"\n[{'.'.join(map(_toml_key, path))}]"
-    for key, value in data.items():
-        if key not in tables:
-            yield f"{_toml_key(key)} = {_toml_value(value, (*path, key))}"
-    for key, value in tables.items():
-        yield from _toml_table(value, (*path, str(key)))
-
-
-def _toml_value(value: Any, path: tuple[str, ...]) -> str:
-    if value is None:
-        raise ConfigValueError(f"{'.'.join(path)} is None, which TOML cannot say. Write .yaml, .json or .py instead.")
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item, path) for item in value)}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{_toml_key(key)} = {_toml_value(item, path)}' for key, item in value.items())}}}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _toml_key(key: object) -> str:
-    text = str(key)
-    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else json.dumps(text, ensure_ascii=False)

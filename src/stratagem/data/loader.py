@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any, final
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
 from stratagem.data.collate import pseudo_collate
-from stratagem.data.samplers import DefaultSampler, InfiniteSampler, PositionedSampler, stream_seed
+from stratagem.data.samplers import DefaultSampler, PositionedSampler, stream_seed
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
@@ -33,9 +33,8 @@ class EpochLoader:
     def __init__(self, loader: DataLoader[Any], *, world_size: int = 1) -> None:
         self.loader = loader
         self._world_size = world_size
-        self._sampler = _index_sampler(loader)
-        # Samplers of torch's own kind for several processes have it; others need none.
-        self._set_epoch = getattr(self._sampler, "set_epoch", None)
+        self._sampler = _positioned_sampler(loader)
+        self._set_epoch = _epoch_setters(loader)
 
     @property
     def dataset(self) -> Any:
@@ -59,22 +58,20 @@ class EpochLoader:
     @property
     def positioned(self) -> bool:
         """Whether a position inside of an epoch can be taken up without drawing what came before it."""
-        return isinstance(self._sampler, PositionedSampler) and self.batch_size is not None
+        return self._sampler is not None
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Any]:
         """Begin an epoch after its first ``done`` batches; returns the loader's own iterator."""
-        if self._set_epoch is not None:
-            self._set_epoch(epoch)
+        for set_epoch in self._set_epoch:
+            set_epoch(epoch)
         if isinstance(self.loader.worker_init_fn, _WorkerSeed):
             self.loader.worker_init_fn.epoch = epoch
-        if isinstance(self._sampler, PositionedSampler) and self.batch_size is not None:
-            if isinstance(self._sampler, InfiniteSampler):
-                # It has no epochs of its own: each goes on where the one before it ended.
+        if self._sampler is not None:
+            if self._sampler.endless:
                 done += epoch * len(self.loader)
-            elif done == self.length:
-                # Its last batch may be a shorter one, so the samples seen are not its batches times their size.
-                return iter(())
-            self._sampler.set_start(done * self.batch_size * self._world_size)
+            elif done == len(self.loader):
+                return iter(())  # the last batch may be short, so that counting samples would go beyond the end
+            self._sampler.set_start(done * (self.batch_size or 1) * self._world_size)
             return iter(self.loader)
         batches = iter(self.loader)
         for _ in islice(batches, done):
@@ -82,11 +79,20 @@ class EpochLoader:
         return batches
 
 
-def _index_sampler(loader: DataLoader[Any]) -> Sampler[Any] | None:
-    """Return the sampler that yields single indices, also from inside of a batch sampler."""
+def _positioned_sampler(loader: DataLoader[Any]) -> PositionedSampler | None:
+    """Return the sampler of which every batch takes the next ``batch_size`` samples; None where that is not so."""
+    # Other batch samplers may sort or group what they take.
+    sampler = loader.batch_sampler.sampler if type(loader.batch_sampler) is BatchSampler else None
+    return sampler if isinstance(sampler, PositionedSampler) else None
+
+
+def _epoch_setters(loader: DataLoader[Any]) -> list[Callable[[int], None]]:
+    """Return the ``set_epoch`` of the dataset's stream, the batch sampler and the sampler, of those that have it."""
     batch_sampler = loader.batch_sampler
     sampler = loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
-    return sampler if isinstance(sampler, Sampler) else None
+    stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
+    setters = [getattr(part, "set_epoch", None) for part in (stream, batch_sampler, sampler)]
+    return [setter for setter in setters if callable(setter)]
 
 
 @final
@@ -122,7 +128,7 @@ def build_dataloader(
 
     Raises:
         ConfigTypeError: if a part has the wrong type.
-        ConfigValueError: if there is no dataset, or both a sampler and a batch sampler would choose samples.
+        ConfigValueError: if there is no dataset, or two parts would choose the samples.
     """
     if isinstance(dataloader, DataLoader):
         return EpochLoader(dataloader, world_size=world_size)
@@ -137,23 +143,29 @@ def build_dataloader(
         cfg |= _build_samplers(cfg, dataset, seed=seed, training=training, dealt=dealt)
     # Torch draws the workers' base seed when an iteration begins: from a generator of the loader's own, so that stopping
     # and going on does not shift the model's random numbers.
-    cfg.setdefault("generator", torch.Generator().manual_seed(stream_seed(seed, rank)))
-    cfg["collate_fn"] = _build_function(cfg.get("collate_fn", pseudo_collate), "collate_fn")
+    if cfg.get("generator") is None:
+        cfg["generator"] = torch.Generator().manual_seed(stream_seed(seed, rank))
+    # Without batches there is nothing to collate.
+    if "collate_fn" in cfg or cfg.get("batch_size", 1) is not None:
+        cfg["collate_fn"] = _build_function(cfg.get("collate_fn", pseudo_collate), "collate_fn")
     if cfg.get("worker_init_fn") is None:
         cfg["worker_init_fn"] = _WorkerSeed(seed, rank)
     else:
         cfg["worker_init_fn"] = _build_function(cfg["worker_init_fn"], "worker_init_fn")
     try:
-        loader: DataLoader[Any] = DataLoader(dataset, **{key: value for key, value in cfg.items() if value is not None})
-    except TypeError as error:
-        raise ConfigTypeError(f"The dataloader's arguments do not fit torch.utils.data.DataLoader: {error}") from error
+        loader: DataLoader[Any] = DataLoader(dataset, **cfg)
+    except (TypeError, ValueError) as error:
+        kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
+        raise kind(f"The dataloader's arguments do not fit torch.utils.data.DataLoader: {error}") from error
     return EpochLoader(loader, world_size=world_size)
 
 
 def _build_dataset(dataset: Any) -> Any:
+    built = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
+    if isinstance(built, str | Mapping) or not (hasattr(built, "__getitem__") or isinstance(built, IterableDataset)):
+        raise ConfigTypeError(f"A dataset is a Dataset, a sequence, or a mapping with its type, not {built!r}.")
     if not isinstance(dataset, Mapping):
-        return dataset
-    built = DATASETS.build(dataset)
+        return built
     # Datasets written for MMEngine-style configurations may load their annotations late.
     full_init = getattr(built, "full_init", None)
     if callable(full_init):
@@ -170,7 +182,15 @@ def _build_samplers(
     shuffle = cfg.pop("shuffle", None)
     if sampler is not None and shuffle is not None:
         raise ConfigValueError("A dataloader takes a sampler or shuffle, not both: say shuffle in the sampler.")
+    if not (batch_sampler is None or isinstance(batch_sampler, Mapping)):
+        if sampler is not None or shuffle is not None:
+            raise ConfigValueError(
+                "A batch sampler that is built has its own sampler; give neither sampler nor shuffle."
+            )
+        return {"batch_sampler": batch_sampler}
     if sampler is None:
+        if not isinstance(dataset, Sized):
+            raise ConfigTypeError(f"{type(dataset).__name__} has no length, so it cannot be dealt; give it a sampler.")
         sampler = DefaultSampler(
             dataset, training if shuffle is None else shuffle, seed=seed, round_up=training, **dealt
         )
@@ -178,11 +198,9 @@ def _build_samplers(
         sampler = _build_sampler(sampler, dataset, seed=seed, training=training, dealt=dealt)
     if batch_sampler is None:
         return {"sampler": sampler}
-    if isinstance(batch_sampler, Mapping):
-        batch_size = cfg.pop("batch_size", None)
-        default_args = {"sampler": sampler} | ({} if batch_size is None else {"batch_size": batch_size})
-        batch_sampler = DATA_SAMPLERS.build(batch_sampler, default_args=default_args)
-    return {"batch_sampler": batch_sampler}
+    batch_size = cfg.pop("batch_size", None)
+    default_args = {"sampler": sampler} | ({} if batch_size is None else {"batch_size": batch_size})
+    return {"batch_sampler": DATA_SAMPLERS.build(batch_sampler, default_args=default_args)}
 
 
 def _build_sampler(

@@ -10,7 +10,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sized
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch.utils.data import Sampler
@@ -43,7 +43,12 @@ class PositionedSampler(Sampler[int]):
     """A sampler that can be told its epoch and start anywhere in it, at no cost.
 
     Samplers derived from it let a run that was stopped in the middle of an epoch go on with the next sample.
+
+    Attributes:
+        endless: whether the order goes on without end, whatever its length says.
     """
+
+    endless: ClassVar[bool] = False
 
     @abstractmethod
     def set_epoch(self, epoch: int) -> None:
@@ -105,7 +110,8 @@ class DefaultSampler(PositionedSampler):
         order = epoch_order(self._length, seed=self._seed, epoch=self._epoch, shuffle=self._shuffle)
         while order and len(order) < self.samples:
             order += order[: self.samples - len(order)]
-        return iter(order[self._start + self._rank :: self._size])
+        start, self._start = self._start, 0
+        return iter(order[start + self._rank :: self._size])
 
     def __len__(self) -> int:
         """Return how many samples this rank has in a whole epoch."""
@@ -126,6 +132,8 @@ class InfiniteSampler(PositionedSampler):
     Raises:
         ConfigValueError: if the dataset is empty.
     """
+
+    endless = True
 
     def __init__(
         self,
@@ -150,10 +158,13 @@ class InfiniteSampler(PositionedSampler):
         """Do nothing: the passes follow each other in one sequence."""
 
     def set_start(self, samples: int) -> None:
+        if samples < 0:
+            raise ConfigValueError(f"An order cannot start after {samples} samples.")
         self._start = samples
 
     def __iter__(self) -> Iterator[int]:
-        position = self._start + self._rank
+        start, self._start = self._start, 0
+        position = start + self._rank
         while True:
             epoch, index = divmod(position, self._length)
             order = epoch_order(self._length, seed=self._seed, epoch=epoch, shuffle=self._shuffle)

@@ -1,7 +1,7 @@
 """Collectives on tensors. In one process each of them returns at once and changes nothing.
 
 A tensor may lie on any device: it is moved to one that the group's backend serves, and the result comes back to where
-the tensor was.
+the tensor was. Ranks are counted within the group that is given.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def broadcast(data: Tensor, src: int = 0, group: Group | None = None) -> None:
     _check_rank(src, group)
     if get_world_size(group) > 1:
         moved = _to_backend(data, group)
-        torch_dist.broadcast(moved, src, group)
+        torch_dist.broadcast(moved, group=group, group_src=src)
         _copy_back(moved, data)
 
 
@@ -157,7 +157,7 @@ def gather(data: Tensor, dst: int = 0, group: Group | None = None) -> list[Tenso
     moved = _to_backend(data, group)
     here = get_rank(group) == dst
     gathered = [torch.empty_like(moved) for _ in range(size)] if here else None
-    torch_dist.gather(moved, gathered, dst, group)
+    torch_dist.gather(moved, gathered, group=group, group_dst=dst)
     return [part.to(data.device) for part in gathered or ()]
 
 

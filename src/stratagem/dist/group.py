@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
 from datetime import timedelta
@@ -15,11 +16,15 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stratagem.dist.launch import Launch, infer_launcher, read_launch
 from stratagem.dist.world import pick_device
-from stratagem.errors import ConfigTypeError, LaunchError
+from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
+from stratagem.utils.names import did_you_mean, refuse_unknown
 
 __all__ = ["close_dist", "init_dist"]
 
 _DEFAULT_TIMEOUT_S = 1800.0
+# The other arguments of torch.distributed.init_process_group are decided here.
+_PASSED_ON = ("group_name", "pg_options", "device_id")
+_OWN = ("backend", "timeout", "init_method")
 
 
 def init_dist(
@@ -40,18 +45,22 @@ def init_dist(
             the CPU.
         timeout: seconds after which a collective that does not complete is an error; 1800 by default.
         init_method: a URL for ``torch.distributed.init_process_group`` in place of the launcher's address and port.
-        kwargs: passed on to ``torch.distributed.init_process_group``.
+        kwargs: ``group_name``, ``pg_options`` and ``device_id`` of ``torch.distributed.init_process_group``.
 
     Raises:
         LaunchError: if the launcher did not start this process, or the ranks cannot meet.
         ConfigTypeError: if ``timeout`` is neither a number nor a ``timedelta``.
+        ConfigValueError: if ``timeout`` is not positive, or torch has no such backend.
+        ConfigKeyError: if there is no such argument.
     """
+    refuse_unknown(kwargs, (*_OWN, *_PASSED_ON), "dist_cfg")
+    _check_backend(backend)
+    limit = _as_timedelta(timeout)
     if launcher is None:
         launcher = infer_launcher()
     launch = read_launch(launcher)
     if launcher == "none" or torch_dist.is_initialized():
         return launch
-    limit = _as_timedelta(timeout)
     device = pick_device(launch.local_rank)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
@@ -79,14 +88,24 @@ def close_dist() -> None:
         torch_dist.destroy_process_group()
 
 
+def _check_backend(backend: str | None) -> None:
+    # Such as "gloo", or "cpu:gloo,cuda:nccl". Torch takes unknown names for libraries that are not loaded yet.
+    for pair in backend.split(",") if backend else ():
+        name = pair.rpartition(":")[2].lower()
+        if name not in torch_dist.Backend.backend_list:
+            known = did_you_mean(name, torch_dist.Backend.backend_list)
+            raise ConfigValueError(f"dist_cfg: backend={backend!r}, and torch has no backend {name!r}. {known}")
+
+
 def _as_timedelta(timeout: float | timedelta | None) -> timedelta:
     if timeout is None:
         return timedelta(seconds=_DEFAULT_TIMEOUT_S)
-    if isinstance(timeout, timedelta):
-        return timeout
-    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float | timedelta):
         raise ConfigTypeError(f"dist_cfg: timeout is {timeout!r}; seconds or a timedelta are due.")
-    return timedelta(seconds=timeout)
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    if not 0 < seconds < math.inf:
+        raise ConfigValueError(f"dist_cfg: timeout is {timeout!r}; a positive, finite time is due.")
+    return timedelta(seconds=seconds)
 
 
 def _default_backend(device: torch.device) -> str:

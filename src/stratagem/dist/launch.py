@@ -22,8 +22,9 @@ LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 # platforms set it, is no launch.
 _MARKS = {
     "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
+    # Before SLURM: in a SLURM job, mpirun's ranks inherit the variables of the one task that started them.
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
 }
 # Ports for launchers that hand out none: derived from the job, so that all its ranks agree and two jobs rarely meet.
 _FIRST_PORT, _PORTS = 20_000, 12_000
@@ -76,6 +77,8 @@ def read_launch(launcher: str, environ: Mapping[str, str] = os.environ) -> Launc
             f"launcher={launcher!r}: rank {launch.rank} of {launch.size}, local rank {launch.local_rank} of "
             f"{launch.local_size} cannot be. Look for stray variables of an earlier launch in the environment."
         )
+    if not 0 <= launch.master_port < 65_536:
+        raise LaunchError(f"MASTER_PORT is {launch.master_port}; a port is a number from 0 to 65535.")
     return launch
 
 
@@ -98,6 +101,12 @@ def _read_slurm(environ: Mapping[str, str]) -> Launch:
     size = _integer(environ, "SLURM_STEP_NUM_TASKS", default=_integer(environ, "SLURM_NTASKS"))
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_NODELIST") or environ.get("SLURM_JOB_NODELIST")
     one_host = _integer(environ, "SLURM_STEP_NUM_NODES", default=_integer(environ, "SLURM_NNODES", default=1)) == 1
+    master = environ.get("MASTER_ADDR")
+    if not (master or one_host or nodes):
+        raise LaunchError(
+            f"srun started {size} ranks on more than one node, and neither SLURM_STEP_NODELIST nor MASTER_ADDR is set. "
+            "Set MASTER_ADDR to the host of rank 0."
+        )
     local_rank = _integer(environ, "SLURM_LOCALID")
     tasks_here = _tasks_on_node(environ)
     return Launch(
@@ -106,7 +115,7 @@ def _read_slurm(environ: Mapping[str, str]) -> Launch:
         local_rank=local_rank,
         size=size,
         local_size=size if one_host else (tasks_here or local_rank + 1),
-        master_addr=environ.get("MASTER_ADDR") or ("127.0.0.1" if one_host or not nodes else first_host(nodes)),
+        master_addr=master or ("127.0.0.1" if one_host or not nodes else first_host(nodes)),
         master_port=_integer(
             environ, "MASTER_PORT", default=job_port(f"{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}")
         ),

@@ -1,6 +1,6 @@
 """Collectives on picklable objects, between the ranks of one run, which trust each other.
 
-In one process each of them returns at once.
+In one process each of them returns at once. Ranks are counted within the group that is given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def broadcast_object_list(data: list[Any], src: int = 0, group: Group | None = N
     """Overwrite the items of ``data`` on every rank with rank ``src``'s. Collective; lists of equal length."""
     _check_rank(src, group)
     if get_world_size(group) > 1:
-        torch_dist.broadcast_object_list(data, src, group)
+        torch_dist.broadcast_object_list(data, group=group, group_src=src)
 
 
 def broadcast_object(data: T, src: int = 0, group: Group | None = None) -> T:
@@ -50,7 +50,7 @@ def gather_object(data: T, dst: int = 0, group: Group | None = None) -> list[T] 
     if size == 1:
         return [data]
     gathered: list[Any] | None = [None] * size if get_rank(group) == dst else None
-    torch_dist.gather_object(data, gathered, dst, group)
+    torch_dist.gather_object(data, gathered, group=group, group_dst=dst)
     return gathered
 
 

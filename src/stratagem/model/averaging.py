@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.optim.sharded import local_part
 
 __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage"]
 
@@ -55,8 +56,10 @@ class AveragedModel(ABC):
         if update_buffers:
             weights.update((name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point())
         self.averages = {name: _average_of(weight, device) for name, weight in weights.items()}
-        self._weights = list(weights.values())
-        self._values = list(self.averages.values())
+        self._whole = list(weights.values())
+        # Kernels over lists of tensors do not know sharded ones: each rank averages the pieces that it has.
+        self._weights = [local_part(weight) for weight in self._whole]
+        self._values = [local_part(value) for value in self.averages.values()]
         self._lies_alike = all(
             weight.dtype == value.dtype and weight.device == value.device
             for weight, value in zip(self._weights, self._values, strict=True)
@@ -90,15 +93,17 @@ class AveragedModel(ABC):
         if self.steps == 0 or self._kept is not None:
             return
         with torch.no_grad():
-            self._kept = [weight.clone() for weight in self._weights]
-            torch._foreach_copy_(self._weights, self._values)
+            self._kept = [weight.detach().clone() for weight in self._whole]
+            for weight, value in zip(self._whole, self.averages.values(), strict=True):
+                weight.copy_(value)
 
     def restore(self) -> None:
         """Give the model its own weights back."""
         if self._kept is None:
             return
         with torch.no_grad():
-            torch._foreach_copy_(self._weights, self._kept)
+            for weight, kept in zip(self._whole, self._kept, strict=True):
+                weight.copy_(kept)
         self._kept = None
 
     @contextmanager
@@ -112,7 +117,7 @@ class AveragedModel(ABC):
 
     def own_weights(self) -> dict[str, Tensor]:
         """Return the model's own weights by name, whether or not the average is applied."""
-        return dict(zip(self.averages, self._weights if self._kept is None else self._kept, strict=True))
+        return dict(zip(self.averages, self._whole if self._kept is None else self._kept, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """Return ``steps`` and ``averages``, the tensors themselves by the names of the weights."""
@@ -134,7 +139,8 @@ class AveragedModel(ABC):
                 f"such as {', '.join(differing[:3])}. Build the same model, or leave the average out."
             )
         with torch.no_grad():
-            torch._foreach_copy_(self._values, [saved[name] for name in self.averages])
+            for name, value in self.averages.items():
+                value.copy_(saved[name])
         self.steps = int(state_dict["steps"])
 
     def _present(self) -> list[Tensor]:
@@ -148,8 +154,16 @@ class AveragedModel(ABC):
 class ExponentialMovingAverage(AveragedModel):
     """``average = (1 - momentum) * average + momentum * weights``. Other arguments: see ``AveragedModel``."""
 
-    def __init__(self, model: nn.Module, momentum: float = 0.0002, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        *,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+    ) -> None:
+        super().__init__(model, interval=interval, device=device, update_buffers=update_buffers)
         self.momentum = _require_momentum(momentum)
 
     def share(self) -> float:
@@ -163,8 +177,17 @@ class MomentumAnnealingEMA(AveragedModel):
     It never falls below ``momentum``. Other arguments: see ``AveragedModel``.
     """
 
-    def __init__(self, model: nn.Module, momentum: float = 0.0002, gamma: int = 100, **options: Any) -> None:
-        super().__init__(model, **options)
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        gamma: int = 100,
+        *,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+    ) -> None:
+        super().__init__(model, interval=interval, device=device, update_buffers=update_buffers)
         self.momentum = _require_momentum(momentum)
         if not gamma > 0:
             raise ConfigValueError(f"gamma must be positive, got {gamma!r}.")

@@ -4,6 +4,7 @@ from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.build import build_optim_wrapper
 from stratagem.optim.groups import DefaultOptimWrapperConstructor
 from stratagem.optim.many import OptimWrapperDict
+from stratagem.optim.per_module import MultiOptimWrapperConstructor
 from stratagem.optim.precision import AmpOptimWrapper
 from stratagem.optim.schedules import (
     ConstantLR,
@@ -41,6 +42,7 @@ from stratagem.optim.schedules import (
     WarmupStableDecayMomentum,
     WarmupStableDecayParamScheduler,
     build_param_schedulers,
+    preview_schedules,
 )
 from stratagem.optim.wrapper import AccumulatingOptimWrapper, OptimWrapper
 
@@ -49,12 +51,14 @@ __all__ = [
     "AmpOptimWrapper",
     "BaseOptimWrapper",
     "DefaultOptimWrapperConstructor",
+    "MultiOptimWrapperConstructor",
     "OptimWrapper",
     "OptimWrapperDict",
     "ParamScheduler",
     "ParamSchedulers",
     "build_optim_wrapper",
     "build_param_schedulers",
+    "preview_schedules",
     "ConstantLR",
     "ConstantMomentum",
     "ConstantParamScheduler",

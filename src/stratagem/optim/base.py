@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError
 
-__all__ = ["NOTHING", "BaseOptimWrapper", "without_exchange"]
+__all__ = ["NOTHING", "BaseOptimWrapper", "momentum_of", "without_exchange"]
 
 # One object for every iteration that needs no context: entering it costs nothing worth measuring.
 NOTHING: Final = nullcontext()
 
+_COUNTS: Final = ("inner_count", "attempts", "updates")
 # How the update is computed belongs to the machine at hand, not to a checkpoint.
 _IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
 
@@ -51,6 +52,7 @@ class BaseOptimWrapper(ABC):
         self.attempts = 0
         self.updates = 0
         self.accumulation_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = without_exchange
+        self.train()
 
     @abstractmethod
     def update_params(
@@ -108,6 +110,14 @@ class BaseOptimWrapper(ABC):
     def drop_window(self) -> int:
         """Forget an unfinished window's gradients, as at an early stop; return how many micro-batches it had."""
 
+    def train(self) -> None:
+        """Let the parameters hold the weights that train; only schedule-free optimizers keep others for evaluation."""
+        _switch(self.optimizer, "train")
+
+    def eval(self) -> None:
+        """Let the parameters hold the weights to evaluate and to save; call ``train`` before the next update."""
+        _switch(self.optimizer, "eval")
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups themselves, not copies."""
@@ -124,15 +134,14 @@ class BaseOptimWrapper(ABC):
 
     def get_momentum(self) -> dict[str, list[float]]:
         """Return ``{"momentum": [...]}`` per group: ``momentum``, else the first of ``betas``, else 0."""
-        return {"momentum": [_momentum(group) for group in self.param_groups]}
+        return {"momentum": [momentum_of(group) for group in self.param_groups]}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state with the counts of this wrapper under ``counts``."""
-        counts = {"inner_count": self.inner_count, "attempts": self.attempts, "updates": self.updates}
-        return {**self.optimizer.state_dict(), "counts": counts}
+        return {**self.optimizer.state_dict(), "counts": {name: getattr(self, name) for name in _COUNTS}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; the argument stays as it is.
+        """Restore what ``state_dict`` returned; its tensors are taken over, not copied, as torch does.
 
         The state of a bare optimizer is taken too. How updates are computed (fused, foreach) stays as this process
         chose it.
@@ -156,14 +165,22 @@ class BaseOptimWrapper(ABC):
                 f"The saved state does not fit {type(self.optimizer).__name__} of this run: {error}. "
                 "Build the same groups, or resume without the optimizer."
             ) from error
-        for name, count in state_dict.get("counts", {}).items():
-            setattr(self, name, count)
+        counts = state_dict.get("counts", {})
+        for name in _COUNTS:
+            setattr(self, name, int(counts.get(name, getattr(self, name))))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(accumulative_counts={self.accumulative_counts}, optimizer={self.optimizer!r})"
 
 
-def _momentum(group: Mapping[str, Any]) -> float:
+def _switch(optimizer: Optimizer, mode: str) -> None:
+    method = getattr(optimizer, mode, None)
+    if method is not None:
+        method()
+
+
+def momentum_of(group: Mapping[str, Any]) -> float:
+    """Return the momentum of a group: ``momentum``, else the first of ``betas``, else 0."""
     if "momentum" in group:
         return group["momentum"]  # type: ignore[no-any-return]  # groups are untyped
     return group["betas"][0] if "betas" in group else 0.0

@@ -8,20 +8,22 @@ from typing import Any, Final, Literal, cast, final
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
-from stratagem.utils.imports import import_object
+from stratagem.optim.sharded import is_plain, local_part, whole
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["Clipping", "NonFinite", "global_norm", "is_admitted", "parse_clipping", "parse_nonfinite"]
+__all__ = ["Clipping", "NonFinite", "global_norm", "is_admitted", "parse_clipping", "parse_nonfinite", "scale"]
 
 NonFinite = Literal["error", "skip"]
 
 _KNOWN_KEYS: Final = {
-    "norm": ("type", "max_norm", "norm_type", "error_if_nonfinite", "foreach"),
-    "value": ("type", "clip_value", "foreach"),
+    "norm": ("type", "max_norm", "norm_type", "error_if_nonfinite"),
+    "value": ("type", "clip_value"),
 }
+# So that a norm of 0 divides nothing by 0; torch.nn.utils.clip_grad_norm_ adds the same.
+_EPSILON: Final = 1e-6
 _LIMIT_KEY: Final = {"norm": "max_norm", "value": "clip_value"}
 
 
@@ -34,14 +36,15 @@ class Clipping:
     limit: float
     norm_type: float = 2.0
     error_if_nonfinite: bool = False
-    foreach: bool | None = None
 
-    def apply(self, parameters: Sequence[Tensor], norm: Tensor | None) -> None:
-        """Clip the gradients of the parameters in place; ``norm`` is the norm of all of them."""
+    def apply(self, gradients: Sequence[Tensor], norm: Tensor | None) -> None:
+        """Clip gradients in place; ``norm`` is the norm of all of them, needed to clip by it."""
         if self.by_norm and norm is not None:
-            clip_grads_with_norm_(parameters, self.limit, norm, foreach=self.foreach)
-        else:
-            clip_grad_value_(parameters, self.limit, foreach=self.foreach)
+            scale(gradients, torch.clamp(self.limit / (norm + _EPSILON), max=1.0))
+        elif gradients:
+            parts = [local_part(gradient) for gradient in gradients]
+            torch._foreach_clamp_min_(parts, -self.limit)
+            torch._foreach_clamp_max_(parts, self.limit)
 
 
 def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
@@ -76,7 +79,6 @@ def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
         limit=float(limit),
         norm_type=float(clip_grad.get("norm_type", 2.0)),
         error_if_nonfinite=bool(clip_grad.get("error_if_nonfinite", False)),
-        foreach=clip_grad.get("foreach"),
     )
 
 
@@ -93,22 +95,34 @@ def parse_nonfinite(policy: str | None, clipping: Clipping | None) -> NonFinite 
     return cast("NonFinite", policy)
 
 
-def global_norm(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """Return the norm of all gradients as one vector, a scalar on their device, without waiting for it.
 
     Gradients that are sharded over ranks count as the whole tensors that they stand for; then the call is collective.
     """
-    if all(type(gradient) is Tensor for gradient in gradients):
-        return get_total_norm(gradients, norm_type)
+    if all(is_plain(gradient) for gradient in gradients):
+        return _norm_of_norms(torch._foreach_norm(gradients, norm_type), norm_type) if gradients else torch.zeros(())
     # Norms of tensors on different meshes cannot be stacked: reduce each mesh's own first.
-    dtensor = import_object("torch.distributed.tensor:DTensor")
-    by_mesh: dict[Any, list[Tensor]] = {}
+    by_mesh: dict[object, list[Tensor]] = {}
     for gradient in gradients:
-        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, dtensor) else None, []).append(gradient)
-    norms = [get_total_norm(group, norm_type) for group in by_mesh.values()]
-    whole = [norm.full_tensor() if isinstance(norm, dtensor) else norm for norm in norms]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(whole), norm_type)
+        by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
+    return _norm_of_norms([whole(get_total_norm(group, norm_type)) for group in by_mesh.values()], norm_type)
+
+
+def _norm_of_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:
+    first = norms[0].device
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([each.to(first) for each in norms]), norm_type)
     return norm
+
+
+def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients in place by a scalar, without waiting for it."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        part = local_part(gradient)
+        by_device.setdefault(part.device, []).append(part)
+    for device, parts in by_device.items():
+        torch._foreach_mul_(parts, factor.to(device))
 
 
 def is_admitted(norm: Tensor, policy: NonFinite | None) -> bool:

@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.implementation import has_sparse_gradients, implementation_options
-from stratagem.optim.paramwise import ParamwiseRules, Place, parse_paramwise, walk
+from stratagem.optim.implementation import implementation_options
+from stratagem.optim.paramwise import ParamwiseRules, parse_paramwise
+from stratagem.optim.places import Kind, Place, walk
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters"]
+__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters", "without_wrapper"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,7 @@ class DefaultOptimWrapperConstructor:
         """Return the wrapper for the parameters of a model; ``freeze`` switches the gradients of some of them off."""
         optimizer = self._optimizer
         if not isinstance(optimizer, Optimizer):
-            # Only torch's own wrappers: a model may have a part that is called "module".
-            bare = model.module if isinstance(model, DistributedDataParallel | DataParallel) else model
-            optimizer = self._build_optimizer(bare)
+            optimizer = self._build_optimizer(without_wrapper(model))
         wrapper = OPTIM_WRAPPERS.build({"type": "OptimWrapper", **self._wrapper_options, "optimizer": optimizer})
         if not isinstance(wrapper, BaseOptimWrapper):
             raise ConfigTypeError(
@@ -93,55 +92,89 @@ class DefaultOptimWrapperConstructor:
         if not callable(target):
             return OPTIMIZERS.build(options)  # which says what is wrong
         signature = inspect.signature(target).parameters
-        groups = group_parameters(model, self._rules, options, signature)
-        if self._has_rules:
+        places = self._trained(walk(model))
+        groups = group_parameters(places, self._rules, options, signature)
+        if self._has_rules and logger.isEnabledFor(logging.INFO):
             logger.info("%s\n%s", kind, describe_groups(groups))
         options |= implementation_options(
             target,
             options,
             [parameter for group in groups for parameter in group.parameters],
             implementation=self._implementation,
-            sparse_gradients=has_sparse_gradients(model),
+            sparse_gradients=any(kind.has_sparse_gradient for kind in {place.kind for place in places}),
         )
         params: Any = [{"params": group.parameters, **group.options} for group in groups]
         return OPTIMIZERS.build(options, default_args={next(iter(signature)): params})
 
+    def _trained(self, places: list[Place]) -> list[Place]:
+        """Switch off the gradients of what ``freeze`` names, and return the rest."""
+        if not self._rules.freeze:
+            return places
+        frozen = {place.name for place in places if any(re.search(each, place.name) for each in self._rules.freeze)}
+        for place in places:
+            if place.name in frozen:
+                place.parameter.requires_grad = False
+        logger.info("Froze %d of %d parameters.", len(frozen), len(places))
+        return [place for place in places if place.name not in frozen]
+
 
 def group_parameters(
-    model: nn.Module, rules: ParamwiseRules, options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]
+    places: Sequence[Place],
+    rules: ParamwiseRules,
+    options: Mapping[str, Any],
+    signature: Mapping[str, inspect.Parameter],
 ) -> list[Group]:
-    """Return all parameters of a model in groups of equal options; the one without options of its own comes first.
+    """Return the parameters in groups of equal options; the one without options of its own comes first.
 
-    Parameters that ``freeze`` names are left out, and their gradients switched off. Others without gradients stay in,
-    so that they train once they are switched on.
+    Parameters without gradients stay in, so that they train once they are switched on.
 
     Args:
-        model: whose parameters.
+        places: the parameters.
         rules: which options they get.
         options: the configuration of the optimizer, with the base learning rate and weight decay.
         signature: the arguments of the optimizer.
 
     Raises:
-        ConfigValueError: if no parameter is left, a multiplier has nothing to multiply, or two names of one parameter
+        ConfigValueError: if there is no parameter, a multiplier has nothing to multiply, or two names of one parameter
             have different options.
         ConfigKeyError: if a rule sets an option that the optimizer does not have.
     """
-    chosen = _options_by_name(model, rules)
+    if not places:
+        raise ConfigValueError("There is no parameter to train. Look at the model, and at freeze in paramwise_cfg.")
+    depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([place.name for place in places])
     base = _base_values(options, signature)
     groups: dict[str, Group] = {}
-    seen: dict[Parameter, tuple[str, dict[str, Any]]] = {}
-    for place, said in chosen:
-        if place.parameter in seen:
-            _check_shared(place.name, said, *seen[place.parameter], rules=rules)
-            continue
-        seen[place.parameter] = (place.name, said)
-        own = _own_options(place.name, said, base, signature)
-        group = groups.setdefault(repr(sorted(own.items())), Group(own))
-        group.names.append(place.name)
-        group.parameters.append(place.parameter)
-    if not groups:
-        raise ConfigValueError(f"{type(model).__name__} has no parameter to train. Look at freeze in paramwise_cfg.")
-    return sorted(groups.values(), key=lambda group: bool(group.options))
+    # Most parameters of a large model share what decides about them: options are worked out once for each.
+    decided: dict[tuple[str | None, Kind | None, float], Group] = {}
+    seen: dict[int, tuple[str, Group]] = {}
+    for name, parameter, kind in places:
+        key = rules.key_for(name) if rules.custom_keys else None
+        decider = (key, kind if key is None else None, depth.get(name, 1.0))
+        group = decided.get(decider)
+        if group is None:
+            said = rules.multipliers(kind) if key is None else dict(rules.custom_keys[key])
+            own = _own_options(name, said, decider[2], base, signature)
+            group = decided[decider] = groups.setdefault(repr(sorted(own.items())), Group(own))
+        first_name, first_group = seen.setdefault(id(parameter), (name, group))
+        if first_name is name:
+            group.names.append(name)
+            group.parameters.append(parameter)
+        elif group is not first_group and not rules.bypass_duplicate:
+            raise ConfigValueError(
+                f"{first_name} and {name} are one parameter, but paramwise_cfg gives them different options: "
+                f"{first_group.options} and {group.options}. Give them the same, or bypass_duplicate=True for those of "
+                "the first."
+            )
+    _warn_of_unused_keys(rules, {key for key, _, _ in decided})
+    return sorted((group for group in groups.values() if group.parameters), key=lambda group: bool(group.options))
+
+
+def without_wrapper(model: nn.Module) -> nn.Module:
+    """Return what torch's replicating wrappers hold, or the model itself: it may have a part called ``module``."""
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        inner: nn.Module = model.module
+        return inner
+    return model
 
 
 def describe_groups(groups: Sequence[Group]) -> str:
@@ -159,30 +192,10 @@ def describe_groups(groups: Sequence[Group]) -> str:
     )
 
 
-def _options_by_name(model: nn.Module, rules: ParamwiseRules) -> list[tuple[Place, dict[str, Any]]]:
-    """Return every parameter that is not frozen, with what the rules say about it."""
-    places = list(walk(model))
-    frozen = [place for place in places if any(re.search(pattern, place.name) for pattern in rules.freeze)]
-    for place in frozen:
-        place.parameter.requires_grad_(False)
-    if rules.freeze:
-        logger.info("Froze %d of %d parameters.", len(frozen), len(places))
-    left_out = {place.name for place in frozen}
-    places = [place for place in places if place.name not in left_out]
-    unused = set(rules.custom_keys)
-    chosen = []
-    for place in places:
-        key = rules.key_for(place.name)
-        unused.discard(key or "")
-        chosen.append((place, rules.multipliers(place) if key is None else dict(rules.custom_keys[key])))
-    for key in sorted(unused):
-        logger.warning("paramwise_cfg: no parameter is decided by custom_keys[%r].", key)
-    if rules.layer_decay is not None:
-        factors = rules.layer_decay.multipliers([place.name for place in places])
-        chosen = [
-            (place, {**said, "lr_mult": said.get("lr_mult", 1.0) * factors[place.name]}) for place, said in chosen
-        ]
-    return chosen
+def _warn_of_unused_keys(rules: ParamwiseRules, used: set[str | None]) -> None:
+    for key in rules.custom_keys:
+        if key not in used:
+            logger.warning("paramwise_cfg: no parameter is decided by custom_keys[%r].", key)
 
 
 def _base_values(options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
@@ -194,9 +207,15 @@ def _base_values(options: Mapping[str, Any], signature: Mapping[str, inspect.Par
 
 
 def _own_options(
-    name: str, said: Mapping[str, Any], base: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]
+    name: str,
+    said: Mapping[str, Any],
+    depth: float,
+    base: Mapping[str, Any],
+    signature: Mapping[str, inspect.Parameter],
 ) -> dict[str, Any]:
-    """Return the options of a parameter's group that differ from those of the optimizer."""
+    """Return the options of a group that differ from those of the optimizer; ``name`` is its first parameter."""
+    if depth != 1.0:
+        said = {**said, "lr_mult": said.get("lr_mult", 1.0) * depth}
     own = {key: value for key, value in said.items() if key not in _MULTIPLIED}
     for key in own:
         if key not in signature and not any(item.kind is item.VAR_KEYWORD for item in signature.values()):
@@ -216,13 +235,3 @@ def _own_options(
         if said[multiplier] != 1.0:
             own[key] = value * said[multiplier]
     return own
-
-
-def _check_shared(
-    name: str, said: Mapping[str, Any], first_name: str, first_said: Mapping[str, Any], *, rules: ParamwiseRules
-) -> None:
-    if said != first_said and not rules.bypass_duplicate:
-        raise ConfigValueError(
-            f"{first_name} and {name} are one parameter, but paramwise_cfg gives them different options: "
-            f"{dict(first_said)} and {dict(said)}. Give them the same, or bypass_duplicate=True for those of the first."
-        )

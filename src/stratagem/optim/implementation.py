@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD
 
 from stratagem.errors import ConfigValueError
 
-__all__ = ["Implementation", "has_sparse_gradients", "implementation_options"]
+__all__ = ["Implementation", "implementation_options"]
 
 Implementation = Literal["auto", "fused", "foreach", "loop"]
 
@@ -63,15 +63,11 @@ def implementation_options(
     return {implementation: True}
 
 
-def has_sparse_gradients(model: nn.Module) -> bool:
-    """Tell whether an embedding of the model makes sparse gradients, which fused updates do not take."""
-    return any(isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse for module in model.modules())
-
-
 def _can_fuse(parameters: Sequence[Tensor]) -> bool:
+    kinds = {(parameter.device, parameter.dtype, parameter.layout) for parameter in parameters}
     return all(
-        parameter.device.type in _FUSED_DEVICES and parameter.is_floating_point() and parameter.layout == torch.strided
-        for parameter in parameters
+        device.type in _FUSED_DEVICES and dtype.is_floating_point and layout == torch.strided
+        for device, dtype, layout in kinds
     )
 
 

@@ -55,6 +55,16 @@ class OptimWrapperDict:
         for wrapper in self.optim_wrappers.values():
             wrapper.zero_grad(**kwargs)
 
+    def train(self) -> None:
+        """Let the parameters of every optimizer hold the weights that train."""
+        for wrapper in self.optim_wrappers.values():
+            wrapper.train()
+
+    def eval(self) -> None:
+        """Let the parameters of every optimizer hold the weights to evaluate and to save."""
+        for wrapper in self.optim_wrappers.values():
+            wrapper.eval()
+
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Say where the run stands to every wrapper; each counts one micro-batch an iteration."""
         for wrapper in self.optim_wrappers.values():

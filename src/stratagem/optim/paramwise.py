@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal, final
-
-from torch import nn
-from torch.nn import Parameter
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
+from typing import Any, Literal, final
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.optim.places import Kind
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["LayerDecay", "ParamwiseRules", "Place", "parse_paramwise", "walk"]
+__all__ = ["LayerDecay", "ParamwiseRules", "parse_paramwise"]
 
 Match = Literal["substring", "component", "regex"]
 Options = dict[str, Any]
-
-_NORMS: Final = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-_DEFORMABLE: Final = frozenset({"DeformConv2d", "ModulatedDeformConv2d"})
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One parameter where it stands in its model."""
-
-    name: str
-    parameter: Parameter
-    module: nn.Module
-    in_deformable: bool
-
-    @property
-    def is_bias(self) -> bool:
-        """Whether it is a bias."""
-        return self.name.rpartition(".")[2] == "bias"
-
-    @property
-    def is_norm(self) -> bool:
-        """Whether it belongs to a normalisation."""
-        return isinstance(self.module, _NORMS)
-
-    @property
-    def is_depth_wise(self) -> bool:
-        """Whether it belongs to a convolution of each channel on its own."""
-        return isinstance(self.module, nn.Conv2d) and self.module.in_channels == self.module.groups
-
-    @property
-    def is_offset(self) -> bool:
-        """Whether it belongs to the convolution that computes the offsets of a deformable one."""
-        return self.in_deformable and isinstance(self.module, nn.Conv2d) and "conv_offset" in self.name
 
 
 @final
@@ -134,22 +96,22 @@ class ParamwiseRules:
         matching = [key for key in self.custom_keys if _matches(key, name, self.match)]
         return min(matching, key=lambda key: (-len(key), key), default=None)
 
-    def multipliers(self, place: Place) -> Options:
+    def multipliers(self, kind: Kind) -> Options:
         """Return the ``lr_mult`` and ``decay_mult`` that the rules for kinds of parameters say."""
         options: Options = {}
-        if place.is_bias and not (place.is_norm or place.in_deformable):
+        if kind.is_bias and not (kind.is_norm or kind.in_deformable):
             options["lr_mult"] = self.bias_lr_mult
-        elif place.is_offset:
+        elif kind.is_offset:
             options["lr_mult"] = self.dcn_offset_lr_mult
-        decay = self._decay(place)
+        decay = self._decay(kind)
         return options if decay is None else {**options, "decay_mult": decay}
 
-    def _decay(self, place: Place) -> float | None:
+    def _decay(self, kind: Kind) -> float | None:
         rules = (
-            (place.is_norm, self.norm_decay_mult),
-            (place.is_bias and not place.in_deformable, self.bias_decay_mult),
-            (place.is_depth_wise, self.dwconv_decay_mult),
-            (place.parameter.ndim == 1 and not place.in_deformable, self.flat_decay_mult),
+            (kind.is_norm, self.norm_decay_mult),
+            (kind.is_bias and not kind.in_deformable, self.bias_decay_mult),
+            (kind.is_depth_wise, self.dwconv_decay_mult),
+            (kind.is_flat and not kind.in_deformable, self.flat_decay_mult),
         )
         return next((mult for applies, mult in rules if applies and mult is not None), None)
 
@@ -160,7 +122,7 @@ def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
     Raises:
         ConfigTypeError: if it, ``custom_keys`` or an entry of that is no mapping.
         ConfigKeyError: for an unknown rule.
-        ConfigValueError: for an unknown ``match``.
+        ConfigValueError: for an unknown ``match``, or a ``layer_decay`` that lacks something.
     """
     if paramwise_cfg is None:
         return ParamwiseRules()
@@ -168,24 +130,14 @@ def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
         raise ConfigTypeError(f"paramwise_cfg must be a mapping, got {paramwise_cfg!r}.")
     rules = dict(paramwise_cfg)
     _refuse_unknown("paramwise_cfg", rules, ParamwiseRules)
-    if rules.get("layer_decay") is not None:
-        _refuse_unknown("paramwise_cfg.layer_decay", rules["layer_decay"], LayerDecay)
-        rules["layer_decay"] = LayerDecay(**rules["layer_decay"])
+    decay = rules.get("layer_decay")
+    if decay is not None:
+        _refuse_unknown("paramwise_cfg.layer_decay", decay, LayerDecay)
+        missing = [key for key in ("rate", "layers") if key not in decay]
+        if missing:
+            raise ConfigValueError(f"paramwise_cfg.layer_decay needs {' and '.join(missing)}, got {dict(decay)!r}.")
+        rules["layer_decay"] = LayerDecay(**decay)
     return ParamwiseRules(**rules)
-
-
-def walk(model: nn.Module) -> Iterator[Place]:
-    """Yield every parameter under each of its names, a module's own before those of its children."""
-    yield from _walk(model, "", in_deformable=False)
-
-
-def _walk(module: nn.Module, prefix: str, *, in_deformable: bool) -> Iterator[Place]:
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield Place(prefix + name, parameter, module, in_deformable)
-    deformable = any(base.__name__ in _DEFORMABLE for base in type(module).__mro__)
-    for name, child in module.named_children():
-        yield from _walk(child, f"{prefix}{name}.", in_deformable=deformable)
 
 
 def _matches(key: str, name: str, match: Match) -> bool:

@@ -20,7 +20,7 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["AmpOptimWrapper"]
 
-_DTYPES: Final[dict[Any, torch.dtype]] = {
+_DTYPES: Final = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
     "float16": torch.float16,
@@ -148,11 +148,12 @@ def _device_type(optimizer: Optimizer) -> str:
 
 
 def _parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dtype:
-    parsed: Any = torch.get_autocast_dtype(device_type) if dtype is None else _DTYPES.get(dtype, dtype)
-    if parsed not in (torch.float16, torch.bfloat16):
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(device_type)
+    parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed is None or parsed not in _DTYPES.values():
         raise ConfigValueError(f'dtype={dtype!r} is no type of autocast. Use "bfloat16" or "float16".')
-    found: torch.dtype = parsed
-    return found
+    return parsed
 
 
 def _parse_loss_scale(loss_scale: str | float | Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:

@@ -23,6 +23,7 @@ from stratagem.optim.gradients import (
     is_admitted,
     parse_clipping,
     parse_nonfinite,
+    scale,
 )
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
@@ -36,7 +37,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     """The arithmetic of accumulation, which precisions share; windows are counted from the run's first micro-batch.
 
     A window crosses epoch ends and validation. The last one of the run, and the first after a resume in the middle of
-    one, are shorter, and divided by their own length.
+    one, are shorter, and divided by their own length. Where a run stops early inside a window, ``drop_window`` forgets
+    its gradients: the weights are those of the last update.
 
     Args:
         optimizer: what updates the parameters.
@@ -139,6 +141,12 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             logger.info("Dropped the gradients of %d micro-batches of an unfinished window.", dropped)
         return dropped
 
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # Gradients are not part of the state, so a window begins here.
+        self._window_start = self.inner_count
+        self._forget_weights()
+
     def _window_length(self) -> int:
         """Return how many micro-batches the window has to which the coming one belongs."""
         end = (self.inner_count // self.accumulative_counts + 1) * self.accumulative_counts
@@ -159,13 +167,12 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
 
     def _settle_gradients(self, micro_batches: int) -> bool:
         """Weigh and clip the window's gradients in place; return whether they may update the parameters."""
-        parameters = [
-            parameter
+        gradients = [
+            parameter.grad
             for group in self.optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        gradients: list[Tensor] = [parameter.grad for parameter in parameters]
         if self._weight is not None:
             self._divide_by_weight(gradients, micro_batches)
         if self._nonfinite is not None or (self._clipping is not None and self._clipping.by_norm):
@@ -174,7 +181,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
                 logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
                 return False
         if self._clipping is not None:
-            self._clipping.apply(parameters, self.grad_norm)
+            self._clipping.apply(gradients, self.grad_norm)
         return True
 
     def _divide_by_weight(self, gradients: list[Tensor], micro_batches: int) -> None:
@@ -190,8 +197,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         all_reduce(total)
         # A step without any weight, such as one of padding alone, has no gradient rather than 0 / 0.
         factor = torch.where(total == 0, total, get_world_size() / total)
-        if gradients:
-            torch._foreach_mul_(gradients, factor)
+        scale(gradients, factor)
 
 
 @final

@@ -1,7 +1,7 @@
 """Registries: what configurations can name, and how it is built."""
 
 from stratagem.registry.build import build_from_cfg
-from stratagem.registry.families import Constructors, Family, Members
+from stratagem.registry.families import Constructors, Family, Loaders, Members
 from stratagem.registry.registry import Registry
 from stratagem.registry.roots import (
     DATA_SAMPLERS,
@@ -57,6 +57,7 @@ __all__ = [
     "WEIGHT_INITIALIZERS",
     "Constructors",
     "Family",
+    "Loaders",
     "Members",
     "Registry",
     "allow_packages",

@@ -57,7 +57,8 @@ def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mappin
         try:
             return target(**arguments)
         except Exception as error:
-            error.add_note(f"while building {_name(target)} from {place_of(cfg) or 'a configuration'}")
+            place = place_of(cfg)
+            error.add_note(f"while building {_name(target)}" + (f" from {place}" if place else ""))
             raise
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, final
 
 from stratagem.utils import import_module, import_object
 
-__all__ = ["Constructors", "Family", "Members"]
+__all__ = ["Constructors", "Family", "Loaders", "Members"]
 
 
 class Family(ABC):
@@ -42,6 +41,7 @@ class Members(Family):
         self._spelled = dict(spelled)
 
     def find(self, name: str) -> Callable[..., Any] | None:
+        """Return the class of this name, or None."""
         short = name.removeprefix(f"{self._module}.")
         if not short.isidentifier() or short.startswith("_"):
             return None
@@ -49,11 +49,43 @@ class Members(Family):
         return found if self._accepts(found) else None
 
     def names(self) -> Iterable[str]:
-        members = inspect.getmembers(import_module(self._module), self._accepts)
-        return [name for name, _ in members if not name.startswith("_")] + list(self._spelled)
+        """Return the names of the classes, without those of the module before them."""
+        members = vars(import_module(self._module)).items()
+        return [name for name, found in members if self._accepts(found) and not name.startswith("_")] + [*self._spelled]
 
     def _accepts(self, found: object) -> bool:
         return isinstance(found, type) and issubclass(found, import_object(self._base))
+
+
+@final
+class Loaders(Family):
+    """Class methods that make a model: ``transformers.AutoModel.from_pretrained``, and the classes themselves.
+
+    Args:
+        module: The library, whose name must stand before the class, so that it is imported only when it is meant.
+        bases: Which classes to accept, each as ``"module:Class"``.
+        methods: Which of their class methods to accept.
+    """
+
+    def __init__(self, module: str, bases: Sequence[str], methods: Sequence[str]) -> None:
+        self._module = module
+        self._bases = tuple(bases)
+        self._methods = frozenset(methods)
+
+    def find(self, name: str) -> Callable[..., Any] | None:
+        """Return the class or class method of this name, or None."""
+        library, _, rest = name.partition(".")
+        class_name, _, method = rest.partition(".")
+        if library != self._module or class_name.startswith("_") or not (not method or method in self._methods):
+            return None
+        found = getattr(import_module(self._module), class_name, None)
+        if not (isinstance(found, type) and issubclass(found, tuple(import_object(base) for base in self._bases))):
+            return None
+        return getattr(found, method) if method else found
+
+    def names(self) -> Iterable[str]:
+        """Return nothing: there are thousands, and listing them imports each one's module."""
+        return ()
 
 
 @final
@@ -72,9 +104,15 @@ class Constructors(Family):
         self._lister = lister
 
     def find(self, name: str) -> Callable[..., Any] | None:
+        """Return the function that makes the model of this name, or None where the prefix is another."""
         if not name.startswith(self._prefix):
             return None
-        return partial(import_object(self._maker), name.removeprefix(self._prefix))
+        model = name.removeprefix(self._prefix)
+        # What follows a dot names the weights, as in timm.resnet18.a1_in1k; a colon, a place to load the model from.
+        if ":" not in model and model.partition(".")[0] not in import_object(self._lister)():
+            return None
+        return partial(import_object(self._maker), model)
 
     def names(self) -> Iterable[str]:
+        """Return all names that the library lists."""
         return [f"{self._prefix}{name}" for name in import_object(self._lister)()]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, MissingDependencyError
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.registry.build import build_from_cfg
 from stratagem.registry.families import Family
 from stratagem.registry.scope import current_scope, switch_scope
@@ -157,13 +157,11 @@ class Registry:
         if not isinstance(key, str):
             raise ConfigTypeError(f"A name in a registry is a text, not {key!r}.")
         found = self._find_in_chain(key)
-        if found is None and "." in key:
-            scope, _, name = key.partition(".")
-            registry = self._registry_of(scope, may_import=is_allowed(key))
-            found = registry._find(name) if registry is not None else None
-            if found is None:
-                found = import_dotted(key)
-        return found
+        if found is None:
+            scope, name = self.split_scope_key(key)
+            registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
+            found = None if registry is None else registry._find(name)
+        return import_dotted(key, self.names) if found is None else found
 
     def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         """Build what ``cfg`` describes; see ``build_from_cfg``."""
@@ -178,7 +176,7 @@ class Registry:
         """
         with switch_scope(scope):
             wanted = current_scope()
-            registry = self if wanted is None else self._registry_of(wanted, may_import=True)
+            registry = self if wanted is None else self._registry_of(wanted, may_import=is_allowed(wanted))
             if registry is None:
                 if scope is not None:
                     known = [item.scope for item in _tree(self.root)]
@@ -196,7 +194,7 @@ class Registry:
             for family in registry._families:
                 try:
                     names.update(family.names())
-                except MissingDependencyError:
+                except Exception:  # noqa: BLE001, S112 -- a broken library must not hide the error that asks for names
                     continue
         return sorted(names)
 
@@ -236,9 +234,7 @@ class Registry:
             return next((registry for registry in _tree(self.root) if registry.scope == scope), None)
 
         found = search()
-        if found is None and may_import and scope.isidentifier() and importlib.util.find_spec(scope) is not None:
-            if importlib.util.find_spec(f"{scope}.registry") is None:
-                return None
+        if found is None and may_import and _has_registries(scope):
             import_module(f"{scope}.registry")
             found = search()
         return found
@@ -266,6 +262,12 @@ def _tree(registry: Registry) -> Iterator[Registry]:
     yield registry
     for child in registry.children.values():
         yield from _tree(child)
+
+
+def _has_registries(package: str) -> bool:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return is_package and importlib.util.find_spec(f"{package}.registry") is not None
 
 
 def _is_names(name: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stratagem.registry.build import build_model_from_cfg, build_runner_from_cfg
-from stratagem.registry.families import Constructors, Members
+from stratagem.registry.families import Constructors, Loaders, Members
 from stratagem.registry.registry import Registry
 
 _SCOPE = "stratagem"
@@ -41,6 +41,11 @@ MODELS = Registry(
         Members("torch.nn", _MODULE),
         Constructors("timm.", "timm:create_model", "timm:list_models"),
         Constructors("torchvision.", "torchvision.models:get_model", "torchvision.models:list_models"),
+        Loaders(
+            "transformers",
+            ("transformers:PreTrainedModel", "transformers.models.auto.auto_factory:_BaseAutoModelClass"),
+            ("from_pretrained", "from_config"),
+        ),
     ),
 )
 MODEL_WRAPPERS = Registry("model wrapper", scope=_SCOPE)

@@ -17,7 +17,7 @@ def is_dotted_name(text: str) -> bool:
 
 @final
 class DataName(str):
-    """A text from a data file that looks like a dotted path.
+    """A text from a data file that could choose what is imported: a dotted path, or the name of a scope.
 
     It is a ``str`` in every respect. Registries look at its class and do not import what it names, unless the program
     allowed its package. The class survives merging, copying and pickling, so the rule travels with the value.

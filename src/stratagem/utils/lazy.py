@@ -35,7 +35,7 @@ class LazyObject:
 
     def __call__(self, *_: object, **__: object) -> Never:
         raise ConfigParsingError(
-            f"{self._place}: {lazy_name(self)} is called, but configurations that import classes only name them. Write "
+            f"{lazy_name(self)} is called, but configurations that import classes only name them. Write "
             f"dict(type={lazy_name(self)}, ...), or add the line `_base_ = []`, with which imports are executed."
         )
 

@@ -36,12 +36,14 @@ from stratagem.optim.schedules.bindings import (
     WarmupStableDecayParamScheduler,
 )
 from stratagem.optim.schedules.build import ParamSchedulers, build_param_schedulers
+from stratagem.optim.schedules.preview import preview_schedules
 
 __all__ = [
     "FOREVER",
     "ParamScheduler",
     "ParamSchedulers",
     "build_param_schedulers",
+    "preview_schedules",
     "ConstantLR",
     "ConstantMomentum",
     "ConstantParamScheduler",

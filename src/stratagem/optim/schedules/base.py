@@ -178,8 +178,8 @@ class ParamScheduler(ABC):
         if at < 0 or self._in_range == last:
             return
         self._in_range = at if at < last else last
-        self.started = True
-        if self._reshape():
+        entered, self.started = not self.started, True
+        if self._reshape() or entered:
             self._chain.apply()
             if self.verbose:
                 logger.info("%s: %s %d, %s", type(self).__name__, self.unit, position, self.get_last_value())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol, final
 
 from torch import Tensor
@@ -60,23 +61,26 @@ class Chain:
             ConfigKeyError: if ``resumed`` and a group's first value is not known.
         """
         for number, group in enumerate(self._optimizer.param_groups):
-            if resumed and self.initial_key not in group:
+            if self.initial_key in group:
+                continue
+            if resumed:
                 raise ConfigKeyError(
                     f"last_step is given, but parameter group {number} has no {self.initial_key!r}, the value that the "
                     "run began with. Set it, or resume from a state_dict."
                 )
-        for group, value in zip(self._optimizer.param_groups, self.values(), strict=True):
-            group.setdefault(self.initial_key, value)
+            self._remember(group)
 
     def values(self) -> list[float]:
         """Return the present value of each group."""
-        groups = self._optimizer.param_groups
-        return [float(group["betas"][0] if self._key == "betas" else group[self._key]) for group in groups]
+        return [self._value(group) for group in self._optimizer.param_groups]
 
     def apply(self) -> None:
         """Write into each group what its schedules make of its first value."""
         for group in self._optimizer.param_groups:
-            value = initial = group[self.initial_key]
+            try:
+                value = initial = group[self.initial_key]
+            except KeyError:  # a group that was added later
+                value = initial = self._remember(group)
             for link in self.links:
                 if link.started:
                     value = link.transform(value, initial)
@@ -86,6 +90,13 @@ class Chain:
                 group[self._key].fill_(value)
             else:
                 group[self._key] = value
+
+    def _value(self, group: Mapping[str, Any]) -> float:
+        return float(group["betas"][0] if self._key == "betas" else group[self._key])
+
+    def _remember(self, group: dict[str, Any]) -> float:
+        group[self.initial_key] = value = self._value(group)
+        return value
 
 
 def chain_of(optimizer: Optimizer, key: str) -> Chain:

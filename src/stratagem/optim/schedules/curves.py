@@ -49,6 +49,23 @@ class Curve(ABC):
         return value * shape
 
 
+class TowardsFloor(Curve, ABC):
+    """A shape that scales the distance to a floor: ``eta_min``, or ``eta_min_ratio`` of the group's first value."""
+
+    eta_min: float | None
+    eta_min_ratio: float | None
+
+    def __post_init__(self) -> None:
+        if self.eta_min is not None and self.eta_min_ratio is not None:
+            raise ConfigValueError(
+                f"eta_min={self.eta_min!r} and eta_min_ratio={self.eta_min_ratio!r} both name the floor. Give one of them."
+            )
+
+    def apply(self, shape: float, value: float, initial: float) -> float:
+        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
+        return floor + (value - floor) * shape
+
+
 @final
 @dataclass(frozen=True)
 class Constant(Curve):
@@ -133,7 +150,7 @@ class Exponential(Curve):
 
 @final
 @dataclass(frozen=True)
-class CosineAnnealing(Curve):
+class CosineAnnealing(TowardsFloor):
     """Half a cosine wave over ``T_max`` positions, by default the whole range (arXiv:1608.03983, without restarts)."""
 
     T_max: int | None = None
@@ -143,7 +160,7 @@ class CosineAnnealing(Curve):
     counted = ("T_max",)
 
     def __post_init__(self) -> None:
-        _require_one_floor(self.eta_min, self.eta_min_ratio)
+        super().__post_init__()
         if self.T_max is not None:
             _require_counts("T_max", [self.T_max])
 
@@ -151,14 +168,10 @@ class CosineAnnealing(Curve):
         period = span if self.T_max is None else self.T_max
         return 0.5 * (1.0 + math.cos(math.pi * position / period))
 
-    def apply(self, shape: float, value: float, initial: float) -> float:
-        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
-        return floor + (value - floor) * shape
-
 
 @final
 @dataclass(frozen=True)
-class CosineRestart(Curve):
+class CosineRestart(TowardsFloor):
     """One half cosine wave after the other, each as long as its period and as high as its weight (arXiv:1608.03983)."""
 
     periods: Sequence[int]
@@ -169,7 +182,7 @@ class CosineRestart(Curve):
     counted = ("periods",)
 
     def __post_init__(self) -> None:
-        _require_one_floor(self.eta_min, self.eta_min_ratio)
+        super().__post_init__()
         if self.eta_min is None and self.eta_min_ratio is None:
             raise ConfigValueError("A cosine with restarts needs a floor. Give eta_min or eta_min_ratio.")
         if not self.periods or len(self.periods) != len(self.restart_weights):
@@ -188,10 +201,6 @@ class CosineRestart(Curve):
                 return 0.5 * weight * (1.0 + math.cos(math.pi * (position - start) / period))
             start += period
         return 0.0
-
-    def apply(self, shape: float, value: float, initial: float) -> float:
-        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
-        return floor + (value - floor) * shape
 
 
 @final
@@ -267,7 +276,7 @@ class OneCycle(Curve):
 
 @final
 @dataclass(frozen=True)
-class WarmupStableDecay(Curve):
+class WarmupStableDecay(TowardsFloor):
     """A straight warm-up, the value itself, and a decay to the floor at the last position (arXiv:2404.06395).
 
     ``decay`` and ``warmup`` count positions. ``shape`` is that of the decay: ``"sqrt"`` is ``1 - sqrt(progress)``
@@ -284,7 +293,7 @@ class WarmupStableDecay(Curve):
     counted = ("decay", "warmup")
 
     def __post_init__(self) -> None:
-        _require_one_floor(self.eta_min, self.eta_min_ratio)
+        super().__post_init__()
         _require_fraction("start_factor", self.start_factor)
         _require_counts("decay", [self.decay])
         if self.shape not in ("linear", "cosine", "sqrt"):
@@ -300,10 +309,6 @@ class WarmupStableDecay(Curve):
             return 0.5 * (1.0 + math.cos(math.pi * progress))
         return 1.0 - (progress if self.shape == "linear" else math.sqrt(progress))
 
-    def apply(self, shape: float, value: float, initial: float) -> float:
-        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
-        return floor + (value - floor) * shape
-
 
 def _require_fraction(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
@@ -313,10 +318,3 @@ def _require_fraction(name: str, value: float) -> None:
 def _require_counts(name: str, values: Sequence[int]) -> None:
     if not all(isinstance(value, int) and value > 0 for value in values):
         raise ConfigValueError(f"{name} must be positive whole numbers, got {values!r}.")
-
-
-def _require_one_floor(eta_min: float | None, eta_min_ratio: float | None) -> None:
-    if eta_min is not None and eta_min_ratio is not None:
-        raise ConfigValueError(
-            f"eta_min={eta_min!r} and eta_min_ratio={eta_min_ratio!r} both name the floor. Give one of them."
-        )

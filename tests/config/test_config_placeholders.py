@@ -1,0 +1,131 @@
+import pytest
+
+from stratagem.config import Config
+from stratagem.errors import ConfigKeyError
+
+FILE_KEYS = {"py": "x = '{}'", "yaml": "x: {}", "json": '{{"x": "{}"}}', "toml": "x = '{}'"}
+
+
+@pytest.mark.parametrize("suffix", FILE_KEYS)
+def test_the_file_can_name_itself(tmp_path, suffix):
+    """Placeholders give the folder, name, stem and suffix of the file that they stand in."""
+    path = tmp_path / f"run.{suffix}"
+    names = "{{ fileDirname }}|{{fileBasename}}|{{ fileBasenameNoExtension }}|{{ fileExtname }}"
+    path.write_text(FILE_KEYS[suffix].format(names))
+    assert Config.fromfile(path)["x"] == f"{tmp_path.as_posix()}|run.{suffix}|run|.{suffix}"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("py", "lr = {{ $LR:0.1 }}\nname = '{{ $LR:0.1 }}'\nboth = f'a{{$LR:0.1}}{1 + 1}'\n"),
+        ("yaml", "lr: {{ $LR:0.1 }}\nname: '{{ $LR:0.1 }}'\nboth: a{{$LR:0.1}}2\n"),
+        ("json", '{"lr": {{ $LR:0.1 }}, "name": "{{ $LR:0.1 }}", "both": "a{{$LR:0.1}}2"}'),
+        ("toml", "lr = {{ $LR:0.1 }}\nname = '{{ $LR:0.1 }}'\nboth = \"a{{$LR:0.1}}2\"\n"),
+    ],
+)
+def test_environment_variables_with_defaults(monkeypatch, suffix, text):
+    """Outside of quotes a variable is a number if it looks like one, inside it is text; what was used is listed."""
+    monkeypatch.delenv("LR", raising=False)
+    config = Config.fromstring(text, f".{suffix}")
+    assert config == {"lr": 0.1, "name": "0.1", "both": "a0.12"}
+    monkeypatch.setenv("LR", "3")
+    config = Config.fromstring(text, f".{suffix}")
+    assert config == {"lr": 3, "name": "3", "both": "a32"}
+    assert config.env_variables == {"LR": "3"}
+
+
+@pytest.mark.parametrize("value", ["it's", 'say "hi"', "back\\slash", "$(x) \\1 {{y}}", "a: b # c", "', evil='"])
+@pytest.mark.parametrize("suffix", ["py", "yaml", "json", "toml"])
+def test_no_value_breaks_the_text_around_it(monkeypatch, suffix, value):
+    """Quotes, backslashes and anything else in a variable arrive as they are, in every language."""
+    monkeypatch.setenv("ODD", value)
+    assert Config.fromstring(FILE_KEYS[suffix].format("<{{ $ODD:x }}>"), f".{suffix}") == {"x": f"<{value}>"}
+
+
+def test_a_quote_inside_of_the_placeholder_keeps_editors_happy(monkeypatch):
+    """``{{'$NAME:1'}}`` is the same as ``{{ $NAME:1 }}``."""
+    monkeypatch.delenv("NAME", raising=False)
+    assert Config.fromstring("x = {{'$NAME:1'}}", ".py") == {"x": 1}
+    assert Config.fromstring("x = {{ '$NAME: a b ' }}", ".py") == {"x": "a b"}
+    monkeypatch.setenv("NAME", "2")
+    assert Config.fromstring("x = {{'$NAME'}}", ".py") == {"x": 2}
+
+
+def test_a_variable_without_value_is_a_key_error_with_its_line(monkeypatch):
+    """A variable that is needed, not set and without default is named with file and line."""
+    monkeypatch.delenv("NOT_SET_HERE", raising=False)
+    with pytest.raises(KeyError, match=r"<string>:2: the environment variable NOT_SET_HERE is not set"):
+        Config.fromstring("a: 1\nb: {{ $NOT_SET_HERE }}\n", ".yaml")
+    assert Config.fromstring("a: 1\n# {{ $NOT_SET_HERE }}\n", ".yaml") == {"a": 1}
+
+
+BASE = "model = dict(type='Net', depth=3, stages=[dict(width=8)])\nlr = 0.1\n"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        ("py", "_base_ = 'base.py'\nhead = {{ _base_.model }}\nd = {{_base_.model.depth}}\nn = 'n{{ _base_.lr }}'\n"),
+        ("py", "_base_ = 'base.py'\nhead = _base_.model\nd = _base_.model.depth\nn = f'n{_base_.lr}'\n"),
+    ],
+)
+def test_a_python_file_reads_values_of_its_base(tmp_path, suffix, text):
+    """``{{ _base_.a.b }}`` and ``_base_.a.b`` are the base's values, of their own type."""
+    (tmp_path / "base.py").write_text(BASE)
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text)
+    config = Config.fromfile(path)
+    assert config.head == config.model == {"type": "Net", "depth": 3, "stages": [{"width": 8}]}
+    assert config.d == 3
+    assert config.n == "n0.1"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [
+        (
+            "yaml",
+            "_base_: base.yaml\nhead: {{ _base_.model }}\nw: '{{ _base_.model.stages.0.width }}'\nn: n{{_base_.lr}}\n",
+        ),
+        (
+            "json",
+            """{"_base_": "base.yaml", "head": {{ _base_.model }},
+                "w": {{_base_.model.stages.0.width}}, "n": "n{{ _base_.lr }}"}""",
+        ),
+        (
+            "toml",
+            "_base_='base.yaml'\nhead={{ _base_.model }}\nw='{{_base_.model.stages.0.width}}'\nn='n{{_base_.lr}}'",
+        ),
+    ],
+)
+def test_a_data_file_reads_values_of_its_base(tmp_path, suffix, text):
+    """A text that is nothing but a placeholder becomes the base's value, quoted or not."""
+    (tmp_path / "base.yaml").write_text("model: {depth: 3, stages: [{width: 8}]}\nlr: 0.1\n")
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text)
+    config = Config.fromfile(path)
+    assert config.head == {"depth": 3, "stages": [{"width": 8}]}
+    assert config.w == 8
+    assert config.n == "n0.1"
+
+
+def test_changing_a_value_of_the_base_does_not_change_the_base(tmp_path):
+    """What a file does with a base's dict stays in that file."""
+    (tmp_path / "base.py").write_text(BASE)
+    (tmp_path / "run.py").write_text("_base_ = 'base.py'\nhead = _base_.model\nhead.depth = 9\n")
+    config = Config.fromfile(tmp_path / "run.py")
+    assert (config.head.depth, config.model.depth) == (9, 3)
+
+
+def test_a_missing_value_of_the_base_suggests_the_nearest(tmp_path):
+    """Reading what the base does not have names the nearest key."""
+    (tmp_path / "base.yaml").write_text("model: {depth: 3}\n")
+    (tmp_path / "run.yaml").write_text("_base_: base.yaml\nx: '{{ _base_.model.dept }}'\n")
+    with pytest.raises(ConfigKeyError, match="Did you mean 'depth'"):
+        Config.fromfile(tmp_path / "run.yaml")
+
+
+def test_other_braces_are_left_alone():
+    """Templates of other tools keep their braces."""
+    assert Config.fromstring("x = '{{ name }} {{% if %}}'", ".py") == {"x": "{{ name }} {{% if %}}"}

@@ -1,0 +1,39 @@
+"""What all tests share: seeds, order, and the pool of rank processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from ranks import Ranks, seed_generators
+
+# The same examples in every run, without a database in the working directory.
+hypothesis.settings.register_profile("stratagem", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("stratagem")
+torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use rank processes as slow, and put slow tests last."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Begin every test with the same random numbers."""
+    seed_generators()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two rank processes with a gloo group, for ``ranks.run(function, *args, **kwargs)``; see :class:`Ranks`."""
+    pool = Ranks()
+    yield pool
+    pool.close()

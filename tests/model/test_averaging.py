@@ -1,0 +1,180 @@
+"""Averages of weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.model.averaging import (
+    AveragedModel,
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+)
+
+
+def set_to(model: nn.Module, value: float) -> None:
+    """Fill every parameter with one value."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+
+def averages(average: AveragedModel, model: nn.Module, values: list[float]) -> list[float]:
+    """Return the average after each of the values that the weights go through."""
+    seen = []
+    for value in values:
+        set_to(model, value)
+        average.update()
+        seen.append(average.averages["weight"][0, 0].item())
+    return seen
+
+
+def model() -> nn.Linear:
+    """Return a model with two parameters."""
+    return nn.Linear(2, 1)
+
+
+def test_an_exponential_average_follows_slowly() -> None:
+    """The first weights are taken whole, later ones with a share of 0.25."""
+    net = model()
+    assert averages(ExponentialMovingAverage(net, momentum=0.25), net, [4.0, 8.0, 0.0]) == [4.0, 5.0, 3.75]
+
+
+def test_an_annealed_average_begins_with_large_shares() -> None:
+    """Shares of max(0.3, 1 / (1 + steps)): all, 1/2, 1/3, then 0.3."""
+    net = model()
+    average = MomentumAnnealingEMA(net, momentum=0.3, gamma=1)
+    expected = [6.0, 3.0, 4.0, 4.0 * 0.7 + 0.3 * 10.0]
+    assert averages(average, net, [6.0, 0.0, 6.0, 10.0]) == pytest.approx(expected)
+
+
+def test_a_stochastic_average_is_the_mean() -> None:
+    """Every value that entered counts the same."""
+    net = model()
+    assert averages(StochasticWeightAverage(net), net, [3.0, 5.0, 10.0]) == pytest.approx([3.0, 4.0, 6.0])
+
+
+def test_an_interval_leaves_updates_out() -> None:
+    """With interval=2 the values at updates 0, 2 and 4 enter."""
+    net = model()
+    average = StochasticWeightAverage(net, interval=2)
+    assert averages(average, net, [3.0, 100.0, 5.0, 100.0, 10.0]) == pytest.approx([3.0, 3.0, 4.0, 4.0, 6.0])
+
+
+def test_an_average_that_starts_late_knows_nothing_of_the_first_weights() -> None:
+    """The weights at the first update are the first of the average, whatever they were when it was built."""
+    net = model()
+    set_to(net, 100.0)
+    average = ExponentialMovingAverage(net, momentum=0.5)
+    assert averages(average, net, [2.0, 4.0]) == [2.0, 3.0]
+
+
+def test_an_average_that_has_not_started_leaves_the_model_alone() -> None:
+    """Validation before the start sees the model's own weights."""
+    net = model()
+    average = ExponentialMovingAverage(net)
+    set_to(net, 7.0)
+    with average.applied():
+        assert net.weight[0, 0].item() == 7.0
+
+
+def test_the_average_can_stand_in_for_the_weights() -> None:
+    """In the block the model holds the average, afterwards its own weights, and both are readable meanwhile."""
+    net = model()
+    average = ExponentialMovingAverage(net, momentum=0.5)
+    averages(average, net, [2.0, 4.0])
+    with average.applied():
+        assert net.weight[0, 0].item() == 3.0
+        assert average.own_weights()["weight"][0, 0].item() == 4.0
+        with pytest.raises(StateError, match="restore"):
+            average.update()
+    assert net.weight[0, 0].item() == 4.0
+    assert average.own_weights()["weight"][0, 0].item() == 4.0
+
+
+def test_the_weights_come_back_after_an_error() -> None:
+    """A failing validation leaves the model as it was."""
+    net = model()
+    average = ExponentialMovingAverage(net, momentum=0.5)
+    averages(average, net, [2.0, 4.0])
+    with pytest.raises(ZeroDivisionError), average.applied():
+        raise ZeroDivisionError
+    assert net.weight[0, 0].item() == 4.0
+
+
+def test_averages_have_the_names_of_the_weights() -> None:
+    """The state holds each average under the weight's own name."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+    assert set(ExponentialMovingAverage(net).state_dict()["averages"]) == {name for name, _ in net.named_parameters()}
+
+
+def test_state_round_trips() -> None:
+    """A resumed average continues as an unbroken one, and the state stays as it was."""
+    one, other = model(), model()
+    first = MomentumAnnealingEMA(one, gamma=3)
+    averages(first, one, [1.0, 2.0, 3.0])
+    state = copy.deepcopy(first.state_dict())
+    second = MomentumAnnealingEMA(other, gamma=3)
+    second.load_state_dict(state)
+    assert averages(first, one, [4.0, 5.0]) == averages(second, other, [4.0, 5.0])
+    assert state["steps"] == 3
+    assert state["averages"]["weight"][0, 0].item() != second.averages["weight"][0, 0].item()
+
+
+def test_the_state_of_another_model_is_refused() -> None:
+    """The error names weights that differ."""
+    with pytest.raises(CheckpointMismatchError, match="such as bias"):
+        ExponentialMovingAverage(model()).load_state_dict(
+            ExponentialMovingAverage(nn.Linear(2, 1, bias=False)).state_dict()
+        )
+    with pytest.raises(CheckpointMismatchError, match="such as weight"):
+        ExponentialMovingAverage(model()).load_state_dict(ExponentialMovingAverage(nn.Linear(3, 1)).state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_averages_of_short_types_do_not_stand_still(dtype: torch.dtype) -> None:
+    """A share of 0.0002 of a difference of 1 at 100 is below what bfloat16 can add; the average is float32."""
+    net = model().to(dtype)
+    average = ExponentialMovingAverage(net, momentum=0.0002)
+    seen = averages(average, net, [100.0, 101.0])
+    assert seen == pytest.approx([100.0, 100.0002], rel=1e-7)
+    with average.applied():
+        assert net.weight.dtype is dtype
+    assert average.averages["weight"][0, 0].item() == pytest.approx(100.0002, rel=1e-7)
+
+
+def test_buffers_are_averaged_where_asked() -> None:
+    """Running statistics join with update_buffers=True; counters are never averaged."""
+    net = nn.BatchNorm1d(1)
+    assert "running_mean" not in ExponentialMovingAverage(net).averages
+    average = ExponentialMovingAverage(net, momentum=0.5, update_buffers=True)
+    assert "num_batches_tracked" not in average.averages
+    average.update()
+    assert isinstance(net.running_mean, Tensor)
+    net.running_mean.fill_(4.0)
+    average.update()
+    assert average.averages["running_mean"].item() == 2.0
+
+
+def test_tied_weights_are_averaged_once() -> None:
+    """A shared weight has one average, under its first name."""
+    net = nn.ModuleDict(dict(a=nn.Linear(1, 1, bias=False), b=nn.Linear(1, 1, bias=False)))
+    net["b"].weight = net["a"].weight
+    assert list(ExponentialMovingAverage(net).averages) == ["a.weight"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [(dict(momentum=0.0), "momentum"), (dict(momentum=1.0), "momentum"), (dict(interval=0), "interval")],
+)
+def test_wrong_settings_are_refused(options: dict[str, float], text: str) -> None:
+    """Shares lie between 0 and 1, intervals are positive."""
+    with pytest.raises(ConfigValueError, match=text):
+        ExponentialMovingAverage(model(), **options)
+    with pytest.raises(ConfigTypeError, match=r"torch\.nn\.Module"):
+        ExponentialMovingAverage({})  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""Which implementation of an optimizer is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop
+
+from stratagem.errors import ConfigValueError
+from stratagem.optim import BaseOptimWrapper, build_optim_wrapper
+from stratagem.optim.implementation import implementation_options
+
+MANY = [nn.Parameter(torch.zeros(2)) for _ in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "parameters", "expected"),
+    [
+        (AdamW, {}, MANY, {"fused": True}),
+        (AdamW, {}, MANY[:1], {"fused": True}),
+        (SGD, {}, MANY, {"fused": True}),
+        # A few tensors of plain SGD are faster one by one.
+        (SGD, {}, MANY[:4], {}),
+        (SGD, {"momentum": 0.9}, MANY[:4], {"fused": True}),
+        (RMSprop, {}, MANY, {}),
+        (Adam, {"foreach": True}, MANY, {}),
+        (Adam, {"fused": False}, MANY, {}),
+        (Adam, {"fused": None}, MANY, {"fused": True}),
+        (Adam, {"differentiable": True}, MANY, {}),
+        (Adam, {"capturable": True}, MANY, {}),
+        (Adam, {}, [nn.Parameter(torch.zeros(2, dtype=torch.complex64))], {}),
+        (Adam, {}, [nn.Parameter(torch.zeros(2, device="meta"))], {}),
+    ],
+)
+def test_the_fastest_that_is_possible_is_the_default(
+    kind: type, options: dict[str, Any], parameters: list[nn.Parameter], expected: dict[str, bool]
+) -> None:
+    """Fused wherever optimizer, dtypes and devices have it and the user did not choose."""
+    assert implementation_options(kind, options, parameters) == expected
+
+
+def test_sparse_gradients_are_not_fused() -> None:
+    """An embedding with sparse gradients trains."""
+    model = nn.Embedding(4, 2, sparse=True)
+    wrapper = build_optim_wrapper(model, dict(optimizer=dict(type="SGD", lr=1.0, momentum=0.0)))
+    assert isinstance(wrapper, BaseOptimWrapper)
+    assert not wrapper.param_groups[0]["fused"]
+    wrapper.update_params(model(torch.tensor([1])).sum())
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [("fused", {"fused": True}), ("foreach", {"foreach": True}), ("loop", {"fused": False, "foreach": False})],
+)
+def test_a_choice_is_followed(choice: str, expected: dict[str, bool]) -> None:
+    """implementation= in the optimizer wrapper decides."""
+    assert implementation_options(Adam, {}, MANY, implementation=choice) == expected
+
+
+@pytest.mark.parametrize(
+    ("choice", "options", "text"),
+    [
+        ("fast", {}, "is not known"),
+        ("fused", {}, "RMSprop has no fused"),
+        ("loop", {"foreach": True}, "both say"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_refused(choice: str, options: dict[str, Any], text: str) -> None:
+    """Unknown, impossible and contradicting choices are errors."""
+    with pytest.raises(ConfigValueError, match=text):
+        implementation_options(RMSprop, options, MANY, implementation=choice)
+
+
+def test_all_implementations_take_the_same_steps() -> None:
+    """Fused, foreach and loop give the same weights."""
+    results = []
+    for choice in ("fused", "foreach", "loop"):
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        wrapper = build_optim_wrapper(
+            model, dict(optimizer=dict(type="AdamW", lr=0.1, weight_decay=0.1), implementation=choice)
+        )
+        assert isinstance(wrapper, BaseOptimWrapper)
+        for _ in range(3):
+            wrapper.update_params(model(torch.ones(2, 4)).square().mean())
+        results.append(model.weight.detach())
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])

@@ -1,0 +1,91 @@
+"""Several optimizers in one run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.optim import OptimWrapper, OptimWrapperDict
+
+
+def several() -> tuple[nn.Parameter, nn.Parameter, OptimWrapperDict]:
+    """Return two parameters and the wrappers, with rates 1 and 0.1, that train them."""
+    first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    wrappers = OptimWrapperDict(a=OptimWrapper(SGD([first], lr=1.0)), b=OptimWrapper(SGD([second], lr=0.1)))
+    return first, second, wrappers
+
+
+def test_each_optimizer_is_used_by_its_name() -> None:
+    """An update of one leaves the other's parameters and counts alone."""
+    first, second, wrappers = several()
+    wrappers["a"].update_params(first.sum())
+    assert (first.item(), second.item()) == (-1.0, 0.0)
+    assert (wrappers["a"].updates, wrappers["b"].updates) == (1, 0)
+
+
+@pytest.mark.parametrize("method", ["update_params", "backward", "step", "optim_context"])
+def test_what_belongs_to_one_optimizer_is_refused(method: str) -> None:
+    """The error shows how to call it on one of them."""
+    _, _, wrappers = several()
+    with pytest.raises(NotImplementedError, match=rf'optim_wrapper\["a"\]\.{method}'):
+        getattr(wrappers, method)(torch.zeros(()))
+
+
+def test_all_gradients_can_be_cleared_at_once() -> None:
+    """zero_grad reaches every optimizer."""
+    first, second, wrappers = several()
+    (first + second).sum().backward()
+    wrappers.zero_grad()
+    assert first.grad is None
+    assert second.grad is None
+
+
+def test_rates_and_momenta_are_shown_by_name() -> None:
+    """Logs show name.lr and name.momentum."""
+    _, _, wrappers = several()
+    assert wrappers.get_lr() == {"a.lr": [1.0], "b.lr": [0.1]}
+    assert wrappers.get_momentum() == {"a.momentum": [0], "b.momentum": [0]}
+    assert set(wrappers.param_groups) == {"a", "b"}
+
+
+def test_it_reads_like_a_mapping() -> None:
+    """Names, wrappers, length, membership."""
+    _, _, wrappers = several()
+    assert list(wrappers) == list(wrappers.keys()) == ["a", "b"]
+    assert dict(wrappers.items()) == {"a": wrappers["a"], "b": wrappers["b"]}
+    assert len(wrappers) == len(wrappers.values()) == 2
+    assert "a" in wrappers
+    assert "c" not in wrappers
+    with pytest.raises(ConfigKeyError, match="'c'"):
+        wrappers["c"]
+
+
+def test_state_round_trips_by_name() -> None:
+    """Each wrapper gets its own state back."""
+    first, _, wrappers = several()
+    wrappers["a"].update_params(first.sum())
+    _, _, others = several()
+    others.load_state_dict(wrappers.state_dict())
+    assert (others["a"].updates, others["b"].updates) == (1, 0)
+    with pytest.raises(CheckpointMismatchError, match=r"\['a'\]"):
+        others.load_state_dict({"a": wrappers["a"].state_dict()})
+
+
+def test_open_windows_are_dropped_together() -> None:
+    """The number of micro-batches is that of all."""
+    weight = nn.Parameter(torch.zeros(1))
+    wrappers = OptimWrapperDict(a=OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=4))
+    wrappers.initialize_count_status(nn.Identity(), 0, 8)
+    wrappers["a"].update_params(weight.sum())
+    assert wrappers.drop_window() == 1
+
+
+def test_only_built_wrappers_are_taken() -> None:
+    """A wrong item is named, and none at all is refused."""
+    with pytest.raises(ConfigTypeError, match="a="):
+        OptimWrapperDict(a=dict(type="OptimWrapper"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigValueError, match="at least one"):
+        OptimWrapperDict()

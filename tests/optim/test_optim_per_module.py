@@ -1,0 +1,49 @@
+"""An optimizer for each part of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.optim import MultiOptimWrapperConstructor, OptimWrapperDict, build_optim_wrapper
+
+
+def gan() -> nn.ModuleDict:
+    """Return a model of two parts."""
+    return nn.ModuleDict({"generator": nn.Linear(2, 2), "critic": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))})
+
+
+def test_each_part_gets_the_optimizer_of_its_name() -> None:
+    """Rates, types and rules are each part's own, and a name may be dotted."""
+    model = gan()
+    built = build_optim_wrapper(
+        model,
+        dict(
+            constructor=MultiOptimWrapperConstructor,
+            generator=dict(optimizer=dict(type="AdamW", lr=0.1), paramwise_cfg=dict(bias_lr_mult=2.0)),
+            **{"critic.1": dict(optimizer=dict(type="SGD", lr=0.5), accumulative_counts=2)},
+        ),
+    )
+    assert isinstance(built, OptimWrapperDict)
+    assert built.get_lr() == {"generator.lr": [0.1, 0.2], "critic.1.lr": [0.5]}
+    assert built["critic.1"].accumulative_counts == 2
+    assert built["critic.1"].param_groups[0]["params"][0] is model["critic"][1].weight
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "text"),
+    [
+        (dict(generatr=dict(optimizer=dict(type="SGD"))), ConfigKeyError, "Did you mean 'generator'"),
+        (dict(generator="SGD"), ConfigTypeError, "must be a mapping"),
+        (dict(generator=dict()), ConfigValueError, "has no 'optimizer'"),
+        (dict(), ConfigValueError, "for each part"),
+        (dict(paramwise_cfg=dict(bias_lr_mult=2.0)), ConfigValueError, "its own paramwise_cfg"),
+    ],
+)
+def test_wrong_parts_are_refused(parts: dict[str, Any], error: type[Exception], text: str) -> None:
+    """Errors name the part and the nearest one that the model has."""
+    with pytest.raises(error, match=text):
+        build_optim_wrapper(gan(), dict(constructor=MultiOptimWrapperConstructor, **parts))

@@ -1,0 +1,131 @@
+"""Automatic mixed precision on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.optim import AmpOptimWrapper
+
+
+def wrapped(**options: object) -> tuple[nn.Linear, AmpOptimWrapper]:
+    """Return a model and its wrapper."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    return model, AmpOptimWrapper(SGD(model.parameters(), lr=0.1), **options)  # type: ignore[arg-type]
+
+
+def train(model: nn.Module, wrapper: AmpOptimWrapper, factor: float = 1.0) -> torch.dtype:
+    """Train one micro-batch and return the type of the outputs."""
+    with wrapper.optim_context(model):
+        outputs = model(torch.ones(3, 4))
+    wrapper.update_params(outputs.float().mean() * factor)
+    return outputs.dtype
+
+
+def test_bfloat16_is_the_default_of_the_cpu_and_needs_no_scaler() -> None:
+    """Forwards run in bfloat16, parameters and updates in their own type, and no loss is scaled."""
+    model, wrapper = wrapped()
+    before = model.bias.detach().clone()
+    assert train(model, wrapper) is torch.bfloat16
+    assert wrapper.loss_scaler is None
+    # The loss is the mean over 2 outputs: the gradient of each bias is 0.5.
+    torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), 0.05))
+
+
+def test_autocast_ends_with_the_context() -> None:
+    """Outside of optim_context nothing is cast."""
+    model, wrapper = wrapped(dtype="bfloat16")
+    train(model, wrapper)
+    assert model(torch.ones(3, 4)).dtype is torch.float32
+
+
+def test_float16_scales_the_loss_and_unscales_the_gradients() -> None:
+    """The update is that of the unscaled loss."""
+    model, wrapper = wrapped(dtype="float16", loss_scale=dict(init_scale=1024.0))
+    before = model.bias.detach().clone()
+    assert train(model, wrapper) is torch.float16
+    assert wrapper.loss_scaler is not None
+    torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), 0.05))
+
+
+def test_an_overflow_skips_the_update_and_halves_the_scale() -> None:
+    """A skipped update counts as an attempt alone, so schedules and averages stay where they are."""
+    model, wrapper = wrapped(dtype=torch.float16, loss_scale=dict(init_scale=1024.0))
+    before = model.weight.detach().clone()
+    train(model, wrapper, factor=float("inf"))
+    assert wrapper.loss_scaler is not None
+    assert torch.equal(model.weight, before)
+    assert (wrapper.attempts, wrapper.updates) == (1, 0)
+    assert wrapper.loss_scaler.get_scale() == 512.0
+    train(model, wrapper)
+    assert (wrapper.attempts, wrapper.updates) == (2, 1)
+
+
+@pytest.mark.parametrize("scale", [256, 256.0])
+def test_a_number_stays_the_scale(scale: float) -> None:
+    """A fixed scale survives an overflow; whole numbers are numbers too."""
+    model, wrapper = wrapped(dtype="float16", loss_scale=scale)
+    train(model, wrapper, factor=float("inf"))
+    assert wrapper.loss_scaler is not None
+    assert wrapper.loss_scaler.get_scale() == 256.0
+
+
+def test_gradients_are_clipped_after_unscaling() -> None:
+    """The norm and its limit are those of the true gradients: sqrt(8 * 0.5**2 + 2 * 0.5**2)."""
+    model, wrapper = wrapped(dtype="float16", loss_scale=1024.0, clip_grad=dict(max_norm=0.1))
+    before = model.bias.detach().clone()
+    train(model, wrapper)
+    assert wrapper.grad_norm is not None
+    assert wrapper.grad_norm.item() == pytest.approx(2.5**0.5, rel=1e-3)
+    expected = 0.1 * 0.5 * 0.1 / 2.5**0.5
+    torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), expected), rtol=1e-3, atol=0)
+
+
+def test_accumulation_keeps_autocast_in_every_micro_batch() -> None:
+    """Autocast and the placement's context nest."""
+    model, wrapper = wrapped(dtype="bfloat16", accumulative_counts=2)
+    assert [train(model, wrapper) for _ in range(2)] == [torch.bfloat16] * 2
+    assert wrapper.updates == 1
+
+
+def test_the_scale_is_part_of_the_state() -> None:
+    """A resumed run goes on with the scale that it had found."""
+    model, first = wrapped(dtype="float16", loss_scale=dict(init_scale=1024.0))
+    train(model, first, factor=float("inf"))
+    _, second = wrapped(dtype="float16")
+    state = first.state_dict()
+    second.load_state_dict(state)
+    assert "loss_scaler" in state
+    assert second.loss_scaler is not None
+    assert second.loss_scaler.get_scale() == 512.0
+
+
+def test_a_state_of_another_precision_is_taken() -> None:
+    """From a bfloat16 run a float16 run starts with its configured scale."""
+    _, first = wrapped(dtype="bfloat16")
+    _, second = wrapped(dtype="float16", loss_scale=dict(init_scale=8.0))
+    second.load_state_dict(first.state_dict())
+    assert second.loss_scaler is not None
+    assert second.loss_scaler.get_scale() == 8.0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (dict(dtype="float64"), ConfigValueError, "no type of autocast"),
+        (dict(dtype=torch.int8), ConfigValueError, "no type of autocast"),
+        (dict(dtype="bfloat16", loss_scale=128.0), ConfigValueError, "needs none"),
+        (dict(dtype="float16", loss_scale="dynamik"), ConfigTypeError, "loss_scale must be"),
+        (dict(dtype="float16", loss_scale=True), ConfigTypeError, "loss_scale must be"),
+        (dict(dtype="float16", loss_scale=dict(initscale=2.0)), ConfigKeyError, "Did you mean 'init_scale'"),
+        (dict(dtype="float16", nonfinite="error"), ConfigValueError, "first overflow"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options: dict[str, object], error: type[Exception], text: str) -> None:
+    """Wrong arguments are errors when the wrapper is built."""
+    with pytest.raises(error, match=text):
+        wrapped(**options)

@@ -1,0 +1,414 @@
+"""The arithmetic between a loss and an update."""
+
+from __future__ import annotations
+
+import copy
+import cProfile
+import pstats
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
+from stratagem.optim import OptimWrapper
+
+
+def parameter(*values: float) -> nn.Parameter:
+    """Return a parameter, by default a single zero."""
+    return nn.Parameter(torch.tensor(values or (0.0,)))
+
+
+class Recorder(SGD):
+    """An SGD of rate 1 that keeps the gradients that it steps with."""
+
+    def __init__(self, *parameters: nn.Parameter) -> None:
+        super().__init__(parameters, lr=1.0)
+        self.seen: list[list[float]] = []
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.seen.append([value for group in self.param_groups for p in group["params"] for value in p.grad.tolist()])
+        super().step()
+
+
+def test_six_micro_batches_in_windows_of_four_give_whole_means() -> None:
+    """The last, shorter window is divided by its own length: [1.0, 1.0], not [1.0, 0.5]."""
+    weight = parameter()
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=4)
+    wrapper.initialize_count_status(nn.Identity(), 0, 6)
+    for _ in range(6):
+        wrapper.update_params(weight.sum())
+    assert optimizer.seen == [[1.0], [1.0]]
+    assert (wrapper.inner_count, wrapper.attempts, wrapper.updates) == (6, 2, 2)
+
+
+def test_windows_go_on_where_the_length_of_the_run_is_not_known() -> None:
+    """Without the run's length each window has accumulative_counts micro-batches."""
+    weight = parameter()
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=2)
+    for number in range(5):
+        wrapper.update_params(weight.sum() * number)
+    assert optimizer.seen == [[0.5], [2.5]]
+
+
+def test_a_resume_inside_a_window_averages_what_is_left_of_it() -> None:
+    """After a resume at micro-batch 6 of windows of 4, the window of 7 and 8 is divided by 2, and a warning says so."""
+    weight = parameter()
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=4)
+    with pytest.warns(UserWarning, match="inside a window of 4"):
+        wrapper.initialize_count_status(nn.Identity(), 6, 16)
+    for _ in range(6):
+        wrapper.update_params(weight.sum())
+    assert optimizer.seen == [[1.0], [1.0]]
+
+
+def test_a_window_begins_where_a_state_is_loaded() -> None:
+    """A state of micro-batch 5 of windows of 4 leaves three to go, and they are divided by 3."""
+    weight = parameter()
+    saved = OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=4)
+    for _ in range(5):
+        saved.update_params(weight.sum())
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=4)
+    wrapper.load_state_dict(saved.state_dict())
+    wrapper.zero_grad()
+    for _ in range(3):
+        wrapper.update_params(weight.sum())
+    assert optimizer.seen == [pytest.approx([1.0])]
+
+
+def test_dropping_an_open_window_leaves_no_gradient_behind() -> None:
+    """An early stop inside a window forgets its gradients and says how many micro-batches they were."""
+    weight = parameter()
+    wrapper = OptimWrapper(Recorder(weight), accumulative_counts=4)
+    for _ in range(3):
+        wrapper.update_params(weight.sum())
+    assert wrapper.drop_window() == 3
+    assert weight.grad is None
+    assert wrapper.drop_window() == 0
+
+
+def test_weights_make_unequal_micro_batches_equal_to_one_big_batch() -> None:
+    """With weights, three micro-batches of 1, 2 and 5 samples give the gradient of the batch of 8."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    data, target = torch.randn(8, 3), torch.randn(8, 1)
+    nn.functional.mse_loss(model(data), target).backward()
+    assert model.weight.grad is not None
+    whole = model.weight.grad.clone()
+    model.zero_grad()
+    wrapper = OptimWrapper(SGD(model.parameters(), lr=1.0), accumulative_counts=3)
+    before = model.weight.detach().clone()
+    for start, end in ((0, 1), (1, 3), (3, 8)):
+        loss = nn.functional.mse_loss(model(data[start:end]), target[start:end])
+        wrapper.update_params(loss, weight=end - start)
+    torch.testing.assert_close(before - model.weight.detach(), whole)
+
+
+def test_weights_may_be_tensors() -> None:
+    """A weight may stay on its device: (1 * 1 + 3 * 4) / (1 + 3)."""
+    weight = parameter()
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=2)
+    wrapper.update_params(weight.sum() * 1, weight=torch.tensor(1.0))
+    wrapper.update_params(weight.sum() * 4, weight=torch.tensor(3.0))
+    assert optimizer.seen == [[3.25]]
+
+
+def test_a_window_without_any_weight_has_no_gradient() -> None:
+    """Micro-batches of padding alone give a gradient of zero, not 0 / 0."""
+    weight = parameter()
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, accumulative_counts=2)
+    for _ in range(2):
+        wrapper.update_params(weight.sum(), weight=0)
+    assert optimizer.seen == [[0.0]]
+
+
+def test_a_weight_for_some_micro_batches_only_is_refused() -> None:
+    """A window in which only some micro-batches have a weight has no meaning, and the error says how many had."""
+    weight = parameter()
+    wrapper = OptimWrapper(Recorder(weight), accumulative_counts=2)
+    wrapper.update_params(weight.sum(), weight=2)
+    with pytest.raises(RuntimeError, match="1 of the window's 2 micro-batches had a weight"):
+        wrapper.update_params(weight.sum())
+
+
+def test_clipping_uses_the_norm_over_all_groups() -> None:
+    """Gradients 3 and 4 in two groups have the norm 5, and are scaled to it together."""
+    first, second = parameter(), parameter()
+    optimizer = SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
+    wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=1.0))
+    assert wrapper.grad_norm is None
+    wrapper.update_params((3 * first + 4 * second).sum())
+    assert wrapper.grad_norm is not None
+    assert wrapper.grad_norm.item() == pytest.approx(5.0)
+    assert [-first.item(), -second.item()] == pytest.approx([0.6, 0.8], rel=1e-4)
+
+
+def test_clipping_by_value_clips_each_value() -> None:
+    """With type="value" each value is limited on its own."""
+    weight = parameter(0.0, 0.0)
+    optimizer = Recorder(weight)
+    wrapper = OptimWrapper(optimizer, clip_grad=dict(type="value", clip_value=0.5))
+    wrapper.update_params((weight * torch.tensor([0.25, -3.0])).sum())
+    assert optimizer.seen == [[0.25, -0.5]]
+
+
+def test_the_clipping_configuration_is_not_changed() -> None:
+    """The caller's mapping stays as it was."""
+    config = dict(type="norm", max_norm=1.0)
+    OptimWrapper(SGD([parameter()], lr=1.0), clip_grad=config)
+    assert config == dict(type="norm", max_norm=1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "text"),
+    [
+        (dict(max_nrom=1.0), ConfigKeyError, "Did you mean 'max_norm'"),
+        (dict(type="norms", max_norm=1.0), ConfigValueError, '"norm" or "value"'),
+        (dict(), ConfigValueError, "Give max_norm"),
+        (dict(type="value"), ConfigValueError, "Give clip_value"),
+        (dict(max_norm=0), ConfigValueError, "must be positive"),
+        (dict(max_norm="1"), ConfigTypeError, "must be a number"),
+        (1.0, ConfigTypeError, "must be a mapping"),
+    ],
+)
+def test_a_wrong_clipping_is_refused_when_the_wrapper_is_built(
+    config: object, error: type[Exception], text: str
+) -> None:
+    """A typo in clip_grad is an error at once, with the nearest name."""
+    with pytest.raises(error, match=text):
+        OptimWrapper(SGD([parameter()], lr=1.0), clip_grad=config)  # type: ignore[arg-type]
+
+
+def test_an_update_that_is_not_finite_is_skipped_where_asked() -> None:
+    """With nonfinite="skip" the weights stay, the window counts as an attempt, and training goes on."""
+    weight = parameter()
+    wrapper = OptimWrapper(SGD([weight], lr=1.0), nonfinite="skip")
+    wrapper.update_params((weight * float("inf")).sum())
+    assert (weight.item(), wrapper.attempts, wrapper.updates) == (0.0, 1, 0)
+    assert weight.grad is None
+    wrapper.update_params(weight.sum())
+    assert (weight.item(), wrapper.attempts, wrapper.updates) == (-1.0, 2, 1)
+
+
+def test_an_update_that_is_not_finite_is_an_error_where_asked() -> None:
+    """With nonfinite="error" the norm is named, and the weights stay."""
+    weight = parameter()
+    wrapper = OptimWrapper(SGD([weight], lr=1.0), nonfinite="error")
+    with pytest.raises(TrainingError, match="norm of the gradients is nan"):
+        wrapper.update_params((weight * float("nan")).sum())
+    assert weight.item() == 0.0
+
+
+def test_error_if_nonfinite_of_clipping_is_heard() -> None:
+    """Torch's own spelling of the policy works too."""
+    weight = parameter()
+    wrapper = OptimWrapper(SGD([weight], lr=1.0), clip_grad=dict(max_norm=1.0, error_if_nonfinite=True))
+    with pytest.raises(TrainingError, match="norm of the gradients"):
+        wrapper.update_params((weight * float("inf")).sum())
+
+
+@pytest.mark.parametrize("counts", [0, -1, 1.5, None])
+def test_accumulative_counts_must_be_a_positive_whole_number(counts: object) -> None:
+    """A window needs at least one micro-batch."""
+    with pytest.raises(ConfigValueError, match="accumulative_counts"):
+        OptimWrapper(SGD([parameter()], lr=1.0), accumulative_counts=counts)  # type: ignore[arg-type]
+
+
+def test_only_an_optimizer_can_be_wrapped() -> None:
+    """A configuration in the place of an optimizer is refused, with what to call."""
+    with pytest.raises(ConfigTypeError, match="build_optim_wrapper"):
+        OptimWrapper(dict(type="SGD"))  # type: ignore[arg-type]
+
+
+def test_groups_that_come_later_are_cleared_too() -> None:
+    """zero_grad sees groups that were added after the wrapper was built."""
+    first, second = parameter(), parameter()
+    wrapper = OptimWrapper(SGD([first], lr=1.0))
+    wrapper.optimizer.add_param_group({"params": [second]})
+    wrapper.update_params((first + second).sum())
+    assert first.grad is None
+    assert second.grad is None
+
+
+def test_an_optimizer_with_its_own_zero_grad_keeps_it() -> None:
+    """zero_grad of a class that defines it is called, not replaced."""
+
+    class Own(SGD):
+        cleared = 0
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.cleared += 1
+            super().zero_grad(set_to_none)
+
+    weight = parameter()
+    optimizer = Own([weight], lr=1.0)
+    OptimWrapper(optimizer).update_params(weight.sum())
+    assert optimizer.cleared == 1
+
+
+def test_step_and_zero_arguments_are_passed_on() -> None:
+    """step_kwargs reach the optimizer's step, zero_kwargs its zero_grad."""
+    weight = parameter()
+    wrapper = OptimWrapper(SGD([weight], lr=1.0))
+    wrapper.update_params(weight.sum(), step_kwargs=dict(closure=None), zero_kwargs=dict(set_to_none=False))
+    assert weight.grad is not None
+    assert weight.grad.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"),
+    [
+        (SGD([parameter()], lr=1.0, momentum=0.9), [0.9]),
+        (Adam([parameter()], betas=(0.8, 0.99)), [0.8]),
+        (torch.optim.Adagrad([parameter()]), [0.0]),
+    ],
+)
+def test_momentum_is_read_where_the_optimizer_has_it(optimizer: Optimizer, expected: list[float]) -> None:
+    """get_momentum gives momentum, else the first beta, else 0."""
+    assert OptimWrapper(optimizer).get_momentum() == {"momentum": expected}
+
+
+def test_the_learning_rates_shown_are_those_used() -> None:
+    """get_lr follows the groups, also after they were scaled."""
+    wrapper = OptimWrapper(SGD([{"params": [parameter()], "lr": 0.5}, {"params": [parameter()]}], lr=0.1))
+    wrapper.param_groups[0]["lr"] *= 2
+    assert wrapper.get_lr() == {"lr": [1.0, 0.1]}
+
+
+def test_state_round_trips() -> None:
+    """A wrapper that loads the state of another continues bit for bit, and the mapping keeps its keys."""
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    first, second = (OptimWrapper(AdamW(model.parameters(), lr=0.1)) for model in models)
+    data = torch.randn(4, 3)
+    for _ in range(2):
+        first.update_params(models[0](data).square().mean())
+    models[1].load_state_dict(models[0].state_dict())
+    state = copy.deepcopy(first.state_dict())
+    second.load_state_dict(state)
+    assert state.keys() == {"state", "param_groups", "counts"}
+    assert (second.inner_count, second.updates, second.attempts) == (2, 2, 2)
+    for model, wrapper in zip(models, (first, second), strict=True):
+        wrapper.update_params(model(data).square().mean())
+    assert torch.equal(models[0].weight, models[1].weight)
+
+
+def test_a_loaded_state_does_not_change_how_updates_are_computed() -> None:
+    """A state that a loop saved leaves a fused optimizer fused, with its step counts as fused needs them."""
+    weight = parameter()
+    saved = OptimWrapper(AdamW([weight], lr=0.1, foreach=False))
+    saved.update_params(weight.sum())
+    loaded = OptimWrapper(AdamW([weight], lr=0.1, fused=True))
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.param_groups[0]["fused"] is True
+    loaded.update_params(weight.sum())
+
+
+def test_the_state_of_a_bare_optimizer_is_taken() -> None:
+    """What torch's own optimizer saved can be resumed from."""
+    weight = parameter()
+    bare = Adam([weight], lr=0.1)
+    weight.sum().backward()
+    bare.step()
+    wrapper = OptimWrapper(Adam([weight], lr=0.5))
+    wrapper.load_state_dict(bare.state_dict())
+    assert wrapper.get_lr() == {"lr": [0.1]}
+
+
+def test_a_state_with_other_groups_is_refused() -> None:
+    """The error names both numbers of groups."""
+    one = OptimWrapper(SGD([parameter()], lr=1.0))
+    two = OptimWrapper(SGD([{"params": [parameter()]}, {"params": [parameter()]}], lr=1.0))
+    with pytest.raises(CheckpointMismatchError, match="has 2 parameter groups, this run has 1"):
+        one.load_state_dict(two.state_dict())
+    wide = OptimWrapper(SGD([parameter(), parameter()], lr=1.0))
+    with pytest.raises(CheckpointMismatchError, match="does not fit SGD"):
+        one.load_state_dict(wide.state_dict())
+
+
+def test_the_context_of_a_plain_step_is_one_shared_object() -> None:
+    """Without accumulation no context is made, iteration after iteration."""
+    wrapper = OptimWrapper(SGD([parameter()], lr=1.0))
+    contexts = {id(wrapper.optim_context(nn.Identity())) for _ in range(3)}
+    assert len(contexts) == 1
+    assert isinstance(wrapper.optim_context(nn.Identity()), nullcontext)
+
+
+def test_the_placement_is_told_when_to_exchange_gradients() -> None:
+    """accumulation_context gets False inside a window and True for its last micro-batch."""
+    weight = parameter()
+    wrapper = OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=3)
+    wrapper.initialize_count_status(nn.Identity(), 0, 5)
+    seen: list[bool] = []
+
+    def context(model: nn.Module, sync: bool) -> nullcontext[None]:
+        seen.append(sync)
+        return nullcontext()
+
+    wrapper.accumulation_context = context
+    for _ in range(5):
+        with wrapper.optim_context(nn.Identity()):
+            loss = weight.sum()
+        wrapper.update_params(loss)
+    assert seen == [False, False, True, False, True]
+
+
+def test_a_plain_step_costs_six_calls_more_than_its_parts() -> None:
+    """update_params adds six calls in all to backward and step, clearing the gradients included."""
+
+    def calls(iteration: object) -> int:
+        for _ in range(2):
+            iteration()  # type: ignore[operator]
+        profile = cProfile.Profile()
+        profile.enable()
+        iteration()  # type: ignore[operator]
+        profile.disable()
+        return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]
+
+    model = nn.Linear(4, 2)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    wrapper = OptimWrapper(optimizer)
+    data = torch.randn(3, 4)
+
+    def bare() -> None:
+        loss = model(data).sum()
+        loss.backward()
+        optimizer.step()
+        for weight in (model.weight, model.bias):
+            weight.grad = None
+
+    def ours() -> None:
+        with wrapper.optim_context(model):
+            loss = model(data).sum()
+        wrapper.update_params(loss)
+
+    # optim_context and the two ends of its context are not of update_params.
+    assert calls(ours) - calls(bare) <= 6 + 3
+
+
+def test_schedule_free_optimizers_are_switched_between_their_two_weights() -> None:
+    """An optimizer with train() and eval() is put to training at once, and follows the wrapper."""
+    modes: list[str] = []
+
+    class ScheduleFree(SGD):
+        def train(self) -> None:
+            modes.append("train")
+
+        def eval(self) -> None:
+            modes.append("eval")
+
+    optimizer = ScheduleFree([parameter()], lr=1.0)
+    wrapper = OptimWrapper(optimizer)
+    wrapper.eval()
+    wrapper.train()
+    assert modes == ["train", "eval", "train"]
+    OptimWrapper(SGD([parameter()], lr=1.0)).eval()

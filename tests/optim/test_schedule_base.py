@@ -1,0 +1,335 @@
+"""Ranges, chains, units and state of schedules."""
+
+from __future__ import annotations
+
+import cProfile
+import inspect
+import json
+import pstats
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.optim import (
+    CosineAnnealingLR,
+    CosineAnnealingParamScheduler,
+    ExponentialLR,
+    LinearLR,
+    LinearMomentum,
+    MultiStepLR,
+    OptimWrapper,
+    OptimWrapperDict,
+    ParamScheduler,
+    StepLR,
+    StepMomentum,
+)
+
+
+def optimizer(lr: float = 1.0, **options: object) -> SGD:
+    """Return an optimizer of one parameter."""
+    return SGD([nn.Parameter(torch.zeros(1))], lr=lr, **options)  # type: ignore[arg-type]
+
+
+def rates(optim: Optimizer, schedules: list[ParamScheduler], count: int) -> list[float]:
+    """Return the rate at each of the next positions."""
+    seen = []
+    for _ in range(count):
+        seen.append(optim.param_groups[0]["lr"])
+        for schedule in schedules:
+            schedule.step()
+    return seen
+
+
+def test_schedules_follow_each_other_on_disjoint_ranges() -> None:
+    """A warm-up over [0, 3) and a decay from 3 on; positions count from each one's begin."""
+    optim = optimizer()
+    schedules = [LinearLR(optim, start_factor=0.5, end=3), ExponentialLR(optim, 0.5, begin=3)]
+    assert rates(optim, schedules, 6) == [0.5, 0.75, 1.0, 1.0, 0.5, 0.25]
+
+
+def test_schedules_on_one_range_multiply() -> None:
+    """Both transform the value: 0.5 from the line times 0.9 to the power of the position."""
+    optim = optimizer()
+    schedules = [LinearLR(optim, start_factor=0.5, end=3), ExponentialLR(optim, 0.9)]
+    assert rates(optim, schedules, 4) == pytest.approx([0.5, 0.75 * 0.9, 0.81, 0.729])
+
+
+def test_the_order_of_stepping_does_not_matter() -> None:
+    """A chain is computed in the order of construction, in whichever order its schedules are stepped."""
+    one, other = optimizer(), optimizer()
+    first = [LinearLR(one, start_factor=0.5, end=3), CosineAnnealingLR(one, T_max=4, eta_min=0.2)]
+    second = [LinearLR(other, start_factor=0.5, end=3), CosineAnnealingLR(other, T_max=4, eta_min=0.2)]
+    assert rates(one, first, 5) == rates(other, second[::-1], 5)
+
+
+def test_a_schedule_keeps_its_last_value_after_its_range() -> None:
+    """From end on the last transformation stays."""
+    optim = optimizer()
+    assert rates(optim, [StepLR(optim, 1, gamma=0.5, end=3)], 6) == [1.0, 0.5, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_a_factor_of_zero_is_not_the_end() -> None:
+    """Values come from the first one, so a schedule that was at 0 goes up again."""
+    optim = optimizer()
+    assert rates(optim, [LinearLR(optim, start_factor=0.0, end=3)], 3) == [0.0, 0.5, 1.0]
+
+
+def test_every_group_follows_from_its_own_first_value() -> None:
+    """Two groups keep the ratio of their rates."""
+    optim = SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.1)], lr=1.0)
+    schedule = StepLR(optim, 1, gamma=0.5)
+    schedule.step()
+    assert schedule.get_last_value() == [0.5, 0.05]
+
+
+def test_a_group_that_comes_later_follows_from_the_value_it_came_with() -> None:
+    """A group that was added after the schedule was built is scheduled too."""
+    optim = optimizer()
+    schedule = StepLR(optim, 1, gamma=0.5)
+    optim.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.4})
+    schedule.step()
+    assert schedule.get_last_value() == [0.5, 0.2]
+
+
+def test_a_step_may_go_several_positions_on() -> None:
+    """An update that consumed four iterations moves a schedule by iteration by four."""
+    optim = optimizer()
+    schedule = MultiStepLR(optim, [3, 7], gamma=0.1, by_epoch=False)
+    schedule.step(4)
+    assert optim.param_groups[0]["lr"] == pytest.approx(0.1)
+    assert schedule.last_step == 4
+    schedule.step(4)
+    assert optim.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_momentum_is_the_first_beta_where_there_are_betas() -> None:
+    """Momentum schedules write betas[0] and leave the others."""
+    optim = Adam([nn.Parameter(torch.zeros(1))], betas=(0.8, 0.99))
+    schedule = StepMomentum(optim, 1, gamma=0.5)
+    schedule.step()
+    assert optim.param_groups[0]["betas"] == (0.4, 0.99)
+
+
+def test_momentum_of_an_optimizer_without_any_is_refused() -> None:
+    """Adagrad has neither momentum nor betas."""
+    with pytest.raises(ConfigValueError, match="neither momentum nor betas"):
+        LinearMomentum(torch.optim.Adagrad([nn.Parameter(torch.zeros(1))]))
+
+
+def test_any_option_of_the_groups_can_be_scheduled() -> None:
+    """Weight decay along a cosine to a floor: 0.1 + 0.3 * (1 + cos(90 degrees)) / 2 half-way."""
+    optim = AdamW([nn.Parameter(torch.zeros(1))], weight_decay=0.4)
+    schedule = CosineAnnealingParamScheduler(optim, "weight_decay", T_max=4, eta_min=0.1)
+    schedule.step(2)
+    assert optim.param_groups[0]["weight_decay"] == pytest.approx(0.25)
+
+
+def test_an_option_that_the_groups_do_not_have_is_refused() -> None:
+    """The error suggests the nearest one."""
+    with pytest.raises(ConfigKeyError, match="'weight_decay'"):
+        CosineAnnealingParamScheduler(optimizer(), "weight_decai", T_max=4)
+
+
+def test_a_rate_that_is_a_tensor_stays_that_tensor() -> None:
+    """Compiled and captured optimizers see the change through the tensor that they hold."""
+    rate = torch.tensor(1.0)
+    optim = Adam([nn.Parameter(torch.zeros(1))], lr=rate)
+    schedule = StepLR(optim, 1, gamma=0.5)
+    schedule.step()
+    assert optim.param_groups[0]["lr"].item() == 0.5
+    assert isinstance(optim.param_groups[0]["initial_lr"], float)
+
+
+def test_the_step_of_the_optimizer_is_not_replaced() -> None:
+    """A schedule leaves the optimizer's own methods alone."""
+    optim = optimizer()
+    StepLR(optim, 1)
+    assert "step" not in vars(optim)
+
+
+def test_a_wrapper_and_its_optimizer_are_one_chain() -> None:
+    """A schedule of the wrapper and one of the optimizer transform the same value."""
+    optim = optimizer()
+    schedules = [StepLR(OptimWrapper(optim), 1, gamma=0.5), StepLR(optim, 1, gamma=0.1)]
+    assert rates(optim, schedules, 2) == pytest.approx([1.0, 0.05])
+
+
+def test_state_round_trips_through_json() -> None:
+    """A freshly built chain that loads the states gives exactly the same later values."""
+    one, other = optimizer(0.3), optimizer(0.3)
+
+    def build(optim: Optimizer) -> list[ParamScheduler]:
+        return [LinearLR(optim, start_factor=0.1, end=5), CosineAnnealingLR(optim, begin=5, end=20, eta_min=0.01)]
+
+    first = build(one)
+    rates(one, first, 7)
+    states = json.loads(json.dumps([schedule.state_dict() for schedule in first], allow_nan=False))
+    second = build(other)
+    for schedule, state in zip(second, states, strict=True):
+        schedule.load_state_dict(state)
+    assert rates(one, first, 15) == rates(other, second, 15)
+
+
+def test_values_are_right_after_a_resume_without_the_optimizer() -> None:
+    """Loading a schedule writes its value into groups that know nothing of it."""
+    first, second = optimizer(), optimizer()
+    schedule = StepLR(first, 2, gamma=0.5)
+    schedule.step(5)
+    StepLR(second, 2, gamma=0.5).load_state_dict(schedule.state_dict())
+    assert second.param_groups[0]["lr"] == 0.25
+
+
+def test_first_values_come_back_with_the_optimizer() -> None:
+    """The state of the optimizer carries initial_lr, so a rate that was scaled at the first start stays scaled."""
+    first, second = optimizer(0.8), optimizer(0.1)
+    schedule = StepLR(first, 1, gamma=0.5)
+    schedule.step()
+    resumed = StepLR(second, 1, gamma=0.5)
+    second.load_state_dict(first.state_dict())
+    resumed.load_state_dict(schedule.state_dict())
+    resumed.step()
+    assert second.param_groups[0]["lr"] == pytest.approx(0.2)
+
+
+def test_a_schedule_can_go_back_before_its_range() -> None:
+    """Loading an earlier position undoes the schedule, and entering the range again does it again."""
+    optim = optimizer()
+    schedule = LinearLR(optim, start_factor=0.5, begin=2, end=5)
+    schedule.step(2)
+    assert optim.param_groups[0]["lr"] == 0.5
+    schedule.load_state_dict({"_global_step": 0})
+    assert optim.param_groups[0]["lr"] == 1.0
+    schedule.step(2)
+    assert optim.param_groups[0]["lr"] == 0.5
+
+
+def test_the_range_is_that_of_the_configuration_after_a_resume() -> None:
+    """A run that is made longer at resume uses its new range; the state holds the position alone."""
+    first, second = optimizer(), optimizer()
+    short = LinearLR(first, start_factor=0.0, end=3)
+    short.step()
+    longer = LinearLR(second, start_factor=0.0, end=5)
+    longer.load_state_dict(short.state_dict())
+    assert second.param_groups[0]["lr"] == 0.25
+
+
+def test_the_state_of_something_else_is_refused() -> None:
+    """The error shows what the state has."""
+    with pytest.raises(CheckpointMismatchError, match="step_count"):
+        StepLR(optimizer(), 1).load_state_dict({"step_count": 3})
+
+
+def test_last_step_continues_a_run_without_a_state() -> None:
+    """last_step=1 says that positions 0 and 1 were run: the next is 2."""
+    optim = optimizer()
+    optim.param_groups[0]["initial_lr"] = 2.0
+    schedule = StepLR(optim, 1, gamma=0.5, last_step=1)
+    assert schedule.last_step == 2
+    assert optim.param_groups[0]["lr"] == 0.5
+    with pytest.raises(ConfigKeyError, match="initial_lr"):
+        StepLR(optimizer(), 1, last_step=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [({}, "epoch"), ({"by_epoch": False}, "iter"), ({"by": "step"}, "step"), ({"by": "iter"}, "iter")],
+)
+def test_the_unit_is_said(options: dict[str, object], unit: str) -> None:
+    """by_epoch chooses between epochs and iterations; by names any unit."""
+    schedule = StepLR(optimizer(), 1, **options)
+    assert schedule.unit == unit
+    assert schedule.by_epoch is (unit == "epoch")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        (dict(begin=3, end=3), ConfigValueError, "is no range"),
+        (dict(begin=-1), ConfigValueError, "is no range"),
+        (dict(last_step=-2), ConfigValueError, "last_step"),
+        (dict(by="iters"), ConfigValueError, "'iter'"),
+        (dict(by="epoch", by_epoch=False), ConfigValueError, "contradict"),
+        (dict(gama=0.5), ConfigTypeError, "Did you mean 'gamma'"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, object], error: type[Exception], text: str) -> None:
+    """Ranges, units and names are checked when a schedule is built."""
+    with pytest.raises(error, match=text):
+        StepLR(optimizer(), 1, **options)
+
+
+def test_a_schedule_is_of_one_optimizer() -> None:
+    """Several optimizers at once, or none, are refused."""
+    several = OptimWrapperDict(a=OptimWrapper(optimizer()))
+    for wrong in (several, None, nn.Linear(1, 1)):
+        with pytest.raises(ConfigTypeError, match="needs one optimizer"):
+            StepLR(wrong, 1)
+
+
+def test_an_epoch_schedule_becomes_one_by_iteration() -> None:
+    """Everything that counts epochs is multiplied by the length of an epoch, and the rest stays."""
+    optim = optimizer()
+    schedule = MultiStepLR.build_iter_from_epoch(optim, [1, 2], gamma=0.5, begin=1, end=4, epoch_length=10)
+    assert (schedule.begin, schedule.end, schedule.unit) == (10, 40, "iter")
+    schedule.step(10 + 19)
+    assert optim.param_groups[0]["lr"] == 0.5
+    schedule.step()
+    assert optim.param_groups[0]["lr"] == 0.25
+
+
+def test_only_epochs_can_be_converted() -> None:
+    """A schedule by iteration has no epochs to convert, and an epoch has at least one iteration."""
+    with pytest.raises(ConfigValueError, match="only a schedule by epoch"):
+        StepLR.build_iter_from_epoch(optimizer(), 1, by_epoch=False, epoch_length=10)
+    with pytest.raises(ConfigValueError, match="epoch_length"):
+        StepLR.build_iter_from_epoch(optimizer(), 1, epoch_length=0)
+
+
+def test_a_schedule_of_ones_own_needs_one_method() -> None:
+    """Extend ParamScheduler with transform: here the value halves after position 1."""
+
+    class Half(ParamScheduler):
+        def transform(self, value: float, initial: float) -> float:
+            return value / 2 if self.last_step > 1 else value
+
+    optim = optimizer()
+    assert rates(optim, [Half(optim, "lr")], 4) == [1.0, 1.0, 0.5, 0.5]
+
+
+def test_the_signature_names_every_argument() -> None:
+    """Help and checks of configurations see the shape's arguments and those of every schedule."""
+    names = list(inspect.signature(StepLR).parameters)
+    assert names[:3] == ["optimizer", "step_size", "gamma"]
+    assert {"begin", "end", "last_step", "by_epoch", "by", "verbose"} <= set(names)
+    assert list(inspect.signature(CosineAnnealingParamScheduler).parameters)[:3] == [
+        "optimizer", "param_name", "T_max",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "most"), [("changing", 8), ("unchanged", 4), ("over", 2), ("before", 2)])
+def test_a_step_is_cheap(name: str, most: int) -> None:
+    """What runs at every iteration costs a handful of calls, and next to none outside of the range."""
+    schedules = {
+        "changing": LinearLR(optimizer(), start_factor=0.1, end=1000),
+        "unchanged": StepLR(optimizer(), 1000),
+        "over": StepLR(optimizer(), 1, end=1),
+        "before": StepLR(optimizer(), 1, begin=1000),
+    }
+    step = schedules[name].step
+    profile = cProfile.Profile()
+    profile.enable()
+    step()
+    profile.disable()
+    assert pstats.Stats(profile).total_calls - 1 <= most  # type: ignore[attr-defined]  # one is disable()
+
+
+def test_verbose_logs_each_change(caplog: pytest.LogCaptureFixture) -> None:
+    """A verbose schedule says the unit, the position and the values."""
+    schedule = StepLR(optimizer(), 2, gamma=0.5, verbose=True)
+    with caplog.at_level("INFO", logger="stratagem"):
+        schedule.step()
+        schedule.step()
+    assert caplog.messages == ["StepLR: epoch 2, [0.5]"]

@@ -1,0 +1,62 @@
+"""What schedules will do, without training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+from stratagem.errors import ConfigValueError
+from stratagem.optim import LinearLR, OptimWrapper, ReduceOnPlateauLR, StepLR, StepMomentum, preview_schedules
+
+
+def wrapper(**options: int) -> OptimWrapper:
+    """Return a wrapper of one parameter with a rate of 1."""
+    return OptimWrapper(SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.8), **options)
+
+
+def test_values_are_those_that_iterations_will_use() -> None:
+    """A warm-up by iteration and a decay by epoch of three iterations."""
+    optim = wrapper()
+    schedules = [LinearLR(optim, start_factor=0.5, end=3, by_epoch=False), StepLR(optim, 1, gamma=0.1)]
+    shown = preview_schedules(optim, schedules, range(7), epoch_length=3)
+    np.testing.assert_allclose(shown["lr"][:, 0], [0.5, 0.75, 1.0, 0.1, 0.1, 0.1, 0.01])
+    assert shown["momentum"].shape == shown["weight_decay"].shape == (7, 1)
+
+
+def test_values_change_when_the_optimizer_updates() -> None:
+    """With two micro-batches an update, schedules by iteration move by two and those by step by one."""
+    optim = wrapper(accumulative_counts=2)
+    by_iteration = StepLR(optim, 2, gamma=0.5, by_epoch=False)
+    by_step = StepMomentum(optim, 2, gamma=0.5, by="step")
+    shown = preview_schedules(optim, [by_iteration, by_step], range(6))
+    np.testing.assert_allclose(shown["lr"][:, 0], [1.0, 1.0, 0.5, 0.5, 0.25, 0.25])
+    np.testing.assert_allclose(shown["momentum"][:, 0], [0.8, 0.8, 0.8, 0.8, 0.4, 0.4])
+
+
+def test_the_run_is_left_as_it_was() -> None:
+    """Rates and positions are the same before and after."""
+    optim = wrapper()
+    schedule = StepLR(optim, 1, gamma=0.5)
+    schedule.step()
+    preview_schedules(optim, [schedule], [0, 100, 1000], epoch_length=10)
+    assert optim.get_lr() == {"lr": [0.5]}
+    assert schedule.state_dict() == {"_global_step": 1, "last_step": 1}
+
+
+def test_every_group_is_shown_and_betas_are_momentum() -> None:
+    """One column for each group; a schedule that waits for metrics changes nothing."""
+    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 0.1)]
+    optim = OptimWrapper(AdamW(groups, betas=(0.7, 0.9)))
+    shown = preview_schedules(optim, [ReduceOnPlateauLR(optim)], [0, 5])
+    np.testing.assert_allclose(shown["lr"], [[1.0, 0.1]] * 2)
+    np.testing.assert_allclose(shown["momentum"], [[0.7, 0.7]] * 2)
+
+
+def test_epochs_need_their_length() -> None:
+    """A schedule by epoch cannot be placed on iterations without it."""
+    optim = wrapper()
+    with pytest.raises(ConfigValueError, match="epoch_length"):
+        preview_schedules(optim, [StepLR(optim, 1)], [0])

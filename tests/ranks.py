@@ -1,0 +1,178 @@
+"""Two rank processes that live as long as the test session, and run what tests give them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import socket
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, final
+
+import numpy as np
+import torch
+
+from stratagem.dist import close_dist, init_dist
+
+_DEADLINE_S = 60.0
+# How long the other ranks may still take once one has failed: they may wait for it in a collective.
+_GRACE_S = 3.0
+
+
+class RankError(Exception):
+    """A rank raised, died or did not answer in time; the message holds its traceback."""
+
+
+def seed_generators(seed: int = 0) -> None:
+    """Seed the generators of Python, NumPy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@final
+class Ranks:
+    """Processes with one gloo group, started by the first call and replaced after a failure.
+
+    Functions and arguments are pickled, so a function stands at the top of a module that can be imported, such as the
+    test's own. On a rank it finds the variables of torchrun in the environment, the group made, generators seeded with
+    0, one torch thread, and warnings turned into errors.
+    """
+
+    def __init__(self, size: int = 2) -> None:
+        self.size = size
+        self._processes: list[SpawnProcess] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Call ``function(*args, **kwargs)`` on every rank and return what each returned, in order of rank.
+
+        Raises:
+            RankError: if a rank raises, dies, or has not answered after a minute.
+        """
+        return self.run_within(_DEADLINE_S, function, *args, **kwargs)
+
+    def run_within(self, seconds: float, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Do the same with another deadline."""
+        task = pickle.dumps((function, args, kwargs))
+        with self._replaced_after_failure():
+            if not self._processes:
+                self._start()
+            for pipe in self._pipes:
+                # Apart, since the path is what lets the rank unpickle the function.
+                pipe.send(sys.path)
+                pipe.send_bytes(task)
+            return self._answers(seconds)
+
+    def close(self) -> None:
+        """End the processes: those that wait for work at once, others by force."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+        self._kill()
+
+    def _start(self) -> None:
+        spawn = get_context("spawn")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        for rank in range(self.size):
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(there, rank, self.size, port), name=f"rank {rank}")
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+        self._answers(_DEADLINE_S)
+
+    def _answers(self, seconds: float) -> list[Any]:
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        end = time.monotonic() + seconds
+        while len(answers) + len(failures) < self.size and (left := end - time.monotonic()) > 0:
+            for rank, pipe in enumerate(self._pipes):
+                if rank in answers or rank in failures or not wait([pipe], min(left, 0.05)):
+                    continue
+                try:
+                    good, value = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    self._processes[rank].join(5)
+                    good, value = False, f"died with exit code {self._processes[rank].exitcode}"
+                (answers if good else failures)[rank] = value
+                if not good:
+                    end = min(end, time.monotonic() + _GRACE_S)
+        silent = f"gave no answer within {seconds:g} s" if not failures else "did not end either"
+        for rank in range(self.size):
+            if rank not in answers:
+                failures.setdefault(rank, silent)
+        if failures:
+            raise RankError("\n".join(f"rank {rank}: {failure}" for rank, failure in failures.items()))
+        return [answers[rank] for rank in range(self.size)]
+
+    @contextmanager
+    def _replaced_after_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            # Collectives may be out of step, so that the next test would get the answers of this one.
+            self._kill()
+            raise
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+            process.close()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
+    """Be one rank: answer tasks until the pipe is closed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    _answer(pipe, lambda: init_dist("pytorch", timeout=_DEADLINE_S) and None)
+    while True:
+        try:
+            path, task = pipe.recv(), pipe.recv_bytes()
+        except EOFError:
+            break
+        sys.path[:] = path
+        _answer(pipe, lambda task=task: _run(task))
+    close_dist()
+
+
+def _run(task: bytes) -> Any:
+    seed_generators()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function, args, kwargs = pickle.loads(task)
+        return function(*args, **kwargs)
+
+
+def _answer(pipe: Connection, function: Callable[[], Any]) -> None:
+    try:
+        answer = pickle.dumps((True, function()))
+    except BaseException:  # noqa: BLE001 -- whatever it is belongs to the test
+        answer = pickle.dumps((False, traceback.format_exc()))
+    # Bytes, not the object: torch would hand tensors over as shared memory that ends with this process.
+    pipe.send_bytes(answer)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)

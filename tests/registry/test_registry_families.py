@@ -1,0 +1,78 @@
+import sys
+
+import pytest
+
+from stratagem.errors import ConfigValueError
+from stratagem.registry import Constructors, Loaders, Registry
+from stratagem.utils.data_names import DataName
+
+LIBRARY = """
+class Model:
+    def __init__(self, name="plain", width=1):
+        self.name, self.width = name, width
+
+    @classmethod
+    def from_pretrained(cls, path):
+        return cls(path)
+
+    @classmethod
+    def save(cls):
+        raise AssertionError
+
+class Other: pass
+
+def create(name, width=1):
+    return Model(name, width)
+
+def names():
+    return ["small", "large"]
+"""
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """A registry with the two families that name models of a library."""
+    (tmp_path / "modelhub.py").write_text(LIBRARY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield Registry(
+        "model",
+        scope="families",
+        families=[
+            Constructors("hub.", "modelhub:create", "modelhub:names"),
+            Loaders("modelhub", ["modelhub:Model"], ["from_pretrained"]),
+        ],
+    )
+    sys.modules.pop("modelhub", None)
+
+
+def test_a_prefix_names_the_models_that_a_function_makes(registry):
+    """``hub.small`` calls the library's function with the name, and further arguments are checked against it."""
+    built = registry.build({"type": "hub.small", "width": 3})
+    assert (built.name, built.width) == ("small", 3)
+    assert {"hub.small", "hub.large"} <= set(registry.names())
+    with pytest.raises(TypeError, match=r"takes no argument 'widht'. Did you mean 'width'"):
+        registry.build({"type": "hub.small", "widht": 3})
+
+
+def test_an_unknown_model_is_refused_with_the_nearest(registry):
+    """A misspelled model name is known to be wrong before anything is made; names of weights may follow a dot."""
+    with pytest.raises(KeyError, match=r"'hub.smal' is not in .*'hub.small'"):
+        registry.build({"type": "hub.smal"})
+    with pytest.raises(ConfigValueError, match=r"data file .*Did you mean 'hub.small'"):
+        registry.build({"type": DataName("hub.smal")})
+    assert registry.build({"type": "hub.small.weights_1"}).name == "small.weights_1"
+
+
+def test_a_library_is_imported_only_when_it_is_meant(registry):
+    """Looking up another name does not import it."""
+    assert registry.get("Linear") is None
+    assert "modelhub" not in sys.modules
+
+
+def test_class_methods_that_make_models_are_names(registry):
+    """Classes of the right kind and their listed class methods are found; other things of the library are not."""
+    assert registry.build({"type": "modelhub.Model.from_pretrained", "path": "x"}).name == "x"
+    assert registry.build({"type": "modelhub.Model"}).name == "plain"
+    family = Loaders("modelhub", ["modelhub:Model"], ["from_pretrained"])
+    for name in ("modelhub.Model.save", "modelhub.Other", "modelhub.create", "modelhub._Model", "Model"):
+        assert family.find(name) is None

@@ -1,0 +1,210 @@
+import sys
+
+import pytest
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.registry import (
+    DATA_SAMPLERS,
+    EVALUATOR,
+    EVALUATORS,
+    FUNCTIONS,
+    METRICS,
+    MODELS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
+    STRATEGIES,
+    Registry,
+    switch_scope,
+)
+from stratagem.registry.trust import TargetImportError
+
+
+@pytest.fixture
+def root():
+    """A registry of its own."""
+    return Registry("animal", scope="zoo")
+
+
+def test_a_class_is_registered_by_its_name_or_others(root):
+    """The decorator takes the class's name, one name, or several; a call takes the class."""
+
+    @root.register_module()
+    class Cat:
+        pass
+
+    @root.register_module(name=["Hound", "Dog"])
+    class Dog:
+        pass
+
+    root.register_module("Tom", module=Cat)
+    assert root.get("Cat") is root.get("Tom") is Cat
+    assert root.get("Hound") is root.get("Dog") is Dog
+    assert len(root) == 4
+    assert "Cat" in root
+    assert "Cow" not in root
+    assert root.get("Cow") is None
+
+
+def test_a_taken_name_is_refused_unless_forced(root):
+    """A second class of one name is an error that says what holds the name; ``force`` replaces it."""
+    root.register_module("Cat", module=int)
+    with pytest.raises(KeyError, match=r"'Cat' is already registered in animal, for <class 'int'>"):
+        root.register_module("Cat", module=float)
+    root.register_module("Cat", module=float, force=True)
+    assert root.get("Cat") is float
+
+
+@pytest.mark.parametrize("arguments", [{"name": 3}, {"force": 1}, {"module": 3}, {"name": [1]}])
+def test_what_cannot_be_registered_is_a_type_error(root, arguments):
+    """Names are texts, ``force`` is a bool, and what is registered can be called."""
+    with pytest.raises(TypeError):
+        root.register_module(**arguments)
+
+
+def test_a_name_is_a_text(root):
+    """Looking up anything but a text is a TypeError."""
+    with pytest.raises(ConfigTypeError, match="is a text, not 3"):
+        root.get(3)
+
+
+def test_a_child_looks_in_its_parent(root):
+    """A name that a library does not have is the parent's; one that it has goes first."""
+    child = Registry("animal", parent=root, scope="aquarium")
+    root.register_module("Cat", module=int)
+    root.register_module("Fish", module=int)
+    child.register_module("Fish", module=float)
+    assert child.get("Cat") is int
+    assert child.get("Fish") is float
+    assert child.get("zoo.Fish") is int
+    assert root.get("aquarium.Fish") is float
+    assert root.get("aquarium.Cat") is None
+    assert (child.parent, child.root, root.children) == (root, root, {"aquarium": child})
+
+
+def test_an_empty_parent_is_a_parent(root):
+    """A parent without entries hands its way of building on all the same."""
+    parent = Registry("animal", scope="a", build_func=lambda cfg, registry: (cfg, registry.scope))
+    assert Registry("animal", parent=parent, scope="b").build("x") == ("x", "b")
+
+
+def test_one_child_for_each_scope(root):
+    """Two libraries cannot have the same scope below one parent."""
+    Registry("animal", parent=root, scope="aquarium")
+    with pytest.raises(ConfigValueError, match="already has a child of the scope 'aquarium'"):
+        Registry("animal", parent=root, scope="aquarium")
+
+
+def test_the_scope_is_the_callers_package_by_default():
+    """A library need not name itself."""
+    assert Registry("animal").scope == __name__.partition(".")[0]
+
+
+def test_switching_the_scope_changes_where_names_are_looked_up_first(root):
+    """Within the scope of a library its names go first; afterwards all is as before."""
+    child = Registry("animal", parent=root, scope="aquarium")
+    with switch_scope("aquarium"), root.switch_scope_and_registry(None) as registry:
+        assert registry is child
+    with root.switch_scope_and_registry("aquarium") as registry:
+        assert registry is child
+    with root.switch_scope_and_registry(None) as registry:
+        assert registry is root
+    unknown = pytest.raises(ConfigKeyError, match=r"No animal registry has the scope 'aqarium'.*'aquarium'")
+    with unknown, root.switch_scope_and_registry("aqarium"):
+        pass
+
+
+def test_the_registries_of_a_library_are_imported_when_its_scope_is_named(root, tmp_path, monkeypatch):
+    """``library.Name`` imports ``library.registry``, which makes the child."""
+    (tmp_path / "scopelib").mkdir()
+    (tmp_path / "scopelib" / "__init__.py").write_text("")
+    (tmp_path / "scopelib" / "registry.py").write_text(
+        "import sys\nfrom stratagem.registry import Registry\n"
+        "ANIMALS = Registry('animal', parent=sys.animals, scope='scopelib', locations=['scopelib.cats'])\n"
+    )
+    (tmp_path / "scopelib" / "cats.py").write_text(
+        "from scopelib.registry import ANIMALS\n@ANIMALS.register_module()\nclass Lion: pass\n"
+    )
+    monkeypatch.setattr(sys, "animals", root, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert root.get("scopelib.Lion").__name__ == "Lion"
+    assert root.get("Lion") is None
+
+
+def test_locations_are_imported_on_the_first_miss(tmp_path, monkeypatch):
+    """A module that registers entries is imported when a name is first missing, not before."""
+    (tmp_path / "located_animals.py").write_text("import sys\nsys.located.register_module('Cow', module=int)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = Registry("animal", scope="located", locations=["located_animals"])
+    monkeypatch.setattr(sys, "located", registry, raising=False)
+    assert "located_animals" not in sys.modules
+    assert registry.get("Cow") is int
+
+
+def test_a_dotted_path_is_imported(root):
+    """A path that no registry has is imported: a class, a method, with dots or a colon; None where nothing is."""
+    from fractions import Fraction
+
+    assert root.get("fractions.Fraction") is Fraction
+    assert root.get("fractions:Fraction") is Fraction
+    assert root.get("fractions.Fraction.from_float") == Fraction.from_float
+    assert root.get("fractions.Nothing") is None
+    assert root.get("no_such_package.Thing") is None
+    assert root.get("math.pi") is None
+
+
+def test_a_dotted_path_whose_import_fails_is_a_runtime_error(root, tmp_path, monkeypatch):
+    """A module that exists and cannot be imported is not taken for an unknown name."""
+    (tmp_path / "broken_module_here.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(TargetImportError, match="broken_module_here failed with ZeroDivisionError"):
+        root.get("broken_module_here.Thing")
+
+
+def test_ready_names_are_imported_when_they_are_used(tmp_path, monkeypatch):
+    """A ready name says where to look; the module is imported at the first use, and the name is taken."""
+    (tmp_path / "ready_module.py").write_text("class Zebra: pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    registry = Registry("animal", scope="ready", ready={"Zebra": "ready_module:Zebra"})
+    assert len(registry) == 1
+    assert "ready_module" not in sys.modules
+    assert registry.get("Zebra").__name__ == "Zebra"
+    with pytest.raises(KeyError, match="already registered"):
+        registry.register_module("Zebra", module=int)
+
+
+def test_every_optimizer_of_torch_is_ready():
+    """Every optimizer class of torch.optim is known by its name, Adafactor by its other name too."""
+    import torch
+
+    classes = [found for found in vars(torch.optim).values() if isinstance(found, type)]
+    assert len(classes) > 10
+    for found in classes:
+        assert OPTIMIZERS.get(found.__name__) is found
+    assert OPTIMIZERS.get("TorchAdafactor") is torch.optim.Adafactor
+    assert OPTIMIZERS.get("lr_scheduler") is None
+
+
+def test_layers_losses_and_metrics_are_ready():
+    """torch.nn modules and torchmetrics are known by name and by dotted path."""
+    import torch
+    import torchmetrics
+
+    assert MODELS.get("CrossEntropyLoss") is torch.nn.CrossEntropyLoss
+    assert MODELS.get("torch.nn.Linear") is torch.nn.Linear
+    assert MODELS.get("functional") is None
+    assert METRICS.get("Accuracy") is torchmetrics.Accuracy
+    assert METRICS.get("MulticlassAccuracy") is torchmetrics.classification.MulticlassAccuracy
+    assert FUNCTIONS.get("default_collate") is torch.utils.data.default_collate
+
+
+def test_our_own_names_are_listed_without_importing_them():
+    """Schedules, samplers and strategies have ready names."""
+    assert len(PARAM_SCHEDULERS) == 32
+    assert {"DefaultSampler", "InfiniteSampler"} <= set(DATA_SAMPLERS.names())
+    assert {"SingleDeviceStrategy", "DDPStrategy"} <= set(STRATEGIES.names())
+    assert EVALUATOR is EVALUATORS
+
+
+def test_a_library_that_is_not_installed_does_not_hide_other_suggestions():
+    """Names of families that cannot be listed are left out of suggestions."""
+    assert "Linear" in MODELS.names()

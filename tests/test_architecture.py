@@ -1,0 +1,169 @@
+"""The house keeps its layers: who may import whom is checked on the syntax trees of all modules."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "stratagem"
+
+# A module imports only from earlier rows and from its own folder.
+LAYERS = (
+    {"_version", "errors"},
+    {"utils"},
+    {"logging"},
+    {"config", "registry"},
+    {"dist", "storage"},
+    {"optim", "data"},
+    {"model"},
+    {"parallel"},
+    {"checkpoint"},
+    {"strategies"},
+    {"train"},
+    {"sections"},
+    {"runner"},
+    {"cli"},
+    {"__main__"},
+)
+ROOM_LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+
+
+def modules(source: Path) -> dict[str, Path]:
+    """Return every module of the package by its dotted name."""
+    found = {}
+    for path in sorted(source.rglob("*.py")):
+        parts = path.relative_to(source.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def own_imports(name: str, path: Path, known: set[str]) -> Iterator[tuple[str, ast.stmt]]:
+    """Yield each module of ours that a module imports, with the statement."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node) for alias in node.names if alias.name.split(".")[0] == "stratagem")
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            if base.split(".")[0] != "stratagem":
+                continue
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield (inner if inner in known else base), node
+
+
+def room(name: str) -> str:
+    """Return the folder or top-level file that a module lives in; the package itself is the room ""."""
+    return name.split(".")[1] if "." in name else ""
+
+
+def layer_violations(source: Path) -> list[str]:
+    """Return a line for each import against the order of the layers."""
+    found = modules(source)
+    lines = []
+    for name, path in found.items():
+        for target, node in own_imports(name, path, set(found)):
+            here, there = room(name), room(target)
+            if here in {there, ""}:
+                continue
+            if there not in ROOM_LEVEL or here not in ROOM_LEVEL or ROOM_LEVEL[there] >= ROOM_LEVEL[here]:
+                lines.append(f"{path}:{node.lineno}: {here or 'the package'} may not import {target}")
+    return lines
+
+
+def hidden_imports(source: Path) -> list[str]:
+    """Return a line for each import of ours inside a function or under TYPE_CHECKING."""
+    found = modules(source)
+    lines = []
+    for name, path in found.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        inside = {getattr(child, "lineno", 0) for function in functions for child in ast.walk(function)}
+        lines += [
+            f"{path}:{node.lineno}: {target} is imported inside a function"
+            for target, node in own_imports(name, path, set(found))
+            if node.lineno in inside
+        ]
+        lines += [
+            f"{path}:{node.lineno}: TYPE_CHECKING hides an import"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and node.id == "TYPE_CHECKING"
+        ]
+    return lines
+
+
+def cycles(source: Path) -> list[str]:
+    """Return a line for each circle of modules that import each other at their top."""
+    found = modules(source)
+    arrows = {name: {t for t, _ in own_imports(name, path, set(found))} & set(found) for name, path in found.items()}
+    # A package's __init__ only hands names on: importing from its own modules is no circle with them.
+    for name, path in found.items():
+        if path.name == "__init__.py":
+            arrows[name] = {target for target in arrows[name] if not target.startswith(f"{name}.")}
+    circles: list[str] = []
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            circles.append(" -> ".join([*trail[trail.index(name) :], name]))
+            return
+        if name in done:
+            return
+        for target in sorted(arrows[name]):
+            visit(target, (*trail, name))
+        done.add(name)
+
+    for name in found:
+        visit(name, ())
+    return circles
+
+
+def test_every_room_has_its_layer() -> None:
+    """A folder or file that the table of layers does not know is refused, so nobody forgets to place it."""
+    rooms = {room(name) for name in modules(SOURCE)} - {""}
+    assert rooms <= set(ROOM_LEVEL)
+
+
+def test_no_import_goes_against_the_layers() -> None:
+    """A module imports only from earlier layers and from its own folder."""
+    assert layer_violations(SOURCE) == []
+
+
+def test_no_import_of_ours_hides_in_a_function() -> None:
+    """Our own modules are imported at the top of a file, where the order of the layers is seen."""
+    assert hidden_imports(SOURCE) == []
+
+
+def test_no_import_cycle() -> None:
+    """No module imports itself by a detour."""
+    assert cycles(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "check"),
+    [
+        ("dist/bad.py", "from stratagem.train import loops\n", layer_violations),
+        ("dist/bad.py", "import stratagem.runner\n", layer_violations),
+        ("utils/bad.py", "def f():\n    from stratagem import errors\n", hidden_imports),
+        ("utils/bad.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    pass\n", hidden_imports),
+        ("utils/one.py", "from stratagem.utils import two\n", cycles),
+        ("utils/one.py", "from .two import x\n", cycles),
+    ],
+)
+def test_the_checks_see_a_breach(tmp_path: Path, file: str, text: str, check) -> None:  # type: ignore[no-untyped-def]
+    """Each of the checks names a file that breaks its rule, relative imports included."""
+    package = tmp_path / "stratagem"
+    for folder in ("dist", "utils", "train"):
+        (package / folder).mkdir(parents=True)
+        (package / folder / "__init__.py").touch()
+    for name in ("__init__", "errors", "runner", "train/loops"):
+        (package / f"{name}.py").touch()
+    (package / "utils" / "two.py").write_text("from stratagem.utils import one\n")
+    (package / "utils" / "one.py").touch()
+    (package / file).write_text(text)
+    assert len(check(package)) == 1

@@ -1,0 +1,55 @@
+"""The pool of rank processes that other tests use."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+from ranks import RankError, Ranks
+from stratagem.dist import get_dist_info, is_distributed
+
+
+def facts(*args: object, **kwargs: object) -> tuple[object, ...]:
+    """Return what this rank is and what it got."""
+    return (get_dist_info(), is_distributed(), os.environ["RANK"], torch.get_num_threads(), args, kwargs)
+
+
+def die_or_raise() -> None:
+    """End rank 0 as the out-of-memory killer would, and raise on rank 1."""
+    if get_dist_info()[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise ZeroDivisionError("on purpose")
+
+
+def test_every_rank_runs_the_function(ranks: Ranks) -> None:
+    """A function runs on both ranks of one group, and what they return comes in order of rank."""
+    assert ranks.run(facts, 1, name="x") == [
+        ((0, 2), True, "0", 1, (1,), {"name": "x"}),
+        ((1, 2), True, "1", 1, (1,), {"name": "x"}),
+    ]
+
+
+def test_processes_stay_for_the_next_call(ranks: Ranks) -> None:
+    """Starting processes takes seconds, so they are kept."""
+    assert ranks.run(os.getpid) == ranks.run(os.getpid)
+
+
+def test_failing_ranks_are_reported_and_replaced(ranks: Ranks) -> None:
+    """A hang, a death and an exception name their rank, and the next call finds new processes, of the old ones none."""
+    before = ranks.run(os.getpid)
+    with pytest.raises(RankError, match=r"rank 0: gave no answer within 0\.3 s\nrank 1: gave no answer within 0\.3 s"):
+        ranks.run_within(0.3, time.sleep, 30)
+    for pid in before:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    with pytest.raises(RankError) as raised:
+        ranks.run(die_or_raise)
+    assert "rank 0: died with exit code -9" in str(raised.value)
+    assert re.search(
+        r"rank 1: Traceback(.|\n)*in die_or_raise\n(.|\n)*ZeroDivisionError: on purpose", str(raised.value)
+    )

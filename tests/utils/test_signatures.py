@@ -1,0 +1,111 @@
+import functools
+
+import pytest
+
+from stratagem.utils.signatures import arguments_of
+
+
+class Base:
+    def __init__(self, a, b=1):
+        self.a = a
+
+
+class Handing(Base):
+    def __init__(self, c, **kwargs):
+        self.d = kwargs.pop("d", None)
+        super().__init__(**kwargs)
+
+
+class Written(Base):
+    def __init__(self, **kwargs):
+        super().__init__(1, **kwargs)
+
+
+class Named(Base):
+    def __init__(self, **kwargs):
+        Base.__init__(self, a=2, **kwargs)
+
+
+class Keeping(Base):
+    def __init__(self, **kwargs):
+        self.kwargs = kwargs
+        super().__init__(1)
+
+
+class Refusing(Base):
+    def __init__(self, a, **kwargs):
+        if "x" in kwargs:
+            self.x = kwargs["x"]
+        if kwargs:
+            raise TypeError(f"{sorted(kwargs)}")
+
+
+class Bottom:
+    def __init__(self, e=1, **kwargs):
+        super().__init__(**kwargs)
+
+
+class Inheriting(Handing):
+    pass
+
+
+class Choosing:
+    def __new__(cls, kind, **kwargs):
+        return Base(**kwargs) if kind else Handing(**kwargs)
+
+
+def function(q, *rest, **kwargs):  # noqa: D103
+    return Base(**kwargs)
+
+
+def unknown(q, **kwargs):  # noqa: D103
+    return kwargs
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        (Base, {"a", "b"}),
+        (Handing, {"a", "b", "c", "d"}),
+        (Inheriting, {"a", "b", "c", "d"}),
+        (Written, {"b"}),
+        (Named, {"b"}),
+        (Refusing, {"a", "x"}),
+        (Bottom, {"e"}),
+        (Choosing, {"kind", "a", "b", "c", "d"}),
+        (function, {"q", "a", "b"}),
+        (functools.partial(function, 1), {"a", "b"}),
+        (functools.partial(Handing, c=1), {"a", "b", "c", "d"}),
+    ],
+)
+def test_keyword_arguments_are_followed_to_where_they_go(target, names):
+    """``**kwargs`` means what the code that gets them takes, less what is written there already."""
+    taken = arguments_of(target)
+    assert set(taken.names) == names
+    assert not taken.open
+    assert not taken.accept("anything")
+
+
+@pytest.mark.parametrize("target", [Keeping, unknown, dict])
+def test_what_cannot_be_followed_takes_anything(target):
+    """Where kwargs are kept, or the source is not Python, no argument can be refused."""
+    assert arguments_of(target).accept("anything")
+
+
+def test_required_arguments_are_those_of_the_target_itself():
+    """Arguments that only the parent requires may be given by the code between."""
+    assert arguments_of(Handing).required == {"c"}
+    assert arguments_of(functools.partial(Base, a=1)).required == set()
+
+
+def test_layers_and_metrics_are_understood():
+    """Layers that hand arguments on, and metrics that dispatch, refuse what they do not take."""
+    import torch
+    import torchmetrics
+
+    assert not arguments_of(torch.nn.LSTM).accept("mode")
+    assert arguments_of(torch.nn.LSTM).accept("hidden_size")
+    accuracy = arguments_of(torchmetrics.Accuracy)
+    assert accuracy.accept("num_classes")
+    assert accuracy.accept("sync_on_compute")
+    assert not accuracy.accept("num_clases")
