@@ -1,0 +1,34 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import settings
+
+from stratagem import Runner
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small matrices are faster on one thread, and other processes of the machine disturb less."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_runner(tmp_path: Path) -> Iterator[Callable[..., Runner]]:
+    """Make runners of the small run with some arguments changed; all are closed in the end."""
+    made: list[Runner] = []
+
+    def make(**changes: Any) -> Runner:
+        if "strategy" not in changes:
+            changes.setdefault("work_dir", tmp_path / "run")
+        made.append(Runner(**settings(**changes)))
+        return made[-1]
+
+    yield make
+    for runner in made:
+        runner.close()
