@@ -183,6 +183,11 @@ class Runner:
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._loader("train")
+            if not loader.positioned:
+                self.strategy.logger.warning(
+                    "The order of the training data is that of its own loader or sampler. A run that is stopped inside "
+                    "of an epoch draws again what it has seen, to go on behind it, and may not go on exactly."
+                )
             loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop)
             strategy.prepare(
                 self._model,
