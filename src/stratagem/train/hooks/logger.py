@@ -43,6 +43,10 @@ class LoggerHook(Hook):
         self._clear_at_line = window_size is None
         self._append = self._window.append
 
+    def before_run(self, run: Run) -> None:
+        if run.rank == 0:
+            run.record_as_json()
+
     def before_train(self, run: Run) -> None:
         if run.rank == 0:
             run.bar = TrainingProgress("train", total=run.max_iters, completed=run.iter)
