@@ -49,9 +49,14 @@ def _optim_wrapper(value: Any) -> Section:
 _SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"}), keys={"convert_to_iter_based": _FREE})
 
 
+def _is_by_name(value: Any) -> bool:
+    """Tell whether a mapping gives several things a name each; one with plain values is a single thing, misspelled."""
+    plain = str | int | float | None
+    return isinstance(value, Mapping) and "type" not in value and not any(isinstance(v, plain) for v in value.values())
+
+
 def _param_scheduler(value: Any) -> Section:
-    by_optimizer = isinstance(value, Mapping) and "type" not in value
-    return Section(others=_SCHEDULE) if by_optimizer else _SCHEDULE
+    return Section(others=_SCHEDULE) if _is_by_name(value) else _SCHEDULE
 
 
 _FUNCTION = Section(registry=FUNCTIONS, partial=True, by_name=True)
@@ -80,8 +85,7 @@ def _train_cfg(value: Any) -> Section:
 def _evaluator(value: Any) -> Section:
     if isinstance(value, Mapping) and value.get("type") == "Evaluator":
         return Section(registry=EVALUATORS, supplied=frozenset({"device"}), keys={"metrics": _evaluator})
-    named = isinstance(value, Mapping) and "type" not in value
-    return Section(others=Section(registry=METRICS)) if named else Section(registry=METRICS)
+    return Section(others=Section(registry=METRICS)) if _is_by_name(value) else Section(registry=METRICS)
 
 
 def _hook(default: str | None = None) -> Section:
