@@ -80,20 +80,20 @@ def optimizer_by_index(
             f"The checkpoint's optimizer has {len(saved_groups)} parameter groups, this run's has {len(names)}. "
             "Build the same groups, or resume with resume_optimizer=False."
         )
+    kept = [{key: now[key] for key in _IMPLEMENTATION if key in now} for now in current]
     if not _is_by_name(state):
         _check_sizes(saved_groups, names)
-        return dict(state)
+        return {**state, "param_groups": [{**saved, **own} for saved, own in zip(saved_groups, kept, strict=True)]}
     index_of = {name: index for index, name in enumerate(name for group in names for name in group)}
     groups = []
-    for number, (saved, own, now) in enumerate(zip(saved_groups, names, current, strict=True)):
+    for number, (saved, own, flags) in enumerate(zip(saved_groups, names, kept, strict=True)):
         if set(saved["params"]) != set(own):
             only_saved, only_own = sorted(set(saved["params"]) - set(own)), sorted(set(own) - set(saved["params"]))
             raise CheckpointMismatchError(
                 f"Parameter group {number} of the optimizer differs: only in the checkpoint {only_saved[:5]}, only in this "
                 f"run {only_own[:5]}. Build the same groups, or resume with resume_optimizer=False."
             )
-        kept = {key: now[key] for key in _IMPLEMENTATION if key in now}
-        groups.append({**saved, **kept, "params": [index_of[name] for name in own]})
+        groups.append({**saved, **flags, "params": [index_of[name] for name in own]})
     return {
         **state,
         "state": {index_of[name]: slots for name, slots in state["state"].items() if name in index_of},
