@@ -224,9 +224,11 @@ def _check_storable(tensor: Tensor, name: str) -> None:
 
 def _read_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
-        return load_file(file, device=str(device))
+        tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+    # Apart: safetensors knows few devices, and one that it does not know is no damage.
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _write_json(file: Path, content: Any) -> bytes:
