@@ -167,7 +167,11 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
     FORMAT.save(sample(), tmp_path / "c")
     FORMAT.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "c")
     assert FORMAT.load(tmp_path / "c") == {"state_dict": {"x": torch.ones(1)}}
-    assert sorted(file.name for file in (tmp_path / "c").iterdir()) == ["manifest.json", "model.safetensors", "state.json"]
+    assert sorted(file.name for file in (tmp_path / "c").iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "state.json",
+    ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
 
@@ -194,7 +198,9 @@ def test_a_failed_write_leaves_what_was_there(
     if old:
         FORMAT.save(sample(), tmp_path / "c")
     monkeypatch.setattr(files, operation, full_disk)
-    with pytest.raises(CheckpointError, match=r"c: the checkpoint could not be written: .*No space left.* bytes are free"):
+    with pytest.raises(
+        CheckpointError, match=r"c: the checkpoint could not be written: .*No space left.* bytes are free"
+    ):
         FORMAT.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "c")
     assert [entry.name for entry in tmp_path.iterdir()] == (["c"] if old else [])
     if old:

@@ -29,7 +29,9 @@ def all_ones(module: nn.Module) -> bool:
     return all(bool((value == 1).all()) for value in module.state_dict().values())
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
 def test_wrapped_states_fit_the_bare_model(prefix: str) -> None:
     """A state saved from inside DDP or torch.compile is loaded whole, without any option."""
     model = net()

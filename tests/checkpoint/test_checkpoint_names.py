@@ -141,7 +141,9 @@ def test_another_number_of_groups_is_told(by_name: bool) -> None:
     if by_name:
         state = optimizer_by_name(state, parameter_names(saved, net))
     fresh = torch.optim.Adam(net.parameters())
-    with pytest.raises(CheckpointMismatchError, match=r"has 2 parameter groups, this run's has 1.*resume_optimizer=False"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"has 2 parameter groups, this run's has 1.*resume_optimizer=False"
+    ):
         optimizer_by_index(state, parameter_names(fresh, net), fresh.param_groups)
 
 
@@ -151,7 +153,9 @@ def test_other_parameters_in_a_group_are_named() -> None:
     saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
     state = optimizer_by_name(saved.state_dict(), parameter_names(saved, net))
     fresh = torch.optim.Adam([{"params": [net[0].weight]}, {"params": [net[0].bias, net[1].weight]}])
-    with pytest.raises(CheckpointMismatchError, match=r"group 1 .*only in the checkpoint \['1.bias'\], only in this run \[\]"):
+    with pytest.raises(
+        CheckpointMismatchError, match=r"group 1 .*only in the checkpoint \['1.bias'\], only in this run \[\]"
+    ):
         optimizer_by_index(state, parameter_names(fresh, net), fresh.param_groups)
 
 

@@ -201,7 +201,8 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "single"), [("a.pth", True), ("a.pt", True), ("a.ckpt", True), ("a.bin", True), ("a", False), ("a.1", False)]
+    ("name", "single"),
+    [("a.pth", True), ("a.pt", True), ("a.ckpt", True), ("a.bin", True), ("a", False), ("a.1", False)],
 )
 def test_the_name_chooses_the_form(name: str, single: bool) -> None:
     """A name with torch's suffixes is a single file, every other a directory."""

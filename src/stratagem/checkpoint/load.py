@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from stratagem.checkpoint.names import bare_name, revise
+from stratagem.checkpoint.names import bare_name, revise, unwrapped_names
 from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointMismatchError
 
@@ -154,11 +154,9 @@ def _names_here(keys: Iterable[str], own: Collection[str], revise_keys: Sequence
 def _closest(key: str, revised: str, own: Collection[str]) -> str:
     if revised in own:
         return revised
-    bare = bare_name(revised)
-    # A model may have a part of its own called "module"; rewriting that took no wrapper away.
-    if key in own and bare == bare_name(key):
-        return key
-    return bare if bare in own else revised
+    # A model may have a part of its own called "module": then rewriting took more away than a wrapper.
+    wrapped = key if bare_name(key) == bare_name(revised) else revised
+    return next((name for name in (wrapped, *unwrapped_names(wrapped)) if name in own), revised)
 
 
 def _versions_here(

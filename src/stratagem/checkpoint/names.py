@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError
 
-__all__ = ["bare_name", "optimizer_by_index", "optimizer_by_name", "parameter_names", "revise"]
+__all__ = ["bare_name", "optimizer_by_index", "optimizer_by_name", "parameter_names", "revise", "unwrapped_names"]
 
 _WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # How a step is computed belongs to the machine, not to the run: it is chosen anew where the run goes on.
@@ -20,10 +20,19 @@ _IMPLEMENTATION = ("fused", "foreach")
 
 def bare_name(name: str) -> str:
     """Return a parameter's name without the parts that wrappers add, such as ``module.`` or ``_orig_mod.``."""
+    return list(unwrapped_names(name))[-1]
+
+
+def unwrapped_names(name: str) -> Iterator[str]:
+    """Yield the name without the parts that only wrappers have, then without each leading ``module.`` in turn.
+
+    The last is the bare name; those before are it where the model's own part is called ``module``.
+    """
     parts = [part for part in name.split(".") if part not in _WRAPPING_PARTS]
+    yield ".".join(parts)
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
-    return ".".join(parts)
+        yield ".".join(parts)
 
 
 def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:

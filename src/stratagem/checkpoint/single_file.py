@@ -56,11 +56,10 @@ class SingleFileFormat:
             raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
         if not path.is_file():
             raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
-        kind = _kind(path)
         try:
             loaded = torch.load(path, map_location=map_location, weights_only=True)
         except Exception as error:  # which class it is hangs on where the file is damaged
-            if isinstance(error, pickle.UnpicklingError) and kind != "part of a zip":
+            if isinstance(error, pickle.UnpicklingError) and (kind := _kind(path)) != "damaged zip":
                 raise CheckpointError(_refusal(path, error, kind)) from error
             raise CheckpointDamagedError(f"{path} cannot be read: {_first_line(error)}") from error
         tree = _as_tree(loaded, path)
@@ -75,12 +74,15 @@ def _as_tree(loaded: Any, path: Path) -> StateTree:
     return {"state_dict": loaded}
 
 
-def _kind(path: Path) -> Literal["zip", "part of a zip", "other"]:
+def _kind(path: Path) -> Literal["zip", "damaged zip", "other"]:
     """Tell a whole file of torch's form, which is a zip, from one that was cut off and from anything else."""
-    if zipfile.is_zipfile(path):
-        return "zip"
+    try:
+        if zipfile.is_zipfile(path):
+            return "zip"
+    except zipfile.BadZipFile:
+        return "damaged zip"
     with path.open("rb") as file:
-        return "part of a zip" if file.read(4) == b"PK\x03\x04" else "other"
+        return "damaged zip" if file.read(4) == b"PK\x03\x04" else "other"
 
 
 def _refusal(path: Path, error: Exception, kind: str) -> str:
