@@ -56,7 +56,7 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_model_file_serves_other_tools(tmp_path: Path) -> None:
-    """safetensors alone reads the model's file, with the model's own names."""
+    """Safetensors alone reads the model's file, with the model's own names."""
     FORMAT.save({"state_dict": nn.Sequential(nn.Linear(3, 2)).state_dict()}, tmp_path / "c")
     tensors = load_file(tmp_path / "c" / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"0.weight": (2, 3), "0.bias": (2,)}

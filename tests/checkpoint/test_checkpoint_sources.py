@@ -35,7 +35,7 @@ def file_bytes() -> bytes:
 
 CONTENT = file_bytes()
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-WRONG = DIGEST[::-1] if DIGEST != DIGEST[::-1] else "0" * 64
+WRONG = DIGEST[::-1] if DIGEST[::-1] != DIGEST else "0" * 64
 
 
 @dataclass

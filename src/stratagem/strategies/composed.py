@@ -6,6 +6,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from stratagem.checkpoint import (
     weights_to_cpu,
 )
 from stratagem.dist import all_gather_object
-from stratagem.errors import CheckpointMismatchError, ConfigValueError
+from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback
@@ -38,11 +39,14 @@ class ComposedStrategy(BaseStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._placement = self._make_placement()
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._placement = self._make_placement()
+            undo.pop_all()
 
     @abstractmethod
     def _make_placement(self) -> Placement:
-        """Return how this strategy places a model."""
+        """Return how this strategy places a model, or refuse to in this environment."""
 
     def prepare(
         self,
@@ -53,17 +57,21 @@ class ComposedStrategy(BaseStrategy):
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        horizon = dispatch_kwargs or {}
+        Horizon.parse(horizon)
+        optim_due = optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None
+        schedulers_due = param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None
+        if schedulers_due and not optim_due and BaseStrategy.optim_wrapper.get(self) is None:
+            raise ConfigValueError("param_scheduler schedules an optimizer's values, but no optim_wrapper was given.")
         if BaseStrategy.model.get(self) is None:
-            self._place(model, optim_wrapper, compile, dispatch_kwargs or {})
-        elif optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None:
+            self.dispatch_kwargs.update(horizon)
+            self._place(model, optim_wrapper, compile)
+        elif optim_due or schedulers_due:
             # Prepared for evaluation first; now it is to be trained.
-            self._set_horizon(dispatch_kwargs or {})
-            self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.bare_model()))
-        if param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None:
-            if BaseStrategy.optim_wrapper.get(self) is None:
-                raise ConfigValueError(
-                    "param_scheduler schedules an optimizer's values, but no optim_wrapper was given."
-                )
+            self.dispatch_kwargs.update(horizon)
+            if optim_due:
+                self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.bare_model()))
+        if schedulers_due:
             self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
         return self._prepared_components()
 
@@ -72,9 +80,7 @@ class ComposedStrategy(BaseStrategy):
         model: nn.Module | Mapping[str, Any],
         optim_wrapper: Any,
         compile: bool | Mapping[str, Any],  # noqa: A002
-        dispatch_kwargs: Mapping[str, Any],
     ) -> None:
-        self._set_horizon(dispatch_kwargs)
         with self._placement.construction(self.world):
             built = self.build_model(model)
         steps = Steps(
@@ -89,10 +95,6 @@ class ComposedStrategy(BaseStrategy):
         if placed.optim is not None:
             self._adopt_optim(placed.optim)
 
-    def _set_horizon(self, dispatch_kwargs: Mapping[str, Any]) -> None:
-        Horizon.parse(dispatch_kwargs)
-        self.dispatch_kwargs.update(dispatch_kwargs)
-
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
         horizon = Horizon.parse(self.dispatch_kwargs)
@@ -106,7 +108,12 @@ class ComposedStrategy(BaseStrategy):
                 wrapper.initialize_count_status(self.model, horizon.cur_iter, horizon.max_iters)
             wrapper.accumulation_context = self._placement.accumulate
         self.optim_wrapper = optim
-        self._scale_lr()
+        try:
+            self._scale_lr()
+        except StratagemError:
+            # A second prepare must build it anew rather than train with learning rates that were not scaled.
+            BaseStrategy.optim_wrapper.clear(self)
+            raise
 
     def bare_model(self) -> nn.Module:
         return self._placement.bare(self.model)
@@ -227,11 +234,13 @@ class ComposedStrategy(BaseStrategy):
             )  # fmt: skip
 
     def _resume_accumulation(self, meta: Mapping[str, Any]) -> None:
+        """Have windows go on where they were: after the micro-batches that the optimizer's state, or else the meta, tells."""
         horizon = Horizon.parse(self.dispatch_kwargs)
         optim = BaseStrategy.optim_wrapper.get(self)
         for wrapper in building.each_wrapper(optim).values() if optim is not None else ():
             if wrapper.accumulative_counts > 1 and horizon.max_iters is not None:
-                wrapper.initialize_count_status(self.model, int(meta.get("iter", 0)), horizon.max_iters)
+                done = wrapper.inner_count or int(meta.get("iter", 0))
+                wrapper.initialize_count_status(self.model, done, horizon.max_iters)
 
     def _resume_randomness(self, checkpoint: StateTree, meta: Mapping[str, Any]) -> None:
         """Take up the saved seed and this rank's generators where they were."""
