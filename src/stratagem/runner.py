@@ -266,8 +266,17 @@ class Runner:
             return
         rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
         if resume and rest is not None:
-            self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+            self.run.progress.move_to(self._position(rest.get("meta") or {}))
             self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+
+    def _position(self, meta: Mapping[str, Any]) -> Position:
+        """Return where the saved run stood, in the batches of this one."""
+        position = Position.from_meta(meta)
+        own = self.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
+        old = meta.get("train_micro_batch_size_per_gpu")
+        if not (position.batch and own and old):
+            return position
+        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1))
 
     def _is_complete(self) -> bool:
         progress = self.run.progress

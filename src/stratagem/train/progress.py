@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, replace, replace
 from typing import Any, final
 
 __all__ = ["Position", "Progress"]
@@ -21,6 +21,13 @@ class Position:
     iter: int = 0
     batch: int = 0
     validated: int = -1
+
+    def in_batches_of(self, new: int, old: int) -> Position:
+        """Return the position for batches of another size over all ranks: the same samples of the epoch are done.
+
+        Where they are no whole number of new batches, those beyond the last whole one are seen again.
+        """
+        return replace(self, batch=self.batch * old // new)
 
     def as_meta(self) -> dict[str, int]:
         """Return it as a checkpoint's ``meta`` has it."""
