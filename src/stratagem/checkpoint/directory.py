@@ -121,7 +121,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], *, part: str) -> N
         # Views that are conjugated or negated when they are read would be written as they lie in memory.
         copy = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
         storage = copy.untyped_storage().data_ptr()
-        if copy.numel() and (storage in seen or copy.untyped_storage().nbytes() != copy.nbytes):
+        if storage in seen:
             copy = copy.clone()
             storage = copy.untyped_storage().data_ptr()
         seen.add(storage)
