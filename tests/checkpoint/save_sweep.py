@@ -42,6 +42,7 @@ def die_before(number: int) -> None:
 
 
 def state(value: int) -> dict[str, Any]:
+    """Return a checkpoint whose parts all tell which one it is."""
     return {"meta": {"iter": value}, "state_dict": {"x": torch.full((1000,), value)}, "optimizer": {"m": torch.ones(9)}}
 
 

@@ -186,6 +186,7 @@ def test_all_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
 
 
 def full_disk(*_: object) -> None:
+    """Fail as a full disk does."""
     raise OSError(28, "No space left on device")
 
 
@@ -212,7 +213,7 @@ def test_an_error_of_safetensors_is_ours(tmp_path: Path, monkeypatch: pytest.Mon
     FORMAT.save(sample(), tmp_path / "c")
     write = directory.save_file
     monkeypatch.setattr(directory, "save_file", lambda tensors, _: write(tensors, tmp_path / "gone" / "x"))
-    with pytest.raises(CheckpointError, match="could not be written: .*No such file"):
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No such file"):
         FORMAT.save(sample(), tmp_path / "c")
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
     assert set(FORMAT.load(tmp_path / "c")) == set(sample())
@@ -221,7 +222,7 @@ def test_an_error_of_safetensors_is_ours(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_refused_value_leaves_what_was_there(tmp_path: Path) -> None:
     """A value that cannot be stored is named with its part, and nothing is touched."""
     FORMAT.save(sample(), tmp_path / "c")
-    with pytest.raises(CheckpointError, match="optimizer/a/0 is set"):
+    with pytest.raises(CheckpointError, match=r"optimizer/a/0 is set"):
         FORMAT.save({"optimizer": {"a": [{1}]}}, tmp_path / "c")
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
     assert set(FORMAT.load(tmp_path / "c")) == set(sample())
@@ -245,7 +246,7 @@ def test_tensors_that_safetensors_lacks_are_named(tensor: Tensor, kind: str, tmp
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", ".", "..", ".hidden", "a\\b", "c:d", 1, None])
 def test_parts_stay_inside_of_the_directory(name: Any, tmp_path: Path) -> None:
     """A part whose name is no file name is refused before anything is written."""
-    with pytest.raises(CheckpointError, match="has a part .* Rename it"):
+    with pytest.raises(CheckpointError, match=r"has a part .* Rename it"):
         FORMAT.save({name: {"x": torch.ones(1)}}, tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 
@@ -263,7 +264,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, content: str
     """Saving under the name of a folder that is no checkpoint of ours is an error, and all in it stays."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / content).write_text('{"format": "somebody else\'s"}')
-    with pytest.raises(CheckpointError, match="work is a folder with something other than a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"work is a folder with something other than a checkpoint"):
         FORMAT.save(sample(), tmp_path / "work")
     assert [entry.name for entry in (tmp_path / "work").iterdir()] == [content]
 
@@ -287,6 +288,8 @@ def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
 
 
 def refuse(name: str) -> Callable[..., Any]:
+    """Return a function that must not be called."""
+
     def refused(*_: object, **__: object) -> Any:
         raise AssertionError(f"{name} was called")
 

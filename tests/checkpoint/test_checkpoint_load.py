@@ -13,6 +13,7 @@ from stratagem.errors import CheckpointMismatchError
 
 
 def net() -> nn.Sequential:
+    """Return a model with four keys."""
     return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
 
 
@@ -22,10 +23,12 @@ def ones(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 
 def copied(module: nn.Module) -> dict[str, list[Any]]:
+    """Return the numbers of a model as they are now."""
     return {key: value.tolist() for key, value in module.state_dict().items()}
 
 
 def all_ones(module: nn.Module) -> bool:
+    """Tell whether every number of a model is one."""
     return all(bool((value == 1).all()) for value in module.state_dict().values())
 
 
@@ -193,7 +196,7 @@ class Renaming(nn.Module):
         self.register_load_state_dict_pre_hook(self._rename)
 
     @staticmethod
-    def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _rename(_: nn.Module, state: dict[str, Any], prefix: str, *__: Any) -> None:
         if prefix + "old" in state:
             state[prefix + "new"] = state.pop(prefix + "old")
 

@@ -36,6 +36,7 @@ def test_wrappers_leave_no_trace_in_names(name: str, bare: str) -> None:
 
 
 def model() -> nn.Sequential:
+    """Return a model with four parameters."""
     return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
 
 

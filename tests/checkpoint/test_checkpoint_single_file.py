@@ -23,6 +23,7 @@ FORMAT = SingleFileFormat()
 
 
 def sample() -> dict[str, Any]:
+    """Return a small checkpoint with the usual parts."""
     return {
         "meta": {"epoch": 3, "cfg": "lr = 1", "best": math.inf, "none": None, "pair": (1, [True, 2.5])},
         "state_dict": {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(4)},

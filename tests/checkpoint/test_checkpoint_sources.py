@@ -28,6 +28,7 @@ from stratagem.errors import (
 
 
 def file_bytes() -> bytes:
+    """Return a checkpoint as a server holds it."""
     buffer = io.BytesIO()
     torch.save({"state_dict": {"w": torch.ones(2)}}, buffer)
     return buffer.getvalue()
@@ -97,6 +98,7 @@ def kept(cache: Path) -> list[str]:
 
 
 def weights(name: str | Path) -> list[float]:
+    """Return what a checkpoint holds as the only weight."""
     return CheckpointLoader.load_checkpoint(name)["state_dict"]["w"].tolist()
 
 
@@ -128,7 +130,7 @@ def test_a_missing_path_names_what_is_beside_it(saved: Path) -> None:
     """An error about a path says what was probably meant, or that there is no folder either."""
     with pytest.raises(CheckpointNotFoundError, match=r"epoch_2\.pth: there is no .*Did you mean 'epoch_1\.pth'"):
         CheckpointLoader.fetch(saved.with_name("epoch_2.pth"))
-    with pytest.raises(CheckpointNotFoundError, match="There is no folder .*elsewhere either"):
+    with pytest.raises(CheckpointNotFoundError, match=r"There is no folder .*elsewhere either"):
         CheckpointLoader.fetch(saved.parent / "elsewhere" / "epoch_1.pth")
     with pytest.raises(CheckpointNotFoundError, match="there is no such checkpoint"):
         CheckpointLoader.fetch(saved.with_name("epoch_2.pth").as_uri())
@@ -227,7 +229,7 @@ def test_no_answer_is_an_error_of_ours(address: str, cache: Path) -> None:
 def test_a_cache_that_cannot_be_made_is_an_error_of_ours(site: Site, tmp_path: Path) -> None:
     """A file where the cache's folder should be is an error that names the place."""
     (tmp_path / "cache").write_text("x")
-    with pytest.raises(CheckpointError, match="the download failed: .*cache"):
+    with pytest.raises(CheckpointError, match=r"the download failed: .*cache"):
         CheckpointLoader.fetch(f"{site.address}/net.pth")
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import re
 import shutil
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, final
@@ -22,20 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stratagem.checkpoint.manifest import FILE_NAME, MANIFEST, STATE, make_manifest, read_manifest, refuse_foreign
 from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
-from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from stratagem.errors import CheckpointDamagedError, CheckpointError
 from stratagem.storage import atomic_directory
 
-__all__ = ["MANIFEST", "DirectoryFormat", "read_manifest"]
+__all__ = ["DirectoryFormat"]
 
-MANIFEST = "manifest.json"
-_STATE = "state.json"
-_FORMAT = "stratagem-checkpoint"
-_VERSION = 1
 _FILE_OF = {"state_dict": "model"}
-# What is a file's name on every system, and stays inside of the directory.
-_PART_NAME = re.compile(r"[^./\\:\x00][^/\\:\x00]*")
 _DTYPES = {
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
@@ -56,21 +48,21 @@ class DirectoryFormat:
         """
         _check_names(tree)
         parts = {name: split_tree(part, where=name) for name, part in tree.items()}
-        _refuse_foreign(path)
+        refuse_foreign(path)
         try:
             with atomic_directory(path) as aside:
                 skeletons = {name: skeleton for name, (_, skeleton) in parts.items()}
-                state = _write_json(aside / _STATE, skeletons)
-                sizes = {_STATE: len(state)}
+                state = _write_json(aside / STATE, skeletons)
+                sizes = {STATE: len(state)}
                 for name, (tensors, _) in parts.items():
                     if tensors:
                         file = aside / _file_of(name)
                         _write_tensors(file, tensors, part=name)
                         # safetensors makes files that only their owner may read.
-                        shutil.copymode(aside / _STATE, file)
+                        shutil.copymode(aside / STATE, file)
                         sizes[file.name] = file.stat().st_size
                 # Last: a directory without it is no checkpoint.
-                _write_json(aside / MANIFEST, _manifest(tree, sizes, state))
+                _write_json(aside / MANIFEST, make_manifest(tree, sizes, state))
         except (OSError, ValueError, SafetensorError) as error:
             raise not_written(path, error) from error
 
@@ -87,7 +79,7 @@ class DirectoryFormat:
         manifest = read_manifest(path)
         for name, size in manifest["files"].items():
             _check_size(path / name, size)
-        skeletons = _read_skeletons(path / _STATE, manifest["state_sha256"])
+        skeletons = _read_skeletons(path / STATE, manifest["state_sha256"])
         tree = {}
         for name, skeleton in skeletons.items():
             if parts is not None and name not in parts:
@@ -101,71 +93,10 @@ class DirectoryFormat:
         return tree
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint directory: what it is, its files and where its run stood.
-
-    Raises:
-        CheckpointNotFoundError: if there is no such directory.
-        CheckpointError: if it is not a checkpoint of ours, or of a later version.
-        CheckpointDamagedError: if the manifest cannot be read.
-    """
-    if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
-    if not (path / MANIFEST).is_file():
-        if (path / _STATE).is_file():
-            raise CheckpointDamagedError(f"{path / MANIFEST} is missing; the checkpoint is not complete.")
-        raise CheckpointError(
-            f"{path} is not a checkpoint of Stratagem: it has no {MANIFEST}. A checkpoint is a directory such as "
-            "work_dirs/<name>/epoch_3, or a single .pth file."
-        )
-    manifest: dict[str, Any] = _read_json(path / MANIFEST)
-    if not _is_ours(manifest):
-        raise CheckpointError(f"{path / MANIFEST} belongs to another program; this is not a checkpoint of Stratagem.")
-    if manifest.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{path}: the checkpoint has version {manifest.get('version')} of the format, this Stratagem reads version "
-            f"{_VERSION}. Read it with the version that wrote it ({manifest.get('stratagem')})."
-        )
-    if not _is_complete(manifest):
-        raise CheckpointDamagedError(f"{path / MANIFEST} cannot be read: it does not say what was written, or when.")
-    return manifest
-
-
-def _manifest(tree: StateTree, sizes: dict[str, int], state: bytes) -> dict[str, Any]:
-    meta = tree.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    position = {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
-    return {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "stratagem": meta.get("stratagem"),
-        "saved_at": time.time(),
-        "position": position,
-        "files": sizes,
-        "state_sha256": hashlib.sha256(state).hexdigest(),
-    }
-
-
-def _is_ours(manifest: Any) -> bool:
-    return isinstance(manifest, dict) and manifest.get("format") == _FORMAT
-
-
-def _is_complete(manifest: Mapping[str, Any]) -> bool:
-    saved_at, files = manifest.get("saved_at"), manifest.get("files")
-    return (
-        isinstance(saved_at, float)
-        and math.isfinite(saved_at)
-        and isinstance(files, dict)
-        and all(_PART_NAME.fullmatch(name) and isinstance(size, int) for name, size in files.items())
-        and _STATE in files
-        and isinstance(manifest.get("state_sha256"), str)
-    )
-
-
 def _check_names(tree: StateTree) -> None:
     """Refuse parts that have no file of their own in the directory."""
     for name in tree:
-        if not isinstance(name, str) or not _PART_NAME.fullmatch(name):
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise CheckpointError(
                 f"The checkpoint has a part {name!r}, but parts are files: their names are strings that do not begin "
                 "with a dot and have no slash, backslash or colon. Rename it."
@@ -175,21 +106,6 @@ def _check_names(tree: StateTree) -> None:
             raise CheckpointError(
                 f"The checkpoint has parts {name!r} and {stem!r}, which are one file. Rename {stem!r}."
             )
-
-
-def _refuse_foreign(path: Path) -> None:
-    """Refuse to replace a folder that holds something else: all in it would be lost."""
-    if not path.is_dir() or not any(path.iterdir()):
-        return
-    try:
-        ours = _is_ours(_read_json(path / MANIFEST))
-    except CheckpointDamagedError:
-        ours = (path / _STATE).is_file()
-    if not ours:
-        raise CheckpointError(
-            f"{path} is a folder with something other than a checkpoint, which saving would replace. Choose a name in it, "
-            f"such as {path / 'checkpoint'}."
-        )
 
 
 def _file_of(part: str) -> str:
@@ -205,7 +121,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], *, part: str) -> N
         # Views that are conjugated or negated when they are read would be written as they lie in memory.
         copy = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
         storage = copy.untyped_storage().data_ptr()
-        if copy.numel() and (storage in seen or copy.untyped_storage().nbytes() != copy.nbytes):
+        if storage in seen:
             copy = copy.clone()
             storage = copy.untyped_storage().data_ptr()
         seen.add(storage)
@@ -235,13 +151,6 @@ def _write_json(file: Path, content: Any) -> bytes:
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     file.write_bytes(data)
     return data
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
 
 
 def _read_skeletons(file: Path, digest: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from stratagem.checkpoint.directory import MANIFEST, read_manifest
+from stratagem.checkpoint.manifest import MANIFEST, read_manifest
 from stratagem.errors import CheckpointError
 
 __all__ = ["find_latest_checkpoint"]
