@@ -395,10 +395,10 @@ def test_separate_wrapping_refuses_parameters_of_the_whole() -> None:
 
 
 def test_batch_normalisation_is_converted_where_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """``sync_bn="torch"`` converts before the model is wrapped, and says so."""
+    """``sync_bn="torch"`` converts and says so; on the CPU, where torch's layer cannot work, it is refused at once."""
     caplog.set_level(logging.INFO, LOGGER.name)
-    _, placed = place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")
-    assert isinstance(placed.model[0], nn.SyncBatchNorm)
+    with pytest.raises(PlacementError, match="works on accelerators alone"):
+        place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")
     assert caplog.messages == ["Converted BatchNorm layers to SyncBatchNorm."]
     with pytest.raises(ConfigValueError, match="sync_bn='troch'"):
         place(Scale(), None, sync_bn="troch")

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Line, Lines, Mlp, batch, digest, make
 from torch import nn
 from torch.optim import SGD
 
 from ranks import Ranks
+from small_runs import Line, Lines, Mlp, batch, digest, make
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.optim import (
     ConstantLR,
@@ -37,7 +37,7 @@ def two() -> OptimWrapperDict:
     return OptimWrapperDict(first=OptimWrapper(sgd(1.0)), second=OptimWrapper(sgd(2.0)))
 
 
-# ---- models -------------------------------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------------------------
 
 
 def test_a_module_is_returned_as_it_is(single: Make) -> None:
@@ -72,7 +72,7 @@ def test_a_type_that_makes_no_module_is_refused(single: Make) -> None:
         single().build_model({"type": "collections.OrderedDict"})
 
 
-# ---- compilation --------------------------------------------------------------------------------------------------------
+# ---- compilation ---------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_compiled_unless_asked_for(single: Make) -> None:
@@ -111,7 +111,7 @@ def test_another_method_can_be_compiled(single: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("compile", "kind", "message"),
+    ("options", "kind", "message"),
     [
         ({"target": "forwrad"}, ConfigValueError, "target='forwrad', but Mlp has no such method"),
         ({"bakend": "eager"}, ConfigKeyError, "compile: 'bakend' is not known. Did you mean 'backend'"),
@@ -119,14 +119,14 @@ def test_another_method_can_be_compiled(single: Make) -> None:
     ],
 )
 def test_a_compilation_that_cannot_be_is_refused(
-    single: Make, compile: Any, kind: type[Exception], message: str
+    single: Make, options: Any, kind: type[Exception], message: str
 ) -> None:
     """The error shows the method, the argument or the value."""
     with pytest.raises(kind, match=message):
-        single().compile_model(Mlp(), compile=compile)
+        single().compile_model(Mlp(), compile=options)
 
 
-# ---- initial weights ------------------------------------------------------------------------------------------------------
+# ---- initial weights -----------------------------------------------------------------------------------------------
 
 
 def test_init_weights_is_called_once(single: Make) -> None:
@@ -169,7 +169,7 @@ def test_every_rank_begins_with_the_weights_of_rank_0(ranks: Ranks, tmp_path: An
     assert (one[4], other[4]) == (0, 0)
 
 
-# ---- optimizer wrappers -----------------------------------------------------------------------------------------------------
+# ---- optimizer wrappers --------------------------------------------------------------------------------------------
 
 
 def test_a_built_wrapper_is_returned(single: Make) -> None:
@@ -257,7 +257,7 @@ def test_what_is_no_optimizer_wrapper_is_refused(
         single().build_optim_wrapper(wrong)
 
 
-# ---- schedules --------------------------------------------------------------------------------------------------------------
+# ---- schedules -----------------------------------------------------------------------------------------------------
 
 
 def scheduled(single: Make, scheduler: Any, optim: Any = None, **horizon: Any) -> Any:
@@ -359,11 +359,11 @@ def test_a_schedule_that_cannot_be_built_is_refused(
 
 def test_schedulers_for_an_unknown_optimizer_are_refused(single: Make) -> None:
     """A misspelled name is answered with the nearest."""
-    with pytest.raises(ConfigKeyError, match="no optimizer 'frist'. Did you mean 'first'"):
+    with pytest.raises(ConfigKeyError, match=r"no optimizer 'frist'. Did you mean 'first'"):
         scheduled(single, {"frist": [], "second": []}, two())
 
 
-# ---- learning rates by batch size ---------------------------------------------------------------------------------------------
+# ---- learning rates by batch size ----------------------------------------------------------------------------------
 
 SCALE = {"enable": True, "base_batch_size": 16}
 
@@ -380,12 +380,10 @@ def test_learning_rates_grow_with_the_batch(single: Make) -> None:
     lines = Lines(strategy)
     wrapper = scaled(strategy, {"optimizer": {"type": "SGD", "lr": 0.4}})
     assert wrapper.get_lr() == {"lr": [0.2]}
-    assert lines.lines == [
-        (
-            "INFO Learning rates multiplied by 0.5: the real batch is 8 = 1 ranks x 8 samples x 1 accumulated, they were "
-            "chosen for 16."
-        )
-    ]
+    assert lines.text == (
+        "INFO Learning rates multiplied by 0.5: the real batch is 8 = 1 ranks x 8 samples x 1 accumulated, they were "
+        "chosen for 16."
+    )
 
 
 def test_accumulation_counts_for_the_batch(single: Make) -> None:

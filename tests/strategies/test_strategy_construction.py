@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_runs import Lines, make
 
 from ranks import Ranks
+from small_runs import Lines, make
 from stratagem.dist import World, is_distributed
 from stratagem.errors import (
     ConfigKeyError,
@@ -96,7 +96,7 @@ def test_none_stands_for_no_settings(single: Make) -> None:
     assert strategy.randomness == {"seed": strategy.seed}
 
 
-# ---- cuDNN, threads, files --------------------------------------------------------------------------------------------
+# ---- cuDNN, threads, files -----------------------------------------------------------------------------------------
 
 
 def test_the_autotuner_is_switched_on_and_back(single: Make) -> None:
@@ -150,8 +150,8 @@ def test_the_limit_of_open_files(
 ) -> None:
     """The soft limit becomes min(max(resource_limit, soft), hard), and again what it was at the end."""
     limits = [(soft, hard)]
-    monkeypatch.setattr(environment.resource, "getrlimit", lambda which: limits[-1])
-    monkeypatch.setattr(environment.resource, "setrlimit", lambda which, pair: limits.append(pair))
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(environment.resource, "setrlimit", lambda _, pair: limits.append(pair))
     strategy = single(env={"resource_limit": asked})
     assert limits[1:] == [(expected, hard)]
     strategy.close()
@@ -161,8 +161,8 @@ def test_the_limit_of_open_files(
 def test_an_unlimited_number_of_open_files_stays(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Raising never lowers, even where "no limit" is the number -1."""
     no_limit = resource.RLIM_INFINITY
-    monkeypatch.setattr(environment.resource, "getrlimit", lambda which: (no_limit, no_limit))
-    monkeypatch.setattr(environment.resource, "setrlimit", lambda which, pair: pytest.fail(f"set to {pair}"))
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (no_limit, no_limit))
+    monkeypatch.setattr(environment.resource, "setrlimit", lambda _, pair: pytest.fail(f"set to {pair}"))
     single()
 
 
@@ -173,7 +173,7 @@ def test_a_limit_that_is_no_number_is_refused(single: Make, limit: object) -> No
         single(env={"resource_limit": limit})
 
 
-# ---- seeds ------------------------------------------------------------------------------------------------------------
+# ---- seeds ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_seed_seeds_all_generators(single: Make) -> None:
@@ -207,7 +207,7 @@ def test_randomness_is_given_as_a_copy(single: Make) -> None:
     assert strategy.randomness["seed"] == 3
 
 
-# ---- names and folders --------------------------------------------------------------------------------------------------
+# ---- names and folders ---------------------------------------------------------------------------------------------
 
 
 def test_the_names_of_a_run(single: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,17 +256,8 @@ def test_the_logger_takes_what_log_kwargs_say(single: Make, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "name",
     [
-        "work_dir",
-        "log_dir",
-        "experiment_name",
-        "timestamp",
-        "launcher",
-        "distributed",
-        "rank",
-        "world_size",
-        "seed",
-        "randomness",
-        "world",
+        *("work_dir", "log_dir", "experiment_name", "timestamp", "launcher", "distributed"),
+        *("rank", "world_size", "seed", "randomness", "world"),
     ],
 )
 def test_facts_cannot_be_assigned(single: Make, name: str) -> None:
@@ -282,7 +273,7 @@ def test_a_work_dir_below_a_file_is_refused(tmp_path: Path) -> None:
         SingleDeviceStrategy(work_dir=tmp_path / "file" / "run")
 
 
-# ---- the end ------------------------------------------------------------------------------------------------------------
+# ---- the end -------------------------------------------------------------------------------------------------------
 
 
 def test_closing_twice_changes_nothing_more(single: Make) -> None:
@@ -314,7 +305,7 @@ def test_the_environment_report_of_a_run(single: Make) -> None:
     assert (runtime["Distributed training"], runtime["GPU number"]) == (False, 1)
 
 
-# ---- two ranks ----------------------------------------------------------------------------------------------------------
+# ---- two ranks -----------------------------------------------------------------------------------------------------
 
 
 def facts_of_a_rank(folder: str) -> dict[str, Any]:
@@ -384,9 +375,9 @@ def test_a_group_that_the_strategy_made_ends_with_it(tmp_path: Path, alone: None
 
 def test_an_unknown_ddp_option_is_refused_and_nothing_is_left(tmp_path: Path, alone: None) -> None:
     """The nearest option is named, and the group that was made for the strategy is ended."""
-    with pytest.raises(ConfigKeyError, match="no option 'static_grph'. Did you mean 'static_graph'"):
+    with pytest.raises(ConfigKeyError, match=r"no option 'static_grph'. Did you mean 'static_graph'"):
         DDPStrategy(work_dir=tmp_path, ddp_kwargs={"static_grph": True})
-    with pytest.raises(ConfigValueError, match="model_wrapper: 'seperate' is not known. Did you mean 'separate'"):
+    with pytest.raises(ConfigValueError, match=r"model_wrapper: 'seperate' is not known. Did you mean 'separate'"):
         DDPStrategy(work_dir=tmp_path, model_wrapper="seperate")
     with pytest.raises(ConfigTypeError, match="model_wrapper is 3"):
         DDPStrategy(work_dir=tmp_path, model_wrapper=3)

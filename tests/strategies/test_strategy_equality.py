@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import digest, make
 from torch import Tensor, nn
 
 from ranks import Ranks
+from small_runs import digest, make
 from stratagem.data import build_dataloader
 from stratagem.model import BaseModel, SupervisedModel
 from stratagem.strategies import BaseStrategy
@@ -171,7 +171,7 @@ def test_two_ranks_train_as_one_process_does(
         assert alone["rates"][2] == alone["rates"][3] != alone["rates"][4]
 
 
-# ---- resuming elsewhere -------------------------------------------------------------------------------------------------
+# ---- resuming elsewhere --------------------------------------------------------------------------------------------
 
 
 def first_part(kind: str, folder: str, checkpoint: str) -> dict[str, Any]:
@@ -241,7 +241,7 @@ def test_two_ranks_resumed_are_bit_identical_to_two_that_were_not(ranks: Ranks, 
         assert resumed["last"] == unbroken["last"]
 
 
-# ---- weights --------------------------------------------------------------------------------------------------------------
+# ---- weights -------------------------------------------------------------------------------------------------------
 
 
 class Weighted(BaseModel):

@@ -29,7 +29,7 @@ from stratagem.strategies.base import BaseStrategy, CheckpointCallback
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.optim_state import read_optim, write_optim
-from stratagem.utils import generator_state, restore_generator_state
+from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]
 
@@ -129,7 +129,7 @@ class ComposedStrategy(BaseStrategy):
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        self.logger.info("Load checkpoint from %s", filename)
+        self.logger.info("Load checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
         state = model_part(checkpoint, filename)
         self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys)
@@ -144,23 +144,27 @@ class ComposedStrategy(BaseStrategy):
         map_location: torch.device | str = "default",
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        self.logger.info("Resume checkpoint from %s", filename)
+        self.logger.info("Resume checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
-        # Another model's moments would be applied to this one's parameters.
-        self.load_model_state_dict(model_part(checkpoint, filename), strict=True)
-        used = {"state_dict"}
+        used = {"state_dict", "generators"}
         if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
-            write_optim(self.optim_wrapper, _part(checkpoint, "optimizer", filename), self.bare_model())
             used.add("optimizer")
         if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
-            self.load_scheduler_state_dict(_part(checkpoint, "param_schedulers", filename))
             used.add("param_schedulers")
+        # Before anything is changed.
+        state = model_part(checkpoint, filename)
+        parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
+        # Another model's moments would be applied to this one's parameters.
+        self.load_model_state_dict(state, strict=True)
+        if "optimizer" in parts:
+            write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model())
+        if "param_schedulers" in parts:
+            self.load_scheduler_state_dict(parts["param_schedulers"])
         meta = checkpoint.get("meta") or {}
         self._compare_runs(meta)
         self._resume_accumulation(meta)
         # Last: nothing after it may draw a random number.
         self._resume_randomness(checkpoint, meta)
-        used.add("generators")
         return {key: value for key, value in checkpoint.items() if key not in used}
 
     def save_checkpoint(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace, replace
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 __all__ = ["Position", "Progress"]
