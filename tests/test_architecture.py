@@ -23,6 +23,7 @@ LAYERS = (
     {"checkpoint"},
     {"strategies"},
     {"train"},
+    {"sections"},
     {"runner"},
     {"cli"},
     {"__main__"},

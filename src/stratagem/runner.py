@@ -11,28 +11,26 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import find_latest_checkpoint
-from stratagem.config import Config
+from stratagem.config import Config, require, show
 from stratagem.data import EpochLoader, build_dataloader
 from stratagem.dist import infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
+from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
-from stratagem.utils import did_you_mean
 
-__all__ = ["CONFIG_KEYS", "Runner"]
+__all__ = ["Runner"]
 
-# What a configuration may say at its top. The first line holds the runner's arguments; `vars` holds free values that
-# nobody reads, and the last two are read while the configuration is loaded and by the registry of runners.
+# What of a configuration becomes the runner's arguments; sections.py says what else may stand at its top.
 _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
     "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg",
     "log_level", "randomness", "compile", "default_scope",
 )  # fmt: skip
-CONFIG_KEYS = (*_ARGUMENTS, "vars", "custom_imports", "runner_type")
 
 _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
 _VAL = ("val_dataloader", "val_cfg", "val_evaluator")
@@ -143,19 +141,20 @@ class Runner:
                 auto_scale_lr=auto_scale_lr,
                 log_level=log_level,
             )
-        self.run = Run(self.strategy, events, config_text=self.cfg.pretty_text if len(self.cfg) else None)
+        self.run = Run(self.strategy, events, config_text=self._config_text() if len(self.cfg) else None)
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
-        """Build a runner from a configuration; every key at its top must be one of the arguments, or ``vars``.
+        """Build a runner from a configuration, whose keys at the top are the arguments; ``vars`` holds free values.
+
+        Before anything is built, every key and every argument of a ``type`` is checked.
 
         Raises:
-            ConfigKeyError: if a key is unknown (all of them are listed), or there is no model.
+            ConfigKeyError: if nobody would read a key or an argument, a ``type`` is unknown, or there is no model. All
+                problems are listed.
         """
         config = cfg if isinstance(cfg, Config) else Config(cfg)
-        unknown = [key for key in config if key not in CONFIG_KEYS]
-        if unknown:
-            raise ConfigKeyError("\n".join(_unknown_key(config, key) for key in unknown))
+        require(config, SECTIONS, scope=config.get("default_scope"))
         if "model" not in config:
             raise ConfigKeyError(
                 f"{config.filename or 'The configuration'} has no key 'model': there is nothing to train."
@@ -184,6 +183,11 @@ class Runner:
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._loader("train")
+            if not loader.positioned:
+                self.strategy.logger.warning(
+                    "The order of the training data is that of its own loader or sampler. A run that is stopped inside "
+                    "of an epoch draws again what it has seen, to go on behind it, and may not go on exactly."
+                )
             loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop)
             strategy.prepare(
                 self._model,
@@ -262,8 +266,17 @@ class Runner:
             return
         rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
         if resume and rest is not None:
-            self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+            self.run.progress.move_to(self._position(rest.get("meta") or {}))
             self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+
+    def _position(self, meta: Mapping[str, Any]) -> Position:
+        """Return where the saved run stood, in the batches of this one."""
+        position = Position.from_meta(meta)
+        own = self.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
+        old = meta.get("train_micro_batch_size_per_gpu")
+        if not (position.batch and own and old):
+            return position
+        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1))
 
     def _is_complete(self) -> bool:
         progress = self.run.progress
@@ -302,7 +315,12 @@ class Runner:
         """Write the merged configuration into the run's folder, on rank 0."""
         if self.strategy.rank == 0 and len(self.cfg):
             name = Path(self.cfg.filename).stem if self.cfg.filename else self.strategy.timestamp
-            write_atomic(Path(self.strategy.work_dir) / f"{name}.py", self.cfg.pretty_text)
+            suffix = ".yaml" if self.cfg.is_data else ".py"
+            write_atomic(Path(self.strategy.work_dir) / f"{name}{suffix}", self._config_text())
+
+    def _config_text(self) -> str:
+        """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
+        return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
 
 
 def _with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
@@ -354,11 +372,3 @@ def _build_strategy(
     if not isinstance(built, BaseStrategy):
         raise ConfigTypeError(f"strategy: {cfg.get('type')!r} made a {type(built).__name__}, which is no strategy.")
     return built
-
-
-def _unknown_key(config: Config, key: str) -> str:
-    origin = config.where(key)
-    where = f"{origin}: " if origin else ""
-    return (
-        f"{where}nobody reads the key {key!r}. {did_you_mean(key, CONFIG_KEYS)} Free values of your own go into `vars`."
-    )

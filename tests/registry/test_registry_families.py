@@ -2,7 +2,9 @@ import sys
 
 import pytest
 
+from stratagem.errors import ConfigValueError
 from stratagem.registry import Constructors, Loaders, Registry
+from stratagem.utils.data_names import DataName
 
 LIBRARY = """
 class Model:
@@ -50,6 +52,15 @@ def test_a_prefix_names_the_models_that_a_function_makes(registry):
     assert {"hub.small", "hub.large"} <= set(registry.names())
     with pytest.raises(TypeError, match=r"takes no argument 'widht'. Did you mean 'width'"):
         registry.build({"type": "hub.small", "widht": 3})
+
+
+def test_an_unknown_model_is_refused_with_the_nearest(registry):
+    """A misspelled model name is known to be wrong before anything is made; names of weights may follow a dot."""
+    with pytest.raises(KeyError, match=r"'hub.smal' is not in .*'hub.small'"):
+        registry.build({"type": "hub.smal"})
+    with pytest.raises(ConfigValueError, match=r"data file .*Did you mean 'hub.small'"):
+        registry.build({"type": DataName("hub.smal")})
+    assert registry.build({"type": "hub.small.weights_1"}).name == "small.weights_1"
 
 
 def test_a_library_is_imported_only_when_it_is_meant(registry):

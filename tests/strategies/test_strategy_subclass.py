@@ -24,7 +24,7 @@ class PlainStrategy(BaseStrategy):
         *,
         optim_wrapper: Any = None,
         param_scheduler: Any = None,
-        compile: Any = False,  # noqa: A002 -- the name of the contract
+        compile: Any = False,
         dispatch_kwargs: Any = None,
     ) -> Any:
         self.dispatch_kwargs.update(dispatch_kwargs or {})

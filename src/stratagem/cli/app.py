@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from stratagem._version import __version__
-from stratagem.cli import evaluation, report, training
+from stratagem.cli import configs, evaluation, report, training
 from stratagem.cli.options import RunOptions
 
 __all__ = ["app"]
@@ -125,3 +125,45 @@ def test(
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
     report.print_environment()
+
+
+config_app = typer.Typer(help="Look at configurations and check them, without training.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+
+@config_app.command()
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    form: Annotated[str, typer.Option("--as", metavar="FORM", help="python, yaml, json or toml.")] = "python",
+    traceback: Traceback = False,
+) -> None:
+    """Print CONFIG with its bases and overrides merged."""
+    configs.show(RunOptions(config=config, overrides=tuple(overrides or ())), form)
+
+
+@config_app.command()
+def explain(
+    config: ConfigFile,
+    path: Annotated[str, typer.Argument(metavar="A.B.C", help="The dotted path of a value.")],
+    overrides: Overrides = None,
+    traceback: Traceback = False,
+) -> None:
+    """Print each file and line that gave or changed a value of CONFIG, in order."""
+    configs.explain(RunOptions(config=config, overrides=tuple(overrides or ())), path)
+
+
+@config_app.command()
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A configuration, or one that a run kept.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    traceback: Traceback = False,
+) -> None:
+    """Print what differs between two merged configurations."""
+    configs.diff(first, second)
+
+
+@config_app.command()
+def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
+    """Check every key and argument of CONFIG as training would, and list all problems."""
+    configs.check(RunOptions(config=config, overrides=tuple(overrides or ())))

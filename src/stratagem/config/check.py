@@ -231,7 +231,8 @@ class _Check:
         return target, []
 
     def _unknown(self, key: str, section: Section, taken: Arguments, path: KeyPath, target: Any) -> Problem:
-        suggestion = did_you_mean(str(key), {*section.keys, *taken.names} - section.supplied)
+        type_key = {"type"} if section.registry is not None else set()
+        suggestion = did_you_mean(str(key), {*section.keys, *taken.names, *type_key} - section.supplied)
         if target is not None:
             return self._problem(path, f"{_title(target)} takes no argument {key!r}. {suggestion}")
         if len(path) > 1:

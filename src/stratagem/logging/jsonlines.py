@@ -17,6 +17,7 @@ __all__ = ["JsonLinesWriter"]
 
 _DEEPEST = 20  # what lies deeper in a record is an accident
 _LONGEST_INTEGER_BITS = 1024  # Python refuses to write integers of thousands of digits
+_ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 
 @final
@@ -50,7 +51,7 @@ class JsonLinesWriter:
             OSError: if the disk is full or broken.
             ValueError: if the writer is closed.
         """
-        self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+        self._file.write(_ENCODE(_plain(record)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -74,6 +75,8 @@ def _ends_with_newline(path: Path) -> bool:
 
 def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
     """Return the value as JSON knows it; ``within`` holds the identities of the values that contain it."""
+    if type(value) is float and math.isfinite(value):
+        return value  # nearly all that is recorded
     if id(value) in within or len(within) >= _DEEPEST:
         return _text(value)
     try:

@@ -96,13 +96,20 @@ class _ConsoleHandler(logging.Handler):
     def __init__(self, level: int) -> None:
         super().__init__(level)
         self.setFormatter(_Formatter(_CONSOLE_TIME))
+        self._plain = not shared_console().is_terminal
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = Text(self.format(record))
-            start = line.plain.index(record.levelname)
+            console, text = shared_console(), self.format(record)
+            if self._plain:
+                # There is nothing to colour and no bar to write above: 0.3 ms of rendering would be for nothing.
+                console.file.write(text + "\n")
+                console.file.flush()
+                return
+            line = Text(text)
+            start = text.index(record.levelname)
             line.stylize(_STYLES.get(record.levelname, ""), start, start + len(record.levelname))
-            shared_console().print(line, soft_wrap=True)
+            console.print(line, soft_wrap=True)
         except Exception:  # noqa: BLE001 -- as every handler of the logging module: a log line never ends a run
             self.handleError(record)
 

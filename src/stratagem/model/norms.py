@@ -46,15 +46,13 @@ def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:
 
     Parameters, buffers and the training mode are kept; the model itself is changed unless it is such a layer.
     """
-    if isinstance(model, nn.SyncBatchNorm):
-        return _plain(model), 1
-    reverted = 0
-    for name, child in model.named_children():
-        new, count = revert_sync_batchnorm(child)
-        reverted += count
-        if new is not child:
-            setattr(model, name, new)
-    return model, reverted
+    plain = {layer: _plain(layer) for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)}
+    for parent in list(model.modules()):
+        # Not named_children(), which leaves out the second name of a layer that stands twice.
+        for name, child in parent._modules.items():
+            if isinstance(child, nn.SyncBatchNorm):
+                parent._modules[name] = plain[child]
+    return plain[model] if isinstance(model, nn.SyncBatchNorm) else model, len(plain)
 
 
 def _plain(layer: nn.SyncBatchNorm) -> nn.Module:

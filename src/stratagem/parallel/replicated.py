@@ -24,18 +24,16 @@ __all__ = ["DDP_OPTIONS", "Replica", "Replicated"]
 # What the placement decides itself.
 _OWN_OPTIONS = {"self", "module", "device_ids", "output_device", "process_group", "device_mesh"}
 DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in _OWN_OPTIONS)
-
-
-# Newer releases of torch know the broadcast in each forward pass by a name of its own, and warn of the old one.
-_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"
+# From torch 2.13 on, broadcast_buffers is a deprecated name for it.
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"
 
 
 @final
 class Replica(DistributedDataParallel):
     """A DistributedDataParallel that trains through its model's own ``train_step``.
 
-    While the step runs, calls of the model, such as ``self(...)`` in it, go through DistributedDataParallel, so that
-    gradients are exchanged. Attributes that the replica does not have are the model's.
+    While the step runs, the calls of ``self(...)`` in it go through DistributedDataParallel, so gradients are exchanged.
+    In all else ``self`` is the model, and an attribute that the replica does not have is the model's.
     """
 
     _passed: bool
@@ -60,8 +58,15 @@ class Replica(DistributedDataParallel):
                 of its own.
         """
         self._passed = False
-        with self._calls_redirected():
-            outputs = cast("Trainable", self.module).train_step(data, optim_wrapper)
+        own = self.module._compiled_call_impl
+
+        def exchange(*args: Any, **kwargs: Any) -> Any:
+            # What DistributedDataParallel calls in turn is the model itself.
+            with _calls_go_to(self.module, own):
+                return self(*args, **kwargs)
+
+        with _calls_go_to(self.module, exchange):
+            outputs: dict[str, Tensor] = cast("Trainable", self.module).train_step(data, optim_wrapper=optim_wrapper)
         if not self._passed:
             name = type(self.module).__name__
             raise PlacementError(
@@ -71,29 +76,6 @@ class Replica(DistributedDataParallel):
             )
         return outputs
 
-    @contextmanager
-    def _calls_redirected(self) -> Iterator[None]:
-        """Send calls of the model here, and from here on to the model itself.
-
-        Only the call is replaced. Running the step with the replica as ``self`` instead would break ``super()`` in it,
-        and keep what it assigns to ``self`` from the model.
-        """
-        model = self.module
-        own_call = model._compiled_call_impl  # what torch looks at first when a module is called
-
-        def call_replica(*args: Any, **kwargs: Any) -> Any:
-            model._compiled_call_impl = own_call
-            try:
-                return self(*args, **kwargs)
-            finally:
-                model._compiled_call_impl = call_replica
-
-        model._compiled_call_impl = call_replica
-        try:
-            yield
-        finally:
-            model._compiled_call_impl = own_call
-
     def val_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged, so ranks may have different numbers of batches."""
         return cast("Trainable", self.module).val_step(data)
@@ -101,6 +83,20 @@ class Replica(DistributedDataParallel):
     def test_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged."""
         return cast("Trainable", self.module).test_step(data)
+
+
+@contextmanager
+def _calls_go_to(module: nn.Module, target: Any) -> Iterator[None]:
+    """Let ``module(...)`` call ``target``, or the module where that is None.
+
+    The attribute is the one that ``torch.nn.Module.compile`` sets: the only place before the module's own hooks.
+    """
+    before = module._compiled_call_impl
+    module._compiled_call_impl = target
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = before
 
 
 @final
@@ -131,10 +127,11 @@ class Replicated(Placement):
         self._separate = separate
         # Buffers that every rank updates alike, or from its own samples as BatchNorm does, need no broadcast in each
         # forward pass; it costs one more exchange.
-        given = dict(options)
-        self._options = {_BUFFERS: given.pop("broadcast_buffers", False), **given}
+        self._options = dict(options)
+        if _SYNC_BUFFERS not in options:
+            self._options[_SYNC_BUFFERS] = self._options.pop("broadcast_buffers", False)
         self._views: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
-        self._replicas: WeakKeyDictionary[nn.Module, Replica] = WeakKeyDictionary()
+        self._replicas: dict[nn.Module, Replica] = {}
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
         if is_model_wrapper(model):
@@ -166,8 +163,7 @@ class Replicated(Placement):
         if not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         device_ids = None if world.device.type == "cpu" else [world.device]
-        replica = Replica(module, device_ids=device_ids, **self._options)
-        self._replicas[module] = replica
+        replica = self._replicas[module] = Replica(module, device_ids=device_ids, **self._options)
         return replica
 
     def _wrap_children(self, model: nn.Module, world: World) -> nn.Module:
@@ -189,11 +185,11 @@ class Replicated(Placement):
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         if sync:
             return NO_CONTEXT
-        # A step gives the model that it is of, not what was put around it.
-        replica = model if isinstance(model, DistributedDataParallel) else self._replicas.get(model)
-        if replica is not None:
-            return cast("AbstractContextManager[object]", replica.no_sync())
-        return _no_sync_of_children(model)
+        # A model's own step names the model, not what is around it.
+        wrapped = self._replicas.get(model, model)
+        if isinstance(wrapped, DistributedDataParallel):
+            return cast("AbstractContextManager[object]", wrapped.no_sync())
+        return _no_sync_of_children(wrapped)
 
 
 @contextmanager

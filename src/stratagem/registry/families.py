@@ -107,7 +107,11 @@ class Constructors(Family):
         """Return the function that makes the model of this name, or None where the prefix is another."""
         if not name.startswith(self._prefix):
             return None
-        return partial(import_object(self._maker), name.removeprefix(self._prefix))
+        model = name.removeprefix(self._prefix)
+        # What follows a dot names the weights, as in timm.resnet18.a1_in1k; a colon, a place to load the model from.
+        if ":" not in model and model.partition(".")[0] not in import_object(self._lister)():
+            return None
+        return partial(import_object(self._maker), model)
 
     def names(self) -> Iterable[str]:
         """Return all names that the library lists."""

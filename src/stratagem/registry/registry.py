@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, MissingDependencyError
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.registry.build import build_from_cfg
 from stratagem.registry.families import Family
 from stratagem.registry.scope import current_scope, switch_scope
@@ -161,7 +161,7 @@ class Registry:
             scope, name = self.split_scope_key(key)
             registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
             found = None if registry is None else registry._find(name)
-        return import_dotted(key) if found is None else found
+        return import_dotted(key, self.names) if found is None else found
 
     def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         """Build what ``cfg`` describes; see ``build_from_cfg``."""
@@ -194,7 +194,7 @@ class Registry:
             for family in registry._families:
                 try:
                     names.update(family.names())
-                except MissingDependencyError:
+                except Exception:  # noqa: BLE001, S112 -- a broken library must not hide the error that asks for names
                     continue
         return sorted(names)
 

@@ -68,7 +68,10 @@ OPTIM_WRAPPERS = Registry(
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     scope=_SCOPE,
-    ready={"DefaultOptimWrapperConstructor": "stratagem.optim.groups:DefaultOptimWrapperConstructor"},
+    ready={
+        "DefaultOptimWrapperConstructor": "stratagem.optim.groups:DefaultOptimWrapperConstructor",
+        "MultiOptimWrapperConstructor": "stratagem.optim.per_module:MultiOptimWrapperConstructor",
+    },
 )
 PARAM_SCHEDULERS = Registry(
     "parameter scheduler", scope=_SCOPE, ready={name: f"{_SCHEDULES}:{name}" for name in _SCHEDULE_NAMES}
@@ -103,6 +106,7 @@ HOOKS = Registry(
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
         "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
+        "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",
     },
 )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from stratagem.errors import ConfigError, ConfigValueError
+from stratagem.utils import nearest_names
 from stratagem.utils.data_names import DataName, is_dotted_name
 
 __all__ = ["TargetImportError", "allow_packages", "allowed_packages", "import_dotted", "is_allowed"]
@@ -46,8 +47,10 @@ def is_allowed(key: str) -> bool:
     return any(key == package or key.startswith((f"{package}.", f"{package}:")) for package in _allowed)
 
 
-def import_dotted(key: str) -> Callable[..., Any] | None:
+def import_dotted(key: str, known: Callable[[], Iterable[str]]) -> Callable[..., Any] | None:
     """Return the class or function with the dotted path ``key``; None if there is none.
+
+    ``known`` gives the names to suggest in its place.
 
     Raises:
         ConfigValueError: if a data file wrote ``key`` and its package is not allowed.
@@ -56,10 +59,11 @@ def import_dotted(key: str) -> Callable[..., Any] | None:
     if not is_dotted_name(key):
         return None
     if not is_allowed(key):
+        near = nearest_names(key, known(), most=1)
         raise ConfigValueError(
             f"A data file names {str(key)!r}, which is no registered name, and data files cannot choose "
             f"what is imported. Register it, write the configuration in Python, or let the program call "
-            f"allow_packages({key.partition('.')[0]!r})."
+            f"allow_packages({key.partition('.')[0]!r})." + (f" Did you mean {near[0]!r}?" if near else "")
         )
     parts = key.replace(":", ".").split(".")
     for end in range(len(parts) - 1, 0, -1):

@@ -28,7 +28,7 @@ from stratagem.strategies.base import BaseStrategy, CheckpointCallback
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.optim_state import read_optim, write_optim
-from stratagem.utils import generator_state, restore_generator_state
+from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]
 
@@ -128,7 +128,7 @@ class ComposedStrategy(BaseStrategy):
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        self.logger.info("Load checkpoint from %s", filename)
+        self.logger.info("Load checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
         state = model_part(checkpoint, filename)
         self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys)
@@ -143,7 +143,7 @@ class ComposedStrategy(BaseStrategy):
         map_location: torch.device | str = "default",
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        self.logger.info("Resume checkpoint from %s", filename)
+        self.logger.info("Resume checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
         used = {"state_dict", "generators"}
         if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
@@ -205,7 +205,8 @@ class ComposedStrategy(BaseStrategy):
             "seed": self.seed,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "stratagem": __version__,
-            "torch": str(torch.__version__),  # a class of torch's own, which weights_only=True refuses
+            # A plain text: torch.load(weights_only=True) refuses the class that torch gives it.
+            "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),

@@ -9,6 +9,7 @@ from stratagem.train.hooks import (
     LoggerHook,
     ParamSchedulerHook,
     RuntimeInfoHook,
+    TensorboardHook,
 )
 from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
 from stratagem.train.priority import Priority, get_priority
@@ -33,6 +34,7 @@ __all__ = [
     "Progress",
     "Run",
     "RuntimeInfoHook",
+    "TensorboardHook",
     "TestLoop",
     "ValLoop",
     "get_priority",

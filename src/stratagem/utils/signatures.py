@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -45,6 +45,10 @@ def arguments_of(target: Callable[..., Any]) -> Arguments:
     ``**kwargs`` is followed where the source says where it goes: to the next class's ``__init__``, to a function or
     class of the module, or into ``kwargs.pop("name")``. Where it cannot be followed, every name is taken.
     """
+    return _cached_arguments_of(target) if isinstance(target, Hashable) else _arguments_of(target)
+
+
+def _arguments_of(target: Callable[..., Any]) -> Arguments:
     if isinstance(target, functools.partial):
         inner = arguments_of(target.func)
         try:
@@ -66,6 +70,10 @@ def arguments_of(target: Callable[..., Any]) -> Arguments:
     function = inspect.unwrap(target)
     owner = type(target.__self__) if inspect.ismethod(target) and not isinstance(target.__self__, type) else None
     return _replace_open(taken, _forwarded(getattr(function, "__func__", function), owner))
+
+
+# Reading sources takes a millisecond, and each class of a configuration is asked for twice: to check it, to build it.
+_cached_arguments_of = functools.lru_cache(maxsize=1024)(_arguments_of)
 
 
 def _own(parameters: list[inspect.Parameter]) -> Arguments:

@@ -1,0 +1,69 @@
+"""``stratagem config``: look at configurations without building anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.syntax import Syntax
+
+from stratagem.cli.options import RunOptions
+from stratagem.config import Config, parse_overrides, require
+from stratagem.config import explain as explain_value
+from stratagem.config import show as text_of
+from stratagem.errors import ConfigValueError
+from stratagem.sections import SECTIONS
+from stratagem.utils import did_you_mean
+
+__all__ = ["check", "diff", "explain", "show"]
+
+_SUFFIXES = {"python": ".py", "yaml": ".yaml", "json": ".json", "toml": ".toml"}
+
+
+def show(options: RunOptions, form: str) -> None:
+    """Print the merged configuration, coloured on a terminal.
+
+    Raises:
+        ConfigValueError: if there is no such form.
+    """
+    if form not in _SUFFIXES:
+        raise ConfigValueError(f"--as {form}: there is no such form. {did_you_mean(form, _SUFFIXES)}")
+    _print(text_of(_read(options), _SUFFIXES[form]), form)
+
+
+def explain(options: RunOptions, path: str) -> None:
+    """Print where a value comes from."""
+    typer.echo(explain_value(_read(options), path))
+
+
+def diff(first: Path, second: Path) -> None:
+    """Print what differs between two configurations."""
+    found = Config.diff(first, second)
+    _print(found, "diff") if found else typer.echo("No difference.")
+
+
+def check(options: RunOptions) -> None:
+    """Refuse a configuration with any key or argument that nobody reads; say so where there is none.
+
+    Raises:
+        ConfigKeyError: with all problems.
+    """
+    config = _read(options)
+    require(config, SECTIONS, scope=config.get("default_scope"))
+    typer.echo(f"{options.config}: every key and argument is known.")
+
+
+def _read(options: RunOptions) -> Config:
+    config = Config.fromfile(options.config)
+    if options.overrides:
+        config.merge_from_dict(parse_overrides(options.overrides))
+    return config
+
+
+def _print(text: str, language: str) -> None:
+    console = Console()
+    if console.is_terminal:
+        console.print(Syntax(text, language, background_color="default", word_wrap=True))
+    else:
+        typer.echo(text)

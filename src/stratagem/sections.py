@@ -1,0 +1,142 @@
+"""What a configuration of a run may say, section by section: the data by which unknown keys are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stratagem.config import Rule, Section
+from stratagem.registry import (
+    DATA_SAMPLERS,
+    DATASETS,
+    EVALUATORS,
+    FUNCTIONS,
+    HOOKS,
+    LOOPS,
+    METRICS,
+    MODELS,
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    PARAM_SCHEDULERS,
+    STRATEGIES,
+)
+
+__all__ = ["SECTIONS"]
+
+_FREE = Section()
+_MODEL = Section(registry=MODELS, keys={"data_preprocessor": Section(registry=MODELS)})
+
+_OPTIM_WRAPPER = Section(
+    registry=OPTIM_WRAPPERS,
+    default_type="OptimWrapper",
+    keys={
+        "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params"})),
+        "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),
+        "paramwise_cfg": _FREE,
+        "implementation": _FREE,
+    },
+)
+
+
+def _optim_wrapper(value: Any) -> Section:
+    # A constructor of the user's reads the mapping as it likes, such as one wrapper for each name.
+    default = "DefaultOptimWrapperConstructor"
+    own = isinstance(value, Mapping) and value.get("constructor", default) != default
+    return Section(keys=_OPTIM_WRAPPER.keys, others=_FREE) if own else _OPTIM_WRAPPER
+
+
+_SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"}), keys={"convert_to_iter_based": _FREE})
+
+
+def _is_by_name(value: Any) -> bool:
+    """Tell whether a mapping gives several things a name each; one with plain values is a single thing, misspelled."""
+    plain = str | int | float | None
+    return isinstance(value, Mapping) and "type" not in value and not any(isinstance(v, plain) for v in value.values())
+
+
+def _param_scheduler(value: Any) -> Section:
+    return Section(others=_SCHEDULE) if _is_by_name(value) else _SCHEDULE
+
+
+_FUNCTION = Section(registry=FUNCTIONS, partial=True, by_name=True)
+_LOADER = Section(
+    target="torch.utils.data:DataLoader",
+    keys={
+        "dataset": Section(registry=DATASETS),
+        "sampler": Section(registry=DATA_SAMPLERS, supplied=frozenset({"dataset", "seed", "rank", "world_size"})),
+        "batch_sampler": Section(registry=DATA_SAMPLERS, supplied=frozenset({"sampler", "batch_size"})),
+        "collate_fn": _FUNCTION,
+        "worker_init_fn": _FUNCTION,
+    },
+)
+
+
+def _loop(default: str) -> Section:
+    supplied = frozenset({"run", "dataloader", "val_loop", "evaluator"})
+    return Section(registry=LOOPS, default_type=default, supplied=supplied, keys={"by_epoch": _FREE})
+
+
+def _train_cfg(value: Any) -> Section:
+    by_epoch = isinstance(value, Mapping) and value.get("by_epoch", "max_iters" not in value)
+    return _loop("EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop")
+
+
+def _evaluator(value: Any) -> Section:
+    if isinstance(value, Mapping) and value.get("type") == "Evaluator":
+        return Section(registry=EVALUATORS, supplied=frozenset({"device"}), keys={"metrics": _evaluator})
+    return Section(others=Section(registry=METRICS)) if _is_by_name(value) else Section(registry=METRICS)
+
+
+def _hook(default: str | None = None) -> Section:
+    return Section(registry=HOOKS, default_type=default, keys={"priority": _FREE})
+
+
+_DEFAULT_HOOKS = {
+    "runtime_info": "RuntimeInfoHook",
+    "timer": "IterTimerHook",
+    "sampler_seed": "DistSamplerSeedHook",
+    "logger": "LoggerHook",
+    "param_scheduler": "ParamSchedulerHook",
+    "checkpoint": "CheckpointHook",
+}
+
+
+def _keys(*names: str) -> Section:
+    return Section(keys=dict.fromkeys(names, _FREE))
+
+
+SECTIONS: Mapping[str, Rule] = {
+    "model": _MODEL,
+    "data_preprocessor": Section(registry=MODELS),
+    "train_dataloader": _LOADER,
+    "val_dataloader": _LOADER,
+    "test_dataloader": _LOADER,
+    "train_cfg": _train_cfg,
+    "val_cfg": _loop("ValLoop"),
+    "test_cfg": _loop("TestLoop"),
+    "val_evaluator": _evaluator,
+    "test_evaluator": _evaluator,
+    "optim_wrapper": _optim_wrapper,
+    "param_scheduler": _param_scheduler,
+    "strategy": Section(registry=STRATEGIES, by_name=True),
+    "auto_scale_lr": _keys("enable", "base_batch_size"),
+    "default_hooks": Section(keys={name: _hook(default) for name, default in _DEFAULT_HOOKS.items()}),
+    "custom_hooks": _hook(),
+    "env_cfg": _keys("cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"),
+    "randomness": _keys("seed", "diff_rank_seed", "deterministic"),
+    "compile": Section(target="torch:compile", keys={"target": _FREE}, supplied=frozenset({"model"})),
+    **dict.fromkeys(
+        (
+            "work_dir",
+            "experiment_name",
+            "load_from",
+            "resume",
+            "launcher",
+            "log_level",
+            "default_scope",
+            "runner_type",
+        ),
+        _FREE,
+    ),
+}

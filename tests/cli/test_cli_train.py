@@ -1,0 +1,148 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stratagem import Config, __version__
+from stratagem.checkpoint import CheckpointLoader
+from stratagem.cli.main import spell_out_resume
+
+Command = Callable[..., Any]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the model's state in a checkpoint."""
+    return CheckpointLoader.load_checkpoint(path)["state_dict"]
+
+
+def test_training_ends_with_what_to_know_and_what_to_do_next(stratagem: Command, config: str, tmp_path: Path):
+    """Metrics, checkpoint, and the commands that test it and train on."""
+    done = stratagem("train", config, "--work-dir", "run")
+    assert done.status == 0
+    summary = done.out[done.out.index("Trained 2 epochs (10 iterations)") :].splitlines()
+    rows = dict(line.strip().split(maxsplit=1) for line in summary[1:-1])
+    assert 0 <= float(rows["accuracy"]) <= 1
+    assert rows["checkpoint"] == "run/epoch_2"
+    assert rows["test"] == f"stratagem test {config} run/epoch_2 --work-dir run"
+    assert summary[-1] == f"  train on    stratagem train {config} --set train_cfg.max_epochs=4 --work-dir run --resume"
+    assert (tmp_path / "run" / "toy_config.py").is_file()
+
+
+def test_the_work_dir_is_named_after_the_configuration(stratagem: Command, config: str, tmp_path: Path):
+    """Where neither it nor the command line says one."""
+    assert stratagem("train", config, "--set", "train_cfg.max_epochs=1").status == 0
+    assert (tmp_path / "work_dirs" / "toy_config" / "epoch_1").is_dir()
+
+
+def test_one_of_something_is_not_several(stratagem: Command, config: str):
+    """And a command that trains on does not name a length twice."""
+    done = stratagem(
+        "train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1", "--set", "randomness.seed=4"
+    )
+    assert "Trained 1 epoch (5 iterations)" in done.out
+    again = f"stratagem train {config} --set randomness.seed=4 --set train_cfg.max_epochs=2 --work-dir run --resume"
+    assert done.out.rstrip().endswith(again)
+
+
+def test_overrides_reach_mappings_and_items_of_lists(stratagem: Command, config: str, tmp_path: Path):
+    """a.b.0.c=value; the kept configuration shows them."""
+    overrides = ("model.network.1.p=0.0", "param_scheduler.0.end=3", "train_cfg={_delete_: true, max_iters: 2}")
+    words = [word for override in overrides for word in ("--set", override)]
+    assert stratagem("train", config, "--work-dir", "run", *words).status == 0
+    kept = Config.fromfile(tmp_path / "run" / "toy_config.py")
+    assert kept.model.network[1].p == 0.0
+    assert kept.param_scheduler[0].end == 3
+    assert kept.train_cfg.to_dict() == {"max_iters": 2}
+
+
+def test_a_run_that_was_interrupted_and_resumed_is_the_undisturbed_run(stratagem: Command, config: str, tmp_path: Path):
+    """Ctrl-C in the middle of an epoch: status 130, a checkpoint, and with --resume the same final weights."""
+    assert stratagem("train", config, "--work-dir", "whole").status == 0
+    press = ("--set", "custom_hooks=[{type: PressCtrlC, after: 3}]")
+    stopped = stratagem("train", config, "--work-dir", "cut", *press)
+    assert stopped.status == 130
+    assert "Interrupted after 3 of 10 iterations." in stopped.out
+    assert " --work-dir cut --resume" in stopped.out.splitlines()[-1]
+    rest = stratagem("train", config, "--work-dir", "cut", "--resume")
+    assert rest.status == 0
+    whole, cut = weights(tmp_path / "whole" / "epoch_2"), weights(tmp_path / "cut" / "epoch_2")
+    assert all(torch.equal(cut[name], value) for name, value in whole.items())
+
+
+def test_resume_without_a_checkpoint_starts_anew(stratagem: Command, config: str):
+    """So the same command can be given always."""
+    done = stratagem("train", config, "--work-dir", "run", "--resume")
+    assert done.status == 0
+    assert "starting anew" in done.out + done.err
+
+
+def test_resume_takes_a_path(stratagem: Command, config: str, tmp_path: Path):
+    """Of any run's checkpoint."""
+    stratagem("train", config, "--work-dir", "first", "--set", "train_cfg.max_epochs=1")
+    done = stratagem("train", config, "--work-dir", "second", "--resume", "first/epoch_1")
+    assert "Going on after epoch 1, iteration 5" in done.out + done.err
+    assert sorted(path.name for path in (tmp_path / "second").glob("epoch_*")) == ["epoch_2"]
+
+
+def test_test_prints_the_metrics_of_a_checkpoint(stratagem: Command, config: str, tmp_path: Path):
+    """The same that the training measured; the run's kept configuration stays as it is."""
+    trained = stratagem("train", config, "--work-dir", "run")
+    accuracy = next(line.split()[1] for line in trained.out.splitlines() if line.startswith("  accuracy"))
+    kept = (tmp_path / "run" / "toy_config.py").read_bytes()
+    tested = stratagem("test", config, "run/epoch_2", "--work-dir", "run")
+    assert tested.status == 0
+    assert tested.out.splitlines()[-1] == f"accuracy: {accuracy}"
+    assert (tmp_path / "run" / "toy_config.py").read_bytes() == kept
+
+
+def test_env_prints_the_environment(stratagem: Command):
+    """A line for each fact."""
+    done = stratagem("env")
+    facts = dict(line.split(maxsplit=1) for line in done.out.splitlines())
+    assert done.status == 0
+    assert facts["stratagem"] == __version__
+    assert "PyTorch" in facts
+
+
+def test_version(stratagem: Command):
+    """--version prints name and number."""
+    assert stratagem("--version").out == f"stratagem {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ((), ("train", "test", "env")),
+        (
+            ("train",),
+            ("CONFIG", "--set", "--work-dir", "--resume", "--load-from", "--nproc", "--launcher", "--strategy"),
+        ),
+        (("test",), ("CONFIG", "CHECKPOINT", "--set", "--traceback")),
+        (("env",), ("bug reports",)),
+    ],
+)
+def test_the_help_names_everything(stratagem: Command, command: tuple[str, ...], words: tuple[str, ...]):
+    """Of each command; flags are not shown as if they took a value."""
+    for option in ("--help", "-h"):
+        done = stratagem(*command, option)
+        assert done.status == 0
+        assert all(word in done.out for word in words)
+        assert "<bool>" not in done.out
+
+
+@pytest.mark.parametrize(
+    ("words", "spelled"),
+    [
+        ([], []),
+        (["train"], ["train"]),
+        (["train", "c.py", "--resume"], ["train", "c.py", "--resume=auto"]),
+        (["--resume", "--set", "a=1"], ["--resume=auto", "--set", "a=1"]),
+        (["--resume", "path"], ["--resume", "path"]),
+        (["--resume=path"], ["--resume=path"]),
+    ],
+)
+def test_the_path_of_resume_may_be_left_out(words: list[str], spelled: list[str]):
+    """At the end of the line, or before another option."""
+    assert spell_out_resume(words) == spelled

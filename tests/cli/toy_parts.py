@@ -1,0 +1,39 @@
+"""What the configuration of these tests names: data that anyone can compute, and a hook that presses Ctrl-C."""
+
+import os
+import signal
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stratagem.registry import DATASETS, HOOKS
+from stratagem.train import Hook
+
+
+@DATASETS.register_module()
+class CornerSamples(Dataset):
+    """Points of the plane, and in which of four quarters they lie."""
+
+    def __init__(self, length: int = 20) -> None:
+        self.points = torch.randn(length, 2, generator=torch.Generator().manual_seed(0))
+        self.quarters = (self.points > 0).long() @ torch.tensor([1, 2])
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.points[index], self.quarters[index]
+
+
+@HOOKS.register_module()
+class PressCtrlC(Hook):
+    """Sends the signal of Ctrl-C to this process after some iteration, counted from 1."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if run.iter + 1 == self.after:
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,45 @@
+"""Telling a wrapper from a model."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ranks import Ranks
+from stratagem.model import bare_model, is_model_wrapper
+
+
+class Holder(nn.Module):
+    """A model that calls a part of itself ``module``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(1, 1)
+        self.head = nn.Linear(1, 1)
+
+
+def test_a_model_with_a_part_called_module_is_no_wrapper() -> None:
+    """Such a model is never replaced by its part."""
+    model = Holder()
+    assert not is_model_wrapper(model)
+    assert bare_model(model) is model
+
+
+def test_data_parallel_is_a_wrapper() -> None:
+    """The model inside is found, through several wrappers, and no further."""
+    model = Holder()
+    wrapped = nn.DataParallel(nn.DataParallel(model))
+    assert is_model_wrapper(wrapped)
+    assert bare_model(wrapped) is model
+
+
+def of_distributed() -> tuple[bool, bool]:
+    """Wrap in DistributedDataParallel."""
+    model = Holder()
+    wrapped = DistributedDataParallel(model)
+    return is_model_wrapper(wrapped), bare_model(wrapped) is model
+
+
+def test_distributed_data_parallel_is_a_wrapper(ranks: Ranks) -> None:
+    """The model inside is found."""
+    assert ranks.run(of_distributed) == [(True, True)] * 2

@@ -1,0 +1,82 @@
+"""The whole model on one device; the meta device stands for an accelerator."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from stratagem.dist import World
+from stratagem.optim import OptimWrapper
+from stratagem.parallel import OnDevice, Steps
+
+LOGGER = logging.getLogger("stratagem.test")
+
+
+class Recorder:
+    """Steps that remember when they were called and what the model was then."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, str]] = []
+
+    def steps(self, *, optim: bool = True) -> Steps:
+        """Return the steps."""
+        return Steps(
+            init=lambda model: self._record("init", model),
+            compile=lambda model: self._record("compile", model),
+            make_optim=self._make_optim if optim else None,
+        )
+
+    def _record(self, name: str, model: nn.Module) -> nn.Module:
+        kinds = ",".join(type(child).__name__ for child in model.children())
+        self.calls.append((name, next(model.parameters()).device.type, kinds))
+        return model
+
+    def _make_optim(self, model: nn.Module) -> OptimWrapper:
+        self._record("optim", model)
+        return OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+def network() -> nn.Sequential:
+    """Return layers, one of which exchanges statistics."""
+    return nn.Sequential(nn.Linear(1, 2), nn.SyncBatchNorm(2))
+
+
+def test_a_model_is_initialised_moved_compiled_and_then_optimized() -> None:
+    """What is compiled and optimized is where it trains, and has no layer that needs other ranks."""
+    recorder, model = Recorder(), network()
+    placed = OnDevice(LOGGER).place(model, recorder.steps(), World(device=torch.device("meta")))
+    assert recorder.calls == [
+        ("init", "cpu", "Linear,SyncBatchNorm"),
+        ("compile", "meta", "Linear,_AnyBatchNorm"),
+        ("optim", "meta", "Linear,_AnyBatchNorm"),
+    ]
+    assert placed.model is model
+    assert isinstance(placed.optim, OptimWrapper)
+
+
+def test_reverting_layers_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever asked for SyncBatchNorm learns that there is nobody to exchange with."""
+    caplog.set_level(logging.INFO, LOGGER.name)
+    OnDevice(LOGGER).place(network(), Recorder().steps(), World())
+    assert [record.getMessage() for record in caplog.records] == [
+        "Turned 1 SyncBatchNorm layers into BatchNorm: there is one device."
+    ]
+
+
+def test_a_layer_can_be_the_whole_model() -> None:
+    """The layer that takes its place is what trains."""
+    placed = OnDevice(LOGGER).place(nn.SyncBatchNorm(2), Recorder().steps(optim=False), World())
+    assert not isinstance(placed.model, nn.SyncBatchNorm)
+    assert placed.optim is None
+
+
+def test_the_model_is_its_own_bare_model() -> None:
+    """Nothing is put around it, and there is no exchange to hold back."""
+    placement, model = OnDevice(LOGGER), network()
+    assert placement.bare(model) is model
+    for sync in (True, False):
+        with placement.accumulate(model, sync):
+            pass

@@ -1,0 +1,404 @@
+"""A replica on every rank: the model's own step, with gradients exchanged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ranks import Ranks
+from stratagem.dist import World, get_rank, get_world_size
+from stratagem.errors import ConfigKeyError, ConfigValueError, PlacementError
+from stratagem.model import BaseModel
+from stratagem.optim import OptimWrapper, OptimWrapperDict
+from stratagem.parallel import DDP_OPTIONS, Placed, Replica, Replicated, Steps
+
+LOGGER = logging.getLogger("stratagem.test")
+
+
+class Scale(BaseModel):
+    """Learns a number, whose gradient is the mean of the batch."""
+
+    def __init__(self, value: float = 2.0) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(value))
+        self.register_buffer("seen", torch.zeros(()))
+        self.steps = 0
+
+    def forward(self, x: Tensor, mode: str = "tensor") -> Any:
+        """Return the loss, or the product."""
+        product = self.scale * x
+        return {"loss": product.mean()} if mode == "loss" else product
+
+
+class Counting(Scale):
+    """Overrides the step, goes on to that of its base, and keeps state of its own."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Count the steps."""
+        self.steps += 1
+        return {**super().train_step(data, optim_wrapper), "mine": isinstance(self, Counting)}
+
+
+class ByHand(Scale):
+    """Does all that a step does itself."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Learn from the product."""
+        with optim_wrapper.optim_context(self):
+            loss = self(data).mean()
+        optim_wrapper.update_params(loss)
+        return {"loss": loss.detach()}
+
+
+class Twice(ByHand):
+    """Updates twice in one step."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Learn from the same batch again."""
+        first = super().train_step(data, optim_wrapper)
+        super().train_step(data, optim_wrapper)
+        return first
+
+
+class PastDDP(Scale):
+    """Reaches its parameters without ``self(...)``."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Learn from what ``forward`` gives."""
+        loss = self.forward(data, mode="loss")["loss"]
+        optim_wrapper.update_params(loss)
+        return {"loss": loss.detach()}
+
+
+class Adversaries(BaseModel):
+    """Two parts that learn in turn, and one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge, self.fixed = Scale(2.0), Scale(3.0), Scale(5.0).requires_grad_(False)
+
+    def forward(self, x: Tensor, mode: str = "tensor") -> Any:
+        """Return what all parts make of it."""
+        return self.fixed(self.judge(self.maker(x)))
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Let the maker learn from the batch, then the judge."""
+        for name in ("maker", "judge"):
+            with optim_wrapper[name].optim_context(self):
+                loss = getattr(self, name)(data).mean()
+            optim_wrapper[name].update_params(loss)
+        return {"loss": loss.detach()}
+
+
+def sgd(model: nn.Module, **options: Any) -> OptimWrapper:
+    """Return gradient descent that subtracts the gradient itself."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return OptimWrapper(torch.optim.SGD(learning, lr=1.0), **options)
+
+
+def place(
+    model: nn.Module,
+    make_optim: Callable[[Any], Any] | None = sgd,
+    *,
+    compiling: Callable[[nn.Module], nn.Module] = lambda model: model,
+    separate: bool = False,
+    sync_bn: str | None = None,
+    **options: Any,
+) -> tuple[Replicated, Placed]:
+    """Place a model as the strategy does."""
+    placement = Replicated(LOGGER, sync_bn=sync_bn, separate=separate, options=options)
+    world = World(launcher="pytorch", rank=get_rank(), local_rank=get_rank(), size=get_world_size())
+    placed = placement.place(model, Steps(init=lambda model: model, compile=compiling, make_optim=make_optim), world)
+    return placement, placed
+
+
+def of_rank(*values: Any) -> Any:
+    """Return this rank's value."""
+    return values[get_rank()]
+
+
+def trained(kind: type[Scale]) -> dict[str, Any]:
+    """Train one step, with other data on each rank."""
+    hooked: list[int] = []
+    model = kind()
+    model.register_forward_hook(lambda *_: hooked.append(1))
+    _, placed = place(model)
+    outputs = placed.model.train_step(torch.tensor(of_rank([1.0, 1.0], [2.0, 4.0])), placed.optim)
+    return {
+        "wrapped": type(placed.model) is Replica,
+        "scale": model.scale.item(),
+        "loss": outputs["loss"].item(),
+        "steps": model.steps,
+        "mine": outputs.get("mine"),
+        "hooked": len(hooked),
+    }
+
+
+@pytest.mark.parametrize(("kind", "steps", "mine"), [(Scale, 0, None), (Counting, 1, True), (ByHand, 0, None)])
+def test_the_model_s_own_step_exchanges_gradients(ranks: Ranks, kind: type[Scale], steps: int, mine: Any) -> None:
+    """Gradients 1 and 3 are averaged on both ranks, 2 - 2 = 0, however the step is written; the loss is the rank's own.
+
+    In the step ``self`` is the model: ``super()`` works, what it stores stays, and its hooks run once.
+    """
+    expected = {"wrapped": True, "scale": 0.0, "steps": steps, "mine": mine, "hooked": 1}
+    assert ranks.run(trained, kind) == [{**expected, "loss": 2.0}, {**expected, "loss": 6.0}]
+
+
+def test_every_call_of_a_step_exchanges_gradients(ranks: Ranks) -> None:
+    """A step may call ``self(...)`` more than once: 2 is subtracted twice on both ranks."""
+    for outputs in ranks.run(trained, Twice):
+        assert outputs["scale"] == -2.0
+        assert outputs["hooked"] == 2
+
+
+def past_ddp() -> str:
+    """Train a model that goes past DistributedDataParallel."""
+    _, placed = place(PastDDP())
+    with pytest.raises(PlacementError) as raised:
+        placed.model.train_step(torch.ones(1), placed.optim)
+    return str(raised.value)
+
+
+def test_a_step_that_goes_past_ddp_is_refused(ranks: Ranks) -> None:
+    """Ranks would drift apart without a word; the error says what to write instead."""
+    for message in ranks.run(past_ddp):
+        assert "PastDDP.train_step reached the model's parameters without calling self(...)" in message
+        assert "model_wrapper='separate'" in message
+
+
+def after_a_failure() -> float:
+    """Fail in a step, before its call and in it, then use the model by itself."""
+    model = Scale()
+    _, placed = place(model)
+    with pytest.raises(TypeError):
+        placed.model.train_step({"wrong": 1}, placed.optim)
+    with pytest.raises(AttributeError):
+        placed.model.train_step(torch.ones(1), None)
+    placed.model._passed = False
+    product = model(torch.tensor(3.0)).item()
+    assert not placed.model._passed, "the model itself was called"
+    return product
+
+
+def test_outside_of_a_step_the_model_is_called_itself(ranks: Ranks) -> None:
+    """A step that failed leaves nothing behind."""
+    assert ranks.run(after_a_failure) == [6.0, 6.0]
+
+
+def evaluated() -> list[float]:
+    """Evaluate another number of batches on each rank."""
+    _, placed = place(Scale(), broadcast_buffers=True)
+    with torch.no_grad():
+        return [placed.model.val_step(torch.tensor(1.0)).item() for _ in range(of_rank(3, 1))] + [
+            placed.model.test_step(torch.tensor(1.0)).item()
+        ]
+
+
+def test_evaluation_exchanges_nothing(ranks: Ranks) -> None:
+    """A rank with fewer batches does not hold up the others."""
+    assert ranks.run_within(20, evaluated) == [[2.0] * 4, [2.0] * 2]
+
+
+def compared() -> list[float]:
+    """Train a linear model for some steps on this rank's half of each batch."""
+    torch.manual_seed(3)
+    data = torch.randn(4, 6, 3)
+    model = Regression()
+    _, placed = place(model, lambda module: OptimWrapper(torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)))
+    for batch in data:
+        placed.model.train_step(batch[get_rank() :: 2], placed.optim)
+    return model.weight.tolist()
+
+
+class Regression(BaseModel):
+    """Weights that shall give ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, -1.0, 0.5]))
+
+    def forward(self, x: Tensor, mode: str = "tensor") -> Any:
+        """Return the mean squared error."""
+        return {"loss": ((x @ self.weight - 1) ** 2).mean()}
+
+
+def test_two_ranks_learn_what_one_does_with_the_whole_batch(ranks: Ranks) -> None:
+    """The weights after four steps with momentum are those of a loop of a few lines over whole batches."""
+    torch.manual_seed(3)
+    weight, momentum = torch.tensor([1.0, -1.0, 0.5]), torch.zeros(3)
+    for x in torch.randn(4, 6, 3):
+        momentum = 0.9 * momentum + 2 * ((x @ weight - 1)[:, None] * x).mean(0)
+        weight = weight - 0.1 * momentum
+    one, other = ranks.run(compared)
+    assert one == other
+    torch.testing.assert_close(torch.tensor(one), weight)
+
+
+def accumulated(separate: bool) -> list[list[float]]:
+    """Learn from two micro-batches an update; return the gradient after the first and the value after each."""
+    model = Adversaries() if separate else Scale()
+    part = model.maker if separate else model
+
+    def make_optim(model: Any) -> Any:
+        if separate:
+            return OptimWrapperDict(maker=sgd(model.maker, accumulative_counts=2), judge=sgd(model.judge))
+        return sgd(model, accumulative_counts=2)
+
+    placement, placed = place(model, make_optim, separate=separate)
+    for wrapper in placed.optim.values() if separate else [placed.optim]:
+        wrapper.accumulation_context = placement.accumulate
+    seen = []
+    for batch in of_rank((1.0, 2.0), (3.0, 6.0)):
+        placed.model.train_step(torch.tensor([batch]), placed.optim)
+        seen.append([part.scale.grad.item() if part.scale.grad is not None else None, part.scale.item()])
+    return seen
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_gradients_stay_on_their_rank_until_the_last_micro_batch(ranks: Ranks, separate: bool) -> None:
+    """Halves of 1 and 3 stay apart, then (0.5 + 1 + 1.5 + 3) / 2 = 3 is subtracted on both ranks."""
+    assert ranks.run(accumulated, separate) == [
+        [[0.5, 2.0], [None, -1.0]],
+        [[1.5, 2.0], [None, -1.0]],
+    ]
+
+
+def separately() -> dict[str, Any]:
+    """Train two parts in turn, each wrapped by itself."""
+    model = Adversaries()
+    names = list(model.state_dict())
+
+    def make_optim(model: Any) -> OptimWrapperDict:
+        return OptimWrapperDict(maker=sgd(model.maker), judge=sgd(model.judge))
+
+    placement, placed = place(model, make_optim, separate=True)
+    placed.model.train_step(torch.tensor([of_rank(1.0, 3.0)]), placed.optim)
+    bare = placement.bare(placed.model)
+    placed.model.eval()
+    return {
+        "kinds": {
+            name: type(child).__name__ for name, child in placed.model.named_children() if name != "data_preprocessor"
+        },
+        "bare": bare is model and list(bare.state_dict()) == names,
+        "bare of one": placement.bare(placed.model.maker) is model.maker,
+        "values": [model.maker.scale.item(), model.judge.scale.item(), model.fixed.scale.item()],
+        "training": [module.training for module in (model.maker, model.judge, model.fixed)],
+        "is a model": isinstance(placed.model, Adversaries),
+    }
+
+
+def test_parts_that_learn_in_turn_are_wrapped_by_themselves(ranks: Ranks) -> None:
+    """Each part's gradients are averaged (2 is subtracted), the frozen one is not wrapped, and names are the model's."""
+    expected = {
+        "kinds": {"maker": "Replica", "judge": "Replica", "fixed": "Scale"},
+        "bare": True,
+        "bare of one": True,
+        "values": [0.0, 1.0, 5.0],
+        "training": [False, False, False],
+        "is a model": True,
+    }
+    assert ranks.run(separately) == [expected, expected]
+
+
+def facts() -> dict[str, Any]:
+    """Place a model whose weights and buffers differ between the ranks."""
+    model = Scale(of_rank(4.0, 7.0))
+    made_of: list[Any] = []
+    placement, placed = place(model, lambda module: made_of.append(module) or sgd(module), find_unused_parameters=True)
+    return {
+        "scale": model.scale.item(),
+        "optimizer of the bare model": made_of == [model],
+        "bare": placement.bare(placed.model) is model,
+        "attribute": placed.model.steps,
+        "option": placed.model.find_unused_parameters,
+    }
+
+
+def test_what_a_placed_model_is(ranks: Ranks) -> None:
+    """Ranks begin with the weights of rank 0; the optimizer knows the bare names; options reach DDP."""
+    expected = {
+        "scale": 4.0,
+        "optimizer of the bare model": True,
+        "bare": True,
+        "attribute": 0,
+        "option": True,
+    }
+    assert ranks.run(facts) == [expected, expected]
+
+
+def buffers(**options: bool) -> float:
+    """Let buffers differ, run a forward pass, and return this rank's."""
+    model = Scale()
+    _, placed = place(model, **options)
+    model.seen.fill_(get_rank() + 1)
+    placed.model(torch.ones(1))
+    return model.seen.item()
+
+
+def test_buffers_stay_with_their_rank_unless_asked(ranks: Ranks) -> None:
+    """Sending buffers around costs an exchange in each forward pass; ``broadcast_buffers=True`` asks for it."""
+    assert ranks.run(buffers) == [1.0, 2.0]
+    assert ranks.run(buffers, broadcast_buffers=True) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("name", ["find_unused_paramters", "device_ids", "module"])
+def test_options_that_cannot_be_given_are_refused(name: str) -> None:
+    """A typo, or what the placement decides itself, is an error and not ignored."""
+    with pytest.raises(ConfigKeyError, match=f"DistributedDataParallel has no option '{name}'"):
+        Replicated(LOGGER, sync_bn=None, separate=False, options={name: True})
+
+
+def test_an_unknown_option_is_answered_with_the_nearest() -> None:
+    """The options are those that torch has."""
+    with pytest.raises(ConfigKeyError, match="Did you mean 'find_unused_parameters'"):
+        Replicated(LOGGER, sync_bn=None, separate=False, options={"find_unused_paramters": True})
+    assert {"static_graph", "gradient_as_bucket_view", "broadcast_buffers", "bucket_cap_mb"} <= set(DDP_OPTIONS)
+
+
+def test_a_model_that_is_wrapped_already_is_refused() -> None:
+    """Two wrappers would exchange twice."""
+    with pytest.raises(PlacementError, match="wrapped already, in a DataParallel; give the strategy the bare model"):
+        place(nn.DataParallel(Scale()))
+
+
+def test_compiling_the_step_is_refused() -> None:
+    """A compiled step would leave DDP out."""
+
+    def compile_step(model: nn.Module) -> nn.Module:
+        model.train_step = lambda *_: None  # type: ignore[assignment]  # as compile_model sets it
+        return model
+
+    with pytest.raises(PlacementError, match="target='train_step' cannot be used under DDP"):
+        place(Scale(), compiling=compile_step)
+
+
+def test_a_frozen_model_is_not_wrapped() -> None:
+    """There is nothing to exchange, and DDP would refuse it."""
+    model = Scale().requires_grad_(False)
+    placement, placed = place(model, None)
+    assert placed.model is model
+    assert placed.optim is None
+    assert placement.bare(model) is model
+    with placement.accumulate(model, sync=False):
+        pass
+
+
+def test_separate_wrapping_refuses_parameters_of_the_whole() -> None:
+    """Nobody would exchange their gradients; the error names them."""
+    with pytest.raises(PlacementError, match=r"Scale has learning parameters of its own \(scale\)"):
+        place(Scale(), separate=True)
+
+
+def test_batch_normalisation_is_converted_where_asked(caplog: pytest.LogCaptureFixture) -> None:
+    """``sync_bn="torch"`` converts and says so; on the CPU, where torch's layer cannot work, it is refused at once."""
+    caplog.set_level(logging.INFO, LOGGER.name)
+    with pytest.raises(PlacementError, match="works on accelerators alone"):
+        place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")
+    assert caplog.messages == ["Converted BatchNorm layers to SyncBatchNorm."]
+    with pytest.raises(ConfigValueError, match="sync_bn='troch'"):
+        place(Scale(), None, sync_bn="troch")

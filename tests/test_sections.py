@@ -1,0 +1,190 @@
+"""A misspelled key never costs anyone a night: all of a run's configuration is checked before anything is built."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stratagem.config import Config, check, require
+from stratagem.errors import ConfigKeyError
+from stratagem.registry import DATASETS
+from stratagem.sections import SECTIONS
+
+EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/**/*config*.*"))
+
+
+@DATASETS.register_module(name="NumbersOfSections")
+class Numbers:
+    """Some samples."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+
+NUMBERS = {"type": "NumbersOfSections", "length": 4}
+
+# Every section with every key that it documents: nothing here is a free value.
+FULL: dict[str, Any] = {
+    "model": {
+        "type": "SupervisedModel",
+        "network": [{"type": "Linear", "in_features": 4, "out_features": 2, "bias": True}, {"type": "ReLU"}],
+        "loss": {"type": "CrossEntropyLoss", "label_smoothing": 0.1},
+        "data_preprocessor": {"type": "BaseDataPreprocessor", "non_blocking": True},
+    },
+    "work_dir": "work_dirs/full",
+    "experiment_name": "full",
+    "train_dataloader": {
+        "dataset": NUMBERS,
+        "batch_size": 4,
+        "num_workers": 0,
+        "drop_last": True,
+        "pin_memory": False,
+        "sampler": {"type": "DefaultSampler", "shuffle": True, "round_up": True},
+        "collate_fn": {"type": "default_collate"},
+    },
+    "train_cfg": {"by_epoch": True, "max_epochs": 2, "val_begin": 1, "val_interval": 1},
+    "val_dataloader": {"dataset": NUMBERS, "batch_size": 4, "persistent_workers": False},
+    "val_cfg": {},
+    "val_evaluator": {"type": "Accuracy", "task": "multiclass", "num_classes": 2},
+    "test_dataloader": {"dataset": NUMBERS, "batch_size": 4},
+    "test_cfg": {},
+    "test_evaluator": {"first": {"type": "Accuracy", "task": "multiclass", "num_classes": 2}},
+    "optim_wrapper": {
+        "type": "OptimWrapper",
+        "optimizer": {"type": "AdamW", "lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.99)},
+        "accumulative_counts": 2,
+        "clip_grad": {"max_norm": 1.0},
+        "paramwise_cfg": {"norm_decay_mult": 0.0},
+        "constructor": "DefaultOptimWrapperConstructor",
+        "implementation": "auto",
+    },
+    "param_scheduler": [
+        {"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "begin": 0, "end": 10},
+        {"type": "CosineAnnealingLR", "T_max": 2, "eta_min": 0.0, "convert_to_iter_based": True},
+    ],
+    "strategy": {"type": "DDPStrategy", "find_unused_parameters": True, "sync_bn": "torch", "static_graph": False},
+    "auto_scale_lr": {"enable": False, "base_batch_size": 8},
+    "default_hooks": {
+        "runtime_info": {"type": "RuntimeInfoHook"},
+        "timer": {"type": "IterTimerHook"},
+        "sampler_seed": {"type": "DistSamplerSeedHook"},
+        "logger": {"type": "LoggerHook", "interval": 10, "ignore_last": True, "window_size": 10},
+        "param_scheduler": {"type": "ParamSchedulerHook"},
+        "checkpoint": {
+            "type": "CheckpointHook",
+            "interval": 1,
+            "by_epoch": True,
+            "save_optimizer": True,
+            "save_param_scheduler": True,
+            "save_last": True,
+            "filename_tmpl": "epoch_{}",
+            "save_begin": 0,
+        },
+    },
+    "custom_hooks": [{"type": "IterTimerHook", "priority": "LOW"}],
+    "load_from": None,
+    "resume": False,
+    "launcher": "none",
+    "env_cfg": {"cudnn_benchmark": False, "mp_cfg": None, "dist_cfg": None, "resource_limit": 4096},
+    "log_level": "INFO",
+    "randomness": {"seed": 1, "diff_rank_seed": False, "deterministic": False},
+    "compile": {"target": "forward", "mode": "default", "dynamic": False},
+    "default_scope": None,
+}
+# What stands below these is read by code that is not known here, or is a value of its own.
+BELOW = {"betas", "clip_grad", "paramwise_cfg", "first"}
+
+
+def keys_of(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every key whose spelling matters."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key != "first":
+                yield (*path, key)
+            if key not in BELOW or key == "first":
+                yield from keys_of(value, (*path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from keys_of(value, (*path, index))
+
+
+def misspellings(key: str) -> set[str]:
+    """Return the key with a character dropped, two swapped, or one added at the end."""
+    middle = len(key) // 2
+    dropped = {key[:place] + key[place + 1 :] for place in range(len(key))}
+    swapped = {key[:p] + key[p + 1] + key[p] + key[p + 2 :] for p in range(len(key) - 1)}
+    return {
+        wrong for wrong in (*dropped, *swapped, f"{key}s", f"{key[:middle]}x{key[middle:]}") if wrong not in {key, ""}
+    }
+
+
+def with_key(path: tuple[Any, ...], wrong: str) -> dict[str, Any]:
+    """Return the full configuration with one key spelled wrongly."""
+    config = copy.deepcopy(FULL)
+    node: Any = config
+    for part in path[:-1]:
+        node = node[part]
+    node[wrong] = node.pop(path[-1])
+    return config
+
+
+def test_the_full_configuration_passes() -> None:
+    """A configuration that uses every documented key has no problem."""
+    assert check(Config(FULL), SECTIONS) == []
+
+
+def test_every_misspelled_key_is_refused_with_the_right_name() -> None:
+    """Each key of the full configuration, with a character dropped, swapped or added, is refused and the key suggested.
+
+    The issue asks for 99 %; what is missed is listed in the failure.
+    """
+    tried, missed = 0, []
+    for path in keys_of(FULL):
+        for wrong in misspellings(path[-1]):
+            config = with_key(path, wrong)
+            if wrong in FULL or wrong == "vars":
+                continue
+            tried += 1
+            problems = check(Config(config), SECTIONS)
+            right = [
+                p for p in problems if repr(path[-1]) in str(p) or re.search(rf"\b{re.escape(path[-1])}\b", str(p))
+            ]
+            if not right:
+                missed.append((path, wrong, [str(problem) for problem in problems]))
+    assert tried > 1000
+    assert len(missed) <= tried // 100, missed[:20]
+
+
+def test_all_problems_are_listed_at_once() -> None:
+    """Three slips give one error that names all three, each with the nearest name."""
+    config = Config({**copy.deepcopy(FULL), "param_schedulers": [], "load_form": "x", "rezume": True})
+    with pytest.raises(ConfigKeyError) as caught:
+        require(config, SECTIONS)
+    text = str(caught.value)
+    assert "3 problems" in text
+    for wrong, right in (("param_schedulers", "param_scheduler"), ("load_form", "load_from"), ("rezume", "resume")):
+        assert re.search(rf"{wrong}.*'{right}'", text)
+
+
+def test_an_override_of_an_unknown_key_is_refused() -> None:
+    """--set with a key that nobody reads is refused like one in a file, and named as what it is."""
+    config = Config(copy.deepcopy(FULL))
+    config.merge_from_dict({"train_cfg.max_epoch": 3})
+    with pytest.raises(ConfigKeyError, match=r"train_cfg\.max_epoch \(--set .*'max_epochs'"):
+        require(config, SECTIONS)
+
+
+def test_free_values_have_one_place() -> None:
+    """Whatever stands below `vars` is nobody's business."""
+    assert check(Config({**copy.deepcopy(FULL), "vars": {"anything": [1, {"goes": 2}]}}), SECTIONS) == []
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda path: path.parent.name)
+def test_every_example_passes(file: Path) -> None:
+    """The examples' configurations have no problem."""
+    assert check(Config.fromfile(file), SECTIONS) == []

@@ -1,0 +1,24 @@
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toys import settings
+
+from stratagem import Runner
+
+
+@pytest.fixture
+def make_runner(tmp_path: Path) -> Iterator[Callable[..., Runner]]:
+    """Make runners of the small run with some arguments changed; all are closed in the end."""
+    made: list[Runner] = []
+
+    def make(**changes: Any) -> Runner:
+        if "strategy" not in changes:
+            changes.setdefault("work_dir", tmp_path / "run")
+        made.append(Runner(**settings(**changes)))
+        return made[-1]
+
+    yield make
+    for runner in made:
+        runner.close()

@@ -1,0 +1,156 @@
+import pytest
+from toys import Recorder
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.train import EVENTS, Events, Hook, IterTimerHook, LoggerHook, Priority, get_priority
+from stratagem.train.building import build_events
+
+
+class Named(Hook):
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self.name, self.calls = name, calls
+
+    def before_train(self, run: object) -> None:
+        self.calls.append(self.name)
+
+
+def test_hooks_are_called_from_low_to_high_numbers_of_priority():
+    """The order of registration decides only among equal priorities."""
+    calls: list[str] = []
+    hooks = [Named(name, calls) for name in ("late", "early", "normal", "normal too")]
+    hooks[0].priority = 90
+    hooks[1].priority = "very_high"
+    Events(hooks).call("before_train", None)
+    assert calls == ["early", "normal", "normal too", "late"]
+
+
+def test_an_event_costs_nothing_where_no_hook_wrote_it():
+    """Only overridden methods are looked up, so a loop calls nothing for the rest."""
+    events = Events([Named("only", []), Hook()])
+    assert [event for event in EVENTS if events[event]] == ["before_train"]
+
+
+@pytest.mark.parametrize(
+    ("shared", "expected"),
+    [
+        ("_before_iter", ["before_test_iter", "before_train_iter", "before_val_iter"]),
+        ("_after_iter", ["after_test_iter", "after_train_iter", "after_val_iter"]),
+        ("_before_epoch", ["before_test_epoch", "before_train_epoch", "before_val_epoch"]),
+        ("_after_epoch", ["after_test_epoch", "after_train_epoch", "after_val_epoch"]),
+    ],
+)
+def test_a_shared_method_serves_the_event_of_each_mode(shared: str, expected: list[str]):
+    """A hook that writes _after_iter is called after the iterations of training, validation and test."""
+    modes: list[str] = []
+
+    def note(_: Hook, __: object, batch_idx: int = 0, mode: str = "?", **___: object) -> None:
+        modes.append(mode)
+
+    events = Events([type("Shared", (Hook,), {shared: note})()])
+    assert sorted(event for event in EVENTS if events[event]) == expected
+    for event in expected:
+        events.call(event, None, **({"batch_idx": 0} if event.endswith("iter") else {}))
+    assert modes == ["test", "train", "val"]
+
+
+def test_a_hook_decides_itself_which_events_it_wants():
+    """get_triggered_stages leaves out what a hook does not need for its arguments."""
+
+    class Chosen(Named):
+        def get_triggered_stages(self) -> list[str]:
+            return []
+
+    assert not Events([Chosen("quiet", [])])["before_train"]
+
+
+@pytest.mark.parametrize(("given", "number"), [("HIGH", 30), ("lowest", 100), (Priority.LOW, 70), (0, 0), (100, 100)])
+def test_a_priority_is_a_name_in_any_case_or_a_number(given: object, number: int):
+    """Names stand for the usual numbers."""
+    assert get_priority(given) == number
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        (101, ConfigValueError, "0 to 100, not 101"),
+        (-1, ConfigValueError, "0 to 100, not -1"),
+        ("higher", ConfigValueError, "'HIGHEST'|'HIGH'"),
+        (1.5, ConfigTypeError, "1.5"),
+        (True, ConfigTypeError, "True"),
+    ],
+)
+def test_a_wrong_priority_is_refused(given: object, error: type[Exception], text: str):
+    """The message shows what came and what is possible."""
+    with pytest.raises(error, match=text):
+        get_priority(given)
+
+
+def test_the_default_hooks_come_in_the_order_of_their_priorities():
+    """Information first, saving last."""
+    names = [type(hook).__name__ for hook in build_events(None, None).hooks]
+    assert names == [
+        "RuntimeInfoHook", "IterTimerHook", "DistSamplerSeedHook", "LoggerHook", "ParamSchedulerHook", "CheckpointHook",
+    ]  # fmt: skip
+
+
+def test_none_removes_a_default_hook():
+    """default_hooks=dict(checkpoint=None) saves nothing."""
+    names = [type(hook).__name__ for hook in build_events({"checkpoint": None, "logger": None}, None).hooks]
+    assert "CheckpointHook" not in names
+    assert "LoggerHook" not in names
+    assert len(names) == 4
+
+
+def test_default_hooks_keep_their_type_when_only_arguments_are_given():
+    """default_hooks=dict(logger=dict(interval=7)) changes the interval."""
+    with pytest.raises(ConfigValueError, match="interval is 0"):
+        build_events({"logger": {"interval": 0}}, None)
+
+
+def test_another_type_in_the_place_of_a_default_hook_gets_its_own_arguments_alone():
+    """The default interval of the checkpoint hook is no argument of a timer."""
+    hooks = build_events({"checkpoint": {"type": "IterTimerHook"}}, None).hooks
+    assert sum(isinstance(hook, IterTimerHook) for hook in hooks) == 2
+
+
+def test_an_unknown_default_hook_is_refused_with_the_nearest_name():
+    """A misspelled name must not leave a run without its checkpoints."""
+    with pytest.raises(ConfigKeyError, match=r"'checkpoints'.*'checkpoint'") as caught:
+        build_events({"checkpoints": {"interval": 2}}, None)
+    assert "custom_hooks" in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", ["Recorder", 3, Recorder, object()])
+def test_what_is_no_hook_is_refused(wrong: object):
+    """A class or a name alone is no hook."""
+    with pytest.raises(ConfigTypeError, match="derived from stratagem"):
+        build_events(None, [wrong])
+
+
+def test_a_type_that_makes_no_hook_is_refused():
+    """The type of a hook's configuration must make a hook."""
+    with pytest.raises(ConfigTypeError, match="derived from stratagem"):
+        build_events(None, [{"type": dict}])
+
+
+def test_a_custom_hook_may_name_its_priority():
+    """The key priority is not an argument of the hook, and the mapping stays as it is."""
+    given = {"type": Recorder, "priority": "HIGHEST"}
+    events = build_events({"logger": None}, [given, LoggerHook()])
+    assert isinstance(events.hooks[0], Recorder)
+    assert given == {"type": Recorder, "priority": "HIGHEST"}
+
+
+def test_the_helpers_count_from_one():
+    """every_n_... tell of the iteration or epoch that ends now; n <= 0 is never."""
+
+    class At:
+        iter, epoch, max_iters, max_epochs = 5, 1, 6, 2
+
+    hook = Hook()
+    assert [n for n in range(-1, 8) if hook.every_n_train_iters(At, n)] == [1, 2, 3, 6]
+    assert [n for n in range(-1, 8) if hook.every_n_train_iters(At, n, start=2)] == [1, 2, 4]
+    assert [n for n in range(-1, 4) if hook.every_n_epochs(At, n)] == [1, 2]
+    assert [n for n in range(-1, 8) if hook.every_n_inner_iters(3, n)] == [1, 2, 4]
+    assert hook.is_last_train_iter(At)
+    assert hook.is_last_train_epoch(At)

@@ -1,0 +1,66 @@
+import pytest
+
+from stratagem.train import Progress
+from stratagem.train.log_lines import bar_label, evaluation_line, train_line, train_place
+
+EPOCHS = Progress(epoch=1, iter=174, batch=49, max_epochs=12, max_iters=1500, epoch_length=125)
+ITERATIONS = Progress(iter=9, batch=9, max_iters=1000, epoch_length=125)
+
+
+def test_the_place_in_an_epoch_is_counted_from_one_and_aligned():
+    """The second epoch of twelve, its fiftieth batch of 125."""
+    assert train_place(EPOCHS) == "Epoch(train) [ 2][ 50/125]"
+
+
+def test_the_place_in_a_run_of_iterations():
+    """The tenth iteration of a thousand."""
+    assert train_place(ITERATIONS) == "Iter(train) [  10/1000]"
+
+
+def test_the_place_in_a_stream():
+    """The length of an epoch is not known."""
+    assert train_place(Progress(batch=4, max_epochs=3)) == "Epoch(train) [1][5/?]"
+
+
+def test_the_label_of_the_bar_is_short():
+    """The bar itself counts iterations, and a terminal of 80 columns has to hold loss, rate, speed and time left."""
+    assert (bar_label(EPOCHS), bar_label(ITERATIONS)) == ("epoch 2/12", "train")
+
+
+def test_a_line_of_training_reads_as_people_know_it():
+    """Two spaces between the parts, rates with four digits and an exponent, the rest with four decimals."""
+    line = train_line(
+        "Epoch(train) [1][2/4]",
+        {"loss": 0.00094, "loss_box": 1.5},
+        {"lr": 0.01},
+        seconds=(0.01941, 0.0046),
+        left_s=3723.9,
+        memory_mb=None,
+    )
+    assert line == (
+        "Epoch(train) [1][2/4]  lr: 1.0000e-02  eta: 1:02:03  time: 0.0194  data_time: 0.0046  "
+        "loss: 0.0009  loss_box: 1.5000"
+    )
+
+
+def test_an_accelerator_tells_its_memory():
+    """It stands between the times and the losses; what is not known is left out."""
+    line = train_line("here", {"loss": 1.0}, {}, seconds=None, left_s=None, memory_mb=812)
+    assert line == "here  memory: 812  loss: 1.0000"
+
+
+@pytest.mark.parametrize(
+    ("mode", "progress", "batches", "place"),
+    [
+        ("val", Progress(epoch=2, max_epochs=5), 8, "Epoch(val) [2][8/8]"),
+        ("val", ITERATIONS, 8, "Iter(val) [9][8/8]"),
+        ("val", Progress(), 8, "Epoch(val) [0][8/8]"),
+        ("val", EPOCHS, None, "Epoch(val) [1]"),
+        ("test", EPOCHS, 4, "Epoch(test) [4/4]"),
+        ("test", Progress(), 4, "Epoch(test) [4/4]"),
+    ],
+)
+def test_a_line_of_an_evaluation(mode: str, progress: Progress, batches: int | None, place: str):
+    """Four spaces after the place; numbers with four decimals, anything else as it is."""
+    line = evaluation_line(mode, progress, batches, {"accuracy": 0.98104, "classes": [1, 2]})
+    assert line == f"{place}    accuracy: 0.9810  classes: [1, 2]"

@@ -1,0 +1,302 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from toys import QUIET_HOOKS, TEST, TRAINING, VALIDATION, At, Recorder, Samples, Toy, loader, settings
+
+from stratagem import Config, DDPStrategy, Runner, SingleDeviceStrategy
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, LaunchError, StateError
+
+MakeRunner = Callable[..., Runner]
+
+
+@pytest.mark.parametrize("missing", [*TRAINING, *VALIDATION, *TEST])
+def test_a_group_that_is_half_given_is_refused(make_runner: MakeRunner, missing: str):
+    """Data without a loop, or a loop without data, is a slip: the message says what is there and what is not."""
+    group = next(group for group in (TRAINING, VALIDATION, TEST) if missing in group)
+    with pytest.raises(ConfigValueError, match=f"but not {missing}: give all of them or none"):
+        make_runner(**{**group, missing: None})
+
+
+def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
+    """There is nothing whose values they could change."""
+    nothing = dict.fromkeys(TRAINING)
+    with pytest.raises(ConfigValueError, match="no optim_wrapper"):
+        make_runner(**nothing, param_scheduler={"type": "ExponentialLR", "gamma": 0.5})
+
+
+@pytest.mark.parametrize("wrong", [3, "true", None, [True]])
+def test_compile_is_true_false_or_a_mapping(make_runner: MakeRunner, wrong: Any):
+    """Anything else is refused at once, not in the first iteration."""
+    with pytest.raises(ConfigTypeError, match="compile is"):
+        make_runner(compile=wrong)
+
+
+def test_a_path_to_resume_and_one_to_load_from_are_refused(make_runner: MakeRunner):
+    """Which of the two is meant?"""
+    with pytest.raises(ConfigValueError, match=r"resume='a' and load_from='b'.*Give one"):
+        make_runner(resume="a", load_from="b")
+
+
+def test_a_data_preprocessor_goes_into_the_configuration_of_the_model(make_runner: MakeRunner):
+    """The model's own stands first."""
+
+    class Doubling(nn.Module):
+        def forward(self, data: Any, training: bool) -> Any:
+            return [data[0] * 2, *data[1:]]
+
+    class Preprocessed(Toy):
+        def __init__(self, data_preprocessor: Any) -> None:
+            super().__init__()
+            self.data_preprocessor = data_preprocessor
+
+    given = {"type": Preprocessed}
+    runner = make_runner(model=given, data_preprocessor=Doubling())
+    runner.train()
+    assert isinstance(runner.strategy.model.data_preprocessor, Doubling)
+    assert given == {"type": Preprocessed}
+
+
+def test_a_data_preprocessor_for_a_built_model_is_refused(make_runner: MakeRunner):
+    """It would be ignored."""
+    with pytest.raises(ConfigValueError, match="built already"):
+        make_runner(model=Toy(), data_preprocessor={"type": "BaseDataPreprocessor"})
+
+
+# ---- from a configuration -------------------------------------------------------------------------------------------
+
+
+def write(path: Path, text: str) -> Path:
+    """Write a configuration and return its path."""
+    path.write_text(text)
+    return path
+
+
+def test_every_unknown_key_is_named_with_its_place_and_the_nearest_name(tmp_path: Path):
+    """Long runs are lost to typos: all of them are told at once, before anything is built."""
+    file = write(tmp_path / "typos.py", "vars = dict()\nparam_schedulers = []\nload_form = 'x'\nrezume = True\n")
+    with pytest.raises(ConfigKeyError) as caught:
+        Runner.from_cfg(Config.fromfile(file))
+    _, *lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for number, wrong, right in [
+        (2, "param_schedulers", "param_scheduler"),
+        (3, "load_form", "load_from"),
+        (4, "rezume", "resume"),
+    ]:
+        assert any(f"typos.py:{number}" in line and f"'{wrong}'" in line and f"'{right}'" in line for line in lines)
+
+
+def test_values_of_ones_own_go_below_vars(tmp_path: Path):
+    """Nobody reads them, and that is fine there."""
+    cfg = {**settings(work_dir=str(tmp_path)), "vars": {"width": 3}}
+    Runner.from_cfg(cfg).close()
+
+
+def test_a_configuration_without_a_model_is_refused(tmp_path: Path):
+    """The message names the file."""
+    file = write(tmp_path / "empty.py", f"work_dir = {str(tmp_path)!r}\n")
+    with pytest.raises(ConfigKeyError, match=r"empty\.py has no key 'model'"):
+        Runner.from_cfg(Config.fromfile(file))
+
+
+def test_from_cfg_hands_everything_on(tmp_path: Path):
+    """Such as compile, which others drop (defect F3), and a configuration without env_cfg."""
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    cfg = settings(work_dir=str(tmp_path), train_cfg={"max_iters": 1}, compile={"backend": backend})
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    runner.close()
+    assert calls
+
+
+def test_the_file_names_the_experiment_and_the_configuration_is_kept(tmp_path: Path):
+    """What a run was made from stands in its folder, with all that was laid over it, and can be run again."""
+    text = "model = dict(type='SupervisedModel', network=dict(type='Linear', in_features=4, out_features=3),\n"
+    text += "             loss=dict(type='CrossEntropyLoss'))\nlog_level = 'ERROR'\n"
+    cfg = Config.fromfile(write(tmp_path / "tiny.py", text))
+    work = tmp_path / "work"
+    cfg.merge_from_dict({"work_dir": str(work), "default_hooks": dict(QUIET_HOOKS), "train_cfg": {"max_iters": 1}})
+    cfg.merge_from_dict({"optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.5}}})
+    runner = Runner(**{key: cfg[key] for key in cfg}, train_dataloader=pairs(), cfg=cfg)
+    assert runner.strategy.experiment_name == f"tiny_{runner.strategy.timestamp}"
+    assert not (work / "tiny.py").exists()
+    runner.train()
+    runner.close()
+    assert Config.fromfile(work / "tiny.py").to_dict() == cfg.to_dict()
+
+
+def pairs() -> dict[str, Any]:
+    """Return a loader of (features, classes)."""
+    samples = Samples()
+    return loader(dataset=torch.utils.data.TensorDataset(samples.features, samples.classes))
+
+
+def test_a_run_that_cannot_begin_leaves_the_kept_configuration(tmp_path: Path):
+    """That of the run that is there stays."""
+    kept = write(tmp_path / "config.py", "kept = True\n")
+    broken = settings(work_dir=str(tmp_path), optim_wrapper={"optimizer": {"type": "SGD", "lr": -1.0}})
+    cfg = Config(broken, filename="config.py")
+    runner = Runner.from_cfg(cfg)
+    with pytest.raises(ValueError, match="learning rate"):
+        runner.train()
+    runner.close()
+    assert kept.read_text() == "kept = True\n"
+    assert [path.name for path in tmp_path.glob("*.py")] == ["config.py"]
+
+
+# ---- strategies -----------------------------------------------------------------------------------------------------
+
+
+def test_one_device_is_the_default(make_runner: MakeRunner):
+    """Where no launcher started the process."""
+    assert isinstance(make_runner().strategy, SingleDeviceStrategy)
+
+
+def test_ddp_is_the_default_where_a_launcher_is_named(make_runner: MakeRunner):
+    """It then says how to start the processes, since none was."""
+    with pytest.raises(LaunchError, match=r"'pytorch'.*not started by it") as caught:
+        make_runner(launcher="pytorch")
+    assert "DDPStrategy" in "".join(caught.value.__notes__)
+
+
+def test_ddp_without_processes_is_refused(make_runner: MakeRunner):
+    """With the commands that start some."""
+    with pytest.raises(LaunchError, match="--nproc N"):
+        make_runner(strategy={"type": DDPStrategy})
+
+
+def test_a_strategy_may_be_named(make_runner: MakeRunner):
+    """By its name alone."""
+    assert isinstance(make_runner(strategy="SingleDeviceStrategy").strategy, SingleDeviceStrategy)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"launcher": "none"},
+        {"work_dir": "elsewhere"},
+        {"env_cfg": {}},
+        {"randomness": {"seed": 1}},
+        {"auto_scale_lr": {}},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_arguments_that_a_built_strategy_would_ignore_are_refused(tmp_path: Path, argument: dict):
+    """They belong to the strategy."""
+    strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
+    rest = {key: value for key, value in settings().items() if key not in ("randomness", "log_level")}
+    with pytest.raises(ConfigValueError, match=f"{next(iter(argument))} would be ignored"):
+        Runner(**rest, strategy=strategy, **argument)
+    runner = Runner(**rest, strategy=strategy)
+    assert runner.strategy is strategy
+    runner.close()
+
+
+def test_a_type_that_makes_no_strategy_is_refused(make_runner: MakeRunner):
+    """The message names what it made."""
+
+    def make(**arguments: Any) -> dict[str, Any]:
+        return arguments
+
+    with pytest.raises(ConfigTypeError, match="dict, which is no strategy"):
+        make_runner(strategy={"type": make})
+
+
+# ---- train, val, test -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["train", "val", "test"])
+def test_what_was_not_given_cannot_be_done(make_runner: MakeRunner, command: str):
+    """A runner without a section says which arguments it misses."""
+    runner = make_runner(**dict.fromkeys(TRAINING))
+    with pytest.raises(StateError, match=f"{command}_dataloader, {command}_cfg"):
+        getattr(runner, command)()
+
+
+def test_testing_before_training_changes_nothing_in_the_training(make_runner: MakeRunner, tmp_path: Path):
+    """The optimizer is built when it is needed (defect S15), and the losses are those of a run without the test."""
+    plain, tested = Recorder(), Recorder()
+    make_runner(custom_hooks=[plain]).train()
+    runner = make_runner(custom_hooks=[tested], work_dir=tmp_path / "tested", **TEST)
+    runner.test()
+    runner.train()
+    assert tested.rows == plain.rows
+
+
+def test_training_twice_trains_once(make_runner: MakeRunner):
+    """A run that is complete has nothing left to train."""
+    recorder = Recorder()
+    runner = make_runner(custom_hooks=[recorder], train_cfg={"max_epochs": 1}, **VALIDATION)
+    model = runner.train()
+    assert runner.train() is model
+    assert len(recorder.rows) == 7
+    assert len(recorder.metrics) == 1
+
+
+def test_training_resumes_in_full_after_an_evaluation_that_resumed(make_runner: MakeRunner):
+    """val() needs the weights alone; momentum, schedules and position still come with train()."""
+    hooks = {"runtime_info": None, "logger": None}
+    whole, first, rest = Recorder(), Recorder(), Recorder()
+    make_runner(custom_hooks=[whole], train_cfg={"max_epochs": 2}, **VALIDATION).train()
+    make_runner(custom_hooks=[first], default_hooks=hooks, train_cfg={"max_epochs": 1}, **VALIDATION).train()
+    runner = make_runner(
+        custom_hooks=[rest], default_hooks=hooks, resume=True, train_cfg={"max_epochs": 2}, **VALIDATION
+    )
+    assert runner.val() == whole.metrics[0][1]
+    runner.train()
+    assert first.rows + rest.rows == whole.rows
+
+
+def test_a_test_evaluates_the_weights_of_load_from(make_runner: MakeRunner, tmp_path: Path):
+    """Equal to what the run that saved them measured."""
+    hooks = {"runtime_info": None, "logger": None}
+    trained = make_runner(default_hooks=hooks, **TEST)
+    trained.train()
+    expected = trained.test()
+    runner = make_runner(
+        load_from=tmp_path / "run" / "epoch_3", work_dir=tmp_path / "other", randomness={"seed": 8}, **TEST
+    )
+    assert runner.test(strict=True) == expected
+    weights = trained.strategy.model_state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in runner.strategy.model_state_dict().items())
+    assert not list((tmp_path / "other").glob("*.py"))
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {"load_from": True}])
+def test_the_checkpoint_of_another_model_is_refused(make_runner: MakeRunner, tmp_path: Path, how: dict):
+    """Resuming it, or testing it strictly, shows the first keys that differ; no parameter is changed."""
+
+    class Wider(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers[0] = nn.Linear(4, 9)
+            self.layers[3] = nn.Linear(9, 3)
+
+    make_runner(default_hooks={"runtime_info": None, "logger": None}, train_cfg={"max_epochs": 1}).train()
+    arguments = {key: tmp_path / "run" / "epoch_1" if key == "load_from" else value for key, value in how.items()}
+    runner = make_runner(model={"type": Wider}, **arguments, **TEST)
+    with pytest.raises(ValueError, match=r"layers\.0\.weight \(saved \[8, 4\], here \[9, 4\]\)"):
+        runner.test(strict=True) if "load_from" in how else runner.train()
+
+
+def test_training_returns_the_model(make_runner: MakeRunner):
+    """As the strategy placed it, in whatever state the last step left it."""
+    runner = make_runner(train_cfg={"max_iters": 1})
+    assert runner.train() is runner.strategy.model
+
+
+def test_closing_twice_is_closing_once(make_runner: MakeRunner):
+    """It is safe in a finally clause."""
+    runner = make_runner(train_cfg={"max_iters": 1}, custom_hooks=[At(1, lambda run: run.record({"x": 1}))])
+    runner.train()
+    runner.close()
+    runner.close()
