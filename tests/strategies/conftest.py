@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_runs import make
 
+from small_runs import make
 from stratagem.strategies import BaseStrategy
 
 

@@ -303,3 +303,33 @@ def test_weighted_micro_batches_are_one_big_batch(ranks: Ranks, tmp_path: Path) 
         one, other = ranks.run(weighted_steps, "ddp", folder, count)
         assert_close(one, expected)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ---- a loop written by hand ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_a_plain_torch_loop_goes_on_here(tmp_path: Path) -> None:
+    """What torch's own state_dict() gave, by index, resumes: the losses are those of the loop if it had gone on."""
+    torch.manual_seed(0)
+    model = SupervisedModel(network("mlp"), nn.CrossEntropyLoss())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+    data = Patterns()
+    losses = []
+    for step in range(8):
+        if step == 4:
+            state = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict(), "meta": {"epoch": 1}}
+            torch.save(state, tmp_path / "loop.pth")
+        loss = nn.functional.cross_entropy(model(data.images[:16]), data.classes[:16])
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    strategy = make("single", tmp_path)
+    strategy.prepare(SupervisedModel(network("mlp"), nn.CrossEntropyLoss()), optim_wrapper=ADAMW)
+    rest = strategy.resume(tmp_path / "loop.pth")
+    assert rest["meta"]["epoch"] == 1
+    batch = data.images[:16], data.classes[:16]
+    resumed = [strategy.model.train_step(batch, strategy.optim_wrapper)["loss"].item() for _ in range(4)]
+    strategy.close()
+    # The fused kernel rounds otherwise than torch's default.
+    assert resumed == pytest.approx(losses[4:], rel=TOLERANCE)

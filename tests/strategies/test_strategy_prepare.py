@@ -273,6 +273,7 @@ class Pair(BaseModel):
         super().__init__()
         self.one, self.other = nn.Linear(2, 1), nn.Linear(2, 1)
         self.turn = 0
+        self.register_buffer("rounds", torch.zeros(()))
 
     def forward(self, x: torch.Tensor, mode: str = "tensor") -> Any:
         return self.one(x) + self.other(x)
@@ -280,6 +281,7 @@ class Pair(BaseModel):
     def train_step(self, data: Any, optim_wrapper: OptimWrapperDict) -> dict[str, torch.Tensor]:
         name = ("one", "other")[self.turn % 2]
         self.turn += 1
+        self.rounds = self.rounds + 1
         optim = optim_wrapper[name]
         with optim.optim_context(self):
             loss = getattr(self, name)(data).square().mean()
@@ -424,6 +426,7 @@ def separate_on_a_rank(folder: str) -> dict[str, Any]:
         "before": before,
         "after": digest(model),
         "names": sorted(strategy.model_state_dict()),
+        "rounds": strategy.model_state_dict()["rounds"].item(),
         "updates": [wrapper.updates for wrapper in strategy.optim_wrapper.values()],
     }
     strategy.close()
@@ -436,8 +439,9 @@ def test_parts_of_a_model_are_wrapped_separately(ranks: Ranks, tmp_path: Path) -
     assert one == other
     assert one["same"]
     assert one["after"] != one["before"]
-    assert one["names"] == ["one.bias", "one.weight", "other.bias", "other.weight"]
+    assert one["names"] == ["one.bias", "one.weight", "other.bias", "other.weight", "rounds"]
     assert one["updates"] == [2, 2]
+    assert one["rounds"] == 8
 
 
 def evaluated_then_trained_on_a_rank(folder: str) -> str:
