@@ -357,6 +357,22 @@ def test_a_schedule_that_cannot_be_built_is_refused(
         scheduled(single, wrong)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_schedules_that_fail_together_leave_the_optimizer_as_it_was(single: Make, several: bool) -> None:
+    """Preparing again after an error does not apply the good ones twice; one built before stays."""
+    optim = two() if several else OptimWrapper(sgd(1.0))
+    wrapper = optim["first"] if several else optim
+    ConstantLR(wrapper, factor=0.5)
+    before = copy.deepcopy(wrapper.optimizer.state_dict()["param_groups"])
+    good = [{"type": "ConstantLR", "factor": 0.5, "end": 5}, {"type": "LinearMomentum", "end": 5}]
+    for _ in range(2):
+        with pytest.raises(ConfigValueError):
+            scheduled(single, [*good, {"type": "LinearLR"}], optim)
+        assert wrapper.optimizer.state_dict()["param_groups"] == before
+    scheduled(single, good, optim)
+    assert wrapper.get_lr() == {"lr": [0.25]}
+
+
 def test_schedulers_for_an_unknown_optimizer_are_refused(single: Make) -> None:
     """A misspelled name is answered with the nearest."""
     with pytest.raises(ConfigKeyError, match=r"no optimizer 'frist'. Did you mean 'first'"):
