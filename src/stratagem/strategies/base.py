@@ -27,18 +27,17 @@ from stratagem.model.weights import broadcast_weights
 from stratagem.optim import ParamScheduler, build_param_schedulers
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import building
+from stratagem.strategies.auto_scale import AutoScale
 from stratagem.strategies.environment import set_up_environment
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.prepared import Prepared
-from stratagem.utils import absolute, collect_env, refuse_unknown
+from stratagem.utils import absolute, collect_env
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "Schedulers"]
 
 Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
 CheckpointCallback = Callable[[StateTree], None]
-
-_AUTO_SCALE_KEYS = ("enable", "base_batch_size")
 
 
 class BaseStrategy(ABC):
@@ -52,8 +51,8 @@ class BaseStrategy(ABC):
         env_kwargs: ``launcher``, ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit`` and ``randomness``
             (``seed``, ``diff_rank_seed``, ``deterministic``).
         log_kwargs: arguments of :meth:`build_logger`.
-        auto_scale_lr: ``enable`` and ``base_batch_size``: learning rates are multiplied by the real batch size over the
-            one they were chosen for.
+        auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the real batch size
+            over the one they were chosen for (``"linear"``, the default), or by the square root of that (``"sqrt"``).
 
     Raises:
         WorkDirError: if ``work_dir`` cannot be created or written to.
@@ -74,7 +73,7 @@ class BaseStrategy(ABC):
         log_kwargs: Mapping[str, Any] | None = None,
         auto_scale_lr: Mapping[str, Any] | None = None,
     ) -> None:
-        self._auto_scale_lr = _auto_scale_settings(auto_scale_lr)
+        self._auto_scale_lr = AutoScale.parse(auto_scale_lr)
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
         self._env = set_up_environment(self._env_kwargs)
@@ -198,14 +197,8 @@ class BaseStrategy(ABC):
                 "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "
                 "in one iteration."
             )
-        base = self._auto_scale_lr
-        accumulated = max(w.accumulative_counts for w in building.each_wrapper(self.optim_wrapper).values())
-        real = self.world_size * micro_batch * accumulated
-        factor = building.scale_lr(self.optim_wrapper, base_batch=base, real_batch=real)
-        self.logger.info(
-            "Learning rates multiplied by %.4g: the real batch is %d = %d ranks x %d samples x %d accumulated, they were "
-            "chosen for %d.", factor, real, self.world_size, micro_batch, accumulated, base,
-        )  # fmt: skip
+        done = self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.world_size, micro_batch=micro_batch)
+        self.logger.info(done)
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:
         """Return the logger of the run; by default its file is ``<log_dir>/<timestamp>.log``, which is appended to."""
@@ -391,18 +384,3 @@ def _make_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise WorkDirError(f"work_dir: {path} cannot be written to. Choose another with --work-dir.")
     return path
-
-
-def _auto_scale_settings(auto_scale_lr: Mapping[str, Any] | None) -> int | None:
-    """Return the batch size that learning rates were chosen for; None where they stay as they are."""
-    if auto_scale_lr is None:
-        return None
-    refuse_unknown(auto_scale_lr, _AUTO_SCALE_KEYS, "auto_scale_lr")
-    if not auto_scale_lr.get("enable", False):
-        return None
-    base = auto_scale_lr.get("base_batch_size")
-    if isinstance(base, bool) or not isinstance(base, int) or base <= 0:
-        raise ConfigValueError(
-            f"auto_scale_lr: base_batch_size is {base!r}; the batch size that the learning rates were chosen for is due."
-        )
-    return base

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,7 +16,17 @@ from stratagem.optim import build_optim_wrapper as construct_optim_wrapper
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS, OPTIM_WRAPPERS
 
-__all__ = ["build_model", "build_optim_wrapper", "compile_model", "each_wrapper", "load_schedulers", "scale_lr"]
+__all__ = [
+    "ScalingRule",
+    "build_model",
+    "build_optim_wrapper",
+    "compile_model",
+    "each_wrapper",
+    "load_schedulers",
+    "scale_lr",
+]
+
+ScalingRule = Literal["linear", "sqrt"]
 
 
 def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
@@ -116,12 +127,16 @@ def each_wrapper(optim: AnyOptim) -> dict[str, BaseOptimWrapper]:
     return dict(optim.items()) if isinstance(optim, OptimWrapperDict) else {"": optim}
 
 
-def scale_lr(optim: AnyOptim, *, base_batch: int, real_batch: int) -> float:
-    """Multiply every learning rate by ``real_batch / base_batch`` and return that factor.
+def scale_lr(optim: AnyOptim, *, base_batch: int, real_batch: int, rule: ScalingRule = "linear") -> float:
+    """Multiply every learning rate as the batch has grown, and return the factor.
 
-    The linear rule of Goyal et al. 2017, "Accurate, Large Minibatch SGD" (arXiv:1706.02677), section 2.1.
+    ``"linear"`` is ``real_batch / base_batch``, the rule of Goyal et al. 2017, "Accurate, Large Minibatch SGD"
+    (arXiv:1706.02677), section 2.1. ``"sqrt"`` is its square root: the rule of Krizhevsky 2014 (arXiv:1404.5997),
+    section 5, which fits Adam and its like (Malladi et al. 2022, arXiv:2205.10287).
     """
     factor = real_batch / base_batch
+    if rule == "sqrt":
+        factor = math.sqrt(factor)
     for wrapper in each_wrapper(optim).values():
         for group in wrapper.optimizer.param_groups:
             group["lr"] = group["lr"] * factor
