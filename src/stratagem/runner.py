@@ -19,6 +19,7 @@ from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
+from stratagem.strategies.building import with_preprocessor
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 
@@ -124,7 +125,7 @@ class Runner:
                 "Give one of them."
             )
         self.cfg = cfg if isinstance(cfg, Config) else Config(cfg or {})
-        self._model = _with_preprocessor(model, data_preprocessor)
+        self._model = with_preprocessor(model, data_preprocessor)
         self._param_scheduler = param_scheduler
         self._compile = compile
         self._load_from, self._resume = load_from, resume
@@ -307,16 +308,6 @@ class Runner:
     def _config_text(self) -> str:
         """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
         return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
-
-
-def _with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
-    if data_preprocessor is None:
-        return model
-    if not isinstance(model, Mapping):
-        raise ConfigValueError(
-            "data_preprocessor goes into the model's configuration, but the model is built already: give it to the model."
-        )
-    return {"data_preprocessor": data_preprocessor, **model}
 
 
 def _build_strategy(

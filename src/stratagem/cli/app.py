@@ -9,6 +9,7 @@ import typer
 
 from stratagem._version import __version__
 from stratagem.cli import configs, evaluation, report, training
+from stratagem.cli import schedule as schedules
 from stratagem.cli.options import RunOptions
 
 __all__ = ["app"]
@@ -43,6 +44,7 @@ Launcher = Annotated[
     ),
 ]
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
@@ -119,6 +121,25 @@ def test(
         nproc=nproc,
     )
     evaluation.test(options, checkpoint=checkpoint)
+
+
+@app.command()
+def schedule(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Draw the run that this many processes would train; none is started."),
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Draw learning rate, momentum and weight decay over the run of CONFIG, without training.
+
+    The learning rate is drawn always, the others where a schedule changes them. Nothing is written but FILE.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
+    schedules.schedule(options, out=out)
 
 
 @app.command()

@@ -24,6 +24,7 @@ __all__ = [
     "each_wrapper",
     "load_schedulers",
     "scale_lr",
+    "with_preprocessor",
 ]
 
 ScalingRule = Literal["linear", "sqrt"]
@@ -43,6 +44,21 @@ def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
     if not isinstance(built, nn.Module):
         raise ConfigTypeError(f"model: type={model.get('type')!r} made {_shown(built)}, which is no torch.nn.Module.")
     return built
+
+
+def with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
+    """Return the model's configuration with the preprocessor in it, where one is given and the model has none.
+
+    Raises:
+        ConfigValueError: if the model is built already, so that the preprocessor would be ignored.
+    """
+    if data_preprocessor is None:
+        return model
+    if not isinstance(model, Mapping):
+        raise ConfigValueError(
+            "data_preprocessor goes into the model's configuration, but the model is built already: give it to the model."
+        )
+    return {"data_preprocessor": data_preprocessor, **model}
 
 
 def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool:  # noqa: A002 -- the contract's name
