@@ -172,8 +172,8 @@ class Runner:
         """Return the checkpoint that this run saved last, or the latest under its folder; None where there is none."""
         return self.run.last_checkpoint or find_latest_checkpoint(self.strategy.work_dir)
 
-    def train(self) -> nn.Module:
-        """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.
+    def prepare(self) -> Any:
+        """Build what a training needs and take up where it stands, without training; return its loop. Collective.
 
         Raises:
             StateError: if the runner was given nothing to train with.
@@ -202,6 +202,16 @@ class Runner:
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
                 loop.dataloader = self._loader("train")
+        return loop
+
+    def train(self) -> nn.Module:
+        """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.
+
+        Raises:
+            StateError: if the runner was given nothing to train with.
+        """
+        loop = self.prepare()
+        run = self.run
         # Not earlier: a run that cannot begin leaves what an earlier one kept.
         self._keep_config()
         run.events.call("before_run", run)
@@ -213,7 +223,7 @@ class Runner:
             if self.interrupted is not None:
                 self._save_interrupted()
         run.events.call("after_run", run)
-        return strategy.model
+        return self.strategy.model
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""

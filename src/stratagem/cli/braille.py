@@ -128,7 +128,7 @@ def _x_axis(chart: Chart, width: int, low: float, high: float) -> Iterator[Text]
     yield Text(" " * _AXIS + " └" + "─" * width, style=_FAINT)
     places = [0.0, 0.25, 0.5, 0.75, 1.0] if width >= 60 else [0.0, 0.5, 1.0]
     values = [low * (high / low) ** each if chart.log_x else low + (high - low) * each for each in places]
-    yield _ticks(places, [f"{each:.2g}" if chart.log_x else f"{each:,.0f}" for each in values], width, chart.x_label)
+    yield _ticks(places, [f"{each:.3g}" if chart.log_x else f"{each:,.0f}" for each in values], width, chart.x_label)
     if chart.epoch_length is not None:
         length = chart.epoch_length
         yield _ticks(places, [f"{each / length:.3g}" for each in values], width, "epoch")

@@ -57,8 +57,7 @@ def write_png(chart: Chart, path: Path) -> None:
             _plain_numbers(axes[-1].xaxis)
         else:
             axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        margin = 0.0 if chart.log_x else 0.01 * (chart.x_range[1] - chart.x_range[0])
-        axes[-1].set_xlim(chart.x_range[0] - margin, chart.x_range[1] + margin)
+        axes[-1].set_xlim(*_widened(*chart.x_range, log=chart.log_x))
         axes[-1].set_xlabel(chart.x_label)
         notes = [line for note in chart.notes for line in textwrap.wrap(note, _NOTE_WIDTH)]
         figure.supxlabel("\n".join(notes), x=0.02, ha="left", fontsize=9, color=_GREY)
@@ -71,6 +70,15 @@ def write_png(chart: Chart, path: Path) -> None:
         raise ConfigFileError(
             f"{path} cannot be written: {error.strerror or error}. Give --out another path."
         ) from error
+
+
+def _widened(low: float, high: float, *, log: bool) -> tuple[float, float]:
+    """Return a little more than a range, so that what lies at its ends is seen whole."""
+    if log:
+        factor = (high / low) ** 0.01
+        return low / factor, high * factor
+    margin = 0.01 * (high - low)
+    return low - margin, high + margin
 
 
 def _draw(axis: Any, panel: Panel, *, colour: int) -> None:
@@ -89,6 +97,11 @@ def _draw(axis: Any, panel: Panel, *, colour: int) -> None:
     if panel.log:
         axis.set_yscale("log")
         _plain_numbers(axis.yaxis)
+    if any(line.faint for line in panel.lines):
+        # What is faint may go beyond the drawing, or a single step would flatten the rest.
+        values = [value for line in panel.lines if not line.faint for value in line.y]
+        room = 0.4 * (max(values) - min(values)) or 1.0
+        axis.set_ylim(min(values) - room, max(values) + room)
     axis.set_ylabel(panel.label)
     axis.grid(visible=True)
     if len(panel.lines) + len(panel.marks) > 1 or panel.lines[0].label:

@@ -1,6 +1,7 @@
 """Time: loops, hooks, evaluation."""
 
 from stratagem.train.evaluation import BaseMetric, Evaluator
+from stratagem.train.finders import find_batch_size, find_learning_rate
 from stratagem.train.hook import EVENTS, Events, Hook
 from stratagem.train.hooks import (
     CheckpointHook,
@@ -11,6 +12,7 @@ from stratagem.train.hooks import (
     RuntimeInfoHook,
 )
 from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
+from stratagem.train.preview import preview_run
 from stratagem.train.priority import Priority, get_priority
 from stratagem.train.progress import Position, Progress
 from stratagem.train.run import Run
@@ -35,5 +37,8 @@ __all__ = [
     "RuntimeInfoHook",
     "TestLoop",
     "ValLoop",
+    "find_batch_size",
+    "find_learning_rate",
     "get_priority",
+    "preview_run",
 ]
