@@ -30,9 +30,10 @@ def test_what_a_schedule_changes_has_a_panel_of_its_own(stratagem: Command, conf
     done = stratagem(
         "schedule",
         config,
+        "--set", "optim_wrapper.optimizer.weight_decay=0.1",
         "--set", "optim_wrapper.paramwise_cfg={bias_decay_mult: 0.5}",
         "--set", "param_scheduler=[{type: LinearMomentum, start_factor: 0.5}, "
-        "{type: ConstantParamScheduler, param_name: weight_decay, factor: 0.5, end: 1}]",
+        "{type: ConstantParamScheduler, param_name: weight_decay, factor: 0.5}]",
     )  # fmt: skip
     assert done.status == 0, done.err
     heads = [line for line in done.out.splitlines() if line.startswith(("learning", "momentum", "weight"))]
