@@ -16,8 +16,8 @@ def test_the_learning_rate_is_drawn_over_the_whole_run(stratagem: Command, confi
     lines = done.out.splitlines()
     assert lines[:2] == [config, "10 iterations, 2 epochs of 5"]
     assert "learning rate" in lines
-    assert any(line.split() == ["0", "2", "5", "8", "10", "iteration"] for line in lines)
-    assert any(line.split() == ["0", "0.5", "1", "1.5", "2", "epoch"] for line in lines)
+    assert any(line.split() == ["iteration", "0", "2", "5", "8", "10"] for line in lines)
+    assert any(line.split() == ["epoch", "0", "0.5", "1", "1.5", "2"] for line in lines)
     # The warm-up from half of 0.01, and the rate that it reaches.
     assert any(line.lstrip().startswith("0.01 ┤") for line in lines)
     assert any(line.lstrip().startswith("0.005 ┤") for line in lines)

@@ -15,7 +15,8 @@ __all__ = ["print_chart"]
 
 _COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan")
 _FAINT = "bright_black"
-_HEIGHT = 12
+# Odd, so that there is a row in the middle.
+_HEIGHT = 11
 _AXIS = 10
 _WIDEST = 110
 _BLANK = 0x2800
@@ -128,19 +129,22 @@ def _x_axis(chart: Chart, width: int, low: float, high: float) -> Iterator[Text]
     yield Text(" " * _AXIS + " └" + "─" * width, style=_FAINT)
     places = [0.0, 0.25, 0.5, 0.75, 1.0] if width >= 60 else [0.0, 0.5, 1.0]
     values = [low * (high / low) ** each if chart.log_x else low + (high - low) * each for each in places]
-    yield _ticks(places, [f"{each:.3g}" if chart.log_x else f"{each:,.0f}" for each in values], width, chart.x_label)
+    short = chart.x_label if len(chart.x_label) <= _AXIS else ""
+    yield _ticks(places, [f"{each:.3g}" if chart.log_x else f"{each:,.0f}" for each in values], width, short)
+    if not short:
+        yield Text(" " * (_AXIS + 2) + chart.x_label, style=_FAINT)
     if chart.epoch_length is not None:
         length = chart.epoch_length
         yield _ticks(places, [f"{each / length:.3g}" for each in values], width, "epoch")
 
 
 def _ticks(places: list[float], labels: list[str], width: int, name: str) -> Text:
-    cells = [" "] * (width + _AXIS + 2)
+    """Return the labels under their places, and left of them what they count."""
+    cells = [*f"{name:>{_AXIS}}  ", *" " * width]
     for place, label in zip(places, labels, strict=True):
         start = _AXIS + 2 + round(place * (width - 1)) - round(place * (len(label) - 1))
         cells[start : start + len(label)] = label
-    text = Text("".join(cells).rstrip(), style=_FAINT)
-    return text.append(f"  {name}", style=_FAINT) if width < 60 else _join([text, Text(name, style=_FAINT)])
+    return Text("".join(cells).rstrip(), style=_FAINT)
 
 
 def _join(parts: list[Text]) -> Text:
