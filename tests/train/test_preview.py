@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toys import Samples, Toy, loader
 
-from stratagem.errors import ConfigValueError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.train.preview import RunPreview, preview_run
 
 # 13 samples in batches of 2 are 7 iterations, 3 epochs are 21.
@@ -157,3 +157,9 @@ def test_a_run_of_unknown_length_is_refused():
 
     with pytest.raises(ConfigValueError, match="Give train_cfg max_iters"):
         shown(train_dataloader=loader(dataset=Stream()))
+
+
+def test_a_built_optimizer_is_refused():
+    """It would be left with schedules that nobody steps."""
+    with pytest.raises(ConfigTypeError, match="give its configuration, not SGD"):
+        shown(optim_wrapper=torch.optim.SGD(Toy().parameters(), lr=1.0))

@@ -127,17 +127,15 @@ def _suggestions(found: LearningRateSweep) -> dict[str, float]:
 
 
 def _table_of_rates(found: LearningRateSweep) -> str:
-    least = int(found.smoothed.argmin())
-    rows = {"least loss": f"{found.rates[least]:.2e}  smoothed loss {found.smoothed[least]:.4g}"}
-    for label, rate in _suggestions(found).items():
+    if found.least is None:
+        return "The loss did not fall at any rate, so none is suggested. Try a smaller --min, or more --steps."
+    rows = {}
+    for label, rate in {"least loss": found.least, **_suggestions(found)}.items():
         at = int(np.abs(np.log(found.rates / rate)).argmin())
         rows[label] = f"{rate:.2e}  smoothed loss {found.smoothed[at]:.4g}"
     width = max(map(len, rows))
     lines = [f"  {label:<{width}}  {value}" for label, value in rows.items()]
-    if found.steepest is None:
-        lines.append("The loss did not fall at any rate, so none is suggested. Try a smaller --min, or more --steps.")
-    else:
-        lines.append("The suggested rates are where to begin; which of them trains best, only training tells.")
+    lines.append("The suggested rates are where to begin; which of them trains best, only training tells.")
     return "\n".join(["Learning rates", *lines])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.data import build_dataloader
-from stratagem.errors import ConfigValueError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper, ParamScheduler, build_param_schedulers, preview_schedules
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.auto_scale import AutoScale
@@ -80,7 +80,7 @@ class RunPreview:
 def preview_run(
     model: nn.Module | Mapping[str, Any],
     *,
-    optim_wrapper: Any,
+    optim_wrapper: Mapping[str, Any],
     train_dataloader: DataLoader[Any] | Mapping[str, Any],
     train_cfg: Mapping[str, Any],
     param_scheduler: Any = None,
@@ -94,7 +94,7 @@ def preview_run(
 
     Args:
         model: as for :class:`~stratagem.Runner`, and likewise the others.
-        optim_wrapper: what is scheduled.
+        optim_wrapper: the configuration of what is scheduled; what is built already would be changed.
         train_dataloader: says how many iterations an epoch has.
         train_cfg: says how long the run is.
         param_scheduler: the schedules; None for none.
@@ -104,6 +104,10 @@ def preview_run(
     Raises:
         ConfigError: in one of its kinds, if the parts cannot be built or the length of the run is not known.
     """
+    if not isinstance(optim_wrapper, Mapping):
+        raise ConfigTypeError(
+            f"A preview changes the optimizer that it looks at: give its configuration, not {type(optim_wrapper).__name__}."
+        )
     with generators_kept():
         loader = build_dataloader(train_dataloader, seed=0, world_size=world_size, training=True)
         max_epochs, max_iters = _length(train_cfg, loader.length)
@@ -159,7 +163,7 @@ def _length(train_cfg: Mapping[str, Any], epoch_length: int | None) -> tuple[int
     return max_epochs, max_iters
 
 
-def _build(model: nn.Module | Mapping[str, Any], optim_wrapper: Any) -> tuple[nn.Module, AnyOptim]:
+def _build(model: nn.Module | Mapping[str, Any], optim_wrapper: Mapping[str, Any]) -> tuple[nn.Module, AnyOptim]:
     try:
         with torch.device("meta"):
             module = build_model(model)

@@ -40,7 +40,7 @@ class LearningRateSweep:
         smoothed: the same without noise; not shifted against it.
         diverged: whether the loss grew beyond bounds before the last rate was reached.
         steepest: the rate at which the loss fell fastest; None where it did not fall.
-        below_minimum: a tenth of the rate at which the loss was least; None where it did not fall.
+        least: the rate at which it was least; None where it did not fall.
     """
 
     rates: NDArray[np.float64]
@@ -48,7 +48,12 @@ class LearningRateSweep:
     smoothed: NDArray[np.float64]
     diverged: bool
     steepest: float | None
-    below_minimum: float | None
+    least: float | None
+
+    @property
+    def below_minimum(self) -> float | None:
+        """A tenth of the rate at which the loss was least; None where it did not fall."""
+        return None if self.least is None else self.least / 10.0
 
 
 def find_learning_rate(
@@ -146,17 +151,27 @@ class _Watch:
 def _evaluated(
     rates: NDArray[np.float64], losses: NDArray[np.float64], smoothing: float, *, diverged: bool
 ) -> LearningRateSweep:
-    # Forwards and backwards: the mean of the past alone would move every feature to a higher rate.
-    smoothed = _mean_of_past(_mean_of_past(losses, smoothing)[::-1], smoothing)[::-1]
-    least = int(smoothed.argmin())
-    steepest = below = None
-    if least + 1 >= _FEWEST:
+    # What is worse than the beginning is as bad, or a loss that explodes would be felt at the rates before it.
+    bounded = _smoothed(np.minimum(losses, losses[:_FEWEST].max()), smoothing)
+    valley = int(bounded.argmin())
+    steepest = least = None
+    if valley + 1 >= _FEWEST:
         # The rates are evenly spaced in their logarithm, so differences of neighbours are as good as slopes.
-        rise = smoothed[2 : least + 1] - smoothed[: least - 1]
-        steepest, below = float(rates[1 + rise.argmin()]), float(rates[least]) / 10.0
+        rise = bounded[2 : valley + 1] - bounded[: valley - 1]
+        steepest, least = float(rates[1 + rise.argmin()]), float(rates[valley])
     return LearningRateSweep(
-        rates=rates, losses=losses, smoothed=smoothed, diverged=diverged, steepest=steepest, below_minimum=below
+        rates=rates,
+        losses=losses,
+        smoothed=_smoothed(losses, smoothing),
+        diverged=diverged,
+        steepest=steepest,
+        least=least,
     )
+
+
+def _smoothed(values: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
+    """Return means over past and future: those of the past alone would move every feature to a higher rate."""
+    return _mean_of_past(_mean_of_past(values, smoothing)[::-1], smoothing)[::-1]
 
 
 def _mean_of_past(values: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
