@@ -68,7 +68,7 @@ FULL: dict[str, Any] = {
         {"type": "CosineAnnealingLR", "T_max": 2, "eta_min": 0.0, "convert_to_iter_based": True},
     ],
     "strategy": {"type": "DDPStrategy", "find_unused_parameters": True, "sync_bn": "torch", "static_graph": False},
-    "auto_scale_lr": {"enable": False, "base_batch_size": 8},
+    "auto_scale_lr": {"enable": False, "base_batch_size": 8, "rule": "sqrt"},
     "default_hooks": {
         "runtime_info": {"type": "RuntimeInfoHook"},
         "timer": {"type": "IterTimerHook"},

@@ -19,6 +19,7 @@ from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
+from stratagem.strategies.building import with_preprocessor
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 
@@ -124,7 +125,7 @@ class Runner:
                 "Give one of them."
             )
         self.cfg = cfg if isinstance(cfg, Config) else Config(cfg or {})
-        self._model = _with_preprocessor(model, data_preprocessor)
+        self._model = with_preprocessor(model, data_preprocessor)
         self._param_scheduler = param_scheduler
         self._compile = compile
         self._load_from, self._resume = load_from, resume
@@ -171,8 +172,8 @@ class Runner:
         """Return the checkpoint that this run saved last, or the latest under its folder; None where there is none."""
         return self.run.last_checkpoint or find_latest_checkpoint(self.strategy.work_dir)
 
-    def train(self) -> nn.Module:
-        """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.
+    def prepare(self) -> Any:
+        """Build what a training needs and take up where it stands, without training; return its loop. Collective.
 
         Raises:
             StateError: if the runner was given nothing to train with.
@@ -206,6 +207,16 @@ class Runner:
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
                 loop.dataloader = self._loader("train")
+        return loop
+
+    def train(self) -> nn.Module:
+        """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.
+
+        Raises:
+            StateError: if the runner was given nothing to train with.
+        """
+        loop = self.prepare()
+        run = self.run
         # Not earlier: a run that cannot begin leaves what an earlier one kept.
         self._keep_config()
         run.events.call("before_run", run)
@@ -217,7 +228,7 @@ class Runner:
             if self.interrupted is not None:
                 self._save_interrupted()
         run.events.call("after_run", run)
-        return strategy.model
+        return self.strategy.model
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
@@ -321,16 +332,6 @@ class Runner:
     def _config_text(self) -> str:
         """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
         return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
-
-
-def _with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
-    if data_preprocessor is None:
-        return model
-    if not isinstance(model, Mapping):
-        raise ConfigValueError(
-            "data_preprocessor goes into the model's configuration, but the model is built already: give it to the model."
-        )
-    return {"data_preprocessor": data_preprocessor, **model}
 
 
 def _build_strategy(

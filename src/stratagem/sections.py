@@ -120,7 +120,7 @@ SECTIONS: Mapping[str, Rule] = {
     "optim_wrapper": _optim_wrapper,
     "param_scheduler": _param_scheduler,
     "strategy": Section(registry=STRATEGIES, by_name=True),
-    "auto_scale_lr": _keys("enable", "base_batch_size"),
+    "auto_scale_lr": _keys("enable", "base_batch_size", "rule"),
     "default_hooks": Section(keys={name: _hook(default) for name, default in _DEFAULT_HOOKS.items()}),
     "custom_hooks": _hook(),
     "env_cfg": _keys("cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"),

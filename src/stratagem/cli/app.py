@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from stratagem._version import __version__
-from stratagem.cli import configs, evaluation, report, training
+from stratagem.cli import configs, evaluation, find, report, training
+from stratagem.cli import schedule as schedules
 from stratagem.cli.options import RunOptions
 
 __all__ = ["app"]
@@ -43,6 +44,7 @@ Launcher = Annotated[
     ),
 ]
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
@@ -122,9 +124,81 @@ def test(
 
 
 @app.command()
+def schedule(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Out = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Draw the run that this many processes would train; none is started."),
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Draw learning rate, momentum and weight decay over the run of CONFIG, without training.
+
+    The learning rate is drawn always, the others where a schedule changes them. Nothing is written but FILE.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
+    schedules.schedule(options, out=out)
+
+
+@app.command()
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
     report.print_environment()
+
+
+find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
+app.add_typer(find_app, name="find")
+
+
+@find_app.command()
+def lr(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    low: Annotated[float, typer.Option("--min", metavar="LR", help="The first learning rate.")] = 1e-7,
+    high: Annotated[float, typer.Option("--max", metavar="LR", help="The last learning rate.")] = 10.0,
+    steps: Annotated[int, typer.Option(metavar="N", help="Over how many steps of the optimizer it grows.")] = 100,
+    loss: Annotated[str, typer.Option(metavar="NAME", help="The loss among what the model logs.")] = "loss",
+    optimizer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of several optimizers, the one whose rate to find.")
+    ] = None,
+    out: Out = None,
+    nproc: Nproc = None,
+    launcher: Launcher = None,
+    strategy: Strategy = None,
+    traceback: Traceback = False,
+) -> None:
+    """Train CONFIG for some steps with a growing learning rate, and show how the loss goes.
+
+    It stops where the loss diverges, and suggests rates. Nothing is written but FILE.
+    """
+    options = RunOptions(
+        config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
+    )
+    sweep = find.Sweep(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
+    find.learning_rate(options, sweep, out=out)
+
+
+@find_app.command()
+def batch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--max-batch", metavar="N", min=1, help="The largest to try; 1024 on the CPU by default."),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="How many iterations are timed at once.")] = 3,
+    out: Out = None,
+    strategy: Strategy = None,
+    traceback: Traceback = False,
+) -> None:
+    """Double the batch of CONFIG until memory is not enough, and show how fast each size trains.
+
+    Nothing is written but FILE. On the CPU memory errors do not come reliably: there it measures up to --max-batch.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
+    find.batch_size(options, limit=limit, steps=steps, out=out)
 
 
 config_app = typer.Typer(help="Look at configurations and check them, without training.", no_args_is_help=True)

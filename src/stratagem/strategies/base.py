@@ -29,6 +29,7 @@ from stratagem.model.weights import broadcast_weights
 from stratagem.optim import ParamScheduler, build_param_schedulers
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import building
+from stratagem.strategies.auto_scale import AutoScale
 from stratagem.strategies.environment import set_up_environment
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
@@ -40,7 +41,6 @@ __all__ = ["BaseStrategy", "CheckpointCallback", "Schedulers"]
 Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
 CheckpointCallback = Callable[[StateTree], None]
 
-_AUTO_SCALE_KEYS = ("enable", "base_batch_size")
 _LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
 
 
@@ -55,8 +55,8 @@ class BaseStrategy(ABC):
         env_kwargs: ``launcher``, ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit`` and ``randomness``
             (``seed``, ``diff_rank_seed``, ``deterministic``).
         log_kwargs: arguments of :meth:`build_logger`.
-        auto_scale_lr: ``enable`` and ``base_batch_size``: learning rates are multiplied by the real batch size over the
-            one they were chosen for.
+        auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the real batch size
+            over the one they were chosen for (``"linear"``, the default), or by the square root of that (``"sqrt"``).
 
     Raises:
         WorkDirError: if ``work_dir`` cannot be created or written to.
@@ -77,7 +77,7 @@ class BaseStrategy(ABC):
         log_kwargs: Mapping[str, Any] | None = None,
         auto_scale_lr: Mapping[str, Any] | None = None,
     ) -> None:
-        self._auto_scale_lr = _auto_scale_settings(auto_scale_lr)
+        self._auto_scale_lr = AutoScale.parse(auto_scale_lr)
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
         self.dispatch_kwargs: dict[str, Any] = {}
@@ -210,16 +210,8 @@ class BaseStrategy(ABC):
                 "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "
                 "in one iteration."
             )
-        base = self._auto_scale_lr
-        for name, wrapper in wrappers.items():
-            accumulated = wrapper.accumulative_counts
-            real = self.world_size * micro_batch * accumulated
-            factor = building.scale_lr(wrapper, base_batch=base, real_batch=real)
-            self.logger.info(
-                "Learning rates%s multiplied by %.4g: the real batch is %d = %d ranks x %d samples x %d accumulated, they "
-                "were chosen for %d.",
-                f" of {name}" if name else "", factor, real, self.world_size, micro_batch, accumulated, base,
-            )  # fmt: skip
+        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.world_size, micro_batch=micro_batch):
+            self.logger.info(done)
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:
         """Return the logger of the run; by default its file is ``<log_dir>/<timestamp>.log``, which is appended to.
@@ -410,22 +402,3 @@ def _make_folder(path: Path) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise WorkDirError(f"work_dir: {path} cannot be written to. Choose another with --work-dir.")
     return path
-
-
-def _auto_scale_settings(auto_scale_lr: Mapping[str, Any] | None) -> int | None:
-    """Return the batch size that learning rates were chosen for; None where they stay as they are."""
-    if auto_scale_lr is None:
-        return None
-    if not isinstance(auto_scale_lr, Mapping):
-        raise ConfigTypeError(
-            f"auto_scale_lr is {auto_scale_lr!r}; a mapping such as dict(enable=True, base_batch_size=256) is due."
-        )
-    refuse_unknown(auto_scale_lr, _AUTO_SCALE_KEYS, "auto_scale_lr")
-    if not auto_scale_lr.get("enable", False):
-        return None
-    base = auto_scale_lr.get("base_batch_size")
-    if isinstance(base, bool) or not isinstance(base, int) or base <= 0:
-        raise ConfigValueError(
-            f"auto_scale_lr: base_batch_size is {base!r}; the batch size that the learning rates were chosen for is due."
-        )
-    return base

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from stratagem.registry import MODELS, OPTIM_WRAPPERS
 from stratagem.utils import refuse_unknown
 
 __all__ = [
+    "ScalingRule",
     "build_model",
     "build_optim_wrapper",
     "compile_model",
@@ -25,7 +27,10 @@ __all__ = [
     "is_scheduled",
     "load_schedulers",
     "scale_lr",
+    "with_preprocessor",
 ]
+
+ScalingRule = Literal["linear", "sqrt"]
 
 _COMPILE_OPTIONS = ("target", *(name for name in inspect.signature(torch.compile).parameters if name != "model"))
 
@@ -44,6 +49,21 @@ def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
     if not isinstance(built, nn.Module):
         raise ConfigTypeError(f"model: type={model.get('type')!r} made {_shown(built)}, which is no torch.nn.Module.")
     return built
+
+
+def with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
+    """Return the model's configuration with the preprocessor in it, where one is given and the model has none.
+
+    Raises:
+        ConfigValueError: if the model is built already, so that the preprocessor would be ignored.
+    """
+    if data_preprocessor is None:
+        return model
+    if not isinstance(model, Mapping):
+        raise ConfigValueError(
+            "data_preprocessor goes into the model's configuration, but the model is built already: give it to the model."
+        )
+    return {"data_preprocessor": data_preprocessor, **model}
 
 
 def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool:  # noqa: A002 -- the contract's name
@@ -135,12 +155,16 @@ def is_scheduled(wrapper: BaseOptimWrapper) -> bool:
     return any("initial_lr" in group for group in wrapper.param_groups)
 
 
-def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int) -> float:
-    """Multiply every learning rate by ``real_batch / base_batch`` and return that factor.
+def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int, rule: ScalingRule = "linear") -> float:
+    """Multiply every learning rate as the batch has grown, and return the factor.
 
-    The linear rule of Goyal et al. 2017, "Accurate, Large Minibatch SGD" (arXiv:1706.02677), section 2.1.
+    ``"linear"`` is ``real_batch / base_batch``, the rule of Goyal et al. 2017, "Accurate, Large Minibatch SGD"
+    (arXiv:1706.02677), section 2.1. ``"sqrt"`` is its square root: the rule of Krizhevsky 2014 (arXiv:1404.5997),
+    section 5, which fits Adam and its like (Malladi et al. 2022, arXiv:2205.10287).
     """
     factor = real_batch / base_batch
+    if rule == "sqrt":
+        factor = math.sqrt(factor)
     for group in wrapper.param_groups:
         group["lr"] = group["lr"] * factor
     return factor

@@ -1,6 +1,7 @@
 """Time: loops, hooks, evaluation."""
 
 from stratagem.train.evaluation import BaseMetric, Evaluator
+from stratagem.train.finders import find_batch_size, find_learning_rate
 from stratagem.train.hook import EVENTS, Events, Hook
 from stratagem.train.hooks import (
     CheckpointHook,
@@ -12,6 +13,7 @@ from stratagem.train.hooks import (
     TensorboardHook,
 )
 from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
+from stratagem.train.preview import preview_run
 from stratagem.train.priority import Priority, get_priority
 from stratagem.train.progress import Position, Progress
 from stratagem.train.run import Run
@@ -37,5 +39,8 @@ __all__ = [
     "TensorboardHook",
     "TestLoop",
     "ValLoop",
+    "find_batch_size",
+    "find_learning_rate",
     "get_priority",
+    "preview_run",
 ]

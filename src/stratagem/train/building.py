@@ -14,7 +14,7 @@ from stratagem.train.priority import get_priority
 from stratagem.train.run import Run
 from stratagem.utils import refuse_unknown
 
-__all__ = ["build_evaluation_loop", "build_events", "build_train_loop"]
+__all__ = ["build_evaluation_loop", "build_events", "build_train_loop", "loop_arguments"]
 
 _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
     "runtime_info": {"type": "RuntimeInfoHook"},
@@ -69,6 +69,18 @@ def build_train_loop(train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLo
         ConfigTypeError: if ``train_cfg`` is not a mapping.
         ConfigValueError: if it does not say how long to train.
     """
+    return LOOPS.build(
+        loop_arguments(train_cfg), default_args={"run": run, "dataloader": dataloader, "val_loop": val_loop}
+    )
+
+
+def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training loop's configuration with its ``type``: the one named, or what ``by_epoch`` stands for.
+
+    Raises:
+        ConfigTypeError: if ``train_cfg`` is not a mapping.
+        ConfigValueError: if it does not say how long to train.
+    """
     cfg = _mapping(train_cfg, "train_cfg")
     if "type" not in cfg:
         by_epoch = cfg.pop("by_epoch", "max_epochs" in cfg)
@@ -76,7 +88,7 @@ def build_train_loop(train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLo
         if length not in cfg:
             raise ConfigValueError(f"train_cfg says by_epoch={by_epoch} but not {length}, how long to train.")
         cfg["type"] = "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop"
-    return LOOPS.build(cfg, default_args={"run": run, "dataloader": dataloader, "val_loop": val_loop})
+    return cfg
 
 
 def build_evaluation_loop(cfg: Mapping[str, Any], mode: str, run: Run, dataloader: EpochLoader, evaluator: Any) -> Any:

@@ -12,7 +12,7 @@ from stratagem.train.hook import Hook
 from stratagem.train.priority import Priority
 from stratagem.train.run import Run
 
-__all__ = ["ParamSchedulerHook"]
+__all__ = ["ParamSchedulerHook", "refuse_epochs_without_end"]
 
 
 @final
@@ -38,6 +38,20 @@ class _Follower:
             self.updates = updates
         self.attempts = self.optim.attempts
         self.since = done
+
+
+def refuse_epochs_without_end(schedulers: Sequence[ParamScheduler], max_epochs: int | None) -> None:
+    """Refuse schedules by epoch where the run counts iterations.
+
+    Raises:
+        ConfigValueError: if there is such a schedule.
+    """
+    by_epoch = [each for each in schedulers if each.unit == "epoch" and not each.need_val_args]
+    if by_epoch and max_epochs is None:
+        raise ConfigValueError(
+            f"{type(by_epoch[0]).__name__} counts epochs, but this run counts iterations, so it would never move. "
+            "Give by_epoch=False, or convert_to_iter_based=True."
+        )
 
 
 @final
@@ -68,11 +82,7 @@ class ParamSchedulerHook(Hook):
         self._by_epoch = [each for each in everything if each.unit == "epoch" and not each.need_val_args]
         self._followers = [_follower(wrapper, some, run.iter) for wrapper, some in by_optim]
         self._followers = [each for each in self._followers if each.by_iter or each.by_step]
-        if self._by_epoch and run.max_epochs is None:
-            raise ConfigValueError(
-                f"{type(self._by_epoch[0]).__name__} counts epochs, but this run counts iterations, so it would never move. "
-                "Give by_epoch=False, or convert_to_iter_based=True."
-            )
+        refuse_epochs_without_end(self._by_epoch, run.max_epochs)
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         for follower in self._followers:

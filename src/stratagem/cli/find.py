@@ -1,0 +1,191 @@
+"""``stratagem find``: search for a learning rate or a batch size, and leave no trace of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import typer
+from rich.console import Console
+
+from stratagem.cli.braille import print_chart
+from stratagem.cli.charts import Chart, Line, Mark, Panel, wants_log_scale
+from stratagem.cli.launching import launch
+from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.png import write_png
+from stratagem.config import Config
+from stratagem.data import EpochLoader
+from stratagem.runner import Runner
+from stratagem.strategies import BaseStrategy
+from stratagem.train.finders import BatchSearch, LearningRateSweep, find_batch_size, find_learning_rate
+
+__all__ = ["Sweep", "batch_size", "learning_rate"]
+
+# What plays no part in the training that is tried, or would move the rates that are.
+_LEFT_OUT = (
+    "param_scheduler", "custom_hooks", "val_dataloader", "val_cfg", "val_evaluator",
+    "test_dataloader", "test_cfg", "test_evaluator",
+)  # fmt: skip
+_MEBIBYTE = 2**20
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """The options of ``find lr``."""
+
+    low: float
+    high: float
+    steps: int
+    loss: str
+    optimizer: str | None
+
+
+def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> None:
+    """Print how the loss goes while the learning rate grows, and which rates that suggests."""
+    config = read_config(options)
+    if options.nproc is not None:
+        launch(options.nproc)
+        return
+    with _trial(config) as (strategy, dataloader):
+        found = find_learning_rate(
+            strategy,
+            dataloader,
+            low=sweep.low,
+            high=sweep.high,
+            steps=sweep.steps,
+            loss=sweep.loss,
+            optimizer=sweep.optimizer,
+        )
+        if strategy.rank == 0:
+            _show(_loss_chart(str(options.config), found, sweep), out)
+            typer.echo(_table_of_rates(found))
+
+
+def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path | None) -> None:
+    """Print how many samples a second each batch size trains, and the largest that fits."""
+    with _trial(read_config(options)) as (strategy, dataloader):
+        found = find_batch_size(strategy, dataloader, limit=limit, steps=steps)
+        on_cpu = strategy.world.device.type == "cpu"
+        if found.largest is not None:
+            _show(_throughput_chart(str(options.config), found), out)
+        typer.echo(_table_of_sizes(found))
+        typer.echo(_verdict(found, on_cpu=on_cpu))
+
+
+@contextmanager
+def _trial(config: Config) -> Iterator[tuple[BaseStrategy, EpochLoader]]:
+    """Prepare the configuration's training in a temporary folder; it is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="stratagem-find-") as folder:
+        changes: dict[str, Any] = {"work_dir": folder, "resume": False, "log_level": "WARNING"}
+        changes |= {key: None for key in _LEFT_OUT if key in config}
+        section = config.get("strategy")
+        if isinstance(section, Mapping) and "work_dir" in section:
+            changes["strategy.work_dir"] = folder
+        config.merge_from_dict(changes, source="stratagem find")
+        runner = Runner.from_cfg(config)
+        try:
+            loop = runner.prepare()
+            yield runner.strategy, loop.dataloader
+        finally:
+            runner.close()
+
+
+def _show(chart: Chart, out: Path | None) -> None:
+    if out is not None:
+        write_png(chart, out)
+    print_chart(chart, Console())
+    if out is not None:
+        typer.echo(f"Drawn to {out}")
+
+
+def _loss_chart(name: str, found: LearningRateSweep, sweep: Sweep) -> Chart:
+    marks = tuple(Mark(label=label, x=rate) for label, rate in _suggestions(found).items())
+    lines = (
+        Line(label="smoothed", x=found.rates, y=found.smoothed),
+        Line(label="each step", x=found.rates, y=found.losses, faint=True),
+    )
+    how = "stopped where the loss diverged" if found.diverged else "to the end"
+    return Chart(
+        title=f"{name}: learning-rate range test",
+        subtitle=f"{len(found.rates)} of {sweep.steps} optimizer steps, {how}",
+        x_label="learning rate",
+        x_range=(float(found.rates[0]), float(found.rates[-1])),
+        panels=(Panel(label=sweep.loss, lines=lines, marks=marks),),
+        log_x=True,
+    )
+
+
+def _suggestions(found: LearningRateSweep) -> dict[str, float]:
+    named = {"steepest descent": found.steepest, "a decade below the minimum": found.below_minimum}
+    return {label: rate for label, rate in named.items() if rate is not None}
+
+
+def _table_of_rates(found: LearningRateSweep) -> str:
+    if found.least is None:
+        return "The loss did not fall at any rate, so none is suggested. Try a smaller --min, or more --steps."
+    rows = {}
+    for label, rate in {"least loss": found.least, **_suggestions(found)}.items():
+        at = int(np.abs(np.log(found.rates / rate)).argmin())
+        rows[label] = f"{rate:.2e}  smoothed loss {found.smoothed[at]:.4g}"
+    width = max(map(len, rows))
+    lines = [f"  {label:<{width}}  {value}" for label, value in rows.items()]
+    lines.append("The suggested rates are where to begin; which of them trains best, only training tells.")
+    return "\n".join(["Learning rates", *lines])
+
+
+def _throughput_chart(name: str, found: BatchSearch) -> Chart:
+    fitting = [trial for trial in found.trials if trial.seconds is not None]
+    line = Line(
+        label="",
+        x=np.asarray([trial.batch_size for trial in fitting]),
+        y=np.asarray([trial.throughput for trial in fitting]),
+    )
+    marks = () if found.knee is None else (Mark(label=f"knee: {found.knee} samples", x=found.knee),)
+    return Chart(
+        title=f"{name}: throughput by batch size",
+        subtitle="without the loading of data",
+        x_label="samples in a batch",
+        x_range=(1.0, float(max(2, fitting[-1].batch_size))),
+        panels=(Panel(label="samples/s", lines=(line,), marks=marks, log=wants_log_scale((line,))),),
+        log_x=True,
+    )
+
+
+def _table_of_sizes(found: BatchSearch) -> str:
+    with_memory = any(trial.memory is not None for trial in found.trials)
+    lines = [f"{'batch size':>10}  {'ms/iteration':>12}  {'samples/s':>10}" + ("  peak MiB" if with_memory else "")]
+    for trial in found.trials:
+        memory = "" if trial.memory is None else f"  {trial.memory / _MEBIBYTE:>8,.0f}"
+        if trial.seconds is None:
+            lines.append(f"{trial.batch_size:>10}  {'out of memory':>24}{memory}")
+        else:
+            lines.append(f"{trial.batch_size:>10}  {1e3 * trial.seconds:>12.2f}  {trial.throughput:>10,.0f}{memory}")
+    return "\n".join(lines)
+
+
+def _verdict(found: BatchSearch, *, on_cpu: bool) -> str:
+    if found.largest is None:
+        return "Memory is not enough for a batch of one sample."
+    lines = []
+    if found.out_of_memory:
+        lines.append(
+            f"The largest batch that fits is {found.largest}. Leave some room: memory is fragmented in a long run, and "
+            "other batches may need more."
+        )
+    else:
+        lines.append(f"Batches up to {found.limit}, the largest that was to be tried, fit.")
+    if on_cpu:
+        lines.append(
+            "On the CPU the largest batch cannot be found: the system swaps, or ends the process, before there is an "
+            "error to search for. What it can tell is how long each size takes."
+        )
+    lines.append(
+        f"The knee is at {found.knee}: the smallest batch that was tried with nine tenths of the highest throughput."
+    )
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""``stratagem schedule``: draw what the schedules of a configuration will do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from stratagem.cli.braille import print_chart
+from stratagem.cli.charts import Chart, Line, Panel, wants_log_scale
+from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.png import write_png
+from stratagem.config import Config, require
+from stratagem.errors import ConfigKeyError
+from stratagem.registry import switch_scope
+from stratagem.sections import SECTIONS
+from stratagem.strategies.building import with_preprocessor
+from stratagem.train.preview import Course, RunPreview, preview_run
+
+__all__ = ["schedule"]
+
+_NEEDED = ("model", "train_dataloader", "train_cfg", "optim_wrapper")
+_LABELS = {"lr": "learning rate", "weight_decay": "weight decay"}
+
+
+def schedule(options: RunOptions, *, out: Path | None) -> None:
+    """Print a drawing of the run's learning rate and whatever else changes; write it to a file where asked.
+
+    Raises:
+        ConfigKeyError: if the configuration does not describe a training, or has a key that nobody reads.
+        MissingDependencyError: if a file is asked for and matplotlib is not installed.
+    """
+    config = read_config(options)
+    require(config, SECTIONS, scope=config.get("default_scope"))
+    chart = draw(str(options.config), preview(config, world_size=options.nproc or 1), world_size=options.nproc or 1)
+    if out is not None:
+        write_png(chart, out)
+    print_chart(chart, Console())
+    if out is not None:
+        typer.echo(f"Drawn to {out}")
+
+
+def preview(config: Config, *, world_size: int) -> RunPreview:
+    """Return what the options of a configuration's run will be."""
+    missing = [key for key in _NEEDED if config.get(key) is None]
+    if missing:
+        raise ConfigKeyError(
+            f"{config.filename or 'The configuration'} has no {', '.join(missing)}: there is no training to look at."
+        )
+    with switch_scope(config.get("default_scope")):
+        return preview_run(
+            with_preprocessor(config["model"], config.get("data_preprocessor")),
+            optim_wrapper=config["optim_wrapper"],
+            train_dataloader=config["train_dataloader"],
+            train_cfg=config["train_cfg"],
+            param_scheduler=config.get("param_scheduler"),
+            auto_scale_lr=config.get("auto_scale_lr"),
+            world_size=world_size,
+        )
+
+
+def draw(name: str, shown: RunPreview, *, world_size: int) -> Chart:
+    """Return a panel for each optimizer's learning rate and for every other option that a schedule changes."""
+    by_option: dict[tuple[str, str], list[Course]] = {}
+    for course in shown.courses:
+        by_option.setdefault((course.optimizer, course.key), []).append(course)
+    waiting = {(optimizer, key) for optimizer, key, _ in shown.on_metrics}
+    drawn = {
+        option: courses
+        for option, courses in by_option.items()
+        if option[1] == "lr" or option in waiting or any(course.changes for course in courses)
+    }
+    resting = {option: courses for option, courses in by_option.items() if option not in drawn}
+    return Chart(
+        title=name,
+        subtitle=_length(shown, world_size),
+        x_label=_unit(shown),
+        x_range=(0, shown.max_iters),
+        panels=tuple(_panel(option, courses, shown) for option, courses in drawn.items()),
+        notes=tuple(_notes(shown, resting)),
+        epoch_length=shown.epoch_length,
+    )
+
+
+def _panel(option: tuple[str, str], courses: list[Course], shown: RunPreview) -> Panel:
+    lines = tuple(Line(label=_label(course), x=shown.iterations, y=course.values) for course in courses)
+    return Panel(label=_name(*option), lines=lines, log=wants_log_scale(lines))
+
+
+def _label(course: Course) -> str:
+    if course.whole:
+        return ""
+    first, *others = course.parameters
+    return f"{first} and {len(others)} more" if others else first
+
+
+def _name(optimizer: str, key: str) -> str:
+    name = _LABELS.get(key, key)
+    return f"{optimizer}: {name}" if optimizer else name
+
+
+def _length(shown: RunPreview, world_size: int) -> str:
+    parts = [f"{shown.max_iters:,} iterations"]
+    if shown.epoch_length is not None:
+        parts.append(f"{shown.max_iters / shown.epoch_length:.4g} epochs of {shown.epoch_length:,}")
+    if world_size > 1:
+        parts.append(f"{world_size} processes")
+    return ", ".join(parts)
+
+
+def _unit(shown: RunPreview) -> str:
+    counts = {name: count for name, count in shown.accumulative_counts.items() if count > 1}
+    if not counts:
+        return "iteration"
+    steps = ", ".join(f"{name + ' ' if name else ''}every {count}" for name, count in counts.items())
+    return f"iteration (micro-batch; optimizer step {steps})"
+
+
+def _notes(shown: RunPreview, resting: dict[tuple[str, str], list[Course]]) -> Iterator[str]:
+    if shown.scaling:
+        yield shown.scaling
+    for optimizer, key, kind in shown.on_metrics:
+        yield f"{kind} follows the metrics of validation, which are not known: {_name(optimizer, key)} is drawn without it."
+    constant = [
+        f"{_name(*option)} {' or '.join(dict.fromkeys(f'{course.values[0]:g}' for course in courses))}"
+        for option, courses in resting.items()
+    ]
+    if constant:
+        yield f"Constant: {', '.join(constant)}."

@@ -1,0 +1,217 @@
+"""What learning rates and other options will be over a run, without training it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.data import DataLoader
+
+from stratagem.data import build_dataloader
+from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.optim import BaseOptimWrapper, ParamScheduler, build_param_schedulers, preview_schedules
+from stratagem.parallel import AnyOptim
+from stratagem.strategies.auto_scale import AutoScale
+from stratagem.strategies.building import build_model, build_optim_wrapper, each_wrapper
+from stratagem.train.building import loop_arguments
+from stratagem.train.hooks.schedule import refuse_epochs_without_end
+from stratagem.train.untouched import generators_kept
+
+__all__ = ["Course", "RunPreview", "preview_run"]
+
+# More than a drawing has columns.
+_POINTS = 2000
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How an option goes for those parameter groups whose values are the same at all times.
+
+    Attributes:
+        optimizer: the optimizer's name; empty where there is one.
+        key: the option, such as ``lr``.
+        parameters: the names of the parameters.
+        whole: whether these are all parameters of the optimizer.
+        values: at each of the preview's iterations.
+    """
+
+    optimizer: str
+    key: str
+    parameters: tuple[str, ...]
+    whole: bool
+    values: NDArray[np.float64]
+
+    @property
+    def changes(self) -> bool:
+        """Whether the value is not the same at all times."""
+        return bool((self.values != self.values[0]).any())
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPreview:
+    """The options of every optimizer over a run.
+
+    Attributes:
+        iterations: rising numbers of iterations (micro-batches), counted from 0, at which values are given.
+        max_iters: iterations of the run.
+        epoch_length: iterations of an epoch; None where the data has no length.
+        accumulative_counts: iterations of an optimizer's step, by optimizer.
+        courses: what the options will be.
+        on_metrics: schedules that wait for metrics as (optimizer, key, name of the class); they show no change.
+        scaling: what ``auto_scale_lr`` did; empty where it is not enabled.
+    """
+
+    iterations: NDArray[np.int64]
+    max_iters: int
+    epoch_length: int | None
+    accumulative_counts: Mapping[str, int]
+    courses: tuple[Course, ...]
+    on_metrics: tuple[tuple[str, str, str], ...] = ()
+    scaling: str = ""
+
+
+def preview_run(
+    model: nn.Module | Mapping[str, Any],
+    *,
+    optim_wrapper: Mapping[str, Any],
+    train_dataloader: DataLoader[Any] | Mapping[str, Any],
+    train_cfg: Mapping[str, Any],
+    param_scheduler: Any = None,
+    auto_scale_lr: Mapping[str, Any] | None = None,
+    world_size: int = 1,
+) -> RunPreview:
+    """Return what each option will be over a run that these parts of a configuration describe.
+
+    Nothing is trained and nothing written. The model is built on the meta device, which takes no memory, or on the CPU
+    where it cannot be; the dataset is built for its length. Random generators are left as they were.
+
+    Args:
+        model: as for :class:`~stratagem.Runner`, and likewise the others.
+        optim_wrapper: the configuration of what is scheduled; what is built already would be changed.
+        train_dataloader: says how many iterations an epoch has.
+        train_cfg: says how long the run is.
+        param_scheduler: the schedules; None for none.
+        auto_scale_lr: as for a strategy.
+        world_size: the processes that the run would have; they share the dataset's samples.
+
+    Raises:
+        ConfigError: in one of its kinds, if the parts cannot be built or the length of the run is not known.
+    """
+    if not isinstance(optim_wrapper, Mapping):
+        raise ConfigTypeError(
+            f"A preview changes the optimizer that it looks at: give its configuration, not {type(optim_wrapper).__name__}."
+        )
+    with generators_kept():
+        loader = build_dataloader(train_dataloader, seed=0, world_size=world_size, training=True)
+        max_epochs, max_iters = _length(train_cfg, loader.length)
+        module, optim = _build(model, optim_wrapper)
+    scale = AutoScale.parse(auto_scale_lr)
+    if scale is not None and loader.batch_size is None:
+        raise ConfigValueError("auto_scale_lr needs the batch size, and the train_dataloader does not say it.")
+    done = [] if scale is None else scale.apply(optim, world_size=world_size, micro_batch=loader.batch_size or 1)
+    scaling = " ".join(done)
+    built = build_param_schedulers(
+        [] if param_scheduler is None else param_scheduler,
+        optim,
+        max_epochs=max_epochs,
+        max_iters=max_iters,
+        epoch_length=loader.length,
+    )
+    wrappers = each_wrapper(optim)
+    schedulers = built if isinstance(built, dict) else {"": built}
+    everything = [each for some in schedulers.values() for each in some]
+    refuse_epochs_without_end(everything, max_epochs)
+    iterations = _iterations(max_iters, everything, loader.length or 1)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    courses: list[Course] = []
+    for name, wrapper in wrappers.items():
+        shown = preview_schedules(wrapper, schedulers[name], iterations.tolist(), epoch_length=loader.length)
+        courses += _courses(name, wrapper, shown, names)
+    return RunPreview(
+        iterations=iterations,
+        max_iters=max_iters,
+        epoch_length=loader.length,
+        accumulative_counts={name: wrapper.accumulative_counts for name, wrapper in wrappers.items()},
+        courses=tuple(courses),
+        on_metrics=tuple(
+            (name, each.param_name, type(each).__name__)
+            for name, some in schedulers.items()
+            for each in some
+            if each.need_val_args
+        ),
+        scaling=scaling,
+    )
+
+
+def _length(train_cfg: Mapping[str, Any], epoch_length: int | None) -> tuple[int | None, int]:
+    """Return the epochs of the run, None where it counts iterations, and its iterations."""
+    cfg = loop_arguments(train_cfg)
+    max_epochs, max_iters = cfg.get("max_epochs"), cfg.get("max_iters")
+    if max_epochs is not None and epoch_length is not None:
+        max_iters = max_epochs * epoch_length
+    if not isinstance(max_iters, int) or max_iters < 1:
+        raise ConfigValueError(
+            f"The length of the run in iterations is not known: train_cfg={cfg!r}, an epoch of {epoch_length} iterations. "
+            "Give train_cfg max_iters, or data with a length and max_epochs."
+        )
+    return max_epochs, max_iters
+
+
+def _build(model: nn.Module | Mapping[str, Any], optim_wrapper: Mapping[str, Any]) -> tuple[nn.Module, AnyOptim]:
+    try:
+        with torch.device("meta"):
+            module = build_model(model)
+            return module, build_optim_wrapper(optim_wrapper, module)
+    except (RuntimeError, TypeError, ValueError):
+        # What looks at its weights, or wants a device that computes, cannot be on meta. If that was not the reason, the
+        # same error comes again.
+        module = build_model(model)
+        return module, build_optim_wrapper(optim_wrapper, module)
+
+
+def _iterations(max_iters: int, schedulers: Sequence[ParamScheduler], epoch_length: int) -> NDArray[np.int64]:
+    """Return evenly spread iterations, and those around which schedules begin and end."""
+    spread = np.linspace(0, max_iters - 1, min(max_iters, _POINTS)).round().astype(np.int64)
+    edges = np.asarray([edge for each in schedulers for edge in _edges(each, epoch_length)], dtype=np.int64)
+    return np.unique(np.concatenate([spread, edges[(edges >= 0) & (edges < max_iters)]]))
+
+
+def _edges(scheduler: ParamScheduler, epoch_length: int) -> Iterator[int]:
+    unit = {"epoch": epoch_length, "iter": 1}.get(scheduler.unit)
+    if unit is None:
+        # Steps have as many iterations as the wrapper accumulates; a built schedule knows only its optimizer.
+        unit = getattr(scheduler.optimizer, "accumulative_counts", 1)
+    for position in (scheduler.begin, scheduler.end - 1, scheduler.end):
+        yield from (position * unit - 1, position * unit)
+
+
+def _courses(
+    optimizer: str,
+    wrapper: BaseOptimWrapper,
+    shown: Mapping[str, NDArray[np.float64]],
+    names: Mapping[int, str],
+) -> Iterator[Course]:
+    """Yield each option's courses: groups that always have equal values share one."""
+    groups = [
+        tuple(names.get(id(each), "a parameter without a name") for each in group["params"])
+        for group in wrapper.param_groups
+    ]
+    for key, values in shown.items():
+        alike: dict[bytes, list[int]] = {}
+        for number in range(len(groups)):
+            alike.setdefault(values[:, number].tobytes(), []).append(number)
+        for numbers in alike.values():
+            yield Course(
+                optimizer=optimizer,
+                key=key,
+                parameters=tuple(name for number in numbers for name in groups[number]),
+                whole=len(alike) == 1,
+                values=values[:, numbers[0]],
+            )

@@ -1,0 +1,61 @@
+"""Try something out, and leave everything as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from stratagem.data import EpochLoader
+from stratagem.strategies import BaseStrategy
+from stratagem.utils import generator_state, restore_generator_state
+
+__all__ = ["generators_kept", "training_kept"]
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Give back the state of Python's, NumPy's and torch's generators at the end."""
+    state = generator_state()
+    try:
+        yield
+    finally:
+        restore_generator_state(state)
+
+
+@contextmanager
+def training_kept(strategy: BaseStrategy, dataloader: EpochLoader) -> Iterator[None]:
+    """Give back parameters, buffers, modes, optimizer state and every generator at the end.
+
+    Weights are kept in the CPU's memory, so the device has the room that a training would find. Gradients of an
+    unfinished accumulation window are dropped. What a model keeps outside of its parameters and buffers is its own.
+    """
+    model, optim = strategy.model, strategy.optim_wrapper
+    optim.drop_window()
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [tensor.detach().cpu().clone() for tensor in tensors]
+    modes = [(module, module.training) for module in model.modules()]
+    optim_state = copy.deepcopy(optim.state_dict())
+    generator = dataloader.loader.generator
+    order = None if generator is None else generator.get_state()
+    with generators_kept():
+        try:
+            yield
+        finally:
+            optim.drop_window()
+            optim.zero_grad()
+            optim.load_state_dict(optim_state)
+            _copy(tensors, kept)
+            for module, training in modes:
+                module.training = training
+            if generator is not None and order is not None:
+                generator.set_state(order)
+
+
+def _copy(tensors: list[nn.Parameter | torch.Tensor], values: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
