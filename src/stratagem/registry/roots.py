@@ -36,7 +36,11 @@ MODELS = Registry(
     scope=_SCOPE,
     build_func=build_model_from_cfg,
     ready={name: f"stratagem.model.ready:{name}" for name in ("SupervisedModel", "ModelWithLoss")}
-    | {"BaseDataPreprocessor": "stratagem.model.preprocess:BaseDataPreprocessor"},
+    | {"BaseDataPreprocessor": "stratagem.model.preprocess:BaseDataPreprocessor"}
+    | {
+        name: f"stratagem.model.averaging:{name}"
+        for name in ("ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage")
+    },
     families=(
         Members("torch.nn", _MODULE),
         Constructors("timm.", "timm:create_model", "timm:list_models"),
@@ -101,6 +105,7 @@ HOOKS = Registry(
     ready={
         "CheckpointHook": "stratagem.train.hooks.checkpoint:CheckpointHook",
         "DistSamplerSeedHook": "stratagem.train.hooks.sampler_seed:DistSamplerSeedHook",
+        "EMAHook": "stratagem.train.hooks.averaging:EMAHook",
         "IterTimerHook": "stratagem.train.hooks.timing:IterTimerHook",
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",

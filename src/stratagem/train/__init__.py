@@ -5,6 +5,7 @@ from stratagem.train.hook import EVENTS, Events, Hook
 from stratagem.train.hooks import (
     CheckpointHook,
     DistSamplerSeedHook,
+    EMAHook,
     IterTimerHook,
     LoggerHook,
     ParamSchedulerHook,
@@ -20,6 +21,7 @@ __all__ = [
     "BaseMetric",
     "CheckpointHook",
     "DistSamplerSeedHook",
+    "EMAHook",
     "EpochBasedTrainLoop",
     "Evaluator",
     "Events",

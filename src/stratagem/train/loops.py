@@ -217,15 +217,8 @@ class _EvaluationLoop:
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
-        step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
-        before, after = events[f"before_{mode}_iter"], events[f"after_{mode}_iter"]
-        for index, batch in enumerate(self.dataloader.batches(0)):
-            for call in before:
-                call(run, index, batch)
-            outputs = step(batch)
-            self.evaluator.process(batch, outputs)
-            for call in after:
-                call(run, index, batch, outputs)
+        with run.evaluating():
+            self._process_batches()
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
@@ -233,6 +226,18 @@ class _EvaluationLoop:
         events.call(f"after_{mode}_epoch", run, metrics=metrics)
         events.call(f"after_{mode}", run)
         return metrics
+
+    def _process_batches(self) -> None:
+        run, mode = self._run, self.mode
+        step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
+        before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
+        for index, batch in enumerate(self.dataloader.batches(0)):
+            for call in before:
+                call(run, index, batch)
+            outputs = step(batch)
+            self.evaluator.process(batch, outputs)
+            for call in after:
+                call(run, index, batch, outputs)
 
 
 @final

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -30,6 +31,9 @@ class Run:
         strategy: owns the state.
         events: the hooks' methods.
         config_text: the configuration as text, kept with every checkpoint.
+
+    Attributes:
+        evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
     """
 
     def __init__(self, strategy: BaseStrategy, events: Events, *, config_text: str | None = None) -> None:
@@ -42,6 +46,7 @@ class Run:
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.last_checkpoint: Path | None = None
+        self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self._config_text = config_text
         self._scalars: JsonLinesWriter | None = None
 
@@ -111,6 +116,14 @@ class Run:
     def max_iters(self) -> int | None:
         """Iterations of the whole run."""
         return self.progress.max_iters
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Hold in the model the weights to evaluate for the length of a block, also where it fails."""
+        with ExitStack() as stack:
+            for context in self.evaluation_contexts:
+                stack.enter_context(context())
+            yield
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append a line to ``<log_dir>/vis_data/scalars.json``, on rank 0."""
