@@ -6,6 +6,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -166,7 +167,11 @@ class ComposedStrategy(BaseStrategy):
         callback: CheckpointCallback | None = None,
     ) -> None:
         generators = all_gather_object(generator_state())
-        from_main(lambda: self._write(filename, save_optimizer, save_param_scheduler, extra_ckpt, callback, generators))
+        optim = BaseStrategy.optim_wrapper.get(self)
+        with nullcontext() if optim is None else optim.evaluating():
+            from_main(
+                lambda: self._write(filename, save_optimizer, save_param_scheduler, extra_ckpt, callback, generators)
+            )
 
     def _write(
         self,

@@ -121,9 +121,17 @@ class Run:
     def evaluating(self) -> Iterator[None]:
         """Hold in the model the weights to evaluate for the length of a block, also where it fails."""
         with ExitStack() as stack:
+            optim = BaseStrategy.optim_wrapper.get(self.strategy)
+            if optim is not None:
+                stack.enter_context(optim.evaluating())
             for context in self.evaluation_contexts:
                 stack.enter_context(context())
             yield
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run was interrupted and may stop here, where no gradients wait for their update."""
+        return self.interrupt.received is not None and not self.optim_wrapper.pending
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append a line to ``<log_dir>/vis_data/scalars.json``, on rank 0."""
