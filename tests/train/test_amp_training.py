@@ -71,7 +71,7 @@ def test_a_network_learns_in_a_smaller_type(make_runner: MakeRunner, digits: Any
 
     class Look(Hook):
         def before_train(self, run: Any) -> None:
-            run.model.network[3].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+            run.model.network[3].register_forward_hook(lambda *args: seen.append(args[-1].dtype))
 
         def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
             losses.append(outputs["loss"].item())

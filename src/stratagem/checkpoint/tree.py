@@ -1,7 +1,8 @@
 """State as nested dicts and lists, taken apart into tensors and JSON, and put together again.
 
-What goes into a checkpoint is made of tensors, numbers, strings, None, lists, tuples and dicts. Nothing else is needed
-to continue a run, and nothing else could be read back without running code that a file chose.
+What goes into a checkpoint is made of tensors, numbers, strings, None, lists, tuples, dicts, and sets of whole numbers
+or strings. Nothing else is needed to continue a run, and nothing else could be read back without running code that a
+file chose.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ __all__ = ["StateTree", "join_tree", "split_tree"]
 StateTree = dict[str, Any]
 
 # A dict with one of these as its only key stands in JSON for what JSON cannot say.
-_TENSOR, _TUPLE, _FLOAT, _ITEMS = "$tensor", "$tuple", "$float", "$items"
+_TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
 
 
 def split_tree(tree: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:
@@ -44,6 +45,8 @@ def _split(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {_TUPLE: [_split(item, _below(path, index), tensors) for index, item in enumerate(node)]}
     if isinstance(node, list):
         return [_split(item, _below(path, index), tensors) for index, item in enumerate(node)]
+    if isinstance(node, set) and all(type(item) in (int, str) for item in node):
+        return {_SET: sorted(node, key=repr)}
     if isinstance(node, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in node):
             return {key: _split(value, _below(path, key), tensors) for key, value in node.items()}
@@ -73,6 +76,8 @@ def join_tree(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
             return tensors[value]
         if key == _FLOAT:
             return float(value)
+        if key == _SET:
+            return set(value)
         if key == _TUPLE:
             return tuple(join_tree(tensors, item) for item in value)
         if key == _ITEMS:

@@ -8,6 +8,7 @@ from stratagem.registry.registry import Registry
 
 _SCOPE = "stratagem"
 _MODULE = "torch.nn:Module"
+_OPTIMIZER = "torch.optim:Optimizer"
 _METRIC = "torchmetrics:Metric"
 _SCHEDULES = "stratagem.optim.schedules.bindings"
 _SCHEDULE_NAMES = (
@@ -58,7 +59,14 @@ WEIGHT_INITIALIZERS = Registry("weight initializer", scope=_SCOPE)
 OPTIMIZERS = Registry(
     "optimizer",
     scope=_SCOPE,
-    families=(Members("torch.optim", "torch.optim:Optimizer", {"TorchAdafactor": "Adafactor"}),),
+    # torch's own imports a compiler of scripts, so it is loaded when it is named.
+    ready={"ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer"},
+    families=(
+        Members("torch.optim", _OPTIMIZER, {"TorchAdafactor": "Adafactor"}),
+        Members("schedulefree", _OPTIMIZER, prefix="schedulefree."),
+        Members("heavyball", _OPTIMIZER, prefix="heavyball."),
+        Members("bitsandbytes.optim", _OPTIMIZER, prefix="bitsandbytes."),
+    ),
 )
 OPTIM_WRAPPERS = Registry(
     "optimizer wrapper",

@@ -169,22 +169,20 @@ class ComposedStrategy(BaseStrategy):
         generators = all_gather_object(generator_state())
         optim = BaseStrategy.optim_wrapper.get(self)
         with nullcontext() if optim is None else optim.evaluating():
-            from_main(
-                lambda: self._write(filename, save_optimizer, save_param_scheduler, extra_ckpt, callback, generators)
-            )
+            # On every rank: of a state that is spread over them each has a part.
+            parts = {} if optim is None or not save_optimizer else {"optimizer": read_optim(optim, self.bare_model())}
+            from_main(lambda: self._write(filename, parts, save_param_scheduler, extra_ckpt, callback, generators))
 
     def _write(
         self,
         filename: str | os.PathLike[str],
-        save_optimizer: bool,
+        parts: StateTree,
         save_param_scheduler: bool,
         extra_ckpt: Mapping[str, Any] | None,
         callback: CheckpointCallback | None,
         generators: list[dict[str, Any]],
     ) -> None:
-        checkpoint: StateTree = {"state_dict": weights_to_cpu(self.bare_model().state_dict())}
-        if save_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
-            checkpoint["optimizer"] = read_optim(self.optim_wrapper, self.bare_model())
+        checkpoint: StateTree = {"state_dict": weights_to_cpu(self.bare_model().state_dict()), **parts}
         if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
             checkpoint["param_schedulers"] = self.scheduler_state_dict()
         checkpoint["generators"] = {str(rank): state for rank, state in enumerate(generators)}
