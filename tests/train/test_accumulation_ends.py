@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from toys import EPOCH, VALIDATION, At, Recorder, stop
+from toys import EPOCH, VALIDATION, At, Recorder, settings, stop
 
+from ranks import Ranks
 from stratagem import Runner
 
 MakeRunner = Callable[..., Runner]
@@ -57,3 +58,18 @@ def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
         make_runner(custom_hooks=[pieces], resume=True, train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     assert pieces.rows == whole.rows
     assert pieces.metrics == whole.metrics
+
+
+def interrupted_at_ten(folder: str) -> tuple[int, int, int]:
+    """Train under DDP until a signal that ranks agree on after iteration 10; return iterations, updates and pending."""
+    changes = {"work_dir": folder, "strategy": "DDPStrategy", "launcher": "pytorch", "custom_hooks": [At(9, interrupt)]}
+    runner = Runner(**settings(train_cfg={"max_iters": 30}, **changes, **OPTIM))
+    runner.train()
+    runner.close()
+    optim = runner.strategy.optim_wrapper
+    return runner.run.iter, optim.updates, optim.pending
+
+
+def test_ranks_end_with_the_same_window(ranks: Ranks, tmp_path: Path):
+    """They agree on an interruption every ten iterations, and go on to the next multiple of 4 together."""
+    assert ranks.run(interrupted_at_ten, str(tmp_path)) == [(12, 3, 0)] * 2
