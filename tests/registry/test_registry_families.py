@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from stratagem.errors import ConfigValueError
-from stratagem.registry import Constructors, Loaders, Registry
+from stratagem.errors import ConfigValueError, MissingDependencyError
+from stratagem.registry import OPTIMIZERS, Constructors, Loaders, Members, Registry
 from stratagem.utils.data_names import DataName
 
 LIBRARY = """
@@ -76,3 +76,24 @@ def test_class_methods_that_make_models_are_names(registry):
     family = Loaders("modelhub", ["modelhub:Model"], ["from_pretrained"])
     for name in ("modelhub.Model.save", "modelhub.Other", "modelhub.create", "modelhub._Model", "Model"):
         assert family.find(name) is None
+
+
+def test_the_classes_of_a_library_stand_behind_its_name(registry):
+    """``modelhub.Model`` is found, and the library is imported only for names that begin with its own."""
+    members = Members("modelhub", "modelhub:Model", prefix="modelhub.")
+    assert members.find("Model") is None
+    assert members.names() == ()
+    assert "modelhub" not in sys.modules
+    assert members.find("modelhub.Model")("x").name == "x"
+    assert members.find("modelhub.Other") is None
+    assert members.names() == ["modelhub.Model"]
+
+
+@pytest.mark.parametrize("library", ["schedulefree", "heavyball", "bitsandbytes"])
+def test_optimizers_of_a_library_that_is_missing_say_how_to_get_it(library, monkeypatch):
+    """Also where a data file names one; the torch ones do not need it."""
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setitem(sys.modules, f"{library}.optim", None)
+    with pytest.raises(MissingDependencyError, match=f"pip install {library}"):
+        OPTIMIZERS.get(DataName(f"{library}.AdamW"))
+    assert OPTIMIZERS.get("AdamW").__module__.startswith("torch.optim")

@@ -1,8 +1,8 @@
 """State as nested dicts and lists, taken apart into tensors and JSON, and put together again.
 
-What goes into a checkpoint is made of tensors, numbers, strings, None, lists, tuples and dicts. Nothing else is needed
-to continue a run, and nothing else could be read back without running code that a file chose. Subclasses of these come
-back as the plain types.
+What goes into a checkpoint is made of tensors, numbers, strings, None, lists, tuples, dicts, and sets of whole numbers
+or strings. Nothing else is needed to continue a run, and nothing else could be read back without running code that a
+file chose. Subclasses of these come back as the plain types.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["StateTree", "join_tree", "split_tree"]
 StateTree = dict[str, Any]
 
 # A dict with one of these as its only key stands in JSON for what JSON cannot say.
-_TENSOR, _TUPLE, _FLOAT, _ITEMS, _VERSIONED = "$tensor", "$tuple", "$float", "$items", "$versioned"
+_TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
+_VERSIONED = "$versioned"
 # safetensors keeps its own notes under this key.
 _RESERVED = "__metadata__"
 
@@ -56,6 +57,8 @@ def _split(node: Any, path: str, tensors: dict[str, Tensor], where: str) -> Any:
         return {_TUPLE: [_split(item, _below(path, index), tensors, where) for index, item in enumerate(node)]}
     if isinstance(node, list):
         return [_split(item, _below(path, index), tensors, where) for index, item in enumerate(node)]
+    if isinstance(node, set) and all(type(item) in {int, str} for item in node):
+        return {_SET: sorted(node, key=repr)}
     if isinstance(node, Mapping):
         return _split_mapping(node, path, tensors, where)
     raise CheckpointError(
@@ -105,6 +108,8 @@ def _join(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
             return tensors[value]
         if key == _FLOAT:
             return float(value)
+        if key == _SET:
+            return set(value)
         if key == _TUPLE:
             return tuple(_join(tensors, item) for item in value)
         if key == _ITEMS:

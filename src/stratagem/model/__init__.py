@@ -1,5 +1,11 @@
 """Models that the loops can train."""
 
+from stratagem.model.averaging import (
+    AveragedModel,
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+)
 from stratagem.model.base import BaseModel, Trainable, parse_losses
 from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
 from stratagem.model.preprocess import BaseDataPreprocessor, to_device
@@ -7,9 +13,13 @@ from stratagem.model.ready import ModelWithLoss, SupervisedModel
 from stratagem.model.wrappers import bare_model, is_model_wrapper
 
 __all__ = [
+    "AveragedModel",
     "BaseDataPreprocessor",
     "BaseModel",
+    "ExponentialMovingAverage",
     "ModelWithLoss",
+    "MomentumAnnealingEMA",
+    "StochasticWeightAverage",
     "SupervisedModel",
     "Trainable",
     "bare_model",

@@ -106,6 +106,11 @@ class AveragedModel(ABC):
                 weight.copy_(kept)
         self._kept = None
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether the average lies in the model now."""
+        return self._kept is not None
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Hold the average in the model for the length of a block, such as validation."""

@@ -7,10 +7,11 @@ micro-batches (``inner_count``), windows of them (``attempts``) and updates real
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Final
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,6 +26,8 @@ NOTHING: Final = nullcontext()
 _COUNTS: Final = ("inner_count", "attempts", "updates")
 # How the update is computed belongs to the machine at hand, not to a checkpoint.
 _IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
+# Where a schedule-free optimizer's saved state has the weight that trains: the model's state has the one to evaluate.
+_TRAINING_WEIGHT: Final = "training_weight"
 
 
 class BaseOptimWrapper(ABC):
@@ -52,6 +55,7 @@ class BaseOptimWrapper(ABC):
         self.attempts = 0
         self.updates = 0
         self.accumulation_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = without_exchange
+        self._training_weights: list[Tensor] | None = None
         self.train()
 
     @abstractmethod
@@ -106,6 +110,11 @@ class BaseOptimWrapper(ABC):
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Say where the run stands: micro-batches done, and in all (-1 where that is not known)."""
 
+    @property
+    @abstractmethod
+    def pending(self) -> int:
+        """How many micro-batches of an unfinished window wait for their update."""
+
     @abstractmethod
     def drop_window(self) -> int:
         """Forget an unfinished window's gradients, as at an early stop; return how many micro-batches it had."""
@@ -117,6 +126,25 @@ class BaseOptimWrapper(ABC):
     def eval(self) -> None:
         """Let the parameters hold the weights to evaluate and to save; call ``train`` before the next update."""
         _switch(self.optimizer, "eval")
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let the parameters hold the weights to evaluate and to save for the length of a block.
+
+        The weights that train are kept aside meanwhile and come back with the same bits, which ``eval`` and ``train``
+        alone do not give: they compute the ones from the others.
+        """
+        if not _is_schedule_free(self.optimizer) or self._training_weights is not None:
+            yield
+            return
+        self._training_weights = [parameter.detach().clone() for parameter in self._parameters()]
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train()
+            self._restore(dict(enumerate(self._training_weights)))
+            self._training_weights = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -138,13 +166,18 @@ class BaseOptimWrapper(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the optimizer's state with the counts of this wrapper under ``counts``."""
-        return {**self.optimizer.state_dict(), "counts": {name: getattr(self, name) for name in _COUNTS}}
+        state = self.optimizer.state_dict()
+        if self._training_weights is not None:
+            weights = self._training_weights
+            slots = {index: {**own, _TRAINING_WEIGHT: weights[index]} for index, own in state["state"].items()}
+            state = {**state, "state": slots}
+        return {**state, "counts": {name: getattr(self, name) for name in _COUNTS}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned; its tensors are taken over, not copied, as torch does.
 
         The state of a bare optimizer is taken too. How updates are computed (fused, foreach) stays as this process
-        chose it.
+        chose it. The weights of a schedule-free optimizer become those that train, so load the model's before.
 
         Raises:
             CheckpointMismatchError: if the groups or their sizes differ.
@@ -158,8 +191,12 @@ class BaseOptimWrapper(ABC):
                 f"The saved optimizer has {len(state_dict['param_groups'])} parameter groups, this run has "
                 f"{len(self.param_groups)}. Build the same groups, or resume without the optimizer."
             )
+        slots = {
+            index: {key: value for key, value in saved.items() if key != _TRAINING_WEIGHT}
+            for index, saved in state_dict["state"].items()
+        }
         try:
-            self.optimizer.load_state_dict({"state": state_dict["state"], "param_groups": groups})
+            self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         except ValueError as error:
             raise CheckpointMismatchError(
                 f"The saved state does not fit {type(self.optimizer).__name__} of this run: {error}. "
@@ -168,15 +205,36 @@ class BaseOptimWrapper(ABC):
         counts = state_dict.get("counts", {})
         for name in _COUNTS:
             setattr(self, name, int(counts.get(name, getattr(self, name))))
+        self.train()
+        self._restore(
+            {
+                index: saved[_TRAINING_WEIGHT]
+                for index, saved in state_dict["state"].items()
+                if _TRAINING_WEIGHT in saved
+            }
+        )
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _restore(self, weights: Mapping[int, Tensor]) -> None:
+        """Give parameters, by their running index, the weights that train."""
+        parameters = self._parameters() if weights else []
+        with torch.no_grad():
+            for index, weight in weights.items():
+                parameters[index].copy_(weight)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(accumulative_counts={self.accumulative_counts}, optimizer={self.optimizer!r})"
 
 
+def _is_schedule_free(optimizer: Optimizer) -> bool:
+    return all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
+
+
 def _switch(optimizer: Optimizer, mode: str) -> None:
-    method = getattr(optimizer, mode, None)
-    if method is not None:
-        method()
+    if _is_schedule_free(optimizer):
+        getattr(optimizer, mode)()
 
 
 def momentum_of(group: Mapping[str, Any]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn, final
 
 from torch import nn
@@ -65,10 +66,23 @@ class OptimWrapperDict:
         for wrapper in self.optim_wrappers.values():
             wrapper.eval()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Let the parameters of every optimizer hold the weights to evaluate for the length of a block."""
+        with ExitStack() as stack:
+            for wrapper in self.optim_wrappers.values():
+                stack.enter_context(wrapper.evaluating())
+            yield
+
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         """Say where the run stands to every wrapper; each counts one micro-batch an iteration."""
         for wrapper in self.optim_wrappers.values():
             wrapper.initialize_count_status(model, init_counts, max_counts)
+
+    @property
+    def pending(self) -> int:
+        """How many micro-batches of unfinished windows wait for their update, over all wrappers."""
+        return sum(wrapper.pending for wrapper in self.optim_wrappers.values())
 
     def drop_window(self) -> int:
         """Forget the unfinished window of every wrapper; return how many micro-batches they had in all."""

@@ -37,8 +37,9 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     """The arithmetic of accumulation, which precisions share; windows are counted from the run's first micro-batch.
 
     A window crosses epoch ends and validation. The last one of the run, and the first after a resume in the middle of
-    one, are shorter, and divided by their own length. Where a run stops early inside a window, ``drop_window`` forgets
-    its gradients: the weights are those of the last update.
+    one, are shorter, and divided by their own length. Where a hook stops a run inside a window, the loop calls
+    ``drop_window``, which forgets its gradients: the weights are those of the last update. A run that is interrupted
+    goes on to the end of its window first, so that it can be resumed exactly.
 
     Args:
         optimizer: what updates the parameters.
@@ -132,8 +133,12 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
                 self.accumulative_counts,
             )
 
+    @property
+    def pending(self) -> int:
+        return self.inner_count - self._window_start
+
     def drop_window(self) -> int:
-        dropped = self.inner_count - self._window_start
+        dropped = self.pending
         if dropped:
             self._window_start = self.inner_count
             self._forget_weights()

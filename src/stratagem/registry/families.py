@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -33,25 +34,35 @@ class Members(Family):
         module: Where to look, such as ``"torch.optim"``.
         base: What to accept, as ``"module:Class"``.
         spelled: Further names, each with the name in ``module`` that it stands for.
+        prefix: What every name begins with, such as ``"schedulefree."``; then the library is imported only when it is
+            meant.
     """
 
-    def __init__(self, module: str, base: str, spelled: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self, module: str, base: str, spelled: Mapping[str, str] = MappingProxyType({}), *, prefix: str = ""
+    ) -> None:
         self._module = module
         self._base = base
         self._spelled = dict(spelled)
+        self._prefix = prefix
 
     def find(self, name: str) -> Callable[..., Any] | None:
         """Return the class of this name, or None."""
-        short = name.removeprefix(f"{self._module}.")
+        if not name.startswith(self._prefix):
+            return None
+        short = name.removeprefix(f"{self._module}.").removeprefix(self._prefix)
         if not short.isidentifier() or short.startswith("_"):
             return None
         found = getattr(import_module(self._module), self._spelled.get(short, short), None)
         return found if self._accepts(found) else None
 
     def names(self) -> Iterable[str]:
-        """Return the names of the classes, without those of the module before them."""
+        """Return the names of the classes, behind the prefix alone; of a library with one only once it was imported."""
+        if self._prefix and self._module not in sys.modules:
+            return ()
         members = vars(import_module(self._module)).items()
-        return [name for name, found in members if self._accepts(found) and not name.startswith("_")] + [*self._spelled]
+        own = [name for name, found in members if self._accepts(found) and not name.startswith("_")]
+        return [f"{self._prefix}{name}" for name in (*own, *self._spelled)]
 
     def _accepts(self, found: object) -> bool:
         return isinstance(found, type) and issubclass(found, import_object(self._base))

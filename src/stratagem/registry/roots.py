@@ -8,6 +8,7 @@ from stratagem.registry.registry import Registry
 
 _SCOPE = "stratagem"
 _MODULE = "torch.nn:Module"
+_OPTIMIZER = "torch.optim:Optimizer"
 _METRIC = "torchmetrics:Metric"
 _SCHEDULES = "stratagem.optim.schedules.bindings"
 _SCHEDULE_NAMES = (
@@ -36,7 +37,11 @@ MODELS = Registry(
     scope=_SCOPE,
     build_func=build_model_from_cfg,
     ready={name: f"stratagem.model.ready:{name}" for name in ("SupervisedModel", "ModelWithLoss")}
-    | {"BaseDataPreprocessor": "stratagem.model.preprocess:BaseDataPreprocessor"},
+    | {"BaseDataPreprocessor": "stratagem.model.preprocess:BaseDataPreprocessor"}
+    | {
+        name: f"stratagem.model.averaging:{name}"
+        for name in ("ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage")
+    },
     families=(
         Members("torch.nn", _MODULE),
         Constructors("timm.", "timm:create_model", "timm:list_models"),
@@ -54,8 +59,14 @@ WEIGHT_INITIALIZERS = Registry("weight initializer", scope=_SCOPE)
 OPTIMIZERS = Registry(
     "optimizer",
     scope=_SCOPE,
+    # torch's own imports a compiler of scripts, so it is loaded when it is named.
     ready={"ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer"},
-    families=(Members("torch.optim", "torch.optim:Optimizer", {"TorchAdafactor": "Adafactor"}),),
+    families=(
+        Members("torch.optim", _OPTIMIZER, {"TorchAdafactor": "Adafactor"}),
+        Members("schedulefree", _OPTIMIZER, prefix="schedulefree."),
+        Members("heavyball", _OPTIMIZER, prefix="heavyball."),
+        Members("bitsandbytes.optim", _OPTIMIZER, prefix="bitsandbytes."),
+    ),
 )
 OPTIM_WRAPPERS = Registry(
     "optimizer wrapper",
@@ -102,6 +113,7 @@ HOOKS = Registry(
     ready={
         "CheckpointHook": "stratagem.train.hooks.checkpoint:CheckpointHook",
         "DistSamplerSeedHook": "stratagem.train.hooks.sampler_seed:DistSamplerSeedHook",
+        "EMAHook": "stratagem.train.hooks.averaging:EMAHook",
         "IterTimerHook": "stratagem.train.hooks.timing:IterTimerHook",
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",

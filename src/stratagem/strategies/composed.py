@@ -6,7 +6,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -176,14 +176,17 @@ class ComposedStrategy(BaseStrategy):
         callback: CheckpointCallback | None = None,
     ) -> None:
         parts: StateTree = {}
-        # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
-        if save_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
-            parts["optimizer"] = read_optim(self.optim_wrapper, self.bare_model())
-        if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
-            parts["param_schedulers"] = self.scheduler_state_dict()
-        generators = all_gather_object(generator_state())
-        parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
-        from_main(lambda: self._write(filename, parts, extra_ckpt, callback))
+        optim = BaseStrategy.optim_wrapper.get(self)
+        # The weights to evaluate with, where an optimizer trains with others.
+        with nullcontext() if optim is None else optim.evaluating():
+            # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
+            if save_optimizer and optim is not None:
+                parts["optimizer"] = read_optim(optim, self.bare_model())
+            if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
+                parts["param_schedulers"] = self.scheduler_state_dict()
+            generators = all_gather_object(generator_state())
+            parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+            from_main(lambda: self._write(filename, parts, extra_ckpt, callback))
 
     def _write(
         self,

@@ -6,6 +6,7 @@ from stratagem.train.hook import EVENTS, Events, Hook
 from stratagem.train.hooks import (
     CheckpointHook,
     DistSamplerSeedHook,
+    EMAHook,
     IterTimerHook,
     LoggerHook,
     ParamSchedulerHook,
@@ -23,6 +24,7 @@ __all__ = [
     "BaseMetric",
     "CheckpointHook",
     "DistSamplerSeedHook",
+    "EMAHook",
     "EpochBasedTrainLoop",
     "Evaluator",
     "Events",

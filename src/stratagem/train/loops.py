@@ -21,7 +21,8 @@ __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int:
     """Train on the next ``count`` batches, or on all that are left; return how many there were.
 
-    Stops earlier, between two iterations, where the run was interrupted or a hook asked for it.
+    Stops earlier, between two iterations, where a hook asked for it, or the run was interrupted and the optimizer's
+    window is complete.
     """
     progress, interrupt = run.progress, run.interrupt
     before, after = run.events["before_train_iter"], run.events["after_train_iter"]
@@ -38,7 +39,7 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
             call(run, index, batch, outputs)
         progress.iter += 1
         progress.batch = index + 1
-        if progress.stop_training or interrupt.due(progress.iter):
+        if progress.stop_training or (interrupt.due(progress.iter) and run.is_ending):
             progress.stop_training = True
             break
     return progress.iter - first
@@ -101,6 +102,7 @@ class EpochBasedTrainLoop:
             events.call("after_train_epoch", run)
             progress.epoch, progress.batch = progress.epoch + 1, 0
             self._validate_if_due()
+        run.optim_wrapper.drop_window()
         events.call("after_train", run)
 
     def _stopped_inside(self) -> bool:
@@ -169,6 +171,7 @@ class IterBasedTrainLoop:
                 batches = self.dataloader.batches(progress.epoch)
             else:
                 self._validate_if_due()
+        run.optim_wrapper.drop_window()
         events.call("after_train_epoch", run)
         events.call("after_train", run)
 
@@ -217,15 +220,8 @@ class _EvaluationLoop:
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
-        step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
-        before, after = events[f"before_{mode}_iter"], events[f"after_{mode}_iter"]
-        for index, batch in enumerate(self.dataloader.batches(0)):
-            for call in before:
-                call(run, index, batch)
-            outputs = step(batch)
-            self.evaluator.process(batch, outputs)
-            for call in after:
-                call(run, index, batch, outputs)
+        with run.evaluating():
+            self._process_batches()
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
@@ -233,6 +229,18 @@ class _EvaluationLoop:
         events.call(f"after_{mode}_epoch", run, metrics=metrics)
         events.call(f"after_{mode}", run)
         return metrics
+
+    def _process_batches(self) -> None:
+        run, mode = self._run, self.mode
+        step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
+        before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
+        for index, batch in enumerate(self.dataloader.batches(0)):
+            for call in before:
+                call(run, index, batch)
+            outputs = step(batch)
+            self.evaluator.process(batch, outputs)
+            for call in after:
+                call(run, index, batch, outputs)
 
 
 @final
@@ -251,8 +259,8 @@ class TestLoop(_EvaluationLoop):
 
 
 def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
-    """Validate, unless that was done where the run stands, or the run was interrupted."""
-    if val_loop is not None and run.progress.validated != run.progress.iter and not run.interrupt.received:
+    """Validate, unless that was done where the run stands, or the run ends here because it was interrupted."""
+    if val_loop is not None and run.progress.validated != run.progress.iter and not run.is_ending:
         val_loop.run()
 
 

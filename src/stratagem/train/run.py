@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -40,6 +41,9 @@ class Run:
         strategy: owns the state.
         events: the hooks' methods.
         config_text: the configuration as text, kept with every checkpoint.
+
+    Attributes:
+        evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
     """
 
     def __init__(self, strategy: BaseStrategy, events: Events, *, config_text: str | None = None) -> None:
@@ -52,6 +56,7 @@ class Run:
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.last_checkpoint: Path | None = None
+        self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self._config_text = config_text
         self.recorders: list[Recorder] = []
 
@@ -121,6 +126,22 @@ class Run:
     def max_iters(self) -> int | None:
         """Iterations of the whole run."""
         return self.progress.max_iters
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Hold in the model the weights to evaluate for the length of a block, also where it fails."""
+        with ExitStack() as stack:
+            optim = BaseStrategy.optim_wrapper.get(self.strategy)
+            if optim is not None:
+                stack.enter_context(optim.evaluating())
+            for context in self.evaluation_contexts:
+                stack.enter_context(context())
+            yield
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the run was interrupted and may stop here, where no gradients wait for their update."""
+        return self.interrupt.received is not None and not self.optim_wrapper.pending
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Hand values to everything that records them: ``<log_dir>/vis_data/scalars.json`` and what hooks added."""

@@ -46,7 +46,7 @@ class Interrupt:
             self.received = self._here
             return self.received is not None
         if iteration % _AGREE_EVERY:
-            return False
+            return self.received is not None
         signals = torch.tensor([self._here or 0])
         all_reduce(signals, "max")
         self.received = int(signals.item()) or None

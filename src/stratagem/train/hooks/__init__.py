@@ -1,5 +1,6 @@
 """The hooks that come with Stratagem."""
 
+from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook
 from stratagem.train.hooks.logger import LoggerHook
 from stratagem.train.hooks.runtime_info import RuntimeInfoHook
@@ -11,6 +12,7 @@ from stratagem.train.hooks.timing import IterTimerHook
 __all__ = [
     "CheckpointHook",
     "DistSamplerSeedHook",
+    "EMAHook",
     "IterTimerHook",
     "LoggerHook",
     "ParamSchedulerHook",

@@ -1,0 +1,75 @@
+"""What becomes of an accumulation window where a run stops."""
+
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import EPOCH, VALIDATION, At, Recorder, settings, stop
+
+from ranks import Ranks
+from stratagem import Runner
+
+MakeRunner = Callable[..., Runner]
+OPTIM = {
+    "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}, "accumulative_counts": 4},
+    "param_scheduler": {"type": "CosineAnnealingLR", "by_epoch": False},
+}
+LENGTHS = [{"max_epochs": 3}, {"max_iters": 17, "val_interval": 5}]
+
+
+def interrupt(run: Any) -> None:
+    """Do what Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("train_cfg", LENGTHS, ids=str)
+def test_a_stop_by_a_hook_forgets_the_unfinished_window(make_runner: MakeRunner, train_cfg: dict):
+    """After 6 iterations in windows of 4 the weights are those of the first update, and no gradient is left."""
+    runner = make_runner(custom_hooks=[At(6, stop)], train_cfg=train_cfg, **OPTIM)
+    runner.train()
+    optim, model = runner.strategy.optim_wrapper, runner.strategy.model
+    assert (runner.run.iter, optim.updates, optim.pending) == (6, 1, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    four = make_runner(custom_hooks=[At(4, stop)], train_cfg=train_cfg, **OPTIM)
+    four.train()
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), four.strategy.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("train_cfg", LENGTHS, ids=str)
+@pytest.mark.parametrize("at", [1, 4, 6, EPOCH, 13, 16])
+def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
+    make_runner: MakeRunner, tmp_path: Path, train_cfg: dict, at: int
+):
+    """It goes on to the next multiple of 4 (or the run's end): gradients are no part of a checkpoint."""
+    whole, pieces = Recorder(), Recorder()
+    make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
+    first = make_runner(custom_hooks=[pieces, At(at, interrupt)], train_cfg=train_cfg, **OPTIM, **VALIDATION)
+    first.train()
+    assert first.interrupted == signal.SIGINT
+    assert first.run.iter == -(-at // 4) * 4
+    assert first.latest_checkpoint() == tmp_path / "run" / f"iter_{first.run.iter}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none about a resume in the middle of a window
+        make_runner(custom_hooks=[pieces], resume=True, train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
+    assert pieces.rows == whole.rows
+    assert pieces.metrics == whole.metrics
+
+
+def interrupted_at_ten(folder: str) -> tuple[int, int, int]:
+    """Train under DDP until a signal that ranks agree on after iteration 10; return iterations, updates and pending."""
+    changes = {"work_dir": folder, "strategy": "DDPStrategy", "launcher": "pytorch", "custom_hooks": [At(9, interrupt)]}
+    runner = Runner(**settings(train_cfg={"max_iters": 30}, **changes, **OPTIM))
+    runner.train()
+    runner.close()
+    optim = runner.strategy.optim_wrapper
+    return runner.run.iter, optim.updates, optim.pending
+
+
+def test_ranks_end_with_the_same_window(ranks: Ranks, tmp_path: Path):
+    """They agree on an interruption every ten iterations, and go on to the next multiple of 4 together."""
+    assert ranks.run(interrupted_at_ten, str(tmp_path)) == [(12, 3, 0)] * 2

@@ -1,0 +1,283 @@
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train_schedules import Poison
+from toys import EPOCH, QUIET_HOOKS, TEST, VALIDATION, At, Recorder, settings
+
+from ranks import Ranks
+from stratagem import Runner
+from stratagem.checkpoint import CheckpointLoader
+from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.train import EMAHook, Hook
+
+MakeRunner = Callable[..., Runner]
+NAME = "layers.0.weight"
+SAVING = {**QUIET_HOOKS, "checkpoint": {"by_epoch": False, "interval": 1}}
+
+
+class Weights(Hook):
+    """Writes down one weight after each update, and what an evaluation sees of it."""
+
+    priority = "VERY_HIGH"
+
+    def __init__(self) -> None:
+        self.trained: list[torch.Tensor] = []
+        self.evaluated: list[torch.Tensor] = []
+        self.updates = 0
+
+    def weight(self, run: Any) -> torch.Tensor:
+        return run.strategy.bare_model().get_parameter(NAME).detach().clone()
+
+    def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if run.optim_wrapper.updates != self.updates:
+            self.updates = run.optim_wrapper.updates
+            self.trained.append(self.weight(run))
+
+    def _before_iter(self, run: Any, batch_idx: int, data_batch: Any = None, mode: str = "train") -> None:
+        if mode != "train":
+            self.evaluated.append(self.weight(run))
+
+
+def exponential(weights: list[torch.Tensor], momentum: float) -> torch.Tensor:
+    """Return their exponential average, written out."""
+    average = weights[0]
+    for weight in weights[1:]:
+        average = (1 - momentum) * average + momentum * weight
+    return average
+
+
+def interrupt(run: Any) -> None:
+    """Do what Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_validation_sees_the_average_and_training_goes_on_with_the_weights(make_runner: MakeRunner):
+    """The average of the updates so far lies in the model during a validation, and only then."""
+    weights, plain = Weights(), Recorder()
+    hook, recorder = EMAHook(momentum=0.25), Recorder()
+    make_runner(custom_hooks=[hook, weights, recorder], train_cfg={"max_epochs": 2}, **VALIDATION).train()
+    make_runner(custom_hooks=[plain], train_cfg={"max_epochs": 2}, **VALIDATION).train()
+    assert recorder.rows == plain.rows
+    for epoch in (1, 2):
+        seen = weights.evaluated[3 * (epoch - 1)]
+        torch.testing.assert_close(seen, exponential(weights.trained[: EPOCH * epoch], 0.25))
+    assert hook.average.steps == 2 * EPOCH
+
+
+@pytest.mark.parametrize("ema_type", ["MomentumAnnealingEMA", {"type": "MomentumAnnealingEMA", "gamma": 2}])
+def test_an_average_is_named_with_its_arguments(make_runner: MakeRunner, ema_type: Any):
+    """As a name with the hook's arguments, or as a mapping."""
+    given = {} if isinstance(ema_type, dict) else {"gamma": 2}
+    runner = make_runner(custom_hooks=[{"type": "EMAHook", "ema_type": ema_type, "momentum": 0.3, **given}])
+    runner.train()
+    average = next(hook for hook in runner.run.events.hooks if isinstance(hook, EMAHook)).average
+    assert (type(average).__name__, average.gamma, average.momentum) == ("MomentumAnnealingEMA", 2, 0.3)
+
+
+def test_stochastic_averaging_over_epochs_is_the_mean_of_their_ends(make_runner: MakeRunner):
+    """With by_epoch the weights enter at the end of each epoch, from begin_epoch on."""
+    weights = Weights()
+    hook = EMAHook("StochasticWeightAverage", by_epoch=True, begin_epoch=2)
+    make_runner(custom_hooks=[hook, weights], train_cfg={"max_epochs": 4}).train()
+    ends = [weights.trained[EPOCH * epoch - 1] for epoch in (2, 3, 4)]
+    assert hook.average.steps == 3
+    torch.testing.assert_close(hook.average.averages[NAME], torch.stack(ends).mean(0))
+
+
+@pytest.mark.parametrize(("begin", "entered"), [({"begin_iter": 5}, 4), ({"begin_epoch": 2}, EPOCH)])
+def test_averaging_may_begin_late(make_runner: MakeRunner, begin: dict, entered: int):
+    """Until then a validation sees the weights themselves."""
+    weights = Weights()
+    hook = EMAHook(momentum=0.5, **begin)
+    length = 8 if "begin_iter" in begin else 2 * EPOCH
+    cfg = {"max_iters": length, "val_interval": 4} if "begin_iter" in begin else {"max_epochs": 2}
+    make_runner(custom_hooks=[hook, weights], train_cfg=cfg, **VALIDATION).train()
+    assert torch.equal(weights.evaluated[0], weights.trained[length // 2 - 1])
+    torch.testing.assert_close(weights.evaluated[3], exponential(weights.trained[-entered:], 0.5))
+
+
+def test_only_updates_enter_the_average(make_runner: MakeRunner):
+    """With windows of two micro-batches and one update skipped, 4 of 10 iterations enter."""
+    hook = EMAHook()
+    optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 2, "nonfinite": "skip"}
+    runner = make_runner(custom_hooks=[hook, Poison(5)], optim_wrapper=optim, train_cfg={"max_iters": 10})
+    runner.train()
+    assert (runner.strategy.optim_wrapper.attempts, hook.average.steps) == (5, 4)
+
+
+def test_the_weights_come_back_where_a_validation_fails(make_runner: MakeRunner):
+    """What is saved or looked at after the error is what was trained."""
+
+    class Failing(Weights):
+        def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+            raise ZeroDivisionError
+
+    weights, hook = Failing(), EMAHook(momentum=0.25)
+    runner = make_runner(custom_hooks=[weights, hook], **VALIDATION)
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    assert not torch.equal(weights.evaluated[0], weights.trained[-1])
+    assert torch.equal(runner.strategy.bare_model().get_parameter(NAME), weights.trained[-1])
+
+
+def test_a_checkpoint_holds_the_weights_and_the_average_by_the_same_names(make_runner: MakeRunner, tmp_path: Path):
+    """Also one that is saved in the middle of a validation, when the average lies in the model."""
+
+    class SaveInside(Weights):
+        def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+            run.save_checkpoint(tmp_path / "inside", run.progress.here())
+
+    weights = SaveInside()
+    runner = make_runner(
+        custom_hooks=[weights, EMAHook(momentum=0.25)], train_cfg={"max_epochs": 1}, default_hooks=SAVING, **VALIDATION
+    )
+    runner.train()
+    names = [name for name, _ in runner.strategy.bare_model().named_parameters()]
+    for saved in (tmp_path / "inside", tmp_path / "run" / "iter_7"):
+        checkpoint = CheckpointLoader.load_checkpoint(saved, "cpu")
+        assert list(checkpoint["average"]["averages"]) == names
+        assert torch.equal(checkpoint["state_dict"][NAME], weights.trained[-1])
+        torch.testing.assert_close(checkpoint["average"]["averages"][NAME], exponential(weights.trained, 0.25))
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (EPOCH,), (3, 10, 15)])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        {"momentum": 0.1},
+        {"momentum": 0.1, "begin_iter": 9, "interval": 2},
+        {"ema_type": "StochasticWeightAverage", "by_epoch": True},
+        {"ema_type": "MomentumAnnealingEMA", "gamma": 3, "update_buffers": True},
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_undisturbed_run(
+    make_runner: MakeRunner, tmp_path: Path, hook: dict, stops: tuple[int, ...]
+):
+    """Bit for bit: the average, what validations see of it, and the weights; also before and after it begins."""
+    whole, seen = EMAHook(**hook), Recorder()
+    make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole, seen], **VALIDATION).train()
+    metrics = Recorder()
+    for iteration in stops:
+        changes = [EMAHook(**hook), metrics, At(iteration, interrupt)]
+        make_runner(custom_hooks=changes, resume=True, **VALIDATION).train()
+    pieces = EMAHook(**hook)
+    make_runner(custom_hooks=[pieces, metrics], resume=True, **VALIDATION).train()
+    assert metrics.metrics == seen.metrics
+    assert pieces.average.steps == whole.average.steps
+    for name, average in whole.average.averages.items():
+        assert torch.equal(pieces.average.averages[name], average)
+
+
+def test_a_test_of_a_checkpoint_sees_its_average(make_runner: MakeRunner, tmp_path: Path):
+    """Whether it is loaded or resumed; a training that loads it begins a new average."""
+    hook = EMAHook(momentum=0.25)
+    make_runner(custom_hooks=[hook], train_cfg={"max_epochs": 1}, default_hooks=SAVING).train()
+    saved = tmp_path / "run" / "iter_7"
+    for how in ({"load_from": saved}, {"resume": saved}):
+        weights = Weights()
+        runner = make_runner(work_dir=tmp_path / "test", custom_hooks=[EMAHook(), weights], **how, **TEST)
+        runner.test()
+        assert torch.equal(weights.evaluated[0], hook.average.averages[NAME])
+    fresh = EMAHook(momentum=0.25)
+    make_runner(custom_hooks=[fresh], load_from=saved, train_cfg={"max_iters": 3}).train()
+    assert fresh.average.steps == 3
+
+
+def test_a_checkpoint_without_an_average_can_be_tested(make_runner: MakeRunner, tmp_path: Path):
+    """Its weights are evaluated as they are."""
+    make_runner(train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
+    weights = Weights()
+    runner = make_runner(
+        work_dir=tmp_path / "test", custom_hooks=[EMAHook(), weights], load_from=tmp_path / "run" / "iter_2", **TEST
+    )
+    runner.test()
+    assert torch.equal(weights.evaluated[0], runner.strategy.model_state_dict()[NAME])
+
+
+def test_resuming_without_an_average_is_an_error_unless_it_may_begin_there(make_runner: MakeRunner):
+    """The run would not be the one that was begun, and nobody would notice."""
+    make_runner(train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
+    with pytest.raises(CheckpointMismatchError, match=r"holds no average.*strict_load=False"):
+        make_runner(custom_hooks=[EMAHook()], resume=True, train_cfg={"max_iters": 5}).train()
+    hook = EMAHook(strict_load=False)
+    make_runner(custom_hooks=[hook], resume=True, train_cfg={"max_iters": 5}).train()
+    assert hook.average.steps == 3
+
+
+def test_a_run_that_goes_on_in_the_same_process_keeps_its_average(make_runner: MakeRunner):
+    """The second train() takes up where the first was interrupted."""
+    hook, whole = EMAHook(momentum=0.25), EMAHook(momentum=0.25)
+    runner = make_runner(custom_hooks=[hook, At(4, interrupt)])
+    runner.train()
+    runner.train()
+    make_runner(custom_hooks=[whole]).train()
+    assert torch.equal(hook.average.averages[NAME], whole.average.averages[NAME])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"begin_iter": 3, "begin_epoch": 1}, "give one of them"),
+        ({"begin_iter": -1}, "both are from 0"),
+    ],
+)
+def test_a_beginning_is_said_once(arguments: dict, message: str):
+    """By iteration or by epoch."""
+    with pytest.raises(ConfigValueError, match=message):
+        EMAHook(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"begin_epoch": 2}, {"by_epoch": True}])
+def test_epochs_are_refused_where_nothing_counts_them(make_runner: MakeRunner, arguments: dict):
+    """A run by iterations would never reach the second epoch."""
+    with pytest.raises(ConfigValueError, match="this run counts iterations"):
+        make_runner(custom_hooks=[EMAHook(**arguments)], train_cfg={"max_iters": 3}).train()
+
+
+def test_two_averages_are_refused(make_runner: MakeRunner):
+    """A validation can see only one."""
+    with pytest.raises(ConfigValueError, match="two EMAHooks"):
+        make_runner(custom_hooks=[EMAHook(), EMAHook()]).train()
+
+
+def test_a_type_that_makes_no_average_is_refused(make_runner: MakeRunner):
+    """Such as another model."""
+    with pytest.raises(ConfigTypeError, match="made a dict, which is no AveragedModel"):
+        make_runner(custom_hooks=[EMAHook({"type": dict})]).train()
+
+
+def test_there_is_no_average_before_the_run():
+    """It needs the model where it was placed."""
+    with pytest.raises(StateError, match="before the run began"):
+        EMAHook().average  # noqa: B018
+
+
+def averaged(folder: str, resume: bool = False) -> tuple[torch.Tensor, torch.Tensor, list]:
+    """Train under DDP; return an average, a weight, and what validations found."""
+    hook, recorder = EMAHook(momentum=0.25, begin_iter=2), Recorder()
+    stop = [] if resume else [At(10, interrupt)]
+    runner = Runner(
+        **settings(
+            work_dir=folder, strategy="DDPStrategy", launcher="pytorch", custom_hooks=[hook, recorder, *stop],
+            train_cfg={"max_iters": 14, "val_interval": 7}, resume=resume, **VALIDATION
+        )
+    )  # fmt: skip
+    runner.train()
+    runner.close()
+    return hook.average.averages[NAME], runner.strategy.model_state_dict()[NAME], recorder.metrics
+
+
+def test_ranks_have_the_same_average_and_resume_it(ranks: Ranks, tmp_path: Path):
+    """Each rank averages its replica; after an interruption both go on alike."""
+    ranks.run(averaged, str(tmp_path))
+    (average, weight, metrics), other = ranks.run(averaged, str(tmp_path), resume=True)
+    assert torch.equal(average, other[0])
+    assert torch.equal(weight, other[1])
+    assert metrics == other[2]
+    assert not torch.equal(average, weight)

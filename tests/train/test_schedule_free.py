@@ -1,0 +1,147 @@
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import Optimizer
+from toys import EPOCH, QUIET_HOOKS, VALIDATION, At, Recorder
+
+from stratagem import Runner
+from stratagem.checkpoint import CheckpointLoader
+from stratagem.train import EMAHook, Hook
+
+MakeRunner = Callable[..., Runner]
+NAME = "layers.0.weight"
+SAVING = {**QUIET_HOOKS, "checkpoint": {"by_epoch": False, "interval": 2}}
+BETA = 0.9
+
+
+class ScheduleFreeSGD(Optimizer):
+    """SGD after arXiv:2405.15682: ``x`` is the mean of all ``z``; ``y``, between them, trains and lies in the parameters."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr, "k": 0, "train_mode": False})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        group = self.param_groups[0]
+        assert group["train_mode"]
+        group["k"] += 1
+        for y in group["params"]:
+            z = self.state[y].setdefault("z", y.detach().clone())
+            x = y.lerp(z, 1 - 1 / BETA)
+            z.sub_(y.grad, alpha=group["lr"])
+            y.copy_(x.lerp_(z, 1 / group["k"]).mul_(BETA).add_(z, alpha=1 - BETA))
+
+    def train(self) -> None:
+        self._switch(1 - BETA, train_mode=True)
+
+    def eval(self) -> None:
+        self._switch(1 - 1 / BETA, train_mode=False)
+
+    @torch.no_grad()
+    def _switch(self, weight: float, *, train_mode: bool) -> None:
+        group = self.param_groups[0]
+        if group["train_mode"] != train_mode:
+            group["train_mode"] = train_mode
+            for parameter in group["params"]:
+                if "z" in self.state[parameter]:
+                    parameter.lerp_(self.state[parameter]["z"], weight)
+
+
+OPTIM = {"optim_wrapper": {"optimizer": {"type": ScheduleFreeSGD, "lr": 0.1}}}
+
+
+class Means(Hook):
+    """Keeps every ``z``, and the weight that evaluations see."""
+
+    def __init__(self) -> None:
+        self.z: list[torch.Tensor] = []
+        self.evaluated: list[torch.Tensor] = []
+
+    def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        weight = run.strategy.bare_model().get_parameter(NAME)
+        self.z.append(run.optim_wrapper.optimizer.state[weight]["z"].clone())
+
+    def before_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self.evaluated.append(run.strategy.bare_model().get_parameter(NAME).detach().clone())
+
+
+def interrupt(run: Any) -> None:
+    """Do what Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_validations_and_checkpoints_get_the_weights_to_evaluate(make_runner: MakeRunner, tmp_path: Path):
+    """They are the mean of all z, not the weights that train."""
+    means = Means()
+    make_runner(
+        custom_hooks=[means],
+        default_hooks=SAVING,
+        train_cfg={"max_iters": 6, "val_interval": 3},
+        **OPTIM,
+        **VALIDATION,
+    ).train()
+    torch.testing.assert_close(means.evaluated[0], torch.stack(means.z[:3]).mean(0))
+    saved = CheckpointLoader.load_checkpoint(tmp_path / "run" / "iter_4", "cpu")
+    torch.testing.assert_close(saved["state_dict"][NAME], torch.stack(means.z[:4]).mean(0))
+
+
+def test_validating_and_saving_do_not_disturb_the_training(make_runner: MakeRunner, tmp_path: Path):
+    """The weights that train come back with the same bits, though the one kind is computed from the other."""
+    plain, disturbed = Recorder(), Recorder()
+    make_runner(work_dir=tmp_path / "plain", custom_hooks=[plain], **OPTIM).train()
+    make_runner(custom_hooks=[disturbed], default_hooks=SAVING, **OPTIM, **VALIDATION).train()
+    assert disturbed.rows == plain.rows
+
+
+@pytest.mark.parametrize("hooks", [(), ({"type": "EMAHook", "momentum": 0.2},)], ids=["plain", "averaged"])
+@pytest.mark.parametrize("stops", [(1,), (EPOCH,), (4, 11)])
+def test_a_resumed_run_is_the_undisturbed_run(
+    make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...], hooks: tuple
+):
+    """Bit for bit, also with an average on top."""
+    whole = Recorder()
+    first = make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole, *hooks], **OPTIM, **VALIDATION)
+    first.train()
+    pieces = Recorder()
+    for stop in stops:
+        changes = [pieces, At(stop, interrupt), *hooks]
+        make_runner(custom_hooks=changes, resume=True, **OPTIM, **VALIDATION).train()
+    runner = make_runner(custom_hooks=[pieces, *hooks], resume=True, **OPTIM, **VALIDATION)
+    runner.train()
+    assert pieces.rows == whole.rows
+    assert pieces.metrics == whole.metrics
+    expected = first.strategy.model_state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in runner.strategy.model_state_dict().items())
+
+
+def test_a_checkpoint_saved_in_a_validation_has_all_three_weights(make_runner: MakeRunner, tmp_path: Path):
+    """Those to evaluate in the model's part, those that train in the optimizer's, and the average."""
+
+    class SaveInside(Means):
+        def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+            run.save_checkpoint(tmp_path / "inside", run.progress.here())
+
+    means, hook = SaveInside(), EMAHook(momentum=0.25)
+    runner = make_runner(custom_hooks=[means, hook], train_cfg={"max_epochs": 1}, **OPTIM, **VALIDATION)
+    runner.train()
+    saved = CheckpointLoader.load_checkpoint(tmp_path / "inside", "cpu")
+    torch.testing.assert_close(saved["state_dict"][NAME], torch.stack(means.z).mean(0))
+    trained = runner.strategy.bare_model().get_parameter(NAME)
+    assert torch.equal(saved["optimizer"]["state"][NAME]["training_weight"], trained)
+    assert torch.equal(saved["average"]["averages"][NAME], hook.average.averages[NAME])
+
+
+def test_the_library_of_that_name_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Path):
+    """With its AdamW, named by prefix; validations and checkpoints included."""
+    pytest.importorskip("schedulefree")
+    optim = {"optim_wrapper": {"optimizer": {"type": "schedulefree.AdamWScheduleFree", "lr": 0.01, "warmup_steps": 3}}}
+    whole, pieces = Recorder(), Recorder()
+    make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], **optim, **VALIDATION).train()
+    make_runner(custom_hooks=[pieces, At(9, interrupt)], **optim, **VALIDATION).train()
+    make_runner(custom_hooks=[pieces], resume=True, **optim, **VALIDATION).train()
+    assert (pieces.rows, pieces.metrics) == (whole.rows, whole.metrics)
