@@ -54,6 +54,7 @@ WEIGHT_INITIALIZERS = Registry("weight initializer", scope=_SCOPE)
 OPTIMIZERS = Registry(
     "optimizer",
     scope=_SCOPE,
+    ready={"ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer"},
     families=(Members("torch.optim", "torch.optim:Optimizer", {"TorchAdafactor": "Adafactor"}),),
 )
 OPTIM_WRAPPERS = Registry(
@@ -105,6 +106,7 @@ HOOKS = Registry(
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
         "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
+        "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",
     },
 )
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, cast, final
 
-from stratagem.errors import ConfigValueError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.building import ScalingRule, each_wrapper, scale_lr
 from stratagem.utils import did_you_mean, refuse_unknown
@@ -35,11 +35,16 @@ class AutoScale:
         """Read ``auto_scale_lr``; None where learning rates stay as they are.
 
         Raises:
+            ConfigTypeError: if it is no mapping.
             ConfigKeyError: if a key is unknown.
             ConfigValueError: if it is enabled without a batch size, or the rule is not known.
         """
         if auto_scale_lr is None:
             return None
+        if not isinstance(auto_scale_lr, Mapping):
+            raise ConfigTypeError(
+                f"auto_scale_lr is {auto_scale_lr!r}; a mapping such as dict(enable=True, base_batch_size=256) is due."
+            )
         refuse_unknown(auto_scale_lr, _KEYS, "auto_scale_lr")
         rule = auto_scale_lr.get("rule", "linear")
         if rule not in _RULES:
@@ -54,12 +59,17 @@ class AutoScale:
             )
         return cls(base_batch=base, rule=cast("ScalingRule", rule))
 
-    def apply(self, optim: AnyOptim, *, world_size: int, micro_batch: int) -> str:
-        """Multiply every learning rate in place; return what was done as a sentence for the log."""
-        accumulated = max(wrapper.accumulative_counts for wrapper in each_wrapper(optim).values())
-        real = world_size * micro_batch * accumulated
-        factor = scale_lr(optim, base_batch=self.base_batch, real_batch=real, rule=self.rule)
-        return (
-            f"Learning rates multiplied by {factor:.4g} ({self.rule} rule): the real batch is {real} = {world_size} ranks x "
-            f"{micro_batch} samples x {accumulated} accumulated, they were chosen for {self.base_batch}."
-        )
+    def apply(self, optim: AnyOptim, *, world_size: int, micro_batch: int) -> list[str]:
+        """Multiply every learning rate in place; return what was done to each optimizer, as sentences for the log."""
+        done = []
+        for name, wrapper in each_wrapper(optim).items():
+            accumulated = wrapper.accumulative_counts
+            real = world_size * micro_batch * accumulated
+            factor = scale_lr(wrapper, base_batch=self.base_batch, real_batch=real, rule=self.rule)
+            whose = f" of {name}" if name else ""
+            root = " (square root)" if self.rule == "sqrt" else ""
+            done.append(
+                f"Learning rates{whose} multiplied by {factor:.4g}{root}: the real batch is {real} = {world_size} ranks x "
+                f"{micro_batch} samples x {accumulated} accumulated, they were chosen for {self.base_batch}."
+            )
+        return done

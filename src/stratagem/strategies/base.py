@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +34,14 @@ from stratagem.strategies.environment import set_up_environment
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.prepared import Prepared
-from stratagem.utils import absolute, collect_env
+from stratagem.utils import absolute, collect_env, refuse_unknown
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "Schedulers"]
 
 Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
 CheckpointCallback = Callable[[StateTree], None]
+
+_LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
 
 
 class BaseStrategy(ABC):
@@ -76,14 +80,17 @@ class BaseStrategy(ABC):
         self._auto_scale_lr = AutoScale.parse(auto_scale_lr)
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
+        self.dispatch_kwargs: dict[str, Any] = {}
         self._env = set_up_environment(self._env_kwargs)
-        self._seed = self._env.world.seed
-        self._experiment_name = f"{experiment_name}_{self.timestamp}" if experiment_name else self.timestamp
-        self._log_dir = _make_folder(self._work_dir / self.timestamp)
-        self.logger = self.build_logger(**(log_kwargs or {}))
+        with ExitStack() as undo:
+            undo.callback(self._env.close)
+            self._seed = self._env.world.seed
+            self._experiment_name = f"{experiment_name}_{self.timestamp}" if experiment_name else self.timestamp
+            self._log_dir = _make_folder(self._work_dir / self.timestamp)
+            self.logger = self.build_logger(**(log_kwargs or {}))
+            undo.pop_all()
         for notice in self._env.notices:
             self.logger.info(notice)
-        self.dispatch_kwargs: dict[str, Any] = {}
 
     # ---- facts ----------------------------------------------------------------------------------------------------
 
@@ -174,9 +181,13 @@ class BaseStrategy(ABC):
         ``default_args`` (``epoch_length``, ``max_epochs``, ``max_iters``) stand in for what ``dispatch_kwargs`` does
         not say.
         """
-        horizon = {**(default_args or {}), **self.dispatch_kwargs}
         known = ("epoch_length", "max_epochs", "max_iters")
-        return build_param_schedulers(scheduler, optim_wrapper, **{key: horizon.get(key) for key in known})
+        defaults = default_args or {}
+        refuse_unknown(defaults, known, "default_args")
+        said = {key: value for key, value in self.dispatch_kwargs.items() if value is not None}
+        return build_param_schedulers(
+            scheduler, optim_wrapper, **{key: said.get(key, defaults.get(key)) for key in known}
+        )
 
     def _scale_lr(self) -> None:
         """Multiply the learning rates as ``auto_scale_lr`` says; a no-op where it is not enabled.
@@ -187,9 +198,11 @@ class BaseStrategy(ABC):
         """
         if self._auto_scale_lr is None:
             return
-        if BaseStrategy.param_schedulers.get(self) is not None:
+        wrappers = building.each_wrapper(self.optim_wrapper)
+        if BaseStrategy.param_schedulers.get(self) is not None or any(map(building.is_scheduled, wrappers.values())):
             raise StateError(
-                "Learning rates are scaled before schedulers are built, since these store the initial values."
+                "Learning rates are scaled before schedulers are built, since these store the initial values. Give "
+                "param_scheduler as a mapping, or disable auto_scale_lr and give the optimizer the scaled values."
             )
         micro_batch = Horizon.parse(self.dispatch_kwargs).train_micro_batch_size_per_gpu
         if micro_batch is None:
@@ -197,11 +210,16 @@ class BaseStrategy(ABC):
                 "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "
                 "in one iteration."
             )
-        done = self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.world_size, micro_batch=micro_batch)
-        self.logger.info(done)
+        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.world_size, micro_batch=micro_batch):
+            self.logger.info(done)
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:
-        """Return the logger of the run; by default its file is ``<log_dir>/<timestamp>.log``, which is appended to."""
+        """Return the logger of the run; by default its file is ``<log_dir>/<timestamp>.log``, which is appended to.
+
+        Raises:
+            ConfigKeyError: if there is no such argument of :class:`~stratagem.logging.Logger`.
+        """
+        refuse_unknown(kwargs, _LOGGER_KEYS, "log_kwargs")
         settings: dict[str, Any] = {
             "name": self.experiment_name,
             "log_level": log_level,

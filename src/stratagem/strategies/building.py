@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from stratagem.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict, Pa
 from stratagem.optim import build_optim_wrapper as construct_optim_wrapper
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS, OPTIM_WRAPPERS
+from stratagem.utils import refuse_unknown
 
 __all__ = [
     "ScalingRule",
@@ -22,12 +24,15 @@ __all__ = [
     "build_optim_wrapper",
     "compile_model",
     "each_wrapper",
+    "is_scheduled",
     "load_schedulers",
     "scale_lr",
     "with_preprocessor",
 ]
 
 ScalingRule = Literal["linear", "sqrt"]
+
+_COMPILE_OPTIONS = ("target", *(name for name in inspect.signature(torch.compile).parameters if name != "model"))
 
 
 def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
@@ -71,6 +76,7 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
 
     Raises:
         ConfigTypeError: if ``compile`` is neither.
+        ConfigKeyError: if ``torch.compile`` has no such argument.
         ConfigValueError: if the model has no such method.
     """
     if isinstance(compile, bool):
@@ -83,6 +89,7 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
         raise ConfigTypeError(
             f"compile is {_shown(compile)}; True, False or a mapping of torch.compile's arguments is due."
         )
+    refuse_unknown(options, _COMPILE_OPTIONS, "compile")
     if options.get("disable", False):
         return False
     target = options.pop("target", "forward")
@@ -143,7 +150,12 @@ def each_wrapper(optim: AnyOptim) -> dict[str, BaseOptimWrapper]:
     return dict(optim.items()) if isinstance(optim, OptimWrapperDict) else {"": optim}
 
 
-def scale_lr(optim: AnyOptim, *, base_batch: int, real_batch: int, rule: ScalingRule = "linear") -> float:
+def is_scheduled(wrapper: BaseOptimWrapper) -> bool:
+    """Tell whether a schedule of the learning rate was built for this optimizer: it keeps the first value."""
+    return any("initial_lr" in group for group in wrapper.param_groups)
+
+
+def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int, rule: ScalingRule = "linear") -> float:
     """Multiply every learning rate as the batch has grown, and return the factor.
 
     ``"linear"`` is ``real_batch / base_batch``, the rule of Goyal et al. 2017, "Accurate, Large Minibatch SGD"
@@ -153,9 +165,8 @@ def scale_lr(optim: AnyOptim, *, base_batch: int, real_batch: int, rule: Scaling
     factor = real_batch / base_batch
     if rule == "sqrt":
         factor = math.sqrt(factor)
-    for wrapper in each_wrapper(optim).values():
-        for group in wrapper.optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
+    for group in wrapper.param_groups:
+        group["lr"] = group["lr"] * factor
     return factor
 
 
