@@ -223,7 +223,7 @@ def test_a_refused_value_leaves_what_was_there(tmp_path: Path) -> None:
     """A value that cannot be stored is named with its part, and nothing is touched."""
     FORMAT.save(sample(), tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"optimizer/a/0 is set"):
-        FORMAT.save({"optimizer": {"a": [{1}]}}, tmp_path / "c")
+        FORMAT.save({"optimizer": {"a": [{1.5}]}}, tmp_path / "c")
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
     assert set(FORMAT.load(tmp_path / "c")) == set(sample())
 

@@ -133,7 +133,7 @@ def test_versions_of_modules_are_kept() -> None:
 @pytest.mark.parametrize(
     ("tree", "path", "kind"),
     [
-        ({"a": [0, {"b": {1, 2}}]}, "a/1/b", "set"),
+        ({"a": [0, {"b": {1.5, 2.5}}]}, "a/1/b", "set"),
         ({"a": (b"x",)}, "a/0", "bytes"),
         ({"a": np.float32(1)}, "a", "float32"),
         ({"a": {"f": print}}, "a/f", "builtin_function_or_method"),

@@ -130,3 +130,11 @@ def test_two_ranks_train_stop_and_go_on(shell: Shell, config: str, tmp_path: Pat
     assert status == 0, output
     assert f"Going on after epoch {done // 3}, iteration {done}" in output
     assert "Trained 120 epochs (360 iterations)" in output
+
+
+def test_a_sweep_in_several_ranks_is_shown_once_and_leaves_nothing(shell: Shell, config: str, tmp_path: Path):
+    """By rank 0; the folder stays empty."""
+    status, output = shell.run("find", "lr", config, "--nproc", "2", "--steps", "6")
+    assert status == 0, output
+    assert output.count("learning-rate range test") == 1
+    assert list(tmp_path.iterdir()) == []

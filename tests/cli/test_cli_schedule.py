@@ -56,7 +56,7 @@ def test_scaled_rates_are_what_is_drawn(stratagem: Command, config: str):
     """With a sentence that says so."""
     done = stratagem("schedule", config, "--set", "auto_scale_lr={enable: true, base_batch_size: 2}")
     assert "0.02 ┤" in done.out
-    assert "multiplied by 2 (linear rule)" in done.out
+    assert "Learning rates multiplied by 2: the real batch is 4" in done.out
 
 
 def test_a_schedule_that_follows_metrics_is_drawn_flat_and_said_so(stratagem: Command, config: str):

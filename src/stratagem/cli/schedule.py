@@ -119,8 +119,7 @@ def _unit(shown: RunPreview) -> str:
 
 
 def _notes(shown: RunPreview, resting: dict[tuple[str, str], list[Course]]) -> Iterator[str]:
-    if shown.scaling:
-        yield shown.scaling
+    yield from shown.scaling
     for optimizer, key, kind in shown.on_metrics:
         yield f"{kind} follows the metrics of validation, which are not known: {_name(optimizer, key)} is drawn without it."
     constant = [

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, Self, cast, final
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.optim import BaseOptimWrapper
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.building import ScalingRule, each_wrapper, scale_lr
 from stratagem.utils import did_you_mean, refuse_unknown
@@ -36,8 +35,8 @@ class AutoScale:
         """Read ``auto_scale_lr``; None where learning rates stay as they are.
 
         Raises:
-            ConfigKeyError: if a key is unknown.
             ConfigTypeError: if it is no mapping.
+            ConfigKeyError: if a key is unknown.
             ConfigValueError: if it is enabled without a batch size, or the rule is not known.
         """
         if auto_scale_lr is None:
@@ -61,17 +60,16 @@ class AutoScale:
         return cls(base_batch=base, rule=cast("ScalingRule", rule))
 
     def apply(self, optim: AnyOptim, *, world_size: int, micro_batch: int) -> list[str]:
-        """Multiply the learning rates of each optimizer in place; return what was done, a sentence for each."""
-        return [
-            f"Learning rates{f' of {name}' if name else ''} {self._apply(wrapper, world_size, micro_batch)}"
-            for name, wrapper in each_wrapper(optim).items()
-        ]
-
-    def _apply(self, wrapper: BaseOptimWrapper, world_size: int, micro_batch: int) -> str:
-        accumulated = wrapper.accumulative_counts
-        real = world_size * micro_batch * accumulated
-        factor = scale_lr(wrapper, base_batch=self.base_batch, real_batch=real, rule=self.rule)
-        return (
-            f"multiplied by {factor:.4g} ({self.rule} rule): the real batch is {real} = {world_size} ranks x "
-            f"{micro_batch} samples x {accumulated} accumulated, they were chosen for {self.base_batch}."
-        )
+        """Multiply every learning rate in place; return what was done to each optimizer, as sentences for the log."""
+        done = []
+        for name, wrapper in each_wrapper(optim).items():
+            accumulated = wrapper.accumulative_counts
+            real = world_size * micro_batch * accumulated
+            factor = scale_lr(wrapper, base_batch=self.base_batch, real_batch=real, rule=self.rule)
+            whose = f" of {name}" if name else ""
+            root = " (square root)" if self.rule == "sqrt" else ""
+            done.append(
+                f"Learning rates{whose} multiplied by {factor:.4g}{root}: the real batch is {real} = {world_size} ranks x "
+                f"{micro_batch} samples x {accumulated} accumulated, they were chosen for {self.base_batch}."
+            )
+        return done

@@ -65,7 +65,7 @@ class RunPreview:
         accumulative_counts: iterations of an optimizer's step, by optimizer.
         courses: what the options will be.
         on_metrics: schedules that wait for metrics as (optimizer, key, name of the class); they show no change.
-        scaling: what ``auto_scale_lr`` did; empty where it is not enabled.
+        scaling: what ``auto_scale_lr`` did, as sentences; none where it is not enabled.
     """
 
     iterations: NDArray[np.int64]
@@ -74,7 +74,7 @@ class RunPreview:
     accumulative_counts: Mapping[str, int]
     courses: tuple[Course, ...]
     on_metrics: tuple[tuple[str, str, str], ...] = ()
-    scaling: str = ""
+    scaling: tuple[str, ...] = ()
 
 
 def preview_run(
@@ -115,8 +115,7 @@ def preview_run(
     scale = AutoScale.parse(auto_scale_lr)
     if scale is not None and loader.batch_size is None:
         raise ConfigValueError("auto_scale_lr needs the batch size, and the train_dataloader does not say it.")
-    done = [] if scale is None else scale.apply(optim, world_size=world_size, micro_batch=loader.batch_size or 1)
-    scaling = " ".join(done)
+    scaling = [] if scale is None else scale.apply(optim, world_size=world_size, micro_batch=loader.batch_size or 1)
     built = build_param_schedulers(
         [] if param_scheduler is None else param_scheduler,
         optim,
@@ -146,7 +145,7 @@ def preview_run(
             for each in some
             if each.need_val_args
         ),
-        scaling=scaling,
+        scaling=tuple(scaling),
     )
 
 
