@@ -183,6 +183,11 @@ class Runner:
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._loader("train")
+            if not loader.positioned:
+                self.strategy.logger.warning(
+                    "The order of the training data is that of its own loader or sampler. A run that is stopped inside "
+                    "of an epoch draws again what it has seen, to go on behind it, and may not go on exactly."
+                )
             loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop)
             strategy.prepare(
                 self._model,
@@ -261,8 +266,17 @@ class Runner:
             return
         rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
         if resume and rest is not None:
-            self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+            self.run.progress.move_to(self._position(rest.get("meta") or {}))
             self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+
+    def _position(self, meta: Mapping[str, Any]) -> Position:
+        """Return where the saved run stood, in the batches of this one."""
+        position = Position.from_meta(meta)
+        own = self.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
+        old = meta.get("train_micro_batch_size_per_gpu")
+        if not (position.batch and own and old):
+            return position
+        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1))
 
     def _is_complete(self) -> bool:
         progress = self.run.progress

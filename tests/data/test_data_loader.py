@@ -391,3 +391,26 @@ def test_arguments_that_torch_does_not_take_are_named(
     """What torch's DataLoader refuses comes as an error about the configuration."""
     with pytest.raises(error, match=message):
         build(**cfg)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_plain_loader_is_dealt_to_the_ranks(shuffle: bool) -> None:
+    """A plain DataLoader of one's own gives two ranks different samples, together all of them once."""
+    own = DataLoader(Squares(), batch_size=2, shuffle=shuffle, collate_fn=list)
+    ranks = [build_dataloader(own, seed=0, rank=rank, world_size=2, training=True) for rank in range(2)]
+    seen = [[sample for batch in loader.batches(0) for sample in batch] for loader in ranks]
+    assert sorted(seen[0] + seen[1]) == sorted(Squares()[index] for index in range(10))
+    assert all(loader.positioned for loader in ranks)
+
+
+def test_a_plain_loader_goes_on_inside_of_an_epoch() -> None:
+    """A plain shuffling DataLoader of one's own begins after any batch with the very next sample."""
+    whole = build_dataloader(DataLoader(Squares(), batch_size=3, shuffle=True, collate_fn=list), seed=5, training=True)
+    again = build_dataloader(DataLoader(Squares(), batch_size=3, shuffle=True, collate_fn=list), seed=5, training=True)
+    assert list(again.batches(1, done=2)) == list(whole.batches(1))[2:]
+
+
+def test_a_loader_with_a_generator_of_its_own_keeps_its_order() -> None:
+    """Whoever gives a DataLoader a generator has chosen its order, so the loader is taken as it is."""
+    own = DataLoader(Squares(), batch_size=3, shuffle=True, generator=torch.Generator())
+    assert build_dataloader(own, seed=0, training=True).loader is own

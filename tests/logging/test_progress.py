@@ -50,6 +50,21 @@ def test_speed_and_times_are_drawn(screen: Console) -> None:
     assert "0:00:" in line
 
 
+def test_a_narrow_terminal_shortens_the_bar_alone() -> None:
+    """In 80 columns iterations, loss, learning rate, speed and both times are readable."""
+    screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
+    progress = TrainingProgress("epoch 10/300", total=37500, console=screen)
+    progress._progress.get_time = iter(range(0, 1000, 2)).__next__
+    for completed in (0, 25, 50, 75, 100):
+        progress.completed = completed
+        progress._render()
+    progress.show({"loss": 0.96271, "lr": 0.00189})
+    screen.print(progress._render())
+    line = written(screen)
+    assert "…" not in line
+    assert all(text in line for text in ("epoch 10/300", "100/37500", "it/s", "loss 0.9627  lr 0.00189", "0:00:"))
+
+
 def test_nothing_is_drawn_in_a_pipe() -> None:
     """Where the console is no terminal nothing is written and no thread runs."""
     pipe = Console(file=io.StringIO(), force_terminal=False)

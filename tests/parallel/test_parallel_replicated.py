@@ -55,6 +55,16 @@ class ByHand(Scale):
         return {"loss": loss.detach()}
 
 
+class Twice(ByHand):
+    """Updates twice in one step."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Learn from the same batch again."""
+        first = super().train_step(data, optim_wrapper)
+        super().train_step(data, optim_wrapper)
+        return first
+
+
 class PastDDP(Scale):
     """Reaches its parameters without ``self(...)``."""
 
@@ -139,6 +149,13 @@ def test_the_model_s_own_step_exchanges_gradients(ranks: Ranks, kind: type[Scale
     assert ranks.run(trained, kind) == [{**expected, "loss": 2.0}, {**expected, "loss": 6.0}]
 
 
+def test_every_call_of_a_step_exchanges_gradients(ranks: Ranks) -> None:
+    """A step may call ``self(...)`` more than once: 2 is subtracted twice on both ranks."""
+    for outputs in ranks.run(trained, Twice):
+        assert outputs["scale"] == -2.0
+        assert outputs["hooked"] == 2
+
+
 def past_ddp() -> str:
     """Train a model that goes past DistributedDataParallel."""
     _, placed = place(PastDDP())
@@ -155,11 +172,13 @@ def test_a_step_that_goes_past_ddp_is_refused(ranks: Ranks) -> None:
 
 
 def after_a_failure() -> float:
-    """Fail inside of a step, then use the model by itself."""
+    """Fail in a step, before its call and in it, then use the model by itself."""
     model = Scale()
     _, placed = place(model)
     with pytest.raises(TypeError):
         placed.model.train_step({"wrong": 1}, placed.optim)
+    with pytest.raises(AttributeError):
+        placed.model.train_step(torch.ones(1), None)
     placed.model._passed = False
     product = model(torch.tensor(3.0)).item()
     assert not placed.model._passed, "the model itself was called"
@@ -376,10 +395,10 @@ def test_separate_wrapping_refuses_parameters_of_the_whole() -> None:
 
 
 def test_batch_normalisation_is_converted_where_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """``sync_bn="torch"`` converts before the model is wrapped, and says so."""
+    """``sync_bn="torch"`` converts and says so; on the CPU, where torch's layer cannot work, it is refused at once."""
     caplog.set_level(logging.INFO, LOGGER.name)
-    _, placed = place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")
-    assert isinstance(placed.model[0], nn.SyncBatchNorm)
+    with pytest.raises(PlacementError, match="works on accelerators alone"):
+        place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")
     assert caplog.messages == ["Converted BatchNorm layers to SyncBatchNorm."]
     with pytest.raises(ConfigValueError, match="sync_bn='troch'"):
         place(Scale(), None, sync_bn="troch")

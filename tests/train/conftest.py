@@ -3,19 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from toys import settings
 
 from stratagem import Runner
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small matrices are faster on one thread, and other processes of the machine disturb less."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

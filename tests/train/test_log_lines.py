@@ -1,7 +1,7 @@
 import pytest
 
 from stratagem.train import Progress
-from stratagem.train.log_lines import evaluation_line, train_line, train_place
+from stratagem.train.log_lines import bar_label, evaluation_line, train_line, train_place
 
 EPOCHS = Progress(epoch=1, iter=174, batch=49, max_epochs=12, max_iters=1500, epoch_length=125)
 ITERATIONS = Progress(iter=9, batch=9, max_iters=1000, epoch_length=125)
@@ -20,6 +20,11 @@ def test_the_place_in_a_run_of_iterations():
 def test_the_place_in_a_stream():
     """The length of an epoch is not known."""
     assert train_place(Progress(batch=4, max_epochs=3)) == "Epoch(train) [1][5/?]"
+
+
+def test_the_label_of_the_bar_is_short():
+    """The bar itself counts iterations, and a terminal of 80 columns has to hold loss, rate, speed and time left."""
+    assert (bar_label(EPOCHS), bar_label(ITERATIONS)) == ("epoch 2/12", "train")
 
 
 def test_a_line_of_training_reads_as_people_know_it():

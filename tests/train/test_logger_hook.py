@@ -121,6 +121,20 @@ def test_nothing_leaves_the_device_between_two_lines(make_runner: MakeRunner, mo
     assert fetches == [4, 8]
 
 
+def test_the_bar_counts_every_iteration_and_goes_when_the_training_ends(make_runner: MakeRunner):
+    """Between two lines too; it stands still while another is shown, and a later validation brings it not back."""
+    seen = []
+    hooks = {**QUIET_HOOKS, "logger": {"interval": 4}}
+    look = At(6, lambda run: seen.append(run.bar.completed))
+    runner = make_runner(default_hooks=hooks, train_cfg={"max_epochs": 1}, custom_hooks=[look], **VALIDATION)
+    runner.train()
+    # The hook is called before the logger's, so it sees what the fifth iteration left.
+    assert seen == [5]
+    assert runner.run.bar is None
+    runner.val()
+    assert runner.run.bar is None
+
+
 @pytest.mark.parametrize("arguments", [{"interval": 0}, {"interval": -1}, {"window_size": 0}])
 def test_an_interval_or_window_below_one_is_refused(arguments: dict):
     """No line could ever be written."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_train_schedules import PLATEAU, Scripted
-from toys import EPOCH, VALIDATION, At, Recorder, stop
+from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, loader, stop
 
 from stratagem import Runner
 
@@ -171,3 +171,14 @@ def test_a_run_that_was_stopped_can_go_on_in_the_same_process(make_runner: MakeR
     runner.train()
     assert (runner.interrupted, len(recorder.rows)) == (None, EPOCH)
     assert sorted(n for row in recorder.rows for n in row[2]) == list(range(13))
+
+
+def test_an_epoch_goes_on_with_the_next_sample_under_another_batch_size(make_runner: MakeRunner) -> None:
+    """Stopped after three batches of 2 and resumed with batches of 3, the epoch has each sample exactly once."""
+    seen = Recorder()
+    make_runner(custom_hooks=[seen, At(3, interrupt)], resume=True).train()
+    runner = make_runner(custom_hooks=[seen, At(6, interrupt)], resume=True, train_dataloader=loader(batch_size=3))
+    runner.train()
+    first_epoch = [number for row in seen.rows if row[0] == 0 for number in row[2]]
+    assert sorted(first_epoch) == list(range(SAMPLES))
+    assert [len(row[2]) for row in seen.rows[:6]] == [2, 2, 2, 3, 3, 1]

@@ -54,11 +54,11 @@ class Choosing:
         return Base(**kwargs) if kind else Handing(**kwargs)
 
 
-def function(q, *rest, **kwargs):  # noqa: D103
+def function(q, *rest, **kwargs):
     return Base(**kwargs)
 
 
-def unknown(q, **kwargs):  # noqa: D103
+def unknown(q, **kwargs):
     return kwargs
 
 

@@ -1,10 +1,11 @@
 """State of a run as files, and back."""
 
 from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoint
-from stratagem.checkpoint.directory import DirectoryFormat, read_manifest
+from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.find import find_latest_checkpoint
 from stratagem.checkpoint.formats import CheckpointFormat, format_for
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
+from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.checkpoint.sources import CheckpointLoader

@@ -11,11 +11,12 @@ from torch import nn
 
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
+from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.sources import CheckpointLoader
 from stratagem.checkpoint.tree import StateTree
 from stratagem.errors import CheckpointError
 from stratagem.model import bare_model
-from stratagem.utils import absolute
+from stratagem.utils import absolute, is_url, mask_text
 
 __all__ = ["load_checkpoint", "model_part", "save_checkpoint"]
 
@@ -29,8 +30,13 @@ def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[s
     Raises:
         CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
     """
+    if is_url(filename):
+        raise CheckpointError(f"{mask_text(os.fspath(filename))}: checkpoints are written to paths only. Name one.")
     path = absolute(filename)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise not_written(path, error) from error
     format_for(path).save(dict(checkpoint), path)
 
 
@@ -60,7 +66,6 @@ def model_part(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) 
     """
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
-        raise CheckpointError(
-            f"{os.fspath(filename)} has no model state ('state_dict'); it has {', '.join(map(repr, checkpoint)) or 'nothing'}."
-        )
+        parts = ", ".join(map(repr, checkpoint)) or "nothing"
+        raise CheckpointError(f"{mask_text(os.fspath(filename))} has no model state ('state_dict'); it has {parts}.")
     return state

@@ -1,14 +1,15 @@
 """A checkpoint as a directory of safetensors files and JSON. No pickle is written or read.
 
 ``model.safetensors`` holds the model's state under the model's own names, as other tools expect; every other part that
-has tensors has a file of its own; ``state.json`` holds all the rest, ``manifest.json`` the form's version and the size
-of every file.
+has tensors has a file of its own; ``state.json`` holds all the rest, ``manifest.json`` the form's version, the size of
+every file and the digest of ``state.json``: a header of safetensors betrays a change by itself, a number in JSON cannot.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, final
@@ -18,17 +19,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stratagem.checkpoint.manifest import FILE_NAME, MANIFEST, STATE, make_manifest, read_manifest, refuse_foreign
+from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
-from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from stratagem.errors import CheckpointDamagedError, CheckpointError
 from stratagem.storage import atomic_directory
 
-__all__ = ["MANIFEST", "DirectoryFormat", "read_manifest"]
+__all__ = ["DirectoryFormat"]
 
-MANIFEST = "manifest.json"
-_STATE = "state.json"
-_FORMAT = "stratagem-checkpoint"
-_VERSION = 1
 _FILE_OF = {"state_dict": "model"}
+_DTYPES = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+}
 
 
 @final
@@ -39,23 +43,28 @@ class DirectoryFormat:
         """Write ``tree`` aside and publish it under ``path`` by one rename.
 
         Raises:
-            CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
+            CheckpointError: if a value cannot be stored, the file system refuses, or there is a folder with something
+                else; what was at ``path`` stays.
         """
-        parts = {name: split_tree(part) for name, part in tree.items()}
+        _check_names(tree)
+        parts = {name: split_tree(part, where=name) for name, part in tree.items()}
+        refuse_foreign(path)
         try:
             with atomic_directory(path) as aside:
-                sizes: dict[str, int] = {}
+                skeletons = {name: skeleton for name, (_, skeleton) in parts.items()}
+                state = _write_json(aside / STATE, skeletons)
+                sizes = {STATE: len(state)}
                 for name, (tensors, _) in parts.items():
                     if tensors:
-                        sizes |= _write_tensors(aside / f"{_FILE_OF.get(name, name)}.safetensors", tensors)
-                skeletons = {name: skeleton for name, (_, skeleton) in parts.items()}
-                sizes |= _write_json(aside / _STATE, skeletons)
+                        file = aside / _file_of(name)
+                        _write_tensors(file, tensors, part=name)
+                        # safetensors makes files that only their owner may read.
+                        shutil.copymode(aside / STATE, file)
+                        sizes[file.name] = file.stat().st_size
                 # Last: a directory without it is no checkpoint.
-                _write_json(aside / MANIFEST, _manifest(tree, sizes))
-        except OSError as error:
-            raise CheckpointError(
-                f"{path}: the checkpoint could not be written: {error}. Nothing there was changed."
-            ) from error
+                _write_json(aside / MANIFEST, make_manifest(tree, sizes, state))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise not_written(path, error) from error
 
     def load(
         self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
@@ -70,12 +79,12 @@ class DirectoryFormat:
         manifest = read_manifest(path)
         for name, size in manifest["files"].items():
             _check_size(path / name, size)
-        skeletons = _read_json(path / _STATE)
+        skeletons = _read_skeletons(path / STATE, manifest["state_sha256"])
         tree = {}
         for name, skeleton in skeletons.items():
             if parts is not None and name not in parts:
                 continue
-            file = path / f"{_FILE_OF.get(name, name)}.safetensors"
+            file = path / _file_of(name)
             tensors = _read_tensors(file, map_location) if file.name in manifest["files"] else {}
             try:
                 tree[name] = join_tree(tensors, skeleton)
@@ -84,83 +93,75 @@ class DirectoryFormat:
         return tree
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint directory: what it is, its files and where its run stood.
-
-    Raises:
-        CheckpointNotFoundError: if there is no such directory.
-        CheckpointError: if it is not a checkpoint of ours, or of a later version.
-        CheckpointDamagedError: if the manifest cannot be read.
-    """
-    if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
-    if not (path / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{path} is not a checkpoint of Stratagem: it has no {MANIFEST}. A checkpoint is a directory such as "
-            "work_dirs/<name>/epoch_3, or a single .pth file."
-        )
-    manifest = _read_json(path / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
-        raise CheckpointError(f"{path / MANIFEST} belongs to another program; this is not a checkpoint of Stratagem.")
-    if manifest.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{path}: the checkpoint has version {manifest.get('version')} of the format, this Stratagem reads version "
-            f"{_VERSION}. Read it with the version that wrote it ({manifest.get('stratagem')})."
-        )
-    return manifest
+def _check_names(tree: StateTree) -> None:
+    """Refuse parts that have no file of their own in the directory."""
+    for name in tree:
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"The checkpoint has a part {name!r}, but parts are files: their names are strings that do not begin "
+                "with a dot and have no slash, backslash or colon. Rename it."
+            )
+    for name, stem in _FILE_OF.items():
+        if name in tree and stem in tree:
+            raise CheckpointError(
+                f"The checkpoint has parts {name!r} and {stem!r}, which are one file. Rename {stem!r}."
+            )
 
 
-def _manifest(tree: StateTree, sizes: dict[str, int]) -> dict[str, Any]:
-    meta = tree.get("meta")
-    meta = meta if isinstance(meta, Mapping) else {}
-    position = {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
-    return {
-        "format": _FORMAT,
-        "version": _VERSION,
-        "stratagem": meta.get("stratagem"),
-        "saved_at": time.time(),
-        "position": position,
-        "files": sizes,
-    }
+def _file_of(part: str) -> str:
+    return f"{_FILE_OF.get(part, part)}.safetensors"
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Write tensors and return the file's size by its name.
-
-    safetensors takes contiguous tensors that share no memory: a tied weight is written under each of its names.
-    """
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], *, part: str) -> None:
+    """Write tensors; safetensors takes contiguous ones that share no memory, so a tied weight is written twice."""
     separate: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        # Scalars of an optimizer live on the device of their parameter, or on the CPU.
-        copy = tensor.detach().to("cpu").contiguous()
+        _check_storable(tensor, f"{part}/{name}")
+        # Views that are conjugated or negated when they are read would be written as they lie in memory.
+        copy = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
         storage = copy.untyped_storage().data_ptr()
-        if copy.numel() and (storage in seen or copy.untyped_storage().nbytes() != copy.nbytes):
+        if storage in seen:
             copy = copy.clone()
             storage = copy.untyped_storage().data_ptr()
         seen.add(storage)
         separate[name] = copy
     save_file(separate, file)
-    return {file.name: file.stat().st_size}
+
+
+def _check_storable(tensor: Tensor, name: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
+        kind = "on the meta device" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
+        raise CheckpointError(
+            f"The checkpoint's {name} is a tensor {kind}, which safetensors cannot hold. Convert it first, or save "
+            "under a name that ends in .pth."
+        )
 
 
 def _read_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
     try:
-        return load_file(file, device=str(device))
+        tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+    # Apart: safetensors knows few devices, and one that it does not know is no damage.
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
-def _write_json(file: Path, content: Any) -> dict[str, int]:
-    text = json.dumps(content, allow_nan=False, separators=(",", ":"))
-    return {file.name: file.write_bytes(text.encode())}
+def _write_json(file: Path, content: Any) -> bytes:
+    data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+    file.write_bytes(data)
+    return data
 
 
-def _read_json(file: Path) -> Any:
+def _read_skeletons(file: Path, digest: str) -> dict[str, Any]:
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+        data = file.read_bytes()
+        skeletons = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+    if hashlib.sha256(data).hexdigest() != digest or not isinstance(skeletons, dict):
+        raise CheckpointDamagedError(f"{file} is not what was written: its SHA-256 differs from the manifest's.")
+    return skeletons
 
 
 def _check_size(file: Path, size: int) -> None:

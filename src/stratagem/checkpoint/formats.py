@@ -12,9 +12,9 @@ from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.checkpoint.tree import StateTree
 
-__all__ = ["CheckpointFormat", "format_for"]
+__all__ = ["SINGLE_FILES", "CheckpointFormat", "format_for"]
 
-_SINGLE_FILES = {".pth", ".pt", ".ckpt", ".bin"}
+SINGLE_FILES = {".pth", ".pt", ".ckpt", ".bin"}
 
 
 class CheckpointFormat(Protocol):
@@ -31,4 +31,4 @@ class CheckpointFormat(Protocol):
 
 def format_for(path: Path) -> CheckpointFormat:
     """Return the single-file form where the name ends in ``.pth`` (or ``.pt``, ``.ckpt``, ``.bin``), else a directory."""
-    return SingleFileFormat() if path.suffix in _SINGLE_FILES else DirectoryFormat()
+    return SingleFileFormat() if path.suffix in SINGLE_FILES else DirectoryFormat()

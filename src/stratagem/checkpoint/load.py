@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from stratagem.checkpoint.names import bare_name, revise
+from stratagem.checkpoint.names import bare_name, revise, unwrapped_names
+from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointMismatchError
 
 __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "load_state_dict", "weights_to_cpu"]
 
 DEFAULT_REVISE_KEYS: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
 _SHOWN = 10
+# (key, saved shape, the model's shape)
+Reshaped = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +29,7 @@ class LoadReport:
     total: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = ()
+    reshaped: Reshaped = ()
 
     @property
     def exact(self) -> bool:
@@ -64,40 +68,132 @@ def load_state_dict(
     wrappers add. A tensor of another shape is left out and reported.
 
     Raises:
-        CheckpointMismatchError: if no key of the checkpoint belongs to the model, or, with ``strict``, if anything
-            differs. The model is unchanged then.
+        CheckpointMismatchError: if no key of the checkpoint belongs to the model, if two keys stand for the same or
+            something else than a tensor stands for one, or, with ``strict``, if anything differs. The model is
+            unchanged then.
     """
     own = model.state_dict()
-    renamed: dict[str, Any] = {}
-    for key, name in revise(state, revise_keys).items():
-        renamed[name if name in own else _closest(name, own)] = state[key]
+    names = _names_here(state, own, revise_keys)
+    _check_kinds(state, names, own)
     reshaped = tuple(
-        (key, tuple(value.shape), tuple(own[key].shape))
-        for key, value in renamed.items()
-        if isinstance(value, Tensor) and isinstance(own.get(key), Tensor) and value.shape != own[key].shape
+        (name, tuple(state[key].shape), tuple(own[name].shape))
+        for key, name in names.items()
+        if _differs(state[key], own.get(name))
     )
-    differing = {key for key, _, _ in reshaped}
+    differing = {name for name, _, _ in reshaped}
+    fitting = {name: state[key] for key, name in names.items() if name not in differing}
+    incoming = with_versions(fitting, _versions_here(state, own, revise_keys))
+    if _renames_itself(model):
+        return _load_and_see(model, incoming, own, reshaped, strict=strict)
     report = LoadReport(
-        matched=sum(key in own for key in renamed) - len(differing),
+        matched=sum(name in own for name in fitting),
         total=len(own),
-        missing=tuple(key for key in own if key not in renamed and not key.endswith("num_batches_tracked")),
-        unexpected=tuple(key for key in renamed if key not in own),
+        missing=_without_counters(key for key in own if key not in fitting and key not in differing),
+        unexpected=tuple(name for name in fitting if name not in own),
         reshaped=reshaped,
     )
-    if own and report.matched == 0 and not _renames_itself(model):
+    _check_report(report, strict=strict)
+    model.load_state_dict(incoming, strict=False)
+    return report
+
+
+def _load_and_see(
+    model: nn.Module, incoming: Mapping[str, Any], own: Mapping[str, Any], reshaped: Reshaped, *, strict: bool
+) -> LoadReport:
+    """Load into a model whose modules change the keys meanwhile; what fits is known only then, so undo it if refused."""
+    before = {key: value.clone() for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
+    before = with_versions(before, module_versions(own))
+    differing = {name for name, _, _ in reshaped}
+    try:
+        missing, unexpected = model.load_state_dict(incoming, strict=False)
+        missing = [key for key in missing if key not in differing]
+        report = LoadReport(
+            matched=len(own) - len(missing) - len(differing),
+            total=len(own),
+            missing=_without_counters(missing),
+            unexpected=tuple(unexpected),
+            reshaped=reshaped,
+        )
+        _check_report(report, strict=strict)
+    except RuntimeError as error:
+        model.load_state_dict(before, strict=False)
+        if isinstance(error, CheckpointMismatchError):
+            raise
+        raise CheckpointMismatchError(f"The checkpoint does not fit the model: {error}") from error
+    return report
+
+
+def _check_report(report: LoadReport, *, strict: bool) -> None:
+    if report.total and report.matched == 0:
         raise CheckpointMismatchError(
             f"No key of the checkpoint belongs to this model. {report.describe()}\n"
             "  Is it a checkpoint of another model? Differing prefixes can be rewritten with revise_keys."
         )
     if strict and not report.exact:
         raise CheckpointMismatchError(report.describe())
-    model.load_state_dict({key: value for key, value in renamed.items() if key not in differing}, strict=False)
-    return report
 
 
-def _closest(name: str, own: Mapping[str, Any]) -> str:
-    bare = bare_name(name)
-    return bare if bare in own else name
+def _names_here(keys: Iterable[str], own: Collection[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return what each key is called in the model, or would be.
+
+    Raises:
+        CheckpointMismatchError: if two keys become the same.
+    """
+    names: dict[str, str] = {}
+    keys_of: dict[str, str] = {}
+    for key, revised in revise(keys, revise_keys).items():
+        name = names[key] = _closest(key, revised, own)
+        if name in keys_of:
+            raise CheckpointMismatchError(
+                f"The checkpoint's {keys_of[name]!r} and {key!r} both stand for {name!r}. Rewrite one with revise_keys."
+            )
+        keys_of[name] = key
+    return names
+
+
+def _closest(key: str, revised: str, own: Collection[str]) -> str:
+    if revised in own:
+        return revised
+    # A model may have a part of its own called "module": then rewriting took more away than a wrapper.
+    wrapped = key if bare_name(key) == bare_name(revised) else revised
+    return next((name for name in (wrapped, *unwrapped_names(wrapped)) if name in own), revised)
+
+
+def _versions_here(
+    state: Mapping[str, Any], own: Mapping[str, Any], revise_keys: Sequence[tuple[str, str]]
+) -> dict[str, Any] | None:
+    """Return the versions of modules that ``state`` carries, under the names of the modules here."""
+    versions = module_versions(state)
+    if versions is None:
+        return None
+    # What is renamed is the name of something inside of the module: "module.conv._" becomes "conv._".
+    here = {_inside(name) for name in module_versions(own) or {}}
+    revised = revise((_inside(name) for name in versions), revise_keys)
+    names = {key.rpartition(".")[0]: _closest(key, name, here).rpartition(".")[0] for key, name in revised.items()}
+    return {names[name]: version for name, version in versions.items()}
+
+
+def _inside(module: str) -> str:
+    return f"{module}._" if module else "_"
+
+
+def _check_kinds(state: Mapping[str, Any], names: Mapping[str, str], own: Mapping[str, Any]) -> None:
+    for key, name in names.items():
+        if isinstance(own.get(name), Tensor) and not isinstance(state[key], Tensor):
+            raise CheckpointMismatchError(
+                f"The checkpoint's {key!r} is a {type(state[key]).__name__}, where the model has a tensor."
+            )
+
+
+def _differs(value: Any, own: Any) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(own, Tensor) or is_lazy(own):
+        return False
+    return value.shape != own.shape
+
+
+def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:
+    """Leave out what BatchNorm counts and old checkpoints lack: it begins anew and changes no output."""
+    return tuple(key for key in missing if not key.endswith("num_batches_tracked"))
 
 
 def _renames_itself(model: nn.Module) -> bool:
@@ -107,4 +203,5 @@ def _renames_itself(model: nn.Module) -> bool:
 
 def weights_to_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict with every tensor on the CPU, detached; those that are there already are not copied."""
-    return {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+    cpu = {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return with_versions(cpu, module_versions(state))

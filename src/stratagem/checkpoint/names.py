@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError
 
-__all__ = ["bare_name", "optimizer_by_index", "optimizer_by_name", "parameter_names", "revise"]
+__all__ = ["bare_name", "optimizer_by_index", "optimizer_by_name", "parameter_names", "revise", "unwrapped_names"]
 
 _WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # How a step is computed belongs to the machine, not to the run: it is chosen anew where the run goes on.
@@ -20,10 +20,19 @@ _IMPLEMENTATION = ("fused", "foreach")
 
 def bare_name(name: str) -> str:
     """Return a parameter's name without the parts that wrappers add, such as ``module.`` or ``_orig_mod.``."""
+    return list(unwrapped_names(name))[-1]
+
+
+def unwrapped_names(name: str) -> Iterator[str]:
+    """Yield the name without the parts that only wrappers have, then without each leading ``module.`` in turn.
+
+    The last is the bare name; those before are it where the model's own part is called ``module``.
+    """
     parts = [part for part in name.split(".") if part not in _WRAPPING_PARTS]
+    yield ".".join(parts)
     while len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
-    return ".".join(parts)
+        yield ".".join(parts)
 
 
 def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -80,20 +89,20 @@ def optimizer_by_index(
             f"The checkpoint's optimizer has {len(saved_groups)} parameter groups, this run's has {len(names)}. "
             "Build the same groups, or resume with resume_optimizer=False."
         )
+    kept = [{key: now[key] for key in _IMPLEMENTATION if key in now} for now in current]
     if not _is_by_name(state):
         _check_sizes(saved_groups, names)
-        return dict(state)
+        return {**state, "param_groups": [{**saved, **own} for saved, own in zip(saved_groups, kept, strict=True)]}
     index_of = {name: index for index, name in enumerate(name for group in names for name in group)}
     groups = []
-    for number, (saved, own, now) in enumerate(zip(saved_groups, names, current, strict=True)):
+    for number, (saved, own, flags) in enumerate(zip(saved_groups, names, kept, strict=True)):
         if set(saved["params"]) != set(own):
             only_saved, only_own = sorted(set(saved["params"]) - set(own)), sorted(set(own) - set(saved["params"]))
             raise CheckpointMismatchError(
                 f"Parameter group {number} of the optimizer differs: only in the checkpoint {only_saved[:5]}, only in this "
                 f"run {only_own[:5]}. Build the same groups, or resume with resume_optimizer=False."
             )
-        kept = {key: now[key] for key in _IMPLEMENTATION if key in now}
-        groups.append({**saved, **kept, "params": [index_of[name] for name in own]})
+        groups.append({**saved, **flags, "params": [index_of[name] for name in own]})
     return {
         **state,
         "state": {index_of[name]: slots for name, slots in state["state"].items() if name in index_of},

@@ -10,11 +10,12 @@ import pickle
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 
-from stratagem.checkpoint.tree import StateTree, split_tree
+from stratagem.checkpoint.refusal import not_written
+from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from stratagem.storage import atomic_file
 
@@ -31,14 +32,13 @@ class SingleFileFormat:
         Raises:
             CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
         """
-        split_tree(tree)  # refuses what could not be read again with weights_only=True
+        # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
+        plain = join_tree(*split_tree(tree))
         try:
             with atomic_file(path) as aside:
-                torch.save(tree, aside)
+                torch.save(plain, aside)
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path}: the checkpoint could not be written: {error}. Nothing there was changed."
-            ) from error
+            raise not_written(path, error) from error
 
     def load(
         self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
@@ -52,13 +52,15 @@ class SingleFileFormat:
             CheckpointError: if it holds what only a program could make, or nothing that can be used.
             CheckpointDamagedError: if it cannot be read.
         """
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
         if not path.is_file():
             raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
         try:
             loaded = torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(_refusal(path, error)) from error
-        except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        except Exception as error:  # which class it is hangs on where the file is damaged
+            if isinstance(error, pickle.UnpicklingError) and (kind := _kind(path)) != "damaged zip":
+                raise CheckpointError(_refusal(path, error, kind)) from error
             raise CheckpointDamagedError(f"{path} cannot be read: {_first_line(error)}") from error
         tree = _as_tree(loaded, path)
         return tree if parts is None else {name: part for name, part in tree.items() if name in parts}
@@ -72,9 +74,20 @@ def _as_tree(loaded: Any, path: Path) -> StateTree:
     return {"state_dict": loaded}
 
 
-def _refusal(path: Path, error: Exception) -> str:
-    if not zipfile.is_zipfile(path):
-        return f"{path} is not a checkpoint, or was cut off: torch cannot read it ({_first_line(error)})."
+def _kind(path: Path) -> Literal["zip", "damaged zip", "other"]:
+    """Tell a whole file of torch's form, which is a zip, from one that was cut off and from anything else."""
+    try:
+        if zipfile.is_zipfile(path):
+            return "zip"
+    except zipfile.BadZipFile:
+        return "damaged zip"
+    with path.open("rb") as file:
+        return "damaged zip" if file.read(4) == b"PK\x03\x04" else "other"
+
+
+def _refusal(path: Path, error: Exception, kind: str) -> str:
+    if kind == "other":
+        return f"{path} is not a checkpoint: torch cannot read it ({_first_line(error)})."
     return (
         f"{path} holds objects that only running code of the file's choice could make, so it is not read: "
         f"{_first_line(error)} If you trust where it came from, load it once with torch.load(path, weights_only=False) "

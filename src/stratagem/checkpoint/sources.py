@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable
@@ -14,21 +11,16 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from stratagem.checkpoint.download import fetch_http
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
 from stratagem.checkpoint.tree import StateTree
-from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, ConfigValueError
-from stratagem.storage import atomic_file
+from stratagem.errors import CheckpointError, CheckpointNotFoundError, ConfigValueError
 from stratagem.utils import absolute, did_you_mean, import_module, is_url, mask_text
 
 __all__ = ["CheckpointLoader", "cache_folder"]
 
 Fetcher = Callable[[str], Path]
-
-_TIMEOUT_S = 60.0
-_CHUNK_BYTES = 1 << 20
-# As in resnet18-f37072fd.pth: the first digits of the file's SHA-256.
-_DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z]+$")
 
 
 @final
@@ -49,12 +41,11 @@ class CheckpointLoader:
         """
 
         def register(function: Fetcher) -> Fetcher:
-            for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
-                if prefix in cls._fetchers and not force:
-                    raise ConfigValueError(
-                        f"The scheme {prefix!r} is registered already; pass force=True to replace it."
-                    )
-                cls._fetchers[prefix] = function
+            wanted = [prefixes] if isinstance(prefixes, str) else list(prefixes)
+            taken = [prefix for prefix in wanted if prefix in cls._fetchers]
+            if taken and not force:
+                raise ConfigValueError(f"The scheme {taken[0]!r} is registered already; pass force=True to replace it.")
+            cls._fetchers.update(dict.fromkeys(wanted, function))
             return function
 
         return register
@@ -103,47 +94,18 @@ def cache_folder() -> Path:
 
 @CheckpointLoader.register_scheme("file://")
 def _fetch_file(url: str) -> Path:
-    path = Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
-    return CheckpointLoader.fetch(path)
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc not in {"", "localhost"}:
+        raise CheckpointError(
+            f"{mask_text(url)}: {parts.hostname!r} stands where a host does, and only this one has files. Write "
+            "file:///absolute/path, or the path alone."
+        )
+    return CheckpointLoader.fetch(Path(urllib.request.url2pathname(parts.path)))
 
 
 @CheckpointLoader.register_scheme(("http://", "https://"))
 def _fetch_http(url: str) -> Path:
-    """Download once. ``#sha256=<hex>`` at the URL's end, or digits in the file's name, are checked."""
-    address, _, fragment = url.partition("#")
-    name = Path(urllib.parse.urlsplit(address).path).name
-    in_name = _DIGEST_IN_NAME.search(name)
-    expected = fragment.removeprefix("sha256=") if fragment.startswith("sha256=") else in_name[1] if in_name else ""
-    kept = (
-        cache_folder()
-        / "checkpoints"
-        / f"{hashlib.sha256(address.encode()).hexdigest()[:12]}-{name or 'checkpoint.pth'}"
-    )
-    if not kept.exists():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        _download(address, kept, expected)
-    return kept
-
-
-def _download(address: str, target: Path, expected: str) -> None:
-    digest = hashlib.sha256()
-    try:
-        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer, atomic_file(target) as aside:  # noqa: S310 -- http(s) only
-            with aside.open("wb") as file:
-                while chunk := answer.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                    file.write(chunk)
-            if not digest.hexdigest().startswith(expected.lower()):
-                raise CheckpointDamagedError(
-                    f"{mask_text(address)}: its SHA-256 is {digest.hexdigest()}, but {expected}... is due. "
-                    "Nothing was kept; the file was changed or the transfer was cut."
-                )
-    except urllib.error.HTTPError as error:
-        raise CheckpointNotFoundError(
-            f"{mask_text(address)}: the server answered {error.code} {error.reason}."
-        ) from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise CheckpointError(f"{mask_text(address)}: the download failed: {error}.") from error
+    return fetch_http(url, cache_folder() / "checkpoints")
 
 
 @CheckpointLoader.register_scheme("torchvision://")
@@ -160,7 +122,7 @@ def _fetch_torchvision(url: str) -> Path:
             f"torchvision's {name} has no weights {weights!r}. {did_you_mean(weights, by_name)}"
         )
     chosen = by_name[weights.casefold()] if weights else choices.DEFAULT
-    return _fetch_http(chosen.url)
+    return _fetch_http(str(chosen.url))
 
 
 @CheckpointLoader.register_scheme(("open-mmlab://", "openmmlab://"))

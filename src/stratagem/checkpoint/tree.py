@@ -2,7 +2,7 @@
 
 What goes into a checkpoint is made of tensors, numbers, strings, None, lists, tuples, dicts, and sets of whole numbers
 or strings. Nothing else is needed to continue a run, and nothing else could be read back without running code that a
-file chose.
+file chose. Subclasses of these come back as the plain types.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["StateTree", "join_tree", "split_tree"]
@@ -21,51 +22,82 @@ StateTree = dict[str, Any]
 
 # A dict with one of these as its only key stands in JSON for what JSON cannot say.
 _TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
+_VERSIONED = "$versioned"
+# safetensors keeps its own notes under this key.
+_RESERVED = "__metadata__"
 
 
-def split_tree(tree: Any, name: str = "") -> tuple[dict[str, Tensor], Any]:
+def split_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]:
     """Return the tensors of a tree by their path (parts joined by ``/``), and JSON for all the rest.
+
+    ``where`` is what errors call the tree's root.
 
     Raises:
         CheckpointError: if a value is none of the kinds above; it names the path.
     """
     tensors: dict[str, Tensor] = {}
-    return tensors, _split(tree, name, tensors)
+    try:
+        return tensors, _split(tree, "", tensors, where)
+    except RecursionError as error:
+        raise CheckpointError(
+            f"The checkpoint's {where or 'root'} contains itself, or is nested too deeply to be stored."
+        ) from error
 
 
-def _split(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+def _split(node: Any, path: str, tensors: dict[str, Tensor], where: str) -> Any:
     if isinstance(node, Tensor):
-        tensors[path] = node.detach()
-        return {_TENSOR: path}
-    if node is None or isinstance(node, bool | int | str):
-        return node
+        name = _free_name(path, tensors)
+        tensors[name] = node.detach()
+        return {_TENSOR: name}
+    if node is None or isinstance(node, int | str):
+        return _plain(node)
     if isinstance(node, float):
-        return node if math.isfinite(node) else {_FLOAT: repr(node)}
+        return float(node) if math.isfinite(node) else {_FLOAT: repr(float(node))}
     if isinstance(node, tuple):
-        return {_TUPLE: [_split(item, _below(path, index), tensors) for index, item in enumerate(node)]}
+        return {_TUPLE: [_split(item, _below(path, index), tensors, where) for index, item in enumerate(node)]}
     if isinstance(node, list):
-        return [_split(item, _below(path, index), tensors) for index, item in enumerate(node)]
+        return [_split(item, _below(path, index), tensors, where) for index, item in enumerate(node)]
     if isinstance(node, set) and all(type(item) in (int, str) for item in node):
         return {_SET: sorted(node, key=repr)}
     if isinstance(node, Mapping):
-        if all(isinstance(key, str) and not key.startswith("$") for key in node):
-            return {key: _split(value, _below(path, key), tensors) for key, value in node.items()}
-        if all(isinstance(key, str | int | float | bool) for key in node):
-            return {_ITEMS: [[key, _split(value, _below(path, key), tensors)] for key, value in node.items()]}
+        return _split_mapping(node, path, tensors, where)
     raise CheckpointError(
-        f"The checkpoint's {path or 'root'} is {type(node).__name__} {_shorten(node)}, which cannot be stored without "
-        "pickle. Turn it into tensors, numbers, strings, lists and dicts first (a state_dict does)."
+        f"The checkpoint's {_below(where, path)} is {type(node).__name__} {_shorten(node)}, which cannot be stored "
+        "without pickle. Turn it into tensors, numbers, strings, lists and dicts first (a state_dict does)."
     )
+
+
+def _split_mapping(node: Mapping[Any, Any], path: str, tensors: dict[str, Tensor], where: str) -> Any:
+    for key in node:
+        if not isinstance(key, str | int | float) or (isinstance(key, float) and not math.isfinite(key)):
+            raise CheckpointError(
+                f"The checkpoint's {_below(where, path)} has the key {_shorten(key)}, which cannot be stored without "
+                "pickle. Use strings or numbers as keys."
+            )
+    items = [(_plain(key), _split(value, _below(path, key), tensors, where)) for key, value in node.items()]
+    named = all(isinstance(key, str) and not key.startswith("$") for key, _ in items)
+    skeleton = dict(items) if named else {_ITEMS: [[key, value] for key, value in items]}
+    versions = module_versions(node)
+    if versions is None:
+        return skeleton
+    return {_VERSIONED: [skeleton, _split(versions, _below(path, "_metadata"), tensors, where)]}
 
 
 def join_tree(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     """Put together again what :func:`split_tree` took apart.
 
     Raises:
-        CheckpointDamagedError: if a tensor that the JSON names is not there.
+        CheckpointDamagedError: if a tensor that the JSON names is not there, or the JSON says what we never write.
     """
+    try:
+        return _join(tensors, skeleton)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointDamagedError(f"The description of the tree is not one of ours: {error}.") from error
+
+
+def _join(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     if isinstance(skeleton, list):
-        return [join_tree(tensors, item) for item in skeleton]
+        return [_join(tensors, item) for item in skeleton]
     if not isinstance(skeleton, dict):
         return skeleton
     if len(skeleton) == 1:
@@ -79,14 +111,33 @@ def join_tree(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
         if key == _SET:
             return set(value)
         if key == _TUPLE:
-            return tuple(join_tree(tensors, item) for item in value)
+            return tuple(_join(tensors, item) for item in value)
         if key == _ITEMS:
-            return {name: join_tree(tensors, item) for name, item in value}
-    return {key: join_tree(tensors, value) for key, value in skeleton.items()}
+            return {name: _join(tensors, item) for name, item in value}
+        if key == _VERSIONED:
+            inner, versions = value
+            return with_versions(_join(tensors, inner), _join(tensors, versions))
+    return {key: _join(tensors, value) for key, value in skeleton.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a key, string or number as exactly that: an enum or NumPy's float is read back by pickle alone."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, float):
+        return float(value)
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _free_name(path: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the path, marked where another tensor has it: ``{"a/b": x, "a": {"b": y}}``, ``{1: x, "1": y}``."""
+    while path in tensors or path == _RESERVED:
+        path += "'"
+    return path
 
 
 def _below(path: str, key: object) -> str:
-    return f"{path}/{key}" if path else str(key)
+    return "/".join(str(part) for part in (path, key) if part != "") or "root"
 
 
 def _shorten(value: object, most: int = 80) -> str:

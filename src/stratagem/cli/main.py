@@ -28,9 +28,14 @@ def spell_out_resume(words: list[str]) -> list[str]:
     """Give ``--resume`` the value ``auto`` where none follows it: typer has no options whose value may be left out."""
     spelled: list[str] = []
     for word, following in zip(words, [*words, None][1:], strict=True):
-        bare = word == "--resume" and (following is None or following.startswith("-"))
+        bare = word == "--resume" and (following is None or following.startswith("-") or _is_config(following))
         spelled += ["--resume=auto"] if bare else [word]
     return spelled
+
+
+def _is_config(word: str) -> bool:
+    """Tell whether a word names a configuration, so that `train --resume CONFIG` means what it looks like."""
+    return word.endswith((".py", ".yaml", ".yml", ".json", ".toml"))
 
 
 def _tell(error: Exception, *, whole: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
 from stratagem.data.collate import pseudo_collate
 from stratagem.data.samplers import DefaultSampler, PositionedSampler, stream_seed
@@ -121,6 +121,10 @@ def build_dataloader(
 ) -> EpochLoader:
     """Build a loader from its configuration, or take a built one.
 
+    A built ``DataLoader`` that takes all samples in order or in torch's random order is built anew with the sampler of
+    ours that does the same, so that its samples are dealt to the ranks and its order can be taken up anywhere. One with
+    another sampler, batch sampler or a generator of its own is taken as it is.
+
     A mapping holds the arguments of ``torch.utils.data.DataLoader`` with ``dataset``, ``sampler``, ``batch_sampler``,
     ``collate_fn`` and ``worker_init_fn`` as objects or as configurations of their own. Without a sampler it is a
     :class:`DefaultSampler`, which shuffles in training (or as ``shuffle`` says). For evaluation, samplers of ours do
@@ -131,7 +135,9 @@ def build_dataloader(
         ConfigValueError: if there is no dataset, or two parts would choose the samples.
     """
     if isinstance(dataloader, DataLoader):
-        return EpochLoader(dataloader, world_size=world_size)
+        if not _is_plain(dataloader):
+            return EpochLoader(dataloader, world_size=world_size)
+        dataloader = _arguments_of(dataloader)
     if not isinstance(dataloader, Mapping):
         raise ConfigTypeError(f"A dataloader is a DataLoader or a mapping of its arguments, not {dataloader!r}.")
     cfg = dict(dataloader)
@@ -158,6 +164,29 @@ def build_dataloader(
         kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
         raise kind(f"The dataloader's arguments do not fit torch.utils.data.DataLoader: {error}") from error
     return EpochLoader(loader, world_size=world_size)
+
+
+def _is_plain(loader: DataLoader[Any]) -> bool:
+    """Tell whether a loader's order is one that our own sampler gives as well: all samples, in order or shuffled."""
+    sampler = loader.sampler
+    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler or loader.generator is not None:
+        return False
+    if getattr(sampler, "data_source", None) is not loader.dataset:
+        return False
+    if type(sampler) is RandomSampler:
+        whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
+        return whole and sampler.generator is None
+    return type(sampler) is SequentialSampler
+
+
+def _arguments_of(loader: DataLoader[Any]) -> dict[str, Any]:
+    """Return the arguments that make a plain loader like this one."""
+    names = (
+        "dataset", "batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn",
+        "multiprocessing_context", "prefetch_factor", "persistent_workers", "in_order",
+    )  # fmt: skip
+    arguments = {name: getattr(loader, name) for name in names}
+    return {**arguments, "shuffle": type(loader.sampler) is RandomSampler}
 
 
 def _build_dataset(dataset: Any) -> Any:

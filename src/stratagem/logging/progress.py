@@ -9,6 +9,7 @@ from typing import Self, final
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from stratagem.logging.console import shared_console
 
@@ -43,7 +44,8 @@ class TrainingProgress:
         self._console = shared_console() if console is None else console
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            # It alone gives way on a narrow terminal, where the time left would be cut off otherwise.
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}", markup=False),
             TextColumn("{task.fields[values]}", markup=False),
@@ -51,6 +53,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=self._console,
             auto_refresh=False,
+            expand=True,
         )
         self._task = self._progress.add_task(label, total=total, completed=completed, speed="", values="")
         self._live: Live | None = None

@@ -142,6 +142,11 @@ class Replicated(Placement):
         if self._sync_bn is not None:
             model = convert_sync_batchnorm(model, self._sync_bn)
             self._logger.info("Converted BatchNorm layers to SyncBatchNorm.")
+        if world.device.type == "cpu" and any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
+            raise PlacementError(
+                "torch's SyncBatchNorm works on accelerators alone, and this run is on the CPU. Leave sync_bn out and use "
+                "BatchNorm, or a normalisation that does not look at the batch, such as GroupNorm."
+            )
         model = steps.compile(model.to(world.device))
         if "train_step" in vars(model):
             raise PlacementError(

@@ -118,6 +118,7 @@ HOOKS = Registry(
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
         "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
+        "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",
     },
 )
 

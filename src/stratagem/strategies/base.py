@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
 CheckpointCallback = Callable[[StateTree], None]
 
 _AUTO_SCALE_KEYS = ("enable", "base_batch_size")
+_LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
 
 
 class BaseStrategy(ABC):
@@ -77,14 +80,17 @@ class BaseStrategy(ABC):
         self._auto_scale_lr = _auto_scale_settings(auto_scale_lr)
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
+        self.dispatch_kwargs: dict[str, Any] = {}
         self._env = set_up_environment(self._env_kwargs)
-        self._seed = self._env.world.seed
-        self._experiment_name = f"{experiment_name}_{self.timestamp}" if experiment_name else self.timestamp
-        self._log_dir = _make_folder(self._work_dir / self.timestamp)
-        self.logger = self.build_logger(**(log_kwargs or {}))
+        with ExitStack() as undo:
+            undo.callback(self._env.close)
+            self._seed = self._env.world.seed
+            self._experiment_name = f"{experiment_name}_{self.timestamp}" if experiment_name else self.timestamp
+            self._log_dir = _make_folder(self._work_dir / self.timestamp)
+            self.logger = self.build_logger(**(log_kwargs or {}))
+            undo.pop_all()
         for notice in self._env.notices:
             self.logger.info(notice)
-        self.dispatch_kwargs: dict[str, Any] = {}
 
     # ---- facts ----------------------------------------------------------------------------------------------------
 
@@ -175,9 +181,13 @@ class BaseStrategy(ABC):
         ``default_args`` (``epoch_length``, ``max_epochs``, ``max_iters``) stand in for what ``dispatch_kwargs`` does
         not say.
         """
-        horizon = {**(default_args or {}), **self.dispatch_kwargs}
         known = ("epoch_length", "max_epochs", "max_iters")
-        return build_param_schedulers(scheduler, optim_wrapper, **{key: horizon.get(key) for key in known})
+        defaults = default_args or {}
+        refuse_unknown(defaults, known, "default_args")
+        said = {key: value for key, value in self.dispatch_kwargs.items() if value is not None}
+        return build_param_schedulers(
+            scheduler, optim_wrapper, **{key: said.get(key, defaults.get(key)) for key in known}
+        )
 
     def _scale_lr(self) -> None:
         """Multiply the learning rates as ``auto_scale_lr`` says; a no-op where it is not enabled.
@@ -188,9 +198,11 @@ class BaseStrategy(ABC):
         """
         if self._auto_scale_lr is None:
             return
-        if BaseStrategy.param_schedulers.get(self) is not None:
+        wrappers = building.each_wrapper(self.optim_wrapper)
+        if BaseStrategy.param_schedulers.get(self) is not None or any(map(building.is_scheduled, wrappers.values())):
             raise StateError(
-                "Learning rates are scaled before schedulers are built, since these store the initial values."
+                "Learning rates are scaled before schedulers are built, since these store the initial values. Give "
+                "param_scheduler as a mapping, or disable auto_scale_lr and give the optimizer the scaled values."
             )
         micro_batch = Horizon.parse(self.dispatch_kwargs).train_micro_batch_size_per_gpu
         if micro_batch is None:
@@ -199,16 +211,23 @@ class BaseStrategy(ABC):
                 "in one iteration."
             )
         base = self._auto_scale_lr
-        accumulated = max(w.accumulative_counts for w in building.each_wrapper(self.optim_wrapper).values())
-        real = self.world_size * micro_batch * accumulated
-        factor = building.scale_lr(self.optim_wrapper, base_batch=base, real_batch=real)
-        self.logger.info(
-            "Learning rates multiplied by %.4g: the real batch is %d = %d ranks x %d samples x %d accumulated, they were "
-            "chosen for %d.", factor, real, self.world_size, micro_batch, accumulated, base,
-        )  # fmt: skip
+        for name, wrapper in wrappers.items():
+            accumulated = wrapper.accumulative_counts
+            real = self.world_size * micro_batch * accumulated
+            factor = building.scale_lr(wrapper, base_batch=base, real_batch=real)
+            self.logger.info(
+                "Learning rates%s multiplied by %.4g: the real batch is %d = %d ranks x %d samples x %d accumulated, they "
+                "were chosen for %d.",
+                f" of {name}" if name else "", factor, real, self.world_size, micro_batch, accumulated, base,
+            )  # fmt: skip
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:
-        """Return the logger of the run; by default its file is ``<log_dir>/<timestamp>.log``, which is appended to."""
+        """Return the logger of the run; by default its file is ``<log_dir>/<timestamp>.log``, which is appended to.
+
+        Raises:
+            ConfigKeyError: if there is no such argument of :class:`~stratagem.logging.Logger`.
+        """
+        refuse_unknown(kwargs, _LOGGER_KEYS, "log_kwargs")
         settings: dict[str, Any] = {
             "name": self.experiment_name,
             "log_level": log_level,
@@ -397,6 +416,10 @@ def _auto_scale_settings(auto_scale_lr: Mapping[str, Any] | None) -> int | None:
     """Return the batch size that learning rates were chosen for; None where they stay as they are."""
     if auto_scale_lr is None:
         return None
+    if not isinstance(auto_scale_lr, Mapping):
+        raise ConfigTypeError(
+            f"auto_scale_lr is {auto_scale_lr!r}; a mapping such as dict(enable=True, base_batch_size=256) is due."
+        )
     refuse_unknown(auto_scale_lr, _AUTO_SCALE_KEYS, "auto_scale_lr")
     if not auto_scale_lr.get("enable", False):
         return None

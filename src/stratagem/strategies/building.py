@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,19 @@ from stratagem.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict, Pa
 from stratagem.optim import build_optim_wrapper as construct_optim_wrapper
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS, OPTIM_WRAPPERS
+from stratagem.utils import refuse_unknown
 
-__all__ = ["build_model", "build_optim_wrapper", "compile_model", "each_wrapper", "load_schedulers", "scale_lr"]
+__all__ = [
+    "build_model",
+    "build_optim_wrapper",
+    "compile_model",
+    "each_wrapper",
+    "is_scheduled",
+    "load_schedulers",
+    "scale_lr",
+]
+
+_COMPILE_OPTIONS = ("target", *(name for name in inspect.signature(torch.compile).parameters if name != "model"))
 
 
 def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
@@ -44,6 +56,7 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
 
     Raises:
         ConfigTypeError: if ``compile`` is neither.
+        ConfigKeyError: if ``torch.compile`` has no such argument.
         ConfigValueError: if the model has no such method.
     """
     if isinstance(compile, bool):
@@ -56,6 +69,7 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
         raise ConfigTypeError(
             f"compile is {_shown(compile)}; True, False or a mapping of torch.compile's arguments is due."
         )
+    refuse_unknown(options, _COMPILE_OPTIONS, "compile")
     if options.get("disable", False):
         return False
     target = options.pop("target", "forward")
@@ -116,15 +130,19 @@ def each_wrapper(optim: AnyOptim) -> dict[str, BaseOptimWrapper]:
     return dict(optim.items()) if isinstance(optim, OptimWrapperDict) else {"": optim}
 
 
-def scale_lr(optim: AnyOptim, *, base_batch: int, real_batch: int) -> float:
+def is_scheduled(wrapper: BaseOptimWrapper) -> bool:
+    """Tell whether a schedule of the learning rate was built for this optimizer: it keeps the first value."""
+    return any("initial_lr" in group for group in wrapper.param_groups)
+
+
+def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int) -> float:
     """Multiply every learning rate by ``real_batch / base_batch`` and return that factor.
 
     The linear rule of Goyal et al. 2017, "Accurate, Large Minibatch SGD" (arXiv:1706.02677), section 2.1.
     """
     factor = real_batch / base_batch
-    for wrapper in each_wrapper(optim).values():
-        for group in wrapper.optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
+    for group in wrapper.param_groups:
+        group["lr"] = group["lr"] * factor
     return factor
 
 

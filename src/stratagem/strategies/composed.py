@@ -6,7 +6,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -19,17 +19,16 @@ from stratagem.checkpoint import (
     StateTree,
     model_part,
     save_checkpoint,
-    weights_to_cpu,
 )
 from stratagem.dist import all_gather_object
-from stratagem.errors import CheckpointMismatchError, ConfigValueError
+from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.optim_state import read_optim, write_optim
-from stratagem.utils import generator_state, restore_generator_state
+from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]
 
@@ -39,11 +38,14 @@ class ComposedStrategy(BaseStrategy):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._placement = self._make_placement()
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._placement = self._make_placement()
+            undo.pop_all()
 
     @abstractmethod
     def _make_placement(self) -> Placement:
-        """Return how this strategy places a model."""
+        """Return how this strategy places a model, or refuse to in this environment."""
 
     def prepare(
         self,
@@ -54,17 +56,21 @@ class ComposedStrategy(BaseStrategy):
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
+        horizon = dispatch_kwargs or {}
+        Horizon.parse(horizon)
+        optim_due = optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None
+        schedulers_due = param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None
+        if schedulers_due and not optim_due and BaseStrategy.optim_wrapper.get(self) is None:
+            raise ConfigValueError("param_scheduler schedules an optimizer's values, but no optim_wrapper was given.")
         if BaseStrategy.model.get(self) is None:
-            self._place(model, optim_wrapper, compile, dispatch_kwargs or {})
-        elif optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None:
+            self.dispatch_kwargs.update(horizon)
+            self._place(model, optim_wrapper, compile)
+        elif optim_due or schedulers_due:
             # Prepared for evaluation first; now it is to be trained.
-            self._set_horizon(dispatch_kwargs or {})
-            self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.bare_model()))
-        if param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None:
-            if BaseStrategy.optim_wrapper.get(self) is None:
-                raise ConfigValueError(
-                    "param_scheduler schedules an optimizer's values, but no optim_wrapper was given."
-                )
+            self.dispatch_kwargs.update(horizon)
+            if optim_due:
+                self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.bare_model()))
+        if schedulers_due:
             self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
         return self._prepared_components()
 
@@ -73,9 +79,7 @@ class ComposedStrategy(BaseStrategy):
         model: nn.Module | Mapping[str, Any],
         optim_wrapper: Any,
         compile: bool | Mapping[str, Any],  # noqa: A002
-        dispatch_kwargs: Mapping[str, Any],
     ) -> None:
-        self._set_horizon(dispatch_kwargs)
         with self._placement.construction(self.world):
             built = self.build_model(model)
         steps = Steps(
@@ -90,10 +94,6 @@ class ComposedStrategy(BaseStrategy):
         if placed.optim is not None:
             self._adopt_optim(placed.optim)
 
-    def _set_horizon(self, dispatch_kwargs: Mapping[str, Any]) -> None:
-        Horizon.parse(dispatch_kwargs)
-        self.dispatch_kwargs.update(dispatch_kwargs)
-
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
         horizon = Horizon.parse(self.dispatch_kwargs)
@@ -107,7 +107,12 @@ class ComposedStrategy(BaseStrategy):
                 wrapper.initialize_count_status(self.model, horizon.cur_iter, horizon.max_iters)
             wrapper.accumulation_context = self._placement.accumulate
         self.optim_wrapper = optim
-        self._scale_lr()
+        try:
+            self._scale_lr()
+        except StratagemError:
+            # A second prepare must build it anew rather than train with learning rates that were not scaled.
+            BaseStrategy.optim_wrapper.clear(self)
+            raise
 
     def bare_model(self) -> nn.Module:
         return self._placement.bare(self.model)
@@ -123,7 +128,7 @@ class ComposedStrategy(BaseStrategy):
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        self.logger.info("Load checkpoint from %s", filename)
+        self.logger.info("Load checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
         state = model_part(checkpoint, filename)
         self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys)
@@ -138,23 +143,27 @@ class ComposedStrategy(BaseStrategy):
         map_location: torch.device | str = "default",
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        self.logger.info("Resume checkpoint from %s", filename)
+        self.logger.info("Resume checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
-        # Another model's moments would be applied to this one's parameters.
-        self.load_model_state_dict(model_part(checkpoint, filename), strict=True)
-        used = {"state_dict"}
+        used = {"state_dict", "generators"}
         if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
-            write_optim(self.optim_wrapper, _part(checkpoint, "optimizer", filename), self.bare_model())
             used.add("optimizer")
         if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
-            self.load_scheduler_state_dict(_part(checkpoint, "param_schedulers", filename))
             used.add("param_schedulers")
+        # Before anything is changed.
+        state = model_part(checkpoint, filename)
+        parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
+        # Another model's moments would be applied to this one's parameters.
+        self.load_model_state_dict(state, strict=True)
+        if "optimizer" in parts:
+            write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model())
+        if "param_schedulers" in parts:
+            self.load_scheduler_state_dict(parts["param_schedulers"])
         meta = checkpoint.get("meta") or {}
         self._compare_runs(meta)
         self._resume_accumulation(meta)
         # Last: nothing after it may draw a random number.
         self._resume_randomness(checkpoint, meta)
-        used.add("generators")
         return {key: value for key, value in checkpoint.items() if key not in used}
 
     def save_checkpoint(
@@ -166,26 +175,26 @@ class ComposedStrategy(BaseStrategy):
         extra_ckpt: Mapping[str, Any] | None = None,
         callback: CheckpointCallback | None = None,
     ) -> None:
-        generators = all_gather_object(generator_state())
         optim = BaseStrategy.optim_wrapper.get(self)
+        parts: StateTree = {}
         with nullcontext() if optim is None else optim.evaluating():
-            # On every rank: of a state that is spread over them each has a part.
-            parts = {} if optim is None or not save_optimizer else {"optimizer": read_optim(optim, self.bare_model())}
-            from_main(lambda: self._write(filename, parts, save_param_scheduler, extra_ckpt, callback, generators))
+            # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
+            if save_optimizer and optim is not None:
+                parts["optimizer"] = read_optim(optim, self.bare_model())
+            if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
+                parts["param_schedulers"] = self.scheduler_state_dict()
+            generators = all_gather_object(generator_state())
+            parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+            from_main(lambda: self._write(filename, parts, extra_ckpt, callback))
 
     def _write(
         self,
         filename: str | os.PathLike[str],
         parts: StateTree,
-        save_param_scheduler: bool,
         extra_ckpt: Mapping[str, Any] | None,
         callback: CheckpointCallback | None,
-        generators: list[dict[str, Any]],
     ) -> None:
-        checkpoint: StateTree = {"state_dict": weights_to_cpu(self.bare_model().state_dict()), **parts}
-        if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
-            checkpoint["param_schedulers"] = self.scheduler_state_dict()
-        checkpoint["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+        checkpoint: StateTree = {"state_dict": self.model_state_dict(), **parts}
         extra = dict(extra_ckpt or {})
         checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta()}
         checkpoint.update(extra)
@@ -230,11 +239,13 @@ class ComposedStrategy(BaseStrategy):
             )  # fmt: skip
 
     def _resume_accumulation(self, meta: Mapping[str, Any]) -> None:
+        """Have windows go on where they were: after the micro-batches that the optimizer's state, or else the meta, tells."""
         horizon = Horizon.parse(self.dispatch_kwargs)
         optim = BaseStrategy.optim_wrapper.get(self)
         for wrapper in building.each_wrapper(optim).values() if optim is not None else ():
             if wrapper.accumulative_counts > 1 and horizon.max_iters is not None:
-                wrapper.initialize_count_status(self.model, int(meta.get("iter", 0)), horizon.max_iters)
+                done = wrapper.inner_count or int(meta.get("iter", 0))
+                wrapper.initialize_count_status(self.model, done, horizon.max_iters)
 
     def _resume_randomness(self, checkpoint: StateTree, meta: Mapping[str, Any]) -> None:
         """Take up the saved seed and this rank's generators where they were."""

@@ -28,7 +28,7 @@ class DDPStrategy(ComposedStrategy):
         sync_bn: ``"torch"`` turns BatchNorm layers into SyncBatchNorm.
         ddp_kwargs: options of ``DistributedDataParallel`` (``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view``, ``broadcast_buffers`` ...). ``broadcast_buffers`` is False unless given.
-        kwargs: those of :class:`BaseStrategy`, and any option of ``DistributedDataParallel``.
+        kwargs: those of :class:`BaseStrategy`.
 
     Raises:
         LaunchError: if no launcher started this process.
@@ -64,14 +64,13 @@ class DDPStrategy(ComposedStrategy):
         }
         self._sync_bn = sync_bn
         super().__init__(**kwargs)
+
+    def _make_placement(self) -> Placement:
         if not is_distributed():
-            self.close()
             raise LaunchError(
                 "DDPStrategy needs processes that a launcher started, and this one was started by none. Use "
                 "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
             )
-
-    def _make_placement(self) -> Placement:
         return Replicated(self.logger, sync_bn=self._sync_bn, separate=self._separate, options=self._options)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, final
@@ -22,7 +23,7 @@ from stratagem.dist import (
     pick_device,
     sync_random_seed,
 )
-from stratagem.errors import ConfigTypeError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.utils import refuse_unknown, set_multi_processing, set_random_seed
 
 if sys.platform != "win32":
@@ -32,6 +33,7 @@ __all__ = ["Environment", "set_up_environment"]
 
 _KEYS = ("launcher", "cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit", "randomness")
 _RANDOMNESS_KEYS = ("seed", "diff_rank_seed", "deterministic")
+_MP_KEYS = ("mp_start_method", "opencv_num_threads")
 
 
 @final
@@ -46,12 +48,11 @@ class Environment:
     randomness: Mapping[str, Any]
     notices: tuple[str, ...] = ()
     seed_given: bool = False
-    _undo: tuple[Callable[[], None], ...] = field(default=(), repr=False)
+    _undo: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
         """Give back what was set for the process, and end the process group if it was made here. Idempotent."""
-        for undo in reversed(self._undo):
-            undo()
+        self._undo.close()
 
 
 def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
@@ -64,69 +65,83 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
         LaunchError: if the launcher named did not start this process, or the ranks do not meet.
     """
     refuse_unknown(env_kwargs, _KEYS, "env_kwargs")
+    randomness = _mapping(env_kwargs, "randomness", known=_RANDOMNESS_KEYS)
+    mp_cfg = _mapping(env_kwargs, "mp_cfg", known=_MP_KEYS)
+    dist_cfg = _mapping(env_kwargs, "dist_cfg")
     launcher = env_kwargs.get("launcher") or infer_launcher()
-    randomness = _mapping(env_kwargs, "randomness")
-    refuse_unknown(randomness, _RANDOMNESS_KEYS, "randomness")
-    settings = set_multi_processing(**_mapping(env_kwargs, "mp_cfg"), distributed=launcher != "none")
-    undo: list[Callable[[], None]] = [settings.close]
-    if env_kwargs.get("cudnn_benchmark", False):
-        undo.append(_benchmark_cudnn())
-    made_group = launcher != "none" and not is_distributed()
-    launch = init_dist(launcher, **_mapping(env_kwargs, "dist_cfg"))
-    if made_group:
-        undo.append(close_dist)
-    rank, size = get_dist_info()
-    timestamp = broadcast_object(time.strftime("%Y%m%d_%H%M%S"))
-    _raise_open_files(env_kwargs.get("resource_limit", 4096))
-    given = randomness.get("seed")
-    seed = sync_random_seed() if given is None else given
-    world = World(
-        launcher=launcher,
-        rank=rank,
-        local_rank=launch.local_rank,
-        size=size,
-        device=pick_device(launch.local_rank),
-        timestamp=timestamp,
-        seed=seed,
-    )
-    set_random_seed(
-        seed,
-        deterministic=randomness.get("deterministic", False),
-        diff_rank_seed=randomness.get("diff_rank_seed", False),
-        rank=rank,
-    )
-    return Environment(
-        world=world,
-        randomness=MappingProxyType({**randomness, "seed": seed}),
-        notices=settings.notices,
-        seed_given=given is not None,
-        _undo=tuple(undo),
-    )
+    with ExitStack() as undo:
+        settings = set_multi_processing(**mp_cfg, distributed=launcher != "none")
+        undo.callback(settings.close)
+        _keep_determinism(undo)
+        if env_kwargs.get("cudnn_benchmark", False):
+            torch.backends.cudnn.benchmark = True
+        made_group = launcher != "none" and not is_distributed()
+        launch = init_dist(**{**dist_cfg, "launcher": launcher})
+        if made_group:
+            undo.callback(close_dist)
+        rank, size = get_dist_info()
+        timestamp = broadcast_object(time.strftime("%Y%m%d_%H%M%S"))
+        _raise_open_files(env_kwargs.get("resource_limit", 4096), undo)
+        given = randomness.get("seed")
+        seed = sync_random_seed() if given is None else given
+        set_random_seed(
+            seed,
+            deterministic=randomness.get("deterministic", False),
+            diff_rank_seed=randomness.get("diff_rank_seed", False),
+            rank=rank,
+        )
+        return Environment(
+            world=World(
+                launcher=launcher,
+                rank=rank,
+                local_rank=launch.local_rank,
+                size=size,
+                device=pick_device(launch.local_rank),
+                timestamp=timestamp,
+                seed=seed,
+            ),
+            randomness=MappingProxyType({**randomness, "seed": seed}),
+            notices=settings.notices,
+            seed_given=given is not None,
+            # From here on it is close() that undoes; before, it was any error.
+            _undo=undo.pop_all(),
+        )
 
 
-def _mapping(env_kwargs: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Return a copy of a part of the settings; None stands for none."""
+def _mapping(env_kwargs: Mapping[str, Any], key: str, *, known: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return a copy of a part of the settings; None stands for none. Other keys than ``known`` ones are refused."""
     value = env_kwargs.get(key)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
         raise ConfigTypeError(f"env_kwargs: {key} is {value!r}; a mapping is due.")
+    if known:
+        refuse_unknown(value, known, key)
     return dict(value)
 
 
-def _benchmark_cudnn() -> Callable[[], None]:
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+def _keep_determinism(undo: ExitStack) -> None:
+    """Remember what ``cudnn_benchmark`` and ``deterministic`` change."""
+    cudnn = torch.backends.cudnn
+    undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+    undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
+    undo.callback(
+        torch.use_deterministic_algorithms,
+        torch.are_deterministic_algorithms_enabled(),
+        warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
 
-    def restore() -> None:
-        torch.backends.cudnn.benchmark = before
 
-    return restore
-
-
-def _raise_open_files(limit: int) -> None:
+def _raise_open_files(limit: int, undo: ExitStack) -> None:
     """Raise the soft limit of open files: data workers and many shards need more than the usual 1,024."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise ConfigValueError(f"env_kwargs: resource_limit is {limit!r}; a number of open files is due.")
     if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(limit, soft), hard), hard))
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = max(limit, soft)
+    raised = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    undo.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))

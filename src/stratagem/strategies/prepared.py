@@ -42,3 +42,7 @@ class Prepared(Generic[T]):
     def get(self, instance: object) -> T | None:
         """Return the value, or None before it is set."""
         return instance.__dict__.get(self._name)
+
+    def clear(self, instance: object) -> None:
+        """Go back to not having been set."""
+        instance.__dict__.pop(self._name, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, final
+from typing import final
 
 from stratagem.errors import PlacementError
 from stratagem.parallel import OnDevice, Placement
@@ -22,13 +22,10 @@ class SingleDeviceStrategy(ComposedStrategy):
         PlacementError: if several processes were started: each would train by itself.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def _make_placement(self) -> Placement:
         if self.world_size > 1:
             raise PlacementError(
                 f"SingleDeviceStrategy was started with {self.world_size} processes, and each would train a model of its "
                 "own. Use DDPStrategy, or start one process."
             )
-
-    def _make_placement(self) -> Placement:
         return OnDevice(self.logger)

@@ -10,6 +10,7 @@ from stratagem.train.hooks import (
     LoggerHook,
     ParamSchedulerHook,
     RuntimeInfoHook,
+    TensorboardHook,
 )
 from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
 from stratagem.train.priority import Priority, get_priority
@@ -35,6 +36,7 @@ __all__ = [
     "Progress",
     "Run",
     "RuntimeInfoHook",
+    "TensorboardHook",
     "TestLoop",
     "ValLoop",
     "get_priority",

@@ -8,7 +8,7 @@ from typing import Any
 
 from stratagem.train.progress import Progress
 
-__all__ = ["evaluation_line", "train_line", "train_place"]
+__all__ = ["bar_label", "evaluation_line", "train_line", "train_place"]
 
 
 def train_place(progress: Progress) -> str:
@@ -20,6 +20,11 @@ def train_place(progress: Progress) -> str:
         return f"Epoch(train) [{epoch}][{done}/{total or '?'}]"
     total = progress.max_iters
     return f"Iter(train) [{str(progress.iter + 1).rjust(len(str(total)))}/{total}]"
+
+
+def bar_label(progress: Progress) -> str:
+    """Return what stands before the bar of the training, which counts the iterations itself: ``epoch 2/5``."""
+    return "train" if progress.max_epochs is None else f"epoch {progress.epoch + 1}/{progress.max_epochs}"
 
 
 def train_line(

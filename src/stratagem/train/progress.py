@@ -22,6 +22,13 @@ class Position:
     batch: int = 0
     validated: int = -1
 
+    def in_batches_of(self, new: int, old: int) -> Position:
+        """Return the position for batches of another size over all ranks: the same samples of the epoch are done.
+
+        Where they are no whole number of new batches, those beyond the last whole one are seen again.
+        """
+        return replace(self, batch=self.batch * old // new)
+
     def as_meta(self) -> dict[str, int]:
         """Return it as a checkpoint's ``meta`` has it."""
         return {

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from torch import nn
 
@@ -20,7 +20,17 @@ from stratagem.train.progress import Position, Progress
 from stratagem.train.signals import Interrupt
 from stratagem.train.timing import Timing
 
-__all__ = ["Run"]
+__all__ = ["Recorder", "Run"]
+
+
+class Recorder(Protocol):
+    """Keeps the values that a run logs."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take in a mapping of values; ``step`` is the number of iterations done."""
+
+    def close(self) -> None:
+        """Write nothing more."""
 
 
 @final
@@ -48,7 +58,7 @@ class Run:
         self.last_checkpoint: Path | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self._config_text = config_text
-        self._scalars: JsonLinesWriter | None = None
+        self.recorders: list[Recorder] = []
 
     # The strategy's, under the names that hooks use.
 
@@ -134,14 +144,17 @@ class Run:
         return self.interrupt.received is not None and not self.optim_wrapper.pending
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Append a line to ``<log_dir>/vis_data/scalars.json``, on rank 0."""
-        if self.rank != 0:
+        """Hand values to everything that records them: ``<log_dir>/vis_data/scalars.json`` and what hooks added."""
+        for recorder in self.recorders:
+            recorder.write(values)
+
+    def record_as_json(self) -> None:
+        """Begin to append records to ``<log_dir>/vis_data/scalars.json``, a JSON object a line. Idempotent."""
+        if any(isinstance(recorder, JsonLinesWriter) for recorder in self.recorders):
             return
-        if self._scalars is None:
-            folder = Path(self.log_dir) / "vis_data"
-            folder.mkdir(exist_ok=True)
-            self._scalars = JsonLinesWriter(folder / "scalars.json")
-        self._scalars.write(values)
+        folder = Path(self.log_dir) / "vis_data"
+        folder.mkdir(exist_ok=True)
+        self.recorders.append(JsonLinesWriter(folder / "scalars.json"))
 
     def save_checkpoint(
         self,
@@ -173,6 +186,6 @@ class Run:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        if self._scalars is not None:
-            self._scalars.close()
-            self._scalars = None
+        for recorder in self.recorders:
+            recorder.close()
+        self.recorders = []

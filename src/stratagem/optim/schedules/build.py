@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.many import OptimWrapperDict
 from stratagem.optim.schedules.base import ParamScheduler, unit_of
+from stratagem.optim.schedules.chain import all_or_none
 from stratagem.registry import PARAM_SCHEDULERS
 from stratagem.utils.names import did_you_mean
 
@@ -46,9 +48,13 @@ def build_param_schedulers(
     """
     horizon = {"epoch": max_epochs, "iter": max_iters, "step": max_steps}
     if not isinstance(optim, OptimWrapperDict):
-        return _build_list(spec, optim, horizon, epoch_length)
+        with all_or_none(optim.optimizer):
+            return _build_list(spec, optim, horizon, epoch_length)
     by_name = _by_optimizer(spec, optim)
-    return {name: _build_list(by_name[name], optim[name], horizon, epoch_length) for name in optim}
+    with ExitStack() as stack:
+        for name in optim:
+            stack.enter_context(all_or_none(optim[name].optimizer))
+        return {name: _build_list(by_name[name], optim[name], horizon, epoch_length) for name in optim}
 
 
 def _by_optimizer(spec: Any, optim: OptimWrapperDict) -> Mapping[str, Any]:

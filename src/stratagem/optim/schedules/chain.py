@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, final
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["Chain", "Link", "chain_of"]
+__all__ = ["Chain", "Link", "all_or_none", "chain_of"]
 
 _ATTRIBUTE = "_stratagem_chains"
 
@@ -106,3 +107,24 @@ def chain_of(optimizer: Optimizer, key: str) -> Chain:
         chains[key] = Chain(optimizer, key)
     chain: Chain = chains[key]
     return chain
+
+
+@contextmanager
+def all_or_none(optimizer: Optimizer) -> Iterator[None]:
+    """Take the schedules that a block built off the optimizer again if the block fails, and give its values back.
+
+    Otherwise they would count twice once the block is tried again.
+    """
+    chains: dict[str, Chain] = vars(optimizer).setdefault(_ATTRIBUTE, {})
+    before = {key: list(chain.links) for key, chain in chains.items()}
+    try:
+        yield
+    except Exception:
+        for key, chain in list(chains.items()):
+            chain.links[:] = before.get(key, [])
+            chain.apply()
+            if key not in before:
+                del chains[key]
+                for group in optimizer.param_groups:
+                    del group[chain.initial_key]
+        raise

@@ -6,6 +6,7 @@ from stratagem.train.hooks.logger import LoggerHook
 from stratagem.train.hooks.runtime_info import RuntimeInfoHook
 from stratagem.train.hooks.sampler_seed import DistSamplerSeedHook
 from stratagem.train.hooks.schedule import ParamSchedulerHook
+from stratagem.train.hooks.tensorboard import TensorboardHook
 from stratagem.train.hooks.timing import IterTimerHook
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "LoggerHook",
     "ParamSchedulerHook",
     "RuntimeInfoHook",
+    "TensorboardHook",
 ]

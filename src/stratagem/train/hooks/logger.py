@@ -12,7 +12,7 @@ from stratagem.errors import ConfigValueError
 from stratagem.logging import ScalarWindow, TrainingProgress
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.train.hook import Hook
-from stratagem.train.log_lines import evaluation_line, train_line, train_place
+from stratagem.train.log_lines import bar_label, evaluation_line, train_line, train_place
 from stratagem.train.priority import Priority
 from stratagem.train.run import Run
 
@@ -43,6 +43,10 @@ class LoggerHook(Hook):
         self._clear_at_line = window_size is None
         self._append = self._window.append
 
+    def before_run(self, run: Run) -> None:
+        if run.rank == 0:
+            run.record_as_json()
+
     def before_train(self, run: Run) -> None:
         if run.rank == 0:
             run.bar = TrainingProgress("train", total=run.max_iters, completed=run.iter)
@@ -72,7 +76,9 @@ class LoggerHook(Hook):
         times = {} if seconds is None else {"time": seconds[0], "data_time": seconds[1]}
         run.record({**rates, **times, **values, "epoch": run.epoch + 1, "iter": run.iter + 1, "step": run.iter + 1})
         if run.bar is not None:
-            run.bar.show({**{key: values[key] for key in ("loss",) if key in values}, **rates}, label=place)
+            run.bar.show(
+                {**{key: values[key] for key in ("loss",) if key in values}, **rates}, label=bar_label(run.progress)
+            )
 
     def before_val(self, run: Run) -> None:
         self._pause(run)

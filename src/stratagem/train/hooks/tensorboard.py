@@ -1,0 +1,60 @@
+"""Show a run in TensorBoard."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any, final
+
+from stratagem.train.hook import Hook
+from stratagem.train.priority import Priority
+from stratagem.train.run import Run
+from stratagem.utils import import_module
+
+__all__ = ["TensorboardHook"]
+
+_PLACES = ("epoch", "iter", "step")
+
+
+@final
+class TensorboardHook(Hook):
+    """Write what the log records as TensorBoard's scalars, on rank 0; ``pip install stratagem[tensorboard]``.
+
+    Look at them with ``tensorboard --logdir <work_dir>``.
+
+    Args:
+        folder: where the event files go; by default ``<log_dir>/tensorboard``.
+
+    Raises:
+        MissingDependencyError: if TensorBoard is not installed.
+    """
+
+    priority = Priority.VERY_HIGH
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        self._folder = folder
+        self._writer_class = import_module("torch.utils.tensorboard", extra="tensorboard").SummaryWriter
+
+    def before_run(self, run: Run) -> None:
+        if run.rank == 0 and not any(isinstance(each, _TensorboardRecorder) for each in run.recorders):
+            folder = Path(self._folder) if self._folder else Path(run.log_dir) / "tensorboard"
+            run.recorders.append(_TensorboardRecorder(self._writer_class(str(folder))))
+
+
+@final
+class _TensorboardRecorder:
+    """Writes records to an event file; those of an evaluation under its mode."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        prefix = record.get("mode", "train")
+        for name, value in record.items():
+            if isinstance(value, Real) and name not in _PLACES:
+                self._writer.add_scalar(f"{prefix}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,90 @@
+"""Save and load without a strategy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+import torch
+from torch import nn
+
+from stratagem.checkpoint import load_checkpoint, model_part, save_checkpoint
+from stratagem.errors import CheckpointError, CheckpointMismatchError, CheckpointNotFoundError
+
+
+@pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
+def test_a_model_comes_back(tmp_path: Path, name: str) -> None:
+    """What one model saved, another of its kind loads, from both forms; the rest of the checkpoint is returned."""
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    checkpoint = MappingProxyType({"state_dict": model.state_dict(), "meta": {"epoch": 1}})
+    save_checkpoint(checkpoint, tmp_path / "deep" / "down" / name)
+    loaded, report = load_checkpoint(other, str(tmp_path / "deep" / "down" / name), strict=True)
+    assert report.exact
+    assert torch.equal(other.weight, model.weight)
+    assert loaded["meta"] == {"epoch": 1}
+
+
+def test_a_wrapped_model_is_loaded_inside(tmp_path: Path) -> None:
+    """The model in a wrapper gets the weights of a bare one."""
+    model = nn.Linear(3, 2)
+    save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "c")
+    wrapped = nn.DataParallel(nn.Linear(3, 2))
+    assert load_checkpoint(wrapped, tmp_path / "c", strict=True)[1].exact
+    assert torch.equal(wrapped.module.weight, model.weight)
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    """Loading into tied weights keeps them one tensor."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    save_checkpoint({"state_dict": {key: value + 1 for key, value in model.state_dict().items()}}, tmp_path / "c")
+    before = model[0].weight.tolist()
+    load_checkpoint(model, tmp_path / "c", strict=True)
+    assert model[1].weight is model[0].weight
+    assert torch.allclose(model[0].weight, torch.tensor(before) + 1)
+
+
+def test_a_checkpoint_of_another_model_is_told(tmp_path: Path) -> None:
+    """The first differing keys are named, and the options reach the loading."""
+    save_checkpoint({"state_dict": {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}}, tmp_path / "c")
+    model = nn.Linear(3, 2)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"(?s)2 missing .*: weight, bias.*2 unexpected .*: a\.weight, a\.bias"
+    ):
+        load_checkpoint(model, tmp_path / "c")
+    load_checkpoint(model, tmp_path / "c", strict=True, revise_keys=[(r"^a\.", "")])
+    assert model.bias.tolist() == [1, 1]
+
+
+def test_a_checkpoint_that_is_missing_is_told(tmp_path: Path) -> None:
+    """Loading what is not there is an error that names the path."""
+    with pytest.raises(CheckpointNotFoundError, match=r"epoch_9\.pth: there is no such checkpoint"):
+        load_checkpoint(nn.Linear(1, 1), tmp_path / "epoch_9.pth")
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "has"),
+    [({"meta": {}, "model": 1}, "'meta', 'model'"), ({}, "nothing"), ({"state_dict": 3}, "'state_dict'")],
+)
+def test_a_checkpoint_without_a_model_says_what_it_has(checkpoint: dict[str, object], has: str) -> None:
+    """Where the model's part is missing, the parts that are there are listed, and secrets of the URL are not."""
+    with pytest.raises(CheckpointError, match=f"@host/x.pth has no model state .*; it has {has}") as caught:
+        model_part(checkpoint, "https://me:secret@host/x.pth")
+    assert "secret" not in str(caught.value)
+
+
+def test_urls_are_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL as the place to save to is an error, and no folder with such a name appears."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"s3://\*\*\*@bucket/c: checkpoints are written to paths only"):
+        save_checkpoint({"state_dict": {}}, "s3://me:secret@bucket/c")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["c", "c.pth"])
+def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path, name: str) -> None:
+    """A file in the way of the folder is an error that names the checkpoint."""
+    (tmp_path / "runs").write_text("x")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        save_checkpoint({"state_dict": {}}, tmp_path / "runs" / "deep" / name)

@@ -1,0 +1,198 @@
+"""A damaged, foreign or missing checkpoint is one clear error, never another exception and never wrong values."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stratagem.checkpoint import DirectoryFormat
+from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+
+FORMAT = DirectoryFormat()
+FILES = ["manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that nobody changes."""
+    path = tmp_path_factory.mktemp("damage") / "epoch_3"
+    FORMAT.save(
+        {
+            "meta": {"epoch": 3, "lr": 0.125, "done": True},
+            "state_dict": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])},
+            "optimizer": {"state": {"w": {"step": torch.tensor(3.0)}}},
+        },
+        path,
+    )
+    return path
+
+
+@pytest.fixture
+def damaged(sound: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(sound, tmp_path / "epoch_3"))
+
+
+def change_manifest(path: Path, **changes: Any) -> None:
+    """Change entries of the manifest; ``...`` takes one away."""
+    file = path / "manifest.json"
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def test_the_copy_is_sound(damaged: Path) -> None:
+    """The checkpoint of these tests can be read before it is damaged."""
+    assert FORMAT.load(damaged)["meta"] == {"epoch": 3, "lr": 0.125, "done": True}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9, -1])
+def test_a_file_that_was_cut_off_is_named(damaged: Path, name: str, part: float) -> None:
+    """Cut anywhere, every file is reported by its name as damaged, with exit status 1."""
+    data = (damaged / name).read_bytes()
+    (damaged / name).write_bytes(data[:-1] if part < 0 else data[: int(part * len(data))])
+    with pytest.raises(CheckpointDamagedError, match=name) as caught:
+        FORMAT.load(damaged)
+    assert caught.value.exit_status == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_missing_is_named(damaged: Path, name: str) -> None:
+    """A file that was removed is reported by its name as damage."""
+    (damaged / name).unlink()
+    with pytest.raises(CheckpointDamagedError, match=f"{name} is missing"):
+        FORMAT.load(damaged)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_grew_is_named(damaged: Path, name: str) -> None:
+    """Bytes after the end are damage as well."""
+    with (damaged / name).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointDamagedError, match=name):
+        FORMAT.load(damaged)
+
+
+def test_a_part_that_is_not_asked_for_is_missed_too(damaged: Path) -> None:
+    """An incomplete checkpoint is not used in part."""
+    (damaged / "optimizer.safetensors").unlink()
+    with pytest.raises(CheckpointDamagedError, match="optimizer"):
+        FORMAT.load(damaged, parts={"state_dict"})
+
+
+def flips(name: str, path: Path) -> list[tuple[int, int]]:
+    """Return (offset, mask) of changes all over a JSON file, or the header of a file of safetensors."""
+    data = (path / name).read_bytes()
+    end = len(data) if name.endswith(".json") else 8 + int.from_bytes(data[:8], "little")
+    return [(offset, 1 << (offset * 5 + turn) % 8) for offset in range(end) for turn in (0, 3)]
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
+def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
+    """A bit changed anywhere in the JSON, or in a header of safetensors, is damage."""
+    data = (damaged / name).read_bytes()
+    unnoticed: list[tuple[int, int]] = []
+    messages: list[str] = []
+    for offset, mask in flips(name, damaged):
+        changed = bytearray(data)
+        changed[offset] ^= mask
+        (damaged / name).write_bytes(changed)
+        try:
+            FORMAT.load(damaged)
+            unnoticed.append((offset, mask))
+        except CheckpointDamagedError as error:
+            messages.append(str(error))
+    assert unnoticed == []
+    assert all(name in message for message in messages)
+
+
+def test_a_flipped_bit_of_the_manifest_changes_no_state(damaged: Path) -> None:
+    """A bit changed in the manifest is an error of ours, or is in a note that loading does not use."""
+    file = damaged / "manifest.json"
+    data = file.read_bytes()
+    used = []
+    for offset, mask in flips(file.name, damaged):
+        changed = bytearray(data)
+        changed[offset] ^= mask
+        file.write_bytes(changed)
+        try:
+            tree = FORMAT.load(damaged)
+        except CheckpointError:
+            continue
+        assert tree["meta"] == {"epoch": 3, "lr": 0.125, "done": True}
+        used.append(offset)
+    notes = [(data.index(b'"stratagem"'), data.index(b'"files"'))]
+    assert all(any(start <= offset < end for start, end in notes) for offset in used)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: (path / "state.json").write_text("[" * 100_000),
+        lambda path: change_manifest(path, files=...),
+        lambda path: change_manifest(path, files=[]),
+        lambda path: change_manifest(path, files={"state.json": "1"}),
+        lambda path: change_manifest(path, files={"../epoch_3/state.json": 1}),
+        lambda path: change_manifest(path, files={}),
+        lambda path: change_manifest(path, saved_at=...),
+        lambda path: change_manifest(path, saved_at="yesterday"),
+        lambda path: change_manifest(path, saved_at=float("nan")),
+        lambda path: change_manifest(path, state_sha256=...),
+        lambda path: (path / "manifest.json").write_text("[" * 100_000),
+        lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"),
+    ],
+)
+def test_what_we_never_write_is_damage(damaged: Path, spoil: Callable[[Path], object]) -> None:
+    """Files that are JSON but make no sense, or are none, are damage and no other exception."""
+    spoil(damaged)
+    with pytest.raises(CheckpointDamagedError, match=r"\.json"):
+        FORMAT.load(damaged)
+
+
+def test_a_tensor_that_the_file_lacks_is_named(damaged: Path) -> None:
+    """Files that were swapped with ones of equal size are noticed by the missing tensor."""
+    content = (damaged / "model.safetensors").read_bytes().replace(b'"w"', b'"v"')
+    (damaged / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors: The tensor 'w' is missing"):
+        FORMAT.load(damaged)
+
+
+@pytest.mark.parametrize("content", ['{"format": "other", "version": 1}', "{}", "[]", "null", "3"])
+def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) -> None:
+    """A manifest that is not ours is said to be another program's, and is not called damaged."""
+    (damaged / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match="belongs to another program") as caught:
+        FORMAT.load(damaged)
+    assert type(caught.value) is CheckpointError
+    assert caught.value.exit_status == 2
+
+
+def test_a_later_version_names_itself(damaged: Path) -> None:
+    """A checkpoint of a later form says which version is needed and which wrote it."""
+    change_manifest(damaged, version=2, stratagem="9.0")
+    with pytest.raises(CheckpointError, match=r"has version 2 .* reads version 1.*\(9\.0\)") as caught:
+        FORMAT.load(damaged)
+    assert type(caught.value) is CheckpointError
+
+
+def test_a_folder_or_file_that_is_no_checkpoint_is_told(tmp_path: Path) -> None:
+    """A folder without a manifest, or any other file, is said to be no checkpoint, with what one looks like."""
+    (tmp_path / "notes").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path, tmp_path / "notes", tmp_path / "empty"):
+        with pytest.raises(CheckpointError, match=r"is not a checkpoint of Stratagem.*epoch_3") as caught:
+            FORMAT.load(path)
+        assert type(caught.value) is CheckpointError
+
+
+def test_a_missing_checkpoint_is_not_found(tmp_path: Path) -> None:
+    """What does not exist is not found, as Python's own FileNotFoundError too."""
+    with pytest.raises(CheckpointNotFoundError, match="epoch_9: there is no such checkpoint") as caught:
+        FORMAT.load(tmp_path / "epoch_9")
+    assert isinstance(caught.value, FileNotFoundError)

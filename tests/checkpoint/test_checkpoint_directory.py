@@ -1,0 +1,313 @@
+"""The directory of safetensors and JSON."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import pickle
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stratagem.checkpoint import DirectoryFormat, directory, read_manifest
+from stratagem.errors import CheckpointError
+from stratagem.storage import files
+
+FORMAT = DirectoryFormat()
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
+]
+
+
+def sample() -> dict[str, Any]:
+    """Return a small checkpoint with the usual parts."""
+    return {
+        "meta": {"epoch": 3, "iter": 12, "stratagem": "1.2.3"},
+        "state_dict": {"0.weight": torch.arange(6.0).reshape(2, 3), "0.bias": torch.zeros(2)},
+        "optimizer": {"state": {"0.weight": {"step": torch.tensor(12.0)}}, "param_groups": [{"lr": 0.1}]},
+    }
+
+
+def kept(tensor: Tensor, folder: Path) -> Tensor:
+    """Return what a tensor comes back as."""
+    FORMAT.save({"state_dict": {"x": tensor}}, folder / "c")
+    return FORMAT.load(folder / "c")["state_dict"]["x"]
+
+
+def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
+    """The model, every other part that has tensors, the rest as JSON and a manifest: nothing else."""
+    FORMAT.save(sample(), tmp_path / "c")
+    assert sorted(file.name for file in (tmp_path / "c").iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+def test_the_model_file_serves_other_tools(tmp_path: Path) -> None:
+    """Safetensors alone reads the model's file, with the model's own names."""
+    FORMAT.save({"state_dict": nn.Sequential(nn.Linear(3, 2)).state_dict()}, tmp_path / "c")
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"0.weight": (2, 3), "0.bias": (2,)}
+
+
+def test_the_manifest_says_where_the_run_stood(tmp_path: Path) -> None:
+    """Position, sizes and the version that wrote it can be read without loading anything."""
+    FORMAT.save(sample(), tmp_path / "c")
+    manifest = read_manifest(tmp_path / "c")
+    assert manifest["position"] == {"epoch": 3, "iter": 12}
+    assert manifest["stratagem"] == "1.2.3"
+    names = ("state.json", "model.safetensors", "optimizer.safetensors")
+    assert manifest["files"] == {name: (tmp_path / "c" / name).stat().st_size for name in names}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_type_of_number_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Each dtype that safetensors knows keeps its bits."""
+    size = torch.empty((), dtype=dtype).element_size()
+    bits = torch.tensor([0, 1] * (2 * size), dtype=torch.uint8)
+    tensor = bits.view(dtype) if dtype != torch.bool else bits.bool()
+    back = kept(tensor, tmp_path)
+    assert back.dtype == dtype
+    assert torch.equal(back.view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(2.5),
+        torch.empty(0),
+        torch.empty(0, 3, dtype=torch.int64),
+        torch.arange(6).reshape(2, 3).T,
+        torch.arange(9)[::2],
+        torch.tensor([1.0]).expand(3),
+        torch.arange(100)[98:],
+        torch.tensor([1 + 2j]).conj(),
+        torch.tensor([1 + 2j]).conj().imag,
+        nn.Parameter(torch.ones(2)),
+    ],
+    ids=["0-dim", "empty", "empty matrix", "transposed", "strided", "expanded", "view", "conj", "neg", "parameter"],
+)
+def test_every_shape_of_memory_comes_back(tensor: Tensor, tmp_path: Path) -> None:
+    """Scalars, empty tensors and all kinds of views come back with their values."""
+    back = kept(tensor, tmp_path)
+    assert back.shape == tensor.shape
+    assert back.dtype == tensor.dtype
+    assert back.tolist() == tensor.tolist()
+
+
+def test_a_view_does_not_store_what_it_is_a_view_of(tmp_path: Path) -> None:
+    """Two numbers of a large tensor take the space of two numbers."""
+    kept(torch.zeros(100_000)[:2], tmp_path)
+    assert (tmp_path / "c" / "model.safetensors").stat().st_size < 1000
+
+
+def test_tied_weights_are_there_under_each_name(tmp_path: Path) -> None:
+    """Weights that share memory, whole or in part, are each complete in the file."""
+    whole = torch.arange(4.0)
+    FORMAT.save({"state_dict": {"a": whole, "b": whole, "half": whole[2:], "none": whole[:0]}}, tmp_path / "c")
+    tensors = load_file(tmp_path / "c" / "model.safetensors")
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "a": [0, 1, 2, 3],
+        "b": [0, 1, 2, 3],
+        "half": [2, 3],
+        "none": [],
+    }
+
+
+def test_saving_does_not_change_what_is_saved(tmp_path: Path) -> None:
+    """The tensors of the running model stay where they are, tied, and keep their gradients' need."""
+    weight = nn.Parameter(torch.ones(2, 2))
+    state = {"a": weight, "b": weight}
+    FORMAT.save({"state_dict": state}, tmp_path / "c")
+    assert state["a"] is state["b"] is weight
+    assert weight.requires_grad
+
+
+def test_only_the_parts_asked_for_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever wants the weights does not read the optimizer's file."""
+    FORMAT.save(sample(), tmp_path / "c")
+    read = []
+    monkeypatch.setattr(directory, "load_file", lambda file: read.append(file.name) or load_file(file))
+    tree = FORMAT.load(tmp_path / "c", parts={"state_dict", "meta"})
+    assert list(tree) == ["meta", "state_dict"]
+    assert read == ["model.safetensors"]
+
+
+def test_tensors_go_to_the_device_asked_for(tmp_path: Path) -> None:
+    """``map_location`` is where all tensors of the tree are, given as text or as a device."""
+    FORMAT.save(sample(), tmp_path / "c")
+    for place in ("meta", torch.device("meta")):
+        tree = FORMAT.load(tmp_path / "c", map_location=place)
+        assert tree["state_dict"]["0.weight"].device.type == "meta"
+        assert tree["optimizer"]["state"]["0.weight"]["step"].device.type == "meta"
+
+
+def test_an_empty_checkpoint_comes_back(tmp_path: Path) -> None:
+    """A tree without parts, and parts without anything, are checkpoints as well."""
+    FORMAT.save({}, tmp_path / "c")
+    assert FORMAT.load(tmp_path / "c") == {}
+    FORMAT.save({"state_dict": {}, "meta": None}, tmp_path / "c")
+    assert FORMAT.load(tmp_path / "c") == {"state_dict": {}, "meta": None}
+
+
+def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    """After a second save nothing of the first one is left, in the directory or beside it."""
+    FORMAT.save(sample(), tmp_path / "c")
+    FORMAT.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "c")
+    assert FORMAT.load(tmp_path / "c") == {"state_dict": {"x": torch.ones(1)}}
+    assert sorted(file.name for file in (tmp_path / "c").iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "state.json",
+    ]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+def test_all_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
+    """Colleagues may read the weights as they may read any other new file."""
+    before = os.umask(0o027)
+    try:
+        FORMAT.save(sample(), tmp_path / "c")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "c").iterdir()} == {0o640}
+
+
+def full_disk(*_: object) -> None:
+    """Fail as a full disk does."""
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("operation", ["fsync_file", "fsync_directory"])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, old: bool
+) -> None:
+    """When the disk is full, the old checkpoint is intact, nothing is left beside it, and the error says why."""
+    if old:
+        FORMAT.save(sample(), tmp_path / "c")
+    monkeypatch.setattr(files, operation, full_disk)
+    with pytest.raises(
+        CheckpointError, match=r"c: the checkpoint could not be written: .*No space left.* bytes are free"
+    ):
+        FORMAT.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "c")
+    assert [entry.name for entry in tmp_path.iterdir()] == (["c"] if old else [])
+    if old:
+        assert set(FORMAT.load(tmp_path / "c")) == set(sample())
+
+
+def test_an_error_of_safetensors_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What safetensors cannot write is a CheckpointError, and the old checkpoint is intact."""
+    FORMAT.save(sample(), tmp_path / "c")
+    write = directory.save_file
+    monkeypatch.setattr(directory, "save_file", lambda tensors, _: write(tensors, tmp_path / "gone" / "x"))
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No such file"):
+        FORMAT.save(sample(), tmp_path / "c")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert set(FORMAT.load(tmp_path / "c")) == set(sample())
+
+
+def test_a_refused_value_leaves_what_was_there(tmp_path: Path) -> None:
+    """A value that cannot be stored is named with its part, and nothing is touched."""
+    FORMAT.save(sample(), tmp_path / "c")
+    with pytest.raises(CheckpointError, match=r"optimizer/a/0 is set"):
+        FORMAT.save({"optimizer": {"a": [{(1,)}]}}, tmp_path / "c")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert set(FORMAT.load(tmp_path / "c")) == set(sample())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.ones(2, dtype=torch.complex128), "complex128"),
+        (torch.eye(2).to_sparse(), "sparse_coo"),
+        (torch.empty(2, device="meta"), "on the meta device"),
+    ],
+)
+def test_tensors_that_safetensors_lacks_are_named(tensor: Tensor, kind: str, tmp_path: Path) -> None:
+    """A tensor that the form cannot hold is refused by its path."""
+    with pytest.raises(CheckpointError, match=f"state_dict/x is a tensor .*{kind}"):
+        kept(tensor, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "", ".", "..", ".hidden", "a\\b", "c:d", 1, None])
+def test_parts_stay_inside_of_the_directory(name: Any, tmp_path: Path) -> None:
+    """A part whose name is no file name is refused before anything is written."""
+    with pytest.raises(CheckpointError, match=r"has a part .* Rename it"):
+        FORMAT.save({name: {"x": torch.ones(1)}}, tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
+    """``model`` beside ``state_dict`` would take its file, so the pair is refused."""
+    with pytest.raises(CheckpointError, match="'state_dict' and 'model', which are one file"):
+        FORMAT.save({"state_dict": {"x": torch.ones(1)}, "model": {"x": torch.zeros(1)}}, tmp_path / "c")
+    FORMAT.save({"model": {"x": torch.ones(1)}, "state": {"x": torch.zeros(1)}, "manifest": 1}, tmp_path / "c")
+    assert FORMAT.load(tmp_path / "c") == {"model": {"x": torch.ones(1)}, "state": {"x": torch.zeros(1)}, "manifest": 1}
+
+
+@pytest.mark.parametrize("content", ["notes.txt", "manifest.json"])
+def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, content: str) -> None:
+    """Saving under the name of a folder that is no checkpoint of ours is an error, and all in it stays."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / content).write_text('{"format": "somebody else\'s"}')
+    with pytest.raises(CheckpointError, match=r"work is a folder with something other than a checkpoint"):
+        FORMAT.save(sample(), tmp_path / "work")
+    assert [entry.name for entry in (tmp_path / "work").iterdir()] == [content]
+
+
+@pytest.mark.parametrize("left", [["state.json", "manifest.json"], ["state.json"], []])
+def test_a_damaged_checkpoint_can_be_saved_again(tmp_path: Path, left: list[str]) -> None:
+    """A run that comes to the place of a damaged checkpoint, or an empty folder, replaces it."""
+    (tmp_path / "c").mkdir()
+    for name in left:
+        (tmp_path / "c" / name).write_text("{")
+    FORMAT.save(sample(), tmp_path / "c")
+    assert set(FORMAT.load(tmp_path / "c")) == set(sample())
+
+
+def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
+    """Where there is a file under the name, it stays."""
+    (tmp_path / "c").write_text("mine")
+    with pytest.raises(CheckpointError, match="There is a file"):
+        FORMAT.save(sample(), tmp_path / "c")
+    assert (tmp_path / "c").read_text() == "mine"
+
+
+def refuse(name: str) -> Callable[..., Any]:
+    """Return a function that must not be called."""
+
+    def refused(*_: object, **__: object) -> Any:
+        raise AssertionError(f"{name} was called")
+
+    return refused
+
+
+def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither pickle nor eval nor exec takes part in reading a checkpoint."""
+    FORMAT.save(sample(), tmp_path / "c")
+    FORMAT.load(tmp_path / "c")  # imports what is imported when first used
+    with monkeypatch.context() as patch:
+        for name in ("Unpickler", "load", "loads", "_Unpickler", "_load", "_loads"):
+            patch.setattr(pickle, name, refuse(name))
+        for name in ("eval", "exec"):
+            patch.setattr(builtins, name, refuse(name))
+        for action in (lambda: pickle.loads(b""), lambda: eval("1")):
+            with pytest.raises(AssertionError, match="was called"):
+                action()
+        tree = FORMAT.load(tmp_path / "c")
+    assert tree["meta"] == sample()["meta"]
+    assert json.loads((tmp_path / "c" / "state.json").read_text())["meta"] == sample()["meta"]

@@ -1,0 +1,102 @@
+"""The checkpoint from which a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from stratagem.checkpoint import find_latest_checkpoint, save_checkpoint
+
+
+def saved(path: Path, at: float) -> Path:
+    """Save a checkpoint that says it was saved at that time."""
+    save_checkpoint({"meta": {"iter": 1}, "state_dict": {}}, path)
+    if path.is_dir():
+        manifest = json.loads((path / "manifest.json").read_text())
+        (path / "manifest.json").write_text(json.dumps({**manifest, "saved_at": at}))
+    else:
+        os.utime(path, (at, at))
+    return path
+
+
+def test_the_one_saved_last_is_found(tmp_path: Path) -> None:
+    """Time decides, neither the name nor the order of the folder."""
+    saved(tmp_path / "epoch_10", 100.0)
+    newest = saved(tmp_path / "epoch_9", 300.0)
+    saved(tmp_path / "iter_99", 200.0)
+    assert find_latest_checkpoint(tmp_path) == newest
+
+
+def test_saves_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
+    """Without any help, the second of two saves is the latest, also when it replaces an older one."""
+    for name in ("b", "a"):
+        save_checkpoint({"state_dict": {}}, tmp_path / name)
+    assert find_latest_checkpoint(str(tmp_path)) == tmp_path / "a"
+    save_checkpoint({"state_dict": {}}, tmp_path / "b")
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "b"
+
+
+def test_single_files_count_by_their_names(tmp_path: Path) -> None:
+    """epoch_<n>.pth and iter_<n>.pth are checkpoints; other files and folders with like names are not."""
+    newest = saved(tmp_path / "iter_20.pth", 200.0)
+    saved(tmp_path / "epoch_1.pth", 100.0)
+    for name in ("best_acc_3.pth", "epoch_.pth", "epoch_x.pth", "my_epoch_3.pth", "epoch_4.pt", "epoch_5.pth.bak"):
+        (tmp_path / name).write_text("x")
+        os.utime(tmp_path / name, (900.0, 900.0))
+    (tmp_path / "epoch_6.pth").mkdir()
+    assert find_latest_checkpoint(tmp_path) == newest
+
+
+def test_both_forms_are_compared(tmp_path: Path) -> None:
+    """A directory and a single file in one folder are told apart by their time."""
+    saved(tmp_path / "epoch_1.pth", 100.0)
+    newest = saved(tmp_path / "epoch_2", 200.0)
+    assert find_latest_checkpoint(tmp_path) == newest
+    os.utime(tmp_path / "epoch_1.pth", (300.0, 300.0))
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "epoch_1.pth"
+
+
+def test_of_files_made_at_once_the_higher_number_is_later(tmp_path: Path) -> None:
+    """Where the clock of the file system cannot tell, 10 is after 9."""
+    saved(tmp_path / "iter_9.pth", 100.0)
+    newest = saved(tmp_path / "iter_10.pth", 100.0)
+    assert find_latest_checkpoint(tmp_path) == newest
+
+
+@pytest.mark.parametrize("hidden", [".epoch_2.tmp-1234-0a1b2c3d", ".epoch_2.old-1234-0a1b2c3d", ".mine"])
+def test_hidden_entries_are_skipped(tmp_path: Path, hidden: str) -> None:
+    """What a killed save left is never found, even if it has all files."""
+    kept = saved(tmp_path / "epoch_1", 100.0)
+    saved(tmp_path / "epoch_2", 200.0).rename(tmp_path / hidden)
+    assert find_latest_checkpoint(tmp_path) == kept
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "[]", '{"format": "other"}', '{"format": "stratagem-checkpoint"}', None])
+def test_a_damaged_or_foreign_manifest_is_skipped(tmp_path: Path, manifest: str | None) -> None:
+    """A newer folder whose manifest cannot be used does not hide the older checkpoint."""
+    kept = saved(tmp_path / "epoch_1", 100.0)
+    newer = saved(tmp_path / "epoch_2", 200.0)
+    (newer / "manifest.json").unlink() if manifest is None else (newer / "manifest.json").write_text(manifest)
+    assert find_latest_checkpoint(tmp_path) == kept
+
+
+@pytest.mark.parametrize("saved_at", ["NaN", "Infinity", '"300"', "null", "true"])
+def test_a_time_that_is_none_is_skipped(tmp_path: Path, saved_at: str) -> None:
+    """A manifest without a time cannot be compared, so it is skipped."""
+    kept = saved(tmp_path / "epoch_1", 100.0)
+    newer = saved(tmp_path / "epoch_2", 12345.5) / "manifest.json"
+    newer.write_text(newer.read_text().replace("12345.5", saved_at))
+    assert find_latest_checkpoint(tmp_path) == kept
+
+
+def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
+    """An empty folder, one of other things, a missing one and a file give None, not an error."""
+    assert find_latest_checkpoint(tmp_path) is None
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    assert find_latest_checkpoint(tmp_path) is None
+    assert find_latest_checkpoint(tmp_path / "missing") is None
+    assert find_latest_checkpoint(tmp_path / "notes.txt") is None

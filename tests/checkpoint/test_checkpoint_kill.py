@@ -1,0 +1,28 @@
+"""A kill at any moment of a save costs nothing that was saved before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_a_kill_while_saving_leaves_whole_checkpoints(tmp_path: Path, suffix: str) -> None:
+    """Whenever a save is killed, the latest checkpoint found is complete: the one before it, or itself."""
+    script = Path(__file__).with_name("save_sweep.py")
+    command = [sys.executable, str(script), str(tmp_path), f"iter_1{suffix}"]
+    left = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    found = [child["iter"] for child in left]
+    assert set(found) == {1, 2, 3}
+    assert found == sorted(found)  # first the old, then its replacement, then the next
+    assert all(child["same"] for child in left)
+    first, second = f"iter_1{suffix}", f"iter_3{suffix}"
+    assert all(child["names"] == ([first, second] if child["iter"] == 3 else [first]) for child in left)
+    assert [child["killed"] for child in left] == [True] * (len(left) - 1) + [False]
+    assert len(left) > 10

@@ -1,0 +1,169 @@
+"""Names of parameters without wrappers, and optimizers' state by them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stratagem.checkpoint import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.errors import CheckpointMismatchError
+
+
+@pytest.mark.parametrize(
+    ("name", "bare"),
+    [
+        ("weight", "weight"),
+        ("module.weight", "weight"),
+        ("module.module.weight", "weight"),
+        ("_orig_mod.weight", "weight"),
+        ("module._orig_mod.layer.0.weight", "layer.0.weight"),
+        ("_orig_mod.module.weight", "weight"),
+        ("layer._fsdp_wrapped_module.weight", "layer.weight"),
+        ("layer._checkpoint_wrapped_module.0._orig_mod.weight", "layer.0.weight"),
+        ("head.module.weight", "head.module.weight"),
+        ("module", "module"),
+        ("modules_list.0.weight", "modules_list.0.weight"),
+        ("my_orig_mod.weight", "my_orig_mod.weight"),
+    ],
+)
+def test_wrappers_leave_no_trace_in_names(name: str, bare: str) -> None:
+    """DDP's, torch.compile's and FSDP's parts of a name are taken away, and nothing that only looks alike."""
+    assert bare_name(name) == bare
+
+
+def model() -> nn.Sequential:
+    """Return a model with four parameters."""
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+
+
+def trained(net: nn.Module, groups: list[list[str]], **options: Any) -> torch.optim.Adam:
+    """Return an optimizer of the named parameters after one step in which each has another gradient."""
+    parameters = dict(net.named_parameters())
+    optimizer = torch.optim.Adam([{"params": [parameters[name] for name in group]} for group in groups], **options)
+    for number, parameter in enumerate(parameters.values(), start=1):
+        parameter.grad = torch.full_like(parameter, float(number))
+    optimizer.step()
+    return optimizer
+
+
+def moments(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, float]:
+    """Return the first number of Adam's first moment for each parameter: a tenth of its gradient after one step."""
+    return {
+        name: round(float(optimizer.state[parameter]["exp_avg"].flatten()[0]), 4)
+        for name, parameter in net.named_parameters()
+    }
+
+
+MOMENTS = {"0.weight": 0.1, "0.bias": 0.2, "1.weight": 0.3, "1.bias": 0.4}
+ALL = [list(MOMENTS)]
+
+
+def test_parameters_are_named_group_by_group() -> None:
+    """Each group's parameters have the model's names, in the group's order; strangers are named by their place."""
+    net = model()
+    stranger = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [net[1].bias, net[0].weight]}, {"params": [stranger, net[0].bias]}], lr=1)
+    assert parameter_names(optimizer, net) == [["1.bias", "0.weight"], ["unnamed.1.0", "0.bias"]]
+
+
+def test_state_is_stored_by_name() -> None:
+    """Names stand for torch's indices, and how the machine computes a step is left out."""
+    net = model()
+    optimizer = trained(net, [["1.weight"], ["0.bias", "0.weight", "1.bias"]], lr=0.5, foreach=True)
+    state = optimizer_by_name(optimizer.state_dict(), parameter_names(optimizer, net))
+    assert [group["params"] for group in state["param_groups"]] == [["1.weight"], ["0.bias", "0.weight", "1.bias"]]
+    assert {name: round(float(slots["exp_avg"].flatten()[0]), 4) for name, slots in state["state"].items()} == MOMENTS
+    assert [group["lr"] for group in state["param_groups"]] == [0.5, 0.5]
+    assert not {"foreach", "fused", "param_names"} & set(state["param_groups"][0])
+
+
+def test_the_order_of_parameters_does_not_matter() -> None:
+    """Each parameter gets its own moments back where a group lists them in another order."""
+    net, other = model(), model()
+    saved = trained(net, ALL, lr=0.5)
+    state = optimizer_by_name(saved.state_dict(), parameter_names(saved, net))
+    fresh = torch.optim.Adam(list(other.parameters())[::-1], lr=0.1)
+    names = parameter_names(fresh, other)
+    fresh.load_state_dict(optimizer_by_index(state, names, fresh.param_groups))
+    assert moments(fresh, other) == MOMENTS
+    assert fresh.param_groups[0]["lr"] == 0.5
+    assert names == [list(MOMENTS)[::-1]]
+
+
+def test_conversion_leaves_its_arguments_alone() -> None:
+    """Neither direction changes the state or the groups that it is given."""
+    net = model()
+    optimizer = trained(net, ALL)
+    names = parameter_names(optimizer, net)
+    state = optimizer.state_dict()
+    before = copy.deepcopy(state)
+    by_name = optimizer_by_name(state, names)
+    named_before = copy.deepcopy(by_name)
+    optimizer_by_index(by_name, names, optimizer.param_groups)
+    assert str(state) == str(before)
+    assert str(by_name) == str(named_before)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_the_implementation_is_that_of_this_run(by_name: bool) -> None:
+    """A run that chose fused or foreach keeps its choice, whatever the checkpoint was computed with."""
+    net = model()
+    saved = trained(net, ALL, foreach=True)
+    state: dict[str, Any] = saved.state_dict()
+    if by_name:
+        state = optimizer_by_name(state, parameter_names(saved, net))
+    fresh = torch.optim.Adam(net.parameters(), fused=True)
+    fresh.load_state_dict(optimizer_by_index(state, parameter_names(fresh, net), fresh.param_groups))
+    assert fresh.param_groups[0]["fused"] is True
+    assert not fresh.param_groups[0]["foreach"]
+    assert moments(fresh, net) == MOMENTS
+
+
+def test_torchs_own_state_is_taken_by_index() -> None:
+    """What torch's optimizer saved itself is loaded in its order."""
+    net = model()
+    saved = trained(net, ALL, lr=0.5)
+    fresh = torch.optim.Adam(net.parameters(), lr=0.1)
+    fresh.load_state_dict(optimizer_by_index(saved.state_dict(), parameter_names(fresh, net), fresh.param_groups))
+    assert moments(fresh, net) == MOMENTS
+    assert fresh.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_another_number_of_groups_is_told(by_name: bool) -> None:
+    """Two groups in the checkpoint and one here is an error with both numbers and what to do."""
+    net = model()
+    saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
+    state: dict[str, Any] = saved.state_dict()
+    if by_name:
+        state = optimizer_by_name(state, parameter_names(saved, net))
+    fresh = torch.optim.Adam(net.parameters())
+    with pytest.raises(
+        CheckpointMismatchError, match=r"has 2 parameter groups, this run's has 1.*resume_optimizer=False"
+    ):
+        optimizer_by_index(state, parameter_names(fresh, net), fresh.param_groups)
+
+
+def test_other_parameters_in_a_group_are_named() -> None:
+    """A group with other parameters is an error that names those of each side."""
+    net = model()
+    saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
+    state = optimizer_by_name(saved.state_dict(), parameter_names(saved, net))
+    fresh = torch.optim.Adam([{"params": [net[0].weight]}, {"params": [net[0].bias, net[1].weight]}])
+    with pytest.raises(
+        CheckpointMismatchError, match=r"group 1 .*only in the checkpoint \['1.bias'\], only in this run \[\]"
+    ):
+        optimizer_by_index(state, parameter_names(fresh, net), fresh.param_groups)
+
+
+def test_another_number_of_parameters_by_index_is_told() -> None:
+    """Where there are no names, the sizes of groups are compared."""
+    net = model()
+    saved = trained(net, ALL)
+    fresh = torch.optim.Adam([net[0].weight])
+    with pytest.raises(CheckpointMismatchError, match=r"group 0 .* has 4 parameters, this run's has 1"):
+        optimizer_by_index(saved.state_dict(), parameter_names(fresh, net), fresh.param_groups)

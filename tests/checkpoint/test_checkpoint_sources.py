@@ -1,0 +1,324 @@
+"""The places a checkpoint can come from."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stratagem.checkpoint import CheckpointLoader, save_checkpoint
+from stratagem.checkpoint.sources import cache_folder
+from stratagem.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigValueError,
+    MissingDependencyError,
+)
+
+
+def file_bytes() -> bytes:
+    """Return a checkpoint as a server holds it."""
+    buffer = io.BytesIO()
+    torch.save({"state_dict": {"w": torch.ones(2)}}, buffer)
+    return buffer.getvalue()
+
+
+CONTENT = file_bytes()
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+WRONG = DIGEST[::-1] if DIGEST[::-1] != DIGEST else "0" * 64
+
+
+@dataclass
+class Site:
+    """A server on this machine; ``requests`` are the paths asked for, with the Authorization header."""
+
+    address: str
+    requests: list[tuple[str, str | None]] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Site]:
+    """Serve every name that ends in .pth, and a few that go wrong."""
+    site = Site("")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            site.requests.append((self.path, self.headers["Authorization"]))
+            name = self.path.partition("?")[0]
+            code = {"/missing.pth": 404, "/gone.pth": 410, "/busy.pth": 503, "/moved.pth": 302}.get(name, 200)
+            self.send_response(code)
+            body = CONTENT if code == 200 else b"no"
+            self.send_header("Content-Length", str(len(body)))
+            if code == 302:
+                self.send_header("Location", "/elsewhere.pth")
+            self.end_headers()
+            self.wfile.write(body[:100] if name == "/cut.pth" else body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        site.address = f"http://127.0.0.1:{listening.server_port}"
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield site
+        listening.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def site(server: Site) -> Site:
+    """The server, with no requests yet."""
+    server.requests.clear()
+    return server
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no proxy in between."""
+    monkeypatch.setenv("STRATAGEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "cache" / "checkpoints"
+
+
+def kept(cache: Path) -> list[str]:
+    """Return what is in the cache, hidden names too."""
+    return sorted(entry.name for entry in cache.iterdir()) if cache.exists() else []
+
+
+def weights(name: str | Path) -> list[float]:
+    """Return what a checkpoint holds as the only weight."""
+    return CheckpointLoader.load_checkpoint(name)["state_dict"]["w"].tolist()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint in a folder whose name has a blank."""
+    path = tmp_path / "my runs" / "epoch_1.pth"
+    save_checkpoint({"state_dict": {"w": torch.ones(2)}}, path)
+    return path
+
+
+def test_a_path_is_read_where_it_is(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text, Path, a path from here and one with ~ all name the same file."""
+    monkeypatch.chdir(saved.parent)
+    monkeypatch.setenv("HOME", str(saved.parent))
+    for name in (
+        saved,
+        str(saved),
+        "epoch_1.pth",
+        "~/epoch_1.pth",
+        saved.as_uri(),
+        f"file://localhost{saved.as_uri()[7:]}",
+    ):
+        assert CheckpointLoader.fetch(name) == saved
+        assert weights(name) == [1, 1]
+
+
+def test_a_missing_path_names_what_is_beside_it(saved: Path) -> None:
+    """An error about a path says what was probably meant, or that there is no folder either."""
+    with pytest.raises(CheckpointNotFoundError, match=r"epoch_2\.pth: there is no .*Did you mean 'epoch_1\.pth'"):
+        CheckpointLoader.fetch(saved.with_name("epoch_2.pth"))
+    with pytest.raises(CheckpointNotFoundError, match=r"There is no folder .*elsewhere either"):
+        CheckpointLoader.fetch(saved.parent / "elsewhere" / "epoch_1.pth")
+    with pytest.raises(CheckpointNotFoundError, match="there is no such checkpoint"):
+        CheckpointLoader.fetch(saved.with_name("epoch_2.pth").as_uri())
+
+
+def test_files_of_another_host_are_refused() -> None:
+    """file://data/x.pth, with a slash too few, is not read as /x.pth."""
+    with pytest.raises(CheckpointError, match="'data' stands where a host does"):
+        CheckpointLoader.fetch("file://data/x.pth")
+
+
+def test_a_url_is_downloaded_once(site: Site, cache: Path) -> None:
+    """The second load takes the copy; nothing but the copy is in the cache."""
+    for _ in range(2):
+        assert weights(f"{site.address}/net.pth") == [1, 1]
+    assert site.requests == [("/net.pth", None)]
+    [name] = kept(cache)
+    assert name.endswith("-net.pth")
+    assert (cache / name).read_bytes() == CONTENT
+
+
+def test_two_urls_with_one_name_are_two_files(site: Site, cache: Path) -> None:
+    """Copies are told apart by the whole address."""
+    weights(f"{site.address}/a/net.pth")
+    weights(f"{site.address}/b/net.pth")
+    weights(f"{site.address}/a/net.pth?version=2")
+    assert len(site.requests) == len(kept(cache)) == 3
+
+
+def test_a_url_without_a_suffix_is_a_single_file(site: Site) -> None:
+    """A download whose name does not say what it is can be read."""
+    assert weights(f"{site.address}/download?id=3") == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "mark", [f"-{DIGEST[:8]}.pth", f"-{DIGEST}.pth", f".pth#sha256={DIGEST}", f".pth#sha256={DIGEST[:8].upper()}"]
+)
+def test_a_right_digest_is_accepted(site: Site, mark: str) -> None:
+    """The digest may stand in the name or behind #, whole or its beginning."""
+    assert weights(f"{site.address}/net{mark}") == [1, 1]
+
+
+@pytest.mark.parametrize("mark", [f"-{WRONG[:8]}.pth", f".pth#sha256={WRONG}", f"-{DIGEST[:8]}.pth#sha256={WRONG}"])
+def test_a_wrong_digest_keeps_nothing(site: Site, cache: Path, mark: str) -> None:
+    """A file with another digest is damage; both digests are shown and nothing is kept. What is behind # decides."""
+    with pytest.raises(CheckpointDamagedError, match=f"its SHA-256 is {DIGEST}, but {WRONG[:8]}"):
+        CheckpointLoader.fetch(f"{site.address}/net{mark}")
+    assert kept(cache) == []
+
+
+def test_a_digest_given_later_is_checked_too(site: Site) -> None:
+    """A copy that was kept unchecked does not pass for one with a digest."""
+    weights(f"{site.address}/net.pth")
+    with pytest.raises(CheckpointDamagedError, match="SHA-256"):
+        CheckpointLoader.fetch(f"{site.address}/net.pth#sha256={WRONG}")
+
+
+@pytest.mark.parametrize("fragment", ["sha256=", "sha256=xyz", "sha256=abc", "md5=0123456789abcdef", "top"])
+def test_what_would_be_ignored_behind_the_hash_is_refused(site: Site, fragment: str) -> None:
+    """A digest that cannot be checked is an error and not skipped."""
+    with pytest.raises(CheckpointError, match="what follows # can only be sha256="):
+        CheckpointLoader.fetch(f"{site.address}/net.pth#{fragment}")
+    assert site.requests == []
+
+
+def test_a_transfer_that_was_cut_keeps_nothing(site: Site, cache: Path) -> None:
+    """Fewer bytes than the server announced are damage, also without a digest."""
+    with pytest.raises(CheckpointDamagedError, match=f"100 bytes came of {len(CONTENT)}"):
+        CheckpointLoader.fetch(f"{site.address}/cut.pth")
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "code"),
+    [("missing", CheckpointNotFoundError, 404), ("gone", CheckpointNotFoundError, 410), ("busy", CheckpointError, 503)],
+)
+def test_what_the_server_refuses_is_told(site: Site, cache: Path, name: str, kind: type[Exception], code: int) -> None:
+    """The status is shown; only what is not there is called not found."""
+    with pytest.raises(CheckpointError, match=rf"/{name}\.pth: the server answered {code}") as caught:
+        CheckpointLoader.fetch(f"{site.address}/{name}.pth")
+    assert type(caught.value) is kind
+    assert kept(cache) == []
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:9/x.pth", "http:///x.pth", "http://127.0.0.1:port/x.pth", "http://[/x.pth"]
+)
+def test_no_answer_is_an_error_of_ours(address: str, cache: Path) -> None:
+    """A refused connection and an impossible address are errors with the address."""
+    with pytest.raises(CheckpointError, match=r"/x\.pth") as caught:
+        CheckpointLoader.fetch(address)
+    assert type(caught.value) is CheckpointError
+    assert kept(cache) == []
+
+
+def test_a_cache_that_cannot_be_made_is_an_error_of_ours(site: Site, tmp_path: Path) -> None:
+    """A file where the cache's folder should be is an error that names the place."""
+    (tmp_path / "cache").write_text("x")
+    with pytest.raises(CheckpointError, match=r"the download failed: .*cache"):
+        CheckpointLoader.fetch(f"{site.address}/net.pth")
+
+
+def test_the_user_of_a_url_logs_in_and_is_shown_nowhere(site: Site, cache: Path) -> None:
+    """Name and password are sent to that server alone; no error shows them."""
+    address = site.address.replace("://", "://me:s%20cret@")
+    weights(f"{address}/net.pth")
+    assert site.requests == [("/net.pth", "Basic " + base64.b64encode(b"me:s cret").decode())]
+    site.requests.clear()
+    weights(f"{address}/moved.pth")
+    assert [login is not None for _, login in site.requests] == [True, False]
+    for name in ("missing.pth", "busy.pth", "cut.pth", f"a-{WRONG[:8]}.pth", "a.pth#top"):
+        with pytest.raises(CheckpointError, match=r"\*\*\*@127") as caught:
+            CheckpointLoader.fetch(f"{address}/{name}")
+        assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:secret@127.0.0.1:9/x.pth", "ftps://me:secret@host/x.pth", "file://me:secret@host/x"]
+)
+def test_secrets_in_other_failures_are_masked(url: str) -> None:
+    """Whatever is wrong with a URL, its password is not printed."""
+    with pytest.raises(CheckpointError) as caught:
+        CheckpointLoader.fetch(url)
+    assert "secret" not in str(caught.value)
+
+
+def test_secrets_in_the_query_are_masked(site: Site) -> None:
+    """A token in the query is not printed."""
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        CheckpointLoader.fetch(f"{site.address}/missing.pth?token=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_torchvision_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision:// without torchvision says how to get it."""
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(MissingDependencyError, match="pip install torchvision"):
+        CheckpointLoader.fetch("torchvision://resnet18")
+
+
+@pytest.mark.parametrize("scheme", ["open-mmlab", "openmmlab"])
+def test_an_unknown_name_of_a_collection_gets_the_nearest(scheme: str) -> None:
+    """A slip in the name of published weights is answered with the right one."""
+    with pytest.raises(CheckpointNotFoundError, match=r"'vgg16_cafe'\. Did you mean 'vgg16_caffe'"):
+        CheckpointLoader.fetch(f"{scheme}://vgg16_cafe")
+
+
+def test_an_unknown_scheme_gets_the_nearest() -> None:
+    """A scheme that nobody serves is answered with those that are near."""
+    with pytest.raises(CheckpointError, match=r"htps:///x\.pth: no way to read htps:// .*'https://'"):
+        CheckpointLoader.fetch("htps:///x.pth")
+
+
+@pytest.fixture
+def own_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registrations that end with the test."""
+    monkeypatch.setattr(CheckpointLoader, "_fetchers", dict(CheckpointLoader._fetchers))
+
+
+@pytest.mark.usefixtures("own_schemes")
+def test_users_serve_schemes_of_their_own(saved: Path, tmp_path: Path) -> None:
+    """A registered function gives the local path; of several prefixes the longest decides."""
+    CheckpointLoader.register_scheme("zoo://")(lambda _: tmp_path / "other")
+    CheckpointLoader.register_scheme(["zoo://a/", "farm://"])(lambda name: saved.parent / name.rpartition("/")[2])
+    assert CheckpointLoader.fetch("zoo://b") == tmp_path / "other"
+    assert weights("zoo://a/epoch_1.pth") == [1, 1]
+    assert weights("farm://epoch_1.pth") == [1, 1]
+
+
+@pytest.mark.usefixtures("own_schemes")
+def test_a_scheme_is_replaced_only_on_purpose(saved: Path) -> None:
+    """Registering a taken prefix is an error, and registers none of the others with it."""
+    with pytest.raises(ConfigValueError, match=r"'https://' is registered already; pass force=True"):
+        CheckpointLoader.register_scheme(["new://", "https://"])(lambda _: saved)
+    with pytest.raises(CheckpointError, match="no way to read new://"):
+        CheckpointLoader.fetch("new://x")
+    CheckpointLoader.register_scheme("https://", force=True)(lambda _: saved)
+    assert CheckpointLoader.fetch("https://host/x.pth") == saved
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """STRATAGEM_CACHE comes first, then XDG_CACHE_HOME, then the user's cache folder."""
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("STRATAGEM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "stratagem"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "stratagem"

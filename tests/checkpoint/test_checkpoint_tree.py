@@ -1,0 +1,170 @@
+"""Trees of state are taken apart into tensors and JSON, and come back as they were."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from stratagem.checkpoint import join_tree, split_tree
+from stratagem.errors import CheckpointDamagedError, CheckpointError
+
+KEYS = st.text(max_size=4) | st.sampled_from(["$tensor", "$items", "$", "a/b", "__metadata__"]) | st.integers(-3, 3)
+TENSORS = st.integers(0, 99).map(torch.tensor)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | TENSORS
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(KEYS, inner, max_size=4)
+        | st.dictionaries(st.floats(allow_nan=False, allow_infinity=False) | st.booleans(), inner, max_size=2)
+    ),
+    max_leaves=12,
+)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Tell whether two trees have the same types, keys in the same order, and values; nan is equal to nan."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict):
+        return equal(list(one), list(other)) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, float):
+        return (math.isnan(one) and math.isnan(other)) or (
+            one == other and math.copysign(1, one) == math.copysign(1, other)
+        )
+    return one == other
+
+
+def through_json(tree: Any) -> Any:
+    """Take the tree apart, send what is no tensor through JSON, and put it together."""
+    tensors, skeleton = split_tree(tree)
+    return join_tree(tensors, json.loads(json.dumps(skeleton, allow_nan=False)))
+
+
+@given(TREES)
+def test_every_tree_comes_back_as_it_was(tree: Any) -> None:
+    """Nested dicts, lists, tuples, numbers, strings, None and tensors come back with their types and order."""
+    assert equal(through_json(tree), tree)
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, -0.0, 5e-324, 0.1])
+def test_floats_that_json_lacks_come_back(number: float) -> None:
+    """Infinity, nan and the smallest numbers come back exactly."""
+    assert equal(through_json([number]), [number])
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a/b": torch.tensor(1), "a": {"b": torch.tensor(2)}},
+        {1: torch.tensor(1), "1": torch.tensor(2)},
+        {"x": {"": torch.tensor(1)}, "x/": torch.tensor(2), "x/'": torch.tensor(3)},
+    ],
+)
+def test_tensors_whose_paths_read_alike_are_kept_apart(tree: Any) -> None:
+    """Keys with slashes or of two types never make one tensor take the place of another."""
+    assert equal(through_json(tree), tree)
+
+
+def test_a_state_dict_keeps_its_names() -> None:
+    """A flat dict of tensors is stored under exactly its own keys."""
+    tensors, _ = split_tree({"0.weight": torch.ones(1), "head.bias": torch.zeros(1)})
+    assert list(tensors) == ["0.weight", "head.bias"]
+
+
+class Mode(enum.IntEnum):
+    FAST = 3
+
+
+class Kind(str, enum.Enum):  # noqa: UP042 -- str() of this one gives its name
+    BEST = "best"
+
+
+class Pair(NamedTuple):
+    left: int
+    right: int
+
+
+@pytest.mark.parametrize(
+    ("special", "plain"),
+    [
+        (Mode.FAST, 3),
+        (Kind.BEST, "best"),
+        (np.float64(0.5), 0.5),
+        (np.float64("nan"), math.nan),
+        (Pair(1, 2), (1, 2)),
+        (OrderedDict(b=1, a=2), {"b": 1, "a": 2}),
+        ({Kind.BEST: 1}, {"best": 1}),
+    ],
+)
+def test_subclasses_come_back_plain(special: Any, plain: Any) -> None:
+    """Enums, NumPy's floats, named tuples and ordered dicts become the plain types that they stand for."""
+    assert equal(join_tree(*split_tree([special])), [plain])
+
+
+def test_parameters_become_plain_tensors() -> None:
+    """A parameter is stored as its values, without the graph."""
+    [tensor] = join_tree(*split_tree([nn.Parameter(torch.ones(2))]))
+    assert type(tensor) is torch.Tensor
+    assert not tensor.requires_grad
+
+
+def test_versions_of_modules_are_kept() -> None:
+    """What torch notes of each module beside its state dict comes back with it."""
+    state = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
+    assert through_json(state)._metadata == {"": {"version": 1}, "0": {"version": 2}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "kind"),
+    [
+        ({"a": [0, {"b": {(1, 2)}}]}, "a/1/b", "set"),
+        ({"a": (b"x",)}, "a/0", "bytes"),
+        ({"a": np.float32(1)}, "a", "float32"),
+        ({"a": {"f": print}}, "a/f", "builtin_function_or_method"),
+        (object(), "root", "object"),
+    ],
+)
+def test_what_needs_pickle_is_refused_by_its_path(tree: Any, path: str, kind: str) -> None:
+    """A value of another kind is refused, and the error says where it is and what."""
+    with pytest.raises(CheckpointError, match=f"The checkpoint's {path} is {kind} .* without pickle"):
+        split_tree(tree)
+
+
+@pytest.mark.parametrize("key", [None, (1, 2), math.nan, math.inf, b"x"])
+def test_other_keys_are_refused_by_their_path(key: Any) -> None:
+    """A key that is neither text nor a finite number is refused, and the error says where."""
+    with pytest.raises(CheckpointError, match="The checkpoint's optimizer/a has the key"):
+        split_tree({"a": {key: 1}}, where="optimizer")
+
+
+def test_a_tree_that_contains_itself_is_refused() -> None:
+    """A list in itself ends in an error, not in the interpreter's recursion limit."""
+    tree: list[Any] = []
+    tree.append(tree)
+    with pytest.raises(CheckpointError, match="meta contains itself"):
+        split_tree(tree, where="meta")
+
+
+@pytest.mark.parametrize(
+    "skeleton", [{"$tensor": "x"}, {"$tensor": []}, {"$float": "a"}, {"$float": None}, {"$tuple": 1}, {"$items": [[1]]}]
+)
+def test_json_that_we_never_write_is_damage(skeleton: Any) -> None:
+    """A description of a tree that does not make sense is an error of its own kind."""
+    with pytest.raises(CheckpointDamagedError):
+        join_tree({}, skeleton)

@@ -1,0 +1,78 @@
+"""Looking at configurations from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stratagem.cli.main import spell_out_resume
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Path:
+    """A configuration with a base: the base gives the learning rate, the child changes it."""
+    (tmp_path / "base.py").write_text("optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))\n")
+    child = tmp_path / "child.py"
+    child.write_text(
+        "_base_ = 'base.py'\n\noptim_wrapper = dict(optimizer=dict(lr=0.2))\nmodel = dict(type='Identity')\n"
+    )
+    return child
+
+
+def test_show_prints_the_merged_configuration(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """`config show --as yaml` prints what the bases, the file and --set give together."""
+    shown = stratagem("config", "show", family, "--as", "yaml", "--set", "log_level=DEBUG")
+    assert shown.status == 0
+    assert yaml.safe_load(shown.out) == {
+        "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.2}},
+        "model": {"type": "Identity"},
+        "log_level": "DEBUG",
+    }
+
+
+def test_show_refuses_an_unknown_form(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """`--as yml` is refused with the nearest form."""
+    shown = stratagem("config", "show", family, "--as", "yml")
+    assert (shown.status, shown.out) == (2, "")
+    assert "Did you mean 'yaml'?" in shown.err
+
+
+def test_explain_names_every_file_and_line(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """`config explain` prints, in order, the base's line, the child's line and the override."""
+    told = stratagem(
+        "config", "explain", family, "optim_wrapper.optimizer.lr", "--set", "optim_wrapper.optimizer.lr=0.3"
+    )
+    lines = told.out.splitlines()
+    assert told.status == 0
+    assert ["base.py:1" in lines[1], "child.py:3" in lines[2], "--set" in lines[3]] == [True] * 3
+    assert [line.rstrip().rsplit(" ", 1)[1] for line in lines[1:]] == ["0.1", "0.2", "0.3"]
+
+
+def test_diff_compares_with_another_file(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """`config diff` prints what differs, and says so where nothing does."""
+    different = stratagem("config", "diff", family.with_name("base.py"), family)
+    assert different.status == 0
+    assert "0.1" in different.out
+    assert "0.2" in different.out
+    assert stratagem("config", "diff", family, family).out == "No difference.\n"
+
+
+def test_check_lists_all_problems(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """`config check` ends with status 2 and names each slip with its place and the nearest name."""
+    assert stratagem("config", "check", family).status == 0
+    wrong = stratagem("config", "check", family, "--set", "optim_wrapper.optimizer.momentun=1", "--set", "rezume=1")
+    assert wrong.status == 2
+    assert "2 problems" in wrong.err
+    assert "'resume'" in wrong.err
+    assert "Traceback" not in wrong.err
+
+
+def test_resume_without_a_path_is_spelled_out() -> None:
+    """--resume before an option, at the end, or before the configuration means the latest checkpoint."""
+    assert spell_out_resume(["train", "c.py", "--resume"]) == ["train", "c.py", "--resume=auto"]
+    assert spell_out_resume(["train", "--resume", "c.py"]) == ["train", "--resume=auto", "c.py"]
+    assert spell_out_resume(["train", "--resume", "--nproc", "2"])[1] == "--resume=auto"
+    assert spell_out_resume(["train", "c.py", "--resume", "w/epoch_1"])[2:] == ["--resume", "w/epoch_1"]

@@ -1,0 +1,384 @@
+"""A strategy sets its process up, names its run, and gives back what it changed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import re
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ranks import Ranks
+from small_runs import Lines, make
+from stratagem.dist import World, is_distributed
+from stratagem.errors import (
+    ConfigKeyError,
+    ConfigTypeError,
+    ConfigValueError,
+    LaunchError,
+    PlacementError,
+    WorkDirError,
+)
+from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy, environment
+
+Make = Callable[..., BaseStrategy]
+
+
+def test_without_a_launcher_it_is_one_process(single: Make) -> None:
+    """The launcher is inferred: nobody started several processes."""
+    strategy = single()
+    assert (strategy.launcher, strategy.distributed, strategy.rank, strategy.world_size) == ("none", False, 0, 1)
+    assert isinstance(strategy.world, World)
+
+
+def test_a_stray_world_size_is_no_launch(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Container platforms set WORLD_SIZE; alone it does not start anything."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    strategy = single()
+    assert (strategy.launcher, strategy.world_size) == ("none", 1)
+    assert not is_distributed()
+
+
+def test_a_launcher_that_did_not_start_the_process_is_refused(single: Make) -> None:
+    """The variables that torchrun sets are missing, and the error names them."""
+    with pytest.raises(LaunchError, match="launcher='pytorch', but this process was not started by it: RANK"):
+        single(env={"launcher": "pytorch"})
+
+
+def test_ddp_without_a_launcher_is_refused(tmp_path: Path) -> None:
+    """The error names the commands that start several processes."""
+    with pytest.raises(LaunchError, match="`stratagem train CONFIG --nproc N`"):
+        DDPStrategy(work_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"env_kwargs": {"randomnes": {}}}, "env_kwargs: 'randomnes' is not known. Did you mean 'randomness'"),
+        ({"env_kwargs": {"randomness": {"sed": 1}}}, "randomness: 'sed' is not known. Did you mean 'seed'"),
+        ({"env_kwargs": {"mp_cfg": {"opencv_threads": 1}}}, "mp_cfg: 'opencv_threads' .* 'opencv_num_threads'"),
+        ({"env_kwargs": {"dist_cfg": {"time_out": 1}}}, "dist_cfg: 'time_out' is not known. Did you mean 'timeout'"),
+        ({"log_kwargs": {"loglevel": "INFO"}}, "log_kwargs: 'loglevel' is not known. Did you mean 'log_level'"),
+        ({"auto_scale_lr": {"base_batchsize": 1}}, "auto_scale_lr: 'base_batchsize' .* 'base_batch_size'"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
+    """No setting is accepted and ignored."""
+    with pytest.raises(ConfigKeyError, match=message):
+        SingleDeviceStrategy(work_dir=tmp_path, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"env_kwargs": {"randomness": 3}}, "env_kwargs: randomness is 3; a mapping is due"),
+        ({"env_kwargs": {"randomness": {"seed": "3"}}}, "seed must be an integer or None, not '3'"),
+        ({"auto_scale_lr": True}, "auto_scale_lr is True; a mapping"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_refused(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
+    """The error shows what came and what is due."""
+    with pytest.raises(ConfigTypeError, match=message):
+        SingleDeviceStrategy(work_dir=tmp_path, **kwargs)
+
+
+def test_none_stands_for_no_settings(single: Make) -> None:
+    """mp_cfg, dist_cfg and randomness may be None, as in configurations."""
+    strategy = single(seed=None, env={"mp_cfg": None, "dist_cfg": None, "randomness": None})
+    assert 0 <= strategy.seed < 2**31
+    assert strategy.randomness == {"seed": strategy.seed}
+
+
+# ---- cuDNN, threads, files -----------------------------------------------------------------------------------------
+
+
+def test_the_autotuner_is_switched_on_and_back(single: Make) -> None:
+    """cudnn_benchmark lasts as long as the strategy."""
+    strategy = single(env={"cudnn_benchmark": True})
+    assert torch.backends.cudnn.benchmark
+    strategy.close()
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_deterministic_wins_over_the_autotuner(single: Make) -> None:
+    """The autotuner may choose another kernel each time, so it goes; all is as before after close()."""
+    before = torch.backends.cudnn.deterministic
+    with pytest.warns(UserWarning, match="switched off, because deterministic=True"):
+        strategy = single(env={"cudnn_benchmark": True, "randomness": {"seed": 0, "deterministic": True}})
+    assert not torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.deterministic
+    assert torch.are_deterministic_algorithms_enabled()
+    strategy.close()
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.deterministic is before
+
+
+def test_the_start_method_of_workers_is_chosen_and_given_back(single: Make) -> None:
+    """mp_cfg holds as long as the strategy."""
+    assert multiprocessing.get_start_method(allow_none=True) is None
+    strategy = single(env={"mp_cfg": {"mp_start_method": "spawn"}})
+    assert multiprocessing.get_start_method() == "spawn"
+    strategy.close()
+    assert multiprocessing.get_start_method(allow_none=True) is None
+
+
+def test_one_process_keeps_its_threads(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thread variables are set for distributed runs only."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    single()
+    assert "OMP_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("asked", "soft", "hard", "expected"),
+    [
+        (4096, 1024, 8192, 4096),
+        (4096, 1024, 2048, 2048),
+        (512, 1024, 8192, 1024),
+        (4096, 1024, resource.RLIM_INFINITY, 4096),
+    ],
+)
+def test_the_limit_of_open_files(
+    single: Make, monkeypatch: pytest.MonkeyPatch, asked: int, soft: int, hard: int, expected: int
+) -> None:
+    """The soft limit becomes min(max(resource_limit, soft), hard), and again what it was at the end."""
+    limits = [(soft, hard)]
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(environment.resource, "setrlimit", lambda _, pair: limits.append(pair))
+    strategy = single(env={"resource_limit": asked})
+    assert limits[1:] == [(expected, hard)]
+    strategy.close()
+    assert limits[-1] == (soft, hard)
+
+
+def test_an_unlimited_number_of_open_files_stays(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raising never lowers, even where "no limit" is the number -1."""
+    no_limit = resource.RLIM_INFINITY
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (no_limit, no_limit))
+    monkeypatch.setattr(environment.resource, "setrlimit", lambda _, pair: pytest.fail(f"set to {pair}"))
+    single()
+
+
+@pytest.mark.parametrize("limit", [None, "4096", -1, True])
+def test_a_limit_that_is_no_number_is_refused(single: Make, limit: object) -> None:
+    """The error shows it."""
+    with pytest.raises(ConfigValueError, match="resource_limit is"):
+        single(env={"resource_limit": limit})
+
+
+# ---- seeds ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_seed_seeds_all_generators(single: Make) -> None:
+    """Python, NumPy and torch draw what they draw after being seeded by hand."""
+    strategy = single(seed=7)
+    drawn = random.random(), np.random.rand(), torch.rand(()).item()
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
+    assert strategy.seed == 7
+    assert strategy.randomness["seed"] == 7
+
+
+def test_without_a_seed_each_run_draws_its_own(single: Make) -> None:
+    """Two runs without a seed are two experiments."""
+    assert single(seed=None).seed != single(seed=None).seed
+
+
+def test_the_callers_settings_are_left_alone(single: Make) -> None:
+    """env_kwargs and what is in it stay as they were, the drawn seed included."""
+    env = {"randomness": {"seed": None}, "mp_cfg": {"opencv_num_threads": 0}, "dist_cfg": {"timeout": 5}}
+    single(env=env)
+    assert env == {"randomness": {"seed": None}, "mp_cfg": {"opencv_num_threads": 0}, "dist_cfg": {"timeout": 5}}
+
+
+def test_randomness_is_given_as_a_copy(single: Make) -> None:
+    """Changing what the property returned does not change the strategy."""
+    strategy = single(seed=3)
+    strategy.randomness["seed"] = 9
+    assert strategy.randomness["seed"] == 3
+
+
+# ---- names and folders ---------------------------------------------------------------------------------------------
+
+
+def test_the_names_of_a_run(single: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """work_dir is absolute, log_dir lies in it and is called by the time, the experiment by its name and the time."""
+    monkeypatch.chdir(tmp_path)
+    strategy = single(Path("runs/a"), experiment_name="digits")
+    assert re.fullmatch(r"\d{8}_\d{6}", strategy.timestamp)
+    assert strategy.work_dir == str(tmp_path / "runs" / "a")
+    assert strategy.log_dir == str(tmp_path / "runs" / "a" / strategy.timestamp)
+    assert Path(strategy.log_dir).is_dir()
+    assert strategy.experiment_name == f"digits_{strategy.timestamp}"
+
+
+def test_a_run_without_a_name_is_called_by_its_time(single: Make) -> None:
+    """experiment_name is the timestamp alone."""
+    strategy = single()
+    assert strategy.experiment_name == strategy.timestamp
+
+
+def test_the_log_goes_into_a_file_named_by_the_time(single: Make) -> None:
+    """The logger has the experiment's name and appends to <log_dir>/<timestamp>.log."""
+    strategy = single(experiment_name="digits")
+    strategy.logger.info("hello")
+    file = Path(strategy.log_dir) / f"{strategy.timestamp}.log"
+    assert strategy.logger.name == strategy.experiment_name
+    assert file.read_text().count("hello") == 1
+    again = strategy.build_logger()
+    again.info("again")
+    again.close()
+    assert [word in file.read_text() for word in ("hello", "again")] == [True, True]
+
+
+def test_the_logger_takes_what_log_kwargs_say(single: Make, tmp_path: Path) -> None:
+    """Level, file, its mode and the name."""
+    file = tmp_path / "own.log"
+    file.write_text("old\n")
+    strategy = single(log_kwargs={"log_level": "ERROR", "log_file": str(file), "file_mode": "w", "name": "mine"})
+    strategy.logger.warning("quiet")
+    strategy.logger.error("loud")
+    assert strategy.logger.name == "mine"
+    assert "quiet" not in file.read_text()
+    assert "old" not in file.read_text()
+    assert "loud" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("work_dir", "log_dir", "experiment_name", "timestamp", "launcher", "distributed"),
+        *("rank", "world_size", "seed", "randomness", "world"),
+    ],
+)
+def test_facts_cannot_be_assigned(single: Make, name: str) -> None:
+    """They are properties without a setter."""
+    with pytest.raises(AttributeError):
+        setattr(single(), name, None)
+
+
+def test_a_work_dir_below_a_file_is_refused(tmp_path: Path) -> None:
+    """Even root cannot write there; the error names the path and the reason."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkDirError, match=r"work_dir: .*file/run cannot be created: Not a directory"):
+        SingleDeviceStrategy(work_dir=tmp_path / "file" / "run")
+
+
+# ---- the end -------------------------------------------------------------------------------------------------------
+
+
+def test_closing_twice_changes_nothing_more(single: Make) -> None:
+    """What was set between the two calls belongs to somebody else and stays."""
+    strategy = single(env={"cudnn_benchmark": True})
+    strategy.close()
+    torch.backends.cudnn.benchmark = True
+    strategy.close()
+    assert torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+
+
+def test_a_strategy_that_cannot_be_made_leaves_the_process_as_it_was(tmp_path: Path) -> None:
+    """Whatever was set before the error is given back."""
+    for bad in ({"env": {"resource_limit": "many"}}, {"log_kwargs": {"log_level": "LOUD"}}, {"seed": -1}):
+        with pytest.raises(ConfigValueError):
+            make("single", tmp_path, **{**bad, "env": {"cudnn_benchmark": True, **bad.get("env", {})}})
+        assert not torch.backends.cudnn.benchmark
+        assert multiprocessing.get_start_method(allow_none=True) is None
+
+
+def test_the_environment_report_of_a_run(single: Make) -> None:
+    """Two dicts: the machine, and how the run uses it."""
+    strategy = single(seed=5, env={"resource_limit": 1})
+    system, runtime = strategy.collect_env()
+    assert system["PyTorch"] == torch.__version__
+    assert (runtime["resource_limit"], runtime["seed"]) == (1, 5)
+    assert runtime["Distributed launcher"] == "none"
+    assert (runtime["Distributed training"], runtime["GPU number"]) == (False, 1)
+
+
+# ---- two ranks -----------------------------------------------------------------------------------------------------
+
+
+def facts_of_a_rank(folder: str) -> dict[str, Any]:
+    """Return what a DDPStrategy says on this rank, without a seed and with a seed that differs by rank."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    strategy = make("ddp", folder, seed=None, experiment_name="two")
+    lines = Lines(strategy)
+    strategy.logger.info("only rank 0 has a file")
+    facts = {
+        "world": (strategy.launcher, strategy.distributed, strategy.rank, strategy.world_size),
+        "same": (strategy.timestamp, strategy.experiment_name, strategy.log_dir, strategy.seed),
+        "drawn": torch.rand(()).item(),
+        "file": strategy.logger.log_file is not None,
+        "lines": lines.lines,
+        "threads": os.environ["OMP_NUM_THREADS"],
+    }
+    strategy.close()
+    facts["after"] = "OMP_NUM_THREADS" in os.environ, is_distributed()
+    strategy = make("ddp", folder, env={"randomness": {"seed": 5, "diff_rank_seed": True}})
+    facts["different"] = strategy.seed, torch.rand(()).item()
+    strategy.close()
+    try:
+        make("single", folder)
+    except PlacementError as error:
+        facts["refusal"] = str(error)
+    return facts
+
+
+def test_ranks_agree_on_time_and_seed(ranks: Ranks, tmp_path: Path) -> None:
+    """They are rank 0's; with diff_rank_seed each rank draws from the seed plus its number, and seed stays common."""
+    one, other = ranks.run(facts_of_a_rank, str(tmp_path))
+    assert (one["world"], other["world"]) == (("pytorch", True, 0, 2), ("pytorch", True, 1, 2))
+    assert one["same"] == other["same"]
+    assert one["drawn"] == other["drawn"]
+    assert (one["different"][0], other["different"][0]) == (5, 5)
+    drawn = [torch.rand((), generator=torch.Generator().manual_seed(seed)).item() for seed in (5, 6)]
+    assert [one["different"][1], other["different"][1]] == drawn
+    assert (one["file"], other["file"]) == (True, False)
+    assert one["threads"] == "1"
+    # The group was there before the strategy, so it stays.
+    assert one["after"] == (False, True)
+    for facts in (one, other):
+        assert "started with 2 processes, and each would train a model of its own" in facts["refusal"]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of one process that torchrun started; port 0 is any free one."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+
+
+def test_a_group_that_the_strategy_made_ends_with_it(tmp_path: Path, alone: None) -> None:
+    """One process that torchrun started is distributed; close() ends its group, and a second close() no other one."""
+    strategy = DDPStrategy(work_dir=tmp_path, env_kwargs={"dist_cfg": {"timeout": 20, "backend": "gloo"}})
+    assert is_distributed()
+    assert (strategy.launcher, strategy.distributed, strategy.world_size) == ("pytorch", True, 1)
+    strategy.close()
+    assert not is_distributed()
+    other = DDPStrategy(work_dir=tmp_path)
+    strategy.close()
+    assert is_distributed()
+    other.close()
+    assert not is_distributed()
+
+
+def test_an_unknown_ddp_option_is_refused_and_nothing_is_left(tmp_path: Path, alone: None) -> None:
+    """The nearest option is named, and the group that was made for the strategy is ended."""
+    with pytest.raises(ConfigKeyError, match=r"no option 'static_grph'. Did you mean 'static_graph'"):
+        DDPStrategy(work_dir=tmp_path, ddp_kwargs={"static_grph": True})
+    with pytest.raises(ConfigValueError, match=r"model_wrapper: 'seperate' is not known. Did you mean 'separate'"):
+        DDPStrategy(work_dir=tmp_path, model_wrapper="seperate")
+    with pytest.raises(ConfigTypeError, match="model_wrapper is 3"):
+        DDPStrategy(work_dir=tmp_path, model_wrapper=3)
+    assert not is_distributed()

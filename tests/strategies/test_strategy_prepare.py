@@ -1,0 +1,460 @@
+"""Prepare builds once, in order, and says what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from ranks import Ranks
+from small_runs import Line, Lines, Mlp, batch, digest, make, train
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, NotPreparedError, PlacementError
+from stratagem.model import BaseModel
+from stratagem.optim import ConstantLR, OptimWrapper, OptimWrapperDict
+from stratagem.strategies import BaseStrategy
+
+Make = Callable[..., BaseStrategy]
+
+OPTIM = {"optimizer": {"type": "SGD", "lr": 0.1}}
+SCHEDULE = {"type": "ConstantLR", "factor": 0.5, "end": 2, "by_epoch": False}
+
+
+# ---- what comes back -----------------------------------------------------------------------------------------------
+
+
+def test_a_model_alone_comes_back_alone(single: Make) -> None:
+    """Without an optimizer there is no list."""
+    model = Mlp()
+    strategy = single()
+    assert strategy.prepare(model) is model is strategy.model
+
+
+def test_what_was_asked_for_comes_back_in_a_list(single: Make) -> None:
+    """Model and optimizer wrapper; model, optimizer wrapper and schedulers."""
+    strategy = single()
+    assert strategy.prepare(Mlp(), optim_wrapper=OPTIM) == [strategy.model, strategy.optim_wrapper]
+    strategy = single()
+    prepared = strategy.prepare(Mlp(), optim_wrapper=OPTIM, param_scheduler=SCHEDULE)
+    assert prepared == [strategy.model, strategy.optim_wrapper, strategy.param_schedulers]
+
+
+def test_a_second_call_returns_the_same_objects(single: Make) -> None:
+    """Nothing is built again, and no learning rate is changed again."""
+    strategy = single()
+    first = strategy.prepare(Mlp(), optim_wrapper=OPTIM, param_scheduler=SCHEDULE)
+    rates = strategy.optim_wrapper.get_lr()
+    second = strategy.prepare(Mlp(), optim_wrapper=OPTIM, param_scheduler=SCHEDULE)
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert strategy.optim_wrapper.get_lr() == rates
+
+
+def test_a_test_before_the_training_does_not_lose_the_optimizer(single: Make) -> None:
+    """Prepared for evaluation first, a strategy adds what training needs to the same model (S15)."""
+    strategy = single()
+    model = strategy.prepare(Mlp())
+    prepared = strategy.prepare(
+        Mlp(),
+        optim_wrapper={**OPTIM, "accumulative_counts": 2},
+        param_scheduler=SCHEDULE,
+        dispatch_kwargs={"max_iters": 4},
+    )
+    assert prepared[0] is model
+    before = digest(model)
+    train(strategy, [batch()] * 2)
+    assert digest(model) != before
+    assert strategy.dispatch_kwargs == {"max_iters": 4}
+
+
+def test_schedules_can_come_later_with_their_horizon(single: Make) -> None:
+    """dispatch_kwargs of the second call count for what it builds."""
+    strategy = single()
+    strategy.prepare(Mlp(), optim_wrapper=OPTIM)
+    prepared = strategy.prepare(Mlp(), param_scheduler={"type": "LinearLR"}, dispatch_kwargs={"max_epochs": 6})
+    assert prepared[2][0].end == 6
+
+
+def test_the_order_is_model_weights_compilation_optimizer_schedules(single: Make, monkeypatch: Any) -> None:
+    """Each step finds what it needs done."""
+    strategy, order = single(auto_scale_lr={"enable": True, "base_batch_size": 1}), []
+    names = [
+        "build_model",
+        "_init_model_weights",
+        "compile_model",
+        "build_optim_wrapper",
+        "_scale_lr",
+        "build_param_scheduler",
+    ]
+    for name in names:
+        method = getattr(strategy, name)
+        monkeypatch.setattr(
+            strategy, name, lambda *args, method=method, name=name: (order.append(name), method(*args))[1]
+        )
+    strategy.prepare(
+        {"type": "small_runs.Mlp"},
+        optim_wrapper=OPTIM,
+        param_scheduler=SCHEDULE,
+        dispatch_kwargs={"train_micro_batch_size_per_gpu": 1},
+    )
+    assert order == names
+
+
+def test_a_compiled_model_trains(single: Make) -> None:
+    """Its first loss is that of the model that is not compiled."""
+    losses = []
+    for options in (False, {"backend": "eager"}):
+        strategy = single()
+        strategy.prepare(Mlp(), optim_wrapper=OPTIM, compile=options)
+        losses.append(train(strategy, [batch()] * 3))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_sync_batchnorm_becomes_plain(single: Make) -> None:
+    """One device has nobody to exchange statistics with; weights and statistics are kept."""
+    strategy = single()
+    lines = Lines(strategy)
+    layer = nn.SyncBatchNorm(3)
+    layer.weight.data.fill_(2.0)
+    model = strategy.prepare(nn.Sequential(nn.Conv2d(1, 3, 1), layer))
+    assert not isinstance(model[1], nn.SyncBatchNorm)
+    assert model[1].weight.tolist() == [2.0, 2.0, 2.0]
+    assert model(torch.ones(2, 1, 2, 2)).shape == (2, 3, 2, 2)
+    assert "Turned 1 SyncBatchNorm layers into BatchNorm" in lines.text
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("model", "Call prepare(model, ...) first."),
+        ("optim_wrapper", "Call prepare(model, optim_wrapper=...) first."),
+        ("param_schedulers", "Call prepare(model, optim_wrapper=..., param_scheduler=...) first."),
+    ],
+)
+def test_what_is_not_prepared_yet_says_so(single: Make, name: str, hint: str) -> None:
+    """The error names the strategy, the attribute and the call."""
+    with pytest.raises(NotPreparedError) as caught:
+        getattr(single(), name)
+    assert str(caught.value) == f"SingleDeviceStrategy has no {name} yet. {hint}"
+
+
+def test_state_before_prepare_is_refused(single: Make, tmp_path: Path) -> None:
+    """Saving, loading and resuming need a model."""
+    strategy = single()
+    for act in (
+        strategy.model_state_dict,
+        strategy.scheduler_state_dict,
+        lambda: strategy.save_checkpoint(tmp_path / "a"),
+        lambda: strategy.load_model_state_dict({}),
+        lambda: strategy.load_optim_state_dict({}),
+        lambda: strategy.load_scheduler_state_dict([]),
+    ):
+        with pytest.raises(NotPreparedError):
+            act()
+    assert not (tmp_path / "a").exists()
+
+
+def test_accumulation_needs_the_length_of_the_run(single: Make) -> None:
+    """The last window may be shorter, so max_iters must be known; with it the preparation goes on."""
+    strategy = single()
+    optim = {**OPTIM, "accumulative_counts": 4}
+    with pytest.raises(ConfigValueError, match=r"accumulative_counts=4 needs dispatch_kwargs\['max_iters'\]") as caught:
+        strategy.prepare(Mlp(), optim_wrapper=optim)
+    assert isinstance(caught.value, ValueError)
+    assert strategy.prepare(Mlp(), optim_wrapper=optim, dispatch_kwargs={"max_iters": 6})[1].max_counts == 6
+
+
+def test_a_run_that_begins_later_counts_from_there(single: Make) -> None:
+    """cur_iter is the number of micro-batches that are done: the 3rd and 4th make the second window of two."""
+    strategy = single()
+    strategy.prepare(
+        Line(),
+        optim_wrapper={**OPTIM, "accumulative_counts": 2},
+        dispatch_kwargs={"max_iters": 5, "cur_iter": 2},
+    )
+    weights = []
+    for _ in range(3):
+        train(strategy, [torch.ones(1)])
+        weights.append(strategy.model.weight.item())
+    # lr 0.1 and gradient 1: one update after the 4th, one after the 5th, the shorter last window.
+    assert weights == pytest.approx([2.0, 1.9, 1.8])
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_an_unknown_dispatch_key_is_refused(single: Make, later: bool) -> None:
+    """Each time, with the nearest name; nothing is built before."""
+    strategy = single()
+    if later:
+        strategy.prepare(Mlp(), optim_wrapper=OPTIM)
+    with pytest.raises(ConfigKeyError, match=r"dispatch_kwargs: 'max_iter' is not known. Did you mean 'max_iters'"):
+        strategy.prepare(Mlp(), optim_wrapper=OPTIM, dispatch_kwargs={"max_iter": 3})
+    if not later:
+        with pytest.raises(NotPreparedError):
+            _ = strategy.model
+
+
+def test_a_horizon_that_is_no_number_is_refused(single: Make) -> None:
+    """The error shows key and value."""
+    with pytest.raises(ConfigTypeError, match="max_iters is '10'; a whole number"):
+        single().prepare(Mlp(), dispatch_kwargs={"max_iters": "10"})
+
+
+def test_schedules_without_an_optimizer_are_refused(single: Make) -> None:
+    """There is nothing whose values they could change."""
+    with pytest.raises(ConfigValueError, match="but no optim_wrapper was given"):
+        single().prepare(Mlp(), param_scheduler=SCHEDULE)
+
+
+def test_built_schedulers_are_wired_to_their_optimizer(single: Make) -> None:
+    """Objects that the user built are the ones that train, and not rebuilt."""
+    model = Line()
+    optim = OptimWrapper(SGD(model.parameters(), lr=1.0))
+    scheduler = ConstantLR(optim, factor=0.5, end=2, by_epoch=False)
+    strategy = single()
+    strategy.prepare(model, optim_wrapper=optim, param_scheduler=[scheduler])
+    assert strategy.param_schedulers == [scheduler]
+    train(strategy, [torch.ones(1)] * 2)
+    # The gradient is 1; the rate 0.5 in the first step, 1 in the second.
+    assert model.weight.item() == pytest.approx(2.0 - 0.5 - 1.0)
+
+
+# ---- two ranks: how DDP places a model -----------------------------------------------------------------------------
+
+
+class Custom(BaseModel):
+    """Overrides train_step as users do: calls super(), assigns to itself, uses helpers and a private name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+        self.register_buffer("seen", torch.zeros(()))
+        self.__steps = 0
+
+    def forward(self, x: torch.Tensor, mode: str = "tensor") -> Any:
+        return {"loss": self.layer(x).square().mean()} if mode == "loss" else self.layer(x)
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, torch.Tensor]:
+        self.seen = self.seen + len(data)
+        self.__steps += 1
+        outputs = super().train_step(data, optim_wrapper)
+        self.last = outputs["loss"]
+        return {**outputs, "steps": torch.tensor(self.__steps)}
+
+    def val_step(self, data: Any) -> Any:
+        return self.last
+
+
+class Direct(BaseModel):
+    """Reaches its layer without calling itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def forward(self, x: torch.Tensor, mode: str = "tensor") -> Any:
+        return self.layer(x)
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, torch.Tensor]:
+        loss = self.layer(data).mean()
+        optim_wrapper.update_params(loss)
+        return {"loss": loss.detach()}
+
+
+class Pair(BaseModel):
+    """Two parts with an optimizer each; an iteration trains one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(2, 1), nn.Linear(2, 1)
+        self.turn = 0
+        self.register_buffer("rounds", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, mode: str = "tensor") -> Any:
+        return self.one(x) + self.other(x)
+
+    def train_step(self, data: Any, optim_wrapper: OptimWrapperDict) -> dict[str, torch.Tensor]:
+        name = ("one", "other")[self.turn % 2]
+        self.turn += 1
+        self.rounds = self.rounds + 1
+        optim = optim_wrapper[name]
+        with optim.optim_context(self):
+            loss = getattr(self, name)(data).square().mean()
+        optim.update_params(loss)
+        return {"loss": loss.detach()}
+
+
+def custom_on_a_rank(folder: str, options: Any) -> dict[str, Any]:
+    """Train a model with a step of its own; ranks see different samples."""
+    strategy = make("ddp", folder)
+    strategy.prepare(
+        Custom(), optim_wrapper={**OPTIM, "accumulative_counts": 2}, compile=options, dispatch_kwargs={"max_iters": 4}
+    )
+    outputs = [
+        strategy.model.train_step(torch.full((3, 2), float(strategy.rank + k)), strategy.optim_wrapper)
+        for k in range(4)
+    ]
+    facts = {
+        "digest": digest(strategy.bare_model()),
+        "seen": strategy.model_state_dict()["seen"].item(),
+        "steps": outputs[-1]["steps"].item(),
+        "val": strategy.model.val_step(None).item() == outputs[-1]["loss"].item(),
+        "type": type(strategy.bare_model()).__name__,
+        "names": sorted(strategy.model_state_dict()),
+        "call": strategy.bare_model()._compiled_call_impl,
+    }
+    strategy.close()
+    return facts
+
+
+@pytest.mark.parametrize("options", [False, {"backend": "eager"}])
+def test_a_train_step_of_ones_own_works_under_ddp(ranks: Ranks, tmp_path: Path, options: Any) -> None:
+    """super(), assignments to self and private names do what they do on one device, and gradients are exchanged."""
+    one, other = ranks.run(custom_on_a_rank, str(tmp_path), options)
+    assert one == other
+    assert one == {
+        "digest": one["digest"],
+        "seen": 12.0,
+        "steps": 4,
+        "val": True,
+        "type": "Custom",
+        "names": ["layer.bias", "layer.weight", "seen"],
+        "call": None,
+    }
+
+
+def misuse_on_a_rank(folder: str) -> list[str]:
+    """Return the errors of what DDP cannot do."""
+    errors = []
+    strategy = make("ddp", folder)
+    strategy.prepare(Direct(), optim_wrapper=OPTIM)
+    try:
+        strategy.model.train_step(torch.ones(1, 2), strategy.optim_wrapper)
+    except PlacementError as error:
+        errors.append(str(error))
+    strategy.close()
+    for kwargs, prepare in (
+        ({}, {"compile": {"target": "train_step", "backend": "eager"}}),
+        ({"model_wrapper": "separate"}, {}),
+        ({"sync_bn": "torch"}, {"model": nn.BatchNorm1d(2)}),
+        ({"sync_bn": "trch"}, {"model": nn.BatchNorm1d(2)}),
+    ):
+        strategy = make("ddp", folder, **kwargs)
+        try:
+            strategy.prepare(**{"model": Line(), **prepare})
+        except (PlacementError, ConfigValueError) as error:
+            errors.append(str(error))
+        strategy.close()
+    strategy = make("ddp", folder)
+    wrapped = strategy.prepare(Line())
+    strategy.close()
+    again = make("ddp", folder)
+    try:
+        again.prepare(wrapped)
+    except PlacementError as error:
+        errors.append(str(error))
+    again.close()
+    return errors
+
+
+def test_what_ddp_cannot_do_is_refused(ranks: Ranks, tmp_path: Path) -> None:
+    """A step that goes around it, a compiled step, parameters of no child, SyncBatchNorm on the CPU, a wrapped model."""
+    for errors in ranks.run(misuse_on_a_rank, str(tmp_path)):
+        around, compiled, childless, synchronised, unknown, wrapped = errors
+        assert around.startswith("Direct.train_step reached the model's parameters without calling self(...)")
+        assert "target='train_step' cannot be used under DDP" in compiled
+        assert "Line has learning parameters of its own (weight)" in childless
+        assert "SyncBatchNorm works on accelerators alone" in synchronised
+        assert "sync_bn='trch' is not known. Did you mean 'torch'" in unknown
+        assert wrapped.startswith("The model is wrapped already, in a Replica")
+
+
+def options_on_a_rank(folder: str) -> list[Any]:
+    """Return what reached DistributedDataParallel."""
+    strategy = make(
+        "ddp",
+        folder,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=True,
+        ddp_kwargs={"bucket_cap_mb": 3},
+        model_wrapper={"type": "MMDistributedDataParallel", "static_graph": True},
+    )
+    model = strategy.prepare(Line())
+    facts = [
+        model.gradient_as_bucket_view,
+        model.broadcast_buffers,
+        model.bucket_bytes_cap,
+        model.static_graph,
+    ]
+    strategy.close()
+    plain = make("ddp", folder, find_unused_parameters=True)
+    facts += [plain.prepare(Line()).find_unused_parameters, plain.model.broadcast_buffers]
+    frozen = Line()
+    frozen.requires_grad_(False)
+    plain.close()
+    other = make("ddp", folder)
+    facts.append(other.prepare(frozen) is frozen)
+    other.close()
+    return facts
+
+
+def test_the_options_of_ddp_arrive(ranks: Ranks, tmp_path: Path) -> None:
+    """By name, in ddp_kwargs and in model_wrapper; buffers are not exchanged by default; a frozen model needs no DDP."""
+    for facts in ranks.run(options_on_a_rank, str(tmp_path)):
+        assert facts == [True, True, 3 * 2**20, True, True, False, True]
+
+
+def separate_on_a_rank(folder: str) -> dict[str, Any]:
+    """Train two parts in turn, each with windows of two micro-batches; return weights and the state's names."""
+    strategy = make("ddp", folder, model_wrapper="separate")
+    model = Pair()
+    optim = {
+        name: OptimWrapper(SGD(getattr(model, name).parameters(), lr=0.1), accumulative_counts=2)
+        for name in ("one", "other")
+    }
+    strategy.prepare(model, optim_wrapper=optim, dispatch_kwargs={"max_iters": 100})
+    before = digest(strategy.bare_model())
+    for k in range(8):
+        strategy.model.train_step(torch.full((2, 2), 1.0 + strategy.rank + k), strategy.optim_wrapper)
+    facts = {
+        "same": strategy.bare_model() is model,
+        "before": before,
+        "after": digest(model),
+        "names": sorted(strategy.model_state_dict()),
+        "rounds": strategy.model_state_dict()["rounds"].item(),
+        "updates": [wrapper.updates for wrapper in strategy.optim_wrapper.values()],
+    }
+    strategy.close()
+    return facts
+
+
+def test_parts_of_a_model_are_wrapped_separately(ranks: Ranks, tmp_path: Path) -> None:
+    """Ranks stay alike where each iteration trains one part alone, accumulating (S11), and names are the model's own."""
+    one, other = ranks.run(separate_on_a_rank, str(tmp_path))
+    assert one == other
+    assert one["same"]
+    assert one["after"] != one["before"]
+    assert one["names"] == ["one.bias", "one.weight", "other.bias", "other.weight", "rounds"]
+    assert one["updates"] == [2, 2]
+    assert one["rounds"] == 8
+
+
+def evaluated_then_trained_on_a_rank(folder: str) -> str:
+    """Prepare for a test, then for training, and train on a rank's own samples."""
+    strategy = make("ddp", folder)
+    strategy.prepare(Mlp())
+    strategy.prepare(Mlp(), optim_wrapper=OPTIM, param_scheduler=SCHEDULE)
+    train(strategy, [(batch()[0] + strategy.rank, batch()[1])] * 3)
+    strategy.close()
+    return digest(strategy.bare_model())
+
+
+def test_a_test_before_the_training_does_not_lose_the_optimizer_under_ddp(ranks: Ranks, tmp_path: Path) -> None:
+    """Ranks train together after being prepared for evaluation (S15)."""
+    one, other = ranks.run(evaluated_then_trained_on_a_rank, str(tmp_path))
+    assert one == other

@@ -1,0 +1,45 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from stratagem.config import Config, check
+from stratagem.sections import SECTIONS
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_python_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example in Python runs as it stands and learns to tell points inside of a circle."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(BLOCKS[0], "README.md", "exec"), names)
+    runner = names["runner"]
+    assert runner.run.metrics["accuracy"] > 0.9  # type: ignore[attr-defined]
+    runner.close()  # type: ignore[attr-defined]
+
+
+def test_the_configuration_passes_its_check(tmp_path: Path) -> None:
+    """The example as a configuration has no problem, with the dataset of the main example beside it."""
+    shutil.copy(ROOT / "examples" / "mnist" / "digits.py", tmp_path)
+    file = tmp_path / "config.py"
+    file.write_text(BLOCKS[1], encoding="utf-8")
+    assert check(Config.fromfile(file), SECTIONS) == []
+
+
+def test_a_strategy_serves_a_loop_written_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example without a Runner trains and leaves a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    network = torch.nn.Linear(2, 2)
+    before = network.weight.detach().clone()
+    loader = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1])) for _ in range(3)]
+    exec(compile(BLOCKS[2], "README.md", "exec"), {"torch": torch, "network": network, "loader": loader})
+    assert not torch.equal(network.weight, before)
+    assert (tmp_path / "work_dirs" / "by_hand" / "done" / "model.safetensors").is_file()

@@ -1,0 +1,88 @@
+"""What two ranks must agree on: what is logged and measured, and when to stop."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from toys import QUIET_HOOKS, VALIDATION, At, Recorder, loader, settings
+
+from ranks import Ranks
+from stratagem import Runner
+from stratagem.train import BaseMetric
+
+# 13 samples are dealt as 7 and 7, so each rank has 4 batches of at most 2 an epoch.
+EPOCH = 4
+
+
+class Numbers(BaseMetric):
+    """Collects the numbers of the samples."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results += data_samples["numbers"].tolist()
+
+    def compute_metrics(self, results: list[int]) -> dict[str, Any]:
+        return {"numbers": results}
+
+
+def train(folder: str, **changes: Any) -> dict[str, Any]:
+    """Train on this rank and return what it saw."""
+    recorder = Recorder()
+    hooks = [recorder, *changes.pop("custom_hooks", ())]
+    runner = Runner(**settings(work_dir=folder, strategy="DDPStrategy", custom_hooks=hooks, **changes))
+    try:
+        runner.train()
+        return {
+            "rows": recorder.rows,
+            "metrics": recorder.metrics,
+            "iter": runner.run.iter,
+            "interrupted": runner.interrupted,
+            "weights": {name: value.tolist() for name, value in runner.strategy.model_state_dict().items()},
+        }
+    finally:
+        runner.close()
+
+
+def train_with_signal(folder: str, *, rank: int, after: int, **changes: Any) -> dict[str, Any]:
+    """Train, and send a signal to one rank alone after an iteration."""
+    send = At(after, lambda run: os.kill(os.getpid(), signal.SIGTERM) if run.rank == rank else None)
+    return train(folder, custom_hooks=[send], **changes)
+
+
+def test_ranks_measure_together_in_the_order_of_the_samples(ranks: Ranks, tmp_path: Path):
+    """Nine samples over two ranks: each once, and both ranks know the values."""
+    validation = {**VALIDATION, "val_dataloader": loader(9), "val_evaluator": Numbers()}
+    first, second = ranks.run(train, str(tmp_path), train_cfg={"max_epochs": 1}, **validation)
+    assert first["metrics"] == second["metrics"] == [(EPOCH, {"numbers": list(range(9))})]
+    assert first["weights"] == second["weights"]
+
+
+def test_logged_values_are_means_over_the_ranks(ranks: Ranks, tmp_path: Path):
+    """Each rank computes the loss of its own samples; the record has the mean of both."""
+    hooks = {**QUIET_HOOKS, "logger": {"interval": EPOCH}}
+    found = ranks.run(train, str(tmp_path), train_cfg={"max_epochs": 1}, default_hooks=hooks)
+    losses = [row[4] for rank in found for row in rank["rows"]]
+    record = json.loads(next(tmp_path.rglob("scalars.json")).read_text())
+    assert len(losses) == 2 * EPOCH
+    assert abs(record["loss"] - sum(losses) / len(losses)) < 1e-6
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(ranks: Ranks, tmp_path: Path):
+    """They agree at the tenth; the validations until then are those of all ranks, and nobody waits for ever."""
+    cfg = {"train_cfg": {"max_epochs": 4}, **VALIDATION}
+    whole = ranks.run(train, str(tmp_path / "whole"), **cfg)
+    stopped = ranks.run(train_with_signal, str(tmp_path / "cut"), rank=1, after=3, **cfg)
+    assert [(rank["iter"], rank["interrupted"]) for rank in stopped] == [(10, signal.SIGTERM)] * 2
+    assert (tmp_path / "cut" / "iter_10").is_dir()
+    rest = ranks.run(train, str(tmp_path / "cut"), resume=True, **cfg)
+    for rank in (0, 1):
+        assert stopped[rank]["rows"] + rest[rank]["rows"] == whole[rank]["rows"]
+        assert rest[rank]["weights"] == whole[rank]["weights"]
+
+
+def test_a_signal_that_comes_too_late_to_agree_on_lets_the_run_end(ranks: Ranks, tmp_path: Path):
+    """The last two iterations have no tenth among them: the run is complete, and no rank waits for another."""
+    cfg = {"train_cfg": {"max_epochs": 3}, **VALIDATION}
+    found = ranks.run(train_with_signal, str(tmp_path), rank=0, after=3 * EPOCH - 1, **cfg)
+    assert [(rank["iter"], rank["interrupted"], len(rank["metrics"])) for rank in found] == [(12, None, 3)] * 2
