@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stratagem._version import __version__
-from stratagem.cli import configs, evaluation, find, report, training
-from stratagem.cli import schedule as schedules
 from stratagem.cli.options import RunOptions
+from stratagem.utils import import_object
 
 __all__ = ["app"]
 
@@ -46,6 +45,11 @@ Launcher = Annotated[
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+
+
+def _command(place: str) -> Any:
+    """Return what serves a command, imported now: `--help` and `config show` need not wait for torch."""
+    return import_object(f"stratagem.cli.{place}")
 
 
 def _print_version(value: bool) -> None:
@@ -95,7 +99,7 @@ def train(
         strategy=strategy,
         nproc=nproc,
     )
-    training.train(options, resume=resume, load_from=load_from)
+    _command("training:train")(options, resume=resume, load_from=load_from)
 
 
 @app.command()
@@ -120,7 +124,7 @@ def test(
         strategy=strategy,
         nproc=nproc,
     )
-    evaluation.test(options, checkpoint=checkpoint)
+    _command("evaluation:test")(options, checkpoint=checkpoint)
 
 
 @app.command()
@@ -139,13 +143,13 @@ def schedule(
     The learning rate is drawn always, the others where a schedule changes them. Nothing is written but FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
-    schedules.schedule(options, out=out)
+    _command("schedule:schedule")(options, out=out)
 
 
 @app.command()
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
-    report.print_environment()
+    _command("report:print_environment")()
 
 
 find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
@@ -176,8 +180,8 @@ def lr(
     options = RunOptions(
         config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
     )
-    sweep = find.Sweep(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
-    find.learning_rate(options, sweep, out=out)
+    sweep = _command("find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
+    _command("find:learning_rate")(options, sweep, out=out)
 
 
 @find_app.command()
@@ -198,7 +202,7 @@ def batch(
     Nothing is written but FILE. On the CPU memory errors do not come reliably: there it measures up to --max-batch.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
-    find.batch_size(options, limit=limit, steps=steps, out=out)
+    _command("find:batch_size")(options, limit=limit, steps=steps, out=out)
 
 
 config_app = typer.Typer(help="Look at configurations and check them, without training.", no_args_is_help=True)
@@ -213,7 +217,7 @@ def show(
     traceback: Traceback = False,
 ) -> None:
     """Print CONFIG with its bases and overrides merged."""
-    configs.show(RunOptions(config=config, overrides=tuple(overrides or ())), form)
+    _command("configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
 
 
 @config_app.command()
@@ -224,7 +228,7 @@ def explain(
     traceback: Traceback = False,
 ) -> None:
     """Print each file and line that gave or changed a value of CONFIG, in order."""
-    configs.explain(RunOptions(config=config, overrides=tuple(overrides or ())), path)
+    _command("configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
 
 
 @config_app.command()
@@ -234,10 +238,10 @@ def diff(
     traceback: Traceback = False,
 ) -> None:
     """Print what differs between two merged configurations."""
-    configs.diff(first, second)
+    _command("configs:diff")(first, second)
 
 
 @config_app.command()
 def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
     """Check every key and argument of CONFIG as training would, and list all problems."""
-    configs.check(RunOptions(config=config, overrides=tuple(overrides or ())))
+    _command("configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))

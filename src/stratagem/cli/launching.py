@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 
@@ -16,17 +14,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from stratagem.cli.handover import MESSAGE_KEY, NPROC_VARIABLE
 from stratagem.dist import infer_launcher
 from stratagem.errors import LaunchError
 
-__all__ = ["hand_over", "launch"]
+__all__ = ["launch"]
 
 # How long ranks may take to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
 _MONITOR_S = 0.1
-# Tells ranks that their parent is this module.
-_NPROC_VARIABLE = "STRATAGEM_NPROC"
-_MESSAGE_KEY = "stratagem"
 
 
 def launch(nproc: int) -> None:
@@ -45,7 +41,7 @@ def launch(nproc: int) -> None:
         )
     # The workers make a store of their own, which listens on loopback; the agent's would listen everywhere.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ[_NPROC_VARIABLE] = str(nproc)
+    os.environ[NPROC_VARIABLE] = str(nproc)
     # It would report on our ranks' errors and signals a second time.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Each rank computes with its share of the cores, unless the user has chosen.
@@ -70,24 +66,11 @@ def launch(nproc: int) -> None:
             rank, failure = error.get_first_failure()
             status = failure.exitcode
             ended = f"ended with status {status}" if status > 0 else f"was ended by {failure.signal_name()}"
-            handed_over = failure.error_file_data.get(_MESSAGE_KEY)
+            handed_over = failure.error_file_data.get(MESSAGE_KEY)
             typer.echo(handed_over or f"stratagem: rank {rank} of {nproc} {ended}.", err=True)
             raise typer.Exit(status if status > 0 else 128 - status) from error
         except SignalException as error:
             raise typer.Exit(128 + int(error.sigval)) from error
-
-
-def hand_over(message: str) -> bool:
-    """Give the error that ends this rank to the process that started it with :func:`launch`, which tells it once.
-
-    Returns False where no such process waits for it, so that the rank has to tell it itself.
-    """
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None or _NPROC_VARIABLE not in os.environ:
-        return False
-    # The first two keys are what the launcher reads to find the rank that failed first.
-    Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), _MESSAGE_KEY: message}))
-    return True
 
 
 def _without_nproc(arguments: list[str]) -> list[str]:

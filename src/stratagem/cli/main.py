@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from stratagem.cli.app import app
-from stratagem.cli.launching import hand_over
+from stratagem.cli.handover import hand_over
 from stratagem.errors import StratagemError
 
 __all__ = ["main"]
