@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["MESSAGE_KEY", "NPROC_VARIABLE", "hand_over"]
 
-# Tells ranks that their parent is this module.
+# Tells ranks that `--nproc` started them, and how many there are.
 NPROC_VARIABLE = "STRATAGEM_NPROC"
 MESSAGE_KEY = "stratagem"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import typer
 
+from stratagem.cli.handover import NPROC_VARIABLE
 from stratagem.cli.launching import launch
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config
@@ -102,7 +103,7 @@ def _command(options: RunOptions, *further: str, command: str = "train", after: 
         words += ["--launcher", options.launcher]
     if options.strategy is not None:
         words += ["--strategy", options.strategy]
-    size = os.environ.get("STRATAGEM_NPROC")
+    size = os.environ.get(NPROC_VARIABLE)
     if size is not None:
         words += ["--nproc", size]
     return " ".join([shlex.join(words), *further])
