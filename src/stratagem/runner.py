@@ -22,6 +22,7 @@ from stratagem.strategies import BaseStrategy
 from stratagem.strategies.building import with_preprocessor
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
+from stratagem.train.loops import updates_of
 
 __all__ = ["Runner"]
 
@@ -49,7 +50,7 @@ class Runner:
         train_dataloader: a ``DataLoader`` or its configuration; likewise for validation and test.
         optim_wrapper: an optimizer wrapper, an optimizer, or its configuration.
         param_scheduler: schedules or their configurations.
-        train_cfg: ``by_epoch``, ``max_epochs`` or ``max_iters``, ``val_interval`` ..., or a loop's configuration.
+        train_cfg: ``by_epoch``, ``max_epochs``, ``max_iters`` or ``max_steps``, ``val_interval`` ..., or a loop's configuration.
         val_dataloader: the data of the validation.
         val_evaluator: metrics, their configurations, or an evaluator.
         val_cfg: the arguments of the validation's loop; may be empty.
@@ -189,7 +190,9 @@ class Runner:
                     "The order of the training data is that of its own loader or sampler. A run that is stopped inside "
                     "of an epoch draws again what it has seen, to go on behind it, and may not go on exactly."
                 )
-            loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop)
+            loop = build_train_loop(
+                self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
+            )
             strategy.prepare(
                 self._model,
                 optim_wrapper=self._parts["optim_wrapper"],
@@ -293,6 +296,8 @@ class Runner:
         progress = self.run.progress
         if progress.max_epochs is not None:
             return progress.epoch >= progress.max_epochs
+        if progress.max_steps is not None:
+            return updates_of(self.run) >= progress.max_steps
         return progress.max_iters is not None and progress.iter >= progress.max_iters
 
     def _save_interrupted(self) -> None:

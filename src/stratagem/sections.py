@@ -73,12 +73,12 @@ _LOADER = Section(
 
 
 def _loop(default: str) -> Section:
-    supplied = frozenset({"run", "dataloader", "val_loop", "evaluator"})
+    supplied = frozenset({"run", "dataloader", "val_loop", "evaluator", "accumulative_counts"})
     return Section(registry=LOOPS, default_type=default, supplied=supplied, keys={"by_epoch": _FREE})
 
 
 def _train_cfg(value: Any) -> Section:
-    by_epoch = isinstance(value, Mapping) and value.get("by_epoch", "max_iters" not in value)
+    by_epoch = isinstance(value, Mapping) and value.get("by_epoch", not {"max_iters", "max_steps"} & value.keys())
     return _loop("EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop")
 
 

@@ -328,8 +328,9 @@ def test_a_step_is_cheap(name: str, most: int) -> None:
 
 def test_verbose_logs_each_change(caplog: pytest.LogCaptureFixture) -> None:
     """A verbose schedule says the unit, the position and the values."""
-    schedule = StepLR(optimizer(), 2, gamma=0.5, verbose=True)
     with caplog.at_level("INFO", logger="stratagem"):
+        schedule = StepLR(optimizer(), 2, gamma=0.5, verbose=True)
+        caplog.clear()
         schedule.step()
         schedule.step()
     assert caplog.messages == ["StepLR: epoch 2, [0.5]"]

@@ -1,9 +1,10 @@
 """Log lines, smoothed scalars, progress and records of one run."""
 
 from stratagem.logging.console import shared_console
+from stratagem.logging.forward import forward_library_logs
 from stratagem.logging.history import ScalarWindow
 from stratagem.logging.jsonlines import JsonLinesWriter
 from stratagem.logging.logger import Logger
 from stratagem.logging.progress import TrainingProgress
 
-__all__ = ["JsonLinesWriter", "Logger", "ScalarWindow", "TrainingProgress", "shared_console"]
+__all__ = ["JsonLinesWriter", "Logger", "ScalarWindow", "TrainingProgress", "forward_library_logs", "shared_console"]

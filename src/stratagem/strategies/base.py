@@ -23,7 +23,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.dist import World
 from stratagem.errors import ConfigTypeError, ConfigValueError, StateError, WorkDirError
-from stratagem.logging import Logger
+from stratagem.logging import Logger, forward_library_logs
 from stratagem.model import bare_model
 from stratagem.model.weights import broadcast_weights
 from stratagem.optim import ParamScheduler, build_param_schedulers
@@ -88,6 +88,7 @@ class BaseStrategy(ABC):
             self._experiment_name = f"{experiment_name}_{self.timestamp}" if experiment_name else self.timestamp
             self._log_dir = _make_folder(self._work_dir / self.timestamp)
             self.logger = self.build_logger(**(log_kwargs or {}))
+            self._stop_forwarding = forward_library_logs(self.logger)
             undo.pop_all()
         for notice in self._env.notices:
             self.logger.info(notice)
@@ -388,6 +389,7 @@ class BaseStrategy(ABC):
 
     def close(self) -> None:
         """Close the log file, end the process group if this strategy made it, undo process settings. Idempotent."""
+        self._stop_forwarding()
         self.logger.close()
         self._env.close()
 

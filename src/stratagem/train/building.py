@@ -7,6 +7,7 @@ from typing import Any
 
 from stratagem.data import EpochLoader
 from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.optim import BaseOptimWrapper
 from stratagem.registry import EVALUATORS, HOOKS, LOOPS
 from stratagem.train.evaluation import Evaluator
 from stratagem.train.hook import Events, Hook
@@ -62,16 +63,27 @@ def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
     return built
 
 
-def build_train_loop(train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLoader, val_loop: Any) -> Any:
+def build_train_loop(
+    train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLoader, val_loop: Any, *, optim_wrapper: Any = None
+) -> Any:
     """Build the training loop: the ``type`` named, else by ``by_epoch``, else by which length is given.
 
     Raises:
         ConfigTypeError: if ``train_cfg`` is not a mapping.
         ConfigValueError: if it does not say how long to train.
     """
-    return LOOPS.build(
-        loop_arguments(train_cfg), default_args={"run": run, "dataloader": dataloader, "val_loop": val_loop}
-    )
+    cfg = loop_arguments(train_cfg)
+    defaults = {"run": run, "dataloader": dataloader, "val_loop": val_loop}
+    if "max_steps" in cfg:
+        defaults["accumulative_counts"] = accumulation_of(optim_wrapper)
+    return LOOPS.build(cfg, default_args=defaults)
+
+
+def accumulation_of(optim_wrapper: Any) -> int:
+    """Return how many iterations an update takes, from an optimizer wrapper, an optimizer or a configuration."""
+    if isinstance(optim_wrapper, Mapping):
+        return int(optim_wrapper.get("accumulative_counts", 1))
+    return optim_wrapper.accumulative_counts if isinstance(optim_wrapper, BaseOptimWrapper) else 1
 
 
 def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,9 +96,11 @@ def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
     cfg = _mapping(train_cfg, "train_cfg")
     if "type" not in cfg:
         by_epoch = cfg.pop("by_epoch", "max_epochs" in cfg)
-        length = "max_epochs" if by_epoch else "max_iters"
-        if length not in cfg:
-            raise ConfigValueError(f"train_cfg says by_epoch={by_epoch} but not {length}, how long to train.")
+        lengths = ("max_epochs",) if by_epoch else ("max_iters", "max_steps")
+        if not any(length in cfg for length in lengths):
+            raise ConfigValueError(
+                f"train_cfg says by_epoch={by_epoch} but not {' or '.join(lengths)}, how long to train."
+            )
         cfg["type"] = "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop"
     return cfg
 

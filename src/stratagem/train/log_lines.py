@@ -11,8 +11,18 @@ from stratagem.train.progress import Progress
 __all__ = ["bar_label", "evaluation_line", "train_line", "train_place"]
 
 
-def train_place(progress: Progress) -> str:
-    """Return where the iteration that ends now stands: ``Epoch(train) [2][ 50/125]`` or ``Iter(train) [ 50/1000]``."""
+def train_place(progress: Progress, updates: int | None = None) -> str:
+    """Return where the iteration that ends now stands: ``Epoch(train) [2][ 50/125]`` or ``Iter(train) [ 50/1000]``.
+
+    ``updates`` of the optimizer are named beside it where they are another number than the iterations.
+    """
+    place = _place(progress)
+    if updates is None:
+        return place
+    return f"{place}  step: {updates}{'' if progress.max_steps is None else f'/{progress.max_steps}'}"
+
+
+def _place(progress: Progress) -> str:
     if progress.max_epochs is not None:
         total = progress.epoch_length
         done = str(progress.batch + 1).rjust(len(str(total))) if total else str(progress.batch + 1)

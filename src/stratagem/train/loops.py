@@ -12,6 +12,7 @@ import torch
 from stratagem.data import EpochLoader
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
+from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation import Evaluator
 from stratagem.train.run import Run
 
@@ -122,6 +123,9 @@ class EpochBasedTrainLoop:
 class IterBasedTrainLoop:
     """Train for a number of iterations, over the data as often as it takes, and validate after some of them.
 
+    The length is given in iterations, or in updates of the optimizer, for runs whose meaning must not change with the
+    accumulation. Where updates are skipped, a run of so many updates takes more iterations.
+
     Args:
         run: what it trains.
         dataloader: gives the data, epoch after epoch or without end.
@@ -129,6 +133,8 @@ class IterBasedTrainLoop:
         val_begin: the first iteration, counted from 1, after which to validate.
         val_interval: validate after every so many iterations, and after the last.
         dynamic_intervals: pairs (iteration, interval): from that iteration on the interval is another.
+        max_steps: updates of the optimizer in the whole run, in the place of ``max_iters``.
+        accumulative_counts: iterations of an update; the runner gives it.
         val_loop: validates; None where the run has no validation.
     """
 
@@ -136,32 +142,39 @@ class IterBasedTrainLoop:
         self,
         run: Run,
         dataloader: EpochLoader,
-        max_iters: int,
+        max_iters: int | None = None,
         val_begin: int = 1,
         val_interval: int = 1000,
         dynamic_intervals: Sequence[tuple[int, int]] | None = None,
         *,
+        max_steps: int | None = None,
+        accumulative_counts: int = 1,
         val_loop: ValLoop | None = None,
     ) -> None:
+        if (max_iters is None) == (max_steps is None):
+            raise ConfigValueError("train_cfg: give max_iters or max_steps, how long to train, and not both.")
+        if max_steps is not None:
+            max_iters = _positive("max_steps", max_steps) * accumulative_counts
         self._run = run
         self.dataloader = dataloader
         self._val_loop = val_loop
         self._val_begin = _positive("val_begin", val_begin)
         self._intervals = _Intervals(val_interval, dynamic_intervals)
+        self._accumulative_counts = accumulative_counts
         run.progress.max_iters = _positive("max_iters", max_iters)
+        run.progress.max_steps = max_steps
         run.progress.epoch_length = dataloader.length
 
     def run(self) -> None:
         """Train from where the run stands to its end."""
         run, progress, events = self._run, self._run.progress, self._run.events
-        max_iters = progress.max_iters or 0
         events.call("before_train", run)
         events.call("before_train_epoch", run)
         # What was saved after an iteration was saved before its validation.
         self._validate_if_due()
         batches = self.dataloader.batches(progress.epoch, done=progress.batch)
-        while progress.iter < max_iters and not progress.stop_training:
-            due = min(self._next_validation(progress.iter), max_iters)
+        while (end := self._end()) > progress.iter and not progress.stop_training:
+            due = min(self._next_validation(progress.iter), end)
             wanted = due - progress.iter
             trained = train_iterations(run, batches, wanted)
             if trained < wanted and not progress.stop_training:
@@ -174,6 +187,15 @@ class IterBasedTrainLoop:
         run.optim_wrapper.drop_window()
         events.call("after_train_epoch", run)
         events.call("after_train", run)
+
+    def _end(self) -> int:
+        """Return after how many iterations the run ends: later than planned where updates were skipped."""
+        progress = self._run.progress
+        planned = progress.max_iters or 0
+        if progress.max_steps is not None and progress.iter >= planned:
+            missing = progress.max_steps - updates_of(self._run)
+            progress.max_iters = planned = progress.iter + max(0, missing) * self._accumulative_counts
+        return planned
 
     def _next_validation(self, iteration: int) -> int:
         """Return after how many iterations the next validation is due, beyond ``iteration``."""
@@ -201,6 +223,19 @@ class _Intervals:
 
     def at(self, count: int) -> int:
         return self._values[bisect.bisect(self._milestones, count) - 1]
+
+
+def updates_of(run: Run) -> int:
+    """Return how many updates the run's optimizer has made.
+
+    Raises:
+        ConfigValueError: if there are several optimizers, which do not step together.
+    """
+    if isinstance(run.optim_wrapper, OptimWrapperDict):
+        raise ConfigValueError(
+            "train_cfg: max_steps counts the updates of one optimizer, and there are several. Give max_iters."
+        )
+    return run.optim_wrapper.updates
 
 
 class _EvaluationLoop:
@@ -264,7 +299,7 @@ def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
         val_loop.run()
 
 
-def _positive(name: str, value: int) -> int:
+def _positive(name: str, value: int | None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigValueError(f"{name} is {value!r}; a whole number of at least 1 is due.")
     return value

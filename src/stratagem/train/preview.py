@@ -18,7 +18,7 @@ from stratagem.optim import BaseOptimWrapper, ParamScheduler, build_param_schedu
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.auto_scale import AutoScale
 from stratagem.strategies.building import build_model, build_optim_wrapper, each_wrapper
-from stratagem.train.building import loop_arguments
+from stratagem.train.building import accumulation_of, loop_arguments
 from stratagem.train.hooks.schedule import refuse_epochs_without_end
 from stratagem.train.untouched import generators_kept
 
@@ -110,7 +110,7 @@ def preview_run(
         )
     with generators_kept():
         loader = build_dataloader(train_dataloader, seed=0, world_size=world_size, training=True)
-        max_epochs, max_iters = _length(train_cfg, loader.length)
+        max_epochs, max_iters = _length(train_cfg, loader.length, accumulation_of(optim_wrapper))
         module, optim = _build(model, optim_wrapper)
     scale = AutoScale.parse(auto_scale_lr)
     if scale is not None and loader.batch_size is None:
@@ -149,12 +149,14 @@ def preview_run(
     )
 
 
-def _length(train_cfg: Mapping[str, Any], epoch_length: int | None) -> tuple[int | None, int]:
+def _length(train_cfg: Mapping[str, Any], epoch_length: int | None, accumulation: int) -> tuple[int | None, int]:
     """Return the epochs of the run, None where it counts iterations, and its iterations."""
     cfg = loop_arguments(train_cfg)
     max_epochs, max_iters = cfg.get("max_epochs"), cfg.get("max_iters")
     if max_epochs is not None and epoch_length is not None:
         max_iters = max_epochs * epoch_length
+    elif "max_steps" in cfg:
+        max_iters = cfg["max_steps"] * accumulation
     if not isinstance(max_iters, int) or max_iters < 1:
         raise ConfigValueError(
             f"The length of the run in iterations is not known: train_cfg={cfg!r}, an epoch of {epoch_length} iterations. "

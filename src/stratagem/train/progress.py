@@ -60,6 +60,7 @@ class Progress:
     validated: int = -1
     max_epochs: int | None = None
     max_iters: int | None = None
+    max_steps: int | None = None
     epoch_length: int | None = None
     stop_training: bool = False
 

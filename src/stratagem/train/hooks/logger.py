@@ -69,12 +69,23 @@ class LoggerHook(Hook):
         rates = _learning_rates(run)
         seconds = run.timing.take()
         left = None if run.max_iters is None else run.timing.left(run.max_iters - run.iter - 1)
-        place = train_place(run.progress)
+        updates = _updates(run)
+        place = train_place(run.progress, updates)
         run.logger.info(
             train_line(place, values, rates, seconds=seconds, left_s=left, memory_mb=_memory_mb(run.world.device))
         )
         times = {} if seconds is None else {"time": seconds[0], "data_time": seconds[1]}
-        run.record({**rates, **times, **values, "epoch": run.epoch + 1, "iter": run.iter + 1, "step": run.iter + 1})
+        run.record(
+            {
+                **rates,
+                **times,
+                **values,
+                "epoch": run.epoch + 1,
+                "iter": run.iter + 1,
+                "step": run.iter + 1,
+                **({} if updates is None else {"updates": updates}),
+            }
+        )
         if run.bar is not None:
             run.bar.show(
                 {**{key: values[key] for key in ("loss",) if key in values}, **rates}, label=bar_label(run.progress)
@@ -114,6 +125,14 @@ def _mean_over_ranks(values: Tensor) -> Tensor:
 def _learning_rates(run: Run) -> dict[str, float]:
     """Return the learning rate of each optimizer's first group, as the optimizer uses it."""
     return {name: rates[0] for name, rates in run.optim_wrapper.get_lr().items() if rates}
+
+
+def _updates(run: Run) -> int | None:
+    """Return the updates of the optimizer where iterations do not say them: under accumulation, or as a run's length."""
+    optim = run.optim_wrapper
+    if isinstance(optim, OptimWrapperDict) or (optim.accumulative_counts == 1 and run.progress.max_steps is None):
+        return None
+    return optim.updates
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:

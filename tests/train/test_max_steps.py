@@ -1,0 +1,93 @@
+"""A run whose length is given in updates of the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import At, Recorder, Toy, loader
+
+from stratagem import Runner
+from stratagem.errors import ConfigValueError
+
+MakeRunner = Callable[..., Runner]
+
+
+def optim(**changes: Any) -> dict[str, Any]:
+    """Return a wrapper's configuration that accumulates three iterations."""
+    return {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}, "accumulative_counts": 3, **changes}
+
+
+def test_a_run_of_so_many_updates_takes_that_many_windows(make_runner: MakeRunner) -> None:
+    """Four updates over three iterations each are twelve iterations, across the end of an epoch of seven."""
+    seen = Recorder()
+    runner = make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[seen])
+    runner.train()
+    assert (len(seen.rows), runner.strategy.optim_wrapper.updates) == (12, 4)
+
+
+def test_the_schedule_by_step_ends_with_the_run(make_runner: MakeRunner) -> None:
+    """A schedule by updates without an end of its own ends with the last update, whatever the accumulation."""
+    schedule = {"type": "LinearLR", "start_factor": 1.0, "end_factor": 0.0, "by": "step"}
+    seen = Recorder()
+    make_runner(
+        train_cfg={"max_steps": 4}, optim_wrapper=optim(), param_scheduler=schedule, custom_hooks=[seen]
+    ).train()
+    used = seen.rates[::3]
+    assert used == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3, 0.0])
+
+
+def test_updates_that_are_skipped_are_made_up_for(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """Where one window's gradients are not finite and its update is skipped, the run takes one window more."""
+    losses = []
+
+    class Spoilt(Toy):
+        def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
+            out = super().forward(*args, mode=mode, **kwargs)
+            if mode == "loss":
+                losses.append(1)
+                if len(losses) == 2:
+                    out = {"loss": out["loss"] * torch.inf}
+            return out
+
+    runner = make_runner(
+        model=Spoilt(), train_cfg={"max_steps": 3}, optim_wrapper=optim(nonfinite="skip"),
+        default_hooks={"runtime_info": None, "logger": None, "checkpoint": {"by_epoch": False}},
+    )  # fmt: skip
+    runner.train()
+    wrapper = runner.strategy.optim_wrapper
+    assert (wrapper.attempts, wrapper.updates, runner.run.iter) == (4, 3, 12)
+    assert runner.latest_checkpoint() == tmp_path / "run" / "iter_12"
+
+
+def test_a_run_of_updates_is_resumed(make_runner: MakeRunner) -> None:
+    """Interrupted and resumed it ends after the same iterations with the same losses."""
+    whole = Recorder()
+    make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[whole], work_dir="whole").train()
+    pieces = Recorder()
+    stop = At(5, lambda run: run.interrupt._receive(2, None))
+    make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces, stop]).train()
+    again = make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces], resume=True)
+    again.train()
+    assert pieces.rows == whole.rows
+    assert again.strategy.optim_wrapper.updates == 4
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 2, "max_iters": 5}, {"max_steps": 0}, {"by_epoch": False}])
+def test_a_length_that_cannot_be_is_refused(make_runner: MakeRunner, length: dict[str, Any]) -> None:
+    """Two lengths, none, or one of zero are refused before anything is trained."""
+    with pytest.raises(ConfigValueError, match="max_steps"):
+        make_runner(train_cfg=length, optim_wrapper=optim()).train()
+
+
+def test_the_log_names_both_units(make_runner: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under accumulation a line of the log says the iteration and the update."""
+    hooks = {"runtime_info": None, "checkpoint": None, "logger": {"interval": 6}}
+    make_runner(
+        train_cfg={"max_steps": 4}, optim_wrapper=optim(), default_hooks=hooks, log_level="INFO",
+        train_dataloader=loader(),
+    ).train()  # fmt: skip
+    assert "Iter(train) [ 6/12]  step: 2/4  lr" in capsys.readouterr().err
