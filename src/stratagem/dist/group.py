@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import math
 import os
 import socket
@@ -25,6 +26,10 @@ _DEFAULT_TIMEOUT_S = 1800.0
 # The other arguments of torch.distributed.init_process_group are decided here.
 _PASSED_ON = ("group_name", "pg_options", "device_id")
 _OWN = ("backend", "timeout", "init_method")
+# Ranks make their groups in the same order, so the number tells the groups of one process apart. The store lives as long
+# as the process: a rank that comes later must not reach the one of a group that has ended.
+_groups = itertools.count()
+_stores: dict[tuple[str, int], Store] = {}
 
 
 def init_dist(
@@ -115,6 +120,16 @@ def _default_backend(device: torch.device) -> str:
 
 def _meet(launch: Launch, limit: timedelta) -> Store:
     """Return the store through which the ranks find each other."""
+    place = (launch.master_addr, launch.master_port)
+    if place not in _stores:
+        _stores[place] = _connect(launch, limit)
+    store = _stores[place]
+    store.set_timeout(limit)
+    # Neither a restarted process nor a second group of this one may read what an earlier group left in the store.
+    return PrefixStore(f"stratagem/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_groups)}", store)
+
+
+def _connect(launch: Launch, limit: timedelta) -> Store:
     # torchrun's agent usually serves the store already; its workers are all clients then.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serve = launch.rank == 0 and not served
@@ -129,8 +144,7 @@ def _meet(launch: Launch, limit: timedelta) -> Store:
         # The store takes the descriptor over and closes it.
         master_listen_fd=None if listener is None else listener.detach(),
     )
-    # A restarted group must not read what its predecessor left in a store that outlived it.
-    return PrefixStore(f"stratagem/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
 
 
 def _loopback_listener(launch: Launch) -> socket.socket:
