@@ -63,10 +63,12 @@ def test_updates_that_are_skipped_are_made_up_for(make_runner: MakeRunner, tmp_p
     assert runner.latest_checkpoint() == tmp_path / "run" / "iter_12"
 
 
-def test_a_run_of_updates_is_resumed(make_runner: MakeRunner) -> None:
+def test_a_run_of_updates_is_resumed(make_runner: MakeRunner, tmp_path: Path) -> None:
     """Interrupted and resumed it ends after the same iterations with the same losses."""
     whole = Recorder()
-    make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[whole], work_dir="whole").train()
+    make_runner(
+        train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[whole], work_dir=tmp_path / "whole"
+    ).train()
     pieces = Recorder()
     stop = At(5, lambda run: run.interrupt._receive(2, None))
     make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces, stop]).train()
