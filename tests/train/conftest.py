@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from toys import settings
 
-from stratagem import Runner
+from stratagem import BaseStrategy, Runner
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def make_runner(tmp_path: Path) -> Iterator[Callable[..., Runner]]:
     made: list[Runner] = []
 
     def make(**changes: Any) -> Runner:
-        if "strategy" not in changes:
+        if not isinstance(changes.get("strategy"), BaseStrategy):
             changes.setdefault("work_dir", tmp_path / "run")
         made.append(Runner(**settings(**changes)))
         return made[-1]
