@@ -132,7 +132,7 @@ def main() -> int:
         file = f"{folder}/two.pt"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         subprocess.run([*launch, __file__, "--write", file], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return 0 if show(train_in_each_type(folder, ranks=1), torch.load(file)) else 1
+        return 0 if show(train_in_each_type(folder, ranks=1), torch.load(file, weights_only=True)) else 1
 
 
 if __name__ == "__main__":

@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
-from stratagem.config import Config, check, require
+from stratagem.config import Config, Section, check, require
 from stratagem.errors import ConfigKeyError
 from stratagem.registry import DATASETS
+from stratagem.runner import _ARGUMENTS
 from stratagem.sections import SECTIONS
+from stratagem.strategies.auto_scale import _KEYS as _SCALE_KEYS
+from stratagem.strategies.environment import _KEYS, _RANDOMNESS_KEYS
+from stratagem.train.building import _DEFAULT_HOOKS
 
 EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/**/*config*.*"))
 
@@ -188,3 +192,13 @@ def test_free_values_have_one_place() -> None:
 def test_every_example_passes(file: Path) -> None:
     """The examples' configurations have no problem."""
     assert check(Config.fromfile(file), SECTIONS) == []
+
+
+def test_the_sections_name_what_the_parts_read() -> None:
+    """Whoever adds an argument, a default hook or a setting of the environment finds it known to the check as well."""
+    keys = {name: set(rule.keys) for name, rule in SECTIONS.items() if isinstance(rule, Section)}
+    assert set(_ARGUMENTS) | {"runner_type"} == set(SECTIONS)
+    assert keys["default_hooks"] == set(_DEFAULT_HOOKS)
+    assert keys["env_cfg"] == set(_KEYS) - {"launcher", "randomness"}
+    assert keys["randomness"] == set(_RANDOMNESS_KEYS)
+    assert keys["auto_scale_lr"] == set(_SCALE_KEYS)
