@@ -6,16 +6,15 @@ Run as a script, so that the process that forks has no threads. Prints, for each
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from stratagem.storage import atomic, atomic_directory, clean_temporaries, write_atomic
-
-OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
+from faults import MOMENTS, counted, dying, in_child, number_of_operations
+from stratagem.storage import atomic_directory, clean_temporaries, operations, write_atomic
 
 
 def write(target: Path, content: str, *, directory: bool) -> None:
@@ -39,43 +38,26 @@ def read(target: Path) -> str:
     return "+".join(sorted({file.read_text() if file.exists() else "missing" for file in files}))
 
 
-def die_before(number: int) -> None:
-    """Kill this process before its file operation of that number."""
-    count = -1
-
-    def killing(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*args, **kwargs)
-
-        return run
-
-    for name in OPERATIONS:
-        setattr(os, name, killing(getattr(os, name)))
-    atomic.exchange = killing(atomic.exchange)  # type: ignore[assignment]
-
-
 def sweep(folder: Path, *, directory: bool, replace: bool, exchange: bool) -> Iterator[dict[str, Any]]:
-    """Yield what each child left, until one comes to its end."""
+    """Yield what each child left that was killed at each operation, and at last what one left that was not."""
     if not exchange:
-        atomic.exchange = lambda *_: False  # type: ignore[assignment]
-    killed, number = True, -1
-    while killed:
-        number += 1
-        place = folder / str(number)
+        operations.exchange = lambda *_: False
+
+    def new(place: Path) -> None:
+        write(place / "target", "new", directory=directory)
+
+    def fresh(name: str) -> Path:
+        place = folder / name
         place.mkdir()
         if replace:
             write(place / "target", "old", directory=directory)
-        child = os.fork()
-        if child == 0:
-            die_before(number)
-            write(place / "target", "new", directory=directory)
-            os._exit(0)
-        killed = os.waitpid(child, 0)[1] != 0
-        left = {"killed": killed, "found": read(place / "target")}
+        return place
+
+    count = number_of_operations(partial(new, fresh("counted")))
+    for number, moment in (*product(range(count), MOMENTS), (count, "before")):
+        place = fresh(f"{number}-{moment}")
+        ended = in_child(partial(new, place), counted(number, dying(moment)))
+        left = {"killed": not ended, "found": read(place / "target")}
         clean_temporaries(place)
         left["cleaned"] = read(place / "target")
         left["names"] = sorted(path.name for path in place.iterdir())

@@ -2,7 +2,7 @@
 
 from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoint
 from stratagem.checkpoint.directory import DirectoryFormat
-from stratagem.checkpoint.find import find_latest_checkpoint
+from stratagem.checkpoint.find import Candidate, find_latest_checkpoint, list_checkpoints
 from stratagem.checkpoint.formats import CheckpointFormat, format_for
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
@@ -10,9 +10,11 @@ from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.checkpoint.sources import CheckpointLoader
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
+from stratagem.checkpoint.verify import verify_checkpoint
 
 __all__ = [
     "DEFAULT_REVISE_KEYS",
+    "Candidate",
     "CheckpointFormat",
     "CheckpointLoader",
     "DirectoryFormat",
@@ -23,6 +25,7 @@ __all__ = [
     "find_latest_checkpoint",
     "format_for",
     "join_tree",
+    "list_checkpoints",
     "load_checkpoint",
     "load_state_dict",
     "model_part",
@@ -32,5 +35,6 @@ __all__ = [
     "read_manifest",
     "save_checkpoint",
     "split_tree",
+    "verify_checkpoint",
     "weights_to_cpu",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_stat
 from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.sources import CheckpointLoader
 from stratagem.checkpoint.tree import StateTree
+from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError
 from stratagem.model import bare_model
 from stratagem.utils import absolute, is_url, mask_text
@@ -21,11 +23,11 @@ from stratagem.utils import absolute, is_url, mask_text
 __all__ = ["load_checkpoint", "model_part", "save_checkpoint"]
 
 
-def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> None:
+def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
     """Write a tree of state so that ``filename`` holds either all of it or what it held before.
 
-    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. Not
-    collective: one process writes.
+    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. Collective
+    over ``team``: by default this process writes alone, whatever others there are.
 
     Raises:
         CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
@@ -33,11 +35,15 @@ def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[s
     if is_url(filename):
         raise CheckpointError(f"{mask_text(os.fspath(filename))}: checkpoints are written to paths only. Name one.")
     path = absolute(filename)
+    team.first(lambda: _make_parents(path))
+    format_for(path).save(dict(checkpoint), path, team)
+
+
+def _make_parents(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise not_written(path, error) from error
-    format_for(path).save(dict(checkpoint), path)
 
 
 def load_checkpoint(

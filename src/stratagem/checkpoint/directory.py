@@ -1,172 +1,213 @@
 """A checkpoint as a directory of safetensors files and JSON. No pickle is written or read.
 
 ``model.safetensors`` holds the model's state under the model's own names, as other tools expect; every other part that
-has tensors has a file of its own; ``state.json`` holds all the rest, ``manifest.json`` the form's version, the size of
-every file and the digest of ``state.json``: a header of safetensors betrays a change by itself, a number in JSON cannot.
+has tensors has a file of its own; ``state.json`` holds all the rest, ``manifest.json`` the form's version, and of every
+file its size and digests. ``docs/checkpoint-format.md`` specifies it.
+
+Each rank writes its own pieces of tensors that are spread over ranks, at their places in one file, and whoever reads maps
+the file: nothing is gathered, and the files are the same whatever the number of ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stratagem.checkpoint.manifest import FILE_NAME, MANIFEST, STATE, make_manifest, read_manifest, refuse_foreign
+from stratagem.checkpoint.digest import digest_of
+from stratagem.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    describe_tensors,
+    make_manifest,
+    read_manifest,
+    refuse_foreign,
+)
 from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
-from stratagem.errors import CheckpointDamagedError, CheckpointError
-from stratagem.storage import atomic_directory
+from stratagem.checkpoint.slices import WrittenPiece, create_file, write_pieces
+from stratagem.checkpoint.snapshot import Snapshot, file_of, take_snapshot
+from stratagem.checkpoint.tree import StateTree, join_tree
+from stratagem.checkpoint.verify import verify_checkpoint
+from stratagem.dist import ALONE, Team
+from stratagem.errors import CheckpointDamagedError, CheckpointError, StratagemError
+from stratagem.storage import atomic_directory, opened, operations, write_fully
 
-__all__ = ["DirectoryFormat"]
-
-_FILE_OF = {"state_dict": "model"}
-_DTYPES = {
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
-    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
-    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-}
+__all__ = ["DirectoryFormat", "publish"]
 
 
 @final
 class DirectoryFormat:
     """Write and read a checkpoint directory."""
 
-    def save(self, tree: StateTree, path: Path) -> None:
+    def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
         """Write ``tree`` aside and publish it under ``path`` by one rename.
+
+        Collective over ``team``: each rank gives its own tree, of which it writes the pieces of sharded tensors that it
+        holds; all the rest is the first rank's.
 
         Raises:
             CheckpointError: if a value cannot be stored, the file system refuses, or there is a folder with something
-                else; what was at ``path`` stays.
+                else; what was at ``path`` stays. On every rank.
         """
-        _check_names(tree)
-        parts = {name: split_tree(part, where=name) for name, part in tree.items()}
-        refuse_foreign(path)
-        try:
-            with atomic_directory(path) as aside:
-                skeletons = {name: skeleton for name, (_, skeleton) in parts.items()}
-                state = _write_json(aside / STATE, skeletons)
-                sizes = {STATE: len(state)}
-                for name, (tensors, _) in parts.items():
-                    if tensors:
-                        file = aside / _file_of(name)
-                        _write_tensors(file, tensors, part=name)
-                        # safetensors makes files that only their owner may read.
-                        shutil.copymode(aside / STATE, file)
-                        sizes[file.name] = file.stat().st_size
-                # Last: a directory without it is no checkpoint.
-                _write_json(aside / MANIFEST, make_manifest(tree, sizes, state))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise not_written(path, error) from error
+        publish(take_snapshot(tree, team), path, team)
 
     def load(
-        self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
+        self,
+        path: Path,
+        *,
+        map_location: torch.device | str = "cpu",
+        parts: Collection[str] | None = None,
+        verify: bool = True,
+        team: Team = ALONE,
     ) -> StateTree:
         """Read the tree, or only some of its top-level parts.
+
+        Tensors on the CPU are mapped from the file: what is not used is not read, and writing to one does not change the
+        file. Collective over ``team``, whose ranks check a share of the bytes each.
+
+        Args:
+            path: the directory.
+            map_location: the device of the tensors.
+            parts: names of the parts; all by default.
+            verify: whether every byte is compared with its digest.
+            team: the ranks that load the same checkpoint.
 
         Raises:
             CheckpointNotFoundError: if there is no such directory.
             CheckpointError: if it is not one of ours.
-            CheckpointDamagedError: if a file is missing, shorter or longer than when it was written, or unreadable.
+            CheckpointDamagedError: if a file or tensor is missing or not what was written.
         """
-        manifest = read_manifest(path)
-        for name, size in manifest["files"].items():
-            _check_size(path / name, size)
-        skeletons = _read_skeletons(path / STATE, manifest["state_sha256"])
-        tree = {}
-        for name, skeleton in skeletons.items():
-            if parts is not None and name not in parts:
-                continue
-            file = path / _file_of(name)
-            tensors = _read_tensors(file, map_location) if file.name in manifest["files"] else {}
-            try:
-                tree[name] = join_tree(tensors, skeleton)
-            except CheckpointDamagedError as error:
-                raise CheckpointDamagedError(f"{file}: {error}") from error
-        return tree
+        if verify:
+            verify_checkpoint(path, team)
+        return team.own(lambda: _read_tree(path, map_location, parts))
+
+    def verify(self, path: Path, team: Team = ALONE) -> int:
+        """Compare every byte with its digest; see :func:`~stratagem.checkpoint.verify.verify_checkpoint`."""
+        return verify_checkpoint(path, team)
 
 
-def _check_names(tree: StateTree) -> None:
-    """Refuse parts that have no file of their own in the directory."""
-    for name in tree:
-        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
-            raise CheckpointError(
-                f"The checkpoint has a part {name!r}, but parts are files: their names are strings that do not begin "
-                "with a dot and have no slash, backslash or colon. Rename it."
-            )
-    for name, stem in _FILE_OF.items():
-        if name in tree and stem in tree:
-            raise CheckpointError(
-                f"The checkpoint has parts {name!r} and {stem!r}, which are one file. Rename {stem!r}."
-            )
+def publish(snapshot: Snapshot, path: Path, team: Team = ALONE) -> None:
+    """Write a snapshot aside, durably, and give it its name by one rename. Collective over ``team``.
+
+    Raises:
+        CheckpointError: on every rank, if the file system refuses on any; what was at ``path`` stays.
+    """
+    team.first(lambda: _refuse(snapshot, path))
+    try:
+        with ExitStack() as aside:
+            folder = team.first(lambda: _begin(aside, snapshot, path))
+            written = team.each(lambda: _write_own(folder, snapshot, team))
+            team.first(lambda: _finish(folder, snapshot, written))
+            # Syncs what is in the folder, renames it and syncs the parent.
+            team.first(aside.close)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, StratagemError) as error:
+        raise not_written(path, error) from error
 
 
-def _file_of(part: str) -> str:
-    return f"{_FILE_OF.get(part, part)}.safetensors"
+def _read_tree(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
+    manifest = read_manifest(path)
+    tree = {}
+    for name, skeleton in _read_skeletons(path, manifest).items():
+        if parts is not None and name not in parts:
+            continue
+        tensors = _map_tensors(path / file_of(name), device) if name in manifest["tensors"] else {}
+        try:
+            tree[name] = join_tree(tensors, skeleton)
+        except CheckpointDamagedError as error:
+            raise CheckpointDamagedError(f"{path / file_of(name)}: {error}") from error
+    return tree
 
 
-def _write_tensors(file: Path, tensors: Mapping[str, Tensor], *, part: str) -> None:
-    """Write tensors; safetensors takes contiguous ones that share no memory, so a tied weight is written twice."""
-    separate: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        _check_storable(tensor, f"{part}/{name}")
-        # Views that are conjugated or negated when they are read would be written as they lie in memory.
-        copy = tensor.to("cpu").resolve_conj().resolve_neg().contiguous()
-        storage = copy.untyped_storage().data_ptr()
-        if storage in seen:
-            copy = copy.clone()
-            storage = copy.untyped_storage().data_ptr()
-        seen.add(storage)
-        separate[name] = copy
-    save_file(separate, file)
-
-
-def _check_storable(tensor: Tensor, name: str) -> None:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
-        kind = "on the meta device" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
+def _refuse(snapshot: Snapshot, path: Path) -> None:
+    """Refuse before anything is written what cannot end well."""
+    refuse_foreign(path)
+    needed = snapshot.plan.size
+    parent = next((folder for folder in path.parents if folder.exists()), path.anchor)
+    free = shutil.disk_usage(parent).free
+    if needed > free:
         raise CheckpointError(
-            f"The checkpoint's {name} is a tensor {kind}, which safetensors cannot hold. Convert it first, or save "
-            "under a name that ends in .pth."
+            f"{path}: the checkpoint has {needed} bytes, but only {free} are free there. Free some space, keep fewer "
+            "checkpoints (max_keep_ckpts), or save elsewhere."
         )
 
 
-def _read_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+def _begin(aside: ExitStack, snapshot: Snapshot, path: Path) -> Path:
+    """Make the folder and in it every file, in full size but without tensors."""
+    folder = aside.enter_context(atomic_directory(path))
+    _write_new(folder / STATE, _as_json(snapshot.skeletons))
+    for part, layout in snapshot.plan.layouts.items():
+        create_file(folder / file_of(part), layout)
+    return folder
+
+
+def _write_own(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, list[WrittenPiece]]:
+    """Write this rank's pieces; return them by part."""
+    written = {}
+    for part, layout in snapshot.plan.layouts.items():
+        pieces = list(snapshot.pieces(part))
+        if not pieces:
+            continue
+        try:
+            written[part] = write_pieces(folder / file_of(part), layout, pieces)
+        except FileNotFoundError as error:
+            if team.leads:
+                raise
+            raise CheckpointError(
+                f"{folder.parent}: rank {team.rank} does not see what the first rank has just made there. A model that is "
+                "spread over ranks is saved to a folder that all of them share; choose such a work_dir."
+            ) from error
+    return written
+
+
+def _finish(folder: Path, snapshot: Snapshot, written: list[dict[str, list[WrittenPiece]]]) -> None:
+    """Write the manifest, last: a directory without it is no checkpoint."""
+    state = _as_json(snapshot.skeletons)
+    files: dict[str, dict[str, Any]] = {STATE: {"bytes": len(state), "digest": digest_of(state)}}
+    tensors = {}
+    for part, layout in snapshot.plan.layouts.items():
+        header = {"bytes": len(layout.header), "digest": digest_of(layout.header)}
+        files[file_of(part)] = {"bytes": layout.size, "header": header}
+        tensors[part] = describe_tensors(layout, [piece for theirs in written for piece in theirs.get(part, ())])
+    _write_new(folder / MANIFEST, make_manifest(snapshot.skeletons.get("meta"), files, tensors))
+
+
+def _as_json(content: Any) -> bytes:
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _write_new(file: Path, data: bytes) -> None:
+    with opened(operations.create_file(file)) as descriptor:
+        write_fully(descriptor, data, 0)
+        operations.fsync(descriptor)
+
+
+def _read_skeletons(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    file = path / STATE
     try:
-        tensors = load_file(file)
+        data = file.read_bytes()
+        if digest_of(data) != manifest["files"][STATE]["digest"]:
+            raise CheckpointDamagedError(f"{file} is not what was written: its digest differs.")
+        skeletons: dict[str, Any] = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+    return skeletons
+
+
+def _map_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, framework="pt") as opened_file:
+            names: list[str] = opened_file.keys()
+            tensors = {name: opened_file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
     # Apart: safetensors knows few devices, and one that it does not know is no damage.
     return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-
-def _write_json(file: Path, content: Any) -> bytes:
-    data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-    file.write_bytes(data)
-    return data
-
-
-def _read_skeletons(file: Path, digest: str) -> dict[str, Any]:
-    try:
-        data = file.read_bytes()
-        skeletons = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    if hashlib.sha256(data).hexdigest() != digest or not isinstance(skeletons, dict):
-        raise CheckpointDamagedError(f"{file} is not what was written: its SHA-256 differs from the manifest's.")
-    return skeletons
-
-
-def _check_size(file: Path, size: int) -> None:
-    if not file.is_file():
-        raise CheckpointDamagedError(f"{file} is missing; the checkpoint is not complete.")
-    actual = file.stat().st_size
-    if actual != size:
-        raise CheckpointDamagedError(f"{file} has {actual} bytes, but {size} were written: it was cut off or changed.")

@@ -4,35 +4,65 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
 from stratagem.errors import CheckpointError
 
-__all__ = ["find_latest_checkpoint"]
+__all__ = ["Candidate", "find_latest_checkpoint", "list_checkpoints"]
 
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
+
+
+@final
+@dataclass(frozen=True, slots=True, order=True)
+class Candidate:
+    """A checkpoint in a run's folder.
+
+    Attributes:
+        saved_at: when it was saved, in seconds since the epoch.
+        number: its number of epochs or iterations, 0 where the name tells none.
+        path: where it is.
+        fault: why a run cannot go on from it, as far as its manifest tells; empty where it can.
+    """
+
+    saved_at: float
+    # The clock of a file system ticks seldom: of files made at once the number tells the later.
+    number: int
+    path: Path
+    fault: str = ""
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """Return the checkpoint in ``folder`` that was completed last, or None where there is none.
 
-    A checkpoint appears under its name only when it is complete, so what a killed save left is never found. Single
-    files count where they are named ``epoch_<n>.pth`` or ``iter_<n>.pth``.
+    A checkpoint appears under its name only when it is complete, so what a killed save left is never found. Its tensors
+    are not read: loading it does that. Single files count where they are named ``epoch_<n>.pth`` or ``iter_<n>.pth``.
+    One whose weights were not all finite is passed over.
     """
-    found: list[tuple[float, int, Path]] = []
-    for entry in Path(folder).iterdir() if Path(folder).is_dir() else ():
-        if entry.name.startswith("."):
-            continue
-        numbered = _NUMBERED.fullmatch(entry.name)
-        # The clock of a file system ticks seldom: of files made at once the number tells the later.
-        number = int(numbered["number"]) if numbered else 0
-        if (entry / MANIFEST).is_file():
-            try:
-                found.append((read_manifest(entry)["saved_at"], number, entry))
-            except CheckpointError:
-                # Not ours, or damaged: an older one may still serve. Asked for by name, it is an error.
-                continue
-        elif numbered and entry.suffix == ".pth" and entry.is_file():
-            found.append((entry.stat().st_mtime, number, entry))
-    return max(found)[-1] if found else None
+    return next((found.path for found in list_checkpoints(folder) if not found.fault), None)
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Candidate]:
+    """Return the checkpoints in ``folder``, the one saved last first, with the faults of those that cannot be used."""
+    entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    found = (_look_at(entry) for entry in entries if not entry.name.startswith("."))
+    return sorted((each for each in found if each is not None), reverse=True)
+
+
+def _look_at(entry: Path) -> Candidate | None:
+    numbered = _NUMBERED.fullmatch(entry.name)
+    number = int(numbered["number"]) if numbered else 0
+    if entry.is_dir() and (numbered or (entry / MANIFEST).is_file()):
+        try:
+            manifest = read_manifest(entry)
+        except CheckpointError as error:
+            # Without its own word, the system's must do for when it was made.
+            return Candidate(entry.stat().st_mtime, number, entry, str(error)) if numbered else None
+        fault = "" if manifest["finite"] else "its weights are not all finite."
+        return Candidate(manifest["saved_at"], number, entry, fault)
+    if numbered and entry.suffix == ".pth" and entry.is_file():
+        return Candidate(entry.stat().st_mtime, number, entry)
+    return None

@@ -11,6 +11,7 @@ import torch
 from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.checkpoint.tree import StateTree
+from stratagem.dist import ALONE, Team
 
 __all__ = ["SINGLE_FILES", "CheckpointFormat", "format_for"]
 
@@ -20,13 +21,22 @@ SINGLE_FILES = {".pth", ".pt", ".ckpt", ".bin"}
 class CheckpointFormat(Protocol):
     """How a state tree becomes files, and comes back."""
 
-    def save(self, tree: StateTree, path: Path) -> None:
-        """Write ``tree`` so that ``path`` either holds all of it or what it held before."""
+    def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
+        """Write ``tree`` so that ``path`` either holds all of it or what it held before. Collective over ``team``."""
 
     def load(
-        self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
+        self,
+        path: Path,
+        *,
+        map_location: torch.device | str = "cpu",
+        parts: Collection[str] | None = None,
+        verify: bool = True,
+        team: Team = ALONE,
     ) -> StateTree:
-        """Read the tree, or only some of its top-level parts, with tensors on ``map_location``."""
+        """Read the tree, or only some of its top-level parts, with tensors on ``map_location``. Collective over ``team``."""
+
+    def verify(self, path: Path, team: Team = ALONE) -> int:
+        """Compare all of it with its digests or checksums; return how many bytes there are. Collective over ``team``."""
 
 
 def format_for(path: Path) -> CheckpointFormat:

@@ -10,14 +10,17 @@ import pickle
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal, cast, final
 
 import torch
+from torch import Tensor
 
 from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
+from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
-from stratagem.storage import atomic_file
+from stratagem.optim.sharded import is_sharded, whole
+from stratagem.storage import atomic_file, opened, operations, write_fully
 
 __all__ = ["SingleFileFormat"]
 
@@ -26,44 +29,112 @@ __all__ = ["SingleFileFormat"]
 class SingleFileFormat:
     """Write and read a ``.pth`` file."""
 
-    def save(self, tree: StateTree, path: Path) -> None:
+    def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
         """Write ``tree`` aside and publish it under ``path`` by one rename.
+
+        Collective over ``team``: tensors that are spread over ranks are put together, one after the other, in the memory
+        of the first rank.
 
         Raises:
             CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
         """
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
-        plain = join_tree(*split_tree(tree))
-        try:
-            with atomic_file(path) as aside:
-                torch.save(plain, aside)
-        except (OSError, RuntimeError) as error:
-            raise not_written(path, error) from error
+        tensors, skeleton = team.own(lambda: split_tree(tree))
+        whole_ones = {name: _whole(tensor, keep=team.leads) for name, tensor in tensors.items()}
+        team.first(lambda: _write(join_tree(whole_ones, skeleton), path))
 
     def load(
-        self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
+        self,
+        path: Path,
+        *,
+        map_location: torch.device | str = "cpu",
+        parts: Collection[str] | None = None,
+        verify: bool = True,
+        team: Team = ALONE,
     ) -> StateTree:
         """Read the tree, or only some of its top-level parts.
 
-        A file that is a bare state dict is taken as ``{"state_dict": ...}``.
+        A file that is a bare state dict is taken as ``{"state_dict": ...}``. Collective over ``team``.
 
         Raises:
             CheckpointNotFoundError: if there is no such file.
             CheckpointError: if it holds what only a program could make, or nothing that can be used.
             CheckpointDamagedError: if it cannot be read.
         """
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
-        if not path.is_file():
-            raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
-        try:
-            loaded = torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:  # which class it is hangs on where the file is damaged
-            if isinstance(error, pickle.UnpicklingError) and (kind := _kind(path)) != "damaged zip":
-                raise CheckpointError(_refusal(path, error, kind)) from error
-            raise CheckpointDamagedError(f"{path} cannot be read: {_first_line(error)}") from error
-        tree = _as_tree(loaded, path)
-        return tree if parts is None else {name: part for name, part in tree.items() if name in parts}
+        if verify:
+            self.verify(path, team)
+        return team.own(lambda: _read(path, map_location, parts))
+
+    def verify(self, path: Path, team: Team = ALONE) -> int:
+        """Compare the file with its checksums, 32 bits each; return how many bytes it has. Collective over ``team``.
+
+        Raises:
+            CheckpointNotFoundError: if there is no such file.
+            CheckpointDamagedError: if a part of it is not what was written.
+        """
+        return team.first(lambda: _check(path))
+
+
+def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+    try:
+        loaded = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # which class it is hangs on where the file is damaged
+        if isinstance(error, pickle.UnpicklingError) and (kind := _kind(path)) != "damaged zip":
+            raise CheckpointError(_refusal(path, error, kind)) from error
+        raise CheckpointDamagedError(f"{path} cannot be read: {_first_line(error)}") from error
+    tree = _as_tree(loaded, path)
+    return tree if parts is None else {name: part for name, part in tree.items() if name in parts}
+
+
+def _check(path: Path) -> int:
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+    if _kind(path) == "other":
+        # An older form of torch's, without checksums: reading it is the only check.
+        return path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
+    if bad is not None:
+        raise CheckpointDamagedError(f"{path}: {bad} in it is not what was written: its checksum differs.")
+    return path.stat().st_size
+
+
+def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
+    """Return a tensor in one piece on the CPU where it is kept; collective for one that is spread over ranks."""
+    gathered = whole(tensor) if is_sharded(tensor) else tensor
+    return gathered.to("cpu") if keep else gathered.new_empty(0)
+
+
+def _write(plain: Any, path: Path) -> None:
+    try:
+        with atomic_file(path) as aside, opened(operations.open_file(aside)) as descriptor:
+            torch.save(plain, cast("Any", _Through(descriptor)))
+    except (OSError, RuntimeError) as error:
+        raise not_written(path, error) from error
+
+
+@final
+class _Through:
+    """What torch writes to: it hands all to the storage layer."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._end = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        write_fully(self._descriptor, data, self._end)
+        self._end += len(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 def _as_tree(loaded: Any, path: Path) -> StateTree:

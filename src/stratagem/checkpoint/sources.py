@@ -15,6 +15,7 @@ from stratagem.checkpoint.download import fetch_http
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
 from stratagem.checkpoint.tree import StateTree
+from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, ConfigValueError
 from stratagem.utils import absolute, did_you_mean, import_module, is_url, mask_text
 
@@ -73,10 +74,15 @@ class CheckpointLoader:
         )
 
     @classmethod
-    def load_checkpoint(cls, filename: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> StateTree:
-        """Read a checkpoint from a path, a URL or a named collection; never runs code from it."""
-        path = cls.fetch(filename)
-        return format_for(path).load(path, map_location=map_location)
+    def load_checkpoint(
+        cls, filename: str | os.PathLike[str], map_location: torch.device | str = "cpu", *, team: Team = ALONE
+    ) -> StateTree:
+        """Read a checkpoint from a path, a URL or a named collection; never runs code from it.
+
+        Collective over ``team``.
+        """
+        path = team.own(lambda: cls.fetch(filename))
+        return format_for(path).load(path, map_location=map_location, team=team)
 
 
 def _beside(path: Path) -> str:

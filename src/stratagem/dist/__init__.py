@@ -17,6 +17,7 @@ from stratagem.dist.collectives import (
 )
 from stratagem.dist.group import close_dist, init_dist
 from stratagem.dist.launch import LAUNCHERS, Launch, infer_launcher, read_launch
+from stratagem.dist.team import ALONE, Team
 from stratagem.dist.objects import (
     all_gather_object,
     broadcast_object,
@@ -27,6 +28,8 @@ from stratagem.dist.objects import (
 from stratagem.dist.world import World, pick_device
 
 __all__ = [
+    "ALONE",
+    "Team",
     "LAUNCHERS",
     "Launch",
     "World",

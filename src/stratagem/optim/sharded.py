@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stratagem.utils.imports import import_object
 
-__all__ = ["is_plain", "local_part", "whole"]
+__all__ = ["is_plain", "is_sharded", "local_part", "whole"]
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -20,15 +20,16 @@ def is_plain(tensor: Tensor) -> bool:
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor that this rank has: of a sharded one its shard, else the tensor itself."""
-    return _dtensor().to_local(tensor) if _is_sharded(tensor) else tensor
+    return _dtensor().to_local(tensor) if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return a sharded tensor in one piece on every rank, another as it is. Collective for a sharded one."""
-    return _dtensor().full_tensor(tensor) if _is_sharded(tensor) else tensor
+    return _dtensor().full_tensor(tensor) if is_sharded(tensor) else tensor
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is spread over ranks."""
     return not is_plain(tensor) and isinstance(tensor, _dtensor())
 
 

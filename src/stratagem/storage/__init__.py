@@ -1,14 +1,17 @@
 """Local files that are written durably and published whole."""
 
+from stratagem.storage import operations
 from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic
 from stratagem.storage.files import (
     fsync_directory,
     fsync_file,
     fsync_tree,
+    opened,
     read_bytes,
     remove,
     tree_bytes,
     write_bytes,
+    write_fully,
 )
 from stratagem.storage.stale import Cleaned, clean_temporaries
 
@@ -20,9 +23,12 @@ __all__ = [
     "fsync_directory",
     "fsync_file",
     "fsync_tree",
+    "opened",
+    "operations",
     "read_bytes",
     "remove",
     "tree_bytes",
     "write_atomic",
     "write_bytes",
+    "write_fully",
 ]

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stratagem.errors import WorkDirError
-from stratagem.storage.exchange import exchange
+from stratagem.storage import operations
 from stratagem.storage.files import fsync_directory, fsync_file, fsync_tree, remove, tree_bytes, write_bytes
 from stratagem.storage.temporary import set_aside_path, temporary_path
 from stratagem.utils import absolute
@@ -63,7 +63,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with _temporary(target, _create_file) as temporary:
         yield temporary
         fsync_file(temporary)
-        temporary.replace(target)
+        operations.rename(temporary, target)
     _make_durable(target)
 
 
@@ -82,7 +82,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = absolute(path)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, "There is a file where a directory shall be written", str(target))
-    with _temporary(target, Path.mkdir) as temporary:
+    with _temporary(target, operations.create_folder) as temporary:
         yield temporary
         fsync_tree(temporary)
         old = _publish_directory(temporary, target)
@@ -119,22 +119,22 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
 
 
 def _create_file(path: Path) -> None:
-    path.touch(exist_ok=False)
+    operations.close(operations.create_file(path))
 
 
 def _publish_directory(temporary: Path, target: Path) -> Path | None:
     """Rename ``temporary`` to ``target``, and return where the content that it replaced is now, if there was any."""
     if not target.exists() and not target.is_symlink():
-        temporary.rename(target)
+        operations.rename(temporary, target)
         return None
-    if exchange(temporary, target):
+    if operations.exchange(temporary, target):
         return temporary
     aside = set_aside_path(target)
-    target.rename(aside)
+    operations.rename(target, aside)
     try:
-        temporary.rename(target)
+        operations.rename(temporary, target)
     except BaseException:
-        aside.rename(target)
+        operations.rename(aside, target)
         raise
     return aside
 

@@ -7,10 +7,23 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["fsync_directory", "fsync_file", "fsync_tree", "read_bytes", "remove", "tree_bytes", "write_bytes"]
+from stratagem.storage import operations
+
+__all__ = [
+    "fsync_directory",
+    "fsync_file",
+    "fsync_tree",
+    "opened",
+    "read_bytes",
+    "remove",
+    "tree_bytes",
+    "write_bytes",
+    "write_fully",
+]
 
 # Some network and user-space file systems cannot sync a directory; they publish a name at once or not at all.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
@@ -26,19 +39,34 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     A kill leaves it half written; ``write_atomic`` is what the rest of the package uses.
     """
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    descriptor = operations.open_file(path) if path.exists() else operations.create_file(path)
+    with opened(descriptor):
+        write_fully(descriptor, data, 0)
+        operations.truncate(descriptor, len(data))
+        operations.fsync(descriptor)
+
+
+def write_fully(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of the data from ``offset`` on; the system may take it in pieces."""
+    rest = memoryview(data)
+    while rest:
+        count = operations.write(descriptor, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
+@contextmanager
+def opened(descriptor: int) -> Iterator[int]:
+    """Give the descriptor back at the end of the block, also where it fails."""
+    try:
+        yield descriptor
+    finally:
+        operations.close(descriptor)
 
 
 def fsync_file(path: Path) -> None:
     """Wait until the content of a file is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with opened(operations.open_folder(path)) as descriptor:
+        operations.fsync(descriptor)
 
 
 def fsync_directory(path: Path) -> None:
@@ -62,10 +90,12 @@ def fsync_tree(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, a link (not what it points to) or a directory with all below it; a missing one is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    if not path.is_dir() or path.is_symlink():
+        operations.remove_file(path)
+        return
+    for inner in path.iterdir():
+        remove(inner)
+    operations.remove_folder(path)
 
 
 def tree_bytes(path: Path) -> int:

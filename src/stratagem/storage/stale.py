@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from stratagem.storage import operations
 from stratagem.storage.files import fsync_directory, remove
 from stratagem.storage.temporary import TemporaryName
 
@@ -40,7 +41,7 @@ def clean_temporaries(parent: Path) -> Cleaned:
     removed, restored = [], []
     for path, name in stale:
         if name.set_aside and not name.target.exists():
-            path.rename(name.target)
+            operations.rename(path, name.target)
             restored.append(name.target)
         else:
             remove(path)

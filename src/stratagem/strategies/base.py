@@ -17,12 +17,12 @@ from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
     LoadReport,
     StateTree,
-    find_latest_checkpoint,
+    list_checkpoints,
     load_state_dict,
     weights_to_cpu,
 )
 from stratagem.dist import World
-from stratagem.errors import ConfigTypeError, ConfigValueError, StateError, WorkDirError
+from stratagem.errors import CheckpointDamagedError, ConfigTypeError, ConfigValueError, StateError, WorkDirError
 from stratagem.logging import Logger, forward_library_logs
 from stratagem.model import bare_model
 from stratagem.model.weights import broadcast_weights
@@ -362,15 +362,28 @@ class BaseStrategy(ABC):
             return self.resume(resume, callback=callback)
         if load_from is not None:
             return self.resume(load_from, callback=callback)
-        latest = self._agree_on_latest()
-        if latest is None:
-            self.logger.info("No checkpoint to resume from under %s; starting anew.", self.work_dir)
-            return None
-        return self.resume(latest, callback=callback)
+        return self._resume_latest(callback)
 
-    def _agree_on_latest(self) -> Path | None:
-        """Return rank 0's choice, so that all ranks go on from the same step."""
-        return from_main(lambda: find_latest_checkpoint(self._work_dir))
+    def _resume_latest(self, callback: CheckpointCallback | None) -> StateTree | None:
+        """Resume from the newest checkpoint that every rank can read whole; name those that are passed over."""
+        # Rank 0's list, so that all ranks go on from the same step.
+        found = from_main(lambda: list_checkpoints(self._work_dir))
+        for candidate in found:
+            fault = candidate.fault
+            if not fault:
+                try:
+                    return self.resume(candidate.path, callback=callback)
+                except CheckpointDamagedError as error:
+                    # Found while reading, on some rank; nothing of this run was changed.
+                    fault = str(error)
+            self.logger.warning("The checkpoint %s is passed over: %s", candidate.path, fault)
+        if found:
+            raise CheckpointDamagedError(
+                f"None of the {len(found)} checkpoints under {self.work_dir} can be used; the log says why. Name another "
+                "with resume=<path>, or move them away to start anew."
+            )
+        self.logger.info("No checkpoint to resume from under %s; starting anew.", self.work_dir)
+        return None
 
     def collect_env(self) -> tuple[dict[str, str], dict[str, Any]]:
         """Return what this machine is, and how this run uses it."""

@@ -20,13 +20,12 @@ from stratagem.checkpoint import (
     model_part,
     save_checkpoint,
 )
-from stratagem.dist import all_gather_object
+from stratagem.dist import Team, all_gather_object
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback
 from stratagem.strategies.horizon import Horizon
-from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.optim_state import read_optim, write_optim
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
@@ -186,22 +185,22 @@ class ComposedStrategy(BaseStrategy):
                 parts["param_schedulers"] = self.scheduler_state_dict()
             generators = all_gather_object(generator_state())
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
-            from_main(lambda: self._write(filename, parts, extra_ckpt, callback))
+            team = Team.of()
+            # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
+            checkpoint = team.own(lambda: self._tree(parts, extra_ckpt, callback))
+            save_checkpoint(checkpoint, filename, team)
 
-    def _write(
-        self,
-        filename: str | os.PathLike[str],
-        parts: StateTree,
-        extra_ckpt: Mapping[str, Any] | None,
-        callback: CheckpointCallback | None,
-    ) -> None:
-        checkpoint: StateTree = {"state_dict": self.model_state_dict(), **parts}
+    def _tree(
+        self, parts: StateTree, extra_ckpt: Mapping[str, Any] | None, callback: CheckpointCallback | None
+    ) -> StateTree:
+        # Where the tensors are: the writer moves them to the CPU one at a time.
+        checkpoint: StateTree = {"state_dict": self.bare_model().state_dict(), **parts}
         extra = dict(extra_ckpt or {})
         checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta()}
         checkpoint.update(extra)
         if callback is not None:
             callback(checkpoint)
-        save_checkpoint(checkpoint, filename)
+        return checkpoint
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -219,9 +218,10 @@ class ComposedStrategy(BaseStrategy):
         self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
     ) -> StateTree:
         device = self.world.device if map_location == "default" else map_location
-        checkpoint = CheckpointLoader.load_checkpoint(filename, device)
+        team = Team.of()
+        checkpoint = CheckpointLoader.load_checkpoint(filename, device, team=team)
         if callback is not None:
-            callback(checkpoint)
+            team.own(lambda: callback(checkpoint))
         return checkpoint
 
     def _compare_runs(self, meta: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.errors import CheckpointMismatchError
@@ -44,4 +44,11 @@ def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module) -> 
             "optimizers, and this run has one. Resume with resume_optimizer=False."
         )
     names_here = parameter_names(optim.optimizer, model)
-    optim.load_state_dict(optimizer_by_index(state, names_here, optim.optimizer.param_groups))
+    by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups)
+    # The optimizer keeps the tensors that it is given, and those of a checkpoint are mapped from its file.
+    own = {index: {key: _copied(value) for key, value in slots.items()} for index, slots in by_index["state"].items()}
+    optim.load_state_dict({**by_index, "state": own})
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

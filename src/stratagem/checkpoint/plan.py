@@ -1,0 +1,114 @@
+"""Who writes which part of which tensor, decided alike on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
+from stratagem.checkpoint.regions import Region, region_of, tiles
+from stratagem.dist.team import Team
+from stratagem.errors import CheckpointError
+from stratagem.optim.sharded import is_sharded
+
+__all__ = ["Piece", "Plan", "make_plan"]
+
+# part of the tree -> name in the part -> what a rank tells of the tensor
+_Told = dict[str, dict[str, tuple[TensorSpec, Region]]]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A region of a tensor, and the rank that writes it."""
+
+    region: Region
+    rank: int
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the tensors of a tree become files.
+
+    Attributes:
+        layouts: part of the tree -> the layout of its file; parts without tensors have none.
+        pieces: part -> name of a tensor -> its pieces, in order of their place.
+    """
+
+    layouts: Mapping[str, FileLayout]
+    pieces: Mapping[str, Mapping[str, tuple[Piece, ...]]]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all files."""
+        return sum(layout.size for layout in self.layouts.values())
+
+
+def make_plan(parts: Mapping[str, Mapping[str, Tensor]], team: Team) -> Plan:
+    """Plan the files for the tensors that the ranks hold, by part and name. Collective.
+
+    A tensor that is spread over ranks is written by each rank that holds a part of it, and where several hold the same,
+    as replicas do, by the first of them. All others are those of the team's first rank.
+
+    Raises:
+        CheckpointError: if a tensor cannot be stored, or the ranks' parts do not make up the whole.
+    """
+    told = team.each(lambda: _tell(parts, team))
+    first = told[0]
+    pieces: dict[str, dict[str, tuple[Piece, ...]]] = {}
+    for part, tensors in first.items():
+        pieces[part] = {}
+        for name, (spec, _) in tensors.items():
+            holders = [(rank, theirs[part][name]) for rank, theirs in enumerate(told) if name in theirs.get(part, {})]
+            pieces[part][name] = _divide(f"{part}/{name}", spec, holders)
+    layouts = {
+        part: FileLayout.plan({name: spec for name, (spec, _) in tensors.items()})
+        for part, tensors in first.items()
+        if tensors
+    }
+    return Plan(layouts, pieces)
+
+
+def _tell(parts: Mapping[str, Mapping[str, Tensor]], team: Team) -> _Told:
+    """Describe this rank's tensors; a plain one counts on the first rank alone."""
+    return {
+        part: {
+            name: (_spec(tensor, f"{part}/{name}"), region_of(tensor, f"{part}/{name}"))
+            for name, tensor in tensors.items()
+            if team.leads or is_sharded(tensor)
+        }
+        for part, tensors in parts.items()
+    }
+
+
+def _spec(tensor: Tensor, name: str) -> TensorSpec:
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
+        kind = "on the meta device" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
+        raise CheckpointError(
+            f"The checkpoint's {name} is a tensor {kind}, which safetensors cannot hold. Convert it first, or save "
+            "under a name that ends in .pth."
+        )
+    return TensorSpec(tensor.dtype, tuple(tensor.shape))
+
+
+def _divide(name: str, spec: TensorSpec, holders: Sequence[tuple[int, tuple[TensorSpec, Region]]]) -> tuple[Piece, ...]:
+    writers: dict[Region, int] = {}
+    for rank, (theirs, region) in holders:
+        if theirs != spec:
+            raise CheckpointError(
+                f"The checkpoint's {name} is of {spec.dtype} and shape {list(spec.shape)} on rank 0, but of {theirs.dtype} "
+                f"and {list(theirs.shape)} on rank {rank}. Every rank must hold the same model."
+            )
+        if region.numel or not spec.nbytes:
+            writers.setdefault(region, rank)
+    if not tiles(list(writers), spec.shape):
+        raise CheckpointError(
+            f"The checkpoint's {name}: the ranks' parts {[(region.start, region.shape) for region in writers]} do not make "
+            f"up a tensor of shape {list(spec.shape)}. Save on all ranks that hold a part of it."
+        )
+    return tuple(Piece(region, rank) for region, rank in sorted(writers.items()))

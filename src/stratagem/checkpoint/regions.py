@@ -1,0 +1,114 @@
+"""Boxes cut out of tensors: where a rank's part of a sharded tensor lies in the whole."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+from torch import Tensor
+
+from stratagem.errors import CheckpointError
+from stratagem.optim.sharded import is_sharded
+from stratagem.utils import import_object
+
+__all__ = ["Region", "region_of", "tiles"]
+
+
+@final
+@dataclass(frozen=True, slots=True, order=True)
+class Region:
+    """A box of a tensor: its first index and its size in every dimension."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Self:
+        """Return the box that is all of a tensor."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the box of a whole tensor, as a view."""
+        for dim, (start, length) in enumerate(zip(self.start, self.shape, strict=True)):
+            if length != tensor.shape[dim]:
+                tensor = tensor.narrow(dim, start, length)
+        return tensor
+
+    def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield (first element, number of elements) of what lies in one piece in a row-major tensor of ``shape``.
+
+        In the order in which the box itself is laid out.
+        """
+        if self.numel == 0:
+            return
+        # The dimensions behind the last one that is cut lie in one piece with it.
+        cut = max((dim for dim, size in enumerate(shape) if self.shape[dim] != size), default=0)
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        length = math.prod(self.shape[cut:])
+        corner = sum(start * stride for start, stride in zip(self.start, strides, strict=True))
+        for index in itertools.product(*(range(size) for size in self.shape[:cut])):
+            yield corner + sum(map(int.__mul__, index, strides)), length
+
+    def overlaps(self, other: Region) -> bool:
+        """Tell whether the two share an element."""
+        if not self.numel or not other.numel:
+            return False
+        return all(
+            start < theirs + size and theirs < start + length
+            for start, length, theirs, size in zip(self.start, self.shape, other.start, other.shape, strict=True)
+        )
+
+
+def tiles(regions: Sequence[Region], shape: Sequence[int]) -> bool:
+    """Tell whether the regions make up a tensor of ``shape``, each element once."""
+    inside = all(
+        len(region.start) == len(shape)
+        and all(
+            start >= 0 and start + length <= size
+            for start, length, size in zip(region.start, region.shape, shape, strict=True)
+        )
+        for region in regions
+    )
+    if not inside or sum(region.numel for region in regions) != math.prod(shape):
+        return False
+    # Sorted by where they begin, only those with a common first index can meet.
+    ordered = sorted(region for region in regions if region.numel)
+    for index, region in enumerate(ordered):
+        end = region.start[0] + region.shape[0] if region.start else 1
+        for other in itertools.islice(ordered, index + 1, None):
+            if other.start and other.start[0] >= end:
+                break
+            if region.overlaps(other):
+                return False
+    return True
+
+
+def region_of(tensor: Tensor, name: str) -> Region:
+    """Return where what this rank holds of a tensor lies in the whole; of a plain tensor it holds all.
+
+    ``name`` is what errors call the tensor.
+
+    Raises:
+        CheckpointError: if the tensor is a sum that its ranks have not made yet.
+    """
+    if not is_sharded(tensor):
+        return Region.whole(tensor.shape)
+    spread: Any = tensor
+    if any(placement.is_partial() for placement in spread.placements):
+        raise CheckpointError(
+            f"The checkpoint's {name} is a DTensor with the placements {spread.placements}: its ranks hold parts of a sum. "
+            "Redistribute it to Replicate() or Shard() before it is saved."
+        )
+    if spread.device_mesh.get_coordinate() is None:
+        return Region.whole((0,) * tensor.ndim)
+    locate = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")
+    shape, start = locate(tensor.shape, spread.device_mesh, spread.placements)
+    return Region(tuple(start), tuple(shape))

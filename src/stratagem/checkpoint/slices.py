@@ -1,0 +1,111 @@
+"""Write pieces of tensors into their places in a file, and check them there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from stratagem.checkpoint.digest import Digest
+from stratagem.checkpoint.layout import FileLayout
+from stratagem.checkpoint.regions import Region
+from stratagem.errors import CheckpointDamagedError
+from stratagem.storage import opened, operations, write_fully
+
+__all__ = ["WrittenPiece", "check_pieces", "create_file", "write_pieces"]
+
+# Below this, handing bytes to another thread costs more than their digest.
+_WORTH_A_THREAD = 1 << 20
+_READ_AT_ONCE = 4 << 20
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class WrittenPiece:
+    """A piece of a tensor in a file, with the digest of its bytes in the order of the piece."""
+
+    name: str
+    region: Region
+    digest: str
+
+
+def create_file(file: Path, layout: FileLayout) -> None:
+    """Make the file in its full size, with the header."""
+    with opened(operations.create_file(file)) as descriptor:
+        operations.truncate(descriptor, layout.size)
+        write_fully(descriptor, layout.header, 0)
+
+
+def write_pieces(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, Region, Tensor]]) -> list[WrittenPiece]:
+    """Write pieces (name, region, its content) into a file that :func:`create_file` made, durably.
+
+    Besides the tensors themselves one piece is in memory at a time, and only if it lies on another device.
+    """
+    written = []
+    with opened(operations.open_file(file)) as descriptor, ThreadPoolExecutor(1, "checkpoint digest") as side:
+        for name, region, content in pieces:
+            data = _bytes_of(content)
+            # Two threads read the same memory at once: the digest costs no time where there is a second core.
+            digest = side.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
+            begin = 0
+            for place, length in layout.chunks(name, region.runs(layout.specs[name].shape)):
+                write_fully(descriptor, data[begin : begin + length], place)
+                begin += length
+            written.append(WrittenPiece(name, region, digest.result() if digest else _digest(data)))
+        operations.fsync(descriptor)
+    return written
+
+
+def check_pieces(file: Path, layout: FileLayout, pieces: Sequence[WrittenPiece]) -> None:
+    """Compare the pieces in a file with their digests.
+
+    Raises:
+        CheckpointDamagedError: if one differs or cannot be read; it names the tensor.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads())), "checkpoint check") as pool:
+            digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), pieces)
+            for piece, digest in zip(pieces, digests, strict=True):
+                if digest != piece.digest:
+                    raise CheckpointDamagedError(
+                        f"{file}: the tensor {piece.name!r} is not what was written: its digest differs."
+                    )
+    except OSError as error:
+        raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+    finally:
+        os.close(descriptor)
+
+
+def _digest_in_file(descriptor: int, layout: FileLayout, piece: WrittenPiece) -> str:
+    digest = Digest()
+    buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(1, layout.specs[piece.name].nbytes))))
+    for place, length in layout.chunks(piece.name, piece.region.runs(layout.specs[piece.name].shape)):
+        for begin, size in _cut(place, length, len(buffer)):
+            count = os.preadv(descriptor, [buffer[:size]], begin)
+            digest.update(buffer[:count])
+    return digest.text()
+
+
+def _cut(place: int, length: int, most: int) -> Iterator[tuple[int, int]]:
+    for done in range(0, length, most):
+        yield place + done, min(most, length - done)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return a tensor's bytes as they lie in a file; on the CPU without a copy, unless it is a view with gaps."""
+    # Views that are conjugated or negated when they are read would be written as they lie in memory.
+    dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+    return memoryview(dense.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
+
+
+def _digest(data: memoryview) -> str:
+    digest = Digest()
+    digest.update(data)
+    return digest.text()

@@ -1,0 +1,101 @@
+"""Ranks that do something together, and all know how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar, cast, final
+
+from stratagem.dist.collectives import Group, get_rank, get_world_size
+from stratagem.dist.objects import all_gather_object
+from stratagem.errors import StratagemError
+
+__all__ = ["ALONE", "Team"]
+
+T = TypeVar("T")
+# The kind of a failure, and its text.
+_Told = tuple[type[StratagemError], str]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The ranks of a group. Its methods are collective: every rank calls each of them, in the same order.
+
+    If what a rank was to do fails, every rank raises: that rank the error itself, the others one of its kind that
+    quotes it. So nobody waits for a rank that is gone, and whoever handles the error handles it everywhere.
+
+    Attributes:
+        rank: this process among them, from 0.
+        size: how many they are.
+        group: through which they talk; None for the group of the whole run.
+    """
+
+    rank: int
+    size: int
+    group: Group | None = None
+
+    @classmethod
+    def of(cls, group: Group | None = None) -> Team:
+        """Return the team of a process group; without a group, that of all ranks of the run."""
+        return cls(get_rank(group), get_world_size(group), group)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the team's first rank."""
+        return self.rank == 0
+
+    def gather(self, data: T) -> list[T]:
+        """Return every rank's object, in order of rank."""
+        return [data] if self.size == 1 else all_gather_object(data, self.group)
+
+    def each(self, act: Callable[[], T]) -> list[T]:
+        """Call ``act`` on every rank; return all results, in order of rank."""
+        result, failure = _attempt(act)
+        outcomes = self.gather((result, _as_told(failure)))
+        _raise(failure, [told for _, told in outcomes])
+        return [cast("T", other) for other, _ in outcomes]
+
+    def own(self, act: Callable[[], T]) -> T:
+        """Call ``act`` on every rank; return this rank's result, which nobody else gets to see."""
+        result, failure = _attempt(act)
+        _raise(failure, self.gather(_as_told(failure)))
+        return cast("T", result)
+
+    def first(self, act: Callable[[], T]) -> T:
+        """Call ``act`` on the first rank alone; return its result on every rank, once it is done."""
+        return self.each(act if self.leads else cast("Callable[[], T]", _nothing))[0]
+
+
+# A process that asks nobody, also where there are others.
+ALONE = Team(0, 1)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return act(), None
+    except Exception as error:  # noqa: BLE001 -- raised again after the others were told
+        return None, error
+
+
+def _as_told(failure: Exception | None) -> _Told | None:
+    return None if failure is None else (_kind_of(failure), f"{type(failure).__name__}: {failure}")
+
+
+def _raise(failure: Exception | None, told: list[_Told | None]) -> None:
+    if failure is not None:
+        raise failure
+    for rank, other in enumerate(told):
+        if other is not None:
+            kind, message = other
+            raise kind(f"Rank {rank} failed: {message}")
+
+
+def _kind_of(error: Exception) -> type[StratagemError]:
+    """Return the nearest class of ours, which every rank has and which takes a message alone."""
+    ours = (kind for kind in type(error).__mro__ if kind.__module__ == StratagemError.__module__)
+    return next(ours, StratagemError)
