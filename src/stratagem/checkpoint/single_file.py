@@ -76,10 +76,7 @@ class SingleFileFormat:
 
 
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
-    if not path.is_file():
-        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+    _refuse_missing(path)
     try:
         loaded = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # which class it is hangs on where the file is damaged
@@ -90,16 +87,22 @@ def _read(path: Path, device: torch.device | str, parts: Collection[str] | None)
     return tree if parts is None else {name: part for name, part in tree.items() if name in parts}
 
 
-def _check(path: Path) -> int:
+def _refuse_missing(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+
+
+def _check(path: Path) -> int:
+    _refuse_missing(path)
     if _kind(path) == "other":
         # An older form of torch's, without checksums: reading it is the only check.
         return path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # which class it is hangs on where the file is damaged
         raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
     if bad is not None:
         raise CheckpointDamagedError(f"{path}: {bad} in it is not what was written: its checksum differs.")

@@ -101,8 +101,9 @@ def _cut(place: int, length: int, most: int) -> Iterator[tuple[int, int]]:
 def _bytes_of(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as they lie in a file; on the CPU without a copy, unless it is a view with gaps."""
     # Views that are conjugated or negated when they are read would be written as they lie in memory.
+    # A tensor of one element may have any stride, and still counts as dense.
     dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    return memoryview(dense.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
+    return memoryview(torch.as_strided(dense, (dense.numel(),), (1,)).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
 
 
 def _digest(data: memoryview) -> str:
