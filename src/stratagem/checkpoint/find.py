@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
@@ -26,6 +27,7 @@ class Candidate:
         number: its number of epochs or iterations, 0 where the name tells none.
         path: where it is.
         fault: why a run cannot go on from it, as far as its manifest tells; empty where it can.
+        position: the epochs and iterations that were done, where the manifest tells.
     """
 
     saved_at: float
@@ -33,6 +35,7 @@ class Candidate:
     number: int
     path: Path
     fault: str = ""
+    position: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -62,7 +65,7 @@ def _look_at(entry: Path) -> Candidate | None:
             # Without its own word, the system's must do for when it was made.
             return Candidate(entry.stat().st_mtime, number, entry, str(error)) if numbered else None
         fault = "" if manifest["finite"] else "its weights are not all finite."
-        return Candidate(manifest["saved_at"], number, entry, fault)
+        return Candidate(manifest["saved_at"], number, entry, fault, manifest["position"])
     if numbered and entry.suffix == ".pth" and entry.is_file():
         return Candidate(entry.stat().st_mtime, number, entry)
     return None

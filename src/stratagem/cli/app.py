@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stratagem._version import __version__
+from stratagem.cli.ckpt_app import ckpt_app
+from stratagem.cli.deferred import Traceback, command
 from stratagem.cli.options import RunOptions
-from stratagem.utils import import_object
 
 __all__ = ["app"]
 
@@ -44,12 +45,6 @@ Launcher = Annotated[
 ]
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
-
-
-def _command(place: str) -> Any:
-    """Return what serves a command, imported now: `--help` and `config show` need not wait for torch."""
-    return import_object(f"stratagem.cli.{place}")
 
 
 def _print_version(value: bool) -> None:
@@ -99,7 +94,7 @@ def train(
         strategy=strategy,
         nproc=nproc,
     )
-    _command("training:train")(options, resume=resume, load_from=load_from)
+    command("training:train")(options, resume=resume, load_from=load_from)
 
 
 @app.command()
@@ -124,7 +119,7 @@ def test(
         strategy=strategy,
         nproc=nproc,
     )
-    _command("evaluation:test")(options, checkpoint=checkpoint)
+    command("evaluation:test")(options, checkpoint=checkpoint)
 
 
 @app.command()
@@ -143,14 +138,16 @@ def schedule(
     The learning rate is drawn always, the others where a schedule changes them. Nothing is written but FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
-    _command("schedule:schedule")(options, out=out)
+    command("schedule:schedule")(options, out=out)
 
 
 @app.command()
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
-    _command("report:print_environment")()
+    command("report:print_environment")()
 
+
+app.add_typer(ckpt_app, name="ckpt")
 
 find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
 app.add_typer(find_app, name="find")
@@ -180,8 +177,8 @@ def lr(
     options = RunOptions(
         config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
     )
-    sweep = _command("find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
-    _command("find:learning_rate")(options, sweep, out=out)
+    sweep = command("find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
+    command("find:learning_rate")(options, sweep, out=out)
 
 
 @find_app.command()
@@ -202,7 +199,7 @@ def batch(
     Nothing is written but FILE. On the CPU memory errors do not come reliably: there it measures up to --max-batch.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
-    _command("find:batch_size")(options, limit=limit, steps=steps, out=out)
+    command("find:batch_size")(options, limit=limit, steps=steps, out=out)
 
 
 config_app = typer.Typer(help="Look at configurations and check them, without training.", no_args_is_help=True)
@@ -217,7 +214,7 @@ def show(
     traceback: Traceback = False,
 ) -> None:
     """Print CONFIG with its bases and overrides merged."""
-    _command("configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
+    command("configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
 
 
 @config_app.command()
@@ -228,7 +225,7 @@ def explain(
     traceback: Traceback = False,
 ) -> None:
     """Print each file and line that gave or changed a value of CONFIG, in order."""
-    _command("configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
+    command("configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
 
 
 @config_app.command()
@@ -238,10 +235,10 @@ def diff(
     traceback: Traceback = False,
 ) -> None:
     """Print what differs between two merged configurations."""
-    _command("configs:diff")(first, second)
+    command("configs:diff")(first, second)
 
 
 @config_app.command()
 def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
     """Check every key and argument of CONFIG as training would, and list all problems."""
-    _command("configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))
+    command("configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))
