@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, require, show
-from stratagem.data import EpochLoader, build_dataloader
+from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.dist import infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
@@ -185,11 +185,8 @@ class Runner:
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._loader("train")
-            if not loader.positioned:
-                self.strategy.logger.warning(
-                    "The order of the training data is that of its own loader or sampler. A run that is stopped inside "
-                    "of an epoch draws again what it has seen, to go on behind it, and may not go on exactly."
-                )
+            if loader.inexact is not None:
+                strategy.logger.warning("%s", loader.inexact)
             loop = build_train_loop(
                 self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
             )
@@ -206,10 +203,13 @@ class Runner:
                 },
             )
             seed = strategy.seed
-            self._take_up(training=True)
+            rest = self._take_up(training=True)
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
-                loop.dataloader = self._loader("train")
+                loop.dataloader = loader = self._loader("train")
+            run.train_data = loader
+            if rest is not None:
+                self._go_on(rest, loader)
         return loop
 
     def train(self) -> nn.Module:
@@ -227,7 +227,8 @@ class Runner:
             run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
         run.progress.stop_training = False
         with run.interrupt.listening():
-            loop.run()
+            with naming_dead_workers():
+                loop.run()
             if self.interrupted is not None:
                 self._save_interrupted()
         run.events.call("after_run", run)
@@ -259,12 +260,13 @@ class Runner:
             self.strategy.prepare(self._model, compile=self._compile)
             self._take_up(training=False, strict=strict)
         self.run.events.call("before_run", self.run)
-        metrics: dict[str, Any] = loop.run()
+        with naming_dead_workers():
+            metrics: dict[str, Any] = loop.run()
         self.run.events.call("after_run", self.run)
         return metrics
 
-    def _take_up(self, *, training: bool, strict: bool = False) -> None:
-        """Load or resume as asked, once, and go to the position that was saved.
+    def _take_up(self, *, training: bool, strict: bool = False) -> dict[str, Any] | None:
+        """Load or resume as asked, once; return what a run that is resumed has saved beside the strategy's state.
 
         An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
         """
@@ -277,20 +279,43 @@ class Runner:
 
         if strict and load_from is not None and not resume:
             self.strategy.load_checkpoint(load_from, strict=True, callback=tell)
-            return
+            return None
         rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
-        if resume and rest is not None:
-            self.run.progress.move_to(self._position(rest.get("meta") or {}))
-            self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+        if not resume or rest is None:
+            return None
+        self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+        self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+        return rest
 
-    def _position(self, meta: Mapping[str, Any]) -> Position:
-        """Return where the saved run stood, in the batches of this one."""
+    def _go_on(self, rest: Mapping[str, Any], loader: EpochLoader) -> None:
+        """Take up the position in the training data that was saved."""
+        progress = self.run.progress
+        data = rest.get("data")
+        if not isinstance(data, Mapping) or not loader.positioned:
+            progress.batch = self._batch_of_this_run(rest.get("meta") or {})
+        if not isinstance(data, Mapping):
+            return
+        progress.batch = loader.go_on(progress.epoch, progress.batch, data.get("taken") or ())
+        states = data.get("ranks")
+        if not isinstance(states, Mapping):
+            return
+        world = self.strategy.world
+        if len(states) != world.size:
+            self.strategy.logger.warning(
+                "The training data's loaders were saved by %d ranks, and this run has %d: the epoch does not go on exactly.",
+                len(states), world.size,
+            )  # fmt: skip
+        if str(world.rank) in states:
+            loader.load_state_dict(states[str(world.rank)], epoch=progress.epoch, batch=progress.batch)
+
+    def _batch_of_this_run(self, meta: Mapping[str, Any]) -> int:
+        """Return how much of the epoch the saved run had done, in the batches of this one."""
         position = Position.from_meta(meta)
         own = self.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
         old = meta.get("train_micro_batch_size_per_gpu")
         if not (position.batch and own and old):
-            return position
-        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1))
+            return position.batch
+        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1)).batch
 
     def _is_complete(self) -> bool:
         progress = self.run.progress

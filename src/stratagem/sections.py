@@ -65,7 +65,10 @@ _LOADER = Section(
     keys={
         "dataset": Section(registry=DATASETS),
         "sampler": Section(registry=DATA_SAMPLERS, supplied=frozenset({"dataset", "seed", "rank", "world_size"})),
-        "batch_sampler": Section(registry=DATA_SAMPLERS, supplied=frozenset({"sampler", "batch_size"})),
+        "batch_sampler": Section(
+            registry=DATA_SAMPLERS,
+            supplied=frozenset({"sampler", "batch_size", "dataset", "seed", "rank", "world_size"}),
+        ),
         "collate_fn": _FUNCTION,
         "worker_init_fn": _FUNCTION,
     },

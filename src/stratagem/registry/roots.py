@@ -126,7 +126,11 @@ DATASETS = Registry("dataset", scope=_SCOPE)
 DATA_SAMPLERS = Registry(
     "data sampler",
     scope=_SCOPE,
-    ready={name: f"stratagem.data.samplers:{name}" for name in ("DefaultSampler", "InfiniteSampler")},
+    ready={name: f"stratagem.data.samplers:{name}" for name in ("DefaultSampler", "InfiniteSampler")}
+    | {
+        "GroupedBatchSampler": "stratagem.data.grouped:GroupedBatchSampler",
+        "WeightedSampler": "stratagem.data.weighted:WeightedSampler",
+    },
 )
 TRANSFORMS = Registry("transform", scope=_SCOPE)
 FUNCTIONS = Registry(

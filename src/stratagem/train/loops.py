@@ -94,7 +94,7 @@ class EpochBasedTrainLoop:
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
             # A sampler without end does not end the epoch; its length does.
-            left = None if progress.epoch_length is None else progress.epoch_length - progress.batch
+            left = None if progress.epoch_length is None else max(0, progress.epoch_length - progress.batch)
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break

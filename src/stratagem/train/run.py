@@ -11,7 +11,8 @@ from typing import Any, Protocol, final
 from torch import nn
 
 from stratagem.checkpoint import StateTree
-from stratagem.dist import World
+from stratagem.data import EpochLoader
+from stratagem.dist import World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
@@ -43,6 +44,7 @@ class Run:
         config_text: the configuration as text, kept with every checkpoint.
 
     Attributes:
+        train_data: what the run trains on; None where it does not train. Its position goes into checkpoints.
         evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
     """
 
@@ -53,6 +55,7 @@ class Run:
         self.interrupt = Interrupt(distributed=strategy.world_size > 1)
         self.timing = Timing()
         self.bar: TrainingProgress | None = None
+        self.train_data: EpochLoader | None = None
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.last_checkpoint: Path | None = None
@@ -176,10 +179,21 @@ class Run:
             path,
             save_optimizer=save_optimizer,
             save_param_scheduler=save_param_scheduler,
-            extra_ckpt={"meta": meta},
+            extra_ckpt={"meta": meta, **self._data_part(position)},
             callback=add,
         )
         self.last_checkpoint = Path(path)
+
+    def _data_part(self, position: Position) -> dict[str, Any]:
+        """Return what checkpoints keep of the data: where its order stands, and each rank's state of its loader."""
+        data = self.train_data
+        if data is None:
+            return {}
+        part: dict[str, Any] = {"taken": [list(pair) for pair in data.taken(position.epoch, position.batch)]}
+        if data.keeps_state:
+            states = all_gather_object(data.state_dict())
+            part["ranks"] = {str(rank): state for rank, state in enumerate(states)}
+        return {"data": part}
 
     def close(self) -> None:
         """Close the files of the run and take its bar from the terminal. Idempotent."""
