@@ -184,9 +184,7 @@ class Runner:
         run, strategy = self.run, self.strategy
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
-            loader = self._loader("train")
-            if loader.inexact is not None:
-                strategy.logger.warning("%s", loader.inexact)
+            loader = self._training_data()
             loop = build_train_loop(
                 self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
             )
@@ -330,6 +328,15 @@ class Runner:
         path = Path(run.work_dir) / f"iter_{run.iter}"
         run.save_checkpoint(path, run.progress.here())
         run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+
+    def _training_data(self) -> EpochLoader:
+        """Return the loader that the run trains on, which knows where it stands if it was trained on before."""
+        if self.run.train_data is not None:
+            return self.run.train_data
+        loader = self._loader("train")
+        if loader.inexact is not None:
+            self.strategy.logger.warning("%s", loader.inexact)
+        return loader
 
     def _loader(self, mode: str) -> EpochLoader:
         world = self.strategy.world

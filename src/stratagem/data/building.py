@@ -14,6 +14,7 @@ from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, P
 from stratagem.data.collate import pseudo_collate
 from stratagem.data.loader import EpochLoader
 from stratagem.data.samplers import DefaultSampler, PositionedSampler
+from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, draws_numbers, stream_seed
 from stratagem.data.workers import WorkerStart
 from stratagem.errors import ConfigTypeError, ConfigValueError
@@ -34,7 +35,7 @@ def build_dataloader(
 
     A built ``DataLoader`` that takes all samples in order or in torch's random order is built anew with the sampler of
     ours that does the same, so that its samples are dealt to the ranks and its order can be taken up anywhere; so is one
-    with a sampler of ours. One with another sampler, batch sampler or a generator of its own is taken as it is.
+    with a sampler of ours, or over a stream. One with another sampler, batch sampler or a generator of its own is taken as it is.
 
     A mapping holds the arguments of ``torch.utils.data.DataLoader`` with ``dataset``, ``sampler``, ``batch_sampler``,
     ``collate_fn`` and ``worker_init_fn`` as objects or as configurations of their own. Without a sampler it is a
@@ -77,6 +78,8 @@ def build_dataloader(
         if streamed:
             dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed)
             cfg |= {"collate_fn": _as_it_is} if "collate_fn" in cfg else {}
+    elif isinstance(dataset, Stateful) and not cfg.get("num_workers"):
+        dataset = WatchedStream(dataset)
     try:
         loader: DataLoader[Any] = DataLoader(dataset, **cfg)
     except (TypeError, ValueError) as error:
@@ -88,8 +91,10 @@ def build_dataloader(
 def _is_plain(loader: DataLoader[Any]) -> bool:
     """Tell whether a loader's order is one of ours, or one that our own sampler gives as well."""
     sampler = loader.sampler
-    if type(loader) is not DataLoader or loader.generator is not None or isinstance(loader.dataset, IterableDataset):
+    if type(loader) is not DataLoader or loader.generator is not None:
         return False
+    if isinstance(loader.dataset, IterableDataset):
+        return True
     if isinstance(loader.batch_sampler, PositionedBatches):
         return True
     if type(loader.batch_sampler) is not BatchSampler:
@@ -114,6 +119,8 @@ def _arguments_of(loader: DataLoader[Any]) -> dict[str, Any]:
     if isinstance(loader.batch_sampler, PositionedBatches):
         return {**arguments, "batch_sampler": loader.batch_sampler}
     arguments |= {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    if isinstance(loader.dataset, IterableDataset):
+        return arguments
     if isinstance(loader.sampler, PositionedSampler):
         return {**arguments, "sampler": loader.sampler}
     return {**arguments, "shuffle": type(loader.sampler) is RandomSampler}

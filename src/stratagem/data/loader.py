@@ -5,27 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol, final, runtime_checkable
+from typing import Any, final
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from stratagem.data.batches import EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
-from stratagem.data.streams import StreamedDataset
+from stratagem.data.stateful import Stateful, WatchedStream
+from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
 from stratagem.data.workers import WorkerStart, naming_dead_workers
+from stratagem.dist import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
 __all__ = ["EpochLoader"]
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A loader or a dataset that can say where it stands, as torchdata's ``StatefulDataLoader`` can."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return where it stands: after the batches that were given out, not those that were fetched ahead."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the next iteration go on from there."""
 
 
 @final
@@ -74,7 +66,7 @@ class EpochLoader:
     def dataset(self) -> Any:
         """The dataset that is loaded."""
         dataset = self.loader.dataset
-        return dataset.dataset if isinstance(dataset, StreamedDataset) else dataset
+        return dataset.dataset if isinstance(dataset, StreamedDataset | WatchedStream) else dataset
 
     @property
     def collate(self) -> Callable[[Any], Any] | None:
@@ -114,7 +106,7 @@ class EpochLoader:
                 "each time. A sampler of ours, or a loader with state_dict and load_state_dict, goes on without that."
             )
         name = type(dataset).__name__
-        if isinstance(dataset, Stateful):
+        if isinstance(dataset, Stateful) and self.loader.num_workers:
             return (
                 f"{name} has state_dict, but each of num_workers={self.loader.num_workers} workers iterates a copy of it, "
                 "whose state cannot be asked for: a run that is stopped inside of an epoch reads again what it has seen. "
@@ -142,7 +134,7 @@ class EpochLoader:
         self._tell_epoch(epoch)
         if self._keeper is not None:
             return self._told(self._from_state(self._keeper, epoch, done))
-        return self._told(islice(iter(self.loader), done, None))
+        return self._told(islice(self._begin(epoch), done, None))
 
     def indices_of(self, epoch: int, batch: int) -> list[Any]:
         """Return which samples this rank's batch has, counted from 0: the dataset's indices. Computed when asked.
@@ -235,15 +227,13 @@ class EpochLoader:
         """Return what knows the position where it is not the sampler: the loader, or a stream that no worker copies."""
         if isinstance(self.loader, Stateful):
             return self.loader
-        dataset = self.loader.dataset
-        own = isinstance(dataset, IterableDataset) and self.loader.num_workers == 0
-        return dataset if own and isinstance(dataset, Stateful) else None
+        return self.loader.dataset if isinstance(self.loader.dataset, WatchedStream) else None
 
     def _tell_epoch(self, epoch: int) -> None:
         """Call ``set_epoch`` of the dataset's stream, the batch sampler and the sampler, of those that have it."""
         batch_sampler = self.loader.batch_sampler
         sampler = self.loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
-        stream = self.loader.dataset if isinstance(self.loader.dataset, IterableDataset) else None
+        stream = self.dataset if isinstance(self.dataset, IterableDataset) else None
         for part in (stream, batch_sampler, sampler):
             setter = getattr(part, "set_epoch", None)
             if callable(setter):
@@ -257,18 +247,29 @@ class EpochLoader:
             keeper.load_state_dict(kept.state)
         given = done
         try:
-            for batch in islice(iter(self.loader), 0 if known else done, None):
+            for batch in islice(self._begin(epoch), 0 if known else done, None):
                 given += 1
                 yield batch
             if given == 0:
                 # It stood at the end of the epoch before.
-                for batch in self.loader:
+                for batch in self._begin(epoch):
                     given += 1
                     yield batch
         except GeneratorExit:
             self._kept = _Kept(epoch, given, keeper.state_dict())
             raise
 
+    def _begin(self, epoch: int) -> Iterator[Any]:
+        """Begin an iteration of a loader that is not ours, at the expense of no generator of the model's."""
+        if self.loader.generator is not None:
+            return iter(self.loader)
+        # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that begins an
+        # epoch once more, in its middle, would give its dropout other numbers.
+        with generators_aside():
+            seed_stream(torch.initial_seed(), epoch, get_rank())
+            return iter(self.loader)
+
     def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
-        with naming_dead_workers():
+        # Torch keeps its processes to itself; without them the error names the process id alone.
+        with naming_dead_workers(getattr(batches, "_workers", ())):
             yield from batches

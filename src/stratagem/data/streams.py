@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from stratagem.data.collate import pseudo_collate
 
-__all__ = ["Draw", "StreamedDataset", "draws_numbers", "seed_stream", "stream_seed"]
+__all__ = ["Draw", "StreamedDataset", "draws_numbers", "generators_aside", "seed_stream", "stream_seed"]
 
 # The stream of what is done with a whole batch, such as mixing its samples in collate_fn.
 _BATCH = "batch"
@@ -95,13 +95,13 @@ class StreamedDataset(Dataset[Any]):
 
     def __getitem__(self, draw: Draw) -> Any:
         """Load the only sample of a draw, for loaders that make no batches."""
-        with _main_process_undisturbed():
+        with generators_aside():
             sample = self._sample(draw.epoch, draw.names[0], draw.indices[0])
             return sample if self.collate is None else self.collate(sample)
 
     def __getitems__(self, draw: Draw) -> Any:
         """Load a batch; torch's loader asks for it so."""
-        with _main_process_undisturbed():
+        with generators_aside():
             samples = self._samples(draw)
             seed_stream(self._seed, draw.epoch, _BATCH, draw.names[0])
             return samples if self.collate is None else self.collate(samples)
@@ -147,8 +147,8 @@ _numpy_stand_in = np.random.MT19937(0)
 
 
 @contextmanager
-def _main_process_undisturbed() -> Iterator[None]:
-    """Give back the generators' states at the end, unless this is a worker, where nothing else draws."""
+def generators_aside() -> Iterator[None]:
+    """Give back the states of the CPU's generators at the end, unless this is a worker, where nothing else draws."""
     if get_worker_info() is not None:
         yield
         return

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, final
 
@@ -62,10 +63,13 @@ def _pass_over_the_first(number: int, _: FrameType | None) -> None:
 
 
 @contextmanager
-def naming_dead_workers() -> Iterator[None]:
+def naming_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
     """Turn torch's error about a dead data worker into one that says what to do.
 
-    It may come up anywhere in the main process: torch raises it as soon as the system reports the death.
+    It may come up anywhere in the main process: on most systems torch raises it as soon as the death is reported.
+
+    Args:
+        workers: the processes in the order of their numbers, where they are known.
 
     Raises:
         TrainingError: if a worker died.
@@ -76,9 +80,16 @@ def naming_dead_workers() -> Iterator[None]:
         told = None if isinstance(error, TrainingError) else _DEAD.search(str(error))
         if told is None:
             raise
+        dead = [_obituary(number, process) for number, process in enumerate(workers) if process.exitcode]
+        what = "; ".join(dead) or f"The data worker with process id {told['pids']} {told['how'].strip()}"
         raise TrainingError(
-            f"The data worker with process id {told['pids']} {told['how'].strip()}. If the system ended it because memory "
-            "ran out (its log says so), take fewer num_workers, a smaller prefetch_factor, or give the container more "
-            "shared memory (/dev/shm). With num_workers=0 the samples are loaded in the main process, whose error shows "
-            "where it happens."
+            f"{what}. If the system ended it because memory ran out (its log says so), take fewer num_workers, a smaller "
+            "prefetch_factor, or give the container more shared memory (/dev/shm). With num_workers=0 the samples are "
+            "loaded in the main process, whose error shows where it happens."
         ) from error
+
+
+def _obituary(number: int, process: BaseProcess) -> str:
+    code = process.exitcode or 0
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    return f"Data worker {number} (process id {process.pid}) {how}"
