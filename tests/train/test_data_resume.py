@@ -192,9 +192,9 @@ def test_torchdata_s_loader_goes_on_exactly(make_runner: MakeRunner, tmp_path: P
         )
 
     found, whole = whole_and_pieces(make_runner, tmp_path, (3, EPOCH), data)
-    first = [row for row in found[0] if row[0] == 0]
-    assert first == whole[0][:EPOCH]
-    # Its generator's state is not in its state after an epoch's end, so later epochs have another order.
+    assert found[0][:EPOCH] == whole[0][:EPOCH]
+    # Without workers torchdata 0.11 itself shuffles a later epoch otherwise after a restart: the draw with which an
+    # iteration begins is not in its state.
     for epoch in range(3):
         assert sorted(number for row in found[0] if row[0] == epoch for number in row[2]) == list(range(SAMPLES))
 

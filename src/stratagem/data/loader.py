@@ -33,11 +33,15 @@ class _Anchor:
 @final
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """The state of a loader that keeps its own position, as it was before batch ``batch`` of ``epoch``."""
+    """The state of a loader that keeps its own position, as it was before batch ``batch`` of ``epoch``.
+
+    ``restored`` tells that it comes from a checkpoint, so that the loader knows nothing of it yet.
+    """
 
     epoch: int
     batch: int
     state: dict[str, Any]
+    restored: bool
 
 
 @final
@@ -218,7 +222,7 @@ class EpochLoader:
                 "The checkpoint holds the state of a data loader, and this run's has no load_state_dict. "
                 "Resume with the loader that it was saved with."
             )
-        self._kept = _Kept(epoch, batch, dict(state))
+        self._kept = _Kept(epoch, batch, dict(state), restored=True)
 
     def _epoch_of(self, epoch: int) -> int:
         return 0 if self._source is not None and self._source.endless else epoch
@@ -242,7 +246,8 @@ class EpochLoader:
     def _from_state(self, keeper: Stateful, epoch: int, done: int) -> Iterator[Any]:
         """Yield the batches of a loader that keeps its position; where it stands is remembered if it is left early."""
         kept, self._kept = self._kept, None
-        known = kept is not None and (kept.epoch, kept.batch) == (epoch, done)
+        # A run that was stopped after an epoch's last batch begins the next one with the state of that place.
+        known = kept is not None and (kept.restored or (kept.epoch, kept.batch) == (epoch, done))
         if kept is not None and known:
             keeper.load_state_dict(kept.state)
         given = done
@@ -256,7 +261,7 @@ class EpochLoader:
                     given += 1
                     yield batch
         except GeneratorExit:
-            self._kept = _Kept(epoch, given, keeper.state_dict())
+            self._kept = _Kept(epoch, given, keeper.state_dict(), restored=False)
             raise
 
     def _begin(self, epoch: int) -> Iterator[Any]:

@@ -20,6 +20,9 @@ __all__ = ["WorkerStart", "naming_dead_workers"]
 # How torch tells of a worker that is gone.
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
 
+# How long a worker goes on after a SIGTERM: longer than a step, or than several ranks take to agree on stopping.
+_GRACE_S = 60
+
 
 @final
 class WorkerStart:
@@ -57,9 +60,10 @@ class WorkerStart:
 
 
 def _pass_over_the_first(number: int, _: FrameType | None) -> None:
-    # A scheduler's SIGTERM comes to all processes at once, and the run saves before it ends. Whoever wants the worker
-    # gone asks again (torch does so at exit), and a worker whose main process is gone ends by itself.
+    # A scheduler's SIGTERM comes to all processes at once, and the main process wants to end its step. Torch and the user
+    # send another one to be rid of a worker; the alarm, which ends the process, is for those that nobody asks again.
     signal.signal(number, signal.SIG_DFL)
+    signal.alarm(_GRACE_S)
 
 
 @contextmanager
