@@ -23,6 +23,7 @@ from stratagem.strategies.building import with_preprocessor
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.loops import updates_of
+from stratagem.train.rollback import RollBackError, roll_back
 
 __all__ = ["Runner"]
 
@@ -227,11 +228,24 @@ class Runner:
             run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
         run.progress.stop_training = False
         with run.interrupt.listening():
-            loop.run()
+            self._train_to_the_end(loop)
             if self.interrupted is not None:
                 self._save_interrupted()
         run.events.call("after_run", run)
         return self.strategy.model
+
+    def _train_to_the_end(self, loop: Any) -> None:
+        run = self.run
+        while True:
+            try:
+                loop.run()
+            except RollBackError as request:
+                run.logger.warning(request)
+                roll_back(run, request)
+                # What was just read is given to whoever takes it up when a run begins.
+                run.events.call("before_run", run)
+            else:
+                return
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
@@ -281,6 +295,7 @@ class Runner:
         rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
         if resume and rest is not None:
             self.run.progress.move_to(self._position(rest.get("meta") or {}))
+            self.run.load_hooks(rest)
             self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
 
     def _position(self, meta: Mapping[str, Any]) -> Position:

@@ -97,6 +97,7 @@ _DEFAULT_HOOKS = {
     "timer": "IterTimerHook",
     "sampler_seed": "DistSamplerSeedHook",
     "logger": "LoggerHook",
+    "nonfinite": "NonFiniteHook",
     "param_scheduler": "ParamSchedulerHook",
     "checkpoint": "CheckpointHook",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -77,6 +78,16 @@ class EpochLoader:
         for _ in islice(batches, done):
             pass
         return batches
+
+    def indices_of(self, epoch: int, batch: int) -> list[int] | None:
+        """Return the dataset's indices of this rank's samples in a batch of an epoch; None where they are not known."""
+        if self._sampler is None or self.batch_size is None:
+            return None
+        sampler = copy.copy(self._sampler)  # the one in use keeps its place
+        sampler.set_epoch(epoch)
+        done = batch + epoch * len(self.loader) if sampler.endless else batch
+        sampler.set_start(done * self.batch_size * self._world_size)
+        return list(islice(sampler, self.batch_size))
 
 
 def _positioned_sampler(loader: DataLoader[Any]) -> PositionedSampler | None:

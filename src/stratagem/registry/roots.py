@@ -116,6 +116,7 @@ HOOKS = Registry(
         "EMAHook": "stratagem.train.hooks.averaging:EMAHook",
         "IterTimerHook": "stratagem.train.hooks.timing:IterTimerHook",
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
+        "NonFiniteHook": "stratagem.train.hooks.nonfinite:NonFiniteHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
         "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
         "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",

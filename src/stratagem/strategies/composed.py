@@ -20,8 +20,9 @@ from stratagem.checkpoint import (
     model_part,
     save_checkpoint,
 )
-from stratagem.dist import all_gather_object
+from stratagem.dist import all_gather_object, all_reduce
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
+from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback
@@ -186,22 +187,32 @@ class ComposedStrategy(BaseStrategy):
                 parts["param_schedulers"] = self.scheduler_state_dict()
             generators = all_gather_object(generator_state())
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
-            from_main(lambda: self._write(filename, parts, extra_ckpt, callback))
+            finite = self._weights_are_finite()
+            if not finite:
+                self.logger.warning("%s holds weights that are not finite: no run will go on from it.", filename)
+            from_main(lambda: self._write(filename, parts, {"finite": finite}, extra_ckpt, callback))
 
     def _write(
         self,
         filename: str | os.PathLike[str],
         parts: StateTree,
+        facts: Mapping[str, Any],
         extra_ckpt: Mapping[str, Any] | None,
         callback: CheckpointCallback | None,
     ) -> None:
         checkpoint: StateTree = {"state_dict": self.model_state_dict(), **parts}
         extra = dict(extra_ckpt or {})
-        checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta()}
+        checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta(), **facts}
         checkpoint.update(extra)
         if callback is not None:
             callback(checkpoint)
         save_checkpoint(checkpoint, filename)
+
+    def _weights_are_finite(self) -> bool:
+        """Tell whether every value of the parameters is finite, on every rank. Collective."""
+        finite = torch.tensor(int(all_finite(self.bare_model().parameters())))
+        all_reduce(finite, "min")
+        return bool(finite.item())
 
     def _meta(self) -> dict[str, Any]:
         return {

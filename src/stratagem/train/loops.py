@@ -87,7 +87,9 @@ class EpochBasedTrainLoop:
     def run(self) -> None:
         """Train from where the run stands to its end."""
         run, progress, events = self._run, self._run.progress, self._run.events
+        run.dataloader = self.dataloader
         max_epochs = progress.max_epochs or 0
+        progress.max_iters = progress.end_of_epochs()
         events.call("before_train", run)
         # What was saved at the end of an epoch was saved before its validation.
         self._validate_if_due()
@@ -168,6 +170,7 @@ class IterBasedTrainLoop:
     def run(self) -> None:
         """Train from where the run stands to its end."""
         run, progress, events = self._run, self._run.progress, self._run.events
+        run.dataloader = self.dataloader
         events.call("before_train", run)
         events.call("before_train_epoch", run)
         # What was saved after an iteration was saved before its validation.

@@ -3,6 +3,7 @@
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook
 from stratagem.train.hooks.logger import LoggerHook
+from stratagem.train.hooks.nonfinite import NonFiniteHook
 from stratagem.train.hooks.runtime_info import RuntimeInfoHook
 from stratagem.train.hooks.sampler_seed import DistSamplerSeedHook
 from stratagem.train.hooks.schedule import ParamSchedulerHook
@@ -15,6 +16,7 @@ __all__ = [
     "EMAHook",
     "IterTimerHook",
     "LoggerHook",
+    "NonFiniteHook",
     "ParamSchedulerHook",
     "RuntimeInfoHook",
     "TensorboardHook",
