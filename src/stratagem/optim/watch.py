@@ -54,12 +54,13 @@ class UpdateWatch:
         self.unsound: tuple[str, ...] = ()
         self._optimizer = optimizer
         self._names = names
-        self._found = _flag_for(optimizer)
+        self._flag = _Flag(optimizer)
 
     def admits(self, gradients: Sequence[Tensor], norm: Tensor | None) -> bool:
-        _note(gradients, norm, self._found.zero_())
-        if not self._found.item():
+        self._flag.note(gradients, norm)
+        if not self._flag.found.item():
             return True
+        self._flag.found.zero_()
         self.unsound = tuple(
             self._names.get(id(parameter), "a parameter without a name")
             for group in reversed(self._optimizer.param_groups)
@@ -82,7 +83,7 @@ class DeferredWatch:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer: Any = optimizer
-        self._found = _flag_for(optimizer)
+        self._flag = _Flag(optimizer)
         self._history: list[Tensor] = []
         self.protects = bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
             group.get("fused") for group in optimizer.param_groups
@@ -91,8 +92,8 @@ class DeferredWatch:
             self._give_flag()
 
     def admits(self, gradients: Sequence[Tensor], norm: Tensor | None) -> bool:
-        _note(gradients, norm, self._found)
-        self._history.append(self._found.clone())
+        self._flag.note(gradients, norm)
+        self._history.append(self._flag.found.clone())
         return True
 
     def first_unsound(self) -> int | None:
@@ -106,7 +107,7 @@ class DeferredWatch:
 
     def _give_flag(self) -> None:
         # What torch's GradScaler gives to fused kernels, which read it on the device.
-        self._optimizer.found_inf, self._optimizer.grad_scale = self._found, None
+        self._optimizer.found_inf, self._optimizer.grad_scale = self._flag.found, None
 
     def end(self) -> None:
         """Take the flag from the optimizer."""
@@ -136,35 +137,44 @@ def _are_finite(alike: list[Tensor]) -> bool:
     return all(tensor.isfinite().all().item() for tensor in alike)
 
 
-def _note(gradients: Sequence[Tensor], norm: Tensor | None, found: Tensor) -> None:
-    """Set ``found``, a scalar, to 1 if a value is not finite, without waiting; collective for sharded gradients."""
-    if norm is not None:
-        found.copy_(torch.maximum(found, (~norm.isfinite()).to(found)))
-        return
-    # Attributes alone, since this is asked of every gradient at every update.
-    parts = [
-        each if type(each) is Tensor and not (each.is_sparse or each.dtype.is_complex) else _values(each)
-        for each in gradients
-    ]
-    kinds = {(part.device, part.dtype) for part in parts}
-    if len(kinds) == 1:
-        _note_alike(parts, found)
-    else:
-        for device, dtype in kinds:
+@final
+class _Flag:
+    """A scalar on the optimizer's device that becomes 1 where a gradient is not finite.
+
+    Attributes:
+        found: the scalar; it never becomes 0 by itself.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        device = optimizer.param_groups[0]["params"][0].device
+        self.found = torch.zeros((), device=device)
+        self._one = torch.ones((), device=device)
+
+    def note(self, gradients: Sequence[Tensor], norm: Tensor | None) -> None:
+        """Set it where a value is not finite, without waiting; collective for sharded gradients.
+
+        ``norm`` is that of all gradients, where it is known.
+        """
+        if norm is not None:
+            self._raise((~norm.isfinite()).to(self.found))
+            return
+        # Attributes alone, since this is asked of every gradient at every update.
+        kinds = {(type(each), each.is_sparse, each.dtype.is_complex, each.device, each.dtype) for each in gradients}
+        if len(kinds) == 1 and kinds.pop()[:4] == (Tensor, False, False, self.found.device):
+            # One kernel over all tensors; multiplied by 1 they keep their bits.
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found, self._one)
+            return
+        parts = list(map(_values, gradients))
+        for device, dtype in {(part.device, part.dtype) for part in parts}:
             flag = torch.zeros((), device=device)
-            _note_alike([part for part in parts if (part.device, part.dtype) == (device, dtype)], flag)
-            found.copy_(torch.maximum(found, flag.to(found)))
-    # Asked of the few types there are: of each gradient it would cost more than the look itself.
-    if {type(each) for each in gradients} - {Tensor} and not all(map(is_plain, gradients)):
-        all_reduce(found, "max")
+            alike = [part for part in parts if (part.device, part.dtype) == (device, dtype)]
+            torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, torch.ones_like(flag))
+            self._raise(flag)
+        if not all(map(is_plain, gradients)):
+            all_reduce(self.found, "max")
 
-
-def _note_alike(parts: list[Tensor], found: Tensor) -> None:
-    # One kernel over all tensors; multiplied by 1 they keep their bits.
-    flag = found if found.device == parts[0].device else torch.zeros((), device=parts[0].device)
-    torch._amp_foreach_non_finite_check_and_unscale_(parts, flag, torch.ones((), device=flag.device))
-    if flag is not found:
-        found.copy_(torch.maximum(found, flag.to(found)))
+    def _raise(self, flag: Tensor) -> None:
+        self.found.copy_(torch.maximum(self.found, flag.to(self.found)))
 
 
 def _values(tensor: Tensor) -> Tensor:
@@ -173,7 +183,3 @@ def _values(tensor: Tensor) -> Tensor:
     if part.is_sparse:
         part = part._values()
     return torch.view_as_real(part) if part.is_complex() else part
-
-
-def _flag_for(optimizer: Optimizer) -> Tensor:
-    return torch.zeros((), device=optimizer.param_groups[0]["params"][0].device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
@@ -17,10 +17,11 @@ __all__ = ["Batch", "Finding"]
 _MOST_NAMES = 5
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """An iteration whose update is looked at: its place, and what its training step returned, by reference."""
+class Batch(NamedTuple):
+    """An iteration whose update is looked at: its place, and what its training step returned, by reference.
+
+    A tuple, since one is made in every iteration.
+    """
 
     iteration: int
     epoch: int

@@ -137,14 +137,15 @@ class NonFiniteHook(Hook):
             optim = each.optim
             if optim.attempts != each.attempts:
                 each.attempts, moved = optim.attempts, True
-                each.ends.append(len(self._recent))
+                if self._look_every is not None:
+                    each.ends.append(len(self._recent))
                 if optim.updates == each.updates:
                     self._refused(run, each)
                 else:
                     each.updates, each.skipped = optim.updates, 0
         if self._look_every is None:
             if moved:
-                self._forget()
+                self._recent.clear()
         elif (progress.iter + 1) % self._look_every == 0:
             self._look(run)
 
