@@ -7,7 +7,7 @@ same without a word of their own. Only gradients that are sharded need one small
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, final
 
 import torch
@@ -23,7 +23,7 @@ __all__ = ["DeferredWatch", "UpdateWatch", "Watch", "all_finite", "marked"]
 class Watch(Protocol):
     """Looks at the gradients of each update before it is made."""
 
-    def admits(self, gradients: Sequence[Tensor], norm: Tensor | None) -> bool:
+    def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
         """Tell whether the update may be made; ``norm`` is that of all gradients where it is known already."""
 
 
@@ -56,7 +56,7 @@ class UpdateWatch:
         self._names = names
         self._flag = _Flag(optimizer)
 
-    def admits(self, gradients: Sequence[Tensor], norm: Tensor | None) -> bool:
+    def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
         self._flag.note(gradients, norm)
         if not self._flag.found.item():
             return True
@@ -91,7 +91,7 @@ class DeferredWatch:
         if self.protects:
             self._give_flag()
 
-    def admits(self, gradients: Sequence[Tensor], norm: Tensor | None) -> bool:
+    def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
         self._flag.note(gradients, norm)
         self._history.append(self._flag.found.clone())
         return True
@@ -150,7 +150,7 @@ class _Flag:
         self.found = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
 
-    def note(self, gradients: Sequence[Tensor], norm: Tensor | None) -> None:
+    def note(self, gradients: list[Tensor], norm: Tensor | None) -> None:
         """Set it where a value is not finite, without waiting; collective for sharded gradients.
 
         ``norm`` is that of all gradients, where it is known.

@@ -113,6 +113,7 @@ HOOKS = Registry(
     ready={
         "CheckpointHook": "stratagem.train.hooks.checkpoint:CheckpointHook",
         "DistSamplerSeedHook": "stratagem.train.hooks.sampler_seed:DistSamplerSeedHook",
+        "EarlyStoppingHook": "stratagem.train.hooks.early_stopping:EarlyStoppingHook",
         "EMAHook": "stratagem.train.hooks.averaging:EMAHook",
         "IterTimerHook": "stratagem.train.hooks.timing:IterTimerHook",
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",

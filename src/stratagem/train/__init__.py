@@ -6,6 +6,7 @@ from stratagem.train.hook import EVENTS, Events, Hook
 from stratagem.train.hooks import (
     CheckpointHook,
     DistSamplerSeedHook,
+    EarlyStoppingHook,
     EMAHook,
     IterTimerHook,
     LoggerHook,
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointHook",
     "DistSamplerSeedHook",
     "EMAHook",
+    "EarlyStoppingHook",
     "EpochBasedTrainLoop",
     "Evaluator",
     "Events",

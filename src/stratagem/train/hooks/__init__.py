@@ -2,6 +2,7 @@
 
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook
+from stratagem.train.hooks.early_stopping import EarlyStoppingHook
 from stratagem.train.hooks.logger import LoggerHook
 from stratagem.train.hooks.nonfinite import NonFiniteHook
 from stratagem.train.hooks.runtime_info import RuntimeInfoHook
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointHook",
     "DistSamplerSeedHook",
     "EMAHook",
+    "EarlyStoppingHook",
     "IterTimerHook",
     "LoggerHook",
     "NonFiniteHook",
