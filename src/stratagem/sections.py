@@ -133,6 +133,7 @@ SECTIONS: Mapping[str, Rule] = {
             "experiment_name",
             "load_from",
             "resume",
+            "resume_param_scheduler",
             "launcher",
             "log_level",
             "default_scope",

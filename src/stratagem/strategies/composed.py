@@ -29,6 +29,7 @@ from stratagem.strategies.base import BaseStrategy, CheckpointCallback
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.optim_state import read_optim, write_optim
+from stratagem.strategies.own_values import OwnValues
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]
@@ -157,7 +158,10 @@ class ComposedStrategy(BaseStrategy):
         # Another model's moments would be applied to this one's parameters.
         self.load_model_state_dict(state, strict=True)
         if "optimizer" in parts:
+            own = OwnValues(self.optim_wrapper)
             write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model())
+            if resume_param_scheduler:
+                self._say_kept(own.differences(self.optim_wrapper))
         if "param_schedulers" in parts:
             self.load_scheduler_state_dict(parts["param_schedulers"])
         meta = checkpoint.get("meta") or {}
