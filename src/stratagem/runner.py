@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import find_latest_checkpoint
-from stratagem.config import Config, require, show
+from stratagem.config import Config, changed_values, require, show
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.dist import infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
@@ -23,6 +23,7 @@ from stratagem.strategies.building import with_preprocessor
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.loops import updates_of
+from stratagem.train.rollback import RollBackError, roll_back
 
 __all__ = ["Runner"]
 
@@ -30,9 +31,12 @@ __all__ = ["Runner"]
 _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
-    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg",
-    "log_level", "randomness", "compile", "default_scope",
+    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
+    "resume_param_scheduler", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
 )  # fmt: skip
+
+# What says that a run is resumed, and so is never what it was.
+_RESUMING = ("resume", "load_from", "resume_param_scheduler")
 
 _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
 _VAL = ("val_dataloader", "val_cfg", "val_evaluator")
@@ -64,6 +68,8 @@ class Runner:
         data_preprocessor: goes into the model's configuration where that has none.
         load_from: a checkpoint whose weights are loaded, or that is resumed where ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint under ``work_dir``, if any), or a path.
+        resume_param_scheduler: whether a run that is resumed keeps the checkpoint's schedules and optimizers' options
+            (learning rate, weight decay ...) where these here are others; with False these here win.
         launcher: what started the processes; inferred where not given.
         env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
         log_level: of the logger.
@@ -99,6 +105,7 @@ class Runner:
         data_preprocessor: nn.Module | Mapping[str, Any] | None = None,
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        resume_param_scheduler: bool = True,
         launcher: str | None = None,
         env_cfg: Mapping[str, Any] | None = None,
         log_level: str | int = "INFO",
@@ -130,6 +137,7 @@ class Runner:
         self._param_scheduler = param_scheduler
         self._compile = compile
         self._load_from, self._resume = load_from, resume
+        self._resume_param_scheduler = resume_param_scheduler
         self._scope = default_scope
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
@@ -226,11 +234,24 @@ class Runner:
         run.progress.stop_training = False
         with run.interrupt.listening():
             with naming_dead_workers():
-                loop.run()
+                self._train_to_the_end(loop)
             if self.interrupted is not None:
                 self._save_interrupted()
         run.events.call("after_run", run)
         return self.strategy.model
+
+    def _train_to_the_end(self, loop: Any) -> None:
+        run = self.run
+        while True:
+            try:
+                loop.run()
+            except RollBackError as request:
+                run.logger.warning(request)
+                roll_back(run, request)
+                # What was just read is given to whoever takes it up when a run begins.
+                run.events.call("before_run", run)
+            else:
+                return
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
@@ -278,12 +299,23 @@ class Runner:
         if strict and load_from is not None and not resume:
             self.strategy.load_checkpoint(load_from, strict=True, callback=tell)
             return None
-        rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
+        rest = self.strategy.load_or_resume(
+            load_from=load_from, resume=resume, callback=tell, resume_param_scheduler=self._resume_param_scheduler
+        )
         if not resume or rest is None:
             return None
+        self._say_changes(rest.get("meta") or {})
         self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+        self.run.load_hooks(rest)
         self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
         return rest
+
+    def _say_changes(self, meta: Mapping[str, Any]) -> None:
+        """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
+        saved = meta.get("cfg")
+        changed = changed_values(saved, self._config_text(), ignored=_RESUMING) if isinstance(saved, str) else []
+        if changed:
+            self.run.logger.info("The configuration is not that of the checkpoint:\n  %s", "\n  ".join(changed))
 
     def _go_on(self, rest: Mapping[str, Any], loader: EpochLoader) -> None:
         """Take up the position in the training data that was saved."""

@@ -100,6 +100,7 @@ _DEFAULT_HOOKS = {
     "timer": "IterTimerHook",
     "sampler_seed": "DistSamplerSeedHook",
     "logger": "LoggerHook",
+    "nonfinite": "NonFiniteHook",
     "param_scheduler": "ParamSchedulerHook",
     "checkpoint": "CheckpointHook",
 }
@@ -135,6 +136,7 @@ SECTIONS: Mapping[str, Rule] = {
             "experiment_name",
             "load_from",
             "resume",
+            "resume_param_scheduler",
             "launcher",
             "log_level",
             "default_scope",

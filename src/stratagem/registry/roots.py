@@ -113,9 +113,11 @@ HOOKS = Registry(
     ready={
         "CheckpointHook": "stratagem.train.hooks.checkpoint:CheckpointHook",
         "DistSamplerSeedHook": "stratagem.train.hooks.sampler_seed:DistSamplerSeedHook",
+        "EarlyStoppingHook": "stratagem.train.hooks.early_stopping:EarlyStoppingHook",
         "EMAHook": "stratagem.train.hooks.averaging:EMAHook",
         "IterTimerHook": "stratagem.train.hooks.timing:IterTimerHook",
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
+        "NonFiniteHook": "stratagem.train.hooks.nonfinite:NonFiniteHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
         "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
         "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",

@@ -88,6 +88,7 @@ class EpochBasedTrainLoop:
         """Train from where the run stands to its end."""
         run, progress, events = self._run, self._run.progress, self._run.events
         max_epochs = progress.max_epochs or 0
+        progress.max_iters = progress.end_of_epochs()
         events.call("before_train", run)
         # What was saved at the end of an epoch was saved before its validation.
         self._validate_if_due()
