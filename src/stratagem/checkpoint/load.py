@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from stratagem.checkpoint.names import bare_name, revise, unwrapped_names
+from stratagem.checkpoint.prefixes import suggest_prefix
 from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointMismatchError
 
@@ -127,10 +128,12 @@ def _check_report(report: LoadReport, *, strict: bool) -> None:
     if report.total and report.matched == 0:
         raise CheckpointMismatchError(
             f"No key of the checkpoint belongs to this model. {report.describe()}\n"
-            "  Is it a checkpoint of another model? Differing prefixes can be rewritten with revise_keys."
+            f"  {suggest_prefix(report.unexpected, report.missing) or 'Is it a checkpoint of another model?'} "
+            "Differing prefixes can be rewritten with revise_keys."
         )
     if strict and not report.exact:
-        raise CheckpointMismatchError(report.describe())
+        hint = suggest_prefix(report.unexpected, report.missing)
+        raise CheckpointMismatchError("\n  ".join([report.describe(), hint] if hint else [report.describe()]))
 
 
 def _names_here(keys: Iterable[str], own: Collection[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import torch
 
 from stratagem.checkpoint.download import fetch_http
+from stratagem.checkpoint.foreign import HuggingFaceFormat
 from stratagem.checkpoint.formats import format_for
+from stratagem.checkpoint.manifest import MANIFEST
 from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
 from stratagem.checkpoint.tree import StateTree
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, ConfigValueError
 from stratagem.utils import absolute, did_you_mean, import_module, is_url, mask_text
 
-__all__ = ["CheckpointLoader", "cache_folder"]
+__all__ = ["CheckpointLoader", "cache_folder", "read_any"]
 
 Fetcher = Callable[[str], Path]
 
@@ -81,8 +83,27 @@ class CheckpointLoader:
 
         Collective over ``team``.
         """
-        path = team.own(lambda: cls.fetch(filename))
-        return format_for(path).load(path, map_location=map_location, team=team)
+        return read_any(team.own(lambda: cls.fetch(filename)), map_location, team=team)
+
+
+def read_any(
+    path: Path,
+    map_location: torch.device | str = "cpu",
+    *,
+    parts: Collection[str] | None = None,
+    team: Team = ALONE,
+) -> StateTree:
+    """Read a local checkpoint in whatever form it is: one of ours, or of another program; never runs code from it.
+
+    Collective over ``team``.
+
+    Raises:
+        CheckpointError: in one of its kinds, if it cannot be read.
+    """
+    is_ours = (path / MANIFEST).is_file()
+    if not is_ours and HuggingFaceFormat.reads(path):
+        return team.own(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
+    return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
 
 
 def _beside(path: Path) -> str:

@@ -7,6 +7,7 @@ the run stood is counted there in optimizer steps and fractions of epochs, and i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, final
@@ -16,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stratagem.checkpoint.foreign.torch_file import read_torch_file
-from stratagem.checkpoint.manifest import FILE_NAME
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["HuggingFaceFormat", "SAFETENSORS", "WEIGHT_FILES", "shards_of"]
@@ -32,6 +32,7 @@ WEIGHT_FILES = (
     "diffusion_pytorch_model.safetensors",
     "open_clip_model.safetensors",
 )
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|bin)")
 _OPTIMIZER = "optimizer.pt"
 
 
@@ -83,7 +84,7 @@ def shards_of(index: Path) -> dict[str, list[str]]:
     shards: dict[str, list[str]] = {}
     for key, name in names.items():
         # A name from outside must not lead out of the folder.
-        if not isinstance(name, str) or not FILE_NAME.fullmatch(name) or name.endswith(INDEX):
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise CheckpointDamagedError(f"{index} names the file {name!r}, which is none beside it.")
         shards.setdefault(name, []).append(key)
     return shards

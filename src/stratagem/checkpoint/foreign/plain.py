@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stratagem.checkpoint.foreign.contents import Contents, Parts, is_optimizer_state, is_state_dict
+from stratagem.checkpoint.inert import Record
 from stratagem.errors import CheckpointError
 
 __all__ = ["plain_parts"]
@@ -23,6 +24,8 @@ def plain_parts(contents: Contents) -> Parts:
         models = [key for key in _MODEL if is_state_dict(root.get(key))]
         if not models and is_state_dict(contents.whole):
             return {"state_dict": lambda: contents.read(contents.whole, "state_dict")}
+        # A whole model in the place of its state: reading it is an error that says so.
+        models = models or [key for key in _MODEL if isinstance(root.get(key), Record)]
         if len(models) > 1:
             raise CheckpointError(
                 f"it has weights under {' and '.join(map(repr, models))}. Save the one that is meant, as "

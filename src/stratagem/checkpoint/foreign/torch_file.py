@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from stratagem.checkpoint.foreign.contents import Contents
-from stratagem.checkpoint.inert import Record, TorchArchive, Values, mapping_items
+from stratagem.checkpoint.inert import Record, TorchArchive, Values, mapping_items, printable
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["open_torch_file", "read_torch_file"]
@@ -61,6 +61,8 @@ def _contents(whole: Any, read: Any) -> Contents:
     root = mapping_items(whole)
     if root is None:
         raise CheckpointError(_no_mapping(whole))
+    if not all(isinstance(key, str | int | float) for key in root):
+        raise CheckpointError("it has keys that are neither text nor numbers; a checkpoint has the names of its parts.")
     return Contents(whole, root, read)
 
 
@@ -70,8 +72,8 @@ def _no_mapping(whole: Any) -> str:
     if whole.kind.startswith("torch._utils._rebuild"):
         return "it holds a Tensor; a checkpoint is a dict."
     return (
-        f"it holds an object of {whole.kind}, perhaps a whole model, and not the state of one. Nothing was executed. Where "
-        "that class is installed, and only if you trust the file: torch.save(torch.load(path, weights_only=False)"
+        f"it holds an object of {printable(whole.kind)}, perhaps a whole model, and not the state of one. Nothing was "
+        "executed. Where that class is installed, and only if you trust the file: torch.save(torch.load(path, weights_only=False)"
         ".state_dict(), 'weights.pth')."
     )
 

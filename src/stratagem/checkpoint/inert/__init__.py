@@ -7,7 +7,7 @@ asked for (:mod:`values`).
 from stratagem.checkpoint.inert.archive import TorchArchive
 from stratagem.checkpoint.inert.machine import read_pickle
 from stratagem.checkpoint.inert.records import Name, Persistent, Record
-from stratagem.checkpoint.inert.values import ObjectError, Values, is_tensor, mapping_items
+from stratagem.checkpoint.inert.values import ObjectError, Values, is_tensor, mapping_items, printable
 
 __all__ = [
     "Name",
@@ -18,5 +18,6 @@ __all__ = [
     "Values",
     "is_tensor",
     "mapping_items",
+    "printable",
     "read_pickle",
 ]

@@ -46,7 +46,4 @@ class Record:
     @property
     def kind(self) -> str:
         """What it would have been made by, as ``module.name``."""
-        maker = self.maker
-        while isinstance(maker, Record):
-            maker = maker.maker
-        return str(maker) if isinstance(maker, Name) else type(maker).__name__
+        return str(self.maker) if isinstance(self.maker, Name) else "a function that it made itself"

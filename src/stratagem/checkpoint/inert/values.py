@@ -19,7 +19,7 @@ from stratagem.checkpoint.inert.tensors import DTYPES, LAYOUTS, sparse_tensor, s
 from stratagem.checkpoint.versions import with_versions
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
-__all__ = ["ObjectError", "Values", "is_tensor", "mapping_items"]
+__all__ = ["ObjectError", "Values", "is_tensor", "mapping_items", "printable"]
 
 _DICTS = {
     "collections.OrderedDict",
@@ -94,38 +94,42 @@ class Values:
         return value
 
     def _make(self, node: Any, where: str) -> Any:
+        try:
+            return self._record(node, where) if isinstance(node, Record) else self._container(node, where)
+        except (CheckpointError, RecursionError):
+            raise
+        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            kind = printable(node.kind) if isinstance(node, Record) else type(node).__name__
+            raise CheckpointDamagedError(f"{where} makes no sense as {kind}: {_line(error)}") from error
+
+    def _container(self, node: Any, where: str) -> Any:
+        if isinstance(node, Persistent):
+            raise ObjectError(f"{where} is the bare memory of a tensor, not a tensor.")
         if isinstance(node, dict):
             return dict(self._entries(node.items(), where))
         if isinstance(node, list | tuple):
             items = [self._of(item, f"{where}/{index}") for index, item in enumerate(node)]
             return items if isinstance(node, list) else tuple(items)
-        if isinstance(node, set | frozenset):
-            return type(node)(self._of(item, where) for item in node)
-        if isinstance(node, Persistent):
-            raise ObjectError(f"{where} is the bare memory of a tensor, not a tensor.")
+        return type(node)(self._of(item, where) for item in node)
+
+    def _record(self, node: Record, where: str) -> Any:
         maker = _MAKERS.get(node.kind) if isinstance(node.maker, Name) else None
         if maker is None:
-            raise ObjectError(f"{where} is an object of {node.kind}, which only running code could make.")
-        try:
-            return maker(self, node, where)
-        except CheckpointError:
-            raise
-        except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, RecursionError):
-                raise
-            raise CheckpointDamagedError(f"{where} makes no sense as {node.kind}: {_line(error)}") from error
+            kind = printable(node.kind)
+            raise ObjectError(f"{where} is an object of {kind}, which only running code could make.")
+        return maker(self, node, where)
 
     def _entries(self, pairs: Any, where: str) -> Iterator[tuple[Any, Any]]:
         for key, value in pairs:
             name = self._of(key, f"a key of {where}")
             if not isinstance(name, str | bytes | int | float | tuple | type(None)):
                 raise CheckpointDamagedError(f"{where} has a {type(name).__name__} as a key.")
-            yield name, self._of(value, f"{where}/{name!s}")
+            yield name, self._of(value, f"{where}/{printable(name)}")
 
     def _name(self, node: Name, where: str) -> Any:
         if str(node) in DTYPES:
             return DTYPES[str(node)]
-        raise ObjectError(f"{where} is {node}, a class or function, which is not looked up.")
+        raise ObjectError(f"{where} is {printable(str(node))}, a class or function, which is not looked up.")
 
     # ---- makers: each reads the arguments that it needs, and leaves hooks and the like alone
 
@@ -149,6 +153,8 @@ class Values:
         return kind(items)
 
     def octets(self, node: Record, where: str) -> bytes:
+        if not node.args:
+            return b""  # which Python 3 writes as a call of bytes
         text, encoding = self._of(node.args, where)
         if encoding not in {"latin1", "latin-1"}:
             raise ValueError(f"its encoding is {encoding!r}")
@@ -193,7 +199,7 @@ class Values:
     def tensor_with_attributes(self, node: Record, where: str) -> Any:
         rebuild, kind, args, _ = node.args
         if str(kind) not in _TENSOR_CLASSES:
-            raise ObjectError(f"{where} is a tensor of the class {kind}, which is not looked up.")
+            raise ObjectError(f"{where} is a tensor of the class {printable(str(kind))}, which is not looked up.")
         return self._of(Record(rebuild, args), where)
 
     def meta_tensor(self, node: Record, where: str) -> torch.Tensor:
@@ -248,6 +254,7 @@ _MAKERS: dict[str, Callable[[Values, Record, str], Any]] = {
     "torch.device": Values.device,
     "torch.serialization._get_layout": Values.layout,
     "_codecs.encode": Values.octets,
+    "__builtin__.bytes": Values.octets,
     "builtins.complex": Values.complex_number,
     "__builtin__.complex": Values.complex_number,
     **{f"numpy.{core}.multiarray.scalar": Values.number for core in ("core", "_core")},
@@ -268,6 +275,15 @@ def mapping_items(node: Any) -> dict[Any, Any] | None:
     if isinstance(node, Record) and node.kind in _DICTS:
         return dict(node.pairs)
     return None
+
+
+def printable(value: Any) -> str:
+    """Return a name from a file as it may stand in a message: short, and without what steers a terminal."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a huge number"  # Python refuses to print the largest
+    text = value if isinstance(value, str) else repr(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _line(error: Exception) -> str:
