@@ -7,19 +7,21 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 
 from stratagem.checkpoint.download import fetch_http
 from stratagem.checkpoint.foreign import HuggingFaceFormat
 from stratagem.checkpoint.formats import format_for
+from stratagem.checkpoint.hubs import fetch_hugging_face, fetch_open_mmlab, fetch_timm, fetch_torchvision
 from stratagem.checkpoint.manifest import MANIFEST
-from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
+from stratagem.checkpoint.remote import fetch_remote
 from stratagem.checkpoint.tree import StateTree
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, ConfigValueError
-from stratagem.utils import absolute, did_you_mean, import_module, is_url, mask_text
+from stratagem.storage import is_remote_scheme
+from stratagem.utils import absolute, did_you_mean, is_url, mask_text
 
 __all__ = ["CheckpointLoader", "cache_folder", "read_any"]
 
@@ -71,6 +73,8 @@ class CheckpointLoader:
             if name.startswith(prefix):
                 return cls._fetchers[prefix](name)
         scheme = name.partition("://")[0] + "://"
+        if is_remote_scheme(scheme.removesuffix("://")):
+            return fetch_remote(name, cache_folder() / "checkpoints")
         raise CheckpointError(
             f"{mask_text(name)}: no way to read {scheme} is known. {did_you_mean(scheme, cls._fetchers)}"
         )
@@ -130,32 +134,12 @@ def _fetch_file(url: str) -> Path:
     return CheckpointLoader.fetch(Path(urllib.request.url2pathname(parts.path)))
 
 
-@CheckpointLoader.register_scheme(("http://", "https://"))
-def _fetch_http(url: str) -> Path:
-    return fetch_http(url, cache_folder() / "checkpoints")
+def _into_cache(fetch: Callable[[str, Path], Path]) -> Fetcher:
+    return lambda url: fetch(url, cache_folder() / "checkpoints")
 
 
-@CheckpointLoader.register_scheme("torchvision://")
-def _fetch_torchvision(url: str) -> Path:
-    """``torchvision://resnet18`` or ``torchvision://resnet18.imagenet1k_v1``: the default or a named set of weights."""
-    name, _, weights = url.removeprefix("torchvision://").partition(".")
-    models: Any = import_module("torchvision.models")
-    if name not in models.list_models():
-        raise CheckpointNotFoundError(f"torchvision has no model {name!r}. {did_you_mean(name, models.list_models())}")
-    choices = models.get_model_weights(name)
-    by_name = {choice.name.casefold(): choice for choice in choices}
-    if weights and weights.casefold() not in by_name:
-        raise CheckpointNotFoundError(
-            f"torchvision's {name} has no weights {weights!r}. {did_you_mean(weights, by_name)}"
-        )
-    chosen = by_name[weights.casefold()] if weights else choices.DEFAULT
-    return _fetch_http(str(chosen.url))
-
-
-@CheckpointLoader.register_scheme(("open-mmlab://", "openmmlab://"))
-def _fetch_open_mmlab(url: str) -> Path:
-    """``open-mmlab://resnet50_v1c``: weights that configurations of that family name."""
-    name = url.partition("://")[2]
-    if name not in OPEN_MMLAB_URLS:
-        raise CheckpointNotFoundError(f"open-mmlab has no weights {name!r}. {did_you_mean(name, OPEN_MMLAB_URLS)}")
-    return _fetch_http(OPEN_MMLAB_URLS[name])
+CheckpointLoader.register_scheme(("http://", "https://"))(_into_cache(fetch_http))
+CheckpointLoader.register_scheme("hf://")(_into_cache(fetch_hugging_face))
+CheckpointLoader.register_scheme("timm://")(_into_cache(fetch_timm))
+CheckpointLoader.register_scheme("torchvision://")(_into_cache(fetch_torchvision))
+CheckpointLoader.register_scheme(("open-mmlab://", "openmmlab://"))(_into_cache(fetch_open_mmlab))
