@@ -90,6 +90,15 @@ def test_an_optimizer_beside_the_weights_is_read(tmp_path: Path) -> None:
     assert list(read_any(tmp_path, parts={"state_dict"})) == ["state_dict"]
 
 
+def test_an_optimizer_with_objects_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    """The weights are read without it; asked for by name, it is an error."""
+    write(tmp_path / "model.safetensors", STATE)
+    torch.save({"state": Path("x"), "param_groups": []}, tmp_path / "optimizer.pt")
+    check(read_any(tmp_path))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: root/state is an object of pathlib\.PosixPath"):
+        read_any(tmp_path, parts={"optimizer"})
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     """A checkpoint that lacks a file, or a key in one, is damaged, and the error says what is missing."""
     index = shards(tmp_path, "model.safetensors")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stratagem.checkpoint.download import download_limit_bytes
-from stratagem.errors import CheckpointError, CheckpointNotFoundError
+from stratagem.errors import CheckpointError, CheckpointNotFoundError, StratagemError
 from stratagem.storage import RemoteFolder, atomic_file, fetch_published, list_published, publish
 from stratagem.utils import mask_text
 
@@ -34,7 +34,9 @@ def save_remote(url: str, write: Callable[[Path], None]) -> None:
         write(local)
         try:
             publish(local, url)
-        except OSError as error:
+        except StratagemError:
+            raise
+        except Exception as error:  # which class it is hangs on the file system
             notes = " ".join(getattr(error, "__notes__", ()))
             raise CheckpointError(
                 f"{mask_text(url)}: the checkpoint could not be published: {error}. {notes}".rstrip()
@@ -60,9 +62,9 @@ def fetch_remote(url: str, cache: Path) -> Path:
             return fetch_published(url, cache)
         except CheckpointNotFoundError:
             return _fetch_file(url, cache)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except StratagemError:
+        raise
+    except Exception as error:  # which class it is hangs on the file system
         raise CheckpointError(f"{mask_text(url)} cannot be read: {error}.") from error
 
 

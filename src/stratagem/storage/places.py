@@ -62,7 +62,9 @@ def publish(local: Path, url: str) -> Published:
 
     Raises:
         MissingDependencyError: if the file system's package is not installed.
-        OSError: if the place refuses. What was published before is still there.
+        ValueError: if a file's name could not be read back.
+        OSError: if the place refuses, or what the file system's own library raises then. What was published before is
+            still there.
     """
     place, name = RemoteFolder.parent_of(url)
     older = [generation for generation in _generations(place) if generation.name == name]
@@ -78,7 +80,7 @@ def publish(local: Path, url: str) -> Published:
     for old in sorted(older):
         try:
             _remove(place, old)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 -- the new one is safe, and which class it is hangs on the file system
             logger.warning("%s/%s is superseded but could not be removed: %s", place.shown, old.folder, error)
             break  # or an older one could outlive a newer
     return _described(place, generation, record)

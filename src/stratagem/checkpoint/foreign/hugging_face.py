@@ -7,6 +7,7 @@ the run stood is counted there in optimizer steps and fractions of epochs, and i
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -17,9 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stratagem.checkpoint.foreign.torch_file import read_torch_file
+from stratagem.checkpoint.inert import ObjectError
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["HuggingFaceFormat", "SAFETENSORS", "WEIGHT_FILES", "shards_of"]
+
+logger = logging.getLogger(__name__)
 
 SAFETENSORS = ".safetensors"
 INDEX = ".index.json"
@@ -63,8 +67,13 @@ class HuggingFaceFormat:
             tree["state_dict"] = _weights(_weight_file(path), map_location)
         optimizer = folder / _OPTIMIZER
         if path.is_dir() and optimizer.is_file() and (parts is None or "optimizer" in parts):
-            # The file is the state itself: at its top are "state" and "param_groups".
-            tree["optimizer"] = read_torch_file(optimizer, map_location)
+            try:
+                # The file is the state itself: at its top are "state" and "param_groups".
+                tree["optimizer"] = read_torch_file(optimizer, map_location)
+            except ObjectError as error:
+                if parts is not None:
+                    raise
+                logger.info("Left out of the checkpoint: 'optimizer'. %s", error)
         return tree
 
 

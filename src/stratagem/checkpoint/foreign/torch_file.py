@@ -54,7 +54,7 @@ def open_torch_file(path: Path, device: torch.device | str) -> Iterator[Contents
 def read_torch_file(path: Path, device: torch.device | str) -> Any:
     """Return all that the file holds; raises what :func:`open_torch_file` does."""
     with open_torch_file(path, device) as contents:
-        return contents.read(contents.whole, "it")
+        return contents.read(contents.whole, "root")
 
 
 def _contents(whole: Any, read: Any) -> Contents:
