@@ -7,8 +7,9 @@ from stratagem.checkpoint.formats import CheckpointFormat, format_for
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.checkpoint.remote import latest_remote, save_remote
 from stratagem.checkpoint.single_file import SingleFileFormat
-from stratagem.checkpoint.sources import CheckpointLoader
+from stratagem.checkpoint.sources import CheckpointLoader, read_any
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.checkpoint.verify import verify_checkpoint
 
@@ -25,6 +26,7 @@ __all__ = [
     "find_latest_checkpoint",
     "format_for",
     "join_tree",
+    "latest_remote",
     "list_checkpoints",
     "load_checkpoint",
     "load_state_dict",
@@ -32,8 +34,10 @@ __all__ = [
     "optimizer_by_index",
     "optimizer_by_name",
     "parameter_names",
+    "read_any",
     "read_manifest",
     "save_checkpoint",
+    "save_remote",
     "split_tree",
     "verify_checkpoint",
     "weights_to_cpu",

@@ -19,7 +19,7 @@ from stratagem.checkpoint.foreign.contents import Contents
 from stratagem.checkpoint.inert import Record, TorchArchive, Values, mapping_items, printable
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
-__all__ = ["open_torch_file", "read_torch_file"]
+__all__ = ["open_torch_file", "read_torch_file", "verify_torch_file"]
 
 _ZIP_START = b"PK\x03\x04"
 
@@ -33,19 +33,41 @@ def open_torch_file(path: Path, device: torch.device | str) -> Iterator[Contents
         CheckpointError: if it is something else, or what is read holds objects. Errors name the file.
         CheckpointDamagedError: if it cannot be read.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
-    if not path.is_file():
-        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
-    try:
+    with _named(path):
         if not _is_zip(path):
             yield _contents(_read_old_form(path, device), lambda node, _: node)
             return
         with TorchArchive(path) as archive:
             yield _contents(archive.root(), Values(archive, device).of)
-    except OSError as error:
-        raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
-    except CheckpointDamagedError as error:
+
+
+def verify_torch_file(path: Path) -> int:
+    """Compare all of a file with its checksums, 32 bits each; return how many bytes it has.
+
+    The form before 1.6 has none: reading such a file is the only check.
+
+    Raises:
+        CheckpointNotFoundError: if there is no such file.
+        CheckpointError: if it is something else.
+        CheckpointDamagedError: if a part of it is not what was written.
+    """
+    with _named(path):
+        if _is_zip(path):
+            with TorchArchive(path) as archive:
+                archive.check()
+        return path.stat().st_size
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Refuse what is no file, and have errors name it."""
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
+    if not path.is_file():
+        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+    try:
+        yield
+    except (OSError, CheckpointDamagedError) as error:
         raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error

@@ -79,22 +79,37 @@ class TorchArchive:
         self._read(info, memory.numpy().data)
         return memory.untyped_storage()
 
+    def check(self) -> None:
+        """Compare every record with its checksum.
+
+        Raises:
+            CheckpointDamagedError: if one differs; it names the record.
+        """
+        buffer = bytearray(_CHUNK_BYTES)
+        for info in self._records.values():
+            if not info.is_dir():
+                self._read(info, memoryview(buffer), keep=False)
+
     def _bytes(self, info: zipfile.ZipInfo) -> bytes:
         data = bytearray(info.file_size)
         self._read(info, memoryview(data))
         return bytes(data)
 
-    def _read(self, info: zipfile.ZipInfo, view: memoryview) -> None:
-        """Fill ``view`` with a record by pieces, and check them against its checksum, which torch itself does not do."""
+    def _read(self, info: zipfile.ZipInfo, view: memoryview, *, keep: bool = True) -> None:
+        """Fill ``view`` with a record by pieces, or only its beginning again and again, and compare the checksum.
+
+        Torch itself does not compare them.
+        """
         self._file.seek(_data_offset(self._file, info))
         checksum = 0
-        for start in range(0, len(view), _CHUNK_BYTES):
-            piece = view[start : start + _CHUNK_BYTES]
-            if self._file.readinto(piece) != len(piece):
+        for start in range(0, info.file_size, _CHUNK_BYTES):
+            count = min(_CHUNK_BYTES, info.file_size - start)
+            piece = view[start : start + count] if keep else view[:count]
+            if self._file.readinto(piece) != count:
                 raise CheckpointDamagedError(f"it ends inside of {info.filename}.")
             checksum = zlib.crc32(piece, checksum)
         if self._has_checksums and checksum != info.CRC:
-            raise CheckpointDamagedError(f"the checksum of {info.filename} is wrong: its bytes were changed.")
+            raise CheckpointDamagedError(f"{info.filename} in it is not what was written: its checksum differs.")
 
     def _record(self, name: str) -> zipfile.ZipInfo:
         info = self._records.get(f"{self._prefix}/{name}")
