@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from stratagem.checkpoint import CheckpointLoader, save_checkpoint
-from stratagem.checkpoint.remote import latest_remote, save_remote
+from faulty_places import register
+from ranks import Ranks
+from stratagem.checkpoint import CheckpointLoader, latest_remote, save_checkpoint, save_remote
+from stratagem.checkpoint.remote import _check_shared
+from stratagem.dist import Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 
 fsspec = pytest.importorskip("fsspec")
@@ -42,6 +45,43 @@ def test_a_checkpoint_is_saved_and_loaded(name: str) -> None:
     assert tree["meta"]["iter"] == 3
     save(name, 2.0)
     assert CheckpointLoader.load_checkpoint(f"{RUN}/{name}")["state_dict"]["w"].tolist() == [2, 2]
+
+
+def save_together(folder: str) -> bool:
+    """Have every rank save a checkpoint to a place without rename, and load it; tell whether it came back."""
+    register()
+    team = Team.of()
+    tree = {"meta": {"iter": 3}, "state_dict": {"w": torch.arange(1000.0)}}
+    url = f"norename://{folder}/place/iter_3"
+    save_remote(url, lambda path: save_checkpoint(tree, path, team), team)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STRATAGEM_CACHE", f"{folder}/cache")
+        read = CheckpointLoader.load_checkpoint(url, team=team)
+    return bool(torch.equal(read["state_dict"]["w"], tree["state_dict"]["w"]))
+
+
+def test_ranks_save_together(ranks: Ranks, tmp_path: Path) -> None:
+    """All ranks write into one folder, the first publishes it, and all read it."""
+    assert ranks.run(save_together, str(tmp_path)) == [True, True]
+
+
+def test_a_staging_folder_that_is_not_shared_is_told() -> None:
+    """A rank that does not see the folder of the first says what to name."""
+    with pytest.raises(CheckpointError, match="Ranks on several machines need a folder that they share"):
+        _check_shared(Path("/not/here"))
+
+
+def test_the_staging_folder_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """STRATAGEM_STAGING names it; it is empty again afterwards, also where saving failed."""
+    monkeypatch.setenv("STRATAGEM_STAGING", str(tmp_path / "staging"))
+    with pytest.raises(CheckpointError, match="Name one with STRATAGEM_STAGING"):
+        save("iter_3", 1.0)
+    (tmp_path / "staging").mkdir()
+    seen: list[Path] = []
+    with pytest.raises(ZeroDivisionError):
+        save_remote(f"{RUN}/iter_3", lambda path: seen.append(path) or 1 / 0)  # type: ignore[arg-type,return-value]
+    assert seen[0].parent.parent == tmp_path / "staging"
+    assert list((tmp_path / "staging").iterdir()) == []
 
 
 def test_the_latest_is_found() -> None:

@@ -304,6 +304,8 @@ def test_places_that_cannot_be_are_told(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a place that fsspec can open"):
         list_published("unheard://x")
     assert is_remote_scheme("memory")
+    assert is_remote_scheme("norename")  # registered by a program
+    assert is_remote_scheme("s3")  # whether or not its package is installed
     assert not is_remote_scheme("unheard")
 
 

@@ -7,11 +7,14 @@ cache first, where its digests are compared.
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from stratagem.checkpoint.download import download_limit_bytes
+from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, StratagemError
 from stratagem.storage import RemoteFolder, atomic_file, fetch_published, list_published, publish
 from stratagem.utils import mask_text
@@ -21,26 +24,52 @@ __all__ = ["fetch_remote", "latest_remote", "save_remote"]
 _CHUNK_BYTES = 4 << 20
 
 
-def save_remote(url: str, write: Callable[[Path], None]) -> None:
-    """Have ``write`` make a checkpoint under the URL's name in a temporary folder, and publish it at the URL.
+def save_remote(url: str, write: Callable[[Path], None], team: Team = ALONE) -> None:
+    """Have ``write`` make a checkpoint at a path of this machine, and publish that at the URL.
 
-    Not collective: one process writes.
+    Collective over ``team``: ``write`` is called on every rank with the same path, in a temporary folder of the first
+    rank; then that one publishes. ``STRATAGEM_STAGING`` names where such folders are made.
 
     Raises:
-        CheckpointError: if it cannot be published; what was published there before still is.
+        CheckpointError: if the ranks do not share the folder, or it cannot be published; what was published before
+            still is.
     """
-    with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
-        local = Path(folder, url.rstrip("/").rpartition("/")[2])
+    folder = team.first(_make_staging)
+    local = folder / url.rstrip("/").rpartition("/")[2]
+    try:
+        team.own(lambda: _check_shared(folder))
         write(local)
-        try:
-            publish(local, url)
-        except StratagemError:
-            raise
-        except Exception as error:  # which class it is hangs on the file system
-            notes = " ".join(getattr(error, "__notes__", ()))
-            raise CheckpointError(
-                f"{mask_text(url)}: the checkpoint could not be published: {error}. {notes}".rstrip()
-            ) from error
+        team.first(lambda: _publish(local, url))
+    finally:
+        if team.leads:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_staging() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="stratagem-", dir=os.environ.get("STRATAGEM_STAGING")))
+    except OSError as error:
+        raise CheckpointError(f"No temporary folder can be made: {error}. Name one with STRATAGEM_STAGING.") from error
+
+
+def _check_shared(folder: Path) -> None:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}, made by the first rank, is not there for this one. Ranks on several machines need a folder that they "
+            "share: name it with STRATAGEM_STAGING."
+        )
+
+
+def _publish(local: Path, url: str) -> None:
+    try:
+        publish(local, url)
+    except StratagemError:
+        raise
+    except Exception as error:  # which class it is hangs on the file system
+        notes = " ".join(getattr(error, "__notes__", ()))
+        raise CheckpointError(
+            f"{mask_text(url)}: the checkpoint could not be published: {error}. {notes}".rstrip()
+        ) from error
 
 
 def latest_remote(url: str) -> str | None:

@@ -28,7 +28,6 @@ from typing import final
 
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.storage.atomic import atomic_directory
-from stratagem.storage.files import remove
 from stratagem.storage.published import RECORD, Generation, Record, StoredFile
 from stratagem.storage.remote import RemoteFolder
 
@@ -193,8 +192,7 @@ def _upload_file(file: Path, target: RemoteFolder, path: str) -> StoredFile:
 
 def _download(source: RemoteFolder, record: Record, where: Path, name: str) -> None:
     where.parent.mkdir(parents=True, exist_ok=True)
-    if where.exists():
-        remove(where)  # a copy that was changed
+    # A copy that was changed is replaced in one step: another process may be reading one that was fetched meanwhile.
     with atomic_directory(where) as aside:
         root = aside / name if record.is_folder else aside
         root.mkdir(exist_ok=True)

@@ -18,9 +18,12 @@ def is_remote_scheme(scheme: str) -> bool:
     """Tell whether fsspec, where it is installed, knows file systems of that scheme, such as ``s3`` or ``memory``."""
     try:
         registry: Any = import_module("fsspec")
-    except MissingDependencyError:
+        registry.get_filesystem_class(scheme)
+    except (MissingDependencyError, ValueError):
         return False
-    return scheme in registry.available_protocols()
+    except ImportError:
+        return True  # known, and the package for it is what is missing
+    return True
 
 
 @final
