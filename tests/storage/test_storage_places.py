@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from faulty_places import Dead, Faulty, register
 
+from faulty_places import Dead, Faulty, register
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, MissingDependencyError
 from stratagem.storage import (
     clean_unpublished,
