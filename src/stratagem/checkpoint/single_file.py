@@ -54,15 +54,14 @@ class SingleFileFormat:
 
         A file that is a bare state dict is taken as ``{"state_dict": ...}``. What ``parts`` names, and the model's state
         always, must be tensors and plain values; other entries with objects in them are left out, and the log says so.
-        Collective over ``team``.
+        What is read is compared with its checksums, whatever ``verify`` says: it costs no second reading. Collective over
+        ``team``.
 
         Raises:
             CheckpointNotFoundError: if there is no such file.
             CheckpointError: if what is read holds objects that only code could make, or nothing can be used.
             CheckpointDamagedError: if it cannot be read.
         """
-        if verify:
-            self.verify(path, team)
         return team.own(lambda: _read(path, map_location, parts))
 
     def verify(self, path: Path, team: Team = ALONE) -> int:
