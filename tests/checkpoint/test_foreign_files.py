@@ -86,6 +86,18 @@ def test_histories_of_mmengine_are_left_out() -> None:
     assert tree["meta"]["mmengine_version"] == "0.10.7"
 
 
+def test_averages_of_mmengine_are_said_to_be_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """MMEngine stores averages in the place of the trained weights, which must not be resumed unawares."""
+    average = {f"module.{name}": tensor for name, tensor in PLAIN.state_dict().items()}
+    content = {"meta": {"mmengine_version": "0.10.7"}, "state_dict": PLAIN.state_dict(), "ema_state_dict": average}
+    torch.save(content, tmp_path / "weights.pth")
+    torch.save({**content, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "run.pth")
+    SingleFileFormat().load(tmp_path / "weights.pth")
+    assert not caplog.records
+    assert "ema_state_dict" in SingleFileFormat().load(tmp_path / "run.pth")
+    assert "weights are averages" in caplog.text
+
+
 def test_weights_of_lightning_are_found_by_their_prefix() -> None:
     """Lightning's keys begin with the module's attribute; the error names the rewriting, which is never guessed."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))

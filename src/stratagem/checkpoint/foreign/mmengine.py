@@ -7,12 +7,15 @@ for display, as objects; nothing here needs them.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from stratagem.checkpoint.foreign.contents import Contents, Parts, under
 from stratagem.checkpoint.inert import ObjectError, mapping_items
 
 __all__ = ["mmengine_parts", "of_mmengine"]
+
+logger = logging.getLogger(__name__)
 
 _VERSIONS = ("mmengine_version", "mmengine", "mmcv_version")
 # Where a schedule stands: numbers alone, under the same names here.
@@ -27,6 +30,12 @@ def of_mmengine(contents: Contents) -> bool:
 def mmengine_parts(contents: Contents) -> Parts:
     """Return the parts that can be taken over, the file's other entries among them."""
     parts = {key: contents.part(key) for key in contents.root if key != "message_hub"}
+    if "ema_state_dict" in parts and "optimizer" in parts:
+        logger.warning(
+            "The checkpoint's weights are averages, as MMEngine's EMAHook saves them. That is right for evaluation and for "
+            "load_from; to resume training, have a callback put the trained ones, which are in 'ema_state_dict' under "
+            "'module.', back into 'state_dict'."
+        )
     parts["meta"] = lambda: _plain_entries(contents)
     if "param_schedulers" in parts:
         parts["param_schedulers"] = lambda: _positions(contents.root["param_schedulers"], contents)
