@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import stratagem as package
-from stratagem.cli.parity import Found, Trial, train_variant, variants
+from stratagem.cli.parity import Found, Trial, Variant, train_variant, variants
 from stratagem.config import Config
 from stratagem.train.parity import Traits, compare_traces
 
@@ -56,17 +56,6 @@ def test_processes_and_accumulation_come_to_the_same_but_for_rounding(stratagem:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_a_sum_is_found(stratagem: Command, config: str):
-    """Ranks and micro-batches average, so a sum over a part of the batch is another loss: the status is 1."""
-    done = stratagem("parity", config, *SMALL, "--eval-layers", "--set", "model.loss.reduction=sum")
-    assert done.status == 1
-    found = rows(done.out)
-    assert found["one process, 2 micro-batches a step"] == found["2 processes"] == "DIFFERENT"
-    assert found["2 processes, stopped and resumed"] == "equal to the bit"
-    assert "step 1: the loss by" in done.out
-
-
-@pytest.mark.slow
 def test_dropout_is_what_explains_a_difference(stratagem: Command, config: str):
     """Each rank draws its own numbers: that is said, and is no failure."""
     done = stratagem("parity", config, *SMALL)
@@ -76,21 +65,41 @@ def test_dropout_is_what_explains_a_difference(stratagem: Command, config: str):
     assert "--eval-layers" in done.out
 
 
-def test_accumulation_over_batch_normalisation_is_explained(tmp_path: Path):
-    """Its statistics are of the micro-batch, so the numbers are others, rightly."""
-    network = [{"type": "Linear", "in_features": 2, "out_features": 4}, {"type": "BatchNorm1d", "num_features": 4}]
-    config = Config.fromfile(CONFIG)
-    config["model"]["network"] = network
+def accumulated(config: Config, folder: Path) -> tuple[Variant, Found]:
+    """Train in one process with one and with two micro-batches a step, here, and compare them."""
     config["train_dataloader"]["batch_size"] = 2
     trial = Trial(steps=3, nproc=2, eval_layers=False, tolerance=1e-4)
-    one, *_, accumulated = (each for each in variants(2, accumulates=True) if each.nproc == 1)
-    traits = train_variant(config, one, trial, tmp_path)
-    train_variant(config, accumulated, trial, tmp_path)
-    assert traits == Traits(draws=False, batch_norms=1)
-    found = Found({accumulated.key: compare_traces(tmp_path / "one", tmp_path / accumulated.key, 3)}, traits)
-    assert found.verdict(accumulated, tolerance=1e-4) == "not comparable"
-    without = Found(found.comparisons, Traits(draws=False, batch_norms=0))
-    assert without.verdict(accumulated, tolerance=1e-4) == "DIFFERENT"
+    listed = {each.key: each for each in variants(2, accumulates=True)}
+    traits = train_variant(config, listed["one"], trial, folder)
+    train_variant(config, listed["accumulated"], trial, folder)
+    compared = compare_traces(folder / "one", folder / "accumulated", 3)
+    return listed["accumulated"], Found({"accumulated": compared}, traits)
+
+
+def test_accumulation_over_batch_normalisation_is_explained(tmp_path: Path):
+    """Its statistics are of the micro-batch, so the numbers are others, rightly."""
+    config = Config.fromfile(CONFIG)
+    config["model"]["network"] = [
+        {"type": "Linear", "in_features": 2, "out_features": 4},
+        {"type": "BatchNorm1d", "num_features": 4},
+    ]
+    variant, found = accumulated(config, tmp_path)
+    assert found.traits == Traits(draws=False, batch_norms=1)
+    assert found.verdict(variant, tolerance=1e-4) == "not comparable"
+
+
+def test_a_loss_that_is_a_sum_is_found(tmp_path: Path):
+    """Micro-batches and ranks average, so a sum over a part of the batch is another loss."""
+    config = Config.fromfile(CONFIG)
+    config["model"]["network"] = [{"type": "Linear", "in_features": 2, "out_features": 4}]
+    config["model"]["loss"]["reduction"] = "sum"
+    variant, found = accumulated(config, tmp_path)
+    assert found.traits == Traits(draws=False, batch_norms=0)
+    assert found.verdict(variant, tolerance=1e-4) == "DIFFERENT"
+    first = found.comparisons["accumulated"].first
+    assert first is not None
+    # Half of the sum over all four samples.
+    assert (first.step, first.name, first.relative) == (1, "the loss", pytest.approx(0.5))
 
 
 def test_a_training_that_does_not_repeat_itself_is_found(stratagem: Command, config: str):

@@ -19,7 +19,7 @@ from stratagem.cli.launching import launch
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config, require
 from stratagem.data import build_dataloader
-from stratagem.dist import infer_launcher
+from stratagem.dist import close_dist, infer_launcher, init_dist
 from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
 from stratagem.registry import switch_scope
 from stratagem.runner import Runner
@@ -132,10 +132,8 @@ def parity(options: RunOptions, trial: Trial, *, record: Path | None) -> None:
     if record is not None:
         if infer_launcher() == "none":
             launch(trial.nproc)
-            return
-        for variant in _of(config, trial):
-            if variant.nproc > 1:
-                train_variant(config, variant, trial, record)
+        else:
+            _train_in_one_group(config, trial, record)
         return
     require(config, SECTIONS, scope=config.get("default_scope"))
     steps = _steps(config, trial)
@@ -145,6 +143,18 @@ def parity(options: RunOptions, trial: Trial, *, record: Path | None) -> None:
     _show(options, config, trial, found)
     if "DIFFERENT" in _verdicts(config, trial, found):
         raise typer.Exit(1)
+
+
+def _train_in_one_group(config: Config, trial: Trial, folder: Path) -> None:
+    """Train the variants of several processes as one of their ranks."""
+    # Made here, and so not made and ended with each of the runs.
+    init_dist(**(config.get("env_cfg") or {}).get("dist_cfg", {}))
+    try:
+        for variant in _of(config, trial):
+            if variant.nproc > 1:
+                train_variant(config, variant, trial, folder)
+    finally:
+        close_dist()
 
 
 def _compare(options: RunOptions, config: Config, trial: Trial, folder: Path) -> Found:
