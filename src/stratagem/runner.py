@@ -13,16 +13,20 @@ from torch.utils.data import DataLoader
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, require, show
 from stratagem.data import EpochLoader, build_dataloader
-from stratagem.dist import infer_launcher
+from stratagem.dist import Peer, all_gather_object, infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.building import with_preprocessor
+from stratagem.strategies.main_rank import from_main
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.loops import updates_of
+from stratagem.train.requeue import requeue_job
+from stratagem.train.restart import Launched, continue_launch
+from stratagem.train.signals import JOB_ENDS
 
 __all__ = ["Runner"]
 
@@ -31,7 +35,7 @@ _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
     "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg",
-    "log_level", "randomness", "compile", "default_scope",
+    "log_level", "randomness", "compile", "default_scope", "requeue",
 )  # fmt: skip
 
 _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
@@ -70,6 +74,7 @@ class Runner:
         randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
         compile: True, or arguments of ``torch.compile`` with ``target``, the model's method.
         default_scope: the scope in which names are looked up first.
+        requeue: whether a run that SLURM's SIGUSR1 stops puts its job back into the queue, to go on later.
         cfg: the whole configuration, kept with the run.
 
     Raises:
@@ -105,6 +110,7 @@ class Runner:
         randomness: Mapping[str, Any] | None = None,
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the name that configurations use
         default_scope: str | None = None,
+        requeue: bool = False,
         cfg: Config | Mapping[str, Any] | None = None,
     ) -> None:
         self._parts: dict[str, Any] = {
@@ -120,6 +126,8 @@ class Runner:
             raise ConfigTypeError(
                 f"compile is {compile!r}; True, False or a mapping of torch.compile's arguments is due."
             )
+        if not isinstance(requeue, bool):
+            raise ConfigTypeError(f"requeue is {requeue!r}; True or False is due.")
         if not isinstance(resume, bool) and load_from is not None:
             raise ConfigValueError(
                 f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint. "
@@ -131,6 +139,7 @@ class Runner:
         self._compile = compile
         self._load_from, self._resume = load_from, resume
         self._scope = default_scope
+        self._requeue = requeue
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
             self.strategy = _build_strategy(
@@ -218,24 +227,27 @@ class Runner:
         Raises:
             StateError: if the runner was given nothing to train with.
         """
-        loop = self.prepare()
         run = self.run
-        # Not earlier: a run that cannot begin leaves what an earlier one kept.
-        self._keep_config()
-        run.events.call("before_run", run)
-        if self._is_complete():
-            run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
-        run.progress.stop_training = False
-        with run.interrupt.listening():
-            loop.run()
+        with run.interrupt.listening(), run.guard.watching():
+            loop = self.prepare()
+            # Not earlier: a run that cannot begin leaves what an earlier one kept.
+            self._keep_config()
+            run.events.call("before_run", run)
+            if self._is_complete():
+                run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
+            run.progress.stop_training = False
+            begin = run.iter
+            if not run.interrupt.due_now():
+                loop.run()
             if self.interrupted is not None:
-                self._save_interrupted()
-        run.events.call("after_run", run)
+                self._end_interrupted(begin)
+            run.events.call("after_run", run)
         return self.strategy.model
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
-        return self._evaluate("val")
+        with self.run.guard.watching():
+            return self._evaluate("val")
 
     def test(self, *, strict: bool = False) -> dict[str, Any]:
         """Evaluate the test data; return the metrics. Collective.
@@ -243,7 +255,8 @@ class Runner:
         Args:
             strict: whether the checkpoint that ``load_from`` names must have exactly the model's weights.
         """
-        return self._evaluate("test", strict=strict)
+        with self.run.guard.watching():
+            return self._evaluate("test", strict=strict)
 
     def close(self) -> None:
         """Close files, and end the process group if the strategy made it. Idempotent."""
@@ -269,6 +282,10 @@ class Runner:
         An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
         """
         load_from, resume = self._load_from, self._resume
+        if training:
+            own = self._checkpoint_of_this_launch()
+            if own is not None:
+                load_from, resume = None, own
         if training or not resume:
             self._load_from, self._resume = None, False
 
@@ -282,6 +299,11 @@ class Runner:
         if resume and rest is not None:
             self.run.progress.move_to(self._position(rest.get("meta") or {}))
             self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+
+    def _checkpoint_of_this_launch(self) -> Path | None:
+        """Return what an earlier start of the same launch saved last; None where this is the first. Collective."""
+        launch = Launched.here(all_gather_object(Peer.of_parent()))
+        return from_main(lambda: continue_launch(Path(self.strategy.work_dir), launch, self.run.logger))
 
     def _position(self, meta: Mapping[str, Any]) -> Position:
         """Return where the saved run stood, in the batches of this one."""
@@ -300,11 +322,17 @@ class Runner:
             return updates_of(self.run) >= progress.max_steps
         return progress.max_iters is not None and progress.iter >= progress.max_iters
 
-    def _save_interrupted(self) -> None:
+    def _end_interrupted(self, begin: int) -> None:
+        """Save where the run stands, if that is not where it began, and have SLURM start it again if that was asked."""
         run = self.run
-        path = Path(run.work_dir) / f"iter_{run.iter}"
-        run.save_checkpoint(path, run.progress.here())
-        run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+        if run.iter > begin:
+            path = Path(run.work_dir) / f"iter_{run.iter}"
+            run.save_checkpoint(path, run.progress.here())
+            run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+        else:
+            run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
+        if self._requeue and self.interrupted in JOB_ENDS:
+            from_main(lambda: requeue_job(run.logger))
 
     def _loader(self, mode: str) -> EpochLoader:
         world = self.strategy.world
