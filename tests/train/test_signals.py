@@ -95,7 +95,9 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck():
         "    libc.pthread_mutex_lock(lock)\n"
         "    libc.pthread_mutex_lock(lock)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)

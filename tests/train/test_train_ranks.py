@@ -85,4 +85,6 @@ def test_a_signal_that_comes_too_late_to_agree_on_lets_the_run_end(ranks: Ranks,
     """In the last iteration: the run is complete but for its last validation, which no rank begins alone."""
     cfg = {"train_cfg": {"max_epochs": 3}, **VALIDATION}
     found = ranks.run(train_with_signal, str(tmp_path), rank=0, after=3 * EPOCH, **cfg)
-    assert [(rank["iter"], rank["interrupted"], len(rank["metrics"])) for rank in found] == [(12, signal.SIGTERM, 2)] * 2
+    assert [(rank["iter"], rank["interrupted"], len(rank["metrics"])) for rank in found] == [
+        (12, signal.SIGTERM, 2)
+    ] * 2

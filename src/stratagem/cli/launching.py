@@ -48,6 +48,8 @@ def launch(nproc: int, *, max_restarts: int = 0) -> None:
     os.environ[NPROC_VARIABLE] = str(nproc)
     if max_restarts:
         os.environ[RESTARTS_VARIABLE] = str(max_restarts)
+    # When rank 0 dies the others lose its store; torch would print its own stacks of that above our message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # It would report on our ranks' errors and signals a second time.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Each rank computes with its share of the cores, unless the user has chosen.

@@ -31,6 +31,7 @@ _TIMED_OUT = ("timed out", "timeout")
 # come out of what it does.
 _REASON_S, _NEWS_S, _GRACE_S = 2.5, 1.5, 3.0
 _MOST_ENTRIES = 8
+_VERBS = {"raised": "failed", "died": "is gone", "silent": "waited in vain", "lost": "is alone"}
 
 
 @final
@@ -82,9 +83,8 @@ class RankGuard:
             return "An exchange between the ranks failed."
         if failure.rank == rank:
             return failure.text[:1].upper() + failure.text[1:]
-        verb = "is gone" if failure.kind in ("died", "lost") else "failed"
         first_line = failure.text.partition("\n")[0]
-        return f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {verb}: {first_line}"
+        return f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: {first_line}"
 
     def _settle(self, watch: RankWatch, error: BaseException) -> Failure:
         """Return what ended the run; where that is this rank's error, all others know of it."""
@@ -94,7 +94,7 @@ class RankGuard:
             return known
         if silent or _is_exchange(error):
             lines = "\n  ".join([f"an exchange between the ranks failed: {error}", *watch.signs_of_life()])
-            told = watch.post(Failure(rank=watch.rank, kind="silent", text=f"{lines}\n{self._where_stacks_are()}"))
+            told = watch.post(Failure(rank=watch.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
             write_stacks(self._stacks_of(watch.rank), error)
         else:
             told = watch.post(Failure(rank=watch.rank, kind="raised", text=f"{type(error).__name__}: {error}"))
@@ -113,8 +113,12 @@ class RankGuard:
     def _stacks_of(self, rank: int) -> Path:
         return self._log_dir / f"stacks_rank{rank}.txt"
 
-    def _where_stacks_are(self) -> str:
-        return f"Where each rank was is in {self._stacks_of(0).with_name('stacks_rank*.txt')}."
+    def _advice(self) -> str:
+        stacks = self._stacks_of(0).with_name("stacks_rank*.txt")
+        return (
+            f"Where each rank was is in {stacks}. If a rank may take so long, "
+            "give env_cfg=dict(dist_cfg=dict(timeout=<seconds>))."
+        )
 
 
 def _is_timeout(error: BaseException) -> bool:

@@ -326,12 +326,15 @@ class TestLoop(_EvaluationLoop):
 
 
 def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
-    """Validate, unless that was done where the run stands, or the run ends here because it was interrupted."""
+    """Validate, unless that was done where the run stands; an interrupted run ends here. Collective."""
     if val_loop is None or run.progress.validated == run.progress.iter:
         return
     run.interrupt.due_now()
     if not run.is_ending:
         val_loop.run()
+    if run.is_ending:
+        # Here, before another iteration: the run that goes on validates first.
+        run.progress.stop_training = True
 
 
 def _positive(name: str, value: int | None) -> int:
