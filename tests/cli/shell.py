@@ -57,7 +57,8 @@ class Shell:
 
     def leftovers(self) -> list[str]:
         """Return what commands left behind: processes that still run here, with their ports, and temporary files."""
-        left = [str(path) for path in self.temporary.iterdir()]
+        # Torch's compiler keeps its cache there, for the next process.
+        left = [str(path) for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.cwd() == str(self.folder):

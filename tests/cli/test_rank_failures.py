@@ -15,10 +15,12 @@ pytestmark = pytest.mark.slow
 # 36 iterations on two ranks, three an epoch; nothing but checkpoints in between.
 RUN = ("--set", "train_cfg.max_epochs=12", "--set", "train_cfg.val_interval=120", "--work-dir", "run")
 
+RARE = ("--set", "default_hooks.checkpoint.interval=-1")
+
 
 def misbehaving(how: str, rank: int = 1) -> tuple[str, ...]:
     """Return the options by which a rank does something bad in iteration 7."""
-    return ("--set", f"custom_hooks=[dict(type='Misbehave', how='{how}', rank={rank})]")
+    return ("--set", f"custom_hooks=[{{'type': 'Misbehave', 'how': '{how}', 'rank': {rank}}}]")
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -65,7 +67,7 @@ def test_a_rank_that_does_not_answer_is_given_up(shell: Shell, config: str, tmp_
     assert shell.leftovers() == []
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--log-dir", "logs")
 
 
 def test_ranks_that_are_started_again_go_on_exactly(shell: Shell, config: str, tmp_path: Path):
@@ -93,7 +95,7 @@ def test_slurm_s_warning_saves_and_requeues(shell: Shell, config: str, tmp_path:
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     job = {"SLURM_JOB_ID": "7", "PATH": f"{program.parent}:{shell.environment['PATH']}"}
-    words = ("train", config, "--nproc", "2", *RUN, "--set", "train_cfg.max_epochs=80", "--set", "requeue=True")
+    words = ("train", config, "--nproc", "2", *RUN, "--set", "train_cfg.max_epochs=80", "--set", "requeue=True", *RARE)
     status, output = shell.signal(signal.SIGUSR1, *words, **job)
     assert status == 128 + signal.SIGUSR1, output
     done = int(output.split("Interrupted after ")[1].split()[0])

@@ -10,7 +10,7 @@ import uuid
 from pathlib import Path
 
 import typer
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -67,6 +67,7 @@ def launch(nproc: int, *, max_restarts: int = 0) -> None:
             max_restarts=max_restarts,
             monitor_interval=_MONITOR_S,
             shutdown_timeout=_GRACE_S,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
             signals_to_handle=",".join(_PASSED_ON),
         )
         try:
