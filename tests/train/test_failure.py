@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ranks import Ranks
-from stratagem.dist import Failure, all_reduce, get_rank
+from stratagem.dist import Failure, Team, all_reduce, get_rank
 from stratagem.errors import TrainingError
 from stratagem.train.failure import RankGuard, describe_batch
 
@@ -78,3 +78,24 @@ def test_ranks_that_end_well_are_left_alone(ranks: Ranks, tmp_path: Path):
     """Any number of times."""
     for _ in range(3):
         assert ranks.run(finish, str(tmp_path)) == [0, 0]
+
+
+def rank_1_fails_for_all(folder: str) -> tuple[str, int]:
+    """Have rank 1 fail in what all ranks wait for; return the error here and whose is told."""
+    guard = RankGuard(lambda: 0, folder)
+
+    def fail() -> None:
+        if get_rank() == 1:
+            raise TrainingError("no space")
+
+    with pytest.raises(TrainingError) as raised, guard.watching():
+        Team.of().own(fail)
+    return str(raised.value), guard.failure.rank if guard.failure else -1
+
+
+def test_an_error_that_quotes_another_rank_s_is_not_the_one_to_tell(ranks: Ranks, tmp_path: Path):
+    """Whichever rank comes to the end of it sooner: it is told by the rank where it happened."""
+    assert ranks.run(rank_1_fails_for_all, str(tmp_path)) == [
+        ("Rank 1 failed: TrainingError: no space", 1),
+        ("no space", 1),
+    ]

@@ -11,7 +11,8 @@ from stratagem.dist import Peer
 from stratagem.train.requeue import requeue_job
 from stratagem.train.restart import Launched, continue_launch
 
-LOGGER = logging.getLogger("stratagem.test")
+# Not under the package: tests before may have taken its loggers.
+LOGGER = logging.getLogger("test-of-restarts")
 AGENT = Peer(11, "this machine", "900")
 OTHER_AGENT = Peer(12, "another machine", "950")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}

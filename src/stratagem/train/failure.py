@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as torch_dist
 
 from stratagem.dist import Failure, RankWatch, barrier, get_world_size
-from stratagem.errors import RankFailedError
+from stratagem.errors import RankFailedError, StratagemError
 from stratagem.train.ending import end_process
 from stratagem.train.stacks import write_stacks
 
@@ -31,6 +32,8 @@ _TIMED_OUT = ("timed out", "timeout")
 # come out of what it does.
 _REASON_S, _NEWS_S, _GRACE_S = 2.5, 1.5, 3.0
 _MOST_ENTRIES = 8
+# How an error begins that every rank raises for one of them.
+_QUOTE = re.compile(r"Rank \d+ failed: ")
 _VERBS = {"raised": "failed", "died": "is gone", "silent": "waited in vain", "lost": "is alone"}
 
 
@@ -89,7 +92,9 @@ class RankGuard:
     def _settle(self, watch: RankWatch, error: BaseException) -> Failure:
         """Return what ended the run; where that is this rank's error, all others know of it."""
         silent = _is_timeout(error)
-        known = watch.wait_for_failure(_REASON_S) if _is_exchange(error) and not silent else watch.failure
+        # Not the first to tell, then: the rank where it happened knows more.
+        follows = _is_exchange(error) or (isinstance(error, StratagemError) and _QUOTE.match(str(error)) is not None)
+        known = watch.wait_for_failure(_REASON_S) if follows and not silent else watch.failure
         if known is not None:
             return known
         if silent or _is_exchange(error):
