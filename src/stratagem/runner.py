@@ -282,10 +282,8 @@ class Runner:
         An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
         """
         load_from, resume = self._load_from, self._resume
-        if training:
-            own = self._checkpoint_of_this_launch()
-            if own is not None:
-                load_from, resume = None, own
+        if training and self._is_started_again():
+            load_from, resume = None, True
         if training or not resume:
             self._load_from, self._resume = None, False
 
@@ -300,10 +298,11 @@ class Runner:
             self.run.progress.move_to(self._position(rest.get("meta") or {}))
             self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
 
-    def _checkpoint_of_this_launch(self) -> Path | None:
-        """Return what an earlier start of the same launch saved last; None where this is the first. Collective."""
+    def _is_started_again(self) -> bool:
+        """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
         launch = Launched.here(all_gather_object(Peer.of_parent()))
-        return from_main(lambda: continue_launch(Path(self.strategy.work_dir), launch, self.run.logger))
+        folder = Path(self.strategy.work_dir)
+        return from_main(lambda: continue_launch(folder, launch, self.run.logger) is not None)
 
     def _position(self, meta: Mapping[str, Any]) -> Position:
         """Return where the saved run stood, in the batches of this one."""

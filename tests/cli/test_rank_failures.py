@@ -2,6 +2,7 @@
 
 import signal
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ pytestmark = pytest.mark.slow
 # 36 iterations on two ranks, three an epoch; nothing but checkpoints in between.
 RUN = ("--set", "train_cfg.max_epochs=12", "--set", "train_cfg.val_interval=120", "--work-dir", "run")
 
+# Two seconds and what processes need to end, on a machine with more to do.
+SOON_S = 15
 RARE = ("--set", "default_hooks.checkpoint.interval=-1")
 
 
@@ -23,14 +26,20 @@ def misbehaving(how: str, rank: int = 1) -> tuple[str, ...]:
     return ("--set", f"custom_hooks=[{{'type': 'Misbehave', 'how': '{how}', 'rank': {rank}}}]")
 
 
+def seconds_since_then(folder: Path) -> float:
+    """Return how long ago a rank did something bad."""
+    return time.time() - (folder / "misbehaved").stat().st_mtime
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the model's state in a checkpoint."""
     return CheckpointLoader.load_checkpoint(path)["state_dict"]
 
 
-def test_the_error_of_a_rank_is_told_once(shell: Shell, config: str):
+def test_the_error_of_a_rank_is_told_once(shell: Shell, config: str, tmp_path: Path):
     """With its rank, iteration and batch; the other rank says in a line why it stops."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("raise"))
+    assert seconds_since_then(tmp_path) < SOON_S
     assert status == 1, output
     told = [line for line in output.splitlines() if "INFO" not in line]
     assert told[0] == "stratagem (rank 1): ValueError: the data of this rank are bad"
@@ -42,9 +51,10 @@ def test_the_error_of_a_rank_is_told_once(shell: Shell, config: str):
     assert shell.leftovers() == []
 
 
-def test_a_killed_rank_is_named(shell: Shell, config: str):
+def test_a_killed_rank_is_named(shell: Shell, config: str, tmp_path: Path):
     """Even rank 0, whose store ends with it: the other says who is gone and where, and the status tells the signal."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("SIGKILL", rank=0))
+    assert seconds_since_then(tmp_path) < SOON_S
     assert status == 128 + signal.SIGKILL, output
     assert "(rank 1): error: Stopped after 6 iterations, because rank 0 is gone: process " in output
     assert output.splitlines()[-1] == "stratagem: rank 0 of 2 was ended by SIGKILL."

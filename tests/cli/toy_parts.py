@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Misbehave(Hook):
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if run.iter + 1 != self.after or run.rank != self.rank or os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0":
             return
+        Path("misbehaved").touch()
         if self.how == "raise":
             raise ValueError("the data of this rank are bad")
         while self.how == "hang":
