@@ -228,7 +228,7 @@ class Runner:
             StateError: if the runner was given nothing to train with.
         """
         run = self.run
-        with run.interrupt.listening(), run.guard.watching():
+        with run.guard.watching(), run.interrupt.listening():
             loop = self.prepare()
             # Not earlier: a run that cannot begin leaves what an earlier one kept.
             self._keep_config()

@@ -90,7 +90,7 @@ def test_ranks_that_are_started_again_go_on_exactly(shell: Shell, config: str, t
     )
     torchs = shell.start("train", config, *RUN[:-1], "torchs", *misbehaving("SIGKILL"), launch=TORCHRUN)
     for name, process in (("ours", ours), ("torchs", torchs)):
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
         assert "goes on from its last checkpoint" in output
         assert "Going on after epoch 2, iteration 6" in output

@@ -16,7 +16,14 @@ LOGGER = logging.getLogger("test-of-restarts")
 AGENT = Peer(11, "this machine", "900")
 OTHER_AGENT = Peer(12, "another machine", "950")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
-FIRST = Launched.here([AGENT, AGENT], TORCHRUN)
+
+
+def start(*agents: Peer, number: int = 0, **environ: str) -> Launched:
+    """Return the n-th start by torchrun's agents."""
+    return Launched.here(agents, {**TORCHRUN, **environ}, process=Peer(100 + number, "this machine", "1000"))
+
+
+FIRST, SECOND, THIRD = (start(AGENT, AGENT, number=number) for number in range(3))
 
 
 @pytest.fixture
@@ -36,39 +43,48 @@ def test_a_restarted_launch_goes_on_with_its_own_checkpoint(folder: Path):
     """The first start leaves the earlier run's alone; the second takes what the first saved, not that."""
     assert continue_launch(folder, FIRST, LOGGER) is None
     own = save(folder, 2)
-    assert continue_launch(folder, FIRST, LOGGER) == own
+    assert continue_launch(folder, SECOND, LOGGER) == own
     later = save(folder, 4)
-    assert continue_launch(folder, FIRST, LOGGER) == later
+    assert continue_launch(folder, THIRD, LOGGER) == later
+
+
+def test_a_program_that_trains_twice_is_not_started_again(folder: Path):
+    """Its second training goes on as the program says; only another process is another start."""
+    assert continue_launch(folder, FIRST, LOGGER) is None
+    own = save(folder, 2)
+    assert continue_launch(folder, FIRST, LOGGER) is None
+    assert continue_launch(folder, SECOND, LOGGER) == own
 
 
 def test_a_launch_that_saved_nothing_begins_again(folder: Path):
     """The checkpoint of an earlier run in the same folder is not its own, after any number of restarts."""
-    for _ in range(3):
-        assert continue_launch(folder, FIRST, LOGGER) is None
+    for launch in (FIRST, SECOND, THIRD):
+        assert continue_launch(folder, launch, LOGGER) is None
 
 
 def test_another_launch_does_not_go_on_by_itself(folder: Path):
     """A new torchrun with the same rendezvous id is a new run: its agent is another process."""
     continue_launch(folder, FIRST, LOGGER)
     save(folder, 2)
-    assert continue_launch(folder, Launched.here([Peer(11, "this machine", "999")], TORCHRUN), LOGGER) is None
+    assert continue_launch(folder, start(Peer(11, "this machine", "999"), number=1), LOGGER) is None
 
 
 def test_ranks_that_come_and_go_stay_one_launch(folder: Path):
     """As long as one of torchrun's agents is still there, whichever rank it starts now."""
     continue_launch(folder, FIRST, LOGGER)
     own = save(folder, 2)
-    assert continue_launch(folder, Launched.here([OTHER_AGENT, AGENT], TORCHRUN), LOGGER) == own
-    assert continue_launch(folder, Launched.here([OTHER_AGENT], TORCHRUN), LOGGER) == own
+    assert continue_launch(folder, start(OTHER_AGENT, AGENT, number=1), LOGGER) == own
+    assert continue_launch(folder, start(OTHER_AGENT, number=2), LOGGER) == own
 
 
 def test_a_requeued_job_goes_on(folder: Path):
     """SLURM counts its starts; a second `srun` of one job is a run of its own."""
-    job = Launched.here([AGENT], {"SLURM_JOB_ID": "7"})
+    job = Launched.here([AGENT], {"SLURM_JOB_ID": "7"}, process=Peer(1, "a node", "1"))
+    back = replace(job, restarts=1, process=(2, "a node", "5"))
     continue_launch(folder, job, LOGGER)
     own = save(folder, 2)
-    assert continue_launch(folder, replace(job, restarts=1), LOGGER) == own
-    assert continue_launch(folder, replace(job, restarts=1), LOGGER) is None
+    assert continue_launch(folder, back, LOGGER) == own
+    assert continue_launch(folder, replace(back, process=(3, "a node", "9")), LOGGER) is None
 
 
 def test_a_process_that_nobody_starts_again_leaves_no_record(folder: Path):

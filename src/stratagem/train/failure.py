@@ -74,7 +74,7 @@ class RankGuard:
         except BaseException as error:
             self.failure = self._settle(watch, error)
             if _is_exchange(error):
-                raise RankFailedError(self.reason(watch.rank)) from None
+                raise RankFailedError(self.reason(watch.rank)) from error
             raise
         finally:
             watch.close()

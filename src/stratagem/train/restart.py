@@ -16,6 +16,8 @@ from stratagem.storage import write_atomic
 
 __all__ = ["Launched", "continue_launch"]
 
+# What tells a process from all others: a Peer's number, place and start time.
+Identity = tuple[int, str, str]
 # Beside the checkpoints; the dot keeps it from what people list.
 _RECORD = ".launch.json"
 
@@ -26,21 +28,25 @@ class Launched:
     """What started the processes of a run, as far as it may start them again.
 
     ``agents`` are torchrun's processes, which outlive the ranks that they start; ``job`` is SLURM's number, which a job
-    keeps when it is put back into the queue, and ``restarts`` how often that was.
+    keeps when it is put back into the queue, and ``restarts`` how often that was. ``process`` is this one.
     """
 
+    process: Identity
     run_id: str | None = None
-    agents: tuple[tuple[int, str, str], ...] = ()
+    agents: tuple[Identity, ...] = ()
     job: str | None = None
     restarts: int = 0
 
     @classmethod
-    def here(cls, parents: Sequence[Peer], environ: Mapping[str, str] = os.environ) -> Self:
-        """Read it from the environment; ``parents`` are the processes that started the ranks."""
+    def here(
+        cls, parents: Sequence[Peer], environ: Mapping[str, str] = os.environ, *, process: Peer | None = None
+    ) -> Self:
+        """Read it from the environment; ``parents`` are the processes that started the ranks, ``process`` is this one."""
         run_id = environ.get("TORCHELASTIC_RUN_ID")
-        agents = {(parent.pid, parent.place, parent.started) for parent in parents} if run_id is not None else set()
+        agents = {_identity(parent) for parent in parents} if run_id is not None else set()
         restarts = environ.get("SLURM_RESTART_COUNT", "")
         return cls(
+            process=_identity(process or Peer.here()),
             run_id=run_id,
             agents=tuple(sorted(agents)),
             job=environ.get("SLURM_JOB_ID"),
@@ -50,7 +56,8 @@ class Launched:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Return what was written down by an earlier start."""
-        return cls(**{**record, "agents": tuple(tuple(agent) for agent in record["agents"])})
+        process, agents = tuple(record["process"]), tuple(tuple(agent) for agent in record["agents"])
+        return cls(**{**record, "process": process, "agents": agents})
 
     @property
     def may_restart(self) -> bool:
@@ -58,7 +65,7 @@ class Launched:
         return self.run_id is not None or self.job is not None
 
     def continues(self, earlier: Launched) -> bool:
-        """Tell whether this is a later start of the same launch.
+        """Tell whether this is the same launch, now or in a later start.
 
         One of torchrun's agents is still there, or SLURM started the same job once more: a second `srun` of a job, or a
         rendezvous id that was used before, is no restart.
@@ -83,13 +90,18 @@ def continue_launch(folder: Path, launch: Launched, logger: logging.Logger) -> P
     earlier, before = _read(record)
     again = earlier is not None and launch.continues(earlier)
     write_atomic(record, json.dumps({"launch": asdict(launch), "before": before if again else found}))
-    if not again:
+    if earlier is None or not again or earlier.process == launch.process:
+        # Not started again: a program may well train twice.
         return None
     if found == before:
         logger.warning("The launcher started this run again before its first checkpoint: it begins as it did.")
         return None
     logger.warning("The launcher started this run again: it goes on from its last checkpoint, %s", latest)
     return latest
+
+
+def _identity(peer: Peer) -> Identity:
+    return peer.pid, peer.place, peer.started
 
 
 def _read(record: Path) -> tuple[Launched | None, Any]:
