@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stratagem.cli.handover import NPROC_VARIABLE, TOLD_KEY, claim_telling, restart_notice
+from stratagem.cli.handover import NPROC_VARIABLE, STATUS_KEY, claim_telling, restart_notice
 
 
 def rank(folder: Path, number: int, attempt: int = 0) -> dict[str, str]:
@@ -16,23 +16,23 @@ def rank(folder: Path, number: int, attempt: int = 0) -> dict[str, str]:
 
 
 def test_one_rank_tells_what_all_find(tmp_path: Path):
-    """The first that comes; the launcher finds with each that something was told."""
+    """The first that comes; the launcher finds with each that it was told, and with which status."""
     environments = [rank(tmp_path, 0), rank(tmp_path, 1)]
-    assert [claim_telling("a typo", environ) for environ in environments] == [True, False]
+    assert [claim_telling("a typo", 2, environ) for environ in environments] == [True, False]
     for environ in environments:
-        assert json.loads(Path(environ["TORCHELASTIC_ERROR_FILE"]).read_text())[TOLD_KEY] is True
+        assert json.loads(Path(environ["TORCHELASTIC_ERROR_FILE"]).read_text())[STATUS_KEY] == 2
 
 
 def test_ranks_that_were_started_again_tell_anew(tmp_path: Path):
     """What ends the second start may be another error."""
-    assert claim_telling("first", rank(tmp_path, 0))
-    assert claim_telling("second", rank(tmp_path, 0, attempt=1))
+    assert claim_telling("first", 1, rank(tmp_path, 0))
+    assert claim_telling("second", 1, rank(tmp_path, 0, attempt=1))
 
 
 def test_a_process_on_its_own_tells_its_error():
     """Also a rank of torchrun, whose launcher does not know of ours."""
-    assert claim_telling("a typo", {})
-    assert claim_telling("a typo", {"TORCHELASTIC_ERROR_FILE": "/nowhere"})
+    assert claim_telling("a typo", 2, {})
+    assert claim_telling("a typo", 2, {"TORCHELASTIC_ERROR_FILE": "/nowhere"})
 
 
 @pytest.mark.parametrize(

@@ -8,25 +8,27 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["NPROC_VARIABLE", "RESTARTS_VARIABLE", "TOLD_KEY", "claim_telling", "restart_notice"]
+__all__ = ["NPROC_VARIABLE", "RESTARTS_VARIABLE", "STATUS_KEY", "claim_telling", "restart_notice"]
 
 # Tell ranks that `--nproc` started them, how many there are, and how often they may be started again.
 NPROC_VARIABLE = "STRATAGEM_NPROC"
 RESTARTS_VARIABLE = "STRATAGEM_MAX_RESTARTS"
-TOLD_KEY = "stratagem_told"
+# The status that belongs to an error which a rank has told.
+STATUS_KEY = "stratagem_status"
 _CLAIM = "told"
 
 
-def claim_telling(message: str, environ: Mapping[str, str] = os.environ) -> bool:
+def claim_telling(message: str, status: int, environ: Mapping[str, str] = os.environ) -> bool:
     """Return whether this rank is the one to tell the error that ends it: a mistake of all ranks is told by the first.
 
-    Where ``--nproc`` started the rank, the process that did so comes to know that it need not tell anything itself.
+    Where ``--nproc`` started the rank, the process that did so comes to know that it need not tell anything itself, and
+    the exit ``status`` that the error has: it may end this rank before that has ended by itself.
     """
     file = environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None or NPROC_VARIABLE not in environ:
         return True
     # The first two keys are what the launcher reads to find the rank that failed first.
-    Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), TOLD_KEY: True}))
+    Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), STATUS_KEY: status}))
     try:
         # The launcher has a folder for each start, and in it one for each rank.
         (Path(file).parents[1] / _CLAIM).touch(exist_ok=False)

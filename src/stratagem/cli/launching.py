@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE, TOLD_KEY
+from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
 from stratagem.dist import infer_launcher
 from stratagem.errors import LaunchError
 
@@ -74,10 +74,12 @@ def launch(nproc: int, *, max_restarts: int = 0) -> None:
             elastic_launch(config, sys.executable)("-m", "stratagem", *_without_own(sys.argv[1:]))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            told = failure.error_file_data.get(STATUS_KEY)
+            if told is not None:
+                raise typer.Exit(told) from error
             status = failure.exitcode
             ended = f"ended with status {status}" if status > 0 else f"was ended by {failure.signal_name()}"
-            if TOLD_KEY not in failure.error_file_data:
-                typer.echo(f"stratagem: rank {rank} of {nproc} {ended}.", err=True)
+            typer.echo(f"stratagem: rank {rank} of {nproc} {ended}.", err=True)
             raise typer.Exit(status if status > 0 else 128 - status) from error
         except SignalException as error:
             raise typer.Exit(128 + int(error.sigval)) from error

@@ -50,6 +50,6 @@ def _tell(error: Exception, *, whole: bool) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if whole else f"\n  at {frame.filename}:{frame.lineno} in {frame.name}; --traceback shows all of it."
         message = f"{who}: {type(error).__name__}: {error}{notes}{where}"
-    if isinstance(error, RankFailedError) or claim_telling(message):
+    if isinstance(error, RankFailedError) or claim_telling(message, getattr(error, "exit_status", 1)):
         notice = restart_notice()
         print(message if notice is None else f"{message}\n{notice}", file=sys.stderr)  # noqa: T201 -- the command line

@@ -26,7 +26,8 @@ from stratagem.dist.objects import (
     collect_results,
     gather_object,
 )
-from stratagem.dist.watch import Failure, Peer, RankWatch
+from stratagem.dist.peer import Peer
+from stratagem.dist.watch import Failure, RankWatch
 from stratagem.dist.world import World, pick_device
 
 __all__ = [
