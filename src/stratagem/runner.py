@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import find_latest_checkpoint
-from stratagem.config import Config, require, show
-from stratagem.data import EpochLoader, build_dataloader
+from stratagem.config import Config, changed_values, require, show
+from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.dist import Peer, all_gather_object, infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
@@ -26,6 +26,7 @@ from stratagem.train.building import build_evaluation_loop, build_events, build_
 from stratagem.train.loops import updates_of
 from stratagem.train.requeue import requeue_job
 from stratagem.train.restart import Launched, continue_launch
+from stratagem.train.rollback import RollBackError, roll_back
 from stratagem.train.signals import JOB_ENDS
 
 __all__ = ["Runner"]
@@ -34,9 +35,13 @@ __all__ = ["Runner"]
 _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
-    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg",
-    "log_level", "randomness", "compile", "default_scope", "requeue",
+    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
+    "resume_param_scheduler", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
+    "requeue",
 )  # fmt: skip
+
+# What says that a run is resumed, and so is never what it was.
+_RESUMING = ("resume", "load_from", "resume_param_scheduler")
 
 _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
 _VAL = ("val_dataloader", "val_cfg", "val_evaluator")
@@ -68,6 +73,8 @@ class Runner:
         data_preprocessor: goes into the model's configuration where that has none.
         load_from: a checkpoint whose weights are loaded, or that is resumed where ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint under ``work_dir``, if any), or a path.
+        resume_param_scheduler: whether a run that is resumed keeps the checkpoint's schedules and optimizers' options
+            (learning rate, weight decay ...) where these here are others; with False these here win.
         launcher: what started the processes; inferred where not given.
         env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
         log_level: of the logger.
@@ -104,6 +111,7 @@ class Runner:
         data_preprocessor: nn.Module | Mapping[str, Any] | None = None,
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        resume_param_scheduler: bool = True,
         launcher: str | None = None,
         env_cfg: Mapping[str, Any] | None = None,
         log_level: str | int = "INFO",
@@ -138,6 +146,7 @@ class Runner:
         self._param_scheduler = param_scheduler
         self._compile = compile
         self._load_from, self._resume = load_from, resume
+        self._resume_param_scheduler = resume_param_scheduler
         self._scope = default_scope
         self._requeue = requeue
         with switch_scope(default_scope):
@@ -193,12 +202,7 @@ class Runner:
         run, strategy = self.run, self.strategy
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
-            loader = self._loader("train")
-            if not loader.positioned:
-                self.strategy.logger.warning(
-                    "The order of the training data is that of its own loader or sampler. A run that is stopped inside "
-                    "of an epoch draws again what it has seen, to go on behind it, and may not go on exactly."
-                )
+            loader = self._training_data()
             loop = build_train_loop(
                 self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
             )
@@ -215,10 +219,13 @@ class Runner:
                 },
             )
             seed = strategy.seed
-            self._take_up(training=True)
+            rest = self._take_up(training=True)
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
-                loop.dataloader = self._loader("train")
+                loop.dataloader = loader = self._loader("train")
+            run.train_data = loader
+            if rest is not None:
+                self._go_on(rest, loader)
         return loop
 
     def train(self) -> nn.Module:
@@ -238,11 +245,25 @@ class Runner:
             run.progress.stop_training = False
             begin = run.iter
             if not run.interrupt.due_now():
-                loop.run()
+                with naming_dead_workers():
+                    self._train_to_the_end(loop)
             if self.interrupted is not None:
                 self._end_interrupted(begin)
             run.events.call("after_run", run)
         return self.strategy.model
+
+    def _train_to_the_end(self, loop: Any) -> None:
+        run = self.run
+        while True:
+            try:
+                loop.run()
+            except RollBackError as request:
+                run.logger.warning(request)
+                roll_back(run, request)
+                # What was just read is given to whoever takes it up when a run begins.
+                run.events.call("before_run", run)
+            else:
+                return
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
@@ -272,12 +293,13 @@ class Runner:
             self.strategy.prepare(self._model, compile=self._compile)
             self._take_up(training=False, strict=strict)
         self.run.events.call("before_run", self.run)
-        metrics: dict[str, Any] = loop.run()
+        with naming_dead_workers():
+            metrics: dict[str, Any] = loop.run()
         self.run.events.call("after_run", self.run)
         return metrics
 
-    def _take_up(self, *, training: bool, strict: bool = False) -> None:
-        """Load or resume as asked, once, and go to the position that was saved.
+    def _take_up(self, *, training: bool, strict: bool = False) -> dict[str, Any] | None:
+        """Load or resume as asked, once; return what a run that is resumed has saved beside the strategy's state.
 
         An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
         """
@@ -292,11 +314,17 @@ class Runner:
 
         if strict and load_from is not None and not resume:
             self.strategy.load_checkpoint(load_from, strict=True, callback=tell)
-            return
-        rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
-        if resume and rest is not None:
-            self.run.progress.move_to(self._position(rest.get("meta") or {}))
-            self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+            return None
+        rest = self.strategy.load_or_resume(
+            load_from=load_from, resume=resume, callback=tell, resume_param_scheduler=self._resume_param_scheduler
+        )
+        if not resume or rest is None:
+            return None
+        self._say_changes(rest.get("meta") or {})
+        self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+        self.run.load_hooks(rest)
+        self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+        return rest
 
     def _is_started_again(self) -> bool:
         """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
@@ -304,14 +332,42 @@ class Runner:
         folder = Path(self.strategy.work_dir)
         return from_main(lambda: continue_launch(folder, launch, self.run.logger) is not None)
 
-    def _position(self, meta: Mapping[str, Any]) -> Position:
-        """Return where the saved run stood, in the batches of this one."""
+    def _say_changes(self, meta: Mapping[str, Any]) -> None:
+        """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
+        saved = meta.get("cfg")
+        changed = changed_values(saved, self._config_text(), ignored=_RESUMING) if isinstance(saved, str) else []
+        if changed:
+            self.run.logger.info("The configuration is not that of the checkpoint:\n  %s", "\n  ".join(changed))
+
+    def _go_on(self, rest: Mapping[str, Any], loader: EpochLoader) -> None:
+        """Take up the position in the training data that was saved."""
+        progress = self.run.progress
+        data = rest.get("data")
+        if not isinstance(data, Mapping) or not loader.positioned:
+            progress.batch = self._batch_of_this_run(rest.get("meta") or {})
+        if not isinstance(data, Mapping):
+            return
+        progress.batch = loader.go_on(progress.epoch, progress.batch, data.get("taken") or ())
+        states = data.get("ranks")
+        if not isinstance(states, Mapping):
+            return
+        world = self.strategy.world
+        if len(states) != world.size:
+            self.strategy.logger.warning(
+                "The training data's loaders were saved by %d ranks, and this run has %d: the epoch does not go on exactly.",
+                len(states), world.size,
+            )  # fmt: skip
+        if str(world.rank) in states:
+            loader.load_state_dict(states[str(world.rank)], epoch=progress.epoch, batch=progress.batch)
+
+    def _batch_of_this_run(self, meta: Mapping[str, Any]) -> int:
+        """Return how much of the epoch the saved run had done, in the batches of this one."""
         position = Position.from_meta(meta)
         own = self.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
         old = meta.get("train_micro_batch_size_per_gpu")
         if not (position.batch and own and old):
-            return position
-        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1))
+            return position.batch
+        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1)).batch
 
     def _is_complete(self) -> bool:
         progress = self.run.progress
@@ -324,7 +380,7 @@ class Runner:
     def _end_interrupted(self, begin: int) -> None:
         """Save where the run stands, if that is not where it began, and have SLURM start it again if that was asked."""
         run = self.run
-        if run.iter > begin:
+        if run.iter != begin:
             path = Path(run.work_dir) / f"iter_{run.iter}"
             run.save_checkpoint(path, run.progress.here())
             run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
@@ -332,6 +388,15 @@ class Runner:
             run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
         if self._requeue and self.interrupted in JOB_ENDS:
             from_main(lambda: requeue_job(run.logger))
+
+    def _training_data(self) -> EpochLoader:
+        """Return the loader that the run trains on, which knows where it stands if it was trained on before."""
+        if self.run.train_data is not None:
+            return self.run.train_data
+        loader = self._loader("train")
+        if loader.inexact is not None:
+            self.strategy.logger.warning("%s", loader.inexact)
+        return loader
 
     def _loader(self, mode: str) -> EpochLoader:
         world = self.strategy.world

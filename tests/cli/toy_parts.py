@@ -29,6 +29,18 @@ class CornerSamples(Dataset):
         return self.points[index], self.quarters[index]
 
 
+@DATASETS.register_module()
+class RestlessSamples(CornerSamples):
+    """The same points, moved a little further each time that one is read."""
+
+    moved = 0.0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        point, quarter = super().__getitem__(index)
+        type(self).moved += 0.01
+        return point + self.moved, quarter
+
+
 @HOOKS.register_module()
 class PressCtrlC(Hook):
     """Sends the signal of Ctrl-C to this process after some iteration, counted from 1."""

@@ -147,6 +147,31 @@ def schedule(
 
 
 @app.command()
+def parity(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(metavar="K", min=2, help="How many steps of the optimizer are trained.")] = 6,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Over how many processes a batch is cut.")] = 2,
+    eval_layers: Annotated[
+        bool, typer.Option("--eval-layers", help="Train with dropout and batch normalisation in evaluation.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option(metavar="X", help="The largest relative difference that is taken for rounding.")
+    ] = 1e-4,
+    record: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Train some steps of CONFIG in ways that should come to the same, and show where two first differ.
+
+    In one process, again, stopped and resumed, with accumulation, in N processes: the same samples in each step. Exits
+    with 1 where a difference is not explained. Nothing is written.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()))
+    trial = command("parity:Trial")(steps=steps, nproc=nproc, eval_layers=eval_layers, tolerance=tolerance)
+    command("parity:parity")(options, trial, record=record)
+
+
+@app.command()
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
     command("report:print_environment")()

@@ -20,13 +20,15 @@ from stratagem.checkpoint import (
     model_part,
     save_checkpoint,
 )
-from stratagem.dist import Team, all_gather_object
+from stratagem.dist import Team, all_gather_object, all_reduce
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
+from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.optim_state import read_optim, write_optim
+from stratagem.strategies.own_values import OwnValues
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]
@@ -155,7 +157,10 @@ class ComposedStrategy(BaseStrategy):
         # Another model's moments would be applied to this one's parameters.
         self.load_model_state_dict(state, strict=True)
         if "optimizer" in parts:
+            own = OwnValues(self.optim_wrapper)
             write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model())
+            if resume_param_scheduler:
+                self._say_kept(own.differences(self.optim_wrapper))
         if "param_schedulers" in parts:
             self.load_scheduler_state_dict(parts["param_schedulers"])
         meta = checkpoint.get("meta") or {}
@@ -185,22 +190,35 @@ class ComposedStrategy(BaseStrategy):
                 parts["param_schedulers"] = self.scheduler_state_dict()
             generators = all_gather_object(generator_state())
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+            finite = self._weights_are_finite()
+            if not finite:
+                self.logger.warning("%s holds weights that are not finite: no run will go on from it.", filename)
             team = Team.of()
             # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
-            checkpoint = team.own(lambda: self._tree(parts, extra_ckpt, callback))
+            checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
             save_checkpoint(checkpoint, filename, team)
 
     def _tree(
-        self, parts: StateTree, extra_ckpt: Mapping[str, Any] | None, callback: CheckpointCallback | None
+        self,
+        parts: StateTree,
+        facts: Mapping[str, Any],
+        extra_ckpt: Mapping[str, Any] | None,
+        callback: CheckpointCallback | None,
     ) -> StateTree:
         # Where the tensors are: the writer moves them to the CPU one at a time.
         checkpoint: StateTree = {"state_dict": self.bare_model().state_dict(), **parts}
         extra = dict(extra_ckpt or {})
-        checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta()}
+        checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta(), **facts}
         checkpoint.update(extra)
         if callback is not None:
             callback(checkpoint)
         return checkpoint
+
+    def _weights_are_finite(self) -> bool:
+        """Tell whether every value of the parameters is finite, on every rank. Collective."""
+        finite = torch.tensor(int(all_finite(self.bare_model().parameters())))
+        all_reduce(finite, "min")
+        return bool(finite.item())
 
     def _meta(self) -> dict[str, Any]:
         return {

@@ -99,13 +99,14 @@ class EpochBasedTrainLoop:
         """Train from where the run stands to its end."""
         run, progress, events = self._run, self._run.progress, self._run.events
         max_epochs = progress.max_epochs or 0
+        progress.max_iters = progress.end_of_epochs()
         events.call("before_train", run)
         # What was saved at the end of an epoch was saved before its validation.
         self._validate_if_due()
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
             # A sampler without end does not end the epoch; its length does.
-            left = None if progress.epoch_length is None else progress.epoch_length - progress.batch
+            left = None if progress.epoch_length is None else max(0, progress.epoch_length - progress.batch)
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break

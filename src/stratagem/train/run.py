@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, Final, Protocol, final
 
 from torch import nn
 
 from stratagem.checkpoint import StateTree
-from stratagem.dist import World
+from stratagem.data import EpochLoader
+from stratagem.dist import World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
@@ -22,6 +23,9 @@ from stratagem.train.progress import Position, Progress
 from stratagem.train.timing import Timing
 
 __all__ = ["Recorder", "Run"]
+
+# The part of a checkpoint that holds the states of hooks.
+_HOOKS: Final = "hooks"
 
 
 class Recorder(Protocol):
@@ -44,7 +48,9 @@ class Run:
         config_text: the configuration as text, kept with every checkpoint.
 
     Attributes:
+        train_data: what the run trains on; None where it does not train. Its position goes into checkpoints.
         evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
+        before_saving: each is called on every rank before a checkpoint is made, and may raise.
     """
 
     def __init__(self, strategy: BaseStrategy, events: Events, *, config_text: str | None = None) -> None:
@@ -55,10 +61,12 @@ class Run:
         self.guard = RankGuard(lambda: self.progress.iter, strategy.log_dir)
         self.timing = Timing()
         self.bar: TrainingProgress | None = None
+        self.train_data: EpochLoader | None = None
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.last_checkpoint: Path | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
+        self.before_saving: list[Callable[[], None]] = []
         self._config_text = config_text
         self.recorders: list[Recorder] = []
 
@@ -167,8 +175,12 @@ class Run:
         save_param_scheduler: bool = True,
     ) -> None:
         """Publish the state of the run as it is at ``position``. Collective."""
+        for check in self.before_saving:
+            check()
 
         def add(checkpoint: StateTree) -> None:
+            states = {name: hook.state_dict() for name, hook in self.events.named().items()}
+            checkpoint[_HOOKS] = {name: state for name, state in states.items() if state}
             self.events.call("before_save_checkpoint", self, checkpoint=checkpoint)
 
         meta: dict[str, Any] = {**position.as_meta(), "experiment_name": self.strategy.experiment_name}
@@ -178,10 +190,37 @@ class Run:
             path,
             save_optimizer=save_optimizer,
             save_param_scheduler=save_param_scheduler,
-            extra_ckpt={"meta": meta},
+            extra_ckpt={"meta": meta, **self._data_part(position)},
             callback=add,
         )
         self.last_checkpoint = Path(path)
+
+    def _data_part(self, position: Position) -> dict[str, Any]:
+        """Return what checkpoints keep of the data: where its order stands, and each rank's state of its loader."""
+        data = self.train_data
+        if data is None:
+            return {}
+        part: dict[str, Any] = {"taken": [list(pair) for pair in data.taken(position.epoch, position.batch)]}
+        if data.keeps_state:
+            states = all_gather_object(data.state_dict())
+            part["ranks"] = {str(rank): state for rank, state in enumerate(states)}
+        return {"data": part}
+
+    def load_hooks(self, checkpoint: Mapping[str, Any]) -> None:
+        """Give the hooks the state that a checkpoint has for them."""
+        saved = checkpoint.get(_HOOKS) or {}
+        hooks = self.events.named()
+        for name, state in saved.items():
+            if name in hooks:
+                hooks[name].load_state_dict(state)
+        gone = sorted(set(saved) - set(hooks))
+        if gone:
+            self.logger.warning(
+                "The checkpoint has the state of hooks that this run does not have: %s", ", ".join(gone)
+            )
+        fresh = sorted(name for name, hook in hooks.items() if hook.state_dict() and name not in saved)
+        if fresh:
+            self.logger.warning("The checkpoint has no state of %s: begun anew here.", ", ".join(fresh))
 
     def close(self) -> None:
         """Close the files of the run and take its bar from the terminal. Idempotent."""
