@@ -13,17 +13,21 @@ from torch.utils.data import DataLoader
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, changed_values, require, show
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
-from stratagem.dist import infer_launcher
+from stratagem.dist import Peer, all_gather_object, infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.building import with_preprocessor
+from stratagem.strategies.main_rank import from_main
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.loops import updates_of
+from stratagem.train.requeue import requeue_job
+from stratagem.train.restart import Launched, continue_launch
 from stratagem.train.rollback import RollBackError, roll_back
+from stratagem.train.signals import JOB_ENDS
 
 __all__ = ["Runner"]
 
@@ -33,6 +37,7 @@ _ARGUMENTS = (
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
     "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
     "resume_param_scheduler", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
+    "requeue",
 )  # fmt: skip
 
 # What says that a run is resumed, and so is never what it was.
@@ -76,6 +81,7 @@ class Runner:
         randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
         compile: True, or arguments of ``torch.compile`` with ``target``, the model's method.
         default_scope: the scope in which names are looked up first.
+        requeue: whether a run that SLURM's SIGUSR1 stops puts its job back into the queue, to go on later.
         cfg: the whole configuration, kept with the run.
 
     Raises:
@@ -112,6 +118,7 @@ class Runner:
         randomness: Mapping[str, Any] | None = None,
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the name that configurations use
         default_scope: str | None = None,
+        requeue: bool = False,
         cfg: Config | Mapping[str, Any] | None = None,
     ) -> None:
         self._parts: dict[str, Any] = {
@@ -127,6 +134,8 @@ class Runner:
             raise ConfigTypeError(
                 f"compile is {compile!r}; True, False or a mapping of torch.compile's arguments is due."
             )
+        if not isinstance(requeue, bool):
+            raise ConfigTypeError(f"requeue is {requeue!r}; True or False is due.")
         if not isinstance(resume, bool) and load_from is not None:
             raise ConfigValueError(
                 f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint. "
@@ -139,6 +148,7 @@ class Runner:
         self._load_from, self._resume = load_from, resume
         self._resume_param_scheduler = resume_param_scheduler
         self._scope = default_scope
+        self._requeue = requeue
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
             self.strategy = _build_strategy(
@@ -224,20 +234,22 @@ class Runner:
         Raises:
             StateError: if the runner was given nothing to train with.
         """
-        loop = self.prepare()
         run = self.run
-        # Not earlier: a run that cannot begin leaves what an earlier one kept.
-        self._keep_config()
-        run.events.call("before_run", run)
-        if self._is_complete():
-            run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
-        run.progress.stop_training = False
-        with run.interrupt.listening():
-            with naming_dead_workers():
-                self._train_to_the_end(loop)
+        with run.guard.watching(), run.interrupt.listening():
+            loop = self.prepare()
+            # Not earlier: a run that cannot begin leaves what an earlier one kept.
+            self._keep_config()
+            run.events.call("before_run", run)
+            if self._is_complete():
+                run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
+            run.progress.stop_training = False
+            begin = run.iter
+            if not run.interrupt.due_now():
+                with naming_dead_workers():
+                    self._train_to_the_end(loop)
             if self.interrupted is not None:
-                self._save_interrupted()
-        run.events.call("after_run", run)
+                self._end_interrupted(begin)
+            run.events.call("after_run", run)
         return self.strategy.model
 
     def _train_to_the_end(self, loop: Any) -> None:
@@ -255,7 +267,8 @@ class Runner:
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
-        return self._evaluate("val")
+        with self.run.guard.watching():
+            return self._evaluate("val")
 
     def test(self, *, strict: bool = False) -> dict[str, Any]:
         """Evaluate the test data; return the metrics. Collective.
@@ -263,7 +276,8 @@ class Runner:
         Args:
             strict: whether the checkpoint that ``load_from`` names must have exactly the model's weights.
         """
-        return self._evaluate("test", strict=strict)
+        with self.run.guard.watching():
+            return self._evaluate("test", strict=strict)
 
     def close(self) -> None:
         """Close files, and end the process group if the strategy made it. Idempotent."""
@@ -290,6 +304,8 @@ class Runner:
         An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
         """
         load_from, resume = self._load_from, self._resume
+        if training and self._is_started_again():
+            load_from, resume = None, True
         if training or not resume:
             self._load_from, self._resume = None, False
 
@@ -309,6 +325,12 @@ class Runner:
         self.run.load_hooks(rest)
         self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
         return rest
+
+    def _is_started_again(self) -> bool:
+        """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
+        launch = Launched.here(all_gather_object(Peer.of_parent()))
+        folder = Path(self.strategy.work_dir)
+        return from_main(lambda: continue_launch(folder, launch, self.run.logger) is not None)
 
     def _say_changes(self, meta: Mapping[str, Any]) -> None:
         """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
@@ -355,11 +377,17 @@ class Runner:
             return updates_of(self.run) >= progress.max_steps
         return progress.max_iters is not None and progress.iter >= progress.max_iters
 
-    def _save_interrupted(self) -> None:
+    def _end_interrupted(self, begin: int) -> None:
+        """Save where the run stands, if that is not where it began, and have SLURM start it again if that was asked."""
         run = self.run
-        path = Path(run.work_dir) / f"iter_{run.iter}"
-        run.save_checkpoint(path, run.progress.here())
-        run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+        if run.iter != begin:
+            path = Path(run.work_dir) / f"iter_{run.iter}"
+            run.save_checkpoint(path, run.progress.here())
+            run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+        else:
+            run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
+        if self._requeue and self.interrupted in JOB_ENDS:
+            from_main(lambda: requeue_job(run.logger))
 
     def _training_data(self) -> EpochLoader:
         """Return the loader that the run trains on, which knows where it stands if it was trained on before."""

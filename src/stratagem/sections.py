@@ -140,6 +140,7 @@ SECTIONS: Mapping[str, Rule] = {
             "launcher",
             "log_level",
             "default_scope",
+            "requeue",
             "runner_type",
         ),
         _FREE,

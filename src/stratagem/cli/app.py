@@ -78,13 +78,17 @@ def train(
         str | None, typer.Option(metavar="PATH", help="Begin with the weights of a checkpoint.")
     ] = None,
     nproc: Nproc = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(metavar="K", min=0, help="With --nproc: start the ranks again, up to K times, when one fails."),
+    ] = 0,
     launcher: Launcher = None,
     strategy: Strategy = None,
     traceback: Traceback = False,
 ) -> None:
     """Train what CONFIG describes.
 
-    Interrupt it with Ctrl-C and it saves a checkpoint; --resume goes on from there.
+    Interrupt it with Ctrl-C and it saves a checkpoint; --resume goes on from there. A second Ctrl-C stops at once.
     """
     options = RunOptions(
         config=config,
@@ -93,6 +97,7 @@ def train(
         launcher=launcher,
         strategy=strategy,
         nproc=nproc,
+        max_restarts=max_restarts,
     )
     command("training:train")(options, resume=resume, load_from=load_from)
 

@@ -10,11 +10,11 @@ import uuid
 from pathlib import Path
 
 import typer
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from stratagem.cli.handover import MESSAGE_KEY, NPROC_VARIABLE
+from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
 from stratagem.dist import infer_launcher
 from stratagem.errors import LaunchError
 
@@ -23,12 +23,16 @@ __all__ = ["launch"]
 # How long ranks may take to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
 _MONITOR_S = 0.1
+_OWN_OPTIONS = ("--nproc", "--max-restarts")
+_PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 
-def launch(nproc: int) -> None:
+def launch(nproc: int, *, max_restarts: int = 0) -> None:
     """Run this process's command line, without ``--nproc``, as ``nproc`` ranks; return when all have ended well.
 
-    The ranks meet through a file and on the loopback interface: nothing listens beyond this machine.
+    When a rank fails, all are started again, up to ``max_restarts`` times. Signals are passed on to the ranks, and SIGINT,
+    SIGTERM and SIGUSR1 give them time to save. The ranks meet through a file and on the loopback interface: nothing
+    listens beyond this machine.
 
     Raises:
         LaunchError: if this process is itself one of several.
@@ -42,6 +46,10 @@ def launch(nproc: int) -> None:
     # The workers make a store of their own, which listens on loopback; the agent's would listen everywhere.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[NPROC_VARIABLE] = str(nproc)
+    if max_restarts:
+        os.environ[RESTARTS_VARIABLE] = str(max_restarts)
+    # When rank 0 dies the others lose its store; torch would print its own stacks of that above our message.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # It would report on our ranks' errors and signals a second time.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Each rank computes with its share of the cores, unless the user has chosen.
@@ -56,31 +64,36 @@ def launch(nproc: int) -> None:
             rdzv_endpoint=str(Path(folder) / "store"),
             rdzv_configs={"store_type": "file"},
             local_addr="127.0.0.1",
-            max_restarts=0,
+            max_restarts=max_restarts,
             monitor_interval=_MONITOR_S,
             shutdown_timeout=_GRACE_S,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle=",".join(_PASSED_ON),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "stratagem", *_without_nproc(sys.argv[1:]))
+            elastic_launch(config, sys.executable)("-m", "stratagem", *_without_own(sys.argv[1:]))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            told = failure.error_file_data.get(STATUS_KEY)
+            if told is not None:
+                raise typer.Exit(told) from error
             status = failure.exitcode
             ended = f"ended with status {status}" if status > 0 else f"was ended by {failure.signal_name()}"
-            handed_over = failure.error_file_data.get(MESSAGE_KEY)
-            typer.echo(handed_over or f"stratagem: rank {rank} of {nproc} {ended}.", err=True)
+            typer.echo(f"stratagem: rank {rank} of {nproc} {ended}.", err=True)
             raise typer.Exit(status if status > 0 else 128 - status) from error
         except SignalException as error:
             raise typer.Exit(128 + int(error.sigval)) from error
 
 
-def _without_nproc(arguments: list[str]) -> list[str]:
+def _without_own(arguments: list[str]) -> list[str]:
+    """Return a command line without the options that concern the launcher alone."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--nproc":
+        elif argument in _OWN_OPTIONS:
             skip = True
-        elif not argument.startswith("--nproc="):
+        elif not argument.startswith(tuple(f"{option}=" for option in _OWN_OPTIONS)):
             kept.append(argument)
     return kept

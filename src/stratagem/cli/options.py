@@ -25,8 +25,14 @@ class RunOptions:
     launcher: str | None = None
     strategy: str | None = None
     nproc: int | None = None
+    max_restarts: int = 0
 
     def __post_init__(self) -> None:
+        if self.max_restarts and self.nproc is None:
+            raise LaunchError(
+                f"--max-restarts {self.max_restarts} is for the ranks that --nproc starts; give --nproc N too. torchrun, which "
+                "starts ranks by itself, has an option of that name."
+            )
         if self.nproc is not None and self.launcher not in (None, "pytorch"):
             raise LaunchError(
                 f"--nproc {self.nproc} starts processes by torchrun's launcher, but --launcher says {self.launcher!r}. "

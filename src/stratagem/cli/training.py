@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -12,13 +13,19 @@ from pathlib import Path
 
 import typer
 
-from stratagem.cli.handover import NPROC_VARIABLE
+from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE
 from stratagem.cli.launching import launch
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config
+from stratagem.errors import RankFailedError
 from stratagem.runner import Runner
+from stratagem.train.ending import end_within
+from stratagem.train.signals import signals
 
 __all__ = ["train"]
+
+# How long a rank that failed may take to close what it has open.
+_LAST_WORDS_S = 10.0
 
 
 def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> None:
@@ -26,11 +33,26 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
 
     Raises:
         typer.Exit: with 128 plus the signal's number, if the training was interrupted.
+        RankFailedError: if another rank failed, which tells its error itself.
     """
-    config = read_config(options)
     if options.nproc is not None:
-        launch(options.nproc)
+        read_config(options)
+        launch(options.nproc, max_restarts=options.max_restarts)
         return
+    # From here on a signal asks to stop, also while the ranks still meet.
+    with signals.listening():
+        try:
+            interrupted = _train(options, resume=resume, load_from=load_from)
+        except KeyboardInterrupt:
+            typer.echo("Stopped at once by a second signal; the last published checkpoint is whole.", err=True)
+            interrupted = signals.second or signal.SIGINT
+    if interrupted is not None:
+        raise typer.Exit(128 + interrupted)
+
+
+def _train(options: RunOptions, *, resume: str | None, load_from: str | None) -> int | None:
+    """Return the number of the signal that ended the run; None where none did."""
+    config = read_config(options)
     if resume is not None:
         config.merge_from_dict({"resume": True if resume == "auto" else resume}, source="--resume")
     if load_from is not None:
@@ -41,10 +63,18 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
         runner.train()
         if runner.strategy.rank == 0:
             typer.echo(_summary(runner, config, options, time.monotonic() - began))
+    except BaseException as error:
+        if runner.strategy.world_size > 1:
+            # Ending the group can wait for a rank that does not answer.
+            end_within(_LAST_WORDS_S, getattr(error, "exit_status", 1))
+        failure, rank = runner.run.guard.failure, runner.strategy.rank
+        if isinstance(error, Exception) and failure is not None and failure.rank != rank:
+            # That rank tells the error, once for all.
+            raise RankFailedError(runner.run.guard.reason(rank)) from error
+        raise
     finally:
         runner.close()
-    if runner.interrupted is not None:
-        raise typer.Exit(128 + runner.interrupted)
+    return runner.interrupted
 
 
 def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float) -> str:
@@ -106,4 +136,7 @@ def _command(options: RunOptions, *further: str, command: str = "train", after: 
     size = os.environ.get(NPROC_VARIABLE)
     if size is not None:
         words += ["--nproc", size]
+    restarts = os.environ.get(RESTARTS_VARIABLE)
+    if restarts is not None:
+        words += ["--max-restarts", restarts]
     return " ".join([shlex.join(words), *further])

@@ -22,7 +22,7 @@ from stratagem.utils.names import did_you_mean, refuse_unknown
 
 __all__ = ["close_dist", "init_dist"]
 
-_DEFAULT_TIMEOUT_S = 1800.0
+_DEFAULT_TIMEOUT_S = 600.0
 # The other arguments of torch.distributed.init_process_group are decided here.
 _PASSED_ON = ("group_name", "pg_options", "device_id")
 _OWN = ("backend", "timeout", "init_method")
@@ -48,7 +48,7 @@ def init_dist(
         launcher: one of :data:`~stratagem.dist.launch.LAUNCHERS`; inferred from the environment where not given.
         backend: of ``torch.distributed``; by default the one that fits the device, with gloo beside it for tensors on
             the CPU.
-        timeout: seconds after which a collective that does not complete is an error; 1800 by default.
+        timeout: seconds after which a collective that does not complete is an error; 600 by default.
         init_method: a URL for ``torch.distributed.init_process_group`` in place of the launcher's address and port.
         kwargs: ``group_name``, ``pg_options`` and ``device_id`` of ``torch.distributed.init_process_group``.
 
@@ -125,8 +125,10 @@ def _meet(launch: Launch, limit: timedelta) -> Store:
         _stores[place] = _connect(launch, limit)
     store = _stores[place]
     store.set_timeout(limit)
-    # Neither a restarted process nor a second group of this one may read what an earlier group left in the store.
-    return PrefixStore(f"stratagem/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_groups)}", store)
+    # Neither a restarted process nor a second group of this one may read what an earlier group left in the store. Ranks
+    # that are started again because others came or went have the same count, and another size.
+    start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{launch.size}"
+    return PrefixStore(f"stratagem/{start}/{next(_groups)}", store)
 
 
 def _connect(launch: Launch, limit: timedelta) -> Store:

@@ -69,6 +69,14 @@ class Evaluator:
             else:
                 _update(metric, outputs)
 
+    def reset(self) -> None:
+        """Forget what was taken in."""
+        for metric in self._metrics.values():
+            if isinstance(metric, BaseMetric):
+                metric.results = []
+            else:
+                metric.reset()
+
     def evaluate(self, size: int) -> dict[str, float]:
         """Return all values, for ``size`` samples over all ranks, and start anew. Collective."""
         values: dict[str, float] = {}

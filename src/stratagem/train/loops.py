@@ -8,13 +8,17 @@ from itertools import islice
 from typing import Any, cast, final
 
 import torch
+from torch.utils.data import IterableDataset
 
 from stratagem.data import EpochLoader
+from stratagem.dist import all_gather_object
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation import Evaluator
+from stratagem.train.failure import describe_batch
 from stratagem.train.run import Run
+from stratagem.utils import generator_state, restore_generator_state
 
 __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 
@@ -31,18 +35,25 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
     train_step = cast("Trainable", model).train_step
     model.train()
     first = progress.iter
-    for batch in islice(batches, count):
-        index = progress.batch
-        for call in before:
-            call(run, index, batch)
-        outputs = train_step(batch, optim_wrapper=optim)
-        for call in after:
-            call(run, index, batch, outputs)
-        progress.iter += 1
-        progress.batch = index + 1
-        if progress.stop_training or (interrupt.due(progress.iter) and run.is_ending):
-            progress.stop_training = True
-            break
+    batch = None
+    try:
+        for batch in islice(batches, count):
+            index = progress.batch
+            for call in before:
+                call(run, index, batch)
+            outputs = train_step(batch, optim_wrapper=optim)
+            for call in after:
+                call(run, index, batch, outputs)
+            progress.iter += 1
+            progress.batch = index + 1
+            if progress.stop_training or (interrupt.due() and run.is_ending):
+                progress.stop_training = True
+                break
+    except Exception as error:
+        error.add_note(
+            f"In iteration {progress.iter + 1}, epoch {progress.epoch + 1}; the batch: {describe_batch(batch)}"
+        )
+        raise
     return progress.iter - first
 
 
@@ -251,13 +262,24 @@ class _EvaluationLoop:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Evaluate all of the data; return the metrics, the same on every rank. Collective."""
+        """Evaluate all of the data; return the metrics, the same on every rank. Collective.
+
+        In a training that is interrupted meanwhile it breaks off, without metrics and without a trace: the run that goes
+        on evaluates again.
+        """
         run, events, mode = self._run, self._run.events, self.mode
+        stoppable = run.interrupt.active and self._batches_are_equal()
+        generators = generator_state() if stoppable else {}
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
         with run.evaluating():
-            self._process_batches()
+            complete = self._process_batches(stoppable=stoppable)
+        if not complete:
+            self.evaluator.reset()
+            restore_generator_state(generators)
+            run.logger.info("The evaluation was broken off: the run was interrupted.")
+            return {}
         metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
@@ -266,7 +288,14 @@ class _EvaluationLoop:
         events.call(f"after_{mode}", run)
         return metrics
 
-    def _process_batches(self) -> None:
+    def _batches_are_equal(self) -> bool:
+        """Tell whether all ranks have as many batches, so that they can ask each other after each. Collective."""
+        streams = isinstance(self.dataloader.dataset, IterableDataset)
+        lengths = set(all_gather_object(None if streams else self.dataloader.length))
+        return self._run.world_size == 1 or (len(lengths) == 1 and None not in lengths)
+
+    def _process_batches(self, *, stoppable: bool) -> bool:
+        """Evaluate all batches; return whether the run let it come to the end."""
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
@@ -277,6 +306,9 @@ class _EvaluationLoop:
             self.evaluator.process(batch, outputs)
             for call in after:
                 call(run, index, batch, outputs)
+            if stoppable and run.interrupt.due() and run.is_ending:
+                return False
+        return True
 
 
 @final
@@ -295,9 +327,15 @@ class TestLoop(_EvaluationLoop):
 
 
 def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
-    """Validate, unless that was done where the run stands, or the run ends here because it was interrupted."""
-    if val_loop is not None and run.progress.validated != run.progress.iter and not run.is_ending:
+    """Validate, unless that was done where the run stands; an interrupted run ends here. Collective."""
+    if val_loop is None or run.progress.validated == run.progress.iter:
+        return
+    run.interrupt.due_now()
+    if not run.is_ending:
         val_loop.run()
+    if run.is_ending:
+        # Here, before another iteration: the run that goes on validates first.
+        run.progress.stop_training = True
 
 
 def _positive(name: str, value: int | None) -> int:

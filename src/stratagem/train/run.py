@@ -16,9 +16,10 @@ from stratagem.dist import World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
+from stratagem.train.failure import RankGuard
 from stratagem.train.hook import Events
+from stratagem.train.interrupt import Interrupt
 from stratagem.train.progress import Position, Progress
-from stratagem.train.signals import Interrupt
 from stratagem.train.timing import Timing
 
 __all__ = ["Recorder", "Run"]
@@ -57,6 +58,7 @@ class Run:
         self.events = events
         self.progress = Progress()
         self.interrupt = Interrupt(distributed=strategy.world_size > 1)
+        self.guard = RankGuard(lambda: self.progress.iter, strategy.log_dir)
         self.timing = Timing()
         self.bar: TrainingProgress | None = None
         self.train_data: EpochLoader | None = None
