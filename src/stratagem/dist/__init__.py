@@ -18,6 +18,7 @@ from stratagem.dist.collectives import (
 from stratagem.dist.group import close_dist, init_dist
 from stratagem.dist.launch import LAUNCHERS, Launch, infer_launcher, read_launch
 from stratagem.dist.team import ALONE, Team
+from stratagem.dist.launch import LAUNCHERS, Launch, describe_stray, infer_launcher, read_launch
 from stratagem.dist.objects import (
     all_gather_object,
     broadcast_object,
@@ -42,6 +43,7 @@ __all__ = [
     "broadcast_object_list",
     "close_dist",
     "collect_results",
+    "describe_stray",
     "gather",
     "gather_object",
     "get_backend",

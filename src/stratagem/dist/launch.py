@@ -15,7 +15,7 @@ from stratagem.dist.interfaces import is_loopback
 from stratagem.errors import LaunchError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["LAUNCHERS", "Launch", "infer_launcher", "read_launch"]
+__all__ = ["LAUNCHERS", "Launch", "describe_stray", "infer_launcher", "read_launch"]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 

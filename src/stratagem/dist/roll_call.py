@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import timedelta
 
+from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
 from stratagem.dist.launch import Launch
@@ -37,9 +38,7 @@ def call_roll(store: Store, launch: Launch, limit: timedelta) -> None:
         if verdict:
             _wait_for_readers(store, launch)
     else:
-        store.wait(["verdict"], limit)
-        verdict = store.get("verdict").decode()
-        store.add("readers", 1)
+        verdict = _await_verdict(store, limit)
     if verdict:
         raise LaunchError(verdict)
 
@@ -61,6 +60,20 @@ def _judge(store: Store, launch: Launch, limit_s: float) -> str:
                 "world size: equal --nnodes and --nproc-per-node for each torchrun, or the same WORLD_SIZE."
             )
     return store.get("verdict").decode() if store.check(["verdict"]) else ""
+
+
+def _await_verdict(store: Store, limit: timedelta) -> str:
+    try:
+        # Rank 0 began to wait later than this one, if it came later.
+        store.wait(["verdict"], limit + timedelta(seconds=_FAREWELL_S))
+    except DistError as error:
+        raise LaunchError(
+            f"rank 0 did not come within {limit.total_seconds():g} s, or ended before all were there: look at its output. "
+            f"({error})"
+        ) from error
+    verdict: str = store.get("verdict").decode()
+    store.add("readers", 1)
+    return verdict
 
 
 def _claimed_twice(rank: int) -> str:
