@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jobs import environment, miss, need, wait_until
 
+# cred_expire: a job that is requeued starts again only when the credential of its first start is void.
 _CONF = """\
 ClusterName=local
 SlurmctldHost=localhost
@@ -20,7 +21,7 @@ SlurmdPort={daemon_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
