@@ -178,7 +178,7 @@ def submit(
     The job saves a checkpoint before its time is over or it is preempted, is requeued, and goes on from there.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), work_dir=work_dir, strategy=strategy)
-    allocation = _command("submit:Allocation")(
+    allocation = command("submit:Allocation")(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         time=time,
@@ -189,7 +189,7 @@ def submit(
         save_before_s=save_before,
         further=tuple(further or ()),
     )
-    _command("submit:submit")(options, allocation, out=out, now=now, show=show)
+    command("submit:submit")(options, allocation, out=out, now=now, show=show)
 
 
 @app.command()
@@ -199,6 +199,21 @@ def env(traceback: Traceback = False) -> None:
 
 
 app.add_typer(ckpt_app, name="ckpt")
+@app.command()
+def doctor(
+    work_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder that runs would write to.", show_default=False)
+    ] = Path("work_dirs"),
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="How many ranks try an all-reduce.")] = 2,
+    traceback: Traceback = False,
+) -> None:
+    """Examine this machine for training, and say what to do about what is found.
+
+    Started by srun, mpirun or torchrun it examines their ranks instead of two of its own, across hosts. The exit status
+    is 1 where there is a problem.
+    """
+    command("doctor.command:doctor")(work_dir, nproc=nproc)
+
 
 find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
 app.add_typer(find_app, name="find")

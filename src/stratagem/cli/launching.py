@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -25,10 +26,11 @@ _GRACE_S = 600
 _MONITOR_S = 0.1
 
 
-def launch(nproc: int) -> None:
-    """Run this process's command line, without ``--nproc``, as ``nproc`` ranks; return when all have ended well.
+def launch(nproc: int, arguments: Sequence[str] | None = None) -> None:
+    """Run Python with ``arguments`` as ``nproc`` ranks; return when all have ended well.
 
-    The ranks meet through a file and on the loopback interface: nothing listens beyond this machine.
+    Without arguments it is this process's command line, without ``--nproc``. The ranks meet through a file and on the
+    loopback interface: nothing listens beyond this machine.
 
     Raises:
         LaunchError: if this process is itself one of several.
@@ -39,6 +41,8 @@ def launch(nproc: int) -> None:
             f"--nproc {nproc}: this process was itself started by a launcher ({infer_launcher()}). Leave --nproc out there, "
             "and let the launcher start the processes."
         )
+    if arguments is None:
+        arguments = ("-m", "stratagem", *_without_nproc(sys.argv[1:]))
     # The workers make a store of their own, which listens on loopback; the agent's would listen everywhere.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[NPROC_VARIABLE] = str(nproc)
@@ -61,7 +65,7 @@ def launch(nproc: int) -> None:
             shutdown_timeout=_GRACE_S,
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "stratagem", *_without_nproc(sys.argv[1:]))
+            elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             status = failure.exitcode
