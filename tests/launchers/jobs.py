@@ -161,5 +161,6 @@ def records(work_dir: Path, size: int = 2) -> list[dict[str, Any]]:
 
 
 def facts(work_dir: Path, size: int = 2) -> list[dict[str, Any]]:
-    """Return what each rank of a run computed, which no launcher may change: all but the launcher's name."""
-    return [{key: value for key, value in record.items() if key != "launcher"} for record in records(work_dir, size)]
+    """Return what each rank of a run computed, which neither launcher nor host may change."""
+    own = {"launcher", "host"}
+    return [{key: value for key, value in record.items() if key not in own} for record in records(work_dir, size)]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Recorder(Hook):
             "rank": run.rank,
             "size": run.world_size,
             "launcher": run.world.launcher,
+            "host": socket.gethostname(),
             "last": run.iter,
             "losses": self.losses,
             "samples": self.samples,
