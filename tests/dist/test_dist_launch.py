@@ -216,7 +216,7 @@ def test_a_launcher_that_did_not_start_this_process_but_another_did() -> None:
 
 def test_an_unknown_launcher_is_answered_with_the_nearest() -> None:
     """A typo is named."""
-    assert LAUNCHERS == ("none", "pytorch", "slurm", "mpi")
+    assert LAUNCHERS == ("none", "pytorch", "slurm", "mpi", "ray")
     with pytest.raises(LaunchError, match=r"'pytroch'.*Did you mean 'pytorch'"):
         read_launch("pytroch", {})
 

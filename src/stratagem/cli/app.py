@@ -35,12 +35,15 @@ WorkDir = Annotated[
 ]
 Nproc = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Start this many processes on this machine, by torchrun's launcher."),
+    typer.Option(
+        metavar="N", min=1, help="Start this many processes: on this machine by torchrun's launcher, or by Ray."
+    ),
 ]
 Launcher = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="What started the processes: none, pytorch, slurm or mpi. By default it is inferred."
+        metavar="NAME",
+        help="What started the processes: none, pytorch, slurm or mpi; inferred by default. Or ray, to start them.",
     ),
 ]
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]

@@ -1,4 +1,4 @@
-"""Start the same command in several processes on this machine, by torchrun's own launcher."""
+"""Start the same command in several processes: on this machine by torchrun's own launcher, or by Ray."""
 
 from __future__ import annotations
 
@@ -16,33 +16,48 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stratagem.cli.handover import MESSAGE_KEY, NPROC_VARIABLE
+from stratagem.cli.on_ray import launch_on_ray
 from stratagem.dist import infer_launcher
 from stratagem.errors import LaunchError
 
-__all__ = ["launch"]
+__all__ = ["launch_again", "launch_here"]
 
 # How long ranks may take to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
 _MONITOR_S = 0.1
+_STARTING = ("--nproc", "--launcher")
 
 
-def launch(nproc: int, arguments: Sequence[str] | None = None) -> None:
-    """Run Python with ``arguments`` as ``nproc`` ranks; return when all have ended well.
+def launch_again(nproc: int, *, by: str | None) -> None:
+    """Run this process's command line as ``nproc`` ranks; return when all have ended well.
 
-    Without arguments it is this process's command line, without ``--nproc``. The ranks meet through a file and on the
-    loopback interface: nothing listens beyond this machine.
+    ``by`` is ``"ray"`` for the hosts of a Ray cluster; else the ranks run on this machine.
 
     Raises:
-        LaunchError: if this process is itself one of several.
+        LaunchError: if this process is itself one of several, or the ranks cannot be started.
         typer.Exit: with the exit status of the first rank that failed.
     """
-    if infer_launcher() != "none":
+    launcher = infer_launcher()
+    if launcher != "none":
         raise LaunchError(
-            f"--nproc {nproc}: this process was itself started by a launcher ({infer_launcher()}). Leave --nproc out there, "
+            f"--nproc {nproc}: this process was itself started by a launcher ({launcher}). Leave --nproc out there, "
             "and let the launcher start the processes."
         )
-    if arguments is None:
-        arguments = ("-m", "stratagem", *_without_nproc(sys.argv[1:]))
+    arguments = ("-m", "stratagem", *_of_ranks(sys.argv[1:]))
+    if by == "ray":
+        launch_on_ray(nproc, arguments)
+    else:
+        launch_here(nproc, arguments)
+
+
+def launch_here(nproc: int, arguments: Sequence[str]) -> None:
+    """Run Python with ``arguments`` as ``nproc`` ranks on this machine; return when all have ended well.
+
+    The ranks meet through a file and on the loopback interface: nothing listens beyond this machine.
+
+    Raises:
+        typer.Exit: with the exit status of the first rank that failed.
+    """
     # The workers make a store of their own, which listens on loopback; the agent's would listen everywhere.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[NPROC_VARIABLE] = str(nproc)
@@ -77,14 +92,15 @@ def launch(nproc: int, arguments: Sequence[str] | None = None) -> None:
             raise typer.Exit(128 + int(error.sigval)) from error
 
 
-def _without_nproc(arguments: list[str]) -> list[str]:
+def _of_ranks(arguments: list[str]) -> list[str]:
+    """Return the command line of a rank: without what says how the ranks are started."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument == "--nproc":
+        elif argument in _STARTING:
             skip = True
-        elif not argument.startswith("--nproc="):
+        elif argument.partition("=")[0] not in _STARTING:
             kept.append(argument)
     return kept

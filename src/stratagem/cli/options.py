@@ -27,10 +27,10 @@ class RunOptions:
     nproc: int | None = None
 
     def __post_init__(self) -> None:
-        if self.nproc is not None and self.launcher not in (None, "pytorch"):
+        if self.nproc is not None and self.launcher not in (None, "pytorch", "ray"):
             raise LaunchError(
-                f"--nproc {self.nproc} starts processes by torchrun's launcher, but --launcher says {self.launcher!r}. "
-                "Leave one of them out."
+                f"--nproc {self.nproc} starts processes by torchrun's launcher or by Ray, but --launcher says "
+                f"{self.launcher!r}. Leave one of them out."
             )
 
 

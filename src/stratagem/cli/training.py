@@ -13,9 +13,10 @@ from pathlib import Path
 import typer
 
 from stratagem.cli.handover import NPROC_VARIABLE
-from stratagem.cli.launching import launch
+from stratagem.cli.launching import launch_again
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config
+from stratagem.dist import infer_launcher
 from stratagem.runner import Runner
 
 __all__ = ["train"]
@@ -29,7 +30,7 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
     """
     config = read_config(options)
     if options.nproc is not None:
-        launch(options.nproc)
+        launch_again(options.nproc, by=options.launcher)
         return
     if resume is not None:
         config.merge_from_dict({"resume": True if resume == "auto" else resume}, source="--resume")
@@ -99,8 +100,9 @@ def _command(options: RunOptions, *further: str, command: str = "train", after: 
     words += [word for override in options.overrides for word in ("--set", override)]
     if options.work_dir is not None:
         words += ["--work-dir", str(options.work_dir)]
-    if options.launcher is not None:
-        words += ["--launcher", options.launcher]
+    launcher = "ray" if infer_launcher() == "ray" else options.launcher
+    if launcher is not None:
+        words += ["--launcher", launcher]
     if options.strategy is not None:
         words += ["--strategy", options.strategy]
     size = os.environ.get(NPROC_VARIABLE)

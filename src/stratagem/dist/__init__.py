@@ -19,6 +19,7 @@ from stratagem.dist.group import close_dist, init_dist
 from stratagem.dist.launch import LAUNCHERS, Launch, infer_launcher, read_launch
 from stratagem.dist.team import ALONE, Team
 from stratagem.dist.launch import LAUNCHERS, Launch, describe_stray, infer_launcher, read_launch
+from stratagem.dist.launch import LAUNCHERS, RAY_JOB_VARIABLE, Launch, describe_stray, infer_launcher, read_launch
 from stratagem.dist.objects import (
     all_gather_object,
     broadcast_object,
@@ -32,6 +33,7 @@ __all__ = [
     "ALONE",
     "Team",
     "LAUNCHERS",
+    "RAY_JOB_VARIABLE",
     "Launch",
     "World",
     "all_gather",

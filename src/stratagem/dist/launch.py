@@ -15,13 +15,16 @@ from stratagem.dist.interfaces import is_loopback
 from stratagem.errors import LaunchError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["LAUNCHERS", "Launch", "describe_stray", "infer_launcher", "read_launch"]
+__all__ = ["LAUNCHERS", "RAY_JOB_VARIABLE", "Launch", "describe_stray", "infer_launcher", "read_launch"]
 
-LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+LAUNCHERS = ("none", "pytorch", "slurm", "mpi", "ray")
+# Set by `stratagem train --launcher ray`, with torchrun's variables; Ray itself sets nothing for ranks.
+RAY_JOB_VARIABLE = "STRATAGEM_RAY_JOB"
 
 # What each launcher sets for every process it starts. All of a row must be there: a stray WORLD_SIZE, as container
 # platforms set it, is no launch.
 _MARKS = {
+    "ray": (RAY_JOB_VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"),
     "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     # Before SLURM: in a SLURM job, mpirun's ranks inherit the variables of the one task that started them.
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -57,7 +60,7 @@ class Launch:
 
 
 def infer_launcher(environ: Mapping[str, str] = os.environ) -> str:
-    """Name the launcher that started this process: ``"pytorch"``, ``"slurm"``, ``"mpi"`` or ``"none"``."""
+    """Name the launcher that started this process: ``"pytorch"``, ``"slurm"``, ``"mpi"``, ``"ray"`` or ``"none"``."""
     for launcher, marks in _MARKS.items():
         if all(mark in environ for mark in marks):
             return launcher
@@ -206,8 +209,22 @@ def _host_of_mpirun(environ: Mapping[str, str]) -> str | None:
     return match[1] if match else None
 
 
-_READERS = {"pytorch": _read_pytorch, "slurm": _read_slurm, "mpi": _read_mpi}
+def _read_ray(environ: Mapping[str, str]) -> Launch:
+    return Launch(
+        launcher="ray",
+        rank=_integer(environ, "RANK"),
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        size=_integer(environ, "WORLD_SIZE"),
+        local_size=_integer(environ, "LOCAL_WORLD_SIZE"),
+        master_addr=environ["MASTER_ADDR"],
+        master_port=_given_port(environ),
+        job=f"Ray job {environ[RAY_JOB_VARIABLE]}",
+    )
+
+
+_READERS = {"ray": _read_ray, "pytorch": _read_pytorch, "slurm": _read_slurm, "mpi": _read_mpi}
 _HOW = {
+    "ray": "Start it with `stratagem train --launcher ray --nproc N`.",
     "pytorch": "Start it with `torchrun --nproc-per-node N ...` or `stratagem train --nproc N`.",
     "slurm": "Start it with `srun`.",
     "mpi": "Start it with Open MPI's `mpirun -np N ...`.",
