@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -25,7 +26,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         miss("ray is not installed; `make test-launch` installs it")
     # Not below pytest's folder: its sockets' names have to be short.
     folder = tempfile.mkdtemp(prefix="ray")
-    port = 26379
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     start = [
         "--head",
         "--block",
@@ -81,10 +83,8 @@ def test_a_mistake_on_ray(jobs: Jobs, cluster: dict[str, str]) -> None:
     assert "SupervisdModel" in job.output()
 
 
-def test_no_cluster(jobs: Jobs, tmp_path: Path) -> None:
+def test_no_cluster(jobs: Jobs, cluster: dict[str, str], free_port: int) -> None:
     """The error says how to start one."""
-    if find_spec("ray") is None:
-        miss("ray is not installed; `make test-launch` installs it")
-    job = jobs.start([*RAY, "2"], RAY_TMPDIR=str(tmp_path), TMPDIR=str(tmp_path))
+    job = jobs.start([*RAY, "2"], **{**cluster, "RAY_ADDRESS": f"127.0.0.1:{free_port}"})
     assert job.wait() == 2, job.output()
     assert "ray start --head" in job.output()

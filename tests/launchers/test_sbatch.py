@@ -36,15 +36,26 @@ def test_sbatch(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], slu
     assert "Trained 16 iterations" in (tmp_path / "run" / f"slurm-{job}.out").read_text()
 
 
-def test_a_preempted_job_goes_on_where_it_was(
-    jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], slurm: Slurm
+STOPS = {
+    "before the end": (
+        "scancel",
+        "--signal=USR1",
+        "--batch",
+    ),  # as SLURM does by itself, --save-before the time is over
+    "preempted": ("scontrol", "requeue"),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
+def test_a_job_that_is_stopped_goes_on_where_it_was(
+    jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], slurm: Slurm, stop: tuple[str, ...]
 ) -> None:
-    """USR1, as SLURM sends it before the end: the ranks save, the job is requeued, and ends with the same weights."""
+    """The ranks save, the job is back in the queue, resumes and ends with the same weights."""
     run = tmp_path / "run"
     job = submit(jobs, slurm, "--set", "custom_hooks.0.pause_s=0.4")
     progress = run / "progress_0"
     wait_until(lambda: progress.exists() and len(progress.read_text().split()) >= 3, "three iterations")
-    slurm.ask("scancel", "--signal=USR1", "--batch", job)
+    slurm.ask(*stop, job)
     wait_until(lambda: any(run.glob("iter_1[0-9]")) and slurm.state(job) == "PENDING", "the job in the queue again")
     wait_for_end(slurm, job, run)
     log = (run / f"slurm-{job}.out").read_text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import socket
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +28,9 @@ __all__ = ["launch_on_ray", "rank_environments"]
 _WAIT_FOR_HOSTS_S = 900
 # How long ranks may take to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
+_POLL_S = 0.5
+_PROBE_S = 10.0
+_HOW = "Start one (`ray start --head`), or set RAY_ADDRESS to one that runs."
 # What of the environment goes along to the other hosts; the rest is theirs.
 _PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "NO_COLOR")
 
@@ -41,12 +47,11 @@ def launch_on_ray(nproc: int, arguments: Sequence[str]) -> None:
         typer.Exit: with the exit status of the first rank that failed.
     """
     ray = import_module("ray", extra="ray")
+    _require_cluster(os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init(address="auto", log_to_driver=True, logging_level="WARNING")
     except ConnectionError as error:
-        raise LaunchError(
-            "There is no Ray cluster here. Start one (`ray start --head`), or set RAY_ADDRESS to one that runs."
-        ) from error
+        raise LaunchError(f"There is no Ray cluster here. {_HOW}") from error
     try:
         actors = _place(ray, nproc)
         environs = rank_environments(ray.get([actor.seat.remote() for actor in actors]), uuid.uuid4().hex)
@@ -57,11 +62,27 @@ def launch_on_ray(nproc: int, arguments: Sequence[str]) -> None:
         }
         with _handing_signals_on(actors):
             status, printed = _await(ray, running, actors)
+    except ray.exceptions.RayActorError as error:
+        raise LaunchError(
+            f"Ray lost one of the {nproc} ranks, with its host or its process; --resume goes on from the last checkpoint. "
+            f"{error}"
+        ) from error
     finally:
         ray.shutdown()
     typer.echo(printed, nl=False)
     if status:
         raise typer.Exit(status if status > 0 else 128 - status)
+
+
+def _require_cluster(address: str) -> None:
+    """Refuse the address of a cluster that is not there: Ray itself would look for it for minutes."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdigit()) or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_S).close()
+    except OSError as error:
+        raise LaunchError(f"There is no Ray cluster at RAY_ADDRESS={address}: {error}. {_HOW}") from error
 
 
 def rank_environments(seats: Sequence[Seat], job: str) -> list[dict[str, str]]:
@@ -110,21 +131,18 @@ def _place(ray: Any, nproc: int) -> list[Any]:
 def _await(ray: Any, running: dict[Any, int], actors: Sequence[Any]) -> tuple[int, str]:
     """Return the first bad status, or 0, and what rank 0 printed; when one rank fails, the others are told to end."""
     left, status, printed = list(running), 0, ""
-    while left:
-        done, left = ray.wait(left, timeout=None if status == 0 else _GRACE_S)
-        if not done:
-            break  # the others are killed with their actors
-        rank = running[done[0]]
-        try:
-            ended, said = ray.get(done[0])
-        except ray.exceptions.RayActorError as error:
-            raise LaunchError(f"Ray lost rank {rank}, with its host or its process: {error}") from error
-        if rank == 0:
-            printed = said
-        if ended and not status:
-            status = ended
-            for actor in actors:
-                actor.signal.remote(signal.SIGTERM)
+    give_up = math.inf
+    while left and time.monotonic() < give_up:
+        # Not for longer at once: Python handles a signal only between two waits.
+        done, left = ray.wait(left, timeout=_POLL_S)
+        for reference in done:
+            ended, said = ray.get(reference)
+            if running[reference] == 0:
+                printed = said
+            if ended and not status:
+                status, give_up = ended, time.monotonic() + _GRACE_S
+                for actor in actors:
+                    actor.signal.remote(signal.SIGTERM)
     return status, printed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -40,10 +41,18 @@ class RankActor:
 
     def run(self, arguments: Sequence[str], environ: Mapping[str, str], folder: str) -> tuple[int, str]:
         """Run Python with ``arguments``; return the status and what was printed. Errors and logs go to Ray's log."""
-        command = [sys.executable, *arguments]
-        self._process = subprocess.Popen(  # noqa: S603 -- the command line of the user
-            command, env={**os.environ, **environ}, cwd=folder, stdout=subprocess.PIPE, text=True
-        )
+        # Ray's threads block SIGINT, and a process inherits that: Ctrl-C would never reach it.
+        before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 -- the command line of the user
+                [sys.executable, *arguments],
+                env={**os.environ, **environ},
+                cwd=folder,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         printed, _ = self._process.communicate()
         return self._process.returncode, printed
 
