@@ -201,7 +201,6 @@ def env(traceback: Traceback = False) -> None:
     command("report:print_environment")()
 
 
-app.add_typer(ckpt_app, name="ckpt")
 @app.command()
 def doctor(
     work_dir: Annotated[
@@ -217,6 +216,8 @@ def doctor(
     """
     command("doctor.command:doctor")(work_dir, nproc=nproc)
 
+
+app.add_typer(ckpt_app, name="ckpt")
 
 find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
 app.add_typer(find_app, name="find")

@@ -16,9 +16,6 @@ from stratagem.dist.collectives import (
     sync_random_seed,
 )
 from stratagem.dist.group import close_dist, init_dist
-from stratagem.dist.launch import LAUNCHERS, Launch, infer_launcher, read_launch
-from stratagem.dist.team import ALONE, Team
-from stratagem.dist.launch import LAUNCHERS, Launch, describe_stray, infer_launcher, read_launch
 from stratagem.dist.launch import LAUNCHERS, RAY_JOB_VARIABLE, Launch, describe_stray, infer_launcher, read_launch
 from stratagem.dist.objects import (
     all_gather_object,
@@ -27,6 +24,7 @@ from stratagem.dist.objects import (
     collect_results,
     gather_object,
 )
+from stratagem.dist.team import ALONE, Team
 from stratagem.dist.world import World, pick_device
 
 __all__ = [
