@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import stratagem as package
 from stratagem.cli.doctor.finding import Finding, Verdict
 from stratagem.cli.doctor.folder import examine_folder
 from stratagem.cli.doctor.machine import examine_machine, judge_open_files, judge_version
@@ -28,6 +29,7 @@ def test_a_machine_that_can_train(
     """Every examination has a row, two ranks have met, the status is 0, and nothing is left behind."""
     for name in ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "STRATAGEM_NPROC", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")  # what the command sets is taken back
+    monkeypatch.setenv("PYTHONPATH", str(Path(package.__file__).parents[1]))
     outcome = stratagem("doctor", "--work-dir", tmp_path / "runs")
     assert outcome.status == 0, outcome.out + outcome.err
     for subject in ("versions", "devices", "back ends", "open files", "file system", "all-reduce", "clocks"):

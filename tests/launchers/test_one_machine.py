@@ -10,7 +10,7 @@ import pytest
 from jobs import CONFIG, HERE, PYTHON, STRATAGEM, Jobs, facts, miss, need, records, train
 from slurm import Slurm
 
-pytestmark = pytest.mark.launchers
+pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
 # Two ranks add the same float32 products in another order than one process: roundings of 6e-8, which 16 updates carry on.
 TOLERANCE = 1e-4

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from jobs import CONFIG, PYTHON, STRATAGEM, Jobs, facts, jobs_in, miss, records, wait_until
 
-pytestmark = pytest.mark.launchers
+pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
 RAY = (*STRATAGEM, "train", CONFIG, "--launcher", "ray", "--nproc")
 

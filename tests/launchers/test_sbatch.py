@@ -9,7 +9,7 @@ import pytest
 from jobs import STRATAGEM, Jobs, facts, records, train, wait_until
 from slurm import Slurm
 
-pytestmark = pytest.mark.launchers
+pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
 
 def submit(jobs: Jobs, slurm: Slurm, *more: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 from hosts import Host, Hosts, two_hosts
 from jobs import PYTHON, STRATAGEM, Job, Jobs, facts, need, records, train, wait_until
 
-pytestmark = pytest.mark.launchers
+pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run")
 PORT = "29500"  # free on a host that was made for the test

@@ -34,12 +34,13 @@ def examine_machine() -> list[Finding]:
 
 
 def _versions() -> list[Finding]:
-    findings = [Finding.good("versions", f"stratagem {__version__}, Python {platform.python_version()}")]
-    for requirement in importlib.metadata.requires("stratagem") or ():
-        match = _REQUIREMENT.match(requirement)
-        if match is not None:
-            findings.append(judge_version(match["name"], _installed(match["name"]), match["least"]))
-    return findings
+    own = f"stratagem {__version__}, Python {platform.python_version()}"
+    if _installed("stratagem") is None:
+        advice = "What it requires is not known: install it with `pip install -e .` in its folder."
+        return [Finding.note("versions", f"{own}; it is not installed, but runs from its source", advice)]
+    matches = [_REQUIREMENT.match(requirement) for requirement in importlib.metadata.requires("stratagem") or ()]
+    required = [judge_version(match["name"], _installed(match["name"]), match["least"]) for match in matches if match]
+    return [Finding.good("versions", own), *required]
 
 
 def _installed(name: str) -> str | None:
