@@ -14,11 +14,12 @@ from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, changed_values, require, show
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.dist import Peer, all_gather_object, infer_launcher
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, LaunchError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
+from stratagem.strategies.agreement import require_one_config
 from stratagem.strategies.building import with_preprocessor
 from stratagem.strategies.main_rank import from_main
 from stratagem.train import Hook, Position, Run
@@ -161,7 +162,13 @@ class Runner:
                 auto_scale_lr=auto_scale_lr,
                 log_level=log_level,
             )
-        self.run = Run(self.strategy, events, config_text=self._config_text() if len(self.cfg) else None)
+        config_text = self._config_text() if len(self.cfg) else None
+        try:
+            require_one_config(config_text or "")
+        except LaunchError:
+            self.strategy.close()
+            raise
+        self.run = Run(self.strategy, events, config_text=config_text)
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:

@@ -35,12 +35,15 @@ WorkDir = Annotated[
 ]
 Nproc = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Start this many processes on this machine, by torchrun's launcher."),
+    typer.Option(
+        metavar="N", min=1, help="Start this many processes: on this machine by torchrun's launcher, or by Ray."
+    ),
 ]
 Launcher = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="What started the processes: none, pytorch, slurm or mpi. By default it is inferred."
+        metavar="NAME",
+        help="What started the processes: none, pytorch, slurm or mpi; inferred by default. Or ray, to start them.",
     ),
 ]
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
@@ -172,9 +175,76 @@ def parity(
 
 
 @app.command()
+def submit(
+    config: ConfigFile,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="On how many nodes it runs.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(metavar="G", min=0, help="Accelerators of each node, with a rank for each; 0 for the CPU.")
+    ] = 0,
+    time: Annotated[str, typer.Option(metavar="T", help="How long it may run, such as 12:00:00 or 2-00.")] = "1:00:00",
+    overrides: Overrides = None,
+    work_dir: WorkDir = None,
+    strategy: Strategy = None,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ranks on each node; by default one for each accelerator.")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(metavar="N", min=1, help="Cores for each rank.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="The account that pays for it.")] = None,
+    save_before: Annotated[
+        int,
+        typer.Option(metavar="SECONDS", min=1, help="How long before the end of the time it saves and is requeued."),
+    ] = 120,
+    further: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="OPTION", help="A further option of sbatch: --sbatch=--qos=long"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the script goes; by default into the folder of the run.")
+    ] = None,
+    now: Annotated[bool, typer.Option("--now", help="Submit it, too.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print the script, and write and submit nothing.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a SLURM batch script that trains CONFIG.
+
+    The job saves a checkpoint before its time is over or it is preempted, is requeued, and goes on from there.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()), work_dir=work_dir, strategy=strategy)
+    allocation = command("submit:Allocation")(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        time=time,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        partition=partition,
+        account=account,
+        save_before_s=save_before,
+        further=tuple(further or ()),
+    )
+    command("submit:submit")(options, allocation, out=out, now=now, show=show)
+
+
+@app.command()
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
     command("report:print_environment")()
+
+
+@app.command()
+def doctor(
+    work_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder that runs would write to.", show_default=False)
+    ] = Path("work_dirs"),
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="How many ranks try an all-reduce.")] = 2,
+    traceback: Traceback = False,
+) -> None:
+    """Examine this machine for training, and say what to do about what is found.
+
+    Started by srun, mpirun or torchrun it examines their ranks instead of two of its own, across hosts. The exit status
+    is 1 where there is a problem.
+    """
+    command("doctor.command:doctor")(work_dir, nproc=nproc)
 
 
 app.add_typer(ckpt_app, name="ckpt")

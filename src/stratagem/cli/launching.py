@@ -1,4 +1,4 @@
-"""Start the same command in several processes on this machine, by torchrun's own launcher."""
+"""Start the same command in several processes: on this machine by torchrun's own launcher, or by Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 import tempfile
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -15,34 +16,52 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
+from stratagem.cli.on_ray import launch_on_ray
 from stratagem.dist import infer_launcher
 from stratagem.errors import LaunchError
 
-__all__ = ["launch"]
+__all__ = ["launch_again", "launch_here"]
 
 # How long ranks may take to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
 _MONITOR_S = 0.1
-_OWN_OPTIONS = ("--nproc", "--max-restarts")
+_STARTING = ("--nproc", "--launcher", "--max-restarts")
 _PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 
-def launch(nproc: int, *, max_restarts: int = 0) -> None:
-    """Run this process's command line, without ``--nproc``, as ``nproc`` ranks; return when all have ended well.
+def launch_again(nproc: int, *, by: str | None, max_restarts: int = 0) -> None:
+    """Run this process's command line as ``nproc`` ranks; return when all have ended well.
+
+    ``by`` is ``"ray"`` for the hosts of a Ray cluster; else the ranks run on this machine, and are started again when one
+    fails, up to ``max_restarts`` times.
+
+    Raises:
+        LaunchError: if this process is itself one of several, or the ranks cannot be started.
+        typer.Exit: with the exit status of the first rank that failed.
+    """
+    launcher = infer_launcher()
+    if launcher != "none":
+        raise LaunchError(
+            f"--nproc {nproc}: this process was itself started by a launcher ({launcher}). Leave --nproc out there, "
+            "and let the launcher start the processes."
+        )
+    arguments = ("-m", "stratagem", *_of_ranks(sys.argv[1:]))
+    if by == "ray":
+        launch_on_ray(nproc, arguments)
+    else:
+        launch_here(nproc, arguments, max_restarts=max_restarts)
+
+
+def launch_here(nproc: int, arguments: Sequence[str], *, max_restarts: int = 0) -> None:
+    """Run Python with ``arguments`` as ``nproc`` ranks on this machine; return when all have ended well.
 
     When a rank fails, all are started again, up to ``max_restarts`` times. Signals are passed on to the ranks, and SIGINT,
     SIGTERM and SIGUSR1 give them time to save. The ranks meet through a file and on the loopback interface: nothing
     listens beyond this machine.
 
     Raises:
-        LaunchError: if this process is itself one of several.
         typer.Exit: with the exit status of the first rank that failed.
     """
-    if infer_launcher() != "none":
-        raise LaunchError(
-            f"--nproc {nproc}: this process was itself started by a launcher ({infer_launcher()}). Leave --nproc out there, "
-            "and let the launcher start the processes."
-        )
     # The workers make a store of their own, which listens on loopback; the agent's would listen everywhere.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[NPROC_VARIABLE] = str(nproc)
@@ -71,7 +90,7 @@ def launch(nproc: int, *, max_restarts: int = 0) -> None:
             signals_to_handle=",".join(_PASSED_ON),
         )
         try:
-            elastic_launch(config, sys.executable)("-m", "stratagem", *_without_own(sys.argv[1:]))
+            elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             told = failure.error_file_data.get(STATUS_KEY)
@@ -85,15 +104,15 @@ def launch(nproc: int, *, max_restarts: int = 0) -> None:
             raise typer.Exit(128 + int(error.sigval)) from error
 
 
-def _without_own(arguments: list[str]) -> list[str]:
-    """Return a command line without the options that concern the launcher alone."""
+def _of_ranks(arguments: list[str]) -> list[str]:
+    """Return the command line of a rank: without what says how the ranks are started."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument in _OWN_OPTIONS:
+        elif argument in _STARTING:
             skip = True
-        elif not argument.startswith(tuple(f"{option}=" for option in _OWN_OPTIONS)):
+        elif argument.partition("=")[0] not in _STARTING:
             kept.append(argument)
     return kept

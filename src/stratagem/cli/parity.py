@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratagem.cli.launching import launch
+from stratagem.cli.launching import launch_again
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config, require
 from stratagem.data import build_dataloader
@@ -131,7 +131,7 @@ def parity(options: RunOptions, trial: Trial, *, record: Path | None) -> None:
     config = read_config(options)
     if record is not None:
         if infer_launcher() == "none":
-            launch(trial.nproc)
+            launch_again(trial.nproc, by=None)
         else:
             _train_in_one_group(config, trial, record)
         return

@@ -14,9 +14,10 @@ from pathlib import Path
 import typer
 
 from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE
-from stratagem.cli.launching import launch
+from stratagem.cli.launching import launch_again
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config
+from stratagem.dist import infer_launcher
 from stratagem.errors import RankFailedError
 from stratagem.runner import Runner
 from stratagem.train.ending import end_within
@@ -36,8 +37,9 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
         RankFailedError: if another rank failed, which tells its error itself.
     """
     if options.nproc is not None:
+        # Told here, once, before any process is started.
         read_config(options)
-        launch(options.nproc, max_restarts=options.max_restarts)
+        launch_again(options.nproc, by=options.launcher, max_restarts=options.max_restarts)
         return
     # From here on a signal asks to stop, also while the ranks still meet.
     with signals.listening():
@@ -129,8 +131,9 @@ def _command(options: RunOptions, *further: str, command: str = "train", after: 
     words += [word for override in options.overrides for word in ("--set", override)]
     if options.work_dir is not None:
         words += ["--work-dir", str(options.work_dir)]
-    if options.launcher is not None:
-        words += ["--launcher", options.launcher]
+    launcher = "ray" if infer_launcher() == "ray" else options.launcher
+    if launcher is not None:
+        words += ["--launcher", launcher]
     if options.strategy is not None:
         words += ["--strategy", options.strategy]
     size = os.environ.get(NPROC_VARIABLE)
