@@ -345,7 +345,8 @@ class Runner:
         old = meta.get("train_micro_batch_size_per_gpu")
         if not (position.batch and own and old):
             return position.batch
-        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1)).batch
+        parts = meta.get("data_size", meta.get("world_size", 1))
+        return position.in_batches_of(own * self.strategy.data_size, old * parts).batch
 
     def _is_complete(self) -> bool:
         progress = self.run.progress
@@ -371,12 +372,11 @@ class Runner:
         return loader
 
     def _loader(self, mode: str) -> EpochLoader:
-        world = self.strategy.world
         return build_dataloader(
             self._parts[f"{mode}_dataloader"],
             seed=self.strategy.seed,
-            rank=world.rank,
-            world_size=world.size,
+            rank=self.strategy.data_rank,
+            world_size=self.strategy.data_size,
             training=mode == "train",
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import SGD
 
 from stratagem.errors import ConfigValueError
+from stratagem.optim.sharded import mesh_of
 
 __all__ = ["Implementation", "implementation_options"]
 
@@ -57,13 +58,24 @@ def implementation_options(
         )
     if implementation == "loop":
         return {key: False for key in ("fused", "foreach") if key in offered}
+    if len(_meshes(parameters)) > 1:
+        raise ConfigValueError(
+            f"implementation={implementation!r} takes all tensors in one call, and this model's lie on {len(_meshes(parameters))} "
+            "meshes of ranks, as under tensor parallel. Use implementation='auto'."
+        )
     if implementation not in offered:
         name = getattr(optimizer_type, "__name__", repr(optimizer_type))
         raise ConfigValueError(f"{name} has no {implementation} implementation. Use implementation='auto'.")
     return {implementation: True}
 
 
+def _meshes(parameters: Sequence[Tensor]) -> set[object]:
+    return {mesh_of(parameter) for parameter in parameters}
+
+
 def _can_fuse(parameters: Sequence[Tensor]) -> bool:
+    if len(_meshes(parameters)) > 1:
+        return False
     kinds = {(parameter.device, parameter.dtype, parameter.layout) for parameter in parameters}
     return all(
         device.type in _FUSED_DEVICES and dtype.is_floating_point and layout == torch.strided

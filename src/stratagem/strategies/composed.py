@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from stratagem._version import __version__
 from stratagem.checkpoint import (
@@ -85,6 +86,7 @@ class ComposedStrategy(BaseStrategy):
             built = self.build_model(model)
         steps = Steps(
             init=self._init_model_weights,
+            draw=self._draw_model_weights,
             compile=lambda module: self.compile_model(module, compile),
             make_optim=None
             if optim_wrapper is None
@@ -98,7 +100,10 @@ class ComposedStrategy(BaseStrategy):
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
         horizon = Horizon.parse(self.dispatch_kwargs)
-        for wrapper in building.each_wrapper(optim).values():
+        self._placement.bind(optim, self.bare_model())
+        wrappers = building.each_wrapper(optim)
+        accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
+        for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
                 if horizon.max_iters is None:
                     raise ConfigValueError(
@@ -107,6 +112,8 @@ class ComposedStrategy(BaseStrategy):
                     )
                 wrapper.initialize_count_status(self.model, horizon.cur_iter, horizon.max_iters)
             wrapper.accumulation_context = self._placement.accumulate
+            wrapper.always_says_sync = accumulates
+            wrapper.forget_waiting = self._forget_waiting
         self.optim_wrapper = optim
         try:
             self._scale_lr()
@@ -115,8 +122,27 @@ class ComposedStrategy(BaseStrategy):
             BaseStrategy.optim_wrapper.clear(self)
             raise
 
+    def _forget_waiting(self) -> None:
+        self._placement.forget(self.model)
+
     def bare_model(self) -> nn.Module:
         return self._placement.bare(self.model)
+
+    @property
+    def data_rank(self) -> int:
+        return self._placement.data_share(self.world)[0]
+
+    @property
+    def data_size(self) -> int:
+        return self._placement.data_share(self.world)[1]
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        return self._placement.data_group
+
+    @property
+    def collective_forward(self) -> bool:
+        return self._placement.collective_forward
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -229,6 +255,7 @@ class ComposedStrategy(BaseStrategy):
             "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
+            "data_size": self.data_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
         }
 
