@@ -217,3 +217,25 @@ class _Run:
         self.max_epochs = None
         self.iter = start
         self.progress = self
+
+
+def stopped(placement: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
+    """Train to iteration ``at`` and save."""
+    strategy = prepared(placement, folder, **options)
+    try:
+        seen = train(strategy, 0, at)
+        strategy.save_checkpoint(checkpoint, extra_ckpt={"meta": {"iter": at}})
+        return seen
+    finally:
+        strategy.close()
+
+
+def resumed(placement: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
+    """Go on from a checkpoint that was saved at iteration ``at``, to the end; tell also what was found in it."""
+    strategy = prepared(placement, folder, **options)
+    try:
+        strategy.resume(checkpoint)
+        found = train(strategy, at, at)
+        return {**train(strategy, at, EPOCH), "found": found}
+    finally:
+        strategy.close()

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, cast, final
 
 import torch
-from torch import Tensor
 
+from stratagem.checkpoint.gather import gather_tree
 from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
+from stratagem.checkpoint.tree import StateTree
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
-from stratagem.optim.sharded import is_sharded, whole
 from stratagem.storage import atomic_file, opened, operations, write_fully
 
 __all__ = ["SingleFileFormat"]
@@ -39,9 +38,8 @@ class SingleFileFormat:
             CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
         """
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
-        tensors, skeleton = team.own(lambda: split_tree(tree))
-        whole_ones = {name: _whole(tensor, keep=team.leads) for name, tensor in tensors.items()}
-        team.first(lambda: _write(join_tree(whole_ones, skeleton), path))
+        gathered = gather_tree(tree, team)
+        team.first(lambda: _write(gathered, path))
 
     def load(
         self,
@@ -107,12 +105,6 @@ def _check(path: Path) -> int:
     if bad is not None:
         raise CheckpointDamagedError(f"{path}: {bad} in it is not what was written: its checksum differs.")
     return path.stat().st_size
-
-
-def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
-    """Return a tensor in one piece on the CPU where it is kept; collective for one that is spread over ranks."""
-    gathered = whole(tensor) if is_sharded(tensor) else tensor
-    return gathered.to("cpu") if keep else gathered.new_empty(0)
 
 
 def _write(plain: Any, path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ __all__ = [
     "local_box",
     "local_part",
     "local_slice",
-    "map_tensors",
     "mesh_of",
     "placed_like",
     "whole",
@@ -56,6 +54,8 @@ def local_box(tensor: Tensor) -> tuple[slice, ...]:
     """Return which part of the whole this rank has, a slice for each dimension; empty slices where it has none."""
     if not is_sharded(tensor):
         return tuple(slice(0, length) for length in tensor.shape)
+    if tensor.device_mesh.get_coordinate() is None:
+        return (slice(0, 0),) * tensor.ndim
     shape, offset = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
@@ -96,17 +96,6 @@ def copy_into(tensor: Tensor, values: Tensor) -> None:
         local_part(tensor).copy_(local_slice(values, tensor))
     else:
         tensor.copy_(values)
-
-
-def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return nested dicts, lists and tuples with each tensor in them changed, in the order in which they stand."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: map_tensors(value, change) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(map_tensors(value, change) for value in tree)
-    return tree
 
 
 def _dtensor() -> Any:

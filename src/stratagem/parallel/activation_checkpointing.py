@@ -20,7 +20,13 @@ __all__ = ["checkpoint_activations"]
 _KEYS: Final = ("policy", "save_ops", "preserve_rng_state")
 _WHAT: Final = "activation_checkpointing"
 # Their results take long to compute for the memory that they take.
-_COSTLY: Final = ("mm", "bmm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention")
+_COSTLY: Final = (
+    "mm",
+    "bmm",
+    "addmm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+)
 
 
 def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) -> list[str]:

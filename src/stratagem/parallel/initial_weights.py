@@ -186,7 +186,8 @@ def require_alike(model: nn.Module) -> None:
         PlacementError: on every rank, if names, shapes, types or what learns differ.
     """
     own = {
-        name: (tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in named_tensors(model).items()
+        name: (tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
+        for name, tensor in named_tensors(model).items()
     }
     every = all_gather_object(own)
     for rank, there in enumerate(every):

@@ -51,12 +51,13 @@ class Placement(ABC):
     """One way to place a model.
 
     Attributes:
-        collective_forward: whether the forward pass is collective, so that all ranks must make as many.
+        sharded: whether ranks hold parts of the model: the forward pass is collective, so that all ranks must make as
+            many, and state is read slice by slice.
         full_state: whether what ranks have in parts is put together on rank 0 for a checkpoint, which else every rank
             writes its own parts of.
     """
 
-    collective_forward: ClassVar[bool] = False
+    sharded: ClassVar[bool] = False
     full_state: bool = False
 
     def construction(self, world: World) -> AbstractContextManager[object]:

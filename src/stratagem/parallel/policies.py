@@ -63,9 +63,7 @@ def _choose(model: nn.Module, named: Mapping[str, nn.Module], policy: Any, what:
     )
 
 
-def _by_mapping(
-    model: nn.Module, named: Mapping[str, nn.Module], policy: Mapping[str, Any], what: str
-) -> list[str]:
+def _by_mapping(model: nn.Module, named: Mapping[str, nn.Module], policy: Mapping[str, Any], what: str) -> list[str]:
     if "type" in policy:
         options = {key: value for key, value in policy.items() if key != "type"}
         function = FUNCTIONS.get(policy["type"]) if isinstance(policy["type"], str) else policy["type"]

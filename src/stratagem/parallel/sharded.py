@@ -57,7 +57,7 @@ class Sharded(Placement):
         PlacementError: if the axes do not divide the world.
     """
 
-    collective_forward = True
+    sharded = True
 
     def __init__(
         self,
@@ -165,7 +165,9 @@ class Sharded(Placement):
         }
         # The innermost first: what a block holds belongs to it and not to what holds the block.
         for name, block in sorted(blocks.items(), key=lambda item: -item[0].count(".")):
-            fully_shard(block, reshard_after_forward=_reshard(sharding.reshard_of(name), self._layout.shard), **arguments)
+            fully_shard(
+                block, reshard_after_forward=_reshard(sharding.reshard_of(name), self._layout.shard), **arguments
+            )
         fully_shard(model, reshard_after_forward=_reshard(sharding.reshard_of(""), self._layout.shard), **arguments)
         self._prefetch(list(blocks.values()))
         self._logger.info(

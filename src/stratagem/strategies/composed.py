@@ -18,6 +18,7 @@ from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
     CheckpointLoader,
     StateTree,
+    gather_tree,
     model_part,
     save_checkpoint,
 )
@@ -142,7 +143,7 @@ class ComposedStrategy(BaseStrategy):
 
     @property
     def collective_forward(self) -> bool:
-        return self._placement.collective_forward
+        return self._placement.sharded
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -222,6 +223,8 @@ class ComposedStrategy(BaseStrategy):
             team = Team.of()
             # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
             checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
+            if self._placement.full_state:
+                checkpoint = gather_tree(checkpoint, team)
             save_checkpoint(checkpoint, filename, team)
 
     def _tree(
@@ -262,7 +265,9 @@ class ComposedStrategy(BaseStrategy):
     def _read(
         self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
     ) -> StateTree:
-        device = self.world.device if map_location == "default" else map_location
+        # Each rank needs a part of the tensors, which it takes out of those that are mapped into the CPU's memory.
+        own = torch.device("cpu") if self._placement.sharded else self.world.device
+        device = own if map_location == "default" else map_location
         team = Team.of()
         checkpoint = CheckpointLoader.load_checkpoint(filename, device, team=team)
         if callback is not None:

@@ -118,9 +118,13 @@ def state_of(state: str | None, state_dict_cfg: str | Mapping[str, Any] | None) 
     elif isinstance(state_dict_cfg, str):
         kind = state_dict_cfg
     else:
-        raise ConfigTypeError(f"state_dict_cfg is {state_dict_cfg!r}. Give state='sharded' or state='full' in its place.")
+        raise ConfigTypeError(
+            f"state_dict_cfg is {state_dict_cfg!r}. Give state='sharded' or state='full' in its place."
+        )
     states = {"local": "sharded", "sharded": "sharded", "full": "full"}
     name = str(kind).rpartition(".")[2].lower().removesuffix("_state_dict")
     if name not in states:
-        raise ConfigValueError(f"state_dict_cfg: {kind!r} is not known. Give state='sharded' or state='full' in its place.")
+        raise ConfigValueError(
+            f"state_dict_cfg: {kind!r} is not known. Give state='sharded' or state='full' in its place."
+        )
     return states[name]
