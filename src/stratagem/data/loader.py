@@ -79,6 +79,11 @@ class EpochLoader:
         return dataset.collate if isinstance(dataset, StreamedDataset) else self.loader.collate_fn
 
     @property
+    def collate(self) -> Callable[[Any], Any] | None:
+        """What makes a batch of samples."""
+        return self.loader.collate_fn
+
+    @property
     def batch_size(self) -> int | None:
         """How many samples a batch of this rank has; None where the loader does not say."""
         batches = self._batches or self.loader.batch_sampler

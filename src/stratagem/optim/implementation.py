@@ -58,10 +58,11 @@ def implementation_options(
         )
     if implementation == "loop":
         return {key: False for key in ("fused", "foreach") if key in offered}
-    if len(_meshes(parameters)) > 1:
+    meshes = len(_meshes(parameters))
+    if meshes > 1:
         raise ConfigValueError(
-            f"implementation={implementation!r} takes all tensors in one call, and this model's lie on {len(_meshes(parameters))} "
-            "meshes of ranks, as under tensor parallel. Use implementation='auto'."
+            f"implementation={implementation!r} takes all tensors in one call, and this model's lie on {meshes} meshes of "
+            "ranks, as under tensor parallel. Use implementation='auto'."
         )
     if implementation not in offered:
         name = getattr(optimizer_type, "__name__", repr(optimizer_type))

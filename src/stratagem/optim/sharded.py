@@ -54,10 +54,11 @@ def local_box(tensor: Tensor) -> tuple[slice, ...]:
     """Return which part of the whole this rank has, a slice for each dimension; empty slices where it has none."""
     if not is_sharded(tensor):
         return tuple(slice(0, length) for length in tensor.shape)
-    if tensor.device_mesh.get_coordinate() is None:
+    spread: Any = tensor
+    if spread.device_mesh.get_coordinate() is None:
         return (slice(0, 0),) * tensor.ndim
     shape, offset = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")(
-        tensor.shape, tensor.device_mesh, tensor.placements
+        tensor.shape, spread.device_mesh, spread.placements
     )
     return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
 
@@ -82,9 +83,10 @@ def placed_like(full: Tensor, like: Tensor) -> Tensor:
         raise CheckpointMismatchError(
             f"A tensor of shape {list(full.shape)} cannot be sharded as one of shape {list(like.shape)} is."
         )
+    spread: Any = like
     part = local_slice(full, like).to(local_part(like).device, copy=True).contiguous()
     placed: Tensor = _dtensor().from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return placed
 

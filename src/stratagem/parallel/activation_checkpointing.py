@@ -80,7 +80,7 @@ def _operators(save_ops: str | Iterable[str]) -> frozenset[Any]:
 
 
 def _keeping(operators: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
-    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def policy(_: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in operators else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

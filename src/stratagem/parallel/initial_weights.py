@@ -81,7 +81,7 @@ class InitialWeights:
             init(model)
 
     def take(self, model: nn.Module) -> dict[str, Tensor]:
-        """Take what memory the model has out of it, shared tensors staying shared; returns what stands for its tensors by name."""
+        """Take its memory out of the model, shared tensors staying shared; returns what stands for its tensors, by name."""
         self._given = without_memory(model)
         # Not the tensors themselves: some of them are given memory in their place.
         return {name: tensor.detach() for name, tensor in named_tensors(model).items()}

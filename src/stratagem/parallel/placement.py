@@ -80,14 +80,18 @@ class Placement(ABC):
         """The ranks that see all samples together; None for all ranks. Others see the same samples as one of them."""
         return None
 
-    def bind(self, optim: AnyOptim, model: nn.Module) -> None:
+    def bind(  # noqa: B027 -- nothing to do is the usual case
+        self, optim: AnyOptim, model: nn.Module
+    ) -> None:
         """Let optimizers that were built before the model was placed step the placed parameters, or refuse them.
 
         Raises:
             PlacementError: if they cannot.
         """
 
-    def forget(self, model: nn.Module) -> None:
+    def forget(  # noqa: B027 -- nothing to do is the usual case
+        self, model: nn.Module
+    ) -> None:
         """Forget gradients that wait on this rank for their exchange, as at an early stop."""
 
     @abstractmethod

@@ -154,7 +154,7 @@ class Sharded(Placement):
             apply_plan(model, sharding.tp_plan, meshes.tp)
         checkpointed = checkpoint_activations(model, sharding.activation_checkpointing, sharding.wrap_policy)
         self._compile(blocks)
-        arguments = {
+        arguments: dict[str, Any] = {
             "mesh": meshes.shard,
             "mp_policy": _precision(sharding.precision),
             # Pinned memory is what an accelerator copies from quickly.
@@ -197,7 +197,7 @@ class Sharded(Placement):
         if not blocks:
             raise ConfigValueError("compile_blocks compiles what wrap_policy chooses, and it chooses nothing.")
         for block in blocks.values():
-            block.compile(**({} if options is True else cast("Mapping[str, Any]", options)))
+            block.compile(**({} if options is True else options))
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
         """Have each block gather the parameters of the next ones while it computes."""

@@ -64,7 +64,7 @@ class Precision:
             raise ConfigTypeError(f"mixed_precision is {options!r}; a type such as 'bfloat16', or a mapping is due.")
         refuse_unknown(options, cls.__dataclass_fields__, "mixed_precision")
         types = {key: _dtype(key, value) for key, value in options.items() if key != "cast_forward_inputs"}
-        return cls(**types, cast_forward_inputs=bool(options.get("cast_forward_inputs", True)))  # type: ignore[arg-type]  # all of them types
+        return cls(**types, cast_forward_inputs=bool(options.get("cast_forward_inputs", True)))
 
 
 def _dtype(key: str, value: Any) -> torch.dtype | None:

@@ -188,7 +188,7 @@ class _Operations(TorchDispatchMode):
     """Notes what torch's operators do."""
 
     def __init__(self, tape: Tape) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._tape = tape
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -317,4 +317,4 @@ def _without_tensors(tree: Any) -> Any:
 
 
 def _tensor(place: _Place, storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=place.dtype).set_(storage, place.offset, place.size, place.stride)  # type: ignore[call-overload, no-any-return]  # torch's stubs lack it
+    return torch.empty(0, dtype=place.dtype).set_(storage, place.offset, place.size, place.stride)

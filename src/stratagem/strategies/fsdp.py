@@ -22,8 +22,9 @@ _STATES = ("sharded", "full")
 
 @final
 class FSDPStrategy(ComposedStrategy):
-    """PyTorch's ``fully_shard``: parameters, gradients and the optimizer's state in shards; parameters are gathered block
-    by block while they are used.
+    """PyTorch's ``fully_shard``: parameters, gradients and the optimizer's state in shards.
+
+    Parameters are gathered block by block while they are used.
 
     Args:
         wrap_policy: which modules are gathered by themselves. By default the items of every ``ModuleList``; else the name

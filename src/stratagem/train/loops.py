@@ -14,6 +14,7 @@ from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation import Evaluator
+from stratagem.train.pace import keep_pace, most_batches
 from stratagem.train.run import Run
 
 __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
@@ -258,7 +259,7 @@ class _EvaluationLoop:
         run.model.eval()
         with run.evaluating():
             self._process_batches()
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+        metrics = self.evaluator.evaluate(len(self.dataloader.dataset), group=run.strategy.data_group)
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
             run.progress.validated = run.progress.iter
@@ -270,6 +271,7 @@ class _EvaluationLoop:
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
+        most, made, batch = most_batches(run, self.dataloader), 0, None
         for index, batch in enumerate(self.dataloader.batches(0)):
             for call in before:
                 call(run, index, batch)
@@ -277,6 +279,8 @@ class _EvaluationLoop:
             self.evaluator.process(batch, outputs)
             for call in after:
                 call(run, index, batch, outputs)
+            made = index + 1
+        keep_pace(step, self.dataloader, batch, most - made)
 
 
 @final
