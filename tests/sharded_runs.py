@@ -120,7 +120,7 @@ SCHEDULE = [
 ]
 
 
-def prepared(placement: str, folder: str, *, iterations: int = EPOCH, **options: Any) -> BaseStrategy:
+def prepared(placement: str, folder: str, **options: Any) -> BaseStrategy:
     """Return a strategy with model, optimizer and schedule; ``options`` go to the strategy, ``optim`` and ``model`` apart."""
     kind, known, _ = PLACEMENTS[placement]
     optim, model = options.pop("optim", OPTIM), options.pop("model", {"type": Gpt})
@@ -136,7 +136,7 @@ def prepared(placement: str, folder: str, *, iterations: int = EPOCH, **options:
         optim_wrapper=optim,
         param_scheduler=SCHEDULE,
         compile=compiling,
-        dispatch_kwargs={"epoch_length": EPOCH, "max_iters": iterations},
+        dispatch_kwargs={"epoch_length": EPOCH, "max_iters": EPOCH},
     )
     return strategy
 
@@ -147,11 +147,11 @@ def full(tensor: Tensor) -> Tensor:
     return whole.detach().clone()
 
 
-def trained(placement: str, folder: str, iterations: int = EPOCH, **options: Any) -> dict[str, Any]:
+def trained(placement: str, folder: str, stop: int = EPOCH, **options: Any) -> dict[str, Any]:
     """Train from the beginning; return everything that strategies must agree on, whole on every rank."""
-    strategy = prepared(placement, folder, iterations=iterations, **options)
+    strategy = prepared(placement, folder, **options)
     try:
-        return train(strategy, 0, iterations)
+        return train(strategy, 0, stop)
     finally:
         strategy.close()
 
