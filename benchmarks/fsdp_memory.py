@@ -77,8 +77,8 @@ def own_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
-def measure(initial_weights: str, folder: str, *, skip: bool) -> dict[str, tuple[float, float]]:
-    """Run the phases on this rank; return for each the bytes at its peak and its seconds."""
+def measure(initial_weights: str, folder: str, *, skip: bool) -> list[dict[str, tuple[float, float]]]:
+    """Run the phases; return for each rank and phase the bytes at its peak and its seconds."""
     strategy = FSDPStrategy(
         work_dir=folder, initial_weights=initial_weights, skip_init_weights=skip, log_kwargs={"log_level": "ERROR"}
     )
@@ -100,19 +100,19 @@ def measure(initial_weights: str, folder: str, *, skip: bool) -> dict[str, tuple
         batch = torch.ones(4, WIDTH)
         phase("step", lambda: strategy.model.train_step(batch, optim_wrapper=strategy.optim_wrapper))
         phase("save", lambda: strategy.save_checkpoint(checkpoint))
+    every = all_gather_object(found)
     strategy.close()
-    return found
+    return every
 
 
 def as_rank(initial_weights: str, folder: str, *, skip: bool) -> None:
     """Measure on every rank; rank 0 prints the table's rows."""
     torch.set_num_threads(1)
-    found = measure(initial_weights, folder, skip=skip)
+    every = measure(initial_weights, folder, skip=skip)
     size = sum(4 * parameter.numel() for parameter in _on_meta().parameters())
-    every = all_gather_object(found)
     if os.environ["RANK"] != "0":
         return
-    for name, (own, seconds) in found.items():
+    for name, (own, seconds) in every[0].items():
         others = max(rank[name][0] for rank in every[1:]) if len(every) > 1 else 0.0
         print(f"| {initial_weights} | {name} | {own / size:.2f} | {others / size:.2f} | {seconds:.1f} |", flush=True)
         if initial_weights == "rank0" and name in {"start", "load"} and max(own, others) > LIMIT * size:
@@ -136,7 +136,10 @@ def main() -> None:
         as_rank(options.initial_weights[0], options.folder, skip=options.skip)
         return
     print(f"{sum(4 * each.numel() for each in _on_meta().parameters()) / GIGABYTE:.2f} GB, {options.ranks} ranks")
-    print("| initial_weights | phase | rank 0, models | the others, at most | seconds |\n|---|---|---|---|---|", flush=True)
+    print(
+        "| initial_weights | phase | rank 0, models | the others, at most | seconds |\n|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         for origin in options.initial_weights:
             _launch(options.ranks, origin, folder, [])

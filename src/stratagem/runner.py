@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, final
 
@@ -193,6 +193,7 @@ class Runner:
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._training_data()
+            _require_samples(loader, strategy.data_size)
             loop = build_train_loop(
                 self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
             )
@@ -401,6 +402,20 @@ class Runner:
     def _config_text(self) -> str:
         """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
         return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
+
+
+def _require_samples(loader: EpochLoader, parts: int) -> None:
+    """Refuse training data of which some ranks would have to repeat what others have.
+
+    Raises:
+        ConfigValueError: if there are fewer samples than ranks that see samples of their own.
+    """
+    samples = len(loader.dataset) if isinstance(loader.dataset, Sized) else parts
+    if samples < parts:
+        raise ConfigValueError(
+            f"The training data has {samples} samples, and {parts} ranks are to have samples of their own. Start fewer "
+            "processes."
+        )
 
 
 def _build_strategy(

@@ -30,7 +30,12 @@ OWN: dict[str, Any] = {
         ({"mixed_precision": {"param_dtype": "float16"}}, {"mixed_precision": {"param_dtype": "float16"}}),
         ({"ignored_modules": ["head"]}, {"ignored": ["head"]}),
         (
-            {"auto_wrap_policy": {"type": "torch.distributed.fsdp.wrap.size_based_auto_wrap_policy", "min_num_params": 7}},
+            {
+                "auto_wrap_policy": {
+                    "type": "torch.distributed.fsdp.wrap.size_based_auto_wrap_policy",
+                    "min_num_params": 7,
+                }
+            },
             {"wrap_policy": {"min_params": 7}},
         ),
         (
