@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, final
 
@@ -210,6 +210,7 @@ class Runner:
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._training_data()
+            _require_samples(loader, strategy.data_size)
             loop = build_train_loop(
                 self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
             )
@@ -374,7 +375,8 @@ class Runner:
         old = meta.get("train_micro_batch_size_per_gpu")
         if not (position.batch and own and old):
             return position.batch
-        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1)).batch
+        parts = meta.get("data_size", meta.get("world_size", 1))
+        return position.in_batches_of(own * self.strategy.data_size, old * parts).batch
 
     def _is_complete(self) -> bool:
         progress = self.run.progress
@@ -406,12 +408,11 @@ class Runner:
         return loader
 
     def _loader(self, mode: str) -> EpochLoader:
-        world = self.strategy.world
         return build_dataloader(
             self._parts[f"{mode}_dataloader"],
             seed=self.strategy.seed,
-            rank=world.rank,
-            world_size=world.size,
+            rank=self.strategy.data_rank,
+            world_size=self.strategy.data_size,
             training=mode == "train",
         )
 
@@ -436,6 +437,20 @@ class Runner:
     def _config_text(self) -> str:
         """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
         return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
+
+
+def _require_samples(loader: EpochLoader, parts: int) -> None:
+    """Refuse training data of which some ranks would have to repeat what others have.
+
+    Raises:
+        ConfigValueError: if there are fewer samples than ranks that see samples of their own.
+    """
+    samples = len(loader.dataset) if isinstance(loader.dataset, Sized) else parts
+    if samples < parts:
+        raise ConfigValueError(
+            f"The training data has {samples} samples, and {parts} ranks are to have samples of their own. Start fewer "
+            "processes."
+        )
 
 
 def _build_strategy(

@@ -113,7 +113,11 @@ def place(
     """Place a model as the strategy does."""
     placement = Replicated(LOGGER, sync_bn=sync_bn, separate=separate, options=options)
     world = World(launcher="pytorch", rank=get_rank(), local_rank=get_rank(), size=get_world_size())
-    placed = placement.place(model, Steps(init=lambda model: model, compile=compiling, make_optim=make_optim), world)
+    placed = placement.place(
+        model,
+        Steps(init=lambda model: model, draw=lambda model: model, compile=compiling, make_optim=make_optim),
+        world,
+    )
     return placement, placed
 
 

@@ -4,6 +4,7 @@ from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoin
 from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.find import Candidate, find_latest_checkpoint, list_checkpoints
 from stratagem.checkpoint.formats import CheckpointFormat, format_for
+from stratagem.checkpoint.gather import gather_tree
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
@@ -25,6 +26,7 @@ __all__ = [
     "bare_name",
     "find_latest_checkpoint",
     "format_for",
+    "gather_tree",
     "join_tree",
     "latest_remote",
     "list_checkpoints",

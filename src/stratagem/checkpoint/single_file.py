@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, cast, final
 
 import torch
-from torch import Tensor
 
 from stratagem.checkpoint.foreign import open_torch_file, read_parts, verify_torch_file
+from stratagem.checkpoint.gather import gather_tree
 from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
+from stratagem.checkpoint.tree import StateTree
 from stratagem.dist import ALONE, Team
-from stratagem.optim.sharded import is_sharded, whole
 from stratagem.storage import atomic_file, opened, operations, write_fully
 
 __all__ = ["SingleFileFormat"]
@@ -37,9 +36,8 @@ class SingleFileFormat:
             CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
         """
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
-        tensors, skeleton = team.own(lambda: split_tree(tree))
-        whole_ones = {name: _whole(tensor, keep=team.leads) for name, tensor in tensors.items()}
-        team.first(lambda: _write(join_tree(whole_ones, skeleton), path))
+        gathered = gather_tree(tree, team)
+        team.first(lambda: _write(gathered, path))
 
     def load(
         self,
@@ -77,12 +75,6 @@ class SingleFileFormat:
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
     with open_torch_file(path, device) as contents:
         return read_parts(contents, parts)
-
-
-def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
-    """Return a tensor in one piece on the CPU where it is kept; collective for one that is spread over ranks."""
-    gathered = whole(tensor) if is_sharded(tensor) else tensor
-    return gathered.to("cpu") if keep else gathered.new_empty(0)
 
 
 def _write(plain: Any, path: Path) -> None:

@@ -101,7 +101,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
                 parameter.grad = None
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
-        if self.accumulative_counts == 1:
+        if self.accumulative_counts == 1 and not self.always_says_sync:
             return NOTHING
         return self.accumulation_context(model, self.should_sync())
 
@@ -150,6 +150,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         if dropped:
             self._window_start = self.inner_count
             self._forget_weights()
+            self.forget_waiting()
             self.zero_grad()
             logger.info("Dropped the gradients of %d micro-batches of an unfinished window.", dropped)
         return dropped

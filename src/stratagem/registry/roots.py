@@ -94,6 +94,7 @@ STRATEGIES = Registry(
     ready={
         "SingleDeviceStrategy": "stratagem.strategies.single:SingleDeviceStrategy",
         "DDPStrategy": "stratagem.strategies.ddp:DDPStrategy",
+        "FSDPStrategy": "stratagem.strategies.fsdp:FSDPStrategy",
     },
 )
 RUNNERS = Registry(

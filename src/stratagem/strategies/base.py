@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
@@ -142,6 +143,26 @@ class BaseStrategy(ABC):
         return self.world.size
 
     @property
+    def data_rank(self) -> int:
+        """Which part of the samples this process sees: its rank, unless ranks work together on the same samples."""
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        """How many parts the samples are dealt into."""
+        return self.world_size
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """The processes that see all samples together; None for all of them, where each sees its own."""
+        return None
+
+    @property
+    def collective_forward(self) -> bool:
+        """Whether the forward pass is collective, so that all ranks must make as many, also in an evaluation."""
+        return False
+
+    @property
     def seed(self) -> int:
         """The seed of the run, the same on every rank; that of the checkpoint after ``resume``."""
         return self._seed
@@ -165,10 +186,15 @@ class BaseStrategy(ABC):
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
         """Call the model's ``init_weights`` where it has one; give every rank rank 0's values. Collective."""
+        self._draw_model_weights(model)
+        broadcast_weights(model)
+        return model
+
+    def _draw_model_weights(self, model: nn.Module) -> nn.Module:
+        """Call the model's ``init_weights`` where it has one, on this rank alone."""
         init = getattr(model, "init_weights", None)
         if callable(init) and Horizon.parse(self.dispatch_kwargs).init_weights_for_test_or_val:
             init()
-        broadcast_weights(model)
         return model
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
@@ -212,7 +238,7 @@ class BaseStrategy(ABC):
                 "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "
                 "in one iteration."
             )
-        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.world_size, micro_batch=micro_batch):
+        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.data_size, micro_batch=micro_batch):
             self.logger.info(done)
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from stratagem._version import __version__
 from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
     CheckpointLoader,
     StateTree,
+    gather_tree,
     model_part,
     save_checkpoint,
 )
@@ -85,6 +87,7 @@ class ComposedStrategy(BaseStrategy):
             built = self.build_model(model)
         steps = Steps(
             init=self._init_model_weights,
+            draw=self._draw_model_weights,
             compile=lambda module: self.compile_model(module, compile),
             make_optim=None
             if optim_wrapper is None
@@ -98,7 +101,10 @@ class ComposedStrategy(BaseStrategy):
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
         horizon = Horizon.parse(self.dispatch_kwargs)
-        for wrapper in building.each_wrapper(optim).values():
+        self._placement.bind(optim, self.bare_model())
+        wrappers = building.each_wrapper(optim)
+        accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
+        for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
                 if horizon.max_iters is None:
                     raise ConfigValueError(
@@ -107,6 +113,8 @@ class ComposedStrategy(BaseStrategy):
                     )
                 wrapper.initialize_count_status(self.model, horizon.cur_iter, horizon.max_iters)
             wrapper.accumulation_context = self._placement.accumulate
+            wrapper.always_says_sync = accumulates
+            wrapper.forget_waiting = self._forget_waiting
         self.optim_wrapper = optim
         try:
             self._scale_lr()
@@ -115,8 +123,27 @@ class ComposedStrategy(BaseStrategy):
             BaseStrategy.optim_wrapper.clear(self)
             raise
 
+    def _forget_waiting(self) -> None:
+        self._placement.forget(self.model)
+
     def bare_model(self) -> nn.Module:
         return self._placement.bare(self.model)
+
+    @property
+    def data_rank(self) -> int:
+        return self._placement.data_share(self.world)[0]
+
+    @property
+    def data_size(self) -> int:
+        return self._placement.data_share(self.world)[1]
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        return self._placement.data_group
+
+    @property
+    def collective_forward(self) -> bool:
+        return self._placement.sharded
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -196,6 +223,8 @@ class ComposedStrategy(BaseStrategy):
             team = Team.of()
             # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
             checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
+            if self._placement.full_state:
+                checkpoint = gather_tree(checkpoint, team)
             save_checkpoint(checkpoint, filename, team)
 
     def _tree(
@@ -229,13 +258,16 @@ class ComposedStrategy(BaseStrategy):
             "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
+            "data_size": self.data_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
         }
 
     def _read(
         self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
     ) -> StateTree:
-        device = self.world.device if map_location == "default" else map_location
+        # Each rank needs a part of the tensors, which it takes out of those that are mapped into the CPU's memory.
+        own = torch.device("cpu") if self._placement.sharded else self.world.device
+        device = own if map_location == "default" else map_location
         team = Team.of()
         checkpoint = CheckpointLoader.load_checkpoint(filename, device, team=team)
         if callback is not None:

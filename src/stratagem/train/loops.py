@@ -17,6 +17,7 @@ from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation import Evaluator
 from stratagem.train.failure import describe_batch
+from stratagem.train.pace import keep_pace, most_batches
 from stratagem.train.run import Run
 from stratagem.utils import generator_state, restore_generator_state
 
@@ -280,7 +281,7 @@ class _EvaluationLoop:
             restore_generator_state(generators)
             run.logger.info("The evaluation was broken off: the run was interrupted.")
             return {}
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+        metrics = self.evaluator.evaluate(len(self.dataloader.dataset), group=run.strategy.data_group)
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
             run.progress.validated = run.progress.iter
@@ -299,6 +300,7 @@ class _EvaluationLoop:
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
+        most, made, batch = most_batches(run, self.dataloader), 0, None
         for index, batch in enumerate(self.dataloader.batches(0)):
             for call in before:
                 call(run, index, batch)
@@ -306,8 +308,10 @@ class _EvaluationLoop:
             self.evaluator.process(batch, outputs)
             for call in after:
                 call(run, index, batch, outputs)
+            made = index + 1
             if stoppable and run.interrupt.due() and run.is_ending:
                 return False
+        keep_pace(step, self.dataloader, batch, most - made)
         return True
 
 
