@@ -27,6 +27,8 @@ __all__ = ["train"]
 
 # How long a rank that failed may take to close what it has open.
 _LAST_WORDS_S = 10.0
+# Said for one start of a run; the next one goes on as it was saved.
+_OWN_SCHEDULES = "resume_param_scheduler"
 
 
 def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> None:
@@ -81,6 +83,7 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
 
 def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float) -> str:
     run = runner.run
+    options = replace(options, overrides=_without(options.overrides, _OWN_SCHEDULES))
     if runner.interrupted is not None:
         lines = [f"Interrupted after {run.iter} of {run.max_iters} iterations."]
         again = _command(options, "--resume")
@@ -89,8 +92,11 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         lines = [f"Trained {_length(runner)}; this start took {timedelta(seconds=round(seconds))}."]
         key, length = ("max_epochs", run.max_epochs) if run.max_epochs else ("max_iters", run.max_iters or 0)
         key = f"train_cfg.{key}"
-        others = tuple(each for each in options.overrides if each.partition("=")[0].strip() != key)
-        again = _command(replace(options, overrides=(*others, f"{key}={length * 2}")), "--resume")
+        longer = (*_without(options.overrides, key), f"{key}={length * 2}")
+        # Schedules that were saved have ended.
+        scheduled = config.get("param_scheduler") is not None
+        longer = (*longer, f"{_OWN_SCHEDULES}=False") if scheduled else longer
+        again = _command(replace(options, overrides=longer), "--resume")
         how = "train on"
     rows = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in run.metrics.items()}
     checkpoint = runner.latest_checkpoint()
@@ -102,6 +108,10 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
     rows[how] = again
     width = max(map(len, rows))
     return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def _without(overrides: tuple[str, ...], key: str) -> tuple[str, ...]:
+    return tuple(each for each in overrides if each.partition("=")[0].strip() != key)
 
 
 def _length(runner: Runner) -> str:
