@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence, Sized
+import signal
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -24,11 +26,13 @@ from stratagem.strategies.building import with_preprocessor
 from stratagem.strategies.main_rank import from_main
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
+from stratagem.train.lineage import Ending, Lineage, Start
 from stratagem.train.loops import updates_of
 from stratagem.train.requeue import requeue_job
 from stratagem.train.restart import Launched, continue_launch
 from stratagem.train.rollback import RollBackError, roll_back
 from stratagem.train.signals import JOB_ENDS
+from stratagem.utils import mask_text
 
 __all__ = ["Runner"]
 
@@ -150,6 +154,7 @@ class Runner:
         self._resume_param_scheduler = resume_param_scheduler
         self._scope = default_scope
         self._requeue = requeue
+        self._changes: list[str] = []
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
             self.strategy = _build_strategy(
@@ -252,13 +257,42 @@ class Runner:
                 run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
             run.progress.stop_training = False
             begin = run.iter
-            if not run.interrupt.due_now():
-                with naming_dead_workers():
-                    self._train_to_the_end(loop)
-            if self.interrupted is not None:
-                self._end_interrupted(begin)
+            with self._writing_lineage():
+                if not run.interrupt.due_now():
+                    with naming_dead_workers():
+                        self._train_to_the_end(loop)
+                if self.interrupted is not None:
+                    self._end_interrupted(begin)
             run.events.call("after_run", run)
         return self.strategy.model
+
+    @contextmanager
+    def _writing_lineage(self) -> Iterator[None]:
+        """Write down from where this start goes on, and at the end how it ended; on rank 0."""
+        run, folder = self.run, Path(self.strategy.log_dir)
+        start = Start(
+            name=f"{Path(self.strategy.work_dir).name}/{self.strategy.timestamp}",
+            epoch=run.epoch,
+            iter=run.iter,
+            checkpoint=mask_text(self.strategy.resumed_from) if self.strategy.resumed_from else None,
+            changes=tuple(self._changes),
+            strategy=type(self.strategy).__name__,
+            world_size=self.strategy.world_size,
+        )
+        run.lineage = run.lineage.followed_by(start)
+        how = "killed"
+        if self.strategy.rank == 0:
+            run.lineage.write(folder)
+        try:
+            yield
+            name = None if self.interrupted is None else signal.Signals(self.interrupted).name
+            how = f"stopped by {name}" if name else "complete" if self._is_complete() else "stopped early"
+        except BaseException as error:
+            how = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise
+        finally:
+            if self.strategy.rank == 0:
+                run.lineage.write(folder, Ending.now(how, epoch=run.epoch, iteration=run.iter))
 
     def _train_to_the_end(self, loop: Any) -> None:
         run = self.run
@@ -328,8 +362,10 @@ class Runner:
         )
         if not resume or rest is None:
             return None
-        self._say_changes(rest.get("meta") or {})
-        self.run.progress.move_to(Position.from_meta(rest.get("meta") or {}))
+        meta = rest.get("meta") or {}
+        self._changes = self._say_changes(meta)
+        self.run.lineage = Lineage.of_checkpoint(meta)
+        self.run.progress.move_to(Position.from_meta(meta))
         self.run.load_hooks(rest)
         self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
         return rest
@@ -340,12 +376,13 @@ class Runner:
         folder = Path(self.strategy.work_dir)
         return from_main(lambda: continue_launch(folder, launch, self.run.logger) is not None)
 
-    def _say_changes(self, meta: Mapping[str, Any]) -> None:
+    def _say_changes(self, meta: Mapping[str, Any]) -> list[str]:
         """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
         saved = meta.get("cfg")
         changed = changed_values(saved, self._config_text(), ignored=_RESUMING) if isinstance(saved, str) else []
         if changed:
             self.run.logger.info("The configuration is not that of the checkpoint:\n  %s", "\n  ".join(changed))
+        return changed
 
     def _go_on(self, rest: Mapping[str, Any], loader: EpochLoader) -> None:
         """Take up the position in the training data that was saved."""

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from ranks import Ranks
+from stratagem.checkpoint import load_checkpoint
 from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory, save_dcp
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
@@ -130,3 +132,12 @@ def test_another_folder_is_none(tmp_path: Path) -> None:
     assert not is_dcp_directory(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match=r"there is no \.metadata in it"):
         DcpDirectory(tmp_path)
+
+
+def test_weights_of_such_a_directory_are_loaded(tmp_path: Path) -> None:
+    """``load_from`` may name a directory of torch's DCP; its part ``model`` is the model's state."""
+    model = nn.Linear(3, 2)
+    saved_by_torch(tmp_path / "d", {"model": {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}})
+    _, report = load_checkpoint(model, tmp_path / "d", strict=True)
+    assert report.exact
+    assert model.weight.tolist() == [[1, 1, 1], [1, 1, 1]]

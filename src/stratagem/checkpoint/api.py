@@ -13,11 +13,13 @@ from torch import nn
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
 from stratagem.checkpoint.refusal import not_written
+from stratagem.checkpoint.remote import save_remote
 from stratagem.checkpoint.sources import CheckpointLoader
 from stratagem.checkpoint.tree import StateTree
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError
 from stratagem.model import bare_model
+from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
 
 __all__ = ["load_checkpoint", "model_part", "save_checkpoint"]
@@ -26,17 +28,25 @@ __all__ = ["load_checkpoint", "model_part", "save_checkpoint"]
 def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
     """Write a tree of state so that ``filename`` holds either all of it or what it held before.
 
-    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. Collective
-    over ``team``: by default this process writes alone, whatever others there are.
+    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. A URL that
+    fsspec opens (``s3://bucket/run/epoch_3``) is made here first, and then published there whole. Collective over
+    ``team``: by default this process writes alone, whatever others there are.
 
     Raises:
         CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
     """
+    tree = dict(checkpoint)
     if is_url(filename):
-        raise CheckpointError(f"{mask_text(os.fspath(filename))}: checkpoints are written to paths only. Name one.")
+        url = os.fspath(filename)
+        if CheckpointLoader.only_reads(url) or not is_remote_scheme(url.partition("://")[0]):
+            raise CheckpointError(
+                f"{mask_text(url)}: checkpoints are written to paths, and to places that fsspec opens and writes to."
+            )
+        save_remote(url, lambda path: format_for(path).save(tree, path, team), team)
+        return
     path = absolute(filename)
     team.first(lambda: _make_parents(path))
-    format_for(path).save(dict(checkpoint), path, team)
+    format_for(path).save(tree, path, team)
 
 
 def _make_parents(path: Path) -> None:

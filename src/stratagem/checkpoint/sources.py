@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
+from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory
 from stratagem.checkpoint.download import fetch_http
 from stratagem.checkpoint.foreign import HuggingFaceFormat
 from stratagem.checkpoint.formats import format_for
@@ -54,6 +56,11 @@ class CheckpointLoader:
             return function
 
         return register
+
+    @classmethod
+    def only_reads(cls, name: str) -> bool:
+        """Tell whether a registered scheme serves the name: such places give checkpoints and take none."""
+        return name.startswith(tuple(cls._fetchers))
 
     @classmethod
     def fetch(cls, filename: str | os.PathLike[str]) -> Path:
@@ -105,9 +112,22 @@ def read_any(
         CheckpointError: in one of its kinds, if it cannot be read.
     """
     is_ours = (path / MANIFEST).is_file()
+    if is_dcp_directory(path):
+        return team.own(lambda: _read_dcp(path, map_location, parts))
     if not is_ours and HuggingFaceFormat.reads(path):
         return team.own(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
     return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
+
+
+def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
+    def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    tree = DcpDirectory(path).load(parts=parts, allocate=allocate)
+    # What most programs call the model's part.
+    if "model" in tree and "state_dict" not in tree:
+        tree["state_dict"] = tree.pop("model")
+    return tree
 
 
 def _beside(path: Path) -> str:

@@ -11,6 +11,7 @@ from stratagem._version import __version__
 from stratagem.cli.ckpt_app import ckpt_app
 from stratagem.cli.deferred import Traceback, command
 from stratagem.cli.options import RunOptions
+from stratagem.cli.runs_app import runs_app
 
 __all__ = ["app"]
 
@@ -248,6 +249,7 @@ def doctor(
 
 
 app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(runs_app, name="runs")
 
 find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
 app.add_typer(find_app, name="find")

@@ -83,6 +83,8 @@ class BaseStrategy(ABC):
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
         self.dispatch_kwargs: dict[str, Any] = {}
+        # The checkpoint from which load_or_resume went on.
+        self.resumed_from: str | None = None
         self._env = set_up_environment(self._env_kwargs)
         with ExitStack() as undo:
             undo.callback(self._env.close)
@@ -404,9 +406,12 @@ class BaseStrategy(ABC):
         """Resume, with this run's own schedules and options where that is asked for."""
         optim = BaseStrategy.optim_wrapper.get(self)
         if resume_param_scheduler or optim is None:
-            return self.resume(filename, callback=callback)
+            rest = self.resume(filename, callback=callback)
+            self.resumed_from = os.fspath(filename)
+            return rest
         own = OwnValues(optim)
         rest = self.resume(filename, callback=callback, resume_param_scheduler=False)
+        self.resumed_from = os.fspath(filename)
         own.restore(optim)
         meta = rest.get("meta") or {}
         epoch, iteration = int(meta.get("epoch", 0)), int(meta.get("iter", 0))

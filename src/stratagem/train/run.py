@@ -19,6 +19,7 @@ from stratagem.strategies import BaseStrategy
 from stratagem.train.failure import RankGuard
 from stratagem.train.hook import Events
 from stratagem.train.interrupt import Interrupt
+from stratagem.train.lineage import Lineage
 from stratagem.train.progress import Position, Progress
 from stratagem.train.timing import Timing
 
@@ -50,6 +51,7 @@ class Run:
     Attributes:
         train_data: what the run trains on; None where it does not train. Its position goes into checkpoints.
         evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
+        lineage: the starts that led to here, this one last; kept with every checkpoint.
         before_saving: each is called on every rank before a checkpoint is made, and may raise.
     """
 
@@ -67,6 +69,7 @@ class Run:
         self.last_checkpoint: Path | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self.before_saving: list[Callable[[], None]] = []
+        self.lineage = Lineage()
         self._config_text = config_text
         self.recorders: list[Recorder] = []
 
@@ -183,7 +186,11 @@ class Run:
             checkpoint[_HOOKS] = {name: state for name, state in states.items() if state}
             self.events.call("before_save_checkpoint", self, checkpoint=checkpoint)
 
-        meta: dict[str, Any] = {**position.as_meta(), "experiment_name": self.strategy.experiment_name}
+        meta: dict[str, Any] = {
+            **position.as_meta(),
+            "experiment_name": self.strategy.experiment_name,
+            **self.lineage.as_meta(),
+        }
         if self._config_text is not None:
             meta["cfg"] = self._config_text
         self.strategy.save_checkpoint(
