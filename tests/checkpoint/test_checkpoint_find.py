@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stratagem.checkpoint import find_latest_checkpoint, save_checkpoint
+from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, save_checkpoint
 
 
 def saved(path: Path, at: float) -> Path:
@@ -100,3 +100,15 @@ def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path) is None
     assert find_latest_checkpoint(tmp_path / "missing") is None
     assert find_latest_checkpoint(tmp_path / "notes.txt") is None
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_weights_that_are_not_finite_are_passed_over(tmp_path: Path, suffix: str) -> None:
+    """A checkpoint that was marked so while it was saved is never gone on from, in either form, and is said to be so."""
+    kept = tmp_path / f"epoch_1{suffix}"
+    save_checkpoint({"meta": {"iter": 1, "finite": True}, "state_dict": {}}, kept)
+    save_checkpoint({"meta": {"iter": 2, "finite": False}, "state_dict": {}}, tmp_path / f"epoch_2{suffix}")
+    assert find_latest_checkpoint(tmp_path) == kept
+    newest, older = list_checkpoints(tmp_path)
+    assert newest.fault == "its weights are not all finite."
+    assert (older.fault, older.position) == ("", {"iter": 1})

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import final
 
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
+from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.errors import CheckpointError
 
 __all__ = ["Candidate", "find_latest_checkpoint", "list_checkpoints"]
 
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
+
+_NOT_FINITE = "its weights are not all finite."
 
 
 @final
@@ -64,8 +67,21 @@ def _look_at(entry: Path) -> Candidate | None:
         except CheckpointError as error:
             # Without its own word, the system's must do for when it was made.
             return Candidate(entry.stat().st_mtime, number, entry, str(error)) if numbered else None
-        fault = "" if manifest["finite"] else "its weights are not all finite."
+        fault = "" if manifest["finite"] else _NOT_FINITE
         return Candidate(manifest["saved_at"], number, entry, fault, manifest["position"])
     if numbered and entry.suffix == ".pth" and entry.is_file():
-        return Candidate(entry.stat().st_mtime, number, entry)
+        return _look_at_file(entry, number)
     return None
+
+
+def _look_at_file(entry: Path, number: int) -> Candidate:
+    saved_at = entry.stat().st_mtime
+    try:
+        # Its pickle is read, and not its tensors.
+        meta = SingleFileFormat().load(entry, parts={"meta"}).get("meta")
+    except CheckpointError as error:
+        return Candidate(saved_at, number, entry, str(error))
+    meta = meta if isinstance(meta, Mapping) else {}
+    fault = _NOT_FINITE if meta.get("finite") is False else ""
+    position = {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
+    return Candidate(saved_at, number, entry, fault, position)
