@@ -59,14 +59,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not _is_ours(manifest):
         raise CheckpointError(f"{file} belongs to another program; this is not a checkpoint of Stratagem.")
     sealed = _SEAL.fullmatch(data)
-    if manifest.get("version") == _VERSION and (sealed is None or digest_of(sealed[1]) != sealed[2].decode()):
+    # Before the version, which may be what was damaged.
+    if sealed is not None and digest_of(sealed[1]) != sealed[2].decode():
         raise CheckpointDamagedError(f"{file} is not what was written: its digest differs.")
     if manifest.get("version") != _VERSION:
         raise CheckpointError(
-            f"{path}: the checkpoint has version {manifest.get('version')} of the format, this Stratagem reads version "
+            f"{file}: the checkpoint has version {manifest.get('version')} of the format, this Stratagem reads version "
             f"{_VERSION}. Read it with the version that wrote it ({manifest.get('stratagem')})."
         )
-    if not _is_complete(manifest):
+    if sealed is None or not _is_complete(manifest):
         raise CheckpointDamagedError(f"{file} cannot be read: it does not say what was written, or when.")
     return manifest
 
@@ -145,10 +146,14 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
         isinstance(saved_at, float)
         and math.isfinite(saved_at)
         and isinstance(files, dict)
-        and all(FILE_NAME.fullmatch(name) and isinstance(file.get("bytes"), int) for name, file in files.items())
+        and all(FILE_NAME.fullmatch(name) and _is_described(file) for name, file in files.items())
         and STATE in files
         and isinstance(tensors, dict)
     )
+
+
+def _is_described(file: Any) -> bool:
+    return isinstance(file, dict) and isinstance(file.get("bytes"), int)
 
 
 def _read(file: Path) -> tuple[bytes, dict[str, Any]]:
