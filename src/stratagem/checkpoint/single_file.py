@@ -80,9 +80,17 @@ def _read(path: Path, device: torch.device | str, parts: Collection[str] | None)
 def _write(plain: Any, path: Path) -> None:
     try:
         with atomic_file(path) as aside, opened(operations.open_file(aside)) as descriptor:
-            torch.save(plain, cast("Any", _Through(descriptor)))
+            _save_through(_Through(descriptor), plain)
     except (OSError, RuntimeError) as error:
         raise not_written(path, error) from error
+
+
+def _save_through(through: _Through, plain: Any) -> None:
+    try:
+        torch.save(plain, cast("Any", through))
+    except RuntimeError as error:
+        # torch tells of a write that failed only that its place in the file is not what it expects.
+        raise through.failure or error from error
 
 
 @final
@@ -92,9 +100,14 @@ class _Through:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._end = 0
+        self.failure: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        write_fully(self._descriptor, data, self._end)
+        try:
+            write_fully(self._descriptor, data, self._end)
+        except OSError as error:
+            self.failure = error
+            raise
         self._end += len(data)
         return len(data)
 
