@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -41,12 +42,12 @@ _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
     "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
-    "resume_param_scheduler", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
+    "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
     "requeue",
 )  # fmt: skip
 
 # What says that a run is resumed, and so is never what it was.
-_RESUMING = ("resume", "load_from", "resume_param_scheduler")
+_RESUMING = ("resume", "load_from", "resume_param_scheduler", "new_parameters")
 
 _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
 _VAL = ("val_dataloader", "val_cfg", "val_evaluator")
@@ -80,6 +81,8 @@ class Runner:
         resume: False, True (from ``load_from`` or the latest checkpoint under ``work_dir``, if any), or a path.
         resume_param_scheduler: whether a run that is resumed keeps the checkpoint's schedules and optimizers' options
             (learning rate, weight decay ...) where these here are others; with False these here win.
+        new_parameters: regular expressions; the model of a run that is resumed may have parameters and buffers whose whole
+            names one of them matches and that the checkpoint lacks. They begin as they were initialised.
         launcher: what started the processes; inferred where not given.
         env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
         log_level: of the logger.
@@ -117,6 +120,7 @@ class Runner:
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
         resume_param_scheduler: bool = True,
+        new_parameters: Sequence[str] = (),
         launcher: str | None = None,
         env_cfg: Mapping[str, Any] | None = None,
         log_level: str | int = "INFO",
@@ -151,7 +155,10 @@ class Runner:
         self._param_scheduler = param_scheduler
         self._compile = compile
         self._load_from, self._resume = load_from, resume
-        self._resume_param_scheduler = resume_param_scheduler
+        self._how_to_resume: dict[str, Any] = {
+            "resume_param_scheduler": resume_param_scheduler,
+            "new_parameters": _patterns(new_parameters),
+        }
         self._scope = default_scope
         self._requeue = requeue
         self._changes: list[str] = []
@@ -357,9 +364,7 @@ class Runner:
         if strict and load_from is not None and not resume:
             self.strategy.load_checkpoint(load_from, strict=True, callback=tell)
             return None
-        rest = self.strategy.load_or_resume(
-            load_from=load_from, resume=resume, callback=tell, resume_param_scheduler=self._resume_param_scheduler
-        )
+        rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell, **self._how_to_resume)
         if not resume or rest is None:
             return None
         meta = rest.get("meta") or {}
@@ -474,6 +479,17 @@ class Runner:
     def _config_text(self) -> str:
         """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
         return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
+
+
+def _patterns(given: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+        raise ConfigTypeError(f"new_parameters is {given!r}; a list of regular expressions is due.")
+    for pattern in given:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigValueError(f"new_parameters: {pattern!r} is no regular expression: {error}.") from error
+    return tuple(given)
 
 
 def _require_samples(loader: EpochLoader, parts: int) -> None:

@@ -137,6 +137,7 @@ SECTIONS: Mapping[str, Rule] = {
             "load_from",
             "resume",
             "resume_param_scheduler",
+            "new_parameters",
             "launcher",
             "log_level",
             "default_scope",

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import EPOCH, QUIET_HOOKS, Recorder
+import torch
+from toys import EPOCH, QUIET_HOOKS, Recorder, Toy
 
 from stratagem import Runner
-from stratagem.errors import CheckpointMismatchError
+from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
 
 MakeRunner = Callable[..., Runner]
 
@@ -103,3 +104,43 @@ def test_an_equal_configuration_is_not_worth_a_line(make_runner: MakeRunner):
     _, log = train(make_runner, train_cfg={"max_epochs": 2}, resume=True, cfg=cfg)
     assert "not that of the checkpoint" not in log
     assert "this configuration" not in log
+
+
+class Taller(Toy):
+    """The small model with a scale that it did not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(3.0))
+
+
+def test_a_parameter_that_is_new_must_be_named(make_runner: MakeRunner):
+    """Otherwise it is an error; named, it begins as it was initialised, and all others with their moments as saved."""
+    adam = {"optimizer": {"type": "Adam", "lr": 0.01}}
+    first = make_runner(optim_wrapper=adam, default_hooks=SAVING, train_cfg={"max_epochs": 1})
+    first.train()
+    more = {"model": Taller(), "optim_wrapper": adam, "default_hooks": SAVING, "train_cfg": {"max_epochs": 2}}
+    with pytest.raises(CheckpointMismatchError, match="1 missing in the checkpoint: scale"):
+        make_runner(**more, resume=True).prepare()
+    with pytest.raises(CheckpointMismatchError, match="1 missing in the checkpoint: scale"):
+        make_runner(**more, resume=True, new_parameters=["sca"]).prepare()
+    second = make_runner(**more, resume=True, new_parameters=["sc.*"], log_level="INFO")
+    second.prepare()
+    assert second.run.iter == EPOCH
+    old, new = (runner.strategy for runner in (first, second))
+    assert new.bare_model().scale.item() == 3.0
+    mine, theirs = (dict(strategy.bare_model().named_parameters()) for strategy in (new, old))
+    moments, saved = (strategy.optim_wrapper.optimizer.state for strategy in (new, old))
+    assert mine["scale"] not in moments
+    for name, parameter in theirs.items():
+        assert torch.equal(mine[name], parameter)
+        assert torch.equal(moments[mine[name]]["exp_avg"], saved[parameter]["exp_avg"])
+    log = next(Path(new.log_dir).glob("*.log")).read_text()
+    assert "New parameters begin as they were initialised, without optimizer state: scale." in log
+
+
+@pytest.mark.parametrize(("given", "kind"), [("scale", ConfigTypeError), (["("], ConfigValueError)])
+def test_patterns_that_are_none_are_refused(make_runner: MakeRunner, given: Any, kind: type[Exception]):
+    """One text, and what is no regular expression, are errors before anything is built."""
+    with pytest.raises(kind, match="new_parameters"):
+        make_runner(new_parameters=given)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from stratagem.checkpoint.names import bare_name, revise, unwrapped_names
+from stratagem.checkpoint.names import bare_name, is_named, revise, unwrapped_names
 from stratagem.checkpoint.prefixes import suggest_prefix
 from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointMismatchError
@@ -63,11 +63,13 @@ def load_state_dict(
     *,
     strict: bool = False,
     revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
+    may_miss: Sequence[str] = (),
 ) -> LoadReport:
     """Load ``state`` into the bare ``model``.
 
     Keys are first rewritten by ``revise_keys``; those that the model does not know even then lose the parts that
-    wrappers add. A tensor of another shape is left out and reported.
+    wrappers add. A tensor of another shape is left out and reported. With ``strict``, the state may lack the model's
+    entries whose names one of the patterns ``may_miss`` matches in whole.
 
     Raises:
         CheckpointMismatchError: if no key of the checkpoint belongs to the model, if two keys stand for the same or
@@ -86,7 +88,7 @@ def load_state_dict(
     fitting = {name: _as_placed(state[key], own.get(name)) for key, name in names.items() if name not in differing}
     incoming = with_versions(fitting, _versions_here(state, own, revise_keys))
     if _renames_itself(model):
-        return _load_and_see(model, incoming, own, reshaped, strict=strict)
+        return _load_and_see(model, incoming, own, reshaped, strict=strict, may_miss=may_miss)
     report = LoadReport(
         matched=sum(name in own for name in fitting),
         total=len(own),
@@ -94,13 +96,19 @@ def load_state_dict(
         unexpected=tuple(name for name in fitting if name not in own),
         reshaped=reshaped,
     )
-    _check_report(report, strict=strict)
+    _check_report(report, strict=strict, may_miss=may_miss)
     model.load_state_dict(incoming, strict=False)
     return report
 
 
 def _load_and_see(
-    model: nn.Module, incoming: Mapping[str, Any], own: Mapping[str, Any], reshaped: Reshaped, *, strict: bool
+    model: nn.Module,
+    incoming: Mapping[str, Any],
+    own: Mapping[str, Any],
+    reshaped: Reshaped,
+    *,
+    strict: bool,
+    may_miss: Sequence[str],
 ) -> LoadReport:
     """Load into a model whose modules change the keys meanwhile; what fits is known only then, so undo it if refused."""
     before = {key: value.clone() for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
@@ -116,7 +124,7 @@ def _load_and_see(
             unexpected=tuple(unexpected),
             reshaped=reshaped,
         )
-        _check_report(report, strict=strict)
+        _check_report(report, strict=strict, may_miss=may_miss)
     except RuntimeError as error:
         model.load_state_dict(before, strict=False)
         if isinstance(error, CheckpointMismatchError):
@@ -125,14 +133,15 @@ def _load_and_see(
     return report
 
 
-def _check_report(report: LoadReport, *, strict: bool) -> None:
+def _check_report(report: LoadReport, *, strict: bool, may_miss: Sequence[str]) -> None:
     if report.total and report.matched == 0:
         raise CheckpointMismatchError(
             f"No key of the checkpoint belongs to this model. {report.describe()}\n"
             f"  {suggest_prefix(report.unexpected, report.missing) or 'Is it a checkpoint of another model?'} "
             "Differing prefixes can be rewritten with revise_keys."
         )
-    if strict and not report.exact:
+    refused = replace(report, missing=tuple(name for name in report.missing if not is_named(name, may_miss)))
+    if strict and not refused.exact:
         hint = suggest_prefix(report.unexpected, report.missing)
         raise CheckpointMismatchError("\n  ".join([report.describe(), hint] if hint else [report.describe()]))
 

@@ -11,7 +11,15 @@ from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError
 
-__all__ = ["bare_name", "optimizer_by_index", "optimizer_by_name", "parameter_names", "revise", "unwrapped_names"]
+__all__ = [
+    "bare_name",
+    "is_named",
+    "optimizer_by_index",
+    "optimizer_by_name",
+    "parameter_names",
+    "revise",
+    "unwrapped_names",
+]
 
 _WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # How a step is computed belongs to the machine, not to the run: it is chosen anew where the run goes on.
@@ -47,6 +55,11 @@ def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict
     return revised
 
 
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether one of the regular expressions matches the whole of a name."""
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
 def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     """Return the names of the optimizer's parameters, a list for each of its groups.
 
@@ -71,7 +84,11 @@ def optimizer_by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) 
 
 
 def optimizer_by_index(
-    state: Mapping[str, Any], names: Sequence[Sequence[str]], current: Sequence[Mapping[str, Any]]
+    state: Mapping[str, Any],
+    names: Sequence[Sequence[str]],
+    current: Sequence[Mapping[str, Any]],
+    *,
+    may_miss: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return a state dict that torch's optimizer loads, from one by name.
 
@@ -79,25 +96,37 @@ def optimizer_by_index(
         state: made by :func:`optimizer_by_name`, or by torch itself (then indices are taken as they are).
         names: those of the optimizer that loads it, a list for each group.
         current: the parameter groups of the optimizer that loads it.
+        may_miss: patterns of the names of parameters that the saved state may lack; they have none then, and groups of
+            such parameters alone keep their own options.
 
     Raises:
         CheckpointMismatchError: if the groups differ in number or in their parameters.
     """
-    saved_groups = state["param_groups"]
+    saved_groups = list(state["param_groups"])
+    kept = [{key: now[key] for key in _IMPLEMENTATION if key in now} for now in current]
+    by_name = _is_by_name(state)
+    known = {name for group in saved_groups for name in group["params"]} if by_name else set()
+    new = {name for group in names for name in group if by_name and name not in known and is_named(name, may_miss)}
+    for number, group in enumerate(names):
+        if group and new.issuperset(group):
+            options = {key: value for key, value in current[number].items() if key != "params"}
+            saved_groups.insert(number, {**options, "params": list(group)})
     if len(saved_groups) != len(names):
         raise CheckpointMismatchError(
             f"The checkpoint's optimizer has {len(saved_groups)} parameter groups, this run's has {len(names)}. "
             "Build the same groups, or resume with resume_optimizer=False."
         )
-    kept = [{key: now[key] for key in _IMPLEMENTATION if key in now} for now in current]
-    if not _is_by_name(state):
+    if not by_name:
         _check_sizes(saved_groups, names)
         return {**state, "param_groups": [{**saved, **own} for saved, own in zip(saved_groups, kept, strict=True)]}
     index_of = {name: index for index, name in enumerate(name for group in names for name in group)}
     groups = []
     for number, (saved, own, flags) in enumerate(zip(saved_groups, names, kept, strict=True)):
-        if set(saved["params"]) != set(own):
-            only_saved, only_own = sorted(set(saved["params"]) - set(own)), sorted(set(own) - set(saved["params"]))
+        if set(saved["params"]) - new != set(own) - new:
+            only_saved, only_own = (
+                sorted(set(saved["params"]) - set(own)),
+                sorted(set(own) - set(saved["params"]) - new),
+            )
             raise CheckpointMismatchError(
                 f"Parameter group {number} of the optimizer differs: only in the checkpoint {only_saved[:5]}, only in this "
                 f"run {only_own[:5]}. Build the same groups, or resume with resume_optimizer=False."

@@ -7,8 +7,9 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import nn
@@ -298,8 +299,13 @@ class BaseStrategy(ABC):
         resume_param_scheduler: bool = True,
         map_location: torch.device | str = "default",
         callback: CheckpointCallback | None = None,
+        new_parameters: Sequence[str] = (),
     ) -> StateTree:
-        """Restore model, optimizers, schedulers and randomness; return the rest of the checkpoint. Collective."""
+        """Restore model, optimizers, schedulers and randomness; return the rest of the checkpoint. Collective.
+
+        The checkpoint may lack the parameters and buffers whose names one of the regular expressions ``new_parameters``
+        matches in whole; anything else that differs is an error.
+        """
 
     @abstractmethod
     def save_checkpoint(
@@ -349,13 +355,18 @@ class BaseStrategy(ABC):
         *,
         strict: bool = False,
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
+        may_miss: Sequence[str] = (),
     ) -> LoadReport:
         """Load the bare model's state; differences are logged once, on rank 0.
+
+        With ``strict`` the state may lack what a pattern of ``may_miss`` names.
 
         Raises:
             CheckpointMismatchError: if no key matches, or with ``strict`` if anything differs.
         """
-        report = load_state_dict(self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys)
+        report = load_state_dict(
+            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss
+        )
         if not report.exact:
             self.logger.warning(report.describe())
         return report
@@ -382,6 +393,7 @@ class BaseStrategy(ABC):
         resume: bool | str | os.PathLike[str] = False,
         callback: CheckpointCallback | None = None,
         resume_param_scheduler: bool = True,
+        new_parameters: Sequence[str] = (),
     ) -> StateTree | None:
         """Load weights, resume, or do nothing, as the two arguments say. Collective.
 
@@ -390,27 +402,26 @@ class BaseStrategy(ABC):
         weights. ``callback`` is that of :meth:`load_checkpoint` and :meth:`resume`.
 
         With ``resume_param_scheduler=False`` the schedules and the optimizers' options are those of this run, from where
-        the checkpoint stands; moments and other state go on.
+        the checkpoint stands; moments and other state go on. ``new_parameters`` is that of :meth:`resume`.
         """
+        how = _How(callback, resume_param_scheduler, tuple(new_parameters))
         if not resume:
             return None if load_from is None else self.load_checkpoint(load_from, callback=callback)
         if not isinstance(resume, bool):
-            return self._resume(resume, callback, resume_param_scheduler=resume_param_scheduler)
-        if load_from is not None:
-            return self._resume(load_from, callback, resume_param_scheduler=resume_param_scheduler)
-        return self._resume_latest(callback, resume_param_scheduler=resume_param_scheduler)
+            return self._resume(resume, how)
+        return self._resume_latest(how) if load_from is None else self._resume(load_from, how)
 
-    def _resume(
-        self, filename: str | os.PathLike[str], callback: CheckpointCallback | None, *, resume_param_scheduler: bool
-    ) -> StateTree:
+    def _resume(self, filename: str | os.PathLike[str], how: _How) -> StateTree:
         """Resume, with this run's own schedules and options where that is asked for."""
         optim = BaseStrategy.optim_wrapper.get(self)
-        if resume_param_scheduler or optim is None:
-            rest = self.resume(filename, callback=callback)
+        # Not given where there are none: strategies of others need not know the argument.
+        new: dict[str, Any] = {"new_parameters": how.new_parameters} if how.new_parameters else {}
+        if how.resume_param_scheduler or optim is None:
+            rest = self.resume(filename, callback=how.callback, **new)
             self.resumed_from = os.fspath(filename)
             return rest
         own = OwnValues(optim)
-        rest = self.resume(filename, callback=callback, resume_param_scheduler=False)
+        rest = self.resume(filename, callback=how.callback, resume_param_scheduler=False, **new)
         self.resumed_from = os.fspath(filename)
         own.restore(optim)
         meta = rest.get("meta") or {}
@@ -432,7 +443,7 @@ class BaseStrategy(ABC):
                 "resume_param_scheduler=False.", "\n  ".join(lines),
             )  # fmt: skip
 
-    def _resume_latest(self, callback: CheckpointCallback | None, *, resume_param_scheduler: bool) -> StateTree | None:
+    def _resume_latest(self, how: _How) -> StateTree | None:
         """Resume from the newest checkpoint that every rank can read whole; name those that are passed over."""
         # Rank 0's list, so that all ranks go on from the same step.
         found = from_main(lambda: list_checkpoints(self._work_dir))
@@ -440,7 +451,7 @@ class BaseStrategy(ABC):
             fault = candidate.fault
             if not fault:
                 try:
-                    return self._resume(candidate.path, callback, resume_param_scheduler=resume_param_scheduler)
+                    return self._resume(candidate.path, how)
                 except CheckpointDamagedError as error:
                     # Found while reading, on some rank; nothing of this run was changed.
                     fault = str(error)
@@ -473,6 +484,16 @@ class BaseStrategy(ABC):
         self._stop_forwarding()
         self.logger.close()
         self._env.close()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How to resume; see :meth:`BaseStrategy.load_or_resume`."""
+
+    callback: CheckpointCallback | None
+    resume_param_scheduler: bool
+    new_parameters: tuple[str, ...]
 
 
 def _make_folder(path: Path) -> Path:

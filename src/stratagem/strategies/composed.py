@@ -170,6 +170,7 @@ class ComposedStrategy(BaseStrategy):
         resume_param_scheduler: bool = True,
         map_location: torch.device | str = "default",
         callback: CheckpointCallback | None = None,
+        new_parameters: Sequence[str] = (),
     ) -> StateTree:
         self.logger.info("Resume checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
@@ -182,10 +183,15 @@ class ComposedStrategy(BaseStrategy):
         state = model_part(checkpoint, filename)
         parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
         # Another model's moments would be applied to this one's parameters.
-        self.load_model_state_dict(state, strict=True)
+        report = self.load_model_state_dict(state, strict=True, may_miss=new_parameters)
+        if report.missing:
+            self.logger.warning(
+                "New parameters begin as they were initialised, without optimizer state: %s. All others go on as saved, but "
+                "the losses are another model's.", ", ".join(report.missing),
+            )  # fmt: skip
         if "optimizer" in parts:
             own = OwnValues(self.optim_wrapper)
-            write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model())
+            write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model(), may_miss=new_parameters)
             if resume_param_scheduler:
                 self._say_kept(own.differences(self.optim_wrapper))
         if "param_schedulers" in parts:

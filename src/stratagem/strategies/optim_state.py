@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
     return optimizer_by_name(optim.state_dict(), parameter_names(optim.optimizer, model))
 
 
-def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module) -> None:
+def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str] = ()) -> None:
     """Load what :func:`read_optim` gave, or what torch's own optimizer gives, by index.
+
+    Parameters whose names a pattern of ``may_miss`` matches in whole need not be in it; they begin without state.
 
     Raises:
         CheckpointMismatchError: if it belongs to other optimizers or other parameter groups.
@@ -37,7 +39,7 @@ def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module) -> 
                 "with resume_optimizer=False."
             )
         for name in names:
-            write_optim(optim[name], state[name], model)
+            write_optim(optim[name], state[name], model, may_miss=may_miss)
         return
     if "param_groups" not in state:
         raise CheckpointMismatchError(
@@ -45,7 +47,7 @@ def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module) -> 
             "optimizers, and this run has one. Resume with resume_optimizer=False."
         )
     names_here = parameter_names(optim.optimizer, model)
-    by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups)
+    by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups, may_miss=may_miss)
     parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
     own = {
         index: {key: _own(value, parameters[index]) for key, value in slots.items()}

@@ -162,7 +162,11 @@ class EMAHook(Hook):
 
     def _load(self, saved: Mapping[str, Any]) -> None:
         if saved["steps"]:
-            self.average.load_state_dict(saved)
+            averages = saved["averages"]
+            if not self._strict_load:
+                # Weights that the saved average lacks are new to the model: their average begins with them.
+                averages = {**self.average.averages, **averages}
+            self.average.load_state_dict({**saved, "averages": averages})
         else:
             self.average.steps = 0
         self._updates = int(saved["updates"])
