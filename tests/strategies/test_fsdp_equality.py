@@ -181,3 +181,12 @@ def test_a_checkpoint_before_the_first_update_has_no_moments_and_is_taken_up(ran
     )
     assert first["found"]["moments"] == {}
     assert first["losses"] == whole[0]["losses"]
+
+
+def test_random_numbers_of_training_follow_those_of_the_weights(ranks: Ranks, tmp_path: Path) -> None:
+    """After initial weights that rank 0 made for all, dropout draws on every rank what it draws under DDP."""
+    with_dropout = {"model": {"type": Gpt, "drop": 0.3}}
+    sharded = ranks.run(changed, "FSDP x2", str(tmp_path / "fsdp"), with_dropout)
+    replicated = ranks.run(changed, "DDP x2", str(tmp_path / "ddp"), with_dropout)
+    for rank, other in zip(sharded, replicated, strict=True):
+        assert rank["losses"] == pytest.approx(other["losses"], abs=TOLERANCE)

@@ -319,6 +319,30 @@ def test_without_initial_weights_a_checkpoint_is_due(ranks: Ranks, tmp_path: Pat
         assert 0 < loss < 10
 
 
+def loaded_wrongly(folder: str) -> tuple[str, bool]:
+    """Load a state of other shapes; return the error, and whether the model is as before."""
+    strategy = make(folder)
+    strategy.prepare({"type": Mlp})
+    before = {name: value.full_tensor().clone() for name, value in strategy.bare_model().state_dict().items()}
+    try:
+        strategy.load_model_state_dict({name: value[:1] for name, value in before.items()}, strict=True)
+        message = "nothing was refused"
+    except StratagemError as error:
+        message = str(error)
+    same = all(
+        torch.equal(value.full_tensor(), before[name]) for name, value in strategy.bare_model().state_dict().items()
+    )
+    strategy.close()
+    return message, same
+
+
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    """Shapes are compared as of the whole tensors."""
+    for message, same in ranks.run(loaded_wrongly, str(tmp_path)):
+        assert "layers.0.weight (saved [1, 4], here [8, 4])" in message
+        assert same
+
+
 def dropped_window(folder: str) -> list[float]:
     """Drop a window of accumulated gradients, and return the norms of the next update with and without it."""
     norms = []

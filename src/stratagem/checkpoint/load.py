@@ -19,6 +19,7 @@ __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "load_state_dict", "weights_to_c
 
 DEFAULT_REVISE_KEYS: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
 _SHOWN = 10
+_SHARDING = "torch.distributed.fsdp."
 # (key, saved shape, the model's shape)
 Reshaped = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
@@ -216,7 +217,9 @@ def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:
 
 def _renames_itself(model: nn.Module) -> bool:
     """Tell whether modules change the keys while loading, so that only loading shows what fits."""
-    return any(module._load_state_dict_pre_hooks for module in model.modules())
+    hooks: list[Any] = [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
+    # Those of torch's sharding free what was gathered, and leave keys alone.
+    return any(not str(getattr(hook.hook, "__module__", "")).startswith(_SHARDING) for hook in hooks)
 
 
 def weights_to_cpu(state: Mapping[str, Any]) -> dict[str, Any]:

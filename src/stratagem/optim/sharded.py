@@ -69,10 +69,11 @@ def local_slice(full: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def placed_like(full: Tensor, like: Tensor) -> Tensor:
+def placed_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
     """Return a whole tensor sharded as ``like`` is, of the same type as before; as it is where ``like`` is not sharded.
 
-    Each rank reads its own part of ``full`` alone. Not collective.
+    Each rank reads its own part of ``full`` alone, and where ``like`` lies on the same device, only when it is used:
+    unless ``copy`` asks for memory of its own, the shard is a view. Not collective.
 
     Raises:
         CheckpointMismatchError: if the shapes differ.
@@ -84,7 +85,7 @@ def placed_like(full: Tensor, like: Tensor) -> Tensor:
             f"A tensor of shape {list(full.shape)} cannot be sharded as one of shape {list(like.shape)} is."
         )
     spread: Any = like
-    part = local_slice(full, like).to(local_part(like).device, copy=True).contiguous()
+    part = local_slice(full, like).to(local_part(like).device, copy=copy)
     placed: Tensor = _dtensor().from_local(
         part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -64,5 +64,5 @@ def _own(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     if is_sharded(parameter) and value.shape == parameter.shape and not is_sharded(value):
-        return placed_like(value, parameter)
+        return placed_like(value, parameter, copy=True)
     return value.clone()
