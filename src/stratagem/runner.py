@@ -17,14 +17,14 @@ from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, changed_values, require, show
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.dist import Peer, all_gather_object, infer_launcher
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, LaunchError, StateError
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
-from stratagem.strategies.agreement import require_one_config
 from stratagem.strategies.building import with_preprocessor
 from stratagem.strategies.main_rank import from_main
+from stratagem.strategies.one_config import require_one_config
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.lineage import Ending, Lineage, Start
@@ -174,13 +174,7 @@ class Runner:
                 auto_scale_lr=auto_scale_lr,
                 log_level=log_level,
             )
-        config_text = self._config_text() if len(self.cfg) else None
-        try:
-            require_one_config(config_text or "")
-        except LaunchError:
-            self.strategy.close()
-            raise
-        self.run = Run(self.strategy, events, config_text=config_text)
+        self.run = Run(self.strategy, events, config_text=self._config_text() if len(self.cfg) else None)
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
@@ -252,8 +246,10 @@ class Runner:
         """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.
 
         Raises:
+            LaunchError: if ranks have read different configurations.
             StateError: if the runner was given nothing to train with.
         """
+        require_one_config(self._config_text() if len(self.cfg) else "")
         run = self.run
         with run.guard.watching(), run.interrupt.listening():
             loop = self.prepare()
@@ -337,6 +333,7 @@ class Runner:
         if self._parts[f"{mode}_cfg"] is None:
             names = _VAL if mode == "val" else _TEST
             raise StateError(f"There is nothing to evaluate with: {', '.join(names)} are not given.")
+        require_one_config(self._config_text() if len(self.cfg) else "")
         with switch_scope(self._scope):
             loop = self._evaluation_loop(mode)
             self.strategy.prepare(self._model, compile=self._compile)

@@ -164,3 +164,13 @@ def facts(work_dir: Path, size: int = 2) -> list[dict[str, Any]]:
     """Return what each rank of a run computed, which neither launcher nor host may change."""
     own = {"launcher", "host"}
     return [{key: value for key, value in record.items() if key not in own} for record in records(work_dir, size)]
+
+
+def check_continued(work_dir: Path, log: str, expected: list[dict[str, Any]]) -> None:
+    """Compare a run that was interrupted, as its log says, and resumed with one that was not, bit for bit."""
+    done = int(log.split("Interrupted after ")[1].split()[0])
+    assert 0 < done < len(expected[0]["losses"])
+    for record, whole in zip(records(work_dir), expected, strict=True):
+        assert record["samples"] == whole["samples"][done:]
+        assert record["losses"] == whole["losses"][done:]
+        assert record["weights"] == whole["weights"]

@@ -128,3 +128,24 @@ def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
     assert job.wait() == 2
     assert "launcher='slurm', but this process was not started by it" in job.output()
     assert "Start it with `srun`" in job.output()
+
+
+@pytest.mark.parametrize(
+    ("environ", "more", "told"),
+    [
+        ({"WORLD_SIZE": "4"}, (), "Rank 0 was started as one of 2, rank 1 as one of 4."),
+        ({}, ("--set", "optim_wrapper.optimizer.lr=0.5"), "1 of 2 ranks have read another configuration than rank 0."),
+    ],
+    ids=["world sizes", "configurations"],
+)
+def test_ranks_that_do_not_belong_together(
+    jobs: Jobs, free_port: int, environ: dict[str, str], more: tuple[str, ...], told: str
+) -> None:
+    """Both end at once, with 2, and say what differs."""
+    both = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+    words = [*STRATAGEM, *train("run")[1:]]
+    first = jobs.start(words, **both, RANK="0")
+    second = jobs.start([*words, *more], **{**both, **environ}, RANK="1")
+    for rank in (first, second):
+        assert rank.wait() == 2, rank.output()
+        assert told in rank.output()

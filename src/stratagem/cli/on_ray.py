@@ -152,7 +152,7 @@ def _handing_signals_on(actors: Sequence[Any]) -> Iterator[None]:
         for actor in actors:
             actor.signal.remote(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

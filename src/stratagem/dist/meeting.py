@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import timedelta
 
@@ -50,12 +51,21 @@ def meet(launch: Launch, limit: timedelta) -> Store:
             _stores[launch] = _connect(launch, limit, until_met)
         store = _stores[launch]
         store.set_timeout(limit)
-        # Neither a restarted process nor a second group of this one may read what an earlier group left in the store. Ranks
-        # that are started again because others came or went have the same count, and another size.
-        start = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{launch.size}"
-        own = PrefixStore(f"stratagem/{start}/{next(_groups)}", store)
+        # Neither a restarted process nor a second group of this one may read what an earlier group left in the store.
+        own = PrefixStore(f"stratagem/{_start(launch)}/{next(_groups)}", store)
         call_roll(PrefixStore("roll", own), launch, limit)
     return own
+
+
+def _start(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
+    """Return what tells a start of torchrun's ranks from the others that used the same store; other launchers have one.
+
+    Ranks that are started again because others came or went have the same count, and another size. Elsewhere the size is
+    left out, so that ranks which were told different ones meet, and are refused.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ:
+        return "0"
+    return f"{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{launch.size}"
 
 
 def _connect(launch: Launch, limit: timedelta, until_met: ExitStack) -> Store:
