@@ -20,18 +20,21 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, cast, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stratagem.dist import all_gather_object, infer_launcher
-from stratagem.model import BaseModel
+from stratagem.model import BaseModel, Trainable
 from stratagem.strategies import FSDPStrategy
 
 WIDTH, LAYERS = 2048, 16
 GIGABYTE = 1e9
 LIMIT = 0.6
+
+
+Origin = Literal["rank0", "per_rank", "whole"]
 
 
 @final
@@ -44,8 +47,9 @@ class Stack(BaseModel):
             nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)) for _ in range(layers)
         )
 
-    def forward(self, x: Tensor, mode: str = "tensor") -> Any:
+    def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
         """Return the outputs, or their mean square."""
+        (x,) = args
         for block in self.blocks:
             x = x + block(x)
         return {"loss": x.square().mean()} if mode == "loss" else x
@@ -77,7 +81,7 @@ def own_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon", "RssShmem")))
 
 
-def measure(initial_weights: str, folder: str, *, skip: bool) -> list[dict[str, tuple[float, float]]]:
+def measure(initial_weights: Origin, folder: str, *, skip: bool) -> list[dict[str, tuple[float, float]]]:
     """Run the phases; return for each rank and phase the bytes at its peak and its seconds."""
     strategy = FSDPStrategy(
         work_dir=folder, initial_weights=initial_weights, skip_init_weights=skip, log_kwargs={"log_level": "ERROR"}
@@ -98,14 +102,14 @@ def measure(initial_weights: str, folder: str, *, skip: bool) -> list[dict[str, 
         phase("load", lambda: strategy.load_checkpoint(checkpoint, strict=True))
     else:
         batch = torch.ones(4, WIDTH)
-        phase("step", lambda: strategy.model.train_step(batch, optim_wrapper=strategy.optim_wrapper))
+        phase("step", lambda: cast("Trainable", strategy.model).train_step(batch, optim_wrapper=strategy.optim_wrapper))
         phase("save", lambda: strategy.save_checkpoint(checkpoint))
     every = all_gather_object(found)
     strategy.close()
     return every
 
 
-def as_rank(initial_weights: str, folder: str, *, skip: bool) -> None:
+def as_rank(initial_weights: Origin, folder: str, *, skip: bool) -> None:
     """Measure on every rank; rank 0 prints the table's rows."""
     torch.set_num_threads(1)
     every = measure(initial_weights, folder, skip=skip)

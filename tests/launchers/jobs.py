@@ -168,7 +168,7 @@ def facts(work_dir: Path, size: int = 2) -> list[dict[str, Any]]:
 
 def check_continued(work_dir: Path, log: str, expected: list[dict[str, Any]]) -> None:
     """Compare a run that was interrupted, as its log says, and resumed with one that was not, bit for bit."""
-    done = int(log.split("Interrupted after ")[1].split()[0])
+    done = int(log.split("Interrupted after ")[1].split(maxsplit=1)[0])
     assert 0 < done < len(expected[0]["losses"])
     for record, whole in zip(records(work_dir), expected, strict=True):
         assert record["samples"] == whole["samples"][done:]
