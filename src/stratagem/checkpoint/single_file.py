@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, final
 
 import torch
 from torch import Tensor
 
+from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.dist import ALONE, Team
@@ -38,10 +39,27 @@ class SingleFileFormat:
         Raises:
             CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
         """
+        captured = self.capture(tree, team)
+        captured.publish(captured.tensors, path, team)
+
+    def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
+        """Take ``tree`` apart, for what is written later; of tensors only those that are spread are copied.
+
+        Collective over ``team``.
+
+        Raises:
+            CheckpointError: if a value cannot be stored.
+        """
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
         tensors, skeleton = team.own(lambda: split_tree(tree))
-        whole_ones = {name: _whole(tensor, keep=team.leads) for name, tensor in tensors.items()}
-        team.first(lambda: _write(join_tree(whole_ones, skeleton), path))
+        names = list(tensors)
+        whole_ones = [_whole(tensor, keep=team.leads) for tensor in tensors.values()]
+
+        def write(contents: Sequence[Tensor], path: Path, team: Team) -> None:
+            here = (content.to("cpu") for content in contents)
+            team.first(lambda: _write(join_tree(dict(zip(names, here, strict=True)), skeleton), path))
+
+        return Captured(whole_ones if team.leads else [], write)
 
     def load(
         self,
@@ -110,8 +128,10 @@ def _check(path: Path) -> int:
 
 
 def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
-    """Return a tensor in one piece on the CPU where it is kept; collective for one that is spread over ranks."""
-    gathered = whole(tensor) if is_sharded(tensor) else tensor
+    """Return a tensor in one piece where it is kept; collective for one that is spread over ranks, then on the CPU."""
+    if not is_sharded(tensor):
+        return tensor
+    gathered = whole(tensor)
     return gathered.to("cpu") if keep else gathered.new_empty(0)
 
 

@@ -1,5 +1,6 @@
 """The processes of a run: who started them, what each one is, and how they exchange values."""
 
+from stratagem.dist.agreement import Agreement
 from stratagem.dist.collectives import (
     all_gather,
     all_reduce,
@@ -25,13 +26,18 @@ from stratagem.dist.objects import (
     collect_results,
     gather_object,
 )
+from stratagem.dist.watch import Failure, Peer, RankWatch
 from stratagem.dist.world import World, pick_device
 
 __all__ = [
     "ALONE",
     "Team",
     "LAUNCHERS",
+    "Agreement",
+    "Failure",
     "Launch",
+    "Peer",
+    "RankWatch",
     "World",
     "all_gather",
     "all_gather_object",

@@ -182,14 +182,19 @@ def _check_rank(rank: int, group: Group | None) -> None:
 
 def _to_backend(data: Tensor, group: Group | None) -> Tensor:
     """Return a contiguous tensor on a device that the group serves: the tensor itself where that is so already."""
-    # Such as "cpu:gloo,cuda:nccl".
-    served = {pair.partition(":")[0] for pair in torch_dist.get_backend_config(group).split(",")}
+    served = served_devices(group)
     if data.device.type in served:
         return data.detach().contiguous()
     if "cpu" in served:
         return data.detach().cpu().contiguous()
     accelerator = torch.accelerator.current_accelerator()
     return data.detach().to(accelerator).contiguous()
+
+
+def served_devices(group: Group | None = None) -> set[str]:
+    """Return the kinds of devices whose tensors the group exchanges."""
+    # Such as "cpu:gloo,cuda:nccl".
+    return {pair.partition(":")[0] for pair in torch_dist.get_backend_config(group).split(",")}
 
 
 def _copy_back(moved: Tensor, data: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 from stratagem.train.priority import Priority, get_priority
@@ -136,6 +136,16 @@ class Hook:
     ) -> None:
         """Serve the three ``after_..._iter`` events at once."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this hook must know again when the run goes on: plain values and tensors; kept in checkpoints.
+
+        Called on rank 0. An empty state, as here, is not kept.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned; called on every rank when a run is resumed."""
+
     def get_triggered_stages(self) -> list[str]:
         """Return the events that this hook wants: those whose method its class wrote.
 
@@ -192,6 +202,15 @@ class Events:
             event: tuple(getattr(hook, event) for hook in self.hooks if event in hook.get_triggered_stages())
             for event in EVENTS
         }
+
+    def named(self) -> dict[str, Hook]:
+        """Return the hooks by name: that of the class, numbered from the second of a class on."""
+        named: dict[str, Hook] = {}
+        for hook in self.hooks:
+            kind = type(hook).__name__
+            alike = sum(type(other).__name__ == kind for other in named.values())
+            named[f"{kind}_{alike + 1}" if alike else kind] = hook
+        return named
 
     def __getitem__(self, event: str) -> tuple[Callable[..., None], ...]:
         """Return the methods of one event, for loops to call without a detour."""
