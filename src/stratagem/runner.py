@@ -10,7 +10,7 @@ from typing import Any, final
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stratagem.checkpoint import find_latest_checkpoint
+from stratagem.checkpoint import Purpose, find_latest_checkpoint
 from stratagem.config import Config, require, show
 from stratagem.data import EpochLoader, build_dataloader
 from stratagem.dist import infer_launcher
@@ -23,6 +23,7 @@ from stratagem.strategies.building import with_preprocessor
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.loops import updates_of
+from stratagem.train.run import INTERRUPTED
 
 __all__ = ["Runner"]
 
@@ -218,19 +219,20 @@ class Runner:
         Raises:
             StateError: if the runner was given nothing to train with.
         """
-        loop = self.prepare()
         run = self.run
-        # Not earlier: a run that cannot begin leaves what an earlier one kept.
-        self._keep_config()
-        run.events.call("before_run", run)
-        if self._is_complete():
-            run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
-        run.progress.stop_training = False
-        with run.interrupt.listening():
-            loop.run()
-            if self.interrupted is not None:
-                self._save_interrupted()
-        run.events.call("after_run", run)
+        with run.claims.held(Path(run.work_dir)), run.saves.finished():
+            loop = self.prepare()
+            # Not earlier: a run that cannot begin leaves what an earlier one kept.
+            self._keep_config()
+            run.events.call("before_run", run)
+            if self._is_complete():
+                run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
+            run.progress.stop_training = False
+            with run.interrupt.listening():
+                loop.run()
+                if self.interrupted is not None:
+                    self._save_interrupted()
+            run.events.call("after_run", run)
         return self.strategy.model
 
     def val(self) -> dict[str, Any]:
@@ -281,6 +283,8 @@ class Runner:
         rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
         if resume and rest is not None:
             self.run.progress.move_to(self._position(rest.get("meta") or {}))
+            self.run.load_hooks(rest)
+            self.run.adopt_id(rest.get("meta") or {})
             self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
 
     def _position(self, meta: Mapping[str, Any]) -> Position:
@@ -303,7 +307,9 @@ class Runner:
     def _save_interrupted(self) -> None:
         run = self.run
         path = Path(run.work_dir) / f"iter_{run.iter}"
-        run.save_checkpoint(path, run.progress.here())
+        run.save_checkpoint(path, run.progress.here(), purpose=Purpose(series=INTERRUPTED, number=run.iter))
+        # Said only when it is true: it may be written in the background.
+        run.saves.wait()
         run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
 
     def _loader(self, mode: str) -> EpochLoader:

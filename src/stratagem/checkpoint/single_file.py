@@ -96,7 +96,9 @@ class SingleFileFormat:
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
     _refuse_missing(path)
     try:
-        loaded = torch.load(path, map_location=device, weights_only=True)
+        # Mapped, the tensors of parts that nobody asked for are not read.
+        mapped = parts is not None and _kind(path) == "zip"
+        loaded = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # which class it is hangs on where the file is damaged
         if isinstance(error, pickle.UnpicklingError) and (kind := _kind(path)) != "damaged zip":
             raise CheckpointError(_refusal(path, error, kind)) from error

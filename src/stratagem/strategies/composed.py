@@ -24,7 +24,7 @@ from stratagem.dist import Team, all_gather_object
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
-from stratagem.strategies.base import BaseStrategy, CheckpointCallback
+from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.optim_state import read_optim, write_optim
 from stratagem.utils import generator_state, mask_text, restore_generator_state
@@ -173,6 +173,7 @@ class ComposedStrategy(BaseStrategy):
         save_param_scheduler: bool = True,
         extra_ckpt: Mapping[str, Any] | None = None,
         callback: CheckpointCallback | None = None,
+        write: CheckpointWriter = save_checkpoint,
     ) -> None:
         parts: StateTree = {}
         optim = BaseStrategy.optim_wrapper.get(self)
@@ -188,7 +189,7 @@ class ComposedStrategy(BaseStrategy):
             team = Team.of()
             # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
             checkpoint = team.own(lambda: self._tree(parts, extra_ckpt, callback))
-            save_checkpoint(checkpoint, filename, team)
+            write(checkpoint, filename, team)
 
     def _tree(
         self, parts: StateTree, extra_ckpt: Mapping[str, Any] | None, callback: CheckpointCallback | None
