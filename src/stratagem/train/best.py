@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, final
 
 from torch import Tensor
@@ -138,15 +139,18 @@ class BestScores:
         return self._names
 
     def _remember(self, purpose: Purpose) -> bool:
-        """Take a score in; return whether it is among the best."""
+        """Take a score in; return whether it is among the best, and better than what that validation gave before."""
         metric = purpose.metric
         if metric not in self._names and self._names != [_AUTO]:
             return False
         greater = self._greater.get(metric, purpose.greater)
-        scores = self._scores.setdefault(metric, {})
-        others = {number: score for number, score in scores.items() if number != purpose.number}
+        scores = dict(self._scores.get(metric, {}))
+        # Where a run went back, validations come again: their checkpoints have the same name.
+        known = scores.pop(purpose.number, None)
+        if known is not None and not purpose.beats(replace(purpose, score=known)):
+            return False
         # Of equal ones the earlier is the better.
-        ranked = sorted([*others.items(), (purpose.number, purpose.score)], key=lambda item: item[1], reverse=greater)
+        ranked = sorted([*scores.items(), (purpose.number, purpose.score)], key=lambda item: item[1], reverse=greater)
         self._scores[metric] = dict(ranked[: self._count])
         return purpose.number in self._scores[metric]
 

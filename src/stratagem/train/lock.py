@@ -52,9 +52,18 @@ def folder_lock(folder: Path, logger: logging.Logger, *, beat_s: float = _BEAT_S
     finally:
         over.set()
         beats.join()
+        _release(descriptor, file, logger)
+
+
+def _release(descriptor: int, file: Path, logger: logging.Logger) -> None:
+    try:
         if _is_at(descriptor, file):
             # While it is still locked: whoever opens it now sees that it is gone, and makes a new one.
             operations.remove_file(file)
+    except OSError as error:
+        # It must not hide what the block failed with, and when this process has ended it holds nobody up.
+        logger.warning("%s could not be removed: %s", file, error)
+    finally:
         operations.close(descriptor)
 
 
