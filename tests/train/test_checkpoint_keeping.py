@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,8 +55,9 @@ def scored(*scores: Any, name: str = "acc") -> dict[str, Any]:
 
 def names(runner: Runner) -> set[str]:
     """The checkpoints in a run's folder."""
-    own = {runner.strategy.timestamp, "last_checkpoint"}
-    return {path.name for path in Path(runner.strategy.work_dir).iterdir()} - own
+    found = {path.name for path in Path(runner.strategy.work_dir).iterdir()} - {"last_checkpoint", ".training.json"}
+    # Each start has a folder named by its time.
+    return {name for name in found if not re.fullmatch(r"\d{8}_\d{6}(_\d+)?", name)}
 
 
 WAYS = [
@@ -337,6 +339,6 @@ def test_ranks_keep_the_same(ranks: Ranks, tmp_path: Path, way: dict):
     told = ranks.run(train_on_ranks, str(tmp_path / "run"), hook, scored(0.1, 0.9, 0.3))
     assert told == [(["best_acc_epoch_2", "epoch_2", "epoch_3"], str(tmp_path / "run" / "epoch_3"))] * 2
     resumed = ranks.run(
-        train_on_ranks, str(tmp_path / "run"), hook, scored(0.5), resume=True, train_cfg={"max_epochs": 4}
+        train_on_ranks, str(tmp_path / "run"), hook, scored(0.3, 0.5), resume=True, train_cfg={"max_epochs": 4}
     )
     assert resumed[0] == resumed[1] == (["best_acc_epoch_2", "epoch_2", "epoch_4"], str(tmp_path / "run" / "epoch_4"))
