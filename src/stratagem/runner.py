@@ -13,7 +13,7 @@ from typing import Any, final
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stratagem.checkpoint import find_latest_checkpoint
+from stratagem.checkpoint import Purpose, find_latest_checkpoint
 from stratagem.config import Config, changed_values, require, show
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.dist import Peer, all_gather_object, infer_launcher
@@ -32,6 +32,7 @@ from stratagem.train.loops import updates_of
 from stratagem.train.requeue import requeue_job
 from stratagem.train.restart import Launched, continue_launch
 from stratagem.train.rollback import RollBackError, roll_back
+from stratagem.train.run import INTERRUPTED
 from stratagem.train.signals import JOB_ENDS
 from stratagem.utils import mask_text
 
@@ -251,7 +252,8 @@ class Runner:
         """
         require_one_config(self._config_text() if len(self.cfg) else "")
         run = self.run
-        with run.guard.watching(), run.interrupt.listening():
+        folder = Path(run.work_dir)
+        with run.guard.watching(), run.interrupt.listening(), run.claims.held(folder), run.saves.finished():
             loop = self.prepare()
             # Not earlier: a run that cannot begin leaves what an earlier one kept.
             self._keep_config()
@@ -369,6 +371,7 @@ class Runner:
         self.run.lineage = Lineage.of_checkpoint(meta)
         self.run.progress.move_to(Position.from_meta(meta))
         self.run.load_hooks(rest)
+        self.run.adopt_id(meta)
         self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
         return rest
 
@@ -430,7 +433,9 @@ class Runner:
         run = self.run
         if run.iter != begin:
             path = Path(run.work_dir) / f"iter_{run.iter}"
-            run.save_checkpoint(path, run.progress.here())
+            run.save_checkpoint(path, run.progress.here(), purpose=Purpose(series=INTERRUPTED, number=run.iter))
+            # Said only when it is true: it may be written in the background.
+            run.saves.wait()
             run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
         else:
             run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")

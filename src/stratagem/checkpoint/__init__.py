@@ -1,6 +1,8 @@
 """State of a run as files, and back."""
 
 from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoint
+from stratagem.checkpoint.asynchronous import BackgroundSaver
+from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.find import Candidate, find_latest_checkpoint, list_checkpoints
 from stratagem.checkpoint.formats import CheckpointFormat, format_for
@@ -8,7 +10,11 @@ from stratagem.checkpoint.gather import gather_tree
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.checkpoint.pointer import point_to
+from stratagem.checkpoint.purpose import Purpose, Saved, saved_by
+from stratagem.checkpoint.release import release_checkpoint
 from stratagem.checkpoint.remote import latest_remote, save_remote
+from stratagem.checkpoint.retention import Retention, remove_checkpoints
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.checkpoint.sources import CheckpointLoader, read_any
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
@@ -16,11 +22,16 @@ from stratagem.checkpoint.verify import verify_checkpoint
 
 __all__ = [
     "DEFAULT_REVISE_KEYS",
+    "BackgroundSaver",
     "Candidate",
+    "Captured",
     "CheckpointFormat",
     "CheckpointLoader",
     "DirectoryFormat",
     "LoadReport",
+    "Purpose",
+    "Retention",
+    "Saved",
     "SingleFileFormat",
     "StateTree",
     "bare_name",
@@ -37,9 +48,13 @@ __all__ = [
     "optimizer_by_name",
     "parameter_names",
     "read_any",
+    "point_to",
     "read_manifest",
+    "release_checkpoint",
+    "remove_checkpoints",
     "save_checkpoint",
     "save_remote",
+    "saved_by",
     "split_tree",
     "verify_checkpoint",
     "weights_to_cpu",

@@ -22,7 +22,7 @@ from stratagem.model import bare_model
 from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
 
-__all__ = ["load_checkpoint", "model_part", "save_checkpoint"]
+__all__ = ["load_checkpoint", "model_part", "path_to_write", "save_checkpoint"]
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
@@ -44,9 +44,23 @@ def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[s
             )
         save_remote(url, lambda path: format_for(path).save(tree, path, team), team)
         return
+    path = path_to_write(filename, team)
+    format_for(path).save(tree, path, team)
+
+
+def path_to_write(filename: str | os.PathLike[str], team: Team = ALONE) -> Path:
+    """Return where a checkpoint of that name is written, in a folder that is there now. Collective over ``team``.
+
+    Raises:
+        CheckpointError: if it is no path, or the folder cannot be made.
+    """
+    if is_url(filename):
+        raise CheckpointError(
+            f"{mask_text(os.fspath(filename))}: what is saved in the background goes to paths. Name one, or save at once."
+        )
     path = absolute(filename)
     team.first(lambda: _make_parents(path))
-    format_for(path).save(tree, path, team)
+    return path
 
 
 def _make_parents(path: Path) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, final
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.digest import digest_of
 from stratagem.checkpoint.manifest import (
     MANIFEST,
@@ -60,6 +61,23 @@ class DirectoryFormat:
                 else; what was at ``path`` stays. On every rank.
         """
         publish(take_snapshot(tree, team), path, team)
+
+    def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
+        """Take ``tree`` apart, for what is written later; tensors are not copied. Collective over ``team``.
+
+        Raises:
+            CheckpointError: if a value cannot be stored.
+        """
+        snapshot = take_snapshot(tree, team)
+        # Without the tensors, which would be kept in memory as long as their copies.
+        plan, skeletons = snapshot.plan, snapshot.skeletons
+        places = [(key, region) for key, (region, _) in snapshot.mine.items()]
+
+        def write(tensors: Sequence[Tensor], path: Path, team: Team) -> None:
+            mine = {key: (region, content) for (key, region), content in zip(places, tensors, strict=True)}
+            publish(Snapshot(plan, skeletons, mine), path, team)
+
+        return Captured([content for _, content in snapshot.mine.values()], write)
 
     def load(
         self,

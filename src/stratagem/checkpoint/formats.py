@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.checkpoint.tree import StateTree
@@ -23,6 +24,9 @@ class CheckpointFormat(Protocol):
 
     def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
         """Write ``tree`` so that ``path`` either holds all of it or what it held before. Collective over ``team``."""
+
+    def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
+        """Take ``tree`` apart, for what is written later; tensors are not copied. Collective over ``team``."""
 
     def load(
         self,

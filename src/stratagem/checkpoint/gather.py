@@ -8,7 +8,7 @@ from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.dist import Team
 from stratagem.optim.sharded import is_sharded, whole
 
-__all__ = ["gather_tree"]
+__all__ = ["gather_tensor", "gather_tree"]
 
 
 def gather_tree(tree: StateTree, team: Team) -> StateTree:
@@ -21,12 +21,17 @@ def gather_tree(tree: StateTree, team: Team) -> StateTree:
     """
     tensors, skeleton = team.own(lambda: split_tree(tree))
     gathered: StateTree = join_tree(
-        {name: _gather(tensor, keep=team.leads) for name, tensor in tensors.items()}, skeleton
+        {name: gather_tensor(tensor, keep=team.leads).to("cpu") for name, tensor in tensors.items()}, skeleton
     )
     return gathered
 
 
-def _gather(tensor: Tensor, *, keep: bool) -> Tensor:
-    """Return a tensor in one piece on the CPU where it is kept; collective for one that is spread over ranks."""
-    gathered = whole(tensor) if is_sharded(tensor) else tensor
+def gather_tensor(tensor: Tensor, *, keep: bool) -> Tensor:
+    """Return a tensor in one piece; one that is spread over ranks comes to the CPU where it is kept, and is empty elsewhere.
+
+    Collective for one that is spread over ranks.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    gathered = whole(tensor)
     return gathered.to("cpu") if keep else gathered.new_empty(0)

@@ -81,7 +81,7 @@ def make_manifest(meta: Any, files: Mapping[str, Mapping[str, Any]], tensors: Ma
     """Return the text of a manifest.
 
     Args:
-        meta: the tree's part of that name, from which the position is taken.
+        meta: the tree's part of that name, from which the position, the run and the purpose are taken.
         files: name -> its size and digests.
         tensors: part -> what :func:`describe_tensors` says of it.
     """
@@ -91,6 +91,8 @@ def make_manifest(meta: Any, files: Mapping[str, Mapping[str, Any]], tensors: Ma
         "version": _VERSION,
         "stratagem": meta.get("stratagem"),
         "saved_at": time.time(),
+        "run_id": meta.get("run_id"),
+        "purpose": meta.get("purpose"),
         "position": {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)},
         "finite": meta.get("finite") is not False,
         "algorithm": ALGORITHM,

@@ -6,16 +6,18 @@ their weights and, where they have it, optimizer state and position; see :mod:`s
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, cast, final
 
 import torch
+from torch import Tensor
 
+from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.foreign import open_torch_file, read_parts, verify_torch_file
-from stratagem.checkpoint.gather import gather_tree
+from stratagem.checkpoint.gather import gather_tensor
 from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.tree import StateTree
+from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.dist import ALONE, Team
 from stratagem.storage import atomic_file, opened, operations, write_fully
 
@@ -35,9 +37,27 @@ class SingleFileFormat:
         Raises:
             CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
         """
+        captured = self.capture(tree, team)
+        captured.publish(captured.tensors, path, team)
+
+    def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
+        """Take ``tree`` apart, for what is written later; of tensors only those that are spread are copied.
+
+        Collective over ``team``.
+
+        Raises:
+            CheckpointError: if a value cannot be stored.
+        """
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
-        gathered = gather_tree(tree, team)
-        team.first(lambda: _write(gathered, path))
+        tensors, skeleton = team.own(lambda: split_tree(tree))
+        names = list(tensors)
+        whole_ones = [gather_tensor(tensor, keep=team.leads) for tensor in tensors.values()]
+
+        def write(contents: Sequence[Tensor], path: Path, team: Team) -> None:
+            here = (content.to("cpu") for content in contents)
+            team.first(lambda: _write(join_tree(dict(zip(names, here, strict=True)), skeleton), path))
+
+        return Captured(whole_ones if team.leads else [], write)
 
     def load(
         self,

@@ -16,13 +16,14 @@ from stratagem.checkpoint.digest import Digest
 from stratagem.checkpoint.layout import FileLayout
 from stratagem.checkpoint.regions import Region
 from stratagem.errors import CheckpointDamagedError
-from stratagem.storage import opened, operations, write_fully
+from stratagem.storage import begin_writeback, opened, operations, write_fully
 
 __all__ = ["WrittenPiece", "check_pieces", "create_file", "write_pieces"]
 
 # Below this, handing bytes to another thread costs more than their digest.
 _WORTH_A_THREAD = 1 << 20
 _READ_AT_ONCE = 4 << 20
+_WRITE_AT_ONCE = 32 << 20
 
 
 @final
@@ -48,6 +49,7 @@ def write_pieces(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, Reg
     Besides the tensors themselves one piece is in memory at a time, and only if it lies on another device.
     """
     written = []
+    waiting = 0
     with opened(operations.open_file(file)) as descriptor, ThreadPoolExecutor(1, "checkpoint digest") as side:
         for name, region, content in pieces:
             data = _bytes_of(content)
@@ -55,8 +57,14 @@ def write_pieces(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, Reg
             digest = side.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
             begin = 0
             for place, length in layout.chunks(name, region.runs(layout.specs[name].shape)):
-                write_fully(descriptor, data[begin : begin + length], place)
-                begin += length
+                for start, size in _cut(place, length, _WRITE_AT_ONCE):
+                    write_fully(descriptor, data[begin : begin + size], start)
+                    begin += size
+                    waiting += size
+                    if waiting >= _WRITE_AT_ONCE:
+                        # The disk works from now on, and not only in the fsync at the end.
+                        begin_writeback(descriptor)
+                        waiting = 0
             written.append(WrittenPiece(name, region, digest.result() if digest else _digest(data)))
         operations.fsync(descriptor)
     return written

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar, cast, final
 
+import torch.distributed as torch_dist
+
 from stratagem.dist.collectives import Group, get_rank, get_world_size
 from stratagem.dist.objects import all_gather_object
 from stratagem.errors import StratagemError, TrainingError
@@ -39,6 +41,13 @@ class Team:
     def of(cls, group: Group | None = None) -> Team:
         """Return the team of a process group; without a group, that of all ranks of the run."""
         return cls(get_rank(group), get_world_size(group), group)
+
+    def apart(self) -> Team:
+        """Return the same ranks with a group of their own, for another thread. Collective over the whole run."""
+        if self.size == 1:
+            return self
+        ranks = torch_dist.get_process_group_ranks(self.group)
+        return Team(self.rank, self.size, torch_dist.new_group(ranks, backend="gloo"))
 
     @property
     def leads(self) -> bool:

@@ -3,6 +3,7 @@
 from stratagem.storage import operations
 from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic
 from stratagem.storage.files import (
+    begin_writeback,
     fsync_directory,
     fsync_file,
     fsync_tree,
@@ -27,6 +28,7 @@ from stratagem.storage.stale import Cleaned, clean_temporaries
 __all__ = [
     "atomic_directory",
     "atomic_file",
+    "begin_writeback",
     "Cleaned",
     "Published",
     "RemoteFolder",

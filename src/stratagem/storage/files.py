@@ -8,12 +8,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stratagem.storage import operations
 
 __all__ = [
+    "begin_writeback",
     "fsync_directory",
     "fsync_file",
     "fsync_tree",
@@ -52,6 +53,17 @@ def write_fully(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     while rest:
         count = operations.write(descriptor, rest, offset)
         rest, offset = rest[count:], offset + count
+
+
+def begin_writeback(descriptor: int) -> None:
+    """Have the system bring to the disk what was written so far, without a wait; it may keep none of it in memory.
+
+    Nothing happens where the system has no such call.
+    """
+    if hasattr(os, "posix_fadvise"):
+        # Advice only: a file system that refuses it writes as late as it would have.
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

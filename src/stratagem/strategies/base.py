@@ -21,9 +21,10 @@ from stratagem.checkpoint import (
     StateTree,
     list_checkpoints,
     load_state_dict,
+    save_checkpoint,
     weights_to_cpu,
 )
-from stratagem.dist import World
+from stratagem.dist import Team, World
 from stratagem.errors import CheckpointDamagedError, ConfigTypeError, ConfigValueError, StateError, WorkDirError
 from stratagem.logging import Logger, forward_library_logs
 from stratagem.model import bare_model
@@ -39,10 +40,11 @@ from stratagem.strategies.own_values import OwnValues, move_schedulers, schedule
 from stratagem.strategies.prepared import Prepared
 from stratagem.utils import absolute, collect_env, refuse_unknown
 
-__all__ = ["BaseStrategy", "CheckpointCallback", "Schedulers"]
+__all__ = ["BaseStrategy", "CheckpointCallback", "CheckpointWriter", "Schedulers"]
 
 Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
 CheckpointCallback = Callable[[StateTree], None]
+CheckpointWriter = Callable[[StateTree, str | os.PathLike[str], Team], None]
 
 _LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
 
@@ -316,8 +318,13 @@ class BaseStrategy(ABC):
         save_param_scheduler: bool = True,
         extra_ckpt: Mapping[str, Any] | None = None,
         callback: CheckpointCallback | None = None,
+        write: CheckpointWriter = save_checkpoint,
     ) -> None:
-        """Publish the state of the run under ``filename``, all of it or nothing. Collective."""
+        """Publish the state of the run under ``filename``, all of it or nothing. Collective.
+
+        ``write`` is called with the state, ``filename`` and the ranks, such as
+        :meth:`BackgroundSaver.save <stratagem.checkpoint.BackgroundSaver.save>` for a run that does not wait.
+        """
 
     # ---- state ----------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from stratagem.errors import CheckpointMismatchError, ConfigValueError, Stratage
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
-from stratagem.strategies.base import BaseStrategy, CheckpointCallback
+from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.optim_state import read_optim, write_optim
 from stratagem.strategies.own_values import OwnValues
@@ -211,6 +211,7 @@ class ComposedStrategy(BaseStrategy):
         save_param_scheduler: bool = True,
         extra_ckpt: Mapping[str, Any] | None = None,
         callback: CheckpointCallback | None = None,
+        write: CheckpointWriter = save_checkpoint,
     ) -> None:
         parts: StateTree = {}
         optim = BaseStrategy.optim_wrapper.get(self)
@@ -231,7 +232,7 @@ class ComposedStrategy(BaseStrategy):
             checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
             if self._placement.full_state:
                 checkpoint = gather_tree(checkpoint, team)
-            save_checkpoint(checkpoint, filename, team)
+            write(checkpoint, filename, team)
 
     def _tree(
         self,

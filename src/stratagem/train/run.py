@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -10,20 +11,26 @@ from typing import Any, Final, Protocol, final
 
 from torch import nn
 
-from stratagem.checkpoint import StateTree
+from stratagem.checkpoint import Purpose, StateTree
 from stratagem.data import EpochLoader
-from stratagem.dist import World, all_gather_object
+from stratagem.dist import Team, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
+from stratagem.train.claims import Claims
 from stratagem.train.failure import RankGuard
 from stratagem.train.hook import Events
 from stratagem.train.interrupt import Interrupt
 from stratagem.train.lineage import Lineage
 from stratagem.train.progress import Position, Progress
+from stratagem.train.saves import Saves
 from stratagem.train.timing import Timing
 
-__all__ = ["Recorder", "Run"]
+__all__ = ["INTERRUPTED", "Recorder", "Run"]
+
+# The series of what is saved when a run is interrupted.
+INTERRUPTED: Final = "interrupted"
+_FOR_ITSELF: Final = Purpose()
 
 # The part of a checkpoint that holds the states of hooks.
 _HOOKS: Final = "hooks"
@@ -52,6 +59,9 @@ class Run:
         train_data: what the run trains on; None where it does not train. Its position goes into checkpoints.
         evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
         lineage: the starts that led to here, this one last; kept with every checkpoint.
+        id: tells this run's checkpoints from those of others; a run that is resumed goes on under its own.
+        claims: the folders that its training has to itself.
+        saves: how its checkpoints come to the disk.
         before_saving: each is called on every rank before a checkpoint is made, and may raise.
     """
 
@@ -66,10 +76,12 @@ class Run:
         self.train_data: EpochLoader | None = None
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
-        self.last_checkpoint: Path | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self.before_saving: list[Callable[[], None]] = []
         self.lineage = Lineage()
+        self.id = secrets.token_hex(8)
+        self.claims = Claims(strategy.logger)
+        self.saves = Saves(strategy)
         self._config_text = config_text
         self.recorders: list[Recorder] = []
 
@@ -119,6 +131,11 @@ class Run:
     def log_dir(self) -> str:
         """The folder of this start of the run."""
         return self.strategy.log_dir
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint that this start of the run published last; None before the first."""
+        return self.saves.last
 
     @property
     def epoch(self) -> int:
@@ -176,8 +193,24 @@ class Run:
         *,
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
+        purpose: Purpose = _FOR_ITSELF,
+        then: Callable[[Team], None] | None = None,
     ) -> None:
-        """Publish the state of the run as it is at ``position``. Collective."""
+        """Publish the state of the run as it is at ``position``, then name it in ``<work_dir>/last_checkpoint``.
+
+        Collective. Where saves go in the background (see :class:`Saves`) it returns when the state is copied.
+
+        Args:
+            path: where to.
+            position: where the run stands.
+            save_optimizer: whether the optimizer's state is saved.
+            save_param_scheduler: whether the schedulers' state is saved.
+            purpose: what retention goes by; by default nothing removes the checkpoint.
+            then: called with the ranks that saved, once the checkpoint is durable; in the background by a thread.
+
+        Raises:
+            CheckpointError: if it, or the one before it, could not be saved.
+        """
         for check in self.before_saving:
             check()
 
@@ -190,17 +223,25 @@ class Run:
             **position.as_meta(),
             "experiment_name": self.strategy.experiment_name,
             **self.lineage.as_meta(),
+            "run_id": self.id,
+            "purpose": purpose.as_meta(),
         }
         if self._config_text is not None:
             meta["cfg"] = self._config_text
-        self.strategy.save_checkpoint(
+        self.saves.save(
             path,
+            then,
             save_optimizer=save_optimizer,
             save_param_scheduler=save_param_scheduler,
             extra_ckpt={"meta": meta, **self._data_part(position)},
             callback=add,
         )
-        self.last_checkpoint = Path(path)
+
+    def adopt_id(self, meta: Mapping[str, Any]) -> None:
+        """Go on under the id of the run that saved ``meta``, so that its checkpoints are this one's."""
+        run_id = meta.get("run_id")
+        if isinstance(run_id, str):
+            self.id = run_id
 
     def _data_part(self, position: Position) -> dict[str, Any]:
         """Return what checkpoints keep of the data: where its order stands, and each rank's state of its loader."""

@@ -1,0 +1,21 @@
+"""The small file in a run's folder that names the checkpoint saved last, for people and their scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stratagem.storage import write_atomic
+
+__all__ = ["POINTER", "point_to"]
+
+POINTER = "last_checkpoint"
+
+
+def point_to(checkpoint: Path, folder: Path) -> None:
+    """Have ``last_checkpoint`` in a folder name a checkpoint: by its name alone where it lies in the folder.
+
+    Raises:
+        OSError: if it cannot be written; the old one stays.
+    """
+    name = checkpoint.name if checkpoint.parent == folder else str(checkpoint)
+    write_atomic(folder / POINTER, f"{name}\n")

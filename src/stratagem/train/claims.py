@@ -1,0 +1,52 @@
+"""The folders that a training has to itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import final
+
+from stratagem.dist import Team
+from stratagem.storage import clean_temporaries
+from stratagem.train.lock import folder_lock
+
+__all__ = ["Claims"]
+
+
+@final
+class Claims:
+    """Locks folders and cleans up in them; rank 0 does, and all ranks know how it went."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._held: set[Path] = set()
+        self._locks = ExitStack()
+
+    @contextmanager
+    def held(self, folder: Path) -> Iterator[None]:
+        """Claim a folder; at the end of the block all that were claimed are free again. Collective at its beginning."""
+        with ExitStack() as locks:
+            self._locks, self._held = locks, set()
+            self.claim(folder)
+            yield
+
+    def claim(self, folder: Path) -> None:
+        """Claim a further folder, which is made where it is missing. Collective; a second time it does nothing.
+
+        Raises:
+            WorkDirError: on every rank, if another training has the folder.
+        """
+        if folder not in self._held:
+            Team.of().first(lambda: self._take(folder))
+            self._held.add(folder)
+
+    def _take(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._locks.enter_context(folder_lock(folder, self._logger))
+        cleaned = clean_temporaries(folder)
+        for path in cleaned.removed:
+            self._logger.info("Removed %s, which a run that was killed left.", path)
+        for path in cleaned.restored:
+            self._logger.warning("Put back %s: a run was killed while it was being replaced.", path)

@@ -1,0 +1,43 @@
+"""What is due by the time that has passed, on all ranks at once."""
+
+from __future__ import annotations
+
+import time
+from typing import final
+
+from stratagem.dist import Agreement
+
+__all__ = ["SharedTimer"]
+
+
+@final
+class SharedTimer:
+    """Tells when so much time has passed, on all ranks after the same iteration.
+
+    Args:
+        seconds: how long it takes.
+        distributed: whether there are other ranks.
+    """
+
+    def __init__(self, seconds: float, *, distributed: bool) -> None:
+        self._seconds = seconds
+        self._agreement = Agreement() if distributed else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count anew."""
+        self._begin = time.monotonic()
+
+    def due(self) -> bool:
+        """Tell whether the time has passed for some rank. Collective, without a wait: it tells what was so a call ago."""
+        passed = time.monotonic() - self._begin >= self._seconds
+        if self._agreement is None:
+            return passed
+        due = self._agreement.answer() > 0
+        self._agreement.ask(int(passed))
+        return due
+
+    def end(self) -> None:
+        """Ask no more. Collective: no exchange may be under way when the ranks part."""
+        if self._agreement is not None:
+            self._agreement.answer()

@@ -1,0 +1,122 @@
+"""Save, point and remove in child processes that are killed at every file operation, keeping one checkpoint.
+
+Run as a script, so that the process that forks has no threads. Prints what the children left, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import faults
+from stratagem.checkpoint import (
+    BackgroundSaver,
+    CheckpointLoader,
+    Purpose,
+    Retention,
+    find_latest_checkpoint,
+    point_to,
+    remove_checkpoints,
+    save_checkpoint,
+    saved_by,
+)
+from stratagem.dist import ALONE, Team
+from stratagem.storage import clean_temporaries
+
+LOGGER = logging.getLogger("sweep")
+POLICY = Retention(series=("iter_{}",), last=1)
+
+
+def tree(number: int) -> dict[str, Any]:
+    """Return a state whose parts all tell which one it is."""
+    purpose = Purpose(series="iter_{}", number=number).as_meta()
+    meta = {"iter": number, "run_id": "me", "purpose": purpose}
+    return {"meta": meta, "state_dict": {"x": torch.full((999,), number)}, "optimizer": {"m": torch.full((9,), number)}}
+
+
+def tidy(folder: Path, path: Path) -> None:
+    """Do what a run does after a publication."""
+    point_to(path, folder)
+    remove_checkpoints([each.path for each in POLICY.superfluous(saved_by("me", folder), {path})], LOGGER)
+
+
+def save(folder: Path, number: int, *, background: bool) -> None:
+    """Save as a run does, by either way."""
+    path = folder / f"iter_{number}"
+    if not background:
+        save_checkpoint(tree(number), path)
+        tidy(folder, path)
+        return
+    saver = BackgroundSaver(LOGGER)
+
+    def then(team: Team) -> None:
+        team.first(lambda: tidy(folder, path))
+
+    saver.save(tree(number), path, ALONE, then=then)
+    saver.wait()
+    saver.close()
+
+
+def status_of_child(work: Callable[[], None], act: faults.Act) -> int:
+    """Do the work in a forked child; return how it ended."""
+    child = os.fork()
+    if child == 0:
+        with faults.between(act):
+            work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def operations_of_a_save(place: Path) -> list[str]:
+    """Return the names of the file operations of a save that replaces the only checkpoint."""
+    names: list[str] = []
+
+    def note(name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        names.append(name)
+        return operation(*arguments)
+
+    place.mkdir()
+    save(place, 1, background=False)
+    with faults.between(note):
+        save(place, 2, background=False)
+    return names
+
+
+def sweep(folder: Path, *, background: bool) -> dict[str, Any]:
+    """Kill at every operation of a save that replaces the only checkpoint."""
+    told: dict[str, Any] = {"killed": 0, "lost": [], "most": 0, "after_next_start": set(), "status": set()}
+    for number, operation in enumerate(operations_of_a_save(folder / "count")):
+        # Before one is after the one before it.
+        for moment in ("before", "half-way") if operation == "write" else ("before",):
+            place = folder / f"{number}-{moment}"
+            place.mkdir()
+            save(place, 1, background=False)
+            act = faults.counted(number, faults.dying(moment))
+            told["status"].add(status_of_child(lambda place=place: save(place, 2, background=background), act))
+            told["killed"] += 1
+            latest = find_latest_checkpoint(place)
+            found = (
+                CheckpointLoader.load_checkpoint(latest)
+                if latest
+                else {"meta": {"iter": 0}, "state_dict": {"x": torch.zeros(1)}}
+            )
+            if set(found["state_dict"]["x"].tolist()) != {found["meta"]["iter"]} or found["meta"]["iter"] < 1:
+                told["lost"].append([number, moment])
+            told["most"] = max(told["most"], len(saved_by("me", place)))
+            clean_temporaries(place)
+            tidy(place, latest or place)
+            told["after_next_start"].add(len([entry for entry in place.iterdir() if entry.name != "last_checkpoint"]))
+    return {**told, "after_next_start": sorted(told["after_next_start"]), "status": sorted(told["status"])}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(sweep(Path(sys.argv[1]), background="background" in sys.argv[2:])))  # noqa: T201 -- the answer

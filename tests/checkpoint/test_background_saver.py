@@ -1,0 +1,231 @@
+"""Saving while the training goes on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import faults
+from ranks import Ranks
+from stratagem.checkpoint import BackgroundSaver, CheckpointLoader, find_latest_checkpoint
+from stratagem.checkpoint.staging import Staging
+from stratagem.dist import ALONE, Team
+from stratagem.errors import CheckpointError
+
+LOGGER = logging.getLogger("saver")
+
+
+@pytest.fixture
+def saver() -> Iterator[BackgroundSaver]:
+    """A saver that is closed at the end."""
+    made = BackgroundSaver(LOGGER)
+    yield made
+    made.settle()
+    made.close()
+
+
+def tree(value: float, size: int = 8) -> dict[str, Any]:
+    """A state in which all tells the value."""
+    optimizer = {"m": torch.full((3,), value, dtype=torch.bfloat16), "steps": [value]}
+    return {"state_dict": {"w": torch.full((size,), value)}, "optimizer": optimizer, "meta": {"iter": int(value)}}
+
+
+def value_of(path: Path) -> set[float]:
+    """The values in a checkpoint of :func:`tree`."""
+    read = CheckpointLoader.load_checkpoint(path)
+    values = [*read["state_dict"]["w"].tolist(), *read["optimizer"]["m"].tolist(), *read["optimizer"]["steps"]]
+    return {*values, read["meta"]["iter"]}
+
+
+class Gate:
+    """Holds up every writing until it is opened."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def __call__(self, name: str, operation: Any, arguments: tuple[Any, ...]) -> Any:
+        assert self.open.wait(60)
+        return operation(*arguments)
+
+
+@pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
+def test_what_is_changed_after_the_call_does_not_change_the_file(saver: BackgroundSaver, tmp_path: Path, name: str):
+    """Neither tensors nor plain values: the call returns when all is copied."""
+    state = tree(1)
+    gate = Gate()
+    with faults.between(gate):
+        saver.save(state, tmp_path / name, ALONE)
+        state["state_dict"]["w"].fill_(2)
+        state["optimizer"]["m"].fill_(2)
+        state["optimizer"]["steps"].append(2)
+        state["meta"]["iter"] = 2
+        assert find_latest_checkpoint(tmp_path) is None
+        gate.open.set()
+        saver.wait()
+    assert value_of(tmp_path / name) == {1}
+
+
+def test_tensors_of_every_kind_are_copied(saver: BackgroundSaver, tmp_path: Path):
+    """Views with gaps, empty ones, single numbers, conjugated ones."""
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {
+        "transposed": base.t(), "strided": base[:, ::2], "expanded": torch.ones(1).expand(3), "empty": base[:0],
+        "number": torch.tensor(3), "bool": torch.tensor([True, False]), "conjugated": torch.tensor([1 + 2j]).conj(),
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+    }  # fmt: skip
+    saver.save({"state_dict": tensors}, tmp_path / "a", ALONE)
+    saver.wait()
+    read = CheckpointLoader.load_checkpoint(tmp_path / "a")["state_dict"]
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name].to(torch.complex64), tensor.resolve_conj().to(torch.complex64)), name
+
+
+def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """At most one is in flight, and the log says that it was waited for."""
+    caplog.set_level(logging.INFO)
+    gate = Gate()
+    with faults.between(gate):
+        saver.save(tree(1), tmp_path / "epoch_1", ALONE)
+        timer = threading.Timer(0.2, gate.open.set)
+        timer.start()
+        saver.save(tree(2), tmp_path / "epoch_2", ALONE)
+        # The second could not begin before the first was there.
+        assert (tmp_path / "epoch_1").is_dir()
+        saver.wait()
+        timer.join()
+    assert "epoch_2 waits" in caplog.text
+    assert (value_of(tmp_path / "epoch_1"), value_of(tmp_path / "epoch_2")) == ({1}, {2})
+
+
+def test_a_failure_is_told_by_the_next_check(saver: BackgroundSaver, tmp_path: Path):
+    """With the path; the checkpoint before is untouched, and the saver can be used again."""
+    saver.save(tree(1), tmp_path / "epoch_1", ALONE)
+    saver.wait()
+    done = threading.Event()
+    with faults.between(faults.counted(5, faults.failing(errno.ENOSPC))):
+        saver.save(tree(2), tmp_path / "epoch_2", ALONE)
+        threading.Thread(target=lambda: (saver._thread.submit(done.set).result(), None)).start()
+        assert done.wait(60)
+    with pytest.raises(CheckpointError, match=r"epoch_2: the checkpoint could not be written.*No space left"):
+        saver.check()
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "epoch_1"
+    saver.check()
+    saver.save(tree(3), tmp_path / "epoch_3", ALONE)
+    saver.wait()
+    assert value_of(tmp_path / "epoch_3") == {3}
+
+
+def test_a_check_waits_for_nothing(saver: BackgroundSaver, tmp_path: Path):
+    """While the thread writes, it returns at once."""
+    gate = Gate()
+    with faults.between(gate):
+        saver.save(tree(1), tmp_path / "epoch_1", ALONE)
+        saver.check()
+        assert find_latest_checkpoint(tmp_path) is None
+        gate.open.set()
+        saver.wait()
+
+
+def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path: Path):
+    """By the call itself: taking the state apart needs no disk."""
+    with pytest.raises(CheckpointError, match="note"):
+        saver.save({"note": object()}, tmp_path / "a", ALONE)
+    with pytest.raises(CheckpointError, match="paths only"):
+        saver.save(tree(1), "s3://bucket/a", ALONE)
+
+
+def test_what_comes_after_a_save_comes_when_it_is_durable(saver: BackgroundSaver, tmp_path: Path):
+    """Pointer and retention find the checkpoint under its name."""
+    seen: list[Any] = []
+    saver.save(tree(1), tmp_path / "epoch_1", ALONE, then=lambda team: seen.append(find_latest_checkpoint(tmp_path)))
+    saver.wait()
+    assert seen == [tmp_path / "epoch_1"]
+
+
+def test_memory_is_used_again():
+    """The same tensors lie in the same place; larger ones get more, once."""
+    staging = Staging()
+    first = staging.copy([torch.ones(100), torch.ones(3, dtype=torch.int8)])
+    places = [copy.data_ptr() for copy in first]
+    second = staging.copy([torch.zeros(100), torch.zeros(3, dtype=torch.int8)])
+    assert [copy.data_ptr() for copy in second] == places
+    # 400 bytes and 3, each to the next multiple of 64.
+    assert staging.nbytes == 448 + 64
+    assert [copy.tolist() for copy in staging.copy([torch.full((200,), 7.0)])] == [[7.0] * 200]
+    assert staging.nbytes == 832
+    # Of fewer, it keeps what it has.
+    staging.copy([torch.ones(1)])
+    assert staging.nbytes == 832
+
+
+# ---- on ranks ---------------------------------------------------------------------------------------------------------
+
+
+def save_on_ranks(folder: str) -> list[Any]:
+    """Save a tensor that is spread over the ranks, and one that is not, in both forms; change both at once."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    team = Team.of()
+    mesh = init_device_mesh("cpu", (team.size,))
+    spread = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
+    saver = BackgroundSaver(LOGGER)
+    told = []
+    for name in ("a", "b.pth"):
+        plain = torch.ones(3)
+        state = {"state_dict": {"spread": spread.clone(), "plain": plain}, "meta": {"iter": 1}}
+        saver.save(state, f"{folder}/{name}", team, then=lambda team: told.append(team.gather(team.rank)))
+        plain.zero_()
+        state["state_dict"]["spread"].to_local().zero_()
+        while saver._task is not None:
+            saver.check()
+    saver.close()
+    return told
+
+
+def test_ranks_save_together(ranks: Ranks, tmp_path: Path):
+    """Each copies what it holds and writes it; their threads talk while the ranks do something else."""
+    assert ranks.run(save_on_ranks, str(tmp_path)) == [[[0, 1], [0, 1]]] * 2
+    for name in ("a", "b.pth"):
+        state = CheckpointLoader.load_checkpoint(tmp_path / name)["state_dict"]
+        assert state["spread"].tolist() == [0, 1, 2, 3, 4, 5]
+        assert state["plain"].tolist() == [1, 1, 1]
+
+
+def fail_on_ranks(folder: str) -> tuple[int, str]:
+    """Save where rank 0 finds no space; return after which check it was told, and what."""
+    team = Team.of()
+    saver = BackgroundSaver(LOGGER)
+    act = faults.counted(3, faults.failing(errno.ENOSPC)) if team.leads else faults.counted(-1, faults.failing(0))
+    checks = 0
+    with faults.between(act):
+        saver.save(tree(1), f"{folder}/epoch_1", team)
+        try:
+            while checks < 100_000:
+                # As a step of the optimizer keeps the ranks together.
+                team.gather(checks)
+                saver.check()
+                checks += 1
+        except CheckpointError as error:
+            saver.close()
+            return checks, str(error)
+    raise AssertionError("no failure was told")
+
+
+def test_all_ranks_are_told_of_a_failure_after_the_same_step(ranks: Ranks, tmp_path: Path):
+    """Whichever knew of it first; each with the path."""
+    (first, text), (second, other) = ranks.run(fail_on_ranks, str(tmp_path))
+    assert first == second
+    for told in (text, other):
+        assert "epoch_1: the checkpoint could not be written" in told
+        assert "No space left" in told
+    assert "Rank 0 failed" in other
+    assert find_latest_checkpoint(tmp_path) is None

@@ -1,0 +1,304 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+import faults
+from stratagem.checkpoint import (
+    CheckpointLoader,
+    Purpose,
+    Retention,
+    Saved,
+    find_latest_checkpoint,
+    point_to,
+    release_checkpoint,
+    remove_checkpoints,
+    save_checkpoint,
+    saved_by,
+)
+from stratagem.errors import ConfigKeyError
+
+LOGGER = logging.getLogger("retention")
+
+
+def regular(number: int, *, series: str = "epoch_{}", finite: bool = True) -> Saved:
+    """A checkpoint after so many epochs, saved at that time."""
+    purpose = Purpose(series=series, number=number)
+    return Saved(path=Path(f"{series}{number}"), saved_at=float(number), iter=number, purpose=purpose, finite=finite)
+
+
+def best(number: int, score: float, *, metric: str = "acc", greater: bool = True) -> Saved:
+    """A checkpoint that had a score after so many epochs."""
+    purpose = Purpose(number=number, metric=metric, score=score, greater=greater)
+    return Saved(path=Path(f"best_{metric}_{number}"), saved_at=float(number), iter=number, purpose=purpose)
+
+
+def names(saved: list[Saved]) -> list[str]:
+    """The names of checkpoints."""
+    return [each.path.name for each in saved]
+
+
+# ---- the policy -------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_are_kept():
+    """Of five the three oldest go where two are kept."""
+    policy = Retention(series=["epoch_{}"], last=2)
+    assert names(policy.superfluous([regular(n) for n in range(1, 6)])) == ["epoch_{}1", "epoch_{}2", "epoch_{}3"]
+
+
+def test_all_are_kept_unless_a_number_is_given():
+    """Nothing goes by default."""
+    assert Retention(series=["epoch_{}"]).superfluous([regular(n) for n in range(1, 6)]) == []
+
+
+def test_every_nth_is_kept_for_good():
+    """Beside the last; of the first series alone, since another counts something else."""
+    policy = Retention(series=["epoch_{}", "iter_{}"], last=1, every=2)
+    saved = [*(regular(n) for n in range(1, 6)), regular(6, series="iter_{}"), regular(7)]
+    assert names(policy.superfluous(saved)) == ["epoch_{}1", "epoch_{}3", "epoch_{}5", "iter_{}6"]
+
+
+def test_what_others_saved_is_not_theirs_to_remove():
+    """Checkpoints of another series, and those that stand for themselves, stay."""
+    policy = Retention(series=["epoch_{}"], last=1)
+    others = [regular(1, series="iter_{}"), regular(2, series="")]
+    assert policy.superfluous([*others, regular(3), regular(4)]) == [regular(3)]
+
+
+def test_weights_that_are_not_finite_push_nothing_out():
+    """The last sound one stays beside a spoiled one, which goes with the next that is sound."""
+    policy = Retention(series=["epoch_{}"], last=1)
+    spoiled = regular(2, finite=False)
+    assert policy.superfluous([regular(1), spoiled]) == []
+    assert policy.superfluous([regular(1), spoiled, regular(3)]) == [regular(1), spoiled]
+
+
+@pytest.mark.parametrize(("greater", "kept"), [(True, {2, 3}), (False, {1, 4})])
+def test_the_best_are_kept_by_their_scores(*, greater: bool, kept: set[int]):
+    """Whichever is the better; the regular ones play no part."""
+    scores = {1: 0.1, 2: 0.9, 3: 0.8, 4: 0.2}
+    policy = Retention(series=["epoch_{}"], last=1, best=2)
+    saved = [best(number, score, greater=greater) for number, score in scores.items()]
+    gone = policy.superfluous([*saved, regular(5)])
+    assert {each.purpose.number for each in gone} == set(scores) - kept
+
+
+def test_each_metric_has_its_best():
+    """One is not pushed out by the score of another."""
+    saved = [best(1, 0.5), best(1, 3.0, metric="loss", greater=False), best(2, 0.6)]
+    assert names(Retention(series=["epoch_{}"]).superfluous(saved)) == ["best_acc_1"]
+
+
+def test_what_is_protected_stays():
+    """As what a run was taken up from does at its start."""
+    policy = Retention(series=["epoch_{}"], last=1)
+    assert policy.superfluous([regular(1), regular(2), regular(3)], {regular(1).path}) == [regular(2)]
+
+
+class Life(RuleBasedStateMachine):
+    """A run that saves, is killed between any two operations, is started again, and has checkpoints go bad."""
+
+    KEEP = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy = Retention(series=["epoch_{}"], last=self.KEEP, every=10)
+        self.disk: list[Saved] = []
+        self.time = 0
+        self.at = 0
+        self.damaged: set[Path] = set()
+        self.killed = False
+        self.had_one = False
+        self.most = 0
+
+    def carry_out(self, removals: list[Saved], most: int) -> None:
+        """Remove one after the other; the process is killed where ``most`` ends before them."""
+        for each in removals[:most]:
+            self.disk.remove(each)
+        self.killed = most < len(removals)
+
+    @precondition(lambda self: not self.killed)
+    @rule(finite=st.booleans(), operations=st.integers(0, 6), epochs=st.integers(1, 3))
+    def save(self, operations: int, epochs: int, *, finite: bool) -> None:
+        """Publish, then remove; killed before the publication, after it, or between removals."""
+        if operations == 0:
+            self.killed = True
+            return
+        self.time += 1
+        self.at += epochs
+        new = Saved(
+            path=Path(f"epoch_{self.at}"), saved_at=self.time, iter=self.at, finite=finite,
+            purpose=Purpose(series="epoch_{}", number=self.at),
+        )  # fmt: skip
+        self.disk = [*(each for each in self.disk if each.path != new.path), new]
+        self.damaged.discard(new.path)
+        # At most the last that are sound, and a spoiled one that is newer.
+        self.most = self.KEEP + 1
+        self.carry_out(self.policy.superfluous(self.disk, {new.path}), operations - 1)
+
+    @precondition(lambda self: self.killed)
+    @rule(operations=st.integers(0, 6))
+    def start_again(self, operations: int) -> None:
+        """Go on from the newest that is sound, and remove what there was no time for."""
+        sound = [each for each in self.disk if each.finite and each.path not in self.damaged]
+        self.at = sound[-1].iter if sound else 0
+        protected = {each.path for each in self.disk if each.iter == self.at}
+        # And the one that the run was taken up from.
+        self.most = self.KEEP + 2
+        self.carry_out(self.policy.superfluous(self.disk, protected), operations)
+
+    @precondition(lambda self: self.killed and len(self.disk) > 1)
+    @rule()
+    def newest_is_damaged(self) -> None:
+        """While nothing runs; one sound checkpoint is left, or nobody could help."""
+        newest = self.disk[-1].path
+        if any(each.finite and each.path not in {newest, *self.damaged} for each in self.disk):
+            self.damaged.add(newest)
+
+    @invariant()
+    def there_is_one_to_go_on_from(self) -> None:
+        """If there ever was a sound one."""
+        self.had_one = self.had_one or any(each.finite for each in self.disk)
+        if self.had_one:
+            assert any(each.finite and each.path not in self.damaged for each in self.disk)
+
+    @invariant()
+    def there_are_not_too_many(self) -> None:
+        """When a save or a start came to its end, beside what is kept for good."""
+        if not self.killed:
+            assert len([each for each in self.disk if each.purpose.number % 10]) <= self.most
+
+
+TestLife = Life.TestCase
+TestLife.settings = hypothesis.settings(max_examples=40, stateful_step_count=25)
+
+
+# ---- on the disk ------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, run_id: str = "me", iteration: int = 1, **purpose: object) -> Path:
+    """Save a checkpoint of a run's."""
+    meta = {"iter": iteration, "run_id": run_id, "purpose": {"series": "epoch_{}", "number": iteration, **purpose}}
+    save_checkpoint({"state_dict": {"w": torch.full((4,), float(iteration))}, "meta": meta}, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_a_run_finds_its_own_checkpoints(tmp_path: Path, suffix: str):
+    """In both forms, with what they were saved for; those of others, damaged ones and other files are not its own."""
+    save(tmp_path / f"epoch_1{suffix}", iteration=1)
+    save(tmp_path / f"best{suffix}", iteration=2, metric="acc", score=0.5, greater=True)
+    save(tmp_path / f"epoch_7{suffix}", run_id="somebody")
+    save_checkpoint({"state_dict": {}}, tmp_path / f"no_meta{suffix}")
+    (tmp_path / "epoch_9").mkdir()
+    (tmp_path / "epoch_9" / "manifest.json").write_text("{")
+    (tmp_path / "notes.pth").write_text("not a checkpoint")
+    found = saved_by("me", tmp_path)
+    assert {each.path.name: each.iter for each in found} == {f"epoch_1{suffix}": 1, f"best{suffix}": 2}
+    assert found[-1].purpose == Purpose(series="epoch_{}", number=2, metric="acc", score=0.5, greater=True)
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_removing_leaves_nothing(tmp_path: Path, suffix: str):
+    """No hidden rest either."""
+    remove_checkpoints([save(tmp_path / f"epoch_1{suffix}")], LOGGER)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_a_file_of_the_users_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """And the log says which file it is."""
+    path = save(tmp_path / "epoch_1")
+    (path / "notes.txt").write_text("mine")
+    remove_checkpoints([path], LOGGER)
+    assert (path / "notes.txt").read_text() == "mine"
+    assert CheckpointLoader.load_checkpoint(path)["meta"]["iter"] == 1
+    assert "notes.txt" in caplog.text
+
+
+def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The run goes on: what it keeps is safe."""
+    path = save(tmp_path / "epoch_1")
+    with faults.between(faults.counted(0, faults.failing(30))):
+        remove_checkpoints([path], LOGGER)
+    assert "could not be removed" in caplog.text
+    assert path.is_dir()
+
+
+def test_a_checkpoint_that_is_being_removed_has_no_name(tmp_path: Path):
+    """Killed at any operation of a removal, it is there whole or not at all."""
+    first = save(tmp_path / "epoch_0")
+    total = faults.number_of_operations(lambda: remove_checkpoints([first], LOGGER))
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    for number in range(total):
+        path = save(tmp_path / f"epoch_{number}")
+        with pytest.raises(Killed), faults.between(faults.counted(number, kill)):
+            remove_checkpoints([path], LOGGER)
+        if path.exists():
+            assert CheckpointLoader.load_checkpoint(path)["meta"]["iter"] == 1
+    # Give it another name, sync that, remove three files and the folder; a folder is opened, synced and closed.
+    assert total == 1 + 3 + 3 + 1
+
+
+def test_the_pointer_names_the_last_checkpoint(tmp_path: Path):
+    """By its name in the same folder, by its path elsewhere."""
+    point_to(tmp_path / "epoch_3", tmp_path)
+    assert (tmp_path / "last_checkpoint").read_text() == "epoch_3\n"
+    point_to(tmp_path / "store" / "epoch_4", tmp_path)
+    assert (tmp_path / "last_checkpoint").read_text() == f"{tmp_path / 'store' / 'epoch_4'}\n"
+
+
+def test_nothing_hangs_on_the_pointer(tmp_path: Path):
+    """One that names what is not there leads nobody astray."""
+    save(tmp_path / "epoch_1")
+    (tmp_path / "last_checkpoint").write_text("epoch_99\n")
+    assert find_latest_checkpoint(tmp_path) == tmp_path / "epoch_1"
+
+
+@pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
+def test_released_parts_are_named_by_their_content(tmp_path: Path, name: str):
+    """The first eight digits of the file's SHA-256; only the parts that were asked for are in it."""
+    released = release_checkpoint(save(tmp_path / name), ["state_dict"])
+    assert released.name == f"epoch_1-{hashlib.sha256(released.read_bytes()).hexdigest()[:8]}.pth"
+    assert list(CheckpointLoader.load_checkpoint(released)) == ["state_dict"]
+
+
+def test_a_part_that_is_not_there_cannot_be_released(tmp_path: Path):
+    """The nearest name is said."""
+    with pytest.raises(ConfigKeyError, match=r"'state_dicts'.*state_dict"):
+        release_checkpoint(save(tmp_path / "epoch_1"), ["state_dicts"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_that_keeps_one_always_has_one(tmp_path: Path, *, background: bool):
+    """Killed before every file operation of save, pointer and removal, and half-way through writes, by both ways to save."""
+    script = Path(__file__).with_name("retention_sweep.py")
+    command = [sys.executable, "-W", "error", str(script), str(tmp_path), *(["background"] if background else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["killed"] > 40
+    assert told["status"] == [-signal.SIGKILL]
+    # Two checkpoints were there before: whichever is found is whole, and no older than they were.
+    assert told["lost"] == []
+    # What was killed, and one more that nobody had time to remove.
+    assert told["most"] == 2
+    assert told["after_next_start"] == [1]

@@ -1,0 +1,344 @@
+"""Which checkpoints a run keeps."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import EPOCH, QUIET_HOOKS, TRAINING, VALIDATION, At, Toy, loader, settings, stop
+
+import faults
+from ranks import Ranks
+from stratagem import Runner
+from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, read_manifest
+from stratagem.errors import CheckpointError, ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.train import BaseMetric, CheckpointHook
+from stratagem.train.best import BestScores, greater_is_better
+
+MakeRunner = Callable[..., Runner]
+
+
+class Scripted(BaseMetric):
+    """Gives a score for each validation from a list."""
+
+    def __init__(self, scores: Sequence[Any], name: str = "acc") -> None:
+        super().__init__()
+        self.scores, self.name = list(scores), name
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.append(0)
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, Any]:
+        return {self.name: self.scores.pop(0)}
+
+
+def train(make_runner: MakeRunner, hook: dict, epochs: int = 3, **changes: Any) -> Runner:
+    """Train with a checkpoint hook; return the runner."""
+    runner = make_runner(
+        default_hooks={**QUIET_HOOKS, "checkpoint": hook}, **{"train_cfg": {"max_epochs": epochs}, **changes}
+    )
+    runner.train()
+    return runner
+
+
+def scored(*scores: Any, name: str = "acc") -> dict[str, Any]:
+    """Return a validation after each epoch that gives these scores."""
+    return {**VALIDATION, "val_evaluator": Scripted(scores, name)}
+
+
+def names(runner: Runner) -> set[str]:
+    """The checkpoints in a run's folder."""
+    found = {path.name for path in Path(runner.strategy.work_dir).iterdir()} - {"last_checkpoint", ".training.json"}
+    # Each start has a folder named by its time.
+    return {name for name in found if not re.fullmatch(r"\d{8}_\d{6}(_\d+)?", name)}
+
+
+WAYS = [
+    {},
+    {"async_save": True},
+    {"filename_tmpl": "epoch_{}.pth"},
+    {"filename_tmpl": "epoch_{}.pth", "async_save": True},
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_last_are_kept(make_runner: MakeRunner, way: dict):
+    """By either way to save, in both forms."""
+    suffix = ".pth" if "filename_tmpl" in way else ""
+    runner = train(make_runner, {"max_keep_ckpts": 2, **way}, 4)
+    assert names(runner) == {f"epoch_3{suffix}", f"epoch_4{suffix}"}
+    folder = Path(runner.strategy.work_dir)
+    assert (folder / "last_checkpoint").read_text() == f"epoch_4{suffix}\n"
+    assert runner.latest_checkpoint() == folder / f"epoch_4{suffix}"
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_run_saved_in_the_background_goes_on_as_one_saved_at_once(make_runner: MakeRunner, tmp_path: Path, way: dict):
+    """Saving changes nothing in the run, and the file holds the state of its step."""
+    whole = train(make_runner, {}, 3, work_dir=tmp_path / "whole")
+    train(make_runner, {**way, "interval": -1, "save_last": False, "every_minutes": 1e-9}, custom_hooks=[At(10, stop)])
+    runner = train(make_runner, {**way, "interval": -1, "save_last": False}, resume=True)
+    for name, value in whole.strategy.bare_model().state_dict().items():
+        assert torch.equal(runner.strategy.bare_model().state_dict()[name], value), name
+
+
+def test_every_nth_is_kept_for_good(make_runner: MakeRunner):
+    """Beside the last."""
+    assert names(train(make_runner, {"max_keep_ckpts": 1, "keep_every": 2}, 5)) == {"epoch_2", "epoch_4", "epoch_5"}
+
+
+def test_a_resumed_run_goes_on_removing(make_runner: MakeRunner):
+    """Its checkpoints are known by the run's id."""
+    train(make_runner, {"max_keep_ckpts": 2}, 2)
+    assert names(train(make_runner, {"max_keep_ckpts": 2}, 4, resume=True)) == {"epoch_3", "epoch_4"}
+
+
+def test_another_runs_checkpoints_are_not_touched(make_runner: MakeRunner):
+    """A run that begins anew in the folder of an old one keeps what it finds."""
+    train(make_runner, {}, 2)
+    assert names(train(make_runner, {"max_keep_ckpts": 1, "filename_tmpl": "new_{}"}, 3)) == {
+        "epoch_1",
+        "epoch_2",
+        "new_3",
+    }
+
+
+def test_what_a_user_saves_is_kept(make_runner: MakeRunner):
+    """A checkpoint by run.save_checkpoint stands for itself."""
+    own = At(2, lambda run: run.save_checkpoint(Path(run.work_dir) / "mine", run.progress.after_this_iteration()))
+    assert names(train(make_runner, {"max_keep_ckpts": 1}, 3, custom_hooks=[own])) == {"mine", "epoch_3"}
+
+
+def test_what_a_killed_run_had_no_time_for_is_done_at_the_next_start(make_runner: MakeRunner):
+    """Even before the next save."""
+    train(make_runner, {}, 3)
+    hook = {"max_keep_ckpts": 1, "interval": -1, "save_last": False}
+    assert names(train(make_runner, hook, 4, resume=True, custom_hooks=[At(22, stop)])) == {"epoch_3"}
+
+
+def test_what_an_interruption_saved_goes_like_the_others(make_runner: MakeRunner):
+    """Once a newer one is durable."""
+    interrupt = At(3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    assert names(train(make_runner, {"max_keep_ckpts": 1}, 2, custom_hooks=[interrupt])) == {"iter_3"}
+    assert names(train(make_runner, {"max_keep_ckpts": 1}, 2, resume=True)) == {"epoch_2"}
+
+
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_time_is_a_reason_to_save(make_runner: MakeRunner, *, by_epoch: bool):
+    """After each iteration where it takes no time; where updates are accumulated, only after an update."""
+    hook = {"every_minutes": 1e-9, "interval": -1, "save_last": False, "by_epoch": by_epoch}
+    train_cfg = {"by_epoch": False, "max_iters": 6}
+    assert names(train(make_runner, hook, train_cfg=train_cfg)) == {f"iter_{number}" for number in range(1, 7)}
+    optim = {**TRAINING["optim_wrapper"], "accumulative_counts": 2}
+    runner = train(make_runner, {**hook, "max_keep_ckpts": 9}, train_cfg=train_cfg, optim_wrapper=optim, work_dir=None)
+    assert names(runner) >= {"iter_2", "iter_4", "iter_6"}
+
+
+# ---- the best ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_is_kept_beside_the_last(make_runner: MakeRunner):
+    """The one before goes; one that is no better changes nothing."""
+    runner = train(make_runner, {"save_best": "acc", "max_keep_ckpts": 1}, 4, **scored(0.1, 0.9, 0.9, 0.3))
+    assert names(runner) == {"best_acc_epoch_2", "epoch_4"}
+
+
+@pytest.mark.parametrize(
+    ("hook", "name", "scores", "best"),
+    [
+        ({"save_best": "auto"}, "loss", (3.0, 1.0, 2.0), {2}),
+        ({"save_best": "val/F1", "rule": "greater"}, "val/F1", (3.0, 1.0, 2.0), {1}),
+        ({"save_best": ["F1"], "rule": ["less"]}, "F1", (3.0, 1.0, 2.0), {2}),
+        ({"save_best": "F1", "less_keys": ["f1"]}, "F1", (3.0, 1.0, 2.0), {2}),
+        ({"save_best": "acc", "keep_best": 2}, "acc", (3.0, 1.0, 2.0), {1, 3}),
+        ({"save_best": "acc"}, "acc", (float("nan"), float("inf"), 0.5), {3}),
+        ({"save_best": "acc"}, "acc", (torch.tensor(0.5), 0, 1), {3}),
+    ],
+)
+def test_better_is_what_the_rule_says(make_runner: MakeRunner, hook: dict, name: str, scores: tuple, best: set[int]):
+    """Given, or told from the metric's name; what is not finite is never the best."""
+    runner = train(make_runner, {**hook, "interval": -1, "save_last": False}, **scored(*scores, name=name))
+    assert names(runner) == {f"best_{name.replace('/', '_')}_epoch_{number}" for number in best}
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [("acc", True), ("coco/bbox_mAP", True), ("top1", True), ("ACCURACY", True), ("loss", False), ("val_loss", False)],
+)
+def test_names_tell_the_rule(metric: str, *, greater: bool):
+    """Capitals do not matter, and part of the name is enough."""
+    assert greater_is_better(metric) is greater
+
+
+def test_the_same_name_counts_before_a_part_of_it():
+    """'acc_loss' is a loss where the keys say so."""
+    assert not greater_is_better("acc_loss", ["acc"], ["acc_loss"])
+    assert greater_is_better("acc_loss", ["acc"], ["loss"])
+
+
+def test_the_best_survives_a_resume(make_runner: MakeRunner):
+    """A worse score after it does not become the best."""
+    hook = {"save_best": "auto", "max_keep_ckpts": 1}
+    train(make_runner, hook, 2, **scored(0.5, 0.9))
+    assert names(train(make_runner, hook, 3, resume=True, **scored(0.7))) == {"best_acc_epoch_2", "epoch_3"}
+
+
+def test_the_best_is_known_again_from_its_own_manifest(make_runner: MakeRunner, tmp_path: Path):
+    """As after a run that was killed before it saved anything else, or goes on from an older checkpoint."""
+    hook = {"save_best": "acc"}
+    train(make_runner, hook, 2, **scored(0.5, 0.9))
+    said = read_manifest(tmp_path / "run" / "best_acc_epoch_2")["purpose"]
+    assert said == {"series": "", "number": 2, "metric": "acc", "score": 0.9, "greater": True}
+    runner = train(make_runner, hook, 3, resume=tmp_path / "run" / "epoch_1", **scored(0.4, 0.6, 0.7))
+    assert {name for name in names(runner) if name.startswith("best")} == {"best_acc_epoch_2"}
+
+
+def test_a_validation_by_itself_saves_nothing(make_runner: MakeRunner):
+    """There is no training that it could be the best of."""
+    hook = {"save_best": "acc", "interval": -1, "save_last": False}
+    runner = train(make_runner, hook, 1, **scored(0.5, 0.9))
+    assert names(runner) == {"best_acc_epoch_1"}
+    runner.val()
+    assert names(runner) == {"best_acc_epoch_1"}
+
+
+@pytest.mark.parametrize(
+    ("hook", "name", "value", "error", "text"),
+    [
+        ({"save_best": "accuracy"}, "acc", 0.5, ConfigKeyError, r"no such metric.*acc"),
+        ({"save_best": "auto"}, "F1", 0.5, ConfigValueError, r"rule='greater' or rule='less'"),
+        ({"save_best": "acc"}, "acc", [0.5], ConfigTypeError, r"a list, not a number"),
+    ],
+)
+def test_a_metric_that_cannot_be_compared_is_refused(
+    make_runner: MakeRunner, hook: dict, name: str, value: Any, error: type[Exception], text: str
+):
+    """At the first validation, with what there is."""
+    with pytest.raises(error, match=text):
+        train(make_runner, hook, 1, **scored(value, name=name))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"max_keep_ckpts": 0}, ConfigValueError, "max_keep_ckpts is 0"),
+        ({"keep_every": 0}, ConfigValueError, "keep_every is 0"),
+        ({"every_minutes": -1}, ConfigValueError, "every_minutes is -1"),
+        ({"save_best": "acc", "keep_best": 0}, ConfigValueError, "keep_best is 0"),
+        ({"save_best": "acc", "rule": "grater"}, ConfigKeyError, "grater.*greater"),
+        ({"save_best": ["acc", "loss"], "rule": ["greater"]}, ConfigValueError, "1 rules for 2 metrics"),
+        ({"save_best": ["auto", "acc"]}, ConfigValueError, "stands alone"),
+        ({"save_best": "F1"}, ConfigValueError, "'F1'.*rule="),
+        ({"rule": "less"}, ConfigValueError, "speak of save_best"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict, error: type[Exception], text: str):
+    """Before anything is trained."""
+    with pytest.raises(error, match=text):
+        CheckpointHook(**arguments)
+
+
+def test_scores_are_remembered_as_many_as_are_kept():
+    """A worse one than the second is among the best two no more."""
+    scores = BestScores("acc", count=2)
+    assert [bool(scores.enter({"acc": score}, number)) for number, score in enumerate((3.0, 1.0, 2.0, 0.5))] == [
+        True, True, True, False,
+    ]  # fmt: skip
+    assert scores.state_dict() == {"scores": {"acc": {0: 3.0, 2: 2.0}}}
+
+
+def test_parts_are_published_after_the_training(make_runner: MakeRunner, tmp_path: Path):
+    """Of the last and the best checkpoint, for those who want the weights alone; not of a run that was interrupted."""
+    hook = {"save_best": "acc", "published_keys": ["meta", "state_dict"], "max_keep_ckpts": 1, "async_save": True}
+    train(make_runner, hook, 2, **scored(0.9, 0.1))
+    published = sorted((tmp_path / "run").glob("*.pth"))
+    assert [path.name.rpartition("-")[0] for path in published] == ["best_acc_epoch_1", "epoch_2"]
+    assert {key for path in published for key in CheckpointLoader.load_checkpoint(path)} == {"meta", "state_dict"}
+    interrupt = At(3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    runner = train(make_runner, hook, 2, custom_hooks=[interrupt], work_dir=tmp_path / "other", **scored(0.9, 0.1))
+    assert names(runner) == {"iter_3"}
+
+
+# ---- in the background ------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_stops_the_run_with_its_path(make_runner: MakeRunner, tmp_path: Path):
+    """At a later iteration, or at the end at the latest; what was saved before is there."""
+
+    def full(name: str, operation: Any, arguments: tuple[Any, ...]) -> Any:
+        if name == "create_folder" and "epoch_2" in arguments[0].name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return operation(*arguments)
+
+    with faults.between(full), pytest.raises(CheckpointError, match=r"epoch_2: the checkpoint .*No space left"):
+        train(make_runner, {"async_save": True}, 3)
+    assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "epoch_1"
+
+
+def test_a_run_that_fails_waits_for_what_it_saves(make_runner: MakeRunner, tmp_path: Path):
+    """The checkpoint under way is there when the error arrives."""
+
+    def fail(run: Any) -> None:
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        train(make_runner, {"async_save": True}, 2, custom_hooks=[At(EPOCH + 1, fail)])
+    assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "epoch_1"
+
+
+def test_an_interrupted_run_waits_for_what_it_saves(make_runner: MakeRunner, tmp_path: Path):
+    """Its last checkpoint goes the same way as the others."""
+    interrupt = At(EPOCH + 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    runner = train(make_runner, {"async_save": True}, 2, custom_hooks=[interrupt])
+    assert names(runner) == {"epoch_1", f"iter_{EPOCH + 2}"}
+    assert runner.latest_checkpoint() == tmp_path / "run" / f"iter_{EPOCH + 2}"
+
+
+def test_a_strategy_that_writes_by_itself_is_refused(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
+    """With what it would have to take."""
+    runner = make_runner(default_hooks={**QUIET_HOOKS, "checkpoint": {"async_save": True}})
+    monkeypatch.setattr(type(runner.strategy), "save_checkpoint", lambda self, filename, **kwargs: None)
+    with pytest.raises(ConfigValueError, match="takes no `write`"):
+        runner.train()
+
+
+# ---- on ranks ---------------------------------------------------------------------------------------------------------
+
+
+def train_on_ranks(folder: str, hook: dict, validation: dict, **changes: Any) -> tuple[list[str], str]:
+    """Train on all ranks; return the checkpoints in the folder and the last of them, as each rank knows."""
+    hooks = {**QUIET_HOOKS, "checkpoint": hook}
+    runner = Runner(
+        **settings(
+            model={"type": Toy},
+            train_dataloader=loader(),
+            work_dir=folder,
+            default_hooks=hooks,
+            **validation,
+            **changes,
+        )
+    )
+    try:
+        runner.train()
+        return sorted(names(runner)), str(runner.latest_checkpoint())
+    finally:
+        runner.close()
+
+
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_ranks_keep_the_same(ranks: Ranks, tmp_path: Path, way: dict):
+    """By either way to save: the last, the best, what was saved by time, what is kept for good."""
+    hook = {"max_keep_ckpts": 1, "keep_every": 2, "save_best": "acc", "every_minutes": 1e-9, **way}
+    told = ranks.run(train_on_ranks, str(tmp_path / "run"), hook, scored(0.1, 0.9, 0.3))
+    assert told == [(["best_acc_epoch_2", "epoch_2", "epoch_3"], str(tmp_path / "run" / "epoch_3"))] * 2
+    resumed = ranks.run(
+        train_on_ranks, str(tmp_path / "run"), hook, scored(0.3, 0.5), resume=True, train_cfg={"max_epochs": 4}
+    )
+    assert resumed[0] == resumed[1] == (["best_acc_epoch_2", "epoch_2", "epoch_4"], str(tmp_path / "run" / "epoch_4"))
