@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from rich.table import Table
