@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 LAUNCHERS := .venv/.launchers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup train test test-fast test-launch check format bench clean
+.PHONY: help setup train test test-fast test-launch faults check format bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +38,9 @@ $(LAUNCHERS): $(INSTALLED)
 	@echo "Installing Ray and mpi4py (once; half a gigabyte) ..."
 	$(PIP) --editable '.[mpi,ray]'
 	@touch $@
+
+faults: setup ## Inject every fault into every way to save; takes ten minutes or more.
+	PYTHONPATH=src:tests $(BIN)/python tests/fault_sweep.py
 
 check: setup ## Check format, lint, types and the layers of the architecture.
 	$(BIN)/ruff format --check .

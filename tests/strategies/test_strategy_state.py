@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -521,6 +522,38 @@ def test_what_a_killed_save_left_is_not_resumed(single: Make, tmp_path: Path) ->
     strategy = single()
     strategy.prepare(Line(), optim_wrapper=ADAMW)
     assert strategy.load_or_resume(resume=True)["meta"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("spoil", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_message(
+    single: Make, tmp_path: Path, name: str, spoil: str
+) -> None:
+    """The next older one is taken, weights and all, and the log names the checkpoint and the file that is damaged."""
+    two_saved(single, tmp_path)
+    file = tmp_path / "epoch_2" / name
+    data = file.read_bytes()
+    if spoil == "remove":
+        file.unlink()
+    else:
+        file.write_bytes(data[: len(data) // 2] if spoil == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    strategy = single()
+    strategy.prepare(Line(), optim_wrapper=ADAMW)
+    lines = Lines(strategy)
+    assert strategy.load_or_resume(resume=True)["meta"]["epoch"] == 1
+    assert strategy.model.weight.item() == 0.0
+    assert re.search(rf"WARNING The checkpoint \S+epoch_2 is passed over: .*{name}", lines.text)
+
+
+def test_where_all_are_damaged_the_run_does_not_begin_anew_by_itself(single: Make, tmp_path: Path) -> None:
+    """It would write over what may still be mended; the error says how many there are and what to do."""
+    two_saved(single, tmp_path)
+    for epoch in (1, 2):
+        (tmp_path / f"epoch_{epoch}" / "state.json").unlink()
+    strategy = single()
+    strategy.prepare(Line(), optim_wrapper=ADAMW)
+    with pytest.raises(CheckpointDamagedError, match=r"None of the 2 checkpoints .* resume=<path>"):
+        strategy.load_or_resume(resume=True)
 
 
 # ---- two ranks -----------------------------------------------------------------------------------------------------

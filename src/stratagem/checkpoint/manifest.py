@@ -195,6 +195,7 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
         and isinstance(tensors, dict)
         and all(isinstance(described, dict) for described in tensors.values())
         and type(manifest.get("finite")) is bool
+        and manifest.get("algorithm") == ALGORITHM
     )
 
 

@@ -1,0 +1,76 @@
+"""Checkpoints that earlier versions wrote are read for good."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stratagem.checkpoint import CheckpointLoader, format_for
+
+GOLDEN = Path(__file__).with_name("golden")
+NAMES = ["v2-single", "v2-sharded", "v2.pth"]
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Tell whether two trees have the same types and bits."""
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_golden_checkpoint_loads_to_what_was_saved(name: str) -> None:
+    """Written once and never again, by one process and by two: every value, type and kind of container is there."""
+    assert format_for(GOLDEN / name).verify(GOLDEN / name) > 1000
+    found = CheckpointLoader.load_checkpoint(GOLDEN / name)
+    # By hand: eighths up to 14/8, in five rows of three; the moments are the numbers themselves, negative.
+    weight = torch.tensor([[number / 8 for number in range(row, row + 3)] for row in range(0, 15, 3)])
+    assert equal(
+        found,
+        {
+            "meta": {"epoch": 3, "iter": 12, "stratagem": "0.1.0", "finite": True},
+            "state_dict": {
+                "weight": weight,
+                "bias": torch.tensor([0.5, -2.0, 1e30], dtype=torch.bfloat16),
+                "count": torch.tensor(7),
+                "nothing": torch.empty(0, 2),
+            },
+            "optimizer": {
+                "state": {"weight": {"step": torch.tensor(12.0), "exp_avg": -8 * weight}},
+                "param_groups": [{"lr": 0.125, "betas": (0.9, 0.999), "params": ["weight"]}],
+            },
+            "notes": {
+                "best": float("-inf"),
+                "seen": {1, 2, 3},
+                1: "a number as a key",
+                "$name": "a dollar",
+                "none": None,
+                "text": "é\n",
+                "deep": [[], {}, [True, 2**70, 1e-300]],
+            },
+        },
+    )
+
+
+def test_ranks_and_one_process_wrote_the_same_files() -> None:
+    """Only the manifests differ, which tell the pieces apart."""
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (GOLDEN / "v2-single" / name).read_bytes() == (GOLDEN / "v2-sharded" / name).read_bytes()
+
+
+def test_safetensors_alone_reads_the_golden_weights() -> None:
+    """Other tools need nothing of ours."""
+    tensors = load_file(GOLDEN / "v2-sharded" / "model.safetensors")
+    assert sorted(tensors) == ["bias", "count", "nothing", "weight"]
+    assert tensors["weight"][4].tolist() == [1.5, 1.625, 1.75]

@@ -1,0 +1,96 @@
+"""Where tensors lie in a file of safetensors, beside the library's own reader and writer."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+
+from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
+from stratagem.errors import CheckpointDamagedError, CheckpointError
+
+SPECS = st.dictionaries(
+    st.text(max_size=8).filter(lambda name: name != "__metadata__"),
+    st.builds(TensorSpec, st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 4), max_size=3).map(tuple)),
+    max_size=6,
+)
+
+
+@given(SPECS)
+def test_the_library_reads_what_is_laid_out(specs: dict[str, TensorSpec]) -> None:
+    """Bytes put where the layout says are the tensor's bytes for safetensors, for every type and shape."""
+    layout = FileLayout.plan(specs)
+    file = bytearray(layout.header.ljust(layout.size, b"\x00"))
+    for number, (name, spec) in enumerate(specs.items()):
+        file[layout.starts[name] : layout.starts[name] + spec.nbytes] = bytes([number % 2]) * spec.nbytes
+    tensors = load(bytes(file))
+    assert {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == specs
+    for number, name in enumerate(specs):
+        assert set(tensors[name].flatten().view(torch.uint8).tolist()) <= {number % 2}
+
+
+@given(SPECS)
+def test_a_layout_is_read_as_it_was_planned(specs: dict[str, TensorSpec]) -> None:
+    """The header says all of it."""
+    layout = FileLayout.plan(specs)
+    found = FileLayout.read(layout.header, layout.size)
+    assert (found.specs, found.starts, found.size) == (layout.specs, layout.starts, layout.size)
+
+
+def test_what_the_library_writes_is_read() -> None:
+    """A file that safetensors laid out has its tensors where we look for them."""
+    data = save({"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.float16)}, {"by": "somebody"})
+    header = data[: 8 + int.from_bytes(data[:8], "little")]
+    layout = FileLayout.read(header, len(data))
+    assert data[layout.starts["a"] :][:24] == b"".join(number.to_bytes(8, "little") for number in range(3))
+    assert layout.specs["b"] == TensorSpec(torch.float16, (2, 2))
+
+
+def test_every_tensor_is_aligned_to_its_numbers() -> None:
+    """So that mapped numbers can be used where they lie."""
+    layout = FileLayout.plan({dtype: TensorSpec(kind, (3,)) for kind, dtype in DTYPES.items()})
+    assert all(layout.starts[name] % spec.dtype.itemsize == 0 for name, spec in layout.specs.items())
+    assert len(layout.header) % 64 == 0
+
+
+def test_chunks_are_in_bytes_of_the_file() -> None:
+    """The second and third of four numbers of 8 bytes begin 8 bytes behind the first, which is behind the header."""
+    layout = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))})
+    assert list(layout.chunks("a", iter([(1, 2)]))) == [(len(layout.header) + 8, 16)]
+
+
+@pytest.mark.parametrize("size", [-1, 1])
+def test_a_file_of_another_size_is_refused(size: int) -> None:
+    """A header and a file that do not fit are damage."""
+    layout = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))})
+    with pytest.raises(CheckpointDamagedError, match="its tensors have 32 bytes"):
+        FileLayout.read(layout.header, layout.size + size)
+
+
+def test_names_that_no_reader_takes_are_refused() -> None:
+    """A header that the library would refuse to read is not written."""
+    name = "x" * 100_000_001
+    with pytest.raises(CheckpointError, match=r"header of 10000\d{4} bytes"):
+        FileLayout.plan({name: TensorSpec(torch.int64, ())})
+
+
+def test_the_size_of_a_tensor_is_that_of_its_numbers() -> None:
+    """Also of none."""
+    assert TensorSpec(torch.float64, (3, 5)).nbytes == math.prod((3, 5, 8))
+    assert TensorSpec(torch.float64, (3, 0)).nbytes == 0
+    assert TensorSpec(torch.bool, ()).nbytes == 1
+
+
+def test_the_header_is_plain_json_with_spaces_behind() -> None:
+    """As https://huggingface.co/docs/safetensors describes it."""
+    header = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))}).header
+    assert int.from_bytes(header[:8], "little") == len(header) - 8
+    assert json.loads(header[8:]) == {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "I64", "shape": [4], "data_offsets": [0, 32]},
+    }

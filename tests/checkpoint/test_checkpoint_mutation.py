@@ -1,0 +1,65 @@
+"""Whatever happens to the bytes of a checkpoint, it is never silently another one."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stratagem.checkpoint import CheckpointLoader, save_checkpoint
+from stratagem.errors import CheckpointError
+from sweeps.trial import same, state
+
+
+@st.composite
+def mutations(draw: st.DrawFn) -> list[tuple[str, float, float, bytes]]:
+    """Draw changes: a kind, two places as shares of the file, and bytes."""
+    kinds = st.sampled_from(["overwrite", "insert", "delete", "copy", "reverse", "other"])
+    share = st.floats(0, 1)
+    return draw(st.lists(st.tuples(kinds, share, share, st.binary(min_size=1, max_size=16)), min_size=1, max_size=4))
+
+
+def mutate(data: bytes, other: bytes, changes: list[tuple[str, float, float, bytes]]) -> bytes:
+    """Change bytes; ``other`` is the same file of another checkpoint."""
+    for kind, first, second, new in changes:
+        begin, end = sorted((int(first * len(data)), int(second * len(data))))
+        at = int(first * len(data))
+        data = {
+            "overwrite": data[:at] + new + data[at + len(new) :],
+            "insert": data[:at] + new + data[at:],
+            "delete": data[:begin] + data[end:],
+            "copy": data[:begin] + data[begin:end] * 2 + data[end:],
+            "reverse": data[:begin] + data[begin:end][::-1] + data[end:],
+            "other": data[:begin] + other[begin:end] + data[end:],
+        }[kind]
+    return data
+
+
+@pytest.mark.parametrize("name", ["", ".pth"])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(number=st.integers(0, 3), changes=mutations())
+def test_a_mutated_checkpoint_is_refused_or_the_same(
+    tmp_path: Path, name: str, number: int, changes: list[tuple[str, float, float, bytes]]
+) -> None:
+    """Random changes to any of its files give an error of ours, or the state that was saved: never another state."""
+    sound, other, path = (tmp_path / f"{which}{name}" for which in ("sound", "other", "mutated"))
+    if not sound.exists():
+        save_checkpoint(state(1), sound)
+        save_checkpoint(state(2), other)
+    shutil.rmtree(path, ignore_errors=True)
+    if name:
+        file, twin = path, other
+        shutil.copy(sound, path)
+    else:
+        shutil.copytree(sound, path)
+        file = sorted(path.iterdir())[number]
+        twin = other / file.name
+    file.write_bytes(mutate(file.read_bytes(), twin.read_bytes(), changes))
+    try:
+        found = CheckpointLoader.load_checkpoint(path)
+    except CheckpointError:
+        return
+    assert same(found, state(1))
