@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, Self, cast, final
+from functools import partial
+from typing import Any, Self, TypeVar, cast, final
 
 import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
@@ -27,6 +28,9 @@ _RANKS_AT_FULL_RATE = 256
 _STORE_TIMEOUT = timedelta(seconds=5)
 # A store that cannot be reached twice has ended with its process.
 _ATTEMPTS = 2
+_ANSWER_S = 5.0
+
+T = TypeVar("T")
 
 
 @final
@@ -81,6 +85,7 @@ class RankWatch:
         self._acknowledged = False
         self._poll_s = _POLL_S * max(1.0, self.size / _RANKS_AT_FULL_RATE)
         self._failure: Failure | None = None
+        self._silent = False
         self._known = threading.Event()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="stratagem-ranks", daemon=True)
@@ -108,7 +113,7 @@ class RankWatch:
     def post(self, failure: Failure) -> Failure:
         """Tell all ranks of a failure; return the one that was told first, which may be another."""
         try:
-            told = Failure.from_json(self._store.compare_set("failure", "", failure.as_json()))
+            told = Failure.from_json(self._ask(lambda: self._store.compare_set("failure", "", failure.as_json())))
         except (RuntimeError, torch_dist.DistError):
             # The store has ended with its process; the others notice that by themselves.
             told = failure
@@ -121,7 +126,7 @@ class RankWatch:
         """Wait until all other ranks know of the failure: when this process ends, the store may end with it."""
         end = time.monotonic() + seconds
         try:
-            while time.monotonic() < end and self._store.add("known", 0) < self.size - 1:
+            while time.monotonic() < end and self._ask(lambda: self._store.add("known", 0)) < self.size - 1:
                 time.sleep(0.05)
         except (RuntimeError, torch_dist.DistError):
             return
@@ -131,7 +136,7 @@ class RankWatch:
         lines = []
         for rank in range(self.size):
             try:
-                told: dict[str, Any] = json.loads(self._store.get(f"sign/{rank}")) if self._has(f"sign/{rank}") else {}
+                told = self._ask(partial(self._sign_of, rank))
             except (RuntimeError, torch_dist.DistError):
                 told = {}
             if told:
@@ -141,6 +146,37 @@ class RankWatch:
             else:
                 lines.append(f"rank {rank}: no sign of life")
         return lines
+
+    def _sign_of(self, rank: int) -> dict[str, Any]:
+        sign: dict[str, Any] = json.loads(self._store.get(f"sign/{rank}")) if self._has(f"sign/{rank}") else {}
+        return sign
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """Return the store's answer to a question.
+
+        Raises:
+            DistStoreError: if it does not come in time: where a cable is pulled, the store's own calls wait for ever.
+        """
+        if self._silent:
+            raise torch_dist.DistStoreError("the ranks' store has stopped answering")
+        answers: list[T] = []
+        errors: list[Exception] = []
+
+        def ask() -> None:
+            try:
+                answers.append(question())
+            except (RuntimeError, torch_dist.DistError) as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=ask, name="stratagem store", daemon=True)
+        thread.start()
+        thread.join(_ANSWER_S)
+        if errors:
+            raise errors[0]
+        if not answers:
+            self._silent = True
+            raise torch_dist.DistStoreError(f"the ranks' store did not answer within {_ANSWER_S:g} s")
+        return answers[0]
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))
@@ -191,4 +227,4 @@ class RankWatch:
             return
         self._acknowledged = True
         with suppress(RuntimeError, torch_dist.DistError):  # the store may have ended with its process
-            self._store.add("known", 1)
+            self._ask(lambda: self._store.add("known", 1))
