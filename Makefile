@@ -2,9 +2,10 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+LAUNCHERS := .venv/.launchers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup train test test-fast check format bench clean
+.PHONY: help setup train test test-fast test-launch check format bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,11 +24,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 train: setup ## Train the main example on real digits, or go on where it was interrupted.
 	$(BIN)/stratagem train examples/mnist/config.py --resume
 
-test: setup ## Run the whole suite.
+test: setup ## Run the whole suite, without the real launchers.
 	$(BIN)/python -m pytest
 
 test-fast: setup ## Run the tests that start no processes.
 	$(BIN)/python -m pytest -m "not slow"
+
+test-launch: $(LAUNCHERS) ## Run the tests on real launchers: torchrun, mpirun, SLURM, Ray, two hosts.
+	@tests/launchers/install.sh
+	$(BIN)/python -m pytest -m launchers tests/launchers
+
+$(LAUNCHERS): $(INSTALLED)
+	@echo "Installing Ray and mpi4py (once; half a gigabyte) ..."
+	$(PIP) --editable '.[mpi,ray]'
+	@touch $@
 
 check: setup ## Check format, lint, types and the layers of the architecture.
 	$(BIN)/ruff format --check .

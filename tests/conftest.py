@@ -17,8 +17,12 @@ torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use rank processes as slow, and put slow tests last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that use rank processes as slow, and put slow tests last; real launchers run where asked for."""
+    if "launchers" not in config.option.markexpr:
+        real = [item for item in items if item.get_closest_marker("launchers")]
+        items[:] = [item for item in items if item not in real]
+        config.hook.pytest_deselected(items=real)
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")

@@ -39,6 +39,11 @@ def seed_generators(seed: int = 0) -> None:
     torch.manual_seed(seed)
 
 
+def scripts_environment() -> dict[str, str]:
+    """Return an environment in which a script among the tests can import what the tests themselves can."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
 @final
 class Ranks:
     """Processes with one gloo group, started by the first call and replaced after a failure.

@@ -14,6 +14,7 @@ _HOME = {
     "Config": "stratagem.config",
     "ConfigDict": "stratagem.config",
     "DDPStrategy": "stratagem.strategies",
+    "FSDPStrategy": "stratagem.strategies",
     "Runner": "stratagem.runner",
     "SingleDeviceStrategy": "stratagem.strategies",
 }
@@ -24,6 +25,7 @@ __all__ = [
     "Config",
     "ConfigDict",
     "DDPStrategy",
+    "FSDPStrategy",
     "Runner",
     "SingleDeviceStrategy",
     "__version__",

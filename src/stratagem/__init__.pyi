@@ -5,4 +5,5 @@ from stratagem.model import BaseModel as BaseModel
 from stratagem.runner import Runner as Runner
 from stratagem.strategies import BaseStrategy as BaseStrategy
 from stratagem.strategies import DDPStrategy as DDPStrategy
+from stratagem.strategies import FSDPStrategy as FSDPStrategy
 from stratagem.strategies import SingleDeviceStrategy as SingleDeviceStrategy

@@ -27,6 +27,7 @@ __all__ = [
     "MissingDependencyError",
     "WorkDirError",
     "TrainingError",
+    "RankFailedError",
 ]
 
 
@@ -120,3 +121,7 @@ class WorkDirError(StratagemError, OSError):
 
 class TrainingError(StratagemError, RuntimeError):
     """Training itself went wrong: a loss that is no tensor, a model without parameters, a dead worker."""
+
+
+class RankFailedError(StratagemError, RuntimeError):
+    """This rank stops because another one failed, ended or does not answer; nothing is wrong here."""

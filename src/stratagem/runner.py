@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, final
 
@@ -11,19 +13,27 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import Purpose, find_latest_checkpoint
-from stratagem.config import Config, require, show
-from stratagem.data import EpochLoader, build_dataloader
-from stratagem.dist import infer_launcher
-from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.config import Config, changed_values, require, show
+from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
+from stratagem.dist import Peer, all_gather_object, infer_launcher
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, LaunchError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
+from stratagem.strategies.agreement import require_one_config
 from stratagem.strategies.building import with_preprocessor
+from stratagem.strategies.main_rank import from_main
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
+from stratagem.train.lineage import Ending, Lineage, Start
 from stratagem.train.loops import updates_of
+from stratagem.train.requeue import requeue_job
+from stratagem.train.restart import Launched, continue_launch
+from stratagem.train.rollback import RollBackError, roll_back
 from stratagem.train.run import INTERRUPTED
+from stratagem.train.signals import JOB_ENDS
+from stratagem.utils import mask_text
 
 __all__ = ["Runner"]
 
@@ -31,9 +41,13 @@ __all__ = ["Runner"]
 _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
-    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume", "launcher", "env_cfg",
-    "log_level", "randomness", "compile", "default_scope",
+    "auto_scale_lr", "default_hooks", "custom_hooks", "data_preprocessor", "load_from", "resume",
+    "resume_param_scheduler", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
+    "requeue",
 )  # fmt: skip
+
+# What says that a run is resumed, and so is never what it was.
+_RESUMING = ("resume", "load_from", "resume_param_scheduler")
 
 _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
 _VAL = ("val_dataloader", "val_cfg", "val_evaluator")
@@ -65,12 +79,15 @@ class Runner:
         data_preprocessor: goes into the model's configuration where that has none.
         load_from: a checkpoint whose weights are loaded, or that is resumed where ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint under ``work_dir``, if any), or a path.
+        resume_param_scheduler: whether a run that is resumed keeps the checkpoint's schedules and optimizers' options
+            (learning rate, weight decay ...) where these here are others; with False these here win.
         launcher: what started the processes; inferred where not given.
         env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
         log_level: of the logger.
         randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
         compile: True, or arguments of ``torch.compile`` with ``target``, the model's method.
         default_scope: the scope in which names are looked up first.
+        requeue: whether a run that SLURM's SIGUSR1 stops puts its job back into the queue, to go on later.
         cfg: the whole configuration, kept with the run.
 
     Raises:
@@ -100,12 +117,14 @@ class Runner:
         data_preprocessor: nn.Module | Mapping[str, Any] | None = None,
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
+        resume_param_scheduler: bool = True,
         launcher: str | None = None,
         env_cfg: Mapping[str, Any] | None = None,
         log_level: str | int = "INFO",
         randomness: Mapping[str, Any] | None = None,
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the name that configurations use
         default_scope: str | None = None,
+        requeue: bool = False,
         cfg: Config | Mapping[str, Any] | None = None,
     ) -> None:
         self._parts: dict[str, Any] = {
@@ -121,6 +140,8 @@ class Runner:
             raise ConfigTypeError(
                 f"compile is {compile!r}; True, False or a mapping of torch.compile's arguments is due."
             )
+        if not isinstance(requeue, bool):
+            raise ConfigTypeError(f"requeue is {requeue!r}; True or False is due.")
         if not isinstance(resume, bool) and load_from is not None:
             raise ConfigValueError(
                 f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint. "
@@ -131,7 +152,10 @@ class Runner:
         self._param_scheduler = param_scheduler
         self._compile = compile
         self._load_from, self._resume = load_from, resume
+        self._resume_param_scheduler = resume_param_scheduler
         self._scope = default_scope
+        self._requeue = requeue
+        self._changes: list[str] = []
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
             self.strategy = _build_strategy(
@@ -144,7 +168,13 @@ class Runner:
                 auto_scale_lr=auto_scale_lr,
                 log_level=log_level,
             )
-        self.run = Run(self.strategy, events, config_text=self._config_text() if len(self.cfg) else None)
+        config_text = self._config_text() if len(self.cfg) else None
+        try:
+            require_one_config(config_text or "")
+        except LaunchError:
+            self.strategy.close()
+            raise
+        self.run = Run(self.strategy, events, config_text=config_text)
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
@@ -185,12 +215,8 @@ class Runner:
         run, strategy = self.run, self.strategy
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
-            loader = self._loader("train")
-            if not loader.positioned:
-                self.strategy.logger.warning(
-                    "The order of the training data is that of its own loader or sampler. A run that is stopped inside "
-                    "of an epoch draws again what it has seen, to go on behind it, and may not go on exactly."
-                )
+            loader = self._training_data()
+            _require_samples(loader, strategy.data_size)
             loop = build_train_loop(
                 self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
             )
@@ -207,10 +233,13 @@ class Runner:
                 },
             )
             seed = strategy.seed
-            self._take_up(training=True)
+            rest = self._take_up(training=True)
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
-                loop.dataloader = self._loader("train")
+                loop.dataloader = loader = self._loader("train")
+            run.train_data = loader
+            if rest is not None:
+                self._go_on(rest, loader)
         return loop
 
     def train(self) -> nn.Module:
@@ -220,7 +249,8 @@ class Runner:
             StateError: if the runner was given nothing to train with.
         """
         run = self.run
-        with run.claims.held(Path(run.work_dir)), run.saves.finished():
+        folder = Path(run.work_dir)
+        with run.guard.watching(), run.interrupt.listening(), run.claims.held(folder), run.saves.finished():
             loop = self.prepare()
             # Not earlier: a run that cannot begin leaves what an earlier one kept.
             self._keep_config()
@@ -228,16 +258,61 @@ class Runner:
             if self._is_complete():
                 run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
             run.progress.stop_training = False
-            with run.interrupt.listening():
-                loop.run()
+            begin = run.iter
+            with self._writing_lineage():
+                if not run.interrupt.due_now():
+                    with naming_dead_workers():
+                        self._train_to_the_end(loop)
                 if self.interrupted is not None:
-                    self._save_interrupted()
+                    self._end_interrupted(begin)
             run.events.call("after_run", run)
         return self.strategy.model
 
+    @contextmanager
+    def _writing_lineage(self) -> Iterator[None]:
+        """Write down from where this start goes on, and at the end how it ended; on rank 0."""
+        run, folder = self.run, Path(self.strategy.log_dir)
+        start = Start(
+            name=f"{Path(self.strategy.work_dir).name}/{self.strategy.timestamp}",
+            epoch=run.epoch,
+            iter=run.iter,
+            checkpoint=mask_text(self.strategy.resumed_from) if self.strategy.resumed_from else None,
+            changes=tuple(self._changes),
+            strategy=type(self.strategy).__name__,
+            world_size=self.strategy.world_size,
+        )
+        run.lineage = run.lineage.followed_by(start)
+        how = "killed"
+        if self.strategy.rank == 0:
+            run.lineage.write(folder)
+        try:
+            yield
+            name = None if self.interrupted is None else signal.Signals(self.interrupted).name
+            how = f"stopped by {name}" if name else "complete" if self._is_complete() else "stopped early"
+        except BaseException as error:
+            how = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise
+        finally:
+            if self.strategy.rank == 0:
+                run.lineage.write(folder, Ending.now(how, epoch=run.epoch, iteration=run.iter))
+
+    def _train_to_the_end(self, loop: Any) -> None:
+        run = self.run
+        while True:
+            try:
+                loop.run()
+            except RollBackError as request:
+                run.logger.warning(request)
+                roll_back(run, request)
+                # What was just read is given to whoever takes it up when a run begins.
+                run.events.call("before_run", run)
+            else:
+                return
+
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
-        return self._evaluate("val")
+        with self.run.guard.watching():
+            return self._evaluate("val")
 
     def test(self, *, strict: bool = False) -> dict[str, Any]:
         """Evaluate the test data; return the metrics. Collective.
@@ -245,7 +320,8 @@ class Runner:
         Args:
             strict: whether the checkpoint that ``load_from`` names must have exactly the model's weights.
         """
-        return self._evaluate("test", strict=strict)
+        with self.run.guard.watching():
+            return self._evaluate("test", strict=strict)
 
     def close(self) -> None:
         """Close files, and end the process group if the strategy made it. Idempotent."""
@@ -261,16 +337,19 @@ class Runner:
             self.strategy.prepare(self._model, compile=self._compile)
             self._take_up(training=False, strict=strict)
         self.run.events.call("before_run", self.run)
-        metrics: dict[str, Any] = loop.run()
+        with naming_dead_workers():
+            metrics: dict[str, Any] = loop.run()
         self.run.events.call("after_run", self.run)
         return metrics
 
-    def _take_up(self, *, training: bool, strict: bool = False) -> None:
-        """Load or resume as asked, once, and go to the position that was saved.
+    def _take_up(self, *, training: bool, strict: bool = False) -> dict[str, Any] | None:
+        """Load or resume as asked, once; return what a run that is resumed has saved beside the strategy's state.
 
         An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
         """
         load_from, resume = self._load_from, self._resume
+        if training and self._is_started_again():
+            load_from, resume = None, True
         if training or not resume:
             self._load_from, self._resume = None, False
 
@@ -279,22 +358,65 @@ class Runner:
 
         if strict and load_from is not None and not resume:
             self.strategy.load_checkpoint(load_from, strict=True, callback=tell)
-            return
-        rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell)
-        if resume and rest is not None:
-            self.run.progress.move_to(self._position(rest.get("meta") or {}))
-            self.run.load_hooks(rest)
-            self.run.adopt_id(rest.get("meta") or {})
-            self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+            return None
+        rest = self.strategy.load_or_resume(
+            load_from=load_from, resume=resume, callback=tell, resume_param_scheduler=self._resume_param_scheduler
+        )
+        if not resume or rest is None:
+            return None
+        meta = rest.get("meta") or {}
+        self._changes = self._say_changes(meta)
+        self.run.lineage = Lineage.of_checkpoint(meta)
+        self.run.progress.move_to(Position.from_meta(meta))
+        self.run.load_hooks(rest)
+        self.run.adopt_id(meta)
+        self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
+        return rest
 
-    def _position(self, meta: Mapping[str, Any]) -> Position:
-        """Return where the saved run stood, in the batches of this one."""
+    def _is_started_again(self) -> bool:
+        """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
+        launch = Launched.here(all_gather_object(Peer.of_parent()))
+        folder = Path(self.strategy.work_dir)
+        return from_main(lambda: continue_launch(folder, launch, self.run.logger) is not None)
+
+    def _say_changes(self, meta: Mapping[str, Any]) -> list[str]:
+        """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
+        saved = meta.get("cfg")
+        changed = changed_values(saved, self._config_text(), ignored=_RESUMING) if isinstance(saved, str) else []
+        if changed:
+            self.run.logger.info("The configuration is not that of the checkpoint:\n  %s", "\n  ".join(changed))
+        return changed
+
+    def _go_on(self, rest: Mapping[str, Any], loader: EpochLoader) -> None:
+        """Take up the position in the training data that was saved."""
+        progress = self.run.progress
+        data = rest.get("data")
+        if not isinstance(data, Mapping) or not loader.positioned:
+            progress.batch = self._batch_of_this_run(rest.get("meta") or {})
+        if not isinstance(data, Mapping):
+            return
+        progress.batch = loader.go_on(progress.epoch, progress.batch, data.get("taken") or ())
+        states = data.get("ranks")
+        if not isinstance(states, Mapping):
+            return
+        world = self.strategy.world
+        if len(states) != world.size:
+            self.strategy.logger.warning(
+                "The training data's loaders were saved by %d ranks, and this run has %d: the epoch does not go on exactly.",
+                len(states), world.size,
+            )  # fmt: skip
+        if str(world.rank) in states:
+            loader.load_state_dict(states[str(world.rank)], epoch=progress.epoch, batch=progress.batch)
+
+    def _batch_of_this_run(self, meta: Mapping[str, Any]) -> int:
+        """Return how much of the epoch the saved run had done, in the batches of this one."""
         position = Position.from_meta(meta)
         own = self.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
         old = meta.get("train_micro_batch_size_per_gpu")
         if not (position.batch and own and old):
-            return position
-        return position.in_batches_of(own * self.strategy.world_size, old * meta.get("world_size", 1))
+            return position.batch
+        parts = meta.get("data_size", meta.get("world_size", 1))
+        return position.in_batches_of(own * self.strategy.data_size, old * parts).batch
 
     def _is_complete(self) -> bool:
         progress = self.run.progress
@@ -304,21 +426,35 @@ class Runner:
             return updates_of(self.run) >= progress.max_steps
         return progress.max_iters is not None and progress.iter >= progress.max_iters
 
-    def _save_interrupted(self) -> None:
+    def _end_interrupted(self, begin: int) -> None:
+        """Save where the run stands, if that is not where it began, and have SLURM start it again if that was asked."""
         run = self.run
-        path = Path(run.work_dir) / f"iter_{run.iter}"
-        run.save_checkpoint(path, run.progress.here(), purpose=Purpose(series=INTERRUPTED, number=run.iter))
-        # Said only when it is true: it may be written in the background.
-        run.saves.wait()
-        run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+        if run.iter != begin:
+            path = Path(run.work_dir) / f"iter_{run.iter}"
+            run.save_checkpoint(path, run.progress.here(), purpose=Purpose(series=INTERRUPTED, number=run.iter))
+            # Said only when it is true: it may be written in the background.
+            run.saves.wait()
+            run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+        else:
+            run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
+        if self._requeue and self.interrupted in JOB_ENDS:
+            from_main(lambda: requeue_job(run.logger))
+
+    def _training_data(self) -> EpochLoader:
+        """Return the loader that the run trains on, which knows where it stands if it was trained on before."""
+        if self.run.train_data is not None:
+            return self.run.train_data
+        loader = self._loader("train")
+        if loader.inexact is not None:
+            self.strategy.logger.warning("%s", loader.inexact)
+        return loader
 
     def _loader(self, mode: str) -> EpochLoader:
-        world = self.strategy.world
         return build_dataloader(
             self._parts[f"{mode}_dataloader"],
             seed=self.strategy.seed,
-            rank=world.rank,
-            world_size=world.size,
+            rank=self.strategy.data_rank,
+            world_size=self.strategy.data_size,
             training=mode == "train",
         )
 
@@ -343,6 +479,20 @@ class Runner:
     def _config_text(self) -> str:
         """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
         return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
+
+
+def _require_samples(loader: EpochLoader, parts: int) -> None:
+    """Refuse training data of which some ranks would have to repeat what others have.
+
+    Raises:
+        ConfigValueError: if there are fewer samples than ranks that see samples of their own.
+    """
+    samples = len(loader.dataset) if isinstance(loader.dataset, Sized) else parts
+    if samples < parts:
+        raise ConfigValueError(
+            f"The training data has {samples} samples, and {parts} ranks are to have samples of their own. Start fewer "
+            "processes."
+        )
 
 
 def _build_strategy(

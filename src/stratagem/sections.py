@@ -65,7 +65,10 @@ _LOADER = Section(
     keys={
         "dataset": Section(registry=DATASETS),
         "sampler": Section(registry=DATA_SAMPLERS, supplied=frozenset({"dataset", "seed", "rank", "world_size"})),
-        "batch_sampler": Section(registry=DATA_SAMPLERS, supplied=frozenset({"sampler", "batch_size"})),
+        "batch_sampler": Section(
+            registry=DATA_SAMPLERS,
+            supplied=frozenset({"sampler", "batch_size", "dataset", "seed", "rank", "world_size"}),
+        ),
         "collate_fn": _FUNCTION,
         "worker_init_fn": _FUNCTION,
     },
@@ -97,6 +100,7 @@ _DEFAULT_HOOKS = {
     "timer": "IterTimerHook",
     "sampler_seed": "DistSamplerSeedHook",
     "logger": "LoggerHook",
+    "nonfinite": "NonFiniteHook",
     "param_scheduler": "ParamSchedulerHook",
     "checkpoint": "CheckpointHook",
 }
@@ -132,9 +136,11 @@ SECTIONS: Mapping[str, Rule] = {
             "experiment_name",
             "load_from",
             "resume",
+            "resume_param_scheduler",
             "launcher",
             "log_level",
             "default_scope",
+            "requeue",
             "runner_type",
         ),
         _FREE,

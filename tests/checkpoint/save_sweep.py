@@ -1,4 +1,4 @@
-"""Save checkpoints in child processes that are killed before their 1st, 2nd, 3rd ... file operation.
+"""Save checkpoints in child processes that are killed at each file operation, before, half-way through and after it.
 
 Run as a script, so that the process that forks has no threads. Prints, for each child, what it left, as JSON.
 """
@@ -6,39 +6,17 @@ Run as a script, so that the process that forks has no threads. Prints, for each
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stratagem.checkpoint import CheckpointLoader, directory, find_latest_checkpoint, save_checkpoint
-from stratagem.storage import atomic
-
-OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir", "chmod")
-
-
-def die_before(number: int) -> None:
-    """Kill this process before its file operation of that number."""
-    count = -1
-
-    def killing(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return operation(*args, **kwargs)
-
-        return run
-
-    for name in OPERATIONS:
-        setattr(os, name, killing(getattr(os, name)))
-    for owner, name in ((atomic, "exchange"), (directory, "save_file"), (torch, "save"), (directory, "_write_json")):
-        setattr(owner, name, killing(getattr(owner, name)))
+from faults import MOMENTS, counted, dying, in_child, number_of_operations
+from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, save_checkpoint
 
 
 def state(value: int) -> dict[str, Any]:
@@ -47,25 +25,24 @@ def state(value: int) -> dict[str, Any]:
 
 
 def sweep(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield what each child left when it replaced a checkpoint and then made another, until one comes to its end."""
+    """Yield what each child left when it replaced a checkpoint and then made another, and at last one that lived."""
     suffix = Path(name).suffix
-    killed, number = True, -1
-    while killed:
-        number += 1
-        place = folder / str(number)
+
+    def save(place: Path) -> None:
+        save_checkpoint(state(2), place / name)
+        save_checkpoint(state(3), place / f"iter_3{suffix}")
+
+    save_checkpoint(state(1), folder / "counted" / name)
+    count = number_of_operations(partial(save, folder / "counted"))
+    for number, moment in (*product(range(count), MOMENTS), (count, "before")):
+        place = folder / f"{number}-{moment}"
         save_checkpoint(state(1), place / name)
-        child = os.fork()
-        if child == 0:
-            die_before(number)
-            save_checkpoint(state(2), place / name)
-            save_checkpoint(state(3), place / f"iter_3{suffix}")
-            os._exit(0)
-        killed = os.waitpid(child, 0)[1] != 0
+        ended = in_child(partial(save, place), counted(number, dying(moment)))
         latest = find_latest_checkpoint(place)
         found = CheckpointLoader.load_checkpoint(latest) if latest else {"meta": {"iter": 0}, "state_dict": {}}
         same = set(found["state_dict"]["x"].tolist()) == {found["meta"]["iter"]}
         rest = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith("."))
-        yield {"killed": killed, "iter": found["meta"]["iter"], "same": same, "names": rest}
+        yield {"killed": not ended, "iter": found["meta"]["iter"], "same": same, "names": rest}
 
 
 if __name__ == "__main__":

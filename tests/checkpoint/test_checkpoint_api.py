@@ -74,11 +74,13 @@ def test_a_checkpoint_without_a_model_says_what_it_has(checkpoint: dict[str, obj
     assert "secret" not in str(caught.value)
 
 
-def test_urls_are_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A URL as the place to save to is an error, and no folder with such a name appears."""
+def test_web_addresses_are_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A URL that can only be read is an error, without its secrets, and no folder with such a name appears."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match=r"s3://\*\*\*@bucket/c: checkpoints are written to paths only"):
-        save_checkpoint({"state_dict": {}}, "s3://me:secret@bucket/c")
+    with pytest.raises(
+        CheckpointError, match=r"https://\*\*\*@host/c: checkpoints are written to paths, and to places"
+    ):
+        save_checkpoint({"state_dict": {}}, "https://me:secret@host/c")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from manifests import change_manifest
 from stratagem.checkpoint import DirectoryFormat
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
@@ -37,13 +37,6 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def damaged(sound: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(sound, tmp_path / "epoch_3"))
-
-
-def change_manifest(path: Path, **changes: Any) -> None:
-    """Change entries of the manifest; ``...`` takes one away."""
-    file = path / "manifest.json"
-    content = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
 
 
 def test_the_copy_is_sound(damaged: Path) -> None:
@@ -87,15 +80,13 @@ def test_a_part_that_is_not_asked_for_is_missed_too(damaged: Path) -> None:
 
 
 def flips(name: str, path: Path) -> list[tuple[int, int]]:
-    """Return (offset, mask) of changes all over a JSON file, or the header of a file of safetensors."""
-    data = (path / name).read_bytes()
-    end = len(data) if name.endswith(".json") else 8 + int.from_bytes(data[:8], "little")
-    return [(offset, 1 << (offset * 5 + turn) % 8) for offset in range(end) for turn in (0, 3)]
+    """Return (offset, mask) of changes to every byte of a file."""
+    return [(offset, 1 << (offset * 5 + turn) % 8) for offset in range((path / name).stat().st_size) for turn in (0, 3)]
 
 
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
 def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
-    """A bit changed anywhere in the JSON, or in a header of safetensors, is damage."""
+    """A bit changed anywhere in the JSON, in a header of safetensors or in a tensor is damage."""
     data = (damaged / name).read_bytes()
     unnoticed: list[tuple[int, int]] = []
     messages: list[str] = []
@@ -112,23 +103,31 @@ def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
     assert all(name in message for message in messages)
 
 
-def test_a_flipped_bit_of_the_manifest_changes_no_state(damaged: Path) -> None:
-    """A bit changed in the manifest is an error of ours, or is in a note that loading does not use."""
+def test_a_flipped_bit_of_the_manifest_is_an_error(damaged: Path) -> None:
+    """A bit changed anywhere in the manifest makes the checkpoint unusable, and the manifest is named."""
     file = damaged / "manifest.json"
     data = file.read_bytes()
-    used = []
     for offset, mask in flips(file.name, damaged):
         changed = bytearray(data)
         changed[offset] ^= mask
         file.write_bytes(changed)
-        try:
-            tree = FORMAT.load(damaged)
-        except CheckpointError:
-            continue
-        assert tree["meta"] == {"epoch": 3, "lr": 0.125, "done": True}
-        used.append(offset)
-    notes = [(data.index(b'"stratagem"'), data.index(b'"files"'))]
-    assert all(any(start <= offset < end for start, end in notes) for offset in used)
+        with pytest.raises(CheckpointError, match=r"manifest\.json"):
+            FORMAT.load(damaged)
+
+
+@pytest.mark.parametrize(("name", "tensor"), [("model", "w"), ("model", "b"), ("optimizer", "state/w/step")])
+def test_a_flipped_bit_of_a_tensor_names_it(damaged: Path, name: str, tensor: str) -> None:
+    """Of a changed number both the file and the tensor are named."""
+    file = damaged / f"{name}.safetensors"
+    data = bytearray(file.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    begin = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
+    data[begin] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(
+        CheckpointDamagedError, match=rf"{name}\.safetensors: the tensor '{tensor}' is not what was written"
+    ):
+        FORMAT.load(damaged)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +142,8 @@ def test_a_flipped_bit_of_the_manifest_changes_no_state(damaged: Path) -> None:
         lambda path: change_manifest(path, saved_at=...),
         lambda path: change_manifest(path, saved_at="yesterday"),
         lambda path: change_manifest(path, saved_at=float("nan")),
-        lambda path: change_manifest(path, state_sha256=...),
+        lambda path: change_manifest(path, tensors=...),
+        lambda path: change_manifest(path, tensors=[]),
         lambda path: (path / "manifest.json").write_text("[" * 100_000),
         lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"),
     ],
@@ -155,12 +155,14 @@ def test_what_we_never_write_is_damage(damaged: Path, spoil: Callable[[Path], ob
         FORMAT.load(damaged)
 
 
-def test_a_tensor_that_the_file_lacks_is_named(damaged: Path) -> None:
-    """Files that were swapped with ones of equal size are noticed by the missing tensor."""
+def test_a_tensor_that_the_file_lacks_is_damage(damaged: Path) -> None:
+    """Files that were swapped with ones of equal size are noticed, also where the bytes are not checked."""
     content = (damaged / "model.safetensors").read_bytes().replace(b'"w"', b'"v"')
     (damaged / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors: The tensor 'w' is missing"):
+    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors is not what was written"):
         FORMAT.load(damaged)
+    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors: The tensor 'w' is missing"):
+        FORMAT.load(damaged, verify=False)
 
 
 @pytest.mark.parametrize("content", ['{"format": "other", "version": 1}', "{}", "[]", "null", "3"])
@@ -175,8 +177,8 @@ def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) ->
 
 def test_a_later_version_names_itself(damaged: Path) -> None:
     """A checkpoint of a later form says which version is needed and which wrote it."""
-    change_manifest(damaged, version=2, stratagem="9.0")
-    with pytest.raises(CheckpointError, match=r"has version 2 .* reads version 1.*\(9\.0\)") as caught:
+    change_manifest(damaged, version=3, stratagem="9.0")
+    with pytest.raises(CheckpointError, match=r"has version 3 .* reads version 2.*\(9\.0\)") as caught:
         FORMAT.load(damaged)
     assert type(caught.value) is CheckpointError
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from stratagem.checkpoint import find_latest_checkpoint, save_checkpoint
+from manifests import change_manifest
+from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, save_checkpoint
 
 
 def saved(path: Path, at: float) -> Path:
     """Save a checkpoint that says it was saved at that time."""
     save_checkpoint({"meta": {"iter": 1}, "state_dict": {}}, path)
     if path.is_dir():
-        manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "saved_at": at}))
+        change_manifest(path, saved_at=at)
     else:
         os.utime(path, (at, at))
     return path
@@ -83,12 +82,11 @@ def test_a_damaged_or_foreign_manifest_is_skipped(tmp_path: Path, manifest: str 
     assert find_latest_checkpoint(tmp_path) == kept
 
 
-@pytest.mark.parametrize("saved_at", ["NaN", "Infinity", '"300"', "null", "true"])
-def test_a_time_that_is_none_is_skipped(tmp_path: Path, saved_at: str) -> None:
+@pytest.mark.parametrize("saved_at", [float("nan"), float("inf"), "300", None, True])
+def test_a_time_that_is_none_is_skipped(tmp_path: Path, saved_at: object) -> None:
     """A manifest without a time cannot be compared, so it is skipped."""
     kept = saved(tmp_path / "epoch_1", 100.0)
-    newer = saved(tmp_path / "epoch_2", 12345.5) / "manifest.json"
-    newer.write_text(newer.read_text().replace("12345.5", saved_at))
+    change_manifest(saved(tmp_path / "epoch_2", 200.0), saved_at=saved_at)
     assert find_latest_checkpoint(tmp_path) == kept
 
 
@@ -100,3 +98,15 @@ def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path) is None
     assert find_latest_checkpoint(tmp_path / "missing") is None
     assert find_latest_checkpoint(tmp_path / "notes.txt") is None
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_weights_that_are_not_finite_are_passed_over(tmp_path: Path, suffix: str) -> None:
+    """A checkpoint that was marked so while it was saved is never gone on from, in either form, and is said to be so."""
+    kept = tmp_path / f"epoch_1{suffix}"
+    save_checkpoint({"meta": {"iter": 1, "finite": True}, "state_dict": {}}, kept)
+    save_checkpoint({"meta": {"iter": 2, "finite": False}, "state_dict": {}}, tmp_path / f"epoch_2{suffix}")
+    assert find_latest_checkpoint(tmp_path) == kept
+    newest, older = list_checkpoints(tmp_path)
+    assert newest.fault == "its weights are not all finite."
+    assert (older.fault, older.position) == ("", {"iter": 1})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,8 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
+from stratagem.checkpoint.download import _SafeRedirects
 from stratagem.checkpoint.sources import cache_folder
 from stratagem.errors import (
     CheckpointDamagedError,
@@ -34,6 +38,13 @@ def file_bytes() -> bytes:
     return buffer.getvalue()
 
 
+def bare_bytes() -> bytes:
+    """Return a state dict alone, as torch writes it."""
+    buffer = io.BytesIO()
+    torch.save({"w": torch.ones(2)}, buffer)
+    return buffer.getvalue()
+
+
 CONTENT = file_bytes()
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 WRONG = DIGEST[::-1] if DIGEST[::-1] != DIGEST else "0" * 64
@@ -41,10 +52,20 @@ WRONG = DIGEST[::-1] if DIGEST[::-1] != DIGEST else "0" * 64
 
 @dataclass
 class Site:
-    """A server on this machine; ``requests`` are the paths asked for, with the Authorization header."""
+    """A server on this machine; ``requests`` are the paths asked for, with the Authorization header.
+
+    ``changed`` is what it holds in the place of the checkpoint, ``files`` what it has under other names.
+    """
 
     address: str
     requests: list[tuple[str, str | None]] = field(default_factory=list)
+    changed: bytes = b""
+    files: dict[str, bytes] = field(default_factory=dict)
+
+    def code(self, name: str) -> int:
+        """Return 404 for what a repository of the Hub would have and this one has not."""
+        is_usual = name.rpartition("/")[2].startswith(("model", "pytorch_model", "diffusion", "open_clip"))
+        return 404 if is_usual and name not in self.files else 200
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +77,13 @@ def server() -> Iterator[Site]:
         def do_GET(self) -> None:
             site.requests.append((self.path, self.headers["Authorization"]))
             name = self.path.partition("?")[0]
-            code = {"/missing.pth": 404, "/gone.pth": 410, "/busy.pth": 503, "/moved.pth": 302}.get(name, 200)
+            code = {"/missing.pth": 404, "/gone.pth": 410, "/busy.pth": 503, "/moved.pth": 302}.get(
+                name, site.code(name)
+            )
             self.send_response(code)
-            body = CONTENT if code == 200 else b"no"
-            self.send_header("Content-Length", str(len(body)))
+            body = site.files.get(name, site.changed or CONTENT) if code == 200 else b"no"
+            if name != "/endless.pth":
+                self.send_header("Content-Length", str(len(body)))
             if code == 302:
                 self.send_header("Location", "/elsewhere.pth")
             self.end_headers()
@@ -81,6 +105,8 @@ def server() -> Iterator[Site]:
 def site(server: Site) -> Site:
     """The server, with no requests yet."""
     server.requests.clear()
+    server.changed = b""
+    server.files.clear()
     return server
 
 
@@ -93,8 +119,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kept(cache: Path) -> list[str]:
-    """Return what is in the cache, hidden names too."""
-    return sorted(entry.name for entry in cache.iterdir()) if cache.exists() else []
+    """Return what is in the cache, hidden names too, but not the digests beside the copies."""
+    names = [entry.name for entry in cache.iterdir()] if cache.exists() else []
+    return sorted(name for name in names if not name.endswith(".sha256"))
 
 
 def weights(name: str | Path) -> list[float]:
@@ -163,6 +190,64 @@ def test_two_urls_with_one_name_are_two_files(site: Site, cache: Path) -> None:
 def test_a_url_without_a_suffix_is_a_single_file(site: Site) -> None:
     """A download whose name does not say what it is can be read."""
     assert weights(f"{site.address}/download?id=3") == [1, 1]
+
+
+def test_the_digest_of_the_first_download_is_recorded(site: Site, cache: Path) -> None:
+    """A copy that was changed is fetched again, and held to what came first."""
+    url = f"{site.address}/net.pth"
+    weights(url)
+    [name] = kept(cache)
+    assert (cache / f"{name}.sha256").read_text() == f"{DIGEST}\n"
+    (cache / name).write_bytes(CONTENT[:-1] + b"x")
+    assert weights(url) == [1, 1]
+    assert len(site.requests) == 2
+    site.changed = b"another"
+    (cache / name).write_bytes(b"")
+    with pytest.raises(CheckpointDamagedError, match=rf"it was {DIGEST} when it was first .* remove .*{name}"):
+        weights(url)
+
+
+def test_a_copy_without_its_digest_is_fetched_again(site: Site, cache: Path) -> None:
+    """What a download that was killed before its end left is not trusted."""
+    weights(f"{site.address}/net.pth")
+    [name] = kept(cache)
+    (cache / f"{name}.sha256").unlink()
+    (cache / name).write_bytes(b"half")
+    assert weights(f"{site.address}/net.pth") == [1, 1]
+
+
+@pytest.mark.parametrize("mark", ["", "-0123abcd.pth", "#sha256=01234567"])
+def test_plain_http_needs_the_whole_digest(mark: str) -> None:
+    """Where somebody in between could change the file, nothing is asked for without all of its digest."""
+    with pytest.raises(CheckpointError, match="over plain http .* Use https"):
+        CheckpointLoader.fetch(f"http://files.invalid/net{mark}")
+    with pytest.raises(CheckpointError, match="download failed"):
+        CheckpointLoader.fetch(f"http://files.invalid/net.pth#sha256={DIGEST}")
+
+
+def test_redirects_stay_with_https() -> None:
+    """A server behind https may not send on to plain http, where the answer could be changed."""
+    handler, request = _SafeRedirects(), urllib.request.Request("https://a.invalid/x?token=secret")
+    with pytest.raises(CheckpointError, match="from https to http") as caught:
+        handler.redirect_request(request, None, 302, "", {}, "http://b.invalid/x?token=secret")
+    assert "secret" not in str(caught.value)
+    moved = handler.redirect_request(request, None, 302, "", {}, "https://b.invalid/x")
+    assert moved is not None
+    assert moved.full_url == "https://b.invalid/x"
+
+
+@pytest.mark.parametrize("name", ["net.pth", "endless.pth"])
+def test_a_download_is_not_larger_than_allowed(
+    site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The limit holds whether or not the server says how much will come, and nothing is kept."""
+    monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "1e-7")
+    with pytest.raises(CheckpointError, match="At most 100 are downloaded; STRATAGEM_DOWNLOAD_LIMIT_GB raises that"):
+        weights(f"{site.address}/{name}")
+    assert kept(cache) == []
+    monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "many")
+    with pytest.raises(ConfigValueError, match="'many' must be a positive number of gigabytes"):
+        weights(f"{site.address}/{name}")
 
 
 @pytest.mark.parametrize(
@@ -271,6 +356,75 @@ def test_torchvision_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(MissingDependencyError, match="pip install torchvision"):
         CheckpointLoader.fetch("torchvision://resnet18")
+
+
+@pytest.fixture
+def hub(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The server as the Hub."""
+    monkeypatch.setenv("HF_ENDPOINT", site.address)
+    return site
+
+
+def test_a_file_of_the_hub_is_fetched(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf://organisation/repository/file is that file at main, with the user's token."""
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    assert weights("hf://org/net/sub/weights.pth") == [1, 1]
+    assert weights(f"hf://org/net@v1%2F2/weights.pth#sha256={DIGEST}") == [1, 1]
+    assert hub.requests == [
+        ("/org/net/resolve/main/sub/weights.pth", "Bearer secret"),
+        ("/org/net/resolve/v1%2F2/weights.pth", "Bearer secret"),
+    ]
+    with pytest.raises(CheckpointDamagedError, match="is due"):
+        CheckpointLoader.fetch(f"hf://org/net/other.pth#sha256={WRONG}")
+
+
+def test_a_repository_of_the_hub_is_fetched(hub: Site) -> None:
+    """Without a file the usual ones are tried in turn; with an index, all that it names comes."""
+    repositories = {
+        "/org/shards/resolve/main/model.safetensors.index.json": json.dumps(
+            {"weight_map": {"w": "model-1.safetensors"}}
+        ).encode(),
+        "/org/shards/resolve/main/model-1.safetensors": save({"w": torch.ones(2)}),
+        "/org/old/resolve/main/pytorch_model.bin": bare_bytes(),
+    }
+    hub.files.update(repositories)
+    assert weights("hf://org/shards") == [1, 1]
+    assert [path for path, _ in hub.requests] == [
+        "/org/shards/resolve/main/model.safetensors",
+        "/org/shards/resolve/main/model.safetensors.index.json",
+        "/org/shards/resolve/main/model-1.safetensors",
+    ]
+    assert weights("hf://org/old") == [1, 1]
+    with pytest.raises(CheckpointNotFoundError, match="has none of model.safetensors, .* Name a file"):
+        weights("hf://org/empty")
+
+
+@pytest.mark.parametrize(
+    "name", ["hf://net", "hf://org/net/../../x.pth", "hf://org/net@", "hf://", "hf://a/b@c d/../x"]
+)
+def test_other_names_of_the_hub_are_refused(name: str) -> None:
+    """What does not name a repository of the Hub is refused with the form that does."""
+    with pytest.raises(CheckpointError, match="write hf://<organisation>/<repository>"):
+        CheckpointLoader.fetch(name)
+
+
+def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm:// without timm says how to get it."""
+    for module in ("timm", "timm.models"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingDependencyError, match=r"pip install stratagem\[timm\]"):
+        CheckpointLoader.fetch("timm://resnet18")
+
+
+def test_names_of_timm_lead_to_the_hub(hub: Site) -> None:
+    """Timm itself says where its weights are; a slip gets the nearest name."""
+    pytest.importorskip("timm")
+    hub.files["/timm/resnet18.a1_in1k/resolve/main/model.safetensors"] = save({"w": torch.ones(2)})
+    assert weights("timm://resnet18") == weights("timm://resnet18.a1_in1k") == [1, 1]
+    with pytest.raises(
+        CheckpointNotFoundError, match="timm has no weights 'resnet18.a1_in2k'. Did you mean 'resnet18.a1_in1k'"
+    ):
+        CheckpointLoader.fetch("timm://resnet18.a1_in2k")
 
 
 @pytest.mark.parametrize("scheme", ["open-mmlab", "openmmlab"])

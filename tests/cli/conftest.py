@@ -1,8 +1,9 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from shell import Shell
 
 from stratagem.cli.main import main
 
@@ -46,3 +47,11 @@ def stratagem(
         return Outcome(status, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Shell]:
+    """A shell in an empty folder."""
+    shell = Shell(tmp_path)
+    yield shell
+    shell.close()

@@ -1,78 +1,16 @@
 """The command line in processes of its own: signals, several ranks, and what the shell sees."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from shell import Shell
 
-import stratagem as package
 from stratagem.checkpoint import CheckpointLoader
 
 pytestmark = pytest.mark.slow
-
-_DEADLINE_S = 120
-
-
-class Shell:
-    """Starts commands in a folder; what still runs in the end is killed with all that it started."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.started: list[subprocess.Popen[str]] = []
-        source = str(Path(package.__file__).parents[1])
-        self.environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stratagem", *words],
-            cwd=self.folder,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self.started.append(process)
-        return process
-
-    def run(self, *words: str) -> tuple[int, str]:
-        """Return the status and all output of a command."""
-        process = self.start(*words)
-        output, _ = process.communicate(timeout=_DEADLINE_S)
-        return process.returncode, output
-
-    def interrupt(self, *words: str) -> tuple[int, str]:
-        """Press Ctrl-C when the first line of training is there; return status and output."""
-        process = self.start(*words)
-        seen = []
-        give_up = time.monotonic() + _DEADLINE_S
-        for line in process.stdout:
-            seen.append(line)
-            if "loss:" in line or time.monotonic() > give_up:
-                break
-        os.killpg(process.pid, signal.SIGINT)
-        output, _ = process.communicate(timeout=_DEADLINE_S)
-        return process.returncode, "".join(seen) + output
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
-    """A shell in an empty folder."""
-    shell = Shell(tmp_path)
-    yield shell
-    for process in shell.started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -122,7 +60,6 @@ def test_two_ranks_train_stop_and_go_on(shell: Shell, config: str, tmp_path: Pat
     assert status == 130, output
     assert "Traceback" not in output
     done = int(output.split("Interrupted after ")[1].split()[0])
-    assert done % 10 == 0
     assert (tmp_path / "run" / f"iter_{done}").is_dir()
     assert "--nproc 2" in output.splitlines()[-1]
     assert output.splitlines()[-1].endswith("--resume")

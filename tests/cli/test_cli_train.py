@@ -26,7 +26,8 @@ def test_training_ends_with_what_to_know_and_what_to_do_next(stratagem: Command,
     assert 0 <= float(rows["accuracy"]) <= 1
     assert rows["checkpoint"] == "run/epoch_2"
     assert rows["test"] == f"stratagem test {config} run/epoch_2 --work-dir run"
-    assert summary[-1] == f"  train on    stratagem train {config} --set train_cfg.max_epochs=4 --work-dir run --resume"
+    longer = "--set train_cfg.max_epochs=4 --set resume_param_scheduler=False"
+    assert summary[-1] == f"  train on    stratagem train {config} {longer} --work-dir run --resume"
     assert (tmp_path / "run" / "toy_config.py").is_file()
 
 
@@ -42,7 +43,8 @@ def test_one_of_something_is_not_several(stratagem: Command, config: str):
         "train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1", "--set", "randomness.seed=4"
     )
     assert "Trained 1 epoch (5 iterations)" in done.out
-    again = f"stratagem train {config} --set randomness.seed=4 --set train_cfg.max_epochs=2 --work-dir run --resume"
+    changes = "--set randomness.seed=4 --set train_cfg.max_epochs=2 --set resume_param_scheduler=False"
+    again = f"stratagem train {config} {changes} --work-dir run --resume"
     assert done.out.rstrip().endswith(again)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,18 @@ class CornerSamples(Dataset):
         return self.points[index], self.quarters[index]
 
 
+@DATASETS.register_module()
+class RestlessSamples(CornerSamples):
+    """The same points, moved a little further each time that one is read."""
+
+    moved = 0.0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        point, quarter = super().__getitem__(index)
+        type(self).moved += 0.01
+        return point + self.moved, quarter
+
+
 @HOOKS.register_module()
 class PressCtrlC(Hook):
     """Sends the signal of Ctrl-C to this process after some iteration, counted from 1."""
@@ -37,3 +51,23 @@ class PressCtrlC(Hook):
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if run.iter + 1 == self.after:
             os.kill(os.getpid(), signal.SIGINT)
+
+
+@HOOKS.register_module()
+class Misbehave(Hook):
+    """Does something bad on one rank in some iteration, counted from 1, in the ranks' first start alone."""
+
+    def __init__(self, how: str, rank: int = 1, after: int = 7) -> None:
+        self.how = how
+        self.rank = rank
+        self.after = after
+
+    def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if run.iter + 1 != self.after or run.rank != self.rank or os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0":
+            return
+        Path("misbehaved").touch()
+        if self.how == "raise":
+            raise ValueError("the data of this rank are bad")
+        while self.how == "hang":
+            time.sleep(0.1)
+        os.kill(os.getpid(), getattr(signal, self.how))

@@ -50,16 +50,6 @@ class Stream(IterableDataset[int]):
         return iter(range(100 * self.epoch, 100 * self.epoch + 7))
 
 
-class Draws(Dataset[tuple[float, float, float]]):
-    """What the three generators give in a worker."""
-
-    def __getitem__(self, index: int) -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))
-
-    def __len__(self) -> int:
-        return 2
-
-
 class Unsized(Dataset[int]):
     """A dataset by index that does not say how long it is."""
 
@@ -257,9 +247,11 @@ def test_streams_have_no_length_and_are_told_the_epoch() -> None:
 def test_without_a_batch_size_samples_come_as_they_are() -> None:
     """``batch_size=None`` switches torch's batching off, for datasets that make batches themselves."""
     loader = build(batch_size=None, shuffle=False)
-    assert loader.batch_size is None
-    assert not loader.positioned
+    assert (loader.batch_size, loader.positioned) == (None, True)
     assert list(loader.batches(0, 7)) == [49, 64, 81]
+    drawn = build(batch_size=None, sampler=[4, 2, 1])
+    assert not drawn.positioned
+    assert list(drawn.batches(0, 1)) == [4, 1]
 
 
 def test_functions_come_by_name_or_with_arguments() -> None:
@@ -299,36 +291,6 @@ def test_beginning_an_epoch_leaves_the_model_s_random_numbers_alone() -> None:
     list(loader.batches(0, 2))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == states[1:]
-
-
-@pytest.mark.slow
-def test_workers_draw_different_numbers_and_the_same_in_a_repetition() -> None:
-    """Worker, rank, epoch and seed each give another stream, in all three generators; equal ones the same."""
-    drawn = []
-    for seed, rank in ((0, 0), (1, 0), (0, 1)):
-        cfg = {"dataset": Draws(), "num_workers": 2, "sampler": [0, 1], "collate_fn": {"type": list}}
-        loader = build_dataloader(cfg, seed=seed, rank=rank, world_size=2, training=True)
-        for epoch in (0, 1):
-            # Two workers, a sample each.
-            drawn += [draw for batch in loader.batches(epoch) for draw in batch]
-    for generator in range(3):
-        assert len({draw[generator] for draw in drawn}) == 12
-    again = build_dataloader(cfg, seed=0, rank=1, world_size=2, training=True)
-    assert [draw for batch in again.batches(1) for draw in batch] == drawn[-2:]
-
-
-def first_of_worker(worker: int) -> None:
-    """Seed a worker in one's own way."""
-    torch.manual_seed(worker)
-
-
-@pytest.mark.slow
-def test_a_worker_function_of_one_s_own_is_called() -> None:
-    """Who gives one seeds the workers himself."""
-    cfg = {"dataset": Draws(), "num_workers": 2, "worker_init_fn": first_of_worker, "collate_fn": list}
-    loader = build_dataloader(cfg, seed=0, training=False)
-    expected = [float(torch.rand((), generator=torch.Generator().manual_seed(worker))) for worker in range(2)]
-    assert [batch[0][2] for batch in loader.batches(0)] == expected
 
 
 @pytest.mark.parametrize("dataloader", [None, [1, 2], "digits"])

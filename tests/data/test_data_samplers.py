@@ -57,7 +57,7 @@ def test_the_length_is_what_a_rank_yields(length: int, size: int, round_up: bool
     """A progress bar that trusts the length ends where the data does."""
     for sampler in samplers(length, size, round_up=round_up):
         assert len(sampler) == len(list(sampler))
-        assert sampler.samples == sum(len(list(one)) for one in samplers(length, size, round_up=round_up))
+        assert sampler.samples == length
 
 
 @given(st.integers(1, 40), sizes, st.integers(1, 4), seeds, epochs)
@@ -78,31 +78,17 @@ def test_the_ranks_batches_make_the_batch_of_one_process(
 def test_starting_anywhere_gives_the_rest(
     length: int, size: int, seed: int, round_up: bool, data: st.DataObject
 ) -> None:
-    """A run that stopped goes on with the next sample, also with another number of ranks."""
+    """A run that stopped goes on with the next sample, also with another number of ranks, who get as many each."""
     (whole,) = samplers(length, 1, seed=seed, epoch=3)
     order = list(whole)
     ranks = samplers(length, size, seed=seed, epoch=3, round_up=round_up)
-    start = data.draw(st.integers(0, ranks[0].samples))
-    for sampler in ranks:
-        sampler.set_start(start)
-    rest = [list(sampler) for sampler in ranks]
-    filled = (order * (size + 1))[: ranks[0].samples]
-    assert rest == [filled[start + rank :: size] for rank in range(size)]
-
-
-def test_a_start_counts_once() -> None:
-    """Only the epoch that was interrupted begins in the middle."""
-    (sampler,) = samplers(4, 1, shuffle=False)
-    sampler.set_start(3)
-    assert (list(sampler), list(sampler)) == ([3], [0, 1, 2, 3])
-
-
-@pytest.mark.parametrize("start", [-1, 6])
-def test_a_start_outside_of_the_epoch_is_refused(start: int) -> None:
-    """The error says how long the epoch is; 5 samples on 1 rank."""
-    (sampler,) = samplers(5, 1)
-    with pytest.raises(ConfigValueError, match=f"epoch of 5 samples cannot start after {start}"):
-        sampler.set_start(start)
+    start = data.draw(st.integers(0, length + size))
+    rest = [list(sampler.dealt(3, start)) for sampler in ranks]
+    wanted = order[start:]
+    missing = -len(wanted) % size if round_up and wanted else 0
+    filled = wanted + (order * size)[:missing]
+    assert rest == [filled[rank::size] for rank in range(size)]
+    assert [sampler.left(start) for sampler in ranks] == [len(one) for one in rest]
 
 
 def test_orders_of_neighbouring_seeds_and_epochs_are_unrelated() -> None:
@@ -161,16 +147,14 @@ def test_infinite_orders_are_the_epochs_one_after_the_other(
     for rank in range(size):
         sampler = InfiniteSampler(range(length), shuffle, seed, rank=rank, world_size=size)
         sampler.set_epoch(5)
-        sampler.set_start(start)
-        assert list(islice(sampler, 30)) == passes[start + rank :: size][:30]
+        assert list(islice(sampler.dealt(0, start), 30)) == passes[start + rank :: size][:30]
 
 
 def test_an_infinite_order_can_be_begun_again() -> None:
-    """A start counts for one iteration, and the length is that of one pass."""
+    """Each iteration starts at the beginning, and the length is that of one pass."""
     sampler = InfiniteSampler(range(4), shuffle=False)
-    sampler.set_start(6)
-    assert list(islice(sampler, 3)) == [2, 3, 0]
-    assert list(islice(sampler, 3)) == [0, 1, 2]
+    assert list(islice(sampler.dealt(0, 6), 3)) == [2, 3, 0]
+    assert list(islice(sampler, 3)) == list(islice(sampler, 3)) == [0, 1, 2]
     assert len(sampler) == 4
     assert sampler.endless
     assert not DefaultSampler(range(4)).endless
@@ -180,9 +164,3 @@ def test_an_infinite_order_of_nothing_is_refused() -> None:
     """An empty dataset would be asked for ever."""
     with pytest.raises(ConfigValueError, match="dataset is empty"):
         InfiniteSampler([])
-
-
-def test_an_infinite_order_has_no_place_before_its_beginning() -> None:
-    """A negative start would silently take samples from the end."""
-    with pytest.raises(ConfigValueError, match="-1"):
-        InfiniteSampler(range(4)).set_start(-1)

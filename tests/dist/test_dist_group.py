@@ -82,9 +82,29 @@ def test_a_port_in_use(alone: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         alone.setenv("MASTER_PORT", str(port))
-        with pytest.raises(LaunchError, match=rf"Rank 0 of 1 could not join .*127\.0\.0\.1:{port}.*in use"):
+        told = rf"(?s)Rank 0 of 1 could not join .*127\.0\.0\.1:{port}.*port {port} is in use.*Set MASTER_PORT"
+        with pytest.raises(LaunchError, match=told):
             init_dist("pytorch", timeout=5)
     assert not is_distributed()
+
+
+def test_a_host_that_does_not_resolve(alone: pytest.MonkeyPatch) -> None:
+    """The error names it and says what to set."""
+    alone.setenv("MASTER_ADDR", "no-such-host.invalid")
+    with pytest.raises(LaunchError, match=r"'no-such-host.invalid', does not resolve on .*Set MASTER_ADDR"):
+        init_dist("pytorch", timeout=5)
+    assert not is_distributed()
+
+
+def test_a_rank_0_that_runs_elsewhere(alone: pytest.MonkeyPatch) -> None:
+    """Where mpirun's ranks look for rank 0 on another host, it says so instead of waiting."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "SIZE": 2, "LOCAL_SIZE": 1}.items():
+        alone.setenv(f"OMPI_COMM_WORLD_{name}", str(value))
+    alone.setenv("PMIX_NAMESPACE", "7")
+    alone.setenv("MASTER_ADDR", "192.0.2.77")  # of a range that is for documentation
+    alone.delenv("MASTER_PORT")
+    with pytest.raises(LaunchError, match=r"rank 0 runs here, but is looked for at 192\.0\.2\.77"):
+        init_dist("mpi", timeout=5)
 
 
 def test_an_unknown_backend(alone: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from stratagem.dist import LAUNCHERS, Launch, infer_launcher, read_launch
-from stratagem.dist.launch import first_host, job_port
+from stratagem.dist.launch import describe_stray
 from stratagem.errors import LaunchError
 
 TORCHRUN = {
@@ -99,7 +99,13 @@ def test_srun() -> None:
     launch = read_launch("slurm", SRUN)
     assert (launch.rank, launch.local_rank, launch.size, launch.local_size) == (4, 0, 5, 1)
     assert launch.master_addr == "node003"
-    assert launch.master_port == job_port("77.0")
+    assert launch.master_port is None
+    assert launch.job == "SLURM step 77.0.0"
+
+
+def test_a_requeued_job_is_another_one() -> None:
+    """It keeps its number, and what is left of the first start must not be taken for its own."""
+    assert read_launch("slurm", {**SRUN, "SLURM_RESTART_COUNT": "1"}).job == "SLURM step 77.0.1"
 
 
 @pytest.mark.parametrize(("node", "local_size"), [("0", 2), ("1", 2), ("2", 1)])
@@ -131,43 +137,41 @@ def test_srun_on_several_nodes_needs_to_know_where_to_meet(missing: str) -> None
     assert read_launch("slurm", {**environ, "MASTER_ADDR": "h"}).master_addr == "h"
 
 
-@pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [
-        ("node[003-010,12],b7", "node003"),
-        ("node[12,003-010]", "node12"),
-        ("b7,node[003-010]", "b7"),
-        ("gpu-a-1", "gpu-a-1"),
-        ("r[1-2]-ib", "r1-ib"),
-        ("r[07]", "r07"),
-    ],
-)
-def test_the_first_host_of_a_node_list(nodelist: str, host: str) -> None:
-    """SLURM writes node lists compactly; zeros in front belong to the name."""
-    assert first_host(nodelist) == host
-
-
-@pytest.mark.parametrize("nodelist", ["", ",", "a[", "a[1-2]b[3-4]", "[]"])
-def test_a_node_list_that_cannot_be_read_is_shown(nodelist: str) -> None:
-    """Rather than a wrong host there is an error that says what to set."""
-    with pytest.raises(LaunchError, match=rf"{re.escape(repr(nodelist))} cannot be read\. Set MASTER_ADDR"):
-        first_host(nodelist)
-
-
 def test_mpirun() -> None:
-    """Open MPI's ranks of one host meet on loopback, at a port that all of them derive from the job."""
+    """Open MPI's ranks of one host meet on loopback, and are told apart from others by the name of their job."""
     launch = read_launch("mpi", MPIRUN)
     assert launch == Launch(
-        launcher="mpi", rank=1, local_rank=1, size=2, local_size=2, master_addr="127.0.0.1", master_port=job_port("job-1")
+        launcher="mpi", rank=1, local_rank=1, size=2, local_size=2, master_addr="127.0.0.1", job="mpirun job job-1"
     )
 
 
-def test_mpirun_on_several_hosts_needs_an_address() -> None:
-    """Open MPI does not tell where rank 0 is."""
+def test_mpirun_on_several_hosts_meets_on_its_own() -> None:
+    """Open MPI tells where mpirun runs, which is where rank 0 is unless somebody placed it elsewhere."""
+    uri = "1429733376.0;tcp://192.168.0.2,10.0.0.2:46591;tcp6://[fd00::2]:38709"
+    launch = read_launch("mpi", {**MPIRUN, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": uri})
+    assert launch.master_addr == "192.168.0.2"
+    assert not launch.on_one_host
+
+
+def test_mpirun_on_several_hosts_without_an_address() -> None:
+    """Where Open MPI does not tell it, the user has to."""
     environ = {**MPIRUN, "OMPI_COMM_WORLD_SIZE": "4"}
     with pytest.raises(LaunchError, match="mpirun -x MASTER_ADDR="):
         read_launch("mpi", environ)
     assert read_launch("mpi", {**environ, "MASTER_ADDR": "host-a"}).master_addr == "host-a"
+
+
+def test_mpirun_that_does_not_name_its_job() -> None:
+    """Ranks that cannot tell their job from another one need a port."""
+    environ = {name: value for name, value in MPIRUN.items() if name != "PMIX_NAMESPACE"}
+    with pytest.raises(LaunchError, match="mpirun -x MASTER_PORT="):
+        read_launch("mpi", environ)
+    assert read_launch("mpi", {**environ, "MASTER_PORT": "29500"}).master_port == 29500
+
+
+def test_who_meets_on_loopback_is_on_one_host() -> None:
+    """Two nodes of torchrun on one machine need no other interface."""
+    assert read_launch("pytorch", {**TORCHRUN, "MASTER_ADDR": "127.0.0.1"}).on_one_host
 
 
 @pytest.mark.parametrize(("launcher", "environ"), [("slurm", SRUN), ("mpi", MPIRUN)])
@@ -176,12 +180,22 @@ def test_a_port_that_the_user_sets_is_taken(launcher: str, environ: dict[str, st
     assert read_launch(launcher, {**environ, "MASTER_PORT": "31415"}).master_port == 31415
 
 
-def test_derived_ports_are_usable_and_differ() -> None:
-    """Ports of jobs are neither privileged nor in the range that systems hand out, and are the same on each rank."""
-    ports = {job_port(f"{job}.0") for job in range(100)}
-    assert all(20_000 <= port < 32_000 for port in ports)
-    assert len(ports) > 90
-    assert job_port("77.0") == job_port("77.0")
+@pytest.mark.parametrize(
+    ("environ", "found", "missing"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4", "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "2", "WORLD_SIZE": "4"}, "RANK=2, WORLD_SIZE=4", "LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+    ],
+)
+def test_a_stray_world_size_is_told(environ: dict[str, str], found: str, missing: str) -> None:
+    """Whoever thinks of several processes where each trains alone learns what was found and what to set."""
+    assert f"it found {found}, but not {missing}" in (describe_stray(environ) or "")
+
+
+@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, TORCHRUN, {**SRUN, "WORLD_SIZE": "5"}])
+def test_nothing_stray(environ: dict[str, str]) -> None:
+    """One process, or a whole launch, is nothing to talk about."""
+    assert describe_stray(environ) is None
 
 
 @pytest.mark.parametrize(
@@ -194,9 +208,15 @@ def test_a_launcher_that_did_not_start_this_process(launcher: str, missing: str,
         read_launch(launcher, {"WORLD_SIZE": "2"})
 
 
+def test_a_launcher_that_did_not_start_this_process_but_another_did() -> None:
+    """The error names the one that did, and what there was of the one that was named."""
+    with pytest.raises(LaunchError, match=r"not set, only WORLD_SIZE=5\. It was started by launcher 'slurm'"):
+        read_launch("pytorch", {**SRUN, "WORLD_SIZE": "5"})
+
+
 def test_an_unknown_launcher_is_answered_with_the_nearest() -> None:
     """A typo is named."""
-    assert LAUNCHERS == ("none", "pytorch", "slurm", "mpi")
+    assert LAUNCHERS == ("none", "pytorch", "slurm", "mpi", "ray")
     with pytest.raises(LaunchError, match=r"'pytroch'.*Did you mean 'pytorch'"):
         read_launch("pytroch", {})
 

@@ -206,14 +206,33 @@ def test_a_schedule_can_go_back_before_its_range() -> None:
     assert optim.param_groups[0]["lr"] == 0.5
 
 
-def test_the_range_is_that_of_the_configuration_after_a_resume() -> None:
-    """A run that is made longer at resume uses its new range; the state holds the position alone."""
+def test_a_resumed_schedule_is_the_saved_one() -> None:
+    """Its range and settings, whatever the configuration says now; what was changed can be told."""
     first, second = optimizer(), optimizer()
     short = LinearLR(first, start_factor=0.0, end=3)
     short.step()
-    longer = LinearLR(second, start_factor=0.0, end=5)
-    longer.load_state_dict(short.state_dict())
-    assert second.param_groups[0]["lr"] == 0.25
+    longer = LinearLR(second, start_factor=0.5, end=5)
+    state = json.loads(json.dumps(short.state_dict()))
+    assert longer.differences(state) == {"end": (3, 5), "start_factor": (0.0, 0.5)}
+    longer.load_state_dict(state)
+    # Half of the way from 0 to 1.
+    assert second.param_groups[0]["lr"] == 0.5
+    assert longer.differences(state) == {}
+
+
+def test_a_state_without_a_description_moves_the_schedule_that_was_built() -> None:
+    """As other programs write it: a position alone."""
+    optim = optimizer()
+    schedule = LinearLR(optim, start_factor=0.0, end=5)
+    schedule.load_state_dict({"_global_step": 1, "last_step": 1})
+    assert optim.param_groups[0]["lr"] == 0.25
+
+
+def test_another_kind_of_schedule_is_refused() -> None:
+    """The error says how to go on with the new one."""
+    state = LinearLR(optimizer(), end=5).state_dict()
+    with pytest.raises(CheckpointMismatchError, match="'LinearLR', this run's 'StepLR'.*resume_param_scheduler=False"):
+        StepLR(optimizer(), 1).load_state_dict(state)
 
 
 def test_the_state_of_something_else_is_refused() -> None:

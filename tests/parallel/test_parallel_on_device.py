@@ -25,6 +25,7 @@ class Recorder:
         """Return the steps."""
         return Steps(
             init=lambda model: self._record("init", model),
+            draw=lambda model: model,
             compile=lambda model: self._record("compile", model),
             make_optim=self._make_optim if optim else None,
         )

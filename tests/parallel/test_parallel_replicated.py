@@ -113,7 +113,11 @@ def place(
     """Place a model as the strategy does."""
     placement = Replicated(LOGGER, sync_bn=sync_bn, separate=separate, options=options)
     world = World(launcher="pytorch", rank=get_rank(), local_rank=get_rank(), size=get_world_size())
-    placed = placement.place(model, Steps(init=lambda model: model, compile=compiling, make_optim=make_optim), world)
+    placed = placement.place(
+        model,
+        Steps(init=lambda model: model, draw=lambda model: model, compile=compiling, make_optim=make_optim),
+        world,
+    )
     return placement, placed
 
 
@@ -169,6 +173,38 @@ def test_a_step_that_goes_past_ddp_is_refused(ranks: Ranks) -> None:
     for message in ranks.run(past_ddp):
         assert "PastDDP.train_step reached the model's parameters without calling self(...)" in message
         assert "model_wrapper='separate'" in message
+
+
+class TwoParts(BaseModel):
+    """Has three layers that learn or are frozen, and uses two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.used, self.forgotten = nn.Linear(2, 2), nn.Linear(2, 1), nn.Linear(2, 1)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor, mode: str = "tensor") -> Any:
+        """Return the loss, or the outputs."""
+        outputs = self.used(self.frozen(x))
+        return {"loss": outputs.mean()} if mode == "loss" else outputs
+
+
+def message_about_unused() -> str:
+    """Train two steps with parameters that the loss does not depend on; return what the second says."""
+    _, placed = place(TwoParts())
+    for _ in range(2):
+        try:
+            placed.model.train_step(torch.ones(3, 2), placed.optim)
+        except PlacementError as error:
+            return str(error)
+    return ""
+
+
+def test_unused_parameters_are_named(ranks: Ranks) -> None:
+    """By their names in the model, not by numbers, with what to do."""
+    for told in ranks.run(message_about_unused):
+        assert "forgotten.weight, forgotten.bias (2 of 4)" in told
+        assert "find_unused_parameters=True" in told
 
 
 def after_a_failure() -> float:

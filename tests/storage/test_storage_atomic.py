@@ -8,21 +8,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from faults import between, counted, failing, number_of_operations
+from ranks import scripts_environment
 from stratagem.errors import WorkDirError
-from stratagem.storage import atomic, atomic_directory, atomic_file, write_atomic
-
-OPERATIONS = ("mkdir", "open", "fsync", "rename", "replace", "unlink", "rmdir")
+from stratagem.storage import atomic, atomic_directory, atomic_file, operations, write_atomic
 
 
 def sweep(folder: Path, **options: bool) -> list[dict[str, Any]]:
     """Return what the children of kill_sweep.py left."""
     command = [sys.executable, str(Path(__file__).with_name("kill_sweep.py")), str(folder), json.dumps(options)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, env=scripts_environment())
     return json.loads(answer.stdout)
 
 
@@ -50,29 +51,11 @@ def test_a_kill_at_any_moment_leaves_nothing_or_the_new(tmp_path: Path, director
 def test_a_kill_without_exchange_loses_nothing(tmp_path: Path) -> None:
     """Where two names cannot be swapped, cleaning puts the old directory back if the new one never came."""
     left = sweep(tmp_path, directory=True, replace=True, exchange=False)
-    assert [child["found"] for child in left].count("missing") == 1  # between the two renames
+    # Between the two renames: killed after the first, before the second, and half-way through it.
+    assert [child["found"] for child in left].count("missing") == 3
     assert {child["cleaned"] for child in left if child["found"] == "missing"} == {"old"}
     assert {child["cleaned"] for child in left} == {"old", "new"}
     assert all(child["names"] == ["target"] for child in left)
-
-
-def fail_at(number: int, code: int, patch: pytest.MonkeyPatch) -> None:
-    """Let the file operation of that number, counted from 0, fail once."""
-    count = -1
-
-    def failing(operation: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == number:
-                raise OSError(code, os.strerror(code))
-            return operation(*args, **kwargs)
-
-        return run
-
-    for name in OPERATIONS:
-        patch.setattr(os, name, failing(getattr(os, name)))
-    patch.setattr(atomic, "exchange", failing(atomic.exchange))
 
 
 def fill(folder: Path, content: str) -> None:
@@ -95,17 +78,24 @@ def test_a_failure_at_any_operation_keeps_the_old_or_the_new(
 ) -> None:
     """A full disk at any file operation leaves the old content and no rubbish; after publishing, the new content."""
     if not exchange:
-        monkeypatch.setattr(atomic, "exchange", lambda *_: False)
-    outcomes = []
-    for number in range(40):
-        place = tmp_path / str(number)
+        monkeypatch.setattr(operations, "exchange", lambda *_: False)
+
+    def replace(place: Path) -> None:
+        write(place / "target", "new")
+
+    def prepared(name: str) -> Path:
+        place = tmp_path / name
         place.mkdir()
         write(place / "target", "old")
+        return place
+
+    outcomes = []
+    for number in range(number_of_operations(partial(replace, prepared("counted")))):
+        place = prepared(str(number))
         raised: OSError | None = None
-        with pytest.MonkeyPatch.context() as patch:
-            fail_at(number, errno.ENOSPC, patch)
+        with between(counted(number, failing(errno.ENOSPC))):
             try:
-                write(place / "target", "new")
+                replace(place)
             except OSError as error:
                 raised = error
         found = (place / "target" / "file").read_text()
@@ -189,27 +179,28 @@ def test_a_missing_parent_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_an_unwritable_parent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_an_unwritable_parent_is_named(tmp_path: Path, code: int) -> None:
     """A directory without permission, or on a read-only disk, is an error about the directory."""
-    fail_at(0, code, monkeypatch)
-    with pytest.raises(WorkDirError, match=f"{tmp_path.name}: cannot create .*{os.strerror(code)}"):
+    with (
+        between(counted(0, failing(code))),
+        pytest.raises(WorkDirError, match=f"{tmp_path.name}: cannot create .*{os.strerror(code)}"),
+    ):
         write_atomic(tmp_path / "file", "x")
 
 
-def test_a_full_disk_says_what_was_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_says_what_was_being_written(tmp_path: Path) -> None:
     """The error of a full disk keeps its kind, and tells the path, the bytes written and the bytes free."""
-    fail_at(1, errno.ENOSPC, monkeypatch)  # after creating the file: its sync
-    with pytest.raises(OSError, match="No space left") as caught:
-        write_atomic(tmp_path / "file", "12345")
+    # The file is made, closed and opened before it is written; half is written until the disk is full.
+    with between(counted(3, failing(errno.ENOSPC))), pytest.raises(OSError, match="No space left") as caught:
+        write_atomic(tmp_path / "file", "1234")
     assert caught.value.errno == errno.ENOSPC
-    assert f"While writing {tmp_path / 'file'}: 5 bytes were written, " in caught.value.__notes__[0]
+    assert f"While writing {tmp_path / 'file'}: 2 bytes were written, " in caught.value.__notes__[0]
     assert "bytes are free there" in caught.value.__notes__[0]
 
 
-def test_a_full_disk_at_creation_says_what_was_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_creation_says_what_was_being_written(tmp_path: Path) -> None:
     """Also where not even the temporary could be made."""
-    fail_at(0, errno.ENOSPC, monkeypatch)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with between(counted(0, failing(errno.ENOSPC))), pytest.raises(OSError, match="No space left") as caught:
         write_atomic(tmp_path / "file", "12345")
     assert f"While writing {tmp_path / 'file'}: 0 bytes were written, " in caught.value.__notes__[0]
 
@@ -226,22 +217,18 @@ def test_a_temporary_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch:
     assert "clean_temporaries does it later" in caught.value.__notes__[0]
 
 
-def test_every_file_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_is_synced_before_the_rename(tmp_path: Path) -> None:
     """Files, their directories, then the rename, then the parent: the order that survives a power loss."""
     done: list[str] = []
-    fsync, rename = os.fsync, os.rename
 
-    def record_fsync(descriptor: int) -> None:
-        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
-        fsync(descriptor)
+    def record(name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        if name == "fsync":
+            done.append(Path(f"/proc/self/fd/{arguments[0]}").readlink().name)
+        elif name == "rename":
+            done.append("rename")
+        return operation(*arguments)
 
-    def record_rename(source: Path, target: Path) -> None:
-        done.append("rename")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "fsync", record_fsync)
-    monkeypatch.setattr(os, "rename", record_rename)
-    with atomic_directory(tmp_path / "target") as temporary:
+    with between(record), atomic_directory(tmp_path / "target") as temporary:
         (temporary / "inner").mkdir()
         (temporary / "inner" / "file").touch()
         (temporary / "dangling").symlink_to("nowhere")

@@ -617,3 +617,39 @@ def test_an_optimizer_spread_over_ranks_is_saved_whole(ranks: Ranks, single: Mak
     alone.prepare(Mlp(), optim_wrapper=ADAMW)
     alone.resume(tmp_path / "spread")
     assert train(alone, [batch()] * 3) == pytest.approx(one["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@FORMS
+def test_a_checkpoint_says_whether_its_weights_are_finite(
+    single: Make, tmp_path: Path, name: str, value: float
+) -> None:
+    """One bad weight is enough, and the log warns of it."""
+    strategy = single()
+    lines = Lines(strategy)
+    model = Mlp()
+    strategy.prepare(model, optim_wrapper=ADAMW)
+    strategy.save_checkpoint(tmp_path / name)
+    assert CheckpointLoader.load_checkpoint(tmp_path / name)["meta"]["finite"] is True
+    with torch.no_grad():
+        model.layers[2].bias[1] = value
+    strategy.save_checkpoint(tmp_path / name)
+    assert CheckpointLoader.load_checkpoint(tmp_path / name)["meta"]["finite"] is False
+    assert [line for line in lines.lines if "not finite" in line]
+
+
+def save_with_one_bad_rank(folder: str) -> bool:
+    """Save a checkpoint while one weight of rank 1 is bad; return what it says."""
+    strategy = make("ddp", folder)
+    strategy.prepare(Mlp(), optim_wrapper=ADAMW)
+    if strategy.rank == 1:
+        with torch.no_grad():
+            strategy.bare_model().layers[0].bias.fill_(float("nan"))
+    strategy.save_checkpoint(Path(folder) / "saved")
+    strategy.close()
+    return bool(CheckpointLoader.load_checkpoint(Path(folder) / "saved")["meta"]["finite"])
+
+
+def test_the_weights_of_every_rank_must_be_finite(ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 0, which writes, cannot know it alone."""
+    assert ranks.run(save_with_one_bad_rank, str(tmp_path)) == [False, False]

@@ -60,8 +60,8 @@ def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
     assert pieces.metrics == whole.metrics
 
 
-def interrupted_at_ten(folder: str) -> tuple[int, int, int]:
-    """Train under DDP until a signal that ranks agree on after iteration 10; return iterations, updates and pending."""
+def interrupted_in_nine(folder: str) -> tuple[int, int, int]:
+    """Train under DDP until a signal that comes in iteration 9; return iterations, updates and pending."""
     changes = {"work_dir": folder, "strategy": "DDPStrategy", "launcher": "pytorch", "custom_hooks": [At(9, interrupt)]}
     runner = Runner(**settings(train_cfg={"max_iters": 30}, **changes, **OPTIM))
     runner.train()
@@ -71,5 +71,5 @@ def interrupted_at_ten(folder: str) -> tuple[int, int, int]:
 
 
 def test_ranks_end_with_the_same_window(ranks: Ranks, tmp_path: Path):
-    """They agree on an interruption every ten iterations, and go on to the next multiple of 4 together."""
-    assert ranks.run(interrupted_at_ten, str(tmp_path)) == [(12, 3, 0)] * 2
+    """They agree on an interruption at the next iteration, and go on to the next multiple of 4 together."""
+    assert ranks.run(interrupted_in_nine, str(tmp_path)) == [(12, 3, 0)] * 2

@@ -89,7 +89,8 @@ def test_the_default_hooks_come_in_the_order_of_their_priorities():
     """Information first, saving last."""
     names = [type(hook).__name__ for hook in build_events(None, None).hooks]
     assert names == [
-        "RuntimeInfoHook", "IterTimerHook", "DistSamplerSeedHook", "LoggerHook", "ParamSchedulerHook", "CheckpointHook",
+        "RuntimeInfoHook", "IterTimerHook", "DistSamplerSeedHook", "LoggerHook", "NonFiniteHook",
+        "ParamSchedulerHook", "CheckpointHook",
     ]  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_none_removes_a_default_hook():
     names = [type(hook).__name__ for hook in build_events({"checkpoint": None, "logger": None}, None).hooks]
     assert "CheckpointHook" not in names
     assert "LoggerHook" not in names
-    assert len(names) == 4
+    assert len(names) == 5
 
 
 def test_default_hooks_keep_their_type_when_only_arguments_are_given():

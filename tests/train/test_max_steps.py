@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,7 @@ def test_a_run_of_updates_is_resumed(make_runner: MakeRunner, tmp_path: Path) ->
         train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[whole], work_dir=tmp_path / "whole"
     ).train()
     pieces = Recorder()
-    stop = At(5, lambda run: run.interrupt._receive(2, None))
+    stop = At(5, lambda run: os.kill(os.getpid(), signal.SIGINT))
     make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces, stop]).train()
     again = make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces], resume=True)
     again.train()

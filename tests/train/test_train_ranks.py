@@ -69,12 +69,12 @@ def test_logged_values_are_means_over_the_ranks(ranks: Ranks, tmp_path: Path):
 
 
 def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(ranks: Ranks, tmp_path: Path):
-    """They agree at the tenth; the validations until then are those of all ranks, and nobody waits for ever."""
+    """What came in the second iteration all know at the end of the third, and what follows is the undisturbed run."""
     cfg = {"train_cfg": {"max_epochs": 4}, **VALIDATION}
     whole = ranks.run(train, str(tmp_path / "whole"), **cfg)
-    stopped = ranks.run(train_with_signal, str(tmp_path / "cut"), rank=1, after=3, **cfg)
-    assert [(rank["iter"], rank["interrupted"]) for rank in stopped] == [(10, signal.SIGTERM)] * 2
-    assert (tmp_path / "cut" / "iter_10").is_dir()
+    stopped = ranks.run(train_with_signal, str(tmp_path / "cut"), rank=1, after=2, **cfg)
+    assert [(rank["iter"], rank["interrupted"]) for rank in stopped] == [(3, signal.SIGTERM)] * 2
+    assert (tmp_path / "cut" / "iter_3").is_dir()
     rest = ranks.run(train, str(tmp_path / "cut"), resume=True, **cfg)
     for rank in (0, 1):
         assert stopped[rank]["rows"] + rest[rank]["rows"] == whole[rank]["rows"]
@@ -82,7 +82,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(ranks: Ranks, t
 
 
 def test_a_signal_that_comes_too_late_to_agree_on_lets_the_run_end(ranks: Ranks, tmp_path: Path):
-    """The last two iterations have no tenth among them: the run is complete, and no rank waits for another."""
+    """In the last iteration: the run is complete but for its last validation, which no rank begins alone."""
     cfg = {"train_cfg": {"max_epochs": 3}, **VALIDATION}
-    found = ranks.run(train_with_signal, str(tmp_path), rank=0, after=3 * EPOCH - 1, **cfg)
-    assert [(rank["iter"], rank["interrupted"], len(rank["metrics"])) for rank in found] == [(12, None, 3)] * 2
+    found = ranks.run(train_with_signal, str(tmp_path), rank=0, after=3 * EPOCH, **cfg)
+    assert [(rank["iter"], rank["interrupted"], len(rank["metrics"])) for rank in found] == [
+        (12, signal.SIGTERM, 2)
+    ] * 2

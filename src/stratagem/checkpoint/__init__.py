@@ -6,15 +6,17 @@ from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.find import Candidate, find_latest_checkpoint, list_checkpoints
 from stratagem.checkpoint.formats import CheckpointFormat, format_for
+from stratagem.checkpoint.gather import gather_tree
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.checkpoint.pointer import point_to
 from stratagem.checkpoint.purpose import Purpose, Saved, saved_by
 from stratagem.checkpoint.release import release_checkpoint
+from stratagem.checkpoint.remote import latest_remote, save_remote
 from stratagem.checkpoint.retention import Retention, remove_checkpoints
 from stratagem.checkpoint.single_file import SingleFileFormat
-from stratagem.checkpoint.sources import CheckpointLoader
+from stratagem.checkpoint.sources import CheckpointLoader, read_any
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.checkpoint.verify import verify_checkpoint
 
@@ -35,7 +37,9 @@ __all__ = [
     "bare_name",
     "find_latest_checkpoint",
     "format_for",
+    "gather_tree",
     "join_tree",
+    "latest_remote",
     "list_checkpoints",
     "load_checkpoint",
     "load_state_dict",
@@ -44,11 +48,13 @@ __all__ = [
     "optimizer_by_name",
     "parameter_names",
     "point_to",
+    "read_any",
     "read_manifest",
     "release_checkpoint",
     "remove_checkpoints",
     "save_checkpoint",
     "saved_by",
+    "save_remote",
     "split_tree",
     "verify_checkpoint",
     "weights_to_cpu",

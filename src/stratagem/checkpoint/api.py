@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +13,58 @@ from torch import nn
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
 from stratagem.checkpoint.refusal import not_written
+from stratagem.checkpoint.remote import save_remote
 from stratagem.checkpoint.sources import CheckpointLoader
 from stratagem.checkpoint.tree import StateTree
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError
 from stratagem.model import bare_model
+from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
 
-__all__ = ["load_checkpoint", "model_part", "path_to_write", "save_checkpoint"]
+__all__ = ["load_checkpoint", "model_part", "refuse_unwritable", "save_checkpoint", "write_at"]
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
     """Write a tree of state so that ``filename`` holds either all of it or what it held before.
 
-    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. Collective
-    over ``team``: by default this process writes alone, whatever others there are.
+    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. A URL that
+    fsspec opens (``s3://bucket/run/epoch_3``) is made here first, and then published there whole. Collective over
+    ``team``: by default this process writes alone, whatever others there are.
 
     Raises:
         CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
     """
-    path = path_to_write(filename, team)
-    format_for(path).save(dict(checkpoint), path, team)
+    tree = dict(checkpoint)
+    write_at(filename, lambda path: format_for(path).save(tree, path, team), team)
 
 
-def path_to_write(filename: str | os.PathLike[str], team: Team = ALONE) -> Path:
-    """Return where a checkpoint of that name is written, in a folder that is there now. Collective over ``team``.
+def write_at(filename: str | os.PathLike[str], write: Callable[[Path], None], team: Team = ALONE) -> None:
+    """Have ``write`` publish a checkpoint at a path, in a folder that is made, and from there at a URL. Collective.
 
     Raises:
-        CheckpointError: if it is no path, or the folder cannot be made.
+        CheckpointError: if nothing can be written there.
     """
+    refuse_unwritable(filename)
     if is_url(filename):
-        raise CheckpointError(f"{mask_text(os.fspath(filename))}: checkpoints are written to paths only. Name one.")
+        save_remote(os.fspath(filename), write, team)
+        return
     path = absolute(filename)
     team.first(lambda: _make_parents(path))
-    return path
+    write(path)
+
+
+def refuse_unwritable(filename: str | os.PathLike[str]) -> None:
+    """Refuse a URL that can only be read from.
+
+    Raises:
+        CheckpointError: if it is one.
+    """
+    url = os.fspath(filename)
+    if is_url(filename) and (CheckpointLoader.only_reads(url) or not is_remote_scheme(url.partition("://")[0])):
+        raise CheckpointError(
+            f"{mask_text(url)}: checkpoints are written to paths, and to places that fsspec opens and writes to."
+        )
 
 
 def _make_parents(path: Path) -> None:

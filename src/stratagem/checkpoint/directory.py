@@ -25,15 +25,18 @@ from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.digest import digest_of
 from stratagem.checkpoint.manifest import (
     MANIFEST,
+    MOST_JSON,
     STATE,
     describe_tensors,
     make_manifest,
+    read_json_file,
     read_manifest,
     refuse_foreign,
 )
 from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.slices import WrittenPiece, create_file, write_pieces
 from stratagem.checkpoint.snapshot import Snapshot, file_of, take_snapshot
+from stratagem.checkpoint.strict_json import parse_json
 from stratagem.checkpoint.tree import StateTree, join_tree
 from stratagem.checkpoint.verify import verify_checkpoint
 from stratagem.dist import ALONE, Team
@@ -199,7 +202,13 @@ def _finish(folder: Path, snapshot: Snapshot, written: list[dict[str, list[Writt
 
 
 def _as_json(content: Any) -> bytes:
-    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+    data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+    if len(data) > MOST_JSON:
+        raise CheckpointError(
+            f"What the checkpoint holds beside tensors has {len(data)} bytes as JSON, more than the {MOST_JSON} that are "
+            "read. Keep long lists of numbers as tensors."
+        )
+    return data
 
 
 def _write_new(file: Path, data: bytes) -> None:
@@ -211,12 +220,14 @@ def _write_new(file: Path, data: bytes) -> None:
 def _read_skeletons(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     file = path / STATE
     try:
-        data = file.read_bytes()
+        data = read_json_file(file)
         if digest_of(data) != manifest["files"][STATE]["digest"]:
             raise CheckpointDamagedError(f"{file} is not what was written: its digest differs.")
-        skeletons: dict[str, Any] = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+        skeletons = parse_json(data)
+    except (OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+    if not isinstance(skeletons, dict):
+        raise CheckpointDamagedError(f"{file} cannot be read: it has no parts.")
     return skeletons
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
+from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.errors import CheckpointError
 
 __all__ = ["Candidate", "find_latest_checkpoint", "list_checkpoints"]
 
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
+
+_NOT_FINITE = "its weights are not all finite."
 
 
 @final
@@ -26,6 +30,7 @@ class Candidate:
         number: its number of epochs or iterations, 0 where the name tells none.
         path: where it is.
         fault: why a run cannot go on from it, as far as its manifest tells; empty where it can.
+        position: the epochs and iterations that were done, where the manifest tells.
     """
 
     saved_at: float
@@ -33,6 +38,7 @@ class Candidate:
     number: int
     path: Path
     fault: str = ""
+    position: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
@@ -61,8 +67,21 @@ def _look_at(entry: Path) -> Candidate | None:
         except CheckpointError as error:
             # Without its own word, the system's must do for when it was made.
             return Candidate(entry.stat().st_mtime, number, entry, str(error)) if numbered else None
-        fault = "" if manifest["finite"] else "its weights are not all finite."
-        return Candidate(manifest["saved_at"], number, entry, fault)
+        fault = "" if manifest["finite"] else _NOT_FINITE
+        return Candidate(manifest["saved_at"], number, entry, fault, manifest["position"])
     if numbered and entry.suffix == ".pth" and entry.is_file():
-        return Candidate(entry.stat().st_mtime, number, entry)
+        return _look_at_file(entry, number)
     return None
+
+
+def _look_at_file(entry: Path, number: int) -> Candidate:
+    saved_at = entry.stat().st_mtime
+    try:
+        # Its pickle is read, and not its tensors.
+        meta = SingleFileFormat().load(entry, parts={"meta"}).get("meta")
+    except CheckpointError as error:
+        return Candidate(saved_at, number, entry, str(error))
+    meta = meta if isinstance(meta, Mapping) else {}
+    fault = _NOT_FINITE if meta.get("finite") is False else ""
+    position = {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)}
+    return Candidate(saved_at, number, entry, fault, position)

@@ -11,11 +11,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Self, final
+from typing import Any, Self, final
 
 import torch
 
-from stratagem.errors import CheckpointDamagedError
+from stratagem.checkpoint.strict_json import parse_json
+from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["DTYPES", "FileLayout", "TensorSpec"]
 
@@ -32,6 +33,8 @@ _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 _NOTES = {"format": "pt"}
 # The header is filled up with spaces to a multiple of this, so that tensors are aligned when the file is mapped.
 _ALIGNMENT = 64
+# In bytes; what the library itself refuses to read beyond.
+_MOST_HEADER = 100_000_000
 
 
 @final
@@ -67,7 +70,11 @@ class FileLayout:
 
     @classmethod
     def plan(cls, specs: Mapping[str, TensorSpec]) -> Self:
-        """Lay the tensors out: those of the widest numbers first, so that each is aligned to its numbers."""
+        """Lay the tensors out: those of the widest numbers first, so that each is aligned to its numbers.
+
+        Raises:
+            CheckpointError: if their names need more room than a file of safetensors has for them.
+        """
         entries: dict[str, object] = {"__metadata__": _NOTES}
         offsets: dict[str, int] = {}
         end = 0
@@ -81,29 +88,52 @@ class FileLayout:
             }
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        if len(text) > _MOST_HEADER:
+            raise CheckpointError(
+                f"The names of {len(specs)} tensors need a header of {len(text)} bytes, more than the {_MOST_HEADER} that "
+                "readers of safetensors take. Save to a name that ends in .pth."
+            )
         header = len(text).to_bytes(8, "little") + text
         return cls(specs, header, {name: len(header) + offset for name, offset in offsets.items()}, len(header) + end)
 
     @classmethod
-    def read(cls, header: bytes) -> Self:
-        """Return the layout of a file that begins with these bytes, its length and its header.
+    def read(cls, header: bytes, size: int) -> Self:
+        """Return the layout of a file of ``size`` bytes that begins with these, the header's length and the header.
 
         Raises:
-            CheckpointDamagedError: if they are no header.
+            CheckpointDamagedError: if they are no header, or that of another file.
         """
         try:
-            entries = json.loads(header[8:])
+            if int.from_bytes(header[:8], "little") != len(header) - 8:
+                raise ValueError("it is not as long as it says")
+            entries = parse_json(header[8:])
             entries.pop("__metadata__", None)
-            specs = {
-                name: TensorSpec(_TYPES[entry["dtype"]], tuple(map(int, entry["shape"])))
-                for name, entry in entries.items()
-            }
-            starts = {name: len(header) + int(entry["data_offsets"][0]) for name, entry in entries.items()}
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
+            specs = {name: _spec(entry) for name, entry in entries.items()}
+            places = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+            _refuse_holes(specs, places, size - len(header))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointDamagedError(f"The header of the file cannot be read: {error}") from error
-        return cls(specs, header, starts, len(header) + sum(spec.nbytes for spec in specs.values()))
+        return cls(specs, header, {name: len(header) + begin for name, (begin, _) in places.items()}, size)
 
     def chunks(self, name: str, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         """Turn runs of a tensor's elements into (place in the file, length), both in bytes."""
         itemsize, start = self.specs[name].dtype.itemsize, self.starts[name]
         return ((start + first * itemsize, count * itemsize) for first, count in runs)
+
+
+def _spec(entry: Mapping[str, Any]) -> TensorSpec:
+    shape = tuple(entry["shape"])
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{entry['shape']} is no shape")
+    return TensorSpec(_TYPES[entry["dtype"]], shape)
+
+
+def _refuse_holes(specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[int, ...]], size: int) -> None:
+    """Refuse tensors that are not one behind the other, from the header to the end of the file."""
+    reached = 0
+    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+        if (begin, end) != (reached, reached + specs[name].nbytes):
+            raise ValueError(f"the tensor {name!r} cannot lie in the bytes {begin} to {end}")
+        reached = end
+    if reached != size:
+        raise ValueError(f"its tensors have {reached} bytes, the file has {size} for them")

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from stratagem.checkpoint.names import bare_name, revise, unwrapped_names
+from stratagem.checkpoint.prefixes import suggest_prefix
 from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointMismatchError
+from stratagem.optim.sharded import placed_like
 
 __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "load_state_dict", "weights_to_cpu"]
 
@@ -81,7 +83,7 @@ def load_state_dict(
         if _differs(state[key], own.get(name))
     )
     differing = {name for name, _, _ in reshaped}
-    fitting = {name: state[key] for key, name in names.items() if name not in differing}
+    fitting = {name: _as_placed(state[key], own.get(name)) for key, name in names.items() if name not in differing}
     incoming = with_versions(fitting, _versions_here(state, own, revise_keys))
     if _renames_itself(model):
         return _load_and_see(model, incoming, own, reshaped, strict=strict)
@@ -127,10 +129,12 @@ def _check_report(report: LoadReport, *, strict: bool) -> None:
     if report.total and report.matched == 0:
         raise CheckpointMismatchError(
             f"No key of the checkpoint belongs to this model. {report.describe()}\n"
-            "  Is it a checkpoint of another model? Differing prefixes can be rewritten with revise_keys."
+            f"  {suggest_prefix(report.unexpected, report.missing) or 'Is it a checkpoint of another model?'} "
+            "Differing prefixes can be rewritten with revise_keys."
         )
     if strict and not report.exact:
-        raise CheckpointMismatchError(report.describe())
+        hint = suggest_prefix(report.unexpected, report.missing)
+        raise CheckpointMismatchError("\n  ".join([report.describe(), hint] if hint else [report.describe()]))
 
 
 def _names_here(keys: Iterable[str], own: Collection[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -189,6 +193,11 @@ def _differs(value: Any, own: Any) -> bool:
     if not isinstance(value, Tensor) or not isinstance(own, Tensor) or is_lazy(own):
         return False
     return value.shape != own.shape
+
+
+def _as_placed(value: Any, own: Any) -> Any:
+    """Return a tensor as the model has its own: of one that is spread over ranks only this rank's part is read."""
+    return placed_like(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 
 def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:

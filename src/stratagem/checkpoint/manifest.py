@@ -11,24 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from stratagem.checkpoint.digest import ALGORITHM, digest_of
-from stratagem.checkpoint.layout import DTYPES, FileLayout
-from stratagem.checkpoint.regions import Region
+from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
+from stratagem.checkpoint.regions import Region, tiles
 from stratagem.checkpoint.slices import WrittenPiece
+from stratagem.checkpoint.strict_json import parse_json
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = [
     "FILE_NAME",
     "MANIFEST",
+    "MOST_JSON",
     "STATE",
     "describe_tensors",
     "make_manifest",
     "pieces_of",
+    "read_json_file",
     "read_manifest",
     "refuse_foreign",
 ]
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+# In bytes. Larger ones are neither written nor read, so that no file can claim all of the memory.
+MOST_JSON = 1 << 30
 # What is a file's name on every system, and stays inside of the directory.
 FILE_NAME = re.compile(r"[^./\\:\x00][^/\\:\x00]*")
 _FORMAT = "stratagem-checkpoint"
@@ -59,14 +64,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not _is_ours(manifest):
         raise CheckpointError(f"{file} belongs to another program; this is not a checkpoint of Stratagem.")
     sealed = _SEAL.fullmatch(data)
-    if manifest.get("version") == _VERSION and (sealed is None or digest_of(sealed[1]) != sealed[2].decode()):
+    # Before the version, which may be what was damaged.
+    if sealed is not None and digest_of(sealed[1]) != sealed[2].decode():
         raise CheckpointDamagedError(f"{file} is not what was written: its digest differs.")
     if manifest.get("version") != _VERSION:
         raise CheckpointError(
-            f"{path}: the checkpoint has version {manifest.get('version')} of the format, this Stratagem reads version "
+            f"{file}: the checkpoint has version {manifest.get('version')} of the format, this Stratagem reads version "
             f"{_VERSION}. Read it with the version that wrote it ({manifest.get('stratagem')})."
         )
-    if not _is_complete(manifest):
+    if sealed is None or not _is_complete(manifest):
         raise CheckpointDamagedError(f"{file} cannot be read: it does not say what was written, or when.")
     return manifest
 
@@ -108,13 +114,48 @@ def describe_tensors(layout: FileLayout, written: Iterable[WrittenPiece]) -> dic
     return described
 
 
-def pieces_of(described: Mapping[str, Any]) -> list[WrittenPiece]:
-    """Return the pieces that a manifest describes for the tensors of a file."""
-    return [
-        WrittenPiece(name, Region(tuple(start), tuple(shape)), digest)
-        for name, tensor in described.items()
-        for start, shape, digest in tensor["pieces"]
-    ]
+def pieces_of(described: Mapping[str, Any], layout: FileLayout) -> list[WrittenPiece]:
+    """Return the pieces that a manifest describes for the tensors of a file of that layout.
+
+    Raises:
+        CheckpointDamagedError: if it describes others than the file has, or pieces that are not all of a tensor.
+    """
+    if set(described) != set(layout.specs):
+        raise CheckpointDamagedError("it does not hold the tensors that the manifest names.")
+    return [piece for name, tensor in described.items() for piece in _pieces(name, tensor, layout.specs[name])]
+
+
+def _pieces(name: str, tensor: Any, spec: TensorSpec) -> list[WrittenPiece]:
+    try:
+        if (tensor["dtype"], tuple(tensor["shape"])) != (DTYPES[spec.dtype], spec.shape):
+            raise ValueError(f"the file has it as {DTYPES[spec.dtype]} of shape {list(spec.shape)}")
+        pieces = [
+            WrittenPiece(name, Region(_sizes(start), _sizes(shape)), digest)
+            for start, shape, digest in tensor["pieces"]
+        ]
+        if not tiles([piece.region for piece in pieces], spec.shape):
+            raise ValueError("its pieces do not make it up")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointDamagedError(f"the manifest does not describe the tensor {name!r}: {error}") from error
+    return pieces
+
+
+def _sizes(numbers: Any) -> tuple[int, ...]:
+    if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError(f"{numbers!r} are no sizes")
+    return tuple(numbers)
+
+
+def read_json_file(file: Path) -> bytes:
+    """Return the bytes of a file of JSON.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is larger than any that is written.
+    """
+    if file.stat().st_size > MOST_JSON:
+        raise ValueError(f"it has {file.stat().st_size} bytes, more than any that is written")
+    return file.read_bytes()
 
 
 def refuse_foreign(path: Path) -> None:
@@ -126,7 +167,9 @@ def refuse_foreign(path: Path) -> None:
     if not path.is_dir() or not any(path.iterdir()):
         return
     try:
-        ours = _is_ours(_read(path / MANIFEST)[1])
+        data, manifest = _read(path / MANIFEST)
+        # A seal tells ours where the word itself was damaged.
+        ours = _is_ours(manifest) or ((path / STATE).is_file() and _SEAL.fullmatch(data) is not None)
     except CheckpointDamagedError:
         ours = (path / STATE).is_file()
     if not ours:
@@ -147,15 +190,34 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
         isinstance(saved_at, float)
         and math.isfinite(saved_at)
         and isinstance(files, dict)
-        and all(FILE_NAME.fullmatch(name) and isinstance(file.get("bytes"), int) for name, file in files.items())
+        and all(FILE_NAME.fullmatch(name) and _is_described(name, file) for name, file in files.items())
         and STATE in files
         and isinstance(tensors, dict)
+        and all(isinstance(described, dict) for described in tensors.values())
+        and type(manifest.get("finite")) is bool
     )
+
+
+def _is_described(name: str, file: Any) -> bool:
+    """Tell whether there is the size of a file, and a digest of all of it or of its header."""
+    if not _has_digest(file):
+        return (
+            isinstance(file, dict) and name != STATE and _is_size(file.get("bytes")) and _has_digest(file.get("header"))
+        )
+    return name == STATE
+
+
+def _has_digest(said: Any) -> bool:
+    return isinstance(said, dict) and _is_size(said.get("bytes")) and isinstance(said.get("digest"), str)
+
+
+def _is_size(number: Any) -> bool:
+    return type(number) is int and number >= 0
 
 
 def _read(file: Path) -> tuple[bytes, dict[str, Any]]:
     try:
-        data = file.read_bytes()
-        return data, json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
+        data = read_json_file(file)
+        return data, parse_json(data)
+    except (OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error

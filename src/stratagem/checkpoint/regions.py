@@ -11,8 +11,7 @@ from typing import Any, Self, final
 from torch import Tensor
 
 from stratagem.errors import CheckpointError
-from stratagem.optim.sharded import is_sharded
-from stratagem.utils import import_object
+from stratagem.optim.sharded import is_sharded, local_box
 
 __all__ = ["Region", "region_of", "tiles"]
 
@@ -107,8 +106,5 @@ def region_of(tensor: Tensor, name: str) -> Region:
             f"The checkpoint's {name} is a DTensor with the placements {spread.placements}: its ranks hold parts of a sum. "
             "Redistribute it to Replicate() or Shard() before it is saved."
         )
-    if spread.device_mesh.get_coordinate() is None:
-        return Region.whole((0,) * tensor.ndim)
-    locate = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")
-    shape, start = locate(tensor.shape, spread.device_mesh, spread.placements)
-    return Region(tuple(start), tuple(shape))
+    box = local_box(tensor)
+    return Region(tuple(part.start for part in box), tuple(part.stop - part.start for part in box))

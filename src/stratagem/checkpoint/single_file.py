@@ -1,25 +1,23 @@
 """A checkpoint as one file of torch's own form (``.pth``), for tools that expect it.
 
-It is read with ``weights_only=True``: a file that needs more than tensors and plain values is refused, because reading
-it would run code that the file chose.
+Reading one executes nothing from it, whoever wrote it: files of MMEngine, Lightning and plain scripts are read as well,
+their weights and, where they have it, optimizer state and position; see :mod:`stratagem.checkpoint.foreign`.
 """
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor
 
 from stratagem.checkpoint.captured import Captured
+from stratagem.checkpoint.foreign import open_torch_file, read_parts, verify_torch_file
 from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.dist import ALONE, Team
-from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from stratagem.optim.sharded import is_sharded, whole
 from stratagem.storage import atomic_file, opened, operations, write_fully
 
@@ -53,7 +51,7 @@ class SingleFileFormat:
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
         tensors, skeleton = team.own(lambda: split_tree(tree))
         names = list(tensors)
-        whole_ones = [_whole(tensor, keep=team.leads) for tensor in tensors.values()]
+        whole_ones = [_gather(tensor, keep=team.leads) for tensor in tensors.values()]
 
         def write(contents: Sequence[Tensor], path: Path, team: Team) -> None:
             here = (content.to("cpu") for content in contents)
@@ -72,15 +70,16 @@ class SingleFileFormat:
     ) -> StateTree:
         """Read the tree, or only some of its top-level parts.
 
-        A file that is a bare state dict is taken as ``{"state_dict": ...}``. Collective over ``team``.
+        A file that is a bare state dict is taken as ``{"state_dict": ...}``. What ``parts`` names, and the model's state
+        always, must be tensors and plain values; other entries with objects in them are left out, and the log says so.
+        What is read is compared with its checksums, whatever ``verify`` says: it costs no second reading. Collective over
+        ``team``.
 
         Raises:
             CheckpointNotFoundError: if there is no such file.
-            CheckpointError: if it holds what only a program could make, or nothing that can be used.
+            CheckpointError: if what is read holds objects that only code could make, or nothing can be used.
             CheckpointDamagedError: if it cannot be read.
         """
-        if verify:
-            self.verify(path, team)
         return team.own(lambda: _read(path, map_location, parts))
 
     def verify(self, path: Path, team: Team = ALONE) -> int:
@@ -90,46 +89,15 @@ class SingleFileFormat:
             CheckpointNotFoundError: if there is no such file.
             CheckpointDamagedError: if a part of it is not what was written.
         """
-        return team.first(lambda: _check(path))
+        return team.first(lambda: verify_torch_file(path))
 
 
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
-    _refuse_missing(path)
-    try:
-        # Mapped, the tensors of parts that nobody asked for are not read.
-        mapped = parts is not None and _kind(path) == "zip"
-        loaded = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
-    except Exception as error:  # which class it is hangs on where the file is damaged
-        if isinstance(error, pickle.UnpicklingError) and (kind := _kind(path)) != "damaged zip":
-            raise CheckpointError(_refusal(path, error, kind)) from error
-        raise CheckpointDamagedError(f"{path} cannot be read: {_first_line(error)}") from error
-    tree = _as_tree(loaded, path)
-    return tree if parts is None else {name: part for name, part in tree.items() if name in parts}
+    with open_torch_file(path, device) as contents:
+        return read_parts(contents, parts)
 
 
-def _refuse_missing(path: Path) -> None:
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
-    if not path.is_file():
-        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
-
-
-def _check(path: Path) -> int:
-    _refuse_missing(path)
-    if _kind(path) == "other":
-        # An older form of torch's, without checksums: reading it is the only check.
-        return path.stat().st_size
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except Exception as error:  # which class it is hangs on where the file is damaged
-        raise CheckpointDamagedError(f"{path} cannot be read: {error}") from error
-    if bad is not None:
-        raise CheckpointDamagedError(f"{path}: {bad} in it is not what was written: its checksum differs.")
-    return path.stat().st_size
-
-
-def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
+def _gather(tensor: Tensor, *, keep: bool) -> Tensor:
     """Return a tensor in one piece where it is kept; collective for one that is spread over ranks, then on the CPU."""
     if not is_sharded(tensor):
         return tensor
@@ -140,9 +108,17 @@ def _whole(tensor: Tensor, *, keep: bool) -> Tensor:
 def _write(plain: Any, path: Path) -> None:
     try:
         with atomic_file(path) as aside, opened(operations.open_file(aside)) as descriptor:
-            torch.save(plain, cast("Any", _Through(descriptor)))
+            _save_through(_Through(descriptor), plain)
     except (OSError, RuntimeError) as error:
         raise not_written(path, error) from error
+
+
+def _save_through(through: _Through, plain: Any) -> None:
+    try:
+        torch.save(plain, cast("Any", through))
+    except RuntimeError as error:
+        # torch tells of a write that failed only that its place in the file is not what it expects.
+        raise through.failure or error from error
 
 
 @final
@@ -152,44 +128,16 @@ class _Through:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._end = 0
+        self.failure: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        write_fully(self._descriptor, data, self._end)
+        try:
+            write_fully(self._descriptor, data, self._end)
+        except OSError as error:
+            self.failure = error
+            raise
         self._end += len(data)
         return len(data)
 
     def flush(self) -> None:
         """Nothing is held back."""
-
-
-def _as_tree(loaded: Any, path: Path) -> StateTree:
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}; a checkpoint is a dict.")
-    if "state_dict" in loaded or not any(isinstance(value, torch.Tensor) for value in loaded.values()):
-        return loaded
-    return {"state_dict": loaded}
-
-
-def _kind(path: Path) -> Literal["zip", "damaged zip", "other"]:
-    """Tell a whole file of torch's form, which is a zip, from one that was cut off and from anything else."""
-    try:
-        if zipfile.is_zipfile(path):
-            return "zip"
-    except zipfile.BadZipFile:
-        return "damaged zip"
-    with path.open("rb") as file:
-        return "damaged zip" if file.read(4) == b"PK\x03\x04" else "other"
-
-
-def _refusal(path: Path, error: Exception, kind: str) -> str:
-    if kind == "other":
-        return f"{path} is not a checkpoint: torch cannot read it ({_first_line(error)})."
-    return (
-        f"{path} holds objects that only running code of the file's choice could make, so it is not read: "
-        f"{_first_line(error)} If you trust where it came from, load it once with torch.load(path, weights_only=False) "
-        "and save its tensors again."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -37,8 +37,8 @@ class WrittenPiece:
 
 
 def create_file(file: Path, layout: FileLayout) -> None:
-    """Make the file in its full size, with the header."""
-    with opened(operations.create_file(file)) as descriptor:
+    """Make the file, or fill an empty one, in its full size and with the header."""
+    with opened(operations.open_file(file) if file.exists() else operations.create_file(file)) as descriptor:
         operations.truncate(descriptor, layout.size)
         write_fully(descriptor, layout.header, 0)
 

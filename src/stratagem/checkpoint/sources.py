@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
+from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory
 from stratagem.checkpoint.download import fetch_http
+from stratagem.checkpoint.foreign import HuggingFaceFormat
 from stratagem.checkpoint.formats import format_for
-from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
+from stratagem.checkpoint.hubs import fetch_hugging_face, fetch_open_mmlab, fetch_timm, fetch_torchvision
+from stratagem.checkpoint.manifest import MANIFEST
+from stratagem.checkpoint.remote import fetch_remote
 from stratagem.checkpoint.tree import StateTree
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, ConfigValueError
-from stratagem.utils import absolute, did_you_mean, import_module, is_url, mask_text
+from stratagem.storage import is_remote_scheme
+from stratagem.utils import absolute, did_you_mean, is_url, mask_text
 
-__all__ = ["CheckpointLoader", "cache_folder"]
+__all__ = ["CheckpointLoader", "cache_folder", "read_any"]
 
 Fetcher = Callable[[str], Path]
 
@@ -52,6 +58,11 @@ class CheckpointLoader:
         return register
 
     @classmethod
+    def only_reads(cls, name: str) -> bool:
+        """Tell whether a registered scheme serves the name: such places give checkpoints and take none."""
+        return name.startswith(tuple(cls._fetchers))
+
+    @classmethod
     def fetch(cls, filename: str | os.PathLike[str]) -> Path:
         """Return the local path of a checkpoint; what lies elsewhere is copied into the cache first.
 
@@ -69,6 +80,8 @@ class CheckpointLoader:
             if name.startswith(prefix):
                 return cls._fetchers[prefix](name)
         scheme = name.partition("://")[0] + "://"
+        if is_remote_scheme(scheme.removesuffix("://")):
+            return fetch_remote(name, cache_folder() / "checkpoints")
         raise CheckpointError(
             f"{mask_text(name)}: no way to read {scheme} is known. {did_you_mean(scheme, cls._fetchers)}"
         )
@@ -81,8 +94,40 @@ class CheckpointLoader:
 
         Collective over ``team``.
         """
-        path = team.own(lambda: cls.fetch(filename))
-        return format_for(path).load(path, map_location=map_location, team=team)
+        return read_any(team.own(lambda: cls.fetch(filename)), map_location, team=team)
+
+
+def read_any(
+    path: Path,
+    map_location: torch.device | str = "cpu",
+    *,
+    parts: Collection[str] | None = None,
+    team: Team = ALONE,
+) -> StateTree:
+    """Read a local checkpoint in whatever form it is: one of ours, or of another program; never runs code from it.
+
+    Collective over ``team``.
+
+    Raises:
+        CheckpointError: in one of its kinds, if it cannot be read.
+    """
+    is_ours = (path / MANIFEST).is_file()
+    if is_dcp_directory(path):
+        return team.own(lambda: _read_dcp(path, map_location, parts))
+    if not is_ours and HuggingFaceFormat.reads(path):
+        return team.own(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
+    return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
+
+
+def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
+    def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=device)
+
+    tree = DcpDirectory(path).load(parts=parts, allocate=allocate)
+    # What most programs call the model's part.
+    if "model" in tree and "state_dict" not in tree:
+        tree["state_dict"] = tree.pop("model")
+    return tree
 
 
 def _beside(path: Path) -> str:
@@ -109,32 +154,12 @@ def _fetch_file(url: str) -> Path:
     return CheckpointLoader.fetch(Path(urllib.request.url2pathname(parts.path)))
 
 
-@CheckpointLoader.register_scheme(("http://", "https://"))
-def _fetch_http(url: str) -> Path:
-    return fetch_http(url, cache_folder() / "checkpoints")
+def _into_cache(fetch: Callable[[str, Path], Path]) -> Fetcher:
+    return lambda url: fetch(url, cache_folder() / "checkpoints")
 
 
-@CheckpointLoader.register_scheme("torchvision://")
-def _fetch_torchvision(url: str) -> Path:
-    """``torchvision://resnet18`` or ``torchvision://resnet18.imagenet1k_v1``: the default or a named set of weights."""
-    name, _, weights = url.removeprefix("torchvision://").partition(".")
-    models: Any = import_module("torchvision.models")
-    if name not in models.list_models():
-        raise CheckpointNotFoundError(f"torchvision has no model {name!r}. {did_you_mean(name, models.list_models())}")
-    choices = models.get_model_weights(name)
-    by_name = {choice.name.casefold(): choice for choice in choices}
-    if weights and weights.casefold() not in by_name:
-        raise CheckpointNotFoundError(
-            f"torchvision's {name} has no weights {weights!r}. {did_you_mean(weights, by_name)}"
-        )
-    chosen = by_name[weights.casefold()] if weights else choices.DEFAULT
-    return _fetch_http(str(chosen.url))
-
-
-@CheckpointLoader.register_scheme(("open-mmlab://", "openmmlab://"))
-def _fetch_open_mmlab(url: str) -> Path:
-    """``open-mmlab://resnet50_v1c``: weights that configurations of that family name."""
-    name = url.partition("://")[2]
-    if name not in OPEN_MMLAB_URLS:
-        raise CheckpointNotFoundError(f"open-mmlab has no weights {name!r}. {did_you_mean(name, OPEN_MMLAB_URLS)}")
-    return _fetch_http(OPEN_MMLAB_URLS[name])
+CheckpointLoader.register_scheme(("http://", "https://"))(_into_cache(fetch_http))
+CheckpointLoader.register_scheme("hf://")(_into_cache(fetch_hugging_face))
+CheckpointLoader.register_scheme("timm://")(_into_cache(fetch_timm))
+CheckpointLoader.register_scheme("torchvision://")(_into_cache(fetch_torchvision))
+CheckpointLoader.register_scheme(("open-mmlab://", "openmmlab://"))(_into_cache(fetch_open_mmlab))

@@ -91,7 +91,7 @@ def join_tree(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     """
     try:
         return _join(tensors, skeleton)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise CheckpointDamagedError(f"The description of the tree is not one of ours: {error}.") from error
 
 

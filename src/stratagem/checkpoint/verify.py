@@ -8,8 +8,8 @@ from typing import Any
 
 from stratagem.checkpoint.digest import digest_of
 from stratagem.checkpoint.layout import FileLayout
-from stratagem.checkpoint.manifest import MANIFEST, STATE, pieces_of, read_manifest
-from stratagem.checkpoint.slices import check_pieces
+from stratagem.checkpoint.manifest import MANIFEST, MOST_JSON, STATE, pieces_of, read_manifest
+from stratagem.checkpoint.slices import WrittenPiece, check_pieces
 from stratagem.checkpoint.snapshot import file_of
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointDamagedError
@@ -37,22 +37,25 @@ def _verify_share(path: Path, team: Team) -> int:
     _check_digest(path / STATE, manifest["files"][STATE])
     for part, described in manifest["tensors"].items():
         file = path / file_of(part)
-        layout = _read_layout(file, manifest, described)
+        layout, pieces = _read_layout(file, manifest, described)
         # The largest first, so that every rank gets about as many bytes.
-        pieces = sorted(pieces_of(described), key=lambda piece: (-piece.region.numel, piece.name, piece.region))
+        pieces.sort(key=lambda piece: (-piece.region.numel, piece.name, piece.region))
         check_pieces(file, layout, pieces[team.rank :: team.size])
     return sum(said["bytes"] for said in manifest["files"].values())
 
 
-def _read_layout(file: Path, manifest: Mapping[str, Any], described: Mapping[str, Any]) -> FileLayout:
+def _read_layout(
+    file: Path, manifest: Mapping[str, Any], described: Mapping[str, Any]
+) -> tuple[FileLayout, list[WrittenPiece]]:
     said = manifest["files"].get(file.name)
     if said is None:
         raise CheckpointDamagedError(f"{file.parent / MANIFEST} has tensors of {file.name}, but not the file.")
     header = _check_digest(file, said["header"])
-    layout = FileLayout.read(header)
-    if set(layout.specs) != set(described):
-        raise CheckpointDamagedError(f"{file} does not hold the tensors that the manifest names.")
-    return layout
+    try:
+        layout = FileLayout.read(header, said["bytes"])
+        return layout, pieces_of(described, layout)
+    except CheckpointDamagedError as error:
+        raise CheckpointDamagedError(f"{file}: {error}") from error
 
 
 def _check_size(file: Path, size: int) -> None:
@@ -65,6 +68,8 @@ def _check_size(file: Path, size: int) -> None:
 
 def _check_digest(file: Path, said: Mapping[str, Any]) -> bytes:
     """Return the first bytes of a file, as many as were said to have that digest."""
+    if said["bytes"] > MOST_JSON:
+        raise CheckpointDamagedError(f"{file} cannot be read: its JSON is said to have {said['bytes']} bytes.")
     try:
         with file.open("rb") as opened:
             data = opened.read(said["bytes"])

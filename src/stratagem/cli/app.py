@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from stratagem._version import __version__
+from stratagem.cli.ckpt_app import ckpt_app
+from stratagem.cli.deferred import Traceback, command
 from stratagem.cli.options import RunOptions
-from stratagem.utils import import_object
+from stratagem.cli.runs_app import runs_app
 
 __all__ = ["app"]
 
@@ -34,22 +36,19 @@ WorkDir = Annotated[
 ]
 Nproc = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Start this many processes on this machine, by torchrun's launcher."),
+    typer.Option(
+        metavar="N", min=1, help="Start this many processes: on this machine by torchrun's launcher, or by Ray."
+    ),
 ]
 Launcher = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="What started the processes: none, pytorch, slurm or mpi. By default it is inferred."
+        metavar="NAME",
+        help="What started the processes: none, pytorch, slurm or mpi; inferred by default. Or ray, to start them.",
     ),
 ]
 Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
-
-
-def _command(place: str) -> Any:
-    """Return what serves a command, imported now: `--help` and `config show` need not wait for torch."""
-    return import_object(f"stratagem.cli.{place}")
 
 
 def _print_version(value: bool) -> None:
@@ -83,13 +82,17 @@ def train(
         str | None, typer.Option(metavar="PATH", help="Begin with the weights of a checkpoint.")
     ] = None,
     nproc: Nproc = None,
+    max_restarts: Annotated[
+        int,
+        typer.Option(metavar="K", min=0, help="With --nproc: start the ranks again, up to K times, when one fails."),
+    ] = 0,
     launcher: Launcher = None,
     strategy: Strategy = None,
     traceback: Traceback = False,
 ) -> None:
     """Train what CONFIG describes.
 
-    Interrupt it with Ctrl-C and it saves a checkpoint; --resume goes on from there.
+    Interrupt it with Ctrl-C and it saves a checkpoint; --resume goes on from there. A second Ctrl-C stops at once.
     """
     options = RunOptions(
         config=config,
@@ -98,8 +101,9 @@ def train(
         launcher=launcher,
         strategy=strategy,
         nproc=nproc,
+        max_restarts=max_restarts,
     )
-    _command("training:train")(options, resume=resume, load_from=load_from)
+    command("training:train")(options, resume=resume, load_from=load_from)
 
 
 @app.command()
@@ -124,7 +128,7 @@ def test(
         strategy=strategy,
         nproc=nproc,
     )
-    _command("evaluation:test")(options, checkpoint=checkpoint)
+    command("evaluation:test")(options, checkpoint=checkpoint)
 
 
 @app.command()
@@ -143,14 +147,109 @@ def schedule(
     The learning rate is drawn always, the others where a schedule changes them. Nothing is written but FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
-    _command("schedule:schedule")(options, out=out)
+    command("schedule:schedule")(options, out=out)
+
+
+@app.command()
+def parity(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(metavar="K", min=2, help="How many steps of the optimizer are trained.")] = 6,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Over how many processes a batch is cut.")] = 2,
+    eval_layers: Annotated[
+        bool, typer.Option("--eval-layers", help="Train with dropout and batch normalisation in evaluation.")
+    ] = False,
+    tolerance: Annotated[
+        float, typer.Option(metavar="X", help="The largest relative difference that is taken for rounding.")
+    ] = 1e-4,
+    record: Annotated[Path | None, typer.Option(hidden=True)] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Train some steps of CONFIG in ways that should come to the same, and show where two first differ.
+
+    In one process, again, stopped and resumed, with accumulation, in N processes: the same samples in each step. Exits
+    with 1 where a difference is not explained. Nothing is written.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()))
+    trial = command("parity:Trial")(steps=steps, nproc=nproc, eval_layers=eval_layers, tolerance=tolerance)
+    command("parity:parity")(options, trial, record=record)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="On how many nodes it runs.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(metavar="G", min=0, help="Accelerators of each node, with a rank for each; 0 for the CPU.")
+    ] = 0,
+    time: Annotated[str, typer.Option(metavar="T", help="How long it may run, such as 12:00:00 or 2-00.")] = "1:00:00",
+    overrides: Overrides = None,
+    work_dir: WorkDir = None,
+    strategy: Strategy = None,
+    tasks_per_node: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Ranks on each node; by default one for each accelerator.")
+    ] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(metavar="N", min=1, help="Cores for each rank.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="The account that pays for it.")] = None,
+    save_before: Annotated[
+        int,
+        typer.Option(metavar="SECONDS", min=1, help="How long before the end of the time it saves and is requeued."),
+    ] = 120,
+    further: Annotated[
+        list[str] | None,
+        typer.Option("--sbatch", metavar="OPTION", help="A further option of sbatch: --sbatch=--qos=long"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where the script goes; by default into the folder of the run.")
+    ] = None,
+    now: Annotated[bool, typer.Option("--now", help="Submit it, too.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print the script, and write and submit nothing.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Write a SLURM batch script that trains CONFIG.
+
+    The job saves a checkpoint before its time is over or it is preempted, is requeued, and goes on from there.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()), work_dir=work_dir, strategy=strategy)
+    allocation = command("submit:Allocation")(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        time=time,
+        tasks_per_node=tasks_per_node,
+        cpus_per_task=cpus_per_task,
+        partition=partition,
+        account=account,
+        save_before_s=save_before,
+        further=tuple(further or ()),
+    )
+    command("submit:submit")(options, allocation, out=out, now=now, show=show)
 
 
 @app.command()
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
-    _command("report:print_environment")()
+    command("report:print_environment")()
 
+
+@app.command()
+def doctor(
+    work_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder that runs would write to.", show_default=False)
+    ] = Path("work_dirs"),
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="How many ranks try an all-reduce.")] = 2,
+    traceback: Traceback = False,
+) -> None:
+    """Examine this machine for training, and say what to do about what is found.
+
+    Started by srun, mpirun or torchrun it examines their ranks instead of two of its own, across hosts. The exit status
+    is 1 where there is a problem.
+    """
+    command("doctor.command:doctor")(work_dir, nproc=nproc)
+
+
+app.add_typer(ckpt_app, name="ckpt")
+app.add_typer(runs_app, name="runs")
 
 find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
 app.add_typer(find_app, name="find")
@@ -180,8 +279,8 @@ def lr(
     options = RunOptions(
         config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
     )
-    sweep = _command("find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
-    _command("find:learning_rate")(options, sweep, out=out)
+    sweep = command("find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
+    command("find:learning_rate")(options, sweep, out=out)
 
 
 @find_app.command()
@@ -202,7 +301,7 @@ def batch(
     Nothing is written but FILE. On the CPU memory errors do not come reliably: there it measures up to --max-batch.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
-    _command("find:batch_size")(options, limit=limit, steps=steps, out=out)
+    command("find:batch_size")(options, limit=limit, steps=steps, out=out)
 
 
 config_app = typer.Typer(help="Look at configurations and check them, without training.", no_args_is_help=True)
@@ -217,7 +316,7 @@ def show(
     traceback: Traceback = False,
 ) -> None:
     """Print CONFIG with its bases and overrides merged."""
-    _command("configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
+    command("configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
 
 
 @config_app.command()
@@ -228,7 +327,7 @@ def explain(
     traceback: Traceback = False,
 ) -> None:
     """Print each file and line that gave or changed a value of CONFIG, in order."""
-    _command("configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
+    command("configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
 
 
 @config_app.command()
@@ -238,10 +337,10 @@ def diff(
     traceback: Traceback = False,
 ) -> None:
     """Print what differs between two merged configurations."""
-    _command("configs:diff")(first, second)
+    command("configs:diff")(first, second)
 
 
 @config_app.command()
 def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
     """Check every key and argument of CONFIG as training would, and list all problems."""
-    _command("configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))
+    command("configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))

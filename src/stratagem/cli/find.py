@@ -15,7 +15,7 @@ from rich.console import Console
 
 from stratagem.cli.braille import print_chart
 from stratagem.cli.charts import Chart, Line, Mark, Panel, wants_log_scale
-from stratagem.cli.launching import launch
+from stratagem.cli.launching import launch_again
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.png import write_png
 from stratagem.config import Config
@@ -50,7 +50,7 @@ def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> Non
     """Print how the loss goes while the learning rate grows, and which rates that suggests."""
     config = read_config(options)
     if options.nproc is not None:
-        launch(options.nproc)
+        launch_again(options.nproc, by=options.launcher)
         return
     with _trial(config) as (strategy, dataloader):
         found = find_learning_rate(

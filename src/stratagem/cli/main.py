@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from stratagem.cli.app import app
-from stratagem.cli.handover import hand_over
-from stratagem.errors import StratagemError
+from stratagem.cli.handover import claim_telling, restart_notice
+from stratagem.errors import RankFailedError, StratagemError
 
 __all__ = ["main"]
 
@@ -50,5 +50,6 @@ def _tell(error: Exception, *, whole: bool) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if whole else f"\n  at {frame.filename}:{frame.lineno} in {frame.name}; --traceback shows all of it."
         message = f"{who}: {type(error).__name__}: {error}{notes}{where}"
-    if not hand_over(message):
-        print(message, file=sys.stderr)  # noqa: T201 -- this is the command line
+    if isinstance(error, RankFailedError) or claim_telling(message, getattr(error, "exit_status", 1)):
+        notice = restart_notice()
+        print(message if notice is None else f"{message}\n{notice}", file=sys.stderr)  # noqa: T201 -- the command line

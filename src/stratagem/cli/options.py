@@ -25,12 +25,23 @@ class RunOptions:
     launcher: str | None = None
     strategy: str | None = None
     nproc: int | None = None
+    max_restarts: int = 0
 
     def __post_init__(self) -> None:
-        if self.nproc is not None and self.launcher not in (None, "pytorch"):
+        if self.max_restarts and self.nproc is None:
             raise LaunchError(
-                f"--nproc {self.nproc} starts processes by torchrun's launcher, but --launcher says {self.launcher!r}. "
-                "Leave one of them out."
+                f"--max-restarts {self.max_restarts} is for the ranks that --nproc starts; give --nproc N too. torchrun, which "
+                "starts ranks by itself, has an option of that name."
+            )
+        if self.max_restarts and self.launcher == "ray":
+            raise LaunchError(
+                "--max-restarts starts ranks of this machine again, and --launcher ray starts them on a cluster. Leave it out, "
+                "and have Ray's job run the command again: it goes on from the last checkpoint with --resume."
+            )
+        if self.nproc is not None and self.launcher not in (None, "pytorch", "ray"):
+            raise LaunchError(
+                f"--nproc {self.nproc} starts processes by torchrun's launcher or by Ray, but --launcher says "
+                f"{self.launcher!r}. Leave one of them out."
             )
 
 

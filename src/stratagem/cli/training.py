@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -12,13 +13,22 @@ from pathlib import Path
 
 import typer
 
-from stratagem.cli.handover import NPROC_VARIABLE
-from stratagem.cli.launching import launch
+from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE
+from stratagem.cli.launching import launch_again
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config
+from stratagem.dist import infer_launcher
+from stratagem.errors import RankFailedError
 from stratagem.runner import Runner
+from stratagem.train.ending import end_within
+from stratagem.train.signals import signals
 
 __all__ = ["train"]
+
+# How long a rank that failed may take to close what it has open.
+_LAST_WORDS_S = 10.0
+# Said for one start of a run; the next one goes on as it was saved.
+_OWN_SCHEDULES = "resume_param_scheduler"
 
 
 def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> None:
@@ -26,11 +36,27 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
 
     Raises:
         typer.Exit: with 128 plus the signal's number, if the training was interrupted.
+        RankFailedError: if another rank failed, which tells its error itself.
     """
-    config = read_config(options)
     if options.nproc is not None:
-        launch(options.nproc)
+        # Told here, once, before any process is started.
+        read_config(options)
+        launch_again(options.nproc, by=options.launcher, max_restarts=options.max_restarts)
         return
+    # From here on a signal asks to stop, also while the ranks still meet.
+    with signals.listening():
+        try:
+            interrupted = _train(options, resume=resume, load_from=load_from)
+        except KeyboardInterrupt:
+            typer.echo("Stopped at once by a second signal; the last published checkpoint is whole.", err=True)
+            interrupted = signals.second or signal.SIGINT
+    if interrupted is not None:
+        raise typer.Exit(128 + interrupted)
+
+
+def _train(options: RunOptions, *, resume: str | None, load_from: str | None) -> int | None:
+    """Return the number of the signal that ended the run; None where none did."""
+    config = read_config(options)
     if resume is not None:
         config.merge_from_dict({"resume": True if resume == "auto" else resume}, source="--resume")
     if load_from is not None:
@@ -41,14 +67,23 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
         runner.train()
         if runner.strategy.rank == 0:
             typer.echo(_summary(runner, config, options, time.monotonic() - began))
+    except BaseException as error:
+        if runner.strategy.world_size > 1:
+            # Ending the group can wait for a rank that does not answer.
+            end_within(_LAST_WORDS_S, getattr(error, "exit_status", 1))
+        failure, rank = runner.run.guard.failure, runner.strategy.rank
+        if isinstance(error, Exception) and failure is not None and failure.rank != rank:
+            # That rank tells the error, once for all.
+            raise RankFailedError(runner.run.guard.reason(rank)) from error
+        raise
     finally:
         runner.close()
-    if runner.interrupted is not None:
-        raise typer.Exit(128 + runner.interrupted)
+    return runner.interrupted
 
 
 def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float) -> str:
     run = runner.run
+    options = replace(options, overrides=_without(options.overrides, _OWN_SCHEDULES))
     if runner.interrupted is not None:
         lines = [f"Interrupted after {run.iter} of {run.max_iters} iterations."]
         again = _command(options, "--resume")
@@ -57,8 +92,11 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         lines = [f"Trained {_length(runner)}; this start took {timedelta(seconds=round(seconds))}."]
         key, length = ("max_epochs", run.max_epochs) if run.max_epochs else ("max_iters", run.max_iters or 0)
         key = f"train_cfg.{key}"
-        others = tuple(each for each in options.overrides if each.partition("=")[0].strip() != key)
-        again = _command(replace(options, overrides=(*others, f"{key}={length * 2}")), "--resume")
+        longer = (*_without(options.overrides, key), f"{key}={length * 2}")
+        # Schedules that were saved have ended.
+        scheduled = config.get("param_scheduler") is not None
+        longer = (*longer, f"{_OWN_SCHEDULES}=False") if scheduled else longer
+        again = _command(replace(options, overrides=longer), "--resume")
         how = "train on"
     rows = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in run.metrics.items()}
     checkpoint = runner.latest_checkpoint()
@@ -70,6 +108,10 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
     rows[how] = again
     width = max(map(len, rows))
     return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+
+def _without(overrides: tuple[str, ...], key: str) -> tuple[str, ...]:
+    return tuple(each for each in overrides if each.partition("=")[0].strip() != key)
 
 
 def _length(runner: Runner) -> str:
@@ -99,11 +141,15 @@ def _command(options: RunOptions, *further: str, command: str = "train", after: 
     words += [word for override in options.overrides for word in ("--set", override)]
     if options.work_dir is not None:
         words += ["--work-dir", str(options.work_dir)]
-    if options.launcher is not None:
-        words += ["--launcher", options.launcher]
+    launcher = "ray" if infer_launcher() == "ray" else options.launcher
+    if launcher is not None:
+        words += ["--launcher", launcher]
     if options.strategy is not None:
         words += ["--strategy", options.strategy]
     size = os.environ.get(NPROC_VARIABLE)
     if size is not None:
         words += ["--nproc", size]
+    restarts = os.environ.get(RESTARTS_VARIABLE)
+    if restarts is not None:
+        words += ["--max-restarts", restarts]
     return " ".join([shlex.join(words), *further])

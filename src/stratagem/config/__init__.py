@@ -1,6 +1,7 @@
 """Configurations: read, merge, override, write, and know where each value comes from."""
 
 from stratagem.config.check import FREE_KEY, Problem, Rule, Section, check, require
+from stratagem.config.compare import changed_values
 from stratagem.config.config import Config
 from stratagem.config.explain import explain, show
 from stratagem.config.history import Change, Did
@@ -19,6 +20,7 @@ __all__ = [
     "Problem",
     "Rule",
     "Section",
+    "changed_values",
     "check",
     "explain",
     "parse_overrides",

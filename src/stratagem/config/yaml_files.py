@@ -17,7 +17,10 @@ __all__ = ["parse", "lines", "write"]
 
 def parse(text: str, name: str) -> Any:
     """Return the values in a text; only plain data, with no key repeated."""
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:  # a character that no text has
+        raise ConfigParsingError(f"{name} is not valid YAML: {error}.") from error
     try:
         node = loader.get_single_node()
         if node is None:

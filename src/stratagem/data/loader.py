@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-import functools
-import random
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, final
 
-import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
-from stratagem.data.collate import pseudo_collate
-from stratagem.data.samplers import DefaultSampler, PositionedSampler, stream_seed
-from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
+from stratagem.data.batches import EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
+from stratagem.data.stateful import Stateful, WatchedStream
+from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
+from stratagem.data.workers import WorkerStart, naming_dead_workers
+from stratagem.dist import get_rank
+from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
-__all__ = ["EpochLoader", "build_dataloader"]
+__all__ = ["EpochLoader"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Anchor:
+    """Where the position was taken up last: what of the data was taken before batch ``batch`` of ``epoch``."""
+
+    epoch: int
+    batch: int
+    taken: Taken
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """The state of a loader that keeps its own position, as it was before batch ``batch`` of ``epoch``.
+
+    ``restored`` tells that it comes from a checkpoint, so that the loader knows nothing of it yet.
+    """
+
+    epoch: int
+    batch: int
+    state: dict[str, Any]
+    restored: bool
 
 
 @final
@@ -25,27 +49,40 @@ class EpochLoader:
     """A ``DataLoader`` whose iteration is asked for by epoch and position.
 
     Args:
-        loader: any ``DataLoader``; one whose sampler is a :class:`PositionedSampler` begins in the middle of an epoch
-            at no cost, others draw and drop what was seen.
+        loader: any ``DataLoader``. One that :func:`~stratagem.data.build_dataloader` made of a sampler of ours begins
+            anywhere at no cost, one that has ``state_dict`` goes on where its state says, and others draw and drop what was
+            seen.
         world_size: over how many ranks the sampler deals.
     """
 
     def __init__(self, loader: DataLoader[Any], *, world_size: int = 1) -> None:
         self.loader = loader
         self._world_size = world_size
-        self._sampler = _positioned_sampler(loader)
-        self._set_epoch = _epoch_setters(loader)
+        batches = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
+        self._batches = batches if isinstance(batches, EpochBatches) else None
+        source = None if self._batches is None else self._batches.source
+        self._source = source if isinstance(source, PositionedBatches) else None
+        self._anchor = _Anchor(0, 0, ())
+        self._keeper = self._find_keeper()
+        self._kept: _Kept | None = None
 
     @property
     def dataset(self) -> Any:
         """The dataset that is loaded."""
-        return self.loader.dataset
+        dataset = self.loader.dataset
+        return dataset.dataset if isinstance(dataset, StreamedDataset | WatchedStream) else dataset
+
+    @property
+    def collate(self) -> Callable[[Any], Any] | None:
+        """What makes a batch of samples."""
+        dataset = self.loader.dataset
+        return dataset.collate if isinstance(dataset, StreamedDataset) else self.loader.collate_fn
 
     @property
     def batch_size(self) -> int | None:
         """How many samples a batch of this rank has; None where the loader does not say."""
-        batch_sampler = self.loader.batch_sampler
-        size = self.loader.batch_size if batch_sampler is None else getattr(batch_sampler, "batch_size", None)
+        batches = self._batches or self.loader.batch_sampler
+        size = self.loader.batch_size if batches is None else getattr(batches, "batch_size", None)
         return size if isinstance(size, int) else None
 
     @property
@@ -57,203 +94,187 @@ class EpochLoader:
 
     @property
     def positioned(self) -> bool:
-        """Whether a position inside of an epoch can be taken up without drawing what came before it."""
-        return self._sampler is not None
+        """Whether the place of each sample is known, so that a position is taken up without drawing what came before."""
+        return self._source is not None
+
+    @property
+    def inexact(self) -> str | None:
+        """Why a run that is stopped inside of an epoch may not go on exactly; None where it does."""
+        if self._source is not None or self._keeper is not None:
+            return None
+        dataset = self.dataset
+        if not isinstance(dataset, IterableDataset):
+            return (
+                "The order of the training data is that of its own loader or sampler: a run that is stopped inside of an "
+                "epoch draws again what it has seen, to go on behind it, and goes on exactly only if the order is the same "
+                "each time. A sampler of ours, or a loader with state_dict and load_state_dict, goes on without that."
+            )
+        name = type(dataset).__name__
+        if isinstance(dataset, Stateful) and self.loader.num_workers:
+            return (
+                f"{name} has state_dict, but each of num_workers={self.loader.num_workers} workers iterates a copy of it, "
+                "whose state cannot be asked for: a run that is stopped inside of an epoch reads again what it has seen. "
+                "Take num_workers=0, or torchdata's StatefulDataLoader, to go on exactly."
+            )
+        return (
+            f"{name} is a stream without state_dict and load_state_dict: a run that is stopped inside of an epoch reads "
+            "again what it has seen, and goes on exactly only if the stream is the same each time."
+        )
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Any]:
-        """Begin an epoch after its first ``done`` batches; returns the loader's own iterator."""
-        for set_epoch in self._set_epoch:
-            set_epoch(epoch)
-        if isinstance(self.loader.worker_init_fn, _WorkerSeed):
+        """Begin an epoch after its first ``done`` batches.
+
+        Raises:
+            TrainingError: while iterating, if a data worker died.
+        """
+        if isinstance(self.loader.worker_init_fn, WorkerStart):
             self.loader.worker_init_fn.epoch = epoch
-        if self._sampler is not None:
-            if self._sampler.endless:
-                done += epoch * len(self.loader)
-            elif done == len(self.loader):
-                return iter(())  # the last batch may be short, so that counting samples would go beyond the end
-            self._sampler.set_start(done * (self.batch_size or 1) * self._world_size)
-            return iter(self.loader)
-        batches = iter(self.loader)
-        for _ in islice(batches, done):
-            pass
-        return batches
+        if self._source is not None and self._batches is not None:
+            self._batches.choose(self._source.draws(self._epoch_of(epoch), self.taken(epoch, done)))
+            return self._told(iter(self.loader))
+        if self._batches is not None and isinstance(self._batches.source, ForeignBatches):
+            self._batches.choose(self._batches.source.draws(epoch, done))
+            return self._told(iter(self.loader))
+        self._tell_epoch(epoch)
+        if self._keeper is not None:
+            return self._told(self._from_state(self._keeper, epoch, done))
+        return self._told(islice(self._begin(epoch), done, None))
 
+    def indices_of(self, epoch: int, batch: int) -> list[Any]:
+        """Return which samples this rank's batch has, counted from 0: the dataset's indices. Computed when asked.
 
-def _positioned_sampler(loader: DataLoader[Any]) -> PositionedSampler | None:
-    """Return the sampler of which every batch takes the next ``batch_size`` samples; None where that is not so."""
-    # Other batch samplers may sort or group what they take.
-    sampler = loader.batch_sampler.sampler if type(loader.batch_sampler) is BatchSampler else None
-    return sampler if isinstance(sampler, PositionedSampler) else None
-
-
-def _epoch_setters(loader: DataLoader[Any]) -> list[Callable[[int], None]]:
-    """Return the ``set_epoch`` of the dataset's stream, the batch sampler and the sampler, of those that have it."""
-    batch_sampler = loader.batch_sampler
-    sampler = loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
-    stream = loader.dataset if isinstance(loader.dataset, IterableDataset) else None
-    setters = [getattr(part, "set_epoch", None) for part in (stream, batch_sampler, sampler)]
-    return [setter for setter in setters if callable(setter)]
-
-
-@final
-class _WorkerSeed:
-    """Seed a worker process from (seed, epoch, rank, worker), so that no two draw the same."""
-
-    def __init__(self, seed: int, rank: int) -> None:
-        self.seed = seed
-        self.rank = rank
-        self.epoch = 0
-
-    def __call__(self, worker: int) -> None:
-        seed = stream_seed(self.seed, self.epoch, self.rank, worker)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-
-
-def build_dataloader(
-    dataloader: DataLoader[Any] | Mapping[str, Any],
-    *,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    training: bool,
-) -> EpochLoader:
-    """Build a loader from its configuration, or take a built one.
-
-    A built ``DataLoader`` that takes all samples in order or in torch's random order is built anew with the sampler of
-    ours that does the same, so that its samples are dealt to the ranks and its order can be taken up anywhere. One with
-    another sampler, batch sampler or a generator of its own is taken as it is.
-
-    A mapping holds the arguments of ``torch.utils.data.DataLoader`` with ``dataset``, ``sampler``, ``batch_sampler``,
-    ``collate_fn`` and ``worker_init_fn`` as objects or as configurations of their own. Without a sampler it is a
-    :class:`DefaultSampler`, which shuffles in training (or as ``shuffle`` says). For evaluation, samplers of ours do
-    not fill up, so no sample is counted twice. ``collate_fn`` is ``pseudo_collate`` where not given.
-
-    Raises:
-        ConfigTypeError: if a part has the wrong type.
-        ConfigValueError: if there is no dataset, or two parts would choose the samples.
-    """
-    if isinstance(dataloader, DataLoader):
-        if not _is_plain(dataloader):
-            return EpochLoader(dataloader, world_size=world_size)
-        dataloader = _arguments_of(dataloader)
-    if not isinstance(dataloader, Mapping):
-        raise ConfigTypeError(f"A dataloader is a DataLoader or a mapping of its arguments, not {dataloader!r}.")
-    cfg = dict(dataloader)
-    if "dataset" not in cfg:
-        raise ConfigValueError(f"A dataloader needs a dataset; it has {', '.join(map(repr, cfg)) or 'nothing'}.")
-    dataset = _build_dataset(cfg.pop("dataset"))
-    dealt = {"rank": rank, "world_size": world_size}
-    if not isinstance(dataset, IterableDataset):
-        cfg |= _build_samplers(cfg, dataset, seed=seed, training=training, dealt=dealt)
-    # Torch draws the workers' base seed when an iteration begins: from a generator of the loader's own, so that stopping
-    # and going on does not shift the model's random numbers.
-    if cfg.get("generator") is None:
-        cfg["generator"] = torch.Generator().manual_seed(stream_seed(seed, rank))
-    # Without batches there is nothing to collate.
-    if "collate_fn" in cfg or cfg.get("batch_size", 1) is not None:
-        cfg["collate_fn"] = _build_function(cfg.get("collate_fn", pseudo_collate), "collate_fn")
-    if cfg.get("worker_init_fn") is None:
-        cfg["worker_init_fn"] = _WorkerSeed(seed, rank)
-    else:
-        cfg["worker_init_fn"] = _build_function(cfg["worker_init_fn"], "worker_init_fn")
-    try:
-        loader: DataLoader[Any] = DataLoader(dataset, **cfg)
-    except (TypeError, ValueError) as error:
-        kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
-        raise kind(f"The dataloader's arguments do not fit torch.utils.data.DataLoader: {error}") from error
-    return EpochLoader(loader, world_size=world_size)
-
-
-def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Tell whether a loader's order is one that our own sampler gives as well: all samples, in order or shuffled."""
-    sampler = loader.sampler
-    if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler or loader.generator is not None:
-        return False
-    if getattr(sampler, "data_source", None) is not loader.dataset:
-        return False
-    if type(sampler) is RandomSampler:
-        whole = not sampler.replacement and sampler.num_samples == len(sampler.data_source)
-        return whole and sampler.generator is None
-    return type(sampler) is SequentialSampler
-
-
-def _arguments_of(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Return the arguments that make a plain loader like this one."""
-    names = (
-        "dataset", "batch_size", "num_workers", "collate_fn", "pin_memory", "drop_last", "timeout", "worker_init_fn",
-        "multiprocessing_context", "prefetch_factor", "persistent_workers", "in_order",
-    )  # fmt: skip
-    arguments = {name: getattr(loader, name) for name in names}
-    return {**arguments, "shuffle": type(loader.sampler) is RandomSampler}
-
-
-def _build_dataset(dataset: Any) -> Any:
-    built = DATASETS.build(dataset) if isinstance(dataset, Mapping) else dataset
-    if isinstance(built, str | Mapping) or not (hasattr(built, "__getitem__") or isinstance(built, IterableDataset)):
-        raise ConfigTypeError(f"A dataset is a Dataset, a sequence, or a mapping with its type, not {built!r}.")
-    if not isinstance(dataset, Mapping):
-        return built
-    # Datasets written for MMEngine-style configurations may load their annotations late.
-    full_init = getattr(built, "full_init", None)
-    if callable(full_init):
-        full_init()
-    return built
-
-
-def _build_samplers(
-    cfg: dict[str, Any], dataset: Any, *, seed: int, training: bool, dealt: dict[str, int]
-) -> dict[str, Any]:
-    """Return DataLoader's sampling arguments, and take ours out of ``cfg``."""
-    sampler = cfg.pop("sampler", None)
-    batch_sampler = cfg.pop("batch_sampler", None)
-    shuffle = cfg.pop("shuffle", None)
-    if sampler is not None and shuffle is not None:
-        raise ConfigValueError("A dataloader takes a sampler or shuffle, not both: say shuffle in the sampler.")
-    if not (batch_sampler is None or isinstance(batch_sampler, Mapping)):
-        if sampler is not None or shuffle is not None:
-            raise ConfigValueError(
-                "A batch sampler that is built has its own sampler; give neither sampler nor shuffle."
+        Raises:
+            StateError: if the order of the data is not ours, so that nobody knows without drawing it.
+            ConfigValueError: if the epoch has no such batch.
+        """
+        if self._source is None:
+            raise StateError(
+                "The order of the data is that of its own loader or sampler, so its samples are not known."
             )
-        return {"batch_sampler": batch_sampler}
-    if sampler is None:
-        if not isinstance(dataset, Sized):
-            raise ConfigTypeError(f"{type(dataset).__name__} has no length, so it cannot be dealt; give it a sampler.")
-        sampler = DefaultSampler(
-            dataset, training if shuffle is None else shuffle, seed=seed, round_up=training, **dealt
-        )
-    elif isinstance(sampler, Mapping):
-        sampler = _build_sampler(sampler, dataset, seed=seed, training=training, dealt=dealt)
-    if batch_sampler is None:
-        return {"sampler": sampler}
-    batch_size = cfg.pop("batch_size", None)
-    default_args = {"sampler": sampler} | ({} if batch_size is None else {"batch_size": batch_size})
-    return {"batch_sampler": DATA_SAMPLERS.build(batch_sampler, default_args=default_args)}
+        for draw in self._source.draws(self._epoch_of(epoch), self.taken(epoch, batch)):
+            return list(draw.indices)
+        raise ConfigValueError(f"Epoch {epoch} has no batch {batch}; it has {self.length}.")
 
+    # ---- the position, for checkpoints -----------------------------------------------------------------------------
 
-def _build_sampler(
-    sampler: Mapping[str, Any], dataset: Any, *, seed: int, training: bool, dealt: dict[str, int]
-) -> Sampler[Any]:
-    kind = sampler.get("type")
-    target = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
-    default_args: dict[str, Any] = {"dataset": dataset, "seed": seed}
-    if isinstance(target, type) and issubclass(target, PositionedSampler):
-        default_args |= dealt
-        if target is DefaultSampler:
-            default_args["round_up"] = training
-    built: Sampler[Any] = DATA_SAMPLERS.build(sampler, default_args=default_args)
-    return built
+    def taken(self, epoch: int, batch: int) -> Taken:
+        """Return what of the data of all ranks is taken before this batch: pairs (samples of a batch, batches).
 
+        That does not depend on the number of ranks, so others can go on from it. Data without end is counted from the
+        beginning of the run.
+        """
+        if self._source is None:
+            return ()
+        anchor = self._anchor
+        if self._source.endless:
+            length = len(self._source)
+            # An epoch in which the batch size changed may be longer or shorter than the others.
+            passed = max(length - anchor.batch, 0) + (epoch - anchor.epoch - 1) * length
+            batches = batch - anchor.batch if epoch == anchor.epoch else passed + batch
+            return and_then(anchor.taken, self._source.batch_size, batches * self._world_size)
+        if epoch == anchor.epoch and batch >= anchor.batch:
+            return and_then(anchor.taken, self._source.batch_size, (batch - anchor.batch) * self._world_size)
+        return and_then((), self._source.batch_size, batch * self._world_size)
 
-def _build_function(function: Any, name: str) -> Any:
-    if isinstance(function, Mapping):
-        arguments = dict(function)
-        kind = arguments.pop("type", None)
-        target = FUNCTIONS.get(kind) if isinstance(kind, str) else kind
-        if not callable(target):
-            raise ConfigTypeError(f"{name}: type={kind!r} is no function that is known or can be called.")
-        return functools.partial(target, **arguments) if arguments else target
-    if not callable(function):
-        raise ConfigTypeError(f"{name} is a function or a mapping with its type, not {function!r}.")
-    return function
+    def go_on(self, epoch: int, batch: int, taken: Sequence[Sequence[int]]) -> int:
+        """Take up a position that was saved, perhaps with other ranks or another batch size.
+
+        Args:
+            epoch: that is under way.
+            batch: of the epoch, in the batches of the run that was saved.
+            taken: what :meth:`taken` said there.
+
+        Returns:
+            The batch of this loader's epoch that comes next. It is such that the epoch ends with its last batch, so what
+            is left of the epoch is what was not taken.
+        """
+        if self._source is None:
+            return batch
+        pairs = tuple((int(size), int(batches)) for size, batches in taken)
+        if not self._source.endless:
+            batch = self._source.left() - self._source.left(epoch, pairs)
+        self._anchor = _Anchor(epoch, batch, pairs)
+        return batch
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether the loader or its dataset knows its position itself, so that its state belongs into a checkpoint."""
+        return self._keeper is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the loader or dataset that knows its position: after the batch that was given out last.
+
+        Raises:
+            StateError: if it does not keep any.
+        """
+        if self._keeper is None:
+            raise StateError("The loader has no state of its own; its position is what taken() says.")
+        return self._keeper.state_dict() if self._kept is None else self._kept.state
+
+    def load_state_dict(self, state: Mapping[str, Any], *, epoch: int, batch: int) -> None:
+        """Have ``batches(epoch, batch)`` go on from a state.
+
+        Raises:
+            CheckpointMismatchError: if the loader keeps no state.
+        """
+        if self._keeper is None:
+            raise CheckpointMismatchError(
+                "The checkpoint holds the state of a data loader, and this run's has no load_state_dict. "
+                "Resume with the loader that it was saved with."
+            )
+        self._kept = _Kept(epoch, batch, dict(state), restored=True)
+
+    def _epoch_of(self, epoch: int) -> int:
+        return 0 if self._source is not None and self._source.endless else epoch
+
+    def _find_keeper(self) -> Stateful | None:
+        """Return what knows the position where it is not the sampler: the loader, or a stream that no worker copies."""
+        if isinstance(self.loader, Stateful):
+            return self.loader
+        return self.loader.dataset if isinstance(self.loader.dataset, WatchedStream) else None
+
+    def _tell_epoch(self, epoch: int) -> None:
+        """Call ``set_epoch`` of the dataset's stream, the batch sampler and the sampler, of those that have it."""
+        batch_sampler = self.loader.batch_sampler
+        sampler = self.loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
+        stream = self.dataset if isinstance(self.dataset, IterableDataset) else None
+        for part in (stream, batch_sampler, sampler):
+            setter = getattr(part, "set_epoch", None)
+            if callable(setter):
+                setter(epoch)
+
+    def _from_state(self, keeper: Stateful, epoch: int, done: int) -> Iterator[Any]:
+        """Yield the batches of a loader that keeps its position; where it stands is remembered if it is left early."""
+        kept, self._kept = self._kept, None
+        # A run that was stopped after an epoch's last batch begins the next one with the state of that place.
+        known = kept is not None and (kept.restored or (kept.epoch, kept.batch) == (epoch, done))
+        if kept is not None and known:
+            keeper.load_state_dict(kept.state)
+        given = done
+        try:
+            for batch in islice(self._begin(epoch), 0 if known else done, None):
+                given += 1
+                yield batch
+            if given == 0:
+                # It stood at the end of the epoch before.
+                for batch in self._begin(epoch):
+                    given += 1
+                    yield batch
+        except GeneratorExit:
+            self._kept = _Kept(epoch, given, keeper.state_dict(), restored=False)
+            raise
+
+    def _begin(self, epoch: int) -> Iterator[Any]:
+        """Begin an iteration of a loader that is not ours, at the expense of no generator of the model's."""
+        if self.loader.generator is not None:
+            return iter(self.loader)
+        # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that begins an
+        # epoch once more, in its middle, would give its dropout other numbers.
+        with generators_aside():
+            seed_stream(torch.initial_seed(), epoch, get_rank())
+            return iter(self.loader)
+
+    def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
+        # Torch keeps its processes to itself; without them the error names the process id alone.
+        with naming_dead_workers(getattr(batches, "_workers", ())):
+            yield from batches

@@ -6,28 +6,20 @@ Nothing here depends on workers, restarts or what ran before. Rank ``r`` of ``n`
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sized
+from itertools import cycle, islice
 from typing import ClassVar, final
 
 import torch
 from torch.utils.data import Sampler
 
+from stratagem.data.streams import stream_seed
 from stratagem.dist import get_dist_info
 from stratagem.errors import ConfigValueError
 
-__all__ = ["DefaultSampler", "InfiniteSampler", "PositionedSampler", "epoch_order", "stream_seed"]
-
-
-def stream_seed(*keys: int) -> int:
-    """Return a 32-bit seed for the stream that ``keys`` name; streams of different keys are unrelated.
-
-    Adding seed and epoch, as is often done, gives epoch 1 of seed 0 the order of epoch 0 of seed 1.
-    """
-    digest = hashlib.blake2b(":".join(map(str, keys)).encode(), digest_size=4)
-    return int.from_bytes(digest.digest(), "little")
+__all__ = ["DefaultSampler", "InfiniteSampler", "PositionedSampler", "epoch_order"]
 
 
 def epoch_order(length: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
@@ -40,23 +32,63 @@ def epoch_order(length: int, *, seed: int, epoch: int, shuffle: bool) -> list[in
 
 
 class PositionedSampler(Sampler[int]):
-    """A sampler that can be told its epoch and start anywhere in it, at no cost.
+    """A sampler whose order is known without being walked through, so that it can be taken up anywhere, by any ranks.
 
-    Samplers derived from it let a run that was stopped in the middle of an epoch go on with the next sample.
+    A sampler derived from it says how many samples an epoch has and in which order, and has the rest from here.
+
+    Args:
+        round_up: whether an epoch is filled up from the beginning of its order so that every rank has as many samples.
+            Training needs that; evaluation must not see a sample twice.
+        rank: this process's rank; that of the process group where not given.
+        world_size: the number of ranks; likewise.
 
     Attributes:
         endless: whether the order goes on without end, whatever its length says.
+        repeats: whether an epoch may have a sample more than once.
     """
 
     endless: ClassVar[bool] = False
+    repeats: bool = False
+
+    def __init__(self, *, round_up: bool = True, rank: int | None = None, world_size: int | None = None) -> None:
+        here, size = get_dist_info()
+        self.round_up = round_up
+        self.rank = here if rank is None else rank
+        self.world_size = size if world_size is None else world_size
+        self._epoch = 0
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """How many samples an epoch has over all ranks, without any filling."""
 
     @abstractmethod
+    def order(self, epoch: int) -> list[int]:
+        """Return the indices of an epoch in the order of all ranks together: the same whoever asks, and how often."""
+
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration takes."""
+        self._epoch = epoch
 
-    @abstractmethod
-    def set_start(self, samples: int) -> None:
-        """Leave out the first ``samples`` of the global order (of all ranks together) in the next iteration."""
+    def dealt(self, epoch: int, start: int = 0) -> Iterator[int]:
+        """Return this rank's indices after the first ``start`` of the order of all ranks."""
+        order = self.order(epoch)
+        rest = order[start:]
+        if self.round_up and rest:
+            rest += islice(cycle(order), -len(rest) % self.world_size)
+        return iter(rest[self.rank :: self.world_size])
+
+    def left(self, start: int = 0) -> int:
+        """Return how many samples of an epoch this rank has after the first ``start`` of all ranks."""
+        rest = max(0, self.samples - start)
+        return math.ceil(rest / self.world_size) if self.round_up else len(range(self.rank, rest, self.world_size))
+
+    def __iter__(self) -> Iterator[int]:
+        return self.dealt(self._epoch)
+
+    def __len__(self) -> int:
+        """Return how many samples this rank has in a whole epoch."""
+        return self.left()
 
 
 @final
@@ -67,10 +99,7 @@ class DefaultSampler(PositionedSampler):
         dataset: what is sampled; only its length counts.
         shuffle: whether each epoch has its own random order.
         seed: of the shuffling, the same on every rank; 0 where not given.
-        round_up: whether the order is filled up from its beginning so that every rank has as many samples. Training
-            needs that; evaluation must not see a sample twice.
-        rank: this process's rank; that of the process group where not given.
-        world_size: the number of ranks; likewise.
+        round_up: see :class:`PositionedSampler`; so are ``rank`` and ``world_size``.
     """
 
     def __init__(
@@ -83,39 +112,17 @@ class DefaultSampler(PositionedSampler):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        here, size = get_dist_info()
+        super().__init__(round_up=round_up, rank=rank, world_size=world_size)
         self._length = len(dataset)
         self._shuffle = shuffle
         self._seed = seed or 0
-        self._round_up = round_up
-        self._rank = here if rank is None else rank
-        self._size = size if world_size is None else world_size
-        self._epoch = 0
-        self._start = 0
 
     @property
     def samples(self) -> int:
-        """How many samples an epoch has over all ranks, the filling included."""
-        return math.ceil(self._length / self._size) * self._size if self._round_up else self._length
+        return self._length
 
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def set_start(self, samples: int) -> None:
-        if not 0 <= samples <= self.samples:
-            raise ConfigValueError(f"An epoch of {self.samples} samples cannot start after {samples} of them.")
-        self._start = samples
-
-    def __iter__(self) -> Iterator[int]:
-        order = epoch_order(self._length, seed=self._seed, epoch=self._epoch, shuffle=self._shuffle)
-        while order and len(order) < self.samples:
-            order += order[: self.samples - len(order)]
-        start, self._start = self._start, 0
-        return iter(order[start + self._rank :: self._size])
-
-    def __len__(self) -> int:
-        """Return how many samples this rank has in a whole epoch."""
-        return len(range(self._rank, self.samples, self._size))
+    def order(self, epoch: int) -> list[int]:
+        return epoch_order(self._length, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
 
 
 @final
@@ -134,6 +141,7 @@ class InfiniteSampler(PositionedSampler):
     """
 
     endless = True
+    repeats = True
 
     def __init__(
         self,
@@ -144,32 +152,31 @@ class InfiniteSampler(PositionedSampler):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        here, size = get_dist_info()
+        super().__init__(round_up=False, rank=rank, world_size=world_size)
         self._length = len(dataset)
         if self._length == 0:
             raise ConfigValueError("InfiniteSampler: the dataset is empty, so it has no infinite order.")
         self._shuffle = shuffle
         self._seed = seed or 0
-        self._rank = here if rank is None else rank
-        self._size = size if world_size is None else world_size
-        self._start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Do nothing: the passes follow each other in one sequence."""
+    @property
+    def samples(self) -> int:
+        return self._length
 
-    def set_start(self, samples: int) -> None:
-        if samples < 0:
-            raise ConfigValueError(f"An order cannot start after {samples} samples.")
-        self._start = samples
+    def order(self, epoch: int) -> list[int]:
+        """Return the order of one pass."""
+        return epoch_order(self._length, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
+
+    def dealt(self, epoch: int, start: int = 0) -> Iterator[int]:
+        """Yield this rank's indices after the first ``start`` of all passes; the passes are one sequence of epoch 0."""
+        position = start + self.rank
+        while True:
+            passes, index = divmod(position, self._length)
+            yield from self.order(passes)[index :: self.world_size]
+            position += len(range(index, self._length, self.world_size)) * self.world_size
 
     def __iter__(self) -> Iterator[int]:
-        start, self._start = self._start, 0
-        position = start + self._rank
-        while True:
-            epoch, index = divmod(position, self._length)
-            order = epoch_order(self._length, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
-            yield from order[index :: self._size]
-            position += len(range(index, self._length, self._size)) * self._size
+        return self.dealt(0)
 
     def __len__(self) -> int:
         """Return the length of one pass over all ranks, as configurations written for others expect."""

@@ -17,8 +17,7 @@ from stratagem.dist.collectives import (
     sync_random_seed,
 )
 from stratagem.dist.group import close_dist, init_dist
-from stratagem.dist.launch import LAUNCHERS, Launch, infer_launcher, read_launch
-from stratagem.dist.team import ALONE, Team
+from stratagem.dist.launch import LAUNCHERS, RAY_JOB_VARIABLE, Launch, describe_stray, infer_launcher, read_launch
 from stratagem.dist.objects import (
     all_gather_object,
     broadcast_object,
@@ -26,7 +25,9 @@ from stratagem.dist.objects import (
     collect_results,
     gather_object,
 )
-from stratagem.dist.watch import Failure, Peer, RankWatch
+from stratagem.dist.peer import Peer
+from stratagem.dist.watch import Failure, RankWatch
+from stratagem.dist.team import ALONE, Team
 from stratagem.dist.world import World, pick_device
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LAUNCHERS",
     "Agreement",
     "Failure",
+    "RAY_JOB_VARIABLE",
     "Launch",
     "Peer",
     "RankWatch",
@@ -48,6 +50,7 @@ __all__ = [
     "broadcast_object_list",
     "close_dist",
     "collect_results",
+    "describe_stray",
     "gather",
     "gather_object",
     "get_backend",

@@ -7,32 +7,37 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stratagem.dist.hostlist import expand_hostlist
+from stratagem.dist.interfaces import is_loopback
 from stratagem.errors import LaunchError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["LAUNCHERS", "Launch", "infer_launcher", "read_launch"]
+__all__ = ["LAUNCHERS", "RAY_JOB_VARIABLE", "Launch", "describe_stray", "infer_launcher", "read_launch"]
 
-LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+LAUNCHERS = ("none", "pytorch", "slurm", "mpi", "ray")
+# Set by `stratagem train --launcher ray`, with torchrun's variables; Ray itself sets nothing for ranks.
+RAY_JOB_VARIABLE = "STRATAGEM_RAY_JOB"
 
 # What each launcher sets for every process it starts. All of a row must be there: a stray WORLD_SIZE, as container
 # platforms set it, is no launch.
 _MARKS = {
+    "ray": (RAY_JOB_VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"),
     "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     # Before SLURM: in a SLURM job, mpirun's ranks inherit the variables of the one task that started them.
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
 }
-# Ports for launchers that hand out none: derived from the job, so that all its ranks agree and two jobs rarely meet.
-_FIRST_PORT, _PORTS = 20_000, 12_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """What a launcher told this process about itself and about where rank 0 can be met."""
+    """What a launcher told this process about itself and about where rank 0 can be met.
+
+    Where no port was given, ``master_port`` is None and the ranks find rank 0 by ``job``, a name that they share.
+    """
 
     launcher: str
     rank: int = 0
@@ -40,16 +45,22 @@ class Launch:
     size: int = 1
     local_size: int = 1
     master_addr: str = "127.0.0.1"
-    master_port: int = 0
+    master_port: int | None = None
+    job: str = ""
 
     @property
     def on_one_host(self) -> bool:
-        """Whether all ranks run on this machine."""
-        return self.local_size == self.size
+        """Whether all ranks run on this machine; who meets on loopback cannot be elsewhere."""
+        return self.local_size == self.size or is_loopback(self.master_addr)
+
+    @property
+    def place(self) -> str:
+        """Where rank 0 is met, for messages."""
+        return f"{self.master_addr}:{self.master_port}" if self.master_port is not None else self.master_addr
 
 
 def infer_launcher(environ: Mapping[str, str] = os.environ) -> str:
-    """Name the launcher that started this process: ``"pytorch"``, ``"slurm"``, ``"mpi"`` or ``"none"``."""
+    """Name the launcher that started this process: ``"pytorch"``, ``"slurm"``, ``"mpi"``, ``"ray"`` or ``"none"``."""
     for launcher, marks in _MARKS.items():
         if all(mark in environ for mark in marks):
             return launcher
@@ -68,18 +79,43 @@ def read_launch(launcher: str, environ: Mapping[str, str] = os.environ) -> Launc
         return Launch(launcher="none")
     missing = [mark for mark in _MARKS[launcher] if mark not in environ]
     if missing:
-        raise LaunchError(
-            f"launcher={launcher!r}, but this process was not started by it: {', '.join(missing)} not set. {_HOW[launcher]}"
-        )
+        raise LaunchError(_not_started_by(launcher, missing, environ))
     launch = _READERS[launcher](environ)
     if not (0 <= launch.rank < launch.size and 0 <= launch.local_rank < launch.local_size):
         raise LaunchError(
             f"launcher={launcher!r}: rank {launch.rank} of {launch.size}, local rank {launch.local_rank} of "
             f"{launch.local_size} cannot be. Look for stray variables of an earlier launch in the environment."
         )
-    if not 0 <= launch.master_port < 65_536:
+    if launch.master_port is not None and not 0 <= launch.master_port < 65_536:
         raise LaunchError(f"MASTER_PORT is {launch.master_port}; a port is a number from 0 to 65535.")
     return launch
+
+
+def describe_stray(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return a sentence about variables that look like a launch of several processes but are not a whole one.
+
+    Each of several processes that were started so would train alone, into the same folder.
+    """
+    marks = _MARKS["pytorch"]
+    size = environ.get("WORLD_SIZE", "1")
+    missing = [mark for mark in marks if mark not in environ]
+    if infer_launcher(environ) != "none" or size in {"", "0", "1"}:
+        return None
+    found = ", ".join(f"{mark}={environ[mark]}" for mark in marks if mark in environ)
+    return (
+        f"This process trains alone: it found {found}, but not {', '.join(missing)}. If it is one of {size} that belong "
+        f"together, set these too, or start them by torchrun; if not, unset WORLD_SIZE."
+    )
+
+
+def _not_started_by(launcher: str, missing: list[str], environ: Mapping[str, str]) -> str:
+    found = [f"{mark}={environ[mark]}" for mark in _MARKS[launcher] if mark in environ]
+    by = infer_launcher(environ)
+    actual = f"It was started by launcher {by!r}: name that one, or none." if by != "none" else _HOW[launcher]
+    return (
+        f"launcher={launcher!r}, but this process was not started by it: {', '.join(missing)} not set"
+        f"{f', only {chr(44).join(found)}' if found else ''}. {actual}"
+    )
 
 
 def _read_pytorch(environ: Mapping[str, str]) -> Launch:
@@ -115,10 +151,10 @@ def _read_slurm(environ: Mapping[str, str]) -> Launch:
         local_rank=local_rank,
         size=size,
         local_size=size if one_host else (tasks_here or local_rank + 1),
-        master_addr=master or ("127.0.0.1" if one_host or not nodes else first_host(nodes)),
-        master_port=_integer(
-            environ, "MASTER_PORT", default=job_port(f"{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}")
-        ),
+        master_addr=master or ("127.0.0.1" if one_host or not nodes else expand_hostlist(nodes)[0]),
+        master_port=_given_port(environ),
+        # A job that was requeued keeps its number and counts its steps anew.
+        job=f"SLURM step {environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}.{environ.get('SLURM_RESTART_COUNT', 0)}",
     )
 
 
@@ -141,47 +177,62 @@ def _read_mpi(environ: Mapping[str, str]) -> Launch:
     size = _integer(environ, "OMPI_COMM_WORLD_SIZE")
     local_rank = _integer(environ, "OMPI_COMM_WORLD_LOCAL_RANK")
     local_size = _integer(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", default=local_rank + 1)
-    master = environ.get("MASTER_ADDR")
-    if master is None and local_size != size:
+    master = environ.get("MASTER_ADDR") or ("127.0.0.1" if local_size == size else _host_of_mpirun(environ))
+    if master is None:
         raise LaunchError(
-            f"mpirun started {size} ranks on more than one host, and MASTER_ADDR is not set. "
+            f"mpirun started {size} ranks on more than one host, and neither MASTER_ADDR nor OMPI_MCA_orte_hnp_uri is set. "
             "Pass the address of rank 0's host: mpirun -x MASTER_ADDR=<host> ..."
         )
-    job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or str(os.getppid())
+    job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
+    port = _given_port(environ)
+    if job is None and port is None:
+        raise LaunchError(
+            "mpirun set neither PMIX_NAMESPACE nor OMPI_MCA_ess_base_jobid, so the ranks cannot tell their job from "
+            "others. Pass a free port of rank 0's host: mpirun -x MASTER_PORT=<port> ..."
+        )
     return Launch(
         launcher="mpi",
         rank=_integer(environ, "OMPI_COMM_WORLD_RANK"),
         local_rank=local_rank,
         size=size,
         local_size=local_size,
-        master_addr=master or "127.0.0.1",
-        master_port=_integer(environ, "MASTER_PORT", default=job_port(job)),
+        master_addr=master,
+        master_port=port,
+        job=f"mpirun job {job}",
     )
 
 
-_READERS = {"pytorch": _read_pytorch, "slurm": _read_slurm, "mpi": _read_mpi}
+def _host_of_mpirun(environ: Mapping[str, str]) -> str | None:
+    """Return the first address of mpirun's own host, on which it puts rank 0 unless told otherwise."""
+    # Such as "1429733376.0;tcp://192.168.0.2,10.0.0.2:46591;tcp6://[fd00::2]:38709".
+    match = re.search(r";tcp://([0-9.]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
+    return match[1] if match else None
+
+
+def _read_ray(environ: Mapping[str, str]) -> Launch:
+    return Launch(
+        launcher="ray",
+        rank=_integer(environ, "RANK"),
+        local_rank=_integer(environ, "LOCAL_RANK"),
+        size=_integer(environ, "WORLD_SIZE"),
+        local_size=_integer(environ, "LOCAL_WORLD_SIZE"),
+        master_addr=environ["MASTER_ADDR"],
+        master_port=_given_port(environ),
+        job=f"Ray job {environ[RAY_JOB_VARIABLE]}",
+    )
+
+
+_READERS = {"ray": _read_ray, "pytorch": _read_pytorch, "slurm": _read_slurm, "mpi": _read_mpi}
 _HOW = {
+    "ray": "Start it with `stratagem train --launcher ray --nproc N`.",
     "pytorch": "Start it with `torchrun --nproc-per-node N ...` or `stratagem train --nproc N`.",
     "slurm": "Start it with `srun`.",
     "mpi": "Start it with Open MPI's `mpirun -np N ...`.",
 }
 
 
-def first_host(nodelist: str) -> str:
-    """Return the first host of SLURM's compact list: ``"node[003-010,12],b7"`` gives ``"node003"``.
-
-    Raises:
-        LaunchError: if the list is not of that form.
-    """
-    match = re.match(r"(?P<prefix>[^,\[\]]*)(?:\[(?P<first>\d+)[^\]]*\](?P<suffix>[^,\[\]]*))?(?:,|$)", nodelist.strip())
-    if match is None or not (match["prefix"] or match["first"]):
-        raise LaunchError(f"SLURM's node list {nodelist!r} cannot be read. Set MASTER_ADDR to the host of rank 0.")
-    return f"{match['prefix']}{match['first'] or ''}{match['suffix'] or ''}"
-
-
-def job_port(job: str) -> int:
-    """Return a port that all ranks of ``job`` derive alike."""
-    return _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
+def _given_port(environ: Mapping[str, str]) -> int | None:
+    return _integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else None
 
 
 def _integer(environ: Mapping[str, str], name: str, *, default: int | None = None) -> int:

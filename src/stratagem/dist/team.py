@@ -10,7 +10,7 @@ import torch.distributed as torch_dist
 
 from stratagem.dist.collectives import Group, get_rank, get_world_size
 from stratagem.dist.objects import all_gather_object
-from stratagem.errors import StratagemError
+from stratagem.errors import StratagemError, TrainingError
 
 __all__ = ["ALONE", "Team"]
 
@@ -55,8 +55,21 @@ class Team:
         return self.rank == 0
 
     def gather(self, data: T) -> list[T]:
-        """Return every rank's object, in order of rank."""
-        return [data] if self.size == 1 else all_gather_object(data, self.group)
+        """Return every rank's object, in order of rank.
+
+        Raises:
+            TrainingError: if a rank is gone, or does not answer within the group's time-out.
+        """
+        if self.size == 1:
+            return [data]
+        try:
+            return all_gather_object(data, self.group)
+        except RuntimeError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise TrainingError(
+                f"Rank {self.rank} lost touch with the other {self.size - 1}: one of them has died or hangs, and what it "
+                f"wrote last says why. ({reason})"
+            ) from error
 
     def each(self, act: Callable[[], T]) -> list[T]:
         """Call ``act`` on every rank; return all results, in order of rank."""

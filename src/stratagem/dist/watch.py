@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Self, cast, final
 
 import torch.distributed as torch_dist
@@ -19,8 +17,9 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 
 from stratagem.dist.collectives import get_dist_info
 from stratagem.dist.objects import all_gather_object
+from stratagem.dist.peer import Peer
 
-__all__ = ["Failure", "Peer", "RankWatch"]
+__all__ = ["Failure", "RankWatch"]
 
 _POLL_S = 0.5
 # More ranks ask the store less often: it answers some ten thousand questions a second.
@@ -54,70 +53,6 @@ class Failure:
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """The process of a rank. ``place`` tells where its number means that process; ``started`` tells it from a later one."""
-
-    pid: int
-    place: str
-    started: str
-
-    @classmethod
-    def here(cls) -> Self:
-        """Return this process."""
-        return cls.of(os.getpid())
-
-    @classmethod
-    def of_parent(cls) -> Self:
-        """Return the process that started this one."""
-        return cls.of(os.getppid())
-
-    @classmethod
-    def of(cls, pid: int) -> Self:
-        """Return the process of a number on this machine."""
-        return cls(pid, _place(), _stat_of(pid)[1])
-
-    def has_ended(self) -> bool:
-        """Tell whether the process has ended for sure: False for one on another machine, or in another container."""
-        if self.place != _place():
-            return False
-        state, started = _stat_of(self.pid)
-        return started != self.started or state in "ZX"
-
-
-def _place() -> str:
-    """Name the space of process numbers that this process lives in."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return socket.gethostname()
-
-
-def _stat_of(pid: int) -> tuple[str, str]:
-    """Return the state and the start time of a process; a dead one has none.
-
-    The fields are described in https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return "X", ""
-        return _state_without_proc(pid), ""
-    return fields[0], fields[19]
-
-
-def _state_without_proc(pid: int) -> str:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "X"
-    except PermissionError:
-        pass
-    return "R"
-
-
-@final
 class RankWatch:
     """Tells the other ranks of this one's failure, and this one of theirs.
 
@@ -127,18 +62,15 @@ class RankWatch:
     Args:
         iteration: returns where this rank stands.
         on_failure: called by the thread, once, with the failure of another rank.
-        store: where the ranks leave their messages; by default the process group's.
     """
 
     _made = 0
 
-    def __init__(
-        self, iteration: Callable[[], int], on_failure: Callable[[Failure], None], *, store: Store | None = None
-    ) -> None:
+    def __init__(self, iteration: Callable[[], int], on_failure: Callable[[Failure], None]) -> None:
         self.rank, self.size = get_dist_info()
         number, RankWatch._made = RankWatch._made, RankWatch._made + 1
         # With a connection of its own: on the group's a wait for another rank would hold it up.
-        own: Store = cast("Any", store or _get_default_store()).clone()
+        own: Store = cast("Any", _get_default_store()).clone()
         own.set_timeout(_STORE_TIMEOUT)
         self._store = PrefixStore(f"watch/{number}", own)
         self._peers: Mapping[int, Peer] = dict(enumerate(all_gather_object(Peer.here())))

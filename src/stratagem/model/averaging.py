@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
-from stratagem.optim.sharded import local_part
+from stratagem.optim.sharded import copy_into, local_part
 
 __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage"]
 
@@ -143,9 +143,8 @@ class AveragedModel(ABC):
                 f"The saved average does not fit this model: {len(differing)} of {len(self.averages)} weights differ, "
                 f"such as {', '.join(differing[:3])}. Build the same model, or leave the average out."
             )
-        with torch.no_grad():
-            for name, value in self.averages.items():
-                value.copy_(saved[name])
+        for name, value in self.averages.items():
+            copy_into(value, saved[name])
         self.steps = int(state_dict["steps"])
 
     def _present(self) -> list[Tensor]:

@@ -44,18 +44,23 @@ from stratagem.optim.schedules import (
     build_param_schedulers,
     preview_schedules,
 )
+from stratagem.optim.watch import DeferredWatch, UpdateWatch, Watch, all_finite
 from stratagem.optim.wrapper import AccumulatingOptimWrapper, OptimWrapper
 
 __all__ = [
     "AccumulatingOptimWrapper",
     "AmpOptimWrapper",
     "BaseOptimWrapper",
+    "DeferredWatch",
     "DefaultOptimWrapperConstructor",
     "MultiOptimWrapperConstructor",
     "OptimWrapper",
     "OptimWrapperDict",
     "ParamScheduler",
     "ParamSchedulers",
+    "UpdateWatch",
+    "Watch",
+    "all_finite",
     "build_optim_wrapper",
     "build_param_schedulers",
     "preview_schedules",

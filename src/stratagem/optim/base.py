@@ -41,6 +41,9 @@ class BaseOptimWrapper(ABC):
         updates: updates of the weights really taken.
         accumulation_context: called with the model and whether ranks must exchange gradients; a strategy puts its
             placement's here.
+        always_says_sync: whether ``accumulation_context`` is called also for windows of one micro-batch: another
+            optimizer of the same model may have said otherwise.
+        forget_waiting: called where a window is dropped, for gradients that wait for their exchange elsewhere.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -55,6 +58,8 @@ class BaseOptimWrapper(ABC):
         self.attempts = 0
         self.updates = 0
         self.accumulation_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = without_exchange
+        self.always_says_sync = False
+        self.forget_waiting: Callable[[], None] = _nothing_waits
         self._training_weights: list[Tensor] | None = None
         self.train()
 
@@ -226,6 +231,10 @@ class BaseOptimWrapper(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(accumulative_counts={self.accumulative_counts}, optimizer={self.optimizer!r})"
+
+
+def _nothing_waits() -> None:
+    """Do nothing: gradients lie in the parameters alone."""
 
 
 def _is_schedule_free(optimizer: Optimizer) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast, final
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
+from stratagem.dist import all_reduce
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
-from stratagem.optim.sharded import is_plain, local_part, whole
+from stratagem.optim.sharded import is_plain, is_sharded, local_part, mesh_of, whole
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["Clipping", "NonFinite", "global_norm", "is_admitted", "parse_clipping", "parse_nonfinite", "scale"]
@@ -102,11 +103,40 @@ def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if all(is_plain(gradient) for gradient in gradients):
         return _norm_of_norms(torch._foreach_norm(gradients, norm_type), norm_type) if gradients else torch.zeros(())
-    # Norms of tensors on different meshes cannot be stacked: reduce each mesh's own first.
-    by_mesh: dict[object, list[Tensor]] = {}
+    # Shards of one mesh that are cut along the same of its axes are summed together: a reduction for each such axis.
+    alike: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
-        by_mesh.setdefault(getattr(gradient, "device_mesh", None), []).append(gradient)
-    return _norm_of_norms([whole(get_total_norm(group, norm_type)) for group in by_mesh.values()], norm_type)
+        cut = _cut_axes(gradient)
+        part = whole(gradient) if cut is None else local_part(gradient)
+        alike.setdefault((mesh_of(gradient) if cut else None, cut or ()), []).append(part)
+    return _norm_of_norms([_norm_over(parts, norm_type, *where) for where, parts in alike.items()], norm_type)
+
+
+def _cut_axes(gradient: Tensor) -> tuple[int, ...] | None:
+    """Return the axes of its mesh along which a tensor is cut; None where ranks hold summands of it."""
+    if not is_sharded(gradient):
+        return ()
+    placements = cast("Any", gradient).placements
+    if any(placement.is_partial() for placement in placements):
+        return None
+    return tuple(axis for axis, placement in enumerate(placements) if not placement.is_replicate())
+
+
+def _norm_over(parts: list[Tensor], norm_type: float, mesh: Any, axes: tuple[int, ...]) -> Tensor:
+    # A rank may have nothing of a small tensor, and nothing has no largest value.
+    filled = [part for part in parts if part.numel()]
+    norm = (
+        _norm_of_norms(torch._foreach_norm(filled, norm_type), norm_type)
+        if filled
+        else torch.zeros((), device=parts[0].device)
+    )
+    norm = norm.to(torch.float32) if norm.dtype in (torch.float16, torch.bfloat16) else norm
+    if not axes:
+        return norm
+    norm = norm if math.isinf(norm_type) else norm**norm_type
+    for axis in axes:
+        all_reduce(norm, "max" if math.isinf(norm_type) else "sum", mesh.get_group(axis))
+    return norm if math.isinf(norm_type) else norm ** (1 / norm_type)
 
 
 def _norm_of_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:

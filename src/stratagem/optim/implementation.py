@@ -8,9 +8,10 @@ from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import SGD
+from torch.optim import SGD, Adam, AdamW
 
 from stratagem.errors import ConfigValueError
+from stratagem.optim.sharded import mesh_of
 
 __all__ = ["Implementation", "implementation_options"]
 
@@ -20,6 +21,8 @@ _CHOICES: Final = ("auto", "fused", "foreach", "loop")
 # Where the user says one of these, the choice is made.
 _DECIDING_KEYS: Final = ("fused", "foreach", "differentiable", "capturable")
 _FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
+# torch 2.13 has fused kernels of no others for tensors that are sharded over ranks.
+_FUSED_ON_SHARDS: Final = (Adam, AdamW)
 # Plain SGD is one addition a tensor: on the CPU a fused call costs more than the loop up to about this many tensors
 # (4 tensors: 51 us fused, 32 us loop; 20 tensors: 70 and 92; torch 2.13).
 _FEW_TENSORS: Final = 10
@@ -36,7 +39,8 @@ def implementation_options(
     """Return the arguments that make an optimizer of this type compute in the wanted way; empty for its own default.
 
     ``"auto"`` is fused wherever optimizer, devices, dtypes and gradients allow it and it pays, else torch's default
-    (foreach on accelerators, a loop on the CPU). What ``options`` already decide is left to them.
+    (foreach on accelerators, a loop on the CPU), and foreach for parameters that are sharded. What ``options`` already
+    decide is left to them.
 
     Raises:
         ConfigValueError: for another choice, or one that the optimizer does not have or that ``options`` contradict.
@@ -46,10 +50,17 @@ def implementation_options(
     offered = inspect.signature(optimizer_type).parameters
     decided = [key for key in _DECIDING_KEYS if options.get(key) is not None and options[key] is not False]
     decided += [key for key in ("fused", "foreach") if options.get(key) is False]
+    meshes = len({mesh_of(parameter) for parameter in parameters})
+    shards = any(mesh_of(parameter) is not None for parameter in parameters)
     if implementation == "auto":
-        fused = "fused" in offered and not decided and not sparse_gradients
-        fused = fused and _can_fuse(parameters) and not _is_faster_in_a_loop(optimizer_type, options, parameters)
-        return {"fused": True} if fused else {}
+        if decided or sparse_gradients or meshes > 1:
+            return {}
+        fused = "fused" in offered and _can_fuse(parameters)
+        fused = fused and not _is_faster_in_a_loop(optimizer_type, options, parameters)
+        if fused and (not shards or optimizer_type in _FUSED_ON_SHARDS):
+            return {"fused": True}
+        # For shards each operation is looked up anew, which takes longer than most of them take: once for all tensors.
+        return {"foreach": True} if shards and "foreach" in offered else {}
     if decided:
         raise ConfigValueError(
             f"implementation={implementation!r} and the optimizer's {', '.join(decided)} both say how updates are "
@@ -57,6 +68,16 @@ def implementation_options(
         )
     if implementation == "loop":
         return {key: False for key in ("fused", "foreach") if key in offered}
+    if meshes > 1:
+        raise ConfigValueError(
+            f"implementation={implementation!r} takes all tensors in one call, and this model's lie on {meshes} meshes of "
+            "ranks, as under tensor parallel. Use implementation='auto'."
+        )
+    if shards and implementation == "fused" and optimizer_type not in _FUSED_ON_SHARDS:
+        raise ConfigValueError(
+            f"implementation='fused': torch has no fused {getattr(optimizer_type, '__name__', optimizer_type)} for parameters "
+            "that are sharded over ranks. Use implementation='auto'."
+        )
     if implementation not in offered:
         name = getattr(optimizer_type, "__name__", repr(optimizer_type))
         raise ConfigValueError(f"{name} has no {implementation} implementation. Use implementation='auto'.")

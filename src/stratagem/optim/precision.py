@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import NOTHING
 from stratagem.optim.gradients import NonFinite
+from stratagem.optim.watch import marked
 from stratagem.optim.wrapper import AccumulatingOptimWrapper
 from stratagem.utils.names import did_you_mean
 
@@ -81,7 +82,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self.loss_scaler is not None:
             loss = self.loss_scaler.scale(loss)
-        loss.backward(**kwargs)
+        loss.backward(**(kwargs if self.watch is None else marked(loss, kwargs)))
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
@@ -90,7 +91,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         self.attempts += 1
         if self.loss_scaler is not None:
             self.loss_scaler.unscale_(self.optimizer)
-        if (self._plain and self._weight is None) or self._settle_gradients(micro_batches):
+        if self._ready(micro_batches):
             self.optimizer.step(**kwargs)
             self.updates += 1
         if self.loss_scaler is not None:

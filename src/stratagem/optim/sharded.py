@@ -7,14 +7,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stratagem.errors import CheckpointMismatchError
 from stratagem.utils.imports import import_object
 
-__all__ = ["is_plain", "is_sharded", "local_part", "whole"]
+__all__ = [
+    "copy_into",
+    "is_plain",
+    "is_sharded",
+    "local_box",
+    "local_part",
+    "local_slice",
+    "mesh_of",
+    "placed_like",
+    "whole",
+]
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Tell whether a tensor is torch's own dense kind, without asking what else it may be."""
     return type(tensor) in (Tensor, nn.Parameter)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a ``DTensor``: one that stands for a whole of which each rank has a part."""
+    return not is_plain(tensor) and isinstance(tensor, _dtensor())
+
+
+def mesh_of(tensor: Tensor) -> object | None:
+    """Return the mesh of ranks over which a tensor is sharded; None for one that is not."""
+    mesh: object | None = getattr(tensor, "device_mesh", None)
+    return mesh
 
 
 @torch.no_grad()
@@ -28,9 +50,54 @@ def whole(tensor: Tensor) -> Tensor:
     return _dtensor().full_tensor(tensor) if is_sharded(tensor) else tensor
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Tell whether a tensor is spread over ranks."""
-    return not is_plain(tensor) and isinstance(tensor, _dtensor())
+def local_box(tensor: Tensor) -> tuple[slice, ...]:
+    """Return which part of the whole this rank has, a slice for each dimension; empty slices where it has none."""
+    if not is_sharded(tensor):
+        return tuple(slice(0, length) for length in tensor.shape)
+    spread: Any = tensor
+    if spread.device_mesh.get_coordinate() is None:
+        return (slice(0, 0),) * tensor.ndim
+    shape, offset = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")(
+        tensor.shape, spread.device_mesh, spread.placements
+    )
+    return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
+
+
+def local_slice(full: Tensor, like: Tensor) -> Tensor:
+    """Return the part of a whole tensor that this rank has of ``like``: a view, so nothing else of ``full`` is read."""
+    return full[local_box(like)] if is_sharded(like) else full
+
+
+@torch.no_grad()
+def placed_like(full: Tensor, like: Tensor) -> Tensor:
+    """Return a whole tensor sharded as ``like`` is, of the same type as before; as it is where ``like`` is not sharded.
+
+    Each rank reads its own part of ``full`` alone. Not collective.
+
+    Raises:
+        CheckpointMismatchError: if the shapes differ.
+    """
+    if not is_sharded(like) or is_sharded(full):
+        return full
+    if full.shape != like.shape:
+        raise CheckpointMismatchError(
+            f"A tensor of shape {list(full.shape)} cannot be sharded as one of shape {list(like.shape)} is."
+        )
+    spread: Any = like
+    part = local_slice(full, like).to(local_part(like).device, copy=True).contiguous()
+    placed: Tensor = _dtensor().from_local(
+        part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return placed
+
+
+@torch.no_grad()
+def copy_into(tensor: Tensor, values: Tensor) -> None:
+    """Overwrite a tensor, which may be sharded, with the values of a whole one or of one that is sharded alike."""
+    if is_sharded(tensor) and not is_sharded(values):
+        local_part(tensor).copy_(local_slice(values, tensor))
+    else:
+        tensor.copy_(values)
 
 
 def _dtensor() -> Any:

@@ -25,6 +25,7 @@ from stratagem.optim.gradients import (
     parse_nonfinite,
     scale,
 )
+from stratagem.optim.watch import Watch, marked
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 
@@ -51,6 +52,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     Attributes:
         grad_norm: the norm before clipping of the last step, on its device; ``None`` where none is computed.
         max_counts: micro-batches of the whole run, -1 where unknown.
+        watch: looks at the gradients before each update, and may refuse it; a run puts its own here.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.grad_norm: Tensor | None = None
         self._clipping: Clipping | None = parse_clipping(clip_grad)
         self._nonfinite = parse_nonfinite(nonfinite, self._clipping)
+        self.watch: Watch | None = None
         self._plain = self._clipping is None and self._nonfinite is None
         self._clears_by_itself = type(optimizer).zero_grad is not Optimizer.zero_grad
         self._window_start = 0
@@ -98,7 +101,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
                 parameter.grad = None
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
-        if self.accumulative_counts == 1:
+        if self.accumulative_counts == 1 and not self.always_says_sync:
             return NOTHING
         return self.accumulation_context(model, self.should_sync())
 
@@ -134,6 +137,11 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             )
 
     @property
+    def nonfinite(self) -> NonFinite | None:
+        """What this wrapper does by itself where the gradients' norm is not finite; ``"skip"`` with float16."""
+        return self._nonfinite
+
+    @property
     def pending(self) -> int:
         return self.inner_count - self._window_start
 
@@ -142,6 +150,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         if dropped:
             self._window_start = self.inner_count
             self._forget_weights()
+            self.forget_waiting()
             self.zero_grad()
             logger.info("Dropped the gradients of %d micro-batches of an unfinished window.", dropped)
         return dropped
@@ -182,12 +191,20 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             self._divide_by_weight(gradients, micro_batches)
         if self._nonfinite is not None or (self._clipping is not None and self._clipping.by_norm):
             self.grad_norm = global_norm(gradients, 2.0 if self._clipping is None else self._clipping.norm_type)
-            if not is_admitted(self.grad_norm, self._nonfinite):
-                logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
-                return False
+        # First, since it says more of what it refuses.
+        if self.watch is not None and not self.watch.admits(gradients, self.grad_norm):
+            return False
+        if self.grad_norm is not None and not is_admitted(self.grad_norm, self._nonfinite):
+            logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+            return False
         if self._clipping is not None:
             self._clipping.apply(gradients, self.grad_norm)
         return True
+
+    def _ready(self, micro_batches: int) -> bool:
+        """Settle the window's gradients where that is asked for; return whether they may update the parameters."""
+        plain = self._plain and self._weight is None and self.watch is None
+        return plain or self._settle_gradients(micro_batches)
 
     def _divide_by_weight(self, gradients: list[Tensor], micro_batches: int) -> None:
         """Turn the ranks' mean of ``sum(loss * weight)`` into the mean over all that was weighed. Collective."""
@@ -210,13 +227,13 @@ class OptimWrapper(AccumulatingOptimWrapper):
     """Train in the precision of the model's parameters. Arguments and attributes: see ``AccumulatingOptimWrapper``."""
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        loss.backward(**kwargs)
+        loss.backward(**(kwargs if self.watch is None else marked(loss, kwargs)))
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
         micro_batches = self.inner_count - self._window_start
         self._window_start = self.inner_count
         self.attempts += 1
-        if (self._plain and self._weight is None) or self._settle_gradients(micro_batches):
+        if self._ready(micro_batches):
             self.optimizer.step(**kwargs)
             self.updates += 1

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from stratagem.dist import World
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
@@ -22,9 +24,17 @@ NO_CONTEXT = nullcontext()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """What a placement calls when it needs it, each once: back ends differ in the order."""
+    """What a placement calls when it needs it, each once: back ends differ in the order.
+
+    Attributes:
+        init: draws the weights, and gives every rank rank 0's. Collective.
+        draw: draws the weights alone, on this rank.
+        compile: compiles what was asked for.
+        make_optim: makes the optimizers of the model; None where there are none.
+    """
 
     init: Callable[[nn.Module], nn.Module]
+    draw: Callable[[nn.Module], nn.Module]
     compile: Callable[[nn.Module], nn.Module]
     make_optim: Callable[[nn.Module], AnyOptim] | None = None
 
@@ -38,7 +48,17 @@ class Placed:
 
 
 class Placement(ABC):
-    """One way to place a model."""
+    """One way to place a model.
+
+    Attributes:
+        sharded: whether ranks hold parts of the model: the forward pass is collective, so that all ranks must make as
+            many, and state is read slice by slice.
+        full_state: whether what ranks have in parts is put together on rank 0 for a checkpoint, which else every rank
+            writes its own parts of.
+    """
+
+    sharded: ClassVar[bool] = False
+    full_state: bool = False
 
     def construction(self, world: World) -> AbstractContextManager[object]:
         """Return the context in which a model is built from its configuration, such as another device."""
@@ -50,6 +70,29 @@ class Placement(ABC):
 
         Collective.
         """
+
+    def data_share(self, world: World) -> tuple[int, int]:
+        """Return which part of the samples this rank sees, and how many parts there are."""
+        return world.rank, world.size
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """The ranks that see all samples together; None for all ranks. Others see the same samples as one of them."""
+        return None
+
+    def bind(  # noqa: B027 -- nothing to do is the usual case
+        self, optim: AnyOptim, model: nn.Module
+    ) -> None:
+        """Let optimizers that were built before the model was placed step the placed parameters, or refuse them.
+
+        Raises:
+            PlacementError: if they cannot.
+        """
+
+    def forget(  # noqa: B027 -- nothing to do is the usual case
+        self, model: nn.Module
+    ) -> None:
+        """Forget gradients that wait on this rank for their exchange, as at an early stop."""
 
     @abstractmethod
     def bare(self, model: nn.Module) -> nn.Module:

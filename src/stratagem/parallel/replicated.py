@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast, final
@@ -27,6 +28,10 @@ DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).
 # From torch 2.13 on, broadcast_buffers is a deprecated name for it.
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS else "broadcast_buffers"
 
+# How DistributedDataParallel counts the parameters that it waited for in vain: by number among those that learn.
+_UNUSED = re.compile(r"indices which did not receive grad for rank \d+: ((?:\d+ ?)+)")
+_MOST_NAMES = 8
+
 
 @final
 class Replica(DistributedDataParallel):
@@ -48,7 +53,29 @@ class Replica(DistributedDataParallel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._passed = True
-        return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        except RuntimeError as error:
+            numbers = _UNUSED.search(str(error))
+            if numbers is None:
+                raise
+            raise PlacementError(self._tell_unused([int(number) for number in numbers[1].split()])) from None
+
+    def _tell_unused(self, numbers: list[int]) -> str:
+        ignored = set(self.parameters_to_ignore)
+        learning = [
+            name for name, value in self.module.named_parameters() if value.requires_grad and name not in ignored
+        ]
+        names = [learning[number] for number in numbers]
+        listed = ", ".join(names[:_MOST_NAMES]) + (
+            f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else ""
+        )
+        return (
+            f"{type(self.module).__name__} did not use all its parameters for the loss of the last iteration, and DDP waits "
+            f"for the gradient of each: {listed} ({len(names)} of {len(learning)}). If that is as it should be, give "
+            "strategy=dict(type='DDPStrategy', find_unused_parameters=True); else freeze them with requires_grad_(False), or "
+            "see that the loss depends on them."
+        )
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Learn from one micro-batch; see the model's ``train_step``.

@@ -94,6 +94,7 @@ STRATEGIES = Registry(
     ready={
         "SingleDeviceStrategy": "stratagem.strategies.single:SingleDeviceStrategy",
         "DDPStrategy": "stratagem.strategies.ddp:DDPStrategy",
+        "FSDPStrategy": "stratagem.strategies.fsdp:FSDPStrategy",
     },
 )
 RUNNERS = Registry(
@@ -113,9 +114,11 @@ HOOKS = Registry(
     ready={
         "CheckpointHook": "stratagem.train.hooks.checkpoint:CheckpointHook",
         "DistSamplerSeedHook": "stratagem.train.hooks.sampler_seed:DistSamplerSeedHook",
+        "EarlyStoppingHook": "stratagem.train.hooks.early_stopping:EarlyStoppingHook",
         "EMAHook": "stratagem.train.hooks.averaging:EMAHook",
         "IterTimerHook": "stratagem.train.hooks.timing:IterTimerHook",
         "LoggerHook": "stratagem.train.hooks.logger:LoggerHook",
+        "NonFiniteHook": "stratagem.train.hooks.nonfinite:NonFiniteHook",
         "ParamSchedulerHook": "stratagem.train.hooks.schedule:ParamSchedulerHook",
         "RuntimeInfoHook": "stratagem.train.hooks.runtime_info:RuntimeInfoHook",
         "TensorboardHook": "stratagem.train.hooks.tensorboard:TensorboardHook",
@@ -126,7 +129,11 @@ DATASETS = Registry("dataset", scope=_SCOPE)
 DATA_SAMPLERS = Registry(
     "data sampler",
     scope=_SCOPE,
-    ready={name: f"stratagem.data.samplers:{name}" for name in ("DefaultSampler", "InfiniteSampler")},
+    ready={name: f"stratagem.data.samplers:{name}" for name in ("DefaultSampler", "InfiniteSampler")}
+    | {
+        "GroupedBatchSampler": "stratagem.data.grouped:GroupedBatchSampler",
+        "WeightedSampler": "stratagem.data.weighted:WeightedSampler",
+    },
 )
 TRANSFORMS = Registry("transform", scope=_SCOPE)
 FUNCTIONS = Registry(

@@ -1,4 +1,4 @@
-"""Local files that are written durably and published whole."""
+"""Files that are written durably and published whole, here and at places without a rename."""
 
 from stratagem.storage import operations
 from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic
@@ -14,6 +14,15 @@ from stratagem.storage.files import (
     write_bytes,
     write_fully,
 )
+from stratagem.storage.places import (
+    Published,
+    clean_unpublished,
+    fetch_published,
+    list_published,
+    publish,
+    remove_published,
+)
+from stratagem.storage.remote import RemoteFolder, is_remote_scheme
 from stratagem.storage.stale import Cleaned, clean_temporaries
 
 __all__ = [
@@ -21,14 +30,22 @@ __all__ = [
     "atomic_file",
     "begin_writeback",
     "Cleaned",
+    "Published",
+    "RemoteFolder",
     "clean_temporaries",
+    "clean_unpublished",
+    "fetch_published",
     "fsync_directory",
     "fsync_file",
     "fsync_tree",
+    "is_remote_scheme",
+    "list_published",
     "opened",
     "operations",
+    "publish",
     "read_bytes",
     "remove",
+    "remove_published",
     "tree_bytes",
     "write_atomic",
     "write_bytes",

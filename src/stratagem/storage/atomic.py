@@ -119,7 +119,12 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
 
 
 def _create_file(path: Path) -> None:
-    operations.close(operations.create_file(path))
+    descriptor = operations.create_file(path)
+    try:
+        operations.close(descriptor)
+    except OSError:
+        remove(path)
+        raise
 
 
 def _publish_directory(temporary: Path, target: Path) -> Path | None:

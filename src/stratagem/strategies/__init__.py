@@ -3,6 +3,7 @@
 from stratagem.strategies.base import BaseStrategy
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.ddp import DDPStrategy
+from stratagem.strategies.fsdp import FSDPStrategy
 from stratagem.strategies.single import SingleDeviceStrategy
 
-__all__ = ["BaseStrategy", "ComposedStrategy", "DDPStrategy", "SingleDeviceStrategy"]
+__all__ = ["BaseStrategy", "ComposedStrategy", "DDPStrategy", "FSDPStrategy", "SingleDeviceStrategy"]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
@@ -34,6 +35,7 @@ from stratagem.strategies.auto_scale import AutoScale
 from stratagem.strategies.environment import set_up_environment
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.main_rank import from_main
+from stratagem.strategies.own_values import OwnValues, move_schedulers, schedule_differences
 from stratagem.strategies.prepared import Prepared
 from stratagem.utils import absolute, collect_env, refuse_unknown
 
@@ -83,6 +85,8 @@ class BaseStrategy(ABC):
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
         self.dispatch_kwargs: dict[str, Any] = {}
+        # The checkpoint from which load_or_resume went on.
+        self.resumed_from: str | None = None
         self._env = set_up_environment(self._env_kwargs)
         with ExitStack() as undo:
             undo.callback(self._env.close)
@@ -143,6 +147,26 @@ class BaseStrategy(ABC):
         return self.world.size
 
     @property
+    def data_rank(self) -> int:
+        """Which part of the samples this process sees: its rank, unless ranks work together on the same samples."""
+        return self.rank
+
+    @property
+    def data_size(self) -> int:
+        """How many parts the samples are dealt into."""
+        return self.world_size
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        """The processes that see all samples together; None for all of them, where each sees its own."""
+        return None
+
+    @property
+    def collective_forward(self) -> bool:
+        """Whether the forward pass is collective, so that all ranks must make as many, also in an evaluation."""
+        return False
+
+    @property
     def seed(self) -> int:
         """The seed of the run, the same on every rank; that of the checkpoint after ``resume``."""
         return self._seed
@@ -166,10 +190,15 @@ class BaseStrategy(ABC):
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
         """Call the model's ``init_weights`` where it has one; give every rank rank 0's values. Collective."""
+        self._draw_model_weights(model)
+        broadcast_weights(model)
+        return model
+
+    def _draw_model_weights(self, model: nn.Module) -> nn.Module:
+        """Call the model's ``init_weights`` where it has one, on this rank alone."""
         init = getattr(model, "init_weights", None)
         if callable(init) and Horizon.parse(self.dispatch_kwargs).init_weights_for_test_or_val:
             init()
-        broadcast_weights(model)
         return model
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
@@ -213,7 +242,7 @@ class BaseStrategy(ABC):
                 "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "
                 "in one iteration."
             )
-        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.world_size, micro_batch=micro_batch):
+        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.data_size, micro_batch=micro_batch):
             self.logger.info(done)
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:
@@ -343,12 +372,15 @@ class BaseStrategy(ABC):
         self.optim_wrapper.load_state_dict(dict(state_dict))
 
     def load_scheduler_state_dict(self, state_dict: Sequence[Any] | Mapping[str, Sequence[Any]]) -> None:
-        """Load the schedulers' states.
+        """Load the schedulers' states; they become what was saved, and the log names what that changes.
 
         Raises:
-            CheckpointMismatchError: if there are more or fewer than this run has, or they belong to other optimizers.
+            CheckpointMismatchError: if there are more, fewer or others than this run has, or they belong to other
+                optimizers.
         """
+        own = self.scheduler_state_dict()
         building.load_schedulers(self.param_schedulers, state_dict)
+        self._say_kept(schedule_differences(self.param_schedulers, own))
 
     def load_or_resume(
         self,
@@ -356,22 +388,58 @@ class BaseStrategy(ABC):
         load_from: str | os.PathLike[str] | None = None,
         resume: bool | str | os.PathLike[str] = False,
         callback: CheckpointCallback | None = None,
+        resume_param_scheduler: bool = True,
     ) -> StateTree | None:
         """Load weights, resume, or do nothing, as the two arguments say. Collective.
 
         ``resume`` with a path resumes from there; ``True`` from ``load_from`` where that is given, otherwise from the
         latest checkpoint under ``work_dir``, and where there is none it does nothing. ``load_from`` alone loads the
         weights. ``callback`` is that of :meth:`load_checkpoint` and :meth:`resume`.
+
+        With ``resume_param_scheduler=False`` the schedules and the optimizers' options are those of this run, from where
+        the checkpoint stands; moments and other state go on.
         """
         if not resume:
             return None if load_from is None else self.load_checkpoint(load_from, callback=callback)
         if not isinstance(resume, bool):
-            return self.resume(resume, callback=callback)
+            return self._resume(resume, callback, resume_param_scheduler=resume_param_scheduler)
         if load_from is not None:
-            return self.resume(load_from, callback=callback)
-        return self._resume_latest(callback)
+            return self._resume(load_from, callback, resume_param_scheduler=resume_param_scheduler)
+        return self._resume_latest(callback, resume_param_scheduler=resume_param_scheduler)
 
-    def _resume_latest(self, callback: CheckpointCallback | None) -> StateTree | None:
+    def _resume(
+        self, filename: str | os.PathLike[str], callback: CheckpointCallback | None, *, resume_param_scheduler: bool
+    ) -> StateTree:
+        """Resume, with this run's own schedules and options where that is asked for."""
+        optim = BaseStrategy.optim_wrapper.get(self)
+        if resume_param_scheduler or optim is None:
+            rest = self.resume(filename, callback=callback)
+            self.resumed_from = os.fspath(filename)
+            return rest
+        own = OwnValues(optim)
+        rest = self.resume(filename, callback=callback, resume_param_scheduler=False)
+        self.resumed_from = os.fspath(filename)
+        own.restore(optim)
+        meta = rest.get("meta") or {}
+        epoch, iteration = int(meta.get("epoch", 0)), int(meta.get("iter", 0))
+        move_schedulers(BaseStrategy.param_schedulers.get(self) or [], optim, epoch=epoch, iteration=iteration)
+        self.logger.info(
+            "Schedules and the optimizers' options are this run's own, from epoch %d, iteration %d on.",
+            epoch,
+            iteration,
+        )
+        return rest
+
+    def _say_kept(self, differences: Iterable[str]) -> None:
+        """Say in the log which values of a checkpoint go on in the place of this run's."""
+        lines = list(differences)
+        if lines:
+            self.logger.warning(
+                "These go on as the checkpoint has them:\n  %s\nTo follow the configuration from here on, resume with "
+                "resume_param_scheduler=False.", "\n  ".join(lines),
+            )  # fmt: skip
+
+    def _resume_latest(self, callback: CheckpointCallback | None, *, resume_param_scheduler: bool) -> StateTree | None:
         """Resume from the newest checkpoint that every rank can read whole; name those that are passed over."""
         # Rank 0's list, so that all ranks go on from the same step.
         found = from_main(lambda: list_checkpoints(self._work_dir))
@@ -379,7 +447,7 @@ class BaseStrategy(ABC):
             fault = candidate.fault
             if not fault:
                 try:
-                    return self.resume(candidate.path, callback=callback)
+                    return self._resume(candidate.path, callback, resume_param_scheduler=resume_param_scheduler)
                 except CheckpointDamagedError as error:
                     # Found while reading, on some rank; nothing of this run was changed.
                     fault = str(error)

@@ -11,22 +11,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from stratagem._version import __version__
 from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
     CheckpointLoader,
     StateTree,
+    gather_tree,
     model_part,
     save_checkpoint,
 )
-from stratagem.dist import Team, all_gather_object
+from stratagem.dist import Team, all_gather_object, all_reduce
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
+from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.optim_state import read_optim, write_optim
+from stratagem.strategies.own_values import OwnValues
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]
@@ -83,6 +87,7 @@ class ComposedStrategy(BaseStrategy):
             built = self.build_model(model)
         steps = Steps(
             init=self._init_model_weights,
+            draw=self._draw_model_weights,
             compile=lambda module: self.compile_model(module, compile),
             make_optim=None
             if optim_wrapper is None
@@ -96,7 +101,10 @@ class ComposedStrategy(BaseStrategy):
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
         horizon = Horizon.parse(self.dispatch_kwargs)
-        for wrapper in building.each_wrapper(optim).values():
+        self._placement.bind(optim, self.bare_model())
+        wrappers = building.each_wrapper(optim)
+        accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
+        for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
                 if horizon.max_iters is None:
                     raise ConfigValueError(
@@ -105,6 +113,8 @@ class ComposedStrategy(BaseStrategy):
                     )
                 wrapper.initialize_count_status(self.model, horizon.cur_iter, horizon.max_iters)
             wrapper.accumulation_context = self._placement.accumulate
+            wrapper.always_says_sync = accumulates
+            wrapper.forget_waiting = self._forget_waiting
         self.optim_wrapper = optim
         try:
             self._scale_lr()
@@ -113,8 +123,27 @@ class ComposedStrategy(BaseStrategy):
             BaseStrategy.optim_wrapper.clear(self)
             raise
 
+    def _forget_waiting(self) -> None:
+        self._placement.forget(self.model)
+
     def bare_model(self) -> nn.Module:
         return self._placement.bare(self.model)
+
+    @property
+    def data_rank(self) -> int:
+        return self._placement.data_share(self.world)[0]
+
+    @property
+    def data_size(self) -> int:
+        return self._placement.data_share(self.world)[1]
+
+    @property
+    def data_group(self) -> ProcessGroup | None:
+        return self._placement.data_group
+
+    @property
+    def collective_forward(self) -> bool:
+        return self._placement.sharded
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -155,7 +184,10 @@ class ComposedStrategy(BaseStrategy):
         # Another model's moments would be applied to this one's parameters.
         self.load_model_state_dict(state, strict=True)
         if "optimizer" in parts:
+            own = OwnValues(self.optim_wrapper)
             write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model())
+            if resume_param_scheduler:
+                self._say_kept(own.differences(self.optim_wrapper))
         if "param_schedulers" in parts:
             self.load_scheduler_state_dict(parts["param_schedulers"])
         meta = checkpoint.get("meta") or {}
@@ -186,22 +218,37 @@ class ComposedStrategy(BaseStrategy):
                 parts["param_schedulers"] = self.scheduler_state_dict()
             generators = all_gather_object(generator_state())
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
+            finite = self._weights_are_finite()
+            if not finite:
+                self.logger.warning("%s holds weights that are not finite: no run will go on from it.", filename)
             team = Team.of()
             # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
-            checkpoint = team.own(lambda: self._tree(parts, extra_ckpt, callback))
+            checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
+            if self._placement.full_state:
+                checkpoint = gather_tree(checkpoint, team)
             write(checkpoint, filename, team)
 
     def _tree(
-        self, parts: StateTree, extra_ckpt: Mapping[str, Any] | None, callback: CheckpointCallback | None
+        self,
+        parts: StateTree,
+        facts: Mapping[str, Any],
+        extra_ckpt: Mapping[str, Any] | None,
+        callback: CheckpointCallback | None,
     ) -> StateTree:
         # Where the tensors are: the writer moves them to the CPU one at a time.
         checkpoint: StateTree = {"state_dict": self.bare_model().state_dict(), **parts}
         extra = dict(extra_ckpt or {})
-        checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta()}
+        checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta(), **facts}
         checkpoint.update(extra)
         if callback is not None:
             callback(checkpoint)
         return checkpoint
+
+    def _weights_are_finite(self) -> bool:
+        """Tell whether every value of the parameters is finite, on every rank. Collective."""
+        finite = torch.tensor(int(all_finite(self.bare_model().parameters())))
+        all_reduce(finite, "min")
+        return bool(finite.item())
 
     def _meta(self) -> dict[str, Any]:
         return {
@@ -212,13 +259,16 @@ class ComposedStrategy(BaseStrategy):
             "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
+            "data_size": self.data_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
         }
 
     def _read(
         self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
     ) -> StateTree:
-        device = self.world.device if map_location == "default" else map_location
+        # Each rank needs a part of the tensors, which it takes out of those that are mapped into the CPU's memory.
+        own = torch.device("cpu") if self._placement.sharded else self.world.device
+        device = own if map_location == "default" else map_location
         team = Team.of()
         checkpoint = CheckpointLoader.load_checkpoint(filename, device, team=team)
         if callback is not None:

@@ -16,6 +16,7 @@ from stratagem.dist import (
     World,
     broadcast_object,
     close_dist,
+    describe_stray,
     get_dist_info,
     infer_launcher,
     init_dist,
@@ -69,6 +70,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
     mp_cfg = _mapping(env_kwargs, "mp_cfg", known=_MP_KEYS)
     dist_cfg = _mapping(env_kwargs, "dist_cfg")
     launcher = env_kwargs.get("launcher") or infer_launcher()
+    stray = None if env_kwargs.get("launcher") else describe_stray()
     with ExitStack() as undo:
         settings = set_multi_processing(**mp_cfg, distributed=launcher != "none")
         undo.callback(settings.close)
@@ -101,7 +103,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
                 seed=seed,
             ),
             randomness=MappingProxyType({**randomness, "seed": seed}),
-            notices=settings.notices,
+            notices=settings.notices if stray is None else (*settings.notices, stray),
             seed_given=given is not None,
             # From here on it is close() that undoes; before, it was any error.
             _undo=undo.pop_all(),

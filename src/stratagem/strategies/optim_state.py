@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import OptimWrapperDict
+from stratagem.optim.sharded import is_sharded, placed_like
 from stratagem.parallel import AnyOptim
 
 __all__ = ["read_optim", "write_optim"]
@@ -45,10 +46,21 @@ def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module) -> 
         )
     names_here = parameter_names(optim.optimizer, model)
     by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups)
-    # The optimizer keeps the tensors that it is given, and those of a checkpoint are mapped from its file.
-    own = {index: {key: _copied(value) for key, value in slots.items()} for index, slots in by_index["state"].items()}
+    parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
+    own = {
+        index: {key: _own(value, parameters[index]) for key, value in slots.items()}
+        for index, slots in by_index["state"].items()
+    }
     optim.load_state_dict({**by_index, "state": own})
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _own(value: Any, parameter: Tensor) -> Any:
+    """Return a value in memory of its own: the optimizer keeps it, and those of a checkpoint are mapped from its file.
+
+    A moment is spread over ranks as its parameter is; each reads its own part.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    if is_sharded(parameter) and value.shape == parameter.shape and not is_sharded(value):
+        return placed_like(value, parameter)
+    return value.clone()

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
+from torch.distributed import ProcessGroup
 
 from stratagem.dist import broadcast_object, collect_results
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
@@ -36,9 +37,12 @@ class BaseMetric(ABC):
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """Return the values, from the results of all ranks in the order of the samples. Called on rank 0."""
 
-    def evaluate(self, size: int) -> dict[str, float]:
-        """Return the values on every rank and forget the results. Collective."""
-        results = collect_results(self.results, size)
+    def evaluate(self, size: int, group: ProcessGroup | None = None) -> dict[str, float]:
+        """Return the values on every rank and forget the results. Collective.
+
+        ``group`` are the ranks that have all results together, where others have the same as one of them.
+        """
+        results = collect_results(self.results, size, group)
         self.results = []
         values = None if results is None else self.compute_metrics(results)
         values = broadcast_object(values)
@@ -69,11 +73,22 @@ class Evaluator:
             else:
                 _update(metric, outputs)
 
-    def evaluate(self, size: int) -> dict[str, float]:
-        """Return all values, for ``size`` samples over all ranks, and start anew. Collective."""
+    def reset(self) -> None:
+        """Forget what was taken in."""
+        for metric in self._metrics.values():
+            if isinstance(metric, BaseMetric):
+                metric.results = []
+            else:
+                metric.reset()
+
+    def evaluate(self, size: int, *, group: ProcessGroup | None = None) -> dict[str, float]:
+        """Return all values, for ``size`` samples over all ranks, and start anew. Collective.
+
+        ``group`` are the ranks that saw all samples together, where others saw the same ones; None for all ranks.
+        """
         values: dict[str, float] = {}
         for name, metric in self._metrics.items():
-            for key, value in _values(name, metric, size).items():
+            for key, value in _values(name, metric, size, group).items():
                 if key in values:
                     raise ConfigValueError(
                         f"Two metrics give a value called {key!r}. Give one of them a prefix or a name."
@@ -134,9 +149,11 @@ def _update(metric: Any, outputs: Any) -> None:
         )
 
 
-def _values(name: str, metric: Any, size: int) -> dict[str, float]:
+def _values(name: str, metric: Any, size: int, group: ProcessGroup | None) -> dict[str, float]:
     if isinstance(metric, BaseMetric):
-        return metric.evaluate(size)
+        return metric.evaluate(size) if group is None else metric.evaluate(size, group)
+    if group is not None:
+        metric.process_group = group
     computed = metric.compute()
     metric.reset()
     if isinstance(computed, Mapping):

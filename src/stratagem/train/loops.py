@@ -8,13 +8,18 @@ from itertools import islice
 from typing import Any, cast, final
 
 import torch
+from torch.utils.data import IterableDataset
 
 from stratagem.data import EpochLoader
+from stratagem.dist import all_gather_object
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation import Evaluator
+from stratagem.train.failure import describe_batch
+from stratagem.train.pace import keep_pace, most_batches
 from stratagem.train.run import Run
+from stratagem.utils import generator_state, restore_generator_state
 
 __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 
@@ -31,18 +36,25 @@ def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int
     train_step = cast("Trainable", model).train_step
     model.train()
     first = progress.iter
-    for batch in islice(batches, count):
-        index = progress.batch
-        for call in before:
-            call(run, index, batch)
-        outputs = train_step(batch, optim_wrapper=optim)
-        for call in after:
-            call(run, index, batch, outputs)
-        progress.iter += 1
-        progress.batch = index + 1
-        if progress.stop_training or (interrupt.due(progress.iter) and run.is_ending):
-            progress.stop_training = True
-            break
+    batch = None
+    try:
+        for batch in islice(batches, count):
+            index = progress.batch
+            for call in before:
+                call(run, index, batch)
+            outputs = train_step(batch, optim_wrapper=optim)
+            for call in after:
+                call(run, index, batch, outputs)
+            progress.iter += 1
+            progress.batch = index + 1
+            if progress.stop_training or (interrupt.due() and run.is_ending):
+                progress.stop_training = True
+                break
+    except Exception as error:
+        error.add_note(
+            f"In iteration {progress.iter + 1}, epoch {progress.epoch + 1}; the batch: {describe_batch(batch)}"
+        )
+        raise
     return progress.iter - first
 
 
@@ -88,13 +100,14 @@ class EpochBasedTrainLoop:
         """Train from where the run stands to its end."""
         run, progress, events = self._run, self._run.progress, self._run.events
         max_epochs = progress.max_epochs or 0
+        progress.max_iters = progress.end_of_epochs()
         events.call("before_train", run)
         # What was saved at the end of an epoch was saved before its validation.
         self._validate_if_due()
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
             # A sampler without end does not end the epoch; its length does.
-            left = None if progress.epoch_length is None else progress.epoch_length - progress.batch
+            left = None if progress.epoch_length is None else max(0, progress.epoch_length - progress.batch)
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break
@@ -250,14 +263,25 @@ class _EvaluationLoop:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Evaluate all of the data; return the metrics, the same on every rank. Collective."""
+        """Evaluate all of the data; return the metrics, the same on every rank. Collective.
+
+        In a training that is interrupted meanwhile it breaks off, without metrics and without a trace: the run that goes
+        on evaluates again.
+        """
         run, events, mode = self._run, self._run.events, self.mode
+        stoppable = run.interrupt.active and self._batches_are_equal()
+        generators = generator_state() if stoppable else {}
         events.call(f"before_{mode}", run)
         events.call(f"before_{mode}_epoch", run)
         run.model.eval()
         with run.evaluating():
-            self._process_batches()
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+            complete = self._process_batches(stoppable=stoppable)
+        if not complete:
+            self.evaluator.reset()
+            restore_generator_state(generators)
+            run.logger.info("The evaluation was broken off: the run was interrupted.")
+            return {}
+        metrics = self.evaluator.evaluate(len(self.dataloader.dataset), group=run.strategy.data_group)
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
             run.progress.validated = run.progress.iter
@@ -265,10 +289,18 @@ class _EvaluationLoop:
         events.call(f"after_{mode}", run)
         return metrics
 
-    def _process_batches(self) -> None:
+    def _batches_are_equal(self) -> bool:
+        """Tell whether all ranks have as many batches, so that they can ask each other after each. Collective."""
+        streams = isinstance(self.dataloader.dataset, IterableDataset)
+        lengths = set(all_gather_object(None if streams else self.dataloader.length))
+        return self._run.world_size == 1 or (len(lengths) == 1 and None not in lengths)
+
+    def _process_batches(self, *, stoppable: bool) -> bool:
+        """Evaluate all batches; return whether the run let it come to the end."""
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
+        most, made, batch = most_batches(run, self.dataloader), 0, None
         for index, batch in enumerate(self.dataloader.batches(0)):
             for call in before:
                 call(run, index, batch)
@@ -276,6 +308,11 @@ class _EvaluationLoop:
             self.evaluator.process(batch, outputs)
             for call in after:
                 call(run, index, batch, outputs)
+            made = index + 1
+            if stoppable and run.interrupt.due() and run.is_ending:
+                return False
+        keep_pace(step, self.dataloader, batch, most - made)
+        return True
 
 
 @final
@@ -294,9 +331,15 @@ class TestLoop(_EvaluationLoop):
 
 
 def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
-    """Validate, unless that was done where the run stands, or the run ends here because it was interrupted."""
-    if val_loop is not None and run.progress.validated != run.progress.iter and not run.is_ending:
+    """Validate, unless that was done where the run stands; an interrupted run ends here. Collective."""
+    if val_loop is None or run.progress.validated == run.progress.iter:
+        return
+    run.interrupt.due_now()
+    if not run.is_ending:
         val_loop.run()
+    if run.is_ending:
+        # Here, before another iteration: the run that goes on validates first.
+        run.progress.stop_training = True
 
 
 def _positive(name: str, value: int | None) -> int:

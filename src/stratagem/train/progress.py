@@ -76,6 +76,15 @@ class Progress:
         """Return what will be done when the epoch whose last iteration is done has ended."""
         return replace(self.here(), epoch=self.epoch + 1, batch=0)
 
+    def end_of_epochs(self) -> int | None:
+        """Return how many iterations a run by epochs will have had at its end; None where that is not known.
+
+        Batches that were passed over, or were of another size, are no iterations of the run.
+        """
+        if self.max_epochs is None or self.epoch_length is None:
+            return None
+        return self.iter + (self.max_epochs - self.epoch) * self.epoch_length - self.batch
+
     def move_to(self, position: Position) -> None:
         """Take up a position that was saved."""
         self.epoch, self.iter, self.batch = position.epoch, position.iter, position.batch

@@ -13,15 +13,17 @@ from torch import nn
 
 from stratagem.checkpoint import Purpose, StateTree
 from stratagem.data import EpochLoader
-from stratagem.dist import Team, World
+from stratagem.dist import Team, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
 from stratagem.train.claims import Claims
+from stratagem.train.failure import RankGuard
 from stratagem.train.hook import Events
+from stratagem.train.interrupt import Interrupt
+from stratagem.train.lineage import Lineage
 from stratagem.train.progress import Position, Progress
 from stratagem.train.saves import Saves
-from stratagem.train.signals import Interrupt
 from stratagem.train.timing import Timing
 
 __all__ = ["INTERRUPTED", "Recorder", "Run"]
@@ -54,8 +56,9 @@ class Run:
         config_text: the configuration as text, kept with every checkpoint.
 
     Attributes:
+        train_data: what the run trains on; None where it does not train. Its position goes into checkpoints.
         evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
-        dataloader: the training data, once the training began.
+        lineage: the starts that led to here, this one last; kept with every checkpoint.
         id: tells this run's checkpoints from those of others; a run that is resumed goes on under its own.
         claims: the folders that its training has to itself.
         saves: how its checkpoints come to the disk.
@@ -67,13 +70,15 @@ class Run:
         self.events = events
         self.progress = Progress()
         self.interrupt = Interrupt(distributed=strategy.world_size > 1)
+        self.guard = RankGuard(lambda: self.progress.iter, strategy.log_dir)
         self.timing = Timing()
         self.bar: TrainingProgress | None = None
+        self.train_data: EpochLoader | None = None
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
-        self.dataloader: EpochLoader | None = None
         self.before_saving: list[Callable[[], None]] = []
+        self.lineage = Lineage()
         self.id = secrets.token_hex(8)
         self.claims = Claims(strategy.logger)
         self.saves = Saves(strategy)
@@ -219,6 +224,7 @@ class Run:
             "experiment_name": self.strategy.experiment_name,
             "run_id": self.id,
             "purpose": purpose.as_meta(),
+            **self.lineage.as_meta(),
         }
         if self._config_text is not None:
             meta["cfg"] = self._config_text
@@ -227,7 +233,7 @@ class Run:
             then,
             save_optimizer=save_optimizer,
             save_param_scheduler=save_param_scheduler,
-            extra_ckpt={"meta": meta},
+            extra_ckpt={"meta": meta, **self._data_part(position)},
             callback=add,
         )
 
@@ -236,6 +242,17 @@ class Run:
         run_id = meta.get("run_id")
         if isinstance(run_id, str):
             self.id = run_id
+
+    def _data_part(self, position: Position) -> dict[str, Any]:
+        """Return what checkpoints keep of the data: where its order stands, and each rank's state of its loader."""
+        data = self.train_data
+        if data is None:
+            return {}
+        part: dict[str, Any] = {"taken": [list(pair) for pair in data.taken(position.epoch, position.batch)]}
+        if data.keeps_state:
+            states = all_gather_object(data.state_dict())
+            part["ranks"] = {str(rank): state for rank, state in enumerate(states)}
+        return {"data": part}
 
     def load_hooks(self, checkpoint: Mapping[str, Any]) -> None:
         """Give the hooks the state that a checkpoint has for them."""

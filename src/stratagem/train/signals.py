@@ -1,8 +1,11 @@
-"""Stop between two iterations when the user or the scheduler asks for it."""
+"""Hear the signals that ask a run to stop, while it goes on."""
 
 from __future__ import annotations
 
+import _thread
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,66 +13,109 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import final
 
-import torch
+from stratagem.train.ending import end_process
 
-from stratagem.dist import all_reduce
+__all__ = ["JOB_ENDS", "SIGNALS", "SignalListener", "signals"]
 
-__all__ = ["Interrupt"]
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A launcher passes on the signal that the terminal has sent already; that is no second request.
+_ASK = (signal.SIGINT, signal.SIGTERM)
+# What a SLURM job asks for with `--signal=USR1@seconds`. Windows has none, and a program may use it for something else.
+JOB_ENDS = () if sys.platform == "win32" else (signal.SIGUSR1,)
+SIGNALS = (*_ASK, *JOB_ENDS)
+# A launcher passes on the signal that the terminal or the scheduler has sent already; that is no second request.
 _SAME_REQUEST_S = 1.0
-# How often ranks ask each other, in iterations: one small all-reduce.
-_AGREE_EVERY = 10
+# After a second request: how long the main thread may take to clean up before the process ends without that.
+_LAST_WORDS_S = 3.0
+_END = 0  # no signal has this number
 
 
 @final
-class Interrupt:
-    """Remembers that SIGINT or SIGTERM came; a second one, later, stops at once.
+class SignalListener:
+    """Remembers the first signal that came to this process; a later one stops it at once.
 
-    With several ranks they agree every ten iterations, so that all stop after the same one.
+    A thread hears them, by way of ``signal.set_wakeup_fd``: Python's own handlers wait for the main thread, and that may
+    be inside of an exchange with a rank that will never answer.
 
     Attributes:
-        received: the signal that :meth:`due` told of, equal on every rank; None where there was none.
+        first: the number of the first signal; None while there was none.
+        second: the number of the one that stops at once.
     """
 
-    def __init__(self, *, distributed: bool) -> None:
-        self.received: int | None = None
-        self._distributed = distributed
-        # What came to this process alone: collectives must not hang on it.
-        self._here: int | None = None
-        self._since = 0.0
-
-    def due(self, iteration: int) -> bool:
-        """Tell whether to stop after ``iteration`` iterations. Collective where there are several ranks."""
-        if not self._distributed:
-            self.received = self._here
-            return self.received is not None
-        if iteration % _AGREE_EVERY:
-            return self.received is not None
-        signals = torch.tensor([self._here or 0])
-        all_reduce(signals, "max")
-        self.received = int(signals.item()) or None
-        return self.received is not None
+    def __init__(self) -> None:
+        self.first: int | None = None
+        self.second: int | None = None
+        self._handlers: dict[int, object] = {}
+        self._over = threading.Event()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while the context lasts; the handlers that were there come back after it."""
-        if threading.current_thread() is not threading.main_thread():
-            # Python delivers signals to the main thread alone.
+        """Take the signals while the context lasts; the handlers that were there come back after it.
+
+        Inside of another such context it changes nothing. Python lets only the main thread listen.
+        """
+        if self._handlers or threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.received = self._here = None
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self.first = self.second = None
+        self._over = threading.Event()
+        source, sink = os.pipe()
+        os.set_blocking(sink, False)
+        taken = [number for number in SIGNALS if number in _ASK or signal.getsignal(number) is signal.SIG_DFL]
+        thread = threading.Thread(target=self._hear, args=(source,), name="stratagem-signals", daemon=True)
+        thread.start()
+        wakeup = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self._in_main_thread) for number in taken}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            handlers, self._handlers = self._handlers, {}
+            for number, handler in handlers.items():
+                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
+            signal.set_wakeup_fd(wakeup)
+            self._over.set()
+            os.write(sink, bytes([_END]))
+            thread.join()
+            os.close(source)
+            os.close(sink)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._here is None:
-            self._here, self._since = number, now
-        elif now - self._since > _SAME_REQUEST_S:
+    def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
+        if self.second is not None:
             raise KeyboardInterrupt
+        if self.first is None:
+            self.first = number
+
+    def _hear(self, source: int) -> None:
+        since: float | None = None
+        while not self._over.is_set():
+            for number in os.read(source, 64):
+                if number not in self._handlers or self.second is not None:
+                    continue
+                now = time.monotonic()
+                self.first = self.first or number
+                since = since or now
+                if now - since > _SAME_REQUEST_S:
+                    self.second = number
+                    threading.Thread(target=self._stop_at_once, args=(number, self._over), daemon=True).start()
+
+    @staticmethod
+    def _stop_at_once(number: int, over: threading.Event) -> None:
+        """Raise KeyboardInterrupt in the main thread; where that does not come out of what it does, end the process."""
+        _thread.interrupt_main(signal.Signals(number))
+        if not over.wait(_LAST_WORDS_S):
+            end_process(128 + number, f"signal {number} came a second time: stopped at once")
+
+    def forget_in_child(self) -> None:
+        """Be deaf in a process that was forked from a listening one, which would wake its parent for its own signals.
+
+        What the terminal or the scheduler sends to all processes of a run, the run answers; only SIGTERM ends the child.
+        """
+        if self._handlers:
+            handlers, self._handlers = self._handlers, {}
+            signal.set_wakeup_fd(-1)
+            for number in handlers:
+                signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+
+
+# One for the process, as its signals are.
+signals = SignalListener()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=signals.forget_in_child)

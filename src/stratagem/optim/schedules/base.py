@@ -120,12 +120,27 @@ class ParamScheduler(ABC):
         """Return the present value of each parameter group."""
         return self._chain.values()
 
+    def describe(self) -> dict[str, Any]:
+        """Return what decides its values beside the position: kind, option, range and unit. Derived classes add theirs."""
+        return {
+            "type": type(self).__name__, "param_name": self.param_name,
+            "begin": self.begin, "end": self.end, "by": self.unit,
+        }  # fmt: skip
+
+    def differences(self, state_dict: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Return by name what differs in a schedule with this state: its value, and that of this one."""
+        saved, own = flat(state_dict.get("description", {})), flat(self.describe())
+        return {name: (saved[name], own.get(name)) for name in saved if saved[name] != own.get(name)}
+
     def state_dict(self) -> dict[str, Any]:
-        """Return where the schedule stands; its shape and range belong to the configuration."""
-        return {"_global_step": self.position, "last_step": self.last_step}
+        """Return where the schedule stands, and what it is."""
+        return {"_global_step": self.position, "last_step": self.last_step, "description": self.describe()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go to a saved position and write its values into the groups; the argument stays as it is.
+        """Become the saved schedule at its position, and write its values into the groups; the argument stays as it is.
+
+        Its range, unit and settings are the saved ones, whatever this one was built with; a state without them, as
+        other programs write it, leaves them as they are.
 
         Raises:
             CheckpointMismatchError: if the state is not one of this kind of schedule.
@@ -135,10 +150,26 @@ class ParamScheduler(ABC):
                 f"{type(self).__name__}: the saved state has no position, only {sorted(state_dict)}. "
                 "Is it the state of another schedule?"
             )
+        description = state_dict.get("description")
+        if description is not None:
+            self._become(description)
         self.started = False
         self._in_range = -1
         self._move_to(state_dict["_global_step"])
         self._chain.apply()
+
+    def _become(self, description: Mapping[str, Any]) -> None:
+        """Take what a saved schedule was; derived classes take theirs."""
+        for name in ("type", "param_name"):
+            own = self.describe()[name]
+            if description[name] != own:
+                raise CheckpointMismatchError(
+                    f"The checkpoint's schedule has {name}={description[name]!r}, this run's {own!r}. Build the same one, "
+                    "or follow the configuration from here on with resume_param_scheduler=False."
+                )
+        self.begin, self.end, self.unit = description["begin"], description["end"], description["by"]
+        self.by_epoch = self.unit == "epoch"
+        self._span = self.end - self.begin
 
     @classmethod
     def in_iterations(cls, options: Mapping[str, Any], epoch_length: int) -> dict[str, Any]:
@@ -193,6 +224,14 @@ class ParamScheduler(ABC):
             f"{type(self).__name__}({self.param_name}, {self.unit} {self.position}, "
             f"range [{self.begin}, {self.end if self.end < FOREVER else 'forever'}))"
         )
+
+
+def flat(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description with what is nested in it at its top, and lists as tuples, so that both forms are equal."""
+    values: dict[str, Any] = {}
+    for name, value in description.items():
+        values |= flat(value) if isinstance(value, Mapping) else {name: value}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def unit_of(by: str | None, *, by_epoch: bool) -> Unit:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from abc import ABC
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from stratagem.errors import ConfigTypeError
@@ -23,6 +25,7 @@ class BoundScheduler(ParamScheduler, ABC):
     """
 
     settings_type: ClassVar[type[Any]]
+    settings: Any
     key: ClassVar[str | None] = None
     __signature__: ClassVar[inspect.Signature]
 
@@ -51,6 +54,13 @@ class BoundScheduler(ParamScheduler, ABC):
         if self.key is not None:
             given["param_name"] = self.key
         super().__init__(**{name: value for name, value in given.items() if name not in own})
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "settings": dataclasses.asdict(self.settings)}
+
+    def _become(self, description: Mapping[str, Any]) -> None:
+        super()._become(description)
+        self.settings = self.settings_type(**description["settings"])
 
 
 class CurveScheduler(BoundScheduler, ABC):

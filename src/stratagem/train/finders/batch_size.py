@@ -140,7 +140,7 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 
 def _available(dataloader: EpochLoader, limit: int | None) -> int:
     """Return how many samples a batch may have."""
-    if dataloader.batch_size is None or dataloader.loader.collate_fn is None:
+    if dataloader.batch_size is None:
         raise ConfigValueError("The dataloader does not make batches of a size, so there is none to search for.")
     try:
         length = len(dataloader.dataset)
@@ -162,7 +162,7 @@ def _batch(dataloader: EpochLoader, size: int, seed: int) -> Any:
         samples = [dataset[index] for index in order[:size]]
     else:
         raise ConfigTypeError(f"{type(dataset).__name__} gives no single samples, so no batch can be made of them.")
-    return dataloader.loader.collate_fn(samples)
+    return samples if dataloader.collate is None else dataloader.collate(samples)
 
 
 def _try(strategy: BaseStrategy, batch: Any, size: int, steps: int) -> BatchTrial:

@@ -2,7 +2,9 @@
 
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook
+from stratagem.train.hooks.early_stopping import EarlyStoppingHook
 from stratagem.train.hooks.logger import LoggerHook
+from stratagem.train.hooks.nonfinite import NonFiniteHook
 from stratagem.train.hooks.runtime_info import RuntimeInfoHook
 from stratagem.train.hooks.sampler_seed import DistSamplerSeedHook
 from stratagem.train.hooks.schedule import ParamSchedulerHook
@@ -13,8 +15,10 @@ __all__ = [
     "CheckpointHook",
     "DistSamplerSeedHook",
     "EMAHook",
+    "EarlyStoppingHook",
     "IterTimerHook",
     "LoggerHook",
+    "NonFiniteHook",
     "ParamSchedulerHook",
     "RuntimeInfoHook",
     "TensorboardHook",

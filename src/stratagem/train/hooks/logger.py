@@ -43,6 +43,11 @@ class LoggerHook(Hook):
         self._clear_at_line = window_size is None
         self._append = self._window.append
 
+    @property
+    def interval(self) -> int:
+        """Iterations between two lines."""
+        return self._interval
+
     def before_run(self, run: Run) -> None:
         if run.rank == 0:
             run.record_as_json()

@@ -1,0 +1,151 @@
+"""Turn a checkpoint of one form into another, a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from stratagem.checkpoint.api import model_part, save_checkpoint
+from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory, save_dcp
+from stratagem.checkpoint.formats import SINGLE_FILES
+from stratagem.checkpoint.layout import FileLayout, TensorSpec
+from stratagem.checkpoint.refusal import not_written
+from stratagem.checkpoint.regions import Region
+from stratagem.checkpoint.slices import create_file, write_pieces
+from stratagem.checkpoint.sources import CheckpointLoader
+from stratagem.checkpoint.tree import StateTree, split_tree
+from stratagem.errors import CheckpointError
+from stratagem.storage import atomic_directory, atomic_file, write_bytes
+from stratagem.utils import absolute, did_you_mean
+
+__all__ = ["TARGETS", "Target", "convert_checkpoint", "form_of", "opened_checkpoint", "write_weights"]
+
+Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+# Hugging Face's own limit for one file of a model.
+_HF_FILE_BYTES = 5_000_000_000
+
+
+def form_of(path: Path) -> Target:
+    """Return the form that a target's name asks for: by its ending, and without one our own directory."""
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    return "pth" if path.suffix in SINGLE_FILES else "stratagem"
+
+
+def convert_checkpoint(source: str | Path, target: Path, form: str | None = None) -> list[str]:
+    """Write the checkpoint ``source``, of any form that can be read, to ``target``; return the parts that were left out.
+
+    Tensors stay in files until they are written, so that the memory holds one of them at a time.
+
+    Args:
+        source: where to read: a path of any known form, or a URL.
+        target: where to write; it must not exist.
+        form: one of :data:`TARGETS`; by default that of the target's name. ``"safetensors"`` and ``"huggingface"`` hold
+            the weights alone.
+
+    Raises:
+        CheckpointError: if there is something at ``target``, the form is not known, or a value does not fit into it.
+    """
+    chosen = form or form_of(target)
+    if chosen not in TARGETS:
+        raise CheckpointError(f"There is no form {chosen!r} of checkpoints. {did_you_mean(chosen, TARGETS)}")
+    path = absolute(target)
+    if path.exists():
+        raise CheckpointError(f"{path} exists already; name another target, or remove it first.")
+    with opened_checkpoint(source) as tree:
+        if chosen in ("safetensors", "huggingface"):
+            weights, _ = split_tree(model_part(tree, source), where="state_dict")
+            write_weights(weights, path, folder=chosen == "huggingface")
+            return [part for part in tree if part != "state_dict"]
+        if chosen == "dcp":
+            save_dcp(tree, path)
+        else:
+            save_checkpoint(tree, path)
+        return []
+
+
+@contextmanager
+def opened_checkpoint(source: str | Path) -> Iterator[StateTree]:
+    """Give the tree of a checkpoint of any form, its tensors in files as far as the form lets them be."""
+    if isinstance(source, Path) and is_dcp_directory(source):
+        with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
+            yield DcpDirectory(source).load(allocate=_Mapped(Path(folder)))
+    else:
+        yield CheckpointLoader.load_checkpoint(source)
+
+
+class _Mapped:
+    """Makes tensors whose memory is files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._count = 0
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        numel = math.prod(shape)
+        if numel == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        self._count += 1
+        file = self._folder / str(self._count)
+        return torch.from_file(str(file), shared=True, size=numel, dtype=dtype).reshape(tuple(shape))
+
+
+def write_weights(weights: Mapping[str, Tensor], path: Path, *, folder: bool) -> None:
+    """Write weights alone: as one file of safetensors, or as a folder in the way of Hugging Face.
+
+    Raises:
+        CheckpointError: if the file system refuses.
+    """
+    try:
+        if not folder:
+            with atomic_file(path) as aside:
+                _write_file(aside, weights)
+            return
+        with atomic_directory(path) as aside:
+            files = _named(_shared_out(weights))
+            for name, tensors in files.items():
+                _write_file(aside / name, tensors)
+            if len(files) > 1:
+                total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in weights.values())
+                index = {
+                    "metadata": {"total_size": total},
+                    "weight_map": {key: name for name, tensors in files.items() for key in tensors},
+                }
+                write_bytes(aside / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
+    except (OSError, ValueError) as error:
+        raise not_written(path, error) from error
+
+
+def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    layout = FileLayout.plan({key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
+    create_file(file, layout)
+    write_pieces(file, layout, ((key, Region.whole(tensor.shape), tensor) for key, tensor in tensors.items()))
+
+
+def _shared_out(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Divide the weights, in their order, into files that are not too large."""
+    files: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in weights.items():
+        nbytes = tensor.numel() * tensor.dtype.itemsize
+        if files[-1] and size + nbytes > _HF_FILE_BYTES:
+            files.append({})
+            size = 0
+        files[-1][key] = tensor
+        size += nbytes
+    return files
+
+
+def _named(files: Sequence[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{number:05}-of-{len(files):05}.safetensors": part for number, part in enumerate(files, 1)}

@@ -1,0 +1,141 @@
+"""Weights as Hugging Face libraries store them: ``.safetensors`` files, shards with an index, and folders of these.
+
+A folder may also be a checkpoint of its Trainer: then ``optimizer.pt`` is the state of torch's optimizer, by index. Where
+the run stood is counted there in optimizer steps and fractions of epochs, and is not taken over.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from stratagem.checkpoint.foreign.torch_file import read_torch_file
+from stratagem.checkpoint.inert import ObjectError
+from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+
+__all__ = ["HuggingFaceFormat", "SAFETENSORS", "WEIGHT_FILES", "shards_of"]
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS = ".safetensors"
+INDEX = ".index.json"
+# In the order in which those libraries look for them.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "open_clip_model.safetensors",
+)
+_SHARD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|bin)")
+_OPTIMIZER = "optimizer.pt"
+
+
+@final
+class HuggingFaceFormat:
+    """Read such a file or folder; nothing is written in this form."""
+
+    @staticmethod
+    def reads(path: Path) -> bool:
+        """Tell whether ``path`` is weights in this form, by its name and by what is in the folder."""
+        if path.is_dir():
+            return any((path / name).is_file() for name in WEIGHT_FILES)
+        return path.name.endswith((SAFETENSORS, INDEX))
+
+    def load(
+        self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """Read the weights as ``state_dict`` and, where a folder has it, the optimizer's state.
+
+        Raises:
+            CheckpointNotFoundError: if there is no such file, or no weights in the folder.
+            CheckpointError: if it holds something else.
+            CheckpointDamagedError: if it cannot be read, or a shard is missing.
+        """
+        folder = path if path.is_dir() else path.parent
+        tree: dict[str, Any] = {}
+        if parts is None or "state_dict" in parts:
+            tree["state_dict"] = _weights(_weight_file(path), map_location)
+        optimizer = folder / _OPTIMIZER
+        if path.is_dir() and optimizer.is_file() and (parts is None or "optimizer" in parts):
+            try:
+                # The file is the state itself: at its top are "state" and "param_groups".
+                tree["optimizer"] = read_torch_file(optimizer, map_location)
+            except ObjectError as error:
+                if parts is not None:
+                    raise
+                logger.info("Left out of the checkpoint: 'optimizer'. %s", error)
+        return tree
+
+
+def shards_of(index: Path) -> dict[str, list[str]]:
+    """Return the files that an index names, each with the keys that it has.
+
+    Raises:
+        CheckpointDamagedError: if it is no such index.
+    """
+    try:
+        content = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointDamagedError(f"{index} cannot be read: {error}") from error
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise CheckpointDamagedError(f"{index} is no index of weights: it has no weight_map.")
+    shards: dict[str, list[str]] = {}
+    for key, name in names.items():
+        # A name from outside must not lead out of the folder.
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise CheckpointDamagedError(f"{index} names the file {name!r}, which is none beside it.")
+        shards.setdefault(name, []).append(key)
+    return shards
+
+
+def _weight_file(path: Path) -> Path:
+    if not path.is_dir():
+        if not path.is_file():
+            raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+        return path
+    for name in WEIGHT_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise CheckpointNotFoundError(f"{path} has no weights: none of {', '.join(WEIGHT_FILES)}.")
+
+
+def _weights(file: Path, device: torch.device | str) -> Mapping[str, Tensor]:
+    if not file.name.endswith(INDEX):
+        return _file_weights(file, device)
+    state: dict[str, Tensor] = {}
+    for name, keys in shards_of(file).items():
+        shard = file.with_name(name)
+        if not shard.is_file():
+            raise CheckpointDamagedError(f"{shard} is missing, which {file.name} names.")
+        weights = _file_weights(shard, device)
+        missing = [key for key in keys if key not in weights]
+        if missing:
+            raise CheckpointDamagedError(f"{shard} lacks {missing[:5]}, which {file.name} says it has.")
+        state.update((key, weights[key]) for key in keys)
+    return state
+
+
+def _file_weights(file: Path, device: torch.device | str) -> Mapping[str, Tensor]:
+    if file.suffix != SAFETENSORS:
+        weights = read_torch_file(file, device)
+        if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+            raise CheckpointError(f"{file} holds something other than weights.")
+        return weights
+    try:
+        with safe_open(file, framework="pt") as opened:
+            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 -- it is no mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+    # Apart: safetensors knows few devices, and one that it does not know is no damage.
+    return {key: tensor.to(device) for key, tensor in weights.items()}

@@ -1,0 +1,107 @@
+"""``stratagem ckpt``: look at checkpoints, check, compare and convert them. No model code is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stratagem.cli.deferred import Traceback, command
+
+__all__ = ["ckpt_app"]
+
+ckpt_app = typer.Typer(
+    help="Look at checkpoints, check, compare, convert and prune them; no model code is needed.", no_args_is_help=True
+)
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="CKPT",
+        help="A checkpoint: ours, a .pth, safetensors, a folder of Hugging Face or of torch's DCP, or a URL.",
+    ),
+]
+
+
+@ckpt_app.command("ls")
+def list_(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run, or of several.")] = Path(
+        "work_dirs"
+    ),
+    traceback: Traceback = False,
+) -> None:
+    """List the checkpoints under FOLDER, the newest first: where each stands, its size, and what is wrong with it.
+
+    Only manifests are read; `verify` reads all.
+    """
+    command("ckpt_list:list_checkpoints")(folder)
+
+
+@ckpt_app.command()
+def show(
+    checkpoint: Source,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor with its type, shape and range of numbers.")
+    ] = False,
+    config: Annotated[bool, typer.Option("--config", help="Print the configuration that it was trained by.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what CKPT holds: its parts with their sizes, where its run stood, and what it was made by."""
+    command("ckpt_show:show")(checkpoint, tensors=tensors, config=config)
+
+
+@ckpt_app.command()
+def verify(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="CKPT...", help="Checkpoints, or folders whose checkpoints are all read.")
+    ],
+    traceback: Traceback = False,
+) -> None:
+    """Read every byte and compare it with its digest; exit with 1 if one is damaged."""
+    command("ckpt_list:verify")(paths)
+
+
+@ckpt_app.command()
+def diff(
+    first: Source,
+    second: Source,
+    part: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Compare only this part, such as state_dict; repeatable.")
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Print each value and tensor that differs between two checkpoints, and by how much; exit with 1 if any does."""
+    command("ckpt_show:diff")(first, second, parts=tuple(part or ()))
+
+
+@ckpt_app.command()
+def convert(
+    source: Source,
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Where to write; it must not exist.")],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="FORM",
+            help="stratagem, pth, safetensors, huggingface or dcp. By default what TARGET's ending says: .pth, "
+            ".safetensors, or without one a directory of ours.",
+        ),
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Turn CKPT into another form, a tensor at a time."""
+    command("ckpt_convert:convert")(source, target, form)
+
+
+@ckpt_app.command()
+def consolidate(
+    source: Source,
+    target: Annotated[Path, typer.Argument(metavar="TARGET.safetensors", help="The file to write.")],
+    averaged: Annotated[
+        bool, typer.Option("--averaged", help="Take the averaged weights where the run kept an average.")
+    ] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Put the weights of CKPT, however they are spread over files, into one file of safetensors, and nothing else."""
+    command("ckpt_convert:consolidate")(source, target, averaged=averaged)

@@ -1,0 +1,59 @@
+"""``stratagem ckpt convert`` and ``consolidate``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import typer
+from rich.filesize import decimal
+from torch import Tensor
+
+from stratagem.checkpoint import StateTree, model_part, split_tree
+from stratagem.checkpoint.convert import convert_checkpoint, opened_checkpoint, write_weights
+from stratagem.errors import CheckpointError
+from stratagem.logging.console import shared_console
+from stratagem.storage import tree_bytes
+from stratagem.utils import absolute, is_url, mask_text
+
+__all__ = ["consolidate", "convert"]
+
+# The part in which an average of the weights is kept.
+_AVERAGE = "ema_state_dict"
+
+
+def convert(source: str, target: Path, form: str | None) -> None:
+    """Write ``source`` in another form, and say what it left out."""
+    with shared_console().status(f"Converting {mask_text(source)} ..."):
+        left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form)
+    typer.echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
+    if left_out:
+        typer.echo(f"This form holds weights alone; left out: {', '.join(left_out)}.")
+
+
+def consolidate(source: str, target: Path, *, averaged: bool) -> None:
+    """Write the weights of ``source`` into one file of safetensors."""
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target} is to be one file of safetensors: give it a name that ends in .safetensors.")
+    if target.exists():
+        raise CheckpointError(f"{target} exists already; name another target, or remove it first.")
+    with (
+        shared_console().status(f"Reading {mask_text(source)} ..."),
+        opened_checkpoint(source if is_url(source) else Path(source)) as tree,
+    ):
+        weights = _weights(tree, source, averaged=averaged)
+        write_weights(weights, absolute(target), folder=False)
+    typer.echo(f"Wrote {len(weights)} tensors to {target} ({decimal(tree_bytes(target))}).")
+
+
+def _weights(tree: StateTree, source: str, *, averaged: bool) -> dict[str, Tensor]:
+    weights, _ = split_tree(model_part(tree, source), where="state_dict")
+    if not averaged:
+        return weights
+    average = tree.get(_AVERAGE)
+    averages = average.get("averages") if isinstance(average, Mapping) else None
+    if not averages:
+        raise CheckpointError(
+            f"{mask_text(source)} holds no averaged weights ({_AVERAGE}): the run had no EMAHook, or it had not begun."
+        )
+    return {**weights, **averages}

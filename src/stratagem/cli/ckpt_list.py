@@ -1,0 +1,76 @@
+"""``stratagem ckpt ls`` and ``verify``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from stratagem.checkpoint import Candidate, format_for
+from stratagem.checkpoint import list_checkpoints as found_in
+from stratagem.errors import CheckpointError, CheckpointNotFoundError
+from stratagem.logging.console import shared_console
+from stratagem.storage import tree_bytes
+
+__all__ = ["list_checkpoints", "verify"]
+
+
+def list_checkpoints(folder: Path) -> None:
+    """Print a table of the checkpoints in a folder, or in the folders in it."""
+    found = list(_under(folder))
+    if not found:
+        raise CheckpointNotFoundError(f"{folder}: there is no checkpoint in it, nor in the folders in it.")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("checkpoint", "epoch", "iter", "saved", "size", "state"):
+        numeric = heading in ("epoch", "iter", "size")
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+    for candidate in found:
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(candidate.saved_at))
+        name = candidate.path.relative_to(folder)
+        epoch, iteration = (str(candidate.position.get(key, "")) for key in ("epoch", "iter"))
+        size = decimal(tree_bytes(candidate.path))
+        table.add_row(str(name), epoch, iteration, saved, size, candidate.fault or "complete")
+    Console(markup=False, highlight=False).print(table)
+
+
+def verify(paths: Sequence[Path]) -> None:
+    """Read every byte of checkpoints, say of each whether it is sound, and exit with 1 if one is not."""
+    checkpoints = [each for path in paths for each in _checkpoints_at(path)]
+    damaged = 0
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=shared_console(), transient=True) as progress:
+        task = progress.add_task("verifying", total=len(checkpoints))
+        for path in checkpoints:
+            begin = time.perf_counter()
+            try:
+                size = format_for(path).verify(path)
+            except CheckpointError as error:
+                damaged += 1
+                typer.echo(f"DAMAGED  {path}\n         {error}")
+            else:
+                typer.echo(f"sound    {path}  ({decimal(size)}, {time.perf_counter() - begin:.1f} s)")
+            progress.advance(task)
+    if damaged:
+        typer.echo(f"{damaged} of {len(checkpoints)} cannot be used.", err=True)
+        raise typer.Exit(1)
+
+
+def _checkpoints_at(path: Path) -> list[Path]:
+    """Return the checkpoint itself, or those in a folder of checkpoints."""
+    if not path.exists():
+        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+    inside = [candidate.path for candidate in _under(path)] if path.is_dir() else []
+    return inside or [path]
+
+
+def _under(folder: Path) -> Iterator[Candidate]:
+    yield from found_in(folder)
+    for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if inner.is_dir() and not inner.name.startswith("."):
+            yield from found_in(inner)

@@ -1,0 +1,124 @@
+"""``stratagem ckpt show`` and ``diff``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from torch import Tensor
+
+from stratagem.checkpoint import StateTree, split_tree
+from stratagem.checkpoint.compare import Difference, compare
+from stratagem.checkpoint.convert import opened_checkpoint
+from stratagem.errors import CheckpointError
+from stratagem.utils import did_you_mean, is_url, mask_text
+
+__all__ = ["diff", "show"]
+
+# The meta's longer texts have an option of their own.
+_LONG = {"cfg", "config"}
+_AT_ONCE = 1 << 22
+
+
+def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
+    """Print what a checkpoint holds, or the configuration in it."""
+    with opened_checkpoint(_place(checkpoint)) as tree:
+        meta = tree.get("meta")
+        meta = meta if isinstance(meta, Mapping) else {}
+        if config:
+            if not meta.get("cfg"):
+                raise CheckpointError(f"{mask_text(checkpoint)} holds no configuration (meta has no 'cfg').")
+            typer.echo(meta["cfg"])
+            return
+        console = Console(markup=False, highlight=False)
+        console.print(_facts(meta))
+        console.print(_parts(tree))
+        if tensors:
+            console.print(_tensors(tree))
+
+
+def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
+    """Print the differences of two checkpoints, and exit with 1 if there are any."""
+    with opened_checkpoint(_place(first)) as one, opened_checkpoint(_place(second)) as other:
+        for name in parts:
+            if name not in one and name not in other:
+                raise CheckpointError(f"Neither has a part {name!r}. {did_you_mean(name, [*one, *other])}")
+        chosen = [{name: part for name, part in tree.items() if not parts or name in parts} for tree in (one, other)]
+        differences = list(compare(*chosen))
+    if not differences:
+        typer.echo("They are equal.")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("where", "first", "second", "difference"):
+        table.add_column(heading, overflow="fold")
+    for difference in differences:
+        table.add_row(difference.key, _short(difference.first), _short(difference.second), _extent(difference))
+    Console(markup=False, highlight=False).print(table)
+    typer.echo(f"{len(differences)} differ.")
+    raise typer.Exit(1)
+
+
+def _place(checkpoint: str) -> str | Path:
+    return checkpoint if is_url(checkpoint) else Path(checkpoint)
+
+
+def _extent(difference: Difference) -> str:
+    if difference.most is None:
+        return "only in the second" if not difference.first else "only in the first" if not difference.second else ""
+    return f"up to {difference.most:.3g} in {difference.share:.1%} of its numbers"
+
+
+def _facts(meta: Mapping[str, Any]) -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for key, value in meta.items():
+        if key not in _LONG:
+            table.add_row(str(key), _short(repr(value) if not isinstance(value, str) else value))
+    return table
+
+
+def _parts(tree: StateTree) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("part", "tensors", "numbers", "size"):
+        table.add_column(heading, justify="left" if heading == "part" else "right")
+    for name, part in tree.items():
+        tensors = split_tree(part, where=name)[0].values()
+        size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
+        table.add_row(name, str(len(tensors)), f"{sum(t.numel() for t in tensors):,}", decimal(size))
+    return table
+
+
+def _tensors(tree: StateTree) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("tensor", "type", "shape", "smallest", "largest", "not finite"):
+        table.add_column(heading, overflow="fold")
+    for name, part in tree.items():
+        for key, tensor in split_tree(part, where=name)[0].items():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            table.add_row(f"{name}/{key}", kind, str(list(tensor.shape)), *_range(tensor))
+    return table
+
+
+def _range(tensor: Tensor) -> tuple[str, str, str]:
+    """Return the smallest and largest finite number, and how many are not finite, as text."""
+    if tensor.numel() == 0 or tensor.is_complex() or tensor.dtype == torch.bool:
+        return "", "", ""
+    low, high, bad = float("inf"), float("-inf"), 0
+    flat = tensor.reshape(-1)
+    for begin in range(0, len(flat), _AT_ONCE):
+        chunk = flat[begin : begin + _AT_ONCE].to(torch.float64)
+        finite = chunk[chunk.isfinite()]
+        bad += len(chunk) - len(finite)
+        if len(finite):
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    shown = ("", "") if low > high else (f"{low:.6g}", f"{high:.6g}")
+    return *shown, str(bad) if bad else ""
+
+
+def _short(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -1,0 +1,98 @@
+"""Which values differ between two configurations that are texts, without running what they say."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from stratagem.config.keys import KeyPath, path_text
+from stratagem.config.languages import language_of
+from stratagem.config.text import python_text
+from stratagem.errors import ConfigError
+
+__all__ = ["changed_values"]
+
+_WIDTH = 60
+
+
+def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) -> list[str]:
+    """Return a line for each value that differs between two merged configurations: ``a.b: 1 -> 2``.
+
+    Each is Python or YAML as Stratagem writes it. Python is parsed, not run, so a text may come from a checkpoint.
+    Nothing is said of a text that is neither.
+
+    Args:
+        first: the earlier one.
+        second: the later one.
+        ignored: keys at the top that are not compared.
+    """
+    old, new = _values(first), _values(second)
+    if old is None or new is None:
+        return []
+    lines = []
+    for path in dict.fromkeys([*old, *new]):
+        was, now = old.get(path), new.get(path)
+        if was != now and path[0] not in ignored:
+            lines.append(f"{path_text(path)}: {_short(was)} -> {_short(now)}")
+    return lines
+
+
+def _values(text: str) -> dict[KeyPath, str] | None:
+    """Return the values of a text as Python expressions, by path; None if it cannot be read."""
+    tree = _tree(text)
+    if tree is None or not all(_is_assignment(statement) for statement in tree.body):
+        return None
+    found: dict[KeyPath, str] = {}
+    for statement in tree.body:
+        assigned: Any = statement
+        found.update(_leaves(assigned.value, (assigned.targets[0].id,)))
+    return found
+
+
+def _tree(text: str) -> ast.Module | None:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        pass  # then it is YAML, or nothing that was written here
+    try:
+        data = language_of(".yaml").parse(text, "configuration")
+        return ast.parse(python_text(data)) if isinstance(data, dict) else None
+    except (ConfigError, SyntaxError, AttributeError, RecursionError):
+        return None
+
+
+def _is_assignment(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name)
+    )
+
+
+def _leaves(node: ast.expr, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
+    below = _below(node)
+    if not below:
+        yield path, ast.unparse(node)
+    for key, inner in below:
+        yield from _leaves(inner, (*path, key))
+
+
+def _below(node: ast.expr) -> list[tuple[str | int, ast.expr]]:
+    """Return what a dict or a list holds; nothing for an empty one or another value."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        return [(str(keyword.arg), keyword.value) for keyword in node.keywords]
+    if isinstance(node, ast.Dict):
+        items = zip(node.keys, node.values, strict=True)
+        return [(_key(key), value) for key, value in items if key is not None]
+    if isinstance(node, ast.List | ast.Tuple):
+        return list(enumerate(node.elts))
+    return []
+
+
+def _key(node: ast.expr) -> str:
+    return str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)
+
+
+def _short(text: str | None) -> str:
+    if text is None:
+        return "(not there)"
+    return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."

@@ -1,0 +1,56 @@
+"""SLURM's compact lists of hosts."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+from stratagem.errors import LaunchError
+
+__all__ = ["expand_hostlist"]
+
+# A comma outside of brackets ends a name.
+_NAMES = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
+_PIECES = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def expand_hostlist(nodelist: str) -> list[str]:
+    """Return the hosts of a list as SLURM writes it: ``"n[08-10],b7"`` gives ``["n08", "n09", "n10", "b7"]``.
+
+    The form is that of https://slurm.schedmd.com/scontrol.html, ``show hostnames``: zeros in front belong to the name,
+    and several brackets in one name stand for every combination, the last one varying fastest.
+
+    Raises:
+        LaunchError: if the list is not of that form.
+    """
+    text = nodelist.strip()
+    names = _NAMES.findall(text)
+    if not names or ",".join(names) != text:
+        raise _unreadable(nodelist)
+    return [host for name in names for host in _expand(name, nodelist)]
+
+
+def _expand(name: str, nodelist: str) -> list[str]:
+    pieces = [
+        _numbers(match[1], nodelist) if match[1] is not None else [match[2]] for match in _PIECES.finditer(name.strip())
+    ]
+    return ["".join(choice) for choice in product(*pieces)]
+
+
+def _numbers(ranges: str, nodelist: str) -> list[str]:
+    """Return the numbers of a bracket as they are written."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            raise _unreadable(nodelist)
+        first, last = match[1], match[2] or match[1]
+        if int(last) < int(first):
+            raise _unreadable(nodelist)
+        numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    return numbers
+
+
+def _unreadable(nodelist: str) -> LaunchError:
+    return LaunchError(f"SLURM's node list {nodelist!r} cannot be read. Set MASTER_ADDR to the host of rank 0.")

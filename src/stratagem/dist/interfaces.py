@@ -1,0 +1,83 @@
+"""The machine's addresses, and which of them other hosts see."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+import sys
+
+if sys.platform == "linux":
+    import fcntl
+
+from stratagem.errors import LaunchError
+
+__all__ = ["address_towards", "interface_of", "is_loopback", "is_own", "resolve"]
+
+_SIOCGIFADDR = 0x8915  # from linux/sockios.h
+_ANY_PORT = 9  # a datagram socket that is connected sends nothing
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a name or an address stands for this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def resolve(host: str) -> str:
+    """Return the address of a host, of IPv4 where it has one.
+
+    Raises:
+        LaunchError: if its name does not resolve on this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise LaunchError(
+            f"the host of rank 0, {host!r}, does not resolve on {socket.gethostname()}: {error}. Set MASTER_ADDR to its "
+            "address, or make the name known here."
+        ) from error
+    addresses = [str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
+    return addresses[0]
+
+
+def is_own(address: str) -> bool:
+    """Tell whether this machine has an address, so that a program can listen on it."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def address_towards(address: str) -> str | None:
+    """Return this machine's own address on the way to another one's; None where there is no way."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, _ANY_PORT))
+        except OSError:
+            return None
+        own: str = probe.getsockname()[0]
+        return own
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the interface that has an IPv4 address; None where the platform does not tell."""
+    if sys.platform != "linux" or ":" in address:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+            except OSError:  # it has no such address
+                continue
+            # struct ifreq: 16 bytes for the name, then family and port in 4, then the address.
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

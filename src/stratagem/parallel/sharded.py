@@ -1,0 +1,372 @@
+"""The model's parameters in shards, one on each rank: torch's ``fully_shard``, with tensor parallel."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast, final
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from stratagem.dist import World, all_reduce, broadcast_object
+from stratagem.errors import ConfigValueError, PlacementError, StateError
+from stratagem.model import convert_sync_batchnorm, is_model_wrapper
+from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
+from stratagem.optim.sharded import is_sharded
+from stratagem.parallel.activation_checkpointing import checkpoint_activations
+from stratagem.parallel.initial_weights import InitialWeights, require_alike
+from stratagem.parallel.mesh import Layout, Meshes
+from stratagem.parallel.placement import NO_CONTEXT, AnyOptim, Placed, Placement, Steps
+from stratagem.parallel.policies import select_modules, tied_outside
+from stratagem.parallel.sharding import Precision, Sharding
+from stratagem.parallel.tensor_parallel import apply_plan
+from stratagem.utils import generator_state, restore_generator_state
+from stratagem.utils.names import did_you_mean
+
+__all__ = ["Sharded"]
+
+_STEPS = ("train_step", "val_step", "test_step")
+
+
+@final
+class Sharded(Placement):
+    """Parameters, gradients and the optimizer's state in shards.
+
+    Args:
+        logger: says what was wrapped.
+        sharding: the options.
+        world: this process.
+        own_randomness: whether each rank draws random numbers of its own in training.
+        full_state: whether checkpoints are gathered and written by rank 0.
+
+    Raises:
+        PlacementError: if the axes do not divide the world.
+    """
+
+    sharded = True
+
+    def __init__(
+        self,
+        logger: logging.Logger,
+        sharding: Sharding,
+        world: World,
+        *,
+        own_randomness: bool = False,
+        full_state: bool = False,
+    ) -> None:
+        self._logger = logger
+        self._sharding = sharding
+        self._layout = Layout.divide(world.size, replicate=sharding.replicate, tp=sharding.tp)
+        if own_randomness and sharding.tp > 1:
+            raise PlacementError(
+                "randomness: diff_rank_seed=True gives ranks that share a layer (tp) other dropout of the same samples. "
+                "Leave it out: under tensor parallel their random numbers are equal."
+            )
+        self._own_randomness = own_randomness
+        self.full_state = full_state
+        self._weights = InitialWeights(world, sharding.initial_weights)
+        self._meshes: Meshes | None = None
+        self._sync = True
+        self._learns_nothing_yet = sharding.skip_init_weights
+        self._now: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def construction(self, world: World) -> AbstractContextManager[object]:
+        return self._weights.making()
+
+    def data_share(self, world: World) -> tuple[int, int]:
+        return self._layout.data_rank(world.rank), self._layout.data_size
+
+    @property
+    def data_group(self) -> torch_dist.ProcessGroup | None:
+        return None if self._meshes is None else self._meshes.data
+
+    def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
+        self._refuse(model)
+        if not self._sharding.skip_init_weights:
+            self._weights.draw(model, steps.draw)
+        if self._sharding.sync_bn is not None:
+            model = convert_sync_batchnorm(model, self._sharding.sync_bn)
+        require_alike(model)
+        before = dict(model.named_parameters())
+        origins = self._weights.take(model)
+        self._meshes = Meshes.make(self._layout, world)
+        self._shard(model, world)
+        self._give_memory(model, world)
+        self._fill(model, origins)
+        self._remember(before, model)
+        model = steps.compile(model)
+        self._guard(model)
+        return Placed(model=model, optim=steps.make_optim(model) if steps.make_optim else None)
+
+    def bare(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+        # The backward pass, which reads it, comes after this context.
+        if sync != self._sync:
+            for module in _sharded_modules(model):
+                module.set_requires_gradient_sync(sync, recurse=False)
+            self._sync = sync
+        return NO_CONTEXT
+
+    def forget(self, model: nn.Module) -> None:
+        cast("FSDPModule", model).reset_iter_state()
+
+    def bind(self, optim: AnyOptim, model: nn.Module) -> None:
+        for wrapper in optim.values() if isinstance(optim, OptimWrapperDict) else (optim,):
+            self._bind(wrapper, dict(model.named_parameters()))
+
+    # ---- building ---------------------------------------------------------------------------------------------------
+
+    def _refuse(self, model: nn.Module) -> None:
+        if is_model_wrapper(model) or isinstance(model, FSDPModule):
+            raise PlacementError(
+                f"The model is wrapped already, in a {type(model).__name__}; give the strategy the bare model: it shards it."
+            )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            self._logger.warning("No parameter of %s learns; it is sharded all the same.", type(model).__name__)
+        if self._sharding.sync_bn is not None and not torch.accelerator.is_available():
+            raise PlacementError(
+                "torch's SyncBatchNorm works on accelerators alone, and this run is on the CPU. Leave sync_bn out and use "
+                "BatchNorm, or a normalisation that does not look at the batch, such as GroupNorm."
+            )
+
+    def _shard(self, model: nn.Module, world: World) -> None:
+        """Cut a model without memory: layers by the plan of tensor parallel, then every block, then the rest."""
+        sharding, meshes = self._sharding, cast("Meshes", self._meshes)
+        blocks = self._blocks(model)
+        ignored = sharding.ignored_parameters(model)
+        if sharding.tp > 1:
+            apply_plan(model, sharding.tp_plan, meshes.tp)
+        checkpointed = checkpoint_activations(model, sharding.activation_checkpointing, sharding.wrap_policy)
+        self._compile(blocks)
+        arguments: dict[str, Any] = {
+            "mesh": meshes.shard,
+            "mp_policy": _precision(sharding.precision),
+            # Pinned memory is what an accelerator copies from quickly.
+            "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
+            if sharding.cpu_offload
+            else OffloadPolicy(),
+            "ignored_params": set(ignored.values()),
+        }
+        # The innermost first: what a block holds belongs to it and not to what holds the block.
+        for name, block in sorted(blocks.items(), key=lambda item: -item[0].count(".")):
+            fully_shard(
+                block, reshard_after_forward=_reshard(sharding.reshard_of(name), self._layout.shard), **arguments
+            )
+        fully_shard(model, reshard_after_forward=_reshard(sharding.reshard_of(""), self._layout.shard), **arguments)
+        self._prefetch(list(blocks.values()))
+        self._logger.info(
+            "Sharded %s over %d ranks (replicate %d, tp %d): %d wrapped modules%s, %d parameters kept whole, %d "
+            "checkpointed modules.",
+            type(model).__mro__[2].__name__, self._layout.shard, self._layout.replicate, self._layout.tp, len(blocks),
+            f" ({_some(list(blocks))})" if blocks else "", len(ignored), len(checkpointed),
+        )  # fmt: skip
+
+    def _blocks(self, model: nn.Module) -> dict[str, nn.Module]:
+        sharding = self._sharding
+        blocks = select_modules(model, sharding.wrap_policy, "wrap_policy")
+        sharding.require_reshard_patterns(list(blocks))
+        for name, block in blocks.items():
+            ties = tied_outside(model, block)
+            if ties:
+                raise PlacementError(
+                    f"wrap_policy chose {name!r}, which shares a weight with {ties[0]!r} outside of it: it would be cut "
+                    "twice and be tied no more. Leave one of them out of the policy, or choose what holds both."
+                )
+        return blocks
+
+    def _compile(self, blocks: Mapping[str, nn.Module]) -> None:
+        options = self._sharding.compile_blocks
+        if options is False:
+            return
+        if not blocks:
+            raise ConfigValueError("compile_blocks compiles what wrap_policy chooses, and it chooses nothing.")
+        for block in blocks.values():
+            block.compile(**({} if options is True else options))
+
+    def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
+        """Have each block gather the parameters of the next ones while it computes."""
+        ahead, behind = self._sharding.forward_prefetch, self._sharding.backward_prefetch
+        sharded = cast("Sequence[FSDPModule]", blocks)
+        for index, block in enumerate(sharded):
+            if ahead:
+                block.set_modules_to_forward_prefetch(list(sharded[index + 1 : index + 1 + ahead]))
+            if behind:
+                block.set_modules_to_backward_prefetch(list(sharded[max(0, index - behind) : index])[::-1])
+
+    def _give_memory(self, model: nn.Module, world: World) -> None:
+        with _swapping():
+            model.to_empty(device="cpu" if self._sharding.cpu_offload else world.device)
+        if self._sharding.cpu_offload:
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = None if buffer is None else buffer.to(world.device)
+
+    def _fill(self, model: nn.Module, origins: Mapping[str, Tensor]) -> None:
+        own = generator_state()
+        # So that training goes on with the random numbers that follow those of the weights, as in one process.
+        restore_generator_state(broadcast_object(own))
+        self._weights.fill(model, origins, parameters=not self._sharding.skip_init_weights)
+        restore_generator_state(own if self._own_randomness else broadcast_object(generator_state()))
+        if self._sharding.skip_init_weights:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.fill_(torch.nan)
+        if self._sharding.precision.buffer_dtype is not None:
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.is_floating_point():
+                        module._buffers[name] = buffer.to(self._sharding.precision.buffer_dtype)
+
+    def _remember(self, before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+        """Note what became of each parameter, for optimizers that were built with the old ones."""
+        now = dict(model.named_parameters())
+        for name, parameter in before.items():
+            self._now[parameter] = name
+        for parameter in now.values():
+            if parameter.requires_grad and not is_sharded(parameter):
+                parameter.register_post_accumulate_grad_hook(self._average)
+
+    def _average(self, parameter: Tensor) -> None:
+        """Average the gradient of a parameter that every rank has whole, once its window is complete."""
+        if self._sync and parameter.grad is not None and self._layout.data_size > 1:
+            all_reduce(parameter.grad, "mean", self.data_group)
+
+    # ---- the model's methods ----------------------------------------------------------------------------------------
+
+    def _guard(self, model: nn.Module) -> None:
+        if "train_step" in vars(model):
+            raise PlacementError(
+                "compile: target='train_step' cannot be used under FSDP, whose hooks around forward it would leave out. "
+                "Compile target='forward', or compile_blocks=True."
+            )
+        for path in self._sharding.forward_methods:
+            _register_method(model, path)
+        # The first module that is called becomes the root for torch: let that be the whole, also where a step calls
+        # its parts alone.
+        cast("Any", model)._get_fsdp_state()._lazy_init()
+        if self._learns_nothing_yet:
+            model.register_load_state_dict_post_hook(self._note_loaded)
+        for name in _STEPS:
+            method = getattr(model, name, None)
+            if callable(method):
+                setattr(model, name, self._guarded(model, method, is_training=name == "train_step"))
+
+    def _guarded(self, model: nn.Module, method: Callable[..., Any], *, is_training: bool) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self._learns_nothing_yet:
+                raise StateError(
+                    "skip_init_weights=True left the model without weights, and none were loaded. Load a checkpoint with "
+                    "load_from or resume before the first step, or leave skip_init_weights out."
+                )
+            try:
+                return method(*args, **kwargs)
+            except RuntimeError as error:
+                if "mixed torch.Tensor and DTensor" not in str(error):
+                    raise
+                raise PlacementError(
+                    f"{method.__qualname__} reached parameters of {type(model).__mro__[2].__name__} while each rank had "
+                    "only its shard of them. Parameters are gathered when a wrapped module is called as self.part(...): "
+                    "call it so, or name the method in forward_methods=['part.method']."
+                ) from error
+            finally:
+                if not is_training:
+                    # Without a backward pass nothing frees what was gathered, and a later change of the shards, such as
+                    # an average of the weights, would go unseen.
+                    for module in _sharded_modules(model):
+                        module.reshard()
+
+        return step
+
+    def _note_loaded(self, module: nn.Module, keys: Any) -> None:
+        self._learns_nothing_yet = self._learns_nothing_yet and bool(keys.missing_keys)
+
+    # ---- optimizers -------------------------------------------------------------------------------------------------
+
+    def _bind(self, wrapper: BaseOptimWrapper, now: Mapping[str, nn.Parameter]) -> None:
+        """Let an optimizer that was built with the parameters as they were step the shards in their places."""
+        optimizer = wrapper.optimizer
+        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
+            raise PlacementError(
+                "FSDP shards the optimizer's state already. Use the optimizer itself in the place of ZeroRedundancyOptimizer."
+            )
+        stale = [each for group in optimizer.param_groups for each in group["params"] if each in self._now]
+        if not stale or all(now.get(self._now[each]) is each for each in stale):
+            return
+        _require_fresh(optimizer)
+        for group in optimizer.param_groups:
+            group["params"] = [now[self._now[each]] if each in self._now else each for each in group["params"]]
+
+
+def _require_fresh(optimizer: Optimizer) -> None:
+    if optimizer.state:
+        raise PlacementError(
+            f"The {type(optimizer).__name__} has made steps with the whole parameters already, and its state is not that of "
+            "shards. Give the optimizer's configuration, or a fresh one, and resume from a checkpoint."
+        )
+
+
+def _precision(precision: Precision) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(
+        param_dtype=precision.param_dtype,
+        reduce_dtype=precision.reduce_dtype,
+        output_dtype=precision.output_dtype,
+        cast_forward_inputs=precision.cast_forward_inputs,
+    )
+
+
+def _reshard(value: Any, size: int) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool) and (value < 2 or size % value):
+        raise PlacementError(
+            f"reshard_after_forward={value}: parameters are kept by groups of so many ranks, which must be at least 2 and "
+            f"divide the {size} that share them."
+        )
+    return value
+
+
+def _register_method(model: nn.Module, path: str) -> None:
+    owner, _, name = path.rpartition(".")
+    modules = dict(model.named_modules())
+    if owner not in modules or not callable(getattr(modules[owner], name, None)):
+        raise ConfigValueError(f"forward_methods: the model has no method {path!r}. {did_you_mean(owner, modules)}")
+    if not isinstance(modules[owner], FSDPModule):
+        raise ConfigValueError(
+            f"forward_methods: {path!r} is a method of a module that is not wrapped by itself. Let wrap_policy choose "
+            f"{owner!r}, or name a method of what is: {_some([n for n, m in modules.items() if isinstance(m, FSDPModule)])}."
+        )
+    register_fsdp_forward_method(modules[owner], name)
+
+
+def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+@contextmanager
+def _swapping() -> Iterator[None]:
+    """Let parameters stay the same objects when they get memory, so that tied ones stay tied."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")

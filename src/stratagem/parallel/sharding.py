@@ -1,0 +1,169 @@
+"""The options of a sharded placement, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Self, final
+
+import torch
+from torch import nn
+
+from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.parallel.initial_weights import ORIGINS, Origin
+from stratagem.parallel.policies import matches_name
+from stratagem.utils.names import did_you_mean, refuse_unknown
+
+__all__ = ["Precision", "Reshard", "Sharding"]
+
+_DTYPES: Final = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+Reshard = bool | int | None
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """In which types a sharded model computes; parameters and the optimizer's state keep their own.
+
+    Attributes:
+        param_dtype: of the gathered parameters and the arithmetic; None for the parameters' own.
+        reduce_dtype: of the gradients while they are summed over ranks; None for that of the arithmetic.
+        output_dtype: of what a wrapped module returns; None for what it gives.
+        buffer_dtype: of floating-point buffers, which are cast once; None leaves them.
+        cast_forward_inputs: whether a wrapped module's inputs are cast to ``param_dtype``.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    buffer_dtype: torch.dtype | None = None
+    cast_forward_inputs: bool = True
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | str | torch.dtype | None) -> Self:
+        """Read ``mixed_precision``: a mapping of the attributes, or the type to compute in.
+
+        Raises:
+            ConfigKeyError: if a key is unknown.
+            ConfigValueError: if there is no such type.
+        """
+        if options is None:
+            return cls()
+        if isinstance(options, str | torch.dtype):
+            # Sums of many ranks' gradients lose too much in 8 bits of mantissa.
+            return cls(param_dtype=_dtype("param_dtype", options), reduce_dtype=torch.float32)
+        if not isinstance(options, Mapping):
+            raise ConfigTypeError(f"mixed_precision is {options!r}; a type such as 'bfloat16', or a mapping is due.")
+        refuse_unknown(options, cls.__dataclass_fields__, "mixed_precision")
+        types = {key: _dtype(key, value) for key, value in options.items() if key != "cast_forward_inputs"}
+        return cls(**types, cast_forward_inputs=bool(options.get("cast_forward_inputs", True)))
+
+
+def _dtype(key: str, value: Any) -> torch.dtype | None:
+    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+        return value
+    name = str(value).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ConfigValueError(f"mixed_precision: {key}={value!r} is not known. {did_you_mean(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How a model is sharded. See :class:`~stratagem.strategies.FSDPStrategy` for what the options mean."""
+
+    wrap_policy: Any = None
+    reshard_after_forward: Reshard | Mapping[str, Reshard] = None
+    precision: Precision = field(default_factory=Precision)
+    replicate: int = 1
+    tp: int = 1
+    tp_plan: Mapping[str, Any] | None = None
+    cpu_offload: bool = False
+    forward_prefetch: int = 0
+    backward_prefetch: int = 0
+    ignored: Sequence[str] = ()
+    activation_checkpointing: Any = None
+    compile_blocks: bool | Mapping[str, Any] = False
+    initial_weights: Origin = "rank0"
+    skip_init_weights: bool = False
+    forward_methods: Sequence[str] = ()
+    sync_bn: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("forward_prefetch", "backward_prefetch"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ConfigTypeError(f"{name} is {count!r}; a number of blocks, 0 for torch's own choice, is due.")
+        for name in ("cpu_offload", "skip_init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigTypeError(f"{name} is {getattr(self, name)!r}; True or False is due.")
+        for name in ("ignored", "forward_methods"):
+            names = getattr(self, name)
+            if isinstance(names, str) or not all(isinstance(each, str) for each in names):
+                raise ConfigTypeError(f"{name} is {names!r}; a list of names is due.")
+        if self.initial_weights not in ORIGINS:
+            raise ConfigValueError(
+                f"initial_weights={self.initial_weights!r} is not known. {did_you_mean(str(self.initial_weights), ORIGINS)}"
+            )
+        if self.tp_plan is not None and self.tp == 1:
+            raise ConfigValueError("tp_plan says how layers are spread over ranks, and tp=1 spreads none: set tp.")
+        for value in self._reshard_values():
+            if value is not None and not isinstance(value, bool | int):
+                raise ConfigTypeError(
+                    f"reshard_after_forward is {value!r}; True, False, a number of ranks, or a mapping from patterns of "
+                    "module names to these is due."
+                )
+
+    def _reshard_values(self) -> list[Any]:
+        reshard = self.reshard_after_forward
+        return list(reshard.values()) if isinstance(reshard, Mapping) else [reshard]
+
+    def reshard_of(self, name: str) -> Reshard:
+        """Return what a wrapped module of this name does with its gathered parameters after its forward pass."""
+        reshard = self.reshard_after_forward
+        if not isinstance(reshard, Mapping):
+            return reshard
+        return next((value for pattern, value in reshard.items() if matches_name(name, pattern)), None)
+
+    def require_reshard_patterns(self, blocks: Sequence[str]) -> None:
+        """Refuse a pattern of ``reshard_after_forward`` that fits none of the wrapped modules.
+
+        Raises:
+            ConfigValueError: if there is one.
+        """
+        reshard = self.reshard_after_forward
+        for pattern in reshard if isinstance(reshard, Mapping) else ():
+            if not any(matches_name(name, pattern) for name in ("", *blocks)):
+                raise ConfigValueError(
+                    f"reshard_after_forward: no wrapped module is called {pattern!r}. {did_you_mean(pattern, blocks)}"
+                )
+
+    def ignored_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that stay whole on every rank: those named, and numbers, which cannot be cut.
+
+        Raises:
+            ConfigValueError: if a pattern fits neither a module nor a parameter.
+        """
+        named = dict(model.named_parameters())
+        modules = dict(model.named_modules())
+        found = {name: parameter for name, parameter in named.items() if parameter.ndim == 0}
+        for pattern in self.ignored:
+            fits: Callable[[str], bool] = lambda name, pattern=pattern: matches_name(name, pattern)  # type: ignore[misc]  # noqa: E731
+            inside = [module for name, module in modules.items() if name and fits(name)]
+            direct = {name: parameter for name, parameter in named.items() if fits(name)}
+            if not inside and not direct:
+                raise ConfigValueError(
+                    f"ignored: no module or parameter is called {pattern!r}. {did_you_mean(pattern, [*named, *modules])}"
+                )
+            within = {id(parameter) for module in inside for parameter in module.parameters()}
+            found |= direct | {name: each for name, each in named.items() if id(each) in within}
+        return found

@@ -1,0 +1,125 @@
+"""What stands beside published files and makes them count: their names, sizes and digests.
+
+A *generation* is one publication of a name: a folder ``<name>.g-<stamp>-<tag>`` that no other publication ever writes
+to. Its record, written last, carries a digest of itself, so that one which was cut off is no record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self, final
+
+__all__ = ["RECORD", "Generation", "Record", "StoredFile"]
+
+RECORD = "published.json"
+_FORMAT = "stratagem-published"
+_VERSION = 1
+_GENERATION = re.compile(r"(?P<name>.+)\.g-(?P<stamp>[0-9a-f]{16})-(?P<tag>[0-9a-f]{8})")
+# Inside of the folder on every system, and never the record itself.
+_PART = re.compile(r"[^./\\:\x00][^/\\:\x00]*")
+
+
+@final
+@dataclass(frozen=True, slots=True, order=True)
+class Generation:
+    """One publication of a name; the later is the greater."""
+
+    name: str
+    stamp: int
+    tag: str
+
+    @classmethod
+    def after(cls, name: str, older: Iterable[Generation]) -> Self:
+        """Return a new one that is later than all of ``older``, also where clocks differ."""
+        newest = max((generation.stamp for generation in older), default=0)
+        return cls(name, max(time.time_ns(), newest + 1), secrets.token_hex(4))
+
+    @classmethod
+    def parse(cls, folder: str) -> Self | None:
+        """Return what a folder's name says, or None if it is not one of ours."""
+        match = _GENERATION.fullmatch(folder)
+        return cls(match["name"], int(match["stamp"], 16), match["tag"]) if match else None
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder."""
+        return f"{self.name}.g-{self.stamp:016x}-{self.tag}"
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file's size in bytes and the SHA-256 of its content, in hexadecimal digits."""
+
+    size: int
+    sha256: str
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What was published: files by their path in the folder; one file alone, or a folder with all of them."""
+
+    files: Mapping[str, StoredFile]
+    is_folder: bool
+    published_at: float
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+    def encode(self) -> bytes:
+        """Return it as a line of JSON and a line with that one's digest."""
+        content = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "kind": "folder" if self.is_folder else "file",
+            "published_at": self.published_at,
+            "files": {path: {"bytes": file.size, "sha256": file.sha256} for path, file in self.files.items()},
+        }
+        line = json.dumps(content, allow_nan=False).encode()
+        return line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes) -> Self | None:
+        """Return what :meth:`encode` made of a record, or None for anything else, such as a part of that."""
+        line, _, digest = data.partition(b"\n")
+        if digest != hashlib.sha256(line).hexdigest().encode() + b"\n":
+            return None
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        return cls._of(content) if isinstance(content, dict) and content.get("format") == _FORMAT else None
+
+    @classmethod
+    def _of(cls, content: Mapping[str, Any]) -> Self | None:
+        entries, at, kind = content.get("files"), content.get("published_at"), content.get("kind")
+        if content.get("version") != _VERSION or kind not in {"folder", "file"} or not isinstance(entries, dict):
+            return None
+        if not isinstance(at, float) or not math.isfinite(at) or not all(map(_stays_inside, entries)):
+            return None
+        files = {path: _stored(entry) for path, entry in entries.items()}
+        if any(file is None for file in files.values()) or (kind == "file" and len(files) != 1):
+            return None
+        found = {path: file for path, file in files.items() if file is not None}
+        return cls(files=found, is_folder=kind == "folder", published_at=at)
+
+
+def _stored(entry: Any) -> StoredFile | None:
+    size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if type(size) is not int or size < 0 or not isinstance(digest, str):
+        return None
+    return StoredFile(size, digest)
+
+
+def _stays_inside(path: str) -> bool:
+    return path != RECORD and all(_PART.fullmatch(part) for part in path.split("/"))

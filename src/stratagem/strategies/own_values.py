@@ -1,0 +1,92 @@
+"""What a run's configuration says of its optimizers and schedules, beside what a checkpoint says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, final
+
+from torch import Tensor
+
+from stratagem.optim import BaseOptimWrapper, ParamScheduler
+from stratagem.parallel import AnyOptim
+from stratagem.strategies.building import each_wrapper
+
+__all__ = ["OwnValues", "move_schedulers", "schedule_differences"]
+
+# What people choose of a group; the others are an optimizer's own, or say how it computes.
+_CHOSEN: Final = ("lr", "momentum", "betas", "weight_decay", "eps", "nesterov", "amsgrad", "dampening")
+_FIRST: Final = "initial_"
+
+
+@final
+class OwnValues:
+    """The options of parameter groups as they were built, kept while a checkpoint's are loaded.
+
+    Args:
+        optim: as it was built, with its schedules.
+    """
+
+    def __init__(self, optim: AnyOptim) -> None:
+        self._groups = {
+            name: [_options(group) for group in one.param_groups] for name, one in each_wrapper(optim).items()
+        }
+
+    def differences(self, optim: AnyOptim) -> list[str]:
+        """Return a line for each option that now has another value than it was built with."""
+        lines = []
+        for name, wrapper in each_wrapper(optim).items():
+            for number, (own, group) in enumerate(zip(self._groups[name], wrapper.param_groups, strict=True)):
+                loaded = _options(group)
+                which = f"{name + ': ' if name else ''}parameter group {number}"
+                lines += [
+                    f"{which}: {key.removeprefix(_FIRST)}={loaded[key]} (this configuration: {own[key]})"
+                    for key in own
+                    # Of a scheduled option the first value is what was chosen; the present one follows from it.
+                    if key in loaded and loaded[key] != own[key] and f"{_FIRST}{key}" not in own
+                ]
+        return lines
+
+    def restore(self, optim: AnyOptim) -> None:
+        """Give the groups back the options that they were built with; the state of the parameters stays."""
+        for name, wrapper in each_wrapper(optim).items():
+            for own, group in zip(self._groups[name], wrapper.param_groups, strict=True):
+                for key in [key for key in group if key.startswith(_FIRST) and key not in own]:
+                    del group[key]
+                for key, value in own.items():
+                    if isinstance(group.get(key), Tensor):
+                        group[key].fill_(value)
+                    else:
+                        group[key] = value
+
+
+def move_schedulers(schedulers: Any, optim: AnyOptim, *, epoch: int, iteration: int) -> None:
+    """Move every optimizer's schedules to where the run stands; those that follow metrics begin anew."""
+    for name, wrapper in each_wrapper(optim).items():
+        some = schedulers[name] if isinstance(schedulers, Mapping) else schedulers
+        _move(some, wrapper, epoch=epoch, iteration=iteration)
+
+
+def _move(schedulers: Sequence[ParamScheduler], optim: BaseOptimWrapper, *, epoch: int, iteration: int) -> None:
+    whole_windows = iteration - iteration % optim.accumulative_counts
+    position = {"epoch": epoch, "iter": whole_windows, "step": optim.updates}
+    for scheduler in schedulers:
+        if not scheduler.need_val_args:
+            scheduler.load_state_dict({"_global_step": position[scheduler.unit]})
+
+
+def schedule_differences(schedulers: Any, built: Any) -> Iterator[str]:
+    """Yield a line for each schedule that is no longer what it was when its state was one of ``built``."""
+    if isinstance(schedulers, Mapping):
+        for name, some in schedulers.items():
+            yield from (f"{name}: {line}" for line in schedule_differences(some, built[name]))
+        return
+    for scheduler, own_state in zip(schedulers, built, strict=True):
+        found = scheduler.differences(own_state)
+        if found:
+            values = ", ".join(f"{name}={now} (this configuration: {own})" for name, (own, now) in found.items())
+            yield f"{type(scheduler).__name__}: {values}"
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = {key: value for key, value in group.items() if key in _CHOSEN or key.startswith(_FIRST)}
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in chosen.items()}

@@ -1,0 +1,33 @@
+"""End a process whose main thread cannot."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from typing import NoReturn
+
+__all__ = ["end_process", "end_within"]
+
+
+def end_process(status: int, message: str) -> NoReturn:
+    """Say why, end the children, and exit without waiting for any other thread.
+
+    An exchange between ranks that waits for one that is gone cannot be broken off from Python.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
+    # Not through the log: the main thread may hold its lock.
+    rank = os.environ.get("RANK")
+    who = "stratagem" if rank is None else f"stratagem (rank {rank})"
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{who}: {message}\n".encode(errors="replace"))
+    os._exit(status)
+
+
+def end_within(seconds: float, status: int) -> None:
+    """End this process after some time if it has not ended by itself. There is no way back."""
+    message = f"did not end within {seconds:g} s after the error: ended now"
+    timer = threading.Timer(seconds, end_process, (status, message))
+    timer.daemon = True
+    timer.start()

@@ -1,0 +1,135 @@
+"""What is known of numbers that are not finite: where they were seen, on which ranks, from which samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, final
+
+from torch import Tensor
+
+from stratagem.dist import all_gather_object
+from stratagem.train.run import Run
+
+__all__ = ["Batch", "Finding"]
+
+_MOST_NAMES = 5
+
+
+class Batch(NamedTuple):
+    """An iteration whose update is looked at: its place, and what its training step returned, by reference.
+
+    A tuple, since one is made in every iteration.
+    """
+
+    iteration: int
+    epoch: int
+    batch: int
+    outputs: Any
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Numbers that were not finite, equal on every rank.
+
+    Attributes:
+        first: the first iteration, counted from 1, that they may come from.
+        last: the last of them.
+        epoch: the epoch of the last, counted from 1.
+        batch: its batch of the epoch, counted from 1.
+        values: what was not finite of what training steps returned, by rank and name.
+        samples: the dataset's indices of the batches, by rank; None where the order of the data is not known.
+        parameters: the names of those whose gradients were not finite, the nearest to the loss among the first; of what
+            all ranks had exchanged.
+    """
+
+    first: int
+    last: int
+    epoch: int
+    batch: int
+    values: Mapping[int, Mapping[str, float]]
+    samples: Mapping[int, Sequence[int] | None]
+    parameters: tuple[str, ...] = ()
+
+    @classmethod
+    def gather(cls, run: Run, batches: Sequence[Batch], parameters: tuple[str, ...]) -> Finding:
+        """Put together what each rank knows of the iterations of one update. Collective."""
+        here = [(batch, bad) for batch in batches if (bad := _nonfinite(batch.outputs))]
+        # A rank whose losses are sound knows no better than all of the batches.
+        suspects = [batch for batch, _ in here] or list(batches)
+        values = {name: value for _, bad in here for name, value in bad.items()}
+        gathered = all_gather_object((values, _samples(run, suspects)))
+        last = batches[-1]
+        return cls(
+            first=batches[0].iteration + 1,
+            last=last.iteration + 1,
+            epoch=last.epoch + 1,
+            batch=last.batch + 1,
+            values={rank: values for rank, (values, _) in enumerate(gathered) if values},
+            samples={rank: samples for rank, (_, samples) in enumerate(gathered)},
+            parameters=parameters,
+        )
+
+    def describe(self) -> str:
+        """Return where it was, what was not finite, and the samples, as sentences."""
+        where = f"Iteration {self.last}" if self.first == self.last else f"Iterations {self.first} to {self.last}"
+        place = f"{where} (epoch {self.epoch}, batch {self.batch})"
+        return f"{place}: {self._what()} {self._which()}"
+
+    def record(self) -> dict[str, Any]:
+        """Return it as a record of the log."""
+        values = {name: value for bad in self.values.values() for name, value in bad.items()}
+        return {
+            **values, "mode": "nonfinite", "epoch": self.epoch, "iter": self.last, "step": self.last,
+            "ranks": sorted(self.values), "parameters": list(self.parameters),
+            "samples": {str(rank): indices for rank, indices in self.samples.items()},
+        }  # fmt: skip
+
+    def _what(self) -> str:
+        if self.values:
+            shown = "; ".join(
+                f"{', '.join(f'{name}={value}' for name, value in bad.items())} on rank {rank}"
+                for rank, bad in self.values.items()
+            )
+            return f"the training step gave {shown}."
+        if not self.parameters:
+            return "the losses are finite, but gradients are not."
+        shown = _shortened(self.parameters)
+        count = len(self.parameters)
+        return f"the losses are finite, but the gradients of {count} parameter(s) are not, from the loss on: {shown}."
+
+    def _which(self) -> str:
+        if all(indices is None for indices in self.samples.values()):
+            return "Which samples these were is not known: the order of the data is its loader's own."
+        shown = "; ".join(f"rank {rank} {indices}" for rank, indices in self.samples.items())
+        return f"The batch's samples, by their index in the dataset: {shown}."
+
+
+def _nonfinite(outputs: Any) -> dict[str, float]:
+    """Return the scalars of a training step that are not finite; waits for the device."""
+    if not isinstance(outputs, Mapping):
+        return {}
+    numbers = {name: _number(value) for name, value in outputs.items()}
+    return {str(name): number for name, number in numbers.items() if number is not None and not math.isfinite(number)}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Tensor):
+        return float(value) if value.numel() == 1 and not value.is_complex() else None
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _samples(run: Run, batches: Iterable[Batch]) -> list[int] | None:
+    known: list[int] = []
+    for batch in batches:
+        if run.train_data is None or not run.train_data.positioned:
+            return None
+        known += run.train_data.indices_of(batch.epoch, batch.batch)
+    return known
+
+
+def _shortened(names: Sequence[str]) -> str:
+    rest = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {rest} more" if rest > 0 else "")

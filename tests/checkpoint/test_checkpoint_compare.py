@@ -1,0 +1,74 @@
+"""What differs between two checkpoints, and by how much."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stratagem.checkpoint.compare import Difference, compare
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
+    """Return all differences."""
+    return list(compare(first, second))
+
+
+def test_equal_checkpoints_do_not_differ() -> None:
+    """Equal tensors and values, NaN at the same places included, are no difference."""
+    tree = {"a": {"x": torch.tensor([1.0, float("nan")])}, "b": [1, "s", None, (2, 3)]}
+    other = {"a": {"x": torch.tensor([1.0, float("nan")])}, "b": [1, "s", None, (2, 3)]}
+    assert differences(tree, other) == []
+
+
+def test_a_tensor_differs_by_its_largest_difference() -> None:
+    """One of four numbers differs, by 0.5."""
+    (found,) = differences({"a": {"x": torch.zeros(4)}}, {"a": {"x": torch.tensor([0.0, 0.5, 0.0, 0.0])}})
+    assert (found.key, found.most, found.share) == ("a/x", 0.5, 0.25)
+
+
+def test_nan_against_a_number_is_an_infinite_difference() -> None:
+    """A number that became NaN is never lost among small differences."""
+    (found,) = differences({"a": {"x": torch.zeros(2)}}, {"a": {"x": torch.tensor([0.0, float("nan")])}})
+    assert (found.most, found.share) == (float("inf"), 0.5)
+
+
+def test_a_difference_behind_many_equal_numbers_is_found() -> None:
+    """Tensors are compared in pieces, the last one too."""
+    one = torch.zeros((1 << 22) + 3, dtype=torch.int8)
+    other = one.clone()
+    other[-1] = 7
+    (found,) = differences({"a": {"x": one}}, {"a": {"x": other}})
+    assert (found.most, found.share) == (7.0, 1 / len(one))
+
+
+def test_types_and_shapes_are_told() -> None:
+    """Tensors that cannot be compared number by number are described."""
+    first = {"a": {"x": torch.zeros(2), "y": torch.zeros(2)}}
+    second = {"a": {"x": torch.zeros(2, dtype=torch.float64), "y": torch.zeros(3)}}
+    assert [(each.key, each.first, each.second, each.most) for each in differences(first, second)] == [
+        ("a/x", "float32 [2]", "float64 [2]", None),
+        ("a/y", "float32 [2]", "float32 [3]", None),
+    ]
+
+
+def test_what_only_one_has_is_told_once() -> None:
+    """A part, a tensor or a value on one side alone is one difference each."""
+    first = {"a": {"x": torch.zeros(1), "n": 1}, "p": {}}
+    second = {"a": {"n": 1, "m": 2}}
+    found = [(each.key, each.first, each.second) for each in differences(first, second)]
+    assert found == [("a/x", "float32 [1]", ""), ("a/m", "", "2"), ("p", "present", "")]
+
+
+def test_values_are_compared_by_their_path() -> None:
+    """A learning rate that differs is named by its path, with both values."""
+    first = {"optimizer": {"param_groups": [{"lr": 0.1}]}}
+    second = {"optimizer": {"param_groups": [{"lr": 0.2}]}}
+    assert differences(first, second) == [Difference("optimizer/param_groups/0/lr", "0.1", "0.2")]
+
+
+def test_the_versions_that_torch_keeps_are_no_difference() -> None:
+    """A state dict and the same entries in a plain dict are equal."""
+    state = nn.Linear(1, 1).state_dict()
+    assert differences({"m": state}, {"m": dict(state)}) == []

@@ -1,0 +1,106 @@
+"""A checkpoint turned into another form keeps its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stratagem.checkpoint import CheckpointLoader, convert, save_checkpoint
+from stratagem.checkpoint.compare import compare
+from stratagem.checkpoint.convert import convert_checkpoint, opened_checkpoint
+from stratagem.checkpoint.dcp import is_dcp_directory
+from stratagem.errors import CheckpointError
+
+
+def tree() -> dict[str, Any]:
+    """Return a small checkpoint."""
+    return {
+        "state_dict": {"w": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2]), "none": torch.empty(0, 2)},
+        "optimizer": {"state": {"w": {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "meta": {"epoch": 2, "iter": 8},
+    }
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The checkpoint in our own form."""
+    save_checkpoint(tree(), tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize(("name", "form"), [("c.pth", None), ("c", "dcp"), ("c", None), ("c", "pth")])
+def test_a_whole_checkpoint_comes_back_equal(source: Path, tmp_path: Path, name: str, form: str | None) -> None:
+    """Through torch's single file, torch's DCP and our own form, there and back, nothing differs."""
+    (tmp_path / "there").mkdir()
+    there = tmp_path / "there" / name
+    assert convert_checkpoint(source, there, form) == []
+    with opened_checkpoint(there) as found:
+        assert list(compare(found, tree())) == []
+    convert_checkpoint(there, tmp_path / "back")
+    assert list(compare(CheckpointLoader.load_checkpoint(tmp_path / "back"), tree())) == []
+
+
+def test_the_name_tells_the_form(source: Path, tmp_path: Path) -> None:
+    """.pth gives a single file, .safetensors weights, no ending a directory of ours; --to overrides."""
+    for name in ("a.pth", "a.safetensors", "a"):
+        convert_checkpoint(source, tmp_path / name)
+    convert_checkpoint(source, tmp_path / "d", "dcp")
+    assert (tmp_path / "a.pth").is_file()
+    assert (tmp_path / "a" / "manifest.json").is_file()
+    assert is_dcp_directory(tmp_path / "d")
+
+
+def test_safetensors_holds_the_weights_alone(source: Path, tmp_path: Path) -> None:
+    """The other parts are named as left out."""
+    assert convert_checkpoint(source, tmp_path / "a.safetensors") == ["optimizer", "meta"]
+    weights = load_file(tmp_path / "a.safetensors")
+    assert {name: tensor.tolist() for name, tensor in weights.items()} == {
+        "w": [[0, 1, 2], [3, 4, 5]],
+        "b": [1, 2],
+        "none": [],
+    }
+
+
+def test_a_large_model_becomes_several_files_with_an_index(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit of a file the weights go on in the next, and the index tells where each is."""
+    monkeypatch.setattr(convert, "_HF_FILE_BYTES", 30)
+    convert_checkpoint(source, tmp_path / "hf", "huggingface")
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    assert index["weight_map"] == {"w": first, "b": second, "none": second}
+    assert index["metadata"] == {"total_size": 24 + 16}
+    assert load_file(tmp_path / "hf" / second)["b"].tolist() == [1, 2]
+
+
+def test_a_small_model_is_one_file_without_an_index(source: Path, tmp_path: Path) -> None:
+    """A folder for Hugging Face holds model.safetensors."""
+    convert_checkpoint(source, tmp_path / "hf", "huggingface")
+    assert [file.name for file in (tmp_path / "hf").iterdir()] == ["model.safetensors"]
+
+
+def test_what_exists_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    """A target that is there is an error, and stays as it is."""
+    (tmp_path / "a.pth").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"a\.pth exists already"):
+        convert_checkpoint(source, tmp_path / "a.pth")
+    assert (tmp_path / "a.pth").read_text() == "mine"
+
+
+def test_an_unknown_form_is_refused(source: Path, tmp_path: Path) -> None:
+    """The nearest form is named."""
+    with pytest.raises(CheckpointError, match="no form 'safetensor'.*Did you mean 'safetensors'"):
+        convert_checkpoint(source, tmp_path / "x", "safetensor")
+
+
+def test_weights_of_safetensors_become_a_checkpoint(tmp_path: Path) -> None:
+    """A file that another tool wrote becomes a checkpoint whose model can be loaded."""
+    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
+    convert_checkpoint(tmp_path / "w.safetensors", tmp_path / "c")
+    assert CheckpointLoader.load_checkpoint(tmp_path / "c")["state_dict"]["w"].tolist() == [1, 1]

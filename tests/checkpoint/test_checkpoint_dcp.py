@@ -1,0 +1,143 @@
+"""Directories of torch.distributed.checkpoint are read without running what they hold, and written for torch to read."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+from ranks import Ranks
+from stratagem.checkpoint import load_checkpoint
+from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory, save_dcp
+from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+
+TREE = {
+    "model": {"w": torch.arange(6.0).reshape(2, 3), "half": torch.tensor([1.5], dtype=torch.bfloat16)},
+    "optim": {"state": {"w": {"step": torch.tensor(4.0)}}, "param_groups": [{"lr": 0.5, "betas": (0.9, 0.99)}]},
+    "epoch": 3,
+}
+
+
+def saved_by_torch(path: Path, tree: dict[str, Any]) -> Path:
+    """Write a directory as a program does that knows nothing of us."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tree, checkpoint_id=path, no_dist=True)
+    return path
+
+
+def test_what_torch_wrote_is_read(tmp_path: Path) -> None:
+    """Tensors, nested mappings, lists and plain values come back under their paths."""
+    tree = DcpDirectory(saved_by_torch(tmp_path / "d", TREE)).load()
+    assert tree["model"]["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert (tree["model"]["half"].dtype, tree["model"]["half"].item()) == (torch.bfloat16, 1.5)
+    assert tree["optim"]["state"]["w"]["step"].item() == 4.0
+    assert tree["optim"]["param_groups"] == [{"lr": 0.5, "betas": (0.9, 0.99)}]
+    assert tree["epoch"] == 3
+
+
+def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
+    """Whoever wants the model does not get the optimizer."""
+    assert set(DcpDirectory(saved_by_torch(tmp_path / "d", TREE)).load(parts={"model"})) == {"model"}
+
+
+def test_torch_reads_what_we_write(tmp_path: Path) -> None:
+    """A program that loads by torch.distributed.checkpoint gets the same numbers."""
+    save_dcp(TREE, tmp_path / "d")
+    back = {"model": {"w": torch.zeros(2, 3)}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(back, checkpoint_id=tmp_path / "d", no_dist=True)
+    assert torch.equal(back["model"]["w"], TREE["model"]["w"])  # type: ignore[index]
+
+
+def save_sharded(path: str) -> None:
+    """Write, on every rank, its rows of a matrix of 5 rows."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    matrix = distribute_tensor(torch.arange(15.0).reshape(5, 3), mesh, [Shard(0)])
+    dcp.save({"w": matrix}, checkpoint_id=path)
+
+
+def test_chunks_of_several_ranks_become_one_tensor(ranks: Ranks, tmp_path: Path) -> None:
+    """Rows that two ranks wrote, three and two, are put together in their places."""
+    ranks.run(save_sharded, str(tmp_path / "d"))
+    assert DcpDirectory(tmp_path / "d").load()["w"].tolist() == torch.arange(15.0).reshape(5, 3).tolist()
+
+
+class Evil:
+    """Runs a command when it is unpickled in the usual way."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.marker,)
+
+
+def test_a_description_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    """A .metadata that names anything but torch's own classes is an error, and nothing of it runs."""
+    path = saved_by_torch(tmp_path / "d", TREE)
+    (path / ".metadata").write_bytes(pickle.dumps(Metadata({}, Evil(tmp_path / "ran"), {})))
+    with pytest.raises(CheckpointError, match=r"\.metadata: it names posix\.mkdir"):
+        DcpDirectory(path).load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_value_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    """Values are read with weights_only: a pickled object among them is an error, and nothing of it runs."""
+    path = saved_by_torch(tmp_path / "d", {"evil": Evil(tmp_path / "ran"), "w": torch.ones(1)})
+    with pytest.raises(CheckpointError, match="evil holds objects that only running code"):
+        DcpDirectory(path).load()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("keep", [0, 40, 700])
+def test_a_file_that_was_cut_off_is_named(tmp_path: Path, keep: int) -> None:
+    """A data file that lost its end is damage, and named with what was read."""
+    path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
+    (file,) = path.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointDamagedError, match=rf"{file.name} cannot be read at w"):
+        DcpDirectory(path).load()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """A data file that is gone is damage."""
+    path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
+    (file,) = path.glob("*.distcp")
+    file.unlink()
+    with pytest.raises(CheckpointDamagedError, match=rf"{file.name} is missing"):
+        DcpDirectory(path).load()
+
+
+def test_a_description_that_was_cut_off_is_damage(tmp_path: Path) -> None:
+    """Half a .metadata is said to be unreadable."""
+    path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
+    (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:100])
+    with pytest.raises(CheckpointDamagedError, match=r"\.metadata cannot be read"):
+        DcpDirectory(path)
+
+
+def test_another_folder_is_none(tmp_path: Path) -> None:
+    """A folder without a description is not one of torch's."""
+    assert not is_dcp_directory(tmp_path)
+    with pytest.raises(CheckpointNotFoundError, match=r"there is no \.metadata in it"):
+        DcpDirectory(tmp_path)
+
+
+def test_weights_of_such_a_directory_are_loaded(tmp_path: Path) -> None:
+    """``load_from`` may name a directory of torch's DCP; its part ``model`` is the model's state."""
+    model = nn.Linear(3, 2)
+    saved_by_torch(tmp_path / "d", {"model": {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}})
+    _, report = load_checkpoint(model, tmp_path / "d", strict=True)
+    assert report.exact
+    assert model.weight.tolist() == [[1, 1, 1], [1, 1, 1]]

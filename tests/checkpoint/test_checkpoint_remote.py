@@ -1,0 +1,132 @@
+"""Checkpoints at places that fsspec opens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from faulty_places import register
+from ranks import Ranks
+from stratagem.checkpoint import CheckpointLoader, latest_remote, save_checkpoint, save_remote
+from stratagem.checkpoint.remote import _check_shared
+from stratagem.dist import Team
+from stratagem.errors import CheckpointError, CheckpointNotFoundError
+
+fsspec = pytest.importorskip("fsspec")
+RUN = "memory://runs/one"
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty place in memory, and an empty cache."""
+    monkeypatch.setenv("STRATAGEM_CACHE", str(tmp_path / "cache"))
+    system = fsspec.filesystem("memory")
+    yield system
+    for path in system.find("/runs"):
+        system.rm_file(path)
+
+
+def save(name: str, value: float) -> None:
+    """Save a checkpoint of one weight."""
+    tree = {"meta": {"iter": 3}, "state_dict": {"w": torch.full((2,), value)}}
+    save_checkpoint(tree, f"{RUN}/{name}")
+
+
+@pytest.mark.parametrize("name", ["iter_3", "iter_3.pth"])
+def test_a_checkpoint_is_saved_and_loaded(name: str) -> None:
+    """Either form is published whole, and loaded by the URL."""
+    save(name, 1.0)
+    tree = CheckpointLoader.load_checkpoint(f"{RUN}/{name}")
+    assert tree["state_dict"]["w"].tolist() == [1, 1]
+    assert tree["meta"]["iter"] == 3
+    save(name, 2.0)
+    assert CheckpointLoader.load_checkpoint(f"{RUN}/{name}")["state_dict"]["w"].tolist() == [2, 2]
+
+
+def save_together(folder: str) -> bool:
+    """Have every rank save a checkpoint to a place without rename, and load it; tell whether it came back."""
+    register()
+    team = Team.of()
+    tree = {"meta": {"iter": 3}, "state_dict": {"w": torch.arange(1000.0)}}
+    url = f"norename://{folder}/place/iter_3"
+    save_remote(url, lambda path: save_checkpoint(tree, path, team), team)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STRATAGEM_CACHE", f"{folder}/cache")
+        read = CheckpointLoader.load_checkpoint(url, team=team)
+    return bool(torch.equal(read["state_dict"]["w"], tree["state_dict"]["w"]))
+
+
+def test_ranks_save_together(ranks: Ranks, tmp_path: Path) -> None:
+    """All ranks write into one folder, the first publishes it, and all read it."""
+    assert ranks.run(save_together, str(tmp_path)) == [True, True]
+
+
+def test_a_staging_folder_that_is_not_shared_is_told() -> None:
+    """A rank that does not see the folder of the first says what to name."""
+    with pytest.raises(CheckpointError, match="Ranks on several machines need a folder that they share"):
+        _check_shared(Path("/not/here"))
+
+
+def test_the_staging_folder_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """STRATAGEM_STAGING names it; it is empty again afterwards, also where saving failed."""
+    monkeypatch.setenv("STRATAGEM_STAGING", str(tmp_path / "staging"))
+    with pytest.raises(CheckpointError, match="Name one with STRATAGEM_STAGING"):
+        save("iter_3", 1.0)
+    (tmp_path / "staging").mkdir()
+    seen: list[Path] = []
+    with pytest.raises(ZeroDivisionError):
+        save_remote(f"{RUN}/iter_3", lambda path: seen.append(path) or 1 / 0)  # type: ignore[arg-type,return-value]
+    assert seen[0].parent.parent == tmp_path / "staging"
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
+def test_the_latest_is_found() -> None:
+    """The URL of what was published last is given, or None."""
+    assert latest_remote(RUN) is None
+    for name in ("iter_9", "iter_3"):
+        save(name, 1.0)
+    assert latest_remote(RUN) == f"{RUN}/iter_3"
+
+
+def test_a_file_of_somebody_else_is_read(memory: Any, tmp_path: Path) -> None:
+    """A single file that lies at the place is read as well, and anew when it was changed."""
+    for value in (1.0, 2.0):
+        torch.save({"w": torch.full((2,), value)}, tmp_path / "w.pth")
+        memory.pipe_file("/runs/one/w.pth", (tmp_path / "w.pth").read_bytes())
+        for _ in range(2):
+            assert CheckpointLoader.load_checkpoint(f"{RUN}/w.pth")["state_dict"]["w"].tolist() == [value, value]
+    assert len(list((tmp_path / "cache" / "checkpoints").iterdir())) == 2
+
+
+def test_nothing_there_is_not_found() -> None:
+    """A name under which nothing lies is not found."""
+    with pytest.raises(CheckpointNotFoundError, match="memory://runs/one/iter_1: there is no such checkpoint"):
+        CheckpointLoader.fetch(f"{RUN}/iter_1")
+
+
+def test_a_file_that_is_too_large_is_refused(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of downloads holds here too."""
+    memory.pipe_file("/runs/one/w.pth", bytes(101))
+    monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "1e-7")
+    with pytest.raises(CheckpointError, match="has 101 bytes; at most 100 are downloaded"):
+        CheckpointLoader.fetch(f"{RUN}/w.pth")
+
+
+def test_a_failing_place_is_told(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the place refuses is an error with the URL, and the older checkpoint stays."""
+    save("iter_3", 1.0)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "pipe_file", fail)
+        with pytest.raises(
+            CheckpointError, match=r"one/iter_3: the checkpoint could not be published: .*No space.*untouched"
+        ):
+            save("iter_3", 2.0)
+    assert CheckpointLoader.load_checkpoint(f"{RUN}/iter_3")["state_dict"]["w"].tolist() == [1, 1]

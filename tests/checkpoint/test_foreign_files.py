@@ -1,0 +1,209 @@
+"""Single files that other programs wrote."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from small_runs import make, train
+from stratagem.checkpoint import CheckpointLoader, SingleFileFormat, load_checkpoint
+from stratagem.errors import CheckpointError, CheckpointMismatchError
+from stratagem.model import BaseModel
+from stratagem.strategies import BaseStrategy
+
+FILES = Path(__file__).parent / "files"
+LIGHTNING = FILES / "lightning_2.6.6_accumulate_2.ckpt"
+PLAIN = nn.Linear(2, 1)
+
+
+def mmengine(epoch: int) -> Path:
+    """Return the checkpoint that MMEngine wrote after that epoch."""
+    return FILES / f"mmengine_0.10.7_epoch_{epoch}.pth"
+
+
+class Network(BaseModel):
+    """The network of the files."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, inputs: Any, targets: Any = None, mode: str = "tensor") -> Any:
+        outputs = self.layers(inputs)
+        return {"loss": nn.functional.cross_entropy(outputs, targets)} if mode == "loss" else outputs
+
+
+@pytest.fixture
+def strategy(tmp_path: Path) -> Iterator[BaseStrategy]:
+    """A strategy that was prepared as MMEngine's run was."""
+    made = make("single", tmp_path, seed=None)
+    made.prepare(
+        Network(),
+        optim_wrapper={"optimizer": {"type": "AdamW", "lr": 0.01}},
+        param_scheduler=[
+            {"type": "OneCycleLR", "eta_max": 0.01, "total_steps": 6, "by_epoch": False},
+            {"type": "CosineAnnealingMomentum", "T_max": 2, "by_epoch": True},
+        ],
+        dispatch_kwargs={"max_epochs": 2, "max_iters": 6, "epoch_length": 3},
+    )
+    yield made
+    made.close()
+
+
+def test_a_run_of_mmengine_goes_on_as_it_would_have_there(strategy: BaseStrategy) -> None:
+    """Resumed from MMEngine's first epoch, the second gives the weights that MMEngine saved after it."""
+    rest = strategy.resume(mmengine(1))
+    assert (rest["meta"]["epoch"], rest["meta"]["iter"]) == (1, 3)
+    features = torch.sin(torch.arange(48.0)).reshape(12, 4)
+    classes = torch.arange(12) % 3
+    for start in (0, 4, 8):
+        strategy.model.train_step(
+            (features[start : start + 4], classes[start : start + 4]), optim_wrapper=strategy.optim_wrapper
+        )
+        strategy.param_schedulers[0].step()
+    strategy.param_schedulers[1].step()
+    due = SingleFileFormat().load(mmengine(2))
+    for name, tensor in strategy.model_state_dict().items():
+        torch.testing.assert_close(tensor, due["state_dict"][name], msg=name)
+    moments = strategy.optim_wrapper.optimizer.state_dict()["state"]
+    for index, slots in due["optimizer"]["state"].items():
+        torch.testing.assert_close(moments[index]["exp_avg"], slots["exp_avg"])
+    assert strategy.scheduler_state_dict()[0]["_global_step"] == due["param_schedulers"][0]["_global_step"] == 6
+
+
+def test_histories_of_mmengine_are_left_out() -> None:
+    """Its message hub holds objects, and a schedule's curve a function: neither is needed, and neither is made."""
+    tree = SingleFileFormat().load(mmengine(2))
+    assert sorted(tree) == ["meta", "optimizer", "param_schedulers", "state_dict"]
+    assert tree["param_schedulers"] == [{"last_step": 5, "_global_step": 6}, {"last_step": 1, "_global_step": 2}]
+    assert tree["meta"]["mmengine_version"] == "0.10.7"
+
+
+def test_averages_of_mmengine_are_said_to_be_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """MMEngine stores averages in the place of the trained weights, which must not be resumed unawares."""
+    average = {f"module.{name}": tensor for name, tensor in PLAIN.state_dict().items()}
+    content = {"meta": {"mmengine_version": "0.10.7"}, "state_dict": PLAIN.state_dict(), "ema_state_dict": average}
+    torch.save(content, tmp_path / "weights.pth")
+    torch.save({**content, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "run.pth")
+    SingleFileFormat().load(tmp_path / "weights.pth")
+    assert not caplog.records
+    assert "ema_state_dict" in SingleFileFormat().load(tmp_path / "run.pth")
+    assert "weights are averages" in caplog.text
+
+
+def test_weights_of_lightning_are_found_by_their_prefix() -> None:
+    """Lightning's keys begin with the module's attribute; the error names the rewriting, which is never guessed."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(CheckpointMismatchError, match=r"revise_keys=\[\('\^model\\\\\.', ''\)\]"):
+        load_checkpoint(model, LIGHTNING)
+    _, report = load_checkpoint(model, LIGHTNING, revise_keys=[(r"^model\.", "")])
+    assert report.exact
+
+
+def test_position_and_optimizer_of_lightning_are_taken_over() -> None:
+    """Epochs and iterations are counted as here, though Lightning's own numbers are the epoch under way and steps."""
+    tree = SingleFileFormat().load(LIGHTNING)
+    assert tree["meta"] == {"epoch": 2, "iter": 6, "batch_in_epoch": 0}
+    assert tree["optimizer"]["state"][0]["step"] == 4
+    assert tree["hyper_parameters"] == {"lr": 0.1, "width": 8}
+    assert not {"loops", "callbacks", "lr_schedulers"} & set(tree)
+
+
+def test_an_epoch_of_lightning_under_way_is_told(tmp_path: Path) -> None:
+    """A checkpoint in the middle of an epoch says how many of its batches are done."""
+    loop = {
+        "epoch_progress": {"current": {"ready": 3, "processed": 2}},
+        "epoch_loop.batch_progress": {"total": {"processed": 25}, "current": {"processed": 5}},
+    }
+    torch.save(
+        {"state_dict": PLAIN.state_dict(), "pytorch-lightning_version": "2", "loops": {"fit_loop": loop}},
+        tmp_path / "a.ckpt",
+    )
+    tree = SingleFileFormat().load(tmp_path / "a.ckpt")
+    assert tree["meta"] == {"epoch": 2, "iter": 25, "batch_in_epoch": 5}
+
+
+def test_several_optimizers_of_lightning_have_numbers(tmp_path: Path) -> None:
+    """Lightning gives its optimizers no names; one's state alone is that of the run's only optimizer."""
+    states = [torch.optim.SGD(PLAIN.parameters(), lr=lr).state_dict() for lr in (0.1, 0.2)]
+    torch.save(
+        {"state_dict": PLAIN.state_dict(), "pytorch-lightning_version": "2", "optimizer_states": states},
+        tmp_path / "a.ckpt",
+    )
+    optimizer = SingleFileFormat().load(tmp_path / "a.ckpt")["optimizer"]
+    assert {name: state["param_groups"][0]["lr"] for name, state in optimizer.items()} == {"0": 0.1, "1": 0.2}
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "network", "module", None])
+def test_weights_of_scripts_are_found(tmp_path: Path, key: str | None) -> None:
+    """Weights are found under the usual names, or where the file is nothing but them."""
+    state = PLAIN.state_dict()
+    torch.save(state if key is None else {key: state, "epoch": 3, "best": torch.ones(1)}, tmp_path / "a.pt")
+    _, report = load_checkpoint(nn.Linear(2, 1), tmp_path / "a.pt", strict=True)
+    assert report.exact
+
+
+@pytest.mark.parametrize("key", ["optimizer", "optimizer_state_dict", "optim", "optimizer_state"])
+def test_optimizers_of_scripts_go_on(tmp_path: Path, key: str) -> None:
+    """A script's optimizer state, by index, is resumed where the parameter groups agree."""
+    source = make("single", tmp_path / "one")
+    model = Network()
+    batch = (torch.randn(4, 4), torch.arange(4) % 3)
+    source.prepare(model, optim_wrapper={"optimizer": {"type": "AdamW", "lr": 0.01}})
+    train(source, [batch])
+    torch.save({"model": model.state_dict(), key: source.optim_wrapper.optimizer.state_dict()}, tmp_path / "a.pt")
+    expected = train(source, [batch, batch])
+    source.close()
+    target = make("single", tmp_path / "two")
+    target.prepare(Network(), optim_wrapper={"optimizer": {"type": "AdamW", "lr": 0.5}})
+    target.resume(tmp_path / "a.pt")
+    assert train(target, [batch, batch]) == expected
+    target.close()
+
+
+def test_two_sets_of_weights_are_not_guessed_between(tmp_path: Path) -> None:
+    """Where two entries could be the weights, the error names both."""
+    torch.save({"model": PLAIN.state_dict(), "net": PLAIN.state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: it has weights under 'model' and 'net'"):
+        SingleFileFormat().load(tmp_path / "a.pt")
+
+
+def test_objects_beside_the_weights_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Arguments of a script, saved as an object, do not stand in the way; the log says what was left out."""
+    content = {"model": PLAIN.state_dict(), "args": argparse.Namespace(lr=1), "epoch": 3}
+    torch.save(content, tmp_path / "a.pt")
+    with caplog.at_level(logging.INFO, "stratagem"):
+        tree = SingleFileFormat().load(tmp_path / "a.pt")
+    assert sorted(tree) == ["epoch", "state_dict"]
+    assert "Left out of the checkpoint: 'args'. args is an object of argparse.Namespace" in caplog.text
+    with pytest.raises(CheckpointError, match="args is an object of argparse.Namespace"):
+        SingleFileFormat().load(tmp_path / "a.pt", parts={"args"})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_pickled_model_says_how_to_convert_it(tmp_path: Path, whole: bool) -> None:
+    """A whole module, alone or under a name, is no state; the error names its class and what to do where it is trusted."""
+    torch.save(PLAIN if whole else {"model": PLAIN, "epoch": 3}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"object of torch\.nn\.modules\.linear\.Linear.*only if you trust"):
+        load_checkpoint(nn.Linear(2, 1), tmp_path / "a.pt")
+
+
+def test_an_object_among_the_weights_is_named(tmp_path: Path) -> None:
+    """Weights that hold something other than tensors and plain values are refused, with the key."""
+    torch.save({"state_dict": {**PLAIN.state_dict(), "extra": Path("x")}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt: state_dict/extra is an object of pathlib\.PosixPath"):
+        CheckpointLoader.load_checkpoint(tmp_path / "a.pt")
+
+
+def test_tensors_go_to_the_device_asked_for() -> None:
+    """``map_location`` holds for weights and moments."""
+    tree = SingleFileFormat().load(mmengine(1), map_location="meta")
+    assert tree["state_dict"]["layers.0.weight"].is_meta
+    assert tree["optimizer"]["state"][0]["exp_avg"].is_meta

@@ -1,0 +1,151 @@
+"""Weights as Hugging Face libraries store them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stratagem.checkpoint import CheckpointLoader, load_checkpoint
+from stratagem.checkpoint.sources import read_any
+from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
+
+
+def write(file: Path, state: dict[str, Tensor]) -> None:
+    """Write a file of weights in the form that its name says."""
+    if file.suffix == ".safetensors":
+        save_file(state, file)
+    else:
+        torch.save(state, file)
+
+
+def shards(folder: Path, name: str) -> Path:
+    """Write the weights as two files with an index; return the index."""
+    stem, suffix = Path(name).stem, Path(name).suffix
+    files = {key: f"{stem}-0000{number}-of-00002{suffix}" for number, key in enumerate(STATE, 1)}
+    for key, file in files.items():
+        write(folder / file, {key: STATE[key]})
+    index = folder / f"{name}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 40}, "weight_map": files}))
+    return index
+
+
+def check(tree: dict[str, Any]) -> None:
+    """Check that the weights are all there and alone."""
+    assert list(tree) == ["state_dict"]
+    assert {key: tensor.tolist() for key, tensor in tree["state_dict"].items()} == {
+        "a.weight": [[0, 1, 2], [3, 4, 5]],
+        "b": [1, 2],
+    }
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_of_weights_is_read(tmp_path: Path, name: str) -> None:
+    """A folder, and the file in it, give the weights."""
+    write(tmp_path / name, STATE)
+    check(CheckpointLoader.load_checkpoint(tmp_path))
+    check(CheckpointLoader.load_checkpoint(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_shards_are_put_together(tmp_path: Path, name: str) -> None:
+    """Several files with an index are one checkpoint, named by the folder or by the index."""
+    index = shards(tmp_path, name)
+    check(CheckpointLoader.load_checkpoint(tmp_path))
+    check(CheckpointLoader.load_checkpoint(index))
+
+
+def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
+    """Where a folder has both, the form that holds nothing but tensors is taken."""
+    write(tmp_path / "model.safetensors", STATE)
+    write(tmp_path / "pytorch_model.bin", {"other": torch.ones(1)})
+    check(read_any(tmp_path))
+
+
+def test_weights_fit_into_a_model(tmp_path: Path) -> None:
+    """A model is loaded from such a file, whatever its name before the suffix."""
+    model = nn.Linear(3, 2)
+    save_file(model.state_dict(), tmp_path / "adapter.safetensors")
+    other = nn.Linear(3, 2)
+    _, report = load_checkpoint(other, tmp_path / "adapter.safetensors", strict=True)
+    assert report.exact
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_an_optimizer_beside_the_weights_is_read(tmp_path: Path) -> None:
+    """A checkpoint of the Trainer has the state of torch's optimizer."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    tree = read_any(tmp_path)
+    assert tree["optimizer"]["param_groups"][0]["lr"] == 0.25
+    assert list(read_any(tmp_path, parts={"state_dict"})) == ["state_dict"]
+
+
+def test_an_optimizer_with_objects_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    """The weights are read without it; asked for by name, it is an error."""
+    write(tmp_path / "model.safetensors", STATE)
+    torch.save({"state": Path("x"), "param_groups": []}, tmp_path / "optimizer.pt")
+    check(read_any(tmp_path))
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: root/state is an object of pathlib\.PosixPath"):
+        read_any(tmp_path, parts={"optimizer"})
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    """A checkpoint that lacks a file, or a key in one, is damaged, and the error says what is missing."""
+    index = shards(tmp_path, "model.safetensors")
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointDamagedError, match=r"model-00002-of-00002\.safetensors is missing"):
+        read_any(index)
+    write(tmp_path / "model-00002-of-00002.safetensors", {"c": torch.ones(1)})
+    with pytest.raises(CheckpointDamagedError, match=r"00002\.safetensors lacks \['b'\]"):
+        read_any(index)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret.bin", "/etc/x.bin", "sub/x.bin", "model.safetensors.index.json", ".x.bin", 3]
+)
+def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, name: Any) -> None:
+    """A name in an index is a file beside it, or the index is refused."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"w": name}}))
+    with pytest.raises(CheckpointDamagedError, match="none beside it"):
+        read_any(index)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
+def test_an_index_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    """Whatever stands in the index, the error is one of ours."""
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(CheckpointDamagedError, match=r"index\.json"):
+        read_any(index)
+
+
+@pytest.mark.parametrize("length", [0, 7, 50, -1])
+def test_a_cut_file_is_damaged(tmp_path: Path, length: int) -> None:
+    """A file of safetensors that ends early is named."""
+    file = tmp_path / "model.safetensors"
+    save_file(STATE, file)
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors cannot be read"):
+        read_any(tmp_path)
+
+
+def test_other_places_are_told(tmp_path: Path) -> None:
+    """A folder without weights is no checkpoint, a missing file is not found, and pickled objects are no weights."""
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        read_any(tmp_path)
+    with pytest.raises(CheckpointNotFoundError):
+        read_any(tmp_path / "x.safetensors")
+    torch.save({"weight": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="something other than weights"):
+        read_any(tmp_path)

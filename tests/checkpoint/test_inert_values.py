@@ -1,0 +1,188 @@
+"""What files of torch's zip form hold, read by the reader that executes nothing."""
+
+from __future__ import annotations
+
+import collections
+import math
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pickles import write
+from torch import nn
+
+from stratagem.checkpoint import SingleFileFormat
+from stratagem.errors import CheckpointDamagedError, CheckpointError
+
+
+def round_trip(value: Any, path: Path, **kwargs: Any) -> Any:
+    """Save a value by torch and read it by ours."""
+    torch.save({"state_dict": {"anchor": torch.ones(1)}, "value": value}, path / "a.pth", **kwargs)
+    return SingleFileFormat().load(path / "a.pth", parts={"value"})["value"]
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex128, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+    *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_every_type_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Type, shape and every bit of a tensor are as they were."""
+    tensor = torch.arange(48, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.tensor([True, False])
+    read = round_trip(tensor, tmp_path)
+    assert read.dtype == dtype
+    assert read.shape == tensor.shape
+    assert torch.equal(read.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_views_share_their_memory(tmp_path: Path) -> None:
+    """Transposed, cut, expanded, empty and 0-dimensional tensors are as they were, and what was shared is shared."""
+    whole = torch.arange(12.0).reshape(3, 4)
+    views = [whole, whole.t(), whole[1:, ::2], whole[0].expand(5, 4), whole[0, 0], torch.empty(0, 3)]
+    read = round_trip(views, tmp_path)
+    for before, after in zip(views, read, strict=True):
+        assert after.stride() == before.stride()
+        assert torch.equal(after, before)
+    read[0].fill_(7)
+    assert read[1].eq(7).all()
+    assert read[4].item() == 7
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_special_tensors_come_back(tmp_path: Path) -> None:
+    """Sparse tensors, tensors without memory and parameters, which come as tensors."""
+    coo = torch.sparse_coo_tensor([[0, 2], [1, 0]], [3.0, 4.0], (3, 2), check_invariants=True)
+    csr = torch.sparse_csr_tensor([0, 1, 2], [1, 0], [5.0, 6.0], (2, 2), check_invariants=True)
+    annotated = torch.ones(2)
+    annotated.note = "x"  # type: ignore[attr-defined]
+    values = [coo, csr, torch.empty(2, 3, device="meta"), nn.Parameter(torch.ones(2)), annotated]
+    read = round_trip(values, tmp_path)
+    assert torch.equal(read[0].to_dense(), coo.to_dense())
+    assert torch.equal(read[1].to_dense(), csr.to_dense())
+    assert read[2].is_meta
+    assert read[2].shape == (2, 3)
+    assert type(read[3]) is torch.Tensor
+    assert not read[3].requires_grad
+    assert read[4].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_values_come_back(tmp_path: Path, protocol: int) -> None:
+    """Numbers, text, bytes and containers are as they were, at every protocol that torch writes."""
+    value = {
+        "numbers": [0, 255, 65536, -1, 1 << 100, 2.5, math.inf, True, None, 1j],
+        "text": ["", "ä" * 300, "\ud800"],
+        "bytes": [b"", b"\xff" * 300],
+        3: (1, (2, ())),
+        "sets": [{1, 2}, frozenset({"a"}), set()],
+        "torch": [torch.float16, torch.Size([1, 2]), torch.device("cpu")],
+    }
+    read = round_trip(value, tmp_path, pickle_protocol=protocol)
+    assert read == value
+    assert [type(item) for item in read["numbers"]] == [type(item) for item in value["numbers"]]
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_numpy_values_come_back(tmp_path: Path, protocol: int) -> None:
+    """Arrays of numbers and text keep type and order of bytes; single numbers are Python's own."""
+    arrays = [
+        np.arange(6, dtype=">i4").reshape(2, 3),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.array(["ab", "c"]),
+        np.array(3, dtype=np.int8),
+        np.zeros((0, 2)),
+        np.array([True]),
+    ]
+    read = round_trip(
+        {"arrays": arrays, "numbers": [np.float32(1.5), np.int64(-3), np.bool_(1)]}, tmp_path, pickle_protocol=protocol
+    )
+    for before, after in zip(arrays, read["arrays"], strict=True):
+        assert after.dtype == before.dtype
+        assert np.array_equal(after, before)
+    assert read["numbers"] == [1.5, -3, True]
+    assert [type(number) for number in read["numbers"]] == [float, int, bool]
+
+
+def test_kinds_of_dict_come_back(tmp_path: Path) -> None:
+    """An OrderedDict keeps its order and its modules' versions; a Counter and a defaultdict come as dicts."""
+    state = nn.BatchNorm1d(2).state_dict()
+    value = [state, collections.Counter(a=2), collections.defaultdict(list, b=[1])]
+    read = round_trip(value, tmp_path)
+    assert list(read[0]) == list(state)
+    assert read[0]._metadata == state._metadata
+    assert read[1:] == [{"a": 2}, {"b": [1]}]
+    assert [type(item) for item in read[1:]] == [dict, dict]
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.tuples(inner, inner),
+    max_leaves=10,
+)
+
+
+@given(value=PLAIN, protocol=st.sampled_from([2, 3, 4, 5]))
+def test_any_plain_value_comes_back(tmp_path_factory: pytest.TempPathFactory, value: Any, protocol: int) -> None:
+    """Whatever plain value goes in comes out."""
+    assert round_trip(value, tmp_path_factory.getbasetemp(), pickle_protocol=protocol) == value
+
+
+def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
+    """Memory of parts that are not asked for stays on the disk: damage in it does not matter."""
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": {"w": torch.zeros(10)}, "optimizer": {"m": torch.full((1000,), 3.25)}}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(torch.full((4,), 3.25).numpy().data)) + 1000] ^= 1
+    path.write_bytes(data)
+    assert SingleFileFormat().load(path, parts={"state_dict"}, verify=False)["state_dict"]["w"].sum() == 0
+    with pytest.raises(CheckpointDamagedError, match="a/data/1 in it is not what was written: its checksum differs"):
+        SingleFileFormat().load(path, verify=False)
+    with pytest.raises(CheckpointDamagedError, match="a/data/1 in it is not what was written: its checksum differs"):
+        SingleFileFormat().verify(path)
+
+
+def test_every_changed_bit_of_a_tensor_is_seen(tmp_path: Path) -> None:
+    """PyTorch itself ignores the checksums of its files; here a flipped bit in a tensor is never loaded."""
+    path = tmp_path / "a.pth"
+    tensor = torch.full((16,), 3.25)
+    torch.save({"state_dict": {"w": tensor}}, path)
+    data = path.read_bytes()
+    begin = data.index(bytes(tensor.numpy().data))
+    for offset in range(begin, begin + 64):
+        changed = bytearray(data)
+        changed[offset] ^= 1 << offset % 8
+        path.write_bytes(changed)
+        assert not torch.load(path, weights_only=True)["state_dict"]["w"].equal(tensor)
+        with pytest.raises(CheckpointDamagedError, match="checksum"):
+            SingleFileFormat().load(path)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    """Where torch was told to write none, there is nothing to compare with."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"state_dict": {"w": torch.ones(3)}}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert SingleFileFormat().load(tmp_path / "a.pth")["state_dict"]["w"].tolist() == [1, 1, 1]
+
+
+def test_other_zip_files_are_told_apart(tmp_path: Path) -> None:
+    """A zip file of something else, a TorchScript program and numbers in another order of bytes are named as such."""
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", b"nothing")
+    with pytest.raises(CheckpointError, match="no single data.pkl"):
+        SingleFileFormat().load(path)
+    with pytest.raises(CheckpointError, match=r"TorchScript.*torch\.jit\.load"):
+        SingleFileFormat().load(write(path, {}, extra={"constants.pkl": b""}))
+    with pytest.raises(CheckpointError, match="big-endian"):
+        SingleFileFormat().load(write(path, {}, extra={"byteorder": b"big"}))

@@ -1,0 +1,92 @@
+"""Commands in processes of their own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+import stratagem as package
+
+HERE = Path(__file__).parent
+_DEADLINE_S = 120
+
+
+class Shell:
+    """Starts commands in a folder; what still runs in the end is killed with all that it started."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.started: list[subprocess.Popen[str]] = []
+        source = str(Path(package.__file__).parents[1])
+        temporary = folder.with_name(f"{folder.name}-temporary")
+        temporary.mkdir()
+        self.temporary = temporary
+        self.environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([source, str(HERE)]),
+            "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+            "TMPDIR": str(temporary),
+        }
+
+    def start(self, *words: str, launch: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
+        """Start a command, under another one if that is given, with further variables in its environment."""
+        process = subprocess.Popen(
+            [sys.executable, *launch, "-m", "stratagem", *words],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.started.append(process)
+        return process
+
+    def run(self, *words: str, launch: Sequence[str] = (), **environment: str) -> tuple[int, str]:
+        """Return the status and all output of a command."""
+        process = self.start(*words, launch=launch, **environment)
+        output, _ = process.communicate(timeout=_DEADLINE_S)
+        return process.returncode, output
+
+    def leftovers(self) -> list[str]:
+        """Return what commands left behind: processes that still run here, with their ports, and temporary files."""
+        # Torch's compiler keeps its cache there, for the next process.
+        left = [str(path) for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.cwd() == str(self.folder):
+                    left.append(f"{process.pid}: {process.cmdline()}")
+        return left
+
+    def interrupt(self, *words: str, **environment: str) -> tuple[int, str]:
+        """Press Ctrl-C when the first line of training is there; return status and output."""
+        return self.signal(signal.SIGINT, *words, everywhere=True, **environment)
+
+    def signal(self, number: int, *words: str, everywhere: bool = False, **environment: str) -> tuple[int, str]:
+        """Send a signal when the first line of training is there, to the process or also to all that it started."""
+        process = self.start(*words, **environment)
+        seen = []
+        give_up = time.monotonic() + _DEADLINE_S
+        for line in process.stdout:
+            seen.append(line)
+            if "loss:" in line or time.monotonic() > give_up:
+                break
+        (os.killpg if everywhere else os.kill)(process.pid, number)
+        output, _ = process.communicate(timeout=_DEADLINE_S)
+        return process.returncode, "".join(seen) + output
+
+    def close(self) -> None:
+        """Kill what still runs."""
+        for process in self.started:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()

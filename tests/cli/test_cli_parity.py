@@ -1,0 +1,137 @@
+"""The same training in several ways: what is equal, where it first differs, and what explains it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stratagem as package
+from stratagem.cli.parity import Found, Trial, Variant, train_variant, variants
+from stratagem.config import Config
+from stratagem.train.parity import Comparison, Difference, Traits, compare_traces
+
+Command = Callable[..., Any]
+CONFIG = Path(__file__).with_name("toy_config.py")
+SMALL = ("--steps", "4", "--set", "train_dataloader.batch_size=2")
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the processes that are started find the package, and leave cores to others."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(package.__file__).parents[1]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def rows(out: str) -> dict[str, str]:
+    """Return the result of each training, by its name."""
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines() if line.startswith("│")]
+    return {name: result for name, result in cells if name}
+
+
+def test_one_process_is_equal_to_itself_and_when_it_was_resumed(stratagem: Command, config: str, tmp_path: Path):
+    """To the bit, with dropout; nothing is left behind."""
+    done = stratagem("parity", config, *SMALL, "--nproc", "1")
+    assert done.status == 0, done.err
+    assert rows(done.out) == {
+        "one process": "what the others are compared with",
+        "one process, again": "equal to the bit",
+        "one process, stopped and resumed": "equal to the bit",
+    }
+    assert "Left out, since they count what a cut changes: param_scheduler." in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_processes_and_accumulation_come_to_the_same_but_for_rounding(stratagem: Command, config: str, tmp_path: Path):
+    """With dropout in evaluation; several processes that were resumed are equal to the bit."""
+    done = stratagem("parity", config, *SMALL, "--eval-layers")
+    assert done.status == 0, done.err
+    found = rows(done.out)
+    assert found["one process, 2 micro-batches a step"] == "equal but for the order of sums"
+    assert found["2 processes"] == "equal but for the order of sums"
+    assert found["2 processes, stopped and resumed"] == "equal to the bit"
+    assert "4 steps of 4 samples" in done.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dropout_is_what_explains_a_difference(tmp_path: Path):
+    """Each rank draws its own numbers. What must be equal to the bit is never explained so."""
+    trial = Trial(steps=2, nproc=2, eval_layers=False, tolerance=1e-4)
+    listed = {each.key: each for each in variants(2, accumulates=True)}
+    traits = train_variant(Config.fromfile(CONFIG), listed["one"], trial, tmp_path)
+    assert traits == Traits(draws=True, batch_norms=0)
+    large = Difference(1, "network.0.weight", 0.1, 0.5)
+    found = Found({key: Comparison(large, large) for key in listed}, traits)
+    verdicts = {key: found.verdict(each, tolerance=1e-4) for key, each in listed.items() if each.against}
+    assert verdicts.pop("ranks") == verdicts.pop("accumulated") == "not comparable"
+    assert set(verdicts.values()) == {"DIFFERENT"}
+
+
+def accumulated(config: Config, folder: Path) -> tuple[Variant, Found]:
+    """Train in one process with one and with two micro-batches a step, here, and compare them."""
+    config["train_dataloader"]["batch_size"] = 2
+    trial = Trial(steps=3, nproc=2, eval_layers=False, tolerance=1e-4)
+    listed = {each.key: each for each in variants(2, accumulates=True)}
+    traits = train_variant(config, listed["one"], trial, folder)
+    train_variant(config, listed["accumulated"], trial, folder)
+    compared = compare_traces(folder / "one", folder / "accumulated", 3)
+    return listed["accumulated"], Found({"accumulated": compared}, traits)
+
+
+def test_accumulation_over_batch_normalisation_is_explained(tmp_path: Path):
+    """Its statistics are of the micro-batch, so the numbers are others, rightly."""
+    config = Config.fromfile(CONFIG)
+    config["model"]["network"] = [
+        {"type": "Linear", "in_features": 2, "out_features": 4},
+        {"type": "BatchNorm1d", "num_features": 4},
+    ]
+    variant, found = accumulated(config, tmp_path)
+    assert found.traits == Traits(draws=False, batch_norms=1)
+    assert found.verdict(variant, tolerance=1e-4) == "not comparable"
+
+
+def test_a_loss_that_is_a_sum_is_found(tmp_path: Path):
+    """Micro-batches and ranks average, so a sum over a part of the batch is another loss."""
+    config = Config.fromfile(CONFIG)
+    config["model"]["network"] = [{"type": "Linear", "in_features": 2, "out_features": 4}]
+    config["model"]["loss"]["reduction"] = "sum"
+    variant, found = accumulated(config, tmp_path)
+    assert found.traits == Traits(draws=False, batch_norms=0)
+    assert found.verdict(variant, tolerance=1e-4) == "DIFFERENT"
+    first = found.comparisons["accumulated"].first
+    assert first is not None
+    # Half of the sum over all four samples.
+    assert (first.step, first.name, first.relative) == (1, "the loss", pytest.approx(0.5))
+
+
+def test_a_training_that_does_not_repeat_itself_is_found(stratagem: Command, config: str):
+    """Its data are other numbers each time they are read; so nothing can be said of the other trainings."""
+    done = stratagem("parity", config, *SMALL, "--nproc", "1", "--set", "train_dataloader.dataset.type=RestlessSamples")
+    assert done.status == 1
+    assert rows(done.out)["one process, again"] == "DIFFERENT"
+
+
+@pytest.mark.parametrize(
+    ("words", "texts"),
+    [
+        (("--set", "train_dataloader.batch_size=8"), ("20 samples", "train_dataloader.batch_size=1")),
+        (("--set", "train_dataloader.batch_size=null"), ("batch_size=None", "must be a number")),
+        (("--set", "optim_wrapper=null"), ("has no optim_wrapper",)),
+        (("--set", "optim_wrapper.optimizer.rl=1"), ("'rl'",)),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_a_training_that_cannot_be_cut(stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]):
+    """One clear message before anything is trained."""
+    done = stratagem("parity", config, *words)
+    assert done.status == 2
+    for text in texts:
+        assert text in done.err
+
+
+def test_no_more_steps_than_an_epoch_has(stratagem: Command, config: str):
+    """Twenty samples, four a step: five steps, whatever was asked for."""
+    done = stratagem("parity", config, "--steps", "50", "--nproc", "1", "--eval-layers")
+    assert done.status == 0, done.err
+    assert "5 steps of 4 samples" in done.out

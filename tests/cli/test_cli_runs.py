@@ -1,0 +1,73 @@
+"""Where a run came from, from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stratagem.checkpoint import save_checkpoint
+from stratagem.train.lineage import RECORD, read_record
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def twice(stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders of two starts: the second goes on from the first for an epoch more, with another weight decay."""
+    times = iter(["20260101_000000", "20260102_000000"])
+    monkeypatch.setattr("time.strftime", lambda _format, *_: next(times, "20260103_000000"))
+    assert stratagem("train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1").status == 0
+    assert stratagem("train", config, "--work-dir", "run", "--resume").status == 0
+    return sorted(record.parent for record in (tmp_path / "run").glob(f"*/{RECORD}"))
+
+
+def test_the_second_start_knows_the_first(twice: list[Path]) -> None:
+    """It names the checkpoint, the place in the run, and what was changed in the configuration."""
+    lineage, ending = read_record(twice[1])
+    first, second = lineage.starts
+    assert (first.checkpoint, first.iter) == (None, 0)
+    assert second.checkpoint is not None
+    assert second.checkpoint.endswith("run/epoch_1")
+    assert (second.epoch, second.iter) == (1, 5)
+    assert any("max_epochs" in change for change in second.changes)
+    assert ending is not None
+    assert (ending.how, ending.epoch, ending.iter) == ("complete", 2, 10)
+
+
+def test_ls_lists_the_starts(stratagem: Command, twice: list[Path]) -> None:
+    """`runs ls` prints from where each went on, and how it ended."""
+    listed = stratagem("runs", "ls", "run")
+    lines = listed.out.splitlines()
+    assert listed.status == 0
+    assert len(lines) == 3
+    assert "complete" in lines[1]
+    assert f"epoch_1 of {twice[0].parent.name}/{twice[0].name}" in lines[2]
+
+
+def test_a_start_that_was_killed_is_told(stratagem: Command, twice: list[Path]) -> None:
+    """Without an ending the start was killed, or is still running."""
+    file = twice[1] / RECORD
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ending": None}))
+    assert "killed, or still running" in stratagem("runs", "ls", "run").out
+
+
+def test_show_tells_how_a_checkpoint_came_about(stratagem: Command, twice: list[Path]) -> None:
+    """`runs show` prints every start that led to a checkpoint, with the changes."""
+    shown = stratagem("runs", "show", "run/epoch_2")
+    assert shown.status == 0
+    assert shown.out.count("SingleDeviceStrategy, 1 rank") == 2
+    assert "began anew" in shown.out
+    assert "went on from" in shown.out
+    assert "changed:" in shown.out
+    assert "complete, at epoch 2, iteration 10" in stratagem("runs", "show", twice[1]).out
+
+
+def test_what_has_no_lineage_is_said(stratagem: Command, tmp_path: Path) -> None:
+    """A checkpoint that no run saved, and a folder without runs, are errors."""
+    save_checkpoint({"state_dict": {}}, tmp_path / "c")
+    assert "does not say which starts led to it" in stratagem("runs", "show", tmp_path / "c").err
+    assert "no run was started in it" in stratagem("runs", "ls", tmp_path).err

@@ -1,0 +1,116 @@
+"""Ranks that fail, die, hang, are stopped by SLURM and are started again: what the user reads, and what is left."""
+
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from shell import Shell
+
+from stratagem.checkpoint import CheckpointLoader
+
+pytestmark = pytest.mark.slow
+
+# 36 iterations on two ranks, three an epoch; nothing but checkpoints in between.
+RUN = ("--set", "train_cfg.max_epochs=12", "--set", "train_cfg.val_interval=120", "--work-dir", "run")
+
+# Three seconds on a quiet machine; on one with much more to do, still far from the ten minutes of the time-out.
+SOON_S = 60
+RARE = ("--set", "default_hooks.checkpoint.interval=-1")
+
+
+def misbehaving(how: str, rank: int = 1) -> tuple[str, ...]:
+    """Return the options by which a rank does something bad in iteration 7."""
+    return ("--set", f"custom_hooks=[{{'type': 'Misbehave', 'how': '{how}', 'rank': {rank}}}]")
+
+
+def seconds_since_then(folder: Path) -> float:
+    """Return how long ago a rank did something bad."""
+    return time.time() - (folder / "misbehaved").stat().st_mtime
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the model's state in a checkpoint."""
+    return CheckpointLoader.load_checkpoint(path)["state_dict"]
+
+
+def test_the_error_of_a_rank_is_told_once(shell: Shell, config: str, tmp_path: Path):
+    """With its rank, iteration and batch; the other rank says in a line why it stops."""
+    status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("raise"))
+    assert seconds_since_then(tmp_path) < SOON_S
+    assert status == 1, output
+    told = [line for line in output.splitlines() if "INFO" not in line]
+    assert told[0] == "stratagem (rank 1): ValueError: the data of this rank are bad"
+    assert told[1] == "  In iteration 7, epoch 3; the batch: [float32[4, 2], int64[4]]"
+    others = [line for line in told if "rank 0" in line]
+    assert len(others) == 1
+    assert "Stopped after 6 iterations, because rank 1 failed: ValueError: the data of this rank are bad" in others[0]
+    assert "Traceback" not in output
+    assert shell.leftovers() == []
+
+
+def test_a_killed_rank_is_named(shell: Shell, config: str, tmp_path: Path):
+    """Even rank 0, whose store ends with it: the other says who is gone and where, and the status tells the signal."""
+    status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("SIGKILL", rank=0))
+    assert seconds_since_then(tmp_path) < SOON_S
+    assert status == 128 + signal.SIGKILL, output
+    assert "(rank 1): error: Stopped after 6 iterations, because rank 0 is gone: process " in output
+    assert output.splitlines()[-1] == "stratagem: rank 0 of 2 was ended by SIGKILL."
+    assert shell.leftovers() == []
+
+
+def test_a_rank_that_does_not_answer_is_given_up(shell: Shell, config: str, tmp_path: Path):
+    """After the time-out, with the stacks of all ranks that live: that of the hanging one shows the line."""
+    status, output = shell.run(
+        "train", config, "--nproc", "2", *RUN, *misbehaving("hang"), "--set", "env_cfg.dist_cfg.timeout=3"
+    )
+    assert status == 1, output
+    assert "Timed out waiting 3000ms" in output
+    assert "rank 1: 6 iterations done, last sign of life" in output
+    assert "dist_cfg=dict(timeout=<seconds>)" in output
+    stacks = {path.name: path.read_text() for path in tmp_path.glob("run/*/stacks_rank*.txt")}
+    assert sorted(stacks) == ["stacks_rank0.txt", "stacks_rank1.txt"]
+    assert "time.sleep(0.1)" in stacks["stacks_rank1.txt"]
+    assert "train_step" in stacks["stacks_rank0.txt"]
+    assert shell.leftovers() == []
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--log-dir", "logs")
+
+
+def test_ranks_that_are_started_again_go_on_exactly(shell: Shell, config: str, tmp_path: Path):
+    """By --max-restarts and by torchrun's default rendezvous: the end is bit for bit that of the undisturbed run."""
+    status, output = shell.run("train", config, "--nproc", "2", *RUN)
+    assert status == 0, output
+    whole = weights(tmp_path / "run" / "epoch_12")
+    ours = shell.start(
+        "train", config, "--nproc", "2", "--max-restarts", "1", *RUN[:-1], "ours", *misbehaving("SIGKILL")
+    )
+    torchs = shell.start("train", config, *RUN[:-1], "torchs", *misbehaving("SIGKILL"), launch=TORCHRUN)
+    for name, process in (("ours", ours), ("torchs", torchs)):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        assert "goes on from its last checkpoint" in output
+        assert "Going on after epoch 2, iteration 6" in output
+        assert all(torch.equal(value, whole[key]) for key, value in weights(tmp_path / name / "epoch_12").items())
+    assert shell.leftovers() == []
+
+
+def test_slurm_s_warning_saves_and_requeues(shell: Shell, config: str, tmp_path: Path):
+    """SIGUSR1 to the launcher alone reaches the ranks; the job that comes back goes on, though nobody said resume."""
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    job = {"SLURM_JOB_ID": "7", "PATH": f"{program.parent}:{shell.environment['PATH']}"}
+    words = ("train", config, "--nproc", "2", *RUN, "--set", "train_cfg.max_epochs=80", "--set", "requeue=True", *RARE)
+    status, output = shell.signal(signal.SIGUSR1, *words, **job)
+    assert status == 128 + signal.SIGUSR1, output
+    done = int(output.split("Interrupted after ")[1].split()[0])
+    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert shell.leftovers() == []
+    status, output = shell.run(*words, **job, SLURM_RESTART_COUNT="1")
+    assert status == 0, output
+    assert f"Going on after epoch {done // 3}, iteration {done}" in output

@@ -1,0 +1,63 @@
+"""What ranks say about the world before they work together; ranks are threads here, which share a store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+from torch.distributed import HashStore
+
+from stratagem.dist import Launch
+from stratagem.dist.roll_call import call_roll
+from stratagem.errors import LaunchError
+
+
+def call(ranks: Sequence[tuple[int, int]], seconds: float = 20.0) -> list[str | None]:
+    """Let a thread for each (rank, size) answer the roll; return what each was told."""
+    store = HashStore()
+
+    def answer(rank: int, size: int) -> str | None:
+        launch = Launch(launcher="pytorch", rank=rank, size=size, local_size=size)
+        try:
+            call_roll(store, launch, timedelta(seconds=seconds))
+        except LaunchError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(ranks)) as threads:
+        return [future.result() for future in [threads.submit(answer, rank, size) for rank, size in ranks]]
+
+
+def test_all_are_there() -> None:
+    """Ranks that agree go on."""
+    assert call([(2, 3), (0, 3), (1, 3)]) == [None] * 3
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
+def test_worlds_of_different_sizes(sizes: tuple[int, int]) -> None:
+    """Both sides are told both sizes at once, and what to set."""
+    told = call([(0, sizes[0]), (1, sizes[1])])
+    assert told[0] == told[1]
+    assert f"Rank 0 was started as one of {sizes[0]}, rank 1 as one of {sizes[1]}" in (told[0] or "")
+    assert "--nnodes" in (told[0] or "")
+
+
+def test_two_processes_with_one_rank() -> None:
+    """All three are told."""
+    told = call([(0, 3), (1, 3), (1, 3)])
+    assert all("Two processes were started as rank 1." in (text or "") for text in told)
+
+
+def test_a_rank_that_does_not_come() -> None:
+    """Those that came learn which ranks they wait for."""
+    told = call([(0, 4), (2, 4)], seconds=0.5)
+    assert "2 of 4 ranks did not come within 0.5 s: 1, 3." in (told[0] or "")
+
+
+def test_a_rank_0_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others say whom they wait for."""
+    monkeypatch.setattr("stratagem.dist.roll_call._FAREWELL_S", 0.0)
+    (told,) = call([(1, 2)], seconds=0.3)
+    assert "rank 0 did not come within 0.3 s" in (told or "")

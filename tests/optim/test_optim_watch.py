@@ -1,0 +1,130 @@
+"""Gradients and weights that are not finite are found, whatever they are made of."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stratagem.optim import DeferredWatch, OptimWrapper, UpdateWatch, all_finite
+
+BAD = (math.nan, math.inf, -math.inf)
+KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_every_type_of_number_is_looked_at(dtype: torch.dtype):
+    """A bad value among sound ones, beside other tensors, empty ones and whole numbers."""
+    sound = torch.ones(3, 2).to(dtype)
+    others = [torch.zeros(0), torch.tensor(1), torch.zeros(4)]
+    assert all_finite([*others, sound])
+    for value in BAD[: 1 if dtype.itemsize == 1 else 3]:
+        bad = torch.ones(6).masked_fill(torch.arange(6) == 4, value).to(dtype).reshape(3, 2)
+        assert not all_finite([*others, bad])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_large_numbers_are_finite(dtype: torch.dtype):
+    """Also where the sum of their squares is not."""
+    assert all_finite([torch.full((100,), torch.finfo(dtype).max, dtype=dtype)])
+
+
+def watched(*parameters: Tensor) -> UpdateWatch:
+    """Return a watch of the parameters, which are called first, second ..."""
+    names = ("first", "second", "third")
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    return UpdateWatch(optimizer, {id(each): name for each, name in zip(parameters, names, strict=False)})
+
+
+@pytest.mark.parametrize("dtype", KINDS[:5], ids=str)
+@pytest.mark.parametrize("value", BAD)
+def test_an_update_is_refused_and_the_parameter_named(dtype: torch.dtype, value: float):
+    """Gradients of several types at once, of which one is bad; sound ones keep their bits."""
+    parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=dtype)), nn.Parameter(torch.ones(2))]
+    watch = watched(*parameters)
+    for each in parameters:
+        each.grad = torch.rand(2, dtype=torch.float64).to(each.dtype)
+    gradients = [each.grad for each in parameters]
+    before = [gradient.clone() for gradient in gradients]
+    assert watch.admits(gradients, None)
+    assert all(torch.equal(now, was) for now, was in zip(gradients, before, strict=True))
+    gradients[1][0] = value
+    assert not watch.admits(gradients, None)
+    assert watch.unsound == ("second",)
+    gradients[1][0] = 0.0
+    assert watch.admits(gradients, None)
+
+
+def test_sparse_gradients_are_looked_at():
+    """Such as those of a large embedding."""
+    embedding = nn.Embedding(5, 2, sparse=True)
+    watch = watched(embedding.weight)
+    embedding(torch.tensor([1, 3])).sum().backward()
+    assert watch.admits([embedding.weight.grad], None)
+    embedding(torch.tensor([1])).mul(math.nan).sum().backward()
+    assert not watch.admits([embedding.weight.grad], None)
+    assert watch.unsound == ("first",)
+
+
+def test_an_update_without_gradients_is_admitted():
+    """There is nothing in it that could be bad."""
+    parameter = nn.Parameter(torch.ones(2))
+    assert watched(parameter).admits([], None)
+
+
+def test_a_finite_loss_keeps_the_bits_of_its_gradients_under_a_watch():
+    """Beginning with 1 + 0 * loss is beginning with 1."""
+    torch.manual_seed(0)
+    inputs = torch.randn(5, 4)
+    gradients = []
+    for watch in (False, True):
+        layer = nn.Linear(4, 3)
+        nn.init.constant_(layer.weight, 0.3)
+        nn.init.zeros_(layer.bias)
+        wrapper = OptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1), accumulative_counts=2)
+        wrapper.watch = UpdateWatch(wrapper.optimizer, {}) if watch else None
+        wrapper.update_params(layer(inputs).exp().mean() - 1e30)
+        gradients.append(layer.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_a_deferred_watch_tells_which_update_was_the_first_bad_one():
+    """Counted from the last look."""
+    parameter = nn.Parameter(torch.ones(1))
+    watch = DeferredWatch(torch.optim.SGD([parameter], lr=0.1, fused=True))
+    sound, bad = torch.ones(1), torch.tensor([math.nan])
+    assert watch.first_unsound() is None
+    assert all(watch.admits([gradient], None) for gradient in (sound, sound))
+    assert watch.first_unsound() is None
+    assert all(watch.admits([gradient], None) for gradient in (sound, bad, sound))
+    assert watch.first_unsound() == 1
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "protects"),
+    [
+        (lambda p: torch.optim.AdamW(p, lr=0.1, fused=True), True),
+        (lambda p: torch.optim.SGD(p, lr=0.1, fused=True), True),
+        (lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True), False),
+        (lambda p: torch.optim.RMSprop(p, lr=0.1), False),
+    ],
+)
+def test_only_fused_kernels_read_the_flag_on_the_device(optimizer, protects: bool):
+    """What the watch says of the weights is what becomes of them, and it takes its flag away in the end."""
+    parameter = nn.Parameter(torch.ones(1))
+    made = optimizer([parameter])
+    watch = DeferredWatch(made)
+    parameter.grad = torch.tensor([math.nan])
+    watch.admits([parameter.grad], None)
+    made.step()
+    assert watch.protects == protects == bool(parameter.isfinite())
+    watch.end()
+    with torch.no_grad():
+        parameter.fill_(1.0)
+    for slot in made.state.values():
+        for value in slot.values():
+            value.zero_()
+    parameter.grad = torch.ones(1)
+    made.step()
+    assert parameter.isfinite()
+    assert parameter.item() != 1.0

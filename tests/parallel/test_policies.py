@@ -1,0 +1,91 @@
+"""Which modules a policy chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, PlacementError
+from stratagem.parallel.policies import matches_name, select_modules
+from stratagem.registry import FUNCTIONS
+
+
+class Part(nn.Module):
+    """Two layers of 6 and 12 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.wide = nn.Linear(2, 2), nn.Linear(3, 3)
+
+
+def model() -> nn.Module:
+    """Return parts in a list, and an embedding that is tied to a head."""
+    network = nn.Module()
+    network.words, network.head = nn.Embedding(40, 2), nn.Linear(2, 40, bias=False)
+    network.head.weight = network.words.weight
+    network.parts = nn.ModuleList([Part(), Part()])
+    network.silent = nn.Sequential(nn.ReLU())
+    return network
+
+
+NARROW = ["parts.0.narrow", "parts.1.narrow"]
+WIDE = ["parts.0.wide", "parts.1.wide"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "chosen"),
+    [
+        (None, ["parts.0", "parts.1"]),
+        ("Part", ["parts.0", "parts.1"]),
+        (Part, ["parts.0", "parts.1"]),
+        (["Part", nn.Embedding], ["words", "parts.0", "parts.1"]),
+        (f"{__name__}.Part", ["parts.0", "parts.1"]),
+        ({"classes": "Embedding", "modules": ["parts.0.*"]}, ["words", "parts.0.narrow", "parts.0.wide"]),
+        ({"modules": "parts.?.wide"}, WIDE),
+        # 12 are enough, 6 are not; the words have 80 but are tied to the head.
+        ({"min_params": 12}, WIDE),
+        # All 18 of a part are more than enough, but no layer has so many.
+        ({"min_params": 13}, ["parts.0", "parts.1"]),
+        (lambda name, module: name.endswith("narrow"), NARROW),
+        (lambda module: isinstance(module, nn.Embedding), ["words"]),
+    ],
+)
+def test_policies_choose_modules(policy: Any, chosen: list[str]) -> None:
+    """By class, by name, by size or by a function, in the order of the model."""
+    assert list(select_modules(model(), policy, "wrap_policy")) == chosen
+
+
+def test_a_registered_function_chooses_by_its_name() -> None:
+    """Its other arguments stand beside its name."""
+    FUNCTIONS.register_module(name="ends_with_for_test", module=lambda name, module, end: name.endswith(end))
+    policy = {"type": "ends_with_for_test", "end": "wide"}
+    assert list(select_modules(model(), policy, "wrap_policy")) == WIDE
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "message"),
+    [
+        ("Prat", ConfigValueError, r"wrap_policy: no module .* is a 'Prat'\. Did you mean 'Part'"),
+        ({"modules": ["part.*"]}, ConfigValueError, r"no module is called 'part\.\*'"),
+        ({"min_params": 1000}, ConfigValueError, r"has 116 parameters, has 1000 of them\. Lower min_params"),
+        ({"min_param": 1}, ConfigKeyError, r"'min_param' is not known. Did you mean 'min_params'"),
+        ({}, ConfigValueError, r"wrap_policy is empty; one of classes, modules, min_params is due"),
+        (lambda module: False, ConfigValueError, r"the function chose none of 9 modules"),
+        ({"type": "nobody"}, ConfigValueError, r"type='nobody' is no registered function"),
+        (3, ConfigTypeError, r"wrap_policy is 3; class names"),
+        ("ModuleList", PlacementError, r"chose 'parts', a ModuleList, which only holds modules.*'parts\.\*'"),
+    ],
+)
+def test_a_policy_that_chooses_nothing_is_refused(policy: Any, error: type[Exception], message: str) -> None:
+    """The error says what there is to choose."""
+    with pytest.raises(error, match=message):
+        select_modules(model(), policy, "wrap_policy")
+
+
+def test_a_star_stands_for_one_part_of_a_name() -> None:
+    """``layers.*`` is the layers, and nothing inside of them."""
+    assert matches_name("layers.3", "layers.*")
+    assert not matches_name("layers.3.up", "layers.*")
+    assert not matches_name("layers", "layers.*")

@@ -1,0 +1,327 @@
+"""Publication at places that have no rename."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from faulty_places import Dead, Faulty, register
+from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, MissingDependencyError
+from stratagem.storage import (
+    clean_unpublished,
+    fetch_published,
+    is_remote_scheme,
+    list_published,
+    publish,
+    remove_published,
+)
+from stratagem.storage.published import Generation, Record, StoredFile
+
+register()
+
+
+@pytest.fixture(params=["memory", "norename"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty folder, in memory and on the disk without rename."""
+    fsspec = pytest.importorskip("fsspec")
+    if request.param == "norename":
+        yield f"norename://{tmp_path}/place"
+        return
+    system = fsspec.filesystem("memory")
+    yield "memory://bucket/runs"
+    system.rm("/bucket", recursive=True) if system.exists("/bucket") else None
+
+
+def folder(path: Path, text: str) -> Path:
+    """Make a folder with a file, an empty file, and a file in a folder that all tell which one it is."""
+    (path / "inner").mkdir(parents=True)
+    (path / "a.txt").write_text(text)
+    (path / "empty").write_text("")
+    (path / "inner" / "b.txt").write_text(text * 1000)
+    return path
+
+
+def content(path: Path) -> dict[str, str]:
+    """Return the files below a folder."""
+    return {file.relative_to(path).as_posix(): file.read_text() for file in path.rglob("*") if file.is_file()}
+
+
+def stored(place: str) -> list[str]:
+    """Return the paths of all files at a place."""
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(place)
+    return sorted(name.split(path.strip("/") + "/", 1)[1] for name in system.find(path))
+
+
+def test_a_folder_comes_back(place: str, tmp_path: Path) -> None:
+    """What is fetched is what was published, under the same name."""
+    local = folder(tmp_path / "local", "one")
+    publish(local, f"{place}/epoch_1")
+    fetched = fetch_published(f"{place}/epoch_1", tmp_path / "cache")
+    assert fetched.name == "epoch_1"
+    assert content(fetched) == content(local)
+
+
+def test_a_file_comes_back(place: str, tmp_path: Path) -> None:
+    """A file is published as well, and comes back under the name of its URL."""
+    (tmp_path / "x.pth").write_text("weights")
+    publish(tmp_path / "x.pth", f"{place}/epoch_1.pth")
+    fetched = fetch_published(f"{place}/epoch_1.pth", tmp_path / "cache")
+    assert fetched.name == "epoch_1.pth"
+    assert fetched.read_text() == "weights"
+
+
+def test_the_latest_is_found(place: str, tmp_path: Path) -> None:
+    """The list tells names, sizes and times, the latest last; a replaced one is in it once."""
+    assert list_published(place) == []
+    for name in ("epoch_1", "epoch_2", "epoch_1"):
+        publish(folder(tmp_path / name / str(len(list(tmp_path.rglob("a.txt")))), "xy"), f"{place}/{name}")
+    found = list_published(f"{place}/")
+    assert [each.name for each in found] == ["epoch_2", "epoch_1"]
+    assert [each.size for each in found] == [2002, 2002]
+    assert found[0].published_at <= found[1].published_at
+    assert found[0].url == f"{place}/epoch_2"
+
+
+def test_the_new_replaces_the_old_alone(place: str, tmp_path: Path) -> None:
+    """Publishing under a name removes what was there, and touches nothing else at the place."""
+    publish(folder(tmp_path / "one", "1"), f"{place}/a")
+    publish(folder(tmp_path / "two", "2"), f"{place}/a.b")
+    before = stored(place)
+    publish(folder(tmp_path / "three", "3"), f"{place}/a")
+    after = stored(place)
+    assert len(after) == len(before) == 8
+    assert {name for name in after if name.startswith("a.b.g-")} < set(before)
+    assert fetch_published(f"{place}/a", tmp_path / "cache").joinpath("a.txt").read_text() == "3"
+
+
+def test_a_removed_one_is_gone(place: str, tmp_path: Path) -> None:
+    """Nothing of it is left, and removing what is not there is fine."""
+    publish(folder(tmp_path / "one", "1"), f"{place}/a")
+    remove_published(f"{place}/a")
+    remove_published(f"{place}/a")
+    assert list_published(place) == []
+    assert stored(place) == []
+    with pytest.raises(CheckpointNotFoundError, match="/a: nothing is published under this name"):
+        fetch_published(f"{place}/a", tmp_path / "cache")
+
+
+def test_a_copy_is_fetched_once_and_anew_where_it_was_changed(place: str, tmp_path: Path) -> None:
+    """The second fetch takes the copy, after comparing it with the digests."""
+    publish(folder(tmp_path / "one", "1"), f"{place}/a")
+    copy = fetch_published(f"{place}/a", tmp_path / "cache")
+    inode = (copy / "a.txt").stat().st_ino
+    assert (fetch_published(f"{place}/a", tmp_path / "cache") / "a.txt").stat().st_ino == inode
+    (copy / "a.txt").write_text("2")
+    assert (fetch_published(f"{place}/a", tmp_path / "cache") / "a.txt").read_text() == "1"
+
+
+def test_a_changed_file_is_damaged(place: str, tmp_path: Path) -> None:
+    """A file at the place that is not what was published is named, and nothing stays in the cache."""
+    import fsspec
+
+    publish(folder(tmp_path / "one", "1"), f"{place}/a")
+    system, path = fsspec.core.url_to_fs(place)
+    [victim] = [name for name in system.find(path) if name.endswith("a.txt")]
+    for change in (b"2", b"11", b""):
+        system.pipe_file(victim, change)
+        with pytest.raises(CheckpointDamagedError, match=r"a\.txt is not what was published"):
+            fetch_published(f"{place}/a", tmp_path / "cache")
+    system.rm_file(victim)
+    with pytest.raises(CheckpointDamagedError, match="a file is missing"):
+        fetch_published(f"{place}/a", tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+# ---- failures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> dict[str, Path]:
+    """Three folders to publish."""
+    Faulty.clear()
+    return {text: folder(tmp_path / text, text) for text in ("old", "new", "next")}
+
+
+def faults() -> Iterator[tuple[int, bool]]:
+    """Yield the number of an operation and whether the process dies there, until none is reached any more."""
+    for kills in (False, True):
+        for number in itertools.count(1):
+            yield number, kills
+            if Faulty.operations < number:
+                break
+
+
+def survives(action: Callable[[], object]) -> bool:
+    """Run something that may fail or die; tell whether it came to its end."""
+    try:
+        action()
+    except (OSError, Dead):
+        return False
+    return True
+
+
+def seen(cache: Path) -> str | None:
+    """Return which content is found under the name, whole."""
+    Faulty.reset()
+    found = list_published("faulty://place")
+    if not found:
+        return None
+    assert [each.name for each in found] == ["a"]
+    files = content(fetch_published("faulty://place/a", cache))
+    assert files == {"a.txt": files["a.txt"], "empty": "", "inner/b.txt": files["a.txt"] * 1000}
+    return files["a.txt"]
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_every_failure_of_a_publication_leaves_the_old_or_the_new(
+    sources: dict[str, Path], tmp_path: Path, replaces: bool
+) -> None:
+    """Whatever operation fails or is the last one, a whole content is found: the new one if the call returned."""
+    count = 0
+    for number, kills in faults():
+        Faulty.clear()
+        if replaces:
+            publish(sources["old"], "faulty://place/a")
+        Faulty.reset(fail_at=number, kills=kills)
+        done = survives(lambda: publish(sources["new"], "faulty://place/a"))
+        reached = Faulty.operations
+        found = seen(tmp_path / "cache")
+        assert found in ({"new"} if done else {"old" if replaces else None, "new"})
+        publish(sources["next"], "faulty://place/a")
+        assert seen(tmp_path / "cache") == "next"
+        # Nothing of what failed is left after the next one.
+        assert len(Faulty.store) == 4
+        Faulty.operations = reached
+        count += 1
+    # A fresh publication has 17 operations, killed or failed at each.
+    assert count > 2 * 17
+
+
+def test_every_failure_of_a_removal_brings_nothing_old_back(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A removal that fails or is killed leaves the newest or nothing, never what that one had replaced."""
+    for number, kills in faults():
+        Faulty.clear()
+        publish(sources["old"], "faulty://place/a")
+        # The old one stays behind the new, as after a kill.
+        kept = dict(Faulty.store)
+        publish(sources["new"], "faulty://place/a")
+        Faulty.store.update(kept)
+        Faulty.reset(fail_at=number, kills=kills)
+        done = survives(lambda: remove_published("faulty://place/a"))
+        reached = Faulty.operations
+        assert seen(tmp_path / "cache") in ({None} if done else {None, "new"})
+        clean_unpublished("faulty://place")
+        Faulty.operations = reached
+
+
+def test_every_failure_of_a_fetch_leaves_the_cache_whole(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A fetch that fails is an error, and the next one succeeds."""
+    publish(sources["old"], "faulty://place/a")
+    for number, kills in faults():
+        cache = tmp_path / "cache" / f"{number}{kills}"
+        Faulty.reset(fail_at=number, kills=kills)
+        survives(lambda cache=cache: fetch_published("faulty://place/a", cache))  # type: ignore[misc]
+        reached = Faulty.operations
+        assert seen(cache) == "old"
+        Faulty.operations = reached
+
+
+def test_what_a_kill_left_is_cleaned(sources: dict[str, Path]) -> None:
+    """Cleaning a place removes files without a record, and only those in folders of our form."""
+    Faulty("x").pipe_file("/place/notes.txt", b"mine")
+    publish(sources["old"], "faulty://place/a")
+    Faulty.reset(fail_at=12, kills=True)
+    assert not survives(lambda: publish(sources["new"], "faulty://place/b"))
+    Faulty.reset()
+    before = len(Faulty.store)
+    [left] = clean_unpublished("faulty://place")
+    assert left.startswith("b.g-")
+    assert before > len(Faulty.store) == 5
+    assert clean_unpublished("faulty://place") == []
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+OUTSIDE = ("../a", "/a", "a//b", ".a", "a/..", "a\\b", "c:a", "published.json", "")
+SAMPLE = Record(files={"a/b.txt": StoredFile(3, "00" * 32)}, is_folder=True, published_at=1.5)
+
+
+def test_a_part_of_a_record_is_none() -> None:
+    """A record cut at any byte, or with any bit changed, does not count."""
+    data = SAMPLE.encode()
+    assert Record.parse(data) == SAMPLE
+    assert not any(Record.parse(data[:length]) for length in range(len(data)))
+    assert not any(Record.parse(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]) for i in range(len(data)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"version": 2},
+        {"format": "x"},
+        {"kind": "link"},
+        {"kind": "file", "files": {}},
+        {"published_at": "now"},
+        {"files": []},
+        {"files": {"a": {"bytes": -1, "sha256": ""}}},
+        {"files": {"a": {"bytes": 1}}},
+        {"files": {"a": 1}},
+        *({"files": {path: {"bytes": 0, "sha256": ""}}} for path in OUTSIDE),
+    ],
+)
+def test_a_record_of_another_form_is_none(changes: dict[str, object]) -> None:
+    """A record whose paths lead out of the folder, or that says what we never write, does not count."""
+    line = json.dumps({**json.loads(SAMPLE.encode().partition(b"\n")[0]), **changes}).encode()
+    assert Record.parse(line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n") is None
+
+
+def test_a_later_generation_is_greater_whatever_the_clock_says() -> None:
+    """A publication after one from a machine whose clock is ahead is still the later one."""
+    ahead = Generation("a", 1 << 62, "ffffffff")
+    later = Generation.after("a", [ahead])
+    assert later > ahead
+    assert Generation.parse(later.folder) == later
+    assert later.folder > ahead.folder
+    assert Generation.parse("a.g-12-34") is None
+
+
+# ---- errors --------------------------------------------------------------------------------------------------------
+
+
+def test_places_that_cannot_be_are_told(tmp_path: Path) -> None:
+    """A URL without a folder, or with a chain of file systems, is refused; unknown schemes are not remote."""
+    for url in ("memory://a", "simplecache::memory://a/b", "memory://"):
+        with pytest.raises(CheckpointError, match="is no place for files"):
+            publish(tmp_path, url)
+    with pytest.raises(CheckpointError, match="not a place that fsspec can open"):
+        list_published("unheard://x")
+    assert is_remote_scheme("memory")
+    assert is_remote_scheme("norename")  # registered by a program
+    assert is_remote_scheme("s3")  # whether or not its package is installed
+    assert not is_remote_scheme("unheard")
+
+
+def test_fsspec_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without fsspec the error says how to get it, and no scheme is known."""
+    for name in ("fsspec", "fsspec.core"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingDependencyError, match=r"pip install stratagem\[remote\]"):
+        publish(tmp_path, "memory://a/b")
+    assert not is_remote_scheme("memory")
+
+
+def test_names_that_cannot_be_published_are_refused_first(tmp_path: Path) -> None:
+    """A hidden file would be refused by who fetches it, so it is not published."""
+    Faulty.clear()
+    (tmp_path / ".hidden").write_text("x")
+    with pytest.raises(ValueError, match="cannot be published"):
+        publish(tmp_path, "faulty://place/a")
+    assert Faulty.store == {}

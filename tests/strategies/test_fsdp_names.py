@@ -1,0 +1,136 @@
+"""The options of MMEngine's FSDPStrategy under ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stratagem.errors import ConfigError, ConfigKeyError, ConfigTypeError, ConfigValueError
+from stratagem.parallel.sharding import Precision, Sharding
+from stratagem.strategies.fsdp_names import from_model_wrapper, state_of
+
+OWN: dict[str, Any] = {
+    "wrap_policy": None,
+    "reshard_after_forward": None,
+    "mixed_precision": None,
+    "cpu_offload": False,
+    "ignored": (),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"type": "MMFullyShardedDataParallel", "use_orig_params": True, "backward_prefetch": "BACKWARD_PRE"}, {}),
+        ({"cpu_offload": True}, {"cpu_offload": True}),
+        ({"cpu_offload": {"offload_params": True}}, {"cpu_offload": True}),
+        ({"sharding_strategy": "SHARD_GRAD_OP"}, {"reshard_after_forward": False}),
+        ({"sharding_strategy": "FULL_SHARD"}, {"reshard_after_forward": None}),
+        ({"mixed_precision": {"param_dtype": "float16"}}, {"mixed_precision": {"param_dtype": "float16"}}),
+        ({"ignored_modules": ["head"]}, {"ignored": ["head"]}),
+        (
+            {
+                "auto_wrap_policy": {
+                    "type": "torch.distributed.fsdp.wrap.size_based_auto_wrap_policy",
+                    "min_num_params": 7,
+                }
+            },
+            {"wrap_policy": {"min_params": 7}},
+        ),
+        (
+            {"auto_wrap_policy": {"type": "transformer_auto_wrap_policy", "transformer_layer_cls": {"Block"}}},
+            {"wrap_policy": {"classes": ["Block"]}},
+        ),
+    ],
+)
+def test_options_with_an_equal_are_understood(given: dict[str, Any], said: dict[str, Any]) -> None:
+    """What is said under the old name is what the new name would say."""
+    assert from_model_wrapper(given, OWN) == {**OWN, **said}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"use_orig_params": False}, ConfigKeyError, "use_orig_params=True is what FSDPStrategy always does"),
+        ({"param_init_fn": "f"}, ConfigKeyError, r"param_init_fn='f' has no equal: .* initial_weights"),
+        ({"process_group": "g"}, ConfigKeyError, r"replicate=\.\.\. and tp="),
+        ({"sharding_strategy": "HYBRID_SHARD"}, ConfigValueError, r"is FSDPStrategy\(replicate="),
+        ({"sharding_strategy": "NO_SHARD"}, ConfigValueError, "is DDPStrategy here"),
+        ({"auto_wrap": 1}, ConfigKeyError, "Did you mean 'auto_wrap_policy'"),
+        ({"type": "MMDistributedDataParallel"}, ConfigValueError, "type='MMDistributedDataParallel' is not known"),
+        ("whole", ConfigTypeError, "model_wrapper is 'whole'"),
+    ],
+)
+def test_options_without_an_equal_are_refused_with_what_to_use(
+    given: Any, error: type[ConfigError], message: str
+) -> None:
+    """The error names the new option."""
+    with pytest.raises(error, match=message):
+        from_model_wrapper(given, OWN)
+
+
+def test_an_option_under_both_names_is_refused() -> None:
+    """Nobody has to guess which one counts."""
+    with pytest.raises(ConfigValueError, match="say the same thing"):
+        from_model_wrapper({"cpu_offload": False}, {**OWN, "cpu_offload": True})
+
+
+@pytest.mark.parametrize(
+    ("state", "cfg", "form"),
+    [
+        (None, None, "sharded"), ("full", None, "full"), (None, "local", "sharded"), (None, "full", "full"),
+        (None, {"state_dict_type": "FULL_STATE_DICT"}, "full"), (None, {}, "sharded"),
+        (None, {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"}, "sharded"),
+    ],
+)  # fmt: skip
+def test_forms_of_checkpoints_under_both_names(state: str | None, cfg: Any, form: str) -> None:
+    """``state_dict_cfg`` is the older name for ``state``."""
+    assert state_of(state, cfg) == form
+
+
+@pytest.mark.parametrize(
+    ("state", "cfg", "message"),
+    [
+        ("full", "full", "Give state alone"), (None, "half", "'half' is not known"),
+        (None, {"state_dict_config": 1}, "state_dict_config configure torch's older FSDP"), (None, 5, "Give state="),
+    ],
+)  # fmt: skip
+def test_forms_that_there_are_not(state: str | None, cfg: Any, message: str) -> None:
+    """The error says what to write."""
+    with pytest.raises(ConfigError, match=message):
+        state_of(state, cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"forward_prefetch": -1}, "forward_prefetch is -1; a number of blocks"),
+        ({"cpu_offload": "yes"}, "cpu_offload is 'yes'; True or False is due"),
+        ({"skip_init_weights": 1}, "skip_init_weights is 1; True or False is due"),
+        ({"ignored": "head"}, "ignored is 'head'; a list of names is due"),
+        ({"initial_weights": "rank_0"}, "Did you mean 'rank0'"),
+        ({"tp_plan": {"a": "colwise"}}, "tp=1 spreads none: set tp"),
+        ({"reshard_after_forward": "always"}, "reshard_after_forward is 'always'"),
+        ({"reshard_after_forward": {"a": "b"}}, "reshard_after_forward is 'b'"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(options: dict[str, Any], message: str) -> None:
+    """Before anything is built."""
+    with pytest.raises(ConfigError, match=message):
+        Sharding(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("float31", "param_dtype='float31' is not known. Did you mean"),
+        ({"param_type": "bf16"}, "'param_type' is not known. Did you mean 'param_dtype'"),
+        ({"reduce_dtype": "int8"}, "reduce_dtype='int8' is not known"),
+        (16, "mixed_precision is 16"),
+    ],
+)
+def test_types_that_there_are_not(given: Any, message: str) -> None:
+    """The error says which option it is."""
+    with pytest.raises(ConfigError, match=message):
+        Precision.parse(given)

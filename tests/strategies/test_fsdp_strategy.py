@@ -1,0 +1,380 @@
+"""FSDPStrategy: what it refuses before the first step, and what models may do under it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ranks import Ranks
+from sharded_runs import OPTIM, TP_PLAN, Gpt, prepared
+from small_runs import Mlp, batch
+from stratagem.dist import get_rank
+from stratagem.errors import LaunchError, StratagemError
+from stratagem.model import BaseModel
+from stratagem.optim import OptimWrapper
+from stratagem.registry import STRATEGIES
+from stratagem.strategies import DDPStrategy, FSDPStrategy
+
+
+def make(folder: str, **options: Any) -> FSDPStrategy:
+    """Return a strategy with seed 0."""
+    return FSDPStrategy(
+        work_dir=folder, env_kwargs={"randomness": {"seed": 0}}, log_kwargs={"log_level": "ERROR"}, **options
+    )
+
+
+class Differs(Mlp):
+    """Has another type on rank 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        if get_rank() == 1:
+            self.layers[2].to(torch.bfloat16)
+
+
+class Looks(Mlp):
+    """Looks at a value while it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.layers[0].weight.sum().item()
+
+
+class Forgets(Mlp):
+    """Leaves a parameter without values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(4))
+
+
+def refused(folder: str, cases: Mapping[str, tuple[Any, dict[str, Any]]]) -> dict[str, str]:
+    """Prepare each (model, options); return the errors."""
+    errors = {}
+    for name, (model, options) in cases.items():
+        compiling = options.pop("compile", False)
+        try:
+            strategy = make(folder, **options)
+        except (StratagemError, TypeError) as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+            continue
+        try:
+            strategy.prepare({"type": model}, compile=compiling)
+            errors[name] = "nothing was refused"
+        except StratagemError as error:
+            errors[name] = f"{type(error).__name__}: {error}"
+        finally:
+            strategy.close()
+    return errors
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "policy": (Gpt, {"wrap_policy": "Blok"}, "ConfigValueError: wrap_policy: no module .* Did you mean 'Block'"),
+    "mesh": (Gpt, {"replicate": 3}, r"PlacementError: replicate=3 x tp=1 ranks do not divide the 2 processes"),
+    "no rank": (Gpt, {"tp": 0}, "ConfigTypeError: tp is 0"),
+    "DDP's option": (
+        Gpt,
+        {"find_unused_parameters": True},
+        "PlacementError: find_unused_parameters is an option of DDPStrategy",
+    ),
+    "types": (
+        Differs,
+        {},
+        r"PlacementError: .* in 2 tensors: 'layers.2.weight' is torch.float32 of shape \[3, 8\] on rank 0 and torch.bfloat16",
+    ),
+    "looks": (Looks, {}, r"PlacementError: The model cannot be built without memory: .*initial_weights='whole'"),
+    "forgets": (Forgets, {}, "PlacementError: Nothing gives 1 tensors of the model their initial values: gate"),
+    "tie": (Gpt, {"wrap_policy": "Embedding"}, "PlacementError: wrap_policy chose 'words', which shares a weight with"),
+    "reshard": (Gpt, {"reshard_after_forward": 3}, "PlacementError: reshard_after_forward=3: .* divide the 2"),
+    "reshard of nobody": (
+        Gpt,
+        {"reshard_after_forward": {"block.0": True}},
+        r"ConfigValueError: reshard_after_forward: no wrapped module is called 'block\.0'. Did you mean 'blocks\.0'",
+    ),
+    "ignored": (Gpt, {"ignored": ["hed"]}, "ConfigValueError: ignored: no module or parameter is called 'hed'"),
+    "checkpointing": (
+        Mlp,
+        {"activation_checkpointing": True},
+        "ConfigValueError: activation_checkpointing: nothing is",
+    ),
+    "operator": (
+        Gpt,
+        {"activation_checkpointing": {"save_ops": ["mmm"]}},
+        "ConfigValueError: activation_checkpointing: there is no operator 'mmm'. Did you mean 'bmm' or 'mm'",
+    ),
+    "compile": (Mlp, {"compile_blocks": True}, "ConfigValueError: compile_blocks compiles what wrap_policy chooses"),
+    "compiled step": (
+        Mlp,
+        {"compile": {"target": "train_step", "backend": "eager"}},
+        "PlacementError: compile: target='train_step' cannot be used under FSDP",
+    ),
+    "method": (
+        Gpt,
+        {"forward_methods": ["blocks.0.up.run"]},
+        "ConfigValueError: forward_methods: .* 'blocks.0.up.run'",
+    ),
+    "unwrapped method": (
+        Gpt,
+        {"forward_methods": ["norm.extra_repr"]},
+        "ConfigValueError: forward_methods: 'norm.extra_repr' is a method of a module that is not wrapped by itself",
+    ),
+    "no plan": (Gpt, {"tp": 2}, "PlacementError: tp=2 spreads layers over ranks, and nobody says which: give tp_plan"),
+    "plan for nobody": (
+        Gpt,
+        {"tp": 2, "tp_plan": {"blocks.*.uo": "colwise"}},
+        r"ConfigValueError: tp_plan: no module is called 'blocks\.\*\.uo'",
+    ),
+    "style": (
+        Gpt,
+        {"tp": 2, "tp_plan": {"blocks.*.up": "columns"}},
+        "ConfigValueError: tp_plan: style 'columns' is not known",
+    ),
+    "odd": (Mlp, {"tp": 2, "tp_plan": {"layers.2": "colwise"}}, "PlacementError: tp_plan: 'layers.2' has 3 outputs"),
+    "dropout": (
+        Gpt,
+        {"tp": 2, "tp_plan": TP_PLAN, "env_kwargs": {"randomness": {"diff_rank_seed": True}}},
+        "PlacementError: randomness: diff_rank_seed=True gives ranks that share a layer",
+    ),
+    "SyncBN": (Gpt, {"sync_bn": "torch"}, "PlacementError: torch's SyncBatchNorm works on accelerators alone"),
+}
+
+
+def refused_all(folder: str) -> dict[str, str]:
+    """Try every case of :data:`REFUSED`."""
+    cases = {name: (model, dict(options)) for name, (model, options, _) in REFUSED.items()}
+    env = cases["dropout"][1].pop("env_kwargs")
+    errors = refused(folder, {name: case for name, case in cases.items() if name != "dropout"})
+    try:
+        FSDPStrategy(work_dir=folder, env_kwargs=env, **cases["dropout"][1])
+    except StratagemError as error:
+        errors["dropout"] = f"{type(error).__name__}: {error}"
+    return errors
+
+
+def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
+    """A policy that fits nothing, a mesh that does not divide the world, options of others, ranks that differ ..."""
+    for errors in ranks.run(refused_all, str(tmp_path)):
+        unlike = {
+            name: errors[name] for name, (_, _, text) in REFUSED.items() if not re.match(f"(?s){text}", errors[name])
+        }
+        assert unlike == {}
+
+
+def test_one_process_without_a_launcher_is_refused(tmp_path: Path) -> None:
+    """The error says how to start several."""
+    with pytest.raises(LaunchError, match="FSDPStrategy needs processes that a launcher started"):
+        FSDPStrategy(work_dir=tmp_path)
+    assert STRATEGIES.get("FSDPStrategy") is FSDPStrategy
+
+
+class Parts(BaseModel):
+    """Two parts that learn in turn by optimizers of their own, one every second iteration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maker, self.judge = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor, mode: str = "tensor") -> Any:
+        """Return what the judge makes of the maker's."""
+        return self.judge(torch.tanh(self.maker(x)))
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Let the judge learn from the batch, then the maker from the judge."""
+        with optim_wrapper["judge"].optim_context(self):
+            judged = self.judge(torch.tanh(self.maker(data).detach())).square().mean()
+        optim_wrapper["judge"].update_params(judged)
+        with optim_wrapper["maker"].optim_context(self):
+            made = self.judge(torch.tanh(self.maker(data))).mean()
+        optim_wrapper["maker"].update_params(made)
+        return {"loss": (judged + made).detach()}
+
+
+def trained_parts(kind: type[Any], folder: str) -> dict[str, Any]:
+    """Train 6 iterations; return the parameters, whole."""
+    options = {"model_wrapper": "separate"} if kind is DDPStrategy else {"wrap_policy": "Linear"}
+    strategy = kind(
+        work_dir=folder, env_kwargs={"randomness": {"seed": 0}}, log_kwargs={"log_level": "ERROR"}, **options
+    )
+    adam = {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}}
+    optim = {
+        "constructor": "MultiOptimWrapperConstructor",
+        "maker": {**adam, "accumulative_counts": 2},
+        "judge": adam,
+    }
+    strategy.prepare({"type": Parts}, optim_wrapper=optim, dispatch_kwargs={"max_iters": 6})
+    data = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(1))
+    for x in data:
+        strategy.model.train_step(x[strategy.rank :: 2], optim_wrapper=strategy.optim_wrapper)
+    parameters = strategy.bare_model().named_parameters()
+    found = {
+        name: (each.full_tensor() if hasattr(each, "full_tensor") else each).detach().clone()
+        for name, each in parameters
+    }
+    strategy.close()
+    return found
+
+
+def test_several_optimizers_each_with_its_own_windows(ranks: Ranks, tmp_path: Path) -> None:
+    """Parts that a step calls by themselves, one of which accumulates, learn as under DDP."""
+    sharded, _ = ranks.run(trained_parts, FSDPStrategy, str(tmp_path / "fsdp"))
+    replicated, _ = ranks.run(trained_parts, DDPStrategy, str(tmp_path / "ddp"))
+    assert sharded.keys() == replicated.keys()
+    for name, value in sharded.items():
+        torch.testing.assert_close(value, replicated[name], rtol=1e-5, atol=1e-6)
+
+
+class Encodes(Mlp):
+    """Learns through a method of its own."""
+
+    def encode(self, inputs: Tensor) -> Tensor:
+        """Return the outputs."""
+        return self.layers[2](torch.tanh(self.layers[0](inputs)))
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        """Learn without ``self(...)``."""
+        loss = nn.functional.cross_entropy(self.encode(data[0]), data[1])
+        optim_wrapper.update_params(loss)
+        return {"loss": loss.detach()}
+
+
+def encoded(folder: str, methods: list[str]) -> str:
+    """Train a step; return its loss, or the error."""
+    strategy = make(folder, forward_methods=methods)
+    strategy.prepare({"type": Encodes}, optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}})
+    inputs, targets = batch()
+    try:
+        return str(strategy.model.train_step((inputs, targets), optim_wrapper=strategy.optim_wrapper)["loss"].item())
+    except StratagemError as error:
+        return str(error)
+    finally:
+        strategy.close()
+
+
+def test_methods_that_use_parameters_are_named(ranks: Ranks, tmp_path: Path) -> None:
+    """One that is not named is an error that says so; one that is gathers the parameters as ``forward`` does."""
+    for message in ranks.run(encoded, str(tmp_path), []):
+        assert "Encodes.train_step reached parameters of Encodes while each rank had only its shard" in message
+        assert "forward_methods=" in message
+    # One process has the same loss for the same samples.
+    first, second = ranks.run(encoded, str(tmp_path), ["encode"])
+    assert float(first) == float(second) > 0
+
+
+def with_built_optimizer(folder: str, model: Any) -> tuple[float, bool]:
+    """Train two steps with an optimizer that was built with the whole parameters; tell how far they moved."""
+    strategy = make(folder)
+    strategy.prepare(model, optim_wrapper=OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.5)))
+    before = [parameter.full_tensor().clone() for parameter in strategy.model.parameters()]
+    for _ in range(2):
+        strategy.model.train_step(batch(), optim_wrapper=strategy.optim_wrapper)
+    after = [parameter.full_tensor() for parameter in strategy.model.parameters()]
+    strategy.close()
+    stepped = {id(each) for group in strategy.optim_wrapper.param_groups for each in group["params"]}
+    return min((a - b).abs().max().item() for a, b in zip(before, after, strict=True)), stepped == {
+        id(parameter) for parameter in strategy.model.parameters()
+    }
+
+
+def built_before(folder: str) -> Any:
+    """Give the strategy a built model with a built optimizer."""
+    return with_built_optimizer(folder, Mlp())
+
+
+def test_an_optimizer_that_was_built_with_the_model_steps_the_shards(ranks: Ranks, tmp_path: Path) -> None:
+    """Its parameters are replaced by the shards of the same names."""
+    for moved, exact in ranks.run(built_before, str(tmp_path)):
+        assert moved > 0
+        assert exact
+
+
+def without_weights(folder: str) -> tuple[str, float]:
+    """Begin a training without weights, then with loaded ones."""
+    saved = make(folder)
+    saved.prepare({"type": Mlp})
+    saved.save_checkpoint(f"{folder}/weights")
+    saved.close()
+    strategy = make(folder, skip_init_weights=True)
+    strategy.prepare({"type": Mlp}, optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}})
+    try:
+        strategy.model.train_step(batch(), optim_wrapper=strategy.optim_wrapper)
+        message = "nothing was refused"
+    except StratagemError as error:
+        message = str(error)
+    strategy.load_checkpoint(f"{folder}/weights")
+    loss = strategy.model.train_step(batch(), optim_wrapper=strategy.optim_wrapper)["loss"].item()
+    strategy.close()
+    return message, loss
+
+
+def test_without_initial_weights_a_checkpoint_is_due(ranks: Ranks, tmp_path: Path) -> None:
+    """skip_init_weights draws nothing; a step before anything was loaded is an error, one after it is not."""
+    for message, loss in ranks.run(without_weights, str(tmp_path)):
+        assert message.startswith("skip_init_weights=True left the model without weights")
+        assert 0 < loss < 10
+
+
+def dropped_window(folder: str) -> list[float]:
+    """Drop a window of accumulated gradients, and return the norms of the next update with and without it."""
+    norms = []
+    for drop in (False, True):
+        strategy = make(folder)
+        strategy.prepare(
+            {"type": Mlp},
+            optim_wrapper={
+                "optimizer": {"type": "SGD", "lr": 0.0},
+                "accumulative_counts": 2,
+                "clip_grad": {"max_norm": 9.0},
+            },
+            dispatch_kwargs={"max_iters": 8},
+        )
+        step, optim = strategy.model.train_step, strategy.optim_wrapper
+        if drop:
+            step(batch(), optim_wrapper=optim)
+            optim.drop_window()
+            # The next window is the short one that ends where the second would have.
+        for _ in range(3 if drop else 2):
+            step(batch(), optim_wrapper=optim)
+        norms.append(optim.grad_norm.item())
+        strategy.close()
+    return norms
+
+
+def test_a_dropped_window_leaves_no_gradient_behind(ranks: Ranks, tmp_path: Path) -> None:
+    """Gradients that wait on a rank for their exchange are forgotten with the window."""
+    for clean, after in ranks.run(dropped_window, str(tmp_path)):
+        assert after == pytest.approx(clean, rel=1e-6)
+
+
+def averaged(folder: str) -> list[float]:
+    """Evaluate with and without other weights in the shards, as an average puts there."""
+    strategy = prepared("FSDP x2", folder, optim=OPTIM)
+    model = strategy.model
+    words = torch.arange(14).reshape(2, 7)
+    scores = []
+    for factor in (1.0, 0.0, None):
+        if factor is not None:
+            kept = [parameter.detach().clone() for parameter in model.parameters()]
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(factor)
+        with torch.no_grad():
+            scores.append(model.val_step((words, torch.zeros(2)))["scores"].abs().sum().item())
+        if factor is not None:
+            with torch.no_grad():
+                for parameter, value in zip(model.parameters(), kept, strict=True):
+                    parameter.copy_(value)
+    strategy.close()
+    return scores
+
+
+def test_an_evaluation_sees_the_weights_that_are_in_the_shards(ranks: Ranks, tmp_path: Path) -> None:
+    """What was gathered for one evaluation is freed after it, so that the next sees changed weights and restored ones."""
+    for own, nothing, restored in ranks.run(averaged, str(tmp_path)):
+        assert own == restored > 0
+        assert nothing == 0.0

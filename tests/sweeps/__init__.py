@@ -1,0 +1,1 @@
+"""Faults that are injected one after the other into savings, with what must hold after each."""

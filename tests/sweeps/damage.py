@@ -1,0 +1,70 @@
+"""Flipped bits, cut, emptied, swapped and removed files of the newest checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from stratagem.checkpoint import save_checkpoint
+from sweeps.trial import Lost, Trial, expect, recover, state
+
+# Flips in a file, spread evenly over its bytes; all of them where it has fewer.
+_FLIPS = 150
+_LENGTHS = (0.0, 0.01, 0.5, 0.99)
+
+
+def damages(folder: Path) -> Iterator[Trial]:
+    """Yield the trials for each file of a newest checkpoint, as directory and as .pth, beside an older sound one."""
+    for suffix in ("", ".pth"):
+        kind = "a .pth file" if suffix else "a directory"
+        sound = folder / f"damage{suffix}"
+        for number in (1, 2):
+            save_checkpoint(state(number), sound / f"iter_{number}{suffix}")
+        newest = sound / f"iter_2{suffix}"
+        for file in sorted(newest.iterdir()) if newest.is_dir() else [newest]:
+            for fault, spoil in _ways(file.stat().st_size):
+                yield Trial(
+                    fault.split()[0],
+                    kind,
+                    f"{file.name} {fault}",
+                    partial(_damage, sound, file.relative_to(sound), spoil),
+                )
+
+
+def _ways(size: int) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    for offset in sorted({number * size // _FLIPS for number in range(_FLIPS)}):
+        yield f"flipped at byte {offset}", partial(_flip, offset)
+    for length in _LENGTHS:
+        yield f"cut to {length:.0%}", partial(_cut, int(length * size))
+    yield "removed", Path.unlink
+    yield "emptied: zeros from the middle on", partial(_empty, size // 2)
+
+
+def _damage(sound: Path, file: Path, spoil: Callable[[Path], None], place: Path) -> None:
+    shutil.copytree(sound, place)
+    spoil(place / file)
+    found, messages = recover(place)
+    if found == 2 and file.suffix == ".pth":
+        # What a zip says of times and fills up with means nothing: the state is equal, which ``recover`` has seen to.
+        return
+    expect(found, {1})
+    # A .pth file that is gone leaves nothing that could be named.
+    if (place / file).exists() and not any(file.name in message for message in messages):
+        raise Lost(f"no message names {file.name}: {messages}")
+
+
+def _flip(offset: int, file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[offset] ^= 1 << offset % 8
+    file.write_bytes(data)
+
+
+def _cut(size: int, file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:size])
+
+
+def _empty(begin: int, file: Path) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[:begin] + bytes(len(data) - begin))

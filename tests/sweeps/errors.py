@@ -1,0 +1,87 @@
+"""A disk that is full or fails, at every operation of a save: once, or from then on."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from faults import Act, between, counted, failing, number_of_operations
+from stratagem.errors import CheckpointError
+from sweeps.savings import SAVINGS, Saving
+from sweeps.trial import Lost, Trial, end_this_process, expect, recover
+
+CODES = (errno.ENOSPC, errno.EIO)
+# What needs space. On a full disk files can still be removed.
+_GROWING = {"create_folder", "create_file", "write", "truncate", "fsync"}
+
+
+def errors(folder: Path) -> Iterator[Trial]:
+    """Yield the trials of each operation of each way to save."""
+    for number, saving in enumerate(SAVINGS):
+        place = folder / f"errors-{number}"
+        saving.prepare(place)
+        count = number_of_operations(partial(saving.save, place))
+        for operation, code in product(range(count), CODES):
+            fault = f"{errno.errorcode[code]} at operation {operation}"
+            yield Trial("failed once", saving.name, fault, partial(_fail, saving, operation, code))
+            yield Trial("failed from then on", saving.name, fault, partial(_fail_on, saving, operation, code))
+
+
+def _fail(saving: Saving, operation: int, code: int, place: Path) -> None:
+    saving.prepare(place)
+    message = _message(saving, place, counted(operation, failing(code)))
+    left = [entry.name for entry in place.iterdir() if entry.name.startswith(".")]
+    end_this_process(place)
+    found, _ = recover(place)
+    expect(found, {1, 2} if message else {2})
+    if message:
+        _judge(message, place, code)
+        if left and found == 1:
+            raise Lost(f"{left} was left")
+
+
+def _fail_on(saving: Saving, operation: int, code: int, place: Path) -> None:
+    saving.prepare(place)
+    message = _message(saving, place, ever_since(operation, code))
+    if message:
+        _judge(message, place, code)
+    # What it could not remove is cleaned up when it is gone.
+    end_this_process(place)
+    expect(recover(place)[0], {1, 2} if message else {2})
+    saving.save(place)
+    expect(recover(place)[0], {2})
+
+
+def ever_since(operation: int, code: int) -> Act:
+    """Return an act that fails from that operation on: a full disk what needs space, a broken one everything."""
+    count = -1
+    fail = failing(code)
+
+    def act(name: str, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        nonlocal count
+        count += 1
+        broken = count >= operation and (code != errno.ENOSPC or name in _GROWING)
+        return fail(name, call, arguments) if broken else call(*arguments)
+
+    return act
+
+
+def _message(saving: Saving, place: Path, act: Act) -> str:
+    """Return what the error says, or nothing where there was none."""
+    with between(act):
+        try:
+            saving.save(place)
+        except CheckpointError as error:
+            return str(error)
+    return ""
+
+
+def _judge(message: str, place: Path, code: int) -> None:
+    missing = [word for word in (str(place), os.strerror(code), "bytes") if word not in message]
+    if missing and "is in place and complete" not in message:
+        raise Lost(f"the error does not say {missing}: {message}")

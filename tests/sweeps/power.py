@@ -1,0 +1,56 @@
+"""The power fails after every operation of a save."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from faults import between
+from power_loss import DROPPED, HALF, WHOLE, Recording
+from sweeps.savings import SAVINGS, Saving
+from sweeps.trial import Trial, expect, recover
+
+# Subsets of the pending changes, beside none, all, all but one and one alone.
+_SAMPLES = 4
+
+
+def power_losses(folder: Path) -> Iterator[Trial]:
+    """Yield trials for every moment of each way to save, and for many sets of changes that did not come to the disk."""
+    for number, saving in enumerate(SAVINGS):
+        place = folder / f"power-{number}"
+        recording = _record(saving, place)
+        for end in range(len(recording) + 1):
+            for kept in _sets(recording.pending(end), random.Random(end)):
+                yield Trial(
+                    "power lost",
+                    saving.name,
+                    f"after {end} changes, of the pending ones came {kept}",
+                    partial(_lose, recording, end, kept),
+                )
+
+
+def _record(saving: Saving, place: Path) -> Recording:
+    saving.prepare(place)
+    recording = Recording(place)
+    with between(recording.act):
+        saving.save(place)
+    return recording
+
+
+def _sets(pending: list[int], draws: random.Random) -> list[dict[int, float]]:
+    sets: list[dict[int, float]] = [{}]
+    if pending:
+        sets += [dict.fromkeys(pending, WHOLE), dict.fromkeys(pending, HALF)]
+    if len(pending) > 1:
+        sets += [{number: WHOLE} for number in pending]
+        sets += [{number: WHOLE for number in pending if number != missing} for missing in pending]
+        sets += [{number: draws.choice((DROPPED, HALF, WHOLE)) for number in pending} for _ in range(_SAMPLES)]
+    return list(map(dict, dict.fromkeys(tuple(each.items()) for each in sets)))
+
+
+def _lose(recording: Recording, end: int, kept: dict[int, float], place: Path) -> None:
+    recording.replay(end, kept, place)
+    # Once the save has returned, no power loss takes it back.
+    expect(recover(place)[0], {2} if end >= len(recording) else {1, 2})

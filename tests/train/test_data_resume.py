@@ -1,0 +1,297 @@
+"""The data of a run that is stopped and goes on: random numbers of its own, ranks that change, loaders with a state."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, Samples, loader, settings
+
+from stratagem import Runner
+
+MakeRunner = Callable[..., Runner]
+WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
+
+
+def interrupt(run: Any) -> None:
+    """Do what Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Augmented(Samples):
+    """Samples with noise of all three generators."""
+
+    def __getitem__(self, index: int) -> Any:
+        features, label, number = super().__getitem__(index)
+        noise = torch.rand(4) + random.random() + float(np.random.rand())
+        return features + noise, label, number
+
+
+class Numbers(IterableDataset):
+    """The samples in order, and where the iteration stands."""
+
+    def __init__(self) -> None:
+        self.samples = Samples()
+        self.place = 0
+        self.reads = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.place < SAMPLES:
+            self.place += 1
+            self.reads += 1
+            yield self.samples[self.place - 1]
+        self.place = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how many samples were given."""
+        return {"place": self.place}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.place = state["place"]
+
+
+class Bare(IterableDataset):
+    """The same samples, of which nobody can tell where they stand."""
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = Samples()
+        return (samples[index] for index in range(SAMPLES))
+
+
+class Prefetching(DataLoader):
+    """Fetches an epoch ahead; its state is that of the batches that were given out, as torchdata's is."""
+
+    def __init__(self) -> None:
+        super().__init__(Samples(), batch_size=2, generator=torch.Generator())
+        self.given = self.start = 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        fetched = list(super().__iter__())
+        self.given, self.start = self.start, 0
+        for batch in fetched[self.given :]:
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many batches were given."""
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.start = state["given"]
+
+
+def outcome(runner: Runner, recorder: Recorder) -> tuple[Any, ...]:
+    """Return what the run did, and its weights."""
+    return recorder.rows, recorder.metrics, {k: v.tolist() for k, v in runner.strategy.model_state_dict().items()}
+
+
+def whole_and_pieces(
+    make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...], data: Callable[[], Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Train undisturbed, and stopped after some iterations; ``data`` makes the loader of each start."""
+    recorder = Recorder()
+    runner = make_runner(work_dir=tmp_path / "whole", custom_hooks=[recorder], train_dataloader=data(), **VALIDATION)
+    runner.train()
+    whole = outcome(runner, recorder)
+    pieces = Recorder()
+    for stop in stops:
+        hooks = [pieces, At(stop, interrupt)]
+        make_runner(custom_hooks=hooks, resume=True, train_dataloader=data(), **VALIDATION).train()
+    runner = make_runner(custom_hooks=[pieces], resume=True, train_dataloader=data(), **VALIDATION)
+    runner.train()
+    return outcome(runner, pieces), whole
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_run_with_augmentation_goes_on_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
+    """Stopped in the middle of epochs and at their ends, with dropout and draws of the data, and other workers each time."""
+    counts = iter([0, workers, 0, workers, workers])
+    found, whole = whole_and_pieces(
+        make_runner,
+        tmp_path,
+        (2, EPOCH, EPOCH + 3),
+        lambda: loader(dataset=Augmented(), num_workers=next(counts)),
+    )
+    assert found == whole
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"sampler": {"type": "WeightedSampler", "weights": [1.0 + index % 3 for index in range(SAMPLES)]}},
+        {"batch_sampler": {"type": "GroupedBatchSampler", "groups": [index % 2 for index in range(SAMPLES)]}},
+        {"sampler": {"type": "InfiniteSampler"}},
+    ],
+    ids=["weighted", "grouped", "infinite"],
+)
+def test_every_sampler_goes_on_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, sampling: dict[str, Any]) -> None:
+    """Drawn by weight, in groups, and without end."""
+    found, whole = whole_and_pieces(
+        make_runner, tmp_path, (3, EPOCH + 1), lambda: loader(dataset=Augmented(), **sampling)
+    )
+    assert found == whole
+
+
+@pytest.mark.parametrize("stops", [(3,), (EPOCH,), (1, EPOCH + 2, 2 * EPOCH)], ids=str)
+def test_a_stream_with_a_state_goes_on_without_reading_anew(
+    make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    """A stream that says where it stands is saved, and reads no sample twice; loss bits and weights are equal."""
+    streams: list[Numbers] = []
+
+    def data() -> dict[str, Any]:
+        streams.append(Numbers())
+        return loader(dataset=streams[-1])
+
+    found, whole = whole_and_pieces(make_runner, tmp_path, stops, data)
+    assert found == whole
+    assert sum(stream.reads for stream in streams[1:]) == streams[0].reads == 3 * SAMPLES
+
+
+@pytest.mark.parametrize("stops", [(3,), (EPOCH,), (1, EPOCH + 2)], ids=str)
+def test_a_loader_with_a_state_is_saved_as_of_the_batches_that_were_trained_on(
+    make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    """Not of those that it has fetched ahead: the run goes on with the next batch."""
+    found, whole = whole_and_pieces(make_runner, tmp_path, stops, Prefetching)
+    assert found == whole
+    assert [row[:2] for row in found[0]] == [(epoch, batch) for epoch in range(3) for batch in range(EPOCH)]
+
+
+def test_a_loader_with_a_state_goes_on_in_the_same_process(make_runner: MakeRunner) -> None:
+    """Stopped and asked to train on, it goes on with the next sample as well."""
+    recorder = Recorder()
+    data = loader(dataset=Numbers())
+    runner = make_runner(custom_hooks=[recorder, At(4, interrupt)], train_dataloader=data, train_cfg={"max_epochs": 1})
+    runner.train()
+    runner.train()
+    assert [number for row in recorder.rows for number in row[2]] == list(range(SAMPLES))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdata_s_loader_goes_on_exactly(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
+    """With and without workers, stopped in the middle of an epoch and after its last batch."""
+    module = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def data() -> Any:
+        generator = torch.Generator().manual_seed(1)
+        return module.StatefulDataLoader(
+            Samples(), batch_size=2, shuffle=True, num_workers=workers, generator=generator
+        )
+
+    found, whole = whole_and_pieces(make_runner, tmp_path, (3, EPOCH), data)
+    assert found[0][:EPOCH] == whole[0][:EPOCH]
+    # Without workers torchdata 0.11 itself shuffles a later epoch otherwise after a restart: the draw with which an
+    # iteration begins is not in its state.
+    for epoch in range(3):
+        assert sorted(number for row in found[0] if row[0] == epoch for number in row[2]) == list(range(SAMPLES))
+
+
+def warnings_of(make_runner: MakeRunner, capfd: pytest.CaptureFixture[str], data: Any) -> str:
+    """Return what a run says before it trains."""
+    runner = make_runner(train_dataloader=data, log_level="WARNING")
+    runner.prepare()
+    runner.close()
+    return capfd.readouterr().err
+
+
+def test_what_is_inexact_is_said_once_before_training(
+    make_runner: MakeRunner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A stream without a state, a stream that workers copy, and a sampler of the user's; exact ones say nothing."""
+    cases = {
+        "Bare is a stream without state_dict": loader(dataset=Bare()),
+        "each of num_workers=2 workers iterates a copy": loader(dataset=Numbers(), num_workers=2),
+        "that of its own loader or sampler": loader(sampler=[1, 2, 3, 4]),
+    }
+    for words, data in cases.items():
+        assert warnings_of(make_runner, capfd, data).count(words) == 1
+    for data in (loader(), loader(dataset=Numbers()), Prefetching(), DataLoader(Samples(), shuffle=True)):
+        assert warnings_of(make_runner, capfd, data) == ""
+
+
+def test_a_checkpoint_of_another_loader_is_refused(make_runner: MakeRunner) -> None:
+    """A state that nothing can take up belongs to another loader."""
+    make_runner(train_dataloader=loader(dataset=Numbers()), custom_hooks=[At(2, interrupt)]).train()
+    runner = make_runner(train_dataloader=loader(), resume=True)
+    with pytest.raises(ValueError, match="state of a data loader, and this run's has no load_state_dict"):
+        runner.train()
+
+
+def test_an_epoch_goes_on_under_a_batch_that_does_not_divide_what_was_seen(make_runner: MakeRunner) -> None:
+    """Four samples were seen, and batches of three begin with the fifth: each sample once, and the epoch ends in time."""
+    seen = Recorder()
+    make_runner(custom_hooks=[seen, At(2, interrupt)]).train()
+    again = [seen, At(4, interrupt)]
+    make_runner(custom_hooks=again, resume=True, train_dataloader=loader(batch_size=3)).train()
+    make_runner(custom_hooks=[seen, At(9, interrupt)], resume=True, train_dataloader=loader(batch_size=4)).train()
+    first = [row for row in seen.rows if row[0] == 0]
+    assert sorted(number for row in first for number in row[2]) == list(range(SAMPLES))
+    assert [len(row[2]) for row in first] == [2, 2, 3, 3, 3]
+    second = [number for row in seen.rows if row[0] == 1 for number in row[2]]
+    assert sorted(second) == list(range(SAMPLES))
+
+
+def train_piece(folder: str, stop: int | None, samples: int = 23) -> list[tuple[int, ...]]:
+    """Train on this rank until ``stop``, or to the end; return the samples of each iteration."""
+    recorder = Recorder()
+    hooks = [recorder] if stop is None else [recorder, At(stop, interrupt)]
+    data = loader(dataset=Augmented(samples))
+    cfg = settings(work_dir=folder, custom_hooks=hooks, resume=True, train_dataloader=data, train_cfg={"max_epochs": 1})
+    runner = Runner(**cfg)
+    runner.train()
+    runner.close()
+    return [row[2] for row in recorder.rows]
+
+
+def test_an_epoch_goes_on_with_fewer_ranks(ranks: Any, tmp_path: Path, make_runner: MakeRunner) -> None:
+    """Ten iterations of two ranks' batches would be 40 samples; stopped on the way, one rank takes the rest in order."""
+    recorder = Recorder()
+    data = loader(dataset=Augmented(23))
+    make_runner(custom_hooks=[recorder], train_dataloader=data, train_cfg={"max_epochs": 1}).train()
+    order = [number for row in recorder.rows for number in row[2]]
+
+    folder = str(tmp_path / "moved")
+    of_rank = ranks.run(train_piece_of_two, folder)
+    done = [number for step in zip(*of_rank, strict=True) for pair in zip(*step, strict=True) for number in pair]
+    rest = [number for row in train_piece(folder, None) for number in row]
+    assert done + rest == order
+    assert len(done) == 12
+
+
+class SaveAt(At):
+    """Saves a checkpoint after an iteration and ends the run, on every rank."""
+
+    def __init__(self, iteration: int) -> None:
+        super().__init__(iteration, self.save)
+
+    def save(self, run: Any) -> None:
+        """Save as after this iteration."""
+        run.save_checkpoint(Path(run.work_dir) / "iter_3", run.progress.after_this_iteration())
+        run.progress.stop_training = True
+
+
+def train_piece_of_two(folder: str) -> list[tuple[int, ...]]:
+    """Train three iterations on this rank of two; return their samples."""
+    recorder = Recorder()
+    data = loader(dataset=Augmented(23))
+    cfg = settings(
+        work_dir=folder, custom_hooks=[recorder, SaveAt(3)], train_dataloader=data, train_cfg={"max_epochs": 1},
+        launcher="pytorch",
+    )  # fmt: skip
+    runner = Runner(**cfg)
+    runner.train()
+    runner.close()
+    return [row[2] for row in recorder.rows]

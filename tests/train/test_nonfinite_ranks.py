@@ -1,0 +1,49 @@
+"""One rank's bad number is seen by all of them, who do the same about it."""
+
+from pathlib import Path
+
+import pytest
+from spoiled import train_spoiled
+
+from ranks import Ranks
+
+
+@pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
+@pytest.mark.parametrize("check", ["step", "interval"])
+def test_all_ranks_stop_where_one_of_them_went_bad(ranks: Ranks, tmp_path: Path, how: str, check: str):
+    """Also for a loss whose gradients are sound, which the others could not see; all name the rank and every sample."""
+    hooks = {"nonfinite": {"check": check, "interval": 3}}
+    first, second = ranks.run(train_spoiled, str(tmp_path), {3: how}, rank=1, hooks=hooks)
+    for each in (first, second):
+        assert "TrainingError: Iteration 3 (epoch 1, batch 3)" in each["error"]
+        if how != "gradient":
+            assert f"gave loss={how} on rank 1." in each["error"]
+        assert each["unchanged"]
+        assert each["updates"] == (2 if check == "step" else 3)
+    assert first["error"] == second["error"]
+    samples = [list(each["iterations"][2][2]) for each in (first, second)]
+    assert f"rank 0 {samples[0]}; rank 1 {samples[1]}" in first["error"]
+
+
+def test_all_ranks_skip_together(ranks: Ranks, tmp_path: Path):
+    """They go on with equal weights."""
+    hooks = {"nonfinite": {"policy": "skip"}}
+    bad = {2: "nan", 5: "gradient", 6: "inf"}
+    first, second = ranks.run(train_spoiled, str(tmp_path), bad, rank=0, hooks=hooks)
+    assert first["error"] == second["error"] == ""
+    assert first["updates"] == second["updates"] == 8 - 3
+    assert first["weights"] == second["weights"]
+
+
+def test_all_ranks_roll_back_together_and_give_up_together(ranks: Ranks, tmp_path: Path):
+    """The third iteration is bad each time: from the checkpoint after the second they go back twice, then stop."""
+    hooks = {
+        "nonfinite": {"policy": "rollback", "max_rollbacks": 2},
+        "checkpoint": {"by_epoch": False, "interval": 2, "save_last": False},
+    }
+    first, second = ranks.run(train_spoiled, str(tmp_path), {3: "nan"}, rank=1, hooks=hooks)
+    for each in (first, second):
+        assert "rolled back 2 times already" in each["error"]
+        # Two, then three tries of a third one on other data each time.
+        assert [row[:2] for row in each["iterations"]] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    assert first["error"] == second["error"]

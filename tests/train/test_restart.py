@@ -1,0 +1,119 @@
+"""Which start of a run goes on with what: decided from plain values."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stratagem.checkpoint import save_checkpoint
+from stratagem.dist import Peer
+from stratagem.train.requeue import requeue_job
+from stratagem.train.restart import Launched, continue_launch
+
+# Not under the package: tests before may have taken its loggers.
+LOGGER = logging.getLogger("test-of-restarts")
+AGENT = Peer(11, "this machine", "900")
+OTHER_AGENT = Peer(12, "another machine", "950")
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
+
+
+def start(*agents: Peer, number: int = 0, **environ: str) -> Launched:
+    """Return the n-th start by torchrun's agents."""
+    return Launched.here(agents, {**TORCHRUN, **environ}, process=Peer(100 + number, "this machine", "1000"))
+
+
+FIRST, SECOND, THIRD = (start(AGENT, AGENT, number=number) for number in range(3))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run's folder with the checkpoint of an earlier run."""
+    save(tmp_path, 100)
+    return tmp_path
+
+
+def save(folder: Path, iteration: int) -> Path:
+    """Publish a checkpoint."""
+    save_checkpoint({"state_dict": {}, "meta": {"iter": iteration}}, folder / f"iter_{iteration}")
+    return folder / f"iter_{iteration}"
+
+
+def test_a_restarted_launch_goes_on_with_its_own_checkpoint(folder: Path):
+    """The first start leaves the earlier run's alone; the second takes what the first saved, not that."""
+    assert continue_launch(folder, FIRST, LOGGER) is None
+    own = save(folder, 2)
+    assert continue_launch(folder, SECOND, LOGGER) == own
+    later = save(folder, 4)
+    assert continue_launch(folder, THIRD, LOGGER) == later
+
+
+def test_a_program_that_trains_twice_is_not_started_again(folder: Path):
+    """Its second training goes on as the program says; only another process is another start."""
+    assert continue_launch(folder, FIRST, LOGGER) is None
+    own = save(folder, 2)
+    assert continue_launch(folder, FIRST, LOGGER) is None
+    assert continue_launch(folder, SECOND, LOGGER) == own
+
+
+def test_a_launch_that_saved_nothing_begins_again(folder: Path):
+    """The checkpoint of an earlier run in the same folder is not its own, after any number of restarts."""
+    for launch in (FIRST, SECOND, THIRD):
+        assert continue_launch(folder, launch, LOGGER) is None
+
+
+def test_another_launch_does_not_go_on_by_itself(folder: Path):
+    """A new torchrun with the same rendezvous id is a new run: its agent is another process."""
+    continue_launch(folder, FIRST, LOGGER)
+    save(folder, 2)
+    assert continue_launch(folder, start(Peer(11, "this machine", "999"), number=1), LOGGER) is None
+
+
+def test_ranks_that_come_and_go_stay_one_launch(folder: Path):
+    """As long as one of torchrun's agents is still there, whichever rank it starts now."""
+    continue_launch(folder, FIRST, LOGGER)
+    own = save(folder, 2)
+    assert continue_launch(folder, start(OTHER_AGENT, AGENT, number=1), LOGGER) == own
+    assert continue_launch(folder, start(OTHER_AGENT, number=2), LOGGER) == own
+
+
+def test_a_requeued_job_goes_on(folder: Path):
+    """SLURM counts its starts; a second `srun` of one job is a run of its own."""
+    job = Launched.here([AGENT], {"SLURM_JOB_ID": "7"}, process=Peer(1, "a node", "1"))
+    back = replace(job, restarts=1, process=(2, "a node", "5"))
+    continue_launch(folder, job, LOGGER)
+    own = save(folder, 2)
+    assert continue_launch(folder, back, LOGGER) == own
+    assert continue_launch(folder, replace(back, process=(3, "a node", "9")), LOGGER) is None
+
+
+def test_a_process_that_nobody_starts_again_leaves_no_record(folder: Path):
+    """Without a launcher there is nothing to remember."""
+    assert continue_launch(folder, Launched.here([AGENT], {}), LOGGER) is None
+    assert [path.name for path in folder.iterdir()] == ["iter_100"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"launch": {"color": 1}, "before": null}', '{"launch": {}}'])
+def test_a_record_that_cannot_be_read_is_none(folder: Path, text: str):
+    """The run then begins as its configuration says."""
+    (folder / ".launch.json").write_text(text)
+    assert continue_launch(folder, FIRST, LOGGER) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "script", "said"),
+    [
+        ({}, None, "belongs to no SLURM job"),
+        ({"SLURM_JOB_ID": "7"}, None, "scontrol is not on the PATH"),
+        ({"SLURM_JOB_ID": "7"}, "echo Job is pending >&2; exit 1", "failed with status 1: Job is pending"),
+    ],
+)
+def test_a_job_that_cannot_be_put_back_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, environ: dict[str, str], script: str | None, said: str
+):
+    """The checkpoint is there, so the run still ends well; the log says what to do."""
+    if script is not None:
+        (tmp_path / "scontrol").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "scontrol").chmod(0o755)
+    assert not requeue_job(LOGGER, {**environ, "PATH": str(tmp_path)})
+    assert said in caplog.text
