@@ -138,8 +138,8 @@ def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path:
     """By the call itself: taking the state apart needs no disk."""
     with pytest.raises(CheckpointError, match="note"):
         saver.save({"note": object()}, tmp_path / "a", ALONE)
-    with pytest.raises(CheckpointError, match="in the background goes to paths"):
-        saver.save(tree(1), "s3://bucket/a", ALONE)
+    with pytest.raises(CheckpointError, match="written to paths"):
+        saver.save(tree(1), "https://host/a", ALONE)
 
 
 def test_what_comes_after_a_save_comes_when_it_is_durable(saver: BackgroundSaver, tmp_path: Path):

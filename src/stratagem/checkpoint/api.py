@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from stratagem.model import bare_model
 from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
 
-__all__ = ["load_checkpoint", "model_part", "path_to_write", "save_checkpoint"]
+__all__ = ["load_checkpoint", "model_part", "refuse_unwritable", "save_checkpoint", "write_at"]
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
@@ -36,31 +36,35 @@ def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[s
         CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
     """
     tree = dict(checkpoint)
-    if is_url(filename):
-        url = os.fspath(filename)
-        if CheckpointLoader.only_reads(url) or not is_remote_scheme(url.partition("://")[0]):
-            raise CheckpointError(
-                f"{mask_text(url)}: checkpoints are written to paths, and to places that fsspec opens and writes to."
-            )
-        save_remote(url, lambda path: format_for(path).save(tree, path, team), team)
-        return
-    path = path_to_write(filename, team)
-    format_for(path).save(tree, path, team)
+    write_at(filename, lambda path: format_for(path).save(tree, path, team), team)
 
 
-def path_to_write(filename: str | os.PathLike[str], team: Team = ALONE) -> Path:
-    """Return where a checkpoint of that name is written, in a folder that is there now. Collective over ``team``.
+def write_at(filename: str | os.PathLike[str], write: Callable[[Path], None], team: Team = ALONE) -> None:
+    """Have ``write`` publish a checkpoint at a path, in a folder that is made, and from there at a URL. Collective.
 
     Raises:
-        CheckpointError: if it is no path, or the folder cannot be made.
+        CheckpointError: if nothing can be written there.
     """
+    refuse_unwritable(filename)
     if is_url(filename):
-        raise CheckpointError(
-            f"{mask_text(os.fspath(filename))}: what is saved in the background goes to paths. Name one, or save at once."
-        )
+        save_remote(os.fspath(filename), write, team)
+        return
     path = absolute(filename)
     team.first(lambda: _make_parents(path))
-    return path
+    write(path)
+
+
+def refuse_unwritable(filename: str | os.PathLike[str]) -> None:
+    """Refuse a URL that can only be read from.
+
+    Raises:
+        CheckpointError: if it is one.
+    """
+    url = os.fspath(filename)
+    if is_url(filename) and (CheckpointLoader.only_reads(url) or not is_remote_scheme(url.partition("://")[0])):
+        raise CheckpointError(
+            f"{mask_text(url)}: checkpoints are written to paths, and to places that fsspec opens and writes to."
+        )
 
 
 def _make_parents(path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import final
 
 from torch import Tensor
 
-from stratagem.checkpoint.api import path_to_write
+from stratagem.checkpoint.api import refuse_unwritable, write_at
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.refusal import not_written
 from stratagem.checkpoint.staging import Staging
@@ -68,10 +68,10 @@ class BackgroundSaver:
         if self._task is not None and not self._task.done():
             self._logger.info("%s waits until the checkpoint before it is written.", os.fspath(filename))
         self.wait()
-        path = path_to_write(filename, team)
-        captured = format_for(path).capture(checkpoint, team)
+        refuse_unwritable(filename)
+        captured = format_for(Path(filename)).capture(checkpoint, team)
         tensors = team.own(lambda: self._staging.copy(captured.tensors))
-        self._task = self._thread.submit(_write, captured.publish, tensors, path, self._team, then)
+        self._task = self._thread.submit(_write, captured.publish, tensors, filename, self._team, then)
 
     def check(self) -> None:
         """Raise what the save under way failed with, as soon as all ranks know; waits for nothing.
@@ -118,15 +118,15 @@ class BackgroundSaver:
 def _write(
     publish: Callable[[Sequence[Tensor], Path, Team], None],
     tensors: Sequence[Tensor],
-    path: Path,
+    filename: str | os.PathLike[str],
     team: Team,
     then: Callable[[Team], None] | None,
 ) -> None:
     try:
-        publish(tensors, path, team)
+        write_at(filename, lambda path: publish(tensors, path, team), team)
     except CheckpointError:
         raise
     except Exception as error:  # whatever it is, the training is told which checkpoint there is not
-        raise not_written(path, error) from error
+        raise not_written(Path(filename), error) from error
     if then is not None:
         then(team)

@@ -30,10 +30,9 @@ __all__ = ["INTERRUPTED", "Recorder", "Run"]
 
 # The series of what is saved when a run is interrupted.
 INTERRUPTED: Final = "interrupted"
-_FOR_ITSELF: Final = Purpose()
-
 # The part of a checkpoint that holds the states of hooks.
 _HOOKS: Final = "hooks"
+_FOR_ITSELF: Final = Purpose()
 
 
 class Recorder(Protocol):
@@ -222,9 +221,9 @@ class Run:
         meta: dict[str, Any] = {
             **position.as_meta(),
             "experiment_name": self.strategy.experiment_name,
-            **self.lineage.as_meta(),
             "run_id": self.id,
             "purpose": purpose.as_meta(),
+            **self.lineage.as_meta(),
         }
         if self._config_text is not None:
             meta["cfg"] = self._config_text

@@ -145,6 +145,9 @@ class CheckpointHook(Hook):
             run.claims.claim(self._folder)
         if self._async_save:
             run.saves.in_background()
+        if self._timer is not None:
+            # From a training that was broken off, as by a roll-back.
+            self._timer.end()
         if self._every_minutes is not None:
             self._timer = SharedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
         found = Team.of().first(lambda: self._tidy_at_start(run))

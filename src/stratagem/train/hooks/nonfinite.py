@@ -202,6 +202,8 @@ class NonFiniteHook(Hook):
 
     def _give_up(self, run: Run, finding: Finding, said: str) -> None:
         """Stop, or go back where that is wanted and possible."""
+        # What is being written may be it, and what it replaces goes then.
+        run.saves.wait()
         good = broadcast_object(_last_good(run) if run.rank == 0 else None)
         if self._policy != "rollback":
             raise TrainingError(f"{said} {_advice(good)}")
