@@ -44,6 +44,8 @@ def _checkpoints(**hook: Any) -> dict[str, Any]:
 RUNS = (
     Kind("a run that saves by epoch", _checkpoints(interval=1)),
     Kind("a run that saves by iteration, .pth", _checkpoints(interval=3, by_epoch=False, filename_tmpl="iter_{}.pth")),
+    Kind("a run that keeps one", _checkpoints(interval=2, by_epoch=False, max_keep_ckpts=1)),
+    Kind("the same in the background", _checkpoints(interval=2, by_epoch=False, max_keep_ckpts=1, async_save=True)),
     Kind("a run that is interrupted", _checkpoints(interval=-1), interrupt_at=4),
 )
 
