@@ -39,7 +39,7 @@ $(LAUNCHERS): $(INSTALLED)
 	$(PIP) --editable '.[mpi,ray]'
 	@touch $@
 
-faults: setup ## Inject every fault into every way to save; takes ten minutes or more.
+faults: setup ## Inject every fault into every way to save; takes a quarter of an hour.
 	PYTHONPATH=src:tests $(BIN)/python tests/fault_sweep.py
 
 check: setup ## Check format, lint, types and the layers of the architecture.

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("fault_sweep.py")
 
 @pytest.mark.parametrize(
     ("sweep", "every", "least"),
-    [("kills", 23, 30), ("errors", 7, 100), ("power", 7, 150), ("damage", 5, 150), ("runs", 61, 10), ("ranks", 29, 10)],
+    [("kills", 23, 30), ("errors", 7, 100), ("power", 7, 150), ("damage", 5, 150), ("runs", 61, 10), ("ranks", 61, 5)],
 )
 def test_no_fault_loses_what_was_published(sweep: str, every: int, least: int) -> None:
     """Whatever dies, fails or is damaged, a start without anybody's help finds a complete checkpoint and goes on."""

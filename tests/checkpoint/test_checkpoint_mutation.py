@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
-from stratagem.errors import CheckpointError
+from stratagem.errors import CheckpointDamagedError, CheckpointError
 from sweeps.trial import same, state
 
 
@@ -63,3 +63,19 @@ def test_a_mutated_checkpoint_is_refused_or_the_same(
     except CheckpointError:
         return
     assert same(found, state(1))
+
+
+def test_every_flipped_bit_of_a_single_file_is_damage_or_means_nothing(tmp_path: Path) -> None:
+    """Never an error of another kind, which would stop a run that could go on from the checkpoint before."""
+    path = tmp_path / "iter_1.pth"
+    save_checkpoint(state(1), path)
+    data = path.read_bytes()
+    for offset in range(len(data)):
+        changed = bytearray(data)
+        changed[offset] ^= 1 << offset % 8
+        path.write_bytes(changed)
+        try:
+            found = CheckpointLoader.load_checkpoint(path)
+        except CheckpointDamagedError:
+            continue
+        assert same(found, state(1))

@@ -116,13 +116,18 @@ class TorchArchive:
         if info is None:
             raise CheckpointDamagedError(f"it has no record {self._prefix}/{name}.")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise CheckpointError(f"its record {info.filename} is compressed or encrypted, which torch never writes.")
+            raise CheckpointDamagedError(
+                f"its record {info.filename} is compressed or encrypted, which torch never writes."
+            )
         return info
 
     def _find_prefix(self) -> str:
         found = [name.removesuffix("/data.pkl") for name in self._records if name.endswith("/data.pkl")]
         found = [prefix for prefix in found if "/" not in prefix]
         if len(found) != 1:
+            # What else torch writes tells its own file, in which a name was damaged, from any other zip file.
+            if any(name.endswith(("/version", "/byteorder", "/serialization_id")) for name in self._records):
+                raise CheckpointDamagedError("its zip directory does not name data.pkl once.")
             raise CheckpointError("it is a zip file, but not one that torch.save wrote: it has no single data.pkl.")
         if f"{found[0]}/constants.pkl" in self._records:
             raise CheckpointError(
