@@ -122,6 +122,7 @@ class Life(RuleBasedStateMachine):
         self.killed = False
         self.had_one = False
         self.most = 0
+        self.stands_on: set[Path] = set()
 
     def carry_out(self, removals: list[Saved], most: int) -> None:
         """Remove one after the other; the process is killed where ``most`` ends before them."""
@@ -144,9 +145,11 @@ class Life(RuleBasedStateMachine):
         )  # fmt: skip
         self.disk = [*(each for each in self.disk if each.path != new.path), new]
         self.damaged.discard(new.path)
-        # At most the last that are sound, and a spoiled one that is newer.
-        self.most = self.KEEP + 1
-        self.carry_out(self.policy.superfluous(self.disk, {new.path}), operations - 1)
+        if finite:
+            self.stands_on = set()
+        # At most the last that are sound, a spoiled one that is newer, and what this start went on from.
+        self.most = self.KEEP + 2 - finite
+        self.carry_out(self.policy.superfluous(self.disk, {new.path, *self.stands_on}), operations - 1)
 
     @precondition(lambda self: self.killed)
     @rule(operations=st.integers(0, 6))
@@ -154,10 +157,10 @@ class Life(RuleBasedStateMachine):
         """Go on from the newest that is sound, and remove what there was no time for."""
         sound = [each for each in self.disk if each.finite and each.path not in self.damaged]
         self.at = sound[-1].iter if sound else 0
-        protected = {each.path for each in self.disk if each.iter == self.at}
+        self.stands_on = {each.path for each in self.disk if each.iter == self.at}
         # And the one that the run was taken up from.
         self.most = self.KEEP + 2
-        self.carry_out(self.policy.superfluous(self.disk, protected), operations)
+        self.carry_out(self.policy.superfluous(self.disk, self.stands_on), operations)
 
     @precondition(lambda self: self.killed and len(self.disk) > 1)
     @rule()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -119,6 +119,8 @@ class CheckpointHook(Hook):
         self._async_save = async_save
         self._timer: SharedTimer | None = None
         self._training = False
+        # What this start went on from, until it has saved a checkpoint from which a run can go on.
+        self._stands_on: set[Path] = set()
 
     def get_triggered_stages(self) -> list[str]:
         by_iter = not self._by_epoch or self._every_minutes is not None or self._async_save
@@ -198,7 +200,7 @@ class CheckpointHook(Hook):
         path = self._folder / name
 
         def tidy(team: Team) -> None:
-            team.first(lambda: self._remove_superfluous(run, {path}))
+            team.first(lambda: self._remove_superfluous(run, path))
 
         run.save_checkpoint(
             path,
@@ -214,14 +216,19 @@ class CheckpointHook(Hook):
     def _tidy_at_start(self, run: Run) -> list[Purpose]:
         """Do what a run that was killed had no time for; return what the checkpoints on the disk were saved for."""
         saved = saved_by(run.id, self._folder)
-        # What the run was taken up from may be older than one that was damaged.
-        self._remove_superfluous(run, {each.path for each in saved if each.iter == run.iter})
+        # What the run was taken up from may be older than some that are damaged, and the only one that can be used.
+        self._stands_on = {each.path for each in saved if each.iter == run.iter}
+        self._remove_superfluous(run)
         return [each.purpose for each in saved]
 
-    def _remove_superfluous(self, run: Run, protected: Collection[Path]) -> None:
+    def _remove_superfluous(self, run: Run, new: Path | None = None) -> None:
+        """Remove what retention does not keep; ``new`` was published just now."""
         if self._retention.last is None and self._best is None:
             return
         saved = saved_by(run.id, self._folder)
+        if any(each.path == new and each.finite for each in saved):
+            self._stands_on = set()
+        protected = self._stands_on if new is None else {new, *self._stands_on}
         remove_checkpoints([each.path for each in self._retention.superfluous(saved, protected)], run.logger)
 
     def _publish_parts(self, run: Run) -> None:
