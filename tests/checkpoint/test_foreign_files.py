@@ -92,6 +92,7 @@ def test_averages_of_mmengine_are_said_to_be_such(tmp_path: Path, caplog: pytest
     content = {"meta": {"mmengine_version": "0.10.7"}, "state_dict": PLAIN.state_dict(), "ema_state_dict": average}
     torch.save(content, tmp_path / "weights.pth")
     torch.save({**content, "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "run.pth")
+    caplog.set_level("INFO", logger="stratagem")
     SingleFileFormat().load(tmp_path / "weights.pth")
     assert not caplog.records
     assert "ema_state_dict" in SingleFileFormat().load(tmp_path / "run.pth")

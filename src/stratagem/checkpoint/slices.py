@@ -76,11 +76,14 @@ def check_pieces(file: Path, layout: FileLayout, pieces: Sequence[WrittenPiece])
     Raises:
         CheckpointDamagedError: if one differs or cannot be read; it names the tensor.
     """
+    # In the order of the file, which is what disks and the system's reading ahead are fastest at.
+    ordered = sorted(pieces, key=lambda piece: (layout.starts[piece.name], piece.region))
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads())), "checkpoint check") as pool:
-            digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), pieces)
-            for piece, digest in zip(pieces, digests, strict=True):
+        # One thread waits for the disk while another computes.
+        with ThreadPoolExecutor(2, "checkpoint check") as pool:
+            digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), ordered)
+            for piece, digest in zip(ordered, digests, strict=True):
                 if digest != piece.digest:
                     raise CheckpointDamagedError(
                         f"{file}: the tensor {piece.name!r} is not what was written: its digest differs."
