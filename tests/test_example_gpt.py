@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +162,12 @@ def test_draws_have_the_chances_of_the_temperature(model: BaseModel) -> None:
 
 
 @pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, float]]]:
+def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
     """The folder of a short training, and its validation."""
     folder = tmp_path_factory.mktemp("gpt")
     changes = {"train_cfg.max_iters": 60, "param_scheduler.0.end": 10, "param_scheduler.1.begin": 10}
     _, metrics = train(str(folder), **changes, **{"optim_wrapper.optimizer.lr": 0.01})
-    yield folder, metrics
+    return folder, metrics
 
 
 @pytest.mark.slow

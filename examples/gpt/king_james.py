@@ -23,7 +23,7 @@ _NUMBERS = {character: number for number, character in enumerate(ALPHABET)}
 # What cross_entropy leaves out of the loss.
 NO_TARGET = -100
 # The marks of words that translators supplied go; an apostrophe is one that keyboards have.
-_SPELLING = str.maketrans("’", "'", "[]")
+_SPELLING = str.maketrans("\N{RIGHT SINGLE QUOTATION MARK}", "'", "[]")
 
 
 @TOKENIZERS.register_module()
