@@ -1,7 +1,7 @@
 """A small language model in the manner of GPT-2, and how well it foretells."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.mix_norm = nn.LayerNorm(width)
         # No bias: what one adds to keys, softmax takes away again.
         self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
@@ -27,8 +27,9 @@ class Block(nn.Module):
         self.think_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.queries_keys_values(self.mix_norm(x)).chunk(3, dim=-1)
-        queries, keys, values = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        # Head by head, so that ranks which share a layer's arithmetic have whole heads.
+        by_head = self.queries_keys_values(self.mix_norm(x)).unflatten(-1, (-1, 3, self.head_width))
+        queries, keys, values = by_head.transpose(1, 3).unbind(1)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         x = x + self.mix_out(mixed.transpose(1, 2).flatten(2))
         return x + self.think_out(functional.gelu(self.think(self.think_norm(x))))
@@ -41,6 +42,14 @@ class Gpt(BaseModel):
     Its loss is the mean over the batch's targets, and its weight their number: batches, ranks and accumulated
     micro-batches count by their tokens.
     """
+
+    # How layers are spread by FSDPStrategy(tp=...).
+    tp_plan: ClassVar = {
+        "blocks.*.queries_keys_values": "colwise",
+        "blocks.*.mix_out": "rowwise",
+        "blocks.*.think": "colwise",
+        "blocks.*.think_out": "rowwise",
+    }
 
     def __init__(self, *, tokens: int, length: int, width: int = 256, blocks: int = 6, heads: int = 4) -> None:
         super().__init__()

@@ -46,7 +46,9 @@ Launcher = Annotated[
         help="What started the processes: none, pytorch, slurm or mpi; inferred by default. Or ray, to start them.",
     ),
 ]
-Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, or a class's name.")]
+Strategy = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, or a class's name.")
+]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
 
 
