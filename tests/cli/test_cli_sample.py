@@ -1,0 +1,137 @@
+"""``stratagem sample``: any model that generates, and a clear word to all others. The example's test has it write text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stratagem import SingleDeviceStrategy
+from stratagem.model import BaseModel
+from stratagem.registry import MODELS, TOKENIZERS
+
+Command = Callable[..., Any]
+CONFIG = 'model = dict(type="Counting", step=3)\ntokenizer = dict(type="Letters")\n'
+
+
+@TOKENIZERS.register_module()
+class Letters:
+    """Numbers for small letters."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Return their places in the alphabet."""
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the letters."""
+        return "".join(chr(token + ord("a")) for token in tokens)
+
+
+@TOKENIZERS.register_module()
+class Mute:
+    """No tokenizer."""
+
+
+@MODELS.register_module()
+class Counting(BaseModel):
+    """Goes on with the letter a step further; or with any letter, where it is to draw."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = nn.Parameter(torch.tensor(float(step)))
+
+    def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
+        """Never called."""
+
+    def generate(
+        self, tokens: Tensor, *, max_new_tokens: int, do_sample: bool, temperature: float, top_k: int
+    ) -> Tensor:
+        """Return the tokens and those that follow."""
+        assert not self.training
+        for _ in range(max_new_tokens):
+            drawn = torch.randint(top_k, (1, 1)) if do_sample else (tokens[:, -1:] + int(self.step)) % 26
+            tokens = torch.cat([tokens, drawn], dim=1)
+        return tokens
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[str, str]:
+    """The path of a configuration, and the folder of a run with one checkpoint, whose model takes steps of 1."""
+    config = tmp_path / "letters.py"
+    config.write_text(CONFIG, encoding="utf-8")
+    strategy = SingleDeviceStrategy(work_dir=tmp_path / "run", log_kwargs={"log_level": "ERROR"})
+    strategy.prepare(Counting(1))
+    strategy.save_checkpoint(tmp_path / "run" / "iter_1")
+    strategy.close()
+    return str(config), str(tmp_path / "run")
+
+
+def test_a_model_goes_on_with_the_weights_of_the_checkpoint(stratagem: Command, written: tuple[str, str]) -> None:
+    """A checkpoint, or the folder of a run for its latest."""
+    config, run = written
+    for checkpoint in (run, f"{run}/iter_1"):
+        done = stratagem("sample", config, checkpoint, "--prompt", "ab", "--tokens", "4", "--temperature", "0")
+        assert (done.status, done.out) == (0, "abcdef\n")
+
+
+def test_the_seed_decides_what_is_drawn(stratagem: Command, written: tuple[str, str], tmp_path: Path) -> None:
+    """As torch draws with it; and nothing is written."""
+    before = sorted(tmp_path.rglob("*"))
+    torch.manual_seed(4)
+    expected = "".join("abcde"[int(torch.randint(5, (1, 1)))] for _ in range(8))
+    done = stratagem("sample", *written, "--prompt", "z", "--tokens", "8", "--top-k", "5", "--seed", "4")
+    assert done.out == f"z{expected}\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer": None}, "letters.py names no tokenizer, so what the tokens of its model mean is not known."),
+        ({"tokenizer": {"type": "Mute"}}, "tokenizer: Mute has no methods encode and decode"),
+        ({"model": {"type": "SupervisedModel", "network": {"type": "ReLU"}, "loss": {"type": "MSELoss"}}}, (
+            "SupervisedModel has no method generate(tokens, *, max_new_tokens, do_sample, temperature, top_k)"
+        )),
+        ({"model": None}, "letters.py names no model"),
+        ({"tokeniser": {"type": "Letters"}}, "'tokenizer'"),
+    ],
+    ids=["no tokenizer", "no methods", "no text", "no model", "misspelled"],
+)  # fmt: skip
+def test_what_writes_no_text_is_refused(
+    stratagem: Command, written: tuple[str, str], changes: dict[str, Any], message: str
+) -> None:
+    """With what is missing, and nothing of Python's own."""
+    config, run = written
+    Path(config).write_text(
+        CONFIG + "".join(f"{key} = {value!r}\n" for key, value in changes.items()), encoding="utf-8"
+    )
+    done = stratagem("sample", config, run, "--prompt", "a")
+    assert done.status == 2
+    assert message in done.err
+    assert done.out == ""
+
+
+def test_an_empty_prompt_and_a_missing_checkpoint_are_refused(
+    stratagem: Command, written: tuple[str, str], tmp_path: Path
+) -> None:
+    """A model goes on with one token at least."""
+    config, run = written
+    empty = stratagem("sample", config, run, "--prompt", "")
+    assert (empty.status, "--prompt '' has no token" in empty.err) == (2, True)
+    missing = stratagem("sample", config, f"{run}/iter_2", "--prompt", "a")
+    assert (missing.status, "iter_2: there is no such checkpoint" in missing.err) == (2, True)
+    (tmp_path / "other").mkdir()
+    other = stratagem("sample", config, tmp_path / "other", "--prompt", "a")
+    assert (other.status, str(tmp_path / "other") in other.err) == (2, True)
+
+
+def test_a_training_ends_with_the_command_that_samples(stratagem: Command, config: str) -> None:
+    """Where the configuration names a tokenizer."""
+    changes = ("--set", "train_cfg.max_epochs=1", "--set", "tokenizer.type=Letters")
+    done = stratagem("train", config, "--work-dir", "run", *changes)
+    rows = dict(line.strip().split(maxsplit=1) for line in done.out.splitlines() if line.startswith("  "))
+    assert rows["sample"] == f"stratagem sample {config} run/epoch_1 {' '.join(changes)} --prompt TEXT"
