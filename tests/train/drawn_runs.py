@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from toys import VALIDATION, Samples, loader
 from torch import Tensor, nn
+from toys import VALIDATION, Samples, loader
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
@@ -30,7 +30,7 @@ class Drawn:
     """A small run.
 
     Attributes:
-        samples: of the training data; a batch has two.
+        samples: of the training data.
         length: epochs, or iterations where ``by_epoch`` is False.
         window: iterations of an update.
         val_interval: in epochs or iterations.
@@ -41,6 +41,9 @@ class Drawn:
         weighted: whether micro-batches count by their samples.
         patience: of early stopping; None for none.
         workers: that load the data.
+        batch: samples of a rank's micro-batch.
+        draws: whether the model has dropout and statistics of its batches.
+        launcher: what started the ranks; None for one process.
     """
 
     samples: int = 13
@@ -56,12 +59,23 @@ class Drawn:
     weighted: bool = False
     patience: int | None = None
     workers: int = 0
+    batch: int = 2
+    draws: bool = True
     launcher: str | None = None
+
+    @property
+    def iterations(self) -> int:
+        """Of the whole run, in one process."""
+        return self.length * -(-self.samples // 2) if self.by_epoch else self.length
 
     @property
     def optimizers(self) -> dict[str, Any]:
         if self.several:
-            return {"constructor": "MultiOptimWrapperConstructor", "front": self._wrapper("SGD"), "back": self._wrapper("AdamW")}
+            return {
+                "constructor": "MultiOptimWrapperConstructor",
+                "front": self._wrapper("SGD"),
+                "back": self._wrapper("AdamW"),
+            }
         cfg = self._wrapper(self.optimizer)
         if self.precision != "float32":
             cfg |= {"type": "AmpOptimWrapper", "dtype": self.precision}
@@ -72,12 +86,12 @@ class Drawn:
     @property
     def schedules(self) -> Any:
         schedules: list[dict[str, Any]] = [
-            {"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "begin": 0, "end": 10},
-            {"type": "ExponentialLR", "gamma": 0.95, "by": "step"},
+            {"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "end": 10},
+            {"type": "ExponentialLR", "gamma": 0.95, "by": "step", "end": 99},
             {"type": "ReduceOnPlateauLR", "monitor": "accuracy", "rule": "greater", "patience": 0, "end": 99},
         ]
         if self.by_epoch:
-            schedules.append({"type": "StepLR", "step_size": 1, "gamma": 0.8})
+            schedules.append({"type": "StepLR", "step_size": 1, "gamma": 0.8, "end": 99})
         return {"front": schedules, "back": schedules[:2]} if self.several else schedules
 
     def settings(self, folder: Path, hooks: Sequence[Hook]) -> dict[str, Any]:
@@ -90,12 +104,14 @@ class Drawn:
             own.append({"type": "EarlyStoppingHook", **stopping})
         train_cfg = {"max_epochs": self.length} if self.by_epoch else {"by_epoch": False, "max_iters": self.length}
         return {
-            "model": {"type": Pair} if self.several else {"type": Net, "weighted": self.weighted},
+            "model": {"type": Pair if self.several else Net, "weighted": self.weighted, "draws": self.draws},
             "work_dir": folder,
             "experiment_name": "drawn",
             "strategy": "SingleDeviceStrategy" if self.launcher is None else "DDPStrategy",
             "launcher": self.launcher,
-            "train_dataloader": loader(dataset=Augmented(self.samples), num_workers=self.workers),
+            "train_dataloader": loader(
+                dataset=Augmented(self.samples), batch_size=self.batch, num_workers=self.workers
+            ),
             "train_cfg": {**train_cfg, "val_interval": self.val_interval},
             "optim_wrapper": self.optimizers,
             "param_scheduler": self.schedules,
@@ -117,10 +133,11 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a run is stopped: in or after the iteration of a number from 1, counted over the whole run."""
+    """Where a run is stopped: in or after the iteration of a number from 1, counted over the whole run; on which rank."""
 
     iteration: int
     how: How
+    rank: int | None = None
 
 
 class Augmented(Samples):
@@ -133,36 +150,33 @@ class Augmented(Samples):
 
 
 class Net(BaseModel):
-    """Two layers with dropout and running statistics, in two parts."""
+    """Two layers with dropout and running statistics, in two parts; with ``draws=False`` without both."""
 
-    def __init__(self, *, weighted: bool = False) -> None:
+    def __init__(self, *, weighted: bool, draws: bool) -> None:
         super().__init__()
-        self.front = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, momentum=0.3), nn.Tanh(), nn.Dropout(0.3))
+        between = [nn.BatchNorm1d(8, momentum=0.3), nn.Tanh(), nn.Dropout(0.3)] if draws else [nn.Tanh()]
+        self.front = nn.Sequential(nn.Linear(4, 8), *between)
         self.back = nn.Linear(8, 3)
         self.weighted = weighted
 
     def forward(self, inputs: Tensor, classes: Tensor, numbers: Tensor, mode: str = "tensor") -> Any:
-        """Return the loss, weighted by what the samples' numbers say, or predictions."""
-        # The last batch may be of one sample, of which there are no statistics.
-        scores = self.back(self.front(inputs) if len(inputs) > 1 or not self.training else self._without_norm(inputs))
+        """Return the loss, or predictions."""
+        if len(inputs) == 1:
+            # The last batch, which has no statistics.
+            self.front[1:2].eval()
+        scores = self.back(self.front(inputs))
+        self.front.train(self.training)
         if mode == "loss":
             losses = {"loss": nn.functional.cross_entropy(scores.float(), classes)}
-            return {**losses, "weight": (1.0 + numbers % 3).sum()} if self.weighted else losses
+            return {**losses, "weight": len(inputs) + 0.25} if self.weighted else losses
         return {"preds": scores.float(), "target": classes}
-
-    def _without_norm(self, inputs: Tensor) -> Tensor:
-        linear, norm, *rest = self.front
-        scaled = linear(inputs) * norm.weight + norm.bias
-        for module in rest:
-            scaled = module(scaled)
-        return scaled
 
 
 class Pair(Net):
     """Trains its front in each iteration, and its back in the first of three; what a backward pass leaves stays there."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.register_buffer("turn", torch.tensor(0))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
@@ -205,11 +219,10 @@ class StopError(Exception):
 class Stopper(Hook):
     """Stops a run as a :class:`Stop` says."""
 
-    # Before a checkpoint of the same iteration is saved.
-    priority = "ABOVE_NORMAL"
-
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
+        # Before the checkpoint of an iteration is saved, or as late as that: when schedules have moved on.
+        self.priority = "VERY_LOW" if stop.how == "stop" else "ABOVE_NORMAL"
 
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if self._is_due(run, "model"):
@@ -228,21 +241,23 @@ class Stopper(Hook):
             run.progress.stop_training = True
 
     def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if self.stop.how == "validation" and run.iter >= self.stop.iteration:
+        if self.stop.how == "validation" and self.stop.rank in (None, run.rank) and run.iter >= self.stop.iteration:
             raise StopError
 
     def _is_due(self, run: Any, how: How) -> bool:
-        return self.stop.how == how and run.iter + 1 == self.stop.iteration
+        here = self.stop.rank in (None, run.rank)
+        return here and self.stop.how == how and run.iter + 1 == self.stop.iteration
 
 
 def _fail(*_: Any) -> None:
     raise StopError
 
 
-def train(drawn: Drawn, folder: Path, trace: Path, stop: Stop | None = None, *, hooks: Sequence[Hook] = ()) -> None:
+def train(drawn: Drawn, folder: Path, stop: Stop | None = None, *, resume: bool | Path = True) -> None:
     """Train until the stop, or to the end; then save what the run came to under ``final``."""
     stoppers = [] if stop is None else [Stopper(stop)]
-    runner = Runner(**drawn.settings(folder, [Trace(trace), *stoppers, *hooks]), resume=True)
+    trace = Trace(trace_of(folder, int(os.environ.get("RANK", "0"))))
+    runner = Runner(**drawn.settings(folder, [trace, *stoppers]), resume=resume)
     try:
         runner.train()
         if stop is None:
@@ -255,28 +270,38 @@ def train(drawn: Drawn, folder: Path, trace: Path, stop: Stop | None = None, *, 
 
 def whole(drawn: Drawn, folder: Path) -> None:
     """Train without a stop, and without a checkpoint on the way."""
-    train(replace(drawn, save_interval=-1), folder, folder.with_suffix(".jsonl"))
+    train(replace(drawn, save_interval=-1), folder)
 
 
-def differences(one: Path, other: Path, trace: Path | None = None) -> list[str]:
+def in_pieces(drawn: Drawn, folder: Path, stops: Sequence[Stop]) -> None:
+    """Train, stop and go on, again and again."""
+    for stop in [*stops, None]:
+        train(drawn, folder, stop)
+
+
+def trace_of(folder: Path, rank: int = 0) -> Path:
+    """Return the file with the trace that a rank of a run leaves."""
+    return folder.with_name(f"{folder.name}.rank{rank}.jsonl")
+
+
+def lines_of(file: Path) -> list[tuple[str, Any]]:
+    """Return the lines of a trace: what was done, and what it came to."""
+    return [(what, values) for what, values in map(json.loads, file.read_text().splitlines())]
+
+
+def differences(one: Path, other: Path, *, ranks: int = 1) -> list[str]:
     """Return where an undisturbed run and one that was stopped differ: in any line of their traces, or in their ends."""
-    expected = dict(_lines(one.with_suffix(".jsonl")))
     found = []
-    seen = set()
-    for what, values in _lines(trace or other.with_suffix(".jsonl")):
-        seen.add(what)
-        if expected.get(what) != values:
-            found.append(f"{what}: {expected.get(what)} became {values}")
-    found += [f"{what} is missing" for what in expected if what not in seen]
+    for rank in range(ranks):
+        expected, lines = dict(lines_of(trace_of(one, rank))), lines_of(trace_of(other, rank))
+        found += [f"{what}: {expected.get(what)} became {came}" for what, came in lines if expected.get(what) != came]
+        found += [f"{what} is missing" for what in expected.keys() - dict(lines).keys()]
     return found + list(_differing_ends(one / "final", other / "final"))
-
-
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    return ((what, values) for what, values in map(json.loads, file.read_text().splitlines()))
 
 
 def _differing_ends(one: Path, other: Path) -> Iterator[str]:
     trees = [CheckpointLoader.load_checkpoint(path) for path in (one, other)]
     for tree in trees:
-        del tree["meta"]["time"]
+        for name in ("time", "experiment_name"):
+            del tree["meta"][name]
     return (f"at the end: {difference}" for difference in compare(*trees))

@@ -76,19 +76,24 @@ def check_pieces(file: Path, layout: FileLayout, pieces: Sequence[WrittenPiece])
     Raises:
         CheckpointDamagedError: if one differs or cannot be read; it names the tensor.
     """
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads())), "checkpoint check") as pool:
-            digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), pieces)
-            for piece, digest in zip(pieces, digests, strict=True):
-                if digest != piece.digest:
-                    raise CheckpointDamagedError(
-                        f"{file}: the tensor {piece.name!r} is not what was written: its digest differs."
-                    )
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _compare(file, descriptor, layout, pieces)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    finally:
-        os.close(descriptor)
+
+
+def _compare(file: Path, descriptor: int, layout: FileLayout, pieces: Sequence[WrittenPiece]) -> None:
+    with ThreadPoolExecutor(max(1, min(4, torch.get_num_threads())), "checkpoint check") as pool:
+        digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), pieces)
+        for piece, digest in zip(pieces, digests, strict=True):
+            if digest != piece.digest:
+                raise CheckpointDamagedError(
+                    f"{file}: the tensor {piece.name!r} is not what was written: its digest differs."
+                )
 
 
 def _digest_in_file(descriptor: int, layout: FileLayout, piece: WrittenPiece) -> str:

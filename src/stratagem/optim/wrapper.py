@@ -37,10 +37,11 @@ _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 class AccumulatingOptimWrapper(BaseOptimWrapper):
     """The arithmetic of accumulation, which precisions share; windows are counted from the run's first micro-batch.
 
-    A window crosses epoch ends and validation. The last one of the run, and one that begins in the middle since the
-    gradients of its first part are gone, are shorter, and divided by their own length. Where a hook stops a run inside a window, the loop calls
-    ``drop_window``, which forgets its gradients: the weights are those of the last update. A run that is interrupted
-    goes on to the end of its window first, so that it can be resumed exactly.
+    A window crosses epoch ends and validation. The last one of the run is shorter, and so is one that begins in the
+    middle because the gradients of its first part are gone; each is divided by its own length. Where a hook stops a run
+    inside a window, the loop calls ``drop_window``, which forgets its gradients: the weights are those of the last
+    update. A run that is interrupted goes on to the end of its window first. A strategy keeps the gradients of a window
+    that is open in its checkpoints, and opens it again.
 
     Args:
         optimizer: what updates the parameters.
@@ -75,6 +76,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self._plain = self._clipping is None and self._nonfinite is None
         self._clears_by_itself = type(optimizer).zero_grad is not Optimizer.zero_grad
         self._window_start = 0
+        # Of the loaded state; None where it does not tell.
+        self._saved_pending: int | None = None
         self._weight: float | Tensor | None = None
         self._weighted = 0
 
@@ -125,10 +128,11 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             self._forget_weights()
         if self.accumulative_counts == 1:
             return
-        if init_counts % self.accumulative_counts and not self.pending:
+        lost = init_counts % self.accumulative_counts if self._saved_pending is None else self._saved_pending
+        if lost and not self.pending:
             warnings.warn(
                 f"Resumed after {init_counts} micro-batches, inside a window of {self.accumulative_counts}: the "
-                f"gradients of the last {init_counts % self.accumulative_counts} are gone, and the window that starts "
+                f"gradients of the last {lost} are gone, and the window that starts "
                 "here is shorter. Save at multiples of accumulative_counts to avoid it.",
                 stacklevel=2,
             )
@@ -172,8 +176,13 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         device = self.optimizer.param_groups[0]["params"][0].device
         self._weight = weight.to(device) if isinstance(weight, Tensor) else weight
 
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "counts": {**state["counts"], "pending": self.pending}}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        self._saved_pending = state_dict.get("counts", {}).get("pending")
         # Gradients are not part of the state, so a window begins here; open_window says otherwise.
         self._window_start = self.inner_count
         self._forget_weights()
