@@ -38,11 +38,12 @@ class Drawn:
         precision: float32, bfloat16 or float16; the last with a scale of the loss that moves.
         average: whether weights are averaged.
         several: whether there are two optimizers, the second of which steps at its own times.
-        weighted: whether micro-batches count by their samples.
+        weighted: whether some samples count more than others.
         patience: of early stopping; None for none.
         workers: that load the data.
         batch: samples of a rank's micro-batch.
         draws: whether the model has dropout and statistics of its batches.
+        augmented: whether samples have noise.
         launcher: what started the ranks; None for one process.
     """
 
@@ -61,6 +62,7 @@ class Drawn:
     workers: int = 0
     batch: int = 2
     draws: bool = True
+    augmented: bool = True
     launcher: str | None = None
 
     @property
@@ -102,6 +104,7 @@ class Drawn:
         if self.patience is not None:
             stopping = {"monitor": "accuracy", "rule": "greater", "patience": self.patience, "min_delta": 0.0}
             own.append({"type": "EarlyStoppingHook", **stopping})
+        data = Augmented(self.samples) if self.augmented else Samples(self.samples)
         train_cfg = {"max_epochs": self.length} if self.by_epoch else {"by_epoch": False, "max_iters": self.length}
         return {
             "model": {"type": Pair if self.several else Net, "weighted": self.weighted, "draws": self.draws},
@@ -109,9 +112,7 @@ class Drawn:
             "experiment_name": "drawn",
             "strategy": "SingleDeviceStrategy" if self.launcher is None else "DDPStrategy",
             "launcher": self.launcher,
-            "train_dataloader": loader(
-                dataset=Augmented(self.samples), batch_size=self.batch, num_workers=self.workers
-            ),
+            "train_dataloader": loader(dataset=data, batch_size=self.batch, num_workers=self.workers),
             "train_cfg": {**train_cfg, "val_interval": self.val_interval},
             "optim_wrapper": self.optimizers,
             "param_scheduler": self.schedules,
@@ -167,9 +168,16 @@ class Net(BaseModel):
         scores = self.back(self.front(inputs))
         self.front.train(self.training)
         if mode == "loss":
-            losses = {"loss": nn.functional.cross_entropy(scores.float(), classes)}
-            return {**losses, "weight": len(inputs) + 0.25} if self.weighted else losses
+            losses = nn.functional.cross_entropy(scores.float(), classes, reduction="none")
+            weights = weights_of(numbers) if self.weighted else torch.ones(len(numbers))
+            loss = (losses * weights).sum() / weights.sum()
+            return {"loss": loss, "weight": weights.sum()} if self.weighted else {"loss": loss}
         return {"preds": scores.float(), "target": classes}
+
+
+def weights_of(numbers: Tensor) -> Tensor:
+    """Return what samples count, by their numbers, where they do not all count alike."""
+    return 1.0 + numbers % 3
 
 
 class Pair(Net):

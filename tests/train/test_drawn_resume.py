@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_runs import Drawn, Stop, differences, in_pieces, lines_of, trace_of, train, whole
+from drawn_runs import Drawn, Stop, differences, in_pieces, lines_of, trace_of, train, weights_of, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ranks import Ranks
+from small_runs import Lines, Mlp, make
+from stratagem.checkpoint import CheckpointLoader, split_tree
 
 HOWS = ("SIGTERM", "hook", "model", "validation", "stop")
 
@@ -127,19 +130,15 @@ def test_a_run_that_was_killed_is_the_undisturbed_run(tmp_path: Path) -> None:
 
 # 13 samples are dealt as 7 and 7, so each of two ranks has 4 batches of at most 2 an epoch.
 ON_RANKS = [
-    (Drawn(length=2), [Stop(3, "stop"), Stop(4, "SIGTERM", rank=1), Stop(5, "hook")]),
     (
         Drawn(length=3, window=3, precision="float16", average=True, weighted=True, patience=2),
-        [Stop(4, "stop"), Stop(7, "SIGTERM", rank=0), Stop(11, "model")],
+        [Stop(4, "stop"), Stop(6, "SIGTERM", rank=1), Stop(11, "model")],
     ),
     (
         Drawn(by_epoch=False, length=9, val_interval=2, several=True, save_interval=1),
-        [Stop(2, "hook"), Stop(5, "stop")],
+        [Stop(2, "SIGTERM"), Stop(5, "stop")],
     ),
-    (
-        Drawn(by_epoch=False, length=11, window=4, optimizer="AdamW", save_interval=3),
-        [Stop(2, "stop"), Stop(7, "hook")],
-    ),
+    (Drawn(by_epoch=False, length=11, window=4, optimizer="AdamW", val_interval=3), [Stop(2, "stop"), Stop(7, "stop")]),
 ]
 
 
@@ -168,3 +167,98 @@ def test_ranks_of_which_one_was_killed_are_the_undisturbed_run(tmp_path: Path) -
     assert killed[0] not in (0, -signal.SIGKILL)
     assert in_processes(drawn, tmp_path / "other", None, size=2) == [0, 0]
     assert differences(tmp_path / "one", tmp_path / "other", ranks=2) == []
+
+
+# The global batch has 4 samples, whoever takes it, and each piece ends inside of a window of 3.
+MOVES = [(2, Stop(4, "stop")), (1, Stop(8, "stop")), (2, Stop(11, "stop")), (1, None)]
+
+
+def moved(drawn: Drawn, folder: Path, size: int, stop: Stop | None) -> None:
+    """Train a piece of a run on as many ranks."""
+    train(replace(drawn, batch=4 // size, launcher="pytorch" if size > 1 else None), folder, stop)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_run_that_moves_between_ranks_and_one_process_is_the_same(
+    ranks: Ranks, tmp_path: Path, *, weighted: bool
+) -> None:
+    """The same samples in each step, in the same order; rates are equal, losses and weights to 1e-5."""
+    drawn = Drawn(
+        samples=24, length=3, window=3, batch=4, draws=False, augmented=False, weighted=weighted, average=True
+    )
+    one, other = tmp_path / "one", tmp_path / "other"
+    whole(drawn, one)
+    steps: dict[str, list[Any]] = {}
+    for size, stop in MOVES:
+        before = [len(lines_of(trace_of(other, rank))) if trace_of(other, rank).exists() else 0 for rank in range(2)]
+        if size == 1:
+            moved(drawn, other, 1, stop)
+        else:
+            ranks.run(moved, drawn, other, 2, stop)
+        pieces = [lines_of(trace_of(other, rank))[before[rank] :] for rank in range(size)]
+        for (what, first), *others in zip(*pieces, strict=True):
+            steps[what] = [first, *(values for _, values in others)]
+    for what, expected in lines_of(trace_of(one)):
+        if what.startswith("validation"):
+            assert all(values == pytest.approx(expected, abs=1e-5) for values in steps[what])
+            continue
+        epoch, batch, samples, loss, *rates = expected
+        shares = steps.pop(what)
+        assert [share[:2] + share[4:] for share in shares] == [[epoch, batch, *rates]] * len(shares)
+        assert [number for dealt in zip(*(share[2] for share in shares), strict=True) for number in dealt] == samples
+        counts = [weights_of(torch.tensor(share[2])).sum().item() if weighted else 1 for share in shares]
+        total = sum(float.fromhex(share[3]) * count for share, count in zip(shares, counts, strict=True))
+        assert total / sum(counts) == pytest.approx(float.fromhex(loss), abs=1e-5)
+    found, expected = (CheckpointLoader.load_checkpoint(folder / "final") for folder in (other, one))
+    for part in ("state_dict", "optimizer", "average"):
+        torch.testing.assert_close(tensors_of(found[part]), tensors_of(expected[part]), atol=1e-5, rtol=1e-5)
+
+
+def tensors_of(part: Any) -> dict[str, torch.Tensor]:
+    """Return the tensors of a part of a checkpoint."""
+    return split_tree(part)[0]
+
+
+def resume_where_one_cannot_read(folder: Path, fault: str) -> tuple[int, list[str]]:
+    """Resume on this rank of two, the second of which cannot read the newest checkpoint; return from where, and the log."""
+    strategy = make("ddp", folder)
+    lines = Lines(strategy)
+    strategy.prepare(Mlp(), optim_wrapper={"optimizer": {"type": "AdamW"}})
+    with pytest.MonkeyPatch.context() as patch:
+        if strategy.rank == 1:
+            newest = str(folder / "iter_3")
+            open_file, is_dir = os.open, Path.is_dir
+
+            def broken(path: Any, *args: Any, **kwargs: Any) -> int:
+                if str(path).startswith(f"{newest}/model"):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+                return open_file(path, *args, **kwargs)
+
+            if fault == "EIO":
+                patch.setattr(os, "open", broken)
+            else:
+                patch.setattr(Path, "is_dir", lambda path: str(path) != newest and is_dir(path))
+        rest = strategy.load_or_resume(resume=True)
+    strategy.close()
+    assert rest is not None
+    return rest["meta"]["iter"], lines.lines
+
+
+def save_three(folder: Path) -> None:
+    """Save after one, two and three iterations."""
+    strategy = make("single", folder)
+    strategy.prepare(Mlp(), optim_wrapper={"optimizer": {"type": "AdamW"}})
+    for iteration in (1, 2, 3):
+        strategy.save_checkpoint(folder / f"iter_{iteration}", extra_ckpt={"meta": {"iter": iteration}})
+    strategy.close()
+
+
+@pytest.mark.parametrize("fault", ["EIO", "not there"])
+def test_all_ranks_fall_back_where_one_cannot_read_the_newest(ranks: Ranks, tmp_path: Path, fault: str) -> None:
+    """Its disk fails, or it does not see the folder: all go on from the same older checkpoint, and say which and why."""
+    save_three(tmp_path)
+    found = ranks.run(resume_where_one_cannot_read, tmp_path, fault)
+    assert [iteration for iteration, _ in found] == [2, 2]
+    (said,) = [line for line in found[0][1] if "passed over" in line]
+    assert str(tmp_path / "iter_3") in said
+    assert "Rank 1 failed" in said

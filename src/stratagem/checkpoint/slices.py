@@ -18,7 +18,7 @@ from stratagem.checkpoint.regions import Region
 from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import begin_writeback, opened, operations, write_fully
 
-__all__ = ["WrittenPiece", "check_pieces", "create_file", "write_pieces"]
+__all__ = ["WrittenPiece", "check_pieces", "create_file", "digest_of_tensor", "write_pieces"]
 
 # Below this, handing bytes to another thread costs more than their digest.
 _WORTH_A_THREAD = 1 << 20
@@ -84,6 +84,11 @@ def check_pieces(file: Path, layout: FileLayout, pieces: Sequence[WrittenPiece])
             os.close(descriptor)
     except OSError as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
+
+
+def digest_of_tensor(tensor: Tensor) -> str:
+    """Return the digest of a tensor's bytes, as they would be in a file."""
+    return _digest(_bytes_of(tensor))
 
 
 def _compare(file: Path, descriptor: int, layout: FileLayout, pieces: Sequence[WrittenPiece]) -> None:

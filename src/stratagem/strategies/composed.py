@@ -30,6 +30,7 @@ from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.optim_state import read_optim, write_optim
+from stratagem.strategies.own_buffers import read_own_buffers, write_own_buffers
 from stratagem.strategies.own_values import OwnValues
 from stratagem.strategies.window import read_window, write_window
 from stratagem.utils import generator_state, mask_text, restore_generator_state
@@ -175,7 +176,7 @@ class ComposedStrategy(BaseStrategy):
     ) -> StateTree:
         self.logger.info("Resume checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
-        used = {"state_dict", "generators", "window"}
+        used = {"state_dict", "buffers", "generators", "window"}
         if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
             used.add("optimizer")
         if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
@@ -190,6 +191,7 @@ class ComposedStrategy(BaseStrategy):
                 "New parameters begin as they were initialised, without optimizer state: %s. All others go on as saved, but "
                 "the losses are another model's.", ", ".join(report.missing),
             )  # fmt: skip
+        write_own_buffers(checkpoint.get("buffers") or {}, self.bare_model(), self.world)
         if "optimizer" in parts:
             own = OwnValues(self.optim_wrapper)
             write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model(), may_miss=new_parameters)
@@ -225,6 +227,9 @@ class ComposedStrategy(BaseStrategy):
                 parts.update(self._open_window(optim))
             if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
                 parts["param_schedulers"] = self.scheduler_state_dict()
+            buffers = read_own_buffers(self.bare_model(), self.world)
+            if buffers:
+                parts["buffers"] = buffers
             generators = all_gather_object(generator_state())
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
             finite = self._weights_are_finite()
