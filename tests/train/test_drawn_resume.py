@@ -227,7 +227,7 @@ def resume_where_one_cannot_read(folder: Path, fault: str) -> tuple[int, list[st
     with pytest.MonkeyPatch.context() as patch:
         if strategy.rank == 1:
             newest = str(folder / "iter_3")
-            open_file, is_dir = os.open, Path.is_dir
+            open_file, exists = os.open, Path.exists
 
             def broken(path: Any, *args: Any, **kwargs: Any) -> int:
                 if str(path).startswith(f"{newest}/model"):
@@ -237,7 +237,7 @@ def resume_where_one_cannot_read(folder: Path, fault: str) -> tuple[int, list[st
             if fault == "EIO":
                 patch.setattr(os, "open", broken)
             else:
-                patch.setattr(Path, "is_dir", lambda path: str(path) != newest and is_dir(path))
+                patch.setattr(Path, "exists", lambda path: str(path) != newest and exists(path))
         rest = strategy.load_or_resume(resume=True)
     strategy.close()
     assert rest is not None
