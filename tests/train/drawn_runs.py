@@ -35,6 +35,8 @@ class Drawn:
         window: iterations of an update.
         val_interval: in epochs or iterations.
         save_interval: iterations from one checkpoint to the next.
+        keeps: how many of the last checkpoints stay, and whether each that is the best so far is saved as well.
+        in_background: whether a thread writes checkpoints.
         precision: float32, bfloat16 or float16; the last with a scale of the loss that moves.
         average: whether weights are averaged.
         several: whether there are two optimizers, the second of which steps at its own times.
@@ -53,6 +55,8 @@ class Drawn:
     window: int = 1
     val_interval: int = 1
     save_interval: int = 2
+    keeps: int = -1
+    in_background: bool = False
     precision: str = "float32"
     optimizer: str = "SGD"
     average: bool = False
@@ -105,6 +109,14 @@ class Drawn:
             stopping = {"monitor": "accuracy", "rule": "greater", "patience": self.patience, "min_delta": 0.0}
             own.append({"type": "EarlyStoppingHook", **stopping})
         data = Augmented(self.samples) if self.augmented else Samples(self.samples)
+        saving = {
+            "by_epoch": False,
+            "interval": self.save_interval,
+            "save_last": False,
+            "max_keep_ckpts": self.keeps,
+            "async_save": self.in_background,
+            "save_best": None if self.keeps < 0 else "accuracy",
+        }
         train_cfg = {"max_epochs": self.length} if self.by_epoch else {"by_epoch": False, "max_iters": self.length}
         return {
             "model": {"type": Pair if self.several else Net, "weighted": self.weighted, "draws": self.draws},
@@ -120,7 +132,7 @@ class Drawn:
             "default_hooks": {
                 "runtime_info": None,
                 "logger": None,
-                "checkpoint": {"by_epoch": False, "interval": self.save_interval, "save_last": False},
+                "checkpoint": saving,
             },
             "custom_hooks": own,
             "randomness": {"seed": 3},

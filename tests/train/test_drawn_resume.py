@@ -37,6 +37,8 @@ def drawn_runs(draw: Any) -> tuple[Drawn, list[Stop]]:
         window=draw(st.integers(1, 4)),
         val_interval=draw(st.integers(1, 2) if by_epoch else st.integers(1, 5)),
         save_interval=draw(st.integers(1, 4)),
+        keeps=draw(st.sampled_from([-1, 1, 2])),
+        in_background=draw(st.booleans()),
         precision="float32" if several else draw(st.sampled_from(["float32", "bfloat16", "float16"])),
         optimizer=draw(st.sampled_from(["SGD", "AdamW"])),
         average=draw(st.booleans()),
@@ -117,7 +119,7 @@ def one_rank(drawn: Drawn, folder: Path, stop: Stop | None, rank: int, size: int
 @pytest.mark.slow
 def test_a_run_that_was_killed_is_the_undisturbed_run(tmp_path: Path) -> None:
     """What was trained since the last checkpoint is trained again, to the same bits; also in the middle of a window."""
-    drawn = Drawn(window=3, save_interval=2, precision="float16", average=True, weighted=True, patience=3)
+    drawn = Drawn(window=3, save_interval=2, precision="float16", average=True, weighted=True, patience=3, keeps=1)
     whole(drawn, tmp_path / "one")
     for stop in (Stop(1, "SIGKILL"), Stop(6, "SIGKILL"), Stop(8, "SIGKILL"), Stop(15, "SIGKILL")):
         assert in_processes(drawn, tmp_path / "other", stop, size=1) == [-signal.SIGKILL]
@@ -131,7 +133,16 @@ def test_a_run_that_was_killed_is_the_undisturbed_run(tmp_path: Path) -> None:
 # 13 samples are dealt as 7 and 7, so each of two ranks has 4 batches of at most 2 an epoch.
 ON_RANKS = [
     (
-        Drawn(length=3, window=3, precision="float16", average=True, weighted=True, patience=2),
+        Drawn(
+            length=3,
+            window=3,
+            precision="float16",
+            average=True,
+            weighted=True,
+            patience=2,
+            in_background=True,
+            keeps=1,
+        ),
         [Stop(4, "stop"), Stop(6, "SIGTERM", rank=1), Stop(11, "model")],
     ),
     (
