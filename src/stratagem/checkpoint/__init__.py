@@ -16,6 +16,7 @@ from stratagem.checkpoint.release import release_checkpoint
 from stratagem.checkpoint.remote import latest_remote, save_remote
 from stratagem.checkpoint.retention import Retention, remove_checkpoints
 from stratagem.checkpoint.single_file import SingleFileFormat
+from stratagem.checkpoint.slices import digest_of_tensor
 from stratagem.checkpoint.sources import CheckpointLoader, read_any
 from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.checkpoint.verify import verify_checkpoint
@@ -35,6 +36,7 @@ __all__ = [
     "SingleFileFormat",
     "StateTree",
     "bare_name",
+    "digest_of_tensor",
     "find_latest_checkpoint",
     "format_for",
     "gather_tree",

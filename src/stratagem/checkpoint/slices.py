@@ -18,7 +18,7 @@ from stratagem.checkpoint.regions import Region
 from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import begin_writeback, opened, operations, write_fully
 
-__all__ = ["WrittenPiece", "check_pieces", "create_file", "write_pieces"]
+__all__ = ["WrittenPiece", "check_pieces", "create_file", "digest_of_tensor", "write_pieces"]
 
 # Below this, handing bytes to another thread costs more than their digest.
 _WORTH_A_THREAD = 1 << 20
@@ -76,22 +76,32 @@ def check_pieces(file: Path, layout: FileLayout, pieces: Sequence[WrittenPiece])
     Raises:
         CheckpointDamagedError: if one differs or cannot be read; it names the tensor.
     """
-    # In the order of the file, which is what disks and the system's reading ahead are fastest at.
-    ordered = sorted(pieces, key=lambda piece: (layout.starts[piece.name], piece.region))
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        # One thread waits for the disk while another computes.
-        with ThreadPoolExecutor(2, "checkpoint check") as pool:
-            digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), ordered)
-            for piece, digest in zip(ordered, digests, strict=True):
-                if digest != piece.digest:
-                    raise CheckpointDamagedError(
-                        f"{file}: the tensor {piece.name!r} is not what was written: its digest differs."
-                    )
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _compare(file, descriptor, layout, pieces)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    finally:
-        os.close(descriptor)
+
+
+def digest_of_tensor(tensor: Tensor) -> str:
+    """Return the digest of a tensor's bytes, as they would be in a file."""
+    return _digest(_bytes_of(tensor))
+
+
+def _compare(file: Path, descriptor: int, layout: FileLayout, pieces: Sequence[WrittenPiece]) -> None:
+    # In the order of the file, which is what disks and the system's reading ahead are fastest at.
+    ordered = sorted(pieces, key=lambda piece: (layout.starts[piece.name], piece.region))
+    # One thread waits for the disk while another computes.
+    with ThreadPoolExecutor(2, "checkpoint check") as pool:
+        digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), ordered)
+        for piece, digest in zip(ordered, digests, strict=True):
+            if digest != piece.digest:
+                raise CheckpointDamagedError(
+                    f"{file}: the tensor {piece.name!r} is not what was written: its digest differs."
+                )
 
 
 def _digest_in_file(descriptor: int, layout: FileLayout, piece: WrittenPiece) -> str:

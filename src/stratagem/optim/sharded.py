@@ -11,6 +11,7 @@ from stratagem.errors import CheckpointMismatchError
 from stratagem.utils.imports import import_object
 
 __all__ = [
+    "a_row_of_each_rank",
     "copy_into",
     "is_plain",
     "is_sharded",
@@ -90,6 +91,21 @@ def placed_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
         part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return placed
+
+
+@torch.no_grad()
+def a_row_of_each_rank(row: Tensor, size: int, device: torch.device) -> Tensor:
+    """Return a tensor of ``size`` rows along a new first dimension, of which each of all ranks has the one that it gives.
+
+    Collective; rows are of one shape and type on every rank, and are not copied.
+    """
+    rows = row.unsqueeze(0)
+    if size == 1:
+        return rows
+    mesh = import_object("torch.distributed.device_mesh:init_device_mesh")(device.type, (size,))
+    by_row = import_object("torch.distributed.tensor:Shard")(0)
+    spread: Tensor = _dtensor().from_local(rows, mesh, [by_row], run_check=False)
+    return spread
 
 
 @torch.no_grad()

@@ -37,10 +37,11 @@ _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 class AccumulatingOptimWrapper(BaseOptimWrapper):
     """The arithmetic of accumulation, which precisions share; windows are counted from the run's first micro-batch.
 
-    A window crosses epoch ends and validation. The last one of the run, and the first after a resume in the middle of
-    one, are shorter, and divided by their own length. Where a hook stops a run inside a window, the loop calls
-    ``drop_window``, which forgets its gradients: the weights are those of the last update. A run that is interrupted
-    goes on to the end of its window first, so that it can be resumed exactly.
+    A window crosses epoch ends and validation. The last one of the run is shorter, and so is one that begins in the
+    middle because the gradients of its first part are gone; each is divided by its own length. Where a hook stops a run
+    inside a window, the loop calls ``drop_window``, which forgets its gradients: the weights are those of the last
+    update. A run that is interrupted goes on to the end of its window first. A strategy keeps the gradients of a window
+    that is open in its checkpoints, and opens it again.
 
     Args:
         optimizer: what updates the parameters.
@@ -75,6 +76,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self._plain = self._clipping is None and self._nonfinite is None
         self._clears_by_itself = type(optimizer).zero_grad is not Optimizer.zero_grad
         self._window_start = 0
+        # Of the loaded state; None where it does not tell.
+        self._saved_pending: int | None = None
         self._weight: float | Tensor | None = None
         self._weighted = 0
 
@@ -118,15 +121,18 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         return loss / self._window_length()
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
-        self.inner_count = self._window_start = init_counts
         self.max_counts = max_counts
-        self._forget_weights()
+        # A window that is open where the run stands goes on.
+        if init_counts != self.inner_count or not self.pending:
+            self.inner_count = self._window_start = init_counts
+            self._forget_weights()
         if self.accumulative_counts == 1:
             return
-        if init_counts % self.accumulative_counts:
+        lost = init_counts % self.accumulative_counts if self._saved_pending is None else self._saved_pending
+        if lost and not self.pending:
             warnings.warn(
                 f"Resumed after {init_counts} micro-batches, inside a window of {self.accumulative_counts}: the "
-                f"gradients of the last {init_counts % self.accumulative_counts} are gone, and the window that starts "
+                f"gradients of the last {lost} are gone, and the window that starts "
                 "here is shorter. Save at multiples of accumulative_counts to avoid it.",
                 stacklevel=2,
             )
@@ -155,9 +161,29 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             logger.info("Dropped the gradients of %d micro-batches of an unfinished window.", dropped)
         return dropped
 
+    def window_state(self) -> dict[str, Any]:
+        """Return what there is to know of an unfinished window but its gradients, for :meth:`open_window`."""
+        weight = self._weight.detach().cpu() if isinstance(self._weight, Tensor) else self._weight
+        return {
+            "length": self.accumulative_counts, "pending": self.pending, "weight": weight, "weighted": self._weighted,
+        }  # fmt: skip
+
+    def open_window(self, state: Mapping[str, Any]) -> None:
+        """Go on with an unfinished window where this state was; its gradients lie in the parameters already, or soon."""
+        self._window_start = self.inner_count - int(state["pending"])
+        self._weighted = int(state["weighted"])
+        weight = state["weight"]
+        device = self.optimizer.param_groups[0]["params"][0].device
+        self._weight = weight.to(device) if isinstance(weight, Tensor) else weight
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        return {**state, "counts": {**state["counts"], "pending": self.pending}}
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # Gradients are not part of the state, so a window begins here.
+        self._saved_pending = state_dict.get("counts", {}).get("pending")
+        # Gradients are not part of the state, so a window begins here; open_window says otherwise.
         self._window_start = self.inner_count
         self._forget_weights()
 

@@ -55,9 +55,11 @@ class Placement(ABC):
             many, and state is read slice by slice.
         full_state: whether what ranks have in parts is put together on rank 0 for a checkpoint, which else every rank
             writes its own parts of.
+        has_gradients: whether gradients that wait for their update lie in the parameters' ``grad``.
     """
 
     sharded: ClassVar[bool] = False
+    has_gradients: ClassVar[bool] = True
     full_state: bool = False
 
     def construction(self, world: World) -> AbstractContextManager[object]:

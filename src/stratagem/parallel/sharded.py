@@ -58,6 +58,8 @@ class Sharded(Placement):
     """
 
     sharded = True
+    # Until ranks exchange them, torch keeps them whole in a place of its own.
+    has_gradients = False
 
     def __init__(
         self,

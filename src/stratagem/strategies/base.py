@@ -25,7 +25,14 @@ from stratagem.checkpoint import (
     weights_to_cpu,
 )
 from stratagem.dist import Team, World
-from stratagem.errors import CheckpointDamagedError, ConfigTypeError, ConfigValueError, StateError, WorkDirError
+from stratagem.errors import (
+    CheckpointDamagedError,
+    CheckpointNotFoundError,
+    ConfigTypeError,
+    ConfigValueError,
+    StateError,
+    WorkDirError,
+)
 from stratagem.logging import Logger, forward_library_logs
 from stratagem.model import bare_model
 from stratagem.model.weights import broadcast_weights
@@ -459,8 +466,8 @@ class BaseStrategy(ABC):
             if not fault:
                 try:
                     return self._resume(candidate.path, how)
-                except CheckpointDamagedError as error:
-                    # Found while reading, on some rank; nothing of this run was changed.
+                except (CheckpointDamagedError, CheckpointNotFoundError) as error:
+                    # Found while reading, on some rank, which may not even see it; nothing of this run was changed.
                     fault = str(error)
             self.logger.warning("The checkpoint %s is passed over: %s", candidate.path, fault)
         if found:

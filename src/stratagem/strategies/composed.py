@@ -30,7 +30,9 @@ from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.horizon import Horizon
 from stratagem.strategies.optim_state import read_optim, write_optim
+from stratagem.strategies.own_buffers import read_own_buffers, write_own_buffers
 from stratagem.strategies.own_values import OwnValues
+from stratagem.strategies.window import read_window, write_window
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]
@@ -174,7 +176,7 @@ class ComposedStrategy(BaseStrategy):
     ) -> StateTree:
         self.logger.info("Resume checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
-        used = {"state_dict", "generators"}
+        used = {"state_dict", "buffers", "generators", "window"}
         if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
             used.add("optimizer")
         if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
@@ -189,9 +191,11 @@ class ComposedStrategy(BaseStrategy):
                 "New parameters begin as they were initialised, without optimizer state: %s. All others go on as saved, but "
                 "the losses are another model's.", ", ".join(report.missing),
             )  # fmt: skip
+        write_own_buffers(checkpoint.get("buffers") or {}, self.bare_model(), self.world)
         if "optimizer" in parts:
             own = OwnValues(self.optim_wrapper)
             write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model(), may_miss=new_parameters)
+            self._resume_window(checkpoint)
             if resume_param_scheduler:
                 self._say_kept(own.differences(self.optim_wrapper))
         if "param_schedulers" in parts:
@@ -220,8 +224,12 @@ class ComposedStrategy(BaseStrategy):
             # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
             if save_optimizer and optim is not None:
                 parts["optimizer"] = read_optim(optim, self.bare_model())
+                parts.update(self._open_window(optim))
             if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
                 parts["param_schedulers"] = self.scheduler_state_dict()
+            buffers = read_own_buffers(self.bare_model(), self.world)
+            if buffers:
+                parts["buffers"] = buffers
             generators = all_gather_object(generator_state())
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
             finite = self._weights_are_finite()
@@ -249,6 +257,17 @@ class ComposedStrategy(BaseStrategy):
         if callback is not None:
             callback(checkpoint)
         return checkpoint
+
+    def _open_window(self, optim: AnyOptim) -> StateTree:
+        """Return the part of a checkpoint with the gradients that wait for their update; none where none wait. Collective."""
+        window = read_window(optim, self.bare_model(), self.world) if self._placement.has_gradients else None
+        return {} if window is None else {"window": window}
+
+    def _resume_window(self, checkpoint: StateTree) -> None:
+        """Take up the gradients that waited for their update, in the place of any that are there."""
+        self.optim_wrapper.zero_grad()
+        if "window" in checkpoint and self._placement.has_gradients:
+            write_window(self.optim_wrapper, checkpoint["window"], self.bare_model(), self.world)
 
     def _weights_are_finite(self) -> bool:
         """Tell whether every value of the parameters is finite, on every rank. Collective."""

@@ -52,6 +52,8 @@ def roll_back(run: Run, request: RollBackError) -> None:
         run.events.call("after_load_checkpoint", run, checkpoint=checkpoint)
 
     rest = run.strategy.resume(request.checkpoint, callback=tell)
+    # What waited there for its update may be of the data that is passed over.
+    run.optim_wrapper.drop_window()
     saved = Position.from_meta(rest.get("meta") or {})
     run.load_hooks(rest)
     run.progress.move_to(replace(saved, epoch=request.epoch, batch=request.batch))

@@ -197,7 +197,8 @@ class Run:
     ) -> None:
         """Publish the state of the run as it is at ``position``, then name it in ``<work_dir>/last_checkpoint``.
 
-        Collective. Where saves go in the background (see :class:`Saves`) it returns when the state is copied.
+        Collective. Where saves go in the background (see :class:`Saves`) it returns when the state is copied. A hook that
+        calls it has ``Priority.VERY_LOW``: after an iteration, averages and schedules have moved on by then.
 
         Args:
             path: where to.

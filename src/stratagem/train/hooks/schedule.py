@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -18,8 +18,12 @@ __all__ = ["ParamSchedulerHook", "refuse_epochs_without_end"]
 @final
 @dataclass(slots=True)
 class _Follower:
-    """The schedules of one optimizer that follow its updates, and what of it they have seen."""
+    """The schedules of one optimizer that follow its updates, and what of it they have seen.
 
+    ``since`` is after how many iterations of the run the optimizer's last window was complete.
+    """
+
+    name: str
     optim: BaseOptimWrapper
     by_iter: tuple[ParamScheduler, ...]
     by_step: tuple[ParamScheduler, ...]
@@ -67,21 +71,30 @@ class ParamSchedulerHook(Hook):
 
     def __init__(self) -> None:
         self._followers: list[_Follower] = []
+        self._since: Mapping[str, int] = {}
         self._by_epoch: list[ParamScheduler] = []
         self._on_metrics: list[Any] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        # Iterations that have not advanced a schedule yet: an optimizer may step when its model's step says so.
+        return {"since": {each.name: each.since for each in self._followers}} if self._followers else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._since = state_dict["since"]
+
     def before_train(self, run: Run) -> None:
         schedulers, optim = run.param_schedulers, run.optim_wrapper
-        by_optim: list[tuple[BaseOptimWrapper, list[ParamScheduler]]] = []
+        by_optim: dict[str, tuple[BaseOptimWrapper, list[ParamScheduler]]] = {}
         if isinstance(schedulers, dict) and isinstance(optim, OptimWrapperDict):
-            by_optim = [(optim[name], some) for name, some in schedulers.items()]
+            by_optim = {name: (optim[name], some) for name, some in schedulers.items()}
         elif schedulers and isinstance(optim, BaseOptimWrapper):
-            by_optim = [(optim, schedulers)]
-        everything = [scheduler for _, some in by_optim for scheduler in some]
+            by_optim = {"": (optim, schedulers)}
+        everything = [scheduler for _, some in by_optim.values() for scheduler in some]
         self._on_metrics = [scheduler for scheduler in everything if scheduler.need_val_args]
         self._by_epoch = [each for each in everything if each.unit == "epoch" and not each.need_val_args]
-        self._followers = [_follower(wrapper, some, run.iter) for wrapper, some in by_optim]
-        self._followers = [each for each in self._followers if each.by_iter or each.by_step]
+        followers = [_follower(name, *pair, run.iter, self._since) for name, pair in by_optim.items()]
+        self._followers = [each for each in followers if each.by_iter or each.by_step]
+        self._since = {}
         refuse_epochs_without_end(self._by_epoch, run.max_epochs)
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -102,13 +115,16 @@ class ParamSchedulerHook(Hook):
         self._on_metrics = []
 
 
-def _follower(optim: BaseOptimWrapper, schedulers: Sequence[ParamScheduler], done: int) -> _Follower:
+def _follower(
+    name: str, optim: BaseOptimWrapper, schedulers: Sequence[ParamScheduler], done: int, since: Mapping[str, int]
+) -> _Follower:
     return _Follower(
+        name=name,
         optim=optim,
         by_iter=tuple(each for each in schedulers if each.unit == "iter"),
         by_step=tuple(each for each in schedulers if each.unit == "step"),
         attempts=optim.attempts,
         updates=optim.updates,
-        # Where the last whole window of the optimizer ended.
-        since=done - done % optim.accumulative_counts,
+        # Where nobody has kept it, whole windows since the run's beginning tell.
+        since=since.get(name, done - done % optim.accumulative_counts),
     )

@@ -1,0 +1,44 @@
+"""Buffers of which each rank has its own, such as running statistics of the samples that it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stratagem.checkpoint import digest_of_tensor
+from stratagem.dist import World, all_gather_object
+from stratagem.optim.sharded import a_row_of_each_rank, is_sharded
+
+__all__ = ["read_own_buffers", "write_own_buffers"]
+
+
+def read_own_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Return the buffers that are not equal on all ranks, with a row for each rank, which writes it itself. Collective.
+
+    The model's own part of a checkpoint has those of rank 0.
+    """
+    if world.size == 1:
+        return {}
+    buffers = dict(_kept_buffers(model))
+    told = all_gather_object({name: digest_of_tensor(buffer) for name, buffer in buffers.items()})
+    return {
+        name: a_row_of_each_rank(buffer, world.size, world.device)
+        for name, buffer in buffers.items()
+        if any(theirs[name] != told[0][name] for theirs in told)
+    }
+
+
+@torch.no_grad()
+def write_own_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: World) -> None:
+    """Give this rank the buffers that it had; with another number of ranks all go on with those of rank 0."""
+    buffers = dict(_kept_buffers(model))
+    for name, rows in saved.items():
+        if len(rows) == world.size:
+            buffers[name].copy_(rows[world.rank])
+
+
+def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    kept = model.state_dict().keys()
+    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept and not is_sharded(buffer))

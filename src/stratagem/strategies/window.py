@@ -1,0 +1,93 @@
+"""The accumulation window that is open where a checkpoint is made: its gradients, which no update has used yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stratagem.dist import World, all_gather_object
+from stratagem.optim import AccumulatingOptimWrapper, BaseOptimWrapper, OptimWrapperDict
+from stratagem.optim.sharded import a_row_of_each_rank
+from stratagem.parallel import AnyOptim
+from stratagem.strategies.building import each_wrapper
+
+__all__ = ["read_window", "write_window"]
+
+
+def read_window(optim: AnyOptim, model: nn.Module, world: World) -> dict[str, Any] | None:
+    """Return the gradients that wait for an update; None where no window is open. Collective.
+
+    Ranks exchange gradients when a window is complete, so until then each has its own: a tensor has a row for each rank,
+    which writes it itself. Of several optimizers all gradients count, since a backward pass may leave some to another one.
+    """
+    held = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    if not (optim.pending or isinstance(optim, OptimWrapperDict)):
+        held = {}
+    sparse = [name for name, gradient in held.items() if gradient.is_sparse]
+    told = all_gather_object({"gradients": list(held), "sparse": sparse, "optimizers": _open_windows(optim)})
+    names = {name for theirs in told for name in theirs["gradients"]}
+    if not names:
+        return None
+    parameters = dict(model.named_parameters())
+    rows = {name: _as_row(held.get(name), parameters[name]) for name in sorted(names)}
+    return {
+        "gradients": {name: a_row_of_each_rank(row, world.size, world.device) for name, row in rows.items()},
+        "ranks": {str(rank): theirs for rank, theirs in enumerate(told)},
+    }
+
+
+def write_window(optim: AnyOptim, window: Mapping[str, Any], model: nn.Module, world: World) -> None:
+    """Open the windows again that :func:`read_window` found, with the gradients of this rank.
+
+    Where there are more or fewer ranks than rows, each rank gets such a share that their exchange comes to the same. An
+    optimizer whose windows have another length now begins a new one, without these gradients.
+    """
+    ranks = window["ranks"]
+    own = ranks.get(str(world.rank), ranks["0"])
+    weighted: dict[nn.Parameter, bool] = {}
+    for name, wrapper in each_wrapper(optim).items():
+        state = own["optimizers"].get(name)
+        goes_on = state is None or state["length"] == wrapper.accumulative_counts
+        if state is not None and goes_on and isinstance(wrapper, AccumulatingOptimWrapper):
+            shares = [theirs["optimizers"][name]["weight"] for theirs in ranks.values()]
+            weight = state["weight"] if len(ranks) == world.size else _sum(shares, world.size)
+            wrapper.open_window({**state, "weight": weight})
+        if goes_on:
+            weighted.update(dict.fromkeys(_parameters(wrapper), state is not None and state["weight"] is not None))
+    parameters = dict(model.named_parameters())
+    for name, rows in window["gradients"].items():
+        parameter = parameters[name]
+        if parameter not in weighted:
+            continue
+        if len(rows) == world.size:
+            gradient = rows[world.rank] if name in own["gradients"] else None
+        else:
+            gradient = rows.sum(0) / (world.size if weighted[parameter] else len(rows))
+        if gradient is None:
+            continue
+        # With the strides that a backward pass would give it, in memory of its own.
+        gradient = torch.empty_like(parameter, dtype=rows.dtype).copy_(gradient)
+        parameter.grad = gradient.to_sparse(1) if name in own["sparse"] else gradient
+
+
+def _open_windows(optim: AnyOptim) -> dict[str, Any]:
+    return {
+        name: wrapper.window_state()
+        for name, wrapper in each_wrapper(optim).items()
+        if isinstance(wrapper, AccumulatingOptimWrapper) and wrapper.pending
+    }
+
+
+def _as_row(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter).detach() if gradient is None else gradient.detach().to_dense()
+
+
+def _sum(shares: list[Any], size: int) -> Any:
+    return None if shares[0] is None else sum(shares) / size
+
+
+def _parameters(wrapper: BaseOptimWrapper) -> Iterator[nn.Parameter]:
+    return (parameter for group in wrapper.param_groups for parameter in group["params"])
