@@ -141,3 +141,50 @@ def test_consolidate_without_an_average_is_refused(stratagem: Command, run: Path
     assert refused.status == 2
     assert "holds no averaged weights" in refused.err
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def keeping(folder: Path, epochs: int) -> None:
+    """Save what a run would have, an epoch each, and one by hand."""
+    for epoch in range(1, epochs + 1):
+        purpose = {"series": "epoch_{}", "number": epoch}
+        meta = {"epoch": epoch, "iter": epoch, "run_id": "a", "purpose": purpose}
+        save_checkpoint({"state_dict": {"w": torch.ones(1)}, "meta": meta}, folder / f"epoch_{epoch}")
+    save_checkpoint({"state_dict": {"w": torch.ones(1)}, "meta": {"iter": 1}}, folder / "mine")
+
+
+def left_in(folder: Path) -> set[str]:
+    """Return the names that can be seen in a folder."""
+    return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
+
+
+def test_prune_keeps_the_last_and_what_no_run_saved(stratagem: Command, tmp_path: Path) -> None:
+    """`ckpt prune --keep-last 2 --keep-every 2` removes the rest, names it, and leaves what was saved by hand."""
+    keeping(tmp_path / "run", 5)
+    pruned = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 2, "--keep-every", 2, "--yes")
+    assert pruned.status == 0
+    assert left_in(tmp_path / "run") == {"epoch_2", "epoch_4", "epoch_5", "mine"}
+    assert "Removed 2." in pruned.out
+
+
+def test_prune_says_first_and_asks(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--dry-run removes nothing, and without --yes a no is a no."""
+    keeping(tmp_path / "run", 3)
+    tried = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1, "--dry-run")
+    assert "2 would be removed" in tried.out
+    monkeypatch.setattr("typer.confirm", lambda _: False)
+    stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1)
+    assert left_in(tmp_path / "run") == {"epoch_1", "epoch_2", "epoch_3", "mine"}
+
+
+def test_prune_does_not_count_a_damaged_checkpoint(stratagem: Command, tmp_path: Path) -> None:
+    """The last sound one stays when a newer one is damaged."""
+    keeping(tmp_path / "run", 3)
+    damage(tmp_path / "run" / "epoch_3")
+    pruned = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1, "--yes")
+    assert "epoch_3 is damaged and does not count" in pruned.err
+    assert left_in(tmp_path / "run") == {"epoch_2", "epoch_3", "mine"}
+
+
+def test_prune_where_no_run_saved_is_an_error(stratagem: Command, tmp_path: Path) -> None:
+    """A folder without a run's checkpoints exits with 2."""
+    assert "no run has saved a checkpoint" in stratagem("ckpt", "prune", tmp_path, "--keep-last", 1).err

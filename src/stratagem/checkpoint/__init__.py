@@ -11,7 +11,7 @@ from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_stat
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.checkpoint.pointer import point_to
-from stratagem.checkpoint.purpose import Purpose, Saved, saved_by
+from stratagem.checkpoint.purpose import Purpose, Saved, saved_by, saved_in
 from stratagem.checkpoint.release import release_checkpoint
 from stratagem.checkpoint.remote import latest_remote, save_remote
 from stratagem.checkpoint.retention import Retention, remove_checkpoints
@@ -56,6 +56,7 @@ __all__ = [
     "remove_checkpoints",
     "save_checkpoint",
     "saved_by",
+    "saved_in",
     "save_remote",
     "split_tree",
     "verify_checkpoint",

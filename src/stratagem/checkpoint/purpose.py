@@ -11,7 +11,7 @@ from stratagem.checkpoint.formats import SINGLE_FILES, format_for
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
 from stratagem.errors import CheckpointError
 
-__all__ = ["Purpose", "Saved", "saved_by"]
+__all__ = ["Purpose", "Saved", "saved_by", "saved_in"]
 
 
 @final
@@ -65,33 +65,39 @@ class Saved:
 
 
 def saved_by(run_id: str, folder: Path) -> list[Saved]:
-    """Return the checkpoints in a folder that a run saved, the oldest first.
+    """Return the checkpoints in a folder that a run saved, the oldest first; see :func:`saved_in`."""
+    return saved_in(folder).get(run_id, [])
+
+
+def saved_in(folder: Path) -> dict[str, list[Saved]]:
+    """Return the checkpoints in a folder by the id of the run that saved them, the oldest of each first.
 
     Those that cannot be read are nobody's. Of single files their ``meta`` tells, of which no tensor is read.
     """
-    entries = folder.iterdir() if folder.is_dir() else ()
-    found = (_look_at(entry, run_id) for entry in entries if not entry.name.startswith("."))
-    return sorted((each for each in found if each is not None), key=lambda saved: (saved.saved_at, saved.iter))
+    by_run: dict[str, list[Saved]] = {}
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        said = {} if entry.name.startswith(".") else _said_of(entry)
+        if isinstance(said.get("run_id"), str):
+            saved = Saved(
+                path=entry,
+                saved_at=said["saved_at"],
+                iter=said.get("iter", 0),
+                purpose=Purpose.from_meta(said.get("purpose")),
+                finite=said.get("finite") is not False,
+            )
+            by_run.setdefault(said["run_id"], []).append(saved)
+    return {run_id: sorted(saved, key=lambda each: (each.saved_at, each.iter)) for run_id, saved in by_run.items()}
 
 
-def _look_at(entry: Path, run_id: str) -> Saved | None:
+def _said_of(entry: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself; nothing where it is none, or cannot be read."""
     try:
         if (entry / MANIFEST).is_file():
             manifest = read_manifest(entry)
-            said = {**manifest, **manifest["position"]}
-        elif entry.suffix in SINGLE_FILES and entry.is_file():
+            return {**manifest, **manifest["position"]}
+        if entry.suffix in SINGLE_FILES and entry.is_file():
             meta = format_for(entry).load(entry, parts=["meta"], verify=False).get("meta")
-            said = {**meta, "saved_at": entry.stat().st_mtime} if isinstance(meta, Mapping) else {}
-        else:
-            return None
+            return {**meta, "saved_at": entry.stat().st_mtime} if isinstance(meta, Mapping) else {}
     except (CheckpointError, OSError):
-        return None
-    if said.get("run_id") != run_id:
-        return None
-    return Saved(
-        path=entry,
-        saved_at=said["saved_at"],
-        iter=said.get("iter", 0),
-        purpose=Purpose.from_meta(said.get("purpose")),
-        finite=said.get("finite") is not False,
-    )
+        pass
+    return {}

@@ -95,6 +95,27 @@ def convert(
 
 
 @ckpt_app.command()
+def prune(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run.")],
+    keep_last: Annotated[int, typer.Option(metavar="K", min=1, help="Keep the last K of each run.")],
+    keep_best: Annotated[int, typer.Option(metavar="K", min=1, help="Keep the K best by each metric.")] = 1,
+    keep_every: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Keep those whose number is a multiple of N.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and remove nothing.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Remove old checkpoints of the runs in FOLDER, as their hook would have.
+
+    The last ones are read first: a damaged one does not count. What no run saved by itself stays.
+    """
+    command("ckpt_prune:prune")(
+        folder, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, ask=not yes, dry_run=dry_run
+    )
+
+
+@ckpt_app.command()
 def consolidate(
     source: Source,
     target: Annotated[Path, typer.Argument(metavar="TARGET.safetensors", help="The file to write.")],

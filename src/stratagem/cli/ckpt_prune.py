@@ -1,0 +1,78 @@
+"""``stratagem ckpt prune``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+from rich.filesize import decimal
+
+from stratagem.checkpoint import Retention, Saved, format_for, remove_checkpoints, saved_in
+from stratagem.errors import CheckpointError, CheckpointNotFoundError
+from stratagem.logging.console import shared_console
+from stratagem.storage import tree_bytes
+from stratagem.train.lock import folder_lock
+from stratagem.train.run import INTERRUPTED
+
+__all__ = ["prune"]
+
+
+def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | None, ask: bool, dry_run: bool) -> None:
+    """Remove what is not to be kept of each run's checkpoints in a folder, after it was named.
+
+    Raises:
+        CheckpointNotFoundError: if no run saved a checkpoint there.
+        WorkDirError: if a training has the folder.
+    """
+    runs = saved_in(folder)
+    if not runs:
+        raise CheckpointNotFoundError(f"{folder}: no run has saved a checkpoint in it.")
+    logger = logging.getLogger("stratagem.cli")
+    with folder_lock(folder, logger):
+        superfluous = [
+            each
+            for saved in runs.values()
+            for each in _superfluous(saved, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+        ]
+        if not superfluous:
+            typer.echo("Nothing is to be removed.")
+            return
+        total = 0
+        for each in superfluous:
+            size = tree_bytes(each.path)
+            total += size
+            typer.echo(f"{each.path}  {decimal(size)}")
+        if dry_run:
+            typer.echo(f"{len(superfluous)} would be removed, {decimal(total)}.")
+        elif not ask or typer.confirm(f"Remove these {len(superfluous)}, {decimal(total)}?"):
+            remove_checkpoints([each.path for each in superfluous], logger)
+            typer.echo(f"Removed {sum(not each.path.exists() for each in superfluous)}.")
+
+
+def _superfluous(saved: Sequence[Saved], *, keep_last: int, keep_best: int, keep_every: int | None) -> list[Saved]:
+    # What an interruption saved is counted with the others, and has no numbers of its own to keep for good.
+    series = sorted(
+        {each.purpose.series for each in saved if each.purpose.series}, key=lambda name: name == INTERRUPTED
+    )
+    retention = Retention(series=series, last=keep_last, every=keep_every, best=keep_best)
+    return retention.superfluous(_with_damage_told(saved, keep_last))
+
+
+def _with_damage_told(saved: Sequence[Saved], keep_last: int) -> list[Saved]:
+    """Read the last ones until so many are sound; those that are damaged count as unusable."""
+    told: list[Saved] = []
+    sound = 0
+    with shared_console().status("Reading the checkpoints that would be kept ..."):
+        for each in reversed(saved):
+            if sound < keep_last and each.finite and not each.purpose.metric:
+                try:
+                    format_for(each.path).verify(each.path)
+                    sound += 1
+                except CheckpointError as error:
+                    typer.echo(f"{each.path} is damaged and does not count: {error}", err=True)
+                    each = replace(each, finite=False)  # noqa: PLW2901 -- the same checkpoint, better known
+            told.append(each)
+    return told[::-1]
