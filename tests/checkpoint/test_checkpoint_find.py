@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from manifests import change_manifest
-from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, save_checkpoint
+from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, point_to, save_checkpoint
 
 
 def saved(path: Path, at: float) -> Path:
@@ -110,3 +110,18 @@ def test_weights_that_are_not_finite_are_passed_over(tmp_path: Path, suffix: str
     newest, older = list_checkpoints(tmp_path)
     assert newest.fault == "its weights are not all finite."
     assert (older.fault, older.position) == ("", {"iter": 1})
+
+
+def test_checkpoints_that_a_run_saves_elsewhere_are_found(tmp_path: Path) -> None:
+    """Where ``last_checkpoint`` names one in another folder, the newest of both folders is taken."""
+    run, elsewhere = tmp_path / "run", tmp_path / "big" / "run"
+    run.mkdir()
+    newest = saved(elsewhere / "epoch_2", 300.0)
+    saved(elsewhere / "epoch_1", 100.0)
+    assert find_latest_checkpoint(run) is None
+    point_to(newest, run)
+    assert find_latest_checkpoint(run) == newest
+    interrupted = saved(run / "iter_9", 400.0)
+    assert find_latest_checkpoint(run) == interrupted
+    newest.rename(newest.with_name("gone"))
+    assert [each.path.name for each in list_checkpoints(run)] == ["iter_9", "gone", "epoch_1"]

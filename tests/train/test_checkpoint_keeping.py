@@ -342,3 +342,14 @@ def test_ranks_keep_the_same(ranks: Ranks, tmp_path: Path, way: dict):
         train_on_ranks, str(tmp_path / "run"), hook, scored(0.3, 0.5), resume=True, train_cfg={"max_epochs": 4}
     )
     assert resumed[0] == resumed[1] == (["best_acc_epoch_2", "epoch_2", "epoch_4"], str(tmp_path / "run" / "epoch_4"))
+
+
+def test_a_run_that_saves_elsewhere_goes_on_from_there(make_runner: Any, tmp_path: Path):
+    """``resume=True`` finds what ``out_dir`` holds; a URL as the folder is refused."""
+    hooks = {**QUIET_HOOKS, "checkpoint": {"interval": 1, "out_dir": tmp_path / "big"}}
+    make_runner(default_hooks=hooks, train_cfg={"max_epochs": 1}).train()
+    again = make_runner(default_hooks=hooks, train_cfg={"max_epochs": 2}, resume=True)
+    again.prepare()
+    assert again.run.epoch == 1
+    with pytest.raises(ConfigValueError, match=r"out_dir='s3://\*\*\*@bucket/runs' is a URL"):
+        make_runner(default_hooks={"checkpoint": {"out_dir": "s3://key:secret@bucket/runs"}})

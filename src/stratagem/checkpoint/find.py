@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import final
 
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
+from stratagem.checkpoint.pointer import pointed_at
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.errors import CheckpointError
 
@@ -42,7 +43,7 @@ class Candidate:
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """Return the checkpoint in ``folder`` that was completed last, or None where there is none.
+    """Return the checkpoint of ``folder`` that was completed last, or None where there is none.
 
     A checkpoint appears under its name only when it is complete, so what a killed save left is never found. Its tensors
     are not read: loading it does that. Single files count where they are named ``epoch_<n>.pth`` or ``iter_<n>.pth``.
@@ -52,8 +53,15 @@ def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Candidate]:
-    """Return the checkpoints in ``folder``, the one saved last first, with the faults of those that cannot be used."""
-    entries = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    """Return the checkpoints of ``folder``, the one saved last first, with the faults of those that cannot be used.
+
+    Where ``last_checkpoint`` in it names one in another folder, as that of a run does which saves elsewhere, those of that
+    folder are among them.
+    """
+    own = Path(folder)
+    elsewhere = pointed_at(own)
+    folders = dict.fromkeys([own, own if elsewhere is None else elsewhere.parent])
+    entries = [entry for each in folders if each.is_dir() for entry in each.iterdir()]
     found = (_look_at(entry) for entry in entries if not entry.name.startswith("."))
     return sorted((each for each in found if each is not None), reverse=True)
 

@@ -32,7 +32,8 @@ def list_checkpoints(folder: Path) -> None:
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for candidate in found:
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(candidate.saved_at))
-        name = candidate.path.relative_to(folder)
+        inside = candidate.path.is_relative_to(folder)
+        name = candidate.path.relative_to(folder) if inside else candidate.path
         epoch, iteration = (str(candidate.position.get(key, "")) for key in ("epoch", "iter"))
         size = decimal(tree_bytes(candidate.path))
         table.add_row(str(name), epoch, iteration, saved, size, candidate.fault or "complete")

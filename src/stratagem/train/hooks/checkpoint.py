@@ -17,7 +17,7 @@ from stratagem.train.hook import Hook
 from stratagem.train.priority import Priority
 from stratagem.train.progress import Position
 from stratagem.train.run import INTERRUPTED, Run
-from stratagem.utils import absolute
+from stratagem.utils import absolute, is_url, mask_text
 
 __all__ = ["CheckpointHook"]
 
@@ -82,6 +82,11 @@ class CheckpointHook(Hook):
     ) -> None:
         if save_begin < 0:
             raise ConfigValueError(f"CheckpointHook: save_begin is {save_begin}; it cannot be negative.")
+        if out_dir is not None and is_url(out_dir):
+            raise ConfigValueError(
+                f"CheckpointHook: out_dir={mask_text(os.fspath(out_dir))!r} is a URL, and a run finds and removes checkpoints in "
+                "folders. Save to a folder, and publish what is worth it with strategy.save_checkpoint(url) or save_remote."
+            )
         template = filename_tmpl or ("epoch_{}" if by_epoch else "iter_{}")
         if template.format(1) == template.format(2):
             raise ConfigValueError(
