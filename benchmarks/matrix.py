@@ -254,10 +254,12 @@ def difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor], kind: s
 
 def show(cells: Mapping[tuple[str, str], Cell], names: list[str]) -> Table:
     """Return the table: for each pair the largest difference of a loss."""
-    table = Table("saved under \\ resumed under", *names, title="largest difference of the losses after resuming")
+    table = Table(
+        "saved", *names, title="largest difference of the losses by who saved (rows) and who resumes (columns)"
+    )
     for saver in names:
         row = (cells[saver, name] for name in names)
-        table.add_row(saver, *(f"{cell.losses:.1e}" if cell.good else f"[red]{cell.losses:.1e} !" for cell in row))
+        table.add_row(saver, *(f"{cell.losses:.0e}" if cell.good else f"[red]{cell.losses:.0e} !" for cell in row))
     return table
 
 

@@ -65,10 +65,12 @@ def read_config(options: RunOptions) -> Config:
 
 
 def _strategy(config: Config, name: str) -> dict[str, object]:
-    """Return the strategy's section: the configuration's options stay where they are for the same strategy."""
+    """Return the strategy's section: options stay where they are for the same strategy, or for none that is named."""
     kind = _strategy_name(name)
     section = config.get("strategy")
-    return dict(section) if isinstance(section, dict) and section.get("type") == kind else {"type": kind}
+    if isinstance(section, dict) and section.get("type", kind) == kind:
+        return {**section, "type": kind}
+    return {"type": kind}
 
 
 def _strategy_name(name: str) -> str:
