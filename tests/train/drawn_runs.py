@@ -212,6 +212,9 @@ class Pair(Net):
 class Trace(Hook):
     """Appends to a file what each iteration and each validation came to, to the last bit."""
 
+    # Before anything stops the run.
+    priority = "VERY_HIGH"
+
     def __init__(self, file: Path) -> None:
         self.file = file
 
