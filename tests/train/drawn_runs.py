@@ -212,6 +212,9 @@ class Pair(Net):
 class Trace(Hook):
     """Appends to a file what each iteration and each validation came to, to the last bit."""
 
+    # Before anything stops the run.
+    priority = "VERY_HIGH"
+
     def __init__(self, file: Path) -> None:
         self.file = file
 
@@ -322,6 +325,6 @@ def differences(one: Path, other: Path, *, ranks: int = 1) -> list[str]:
 def _differing_ends(one: Path, other: Path) -> Iterator[str]:
     trees = [CheckpointLoader.load_checkpoint(path) for path in (one, other)]
     for tree in trees:
-        for name in ("time", "experiment_name"):
+        for name in ("time", "experiment_name", "run_id", "lineage"):
             del tree["meta"][name]
     return (f"at the end: {difference}" for difference in compare(*trees))

@@ -45,7 +45,7 @@ def test_a_stop_by_a_hook_forgets_the_unfinished_window(make_runner: MakeRunner,
 def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
     make_runner: MakeRunner, tmp_path: Path, train_cfg: dict, at: int
 ):
-    """It goes on to the next multiple of 4 (or the run's end): gradients are no part of a checkpoint."""
+    """It goes on to the next multiple of 4 (or the run's end), so that its checkpoint is no larger than others."""
     whole, pieces = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     first = make_runner(custom_hooks=[pieces, At(at, interrupt)], train_cfg=train_cfg, **OPTIM, **VALIDATION)
@@ -58,6 +58,34 @@ def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
         make_runner(custom_hooks=[pieces], resume=True, train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     assert pieces.rows == whole.rows
     assert pieces.metrics == whole.metrics
+
+
+def saved_inside(make_runner: MakeRunner) -> None:
+    """Leave a checkpoint after six iterations in windows of four."""
+    hooks = {"runtime_info": None, "logger": None, "checkpoint": {"by_epoch": False, "interval": 6}}
+    make_runner(custom_hooks=[At(7, stop)], default_hooks=hooks, train_cfg={"max_iters": 17}, **OPTIM).train()
+
+
+def test_a_checkpoint_inside_of_a_window_holds_its_gradients(make_runner: MakeRunner):
+    """The run that goes on has them, with two of four micro-batches done, and nothing to warn of."""
+    saved_inside(make_runner)
+    runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **OPTIM)
+    runner.prepare()
+    optim, model = runner.strategy.optim_wrapper, runner.strategy.model
+    assert (optim.inner_count, optim.updates, optim.pending) == (6, 1, 2)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+def test_gradients_of_a_window_of_another_length_are_given_up(make_runner: MakeRunner):
+    """They were divided by a length that no longer holds: a new window begins, and a warning says so."""
+    saved_inside(make_runner)
+    optim_cfg = {**OPTIM["optim_wrapper"], "accumulative_counts": 5}
+    runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **{**OPTIM, "optim_wrapper": optim_cfg})
+    with pytest.warns(UserWarning, match="the gradients of the last 2 are gone"):
+        runner.prepare()
+    optim, model = runner.strategy.optim_wrapper, runner.strategy.model
+    assert (optim.inner_count, optim.updates, optim.pending) == (6, 1, 0)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def interrupted_in_nine(folder: str) -> tuple[int, int, int]:

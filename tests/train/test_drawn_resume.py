@@ -50,7 +50,7 @@ def drawn_runs(draw: Any) -> tuple[Drawn, list[Stop]]:
     return drawn, draw(st.lists(st.builds(Stop, places, st.sampled_from(HOWS)), min_size=1, max_size=4))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30)
 @given(drawn_runs())
 def test_a_run_that_was_stopped_is_the_undisturbed_run(case: tuple[Drawn, list[Stop]]) -> None:
     """Every loss, sample, learning rate and metric, and at the end all that a checkpoint holds, have the same bits."""
@@ -126,8 +126,9 @@ def test_a_run_that_was_killed_is_the_undisturbed_run(tmp_path: Path) -> None:
     train(drawn, tmp_path / "other")
     assert differences(tmp_path / "one", tmp_path / "other") == []
     again = [what for what, _ in lines_of(trace_of(tmp_path / "other"))]
-    # Killed after iteration 6, before its checkpoint was saved: that of iteration 4 is the last.
-    assert (again.count("iteration 5"), again.count("iteration 7"), again.count("iteration 9")) == (2, 2, 1)
+    # Killed after iteration 6, before its checkpoint was saved: that of iteration 4 is the last. Of iteration 7 there is one
+    # that was the best so far.
+    assert [again.count(f"iteration {number}") for number in range(5, 10)] == [2, 2, 1, 2, 1]
 
 
 # 13 samples are dealt as 7 and 7, so each of two ranks has 4 batches of at most 2 an epoch.

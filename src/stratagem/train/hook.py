@@ -139,7 +139,8 @@ class Hook:
     def state_dict(self) -> dict[str, Any]:
         """Return what this hook must know again when the run goes on: plain values and tensors; kept in checkpoints.
 
-        Called on rank 0. An empty state, as here, is not kept.
+        Called on rank 0. An empty state, as here, is not kept. ``CheckpointHook`` has ``Priority.VERY_LOW``: only hooks of a
+        higher priority know by then of the iteration or validation after which it saves.
         """
         return {}
 

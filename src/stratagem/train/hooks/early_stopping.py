@@ -35,7 +35,8 @@ class EarlyStoppingHook(Hook):
         ConfigValueError: if ``patience`` is below 1, ``min_delta`` is negative, or which values are better is not known.
     """
 
-    priority = Priority.LOWEST
+    # Before CheckpointHook, whose best checkpoint is saved after the same validation and must know of it.
+    priority = Priority.LOW
 
     def __init__(
         self,
