@@ -254,9 +254,7 @@ def difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor], kind: s
 
 def show(cells: Mapping[tuple[str, str], Cell], names: list[str]) -> Table:
     """Return the table: for each pair the largest difference of a loss."""
-    table = Table(
-        "saved", *names, title="largest difference of the losses by who saved (rows) and who resumes (columns)"
-    )
+    table = Table("saved", *names)
     for saver in names:
         row = (cells[saver, name] for name in names)
         table.add_row(saver, *(f"{cell.losses:.0e}" if cell.good else f"[red]{cell.losses:.0e} !" for cell in row))
@@ -328,7 +326,9 @@ def main() -> int:
             for name in names
         }
     whole_runs = {name: compare(run, run, alone) for name, run in runs.items()}
-    Console().print(show(cells, names))
+    console = Console()
+    console.print("Largest difference of the losses, by who saved (rows) and who resumed (columns):")
+    console.print(show(cells, names))
     if options.write is not None:
         options.write.write_text(page(cells, whole_runs, names), encoding="utf-8")
     for (saver, name), cell in cells.items():
