@@ -568,7 +568,8 @@ def save_on_a_rank(folder: str, name: str) -> dict[str, Any]:
     strategy.save_checkpoint(f"{folder}/runs/{name}", callback=lambda _: calls.append(strategy.rank))
     drawn = torch.rand(4).tolist()
     try:
-        strategy.save_checkpoint(f"{folder}/runs/other_{name}", extra_ckpt={"bad": object()})
+        bad = object() if strategy.rank == 0 else 0
+        strategy.save_checkpoint(f"{folder}/runs/other_{name}", extra_ckpt={"bad": bad})
         error = None
     except StratagemError as failure:
         error = type(failure).__name__, str(failure)
