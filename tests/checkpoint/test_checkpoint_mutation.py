@@ -44,7 +44,10 @@ def mutate(data: bytes, other: bytes, changes: list[tuple[str, float, float, byt
 def test_a_mutated_checkpoint_is_refused_or_the_same(
     tmp_path: Path, name: str, number: int, changes: list[tuple[str, float, float, bytes]]
 ) -> None:
-    """Random changes to any of its files give an error of ours, or the state that was saved: never another state."""
+    """Random changes to any of its files give an error of ours, or the state that was saved: never another state.
+
+    A single file whose bytes were all replaced by those of another checkpoint is that checkpoint, and nothing between.
+    """
     sound, other, path = (tmp_path / f"{which}{name}" for which in ("sound", "other", "mutated"))
     if not sound.exists():
         save_checkpoint(state(1), sound)
@@ -62,7 +65,7 @@ def test_a_mutated_checkpoint_is_refused_or_the_same(
         found = CheckpointLoader.load_checkpoint(path)
     except CheckpointError:
         return
-    assert same(found, state(1))
+    assert same(found, state(1)) or (name and same(found, state(2)))
 
 
 def test_every_flipped_bit_of_a_single_file_is_damage_or_means_nothing(tmp_path: Path) -> None:
