@@ -128,3 +128,15 @@ def test_only_fused_kernels_read_the_flag_on_the_device(optimizer, protects: boo
     made.step()
     assert parameter.isfinite()
     assert parameter.item() != 1.0
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_loss_that_is_not_finite_is_refused_though_its_gradients_are(exchanged: bool):
+    """An infinite constant in the loss leaves the gradients as they are, and the update is not made all the same."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    wrapper = OptimWrapper(torch.optim.SGD([parameter], lr=0.1))
+    wrapper.watch = UpdateWatch(wrapper.optimizer, {}, exchanged=exchanged)
+    wrapper.update_params(parameter.sum() + float("inf"))
+    assert (wrapper.updates, parameter.tolist()) == (0, [1, 1])
+    wrapper.update_params(parameter.sum())
+    assert (wrapper.updates, parameter.tolist()) == (1, pytest.approx([0.9, 0.9]))

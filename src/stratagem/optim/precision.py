@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import NOTHING
 from stratagem.optim.gradients import NonFinite
-from stratagem.optim.watch import marked
 from stratagem.optim.wrapper import AccumulatingOptimWrapper
 from stratagem.utils.names import did_you_mean
 
@@ -82,7 +81,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self.loss_scaler is not None:
             loss = self.loss_scaler.scale(loss)
-        loss.backward(**(kwargs if self.watch is None else marked(loss, kwargs)))
+        loss.backward(**(kwargs if self.watch is None else self.watch.begin(loss, kwargs)))
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ same without a word of their own. Only gradients that are sharded need one small
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, final
 
@@ -21,7 +22,10 @@ __all__ = ["DeferredWatch", "UpdateWatch", "Watch", "all_finite", "marked"]
 
 
 class Watch(Protocol):
-    """Looks at the gradients of each update before it is made."""
+    """Looks at the losses and the gradients of each update before it is made."""
+
+    def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the options with which ``loss.backward`` is called."""
 
     def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
         """Tell whether the update may be made; ``norm`` is that of all gradients where it is known already."""
@@ -44,17 +48,27 @@ class UpdateWatch:
     Args:
         optimizer: whose gradients these are.
         names: of the parameters, by their identity.
+        exchanged: whether gradients are exchanged with other ranks, which then learn of a loss by them.
 
     Attributes:
         unsound: of the last refused update, the parameters whose gradients were not finite, last registered first:
             the nearest to the loss is among the first.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+    def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, exchanged: bool = True) -> None:
         self.unsound: tuple[str, ...] = ()
+        self._exchanged = exchanged
         self._optimizer = optimizer
         self._names = names
         self._flag = _Flag(optimizer)
+
+    def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self._exchanged or loss.device.type != "cpu" or loss.numel() != 1:
+            return marked(loss, options)
+        # Nobody is to be told and nothing waited for: looking is cheaper than marking.
+        if not math.isfinite(loss.item()):
+            self._flag.found.fill_(1.0)
+        return options
 
     def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
         self._flag.note(gradients, norm)
@@ -90,6 +104,9 @@ class DeferredWatch:
         )
         if self.protects:
             self._give_flag()
+
+    def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        return marked(loss, options)
 
     def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
         self._flag.note(gradients, norm)

@@ -25,7 +25,7 @@ from stratagem.optim.gradients import (
     parse_nonfinite,
     scale,
 )
-from stratagem.optim.watch import Watch, marked
+from stratagem.optim.watch import Watch
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 
@@ -253,7 +253,7 @@ class OptimWrapper(AccumulatingOptimWrapper):
     """Train in the precision of the model's parameters. Arguments and attributes: see ``AccumulatingOptimWrapper``."""
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        loss.backward(**(kwargs if self.watch is None else marked(loss, kwargs)))
+        loss.backward(**(kwargs if self.watch is None else self.watch.begin(loss, kwargs)))
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:

@@ -124,7 +124,7 @@ class NonFiniteHook(Hook):
             if not isinstance(wrapper, AccumulatingOptimWrapper):
                 run.logger.info("Gradients under %s are not looked at: it has no watch.", type(wrapper).__name__)
             elif wrapper.nonfinite != "error":  # which says so by itself
-                self._watched.append(_watch(name, wrapper, names, deferred=deferred))
+                self._watched.append(_watch(name, wrapper, names, deferred=deferred, exchanged=run.world_size > 1))
         if deferred:
             run.before_saving.append(self._look_now)
             self._run = run
@@ -235,10 +235,12 @@ class NonFiniteHook(Hook):
             run.before_saving.remove(self._look_now)
 
 
-def _watch(name: str, optim: AccumulatingOptimWrapper, names: Mapping[int, str], *, deferred: bool) -> _Watched:
+def _watch(
+    name: str, optim: AccumulatingOptimWrapper, names: Mapping[int, str], *, deferred: bool, exchanged: bool
+) -> _Watched:
     # One that skips by itself waits for the device anyway.
     later = deferred and optim.nonfinite is None
-    watch = DeferredWatch(optim.optimizer) if later else UpdateWatch(optim.optimizer, names)
+    watch = DeferredWatch(optim.optimizer) if later else UpdateWatch(optim.optimizer, names, exchanged=exchanged)
     optim.watch = watch
     return _Watched(name, optim, watch, optim.attempts, optim.updates)
 
