@@ -101,7 +101,7 @@ def test_mpirun_on_two_hosts(jobs: Jobs, hosts: Hosts, tmp_path: Path, two_ranks
     need("mpirun")
     agent = tmp_path / "agent"
     agent.write_text(
-        f"#!/bin/sh\nshift\nexec {' '.join(hosts.second.words(['sh', '-c'])[:5])} "
+        f"#!/bin/sh\nshift\nexec {' '.join(hosts.second.words([])[:6])} "
         f'sh -c \'hostname {hosts.second.name}; exec sh -c "$0"\' "$*"\n'
     )
     agent.chmod(0o700)
