@@ -1,6 +1,6 @@
 """What a training iteration under ``FSDPStrategy`` costs beside plain code on ``fully_shard``.
 
-    python benchmarks/fsdp_step.py [--ranks 2] [--pairs 30] [--iterations 10]
+    python benchmarks/fsdp_step.py [--ranks 2] [--pairs 10] [--iterations 10]
 
 Both train the same blocks on the same data, in the same processes; blocks of iterations alternate, so that what else the
 machine does falls on both. The time of a pair is that of the slowest rank.
@@ -27,7 +27,7 @@ from stratagem.dist import all_gather_object, barrier, infer_launcher
 from stratagem.model import BaseModel, Trainable
 from stratagem.strategies import FSDPStrategy
 
-WIDTH, LAYERS, BATCH = 512, 6, 64
+WIDTH, LAYERS, BATCH = 256, 6, 32
 RATE, CLIP = 1e-4, 1.0
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
