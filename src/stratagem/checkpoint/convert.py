@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, final, get_args
 
 import torch
 from torch import Tensor
@@ -83,6 +83,7 @@ def opened_checkpoint(source: str | Path) -> Iterator[StateTree]:
         yield CheckpointLoader.load_checkpoint(source)
 
 
+@final
 class _Mapped:
     """Makes tensors whose memory is files of a folder."""
 

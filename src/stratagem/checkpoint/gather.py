@@ -12,7 +12,7 @@ __all__ = ["gather_tensor", "gather_tree"]
 
 
 def gather_tree(tree: StateTree, team: Team) -> StateTree:
-    """Return the tree with every tensor whole on the CPU, on the first rank; on the others without content.
+    """Return the tree with every tensor whole on the CPU, on the first rank; on the others nothing is moved or kept for it.
 
     Collective over ``team``: tensors that are spread over ranks are put together one after the other.
 
@@ -20,10 +20,11 @@ def gather_tree(tree: StateTree, team: Team) -> StateTree:
         CheckpointError: if a value is of a kind that no checkpoint can hold.
     """
     tensors, skeleton = team.own(lambda: split_tree(tree))
-    gathered: StateTree = join_tree(
-        {name: gather_tensor(tensor, keep=team.leads).to("cpu") for name, tensor in tensors.items()}, skeleton
-    )
-    return gathered
+    gathered = {name: gather_tensor(tensor, keep=team.leads) for name, tensor in tensors.items()}
+    if team.leads:
+        gathered = {name: tensor.to("cpu") for name, tensor in gathered.items()}
+    whole_tree: StateTree = join_tree(gathered, skeleton)
+    return whole_tree
 
 
 def gather_tensor(tensor: Tensor, *, keep: bool) -> Tensor:
