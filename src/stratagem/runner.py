@@ -16,14 +16,13 @@ from torch.utils.data import DataLoader
 from stratagem.checkpoint import Purpose, find_latest_checkpoint
 from stratagem.config import Config, changed_values, require, show
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
-from stratagem.dist import Peer, all_gather_object, infer_launcher
+from stratagem.dist import Peer, Team, all_gather_object, infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import STRATEGIES, switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.building import with_preprocessor
-from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.one_config import require_one_config
 from stratagem.train import Hook, Position, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
@@ -379,7 +378,7 @@ class Runner:
         """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
         launch = Launched.here(all_gather_object(Peer.of_parent()))
         folder = Path(self.strategy.work_dir)
-        return from_main(lambda: continue_launch(folder, launch, self.run.logger) is not None)
+        return Team.of().first(lambda: continue_launch(folder, launch, self.run.logger) is not None)
 
     def _say_changes(self, meta: Mapping[str, Any]) -> list[str]:
         """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
@@ -440,7 +439,7 @@ class Runner:
         else:
             run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
         if self._requeue and self.interrupted in JOB_ENDS:
-            from_main(lambda: requeue_job(run.logger))
+            Team.of().first(lambda: requeue_job(run.logger))
 
     def _training_data(self) -> EpochLoader:
         """Return the loader that the run trains on, which knows where it stands if it was trained on before."""

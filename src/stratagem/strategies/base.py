@@ -42,7 +42,6 @@ from stratagem.strategies import building
 from stratagem.strategies.auto_scale import AutoScale
 from stratagem.strategies.environment import set_up_environment
 from stratagem.strategies.horizon import Horizon
-from stratagem.strategies.main_rank import from_main
 from stratagem.strategies.own_values import OwnValues, move_schedulers, schedule_differences
 from stratagem.strategies.prepared import Prepared
 from stratagem.utils import absolute, collect_env, refuse_unknown
@@ -460,7 +459,7 @@ class BaseStrategy(ABC):
     def _resume_latest(self, how: _How) -> StateTree | None:
         """Resume from the newest checkpoint that every rank can read whole; name those that are passed over."""
         # Rank 0's list, so that all ranks go on from the same step.
-        found = from_main(lambda: list_checkpoints(self._work_dir))
+        found = Team.of().first(lambda: list_checkpoints(self._work_dir))
         for candidate in found:
             fault = candidate.fault
             if not fault:
