@@ -10,8 +10,10 @@ from stratagem.checkpoint.gather import gather_tree
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.checkpoint.pieces import Pieces, take_box, take_range
 from stratagem.checkpoint.pointer import point_to
 from stratagem.checkpoint.purpose import Purpose, Saved, saved_by, saved_in
+from stratagem.checkpoint.regions import Region
 from stratagem.checkpoint.release import release_checkpoint
 from stratagem.checkpoint.remote import latest_remote, save_remote
 from stratagem.checkpoint.retention import Retention, remove_checkpoints
@@ -30,7 +32,9 @@ __all__ = [
     "CheckpointLoader",
     "DirectoryFormat",
     "LoadReport",
+    "Pieces",
     "Purpose",
+    "Region",
     "Retention",
     "Saved",
     "SingleFileFormat",
@@ -59,6 +63,8 @@ __all__ = [
     "saved_in",
     "save_remote",
     "split_tree",
+    "take_box",
+    "take_range",
     "verify_checkpoint",
     "weights_to_cpu",
 ]

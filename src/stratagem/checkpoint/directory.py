@@ -71,13 +71,12 @@ class DirectoryFormat:
         snapshot = take_snapshot(tree, team)
         # Without the tensors, which would be kept in memory as long as their copies.
         plan, skeletons = snapshot.plan, snapshot.skeletons
-        places = [(key, region) for key, (region, _) in snapshot.mine.items()]
+        places = list(snapshot.mine)
 
         def write(tensors: Sequence[Tensor], path: Path, team: Team) -> None:
-            mine = {key: (region, content) for (key, region), content in zip(places, tensors, strict=True)}
-            publish(Snapshot(plan, skeletons, mine), path, team)
+            publish(Snapshot(plan, skeletons, dict(zip(places, tensors, strict=True))), path, team)
 
-        return Captured([content for _, content in snapshot.mine.values()], write)
+        return Captured(list(snapshot.mine.values()), write)
 
     def load(
         self,

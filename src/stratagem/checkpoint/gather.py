@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
+from stratagem.checkpoint.pieces import Pieces
+from stratagem.checkpoint.tree import StateTree, StoredTensor, join_tree, split_state
 from stratagem.dist import Team
 from stratagem.optim.sharded import is_sharded, whole
 
@@ -19,20 +21,23 @@ def gather_tree(tree: StateTree, team: Team) -> StateTree:
     Raises:
         CheckpointError: if a value is of a kind that no checkpoint can hold.
     """
-    tensors, skeleton = team.own(lambda: split_tree(tree))
-    gathered = {name: gather_tensor(tensor, keep=team.leads) for name, tensor in tensors.items()}
+    tensors, skeleton = team.own(lambda: split_state(tree))
+    gathered = {name: gather_tensor(tensor, team) for name, tensor in tensors.items()}
     if team.leads:
         gathered = {name: tensor.to("cpu") for name, tensor in gathered.items()}
     whole_tree: StateTree = join_tree(gathered, skeleton)
     return whole_tree
 
 
-def gather_tensor(tensor: Tensor, *, keep: bool) -> Tensor:
-    """Return a tensor in one piece; one that is spread over ranks comes to the CPU where it is kept, and is empty elsewhere.
+def gather_tensor(tensor: StoredTensor, team: Team) -> Tensor:
+    """Return a tensor in one piece; one that is spread over ranks comes to the first rank's CPU, and is empty elsewhere.
 
     Collective for one that is spread over ranks.
     """
+    if isinstance(tensor, Pieces):
+        told = team.gather(tensor.on_cpu().contents)
+        return tensor.put_together(told) if team.leads else torch.empty(0, dtype=tensor.dtype)
     if not is_sharded(tensor):
         return tensor
     gathered = whole(tensor)
-    return gathered.to("cpu") if keep else gathered.new_empty(0)
+    return gathered.to("cpu") if team.leads else gathered.new_empty(0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from stratagem.checkpoint.names import bare_name, is_named, revise, unwrapped_names
+from stratagem.checkpoint.pieces import Pieces
 from stratagem.checkpoint.prefixes import suggest_prefix
 from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointMismatchError
@@ -224,5 +225,11 @@ def _renames_itself(model: nn.Module) -> bool:
 
 def weights_to_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict with every tensor on the CPU, detached; those that are there already are not copied."""
-    cpu = {key: value.detach().cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+    cpu = {key: _to_cpu(value) for key, value in state.items()}
     return with_versions(cpu, module_versions(state))
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Pieces):
+        return value.on_cpu()
+    return value.detach().cpu() if isinstance(value, Tensor) else value

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
 
 from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
+from stratagem.checkpoint.pieces import Pieces
 from stratagem.checkpoint.regions import Region, region_of, tiles
+from stratagem.checkpoint.tree import StoredTensor
 from stratagem.dist.team import Team
 from stratagem.errors import CheckpointError
 from stratagem.optim.sharded import is_sharded
@@ -18,7 +19,7 @@ from stratagem.optim.sharded import is_sharded
 __all__ = ["Piece", "Plan", "make_plan"]
 
 # part of the tree -> name in the part -> what a rank tells of the tensor
-_Told = dict[str, dict[str, tuple[TensorSpec, Region]]]
+_Told = dict[str, dict[str, tuple[TensorSpec, tuple[Region, ...]]]]
 
 
 @final
@@ -49,7 +50,7 @@ class Plan:
         return sum(layout.size for layout in self.layouts.values())
 
 
-def make_plan(parts: Mapping[str, Mapping[str, Tensor]], team: Team) -> Plan:
+def make_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> Plan:
     """Plan the files for the tensors that the ranks hold, by part and name. Collective.
 
     A tensor that is spread over ranks is written by each rank that holds a part of it, and where several hold the same,
@@ -74,19 +75,27 @@ def make_plan(parts: Mapping[str, Mapping[str, Tensor]], team: Team) -> Plan:
     return Plan(layouts, pieces)
 
 
-def _tell(parts: Mapping[str, Mapping[str, Tensor]], team: Team) -> _Told:
+def _tell(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> _Told:
     """Describe this rank's tensors; a plain one counts on the first rank alone."""
     return {
         part: {
-            name: (_spec(tensor, f"{part}/{name}"), region_of(tensor, f"{part}/{name}"))
+            name: (_spec(tensor, f"{part}/{name}"), _regions(tensor, f"{part}/{name}"))
             for name, tensor in tensors.items()
-            if team.leads or is_sharded(tensor)
+            if team.leads or isinstance(tensor, Pieces) or is_sharded(tensor)
         }
         for part, tensors in parts.items()
     }
 
 
-def _spec(tensor: Tensor, name: str) -> TensorSpec:
+def _regions(tensor: StoredTensor, name: str) -> tuple[Region, ...]:
+    return tuple(tensor.contents) if isinstance(tensor, Pieces) else (region_of(tensor, name),)
+
+
+def _spec(tensor: StoredTensor, name: str) -> TensorSpec:
+    if isinstance(tensor, Pieces):
+        for content in tensor.contents.values():
+            _spec(content, name)
+        return TensorSpec(tensor.dtype, tuple(tensor.shape))
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
         kind = "on the meta device" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
         raise CheckpointError(
@@ -96,16 +105,22 @@ def _spec(tensor: Tensor, name: str) -> TensorSpec:
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
-def _divide(name: str, spec: TensorSpec, holders: Sequence[tuple[int, tuple[TensorSpec, Region]]]) -> tuple[Piece, ...]:
+def _divide(
+    name: str, spec: TensorSpec, holders: Sequence[tuple[int, tuple[TensorSpec, tuple[Region, ...]]]]
+) -> tuple[Piece, ...]:
     writers: dict[Region, int] = {}
-    for rank, (theirs, region) in holders:
+    for rank, (theirs, regions) in holders:
         if theirs != spec:
             raise CheckpointError(
                 f"The checkpoint's {name} is of {spec.dtype} and shape {list(spec.shape)} on rank 0, but of {theirs.dtype} "
                 f"and {list(theirs.shape)} on rank {rank}. Every rank must hold the same model."
             )
-        if region.numel or not spec.nbytes:
-            writers.setdefault(region, rank)
+        for region in regions:
+            if region.numel:
+                writers.setdefault(region, rank)
+    if not spec.nbytes:
+        # So that a tensor without elements, of which nobody need have a part, is in the manifest.
+        writers.setdefault(Region.whole(spec.shape), 0)
     if not tiles(list(writers), spec.shape):
         raise CheckpointError(
             f"The checkpoint's {name}: the ranks' parts {[(region.start, region.shape) for region in writers]} do not make "

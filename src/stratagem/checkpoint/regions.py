@@ -13,7 +13,7 @@ from torch import Tensor
 from stratagem.errors import CheckpointError
 from stratagem.optim.sharded import is_sharded, local_box
 
-__all__ = ["Region", "region_of", "tiles"]
+__all__ = ["Region", "boxes", "region_of", "tiles"]
 
 
 @final
@@ -88,6 +88,37 @@ def tiles(regions: Sequence[Region], shape: Sequence[int]) -> bool:
             if region.overlaps(other):
                 return False
     return True
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Region]:
+    """Yield the fewest boxes that make up the elements ``start`` to ``stop`` of a row-major tensor, in their order.
+
+    They are at most two for each dimension, less one.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield Region((), ())
+        return
+    # Of one step along the first dimension.
+    size = math.prod(shape[1:])
+    first, into = divmod(start, size)
+    last, rest = divmod(stop, size)
+    if into and first == last:
+        yield from _below(first, boxes(shape[1:], into, rest))
+        return
+    if into:
+        yield from _below(first, boxes(shape[1:], into, size))
+        first += 1
+    if first < last:
+        yield Region((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
+    if rest:
+        yield from _below(last, boxes(shape[1:], 0, rest))
+
+
+def _below(index: int, inner: Iterator[Region]) -> Iterator[Region]:
+    """Yield the boxes of one step along a dimension more."""
+    return (Region((index, *box.start), (1, *box.shape)) for box in inner)
 
 
 def region_of(tensor: Tensor, name: str) -> Region:

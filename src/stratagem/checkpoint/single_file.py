@@ -17,7 +17,7 @@ from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.foreign import open_torch_file, read_parts, verify_torch_file
 from stratagem.checkpoint.gather import gather_tensor
 from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
+from stratagem.checkpoint.tree import StateTree, join_tree, split_state
 from stratagem.dist import ALONE, Team
 from stratagem.storage import atomic_file, opened, operations, write_fully
 
@@ -49,9 +49,9 @@ class SingleFileFormat:
             CheckpointError: if a value cannot be stored.
         """
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
-        tensors, skeleton = team.own(lambda: split_tree(tree))
+        tensors, skeleton = team.own(lambda: split_state(tree))
         names = list(tensors)
-        whole_ones = [gather_tensor(tensor, keep=team.leads) for tensor in tensors.values()]
+        whole_ones = [gather_tensor(tensor, team) for tensor in tensors.values()]
 
         def write(contents: Sequence[Tensor], path: Path, team: Team) -> None:
             here = (content.to("cpu") for content in contents)

@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from stratagem.checkpoint.manifest import FILE_NAME
+from stratagem.checkpoint.pieces import Pieces
 from stratagem.checkpoint.plan import Plan, make_plan
 from stratagem.checkpoint.regions import Region
-from stratagem.checkpoint.tree import StateTree, split_tree
+from stratagem.checkpoint.tree import StateTree, StoredTensor, split_state
 from stratagem.dist import Team
 from stratagem.errors import CheckpointError
 from stratagem.optim.sharded import local_part
@@ -29,16 +31,16 @@ class Snapshot:
     Attributes:
         plan: the files, the same on every rank.
         skeletons: part -> all of it that is no tensor, as JSON.
-        mine: (part, name) -> the region that this rank writes, and its content, which is the tree's own memory.
+        mine: (part, name, region) of what this rank writes -> its content, which is the tree's own memory.
     """
 
     plan: Plan
     skeletons: Mapping[str, Any]
-    mine: Mapping[tuple[str, str], tuple[Region, Tensor]]
+    mine: Mapping[tuple[str, str, Region], Tensor]
 
     def pieces(self, part: str) -> Iterator[tuple[str, Region, Tensor]]:
         """Yield (name, region, content) of what this rank writes into the file of a part."""
-        for (of, name), (region, content) in self.mine.items():
+        for (of, name, region), content in self.mine.items():
             if of == part:
                 yield name, region, content
 
@@ -57,8 +59,14 @@ def take_snapshot(tree: StateTree, team: Team) -> Snapshot:
         for name, pieces in by_name.items():
             for piece in pieces:
                 if piece.rank == team.rank:
-                    mine[part, name] = (piece.region, local_part(tensors[part][name]))
+                    mine[part, name, piece.region] = _content(tensors[part][name], piece.region)
     return Snapshot(plan, {name: skeleton for name, (_, skeleton) in split.items()}, mine)
+
+
+def _content(tensor: StoredTensor, region: Region) -> Tensor:
+    if isinstance(tensor, Pieces):
+        return tensor.contents[region] if region.numel else torch.empty(region.shape, dtype=tensor.dtype)
+    return local_part(tensor)
 
 
 def file_of(part: str) -> str:
@@ -66,7 +74,7 @@ def file_of(part: str) -> str:
     return f"{_FILE_OF.get(part, part)}.safetensors"
 
 
-def _split(tree: StateTree) -> dict[str, tuple[dict[str, Tensor], Any]]:
+def _split(tree: StateTree) -> dict[str, tuple[dict[str, StoredTensor], Any]]:
     for name in tree:
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise CheckpointError(
@@ -78,4 +86,4 @@ def _split(tree: StateTree) -> dict[str, tuple[dict[str, Tensor], Any]]:
             raise CheckpointError(
                 f"The checkpoint has parts {name!r} and {stem!r}, which are one file. Rename {stem!r}."
             )
-    return {name: split_tree(part, where=name) for name, part in tree.items()}
+    return {name: split_state(part, where=name) for name, part in tree.items()}

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
+from stratagem.checkpoint.pieces import Pieces
 from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
-__all__ = ["StateTree", "join_tree", "split_tree"]
+__all__ = ["StateTree", "StoredTensor", "join_tree", "split_state", "split_tree"]
 
 StateTree = dict[str, Any]
+StoredTensor = Tensor | Pieces
 
 # A dict with one of these as its only key stands in JSON for what JSON cannot say.
 _TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
@@ -35,7 +37,22 @@ def split_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]:
     Raises:
         CheckpointError: if a value is none of the kinds above; it names the path.
     """
-    tensors: dict[str, Tensor] = {}
+    stored, skeleton = split_state(tree, where=where)
+    for name, tensor in stored.items():
+        if isinstance(tensor, Pieces):
+            raise CheckpointError(
+                f"The checkpoint's {_below(where, name)} is {tensor!r}: only its ranks together can store it."
+            )
+    return cast("dict[str, Tensor]", stored), skeleton
+
+
+def split_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor], Any]:
+    """Do as :func:`split_tree` with the state of a run that its ranks save together, which may be in pieces.
+
+    Raises:
+        CheckpointError: if a value is none of the kinds above, nor :class:`Pieces`; it names the path.
+    """
+    tensors: dict[str, StoredTensor] = {}
     try:
         return tensors, _split(tree, "", tensors, where)
     except RecursionError as error:
@@ -44,10 +61,10 @@ def split_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]:
         ) from error
 
 
-def _split(node: Any, path: str, tensors: dict[str, Tensor], where: str) -> Any:
-    if isinstance(node, Tensor):
+def _split(node: Any, path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
+    if isinstance(node, Tensor | Pieces):
         name = _free_name(path, tensors)
-        tensors[name] = node.detach()
+        tensors[name] = node.detach() if isinstance(node, Tensor) else node
         return {_TENSOR: name}
     if node is None or isinstance(node, int | str):
         return _plain(node)
@@ -67,7 +84,7 @@ def _split(node: Any, path: str, tensors: dict[str, Tensor], where: str) -> Any:
     )
 
 
-def _split_mapping(node: Mapping[Any, Any], path: str, tensors: dict[str, Tensor], where: str) -> Any:
+def _split_mapping(node: Mapping[Any, Any], path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
     for key in node:
         if not isinstance(key, str | int | float) or (isinstance(key, float) and not math.isfinite(key)):
             raise CheckpointError(
@@ -129,7 +146,7 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _free_name(path: str, tensors: Mapping[str, Tensor]) -> str:
+def _free_name(path: str, tensors: Mapping[str, StoredTensor]) -> str:
     """Return the path, marked where another tensor has it: ``{"a/b": x, "a": {"b": y}}``, ``{1: x, "1": y}``."""
     while path in tensors or path == _RESERVED:
         path += "'"

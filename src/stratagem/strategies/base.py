@@ -339,8 +339,27 @@ class BaseStrategy(ABC):
         return bare_model(self.model)
 
     def model_state_dict(self) -> dict[str, Any]:
-        """Return the bare model's state on the CPU."""
-        return weights_to_cpu(self.bare_model().state_dict())
+        """Return the bare model's state on the CPU.
+
+        Tensors that are spread over ranks are a ``DTensor`` or :class:`~stratagem.checkpoint.Pieces`, of which
+        ``full_tensor()`` gives the whole. Collective.
+        """
+        return weights_to_cpu(self._model_state())
+
+    def _model_state(self) -> StateTree:
+        """Return the bare model's state where it lies."""
+        return self.bare_model().state_dict()
+
+    def _load_model_state(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        strict: bool,
+        revise_keys: Sequence[tuple[str, str]],
+        may_miss: Sequence[str],
+    ) -> LoadReport:
+        """Put the bare model's state into place."""
+        return load_state_dict(self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
 
     def optim_state_dict(self) -> dict[str, Any]:
         """Return the optimizer wrapper's state.
@@ -377,9 +396,7 @@ class BaseStrategy(ABC):
         Raises:
             CheckpointMismatchError: if no key matches, or with ``strict`` if anything differs.
         """
-        report = load_state_dict(
-            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss
-        )
+        report = self._load_model_state(state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
         if not report.exact:
             self.logger.warning(report.describe())
         return report

@@ -17,6 +17,7 @@ from stratagem._version import __version__
 from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
     CheckpointLoader,
+    LoadReport,
     StateTree,
     gather_tree,
     model_part,
@@ -24,14 +25,13 @@ from stratagem.checkpoint import (
 )
 from stratagem.dist import Team, all_gather_object, all_reduce
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
-from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.horizon import Horizon
-from stratagem.strategies.optim_state import read_optim, write_optim
 from stratagem.strategies.own_buffers import read_own_buffers, write_own_buffers
 from stratagem.strategies.own_values import OwnValues
+from stratagem.strategies.state_access import StateAccess, TorchState
 from stratagem.strategies.window import read_window, write_window
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
@@ -46,11 +46,16 @@ class ComposedStrategy(BaseStrategy):
         with ExitStack() as undo:
             undo.callback(self.close)
             self._placement = self._make_placement()
+            self._access = self._make_access()
             undo.pop_all()
 
     @abstractmethod
     def _make_placement(self) -> Placement:
         """Return how this strategy places a model, or refuse to in this environment."""
+
+    def _make_access(self) -> StateAccess:
+        """Return how the state of what this strategy's placement placed is read and written."""
+        return TorchState()
 
     def prepare(
         self,
@@ -131,6 +136,21 @@ class ComposedStrategy(BaseStrategy):
     def bare_model(self) -> nn.Module:
         return self._placement.bare(self.model)
 
+    def _model_state(self) -> StateTree:
+        return self._access.model_state(self.bare_model())
+
+    def _load_model_state(
+        self,
+        state_dict: Mapping[str, Any],
+        *,
+        strict: bool,
+        revise_keys: Sequence[tuple[str, str]],
+        may_miss: Sequence[str],
+    ) -> LoadReport:
+        return self._access.load_model_state(
+            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss
+        )
+
     @property
     def data_rank(self) -> int:
         return self._placement.data_share(self.world)[0]
@@ -194,7 +214,9 @@ class ComposedStrategy(BaseStrategy):
         write_own_buffers(checkpoint.get("buffers") or {}, self.bare_model(), self.world)
         if "optimizer" in parts:
             own = OwnValues(self.optim_wrapper)
-            write_optim(self.optim_wrapper, parts["optimizer"], self.bare_model(), may_miss=new_parameters)
+            self._access.load_optim_state(
+                self.optim_wrapper, parts["optimizer"], self.bare_model(), may_miss=new_parameters
+            )
             self._resume_window(checkpoint)
             if resume_param_scheduler:
                 self._say_kept(own.differences(self.optim_wrapper))
@@ -223,7 +245,7 @@ class ComposedStrategy(BaseStrategy):
         with nullcontext() if optim is None else optim.evaluating():
             # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
             if save_optimizer and optim is not None:
-                parts["optimizer"] = read_optim(optim, self.bare_model())
+                parts["optimizer"] = self._access.optim_state(optim, self.bare_model())
                 parts.update(self._open_window(optim))
             if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
                 parts["param_schedulers"] = self.scheduler_state_dict()
@@ -237,6 +259,8 @@ class ComposedStrategy(BaseStrategy):
                 self.logger.warning("%s holds weights that are not finite: no run will go on from it.", filename)
             team = Team.of()
             # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
+            # Where the tensors are: the writer moves them to the CPU one at a time.
+            parts = {"state_dict": self._model_state(), **parts}
             checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
             if self._placement.full_state:
                 checkpoint = gather_tree(checkpoint, team)
@@ -249,8 +273,7 @@ class ComposedStrategy(BaseStrategy):
         extra_ckpt: Mapping[str, Any] | None,
         callback: CheckpointCallback | None,
     ) -> StateTree:
-        # Where the tensors are: the writer moves them to the CPU one at a time.
-        checkpoint: StateTree = {"state_dict": self.bare_model().state_dict(), **parts}
+        checkpoint = dict(parts)
         extra = dict(extra_ckpt or {})
         checkpoint["meta"] = {**extra.pop("meta", {}), **self._meta(), **facts}
         checkpoint.update(extra)
@@ -271,7 +294,7 @@ class ComposedStrategy(BaseStrategy):
 
     def _weights_are_finite(self) -> bool:
         """Tell whether every value of the parameters is finite, on every rank. Collective."""
-        finite = torch.tensor(int(all_finite(self.bare_model().parameters())))
+        finite = torch.tensor(int(self._access.weights_are_finite(self.bare_model())))
         all_reduce(finite, "min")
         return bool(finite.item())
 
