@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 import stratagem as package
-from stratagem.cli.parity import Found, Trial, Variant, train_variant, variants
+from stratagem.cli.parity import Found, train_variant
+from stratagem.cli.parity_variants import Trial, Variant, variants
 from stratagem.config import Config
 from stratagem.train.parity import Comparison, Difference, Traits, compare_traces
 
@@ -49,10 +50,32 @@ def test_processes_and_accumulation_come_to_the_same_but_for_rounding(stratagem:
     assert done.status == 0, done.err
     found = rows(done.out)
     assert found["one process, 2 micro-batches a step"] == "equal but for the order of sums"
-    assert found["2 processes"] == "equal but for the order of sums"
-    assert found["2 processes, stopped and resumed"] == "equal to the bit"
+    assert found["2 processes, DDP"] == "equal but for the order of sums"
+    assert found["2 processes, DDP, stopped and resumed"] == "equal to the bit"
     assert "4 steps of 4 samples" in done.out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_sharded_training_comes_to_the_same(stratagem: Command, config: str):
+    """Parameters in shards are put together for the comparison; each strategy that is named has rows of its own."""
+    done = stratagem("parity", config, *SMALL, "--eval-layers", "--strategy", "fsdp")
+    assert done.status == 0, done.err
+    found = rows(done.out)
+    assert found["2 processes, FSDP"] == "equal but for the order of sums"
+    assert found["2 processes, FSDP, stopped and resumed"] == "equal to the bit"
+    assert "2 processes, DDP" not in found
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [("dpp", "Did you mean 'ddp'"), ("ddp,single", "one process is what all others are compared with")],
+)
+def test_a_strategy_that_cannot_be_compared(stratagem: Command, config: str, names: str, text: str):
+    """It is refused before anything is trained."""
+    done = stratagem("parity", config, "--strategy", names)
+    assert done.status == 2
+    assert text in done.err
 
 
 def test_dropout_is_what_explains_a_difference(tmp_path: Path):
@@ -64,7 +87,7 @@ def test_dropout_is_what_explains_a_difference(tmp_path: Path):
     large = Difference(1, "network.0.weight", 0.1, 0.5)
     found = Found({key: Comparison(large, large) for key in listed}, traits)
     verdicts = {key: found.verdict(each, tolerance=1e-4) for key, each in listed.items() if each.against}
-    assert verdicts.pop("ranks") == verdicts.pop("accumulated") == "not comparable"
+    assert verdicts.pop("ranks_DDPStrategy") == verdicts.pop("accumulated") == "not comparable"
     assert set(verdicts.values()) == {"DIFFERENT"}
 
 

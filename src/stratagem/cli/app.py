@@ -48,7 +48,8 @@ Launcher = Annotated[
     ),
 ]
 Strategy = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, or a class's name.")
+    str | None,
+    typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, deepspeed, colossalai, or a class's name."),
 ]
 Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
 
@@ -191,6 +192,10 @@ def parity(
     tolerance: Annotated[
         float, typer.Option(metavar="X", help="The largest relative difference that is taken for rounding.")
     ] = 1e-4,
+    strategies: Annotated[
+        str,
+        typer.Option("--strategy", metavar="NAMES", help="What trains in N processes: ddp,fsdp,deepspeed,colossalai."),
+    ] = "ddp",
     record: Annotated[Path | None, typer.Option(hidden=True)] = None,
     traceback: Traceback = False,
 ) -> None:
@@ -200,7 +205,13 @@ def parity(
     with 1 where a difference is not explained. Nothing is written.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
-    trial = command("parity:Trial")(steps=steps, nproc=nproc, eval_layers=eval_layers, tolerance=tolerance)
+    trial = command("parity_variants:Trial")(
+        steps=steps,
+        nproc=nproc,
+        eval_layers=eval_layers,
+        tolerance=tolerance,
+        strategies=command("parity_variants:strategies_of")(strategies),
+    )
     command("parity:parity")(options, trial, record=record)
 
 

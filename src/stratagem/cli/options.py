@@ -11,7 +11,7 @@ from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import did_you_mean
 
-__all__ = ["RunOptions", "read_config"]
+__all__ = ["RunOptions", "read_config", "strategy_name", "with_strategy"]
 
 
 @final
@@ -60,20 +60,23 @@ def read_config(options: RunOptions) -> Config:
     if options.launcher is not None:
         config.merge_from_dict({"launcher": options.launcher}, source="--launcher")
     if options.strategy is not None:
-        config["strategy"] = _strategy(config, options.strategy)
+        config["strategy"] = with_strategy(config.get("strategy"), strategy_name(options.strategy))
     return config
 
 
-def _strategy(config: Config, name: str) -> dict[str, object]:
-    """Return the strategy's section: options stay where they are for the same strategy, or for none that is named."""
-    kind = _strategy_name(name)
-    section = config.get("strategy")
+def with_strategy(section: object, kind: str) -> dict[str, object]:
+    """Return the section of a strategy: options stay where they are for the same one, or for none that is named."""
     if isinstance(section, dict) and section.get("type", kind) == kind:
         return {**section, "type": kind}
     return {"type": kind}
 
 
-def _strategy_name(name: str) -> str:
+def strategy_name(name: str) -> str:
+    """Return the class of a strategy that is named short (``fsdp``) or in full.
+
+    Raises:
+        ConfigValueError: if there is none.
+    """
     known = STRATEGIES.names()
     short = {kind.removesuffix("Strategy").removesuffix("Device").lower(): kind for kind in known}
     kind = name if name in known else short.get(name.lower())

@@ -7,9 +7,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from rich.table import Table
 
 from stratagem.cli.launching import launch_again
 from stratagem.cli.options import RunOptions, read_config
+from stratagem.cli.parity_variants import Trial, Variant, cut_config, variants_of, windows_of
 from stratagem.config import Config, require
 from stratagem.data import build_dataloader
 from stratagem.dist import close_dist, infer_launcher, init_dist
@@ -26,52 +27,9 @@ from stratagem.runner import Runner
 from stratagem.sections import SECTIONS
 from stratagem.train.parity import Comparison, StepRecorder, Traits, compare_traces
 
-__all__ = ["Found", "Trial", "Variant", "parity", "train_variant", "variants"]
+__all__ = ["Found", "parity", "train_variant"]
 
 _NEEDED = ("model", "train_dataloader", "optim_wrapper")
-# What plays no part, or counts in units that another cut of the batch changes.
-_LEFT_OUT = (
-    "param_scheduler", "auto_scale_lr", "resume", "val_dataloader", "val_cfg", "val_evaluator",
-    "test_dataloader", "test_cfg", "test_evaluator",
-)  # fmt: skip
-_QUIET = dict.fromkeys(("runtime_info", "logger", "checkpoint"))
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """The options of ``parity``."""
-
-    steps: int
-    nproc: int
-    eval_layers: bool
-    tolerance: float
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Variant:
-    """One way to train the same steps.
-
-    Attributes:
-        key: the name of its folder.
-        name: what it is called.
-        against: the key of the variant with which it is compared; None for the first.
-        exact: whether every bit must be equal, or sums may be rounded otherwise.
-        nproc: how many processes train; each takes its part of the batch.
-        micro_batches: into how many micro-batches the batch is cut beyond what the configuration does.
-        resumed: whether it is stopped half-way and resumed.
-        strategy: what places the model.
-    """
-
-    key: str
-    name: str
-    against: str | None = None
-    exact: bool = True
-    nproc: int = 1
-    micro_batches: int = 1
-    resumed: bool = False
-    strategy: str = "SingleDeviceStrategy"
 
 
 @final
@@ -96,31 +54,6 @@ class Found:
         return "DIFFERENT"
 
 
-def variants(nproc: int, *, accumulates: bool) -> list[Variant]:
-    """Return the ways to train, in order; each is compared with one before it."""
-    listed = [
-        Variant(key="one", name="one process"),
-        Variant(key="again", name="one process, again", against="one"),
-        Variant(key="resumed", name="one process, stopped and resumed", against="one", resumed=True),
-    ]
-    if accumulates and nproc > 1:
-        name = f"one process, {nproc} micro-batches a step"
-        listed.append(Variant(key="accumulated", name=name, against="one", exact=False, micro_batches=nproc))
-    if nproc > 1:
-        several: dict[str, Any] = {"nproc": nproc, "strategy": "DDPStrategy"}
-        listed += [
-            Variant(key="ranks", name=f"{nproc} processes", against="one", exact=False, **several),
-            Variant(
-                key="ranks_resumed",
-                name=f"{nproc} processes, stopped and resumed",
-                against="ranks",
-                resumed=True,
-                **several,
-            ),
-        ]
-    return listed
-
-
 def parity(options: RunOptions, trial: Trial, *, record: Path | None) -> None:
     """Train the variants and print how they compare; with ``record`` train those of several processes alone.
 
@@ -137,7 +70,7 @@ def parity(options: RunOptions, trial: Trial, *, record: Path | None) -> None:
         return
     require(config, SECTIONS, scope=config.get("default_scope"))
     steps = _steps(config, trial)
-    trial = Trial(steps=steps, nproc=trial.nproc, eval_layers=trial.eval_layers, tolerance=trial.tolerance)
+    trial = replace(trial, steps=steps)
     with tempfile.TemporaryDirectory(prefix="stratagem-parity-") as folder:
         found = _compare(options, config, trial, Path(folder))
     _show(options, config, trial, found)
@@ -150,7 +83,7 @@ def _train_in_one_group(config: Config, trial: Trial, folder: Path) -> None:
     # Made here, and so not made and ended with each of the runs.
     init_dist(**(config.get("env_cfg") or {}).get("dist_cfg", {}))
     try:
-        for variant in _of(config, trial):
+        for variant in variants_of(config, trial):
             if variant.nproc > 1:
                 train_variant(config, variant, trial, folder)
     finally:
@@ -159,12 +92,12 @@ def _train_in_one_group(config: Config, trial: Trial, folder: Path) -> None:
 
 def _compare(options: RunOptions, config: Config, trial: Trial, folder: Path) -> Found:
     found = Found()
-    for variant in _of(config, trial):
+    for variant in variants_of(config, trial):
         if variant.nproc == 1:
             traits = train_variant(config, variant, trial, folder)
             found.traits = traits if variant.against is None else found.traits
         elif not (folder / variant.key).exists():
-            _train_in_processes(options, trial, folder)
+            _train_in_processes(options, replace(trial, strategies=(variant.strategy,)), folder)
         if variant.against is not None:
             found.comparisons[variant.key] = compare_traces(folder / variant.against, folder / variant.key, trial.steps)
     return found
@@ -176,9 +109,9 @@ def train_variant(config: Config, variant: Variant, trial: Trial, folder: Path) 
     recorder = StepRecorder(
         folder / variant.key, eval_layers=trial.eval_layers, stop_after=half if variant.resumed else None
     )
-    traits = _run(_cut(config, variant, trial, folder), recorder)
+    traits = _run(cut_config(config, variant, trial, folder), recorder)
     if variant.resumed:
-        again = _cut(config, variant, trial, folder)
+        again = cut_config(config, variant, trial, folder)
         again["resume"] = True
         _run(again, StepRecorder(folder / variant.key, eval_layers=trial.eval_layers))
     return traits
@@ -196,55 +129,23 @@ def _run(config: Config, recorder: StepRecorder) -> Traits:
 
 
 def _train_in_processes(options: RunOptions, trial: Trial, folder: Path) -> None:
-    """Train the variants of several processes by this very command.
+    """Train the variants of a strategy in several processes by this very command.
 
     Raises:
         TrainingError: with what it said, if it failed.
     """
     words = [sys.executable, "-m", "stratagem", "parity", str(options.config), "--record", str(folder)]
-    words += ["--steps", str(trial.steps), "--nproc", str(trial.nproc)]
+    words += ["--steps", str(trial.steps), "--nproc", str(trial.nproc), "--strategy", ",".join(trial.strategies)]
     words += [word for override in options.overrides for word in ("--set", override)]
     words += ["--eval-layers"] if trial.eval_layers else []
     done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 -- this very program
     if done.returncode:
-        raise TrainingError(f"Training in {trial.nproc} processes failed:\n{done.stderr.strip()}")
-
-
-def _cut(config: Config, variant: Variant, trial: Trial, folder: Path) -> Config:
-    """Return the configuration of a variant: the same samples a step, otherwise cut."""
-    cut = copy.deepcopy(config)
-    for key in _LEFT_OUT:
-        cut.pop(key, None)
-    windows = _windows(config)
-    cut["work_dir"] = str(folder / f"{variant.key}_run")
-    section: Any = config.get("strategy")
-    own = isinstance(section, Mapping) and section.get("type") == variant.strategy
-    cut["strategy"] = dict(section) if own else {"type": variant.strategy}
-    cut["train_cfg"] = {"by_epoch": False, "max_iters": trial.steps * windows * variant.micro_batches}
-    cut["default_hooks"] = {**(config.get("default_hooks") or {}), **_QUIET}
-    cut["randomness"] = {"seed": 0, **(config.get("randomness") or {}), "diff_rank_seed": False}
-    cut["log_level"] = "ERROR"
-    share = trial.nproc // (variant.nproc * variant.micro_batches)
-    cut.merge_from_dict(
-        {"train_dataloader.batch_size": config["train_dataloader"]["batch_size"] * share}, source="parity"
-    )
-    if variant.micro_batches > 1:
-        counts = {"optim_wrapper.accumulative_counts": windows * variant.micro_batches}
-        cut.merge_from_dict(counts, source="parity")
-    return cut
-
-
-def _of(config: Config, trial: Trial) -> list[Variant]:
-    return variants(trial.nproc, accumulates="optimizer" in config["optim_wrapper"])
+        under = ", ".join(trial.strategies)
+        raise TrainingError(f"Training in {trial.nproc} processes under {under} failed:\n{done.stderr.strip()}")
 
 
 def _verdicts(config: Config, trial: Trial, found: Found) -> set[str]:
-    return {found.verdict(variant, tolerance=trial.tolerance) for variant in _of(config, trial)}
-
-
-def _windows(config: Config) -> int:
-    """Return the micro-batches of an update as configured."""
-    return int(config["optim_wrapper"].get("accumulative_counts", 1))
+    return {found.verdict(variant, tolerance=trial.tolerance) for variant in variants_of(config, trial)}
 
 
 def _steps(config: Config, trial: Trial) -> int:
@@ -265,11 +166,11 @@ def _steps(config: Config, trial: Trial) -> int:
         dataset = build_dataloader(copy.deepcopy(loader), seed=0, training=True).dataset
     if not isinstance(dataset, Sized):
         return trial.steps
-    whole = len(dataset) // (size * trial.nproc * _windows(config))
+    whole = len(dataset) // (size * trial.nproc * windows_of(config))
     # One before the stop and one after it.
     if whole < 2:
         raise ConfigValueError(
-            f"The dataset has {len(dataset)} samples, and two steps of {trial.nproc} x {size} x {_windows(config)} take "
+            f"The dataset has {len(dataset)} samples, and two steps of {trial.nproc} x {size} x {windows_of(config)} take "
             "more. Give a smaller batch: --set train_dataloader.batch_size=1"
         )
     return min(trial.steps, whole)
@@ -288,11 +189,11 @@ def _refuse_other(config: Config) -> None:
 
 
 def _show(options: RunOptions, config: Config, trial: Trial, found: Found) -> None:
-    size = config["train_dataloader"]["batch_size"] * trial.nproc * _windows(config)
+    size = config["train_dataloader"]["batch_size"] * trial.nproc * windows_of(config)
     table = Table(title=f"{options.config}: {trial.steps} steps of {size} samples", title_justify="left")
     for column in ("training", "result", "first difference", "largest difference"):
         table.add_column(column, overflow="fold")
-    for variant in _of(config, trial):
+    for variant in variants_of(config, trial):
         compared = found.comparisons.get(variant.key, Comparison(None, None))
         ends = [each.describe() if each is not None else "" for each in (compared.first, compared.most)]
         table.add_row(variant.name, found.verdict(variant, tolerance=trial.tolerance), *ends)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from stratagem.checkpoint import CheckpointLoader, StateTree, save_checkpoint
-from stratagem.dist import all_reduce
+from stratagem.checkpoint import CheckpointLoader, Pieces, StateTree, save_checkpoint
+from stratagem.dist import Team, all_reduce
 from stratagem.errors import TrainingError
 from stratagem.strategies.building import each_wrapper
 from stratagem.train.hook import Hook
@@ -79,7 +79,7 @@ class StepRecorder(Hook):
     The loss of a step is the mean over its micro-batches and all ranks, where the model says it.
 
     Args:
-        folder: where the files go; rank 0 writes them.
+        folder: where the files go.
         eval_layers: whether dropout and batch normalisation are put into evaluation before each iteration.
         stop_after: the number of steps after which a checkpoint is made in the folder of the run, and the run ends.
     """
@@ -131,9 +131,8 @@ class StepRecorder(Hook):
 
     def _write(self, run: Run, loss: float) -> None:
         state = run.strategy.model_state_dict()
-        if run.rank == 0:
-            numbers = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            save_checkpoint({"loss": loss, "state": numbers}, _file(self._folder, self._steps))
+        numbers = {name: value for name, value in state.items() if isinstance(value, Tensor | Pieces)}
+        save_checkpoint({"loss": loss, "state": numbers}, _file(self._folder, self._steps), Team.of())
 
 
 def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:
