@@ -1,0 +1,265 @@
+"""What each strategy costs on the same model: memory of each rank, and the time of a training iteration.
+
+    python benchmarks/strategies.py [--only "FSDP x2" ...] [--rounds 3] [--write docs/strategies/comparison.md]
+
+The language model of the examples with 19 million parameters trains on batches of the same 8 pieces under every strategy,
+with AdamW and clipping, in float32 where nothing else is said. Memory is what a rank has of its own beyond what it has with a
+tiny model, as multiples of the model's float32 weights (files that are mapped do not count): the most during the iterations,
+and what stays between two of them. It is measured in processes of its own, whose allocator gives back at once what is freed,
+which costs time. Rounds alternate between the strategies, and medians are shown. The losses must be
+those of one process, or the command fails. Engines that are not installed are left out; ``make test-deepspeed`` and
+``make test-colossalai`` install them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast, final
+
+import torch
+from environments import python_of
+from peak import Peak, own_bytes
+from rich.console import Console
+from rich.table import Table
+
+from stratagem import Config
+from stratagem.dist import all_gather_object, barrier, infer_launcher
+from stratagem.model import Trainable
+from stratagem.registry import STRATEGIES
+
+EXAMPLE: Final = Path(__file__).parent.parent / "examples" / "gpt" / "config.py"
+MODEL: Final = {"type": "Gpt", "tokens": 67, "length": 64, "width": 512, "blocks": 6, "heads": 8}
+TINY: Final = {**MODEL, "width": 8, "blocks": 1}
+GLOBAL_BATCH, WARM_UP, ITERATIONS = 8, 2, 6
+LOSSES_WITHIN: Final = 1e-4
+# What glibc's allocator is told, so that memory that was freed counts no more.
+GIVE_BACK: Final = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+BEGIN, END = "<!-- measured -->", "<!-- end -->"
+
+Record = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A row of the table; ``exact`` where it trains in float32 and so must have the losses of one process."""
+
+    processes: int
+    strategy: Mapping[str, Any]
+    exact: bool = True
+
+
+def _deepspeed(stage: int, **further: Any) -> dict[str, Any]:
+    return {"type": "DeepSpeedStrategy", "zero_optimization": {"stage": stage, **further}}
+
+
+def _colossalai(plugin: str, **further: Any) -> dict[str, Any]:
+    return {"type": "ColossalAIStrategy", "plugin": {"type": plugin, **further}}
+
+
+CASES: Final[Mapping[str, Case]] = {
+    "single": Case(processes=1, strategy={"type": "SingleDeviceStrategy"}),
+    "DDP x2": Case(processes=2, strategy={"type": "DDPStrategy"}),
+    "FSDP x2": Case(processes=2, strategy={"type": "FSDPStrategy"}),
+    "FSDP x2, bfloat16": Case(
+        processes=2, strategy={"type": "FSDPStrategy", "mixed_precision": "bfloat16"}, exact=False
+    ),
+    "FSDP x4": Case(processes=4, strategy={"type": "FSDPStrategy"}),
+    "HSDP 2x2": Case(processes=4, strategy={"type": "FSDPStrategy", "replicate": 2}),
+    "TP x2": Case(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}),
+    "DeepSpeed ZeRO-0 x2": Case(processes=2, strategy=_deepspeed(0)),
+    "DeepSpeed ZeRO-1 x2": Case(processes=2, strategy=_deepspeed(1)),
+    "DeepSpeed ZeRO-2 x2": Case(processes=2, strategy=_deepspeed(2)),
+    "DeepSpeed ZeRO-2 x2, bf16": Case(processes=2, strategy={**_deepspeed(2), "bf16": {"enabled": True}}, exact=False),
+    "DeepSpeed ZeRO-3 x2": Case(processes=2, strategy=_deepspeed(3)),
+    "DeepSpeed ZeRO-3 x4": Case(processes=4, strategy=_deepspeed(3)),
+    "ColossalAI DDP x2": Case(processes=2, strategy=_colossalai("TorchDDPPlugin")),
+    "ColossalAI ZeRO-1 x2": Case(processes=2, strategy=_colossalai("LowLevelZeroPlugin", stage=1, precision="fp32")),
+    "ColossalAI ZeRO-2 x2": Case(processes=2, strategy=_colossalai("LowLevelZeroPlugin", stage=2, precision="fp32")),
+    "ColossalAI ZeRO-2 x2, bf16": Case(
+        processes=2, strategy=_colossalai("LowLevelZeroPlugin", stage=2, precision="bf16"), exact=False
+    ),
+}
+
+
+def measure(case: Case, folder: str, *, tiny: bool) -> Record:
+    """Train some iterations; return what this rank needed for them."""
+    torch.set_num_threads(1)
+    Config.fromfile(EXAMPLE)
+    options = {**case.strategy, "train_micro_batch_size_per_gpu": GLOBAL_BATCH // _parts(case)}
+    if "DeepSpeed" not in case.strategy["type"]:
+        del options["train_micro_batch_size_per_gpu"]
+    defaults = {
+        "work_dir": folder,
+        "log_kwargs": {"log_level": "ERROR"},
+        "env_kwargs": {"randomness": {"seed": 0}},
+    }
+    strategy = STRATEGIES.build(options, default_args=defaults)
+    strategy.prepare(
+        dict(TINY if tiny else MODEL),
+        optim_wrapper={"optimizer": {"type": "AdamW", "lr": 1e-3}, "clip_grad": {"max_norm": 1.0}},
+        dispatch_kwargs={"train_micro_batch_size_per_gpu": GLOBAL_BATCH // _parts(case)},
+    )
+    model = cast("Trainable", strategy.model)
+    strategy.model.train()
+    gc.collect()
+    generator = torch.Generator().manual_seed(0)
+    own = slice(strategy.data_rank, None, strategy.data_size)
+    losses, seconds = [], []
+    with Peak() as peak:
+        for _ in range(WARM_UP + ITERATIONS):
+            tokens = torch.randint(3, 67, (GLOBAL_BATCH, 65), generator=generator)[own]
+            batch = {"tokens": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+            barrier()
+            begin = time.perf_counter()
+            outputs = model.train_step(batch, optim_wrapper=strategy.optim_wrapper)
+            barrier()
+            seconds.append(time.perf_counter() - begin)
+            losses.append(float(outputs["loss"].detach()))
+    del outputs, batch
+    gc.collect()
+    every = all_gather_object((peak.most, own_bytes(), losses))
+    strategy.close()
+    return {
+        "peak": max(each[0] for each in every),
+        "rest": max(each[1] for each in every),
+        "seconds": statistics.median(seconds[WARM_UP:]),
+        "losses": [statistics.mean(column) for column in zip(*(each[2] for each in every), strict=True)],
+    }
+
+
+def _parts(case: Case) -> int:
+    return case.processes // int(case.strategy.get("tp", 1))
+
+
+def launch(name: str) -> Record | None:
+    """Measure a case in processes of its own; None where its engine is not installed."""
+    case = CASES[name]
+    python = python_of(case.strategy["type"])
+    if python is None:
+        return None
+    timed = _start(name, python, {})
+    sized, nothing = (_start(name, python, GIVE_BACK, *more) for more in ((), ("--tiny",)))
+    return {**timed, **{key: sized[key] - nothing[key] for key in ("peak", "rest")}}
+
+
+def _start(name: str, python: str, environment: Mapping[str, str], *more: str) -> Record:
+    """Start the processes of a case, and return what they found."""
+    case = CASES[name]
+    start = [python, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    with tempfile.TemporaryDirectory(prefix="stratagem-strategies-") as folder:
+        own = [__file__, "--folder", folder, "--only", name, *more]
+        several = [*start, f"--nproc-per-node={case.processes}", *own]
+        subprocess.run(
+            several if case.processes > 1 else [python, *own],
+            check=True,
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+        )
+        record: Record = json.loads((Path(folder) / "result.json").read_text(encoding="utf-8"))
+    return record
+
+
+def median_of(records: list[Record]) -> Record:
+    """Return the medians of the rounds."""
+    return {key: statistics.median(each[key] for each in records) for key in ("peak", "rest", "seconds")}
+
+
+def model_bytes() -> int:
+    """Return the size of the model's weights in float32."""
+    Config.fromfile(EXAMPLE)
+    from stratagem.strategies.building import build_model  # noqa: PLC0415 -- once the example is imported
+
+    with torch.device("meta"):
+        return sum(4 * parameter.numel() for parameter in build_model(dict(MODEL)).parameters())
+
+
+def rows(found: Mapping[str, Record]) -> list[tuple[str, ...]]:
+    """Return the cells of the table."""
+    size = model_bytes()
+    return [
+        (
+            name,
+            f"{record['peak'] / size:.1f}",
+            f"{record['rest'] / size:.1f}",
+            f"{1e3 * record['seconds']:.0f} ms",
+            f"{record['seconds'] / found['single']['seconds']:.2f}",
+        )
+        for name, record in found.items()
+    ]
+
+
+HEADER: Final = ("strategy", "most memory of a rank", "between iterations", "an iteration", "of one process")
+
+
+def write(page: Path, found: Mapping[str, Record]) -> None:
+    """Replace what was measured before in a page of the documentation."""
+    text = page.read_text(encoding="utf-8")
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    lines = [HEADER, ("---",) * len(HEADER), *rows(found)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    page.write_text(f"{text[:begin]}\n{table}\n{text[end:]}", encoding="utf-8")
+
+
+def main() -> int:
+    """Measure every strategy, or be one of its processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="STRATEGY")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--write", type=Path, help="the page that the table is written into")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.folder is not None:
+        (name,) = options.only
+        record = measure(CASES[name], str(options.folder / "run"), tiny=options.tiny)
+        if infer_launcher() == "none" or os.environ["RANK"] == "0":
+            (options.folder / "result.json").write_text(json.dumps(record), encoding="utf-8")
+        return 0
+    names = ["single", *(name for name in options.only if name != "single")]
+    records: dict[str, list[Record]] = {name: [] for name in names}
+    console = Console()
+    for number in range(options.rounds):
+        for name in names:
+            console.print(f"round {number + 1} of {options.rounds}: {name}", style="dim")
+            measured = launch(name)
+            if measured is not None:
+                records[name].append(measured)
+    found = {name: median_of(several) for name, several in records.items() if several}
+    table = Table(*HEADER, title=f"{model_bytes() / 4e6:.1f} million parameters; memory in multiples of the weights")
+    for cells in rows(found):
+        table.add_row(*cells)
+    console.print(table)
+    if options.write is not None:
+        write(options.write, found)
+    return _compare_losses(console, records)
+
+
+def _compare_losses(console: Console, records: Mapping[str, list[Record]]) -> int:
+    """Return 1 if a strategy that trains in float32 has other losses than one process."""
+    differing = 0
+    for name, several in records.items():
+        for record in several:
+            pairs = zip(record["losses"], records["single"][0]["losses"], strict=True)
+            most = max(abs(one - other) for one, other in pairs)
+            if CASES[name].exact and most > LOSSES_WITHIN:
+                console.print(f"{name}: a loss differs by {most:.1e} from that of one process", style="red")
+                differing = 1
+    missing = [name for name, several in records.items() if not several]
+    if missing:
+        console.print(f"Not installed, so left out: {', '.join(missing)}", style="yellow")
+    return differing
+
+
+if __name__ == "__main__":
+    sys.exit(main())
