@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import Any, Final, final
 
 import torch
+from environments import python_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.utils.data import Subset
 
 from stratagem import Config, Runner
+from stratagem.checkpoint import read_any
 from stratagem.dist import all_gather_object, close_dist, infer_launcher, init_dist
 from stratagem.registry import DATASETS
 from stratagem.train import Hook
@@ -51,10 +53,24 @@ Record = dict[str, Any]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A row and a column of the table: how many processes, and what stands in the configuration as ``strategy``."""
+    """A row and a column of the table.
+
+    Attributes:
+        processes: how many there are.
+        strategy: what stands in the configuration.
+        shared: how many of them see the same samples.
+        averages: whether an average of the weights is kept; a strategy may refuse to.
+    """
 
     processes: int
     strategy: Mapping[str, Any]
+    shared: int = 1
+    averages: bool = True
+
+    @property
+    def python(self) -> str | None:
+        """The interpreter that trains under it; None where its engine is not installed."""
+        return python_of(self.strategy["type"])
 
 
 PLACEMENTS: Final[Mapping[str, Placement]] = {
@@ -63,17 +79,17 @@ PLACEMENTS: Final[Mapping[str, Placement]] = {
     "FSDP x2": Placement(processes=2, strategy={"type": "FSDPStrategy"}),
     "FSDP x4": Placement(processes=4, strategy={"type": "FSDPStrategy"}),
     "HSDP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "replicate": 2}),
-    "TP x2": Placement(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}),
-    "FSDP x TP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "tp": 2}),
+    "TP x2": Placement(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}, shared=2),
+    "FSDP x TP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "tp": 2}, shared=2),
 }
 
 
 @final
 class Witness(Hook):
-    """Keeps what placements must agree on; ``middle`` and ``end`` are the whole state there."""
+    """Keeps what placements must agree on; ``middle`` and ``end`` are the whole state there, as a checkpoint of it has it."""
 
-    def __init__(self, average: EMAHook) -> None:
-        self._average = average
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.middle: dict[str, Tensor] = {}
         self.end: dict[str, Tensor] = {}
         self.rates: list[list[float]] = []
@@ -82,43 +98,38 @@ class Witness(Hook):
 
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if run.iter == HALF:
-            self.middle = self._state(run)
-        self.rates.append([group["lr"] for group in run.optim_wrapper.optimizer.param_groups])
+            self.middle = self._state(run, "middle")
+        self.rates.append([group["lr"] for group in run.optim_wrapper.param_groups])
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self.losses.append(outputs["loss"].item())
         self.targets.append([[token for token in row if token >= 0] for row in data_batch["targets"].tolist()])
 
     def after_train(self, run: Any) -> None:
-        self.end = self._state(run)
+        self.end = self._state(run, "end")
 
-    def _state(self, run: Any) -> dict[str, Tensor]:
-        model = run.strategy.bare_model()
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        moments = {
-            f"moments {names[parameter]} {slot}": value
-            for parameter, slots in run.optim_wrapper.optimizer.state.items()
-            for slot, value in slots.items()
-        }
-        parameters = {f"parameters {name}": parameter for parameter, name in names.items()}
-        averages = {f"average {name}": value for name, value in self._average.average.averages.items()}
-        return {name: whole(value) for name, value in (parameters | moments | averages).items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor, put together from all ranks where it is sharded."""
-    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return full.detach().clone()
+    def _state(self, run: Any, name: str) -> dict[str, Tensor]:
+        path = self._folder / f"state_{name}"
+        run.strategy.save_checkpoint(
+            path, callback=lambda tree: run.events.call("before_save_checkpoint", run, checkpoint=tree)
+        )
+        tree = read_any(path)
+        slots = tree["optimizer"]["state"]
+        parameters = {f"parameters {name}": value for name, value in tree["state_dict"].items()}
+        moments = {f"moments {name} {slot}": value for name in slots for slot, value in slots[name].items()}
+        averages = tree.get("ema_state_dict", {}).get("averages", {})
+        return parameters | moments | {f"average {name}": value for name, value in averages.items()}
 
 
 def train(name: str, folder: Path, resume: Path | None) -> Record:
     """Train under a placement, from the beginning or from a checkpoint; return what it saw, of all ranks."""
     placement = PLACEMENTS[name]
-    parts = placement.processes // placement.strategy.get("tp", 1)
+    parts = placement.processes // placement.shared
     config = Config.fromfile(EXAMPLE)
     pieces = DATASETS.build({"type": "KingJames", "length": LENGTH, "held_out": True})
-    average = EMAHook(momentum=0.1)
-    witness = Witness(average)
+    # Not strict: what saved may have been unable to keep one.
+    averages = [EMAHook(momentum=0.1, strict_load=False)] if placement.averages else []
+    witness = Witness(folder)
     config.merge_from_dict(
         {
             "model": {"length": LENGTH, "width": 32, "blocks": 2, "heads": 2},
@@ -131,7 +142,7 @@ def train(name: str, folder: Path, resume: Path | None) -> Record:
             "param_scheduler.0": {"start_factor": 0.3, "end": 4},
             "param_scheduler.1.begin": 4,
             "default_hooks": {"logger": None, "checkpoint": {"interval": HALF, "save_last": False}},
-            "custom_hooks": [average, witness],
+            "custom_hooks": [*averages, witness],
             "strategy": dict(placement.strategy),
             "work_dir": str(folder),
             "log_level": "ERROR",
@@ -177,7 +188,7 @@ def work(folder: Path, names: list[str], *, resume: bool) -> None:
     init_dist("pytorch")
     size = int(os.environ["WORLD_SIZE"])
     for name in names:
-        if PLACEMENTS[name].processes != size:
+        if (PLACEMENTS[name].processes, PLACEMENTS[name].python) != (size, sys.executable):
             continue
         for saver in names if resume else [None]:
             source = None if saver is None else folder / saver / f"iter_{HALF}"
@@ -193,9 +204,9 @@ def record_of(folder: Path, saver: str | None, name: str) -> Path:
 
 
 def launch(folder: Path, names: list[str], *, resume: bool) -> None:
-    """Start the processes of each size one after another, and wait for them."""
-    for size in sorted({PLACEMENTS[name].processes for name in names}):
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", __file__]
+    """Start the processes of each interpreter and size one after another, and wait for them."""
+    for python, size in sorted({(str(PLACEMENTS[name].python), PLACEMENTS[name].processes) for name in names}):
+        start = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", __file__]
         further = ["--folder", str(folder), *(["--resume"] if resume else []), "--only", *names]
         subprocess.run([*start, *further], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -244,12 +255,20 @@ def compare(record: Record, saved: Record, alone: Record) -> Cell:
 def difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor], kind: str = "") -> float:
     """Return how far tensors whose names begin with ``kind`` differ, as parts of each one's largest number.
 
-    Infinite where names differ.
+    Infinite where names differ, unless one of them is of a placement that keeps no average.
     """
+    averages = {any(name.startswith("average") for name in names) for names in (these, those)}
+    if len(averages) == 2:
+        these, those = _without_average(these), _without_average(those)
     if these.keys() != those.keys():
         return float("inf")
     chosen = [(tensor, those[name]) for name, tensor in these.items() if name.startswith(kind)]
-    return max(float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in chosen)
+    ratios = (float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in chosen)
+    return max(ratios, default=0.0)
+
+
+def _without_average(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.startswith("average")}
 
 
 def show(cells: Mapping[tuple[str, str], Cell], names: list[str]) -> Table:
@@ -313,7 +332,11 @@ def main() -> int:
     if infer_launcher() != "none":
         work(options.folder, options.only, resume=options.resume)
         return 0
-    names = ["single", *(name for name in options.only if name != "single")]
+    console = Console()
+    missing = [name for name in options.only if PLACEMENTS[name].python is None]
+    if missing:
+        console.print(f"Not installed, so left out: {', '.join(missing)}", style="yellow")
+    names = ["single", *(name for name in options.only if name not in {"single", *missing})]
     with tempfile.TemporaryDirectory(prefix="stratagem-matrix-") as temporary:
         folder = Path(temporary)
         launch(folder, names, resume=False)
@@ -326,7 +349,6 @@ def main() -> int:
             for name in names
         }
     whole_runs = {name: compare(run, run, alone) for name, run in runs.items()}
-    console = Console()
     console.print("Largest difference of the losses, by who saved (rows) and who resumed (columns):")
     console.print(show(cells, names))
     if options.write is not None:
