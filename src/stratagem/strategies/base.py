@@ -7,9 +7,8 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +18,12 @@ from stratagem.checkpoint import (
     DEFAULT_REVISE_KEYS,
     LoadReport,
     StateTree,
-    list_checkpoints,
     load_state_dict,
     save_checkpoint,
     weights_to_cpu,
 )
 from stratagem.dist import Team, World
 from stratagem.errors import (
-    CheckpointDamagedError,
-    CheckpointNotFoundError,
     ConfigTypeError,
     ConfigValueError,
     StateError,
@@ -36,20 +32,19 @@ from stratagem.errors import (
 from stratagem.logging import Logger, forward_library_logs
 from stratagem.model import bare_model
 from stratagem.model.weights import broadcast_weights
-from stratagem.optim import ParamScheduler, build_param_schedulers
+from stratagem.optim import build_param_schedulers
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import building
 from stratagem.strategies.auto_scale import AutoScale
 from stratagem.strategies.environment import set_up_environment
 from stratagem.strategies.horizon import Horizon
-from stratagem.strategies.own_values import OwnValues, move_schedulers, schedule_differences
+from stratagem.strategies.own_values import schedule_differences
 from stratagem.strategies.prepared import Prepared
+from stratagem.strategies.resuming import CheckpointCallback, Resuming, Schedulers
 from stratagem.utils import absolute, collect_env, refuse_unknown
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "CheckpointWriter", "Schedulers"]
 
-Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
-CheckpointCallback = Callable[[StateTree], None]
 CheckpointWriter = Callable[[StateTree, str | os.PathLike[str], Team], None]
 
 _LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
@@ -434,35 +429,18 @@ class BaseStrategy(ABC):
         With ``resume_param_scheduler=False`` the schedules and the optimizers' options are those of this run, from where
         the checkpoint stands; moments and other state go on. ``new_parameters`` is that of :meth:`resume`.
         """
-        how = _How(callback, resume_param_scheduler, tuple(new_parameters))
+        how = Resuming(
+            callback=callback,
+            resume_param_scheduler=resume_param_scheduler,
+            new_parameters=tuple(new_parameters),
+            optim=BaseStrategy.optim_wrapper.get(self),
+            schedulers=BaseStrategy.param_schedulers.get(self),
+        )
         if not resume:
             return None if load_from is None else self.load_checkpoint(load_from, callback=callback)
         if not isinstance(resume, bool):
-            return self._resume(resume, how)
-        return self._resume_latest(how) if load_from is None else self._resume(load_from, how)
-
-    def _resume(self, filename: str | os.PathLike[str], how: _How) -> StateTree:
-        """Resume, with this run's own schedules and options where that is asked for."""
-        optim = BaseStrategy.optim_wrapper.get(self)
-        # Not given where there are none: strategies of others need not know the argument.
-        new: dict[str, Any] = {"new_parameters": how.new_parameters} if how.new_parameters else {}
-        if how.resume_param_scheduler or optim is None:
-            rest = self.resume(filename, callback=how.callback, **new)
-            self.resumed_from = os.fspath(filename)
-            return rest
-        own = OwnValues(optim)
-        rest = self.resume(filename, callback=how.callback, resume_param_scheduler=False, **new)
-        self.resumed_from = os.fspath(filename)
-        own.restore(optim)
-        meta = rest.get("meta") or {}
-        epoch, iteration = int(meta.get("epoch", 0)), int(meta.get("iter", 0))
-        move_schedulers(BaseStrategy.param_schedulers.get(self) or [], optim, epoch=epoch, iteration=iteration)
-        self.logger.info(
-            "Schedules and the optimizers' options are this run's own, from epoch %d, iteration %d on.",
-            epoch,
-            iteration,
-        )
-        return rest
+            return how.resume(self, resume)
+        return how.resume_latest(self) if load_from is None else how.resume(self, load_from)
 
     def _say_kept(self, differences: Iterable[str]) -> None:
         """Say in the log which values of a checkpoint go on in the place of this run's."""
@@ -472,27 +450,6 @@ class BaseStrategy(ABC):
                 "These go on as the checkpoint has them:\n  %s\nTo follow the configuration from here on, resume with "
                 "resume_param_scheduler=False.", "\n  ".join(lines),
             )  # fmt: skip
-
-    def _resume_latest(self, how: _How) -> StateTree | None:
-        """Resume from the newest checkpoint that every rank can read whole; name those that are passed over."""
-        # Rank 0's list, so that all ranks go on from the same step.
-        found = Team.of().first(lambda: list_checkpoints(self._work_dir))
-        for candidate in found:
-            fault = candidate.fault
-            if not fault:
-                try:
-                    return self._resume(candidate.path, how)
-                except (CheckpointDamagedError, CheckpointNotFoundError) as error:
-                    # Found while reading, on some rank, which may not even see it; nothing of this run was changed.
-                    fault = str(error)
-            self.logger.warning("The checkpoint %s is passed over: %s", candidate.path, fault)
-        if found:
-            raise CheckpointDamagedError(
-                f"None of the {len(found)} checkpoints under {self.work_dir} can be used; the log says why. Name another "
-                "with resume=<path>, or move them away to start anew."
-            )
-        self.logger.info("No checkpoint to resume from under %s; starting anew.", self.work_dir)
-        return None
 
     def collect_env(self) -> tuple[dict[str, str], dict[str, Any]]:
         """Return what this machine is, and how this run uses it."""
@@ -514,16 +471,6 @@ class BaseStrategy(ABC):
         self._stop_forwarding()
         self.logger.close()
         self._env.close()
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _How:
-    """How to resume; see :meth:`BaseStrategy.load_or_resume`."""
-
-    callback: CheckpointCallback | None
-    resume_param_scheduler: bool
-    new_parameters: tuple[str, ...]
 
 
 def _make_folder(path: Path) -> Path:
