@@ -7,13 +7,13 @@ from stratagem.checkpoint.directory import DirectoryFormat
 from stratagem.checkpoint.find import Candidate, find_latest_checkpoint, list_checkpoints
 from stratagem.checkpoint.formats import CheckpointFormat, format_for
 from stratagem.checkpoint.gather import gather_tree
-from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict, weights_to_cpu
+from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, fit_state, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.checkpoint.pieces import Pieces, take_box, take_range
 from stratagem.checkpoint.pointer import point_to
 from stratagem.checkpoint.purpose import Purpose, Saved, saved_by, saved_in
-from stratagem.checkpoint.regions import Region
+from stratagem.checkpoint.regions import Region, boxes
 from stratagem.checkpoint.release import release_checkpoint
 from stratagem.checkpoint.remote import latest_remote, save_remote
 from stratagem.checkpoint.retention import Retention, remove_checkpoints
@@ -40,8 +40,10 @@ __all__ = [
     "SingleFileFormat",
     "StateTree",
     "bare_name",
+    "boxes",
     "digest_of_tensor",
     "find_latest_checkpoint",
+    "fit_state",
     "format_for",
     "gather_tree",
     "join_tree",

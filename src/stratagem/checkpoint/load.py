@@ -16,7 +16,7 @@ from stratagem.checkpoint.versions import module_versions, with_versions
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim.sharded import placed_like
 
-__all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "load_state_dict", "weights_to_cpu"]
+__all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "fit_state", "load_state_dict", "weights_to_cpu"]
 
 DEFAULT_REVISE_KEYS: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
 _SHOWN = 10
@@ -79,28 +79,80 @@ def load_state_dict(
             unchanged then.
     """
     own = model.state_dict()
+    fitting, reshaped = _fitting(state, own, revise_keys)
+    incoming = with_versions(
+        {name: _as_placed(value, own.get(name)) for name, value in fitting.items()},
+        _versions_here(state, own, revise_keys),
+    )
+    if _renames_itself(model):
+        return _load_and_see(model, incoming, own, reshaped, strict=strict, may_miss=may_miss)
+    report = _report(fitting, own, reshaped)
+    _check_report(report, strict=strict, may_miss=may_miss)
+    model.load_state_dict(incoming, strict=False)
+    return report
+
+
+def fit_state(
+    model: nn.Module,
+    own: Mapping[str, Any],
+    state: Mapping[str, Any],
+    *,
+    strict: bool,
+    revise_keys: Sequence[tuple[str, str]],
+    may_miss: Sequence[str],
+) -> tuple[LoadReport, dict[str, Any]]:
+    """Return how ``state`` fits, and its values under the model's names, for those who put them into place themselves.
+
+    Args:
+        model: whose state it is.
+        own: its state dict, in which each tensor has the shape that it has as a whole.
+        state: as in :func:`load_state_dict`, like all else.
+        strict: see there.
+        revise_keys: see there.
+        may_miss: see there.
+
+    Raises:
+        CheckpointMismatchError: as there, and if modules change the keys while they load.
+    """
+    if _renames_itself(model):
+        raise CheckpointMismatchError(
+            f"Modules of {type(model).__name__} change the keys of a checkpoint while they load it (a pre-hook of "
+            "load_state_dict), and what this strategy trains is not loaded by modules. Rewrite the keys with revise_keys, or "
+            "convert the checkpoint under another strategy."
+        )
+    fitting, reshaped = _fitting(state, own, revise_keys, kinds=(Tensor, Pieces))
+    report = _report(fitting, own, reshaped)
+    _check_report(report, strict=strict, may_miss=may_miss)
+    return report, fitting
+
+
+def _fitting(
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    revise_keys: Sequence[tuple[str, str]],
+    kinds: tuple[type, ...] = (Tensor,),
+) -> tuple[dict[str, Any], Reshaped]:
+    """Return the values by their names here, without those of another shape, which come second."""
     names = _names_here(state, own, revise_keys)
-    _check_kinds(state, names, own)
+    _check_kinds(state, names, own, kinds)
     reshaped = tuple(
         (name, tuple(state[key].shape), tuple(own[name].shape))
         for key, name in names.items()
         if _differs(state[key], own.get(name))
     )
     differing = {name for name, _, _ in reshaped}
-    fitting = {name: _as_placed(state[key], own.get(name)) for key, name in names.items() if name not in differing}
-    incoming = with_versions(fitting, _versions_here(state, own, revise_keys))
-    if _renames_itself(model):
-        return _load_and_see(model, incoming, own, reshaped, strict=strict, may_miss=may_miss)
-    report = LoadReport(
+    return {name: state[key] for key, name in names.items() if name not in differing}, reshaped
+
+
+def _report(fitting: Mapping[str, Any], own: Mapping[str, Any], reshaped: Reshaped) -> LoadReport:
+    differing = {name for name, _, _ in reshaped}
+    return LoadReport(
         matched=sum(name in own for name in fitting),
         total=len(own),
         missing=_without_counters(key for key in own if key not in fitting and key not in differing),
         unexpected=tuple(name for name in fitting if name not in own),
         reshaped=reshaped,
     )
-    _check_report(report, strict=strict, may_miss=may_miss)
-    model.load_state_dict(incoming, strict=False)
-    return report
 
 
 def _load_and_see(
@@ -192,16 +244,18 @@ def _inside(module: str) -> str:
     return f"{module}._" if module else "_"
 
 
-def _check_kinds(state: Mapping[str, Any], names: Mapping[str, str], own: Mapping[str, Any]) -> None:
+def _check_kinds(
+    state: Mapping[str, Any], names: Mapping[str, str], own: Mapping[str, Any], kinds: tuple[type, ...]
+) -> None:
     for key, name in names.items():
-        if isinstance(own.get(name), Tensor) and not isinstance(state[key], Tensor):
+        if isinstance(own.get(name), Tensor) and not isinstance(state[key], kinds):
             raise CheckpointMismatchError(
                 f"The checkpoint's {key!r} is a {type(state[key]).__name__}, where the model has a tensor."
             )
 
 
 def _differs(value: Any, own: Any) -> bool:
-    if not isinstance(value, Tensor) or not isinstance(own, Tensor) or is_lazy(own):
+    if not isinstance(value, Tensor | Pieces) or not isinstance(own, Tensor) or is_lazy(own):
         return False
     return value.shape != own.shape
 

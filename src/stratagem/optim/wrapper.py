@@ -143,6 +143,11 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
             )
 
     @property
+    def clipping(self) -> Clipping | None:
+        """How gradients are clipped; None where they are not."""
+        return self._clipping
+
+    @property
     def nonfinite(self) -> NonFinite | None:
         """What this wrapper does by itself where the gradients' norm is not finite; ``"skip"`` with float16."""
         return self._nonfinite
@@ -233,7 +238,10 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         return plain or self._settle_gradients(micro_batches)
 
     def _divide_by_weight(self, gradients: list[Tensor], micro_batches: int) -> None:
-        """Turn the ranks' mean of ``sum(loss * weight)`` into the mean over all that was weighed. Collective."""
+        scale(gradients, self._weighed(micro_batches))
+
+    def _weighed(self, micro_batches: int) -> Tensor:
+        """Return what turns the ranks' mean of ``sum(loss * weight)`` into the mean over all that was weighed. Collective."""
         if self._weighted != micro_batches:
             raise StateError(
                 f"{self._weighted} of the window's {micro_batches} micro-batches had a weight. "
@@ -244,8 +252,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self._forget_weights()
         all_reduce(total)
         # A step without any weight, such as one of padding alone, has no gradient rather than 0 / 0.
-        factor = torch.where(total == 0, total, get_world_size() / total)
-        scale(gradients, factor)
+        return torch.where(total == 0, total, get_world_size() / total)
 
 
 @final

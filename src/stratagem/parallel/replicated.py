@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stratagem.dist import World
 from stratagem.errors import ConfigKeyError, PlacementError
 from stratagem.model import Trainable, bare_model, convert_sync_batchnorm, is_model_wrapper
+from stratagem.parallel.detour import calls_go_to
 from stratagem.parallel.placement import NO_CONTEXT, Placed, Placement, Steps
 from stratagem.utils.names import did_you_mean
 
@@ -89,10 +90,10 @@ class Replica(DistributedDataParallel):
 
         def exchange(*args: Any, **kwargs: Any) -> Any:
             # What DistributedDataParallel calls in turn is the model itself.
-            with _calls_go_to(self.module, own):
+            with calls_go_to(self.module, own):
                 return self(*args, **kwargs)
 
-        with _calls_go_to(self.module, exchange):
+        with calls_go_to(self.module, exchange):
             outputs: dict[str, Tensor] = cast("Trainable", self.module).train_step(data, optim_wrapper=optim_wrapper)
         if not self._passed:
             name = type(self.module).__name__
@@ -110,20 +111,6 @@ class Replica(DistributedDataParallel):
     def test_step(self, data: Any) -> Any:
         """Return the model's predictions; nothing is exchanged."""
         return cast("Trainable", self.module).test_step(data)
-
-
-@contextmanager
-def _calls_go_to(module: nn.Module, target: Any) -> Iterator[None]:
-    """Let ``module(...)`` call ``target``, or the module where that is None.
-
-    The attribute is the one that ``torch.nn.Module.compile`` sets: the only place before the module's own hooks.
-    """
-    before = module._compiled_call_impl
-    module._compiled_call_impl = target
-    try:
-        yield
-    finally:
-        module._compiled_call_impl = before
 
 
 @final
