@@ -110,3 +110,20 @@ def test_a_model_built_on_the_meta_device_can_be_moved_into_place() -> None:
         model = Model()
     model.to_empty(device="cpu")
     assert model.preprocessor(torch.ones(1)).device.type == "cpu"
+
+
+def test_hooks_of_a_preprocessor_are_called_where_it_has_nothing_to_do() -> None:
+    """It is a module like any other, so a hook may change the batch, on the CPU too."""
+    preprocessor = BaseDataPreprocessor()
+    preprocessor.register_forward_hook(lambda module, arguments, output: output + 1)
+    assert preprocessor(torch.ones(1), True).item() == 2.0
+
+
+def test_a_preprocessor_of_ones_own_is_called_on_the_cpu() -> None:
+    """Whatever it does there, such as stacking or normalising, is done."""
+
+    class Doubled(BaseDataPreprocessor):
+        def forward(self, data: Any, training: bool = False) -> Any:
+            return 2 * super().forward(data, training)
+
+    assert Doubled()(torch.ones(1), True).item() == 2.0

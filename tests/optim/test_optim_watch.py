@@ -66,6 +66,32 @@ def test_sparse_gradients_are_looked_at():
     assert watch.unsound == ("first",)
 
 
+def test_gradients_may_become_sparse():
+    """An embedding that is used sparsely once, after it was used densely, has its gradients looked at all the same."""
+    embedding, other = nn.Embedding(5, 2), nn.Parameter(torch.ones(2))
+    watch = watched(embedding.weight, other)
+    for sparse, value, sound in [
+        (False, 1.0, True),
+        (True, 1.0, True),
+        (True, math.nan, False),
+        (False, math.nan, False),
+    ]:
+        embedding.weight.grad = None
+        embedding.sparse = sparse
+        embedding(torch.tensor([1, 3])).mul(value).sum().backward()
+        assert watch.admits([embedding.weight.grad, torch.ones(2)], None) is sound
+
+
+def test_gradients_of_a_group_that_came_later_are_looked_at():
+    """Also where they are of a type that the first group has not."""
+    first, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    optimizer = torch.optim.SGD([first], lr=0.1)
+    watch = UpdateWatch(optimizer, {})
+    optimizer.add_param_group({"params": [later]})
+    assert watch.admits([torch.ones(2), torch.ones(2, dtype=torch.complex64)], None)
+    assert not watch.admits([torch.ones(2), torch.full((2,), complex(0, math.inf))], None)
+
+
 def test_an_update_without_gradients_is_admitted():
     """There is nothing in it that could be bad."""
     parameter = nn.Parameter(torch.ones(2))

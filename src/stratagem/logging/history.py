@@ -54,19 +54,34 @@ class ScalarWindow:
         """
         if last is not None and last < 1:
             raise ConfigValueError(f"last is {last}; it must be 1 iteration or more.")
-        by_name: dict[str, list[Tensor | Real]] = defaultdict(list)
+        by_name: dict[str, list[Any]] = defaultdict(list)
         for outputs in list(self._window)[-(last or len(self._window)) :]:
             for name, value in outputs.items():
-                if _is_scalar(value):
-                    by_name[name].append(value)
+                by_name[name].append(value)
+        numbers = _fetch_alike(by_name)
+        if numbers is None:
+            scalars = {name: [value for value in values if _is_scalar(value)] for name, values in by_name.items()}
+            by_name = {name: values for name, values in scalars.items() if values}
+            numbers = _fetch([value for values in by_name.values() for value in values])
+        rest = iter(numbers)
+        sums = {name: sum(islice(rest, len(values))) for name, values in by_name.items()}
         names = sorted(by_name)
-        numbers = iter(_fetch([value for name in names for value in by_name[name]]))
-        means = [sum(islice(numbers, len(by_name[name]))) / len(by_name[name]) for name in names]
+        means = [sums[name] / len(by_name[name]) for name in names]
         if reduce is not None:
             means = reduce(torch.tensor(means, dtype=torch.float64)).tolist()
         if len(means) != len(names):
             raise ConfigValueError(f"reduce returned {len(means)} values for the {len(names)} names {names}.")
         return dict(zip(names, means, strict=True))
+
+
+def _fetch_alike(by_name: Mapping[str, list[Any]]) -> list[float] | None:
+    """Return all values as numbers of the host, with one copy; None unless they are scalars of one device."""
+    try:
+        # Nearly always they are, and to find that out of each takes as long as the copy.
+        together = torch.stack([value for values in by_name.values() for value in values])
+    except (TypeError, RuntimeError):
+        return None
+    return None if together.ndim != 1 or together.is_complex() else together.tolist()
 
 
 def _is_scalar(value: object) -> TypeGuard[Tensor | Real]:

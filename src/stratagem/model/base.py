@@ -111,13 +111,13 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
         )
     total: Tensor | None = None
     weight: Tensor | float | None = None
-    log_vars: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
     for name, value in losses.items():
         if name == "weight":
             weight = value
             continue
-        mean = _mean(name, value)
-        log_vars[name] = mean.detach()
+        # Nearly all losses are scalars already, which costs no call to see.
+        means[name] = mean = value if isinstance(value, Tensor) and value.ndim == 0 else _mean(name, value)
         if "loss" in name:
             total = mean if total is None else total + mean
     if total is None:
@@ -126,8 +126,11 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
             "there is nothing to learn from."
         )
     # The total is what "loss" means in the log, also where one of several losses is called so.
-    log_vars.pop("loss", None)
-    return total, weight, {"loss": total.detach(), **log_vars}
+    log_vars = {"loss": total.detach()}
+    for name, mean in means.items():
+        if name != "loss":
+            log_vars[name] = mean.detach()
+    return total, weight, log_vars
 
 
 def _mean(name: str, value: Any) -> Tensor:

@@ -49,6 +49,13 @@ class BaseDataPreprocessor(nn.Module):
         self.device = _CPU
         self.non_blocking = non_blocking
 
+    def __call__(self, data: Any, training: bool = False) -> Any:
+        # Each step comes here, and the call of a module is dear where there is nothing to do.
+        idle = self.device == _CPU and type(self).forward is BaseDataPreprocessor.forward
+        if idle and not (self._forward_hooks or self._forward_pre_hooks):
+            return data
+        return super().__call__(data, training)
+
     def _apply(self, fn: Any, recurse: bool = True) -> BaseDataPreprocessor:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         # What `to`, `cuda`, `cpu` ... do to tensors tells where the model went.

@@ -57,15 +57,15 @@ class UpdateWatch:
 
     def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, exchanged: bool = True) -> None:
         self.unsound: tuple[str, ...] = ()
-        self._exchanged = exchanged
         self._optimizer = optimizer
         self._names = names
         self._flag = _Flag(optimizer)
+        # Where nobody is to be told and nothing waited for, looking at a loss is cheaper than marking it.
+        self._looks = not exchanged and self._flag.found.device.type == "cpu"
 
     def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        if self._exchanged or loss.device.type != "cpu" or loss.numel() != 1:
+        if not self._looks or loss.numel() != 1:
             return marked(loss, options)
-        # Nobody is to be told and nothing waited for: looking is cheaper than marking.
         if not math.isfinite(loss.item()):
             self._flag.found.fill_(1.0)
         return options
@@ -163,9 +163,13 @@ class _Flag:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        device = optimizer.param_groups[0]["params"][0].device
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        device = parameters[0].device
         self.found = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
+        # Asked of the parameters once, since asking each gradient at every update is dear; they are of one kind with them.
+        kinds = {(is_plain(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters}
+        self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
 
     def note(self, gradients: list[Tensor], norm: Tensor | None) -> None:
         """Set it where a value is not finite, without waiting; collective for sharded gradients.
@@ -175,11 +179,7 @@ class _Flag:
         if norm is not None:
             self._raise((~norm.isfinite()).to(self.found))
             return
-        # Attributes alone, since this is asked of every gradient at every update.
-        kinds = {(type(each), each.is_sparse, each.dtype.is_complex, each.device, each.dtype) for each in gradients}
-        if len(kinds) == 1 and kinds.pop()[:4] == (Tensor, False, False, self.found.device):
-            # One kernel over all tensors; multiplied by 1 they keep their bits.
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found, self._one)
+        if self._alike and self._look_at_all(gradients):
             return
         parts = list(map(_values, gradients))
         for device, dtype in {(part.device, part.dtype) for part in parts}:
@@ -189,6 +189,16 @@ class _Flag:
             self._raise(flag)
         if not all(map(is_plain, gradients)):
             all_reduce(self.found, "max")
+
+    def _look_at_all(self, gradients: list[Tensor]) -> bool:
+        """Look at all of them with one kernel; return whether it could."""
+        try:
+            # Multiplied by 1 they keep their bits.
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found, self._one)
+        except RuntimeError:
+            # Sparse gradients, which their parameters do not tell of, or a group that came later and lies elsewhere.
+            self._alike = False
+        return self._alike
 
     def _raise(self, flag: Tensor) -> None:
         self.found.copy_(torch.maximum(self.found, flag.to(self.found)))

@@ -213,10 +213,10 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     def _settle_gradients(self, micro_batches: int) -> bool:
         """Weigh and clip the window's gradients in place; return whether they may update the parameters."""
         gradients = [
-            parameter.grad
+            gradient
             for group in self.optimizer.param_groups
             for parameter in group["params"]
-            if parameter.grad is not None
+            if (gradient := parameter.grad) is not None
         ]
         if self._weight is not None:
             self._divide_by_weight(gradients, micro_batches)

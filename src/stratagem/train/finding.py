@@ -18,10 +18,7 @@ _MOST_NAMES = 5
 
 
 class Batch(NamedTuple):
-    """An iteration whose update is looked at: its place, and what its training step returned, by reference.
-
-    A tuple, since one is made in every iteration.
-    """
+    """An iteration whose update is looked at: its place, and what its training step returned, by reference."""
 
     iteration: int
     epoch: int

@@ -59,11 +59,11 @@ class LoggerHook(Hook):
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         self._append(outputs)
-        progress = run.progress
-        if run.bar is not None:
-            run.bar.completed = progress.iter + 1
-        rest = progress.epoch_length == batch_idx + 1 and not self._ignore_last
-        if (progress.iter + 1) % self._interval == 0 or rest:
+        progress, bar = run.progress, run.bar
+        done = progress.iter + 1
+        if bar is not None:
+            bar.completed = done
+        if done % self._interval == 0 or (not self._ignore_last and progress.epoch_length == batch_idx + 1):
             self._log_iteration(run)
 
     def _log_iteration(self, run: Run) -> None:

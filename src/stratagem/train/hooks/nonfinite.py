@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, final
@@ -105,7 +105,8 @@ class NonFiniteHook(Hook):
         self._skipped = 0
         self._rollbacks = 0
         self._watched: list[_Watched] = []
-        self._recent: list[Batch] = []
+        # The fields of a Batch, which is made where it is needed: a plain tuple costs an iteration no call.
+        self._recent: list[tuple[int, int, int, Any]] = []
         self._look_every: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,7 +132,7 @@ class NonFiniteHook(Hook):
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         progress = run.progress
-        self._recent.append(Batch(progress.iter, progress.epoch, batch_idx, outputs))
+        self._recent.append((progress.iter, progress.epoch, batch_idx, outputs))
         moved = False
         for each in self._watched:
             optim = each.optim
@@ -156,7 +157,7 @@ class NonFiniteHook(Hook):
     def _refused(self, run: Run, each: _Watched) -> None:
         """Act on an update that was not made. Collective."""
         unsound = each.watch.unsound if isinstance(each.watch, UpdateWatch) else ()
-        finding = Finding.gather(run, self._recent, unsound)
+        finding = Finding.gather(run, _batches(self._recent), unsound)
         each.skipped += 1
         self._skipped += 1
         run.record(finding.record())
@@ -186,8 +187,8 @@ class NonFiniteHook(Hook):
         for each in self._watched:
             watch = each.watch
             if isinstance(watch, DeferredWatch) and (first := watch.first_unsound()) is not None:
-                batches = self._recent[each.ends[first - 1] if first else 0 : each.ends[first]]
-                finding = Finding.gather(run, batches, ())
+                recent = self._recent[each.ends[first - 1] if first else 0 : each.ends[first]]
+                finding = Finding.gather(run, _batches(recent), ())
                 run.record(finding.record())
                 kept = "are those of before it" if watch.protects else "may hold it by now"
                 self._give_up(run, finding, f"{finding.describe()} It was seen after the fact; the weights {kept}.")
@@ -243,6 +244,10 @@ def _watch(
     watch = DeferredWatch(optim.optimizer) if later else UpdateWatch(optim.optimizer, names, exchanged=exchanged)
     optim.watch = watch
     return _Watched(name, optim, watch, optim.attempts, optim.updates)
+
+
+def _batches(recent: Iterable[tuple[int, int, int, Any]]) -> list[Batch]:
+    return [Batch(*each) for each in recent]
 
 
 def _log_interval(run: Run) -> int:
