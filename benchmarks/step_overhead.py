@@ -18,7 +18,7 @@ import sys
 from mlp_arms import CallCounter, CpuClock, final_loss, one_thread, train_by_hand, train_with_engine
 
 MOST_RATIO = 1.10
-MOST_CALLS = 60
+MOST_CALLS = 20
 
 
 def main() -> int:
