@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import os
-import re
-import signal
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, final
 
 from torch import nn
 from torch.utils.data import DataLoader
 
-from stratagem.checkpoint import Purpose, find_latest_checkpoint
-from stratagem.config import Config, changed_values, require, show
+from stratagem.checkpoint import find_latest_checkpoint
+from stratagem.config import Config, require, show
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
-from stratagem.dist import Peer, Team, all_gather_object, infer_launcher
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
-from stratagem.registry import STRATEGIES, switch_scope
+from stratagem.registry import switch_scope
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.building import with_preprocessor
+from stratagem.strategies.choice import choose_strategy
 from stratagem.strategies.one_config import require_one_config
-from stratagem.train import Hook, Position, Run
+from stratagem.train import Hook, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
-from stratagem.train.lineage import Ending, Lineage, Start
-from stratagem.train.loops import updates_of
-from stratagem.train.requeue import requeue_job
-from stratagem.train.restart import Launched, continue_launch
+from stratagem.train.origin import Origin, find_place
 from stratagem.train.rollback import RollBackError, roll_back
-from stratagem.train.run import INTERRUPTED
-from stratagem.train.signals import JOB_ENDS
-from stratagem.utils import mask_text
+from stratagem.train.starts import end_interrupted, is_complete, recorded
 
 __all__ = ["Runner"]
 
@@ -45,9 +37,6 @@ _ARGUMENTS = (
     "resume_param_scheduler", "new_parameters", "launcher", "env_cfg", "log_level", "randomness", "compile", "default_scope",
     "requeue",
 )  # fmt: skip
-
-# What says that a run is resumed, and so is never what it was.
-_RESUMING = ("resume", "load_from", "resume_param_scheduler", "new_parameters")
 
 _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
 _VAL = ("val_dataloader", "val_cfg", "val_evaluator")
@@ -145,26 +134,18 @@ class Runner:
             )
         if not isinstance(requeue, bool):
             raise ConfigTypeError(f"requeue is {requeue!r}; True or False is due.")
-        if not isinstance(resume, bool) and load_from is not None:
-            raise ConfigValueError(
-                f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint. "
-                "Give one of them."
-            )
+        self._origin = Origin(
+            load_from, resume, resume_param_scheduler=resume_param_scheduler, new_parameters=new_parameters
+        )
         self.cfg = cfg if isinstance(cfg, Config) else Config(cfg or {})
         self._model = with_preprocessor(model, data_preprocessor)
         self._param_scheduler = param_scheduler
         self._compile = compile
-        self._load_from, self._resume = load_from, resume
-        self._how_to_resume: dict[str, Any] = {
-            "resume_param_scheduler": resume_param_scheduler,
-            "new_parameters": _patterns(new_parameters),
-        }
         self._scope = default_scope
         self._requeue = requeue
-        self._changes: list[str] = []
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
-            self.strategy = _build_strategy(
+            self.strategy = choose_strategy(
                 strategy,
                 launcher=launcher,
                 work_dir=work_dir,
@@ -233,13 +214,13 @@ class Runner:
                 },
             )
             seed = strategy.seed
-            rest = self._take_up(training=True)
+            rest = self._origin.take_up(run, self._config_text(), training=True)
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
                 loop.dataloader = loader = self._loader("train")
             run.train_data = loader
             if rest is not None:
-                self._go_on(rest, loader)
+                find_place(run, rest, loader)
         return loop
 
     def train(self) -> nn.Module:
@@ -257,46 +238,18 @@ class Runner:
             # Not earlier: a run that cannot begin leaves what an earlier one kept.
             self._keep_config()
             run.events.call("before_run", run)
-            if self._is_complete():
+            if is_complete(run):
                 run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
             run.progress.stop_training = False
             begin = run.iter
-            with self._writing_lineage():
+            with recorded(run, self._origin.changes):
                 if not run.interrupt.due_now():
                     with naming_dead_workers():
                         self._train_to_the_end(loop)
                 if self.interrupted is not None:
-                    self._end_interrupted(begin)
+                    end_interrupted(run, begin, requeue=self._requeue)
             run.events.call("after_run", run)
         return self.strategy.model
-
-    @contextmanager
-    def _writing_lineage(self) -> Iterator[None]:
-        """Write down from where this start goes on, and at the end how it ended; on rank 0."""
-        run, folder = self.run, Path(self.strategy.log_dir)
-        start = Start(
-            name=f"{Path(self.strategy.work_dir).name}/{self.strategy.timestamp}",
-            epoch=run.epoch,
-            iter=run.iter,
-            checkpoint=mask_text(self.strategy.resumed_from) if self.strategy.resumed_from else None,
-            changes=tuple(self._changes),
-            strategy=type(self.strategy).__name__,
-            world_size=self.strategy.world_size,
-        )
-        run.lineage = run.lineage.followed_by(start)
-        how = "killed"
-        if self.strategy.rank == 0:
-            run.lineage.write(folder)
-        try:
-            yield
-            name = None if self.interrupted is None else signal.Signals(self.interrupted).name
-            how = f"stopped by {name}" if name else "complete" if self._is_complete() else "stopped early"
-        except BaseException as error:
-            how = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise
-        finally:
-            if self.strategy.rank == 0:
-                run.lineage.write(folder, Ending.now(how, epoch=run.epoch, iteration=run.iter))
 
     def _train_to_the_end(self, loop: Any) -> None:
         run = self.run
@@ -338,108 +291,12 @@ class Runner:
         with switch_scope(self._scope):
             loop = self._evaluation_loop(mode)
             self.strategy.prepare(self._model, compile=self._compile)
-            self._take_up(training=False, strict=strict)
+            self._origin.take_up(self.run, self._config_text(), training=False, strict=strict)
         self.run.events.call("before_run", self.run)
         with naming_dead_workers():
             metrics: dict[str, Any] = loop.run()
         self.run.events.call("after_run", self.run)
         return metrics
-
-    def _take_up(self, *, training: bool, strict: bool = False) -> dict[str, Any] | None:
-        """Load or resume as asked, once; return what a run that is resumed has saved beside the strategy's state.
-
-        An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
-        """
-        load_from, resume = self._load_from, self._resume
-        if training and self._is_started_again():
-            load_from, resume = None, True
-        if training or not resume:
-            self._load_from, self._resume = None, False
-
-        def tell(checkpoint: dict[str, Any]) -> None:
-            self.run.events.call("after_load_checkpoint", self.run, checkpoint=checkpoint)
-
-        if strict and load_from is not None and not resume:
-            self.strategy.load_checkpoint(load_from, strict=True, callback=tell)
-            return None
-        rest = self.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell, **self._how_to_resume)
-        if not resume or rest is None:
-            return None
-        meta = rest.get("meta") or {}
-        self._changes = self._say_changes(meta)
-        self.run.lineage = Lineage.of_checkpoint(meta)
-        self.run.progress.move_to(Position.from_meta(meta))
-        self.run.load_hooks(rest)
-        self.run.adopt_id(meta)
-        self.run.logger.info("Going on after epoch %d, iteration %d", self.run.epoch, self.run.iter)
-        return rest
-
-    def _is_started_again(self) -> bool:
-        """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
-        launch = Launched.here(all_gather_object(Peer.of_parent()))
-        folder = Path(self.strategy.work_dir)
-        return Team.of().first(lambda: continue_launch(folder, launch, self.run.logger) is not None)
-
-    def _say_changes(self, meta: Mapping[str, Any]) -> list[str]:
-        """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
-        saved = meta.get("cfg")
-        changed = changed_values(saved, self._config_text(), ignored=_RESUMING) if isinstance(saved, str) else []
-        if changed:
-            self.run.logger.info("The configuration is not that of the checkpoint:\n  %s", "\n  ".join(changed))
-        return changed
-
-    def _go_on(self, rest: Mapping[str, Any], loader: EpochLoader) -> None:
-        """Take up the position in the training data that was saved."""
-        progress = self.run.progress
-        data = rest.get("data")
-        if not isinstance(data, Mapping) or not loader.positioned:
-            progress.batch = self._batch_of_this_run(rest.get("meta") or {})
-        if not isinstance(data, Mapping):
-            return
-        progress.batch = loader.go_on(progress.epoch, progress.batch, data.get("taken") or ())
-        states = data.get("ranks")
-        if not isinstance(states, Mapping):
-            return
-        world = self.strategy.world
-        if len(states) != world.size:
-            self.strategy.logger.warning(
-                "The training data's loaders were saved by %d ranks, and this run has %d: the epoch does not go on exactly.",
-                len(states), world.size,
-            )  # fmt: skip
-        if str(world.rank) in states:
-            loader.load_state_dict(states[str(world.rank)], epoch=progress.epoch, batch=progress.batch)
-
-    def _batch_of_this_run(self, meta: Mapping[str, Any]) -> int:
-        """Return how much of the epoch the saved run had done, in the batches of this one."""
-        position = Position.from_meta(meta)
-        own = self.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
-        old = meta.get("train_micro_batch_size_per_gpu")
-        if not (position.batch and own and old):
-            return position.batch
-        parts = meta.get("data_size", meta.get("world_size", 1))
-        return position.in_batches_of(own * self.strategy.data_size, old * parts).batch
-
-    def _is_complete(self) -> bool:
-        progress = self.run.progress
-        if progress.max_epochs is not None:
-            return progress.epoch >= progress.max_epochs
-        if progress.max_steps is not None:
-            return updates_of(self.run) >= progress.max_steps
-        return progress.max_iters is not None and progress.iter >= progress.max_iters
-
-    def _end_interrupted(self, begin: int) -> None:
-        """Save where the run stands, if that is not where it began, and have SLURM start it again if that was asked."""
-        run = self.run
-        if run.iter != begin:
-            path = Path(run.work_dir) / f"iter_{run.iter}"
-            run.save_checkpoint(path, run.progress.here(), purpose=Purpose(series=INTERRUPTED, number=run.iter))
-            # Said only when it is true: it may be written in the background.
-            run.saves.wait()
-            run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
-        else:
-            run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
-        if self._requeue and self.interrupted in JOB_ENDS:
-            Team.of().first(lambda: requeue_job(run.logger))
 
     def _training_data(self) -> EpochLoader:
         """Return the loader that the run trains on, which knows where it stands if it was trained on before."""
@@ -482,17 +339,6 @@ class Runner:
         return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
 
 
-def _patterns(given: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
-        raise ConfigTypeError(f"new_parameters is {given!r}; a list of regular expressions is due.")
-    for pattern in given:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigValueError(f"new_parameters: {pattern!r} is no regular expression: {error}.") from error
-    return tuple(given)
-
-
 def _require_samples(loader: EpochLoader, parts: int) -> None:
     """Refuse training data of which some ranks would have to repeat what others have.
 
@@ -505,44 +351,3 @@ def _require_samples(loader: EpochLoader, parts: int) -> None:
             f"The training data has {samples} samples, and {parts} ranks are to have samples of their own. Start fewer "
             "processes."
         )
-
-
-def _build_strategy(
-    strategy: BaseStrategy | Mapping[str, Any] | str | None,
-    *,
-    launcher: str | None,
-    work_dir: str | os.PathLike[str] | None,
-    experiment_name: str | None,
-    env_cfg: Mapping[str, Any] | None,
-    randomness: Mapping[str, Any] | None,
-    auto_scale_lr: Mapping[str, Any] | None,
-    log_level: str | int,
-) -> BaseStrategy:
-    given = {
-        "launcher": launcher,
-        "work_dir": work_dir,
-        "env_cfg": env_cfg,
-        "randomness": randomness,
-        "auto_scale_lr": auto_scale_lr,
-    }
-    if isinstance(strategy, BaseStrategy):
-        ignored = [name for name, value in given.items() if value is not None]
-        if ignored:
-            raise ConfigValueError(
-                f"The strategy is built already, so {', '.join(ignored)} would be ignored: give them to it."
-            )
-        return strategy
-    if strategy is None:
-        strategy = "SingleDeviceStrategy" if (launcher or infer_launcher()) == "none" else "DDPStrategy"
-    cfg = {"type": strategy} if isinstance(strategy, str) else strategy
-    defaults = {
-        "work_dir": work_dir or "work_dirs",
-        "experiment_name": experiment_name,
-        "auto_scale_lr": auto_scale_lr,
-        "env_kwargs": {"launcher": launcher, "randomness": randomness, **(env_cfg or {})},
-        "log_kwargs": {"log_level": log_level},
-    }
-    built = STRATEGIES.build(cfg, default_args=defaults)
-    if not isinstance(built, BaseStrategy):
-        raise ConfigTypeError(f"strategy: {cfg.get('type')!r} made a {type(built).__name__}, which is no strategy.")
-    return built

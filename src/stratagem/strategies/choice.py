@@ -1,0 +1,72 @@
+"""Which strategy a run has."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from stratagem.dist import infer_launcher
+from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.registry import STRATEGIES
+from stratagem.strategies.base import BaseStrategy
+
+__all__ = ["choose_strategy"]
+
+
+def choose_strategy(
+    strategy: BaseStrategy | Mapping[str, Any] | str | None,
+    *,
+    launcher: str | None,
+    work_dir: str | os.PathLike[str] | None,
+    experiment_name: str | None,
+    env_cfg: Mapping[str, Any] | None,
+    randomness: Mapping[str, Any] | None,
+    auto_scale_lr: Mapping[str, Any] | None,
+    log_level: str | int,
+) -> BaseStrategy:
+    """Return the strategy of a run: the one that is given, one that is built, or where none is named the launcher's.
+
+    Args:
+        strategy: a strategy, its configuration or its name; by default one device, or DDP where a launcher started the
+            process.
+        launcher: what started the processes; inferred where not given.
+        work_dir: the folder of the run; ``work_dirs`` by default.
+        experiment_name: the run's name.
+        env_cfg: further settings of the environment.
+        randomness: the settings of randomness.
+        auto_scale_lr: how learning rates are scaled.
+        log_level: of the logger.
+
+    Raises:
+        ConfigValueError: if the strategy is built already and so would not take the other arguments.
+        ConfigTypeError: if what is built is no strategy.
+    """
+    given = {
+        "launcher": launcher,
+        "work_dir": work_dir,
+        "env_cfg": env_cfg,
+        "randomness": randomness,
+        "auto_scale_lr": auto_scale_lr,
+    }
+    if isinstance(strategy, BaseStrategy):
+        ignored = [name for name, value in given.items() if value is not None]
+        if ignored:
+            raise ConfigValueError(
+                f"The strategy is built already, so {', '.join(ignored)} would be ignored: give them to it."
+            )
+        return strategy
+    if strategy is None:
+        strategy = "SingleDeviceStrategy" if (launcher or infer_launcher()) == "none" else "DDPStrategy"
+    cfg = {"type": strategy} if isinstance(strategy, str) else strategy
+    defaults = {
+        "work_dir": work_dir or "work_dirs",
+        "experiment_name": experiment_name,
+        "auto_scale_lr": auto_scale_lr,
+        "env_kwargs": {"launcher": launcher, "randomness": randomness, **(env_cfg or {})},
+        "log_kwargs": {"log_level": log_level},
+    }
+    built = STRATEGIES.build(cfg, default_args=defaults)
+    if not isinstance(built, BaseStrategy):
+        raise ConfigTypeError(f"strategy: {cfg.get('type')!r} made a {type(built).__name__}, which is no strategy.")
+    return built

@@ -1,0 +1,157 @@
+"""From where a run goes on: a checkpoint, the weights of one, or its own last one where its launcher starts it again."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from stratagem.config import changed_values
+from stratagem.data import EpochLoader
+from stratagem.dist import Peer, Team, all_gather_object
+from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.train.lineage import Lineage
+from stratagem.train.progress import Position
+from stratagem.train.restart import Launched, continue_launch
+from stratagem.train.run import Run
+
+__all__ = ["Origin", "find_place"]
+
+# What says that a run is resumed, and so is never what it was.
+_RESUMING = ("resume", "load_from", "resume_param_scheduler", "new_parameters")
+
+
+@final
+class Origin:
+    """What a run was asked to go on from, which it takes up once.
+
+    Args:
+        load_from: a checkpoint whose weights are loaded, or that is resumed where ``resume`` is True.
+        resume: False, True (from ``load_from`` or the latest checkpoint of the run, if any), or a path.
+        resume_param_scheduler: whether the checkpoint's schedules and optimizers' options go on.
+        new_parameters: regular expressions for the names of what the checkpoint may lack.
+
+    Attributes:
+        changes: what was changed in the configuration since the checkpoint was saved, a line each.
+
+    Raises:
+        ConfigValueError: if both name a checkpoint, or a pattern is no regular expression.
+        ConfigTypeError: if ``new_parameters`` is no list of texts.
+    """
+
+    def __init__(
+        self,
+        load_from: str | os.PathLike[str] | None,
+        resume: bool | str | os.PathLike[str],
+        *,
+        resume_param_scheduler: bool,
+        new_parameters: Sequence[str],
+    ) -> None:
+        if not isinstance(resume, bool) and load_from is not None:
+            raise ConfigValueError(
+                f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint. "
+                "Give one of them."
+            )
+        self.changes: tuple[str, ...] = ()
+        self._load_from, self._resume = load_from, resume
+        self._how: dict[str, Any] = {
+            "resume_param_scheduler": resume_param_scheduler,
+            "new_parameters": _patterns(new_parameters),
+        }
+
+    def take_up(self, run: Run, config_text: str, *, training: bool, strict: bool = False) -> Mapping[str, Any] | None:
+        """Load or resume as asked, once; return what a run that is resumed has saved beside the strategy's state.
+
+        Collective. An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
+
+        Args:
+            run: what goes on; its strategy is prepared.
+            config_text: the configuration of now, compared with that of the checkpoint.
+            training: whether it is to be trained.
+            strict: whether a checkpoint of which the weights alone are loaded must have exactly the model's.
+        """
+        load_from, resume = self._load_from, self._resume
+        if training and _is_started_again(run):
+            load_from, resume = None, True
+        if training or not resume:
+            self._load_from, self._resume = None, False
+
+        def tell(checkpoint: dict[str, Any]) -> None:
+            run.events.call("after_load_checkpoint", run, checkpoint=checkpoint)
+
+        if strict and load_from is not None and not resume:
+            run.strategy.load_checkpoint(load_from, strict=True, callback=tell)
+            return None
+        rest = run.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell, **self._how)
+        if not resume or rest is None:
+            return None
+        meta = rest.get("meta") or {}
+        self.changes = _say_changes(run, meta, config_text)
+        run.lineage = Lineage.of_checkpoint(meta)
+        run.progress.move_to(Position.from_meta(meta))
+        run.load_hooks(rest)
+        run.adopt_id(meta)
+        run.logger.info("Going on after epoch %d, iteration %d", run.epoch, run.iter)
+        return rest
+
+
+def find_place(run: Run, rest: Mapping[str, Any], loader: EpochLoader) -> None:
+    """Take up the position in the training data that :meth:`Origin.take_up` returned with the rest of a checkpoint."""
+    progress = run.progress
+    data = rest.get("data")
+    if not isinstance(data, Mapping) or not loader.positioned:
+        progress.batch = _batch_of_this_run(run, rest.get("meta") or {})
+    if not isinstance(data, Mapping):
+        return
+    progress.batch = loader.go_on(progress.epoch, progress.batch, data.get("taken") or ())
+    states = data.get("ranks")
+    if not isinstance(states, Mapping):
+        return
+    world = run.world
+    if len(states) != world.size:
+        run.logger.warning(
+            "The training data's loaders were saved by %d ranks, and this run has %d: the epoch does not go on exactly.",
+            len(states), world.size,
+        )  # fmt: skip
+    if str(world.rank) in states:
+        loader.load_state_dict(states[str(world.rank)], epoch=progress.epoch, batch=progress.batch)
+
+
+def _patterns(given: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+        raise ConfigTypeError(f"new_parameters is {given!r}; a list of regular expressions is due.")
+    for pattern in given:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigValueError(f"new_parameters: {pattern!r} is no regular expression: {error}.") from error
+    return tuple(given)
+
+
+def _is_started_again(run: Run) -> bool:
+    """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
+    launch = Launched.here(all_gather_object(Peer.of_parent()))
+    folder = Path(run.work_dir)
+    return Team.of().first(lambda: continue_launch(folder, launch, run.logger) is not None)
+
+
+def _say_changes(run: Run, meta: Mapping[str, Any], config_text: str) -> tuple[str, ...]:
+    """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
+    saved = meta.get("cfg")
+    changed = changed_values(saved, config_text, ignored=_RESUMING) if isinstance(saved, str) else []
+    if changed:
+        run.logger.info("The configuration is not that of the checkpoint:\n  %s", "\n  ".join(changed))
+    return tuple(changed)
+
+
+def _batch_of_this_run(run: Run, meta: Mapping[str, Any]) -> int:
+    """Return how much of the epoch the saved run had done, in the batches of this one."""
+    position = Position.from_meta(meta)
+    own = run.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
+    old = meta.get("train_micro_batch_size_per_gpu")
+    if not (position.batch and own and old):
+        return position.batch
+    parts = meta.get("data_size", meta.get("world_size", 1))
+    return position.in_batches_of(own * run.strategy.data_size, old * parts).batch

@@ -1,0 +1,87 @@
+"""Each start of a run: from where it went on, with what changed, and how it ended."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from stratagem.checkpoint import Purpose
+from stratagem.dist import Team
+from stratagem.train.lineage import Ending, Start
+from stratagem.train.loops import updates_of
+from stratagem.train.requeue import requeue_job
+from stratagem.train.run import INTERRUPTED, Run
+from stratagem.train.signals import JOB_ENDS
+from stratagem.utils import mask_text
+
+__all__ = ["end_interrupted", "is_complete", "recorded"]
+
+
+@contextmanager
+def recorded(run: Run, changes: Sequence[str]) -> Iterator[None]:
+    """Write down on rank 0 from where this start goes on, and at the end of the context how it ended.
+
+    Args:
+        run: what begins or goes on.
+        changes: what was changed in the configuration since the checkpoint was saved, a line each.
+    """
+    strategy, folder = run.strategy, Path(run.log_dir)
+    start = Start(
+        name=f"{Path(run.work_dir).name}/{strategy.timestamp}",
+        epoch=run.epoch,
+        iter=run.iter,
+        checkpoint=mask_text(strategy.resumed_from) if strategy.resumed_from else None,
+        changes=tuple(changes),
+        strategy=type(strategy).__name__,
+        world_size=run.world_size,
+    )
+    run.lineage = run.lineage.followed_by(start)
+    how = "killed"
+    if run.rank == 0:
+        run.lineage.write(folder)
+    try:
+        yield
+        received = run.interrupt.received
+        name = None if received is None else signal.Signals(received).name
+        how = f"stopped by {name}" if name else "complete" if is_complete(run) else "stopped early"
+    except BaseException as error:
+        how = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise
+    finally:
+        if run.rank == 0:
+            run.lineage.write(folder, Ending.now(how, epoch=run.epoch, iteration=run.iter))
+
+
+def is_complete(run: Run) -> bool:
+    """Tell whether a run has been trained for all of its length."""
+    progress = run.progress
+    if progress.max_epochs is not None:
+        return progress.epoch >= progress.max_epochs
+    if progress.max_steps is not None:
+        return updates_of(run) >= progress.max_steps
+    return progress.max_iters is not None and progress.iter >= progress.max_iters
+
+
+def end_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
+    """Save where an interrupted run stands, if that is not where it began. Collective.
+
+    Args:
+        run: what was interrupted.
+        begin: after how many iterations this start began.
+        requeue: whether SLURM is to start it again, where it was SLURM that asked it to end.
+
+    Raises:
+        CheckpointError: if it cannot be saved.
+    """
+    if run.iter != begin:
+        path = Path(run.work_dir) / f"iter_{run.iter}"
+        run.save_checkpoint(path, run.progress.here(), purpose=Purpose(series=INTERRUPTED, number=run.iter))
+        # Said only when it is true: it may be written in the background.
+        run.saves.wait()
+        run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
+    else:
+        run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
+    if requeue and run.interrupt.received in JOB_ENDS:
+        Team.of().first(lambda: requeue_job(run.logger))
