@@ -138,3 +138,9 @@ def test_sizes_must_be_positive() -> None:
         ScalarWindow(0)
     with pytest.raises(ConfigValueError, match="last is 0"):
         window({"loss": 1}).means(last=0)
+
+
+def test_a_large_count_is_not_rounded_beside_a_loss() -> None:
+    """2^24 + 1 tokens is no float32, the type of the loss that is logged with it."""
+    made = window({"loss": torch.tensor(0.5), "tokens": torch.tensor(2**24 + 1)})
+    assert made.means() == {"loss": 0.5, "tokens": 16777217.0}

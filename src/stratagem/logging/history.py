@@ -75,11 +75,14 @@ class ScalarWindow:
 
 
 def _fetch_alike(by_name: Mapping[str, list[Any]]) -> list[float] | None:
-    """Return all values as numbers of the host, with one copy; None unless they are scalars of one device."""
+    """Return all values as numbers of the host, with one copy; None unless they are scalars of one device and type."""
+    every = [value for values in by_name.values() for value in values]
     try:
-        # Nearly always they are, and to find that out of each takes as long as the copy.
-        together = torch.stack([value for values in by_name.values() for value in values])
-    except (TypeError, RuntimeError):
+        # Nearly always they are, and to ask each for more takes as long as the copy.
+        if len({value.dtype for value in every}) > 1:
+            return None
+        together = torch.stack(every)
+    except (AttributeError, TypeError, RuntimeError):
         return None
     return None if together.ndim != 1 or together.is_complex() else together.tolist()
 
@@ -91,16 +94,19 @@ def _is_scalar(value: object) -> TypeGuard[Tensor | Real]:
 
 
 def _fetch(values: Sequence[Tensor | Real]) -> list[float]:
-    """Return the values as numbers of the host, with one copy for each device."""
+    """Return the values as numbers of the host, with one copy for each device and type.
+
+    Those of another type would be rounded to the common one, such as counts to the 24 bits of a float32.
+    """
     numbers = [0.0] * len(values)
-    tensors: dict[torch.device, dict[int, Tensor]] = {}
+    tensors: dict[tuple[torch.device, torch.dtype], dict[int, Tensor]] = {}
     for index, value in enumerate(values):
         if isinstance(value, Tensor):
             # Every view that is spared counts: of 50 scalars, two views each take 0.1 ms.
-            tensors.setdefault(value.device, {})[index] = value.reshape(()) if value.ndim else value
+            tensors.setdefault((value.device, value.dtype), {})[index] = value.reshape(()) if value.ndim else value
         else:
             numbers[index] = float(value)
-    for on_device in tensors.values():
-        for index, number in zip(on_device, torch.stack(list(on_device.values())).detach().tolist(), strict=True):
+    for alike in tensors.values():
+        for index, number in zip(alike, torch.stack(list(alike.values())).detach().tolist(), strict=True):
             numbers[index] = float(number)
     return numbers
