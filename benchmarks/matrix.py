@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from stratagem import Config, Runner
-from stratagem.checkpoint import read_any
+from stratagem.checkpoint import AVERAGE_PART, read_any
 from stratagem.dist import all_gather_object, close_dist, infer_launcher, init_dist
 from stratagem.registry import DATASETS
 from stratagem.train import Hook
@@ -117,7 +117,7 @@ class Witness(Hook):
         slots = tree["optimizer"]["state"]
         parameters = {f"parameters {name}": value for name, value in tree["state_dict"].items()}
         moments = {f"moments {name} {slot}": value for name in slots for slot, value in slots[name].items()}
-        averages = tree.get("ema_state_dict", {}).get("averages", {})
+        averages = tree.get(AVERAGE_PART, {}).get("averages", {})
         return parameters | moments | {f"average {name}": value for name, value in averages.items()}
 
 
@@ -156,6 +156,8 @@ def train(name: str, folder: Path, resume: Path | None) -> Record:
         runner.train()
     finally:
         runner.close()
+    if placement.averages != any(tensor.startswith("average") for tensor in witness.end):
+        raise SystemExit(f"{name}: averages={placement.averages}, but the checkpoint says otherwise.")
     each = all_gather_object((witness.losses, witness.targets))
     return {
         "middle": witness.middle,
@@ -272,11 +274,11 @@ def _without_average(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def show(cells: Mapping[tuple[str, str], Cell], names: list[str]) -> Table:
-    """Return the table: for each pair the largest difference of a loss."""
-    table = Table("saved", *names)
-    for saver in names:
+    """Return the table: for each pair that is not equal, how far it is apart; numbers of columns are those of rows."""
+    table = Table("", "saved", *(str(number) for number in range(1, len(names) + 1)), padding=0)
+    for number, saver in enumerate(names, 1):
         row = (cells[saver, name] for name in names)
-        table.add_row(saver, *(f"{cell.losses:.0e}" if cell.good else f"[red]{cell.losses:.0e} !" for cell in row))
+        table.add_row(str(number), saver, *("=" if cell.good else f"[red]{cell.losses:.0e}" for cell in row))
     return table
 
 
@@ -349,7 +351,8 @@ def main() -> int:
             for name in names
         }
     whole_runs = {name: compare(run, run, alone) for name, run in runs.items()}
-    console.print("Largest difference of the losses, by who saved (rows) and who resumed (columns):")
+    good = sum(cell.good for cell in cells.values())
+    console.print(f"{good} of {len(cells)} pairs are equal, by who saved (rows) and who resumed (columns):")
     console.print(show(cells, names))
     if options.write is not None:
         options.write.write_text(page(cells, whole_runs, names), encoding="utf-8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stratagem.checkpoint import save_checkpoint
+from stratagem.checkpoint import find_latest_checkpoint, read_any, save_checkpoint
 
 Command = Callable[..., Any]
 
@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> Path:
             {
                 "state_dict": {"w": torch.full((2, 2), float(epoch))},
                 "meta": {"epoch": epoch, "iter": 10 * epoch, "cfg": "lr = 0.1\n", "experiment_name": "toy"},
-                "ema_state_dict": {"steps": 1, "averages": {"w": torch.full((2, 2), 0.25)}},
+                "average": {"steps": 1, "averages": {"w": torch.full((2, 2), 0.25)}},
             },
             tmp_path / "runs" / "toy" / f"epoch_{epoch}",
         )
@@ -109,7 +109,7 @@ def test_diff_tells_where_and_how_much(stratagem: Command, run: Path) -> None:
     assert different.status == 1
     assert "up to 1 in 100.0% of its numbers" in different.out
     assert "meta/iter" in different.out
-    only = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2", "--part", "ema_state_dict")
+    only = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2", "--part", "average")
     assert (only.status, only.out) == (0, "They are equal.\n")
 
 
@@ -124,7 +124,7 @@ def test_convert_says_what_was_left_out(stratagem: Command, run: Path, tmp_path:
     """Weights alone go into safetensors, and the parts that do not are named."""
     converted = stratagem("ckpt", "convert", run / "epoch_1", tmp_path / "w.safetensors")
     assert converted.status == 0
-    assert "left out: meta, ema_state_dict" in converted.out
+    assert "left out: meta, average" in converted.out
     assert load_file(tmp_path / "w.safetensors")["w"].tolist() == [[1, 1], [1, 1]]
 
 
@@ -132,6 +132,22 @@ def test_consolidate_takes_the_average_where_asked(stratagem: Command, run: Path
     """`ckpt consolidate --averaged` writes the averaged weights."""
     assert stratagem("ckpt", "consolidate", run / "epoch_1", tmp_path / "a.safetensors", "--averaged").status == 0
     assert load_file(tmp_path / "a.safetensors")["w"].tolist() == [[0.25, 0.25], [0.25, 0.25]]
+
+
+def test_consolidate_finds_the_average_of_a_real_run(stratagem: Command, config: str, tmp_path: Path) -> None:
+    """What EMAHook puts into a checkpoint is what `--averaged` takes: they went by different names."""
+    folder = tmp_path / "averaging"
+    trained = stratagem(
+        "train", config, "--work-dir", folder, "--set", "custom_hooks=[{'type': 'EMAHook', 'momentum': 0.5}]"
+    )
+    assert trained.status == 0, trained.err
+    checkpoint = find_latest_checkpoint(folder)
+    done = stratagem("ckpt", "consolidate", checkpoint, tmp_path / "a.safetensors", "--averaged")
+    assert done.status == 0, done.err
+    saved = read_any(checkpoint)
+    written = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in saved["average"]["averages"].items())
+    assert any(not torch.equal(written[name], value) for name, value in saved["state_dict"].items())
 
 
 def test_consolidate_without_an_average_is_refused(stratagem: Command, run: Path, tmp_path: Path) -> None:

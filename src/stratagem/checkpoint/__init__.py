@@ -9,7 +9,13 @@ from stratagem.checkpoint.formats import CheckpointFormat, format_for
 from stratagem.checkpoint.gather import gather_tree
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, fit_state, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
-from stratagem.checkpoint.names import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.checkpoint.names import (
+    AVERAGE_PART,
+    bare_name,
+    optimizer_by_index,
+    optimizer_by_name,
+    parameter_names,
+)
 from stratagem.checkpoint.pieces import Pieces, take_box, take_range
 from stratagem.checkpoint.pointer import point_to
 from stratagem.checkpoint.purpose import Purpose, Saved, saved_by, saved_in
@@ -24,6 +30,7 @@ from stratagem.checkpoint.tree import StateTree, join_tree, split_tree
 from stratagem.checkpoint.verify import verify_checkpoint
 
 __all__ = [
+    "AVERAGE_PART",
     "DEFAULT_REVISE_KEYS",
     "BackgroundSaver",
     "Candidate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from stratagem.errors import CheckpointMismatchError
 
 __all__ = [
+    "AVERAGE_PART",
     "bare_name",
     "is_named",
     "optimizer_by_index",
@@ -20,6 +21,9 @@ __all__ = [
     "revise",
     "unwrapped_names",
 ]
+
+# The part of a checkpoint that holds the averaged weights, beside those that train.
+AVERAGE_PART: Final = "average"
 
 _WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # How a step is computed belongs to the machine, not to the run: it is chosen anew where the run goes on.

@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 from torch import Tensor
 
-from stratagem.checkpoint import StateTree, model_part, split_tree
+from stratagem.checkpoint import AVERAGE_PART, StateTree, model_part, split_tree
 from stratagem.checkpoint.convert import convert_checkpoint, opened_checkpoint, write_weights
 from stratagem.errors import CheckpointError
 from stratagem.logging.console import shared_console
@@ -17,9 +17,6 @@ from stratagem.storage import tree_bytes
 from stratagem.utils import absolute, is_url, mask_text
 
 __all__ = ["consolidate", "convert"]
-
-# The part in which an average of the weights is kept.
-_AVERAGE = "ema_state_dict"
 
 
 def convert(source: str, target: Path, form: str | None) -> None:
@@ -50,10 +47,10 @@ def _weights(tree: StateTree, source: str, *, averaged: bool) -> dict[str, Tenso
     weights, _ = split_tree(model_part(tree, source), where="state_dict")
     if not averaged:
         return weights
-    average = tree.get(_AVERAGE)
+    average = tree.get(AVERAGE_PART)
     averages = average.get("averages") if isinstance(average, Mapping) else None
     if not averages:
         raise CheckpointError(
-            f"{mask_text(source)} holds no averaged weights ({_AVERAGE}): the run had no EMAHook, or it had not begun."
+            f"{mask_text(source)} holds no averaged weights ({AVERAGE_PART}): the run had no EMAHook, or it had not begun."
         )
     return {**weights, **averages}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import nn
 
-from stratagem.checkpoint import weights_to_cpu
+from stratagem.checkpoint import AVERAGE_PART, weights_to_cpu
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.model import AveragedModel
 from stratagem.optim import OptimWrapperDict
@@ -19,8 +19,6 @@ from stratagem.train.priority import Priority
 from stratagem.train.run import Run
 
 __all__ = ["EMAHook"]
-
-_PART: Final = "average"
 
 
 @final
@@ -103,7 +101,7 @@ class EMAHook(Hook):
 
     def after_load_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         # There may be no average yet to load it into.
-        self._saved = checkpoint.get(_PART)
+        self._saved = checkpoint.get(AVERAGE_PART)
         self._lacks_average = self._saved is None
 
     def before_run(self, run: Run) -> None:
@@ -148,7 +146,7 @@ class EMAHook(Hook):
         average = self.average
         # What has not begun is nobody's average.
         averages = weights_to_cpu(average.averages) if average.steps else {}
-        checkpoint[_PART] = {"steps": average.steps, "averages": averages, "updates": self._updates}
+        checkpoint[AVERAGE_PART] = {"steps": average.steps, "averages": averages, "updates": self._updates}
         if average.is_applied:
             checkpoint["state_dict"].update(weights_to_cpu(average.own_weights()))
 
