@@ -74,6 +74,8 @@ OPTIM_WRAPPERS = Registry(
     ready={
         "OptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
         "AmpOptimWrapper": "stratagem.optim.precision:AmpOptimWrapper",
+        # MMEngine's name: the strategy makes what DeepSpeed needs of it.
+        "DeepSpeedOptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
     },
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
@@ -95,6 +97,7 @@ STRATEGIES = Registry(
         "SingleDeviceStrategy": "stratagem.strategies.single:SingleDeviceStrategy",
         "DDPStrategy": "stratagem.strategies.ddp:DDPStrategy",
         "FSDPStrategy": "stratagem.strategies.fsdp:FSDPStrategy",
+        "DeepSpeedStrategy": "stratagem.strategies.engines.deepspeed:DeepSpeedStrategy",
     },
 )
 RUNNERS = Registry(

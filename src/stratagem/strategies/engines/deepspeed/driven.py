@@ -66,7 +66,9 @@ class Driven(nn.Module):
             PlacementError: if the model's step did not call ``self(...)``, which the engine would not see.
         """
         self._passed = False
-        outputs: dict[str, Tensor] = self._run(cast("Trainable", self.module).train_step, data, optim_wrapper=optim_wrapper)
+        outputs: dict[str, Tensor] = self._run(
+            cast("Trainable", self.module).train_step, data, optim_wrapper=optim_wrapper
+        )
         if not self._passed:
             raise PlacementError(
                 f"{type(self.module).__name__}.train_step reached the model's parameters without calling self(...), so "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,10 +45,12 @@ class Memory(ABC):
     Attributes:
         fragments: for each parameter that is trained, the elements that this rank updates.
         spread: whether ranks update different elements; else each has all.
+        empties_groups: whether the optimizer's groups are filled by the engine while it steps alone.
     """
 
     fragments: Owners
     spread: bool = True
+    empties_groups: bool = False
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
@@ -195,6 +196,8 @@ class ZeroPartitioned(Memory):
         rank: this process's.
     """
 
+    empties_groups = True
+
     def __init__(self, optimizer: Any, rank: int) -> None:
         self._optimizer = optimizer
         self.fragments = {}
@@ -227,14 +230,10 @@ class ZeroPartitioned(Memory):
             self._optimizer.averaged_gradients = {}
 
     def publish(self) -> None:
-        own = self._optimizer
-        kept = own.persistent_parameters
-        if kept:
-            kept[0].partition(kept)
-        for index in range(len(own.fp16_groups)):
-            own._reassign_or_swap_out_partitioned_parameters(index)
-        if kept:
-            kept[0].all_gather(kept)
+        self._optimizer.checkpoint_event_prologue()
+        for index in range(len(self._optimizer.fp16_groups)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        self._optimizer.checkpoint_event_epilogue()
 
 
 def _scale_noted_norms(optimizer: Any, factor: Tensor) -> None:

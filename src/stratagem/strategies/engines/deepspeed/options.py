@@ -56,8 +56,12 @@ class Options:
         config: str | os.PathLike[str] | Mapping[str, Any] | None,
         named: Mapping[str, Any],
         inputs_to_half: Sequence[int | str] | None,
+        *,
+        steps_per_print: int = 10**13,
     ) -> Options:
         """Read a configuration and the arguments that say the same by name; neither is changed.
+
+        ``steps_per_print`` is for configurations that do not say it.
 
         Raises:
             ConfigError: in one of its kinds, if the file cannot be read, an option is unknown or refused, or one is
@@ -71,7 +75,9 @@ class Options:
         dtype = _dtype(merged)
         _refuse_offload(zero, stage)
         if inputs_to_half is not None and dtype is None:
-            raise ConfigValueError("inputs_to_half casts inputs to the type of bf16 or fp16. Enable one, or leave it out.")
+            raise ConfigValueError(
+                "inputs_to_half casts inputs to the type of bf16 or fp16. Enable one, or leave it out."
+            )
         own = {
             "micro_batch": _whole(merged.pop("train_micro_batch_size_per_gpu", None), "train_micro_batch_size_per_gpu"),
             "global_batch": _whole(merged.pop("train_batch_size", None), "train_batch_size"),
@@ -80,7 +86,7 @@ class Options:
             _OPTIMIZER: merged.pop(_OPTIMIZER, None),
         }
         return cls(
-            config=merged,
+            config={"steps_per_print": steps_per_print, **merged},
             stage=stage,
             dtype=dtype,
             half_inputs=None if inputs_to_half is None else _inputs(inputs_to_half),
@@ -176,7 +182,9 @@ def _refuse_offload(zero: Mapping[str, Any], stage: int) -> None:
     if _device(zero, "offload_optimizer") == "cpu" and stage == 0:
         raise ConfigValueError("zero_optimization: offload_optimizer needs stage 1, 2 or 3.")
     if _device(zero, "offload_param") == "cpu" and stage < 3:
-        raise ConfigValueError("zero_optimization: offload_param needs stage=3, which alone cuts parameters into parts.")
+        raise ConfigValueError(
+            "zero_optimization: offload_param needs stage=3, which alone cuts parameters into parts."
+        )
 
 
 def _device(zero: Mapping[str, Any], section: str) -> str:

@@ -1,0 +1,56 @@
+"""DeepSpeed itself, with its traps set aside: what must hold before it is imported, and before it makes an engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, Final
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stratagem.dist import World
+from stratagem.errors import ConfigValueError
+from stratagem.utils import import_module
+
+__all__ = ["load_deepspeed", "make_engine"]
+
+_LOGGER: Final = "DeepSpeed"
+
+
+def load_deepspeed(world: World) -> ModuleType:
+    """Import DeepSpeed and let it use the process group that there is.
+
+    Raises:
+        MissingDependencyError: if it is not installed.
+    """
+    if world.device.type == "cpu":
+        # Where it looks for an accelerator itself, it may find one that this run does not use.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # It reads them again and again, and not every launcher sets them.
+    for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))
+    deepspeed = import_module("deepspeed", extra="deepspeed")
+    # It would compile an operator for exchange in shared memory; where that was ever interrupted, all later runs wait for
+    # the lock that it left.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its notes are many, and on every rank.
+    logging.getLogger(_LOGGER).setLevel(logging.WARNING)
+    deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def make_engine(deepspeed: ModuleType, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any]) -> Any:
+    """Return the engine that trains ``model`` with ``optimizer``; it changes both. Collective.
+
+    Raises:
+        ConfigValueError: if DeepSpeed refuses the configuration.
+    """
+    own = dict(config)
+    own.setdefault("log_level", "warning")
+    try:
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]
+    except (AssertionError, ValueError) as error:
+        raise ConfigValueError(f"DeepSpeed refuses its configuration: {error}") from error
