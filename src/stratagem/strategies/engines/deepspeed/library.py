@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from stratagem.dist import World
 from stratagem.errors import ConfigValueError
+from stratagem.strategies.engines.deepspeed.zero_dim import as_vectors, broadcast_already
 from stratagem.utils import import_module
 
 __all__ = ["load_deepspeed", "make_engine"]
@@ -42,8 +43,12 @@ def load_deepspeed(world: World) -> ModuleType:
     return deepspeed
 
 
-def make_engine(deepspeed: ModuleType, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any]) -> Any:
+def make_engine(
+    deepspeed: ModuleType, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any], *, cuts_parameters: bool
+) -> Any:
     """Return the engine that trains ``model`` with ``optimizer``; it changes both. Collective.
+
+    All ranks have the same weights already.
 
     Raises:
         ConfigValueError: if DeepSpeed refuses the configuration.
@@ -51,6 +56,7 @@ def make_engine(deepspeed: ModuleType, model: nn.Module, optimizer: Optimizer, c
     own = dict(config)
     own.setdefault("log_level", "warning")
     try:
-        return deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]
+        with as_vectors(model) if cuts_parameters else broadcast_already(model):
+            return deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]
     except (AssertionError, ValueError) as error:
         raise ConfigValueError(f"DeepSpeed refuses its configuration: {error}") from error

@@ -46,11 +46,13 @@ class Memory(ABC):
         fragments: for each parameter that is trained, the elements that this rank updates.
         spread: whether ranks update different elements; else each has all.
         empties_groups: whether the optimizer's groups are filled by the engine while it steps alone.
+        clips: whether the engine clips gradients itself.
     """
 
     fragments: Owners
     spread: bool = True
     empties_groups: bool = False
+    clips: bool = True
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
@@ -93,6 +95,8 @@ class WholeParameters(Memory):
     """
 
     spread = False
+    # DeepSpeed 0.19 would, but fails where a parameter is a single number.
+    clips = False
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
         self.fragments = {each: Fragment(each, 0, 0, each.numel()) for each in trained}

@@ -146,7 +146,12 @@ class EngineOptim(AccumulatingOptimWrapper):
                 f"The norm of the gradients is {norm.item()}. Lower the learning rate, look for a division by zero or a "
                 'logarithm in the loss, or set nonfinite="skip" in the optimizer wrapper.'
             )
-        return self._scales or self._nonfinite is None or bool(torch.isfinite(norm))
+        if not self._scales and self._nonfinite is not None and not bool(torch.isfinite(norm)):
+            logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+            return False
+        if self._clipping is not None and not self.memory.clips:
+            self._clipping.apply(self.memory.gradients(), norm)
+        return True
 
     @contextmanager
     def _engines_groups(self) -> Iterator[None]:

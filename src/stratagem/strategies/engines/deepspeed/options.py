@@ -132,10 +132,10 @@ class Options:
 
 def _merged(config: Any, named: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(_read(config))
-    for key, value in named.items():
-        if value is None:
+    for key, said in named.items():
+        if said is None:
             continue
-        value = {"enabled": value} if key in ("fp16", "bf16") and isinstance(value, bool) else value
+        value = {"enabled": said} if key in ("fp16", "bf16") and isinstance(said, bool) else said
         if key in merged and merged[key] not in ("auto", value):
             raise ConfigValueError(f"{key}={value!r} is given, and config says {key}={merged[key]!r}. Give it once.")
         merged[key] = value

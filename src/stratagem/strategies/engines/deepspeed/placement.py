@@ -78,7 +78,13 @@ class DeepSpeedPlacement(Placement):
         )
         originals = self._originals(settings.optimizer)
         groups = _set_apart(settings.optimizer)
-        engine = make_engine(self._deepspeed, model, settings.optimizer, self._config(settings, world))
+        engine = make_engine(
+            self._deepspeed,
+            model,
+            settings.optimizer,
+            self._config(settings, world),
+            cuts_parameters=self._options.stage == 3,
+        )
         self.memory = self._memory(engine, world)
         self._put_back(originals)
         optim = EngineOptim(engine, self.memory, settings, groups, dtype=self._options.dtype)
@@ -140,8 +146,12 @@ class DeepSpeedPlacement(Placement):
                 "clip_grad alone."
             )
         micro_batch = self._micro_batch() or options.micro_batch or 1
+        whole = options.stage == 0 and options.dtype is None
         return options.for_engine(
-            micro_batch=micro_batch, accumulation=accumulation, clipping=limit, world_size=world.size
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            clipping=limit if WholeParameters.clips or not whole else 0.0,
+            world_size=world.size,
         )
 
     def _memory(self, engine: Any, world: World) -> Memory:

@@ -201,7 +201,7 @@ def _write_slots(
             kept[key] = None
             continue
         if not all(_is_elementwise(key, value, whole_shape(each)) for each, value in values.items()):
-            kept[key] = _agreed(key, {saved[each][0]: value for each, value in values.items()}, flat)
+            kept[key] = _agreed(key, {saved[each][0]: value for each, value in values.items()})
             continue
         dtype = next(iter(values.values())).dtype
         if not isinstance(kept.get(key), Tensor):
@@ -212,7 +212,7 @@ def _write_slots(
             fragment.of(kept[key]).copy_(take_range(value, fragment.start, fragment.start + fragment.count))
 
 
-def _agreed(key: str, values: Mapping[str, Any], flat: Tensor) -> Any:
+def _agreed(key: str, values: Mapping[str, Any]) -> Any:
     """Return the one value that parameters which are stepped together must have."""
     (first_name, first), *others = values.items()
     for name, value in others:
