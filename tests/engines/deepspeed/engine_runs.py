@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences, _Run
 
-from stratagem.checkpoint import load_checkpoint
+from stratagem.checkpoint import CheckpointLoader
 from stratagem.data import build_dataloader
 from stratagem.dist import all_reduce
 from stratagem.registry import STRATEGIES
@@ -156,7 +156,7 @@ def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
 
 def state_in(checkpoint: Path) -> dict[str, Any]:
     """Return the tensors and numbers of a checkpoint that every strategy must agree on, by name."""
-    tree = load_checkpoint(checkpoint)
+    tree = CheckpointLoader.load_checkpoint(checkpoint)
     parts = {"state_dict": tree["state_dict"], "optimizer": tree["optimizer"], "schedules": tree["param_schedulers"]}
     return dict(_leaves(parts, ""))
 
