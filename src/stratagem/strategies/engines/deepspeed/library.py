@@ -39,6 +39,9 @@ def load_deepspeed(world: World) -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its notes are many, and on every rank.
     logging.getLogger(_LOGGER).setLevel(logging.WARNING)
+    # What it keeps of a process group is that of a strategy before this one.
+    deepspeed.utils.groups._release_process_group_references(group=None)
+    deepspeed.comm.comm.cdb = None
     deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

@@ -160,6 +160,8 @@ class DeepSpeedPlacement(Placement):
         if self._options.stage:
             return ZeroFlat(engine.optimizer, world.rank)
         if self._options.dtype is not None:
+            # DeepSpeed has made a step without gradients, which counts and decays.
+            engine.optimizer.state.clear()
             return WholeMasters(engine.optimizer)
         return WholeParameters([each for group in engine.optimizer.param_groups for each in group["params"]])
 
