@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Final
@@ -39,6 +40,8 @@ def load_deepspeed(world: World) -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its notes are many, and on every rank.
     logging.getLogger(_LOGGER).setLevel(logging.WARNING)
+    # It calls functions of torch by names that torch renames, and each rank would say so.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # What it keeps of a process group is that of a strategy before this one.
     deepspeed.utils.groups._release_process_group_references(group=None)
     deepspeed.comm.comm.cdb = None

@@ -58,6 +58,8 @@ class DeepSpeedPlacement(Placement):
         self._options = options
         self._micro_batch = micro_batch
         self.memory: Memory | None = None
+        self.readable = options.stage < 3 and options.dtype is None
+        self.writable = options.stage == 0 and options.dtype is None
         self._deepspeed = load_deepspeed(world)
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
@@ -103,6 +105,10 @@ class DeepSpeedPlacement(Placement):
 
     def bare(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, Driven) else model
+
+    def size_of(self, parameter: nn.Parameter) -> int:
+        # Stage 3 leaves a parameter nothing between steps but what it notes of it.
+        return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         return NO_CONTEXT
