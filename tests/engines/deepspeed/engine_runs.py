@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences, _Run
 
+from sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences, _Run
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.data import build_dataloader
 from stratagem.dist import all_reduce
@@ -172,9 +172,7 @@ def _leaves(node: Any, path: str) -> list[tuple[str, Any]]:
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Return the names of what differs in any bit, or is missing on one side."""
     return sorted(
-        name
-        for name in {*one, *other}
-        if name not in one or name not in other or not _equal(one[name], other[name])
+        name for name in {*one, *other} if name not in one or name not in other or not _equal(one[name], other[name])
     )
 
 

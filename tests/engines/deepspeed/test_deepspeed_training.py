@@ -14,9 +14,7 @@ pytestmark = pytest.mark.deepspeed
 
 
 @pytest.mark.parametrize("name", FP32)
-def test_every_stage_of_zero_trains_as_one_process(
-    two: Ranks, single: dict[str, Any], folder: Path, name: str
-) -> None:
+def test_every_stage_of_zero_trains_as_one_process(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
     """Losses, gradient norms and learning rates are those of one process, to the rounding of float32."""
     seen = two.run(go, placed(name), folder)[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
