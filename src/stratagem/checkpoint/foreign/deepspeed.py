@@ -56,17 +56,19 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
     folder = next((each for each in _candidates(path, path / _LATEST) if each.is_dir()), path)
     optim_files = _numbered(folder, _RANK_OPTIM)
     model_files = _numbered(folder, _RANK_MODEL) or [folder / _MODEL]
+    failure: CheckpointError | None = None
+    tree: StateTree = {}
     with ExitStack() as opened:
         models = [opened.enter_context(open_torch_file(file, "cpu")) for file in model_files]
         optims = [opened.enter_context(open_torch_file(file, "cpu")) for file in optim_files]
-        saved = _Saved(models, optims)
-        tree: StateTree = saved.rest()
-        if parts is None or "state_dict" in parts:
-            tree["state_dict"] = saved.weights()
-        if parts is None or "optimizer" in parts:
-            state = saved.optimizer()
-            if state is not None:
-                tree["optimizer"] = state
+        try:
+            tree = _Saved(models, optims).tree(("state_dict", "optimizer") if parts is None else parts)
+        except CheckpointError as error:
+            # It is named here, and not by each file that is open.
+            failure = type(error)(f"{folder}: {error}")
+            failure.__cause__ = error
+    if failure is not None:
+        raise failure
     return tree if parts is None else {key: value for key, value in tree.items() if key in parts}
 
 
@@ -99,6 +101,10 @@ def _numbered(folder: Path, form: re.Pattern[str]) -> list[Path]:
     return [found[rank] for rank in range(len(found))]
 
 
+# What says how a step is computed is chosen anew where the run goes on.
+_NOT_OPTIONS: Final = frozenset({"params", "fused", "foreach"})
+
+
 @final
 class _Saved:
     """The files of one folder, opened.
@@ -117,21 +123,32 @@ class _Saved:
         if optims and isinstance(count, int) and count != len(optims):
             raise CheckpointNotFoundError(f"{count} ranks saved it, and the files of {len(optims)} are there.")
 
+    def tree(self, wanted: Collection[str]) -> StateTree:
+        """Return weights and the optimizer's state, where they are wanted, and what the program that saved added."""
+        tree = self.rest()
+        own = tree.pop("optimizer", None)
+        if "state_dict" in wanted:
+            tree["state_dict"] = self.weights()
+        state = self.optimizer() if "optimizer" in wanted else None
+        if state is not None:
+            tree["optimizer"] = state if own is None else _told(own, state)
+        return tree
+
     def weights(self) -> dict[str, Tensor]:
         """Return parameters and buffers by name, parameters in float32 where there are masters."""
         module = self._value(self._first, "module") or {}
         masters = self._masters()
-        if not self._is_cut:
+        if not self._is_striped:
             return {name: masters.get(name, value) for name, value in module.items()}
-        buffers = set(self._value(self._first, "buffer_names") or ())
-        values = {**self._frozen(module), **masters}
+        # What stage 3 leaves in the modules are empty places, but for buffers.
+        buffers = {name: module[name] for name in self._value(self._first, "buffer_names") or ()}
+        values = {**self._frozen(), **masters, **buffers}
         for alias, name in dict(self._value(self._first, "shared_params") or {}).items():
             values.setdefault(alias, values[name])
-        ordered = {name: values[name] if name in values else module[name] for name in module if name in values | module}
-        missing = [name for name in ordered if name not in values and name not in buffers]
+        missing = [name for name in module if name not in values]
         if missing:
             raise CheckpointDamagedError(f"nothing holds the values of {missing[0]!r} and {len(missing) - 1} others.")
-        return {**ordered, **values}
+        return {name: values[name] for name in module}
 
     def optimizer(self) -> dict[str, Any] | None:
         """Return the optimizer's state by parameter name, or by index where no file tells names; None where there is none."""
@@ -159,10 +176,6 @@ class _Saved:
         """Return what the program that saved added, our own strategy's parts among it."""
         own = self._value(self._first, DEEPSPEED_STATE)
         return dict(own) if isinstance(own, Mapping) else {}
-
-    @property
-    def _is_cut(self) -> bool:
-        return bool(self._states)
 
     def _state_of(self, contents: Contents) -> Mapping[Any, Any]:
         return mapping_items(contents.root.get("optimizer_state_dict")) or {}
@@ -216,10 +229,8 @@ class _Saved:
         )
         return {name: master.detach() for name, master in zip(names, groups[0], strict=True)} if alike else {}
 
-    def _frozen(self, module: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _frozen(self) -> dict[str, Tensor]:
         shapes = self._value(self._first, "frozen_param_shapes") or {}
-        if not self._is_striped:
-            return {name: module[name] for name in shapes}
         fragments = [self._value(each, "frozen_param_fragments") or {} for each in self._models]
         found: dict[str, Tensor] = {}
         for name, shape in shapes.items():
@@ -245,7 +256,7 @@ class _Saved:
         if len(self._base(0)["param_groups"]) == 1:
             # Others keep what does not learn in its group.
             names += [name for name in frozen if name not in names]
-        return {**{key: value for key, value in group.items() if key != "params"}, "params": names}
+        return {**{key: value for key, value in group.items() if key not in _NOT_OPTIONS}, "params": names}
 
     def _counts(self) -> dict[str, int]:
         steps, skipped = (self._value(self._first, key) or 0 for key in ("global_steps", "skipped_steps"))
@@ -253,6 +264,13 @@ class _Saved:
         accumulated = config.get("gradient_accumulation_steps", 1) if isinstance(config, Mapping) else 1
         accumulated = accumulated if isinstance(accumulated, int) else 1
         return {"inner_count": steps * accumulated, "attempts": steps, "updates": steps - skipped, "pending": 0}
+
+
+def _told(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state by the names that our own strategy added, with its counts."""
+    names = own["trained"]
+    slots = {names[key] if isinstance(key, int) else key: value for key, value in state["state"].items()}
+    return {**{key: value for key, value in own.items() if key != "trained"}, "state": slots}
 
 
 def _attributes(node: Any) -> Mapping[Any, Any]:

@@ -44,7 +44,7 @@ class EngineOptim(AccumulatingOptimWrapper):
     Windows are counted here, so that the last and shorter one is divided by its own length.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's; it stays an attribute, like ``memory`` and ``groups``.
         memory: where the engine keeps gradients and what it updates.
         settings: the wrapper that was configured; its optimizer is the engine's.
         groups: the optimizer's groups as they were.
@@ -68,7 +68,7 @@ class EngineOptim(AccumulatingOptimWrapper):
         )
         self.groups = tuple(groups)
         self.memory = memory
-        self._engine = engine
+        self.engine = engine
         self._clipping = settings.clipping
         self._scales = scales
         # Where DeepSpeed scales the loss itself, it does so in its backward pass.
@@ -89,9 +89,9 @@ class EngineOptim(AccumulatingOptimWrapper):
             raise PlacementError(f"DeepSpeed's backward pass does not know {', '.join(sorted(options))}. Leave it out.")
         if self._scales:
             # The product with the scale leaves the range of float16.
-            loss = loss.float() * (self._engine.optimizer.loss_scale if self._scales_here else 1.0)
-        self._engine.set_gradient_accumulation_boundary(self.should_sync())
-        self._engine.backward(loss, scale_wrt_gas=False, **options)
+            loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_here else 1.0)
+        self.engine.set_gradient_accumulation_boundary(self.should_sync())
+        self.engine.backward(loss, scale_wrt_gas=False, **options)
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
@@ -103,9 +103,9 @@ class EngineOptim(AccumulatingOptimWrapper):
         if not self._admitted(micro_batches):
             self.zero_grad()
             return
-        with self._engines_groups():
-            self._engine.step()
-        if self._engine.was_step_applied():
+        with self.engines_groups():
+            self.engine.step()
+        if self.engine.was_step_applied():
             self.updates += 1
             return
         # The engine has dropped the gradients.
@@ -116,7 +116,7 @@ class EngineOptim(AccumulatingOptimWrapper):
         self.memory.forget_gradients()
 
     def state_dict(self) -> dict[str, Any]:
-        scaler = {"loss_scaler": read_loss_scale(self._engine.optimizer)} if self._scales else {}
+        scaler = {"loss_scaler": read_loss_scale(self.engine.optimizer)} if self._scales else {}
         return {**super().state_dict(), **scaler}
 
     def load_counts(self, state: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ class EngineOptim(AccumulatingOptimWrapper):
         self._window_start = self.inner_count
         self._forget_weights()
         if self._scales and "loss_scaler" in state:
-            write_loss_scale(self._engine.optimizer, state["loss_scaler"])
+            write_loss_scale(self.engine.optimizer, state["loss_scaler"])
 
     def _admitted(self, micro_batches: int) -> bool:
         """Weigh the window's gradients; tell whether the engine may step with them. Collective."""
@@ -137,7 +137,7 @@ class EngineOptim(AccumulatingOptimWrapper):
         if self._clipping is None and self._nonfinite is None and self.watch is None:
             return True
         norm = self.memory.norm()
-        self.grad_norm = norm / self._engine.optimizer.loss_scale if self._scales else norm
+        self.grad_norm = norm / self.engine.optimizer.loss_scale if self._scales else norm
         # First, since it says more of what it refuses. An overflow of float16 is the engine's to see: it lowers its scale.
         if self.watch is not None and not self.watch.admits([], norm) and not self._scales:
             return False
@@ -154,7 +154,7 @@ class EngineOptim(AccumulatingOptimWrapper):
         return True
 
     @contextmanager
-    def _engines_groups(self) -> Iterator[None]:
+    def engines_groups(self) -> Iterator[None]:
         """Let the groups be as the engine left them, for the length of its step."""
         if self.memory.empties_groups:
             for group in self.groups:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, Final, Literal, final
 
+from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import is_distributed
-from stratagem.errors import LaunchError
+from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.parallel import Placement
+from stratagem.strategies.base import CheckpointCallback, CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.engines.deepspeed.options import Options
 from stratagem.strategies.state_access import StateAccess
-from stratagem.utils import import_object
+from stratagem.utils import did_you_mean, import_object
 
 __all__ = ["DeepSpeedStrategy"]
 
-_HERE = "stratagem.strategies.engines.deepspeed"
+_FORMATS: Final = ("portable", "deepspeed")
+_HERE: Final = "stratagem.strategies.engines.deepspeed"
 
 
 @final
@@ -40,6 +43,9 @@ class DeepSpeedStrategy(ComposedStrategy):
         train_micro_batch_size_per_gpu: samples of a rank in an iteration, where they are to be checked.
         gradient_accumulation_steps: the wrapper's ``accumulative_counts``, where it is to be checked.
         steps_per_print: how many updates lie between two lines of DeepSpeed's own log; by default there are none.
+        checkpoint_format: ``"portable"``: any strategy resumes it; or ``"deepspeed"``: folders of DeepSpeed's own form, which
+            other programs read. Both are resumed on any number of ranks and under any stage.
+        exclude_frozen_parameters: whether DeepSpeed's own form leaves out what does not learn.
         kwargs: those of :class:`BaseStrategy`.
 
     Raises:
@@ -63,6 +69,8 @@ class DeepSpeedStrategy(ComposedStrategy):
         train_micro_batch_size_per_gpu: int | None = None,
         gradient_accumulation_steps: int | None = None,
         steps_per_print: int = 10**13,
+        checkpoint_format: Literal["portable", "deepspeed"] = "portable",
+        exclude_frozen_parameters: bool = False,
         **kwargs: Any,
     ) -> None:
         named = {
@@ -76,6 +84,17 @@ class DeepSpeedStrategy(ComposedStrategy):
             "train_micro_batch_size_per_gpu": train_micro_batch_size_per_gpu,
             "gradient_accumulation_steps": gradient_accumulation_steps,
         }
+        if checkpoint_format not in _FORMATS:
+            raise ConfigValueError(
+                f"checkpoint_format={checkpoint_format!r} is not known. {did_you_mean(str(checkpoint_format), _FORMATS)}"
+            )
+        if exclude_frozen_parameters and checkpoint_format == "portable":
+            raise ConfigValueError(
+                "exclude_frozen_parameters is for checkpoint_format='deepspeed': portable checkpoints are whole. Choose that "
+                "form, or leave it out."
+            )
+        self._is_native = checkpoint_format == "deepspeed"
+        self._exclude_frozen = exclude_frozen_parameters
         self._options = Options.parse(config, named, inputs_to_half, steps_per_print=steps_per_print)
         super().__init__(**kwargs)
 
@@ -92,6 +111,41 @@ class DeepSpeedStrategy(ComposedStrategy):
             lambda: self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
         )
         return placement
+
+    def save_checkpoint(
+        self,
+        filename: str | os.PathLike[str],
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: Mapping[str, Any] | None = None,
+        callback: CheckpointCallback | None = None,
+        write: CheckpointWriter = save_checkpoint,
+    ) -> None:
+        super().save_checkpoint(
+            filename,
+            save_optimizer=save_optimizer,
+            save_param_scheduler=save_param_scheduler,
+            extra_ckpt=extra_ckpt,
+            callback=callback,
+            write=self._native_writer(write, save_optimizer=save_optimizer) if self._is_native else write,
+        )
+
+    def _native_writer(self, write: CheckpointWriter, *, save_optimizer: bool) -> CheckpointWriter:
+        if write is not save_checkpoint:
+            raise ConfigValueError(
+                "checkpoint_format='deepspeed' is written by the engine, at once. Set async_save=False in the "
+                "CheckpointHook, or use checkpoint_format='portable'."
+            )
+        if not save_optimizer:
+            raise ConfigValueError(
+                "checkpoint_format='deepspeed' always holds the optimizer's state. Set save_optimizer=True, or use "
+                "checkpoint_format='portable'."
+            )
+        writer: CheckpointWriter = import_object(f"{_HERE}.native:NativeWriter")(
+            self.optim_wrapper, exclude_frozen_parameters=self._exclude_frozen
+        )
+        return writer
 
     def _make_access(self) -> StateAccess:
         access: StateAccess = import_object(f"{_HERE}.state:DeepSpeedState")(self._placement)
