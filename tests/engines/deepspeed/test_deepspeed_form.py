@@ -39,9 +39,10 @@ def test_a_folder_of_deepspeed_is_resumed_on_other_ranks(
         assert losses == pytest.approx(single["losses"][6:], rel=5e-5)
 
 
-def test_masters_are_in_it(two: Ranks, folder: Path) -> None:
-    """A model that trains in bfloat16 goes on from its float32 masters, as it does from the portable form."""
-    half = placed("ZeRO-2", bf16=True)
+@pytest.mark.parametrize(("name", "kind"), [("ZeRO-0", "bf16"), ("ZeRO-2", "bf16"), ("ZeRO-3", "fp16")])
+def test_masters_and_the_loss_scale_are_in_it(two: Ranks, folder: Path, name: str, kind: str) -> None:
+    """A model that trains in 16 bits goes on from its float32 masters, as it does from the portable form."""
+    half = placed(name, **{kind: True})
     two.run(go, half, folder / "a", stop=6, save=folder / "portable")
     two.run(go, {**half, **NATIVE}, folder / "b", stop=6, save=folder / "native")
     one, other = (

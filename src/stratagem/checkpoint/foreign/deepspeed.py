@@ -139,7 +139,9 @@ class _Saved:
         module = self._value(self._first, "module") or {}
         masters = self._masters()
         if not self._is_striped:
-            return {name: masters.get(name, value) for name, value in module.items()}
+            # Tied parameters have one master, under the first of their names.
+            places = {_place(module[name]): master for name, master in masters.items()}
+            return {name: places.get(_place(value), value) for name, value in module.items()}
         # What stage 3 leaves in the modules are empty places, but for buffers.
         buffers = {name: module[name] for name in self._value(self._first, "buffer_names") or ()}
         values = {**self._frozen(), **masters, **buffers}
@@ -216,18 +218,22 @@ class _Saved:
         return found
 
     def _masters_by_place(self) -> dict[str, Tensor]:
-        """Return the masters of stage 0 in 16 bits, which are numbered: where all parameters are in one group, in order."""
+        """Return the masters of stage 0 in 16 bits, which are numbered, where something tells their names."""
         state = self._value(self._first, "optimizer")
-        groups = state.get("fp32_groups") if isinstance(state, Mapping) else None
-        if not groups or len(groups) > 1:
-            return {}
+        groups = (state.get("fp32_groups") if isinstance(state, Mapping) else None) or []
+        masters = [master.detach() for group in groups for master in group]
+        names = self.rest().get("optimizer", {}).get("trained") or self._parameters_in_order()
+        module = self._value(self._first, "module")
+        alike = len(names) == len(masters) and all(
+            module[name].shape == master.shape for name, master in zip(names, masters, strict=True)
+        )
+        return dict(zip(names, masters, strict=True)) if alike else {}
+
+    def _parameters_in_order(self) -> list[str]:
         buffers = set(self._value(self._first, "buffer_names") or ())
         module = self._value(self._first, "module")
-        names = [name for name in module if name not in buffers and isinstance(module[name], Tensor)]
-        alike = len(names) == len(groups[0]) and all(
-            module[name].shape == master.shape for name, master in zip(names, groups[0], strict=True)
-        )
-        return {name: master.detach() for name, master in zip(names, groups[0], strict=True)} if alike else {}
+        first = {_place(value): name for name, value in reversed(module.items()) if name not in buffers}
+        return [name for name, value in module.items() if first.get(_place(value)) == name]
 
     def _frozen(self) -> dict[str, Tensor]:
         shapes = self._value(self._first, "frozen_param_shapes") or {}
@@ -264,6 +270,11 @@ class _Saved:
         accumulated = config.get("gradient_accumulation_steps", 1) if isinstance(config, Mapping) else 1
         accumulated = accumulated if isinstance(accumulated, int) else 1
         return {"inner_count": steps * accumulated, "attempts": steps, "updates": steps - skipped, "pending": 0}
+
+
+def _place(value: Any) -> Any:
+    """Return where a tensor lies: that of tied parameters is the same."""
+    return (value.data_ptr(), value.shape) if isinstance(value, Tensor) and value.numel() else id(value)
 
 
 def _told(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
