@@ -136,7 +136,7 @@ def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     run = _Run(strategy, start)
     follow.before_train(run)
     optim = strategy.optim_wrapper
-    seen: dict[str, Any] = {"losses": [], "rates": [], "norms": []}
+    seen: dict[str, Any] = {"losses": [], "rates": [], "norms": [], "others": []}
     updates = optim.updates
     batches = loader.batches(0, start)
     for iteration in range(start, stop):
@@ -148,6 +148,7 @@ def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
         loss = outputs["loss"].float().clone()
         all_reduce(loss, "mean")
         seen["losses"].append(loss.item())
+        seen["others"] += [value.item() for name, value in outputs.items() if name != "loss"]
         if optim.updates != updates:
             updates = optim.updates
             seen["norms"].append(None if optim.grad_norm is None else optim.grad_norm.item())

@@ -150,7 +150,7 @@ _OFF: Final[tuple[Any, ...]] = (None, False, {}, {"enabled": False})
 
 
 def check_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the options without those that are switched off or ``"auto"``, which another program would fill in.
+    """Return the options without refused ones that are switched off.
 
     Raises:
         ConfigKeyError: for a key that DeepSpeed does not have, with the nearest that it has.
@@ -160,7 +160,7 @@ def check_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     refuse_unknown(config, (*_PLAIN, *_SECTIONS, *_REFUSED), where)
     kept = {}
     for key, value in config.items():
-        if value == "auto" or (key in _REFUSED and value in _OFF):
+        if key in _REFUSED and value in _OFF:
             continue
         if key in _REFUSED:
             raise ConfigValueError(f"{where}: {key} is not for this strategy: {_REFUSED[key]}")
@@ -174,7 +174,7 @@ def _check_section(section: Any, known: tuple[str, ...], where: str) -> dict[str
     refuse_unknown(section, (*known, *_REFUSED_INSIDE), where)
     kept = {}
     for key, value in section.items():
-        if value == "auto" or (key in _REFUSED_INSIDE and (value in _OFF or value == 1)):
+        if key in _REFUSED_INSIDE and (value in _OFF or (key == "zero_hpz_partition_size" and value == 1)):
             continue
         if key in _REFUSED_INSIDE:
             raise ConfigValueError(f"{where}: {key} is not for this strategy: {_REFUSED_INSIDE[key]}")

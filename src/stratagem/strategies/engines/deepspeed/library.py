@@ -59,8 +59,7 @@ def make_engine(
     Raises:
         ConfigValueError: if DeepSpeed refuses the configuration.
     """
-    own = dict(config)
-    own.setdefault("log_level", "warning")
+    own = {"log_level": "warning", **config}
     try:
         with as_vectors(model) if cuts_parameters else broadcast_already(model):
             return deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]

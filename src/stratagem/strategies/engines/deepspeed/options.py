@@ -131,15 +131,24 @@ class Options:
 
 
 def _merged(config: Any, named: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(_read(config))
+    merged = _without_auto(_read(config))
     for key, said in named.items():
         if said is None:
             continue
         value = {"enabled": said} if key in ("fp16", "bf16") and isinstance(said, bool) else said
-        if key in merged and merged[key] not in ("auto", value):
+        if key in merged and merged[key] not in ({}, value):
             raise ConfigValueError(f"{key}={value!r} is given, and config says {key}={merged[key]!r}. Give it once.")
         merged[key] = value
     return copy.deepcopy(merged)
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what another program would fill in."""
+    return {
+        key: _without_auto(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if not (isinstance(value, str) and value == "auto")
+    }
 
 
 def _read(config: Any) -> Mapping[str, Any]:

@@ -87,6 +87,9 @@ class DeepSpeedPlacement(Placement):
             self._config(settings, world),
             cuts_parameters=self._options.stage == 3,
         )
+        if "activation_checkpointing" in self._options.config:
+            # For models that call deepspeed.checkpointing.checkpoint.
+            self._deepspeed.checkpointing.configure(None, deepspeed_config=engine._config)
         self.memory = self._memory(engine, world)
         self._put_back(originals)
         optim = EngineOptim(engine, self.memory, settings, groups, dtype=self._options.dtype)
