@@ -142,7 +142,7 @@ def test_activations_are_computed_anew_where_the_model_asks(
     two: Ranks, single: dict[str, Any], folder: Path, name: str
 ) -> None:
     """deepspeed.checkpointing is configured by activation_checkpointing, and the losses are the same."""
-    strategy = placed(name, activation_checkpointing={"cpu_checkpointing": True})
+    strategy = placed(name, activation_checkpointing={"partition_activations": True, "cpu_checkpointing": True})
     seen = two.run(go, strategy, folder, model={"type": Recomputed})[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
     assert seen["others"] == [1.0] * 12

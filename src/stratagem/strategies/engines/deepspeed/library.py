@@ -17,8 +17,17 @@ from stratagem.errors import ConfigValueError
 from stratagem.strategies.engines.deepspeed.zero_dim import as_vectors, broadcast_already
 from stratagem.utils import import_module
 
-__all__ = ["load_deepspeed", "make_engine"]
+__all__ = ["configure_checkpointing", "load_deepspeed", "make_engine"]
 
+# What the arguments of DeepSpeed's function are called in its configurations.
+_CHECKPOINTING: Final = {
+    "partition_activations": "partition_activations",
+    "cpu_checkpointing": "checkpoint_in_cpu",
+    "contiguous_memory_optimization": "contiguous_checkpointing",
+    "number_checkpoints": "num_checkpoints",
+    "synchronize_checkpoint_boundary": "synchronize",
+    "profile": "profile",
+}
 _LOGGER: Final = "DeepSpeed"
 
 
@@ -65,3 +74,9 @@ def make_engine(
             return deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]
     except (AssertionError, ValueError) as error:
         raise ConfigValueError(f"DeepSpeed refuses its configuration: {error}") from error
+
+
+def configure_checkpointing(deepspeed: ModuleType, options: Mapping[str, Any] | None) -> None:
+    """Set what ``deepspeed.checkpointing.checkpoint`` does in models that call it."""
+    if options is not None:
+        deepspeed.checkpointing.configure(None, **{_CHECKPOINTING[key]: value for key, value in options.items()})

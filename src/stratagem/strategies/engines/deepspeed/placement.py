@@ -19,7 +19,7 @@ from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.placement import NO_CONTEXT
 from stratagem.strategies.engines.deepspeed.arithmetic import require_elementwise
 from stratagem.strategies.engines.deepspeed.driven import Driven
-from stratagem.strategies.engines.deepspeed.library import load_deepspeed, make_engine
+from stratagem.strategies.engines.deepspeed.library import configure_checkpointing, load_deepspeed, make_engine
 from stratagem.strategies.engines.deepspeed.memory import (
     Memory,
     WholeMasters,
@@ -87,9 +87,7 @@ class DeepSpeedPlacement(Placement):
             self._config(settings, world),
             cuts_parameters=self._options.stage == 3,
         )
-        if "activation_checkpointing" in self._options.config:
-            # For models that call deepspeed.checkpointing.checkpoint.
-            self._deepspeed.checkpointing.configure(None, deepspeed_config=engine._config)
+        configure_checkpointing(self._deepspeed, self._options.config.get("activation_checkpointing"))
         self.memory = self._memory(engine, world)
         self._put_back(originals)
         optim = EngineOptim(engine, self.memory, settings, groups, dtype=self._options.dtype)
