@@ -23,10 +23,11 @@ from stratagem.errors import (
     PlacementError,
 )
 from stratagem.optim import AmpOptimWrapper, OptimWrapper
-from stratagem.registry import OPTIM_WRAPPERS, STRATEGIES
+from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS, STRATEGIES
 from stratagem.strategies import DeepSpeedStrategy
-from stratagem.strategies.engines.deepspeed.arithmetic import require_elementwise
+from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name, require_elementwise
 from stratagem.strategies.engines.deepspeed.optim import require_plain_wrapper
+from stratagem.strategies.engines.deepspeed.optimizer_section import with_optimizer
 from stratagem.strategies.engines.deepspeed.options import Options
 
 
@@ -227,3 +228,37 @@ def test_forms_of_checkpoints_are_known(tmp_path: Path) -> None:
         DeepSpeedStrategy(work_dir=tmp_path, checkpoint_format="deepsped")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ConfigValueError, match="checkpoint_format='deepspeed'"):
         DeepSpeedStrategy(work_dir=tmp_path, exclude_frozen_parameters=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "ours"),
+    [
+        ({"type": "AdamW", "params": {"lr": 0.1}}, {"type": "AdamW", "lr": 0.1}),
+        ({"type": "Adam", "params": {"lr": 0.1, "torch_adam": True}}, {"type": "AdamW", "lr": 0.1}),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, {"type": "Adam"}),
+        ({"type": "Adam", "params": {"torch_adam": False}}, {"type": "FusedAdam", "adam_w_mode": True}),
+        ({"type": "SGD", "params": {"lr": 1, "momentum": 0.9}}, {"type": "SGD", "lr": 1, "momentum": 0.9}),
+        ({"type": "OneBitAdam"}, {"type": "OnebitAdam"}),
+    ],
+)
+def test_deepspeeds_optimizer_section_is_taken(section: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Where the run gives no other; DeepSpeed's Adam decouples weight decay unless told otherwise."""
+    before = copy.deepcopy(section)
+    assert with_optimizer({"accumulative_counts": 2}, section) == {"accumulative_counts": 2, "optimizer": ours}
+    assert section == before
+
+
+def test_two_optimizers_are_refused() -> None:
+    """The error says which to leave out."""
+    with pytest.raises(ConfigValueError, match="Leave one of them out"):
+        with_optimizer({"optimizer": {"type": "SGD", "lr": 1}}, {"type": "AdamW"})
+    with pytest.raises(ConfigValueError, match="gradient_clipping"):
+        with_optimizer({}, {"type": "AdamW", "params": {"max_grad_norm": 1.0}})
+
+
+@pytest.mark.parametrize("name", ["OnebitAdam", "OnebitLamb", "ZeroOneAdam"])
+def test_optimizers_that_exchange_themselves_are_refused(name: str) -> None:
+    """They are known by name, and the error says what to use."""
+    assert name in OPTIMIZERS.names()
+    with pytest.raises(PlacementError, match=f"{name} cannot be used .* exchanges gradients itself"):
+        refuse_by_name({"optimizer": {"type": name, "lr": 0.1}})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from torch.optim import Optimizer
 
 from stratagem.errors import PlacementError
 
-__all__ = ["require_elementwise"]
+__all__ = ["refuse_by_name", "require_elementwise"]
 
 _ELEMENTWISE: Final = frozenset(
     {
@@ -28,6 +29,10 @@ _ELEMENTWISE: Final = frozenset(
         "SGD",
     }
 )
+_ONE_BIT: Final = (
+    "it exchanges gradients itself, in one bit and over NCCL or MPI alone, so that its steps are not those of one process. "
+    "Use AdamW, or FusedAdam on accelerators."
+)
 _REASONS: Final = {
     "Adagrad": "DeepSpeed builds it anew without the options of its groups. Use RMSprop or AdamW, or stage=0.",
     "Adafactor": "it looks at the rows and columns of whole tensors. Use AdamW, stage=0, or FSDPStrategy.",
@@ -35,13 +40,25 @@ _REASONS: Final = {
     "LBFGS": "it calls the model several times in an update. Use AdamW.",
     "SparseAdam": "it needs sparse gradients, and those of parts are dense. Use AdamW, or stage=0.",
     "FusedLamb": "it looks at the norms of whole tensors. Use stage=0.",
-    "OnebitAdam": "it exchanges gradients itself. Use AdamW.",
-    "OnebitLamb": "it exchanges gradients itself. Use AdamW.",
-    "ZeroOneAdam": "it exchanges gradients itself. Use AdamW.",
+    "OnebitAdam": _ONE_BIT,
+    "OnebitLamb": _ONE_BIT,
+    "ZeroOneAdam": _ONE_BIT,
     "ZeroRedundancyOptimizer": "DeepSpeed spreads the optimizer's state already. Use the optimizer itself.",
 }
 # Whatever the stage.
 _NEVER: Final = frozenset({"LBFGS", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "ZeroRedundancyOptimizer"})
+
+
+def refuse_by_name(optim_wrapper: Any) -> None:
+    """Refuse a configuration of an optimizer that no stage can have, before it is built.
+
+    Raises:
+        PlacementError: if it is one of these.
+    """
+    optimizer = optim_wrapper.get("optimizer") if isinstance(optim_wrapper, Mapping) else None
+    name = optimizer.get("type") if isinstance(optimizer, Mapping) else None
+    if name in _NEVER:
+        raise PlacementError(f"{name} cannot be used with DeepSpeedStrategy: {_REASONS[name]}")
 
 
 def require_elementwise(optimizer: Optimizer, *, stage: int, allow_unknown: bool) -> None:

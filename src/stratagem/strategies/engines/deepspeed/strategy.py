@@ -6,12 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, final
 
+from torch import nn
+
 from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import is_distributed
 from stratagem.errors import ConfigValueError, LaunchError
-from stratagem.parallel import Placement
+from stratagem.parallel import AnyOptim, Placement
 from stratagem.strategies.base import CheckpointCallback, CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
+from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name
+from stratagem.strategies.engines.deepspeed.optimizer_section import with_optimizer
 from stratagem.strategies.engines.deepspeed.options import Options
 from stratagem.strategies.state_access import StateAccess
 from stratagem.utils import did_you_mean, import_object
@@ -111,6 +115,11 @@ class DeepSpeedStrategy(ComposedStrategy):
             lambda: self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
         )
         return placement
+
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
+        wanted = with_optimizer(optim_wrapper, self._options.optimizer)
+        refuse_by_name(wanted)
+        return super().build_optim_wrapper(wanted, model)
 
     def save_checkpoint(
         self,
