@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 import torch
 from engine_runs import placed
 
-from ranks import RankError, Ranks
+from ranks import Ranks
 from stratagem import Runner
+from stratagem.errors import StratagemError
 
 pytestmark = pytest.mark.deepspeed
 
@@ -83,6 +85,15 @@ def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, 
     }
 
 
+def refusal(*args: Any, **kwargs: Any) -> str:
+    """Return the kind and the text of the error with which a run ends, so that the ranks live on."""
+    try:
+        run(*args, **kwargs)
+    except StratagemError as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process comes to."""
@@ -128,8 +139,8 @@ def test_a_run_goes_on_from_its_latest_checkpoint(
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
 def test_a_loss_that_is_not_finite_stops_the_run(two: Ranks, folder: Path, name: str) -> None:
     """On every rank, before the update, with the iteration and the samples."""
-    with pytest.raises(RankError, match=r"TrainingError.*not finite"):
-        two.run(run, placed(name), folder, poison=9)
+    for said in two.run(refusal, placed(name), folder, poison=9):
+        assert re.match(r"TrainingError: Iteration 3 .* gave loss=nan .* 9, .* The update was not made", said)
 
 
 def test_an_average_goes_on_where_the_weights_are_in_the_model(two: Ranks, folder: Path) -> None:
@@ -143,8 +154,8 @@ def test_an_average_goes_on_where_the_weights_are_in_the_model(two: Ranks, folde
 @pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
 def test_an_average_is_refused_where_they_are_not(two: Ranks, folder: Path, options: dict[str, Any]) -> None:
     """Stage 3 leaves nothing in the model, and 16 bits round: the error says what to use."""
-    with pytest.raises(RankError, match="EMAHook averages the weights that lie in the model"):
-        two.run(run, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}])
+    told = two.run(refusal, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}])
+    assert all("EMAHook averages the weights that lie in the model" in said for said in told)
 
 
 def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
@@ -176,8 +187,8 @@ def test_what_contradicts_the_run_is_refused(
         "optimizer": {"type": changes.get("type", "AdamW"), "lr": 0.05},
         "clip_grad": {"max_norm": 1.0},
     }
-    with pytest.raises(RankError, match=said):
-        two.run(run, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
+    told = two.run(refusal, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
+    assert all(re.search(said, each) for each in told), told
 
 
 def test_deepspeeds_optimizer_section_trains(two: Ranks, alone: dict[str, Any], folder: Path) -> None:
