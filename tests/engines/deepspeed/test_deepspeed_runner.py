@@ -69,12 +69,16 @@ def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, 
         "work_dir": str(folder),
         "strategy": dict(strategy),
     }
+    evaluates = changes.pop("evaluates", False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         runner = Runner.from_cfg({**config, **changes})
         try:
+            if evaluates:
+                return dict(runner.val())
             runner.train()
         finally:
+            runner.run.close()
             runner.strategy.close()
     logs = sorted(folder.glob("*/vis_data/scalars.json"))
     records = [json.loads(line) for line in logs[-1].read_text().splitlines()]
@@ -158,6 +162,15 @@ def test_an_average_is_refused_where_they_are_not(two: Ranks, folder: Path, opti
     assert all("EMAHook averages the weights that lie in the model" in said for said in told)
 
 
+@pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
+def test_a_model_is_evaluated_without_an_optimizer(two: Ranks, folder: Path, options: dict[str, Any]) -> None:
+    """`stratagem test` prepares the model alone, and sees what the training's last evaluation saw."""
+    strategy = {"type": "DeepSpeedStrategy", **options}
+    trained = two.run(run, strategy, folder)[0]
+    seen = two.run(run, strategy, folder, load_from=str(folder / "epoch_3"), evaluates=True)[0]
+    assert seen["accuracy"] == pytest.approx(trained["accuracy"][-1])
+
+
 def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
     """auto_scale_lr counts ranks and samples, as under every strategy."""
     changes = {"auto_scale_lr": {"enable": True, "base_batch_size": 32}}
@@ -169,7 +182,7 @@ def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("strategy", "changes", "said"),
     [
-        ({"gradient_clipping": 2.0}, {}, r"gradient_clipping=2.0, but .* max_norm=1.0"),
+        ({"gradient_clipping": 2.0}, {}, r"gradient_clipping=2.0, but .*max_norm=1.0"),
         ({"gradient_accumulation_steps": 4}, {}, r"gradient_accumulation_steps=4, but .* accumulative_counts is 1"),
         ({"train_micro_batch_size_per_gpu": 3}, {}, "gives a rank 8 samples"),
         ({"train_batch_size": 64}, {}, "8 samples x 1 accumulated x 2 ranks"),

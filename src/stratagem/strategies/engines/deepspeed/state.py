@@ -119,26 +119,28 @@ class DeepSpeedState(StateAccess):
         fragment = None if memory is None else memory.fragments.get(value)
         shape = whole_shape(value)
         if memory is not None and fragment is not None:
-            return _part(fragment.of(fragment.flat), fragment.start, shape, spread=memory.spread)
+            return _part(fragment, fragment.flat, shape) if memory.spread else fragment.flat.detach()
         values, start = held_values(value)
-        return _part(values, start, shape, spread=values.numel() < shape.numel())
+        return values if values.shape == shape else Pieces.of_range(values, start, shape)
 
     def _write(self, parameter: nn.Parameter, value: Tensor | Pieces) -> None:
         memory = self._placement.memory
         fragment = None if memory is None else memory.fragments.get(parameter)
-        if fragment is not None:
+        if memory is None or fragment is None:
+            target, start = held_values(parameter)
+        elif memory.spread:
             target, start = fragment.of(fragment.flat), fragment.start
         else:
-            target, start = held_values(parameter)
-        target.copy_(take_range(value, start, start + target.numel()))
+            target, start = fragment.flat.detach(), 0
+        target.copy_(take_range(value, start, start + target.numel()).view(target.shape))
 
     def _slots(self, optim: EngineOptim, parameter: nn.Parameter, fragment: Fragment) -> dict[str, Any]:
         """Return a parameter's moments; those of the whole stretch that it shares are each parameter's own."""
         shape = whole_shape(parameter)
         state = optim.optimizer.state.get(fragment.flat, {})
         return {
-            key: _part(fragment.of(value), fragment.start, shape, spread=optim.memory.spread)
-            if _is_elementwise(key, value, fragment.flat.shape)
+            key: _part(fragment, value, shape)
+            if optim.memory.spread and _is_elementwise(key, value, fragment.flat.shape)
             else value
             for key, value in state.items()
         }
@@ -150,18 +152,18 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def held_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Return the elements that this rank holds of a parameter that no optimizer steps, flat, and where they begin."""
+    """Return what this rank holds of a parameter that no optimizer steps, and where it begins: all of it, or a flat part."""
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
-        return parameter.detach().reshape(-1), 0
+        return parameter.detach(), 0
     start = min(part.numel() * torch.distributed.get_rank(), cast("Any", parameter).ds_numel)
     return part.detach().view(-1)[: cast("Any", parameter).ds_numel - start], start
 
 
-def _part(values: Tensor, start: int, shape: torch.Size, *, spread: bool) -> Tensor | Pieces:
-    if not spread:
-        return values.view(shape)
-    return Pieces.of_range(values, start, shape) if values.numel() else Pieces.nothing(values.dtype, shape)
+def _part(fragment: Fragment, tensor: Tensor, shape: torch.Size) -> Pieces:
+    """Return what this rank has of a parameter, from a tensor that lies as what is stepped does."""
+    values = fragment.of(tensor)
+    return Pieces.of_range(values, fragment.start, shape) if values.numel() else Pieces.nothing(values.dtype, shape)
 
 
 def _is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
@@ -209,7 +211,10 @@ def _write_slots(
         kept[key].zero_()
         for each, value in values.items():
             fragment = owners[each]
-            fragment.of(kept[key]).copy_(take_range(value, fragment.start, fragment.start + fragment.count))
+            part = take_range(value, fragment.start, fragment.start + fragment.count)
+            # One that is stepped whole may have any strides.
+            target = kept[key] if fragment.count == kept[key].numel() else fragment.of(kept[key])
+            target.copy_(part.view(target.shape))
 
 
 def _agreed(key: str, values: Mapping[str, Any]) -> Any:
