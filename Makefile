@@ -3,9 +3,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LAUNCHERS := .venv/.launchers
+DEEPSPEED := .venv-deepspeed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help setup train train-text test test-fast test-launch faults matrix check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed faults matrix check format bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,18 @@ test-fast: setup ## Run the tests that start no processes.
 test-launch: $(LAUNCHERS) ## Run the tests on real launchers: torchrun, mpirun, SLURM, Ray, two hosts.
 	@tests/launchers/install.sh
 	$(BIN)/python -m pytest -m launchers tests/launchers
+
+test-deepspeed: $(DEEPSPEED)/.installed ## Train with DeepSpeed on 2 and 4 ranks, in an environment of its own.
+	TORCH_EXTENSIONS_DIR=$(CURDIR)/$(DEEPSPEED)/operators PATH=$(CURDIR)/$(DEEPSPEED)/bin:$(PATH) \
+		$(DEEPSPEED)/bin/python -m pytest -m deepspeed tests/engines/deepspeed
+
+$(DEEPSPEED)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(DEEPSPEED) (once; two minutes) ..."
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools wheel
+	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[deepspeed]' pytest pytest-timeout hypothesis psutil
+	@touch $@
 
 $(LAUNCHERS): $(INSTALLED)
 	@echo "Installing Ray and mpi4py (once; half a gigabyte) ..."

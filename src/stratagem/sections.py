@@ -31,6 +31,8 @@ _MODEL = Section(registry=MODELS, keys={"data_preprocessor": Section(registry=MO
 _OPTIM_WRAPPER = Section(
     registry=OPTIM_WRAPPERS,
     default_type="OptimWrapper",
+    # A strategy may have its own: then it says so where there is none at all.
+    supplied=frozenset({"optimizer"}),
     keys={
         "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params"})),
         "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
+from stratagem.checkpoint.foreign import is_deepspeed_folder
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
 from stratagem.checkpoint.pointer import pointed_at
 from stratagem.checkpoint.single_file import SingleFileFormat
@@ -69,6 +70,8 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Candidate]:
 def _look_at(entry: Path) -> Candidate | None:
     numbered = _NUMBERED.fullmatch(entry.name)
     number = int(numbered["number"]) if numbered else 0
+    if numbered and is_deepspeed_folder(entry):
+        return Candidate(entry.stat().st_mtime, number, entry)
     if entry.is_dir() and (numbered or (entry / MANIFEST).is_file()):
         try:
             manifest = read_manifest(entry)

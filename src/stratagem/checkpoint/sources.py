@@ -7,14 +7,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
 
 from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory
 from stratagem.checkpoint.download import fetch_http
-from stratagem.checkpoint.foreign import HuggingFaceFormat
+from stratagem.checkpoint.foreign import HuggingFaceFormat, is_deepspeed_folder, read_deepspeed_folder
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.hubs import fetch_hugging_face, fetch_open_mmlab, fetch_timm, fetch_torchvision
 from stratagem.checkpoint.manifest import MANIFEST
@@ -114,6 +114,8 @@ def read_any(
     is_ours = (path / MANIFEST).is_file()
     if is_dcp_directory(path):
         return team.own(lambda: _read_dcp(path, map_location, parts))
+    if not is_ours and is_deepspeed_folder(path):
+        return team.own(lambda: _moved(read_deepspeed_folder(path, parts=parts), map_location))
     if not is_ours and HuggingFaceFormat.reads(path):
         return team.own(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
     return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
@@ -128,6 +130,15 @@ def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | N
     if "model" in tree and "state_dict" not in tree:
         tree["state_dict"] = tree.pop("model")
     return tree
+
+
+def _moved(node: Any, device: torch.device | str) -> Any:
+    """Return a tree with its tensors on a device."""
+    if isinstance(node, Tensor):
+        return node.to(device)
+    if isinstance(node, dict):
+        return {key: _moved(value, device) for key, value in node.items()}
+    return [_moved(value, device) for value in node] if isinstance(node, list) else node
 
 
 def _beside(path: Path) -> str:

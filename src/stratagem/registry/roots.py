@@ -10,6 +10,7 @@ _SCOPE = "stratagem"
 _MODULE = "torch.nn:Module"
 _OPTIMIZER = "torch.optim:Optimizer"
 _METRIC = "torchmetrics:Metric"
+_DEEPSPEED = "stratagem.strategies.engines.deepspeed"
 _SCHEDULES = "stratagem.optim.schedules.bindings"
 _SCHEDULE_NAMES = (
     *(
@@ -60,7 +61,17 @@ OPTIMIZERS = Registry(
     "optimizer",
     scope=_SCOPE,
     # torch's own imports a compiler of scripts, so it is loaded when it is named.
-    ready={"ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer"},
+    ready={
+        "ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer",
+        "DeepSpeedCPUAdam": "deepspeed.ops.adam:DeepSpeedCPUAdam",
+        "DeepSpeedCPULion": "deepspeed.ops.lion:DeepSpeedCPULion",
+        "FusedAdam": "deepspeed.ops.adam:FusedAdam",
+        "FusedLion": "deepspeed.ops.lion:FusedLion",
+        "FusedLamb": "deepspeed.ops.lamb:FusedLamb",
+        "OnebitAdam": "deepspeed.runtime.fp16.onebit.adam:OnebitAdam",
+        "OnebitLamb": "deepspeed.runtime.fp16.onebit.lamb:OnebitLamb",
+        "ZeroOneAdam": "deepspeed.runtime.fp16.onebit.zoadam:ZeroOneAdam",
+    },
     families=(
         Members("torch.optim", _OPTIMIZER, {"TorchAdafactor": "Adafactor"}),
         Members("schedulefree", _OPTIMIZER, prefix="schedulefree."),
@@ -74,6 +85,8 @@ OPTIM_WRAPPERS = Registry(
     ready={
         "OptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
         "AmpOptimWrapper": "stratagem.optim.precision:AmpOptimWrapper",
+        # MMEngine's name: the strategy makes what DeepSpeed needs of it.
+        "DeepSpeedOptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
     },
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
@@ -95,6 +108,7 @@ STRATEGIES = Registry(
         "SingleDeviceStrategy": "stratagem.strategies.single:SingleDeviceStrategy",
         "DDPStrategy": "stratagem.strategies.ddp:DDPStrategy",
         "FSDPStrategy": "stratagem.strategies.fsdp:FSDPStrategy",
+        "DeepSpeedStrategy": f"{_DEEPSPEED}:DeepSpeedStrategy",
     },
 )
 RUNNERS = Registry(

@@ -1,0 +1,50 @@
+"""The loss scale of DeepSpeed's float16, in the form that torch's ``GradScaler`` keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+__all__ = ["read_loss_scale", "write_loss_scale"]
+
+_FACTOR: Final = 2.0
+# What torch's form has no place for.
+_OWN: Final = "hysteresis"
+
+
+def read_loss_scale(optimizer: Any) -> dict[str, Any]:
+    """Return the state of the loss scale; ``optimizer`` is DeepSpeed's, of any stage."""
+    scaler = _scaler(optimizer)
+    state: dict[str, Any] = {"scale": float(scaler.cur_scale), "growth_factor": _FACTOR, "backoff_factor": 1 / _FACTOR}
+    if not _is_dynamic(scaler):
+        return {**state, "growth_interval": 1, "_growth_tracker": 0}
+    sound = scaler.cur_iter - scaler.last_overflow_iter - 1
+    state |= {"growth_interval": scaler.scale_window, "_growth_tracker": sound}
+    return state if _hysteresis(scaler) is None else {**state, _OWN: _hysteresis(scaler)}
+
+
+def write_loss_scale(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Go on with a saved loss scale, of DeepSpeed's or of torch's; one that was chosen to stay as it is stays."""
+    scaler = _scaler(optimizer)
+    if not _is_dynamic(scaler):
+        return
+    scaler.cur_scale = float(state["scale"])
+    # Only their difference counts.
+    scaler.last_overflow_iter = -1
+    scaler.cur_iter = int(state["_growth_tracker"])
+    if _OWN in state and _hysteresis(scaler) is not None:
+        scaler.cur_hysteresis = int(state[_OWN])
+
+
+def _scaler(optimizer: Any) -> Any:
+    # Stage 0 keeps it elsewhere than the others.
+    config = getattr(optimizer, "loss_scale_config", None)
+    return optimizer.loss_scaler if config is None else config
+
+
+def _is_dynamic(scaler: Any) -> bool:
+    return bool(getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)))
+
+
+def _hysteresis(scaler: Any) -> int | None:
+    return getattr(scaler, "cur_hysteresis", None)

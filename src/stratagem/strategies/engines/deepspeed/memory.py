@@ -1,0 +1,246 @@
+"""Where DeepSpeed keeps what it trains: the part of each parameter that this rank updates, in the engine's own memory."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from stratagem.dist import all_reduce
+
+__all__ = ["Fragment", "Memory", "WholeMasters", "WholeParameters", "ZeroFlat", "ZeroPartitioned"]
+
+Owners = dict[nn.Parameter, "Fragment"]
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """Consecutive elements of a parameter that this rank updates.
+
+    Attributes:
+        flat: what the optimizer steps; its state has tensors of the same shape.
+        offset: where in ``flat`` the elements are.
+        start: where in the parameter they are.
+        count: how many there are, maybe 0.
+    """
+
+    flat: Tensor
+    offset: int
+    start: int
+    count: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these elements of ``flat``, or of a tensor of its shape: a view."""
+        return tensor.detach().view(-1)[self.offset : self.offset + self.count]
+
+
+class Memory(ABC):
+    """The memory of one kind of DeepSpeed's optimizers.
+
+    Attributes:
+        fragments: for each parameter that is trained, the elements that this rank updates.
+        spread: whether ranks update different elements; else each has all.
+        empties_groups: whether the optimizer's groups are filled by the engine while it steps alone.
+        clips: whether the engine clips gradients itself.
+    """
+
+    fragments: Owners
+    spread: bool = True
+    empties_groups: bool = False
+    clips: bool = True
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor]:
+        """Return this rank's gradients of a complete window, each element once over all ranks where they are spread."""
+
+    @abstractmethod
+    def forget_gradients(self) -> None:
+        """Drop the gradients of this window."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Let the weights that compute follow those that are updated, on every rank. Collective."""
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply the gradients of a complete window."""
+        for gradient in self.gradients():
+            gradient.mul_(factor)
+
+    def norm(self) -> Tensor:
+        """Return the norm of all gradients. Collective where they are spread."""
+        parts = [part for part in self.gradients() if part.numel()]
+        norm = torch.zeros(()) if not parts else torch.stack(torch._foreach_norm(parts, 2.0)).float().norm()
+        if self.spread:
+            norm = norm.square()
+            all_reduce(norm)
+            norm = norm.sqrt()
+        return norm
+
+    def flats(self) -> Iterator[Tensor]:
+        """Yield what the optimizer steps, each once."""
+        yield from {id(fragment.flat): fragment.flat for fragment in self.fragments.values()}.values()
+
+
+@final
+class WholeParameters(Memory):
+    """Stage 0 in the parameters' own type: the optimizer steps the parameters.
+
+    Args:
+        trained: the parameters of the optimizer.
+    """
+
+    spread = False
+    # DeepSpeed 0.19 would, but fails where a parameter is a single number.
+    clips = False
+
+    def __init__(self, trained: list[nn.Parameter]) -> None:
+        self.fragments = {each: Fragment(each, 0, 0, each.numel()) for each in trained}
+
+    def gradients(self) -> list[Tensor]:
+        return [each.grad for each in self.fragments if each.grad is not None]
+
+    def forget_gradients(self) -> None:
+        for each in self.fragments:
+            each.grad = None
+
+    def publish(self) -> None:
+        """They are the same."""
+
+
+@final
+class WholeMasters(Memory):
+    """Stage 0 in 16 bits: every rank steps float32 masters of all parameters.
+
+    Args:
+        optimizer: DeepSpeed's.
+    """
+
+    spread = False
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self.fragments = {
+            parameter: Fragment(master, 0, 0, master.numel())
+            for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+            for parameter, master in zip(group, masters, strict=True)
+        }
+
+    def gradients(self) -> list[Tensor]:
+        return [each.grad for each in self.fragments if each.grad is not None]
+
+    def forget_gradients(self) -> None:
+        self._optimizer.zero_grad()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        for parameter, fragment in self.fragments.items():
+            parameter.copy_(fragment.flat)
+
+
+@final
+class ZeroFlat(Memory):
+    """Stages 1 and 2: the parameters of a group lie one after another, and each rank steps a stretch of them.
+
+    Args:
+        optimizer: DeepSpeed's.
+        rank: this process's.
+    """
+
+    def __init__(self, optimizer: Any, rank: int) -> None:
+        self._optimizer = optimizer
+        self.fragments = {}
+        for index, group in enumerate(optimizer.round_robin_bit16_groups):
+            flat = optimizer.single_partition_of_fp32_groups[index]
+            begin = rank * optimizer.partition_size[index]
+            end = begin + optimizer.partition_size[index]
+            for parameter, place in zip(group, optimizer.round_robin_bit16_offsets[index], strict=True):
+                first, last = max(begin, place), min(end, place + parameter.numel())
+                count = max(0, last - first)
+                self.fragments[parameter] = Fragment(
+                    flat, first - begin if count else 0, first - place if count else 0, count
+                )
+
+    def gradients(self) -> list[Tensor]:
+        if self._optimizer.cpu_offload:
+            return [flat.grad for flat in self._optimizer.single_partition_of_fp32_groups]
+        return [part for parts in self._optimizer.averaged_gradients.values() for part in parts or ()]
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        super().scale_gradients(factor)
+        if self._optimizer.cpu_offload:
+            _scale_noted_norms(self._optimizer, factor)
+
+    def forget_gradients(self) -> None:
+        own = self._optimizer
+        own.micro_step_id = -1
+        own.zero_grad(set_to_none=True)
+        for kept in (own.averaged_gradients, own.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
+        if own.cpu_offload:
+            own._offload_accumulated_param_ids = set()
+            own.reset_cpu_buffers()
+            for flat in own.single_partition_of_fp32_groups:
+                flat.grad.zero_()
+
+    def publish(self) -> None:
+        self._optimizer.update_lp_params()
+
+
+@final
+class ZeroPartitioned(Memory):
+    """Stage 3: each parameter is cut into equal parts, one a rank.
+
+    Args:
+        optimizer: DeepSpeed's.
+        rank: this process's.
+    """
+
+    empties_groups = True
+
+    def __init__(self, optimizer: Any, rank: int) -> None:
+        self._optimizer = optimizer
+        self.fragments = {}
+        for group in optimizer.fp16_groups:
+            for parameter in group:
+                index, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+                start = min(rank * part, parameter.ds_numel)
+                count = min(part, parameter.ds_numel - start)
+                self.fragments[parameter] = Fragment(
+                    optimizer.fp32_partitioned_groups_flat[index], offset, start, count
+                )
+
+    def gradients(self) -> list[Tensor]:
+        if self._optimizer.offload_optimizer:
+            return [flat.grad for flat in self._optimizer.fp32_partitioned_groups_flat]
+        return [part for parts in self._optimizer.averaged_gradients.values() for part in parts or ()]
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        super().scale_gradients(factor)
+        if self._optimizer.offload_optimizer:
+            _scale_noted_norms(self._optimizer, factor)
+
+    def forget_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._optimizer.offload_optimizer:
+            self._optimizer.reset_cpu_buffers()
+            for flat in self._optimizer.fp32_partitioned_groups_flat:
+                flat.grad.zero_()
+        else:
+            self._optimizer.averaged_gradients = {}
+
+    def publish(self) -> None:
+        self._optimizer.checkpoint_event_prologue()
+        for index in range(len(self._optimizer.fp16_groups)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        self._optimizer.checkpoint_event_epilogue()
+
+
+def _scale_noted_norms(optimizer: Any, factor: Tensor) -> None:
+    """Scale the norms that DeepSpeed noted in the backward pass, by which it clips what it has offloaded."""
+    noted = optimizer.norm_for_param_grads
+    noted.update({key: norm * factor for key, norm in noted.items()})

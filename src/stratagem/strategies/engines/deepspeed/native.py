@@ -1,0 +1,70 @@
+"""Checkpoints in DeepSpeed's own form, for those who go on with other programs."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from typing import Final, final
+
+from stratagem.checkpoint import StateTree, gather_tree
+from stratagem.checkpoint.foreign import DEEPSPEED_STATE
+from stratagem.dist import Team
+from stratagem.errors import CheckpointError
+from stratagem.storage import atomic_directory
+from stratagem.strategies.engines.deepspeed.optim import EngineOptim
+from stratagem.utils import absolute
+
+__all__ = ["NativeWriter"]
+
+_TAG: Final = "state"
+# What DeepSpeed saves itself.
+_ENGINES: Final = frozenset({"state_dict", "optimizer"})
+
+
+@final
+class NativeWriter:
+    """Writes what :meth:`ComposedStrategy.save_checkpoint` gives: model and optimizer by the engine, all else beside them.
+
+    Args:
+        optim: the engine's optimizer wrapper.
+        exclude_frozen_parameters: whether parameters that do not learn are left out.
+    """
+
+    def __init__(self, optim: EngineOptim, *, exclude_frozen_parameters: bool) -> None:
+        self._optim = optim
+        self._exclude = exclude_frozen_parameters
+
+    def __call__(self, tree: StateTree, filename: str | os.PathLike[str], team: Team) -> None:
+        """Publish the folder by one rename, when every rank has written its part. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if it cannot be written.
+        """
+        path = absolute(filename)
+        if path.suffix:
+            raise CheckpointError(
+                f"{path}: checkpoint_format='deepspeed' writes a folder, and the name is that of a file. Leave {path.suffix} "
+                "out, or use checkpoint_format='portable'."
+            )
+        rest = gather_tree({key: value for key, value in tree.items() if key not in _ENGINES}, team)
+        if "optimizer" in tree:
+            rest["optimizer"] = self._described(tree["optimizer"])
+        with ExitStack() as aside:
+            folder = team.first(lambda: aside.enter_context(atomic_directory(path)))
+            aside.enter_context(self._optim.engines_groups())
+            team.own(
+                lambda: self._optim.engine.save_checkpoint(
+                    str(folder),
+                    tag=_TAG,
+                    client_state={DEEPSPEED_STATE: rest} if team.leads else {},
+                    exclude_frozen_parameters=self._exclude,
+                )
+            )
+            team.first(aside.close)
+
+    def _described(self, state: StateTree) -> StateTree:
+        """Return what DeepSpeed does not tell of the optimizer's state: which parameters its numbers stand for."""
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        parameters = [each for group in self._optim.groups for each in group.parameters]
+        trained = [name for name, each in zip(names, parameters, strict=True) if each in self._optim.memory.fragments]
+        return {**{key: value for key, value in state.items() if key != "state"}, "trained": trained}

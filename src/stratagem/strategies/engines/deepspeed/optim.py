@@ -1,0 +1,189 @@
+"""The optimizer wrapper of a model that DeepSpeed's engine trains."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from stratagem.errors import ConfigValueError, PlacementError, TrainingError
+from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
+from stratagem.strategies.engines.deepspeed.loss_scale import read_loss_scale, write_loss_scale
+from stratagem.strategies.engines.deepspeed.memory import Memory
+
+__all__ = ["EngineOptim", "KeptGroup", "require_plain_wrapper"]
+
+logger = logging.getLogger(__name__)
+
+_COUNTS: Final = ("inner_count", "attempts", "updates")
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KeptGroup:
+    """A group as it was before DeepSpeed put parts in the place of its parameters.
+
+    Attributes:
+        options: the optimizer's own mapping, which schedules change.
+        parameters: the model's, frozen ones among them.
+    """
+
+    options: dict[str, Any]
+    parameters: tuple[nn.Parameter, ...]
+
+
+@final
+class EngineOptim(AccumulatingOptimWrapper):
+    """Computes gradients and updates by DeepSpeed's engine: exchange, accumulation, clipping and the loss scale are its own.
+
+    Windows are counted here, so that the last and shorter one is divided by its own length.
+
+    Args:
+        engine: DeepSpeed's; it stays an attribute, like ``memory`` and ``groups``.
+        memory: where the engine keeps gradients and what it updates.
+        settings: the wrapper that was configured; its optimizer is the engine's.
+        groups: the optimizer's groups as they were.
+        dtype: what the model computes in; None for its own types.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        memory: Memory,
+        settings: OptimWrapper,
+        groups: Sequence[KeptGroup],
+        *,
+        dtype: torch.dtype | None,
+    ) -> None:
+        scales = dtype == torch.float16
+        super().__init__(
+            settings.optimizer,
+            accumulative_counts=settings.accumulative_counts,
+            nonfinite="skip" if scales else settings.nonfinite,
+        )
+        self.groups = tuple(groups)
+        self.memory = memory
+        self.engine = engine
+        self._clipping = settings.clipping
+        self._scales = scales
+        # Where DeepSpeed scales the loss itself, it does so in its backward pass.
+        self._scales_here = scales and not memory.spread
+        self._show_flats()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups themselves, with those that have nothing to train."""
+        return [group.options for group in self.groups]
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Add the gradient of a loss; of torch's options ``retain_graph`` alone is known to the engine."""
+        options = dict(kwargs if self.watch is None else self.watch.begin(loss, kwargs))
+        if "gradient" in options:
+            loss = loss * options.pop("gradient")
+        if set(options) - {"retain_graph"}:
+            raise PlacementError(f"DeepSpeed's backward pass does not know {', '.join(sorted(options))}. Leave it out.")
+        if self._scales:
+            # The product with the scale leaves the range of float16.
+            loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_here else 1.0)
+        self.engine.set_gradient_accumulation_boundary(self.should_sync())
+        self.engine.backward(loss, scale_wrt_gas=False, **options)
+        self.inner_count += 1
+
+    def step(self, **kwargs: Any) -> None:
+        if kwargs:
+            raise PlacementError(f"DeepSpeed's step does not know {', '.join(sorted(kwargs))}. Leave it out.")
+        micro_batches = self.pending
+        self._window_start = self.inner_count
+        self.attempts += 1
+        if not self._admitted(micro_batches):
+            self.zero_grad()
+            return
+        with self.engines_groups():
+            self.engine.step()
+        if self.engine.was_step_applied():
+            self.updates += 1
+            return
+        # The engine has dropped the gradients.
+        logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Forget the gradients of every parameter."""
+        self.memory.forget_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = {"loss_scaler": read_loss_scale(self.engine.optimizer)} if self._scales else {}
+        return {**super().state_dict(), **scaler}
+
+    def load_counts(self, state: Mapping[str, Any]) -> None:
+        """Take up the counts and the loss scale of a saved state."""
+        counts = state.get("counts", {})
+        for name in _COUNTS:
+            setattr(self, name, int(counts.get(name, getattr(self, name))))
+        self._saved_pending = counts.get("pending")
+        self._window_start = self.inner_count
+        self._forget_weights()
+        if self._scales and "loss_scaler" in state:
+            write_loss_scale(self.engine.optimizer, state["loss_scaler"])
+
+    def _admitted(self, micro_batches: int) -> bool:
+        """Weigh the window's gradients; tell whether the engine may step with them. Collective."""
+        if self._weight is not None:
+            self.memory.scale_gradients(self._weighed(micro_batches))
+        if self._clipping is None and self._nonfinite is None and self.watch is None:
+            return True
+        norm = self.memory.norm()
+        self.grad_norm = norm / self.engine.optimizer.loss_scale if self._scales else norm
+        # First, since it says more of what it refuses. An overflow of float16 is the engine's to see: it lowers its scale.
+        if self.watch is not None and not self.watch.admits([], norm) and not self._scales:
+            return False
+        if self._nonfinite == "error" and not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"The norm of the gradients is {norm.item()}. Lower the learning rate, look for a division by zero or a "
+                'logarithm in the loss, or set nonfinite="skip" in the optimizer wrapper.'
+            )
+        if not self._scales and self._nonfinite is not None and not bool(torch.isfinite(norm)):
+            logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+            return False
+        if self._clipping is not None and not self.memory.clips:
+            self._clipping.apply(self.memory.gradients(), norm)
+        return True
+
+    @contextmanager
+    def engines_groups(self) -> Iterator[None]:
+        """Let the groups be as the engine left them, for the length of its step."""
+        if self.memory.empties_groups:
+            for group in self.groups:
+                group.options["params"] = []
+        yield
+        self._show_flats()
+
+    def _show_flats(self) -> None:
+        """Put what is stepped into groups that the engine keeps empty between steps: others ask them for a device."""
+        for group in self.groups if self.memory.empties_groups else ():
+            fragments = [self.memory.fragments[each] for each in group.parameters if each in self.memory.fragments]
+            group.options["params"] = list({id(each.flat): each.flat for each in fragments}.values())
+
+
+def require_plain_wrapper(optim: object) -> OptimWrapper:
+    """Return the wrapper whose settings the engine takes over.
+
+    Raises:
+        PlacementError: if it is another kind, or clips in a way that the engine does not know.
+    """
+    if not isinstance(optim, OptimWrapper):
+        raise PlacementError(
+            f"DeepSpeed trains with one optimizer in an OptimWrapper, and this is {type(optim).__name__}. In the place of "
+            "AmpOptimWrapper use type='OptimWrapper' with DeepSpeedStrategy(bf16=dict(enabled=True)) or "
+            "fp16=dict(enabled=True); several optimizers need another strategy."
+        )
+    clipping = optim.clipping
+    if clipping is not None and not (clipping.by_norm and clipping.norm_type == 2.0):
+        raise ConfigValueError(
+            "DeepSpeed clips by the 2-norm of all gradients alone. Give clip_grad=dict(max_norm=...), or leave it out."
+        )
+    return optim

@@ -1,0 +1,234 @@
+"""How the state of what DeepSpeed trains is read and written: in the engine's own memory, under the model's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, cast, final
+
+import torch
+from torch import Tensor, nn
+
+from stratagem.checkpoint import (
+    LoadReport,
+    Pieces,
+    StateTree,
+    fit_state,
+    optimizer_by_index,
+    optimizer_by_name,
+    take_range,
+)
+from stratagem.errors import CheckpointMismatchError
+from stratagem.optim import all_finite
+from stratagem.parallel import AnyOptim
+from stratagem.strategies.engines.deepspeed.memory import Fragment
+from stratagem.strategies.engines.deepspeed.optim import EngineOptim
+from stratagem.strategies.engines.deepspeed.placement import DeepSpeedPlacement
+from stratagem.strategies.state_access import StateAccess
+
+__all__ = ["DeepSpeedState"]
+
+# What optimizers keep for a tensor as a whole, also where it has one element.
+_OF_THE_WHOLE: Final = frozenset({"step", "mu", "eta", "mu_product"})
+
+
+@final
+class DeepSpeedState(StateAccess):
+    """Reads parts of float32 masters and moments where the engine has them, and writes them there.
+
+    Args:
+        placement: knows the engine's memory.
+    """
+
+    def __init__(self, placement: DeepSpeedPlacement) -> None:
+        self._placement = placement
+
+    def model_state(self, model: nn.Module) -> StateTree:
+        return {name: self._read(value) for name, value in model.state_dict(keep_vars=True).items()}
+
+    def load_model_state(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        *,
+        strict: bool,
+        revise_keys: Sequence[tuple[str, str]],
+        may_miss: Sequence[str],
+    ) -> LoadReport:
+        own = model.state_dict(keep_vars=True)
+        parameters = {name: value for name, value in own.items() if isinstance(value, nn.Parameter)}
+        whole = {name: torch.empty(whole_shape(each), device="meta") for name, each in parameters.items()}
+        report, values = fit_state(
+            model, {**own, **whole}, state, strict=strict, revise_keys=revise_keys, may_miss=may_miss
+        )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if name in values:
+                    self._write(parameter, values[name])
+        rest = {name: value for name, value in values.items() if name in own and name not in parameters}
+        model.load_state_dict(rest, strict=False)
+        if self._placement.memory is not None:
+            self._placement.memory.publish()
+        return report
+
+    def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
+        own = cast("EngineOptim", optim)
+        parameters = [each for group in own.groups for each in group.parameters]
+        index_of = {each: index for index, each in enumerate(parameters)}
+        slots = {index_of[each]: self._slots(own, each, fragment) for each, fragment in own.memory.fragments.items()}
+        by_index = {
+            **own.state_dict(),
+            "state": {index: slots[index] for index in sorted(slots) if slots[index]},
+            "param_groups": [
+                {**group.options, "params": [index_of[each] for each in group.parameters]} for group in own.groups
+            ],
+        }
+        return optimizer_by_name(by_index, _names(own, model))
+
+    def load_optim_state(
+        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str]
+    ) -> None:
+        own = cast("EngineOptim", optim)
+        if "param_groups" not in state:
+            raise CheckpointMismatchError(
+                f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of "
+                "several optimizers, and this run has one. Resume with resume_optimizer=False."
+            )
+        names = _names(own, model)
+        by_index = optimizer_by_index(state, names, [group.options for group in own.groups], may_miss=may_miss)
+        parameters = [each for group in own.groups for each in group.parameters]
+        flat_names = [name for group in names for name in group]
+        saved = {each: (flat_names[index], by_index["state"].get(index) or {}) for index, each in enumerate(parameters)}
+        for flat, owners in _by_flat(own.memory.fragments):
+            slots = {each: saved[each] for each in owners}
+            _write_slots(own.optimizer.state, flat, owners, slots)
+        for group, options in zip(own.groups, by_index["param_groups"], strict=True):
+            group.options.update({key: value for key, value in options.items() if key not in ("params", "param_names")})
+        own.load_counts(state)
+
+    def weights_are_finite(self, model: nn.Module) -> bool:
+        memory = self._placement.memory
+        flats = [] if memory is None else [flat.detach() for flat in memory.flats()]
+        trained = {} if memory is None else memory.fragments
+        rest = [held_values(each)[0] for each in model.parameters() if each not in trained]
+        return all_finite([*flats, *rest])
+
+    def _read(self, value: Any) -> Any:
+        if not isinstance(value, nn.Parameter):
+            return value.detach() if isinstance(value, Tensor) else value
+        memory = self._placement.memory
+        fragment = None if memory is None else memory.fragments.get(value)
+        shape = whole_shape(value)
+        if memory is not None and fragment is not None:
+            return _part(fragment, fragment.flat, shape) if memory.spread else fragment.flat.detach()
+        values, start = held_values(value)
+        return values if values.shape == shape else Pieces.of_range(values, start, shape)
+
+    def _write(self, parameter: nn.Parameter, value: Tensor | Pieces) -> None:
+        memory = self._placement.memory
+        fragment = None if memory is None else memory.fragments.get(parameter)
+        if memory is None or fragment is None:
+            target, start = held_values(parameter)
+        elif memory.spread:
+            target, start = fragment.of(fragment.flat), fragment.start
+        else:
+            target, start = fragment.flat.detach(), 0
+        target.copy_(take_range(value, start, start + target.numel()).view(target.shape))
+
+    def _slots(self, optim: EngineOptim, parameter: nn.Parameter, fragment: Fragment) -> dict[str, Any]:
+        """Return a parameter's moments; those of the whole stretch that it shares are each parameter's own."""
+        shape = whole_shape(parameter)
+        state = optim.optimizer.state.get(fragment.flat, {})
+        return {
+            key: _part(fragment, value, shape)
+            if optim.memory.spread and _is_elementwise(key, value, fragment.flat.shape)
+            else value
+            for key, value in state.items()
+        }
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter, of which stage 3 leaves a part in each process."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def held_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Return what this rank holds of a parameter that no optimizer steps, and where it begins: all of it, or a flat part."""
+    part = getattr(parameter, "ds_tensor", None)
+    if part is None:
+        return parameter.detach(), 0
+    start = min(part.numel() * torch.distributed.get_rank(), cast("Any", parameter).ds_numel)
+    return part.detach().view(-1)[: cast("Any", parameter).ds_numel - start], start
+
+
+def _part(fragment: Fragment, tensor: Tensor, shape: torch.Size) -> Pieces:
+    """Return what this rank has of a parameter, from a tensor that lies as what is stepped does."""
+    values = fragment.of(tensor)
+    return Pieces.of_range(values, fragment.start, shape) if values.numel() else Pieces.nothing(values.dtype, shape)
+
+
+def _is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
+    return key not in _OF_THE_WHOLE and isinstance(value, Tensor | Pieces) and value.shape == shape
+
+
+def _names(optim: EngineOptim, model: nn.Module) -> list[list[str]]:
+    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        [known.get(id(each), f"unnamed.{index}.{place}") for place, each in enumerate(group.parameters)]
+        for index, group in enumerate(optim.groups)
+    ]
+
+
+def _by_flat(fragments: Mapping[nn.Parameter, Fragment]) -> Iterator[tuple[Tensor, dict[nn.Parameter, Fragment]]]:
+    flats: dict[int, tuple[Tensor, dict[nn.Parameter, Fragment]]] = {}
+    for parameter, fragment in fragments.items():
+        flats.setdefault(id(fragment.flat), (fragment.flat, {}))[1][parameter] = fragment
+    yield from flats.values()
+
+
+def _write_slots(
+    state: dict[Tensor, Any],
+    flat: Tensor,
+    owners: Mapping[nn.Parameter, Fragment],
+    saved: Mapping[nn.Parameter, tuple[str, Mapping[str, Any]]],
+) -> None:
+    """Write the moments of the parameters that lie in one stretch of memory; those that have none get zeros."""
+    given = {each: slots for each, (_, slots) in saved.items() if slots}
+    if not given:
+        state.pop(flat, None)
+        return
+    kept = state.setdefault(flat, {})
+    for key in dict.fromkeys(key for slots in given.values() for key in slots):
+        values = {each: slots[key] for each, slots in given.items() if slots.get(key) is not None}
+        if not values:
+            kept[key] = None
+            continue
+        if not all(_is_elementwise(key, value, whole_shape(each)) for each, value in values.items()):
+            kept[key] = _agreed(key, {saved[each][0]: value for each, value in values.items()})
+            continue
+        dtype = next(iter(values.values())).dtype
+        if not isinstance(kept.get(key), Tensor):
+            kept[key] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
+        kept[key].zero_()
+        for each, value in values.items():
+            fragment = owners[each]
+            part = take_range(value, fragment.start, fragment.start + fragment.count)
+            # One that is stepped whole may have any strides.
+            target = kept[key] if fragment.count == kept[key].numel() else fragment.of(kept[key])
+            target.copy_(part.view(target.shape))
+
+
+def _agreed(key: str, values: Mapping[str, Any]) -> Any:
+    """Return the one value that parameters which are stepped together must have."""
+    (first_name, first), *others = values.items()
+    for name, value in others:
+        if not bool(torch.as_tensor(value == first).all()):
+            raise CheckpointMismatchError(
+                f"The optimizer's {key!r} is {_shown(first)} for {first_name!r} and {_shown(value)} for {name!r}, and "
+                "DeepSpeed steps both together. Give them groups of their own with paramwise_cfg, or resume with "
+                "resume_optimizer=False."
+            )
+    return first.clone() if isinstance(first, Tensor) else first
+
+
+def _shown(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value

@@ -1,0 +1,44 @@
+"""Groups of 2 and 4 ranks that live as long as the session, and the run that others are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import go, placed
+
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    """Two ranks."""
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    """Four ranks."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process comes to; ``at`` is its checkpoint after 6 iterations, ``end`` the one at the end."""
+    folder = tmp_path_factory.mktemp("single")
+    first = go(placed("single"), folder, stop=6, save=folder / "at")
+    rest = go(placed("single"), folder, start=6, resume=folder / "at", save=folder / "end")
+    seen = {key: first[key] + rest[key] for key in ("losses", "rates", "norms")}
+    return {**seen, "at": folder / "at", "end": folder / "end"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The test's own."""
+    return tmp_path

@@ -1,0 +1,183 @@
+"""Runs of the small language model under DeepSpeed and the strategies that it is compared with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences, _Run
+from stratagem.checkpoint import CheckpointLoader
+from stratagem.data import build_dataloader
+from stratagem.dist import all_reduce
+from stratagem.registry import STRATEGIES
+from stratagem.strategies import BaseStrategy
+from stratagem.train.hooks import ParamSchedulerHook
+
+FP32: Mapping[str, Mapping[str, Any]] = {
+    "ZeRO-0": {"zero_optimization": {"stage": 0}},
+    "ZeRO-1": {"zero_optimization": {"stage": 1}},
+    "ZeRO-2": {"zero_optimization": {"stage": 2}},
+    # Without a threshold every parameter is cut, also the small ones.
+    "ZeRO-3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+    "ZeRO-3 kept": {"zero_optimization": {"stage": 3}},
+    "ZeRO-2 offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+    "ZeRO-3 offload": {
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+            "stage3_param_persistence_threshold": 0,
+        }
+    },
+}
+OTHERS: Mapping[str, dict[str, Any]] = {
+    "single": {"type": "SingleDeviceStrategy"},
+    "DDP": {"type": "DDPStrategy"},
+    "FSDP": {"type": "FSDPStrategy"},
+}
+
+
+def placed(name: str, **options: Any) -> dict[str, Any]:
+    """Return the configuration of a strategy by its name in these tests; ``options`` are added."""
+    if name in OTHERS:
+        return {**OTHERS[name], **options}
+    return {"type": "DeepSpeedStrategy", **FP32[name], **options}
+
+
+def prepared(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> BaseStrategy:
+    """Return a strategy that is prepared to train the model of these tests."""
+    built: BaseStrategy = STRATEGIES.build(
+        {
+            "work_dir": folder,
+            "env_kwargs": {"randomness": {"seed": 0}},
+            "log_kwargs": {"log_level": changes.pop("log_level", "ERROR")},
+            **strategy,
+        }
+    )
+    try:
+        built.prepare(
+            changes.get("model", {"type": Gpt}),
+            optim_wrapper=changes.get("optim", OPTIM),
+            param_scheduler=changes.get("schedule", SCHEDULE),
+            compile=changes.get("compile", False),
+            dispatch_kwargs={
+                "epoch_length": EPOCH,
+                "max_iters": changes.get("max_iters", EPOCH),
+                "train_micro_batch_size_per_gpu": GLOBAL_BATCH // built.data_size,
+            },
+        )
+    except BaseException:
+        built.close()
+        raise
+    return built
+
+
+def go(
+    strategy: Mapping[str, Any],
+    folder: Path,
+    *,
+    start: int = 0,
+    stop: int = EPOCH,
+    resume: Path | None = None,
+    load: Path | None = None,
+    found: Path | None = None,
+    save: Path | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Train from ``start`` to ``stop``; return what was seen, with losses as means over ranks.
+
+    Args:
+        strategy: its configuration.
+        folder: the work directory.
+        start: the first iteration.
+        stop: the iteration to stop before.
+        resume: a checkpoint that is resumed before.
+        load: a checkpoint whose weights are loaded before.
+        found: where the state is saved at ``start``.
+        save: where the state is saved at ``stop``.
+        changes: other models, optimizers, schedules and so on.
+    """
+    with warnings.catch_warnings():
+        # DeepSpeed's own, and those that it makes torch give.
+        warnings.simplefilter("ignore")
+        run = prepared(strategy, folder, **changes)
+        try:
+            if resume is not None:
+                run.resume(resume)
+            if load is not None:
+                run.load_checkpoint(load)
+            if found is not None:
+                run.save_checkpoint(found, extra_ckpt={"meta": {"iter": start}})
+            seen = _train(run, start, stop)
+            if save is not None:
+                run.save_checkpoint(save, extra_ckpt={"meta": {"iter": stop}})
+            return seen
+        finally:
+            run.close()
+
+
+def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
+    loader = build_dataloader(
+        {
+            "dataset": Sentences(),
+            "batch_size": GLOBAL_BATCH // strategy.data_size,
+            "collate_fn": {"type": "default_collate"},
+        },
+        seed=strategy.seed,
+        rank=strategy.data_rank,
+        world_size=strategy.data_size,
+        training=True,
+    )
+    follow = ParamSchedulerHook()
+    run = _Run(strategy, start)
+    follow.before_train(run)
+    optim = strategy.optim_wrapper
+    seen: dict[str, Any] = {"losses": [], "rates": [], "norms": [], "others": []}
+    updates = optim.updates
+    batches = loader.batches(0, start)
+    for iteration in range(start, stop):
+        batch = next(batches)
+        seen["rates"].append(optim.get_lr()["lr"])
+        outputs = strategy.model.train_step(batch, optim_wrapper=optim)
+        follow.after_train_iter(run, iteration)
+        run.iter += 1
+        loss = outputs["loss"].float().clone()
+        all_reduce(loss, "mean")
+        seen["losses"].append(loss.item())
+        seen["others"] += [value.item() for name, value in outputs.items() if name != "loss"]
+        if optim.updates != updates:
+            updates = optim.updates
+            seen["norms"].append(None if optim.grad_norm is None else optim.grad_norm.item())
+    return {**seen, "updates": optim.updates, "attempts": optim.attempts}
+
+
+def state_in(checkpoint: Path) -> dict[str, Any]:
+    """Return the tensors and numbers of a checkpoint that every strategy must agree on, by name."""
+    tree = CheckpointLoader.load_checkpoint(checkpoint)
+    parts = {"state_dict": tree["state_dict"], "optimizer": tree["optimizer"], "schedules": tree["param_schedulers"]}
+    return dict(_leaves(parts, ""))
+
+
+def _leaves(node: Any, path: str) -> list[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        return [leaf for key, value in node.items() for leaf in _leaves(value, f"{path}/{key}")]
+    if isinstance(node, list | tuple):
+        return [leaf for place, value in enumerate(node) for leaf in _leaves(value, f"{path}/{place}")]
+    return [(path, node.clone() if isinstance(node, torch.Tensor) else node)]
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Return the names of what differs in any bit, or is missing on one side."""
+    return sorted(
+        name for name in {*one, *other} if name not in one or name not in other or not _equal(one[name], other[name])
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return bool(one == other)

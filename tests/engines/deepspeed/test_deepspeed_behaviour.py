@@ -1,0 +1,155 @@
+"""What surrounds training under DeepSpeed: precision, windows, weights, numbers that are not finite, compilation."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import differences, go, placed, state_in
+from torch import Tensor
+
+from ranks import Ranks
+from sharded_runs import OPTIM, Gpt
+from stratagem.errors import TrainingError
+from stratagem.utils import import_module
+
+pytestmark = pytest.mark.deepspeed
+
+SOME = ["ZeRO-0", "ZeRO-2", "ZeRO-2 offload", "ZeRO-3", "ZeRO-3 offload"]
+
+
+class Weighed(Gpt):
+    """A model that says how much each micro-batch counts: another number on each rank and in each iteration."""
+
+    def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
+        """Return the loss with its weight."""
+        losses = super().forward(words, numbers, mode)
+        return {**losses, "weight": (numbers % 5).float().sum() + 1} if mode == "loss" else losses
+
+
+class Poisoned(Gpt):
+    """A model whose loss is not finite for one sample, which one rank sees."""
+
+    def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
+        """Return the loss, or NaN."""
+        losses = super().forward(words, numbers, mode)
+        if mode == "loss" and bool((numbers == 5).any()):
+            return {"loss": losses["loss"] * torch.nan}
+        return losses
+
+
+class Recomputed(Gpt):
+    """A model that has DeepSpeed compute the activations of its blocks anew."""
+
+    def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
+        """Return the loss, and whether DeepSpeed moves activations to the CPU meanwhile."""
+        checkpointing = import_module("deepspeed.runtime.activation_checkpointing.checkpointing")
+        x = self.words(words[:, :6]) + self.places(self.order) + self.shift.sum(0)
+        for block in self.blocks:
+            x = checkpointing.checkpoint(block, x)
+        scores = self.head(self.norm(self.drop(x))) * self.temperature
+        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), words[:, 1:].flatten())
+        return {"loss": loss, "on_cpu": torch.tensor(float(checkpointing.CPU_CHECKPOINT))}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, folder: Path, name: str) -> None:
+    """Eleven micro-batches in windows of four: the third has three, as in one process."""
+    changes = {"optim": {**OPTIM, "accumulative_counts": 4}, "max_iters": 11, "stop": 11}
+    expected = go(placed("single"), folder / "a", save=folder / "one", **changes)
+    seen = two.run(go, placed(name), folder / "b", save=folder / "two", **changes)[0]
+    assert seen["updates"] == 3
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+    assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    one, other = state_in(folder / "one"), state_in(folder / "two")
+    for key in (key for key in one if key.startswith("/state_dict/")):
+        assert torch.allclose(one[key], other[key], atol=2e-4), key
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_weights_of_micro_batches_count_over_all_ranks(two: Ranks, folder: Path, name: str) -> None:
+    """A step is the mean over all that was weighed, under clipping too; each rank weighs otherwise."""
+    expected = two.run(go, placed("DDP"), folder / "a", model={"type": Weighed})[0]
+    seen = two.run(go, placed(name), folder / "b", model={"type": Weighed})[0]
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+    assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2 offload", "ZeRO-3"])
+def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, folder: Path, name: str) -> None:
+    """One rank's loss is NaN: no rank updates, schedules wait, and the next update is as in one process."""
+    changes = {"optim": {**OPTIM, "nonfinite": "skip"}, "model": {"type": Poisoned}}
+    expected = go(placed("single"), folder / "a", **changes)
+    seen = two.run(go, placed(name), folder / "b", **changes)[0]
+    assert seen["attempts"] == 6
+    assert seen["updates"] == expected["updates"] == 5
+    assert seen["rates"] == expected["rates"]
+    finite = [(one, other) for one, other in zip(seen["losses"], expected["losses"], strict=True) if math.isfinite(one)]
+    assert len(finite) == 11
+    assert [one for one, _ in finite] == pytest.approx([other for _, other in finite], rel=2e-5)
+
+
+def test_an_update_that_is_not_finite_stops_the_run_where_wanted(two: Ranks, folder: Path) -> None:
+    """nonfinite="error" raises on every rank before the weights are spoilt."""
+    changes = {"optim": {**OPTIM, "nonfinite": "error"}, "model": {"type": Poisoned}}
+    told = two.run(_error, placed("ZeRO-2"), folder, **changes)
+    assert all("norm of the gradients is nan" in said for said in told)
+
+
+def _error(*args: Any, **kwargs: Any) -> str:
+    with pytest.raises(TrainingError) as raised:
+        go(*args, **kwargs)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2 offload", "ZeRO-3 offload"])
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_16_bits_resume_exactly(two: Ranks, folder: Path, name: str, kind: str) -> None:
+    """Masters, moments and the loss scale are in the checkpoint: losses go on with the same bits."""
+    strategy = placed(name, **{kind: True})
+    unbroken = two.run(go, strategy, folder / "a", save=folder / "end")[0]
+    first = two.run(go, strategy, folder / "b", stop=6, save=folder / "mid")[0]
+    rest = two.run(go, strategy, folder / "c", start=6, resume=folder / "mid", save=folder / "other end")[0]
+    assert unbroken["losses"] == first["losses"] + rest["losses"]
+    assert differences(state_in(folder / "end"), state_in(folder / "other end")) == []
+    assert state_in(folder / "end")["/state_dict/words.weight"].dtype == torch.float32
+
+
+def test_an_overflow_counts_as_an_attempt_alone(two: Ranks, single: dict[str, Any], folder: Path) -> None:
+    """float16 begins with too large a scale: no update, and schedules do not advance."""
+    strategy = placed("ZeRO-2", fp16={"enabled": True, "initial_scale_power": 20, "hysteresis": 1})
+    seen = two.run(go, strategy, folder)[0]
+    assert seen["attempts"] == 6
+    assert 0 < seen["updates"] < 6
+    # The last window's update was made; of two iterations each, those before it moved the schedule.
+    assert seen["rates"][-1] == single["rates"][2 * (seen["updates"] - 1)]
+
+
+def test_masters_begin_with_the_models_own_weights(two: Ranks, single: dict[str, Any], folder: Path) -> None:
+    """DeepSpeed would begin with weights that were rounded to bfloat16."""
+    go(placed("single"), folder / "a", stop=0, save=folder / "one")
+    for name in ("ZeRO-0", "ZeRO-2", "ZeRO-3"):
+        two.run(go, placed(name, bf16=True), folder / "b", stop=0, save=folder / name)
+        one, other = state_in(folder / "one"), state_in(folder / name)
+        assert torch.equal(one["/state_dict/words.weight"], other["/state_dict/words.weight"])
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+def test_a_compiled_forward_trains_alike(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
+    """compile=True compiles the model's forward under every stage."""
+    seen = two.run_within(240.0, go, placed(name), folder, compile={"backend": "aot_eager"}, stop=4)[0]
+    assert seen["losses"] == pytest.approx(single["losses"][:4], rel=2e-5)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-1", "ZeRO-3"])
+def test_activations_are_computed_anew_where_the_model_asks(
+    two: Ranks, single: dict[str, Any], folder: Path, name: str
+) -> None:
+    """deepspeed.checkpointing is configured by activation_checkpointing, and the losses are the same."""
+    strategy = placed(name, activation_checkpointing={"partition_activations": True, "cpu_checkpointing": True})
+    seen = two.run(go, strategy, folder, model={"type": Recomputed})[0]
+    assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
+    assert seen["others"] == [1.0] * 12

@@ -1,0 +1,81 @@
+"""One checkpoint: what DeepSpeed saved any strategy resumes, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import differences, go, placed, state_in
+
+from ranks import Ranks
+
+pytestmark = pytest.mark.deepspeed
+
+Run = Callable[..., dict[str, Any]]
+# Where it was saved, and where it goes on: each engine and number of ranks on both sides.
+MOVES = [
+    ("single", "ZeRO-0 x2"),
+    ("single", "ZeRO-2 x2"),
+    ("single", "ZeRO-3 x4"),
+    ("ZeRO-0 x2", "single"),
+    ("ZeRO-1 x2", "ZeRO-3 x4"),
+    ("ZeRO-1 x4", "FSDP x2"),
+    ("ZeRO-2 x2", "ZeRO-1 x4"),
+    ("ZeRO-2 offload x2", "ZeRO-3 x2"),
+    ("ZeRO-3 x2", "single"),
+    ("ZeRO-3 x2", "FSDP x4"),
+    ("ZeRO-3 x4", "ZeRO-0 x2"),
+    ("ZeRO-3 kept x2", "DDP x2"),
+    ("ZeRO-3 offload x2", "ZeRO-2 offload x2"),
+    ("DDP x2", "ZeRO-3 kept x2"),
+    ("FSDP x4", "ZeRO-3 offload x2"),
+]
+
+
+@pytest.fixture
+def run(two: Ranks, four: Ranks) -> Run:
+    """Trains where a name such as "ZeRO-3 x4" says."""
+
+    def run(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kind, _, size = name.rpartition(" x")
+        if not kind:
+            return go(placed(name), *args, **kwargs)
+        seen: dict[str, Any] = {"2": two, "4": four}[size].run(go, placed(kind), *args, **kwargs)[0]
+        return seen
+
+    return run
+
+
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_a_run_goes_on_elsewhere_as_if_it_had_stayed(
+    run: Run, single: dict[str, Any], folder: Path, source: str, target: str
+) -> None:
+    """Parameters and moments are equal in every bit when it goes on, and losses those of the unbroken run."""
+    before = run(source, folder / "a", stop=6, save=folder / "saved")
+    after = run(target, folder / "b", start=6, resume=folder / "saved", found=folder / "found")
+    assert differences(state_in(folder / "saved"), state_in(folder / "found")) == []
+    assert before["losses"] + after["losses"] == pytest.approx(single["losses"], rel=5e-5)
+    assert before["rates"] + after["rates"] == single["rates"]
+
+
+def test_a_checkpoint_in_one_file_is_the_same(run: Run, single: dict[str, Any], folder: Path) -> None:
+    """A name that ends in .pth gives one file, whose tensors are whole."""
+    run("ZeRO-3 x2", folder / "a", stop=6, save=folder / "saved.pth")
+    after = run("single", folder / "b", start=6, resume=folder / "saved.pth")
+    assert after["losses"] == pytest.approx(single["losses"][6:], rel=5e-5)
+
+
+def test_a_checkpoint_before_the_first_update_goes_on(run: Run, single: dict[str, Any], folder: Path) -> None:
+    """There are no moments yet, and none are missed."""
+    run("ZeRO-2 x2", folder / "a", stop=0, save=folder / "saved")
+    after = run("ZeRO-3 x2", folder / "b", resume=folder / "saved")
+    assert after["losses"] == pytest.approx(single["losses"], rel=5e-5)
+
+
+def test_weights_alone_are_loaded(run: Run, single: dict[str, Any], folder: Path) -> None:
+    """load_from begins a new run with the weights of another."""
+    expected = run("single", folder / "a", load=single["at"])
+    seen = run("ZeRO-3 x2", folder / "b", load=single["at"])
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=5e-5)

@@ -1,0 +1,216 @@
+"""Whole runs: the Runner, its hooks and loops, with the strategy alone changed."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_runs import placed
+
+from ranks import Ranks
+from stratagem import Runner
+from stratagem.errors import StratagemError
+
+pytestmark = pytest.mark.deepspeed
+
+
+class Points(torch.utils.data.Dataset[Any]):
+    """64 points of four numbers, of three classes; one of them may have no number."""
+
+    def __init__(self, poison: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.points = torch.randn(64, 4, generator=generator)
+        self.classes = (self.points.sum(1) > 0).long() + (self.points[:, 0] > 1).long()
+        if poison is not None:
+            self.points[poison] = torch.nan
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        return self.points[index], self.classes[index]
+
+
+def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, Any]:
+    """Train by a Runner, evaluate after each epoch; return what the log recorded."""
+    size = changes.pop("size", 2)
+    poison = changes.pop("poison", None)
+    loader = {
+        "batch_size": 16 // size,
+        "dataset": {"type": Points, "poison": poison},
+        "collate_fn": {"type": "default_collate"},
+    }
+    config: dict[str, Any] = {
+        "model": {
+            "type": "SupervisedModel",
+            "network": [
+                {"type": "Linear", "in_features": 4, "out_features": 16},
+                {"type": "ReLU"},
+                {"type": "Linear", "in_features": 16, "out_features": 3},
+            ],
+            "loss": {"type": "CrossEntropyLoss"},
+        },
+        "train_dataloader": loader,
+        "train_cfg": {"by_epoch": True, "max_epochs": 3},
+        "val_dataloader": {**loader, "dataset": {"type": Points}},
+        "val_cfg": {},
+        "val_evaluator": {"type": "Accuracy", "task": "multiclass", "num_classes": 3},
+        "optim_wrapper": {"optimizer": {"type": "AdamW", "lr": 0.05}, "clip_grad": {"max_norm": 1.0}},
+        "param_scheduler": [{"type": "CosineAnnealingLR", "by_epoch": False}],
+        "default_hooks": {"logger": {"interval": 1}},
+        "log_level": "ERROR",
+        "randomness": {"seed": 0},
+        "work_dir": str(folder),
+        "strategy": dict(strategy),
+    }
+    evaluates = changes.pop("evaluates", False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runner = Runner.from_cfg({**config, **changes})
+        try:
+            if evaluates:
+                return dict(runner.val())
+            runner.train()
+        finally:
+            runner.run.close()
+            runner.strategy.close()
+    logs = sorted(folder.glob("*/vis_data/scalars.json"))
+    records = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    return {
+        "losses": [record["loss"] for record in records if "loss" in record],
+        "norms": [record["grad_norm"] for record in records if "grad_norm" in record],
+        "accuracy": [record["accuracy"] for record in records if "accuracy" in record],
+    }
+
+
+def refusal(*args: Any, **kwargs: Any) -> str:
+    """Return the kind and the text of the error with which a run ends, so that the ranks live on."""
+    try:
+        run(*args, **kwargs)
+    except StratagemError as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process comes to."""
+    return run(placed("single"), tmp_path_factory.mktemp("alone"), size=1)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+def test_a_run_is_that_of_one_process(two: Ranks, alone: dict[str, Any], folder: Path, name: str) -> None:
+    """Losses, norms and the metric of each evaluation are the same; the strategy is all that was changed."""
+    seen = two.run(run, placed(name), folder)[0]
+    assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert seen["norms"] == pytest.approx(alone["norms"], rel=1e-3)
+    assert seen["accuracy"] == pytest.approx(alone["accuracy"])
+
+
+@pytest.mark.parametrize("form", ["portable", "deepspeed"])
+def test_a_run_goes_on_from_its_latest_checkpoint(
+    two: Ranks, four: Ranks, alone: dict[str, Any], folder: Path, form: str
+) -> None:
+    """resume=True finds it, in either form, and goes on with another number of ranks and another stage."""
+    hooks = {"logger": {"interval": 1}, "checkpoint": {"async_save": False}}
+    two.run(
+        run,
+        placed("ZeRO-2", checkpoint_format=form),
+        folder,
+        train_cfg={"by_epoch": True, "max_epochs": 2},
+        param_scheduler=[{"type": "CosineAnnealingLR", "by_epoch": False, "end": 12}],
+        default_hooks=hooks,
+    )
+    seen = four.run(
+        run,
+        placed("ZeRO-3", checkpoint_format=form),
+        folder,
+        resume=True,
+        size=4,
+        param_scheduler=[{"type": "CosineAnnealingLR", "by_epoch": False, "end": 12}],
+        default_hooks=hooks,
+    )[0]
+    assert len(seen["losses"]) == 4
+    assert seen["losses"] == pytest.approx(alone["losses"][8:], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
+def test_a_loss_that_is_not_finite_stops_the_run(two: Ranks, folder: Path, name: str) -> None:
+    """On every rank, before the update, with the iteration and the samples."""
+    for said in two.run(refusal, placed(name), folder, poison=9):
+        assert re.match(r"TrainingError: Iteration 3 .* gave loss=nan .* 9, .* The update was not made", said)
+
+
+def test_an_average_goes_on_where_the_weights_are_in_the_model(two: Ranks, folder: Path) -> None:
+    """An EMA under stage 2 is that of one process."""
+    changes = {"custom_hooks": [{"type": "EMAHook", "momentum": 0.3}]}
+    expected = run(placed("single"), folder / "a", size=1, **changes)
+    seen = two.run(run, placed("ZeRO-2"), folder / "b", **changes)[0]
+    assert seen["accuracy"] == pytest.approx(expected["accuracy"])
+
+
+@pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
+def test_an_average_is_refused_where_they_are_not(two: Ranks, folder: Path, options: dict[str, Any]) -> None:
+    """Stage 3 leaves nothing in the model, and 16 bits round: the error says what to use."""
+    told = two.run(refusal, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}])
+    assert all("EMAHook averages the weights that lie in the model" in said for said in told)
+
+
+@pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
+def test_a_model_is_evaluated_without_an_optimizer(two: Ranks, folder: Path, options: dict[str, Any]) -> None:
+    """`stratagem test` prepares the model alone, and sees what the training's last evaluation saw."""
+    strategy = {"type": "DeepSpeedStrategy", **options}
+    trained = two.run(run, strategy, folder)[0]
+    seen = two.run(run, strategy, folder, load_from=str(folder / "epoch_3"), evaluates=True)[0]
+    assert seen["accuracy"] == pytest.approx(trained["accuracy"][-1])
+
+
+def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
+    """auto_scale_lr counts ranks and samples, as under every strategy."""
+    changes = {"auto_scale_lr": {"enable": True, "base_batch_size": 32}}
+    expected = run(placed("single"), folder / "a", size=1, **changes)
+    seen = two.run(run, placed("ZeRO-1"), folder / "b", **changes)[0]
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes", "said"),
+    [
+        ({"gradient_clipping": 2.0}, {}, r"gradient_clipping=2.0, but .*max_norm=1.0"),
+        ({"gradient_accumulation_steps": 4}, {}, r"gradient_accumulation_steps=4, but .* accumulative_counts is 1"),
+        ({"train_micro_batch_size_per_gpu": 3}, {}, "gives a rank 8 samples"),
+        ({"train_batch_size": 64}, {}, "8 samples x 1 accumulated x 2 ranks"),
+        ({"zero_optimization": {"stage": 1}}, {"type": "Adafactor"}, "Adafactor cannot be used"),
+        ({}, {"wrapper": "AmpOptimWrapper"}, r"DeepSpeedStrategy\(bf16"),
+    ],
+)
+def test_what_contradicts_the_run_is_refused(
+    two: Ranks, folder: Path, strategy: dict[str, Any], changes: dict[str, str], said: str
+) -> None:
+    """An option that is given twice with different values is an error that names both."""
+    own = {"config": strategy} if "train_batch_size" in strategy else strategy
+    optim = {
+        "type": changes.get("wrapper", "DeepSpeedOptimWrapper"),
+        "optimizer": {"type": changes.get("type", "AdamW"), "lr": 0.05},
+        "clip_grad": {"max_norm": 1.0},
+    }
+    told = two.run(refusal, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
+    assert all(re.search(said, each) for each in told), told
+
+
+def test_deepspeeds_optimizer_section_trains(two: Ranks, alone: dict[str, Any], folder: Path) -> None:
+    """Where optim_wrapper names no optimizer, that of the DeepSpeed configuration is used."""
+    config = {"optimizer": {"type": "AdamW", "params": {"lr": 0.05}}, "zero_optimization": {"stage": 2}}
+    seen = two.run(
+        run,
+        {"type": "DeepSpeedStrategy", "config": config},
+        folder,
+        optim_wrapper={"clip_grad": {"max_norm": 1.0}},
+    )[0]
+    assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-4)

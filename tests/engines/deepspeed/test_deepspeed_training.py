@@ -1,0 +1,30 @@
+"""DeepSpeed trains as one process does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_runs import FP32, go, placed
+
+from ranks import Ranks
+
+pytestmark = pytest.mark.deepspeed
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_every_stage_of_zero_trains_as_one_process(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
+    """Losses, gradient norms and learning rates are those of one process, to the rounding of float32."""
+    seen = two.run(go, placed(name), folder)[0]
+    assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
+    assert seen["norms"] == pytest.approx(single["norms"], rel=1e-4)
+    assert seen["rates"] == single["rates"]
+    assert seen["updates"] == seen["attempts"] == 6
+
+
+@pytest.mark.parametrize("name", ["ZeRO-1", "ZeRO-3"])
+def test_four_ranks_train_as_one_process(four: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
+    """The number of ranks changes nothing."""
+    seen = four.run(go, placed(name), folder)[0]
+    assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)

@@ -1,0 +1,264 @@
+"""What DeepSpeedStrategy takes and refuses: known before DeepSpeed is loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stratagem import DeepSpeedStrategy as OfTheTop
+from stratagem.errors import (
+    ConfigError,
+    ConfigFileError,
+    ConfigKeyError,
+    ConfigParsingError,
+    ConfigTypeError,
+    ConfigValueError,
+    LaunchError,
+    PlacementError,
+)
+from stratagem.optim import AmpOptimWrapper, OptimWrapper
+from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS, STRATEGIES
+from stratagem.strategies import DeepSpeedStrategy
+from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name, require_elementwise
+from stratagem.strategies.engines.deepspeed.optim import require_plain_wrapper
+from stratagem.strategies.engines.deepspeed.optimizer_section import with_optimizer
+from stratagem.strategies.engines.deepspeed.options import Options
+
+
+def parse(config: Any = None, inputs_to_half: Any = None, **named: Any) -> Options:
+    """Read options as the strategy does."""
+    return Options.parse(config, named, inputs_to_half)
+
+
+def test_it_is_found_by_name() -> None:
+    """Configurations and imports name it without DeepSpeed being installed."""
+    assert STRATEGIES.get("DeepSpeedStrategy") is DeepSpeedStrategy is OfTheTop
+
+
+def test_mmengines_wrapper_is_known() -> None:
+    """A configuration that names DeepSpeedOptimWrapper gets the wrapper that the strategy takes over."""
+    assert OPTIM_WRAPPERS.get("DeepSpeedOptimWrapper") is OptimWrapper
+
+
+def test_one_process_without_a_launcher_is_refused(tmp_path: Path) -> None:
+    """The error says how to start several, and what to use for one."""
+    with pytest.raises(LaunchError, match=r"--nproc N.*SingleDeviceStrategy"):
+        DeepSpeedStrategy(work_dir=tmp_path)
+
+
+def test_a_json_file_and_a_mapping_say_the_same(tmp_path: Path) -> None:
+    """A DeepSpeed configuration is taken as it is, from a file or as a mapping, which is not changed."""
+    config = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+        "bf16": {"enabled": True},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 1.0,
+    }
+    before = copy.deepcopy(config)
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+    assert parse(config) == parse(file) == parse(str(file))
+    assert parse(config).stage == 2
+    assert parse(config).dtype == torch.bfloat16
+    assert parse(config).clipping == 1.0
+    parse(config).for_engine(micro_batch=4, accumulation=1, clipping=1.0, world_size=2)["zero_optimization"].clear()
+    assert config == before
+
+
+def test_auto_counts_as_not_given() -> None:
+    """Configurations written for Transformers, which fills values in, are taken."""
+    options = parse(
+        {
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+            "bf16": {"enabled": "auto"},
+        },
+        bf16=True,
+    )
+    assert (options.stage, options.dtype, options.global_batch) == (3, torch.bfloat16, None)
+    assert options.config["zero_optimization"] == {"stage": 3}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"zero_optimisation": {"stage": 1}}, "zero_optimization"),
+        ({"zero_optimization": {"stge": 1}}, "stage"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}}, "device"),
+        ({"fp16": {"enabled": True, "loss_scales": 0}}, "loss_scale"),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_the_nearest(config: dict[str, Any], said: str) -> None:
+    """DeepSpeed ignores most of them, and a run trains for hours without what it asked for."""
+    with pytest.raises(ConfigKeyError, match=said):
+        parse(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"scheduler": {"type": "WarmupLR"}}, "param_scheduler"),
+        ({"amp": {"enabled": True}}, "bf16"),
+        ({"aio": {"block_size": 1}}, "NVMe"),
+        ({"compile": {"deepcompile": True}}, "compile=True"),
+        ({"torch_autocast": {"enabled": True}}, "bf16"),
+        ({"gradient_allreduce_op": "sum"}, "averaged"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "only the data is parallel"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "late"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}, "Leave it out"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "changes the numbers"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, "device='cpu'"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "nvme_path": "/x"}}}, "device='cpu'"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "stage=3"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "stage 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 4}}, "0, 1, 2 or 3"),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "Choose one"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "float32"),
+        ({"train_micro_batch_size_per_gpu": 0}, "from 1"),
+        ({"gradient_clipping": -1}, "largest norm"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(config: dict[str, Any], said: str) -> None:
+    """The error says what to write instead; nothing is accepted and ignored."""
+    with pytest.raises(ConfigValueError, match=said):
+        parse(config)
+
+
+def test_what_is_switched_off_is_not_refused() -> None:
+    """Configurations often list what they do not use."""
+    config = {
+        "amp": {"enabled": False},
+        "tensorboard": {"enabled": False},
+        "zero_optimization": {"stage": 1, "zero_hpz_partition_size": 1, "zero_quantized_weights": False},
+    }
+    assert parse(config).config["zero_optimization"] == {"stage": 1}
+
+
+def test_an_option_given_twice_must_agree() -> None:
+    """By name and in the configuration the same is taken, and another value names both."""
+    assert parse({"gradient_clipping": 1.0}, gradient_clipping=1.0).clipping == 1.0
+    with pytest.raises(ConfigValueError, match=r"gradient_clipping=2.0 .* config says gradient_clipping=1.0"):
+        parse({"gradient_clipping": 1.0}, gradient_clipping=2.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train_micro_batch_size_per_gpu": 8}, "gives a rank 4 samples"),
+        ({"train_batch_size": 64}, r"4 samples x 3 accumulated x 2 ranks"),
+    ],
+)
+def test_batch_sizes_must_be_those_of_the_run(given: dict[str, int], said: str) -> None:
+    """DeepSpeed would count another batch than the one that trains."""
+    with pytest.raises(ConfigValueError, match=said):
+        parse(given).for_engine(micro_batch=4, accumulation=3, clipping=0.0, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("{", ConfigParsingError),
+        ('{"bf16": {}, "bf16": {}}', ConfigParsingError),
+        ("[1]", ConfigTypeError),
+        (None, ConfigFileError),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str | None, kind: type[ConfigError]) -> None:
+    """The error names the file."""
+    file = tmp_path / "ds.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(kind, match=r"ds\.json"):
+        parse(file)
+
+
+def test_inputs_are_cast_only_where_there_is_a_type() -> None:
+    """inputs_to_half without bf16 or fp16 would change nothing."""
+    with pytest.raises(ConfigValueError, match="bf16 or fp16"):
+        parse(inputs_to_half=[0])
+    assert parse(inputs_to_half=[0, "mask"], bf16=True).half_inputs == (0, "mask")
+
+
+@pytest.mark.parametrize("name", ["Adafactor", "Adagrad", "SparseAdam", "LBFGS"])
+def test_optimizers_that_look_at_whole_tensors_are_refused_under_zero(name: str) -> None:
+    """They would compute other numbers from the parts of tensors that a rank has."""
+    optimizer = getattr(torch.optim, name)(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(PlacementError, match=f"{name} cannot be used"):
+        require_elementwise(optimizer, stage=1, allow_unknown=True)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "NAdam", "RAdam", "Adadelta"])
+def test_optimizers_that_compute_element_by_element_are_taken(name: str) -> None:
+    """From parts they compute what they would from the whole."""
+    require_elementwise(getattr(torch.optim, name)(nn.Linear(2, 2).parameters(), lr=0.1), stage=3, allow_unknown=False)
+
+
+def test_an_optimizer_of_ones_own_needs_a_word() -> None:
+    """zero_allow_untested_optimizer, DeepSpeed's own option, says that it computes element by element."""
+
+    class Mine(torch.optim.SGD):
+        """Like SGD."""
+
+    optimizer = Mine(nn.Linear(2, 2).parameters(), lr=0.1)
+    require_elementwise(optimizer, stage=0, allow_unknown=False)
+    require_elementwise(optimizer, stage=2, allow_unknown=True)
+    with pytest.raises(PlacementError, match="zero_allow_untested_optimizer"):
+        require_elementwise(optimizer, stage=2, allow_unknown=False)
+
+
+def test_another_wrapper_is_refused_with_what_to_write() -> None:
+    """Mixed precision is DeepSpeed's own."""
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    with pytest.raises(PlacementError, match=r"bf16=dict\(enabled=True\)"):
+        require_plain_wrapper(AmpOptimWrapper(optimizer, dtype="bfloat16"))
+    with pytest.raises(ConfigValueError, match="2-norm"):
+        require_plain_wrapper(OptimWrapper(optimizer, clip_grad={"type": "value", "clip_value": 1.0}))
+
+
+def test_forms_of_checkpoints_are_known(tmp_path: Path) -> None:
+    """A misspelt form is an error, and so is an option of the other form."""
+    with pytest.raises(ConfigValueError, match="'deepspeed'"):
+        DeepSpeedStrategy(work_dir=tmp_path, checkpoint_format="deepsped")  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ConfigValueError, match="checkpoint_format='deepspeed'"):
+        DeepSpeedStrategy(work_dir=tmp_path, exclude_frozen_parameters=True)
+
+
+@pytest.mark.parametrize(
+    ("section", "ours"),
+    [
+        ({"type": "AdamW", "params": {"lr": 0.1}}, {"type": "AdamW", "lr": 0.1}),
+        ({"type": "Adam", "params": {"lr": 0.1, "torch_adam": True}}, {"type": "AdamW", "lr": 0.1}),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, {"type": "Adam"}),
+        ({"type": "Adam", "params": {"torch_adam": False}}, {"type": "FusedAdam", "adam_w_mode": True}),
+        ({"type": "SGD", "params": {"lr": 1, "momentum": 0.9}}, {"type": "SGD", "lr": 1, "momentum": 0.9}),
+        ({"type": "OneBitAdam"}, {"type": "OnebitAdam"}),
+    ],
+)
+def test_deepspeeds_optimizer_section_is_taken(section: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Where the run gives no other; DeepSpeed's Adam decouples weight decay unless told otherwise."""
+    before = copy.deepcopy(section)
+    assert with_optimizer({"accumulative_counts": 2}, section) == {"accumulative_counts": 2, "optimizer": ours}
+    assert section == before
+
+
+def test_two_optimizers_are_refused() -> None:
+    """The error says which to leave out."""
+    with pytest.raises(ConfigValueError, match="Leave one of them out"):
+        with_optimizer({"optimizer": {"type": "SGD", "lr": 1}}, {"type": "AdamW"})
+    with pytest.raises(ConfigValueError, match="gradient_clipping"):
+        with_optimizer({}, {"type": "AdamW", "params": {"max_grad_norm": 1.0}})
+
+
+@pytest.mark.parametrize("name", ["OnebitAdam", "OnebitLamb", "ZeroOneAdam"])
+def test_optimizers_that_exchange_themselves_are_refused(name: str) -> None:
+    """They are known by name, and the error says what to use."""
+    assert name in OPTIMIZERS.names()
+    with pytest.raises(PlacementError, match=f"{name} cannot be used .* exchanges gradients itself"):
+        refuse_by_name({"optimizer": {"type": name, "lr": 0.1}})
