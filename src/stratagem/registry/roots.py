@@ -10,6 +10,7 @@ _SCOPE = "stratagem"
 _MODULE = "torch.nn:Module"
 _OPTIMIZER = "torch.optim:Optimizer"
 _METRIC = "torchmetrics:Metric"
+_COLOSSALAI = "stratagem.strategies.engines.colossalai"
 _SCHEDULES = "stratagem.optim.schedules.bindings"
 _SCHEDULE_NAMES = (
     *(
@@ -60,12 +61,17 @@ OPTIMIZERS = Registry(
     "optimizer",
     scope=_SCOPE,
     # torch's own imports a compiler of scripts, so it is loaded when it is named.
-    ready={"ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer"},
+    ready={"ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer"}
+    | {
+        name: f"{_COLOSSALAI}.optimizers:{name}"
+        for name in ("CAME", "CPUAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars")
+    },
     families=(
         Members("torch.optim", _OPTIMIZER, {"TorchAdafactor": "Adafactor"}),
         Members("schedulefree", _OPTIMIZER, prefix="schedulefree."),
         Members("heavyball", _OPTIMIZER, prefix="heavyball."),
         Members("bitsandbytes.optim", _OPTIMIZER, prefix="bitsandbytes."),
+        Members(f"{_COLOSSALAI}.optimizers", _OPTIMIZER, prefix="colossalai."),
     ),
 )
 OPTIM_WRAPPERS = Registry(
@@ -73,6 +79,8 @@ OPTIM_WRAPPERS = Registry(
     scope=_SCOPE,
     ready={
         "OptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
+        # What MMEngine-style configurations say: the strategy puts the engine's own in its place anyway.
+        "ColossalAIOptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
         "AmpOptimWrapper": "stratagem.optim.precision:AmpOptimWrapper",
     },
 )
@@ -92,6 +100,7 @@ STRATEGIES = Registry(
     "strategy",
     scope=_SCOPE,
     ready={
+        "ColossalAIStrategy": f"{_COLOSSALAI}.strategy:ColossalAIStrategy",
         "SingleDeviceStrategy": "stratagem.strategies.single:SingleDeviceStrategy",
         "DDPStrategy": "stratagem.strategies.ddp:DDPStrategy",
         "FSDPStrategy": "stratagem.strategies.fsdp:FSDPStrategy",

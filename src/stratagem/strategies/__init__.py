@@ -3,7 +3,15 @@
 from stratagem.strategies.base import BaseStrategy
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.ddp import DDPStrategy
+from stratagem.strategies.engines.colossalai.strategy import ColossalAIStrategy
 from stratagem.strategies.fsdp import FSDPStrategy
 from stratagem.strategies.single import SingleDeviceStrategy
 
-__all__ = ["BaseStrategy", "ComposedStrategy", "DDPStrategy", "FSDPStrategy", "SingleDeviceStrategy"]
+__all__ = [
+    "BaseStrategy",
+    "ColossalAIStrategy",
+    "ComposedStrategy",
+    "DDPStrategy",
+    "FSDPStrategy",
+    "SingleDeviceStrategy",
+]

@@ -1,0 +1,1 @@
+"""Engines of others as strategies; each is loaded when it is asked for."""

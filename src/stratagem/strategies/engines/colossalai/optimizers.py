@@ -1,0 +1,48 @@
+"""ColossalAI's own optimizers, for ``OPTIMIZERS``: by their names there, or as ``colossalai.<name>``."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+from stratagem.errors import PlacementError
+from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
+
+with stand_ins():
+    from colossalai.nn import optimizer as library
+
+__all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
+
+# What looks at more than one element of a parameter at a time, and was not written for ZeRO.
+WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "Lars", "LBFGS", "Muon", "SparseAdam"})
+
+if not torch.accelerator.is_available():
+    with stand_ins():
+        from stratagem.strategies.engines.colossalai.on_cpu import train_on_cpu
+    train_on_cpu()
+
+CAME = library.CAME
+CPUAdam = library.CPUAdam
+HybridAdam = library.HybridAdam
+Lamb = library.Lamb
+Lars = library.Lars
+
+
+def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return an optimizer whose kernels CUDA alone has; where there is none, one that says so when it is built."""
+    if torch.accelerator.is_available():
+        return optimizer
+
+    def refuse(self: torch.optim.Optimizer, params: Any, lr: float = 1e-3, **options: Any) -> None:
+        raise PlacementError(
+            f"ColossalAI's {optimizer.__name__} has kernels for CUDA alone, and this run is on the CPU. Use "
+            f"{'SGD' if optimizer is library.FusedSGD else 'HybridAdam or AdamW'}."
+        )
+
+    return type(optimizer.__name__, (torch.optim.Optimizer,), {"__init__": refuse, "__doc__": optimizer.__doc__})
+
+
+FusedAdam = _for_accelerators(library.FusedAdam)
+FusedLAMB = _for_accelerators(library.FusedLAMB)
+FusedSGD = _for_accelerators(library.FusedSGD)

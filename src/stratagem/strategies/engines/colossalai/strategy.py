@@ -1,0 +1,79 @@
+"""Train through ColossalAI's Booster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+from stratagem.dist import is_distributed
+from stratagem.errors import LaunchError, MissingDependencyError
+from stratagem.parallel import Placement
+from stratagem.strategies.composed import ComposedStrategy
+from stratagem.strategies.engines.colossalai.options import PluginSpec, parse_plugin, refuse_other_wrappers
+from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
+from stratagem.utils import import_object
+
+__all__ = ["ColossalAIStrategy"]
+
+_ENGINE = "stratagem.strategies.engines.colossalai.placement:ColossalBooster"
+
+
+@final
+class ColossalAIStrategy(ComposedStrategy):
+    """ColossalAI's Booster: a plugin says how model and optimizer are spread over ranks.
+
+    Args:
+        plugin: ``"lowlevel-zero"`` (ZeRO stage 1), ``"torch-ddp"``, ``"hybrid-parallel"`` (tensor parallel with ZeRO),
+            ``"gemini"`` (accelerators alone), a mapping with one of these as ``type`` and the plugin's options, or a
+            plugin that is built.
+        mixed_precision: ``"bf16"`` or ``"fp16"``, float32 where it is not given; or a mapping with that as ``type`` and
+            the options of the loss scale.
+        config: nothing: ColossalAI has no configuration of its own any more.
+        model_wrapper: MMEngine's name of the only wrapper there is.
+        kwargs: those of :class:`BaseStrategy`.
+
+    Raises:
+        LaunchError: if no launcher started this process.
+        MissingDependencyError: if ColossalAI is not installed.
+        PlacementError: for what ColossalAI or a plugin cannot do here; the message says what to do instead.
+        ConfigError: in one of its kinds, if an option is wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        plugin: Any = "lowlevel-zero",
+        mixed_precision: str | Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+        model_wrapper: str | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        refuse_other_wrappers(config, model_wrapper)
+        self._plugin = parse_plugin(plugin, mixed_precision)
+        super().__init__(**kwargs)
+
+    def _make_placement(self) -> Placement:
+        if not is_distributed():
+            raise LaunchError(
+                "ColossalAIStrategy needs processes that a launcher started, and this one was started by none. Use "
+                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
+            )
+        placement: Placement = _load(_ENGINE)(self._plugin, self.world)
+        return placement
+
+
+def _load(target: str) -> Any:
+    """Return what a module of ours that imports ColossalAI defines.
+
+    Raises:
+        MissingDependencyError: if ColossalAI or what it needs is not installed.
+    """
+    try:
+        with stand_ins():
+            return import_object(target)
+    except MissingDependencyError as error:
+        raise MissingDependencyError(
+            f"ColossalAIStrategy needs ColossalAI 0.5.0 in an environment of its own, since it pins old versions of much "
+            f"else ({error}). Install it without them: pip install --no-deps colossalai==0.5.0, then pip install einops psutil "
+            "tqdm contexttimer ninja click; see docs/strategies/colossalai.md."
+        ) from error
