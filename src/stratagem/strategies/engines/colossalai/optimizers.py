@@ -29,18 +29,18 @@ Lamb = library.Lamb
 Lars = library.Lars
 
 
-def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Return an optimizer whose kernels CUDA alone has; where there is none, one that says so when it is built."""
-    if torch.accelerator.is_available():
-        return optimizer
+class _NeedsAccelerator(torch.optim.Optimizer):
+    """Stands for an optimizer whose kernels are CUDA's alone, on a machine without: it says so when it is built."""
 
-    def refuse(self: torch.optim.Optimizer, params: Any, lr: float = 1e-3, **options: Any) -> None:
+    def __init__(self, params: Any, **options: Any) -> None:
         raise PlacementError(
-            f"ColossalAI's {optimizer.__name__} has kernels for CUDA alone, and this run is on the CPU. Use "
-            f"{'SGD' if optimizer is library.FusedSGD else 'HybridAdam or AdamW'}."
+            f"ColossalAI's {type(self).__name__} has kernels for CUDA alone, and this run is on the CPU. Use HybridAdam, or "
+            "torch's AdamW or SGD, which are fused on the CPU too."
         )
 
-    return type(optimizer.__name__, (torch.optim.Optimizer,), {"__init__": refuse, "__doc__": optimizer.__doc__})
+
+def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    return optimizer if torch.accelerator.is_available() else type(optimizer.__name__, (_NeedsAccelerator,), {})
 
 
 FusedAdam = _for_accelerators(library.FusedAdam)

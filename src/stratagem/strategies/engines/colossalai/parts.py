@@ -48,6 +48,11 @@ class Part:
     count: int
     copies: int
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank has all of it."""
+        return self.count == self.shape.numel()
+
     def pieces(self, values: Tensor) -> Pieces:
         """Return what a tensor that is laid out like ``master``, such as a moment, has of the whole. Not a copy."""
         flat = values.detach().reshape(-1)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from stratagem.checkpoint import parameter_names
 from stratagem.dist import World
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
@@ -51,6 +52,8 @@ class ColossalBooster(Placement):
     def __init__(self, plugin: PluginSpec | Plugin, world: World) -> None:
         # It writes to the terminal by itself, and tells at length what it does.
         logging.getLogger("colossalai").setLevel(logging.WARNING)
+        # Of collectives that have newer names; it calls them in every step.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         if world.device.type == "cpu":
             train_on_cpu()
         self._plugin = plugin
@@ -60,8 +63,15 @@ class ColossalBooster(Placement):
                 f"plugin: tp_size={self._tp_size} does not divide the {world.size} processes of this run."
             )
         self._parts: dict[nn.Parameter, Part] | None = None
+        # Of the optimizer as it was built: the booster's may have left out those that do not learn.
+        self.group_names: list[list[str]] = []
         self._data_group: ProcessGroup | None = None
         self._hold: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    @property
+    def spreads_layers(self) -> bool:
+        """Whether ranks have parts of layers (tensor parallel)."""
+        return self._tp_size > 1
 
     @property
     def parts(self) -> dict[nn.Parameter, Part]:
@@ -86,6 +96,8 @@ class ColossalBooster(Placement):
         _refuse_model(model, traits, world)
         if settings is not None and traits.zero_stage:
             _refuse_optimizer(settings)
+        if settings is not None:
+            self.group_names = parameter_names(settings.optimizer, model)
         booster = Booster(plugin=plugin)
         with warnings.catch_warnings():
             # Of options of torch that have newer names, which the library does not know.

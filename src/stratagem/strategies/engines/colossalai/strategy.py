@@ -9,13 +9,14 @@ from stratagem.dist import is_distributed
 from stratagem.errors import LaunchError, MissingDependencyError
 from stratagem.parallel import Placement
 from stratagem.strategies.composed import ComposedStrategy
-from stratagem.strategies.engines.colossalai.options import PluginSpec, parse_plugin, refuse_other_wrappers
+from stratagem.strategies.engines.colossalai.options import parse_plugin, refuse_other_wrappers
 from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
+from stratagem.strategies.state_access import StateAccess
 from stratagem.utils import import_object
 
 __all__ = ["ColossalAIStrategy"]
 
-_ENGINE = "stratagem.strategies.engines.colossalai.placement:ColossalBooster"
+_HERE = "stratagem.strategies.engines.colossalai"
 
 
 @final
@@ -58,8 +59,12 @@ class ColossalAIStrategy(ComposedStrategy):
                 "ColossalAIStrategy needs processes that a launcher started, and this one was started by none. Use "
                 "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
             )
-        placement: Placement = _load(_ENGINE)(self._plugin, self.world)
+        placement: Placement = _load("placement:ColossalBooster")(self._plugin, self.world)
         return placement
+
+    def _make_access(self) -> StateAccess:
+        access: StateAccess = _load("state:BoosterState")(self._placement)
+        return access
 
 
 def _load(target: str) -> Any:
@@ -70,7 +75,7 @@ def _load(target: str) -> Any:
     """
     try:
         with stand_ins():
-            return import_object(target)
+            return import_object(f"{_HERE}.{target}")
     except MissingDependencyError as error:
         raise MissingDependencyError(
             f"ColossalAIStrategy needs ColossalAI 0.5.0 in an environment of its own, since it pins old versions of much "
