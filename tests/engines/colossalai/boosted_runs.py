@@ -26,6 +26,11 @@ PLUGINS: Mapping[str, Mapping[str, Any]] = {
     "hybrid": {"plugin": "hybrid-parallel"},
     "hybrid bf16": {"plugin": "hybrid-parallel", "mixed_precision": "bf16"},
     "hybrid zero 1 bf16": {"plugin": {"type": "hybrid-parallel", "zero_stage": 1}, "mixed_precision": "bf16"},
+    "hybrid tp 2": {"plugin": {"type": "hybrid-parallel", "tp_size": 2}},
+    "hybrid tp 2 zero 1 bf16": {
+        "plugin": {"type": "hybrid-parallel", "tp_size": 2, "zero_stage": 1},
+        "mixed_precision": "bf16",
+    },
 }
 
 
@@ -35,11 +40,15 @@ def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
         return sharded_runs.prepared(name, folder, **options)
     optim, model = options.pop("optim", sharded_runs.OPTIM), options.pop("model", {"type": Gpt})
     compiling, iterations = options.pop("compile", False), options.pop("iterations", EPOCH)
+    own = dict(PLUGINS.get(name, {}))
+    if "tp" in name:
+        # By name: a policy can be written once the library can be imported, which the strategy sees to.
+        own["plugin"] = {**own["plugin"], "custom_policy": {"type": "policies.GptPolicy"}}
     strategy = ColossalAIStrategy(
         work_dir=folder,
         env_kwargs={"randomness": {"seed": 0}},
         log_kwargs={"log_level": "ERROR"},
-        **{**PLUGINS.get(name, {}), **options},
+        **{**own, **options},
     )
     try:
         strategy.prepare(

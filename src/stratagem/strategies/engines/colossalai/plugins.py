@@ -15,6 +15,7 @@ from torch import nn
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.registry import TASK_UTILS
 from stratagem.strategies.engines.colossalai.options import PluginSpec
+from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
 
 __all__ = ["Traits", "build_plugin", "traits_of"]
 
@@ -119,7 +120,9 @@ def _dtype(name: str) -> torch.dtype:
 def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
     """Return the policy that says how layers are cut; None where ColossalAI has one for the model."""
     if isinstance(policy, Mapping):
-        policy = TASK_UTILS.build(policy)
+        # Its module may be the first to import the library's layers.
+        with stand_ins():
+            policy = TASK_UTILS.build(policy)
     if isinstance(policy, type):
         policy = policy()
     if isinstance(policy, Policy):
