@@ -32,7 +32,8 @@ _OPTIM_WRAPPER = Section(
     registry=OPTIM_WRAPPERS,
     default_type="OptimWrapper",
     keys={
-        "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params"})),
+        # ColossalAI's optimizers call theirs otherwise.
+        "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"})),
         "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),
         "paramwise_cfg": _FREE,
         "implementation": _FREE,

@@ -52,8 +52,9 @@ class ColossalBooster(Placement):
     def __init__(self, plugin: PluginSpec | Plugin, world: World) -> None:
         # It writes to the terminal by itself, and tells at length what it does.
         logging.getLogger("colossalai").setLevel(logging.WARNING)
-        # Of collectives that have newer names; it calls them in every step.
+        # What it warns of in a step: collectives and storages that have newer names.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, module=r"colossalai\.")
         if world.device.type == "cpu":
             train_on_cpu()
         self._plugin = plugin
