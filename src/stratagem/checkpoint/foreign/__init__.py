@@ -1,7 +1,19 @@
 """Checkpoints that other programs wrote: their weights and, where they have it, optimizer state and position."""
 
+from stratagem.checkpoint.foreign.colossalai import ENGINE_ORDER, ENGINE_PART, TIED, ColossalAIFolder
 from stratagem.checkpoint.foreign.hugging_face import WEIGHT_FILES, HuggingFaceFormat, shards_of
 from stratagem.checkpoint.foreign.kinds import read_parts
 from stratagem.checkpoint.foreign.torch_file import open_torch_file, verify_torch_file
 
-__all__ = ["WEIGHT_FILES", "HuggingFaceFormat", "open_torch_file", "read_parts", "shards_of", "verify_torch_file"]
+__all__ = [
+    "ENGINE_ORDER",
+    "ENGINE_PART",
+    "TIED",
+    "WEIGHT_FILES",
+    "ColossalAIFolder",
+    "HuggingFaceFormat",
+    "open_torch_file",
+    "read_parts",
+    "shards_of",
+    "verify_torch_file",
+]

@@ -6,11 +6,13 @@ import logging
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import cast, final
+from typing import Final, cast, final
 
 from colossalai.booster import Booster
 from colossalai.booster.plugin import HybridParallelPlugin, Plugin
+from colossalai.interface import ModelWrapper, OptimizerWrapper
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,7 +33,20 @@ from stratagem.strategies.engines.colossalai.parts import Part, parts_of
 from stratagem.strategies.engines.colossalai.plugins import Traits, build_plugin, traits_of
 from stratagem.strategies.engines.colossalai.wrapper import BoostedOptimWrapper
 
-__all__ = ["ColossalBooster"]
+__all__ = ["Boosting", "ColossalBooster"]
+
+_NO_MODEL: Final = "There is no model yet. Call prepare(model, ...) first."
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Boosting:
+    """What the booster made of a model: it wrapped, and its optimizer where there is one."""
+
+    booster: Booster
+    model: nn.Module
+    engine: ModelWrapper
+    optimizer: OptimizerWrapper | None
 
 
 @final
@@ -63,6 +78,7 @@ class ColossalBooster(Placement):
             raise PlacementError(
                 f"plugin: tp_size={self._tp_size} does not divide the {world.size} processes of this run."
             )
+        self._boosting: Boosting | None = None
         self._parts: dict[nn.Parameter, Part] | None = None
         # Of the optimizer as it was built: the booster's may have left out those that do not learn.
         self.group_names: list[list[str]] = []
@@ -75,11 +91,23 @@ class ColossalBooster(Placement):
         return self._tp_size > 1
 
     @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer has the parameters in another type than they are computed with."""
+        return any(part.master.dtype != part.working.dtype for part in self.parts.values())
+
+    @property
     def parts(self) -> dict[nn.Parameter, Part]:
         """What this rank has of each parameter of the model that was placed."""
         if self._parts is None:
-            raise NotPreparedError("There is no model yet. Call prepare(model, ...) first.")
+            raise NotPreparedError(_NO_MODEL)
         return self._parts
+
+    @property
+    def boosting(self) -> Boosting:
+        """The booster with what it made of the model that was placed."""
+        if self._boosting is None:
+            raise NotPreparedError(_NO_MODEL)
+        return self._boosting
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
         if is_model_wrapper(model):
@@ -104,6 +132,7 @@ class ColossalBooster(Placement):
             # Of options of torch that have newer names, which the library does not know.
             warnings.simplefilter("ignore")
             engine, optimizer, *_ = booster.boost(model, None if settings is None else settings.optimizer)
+        self._boosting = Boosting(booster, model, engine, optimizer)
         self._parts = parts_of(model, optimizer)
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
             self._data_group = plugin.dp_group

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Literal, final
 
+from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import is_distributed
-from stratagem.errors import LaunchError, MissingDependencyError
+from stratagem.errors import CheckpointError, ConfigValueError, LaunchError, MissingDependencyError
 from stratagem.parallel import Placement
+from stratagem.strategies.base import CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
-from stratagem.strategies.engines.colossalai.options import parse_plugin, refuse_other_wrappers
+from stratagem.strategies.engines.colossalai.options import CHECKPOINT_FORMATS, parse_plugin, refuse_other_wrappers
 from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
 from stratagem.strategies.state_access import StateAccess
-from stratagem.utils import import_object
+from stratagem.utils import did_you_mean, import_object
 
 __all__ = ["ColossalAIStrategy"]
 
@@ -30,6 +32,9 @@ class ColossalAIStrategy(ComposedStrategy):
         mixed_precision: ``"bf16"`` or ``"fp16"``, float32 where it is not given; or a mapping with that as ``type`` and
             the options of the loss scale.
         config: nothing: ColossalAI has no configuration of its own any more.
+        checkpoint_format: ``"stratagem"``: checkpoints that every strategy resumes; ``"colossalai"``: the Booster writes
+            weights and optimizer in its own form, for its other programs, with the rest of ours around them. Every
+            strategy resumes that too.
         model_wrapper: MMEngine's name of the only wrapper there is.
         kwargs: those of :class:`BaseStrategy`.
 
@@ -45,11 +50,17 @@ class ColossalAIStrategy(ComposedStrategy):
         *,
         plugin: Any = "lowlevel-zero",
         mixed_precision: str | Mapping[str, Any] | None = None,
+        checkpoint_format: Literal["stratagem", "colossalai"] = "stratagem",
         config: Mapping[str, Any] | None = None,
         model_wrapper: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_other_wrappers(config, model_wrapper)
+        if checkpoint_format not in CHECKPOINT_FORMATS:
+            raise ConfigValueError(
+                f"checkpoint_format={checkpoint_format!r} is not known. {did_you_mean(checkpoint_format, CHECKPOINT_FORMATS)}"
+            )
+        self._native = checkpoint_format == "colossalai"
         self._plugin = parse_plugin(plugin, mixed_precision)
         super().__init__(**kwargs)
 
@@ -65,6 +76,17 @@ class ColossalAIStrategy(ComposedStrategy):
     def _make_access(self) -> StateAccess:
         access: StateAccess = _load("state:BoosterState")(self._placement)
         return access
+
+    def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
+        if not self._native:
+            return write
+        if write is not save_checkpoint:
+            raise CheckpointError(
+                "ColossalAI's own form is written by its Booster while training waits, so not in the background. Set "
+                "async_save=False, or checkpoint_format='stratagem'."
+            )
+        writer: CheckpointWriter = _load("native:NativeWriter")(self._placement)
+        return writer
 
 
 def _load(target: str) -> Any:
