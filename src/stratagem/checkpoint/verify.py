@@ -43,7 +43,8 @@ def _verify_share(path: Path, team: Team) -> int:
         pieces.sort(key=lambda piece: (-piece.region.numel, piece.name, piece.region))
         check_pieces(file, layout, pieces[team.rank :: team.size])
     beside = check_beside(path, manifest.get("beside", {}), slice(team.rank, None, team.size))
-    return beside + sum(said["bytes"] for said in manifest["files"].values())
+    ours: int = sum(said["bytes"] for said in manifest["files"].values())
+    return beside + ours
 
 
 def _read_layout(

@@ -59,7 +59,7 @@ class Placement(ABC):
     """
 
     sharded: ClassVar[bool] = False
-    has_gradients: ClassVar[bool] = True
+    has_gradients: bool = True
     full_state: bool = False
 
     def construction(self, world: World) -> AbstractContextManager[object]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, cast, final
 
 from colossalai.interface import ModelWrapper
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from stratagem.errors import PlacementError
 from stratagem.model import Trainable
+from stratagem.parallel.detour import calls_go_to
 
 __all__ = ["Boosted"]
 
@@ -53,7 +54,7 @@ class Boosted(nn.Module):
             PlacementError: if the model's step did not call ``self(...)``.
         """
         self._passed = False
-        with _calls_go_to(self.bare, self):
+        with self._calls_go_to(self):
             outputs: dict[str, Tensor] = cast("Trainable", self.bare).train_step(data, optim_wrapper=optim_wrapper)
         if not self._passed:
             raise PlacementError(
@@ -64,12 +65,12 @@ class Boosted(nn.Module):
 
     def val_step(self, data: Any) -> Any:
         """Return the model's predictions."""
-        with _calls_go_to(self.bare, self._cast):
+        with self._calls_go_to(self._cast):
             return cast("Trainable", self.bare).val_step(data)
 
     def test_step(self, data: Any) -> Any:
         """Return the model's predictions."""
-        with _calls_go_to(self.bare, self._cast):
+        with self._calls_go_to(self._cast):
             return cast("Trainable", self.bare).test_step(data)
 
     def _cast(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,24 +80,12 @@ class Boosted(nn.Module):
             args, kwargs = tree_map(convert, args), tree_map(convert, kwargs)
         return self.bare(*args, **kwargs)
 
+    def _calls_go_to(self, target: Callable[..., Any]) -> AbstractContextManager[None]:
+        """Let the model's calls of itself go to ``target``, within which they are its own again."""
+        own = self.bare._compiled_call_impl
 
-@contextmanager
-def _calls_go_to(module: nn.Module, target: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module(...)`` call ``target``, within which it calls the module itself again.
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            with calls_go_to(self.bare, own):
+                return target(*args, **kwargs)
 
-    The attribute is the one that ``torch.nn.Module.compile`` sets: the only place before the module's own hooks.
-    """
-    own = module._compiled_call_impl
-
-    def instead(*args: Any, **kwargs: Any) -> Any:
-        module._compiled_call_impl = own
-        try:
-            return target(*args, **kwargs)
-        finally:
-            module._compiled_call_impl = instead
-
-    module._compiled_call_impl = instead
-    try:
-        yield
-    finally:
-        module._compiled_call_impl = own
+        return calls_go_to(self.bare, instead)

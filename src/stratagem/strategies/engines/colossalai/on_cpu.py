@@ -46,7 +46,7 @@ class _Stream:
 
 
 @final
-class Host(CpuAccelerator):  # type: ignore[misc]  # the library is untyped
+class Host(CpuAccelerator):
     """ColossalAI's CPU, with one queue in which everything is done at once."""
 
     def current_device(self) -> int:

@@ -115,7 +115,8 @@ def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, Region, int]:
         )
     if not is_distributed_tensor(parameter):
         return parameter.shape, Region.whole(parameter.shape), world
-    layout: Any = parameter.dist_layout
+    spread: Any = parameter
+    layout = spread.dist_layout
     start = [0] * parameter.ndim
     ranks = 1
     for dim, axes in layout.sharding_spec.dim_partition_dict.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +12,7 @@ from typing import Final, cast, final
 from colossalai.booster import Booster
 from colossalai.booster.plugin import HybridParallelPlugin, Plugin
 from colossalai.interface import ModelWrapper, OptimizerWrapper
+from colossalai.logging import get_dist_logger
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -66,7 +66,7 @@ class ColossalBooster(Placement):
 
     def __init__(self, plugin: PluginSpec | Plugin, world: World) -> None:
         # It writes to the terminal by itself, and tells at length what it does.
-        logging.getLogger("colossalai").setLevel(logging.WARNING)
+        get_dist_logger().set_level("WARNING")
         # What it warns of in a step: collectives and storages that have newer names.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, module=r"colossalai\.")

@@ -143,7 +143,7 @@ def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
 
 
 @final
-class _NothingCut(Policy):  # type: ignore[misc]  # the library is untyped
+class _NothingCut(Policy):
     """A policy that leaves every layer as it is."""
 
     def config_sanity_check(self) -> None:

@@ -12,7 +12,7 @@ from stratagem.checkpoint import (
     LoadReport,
     Pieces,
     StateTree,
-    match_state,
+    fit_state,
     optimizer_by_index,
     optimizer_by_name,
 )
@@ -58,9 +58,11 @@ class BoosterState(StateAccess):
     ) -> LoadReport:
         own = dict(self._entries(model))
         shapes = {name: self._whole_shape(value) for name, value in own.items()}
-        fitting, report = match_state(shapes, state, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
+        report, fitting = fit_state(model, shapes, state, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
         extra = {}
         for name, value in fitting.items():
+            if name not in own:
+                continue
             here = own[name]
             if isinstance(here, nn.Parameter):
                 part = self._placement.parts[here]
