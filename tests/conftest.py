@@ -14,15 +14,18 @@ from ranks import Ranks, seed_generators
 hypothesis.settings.register_profile("stratagem", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("stratagem")
 torch.set_num_threads(1)
+# What is collected only by name: real launchers, and engines in environments of their own.
+ELSEWHERE = ("launchers", "colossalai")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that use rank processes as slow, and put slow tests last; real launchers run where asked for."""
-    if "launchers" not in config.option.markexpr:
-        real = [item for item in items if item.get_closest_marker("launchers")]
-        items[:] = [item for item in items if item not in real]
-        config.hook.pytest_deselected(items=real)
+    """Mark the tests that use rank processes as slow, and put slow tests last; what needs more runs where asked for."""
+    for marker in ELSEWHERE:
+        if marker not in config.option.markexpr:
+            apart = [item for item in items if item.get_closest_marker(marker)]
+            items[:] = [item for item in items if item not in apart]
+            config.hook.pytest_deselected(items=apart)
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")

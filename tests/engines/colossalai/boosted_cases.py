@@ -1,0 +1,117 @@
+"""Runs of the tests of ColossalAI that are made for one question; each runs on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import boosted_runs
+import torch
+from torch import Tensor
+
+import sharded_runs
+from sharded_runs import EPOCH, OPTIM, SCHEDULE, Gpt, Sentences
+from stratagem.dist import get_rank
+
+
+class WeightedGpt(Gpt):
+    """Its samples count by their first word, so that ranks and micro-batches weigh differently."""
+
+    def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
+        """Return the loss with its weight, or what the model itself does."""
+        if mode != "loss":
+            return super().forward(words, numbers, mode)
+        weights = 1.0 + words[:, 0].float()
+        scores = super().forward(words, numbers, "tensor")
+        losses = torch.nn.functional.cross_entropy(scores.transpose(1, 2), words[:, 1:], reduction="none").mean(1)
+        return {"loss": (losses * weights).sum() / weights.sum(), "weight": weights.sum()}
+
+
+class NanGpt(Gpt):
+    """Its loss is NaN on rank 1 in the second iteration."""
+
+    seen = 0
+
+    def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
+        """Return what the model does, but for that loss."""
+        outputs = super().forward(words, numbers, mode)
+        if mode == "loss":
+            self.seen += 1
+            if self.seen == 2 and get_rank() == 1:
+                return {"loss": outputs["loss"] * float("nan")}
+        return outputs
+
+
+def trained_alone(folder: str, *, stop: int, iterations: int = EPOCH, **options: Any) -> dict[str, Any]:
+    """Train in one process, with a horizon of as many iterations."""
+    model, optim = options.get("model", {"type": Gpt}), options.get("optim", OPTIM)
+    strategy = sharded_runs.SingleDeviceStrategy(
+        work_dir=folder, env_kwargs={"randomness": {"seed": 0}}, log_kwargs={"log_level": "ERROR"}
+    )
+    try:
+        strategy.prepare(
+            model,
+            optim_wrapper=optim,
+            param_scheduler=SCHEDULE,
+            dispatch_kwargs={"epoch_length": EPOCH, "max_iters": iterations},
+        )
+        return boosted_runs.train(strategy, 0, stop)
+    finally:
+        strategy.close()
+
+
+def with_one_nan(plugin: str, folder: str) -> dict[str, Any]:
+    """Train two updates, of which the second is spoiled on one rank alone."""
+    optim = {**OPTIM, "accumulative_counts": 1, "nonfinite": "skip"}
+    strategy = boosted_runs.prepared(plugin, folder, model={"type": NanGpt}, optim=optim)
+    try:
+        batch = _batch(strategy)
+        strategy.model.train_step(batch, optim_wrapper=strategy.optim_wrapper)
+        before = boosted_runs.state_of(strategy)["weights"]
+        strategy.model.train_step(batch, optim_wrapper=strategy.optim_wrapper)
+        after = boosted_runs.state_of(strategy)["weights"]
+        return {
+            "attempts": strategy.optim_wrapper.attempts,
+            "updates": strategy.optim_wrapper.updates,
+            "kept": all(torch.equal(before[name], after[name]) for name in before),
+            "finite": all(bool(value.isfinite().all()) for value in after.values()),
+        }
+    finally:
+        strategy.close()
+
+
+def overflowing(folder: str) -> dict[str, Any]:
+    """Train in float16 from a scale at which everything overflows, with a schedule by updates."""
+    precision = {"type": "fp16", "init_scale": 2.0**32, "hysteresis": 1, "backoff_factor": 2.0**-8}
+    strategy = boosted_runs.prepared(
+        "zero 1", folder, mixed_precision=precision, optim={**OPTIM, "accumulative_counts": 1}
+    )
+    try:
+        seen = boosted_runs.train(strategy, 0, 6)
+        schedule = strategy.param_schedulers[0]
+        return {
+            "attempts": seen["attempts"],
+            "updates": seen["updates"],
+            "skipped": seen["attempts"] - seen["updates"],
+            "scale": seen["scale"]["scale"],
+            "moved": schedule.state_dict()["_global_step"],
+        }
+    finally:
+        strategy.close()
+
+
+def predicted(plugin: str, folder: str) -> bool:
+    """Predict as many batches as the rank's number tells, one on rank 0."""
+    strategy = boosted_runs.prepared(plugin, folder)
+    try:
+        strategy.model.eval()
+        dtype = next(strategy.bare_model().parameters()).dtype
+        with torch.no_grad():
+            outputs = [strategy.model.val_step(_batch(strategy)) for _ in range(1 + get_rank())]
+        return all(each["scores"].dtype == dtype and each["scores"].isfinite().all() for each in outputs)
+    finally:
+        strategy.close()
+
+
+def _batch(strategy: Any) -> list[Tensor]:
+    first = strategy.data_rank * 4
+    return [Sentences().words[first : first + 4], torch.arange(first, first + 4)]
