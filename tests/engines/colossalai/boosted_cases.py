@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import boosted_runs
@@ -10,7 +11,10 @@ from torch import Tensor
 
 import sharded_runs
 from sharded_runs import EPOCH, OPTIM, SCHEDULE, Gpt, Sentences
+from stratagem.checkpoint import BackgroundSaver
 from stratagem.dist import get_rank
+
+LOGGER = logging.getLogger(__name__)
 
 
 class WeightedGpt(Gpt):
@@ -108,6 +112,50 @@ def predicted(plugin: str, folder: str) -> bool:
         with torch.no_grad():
             outputs = [strategy.model.val_step(_batch(strategy)) for _ in range(1 + get_rank())]
         return all(each["scores"].dtype == dtype and each["scores"].isfinite().all() for each in outputs)
+    finally:
+        strategy.close()
+
+
+def saved_in_background(folder: str, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Begin to save, train on, and resume from what was saved; return the state at the save and the one found."""
+    strategy = boosted_runs.prepared("zero 1 bf16", folder, **options)
+    saver = BackgroundSaver(strategy.logger)
+    try:
+        boosted_runs.train(strategy, 0, 2)
+        before = boosted_runs.state_of(strategy)
+        strategy.save_checkpoint(f"{folder}/at", write=saver.save)
+        boosted_runs.train(strategy, 2, 4)
+        saver.wait()
+        strategy.resume(f"{folder}/at")
+        return before, boosted_runs.state_of(strategy)
+    finally:
+        saver.close()
+        strategy.close()
+
+
+class LargerGpt(Gpt):
+    """It has a parameter more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
+        """Return what the smaller one does, and let the parameter learn."""
+        outputs = super().forward(words, numbers, mode)
+        return {"loss": outputs["loss"] + self.extra.sum()} if mode == "loss" else outputs
+
+
+def resumed_with_more(folder: str) -> None:
+    """Resume the small model from the checkpoint of the larger one."""
+    larger = boosted_runs.prepared("zero 1", folder, model={"type": LargerGpt})
+    try:
+        larger.save_checkpoint(f"{folder}/larger")
+    finally:
+        larger.close()
+    strategy = boosted_runs.prepared("zero 1", folder)
+    try:
+        strategy.resume(f"{folder}/larger")
     finally:
         strategy.close()
 

@@ -150,3 +150,14 @@ def resumed(name: str, folder: str, checkpoint: str, at: int, **options: Any) ->
         return {"found": state_of(strategy), "after": train(strategy, at, EPOCH)}
     finally:
         strategy.close()
+
+
+def resumed_and_saved(name: str, folder: str, source: Any, target: Any, **options: Any) -> dict[str, Any]:
+    """Resume, save elsewhere, and tell what was found."""
+    strategy = prepared(name, folder, **options)
+    try:
+        strategy.resume(str(source))
+        strategy.save_checkpoint(str(target))
+        return state_of(strategy)
+    finally:
+        strategy.close()

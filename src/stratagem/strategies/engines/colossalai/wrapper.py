@@ -92,6 +92,9 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
         if self._stepped:
             self.updates += 1
 
+    def model_parameters(self) -> list[nn.Parameter]:
+        return list(self.parts)
+
     def zero_grad(self, **kwargs: Any) -> None:
         self.engine.zero_grad(**kwargs)
 
