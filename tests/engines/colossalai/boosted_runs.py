@@ -23,6 +23,13 @@ PLUGINS: Mapping[str, Mapping[str, Any]] = {
     "zero 1 bf16": {"plugin": "lowlevel-zero", "mixed_precision": "bf16"},
     "zero 2 bf16": {"plugin": {"type": "lowlevel-zero", "stage": 2}, "mixed_precision": "bf16"},
     "zero 1 fp16": {"plugin": "lowlevel-zero", "mixed_precision": {"type": "fp16", "init_scale": 2.0**10}},
+    "zero 2 bf16 alone": {
+        "plugin": {"type": "lowlevel-zero", "stage": 2, "master_weights": False},
+        "mixed_precision": "bf16",
+    },
+    "zero 1 offloaded": {
+        "plugin": {"type": "LowLevelZeroPlugin", "cpu_offload": True, "communication_dtype": "float32"}
+    },
     "hybrid": {"plugin": "hybrid-parallel"},
     "hybrid bf16": {"plugin": "hybrid-parallel", "mixed_precision": "bf16"},
     "hybrid zero 1 bf16": {"plugin": {"type": "hybrid-parallel", "zero_stage": 1}, "mixed_precision": "bf16"},

@@ -18,9 +18,21 @@ _CLASSES: Final = {
     "torch-ddp": "TorchDDPPlugin",
     "lowlevel-zero": "LowLevelZeroPlugin",
     "hybrid-parallel": "HybridParallelPlugin",
-    "gemini": "GeminiPlugin",
 }
-_FSDP: Final = ("torch-fsdp", "TorchFSDPPlugin")
+_NO_FSDP: Final = (
+    "It is torch's older FSDP in ColossalAI's clothes, whose state cannot be saved on the CPU. Use FSDPStrategy, which does the "
+    "same with fully_shard."
+)
+_NO_GEMINI: Final = (
+    "Gemini moves chunks of parameters between a CUDA device and the host; it takes 'cpu' to mean 'moved out', so it does not "
+    "run without one, and with one neither its training nor its state was tried here. Use plugin='lowlevel-zero', or "
+    "FSDPStrategy(cpu_offload=True)."
+)
+# Plugins that ColossalAI has and this strategy does not take.
+_NOT_TAKEN: Final = {
+    **dict.fromkeys(("torch-fsdp", "TorchFSDPPlugin"), _NO_FSDP),
+    **dict.fromkeys(("gemini", "GeminiPlugin"), _NO_GEMINI),
+}
 _KIND_OF: Final = {**{kind: kind for kind in _CLASSES}, **{name: kind for kind, name in _CLASSES.items()}}
 
 _SCALER: Final = (
@@ -67,7 +79,7 @@ _REFUSED: Final = {
     "overlap_allgather": "Weights would be incomplete between steps, where hooks, averages and checkpoints read them.",
     "extra_dp_size": "For replicas of a sharded model use FSDPStrategy(replicate=...).",
 }  # fmt: skip
-_HARMLESS: Final = {"pp_size": 1, "pp_style": "1f1b", "num_model_chunks": 1, "extra_dp_size": 1}
+_HARMLESS: Final = {"pp_size": 1, "sp_size": 1, "pp_style": "1f1b", "num_model_chunks": 1, "extra_dp_size": 1}
 _PRECISIONS: Final = ("fp32", "bf16", "fp16")
 _WRAPPER: Final = "CollosalAIModelWrapper"  # as MMEngine spells it
 
@@ -133,19 +145,14 @@ def parse_plugin(plugin: Any, mixed_precision: Any) -> Any:
 def _kind(name: Any) -> str:
     if not isinstance(name, str):
         raise ConfigTypeError(f"plugin is {name!r}; a name, a mapping with a type, or a plugin of ColossalAI is due.")
-    if name in _FSDP:
-        raise PlacementError(
-            f"plugin={name!r} is torch's older FSDP in ColossalAI's clothes, whose state cannot be saved on the CPU. Use "
-            "FSDPStrategy, which does the same with fully_shard."
-        )
+    if name in _NOT_TAKEN:
+        raise PlacementError(f"plugin={name!r} is not possible here. {_NOT_TAKEN[name]}")
     if name not in _KIND_OF:
         raise ConfigValueError(f"plugin={name!r} is not known. {did_you_mean(name, _KIND_OF)}")
     return _KIND_OF[name]
 
 
 def _check_options(kind: str, options: Mapping[str, Any]) -> None:
-    if kind == "gemini":
-        return  # its own constructor checks them, on the machines that it works on
     for name, value in options.items():
         if name in _KNOWN[kind]:
             continue
@@ -153,6 +160,9 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
             raise ConfigKeyError(f"plugin: {_CLASSES[kind]} has no {name!r}. {did_you_mean(name, _KNOWN[kind])}")
         if value not in (None, False, _HARMLESS.get(name)):
             raise PlacementError(f"plugin: {name}={value!r} is not possible here. {_REFUSED[name]}")
+    for name, stages in (("stage", (1, 2)), ("zero_stage", (0, 1, 2))):
+        if name in options and options[name] not in stages:
+            raise ConfigValueError(f"plugin: {name}={options[name]!r} is none of {', '.join(map(str, stages))}.")
     if options.get("norm_type", 2.0) != 2.0:
         raise PlacementError(
             f"plugin: norm_type={options['norm_type']!r}; ColossalAI clips by the norm of order 2 alone."
@@ -180,7 +190,7 @@ def _take_precision(spec: PluginSpec, mixed_precision: Any) -> PluginSpec:
         raise ConfigValueError(
             f"mixed_precision={name!r} and the plugin's precision={said!r} differ. Give one of them."
         )
-    precision = said or name or ("bf16" if spec.kind == "gemini" else "fp32")
+    precision = said or name or "fp32"
     if precision not in _PRECISIONS:
         raise ConfigValueError(
             f"plugin: precision={precision!r} is not known. {did_you_mean(str(precision), _PRECISIONS)}"

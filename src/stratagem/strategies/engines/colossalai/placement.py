@@ -63,6 +63,8 @@ class ColossalBooster(Placement):
 
     sharded = True
     has_gradients = False
+    readable = True
+    writable = True
 
     def __init__(self, plugin: PluginSpec | Plugin, world: World) -> None:
         # It writes to the terminal by itself, and tells at length what it does.
@@ -134,6 +136,9 @@ class ColossalBooster(Placement):
             engine, optimizer, *_ = booster.boost(model, None if settings is None else settings.optimizer)
         self._boosting = Boosting(booster, model, engine, optimizer)
         self._parts = parts_of(model, optimizer)
+        # Hooks that read or write weights in the model need them there whole, and as they are trained.
+        self.readable = not self.has_masters and not self.spreads_layers
+        self.writable = all(part.master is part.working for part in self._parts.values())
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
             self._data_group = plugin.dp_group
         if settings is None:
@@ -185,6 +190,9 @@ class ColossalBooster(Placement):
                 "ColossalAI boosts a model and its optimizer together, and this model was prepared without one. Give "
                 "optim_wrapper to the first prepare, or train in a new process."
             )
+
+    def size_of(self, parameter: nn.Parameter) -> int:
+        return self.parts[parameter].shape.numel()
 
     def bare(self, model: nn.Module) -> nn.Module:
         return cast("nn.Module", model.bare) if isinstance(model, Boosted) else model

@@ -26,9 +26,8 @@ class ColossalAIStrategy(ComposedStrategy):
     """ColossalAI's Booster: a plugin says how model and optimizer are spread over ranks.
 
     Args:
-        plugin: ``"lowlevel-zero"`` (ZeRO stage 1), ``"torch-ddp"``, ``"hybrid-parallel"`` (tensor parallel with ZeRO),
-            ``"gemini"`` (accelerators alone), a mapping with one of these as ``type`` and the plugin's options, or a
-            plugin that is built.
+        plugin: ``"lowlevel-zero"`` (ZeRO stage 1), ``"torch-ddp"``, ``"hybrid-parallel"`` (tensor parallel, with ZeRO), a
+            mapping with one of these as ``type`` and the plugin's options, or a plugin that is built.
         mixed_precision: ``"bf16"`` or ``"fp16"``, float32 where it is not given; or a mapping with that as ``type`` and
             the options of the loss scale.
         config: nothing: ColossalAI has no configuration of its own any more.
