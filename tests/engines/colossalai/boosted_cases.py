@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -163,3 +164,49 @@ def resumed_with_more(folder: str) -> None:
 def _batch(strategy: Any) -> list[Tensor]:
     first = strategy.data_rank * 4
     return [Sentences().words[first : first + 4], torch.arange(first, first + 4)]
+
+
+class WithBatchNorm(Gpt):
+    """It normalises over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over_batch = torch.nn.BatchNorm1d(3)
+
+
+class OfTwoTypes(Gpt):
+    """One of its parameters is of another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(self.shift.detach().double())
+
+
+def only_prepared(folder: str, **options: Any) -> None:
+    """Build and prepare, and train nothing."""
+    boosted_runs.prepared("", folder, **options).close()
+
+
+def prepared_twice(folder: str) -> None:
+    """Prepare for an evaluation, then for training."""
+    strategy = boosted_runs.ColossalAIStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"})
+    try:
+        strategy.prepare({"type": Gpt})
+        strategy.model.eval()
+        strategy.model.val_step(_batch(strategy))
+        strategy.prepare({"type": Gpt}, optim_wrapper=OPTIM, dispatch_kwargs={"max_iters": 4})
+    finally:
+        strategy.close()
+
+
+def with_built_plugin(folder: str, clip_grad: Any) -> bool:
+    """Train with a plugin that was built before, which clips by 0.3."""
+    # The library can be imported once the strategy has been asked for.
+    boosted_runs.prepared("zero 1", folder).close()
+    plugins = importlib.import_module("colossalai.booster.plugin")
+    plugin = plugins.LowLevelZeroPlugin(precision="fp32", max_norm=0.3, overlap_communication=False)
+    strategy = boosted_runs.prepared("", folder, plugin=plugin, optim={**OPTIM, "clip_grad": clip_grad})
+    try:
+        return boosted_runs.train(strategy, 0, 2)["updates"] == 1
+    finally:
+        strategy.close()
