@@ -3,9 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LAUNCHERS := .venv/.launchers
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python $(PIP_INSTALL)
+# ColossalAI pins old versions of much else, so it has an environment of its own.
+COLOSSALAI := .venv-colossalai
+PIP_COLOSSALAI := $(COLOSSALAI)/bin/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch faults matrix check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-colossalai faults matrix check format bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +47,18 @@ $(LAUNCHERS): $(INSTALLED)
 	$(PIP) --editable '.[mpi,ray]'
 	@touch $@
 
+test-colossalai: $(COLOSSALAI)/.installed ## Train, save and resume under ColossalAI, in an environment of its own.
+	$(COLOSSALAI)/bin/python -m pytest -m colossalai tests/engines/colossalai
+
+$(COLOSSALAI)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(COLOSSALAI) (once) ..."
+	$(PYTHON) -m venv $(COLOSSALAI)
+	$(PIP_COLOSSALAI) torch
+	$(PIP_COLOSSALAI) --editable . hypothesis pytest pytest-timeout
+	$(PIP_COLOSSALAI) einops packaging psutil setuptools tqdm
+	$(PIP_COLOSSALAI) --no-deps colossalai
+	@touch $@
+
 faults: setup ## Inject every fault into every way to save; takes a quarter of an hour.
 	PYTHONPATH=src:tests $(BIN)/python tests/fault_sweep.py
 
@@ -63,4 +79,4 @@ matrix: setup ## Resume under every placement what every other saved, and write 
 	$(BIN)/python benchmarks/matrix.py --write docs/matrix.md
 
 clean: ## Remove what these commands made.
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
+	rm -rf .venv $(COLOSSALAI) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

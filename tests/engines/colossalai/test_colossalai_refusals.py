@@ -16,6 +16,7 @@ from sharded_runs import OPTIM
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 
 ZERO: dict[str, Any] = {"plugin": "lowlevel-zero"}
+_RATES = {"lr": 0.1, "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize(
@@ -28,9 +29,9 @@ ZERO: dict[str, Any] = {"plugin": "lowlevel-zero"}
         ({"plugin": {"type": "hybrid-parallel", "custom_policy": 3}}, "custom_policy is 3; a Policy"),
         ({"plugin": 3}, "plugin is a int, with which this strategy cannot train"),
         ({**ZERO, "optim": {**OPTIM, "type": "AmpOptimWrapper"}}, "Precision is the plugin's: use OptimWrapper and"),
-        ({**ZERO, "optim": {**OPTIM, "optimizer": {"type": "Lars", "lr": 0.1}}}, "Lars looks at whole parameters"),
+        ({**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "Lars"}}}, "Lars looks at whole parameters"),
         (
-            {**ZERO, "optim": {**OPTIM, "optimizer": {"type": "colossalai.FusedAdam", "lr": 0.1}}},
+            {**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "colossalai.FusedAdam"}}},
             "kernels for CUDA alone",
         ),
         (

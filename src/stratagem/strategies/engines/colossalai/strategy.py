@@ -100,6 +100,6 @@ def _load(target: str) -> Any:
     except MissingDependencyError as error:
         raise MissingDependencyError(
             f"ColossalAIStrategy needs ColossalAI 0.5.0 in an environment of its own, since it pins old versions of much "
-            f"else ({error}). Install it without them: pip install --no-deps colossalai==0.5.0, then pip install einops psutil "
-            "tqdm contexttimer ninja click; see docs/strategies/colossalai.md."
+            f"else ({error}). Install it without them: pip install --no-deps colossalai==0.5.0, and what it really uses: "
+            "pip install einops packaging psutil setuptools tqdm. See docs/strategies/colossalai.md."
         ) from error
