@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import boosted_runs
@@ -14,6 +15,7 @@ import sharded_runs
 from sharded_runs import EPOCH, OPTIM, SCHEDULE, Gpt, Sentences
 from stratagem.checkpoint import BackgroundSaver
 from stratagem.dist import get_rank
+from stratagem.errors import StratagemError
 
 LOGGER = logging.getLogger(__name__)
 
@@ -180,6 +182,15 @@ class OfTwoTypes(Gpt):
     def __init__(self) -> None:
         super().__init__()
         self.shift = torch.nn.Parameter(self.shift.detach().double())
+
+
+def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """Return with what error a call is refused, on every rank; nothing where it is not."""
+    try:
+        function(*arguments, **options)
+    except StratagemError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def only_prepared(folder: str, **options: Any) -> None:

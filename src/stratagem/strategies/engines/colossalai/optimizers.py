@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any, Final
 
 import torch
@@ -29,18 +30,20 @@ Lamb = library.Lamb
 Lars = library.Lars
 
 
-class _NeedsAccelerator(torch.optim.Optimizer):
-    """Stands for an optimizer whose kernels are CUDA's alone, on a machine without: it says so when it is built."""
+def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return an optimizer whose kernels are CUDA's alone; on a machine without, one that says so when it is built."""
+    if torch.accelerator.is_available():
+        return optimizer
 
-    def __init__(self, params: Any, **options: Any) -> None:
+    # With the arguments of the optimizer, which configurations are checked against.
+    @wraps(optimizer.__init__)
+    def refuse(*_: Any, **__: Any) -> None:
         raise PlacementError(
-            f"ColossalAI's {type(self).__name__} has kernels for CUDA alone, and this run is on the CPU. Use HybridAdam, or "
+            f"ColossalAI's {optimizer.__name__} has kernels for CUDA alone, and this run is on the CPU. Use HybridAdam, or "
             "torch's AdamW or SGD, which are fused on the CPU too."
         )
 
-
-def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    return optimizer if torch.accelerator.is_available() else type(optimizer.__name__, (_NeedsAccelerator,), {})
+    return type(optimizer.__name__, (torch.optim.Optimizer,), {"__init__": refuse})
 
 
 FusedAdam = _for_accelerators(library.FusedAdam)
