@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ranks import Ranks
-from sharded_runs import EPOCH
+from sharded_runs import EPOCH, OPTIM
 from stratagem.checkpoint import CheckpointLoader, list_checkpoints, remove_checkpoints, verify_checkpoint
 from stratagem.checkpoint.convert import convert_checkpoint
 from stratagem.errors import CheckpointDamagedError
@@ -38,6 +38,13 @@ def test_colossalais_own_form_resumes_with_the_same_bits(two: Ranks, tmp_path: P
 def test_an_open_window_is_saved_with_its_gradients(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """A run that is saved inside of an accumulation window makes the same update as if it had not been."""
     _require_same_run(two, tmp_path, plugin, at=5)
+
+
+@pytest.mark.parametrize("optimizer", ["HybridAdam", "Lamb"])
+def test_colossalais_optimizers_resume_with_the_same_bits(two: Ranks, tmp_path: Path, optimizer: str) -> None:
+    """Their moments are kept by name like those of torch's."""
+    optim = {**OPTIM, "optimizer": {"type": optimizer, "lr": 0.01, "weight_decay": 0.1}}
+    _require_same_run(two, tmp_path, "zero 1", optim=optim)
 
 
 @pytest.mark.parametrize("saver", ["zero 1 bf16", "zero 2", "hybrid tp 2", "DDP x2", "FSDP x2"])

@@ -15,8 +15,9 @@ with stand_ins():
 
 __all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
 
-# What looks at more than one element of a parameter at a time, and was not written for ZeRO.
-WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "Lars", "LBFGS", "Muon", "SparseAdam"})
+# What looks at more than one element of a parameter at a time, or keeps such state. Lamb has a form for ZeRO, which keeps a
+# moment for each element.
+WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
 
 if not torch.accelerator.is_available():
     with stand_ins():

@@ -230,6 +230,6 @@ def _refuse_optimizer(settings: OptimWrapper) -> None:
     name = type(settings.optimizer).__name__
     if name in WHOLE_PARAMETERS:
         raise PlacementError(
-            f"{name} looks at whole parameters, and under ZeRO each rank updates a range of each: it would compute something "
-            "else. Use plugin='torch-ddp', or an optimizer that works on each element by itself, such as AdamW."
+            f"{name} looks at whole parameters, or keeps state of them, and under ZeRO each rank updates a range of each. Use "
+            "plugin='torch-ddp', or an optimizer that works on each element by itself, such as AdamW."
         )

@@ -150,8 +150,8 @@ class BoosterState(StateAccess):
             return value
         raise CheckpointError(
             f"The optimizer's {key} of {part.name} has the shape {list(value.shape)}, and this rank has {part.count} elements of "
-            f"the parameter's {list(part.shape)}: no other strategy could make sense of it. Save with "
-            "ColossalAIStrategy(checkpoint_format='colossalai')."
+            f"the parameter's {list(part.shape)}: no other strategy could make sense of it. Use plugin='torch-ddp', or an "
+            "optimizer that works on each element by itself, such as AdamW."
         )
 
     def _parts_of_masters(self, wrapper: BoostedOptimWrapper) -> list[Part]:
