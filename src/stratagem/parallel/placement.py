@@ -56,11 +56,15 @@ class Placement(ABC):
         full_state: whether what ranks have in parts is put together on rank 0 for a checkpoint, which else every rank
             writes its own parts of.
         has_gradients: whether gradients that wait for their update lie in the parameters' ``grad``.
+        readable: whether the model's parameters hold the weights between steps, as exactly as they are trained.
+        writable: whether what is written into them is what trains on.
     """
 
     sharded: ClassVar[bool] = False
     has_gradients: bool = True
     full_state: bool = False
+    readable: bool = True
+    writable: bool = True
 
     def construction(self, world: World) -> AbstractContextManager[object]:
         """Return the context in which a model is built from its configuration, such as another device."""
@@ -95,6 +99,10 @@ class Placement(ABC):
         self, model: nn.Module
     ) -> None:
         """Forget gradients that wait on this rank for their exchange, as at an early stop."""
+
+    def size_of(self, parameter: nn.Parameter) -> int:
+        """Return how many numbers a parameter of the placed model has, over all ranks that share it."""
+        return parameter.numel()
 
     @abstractmethod
     def bare(self, model: nn.Module) -> nn.Module:

@@ -169,6 +169,20 @@ class BaseStrategy(ABC):
         return False
 
     @property
+    def readable_weights(self) -> bool:
+        """Whether the model's parameters hold the weights between steps, so that they can be averaged."""
+        return True
+
+    @property
+    def writable_weights(self) -> bool:
+        """Whether weights that are written into the model's parameters are those that train on."""
+        return True
+
+    def size_of(self, parameter: nn.Parameter) -> int:
+        """Return how many numbers a parameter of the placed model has, over all ranks that share it."""
+        return parameter.numel()
+
+    @property
     def seed(self) -> int:
         """The seed of the run, the same on every rank; that of the checkpoint after ``resume``."""
         return self._seed

@@ -171,6 +171,17 @@ class ComposedStrategy(BaseStrategy):
     def collective_forward(self) -> bool:
         return self._placement.sharded
 
+    @property
+    def readable_weights(self) -> bool:
+        return self._placement.readable
+
+    @property
+    def writable_weights(self) -> bool:
+        return self._placement.writable
+
+    def size_of(self, parameter: nn.Parameter) -> int:
+        return self._placement.size_of(parameter)
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
     def load_checkpoint(

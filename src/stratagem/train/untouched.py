@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stratagem.data import EpochLoader
+from stratagem.errors import PlacementError
 from stratagem.strategies import BaseStrategy
 from stratagem.utils import generator_state, restore_generator_state
 
@@ -32,7 +33,15 @@ def training_kept(strategy: BaseStrategy, dataloader: EpochLoader) -> Iterator[N
 
     Weights are kept in the CPU's memory, so the device has the room that a training would find. Gradients of an
     unfinished accumulation window are dropped. What a model keeps outside of its parameters and buffers is its own.
+
+    Raises:
+        PlacementError: if the strategy keeps the weights elsewhere than in the model.
     """
+    if not strategy.writable_weights:
+        raise PlacementError(
+            f"What trains here is undone afterwards, and {type(strategy).__name__} keeps weights where that cannot be done. "
+            "Look for the value under another strategy, such as DDPStrategy or FSDPStrategy."
+        )
     model, optim = strategy.model, strategy.optim_wrapper
     optim.drop_window()
     tensors = [*model.parameters(), *model.buffers()]

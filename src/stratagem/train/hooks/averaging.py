@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from stratagem.checkpoint import weights_to_cpu
-from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, PlacementError, StateError
 from stratagem.model import AveragedModel
 from stratagem.optim import OptimWrapperDict
 from stratagem.parallel import AnyOptim
@@ -47,6 +47,7 @@ class EMAHook(Hook):
 
     Raises:
         ConfigValueError: if both ``begin_iter`` and ``begin_epoch`` are given, or one is negative.
+        PlacementError: when the run begins, if the strategy keeps the weights elsewhere than in the model.
     """
 
     priority = Priority.NORMAL
@@ -110,6 +111,11 @@ class EMAHook(Hook):
         if sum(isinstance(hook, EMAHook) for hook in run.events.hooks) > 1:
             raise ConfigValueError(
                 "There are two EMAHooks, and a validation can see but one average. Give one of them."
+            )
+        if not run.strategy.readable_weights:
+            raise PlacementError(
+                f"EMAHook averages the weights that lie in the model, and under {type(run.strategy).__name__} with these "
+                "options they lie elsewhere, or are rounded there. Use FSDPStrategy, or ZeRO stage 0, 1 or 2 in float32."
             )
         model = run.strategy.bare_model()
         if model is not self._model:

@@ -27,14 +27,14 @@ class RuntimeInfoHook(Hook):
         system, runtime = run.strategy.collect_env()
         report = {"system": system, "runtime": {key: str(value) for key, value in mask_secrets(runtime).items()}}
         write_atomic(Path(run.log_dir) / "environment.json", json.dumps(report, indent=2) + "\n")
-        parameters = list(run.model.parameters())
-        learning = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+        sizes = {parameter: run.strategy.size_of(parameter) for parameter in run.model.parameters()}
+        learning = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
         run.logger.info(
             "%s: %d process(es) on %s, launcher %s, seed %d",
             type(run.strategy).__name__, run.world_size, run.world.device, run.world.launcher, run.strategy.seed,
         )  # fmt: skip
         run.logger.info(
             "Model %s: %s parameters, %s of them learning",
-            type(run.strategy.bare_model()).__name__, f"{sum(p.numel() for p in parameters):,}", f"{learning:,}",
+            type(run.strategy.bare_model()).__name__, f"{sum(sizes.values()):,}", f"{learning:,}",
         )  # fmt: skip
         run.logger.info("Logs and the environment report: %s", run.log_dir)

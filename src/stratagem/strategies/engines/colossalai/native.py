@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from colossalai.zero import LowLevelZeroOptimizer
+from torch import Tensor
 
 from stratagem.checkpoint import DirectoryFormat, StateTree, write_at
 from stratagem.checkpoint.foreign import ENGINE_ORDER, ENGINE_PART, TIED
@@ -40,8 +42,9 @@ class NativeWriter:
                 f"{os.fspath(filename)}: ColossalAI's form is a folder. Choose a name without an ending, or "
                 "checkpoint_format='stratagem'."
             )
-        # The booster writes parameters in the type that is computed in, from which masters cannot be made again.
-        left = () if self._placement.has_masters else ("state_dict",)
+        # The booster writes what lies in the model: rounded parameters, from which masters cannot be made again, or an
+        # average for the length of an evaluation, in whose place a hook has put the weights into the tree.
+        left = () if self._placement.has_masters or self._is_changed(checkpoint["state_dict"]) else ("state_dict",)
         tree = {key: value for key, value in checkpoint.items() if key not in left}
         with_optimizer = "optimizer" in tree
         if with_optimizer:
@@ -57,6 +60,10 @@ class NativeWriter:
                     boosting.booster.save_optimizer(boosting.optimizer, str(folder / "optimizer"), shard=True)
 
         write_at(filename, lambda path: DirectoryFormat().save(tree, path, team, beside=beside), team)
+
+    def _is_changed(self, state: Mapping[str, Any]) -> bool:
+        """Tell whether a callback has put parameters of its own into the tree."""
+        return any(isinstance(state.get(part.name), Tensor) for part in self._placement.parts.values())
 
     def _numbered(self) -> list[str]:
         """Return the names of the parameters in the order by which ColossalAI numbers them."""
