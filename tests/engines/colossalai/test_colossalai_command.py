@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ranks import scripts_environment
 from stratagem.checkpoint import list_checkpoints, read_any
@@ -31,6 +32,11 @@ STRATEGY = (
     'strategy = dict(type="ColossalAIStrategy", plugin=dict(type="lowlevel-zero", stage=2), mixed_precision="bf16")'
 )
 
+AVERAGE = """
+custom_hooks = [dict(type="EMAHook", momentum=0.1)]
+default_hooks = dict(checkpoint=dict(interval=1, save_best="accuracy"))
+"""
+
 
 def test_a_run_trains_is_resumed_and_goes_on_in_one_process(tmp_path: Path) -> None:
     """`stratagem train --nproc 2` trains and validates, `--resume` goes on, and one process goes on from that."""
@@ -48,6 +54,28 @@ def test_a_run_trains_is_resumed_and_goes_on_in_one_process(tmp_path: Path) -> N
     plain = _config(tmp_path / "plain.py", strategy="", optimizer="AdamW")
     goes_on = _stratagem(tmp_path, "train", str(plain), "--resume", str(last.path), "--set", "train_cfg.max_epochs=4")
     assert "Epoch(train) [4]" in goes_on
+
+
+def test_averages_go_with_colossalais_own_form(tmp_path: Path) -> None:
+    """The best checkpoint holds the weights that train and their average, beside the Booster's files; the run goes on."""
+    strategy = 'strategy = dict(type="ColossalAIStrategy", checkpoint_format="colossalai")\n' + AVERAGE
+    config = _config(tmp_path / "run.py", strategy=strategy)
+    _stratagem(tmp_path, "train", str(config), "--nproc", "2")
+    best, regular = (read_any(tmp_path / "run" / name) for name in ("best_accuracy_epoch_1", "epoch_1"))
+    averages = best["average"]["averages"]
+    for name, weight in regular["state_dict"].items():
+        assert torch.equal(best["state_dict"][name], weight)
+        assert not torch.equal(averages[name], weight)
+    assert (tmp_path / "run" / "epoch_1" / "model" / "pytorch_model.bin.index.json").is_file()
+    again = _stratagem(tmp_path, "train", str(config), "--nproc", "2", "--resume", "--set", "train_cfg.max_epochs=3")
+    assert "Epoch(train) [3]" in again
+
+
+def test_averages_of_rounded_weights_are_refused(tmp_path: Path) -> None:
+    """Under bfloat16 an average would be of what lies in the model, not of what trains."""
+    config = _config(tmp_path / "run.py", strategy=STRATEGY + "\n" + AVERAGE)
+    said = _stratagem(tmp_path, "train", str(config), "--nproc", "2", status=2)
+    assert "EMAHook averages the weights that lie in the model" in said
 
 
 def test_a_misspelled_option_is_found_before_anything_starts(tmp_path: Path) -> None:
