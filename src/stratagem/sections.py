@@ -34,7 +34,8 @@ _OPTIM_WRAPPER = Section(
     # A strategy may have its own: then it says so where there is none at all.
     supplied=frozenset({"optimizer"}),
     keys={
-        "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params"})),
+        # ColossalAI's optimizers call theirs otherwise.
+        "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"})),
         "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),
         "paramwise_cfg": _FREE,
         "implementation": _FREE,

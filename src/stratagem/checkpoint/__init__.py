@@ -1,6 +1,6 @@
 """State of a run as files, and back."""
 
-from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoint
+from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoint, write_at
 from stratagem.checkpoint.asynchronous import BackgroundSaver
 from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.directory import DirectoryFormat
@@ -76,4 +76,5 @@ __all__ = [
     "take_range",
     "verify_checkpoint",
     "weights_to_cpu",
+    "write_at",
 ]

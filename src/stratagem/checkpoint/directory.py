@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, final
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from stratagem.checkpoint.beside import describe_beside
 from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.digest import digest_of
 from stratagem.checkpoint.manifest import (
@@ -50,17 +51,20 @@ __all__ = ["DirectoryFormat", "publish"]
 class DirectoryFormat:
     """Write and read a checkpoint directory."""
 
-    def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
+    def save(
+        self, tree: StateTree, path: Path, team: Team = ALONE, *, beside: Callable[[Path], None] | None = None
+    ) -> None:
         """Write ``tree`` aside and publish it under ``path`` by one rename.
 
         Collective over ``team``: each rank gives its own tree, of which it writes the pieces of sharded tensors that it
-        holds; all the rest is the first rank's.
+        holds; all the rest is the first rank's. ``beside`` is called on every rank with the folder that is written, for
+        files in another form that go with the tree.
 
         Raises:
             CheckpointError: if a value cannot be stored, the file system refuses, or there is a folder with something
                 else; what was at ``path`` stays. On every rank.
         """
-        publish(take_snapshot(tree, team), path, team)
+        publish(take_snapshot(tree, team), path, team, beside=beside)
 
     def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
         """Take ``tree`` apart, for what is written later; tensors are not copied. Collective over ``team``.
@@ -113,7 +117,9 @@ class DirectoryFormat:
         return verify_checkpoint(path, team)
 
 
-def publish(snapshot: Snapshot, path: Path, team: Team = ALONE) -> None:
+def publish(
+    snapshot: Snapshot, path: Path, team: Team = ALONE, *, beside: Callable[[Path], None] | None = None
+) -> None:
     """Write a snapshot aside, durably, and give it its name by one rename. Collective over ``team``.
 
     Raises:
@@ -124,6 +130,8 @@ def publish(snapshot: Snapshot, path: Path, team: Team = ALONE) -> None:
         with ExitStack() as aside:
             folder = team.first(lambda: _begin(aside, snapshot, path))
             written = team.each(lambda: _write_own(folder, snapshot, team))
+            if beside is not None:
+                team.each(lambda: beside(folder))
             team.first(lambda: _finish(folder, snapshot, written))
             # Syncs what is in the folder, renames it and syncs the parent.
             team.first(aside.close)
@@ -197,7 +205,8 @@ def _finish(folder: Path, snapshot: Snapshot, written: list[dict[str, list[Writt
         header = {"bytes": len(layout.header), "digest": digest_of(layout.header)}
         files[file_of(part)] = {"bytes": layout.size, "header": header}
         tensors[part] = describe_tensors(layout, [piece for theirs in written for piece in theirs.get(part, ())])
-    _write_new(folder / MANIFEST, make_manifest(snapshot.skeletons.get("meta"), files, tensors))
+    beside = describe_beside(folder, files)
+    _write_new(folder / MANIFEST, make_manifest(snapshot.skeletons.get("meta"), files, tensors, beside))
 
 
 def _as_json(content: Any) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stratagem.checkpoint.beside import is_beside
 from stratagem.checkpoint.digest import ALGORITHM, digest_of
 from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
 from stratagem.checkpoint.regions import Region, tiles
@@ -77,13 +78,19 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def make_manifest(meta: Any, files: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Mapping[str, Any]]) -> bytes:
+def make_manifest(
+    meta: Any,
+    files: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Mapping[str, Any]],
+    beside: Mapping[str, Mapping[str, Any]] | None = None,
+) -> bytes:
     """Return the text of a manifest.
 
     Args:
         meta: the tree's part of that name, from which the position, the run and the purpose are taken.
         files: name -> its size and digests.
         tensors: part -> what :func:`describe_tensors` says of it.
+        beside: path -> size and digest, of files that are not ours.
     """
     meta = meta if isinstance(meta, Mapping) else {}
     content = {
@@ -98,6 +105,7 @@ def make_manifest(meta: Any, files: Mapping[str, Mapping[str, Any]], tensors: Ma
         "algorithm": ALGORITHM,
         "files": dict(files),
         "tensors": dict(tensors),
+        **({"beside": dict(beside)} if beside else {}),
     }
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()[:-1]
     return text + b',"digest":"' + digest_of(text).encode() + b'"}'
@@ -194,6 +202,7 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
         and STATE in files
         and isinstance(tensors, dict)
         and all(isinstance(described, dict) for described in tensors.values())
+        and is_beside(manifest.get("beside", {}))
         and type(manifest.get("finite")) is bool
         and manifest.get("algorithm") == ALGORITHM
     )

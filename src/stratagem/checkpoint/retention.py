@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from stratagem.checkpoint.beside import top_names
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
 from stratagem.checkpoint.purpose import Saved
 from stratagem.errors import CheckpointError
@@ -98,8 +99,9 @@ def remove_checkpoints(paths: Iterable[Path], logger: logging.Logger) -> None:
 def _not_ours(path: Path) -> set[str]:
     if not path.is_dir():
         return set()
-    files: Mapping[str, object] = read_manifest(path)["files"]
-    return {entry.name for entry in path.iterdir()} - {MANIFEST, *files}
+    manifest = read_manifest(path)
+    ours = {MANIFEST, *manifest["files"], *top_names(manifest.get("beside", {}))}
+    return {entry.name for entry in path.iterdir()} - ours
 
 
 def _remove(path: Path) -> None:

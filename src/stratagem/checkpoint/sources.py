@@ -14,7 +14,13 @@ from torch import Tensor
 
 from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory
 from stratagem.checkpoint.download import fetch_http
-from stratagem.checkpoint.foreign import HuggingFaceFormat, is_deepspeed_folder, read_deepspeed_folder
+from stratagem.checkpoint.foreign import (
+    ENGINE_PART,
+    ColossalAIFolder,
+    HuggingFaceFormat,
+    is_deepspeed_folder,
+    read_deepspeed_folder,
+)
 from stratagem.checkpoint.formats import format_for
 from stratagem.checkpoint.hubs import fetch_hugging_face, fetch_open_mmlab, fetch_timm, fetch_torchvision
 from stratagem.checkpoint.manifest import MANIFEST
@@ -118,7 +124,11 @@ def read_any(
         return team.own(lambda: _moved(read_deepspeed_folder(path, parts=parts), map_location))
     if not is_ours and HuggingFaceFormat.reads(path):
         return team.own(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
-    return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
+    if not ColossalAIFolder.reads(path):
+        return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
+    own_parts = None if parts is None else {*parts, ENGINE_PART}
+    ours = format_for(path).load(path, map_location=map_location, parts=own_parts, team=team) if is_ours else None
+    return team.own(lambda: ColossalAIFolder().load(path, map_location=map_location, parts=parts, ours=ours))
 
 
 def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stratagem.checkpoint.beside import check_beside
 from stratagem.checkpoint.digest import digest_of
 from stratagem.checkpoint.layout import FileLayout
 from stratagem.checkpoint.manifest import MANIFEST, MOST_JSON, STATE, pieces_of, read_manifest
@@ -41,7 +42,9 @@ def _verify_share(path: Path, team: Team) -> int:
         # The largest first, so that every rank gets about as many bytes.
         pieces.sort(key=lambda piece: (-piece.region.numel, piece.name, piece.region))
         check_pieces(file, layout, pieces[team.rank :: team.size])
-    return sum(said["bytes"] for said in manifest["files"].values())
+    beside = check_beside(path, manifest.get("beside", {}), slice(team.rank, None, team.size))
+    ours: int = sum(said["bytes"] for said in manifest["files"].values())
+    return beside + ours
 
 
 def _read_layout(

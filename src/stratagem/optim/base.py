@@ -219,6 +219,10 @@ class BaseOptimWrapper(ABC):
             }
         )
 
+    def model_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that learn by it, as the model has them: an engine's optimizer may update copies."""
+        return self._parameters()
+
     def _parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 

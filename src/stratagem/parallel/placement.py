@@ -61,7 +61,7 @@ class Placement(ABC):
     """
 
     sharded: ClassVar[bool] = False
-    has_gradients: ClassVar[bool] = True
+    has_gradients: bool = True
     full_state: bool = False
     readable: bool = True
     writable: bool = True

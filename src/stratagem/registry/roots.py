@@ -11,6 +11,7 @@ _MODULE = "torch.nn:Module"
 _OPTIMIZER = "torch.optim:Optimizer"
 _METRIC = "torchmetrics:Metric"
 _DEEPSPEED = "stratagem.strategies.engines.deepspeed"
+_COLOSSALAI = "stratagem.strategies.engines.colossalai"
 _SCHEDULES = "stratagem.optim.schedules.bindings"
 _SCHEDULE_NAMES = (
     *(
@@ -71,12 +72,17 @@ OPTIMIZERS = Registry(
         "OnebitAdam": "deepspeed.runtime.fp16.onebit.adam:OnebitAdam",
         "OnebitLamb": "deepspeed.runtime.fp16.onebit.lamb:OnebitLamb",
         "ZeroOneAdam": "deepspeed.runtime.fp16.onebit.zoadam:ZeroOneAdam",
+    }
+    | {
+        name: f"{_COLOSSALAI}.optimizers:{name}"
+        for name in ("CAME", "CPUAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars")
     },
     families=(
         Members("torch.optim", _OPTIMIZER, {"TorchAdafactor": "Adafactor"}),
         Members("schedulefree", _OPTIMIZER, prefix="schedulefree."),
         Members("heavyball", _OPTIMIZER, prefix="heavyball."),
         Members("bitsandbytes.optim", _OPTIMIZER, prefix="bitsandbytes."),
+        Members(f"{_COLOSSALAI}.optimizers", _OPTIMIZER, prefix="colossalai."),
     ),
 )
 OPTIM_WRAPPERS = Registry(
@@ -84,6 +90,8 @@ OPTIM_WRAPPERS = Registry(
     scope=_SCOPE,
     ready={
         "OptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
+        # What MMEngine-style configurations say: the strategy puts the engine's own in its place anyway.
+        "ColossalAIOptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
         "AmpOptimWrapper": "stratagem.optim.precision:AmpOptimWrapper",
         # MMEngine's name: the strategy makes what DeepSpeed needs of it.
         "DeepSpeedOptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
@@ -105,6 +113,7 @@ STRATEGIES = Registry(
     "strategy",
     scope=_SCOPE,
     ready={
+        "ColossalAIStrategy": f"{_COLOSSALAI}.strategy:ColossalAIStrategy",
         "SingleDeviceStrategy": "stratagem.strategies.single:SingleDeviceStrategy",
         "DDPStrategy": "stratagem.strategies.ddp:DDPStrategy",
         "FSDPStrategy": "stratagem.strategies.fsdp:FSDPStrategy",

@@ -3,6 +3,7 @@
 from stratagem.strategies.base import BaseStrategy
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.ddp import DDPStrategy
+from stratagem.strategies.engines.colossalai.strategy import ColossalAIStrategy
 from stratagem.strategies.engines.deepspeed import DeepSpeedStrategy
 from stratagem.strategies.fsdp import FSDPStrategy
 from stratagem.strategies.single import SingleDeviceStrategy
@@ -12,6 +13,7 @@ __all__ = [
     "ComposedStrategy",
     "DDPStrategy",
     "DeepSpeedStrategy",
+    "ColossalAIStrategy",
     "FSDPStrategy",
     "SingleDeviceStrategy",
 ]

@@ -57,6 +57,10 @@ class ComposedStrategy(BaseStrategy):
         """Return how the state of what this strategy's placement placed is read and written."""
         return TorchState()
 
+    def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
+        """Return what writes a checkpoint where ``write`` was asked for: an engine may have a form of its own."""
+        return write
+
     def prepare(
         self,
         model: nn.Module | Mapping[str, Any],
@@ -275,7 +279,7 @@ class ComposedStrategy(BaseStrategy):
             checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
             if self._placement.full_state:
                 checkpoint = gather_tree(checkpoint, team)
-            write(checkpoint, filename, team)
+            self._writer(write)(checkpoint, filename, team)
 
     def _tree(
         self,

@@ -40,5 +40,8 @@ def write_own_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: Worl
 
 
 def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    kept = model.state_dict().keys()
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in kept and not is_sharded(buffer))
+    # Not by way of the state dict: spread layers put their parameters together for it.
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and not is_sharded(buffer):
+                yield f"{prefix}.{name}" if prefix else name, buffer

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stratagem.dist import World, all_gather_object
-from stratagem.optim import AccumulatingOptimWrapper, BaseOptimWrapper, OptimWrapperDict
+from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.optim.sharded import a_row_of_each_rank
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.building import each_wrapper
@@ -56,7 +56,8 @@ def write_window(optim: AnyOptim, window: Mapping[str, Any], model: nn.Module, w
             weight = state["weight"] if len(ranks) == world.size else _sum(shares, world.size)
             wrapper.open_window({**state, "weight": weight})
         if goes_on:
-            weighted.update(dict.fromkeys(_parameters(wrapper), state is not None and state["weight"] is not None))
+            is_weighted = state is not None and state["weight"] is not None
+            weighted.update(dict.fromkeys(wrapper.model_parameters(), is_weighted))
     parameters = dict(model.named_parameters())
     for name, rows in window["gradients"].items():
         parameter = parameters[name]
@@ -87,7 +88,3 @@ def _as_row(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
 
 def _sum(shares: list[Any], size: int) -> Any:
     return None if shares[0] is None else sum(shares) / size
-
-
-def _parameters(wrapper: BaseOptimWrapper) -> Iterator[nn.Parameter]:
-    return (parameter for group in wrapper.param_groups for parameter in group["params"])

@@ -1,5 +1,6 @@
 """Checkpoints that other programs wrote: their weights and, where they have it, optimizer state and position."""
 
+from stratagem.checkpoint.foreign.colossalai import ENGINE_ORDER, ENGINE_PART, TIED, ColossalAIFolder
 from stratagem.checkpoint.foreign.deepspeed import DEEPSPEED_STATE, is_deepspeed_folder, read_deepspeed_folder
 from stratagem.checkpoint.foreign.hugging_face import WEIGHT_FILES, HuggingFaceFormat, shards_of
 from stratagem.checkpoint.foreign.kinds import read_parts
@@ -12,6 +13,10 @@ __all__ = [
     "is_deepspeed_folder",
     "open_torch_file",
     "read_deepspeed_folder",
+    "ENGINE_ORDER",
+    "ENGINE_PART",
+    "TIED",
+    "ColossalAIFolder",
     "read_parts",
     "shards_of",
     "verify_torch_file",

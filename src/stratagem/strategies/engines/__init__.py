@@ -1,1 +1,1 @@
-"""Engines of others that place and train a model: each is loaded when its strategy is built."""
+"""Engines of others as strategies; each is loaded when it is asked for."""

@@ -1,0 +1,1 @@
+"""ColossalAI's Booster as a strategy: options, placement, optimizer wrapper and state."""

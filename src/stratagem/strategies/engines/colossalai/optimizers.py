@@ -1,0 +1,52 @@
+"""ColossalAI's own optimizers, for ``OPTIMIZERS``: by their names there, or as ``colossalai.<name>``."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any, Final
+
+import torch
+
+from stratagem.errors import PlacementError
+from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
+
+with stand_ins():
+    from colossalai.nn import optimizer as library
+
+__all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
+
+# What looks at more than one element of a parameter at a time, or keeps such state. Lamb has a form for ZeRO, which keeps a
+# moment for each element.
+WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
+
+if not torch.accelerator.is_available():
+    with stand_ins():
+        from stratagem.strategies.engines.colossalai.on_cpu import train_on_cpu
+    train_on_cpu()
+
+CAME = library.CAME
+CPUAdam = library.CPUAdam
+HybridAdam = library.HybridAdam
+Lamb = library.Lamb
+Lars = library.Lars
+
+
+def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """Return an optimizer whose kernels are CUDA's alone; on a machine without, one that says so when it is built."""
+    if torch.accelerator.is_available():
+        return optimizer
+
+    # With the arguments of the optimizer, which configurations are checked against.
+    @wraps(optimizer.__init__)
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PlacementError(
+            f"ColossalAI's {optimizer.__name__} has kernels for CUDA alone, and this run is on the CPU. Use HybridAdam, or "
+            "torch's AdamW or SGD, which are fused on the CPU too."
+        )
+
+    return type(optimizer.__name__, (torch.optim.Optimizer,), {"__init__": refuse})
+
+
+FusedAdam = _for_accelerators(library.FusedAdam)
+FusedLAMB = _for_accelerators(library.FusedLAMB)
+FusedSGD = _for_accelerators(library.FusedSGD)

@@ -1,0 +1,177 @@
+"""The state of a boosted model and its optimizer, by the bare model's names: each rank gives the parts that it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final, final
+
+import torch
+from torch import Tensor, nn
+
+from stratagem.checkpoint import (
+    LoadReport,
+    Pieces,
+    StateTree,
+    fit_state,
+    optimizer_by_index,
+    optimizer_by_name,
+)
+from stratagem.errors import CheckpointError, CheckpointMismatchError
+from stratagem.optim import all_finite
+from stratagem.parallel import AnyOptim
+from stratagem.strategies.engines.colossalai.parts import Part
+from stratagem.strategies.engines.colossalai.placement import ColossalBooster
+from stratagem.strategies.engines.colossalai.wrapper import BoostedOptimWrapper
+from stratagem.strategies.state_access import StateAccess
+
+__all__ = ["BoosterState"]
+
+# A number of the optimizer's own, though it may be a tensor of the shape of a parameter that is a number.
+_COUNTER: Final = "step"
+
+
+@final
+class BoosterState(StateAccess):
+    """Reads and writes the optimizer's masters in the place of the parameters that are computed with.
+
+    Masters are written as they were, where ColossalAI's own loading makes them anew from the rounded parameters: a run in
+    bfloat16 goes on with the same bits.
+
+    Args:
+        placement: placed the model.
+    """
+
+    def __init__(self, placement: ColossalBooster) -> None:
+        self._placement = placement
+
+    def model_state(self, model: nn.Module) -> StateTree:
+        return {name: self._stored(value) for name, value in self._entries(model)}
+
+    def load_model_state(
+        self,
+        model: nn.Module,
+        state: Mapping[str, Any],
+        *,
+        strict: bool,
+        revise_keys: Sequence[tuple[str, str]],
+        may_miss: Sequence[str],
+    ) -> LoadReport:
+        own = dict(self._entries(model))
+        shapes = {name: self._whole_shape(value) for name, value in own.items()}
+        report, fitting = fit_state(model, shapes, state, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
+        extra = {}
+        for name, value in fitting.items():
+            if name not in own:
+                continue
+            here = own[name]
+            if isinstance(here, nn.Parameter):
+                part = self._placement.parts[here]
+                part.put_working(value)
+                if part.master is not part.working:
+                    part.put(value, part.master)
+            elif isinstance(here, Tensor):
+                here.copy_(value)
+            else:
+                extra[name] = value
+        if extra:
+            model.load_state_dict(extra, strict=False)
+        return report
+
+    def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
+        wrapper = _boosted(optim)
+        state = wrapper.state_dict()
+        parts = self._parts_of_masters(wrapper)
+        slots = {
+            part.name: {key: self._stored_slot(key, value, part) for key, value in state["state"][index].items()}
+            for index, part in enumerate(parts)
+            if index in state["state"]
+        }
+        by_name = optimizer_by_name({**state, "state": {}}, self._placement.group_names)
+        return {**by_name, "state": slots}
+
+    def load_optim_state(
+        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str]
+    ) -> None:
+        wrapper = _boosted(optim)
+        names = self._placement.group_names
+        if "param_groups" not in state:
+            raise CheckpointMismatchError(
+                f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of "
+                "several optimizers, and this run has one. Resume with resume_optimizer=False."
+            )
+        by_index = optimizer_by_index(state, names, wrapper.param_groups, may_miss=may_miss)
+        # Those count all parameters of the groups; the optimizer here may have the ones that learn alone.
+        flat = [name for group in names for name in group]
+        saved = {flat[index]: slots for index, slots in by_index["state"].items()}
+        slots = {
+            index: {key: _own_slot(key, value, part) for key, value in saved[part.name].items()}
+            for index, part in enumerate(self._parts_of_masters(wrapper))
+            if part.name in saved
+        }
+        groups, first = [], 0
+        for group, own in zip(by_index["param_groups"], wrapper.param_groups, strict=True):
+            count = len(own["params"])
+            groups.append({**group, "params": list(range(first, first + count))})
+            first += count
+        wrapper.load_state_dict({**by_index, "state": slots, "param_groups": groups})
+
+    def weights_are_finite(self, model: nn.Module) -> bool:
+        return all_finite(part.master for part in self._placement.parts.values())
+
+    def _entries(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
+        """Yield what the model keeps, parameters as themselves."""
+        if not self._placement.spreads_layers:
+            yield from model.state_dict(keep_vars=True).items()
+            return
+        # The library's spread layers would put their parameters together, each time that they are asked for their state.
+        yield from model.named_parameters(remove_duplicate=False)
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            for name, buffer in module.named_buffers(recurse=False):
+                if name not in module._non_persistent_buffers_set:
+                    yield f"{prefix}.{name}" if prefix else name, buffer
+
+    def _stored(self, value: Any) -> Any:
+        if isinstance(value, nn.Parameter):
+            part = self._placement.parts[value]
+            return part.pieces(part.master)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def _whole_shape(self, value: Any) -> Any:
+        if isinstance(value, nn.Parameter):
+            return torch.empty(self._placement.parts[value].shape, device="meta")
+        return value
+
+    def _stored_slot(self, key: str, value: Any, part: Part) -> Any:
+        if not isinstance(value, Tensor) or key == _COUNTER or value.numel() == 1 != part.master.numel():
+            return value
+        if value.shape == part.master.shape:
+            return part.pieces(value)
+        if part.is_whole:
+            return value
+        raise CheckpointError(
+            f"The optimizer's {key} of {part.name} has the shape {list(value.shape)}, and this rank has {part.count} elements of "
+            f"the parameter's {list(part.shape)}: no other strategy could make sense of it. Use plugin='torch-ddp', or an "
+            "optimizer that works on each element by itself, such as AdamW."
+        )
+
+    def _parts_of_masters(self, wrapper: BoostedOptimWrapper) -> list[Part]:
+        """Return the parts that the optimizer updates, in its order."""
+        of_master = {id(part.master): part for part in self._placement.parts.values()}
+        return [of_master[id(master)] for group in wrapper.param_groups for master in group["params"]]
+
+
+def _boosted(optim: AnyOptim) -> BoostedOptimWrapper:
+    if not isinstance(optim, BoostedOptimWrapper):
+        raise CheckpointError(f"{type(optim).__name__} is not the optimizer wrapper that ColossalAIStrategy prepared.")
+    return optim
+
+
+def _own_slot(key: str, value: Any, part: Part) -> Any:
+    """Return a value in memory of its own, of a tensor that belongs to each element what this rank has of it."""
+    if not isinstance(value, Tensor | Pieces):
+        return value
+    if key == _COUNTER or (isinstance(value, Tensor) and value.shape != part.shape):
+        return value.clone() if isinstance(value, Tensor) else value
+    own = torch.zeros_like(part.master, dtype=value.dtype)
+    part.put(value, own)
+    return own

@@ -1,0 +1,173 @@
+"""An optimizer that the booster wrapped, under the interface of ours: accumulation, weights of samples, what is skipped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, final
+
+import torch
+from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMixin
+from colossalai.interface import OptimizerWrapper
+from torch import Tensor, nn
+
+from stratagem.dist import all_reduce
+from stratagem.errors import ConfigValueError
+from stratagem.optim import AccumulatingOptimWrapper
+from stratagem.optim.base import NOTHING
+from stratagem.optim.gradients import Clipping, is_admitted
+from stratagem.strategies.engines.colossalai.parts import Part, gradients_of
+
+__all__ = ["BoostedOptimWrapper"]
+
+logger = logging.getLogger(__name__)
+
+
+@final
+class BoostedOptimWrapper(AccumulatingOptimWrapper):
+    """Train through ColossalAI's optimizer: its backward pass, its loss scale, its clipping, its update.
+
+    Args:
+        engine: the optimizer as the booster wrapped it.
+        parts: what this rank has of each parameter.
+        settings: the wrapper that was configured: accumulation, what to do where gradients are not finite.
+        hold: makes the context of a micro-batch whose gradients are not exchanged yet.
+        clipping: done here, for plugins that do not clip.
+        norm_is_logged: whether the norm of the gradients is computed for the log, since the plugin clips by it.
+    """
+
+    def __init__(
+        self,
+        engine: OptimizerWrapper,
+        parts: Mapping[nn.Parameter, Part],
+        settings: AccumulatingOptimWrapper,
+        *,
+        hold: Callable[[], AbstractContextManager[object]],
+        clipping: Clipping | None,
+        norm_is_logged: bool,
+    ) -> None:
+        super().__init__(engine.optim, accumulative_counts=settings.accumulative_counts, nonfinite=settings.nonfinite)
+        self.engine = engine
+        self.parts = parts
+        self._hold = hold
+        self._clipping = clipping
+        self._norm_is_logged = norm_is_logged or clipping is not None or self._nonfinite is not None
+        self._plain = not self._norm_is_logged
+        self._stepped = False
+        self.optimizer.register_step_post_hook(self._note_step)
+        if self.loss_scaler is not None:
+            if self._nonfinite == "error":
+                raise ConfigValueError(
+                    'nonfinite="error" would stop at the first overflow, which float16 meets while it looks for its scale. '
+                    "Leave it out, or use mixed_precision='bf16'."
+                )
+            self._nonfinite = "skip"
+
+    @property
+    def loss_scaler(self) -> Any | None:
+        """ColossalAI's loss scale, where it computes in float16."""
+        mixin = _precision_of(self.engine)
+        return mixin.grad_scaler if isinstance(mixin, FP16MixedPrecisionMixin) else None
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        if self.watch is not None:
+            # ColossalAI takes no gradient to begin with; a factor of the loss comes to the same.
+            options = dict(self.watch.begin(loss, kwargs))
+            if "gradient" not in kwargs and "gradient" in options:
+                loss = loss * options["gradient"]
+        # ZeRO exchanges gradients in the backward pass, which the context of the forward pass does not reach.
+        with NOTHING if self.should_sync() else self._hold():
+            self.engine.backward(loss, **kwargs)
+        self.inner_count += 1
+
+    def step(self, **kwargs: Any) -> None:
+        micro_batches = self.pending
+        self._window_start = self.inner_count
+        self.attempts += 1
+        self._stepped = False
+        # What overflowed goes to the engine all the same: it does not step then, and lowers its loss scale.
+        if self._ready(micro_batches) or self.loss_scaler is not None:
+            self.engine.step(**kwargs)
+        if self._stepped:
+            self.updates += 1
+
+    def model_parameters(self) -> list[nn.Parameter]:
+        return list(self.parts)
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        self.engine.zero_grad(**kwargs)
+
+    def state_dict(self) -> dict[str, Any]:
+        scaler = self.loss_scaler
+        return {**super().state_dict(), **({} if scaler is None else {"loss_scaler": _scaler_state(scaler)})}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        scaler = self.loss_scaler
+        # A state without one comes from another precision: the scale starts as configured.
+        if scaler is not None and "loss_scaler" in state_dict:
+            _load_scaler(scaler, state_dict["loss_scaler"])
+
+    def _settle_gradients(self, micro_batches: int) -> bool:
+        gradients = gradients_of(self.parts.values(), self.engine)
+        own = [gradient for _, gradient in gradients]
+        if self._weight is not None:
+            self._divide_by_weight(own, micro_batches)
+        # The same on every rank, so that all decide alike.
+        norm = _norm_over_ranks(gradients, own)
+        if self._norm_is_logged:
+            self.grad_norm = norm if self.loss_scaler is None else norm / self.loss_scaler.scale
+        if self.watch is not None and not self.watch.admits(own, norm):
+            return False
+        if self._nonfinite is not None and not self._admits(norm):
+            return False
+        if self._clipping is not None:
+            self._clipping.apply(own, norm)
+        return True
+
+    def _admits(self, norm: Tensor) -> bool:
+        if is_admitted(norm, self._nonfinite):
+            return True
+        logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+        return False
+
+    def _note_step(self, *_: Any) -> None:
+        self._stepped = True
+
+
+def _precision_of(engine: OptimizerWrapper) -> Any:
+    """Return how the engine computes in a small type; None in float32."""
+    # ZeRO's optimizer and the one without ZeRO name it differently.
+    return getattr(engine, "mixed_precision_mixin", None) or getattr(engine, "mixed_precision", None)
+
+
+@torch.no_grad()
+def _norm_over_ranks(gradients: list[tuple[Part, Tensor]], own: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients as one vector, of which ranks have parts and copies. Collective."""
+    device = own[0].device if own else torch.device("cpu")
+    squares = torch.zeros((), device=device)
+    if own:
+        norms = torch.stack([norm.float() for norm in torch._foreach_norm(own, 2.0, dtype=torch.float32)])
+        copies = torch.tensor([float(part.copies) for part, _ in gradients], device=device)
+        squares = (norms.square() / copies).sum()
+    all_reduce(squares)
+    return squares.sqrt()
+
+
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """Return the state of ColossalAI's loss scale in the form of ``torch.amp.GradScaler``, with what it has beside."""
+    return {
+        "scale": float(scaler.scale),
+        "growth_factor": scaler._growth_factor,
+        "backoff_factor": scaler._backoff_factor,
+        "growth_interval": scaler._growth_interval,
+        "_growth_tracker": scaler._growth_step,
+        "hysteresis_tracker": scaler._hysteresis_step,
+    }
+
+
+def _load_scaler(scaler: Any, state: Mapping[str, Any]) -> None:
+    scaler._scale = torch.full_like(scaler._scale, float(state["scale"]))
+    scaler._growth_step = int(state.get("_growth_tracker", 0))
+    scaler._hysteresis_step = int(state.get("hysteresis_tracker", 0))

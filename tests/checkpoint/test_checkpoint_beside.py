@@ -1,0 +1,89 @@
+"""Files of another form that go with a checkpoint of ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from stratagem.checkpoint import DirectoryFormat, read_manifest, remove_checkpoints, verify_checkpoint
+from stratagem.checkpoint.digest import digest_of
+from stratagem.errors import CheckpointDamagedError
+
+
+def _engine_files(folder: Path) -> None:
+    (folder / "engine" / "deep").mkdir(parents=True)
+    (folder / "engine" / "deep" / "weights.bin").write_bytes(b"weights")
+    (folder / "notes.txt").write_bytes(b"")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A checkpoint with two such files."""
+    path = tmp_path / "epoch_1"
+    DirectoryFormat().save({"state_dict": {"w": torch.ones(3)}, "meta": {}}, path, beside=_engine_files)
+    return path
+
+
+def test_files_beside_are_published_with_the_rest(saved: Path) -> None:
+    """The manifest has their sizes and digests, by their paths, and the tree is what it was without them."""
+    assert read_manifest(saved)["beside"] == {
+        "engine/deep/weights.bin": {"bytes": 7, "digest": digest_of(b"weights")},
+        "notes.txt": {"bytes": 0, "digest": digest_of(b"")},
+    }
+    assert sorted(DirectoryFormat().load(saved)) == ["meta", "state_dict"]
+    assert verify_checkpoint(saved) == sum(
+        file.stat().st_size for file in saved.rglob("*") if file.is_file() and file.name != "manifest.json"
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file: file.unlink(), "is missing; the checkpoint is not complete"),
+        (lambda file: file.write_bytes(b"weight"), "has 6 bytes, but 7 were written"),
+        (lambda file: file.write_bytes(b"wEights"), "is not what was written: its digest differs"),
+    ],
+)
+def test_damage_to_files_beside_is_seen(saved: Path, damage: Callable[[Path], None], said: str) -> None:
+    """A missing, cut or changed file makes the checkpoint a damaged one, which names the file."""
+    damage(saved / "engine" / "deep" / "weights.bin")
+    with pytest.raises(CheckpointDamagedError, match=rf"weights\.bin {said}"):
+        DirectoryFormat().load(saved)
+
+
+def test_a_manifest_that_leads_out_of_the_folder_is_refused(saved: Path) -> None:
+    """A path with a step upwards is no file beside, whoever sealed it."""
+    manifest = read_manifest(saved)
+    del manifest["digest"]
+    manifest["beside"] = {"../outside": {"bytes": 7, "digest": digest_of(b"weights")}}
+    text = json.dumps(manifest, separators=(",", ":")).encode()[:-1]
+    (saved / "manifest.json").write_bytes(text + b',"digest":"' + digest_of(text).encode() + b'"}')
+    with pytest.raises(CheckpointDamagedError, match=r"does not say what was written"):
+        read_manifest(saved)
+
+
+def test_retention_removes_files_beside_too(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They belong to the checkpoint; a file that nobody saved keeps the folder."""
+    (saved / "mine.txt").write_text("keep")
+    remove_checkpoints([saved], logging.getLogger("test"))
+    assert saved.is_dir()
+    assert "it holds mine.txt beside the checkpoint" in caplog.text
+    (saved / "mine.txt").unlink()
+    remove_checkpoints([saved], logging.getLogger("test"))
+    assert not saved.exists()
+
+
+def test_a_failure_beside_leaves_nothing(tmp_path: Path) -> None:
+    """Where such files cannot be written, no checkpoint appears and nothing is left."""
+
+    def fail(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(Exception, match="No space left on device"):
+        DirectoryFormat().save({"meta": {}}, tmp_path / "epoch_1", beside=fail)
+    assert list(tmp_path.iterdir()) == []

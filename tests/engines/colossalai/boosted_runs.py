@@ -1,0 +1,170 @@
+"""The small language model of ``sharded_runs`` under ColossalAI's plugins, and what strategies must agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import sharded_runs
+from sharded_runs import EPOCH, GLOBAL_BATCH, SCHEDULE, Gpt, Sentences
+from stratagem.checkpoint import Pieces
+from stratagem.data import build_dataloader
+from stratagem.dist import all_reduce
+from stratagem.strategies import BaseStrategy, ColossalAIStrategy
+from stratagem.train.hooks import ParamSchedulerHook
+
+# Every plugin of the tests by a name: the options of the strategy.
+PLUGINS: Mapping[str, Mapping[str, Any]] = {
+    "torch-ddp": {"plugin": "torch-ddp"},
+    "zero 1": {"plugin": "lowlevel-zero"},
+    "zero 2": {"plugin": {"type": "lowlevel-zero", "stage": 2}},
+    "zero 1 bf16": {"plugin": "lowlevel-zero", "mixed_precision": "bf16"},
+    "zero 2 bf16": {"plugin": {"type": "lowlevel-zero", "stage": 2}, "mixed_precision": "bf16"},
+    "zero 1 fp16": {"plugin": "lowlevel-zero", "mixed_precision": {"type": "fp16", "init_scale": 2.0**10}},
+    "zero 2 bf16 alone": {
+        "plugin": {"type": "lowlevel-zero", "stage": 2, "master_weights": False},
+        "mixed_precision": "bf16",
+    },
+    "zero 1 offloaded": {
+        "plugin": {"type": "LowLevelZeroPlugin", "cpu_offload": True, "communication_dtype": "float32"}
+    },
+    "hybrid": {"plugin": "hybrid-parallel"},
+    "hybrid bf16": {"plugin": "hybrid-parallel", "mixed_precision": "bf16"},
+    "hybrid zero 1 bf16": {"plugin": {"type": "hybrid-parallel", "zero_stage": 1}, "mixed_precision": "bf16"},
+    "hybrid tp 2": {"plugin": {"type": "hybrid-parallel", "tp_size": 2}},
+    "hybrid tp 2 zero 1 bf16": {
+        "plugin": {"type": "hybrid-parallel", "tp_size": 2, "zero_stage": 1},
+        "mixed_precision": "bf16",
+    },
+}
+
+
+def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
+    """Return a strategy of ``PLUGINS`` or of ``sharded_runs`` with model, optimizer and schedule."""
+    if name in sharded_runs.PLACEMENTS:
+        return sharded_runs.prepared(name, folder, **options)
+    optim, model = options.pop("optim", sharded_runs.OPTIM), options.pop("model", {"type": Gpt})
+    compiling, iterations = options.pop("compile", False), options.pop("iterations", EPOCH)
+    own = dict(PLUGINS.get(name, {}))
+    if "tp" in name:
+        # By name: a policy can be written once the library can be imported, which the strategy sees to.
+        own["plugin"] = {**own["plugin"], "custom_policy": {"type": "policies.GptPolicy"}}
+    strategy = ColossalAIStrategy(
+        work_dir=folder,
+        env_kwargs={"randomness": {"seed": 0}},
+        log_kwargs={"log_level": "ERROR"},
+        **{**own, **options},
+    )
+    try:
+        strategy.prepare(
+            model,
+            optim_wrapper=optim,
+            param_scheduler=SCHEDULE,
+            compile=compiling,
+            dispatch_kwargs={"epoch_length": EPOCH, "max_iters": iterations, "train_micro_batch_size_per_gpu": 4},
+        )
+    except BaseException:
+        strategy.close()
+        raise
+    return strategy
+
+
+def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
+    """Train iterations ``start`` to ``stop``; return what strategies must agree on: losses are the mean over ranks."""
+    loader = build_dataloader(
+        {
+            "dataset": Sentences(),
+            "batch_size": GLOBAL_BATCH // strategy.data_size,
+            "collate_fn": {"type": "default_collate"},
+        },
+        seed=strategy.seed,
+        rank=strategy.data_rank,
+        world_size=strategy.data_size,
+        training=True,
+    )
+    follow = ParamSchedulerHook()
+    run: Any = sharded_runs._Run(strategy, start)
+    follow.before_train(run)
+    optim = strategy.optim_wrapper
+    seen: dict[str, list[float]] = {"losses": [], "rates": [], "norms": []}
+    updates = optim.updates
+    batches = loader.batches(start // EPOCH, start % EPOCH)
+    for iteration in range(start, stop):
+        batch = next(batches)
+        seen["rates"] += optim.get_lr()["lr"]
+        outputs = strategy.model.train_step(batch, optim_wrapper=optim)
+        follow.after_train_iter(run, iteration)
+        run.iter += 1
+        loss = outputs["loss"].detach().float()
+        all_reduce(loss, "mean")
+        seen["losses"].append(loss.item())
+        if optim.updates != updates:
+            updates = optim.updates
+            seen["norms"].append(float(optim.grad_norm))
+    return {**seen, **state_of(strategy), "updates": optim.updates, "attempts": optim.attempts}
+
+
+def state_of(strategy: Any) -> dict[str, Any]:
+    """Return weights and moments, whole on every rank, and the optimizer's options."""
+    model = strategy.bare_model()
+    optim = strategy._access.optim_state(strategy.optim_wrapper, model)
+    return {
+        "weights": {name: whole(value) for name, value in strategy._access.model_state(model).items()},
+        "moments": {
+            f"{name}/{slot}": whole(value)
+            for name, slots in sorted(optim["state"].items())
+            for slot, value in slots.items()
+        },
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in optim["param_groups"]],
+        "scale": optim.get("loss_scaler"),
+    }
+
+
+def whole(value: Any) -> Any:
+    """Return a copy of a tensor, put together from all ranks where it is spread over them."""
+    if isinstance(value, Pieces) or hasattr(value, "full_tensor"):
+        value = value.full_tensor()
+    return torch.as_tensor(value).detach().clone()
+
+
+def trained(name: str, folder: str, stop: int = EPOCH, **options: Any) -> dict[str, Any]:
+    """Train from the beginning."""
+    strategy = prepared(name, folder, **options)
+    try:
+        return train(strategy, 0, stop)
+    finally:
+        strategy.close()
+
+
+def stopped(name: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
+    """Train to iteration ``at``, save, and go on to the end."""
+    strategy = prepared(name, folder, **options)
+    try:
+        before = train(strategy, 0, at)
+        strategy.save_checkpoint(checkpoint, extra_ckpt={"meta": {"iter": at}})
+        return {"before": before, "after": train(strategy, at, EPOCH)}
+    finally:
+        strategy.close()
+
+
+def resumed(name: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
+    """Go on from a checkpoint that was saved at iteration ``at``, to the end; tell also what was found in it."""
+    strategy = prepared(name, folder, **options)
+    try:
+        strategy.resume(checkpoint)
+        return {"found": state_of(strategy), "after": train(strategy, at, EPOCH)}
+    finally:
+        strategy.close()
+
+
+def resumed_and_saved(name: str, folder: str, source: Any, target: Any, **options: Any) -> dict[str, Any]:
+    """Resume, save elsewhere, and tell what was found."""
+    strategy = prepared(name, folder, **options)
+    try:
+        strategy.resume(str(source))
+        strategy.save_checkpoint(str(target))
+        return state_of(strategy)
+    finally:
+        strategy.close()

@@ -1,0 +1,161 @@
+"""Checkpoints under ColossalAI: one form for every strategy, exact in every precision, and ColossalAI's own by choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import boosted_cases
+import boosted_runs
+import pytest
+import torch
+
+from ranks import Ranks
+from sharded_runs import EPOCH, OPTIM
+from stratagem.checkpoint import CheckpointLoader, list_checkpoints, remove_checkpoints, verify_checkpoint
+from stratagem.checkpoint.convert import convert_checkpoint
+from stratagem.errors import CheckpointDamagedError
+
+pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
+
+AT = 4
+NATIVE = {"checkpoint_format": "colossalai"}
+
+
+@pytest.mark.parametrize("plugin", boosted_runs.PLUGINS)
+def test_a_resumed_run_goes_on_with_the_same_bits(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """Masters, moments, loss scale and next losses are those of the run that was not stopped, also in low precision."""
+    _require_same_run(two, tmp_path, plugin)
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 2", "zero 1 bf16", "hybrid bf16", "hybrid tp 2"])
+def test_colossalais_own_form_resumes_with_the_same_bits(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """So are they from what its Booster wrote, with what we keep around it."""
+    _require_same_run(two, tmp_path, plugin, **NATIVE)
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 1 bf16"])
+def test_an_open_window_is_saved_with_its_gradients(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """A run that is saved inside of an accumulation window makes the same update as if it had not been."""
+    _require_same_run(two, tmp_path, plugin, at=5)
+
+
+@pytest.mark.parametrize("optimizer", ["HybridAdam", "Lamb"])
+def test_colossalais_optimizers_resume_with_the_same_bits(two: Ranks, tmp_path: Path, optimizer: str) -> None:
+    """Their moments are kept by name like those of torch's."""
+    optim = {**OPTIM, "optimizer": {"type": optimizer, "lr": 0.01, "weight_decay": 0.1}}
+    _require_same_run(two, tmp_path, "zero 1", optim=optim)
+
+
+@pytest.mark.parametrize("saver", ["zero 1 bf16", "zero 2", "hybrid tp 2", "DDP x2", "FSDP x2"])
+@pytest.mark.parametrize("reader", ["DDP x2", "FSDP x2", "zero 1", "zero 2", "hybrid tp 2"])
+def test_any_strategy_resumes_what_another_saved(two: Ranks, tmp_path: Path, saver: str, reader: str) -> None:
+    """Weights and moments come over bit for bit, rates and options too, and the next losses are those of DDP."""
+    ours = boosted_runs.PLUGINS
+    if saver not in ours and reader not in ours:
+        pytest.skip("both are torch's own; other tests compare them")
+    saved = two.run(boosted_runs.stopped, saver, str(tmp_path), str(tmp_path / "at"), AT)[0]["before"]
+    found = two.run(boosted_runs.resumed, reader, str(tmp_path), str(tmp_path / "at"), AT)
+    replicated = two.run(boosted_runs.resumed, "DDP x2", str(tmp_path), str(tmp_path / "at"), AT)[0]
+    for each in found:
+        _require_bits(each["found"], saved)
+        assert each["after"]["losses"] == pytest.approx(replicated["after"]["losses"], abs=1e-5)
+        assert each["after"]["rates"] == replicated["after"]["rates"]
+
+
+@pytest.mark.parametrize("plugin", ["zero 2 bf16", "hybrid tp 2"])
+def test_two_ranks_four_ranks_and_one_resume_each_other(two: Ranks, four: Ranks, tmp_path: Path, plugin: str) -> None:
+    """What two ranks saved goes on under four, what these saved on a single one, with the same bits."""
+    saved = two.run(boosted_runs.stopped, plugin, str(tmp_path), str(tmp_path / "two"), AT)[0]["before"]
+    for each in four.run(boosted_runs.resumed_and_saved, plugin, str(tmp_path), tmp_path / "two", tmp_path / "four"):
+        _require_bits(each, saved)
+    alone = boosted_runs.resumed("single", str(tmp_path), str(tmp_path / "four"), AT)
+    _require_bits(alone["found"], saved)
+
+
+@pytest.mark.parametrize("plugin", ["zero 1", "zero 1 bf16", "hybrid tp 2"])
+def test_colossalais_own_form_becomes_ours(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """`stratagem ckpt convert` turns it into a checkpoint of ours, without ColossalAI; one process goes on from it."""
+    saved = two.run(boosted_runs.stopped, plugin, str(tmp_path), str(tmp_path / "own"), AT, **NATIVE)[0]["before"]
+    convert_checkpoint(tmp_path / "own", tmp_path / "ours")
+    assert not (tmp_path / "ours" / "model").exists()
+    _require_bits(boosted_runs.resumed("single", str(tmp_path), str(tmp_path / "ours"), AT)["found"], saved)
+
+
+def test_what_the_booster_wrote_alone_becomes_ours(two: Ranks, tmp_path: Path) -> None:
+    """So does a folder that another program made with the Booster; its optimizer is by index, which torch's own is too."""
+    saved = two.run(boosted_runs.stopped, "torch-ddp", str(tmp_path), str(tmp_path / "own"), AT, **NATIVE)[0]["before"]
+    for file in (tmp_path / "own").iterdir():
+        if file.is_file():
+            file.unlink()
+    convert_checkpoint(tmp_path / "own", tmp_path / "ours")
+    tree = CheckpointLoader.load_checkpoint(tmp_path / "ours")
+    assert sorted(tree) == ["optimizer", "state_dict"]
+    for name, value in tree["state_dict"].items():
+        assert torch.equal(value, saved["weights"][name])
+    moments = [slots["exp_avg"] for slots in tree["optimizer"]["state"].values()]
+    assert sum(map(torch.numel, moments)) == sum(
+        value.numel() for name, value in saved["moments"].items() if name.endswith("/exp_avg")
+    )
+
+
+def test_colossalais_own_form_is_found_checked_and_removed_as_a_whole(two: Ranks, tmp_path: Path) -> None:
+    """It is a checkpoint of the run like any other: a flipped bit in the Booster's files is seen, retention removes all."""
+    two.run(boosted_runs.stopped, "zero 1", str(tmp_path), str(tmp_path / "epoch_1"), AT, **NATIVE)
+    assert [each.path.name for each in list_checkpoints(tmp_path) if not each.fault] == ["epoch_1"]
+    assert verify_checkpoint(tmp_path / "epoch_1") > 0
+    file = tmp_path / "epoch_1" / "optimizer" / "pytorch_optim-00001.bin"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointDamagedError, match=r"pytorch_optim-00001.bin is not what was written"):
+        verify_checkpoint(tmp_path / "epoch_1")
+    remove_checkpoints([tmp_path / "epoch_1"], boosted_cases.LOGGER)
+    assert not (tmp_path / "epoch_1").exists()
+
+
+def test_colossalais_own_form_is_not_written_in_the_background(two: Ranks, tmp_path: Path) -> None:
+    """The Booster writes while training waits, and the error says what to set."""
+    for refusal in two.run(boosted_cases.refusal, boosted_cases.saved_in_background, str(tmp_path), **NATIVE):
+        assert "Set async_save=False, or checkpoint_format='stratagem'" in refusal
+
+
+def test_the_portable_form_is_written_in_the_background(two: Ranks, tmp_path: Path) -> None:
+    """A background save holds the state of the step at which it began, though training goes on."""
+    for before, found in two.run(boosted_cases.saved_in_background, str(tmp_path)):
+        _require_bits(found, before)
+
+
+def test_a_single_file_holds_the_whole(two: Ranks, tmp_path: Path) -> None:
+    """A name that ends in .pth gathers masters and moments in one file of torch's form."""
+    saved = two.run(boosted_runs.stopped, "zero 1 bf16", str(tmp_path), str(tmp_path / "at.pth"), AT)[0]["before"]
+    alone = boosted_runs.resumed("single", str(tmp_path), str(tmp_path / "at.pth"), AT)
+    _require_bits(alone["found"], saved)
+
+
+def test_weights_of_another_model_are_refused(two: Ranks, tmp_path: Path) -> None:
+    """What does not fit is an error that names it, and nothing is changed."""
+    for refusal in two.run(boosted_cases.refusal, boosted_cases.resumed_with_more, str(tmp_path)):
+        assert "1 unexpected in the checkpoint: extra" in refusal
+
+
+def _require_same_run(two: Ranks, folder: Path, plugin: str, at: int = AT, **options: Any) -> None:
+    whole = two.run(boosted_runs.stopped, plugin, str(folder), str(folder / "at"), at, **options)
+    again = two.run(boosted_runs.resumed, plugin, str(folder), str(folder / "at"), at, **options)
+    for unbroken, resumed in zip(whole, again, strict=True):
+        _require_bits(resumed["found"], unbroken["before"])
+        assert resumed["found"]["scale"] == unbroken["before"]["scale"]
+        assert resumed["found"]["groups"] == unbroken["before"]["groups"]
+        assert len(resumed["after"]["losses"]) == EPOCH - at
+        assert resumed["after"]["losses"] == unbroken["after"]["losses"]
+        assert resumed["after"]["rates"] == unbroken["after"]["rates"]
+        _require_bits(resumed["after"], unbroken["after"])
+
+
+def _require_bits(found: dict[str, Any], saved: dict[str, Any]) -> None:
+    for kind in ("weights", "moments"):
+        assert sorted(found[kind]) == sorted(saved[kind])
+        for name, value in saved[kind].items():
+            # What does not learn is kept in the type that is computed in.
+            there = value.to(found[kind][name].dtype)
+            assert torch.equal(found[kind][name], there), name

@@ -1,0 +1,107 @@
+"""What ColossalAIStrategy refuses when it is built or prepared, and what it leaves as it was."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import boosted_cases
+import pytest
+
+from ranks import Ranks, scripts_environment
+from sharded_runs import OPTIM
+
+pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
+
+ZERO: dict[str, Any] = {"plugin": "lowlevel-zero"}
+_RATES = {"lr": 0.1, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"plugin": {"type": "lowlevel-zero", "overlap_communication": True}}, "this run is on the CPU. Leave it out"),
+        ({"plugin": {"type": "lowlevel-zero", "communication_dtype": "float17"}}, "is no type of torch"),
+        ({"plugin": {"type": "hybrid-parallel", "tp_size": 3}}, "tp_size=3 does not divide the 2 processes"),
+        ({"plugin": {"type": "hybrid-parallel", "tp_size": 2}}, "Give custom_policy=..., see docs"),
+        ({"plugin": {"type": "hybrid-parallel", "custom_policy": 3}}, "custom_policy is 3; a Policy"),
+        ({"plugin": 3}, "plugin is a int, with which this strategy cannot train"),
+        ({**ZERO, "optim": {**OPTIM, "type": "AmpOptimWrapper"}}, "Precision is the plugin's: use OptimWrapper and"),
+        ({**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "Lars"}}}, "Lars looks at whole parameters"),
+        (
+            {**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "colossalai.FusedAdam"}}},
+            "kernels for CUDA alone",
+        ),
+        (
+            {"plugin": {"type": "lowlevel-zero", "max_norm": 1.0}},
+            r"clip_grad=dict\(max_norm=0.3\) of the optimizer wrapper and max_norm=1",
+        ),
+        (
+            {**ZERO, "mixed_precision": "fp16", "optim": {**OPTIM, "nonfinite": "error"}},
+            "would stop at the first overflow",
+        ),
+        ({"plugin": "torch-ddp", "model": {"type": boosted_cases.WithBatchNorm}}, "turns BatchNorm into SyncBatchNorm"),
+        ({**ZERO, "model": {"type": boosted_cases.OfTwoTypes}}, "keeps all parameters in one type"),
+        ({**ZERO, "compile": {"target": "train_step"}}, "Compile target='forward'"),
+        ({**ZERO, "auto_scale_lr": {"enable": True}}, "base_batch_size is None"),
+    ],
+)
+def test_what_cannot_work_is_refused(two: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    """Each refusal comes before training, on every rank, and says what to do instead."""
+    for refusal in two.run(boosted_cases.refusal, boosted_cases.only_prepared, str(tmp_path), **options):
+        assert re.search(said, refusal), refusal
+
+
+def test_a_model_that_was_prepared_alone_is_not_trained_later(two: Ranks, tmp_path: Path) -> None:
+    """Model and optimizer are boosted together; the error says to give the optimizer first."""
+    for refusal in two.run(boosted_cases.refusal, boosted_cases.prepared_twice, str(tmp_path)):
+        assert "Give optim_wrapper to the first prepare" in refusal
+
+
+def test_a_built_plugin_is_taken(two: Ranks, tmp_path: Path) -> None:
+    """It trains, clips by its own max_norm, and another clip_grad is an error that says how to build it."""
+    assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad=None))
+    assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad={"max_norm": 0.3}))
+    other = {"max_norm": 1.0}
+    for refusal in two.run(boosted_cases.refusal, boosted_cases.with_built_plugin, str(tmp_path), clip_grad=other):
+        assert "clip_grad=dict(max_norm=1) of the optimizer wrapper and max_norm=0.3 of the plugin differ" in refusal
+
+
+def test_stand_ins_are_seen_by_nobody_else(tmp_path: Path) -> None:
+    """Once ColossalAI is imported, packages that are not installed are missing as before, and its own are empty."""
+    script = tmp_path / "look.py"
+    script.write_text(_LOOK)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=scripts_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["nobody", "[]", "no spec", "not there", "its own"]
+
+
+_LOOK = """
+import importlib.util, sys
+
+from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
+
+PACKAGES = ("peft", "bitsandbytes", "galore_torch", "transformers")
+with stand_ins():
+    # Also while it lasts, for whoever is not of the library.
+    print("nobody" if not any(importlib.util.find_spec(name) for name in PACKAGES) else "somebody")
+    from colossalai.booster import Booster
+print([name for name in sys.modules if name.partition(".")[0] in PACKAGES])
+print("no spec" if not any(importlib.util.find_spec(name) for name in PACKAGES) else "a spec")
+try:
+    import bitsandbytes
+except ModuleNotFoundError:
+    print("not there")
+from colossalai.booster.plugin import torch_ddp_plugin
+print("its own" if torch_ddp_plugin.PeftModel.__name__ == "PeftModel" else "another")
+"""

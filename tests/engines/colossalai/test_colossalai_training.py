@@ -1,0 +1,139 @@
+"""Training through ColossalAI's plugins computes what a single process computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import boosted_cases
+import boosted_runs
+import pytest
+import torch
+
+from ranks import Ranks
+from sharded_runs import OPTIM
+
+pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
+
+EXACT = ["torch-ddp", "zero 1", "zero 2", "hybrid", "hybrid tp 2"]
+# bfloat16 has 8 bits of mantissa, float16 has 11; losses here are about 3, norms about 0.7.
+ROUGH = {
+    "zero 1 bf16": 0.03,
+    "zero 2 bf16": 0.03,
+    "hybrid bf16": 0.03,
+    "hybrid zero 1 bf16": 0.03,
+    "zero 1 fp16": 0.005,
+}
+
+
+@pytest.mark.parametrize("plugin", EXACT)
+def test_a_plugin_in_float32_trains_as_one_process_does(
+    two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str
+) -> None:
+    """Losses, norms before clipping, rates, weights and moments are those of one process, to the rounding of float32."""
+    for seen in two.run(boosted_runs.trained, plugin, str(tmp_path)):
+        _require_equal(seen, single)
+
+
+@pytest.mark.parametrize("plugin", ["zero 1", "zero 2", "hybrid tp 2"])
+def test_four_ranks_train_as_one_process_does(four: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
+    """So do four ranks, also with layers spread over two and replicated over two."""
+    for seen in four.run(boosted_runs.trained, plugin, str(tmp_path)):
+        _require_equal(seen, single)
+
+
+@pytest.mark.parametrize("plugin", ROUGH)
+def test_low_precision_follows_float32(two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
+    """bfloat16 and float16 compute the same losses as far as their bits go, and every update is taken."""
+    for seen in two.run(boosted_runs.trained, plugin, str(tmp_path)):
+        assert seen["losses"] == pytest.approx(single["losses"], abs=ROUGH[plugin])
+        assert seen["norms"] == pytest.approx(single["norms"], abs=ROUGH[plugin])
+        assert (seen["updates"], seen["attempts"]) == (6, 6)
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2"])
+def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """Seven micro-batches in windows of four: the last update is the mean of three, as in one process."""
+    options = {"optim": {**OPTIM, "accumulative_counts": 4}, "stop": 7, "iterations": 7}
+    alone = boosted_cases.trained_alone(str(tmp_path / "single"), **options)
+    for seen in two.run(boosted_runs.trained, plugin, str(tmp_path / "two"), **options):
+        _require_equal(seen, alone)
+        assert seen["updates"] == 2
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid tp 2"])
+def test_micro_batches_count_by_their_weights(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """Where losses come with weights, the step is the mean over all that was weighed, over ranks and micro-batches."""
+    options = {"model": {"type": boosted_cases.WeightedGpt}, "stop": 4}
+    alone = boosted_cases.trained_alone(str(tmp_path / "single"), **options)
+    for seen in two.run(boosted_runs.trained, plugin, str(tmp_path / "two"), **options):
+        # The mean loss of a rank is not that of all: weights and norms are.
+        _require_equal(seen, alone, "rates", "norms")
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1"])
+def test_a_compiled_model_trains_the_same(two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
+    """compile=True compiles what the plugin wraps."""
+    options = {"compile": {"backend": "aot_eager"}}
+    for seen in two.run_within(240, boosted_runs.trained, plugin, str(tmp_path), **options):
+        _require_equal(seen, single)
+
+
+@pytest.mark.parametrize("optimizer", ["HybridAdam", "CPUAdam"])
+@pytest.mark.parametrize("plugin", ["zero 1", "torch-ddp"])
+def test_colossalais_adam_computes_what_torchs_does(
+    two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str, optimizer: str
+) -> None:
+    """The optimizers of ColossalAI whose kernels are replaced on the CPU are AdamW."""
+    optim = {**OPTIM, "optimizer": {"type": optimizer, "lr": 0.01, "weight_decay": 0.1}}
+    for seen in two.run(boosted_runs.trained, plugin, str(tmp_path), optim=optim):
+        assert seen["losses"] == pytest.approx(single["losses"], abs=1e-5)
+        assert seen["norms"] == pytest.approx(single["norms"], abs=1e-5)
+
+
+def test_lamb_trains_under_zero_as_its_distributed_form(two: Ranks, tmp_path: Path) -> None:
+    """ColossalAI puts its distributed Lamb in the place of Lamb, which sees whole parameters under ZeRO."""
+    optim = {**OPTIM, "optimizer": {"type": "Lamb", "lr": 0.01, "weight_decay": 0.1, "bias_correction": True}}
+    spread = two.run(boosted_runs.trained, "zero 1", str(tmp_path / "zero"), optim=optim)
+    replicated = two.run(boosted_runs.trained, "torch-ddp", str(tmp_path / "ddp"), optim=optim)
+    assert spread[0]["losses"] == pytest.approx(replicated[0]["losses"], abs=1e-4)
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid tp 2", "hybrid zero 1 bf16"])
+def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """A loss of NaN on one rank leaves the weights as they are on every rank; it counts as an attempt, not an update."""
+    for seen in two.run(boosted_cases.with_one_nan, plugin, str(tmp_path)):
+        assert seen == {"attempts": 2, "updates": 1, "kept": True, "finite": True}
+
+
+def test_float16_skips_what_overflows_and_lowers_its_scale(two: Ranks, tmp_path: Path) -> None:
+    """Overflowed updates count as attempts alone, schedules wait, and the loss scale comes down until updates are made."""
+    for seen in two.run(boosted_cases.overflowing, str(tmp_path)):
+        assert seen["attempts"] == 6
+        assert seen["updates"] == seen["attempts"] - seen["skipped"]
+        assert 0 < seen["skipped"] < 6
+        assert seen["scale"] < 2.0**40
+        assert seen["moved"] == seen["updates"]
+
+
+def test_the_learning_rate_is_scaled_by_the_real_batch(two: Ranks, tmp_path: Path) -> None:
+    """auto_scale_lr multiplies by ranks x samples x accumulated micro-batches over what the rate was chosen for."""
+    scaling = {"enable": True, "base_batch_size": 8}
+    # 2 ranks x 4 samples x 2 micro-batches = 16, so twice the rate; the warm-up begins at a tenth.
+    for seen in two.run(boosted_runs.trained, "zero 1", str(tmp_path), stop=2, auto_scale_lr=scaling):
+        assert seen["rates"][0] == pytest.approx(0.01 * 2 * 0.1)
+
+
+def test_evaluation_may_differ_in_length_between_ranks(two: Ranks, tmp_path: Path) -> None:
+    """Predictions come in the model's own precision and wait for nobody."""
+    assert all(two.run(boosted_cases.predicted, "zero 1 bf16", str(tmp_path)))
+    assert all(two.run(boosted_cases.predicted, "torch-ddp", str(tmp_path)))
+
+
+def _require_equal(seen: dict[str, Any], expected: dict[str, Any], *series: str) -> None:
+    for name in series or ("losses", "rates", "norms"):
+        assert seen[name] == pytest.approx(expected[name], abs=1e-5), name
+    for kind in ("weights", "moments"):
+        assert sorted(seen[kind]) == sorted(expected[kind])
+        for name, value in expected[kind].items():
+            torch.testing.assert_close(seen[kind][name], value, rtol=0, atol=2e-5, msg=name)

@@ -1,0 +1,159 @@
+"""What ColossalAIStrategy says of its options, without ColossalAI."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stratagem.config import Config
+from stratagem.errors import (
+    ConfigKeyError,
+    ConfigTypeError,
+    ConfigValueError,
+    LaunchError,
+    MissingDependencyError,
+    PlacementError,
+)
+from stratagem.optim.gradients import parse_clipping
+from stratagem.registry import OPTIM_WRAPPERS, STRATEGIES
+from stratagem.strategies import ColossalAIStrategy
+from stratagem.strategies.engines.colossalai.clipping import max_norm_of
+from stratagem.strategies.engines.colossalai.options import PluginSpec, parse_plugin, refuse_other_wrappers
+
+without_colossalai = pytest.mark.skipif(
+    importlib.util.find_spec("colossalai") is not None, reason="ColossalAI is installed here"
+)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "precision", "expected"),
+    [
+        ("lowlevel-zero", None, PluginSpec("lowlevel-zero", {"precision": "fp32"})),
+        ("LowLevelZeroPlugin", "bf16", PluginSpec("lowlevel-zero", {"precision": "bf16"})),
+        ({"type": "lowlevel-zero", "stage": 2}, "bf16", PluginSpec("lowlevel-zero", {"stage": 2, "precision": "bf16"})),
+        ({"type": "lowlevel-zero", "precision": "fp16"}, "fp16", PluginSpec("lowlevel-zero", {"precision": "fp16"})),
+        (
+            "lowlevel-zero",
+            {"type": "fp16", "init_scale": 8.0},
+            PluginSpec("lowlevel-zero", {"precision": "fp16", "initial_scale": 8.0}),
+        ),
+        ("torch-ddp", None, PluginSpec("torch-ddp", {})),
+        (
+            {"type": "hybrid-parallel", "tp_size": 2, "pp_size": 1},
+            None,
+            PluginSpec("hybrid-parallel", {"tp_size": 2, "pp_size": 1, "precision": "fp32"}),
+        ),
+    ],
+)
+def test_a_plugin_is_a_name_or_a_mapping(plugin: Any, precision: Any, expected: PluginSpec) -> None:
+    """Names and class names stand for the same; the precision is one for both; float32 where nothing is said."""
+    assert parse_plugin(plugin, precision) == expected
+
+
+def test_the_users_mappings_stay_as_they_are() -> None:
+    """Parsing takes nothing out of a configuration."""
+    plugin, precision = {"type": "lowlevel-zero", "stage": 2}, {"type": "fp16", "init_scale": 8.0}
+    parse_plugin(plugin, precision)
+    assert (plugin, precision) == ({"type": "lowlevel-zero", "stage": 2}, {"type": "fp16", "init_scale": 8.0})
+
+
+@pytest.mark.parametrize(
+    ("plugin", "precision", "error", "said"),
+    [
+        ("lowlevelzero", None, ConfigValueError, "Did you mean 'lowlevel-zero'"),
+        (3, "bf16", ConfigValueError, "Give precision=... to it"),
+        ({"stage": 1}, None, ConfigValueError, "has no type. Give one of torch-ddp"),
+        ({"type": "lowlevel-zero", "stag": 1}, None, ConfigKeyError, "has no 'stag'. Did you mean 'stage'"),
+        ({"type": "lowlevel-zero", "stage": 3}, None, ConfigValueError, "stage=3 is none of 1, 2"),
+        ({"type": "lowlevel-zero", "norm_type": 1}, None, PlacementError, "by the norm of order 2 alone"),
+        (
+            {"type": "lowlevel-zero", "precision": "bf16"},
+            "fp16",
+            ConfigValueError,
+            "'fp16' and the plugin's precision='bf16' differ",
+        ),
+        ({"type": "lowlevel-zero", "precision": "fp8"}, None, ConfigValueError, "precision='fp8' is not known"),
+        ({"type": "lowlevel-zero", "use_fp8": True}, None, PlacementError, "eight bits that only CUDA"),
+        ({"type": "lowlevel-zero", "overlap_allgather": True}, None, PlacementError, "incomplete between steps"),
+        ({"type": "lowlevel-zero", "extra_dp_size": 2}, None, PlacementError, r"FSDPStrategy\(replicate=...\)"),
+        (
+            {"type": "hybrid-parallel", "pp_size": 2},
+            None,
+            PlacementError,
+            r"pp_size=2 is not possible here. A pipeline",
+        ),
+        ({"type": "hybrid-parallel", "enable_sequence_parallelism": True}, None, PlacementError, "parts of one sample"),
+        ({"type": "hybrid-parallel", "zero_stage": 1}, None, PlacementError, "Give mixed_precision='bf16'"),
+        ("gemini", None, PlacementError, r"Use plugin='lowlevel-zero', or FSDPStrategy\(cpu_offload=True\)"),
+        ({"type": "TorchFSDPPlugin"}, None, PlacementError, "Use FSDPStrategy"),
+        ("torch-ddp", "bf16", PlacementError, "Use plugin='lowlevel-zero' with mixed_precision='bf16'"),
+        ("lowlevel-zero", "fp8", PlacementError, "its class is empty. Use 'bf16' or 'fp16'"),
+        ("lowlevel-zero", "fp16_apex", PlacementError, "its class is empty"),
+        ("lowlevel-zero", "bf61", ConfigValueError, "Did you mean 'bf16'"),
+        ("lowlevel-zero", 16, ConfigTypeError, "a name or a mapping with a type is due"),
+        ("lowlevel-zero", {"type": "bf16", "init_scale": 8.0}, ConfigValueError, "initial_scale are for fp16"),
+        ("lowlevel-zero", {"type": "fp16", "init_scal": 8.0}, ConfigKeyError, "'init_scal' is not known"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(plugin: Any, precision: Any, error: type[Exception], said: str) -> None:
+    """Each refusal says what is wrong and what to do instead."""
+    with pytest.raises(error, match=said):
+        parse_plugin(plugin, precision)
+
+
+def test_names_of_mmengine_that_mean_nothing_here_are_refused() -> None:
+    """A configuration for ColossalAI itself and other wrappers are errors; the one wrapper that there is passes."""
+    refuse_other_wrappers(None, {"type": "CollosalAIModelWrapper"})
+    with pytest.raises(PlacementError, match=r"Give options to the plugin"):
+        refuse_other_wrappers({"clip_grad_norm": 1.0}, None)
+    with pytest.raises(PlacementError, match=r"the booster wraps the model"):
+        refuse_other_wrappers(None, {"type": "MMDistributedDataParallel"})
+
+
+def test_clipping_is_said_once() -> None:
+    """The wrapper's clip_grad is the plugin's max_norm; two values, or another kind of clipping, are errors."""
+    clipping = parse_clipping({"max_norm": 0.5})
+    assert max_norm_of(clipping, 0.0) == max_norm_of(clipping, 0.5) == max_norm_of(None, 0.5) == 0.5
+    assert max_norm_of(None, 0.0) == 0.0
+    with pytest.raises(ConfigValueError, match=r"max_norm=0.5\) of the optimizer wrapper and max_norm=1 of the plugin"):
+        max_norm_of(clipping, 1.0)
+    for other in ({"type": "value", "clip_value": 1.0}, {"max_norm": 1.0, "norm_type": 1}):
+        with pytest.raises(PlacementError, match=r"plugin='torch-ddp' takes every kind"):
+            max_norm_of(parse_clipping(other), 0.0)
+
+
+def test_it_needs_processes_of_a_launcher(tmp_path: Path) -> None:
+    """One process by itself is told how to start several."""
+    with pytest.raises(LaunchError, match=r"stratagem train CONFIG --nproc N"):
+        ColossalAIStrategy(work_dir=tmp_path, plugin="torch-ddp")
+
+
+def test_an_unknown_form_of_checkpoints_is_refused(tmp_path: Path) -> None:
+    """checkpoint_format is one of two."""
+    with pytest.raises(ConfigValueError, match=r"checkpoint_format='colosal' is not known. Did you mean 'colossalai'"):
+        ColossalAIStrategy(work_dir=tmp_path, checkpoint_format="colosal")  # type: ignore[arg-type]
+
+
+def test_it_is_known_by_name() -> None:
+    """Configurations name the strategy, and its wrapper as MMEngine does."""
+    assert STRATEGIES.get("ColossalAIStrategy") is ColossalAIStrategy
+    assert OPTIM_WRAPPERS.get("ColossalAIOptimWrapper") is OPTIM_WRAPPERS.get("OptimWrapper")
+    assert Config({"strategy": {"type": "ColossalAIStrategy"}}).strategy.type == "ColossalAIStrategy"
+
+
+@without_colossalai
+def test_without_colossalai_the_error_says_how_to_install_it(tmp_path: Path, ranks: Any) -> None:
+    """The library is missed when the strategy is built, not before."""
+    for said in ranks.run(_missing, str(tmp_path)):
+        assert "pip install --no-deps colossalai==0.5.0" in said
+
+
+def _missing(folder: str) -> str:
+    try:
+        ColossalAIStrategy(work_dir=folder)
+    except MissingDependencyError as error:
+        return str(error)
+    return ""
