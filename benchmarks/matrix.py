@@ -73,6 +73,15 @@ class Placement:
         return python_of(self.strategy["type"])
 
 
+def _deepspeed(stage: int) -> dict[str, Any]:
+    return {"type": "DeepSpeedStrategy", "zero_optimization": {"stage": stage}}
+
+
+def _colossalai(plugin: str, **options: Any) -> dict[str, Any]:
+    return {"type": "ColossalAIStrategy", "plugin": {"type": plugin, **options}}
+
+
+# ZeRO by itself is DeepSpeed's; CAI is ColossalAI.
 PLACEMENTS: Final[Mapping[str, Placement]] = {
     "single": Placement(processes=1, strategy={"type": "SingleDeviceStrategy"}),
     "DDP x2": Placement(processes=2, strategy={"type": "DDPStrategy"}),
@@ -81,10 +90,14 @@ PLACEMENTS: Final[Mapping[str, Placement]] = {
     "HSDP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "replicate": 2}),
     "TP x2": Placement(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}, shared=2),
     "FSDP x TP 2x2": Placement(processes=4, strategy={"type": "FSDPStrategy", "tp": 2}, shared=2),
-    "ColossalAI ZeRO 1 x2": Placement(processes=2, strategy={"type": "ColossalAIStrategy", "plugin": "lowlevel-zero"}),
-    "ColossalAI ZeRO 2 x4": Placement(
-        processes=4, strategy={"type": "ColossalAIStrategy", "plugin": {"type": "lowlevel-zero", "stage": 2}}
-    ),
+    "ZeRO 1 x2": Placement(processes=2, strategy=_deepspeed(1)),
+    "ZeRO 2 x2": Placement(processes=2, strategy=_deepspeed(2)),
+    "ZeRO 3 x2": Placement(processes=2, strategy=_deepspeed(3), averages=False),
+    "ZeRO 3 x4": Placement(processes=4, strategy=_deepspeed(3), averages=False),
+    "CAI DDP x2": Placement(processes=2, strategy=_colossalai("torch-ddp")),
+    "CAI ZeRO 1 x2": Placement(processes=2, strategy=_colossalai("lowlevel-zero", stage=1)),
+    "CAI ZeRO 2 x4": Placement(processes=4, strategy=_colossalai("lowlevel-zero", stage=2)),
+    "CAI TP x2": Placement(processes=2, strategy=_colossalai("hybrid-parallel", tp_size=2), shared=2, averages=False),
 }
 
 
@@ -160,7 +173,7 @@ def train(name: str, folder: Path, resume: Path | None) -> Record:
         runner.train()
     finally:
         runner.close()
-    if placement.averages != any(tensor.startswith("average") for tensor in witness.end):
+    if placement.averages != _has_average(witness.end):
         raise SystemExit(f"{name}: averages={placement.averages}, but the checkpoint says otherwise.")
     each = all_gather_object((witness.losses, witness.targets))
     return {
@@ -249,11 +262,14 @@ def compare(record: Record, saved: Record, alone: Record) -> Cell:
     """Compare a training that was resumed with the one that saved and the one of one process."""
     after = ITERATIONS - len(record["losses"])
     pairs = zip(record["losses"], alone["losses"][after:], strict=True)
+    # One that was not saved begins anew, and is another's.
+    kinds = ("parameters", "moments", "average") if _has_average(saved["middle"]) else ("parameters", "moments")
+    apart = {kind: difference(record["end"], alone["end"], kind) for kind in kinds}
     rates = [set(each) for each in record["rates"]] == [set(each) for each in alone["rates"][after:]]
     return Cell(
         found=difference(record["middle"], saved["middle"]),
         losses=max(abs(one - other) for one, other in pairs),
-        **{kind: difference(record["end"], alone["end"], kind) for kind in ("parameters", "moments", "average")},
+        **{"average": 0.0, **apart},
         exact=rates and record["samples"] == alone["samples"][after:],
     )
 
@@ -263,14 +279,17 @@ def difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor], kind: s
 
     Infinite where names differ, unless one of them is of a placement that keeps no average.
     """
-    averages = {any(name.startswith("average") for name in names) for names in (these, those)}
-    if len(averages) == 2:
+    if _has_average(these) != _has_average(those):
         these, those = _without_average(these), _without_average(those)
     if these.keys() != those.keys():
         return float("inf")
     chosen = [(tensor, those[name]) for name, tensor in these.items() if name.startswith(kind)]
     ratios = (float((one - other).abs().max() / other.abs().max().clamp_min(1e-30)) for one, other in chosen)
     return max(ratios, default=0.0)
+
+
+def _has_average(state: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith("average") for name in state)
 
 
 def _without_average(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 import sharded_runs
-from sharded_runs import EPOCH, GLOBAL_BATCH, SCHEDULE, Gpt, Sentences
+from sharded_runs import EPOCH, GLOBAL_BATCH, SCHEDULE, TP_PLAN, Gpt, Sentences
 from stratagem.checkpoint import Pieces
 from stratagem.data import build_dataloader
 from stratagem.dist import all_reduce
@@ -33,6 +33,7 @@ PLUGINS: Mapping[str, Mapping[str, Any]] = {
     "hybrid": {"plugin": "hybrid-parallel"},
     "hybrid bf16": {"plugin": "hybrid-parallel", "mixed_precision": "bf16"},
     "hybrid zero 1 bf16": {"plugin": {"type": "hybrid-parallel", "zero_stage": 1}, "mixed_precision": "bf16"},
+    "hybrid tp 2 by plan": {"plugin": {"type": "hybrid-parallel", "tp_size": 2}},
     "hybrid tp 2": {"plugin": {"type": "hybrid-parallel", "tp_size": 2}},
     "hybrid tp 2 zero 1 bf16": {
         "plugin": {"type": "hybrid-parallel", "tp_size": 2, "zero_stage": 1},
@@ -41,14 +42,21 @@ PLUGINS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+class PlannedGpt(Gpt):
+    """A model that says itself how its layers are cut."""
+
+    tp_plan = TP_PLAN
+
+
 def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
     """Return a strategy of ``PLUGINS`` or of ``sharded_runs`` with model, optimizer and schedule."""
     if name in sharded_runs.PLACEMENTS:
         return sharded_runs.prepared(name, folder, **options)
-    optim, model = options.pop("optim", sharded_runs.OPTIM), options.pop("model", {"type": Gpt})
+    own_model = {"type": PlannedGpt if name.endswith("by plan") else Gpt}
+    optim, model = options.pop("optim", sharded_runs.OPTIM), options.pop("model", own_model)
     compiling, iterations = options.pop("compile", False), options.pop("iterations", EPOCH)
     own = dict(PLUGINS.get(name, {}))
-    if "tp" in name:
+    if "tp 2" in name and not name.endswith("by plan"):
         # By name: a policy can be written once the library can be imported, which the strategy sees to.
         own["plugin"] = {**own["plugin"], "custom_policy": {"type": "policies.GptPolicy"}}
     strategy = ColossalAIStrategy(

@@ -26,7 +26,7 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
         ({"plugin": {"type": "lowlevel-zero", "overlap_communication": True}}, "this run is on the CPU. Leave it out"),
         ({"plugin": {"type": "lowlevel-zero", "communication_dtype": "float17"}}, "is no type of torch"),
         ({"plugin": {"type": "hybrid-parallel", "tp_size": 3}}, "tp_size=3 does not divide the 2 processes"),
-        ({"plugin": {"type": "hybrid-parallel", "tp_size": 2}}, "Give custom_policy=..., see docs"),
+        ({"plugin": {"type": "hybrid-parallel", "tp_size": 2}}, "or give custom_policy=...; see docs"),
         ({"plugin": {"type": "hybrid-parallel", "custom_policy": 3}}, "custom_policy is 3; a Policy"),
         ({"plugin": 3}, "plugin is a int, with which this strategy cannot train"),
         ({**ZERO, "optim": {**OPTIM, "type": "AmpOptimWrapper"}}, "Precision is the plugin's: use OptimWrapper and"),

@@ -15,7 +15,7 @@ from sharded_runs import OPTIM
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 
-EXACT = ["torch-ddp", "zero 1", "zero 2", "hybrid", "hybrid tp 2"]
+EXACT = ["torch-ddp", "zero 1", "zero 2", "hybrid", "hybrid tp 2", "hybrid tp 2 by plan"]
 # bfloat16 has 8 bits of mantissa, float16 has 11; losses here are about 3, norms about 0.7.
 ROUGH = {
     "zero 1 bf16": 0.03,

@@ -15,6 +15,7 @@ from torch import nn
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.registry import TASK_UTILS
 from stratagem.strategies.engines.colossalai.options import PluginSpec
+from stratagem.strategies.engines.colossalai.planned import PLAN_ATTRIBUTE, PlannedPolicy
 from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
 
 __all__ = ["Traits", "build_plugin", "traits_of"]
@@ -118,7 +119,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
-    """Return the policy that says how layers are cut; None where ColossalAI has one for the model."""
+    """Return what says how layers are cut: the policy that is given, or the model's plan; None for ColossalAI's own."""
     if isinstance(policy, Mapping):
         # Its module may be the first to import the library's layers.
         with stand_ins():
@@ -134,31 +135,12 @@ def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
         )
     if type(model).__module__.startswith("transformers."):
         return None
-    if tp_size > 1:
+    plan = getattr(model, PLAN_ATTRIBUTE, None)
+    if tp_size > 1 and not plan:
         raise PlacementError(
             f"plugin: tp_size={tp_size} needs to know how the layers of {type(model).__name__} are cut, and ColossalAI knows it "
-            "of models of transformers alone. Give custom_policy=..., see docs/strategies/colossalai.md."
+            f"of models of transformers alone. Let the model say it by its attribute {PLAN_ATTRIBUTE!r}, such as "
+            "{'blocks.*.up': 'colwise', 'blocks.*.down': 'rowwise'}, or give custom_policy=...; see "
+            "docs/strategies/colossalai.md."
         )
-    return _NothingCut()
-
-
-@final
-class _NothingCut(Policy):
-    """A policy that leaves every layer as it is."""
-
-    def config_sanity_check(self) -> None:
-        """There is nothing to check."""
-
-    def preprocess(self) -> nn.Module:
-        """Return the model as it is."""
-        model: nn.Module = self.model
-        return model
-
-    def module_policy(self) -> dict[Any, Any]:
-        """Return that nothing is replaced."""
-        return {}
-
-    def postprocess(self) -> nn.Module:
-        """Return the model as it is."""
-        model: nn.Module = self.model
-        return model
+    return PlannedPolicy(plan if tp_size > 1 and plan else {})
