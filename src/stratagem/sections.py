@@ -34,7 +34,7 @@ _OPTIM_WRAPPER = Section(
     # A strategy may have its own: then it says so where there is none at all.
     supplied=frozenset({"optimizer"}),
     keys={
-        # ColossalAI's optimizers call theirs otherwise.
+        # ColossalAI's and DeepSpeed's optimizers call theirs otherwise.
         "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"})),
         "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),
         "paramwise_cfg": _FREE,

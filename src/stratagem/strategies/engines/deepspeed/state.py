@@ -7,6 +7,7 @@ from typing import Any, Final, cast, final
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stratagem.checkpoint import (
     LoadReport,
@@ -101,6 +102,10 @@ class DeepSpeedState(StateAccess):
         for flat, owners in _by_flat(own.memory.fragments):
             slots = {each: saved[each] for each in owners}
             _write_slots(own.optimizer.state, flat, owners, slots)
+            kept = own.optimizer.state.get(flat, {})
+            if "step" in kept:
+                whole = _counts_in_integers(own.optimizer)
+                kept["step"] = int(kept["step"]) if whole else _as_torchs("step", kept["step"])
         for group, options in zip(own.groups, by_index["param_groups"], strict=True):
             group.options.update({key: value for key, value in options.items() if key not in ("params", "param_names")})
         own.load_counts(state)
@@ -141,7 +146,7 @@ class DeepSpeedState(StateAccess):
         return {
             key: _part(fragment, value, shape)
             if optim.memory.spread and _is_elementwise(key, value, fragment.flat.shape)
-            else value
+            else _as_torchs(key, value)
             for key, value in state.items()
         }
 
@@ -228,6 +233,16 @@ def _agreed(key: str, values: Mapping[str, Any]) -> Any:
                 "resume_optimizer=False."
             )
     return first.clone() if isinstance(first, Tensor) else first
+
+
+def _counts_in_integers(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer is DeepSpeed's own, whose kernels take the number of steps as an integer."""
+    return type(optimizer).__module__.startswith("deepspeed.")
+
+
+def _as_torchs(key: str, value: Any) -> Any:
+    """Return what torch's optimizers keep for it, so that they go on from it."""
+    return torch.tensor(float(value)) if key == "step" and isinstance(value, int) else value
 
 
 def _shown(value: Any) -> Any:
