@@ -1,0 +1,98 @@
+"""Folders of DeepSpeed are read without it: parts of ranks become parameters and moments by name."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stratagem.checkpoint import read_any
+from stratagem.checkpoint.foreign import is_deepspeed_folder
+from stratagem.errors import CheckpointNotFoundError
+
+# Two parameters of 3 and 4 elements one after another, and one of padding: 4 elements on each of two ranks.
+FLAT = torch.arange(8.0)
+SHAPES = [OrderedDict(a=torch.Size([3]), b=torch.Size([2, 2]))]
+
+
+def save(folder: Path, optim: list[dict[str, Any]], *, stage3: bool = False) -> Path:
+    """Write a folder as DeepSpeed does, with a part for each rank."""
+    tag = folder / "global_step5"
+    tag.mkdir(parents=True)
+    (folder / "latest").write_text("global_step5")
+    module = OrderedDict(a=torch.zeros(3), b=torch.zeros(2, 2), seen=torch.tensor(7))
+    model = {
+        "module": module,
+        "buffer_names": ["seen"],
+        "param_shapes": SHAPES,
+        "dp_world_size": len(optim),
+        "global_steps": 5,
+        "skipped_steps": 2,
+        "ds_config": {"gradient_accumulation_steps": 3},
+    }
+    for rank, state in enumerate(optim):
+        torch.save({"optimizer_state_dict": state}, tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        if stage3:
+            torch.save(model, tag / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+    if not stage3:
+        torch.save(model, tag / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def base(moment: torch.Tensor) -> dict[str, Any]:
+    """Return what torch's optimizer gives for one flat tensor."""
+    slots = {"step": torch.tensor(3.0), "exp_avg": moment}
+    return {"state": {0: slots}, "param_groups": [{"lr": 0.5, "fused": True, "params": [0]}]}
+
+
+def stretches() -> list[dict[str, Any]]:
+    """Return stage 2's parts: each rank a stretch; the last one's padding is left out of its masters alone."""
+    return [
+        {"single_partition_of_fp32_groups": [FLAT[:4]], "base_optimizer_state": base(FLAT[:4] * 10)},
+        {"single_partition_of_fp32_groups": [FLAT[4:7]], "base_optimizer_state": base(FLAT[4:] * 10)},
+    ]
+
+
+def test_stretches_of_stages_1_and_2_are_put_together(tmp_path: Path) -> None:
+    """Masters in float32, moments by name, options and counts; buffers come from the model's part."""
+    tree = read_any(save(tmp_path / "saved", stretches()))
+    assert tree["state_dict"]["a"].tolist() == [0, 1, 2]
+    assert tree["state_dict"]["b"].tolist() == [[3, 4], [5, 6]]
+    assert tree["state_dict"]["seen"].item() == 7
+    optimizer = tree["optimizer"]
+    assert optimizer["state"]["b"]["exp_avg"].tolist() == [[30, 40], [50, 60]]
+    assert optimizer["state"]["a"]["step"].item() == 3
+    assert optimizer["param_groups"] == [{"lr": 0.5, "params": ["a", "b"]}]
+    assert optimizer["counts"] == {"inner_count": 15, "attempts": 5, "updates": 3, "pending": 0}
+
+
+def test_stripes_of_stage_3_are_put_together(tmp_path: Path) -> None:
+    """Each parameter is cut into equal parts: of three elements a rank has two, one of them padding."""
+    first, second = torch.tensor([0.0, 1, 3, 4]), torch.tensor([2.0, -1, 5, 6])
+    parts = [{"fp32_flat_groups": [part], "optimizer_state_dict": base(part * 10)} for part in (first, second)]
+    tree = read_any(save(tmp_path / "saved", parts, stage3=True))
+    assert tree["state_dict"]["a"].tolist() == [0, 1, 2]
+    assert tree["state_dict"]["b"].tolist() == [[3, 4], [5, 6]]
+    assert tree["optimizer"]["state"]["a"]["exp_avg"].tolist() == [0, 10, 20]
+
+
+def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
+    """Of two ranks' files one is gone: nothing is made up."""
+    folder = save(tmp_path / "saved", stretches())
+    (folder / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(CheckpointNotFoundError, match="2 ranks saved it, and the files of 1"):
+        read_any(folder)
+
+
+def test_latest_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    """What it names is a folder beside it; a path in it is not followed."""
+    save(tmp_path / "saved", stretches())
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "latest").write_text("../saved/global_step5")
+    assert not is_deepspeed_folder(other)
+    assert is_deepspeed_folder(tmp_path / "saved")
+    assert is_deepspeed_folder(tmp_path / "saved" / "global_step5")
