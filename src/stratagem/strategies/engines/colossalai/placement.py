@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, cast, final
+from typing import Any, Final, cast, final
 
 from colossalai.booster import Booster
 from colossalai.booster.plugin import HybridParallelPlugin, Plugin
@@ -16,6 +16,7 @@ from colossalai.logging import get_dist_logger
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from stratagem.checkpoint import parameter_names
 from stratagem.dist import World
@@ -25,13 +26,13 @@ from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.placement import NO_CONTEXT
 from stratagem.strategies.engines.colossalai.clipping import max_norm_of
-from stratagem.strategies.engines.colossalai.model import Boosted
 from stratagem.strategies.engines.colossalai.on_cpu import train_on_cpu
 from stratagem.strategies.engines.colossalai.optimizers import WHOLE_PARAMETERS
 from stratagem.strategies.engines.colossalai.options import PluginSpec
 from stratagem.strategies.engines.colossalai.parts import Part, parts_of
 from stratagem.strategies.engines.colossalai.plugins import Traits, build_plugin, traits_of
 from stratagem.strategies.engines.colossalai.wrapper import BoostedOptimWrapper
+from stratagem.strategies.engines.driven import Driven
 
 __all__ = ["Boosting", "ColossalBooster"]
 
@@ -142,7 +143,7 @@ class ColossalBooster(Placement):
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
             self._data_group = plugin.dp_group
         if settings is None:
-            return Placed(model=Boosted(engine, model))
+            return Placed(model=_driven(engine, model))
         if traits.zero_stage < 2:
             # With stage 2 a rank keeps its part of the gradients alone, so they are exchanged after each micro-batch.
             self._hold = partial(booster.no_sync, engine, optimizer)
@@ -156,7 +157,7 @@ class ColossalBooster(Placement):
             clipping=None if traits.clips else settings.clipping,
             norm_is_logged=traits.max_norm > 0,
         )
-        return Placed(model=Boosted(engine, model), optim=optim)
+        return Placed(model=_driven(engine, model), optim=optim)
 
     def _build(
         self, model: nn.Module, settings: AccumulatingOptimWrapper | None, world: World
@@ -195,10 +196,26 @@ class ColossalBooster(Placement):
         return self.parts[parameter].shape.numel()
 
     def bare(self, model: nn.Module) -> nn.Module:
-        return cast("nn.Module", model.bare) if isinstance(model, Boosted) else model
+        return cast("nn.Module", model.bare) if isinstance(model, Driven) else model
 
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         return NO_CONTEXT if sync else self._hold()
+
+
+def _driven(engine: ModelWrapper, bare: nn.Module) -> Driven:
+    """Have a model train through ColossalAI, and be evaluated by itself.
+
+    Nothing is exchanged between replicas then, so ranks may have different numbers of batches.
+    """
+    # What a plugin does to floating-point inputs.
+    convert = getattr(engine, "convert_fn", None)
+
+    def evaluate(*args: Any, **kwargs: Any) -> Any:
+        if convert is not None:
+            args, kwargs = tree_map(convert, args), tree_map(convert, kwargs)
+        return bare(*args, **kwargs)
+
+    return Driven(bare, engine, engine="ColossalAI", learning=engine, evaluating=evaluate)
 
 
 def _settings(built: AnyOptim) -> OptimWrapper:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from stratagem.optim import OptimWrapper
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.placement import NO_CONTEXT
 from stratagem.strategies.engines.deepspeed.arithmetic import require_elementwise
-from stratagem.strategies.engines.deepspeed.driven import Driven
+from stratagem.strategies.engines.deepspeed.inputs import with_inputs_in
 from stratagem.strategies.engines.deepspeed.library import configure_checkpointing, load_deepspeed, make_engine
 from stratagem.strategies.engines.deepspeed.memory import (
     Memory,
@@ -29,6 +29,7 @@ from stratagem.strategies.engines.deepspeed.memory import (
 )
 from stratagem.strategies.engines.deepspeed.optim import EngineOptim, KeptGroup, require_plain_wrapper
 from stratagem.strategies.engines.deepspeed.options import Options
+from stratagem.strategies.engines.driven import Driven
 
 __all__ = ["DeepSpeedPlacement"]
 
@@ -105,7 +106,7 @@ class DeepSpeedPlacement(Placement):
             )
 
     def bare(self, model: nn.Module) -> nn.Module:
-        return model.module if isinstance(model, Driven) else model
+        return cast("nn.Module", model.bare) if isinstance(model, Driven) else model
 
     def size_of(self, parameter: nn.Parameter) -> int:
         # Stage 3 leaves a parameter nothing between steps but what it notes of it.
@@ -129,7 +130,8 @@ class DeepSpeedPlacement(Placement):
             )
 
     def _driven(self, model: nn.Module, forward: Callable[..., Any]) -> Driven:
-        return Driven(model, forward, dtype=self._options.dtype, half_inputs=self._options.half_inputs)
+        through = with_inputs_in(self._options.dtype, forward, self._options.half_inputs)
+        return Driven(model, model, engine="DeepSpeed", learning=through, evaluating=through)
 
     def _in_type(self, model: nn.Module) -> nn.Module:
         """Cast the parameters as the engine would."""
