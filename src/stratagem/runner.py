@@ -198,9 +198,8 @@ class Runner:
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._training_data()
             _require_samples(loader, strategy.data_size)
-            loop = build_train_loop(
-                self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=self._parts["optim_wrapper"]
-            )
+            optim_wrapper = strategy.complete_optim_wrapper(self._parts["optim_wrapper"])
+            loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=optim_wrapper)
             strategy.prepare(
                 self._model,
                 optim_wrapper=self._parts["optim_wrapper"],

@@ -27,7 +27,12 @@ from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS, STRATEGIES
 from stratagem.strategies import DeepSpeedStrategy
 from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name, require_elementwise
 from stratagem.strategies.engines.deepspeed.optim import require_plain_wrapper
-from stratagem.strategies.engines.deepspeed.optimizer_section import with_optimizer
+from stratagem.strategies.engines.deepspeed.optimizer_section import (
+    kernels_explained,
+    with_accumulation,
+    with_clipping,
+    with_optimizer,
+)
 from stratagem.strategies.engines.deepspeed.options import Options
 
 
@@ -254,6 +259,38 @@ def test_two_optimizers_are_refused() -> None:
         with_optimizer({"optimizer": {"type": "SGD", "lr": 1}}, {"type": "AdamW"})
     with pytest.raises(ConfigValueError, match="gradient_clipping"):
         with_optimizer({}, {"type": "AdamW", "params": {"max_grad_norm": 1.0}})
+
+
+def test_accumulation_and_clipping_stand_in_the_wrapper() -> None:
+    """Where it does not say them, or says the same; the given mapping stays as it is."""
+    given = {"optimizer": {"type": "SGD"}}
+    assert with_accumulation(given, 4) == {**given, "accumulative_counts": 4}
+    assert with_clipping(given, 1.0) == {**given, "clip_grad": {"max_norm": 1.0}}
+    assert given == {"optimizer": {"type": "SGD"}}
+    alike = {**given, "accumulative_counts": 4, "clip_grad": {"max_norm": 1}}
+    assert with_clipping(with_accumulation(alike, 4), 1.0) == alike
+    assert with_clipping(with_accumulation(given, None), None) is given
+
+
+def test_accumulation_and_clipping_that_differ_are_refused() -> None:
+    """Both values are named."""
+    with pytest.raises(
+        ConfigValueError, match=r"gradient_accumulation_steps=4, but optim_wrapper has accumulative_counts=2"
+    ):
+        with_accumulation({"optimizer": {}, "accumulative_counts": 2}, 4)
+    with pytest.raises(ConfigValueError, match=r"gradient_clipping=1.0, but optim_wrapper has clip_grad=.*2.0"):
+        with_clipping({"optimizer": {}, "clip_grad": {"max_norm": 2.0}}, 1.0)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_explained() -> None:
+    """The error names the optimizer and what to use; errors of other optimizers stay what they are."""
+    with (
+        pytest.raises(PlacementError, match=r"FusedAdam has a kernel .* failed: no ninja. .* torch's AdamW"),
+        kernels_explained({"optimizer": {"type": "FusedAdam"}}),
+    ):
+        raise RuntimeError("no ninja")
+    with pytest.raises(RuntimeError, match="mine"), kernels_explained({"optimizer": {"type": "Mine"}}):
+        raise RuntimeError("mine")
 
 
 @pytest.mark.parametrize("name", ["OnebitAdam", "OnebitLamb", "ZeroOneAdam"])

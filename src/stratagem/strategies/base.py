@@ -221,6 +221,13 @@ class BaseStrategy(ABC):
         """Return the optimizer wrapper that stands for it; see :func:`building.build_optim_wrapper`."""
         return building.build_optim_wrapper(optim_wrapper, model)
 
+    def complete_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        """Return an optimizer wrapper, or its configuration, with what the strategy's own options say of it: as it is.
+
+        An engine whose configuration has a say in accumulation, clipping or the optimizer lets it stand there.
+        """
+        return optim_wrapper
+
     def build_param_scheduler(
         self, scheduler: Any, optim_wrapper: AnyOptim, default_args: Mapping[str, Any] | None = None
     ) -> Schedulers:

@@ -70,6 +70,8 @@ def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, 
         "strategy": dict(strategy),
     }
     evaluates = changes.pop("evaluates", False)
+    # Starts within one second share a folder.
+    logged = len(logged_lines(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         runner = Runner.from_cfg({**config, **changes})
@@ -80,13 +82,18 @@ def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, 
         finally:
             runner.run.close()
             runner.strategy.close()
-    logs = sorted(folder.glob("*/vis_data/scalars.json"))
-    records = [json.loads(line) for line in logs[-1].read_text().splitlines()]
+    records = [json.loads(line) for line in logged_lines(folder)[logged:]]
     return {
         "losses": [record["loss"] for record in records if "loss" in record],
         "norms": [record["grad_norm"] for record in records if "grad_norm" in record],
         "accuracy": [record["accuracy"] for record in records if "accuracy" in record],
     }
+
+
+def logged_lines(folder: Path) -> list[str]:
+    """Return the lines that all starts of a run have logged, in order."""
+    logs = sorted(folder.glob("*/vis_data/scalars.json"))
+    return [line for log in logs for line in log.read_text().splitlines()]
 
 
 def refusal(*args: Any, **kwargs: Any) -> str:
@@ -182,8 +189,8 @@ def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("strategy", "changes", "said"),
     [
-        ({"gradient_clipping": 2.0}, {}, r"gradient_clipping=2.0, but .*max_norm=1.0"),
-        ({"gradient_accumulation_steps": 4}, {}, r"gradient_accumulation_steps=4, but .* accumulative_counts is 1"),
+        ({"gradient_clipping": 2.0}, {}, r"gradient_clipping=2.0, but .*'max_norm': 1.0"),
+        ({"gradient_accumulation_steps": 4}, {"counts": 2}, r"accumulation_steps=4, but .* accumulative_counts=2"),
         ({"train_micro_batch_size_per_gpu": 3}, {}, "gives a rank 8 samples"),
         ({"train_batch_size": 64}, {}, "8 samples x 1 accumulated x 2 ranks"),
         ({"zero_optimization": {"stage": 1}}, {"type": "Adafactor"}, "Adafactor cannot be used"),
@@ -191,7 +198,7 @@ def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
     ],
 )
 def test_what_contradicts_the_run_is_refused(
-    two: Ranks, folder: Path, strategy: dict[str, Any], changes: dict[str, str], said: str
+    two: Ranks, folder: Path, strategy: dict[str, Any], changes: dict[str, Any], said: str
 ) -> None:
     """An option that is given twice with different values is an error that names both."""
     own = {"config": strategy} if "train_batch_size" in strategy else strategy
@@ -199,9 +206,25 @@ def test_what_contradicts_the_run_is_refused(
         "type": changes.get("wrapper", "DeepSpeedOptimWrapper"),
         "optimizer": {"type": changes.get("type", "AdamW"), "lr": 0.05},
         "clip_grad": {"max_norm": 1.0},
+        "accumulative_counts": changes.get("counts", 1),
     }
     told = two.run(refusal, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
     assert all(re.search(said, each) for each in told), told
+
+
+def test_accumulation_and_clipping_of_a_deepspeed_file_are_honoured(two: Ranks, folder: Path) -> None:
+    """A file that says them is enough; epochs of 4 iterations in windows of 3 end with a shorter one, as in one process."""
+    optim = {"optimizer": {"type": "AdamW", "lr": 0.05}}
+    wrapper = {**optim, "clip_grad": {"max_norm": 0.25}, "accumulative_counts": 3}
+    changes = {"train_cfg": {"by_epoch": True, "max_epochs": 2}}
+    expected = run(placed("single"), folder / "a", size=1, optim_wrapper=wrapper, **changes)
+    file = folder / "ds_config.json"
+    options = {"gradient_clipping": 0.25, "gradient_accumulation_steps": 3, "zero_optimization": {"stage": 2}}
+    file.write_text(json.dumps(options), encoding="utf-8")
+    strategy = {"type": "DeepSpeedStrategy", "config": str(file)}
+    seen = two.run(run, strategy, folder / "b", optim_wrapper=optim, **changes)[0]
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-3)
 
 
 def test_deepspeeds_optimizer_section_trains(two: Ranks, alone: dict[str, Any], folder: Path) -> None:

@@ -1,13 +1,17 @@
-"""The ``optimizer`` section of a DeepSpeed configuration, in the form of ours."""
+"""What a DeepSpeed configuration says of the optimizer, accumulation and clipping, in the form of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
-from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError, StratagemError
+from stratagem.optim import BaseOptimWrapper
+from stratagem.optim.gradients import parse_clipping
 
-__all__ = ["as_optimizer", "with_optimizer"]
+__all__ = ["as_optimizer", "kernels_explained", "with_accumulation", "with_clipping", "with_optimizer"]
 
 # DeepSpeed's names, which it reads in any case, for what it makes itself.
 _NAMES: Final = {
@@ -18,6 +22,32 @@ _NAMES: Final = {
     "zerooneadam": "ZeroOneAdam",
     "muon": "Muon",
 }
+
+_ONE_OPTIMIZER: Final = frozenset({"type", "constructor", "optimizer"})
+# Their kernels are compiled when they are first built.
+_COMPILED: Final = ("DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion", "FusedLamb")
+
+
+@contextmanager
+def kernels_explained(optim_wrapper: Any) -> Iterator[None]:
+    """Say what to do where a kernel of DeepSpeed's cannot be compiled for the optimizer that is named.
+
+    Raises:
+        PlacementError: then.
+    """
+    optimizer = optim_wrapper.get("optimizer") if isinstance(optim_wrapper, Mapping) else None
+    name = optimizer.get("type") if isinstance(optimizer, Mapping) else None
+    try:
+        yield
+    except (AttributeError, ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        if name not in _COMPILED or isinstance(error, StratagemError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PlacementError(
+            f"{name} has a kernel that DeepSpeed compiles when it is first used, and that failed: {reason}. It needs a C++ "
+            "compiler and ninja, and for the fused ones the toolkit of an accelerator. torch's AdamW needs none of them, and "
+            "is fused by itself."
+        ) from error
 
 
 def with_optimizer(optim_wrapper: Any, section: Mapping[str, Any] | None) -> Any:
@@ -34,6 +64,43 @@ def with_optimizer(optim_wrapper: Any, section: Mapping[str, Any] | None) -> Any
             "optim_wrapper=dict(accumulative_counts=...) takes DeepSpeed's."
         )
     return {**optim_wrapper, "optimizer": as_optimizer(section)}
+
+
+def with_accumulation(optim_wrapper: Any, steps: int | None) -> Any:
+    """Return an optimizer wrapper's configuration with ``gradient_accumulation_steps``, where it does not say them.
+
+    Raises:
+        ConfigValueError: if both say another number.
+    """
+    if steps is None or isinstance(optim_wrapper, BaseOptimWrapper):
+        return optim_wrapper
+    return _with(optim_wrapper, "accumulative_counts", steps, "gradient_accumulation_steps", steps)
+
+
+def with_clipping(optim_wrapper: Any, limit: float | None) -> Any:
+    """Return an optimizer wrapper's configuration with ``gradient_clipping``, where it does not say it.
+
+    Raises:
+        ConfigValueError: if both say another norm.
+    """
+    if limit is None or isinstance(optim_wrapper, BaseOptimWrapper):
+        return optim_wrapper
+    clipping = parse_clipping(optim_wrapper.get("clip_grad")) if isinstance(optim_wrapper, Mapping) else None
+    if clipping is not None and clipping.by_norm and clipping.limit == limit:
+        return optim_wrapper
+    return _with(optim_wrapper, "clip_grad", {"max_norm": limit}, "gradient_clipping", limit)
+
+
+def _with(optim_wrapper: Any, key: str, value: Any, option: str, said: object) -> Any:
+    section = optim_wrapper if isinstance(optim_wrapper, Mapping) else {"optimizer": optim_wrapper}
+    if not _ONE_OPTIMIZER.intersection(section):
+        # Several by name, which are refused elsewhere.
+        return optim_wrapper
+    if section.get(key) not in (None, value):
+        raise ConfigValueError(
+            f"{option}={said!r}, but optim_wrapper has {key}={section[key]!r}. Leave one of them out, or make them equal."
+        )
+    return {**section, key: value}
 
 
 def as_optimizer(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,12 @@ from stratagem.parallel import AnyOptim, Placement
 from stratagem.strategies.base import CheckpointCallback, CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name
-from stratagem.strategies.engines.deepspeed.optimizer_section import with_optimizer
+from stratagem.strategies.engines.deepspeed.optimizer_section import (
+    kernels_explained,
+    with_accumulation,
+    with_clipping,
+    with_optimizer,
+)
 from stratagem.strategies.engines.deepspeed.options import Options
 from stratagem.strategies.state_access import StateAccess
 from stratagem.utils import did_you_mean, import_object
@@ -45,7 +50,7 @@ class DeepSpeedStrategy(ComposedStrategy):
         activation_checkpointing: options of ``deepspeed.checkpointing``, for models that call it.
         aio: options of NVMe offload; refused.
         train_micro_batch_size_per_gpu: samples of a rank in an iteration, where they are to be checked.
-        gradient_accumulation_steps: the wrapper's ``accumulative_counts``, where it is to be checked.
+        gradient_accumulation_steps: micro-batches of an update; the same as the wrapper's ``accumulative_counts``.
         steps_per_print: how many updates lie between two lines of DeepSpeed's own log; by default there are none.
         checkpoint_format: ``"portable"``: any strategy resumes it; or ``"deepspeed"``: folders of DeepSpeed's own form, which
             other programs read. Both are resumed on any number of ranks and under any stage.
@@ -117,9 +122,14 @@ class DeepSpeedStrategy(ComposedStrategy):
         return placement
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
-        wanted = with_optimizer(optim_wrapper, self._options.optimizer)
+        wanted = self.complete_optim_wrapper(optim_wrapper)
         refuse_by_name(wanted)
-        return super().build_optim_wrapper(wanted, model)
+        with kernels_explained(wanted):
+            return super().build_optim_wrapper(wanted, model)
+
+    def complete_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        wanted = with_optimizer(optim_wrapper, self._options.optimizer)
+        return with_clipping(with_accumulation(wanted, self._options.accumulation), self._options.clipping)
 
     def save_checkpoint(
         self,

@@ -1,0 +1,18 @@
+"""The command that compares a user's own configuration under the engine with a single process."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity_table import verdicts
+
+pytestmark = pytest.mark.deepspeed
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_parity_finds_deepspeed_equal_to_one_process(stage: int) -> None:
+    """But for the order of sums; stopped and resumed it is the same to the bit."""
+    section = f"{{'type': 'DeepSpeedStrategy', 'zero_optimization': {{'stage': {stage}}}}}"
+    found = verdicts("deepspeed", "--set", f"strategy={section}")
+    assert found["2 processes, DeepSpeed"] == "equal but for the order of sums"
+    assert found["2 processes, DeepSpeed, stopped and resumed"] == "equal to the bit"
