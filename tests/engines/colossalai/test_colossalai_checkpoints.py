@@ -117,7 +117,7 @@ def test_colossalais_own_form_is_found_checked_and_removed_as_a_whole(two: Ranks
 def test_colossalais_own_form_is_not_written_in_the_background(two: Ranks, tmp_path: Path) -> None:
     """The Booster writes while training waits, and the error says what to set."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.saved_in_background, str(tmp_path), **NATIVE):
-        assert "Set async_save=False, or checkpoint_format='stratagem'" in refusal
+        assert "Set async_save=False, or checkpoint_format='portable'" in refusal
 
 
 def test_the_portable_form_is_written_in_the_background(two: Ranks, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class NativeWriter:
         if Path(filename).suffix:
             raise CheckpointError(
                 f"{os.fspath(filename)}: ColossalAI's form is a folder. Choose a name without an ending, or "
-                "checkpoint_format='stratagem'."
+                "checkpoint_format='portable'."
             )
         # The booster writes what lies in the model: rounded parameters, from which masters cannot be made again, or an
         # average for the length of an evaluation, in whose place a hook has put the weights into the tree.

@@ -12,7 +12,7 @@ from stratagem.utils import did_you_mean
 
 __all__ = ["CHECKPOINT_FORMATS", "PluginSpec", "parse_plugin", "refuse_other_wrappers"]
 
-CHECKPOINT_FORMATS: Final = ("stratagem", "colossalai")
+CHECKPOINT_FORMATS: Final = ("portable", "colossalai")
 
 _CLASSES: Final = {
     "torch-ddp": "TorchDDPPlugin",

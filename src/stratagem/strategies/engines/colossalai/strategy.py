@@ -31,7 +31,7 @@ class ColossalAIStrategy(ComposedStrategy):
         mixed_precision: ``"bf16"`` or ``"fp16"``, float32 where it is not given; or a mapping with that as ``type`` and
             the options of the loss scale.
         config: nothing: ColossalAI has no configuration of its own any more.
-        checkpoint_format: ``"stratagem"``: checkpoints that every strategy resumes; ``"colossalai"``: the Booster writes
+        checkpoint_format: ``"portable"``: checkpoints that every strategy resumes; ``"colossalai"``: the Booster writes
             weights and optimizer in its own form, for its other programs, with the rest of ours around them. Every
             strategy resumes that too.
         model_wrapper: MMEngine's name of the only wrapper there is.
@@ -49,7 +49,7 @@ class ColossalAIStrategy(ComposedStrategy):
         *,
         plugin: Any = "lowlevel-zero",
         mixed_precision: str | Mapping[str, Any] | None = None,
-        checkpoint_format: Literal["stratagem", "colossalai"] = "stratagem",
+        checkpoint_format: Literal["portable", "colossalai"] = "portable",
         config: Mapping[str, Any] | None = None,
         model_wrapper: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -82,7 +82,7 @@ class ColossalAIStrategy(ComposedStrategy):
         if write is not save_checkpoint:
             raise CheckpointError(
                 "ColossalAI's own form is written by its Booster while training waits, so not in the background. Set "
-                "async_save=False, or checkpoint_format='stratagem'."
+                "async_save=False, or checkpoint_format='portable'."
             )
         writer: CheckpointWriter = _load("native:NativeWriter")(self._placement)
         return writer
