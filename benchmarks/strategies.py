@@ -1,12 +1,14 @@
 """What each strategy costs on the same model: memory of each rank, and the time of a training iteration.
 
     python benchmarks/strategies.py [--only "FSDP x2" ...] [--rounds 3] [--write docs/strategies/comparison.md]
+        [--what memory|time] [--keep FILE]
 
 The language model of the examples with 19 million parameters trains on batches of the same 8 pieces under every strategy,
 with AdamW and clipping, in float32 where nothing else is said. Memory is what a rank has of its own beyond what it has with a
 tiny model, as multiples of the model's float32 weights (files that are mapped do not count): the most during the iterations,
 and what stays between two of them. It is measured in processes of its own, whose allocator gives back at once what is freed,
-which costs time. Rounds alternate between the strategies, and medians are shown. The losses must be
+which costs time. With ``--keep`` what was measured is added to a file, and the table is that of all in it: memory does not mind
+what else the machine does, and times can be taken when it is quiet. Rounds alternate between the strategies, and medians are shown. The losses must be
 those of one process, or the command fails. Engines that are not installed are left out; ``make test-deepspeed`` and
 ``make test-colossalai`` install them.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -53,10 +56,18 @@ Record = dict[str, Any]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A row of the table; ``exact`` where it trains in float32 and so must have the losses of one process."""
+    """A row of the table.
+
+    Attributes:
+        processes: how many there are.
+        strategy: what stands in a configuration.
+        shared: how many of them see the same samples.
+        exact: whether it trains in float32, and so must have the losses of one process.
+    """
 
     processes: int
     strategy: Mapping[str, Any]
+    shared: int = 1
     exact: bool = True
 
 
@@ -77,19 +88,20 @@ CASES: Final[Mapping[str, Case]] = {
     ),
     "FSDP x4": Case(processes=4, strategy={"type": "FSDPStrategy"}),
     "HSDP 2x2": Case(processes=4, strategy={"type": "FSDPStrategy", "replicate": 2}),
-    "TP x2": Case(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}),
-    "DeepSpeed ZeRO-0 x2": Case(processes=2, strategy=_deepspeed(0)),
-    "DeepSpeed ZeRO-1 x2": Case(processes=2, strategy=_deepspeed(1)),
-    "DeepSpeed ZeRO-2 x2": Case(processes=2, strategy=_deepspeed(2)),
-    "DeepSpeed ZeRO-2 x2, bf16": Case(processes=2, strategy={**_deepspeed(2), "bf16": {"enabled": True}}, exact=False),
-    "DeepSpeed ZeRO-3 x2": Case(processes=2, strategy=_deepspeed(3)),
-    "DeepSpeed ZeRO-3 x4": Case(processes=4, strategy=_deepspeed(3)),
-    "ColossalAI DDP x2": Case(processes=2, strategy=_colossalai("TorchDDPPlugin")),
-    "ColossalAI ZeRO-1 x2": Case(processes=2, strategy=_colossalai("LowLevelZeroPlugin", stage=1, precision="fp32")),
-    "ColossalAI ZeRO-2 x2": Case(processes=2, strategy=_colossalai("LowLevelZeroPlugin", stage=2, precision="fp32")),
-    "ColossalAI ZeRO-2 x2, bf16": Case(
-        processes=2, strategy=_colossalai("LowLevelZeroPlugin", stage=2, precision="bf16"), exact=False
+    "TP x2": Case(processes=2, strategy={"type": "FSDPStrategy", "tp": 2}, shared=2),
+    "DeepSpeed ZeRO 0 x2": Case(processes=2, strategy=_deepspeed(0)),
+    "DeepSpeed ZeRO 1 x2": Case(processes=2, strategy=_deepspeed(1)),
+    "DeepSpeed ZeRO 2 x2": Case(processes=2, strategy=_deepspeed(2)),
+    "DeepSpeed ZeRO 2 x2, bf16": Case(processes=2, strategy={**_deepspeed(2), "bf16": {"enabled": True}}, exact=False),
+    "DeepSpeed ZeRO 3 x2": Case(processes=2, strategy=_deepspeed(3)),
+    "DeepSpeed ZeRO 3 x4": Case(processes=4, strategy=_deepspeed(3)),
+    "ColossalAI DDP x2": Case(processes=2, strategy=_colossalai("torch-ddp")),
+    "ColossalAI ZeRO 1 x2": Case(processes=2, strategy=_colossalai("lowlevel-zero", stage=1)),
+    "ColossalAI ZeRO 2 x2": Case(processes=2, strategy=_colossalai("lowlevel-zero", stage=2)),
+    "ColossalAI ZeRO 2 x2, bf16": Case(
+        processes=2, strategy=_colossalai("lowlevel-zero", stage=2, precision="bf16"), exact=False
     ),
+    "ColossalAI TP x2": Case(processes=2, strategy=_colossalai("hybrid-parallel", tp_size=2), shared=2),
 }
 
 
@@ -97,15 +109,12 @@ def measure(case: Case, folder: str, *, tiny: bool) -> Record:
     """Train some iterations; return what this rank needed for them."""
     torch.set_num_threads(1)
     Config.fromfile(EXAMPLE)
-    options = {**case.strategy, "train_micro_batch_size_per_gpu": GLOBAL_BATCH // _parts(case)}
-    if "DeepSpeed" not in case.strategy["type"]:
-        del options["train_micro_batch_size_per_gpu"]
     defaults = {
         "work_dir": folder,
         "log_kwargs": {"log_level": "ERROR"},
         "env_kwargs": {"randomness": {"seed": 0}},
     }
-    strategy = STRATEGIES.build(options, default_args=defaults)
+    strategy = STRATEGIES.build(dict(case.strategy), default_args=defaults)
     strategy.prepare(
         dict(TINY if tiny else MODEL),
         optim_wrapper={"optimizer": {"type": "AdamW", "lr": 1e-3}, "clip_grad": {"max_norm": 1.0}},
@@ -140,18 +149,23 @@ def measure(case: Case, folder: str, *, tiny: bool) -> Record:
 
 
 def _parts(case: Case) -> int:
-    return case.processes // int(case.strategy.get("tp", 1))
+    return case.processes // case.shared
 
 
-def launch(name: str) -> Record | None:
+def launch(name: str, what: str) -> Record | None:
     """Measure a case in processes of its own; None where its engine is not installed."""
     case = CASES[name]
     python = python_of(case.strategy["type"])
     if python is None:
         return None
-    timed = _start(name, python, {})
-    sized, nothing = (_start(name, python, GIVE_BACK, *more) for more in ((), ("--tiny",)))
-    return {**timed, **{key: sized[key] - nothing[key] for key in ("peak", "rest")}}
+    found: Record = {}
+    if what != "memory":
+        timed = _start(name, python, {})
+        found.update(seconds=timed["seconds"], losses=timed["losses"])
+    if what != "time":
+        sized, nothing = (_start(name, python, GIVE_BACK, *more) for more in ((), ("--tiny",)))
+        found.update({key: sized[key] - nothing[key] for key in ("peak", "rest")}, losses=sized["losses"])
+    return found
 
 
 def _start(name: str, python: str, environment: Mapping[str, str], *more: str) -> Record:
@@ -171,8 +185,9 @@ def _start(name: str, python: str, environment: Mapping[str, str], *more: str) -
 
 
 def median_of(records: list[Record]) -> Record:
-    """Return the medians of the rounds."""
-    return {key: statistics.median(each[key] for each in records) for key in ("peak", "rest", "seconds")}
+    """Return the medians of what the rounds measured; not a number of what none did."""
+    values = {key: [each[key] for each in records if key in each] for key in ("peak", "rest", "seconds")}
+    return {key: statistics.median(several) if several else math.nan for key, several in values.items()}
 
 
 def model_bytes() -> int:
@@ -217,6 +232,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="STRATEGY")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--write", type=Path, help="the page that the table is written into")
+    parser.add_argument("--what", choices=("both", "memory", "time"), default="both")
+    parser.add_argument("--keep", type=Path, help="a file that what is measured is added to, and the table is made of")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -228,13 +245,18 @@ def main() -> int:
         return 0
     names = ["single", *(name for name in options.only if name != "single")]
     records: dict[str, list[Record]] = {name: [] for name in names}
+    if options.keep is not None and options.keep.exists():
+        records = {**records, **json.loads(options.keep.read_text(encoding="utf-8"))}
     console = Console()
     for number in range(options.rounds):
         for name in names:
             console.print(f"round {number + 1} of {options.rounds}: {name}", style="dim")
-            measured = launch(name)
+            measured = launch(name, options.what)
             if measured is not None:
                 records[name].append(measured)
+            if options.keep is not None:
+                options.keep.write_text(json.dumps(records), encoding="utf-8")
+    records = {name: records[name] for name in CASES if name in records}
     found = {name: median_of(several) for name, several in records.items() if several}
     table = Table(*HEADER, title=f"{model_bytes() / 4e6:.1f} million parameters; memory in multiples of the weights")
     for cells in rows(found):
