@@ -7,10 +7,10 @@ The language model of the examples with 19 million parameters trains on batches 
 with AdamW and clipping, in float32 where nothing else is said. Memory is what a rank has of its own beyond what it has with a
 tiny model, as multiples of the model's float32 weights (files that are mapped do not count): the most during the iterations,
 and what stays between two of them. It is measured in processes of its own, whose allocator gives back at once what is freed,
-which costs time. With ``--keep`` what was measured is added to a file, and the table is that of all in it: memory does not mind
-what else the machine does, and times can be taken when it is quiet. Rounds alternate between the strategies, and medians are shown. The losses must be
-those of one process, or the command fails. Engines that are not installed are left out; ``make test-deepspeed`` and
-``make test-colossalai`` install them.
+which costs time. Rounds alternate between the strategies, and medians are shown. With ``--keep`` what was measured is added to
+a file, and the table is that of all in it: memory does not mind what else the machine does, and times can be taken when it is
+quiet. The losses must be those of one process, or the command fails. Engines that are not installed are left out;
+``make test-deepspeed`` and ``make test-colossalai`` install them.
 """
 
 from __future__ import annotations
