@@ -40,6 +40,7 @@ from stratagem import Config
 from stratagem.dist import all_gather_object, barrier, infer_launcher
 from stratagem.model import Trainable
 from stratagem.registry import STRATEGIES
+from stratagem.strategies.building import build_model
 
 EXAMPLE: Final = Path(__file__).parent.parent / "examples" / "gpt" / "config.py"
 MODEL: Final = {"type": "Gpt", "tokens": 67, "length": 64, "width": 512, "blocks": 6, "heads": 8}
@@ -193,8 +194,6 @@ def median_of(records: list[Record]) -> Record:
 def model_bytes() -> int:
     """Return the size of the model's weights in float32."""
     Config.fromfile(EXAMPLE)
-    from stratagem.strategies.building import build_model  # noqa: PLC0415 -- once the example is imported
-
     with torch.device("meta"):
         return sum(4 * parameter.numel() for parameter in build_model(dict(MODEL)).parameters())
 
