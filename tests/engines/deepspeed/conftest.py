@@ -1,31 +1,12 @@
-"""Groups of 2 and 4 ranks that live as long as the session, and the run that others are compared with."""
+"""The run that others are compared with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine_runs import go, placed
-
-from ranks import Ranks
-
-
-@pytest.fixture(scope="session")
-def two() -> Iterator[Ranks]:
-    """Two ranks."""
-    pool = Ranks(2)
-    yield pool
-    pool.close()
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Ranks]:
-    """Four ranks."""
-    pool = Ranks(4)
-    yield pool
-    pool.close()
 
 
 @pytest.fixture(scope="session")

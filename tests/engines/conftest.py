@@ -1,0 +1,25 @@
+"""Groups of ranks in the environment of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Ranks]:
+    """Two ranks that live as long as the session."""
+    pool = Ranks(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Ranks]:
+    """Four ranks that live as long as the session."""
+    pool = Ranks(4)
+    yield pool
+    pool.close()
