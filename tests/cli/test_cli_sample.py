@@ -78,6 +78,16 @@ def test_a_model_goes_on_with_the_weights_of_the_checkpoint(stratagem: Command, 
         assert (done.status, done.out) == (0, "abcdef\n")
 
 
+def test_options_of_the_strategy_that_trained_are_nobodys_here(stratagem: Command, written: tuple[str, str]) -> None:
+    """The command that a sharded training ends with names them, but not the strategy: one process writes."""
+    config, run = written
+    done = stratagem(
+        "sample", config, run, "--prompt", "a", "--tokens", "2", "--temperature", "0", "--set", "strategy.tp=2"
+    )
+    assert done.status == 0, done.err
+    assert done.out.strip() == "abc"
+
+
 def test_the_seed_decides_what_is_drawn(stratagem: Command, written: tuple[str, str], tmp_path: Path) -> None:
     """As torch draws with it; and nothing is written."""
     before = sorted(tmp_path.rglob("*"))

@@ -61,6 +61,8 @@ def sample(options: RunOptions, request: Request, *, checkpoint: str) -> None:
         CheckpointError: in one of its kinds, if the checkpoint cannot be read or is another model's.
     """
     config = read_config(options)
+    # One process writes, whatever trained; options of a strategy that only the training names would be nobody's here.
+    config.pop("strategy", None)
     require(config, SECTIONS, scope=config.get("default_scope"))
     with switch_scope(config.get("default_scope")):
         tokenizer = _tokenizer(config)
