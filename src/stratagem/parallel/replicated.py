@@ -86,14 +86,7 @@ class Replica(DistributedDataParallel):
                 of its own.
         """
         self._passed = False
-        own = self.module._compiled_call_impl
-
-        def exchange(*args: Any, **kwargs: Any) -> Any:
-            # What DistributedDataParallel calls in turn is the model itself.
-            with calls_go_to(self.module, own):
-                return self(*args, **kwargs)
-
-        with calls_go_to(self.module, exchange):
+        with calls_go_to(self.module, self):
             outputs: dict[str, Tensor] = cast("Trainable", self.module).train_step(data, optim_wrapper=optim_wrapper)
         if not self._passed:
             name = type(self.module).__name__

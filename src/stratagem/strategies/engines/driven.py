@@ -64,7 +64,8 @@ class Driven(nn.Module):
             PlacementError: if the model's step did not call ``self(...)``, which the engine would not see.
         """
         self._passed = False
-        outputs: dict[str, Tensor] = self._run(self._model.train_step, self, data, optim_wrapper=optim_wrapper)
+        with calls_go_to(self.bare, self):
+            outputs: dict[str, Tensor] = self._model.train_step(data, optim_wrapper=optim_wrapper)
         if not self._passed:
             raise PlacementError(
                 f"{type(self.bare).__name__}.train_step reached the model's parameters without calling self(...), so "
@@ -74,23 +75,14 @@ class Driven(nn.Module):
 
     def val_step(self, data: Any) -> Any:
         """Return the model's predictions."""
-        return self._run(self._model.val_step, self._evaluating, data)
+        with calls_go_to(self.bare, self._evaluating):
+            return self._model.val_step(data)
 
     def test_step(self, data: Any) -> Any:
         """Return the model's predictions."""
-        return self._run(self._model.test_step, self._evaluating, data)
+        with calls_go_to(self.bare, self._evaluating):
+            return self._model.test_step(data)
 
     @property
     def _model(self) -> Trainable:
         return cast("Trainable", self.bare)
-
-    def _run(self, step: Callable[..., Any], target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a step in which the model's calls of itself go to ``target``, within which they are its own again."""
-        own = self.bare._compiled_call_impl
-
-        def instead(*inputs: Any, **named: Any) -> Any:
-            with calls_go_to(self.bare, own):
-                return target(*inputs, **named)
-
-        with calls_go_to(self.bare, instead):
-            return step(*args, **kwargs)
