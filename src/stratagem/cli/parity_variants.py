@@ -11,6 +11,7 @@ from typing import Any, Final, final
 from stratagem.cli.options import strategy_name, with_strategy
 from stratagem.config import Config
 from stratagem.errors import ConfigValueError
+from stratagem.train.building import accumulation_of
 
 __all__ = ["Trial", "Variant", "cut_config", "strategies_of", "variants", "variants_of", "windows_of"]
 
@@ -136,4 +137,4 @@ def cut_config(config: Config, variant: Variant, trial: Trial, folder: Path) -> 
 
 def windows_of(config: Config) -> int:
     """Return the micro-batches of an update as configured."""
-    return int(config["optim_wrapper"].get("accumulative_counts", 1))
+    return accumulation_of(config["optim_wrapper"])

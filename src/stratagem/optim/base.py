@@ -207,9 +207,7 @@ class BaseOptimWrapper(ABC):
                 f"The saved state does not fit {type(self.optimizer).__name__} of this run: {error}. "
                 "Build the same groups, or resume without the optimizer."
             ) from error
-        counts = state_dict.get("counts", {})
-        for name in _COUNTS:
-            setattr(self, name, int(counts.get(name, getattr(self, name))))
+        self.load_counts(state_dict)
         self.train()
         self._restore(
             {
@@ -218,6 +216,12 @@ class BaseOptimWrapper(ABC):
                 if _TRAINING_WEIGHT in saved
             }
         )
+
+    def load_counts(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up of a saved state what this wrapper has counted; what is not there stays as it is."""
+        counts = state_dict.get("counts", {})
+        for name in _COUNTS:
+            setattr(self, name, int(counts.get(name, getattr(self, name))))
 
     def model_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that learn by it, as the model has them: an engine's optimizer may update copies."""

@@ -185,8 +185,8 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         state = super().state_dict()
         return {**state, "counts": {**state["counts"], "pending": self.pending}}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+    def load_counts(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_counts(state_dict)
         self._saved_pending = state_dict.get("counts", {}).get("pending")
         # Gradients are not part of the state, so a window begins here; open_window says otherwise.
         self._window_start = self.inner_count
@@ -225,12 +225,18 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         # First, since it says more of what it refuses.
         if self.watch is not None and not self.watch.admits(gradients, self.grad_norm):
             return False
-        if self.grad_norm is not None and not is_admitted(self.grad_norm, self._nonfinite):
-            logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+        if self.grad_norm is not None and not self._is_admitted(self.grad_norm):
             return False
         if self._clipping is not None:
             self._clipping.apply(gradients, self.grad_norm)
         return True
+
+    def _is_admitted(self, norm: Tensor) -> bool:
+        """Tell whether gradients of this norm may update the parameters; the log says so where they may not."""
+        admitted = is_admitted(norm, self._nonfinite)
+        if not admitted:
+            logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+        return admitted
 
     def _ready(self, micro_batches: int) -> bool:
         """Settle the window's gradients where that is asked for; return whether they may update the parameters."""

@@ -23,8 +23,8 @@ from stratagem.checkpoint import (
     model_part,
     save_checkpoint,
 )
-from stratagem.dist import Team, all_gather_object, all_reduce
-from stratagem.errors import CheckpointMismatchError, ConfigValueError, StratagemError
+from stratagem.dist import Team, all_gather_object, all_reduce, is_distributed
+from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
@@ -52,6 +52,18 @@ class ComposedStrategy(BaseStrategy):
     @abstractmethod
     def _make_placement(self) -> Placement:
         """Return how this strategy places a model, or refuse to in this environment."""
+
+    def _require_processes(self) -> None:
+        """Refuse to work in a process that no launcher started.
+
+        Raises:
+            LaunchError: if none did.
+        """
+        if not is_distributed():
+            raise LaunchError(
+                f"{type(self).__name__} needs processes that a launcher started, and this one was started by none. Use "
+                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
+            )
 
     def _make_access(self) -> StateAccess:
         """Return how the state of what this strategy's placement placed is read and written."""

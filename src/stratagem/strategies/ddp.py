@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, final
 
-from stratagem.dist import is_distributed
-from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.parallel import Placement, Replicated
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.utils import did_you_mean
@@ -66,11 +65,7 @@ class DDPStrategy(ComposedStrategy):
         super().__init__(**kwargs)
 
     def _make_placement(self) -> Placement:
-        if not is_distributed():
-            raise LaunchError(
-                "DDPStrategy needs processes that a launcher started, and this one was started by none. Use "
-                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
-            )
+        self._require_processes()
         return Replicated(self.logger, sync_bn=self._sync_bn, separate=self._separate, options=self._options)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
-from stratagem.dist import is_distributed
-from stratagem.errors import ConfigValueError, LaunchError, PlacementError
+from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.parallel import DDP_OPTIONS, Placement
 from stratagem.parallel.initial_weights import Origin
 from stratagem.parallel.sharding import Precision, Reshard, Sharding
@@ -123,11 +122,7 @@ class FSDPStrategy(ComposedStrategy):
         super().__init__(**kwargs)
 
     def _make_placement(self) -> Placement:
-        if not is_distributed():
-            raise LaunchError(
-                "FSDPStrategy needs processes that a launcher started, and this one was started by none. Use "
-                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
-            )
+        self._require_processes()
         # By name: torch's sharding takes a second to import, which other runs need not wait for.
         sharded = import_object("stratagem.parallel.sharded:Sharded")
         placement: Placement = sharded(

@@ -13,7 +13,7 @@ from stratagem.optim import OptimWrapperDict
 from stratagem.optim.sharded import is_sharded, placed_like
 from stratagem.parallel import AnyOptim
 
-__all__ = ["read_optim", "write_optim"]
+__all__ = ["read_optim", "require_one_optimizer", "write_optim"]
 
 
 def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
@@ -41,11 +41,7 @@ def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, 
         for name in names:
             write_optim(optim[name], state[name], model, may_miss=may_miss)
         return
-    if "param_groups" not in state:
-        raise CheckpointMismatchError(
-            f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of several "
-            "optimizers, and this run has one. Resume with resume_optimizer=False."
-        )
+    require_one_optimizer(state)
     names_here = parameter_names(optim.optimizer, model)
     by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups, may_miss=may_miss)
     parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
@@ -54,6 +50,19 @@ def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, 
         for index, slots in by_index["state"].items()
     }
     optim.load_state_dict({**by_index, "state": own})
+
+
+def require_one_optimizer(state: Mapping[str, Any]) -> None:
+    """Refuse the state of several optimizers in a run that has one.
+
+    Raises:
+        CheckpointMismatchError: if it is that.
+    """
+    if "param_groups" not in state:
+        raise CheckpointMismatchError(
+            f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of several "
+            "optimizers, and this run has one. Resume with resume_optimizer=False."
+        )
 
 
 def _own(value: Any, parameter: Tensor) -> Any:

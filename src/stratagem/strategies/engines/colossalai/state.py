@@ -16,12 +16,13 @@ from stratagem.checkpoint import (
     optimizer_by_index,
     optimizer_by_name,
 )
-from stratagem.errors import CheckpointError, CheckpointMismatchError
+from stratagem.errors import CheckpointError
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.engines.colossalai.parts import Part
 from stratagem.strategies.engines.colossalai.placement import ColossalBooster
 from stratagem.strategies.engines.colossalai.wrapper import BoostedOptimWrapper
+from stratagem.strategies.optim_state import require_one_optimizer
 from stratagem.strategies.state_access import StateAccess
 
 __all__ = ["BoosterState"]
@@ -94,11 +95,7 @@ class BoosterState(StateAccess):
     ) -> None:
         wrapper = _boosted(optim)
         names = self._placement.group_names
-        if "param_groups" not in state:
-            raise CheckpointMismatchError(
-                f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of "
-                "several optimizers, and this run has one. Resume with resume_optimizer=False."
-            )
+        require_one_optimizer(state)
         by_index = optimizer_by_index(state, names, wrapper.param_groups, may_miss=may_miss)
         # Those count all parameters of the groups; the optimizer here may have the ones that learn alone.
         flat = [name for group in names for name in group]

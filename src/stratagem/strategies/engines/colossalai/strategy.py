@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, final
 
 from stratagem.checkpoint import save_checkpoint
-from stratagem.dist import is_distributed
-from stratagem.errors import CheckpointError, ConfigValueError, LaunchError, MissingDependencyError
+from stratagem.errors import CheckpointError, ConfigValueError, MissingDependencyError
 from stratagem.parallel import Placement
 from stratagem.strategies.base import CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
@@ -64,11 +63,7 @@ class ColossalAIStrategy(ComposedStrategy):
         super().__init__(**kwargs)
 
     def _make_placement(self) -> Placement:
-        if not is_distributed():
-            raise LaunchError(
-                "ColossalAIStrategy needs processes that a launcher started, and this one was started by none. Use "
-                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
-            )
+        self._require_processes()
         placement: Placement = _load("placement:ColossalBooster")(self._plugin, self.world)
         return placement
 

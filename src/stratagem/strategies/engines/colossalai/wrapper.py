@@ -16,7 +16,7 @@ from stratagem.dist import all_reduce
 from stratagem.errors import ConfigValueError
 from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.optim.base import NOTHING
-from stratagem.optim.gradients import Clipping, is_admitted
+from stratagem.optim.gradients import Clipping
 from stratagem.strategies.engines.colossalai.parts import Part, gradients_of
 
 __all__ = ["BoostedOptimWrapper"]
@@ -120,17 +120,11 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
             self.grad_norm = norm if self.loss_scaler is None else norm / self.loss_scaler.scale
         if self.watch is not None and not self.watch.admits(own, norm):
             return False
-        if self._nonfinite is not None and not self._admits(norm):
+        if not self._is_admitted(norm):
             return False
         if self._clipping is not None:
             self._clipping.apply(own, norm)
         return True
-
-    def _admits(self, norm: Tensor) -> bool:
-        if is_admitted(norm, self._nonfinite):
-            return True
-        logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
-        return False
 
     def _note_step(self, *_: Any) -> None:
         self._stepped = True

@@ -9,7 +9,7 @@ from typing import Final, final
 from stratagem.checkpoint import StateTree, gather_tree
 from stratagem.checkpoint.foreign import DEEPSPEED_STATE
 from stratagem.dist import Team
-from stratagem.errors import CheckpointError
+from stratagem.errors import CheckpointError, ConfigValueError
 from stratagem.storage import atomic_directory
 from stratagem.strategies.engines.deepspeed.optim import EngineOptim
 from stratagem.utils import absolute
@@ -39,6 +39,7 @@ class NativeWriter:
 
         Raises:
             CheckpointError: on every rank, if it cannot be written.
+            ConfigValueError: if the optimizer's state shall be left out.
         """
         path = absolute(filename)
         if path.suffix:
@@ -46,9 +47,13 @@ class NativeWriter:
                 f"{path}: checkpoint_format='deepspeed' writes a folder, and the name is that of a file. Leave {path.suffix} "
                 "out, or use checkpoint_format='portable'."
             )
+        if "optimizer" not in tree:
+            raise ConfigValueError(
+                "checkpoint_format='deepspeed' always holds the optimizer's state. Set save_optimizer=True, or use "
+                "checkpoint_format='portable'."
+            )
         rest = gather_tree({key: value for key, value in tree.items() if key not in _ENGINES}, team)
-        if "optimizer" in tree:
-            rest["optimizer"] = self._described(tree["optimizer"])
+        rest["optimizer"] = self._described(tree["optimizer"])
         with ExitStack() as aside:
             folder = team.first(lambda: aside.enter_context(atomic_directory(path)))
             aside.enter_context(self._optim.engines_groups())

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from stratagem.errors import ConfigValueError, PlacementError, TrainingError
+from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.strategies.engines.deepspeed.loss_scale import read_loss_scale, write_loss_scale
 from stratagem.strategies.engines.deepspeed.memory import Memory
@@ -19,8 +19,6 @@ from stratagem.strategies.engines.deepspeed.memory import Memory
 __all__ = ["EngineOptim", "KeptGroup", "require_plain_wrapper"]
 
 logger = logging.getLogger(__name__)
-
-_COUNTS: Final = ("inner_count", "attempts", "updates")
 
 
 @final
@@ -119,16 +117,10 @@ class EngineOptim(AccumulatingOptimWrapper):
         scaler = {"loss_scaler": read_loss_scale(self.engine.optimizer)} if self._scales else {}
         return {**super().state_dict(), **scaler}
 
-    def load_counts(self, state: Mapping[str, Any]) -> None:
-        """Take up the counts and the loss scale of a saved state."""
-        counts = state.get("counts", {})
-        for name in _COUNTS:
-            setattr(self, name, int(counts.get(name, getattr(self, name))))
-        self._saved_pending = counts.get("pending")
-        self._window_start = self.inner_count
-        self._forget_weights()
-        if self._scales and "loss_scaler" in state:
-            write_loss_scale(self.engine.optimizer, state["loss_scaler"])
+    def load_counts(self, state_dict: Mapping[str, Any]) -> None:
+        super().load_counts(state_dict)
+        if self._scales and "loss_scaler" in state_dict:
+            write_loss_scale(self.engine.optimizer, state_dict["loss_scaler"])
 
     def _admitted(self, micro_batches: int) -> bool:
         """Weigh the window's gradients; tell whether the engine may step with them. Collective."""
@@ -141,13 +133,7 @@ class EngineOptim(AccumulatingOptimWrapper):
         # First, since it says more of what it refuses. An overflow of float16 is the engine's to see: it lowers its scale.
         if self.watch is not None and not self.watch.admits([], norm) and not self._scales:
             return False
-        if self._nonfinite == "error" and not bool(torch.isfinite(norm)):
-            raise TrainingError(
-                f"The norm of the gradients is {norm.item()}. Lower the learning rate, look for a division by zero or a "
-                'logarithm in the loss, or set nonfinite="skip" in the optimizer wrapper.'
-            )
-        if not self._scales and self._nonfinite is not None and not bool(torch.isfinite(norm)):
-            logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+        if not self._scales and not self._is_admitted(norm):
             return False
         if self._clipping is not None and not self.memory.clips:
             self._clipping.apply(self.memory.gradients(), norm)

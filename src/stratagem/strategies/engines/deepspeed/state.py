@@ -24,6 +24,7 @@ from stratagem.parallel import AnyOptim
 from stratagem.strategies.engines.deepspeed.memory import Fragment
 from stratagem.strategies.engines.deepspeed.optim import EngineOptim
 from stratagem.strategies.engines.deepspeed.placement import DeepSpeedPlacement
+from stratagem.strategies.optim_state import require_one_optimizer
 from stratagem.strategies.state_access import StateAccess
 
 __all__ = ["DeepSpeedState"]
@@ -89,11 +90,7 @@ class DeepSpeedState(StateAccess):
         self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str]
     ) -> None:
         own = cast("EngineOptim", optim)
-        if "param_groups" not in state:
-            raise CheckpointMismatchError(
-                f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of "
-                "several optimizers, and this run has one. Resume with resume_optimizer=False."
-            )
+        require_one_optimizer(state)
         names = _names(own, model)
         by_index = optimizer_by_index(state, names, [group.options for group in own.groups], may_miss=may_miss)
         parameters = [each for group in own.groups for each in group.parameters]

@@ -9,10 +9,9 @@ from typing import Any, Final, Literal, final
 from torch import nn
 
 from stratagem.checkpoint import save_checkpoint
-from stratagem.dist import is_distributed
-from stratagem.errors import ConfigValueError, LaunchError
+from stratagem.errors import ConfigValueError
 from stratagem.parallel import AnyOptim, Placement
-from stratagem.strategies.base import CheckpointCallback, CheckpointWriter
+from stratagem.strategies.base import CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name
 from stratagem.strategies.engines.deepspeed.optimizer_section import (
@@ -108,11 +107,7 @@ class DeepSpeedStrategy(ComposedStrategy):
         super().__init__(**kwargs)
 
     def _make_placement(self) -> Placement:
-        if not is_distributed():
-            raise LaunchError(
-                "DeepSpeedStrategy needs processes that a launcher started, and this one was started by none. Use "
-                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
-            )
+        self._require_processes()
         placement: Placement = import_object(f"{_HERE}.placement:DeepSpeedPlacement")(
             self.logger,
             self._options,
@@ -131,35 +126,13 @@ class DeepSpeedStrategy(ComposedStrategy):
         wanted = with_optimizer(optim_wrapper, self._options.optimizer)
         return with_clipping(with_accumulation(wanted, self._options.accumulation), self._options.clipping)
 
-    def save_checkpoint(
-        self,
-        filename: str | os.PathLike[str],
-        *,
-        save_optimizer: bool = True,
-        save_param_scheduler: bool = True,
-        extra_ckpt: Mapping[str, Any] | None = None,
-        callback: CheckpointCallback | None = None,
-        write: CheckpointWriter = save_checkpoint,
-    ) -> None:
-        super().save_checkpoint(
-            filename,
-            save_optimizer=save_optimizer,
-            save_param_scheduler=save_param_scheduler,
-            extra_ckpt=extra_ckpt,
-            callback=callback,
-            write=self._native_writer(write, save_optimizer=save_optimizer) if self._is_native else write,
-        )
-
-    def _native_writer(self, write: CheckpointWriter, *, save_optimizer: bool) -> CheckpointWriter:
+    def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
+        if not self._is_native:
+            return write
         if write is not save_checkpoint:
             raise ConfigValueError(
                 "checkpoint_format='deepspeed' is written by the engine, at once. Set async_save=False in the "
                 "CheckpointHook, or use checkpoint_format='portable'."
-            )
-        if not save_optimizer:
-            raise ConfigValueError(
-                "checkpoint_format='deepspeed' always holds the optimizer's state. Set save_optimizer=True, or use "
-                "checkpoint_format='portable'."
             )
         writer: CheckpointWriter = import_object(f"{_HERE}.native:NativeWriter")(
             self.optim_wrapper, exclude_frozen_parameters=self._exclude_frozen
