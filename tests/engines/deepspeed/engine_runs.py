@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from stratagem.dist import all_reduce
 from stratagem.registry import STRATEGIES
 from stratagem.strategies import BaseStrategy
 from stratagem.train.hooks import ParamSchedulerHook
+from stratagem.utils import import_module
 
 FP32: Mapping[str, Mapping[str, Any]] = {
     "ZeRO-0": {"zero_optimization": {"stage": 0}},
@@ -48,8 +50,17 @@ def placed(name: str, **options: Any) -> dict[str, Any]:
     return {"type": "DeepSpeedStrategy", **FP32[name], **options}
 
 
+def allow_float16() -> None:
+    """Let DeepSpeed train in float16 on a CPU without float16 instructions: torch computes the same there, only slower."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    accelerator = import_module("deepspeed.accelerator").get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+
+
 def prepared(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> BaseStrategy:
     """Return a strategy that is prepared to train the model of these tests."""
+    if "fp16" in strategy:
+        allow_float16()
     built: BaseStrategy = STRATEGIES.build(
         {
             "work_dir": folder,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ranks import Ranks
 from sharded_runs import OPTIM, Gpt
-from stratagem.errors import TrainingError
+from stratagem.errors import ConfigValueError, TrainingError
+from stratagem.registry import STRATEGIES
 from stratagem.utils import import_module
 
 pytestmark = pytest.mark.deepspeed
@@ -116,6 +117,23 @@ def test_16_bits_resume_exactly(two: Ranks, folder: Path, name: str, kind: str) 
     assert unbroken["losses"] == first["losses"] + rest["losses"]
     assert differences(state_in(folder / "end"), state_in(folder / "other end")) == []
     assert state_in(folder / "end")["/state_dict/words.weight"].dtype == torch.float32
+
+
+def _refusal_of_float16(folder: Path) -> str:
+    accelerator = import_module("deepspeed.accelerator").get_accelerator()
+    supported, accelerator.is_fp16_supported = accelerator.is_fp16_supported, lambda: False
+    strategy = {**placed("ZeRO-2", fp16=True), "work_dir": folder}
+    try:
+        with pytest.raises(ConfigValueError) as raised:
+            STRATEGIES.build(strategy).prepare({"type": Gpt}, optim_wrapper=OPTIM, dispatch_kwargs={"max_iters": 2})
+    finally:
+        accelerator.is_fp16_supported = supported
+    return str(raised.value)
+
+
+def test_float16_on_a_device_without_it_is_refused_with_what_to_use(two: Ranks, folder: Path) -> None:
+    """DeepSpeed trains in float16 only on CPUs that have instructions for it; the error names bf16 instead."""
+    assert "Set bf16=True" in two.run(_refusal_of_float16, folder)[0]
 
 
 def test_an_overflow_counts_as_an_attempt_alone(two: Ranks, single: dict[str, Any], folder: Path) -> None:

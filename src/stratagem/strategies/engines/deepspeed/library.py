@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Final
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from stratagem.errors import ConfigValueError
 from stratagem.strategies.engines.deepspeed.zero_dim import as_vectors, broadcast_already
 from stratagem.utils import import_module
 
-__all__ = ["configure_checkpointing", "load_deepspeed", "make_engine"]
+__all__ = ["configure_checkpointing", "load_deepspeed", "make_engine", "require_dtype"]
 
 # What the arguments of DeepSpeed's function are called in its configurations.
 _CHECKPOINTING: Final = {
@@ -56,6 +57,22 @@ def load_deepspeed(world: World) -> ModuleType:
     deepspeed.comm.comm.cdb = None
     deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def require_dtype(deepspeed: ModuleType, dtype: torch.dtype | None) -> None:
+    """Refuse a 16-bit dtype that DeepSpeed does not support on this device.
+
+    Raises:
+        ConfigValueError: if it does not. On CPUs, DeepSpeed requires float16 instructions for float16.
+    """
+    accelerator = deepspeed.accelerator.get_accelerator()
+    is_supported = {torch.float16: accelerator.is_fp16_supported, torch.bfloat16: accelerator.is_bf16_supported}
+    if dtype in is_supported and not is_supported[dtype]():
+        name, other = ("fp16", "bf16") if dtype == torch.float16 else ("bf16", "fp16")
+        raise ConfigValueError(
+            f"{name} is enabled, and DeepSpeed does not support {dtype} on this device ({accelerator.device_name()}). "
+            f"Set {other}=True, or leave both out to train in float32."
+        )
 
 
 def make_engine(

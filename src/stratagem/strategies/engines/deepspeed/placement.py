@@ -19,7 +19,12 @@ from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.placement import NO_CONTEXT
 from stratagem.strategies.engines.deepspeed.arithmetic import require_elementwise
 from stratagem.strategies.engines.deepspeed.inputs import with_inputs_in
-from stratagem.strategies.engines.deepspeed.library import configure_checkpointing, load_deepspeed, make_engine
+from stratagem.strategies.engines.deepspeed.library import (
+    configure_checkpointing,
+    load_deepspeed,
+    make_engine,
+    require_dtype,
+)
 from stratagem.strategies.engines.deepspeed.memory import (
     Memory,
     WholeMasters,
@@ -62,6 +67,7 @@ class DeepSpeedPlacement(Placement):
         self.readable = options.stage < 3 and options.dtype is None
         self.writable = options.stage == 0 and options.dtype is None
         self._deepspeed = load_deepspeed(world)
+        require_dtype(self._deepspeed, options.dtype)
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
         self._refuse(model)
