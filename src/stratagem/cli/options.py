@@ -10,8 +10,9 @@ from stratagem.config import Config, parse_overrides
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import did_you_mean
+from stratagem.utils.imports import drop_working_directory
 
-__all__ = ["RunOptions", "read_config", "strategy_name", "with_strategy"]
+__all__ = ["RunOptions", "read_config", "read_file", "strategy_name", "with_strategy"]
 
 
 @final
@@ -45,13 +46,25 @@ class RunOptions:
             )
 
 
+def read_file(path: Path) -> Config:
+    """Read a configuration. With one that is data, this process imports nothing from the working directory any more.
+
+    Raises:
+        ConfigError: or a subclass, if it cannot be read.
+    """
+    config = Config.fromfile(path)
+    if config.is_data:
+        drop_working_directory()
+    return config
+
+
 def read_config(options: RunOptions) -> Config:
     """Read the configuration and lay the command line's values over it.
 
     Raises:
         ConfigError: in one of its kinds, if it cannot be read or a value cannot be set.
     """
-    config = Config.fromfile(options.config)
+    config = read_file(options.config)
     config.merge_from_dict(parse_overrides(options.overrides))
     if options.work_dir is not None:
         config.merge_from_dict({"work_dir": str(options.work_dir)}, source="--work-dir")

@@ -11,7 +11,14 @@ from stratagem.errors import ConfigError, ConfigValueError
 from stratagem.utils import nearest_names
 from stratagem.utils.data_names import DataName, is_dotted_name
 
-__all__ = ["TargetImportError", "allow_packages", "allowed_packages", "import_dotted", "is_allowed"]
+__all__ = [
+    "TargetImportError",
+    "allow_packages",
+    "allowed_packages",
+    "import_dotted",
+    "is_allowed",
+    "is_of_allowed_package",
+]
 
 _allowed: set[str] = set()
 
@@ -41,9 +48,12 @@ def allowed_packages() -> frozenset[str]:
 
 
 def is_allowed(key: str) -> bool:
-    """Tell whether the dotted path ``key`` may be imported: by whom it was written, or because of where it leads."""
-    if not isinstance(key, DataName):
-        return True
+    """Return whether ``key`` may choose what is imported: a program wrote it, or the program allowed its package."""
+    return not isinstance(key, DataName) or is_of_allowed_package(key)
+
+
+def is_of_allowed_package(key: str) -> bool:
+    """Return whether ``key`` is a package that the program allowed data files to name, or something in one."""
     return any(key == package or key.startswith((f"{package}.", f"{package}:")) for package in _allowed)
 
 
