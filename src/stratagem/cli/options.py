@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import final
 
 from stratagem.config import Config, parse_overrides
+from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import did_you_mean
@@ -47,15 +48,14 @@ class RunOptions:
 
 
 def read_file(path: Path) -> Config:
-    """Read a configuration. With one that is data, this process imports nothing from the working directory any more.
+    """Read a configuration. For one that is data, this process no longer imports anything from the working directory.
 
     Raises:
         ConfigError: or a subclass, if it cannot be read.
     """
-    config = Config.fromfile(path)
-    if config.is_data:
+    if path.suffix in DATA_SUFFIXES:
         drop_working_directory()
-    return config
+    return Config.fromfile(path)
 
 
 def read_config(options: RunOptions) -> Config:

@@ -208,6 +208,8 @@ class _Check:
                 yield self._problem((*path, key), f"nobody reads the key {key!r}. Did you mean 'type'?")
             return
         taken = Arguments(open=True) if target is None else arguments_of(target)
+        for key, reason in (registry.refused_arguments(target, node) if target is not None else {}).items():
+            yield self._problem((*path, key), reason)
         for key in node:
             if not (key in _BUILD_KEYS or taken.accept(key)) and set(nearest_names(key, taken.names)) - node.keys():
                 yield self._unknown(key, Section(), taken, (*path, key), target)

@@ -76,7 +76,8 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested dicts for keys with dots: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
     nested: dict[str, Any] = {}
     for key, value in dotted.items():
-        *parents, last = str(key).split(".")
+        # The parts of a key that a data file gave are keys of that file too.
+        *parents, last = map(DataName if isinstance(key, DataName) else str, str(key).split("."))
         node = nested
         for name in parents:
             node = node.setdefault(name, {})

@@ -161,10 +161,8 @@ class Registry:
             raise ConfigTypeError(f"A name in a registry is a text, not {key!r}.")
         with nullcontext() if is_allowed(key) else without_working_directory():
             found = self._find_in_chain(key)
-        if found is None:
-            scope, name = self.split_scope_key(key)
-            registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
-            found = None if registry is None else registry._find(name)
+            if found is None:
+                found = self._find_in_scope(key)
         return import_dotted(key, self.names) if found is None else found
 
     def refused_arguments(self, target: Target, given: Mapping[str, Any]) -> dict[str, str]:
@@ -230,6 +228,13 @@ class Registry:
 
     def _find_in_chain(self, key: str) -> Target | None:
         return next((found for registry in self._chain() if (found := registry._find(key)) is not None), None)
+
+    def _find_in_scope(self, key: str) -> Target | None:
+        """Look up ``scope.name`` in the registry of that scope."""
+        scope, name = self.split_scope_key(key)
+        registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
+        # A part of a data file's name is one, too.
+        return None if registry is None else registry._find(DataName(name) if isinstance(key, DataName) else name)
 
     def _find(self, name: str) -> Target | None:
         """Look here alone: registered, then what the locations register, then ready names, then families."""

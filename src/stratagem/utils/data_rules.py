@@ -262,8 +262,11 @@ def _loads_model(target: Any) -> bool:
     return _is_from_pretrained(target) and bool(_bases(target) & _MODELS)
 
 
-def _is_transformers(target: Any) -> bool:
-    """Return whether the target is anything else of the library; a class that the program derived is the program's."""
+def _makes_model(target: Any) -> bool:
+    """Return whether the target is a model of transformers, or a function or class method of the library."""
+    if isinstance(target, type):
+        # A class that the program derived from one is the program's.
+        return _comes_from(target, "transformers") and bool(_bases(target) & _MODELS)
     return _comes_from(target, "transformers") or (isinstance(target, types.MethodType) and bool(_bases(target)))
 
 
@@ -308,7 +311,7 @@ _TRANSFORMERS_MODEL: Final = DataRules(
     {"use_safetensors": True, "trust_remote_code": False},
 )  # fmt: skip
 _TRANSFORMERS_PART: Final = DataRules(_is_from_pretrained, _SOURCE, {"trust_remote_code": False})
-_TRANSFORMERS_OTHER: Final = DataRules(_is_transformers)
+_TRANSFORMERS_OTHER: Final = DataRules(_makes_model)
 
 _TIMM: Final = DataRules(
     lambda target: _comes_from(target, "timm") and not isinstance(target, type),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +16,10 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["drop_working_directory", "import_module", "import_object", "without_working_directory"]
 
+# Where libraries and this package come from, even if one of these folders is the working directory.
+_INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
+_INSTALLED.add(Path(__file__).resolve().parents[2])
+
 
 def drop_working_directory() -> None:
     """Import nothing from the working directory from now on.
@@ -22,7 +27,8 @@ def drop_working_directory() -> None:
     ``python -m`` and ``python -c`` put it first on ``sys.path``, where a file could replace any library.
     """
     here = Path.cwd().resolve()
-    sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
+    if here not in _INSTALLED:
+        sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
 
 
 @contextmanager
