@@ -370,3 +370,74 @@ def test_a_backend_that_a_folder_announces_is_not_loaded(tmp_path: Path, monkeyp
     section = Config.fromstring("compile: {backend: evil}\n", ".yaml").compile
     assert list(refused_arguments(torch.compile, section)) == ["backend"]
     assert "evil" not in sys.modules
+
+
+# ---- packages that the program allowed -----------------------------------------------------------------------------
+
+ALLOWED = """
+import os
+import os.path as paths
+from functools import partial
+from importlib import import_module
+from os import system
+from subprocess import Popen
+from collections import OrderedDict
+import allowed_here.inner as inner
+__all__ = ["OrderedDict"]
+class Net:
+    def __init__(self, width=1): self.width = width
+    @classmethod
+    def wide(cls): return cls(100)
+narrow = partial(Net, 3)
+"""
+
+
+@pytest.fixture
+def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package that the program allowed data files to name."""
+    (tmp_path / "allowed_here").mkdir()
+    (tmp_path / "allowed_here" / "__init__.py").write_text(ALLOWED)
+    (tmp_path / "allowed_here" / "inner.py").write_text("def make(width): return ('made', width)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(trust, "_allowed", set())
+    allow_packages("allowed_here")
+    yield
+    _forget("allowed_here")
+
+
+@pytest.mark.usefixtures("allowed")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "allowed_here.os.system",
+        "allowed_here:os.system",
+        "allowed_here.paths.join",
+        "allowed_here.system",
+        "allowed_here.import_module",
+        "allowed_here.Popen",
+        "allowed_here.partial",
+        "allowed_here.inner.__loader__.get_data",
+        "allowed_here.__loader__.load_module",
+        "allowed_here:__loader__.load_module",
+        "allowed_here.__spec__.loader.exec_module",
+        "allowed_here.Net.__init__.__globals__.get",
+        "allowed_here.Net.__class__",
+        "allowed_here.Net.__subclasses__",
+        "allowed_here.__builtins__.get",
+    ],
+)
+def test_an_allowed_package_is_no_way_to_what_it_imports(name: str) -> None:
+    """What a module imported for its own use, and private attributes, are not what the program allowed."""
+    with pytest.raises(ConfigValueError, match=r"A data file names .*with (a part that begins|'\w+', which)"):
+        build(f"type: '{name}', command: 'true'")
+
+
+@pytest.mark.usefixtures("allowed")
+def test_what_an_allowed_package_defines_can_be_named() -> None:
+    """Classes, class methods, functions, instances and what __all__ lists."""
+    assert build("type: allowed_here.Net, width: 2").width == 2
+    assert build("type: allowed_here.Net.wide").width == 100
+    assert build("type: allowed_here.narrow").width == 3
+    assert build("type: allowed_here.inner.make, width: 4") == ("made", 4)
+    assert build("type: 'allowed_here:inner.make', width: 4") == ("made", 4)
+    assert build("type: allowed_here.OrderedDict, a: 1") == {"a": 1}

@@ -71,6 +71,8 @@ def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mappin
         except Exception as error:
             place = place_of(cfg)
             error.add_note(f"while building {_name(target)}" + (f" from {place}" if place else ""))
+            if restricted:
+                error.add_note("A data file gave a part of this, so files of weights are read without pickle.")
             raise
 
 
