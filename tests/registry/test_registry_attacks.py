@@ -61,7 +61,15 @@ def list_models(): return ["resnet18"]
 def get_model(name, **config):
     return {"name": name, **config, "forced": os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")}
 """
+HEAVYBALL = """
+import torch
+class SOAP(torch.optim.SGD):
+    def __init__(self, params, lr, gradient_clipping=None, storage_dtype="float32", palm=False):
+        super().__init__(params, lr=lr)
+        self.clipping = gradient_clipping
+"""
 LIBRARIES = {
+    "heavyball/__init__.py": HEAVYBALL,
     "transformers/__init__.py": TRANSFORMERS,
     "transformers/models/__init__.py": "",
     "transformers/models/auto/__init__.py": "",
@@ -79,7 +87,7 @@ def _forget(name: str) -> None:
 
 @pytest.fixture
 def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stand-ins for transformers, timm and torchvision in a folder of libraries."""
+    """Stand-ins for transformers, timm, torchvision and heavyball in a folder of libraries."""
     for path, text in LIBRARIES.items():
         (tmp_path / "libraries" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "libraries" / path).write_text(text)
@@ -295,6 +303,23 @@ def test_a_model_name_of_data_is_no_place_where_a_program_calls_the_factory(targ
     (tmp_path / "run.py").write_text(f"_base_ = 'base.yaml'\nmodel = dict(type='{target}')\n")
     with pytest.raises(ConfigValueError, match="It may be the name of a model of the library"):
         MODELS.build(Config.fromfile(tmp_path / "run.py").model)
+
+
+# ---- heavyball -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("libraries")
+def test_an_optimizer_that_looks_functions_up_by_name_takes_listed_names() -> None:
+    """The library takes any function of its module of helpers by name; a data file chooses among kinds of clipping."""
+
+    def make(text: str) -> Any:
+        node = Config.fromstring(f"optimizer: {{type: heavyball.SOAP, lr: 0.1, {text}}}\n", ".yaml").optimizer
+        return OPTIMIZERS.build(node, default_args={"params": [torch.nn.Parameter(torch.ones(1))]})
+
+    assert make("gradient_clipping: l2_clip_, palm: true").clipping == "l2_clip_"
+    for text in ("gradient_clipping: set_torch", "gradient_clipping: [l2_clip_]", "storage_dtype: load", "palm: x"):
+        with pytest.raises(ConfigValueError, match=r"a data file cannot give .* to heavyball\.SOAP"):
+            make(text)
 
 
 # ---- loaders that only a program can name --------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mappin
     with registry.switch_scope_and_registry(arguments.pop(_SCOPE, None)) as scoped:
         target = _resolve(kind, scoped, cfg)
         _check_arguments(target, arguments, cfg)
-        given = {"type": kind, **arguments}
+        given = {"type": kind, **{name: value for name, value in arguments.items() if name in cfg}}
         allowed = isinstance(kind, DataName) and is_of_allowed_package(kind)
         restricted = not allowed and is_restricted(target, given)
         if restricted:

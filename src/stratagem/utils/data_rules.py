@@ -46,11 +46,13 @@ class DataRules:
         applies: Returns whether a class or function is of this kind. It imports nothing.
         allowed: The arguments, each with the values that it may have.
         fixed: Arguments that are set if the program does not give them.
+        others: The values that every other argument may have; None if there are no others.
     """
 
     applies: Callable[[Any], bool]
     allowed: Mapping[str, Values] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    others: Values | None = None
 
 
 def rules_of(target: Any) -> DataRules | None:
@@ -112,7 +114,7 @@ def _given_by_data(given: Mapping[str, Any]) -> set[str]:
 
 
 def _refusal(name: str, value: Any, rules: DataRules, target: Any) -> str | None:
-    allowed = rules.allowed.get(name)
+    allowed = rules.allowed.get(name, rules.others)
     title = _title(target)
     if allowed is None:
         known = f"Allowed there: {', '.join(sorted(rules.allowed))}." if rules.allowed else "Nothing is allowed there."
@@ -365,6 +367,23 @@ _TORCHVISION: Final = DataRules(
     },
 )  # fmt: skip
 
+# It looks texts up among all functions of its module of helpers.
+_HEAVYBALL: Final = DataRules(
+    lambda target: _comes_from(target, "heavyball"),
+    {
+        **dict.fromkeys(("storage_dtype", "q_dtype"), _one_of("bfloat16", "float16", "float32", "float64")),
+        **dict.fromkeys(
+            ("gradient_clipping", "update_clipping"),
+            _one_of(
+                None, "l2_clip_", "rmsnorm_clip_", "global_l2norm_clip", "global_rmsnorm_clip", "l2_normalization_",
+                "rmsnorm_normalize_", "mu_law_compress", "a_law_compress", "trust_region_clip_",
+            ),
+        ),
+        **dict.fromkeys(("ecc", "param_ecc"), _TEXT),
+    },
+    others=_NUMBERS,
+)  # fmt: skip
+
 
 # Nothing at all -----------------------------------------------------------------------------------------------------
 
@@ -390,6 +409,6 @@ _MODEL_METRICS: Final = DataRules(
 
 # The first that applies counts.
 _RULES: Final = (
-    _COMPILE, _PROCESS_GROUP, _TRANSFORMERS_MODEL, _TRANSFORMERS_PART, _TRANSFORMERS_OTHER, _TIMM, _TORCHVISION, _LOADERS,
-    _MODEL_METRICS,
+    _COMPILE, _PROCESS_GROUP, _TRANSFORMERS_MODEL, _TRANSFORMERS_PART, _TRANSFORMERS_OTHER, _TIMM, _TORCHVISION,
+    _HEAVYBALL, _LOADERS, _MODEL_METRICS,
 )  # fmt: skip
