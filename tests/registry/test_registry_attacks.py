@@ -12,8 +12,10 @@ import torch
 
 from stratagem.config import Config
 from stratagem.errors import ConfigError, ConfigValueError, MissingDependencyError
-from stratagem.registry import METRICS, MODELS, OPTIMIZERS, allow_packages, trust
-from stratagem.utils.data_rules import refused_arguments
+from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Members, Registry, allow_packages, trust
+from stratagem.utils.data_names import DataName
+from stratagem.utils.data_rules import refused_arguments, rules_of
+from stratagem.utils.signatures import arguments_of
 
 # Each records how it was called, which is all that matters here.
 TRANSFORMERS = """
@@ -345,6 +347,40 @@ def test_what_unpickles_or_compiles_takes_nothing_of_data(target: str, arguments
     (tmp_path / "run.py").write_text(f"_base_ = 'base.yaml'\nmodel = dict(type='{target}')\n")
     with pytest.raises((ConfigValueError, MissingDependencyError), match="a data file cannot give"):
         MODELS.build(Config.fromfile(tmp_path / "run.py").model)
+
+
+# ---- all ready names -----------------------------------------------------------------------------------------------
+
+# What an argument that reads, writes, downloads or runs something is called.
+SUSPICIOUS = {
+    "backend", "checkpoint", "ckpt", "cmd", "code", "command", "compile", "config", "dir", "download", "env", "file",
+    "filename", "folder", "hub", "path", "paths", "pickle", "pretrained", "repo", "script", "tokenizer", "url", "weights",
+}  # fmt: skip
+# Read: numbers, or "linear" and "quadratic".
+HARMLESS = {
+    ("BLEUScore", "weights"), ("SacreBLEUScore", "weights"), ("CohenKappa", "weights"), ("BinaryCohenKappa", "weights"),
+    ("MulticlassCohenKappa", "weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("registry", [MODELS, OPTIMIZERS, METRICS], ids=lambda registry: registry.name)
+def test_every_ready_class_of_a_library_takes_no_place_and_no_code(registry: Registry) -> None:
+    """A class with an argument that sounds like one has rules, or was read; this fails for one that a library adds."""
+    reached, suspects = 0, []
+    for family in (family for family in registry._families if isinstance(family, Members)):
+        try:
+            names = list(family.names())
+        except MissingDependencyError:
+            continue
+        for name in names:
+            target: Any = registry.get(DataName(name))
+            reached += 1
+            assert issubclass(target, (torch.nn.Module, torch.optim.Optimizer))
+            sounding = {word for word in arguments_of(target).names if SUSPICIOUS & set(word.split("_"))}
+            if rules_of(target) is None:
+                suspects += sorted({(name, word) for word in sounding} - HARMLESS)
+    assert reached > 10
+    assert suspects == []
 
 
 # ---- what is imported for a name of data ---------------------------------------------------------------------------
