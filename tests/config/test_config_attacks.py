@@ -1,6 +1,7 @@
 """Configurations that someone else wrote as data cannot run code, whatever they say."""
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from stratagem.config import Config
@@ -328,6 +330,14 @@ def test_a_key_of_data_is_known_as_one_wherever_it_goes(way):
     """Copies, merges and plain dicts keep which arguments a data file gave, also those that are no text."""
     section = KEEPING[way](Config.fromstring("section: {options: {evil: true}}\n", ".yaml"))
     assert "options" in data_keys(section)
+
+
+@pytest.mark.parametrize("dump", [yaml.safe_dump, yaml.dump, json.dumps, repr])
+def test_a_program_can_write_data_with_any_library(dump):
+    """For everyone else, keys and names of a data file are strings."""
+    section = {"name": {"inner": ["os.path", {"x": 1}]}, "type": "a.b"}
+    config = Config.fromstring(f"section: {json.dumps(section)}\n", ".yaml")
+    assert dump(config.to_dict()["section"]) == dump(section)
 
 
 def test_what_the_program_says_over_data_is_the_programs(tmp_path):
