@@ -26,7 +26,10 @@ def drop_working_directory() -> None:
 
     ``python -m`` and ``python -c`` put it first on ``sys.path``, where a file could replace any library.
     """
-    here = Path.cwd().resolve()
+    try:
+        here = Path.cwd().resolve()
+    except OSError:  # it was removed, so nothing can be imported from it
+        return
     if here not in _INSTALLED:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
 
@@ -40,7 +43,10 @@ def without_working_directory() -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path[:] = [*(entry for entry in sys.path if entry not in kept), *before]
+        # At their places again, beside whatever the imports added.
+        for index, entry in enumerate(before):
+            if entry not in kept:
+                sys.path.insert(index, entry)
 
 
 def import_module(name: str, *, extra: str | None = None) -> ModuleType:
