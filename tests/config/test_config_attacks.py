@@ -14,7 +14,7 @@ from torch import nn
 
 from stratagem.config import Config
 from stratagem.config.node import ConfigDict
-from stratagem.errors import ConfigError, ConfigParsingError, ConfigValueError, MissingDependencyError
+from stratagem.errors import ConfigError, ConfigParsingError, ConfigTypeError, ConfigValueError, MissingDependencyError
 from stratagem.parallel.sharding import Sharding
 from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Registry, allow_packages, trust
 from stratagem.strategies.building import compile_model
@@ -112,6 +112,13 @@ def test_a_scope_cannot_import_a_package(key, tmp_path, monkeypatch):
     scope = Config.fromstring(f"{key}: evil_scope\n", ".yaml")[key]
     with pytest.raises(ConfigError):
         OPTIMIZERS.build({"type": "SGD", "params": [], "_scope_": scope})
+
+
+@pytest.mark.parametrize("scope", ["[os]", "3", "{a: os}", "true"])
+def test_a_scope_is_a_string(scope):
+    """Anything else is refused, not looked up."""
+    with pytest.raises(ConfigTypeError, match="A scope is the name of a package"):
+        MODELS.build(Config.fromstring(f"model: {{type: Identity, _scope_: {scope}}}\n", ".yaml").model)
 
 
 @pytest.fixture

@@ -181,9 +181,12 @@ class Registry:
         """Give the registry of ``scope``, or of the scope that holds here; names are looked up there meanwhile.
 
         Raises:
+            ConfigTypeError: if ``scope`` is not a string.
             ConfigKeyError: if ``scope`` is given and no library has registries of that name.
             ConfigValueError: if a data file names the scope of a library that the program did not import.
         """
+        if not (scope is None or isinstance(scope, str)):
+            raise ConfigTypeError(f"A scope is the name of a package, not {scope!r}.")
         with switch_scope(scope):
             wanted = current_scope()
             registry = self if wanted is None else self._registry_of(wanted, may_import=is_allowed(wanted))
