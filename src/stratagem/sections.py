@@ -132,7 +132,12 @@ SECTIONS: Mapping[str, Rule] = {
     "auto_scale_lr": _keys("enable", "base_batch_size", "rule"),
     "default_hooks": Section(keys={name: _hook(default) for name, default in _DEFAULT_HOOKS.items()}),
     "custom_hooks": _hook(),
-    "env_cfg": _keys("cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit"),
+    "env_cfg": Section(
+        keys={
+            **dict.fromkeys(("cudnn_benchmark", "mp_cfg", "resource_limit"), _FREE),
+            "dist_cfg": Section(target="stratagem.dist:init_dist"),
+        }
+    ),
     "randomness": _keys("seed", "diff_rank_seed", "deterministic"),
     "compile": Section(target="torch:compile", keys={"target": _FREE}, supplied=frozenset({"model"})),
     **dict.fromkeys(

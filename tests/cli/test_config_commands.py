@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,3 +77,33 @@ def test_resume_without_a_path_is_spelled_out() -> None:
     assert spell_out_resume(["train", "--resume", "c.py"]) == ["train", "--resume=auto", "c.py"]
     assert spell_out_resume(["train", "--resume", "--nproc", "2"])[1] == "--resume=auto"
     assert spell_out_resume(["train", "c.py", "--resume", "w/epoch_1"])[2:] == ["--resume", "w/epoch_1"]
+
+
+@pytest.mark.parametrize(("name", "searched"), [("run.yaml", False), ("run.py", True)])
+def test_the_working_directory_is_searched_for_programs_only(
+    stratagem: Callable,  # type: ignore[type-arg]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    searched: bool,
+) -> None:
+    """`python -m stratagem` could import a file of the folder in place of a library; for a data file, it does not."""
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
+    (tmp_path / "run.yaml").write_text("model: {type: Identity}\n")
+    (tmp_path / "run.py").write_text("model = dict(type='Identity')\n")
+    assert stratagem("config", "check", name).status == 0
+    assert (str(tmp_path) in sys.path) is searched
+    assert ("" in sys.path) is searched
+
+
+def test_check_names_what_a_data_file_must_not_give(stratagem: Callable, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    """Each argument is named with its line before anything is built, also deep in the arguments of a model."""
+    (tmp_path / "run.yaml").write_text(
+        "model:\n  type: ModelWithLoss\n  network:\n    type: Linear\n    in_features: 1\n    out_features: 1\n"
+        "compile:\n  options: {cpp.cxx: [./evil.sh]}\n  backend: os.system\n"
+        "env_cfg:\n  dist_cfg: {init_method: 'tcp://stranger:1'}\n"
+    )
+    checked = stratagem("config", "check", "run.yaml")
+    assert checked.status == 2
+    for path, line in (("compile.options", 8), ("compile.backend", 9), ("env_cfg.dist_cfg.init_method", 11)):
+        assert f"{path} (run.yaml:{line}): a data file cannot give" in checked.err

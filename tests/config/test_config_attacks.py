@@ -1,15 +1,26 @@
 """Configurations that someone else wrote as data cannot run code, whatever they say."""
 
+import copy
+import json
+import pickle
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
+import yaml
+from torch import nn
 
 from stratagem.config import Config
-from stratagem.errors import ConfigError, ConfigParsingError, ConfigValueError
-from stratagem.registry import MODELS, OPTIMIZERS, Registry, allow_packages, trust
-from stratagem.utils.data_names import DataName
+from stratagem.config.node import ConfigDict
+from stratagem.errors import ConfigError, ConfigParsingError, ConfigTypeError, ConfigValueError, MissingDependencyError
+from stratagem.parallel.sharding import Sharding
+from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Registry, allow_packages, trust
+from stratagem.strategies.building import compile_model
+from stratagem.strategies.environment import set_up_environment
+from stratagem.utils.data_names import DataName, data_keys
+from stratagem.utils.data_rules import refused_arguments
 
 DANGEROUS = [
     "os.system",
@@ -101,6 +112,254 @@ def test_a_scope_cannot_import_a_package(key, tmp_path, monkeypatch):
     scope = Config.fromstring(f"{key}: evil_scope\n", ".yaml")[key]
     with pytest.raises(ConfigError):
         OPTIMIZERS.build({"type": "SGD", "params": [], "_scope_": scope})
+
+
+@pytest.mark.parametrize("scope", ["[os]", "3", "{a: os}", "true"])
+def test_a_scope_is_a_string(scope):
+    """Anything else is refused, not looked up."""
+    with pytest.raises(ConfigTypeError, match="A scope is the name of a package"):
+        MODELS.build(Config.fromstring(f"model: {{type: Identity, _scope_: {scope}}}\n", ".yaml").model)
+
+
+@pytest.fixture
+def evil_package(tmp_path, monkeypatch):
+    """A package with a configuration, in the working directory; whatever imports it ends the test run."""
+    package = tmp_path / "evil_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')\n")
+    (package / "registry.py").write_text("raise SystemExit('imported')\n")
+    (package / "base.yaml").write_text("model: {type: Linear, in_features: 1, out_features: 1}\nmetric: {type: Sum}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    assert "evil_package" not in sys.modules
+
+
+def test_a_base_in_a_package_imports_no_package(evil_package):
+    """A data file based on a file of a package gets its values, and no registry imports the package for them."""
+    (evil_package / "run.yaml").write_text("_base_: 'evil_package::base.yaml'\n")
+    config = Config.fromfile(evil_package / "run.yaml")
+    assert config.model._scope_ == "evil_package"
+    for registry, node in ((MODELS, config.model), (METRICS, config.metric), (MODELS, dict(config.to_dict()["model"]))):
+        with pytest.raises(ConfigValueError, match=r"names the scope 'evil_package'.*allow_packages\('evil_package'\)"):
+            registry.build(node)
+
+
+def test_a_base_in_a_package_of_a_base_in_data_imports_no_package(evil_package):
+    """Nor if a Python file is based on the data file that names the package."""
+    (evil_package / "base.yaml").write_text("_base_: 'evil_package::base.yaml'\n")
+    (evil_package / "run.py").write_text("_base_ = 'base.yaml'\nmodel = dict(bias=False)\n")
+    with pytest.raises(ConfigValueError, match="names the scope 'evil_package'"):
+        MODELS.build(Config.fromfile(evil_package / "run.py").model)
+
+
+def test_the_package_of_a_base_is_imported_if_the_program_allows_it(tmp_path, monkeypatch):
+    """What the program allows is imported, so that its registries are found."""
+    (tmp_path / "based_package").mkdir()
+    (tmp_path / "based_package" / "__init__.py").write_text("")
+    (tmp_path / "based_package" / "registry.py").write_text(
+        "from stratagem.registry import MODELS, Registry\n"
+        "OWN = Registry('model', parent=MODELS, scope='based_package')\n"
+        "OWN.register_module('Ten', module=lambda: 10)\n"
+    )
+    (tmp_path / "based_package" / "base.yaml").write_text("model: {type: Ten}\n")
+    (tmp_path / "run.yaml").write_text("_base_: 'based_package::base.yaml'\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(trust, "_allowed", set())
+    allow_packages("based_package")
+    try:
+        assert MODELS.build(Config.fromfile(tmp_path / "run.yaml").model) == 10
+    finally:
+        MODELS._children.pop("based_package", None)
+        for name in ("based_package", "based_package.registry"):
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("package", ["__main__", "sys", "os", "no_such_package", "os.path"])
+def test_a_base_in_what_is_no_package_is_refused(package, tmp_path):
+    """A module without a folder is no place for a configuration."""
+    (tmp_path / "run.yaml").write_text(f"_base_: '{package}::base.yaml'\n")
+    with pytest.raises(MissingDependencyError, match="is not installed"):
+        Config.fromfile(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("name", ["evil_package.Net", "evil_package.registry.Net", "stratagem.evil_package.Net"])
+def test_a_scope_before_a_name_imports_no_package(name, evil_package):
+    """``package.Name`` looks in registries that are there already."""
+    with pytest.raises(ConfigError):
+        MODELS.build(Config.fromstring(f"model: {{type: {name}}}\n", ".yaml").model)
+
+
+# ---- torch.compile -------------------------------------------------------------------------------------------------
+
+COMPILE_ATTACKS = [
+    "{options: {cpp.cxx: [./evil.sh]}}",
+    "{options: {}}",
+    "{options: {max_autotune: true}}",
+    "{mode: {cpp.cxx: [./evil.sh]}}",
+    "{mode: no-such-mode}",
+    "{backend: {}}",
+    "{backend: [inductor]}",
+    "{backend: os.system}",
+    "{backend: 'os:system'}",
+    "{backend: no_such_backend}",
+    "{backend: tvm}",
+    "{backend: dynamo_minifier_backend}",
+    "{fullgraph: [./evil.sh]}",
+    "{dynamic: os.system}",
+    "{disable: './evil.sh'}",
+    "{name: os.system}",
+    "{shapes_spec: os.system}",
+    "{target: __class__}",
+    "{target: _call_impl}",
+    "{target: layer}",
+    "{target: os.system}",
+    "{target: [forward]}",
+    "{target: forward.__globals__}",
+]
+
+
+class Net(nn.Module):
+    """A model with a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, inputs):
+        return self.layer(inputs)
+
+
+@pytest.mark.parametrize("section", COMPILE_ATTACKS)
+@pytest.mark.parametrize("suffix", [".yaml", ".py"])
+def test_what_a_data_file_gives_to_the_compiler_is_listed(section, suffix, tmp_path):
+    """Inductor starts the programs that its options name, so options are refused, also below a Python file."""
+    (tmp_path / "base.yaml").write_text(f"compile: {section}\n")
+    (tmp_path / "run.yaml").write_text("_base_: base.yaml\n")
+    (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\n")
+    model = Net()
+    with pytest.raises(ConfigError, match=r"compile: |no such method|is not known"):
+        compile_model(model, Config.fromfile(tmp_path / f"run{suffix}").compile)
+    assert "forward" not in vars(model)
+
+
+def test_a_data_file_may_compile():
+    """Switches, modes, torch's backends and a method of the model are allowed."""
+    text = "compile: {backend: eager, fullgraph: true, dynamic: null, target: forward}\n"
+    model = Net()
+    expected = model(torch.ones(1, 2))
+    assert compile_model(model, Config.fromstring(text, ".yaml").compile)
+    torch.testing.assert_close(model(torch.ones(1, 2)), expected)
+    for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
+        section = Config.fromstring(f"compile: {{mode: {mode}, backend: inductor}}\n", ".yaml").compile
+        assert refused_arguments(torch.compile, section) == {}
+
+
+def test_a_data_file_may_name_a_backend_that_the_program_registered():
+    """The program decides what its name stands for."""
+    torch._dynamo.register_backend(lambda graph, inputs: graph.forward, name="of_this_test")
+    model = Net()
+    compile_model(model, Config.fromstring("compile: {backend: of_this_test}\n", ".yaml").compile)
+    assert model(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_a_python_file_and_the_command_line_may_give_any_option(tmp_path):
+    """What a program says, or a user types, is not restricted by a base that is data."""
+    (tmp_path / "base.yaml").write_text("compile: {options: {cpp.cxx: [./evil.sh]}, backend: eager}\n")
+    (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\ncompile = dict(options=dict(_delete_=True, x=1))\n")
+    config = Config.fromfile(tmp_path / "run.py")
+    assert data_keys(config.compile) == {"backend"}
+    config = Config.fromfile(tmp_path / "base.yaml")
+    config.merge_from_dict({"compile.options": None})
+    assert compile_model(Net(), config.compile)
+
+
+def test_blocks_of_a_sharded_model_are_compiled_by_the_same_rules():
+    """``compile_blocks`` goes to the same compiler."""
+    config = Config.fromstring("blocks: {options: {cpp.cxx: [./evil.sh]}}\n", ".yaml")
+    with pytest.raises(ConfigValueError, match="compile_blocks: a data file cannot give 'options'"):
+        Sharding(compile_blocks=config.blocks)
+    Sharding(compile_blocks=Config.fromstring("blocks: {fullgraph: true}\n", ".yaml").blocks)
+
+
+def test_a_data_file_does_not_choose_where_ranks_meet():
+    """Ranks exchange pickled objects, so an address of a stranger would be a way in."""
+    config = Config.fromstring("dist_cfg: {init_method: 'tcp://stranger:29500'}\n", ".yaml")
+    with pytest.raises(ConfigValueError, match="dist_cfg: a data file cannot give 'init_method'"):
+        set_up_environment({"launcher": "none", "dist_cfg": config.dist_cfg})
+
+
+# ---- where a value came from ---------------------------------------------------------------------------------------
+
+KEEPING = {
+    "to_dict": lambda config: config.to_dict()["section"],
+    "dict": lambda config: dict(config.section),
+    "unpacking": lambda config: {**config.section},
+    "copy": lambda config: copy.copy(config).section.copy(),
+    "deepcopy": lambda config: copy.deepcopy(config).section,
+    "pickle": lambda config: pickle.loads(pickle.dumps(config)).section,
+    "pickled dict": lambda config: pickle.loads(pickle.dumps(config.to_dict()))["section"],
+    "vars": lambda config: vars(config.section),
+    "Config of it": lambda config: Config(config).section,
+    "Config of a dict": lambda config: Config(config.to_dict()).section,
+    "union": lambda config: {"options": 1} | config.section,
+    "union of nodes": lambda config: ConfigDict(options=1) | config.section,
+    "update": lambda config: _changed(ConfigDict(options=1), lambda node: node.update(config.section)),
+    "in-place union": lambda config: _changed(ConfigDict(options=1), lambda node: node.__ior__(config.section)),
+    "assignment": lambda config: _changed(ConfigDict(options=1), lambda node: _assign(node, config.section)),
+    "merge": lambda config: _changed(ConfigDict(options={}), lambda node: node.merge(config.section)),
+    "merge_from_dict": lambda config: _changed(Config({"section": {"options": {}}}), _merging(config)).section,
+    "merge of dotted keys": lambda config: _changed(Config({"section": {"options": {}}}), _merging_dotted).section,
+    "override beside it": lambda config: _changed(config, lambda it: it.merge_from_dict({"section.x": 1})).section,
+}
+
+
+def _changed(value, change):
+    change(value)
+    return value
+
+
+def _assign(node, section):
+    for key, value in section.items():
+        node[key] = value
+
+
+def _merging(config):
+    return lambda other: other.merge_from_dict(config)
+
+
+def _merging_dotted(other):
+    other.merge_from_dict(Config.fromstring("section.options.evil: true\n", ".yaml"))
+
+
+@pytest.mark.parametrize("way", KEEPING)
+def test_a_key_of_data_is_known_as_one_wherever_it_goes(way):
+    """Copies, merges and plain dicts keep which arguments a data file gave, also those that are no text."""
+    section = KEEPING[way](Config.fromstring("section: {options: {evil: true}}\n", ".yaml"))
+    assert "options" in data_keys(section)
+
+
+@pytest.mark.parametrize("dump", [yaml.safe_dump, yaml.dump, json.dumps, repr])
+def test_a_program_can_write_data_with_any_library(dump):
+    """For everyone else, keys and names of a data file are strings."""
+    section = {"name": {"inner": ["os.path", {"x": 1}]}, "type": "a.b"}
+    config = Config.fromstring(f"section: {json.dumps(section)}\n", ".yaml")
+    assert dump(config.to_dict()["section"]) == dump(section)
+
+
+def test_what_the_program_says_over_data_is_the_programs(tmp_path):
+    """A value that replaces one of a data file is not taken for the data file's."""
+    (tmp_path / "base.yaml").write_text("section: {a: 1, b: {c: 1}, d: 1}\n")
+    (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\nsection = dict(a=2, b=dict(_delete_=True), e=1)\n")
+    assert data_keys(Config.fromfile(tmp_path / "run.py").section) == {"d"}
+
+
+def test_names_of_data_reach_a_target_as_plain_arguments():
+    """An optimizer that keeps its arguments by name, as many do, has plain names in its state."""
+    registry = Registry("thing", scope="test")
+    registry.register_module("Keeping", module=lambda **options: options)
+    built = registry.build(Config.fromstring("thing: {type: Keeping, rate: 1}\n", ".yaml").thing)
+    assert [type(name) for name in built] == [str]
 
 
 YAML_OBJECTS = [
@@ -210,6 +469,20 @@ def test_remote_code_in_data_is_refused(value):
         Config.fromstring(
             f"model: {{type: transformers.AutoModel.from_pretrained, trust_remote_code: {value}}}\n", ".yaml"
         )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "deep: [{list: [{trust_remote_code: true}]}]",
+        "trust_remote_code: true",
+        "a: {trust_remote_code: '{{ $X:yes }}'}",
+    ],
+)
+def test_remote_code_is_refused_at_any_depth(text):
+    """Wherever the key stands, and wherever its value comes from."""
+    with pytest.raises(ConfigParsingError, match="trust_remote_code"):
+        Config.fromstring(f"{text}\n", ".yaml")
 
 
 @pytest.mark.parametrize("base", ["run.py", "../outside.yaml", "/etc/hosts.yaml", "sub/../../outside.yaml"])

@@ -299,3 +299,21 @@ def test_optimizers_that_exchange_themselves_are_refused(name: str) -> None:
     assert name in OPTIMIZERS.names()
     with pytest.raises(PlacementError, match=f"{name} cannot be used .* exchanges gradients itself"):
         refuse_by_name({"optimizer": {"type": name, "lr": 0.1}})
+
+
+def test_a_json_file_chooses_no_module_for_its_optimizer(tmp_path: Path) -> None:
+    """Its optimizer is a registered name: a dotted path in the file is not imported, whoever names the file."""
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "os.system", "params": {"command": "true"}}}))
+    section = parse(str(tmp_path / "ds.json")).optimizer
+    optimizer = with_optimizer({"accumulative_counts": 1}, section)["optimizer"]
+    with pytest.raises(ConfigValueError, match=r"A data file names 'os\.system'"):
+        OPTIMIZERS.build(optimizer)
+
+
+def test_the_engine_gets_plain_names(tmp_path: Path) -> None:
+    """What goes to DeepSpeed is the plain JSON that it expects."""
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"})
+    )
+    given = parse(str(tmp_path / "ds.json")).for_engine(micro_batch=1, accumulation=1, clipping=0.0, world_size=1)
+    assert {type(key) for section in (given, given["zero_optimization"]) for key in section} == {str}

@@ -18,6 +18,7 @@ from stratagem.checkpoint.foreign import WEIGHT_FILES, shards_of
 from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.utils import did_you_mean, import_module, mask_text
+from stratagem.utils.imports import without_working_directory
 
 __all__ = ["fetch_hugging_face", "fetch_open_mmlab", "fetch_timm", "fetch_torchvision"]
 
@@ -84,7 +85,8 @@ def fetch_torchvision(url: str, cache: Path) -> Path:
         CheckpointNotFoundError: if it has no such model or weights.
     """
     name, _, weights = url.removeprefix("torchvision://").partition(".")
-    models: Any = import_module("torchvision.models")
+    with without_working_directory():
+        models: Any = import_module("torchvision.models")
     if name not in models.list_models():
         raise CheckpointNotFoundError(f"torchvision has no model {name!r}. {did_you_mean(name, models.list_models())}")
     choices = models.get_model_weights(name)

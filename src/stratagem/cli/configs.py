@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.syntax import Syntax
 
-from stratagem.cli.options import RunOptions
+from stratagem.cli.options import RunOptions, read_file
 from stratagem.config import Config, parse_overrides, require
 from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
@@ -55,7 +55,7 @@ def check(options: RunOptions) -> None:
 
 
 def _read(options: RunOptions) -> Config:
-    config = Config.fromfile(options.config)
+    config = read_file(options.config)
     if options.overrides:
         config.merge_from_dict(parse_overrides(options.overrides))
     return config

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import final
 
 from stratagem.config import Config, parse_overrides
+from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import did_you_mean
+from stratagem.utils.imports import drop_working_directory
 
-__all__ = ["RunOptions", "read_config", "strategy_name", "with_strategy"]
+__all__ = ["RunOptions", "read_config", "read_file", "strategy_name", "with_strategy"]
 
 
 @final
@@ -45,13 +47,24 @@ class RunOptions:
             )
 
 
+def read_file(path: Path) -> Config:
+    """Read a configuration. For one that is data, this process no longer imports anything from the working directory.
+
+    Raises:
+        ConfigError: or a subclass, if it cannot be read.
+    """
+    if path.suffix in DATA_SUFFIXES:
+        drop_working_directory()
+    return Config.fromfile(path)
+
+
 def read_config(options: RunOptions) -> Config:
     """Read the configuration and lay the command line's values over it.
 
     Raises:
         ConfigError: in one of its kinds, if it cannot be read or a value cannot be set.
     """
-    config = Config.fromfile(options.config)
+    config = read_file(options.config)
     config.merge_from_dict(parse_overrides(options.overrides))
     if options.work_dir is not None:
         config.merge_from_dict({"work_dir": str(options.work_dir)}, source="--work-dir")

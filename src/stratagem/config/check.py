@@ -17,6 +17,7 @@ from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.source import Origin
 from stratagem.errors import ConfigKeyError, StratagemError
 from stratagem.utils import did_you_mean, import_object, nearest_names
+from stratagem.utils.data_rules import refused_arguments
 from stratagem.utils.signatures import Arguments, arguments_of
 
 __all__ = ["FREE_KEY", "Names", "Problem", "Rule", "Section", "check", "require"]
@@ -35,6 +36,7 @@ class Names(Protocol):
     def get(self, key: str) -> Callable[..., Any] | None: ...
     def names(self) -> Iterable[str]: ...
     def switch_scope_and_registry(self, scope: str | None) -> AbstractContextManager[Any]: ...
+    def refused_arguments(self, target: Any, given: Mapping[str, Any]) -> Mapping[str, str]: ...
 
 
 @final
@@ -160,6 +162,9 @@ class _Check:
                 yield from self._below(node, key, section.others, below)
             else:
                 yield self._unknown(key, section, taken, below, target)
+        refused = refused_arguments if section.registry is None else section.registry.refused_arguments
+        for key, reason in refused(target, node).items():
+            yield self._problem((*path, key), reason)
         missing = sorted(taken.required - node.keys() - section.supplied)
         if missing and not section.partial:
             yield self._problem(path, f"{_title(target)} needs {', '.join(map(repr, missing))}, not given here.")
@@ -203,6 +208,8 @@ class _Check:
                 yield self._problem((*path, key), f"nobody reads the key {key!r}. Did you mean 'type'?")
             return
         taken = Arguments(open=True) if target is None else arguments_of(target)
+        for key, reason in (registry.refused_arguments(target, node) if target is not None else {}).items():
+            yield self._problem((*path, key), reason)
         for key in node:
             if not (key in _BUILD_KEYS or taken.accept(key)) and set(nearest_names(key, taken.names)) - node.keys():
                 yield self._unknown(key, Section(), taken, (*path, key), target)

@@ -67,9 +67,10 @@ class Config(MutableMapping[str, Any], Placed):
         stays there, for worker processes that import the same modules when they unpickle.
 
         The other files are data: they never run code, cannot be based on a ``.py`` file or on a file outside of
-        ``root``, and what they name as ``type`` is a registered name or lies in a package that the program allowed
-        (``stratagem.registry.allow_packages``). That holds for each value of a data file, also where a Python file is
-        based on it.
+        ``root``, and what they name as ``type`` is a registered name or is in a package that the program allowed
+        (``stratagem.registry.allow_packages``). They give only listed arguments to what loads models, compiles or
+        connects. That applies to each value of a data file, also if a Python file is based on it. SECURITY.md lists
+        what a data file can reach.
 
         Args:
             filename: The file.

@@ -8,12 +8,10 @@ from typing import Any
 from stratagem.config.languages import language_of
 from stratagem.config.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, ConfigTypeError
-from stratagem.utils.data_names import DataName, is_dotted_name
+from stratagem.utils.data_names import mark_data
 
 __all__ = ["read_data"]
 
-# Their values name packages, whose registries are imported.
-_SCOPES = frozenset({"_scope_", "default_scope"})
 # With this, transformers downloads Python files and runs them.
 _REMOTE_CODE = "trust_remote_code"
 
@@ -23,8 +21,8 @@ def read_data(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what a data file says, and the environment variables that it used.
 
-    Texts that look like dotted paths and names of scopes come back as ``DataName``, so that
-    no registry imports what they name.
+    Keys, types, scopes and texts that look like dotted paths are returned as ``DataName``, by which registries know
+    that the program did not write them.
 
     Args:
         text: The file's text.
@@ -42,7 +40,8 @@ def read_data(
     base = load_bases(placeholders.fill_data(data.pop("_base_", []), dict))
     if placeholders:
         data = placeholders.fill_data(data, base)
-    return {key: _mark_names(value, key, name) for key, value in data.items()}, placeholders.environment
+    _refuse_remote_code(data, name)
+    return mark_data(data), placeholders.environment
 
 
 def _parse(text: str, suffix: str, name: str) -> dict[str, Any]:
@@ -59,16 +58,16 @@ def _parse(text: str, suffix: str, name: str) -> dict[str, Any]:
     return data
 
 
-def _mark_names(value: Any, key: object, name: str) -> Any:
-    if key == _REMOTE_CODE and value:
-        raise ConfigParsingError(f"{name}: a data file cannot ask for {key}. Remove it, or say it in a .py file.")
-    if isinstance(value, str):
-        return DataName(value) if key in _SCOPES or is_dotted_name(value) else value
+def _refuse_remote_code(value: Any, name: str) -> None:
     if isinstance(value, dict):
-        return {inner: _mark_names(item, inner, name) for inner, item in value.items()}
+        if value.get(_REMOTE_CODE):
+            raise ConfigParsingError(
+                f"{name}: a data file cannot ask for {_REMOTE_CODE}. Remove it, or write it in a .py file."
+            )
+        value = list(value.values())
     if isinstance(value, list):
-        return [_mark_names(item, key, name) for item in value]
-    return value
+        for item in value:
+            _refuse_remote_code(item, name)
 
 
 def _short(value: object) -> str:

@@ -27,6 +27,7 @@ from stratagem.errors import (
     ConfigValueError,
     MissingDependencyError,
 )
+from stratagem.utils.data_names import DataName
 
 __all__ = ["Layers", "Reader", "merge_layers"]
 
@@ -139,6 +140,9 @@ class _Bases:
         package, separator, inside = base.partition("::")
         if separator:
             layers = self._reader.read_file(self._in_package(package, inside))
+            if self._suffix in DATA_SUFFIXES:
+                # Registries import the package of a scope, unless a data file chose it.
+                package = DataName(package)
             return tuple(replace(layer, data=_scoped(layer.data, package)) for layer in layers)
         return self._reader.read_file(self._beside(base))
 
@@ -182,7 +186,10 @@ class _Bases:
 
 
 def _package_folder(package: str) -> Path:
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    try:
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    except ValueError:  # a module without a specification, such as __main__
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependencyError(f"The package {package!r} is not installed; a base configuration lies in it.")
     return Path(spec.submodule_search_locations[0])

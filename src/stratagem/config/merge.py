@@ -7,6 +7,7 @@ from typing import Any
 
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.errors import ConfigKeyError, ConfigTypeError
+from stratagem.utils.data_names import DataName
 
 __all__ = ["DELETE", "difference", "merge", "nest"]
 
@@ -27,20 +28,25 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
     if list_keys and isinstance(base, list | tuple):
         return _merge_items(over, base, path)
     merged = dict(base)
+    # A dict keeps the key object that it had first, but a key also records whether a data file gave the value.
+    keys = {key: key for key in base}
     for key, value in over.items():
+        lower, keys[key] = keys.get(key), key
         if not isinstance(value, Mapping):
             merged[key] = value
         elif key not in merged or value.get(DELETE, False):
             merged[key] = without_marks(value)
         elif isinstance(merged[key], Mapping) or (list_keys and isinstance(merged[key], list | tuple)):
             merged[key] = merge(value, merged[key], list_keys=list_keys, path=(*path, key))
+            if isinstance(lower, DataName):
+                keys[key] = lower
         else:
             raise ConfigTypeError(
                 f"{path_text((*path, key))} is a dict here and a {type(merged[key]).__name__} "
                 f"({_short(merged[key])}) in what it is laid on. Add {DELETE}=True to replace it."
             )
     merged.pop(DELETE, None)
-    return merged
+    return {keys[key]: value for key, value in merged.items()}
 
 
 def without_marks(value: Any) -> Any:
@@ -70,7 +76,8 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested dicts for keys with dots: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
     nested: dict[str, Any] = {}
     for key, value in dotted.items():
-        *parents, last = str(key).split(".")
+        # The parts of a key that a data file gave are keys of that file too.
+        *parents, last = map(DataName if isinstance(key, DataName) else str, str(key).split("."))
         node = nested
         for name in parents:
             node = node.setdefault(name, {})

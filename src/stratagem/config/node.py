@@ -10,6 +10,7 @@ from stratagem.config.keys import KeyPath
 from stratagem.config.merge import merge
 from stratagem.errors import ConfigKeyError
 from stratagem.utils import did_you_mean
+from stratagem.utils.data_names import DataName
 from stratagem.utils.lazy import LazyObject, lazy_name, resolve
 from stratagem.utils.places import Placed
 
@@ -105,6 +106,7 @@ class ConfigDict(dict[str, Any], Placed):
 
     def __setitem__(self, key: str, value: Any) -> None:
         value = as_node(value)
+        self._mark_key(key)
         super().__setitem__(key, value)
         if key in _METHODS or isinstance(value, LazyObject):
             self.__dict__.pop(key, None)
@@ -122,6 +124,7 @@ class ConfigDict(dict[str, Any], Placed):
         if len(args) > 1:
             raise TypeError(f"update takes at most 1 positional argument, not {len(args)}")
         for key, value in (*_raw_items(args[0] if args else ()), *kwargs.items()):
+            self._mark_key(key)
             super().__setitem__(key, as_node(value))
         self._mirror_all()
 
@@ -194,6 +197,13 @@ class ConfigDict(dict[str, Any], Placed):
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain dicts, lists and tuples, all of them copies; lazy objects as their dotted names."""
         return cast("dict[str, Any]", as_plain(self, keep_lazy=False))
+
+    def _mark_key(self, key: str) -> None:
+        """Make the key a ``DataName`` if it is given one: a dict would keep the key object that it had first."""
+        if isinstance(key, DataName) and key in self:
+            marked = {key if name == key else name: value for name, value in self.raw_items()}
+            super().clear()
+            super().update(marked)
 
     def _resolved(self) -> dict[str, Any]:
         return {key: resolve(value) for key, value in self.raw_items()}

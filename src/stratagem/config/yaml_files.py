@@ -11,6 +11,7 @@ import yaml
 from stratagem.config.keys import KeyPath
 from stratagem.config.limits import refuse_unreasonable
 from stratagem.errors import ConfigParsingError
+from stratagem.utils.data_names import DataName
 
 __all__ = ["parse", "lines", "write"]
 
@@ -86,6 +87,11 @@ _Loader.yaml_implicit_resolvers = {
 }
 for _tag, _pattern in _IMPLICIT.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list("-+.0123456789"))
+
+
+# Programs dump configurations with the library's own functions, for which a key of a data file is a text, too.
+for _dumper in (yaml.SafeDumper, yaml.Dumper):
+    _dumper.add_representer(DataName, lambda dumper, name: dumper.represent_str(str(name)))
 
 
 def _node_children(node: yaml.Node) -> Iterable[yaml.Node]:

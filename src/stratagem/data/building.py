@@ -19,6 +19,7 @@ from stratagem.data.streams import StreamedDataset, draws_numbers, stream_seed
 from stratagem.data.workers import WorkerStart
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
+from stratagem.utils.data_rules import refuse_data_arguments
 
 __all__ = ["build_dataloader"]
 
@@ -234,6 +235,7 @@ def _build_function(function: Any, name: str) -> Any:
         target = FUNCTIONS.get(kind) if isinstance(kind, str) else kind
         if not callable(target):
             raise ConfigTypeError(f"{name}: type={kind!r} is no function that is known or can be called.")
+        refuse_data_arguments(target, function, f"{name}: ")
         return functools.partial(target, **arguments) if arguments else target
     if not callable(function):
         raise ConfigTypeError(f"{name} is a function or a mapping with its type, not {function!r}.")

@@ -12,6 +12,7 @@ from torch import nn
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.parallel.initial_weights import ORIGINS, Origin
 from stratagem.parallel.policies import matches_name
+from stratagem.utils.data_rules import refuse_data_arguments
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
 __all__ = ["Precision", "Reshard", "Sharding"]
@@ -106,6 +107,8 @@ class Sharding:
         for name in ("cpu_offload", "skip_init_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigTypeError(f"{name} is {getattr(self, name)!r}; True or False is due.")
+        if isinstance(self.compile_blocks, Mapping):
+            refuse_data_arguments(torch.compile, self.compile_blocks, "compile_blocks: ")
         for name in ("ignored", "forward_methods"):
             names = getattr(self, name)
             if isinstance(names, str) or not all(isinstance(each, str) for each in names):

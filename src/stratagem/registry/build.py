@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError
+from stratagem.registry.trust import is_of_allowed_package
 from stratagem.utils import did_you_mean, import_object
+from stratagem.utils.data_names import DataName, unmark_data
+from stratagem.utils.data_rules import is_restricted, refuse_data_arguments, weights_only_loads
 from stratagem.utils.lazy import resolve_all
 from stratagem.utils.places import place_of
 from stratagem.utils.signatures import arguments_of
@@ -43,6 +47,7 @@ def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mappin
     Raises:
         ConfigTypeError: if ``cfg`` is not a mapping, or the target does not take an argument or misses one.
         ConfigKeyError: if there is no ``type`` or its name is unknown.
+        ConfigValueError: if a data file gives an argument that it must not give to this target.
     """
     arguments = _arguments(cfg, registry, default_args)
     if "type" not in arguments:
@@ -54,11 +59,20 @@ def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mappin
     with registry.switch_scope_and_registry(arguments.pop(_SCOPE, None)) as scoped:
         target = _resolve(kind, scoped, cfg)
         _check_arguments(target, arguments, cfg)
+        given = {"type": kind, **{name: value for name, value in arguments.items() if name in cfg}}
+        allowed = isinstance(kind, DataName) and is_of_allowed_package(kind)
+        restricted = not allowed and is_restricted(target, given)
+        if restricted:
+            arguments = unmark_data(arguments | refuse_data_arguments(target, given, _at(cfg)))
         try:
-            return target(**arguments)
+            with weights_only_loads() if restricted else nullcontext():
+                # Plain names, since some targets keep them, as optimizers do in their state.
+                return target(**{str(name): value for name, value in arguments.items()})
         except Exception as error:
             place = place_of(cfg)
             error.add_note(f"while building {_name(target)}" + (f" from {place}" if place else ""))
+            if restricted:
+                error.add_note("A data file gave a part of this, so files of weights are read without pickle.")
             raise
 
 
@@ -81,7 +95,9 @@ def _arguments(cfg: object, registry: Names, default_args: Mapping[str, Any] | N
         raise ConfigTypeError(f"A {registry.name} is described by a mapping with a 'type', not by {cfg!r}.")
     if not (default_args is None or isinstance(default_args, Mapping)):
         raise ConfigTypeError(f"default_args must be a mapping or None, not {default_args!r}.")
-    return {key: resolve_all(value) for key, value in {**(default_args or {}), **cfg}.items()}
+    # A dict keeps the key object that it had first, and a key records whether a data file gave the value.
+    defaults = {key: value for key, value in (default_args or {}).items() if key not in cfg}
+    return {key: resolve_all(value) for key, value in {**defaults, **cfg}.items()}
 
 
 def _resolve(kind: object, registry: Names, cfg: Mapping[str, Any]) -> Any:

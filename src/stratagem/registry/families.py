@@ -9,6 +9,8 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, final
 
+from stratagem.errors import ConfigValueError
+from stratagem.registry.trust import is_allowed
 from stratagem.utils import import_module, import_object
 
 __all__ = ["Constructors", "Family", "Loaders", "Members"]
@@ -92,7 +94,7 @@ class Loaders(Family):
         found = getattr(import_module(self._module), class_name, None)
         if not (isinstance(found, type) and issubclass(found, tuple(import_object(base) for base in self._bases))):
             return None
-        return getattr(found, method) if method else found
+        return getattr(found, method, None) if method else found
 
     def names(self) -> Iterable[str]:
         """Return nothing: there are thousands, and listing them imports each one's module."""
@@ -115,10 +117,19 @@ class Constructors(Family):
         self._lister = lister
 
     def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the function that makes the model of this name, or None where the prefix is another."""
+        """Return the function that makes the model of this name, or None if the prefix is different.
+
+        Raises:
+            ConfigValueError: if a data file names a place to load the model from.
+        """
         if not name.startswith(self._prefix):
             return None
         model = name.removeprefix(self._prefix)
+        if ":" in model and not is_allowed(name):
+            raise ConfigValueError(
+                f"A data file names {str(name)!r}, a place from which the library would load a model and its configuration. "
+                "Name a model that the library lists, or write this part of the configuration in Python."
+            )
         # What follows a dot names the weights, as in timm.resnet18.a1_in1k; a colon, a place to load the model from.
         if ":" not in model and model.partition(".")[0] not in import_object(self._lister)():
             return None

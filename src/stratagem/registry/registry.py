@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar, overload
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.registry.build import build_from_cfg
 from stratagem.registry.families import Family
 from stratagem.registry.scope import current_scope, switch_scope
-from stratagem.registry.trust import import_dotted, is_allowed
+from stratagem.registry.trust import import_dotted, is_allowed, is_of_allowed_package
 from stratagem.utils import did_you_mean, import_module, import_object
+from stratagem.utils.data_names import DataName
+from stratagem.utils.data_rules import refused_arguments
+from stratagem.utils.imports import without_working_directory
 
 __all__ = ["Registry"]
 
@@ -156,12 +159,18 @@ class Registry:
         """
         if not isinstance(key, str):
             raise ConfigTypeError(f"A name in a registry is a text, not {key!r}.")
-        found = self._find_in_chain(key)
-        if found is None:
-            scope, name = self.split_scope_key(key)
-            registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
-            found = None if registry is None else registry._find(name)
+        with nullcontext() if is_allowed(key) else without_working_directory():
+            found = self._find_in_chain(key)
+            if found is None:
+                found = self._find_in_scope(key)
         return import_dotted(key, self.names) if found is None else found
+
+    def refused_arguments(self, target: Target, given: Mapping[str, Any]) -> dict[str, str]:
+        """Return the arguments in ``given`` that a data file must not give to ``target``, each with the reason."""
+        kind = given.get("type")
+        if isinstance(kind, DataName) and is_of_allowed_package(kind):
+            return {}
+        return refused_arguments(target, given)
 
     def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         """Build what ``cfg`` describes; see ``build_from_cfg``."""
@@ -172,13 +181,23 @@ class Registry:
         """Give the registry of ``scope``, or of the scope that holds here; names are looked up there meanwhile.
 
         Raises:
+            ConfigTypeError: if ``scope`` is not a string.
             ConfigKeyError: if ``scope`` is given and no library has registries of that name.
+            ConfigValueError: if a data file names the scope of a library that the program did not import.
         """
+        if not (scope is None or isinstance(scope, str)):
+            raise ConfigTypeError(f"A scope is the name of a package, not {scope!r}.")
         with switch_scope(scope):
             wanted = current_scope()
             registry = self if wanted is None else self._registry_of(wanted, may_import=is_allowed(wanted))
             if registry is None:
                 if scope is not None:
+                    if not is_allowed(scope):
+                        raise ConfigValueError(
+                            f"A data file names the scope {str(scope)!r}, and no {self._name} registry of that scope is "
+                            "imported. Data files cannot choose what is imported: let the program import the package or "
+                            f"call allow_packages({str(scope)!r})."
+                        )
                     known = [item.scope for item in _tree(self.root)]
                     raise ConfigKeyError(
                         f"No {self._name} registry has the scope {scope!r}. {did_you_mean(scope, known)}"
@@ -212,6 +231,13 @@ class Registry:
 
     def _find_in_chain(self, key: str) -> Target | None:
         return next((found for registry in self._chain() if (found := registry._find(key)) is not None), None)
+
+    def _find_in_scope(self, key: str) -> Target | None:
+        """Look up ``scope.name`` in the registry of that scope."""
+        scope, name = self.split_scope_key(key)
+        registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
+        # A part of a data file's name is one, too.
+        return None if registry is None else registry._find(DataName(name) if isinstance(key, DataName) else name)
 
     def _find(self, name: str) -> Target | None:
         """Look here alone: registered, then what the locations register, then ready names, then families."""

@@ -5,15 +5,25 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from stratagem.errors import ConfigError, ConfigValueError
 from stratagem.utils import nearest_names
 from stratagem.utils.data_names import DataName, is_dotted_name
 
-__all__ = ["TargetImportError", "allow_packages", "allowed_packages", "import_dotted", "is_allowed"]
+__all__ = [
+    "TargetImportError",
+    "allow_packages",
+    "allowed_packages",
+    "import_dotted",
+    "is_allowed",
+    "is_of_allowed_package",
+]
 
 _allowed: set[str] = set()
+# What knows the module that defines it; an instance belongs to the module that made it.
+_IMPORTABLE = (type, FunctionType, BuiltinFunctionType, MethodType)
 
 
 class TargetImportError(ConfigError, RuntimeError):
@@ -23,8 +33,9 @@ class TargetImportError(ConfigError, RuntimeError):
 def allow_packages(*names: str) -> None:
     """Let data files (YAML, JSON, TOML) name anything callable below these packages or modules by its dotted path.
 
-    For the program to call, once, at its start; there is no way to say it in a file. Whoever writes the data files
-    can then call every function of these packages with arguments of their choice.
+    For the program to call, once, at its start; no file can do it. Whoever writes the data files can then call every
+    function that these packages define, or list in ``__all__``, with arguments of their choice. What their modules
+    import for their own use is out of reach.
 
     Raises:
         ConfigValueError: if a name is not that of a package.
@@ -41,9 +52,12 @@ def allowed_packages() -> frozenset[str]:
 
 
 def is_allowed(key: str) -> bool:
-    """Tell whether the dotted path ``key`` may be imported: by whom it was written, or because of where it leads."""
-    if not isinstance(key, DataName):
-        return True
+    """Return whether ``key`` may choose what is imported: a program wrote it, or the program allowed its package."""
+    return not isinstance(key, DataName) or is_of_allowed_package(key)
+
+
+def is_of_allowed_package(key: str) -> bool:
+    """Return whether ``key`` is a package that the program allowed data files to name, or something in one."""
     return any(key == package or key.startswith((f"{package}.", f"{package}:")) for package in _allowed)
 
 
@@ -53,7 +67,7 @@ def import_dotted(key: str, known: Callable[[], Iterable[str]]) -> Callable[...,
     ``known`` gives the names to suggest in its place.
 
     Raises:
-        ConfigValueError: if a data file wrote ``key`` and its package is not allowed.
+        ConfigValueError: if a data file wrote ``key``, and its package is not allowed or it leads out of the package.
         TargetImportError: if the module exists and fails when it is imported.
     """
     if not is_dotted_name(key):
@@ -65,15 +79,54 @@ def import_dotted(key: str, known: Callable[[], Iterable[str]]) -> Callable[...,
             f"what is imported. Register it, write the configuration in Python, or let the program call "
             f"allow_packages({key.partition('.')[0]!r})." + (f" Did you mean {near[0]!r}?" if near else "")
         )
-    parts = key.replace(":", ".").split(".")
+    parts = _parts(key)
     for end in range(len(parts) - 1, 0, -1):
         found = _import_if_there(".".join(parts[:end]))
         if found is None:
             continue
+        if isinstance(key, DataName):
+            _require_own(key, found, parts[end:])
         for part in parts[end:]:
             found = getattr(found, part, None)
         return found if callable(found) else None
     return None
+
+
+def _parts(key: str) -> list[str]:
+    return key.replace(":", ".").split(".")
+
+
+def _require_own(key: str, module: Any, path: list[str]) -> None:
+    """Refuse a data file's name that leads out of the packages that the program allowed.
+
+    Raises:
+        ConfigValueError: if a part of the name is private, or stands for what a module imported for its own use.
+    """
+    reason = "a part that begins with an underscore" if any(part.startswith("_") for part in _parts(key)) else None
+    for part in path:
+        if not isinstance(module, ModuleType):
+            break
+        found = getattr(module, part, None)
+        if not _is_own(found, part, module):
+            reason = reason or f"{part!r}, which {module.__name__} only imported from {_home(found)}"
+        module = found
+    if reason:
+        raise ConfigValueError(
+            f"A data file names {str(key)!r}, with {reason}. A data file reaches what the modules of an allowed package "
+            "define, or list in __all__. Name it there, or write this part of the configuration in Python."
+        )
+
+
+def _is_own(found: Any, name: str, module: ModuleType) -> bool:
+    if isinstance(found, ModuleType):
+        return is_of_allowed_package(found.__name__)
+    if name in getattr(module, "__all__", ()) or not isinstance(found, _IMPORTABLE):
+        return True
+    return is_of_allowed_package(_home(found))
+
+
+def _home(found: Any) -> str:
+    return str(found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None) or "builtins")
 
 
 def _import_if_there(module: str) -> Any:

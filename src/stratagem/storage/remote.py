@@ -10,6 +10,7 @@ from typing import IO, Any, Self, final
 
 from stratagem.errors import CheckpointError, MissingDependencyError
 from stratagem.utils import import_module, mask_text
+from stratagem.utils.imports import without_working_directory
 
 __all__ = ["RemoteFolder", "is_remote_scheme"]
 
@@ -17,8 +18,9 @@ __all__ = ["RemoteFolder", "is_remote_scheme"]
 def is_remote_scheme(scheme: str) -> bool:
     """Tell whether fsspec, where it is installed, knows file systems of that scheme, such as ``s3`` or ``memory``."""
     try:
-        registry: Any = import_module("fsspec")
-        registry.get_filesystem_class(scheme)
+        registry: Any = import_module("fsspec", extra="remote")
+        with without_working_directory():
+            registry.get_filesystem_class(scheme)
     except (MissingDependencyError, ValueError):
         return False
     except ImportError:
@@ -63,7 +65,8 @@ class RemoteFolder:
         """
         core: Any = import_module("fsspec.core", extra="remote")
         try:
-            system, path = core.url_to_fs(url)
+            with without_working_directory():
+                system, path = core.url_to_fs(url)
         except ImportError as error:
             raise MissingDependencyError(f"{mask_text(url)}: {error}") from error
         except (ValueError, OSError) as error:

@@ -17,6 +17,8 @@ from stratagem.optim import build_optim_wrapper as construct_optim_wrapper
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS, OPTIM_WRAPPERS
 from stratagem.utils import refuse_unknown
+from stratagem.utils.data_names import data_keys
+from stratagem.utils.data_rules import refuse_data_arguments
 
 __all__ = [
     "ScalingRule",
@@ -72,12 +74,12 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
     Args:
         model: what is compiled.
         compile: True compiles ``forward``; a mapping holds the arguments of ``torch.compile`` and, as ``target``, the
-            method's name.
+            method's name. A data file may give only those that start no program of its choice.
 
     Raises:
         ConfigTypeError: if ``compile`` is neither.
         ConfigKeyError: if ``torch.compile`` has no such argument.
-        ConfigValueError: if the model has no such method.
+        ConfigValueError: if the model has no such method, or a data file gave an argument that it must not give.
     """
     if isinstance(compile, bool):
         options: dict[str, Any] = {}
@@ -90,13 +92,15 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
             f"compile is {_shown(compile)}; True, False or a mapping of torch.compile's arguments is due."
         )
     refuse_unknown(options, _COMPILE_OPTIONS, "compile")
+    refuse_data_arguments(torch.compile, options, "compile: ")
     if options.get("disable", False):
         return False
+    by_data = "target" in data_keys(options)
     target = options.pop("target", "forward")
     method = getattr(model, target, None)
-    if not callable(method):
+    if not (inspect.ismethod(method) if by_data else callable(method)):
         raise ConfigValueError(f"compile: target={target!r}, but {type(model).__name__} has no such method.")
-    setattr(model, target, torch.compile(method, **options))
+    setattr(model, str(target), torch.compile(method, **options))
     return True
 
 

@@ -26,6 +26,7 @@ from stratagem.dist import (
 )
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.utils import refuse_unknown, set_multi_processing, set_random_seed
+from stratagem.utils.data_rules import refuse_data_arguments
 
 if sys.platform != "win32":
     import resource
@@ -78,6 +79,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
         if env_kwargs.get("cudnn_benchmark", False):
             torch.backends.cudnn.benchmark = True
         made_group = launcher != "none" and not is_distributed()
+        refuse_data_arguments(init_dist, dist_cfg, "dist_cfg: ")
         launch = init_dist(**{**dist_cfg, "launcher": launcher})
         if made_group:
             undo.callback(close_dist)

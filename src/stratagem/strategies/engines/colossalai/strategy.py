@@ -14,6 +14,7 @@ from stratagem.strategies.engines.colossalai.options import CHECKPOINT_FORMATS, 
 from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
 from stratagem.strategies.state_access import StateAccess
 from stratagem.utils import did_you_mean, import_object
+from stratagem.utils.imports import without_working_directory
 
 __all__ = ["ColossalAIStrategy"]
 
@@ -90,7 +91,7 @@ def _load(target: str) -> Any:
         MissingDependencyError: if ColossalAI or what it needs is not installed.
     """
     try:
-        with stand_ins():
+        with stand_ins(), without_working_directory():
             return import_object(f"{_HERE}.{target}")
     except MissingDependencyError as error:
         raise MissingDependencyError(

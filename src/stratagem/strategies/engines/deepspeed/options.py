@@ -14,6 +14,7 @@ import torch
 
 from stratagem.errors import ConfigFileError, ConfigParsingError, ConfigTypeError, ConfigValueError
 from stratagem.strategies.engines.deepspeed.keys import check_keys
+from stratagem.utils.data_names import mark_data, unmark_data
 
 __all__ = ["Options"]
 
@@ -105,7 +106,7 @@ class Options:
             ConfigValueError: if batch sizes that were given are not those of the run.
         """
         self._require_batch(micro_batch, accumulation, world_size)
-        config = copy.deepcopy(dict(self.config))
+        config = unmark_data(copy.deepcopy(dict(self.config)))
         return {
             **config,
             "train_micro_batch_size_per_gpu": micro_batch,
@@ -169,7 +170,9 @@ def _read(config: Any) -> Mapping[str, Any]:
         raise ConfigParsingError(f"config: {path}, line {error.lineno}: {error.msg}. JSON is due.") from error
     if not isinstance(read, Mapping):
         raise ConfigTypeError(f"config: {path} holds {read!r}; an object with DeepSpeed's options is due.")
-    return read
+    # The file is data, whoever names it: its optimizer's type is not imported.
+    marked: Mapping[str, Any] = mark_data(read)
+    return marked
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
