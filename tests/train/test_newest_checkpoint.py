@@ -1,0 +1,311 @@
+"""Which checkpoint a run resumes from: the one that it saved last, whatever its name, its iteration and the clock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import QUIET_HOOKS, At, stop
+
+from manifests import change_manifest
+from stratagem import Runner
+from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, read_any, saved_in
+from stratagem.errors import CheckpointDamagedError, ConfigValueError
+from stratagem.train import CheckpointHook
+from stratagem.train.rollback import RollBackError
+
+MakeRunner = Callable[..., Runner]
+FUTURE = 4e9
+
+
+class Killed(Exception):  # noqa: N818 -- what happens to the run
+    """Ends a training without a last checkpoint, as a kill does."""
+
+
+def kill(run: Any) -> None:
+    """End the training between two saves."""
+    raise Killed
+
+
+def train(make_runner: MakeRunner, *actions: At, iterations: int = 20, **changes: Any) -> Runner:
+    """Save every second iteration of a run until it ends or is killed."""
+    hook = {"by_epoch": False, "interval": 2, "save_last": False, **changes.pop("hook", {})}
+    runner = make_runner(
+        default_hooks={**QUIET_HOOKS, "checkpoint": hook},
+        custom_hooks=list(actions),
+        train_cfg={"by_epoch": False, "max_iters": iterations},
+        **changes,
+    )
+    if any(each.action is kill for each in actions):
+        with pytest.raises(Killed):
+            runner.train()
+    else:
+        runner.train()
+    return runner
+
+
+def set_clock_back(run_or_folder: Any) -> None:
+    """Make all that is saved from now on older, by the clock, than what there is."""
+    folder = run_or_folder if isinstance(run_or_folder, Path) else Path(run_or_folder.work_dir)
+    for each in list_checkpoints(folder):
+        if each.path.is_dir():
+            change_manifest(each.path, saved_at=FUTURE + each.number)
+        else:
+            os.utime(each.path, (FUTURE + each.number,) * 2)
+
+
+def assert_newest(make_runner: MakeRunner, folder: Path, name: str, **changes: Any) -> None:
+    """Hold every place that names a newest checkpoint to one name; at last the run resumes from it."""
+    assert find_latest_checkpoint(folder) == folder / name
+    assert list_checkpoints(folder)[0].path == folder / name
+    (saved,) = saved_in(folder).values()
+    assert saved[-1].path == folder / name
+    assert (folder / "last_checkpoint").read_text() == f"{name}\n"
+    again = make_runner(resume=True, **changes)
+    again.prepare()
+    assert again.run.iter == read_any(folder / name)["meta"]["iter"]
+
+
+FORMS = [{}, {"filename_tmpl": "at_{:03d}.pt"}]
+NAMES: list[Callable[[int], str]] = ["iter_{}".format, "at_{:03d}.pt".format]
+each_form = pytest.mark.parametrize(("form", "name"), list(zip(FORMS, NAMES, strict=True)), ids=["folders", "files"])
+
+
+@each_form
+@pytest.mark.parametrize("most", [-1, 1])
+def test_a_clock_that_is_set_back_between_sessions_loses_nothing(
+    make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any, most: int
+):
+    """The second session's checkpoint is the newest, and retention keeps it, though the first's are later by the clock."""
+    hook = {**form, "max_keep_ckpts": most}
+    train(make_runner, At(5, kill), hook=hook)
+    set_clock_back(tmp_path / "run")
+    train(make_runner, At(11, kill), hook=hook, resume=True)
+    assert_newest(make_runner, tmp_path / "run", name(10))
+    if most == 1:
+        assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == [name(10)]
+
+
+@each_form
+@pytest.mark.parametrize("most", [-1, 1])
+def test_a_clock_that_is_set_back_within_a_session_loses_nothing(
+    make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any, most: int
+):
+    """What is saved after that is the newest, and retention keeps it."""
+    hook = {**form, "max_keep_ckpts": most}
+    train(make_runner, At(5, set_clock_back), At(9, kill), hook=hook)
+    assert_newest(make_runner, tmp_path / "run", name(8))
+    if most == 1:
+        assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == [name(8)]
+
+
+@each_form
+def test_a_run_that_was_resumed_from_an_older_checkpoint_resumes_there(
+    make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any
+):
+    """The newer iterations that it left behind do not win, even with a later time."""
+    train(make_runner, At(13, kill), hook=form)
+    set_clock_back(tmp_path / "run")
+    train(make_runner, At(7, kill), hook=form, resume=tmp_path / "run" / name(4))
+    assert_newest(make_runner, tmp_path / "run", name(6))
+    # What goes first is what was left behind, although its numbers are higher.
+    train(make_runner, iterations=10, hook={**form, "max_keep_ckpts": 2}, resume=True)
+    assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == [name(10), name(8)]
+
+
+@each_form
+def test_a_run_that_was_rolled_back_resumes_behind_the_rollback(
+    make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any
+):
+    """What it saved before the rollback, at higher iterations and with a later time, does not win."""
+
+    def roll_back(run: Any) -> None:
+        if rolled_back:
+            return
+        rolled_back.append(True)
+        set_clock_back(run)
+        raise RollBackError("spoiled", Path(run.work_dir) / name(2), iteration=7, epoch=1, batch=0)
+
+    rolled_back: list[bool] = []
+    # At the fifth iteration for the second time.
+    times = At(5, lambda run: kill(run) if rolled_back else None)
+    hooks = [At(7, roll_back), times]
+    hook = {"by_epoch": False, "interval": 2, "save_last": False, **form}
+    runner = make_runner(
+        default_hooks={**QUIET_HOOKS, "checkpoint": hook},
+        custom_hooks=hooks,
+        train_cfg={"by_epoch": True, "max_epochs": 3},
+    )
+    with pytest.raises(Killed):
+        runner.train()
+    assert (tmp_path / "run" / name(6)).exists()
+    assert_newest(make_runner, tmp_path / "run", name(4))
+
+
+@each_form
+def test_of_two_sessions_from_one_checkpoint_the_second_is_the_newer(
+    make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any
+):
+    """Although the first came further, and its checkpoints have a later time."""
+    train(make_runner, At(5, kill), hook=form)
+    train(make_runner, At(13, kill), hook=form, resume=tmp_path / "run" / name(4))
+    set_clock_back(tmp_path / "run")
+    train(make_runner, At(9, kill), hook=form, resume=tmp_path / "run" / name(4))
+    assert_newest(make_runner, tmp_path / "run", name(8))
+    orders = {each.path.name: each.order for each in list_checkpoints(tmp_path / "run")}
+    found = {key: (order.session, order.save) for key, order in orders.items() if order is not None}
+    # The third session replaced what the second had saved at 6 and 8.
+    assert found == {
+        name(2): (1, 1),
+        name(4): (1, 2),
+        name(10): (2, 3),
+        name(12): (2, 4),
+        name(6): (3, 1),
+        name(8): (3, 2),
+    }
+
+
+def test_two_trainings_of_one_program_are_two_sessions(make_runner: MakeRunner, tmp_path: Path):
+    """Between them another process may have trained in the folder: its checkpoint must not look newer than the third's."""
+    first = train(make_runner, At(4, stop), hook={"interval": 1})
+    train(make_runner, At(6, stop), hook={"interval": 1}, resume=True)
+    first.run.progress.stop_training = False
+    set_clock_back(tmp_path / "run")
+    first.run.events.hooks[:] = [hook for hook in first.run.events.hooks if not isinstance(hook, At)]
+    first.train()
+    newest = list_checkpoints(tmp_path / "run")[0]
+    assert newest.order is not None
+    assert (newest.order.session, newest.path.name) == (3, "iter_20")
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(make_runner: MakeRunner, tmp_path: Path):
+    """By the order in which they were saved, not by time."""
+    train(make_runner, At(5, kill))
+    set_clock_back(tmp_path / "run")
+    train(make_runner, At(9, kill), resume=True)
+    (tmp_path / "run" / "iter_8" / "manifest.json").write_text("{")
+    again = make_runner(resume=True)
+    again.prepare()
+    assert again.run.iter == 6
+
+
+def test_a_checkpoint_in_another_folder_is_newer_after_it_was_resumed_from(make_runner: MakeRunner, tmp_path: Path):
+    """A session that continues a run in a new folder is later than the one whose checkpoint it resumed from."""
+    train(make_runner, At(5, kill))
+    train(make_runner, At(9, kill), resume=True)
+    train(make_runner, At(11, kill), resume=tmp_path / "run" / "iter_8", work_dir=tmp_path / "other")
+    (newest, *_) = list_checkpoints(tmp_path / "other")
+    assert newest.order is not None
+    assert newest.order.session == 3
+
+
+# ---- whatever its name ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", ["e_{}.pth", "iter_{}.pt", "{:04d}.ckpt", "model-{}.bin", "step={}", "a{}b"])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_finds_what_it_saved_under_any_name(
+    make_runner: MakeRunner, tmp_path: Path, template: str, *, background: bool
+):
+    """It does not begin at 0 and overwrite its checkpoints."""
+    hook = {"filename_tmpl": template, "async_save": background}
+    train(make_runner, At(5, kill), hook=hook)
+    again = make_runner(resume=True)
+    again.prepare()
+    assert again.run.iter == 4
+    assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / template.format(4)
+
+
+def test_a_best_checkpoint_is_found_where_the_run_saves_no_other(make_runner: MakeRunner, tmp_path: Path):
+    """In a single file as in a folder."""
+    from test_checkpoint_keeping import scored
+
+    for suffix in ("", ".pth"):
+        hook = {"filename_tmpl": f"epoch_{{}}{suffix}", "save_best": "acc", "interval": -1, "save_last": False}
+        work_dir = tmp_path / f"run{suffix}"
+        runner = make_runner(
+            default_hooks={**QUIET_HOOKS, "checkpoint": hook},
+            custom_hooks=[At(15, kill)],
+            work_dir=work_dir,
+            **scored(0.1, 0.2, 0.0),
+        )
+        with pytest.raises(Killed):
+            runner.train()
+        assert find_latest_checkpoint(work_dir) == work_dir / f"best_acc_epoch_2{suffix}"
+        again = make_runner(resume=True, work_dir=work_dir)
+        again.prepare()
+        assert again.run.epoch == 2
+
+
+def test_files_that_the_run_did_not_save_are_not_resumed_from(make_runner: MakeRunner, tmp_path: Path):
+    """Neither weights that lie in its folder, nor files that published_keys made, though those are newer."""
+    hook = {"filename_tmpl": "e_{}.pth", "published_keys": ["meta", "state_dict"], "save_last": True}
+    train(make_runner, iterations=4, hook=hook)
+    weights = {"layers.0.weight": torch.zeros(8, 4)}
+    torch.save(weights, tmp_path / "run" / "pretrained.pth")
+    torch.save({"state_dict": weights, "meta": {"epoch": 9, "iter": 99}}, tmp_path / "run" / "another.pt")
+    torch.save(weights, tmp_path / "run" / "old_form.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "run" / "notes.pth").write_text("no checkpoint")
+    (published,) = (tmp_path / "run").glob("e_4-*.pth")
+    for path in (tmp_path / "run").glob("*.p*"):
+        if not path.name.startswith("e_") or path == published:
+            os.utime(path, (FUTURE, FUTURE))
+    assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == ["e_4.pth", "e_2.pth"]
+    train(make_runner, iterations=6, hook={**hook, "max_keep_ckpts": 1, "published_keys": None}, resume=True)
+    # Retention leaves them alone, too.
+    assert published.exists()
+
+
+def test_files_published_before_they_were_marked_are_not_resumed_from(make_runner: MakeRunner, tmp_path: Path):
+    """They hold the run's id, but only some of the parts, under a name that ends in eight digits of a digest."""
+    train(make_runner, iterations=4, hook={"filename_tmpl": "e_{}.pth"})
+    saved = read_any(tmp_path / "run" / "e_4.pth")
+    torch.save({"meta": saved["meta"], "state_dict": saved["state_dict"]}, tmp_path / "run" / "e_4-0123abcd.pth")
+    assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == ["e_4.pth", "e_2.pth"]
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_zero(
+    make_runner: MakeRunner, tmp_path: Path, suffix: str
+):
+    """Whatever their names: it would overwrite what could perhaps be repaired."""
+    train(make_runner, iterations=4, hook={"filename_tmpl": f"e_{{}}{suffix}"})
+    for number in (2, 4):
+        path = tmp_path / "run" / f"e_{number}{suffix}"
+        file = path if suffix else path / "manifest.json"
+        file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(CheckpointDamagedError, match=r"None of the 2 checkpoints"):
+        make_runner(resume=True).prepare()
+
+
+def test_a_run_that_saves_elsewhere_finds_it_without_the_pointer(make_runner: MakeRunner, tmp_path: Path):
+    """As when it was killed before the pointer was written, or the pointer names another checkpoint since."""
+    hook = {"filename_tmpl": "e_{}.pth", "out_dir": tmp_path / "big"}
+    train(make_runner, At(5, kill), hook=hook)
+    (tmp_path / "run" / "last_checkpoint").unlink()
+    again = make_runner(resume=True)
+    again.prepare()
+    assert again.run.iter == 4
+    set_clock_back(tmp_path / "run")
+    train(make_runner, At(7, kill), hook=hook, resume=True)
+    assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "big" / "run" / "e_6.pth"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("latest.pth", "names every checkpoint alike"),
+        ("{epoch}.pth", "cannot be filled with a number: KeyError"),
+        ("{:q}", "cannot be filled with a number: ValueError"),
+        ("epochs/{}.pth", "has a folder in it.*out_dir"),
+        (".e_{}", "hidden names"),
+    ],
+)
+def test_names_that_would_not_be_found_are_refused(template: str, text: str):
+    """Before anything is trained."""
+    with pytest.raises(ConfigValueError, match=text):
+        CheckpointHook(filename_tmpl=template)
