@@ -9,13 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from toys import QUIET_HOOKS, At, stop
+from test_checkpoint_keeping import scored
+from toys import QUIET_HOOKS, At, loader, settings, stop
 
 from manifests import change_manifest
+from ranks import Ranks
 from stratagem import Runner
-from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, read_any, saved_in
-from stratagem.errors import CheckpointDamagedError, ConfigValueError
-from stratagem.train import CheckpointHook
+from stratagem.checkpoint import (
+    SaveOrder,
+    find_latest_checkpoint,
+    latest_remote,
+    list_checkpoints,
+    read_any,
+    save_orders_at,
+    saved_in,
+)
+from stratagem.errors import CheckpointDamagedError, ConfigValueError, TrainingError
+from stratagem.train import CheckpointHook, Hook
 from stratagem.train.rollback import RollBackError
 
 MakeRunner = Callable[..., Runner]
@@ -203,6 +213,121 @@ def test_a_checkpoint_in_another_folder_is_newer_after_it_was_resumed_from(make_
     assert newest.order.session == 3
 
 
+def test_a_job_that_is_started_again_goes_on_with_its_own_run(
+    make_runner: MakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An older run in the folder has checkpoints with a later time; resuming those would lose the job's own progress."""
+    train(make_runner, At(11, kill))
+    set_clock_back(tmp_path / "run")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    first = train(make_runner, At(5, kill), hook={"filename_tmpl": "e_{}.pth"})
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    record = tmp_path / "run" / ".launch.json"
+    record.write_text(record.read_text().replace(f"[{os.getpid()},", "[1,"))
+    second = train(make_runner, At(7, kill), hook={"filename_tmpl": "e_{}.pth"})
+    assert second.run.id == first.run.id
+    assert second.run.iter == 6
+    newest = next(each for each in list_checkpoints(tmp_path / "run") if each.run_id == first.run.id)
+    assert (newest.path.name, newest.order) == ("e_6.pth", SaveOrder(3, 1))
+
+
+def test_what_was_saved_to_a_url_counts(make_runner: MakeRunner):
+    """A run resumed from an older checkpoint there is later than what it left behind; the pointer names no URL."""
+    pytest.importorskip("fsspec")
+    url = "memory://newest/run"
+
+    def publish(run: Any) -> None:
+        run.save_checkpoint(f"{url}/iter_{run.iter + 1}", run.progress.after_this_iteration())
+
+    never = {"interval": -1}
+    first = train(make_runner, At(2, publish), At(4, publish), At(5, kill), hook=never)
+    assert not (Path(first.run.work_dir) / "last_checkpoint").exists()
+    train(
+        make_runner, At(6, publish), At(7, kill), hook=never, resume=f"{url}/iter_4", work_dir=first.run.work_dir + "_2"
+    )
+    # Published again under the same name, which says nothing of its age.
+    train(
+        make_runner, At(4, publish), At(5, kill), hook=never, resume=f"{url}/iter_2", work_dir=first.run.work_dir + "_3"
+    )
+    assert latest_remote(url) == f"{url}/iter_4"
+    assert [order.session for order in save_orders_at(url)] == [1, 2, 3]
+
+
+def train_on_ranks(folder: str, last: int, **changes: Any) -> tuple[int, int, list[SaveOrder | None]]:
+    """Train on all ranks until a rank's hook ends the training; return where it began and ended, and what it saved."""
+    began: list[int] = []
+
+    class Begin(Hook):
+        def before_train(self, run: Any) -> None:
+            began.append(run.iter)
+
+    hook = {"by_epoch": False, "interval": 2, "save_last": False, "async_save": True}
+    runner = Runner(
+        **settings(
+            train_dataloader=loader(), work_dir=folder, custom_hooks=[Begin(), At(last, stop)],
+            default_hooks={**QUIET_HOOKS, "checkpoint": hook}, **changes,
+        )
+    )  # fmt: skip
+    try:
+        runner.train()
+        return began[0], runner.run.iter, [each.order for each in list_checkpoints(folder)]
+    finally:
+        runner.close()
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_number_of_their_session(ranks: Ranks, tmp_path: Path):
+    """Saved in the background: the second session goes on from the first one's last, and the third from the second's."""
+    assert ranks.run(train_on_ranks, str(tmp_path), 4) == [(0, 4, [SaveOrder(1, 2), SaveOrder(1, 1)])] * 2
+    set_clock_back(tmp_path)
+    orders = [SaveOrder(2, 1), SaveOrder(1, 2), SaveOrder(1, 1)]
+    assert ranks.run(train_on_ranks, str(tmp_path), 6, resume=True) == [(4, 6, orders)] * 2
+    orders = [SaveOrder(3, 1), *orders]
+    assert ranks.run(train_on_ranks, str(tmp_path), 8, resume=True) == [(6, 8, orders)] * 2
+
+
+# ---- going back -------------------------------------------------------------------------------------------------------
+
+
+def spoil(*iterations: int) -> Hook:
+    """Make the weights of an iteration NaN, once."""
+    left = list(iterations)
+
+    class Spoil(Hook):
+        def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
+            if left and run.iter + 1 == left[0]:
+                left.pop(0)
+                data_batch[0].fill_(float("nan"))
+
+    return Spoil()
+
+
+def test_a_rollback_does_not_take_another_run_s_checkpoint(make_runner: MakeRunner):
+    """A new run in the folder of an old one has nothing to go back to before its own first checkpoint."""
+    train(make_runner, At(5, kill))
+    hooks = {**QUIET_HOOKS, "nonfinite": {"policy": "rollback"}, "checkpoint": {"interval": -1, "save_last": False}}
+    runner = make_runner(default_hooks=hooks, custom_hooks=[spoil(3)])
+    with pytest.raises(TrainingError, match="no checkpoint to roll back to"):
+        runner.train()
+
+
+def test_a_rollback_goes_back_to_what_the_session_was_resumed_from(make_runner: MakeRunner, tmp_path: Path):
+    """Not to the newer checkpoints that it was resumed to leave behind, which would be a step forward."""
+    train(make_runner, At(13, kill))
+    seen: list[int] = []
+    hooks = {**QUIET_HOOKS, "nonfinite": {"policy": "rollback"}, "checkpoint": {"interval": -1, "save_last": False}}
+    runner = make_runner(
+        default_hooks=hooks,
+        custom_hooks=[spoil(6), At(5, lambda run: seen.append(run.iter)), At(8, stop)],
+        resume=tmp_path / "run" / "iter_4",
+        train_cfg={"by_epoch": False, "max_iters": 20},
+    )
+    runner.train()
+    # The fifth iteration was trained again after the rollback to the fourth.
+    assert seen == [4, 4]
+    assert runner.run.iter == 8
+
+
 # ---- whatever its name ------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +347,6 @@ def test_a_run_finds_what_it_saved_under_any_name(
 
 def test_a_best_checkpoint_is_found_where_the_run_saves_no_other(make_runner: MakeRunner, tmp_path: Path):
     """In a single file as in a folder."""
-    from test_checkpoint_keeping import scored
-
     for suffix in ("", ".pth"):
         hook = {"filename_tmpl": f"epoch_{{}}{suffix}", "save_best": "acc", "interval": -1, "save_last": False}
         work_dir = tmp_path / f"run{suffix}"
