@@ -391,16 +391,24 @@ def test_files_published_before_they_were_marked_are_not_resumed_from(make_runne
     assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == ["e_4.pth", "e_2.pth"]
 
 
-@pytest.mark.parametrize("suffix", ["", ".pth"])
+@pytest.mark.parametrize(
+    ("suffix", "damaged"),
+    [
+        ("", lambda data: data[:-200]),
+        (".pth", lambda data: data[:-200]),
+        (".pth", lambda data: bytes(len(data))),
+        (".pt", lambda data: b""),
+    ],
+)
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_zero(
-    make_runner: MakeRunner, tmp_path: Path, suffix: str
+    make_runner: MakeRunner, tmp_path: Path, suffix: str, damaged: Callable[[bytes], bytes]
 ):
     """Whatever their names: it would overwrite what could perhaps be repaired."""
     train(make_runner, iterations=4, hook={"filename_tmpl": f"e_{{}}{suffix}"})
     for number in (2, 4):
         path = tmp_path / "run" / f"e_{number}{suffix}"
         file = path if suffix else path / "manifest.json"
-        file.write_bytes(file.read_bytes()[:-200])
+        file.write_bytes(damaged(file.read_bytes()))
     with pytest.raises(CheckpointDamagedError, match=r"None of the 2 checkpoints"):
         make_runner(resume=True).prepare()
 

@@ -66,8 +66,8 @@ def inspect_checkpoint(path: Path) -> Candidate | None:
             return None if path.suffix == ".pth" and match else _inspect_folder(path, number)
         if path.suffix in SINGLE_FILES and path.is_file():
             return _inspect_file(path, number)
-    except FileNotFoundError:
-        # Another process has just removed it.
+    except OSError:
+        # Another process has just removed it, or it is not ours to read.
         pass
     return None
 
@@ -108,9 +108,9 @@ def _inspect_deepspeed(path: Path, number: int | None) -> Candidate | None:
 
 
 def _inspect_file(path: Path, number: int | None) -> Candidate | None:
-    # Files of torch's older form are never ours, and reading one means reading all of it.
     if number is None and not is_torch_zip(path):
-        return None
+        # Files of torch's older form are never ours, and reading one means reading all of it.
+        return _inspect_blank(path)
     try:
         meta, parts = read_meta(path)
     except CheckpointDamagedError as error:
@@ -120,6 +120,18 @@ def _inspect_file(path: Path, number: int | None) -> Candidate | None:
     if number is None and (not _is_ours(meta) or is_released(path, meta, parts)):
         return None
     return _described(path, number, path.stat().st_mtime, meta)
+
+
+def _inspect_blank(path: Path) -> Candidate | None:
+    """Return a file whose content a crash of the machine or its disk may have taken; None for any other."""
+    if path.suffix == ".bin":  # data of any kind
+        return None
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if any(beginning):
+        return None
+    fault = f"{path} cannot be read: it {'begins with zeros' if beginning else 'is empty'}."
+    return Candidate(path=path, saved_at=path.stat().st_mtime, fault=fault)
 
 
 def _is_ours(meta: Mapping[str, Any]) -> bool:

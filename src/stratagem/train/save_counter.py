@@ -40,10 +40,11 @@ class SaveCounter:
         # The session of this run that came before, as far as this process knows.
         self._before = 0
         self._searched: set[str] = set()
-        self._own: set[SaveOrder] = set()
-        # Where the state of the run comes from: a checkpoint, and what was saved after it was restored.
+        # Session -> the saves that this process numbered in it.
+        self._own: dict[int, range] = {}
+        # Where the state of the run comes from: a checkpoint, and what was saved since it was restored.
         self._base: Path | None = None
-        self._line: set[SaveOrder] = set()
+        self._saved_before = 0
 
     def begin_session(self) -> None:
         """Begin a new session: another process may have trained in the folder since the last one."""
@@ -62,7 +63,7 @@ class SaveCounter:
     def restore(self, checkpoint: Path | None) -> None:
         """Note that the run has the state of a checkpoint now; what it saved before is not part of its history."""
         self._base = checkpoint
-        self._line.clear()
+        self._saved_before = self._save
 
     def next(self, path: str | os.PathLike[str]) -> SaveOrder:
         """Return the number of the save that is requested now. Collective.
@@ -76,10 +77,9 @@ class SaveCounter:
             self._session = Team.of().first(lambda: self._number(folder, remote=remote))
             self._searched.add(folder)
         self._save += 1
-        order = SaveOrder(self._session, self._save)
-        self._own.add(order)
-        self._line.add(order)
-        return order
+        first = self._own.get(self._session, range(self._save, self._save)).start
+        self._own[self._session] = range(first, self._save + 1)
+        return SaveOrder(self._session, self._save)
 
     def newest_good(self, run_id: str) -> Path | None:
         """Return the newest usable checkpoint that led to where the run is, or None.
@@ -88,7 +88,7 @@ class SaveCounter:
         folder holds beside those is another run's, or was left behind. Called on rank 0.
         """
         for found in list_checkpoints(self._work_dir):
-            if found.run_id == run_id and found.order in self._line and not found.fault:
+            if found.run_id == run_id and self._is_own(found.order, self._saved_before) and not found.fault:
                 return found.path
         if self._base is None or not self._base.exists():
             return None
@@ -100,5 +100,9 @@ class SaveCounter:
         orders = save_orders_at(folder) if remote else [each.order for each in list_checkpoints(folder)]
         if not self._session:
             orders = [*orders, *(each.order for each in list_checkpoints(self._work_dir))]
-        others = (order for order in orders if order not in self._own)
+        others = (order for order in orders if not self._is_own(order))
         return max(self._session, self._before + 1, SaveOrder.next_session(others))
+
+    def _is_own(self, order: SaveOrder | None, after: int = 0) -> bool:
+        """Return whether this process numbered a save, after as many as ``after``."""
+        return order is not None and order.save > after and order.save in self._own.get(order.session, ())
