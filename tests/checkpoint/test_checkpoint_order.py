@@ -73,8 +73,10 @@ def test_checkpoints_without_numbers_are_ordered_by_the_clock(tmp_path: Path):
     # The clock was set back after that.
     save(tmp_path / "iter_5", order=(2, 1), at=350.0, iteration=5)
     assert names(tmp_path) == ["iter_4", "iter_5", "iter_3", "iter_2", "iter_1"]
-    save_checkpoint({"state_dict": {}, "meta": {"stratagem": "0.1"}}, tmp_path / "by_hand.pth")
-    assert names(tmp_path)[0] == "by_hand.pth"
+    # Eight digits in a name do not make it a file that published_keys wrote.
+    by_hand = {"state_dict": {}, "generators": {}, "meta": {"stratagem": "0.1"}}
+    save_checkpoint(by_hand, tmp_path / "by_hand-00000006.pth")
+    assert names(tmp_path)[0] == "by_hand-00000006.pth"
 
 
 @pytest.mark.parametrize(

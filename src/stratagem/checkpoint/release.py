@@ -49,5 +49,7 @@ def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
 
 def is_released(path: Path, meta: Mapping[str, Any], parts: Collection[str]) -> bool:
     """Return whether a single file with this ``meta`` and these parts was written by :func:`release_checkpoint`."""
-    # Files from before there was the mark have such a name, and lack what every checkpoint of a run has.
-    return isinstance(meta.get(_RELEASED), str) or (_NAME.fullmatch(path.name) is not None and "hooks" not in parts)
+    # Files from before there was the mark have such a name, and lack what every checkpoint of a run or a strategy has.
+    return isinstance(meta.get(_RELEASED), str) or (
+        _NAME.fullmatch(path.name) is not None and not {"hooks", "generators"} & set(parts)
+    )
