@@ -233,6 +233,7 @@ class Runner:
         run = self.run
         folder = Path(run.work_dir)
         with run.guard.watching(), run.interrupt.listening(), run.claims.held(folder), run.saves.finished():
+            run.save_counter.begin_session()
             loop = self.prepare()
             # Not earlier: a run that cannot begin leaves what an earlier one kept.
             self._keep_config()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,40 @@ def test_the_latest_is_found() -> None:
     for name in ("iter_9", "iter_3"):
         save(name, 1.0)
     assert latest_remote(RUN) == f"{RUN}/iter_3"
+
+
+def test_the_latest_is_found_although_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was published last is the latest, also where it is another name than before."""
+    save("iter_9", 1.0)
+    monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
+    save("iter_12", 1.0)
+    assert latest_remote(RUN) == f"{RUN}/iter_12"
+    save("iter_9", 2.0)
+    assert latest_remote(RUN) == f"{RUN}/iter_9"
+
+
+@pytest.mark.parametrize("suffix", ["", ".pth"])
+def test_of_a_run_the_latest_is_what_it_saved_last(tmp_path: Path, suffix: str) -> None:
+    """Although a script publishes its checkpoints in the order of their names, and older iterations came later."""
+    orders = {"iter_12": (1, 2), "iter_4": (2, 3), "iter_6": (2, 4), "iter_9": (1, 1)}
+    for name, (session, number) in orders.items():
+        meta = {"run_id": "a", "save_order": {"session": session, "save": number}}
+        save_checkpoint({"meta": meta, "state_dict": {}}, tmp_path / f"{name}{suffix}")
+    for path in sorted(tmp_path.glob(f"iter_*{suffix}")):
+        copy = shutil.copyfile if path.is_file() else shutil.copytree
+        save_remote(f"{RUN}/{path.name}", lambda target, path=path, copy=copy: copy(path, target))
+    assert latest_remote(RUN) == f"{RUN}/iter_6{suffix}"
+    # Of another run it is not known which is newer, but by when it was published.
+    save("iter_1", 1.0)
+    assert latest_remote(RUN) == f"{RUN}/iter_1"
+
+
+def test_weights_that_are_not_finite_are_not_the_latest() -> None:
+    """As on a disk, no run should resume from them."""
+    save("iter_1", 1.0)
+    tree = {"meta": {"iter": 2, "finite": False}, "state_dict": {"w": torch.tensor([float("nan")])}}
+    save_checkpoint(tree, f"{RUN}/iter_2")
+    assert latest_remote(RUN) == f"{RUN}/iter_1"
 
 
 def test_a_file_of_somebody_else_is_read(memory: Any, tmp_path: Path) -> None:

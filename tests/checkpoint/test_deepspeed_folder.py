@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from stratagem.checkpoint import read_any
+from stratagem.checkpoint import list_checkpoints, read_any
 from stratagem.checkpoint.foreign import is_deepspeed_folder
 from stratagem.errors import CheckpointNotFoundError
 
@@ -18,8 +18,8 @@ FLAT = torch.arange(8.0)
 SHAPES = [OrderedDict(a=torch.Size([3]), b=torch.Size([2, 2]))]
 
 
-def save(folder: Path, optim: list[dict[str, Any]], *, stage3: bool = False) -> Path:
-    """Write a folder as DeepSpeed does, with a part for each rank."""
+def save(folder: Path, optim: list[dict[str, Any]], *, stage3: bool = False, **added: Any) -> Path:
+    """Write a folder as DeepSpeed does, with a part for each rank and what the program adds."""
     tag = folder / "global_step5"
     tag.mkdir(parents=True)
     (folder / "latest").write_text("global_step5")
@@ -32,6 +32,7 @@ def save(folder: Path, optim: list[dict[str, Any]], *, stage3: bool = False) -> 
         "global_steps": 5,
         "skipped_steps": 2,
         "ds_config": {"gradient_accumulation_steps": 3},
+        **added,
     }
     for rank, state in enumerate(optim):
         torch.save({"optimizer_state_dict": state}, tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
@@ -96,3 +97,15 @@ def test_latest_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     assert not is_deepspeed_folder(other)
     assert is_deepspeed_folder(tmp_path / "saved")
     assert is_deepspeed_folder(tmp_path / "saved" / "global_step5")
+
+
+@pytest.mark.parametrize("stage3", [False, True])
+def test_a_folder_that_a_run_saved_is_found_under_any_name(tmp_path: Path, *, stage3: bool) -> None:
+    """What our own strategy added tells it from another program's, and which of several is the newer."""
+    for name, session in (("e=1", 2), ("e=2", 1)):
+        meta = {"run_id": "a", "iter": 5, "save_order": {"session": session, "save": 1}}
+        save(tmp_path / name, stretches(), stage3=stage3, stratagem={"meta": meta, "hooks": {}})
+    save(tmp_path / "theirs", stretches(), stage3=stage3)
+    assert [each.path.name for each in list_checkpoints(tmp_path)] == ["e=1", "e=2"]
+    # The folder in it is the same checkpoint.
+    assert list_checkpoints(tmp_path / "e=1") == []

@@ -325,6 +325,6 @@ def differences(one: Path, other: Path, *, ranks: int = 1) -> list[str]:
 def _differing_ends(one: Path, other: Path) -> Iterator[str]:
     trees = [CheckpointLoader.load_checkpoint(path) for path in (one, other)]
     for tree in trees:
-        for name in ("time", "experiment_name", "run_id", "lineage"):
+        for name in ("time", "experiment_name", "run_id", "save_order", "lineage"):
             del tree["meta"][name]
     return (f"at the end: {difference}" for difference in compare(*trees))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from manifests import change_manifest
 from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import Peer
 from stratagem.train.requeue import requeue_job
@@ -46,6 +47,17 @@ def test_a_restarted_launch_goes_on_with_its_own_checkpoint(folder: Path):
     assert continue_launch(folder, SECOND, LOGGER) == own
     later = save(folder, 4)
     assert continue_launch(folder, THIRD, LOGGER) == later
+
+
+def test_an_earlier_run_with_a_later_time_does_not_hide_what_a_launch_saved(folder: Path):
+    """The clock was set back since that run: the launch goes on with its own checkpoint, and does not begin again."""
+    change_manifest(folder / "iter_100", saved_at=4e9)
+    continue_launch(folder, FIRST, LOGGER)
+    own = save(folder, 2)
+    assert continue_launch(folder, SECOND, LOGGER) == own
+    # Under the name of one that was there before, it is still the launch's own.
+    replaced = save(folder, 100)
+    assert continue_launch(folder, THIRD, LOGGER) == replaced
 
 
 def test_a_program_that_trains_twice_is_not_started_again(folder: Path):

@@ -4,9 +4,10 @@ from stratagem.checkpoint.api import load_checkpoint, model_part, save_checkpoin
 from stratagem.checkpoint.asynchronous import BackgroundSaver
 from stratagem.checkpoint.captured import Captured
 from stratagem.checkpoint.directory import DirectoryFormat
-from stratagem.checkpoint.find import Candidate, find_latest_checkpoint, list_checkpoints
+from stratagem.checkpoint.find import find_latest_checkpoint, list_checkpoints
 from stratagem.checkpoint.formats import CheckpointFormat, format_for
 from stratagem.checkpoint.gather import gather_tree
+from stratagem.checkpoint.inspection import Candidate, inspect_checkpoint
 from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, fit_state, load_state_dict, weights_to_cpu
 from stratagem.checkpoint.manifest import read_manifest
 from stratagem.checkpoint.names import (
@@ -16,13 +17,15 @@ from stratagem.checkpoint.names import (
     optimizer_by_name,
     parameter_names,
 )
+from stratagem.checkpoint.order import SAVE_ORDER, SaveOrder
 from stratagem.checkpoint.pieces import Pieces, take_box, take_range
-from stratagem.checkpoint.pointer import point_to
-from stratagem.checkpoint.purpose import Purpose, Saved, saved_by, saved_in
+from stratagem.checkpoint.pointer import note_folder, point_to
+from stratagem.checkpoint.purpose import Purpose
 from stratagem.checkpoint.regions import Region, boxes
 from stratagem.checkpoint.release import release_checkpoint
-from stratagem.checkpoint.remote import latest_remote, save_remote
+from stratagem.checkpoint.remote import latest_remote, save_orders_at, save_remote
 from stratagem.checkpoint.retention import Retention, remove_checkpoints
+from stratagem.checkpoint.saved import Saved, saved_by, saved_in
 from stratagem.checkpoint.single_file import SingleFileFormat
 from stratagem.checkpoint.slices import digest_of_tensor
 from stratagem.checkpoint.sources import CheckpointLoader, read_any
@@ -43,6 +46,8 @@ __all__ = [
     "Purpose",
     "Region",
     "Retention",
+    "SAVE_ORDER",
+    "SaveOrder",
     "Saved",
     "SingleFileFormat",
     "StateTree",
@@ -53,12 +58,14 @@ __all__ = [
     "fit_state",
     "format_for",
     "gather_tree",
+    "inspect_checkpoint",
     "join_tree",
     "latest_remote",
     "list_checkpoints",
     "load_checkpoint",
     "load_state_dict",
     "model_part",
+    "note_folder",
     "optimizer_by_index",
     "optimizer_by_name",
     "parameter_names",
@@ -68,6 +75,7 @@ __all__ = [
     "release_checkpoint",
     "remove_checkpoints",
     "save_checkpoint",
+    "save_orders_at",
     "saved_by",
     "saved_in",
     "save_remote",

@@ -13,6 +13,7 @@ from typing import Any
 from stratagem.checkpoint.beside import is_beside
 from stratagem.checkpoint.digest import ALGORITHM, digest_of
 from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
+from stratagem.checkpoint.order import SAVE_ORDER, SaveOrder
 from stratagem.checkpoint.regions import Region, tiles
 from stratagem.checkpoint.slices import WrittenPiece
 from stratagem.checkpoint.strict_json import parse_json
@@ -87,7 +88,7 @@ def make_manifest(
     """Return the text of a manifest.
 
     Args:
-        meta: the tree's part of that name, from which the position, the run and the purpose are taken.
+        meta: the tree's part of that name, from which the position, the run, its order and the purpose are taken.
         files: name -> its size and digests.
         tensors: part -> what :func:`describe_tensors` says of it.
         beside: path -> size and digest, of files that are not ours.
@@ -99,6 +100,7 @@ def make_manifest(
         "stratagem": meta.get("stratagem"),
         "saved_at": time.time(),
         "run_id": meta.get("run_id"),
+        **_save_order(meta),
         "purpose": meta.get("purpose"),
         "position": {key: meta[key] for key in ("epoch", "iter") if isinstance(meta.get(key), int)},
         "finite": meta.get("finite") is not False,
@@ -109,6 +111,16 @@ def make_manifest(
     }
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()[:-1]
     return text + b',"digest":"' + digest_of(text).encode() + b'"}'
+
+
+def _save_order(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the field with the place among the run's checkpoints; none for a checkpoint that was saved without a run."""
+    try:
+        order = SaveOrder.from_meta(meta.get(SAVE_ORDER))
+    except ValueError:
+        # A value of the user's own under this name.
+        return {}
+    return {} if order is None else {SAVE_ORDER: order.as_meta()}
 
 
 def describe_tensors(layout: FileLayout, written: Iterable[WrittenPiece]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 from stratagem.checkpoint.formats import SINGLE_FILES, format_for
 from stratagem.checkpoint.single_file import SingleFileFormat
@@ -13,7 +15,11 @@ from stratagem.storage import fsync_directory, operations
 from stratagem.storage.temporary import temporary_path
 from stratagem.utils import did_you_mean
 
-__all__ = ["release_checkpoint"]
+__all__ = ["is_released", "release_checkpoint"]
+
+# Marks the meta of such a file, which otherwise is that of the checkpoint.
+_RELEASED: Final = "released_from"
+_NAME: Final = re.compile(r".+-[0-9a-f]{8}\.pth")
 
 
 def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
@@ -29,10 +35,21 @@ def release_checkpoint(path: Path, parts: Sequence[str]) -> Path:
         raise ConfigKeyError(f"{path} has no part {missing[0]!r} to publish. {did_you_mean(missing[0], list(tree))}")
     stem = path.stem if path.suffix in SINGLE_FILES else path.name
     aside = temporary_path(path.with_name(f"{stem}.pth"))
-    SingleFileFormat().save({part: tree[part] for part in parts}, aside)
+    released_tree = {part: tree[part] for part in parts}
+    if isinstance(tree.get("meta"), Mapping) and "meta" in parts:
+        released_tree["meta"] = {**tree["meta"], _RELEASED: path.name}
+    SingleFileFormat().save(released_tree, aside)
     with aside.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     released = path.with_name(f"{stem}-{digest[:8]}.pth")
     operations.rename(aside, released)
     fsync_directory(path.parent)
     return released
+
+
+def is_released(path: Path, meta: Mapping[str, Any], parts: Collection[str]) -> bool:
+    """Return whether a single file with this ``meta`` and these parts was written by :func:`release_checkpoint`."""
+    # Files from before there was the mark have such a name, and lack what every checkpoint of a run or a strategy has.
+    return isinstance(meta.get(_RELEASED), str) or (
+        _NAME.fullmatch(path.name) is not None and not {"hooks", "generators"} & set(parts)
+    )

@@ -10,16 +10,20 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, final
 
 from stratagem.checkpoint.download import download_limit_bytes
+from stratagem.checkpoint.inspection import inspect_checkpoint
+from stratagem.checkpoint.order import SAVE_ORDER, SaveOrder, oldest_first
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, StratagemError
 from stratagem.storage import RemoteFolder, atomic_file, fetch_published, list_published, publish
 from stratagem.utils import mask_text
 
-__all__ = ["fetch_remote", "latest_remote", "save_remote"]
+__all__ = ["fetch_remote", "latest_remote", "save_orders_at", "save_remote"]
 
 _CHUNK_BYTES = 4 << 20
 
@@ -62,7 +66,7 @@ def _check_shared(folder: Path) -> None:
 
 def _publish(local: Path, url: str) -> None:
     try:
-        publish(local, url)
+        publish(local, url, _about(local))
     except StratagemError:
         raise
     except Exception as error:  # which class it is hangs on the file system
@@ -72,10 +76,70 @@ def _publish(local: Path, url: str) -> None:
         ) from error
 
 
+def _about(local: Path) -> dict[str, Any]:
+    """Return what the record of a publication keeps of a checkpoint: the run that saved it, and its place in that."""
+    found = inspect_checkpoint(local)
+    if found is None:
+        return {}
+    finite = {} if found.finite else {"finite": False}
+    if found.run_id is None or found.order is None:
+        return finite
+    return {"run_id": found.run_id, SAVE_ORDER: found.order.as_meta(), **finite}
+
+
 def latest_remote(url: str) -> str | None:
-    """Return the URL of the checkpoint that was published last in the folder that ``url`` names, or None."""
-    published = list_published(url)
-    return published[-1].url if published else None
+    """Return the URL of the newest checkpoint that was published in the folder that ``url`` names, or None.
+
+    Of the checkpoints of a run it is the one that the run saved last, in whatever order they were published; of several
+    runs, and of checkpoints that a strategy saved without a run, the one that was published last. One whose weights are
+    not all finite is skipped.
+    """
+    return next((each.url for each in reversed(_published_at(url)) if each.finite), None)
+
+
+def save_orders_at(url: str) -> list[SaveOrder]:
+    """Return the places that the checkpoints published in a folder have among those of their runs.
+
+    Raises:
+        CheckpointError: if the folder cannot be read.
+    """
+    try:
+        return [each.order for each in _published_at(url) if each.order is not None]
+    except StratagemError:
+        raise
+    except Exception as error:  # the class depends on the file system
+        raise CheckpointError(f"{mask_text(url)} cannot be read: {error}.") from error
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Published:
+    """A published checkpoint; its time is its place among the publications, which no clock decides."""
+
+    url: str
+    saved_at: float
+    run_id: str | None
+    order: SaveOrder | None
+    finite: bool
+    number: int = 0
+    path: Path = Path()
+
+
+def _published_at(url: str) -> list[_Published]:
+    """Return what is published in a folder, the oldest first."""
+    return oldest_first(
+        _Published(each.url, float(place), *_identity(each.about), each.about.get("finite") is not False)
+        for place, each in enumerate(list_published(url))
+    )
+
+
+def _identity(about: Mapping[str, Any]) -> tuple[str | None, SaveOrder | None]:
+    run_id = about.get("run_id")
+    try:
+        order = SaveOrder.from_meta(about.get(SAVE_ORDER))
+    except ValueError:
+        return None, None
+    return run_id if isinstance(run_id, str) else None, order
 
 
 def fetch_remote(url: str, cache: Path) -> Path:

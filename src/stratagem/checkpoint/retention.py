@@ -10,7 +10,7 @@ from typing import final
 
 from stratagem.checkpoint.beside import top_names
 from stratagem.checkpoint.manifest import MANIFEST, read_manifest
-from stratagem.checkpoint.purpose import Saved
+from stratagem.checkpoint.saved import Saved
 from stratagem.errors import CheckpointError
 from stratagem.storage import fsync_directory, operations, remove
 from stratagem.storage.temporary import temporary_path

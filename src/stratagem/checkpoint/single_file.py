@@ -6,7 +6,7 @@ their weights and, where they have it, optimizer state and position; see :mod:`s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, final
 
@@ -21,7 +21,7 @@ from stratagem.checkpoint.tree import StateTree, join_tree, split_state
 from stratagem.dist import ALONE, Team
 from stratagem.storage import atomic_file, opened, operations, write_fully
 
-__all__ = ["SingleFileFormat"]
+__all__ = ["SingleFileFormat", "read_meta"]
 
 
 @final
@@ -90,6 +90,17 @@ class SingleFileFormat:
             CheckpointDamagedError: if a part of it is not what was written.
         """
         return team.first(lambda: verify_torch_file(path))
+
+
+def read_meta(path: Path) -> tuple[Mapping[str, Any], frozenset[str]]:
+    """Return the ``meta`` of a file, empty if it has none, and the names of its parts. No tensor is read.
+
+    Raises:
+        CheckpointError: (or a subclass) if it cannot be read; see :meth:`SingleFileFormat.load`.
+    """
+    with open_torch_file(path, "cpu") as contents:
+        meta = read_parts(contents, {"meta"}).get("meta")
+        return meta if isinstance(meta, Mapping) else {}, frozenset(map(str, contents.root))
 
 
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:

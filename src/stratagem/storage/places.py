@@ -20,11 +20,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.storage.atomic import atomic_directory
@@ -45,19 +45,25 @@ _ATTEMPTS = 3
 class Published:
     """Something that was published: ``url`` to fetch it by, when (seconds since the epoch), and its bytes.
 
-    The URL may hold secrets that the place's own URL had.
+    The URL may hold secrets that the place's own URL had. ``about`` is what the publisher recorded about it.
     """
 
     name: str
     url: str = field(repr=False)
     published_at: float
     size: int
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def publish(local: Path, url: str) -> Published:
+def publish(local: Path, url: str, about: Mapping[str, Any] | None = None) -> Published:
     """Publish a local file, or a folder with all below it, under a URL; it replaces what was published there before.
 
     One process writes under a name at a time; of two, the later to begin wins.
+
+    Args:
+        local: the file or folder.
+        url: where to.
+        about: recorded with it, for :func:`list_published`; plain JSON values.
 
     Raises:
         MissingDependencyError: if the file system's package is not installed.
@@ -66,11 +72,13 @@ def publish(local: Path, url: str) -> Published:
             still there.
     """
     place, name = RemoteFolder.parent_of(url)
-    older = [generation for generation in _generations(place) if generation.name == name]
-    generation = Generation.after(name, older)
+    present = _generations(place)
+    older = [generation for generation in present if generation.name == name]
+    # Later than those of other names as well, so that the last publication of the place is known without a clock.
+    generation = Generation.after(name, present)
     target = place.folder(generation.folder)
     try:
-        record = _upload(local, target)
+        record = _upload(local, target, about or {})
     except Exception as error:
         error.add_note(f"While publishing {target.shown}; what was published as {name} before is untouched.")
         with suppress(Exception):  # the place is failing; a later publication cleans up
@@ -158,7 +166,7 @@ def _newest(place: RemoteFolder) -> Iterator[tuple[Generation, Record]]:
     yield from sorted(latest.values(), key=lambda found: found[0].stamp)
 
 
-def _upload(local: Path, target: RemoteFolder) -> Record:
+def _upload(local: Path, target: RemoteFolder, about: Mapping[str, Any]) -> Record:
     files = {}
     for file in sorted(local.rglob("*")) if local.is_dir() else [local]:
         if file.is_dir():
@@ -166,7 +174,7 @@ def _upload(local: Path, target: RemoteFolder) -> Record:
         path = file.relative_to(local if local.is_dir() else local.parent).as_posix()
         target.make(path.rpartition("/")[0])
         files[path] = _upload_file(file, target, path)
-    record = Record(files=files, is_folder=local.is_dir(), published_at=time.time())
+    record = Record(files=files, is_folder=local.is_dir(), published_at=time.time(), about=about)
     data = record.encode()
     # Its own reader must take it: names that it refuses would make a publication that cannot be found.
     if Record.parse(data) is None:
@@ -243,4 +251,5 @@ def _described(place: RemoteFolder, generation: Generation, record: Record) -> P
         url=f"{place.url}/{generation.name}",
         published_at=record.published_at,
         size=record.size,
+        about=record.about,
     )

@@ -13,7 +13,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self, final
 
 __all__ = ["RECORD", "Generation", "Record", "StoredFile"]
@@ -37,7 +37,7 @@ class Generation:
 
     @classmethod
     def after(cls, name: str, older: Iterable[Generation]) -> Self:
-        """Return a new one that is later than all of ``older``, also where clocks differ."""
+        """Return a new one that is later than all of ``older``, whatever their names and the clock."""
         newest = max((generation.stamp for generation in older), default=0)
         return cls(name, max(time.time_ns(), newest + 1), secrets.token_hex(4))
 
@@ -65,11 +65,15 @@ class StoredFile:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What was published: files by their path in the folder; one file alone, or a folder with all of them."""
+    """What was published: files by their path in the folder; one file alone, or a folder with all of them.
+
+    ``about`` holds what the publisher recorded about it, as plain JSON values; empty if nothing.
+    """
 
     files: Mapping[str, StoredFile]
     is_folder: bool
     published_at: float
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -84,6 +88,7 @@ class Record:
             "kind": "folder" if self.is_folder else "file",
             "published_at": self.published_at,
             "files": {path: {"bytes": file.size, "sha256": file.sha256} for path, file in self.files.items()},
+            **({"about": dict(self.about)} if self.about else {}),
         }
         line = json.dumps(content, allow_nan=False).encode()
         return line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n"
@@ -111,7 +116,10 @@ class Record:
         if any(file is None for file in files.values()) or (kind == "file" and len(files) != 1):
             return None
         found = {path: file for path, file in files.items() if file is not None}
-        return cls(files=found, is_folder=kind == "folder", published_at=at)
+        about = content.get("about")
+        return cls(
+            files=found, is_folder=kind == "folder", published_at=at, about=about if isinstance(about, dict) else {}
+        )
 
 
 def _stored(entry: Any) -> StoredFile | None:

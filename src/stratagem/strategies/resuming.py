@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, final
 
-from stratagem.checkpoint import StateTree, list_checkpoints
+from stratagem.checkpoint import Candidate, StateTree, list_checkpoints
 from stratagem.dist import Team
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.logging import Logger
@@ -15,7 +16,9 @@ from stratagem.optim import ParamScheduler
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.own_values import OwnValues, move_schedulers
 
-__all__ = ["CheckpointCallback", "Resumable", "Resuming", "Schedulers"]
+__all__ = ["CheckpointCallback", "Resumable", "Resuming", "Schedulers", "resume_newest"]
+
+T = TypeVar("T")
 
 CheckpointCallback = Callable[[StateTree], None]
 Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
@@ -70,26 +73,46 @@ class Resuming:
         return rest
 
     def resume_latest(self, strategy: Resumable) -> StateTree | None:
-        """Resume from the newest checkpoint that every rank can read whole; name those that are passed over. Collective.
+        """Resume from the newest checkpoint that every rank can read whole; name those that are skipped. Collective.
 
         Raises:
             CheckpointDamagedError: if there are checkpoints, and none of them can be used.
         """
         # Rank 0's list, so that all ranks go on from the same step.
         found = Team.of().first(lambda: list_checkpoints(strategy.work_dir))
-        for candidate in found:
-            fault = candidate.fault
-            if not fault:
-                try:
-                    return self.resume(strategy, candidate.path)
-                except (CheckpointDamagedError, CheckpointNotFoundError) as error:
-                    # Found while reading, on some rank, which may not even see it; nothing of this run was changed.
-                    fault = str(error)
-            strategy.logger.warning("The checkpoint %s is passed over: %s", candidate.path, fault)
-        if found:
-            raise CheckpointDamagedError(
-                f"None of the {len(found)} checkpoints under {strategy.work_dir} can be used; the log says why. Name another "
-                "with resume=<path>, or move them away to start anew."
-            )
-        strategy.logger.info("No checkpoint to resume from under %s; starting anew.", strategy.work_dir)
-        return None
+        if not found:
+            strategy.logger.info("No checkpoint to resume from under %s; starting anew.", strategy.work_dir)
+            return None
+        runs = {each.run_id for each in found if each.run_id is not None}
+        if len(runs) > 1:
+            strategy.logger.info(
+                "%s has checkpoints of %d runs. The newest by the clock is %s; name another with resume=<path>.",
+                strategy.work_dir, len(runs), found[0].path.name,
+            )  # fmt: skip
+        return resume_newest(found, lambda path: self.resume(strategy, path), strategy.logger)
+
+
+def resume_newest(found: Sequence[Candidate], resume: Callable[[Path], T], logger: Logger) -> T:
+    """Return what ``resume`` returns for the first of some checkpoints that every rank can read whole. Collective.
+
+    Args:
+        found: the newest first, the same on every rank; at least one.
+        resume: resumes from a path.
+        logger: receives a warning for each that is skipped.
+
+    Raises:
+        CheckpointDamagedError: if none of them can be used.
+    """
+    for candidate in found:
+        fault = candidate.fault
+        if not fault:
+            try:
+                return resume(candidate.path)
+            except (CheckpointDamagedError, CheckpointNotFoundError) as error:
+                # Found while reading, on some rank, which may not even see it; nothing of this run was changed.
+                fault = str(error)
+        logger.warning("The checkpoint %s is passed over: %s", candidate.path, fault)
+    raise CheckpointDamagedError(
+        f"None of the {len(found)} checkpoints under {found[0].path.parent} can be used; the log says why. Name another with "
+        "resume=<path>, or move them away to start anew."
+    )

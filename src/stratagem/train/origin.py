@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from stratagem.checkpoint import Candidate, list_checkpoints
 from stratagem.config import changed_values
 from stratagem.data import EpochLoader
 from stratagem.dist import Peer, Team, all_gather_object
 from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.strategies.resuming import resume_newest
 from stratagem.train.lineage import Lineage
 from stratagem.train.progress import Position
 from stratagem.train.restart import Launched, continue_launch
@@ -73,19 +75,25 @@ class Origin:
             strict: whether a checkpoint of which the weights alone are loaded must have exactly the model's.
         """
         load_from, resume = self._load_from, self._resume
-        if training and _is_started_again(run):
-            load_from, resume = None, True
+        own = _saved_by_this_launch(run) if training else []
         if training or not resume:
             self._load_from, self._resume = None, False
 
         def tell(checkpoint: dict[str, Any]) -> None:
             run.events.call("after_load_checkpoint", run, checkpoint=checkpoint)
 
-        if strict and load_from is not None and not resume:
+        def load_or_resume(resume: bool | str | os.PathLike[str]) -> Mapping[str, Any] | None:
+            origin = None if own else load_from
+            return run.strategy.load_or_resume(load_from=origin, resume=resume, callback=tell, **self._how)
+
+        if own:
+            rest = resume_newest(own, load_or_resume, run.logger)
+        elif strict and load_from is not None and not resume:
             run.strategy.load_checkpoint(load_from, strict=True, callback=tell)
             return None
-        rest = run.strategy.load_or_resume(load_from=load_from, resume=resume, callback=tell, **self._how)
-        if not resume or rest is None:
+        else:
+            rest = load_or_resume(resume)
+        if rest is None or not (own or resume):
             return None
         meta = rest.get("meta") or {}
         self.changes = _say_changes(run, meta, config_text)
@@ -93,6 +101,7 @@ class Origin:
         run.progress.move_to(Position.from_meta(meta))
         run.load_hooks(rest)
         run.adopt_id(meta)
+        run.save_counter.resume_from(run.strategy.resumed_from, meta)
         run.logger.info("Going on after epoch %d, iteration %d", run.epoch, run.iter)
         return rest
 
@@ -130,11 +139,22 @@ def _patterns(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _is_started_again(run: Run) -> bool:
-    """Tell whether an earlier start of the same launch has saved a checkpoint. Collective."""
+def _saved_by_this_launch(run: Run) -> list[Candidate]:
+    """Return the checkpoints to resume from if a launcher has started this run again, the newest first. Collective.
+
+    They are those of the run that the earlier start trained: other runs in the folder may have newer ones, by the clock.
+    Empty if this is the first start, or the earlier ones saved none.
+    """
     launch = Launched.here(all_gather_object(Peer.of_parent()))
     folder = Path(run.work_dir)
-    return Team.of().first(lambda: continue_launch(folder, launch, run.logger) is not None)
+
+    def find() -> list[Candidate]:
+        latest = continue_launch(folder, launch, run.logger)
+        found = list_checkpoints(folder) if latest is not None else []
+        run_ids = [each.run_id for each in found if each.path == latest]
+        return [each for each in found if each.run_id in run_ids]
+
+    return Team.of().first(find)
 
 
 def _say_changes(run: Run, meta: Mapping[str, Any], config_text: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
-from stratagem.checkpoint import find_latest_checkpoint
+from stratagem.checkpoint import Candidate, list_checkpoints
 from stratagem.dist import Peer
 from stratagem.storage import write_atomic
 
@@ -78,36 +78,48 @@ class Launched:
 
 
 def continue_launch(folder: Path, launch: Launched, logger: logging.Logger) -> Path | None:
-    """Return the checkpoint that an earlier start of this launch saved last; None where it saved none, or this is the first.
+    """Return the newest checkpoint that earlier starts of this launch saved; None if they saved none, or this is the first.
 
-    The first start writes down which checkpoint there was before it, in the run's folder. Called on rank 0.
+    The first start records which checkpoints there were before it, in the run's folder; those are not its own, whatever
+    their time. Called on rank 0.
     """
     if not launch.may_restart:
         return None
     record = folder / _RECORD
-    latest = find_latest_checkpoint(folder)
-    found = None if latest is None else [latest.name, latest.stat().st_mtime_ns]
+    found = {str(each.path): each for each in list_checkpoints(folder)}
+    present = {path: _version(each) for path, each in found.items()}
     earlier, before = _read(record)
     again = earlier is not None and launch.continues(earlier)
-    write_atomic(record, json.dumps({"launch": asdict(launch), "before": before if again else found}))
+    write_atomic(record, json.dumps({"launch": asdict(launch), "before": before if again else present}))
     if earlier is None or not again or earlier.process == launch.process:
         # Not started again: a program may well train twice.
         return None
-    if found == before:
-        logger.warning("The launcher started this run again before its first checkpoint: it begins as it did.")
-        return None
-    logger.warning("The launcher started this run again: it goes on from its last checkpoint, %s", latest)
+    own = [each for path, each in found.items() if before.get(path) != present[path]]
+    latest = next((each.path for each in own if not each.fault), None)
+    if latest is None:
+        unusable = f" ({len(own)} that it saved cannot be used)" if own else ""
+        logger.warning(
+            "The launcher started this run again before its first checkpoint%s: it begins as it did.", unusable
+        )
+    else:
+        logger.warning("The launcher started this run again: it goes on from its last checkpoint, %s", latest)
     return latest
+
+
+def _version(candidate: Candidate) -> list[int]:
+    """Return what changes if a checkpoint is replaced under its name."""
+    facts = candidate.path.stat()
+    return [facts.st_ino, facts.st_mtime_ns]
 
 
 def _identity(peer: Peer) -> Identity:
     return peer.pid, peer.place, peer.started
 
 
-def _read(record: Path) -> tuple[Launched | None, Any]:
+def _read(record: Path) -> tuple[Launched | None, dict[str, Any]]:
     try:
         written = json.loads(record.read_text(encoding="utf-8"))
-        return Launched.from_record(written["launch"]), written["before"]
+        return Launched.from_record(written["launch"]), dict(written["before"])
     except (OSError, ValueError, TypeError, KeyError):
         # There is none, or it is of another version: the run begins as its configuration says.
-        return None, None
+        return None, {}

@@ -54,6 +54,7 @@ def roll_back(run: Run, request: RollBackError) -> None:
     rest = run.strategy.resume(request.checkpoint, callback=tell)
     # What waited there for its update may be of the data that is passed over.
     run.optim_wrapper.drop_window()
+    run.save_counter.restore(Path(request.checkpoint))
     saved = Position.from_meta(rest.get("meta") or {})
     run.load_hooks(rest)
     run.progress.move_to(replace(saved, epoch=request.epoch, batch=request.batch))

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, final
 
 from torch import nn
 
-from stratagem.checkpoint import Purpose, StateTree
+from stratagem.checkpoint import SAVE_ORDER, Purpose, StateTree
 from stratagem.data import EpochLoader
 from stratagem.dist import Team, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
@@ -23,6 +23,7 @@ from stratagem.train.hook import Events
 from stratagem.train.interrupt import Interrupt
 from stratagem.train.lineage import Lineage
 from stratagem.train.progress import Position, Progress
+from stratagem.train.save_counter import SaveCounter
 from stratagem.train.saves import Saves
 from stratagem.train.timing import Timing
 
@@ -61,6 +62,7 @@ class Run:
         id: tells this run's checkpoints from those of others; a run that is resumed goes on under its own.
         claims: the folders that its training has to itself.
         saves: how its checkpoints come to the disk.
+        save_counter: numbers its checkpoints, so that the newest is known without a clock.
         before_saving: each is called on every rank before a checkpoint is made, and may raise.
     """
 
@@ -81,6 +83,7 @@ class Run:
         self.id = secrets.token_hex(8)
         self.claims = Claims(strategy.logger)
         self.saves = Saves(strategy)
+        self.save_counter = SaveCounter(strategy.work_dir)
         self._config_text = config_text
         self.recorders: list[Recorder] = []
 
@@ -223,6 +226,7 @@ class Run:
             **position.as_meta(),
             "experiment_name": self.strategy.experiment_name,
             "run_id": self.id,
+            SAVE_ORDER: self.save_counter.next(path).as_meta(),
             "purpose": purpose.as_meta(),
             **self.lineage.as_meta(),
         }

@@ -14,7 +14,7 @@ from stratagem.checkpoint import BackgroundSaver, point_to
 from stratagem.dist import Team
 from stratagem.errors import ConfigValueError
 from stratagem.strategies import BaseStrategy
-from stratagem.utils import absolute
+from stratagem.utils import absolute, is_url, mask_text
 
 __all__ = ["Saves"]
 
@@ -24,7 +24,7 @@ class Saves:
     """The one way that a run's checkpoints go, whoever asks for one.
 
     Attributes:
-        last: the checkpoint that was published last; None before the first.
+        last: the checkpoint that was published last on this machine; None before the first.
     """
 
     def __init__(self, strategy: BaseStrategy) -> None:
@@ -36,12 +36,12 @@ class Saves:
         """Have the strategy save, name the checkpoint in ``<work_dir>/last_checkpoint``, then call ``then``. Collective.
 
         Args:
-            path: where to.
+            path: where to; a checkpoint at a URL is not named there.
             then: called with the ranks that saved, once the checkpoint is durable; where that is in the background, by a
                 thread.
             arguments: those of the strategy's ``save_checkpoint``.
         """
-        published = partial(self._published, absolute(path), then)
+        published = partial(self._published, os.fspath(path) if is_url(path) else absolute(path), then)
         if self._saver is None:
             self._strategy.save_checkpoint(path, **arguments)
             published(Team.of())
@@ -101,9 +101,13 @@ class Saves:
                 self._saver.close()
                 self._saver = None
 
-    def _published(self, path: Path, then: Callable[[Team], None] | None, team: Team) -> None:
-        self.last = path
-        team.first(lambda: self._tell(path))
+    def _published(self, path: str | Path, then: Callable[[Team], None] | None, team: Team) -> None:
+        if isinstance(path, Path):
+            self.last = path
+            team.first(lambda: self._tell(path))
+        elif team.leads:
+            # last_checkpoint names what is on this machine.
+            self._strategy.logger.info("Saved checkpoint %s", mask_text(path))
         if then is not None:
             then(team)
 

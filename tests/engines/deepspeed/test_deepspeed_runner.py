@@ -15,6 +15,7 @@ from engine_runs import placed
 
 from ranks import Ranks
 from stratagem import Runner
+from stratagem.checkpoint import SaveOrder, list_checkpoints
 from stratagem.errors import StratagemError
 
 pytestmark = pytest.mark.deepspeed
@@ -120,12 +121,12 @@ def test_a_run_is_that_of_one_process(two: Ranks, alone: dict[str, Any], folder:
     assert seen["accuracy"] == pytest.approx(alone["accuracy"])
 
 
-@pytest.mark.parametrize("form", ["portable", "deepspeed"])
+@pytest.mark.parametrize(("form", "name"), [("portable", "epoch_{}"), ("deepspeed", "epoch_{}"), ("deepspeed", "e={}")])
 def test_a_run_goes_on_from_its_latest_checkpoint(
-    two: Ranks, four: Ranks, alone: dict[str, Any], folder: Path, form: str
+    two: Ranks, four: Ranks, alone: dict[str, Any], folder: Path, form: str, name: str
 ) -> None:
-    """resume=True finds it, in either form, and goes on with another number of ranks and another stage."""
-    hooks = {"logger": {"interval": 1}, "checkpoint": {"async_save": False}}
+    """resume=True finds it, in either form and under any name, and continues with other ranks and another stage."""
+    hooks = {"logger": {"interval": 1}, "checkpoint": {"async_save": False, "filename_tmpl": name}}
     two.run(
         run,
         placed("ZeRO-2", checkpoint_format=form),
@@ -145,6 +146,10 @@ def test_a_run_goes_on_from_its_latest_checkpoint(
     )[0]
     assert len(seen["losses"]) == 4
     assert seen["losses"] == pytest.approx(alone["losses"][8:], rel=1e-3)
+    orders = {each.path.name: each.order for each in list_checkpoints(folder)}
+    assert orders == {
+        name.format(epoch): SaveOrder(2 if epoch == 3 else 1, 1 if epoch == 3 else epoch) for epoch in (3, 2, 1)
+    }
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])

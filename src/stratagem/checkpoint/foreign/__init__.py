@@ -1,16 +1,23 @@
 """Checkpoints that other programs wrote: their weights and, where they have it, optimizer state and position."""
 
 from stratagem.checkpoint.foreign.colossalai import ENGINE_ORDER, ENGINE_PART, TIED, ColossalAIFolder
-from stratagem.checkpoint.foreign.deepspeed import DEEPSPEED_STATE, is_deepspeed_folder, read_deepspeed_folder
+from stratagem.checkpoint.foreign.deepspeed import (
+    DEEPSPEED_STATE,
+    deepspeed_meta,
+    is_deepspeed_folder,
+    read_deepspeed_folder,
+)
 from stratagem.checkpoint.foreign.hugging_face import WEIGHT_FILES, HuggingFaceFormat, shards_of
 from stratagem.checkpoint.foreign.kinds import read_parts
-from stratagem.checkpoint.foreign.torch_file import open_torch_file, verify_torch_file
+from stratagem.checkpoint.foreign.torch_file import is_torch_zip, open_torch_file, verify_torch_file
 
 __all__ = [
     "DEEPSPEED_STATE",
     "WEIGHT_FILES",
     "HuggingFaceFormat",
+    "deepspeed_meta",
     "is_deepspeed_folder",
+    "is_torch_zip",
     "open_torch_file",
     "read_deepspeed_folder",
     "ENGINE_ORDER",

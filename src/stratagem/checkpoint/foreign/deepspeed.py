@@ -22,7 +22,7 @@ from stratagem.checkpoint.inert import Record, mapping_items
 from stratagem.checkpoint.tree import StateTree
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
-__all__ = ["DEEPSPEED_STATE", "is_deepspeed_folder", "read_deepspeed_folder"]
+__all__ = ["DEEPSPEED_STATE", "deepspeed_meta", "is_deepspeed_folder", "read_deepspeed_folder"]
 
 # Under which our own strategy adds what else a run keeps.
 DEEPSPEED_STATE: Final = "stratagem"
@@ -43,6 +43,20 @@ def is_deepspeed_folder(path: Path) -> bool:
     return any((folder / _MODEL).is_file() or _files(folder, _RANK_MODEL) for folder in _candidates(path, tag))
 
 
+def deepspeed_meta(path: Path) -> Mapping[str, Any]:
+    """Return the ``meta`` that our own strategy added to a folder; empty if another program saved it. No tensor is read.
+
+    Raises:
+        CheckpointError: (or a subclass) if it cannot be read.
+    """
+    folder = _folder_of(path)
+    first = next(iter(_numbered(folder, _RANK_MODEL)), folder / _MODEL)
+    with open_torch_file(first, "cpu") as contents:
+        node = under(contents.root.get(DEEPSPEED_STATE), "meta")
+        meta = None if node is None else contents.read(node, "meta")
+    return meta if isinstance(meta, Mapping) else {}
+
+
 def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -> StateTree:
     """Return the state that a folder of DeepSpeed's holds, by name: float32 masters, moments, counts.
 
@@ -53,7 +67,7 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
         CheckpointError: if it was saved by a kind of parallelism that is not read here.
         CheckpointDamagedError: if it cannot be read.
     """
-    folder = next((each for each in _candidates(path, path / _LATEST) if each.is_dir()), path)
+    folder = _folder_of(path)
     optim_files = _numbered(folder, _RANK_OPTIM)
     model_files = _numbered(folder, _RANK_MODEL) or [folder / _MODEL]
     failure: CheckpointError | None = None
@@ -70,6 +84,11 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
     if failure is not None:
         raise failure
     return tree if parts is None else {key: value for key, value in tree.items() if key in parts}
+
+
+def _folder_of(path: Path) -> Path:
+    """Return the folder that holds the files."""
+    return next((each for each in _candidates(path, path / _LATEST) if each.is_dir()), path)
 
 
 def _candidates(path: Path, tag: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from stratagem.checkpoint.foreign.contents import Contents
 from stratagem.checkpoint.inert import Record, TorchArchive, Values, mapping_items, printable
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
-__all__ = ["open_torch_file", "read_torch_file", "verify_torch_file"]
+__all__ = ["is_torch_zip", "open_torch_file", "read_torch_file", "verify_torch_file"]
 
 _ZIP_START = b"PK\x03\x04"
 
@@ -100,11 +100,17 @@ def _no_mapping(whole: Any) -> str:
     )
 
 
+def is_torch_zip(path: Path) -> bool:
+    """Return whether a file begins as ``torch.save`` has written files since torch 1.6."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ZIP_START)) == _ZIP_START
+    except OSError:
+        return False
+
+
 def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.read(len(_ZIP_START)) == _ZIP_START:
-            return True
-    return zipfile.is_zipfile(path)
+    return is_torch_zip(path) or zipfile.is_zipfile(path)
 
 
 def _read_old_form(path: Path, device: torch.device | str) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.checkpoint import Purpose, Retention, release_checkpoint, remove_checkpoints, saved_by
+from stratagem.checkpoint import Purpose, Retention, note_folder, release_checkpoint, remove_checkpoints, saved_by
 from stratagem.checkpoint.formats import SINGLE_FILES
 from stratagem.dist import Team
 from stratagem.errors import ConfigValueError
@@ -45,7 +45,7 @@ class CheckpointHook(Hook):
             :data:`~stratagem.train.best.GREATER_KEYS`.
         less_keys: what says that smaller ones are, in the place of :data:`~stratagem.train.best.LESS_KEYS`.
         filename_tmpl: the name, with ``{}`` for the number of epochs or iterations done; one that ends in ``.pth``
-            makes single files. By default ``epoch_{}`` or ``iter_{}``.
+            makes single files. By default ``epoch_{}`` or ``iter_{}``. Resuming does not depend on it.
         published_keys: parts of the last and the best checkpoints that are written to ``<name>-<digest>.pth`` after the
             training, such as ``"state_dict"``.
         save_begin: the number of epochs or iterations before which nothing is saved.
@@ -88,10 +88,7 @@ class CheckpointHook(Hook):
                 "folders. Save to a folder, and publish what is worth it with strategy.save_checkpoint(url) or save_remote."
             )
         template = filename_tmpl or ("epoch_{}" if by_epoch else "iter_{}")
-        if template.format(1) == template.format(2):
-            raise ConfigValueError(
-                f"CheckpointHook: filename_tmpl={template!r} names every checkpoint alike; it needs a {{}} for the number."
-            )
+        _check_template(template)
         if max_keep_ckpts == 0 or max_keep_ckpts < -1:
             raise ConfigValueError(
                 f"CheckpointHook: max_keep_ckpts is {max_keep_ckpts}; at least 1, or -1 to keep all, is due."
@@ -150,6 +147,8 @@ class CheckpointHook(Hook):
         self._folder = absolute(self._out_dir) / folder.name if self._out_dir else folder
         if self._out_dir:
             run.claims.claim(self._folder)
+            # Before anything is saved there: what a run saves is found even if it is killed after its first save.
+            Team.of().first(lambda: note_folder(self._folder, Path(run.log_dir)))
         if self._async_save:
             run.saves.in_background()
         if self._timer is not None:
@@ -242,3 +241,31 @@ class CheckpointHook(Hook):
         best = [each for each in saved if each.purpose.metric]
         for each in (*last, *best):
             run.logger.info("Published %s", release_checkpoint(each.path, self._published))
+
+
+def _check_template(template: str) -> None:
+    """Refuse names of checkpoints that overwrite each other, or that resuming would not find.
+
+    Raises:
+        ConfigValueError: if it is such a name.
+    """
+    try:
+        names = template.format(1), template.format(2)
+    except (LookupError, ValueError, AttributeError) as error:
+        raise ConfigValueError(
+            f"CheckpointHook: filename_tmpl={template!r} cannot be filled with a number: {type(error).__name__}: {error}. "
+            "Write {} for the number, or {:04d} with leading zeros."
+        ) from error
+    if names[0] == names[1]:
+        raise ConfigValueError(
+            f"CheckpointHook: filename_tmpl={template!r} names every checkpoint alike; it needs a {{}} for the number."
+        )
+    if Path(names[0]).name != names[0]:
+        raise ConfigValueError(
+            f"CheckpointHook: filename_tmpl={template!r} has a folder in it; it is a name. Choose the folder with out_dir."
+        )
+    if names[0].startswith("."):
+        raise ConfigValueError(
+            f"CheckpointHook: filename_tmpl={template!r} gives hidden names, which are not taken for checkpoints. Leave the "
+            "dot at its beginning out."
+        )

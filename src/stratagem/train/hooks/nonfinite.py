@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.dist import all_gather_object, broadcast_object
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.optim import (
@@ -205,7 +204,7 @@ class NonFiniteHook(Hook):
         """Stop, or go back where that is wanted and possible."""
         # What is being written may be it, and what it replaces goes then.
         run.saves.wait()
-        good = broadcast_object(_last_good(run) if run.rank == 0 else None)
+        good = broadcast_object(run.save_counter.newest_good(run.id) if run.rank == 0 else None)
         if self._policy != "rollback":
             raise TrainingError(f"{said} {_advice(good)}")
         if good is None:
@@ -261,11 +260,6 @@ def _poisoned_buffers(run: Run) -> list[str]:
     buffers = run.strategy.bare_model().named_buffers()
     found = [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
     return sorted({name for names in all_gather_object(found) for name in names})
-
-
-def _last_good(run: Run) -> Path | None:
-    folder = run.work_dir if run.last_checkpoint is None else run.last_checkpoint.parent
-    return find_latest_checkpoint(folder)
 
 
 def _advice(good: Path | None) -> str:

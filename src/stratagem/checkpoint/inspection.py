@@ -1,0 +1,165 @@
+"""What a checkpoint records about itself, read without its tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, final
+
+from stratagem.checkpoint.foreign import deepspeed_meta, is_deepspeed_folder, is_torch_zip
+from stratagem.checkpoint.formats import SINGLE_FILES
+from stratagem.checkpoint.manifest import MANIFEST, STATE, read_manifest
+from stratagem.checkpoint.order import SAVE_ORDER, SaveOrder
+from stratagem.checkpoint.purpose import Purpose
+from stratagem.checkpoint.release import is_released
+from stratagem.checkpoint.single_file import read_meta
+from stratagem.errors import CheckpointDamagedError, CheckpointError
+
+__all__ = ["Candidate", "inspect_checkpoint"]
+
+# The names that MMEngine gives, whose files do not record which run saved them.
+_NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
+_NOT_FINITE = "its weights are not all finite."
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A checkpoint in a run's folder.
+
+    Attributes:
+        path: where it is.
+        saved_at: when it was saved, in seconds since the epoch; for a single file, when it was last changed.
+        number: the number of epochs or iterations in its name, else its iterations; 0 if neither is known.
+        fault: why a run cannot resume from it, as far as can be told without reading its tensors; empty if it can.
+        position: the epochs and iterations that were done, if recorded.
+        run_id: the id of the run that saved it, if recorded.
+        order: its place among the checkpoints of its run, if recorded.
+        purpose: what it was saved for.
+        finite: False if its weights held NaN or Inf when it was saved.
+    """
+
+    path: Path
+    saved_at: float
+    number: int = 0
+    fault: str = ""
+    position: Mapping[str, int] = field(default_factory=dict)
+    run_id: str | None = None
+    order: SaveOrder | None = None
+    purpose: Purpose = field(default_factory=Purpose)
+    finite: bool = True
+
+
+def inspect_checkpoint(path: Path) -> Candidate | None:
+    """Return what a file or folder records about itself; None if it is not a checkpoint that a run or strategy saved.
+
+    The content decides, whatever the name: a manifest, or the ``meta`` of a single file or of a folder in DeepSpeed's form.
+    What is named ``epoch_<n>`` or ``iter_<n>``, with or without ``.pth``, counts whoever wrote it. Files that
+    ``published_keys`` made do not count.
+    """
+    match = _NUMBERED.fullmatch(path.name)
+    number = int(match["number"]) if match else None
+    try:
+        if path.is_dir():
+            return None if path.suffix == ".pth" and match else _inspect_folder(path, number)
+        if path.suffix in SINGLE_FILES and path.is_file():
+            return _inspect_file(path, number)
+    except OSError:
+        # Another process has just removed it, or it is not ours to read.
+        pass
+    return None
+
+
+def _inspect_folder(path: Path, number: int | None) -> Candidate | None:
+    has_manifest = (path / MANIFEST).is_file()
+    if not has_manifest and _is_deepspeed(path, number):
+        return _inspect_deepspeed(path, number)
+    # Both files are ours: without the other one it is incomplete.
+    looks_ours = number is not None or (path / STATE).is_file()
+    if not (has_manifest or looks_ours):
+        return None
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return _faulty(path, number, error) if looks_ours else None
+    position = manifest.get("position")
+    facts = {**manifest, **(position if isinstance(position, Mapping) else {})}
+    return _described(path, number, manifest["saved_at"], facts)
+
+
+def _is_deepspeed(path: Path, number: int | None) -> bool:
+    # By its contents alone only the outer one of its two folders counts, which names the inner.
+    try:
+        return (number is not None or (path / "latest").is_file()) and is_deepspeed_folder(path)
+    except CheckpointError:
+        return False
+
+
+def _inspect_deepspeed(path: Path, number: int | None) -> Candidate | None:
+    try:
+        meta = deepspeed_meta(path)
+    except CheckpointError as error:
+        return _faulty(path, number, error)
+    if number is None and not _is_ours(meta):
+        return None
+    return _described(path, number, path.stat().st_mtime, meta)
+
+
+def _inspect_file(path: Path, number: int | None) -> Candidate | None:
+    if number is None and not is_torch_zip(path):
+        # Files of torch's older form are never ours, and reading one means reading all of it.
+        return _inspect_blank(path)
+    try:
+        meta, parts = read_meta(path)
+    except CheckpointDamagedError as error:
+        return _faulty(path, number, error)
+    except CheckpointError as error:
+        return None if number is None else _faulty(path, number, error)
+    if number is None and (not _is_ours(meta) or is_released(path, meta, parts)):
+        return None
+    return _described(path, number, path.stat().st_mtime, meta)
+
+
+def _inspect_blank(path: Path) -> Candidate | None:
+    """Return a file whose content a crash of the machine or its disk may have taken; None for any other."""
+    if path.suffix == ".bin":  # data of any kind
+        return None
+    with path.open("rb") as file:
+        beginning = file.read(64)
+    if any(beginning):
+        return None
+    fault = f"{path} cannot be read: it {'begins with zeros' if beginning else 'is empty'}."
+    return Candidate(path=path, saved_at=path.stat().st_mtime, fault=fault)
+
+
+def _is_ours(meta: Mapping[str, Any]) -> bool:
+    """Return whether a run saved it, or a strategy in a loop of the user's own."""
+    return isinstance(meta.get("run_id"), str) or isinstance(meta.get("stratagem"), str)
+
+
+def _faulty(path: Path, number: int | None, error: CheckpointError) -> Candidate:
+    return Candidate(path=path, saved_at=path.stat().st_mtime, number=number or 0, fault=str(error))
+
+
+def _described(path: Path, number: int | None, saved_at: float, facts: Mapping[str, Any]) -> Candidate:
+    position = {key: facts[key] for key in ("epoch", "iter") if isinstance(facts.get(key), int)}
+    number = position.get("iter", 0) if number is None else number
+    try:
+        order = SaveOrder.from_meta(facts.get(SAVE_ORDER))
+    except ValueError as error:
+        return Candidate(path=path, saved_at=saved_at, number=number, fault=str(error), position=position)
+    finite = facts.get("finite") is not False
+    run_id = facts.get("run_id")
+    return Candidate(
+        path=path,
+        saved_at=saved_at,
+        number=number,
+        fault="" if finite else _NOT_FINITE,
+        position=position,
+        run_id=run_id if isinstance(run_id, str) else None,
+        order=order,
+        purpose=Purpose.from_meta(facts.get("purpose")),
+        finite=finite,
+    )

@@ -1,0 +1,59 @@
+"""The checkpoints that each run has saved in a folder: what retention goes by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+from stratagem.checkpoint.inspection import Candidate, inspect_checkpoint
+from stratagem.checkpoint.manifest import MANIFEST
+from stratagem.checkpoint.order import SaveOrder, oldest_first
+from stratagem.checkpoint.purpose import Purpose
+
+__all__ = ["Saved", "saved_by", "saved_in"]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint of a run: when it was saved, after how many iterations, what for, and whether it can be used."""
+
+    path: Path
+    saved_at: float
+    iter: int
+    purpose: Purpose
+    finite: bool = True
+    order: SaveOrder | None = None
+
+
+def saved_by(run_id: str, folder: Path) -> list[Saved]:
+    """Return the checkpoints in a folder that a run saved, the oldest first; see :func:`saved_in`."""
+    return saved_in(folder).get(run_id, [])
+
+
+def saved_in(folder: Path) -> dict[str, list[Saved]]:
+    """Return the checkpoints in a folder by the id of the run that saved them, the oldest of each first.
+
+    Those that cannot be read belong to no run. Which is older: :func:`~stratagem.checkpoint.order.oldest_first`.
+    """
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
+    found = [each for entry in entries if (each := inspect_checkpoint(entry)) is not None and _can_be_removed(each)]
+    by_run: dict[str, list[Saved]] = {}
+    for each in oldest_first(found):
+        if each.run_id is not None:
+            saved = Saved(
+                path=each.path,
+                saved_at=each.saved_at,
+                iter=each.position.get("iter", 0),
+                purpose=each.purpose,
+                finite=each.finite,
+                order=each.order,
+            )
+            by_run.setdefault(each.run_id, []).append(saved)
+    return by_run
+
+
+def _can_be_removed(candidate: Candidate) -> bool:
+    # A folder without a manifest, in DeepSpeed's own form, does not record which files belong to it.
+    return not candidate.path.is_dir() or (candidate.path / MANIFEST).is_file()
