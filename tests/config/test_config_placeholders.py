@@ -110,14 +110,6 @@ def test_a_data_file_reads_values_of_its_base(tmp_path, suffix, text):
     assert config.n == "n0.1"
 
 
-def test_changing_a_value_of_the_base_does_not_change_the_base(tmp_path):
-    """What a file does with a base's dict stays in that file."""
-    (tmp_path / "base.py").write_text(BASE)
-    (tmp_path / "run.py").write_text("_base_ = 'base.py'\nhead = _base_.model\nhead.depth = 9\n")
-    config = Config.fromfile(tmp_path / "run.py")
-    assert (config.head.depth, config.model.depth) == (9, 3)
-
-
 def test_a_missing_value_of_the_base_suggests_the_nearest(tmp_path):
     """Reading what the base does not have names the nearest key."""
     (tmp_path / "base.yaml").write_text("model: {depth: 3}\n")

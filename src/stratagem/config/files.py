@@ -6,7 +6,8 @@ import functools
 import importlib.util
 import os
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -15,7 +16,7 @@ from stratagem.config.data_files import read_data
 from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.lazy import BaseImport, locate_base
 from stratagem.config.lines import line_of
-from stratagem.config.merge import merge
+from stratagem.config.merge import BaseEdits, is_same, merge
 from stratagem.config.placeholders import BaseValues
 from stratagem.config.python_files import read_python
 from stratagem.config.source import Origin, Source
@@ -49,6 +50,7 @@ class Reader:
         environment: Whether placeholders may read environment variables.
         programs: Whether Python files may be read, which runs them.
         chain: The files that led to the one to read, outermost first.
+        seen: The files that were read, with their layers: one that is reached by two ways is read once.
     """
 
     root: Path
@@ -56,6 +58,7 @@ class Reader:
     environment: bool = True
     programs: bool = True
     chain: tuple[Path, ...] = ()
+    seen: dict[Path, Layers] = field(default_factory=dict)
 
     def read_file(self, path: Path) -> Layers:
         """Return the layers of a file, those of its bases first.
@@ -69,6 +72,8 @@ class Reader:
         if path in self.chain:
             circle = " -> ".join(map(str, (*self.chain[self.chain.index(path) :], path)))
             raise ConfigParsingError(f"Configuration files are based on each other in a circle: {circle}.")
+        if path in self.seen:
+            return self.seen[path]
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
@@ -76,7 +81,8 @@ class Reader:
         except OSError as error:
             led = f" It is a base of {self.chain[-1]}." if self.chain else ""
             raise ConfigFileError(f"{path} cannot be read: {error.strerror or error}.{led}") from error
-        return self.read_text(text, path.suffix, str(path))
+        self.seen[path] = self.read_text(text, path.suffix, str(path))
+        return self.seen[path]
 
     def read_text(self, text: str, suffix: str, name: str) -> Layers:
         """Return the layers of a text in the language of ``suffix``; ``name`` stands for it in errors."""
@@ -90,6 +96,7 @@ class Reader:
         if suffix == ".py":
             file = read_python(text, name, bases.load, lazy=self.lazy, environment=self.environment)
             source = Source(name, file.data, text, suffix, environment=file.environment, modules=file.modules)
+            bases.edit(file.base_edits, text)
         else:
             data, environment = read_data(text, suffix, name, bases.load, environment=self.environment)
             source = Source(name, data, text, suffix, environment=environment)
@@ -130,8 +137,15 @@ class _Bases:
             raise ConfigTypeError(f"{self._name}: {BASE} must be a path or a list of paths, not {wanted!r}.")
         loaded = [self._load_one(base) for base in bases]
         self._refuse_repeated(loaded)
-        self.layers = tuple(layer for layers in loaded for layer in layers)
+        self.layers = _each_once(layer for layers in loaded for layer in layers)
         return functools.cache(lambda: merge_layers(self.layers))
+
+    def edit(self, edits: BaseEdits, text: str) -> None:
+        """Apply the changes that the file, whose text is given, made in the values of its bases."""
+        if edits.removed:
+            self.layers = tuple(replace(layer, data=_without(layer.data, edits.removed)) for layer in self.layers)
+        if edits.changes:
+            self.layers += (Source(self._name, edits.changes, text, Path(self._name).suffix, written_below=(BASE,)),)
 
     def _load_one(self, base: str | BaseImport) -> Layers:
         if isinstance(base, BaseImport):
@@ -177,12 +191,30 @@ class _Bases:
         given: dict[str, Layers] = {}
         for layers in loaded:
             for key in {key for layer in layers for key in layer.data}:
-                if key in given:
+                # One file may be reached by two ways.
+                if key in given and not _give_alike(given[key], layers, key):
                     raise ConfigKeyError(
                         f"{self._name}: two bases give the key {key!r}: {_origin(given[key], key)} and "
                         f"{_origin(layers, key)}. Keep it in one of them."
                     )
                 given[key] = layers
+
+
+def _each_once(layers: Iterable[Source]) -> Layers:
+    return tuple({id(layer): layer for layer in layers}.values())
+
+
+def _give_alike(these: Layers, those: Layers, key: str) -> bool:
+    """Return whether the same files give a key in both, with the same values."""
+    one, other = ([layer for layer in layers if key in layer.data] for layers in (these, those))
+    return len(one) == len(other) and all(
+        first is second or (first.name == second.name and is_same(first.data[key], second.data[key]))
+        for first, second in zip(one, other, strict=True)
+    )
+
+
+def _without(data: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if key not in keys}
 
 
 def _package_folder(package: str) -> Path:
@@ -237,4 +269,4 @@ def _without_deprecation(source: Source) -> Source:
     expected = notice.get("expected", "another file") if isinstance(notice, dict) else notice
     reference = f" See {notice['reference']}." if isinstance(notice, dict) and "reference" in notice else ""
     warnings.warn(f"{source.name} is deprecated; use {expected}.{reference}", DeprecationWarning, stacklevel=2)
-    return replace(source, data={key: value for key, value in source.data.items() if key != DEPRECATION})
+    return replace(source, data=_without(source.data, {DEPRECATION}))

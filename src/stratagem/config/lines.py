@@ -18,6 +18,7 @@ Lines = dict[KeyPath, int]
 def line_of(source: Source, path: KeyPath) -> int | None:
     """Return the line of the value at ``path``, or of the nearest parent that is written out; None if unknown."""
     lines = _lines(source.text, source.suffix)
+    path = (*source.written_below, *path)
     for end in range(len(path), 0, -1):
         if path[:end] in lines:
             return lines[path[:end]]

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final, final
 
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.errors import ConfigKeyError, ConfigTypeError
 from stratagem.utils.data_names import DataName
 
-__all__ = ["DELETE", "difference", "merge", "nest"]
+__all__ = ["DELETE", "NO_EDITS", "BaseEdits", "difference", "edits_of", "is_same", "merge", "nest"]
 
 DELETE = "_delete_"
 _MISSING = object()
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class BaseEdits:
+    """The changes that a file made in the values of its base.
+
+    Attributes:
+        changes: what must be merged over the base.
+        removed: top-level keys that the base loses first.
+    """
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    removed: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.changes or self.removed)
+
+
+NO_EDITS: Final = BaseEdits()
 
 
 def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: KeyPath = ()) -> Any:
@@ -57,7 +78,10 @@ def without_marks(value: Any) -> Any:
 
 
 def difference(new: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be laid over ``base`` to get ``new``, in which no top-level key of ``base`` is missing."""
+    """Return what must be merged over ``base`` to get ``new``, in which no top-level key of ``base`` is missing.
+
+    A program made the change: a value that replaces one of a data file is the program's.
+    """
     changes: dict[str, Any] = {}
     for key, value in new.items():
         below = base.get(key, _MISSING)
@@ -66,10 +90,34 @@ def difference(new: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any
             if inner:
                 changes[key] = inner
         elif isinstance(value, Mapping) and below is not _MISSING:
-            changes[key] = {**value, DELETE: True}
-        elif below is _MISSING or type(value) is not type(below) or value != below:
-            changes[key] = value
+            changes[_plain(key)] = {**value, DELETE: True}
+        elif below is _MISSING or not is_same(value, below):
+            changes[_plain(key)] = value
     return changes
+
+
+def _plain(key: Any) -> Any:
+    return str(key) if isinstance(key, DataName) else key
+
+
+def edits_of(edited: Mapping[str, Any], base: Mapping[str, Any]) -> BaseEdits:
+    """Return the edits that make ``edited`` of ``base``."""
+    removed = frozenset(base.keys() - edited.keys())
+    return BaseEdits(difference(edited, {key: base[key] for key in base if key not in removed}), removed)
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Return whether two values are equal and of equal types, also inside of lists: 1, 1.0 and True differ."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(is_same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    try:
+        return one is other or bool(one == other)
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors, which compare element by element
+        return False
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:

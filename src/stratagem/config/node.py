@@ -120,12 +120,19 @@ class ConfigDict(dict[str, Any], Placed):
         self.__dict__.pop(key, None)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Set the given keys, each as a whole; ``merge`` goes into nested dicts instead."""
+        """Set the given keys; a dict updates a dict that is there, key by key, as in MMEngine.
+
+        ``merge`` also follows ``_delete_``.
+        """
         if len(args) > 1:
             raise TypeError(f"update takes at most 1 positional argument, not {len(args)}")
         for key, value in (*_raw_items(args[0] if args else ()), *kwargs.items()):
             self._mark_key(key)
-            super().__setitem__(key, as_node(value))
+            below = super().get(key)
+            if isinstance(below, ConfigDict) and isinstance(value, dict) and below is not value:
+                below.update(value)
+            else:
+                super().__setitem__(key, as_node(value))
         self._mirror_all()
 
     def __ior__(self, other: Any) -> Self:  # type: ignore[override]  # as in update
@@ -133,7 +140,7 @@ class ConfigDict(dict[str, Any], Placed):
         return self
 
     def __or__(self, other: Any) -> ConfigDict:  # type: ignore[override]  # as in update
-        merged = self.copy()
+        merged = deepcopy(self)
         merged.update(other)
         return merged
 

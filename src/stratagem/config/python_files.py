@@ -11,7 +11,7 @@ from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, final
 
 from stratagem.config.lazy import HAS_IMPORT, imported_names, is_lazy, take_base_imports, take_imports
-from stratagem.config.merge import difference
+from stratagem.config.merge import NO_EDITS, BaseEdits, difference, edits_of, is_same
 from stratagem.config.node import ConfigDict, as_plain
 from stratagem.config.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, StratagemError
@@ -25,22 +25,24 @@ LoadBases = Callable[[object], BaseValues]
 T = TypeVar("T")
 
 _NOT_KEYS = (FunctionType, BuiltinFunctionType, ModuleType, type)
-_READS_BASE = re.compile(r"\b_base_\s*[.\[]")
+# Not where it is assigned, and not the folder of that name in a path.
+_READS_BASE = re.compile(r"(?<![/\w'\"])_base_(?![/\w])(?!\s*=[^=])")
 _BASE_VALUES = "_base_values_"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class PythonFile:
-    """What a Python configuration says by itself.
+    """The contents of one Python configuration, before it is merged over its base.
 
     ``environment`` are the variables that placeholders used, ``modules`` the top packages that a pure-Python
-    configuration names without importing them.
+    configuration names without importing them, ``base_edits`` the changes that the program made in ``_base_`` itself.
     """
 
     data: dict[str, Any]
     environment: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
+    base_edits: BaseEdits = NO_EDITS
 
 
 def read_python(
@@ -79,10 +81,17 @@ def _read_eager(tree: ast.Module, name: str, load_bases: LoadBases, placeholders
         base = load_bases(placeholders.fill_data(_literal_bases(tree, name), dict))
     given = reader.values(base)
     reader.fill(base)
-    namespace = _run(_compile(tree, name), name, dict(given))
-    if not reader.reads_base:
+    code = _compile(tree, name)
+    namespace = _run(code, name, dict(given))
+    if reader.reads_base and reader.move_to(given, base):
+        namespace = _run(code, name, dict(given))
+    edits = NO_EDITS
+    if reader.reads_base:
+        edits = edits_of(as_plain(given[_BASE_VALUES]), base())
+    else:
         load_bases(namespace.get("_base_", []))
-    return PythonFile(as_plain(_values(namespace, but=not_keys | given.keys())), placeholders.environment)
+    data = as_plain(_values(namespace, but=not_keys | given.keys()))
+    return PythonFile(data, placeholders.environment, base_edits=edits)
 
 
 def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders: Placeholders) -> PythonFile:
@@ -164,9 +173,25 @@ class _Reader(ast.NodeTransformer):
         self._texts: list[ast.Constant] = []
 
     def values(self, base: BaseValues) -> dict[str, Any]:
-        """Return the values of the names that were put into the tree."""
-        values = {word: self._placeholders.value(word, base, bare=bare) for word, bare in self._words.items()}
+        """Return the values of the names that were put into the tree; that of ``_base_`` is a copy, which may be edited."""
+        values = self._placeholder_values(base)
         return {**values, _BASE_VALUES: ConfigDict(base())} if self.reads_base else values
+
+    def move_to(self, given: dict[str, Any], base: BaseValues) -> bool:
+        """Put into ``given`` what placeholders stand for after the program edited ``_base_``; return whether that differs.
+
+        A placeholder is a value of the base as it is in the end, wherever the placeholder is in the file. Then ``_base_``
+        is as before the edits again, for another run.
+        """
+        edited = as_plain(given[_BASE_VALUES])
+        values = self._placeholder_values(lambda: edited)
+        if all(is_same(value, given[word]) for word, value in values.items()):
+            return False
+        given.update({**values, _BASE_VALUES: ConfigDict(base())})
+        return True
+
+    def _placeholder_values(self, base: BaseValues) -> dict[str, Any]:
+        return {word: self._placeholders.value(word, base, bare=bare) for word, bare in self._words.items()}
 
     def fill(self, base: BaseValues) -> None:
         """Put values into the texts that hold placeholders among other characters."""
@@ -176,6 +201,9 @@ class _Reader(ast.NodeTransformer):
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if self._placeholders.is_word(node.id):
             self._words[node.id] = True
+        elif node.id == "_base_" and not isinstance(node.ctx, ast.Store):
+            self.reads_base = True
+            node.id = _BASE_VALUES
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
@@ -193,17 +221,4 @@ class _Reader(ast.NodeTransformer):
                 self._texts.append(part)
             else:
                 self.visit(part)
-        return node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        return self._visit_read(node)
-
-    def visit_Subscript(self, node: ast.Subscript) -> ast.expr:
-        return self._visit_read(node)
-
-    def _visit_read(self, node: ast.Attribute | ast.Subscript) -> ast.expr:
-        if isinstance(node.value, ast.Name) and node.value.id == "_base_":
-            self.reads_base = True
-            node.value.id = _BASE_VALUES
-        self.generic_visit(node)
         return node

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from stratagem.config.keys import KeyPath
+
 __all__ = ["Origin", "Source"]
 
 
@@ -30,6 +32,7 @@ class Source:
     ``suffix`` names the language of ``text`` (``".py"``, ``".yaml"`` ...) and is empty for a layer without a file,
     such as overrides. ``list_keys`` tells that keys of digits mean items of lists. ``environment`` are the variables
     that placeholders used, ``modules`` the top packages that a pure-Python configuration names without importing them.
+    ``written_below`` is the path in ``text`` below which the values are, as ``_base_`` is for edits of a base.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Source:
     list_keys: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     modules: frozenset[str] = frozenset()
+    written_below: KeyPath = ()
 
     @property
     def folder(self) -> Path:
