@@ -130,9 +130,18 @@ def test_an_edit_stays_with_the_file_that_makes_it(tmp_path: Path) -> None:
     assert Config.fromfile(tmp_path / "base.py").to_dict() == GIVEN
 
 
-def test_explain_names_the_line_of_an_edit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("edit", "path"),
+    [
+        ("_base_.model.depth = 5", "model.depth"),
+        ("_base_.model.depth += 2", "model.depth"),
+        ("_base_.model.stages.append(dict(width=4))", "model.stages"),
+        ("del _base_.model.stages[0]", "model.stages"),
+    ],
+)
+def test_explain_names_the_line_of_an_edit(tmp_path: Path, edit: str, path: str) -> None:
     """``explain`` shows the statement that changed the value, after the base that gave it."""
-    lines = explain(load(tmp_path, "\n_base_.model.depth = 5"), "model.depth").splitlines()
+    lines = explain(load(tmp_path, f"\n{edit}"), path).splitlines()
     assert [Path(line.split()[0]).name for line in lines[1:]] == ["base.py:2", "run.py:3"]
 
 

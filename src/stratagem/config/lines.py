@@ -18,11 +18,14 @@ Lines = dict[KeyPath, int]
 def line_of(source: Source, path: KeyPath) -> int | None:
     """Return the line of the value at ``path``, or of the nearest parent that is written out; None if unknown."""
     lines = _lines(source.text, source.suffix)
+    below = len(source.written_below)
     path = (*source.written_below, *path)
-    for end in range(len(path), 0, -1):
+    for end in range(len(path), below, -1):
         if path[:end] in lines:
             return lines[path[:end]]
-    return None
+    # An edit may only name a part of the value that it changes.
+    inside = [line for key, line in lines.items() if below and key[: len(path)] == path]
+    return min(inside, default=lines.get(source.written_below) if below else None)
 
 
 @functools.lru_cache(maxsize=64)
@@ -53,6 +56,14 @@ def _python_lines(text: str) -> Lines:
                 if path:
                     updates = dict(_expression_lines(call, path, statement.lineno, named))
                     lines.update({key: line for key, line in updates.items() if key != path})
+            case ast.AugAssign(target=ast.Subscript() | ast.Attribute() as target):
+                lines[_target_path(target)] = statement.lineno
+            case ast.Delete(targets=targets):
+                lines.update((_target_path(target), statement.lineno) for target in targets)
+            case ast.Expr(value=ast.Call(func=ast.Attribute(value=target))):
+                # A method that changes its object, such as append.
+                lines.setdefault(_target_path(target), statement.lineno)
+    lines.pop((), None)
     return lines
 
 
