@@ -174,3 +174,13 @@ def test_torch_optimizers_are_given_as_classes():
     config = Config.fromstring("from torch.optim import SGD\noptimizer = dict(type=SGD, lr=0.1)\n", ".py")
     weight = torch.nn.Parameter(torch.zeros(1))
     assert OPTIMIZERS.build(config.optimizer, default_args={"params": [weight]}).param_groups[0]["lr"] == 0.1
+
+
+def test_a_key_of_the_base_can_be_deleted(tmp_path):
+    """``del`` removes what ``read_base`` brought in, and a nested edit changes it."""
+    (tmp_path / "base.py").write_text("lr = 1\nmodel = dict(depth=3, width=8)\n")
+    (tmp_path / "run.py").write_text(
+        "from stratagem.config import read_base\n\nwith read_base():\n    from .base import *\n\n"
+        "del lr\nmodel.update(dict(depth=5))\n"
+    )
+    assert Config.fromfile(tmp_path / "run.py").to_dict() == {"model": {"depth": 5, "width": 8}}

@@ -104,11 +104,10 @@ def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders:
     reader.fill(base)
     inherited = ConfigDict(base())
     namespace = _run(_compile(tree, name), name, {**given, **dict(inherited.raw_items())})
-    for key in inherited.keys() - namespace.keys():
-        raise ConfigParsingError(f"{name} deletes {key!r}, which its base gives. Set it to None instead.")
+    deleted = BaseEdits(removed=frozenset(inherited.keys() - namespace.keys()))
     data = as_plain(_values(namespace, but=not_keys | given.keys()))
     modules = frozenset(lazy_name(lazy).partition(".")[0] for lazy in imports.values())
-    return PythonFile(difference(data, base()), placeholders.environment, modules)
+    return PythonFile(difference(data, base()), placeholders.environment, modules, base_edits=deleted)
 
 
 def _parse(text: str, name: str) -> ast.Module:
