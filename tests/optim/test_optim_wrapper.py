@@ -60,7 +60,7 @@ def test_a_resume_inside_a_window_averages_what_is_left_of_it() -> None:
     weight = parameter()
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, accumulative_counts=4)
-    with pytest.warns(UserWarning, match="inside a window of 4"):
+    with pytest.warns(UserWarning, match="inside an accumulation window"):
         wrapper.initialize_count_status(nn.Identity(), 6, 16)
     for _ in range(6):
         wrapper.update_params(weight.sum())

@@ -137,3 +137,61 @@ def test_an_unknown_argument_is_refused_with_the_nearest_name() -> None:
     """The registry checks arguments against the schedule's signature."""
     with pytest.raises(TypeError, match="step_size"):
         build_param_schedulers(dict(type="StepLR", stepsize=2, end=3), wrapper())
+
+
+def test_a_built_schedule_in_a_list_advances_its_own_optimizer_once() -> None:
+    """Of a list for several optimizers, each gets the built schedules of its own and every configuration."""
+    optim = two()
+    first, second = LinearLR(optim["generator"], end=4), LinearLR(optim["critic"].optimizer, end=4)
+    built = build_param_schedulers([first, dict(type="StepLR", step_size=2, end=3), second], optim)
+    assert [type(each).__name__ for each in built["generator"]] == ["LinearLR", "StepLR"]
+    assert [type(each).__name__ for each in built["critic"]] == ["StepLR", "LinearLR"]
+    assert (built["generator"][0], built["critic"][1]) == (first, second)
+
+
+def test_a_single_built_schedule_leaves_other_optimizers_alone() -> None:
+    """A bare schedule is given to the optimizer that it was built on; the other one has none."""
+    optim = two()
+    built = LinearLR(optim["critic"], end=4)
+    assert build_param_schedulers(built, optim) == {"generator": [], "critic": [built]}
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_built_schedule_of_a_foreign_optimizer_is_refused(several: bool) -> None:
+    """It would never change the run's learning rate."""
+    built = LinearLR(SGD([nn.Parameter(torch.zeros(1))], lr=1.0), end=4)
+    with pytest.raises(ConfigValueError, match="was built on another SGD"):
+        build_param_schedulers([built], two() if several else wrapper())
+
+
+def test_a_built_schedule_under_the_name_of_another_optimizer_is_refused() -> None:
+    """The error names both optimizers."""
+    optim = two()
+    swapped = dict(generator=[], critic=LinearLR(optim["generator"], end=4))
+    with pytest.raises(ConfigValueError, match="on the optimizer 'generator', not on the optimizer 'critic'"):
+        build_param_schedulers(swapped, optim)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_built_schedule_given_twice_is_refused(several: bool) -> None:
+    """It would advance twice at each position."""
+    optim = two() if several else wrapper()
+    built = LinearLR(optim["critic"] if isinstance(optim, OptimWrapperDict) else optim, end=4)
+    with pytest.raises(ConfigValueError, match="is given twice"):
+        build_param_schedulers([built, built], optim)
+
+
+def test_a_built_schedule_follows_its_optimizer_through_a_loaded_state() -> None:
+    """Loading replaces the optimizer's groups; the schedule still belongs to it."""
+    optim = wrapper()
+    built = LinearLR(optim.optimizer, end=4)
+    optim.load_state_dict(copy.deepcopy(optim.state_dict()))
+    assert build_param_schedulers(built, optim) == [built]
+
+
+def test_a_scheduler_of_torch_is_refused_with_what_to_use() -> None:
+    """The error points to the schedules that are supported."""
+    optim = wrapper()
+    foreign = torch.optim.lr_scheduler.LambdaLR(optim.optimizer, lambda _: 1.0)
+    with pytest.raises(ConfigTypeError, match=r"torch\.optim\.lr_scheduler are not supported"):
+        build_param_schedulers([foreign], optim)  # type: ignore[list-item]

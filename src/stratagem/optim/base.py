@@ -116,6 +116,11 @@ class BaseOptimWrapper(ABC):
         """Say where the run stands: micro-batches done, and in all (-1 where that is not known)."""
 
     @property
+    def loss_scale(self) -> float:
+        """What the gradients are multiplied by until the update; 1 without a loss scaler. Waits for the device."""
+        return 1.0
+
+    @property
     @abstractmethod
     def pending(self) -> int:
         """How many micro-batches of an unfinished window wait for their update."""

@@ -126,17 +126,15 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         if init_counts != self.inner_count or not self.pending:
             self.inner_count = self._window_start = init_counts
             self._forget_weights()
-        if self.accumulative_counts == 1:
-            return
         lost = init_counts % self.accumulative_counts if self._saved_pending is None else self._saved_pending
         if lost and not self.pending:
             warnings.warn(
-                f"Resumed after {init_counts} micro-batches, inside a window of {self.accumulative_counts}: the "
-                f"gradients of the last {lost} are gone, and the window that starts "
-                "here is shorter. Save at multiples of accumulative_counts to avoid it.",
+                f"Resumed after {init_counts} micro-batches, inside an accumulation window (accumulative_counts is now "
+                f"{self.accumulative_counts}): the gradients of the last {lost} are gone, and a new window starts here, "
+                "which may be shorter. Save at multiples of accumulative_counts to avoid it.",
                 stacklevel=2,
             )
-        if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        if self.accumulative_counts > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
             logger.warning(
                 "Batch normalisation sees micro-batches, not the window of %d that an update averages over.",
                 self.accumulative_counts,

@@ -317,7 +317,9 @@ class ComposedStrategy(BaseStrategy):
         """Take up the gradients that waited for their update, in the place of any that are there."""
         self.optim_wrapper.zero_grad()
         if "window" in checkpoint and self._placement.has_gradients:
-            write_window(self.optim_wrapper, checkpoint["window"], self.bare_model(), self.world)
+            write_window(
+                self.optim_wrapper, checkpoint["window"], checkpoint["optimizer"], self.bare_model(), self.world
+            )
 
     def _weights_are_finite(self) -> bool:
         """Tell whether every value of the parameters is finite, on every rank. Collective."""
@@ -370,9 +372,12 @@ class ComposedStrategy(BaseStrategy):
         horizon = Horizon.parse(self.dispatch_kwargs)
         optim = BaseStrategy.optim_wrapper.get(self)
         for wrapper in building.each_wrapper(optim).values() if optim is not None else ():
-            if wrapper.accumulative_counts > 1 and horizon.max_iters is not None:
+            # Also a run that accumulates no longer must warn of a window that it cannot finish.
+            resumed_alone = wrapper.accumulative_counts == 1 and wrapper.inner_count > 0
+            if resumed_alone or (wrapper.accumulative_counts > 1 and horizon.max_iters is not None):
                 done = wrapper.inner_count or int(meta.get("iter", 0))
-                wrapper.initialize_count_status(self.model, done, horizon.max_iters)
+                most = -1 if horizon.max_iters is None else horizon.max_iters
+                wrapper.initialize_count_status(self.model, done, most)
 
     def _resume_randomness(self, checkpoint: StateTree, meta: Mapping[str, Any]) -> None:
         """Take up the saved seed and this rank's generators where they were."""

@@ -39,18 +39,31 @@ def read_window(optim: AnyOptim, model: nn.Module, world: World) -> dict[str, An
     }
 
 
-def write_window(optim: AnyOptim, window: Mapping[str, Any], model: nn.Module, world: World) -> None:
+def write_window(
+    optim: AnyOptim, window: Mapping[str, Any], optim_state: Mapping[str, Any], model: nn.Module, world: World
+) -> None:
     """Open the windows again that :func:`read_window` found, with the gradients of this rank.
 
     Where there are more or fewer ranks than rows, each rank gets such a share that their exchange comes to the same. An
-    optimizer whose windows have another length now begins a new one, without these gradients.
+    optimizer whose windows have another length now begins a new one, without these gradients. So does one that trains
+    without a loss scale now if float16 overflowed in the window.
+
+    Gradients carry the loss scale that they were computed with. ``optim_state`` is the optimizers' part of the same
+    checkpoint, which has that scale; where it is not the present one, the gradients are multiplied by the ratio.
     """
     ranks = window["ranks"]
     own = ranks.get(str(world.rank), ranks["0"])
+    parameters = dict(model.named_parameters())
     weighted: dict[nn.Parameter, bool] = {}
+    rescaled: dict[nn.Parameter, float] = {}
     for name, wrapper in each_wrapper(optim).items():
         state = own["optimizers"].get(name)
+        ratio = wrapper.loss_scale / _saved_scale(optim_state.get(name, {}) if name else optim_state)
         goes_on = state is None or state["length"] == wrapper.accumulative_counts
+        if goes_on and ratio != 1.0 and wrapper.loss_scale == 1.0:
+            own_parameters = set(wrapper.model_parameters())
+            rows_of = [rows for key, rows in window["gradients"].items() if parameters[key] in own_parameters]
+            goes_on = all(bool(rows.isfinite().all()) for rows in rows_of)
         if state is not None and goes_on and isinstance(wrapper, AccumulatingOptimWrapper):
             shares = [theirs["optimizers"][name]["weight"] for theirs in ranks.values()]
             weight = state["weight"] if len(ranks) == world.size else _sum(shares, world.size)
@@ -58,7 +71,7 @@ def write_window(optim: AnyOptim, window: Mapping[str, Any], model: nn.Module, w
         if goes_on:
             is_weighted = state is not None and state["weight"] is not None
             weighted.update(dict.fromkeys(wrapper.model_parameters(), is_weighted))
-    parameters = dict(model.named_parameters())
+            rescaled.update(dict.fromkeys(wrapper.model_parameters(), ratio))
     for name, rows in window["gradients"].items():
         parameter = parameters[name]
         if parameter not in weighted:
@@ -69,8 +82,11 @@ def write_window(optim: AnyOptim, window: Mapping[str, Any], model: nn.Module, w
             gradient = rows.sum(0) / (world.size if weighted[parameter] else len(rows))
         if gradient is None:
             continue
-        # With the strides that a backward pass would give it, in memory of its own.
-        gradient = torch.empty_like(parameter, dtype=rows.dtype).copy_(gradient)
+        if rescaled[parameter] != 1.0:
+            # In float32 at least: the ratio of two scales is not in the range of float16.
+            gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32)) * rescaled[parameter]
+        # With the type and strides that a backward pass would give it, in memory of its own.
+        gradient = torch.empty_like(parameter).detach().copy_(gradient)
         parameter.grad = gradient.to_sparse(1) if name in own["sparse"] else gradient
 
 
@@ -80,6 +96,11 @@ def _open_windows(optim: AnyOptim) -> dict[str, Any]:
         for name, wrapper in each_wrapper(optim).items()
         if isinstance(wrapper, AccumulatingOptimWrapper) and wrapper.pending
     }
+
+
+def _saved_scale(state: Mapping[str, Any]) -> float:
+    """Return the loss scale in an optimizer wrapper's saved state; 1 if it trained without one."""
+    return float(state.get("loss_scaler", {}).get("scale", 1.0))
 
 
 def _as_row(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:

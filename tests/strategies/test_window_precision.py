@@ -1,0 +1,184 @@
+"""An accumulation window that is opened in one precision and finished in another."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ranks import Ranks
+from stratagem.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
+from stratagem.strategies import DDPStrategy, SingleDeviceStrategy
+
+PRECISIONS = ["float32", "bfloat16", "float16", "float16 by 8"]
+
+
+class Line(nn.Module):
+    """A linear layer; it computes in float32 also under autocast, so that precisions agree to rounding of the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return (inputs * self.weight).sum(1)
+
+
+def wrapper(parameters: Any, precision: str, counts: int = 2) -> Any:
+    """Return a wrapper of plain gradient descent."""
+    sgd = torch.optim.SGD(parameters, lr=0.5)
+    if precision == "float32":
+        return OptimWrapper(sgd, accumulative_counts=counts)
+    scale = {"loss_scale": 8.0} if precision == "float16 by 8" else {}
+    return AmpOptimWrapper(sgd, dtype=precision.split(maxsplit=1)[0], accumulative_counts=counts, **scale)
+
+
+def prepared(folder: Path, precision: str, counts: int = 2, kind: Any = SingleDeviceStrategy, **kwargs: Any) -> Any:
+    """Return a strategy with its model placed."""
+    strategy = kind(work_dir=folder, log_kwargs={"log_level": "ERROR"}, **kwargs)
+    model = Line()
+    optim = wrapper(model.parameters(), precision, counts)
+    strategy.prepare(model, optim_wrapper=optim, dispatch_kwargs={"max_iters": 4, "cur_iter": 0})
+    return strategy
+
+
+def micro_batch(strategy: Any, value: float) -> None:
+    """Add the gradient ``[value, 2 * value]`` of one micro-batch."""
+    optim, model = strategy.optim_wrapper, strategy.model
+    with optim.optim_context(model):
+        loss = model(torch.tensor([[value, 2 * value]])).mean()
+    optim.update_params(loss)
+
+
+@pytest.mark.parametrize("after", PRECISIONS)
+@pytest.mark.parametrize("before", PRECISIONS)
+def test_a_window_is_finished_in_another_precision(tmp_path: Path, before: str, after: str):
+    """Micro-batches of 1 and 3 in a window of two: w - 0.5 * (1 + 3) / 2 * [1, 2] = [0, 0], whatever the scales."""
+    first = prepared(tmp_path, before)
+    micro_batch(first, 1.0)
+    first.save_checkpoint(tmp_path / "inside")
+    first.close()
+    second = prepared(tmp_path, after)
+    second.resume(tmp_path / "inside")
+    micro_batch(second, 3.0)
+    assert second.bare_model().weight.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    second.close()
+
+
+@pytest.mark.parametrize("after", ["float32", "bfloat16"])
+def test_an_overflow_in_a_window_of_float16_reaches_no_run_without_a_scale(tmp_path: Path, after: str):
+    """The window's gradients are given up with a warning; the next update is that of the next micro-batch alone."""
+    first = prepared(tmp_path, "float16")
+    micro_batch(first, 1e36)
+    assert not first.bare_model().weight.grad.isfinite().all()
+    first.save_checkpoint(tmp_path / "inside")
+    first.close()
+    second = prepared(tmp_path, after)
+    with pytest.warns(UserWarning, match="the gradients of the last 1 are gone"):
+        second.resume(tmp_path / "inside")
+    micro_batch(second, 2.0)
+    assert second.bare_model().weight.tolist() == [0.0, 0.0]
+    second.close()
+
+
+def test_an_overflow_in_a_window_of_float16_is_skipped_after_a_resume(tmp_path: Path):
+    """Under a scaler the update of that window is skipped and the scale halved, as without the interruption."""
+    first = prepared(tmp_path, "float16")
+    micro_batch(first, 1e36)
+    first.save_checkpoint(tmp_path / "inside")
+    first.close()
+    second = prepared(tmp_path, "float16")
+    second.resume(tmp_path / "inside")
+    micro_batch(second, 2.0)
+    assert (second.optim_wrapper.attempts, second.optim_wrapper.updates) == (1, 0)
+    assert second.optim_wrapper.loss_scale == 2.0**15
+    assert second.bare_model().weight.tolist() == [1.0, 2.0]
+    second.close()
+
+
+class Pair(nn.Module):
+    """Two lines, one for each optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Line(), Line()
+
+
+@pytest.mark.parametrize("after", [("float32", "float16"), ("float16", "float16"), ("bfloat16", "float32")])
+def test_each_of_several_optimizers_has_its_own_scale(tmp_path: Path, after: tuple[str, str]):
+    """One opens its window in float16, the other in float32; whatever finishes them, both arrive at [0, 0]."""
+
+    def pair(precisions: tuple[str, str]) -> Any:
+        strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
+        model = Pair()
+        parts = {"one": model.one, "two": model.two}
+        wrappers = {
+            name: wrapper(part.parameters(), precision)
+            for (name, part), precision in zip(parts.items(), precisions, strict=True)
+        }
+        strategy.prepare(model, optim_wrapper=OptimWrapperDict(**wrappers), dispatch_kwargs={"max_iters": 4})
+        return strategy
+
+    def step(strategy: Any, value: float) -> None:
+        for name, optim in strategy.optim_wrapper.items():
+            optim.update_params(getattr(strategy.model, name)(torch.tensor([[value, 2 * value]])).mean())
+
+    first = pair(("float16", "float32"))
+    step(first, 1.0)
+    first.save_checkpoint(tmp_path / "inside")
+    first.close()
+    second = pair(after)
+    second.resume(tmp_path / "inside")
+    step(second, 3.0)
+    for part in (second.model.one, second.model.two):
+        assert part.weight.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    second.close()
+
+
+def test_a_run_that_accumulates_no_longer_warns_of_the_window_it_drops(tmp_path: Path):
+    """Of a window of three, two micro-batches are gone where accumulative_counts is 1 now."""
+    first = prepared(tmp_path, "float32", counts=3)
+    micro_batch(first, 1.0)
+    micro_batch(first, 1.0)
+    first.save_checkpoint(tmp_path / "inside")
+    first.close()
+    second = prepared(tmp_path, "float32", counts=1)
+    with pytest.warns(UserWarning, match="the gradients of the last 2 are gone"):
+        second.resume(tmp_path / "inside")
+    second.close()
+
+
+def test_a_complete_window_needs_no_warning_without_accumulation(tmp_path: Path):
+    """A checkpoint between two windows loses nothing."""
+    first = prepared(tmp_path, "float32", counts=2)
+    micro_batch(first, 1.0)
+    micro_batch(first, 1.0)
+    first.save_checkpoint(tmp_path / "between")
+    first.close()
+    second = prepared(tmp_path, "float32", counts=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second.resume(tmp_path / "between")
+    second.close()
+
+
+def finished_in_float32(folder: str) -> list[float]:
+    """Open a window of float16 under DDP with another input on each rank; finish it in float32."""
+    first = prepared(Path(folder), "float16", kind=DDPStrategy, env_kwargs={"launcher": "pytorch"})
+    micro_batch(first, 1.0 + first.rank)
+    first.save_checkpoint(Path(folder) / "inside")
+    first.close()
+    second = prepared(Path(folder), "float32", kind=DDPStrategy, env_kwargs={"launcher": "pytorch"})
+    second.resume(Path(folder) / "inside")
+    micro_batch(second, 2.0 + second.rank)
+    second.close()
+    return second.bare_model().weight.tolist()
+
+
+@pytest.mark.slow
+def test_ranks_finish_a_window_of_float16_in_float32(ranks: Ranks, tmp_path: Path):
+    """Inputs 1, 2 and 2, 3 have the mean 2: both ranks arrive at [1, 2] - 0.5 * 2 * [1, 2] = [0, 0]."""
+    for weight in ranks.run(finished_in_float32, str(tmp_path)):
+        assert weight == pytest.approx([0.0, 0.0], abs=1e-6)
