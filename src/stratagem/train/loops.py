@@ -107,7 +107,8 @@ class EpochBasedTrainLoop:
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
             # A sampler without end does not end the epoch; its length does.
-            left = None if progress.epoch_length is None else max(0, progress.epoch_length - progress.batch)
+            length = progress.epoch_length
+            left = None if length is None else max(0, length + self.dataloader.slack - progress.batch)
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break
@@ -281,7 +282,7 @@ class _EvaluationLoop:
             restore_generator_state(generators)
             run.logger.info("The evaluation was broken off: the run was interrupted.")
             return {}
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset), group=run.strategy.data_group)
+        metrics = self.evaluator.evaluate(group=run.strategy.data_group, by_batch=self.dataloader.by_batch)
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
             run.progress.validated = run.progress.iter
@@ -311,7 +312,8 @@ class _EvaluationLoop:
             made = index + 1
             if stoppable and run.interrupt.due() and run.is_ending:
                 return False
-        keep_pace(step, self.dataloader, batch, most - made)
+        if run.strategy.collective_forward:
+            keep_pace(step, self.dataloader, batch, most - made)
         return True
 
 

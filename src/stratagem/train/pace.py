@@ -16,14 +16,14 @@ __all__ = ["keep_pace", "most_batches"]
 
 
 def most_batches(run: Run, loader: EpochLoader) -> int:
-    """Return how many batches the rank with the most has, where all must make as many forward passes; else 0.
+    """Return the most batches that a rank has, if all ranks must make the same number of forward passes; else 0.
 
-    Collective.
+    Also 0 if every rank reads all batches, and so sees at the end whether it lacks one. Collective.
 
     Raises:
         PlacementError: if the data do not say how many they are.
     """
-    if not run.strategy.collective_forward:
+    if not run.strategy.collective_forward or loader.share is not None:
         return 0
     if loader.length is None:
         raise PlacementError(
@@ -36,14 +36,16 @@ def most_batches(run: Run, loader: EpochLoader) -> int:
 
 
 def keep_pace(step: Callable[[Any], Any], loader: EpochLoader, last: Any, missing: int) -> None:
-    """Make the forward passes that other ranks need of this one, which has no data left; their results are dropped.
+    """Make the forward passes that other ranks need from this one, which has no data left; their results are discarded.
 
     Args:
         step: makes a forward pass of a batch.
         loader: where the data come from.
-        last: the last batch that this rank had; None where it had none.
-        missing: how many are to be made.
+        last: the last batch that this rank had; None if it had none.
+        missing: how many are to be made, as far as the length of the data shows.
     """
+    if loader.leftover is not None:
+        step(loader.leftover)
     if missing <= 0:
         return
     if last is None:
