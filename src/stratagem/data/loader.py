@@ -91,7 +91,7 @@ class EpochLoader:
     @property
     def batch_size(self) -> int | None:
         """How many samples a batch of this rank has; None where the loader does not say."""
-        batches = self._batches or self.loader.batch_sampler
+        batches = self.loader.batch_sampler if self._batches is None else self._batches
         size = self.loader.batch_size if batches is None else getattr(batches, "batch_size", None)
         return size if isinstance(size, int) else None
 

@@ -17,7 +17,7 @@ from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation import Evaluator
 from stratagem.train.failure import describe_batch
-from stratagem.train.pace import keep_pace, most_batches
+from stratagem.train.pace import batches_in_step
 from stratagem.train.run import Run
 from stratagem.utils import generator_state, restore_generator_state
 
@@ -301,19 +301,15 @@ class _EvaluationLoop:
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
-        most, made, batch = most_batches(run, self.dataloader), 0, None
-        for index, batch in enumerate(self.dataloader.batches(0)):
+        for index, batch in enumerate(batches_in_step(run, self.dataloader, step)):
             for call in before:
                 call(run, index, batch)
             outputs = step(batch)
             self.evaluator.process(batch, outputs)
             for call in after:
                 call(run, index, batch, outputs)
-            made = index + 1
             if stoppable and run.interrupt.due() and run.is_ending:
                 return False
-        if run.strategy.collective_forward:
-            keep_pace(step, self.dataloader, batch, most - made)
         return True
 
 
