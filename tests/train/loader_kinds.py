@@ -22,6 +22,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
     get_worker_info,
 )
+from torchmetrics import MeanSquaredError
 
 from stratagem import Runner
 from stratagem.data import DefaultSampler
@@ -244,7 +245,9 @@ class Model(BaseModel):
 
     def forward(self, ids: Tensor, mode: str = "tensor") -> Any:
         score = self.layer(ids.view(-1, 1))
-        return {"loss": score.square().mean()} if mode == "loss" else {"ids": ids.flatten(), "score": score}
+        if mode == "loss":
+            return {"loss": score.square().mean()}
+        return {"ids": ids.flatten(), "preds": ids.flatten(), "target": torch.zeros(ids.numel())}
 
 
 class Seen(Hook):
@@ -272,14 +275,15 @@ class Counted(BaseMetric):
 
 
 def run(folder: str, strategy: str, train: Any, val: Any, *, epochs: int = 1, **changes: Any) -> tuple[Any, Any]:
-    """Train and validate on this rank; return the batches that it trained on, and the samples that were counted."""
+    """Train and validate on this rank; return the batches that it trained on, and the metrics."""
     seen = Seen()
     settings = {
         "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.0}},
-        "val_evaluator": Counted(),
+        "val_evaluator": {"own": Counted(), "square": MeanSquaredError()},
         "strategy": strategy,
+        "randomness": {"seed": 5},
         "default_hooks": {"runtime_info": None, "logger": None, "checkpoint": None},
-        "custom_hooks": [seen],
+        "custom_hooks": [seen, *changes.pop("hooks", ())],
         "log_level": "ERROR",
         **changes,
     }
@@ -289,6 +293,6 @@ def run(folder: str, strategy: str, train: Any, val: Any, *, epochs: int = 1, **
     )  # fmt: skip
     try:
         runner.train()
-        return seen.batches, runner.run.metrics["ids"]
+        return seen.batches, dict(runner.run.metrics or {})
     finally:
         runner.close()

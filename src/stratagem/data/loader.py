@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
+from stratagem.data.samplers import UnpaddedSampler
 from stratagem.data.sharing import IsolatedIterator, Share, length_of, require_same_batches
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
@@ -145,6 +146,7 @@ class EpochLoader:
             what = kind if samples is None else f"{samples:,} samples of {kind}"
             sampler = order.sampler if isinstance(order, ForeignBatches | DealtBatches) else order
             inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+            inner = inner.sampler if isinstance(inner, UnpaddedSampler) else inner
             what += f" in the order of {type(inner).__name__}"
         size = self.batch_size
         batches = "" if size is None else f", batches of {size}"
@@ -318,8 +320,9 @@ class EpochLoader:
             for batch in islice(self._begin(epoch), 0 if known else done, None):
                 given += 1
                 yield batch
-            if given == 0:
-                # It stood at the end of the epoch before.
+            share = self._given.share if isinstance(self._given, ForeignBatches) else self.share
+            if given == 0 and (share is None or share.round_up):
+                # It stood at the end of the epoch before. In evaluation, a rank may have no batch while others do.
                 for batch in self._begin(epoch):
                     given += 1
                     yield batch

@@ -45,9 +45,11 @@ def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], 
     """Yield the batches of a loader of known length, and make the passes that the longest one needs."""
     most = torch.tensor(loader.length)
     all_reduce(most, "max")
-    made, last = 0, None
-    for made, last in enumerate(batches, 1):
-        yield last
+    made = 0
+    last: Any = None
+    for batch in batches:
+        made, last = made + 1, batch
+        yield batch
     missing = int(most.item()) - made
     if missing > 0 and made == 0:
         collate = loader.collate
