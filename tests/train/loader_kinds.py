@@ -90,7 +90,7 @@ class Collating(DataLoader[Tensor]):
     """A loader with its own collate function."""
 
     def __init__(self, length: int, workers: int) -> None:
-        super().__init__(Ids(length), batch_size=2, shuffle=True, num_workers=workers, collate_fn=stack)
+        super().__init__(Ids(length), batch_size=2, shuffle=True, **loading(workers), collate_fn=stack)
 
 
 class Iterating(DataLoader[Tensor]):
@@ -150,6 +150,11 @@ class UndeclaredStream(DividedStream):
         return range(self.total)[get_rank() :: get_world_size()]
 
 
+def loading(workers: int) -> dict[str, Any]:
+    """Return a loader's arguments for a number of workers; rank processes of the tests would spawn them, which is slow."""
+    return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+
+
 def stack(samples: Sequence[Tensor]) -> Tensor:
     """Return a batch of samples."""
     return torch.stack(list(samples))
@@ -162,7 +167,7 @@ def ids_of(rows: Sequence[dict[str, int]]) -> Tensor:
 
 def _plain(n: int, workers: int, **options: Any) -> DataLoader[Tensor]:
     return DataLoader(
-        Ids(n), num_workers=workers, **({} if "batch_sampler" in options else {"batch_size": 2}), **options
+        Ids(n), **loading(workers), **({} if "batch_sampler" in options else {"batch_size": 2}), **options
     )
 
 
@@ -173,7 +178,7 @@ def _table(n: int) -> Any:
 
 
 def _hugging_face(n: int, workers: int) -> DataLoader[Any]:
-    return DataLoader(_table(n), batch_size=2, shuffle=True, num_workers=workers, collate_fn=ids_of)
+    return DataLoader(_table(n), batch_size=2, shuffle=True, **loading(workers), collate_fn=ids_of)
 
 
 def _hugging_face_stream(n: int, workers: int, *, split: bool) -> DataLoader[Any]:
@@ -181,7 +186,7 @@ def _hugging_face_stream(n: int, workers: int, *, split: bool) -> DataLoader[Any
     if split:
         split_by_node = importlib.import_module("datasets.distributed").split_dataset_by_node
         stream = split_by_node(stream, rank=get_rank(), world_size=get_world_size())
-    return DataLoader(stream, batch_size=2, num_workers=workers, collate_fn=ids_of)
+    return DataLoader(stream, batch_size=2, **loading(workers), collate_fn=ids_of)
 
 
 def _stateful(n: int, workers: int) -> DataLoader[Tensor]:
@@ -189,7 +194,7 @@ def _stateful(n: int, workers: int) -> DataLoader[Tensor]:
     with warnings.catch_warnings():
         # torchdata 0.11 calls a function that torch has deprecated.
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")
-        loader: DataLoader[Tensor] = module.StatefulDataLoader(Ids(n), batch_size=2, shuffle=True, num_workers=workers)
+        loader: DataLoader[Tensor] = module.StatefulDataLoader(Ids(n), batch_size=2, shuffle=True, **loading(workers))
     return loader
 
 
@@ -201,7 +206,7 @@ KINDS: dict[str, Callable[[int, int], Any]] = {
     "sampler without a length": lambda n, w: _plain(n, w, sampler=Global(n)),
     "batch sampler over a sampler": lambda n, w: _plain(n, w, batch_sampler=BatchSampler(Reversed(n), 2, False)),
     "own batch sampler": lambda n, w: _plain(n, w, batch_sampler=OddThenEven(RandomSampler(range(n)), 2, False)),
-    "single samples": lambda n, w: DataLoader(Ids(n), batch_size=None, sampler=Reversed(n), num_workers=w),
+    "single samples": lambda n, w: DataLoader(Ids(n), batch_size=None, sampler=Reversed(n), **loading(w)),
     "weighted": lambda n, w: _plain(n, w, sampler=WeightedRandomSampler([1.0] * n, n, replacement=False)),
     "subset": lambda n, w: _plain(n, w, sampler=SubsetRandomSampler(range(n))),
     "generator": lambda n, w: _plain(n, w, shuffle=True, generator=torch.Generator()),
@@ -214,14 +219,14 @@ KINDS: dict[str, Callable[[int, int], Any]] = {
         sampler=DistributedSampler(range(n), get_world_size(), get_rank()),  # type: ignore[arg-type]
     ),
     "subclass with a collate function": Collating,
-    "subclass with its own iteration": lambda n, w: Iterating(Ids(n), batch_size=2, num_workers=w),
-    "configuration": lambda n, w: {"dataset": Ids(n), "batch_size": 2, "num_workers": w, "sampler": Reversed(n)},
-    "stream": lambda n, w: DataLoader(Stream(n), batch_size=2, num_workers=w),
-    "stream with a length": lambda n, w: DataLoader(SizedStream(n), batch_size=2, num_workers=w),
+    "subclass with its own iteration": lambda n, w: Iterating(Ids(n), batch_size=2, **loading(w)),
+    "configuration": lambda n, w: {"dataset": Ids(n), "batch_size": 2, **loading(w), "sampler": Reversed(n)},
+    "stream": lambda n, w: DataLoader(Stream(n), batch_size=2, **loading(w)),
+    "stream with a length": lambda n, w: DataLoader(SizedStream(n), batch_size=2, **loading(w)),
     "stream with a generator": lambda n, w: DataLoader(
-        SizedStream(n), batch_size=2, num_workers=w, generator=torch.Generator()
+        SizedStream(n), batch_size=2, **loading(w), generator=torch.Generator()
     ),
-    "divided stream": lambda n, w: DataLoader(DividedStream(n), batch_size=2, num_workers=w),
+    "divided stream": lambda n, w: DataLoader(DividedStream(n), batch_size=2, **loading(w)),
     "Hugging Face datasets": _hugging_face,
     "Hugging Face stream": lambda n, w: _hugging_face_stream(n, w, split=False),
     "Hugging Face stream split by node": lambda n, w: _hugging_face_stream(n, w, split=True),
