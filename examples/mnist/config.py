@@ -23,14 +23,12 @@ model = dict(
 train_dataloader = dict(
     batch_size=32,
     dataset=dict(type="Digits", held_out=False),
-    collate_fn=dict(type="default_collate"),
 )
 train_cfg = dict(by_epoch=True, max_epochs=12)
 
 val_dataloader = dict(
     batch_size=250,
     dataset=dict(type="Digits", held_out=True),
-    collate_fn=dict(type="default_collate"),
 )
 val_cfg = dict()
 val_evaluator = dict(type="Accuracy", task="multiclass", num_classes=10)

@@ -42,6 +42,8 @@ _TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
 _VAL = ("val_dataloader", "val_cfg", "val_evaluator")
 _TEST = ("test_dataloader", "test_cfg", "test_evaluator")
 
+_DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
+
 
 @final
 class Runner:
@@ -142,6 +144,7 @@ class Runner:
         self._param_scheduler = param_scheduler
         self._compile = compile
         self._scope = default_scope
+        self._described: dict[str, str] = {}
         self._requeue = requeue
         with switch_scope(default_scope):
             events = build_events(default_hooks, custom_hooks)
@@ -308,13 +311,18 @@ class Runner:
         return loader
 
     def _loader(self, mode: str) -> EpochLoader:
-        return build_dataloader(
+        loader = build_dataloader(
             self._parts[f"{mode}_dataloader"],
             seed=self.strategy.seed,
             rank=self.strategy.data_rank,
             world_size=self.strategy.data_size,
             training=mode == "train",
         )
+        description = f"{_DATA_NAMES[mode]} data: {loader.describe()}."
+        if self._described.get(mode) != description:
+            self.strategy.logger.info("%s", description)
+            self._described[mode] = description
+        return loader
 
     def _evaluation_loop(self, mode: str) -> Any:
         return build_evaluation_loop(

@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
-from toys import TEST, VALIDATION, EventLog, Toy, loader
+from toys import TEST, VALIDATION, EventLog, Samples, Toy, loader
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
 from stratagem.train import BaseMetric, Evaluator
@@ -72,7 +73,7 @@ def test_a_metric_with_several_values_gives_a_list():
 
 
 def test_an_own_metric_gets_the_results_in_the_order_of_the_samples():
-    """Its names have its prefix; results beyond the number of samples, which ranks repeat, are dropped."""
+    """Its names have its prefix; a caller may give the number of results to keep."""
     evaluator = Evaluator(Numbers())
     evaluator.process([0, 1, 2], None)
     evaluator.process([3, 4, 5], None)
@@ -157,3 +158,47 @@ def test_the_test_has_its_own_events_and_step(make_runner: Any):
         "before_run", "before_test", "before_test_epoch", *["before_test_iter", "after_test_iter"] * 3,
         "after_test_epoch", "after_test", "after_run",
     ]  # fmt: skip
+
+
+class Boxes(BaseMetric):
+    """Appends three results per sample."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results += [0.0, 1.0, 2.0] * len(data_samples["preds"])
+
+    def compute_metrics(self, results: list[float]) -> dict[str, Any]:
+        return {"count": len(results), "mean": sum(results) / len(results)}
+
+
+def test_a_metric_with_several_results_per_sample_keeps_all(make_runner: Any):
+    """Five samples make fifteen results; none of them is cut."""
+    assert make_runner(**{**VALIDATION, "val_evaluator": Boxes()}).val() == {"count": 15, "mean": 1.0}
+
+
+class Stream(IterableDataset[Any]):
+    """The samples one after the other, without a length."""
+
+    def __iter__(self) -> Any:
+        samples = Samples(5)
+        return (samples[index] for index in range(5))
+
+
+def test_a_stream_without_a_length_is_evaluated(make_runner: Any):
+    """Its size is not needed."""
+
+    class Watching(Numbers):
+        def process(self, data_batch: Any, data_samples: Any) -> None:
+            self.results += data_samples["numbers"].tolist()
+
+    validation = {"val_dataloader": {"dataset": Stream(), "batch_size": 2}, "val_evaluator": Watching(), "val_cfg": {}}
+    assert make_runner(**validation).val() == {"own/numbers": (0, 1, 2, 3, 4), "own/count": 5}
+
+
+def test_how_a_loader_is_divided_is_logged_once(make_runner: Any, capfd: pytest.CaptureFixture[str]):
+    """One line per loader, with its order."""
+    runner = make_runner(**VALIDATION, log_level="INFO")
+    runner.train()
+    runner.val()
+    log = capfd.readouterr().err
+    assert log.count("Training data: 13 samples of Samples in the order of DefaultSampler, batches of 2") == 1
+    assert log.count("Validation data: 5 samples of Samples in the order of DefaultSampler, batches of 2") == 1

@@ -6,11 +6,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, final
+from typing import Any, cast, final
 
-from torch.utils.data import Sampler
+from torch.utils.data import BatchSampler, Sampler
 
 from stratagem.data.samplers import PositionedSampler
+from stratagem.data.sharing import IsolatedIterator, RankItems, Share
 from stratagem.data.streams import Draw
 
 __all__ = ["DealtBatches", "EpochBatches", "ForeignBatches", "PositionedBatches", "Taken", "and_then", "samples_of"]
@@ -42,9 +43,13 @@ class PositionedBatches(Sampler[list[int]]):
         rank: this process's.
         world_size: how many ranks take batches in turn.
         endless: whether the batches go on without end.
+        by_batch: whether the ranks take turns at whole batches, rather than at samples.
+        round_up: whether batches are repeated so that every rank has the same number.
     """
 
     endless: bool = False
+    by_batch: bool = True
+    round_up: bool = True
     batch_size: int
     rank: int
     world_size: int
@@ -85,48 +90,66 @@ class DealtBatches(PositionedBatches):
         self.batch_size = batch_size
         self.rank, self.world_size = sampler.rank, sampler.world_size
         self.endless = sampler.endless
-        self._sampler = sampler
+        self.by_batch = False
+        self.sampler = sampler
         self._drop_last = drop_last
 
     def left(self, epoch: int = 0, taken: Taken = ()) -> int:
         if self.endless:
-            return math.ceil(len(self._sampler) / self.batch_size)
-        samples = self._sampler.left(samples_of(taken))
+            return math.ceil(len(self.sampler) / self.batch_size)
+        samples = self.sampler.left(samples_of(taken))
         return samples // self.batch_size if self._drop_last else math.ceil(samples / self.batch_size)
 
     def draws(self, epoch: int, taken: Taken = ()) -> Iterator[Draw]:
         start = samples_of(taken)
-        dealt = self._sampler.dealt(epoch, start)
+        dealt = self.sampler.dealt(epoch, start)
         position = start + self.rank
         while indices := list(islice(dealt, self.batch_size)):
             if self._drop_last and len(indices) < self.batch_size:
                 return
             following = position + len(indices) * self.world_size
             # A sample that comes again in the same epoch has another stream.
-            names = range(position, following, self.world_size) if self._sampler.repeats else indices
+            names = range(position, following, self.world_size) if self.sampler.repeats else indices
             yield Draw(epoch, indices, names)
             position = following
 
 
 @final
 class ForeignBatches:
-    """The batches of a batch sampler or a sampler that is not ours: where it stands is known only by walking.
+    """The batches of a sampler or a batch sampler that is not built in: its position is known only by iterating it.
+
+    The ranks take turns: at the samples of a sampler, so that the batches of all ranks together are the batch of one
+    process that is N times as large, or at the batches of a batch sampler.
 
     Args:
-        sampler: yields lists of indices, or single ones where there are no batches.
+        sampler: yields lists of indices, or single ones if there are no batches.
+        single: whether it yields single indices.
+        seed: of the random numbers that it draws from the global generators, the same on every rank.
+        share: which part of it this rank takes; None if it yields this rank's part already.
     """
 
-    def __init__(self, sampler: Iterable[Any], *, single: bool) -> None:
+    def __init__(self, sampler: Iterable[Any], *, single: bool, seed: int, share: Share | None) -> None:
         self.sampler = sampler
+        self.share = share
         self._single = single
+        self._seed = seed
+        divided = share is not None and share.size > 1 and type(sampler) is BatchSampler
+        self._divided: BatchSampler | None = cast("BatchSampler", sampler) if divided else None
+        self._epoch = 0
 
     @property
     def batch_size(self) -> int | None:
-        """Samples of a batch, where the sampler says it."""
+        """Samples of a batch, if the sampler reports it."""
         return getattr(self.sampler, "batch_size", None)
 
+    @property
+    def by_batch(self) -> bool:
+        """Whether the ranks take turns at whole batches."""
+        return self.share is not None and self._divided is None and not self._single
+
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler, and the one that it takes from, of an epoch, where they want to know."""
+        """Report the epoch to the sampler, and to the one that it takes from, if they have ``set_epoch``."""
+        self._epoch = epoch
         for part in (self.sampler, getattr(self.sampler, "sampler", None)):
             setter = getattr(part, "set_epoch", None)
             if callable(setter):
@@ -135,12 +158,27 @@ class ForeignBatches:
     def draws(self, epoch: int, done: int) -> Iterator[Draw]:
         """Yield the batches of an epoch after the first ``done``, which are drawn but not loaded."""
         self.set_epoch(epoch)
-        for item in islice(self.sampler, done, None):
+        for item in islice(self, done, None):
             indices: Sequence[Any] = [item] if self._single else item
             yield Draw(epoch, indices, indices)
 
+    def __iter__(self) -> Iterator[Any]:
+        """Yield this rank's batches, or single indices, of the epoch that was set last."""
+        keys = (self._seed, self._epoch, "sampler")
+        if self.share is None:
+            return IsolatedIterator(self.sampler, *keys)
+        if self._divided is None:
+            return RankItems(self.sampler, self.share, *keys)
+        indices = RankItems(self._divided.sampler, self.share, *keys)
+        return iter(BatchSampler(cast("Any", indices), self._divided.batch_size, self._divided.drop_last))
+
     def __len__(self) -> int:
-        return len(self.sampler)  # type: ignore[arg-type]  # torch's samplers may have a length
+        if self._divided is None:
+            total = len(self.sampler)  # type: ignore[arg-type]  # torch's samplers may have a length
+            return total if self.share is None else self.share.count(total)
+        share = cast("Share", self.share)
+        samples, size = share.count(len(self._divided.sampler)), self._divided.batch_size  # type: ignore[arg-type]
+        return samples // size if self._divided.drop_last else math.ceil(samples / size)
 
 
 @final

@@ -1,19 +1,28 @@
-"""Loaders from configurations, and from built ones that would not go on exactly by themselves."""
+"""Loaders from configurations and from built ones, with their data divided among the ranks."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sized
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, PositionedBatches
-from stratagem.data.collate import pseudo_collate
 from stratagem.data.loader import EpochLoader
-from stratagem.data.samplers import DefaultSampler, PositionedSampler
+from stratagem.data.samplers import DefaultSampler, PositionedSampler, UnpaddedSampler
+from stratagem.data.sharing import Share, declared_share
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, draws_numbers, stream_seed
 from stratagem.data.workers import WorkerStart
@@ -22,6 +31,8 @@ from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from stratagem.utils.data_rules import refuse_data_arguments
 
 __all__ = ["build_dataloader"]
+
+_Positioned = TypeVar("_Positioned", PositionedBatches, PositionedSampler)
 
 
 def build_dataloader(
@@ -32,27 +43,40 @@ def build_dataloader(
     world_size: int = 1,
     training: bool,
 ) -> EpochLoader:
-    """Build a loader from its configuration, or take a built one.
+    """Build a loader from its configuration, or take a built one; divide its data among the data-parallel ranks.
 
-    A built ``DataLoader`` that takes all samples in order or in torch's random order is built anew with the sampler of
-    ours that does the same, so that its samples are dealt to the ranks and its order can be taken up anywhere; so is one
-    with a sampler of ours, or over a stream. One with another sampler, batch sampler or a generator of its own is taken as it is.
+    A built ``DataLoader`` that takes all samples in order or in torch's random order is rebuilt with the built-in sampler
+    that does the same, so that its order can be resumed anywhere; so is one with a built-in sampler, or over a stream.
+    Any other keeps its type, its sampler or batch sampler and its generator: the ranks take turns at the samples of a
+    sampler, at the batches of a batch sampler, and at the batches that a stream or a loader with its own ``__iter__``
+    gives, which every rank reads in full. What is already divided for these ranks (``num_replicas`` and ``rank``, see
+    :func:`~stratagem.data.sharing.declared_share`) is taken as it is.
 
     A mapping holds the arguments of ``torch.utils.data.DataLoader`` with ``dataset``, ``sampler``, ``batch_sampler``,
-    ``collate_fn`` and ``worker_init_fn`` as objects or as configurations of their own. Without a sampler it is a
-    :class:`DefaultSampler`, which shuffles in training (or as ``shuffle`` says). For evaluation, samplers of ours do
-    not fill up, so no sample is counted twice. ``collate_fn`` is ``pseudo_collate`` where not given.
+    ``collate_fn`` and ``worker_init_fn`` as objects or as configurations. Without a sampler it is a
+    :class:`DefaultSampler`, which shuffles in training (or as ``shuffle`` says). ``collate_fn`` is torch's
+    ``default_collate`` if it is not given. In training the ranks have the same number of batches, for which less than one
+    sample, or one batch, per rank is repeated at the end of an epoch; in evaluation nothing is repeated.
 
     What a dataset with ``__getitem__``, and ``collate_fn``, draw from the generators of Python, NumPy and torch depends on
     the seed, the epoch and the sample alone. A ``worker_init_fn`` is called, but its seeding is of no consequence.
 
+    Args:
+        dataloader: see above.
+        seed: of the order and of random numbers, the same on every rank.
+        rank: this process's data-parallel rank.
+        world_size: the number of data-parallel ranks.
+        training: whether it is for training, or for evaluation.
+
     Raises:
         ConfigTypeError: if a part has the wrong type.
-        ConfigValueError: if there is no dataset, or two parts would choose the samples.
+        ConfigValueError: if there is no dataset, two parts would choose the samples, or a part is already divided, but
+            for other ranks.
     """
+    share = Share(rank, world_size, round_up=training)
     if isinstance(dataloader, DataLoader):
         if not _is_plain(dataloader):
-            return EpochLoader(dataloader, world_size=world_size)
+            return _take_loader(dataloader, seed, share)
         dataloader = _arguments_of(dataloader)
     if not isinstance(dataloader, Mapping):
         raise ConfigTypeError(f"A dataloader is a DataLoader or a mapping of its arguments, not {dataloader!r}.")
@@ -60,19 +84,24 @@ def build_dataloader(
     if "dataset" not in cfg:
         raise ConfigValueError(f"A dataloader needs a dataset; it has {', '.join(map(repr, cfg)) or 'nothing'}.")
     dataset = _build_dataset(cfg.pop("dataset"))
+    stream_share = (
+        share if isinstance(dataset, IterableDataset) and share.size > 1 and not _is_divided(dataset, share) else None
+    )
+    # What every rank reads in full must be the same on every rank.
+    stream_rank = rank if stream_share is None else 0
     # Torch draws the workers' base seed when an iteration begins: from a generator of the loader's own, so that stopping
-    # and going on does not shift the model's random numbers.
+    # and resuming does not shift the model's random numbers.
     if cfg.get("generator") is None:
-        cfg["generator"] = torch.Generator().manual_seed(stream_seed(seed, rank))
+        cfg["generator"] = torch.Generator().manual_seed(stream_seed(seed, stream_rank))
     single = cfg.get("batch_size", 1) is None and cfg.get("batch_sampler") is None
     # Without batches there is nothing to collate.
     if "collate_fn" in cfg or not single:
-        cfg["collate_fn"] = _build_function(cfg.get("collate_fn", pseudo_collate), "collate_fn")
+        cfg["collate_fn"] = _build_function(cfg.get("collate_fn", default_collate), "collate_fn")
     then = cfg.get("worker_init_fn")
-    cfg["worker_init_fn"] = WorkerStart(seed, rank, None if then is None else _build_function(then, "worker_init_fn"))
+    then = None if then is None else _build_function(then, "worker_init_fn")
+    cfg["worker_init_fn"] = WorkerStart(seed, stream_rank, then)
     if not isinstance(dataset, IterableDataset):
-        dealt = {"rank": rank, "world_size": world_size}
-        source = _take_source(cfg, dataset, seed=seed, training=training, dealt=dealt)
+        source = _take_source(cfg, dataset, seed=seed, training=training, share=share)
         streamed = draws_numbers(dataset, cfg.get("collate_fn"))
         batches = EpochBatches(source, streamed=streamed, single=single)
         cfg |= {"sampler": batches, "batch_size": None} if single else {"batch_sampler": batches}
@@ -86,11 +115,68 @@ def build_dataloader(
     except (TypeError, ValueError) as error:
         kind = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
         raise kind(f"The dataloader's arguments do not fit torch.utils.data.DataLoader: {error}") from error
-    return EpochLoader(loader, world_size=world_size)
+    return EpochLoader(loader, world_size=world_size, seed=seed, share=stream_share)
+
+
+def _take_loader(loader: DataLoader[Any], seed: int, share: Share) -> EpochLoader:
+    """Take a built loader that keeps its own order."""
+    parts = (loader, loader.dataset) if isinstance(loader.dataset, IterableDataset) else (loader,)
+    divided = [_is_divided(part, share) for part in parts]
+    keeps_state = isinstance(loader, Stateful)
+    if isinstance(loader.dataset, IterableDataset) or not _iterates_its_sampler(loader) or any(divided):
+        whole = share.size == 1 or any(divided)
+        return EpochLoader(loader, world_size=share.size, seed=seed, share=None if whole else share)
+    if keeps_state and share.size == 1:
+        return EpochLoader(loader)
+    single = loader.batch_sampler is None
+    source = _foreign(loader.sampler if single else loader.batch_sampler, single=single, seed=seed, share=share)
+    batches = source if keeps_state else EpochBatches(source, streamed=False, single=single)
+    copied = copy.copy(loader)
+    # Torch refuses plain assignments. The copy has no workers yet, even if persistent ones serve the original.
+    object.__setattr__(copied, "sampler" if single else "batch_sampler", batches)
+    object.__setattr__(copied, "_iterator", None)
+    return EpochLoader(copied, world_size=share.size, seed=seed)
+
+
+def _iterates_its_sampler(loader: DataLoader[Any]) -> bool:
+    """Return whether the loader takes its batches from its (batch) sampler; another ``__iter__`` may not."""
+    iterates = type(loader).__iter__
+    return iterates is DataLoader.__iter__ or iterates.__module__.partition(".")[0] == "torchdata"
+
+
+def _is_divided(part: Any, share: Share) -> bool:
+    """Return whether a part yields this rank's data alone.
+
+    Raises:
+        ConfigValueError: if it is divided for other ranks.
+    """
+    declared = declared_share(part)
+    if declared is None or declared == (share.rank, share.size):
+        return declared is not None
+    raise ConfigValueError(
+        f"{type(part).__name__} is divided for rank {declared[0]} of {declared[1]}, and this process is data-parallel rank "
+        f"{share.rank} of {share.size}. Build it for these ranks, or give one that is not divided; the engine then "
+        "divides it."
+    )
+
+
+def _foreign(sampler: Any, *, single: bool, seed: int, share: Share) -> ForeignBatches:
+    """Return the source for a sampler or batch sampler that is not built in."""
+    inner = sampler if single else getattr(sampler, "sampler", None)
+    divided = [_is_divided(part, share) for part in (sampler, inner)]
+    if not any(divided):
+        return ForeignBatches(sampler, single=single, seed=seed, share=share)
+    if not share.round_up and isinstance(inner, DistributedSampler) and not inner.drop_last:
+        unpadded = UnpaddedSampler(inner)
+        if single:
+            sampler = unpadded
+        elif type(sampler) is BatchSampler:
+            sampler = BatchSampler(unpadded, sampler.batch_size, sampler.drop_last)
+    return ForeignBatches(sampler, single=single, seed=seed, share=None)
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
-    """Tell whether a loader's order is one of ours, or one that our own sampler gives as well."""
+    """Return whether a built-in sampler gives the loader's order."""
     sampler = loader.sampler
     if type(loader) is not DataLoader or loader.generator is not None:
         return False
@@ -98,7 +184,8 @@ def _is_plain(loader: DataLoader[Any]) -> bool:
         return True
     if isinstance(loader.batch_sampler, PositionedBatches):
         return True
-    if type(loader.batch_sampler) is not BatchSampler:
+    if type(loader.batch_sampler) is not BatchSampler or loader.batch_sampler.sampler is not sampler:
+        # Given a batch sampler, torch makes a sampler that nothing uses.
         return False
     if isinstance(sampler, PositionedSampler):
         return True
@@ -141,17 +228,18 @@ def _build_dataset(dataset: Any) -> Any:
 
 
 def _take_source(
-    cfg: dict[str, Any], dataset: Any, *, seed: int, training: bool, dealt: dict[str, int]
+    cfg: dict[str, Any], dataset: Any, *, seed: int, training: bool, share: Share
 ) -> PositionedBatches | ForeignBatches:
     """Return where the batches come from, and take DataLoader's sampling arguments out of ``cfg``."""
     sampler, batch_sampler, shuffle = (cfg.pop(name, None) for name in ("sampler", "batch_sampler", "shuffle"))
+    ranks = {"rank": share.rank, "world_size": share.size}
     if sampler is not None and shuffle is not None:
         raise ConfigValueError("A dataloader takes a sampler or shuffle, not both: say shuffle in the sampler.")
     built = not (batch_sampler is None or isinstance(batch_sampler, Mapping))
     if built and (sampler is not None or shuffle is not None):
         raise ConfigValueError("A batch sampler that is built has its own sampler; give neither sampler nor shuffle.")
     if built:
-        return _known(batch_sampler)
+        return _known(batch_sampler, seed, share)
     if batch_sampler is not None and _makes_batches_alone(batch_sampler):
         if sampler is not None:
             raise ConfigValueError(
@@ -163,42 +251,62 @@ def _take_source(
             "round_up": training,
             "shuffle": training if shuffle is None else shuffle,
         }
-        own |= {"batch_size": cfg.pop("batch_size", 1), **dealt}
-        return _known(DATA_SAMPLERS.build(batch_sampler, default_args=own))
+        own |= {"batch_size": cfg.pop("batch_size", 1), **ranks}
+        return _known(DATA_SAMPLERS.build(batch_sampler, default_args=own), seed, share)
     if sampler is None:
         if not isinstance(dataset, Sized):
             raise ConfigTypeError(f"{type(dataset).__name__} has no length, so it cannot be dealt; give it a sampler.")
         sampler = DefaultSampler(
-            dataset, training if shuffle is None else shuffle, seed=seed, round_up=training, **dealt
+            dataset, training if shuffle is None else shuffle, seed=seed, round_up=training, **ranks
         )
     elif isinstance(sampler, Mapping):
-        sampler = _build_sampler(sampler, dataset, seed=seed, training=training, dealt=dealt)
+        sampler = _build_sampler(sampler, dataset, seed=seed, training=training, ranks=ranks)
     if batch_sampler is None:
-        return _in_batches(sampler, cfg.pop("batch_size", 1), drop_last=cfg.pop("drop_last", False))
+        size, drop_last = cfg.pop("batch_size", 1), cfg.pop("drop_last", False)
+        return _in_batches(sampler, size, drop_last=drop_last, seed=seed, share=share)
     batch_size = cfg.pop("batch_size", None)
     default_args = {"sampler": sampler} | ({} if batch_size is None else {"batch_size": batch_size})
-    return _known(DATA_SAMPLERS.build(batch_sampler, default_args=default_args))
+    return _known(DATA_SAMPLERS.build(batch_sampler, default_args=default_args), seed, share)
 
 
-def _known(batch_sampler: Any) -> PositionedBatches | ForeignBatches:
+def _known(batch_sampler: Any, seed: int, share: Share) -> PositionedBatches | ForeignBatches:
     """Return the source that a batch sampler stands for."""
     if isinstance(batch_sampler, PositionedBatches):
-        return batch_sampler
+        return _for_share(batch_sampler, share)
     if type(batch_sampler) is BatchSampler and isinstance(batch_sampler.sampler, PositionedSampler):
-        return DealtBatches(batch_sampler.sampler, batch_sampler.batch_size, drop_last=batch_sampler.drop_last)
-    return ForeignBatches(batch_sampler, single=False)
+        sampler = _for_share(batch_sampler.sampler, share)
+        return DealtBatches(sampler, batch_sampler.batch_size, drop_last=batch_sampler.drop_last)
+    return _foreign(batch_sampler, single=False, seed=seed, share=share)
 
 
-def _in_batches(sampler: Any, batch_size: int | None, *, drop_last: bool) -> PositionedBatches | ForeignBatches:
+def _for_share(sampler: _Positioned, share: Share) -> _Positioned:
+    """Return a built-in sampler for these ranks: a built one may have been made before they were known.
+
+    In evaluation it does not round up.
+    """
+    if share.size == 1 and (share.round_up or not sampler.round_up):
+        return sampler
+    placed = copy.copy(sampler)
+    placed.round_up = sampler.round_up and share.round_up
+    if share.size > 1:
+        placed.rank, placed.world_size = share.rank, share.size
+    return placed
+
+
+def _in_batches(
+    sampler: Any, batch_size: int | None, *, drop_last: bool, seed: int, share: Share
+) -> PositionedBatches | ForeignBatches:
     if batch_size is None:
         if drop_last:
             raise ConfigValueError("drop_last=True leaves out a short batch, and batch_size=None makes none.")
-        known = isinstance(sampler, PositionedSampler)
-        return DealtBatches(sampler, 1, drop_last=False) if known else ForeignBatches(sampler, single=True)
+        if isinstance(sampler, PositionedSampler):
+            return DealtBatches(_for_share(sampler, share), 1, drop_last=False)
+        return _foreign(sampler, single=True, seed=seed, share=share)
     try:
-        return _known(BatchSampler(sampler, batch_size, drop_last))
+        batches = BatchSampler(sampler, batch_size, drop_last)
     except ValueError as error:
         raise ConfigValueError(f"The dataloader's arguments do not fit: {error}") from error
+    return _known(batches, seed, share)
 
 
 def _makes_batches_alone(batch_sampler: Mapping[str, Any]) -> bool:
@@ -207,12 +315,12 @@ def _makes_batches_alone(batch_sampler: Mapping[str, Any]) -> bool:
 
 
 def _build_sampler(
-    sampler: Mapping[str, Any], dataset: Any, *, seed: int, training: bool, dealt: dict[str, int]
+    sampler: Mapping[str, Any], dataset: Any, *, seed: int, training: bool, ranks: dict[str, int]
 ) -> Any:
     target = _target(sampler)
     default_args: dict[str, Any] = {"dataset": dataset, "seed": seed}
     if isinstance(target, type) and issubclass(target, PositionedSampler):
-        default_args |= dealt
+        default_args |= ranks
         if "round_up" in inspect.signature(target).parameters:
             default_args["round_up"] = training
     return DATA_SAMPLERS.build(sampler, default_args=default_args)

@@ -71,15 +71,15 @@ class GroupedBatchSampler(PositionedBatches):
         self._shuffle = shuffle
         self._drop_last = drop_last
         self._seed = seed or 0
-        self._round_up = round_up
+        self.round_up = round_up
 
     def left(self, epoch: int = 0, taken: Taken = ()) -> int:
         rest = len(self._rest(epoch, taken)) if taken else self._batches_of_an_epoch()
-        return math.ceil(rest / self.world_size) if self._round_up else len(range(self.rank, rest, self.world_size))
+        return math.ceil(rest / self.world_size) if self.round_up else len(range(self.rank, rest, self.world_size))
 
     def draws(self, epoch: int, taken: Taken = ()) -> Iterator[Draw]:
         batches = self._rest(epoch, taken)
-        if self._round_up and batches:
+        if self.round_up and batches:
             batches += islice(cycle(self._rest(epoch, ())), -len(batches) % self.world_size)
         for batch in batches[self.rank :: self.world_size]:
             indices = batch.tolist()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, final
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from stratagem.data.batches import EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
+from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
+from stratagem.data.samplers import UnpaddedSampler
+from stratagem.data.sharing import IsolatedIterator, Share, length_of, require_same_batches
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
 from stratagem.data.workers import WorkerStart, naming_dead_workers
@@ -49,18 +51,27 @@ class EpochLoader:
     """A ``DataLoader`` whose iteration is asked for by epoch and position.
 
     Args:
-        loader: any ``DataLoader``. One that :func:`~stratagem.data.build_dataloader` made of a sampler of ours begins
-            anywhere at no cost, one that has ``state_dict`` goes on where its state says, and others draw and drop what was
+        loader: any ``DataLoader``. One that :func:`~stratagem.data.build_dataloader` made of a built-in sampler begins
+            anywhere at no cost, one that has ``state_dict`` is restored from its state, and others draw and drop what was
             seen.
-        world_size: over how many ranks the sampler deals.
+        world_size: the number of data-parallel ranks that its batches are divided among.
+        seed: of the random numbers that a stream draws, if its batches are divided here; the same on every rank.
+        share: which of the loader's batches this rank takes, if the loader gives all of them on every rank; None if it
+            gives this rank's alone.
     """
 
-    def __init__(self, loader: DataLoader[Any], *, world_size: int = 1) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], *, world_size: int = 1, seed: int = 0, share: Share | None = None
+    ) -> None:
         self.loader = loader
+        self.share = share
         self._world_size = world_size
+        self._seed = seed
+        self._leftover: Any = None
         batches = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._batches = batches if isinstance(batches, EpochBatches) else None
-        source = None if self._batches is None else self._batches.source
+        # That of a loader that keeps its own state is its (batch) sampler itself.
+        source = self._given = batches if self._batches is None else self._batches.source
         self._source = source if isinstance(source, PositionedBatches) else None
         self._anchor = _Anchor(0, 0, ())
         self._keeper = self._find_keeper()
@@ -81,16 +92,70 @@ class EpochLoader:
     @property
     def batch_size(self) -> int | None:
         """How many samples a batch of this rank has; None where the loader does not say."""
-        batches = self._batches or self.loader.batch_sampler
+        batches = self.loader.batch_sampler if self._batches is None else self._batches
         size = self.loader.batch_size if batches is None else getattr(batches, "batch_size", None)
         return size if isinstance(size, int) else None
 
     @property
     def length(self) -> int | None:
-        """How many batches an epoch of this rank has; None for streams without a length."""
-        if isinstance(self.dataset, IterableDataset) and not isinstance(self.dataset, Sized):
-            return None
-        return len(self.loader)
+        """How many batches an epoch of this rank has; None for streams and samplers without a length.
+
+        That of a stream is an estimate if several workers read it; see :attr:`slack`.
+        """
+        total = self._length_of_loader()
+        return total if total is None or self.share is None else self.share.count(total)
+
+    @property
+    def slack(self) -> int:
+        """How many batches more than :attr:`length` an epoch may have: each worker of a stream ends with a short batch."""
+        total, loader = self._length_of_loader(), self.loader
+        if total is None or not isinstance(self.dataset, IterableDataset) or loader.drop_last:
+            return 0
+        most = total + max(0, loader.num_workers - 1)
+        return most - total if self.share is None else self.share.count(most) - self.share.count(total)
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether the ranks take turns at whole batches, rather than at samples."""
+        given = self._given
+        return given.by_batch if isinstance(given, PositionedBatches | ForeignBatches) else self.share is not None
+
+    @property
+    def division(self) -> str:
+        """How the data is divided among the data-parallel ranks, as a phrase for the log."""
+        order = self._given
+        fixed = order.share is None if isinstance(order, ForeignBatches) else self.share is None
+        if self._world_size == 1:
+            return "for one data-parallel rank"
+        ranks = f"{self._world_size} data-parallel ranks"
+        if isinstance(order, PositionedBatches) or not fixed:
+            unit = "batches" if self.by_batch else "samples"
+            reading = "" if self.share is None else ", each of which reads all of them"
+            return f"the {unit} divided among {ranks}{reading}"
+        return f"already divided among {ranks}, taken as it is"
+
+    def describe(self) -> str:
+        """Return in one line what the loader gives, in which order, and how it is divided among the ranks."""
+        dataset, order = self.dataset, self._given
+        kind = type(dataset).__name__
+        if isinstance(dataset, IterableDataset):
+            samples = length_of(dataset)
+            what = f"stream {kind} " + ("of unknown length" if samples is None else f"of {samples:,} samples")
+        else:
+            samples = length_of(dataset)
+            what = kind if samples is None else f"{samples:,} samples of {kind}"
+            sampler = order.sampler if isinstance(order, ForeignBatches | DealtBatches) else order
+            inner = sampler.sampler if type(sampler) is BatchSampler else sampler
+            inner = inner.sampler if isinstance(inner, UnpaddedSampler) else inner
+            what += f" in the order of {type(inner).__name__}"
+        size = self.batch_size
+        batches = "" if size is None else f", batches of {size}"
+        return f"{what}{batches}, {self.division}"
+
+    @property
+    def leftover(self) -> Any:
+        """A batch of the last round of the latest epoch, if other ranks had one and this rank did not; else None."""
+        return self._leftover
 
     @property
     def positioned(self) -> bool:
@@ -134,11 +199,11 @@ class EpochLoader:
             return self._told(iter(self.loader))
         if self._batches is not None and isinstance(self._batches.source, ForeignBatches):
             self._batches.choose(self._batches.source.draws(epoch, done))
-            return self._told(iter(self.loader))
+            return self._begin(epoch)
         self._tell_epoch(epoch)
         if self._keeper is not None:
-            return self._told(self._from_state(self._keeper, epoch, done))
-        return self._told(islice(self._begin(epoch), done, None))
+            return self._from_state(self._keeper, epoch, done)
+        return islice(self._begin(epoch), done, None)
 
     def indices_of(self, epoch: int, batch: int) -> list[Any]:
         """Return which samples this rank's batch has, counted from 0: the dataset's indices. Computed when asked.
@@ -255,8 +320,9 @@ class EpochLoader:
             for batch in islice(self._begin(epoch), 0 if known else done, None):
                 given += 1
                 yield batch
-            if given == 0:
-                # It stood at the end of the epoch before.
+            share = self._given.share if isinstance(self._given, ForeignBatches) else self.share
+            if given == 0 and (share is None or share.round_up):
+                # It stood at the end of the epoch before. In evaluation, a rank may have no batch while others do.
                 for batch in self._begin(epoch):
                     given += 1
                     yield batch
@@ -265,16 +331,68 @@ class EpochLoader:
             raise
 
     def _begin(self, epoch: int) -> Iterator[Any]:
-        """Begin an iteration of a loader that is not ours, at the expense of no generator of the model's."""
+        """Begin an iteration of a loader that is not built here, without changing the model's generators."""
+        # What all ranks read must not depend on the rank.
+        keys = (torch.initial_seed(), epoch, get_rank()) if self.share is None else (self._seed, epoch)
         if self.loader.generator is not None:
-            return iter(self.loader)
-        # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that begins an
-        # epoch once more, in its middle, would give its dropout other numbers.
-        with generators_aside():
-            seed_stream(torch.initial_seed(), epoch, get_rank())
-            return iter(self.loader)
+            batches = iter(self.loader)
+        else:
+            # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that
+            # begins an epoch once more, in its middle, would give its dropout other numbers.
+            with generators_aside():
+                seed_stream(*keys)
+                batches = iter(self.loader)
+        told = self._told(batches)
+        return told if self.share is None else self._divided(IsolatedIterator(told, *keys, "batches"), self.share)
+
+    def _divided(self, batches: Iterator[Any], share: Share) -> Iterator[Any]:
+        """Yield this rank's batch of each round; every rank reads all of them."""
+        self._leftover = None
+        compared = False
+        while True:
+            if compared:
+                own, first, count = _keep_own(batches, share)
+            else:
+                round_ = list(islice(batches, share.size))
+                require_same_batches(self._name, round_)
+                own, first, count = _keep_own(iter(round_), share)
+                compared = True
+            if share.rank < count:
+                yield own
+            elif count and share.round_up:
+                yield first
+            elif count:
+                self._leftover = first
+            if count < share.size:
+                return
+
+    @property
+    def _name(self) -> str:
+        kind = type(self.dataset if isinstance(self.dataset, IterableDataset) else self.loader)
+        return kind.__name__
+
+    def _length_of_loader(self) -> int | None:
+        """Return the number of batches that the loader itself gives in an epoch; None if it has no length."""
+        loader, dataset = self.loader, self.dataset
+        if not isinstance(dataset, IterableDataset) or type(loader).__len__ is not DataLoader.__len__:
+            return length_of(loader)
+        # Torch's own length makes it warn if a worker's short last batch exceeds it.
+        samples, size = length_of(dataset), loader.batch_size
+        if samples is None or size is None:
+            return samples
+        return samples // size if loader.drop_last else -(-samples // size)
 
     def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
         # Torch keeps its processes to itself; without them the error names the process id alone.
         with naming_dead_workers(getattr(batches, "_workers", ())):
             yield from batches
+
+
+def _keep_own(batches: Iterator[Any], share: Share) -> tuple[Any, Any, int]:
+    """Read one round; return this rank's batch, the first one, and how many there were."""
+    own = first = None
+    count = 0
+    for count, batch in enumerate(islice(batches, share.size), 1):
+        first = batch if count == 1 else first
+        own = batch if count == share.rank + 1 else own
+    return own, first, count

@@ -10,10 +10,10 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sized
 from itertools import cycle, islice
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
 from stratagem.data.streams import stream_seed
 from stratagem.dist import get_dist_info
@@ -89,6 +89,30 @@ class PositionedSampler(Sampler[int]):
     def __len__(self) -> int:
         """Return how many samples this rank has in a whole epoch."""
         return self.left()
+
+
+@final
+class UnpaddedSampler(Sampler[int]):
+    """The samples of torch's ``DistributedSampler`` without those that it repeats to give every rank the same number.
+
+    Args:
+        sampler: of this rank.
+    """
+
+    def __init__(self, sampler: DistributedSampler[Any]) -> None:
+        self.sampler = sampler
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration takes."""
+        self.sampler.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[int]:
+        # It appends the repeated samples to the order and gives each rank every num_replicas-th sample.
+        return islice(iter(self.sampler), len(self))
+
+    def __len__(self) -> int:
+        sampler = self.sampler
+        return len(range(sampler.rank, len(sampler.dataset), sampler.num_replicas))  # type: ignore[arg-type]
 
 
 @final

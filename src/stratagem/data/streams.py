@@ -147,8 +147,11 @@ _numpy_stand_in = np.random.MT19937(0)
 
 
 @contextmanager
-def generators_aside() -> Iterator[None]:
-    """Give back the states of the CPU's generators at the end, unless this is a worker, where nothing else draws."""
+def generators_aside(stand_in: np.random.MT19937 = _numpy_stand_in) -> Iterator[None]:
+    """Give back the states of the CPU's generators at the end, unless this is a worker, where nothing else draws.
+
+    NumPy draws from ``stand_in`` meanwhile.
+    """
     if get_worker_info() is not None:
         yield
         return
@@ -156,7 +159,7 @@ def generators_aside() -> Iterator[None]:
     # Reading and writing NumPy's state takes 160 us, exchanging the generator 2 us. All that it loses is the second of a
     # pair of normal numbers, where np.random.randn was asked for one.
     numpy = get_bit_generator()
-    set_bit_generator(_numpy_stand_in)
+    set_bit_generator(stand_in)
     try:
         yield
     finally:

@@ -42,8 +42,8 @@ class SupervisedModel(BaseModel):
     def forward(self, inputs: Any, targets: Any = None, mode: str = "tensor") -> Any:  # type: ignore[override]  # narrower
         if isinstance(inputs, list):
             raise TrainingError(
-                "SupervisedModel got a list of inputs in place of a batch. Stack them while loading: "
-                "collate_fn=dict(type='default_collate')."
+                "SupervisedModel got a list of inputs instead of a batch. Stack them while loading: "
+                "collate_fn=dict(type='default_collate'), which is also the default."
             )
         predictions = self.network(inputs)
         if mode == "loss":

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise, zip_longest
 from typing import Any, final
 
 import torch
 from torch.distributed import ProcessGroup
 
-from stratagem.dist import broadcast_object, collect_results
+from stratagem.dist import broadcast_object, gather_object
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
 from stratagem.registry import METRICS
 
@@ -31,18 +33,30 @@ class BaseMetric(ABC):
 
     @abstractmethod
     def process(self, data_batch: Any, data_samples: Any) -> None:
-        """Append to ``self.results`` what is needed of one batch, an item for each sample."""
+        """Append to ``self.results`` what is needed of one batch: usually one item per sample, but any number is kept."""
 
     @abstractmethod
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return the values, from the results of all ranks in the order of the samples. Called on rank 0."""
+        """Return the values, from all results of all ranks. Called on rank 0.
 
-    def evaluate(self, size: int, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return the values on every rank and forget the results. Collective.
-
-        ``group`` are the ranks that have all results together, where others have the same as one of them.
+        The results are in the order of the samples if there is one per sample, or if the ranks take turns at whole
+        batches.
         """
-        results = collect_results(self.results, size, group)
+
+    def evaluate(
+        self, size: int | None = None, group: ProcessGroup | None = None, *, batch_ends: Sequence[int] | None = None
+    ) -> dict[str, float]:
+        """Return the values on every rank and discard the results. Collective.
+
+        Args:
+            size: how many results to keep, for callers whose own sampler repeats samples at the end. The loops keep all:
+                no sampler repeats samples in an evaluation.
+            group: the ranks that have all results together, if the remaining ranks have the same ones.
+            batch_ends: how many results there were after each batch, if the ranks take turns at whole batches; None if
+                they take turns at samples.
+        """
+        gathered = gather_object(_in_batches(self.results, batch_ends), 0, group)
+        results = None if gathered is None else list(chain.from_iterable(_in_turn(gathered)))[:size]
         self.results = []
         values = None if results is None else self.compute_metrics(results)
         values = broadcast_object(values)
@@ -64,37 +78,61 @@ class Evaluator:
 
     def __init__(self, metrics: Any, *, device: torch.device | None = None) -> None:
         self._metrics = {name: _place(metric, device) for name, metric in _named(metrics).items()}
+        self._batch_ends: defaultdict[str, list[int]] = defaultdict(list)
 
     def process(self, data_batch: Any, outputs: Any) -> None:
         """Take in one batch and what the model made of it."""
-        for metric in self._metrics.values():
+        for name, metric in self._metrics.items():
             if isinstance(metric, BaseMetric):
                 metric.process(data_batch, outputs)
+                self._batch_ends[name].append(len(metric.results))
             else:
                 _update(metric, outputs)
 
     def reset(self) -> None:
         """Forget what was taken in."""
+        self._batch_ends.clear()
         for metric in self._metrics.values():
             if isinstance(metric, BaseMetric):
                 metric.results = []
             else:
                 metric.reset()
 
-    def evaluate(self, size: int, *, group: ProcessGroup | None = None) -> dict[str, float]:
-        """Return all values, for ``size`` samples over all ranks, and start anew. Collective.
+    def evaluate(
+        self, size: int | None = None, *, group: ProcessGroup | None = None, by_batch: bool = False
+    ) -> dict[str, float]:
+        """Return all values, over everything that was processed on all ranks, and reset. Collective.
 
-        ``group`` are the ranks that saw all samples together, where others saw the same ones; None for all ranks.
+        Args:
+            size: see :meth:`BaseMetric.evaluate`.
+            group: the ranks that saw all samples together, if the remaining ranks saw the same ones; None for all ranks.
+            by_batch: whether the ranks took turns at whole batches, rather than at samples.
         """
         values: dict[str, float] = {}
+        ends, self._batch_ends = self._batch_ends, defaultdict(list)
         for name, metric in self._metrics.items():
-            for key, value in _values(name, metric, size, group).items():
+            for key, value in _values(name, metric, size, group, ends[name] if by_batch else None).items():
                 if key in values:
                     raise ConfigValueError(
                         f"Two metrics give a value called {key!r}. Give one of them a prefix or a name."
                     )
                 values[key] = value
         return values
+
+
+def _in_batches(results: list[Any], ends: Sequence[int] | None) -> list[list[Any]]:
+    """Split results by batch; without the ends of the batches, into single ones."""
+    if ends is None:
+        return [[result] for result in results]
+    # What a metric adds after the last batch belongs to it.
+    starts = [0, *ends[:-1]]
+    return [results[start:end] for start, end in pairwise([*starts, len(results)])]
+
+
+def _in_turn(of_ranks: Sequence[Sequence[list[Any]]]) -> Iterator[list[Any]]:
+    """Yield the first item of each rank, then the second of each, and so on."""
+    for round_ in zip_longest(*of_ranks, fillvalue=[]):
+        yield from round_
 
 
 def _named(metrics: Any) -> dict[str, Any]:
@@ -149,9 +187,11 @@ def _update(metric: Any, outputs: Any) -> None:
         )
 
 
-def _values(name: str, metric: Any, size: int, group: ProcessGroup | None) -> dict[str, float]:
+def _values(
+    name: str, metric: Any, size: int | None, group: ProcessGroup | None, batch_ends: Sequence[int] | None
+) -> dict[str, float]:
     if isinstance(metric, BaseMetric):
-        return metric.evaluate(size) if group is None else metric.evaluate(size, group)
+        return metric.evaluate(size, group, batch_ends=batch_ends)
     if group is not None:
         metric.process_group = group
     computed = metric.compute()

@@ -17,7 +17,7 @@ from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation import Evaluator
 from stratagem.train.failure import describe_batch
-from stratagem.train.pace import keep_pace, most_batches
+from stratagem.train.pace import batches_in_step
 from stratagem.train.run import Run
 from stratagem.utils import generator_state, restore_generator_state
 
@@ -107,7 +107,8 @@ class EpochBasedTrainLoop:
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
             # A sampler without end does not end the epoch; its length does.
-            left = None if progress.epoch_length is None else max(0, progress.epoch_length - progress.batch)
+            length = progress.epoch_length
+            left = None if length is None else max(0, length + self.dataloader.slack - progress.batch)
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break
@@ -281,7 +282,7 @@ class _EvaluationLoop:
             restore_generator_state(generators)
             run.logger.info("The evaluation was broken off: the run was interrupted.")
             return {}
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset), group=run.strategy.data_group)
+        metrics = self.evaluator.evaluate(group=run.strategy.data_group, by_batch=self.dataloader.by_batch)
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
             run.progress.validated = run.progress.iter
@@ -300,18 +301,15 @@ class _EvaluationLoop:
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
-        most, made, batch = most_batches(run, self.dataloader), 0, None
-        for index, batch in enumerate(self.dataloader.batches(0)):
+        for index, batch in enumerate(batches_in_step(run, self.dataloader, step)):
             for call in before:
                 call(run, index, batch)
             outputs = step(batch)
             self.evaluator.process(batch, outputs)
             for call in after:
                 call(run, index, batch, outputs)
-            made = index + 1
             if stoppable and run.interrupt.due() and run.is_ending:
                 return False
-        keep_pace(step, self.dataloader, batch, most - made)
         return True
 
 

@@ -1,53 +1,78 @@
-"""Equal numbers of forward passes on every rank, where a forward pass is collective."""
+"""The same number of forward passes on every rank, if a forward pass is collective."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from stratagem.data import EpochLoader
-from stratagem.dist import all_reduce
-from stratagem.errors import PlacementError
+from stratagem.dist import all_gather_object, all_reduce, broadcast_object
 from stratagem.train.run import Run
 
-__all__ = ["keep_pace", "most_batches"]
+__all__ = ["batches_in_step"]
+
+_END = object()
 
 
-def most_batches(run: Run, loader: EpochLoader) -> int:
-    """Return how many batches the rank with the most has, where all must make as many forward passes; else 0.
+def batches_in_step(run: Run, loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yield this rank's batches of an evaluation; the caller makes a forward pass for each before it requests the next.
 
-    Collective.
-
-    Raises:
-        PlacementError: if the data do not say how many they are.
-    """
-    if not run.strategy.collective_forward:
-        return 0
-    if loader.length is None:
-        raise PlacementError(
-            f"{type(loader.dataset).__name__} has no length, and under {type(run.strategy).__name__} all ranks must make as "
-            "many forward passes. Give the evaluation's dataset a __len__, or evaluate the checkpoint on one device."
-        )
-    most = torch.tensor(loader.length)
-    all_reduce(most, "max")
-    return int(most.item())
-
-
-def keep_pace(step: Callable[[Any], Any], loader: EpochLoader, last: Any, missing: int) -> None:
-    """Make the forward passes that other ranks need of this one, which has no data left; their results are dropped.
+    If a forward pass is collective, a rank that has no data left makes the passes that other ranks need from it, with a
+    batch that it or another rank had before; their results are discarded. Collective then.
 
     Args:
-        step: makes a forward pass of a batch.
+        run: its strategy decides whether a forward pass is collective.
         loader: where the data come from.
-        last: the last batch that this rank had; None where it had none.
-        missing: how many are to be made.
+        step: makes a forward pass of a batch.
     """
-    if missing <= 0:
-        return
-    if last is None:
+    batches = loader.batches(0)
+    if not run.strategy.collective_forward:
+        yield from batches
+    elif loader.share is not None:
+        # Every rank reads all batches, and so sees at the end whether it lacks one.
+        yield from batches
+        if loader.leftover is not None:
+            step(loader.leftover)
+    elif loader.length is None:
+        yield from _asking_each_time(batches, step)
+    else:
+        yield from _counted(batches, loader, step)
+
+
+def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yield the batches of a loader of known length, and make the passes that the longest one needs."""
+    most = torch.tensor(loader.length)
+    all_reduce(most, "max")
+    made = 0
+    last: Any = None
+    for batch in batches:
+        made, last = made + 1, batch
+        yield batch
+    missing = int(most.item()) - made
+    if missing > 0 and made == 0:
         collate = loader.collate
         last = loader.dataset[0] if collate is None else collate([loader.dataset[0]])
     for _ in range(missing):
         step(last)
+
+
+def _asking_each_time(batches: Iterator[Any], step: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yield the batches of a loader of unknown length, and make passes as long as any rank has a batch."""
+    last: Any = _END
+    while True:
+        batch = next(batches, _END)
+        ranks = all_gather_object((batch is not _END, last is not _END))
+        having = [rank for rank, (has_batch, _) in enumerate(ranks) if has_batch]
+        if not having:
+            return
+        if not all(map(any, ranks)):
+            # Some rank never had a batch.
+            borrowed = broadcast_object(batch if batch is not _END else None, having[0])
+            last = borrowed if last is _END else last
+        if batch is _END:
+            step(last)
+        else:
+            last = batch
+            yield batch

@@ -1,0 +1,270 @@
+"""Built loaders: respected in one process, and divided among ranks that are simulated one after the other."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    get_worker_info,
+)
+
+from stratagem.data import DefaultSampler, GroupedBatchSampler, build_dataloader
+from stratagem.errors import ConfigValueError
+
+NUMBERS = list(range(11))
+
+
+def generator() -> torch.Generator:
+    """Return a generator in the same state each time."""
+    return torch.Generator().manual_seed(7)
+
+
+class Drawing(Sampler[int]):
+    """Draws every sample from another global generator when it is needed."""
+
+    def __len__(self) -> int:
+        return len(NUMBERS)
+
+    def __iter__(self) -> Iterator[int]:
+        for place in range(len(NUMBERS)):
+            draws = (random.random(), float(np.random.rand()), torch.rand(1).item())
+            yield int(draws[place % 3] * len(NUMBERS))
+
+
+class OddThenEven(BatchSampler):
+    """Batches that are not the next samples of the sampler."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(self.sampler)
+        yield [index for index in order if index % 2]
+        yield [index for index in order if index % 2 == 0]
+
+    def __len__(self) -> int:
+        return 2
+
+
+class Doubling(DataLoader[int]):
+    """A loader with its own iteration."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return (batch * 2 for batch in super().__iter__())
+
+
+class Counting(IterableDataset[int]):
+    """Counts; its workers divide the numbers."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        info = get_worker_info()
+        return iter(range(self.length)[0 if info is None else info.id :: 1 if info is None else info.num_workers])
+
+
+PLAIN: dict[str, Callable[[], DataLoader[Any]]] = {
+    "batch sampler over a subset": lambda: DataLoader(
+        NUMBERS, batch_sampler=BatchSampler(SubsetRandomSampler([0, 1, 2, 3, 4], generator()), 2, drop_last=True)
+    ),
+    "batch sampler over a weighted sampler": lambda: DataLoader(
+        NUMBERS, batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * 11, 6, generator=generator()), 4, False)
+    ),
+    "batch sampler over a random sampler": lambda: DataLoader(
+        NUMBERS, batch_sampler=BatchSampler(RandomSampler(NUMBERS, generator=generator()), 4, False)
+    ),
+    "batch sampler over a list": lambda: DataLoader(NUMBERS, batch_sampler=[[3, 1], [2]]),
+    "own batch sampler": lambda: DataLoader(NUMBERS, batch_sampler=OddThenEven(SequentialSampler(NUMBERS), 3, False)),
+    "subset": lambda: DataLoader(NUMBERS, batch_size=3, sampler=SubsetRandomSampler([4, 5, 6], generator())),
+    "with replacement": lambda: DataLoader(
+        NUMBERS, batch_size=3, sampler=RandomSampler(NUMBERS, replacement=True, num_samples=7, generator=generator())
+    ),
+    "generator": lambda: DataLoader(NUMBERS, batch_size=3, shuffle=True, generator=generator()),
+    "single samples": lambda: DataLoader(NUMBERS, batch_size=None, sampler=[5, 2]),
+    "own iteration": lambda: Doubling(NUMBERS, batch_size=3),
+    "stream": lambda: DataLoader(Counting(5), batch_size=2),
+}
+
+
+def lists(batches: Any) -> list[Any]:
+    """Return batches as lists."""
+    return [batch.tolist() if isinstance(batch, Tensor) else batch for batch in batches]
+
+
+def of_ranks(loader: Callable[[], Any], *, training: bool, size: int = 2, epoch: int = 0, done: int = 0) -> list[Any]:
+    """Return the batches of each rank."""
+    return [
+        lists(build_dataloader(loader(), seed=3, rank=rank, world_size=size, training=training).batches(epoch, done))
+        for rank in range(size)
+    ]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("training", [True, False])
+def test_one_process_gets_the_batches_of_the_plain_loader(kind: str, training: bool) -> None:
+    """In each of two epochs they are exactly those that torch's loader gives by itself."""
+    plain, loader = PLAIN[kind](), build_dataloader(PLAIN[kind](), seed=3, training=training)
+    for epoch in range(2):
+        assert lists(loader.batches(epoch)) == lists(plain)
+    assert loader.length == len(plain)
+
+
+def test_samples_of_a_sampler_are_taken_in_turn_and_the_last_round_is_filled_up_in_training() -> None:
+    """Batches of two on two ranks are together a batch of four; in evaluation no sample comes twice."""
+
+    def loader() -> DataLoader[int]:
+        return DataLoader(NUMBERS, batch_size=2, sampler=NUMBERS)
+
+    even = [[0, 2], [4, 6], [8, 10]]
+    assert of_ranks(loader, training=True) == [even, [[1, 3], [5, 7], [9, 0]]]
+    assert of_ranks(loader, training=False) == [even, [[1, 3], [5, 7], [9]]]
+
+
+def test_batches_of_a_batch_sampler_are_taken_in_turn() -> None:
+    """Whole batches keep what the batch sampler put together; a rank without one repeats the first in training."""
+
+    def loader() -> DataLoader[int]:
+        return DataLoader(NUMBERS, batch_sampler=[[1, 2], [3], [4, 5]])
+
+    assert of_ranks(loader, training=True) == [[[1, 2], [4, 5]], [[3], [1, 2]]]
+    assert of_ranks(loader, training=False) == [[[1, 2], [4, 5]], [[3]]]
+
+
+@pytest.mark.parametrize("loader", [lambda: Doubling(NUMBERS[:10], batch_size=2), lambda: DataLoader(Counting(10), 2)])
+def test_batches_of_a_loader_that_chooses_them_itself_are_taken_in_turn(loader: Callable[[], Any]) -> None:
+    """Of five batches each rank gets its own three in training, one of them again, and three and two in evaluation."""
+    plain = lists(loader())
+    assert of_ranks(loader, training=True) == [plain[::2], [plain[1], plain[3], plain[4]]]
+    assert of_ranks(loader, training=False) == [plain[::2], plain[1::2]]
+    for training, lengths in ((True, [3, 3]), (False, [3, 2])):
+        for rank, length in enumerate(lengths):
+            built = build_dataloader(loader(), seed=3, rank=rank, world_size=2, training=training)
+            assert built.length == length
+
+
+def test_fewer_batches_than_ranks_give_every_rank_one_in_training() -> None:
+    """No rank may train less than the others."""
+    assert of_ranks(lambda: DataLoader(NUMBERS, batch_sampler=[[1]]), training=True, size=3) == [[[1]]] * 3
+    assert of_ranks(lambda: DataLoader(Counting(1)), training=True, size=3) == [[[0]]] * 3
+
+
+def test_an_order_from_the_global_generators_depends_on_the_seed_and_the_epoch_alone() -> None:
+    """What the model draws does not change it, it changes nothing that the model draws, and it resumes anywhere."""
+
+    def loader() -> DataLoader[int]:
+        return DataLoader(NUMBERS, batch_size=2, sampler=Drawing())
+
+    first = of_ranks(loader, training=True)
+    state = random.getstate(), torch.get_rng_state()
+    torch.rand(5), random.random(), np.random.rand()
+    drawn = random.getstate(), torch.get_rng_state()
+    assert of_ranks(loader, training=True) == first
+    assert random.getstate() == drawn[0] != state[0]
+    assert torch.equal(torch.get_rng_state(), drawn[1])
+    assert of_ranks(loader, training=True, epoch=1) != first
+    assert of_ranks(loader, training=True, done=2) == [batches[2:] for batches in first]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_sampler_that_is_divided_for_these_ranks_is_taken_as_it_is(training: bool) -> None:
+    """Torch's DistributedSampler repeats a sample at the end; in evaluation that one is left out."""
+    for rank in range(2):
+
+        def loader(rank: int = rank) -> DataLoader[int]:
+            return DataLoader(NUMBERS, batch_size=2, sampler=DistributedSampler(NUMBERS, 2, rank, shuffle=False))  # type: ignore[arg-type]
+
+        built = build_dataloader(loader(), seed=3, rank=rank, world_size=2, training=training)
+        expected = lists(loader())
+        if rank == 1 and not training:
+            expected[-1] = expected[-1][:-1]
+        assert lists(built.batches(0)) == expected
+        assert built.length == 3
+
+
+@pytest.mark.parametrize(("replicas", "rank"), [(3, 0), (2, 0)])
+def test_a_sampler_that_is_divided_for_other_ranks_is_refused(replicas: int, rank: int) -> None:
+    """It would leave samples out or repeat them; the error has both numbers."""
+    sampler = DistributedSampler(NUMBERS, replicas, rank)  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigValueError, match=rf"DistributedSampler is divided for rank {rank} of {replicas}.*rank 1 of 2"
+    ):
+        build_dataloader(DataLoader(NUMBERS, sampler=sampler), seed=3, rank=1, world_size=2, training=True)
+
+
+def test_a_stream_that_is_divided_for_other_ranks_is_refused() -> None:
+    """So is a stream that declares its ranks."""
+    stream = Counting(4)
+    stream.num_replicas, stream.rank = 4, 0  # type: ignore[attr-defined]
+    with pytest.raises(ConfigValueError, match=r"Counting is divided for rank 0 of 4"):
+        build_dataloader({"dataset": stream}, seed=3, rank=0, world_size=2, training=True)
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        lambda: DataLoader(NUMBERS, sampler=DefaultSampler(NUMBERS, shuffle=False)),
+        lambda: DataLoader(NUMBERS, batch_sampler=GroupedBatchSampler(NUMBERS, 1, [0] * 11, shuffle=False)),
+    ],
+    ids=["sampler", "batch sampler"],
+)
+def test_a_built_in_sampler_that_was_made_before_the_ranks_were_known_is_divided(loader: Callable[[], Any]) -> None:
+    """A script makes its sampler before the run makes the process group."""
+    assert of_ranks(loader, training=False) == [[[number] for number in NUMBERS[rank::2]] for rank in range(2)]
+
+
+def test_the_configuration_of_a_loader_stacks_its_batches() -> None:
+    """Without ``collate_fn`` it is torch's ``default_collate``; the lists of MMEngine come by name."""
+    cfg = {"dataset": [{"x": 1.0}, {"x": 2.0}], "batch_size": 2, "shuffle": False}
+    (batch,) = build_dataloader(cfg, seed=3, training=True).batches(0)
+    assert torch.equal(batch["x"], torch.tensor([1.0, 2.0], dtype=torch.float64))
+    cfg["collate_fn"] = {"type": "pseudo_collate"}
+    assert list(build_dataloader(cfg, seed=3, training=True).batches(0)) == [{"x": [1.0, 2.0]}]
+
+
+DESCRIBED: dict[str, Callable[[], Any]] = {
+    "11 samples of list in the order of DefaultSampler, batches of 2, the samples divided among 2 data-parallel ranks": (
+        lambda: {"dataset": NUMBERS, "batch_size": 2}
+    ),
+    "11 samples of list in the order of SubsetRandomSampler, batches of 4, the samples divided among 2": (
+        lambda: DataLoader(NUMBERS, 4, sampler=SubsetRandomSampler([1]))
+    ),
+    "11 samples of list in the order of list, the batches divided among 2": (
+        lambda: DataLoader(NUMBERS, batch_sampler=[[1]])
+    ),
+    "stream Counting of 4 samples, batches of 2, the batches divided among 2 data-parallel ranks, each of which reads all": (
+        lambda: DataLoader(Counting(4), 2)
+    ),
+    "11 samples of list in the order of DistributedSampler, batches of 1, already divided among 2": (
+        lambda: DataLoader(NUMBERS, sampler=DistributedSampler(NUMBERS, 2, 0))  # type: ignore[arg-type]
+    ),
+}
+
+
+@pytest.mark.parametrize("words", DESCRIBED)
+def test_a_loader_describes_its_order_and_how_it_is_divided(words: str) -> None:
+    """In one line, for the log."""
+    assert words in build_dataloader(DESCRIBED[words](), seed=3, world_size=2, training=False).describe()
+
+
+@pytest.mark.slow
+def test_a_stream_s_epoch_has_the_short_last_batch_of_every_worker() -> None:
+    """Ten samples, of which each of two workers gives 4 and 1: torch's length counts 3 batches, and there are 4."""
+    loader = build_dataloader(DataLoader(Counting(10), batch_size=4, num_workers=2), seed=3, training=True)
+    assert (loader.length, loader.slack) == (3, 1)
+    assert sorted(map(len, loader.batches(0))) == [1, 1, 4, 4]
