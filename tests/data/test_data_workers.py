@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ranks import scripts_environment
@@ -48,17 +50,41 @@ def build(dataset: Any, **options: Any) -> EpochLoader:
     return build_dataloader(cfg, seed=0, training=True)
 
 
+def from_configuration(dataset: Any) -> EpochLoader:
+    """Build a loader of two workers from its configuration."""
+    return build(dataset)
+
+
+def used_as_it_is(dataset: Any) -> EpochLoader:
+    """Take a loader whose generator is its own, so that it cannot be built again."""
+    generator = torch.Generator()
+    loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=list, generator=generator)
+    return build_dataloader(loader, seed=0, training=True)
+
+
+@pytest.mark.parametrize("load", [from_configuration, used_as_it_is])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_processes_leaves_the_workers_to_the_main_process(number: signal.Signals) -> None:
+def test_a_signal_to_all_processes_leaves_the_workers_to_the_main_process(
+    number: signal.Signals, load: Callable[[Any], EpochLoader]
+) -> None:
     """Ctrl-C or a scheduler's signal reaches workers too; they go on giving batches, and the handlers are not theirs."""
     heard = []
     before = signal.signal(number, lambda *_: heard.append(os.getpid()))
     try:
-        batches = list(build(Signalled(number)).batches(0))
+        batches = list(load(Signalled(number)).batches(0))
     finally:
         signal.signal(number, before)
     assert [batch[0][0] for batch in batches] == list(range(20))
     assert heard == []
+
+
+def test_a_loader_that_is_used_as_it_is_keeps_its_worker_init_fn() -> None:
+    """Its own function is called in each worker, and is still the loader's afterwards."""
+    numbers = multiprocessing.SimpleQueue()
+    loader = DataLoader([1, 2], num_workers=2, generator=torch.Generator(), worker_init_fn=numbers.put)
+    assert len(list(build_dataloader(loader, seed=0, training=True).batches(0))) == 2
+    assert sorted(numbers.get() for _ in range(2)) == [0, 1]
+    assert loader.worker_init_fn == numbers.put
 
 
 def test_a_second_sigterm_ends_a_worker() -> None:
@@ -142,7 +168,7 @@ def test_a_process_exits_at_once_while_its_workers_live(tmp_path: Path, end: str
     )
     try:
         # The workers have the pipes too, so this waits for their end as well.
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=50)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from stratagem.data.batches import EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
-from stratagem.data.workers import WorkerStart, kill_when_terminated, naming_dead_workers
+from stratagem.data.workers import WorkerStart, naming_dead_workers, start_workers
 from stratagem.dist import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
@@ -131,10 +131,10 @@ class EpochLoader:
             self.loader.worker_init_fn.begin(epoch)
         if self._source is not None and self._batches is not None:
             self._batches.choose(self._source.draws(self._epoch_of(epoch), self.taken(epoch, done)))
-            return self._told(self._start())
+            return self._told(start_workers(self.loader))
         if self._batches is not None and isinstance(self._batches.source, ForeignBatches):
             self._batches.choose(self._batches.source.draws(epoch, done))
-            return self._told(self._start())
+            return self._told(start_workers(self.loader))
         self._tell_epoch(epoch)
         if self._keeper is not None:
             return self._told(self._from_state(self._keeper, epoch, done))
@@ -267,18 +267,12 @@ class EpochLoader:
     def _begin(self, epoch: int) -> Iterator[Any]:
         """Begin an iteration of a loader that is not ours, at the expense of no generator of the model's."""
         if self.loader.generator is not None:
-            return self._start()
+            return start_workers(self.loader)
         # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that begins an
         # epoch once more, in its middle, would give its dropout other numbers.
         with generators_aside():
             seed_stream(torch.initial_seed(), epoch, get_rank())
-            return self._start()
-
-    def _start(self) -> Iterator[Any]:
-        batches = iter(self.loader)
-        if isinstance(self.loader.worker_init_fn, WorkerStart):
-            kill_when_terminated(getattr(batches, "_workers", ()))
-        return batches
+            return start_workers(self.loader)
 
     def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
         # Torch keeps its processes to itself; without them the error names the process id alone.

@@ -10,13 +10,13 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, final
 
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from stratagem.data.lifeline import Lifeline
 from stratagem.data.streams import StreamedDataset, seed_stream
 from stratagem.errors import TrainingError
 
-__all__ = ["WorkerStart", "kill_when_terminated", "naming_dead_workers"]
+__all__ = ["WorkerStart", "naming_dead_workers", "start_workers"]
 
 # How torch tells of a worker that is gone.
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
@@ -43,17 +43,13 @@ class WorkerStart:
         self._lifeline = Lifeline()
 
     def begin(self, epoch: int) -> None:
-        """Prepare to start workers, in the process that starts them: they seed their streams for this epoch."""
+        """Prepare to start workers that seed their streams for this epoch."""
         self._epoch = epoch
         self._lifeline.open()
 
     def __call__(self, worker: int) -> None:
         """Set up worker number ``worker``, in its process."""
-        # Without a lifeline nothing but a signal would end the worker, so torch's handling of signals stays.
-        if self._lifeline.end_with_parent():
-            for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-                signal.signal(number, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, _ignore_the_first)
+        _leave_signals_to_parent(self._lifeline)
         seed_stream(self._seed, self._epoch, self._rank, worker)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, StreamedDataset):
@@ -63,19 +59,56 @@ class WorkerStart:
             self.then(worker)
 
 
+@final
+class _GuardedStart:
+    """The ``worker_init_fn`` of a loader that is used as it is: the loader's own, after signals were taken care of."""
+
+    def __init__(self, then: Callable[[int], Any] | None) -> None:
+        self._then = then
+        self._lifeline = Lifeline()
+        self._lifeline.open()
+
+    def __call__(self, worker: int) -> None:
+        _leave_signals_to_parent(self._lifeline)
+        if self._then is not None:
+            self._then(worker)
+
+
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return ``iter(loader)``, whose workers leave signals to this process and end with it. The loader stays as it is."""
+    own = loader.worker_init_fn
+    if isinstance(own, WorkerStart) or not loader.num_workers:
+        batches = iter(loader)
+    else:
+        loader.worker_init_fn = _GuardedStart(own)
+        try:
+            batches = iter(loader)
+        finally:
+            loader.worker_init_fn = own
+    for worker in getattr(batches, "_workers", ()):
+        _kill_when_terminated(worker)
+    return batches
+
+
+def _leave_signals_to_parent(lifeline: Lifeline) -> None:
+    if not lifeline.end_with_parent():
+        # Nothing but a signal would end the worker, so torch's handling of signals stays.
+        return
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_the_first)
+
+
 def _ignore_the_first(number: int, _: FrameType | None) -> None:
     # A scheduler's SIGTERM comes to all processes at once, and the main process wants to complete its step.
     signal.signal(number, signal.SIG_DFL)
 
 
-def kill_when_terminated(workers: Sequence[BaseProcess]) -> None:
-    """Make ``terminate()`` of these processes kill them, since they ignore the first SIGTERM.
-
-    Torch calls it when a worker has not ended five seconds after it was told to, and ``multiprocessing`` at exit.
-    """
-    for worker in workers:
-        started: Any = worker._popen  # type: ignore[attr-defined]  # where both look for it
-        started.terminate = started.kill
+def _kill_when_terminated(worker: BaseProcess) -> None:
+    # It ignores the first SIGTERM. Torch terminates a worker that has not ended five seconds after it was told to, and
+    # multiprocessing all that live at exit.
+    started: Any = worker._popen  # type: ignore[attr-defined]  # where both look for it
+    started.terminate = started.kill
 
 
 @contextmanager
