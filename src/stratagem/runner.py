@@ -181,7 +181,7 @@ class Runner:
 
     @property
     def interrupted(self) -> int | None:
-        """The number of the signal that stopped the training; None where none did."""
+        """The number of the signal that stopped the last training before its end; None if none did."""
         return self.run.interrupt.received
 
     def latest_checkpoint(self) -> Path | None:
@@ -226,9 +226,14 @@ class Runner:
         return loop
 
     def train(self) -> nn.Module:
-        """Train from where the run stands to its end, or until it is interrupted; return the model. Collective.
+        """Train from where the run stands to its end; return the model. Collective.
+
+        A signal to any rank stops all of them after the same iteration. The run is saved, hooks are called as at its end,
+        and the signal is passed on as an exception, so that a program with several runs stops as well.
 
         Raises:
+            KeyboardInterrupt: after the checkpoint, if SIGINT (Ctrl-C) came; at once, if a second signal came.
+            SystemExit: after the checkpoint, if SIGTERM (code 143) or SIGUSR1 (code 138) came.
             LaunchError: if ranks have read different configurations.
             StateError: if the runner was given nothing to train with.
         """
@@ -252,6 +257,7 @@ class Runner:
                 if self.interrupted is not None:
                     end_interrupted(run, begin, requeue=self._requeue)
             run.events.call("after_run", run)
+        run.interrupt.raise_heard()
         return self.strategy.model
 
     def _train_to_the_end(self, loop: Any) -> None:

@@ -92,7 +92,11 @@ def train(place: Path, kind: Kind, *, resume: bool = False) -> str:
         **kind.changes,
     )
     try:
-        runner.train()
+        try:
+            runner.train()
+        except KeyboardInterrupt:
+            if runner.interrupted is None:
+                raise
         return digest(runner.strategy.bare_model())
     finally:
         runner.close()

@@ -287,6 +287,9 @@ def train(drawn: Drawn, folder: Path, stop: Stop | None = None, *, resume: bool 
             runner.run.save_checkpoint(folder / "final", runner.run.progress.here())
     except StopError:
         pass
+    except SystemExit:
+        if runner.interrupted is None:
+            raise
     finally:
         runner.close()
 

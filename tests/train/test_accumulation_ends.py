@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import EPOCH, VALIDATION, At, Recorder, settings, stop
+from toys import EPOCH, VALIDATION, At, Recorder, settings, stop, train_until_signal
 
 from ranks import Ranks
 from stratagem import Runner
@@ -49,7 +49,7 @@ def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
     whole, pieces = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     first = make_runner(custom_hooks=[pieces, At(at, interrupt)], train_cfg=train_cfg, **OPTIM, **VALIDATION)
-    first.train()
+    train_until_signal(first)
     assert first.interrupted == signal.SIGINT
     assert first.run.iter == -(-at // 4) * 4
     assert first.latest_checkpoint() == tmp_path / "run" / f"iter_{first.run.iter}"
@@ -92,7 +92,7 @@ def interrupted_in_nine(folder: str) -> tuple[int, int, int]:
     """Train under DDP until a signal that comes in iteration 9; return iterations, updates and pending."""
     changes = {"work_dir": folder, "strategy": "DDPStrategy", "launcher": "pytorch", "custom_hooks": [At(9, interrupt)]}
     runner = Runner(**settings(train_cfg={"max_iters": 30}, **changes, **OPTIM))
-    runner.train()
+    train_until_signal(runner)
     runner.close()
     optim = runner.strategy.optim_wrapper
     return runner.run.iter, optim.updates, optim.pending

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import EPOCH, QUIET_HOOKS, TRAINING, VALIDATION, At, Toy, loader, settings, stop
+from toys import EPOCH, QUIET_HOOKS, TRAINING, VALIDATION, At, Toy, loader, settings, stop, train_until_signal
 
 import faults
 from ranks import Ranks
@@ -44,7 +44,7 @@ def train(make_runner: MakeRunner, hook: dict, epochs: int = 3, **changes: Any) 
     runner = make_runner(
         default_hooks={**QUIET_HOOKS, "checkpoint": hook}, **{"train_cfg": {"max_epochs": epochs}, **changes}
     )
-    runner.train()
+    train_until_signal(runner)
     return runner
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, Samples, loader, settings
+from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, Samples, loader, settings, train_until_signal
 
 from stratagem import Runner
 
@@ -106,7 +106,7 @@ def whole_and_pieces(
     pieces = Recorder()
     for stop in stops:
         hooks = [pieces, At(stop, interrupt)]
-        make_runner(custom_hooks=hooks, resume=True, train_dataloader=data(), **VALIDATION).train()
+        train_until_signal(make_runner(custom_hooks=hooks, resume=True, train_dataloader=data(), **VALIDATION))
     runner = make_runner(custom_hooks=[pieces], resume=True, train_dataloader=data(), **VALIDATION)
     runner.train()
     return outcome(runner, pieces), whole
@@ -173,7 +173,7 @@ def test_a_loader_with_a_state_goes_on_in_the_same_process(make_runner: MakeRunn
     recorder = Recorder()
     data = loader(dataset=Numbers())
     runner = make_runner(custom_hooks=[recorder, At(4, interrupt)], train_dataloader=data, train_cfg={"max_epochs": 1})
-    runner.train()
+    train_until_signal(runner)
     runner.train()
     assert [number for row in recorder.rows for number in row[2]] == list(range(SAMPLES))
 
@@ -224,7 +224,7 @@ def test_what_is_inexact_is_said_once_before_training(
 
 def test_a_checkpoint_of_another_loader_is_refused(make_runner: MakeRunner) -> None:
     """A state that nothing can take up belongs to another loader."""
-    make_runner(train_dataloader=loader(dataset=Numbers()), custom_hooks=[At(2, interrupt)]).train()
+    train_until_signal(make_runner(train_dataloader=loader(dataset=Numbers()), custom_hooks=[At(2, interrupt)]))
     runner = make_runner(train_dataloader=loader(), resume=True)
     with pytest.raises(ValueError, match="state of a data loader, and this run's has no load_state_dict"):
         runner.train()
@@ -233,10 +233,12 @@ def test_a_checkpoint_of_another_loader_is_refused(make_runner: MakeRunner) -> N
 def test_an_epoch_goes_on_under_a_batch_that_does_not_divide_what_was_seen(make_runner: MakeRunner) -> None:
     """Four samples were seen, and batches of three begin with the fifth: each sample once, and the epoch ends in time."""
     seen = Recorder()
-    make_runner(custom_hooks=[seen, At(2, interrupt)]).train()
+    train_until_signal(make_runner(custom_hooks=[seen, At(2, interrupt)]))
     again = [seen, At(4, interrupt)]
-    make_runner(custom_hooks=again, resume=True, train_dataloader=loader(batch_size=3)).train()
-    make_runner(custom_hooks=[seen, At(9, interrupt)], resume=True, train_dataloader=loader(batch_size=4)).train()
+    train_until_signal(make_runner(custom_hooks=again, resume=True, train_dataloader=loader(batch_size=3)))
+    train_until_signal(
+        make_runner(custom_hooks=[seen, At(9, interrupt)], resume=True, train_dataloader=loader(batch_size=4))
+    )
     first = [row for row in seen.rows if row[0] == 0]
     assert sorted(number for row in first for number in row[2]) == list(range(SAMPLES))
     assert [len(row[2]) for row in first] == [2, 2, 3, 3, 3]
@@ -251,7 +253,7 @@ def train_piece(folder: str, stop: int | None, samples: int = 23) -> list[tuple[
     data = loader(dataset=Augmented(samples))
     cfg = settings(work_dir=folder, custom_hooks=hooks, resume=True, train_dataloader=data, train_cfg={"max_epochs": 1})
     runner = Runner(**cfg)
-    runner.train()
+    train_until_signal(runner)
     runner.close()
     return [row[2] for row in recorder.rows]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from test_train_schedules import Scripted
-from toys import EPOCH, VALIDATION, At, Recorder
+from toys import EPOCH, VALIDATION, At, Recorder, train_until_signal
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError, TrainingError
@@ -61,7 +61,7 @@ def test_a_run_that_was_resumed_stops_where_the_undisturbed_one_does(make_runner
             train_cfg={"max_epochs": 8},
             **changes,
         )
-        runner.train()
+        train_until_signal(runner)
         return runner
 
     values = [1.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_train_schedules import Poison
-from toys import EPOCH, QUIET_HOOKS, TEST, VALIDATION, At, Recorder, settings
+from toys import EPOCH, QUIET_HOOKS, TEST, VALIDATION, At, Recorder, settings, train_until_signal
 
 from ranks import Ranks
 from stratagem import Runner
@@ -165,7 +165,7 @@ def test_a_resumed_run_is_the_undisturbed_run(
     metrics = Recorder()
     for iteration in stops:
         changes = [EMAHook(**hook), metrics, At(iteration, interrupt)]
-        make_runner(custom_hooks=changes, resume=True, **VALIDATION).train()
+        train_until_signal(make_runner(custom_hooks=changes, resume=True, **VALIDATION))
     pieces = EMAHook(**hook)
     make_runner(custom_hooks=[pieces, metrics], resume=True, **VALIDATION).train()
     assert metrics.metrics == seen.metrics
@@ -214,7 +214,7 @@ def test_a_run_that_goes_on_in_the_same_process_keeps_its_average(make_runner: M
     """The second train() takes up where the first was interrupted."""
     hook, whole = EMAHook(momentum=0.25), EMAHook(momentum=0.25)
     runner = make_runner(custom_hooks=[hook, At(4, interrupt)])
-    runner.train()
+    train_until_signal(runner)
     runner.train()
     make_runner(custom_hooks=[whole]).train()
     assert torch.equal(hook.average.averages[NAME], whole.average.averages[NAME])
@@ -268,7 +268,7 @@ def averaged(folder: str, resume: bool = False) -> tuple[torch.Tensor, torch.Ten
             train_cfg={"max_iters": 14, "val_interval": 7}, resume=resume, **VALIDATION
         )
     )  # fmt: skip
-    runner.train()
+    train_until_signal(runner)
     runner.close()
     return hook.average.averages[NAME], runner.strategy.model_state_dict()[NAME], recorder.metrics
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import EPOCH, VALIDATION, At, Recorder
+from toys import EPOCH, VALIDATION, At, EventLog, Recorder, stop, train_until_signal
 
 from ranks import Ranks
 from stratagem import Runner
@@ -15,6 +15,7 @@ from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.dist import Agreement, get_rank
 from stratagem.train import Hook
 from stratagem.train.interrupt import Interrupt
+from stratagem.train.lineage import read_record
 from stratagem.train.signals import signals
 
 MakeRunner = Callable[..., Runner]
@@ -46,7 +47,7 @@ def test_a_signal_during_a_validation_breaks_it_off(make_runner: MakeRunner, tmp
     whole, pieces = Recorder(), Recorder()
     make_runner(custom_hooks=[whole], work_dir=tmp_path / "whole", **VALIDATION).train()
     first = make_runner(custom_hooks=[pieces, SignalIn("after_val_iter")], **VALIDATION)
-    first.train()
+    train_until_signal(first)
     assert (first.interrupted, first.run.iter, pieces.metrics) == (signal.SIGTERM, EPOCH, [])
     make_runner(custom_hooks=[pieces], resume=True, **VALIDATION).train()
     assert pieces.rows == whole.rows
@@ -57,7 +58,7 @@ def test_a_signal_during_a_save_lets_it_be_published(make_runner: MakeRunner, tm
     """And the run ends at the next boundary, with a checkpoint of that."""
     hooks = {"checkpoint": {"interval": 2, "by_epoch": False}}
     runner = make_runner(custom_hooks=[SignalIn("before_save_checkpoint")], default_hooks=hooks)
-    runner.train()
+    train_until_signal(runner)
     assert runner.run.iter == 2
     assert find_latest_checkpoint(runner.strategy.work_dir) == tmp_path / "run" / "iter_2"
 
@@ -65,7 +66,7 @@ def test_a_signal_during_a_save_lets_it_be_published(make_runner: MakeRunner, tm
 def test_a_signal_before_the_first_iteration_ends_the_run_there(make_runner: MakeRunner, tmp_path: Path) -> None:
     """Nothing is trained, so nothing is saved, and the next start begins as this one did."""
     runner = make_runner(custom_hooks=[SignalIn("before_run")])
-    runner.train()
+    train_until_signal(runner)
     assert (runner.interrupted, runner.run.iter) == (signal.SIGTERM, 0)
     assert find_latest_checkpoint(tmp_path / "run") is None
 
@@ -73,10 +74,83 @@ def test_a_signal_before_the_first_iteration_ends_the_run_there(make_runner: Mak
 def test_a_signal_in_another_start_counts_no_more(make_runner: MakeRunner) -> None:
     """A runner that was interrupted trains on when it is asked again."""
     runner = make_runner(custom_hooks=[At(3, lambda run: os.kill(os.getpid(), signal.SIGINT))])
-    runner.train()
+    train_until_signal(runner)
     assert runner.run.iter == 3
     runner.train()
     assert (runner.interrupted, runner.run.iter) == (None, 3 * EPOCH)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "code"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, None),
+        (signal.SIGTERM, SystemExit, 128 + 15),
+        (signal.SIGUSR1, SystemExit, 128 + signal.SIGUSR1),
+    ],
+)
+def test_an_interrupted_training_raises_after_its_checkpoint(
+    make_runner: MakeRunner, tmp_path: Path, number: int, error: type[BaseException], code: int | None
+) -> None:
+    """Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGUSR1 raise SystemExit with 128 plus their number."""
+    events = EventLog()
+    runner = make_runner(custom_hooks=[At(3, lambda run: os.kill(os.getpid(), number)), events])
+    with pytest.raises(error) as caught:
+        runner.train()
+    assert getattr(caught.value, "code", None) == code
+    assert runner.interrupted == number
+    assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "iter_3"
+    assert events.names[-1] == "after_run"
+    assert ended(runner) == f"stopped by {signal.Signals(number).name}"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    # The folder is free again, and the same runner completes the run.
+    runner.train()
+    assert runner.interrupted is None
+
+
+def test_a_signal_stops_a_loop_over_runs(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """In a sweep the next run does not begin, and the code around the run cleans up."""
+    begun, cleaned = [], []
+
+    def sweep() -> None:
+        for fold in range(3):
+            begun.append(fold)
+            hooks = [At(2, lambda run: os.kill(os.getpid(), signal.SIGINT))] if fold == 1 else []
+            try:
+                make_runner(custom_hooks=hooks, work_dir=tmp_path / str(fold), train_cfg={"max_epochs": 1}).train()
+            finally:
+                cleaned.append(fold)
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep()
+    assert begun == cleaned == [0, 1]
+
+
+@pytest.mark.parametrize("event", ["after_train", "after_run"])
+def test_a_signal_after_the_last_iteration_is_passed_on_too(
+    make_runner: MakeRunner, tmp_path: Path, event: str
+) -> None:
+    """The run is complete and needs no further checkpoint, but the program around it is to stop."""
+    runner = make_runner(custom_hooks=[SignalIn(event)], train_cfg={"max_epochs": 1})
+    with pytest.raises(SystemExit) as caught:
+        runner.train()
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert (runner.interrupted, runner.run.iter) == (None, EPOCH)
+    assert ended(runner) == "complete"
+    assert find_latest_checkpoint(tmp_path / "run") is None
+
+
+def test_a_hook_that_stops_the_training_is_no_interruption(make_runner: MakeRunner) -> None:
+    """train() returns the model, as at the end of the run."""
+    runner = make_runner(custom_hooks=[At(3, stop)])
+    assert runner.train() is runner.strategy.model
+    assert (runner.interrupted, runner.run.iter) == (None, 3)
+
+
+def ended(runner: Runner) -> str:
+    """Return how the last start ended, as its folder records."""
+    _, ending = read_record(Path(runner.run.log_dir))
+    assert ending is not None
+    return ending.how
 
 
 def agreed() -> list[int]:

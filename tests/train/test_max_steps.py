@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import At, Recorder, Toy, loader
+from toys import At, Recorder, Toy, loader, train_until_signal
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError
@@ -73,7 +73,7 @@ def test_a_run_of_updates_is_resumed(make_runner: MakeRunner, tmp_path: Path) ->
     ).train()
     pieces = Recorder()
     stop = At(5, lambda run: os.kill(os.getpid(), signal.SIGINT))
-    make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces, stop]).train()
+    train_until_signal(make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces, stop]))
     again = make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces], resume=True)
     again.train()
     assert pieces.rows == whole.rows

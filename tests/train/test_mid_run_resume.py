@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_train_schedules import PLATEAU, Scripted
-from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, loader, stop
+from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, loader, stop, train_until_signal
 
 from stratagem import Runner
 
@@ -68,7 +68,7 @@ def test_a_run_that_was_interrupted_anywhere_and_resumed_is_the_undisturbed_run(
     pieces = Recorder()
     for iteration in stops:
         runner = make_runner(custom_hooks=[pieces, At(iteration, interrupt)], resume=True, **kind, **VALIDATION)
-        runner.train()
+        train_until_signal(runner)
         assert runner.interrupted == signal.SIGINT
         assert runner.latest_checkpoint() == tmp_path / "run" / f"iter_{iteration}"
     runner = make_runner(custom_hooks=[pieces], resume=True, **kind, **VALIDATION)
@@ -102,7 +102,7 @@ def test_a_validation_that_a_stopped_run_missed_is_made_up_for(make_runner: Make
         return {**VALIDATION, "val_evaluator": Scripted(list(values))}
 
     recorder = Recorder()
-    make_runner(custom_hooks=[recorder, At(2 * EPOCH, interrupt)], **epochs, **validation(1.0)).train()
+    train_until_signal(make_runner(custom_hooks=[recorder, At(2 * EPOCH, interrupt)], **epochs, **validation(1.0)))
     make_runner(custom_hooks=[recorder], resume=True, **epochs, **validation(1.0, 0.5)).train()
     assert [iteration for iteration, _ in recorder.metrics] == [7, 14, 21]
     assert recorder.rates == [1.0] * 14 + [0.5] * 7
@@ -147,7 +147,7 @@ def test_a_longer_run_goes_on_where_a_complete_one_ended(make_runner: MakeRunner
 def test_the_checkpoint_seed_decides_about_the_order_of_the_data(make_runner: MakeRunner):
     """Resuming under another seed goes on with the checkpoint's, else samples would be seen twice or never."""
     recorder = Recorder()
-    make_runner(custom_hooks=[recorder, At(3, interrupt)]).train()
+    train_until_signal(make_runner(custom_hooks=[recorder, At(3, interrupt)]))
     runner = make_runner(custom_hooks=[recorder], resume=True, randomness={"seed": 99}, train_cfg={"max_epochs": 1})
     runner.train()
     assert sorted(n for row in recorder.rows for n in row[2]) == list(range(13))
@@ -166,7 +166,7 @@ def test_a_run_that_was_stopped_can_go_on_in_the_same_process(make_runner: MakeR
     """train() again takes up where the loop ended."""
     recorder = Recorder()
     runner = make_runner(custom_hooks=[recorder, At(4, interrupt)], train_cfg={"max_epochs": 1})
-    runner.train()
+    train_until_signal(runner)
     assert (runner.interrupted, len(recorder.rows)) == (signal.SIGINT, 4)
     runner.train()
     assert (runner.interrupted, len(recorder.rows)) == (None, EPOCH)
@@ -176,9 +176,9 @@ def test_a_run_that_was_stopped_can_go_on_in_the_same_process(make_runner: MakeR
 def test_an_epoch_goes_on_with_the_next_sample_under_another_batch_size(make_runner: MakeRunner) -> None:
     """Stopped after three batches of 2 and resumed with batches of 3, the epoch has each sample exactly once."""
     seen = Recorder()
-    make_runner(custom_hooks=[seen, At(3, interrupt)], resume=True).train()
+    train_until_signal(make_runner(custom_hooks=[seen, At(3, interrupt)], resume=True))
     runner = make_runner(custom_hooks=[seen, At(6, interrupt)], resume=True, train_dataloader=loader(batch_size=3))
-    runner.train()
+    train_until_signal(runner)
     first_epoch = [number for row in seen.rows if row[0] == 0 for number in row[2]]
     assert sorted(first_epoch) == list(range(SAMPLES))
     assert [len(row[2]) for row in seen.rows[:6]] == [2, 2, 2, 3, 3, 1]

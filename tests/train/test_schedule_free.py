@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import Optimizer
-from toys import EPOCH, QUIET_HOOKS, VALIDATION, At, Recorder
+from toys import EPOCH, QUIET_HOOKS, VALIDATION, At, Recorder, train_until_signal
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
@@ -110,7 +110,7 @@ def test_a_resumed_run_is_the_undisturbed_run(
     pieces = Recorder()
     for stop in stops:
         changes = [pieces, At(stop, interrupt), *hooks]
-        make_runner(custom_hooks=changes, resume=True, **OPTIM, **VALIDATION).train()
+        train_until_signal(make_runner(custom_hooks=changes, resume=True, **OPTIM, **VALIDATION))
     runner = make_runner(custom_hooks=[pieces, *hooks], resume=True, **OPTIM, **VALIDATION)
     runner.train()
     assert pieces.rows == whole.rows
@@ -142,6 +142,6 @@ def test_the_library_of_that_name_is_resumed_exactly(make_runner: MakeRunner, tm
     optim = {"optim_wrapper": {"optimizer": {"type": "schedulefree.AdamWScheduleFree", "lr": 0.01, "warmup_steps": 3}}}
     whole, pieces = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], **optim, **VALIDATION).train()
-    make_runner(custom_hooks=[pieces, At(9, interrupt)], **optim, **VALIDATION).train()
+    train_until_signal(make_runner(custom_hooks=[pieces, At(9, interrupt)], **optim, **VALIDATION))
     make_runner(custom_hooks=[pieces], resume=True, **optim, **VALIDATION).train()
     assert (pieces.rows, pieces.metrics) == (whole.rows, whole.metrics)

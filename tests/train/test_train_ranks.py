@@ -6,7 +6,10 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from toys import QUIET_HOOKS, VALIDATION, At, Recorder, loader, settings
+import torch
+from torch import Tensor
+from torch.distributed import get_rank
+from toys import QUIET_HOOKS, VALIDATION, At, Recorder, Toy, loader, settings, train_until_signal
 
 from ranks import Ranks
 from stratagem import Runner
@@ -32,8 +35,9 @@ def train(folder: str, **changes: Any) -> dict[str, Any]:
     hooks = [recorder, *changes.pop("custom_hooks", ())]
     runner = Runner(**settings(work_dir=folder, strategy="DDPStrategy", custom_hooks=hooks, **changes))
     try:
-        runner.train()
+        status = train_until_signal(runner)
         return {
+            "status": status,
             "rows": recorder.rows,
             "metrics": recorder.metrics,
             "iter": runner.run.iter,
@@ -68,12 +72,34 @@ def test_logged_values_are_means_over_the_ranks(ranks: Ranks, tmp_path: Path):
     assert abs(record["loss"] - sum(losses) / len(losses)) < 1e-6
 
 
+class NamesByRank(Toy):
+    """Logs a value under a name that only this rank has, and in the fourth iteration another one."""
+
+    def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+        outputs = super().train_step(data, optim_wrapper)
+        self.count = getattr(self, "count", 0) + 1
+        name = ("mask", "box")[get_rank()]
+        more = {"tokens": torch.tensor(2**24 + 1)} if self.count == 4 and get_rank() else {}
+        return {**outputs, name: torch.tensor(1.0 + 2 * get_rank()), **more}
+
+
+def test_values_are_logged_by_name_where_ranks_have_different_ones(ranks: Ranks, tmp_path: Path):
+    """Each value has the mean of the ranks that have it, and no rank waits for another."""
+    hooks = {**QUIET_HOOKS, "logger": {"interval": 2}}
+    model = {"type": NamesByRank}
+    ranks.run(train, str(tmp_path), model=model, train_cfg={"max_epochs": 1}, default_hooks=hooks)
+    lines = next(tmp_path.rglob("scalars.json")).read_text().splitlines()
+    names = ("mask", "box", "tokens")
+    values = [{name: value for name, value in json.loads(line).items() if name in names} for line in lines]
+    assert values == [{"mask": 1.0, "box": 3.0}, {"mask": 1.0, "box": 3.0, "tokens": 2.0**24 + 1}]
+
+
 def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(ranks: Ranks, tmp_path: Path):
     """What came in the second iteration all know at the end of the third, and what follows is the undisturbed run."""
     cfg = {"train_cfg": {"max_epochs": 4}, **VALIDATION}
     whole = ranks.run(train, str(tmp_path / "whole"), **cfg)
     stopped = ranks.run(train_with_signal, str(tmp_path / "cut"), rank=1, after=2, **cfg)
-    assert [(rank["iter"], rank["interrupted"]) for rank in stopped] == [(3, signal.SIGTERM)] * 2
+    assert [(rank["iter"], rank["interrupted"], rank["status"]) for rank in stopped] == [(3, signal.SIGTERM, 143)] * 2
     assert (tmp_path / "cut" / "iter_3").is_dir()
     rest = ranks.run(train, str(tmp_path / "cut"), resume=True, **cfg)
     for rank in (0, 1):

@@ -1,5 +1,6 @@
 """A small run that every test of this folder changes a little: 13 samples, batches of 2, so 7 batches an epoch."""
 
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from stratagem import Runner
 from stratagem.model import BaseModel
 from stratagem.train import EVENTS, Hook
 
@@ -94,6 +96,19 @@ class At(Hook):
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if run.iter + 1 == self.iteration:
             self.action(run)
+
+
+def train_until_signal(runner: Runner) -> int | None:
+    """Train to the end, or until a signal stops the run; return the exit status that it asks for."""
+    try:
+        runner.train()
+    except KeyboardInterrupt:
+        assert runner.run.interrupt.passed_on
+        return 128 + signal.SIGINT
+    except SystemExit as error:
+        assert runner.run.interrupt.passed_on
+        return error.code
+    return None
 
 
 def stop(run: Any) -> None:

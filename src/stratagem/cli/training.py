@@ -64,7 +64,7 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
     began = time.monotonic()
     runner = Runner.from_cfg(config)
     try:
-        runner.train()
+        _train_until_stopped(runner)
         if runner.strategy.rank == 0:
             typer.echo(_summary(runner, config, options, time.monotonic() - began))
     except BaseException as error:
@@ -79,6 +79,15 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
     finally:
         runner.close()
     return runner.interrupted
+
+
+def _train_until_stopped(runner: Runner) -> None:
+    """Train to the end, or until a signal has stopped the run and it is saved."""
+    try:
+        runner.train()
+    except (KeyboardInterrupt, SystemExit):
+        if not runner.run.interrupt.passed_on:
+            raise
 
 
 def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float) -> str:

@@ -15,7 +15,7 @@ from stratagem.data.samplers import UnpaddedSampler
 from stratagem.data.sharing import IsolatedIterator, Share, length_of, require_same_batches
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
-from stratagem.data.workers import WorkerStart, naming_dead_workers
+from stratagem.data.workers import WorkerStart, naming_dead_workers, start_workers
 from stratagem.dist import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
@@ -193,10 +193,10 @@ class EpochLoader:
             TrainingError: while iterating, if a data worker died.
         """
         if isinstance(self.loader.worker_init_fn, WorkerStart):
-            self.loader.worker_init_fn.epoch = epoch
+            self.loader.worker_init_fn.begin(epoch)
         if self._source is not None and self._batches is not None:
             self._batches.choose(self._source.draws(self._epoch_of(epoch), self.taken(epoch, done)))
-            return self._told(iter(self.loader))
+            return self._told(start_workers(self.loader))
         if self._batches is not None and isinstance(self._batches.source, ForeignBatches):
             self._batches.choose(self._batches.source.draws(epoch, done))
             return self._begin(epoch)
@@ -335,13 +335,13 @@ class EpochLoader:
         # What all ranks read must not depend on the rank.
         keys = (torch.initial_seed(), epoch, get_rank()) if self.share is None else (self._seed, epoch)
         if self.loader.generator is not None:
-            batches = iter(self.loader)
+            batches = start_workers(self.loader)
         else:
             # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that
             # begins an epoch once more, in its middle, would give its dropout other numbers.
             with generators_aside():
                 seed_stream(*keys)
-                batches = iter(self.loader)
+                batches = start_workers(self.loader)
         told = self._told(batches)
         return told if self.share is None else self._divided(IsolatedIterator(told, *keys, "batches"), self.share)
 

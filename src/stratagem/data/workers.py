@@ -1,4 +1,4 @@
-"""What a data worker does first, and what is said when one dies."""
+"""What a data worker does first, and the error that names a worker that died."""
 
 from __future__ import annotations
 
@@ -10,47 +10,47 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any, final
 
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
+from stratagem.data.lifeline import Lifeline
 from stratagem.data.streams import StreamedDataset, seed_stream
 from stratagem.errors import TrainingError
 
-__all__ = ["WorkerStart", "naming_dead_workers"]
+__all__ = ["WorkerStart", "naming_dead_workers", "start_workers"]
 
 # How torch tells of a worker that is gone.
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
 
-# How long a worker goes on after a SIGTERM: longer than a step, or than several ranks take to agree on stopping.
-_GRACE_S = 60
-
 
 @final
 class WorkerStart:
-    """The ``worker_init_fn`` of our loaders.
+    """The ``worker_init_fn`` of the loaders that are built here.
 
-    The main process's signal handlers are none of a worker's: what the terminal or the scheduler sends to all processes
-    is for the main process to answer, which still needs its workers' batches to come to a step's end.
+    A worker leaves signals that reach every process, such as Ctrl-C or a scheduler's SIGTERM, to the main process, which
+    still needs its batches to complete a step and save. It ends when the main process exits or is gone.
 
     Args:
         seed: of the streams of datasets that are iterated; samples by index have streams of their own.
         rank: this process's.
         then: is called at the end with the worker's number.
-
-    Attributes:
-        epoch: that the workers start in.
     """
 
     def __init__(self, seed: int, rank: int, then: Callable[[int], Any] | None = None) -> None:
         self.then = then
-        self.epoch = 0
+        self._epoch = 0
         self._seed = seed
         self._rank = rank
+        self._lifeline = Lifeline()
+
+    def begin(self, epoch: int) -> None:
+        """Prepare to start workers that seed their streams for this epoch."""
+        self._epoch = epoch
+        self._lifeline.open()
 
     def __call__(self, worker: int) -> None:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _pass_over_the_first)
-        seed_stream(self._seed, self.epoch, self._rank, worker)
+        """Set up worker number ``worker``, in its process."""
+        _leave_signals_to_parent(self._lifeline)
+        seed_stream(self._seed, self._epoch, self._rank, worker)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, StreamedDataset):
             # Functions that open files for the worker look for the dataset there. Torch refuses plain assignments.
@@ -59,11 +59,56 @@ class WorkerStart:
             self.then(worker)
 
 
-def _pass_over_the_first(number: int, _: FrameType | None) -> None:
-    # A scheduler's SIGTERM comes to all processes at once, and the main process wants to end its step. Torch and the user
-    # send another one to be rid of a worker; the alarm, which ends the process, is for those that nobody asks again.
+@final
+class _GuardedStart:
+    """The ``worker_init_fn`` of a loader that is used as it is: the loader's own, after signals were taken care of."""
+
+    def __init__(self, then: Callable[[int], Any] | None) -> None:
+        self._then = then
+        self._lifeline = Lifeline()
+        self._lifeline.open()
+
+    def __call__(self, worker: int) -> None:
+        _leave_signals_to_parent(self._lifeline)
+        if self._then is not None:
+            self._then(worker)
+
+
+def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Return ``iter(loader)``, whose workers leave signals to this process and end with it. The loader stays as it is."""
+    own = loader.worker_init_fn
+    if isinstance(own, WorkerStart) or not loader.num_workers:
+        batches = iter(loader)
+    else:
+        loader.worker_init_fn = _GuardedStart(own)
+        try:
+            batches = iter(loader)
+        finally:
+            loader.worker_init_fn = own
+    for worker in getattr(batches, "_workers", ()):
+        _kill_when_terminated(worker)
+    return batches
+
+
+def _leave_signals_to_parent(lifeline: Lifeline) -> None:
+    if not lifeline.end_with_parent():
+        # Nothing but a signal would end the worker, so torch's handling of signals stays.
+        return
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _ignore_the_first)
+
+
+def _ignore_the_first(number: int, _: FrameType | None) -> None:
+    # A scheduler's SIGTERM comes to all processes at once, and the main process wants to complete its step.
     signal.signal(number, signal.SIG_DFL)
-    signal.alarm(_GRACE_S)
+
+
+def _kill_when_terminated(worker: BaseProcess) -> None:
+    # It ignores the first SIGTERM. Torch terminates a worker that has not ended five seconds after it was told to, and
+    # multiprocessing all that live at exit.
+    started: Any = worker._popen  # type: ignore[attr-defined]  # where both look for it
+    started.terminate = started.kill
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from stratagem.dist.collectives import (
 )
 from stratagem.dist.group import close_dist, init_dist
 from stratagem.dist.launch import LAUNCHERS, RAY_JOB_VARIABLE, Launch, describe_stray, infer_launcher, read_launch
+from stratagem.dist.means import mean_by_name
 from stratagem.dist.objects import (
     all_gather_object,
     broadcast_object,
@@ -62,6 +63,7 @@ __all__ = [
     "is_distributed",
     "is_main_process",
     "master_only",
+    "mean_by_name",
     "pick_device",
     "read_launch",
     "sync_random_seed",

@@ -38,19 +38,22 @@ class ScalarWindow:
         """Forget everything, for instance between epochs."""
         self._window.clear()
 
-    def means(self, *, last: int | None = None, reduce: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+    def means(
+        self, *, last: int | None = None, reduce: Callable[[dict[str, float]], dict[str, float]] | None = None
+    ) -> dict[str, float]:
         """Return the mean of each name over the iterations in which it was a scalar, sorted by name.
 
         Numbers and tensors of one element count; everything else (text, predictions, complex numbers) is left out.
         All tensors of a device come to the host in one copy, which waits for the device.
 
         Args:
-            last: Look at this many of the newest iterations alone.
-            reduce: Called once with all means, a float64 CPU tensor of shape [names], and returns them averaged over
-                ranks. With it this is a collective: every rank must call it, with the same names in its window.
+            last: use this many of the newest iterations only.
+            reduce: called once with the means by name, also if there are none; what it returns is returned. With
+                :func:`~stratagem.dist.mean_by_name` they are averaged over ranks, and this is collective: every rank must
+                call it, whatever names are in its window.
 
         Raises:
-            ConfigValueError: if ``last`` is below 1, or ``reduce`` returns another number of values.
+            ConfigValueError: if ``last`` is below 1.
         """
         if last is not None and last < 1:
             raise ConfigValueError(f"last is {last}; it must be 1 iteration or more.")
@@ -65,13 +68,8 @@ class ScalarWindow:
             numbers = _fetch([value for values in by_name.values() for value in values])
         rest = iter(numbers)
         sums = {name: sum(islice(rest, len(values))) for name, values in by_name.items()}
-        names = sorted(by_name)
-        means = [sums[name] / len(by_name[name]) for name in names]
-        if reduce is not None:
-            means = reduce(torch.tensor(means, dtype=torch.float64)).tolist()
-        if len(means) != len(names):
-            raise ConfigValueError(f"reduce returned {len(means)} values for the {len(names)} names {names}.")
-        return dict(zip(names, means, strict=True))
+        means = {name: sums[name] / len(by_name[name]) for name in sorted(by_name)}
+        return means if reduce is None else reduce(means)
 
 
 def _fetch_alike(by_name: Mapping[str, list[Any]]) -> list[float] | None:

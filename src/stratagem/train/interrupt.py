@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
@@ -17,28 +18,47 @@ class Interrupt:
     """Whether a signal asks this run to stop: SIGINT, SIGTERM or SIGUSR1 to any of its ranks.
 
     Attributes:
-        received: the signal's number, as the ranks agreed, so it is equal on all of them; None where there was none.
-        active: whether a training listens, so that there is something to ask.
+        received: the number of the signal that stopped the run, equal on all ranks; None if none did.
+        active: whether a training is listening, so that there is something to ask.
+        passed_on: whether :meth:`raise_heard` has raised.
     """
 
     def __init__(self, *, distributed: bool) -> None:
         self.received: int | None = None
         self.active = False
+        self.passed_on = False
+        self._heard: int | None = None
         self._agreement = Agreement() if distributed else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Hear signals while the context lasts. Collective where it ends without an error."""
-        self.received = None
+        self.received = self._heard = None
+        self.passed_on = False
         self.active = True
         try:
             with signals.listening():
                 yield
-                if self._agreement is not None:
-                    # No exchange may be under way when the group ends.
-                    self._agreement.answer()
+                # Not in `received`: a signal after the last iteration no longer stops the run.
+                self._heard = self.received or self._heard_by_now()
         finally:
             self.active = False
+
+    def raise_heard(self) -> None:
+        """Pass the signal on to the program around the run, the same one on all ranks.
+
+        Call it after :meth:`listening` has ended. A signal that came after the last iteration counts as well.
+
+        Raises:
+            KeyboardInterrupt: if SIGINT was heard.
+            SystemExit: with 128 plus its number, if another signal was heard.
+        """
+        if self._heard is None:
+            return
+        self.passed_on = True
+        if self._heard == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + self._heard)
 
     def due(self) -> bool:
         """Tell whether to stop here. Collective, without a wait: it tells what the ranks knew when it was last called."""
@@ -54,6 +74,15 @@ class Interrupt:
 
     def due_now(self) -> bool:
         """Tell the same with all that the ranks know now. Collective; every rank waits for the slowest."""
-        if not self.due() and self._agreement is not None:
-            self.received = self._agreement.answer() or None
+        self.received = self.received or self._heard_by_now()
         return self.received is not None
+
+    def _heard_by_now(self) -> int | None:
+        """Return the greatest number that a rank has heard; None if none has. Collective."""
+        if self._agreement is None:
+            return signals.first
+        earlier = self._agreement.answer()
+        if earlier:
+            return earlier
+        self._agreement.ask(signals.first or 0)
+        return self._agreement.answer() or None

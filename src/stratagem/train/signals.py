@@ -36,7 +36,7 @@ class SignalListener:
     be inside of an exchange with a rank that will never answer.
 
     Attributes:
-        first: the number of the first signal; None while there was none.
+        first: the number of the first signal; None while there was none, or nothing listens.
         second: the number of the one that stops at once.
     """
 
@@ -76,6 +76,8 @@ class SignalListener:
             thread.join()
             os.close(source)
             os.close(sink)
+            # A training in another thread reads them too, and is not asked to stop by what an earlier one has answered.
+            self.first = self.second = None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
         if self.second is not None:

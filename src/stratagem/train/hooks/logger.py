@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
-from stratagem.dist import all_reduce
+from stratagem.dist import mean_by_name as _mean_over_ranks
 from stratagem.errors import ConfigValueError
 from stratagem.logging import ScalarWindow, TrainingProgress
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
@@ -23,8 +22,9 @@ __all__ = ["LoggerHook"]
 class LoggerHook(Hook):
     """Write a line every ``interval`` iterations, and one for each evaluation.
 
-    Between the lines values stay on the device, by reference. At a line they are averaged over the window and over all
-    ranks: one copy to the host and one small all-reduce for all of them.
+    Between the lines values stay on the device, by reference. At a line each value is averaged over the iterations of the
+    window that have it, then over the ranks that have it, by name: one copy to the host and one small all-reduce for all
+    of them. Where ranks have different names, as when a loss exists for some samples only, these are gathered as well.
 
     Args:
         interval: iterations between two lines.
@@ -67,7 +67,7 @@ class LoggerHook(Hook):
             self._log_iteration(run)
 
     def _log_iteration(self, run: Run) -> None:
-        values = self._window.means(reduce=_mean_over_ranks if run.world_size > 1 else None)
+        values = self._window.means(reduce=_mean_over_ranks)
         if self._clear_at_line:
             self._window.clear()
         values = {**values, **_gradient_norms(run)}
@@ -120,11 +120,6 @@ class LoggerHook(Hook):
     def _log_evaluation(self, run: Run, mode: str, metrics: dict[str, Any]) -> None:
         run.logger.info(evaluation_line(mode, run.progress, run.evaluated_batches, metrics))
         run.record({**metrics, "mode": mode, "epoch": run.epoch, "iter": run.iter, "step": run.iter})
-
-
-def _mean_over_ranks(values: Tensor) -> Tensor:
-    all_reduce(values, "mean")
-    return values
 
 
 def _learning_rates(run: Run) -> dict[str, float]:
