@@ -1,11 +1,11 @@
-"""Names that came from a data file, which must never be able to choose what code runs."""
+"""Strings that remember where they came from: names from data files, and text from the environment."""
 
 from __future__ import annotations
 
 import re
-from typing import final
+from typing import Any, Self, final
 
-__all__ = ["DataName", "is_dotted_name"]
+__all__ = ["DataName", "FilledDataName", "FilledText", "is_dotted_name", "template_of"]
 
 _DOTTED = re.compile(r"\w+(?:[.:]\w+)+")
 
@@ -15,7 +15,6 @@ def is_dotted_name(text: str) -> bool:
     return _DOTTED.fullmatch(text) is not None
 
 
-@final
 class DataName(str):
     """A text from a data file that could choose what is imported: a dotted path, or the name of a scope.
 
@@ -24,3 +23,45 @@ class DataName(str):
     """
 
     __slots__ = ()
+
+
+@final
+class FilledText(str):
+    """A string into which placeholders put values of the environment; ``template`` is the string with the placeholders.
+
+    It is a ``str`` in every respect. What is kept of a configuration shows the template.
+    """
+
+    __slots__ = ("template",)
+
+    template: str
+
+    def __new__(cls, text: str, template: str) -> Self:
+        filled = super().__new__(cls, text)
+        filled.template = template
+        return filled
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.template
+
+
+@final
+class FilledDataName(DataName):
+    """A :class:`DataName` that is a :class:`FilledText` as well."""
+
+    __slots__ = ("template",)
+
+    template: str
+
+    def __new__(cls, text: str, template: str) -> Self:
+        filled = super().__new__(cls, text)
+        filled.template = template
+        return filled
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.template
+
+
+def template_of(value: object) -> str | None:
+    """Return the template of a string that placeholders filled; None for any other value."""
+    return value.template if isinstance(value, FilledText | FilledDataName) else None
