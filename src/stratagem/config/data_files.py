@@ -8,7 +8,7 @@ from typing import Any
 from stratagem.config.languages import language_of
 from stratagem.config.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, ConfigTypeError
-from stratagem.utils.data_names import DataName, is_dotted_name
+from stratagem.utils.data_names import DataName, FilledDataName, is_dotted_name, template_of
 
 __all__ = ["read_data"]
 
@@ -39,7 +39,7 @@ def read_data(
     """
     placeholders = Placeholders(text, suffix, name, environment=environment)
     data = _parse(placeholders.text, suffix, name)
-    base = load_bases(placeholders.fill_data(data.pop("_base_", []), dict))
+    base = load_bases(placeholders.fill_data(data.pop("_base_", []), dict, ("_base_",)))
     if placeholders:
         data = placeholders.fill_data(data, base)
     return {key: _mark_names(value, key, name) for key, value in data.items()}, placeholders.environment
@@ -63,7 +63,10 @@ def _mark_names(value: Any, key: object, name: str) -> Any:
     if key == _REMOTE_CODE and value:
         raise ConfigParsingError(f"{name}: a data file cannot ask for {key}. Remove it, or say it in a .py file.")
     if isinstance(value, str):
-        return DataName(value) if key in _SCOPES or is_dotted_name(value) else value
+        if key not in _SCOPES and not is_dotted_name(value):
+            return value
+        template = template_of(value)
+        return DataName(value) if template is None else FilledDataName(value, template)
     if isinstance(value, dict):
         return {inner: _mark_names(item, inner, name) for inner, item in value.items()}
     if isinstance(value, list):

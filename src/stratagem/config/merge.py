@@ -7,6 +7,7 @@ from typing import Any
 
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.errors import ConfigKeyError, ConfigTypeError
+from stratagem.utils.secret_names import is_secret_name
 
 __all__ = ["DELETE", "difference", "merge", "nest"]
 
@@ -37,7 +38,8 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
         else:
             raise ConfigTypeError(
                 f"{path_text((*path, key))} is a dict here and a {type(merged[key]).__name__} "
-                f"({_short(merged[key])}) in what it is laid on. Add {DELETE}=True to replace it."
+                f"({'***' if is_secret_name(str(key)) else _short(merged[key])}) in what it is laid on. "
+                f"Add {DELETE}=True to replace it."
             )
     merged.pop(DELETE, None)
     return merged
