@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import final
 
 from stratagem.config import Config, parse_overrides
+from stratagem.config.redact import remember_secrets
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import did_you_mean
@@ -53,6 +54,8 @@ def read_config(options: RunOptions) -> Config:
     """
     config = Config.fromfile(options.config)
     config.merge_from_dict(parse_overrides(options.overrides))
+    # For the errors from here on.
+    remember_secrets(config.to_dict())
     if options.work_dir is not None:
         config.merge_from_dict({"work_dir": str(options.work_dir)}, source="--work-dir")
     elif config.get("work_dir") is None:
