@@ -66,6 +66,10 @@ SECRETS = {
     "mirror": (["s3://h/x?sig=abc&n=1"], ["s3://h/x?sig={{ $SECRET:mirror.0 }}&n=1"]),
     "token": ({"type": "Embedding", "mode": "mean"}, {"type": "Embedding", "mode": "mean"}),
     "note": ("use hf_0123456789abcdefghijABCD", "use {{ $SECRET:note }}"),
+    "command": (
+        "curl -H 'Authorization: Bearer abc123def456'",
+        "curl -H 'Authorization: Bearer {{ $SECRET:command }}'",
+    ),
     "tokenizer": ("bert", "bert"),
     "pad_token": ("<pad>", "<pad>"),
     "my_token": ("<eos>", "<eos>"),

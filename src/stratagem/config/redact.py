@@ -133,12 +133,14 @@ class _Redactor:
 
         text = _PLACEHOLDER.sub(stand_in, text)
         marker = masked_marker(path)
-        masked = mask_tokens(mask_urls(text, lambda part: _url_part(part, marker)), marker)
+        masked = mask_urls(text, lambda part: _url_part(part, marker))
         # A variable in a URL would be refused in a data file.
         in_url = "://" in text
         masked = replace_known_secrets(
             masked, lambda name: f"{{{{ ${name} }}}}" if name in os.environ and not in_url else marker, self.known
         )
+        # Last: a known secret may be shown as its variable.
+        masked = mask_tokens(masked, marker)
         for index, placeholder in enumerate(placeholders):
             masked = masked.replace(chr(_FIRST_STAND_IN + index), placeholder)
         return masked

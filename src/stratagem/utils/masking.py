@@ -57,17 +57,18 @@ def mask_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def mask_text(text: str) -> str:
     """Return the text without the secrets in it, each replaced by ``***``."""
-    text = replace_known_secrets(text, lambda _: _MASK)
+    text = mask_tokens(replace_known_secrets(text, lambda _: _MASK), _MASK)
     if "://" in text or "=" in text or "%3" in text:
         text = mask_urls(text, lambda _: _MASK)
     if _HINT.search(text):
-        text = _HEADER.sub(rf"\g<name>{_MASK}", text)
         text = _ASSIGNED.sub(_masked_assignment, text)
-    return mask_tokens(text, _MASK)
+    return text
 
 
 def mask_tokens(text: str, mask: str) -> str:
-    """Return the text with private keys masked, and tokens of services whose first letters tell what they are."""
+    """Return the text with private keys, the values of authorizing headers, and well-known forms of tokens masked."""
+    if _HINT.search(text):
+        text = _HEADER.sub(lambda match: match["name"] + mask, text)
     return _TOKEN.sub(lambda _: mask, text)
 
 
