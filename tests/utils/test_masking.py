@@ -98,6 +98,7 @@ def test_urls_lose_their_secrets(text: str, masked: str) -> None:
         ("Authorization: Bearer abc123def456", "Authorization: Bearer ***"),
         ("Authorization: Basic dXNlcjpwdw==", "Authorization: Basic ***"),
         ("the token hf_0123456789abcdefghijABCD", "the token ***"),
+        ("{'password': 'abcdef...", "{'password': '***..."),
         ("token: 3 of 5, auth: failed, password=None", "token: 3 of 5, auth: failed, password=None"),
     ],
 )
@@ -117,6 +118,12 @@ def test_secrets_of_the_environment_are_masked_by_value(monkeypatch: pytest.Monk
         r"a\"b/c+9 \u00e9",
     ):
         assert mask_text(f"GET <{form}>") == "GET <***>"
+
+
+def test_a_secret_that_a_message_cut_off_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beginning of a long secret before three dots is as secret as the whole."""
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "0123456789abcdefghij")
+    assert mask_text("got 'https://x/0123456789abc...' instead") == "got 'https://x/***...' instead"
 
 
 @pytest.mark.parametrize("value", ["1", "abc", "training", "password", str(__file__)])

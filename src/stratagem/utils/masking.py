@@ -28,7 +28,7 @@ _PARAMETER = re.compile(
 )
 _ASSIGNED = re.compile(
     r"(?<![\w.])(?P<name>[A-Za-z_][\w.-]{0,127}+)(?P<middle>(?:\\?[\"'])?[ ]{0,3}(?P<sign>[=:])[ ]{0,3})"
-    r"(?:(?P<quote>b?\\?(?P<mark>[\"']))(?P<quoted>[^\n]{0,4096}?)(?P<end>\\?(?P=mark))"
+    r"(?:(?P<quote>b?\\?(?P<mark>[\"']))(?P<quoted>[^\n]{0,4096}?)(?P<end>\\?(?P=mark)|(?=\.\.\.|\n|\Z))"
     r"|(?P<bare>[^\s,;&)}\]\"'(\[<{][^\s,;&)}\]\"'(\[<{]*))"
 )
 _HEADER = re.compile(

@@ -19,6 +19,8 @@ _SHORTEST_PLACEHOLDER, _LONG_PLACEHOLDER = 8, 20
 # A value shorter than this is only found between other characters than letters and digits.
 _LONG = 12
 _SHORTEST_LINE = 16
+# How much of a long secret must be there where it was cut off.
+_CUT = 6
 
 
 def _each(words: str) -> frozenset[str]:
@@ -102,7 +104,8 @@ def replace_known_secrets(text: str, replacement: Callable[[str], str], known: M
     if not known:
         return text
     pattern, forms = _pattern(tuple(known))
-    return pattern.sub(lambda match: replacement(known[forms[match[0]]]), text)
+    # A secret that was cut off is none of the forms.
+    return pattern.sub(lambda match: replacement(known.get(forms.get(match[0], ""), "")), text)
 
 
 def _remember(memory: dict[str, str] | dict[str, None], value: str, variable: str | None) -> None:
@@ -145,6 +148,8 @@ def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     for form in sorted(forms, key=len, reverse=True):
         escaped = re.escape(form)
         written.append(escaped if len(form) >= _LONG else rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
+    # Messages cut long values off, and a part of a secret is one, too.
+    written += [rf"{re.escape(form[:_CUT])}\S{{0,{len(form)}}}(?=\.\.\.)" for form in forms if len(form) >= _LONG]
     return re.compile("|".join(written)), forms
 
 
