@@ -137,11 +137,11 @@ def test_explain_shows_no_secret(monkeypatch):
     monkeypatch.setenv("WORD", "w0rd-of-the-environment")
     config = Config.fromstring("credentials = dict(value='hunter2', more=dict(a='hunter3'))\na = '{{ $WORD }}'", ".py")
     config.merge_from_dict({"credentials.value": "hunter4"})
-    told = "\n".join(explain(config, path) for path in ("credentials", "credentials.value", "credentials.more.a", "a"))
-    assert "hunter" not in told
-    assert "w0rd" not in told
-    assert "{{ $WORD }}" in told
-    assert "replaced it  '{{ $SECRET:credentials.value }}'" in told
+    shown = "\n".join(explain(config, path) for path in ("credentials", "credentials.value", "credentials.more.a", "a"))
+    assert "hunter" not in shown
+    assert "w0rd" not in shown
+    assert "{{ $WORD }}" in shown
+    assert "replaced it  '{{ $SECRET:credentials.value }}'" in shown
 
 
 def test_a_repr_shows_no_secret():
@@ -149,7 +149,7 @@ def test_a_repr_shows_no_secret():
     assert "hunter2" not in repr(Config({"a": {"password": "hunter2"}}))
 
 
-def test_changes_of_secrets_are_not_told():
+def test_changes_of_secrets_are_not_reported():
     """A secret that was kept in clear by an earlier version, or changed, is no change; a placeholder hides the other value."""
     old = "a = dict(password='old1', url='https://me:pw@h/1', word='w0rd', lr=1)\n"
     new = show(Config({"a": {"password": "new1", "url": "https://you:pw2@h/1", "lr": 2}})) + ""
