@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ranks import Ranks, seed_generators
+from stratagem.utils import secret_values
 
 # The same examples in every run, without a database in the working directory.
 hypothesis.settings.register_profile("stratagem", derandomize=True, deadline=None, database=None)
@@ -36,6 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seeded() -> None:
     """Begin every test with the same random numbers."""
     seed_generators()
+
+
+@pytest.fixture(autouse=True)
+def no_known_secrets() -> None:
+    """Begin every test in a process that has come upon no secret, which texts would be searched for."""
+    for memory in (secret_values._secrets, secret_values._placeholders, secret_values._allowed, secret_values._cache):
+        memory.clear()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, require, show
+from stratagem.config.text import text_of
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import switch_scope
@@ -26,6 +27,7 @@ from stratagem.train.building import build_evaluation_loop, build_events, build_
 from stratagem.train.origin import Origin, find_place
 from stratagem.train.rollback import RollBackError, roll_back
 from stratagem.train.starts import end_interrupted, is_complete, recorded
+from stratagem.utils.secret_values import allow_in_texts
 
 __all__ = ["Runner"]
 
@@ -136,6 +138,10 @@ class Runner:
             )
         if not isinstance(requeue, bool):
             raise ConfigTypeError(f"requeue is {requeue!r}; True or False is due.")
+        for name in (work_dir, experiment_name):
+            # It names folders and so is in every log, whichever variable it came from.
+            if name is not None:
+                allow_in_texts(os.fspath(name))
         self._origin = Origin(
             load_from, resume, resume_param_scheduler=resume_param_scheduler, new_parameters=new_parameters
         )
@@ -237,7 +243,7 @@ class Runner:
             LaunchError: if ranks have read different configurations.
             StateError: if the runner was given nothing to train with.
         """
-        require_one_config(self._config_text() if len(self.cfg) else "")
+        self._require_one_config()
         run = self.run
         folder = Path(run.work_dir)
         with run.guard.watching(), run.interrupt.listening(), run.claims.held(folder), run.saves.finished():
@@ -296,7 +302,7 @@ class Runner:
         if self._parts[f"{mode}_cfg"] is None:
             names = _VAL if mode == "val" else _TEST
             raise StateError(f"There is nothing to evaluate with: {', '.join(names)} are not given.")
-        require_one_config(self._config_text() if len(self.cfg) else "")
+        self._require_one_config()
         with switch_scope(self._scope):
             loop = self._evaluation_loop(mode)
             self.strategy.prepare(self._model, compile=self._compile)
@@ -342,15 +348,30 @@ class Runner:
             raise ConfigValueError(f"{', '.join(given)} given, but not {', '.join(missing)}: give all of them or none.")
 
     def _keep_config(self) -> None:
-        """Write the merged configuration into the run's folder, on rank 0."""
-        if self.strategy.rank == 0 and len(self.cfg):
-            name = Path(self.cfg.filename).stem if self.cfg.filename else self.strategy.timestamp
-            suffix = ".yaml" if self.cfg.is_data else ".py"
-            write_atomic(Path(self.strategy.work_dir) / f"{name}{suffix}", self._config_text())
+        """Write the merged configuration into the run's folder, on rank 0; never over the file that it was read from."""
+        if self.strategy.rank != 0 or not len(self.cfg):
+            return
+        folder, suffix, text = Path(self.strategy.work_dir), self._config_suffix(), self._config_text()
+        source = Path(self.cfg.filename) if self.cfg.filename else None
+        kept = folder / f"{source.stem if source else self.strategy.timestamp}{suffix}"
+        if source is not None and kept.exists() and source.exists() and kept.samefile(source):
+            if kept.read_text(encoding="utf-8") == text:
+                return
+            # It may hold secrets that the text does not have.
+            kept = folder / f"{self.strategy.timestamp}{suffix}"
+        write_atomic(kept, text)
+
+    def _require_one_config(self) -> None:
+        every_value = text_of(self.cfg.to_dict(), self._config_suffix()) if len(self.cfg) else ""
+        require_one_config(every_value, self._config_text() if len(self.cfg) else "")
 
     def _config_text(self) -> str:
-        """Return the merged configuration; what was read as data stays data, or loading it again would run it."""
-        return show(self.cfg, ".yaml" if self.cfg.is_data else ".py")
+        """Return the merged configuration as it is kept: with placeholders, and without secrets."""
+        return show(self.cfg, self._config_suffix())
+
+    def _config_suffix(self) -> str:
+        """Return the language to keep the configuration in: data stays data, or loading it again would run it."""
+        return ".yaml" if self.cfg.is_data else ".py"
 
 
 def _require_samples(loader: EpochLoader, parts: int) -> None:

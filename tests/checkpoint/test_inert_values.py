@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pickles import write
+from pickles import Raw, call, storage, write
 from torch import nn
 
 from stratagem.checkpoint import SingleFileFormat
@@ -120,6 +120,116 @@ def test_kinds_of_dict_come_back(tmp_path: Path) -> None:
     assert read[0]._metadata == state._metadata
     assert read[1:] == [{"a": 2}, {"b": [1]}]
     assert [type(item) for item in read[1:]] == [dict, dict]
+
+
+Z = torch.tensor([1 + 2j, -3j, 0j])
+Q = torch.tensor([[1 + 2j, 3 - 4j], [5j, 6 + 0j]], dtype=torch.complex128)
+LAZY = {
+    "conjugate": Z.conj(),
+    "imaginary part of a conjugate": Z.conj().imag,
+    "conjugate and negative": torch._neg_view(Z.conj()),
+    "negative of complex numbers": torch._neg_view(Z),
+    "adjoint": Q.mH,
+    "slice of an adjoint": Q.mH[1:, ::2],
+    "expanded": Z[0].conj().expand(4, 2),
+    "empty": torch.empty(0, 3, dtype=torch.complex64).conj(),
+    "zero-dimensional": Z[0].conj(),
+    "parameter": nn.Parameter(Z).detach().conj(),
+    "parameter from a conjugate": nn.Parameter(Z.conj()),
+    "negative integers": torch._neg_view(torch.arange(3)),
+    "negative bfloat16": torch._neg_view(torch.tensor([0.0, 1.5]).to(torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("tensor", LAZY.values(), ids=LAZY)
+def test_lazy_conjugates_and_negatives_are_read_right(tmp_path: Path, tensor: torch.Tensor) -> None:
+    """A tensor that torch saved as memory and a conjugate or negative flag has the numbers that torch reads."""
+    torch.save({"state_dict": {"w": tensor}}, tmp_path / "a.pth")
+    reference = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]["w"].detach()
+    read = SingleFileFormat().load(tmp_path / "a.pth")["state_dict"]["w"]
+    assert read.dtype == reference.dtype
+    assert read.shape == reference.shape
+    assert not read.is_conj()
+    assert not read.is_neg()
+    assert bits(read) == bits(reference)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """Return the numbers of a tensor, row-major, as bytes."""
+    return torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1)).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("tensor", [LAZY["conjugate"], LAZY["imaginary part of a conjugate"]], ids=["conj", "neg"])
+def test_a_file_is_written_without_lazy_flags(tmp_path: Path, tensor: torch.Tensor) -> None:
+    """A `.pth` file holds the numbers themselves, so that a reader without the flags reads the same."""
+    SingleFileFormat().save({"state_dict": {"w": tensor, "more": [{"w": tensor}]}}, tmp_path / "a.pth")
+    written = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]
+    for read in (written["w"], written["more"][0]["w"]):
+        assert not read.is_conj()
+        assert not read.is_neg()
+        assert bits(read) == bits(tensor)
+
+
+@pytest.mark.parametrize("tensor", [LAZY["conjugate"], LAZY["imaginary part of a conjugate"]], ids=["conj", "neg"])
+def test_lazy_numbers_of_a_sparse_tensor_are_read_right(tmp_path: Path, tensor: torch.Tensor) -> None:
+    """The values of a sparse tensor may be lazy, too."""
+    sparse = torch.sparse_coo_tensor([[0, 1, 2]], tensor, (3,), check_invariants=True)
+    assert torch.equal(round_trip(sparse, tmp_path).to_dense(), sparse.to_dense())
+
+
+def with_metadata(metadata: Any, kind: str = "torch.ComplexFloatStorage") -> Raw:
+    """Return a tensor of two complex numbers with metadata of its own."""
+    memory = storage("0", 2, kind)
+    return call(
+        "torch._utils._rebuild_tensor_v2", memory, 0, (2,), (1,), False, call("collections.OrderedDict"), metadata
+    )
+
+
+def test_metadata_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    """A tensor with metadata that is not understood is refused by its key, not read without it."""
+    path = write(tmp_path / "a.pth", {"state_dict": {"w": with_metadata({"scaled": True})}}, {"0": bytes(16)})
+    with pytest.raises(CheckpointError, match="state_dict/w is a tensor with the metadata scaled, which is not read"):
+        SingleFileFormat().load(path)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [with_metadata({"conj": 1}), with_metadata([True]), with_metadata({"conj": True}, "torch.DoubleStorage")],
+    ids=["a number as flag", "a list", "a conjugate of real numbers"],
+)
+def test_metadata_that_makes_no_sense_is_damage(tmp_path: Path, tensor: Raw) -> None:
+    """Metadata that torch cannot have written is an error of the file."""
+    path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor}}, {"0": bytes(16)})
+    with pytest.raises(CheckpointDamagedError, match="state_dict/w makes no sense"):
+        SingleFileFormat().load(path)
+
+
+def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
+    """A tensor whose numbers need a scale is refused, not read without it."""
+    torch.save({"state_dict": {"w": FakeQuantized()}}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"state_dict/w is an object of torch\._utils\._rebuild_qtensor"):
+        SingleFileFormat().load(tmp_path / "a.pth")
+
+
+class FakeQuantized:
+    """Is pickled as a quantized tensor is, which torch deprecates making."""
+
+    def __reduce__(self) -> Any:
+        return torch._utils._rebuild_qtensor, (
+            torch.ones(2),
+            0,
+            (2,),
+            (1,),
+            (torch.per_tensor_affine, 0.5, 0),
+            False,
+            {},
+        )
+
+
+def test_arrays_of_other_classes_are_refused(tmp_path: Path) -> None:
+    """An array of a subclass can mean other numbers than its memory holds, so it is refused."""
+    with pytest.raises(CheckpointError, match=r"value is an array of the class numpy\.\S*matrix"):
+        round_trip(np.ones((1, 2)).view(np.matrix), tmp_path)
 
 
 PLAIN = st.recursive(

@@ -1,7 +1,7 @@
 import pytest
 
 from stratagem.config import Config
-from stratagem.errors import ConfigKeyError
+from stratagem.errors import ConfigKeyError, ConfigValueError
 
 FILE_KEYS = {"py": "x = '{}'", "yaml": "x: {}", "json": '{{"x": "{}"}}', "toml": "x = '{}'"}
 
@@ -121,3 +121,71 @@ def test_a_missing_value_of_the_base_suggests_the_nearest(tmp_path):
 def test_other_braces_are_left_alone():
     """Templates of other tools keep their braces."""
     assert Config.fromstring("x = '{{ name }} {{% if %}}'", ".py") == {"x": "{{ name }} {{% if %}}"}
+
+
+IN_URLS = {
+    "yaml": ("yaml", "load_from: 'https://host/x?k={{ $KEEP_IT }}'"),
+    "yaml without quotes": ("yaml", "load_from: https://host/x?k={{ $KEEP_IT }}"),
+    "json": ("json", '{"load_from": "https://host/x?k={{ $KEEP_IT }}"}'),
+    "escaped": ("json", r'{"load_from": "https:\/\/host/x?k={{ $KEEP_IT }}"}'),
+    "toml": ("toml", "load_from = 'https://host/x?k={{ $KEEP_IT }}'"),
+    "another scheme": ("yaml", "load_from: 'hf://organization/{{ $KEEP_IT }}'"),
+    "scheme of a placeholder": ("yaml", "load_from: '{{ $NO_SUCH_NAME:https }}://host/{{ $KEEP_IT }}'"),
+    "separator in a placeholder": ("yaml", "load_from: '{{ $NO_SUCH_NAME:https:// }}host/{{ $KEEP_IT }}'"),
+    "blanks that URLs lose": ("yaml", 'load_from: "https:/\\t/host/{{ $KEEP_IT }}"'),
+    "deep": ("yaml", "a: [{load_from: 'https://host/{{ $KEEP_IT }}'}]"),
+    "default": ("yaml", "load_from: 'https://{{ $NO_SUCH_NAME:host }}/x'"),
+    "base": ("yaml", "_base_: base.yaml\nload_from: 'https://host/{{ _base_.text }}'"),
+    "number of a base": ("yaml", "_base_: base.yaml\nload_from: 'https://host/{{ _base_.number }}'"),
+    "mapping of a base": ("yaml", "_base_: base.yaml\nload_from: 'https://host/{{ _base_.deep }}'"),
+    "URL of a base": ("yaml", "_base_: base.yaml\nload_from: '{{ _base_.url }}{{ _base_.text }}'"),
+    "key": ("yaml", "{'https://host/{{ $KEEP_IT }}': 1}"),
+}
+
+
+@pytest.mark.parametrize(("suffix", "text"), IN_URLS.values(), ids=IN_URLS)
+def test_a_data_file_cannot_put_the_environment_into_a_url(tmp_path, monkeypatch, suffix, text):
+    """A value of the environment in a URL of a data file would be sent to the host: refused, with file and line."""
+    monkeypatch.setenv("KEEP_IT", "s3cr3tvalue")
+    monkeypatch.setenv("KEEP_NUMBER", "73310042")
+    base = "text: '{{ $KEEP_IT }}'\nnumber: {{ $KEEP_NUMBER }}\ndeep: {a: ['{{ $KEEP_IT }}']}\nurl: 'https://host/'\n"
+    (tmp_path / "base.yaml").write_text(base)
+    path = tmp_path / f"run.{suffix}"
+    path.write_text(text)
+    with pytest.raises(ConfigValueError, match=r"run\.\w+:\d: .* into a URL") as refusal:
+        Config.fromfile(path)
+    assert "s3cr3t" not in str(refusal.value)
+    assert "7331" not in str(refusal.value)
+
+
+def test_other_placeholders_of_a_data_file_may_stand_in_urls(tmp_path, monkeypatch):
+    """The file's own name, values of a base, and a whole URL of the environment are no secrets that leave the machine."""
+    monkeypatch.setenv("MIRROR", "https://mirror/weights.pth")
+    (tmp_path / "base.yaml").write_text("name: resnet\n")
+    (tmp_path / "run.yaml").write_text(
+        "_base_: base.yaml\na: 'https://host/{{ fileBasename }}'\nb: 'https://host/{{ _base_.name }}'\nc: '{{ $MIRROR }}'\n"
+    )
+    config = Config.fromfile(tmp_path / "run.yaml")
+    assert (config.a, config.b, config.c) == (
+        "https://host/run.yaml",
+        "https://host/resnet",
+        "https://mirror/weights.pth",
+    )
+
+
+def test_a_program_may_put_the_environment_into_a_url(monkeypatch):
+    """A Python file is trusted as any program is."""
+    monkeypatch.setenv("KEEP_IT", "s3cr3tvalue")
+    config = Config.fromstring("load_from = 'https://host/x?k={{ $KEEP_IT }}'", ".py")
+    assert config.load_from == "https://host/x?k=s3cr3tvalue"
+
+
+@pytest.mark.parametrize(
+    ("suffix", "text"),
+    [("py", "a = 1\nlr = {{ $LR }}\n"), ("yaml", "a: 1\nlr: {{ $LR }}\n"), ("toml", "a = 1\nlr = {{ $LR }}\n")],
+)
+def test_values_beside_a_placeholder_have_lines(monkeypatch, suffix, text):
+    """A placeholder outside of quotes does not hide where values of its file were given."""
+    monkeypatch.setenv("LR", "0.5")
+    config = Config.fromstring(text, f".{suffix}")
+    assert [str(config.where(key)) for key in ("a", "lr")] == ["<string>:1", "<string>:2"]

@@ -136,6 +136,23 @@ def test_gathering(ranks: Ranks) -> None:
     ]
 
 
+def lazy_tensors() -> tuple[Any, ...]:
+    """Gather, reduce and broadcast a lazy conjugate, and gather a lazy negative."""
+    z = torch.tensor([complex(1, 2 + dist.get_rank())])
+    gathered = [part.tolist() for part in dist.all_gather(z.conj())]
+    negative = [part.tolist() for part in dist.all_gather(z.conj().imag)]
+    summed, sent = z.clone().conj(), z.clone().conj()
+    dist.all_reduce(summed)
+    dist.broadcast(sent, 1)
+    return gathered, negative, summed.tolist(), sent.tolist()
+
+
+def test_lazy_conjugates_are_exchanged_by_value(ranks: Ranks) -> None:
+    """A tensor that is conjugated or negated when it is read arrives with its values, not those of its memory."""
+    expected = ([[1 - 2j], [1 - 3j]], [[-2.0], [-3.0]], [2 - 5j], [1 - 3j])
+    assert ranks.run(lazy_tensors) == [expected, expected]
+
+
 def broadcasted() -> dict[str, Any]:
     """Broadcast from rank 1 in every form."""
     rank = dist.get_rank()

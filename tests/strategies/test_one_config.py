@@ -44,3 +44,20 @@ def test_many_differences_are_counted(ranks: Ranks, count: int) -> None:
     """Six lines are shown."""
     told = ranks.run(compare, ["\n".join(f"k{i} = {rank}" for i in range(count)) for rank in range(2)])
     assert f"({2 * count} lines in all)" in told[0]
+
+
+def compare_hidden(texts: list[str]) -> str | None:
+    """Compare this rank's text, of which the error may show only a part that is equal everywhere."""
+    try:
+        require_one_config(texts[int(os.environ["RANK"])], "a = '{{ $SOME_VARIABLE }}'\n")
+    except LaunchError as error:
+        return str(error)
+    return None
+
+
+def test_different_secrets_are_refused_and_not_shown(ranks: Ranks) -> None:
+    """Ranks with different values of a secret or of an environment variable do not train together, and none is shown."""
+    told = ranks.run(compare_hidden, ["a = 'first9'\n", "a = 'second9'\n"])
+    assert told[0] == told[1]
+    assert "values that are secret or come from environment variables, which are not shown" in told[0]
+    assert "first9" not in told[0]

@@ -8,13 +8,36 @@ import pytest
 
 from stratagem.utils import mask_secrets, mask_text
 
-
-@pytest.mark.parametrize(
-    "name", ["token", "WANDB_API_KEY", "clientSecret", "password", "aws_credentials", "passphrase", "hf-token"]
+SECRET_NAMES = (
+    "token WANDB_API_KEY clientSecret password aws_credentials passphrase hf-token db_password password2 apiKey api_keys "
+    "access_token HFToken AWS_SECRET_ACCESS_KEY aws_access_key_id PGPASSWORD smtp_pass auth basic_auth private_key secrets dsn "
+    "connection_string user_token password_prod Authorization session.cookie secret_value login.password passwd"
 )
+OTHER_NAMES = (
+    "custom_keys tokenizer pad_token_id num_key_value_heads key_padding monkey passes tokens_per_batch key keys key_dim "
+    "max_tokens token_dim mask_token pad_token cls_token eos_token bos_token num_tokens image_token author authors secretary "
+    "tokens passing bypass signature_dim keyword state_dict_key metric_key sort_key monitor_key token_type token_ids compass "
+    "forward_pass password_file secret_name PWD OLDPWD GPG_KEY kv_key cookiecutter passthrough signature authoring"
+)
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES.split())
 def test_values_of_secret_names_are_masked(name: str) -> None:
     """A value under a name like a secret's is never shown."""
     assert mask_secrets({name: "hunter2"}) == {name: "***"}
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES.split())
+def test_names_that_only_look_like_those_of_secrets_keep_their_values(name: str) -> None:
+    """Whole words of a name count, and words that mean something else in a model are not secrets."""
+    assert mask_secrets({name: "layers"}) == {name: "layers"}
+    assert mask_text(f"{name}='layers'") == f"{name}='layers'"
+
+
+def test_an_object_under_a_name_of_two_meanings_is_kept() -> None:
+    """A mapping with a type describes an object to build, such as the embedding of a token, and not a secret."""
+    given = {"token": {"type": "Embedding", "mode": "mean", "password": "hunter2"}}
+    assert mask_secrets(given) == {"token": {"type": "Embedding", "mode": "mean", "password": "***"}}
 
 
 def test_everything_under_a_secret_name_is_masked() -> None:
@@ -45,6 +68,17 @@ def test_the_argument_is_not_changed() -> None:
         ("https://u:p@ss@host/x", "https://***@host/x"),
         ("https://host/x?a=1&api_key=abc&b=2#top", "https://host/x?a=1&api_key=***&b=2#top"),
         ("https://host/x?X-Amz-Signature=abc", "https://host/x?X-Amz-Signature=***"),
+        ("https://me:p/w@host/x", "https://***@host/x"),
+        ("https://host:80/x@y", "https://host:80/x@y"),
+        (
+            "https://host/x?X-Amz-Credential=a%2Fb&X-Amz-Date=1&sig=c",
+            "https://host/x?X-Amz-Credential=***&X-Amz-Date=1&sig=***",
+        ),
+        ("https://h/?AWSAccessKeyId=a&Signature=b&Expires=3", "https://h/?AWSAccessKeyId=***&Signature=***&Expires=3"),
+        ("to=https%3A%2F%2Fh%2F%3Fsig%3Dabc%26x%3D1", "to=https%3A%2F%2Fh%2F%3Fsig%3D***%26x%3D1"),
+        ('{"url": "https://a:b@c/?token=d"}', '{"url": "https://***@c/?token=***"}'),
+        ("x='https://{{ $SECRET:x }}@h/?sig={{ $SECRET:x }}'", "x='https://{{ $SECRET:x }}@h/?sig={{ $SECRET:x }}'"),
+        ("https://h/x?page=2&num_tokens=5", "https://h/x?page=2&num_tokens=5"),
         ("mail me@host, https://host/user@x", "mail me@host, https://host/user@x"),
     ],
 )
@@ -52,3 +86,75 @@ def test_urls_lose_their_secrets(text: str, masked: str) -> None:
     """User information and secret query values of URLs are masked, wherever they stand in a text."""
     assert mask_text(text) == masked
     assert mask_secrets({"note": [text]}) == {"note": [masked]}
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("login with password=hunter2 failed", "login with password=*** failed"),
+        ("{'api_key': 'abc', \"n\": 1}", "{'api_key': '***', \"n\": 1}"),
+        ('{\\"client_secret\\": \\"abc\\"}', '{\\"client_secret\\": \\"***\\"}'),
+        ("train --set vars.token=abc --set lr=1", "train --set vars.token=*** --set lr=1"),
+        ("Authorization: Bearer abc123def456", "Authorization: Bearer ***"),
+        ("Authorization: Basic dXNlcjpwdw==", "Authorization: Basic ***"),
+        ("the token hf_0123456789abcdefghijABCD", "the token ***"),
+        ("{'password': 'abcdef...", "{'password': '***..."),
+        ("token: 3 of 5, auth: failed, password=None", "token: 3 of 5, auth: failed, password=None"),
+    ],
+)
+def test_errors_lose_their_secrets(text: str, masked: str) -> None:
+    """What is assigned to the name of a secret is masked wherever it stands in a text."""
+    assert mask_text(text) == masked
+
+
+def test_secrets_of_the_environment_are_masked_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value of a variable with the name of a secret is masked in every form that texts write it in."""
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", 'a"b/c+9 é')
+    for form in (
+        'a"b/c+9 é',
+        "a%22b%2Fc%2B9%20%C3%A9",
+        "a%22b/c%2B9%20%C3%A9",
+        "a%22b%2Fc%2B9+%C3%A9",
+        r"a\"b/c+9 \u00e9",
+    ):
+        assert mask_text(f"GET <{form}>") == "GET <***>"
+
+
+def test_a_secret_that_a_message_cut_off_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The beginning of a long secret before three dots is as secret as the whole."""
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", "0123456789abcdefghij")
+    assert mask_text("got 'https://x/0123456789abc...' instead") == "got 'https://x/***...' instead"
+
+
+@pytest.mark.parametrize("value", ["1", "abc", "training", "password", str(__file__)])
+def test_values_that_texts_have_for_other_reasons_are_kept(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Short and common values and paths of files are not masked by value: logs would become unreadable."""
+    monkeypatch.setenv("SOME_SERVICE_TOKEN", value)
+    assert mask_text(f"see {value} there") == f"see {value} there"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "part",
+    [
+        "a",
+        "://",
+        "https://",
+        "://x:y",
+        "@",
+        "?",
+        "&a",
+        "?sig=",
+        "x%3D",
+        "password=",
+        "password='",
+        "bearer ",
+        "sk-a",
+        "eyJ-",
+    ],
+)
+def test_a_long_text_is_masked_in_linear_time(part: str) -> None:
+    """300,000 characters that look like the beginning of a secret take moments, and not minutes."""
+    text = part * (300_000 // len(part))
+    assert len(mask_text(text)) > 0
+    assert len(mask_text(f"https://{text}@host")) > 0

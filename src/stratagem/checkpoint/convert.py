@@ -24,12 +24,14 @@ from stratagem.checkpoint.sources import CheckpointLoader
 from stratagem.checkpoint.tree import StateTree, split_tree
 from stratagem.errors import CheckpointError
 from stratagem.storage import atomic_directory, atomic_file, write_bytes
-from stratagem.utils import absolute, did_you_mean
+from stratagem.utils import absolute, did_you_mean, mask_text
 
 __all__ = ["TARGETS", "Target", "convert_checkpoint", "form_of", "opened_checkpoint", "write_weights"]
 
 Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
 TARGETS: tuple[Target, ...] = get_args(Target)
+# Where the text of a configuration is in a checkpoint's meta.
+_CONFIGURATIONS = ("cfg", "config")
 # Hugging Face's own limit for one file of a model.
 _HF_FILE_BYTES = 5_000_000_000
 
@@ -66,11 +68,21 @@ def convert_checkpoint(source: str | Path, target: Path, form: str | None = None
             weights, _ = split_tree(model_part(tree, source), where="state_dict")
             write_weights(weights, path, folder=chosen == "huggingface")
             return [part for part in tree if part != "state_dict"]
+        kept = _without_secrets(tree)
         if chosen == "dcp":
-            save_dcp(tree, path)
+            save_dcp(kept, path)
         else:
-            save_checkpoint(tree, path)
+            save_checkpoint(kept, path)
         return []
+
+
+def _without_secrets(tree: StateTree) -> StateTree:
+    """Return the tree with the secrets masked in its configuration, which earlier versions and other tools keep."""
+    meta = tree.get("meta")
+    if not isinstance(meta, Mapping):
+        return tree
+    texts = {key: mask_text(meta[key]) for key in _CONFIGURATIONS if isinstance(meta.get(key), str)}
+    return {**tree, "meta": {**meta, **texts}} if texts else tree
 
 
 @contextmanager

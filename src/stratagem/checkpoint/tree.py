@@ -64,7 +64,8 @@ def split_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor],
 def _split(node: Any, path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
     if isinstance(node, Tensor | Pieces):
         name = _free_name(path, tensors)
-        tensors[name] = node.detach() if isinstance(node, Tensor) else node
+        # A lazy conjugate or negative is a flag on memory that holds other numbers: store the numbers themselves.
+        tensors[name] = node.detach().resolve_conj().resolve_neg() if isinstance(node, Tensor) else node
         return {_TENSOR: name}
     if node is None or isinstance(node, int | str):
         return _plain(node)

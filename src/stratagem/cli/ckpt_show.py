@@ -34,7 +34,8 @@ def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
         if config:
             if not meta.get("cfg"):
                 raise CheckpointError(f"{mask_text(checkpoint)} holds no configuration (meta has no 'cfg').")
-            typer.echo(meta["cfg"])
+            # An earlier version kept secrets.
+            typer.echo(mask_text(str(meta["cfg"])))
             return
         console = Console(markup=False, highlight=False)
         console.print(_facts(meta))
@@ -78,7 +79,7 @@ def _facts(meta: Mapping[str, Any]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for key, value in meta.items():
         if key not in _LONG:
-            table.add_row(str(key), _short(repr(value) if not isinstance(value, str) else value))
+            table.add_row(str(key), _short(mask_text(repr(value) if not isinstance(value, str) else value)))
     return table
 
 

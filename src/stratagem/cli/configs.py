@@ -12,6 +12,7 @@ from stratagem.cli.options import RunOptions, read_file
 from stratagem.config import Config, parse_overrides, require
 from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
+from stratagem.config.redact import remember_secrets
 from stratagem.errors import ConfigValueError
 from stratagem.sections import SECTIONS
 from stratagem.utils import did_you_mean
@@ -58,6 +59,7 @@ def _read(options: RunOptions) -> Config:
     config = read_file(options.config)
     if options.overrides:
         config.merge_from_dict(parse_overrides(options.overrides))
+    remember_secrets(config.to_dict())
     return config
 
 

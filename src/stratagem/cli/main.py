@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from stratagem.cli.app import app
 from stratagem.cli.handover import claim_telling, restart_notice
 from stratagem.errors import RankFailedError, StratagemError
+from stratagem.utils import mask_text
 
 __all__ = ["main"]
 
@@ -40,7 +41,7 @@ def _is_config(word: str) -> bool:
 
 def _tell(error: Exception, *, whole: bool) -> None:
     if whole:
-        traceback.print_exception(error)
+        print(mask_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)  # noqa: T201 -- the command line
     rank = os.environ.get("RANK")
     who = "stratagem" if rank is None else f"stratagem (rank {rank})"
     notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
@@ -50,6 +51,7 @@ def _tell(error: Exception, *, whole: bool) -> None:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if whole else f"\n  at {frame.filename}:{frame.lineno} in {frame.name}; --traceback shows all of it."
         message = f"{who}: {type(error).__name__}: {error}{notes}{where}"
+    message = mask_text(message)
     if isinstance(error, RankFailedError) or claim_telling(message, getattr(error, "exit_status", 1)):
         notice = restart_notice()
         print(message if notice is None else f"{message}\n{notice}", file=sys.stderr)  # noqa: T201 -- the command line

@@ -8,6 +8,7 @@ from typing import final
 
 from stratagem.config import Config, parse_overrides
 from stratagem.config.languages import DATA_SUFFIXES
+from stratagem.config.redact import remember_secrets
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import did_you_mean
@@ -66,6 +67,8 @@ def read_config(options: RunOptions) -> Config:
     """
     config = read_file(options.config)
     config.merge_from_dict(parse_overrides(options.overrides))
+    # For the errors from here on.
+    remember_secrets(config.to_dict())
     if options.work_dir is not None:
         config.merge_from_dict({"work_dir": str(options.work_dir)}, source="--work-dir")
     elif config.get("work_dir") is None:

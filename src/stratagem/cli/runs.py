@@ -32,7 +32,7 @@ def list_starts(folder: Path) -> None:
         if len(lineage.starts) > 1:
             before += f" of {lineage.starts[-2].name}"
         reached = "" if ending is None else _place(ending.epoch, ending.iter)
-        how = "killed, or still running" if ending is None else ending.how
+        how = "killed, or still running" if ending is None else mask_text(ending.how)
         began = _place(start.epoch, start.iter)
         table.add_row(start.name, before, began, reached, how, str(len(start.changes) or ""))
     Console(markup=False, highlight=False).print(table)
@@ -53,7 +53,7 @@ def show_lineage(place: str) -> None:
     for start in lineage.starts:
         _tell(start)
     if ending is not None:
-        typer.echo(f"  {ending.how}, at {_place(ending.epoch, ending.iter)}, {ending.at}")
+        typer.echo(f"  {mask_text(ending.how)}, at {_place(ending.epoch, ending.iter)}, {ending.at}")
 
 
 def _tell(start: Start) -> None:
@@ -62,9 +62,9 @@ def _tell(start: Start) -> None:
     if start.checkpoint is None:
         typer.echo("  began anew")
     else:
-        typer.echo(f"  went on from {start.checkpoint}, at {_place(start.epoch, start.iter)}")
+        typer.echo(f"  went on from {mask_text(start.checkpoint)}, at {_place(start.epoch, start.iter)}")
     for change in start.changes:
-        typer.echo(f"  changed: {change}")
+        typer.echo(f"  changed: {mask_text(change)}")
 
 
 def _place(epoch: int, iteration: int) -> str:

@@ -14,7 +14,9 @@ from typing import final
 import typer
 
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.config import require
+from stratagem.config import parse_overrides, require
+from stratagem.config.keys import parse_path
+from stratagem.config.redact import redacted
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
@@ -128,6 +130,7 @@ def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now
     config = read_config(options)
     require(config, SECTIONS, scope=config.get("default_scope"))
     work_dir = Path(config["work_dir"]).absolute()
+    _refuse_secrets(options.overrides)
     script = batch_script(options, allocation, work_dir)
     if show:
         typer.echo(script, nl=False)
@@ -139,6 +142,20 @@ def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now
     write_atomic(file, script)
     typer.echo(f"Wrote {file}")
     typer.echo(_sbatch(file) if now else f"Submit it: {shlex.join(['sbatch', str(file)])}")
+
+
+def _refuse_secrets(overrides: tuple[str, ...]) -> None:
+    """Refuse to write a secret of the command line into a file.
+
+    Raises:
+        ConfigValueError: if ``--set`` gives one; it names the key.
+    """
+    for key, value in parse_overrides(overrides).items():
+        if redacted(value, parse_path(key)) != value:
+            raise ConfigValueError(
+                f"--set {key}=...: the value is or contains a secret, which would be written into the batch script. Put "
+                "{{ $NAME }} into the configuration, and set the environment variable NAME for the job."
+            )
 
 
 def batch_script(options: RunOptions, allocation: Allocation, work_dir: Path) -> str:

@@ -22,6 +22,7 @@ from stratagem.errors import RankFailedError
 from stratagem.runner import Runner
 from stratagem.train.ending import end_within
 from stratagem.train.signals import signals
+from stratagem.utils import mask_text
 
 __all__ = ["train"]
 
@@ -66,7 +67,8 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
     try:
         _train_until_stopped(runner)
         if runner.strategy.rank == 0:
-            typer.echo(_summary(runner, config, options, time.monotonic() - began))
+            # It names the command to continue with, and so what was given by --set.
+            typer.echo(mask_text(_summary(runner, config, options, time.monotonic() - began)))
     except BaseException as error:
         if runner.strategy.world_size > 1:
             # Ending the group can wait for a rank that does not answer.

@@ -8,6 +8,7 @@ from typing import Any
 
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.languages import language_of
+from stratagem.config.redact import redacted
 from stratagem.config.text import python_text
 from stratagem.errors import ConfigError
 
@@ -20,7 +21,8 @@ def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) ->
     """Return a line for each value that differs between two merged configurations: ``a.b: 1 -> 2``.
 
     Each is Python or YAML as Stratagem writes it. Python is parsed, not run, so a text may come from a checkpoint.
-    Nothing is said of a text that is neither.
+    Nothing is reported for a text that is neither. Secrets are masked before values are compared, so no change of one is
+    reported, and a value is not shown where the other one is a placeholder.
 
     Args:
         first: the earlier one.
@@ -34,7 +36,7 @@ def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) ->
     for path in dict.fromkeys([*old, *new]):
         was, now = old.get(path), new.get(path)
         if was != now and path[0] not in ignored:
-            lines.append(f"{path_text(path)}: {_short(was)} -> {_short(now)}")
+            lines.append(f"{path_text(path)}: {_short(was, beside=now)} -> {_short(now, beside=was)}")
     return lines
 
 
@@ -71,7 +73,9 @@ def _is_assignment(statement: ast.stmt) -> bool:
 def _leaves(node: ast.expr, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     below = _below(node)
     if not below:
-        yield path, ast.unparse(node)
+        # An earlier version kept secrets.
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
+        yield path, repr(redacted(ast.literal_eval(node), path)) if is_text else ast.unparse(node)
     for key, inner in below:
         yield from _leaves(inner, (*path, key))
 
@@ -92,7 +96,9 @@ def _key(node: ast.expr) -> str:
     return str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)
 
 
-def _short(text: str | None) -> str:
+def _short(text: str | None, *, beside: str | None) -> str:
     if text is None:
         return "(not there)"
+    if "{{ $" in (beside or "") and "{{ $" not in text:
+        return "(a value that is not shown)"
     return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."

@@ -15,6 +15,7 @@ from stratagem.config.keys import KeyPath, parse_path
 from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.merge import merge, nest
 from stratagem.config.node import ConfigDict, as_plain
+from stratagem.config.redact import redacted
 from stratagem.config.source import Origin, Source
 from stratagem.config.text import python_text, text_of
 from stratagem.errors import ConfigFileError, ConfigKeyError, ConfigTypeError
@@ -160,8 +161,8 @@ class Config(MutableMapping[str, Any], Placed):
 
     @property
     def pretty_text(self) -> str:
-        """The configuration as Python, with everything merged."""
-        return python_text(self.to_dict())
+        """The configuration as Python, with everything merged; placeholders and secrets as in :meth:`dump`."""
+        return python_text(redacted(self.to_dict()))
 
     def __getitem__(self, key: str) -> Any:
         return self._data[key]
@@ -196,7 +197,7 @@ class Config(MutableMapping[str, Any], Placed):
         yield from self
 
     def __repr__(self) -> str:
-        return f"Config({self.to_dict()!r}, filename={self._filename!r})"
+        return f"Config({redacted(self.to_dict())!r}, filename={self._filename!r})"
 
     def __place__(self, key: str | None = None) -> str:
         return self._data.__place__(key)
@@ -242,14 +243,16 @@ class Config(MutableMapping[str, Any], Placed):
     def dump(self, path: str | Path | None = None) -> str:
         """Write the merged configuration to a file, in the language that its suffix names, and return the text.
 
-        Without a path the text is in the language of the file that was loaded, else in Python.
+        Without a path the text is in the language of the file that was loaded, else in Python. Strings that placeholders
+        filled are written as the placeholders. Strings under the name of a secret, user information and signatures of URLs are
+        written as ``{{ $SECRET:<path> }}``: that loads, and fails when it is used. ``to_dict`` returns the values themselves.
 
         Raises:
             ConfigFileError: if the suffix is unknown or the file cannot be written.
             ConfigValueError: if a value cannot be said in that language.
         """
         suffix = Path(path if path is not None else self._filename or "config.py").suffix
-        text = text_of(self.to_dict(), suffix)
+        text = text_of(redacted(self.to_dict()), suffix)
         if path is not None:
             try:
                 Path(path).write_text(text, encoding="utf-8")

@@ -37,7 +37,7 @@ def read_data(
     """
     placeholders = Placeholders(text, suffix, name, environment=environment)
     data = _parse(placeholders.text, suffix, name)
-    base = load_bases(placeholders.fill_data(data.pop("_base_", []), dict))
+    base = load_bases(placeholders.fill_data(data.pop("_base_", []), dict, ("_base_",)))
     if placeholders:
         data = placeholders.fill_data(data, base)
     _refuse_remote_code(data, name)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from stratagem.config.config import Config
 from stratagem.config.history import Change
+from stratagem.config.keys import KeyPath, parse_path
+from stratagem.config.node import as_plain
+from stratagem.config.redact import redacted
 from stratagem.config.text import text_of
 from stratagem.errors import ConfigKeyError
 
@@ -15,15 +18,19 @@ _WIDTH = 60
 def show(config: Config, suffix: str = ".py") -> str:
     """Return the merged configuration in the language of ``suffix``: ``.py``, ``.yaml``, ``.json`` or ``.toml``.
 
+    Placeholders for environment variables are shown as placeholders, and secrets as ``{{ $SECRET:<path> }}``.
+
     Raises:
         ConfigFileError: for another suffix.
         ConfigValueError: if a value cannot be said in that language.
     """
-    return text_of(config.to_dict(), suffix)
+    return text_of(redacted(config.to_dict()), suffix)
 
 
 def explain(config: Config, path: str) -> str:
     """Return a line for each file or override that gave or changed the value at a dotted path, in order.
+
+    Values are shown as :func:`show` does.
 
     Raises:
         ConfigKeyError: if there is no such value and never was.
@@ -32,7 +39,8 @@ def explain(config: Config, path: str) -> str:
     origin = config.where(path)
     if not changes and origin is None:
         _refuse(config, path)
-    rows = [(str(change.origin), str(change.did), _short(change)) for change in changes]
+    keys = parse_path(path)
+    rows = [(str(change.origin), str(change.did), _short(change, keys)) for change in changes]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     lines = [f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows]
     if origin is not None and origin.path == "the program":
@@ -52,6 +60,7 @@ def _refuse(config: Config, path: str) -> None:
             raise ConfigKeyError(f"{path}: nothing lies below {key!r} there.")
 
 
-def _short(change: Change) -> str:
-    text = "" if change.value is None and change.did == "removed it" else repr(change.value)
+def _short(change: Change, path: KeyPath) -> str:
+    removed = change.value is None and change.did == "removed it"
+    text = "" if removed else repr(redacted(as_plain(change.value), path))
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."

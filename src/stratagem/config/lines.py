@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from stratagem.config.keys import KeyPath
 from stratagem.config.languages import language_of
+from stratagem.config.placeholders import Placeholders
 from stratagem.config.source import Source
 
 __all__ = ["line_of"]
@@ -30,6 +31,8 @@ def line_of(source: Source, path: KeyPath) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def _lines(text: str, suffix: str) -> Lines:
+    # As it was parsed: a placeholder outside of quotes is not a value in any language.
+    text = Placeholders(text, suffix, "").text
     if suffix == ".py":
         return _python_lines(text)
     return language_of(suffix).lines(text) if suffix else {}

@@ -9,6 +9,7 @@ from typing import Any, Final, final
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.errors import ConfigKeyError, ConfigTypeError
 from stratagem.utils.data_names import DataName
+from stratagem.utils.secret_names import is_secret_name
 
 __all__ = ["DELETE", "NO_EDITS", "BaseEdits", "difference", "edits_of", "is_same", "merge", "nest"]
 
@@ -64,7 +65,8 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
         else:
             raise ConfigTypeError(
                 f"{path_text((*path, key))} is a dict here and a {type(merged[key]).__name__} "
-                f"({_short(merged[key])}) in what it is laid on. Add {DELETE}=True to replace it."
+                f"({'***' if is_secret_name(str(key)) else _short(merged[key])}) in what it is laid on. "
+                f"Add {DELETE}=True to replace it."
             )
     merged.pop(DELETE, None)
     return {keys[key]: value for key, value in merged.items()}

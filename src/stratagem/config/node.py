@@ -11,7 +11,7 @@ from stratagem.config.merge import merge
 from stratagem.errors import ConfigKeyError
 from stratagem.utils import did_you_mean
 from stratagem.utils.data_names import DataName
-from stratagem.utils.lazy import LazyObject, lazy_name, resolve
+from stratagem.utils.lazy import DEFERRED, LazyObject, lazy_name, resolve
 from stratagem.utils.places import Placed
 
 __all__ = ["ConfigDict", "MissingKeyError", "as_node", "as_plain"]
@@ -108,7 +108,7 @@ class ConfigDict(dict[str, Any], Placed):
         value = as_node(value)
         self._mark_key(key)
         super().__setitem__(key, value)
-        if key in _METHODS or isinstance(value, LazyObject):
+        if key in _METHODS or value.__class__ in DEFERRED:
             self.__dict__.pop(key, None)
         else:
             self.__dict__[key] = value
@@ -220,7 +220,7 @@ class ConfigDict(dict[str, Any], Placed):
         mirror.update(self.raw_items())
         for name in _METHODS.intersection(mirror):
             del mirror[name]
-        for name in [name for name, value in mirror.items() if value.__class__ is LazyObject]:
+        for name in [name for name, value in mirror.items() if value.__class__ in DEFERRED]:
             del mirror[name]
 
 

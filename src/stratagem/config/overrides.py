@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any, final
 
 from stratagem.errors import ConfigParsingError
+from stratagem.utils.secret_names import is_secret_name
+from stratagem.utils.secret_values import remember_secret
 
 __all__ = ["parse_overrides", "parse_scalar", "parse_value"]
 
@@ -30,6 +32,8 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
         key, equals, text = pair.partition("=")
         if not equals or not all(part.strip() for part in key.split(".")):
             raise ConfigParsingError(f"{pair!r} is no override. Write it as key=value, such as model.depth=50.")
+        if is_secret_name(key.strip()):
+            remember_secret(text.strip().strip("'\""))
         overrides[key.strip()] = parse_value(text)
     return overrides
 

@@ -15,7 +15,7 @@ from stratagem.config.merge import NO_EDITS, BaseEdits, difference, edits_of, is
 from stratagem.config.node import ConfigDict, as_plain
 from stratagem.config.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, StratagemError
-from stratagem.utils.lazy import lazy_name
+from stratagem.utils.lazy import lazy_name, resolve
 
 __all__ = ["LoadBases", "PythonFile", "read_python"]
 
@@ -169,6 +169,9 @@ class _Reader(ast.NodeTransformer):
         self.reads_base = placeholders.reads_base
         self._placeholders = placeholders
         self._words: dict[str, bool] = {}
+        # Name -> a text that holds placeholders among other characters.
+        self._named: dict[str, str] = {}
+        # Those inside of f-strings, where a name could not stand.
         self._texts: list[ast.Constant] = []
 
     def values(self, base: BaseValues) -> dict[str, Any]:
@@ -190,12 +193,17 @@ class _Reader(ast.NodeTransformer):
         return True
 
     def _placeholder_values(self, base: BaseValues) -> dict[str, Any]:
-        return {word: self._placeholders.value(word, base, bare=bare) for word, bare in self._words.items()}
+        values = {word: self._placeholders.value(word, base, bare=bare) for word, bare in self._words.items()}
+        return values | {name: self._placeholders.fill(text, base) for name, text in self._named.items()}
 
     def fill(self, base: BaseValues) -> None:
-        """Put values into the texts that hold placeholders among other characters."""
+        """Put values into the texts of f-strings.
+
+        Raises:
+            ConfigValueError: if one holds a masked secret.
+        """
         for constant in self._texts:
-            constant.value = self._placeholders.fill(str(constant.value), base)
+            constant.value = str(resolve(self._placeholders.fill(str(constant.value), base)))
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if self._placeholders.is_word(node.id):
@@ -206,13 +214,14 @@ class _Reader(ast.NodeTransformer):
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
-        if not isinstance(node.value, str) or not self._placeholders:
+        if not isinstance(node.value, str) or not self._placeholders.has_word(node.value):
             return node
         if self._placeholders.is_word(node.value):
             self._words.setdefault(node.value, False)
             return ast.copy_location(ast.Name(node.value, ast.Load()), node)
-        self._texts.append(node)
-        return node
+        name = f"_filled_text_{len(self._named)}_"
+        self._named[name] = node.value
+        return ast.copy_location(ast.Name(name, ast.Load()), node)
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         for part in node.values:

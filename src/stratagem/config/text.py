@@ -10,7 +10,7 @@ from typing import Any
 
 from stratagem.config.languages import DATA_SUFFIXES, language_of
 from stratagem.errors import ConfigFileError, ConfigValueError
-from stratagem.utils.lazy import LazyObject, lazy_name
+from stratagem.utils.lazy import LazyObject, MaskedSecret, lazy_name
 
 __all__ = ["python_text", "text_of"]
 
@@ -107,6 +107,8 @@ def _plain(value: Any) -> Any:
 def _name(value: Any) -> str:
     if isinstance(value, LazyObject):
         return lazy_name(value)
+    if isinstance(value, MaskedSecret):
+        return value.text
     if isinstance(value, type | FunctionType | BuiltinFunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     return str(value)

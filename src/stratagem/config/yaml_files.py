@@ -118,6 +118,9 @@ def lines(text: str) -> dict[KeyPath, int]:
     return found
 
 
+_WIDTH, _ENDLESS = 100, 1 << 30
+
+
 class _Dumper(yaml.SafeDumper):
     """The safe dumper without anchors, which nobody expects in a configuration."""
 
@@ -127,4 +130,8 @@ class _Dumper(yaml.SafeDumper):
 
 def write(data: Any) -> str:
     """Return plain data as YAML, keys in their order."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
+    # A line break within a placeholder would hide it.
+    return (
+        yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_ENDLESS) if "{{" in text else text
+    )

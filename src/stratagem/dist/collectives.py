@@ -183,12 +183,14 @@ def _check_rank(rank: int, group: Group | None) -> None:
 def _to_backend(data: Tensor, group: Group | None) -> Tensor:
     """Return a contiguous tensor on a device that the group serves: the tensor itself where that is so already."""
     served = served_devices(group)
+    # Backends send memory as it is: of a lazy conjugate or negative, that is other numbers.
+    data = data.detach().resolve_conj().resolve_neg()
     if data.device.type in served:
-        return data.detach().contiguous()
+        return data.contiguous()
     if "cpu" in served:
-        return data.detach().cpu().contiguous()
+        return data.cpu().contiguous()
     accelerator = torch.accelerator.current_accelerator()
-    return data.detach().to(accelerator).contiguous()
+    return data.to(accelerator).contiguous()
 
 
 def served_devices(group: Group | None = None) -> set[str]:

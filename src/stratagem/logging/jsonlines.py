@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO, final
 
 from stratagem.errors import WorkDirError
-from stratagem.utils import absolute
+from stratagem.utils import absolute, mask_text
 
 __all__ = ["JsonLinesWriter"]
 
@@ -51,7 +51,7 @@ class JsonLinesWriter:
             OSError: if the disk is full or broken.
             ValueError: if the writer is closed.
         """
-        self._file.write(_ENCODE(_plain(record)) + "\n")
+        self._file.write(mask_text(_ENCODE(_plain(record))) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, WorkDirError
 from stratagem.logging.console import shared_console
-from stratagem.utils import absolute, did_you_mean
+from stratagem.utils import absolute, did_you_mean, mask_text
 
 __all__ = ["Logger"]
 
@@ -86,7 +86,8 @@ class _Formatter(logging.Formatter):
         )
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._with_place.format(record) if record.levelno >= logging.ERROR else super().format(record)
+        """Return the line, with its traceback if it has one, without secrets."""
+        return mask_text(self._with_place.format(record) if record.levelno >= logging.ERROR else super().format(record))
 
 
 @final

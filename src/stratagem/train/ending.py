@@ -8,6 +8,8 @@ import sys
 import threading
 from typing import NoReturn
 
+from stratagem.utils import mask_text
+
 __all__ = ["end_process", "end_within"]
 
 
@@ -21,7 +23,9 @@ def end_process(status: int, message: str) -> NoReturn:
     # Not through the log: the main thread may hold its lock.
     rank = os.environ.get("RANK")
     who = "stratagem" if rank is None else f"stratagem (rank {rank})"
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{who}: {message}\n".encode(errors="replace"))
+    os.write(
+        sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{who}: {mask_text(message)}\n".encode(errors="replace")
+    )
     os._exit(status)
 
 

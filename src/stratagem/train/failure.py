@@ -15,6 +15,7 @@ from stratagem.dist import Failure, RankWatch, barrier, get_world_size
 from stratagem.errors import RankFailedError, StratagemError
 from stratagem.train.ending import end_process
 from stratagem.train.stacks import write_stacks
+from stratagem.utils import mask_text
 
 __all__ = ["RankGuard", "describe_batch"]
 
@@ -98,11 +99,15 @@ class RankGuard:
         if known is not None:
             return known
         if silent or _is_exchange(error):
-            lines = "\n  ".join([f"an exchange between the ranks failed: {error}", *watch.signs_of_life()])
+            lines = "\n  ".join(
+                [f"an exchange between the ranks failed: {mask_text(str(error))}", *watch.signs_of_life()]
+            )
             told = watch.post(Failure(rank=watch.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
             write_stacks(self._stacks_of(watch.rank), error)
         else:
-            told = watch.post(Failure(rank=watch.rank, kind="raised", text=f"{type(error).__name__}: {error}"))
+            told = watch.post(
+                Failure(rank=watch.rank, kind="raised", text=f"{type(error).__name__}: {mask_text(str(error))}")
+            )
         if told.rank == watch.rank:
             watch.wait_until_known(_NEWS_S)
         return told

@@ -12,6 +12,7 @@ from typing import Any, Self, final
 from stratagem._version import __version__
 from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import write_atomic
+from stratagem.utils import mask_text
 
 __all__ = ["RECORD", "Ending", "Lineage", "Start", "read_record"]
 
@@ -52,7 +53,10 @@ class Start:
         Raises:
             TypeError: if it is no record of a start.
         """
-        return cls(**{**record, "changes": tuple(record.get("changes", ()))})
+        # Earlier versions kept secrets.
+        changes = tuple(mask_text(str(change)) for change in record.get("changes", ()))
+        checkpoint = record.get("checkpoint")
+        return cls(**{**record, "changes": changes, "checkpoint": mask_text(checkpoint) if checkpoint else None})
 
 
 @final

@@ -18,6 +18,7 @@ from stratagem.train.lineage import Lineage
 from stratagem.train.progress import Position
 from stratagem.train.restart import Launched, continue_launch
 from stratagem.train.run import Run
+from stratagem.utils import mask_text
 
 __all__ = ["Origin", "find_place"]
 
@@ -53,7 +54,8 @@ class Origin:
     ) -> None:
         if not isinstance(resume, bool) and load_from is not None:
             raise ConfigValueError(
-                f"resume={os.fspath(resume)!r} and load_from={os.fspath(load_from)!r} both name a checkpoint. "
+                f"resume={mask_text(os.fspath(resume))!r} and load_from={mask_text(os.fspath(load_from))!r} both name a "
+                "checkpoint. "
                 "Give one of them."
             )
         self.changes: tuple[str, ...] = ()

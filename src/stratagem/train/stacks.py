@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 
 from stratagem.storage import write_atomic
+from stratagem.utils import mask_text
 
 __all__ = ["write_stacks"]
 
@@ -22,4 +23,4 @@ def write_stacks(path: Path, error: BaseException | None = None) -> None:
     for ident, frame in sys._current_frames().items():
         if ident != threading.get_ident():
             parts += [f"Thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
-    write_atomic(path, "".join(parts))
+    write_atomic(path, mask_text("".join(parts)))

@@ -33,7 +33,7 @@ def recorded(run: Run, changes: Sequence[str]) -> Iterator[None]:
         epoch=run.epoch,
         iter=run.iter,
         checkpoint=mask_text(strategy.resumed_from) if strategy.resumed_from else None,
-        changes=tuple(changes),
+        changes=tuple(map(mask_text, changes)),
         strategy=type(strategy).__name__,
         world_size=run.world_size,
     )
@@ -47,11 +47,16 @@ def recorded(run: Run, changes: Sequence[str]) -> Iterator[None]:
         name = None if received is None else signal.Signals(received).name
         how = f"stopped by {name}" if name else "complete" if is_complete(run) else "stopped early"
     except BaseException as error:
-        how = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        how = f"failed: {type(error).__name__}: {_first_line(error)}"
         raise
     finally:
         if run.rank == 0:
             run.lineage.write(folder, Ending.now(how, epoch=run.epoch, iteration=run.iter))
+
+
+def _first_line(error: BaseException) -> str:
+    # Masked before it is cut: a secret may have several lines.
+    return next(iter(mask_text(str(error)).splitlines()), "")
 
 
 def is_complete(run: Run) -> bool:

@@ -1,12 +1,22 @@
-"""Names that came from a data file, which must never be able to choose what code runs."""
+"""Strings that remember where they came from: names from data files, and text from the environment."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, Self, final
 
-__all__ = ["DataName", "data_keys", "holds_data", "is_dotted_name", "mark_data", "unmark_data"]
+__all__ = [
+    "DataName",
+    "FilledDataName",
+    "FilledText",
+    "data_keys",
+    "holds_data",
+    "is_dotted_name",
+    "mark_data",
+    "template_of",
+    "unmark_data",
+]
 
 _DOTTED = re.compile(r"\w+(?:[.:]\w+)+")
 # The values of these keys are looked up in registries, even if they are single words.
@@ -18,7 +28,6 @@ def is_dotted_name(text: str) -> bool:
     return _DOTTED.fullmatch(text) is not None
 
 
-@final
 class DataName(str):
     """A key of a data file, or a text in one that could choose what is imported: a dotted path, a type or a scope.
 
@@ -30,13 +39,55 @@ class DataName(str):
     __slots__ = ()
 
 
+@final
+class FilledText(str):
+    """A string into which placeholders put values of the environment; ``template`` is the string with the placeholders.
+
+    It is a ``str`` in every respect. What is kept of a configuration shows the template.
+    """
+
+    __slots__ = ("template",)
+
+    template: str
+
+    def __new__(cls, text: str, template: str) -> Self:
+        filled = super().__new__(cls, text)
+        filled.template = template
+        return filled
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.template
+
+
+@final
+class FilledDataName(DataName):
+    """A :class:`DataName` that is a :class:`FilledText` as well."""
+
+    __slots__ = ("template",)
+
+    template: str
+
+    def __new__(cls, text: str, template: str) -> Self:
+        filled = super().__new__(cls, text)
+        filled.template = template
+        return filled
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return str(self), self.template
+
+
+def template_of(value: object) -> str | None:
+    """Return the template of a string that placeholders filled; None for any other value."""
+    return value.template if isinstance(value, FilledText | FilledDataName) else None
+
+
 def mark_data(value: Any, key: object = None) -> Any:
     """Return a copy of parsed data with its keys and names as ``DataName``; ``key`` is the key of ``value``."""
     if isinstance(value, str):
-        return DataName(value) if key in _LOOKED_UP or is_dotted_name(value) else value
+        return _as_name(value) if key in _LOOKED_UP or is_dotted_name(value) else value
     if isinstance(value, dict):
         return {
-            DataName(inner) if isinstance(inner, str) else inner: mark_data(item, inner)
+            _as_name(inner) if isinstance(inner, str) else inner: mark_data(item, inner)
             for inner, item in value.items()
         }
     if isinstance(value, list):
@@ -44,9 +95,14 @@ def mark_data(value: Any, key: object = None) -> Any:
     return value
 
 
+def _as_name(text: str) -> DataName:
+    template = template_of(text)
+    return DataName(text) if template is None else FilledDataName(text, template)
+
+
 def unmark_data(value: Any) -> Any:
     """Return a copy of nested dicts, lists and tuples with plain strings, for a library that may look at classes."""
-    if isinstance(value, DataName):
+    if isinstance(value, DataName | FilledText):
         return str(value)
     if isinstance(value, dict):
         return {unmark_data(key): unmark_data(item) for key, item in value.items()}

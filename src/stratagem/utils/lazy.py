@@ -1,13 +1,15 @@
-"""Objects that are named now and imported when somebody needs them."""
+"""Values that a configuration names and that are only looked at when they are used: imports and masked secrets."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Never, final
 
-from stratagem.errors import ConfigKeyError, ConfigParsingError
+from stratagem.errors import ConfigKeyError, ConfigParsingError, ConfigValueError
+from stratagem.utils.data_names import FilledText
 from stratagem.utils.imports import import_module, import_object
 
-__all__ = ["LazyObject", "lazy_name", "resolve", "resolve_all"]
+__all__ = ["DEFERRED", "LazyObject", "MaskedSecret", "lazy_name", "resolve", "resolve_all"]
 
 
 @final
@@ -52,6 +54,43 @@ class LazyObject:
         return LazyObject, (self._module, self._path, self._place)
 
 
+@final
+@dataclass(frozen=True, slots=True)
+class MaskedSecret:
+    """A value that was masked when its configuration was kept. It can be copied, compared and written, but not used.
+
+    Reading it from a configuration raises. Where it comes from a list, it is no string, and what strings can do raises.
+
+    Args:
+        text: what the configuration has in its place.
+        path: the key that the secret belongs to.
+        place: the file and line, for errors.
+    """
+
+    text: str
+    path: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        raise self.error()
+
+    def __getattr__(self, name: str) -> Never:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self.error()
+
+    def error(self) -> ConfigValueError:
+        """Return the error of using it."""
+        return ConfigValueError(
+            f"{self.place}: the secret {self.path} was masked when this configuration was kept, so it has no value here. "
+            f"Give it again: --set {self.path}=..., or put an environment variable there: {{{{ $NAME }}}}."
+        )
+
+
+# The classes of values that must not be handed out before `resolve` saw them.
+DEFERRED: frozenset[type] = frozenset({LazyObject, MaskedSecret})
+
+
 def lazy_name(lazy: LazyObject) -> str:
     """Return the dotted path of a lazy object: ``torch.optim.SGD``."""
     return f"{lazy._module}.{lazy._path}" if lazy._path else lazy._module
@@ -61,9 +100,12 @@ def resolve(value: Any) -> Any:
     """Return what a lazy object stands for, importing it now; any other value as it is.
 
     Raises:
+        ConfigValueError: if it is a masked secret.
         MissingDependencyError: if its module is not installed.
         ConfigKeyError: if the module has no such name.
     """
+    if isinstance(value, MaskedSecret):
+        raise value.error()
     if not isinstance(value, LazyObject):
         return value
     try:
@@ -79,9 +121,12 @@ def resolve(value: Any) -> Any:
 
 
 def resolve_all(value: Any) -> Any:
-    """Return ``value`` with the lazy objects in its lists and tuples resolved; dicts in them are kept as they are."""
+    """Return ``value`` with the lazy objects in its lists and tuples resolved; dicts in them are kept as they are.
+
+    Strings that placeholders filled become plain ones: what is built needs no placeholders, and ``torch.compile`` wants ``str``.
+    """
     if value.__class__ is list:
         return [resolve_all(item) for item in value]
     if value.__class__ is tuple:
         return tuple(resolve_all(item) for item in value)
-    return resolve(value)
+    return str(value) if value.__class__ is FilledText else resolve(value)

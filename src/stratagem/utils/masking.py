@@ -1,48 +1,141 @@
-"""Keep secrets out of what is printed and stored."""
+"""Keep secrets out of what is printed and stored.
+
+The rule of names is that of :mod:`stratagem.utils.secret_names`. In texts, three more things are masked: user information
+and signatures of URLs, what is assigned to the name of a secret, and the secrets that :mod:`stratagem.utils.secret_values`
+knows, wherever they are. All of it takes time linear in the length of the text.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["mask_secrets", "mask_text"]
+from stratagem.utils.secret_names import is_secret_name, is_secret_parameter, is_special_token, is_strongly_secret_name
+from stratagem.utils.secret_values import remember_secret, replace_known_secrets
+
+__all__ = ["mask_secrets", "mask_text", "mask_tokens", "mask_urls"]
 
 _MASK = "***"
-_SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASS|CRED", re.IGNORECASE)
-_USER_INFO = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s?#]*@")
-_QUERY_SECRET = re.compile(
-    r"(?P<name>[?&][^=&#\s]*(?:TOKEN|KEY|SECRET|PASS|CRED|SIG)[^=&#\s]*=)[^&#\s]*", re.IGNORECASE
+# The last @ before the path. A password with a slash in it is no valid URL, but people write it.
+_USER_INFO = re.compile(
+    r"://(?P<info>[^\s/?#@:\[\"'<>]{0,512}:(?!\d{0,5}(?:[/?#\s\"'<>]|$))[^\s@\"'<>]{0,128}(?=@)"
+    r"|[^\s/?#\"'<>]{1,2048}(?=@))(?P<more>(?:@[^\s/?#@\"'<>]{0,512}(?=@))*)@"
 )
+_PARAMETER = re.compile(
+    r"(?P<name>(?:[?&#;]|%3F|%26)[^=&#?;%\s\"'<>]{1,128})(?P<equals>=|%3D)(?P<value>(?:(?!%26|%23)[^\s&#;\"'<>])*)",
+    re.IGNORECASE,
+)
+_ASSIGNED = re.compile(
+    r"(?<![\w.])(?P<name>[A-Za-z_][\w.-]{0,127}+)(?P<middle>(?:\\?[\"'])?[ ]{0,3}(?P<sign>[=:])[ ]{0,3})"
+    r"(?:(?P<quote>b?\\?(?P<mark>[\"']))(?P<quoted>[^\n]{0,4096}?)(?P<end>\\?(?P=mark)|(?=\.\.\.|\n|\Z))"
+    r"|(?P<bare>[^\s,;&)}\]\"'(\[<{][^\s,;&)}\]\"'(\[<{]*))"
+)
+_HEADER = re.compile(
+    r"(?P<name>\b(?:authorization|cookie|x-api-key)(?:\\?[\"'])?[ ]{0,3}[:=][ ]{0,3}(?:b?\\?[\"'])?(?:(?:bearer|basic|token)[ ])?"
+    r"|\bbearer[ ])(?P<value>(?=[^\s\"',;\\]*[\d=])[^\s\"',;\\]{8,})",
+    re.IGNORECASE,
+)
+# Something like this is in every name of a secret: most texts need no closer look.
+_HINT = re.compile("pass|secret|cred|token|auth|key|cookie|bearer|dsn|jwt|pw|connection|uid", re.IGNORECASE)
+# Tokens that their first letters tell.
+_TOKEN = re.compile(
+    r"(?<![\w-])(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{10,}"
+    r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|sk-(?=[\w-]*\d)[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
+    r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[^-]{0,16000}(?:-----END [A-Z ]{0,40}PRIVATE KEY-----)?"
+)
+_PLAIN_WORDS = frozenset({"none", "true", "false", "null", "", _MASK})
 
 
 def mask_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy that can be logged: what stands under a name like a secret's is replaced by ``***``.
+    """Return a copy that can be logged: strings under the name of a secret are replaced by ``***``, others masked as texts.
 
-    A name counts if it contains TOKEN, KEY, SECRET, PASS or CRED in any case; under it every text and number is
-    masked, at any depth of mappings and lists. In every other text the passwords inside URLs are masked. It masks too
-    much (``custom_keys``) rather than too little.
+    A mapping under such a name is masked as a whole, numbers too, unless it has a ``type`` and so describes an object.
     """
-    return {name: _mask(value, secret=_is_secret(name)) for name, value in values.items()}
+    return {name: _mask(value, _secrecy(name, "")) for name, value in values.items()}
 
 
 def mask_text(text: str) -> str:
-    """Return the text with the user information, and secrets in the query, of every URL in it masked."""
-    return _QUERY_SECRET.sub(rf"\g<name>{_MASK}", _USER_INFO.sub(rf"\g<scheme>{_MASK}@", text))
+    """Return the text without the secrets in it, each replaced by ``***``."""
+    text = mask_tokens(replace_known_secrets(text, lambda _: _MASK), _MASK)
+    if "://" in text or "=" in text or "%3" in text:
+        text = mask_urls(text, lambda _: _MASK)
+    if _HINT.search(text):
+        text = _ASSIGNED.sub(_masked_assignment, text)
+    return text
 
 
-def _is_secret(name: object) -> bool:
-    return _SECRET_NAME.search(str(name)) is not None
+def mask_tokens(text: str, mask: str) -> str:
+    """Return the text with private keys, the values of authorizing headers, and well-known forms of tokens masked."""
+    if _HINT.search(text):
+        text = _HEADER.sub(lambda match: match["name"] + mask, text)
+    return _TOKEN.sub(lambda _: mask, text)
 
 
-def _mask(value: Any, *, secret: bool) -> Any:
+def mask_urls(text: str, mask: Callable[[str], str]) -> str:
+    """Return the text with the user information, and secrets in the query, of every URL in it masked.
+
+    Args:
+        text: a URL, or any text with URLs in it.
+        mask: returns what replaces a part of a URL, which may be the part itself.
+    """
+    if "://" in text and "@" in text:
+        text = _USER_INFO.sub(lambda match: f"://{mask(match['info'] + match['more'])}@", text)
+
+    def parameter(match: re.Match[str]) -> str:
+        name = re.sub("^(?:[?&#;]|%3F|%26)", "", match["name"], flags=re.IGNORECASE)
+        is_kept = not match["value"] or match["value"].startswith("{{")
+        if is_kept or not is_secret_parameter(name):
+            return match[0]
+        return f"{match['name']}{match['equals']}{mask(match['value'])}"
+
+    return _PARAMETER.sub(parameter, text)
+
+
+def _masked_assignment(match: re.Match[str]) -> str:
+    value = match["bare"] if match["quoted"] is None else match["quoted"]
+    if not is_secret_name(match["name"]) or _is_no_secret(value):
+        return match[0]
+    if match["quoted"] is not None:
+        return f"{match['name']}{match['middle']}{match['quote']}{_MASK}{match['end']}"
+    in_prose = match["sign"] == ":" and match["middle"][0] not in "\"'\\"
+    if in_prose and (len(value) < 8 or not any(map(str.isdigit, value))):
+        return match[0]
+    return f"{match['name']}{match['middle']}{_MASK}"
+
+
+def _is_no_secret(value: str) -> bool:
+    """Return whether a value in a text is a number, a placeholder, or a word such as None."""
+    if value.lower().strip(".:") in _PLAIN_WORDS or value.startswith("{{") or is_special_token(value):
+        return True
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _secrecy(name: object, inherited: str) -> str:
+    """Return ``"all"`` below the name of a secret, ``"strings"`` below one that also means other things, or ``""``."""
+    if name == "type":
+        return ""
+    if is_strongly_secret_name(str(name)):
+        return "all"
+    return inherited or ("strings" if is_secret_name(str(name)) else "")
+
+
+def _mask(value: Any, secrecy: str) -> Any:
     if isinstance(value, Mapping):
-        return {name: _mask(inner, secret=secret or _is_secret(name)) for name, inner in value.items()}
+        below = "" if secrecy == "strings" and "type" in value else secrecy
+        return {name: _mask(inner, _secrecy(name, below)) for name, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        masked = [_mask(inner, secret=secret) for inner in value]
+        masked = [_mask(inner, secrecy) for inner in value]
         return tuple(masked) if isinstance(value, tuple) else masked
-    if value is None or isinstance(value, bool):
-        return value
-    if secret:
+    if isinstance(value, bytes):
+        value = value.decode("latin-1")
+    if not isinstance(value, str):
+        return _MASK if secrecy == "all" and type(value) in (int, float) else value
+    if secrecy and value and not (secrecy == "strings" and is_special_token(value)):
+        remember_secret(value)
         return _MASK
-    return mask_text(value) if isinstance(value, str) else value
+    return mask_text(value)

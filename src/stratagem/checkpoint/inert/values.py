@@ -32,6 +32,8 @@ _DICTS = {
 # What may be called a tensor's class without meaning more than a tensor.
 _TENSOR_CLASSES = {"torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer"}
 _SPREAD_BYTES = 256 << 20
+# Of a tensor's rebuild function after its stride: requires_grad, hooks, metadata.
+_MOST_FURTHER_ARGUMENTS = 3
 
 
 class ObjectError(CheckpointError):
@@ -169,6 +171,9 @@ class Values:
         return scalar_of(dtype, self._of(data, where))
 
     def array(self, node: Record, where: str) -> Any:
+        kind = node.args[0]
+        if str(kind) != "numpy.ndarray":
+            raise ObjectError(f"{where} is an array of the class {printable(str(kind))}, which is not looked up.")
         return array_of(self._of(node.state[1], where), node.state[2], node.state[3], self._of(node.state[4], where))
 
     def array_in_band(self, node: Record, where: str) -> Any:
@@ -184,14 +189,39 @@ class Values:
     def tensor(self, node: Record, where: str) -> torch.Tensor:
         """``_rebuild_tensor``, and ``_v2`` with hooks, and ``_v3`` with a dtype that no storage has."""
         persistent, offset, size, stride, *rest = node.args
-        dtype = self._of(rest[2], where) if node.maker.name == "_rebuild_tensor_v3" else None
+        # After requires_grad and the hooks: v3 has the dtype, and both may end with metadata.
+        dtype = None
+        if node.maker.name == "_rebuild_tensor_v3":
+            dtype = self._of(rest.pop(2), where)
+        if len(rest) > _MOST_FURTHER_ARGUMENTS:
+            raise ValueError(f"it has {len(node.args)} arguments")
+        metadata = rest[2] if len(rest) == _MOST_FURTHER_ARGUMENTS else None
         storage, own_dtype = self._storage(persistent)
         tensor = strided_tensor(storage, dtype or own_dtype, offset, self._of(size, where), self._of(stride, where))
         spread = tensor.numel() * tensor.element_size() - storage.nbytes()
         self._spread += max(0, spread)
         if self._spread > self._storages.size + _SPREAD_BYTES:
             raise CheckpointDamagedError(f"{where}: its tensors spread few bytes over far more than the file has.")
-        return tensor
+        return self._with_metadata(tensor, metadata, where)
+
+    def _with_metadata(self, tensor: torch.Tensor, node: Any, where: str) -> torch.Tensor:
+        """Return the tensor that memory and metadata stand for: torch saves lazy conjugates and negatives as flags."""
+        metadata = self._of(node, where) if node is not None else {}
+        if not isinstance(metadata, dict):
+            raise TypeError(f"its metadata is {type(metadata).__name__}, not a dict")
+        unknown = sorted(printable(key) for key in metadata.keys() - {"conj", "neg"})
+        if unknown:
+            raise CheckpointError(
+                f"{where} is a tensor with the metadata {', '.join(unknown)}, which is not read: without it the numbers could "
+                "be wrong. Save a plain copy of the tensor (tensor.clone()) where the file was made."
+            )
+        if not all(isinstance(flag, bool) for flag in metadata.values()):
+            raise TypeError("a flag in its metadata is not a bool")
+        if metadata.get("conj"):
+            if not tensor.is_complex():
+                raise ValueError(f"a tensor of {tensor.dtype} has no conjugate")
+            tensor = tensor.conj().resolve_conj()
+        return tensor.neg() if metadata.get("neg") else tensor
 
     def parameter(self, node: Record, where: str) -> Any:
         return self._of(node.args[0], where)

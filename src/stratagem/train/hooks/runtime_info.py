@@ -10,7 +10,7 @@ from stratagem.storage import write_atomic
 from stratagem.train.hook import Hook
 from stratagem.train.priority import Priority
 from stratagem.train.run import Run
-from stratagem.utils import mask_secrets
+from stratagem.utils import mask_secrets, mask_text
 
 __all__ = ["RuntimeInfoHook"]
 
@@ -25,7 +25,10 @@ class RuntimeInfoHook(Hook):
         if run.rank != 0:
             return
         system, runtime = run.strategy.collect_env()
-        report = {"system": system, "runtime": {key: str(value) for key, value in mask_secrets(runtime).items()}}
+        report = {
+            "system": system,
+            "runtime": {key: mask_text(str(value)) for key, value in mask_secrets(runtime).items()},
+        }
         write_atomic(Path(run.log_dir) / "environment.json", json.dumps(report, indent=2) + "\n")
         sizes = {parameter: run.strategy.size_of(parameter) for parameter in run.model.parameters()}
         learning = sum(size for parameter, size in sizes.items() if parameter.requires_grad)

@@ -1,0 +1,170 @@
+"""The secrets that this process has come upon, so that they can be found wherever they appear in a text."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from urllib.parse import quote, quote_plus
+
+from stratagem.utils.secret_names import is_secret_name
+
+__all__ = ["allow_in_texts", "known_secrets", "remember_placeholder", "remember_secret", "replace_known_secrets"]
+
+_MOST = 500
+_SHORTEST, _SHORTEST_WORD = 6, 8
+_SHORTEST_PLACEHOLDER, _LONG_PLACEHOLDER = 8, 20
+# A value shorter than this is only found between other characters than letters and digits.
+_LONG = 12
+_SHORTEST_LINE = 16
+# How much of a long secret must be there where it was cut off.
+_CUT = 6
+
+
+def _each(words: str) -> frozenset[str]:
+    return frozenset(words.split())
+
+
+# Values that people give to secrets where there is none, and that texts contain for other reasons.
+_COMMON = _each(
+    "password passphrase secret anonymous default disabled changeme required undefined production development localhost "
+    "training validation"
+)
+
+# value -> the environment variable that it came from, "" for none. The oldest are forgotten first.
+_secrets: dict[str, str] = {}
+_placeholders: dict[str, str] = {}
+_allowed: dict[str, None] = {}
+# The environment, and the secrets that were found with it; empty when something was remembered since.
+_cache: list[tuple[dict[object, object], dict[str, str]]] = []
+
+
+def remember_secret(value: str, variable: str = "") -> None:
+    """Mask this value in texts from now on. Values that are too short or too common to be found in texts are ignored."""
+    if _can_be_found(value):
+        _remember(_secrets, value, variable)
+
+
+def remember_placeholder(value: str, variable: str) -> None:
+    """Mask the value of an environment variable that a configuration reads, unless it is clearly not a secret.
+
+    Numbers, paths, URLs, and short or simple words are not: texts would become unreadable without them.
+    """
+    if is_secret_name(variable):
+        if not _is_path(value):
+            remember_secret(value, variable)
+    elif len(value) >= _SHORTEST_PLACEHOLDER and not any(map(str.isspace, value)) and _looks_random(value):
+        _remember(_placeholders, value, variable)
+
+
+def allow_in_texts(text: str) -> None:
+    """Do not mask what is a part of this text, such as the folder of the run, unless it is known to be a secret."""
+    _remember(_allowed, text, None)
+
+
+def known_secrets() -> Mapping[str, str]:
+    """Return the secrets, each with the environment variable that it came from, or ``""``."""
+    # Compared as a whole, since texts are masked more often than variables are set.
+    environment = getattr(os.environ, "_data", None)
+    cached = next(iter(_cache), None)  # another thread may clear it
+    if cached is not None and environment is not None and cached[0] == environment:
+        return cached[1]
+    found = _find_secrets()
+    _cache.clear()
+    _cache.append((dict(environment or {}), found))
+    return found
+
+
+def _find_secrets() -> dict[str, str]:
+    environment = {
+        value: name
+        for name in os.environ
+        if is_secret_name(name) and _can_be_found(value := os.environ.get(name, "")) and not _is_path(value)
+    }
+    placeholders = {
+        value: name for value, name in _placeholders.items() if not any(value in allowed for allowed in _allowed)
+    }
+    secrets = {
+        value: name or environment.get(value) or _placeholders.get(value, "") for value, name in _secrets.items()
+    }
+    return {**placeholders, **environment, **secrets}
+
+
+def replace_known_secrets(text: str, replacement: Callable[[str], str], known: Mapping[str, str] | None = None) -> str:
+    """Return a text in which every known secret is replaced, as it is and as URLs, JSON and Python write it.
+
+    Args:
+        text: any text.
+        replacement: returns what replaces a secret, given the environment variable that it came from, or ``""``.
+        known: what :func:`known_secrets` returned, for many texts at once.
+    """
+    known = known_secrets() if known is None else known
+    if not known:
+        return text
+    pattern, forms = _pattern(tuple(known))
+    # A secret that was cut off is none of the forms.
+    return pattern.sub(lambda match: replacement(known.get(forms.get(match[0], ""), "")), text)
+
+
+def _remember(memory: dict[str, str] | dict[str, None], value: str, variable: str | None) -> None:
+    _cache.clear()
+    memory.pop(value, None)
+    memory[value] = variable  # type: ignore[assignment]  # each has values of one kind
+    while len(memory) > _MOST:
+        del memory[next(iter(memory))]
+
+
+def _can_be_found(value: str) -> bool:
+    if value.lower() in _COMMON:
+        return False
+    return len(value) >= (_SHORTEST_WORD if value.isalpha() else _SHORTEST) and len(set(value)) > 2
+
+
+def _looks_random(value: str) -> bool:
+    if "://" in value or value.startswith(("/", "./", "../", "~")):
+        return False
+    has_digit, has_letter = any(map(str.isdigit, value)), any(map(str.isalpha, value))
+    return has_letter and (has_digit or len(value) >= _LONG_PLACEHOLDER)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_path(value: str) -> bool:
+    try:
+        return value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111 -- no path yet
+    except ValueError:
+        return False
+
+
+@functools.lru_cache(maxsize=16)
+def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
+    """Return a pattern of all forms of the values, and the value that each form is one of."""
+    forms: dict[str, str] = {}
+    for value in values:
+        for form in _forms(value):
+            forms.setdefault(form, value)
+    written = []
+    for form in sorted(forms, key=len, reverse=True):
+        escaped = re.escape(form)
+        written.append(escaped if len(form) >= _LONG else rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
+    # Messages cut long values off, and a part of a secret is one, too.
+    written += [rf"{re.escape(form[:_CUT])}\S{{0,{len(form)}}}(?=\.\.\.)" for form in forms if len(form) >= _LONG]
+    return re.compile("|".join(written)), forms
+
+
+def _forms(value: str) -> set[str]:
+    lines = {line.strip() for line in value.splitlines()} if "\n" in value else set()
+    texts = {value, *(line for line in lines if len(line) >= _SHORTEST_LINE)}
+    forms = set()
+    for text in texts:
+        forms |= {
+            text,
+            quote(text, errors="replace"),
+            quote(text, safe="", errors="replace"),
+            quote_plus(text, errors="replace"),
+            json.dumps(text)[1:-1],
+            json.dumps(text, ensure_ascii=False)[1:-1],
+            repr(text)[1:-1],
+        }
+    return forms
