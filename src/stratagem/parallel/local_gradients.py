@@ -42,7 +42,7 @@ class LocalGradients:
 
     @classmethod
     def of(cls, replica: DistributedDataParallel) -> LocalGradients:
-        """Return the local gradients of a replica whose forward passes this has follow from now on."""
+        """Return the local gradients of a replica whose forward passes are followed from now on."""
         found = cls(replica)
 
         def follow(module: nn.Module, _: Any, output: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -84,7 +84,8 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
         reduces = self.should_sync()
         with NOTHING if reduces else self._hold():
             self.engine.backward(loss, **kwargs)
-        self._is_reduced = reduces
+        # ZeRO 2 holds nothing back.
+        self._is_reduced = reduces or self._hold is nullcontext
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:

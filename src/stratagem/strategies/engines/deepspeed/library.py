@@ -79,7 +79,7 @@ def make_engine(
 
 
 def _refuse_direct_backward(engine: Any) -> None:
-    """Have a backward pass that the engine was not asked for raise: its window and its scale would not be those of ours."""
+    """Have a backward pass that the engine was not asked for raise: accumulation and loss scaling would not apply to it."""
     begin = engine._backward_prologue
 
     def begin_if_asked() -> None:
