@@ -44,6 +44,8 @@ class BaseOptimWrapper(ABC):
         always_says_sync: whether ``accumulation_context`` is called also for windows of one micro-batch: another
             optimizer of the same model may have said otherwise.
         forget_waiting: called where a window is dropped, for gradients that wait for their exchange elsewhere.
+        complete_gradients: called at the start of each step if set: averages gradients that backward passes left on
+            this rank. Collective.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -60,6 +62,7 @@ class BaseOptimWrapper(ABC):
         self.accumulation_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = without_exchange
         self.always_says_sync = False
         self.forget_waiting: Callable[[], None] = _nothing_waits
+        self.complete_gradients: Callable[[], None] | None = None
         self._training_weights: list[Tensor] | None = None
         self.train()
 

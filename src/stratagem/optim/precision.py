@@ -85,6 +85,8 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
+        if self.complete_gradients is not None:
+            self.complete_gradients()
         micro_batches = self.inner_count - self._window_start
         self._window_start = self.inner_count
         self.attempts += 1

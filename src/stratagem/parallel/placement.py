@@ -100,6 +100,18 @@ class Placement(ABC):
     ) -> None:
         """Forget gradients that wait on this rank for their exchange, as at an early stop."""
 
+    def gradient_completion(self, model: nn.Module) -> Callable[[], None] | None:
+        """Return a function that averages gradients which backward passes left on this rank; None if they leave none.
+
+        An optimizer wrapper calls it before each update, on every rank. It costs a check of flags if nothing is left.
+        """
+        return None
+
+    def note_restored_gradients(  # noqa: B027 -- nothing to do is the usual case
+        self, model: nn.Module
+    ) -> None:
+        """Note that a checkpoint restored this rank's gradients of an accumulation window."""
+
     def size_of(self, parameter: nn.Parameter) -> int:
         """Return how many numbers a parameter of the placed model has, over all ranks that share it."""
         return parameter.numel()

@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast, final
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ from stratagem.dist import World
 from stratagem.errors import ConfigKeyError, PlacementError
 from stratagem.model import Trainable, bare_model, convert_sync_batchnorm, is_model_wrapper
 from stratagem.parallel.detour import calls_go_to
+from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.placement import NO_CONTEXT, Placed, Placement, Steps
 from stratagem.utils.names import did_you_mean
 
@@ -32,6 +33,8 @@ _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS 
 # How DistributedDataParallel counts the parameters that it waited for in vain: by number among those that learn.
 _UNUSED = re.compile(r"indices which did not receive grad for rank \d+: ((?:\d+ ?)+)")
 _MOST_NAMES = 8
+# What the reducer says where a second backward pass begins before it has all gradients of the first.
+_TWO_PASSES = ("mark a variable ready only once", "undefined, but still allreduced")
 
 
 @final
@@ -43,6 +46,10 @@ class Replica(DistributedDataParallel):
     """
 
     _passed: bool
+
+    def __init__(self, module: nn.Module, **options: Any) -> None:
+        super().__init__(module, **options)
+        self.local_gradients = LocalGradients.of(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -83,11 +90,23 @@ class Replica(DistributedDataParallel):
 
         Raises:
             PlacementError: if the model's step did not call ``self(...)``, which would leave each rank with gradients
-                of its own.
+                of its own, or if several of its backward passes reach different parameters.
         """
         self._passed = False
-        with calls_go_to(self.module, self):
-            outputs: dict[str, Tensor] = cast("Trainable", self.module).train_step(data, optim_wrapper=optim_wrapper)
+        try:
+            with calls_go_to(self.module, self):
+                outputs: dict[str, Tensor] = cast("Trainable", self.module).train_step(
+                    data, optim_wrapper=optim_wrapper
+                )
+        except RuntimeError as error:
+            if not any(text in str(error) for text in _TWO_PASSES):
+                raise
+            raise PlacementError(
+                f"{type(self.module).__name__}.train_step began a backward pass before DDP had the gradients of all parameters "
+                "from the one before it. If the step computes several losses of which each reaches only some parameters, add "
+                "them and call backward once: optim_wrapper.update_params(loss_1 + loss_2). Other causes, such as reentrant "
+                "checkpoints, are in the error above."
+            ) from error
         if not self._passed:
             name = type(self.module).__name__
             raise PlacementError(
@@ -188,6 +207,17 @@ class Replicated(Placement):
 
     def bare(self, model: nn.Module) -> nn.Module:
         return self._views[model] if model in self._views else bare_model(model)
+
+    def gradient_completion(self, model: nn.Module) -> Callable[[], None]:
+        return self._complete_gradients
+
+    def note_restored_gradients(self, model: nn.Module) -> None:
+        for replica in self._replicas.values():
+            replica.local_gradients.missed = True
+
+    def _complete_gradients(self) -> None:
+        for replica in self._replicas.values():
+            replica.local_gradients.complete()
 
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         if sync:

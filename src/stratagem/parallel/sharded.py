@@ -29,6 +29,7 @@ from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.optim.sharded import is_sharded
 from stratagem.parallel.activation_checkpointing import checkpoint_activations
 from stratagem.parallel.initial_weights import InitialWeights, require_alike
+from stratagem.parallel.local_gradients import average_gradients
 from stratagem.parallel.mesh import Layout, Meshes
 from stratagem.parallel.placement import NO_CONTEXT, AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.policies import select_modules, tied_outside
@@ -124,6 +125,9 @@ class Sharded(Placement):
                 module.set_requires_gradient_sync(sync, recurse=False)
             self._sync = sync
         return NO_CONTEXT
+
+    def gradient_completion(self, model: nn.Module) -> Callable[[], None]:
+        return functools.partial(self._reduce_held_gradients, model)
 
     def forget(self, model: nn.Module) -> None:
         cast("FSDPModule", model).reset_iter_state()
@@ -248,6 +252,21 @@ class Sharded(Placement):
         """Average the gradient of a parameter that every rank has whole, once its window is complete."""
         if self._sync and parameter.grad is not None and self._layout.data_size > 1:
             all_reduce(parameter.grad, "mean", self.data_group)
+
+    def _reduce_held_gradients(self, model: nn.Module) -> None:
+        """Reduce gradients that the last backward pass held back because its window was not complete. Collective.
+
+        An update in the middle of a window, as when a step calls ``backward`` without the wrapper, needs them too.
+        """
+        if self._sync:
+            return
+        self.accumulate(model, sync=True)
+        # What torch runs at the end of a backward pass: it reduces what groups of parameters have kept.
+        cast("Any", model)._get_fsdp_state()._root_post_backward_final_callback()
+        if self._layout.data_size > 1:
+            average_gradients(
+                [each for each in model.parameters() if each.requires_grad and not is_sharded(each)], self.data_group
+            )
 
     # ---- the model's methods ----------------------------------------------------------------------------------------
 

@@ -127,6 +127,7 @@ class ComposedStrategy(BaseStrategy):
         self._placement.bind(optim, self.bare_model())
         wrappers = building.each_wrapper(optim)
         accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
+        completion = self._placement.gradient_completion(self.model)
         for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
                 if horizon.max_iters is None:
@@ -138,6 +139,7 @@ class ComposedStrategy(BaseStrategy):
             wrapper.accumulation_context = self._placement.accumulate
             wrapper.always_says_sync = accumulates
             wrapper.forget_waiting = self._forget_waiting
+            wrapper.complete_gradients = completion
         self.optim_wrapper = optim
         try:
             self._scale_lr()
@@ -320,6 +322,7 @@ class ComposedStrategy(BaseStrategy):
             write_window(
                 self.optim_wrapper, checkpoint["window"], checkpoint["optimizer"], self.bare_model(), self.world
             )
+            self._placement.note_restored_gradients(self.model)
 
     def _weights_are_finite(self) -> bool:
         """Tell whether every value of the parameters is finite, on every rank. Collective."""

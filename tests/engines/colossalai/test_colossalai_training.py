@@ -10,6 +10,8 @@ import boosted_runs
 import pytest
 import torch
 
+import backward_passes
+from backward_passes import OPTIMIZERS, by_plain_torch, require_equal
 from ranks import Ranks
 from sharded_runs import OPTIM
 
@@ -128,6 +130,51 @@ def test_evaluation_may_differ_in_length_between_ranks(two: Ranks, tmp_path: Pat
     """Predictions come in the model's own precision and wait for nobody."""
     assert all(two.run(boosted_cases.predicted, "zero 1 bf16", str(tmp_path)))
     assert all(two.run(boosted_cases.predicted, "torch-ddp", str(tmp_path)))
+
+
+@pytest.mark.parametrize("way", ["two forwards", "in turn", "one forward"])
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid"])
+def test_several_backward_passes_count_as_their_sum(two: Ranks, tmp_path: Path, plugin: str, way: str) -> None:
+    """Gradients of every pass before an update are averaged over the ranks."""
+    optim = {"optimizer": OPTIMIZERS["SGD"], "clip_grad": {"max_norm": 0.5}}
+    found = two.run(backward_passes.trained, _strategy(plugin), str(tmp_path), way, optim)
+    require_equal(found, by_plain_torch(way, max_norm=0.5))
+
+
+@pytest.mark.parametrize("plugin", ["torch-ddp", "hybrid"])
+def test_gradients_held_back_in_a_window_are_averaged_before_an_update(two: Ranks, tmp_path: Path, plugin: str) -> None:
+    """A step may call loss.backward() and update when it likes where DistributedDataParallel has the gradients."""
+    optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 4}
+    found = two.run(backward_passes.trained, _strategy(plugin), str(tmp_path), "own window", optim)
+    require_equal(found, by_plain_torch("own window", window=2))
+
+
+@pytest.mark.parametrize(("way", "window"), [("by hand", 1), ("own window", 2), ("two forwards", 3)])
+def test_zero_refuses_an_update_without_reduced_gradients(two: Ranks, tmp_path: Path, way: str, window: int) -> None:
+    """Under ZeRO gradients are reduced by the wrapper's backward alone, in the last pass of a window."""
+    optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
+    arguments = (_strategy("zero 1"), str(tmp_path), way, optim)
+    for refusal in two.run(boosted_cases.refusal, backward_passes.trained, *arguments):
+        assert "StateError: step() was called after" in refusal
+        assert "not loss.backward()" in refusal
+
+
+@pytest.mark.parametrize(("way", "window"), [("a head each", 1), ("a head each", 2), ("a head each, one NaN", 1)])
+@pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "zero 1 offloaded"])
+def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
+    two: Ranks, tmp_path: Path, plugin: str, way: str, window: int
+) -> None:
+    """Heads that train alternately step as in one process, also in windows of two and after a skipped update."""
+    strategy = _strategy(plugin)
+    if plugin == "torch-ddp":
+        strategy["plugin"] = {"type": "torch-ddp", "find_unused_parameters": True}
+    optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window, "nonfinite": "skip"}
+    found = two.run(backward_passes.trained, strategy, str(tmp_path), way, optim)
+    require_equal(found, by_plain_torch(way, window=window))
+
+
+def _strategy(plugin: str) -> dict[str, Any]:
+    return {"type": "ColossalAIStrategy", **boosted_runs.PLUGINS[plugin]}
 
 
 def _require_equal(seen: dict[str, Any], expected: dict[str, Any], *series: str) -> None:

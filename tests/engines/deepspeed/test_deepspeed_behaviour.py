@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_runs import differences, go, placed, state_in
+from engine_runs import FP32, differences, go, placed, state_in
 from torch import Tensor
 
+import backward_passes
+from backward_passes import OPTIMIZERS, by_plain_torch, require_equal
 from ranks import Ranks
 from sharded_runs import OPTIM, Gpt
-from stratagem.errors import ConfigValueError, TrainingError
+from stratagem.errors import ConfigValueError, StratagemError, TrainingError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import import_module
 
@@ -171,3 +174,75 @@ def test_activations_are_computed_anew_where_the_model_asks(
     seen = two.run(go, strategy, folder, model={"type": Recomputed})[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
     assert seen["others"] == [1.0] * 12
+
+
+@pytest.mark.parametrize(("way", "window"), [("a head each", 1), ("a head each", 2), ("a head each, one NaN", 1)])
+@pytest.mark.parametrize("name", FP32)
+def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
+    two: Ranks, folder: Path, name: str, way: str, window: int
+) -> None:
+    """Heads that train alternately step as in one process, also in windows of two and after a skipped update."""
+    optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window, "nonfinite": "skip"}
+    require_equal(
+        two.run(backward_passes.trained, placed(name), str(folder), way, optim), by_plain_torch(way, window=window)
+    )
+
+
+@pytest.mark.parametrize("name", ["ZeRO-2 offload", "ZeRO-3 offload"])
+def test_gradients_of_every_micro_batch_are_clipped_where_they_are_offloaded(
+    two: Ranks, folder: Path, name: str
+) -> None:
+    """The norm counts parameters that only the first micro-batch of a window used."""
+    optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 2, "clip_grad": {"max_norm": 0.1}}
+    found = two.run(backward_passes.trained, placed(name), str(folder), "a head each", optim)
+    require_equal(found, by_plain_torch("a head each", window=2, max_norm=0.1))
+
+
+def test_unused_parts_keep_their_masters_in_bfloat16(two: Ranks, folder: Path) -> None:
+    """ZeRO 3 in bfloat16 steps as float32 does, but for the rounding of gradients."""
+    optim = {"optimizer": OPTIMIZERS["SGD"]}
+    found = two.run(backward_passes.trained, placed("ZeRO-3", bf16=True), str(folder), "a head each", optim)
+    require_equal(found, by_plain_torch("a head each"), tolerance=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("ZeRO-0", "two forwards"), ("ZeRO-0", "in turn"), ("ZeRO-0", "one forward"), ("ZeRO-3", "in turn"),
+     ("ZeRO-3 offload", "in turn")],
+)  # fmt: skip
+def test_several_backward_passes_count_as_their_sum(two: Ranks, folder: Path, name: str, way: str) -> None:
+    """Where DeepSpeed keeps what it has, the gradients of every pass before an update add up."""
+    optim = {"optimizer": OPTIMIZERS["SGD"], "clip_grad": {"max_norm": 0.5}}
+    require_equal(
+        two.run(backward_passes.trained, placed(name), str(folder), way, optim), by_plain_torch(way, max_norm=0.5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "window", "said"),
+    [
+        ("ZeRO-1", "two forwards", 1, "keeps the gradients of the last pass alone. Add the losses"),
+        ("ZeRO-2", "in turn", 1, "keeps the gradients of the last pass alone. Add the losses"),
+        ("ZeRO-2 offload", "one forward", 1, "keeps the gradients of the last pass alone. Add the losses"),
+        ("ZeRO-3", "two forwards", 1, "without a forward pass after the first one"),
+        ("ZeRO-3", "two forwards", 2, "without a forward pass after the first one"),
+        ("ZeRO-3", "one forward", 1, "without a forward pass after the first one"),
+        ("ZeRO-0", "by hand", 1, r"instead of loss.backward\(\)"),
+        ("ZeRO-1", "by hand", 1, r"instead of loss.backward\(\)"),
+        ("ZeRO-3 offload", "by hand and wrapper", 1, r"instead of loss.backward\(\)"),
+        ("ZeRO-2", "two forwards", 3, r"after 2 of 3 backward passes of an accumulation window"),
+    ],
+)
+def test_backward_passes_that_would_be_lost_are_refused(
+    two: Ranks, folder: Path, name: str, way: str, window: int, said: str
+) -> None:
+    """No update is made by the last loss alone; the error says how to write the step."""
+    optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
+    for told in two.run(_refusal, placed(name), str(folder), way, optim):
+        assert re.search(said, told), told
+
+
+def _refusal(*args: Any) -> str:
+    with pytest.raises(StratagemError) as raised:
+        backward_passes.trained(*args)
+    return str(raised.value)

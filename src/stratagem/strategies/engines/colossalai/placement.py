@@ -16,6 +16,7 @@ from colossalai.logging import get_dist_logger
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from stratagem.checkpoint import parameter_names
@@ -24,6 +25,7 @@ from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
+from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.placement import NO_CONTEXT
 from stratagem.strategies.engines.colossalai.clipping import max_norm_of
 from stratagem.strategies.engines.colossalai.on_cpu import train_on_cpu
@@ -87,6 +89,8 @@ class ColossalBooster(Placement):
         self.group_names: list[list[str]] = []
         self._data_group: ProcessGroup | None = None
         self._hold: Callable[[], AbstractContextManager[object]] = nullcontext
+        # Of plugins that use DistributedDataParallel.
+        self._local_gradients: LocalGradients | None = None
 
     @property
     def spreads_layers(self) -> bool:
@@ -156,7 +160,10 @@ class ColossalBooster(Placement):
             hold=self._hold,
             clipping=None if traits.clips else settings.clipping,
             norm_is_logged=traits.max_norm > 0,
+            reduces_in_backward=traits.zero_stage > 0,
         )
+        if isinstance(engine.module, DistributedDataParallel):
+            self._local_gradients = LocalGradients.of(engine.module)
         return Placed(model=_driven(engine, model), optim=optim)
 
     def _build(
@@ -191,6 +198,13 @@ class ColossalBooster(Placement):
                 "ColossalAI boosts a model and its optimizer together, and this model was prepared without one. Give "
                 "optim_wrapper to the first prepare, or train in a new process."
             )
+
+    def gradient_completion(self, model: nn.Module) -> Callable[[], None] | None:
+        return None if self._local_gradients is None else self._local_gradients.complete
+
+    def note_restored_gradients(self, model: nn.Module) -> None:
+        if self._local_gradients is not None:
+            self._local_gradients.missed = True
 
     def size_of(self, parameter: nn.Parameter) -> int:
         return self.parts[parameter].shape.numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, final
 
 import torch
@@ -13,7 +13,7 @@ from colossalai.interface import OptimizerWrapper
 from torch import Tensor, nn
 
 from stratagem.dist import all_reduce
-from stratagem.errors import ConfigValueError
+from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.optim.base import NOTHING
 from stratagem.optim.gradients import Clipping
@@ -35,6 +35,7 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
         hold: makes the context of a micro-batch whose gradients are not exchanged yet.
         clipping: done here, for plugins that do not clip.
         norm_is_logged: whether the norm of the gradients is computed for the log, since the plugin clips by it.
+        reduces_in_backward: whether the engine reduces gradients in its own backward pass alone, as under ZeRO.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
         hold: Callable[[], AbstractContextManager[object]],
         clipping: Clipping | None,
         norm_is_logged: bool,
+        reduces_in_backward: bool,
     ) -> None:
         super().__init__(engine.optim, accumulative_counts=settings.accumulative_counts, nonfinite=settings.nonfinite)
         self.engine = engine
@@ -55,6 +57,8 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
         self._norm_is_logged = norm_is_logged or clipping is not None or self._nonfinite is not None
         self._plain = not self._norm_is_logged
         self._stepped = False
+        self._reduces_in_backward = reduces_in_backward
+        self._is_reduced = False
         self.optimizer.register_step_post_hook(self._note_step)
         if self.loss_scaler is not None:
             if self._nonfinite == "error":
@@ -77,11 +81,23 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
             if "gradient" not in kwargs and "gradient" in options:
                 loss = loss * options["gradient"]
         # ZeRO exchanges gradients in the backward pass, which the context of the forward pass does not reach.
-        with NOTHING if self.should_sync() else self._hold():
+        reduces = self.should_sync()
+        with NOTHING if reduces else self._hold():
             self.engine.backward(loss, **kwargs)
+        # ZeRO 2 holds nothing back.
+        self._is_reduced = reduces or self._hold is nullcontext
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
+        if self._reduces_in_backward and not self._is_reduced:
+            raise StateError(
+                f"step() was called after {self.pending} of {self.accumulative_counts} backward passes of an accumulation "
+                "window, and ColossalAI reduces gradients in the last one. Compute them with optim_wrapper.backward(loss) or "
+                "update_params(loss), not loss.backward(), and call step() only if should_update() is True."
+            )
+        if self.complete_gradients is not None:
+            self.complete_gradients()
+        self._is_reduced = False
         micro_batches = self.pending
         self._window_start = self.inner_count
         self.attempts += 1

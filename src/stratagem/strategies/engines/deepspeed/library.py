@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stratagem.dist import World
-from stratagem.errors import ConfigValueError
+from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.strategies.engines.deepspeed.zero_dim import as_vectors, broadcast_already
 from stratagem.utils import import_module
 
@@ -88,9 +88,27 @@ def make_engine(
     own = {"log_level": "warning", **config}
     try:
         with as_vectors(model) if cuts_parameters else broadcast_already(model):
-            return deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]
+            engine = deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]
     except (AssertionError, ValueError) as error:
         raise ConfigValueError(f"DeepSpeed refuses its configuration: {error}") from error
+    _refuse_direct_backward(engine)
+    return engine
+
+
+def _refuse_direct_backward(engine: Any) -> None:
+    """Have a backward pass that the engine was not asked for raise: accumulation and loss scaling would not apply to it."""
+    begin = engine._backward_prologue
+
+    def begin_if_asked() -> None:
+        if not engine._running_engine_backward:
+            raise PlacementError(
+                "A backward pass through the model was started without the optimizer wrapper. Under DeepSpeed call "
+                "optim_wrapper.update_params(loss) or optim_wrapper.backward(loss) instead of loss.backward(), and take no "
+                "gradients with torch.autograd.grad."
+            )
+        begin()
+
+    engine._backward_prologue = begin_if_asked
 
 
 def configure_checkpointing(deepspeed: ModuleType, options: Mapping[str, Any] | None) -> None:

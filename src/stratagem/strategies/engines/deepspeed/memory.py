@@ -47,12 +47,14 @@ class Memory(ABC):
         spread: whether ranks update different elements; else each has all.
         empties_groups: whether the optimizer's groups are filled by the engine while it steps alone.
         clips: whether the engine clips gradients itself.
+        adds_passes: whether a further backward pass after the one that completed a window adds to its gradients.
     """
 
     fragments: Owners
     spread: bool = True
     empties_groups: bool = False
     clips: bool = True
+    adds_passes: bool = False
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
@@ -65,6 +67,13 @@ class Memory(ABC):
     @abstractmethod
     def publish(self) -> None:
         """Let the weights that compute follow those that are updated, on every rank. Collective."""
+
+    def needs_forward(self) -> bool:
+        """Return whether no backward pass may follow before a forward pass."""
+        return False
+
+    def complete_gradients(self) -> None:  # noqa: B027 -- nothing to do is the usual case
+        """Put the gradients of a window of several micro-batches where the step reads them."""
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply the gradients of a complete window."""
@@ -95,6 +104,7 @@ class WholeParameters(Memory):
     """
 
     spread = False
+    adds_passes = True
     # DeepSpeed 0.19 would, but fails where a parameter is a single number.
     clips = False
 
@@ -121,6 +131,7 @@ class WholeMasters(Memory):
     """
 
     spread = False
+    adds_passes = True
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -170,6 +181,11 @@ class ZeroFlat(Memory):
             return [flat.grad for flat in self._optimizer.single_partition_of_fp32_groups]
         return [part for parts in self._optimizer.averaged_gradients.values() for part in parts or ()]
 
+    def complete_gradients(self) -> None:
+        # In the last micro-batch DeepSpeed copies those of the parameters that this one used.
+        if self._optimizer.cpu_offload:
+            self._optimizer._finalize_cpu_offload_gradient_accumulation()
+
     def scale_gradients(self, factor: Tensor) -> None:
         super().scale_gradients(factor)
         if self._optimizer.cpu_offload:
@@ -184,6 +200,9 @@ class ZeroFlat(Memory):
         if own.cpu_offload:
             own._offload_accumulated_param_ids = set()
             own.reset_cpu_buffers()
+            # A parameter whose first gradient comes in a later micro-batch adds it to what is here.
+            for accumulated in own.accumulated_grads_in_cpu.values():
+                accumulated.zero_()
             for flat in own.single_partition_of_fp32_groups:
                 flat.grad.zero_()
 
@@ -201,6 +220,7 @@ class ZeroPartitioned(Memory):
     """
 
     empties_groups = True
+    adds_passes = True
 
     def __init__(self, optimizer: Any, rank: int) -> None:
         self._optimizer = optimizer
@@ -219,19 +239,30 @@ class ZeroPartitioned(Memory):
             return [flat.grad for flat in self._optimizer.fp32_partitioned_groups_flat]
         return [part for parts in self._optimizer.averaged_gradients.values() for part in parts or ()]
 
+    def needs_forward(self) -> bool:
+        return bool(self._optimizer._epilogue_ran_this_backward)
+
+    def complete_gradients(self) -> None:
+        if self._optimizer.offload_optimizer:
+            self._optimizer._finalize_offload_gradient_accumulation()
+
     def scale_gradients(self, factor: Tensor) -> None:
         super().scale_gradients(factor)
         if self._optimizer.offload_optimizer:
             _scale_noted_norms(self._optimizer, factor)
 
     def forget_gradients(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
-        if self._optimizer.offload_optimizer:
-            self._optimizer.reset_cpu_buffers()
-            for flat in self._optimizer.fp32_partitioned_groups_flat:
+        own = self._optimizer
+        own.zero_grad(set_to_none=True)
+        # All partitions are read in each step, but only a parameter's own backward pass overwrites its partition.
+        own.grad_partitions_flat_buffer.zero_()
+        own._offload_boundary_param_ids = set()
+        if own.offload_optimizer:
+            own.reset_cpu_buffers()
+            for flat in own.fp32_partitioned_groups_flat:
                 flat.grad.zero_()
         else:
-            self._optimizer.averaged_gradients = {}
+            own.averaged_gradients = {}
 
     def publish(self) -> None:
         self._optimizer.checkpoint_event_prologue()

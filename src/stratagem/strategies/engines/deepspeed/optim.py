@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from stratagem.errors import ConfigValueError, PlacementError
+from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.strategies.engines.deepspeed.loss_scale import read_loss_scale, write_loss_scale
 from stratagem.strategies.engines.deepspeed.memory import Memory
@@ -71,6 +71,9 @@ class EngineOptim(AccumulatingOptimWrapper):
         self._scales = scales
         # Where DeepSpeed scales the loss itself, it does so in its backward pass.
         self._scales_here = scales and not memory.spread
+        # Whether the engine reduced the gradients of this window in the last backward pass, and needs its step next.
+        self._is_reduced = False
+        self._is_cleared = True
         self._show_flats()
 
     @property
@@ -79,7 +82,12 @@ class EngineOptim(AccumulatingOptimWrapper):
         return [group.options for group in self.groups]
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Add the gradient of a loss; of torch's options ``retain_graph`` alone is known to the engine."""
+        """Add the gradient of a loss; of torch's options ``retain_graph`` alone is known to the engine.
+
+        Raises:
+            PlacementError: for another option, or if DeepSpeed would not add this gradient to those of the window.
+        """
+        self._require_next_pass()
         options = dict(kwargs if self.watch is None else self.watch.begin(loss, kwargs))
         if "gradient" in options:
             loss = loss * options.pop("gradient")
@@ -88,14 +96,28 @@ class EngineOptim(AccumulatingOptimWrapper):
         if self._scales:
             # The product with the scale leaves the range of float16.
             loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_here else 1.0)
-        self.engine.set_gradient_accumulation_boundary(self.should_sync())
+        if not self.pending and not self._is_cleared:
+            self.zero_grad()
+        self._is_cleared = False
+        reduces = self.should_sync()
+        self.engine.set_gradient_accumulation_boundary(reduces)
         self.engine.backward(loss, scale_wrt_gas=False, **options)
+        self._is_reduced = reduces
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
         if kwargs:
             raise PlacementError(f"DeepSpeed's step does not know {', '.join(sorted(kwargs))}. Leave it out.")
+        if not self._is_reduced:
+            raise StateError(
+                f"step() was called after {self.pending} of {self.accumulative_counts} backward passes of an accumulation "
+                "window, and DeepSpeed reduces gradients in the last one. Call step() only if should_update() is True, as "
+                "update_params(loss) does."
+            )
         micro_batches = self.pending
+        if micro_batches > 1:
+            self.memory.complete_gradients()
+        self._is_reduced = False
         self._window_start = self.inner_count
         self.attempts += 1
         if not self._admitted(micro_batches):
@@ -112,6 +134,8 @@ class EngineOptim(AccumulatingOptimWrapper):
     def zero_grad(self, **kwargs: Any) -> None:
         """Forget the gradients of every parameter."""
         self.memory.forget_gradients()
+        self._is_reduced = False
+        self._is_cleared = True
 
     def state_dict(self) -> dict[str, Any]:
         scaler = {"loss_scaler": read_loss_scale(self.engine.optimizer)} if self._scales else {}
@@ -121,6 +145,20 @@ class EngineOptim(AccumulatingOptimWrapper):
         super().load_counts(state_dict)
         if self._scales and "loss_scaler" in state_dict:
             write_loss_scale(self.engine.optimizer, state_dict["loss_scaler"])
+
+    def _require_next_pass(self) -> None:
+        """Refuse a backward pass whose gradients DeepSpeed would keep instead of those before it, or misplace."""
+        if not self.memory.adds_passes and self._is_reduced:
+            raise PlacementError(
+                "A second backward pass began before the update, and this stage of DeepSpeed keeps the gradients of the last "
+                "pass alone. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2). To add up "
+                "passes of several forward passes, set accumulative_counts."
+            )
+        if self.memory.needs_forward():
+            raise PlacementError(
+                "A second backward pass began without a forward pass after the first one, and ZeRO stage 3 frees the "
+                "parameters in each. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2)."
+            )
 
     def _admitted(self, micro_batches: int) -> bool:
         """Weigh the window's gradients; tell whether the engine may step with them. Collective."""

@@ -1,0 +1,123 @@
+"""Gradients that a backward pass left on one rank because DistributedDataParallel did not average them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any, cast, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel.distributed import _find_tensors
+
+from stratagem.dist import all_reduce
+
+__all__ = ["LocalGradients", "average_gradients"]
+
+
+@final
+class LocalGradients:
+    """Detects backward passes whose gradients DDP does not average, and averages those gradients before the update.
+
+    DDP averages once after each forward pass: in the next backward pass. Gradients of any further pass, as when a step
+    calls ``backward`` for each of two losses, are only added on each rank.
+
+    Args:
+        replica: a ``DistributedDataParallel``, in whose ``parameters`` the gradients are.
+
+    Attributes:
+        held: whether gradients were held back on purpose (``no_sync``); the next averaging pass includes them.
+        missed: whether a pass was not averaged although its forward pass asked for it.
+    """
+
+    def __init__(self, replica: DistributedDataParallel) -> None:
+        self.held = False
+        self.missed = False
+        self._averages = True
+        self._is_next_averaged = False
+        self._last_pass = -1
+        # The replica may have this object as an attribute, which must not become a module of its own.
+        self._replica = weakref.ref(replica)
+
+    @classmethod
+    def of(cls, replica: DistributedDataParallel) -> LocalGradients:
+        """Return the local gradients of a replica whose forward passes are followed from now on."""
+        found = cls(replica)
+
+        def follow(module: nn.Module, _: Any, output: Any) -> None:
+            if torch.is_grad_enabled():
+                found.follow(output, averaged=cast("DistributedDataParallel", module).require_backward_grad_sync)
+
+        replica.register_forward_hook(follow)
+        return found
+
+    def follow(self, output: Any, *, averaged: bool) -> None:
+        """Note the backward passes that reach this output of a forward pass; ``averaged`` unless under ``no_sync``."""
+        self._averages = averaged
+        self._is_next_averaged = self._is_next_averaged or averaged
+        can_be_seen = False
+        for tensor in _find_tensors(output):
+            if tensor.requires_grad:
+                can_be_seen = True
+                tensor.register_hook(self._note_pass)
+        # The loss may be kept elsewhere, and averaging gradients again does not change them.
+        self.missed = self.missed or not can_be_seen
+
+    def complete(self) -> None:
+        """Average the gradients of all parameters if some are this rank's alone. Collective.
+
+        The mean is linear, so sums of averaged and local gradients become the mean of the ranks' sums. A parameter that
+        only some ranks used has a zero gradient on the others; one that no rank used has none.
+        """
+        if not (self.held or self.missed):
+            return
+        replica = cast("DistributedDataParallel", self._replica())
+        ignored = set(replica.parameters_to_ignore)
+        named = replica.module.named_parameters()
+        average_gradients(
+            [each for name, each in named if each.requires_grad and name not in ignored], replica.process_group
+        )
+        self.held = self.missed = False
+
+    def _note_pass(self, _: Tensor) -> None:
+        current = torch._C._current_graph_task_id()
+        if current == self._last_pass:
+            return
+        self._last_pass = current
+        if self._is_next_averaged:
+            self._is_next_averaged = self.held = False
+        elif self._averages:
+            self.missed = True
+        else:
+            self.held = True
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
+    """Average gradients over a group; a parameter without a gradient counts as zero, and keeps none if no rank has one.
+
+    Collective, with the same parameters on every rank.
+    """
+    some = list(parameters)
+    if not some:
+        return
+    # 0 for none, 1 for a dense and 2 for a sparse gradient.
+    kinds = torch.tensor(
+        [0 if each.grad is None else 1 + int(each.grad.is_sparse) for each in some], device=some[0].device
+    )
+    all_reduce(kinds, "max", group)
+    dense: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for parameter, kind in zip(some, kinds.tolist(), strict=True):
+        if kind == 0:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if kind == 2:
+            parameter.grad = parameter.grad.to_dense()
+        dense.setdefault((parameter.grad.device, parameter.grad.dtype), []).append(parameter.grad)
+    for alike in dense.values():
+        flat = torch.cat([each.reshape(-1) for each in alike])
+        all_reduce(flat, "mean", group)
+        for gradient, values in zip(alike, flat.split([each.numel() for each in alike]), strict=True):
+            gradient.copy_(values.view_as(gradient))
