@@ -221,7 +221,7 @@ def _fill_empty_lists(metric: Any, group: ProcessGroup | None) -> None:
     for (module, name), first, of_ranks in zip(
         places, firsts, zip(*all_gather_object(kinds, group), strict=True), strict=True
     ):
-        known = next((kind for kind in of_ranks if kind is not None), None)
+        known: Any = next((kind for kind in of_ranks if kind is not None), None)
         if first is None and known is not None:
             dtype, shape = known
             setattr(module, name, [torch.empty((0, *shape), dtype=dtype, device=metric.device)])
