@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, pairwise, zip_longest
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 from torch import nn
@@ -224,7 +224,7 @@ def _fill_empty_lists(metric: Any, group: ProcessGroup | None) -> None:
         known: Any = next((kind for kind in of_ranks if kind is not None), None)
         if first is None and known is not None:
             dtype, shape = known
-            setattr(module, name, [torch.empty((0, *shape), dtype=dtype, device=metric.device)])
+            setattr(module, name, [torch.empty((0, *shape), dtype=dtype, device=cast("Any", metric).device)])
 
 
 def _number(value: Any) -> Any:
