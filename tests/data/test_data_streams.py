@@ -200,7 +200,11 @@ def test_a_worker_function_of_one_s_own_finds_the_dataset() -> None:
 
 
 class Stream(IterableDataset):
-    """One draw of each generator."""
+    """One draw of each generator, for each of two ranks if it is given one."""
+
+    def __init__(self, rank: int | None = None) -> None:
+        if rank is not None:
+            self.rank, self.num_replicas = rank, 2
 
     def __iter__(self) -> Iterator[tuple[float, float, float]]:
         yield random.random(), float(np.random.rand()), float(torch.rand(()))
@@ -211,12 +215,20 @@ def test_the_workers_of_a_stream_have_streams_of_their_own() -> None:
     """Seed, epoch, rank and worker each give others, and equal ones the same."""
     found = {}
     for seed, rank, epoch in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)):
-        loader = build(Stream(), seed=seed, rank=rank, ranks=2, num_workers=2)
+        loader = build(Stream(rank), seed=seed, rank=rank, ranks=2, num_workers=2)
         for worker, batch in enumerate(loader.batches(epoch)):
             found[seed, rank, epoch, worker] = batch[0]
     assert len({draw for draws in found.values() for draw in draws}) == 24
-    again = build(Stream(), seed=0, rank=1, ranks=2, num_workers=2)
+    again = build(Stream(1), seed=0, rank=1, ranks=2, num_workers=2)
     assert [batch[0] for batch in again.batches(0)] == [found[0, 1, 0, 0], found[0, 1, 0, 1]]
+
+
+@pytest.mark.slow
+def test_a_stream_that_every_rank_reads_draws_the_same_on_all() -> None:
+    """Each rank keeps its own of the two workers' batches, which are those of one process."""
+    both = [[batch[0] for batch in build(Stream(), rank=rank, ranks=2, num_workers=2).batches(0)] for rank in (0, 1)]
+    alone = [batch[0] for batch in build(Stream(), num_workers=2).batches(0)]
+    assert both == [[alone[0]], [alone[1]]]
 
 
 def test_only_what_torch_has_ready_is_known_not_to_draw() -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import get_rank
+from torchmetrics.classification import BinaryAUROC
 from toys import QUIET_HOOKS, VALIDATION, At, Recorder, Toy, loader, settings, train_until_signal
 
 from ranks import Ranks
 from stratagem import Runner
-from stratagem.train import BaseMetric
+from stratagem.dist import get_rank
+from stratagem.train import BaseMetric, Evaluator
 
 # 13 samples are dealt as 7 and 7, so each rank has 4 batches of at most 2 an epoch.
 EPOCH = 4
@@ -114,3 +116,16 @@ def test_a_signal_that_comes_too_late_to_agree_on_lets_the_run_end(ranks: Ranks,
     assert [(rank["iter"], rank["interrupted"], len(rank["metrics"])) for rank in found] == [
         (12, signal.SIGTERM, 2)
     ] * 2
+
+
+def evaluate_on_rank_0() -> dict[str, Any]:
+    """Evaluate a metric that collects lists; only rank 0 has a batch."""
+    evaluator = Evaluator({"curve": BinaryAUROC()})
+    if get_rank() == 0:
+        evaluator.process(None, {"preds": torch.tensor([0.1, 0.4, 0.2, 0.9]), "target": torch.tensor([0, 0, 1, 1])})
+    return evaluator.evaluate()
+
+
+def test_a_rank_without_samples_takes_part_in_metrics_that_collect_lists(ranks: Ranks):
+    """The value is that of one process: of the four pairs of a positive and a negative sample, three are in order."""
+    assert ranks.run(evaluate_on_rank_0) == [{"curve": 0.75}] * 2

@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, pairwise, zip_longest
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
 
-from stratagem.dist import broadcast_object, gather_object
+from stratagem.dist import all_gather_object, broadcast_object, gather_object, get_world_size
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
 from stratagem.registry import METRICS
 
@@ -194,11 +195,36 @@ def _values(
         return metric.evaluate(size, group, batch_ends=batch_ends)
     if group is not None:
         metric.process_group = group
+    _fill_empty_lists(metric, group)
     computed = metric.compute()
     metric.reset()
     if isinstance(computed, Mapping):
         return {f"{name}/{key}": _number(value) for key, value in computed.items()}
     return {name: _number(computed)}
+
+
+def _fill_empty_lists(metric: Any, group: ProcessGroup | None) -> None:
+    """Give a rank that saw no batch empty tensors in the lists that the ranks concatenate. Collective.
+
+    Torchmetrics gathers the tensors that a rank has, so a rank with none would not take part.
+    """
+    if get_world_size(group) == 1 or not isinstance(metric, nn.Module):
+        return
+    places = [
+        (module, name)
+        for module in metric.modules()
+        for name, reduction in getattr(module, "_reductions", {}).items()
+        if isinstance(getattr(module, name), list) and getattr(reduction, "__name__", "") == "dim_zero_cat"
+    ]
+    firsts = [next(iter(getattr(module, name)), None) for module, name in places]
+    kinds: list[Any] = [None if first is None else (first.dtype, first.shape[1:]) for first in firsts]
+    for (module, name), first, of_ranks in zip(
+        places, firsts, zip(*all_gather_object(kinds, group), strict=True), strict=True
+    ):
+        known: Any = next((kind for kind in of_ranks if kind is not None), None)
+        if first is None and known is not None:
+            dtype, shape = known
+            setattr(module, name, [torch.empty((0, *shape), dtype=dtype, device=cast("Any", metric).device)])
 
 
 def _number(value: Any) -> Any:
