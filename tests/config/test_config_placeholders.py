@@ -189,3 +189,9 @@ def test_values_beside_a_placeholder_have_lines(monkeypatch, suffix, text):
     monkeypatch.setenv("LR", "0.5")
     config = Config.fromstring(text, f".{suffix}")
     assert [str(config.where(key)) for key in ("a", "lr")] == ["<string>:1", "<string>:2"]
+
+
+def test_a_placeholder_in_a_comment_of_a_python_file_reads_nothing(tmp_path):
+    """A file without a base loads although a comment names a value of one."""
+    (tmp_path / "run.py").write_text("lr = 1\n# policies={{_base_.policies}}\n")
+    assert Config.fromfile(tmp_path / "run.py") == {"lr": 1}

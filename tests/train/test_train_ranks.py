@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import get_rank
 from torchmetrics.classification import BinaryAUROC
 from toys import QUIET_HOOKS, VALIDATION, At, Recorder, Toy, loader, settings, train_until_signal
 

@@ -82,10 +82,9 @@ class Placeholders:
     def __bool__(self) -> bool:
         return bool(self._matches)
 
-    @property
-    def reads_base(self) -> bool:
-        """Whether a placeholder stands for a value of the base."""
-        return any(match["base"] for match in self._matches)
+    def reads_base(self, text: str) -> bool:
+        """Return whether ``text`` holds the word of a placeholder that stands for a value of the base."""
+        return any(self._match(word[0])["base"] for word in self._word.finditer(text))
 
     def is_word(self, text: str) -> bool:
         """Return whether ``text`` is the word of one placeholder and nothing else."""

@@ -166,7 +166,7 @@ class _Reader(ast.NodeTransformer):
     """Finds placeholders and ``_base_.key`` in a syntax tree and makes names of them, which ``values`` then gives."""
 
     def __init__(self, placeholders: Placeholders) -> None:
-        self.reads_base = placeholders.reads_base
+        self.reads_base = False
         self._placeholders = placeholders
         self._words: dict[str, bool] = {}
         # Name -> a text that holds placeholders among other characters.
@@ -207,6 +207,7 @@ class _Reader(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if self._placeholders.is_word(node.id):
+            self._note_base(node.id)
             self._words[node.id] = True
         elif node.id == "_base_" and not isinstance(node.ctx, ast.Store):
             self.reads_base = True
@@ -216,6 +217,7 @@ class _Reader(ast.NodeTransformer):
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if not isinstance(node.value, str) or not self._placeholders.has_word(node.value):
             return node
+        self._note_base(node.value)
         if self._placeholders.is_word(node.value):
             self._words.setdefault(node.value, False)
             return ast.copy_location(ast.Name(node.value, ast.Load()), node)
@@ -226,7 +228,12 @@ class _Reader(ast.NodeTransformer):
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         for part in node.values:
             if isinstance(part, ast.Constant):
+                self._note_base(str(part.value))
                 self._texts.append(part)
             else:
                 self.visit(part)
         return node
+
+    def _note_base(self, text: str) -> None:
+        # Not from the text of the file: a placeholder in a comment reads nothing.
+        self.reads_base = self.reads_base or self._placeholders.reads_base(text)
