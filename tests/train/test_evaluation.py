@@ -202,3 +202,24 @@ def test_how_a_loader_is_divided_is_logged_once(make_runner: Any, capfd: pytest.
     log = capfd.readouterr().err
     assert log.count("Training data: 13 samples of Samples in the order of DefaultSampler, batches of 2") == 1
     assert log.count("Validation data: 5 samples of Samples in the order of DefaultSampler, batches of 2") == 1
+
+
+class Adjusted(BaseMetric):
+    """A metric that changes what ``evaluate`` returns, with the one argument that MMEngine's has."""
+
+    def process(self, data_batch: Any, data_samples: Any) -> None:
+        self.results.append(1.0)
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        return {"count": float(len(results))}
+
+    def evaluate(self, size: int | None) -> dict[str, float]:
+        return {**super().evaluate(size), "adjusted": 1.0}
+
+
+def test_a_metric_may_override_evaluate() -> None:
+    """The override is called with the size alone, as in MMEngine, and all results count."""
+    evaluator = Evaluator(Adjusted())
+    evaluator.process(None, None)
+    evaluator.process(None, None)
+    assert evaluator.evaluate(by_batch=True) == {"count": 2.0, "adjusted": 1.0}

@@ -24,9 +24,16 @@ class BaseMetric(ABC):
 
     Args:
         prefix: put before the names of its values, with a slash.
+
+    Attributes:
+        process_group: the ranks that have all results together, if the remaining ranks have the same ones; None for all.
+        batch_ends: how many results there were after each batch, if the ranks take turns at whole batches; None if they
+            take turns at samples. Both are set before :meth:`evaluate` is called.
     """
 
     default_prefix: str | None = None
+    process_group: ProcessGroup | None = None
+    batch_ends: Sequence[int] | None = None
 
     def __init__(self, prefix: str | None = None) -> None:
         self.results: list[Any] = []
@@ -44,19 +51,14 @@ class BaseMetric(ABC):
         batches.
         """
 
-    def evaluate(
-        self, size: int | None = None, group: ProcessGroup | None = None, *, batch_ends: Sequence[int] | None = None
-    ) -> dict[str, float]:
+    def evaluate(self, size: int | None = None) -> dict[str, float]:
         """Return the values on every rank and discard the results. Collective.
 
         Args:
             size: how many results to keep, for callers whose own sampler repeats samples at the end. The loops keep all:
                 no sampler repeats samples in an evaluation.
-            group: the ranks that have all results together, if the remaining ranks have the same ones.
-            batch_ends: how many results there were after each batch, if the ranks take turns at whole batches; None if
-                they take turns at samples.
         """
-        gathered = gather_object(_in_batches(self.results, batch_ends), 0, group)
+        gathered = gather_object(_in_batches(self.results, self.batch_ends), 0, self.process_group)
         results = None if gathered is None else list(chain.from_iterable(_in_turn(gathered)))[:size]
         self.results = []
         values = None if results is None else self.compute_metrics(results)
@@ -192,7 +194,8 @@ def _values(
     name: str, metric: Any, size: int | None, group: ProcessGroup | None, batch_ends: Sequence[int] | None
 ) -> dict[str, float]:
     if isinstance(metric, BaseMetric):
-        return metric.evaluate(size, group, batch_ends=batch_ends)
+        metric.process_group, metric.batch_ends = group, batch_ends
+        return metric.evaluate(size)
     if group is not None:
         metric.process_group = group
     _fill_empty_lists(metric, group)
