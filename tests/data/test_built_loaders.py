@@ -181,6 +181,37 @@ def test_an_order_from_the_global_generators_depends_on_the_seed_and_the_epoch_a
     assert of_ranks(loader, training=True, done=2) == [batches[2:] for batches in first]
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RandomSampler(NUMBERS),
+        lambda: RandomSampler(NUMBERS, replacement=True, num_samples=40),
+        lambda: SubsetRandomSampler(NUMBERS),
+        lambda: WeightedRandomSampler([1.0] * 11, 40),
+        lambda: BatchSampler(WeightedRandomSampler([1.0] * 11, 40), 2, drop_last=False),
+        Drawing,
+    ],
+)
+def test_a_model_that_draws_between_batches_neither_changes_the_order_nor_notices_it(make: Callable[[], Any]) -> None:
+    """Each batch is drawn when it is needed, and the global generators are those of the model alone."""
+
+    def order(*, drawing: bool) -> tuple[list[Any], Tensor]:
+        sampler = make()
+        how = {"batch_sampler": sampler} if isinstance(sampler, BatchSampler) else {"batch_size": 2, "sampler": sampler}
+        torch.manual_seed(5)
+        batches = []
+        for batch in build_dataloader(DataLoader(NUMBERS, **how), seed=0, training=True).batches(0):
+            batches.append(batch.tolist())
+            if drawing:
+                torch.rand(3), random.random(), np.random.rand()
+        return batches, torch.rand(1)
+
+    undisturbed, drawn = order(drawing=False)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert order(drawing=True)[0] == undisturbed
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_sampler_that_is_divided_for_these_ranks_is_taken_as_it_is(training: bool) -> None:
     """Torch's DistributedSampler repeats a sample at the end; in evaluation that one is left out."""

@@ -17,6 +17,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from stratagem.data.stateful import Stateful
 from stratagem.data.streams import generators_aside, seed_stream
@@ -29,6 +30,8 @@ __all__ = ["IsolatedIterator", "RankItems", "Share", "declared_share", "length_o
 _COMPARED = 65_536
 # How deep the ranks look into nested batches, which may refer to themselves.
 _DEPTH = 8
+# They draw the whole order, or the seed of a generator of their own, before the first item.
+_TORCH_SAMPLERS = frozenset({RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler})
 
 
 @final
@@ -86,6 +89,7 @@ class IsolatedIterator(Iterator[Any]):
         self._keys = keys
         self._numpy = np.random.MT19937(0)
         self._states: tuple[Any, Tensor] | None = None
+        self._has_drawn = False
         self.iterator: Iterator[Any] | None = None
 
     def begin(self) -> Iterator[Any]:
@@ -99,6 +103,9 @@ class IsolatedIterator(Iterator[Any]):
 
     def __next__(self) -> Any:
         iterator = self.begin()
+        if self._has_drawn:
+            return next(iterator)
+        self._has_drawn = _draws_with_first_item(self._items)
         with generators_aside(self._numpy):
             if self._states is not None:
                 random.setstate(self._states[0])
@@ -107,6 +114,12 @@ class IsolatedIterator(Iterator[Any]):
                 return next(iterator)
             finally:
                 self._states = random.getstate(), torch.default_generator.get_state()
+
+
+def _draws_with_first_item(items: Any) -> bool:
+    """Return whether a sampler uses the global generators for its first item alone, as all of torch's do."""
+    sampler = items.sampler if type(items) is BatchSampler else items
+    return type(sampler) in _TORCH_SAMPLERS
 
 
 @final
