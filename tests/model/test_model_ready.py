@@ -83,7 +83,7 @@ def test_a_loss_that_cannot_be_called_is_refused() -> None:
 def test_a_list_of_inputs_says_how_to_stack() -> None:
     """Batches that were grouped but not stacked are the usual cause."""
     model = SupervisedModel(linear(), difference)
-    with pytest.raises(TrainingError, match="collate_fn=dict"):
+    with pytest.raises(TrainingError, match="stacks samples that are tensors or arrays"):
         model.val_step([[INPUTS[0], INPUTS[1]], [0, 1]])
 
 

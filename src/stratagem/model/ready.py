@@ -42,8 +42,8 @@ class SupervisedModel(BaseModel):
     def forward(self, inputs: Any, targets: Any = None, mode: str = "tensor") -> Any:  # type: ignore[override]  # narrower
         if isinstance(inputs, list):
             raise TrainingError(
-                "SupervisedModel got a list of inputs instead of a batch. Stack them while loading: "
-                "collate_fn=dict(type='default_collate'), which is also the default."
+                f"SupervisedModel got a list of {len(inputs)} inputs instead of a batch. The default collate_fn stacks samples "
+                "that are tensors or arrays: return those from the dataset instead of lists, and leave pseudo_collate out."
             )
         predictions = self.network(inputs)
         if mode == "loss":
