@@ -31,8 +31,9 @@ def wrapper(parameters: Any, precision: str, counts: int = 2) -> Any:
     sgd = torch.optim.SGD(parameters, lr=0.5)
     if precision == "float32":
         return OptimWrapper(sgd, accumulative_counts=counts)
-    scale = {"loss_scale": 8.0} if precision == "float16 by 8" else {}
-    return AmpOptimWrapper(sgd, dtype=precision.split(maxsplit=1)[0], accumulative_counts=counts, **scale)
+    dtype, _, scale = precision.partition(" by ")
+    options = {"loss_scale": float(scale)} if scale else {}
+    return AmpOptimWrapper(sgd, dtype=dtype, accumulative_counts=counts, **options)
 
 
 def prepared(folder: Path, precision: str, counts: int = 2, kind: Any = SingleDeviceStrategy, **kwargs: Any) -> Any:
@@ -68,10 +69,14 @@ def test_a_window_is_finished_in_another_precision(tmp_path: Path, before: str, 
 
 
 @pytest.mark.parametrize("after", ["float32", "bfloat16"])
-def test_an_overflow_in_a_window_of_float16_reaches_no_run_without_a_scale(tmp_path: Path, after: str):
+# A scale may fall to 1, or be set to it: it is a scale all the same.
+@pytest.mark.parametrize(("before", "too_large"), [("float16", 1e36), ("float16 by 1", 1e39)])
+def test_an_overflow_in_a_window_of_float16_reaches_no_run_without_a_scale(
+    tmp_path: Path, before: str, too_large: float, after: str
+):
     """The window's gradients are given up with a warning; the next update is that of the next micro-batch alone."""
-    first = prepared(tmp_path, "float16")
-    micro_batch(first, 1e36)
+    first = prepared(tmp_path, before)
+    micro_batch(first, too_large)
     assert not first.bare_model().weight.grad.isfinite().all()
     first.save_checkpoint(tmp_path / "inside")
     first.close()

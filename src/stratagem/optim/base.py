@@ -119,9 +119,9 @@ class BaseOptimWrapper(ABC):
         """Say where the run stands: micro-batches done, and in all (-1 where that is not known)."""
 
     @property
-    def loss_scale(self) -> float:
-        """What the gradients are multiplied by until the update; 1 without a loss scaler. Waits for the device."""
-        return 1.0
+    def loss_scale(self) -> float | None:
+        """The factor that gradients carry until the update; None without a loss scaler. Waits for the device."""
+        return None
 
     @property
     @abstractmethod

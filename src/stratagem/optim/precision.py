@@ -99,8 +99,8 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
             self.loss_scaler.update(self._fixed_scale)
 
     @property
-    def loss_scale(self) -> float:
-        return 1.0 if self.loss_scaler is None else self.loss_scaler.get_scale()
+    def loss_scale(self) -> float | None:
+        return None if self.loss_scaler is None else self.loss_scaler.get_scale()
 
     def state_dict(self) -> dict[str, Any]:
         scaler = {} if self.loss_scaler is None else {"loss_scaler": self.loss_scaler.state_dict()}

@@ -58,9 +58,9 @@ def write_window(
     rescaled: dict[nn.Parameter, float] = {}
     for name, wrapper in each_wrapper(optim).items():
         state = own["optimizers"].get(name)
-        ratio = wrapper.loss_scale / _saved_scale(optim_state.get(name, {}) if name else optim_state)
+        scale, saved_scale = wrapper.loss_scale, _saved_scale(optim_state.get(name, {}) if name else optim_state)
         goes_on = state is None or state["length"] == wrapper.accumulative_counts
-        if goes_on and ratio != 1.0 and wrapper.loss_scale == 1.0:
+        if goes_on and saved_scale is not None and scale is None:
             own_parameters = set(wrapper.model_parameters())
             rows_of = [rows for key, rows in window["gradients"].items() if parameters[key] in own_parameters]
             goes_on = all(bool(rows.isfinite().all()) for rows in rows_of)
@@ -71,6 +71,7 @@ def write_window(
         if goes_on:
             is_weighted = state is not None and state["weight"] is not None
             weighted.update(dict.fromkeys(wrapper.model_parameters(), is_weighted))
+            ratio = (1.0 if scale is None else scale) / (1.0 if saved_scale is None else saved_scale)
             rescaled.update(dict.fromkeys(wrapper.model_parameters(), ratio))
     for name, rows in window["gradients"].items():
         parameter = parameters[name]
@@ -98,9 +99,10 @@ def _open_windows(optim: AnyOptim) -> dict[str, Any]:
     }
 
 
-def _saved_scale(state: Mapping[str, Any]) -> float:
-    """Return the loss scale in an optimizer wrapper's saved state; 1 if it trained without one."""
-    return float(state.get("loss_scaler", {}).get("scale", 1.0))
+def _saved_scale(state: Mapping[str, Any]) -> float | None:
+    """Return the loss scale in an optimizer wrapper's saved state; None if it trained without a scaler."""
+    scale = state.get("loss_scaler", {}).get("scale")
+    return None if scale is None else float(scale)
 
 
 def _as_row(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:
