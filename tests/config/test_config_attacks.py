@@ -1,4 +1,4 @@
-"""Configurations that someone else wrote as data cannot run code, whatever they say."""
+"""Untrusted data configurations cannot run code, whatever they contain."""
 
 import copy
 import json
@@ -55,8 +55,8 @@ DANGEROUS = [
 
 @pytest.mark.parametrize("name", DANGEROUS)
 @pytest.mark.parametrize("suffix", [".yaml", ".json", ".toml"])
-def test_a_type_cannot_name_what_to_import(suffix, name):
-    """``type`` in a data file is a registered name; a dotted path that the file chose is refused."""
+def test_a_type_cannot_choose_what_is_imported(suffix, name):
+    """``type`` in a data file must be a registered name; a dotted path is rejected."""
     text = {
         ".yaml": f"model:\n  type: {name}\n  command: x\n",
         ".json": f'{{"model": {{"type": "{name}", "command": "x"}}}}',
@@ -67,8 +67,8 @@ def test_a_type_cannot_name_what_to_import(suffix, name):
         MODELS.build(model)
 
 
-def test_the_rule_travels_with_the_value(tmp_path):
-    """A value of a data file stays refused when a Python file is based on it, and when it is merged and copied."""
+def test_the_restriction_follows_the_value(tmp_path):
+    """A value from a data file is still rejected after inheritance by a Python file, merging and copying."""
     (tmp_path / "base.yaml").write_text("model: {type: os.system, inner: [{type: os.system}]}\n")
     (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\nmodel = dict(command='x')\nother = _base_.model.inner[0]\n")
     config = Config.fromfile(tmp_path / "run.py")
@@ -79,14 +79,14 @@ def test_the_rule_travels_with_the_value(tmp_path):
             MODELS.build(dict(node))
 
 
-def test_ready_names_with_dots_stay_usable_in_data():
-    """A family's own dotted names are registered names, so a data file may use them."""
+def test_built_in_dotted_names_can_be_used_in_data_files():
+    """The dotted names of built-in sources are registered names and can be used in data files."""
     config = Config.fromstring("model: {type: torch.nn.Linear, in_features: 1, out_features: 2}\n", ".yaml")
     assert MODELS.build(config.model).out_features == 2
 
 
 def test_the_program_can_allow_a_package(monkeypatch):
-    """What the program allows can be named, and nothing beside it."""
+    """Names in a package that the program allows can be used, but not in packages with the same prefix."""
     monkeypatch.setattr(trust, "_allowed", set())
     allow_packages("fractions")
     registry = Registry("number", scope="test")
@@ -96,14 +96,14 @@ def test_the_program_can_allow_a_package(monkeypatch):
 
 
 def test_a_python_file_may_name_any_path():
-    """A Python configuration is a program: it names what it likes."""
+    """A Python configuration is a program and may name any path."""
     config = Config.fromstring("value = dict(type='fractions.Fraction', numerator=3)\n", ".py")
     assert Registry("number", scope="test").build(config.value) == 3
 
 
 @pytest.mark.parametrize("key", ["_scope_", "default_scope"])
 def test_a_scope_cannot_import_a_package(key, tmp_path, monkeypatch):
-    """The scope that a data file names is not imported: a package of that name would run."""
+    """A scope in a data file is not imported, because importing the package would run code."""
     package = tmp_path / "evil_scope"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('imported')\n")
@@ -115,15 +115,15 @@ def test_a_scope_cannot_import_a_package(key, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("scope", ["[os]", "3", "{a: os}", "true"])
-def test_a_scope_is_a_string(scope):
-    """Anything else is refused, not looked up."""
+def test_a_scope_must_be_a_string(scope):
+    """A scope that is not a string is rejected."""
     with pytest.raises(ConfigTypeError, match="A scope is the name of a package"):
         MODELS.build(Config.fromstring(f"model: {{type: Identity, _scope_: {scope}}}\n", ".yaml").model)
 
 
 @pytest.fixture
 def evil_package(tmp_path, monkeypatch):
-    """A package with a configuration, in the working directory; whatever imports it ends the test run."""
+    """A package with a configuration in the working directory; importing it ends the test run."""
     package = tmp_path / "evil_package"
     package.mkdir()
     (package / "__init__.py").write_text("raise SystemExit('imported')\n")
@@ -135,8 +135,8 @@ def evil_package(tmp_path, monkeypatch):
     assert "evil_package" not in sys.modules
 
 
-def test_a_base_in_a_package_imports_no_package(evil_package):
-    """A data file based on a file of a package gets its values, and no registry imports the package for them."""
+def test_a_base_in_a_package_does_not_import_the_package(evil_package):
+    """A base in a package provides values, but no registry imports the package."""
     (evil_package / "run.yaml").write_text("_base_: 'evil_package::base.yaml'\n")
     config = Config.fromfile(evil_package / "run.yaml")
     assert config.model._scope_ == "evil_package"
@@ -145,8 +145,8 @@ def test_a_base_in_a_package_imports_no_package(evil_package):
             registry.build(node)
 
 
-def test_a_base_in_a_package_of_a_base_in_data_imports_no_package(evil_package):
-    """Nor if a Python file is based on the data file that names the package."""
+def test_a_base_in_a_package_of_a_data_base_does_not_import_the_package(evil_package):
+    """A package named by a data file is not imported for a Python file that inherits from it."""
     (evil_package / "base.yaml").write_text("_base_: 'evil_package::base.yaml'\n")
     (evil_package / "run.py").write_text("_base_ = 'base.yaml'\nmodel = dict(bias=False)\n")
     with pytest.raises(ConfigValueError, match="names the scope 'evil_package'"):
@@ -154,7 +154,7 @@ def test_a_base_in_a_package_of_a_base_in_data_imports_no_package(evil_package):
 
 
 def test_the_package_of_a_base_is_imported_if_the_program_allows_it(tmp_path, monkeypatch):
-    """What the program allows is imported, so that its registries are found."""
+    """A package that the program allows is imported, so its registries are found."""
     (tmp_path / "based_package").mkdir()
     (tmp_path / "based_package" / "__init__.py").write_text("")
     (tmp_path / "based_package" / "registry.py").write_text(
@@ -176,16 +176,16 @@ def test_the_package_of_a_base_is_imported_if_the_program_allows_it(tmp_path, mo
 
 
 @pytest.mark.parametrize("package", ["__main__", "sys", "os", "no_such_package", "os.path"])
-def test_a_base_in_what_is_no_package_is_refused(package, tmp_path):
-    """A module without a folder is no place for a configuration."""
+def test_a_base_in_something_other_than_a_package_is_rejected(package, tmp_path):
+    """A module without a folder cannot contain base configurations."""
     (tmp_path / "run.yaml").write_text(f"_base_: '{package}::base.yaml'\n")
     with pytest.raises(MissingDependencyError, match="is not installed"):
         Config.fromfile(tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("name", ["evil_package.Net", "evil_package.registry.Net", "stratagem.evil_package.Net"])
-def test_a_scope_before_a_name_imports_no_package(name, evil_package):
-    """``package.Name`` looks in registries that are there already."""
+def test_a_scope_prefix_does_not_import_the_package(name, evil_package):
+    """``package.Name`` only searches existing registries."""
     with pytest.raises(ConfigError):
         MODELS.build(Config.fromstring(f"model: {{type: {name}}}\n", ".yaml").model)
 
@@ -220,7 +220,7 @@ COMPILE_ATTACKS = [
 
 
 class Net(nn.Module):
-    """A model with a layer."""
+    """A model with one layer."""
 
     def __init__(self):
         super().__init__()
@@ -232,8 +232,8 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("section", COMPILE_ATTACKS)
 @pytest.mark.parametrize("suffix", [".yaml", ".py"])
-def test_what_a_data_file_gives_to_the_compiler_is_listed(section, suffix, tmp_path):
-    """Inductor starts the programs that its options name, so options are refused, also below a Python file."""
+def test_compiler_arguments_in_a_data_file_are_on_an_allow_list(section, suffix, tmp_path):
+    """Data files cannot set Inductor options, which name programs to run, even through a Python file."""
     (tmp_path / "base.yaml").write_text(f"compile: {section}\n")
     (tmp_path / "run.yaml").write_text("_base_: base.yaml\n")
     (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\n")
@@ -244,7 +244,7 @@ def test_what_a_data_file_gives_to_the_compiler_is_listed(section, suffix, tmp_p
 
 
 def test_a_data_file_may_compile():
-    """Switches, modes, torch's backends and a method of the model are allowed."""
+    """Flags, modes, torch's backends and a method of the model are allowed."""
     text = "compile: {backend: eager, fullgraph: true, dynamic: null, target: forward}\n"
     model = Net()
     expected = model(torch.ones(1, 2))
@@ -255,16 +255,16 @@ def test_a_data_file_may_compile():
         assert refused_arguments(torch.compile, section) == {}
 
 
-def test_a_data_file_may_name_a_backend_that_the_program_registered():
-    """The program decides what its name stands for."""
+def test_a_data_file_may_name_a_registered_backend():
+    """A data file may name a backend that the program registered."""
     torch._dynamo.register_backend(lambda graph, inputs: graph.forward, name="of_this_test")
     model = Net()
     compile_model(model, Config.fromstring("compile: {backend: of_this_test}\n", ".yaml").compile)
     assert model(torch.ones(1, 2)).shape == (1, 2)
 
 
-def test_a_python_file_and_the_command_line_may_give_any_option(tmp_path):
-    """What a program says, or a user types, is not restricted by a base that is data."""
+def test_a_python_file_and_the_command_line_may_set_any_option(tmp_path):
+    """Options from a program or the command line are not restricted, even if the base is a data file."""
     (tmp_path / "base.yaml").write_text("compile: {options: {cpp.cxx: [./evil.sh]}, backend: eager}\n")
     (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\ncompile = dict(options=dict(_delete_=True, x=1))\n")
     config = Config.fromfile(tmp_path / "run.py")
@@ -274,22 +274,22 @@ def test_a_python_file_and_the_command_line_may_give_any_option(tmp_path):
     assert compile_model(Net(), config.compile)
 
 
-def test_blocks_of_a_sharded_model_are_compiled_by_the_same_rules():
-    """``compile_blocks`` goes to the same compiler."""
+def test_compile_blocks_follows_the_same_rules():
+    """``compile_blocks`` follows the same rules as ``compile``."""
     config = Config.fromstring("blocks: {options: {cpp.cxx: [./evil.sh]}}\n", ".yaml")
     with pytest.raises(ConfigValueError, match="compile_blocks: a data file cannot give 'options'"):
         Sharding(compile_blocks=config.blocks)
     Sharding(compile_blocks=Config.fromstring("blocks: {fullgraph: true}\n", ".yaml").blocks)
 
 
-def test_a_data_file_does_not_choose_where_ranks_meet():
-    """Ranks exchange pickled objects, so an address of a stranger would be a way in."""
+def test_a_data_file_cannot_choose_the_rendezvous_address():
+    """Ranks send each other pickled objects, so a data file must not choose the rendezvous address."""
     config = Config.fromstring("dist_cfg: {init_method: 'tcp://stranger:29500'}\n", ".yaml")
     with pytest.raises(ConfigValueError, match="dist_cfg: a data file cannot give 'init_method'"):
         set_up_environment({"launcher": "none", "dist_cfg": config.dist_cfg})
 
 
-# ---- where a value came from ---------------------------------------------------------------------------------------
+# ---- the origin of a value -----------------------------------------------------------------------------------------
 
 KEEPING = {
     "to_dict": lambda config: config.to_dict()["section"],
@@ -333,29 +333,29 @@ def _merging_dotted(other):
 
 
 @pytest.mark.parametrize("way", KEEPING)
-def test_a_key_of_data_is_known_as_one_wherever_it_goes(way):
-    """Copies, merges and plain dicts keep which arguments a data file gave, also those that are no text."""
+def test_copies_keep_track_of_keys_from_data_files(way):
+    """Copies, merges and plain dicts keep track of the arguments that a data file set, not only of strings."""
     section = KEEPING[way](Config.fromstring("section: {options: {evil: true}}\n", ".yaml"))
     assert "options" in data_keys(section)
 
 
 @pytest.mark.parametrize("dump", [yaml.safe_dump, yaml.dump, json.dumps, repr])
-def test_a_program_can_write_data_with_any_library(dump):
-    """For everyone else, keys and names of a data file are strings."""
+def test_other_libraries_can_serialize_values_from_a_data_file(dump):
+    """Keys and names from a data file behave like plain strings in other libraries."""
     section = {"name": {"inner": ["os.path", {"x": 1}]}, "type": "a.b"}
     config = Config.fromstring(f"section: {json.dumps(section)}\n", ".yaml")
     assert dump(config.to_dict()["section"]) == dump(section)
 
 
-def test_what_the_program_says_over_data_is_the_programs(tmp_path):
-    """A value that replaces one of a data file is not taken for the data file's."""
+def test_values_set_by_the_program_over_data_are_trusted(tmp_path):
+    """A value that replaces one from a data file counts as the program's."""
     (tmp_path / "base.yaml").write_text("section: {a: 1, b: {c: 1}, d: 1}\n")
     (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\nsection = dict(a=2, b=dict(_delete_=True), e=1)\n")
     assert data_keys(Config.fromfile(tmp_path / "run.py").section) == {"d"}
 
 
-def test_names_of_data_reach_a_target_as_plain_arguments():
-    """An optimizer that keeps its arguments by name, as many do, has plain names in its state."""
+def test_keyword_names_from_data_reach_a_target_as_plain_strings():
+    """A target receives plain strings as keyword names, so that it can store them in its state."""
     registry = Registry("thing", scope="test")
     registry.register_module("Keeping", module=lambda **options: options)
     built = registry.build(Config.fromstring("thing: {type: Keeping, rate: 1}\n", ".yaml").thing)
@@ -378,14 +378,14 @@ YAML_OBJECTS = [
 
 
 @pytest.mark.parametrize("value", YAML_OBJECTS)
-def test_yaml_makes_plain_data_only(value):
-    """A tag that asks for an object is refused with its line."""
+def test_yaml_constructs_only_plain_data(value):
+    """A YAML tag that constructs an object is rejected with its line."""
     with pytest.raises(ConfigParsingError, match=r"<string>:2 is not valid YAML: the tag"):
         Config.fromstring(f"a: 1\nb: {value}\n", ".yaml")
 
 
-def test_a_redefined_tag_prefix_does_not_help():
-    """%TAG lets a file abbreviate a tag; what it stands for is refused all the same."""
+def test_a_redefined_tag_prefix_is_rejected():
+    """A tag that is abbreviated with %TAG is also rejected."""
     text = "%TAG ! tag:yaml.org,2002:python/object/apply:\n---\na: !os.system ['true']\n"
     with pytest.raises(ConfigParsingError, match=r"os\.system"):
         Config.fromstring(text, ".yaml")
@@ -420,8 +420,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_text_beyond_reason_is_refused_quickly(name):
-    """Nesting without end, aliases of aliases and endless numbers are refused, without filling memory or time."""
+def test_an_oversized_file_is_rejected_quickly(name):
+    """Excessive nesting, nested aliases and huge numbers are rejected without exhausting memory or time."""
     suffix, text = BOMBS[name]
     start = time.perf_counter()
     with pytest.raises(ConfigParsingError):
@@ -441,20 +441,20 @@ def test_a_text_beyond_reason_is_refused_quickly(name):
     ],
 )
 def test_a_repeated_key_is_refused(suffix, text):
-    """A key given twice would silently lose one value."""
+    """A repeated key is an error, because one of its values would be lost silently."""
     with pytest.raises(ConfigParsingError):
         Config.fromstring(text, suffix)
 
 
 @pytest.mark.parametrize("text", ["- 1\n", "7\n", '"text"\n', "1: x\n", "null: x\n"])
-def test_a_data_file_holds_a_mapping_of_names(text):
-    """A list, a number or keys that are no names are no configuration."""
+def test_a_data_file_must_contain_a_mapping_with_string_keys(text):
+    """A list, a number or a mapping with keys other than strings is not a configuration."""
     with pytest.raises(TypeError):
         Config.fromstring(text, ".yaml")
 
 
 def test_custom_imports_in_data_are_refused(tmp_path):
-    """A data file cannot ask for imports, also not as a base of a Python file."""
+    """A data file cannot request imports, even as the base of a Python file."""
     (tmp_path / "base.yaml").write_text("x: 1\ncustom_imports: {imports: [os]}\n")
     (tmp_path / "run.py").write_text("_base_ = 'base.yaml'\n")
     for name in ("base.yaml", "run.py"):
@@ -464,7 +464,7 @@ def test_custom_imports_in_data_are_refused(tmp_path):
 
 @pytest.mark.parametrize("value", ["true", "1", "'yes'"])
 def test_remote_code_in_data_is_refused(value):
-    """A data file cannot ask a library to download code and run it."""
+    """A data file cannot make a library download and run code."""
     with pytest.raises(ConfigParsingError, match="trust_remote_code"):
         Config.fromstring(
             f"model: {{type: transformers.AutoModel.from_pretrained, trust_remote_code: {value}}}\n", ".yaml"
@@ -480,14 +480,14 @@ def test_remote_code_in_data_is_refused(value):
     ],
 )
 def test_remote_code_is_refused_at_any_depth(text):
-    """Wherever the key stands, and wherever its value comes from."""
+    """``trust_remote_code`` is rejected at any depth and from any source."""
     with pytest.raises(ConfigParsingError, match="trust_remote_code"):
         Config.fromstring(f"{text}\n", ".yaml")
 
 
 @pytest.mark.parametrize("base", ["run.py", "../outside.yaml", "/etc/hosts.yaml", "sub/../../outside.yaml"])
-def test_the_base_of_a_data_file_is_data_below_its_folder(tmp_path, base):
-    """A data file can be based on no program, and on no file that lies outside of its folder."""
+def test_a_data_file_can_only_inherit_from_data_below_its_folder(tmp_path, base):
+    """The base of a data file must be a data file in the same folder or below it."""
     folder = tmp_path / "inside"
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "outside.yaml").write_text("secret: 1\n")
@@ -497,8 +497,8 @@ def test_the_base_of_a_data_file_is_data_below_its_folder(tmp_path, base):
         Config.fromfile(folder / "top.yaml")
 
 
-def test_a_link_does_not_lead_out(tmp_path):
-    """A symbolic link beside a data file does not reach what lies elsewhere."""
+def test_a_symbolic_link_cannot_leave_the_folder(tmp_path):
+    """A symbolic link next to a data file cannot refer to a file outside its folder."""
     folder = tmp_path / "inside"
     folder.mkdir()
     (tmp_path / "outside.yaml").write_text("secret: 1\n")
@@ -508,8 +508,8 @@ def test_a_link_does_not_lead_out(tmp_path):
         Config.fromfile(folder / "top.yaml")
 
 
-def test_the_root_says_how_far_a_base_may_climb(tmp_path):
-    """Naming the folder that holds both files, the usual ../shared layout works for data too."""
+def test_the_root_limits_where_bases_may_be(tmp_path):
+    """With a ``root`` that contains both folders, a data file may inherit from ``../shared``."""
     (tmp_path / "shared").mkdir()
     (tmp_path / "runs").mkdir()
     (tmp_path / "shared" / "base.yaml").write_text("x: 1\n")
@@ -519,7 +519,7 @@ def test_the_root_says_how_far_a_base_may_climb(tmp_path):
 
 @pytest.mark.parametrize("key", ["__class__", "__dict__", "__reduce__", "_owner", "to_dict", "__init__"])
 def test_keys_cannot_replace_methods(key):
-    """A key with the name of a method or an internal attribute stays a key."""
+    """A key with the name of a method or an internal attribute remains an ordinary key."""
     config = Config.fromstring(f"x: {{{key}: 1}}\n", ".yaml")
     assert config.x[key] == 1
     assert config.to_dict() == {"x": {key: 1}}
@@ -527,7 +527,7 @@ def test_keys_cannot_replace_methods(key):
 
 
 def test_loading_data_imports_nothing(tmp_path):
-    """Loading a data file full of dotted names imports none of them."""
+    """Loading a data file with dotted names imports none of them."""
     path = tmp_path / "run.yaml"
     path.write_text("model: {type: torch.nn.Linear, hook: xmlrpc.client, f: numpy.f2py}\n")
     code = (
@@ -539,14 +539,14 @@ def test_loading_data_imports_nothing(tmp_path):
     assert done.stdout.strip() == "[]"
 
 
-def test_numbers_of_yaml_are_read_as_people_mean_them():
-    """1e-3 is a number, a date and a clock time are texts."""
+def test_yaml_numbers_are_parsed_as_expected():
+    """``1e-3`` is parsed as a number; dates and times are strings."""
     config = Config.fromstring("a: 1e-3\nb: 2026-01-01\nc: 12:30:45\nd: 0x10\ne: .inf\nf: 010\n", ".yaml")
     assert config == {"a": 0.001, "b": "2026-01-01", "c": "12:30:45", "d": 16, "e": float("inf"), "f": 10}
 
 
-def test_what_someone_else_wrote_is_read_as_data_only(tmp_path, monkeypatch):
-    """Reading with fromdata refuses programs and does not tell the environment's secrets."""
+def test_fromdata_reads_only_data(tmp_path, monkeypatch):
+    """``fromdata`` rejects programs and does not read environment variables."""
     monkeypatch.setenv("TOKEN", "secret")
     (tmp_path / "run.py").write_text("raise SystemExit('ran')\n")
     with pytest.raises(ConfigValueError, match="is a program and would run"):

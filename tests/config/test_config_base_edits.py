@@ -1,4 +1,4 @@
-"""What a Python configuration changes in ``_base_`` itself. Expected values are those that MMEngine 0.10.7 loads."""
+"""In-place edits of ``_base_`` in a Python configuration. The expected values are those that MMEngine 0.10.7 loads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIVEN: dict[str, Any] = {
     "lr": 1,
 }
 
-# What follows `_base_ = 'base.py'` in a file, and the keys that differ from the base's; those that are "gone" are missing.
+# The text after `_base_ = 'base.py'`, and the keys that differ from the base; the value "gone" marks deleted keys.
 EDITS: dict[str, tuple[str, dict[str, Any]]] = {
     "attribute": (
         "_base_.optim_wrapper.type = 'AmpOptimWrapper'",
@@ -104,7 +104,7 @@ def load(folder: Path, text: str, base: str = BASE) -> Config:
 
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_of_the_base_changes_what_is_loaded(tmp_path: Path, name: str) -> None:
-    """A change that a file makes in ``_base_`` counts, in whatever way it is written, as in MMEngine."""
+    """Every kind of in-place edit of ``_base_`` takes effect, as in MMEngine."""
     text, changes = EDITS[name]
     expected = {key: value for key, value in {**GIVEN, **changes}.items() if value != "gone"}
     loaded = load(tmp_path, text).to_dict()
@@ -112,8 +112,8 @@ def test_an_edit_of_the_base_changes_what_is_loaded(tmp_path: Path, name: str) -
     assert repr(loaded["param_scheduler"]) == repr(expected["param_scheduler"])
 
 
-def test_a_base_edits_its_own_base(tmp_path: Path) -> None:
-    """The edits of a file count also for the files that are based on it, which may edit them again."""
+def test_a_base_can_edit_its_own_base(tmp_path: Path) -> None:
+    """The edits of a file apply to its children, which may edit the values again."""
     (tmp_path / "base.py").write_text(BASE)
     (tmp_path / "middle.py").write_text("_base_ = 'base.py'\n_base_.model.depth = 5\ndel _base_.lr\n")
     (tmp_path / "run.py").write_text("_base_ = 'middle.py'\n_base_.model.depth += 1\n")
@@ -122,8 +122,8 @@ def test_a_base_edits_its_own_base(tmp_path: Path) -> None:
     assert Config.fromfile(tmp_path / "run.py").to_dict() == expected
 
 
-def test_an_edit_stays_with_the_file_that_makes_it(tmp_path: Path) -> None:
-    """Another file with the same base, and the base itself, load as before."""
+def test_an_edit_affects_only_the_file_that_makes_it(tmp_path: Path) -> None:
+    """An edit affects neither the base nor other files with the same base."""
     load(tmp_path, "_base_.model.depth = 5")
     (tmp_path / "other.py").write_text("_base_ = 'base.py'\n")
     assert Config.fromfile(tmp_path / "other.py").to_dict() == GIVEN
@@ -140,13 +140,13 @@ def test_an_edit_stays_with_the_file_that_makes_it(tmp_path: Path) -> None:
     ],
 )
 def test_explain_names_the_line_of_an_edit(tmp_path: Path, edit: str, path: str) -> None:
-    """``explain`` shows the statement that changed the value, after the base that gave it."""
+    """``explain`` lists the line of the edit after the line of the base."""
     lines = explain(load(tmp_path, f"\n{edit}"), path).splitlines()
     assert [Path(line.split()[0]).name for line in lines[1:]] == ["base.py:2", "run.py:3"]
 
 
-def test_one_base_by_two_ways_is_not_a_conflict(tmp_path: Path) -> None:
-    """Two bases may share a base: its keys come from one place."""
+def test_a_shared_base_is_not_a_conflict(tmp_path: Path) -> None:
+    """Two bases may share a base without a conflict."""
     (tmp_path / "base.py").write_text("lr = 1\nmodel = dict(depth=3)\n")
     (tmp_path / "a.py").write_text("_base_ = 'base.py'\na = 1\n")
     (tmp_path / "b.py").write_text("_base_ = 'base.py'\nb = 2\n")
@@ -156,8 +156,8 @@ def test_one_base_by_two_ways_is_not_a_conflict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["lr = 2", "_base_.lr = 2", "del _base_.lr\nlr = 2"])
-def test_one_base_by_two_ways_of_which_one_changes_it_is_a_conflict(tmp_path: Path, change: str) -> None:
-    """Which of the two values is meant would depend on the order of the bases, so the key is refused."""
+def test_a_shared_base_with_a_changed_value_is_a_conflict(tmp_path: Path, change: str) -> None:
+    """A shared base whose value one base changes is a conflict, because the result depends on the order."""
     (tmp_path / "base.py").write_text("lr = 1\n")
     (tmp_path / "a.py").write_text(f"_base_ = 'base.py'\n{change}\n")
     (tmp_path / "b.py").write_text("_base_ = 'base.py'\nb = 2\n")

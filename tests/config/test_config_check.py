@@ -1,4 +1,4 @@
-# ruff: noqa: E501 -- messages are shown whole
+# ruff: noqa: E501 -- error messages are not wrapped
 import pytest
 
 from stratagem.config import Config, Section, check, require
@@ -42,7 +42,7 @@ class IterLoop:
 
 
 def train_loop(value):
-    """Choose the loop by what is given, as a program does."""
+    """Choose the loop from the given keys, as the engine does."""
     by_epoch = value.get("by_epoch", True)
     return Section(
         registry=LOOPS,
@@ -79,12 +79,12 @@ SECTIONS = {
 
 
 def problems(text):
-    """Check a Python configuration and return its problems as texts."""
+    """Check a Python configuration and return its problems as strings."""
     return [str(problem) for problem in check(Config.fromstring(text, ".py"), SECTIONS)]
 
 
-def test_a_good_config_has_no_problem():
-    """What everything reads is left alone, also free values and what was read at loading."""
+def test_a_valid_config_has_no_problems():
+    """A valid configuration has no problems, including free-form values and keys that are read while loading."""
     assert not problems(
         "custom_imports = dict(imports=[])\nvars = dict(anything=dict(goes=1))\nwork_dir = 'x'\n"
         "model = dict(type='BigNet', scale=2, backbone=dict(type='Backbone', depth=3, norm='bn'),\n"
@@ -119,14 +119,14 @@ def test_a_good_config_has_no_problem():
         ("val_evaluator = [dict(type='Acuracy')]", "val_evaluator.0.type (<string>:1): 'Acuracy' is no registered metric. Did you mean 'Accuracy'"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_named_with_its_place_and_the_nearest_name(text, problem):
-    """Each kind of mistake says where it is, what is wrong and what was probably meant."""
+def test_a_mistake_is_reported_with_its_location_and_the_closest_name(text, problem):
+    """Each problem reports its location, the mistake and the closest valid name."""
     found = problems(text)
     assert problem in found[0]
 
 
-def test_all_problems_come_at_once_in_the_order_of_the_file():
-    """One look at the error mends the whole file."""
+def test_all_problems_are_reported_at_once_in_file_order():
+    """All problems of a file are reported in one error, in the order of the file."""
     config = Config.fromstring("wrok_dir = 'x'\nmodel = dict(type='Net', bakbone=1)\nrezume = True\n", ".py")
     with pytest.raises(ConfigKeyError) as caught:
         require(config, SECTIONS)
@@ -135,8 +135,8 @@ def test_all_problems_come_at_once_in_the_order_of_the_file():
     assert [line.split()[0] for line in lines[1:]] == ["wrok_dir", "model.bakbone", "model", "rezume"]
 
 
-def test_an_override_is_named_as_such():
-    """A misspelled key of ``--set`` is refused like one in a file."""
+def test_a_misspelled_override_is_reported():
+    """A misspelled ``--set`` key is rejected like a key in a file."""
     config = Config.fromstring("train_cfg = dict(max_epochs=1)", ".py")
     config.merge_from_dict({"train_cfg.val_intervall": 2})
     assert str(check(config, SECTIONS)[0]) == (
@@ -145,23 +145,23 @@ def test_an_override_is_named_as_such():
     )
 
 
-def test_a_dotted_path_of_a_data_file_is_a_problem_wherever_it_stands():
-    """What a data file may not name is found before anything is built, also deep in arguments."""
+def test_a_dotted_path_in_a_data_file_is_a_problem_at_any_depth():
+    """A dotted path in a data file is reported before anything is built, even in nested arguments."""
     config = Config.fromstring("model: {type: Net, backbone: {x: [{type: os.system, command: x}]}}\n", ".yaml")
     found = [str(problem) for problem in check(config, SECTIONS)]
     assert len(found) == 1
     assert found[0].startswith("model.backbone.x.0.type (<string>:1): A data file names 'os.system'")
 
 
-def test_a_library_that_is_missing_is_a_problem():
-    """A model of a library that is not installed is found before training, with how to install it."""
+def test_a_missing_library_is_a_problem():
+    """A model of a library that is not installed is reported before training, with the install command."""
     config = Config.fromstring("model = dict(type='timm.resnet18')\n", ".py")
     found = [str(problem) for problem in check(config, {"model": Section(registry=MODELS)})]
     assert not found or "pip install timm" in found[0]
 
 
-def test_keys_of_any_name_can_be_allowed():
-    """``others`` takes any key, and says what stands below it."""
+def test_arbitrary_keys_can_be_allowed():
+    """``others`` accepts any key and checks the values below it."""
     rule = Section(others=Section(registry=OPTIMIZERS, supplied=frozenset({"params"})))
     config = Config({"optim": {"generator": {"type": "SGD"}, "critic": {"type": "SGD", "rl": 1}}})
     assert [problem.path for problem in check(config, {"optim": rule})] == ["optim.critic.rl"]
@@ -186,7 +186,7 @@ optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9, weight_dec
 
 
 def key_paths(node, path=()):
-    """Return the path of every key below which a name is checked."""
+    """Yield the path of every key that is checked."""
     if isinstance(node, list):
         for index, item in enumerate(node):
             yield from key_paths(item, (*path, index))
@@ -197,7 +197,7 @@ def key_paths(node, path=()):
 
 
 def misspellings(key):
-    """Return the key with each character dropped, each two neighbours swapped, and one appended."""
+    """Yield the key with each character dropped, each two neighbors swapped, and one character appended."""
     for at in range(len(key)):
         yield key[:at] + key[at + 1 :]
         if key[at : at + 2] != key[at : at + 2][::-1]:
@@ -216,8 +216,8 @@ def renamed(node, path, name):
     return {item: renamed(value, rest, name) if item == key else value for item, value in node.items()}
 
 
-def test_every_misspelled_key_is_refused_with_the_right_one():
-    """At least 99 % of all keys with a character dropped, swapped or appended are refused with the right name."""
+def test_misspelled_keys_are_rejected_with_the_correct_name():
+    """At least 99 % of keys with one character dropped, swapped or appended are rejected with the correct name."""
     full = Config.fromstring(FULL, ".py").to_dict()
     assert not check(Config(full), SECTIONS)
     tried, missed = 0, []

@@ -17,7 +17,7 @@ from stratagem.errors import (
 
 @pytest.fixture
 def write(tmp_path):
-    """Write files below tmp_path and return the path of the last one."""
+    """Write files to tmp_path and return the path of the last one."""
 
     def write_files(**files):
         for name, text in files.items():
@@ -39,8 +39,8 @@ def write(tmp_path):
         ("toml", "lr = 0.1\n[model]\ntype = 'Net'\ndepth = 3\n"),
     ],
 )
-def test_every_language_says_the_same(tmp_path, suffix, text):
-    """A Python, YAML, JSON or TOML file with the same content gives the same configuration."""
+def test_all_languages_give_the_same_configuration(tmp_path, suffix, text):
+    """Python, YAML, JSON and TOML files with the same content load as the same configuration."""
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
     config = Config.fromfile(path)
@@ -48,8 +48,8 @@ def test_every_language_says_the_same(tmp_path, suffix, text):
     assert config.filename == str(path)
 
 
-def test_a_child_is_laid_over_its_base(write):
-    """Dicts merge key by key; other values and lists are replaced as a whole."""
+def test_a_child_is_merged_over_its_base(write):
+    """Dicts are merged key by key; other values, including lists, are replaced."""
     path = write(
         base_py="model = dict(type='Net', depth=3, stages=[1, 2])\nlr = 0.1\n",
         run_py="_base_ = 'base.py'\nmodel = dict(depth=5, stages=[7])\n",
@@ -58,41 +58,41 @@ def test_a_child_is_laid_over_its_base(write):
 
 
 def test_delete_replaces_a_dict(write):
-    """With ``_delete_=True`` nothing of the base's dict is left, and the mark is gone."""
+    """``_delete_=True`` discards the base's dict and does not appear in the result."""
     path = write(base_py="model = dict(a=1, b=2)", run_py="_base_ = ['base.py']\nmodel = dict(_delete_=True, c=3)\n")
     assert Config.fromfile(path) == {"model": {"c": 3}}
 
 
-def test_a_dict_on_something_else_is_refused(write):
-    """A dict cannot be merged into a number; the error names the key, the value and the way out."""
+def test_merging_a_dict_into_another_type_is_an_error(write):
+    """Merging a dict into a number raises an error that names the key, the value and the fix."""
     path = write(base_py="model = 3", run_py="_base_ = 'base.py'\nmodel = dict(a=1)\n")
     with pytest.raises(ConfigTypeError, match=r"run.py: model is a dict here and a int \(3\).*_delete_=True"):
         Config.fromfile(path)
 
 
-def test_two_bases_with_one_key_name_both_places(write):
-    """A key that two bases give is an error with both files and lines."""
+def test_a_key_in_two_bases_is_an_error(write):
+    """A key that two bases define is an error that names both files and lines."""
     path = write(a_py="x = 1\nlr = 0.1\n", b_yaml="lr: 0.2\n", run_py="_base_ = ['a.py', 'b.yaml']\n")
     with pytest.raises(KeyError, match=r"two bases give the key 'lr': .*a.py:2 and .*b.yaml:1"):
         Config.fromfile(path)
 
 
-def test_bases_in_a_circle_are_refused(write):
-    """Files that are based on each other are named in their order."""
+def test_circular_bases_are_an_error(write):
+    """The error for circular bases lists the files in order."""
     path = write(a_py="_base_ = 'b.py'", b_py="_base_ = 'a.py'")
     with pytest.raises(ConfigParsingError, match=r"circle: .*b.py -> .*a.py -> .*b.py"):
         Config.fromfile(path)
 
 
-def test_a_missing_base_says_whose_base_it_is(write):
-    """The error about a missing base names the file that asked for it."""
+def test_the_error_for_a_missing_base_names_the_child(write):
+    """The error for a missing base names the file that refers to it."""
     with pytest.raises(ConfigFileError, match=r"none.py cannot be read.*base of .*run.py"):
         Config.fromfile(write(run_py="_base_ = 'none.py'"))
 
 
 @pytest.mark.parametrize("name", ["run.txt", "run"])
-def test_another_kind_of_file_is_refused(tmp_path, name):
-    """Only Python, YAML, JSON and TOML are configurations; anything else is an OSError."""
+def test_an_unsupported_file_type_is_an_error(tmp_path, name):
+    """A file that is not Python, YAML, JSON or TOML is an OSError."""
     path = tmp_path / name
     path.write_text("")
     with pytest.raises(OSError, match="A configuration is one of"):
@@ -108,16 +108,16 @@ def test_another_kind_of_file_is_refused(tmp_path, name):
         ("py", "a = 1\nb = c\n", 2),
     ],
 )
-def test_an_invalid_text_is_refused_with_its_line(tmp_path, suffix, text, line):
-    """A text that cannot be read, or that fails, is an error with file and line."""
+def test_an_invalid_file_is_an_error_with_its_line(tmp_path, suffix, text, line):
+    """A file that cannot be parsed or executed is an error with the file and line."""
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
     with pytest.raises(ConfigParsingError, match=rf"run.{suffix}:{line} "):
         Config.fromfile(path)
 
 
-def test_helpers_of_a_python_file_are_no_keys(write):
-    """Modules, imported names, functions, classes and names with an underscore are not keys."""
+def test_helpers_in_a_python_file_do_not_become_keys(write):
+    """Modules, imported names, functions, classes and names with a leading underscore do not become keys."""
     path = write(
         run_py="import os\nfrom math import pi\n_width = 4\ndef double(x): return 2 * x\nclass A: pass\n"
         "model = dict(width=double(_width), turn=pi > 3)\n"
@@ -125,14 +125,14 @@ def test_helpers_of_a_python_file_are_no_keys(write):
     assert Config.fromfile(path) == {"model": {"width": 8, "turn": True}}
 
 
-def test_a_standard_library_import_is_no_lazy_import(write):
-    """``from functools import partial`` runs as written, in any environment."""
+def test_a_standard_library_import_is_not_lazy(write):
+    """A standard library import such as ``from functools import partial`` is executed, not lazy."""
     path = write(run_py="from functools import partial\nmake = partial(int, base=2)\nx = make('11')\n")
     assert Config.fromfile(path)["x"] == 3
 
 
 def test_a_config_is_a_mapping():
-    """A Config has the interface of a mapping and equals the dict that it stands for."""
+    """A Config implements the mapping interface and compares equal to a dict with the same content."""
     config = Config({"a": 1, "b": {"c": 2}})
     assert isinstance(config, Mapping)
     assert list(config) == ["a", "b"]
@@ -141,15 +141,15 @@ def test_a_config_is_a_mapping():
     assert {**config} == {"a": 1, "b": {"c": 2}}
 
 
-def test_a_config_is_made_from_a_mapping_only():
-    """Anything but a mapping is a TypeError."""
+def test_a_config_requires_a_mapping():
+    """A Config made from anything but a mapping is a TypeError."""
     with pytest.raises(TypeError, match="made from a mapping, not from list"):
         Config([("a", 1)])
 
 
 @pytest.mark.parametrize("key", ["filename", "text", "pretty_text", "env_variables", "dump"])
-def test_a_key_that_an_attribute_would_hide_is_refused(key):
-    """Names of Config's own attributes cannot be keys."""
+def test_attribute_names_of_config_are_rejected_as_keys(key):
+    """The attribute names of Config are rejected as keys."""
     with pytest.raises(KeyError, match=key):
         Config({key: 1})
     with pytest.raises(KeyError, match=key):
@@ -158,8 +158,8 @@ def test_a_key_that_an_attribute_would_hide_is_refused(key):
         Config.fromstring(f"{key} = 1", ".py")
 
 
-def test_custom_imports_finds_modules_beside_the_file(write, monkeypatch):
-    """A module beside the configuration is imported, and its folder stays importable for worker processes."""
+def test_custom_imports_finds_modules_next_to_the_file(write, monkeypatch):
+    """A module next to the configuration is imported, and its folder stays on sys.path for worker processes."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = write(
         beside_model_py="VALUE = 3\n",
@@ -170,8 +170,8 @@ def test_custom_imports_finds_modules_beside_the_file(write, monkeypatch):
     assert str(path.parent) in sys.path
 
 
-def test_a_custom_import_that_fails_is_an_import_error(write, monkeypatch):
-    """A module that cannot be imported stops the loading, or only warns where that was asked for."""
+def test_a_failed_custom_import_is_an_import_error(write, monkeypatch):
+    """A failed custom import is an error, or a warning with ``allow_failed_imports=True``."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = write(run_py="custom_imports = dict(imports='no_such_module_here')\n")
     with pytest.raises(MissingDependencyError, match=r"no_such_module_here.*Searched: "):
@@ -181,21 +181,21 @@ def test_a_custom_import_that_fails_is_an_import_error(write, monkeypatch):
         Config.fromfile(path)
 
 
-def test_custom_imports_refuses_unknown_keys(write):
-    """A misspelled key of custom_imports is refused with the right one."""
+def test_custom_imports_rejects_unknown_keys(write):
+    """A misspelled key of custom_imports is rejected with the correct name."""
     with pytest.raises(ConfigKeyError, match="Did you mean 'imports'"):
         Config.fromfile(write(run_py="custom_imports = dict(import_=['x'])\n"))
 
 
 def test_a_deprecated_file_warns(write):
-    """A file that says what replaced it warns, and the notice is no key."""
+    """A file with a ``_deprecation_`` notice warns, and the notice does not become a key."""
     path = write(old_py="_deprecation_ = dict(expected='new.py', reference='the notes')\nx = 1\n")
     with pytest.warns(DeprecationWarning, match=r"old.py is deprecated; use new.py. See the notes."):
         assert Config.fromfile(path) == {"x": 1}
 
 
-def test_a_base_in_a_package_brings_its_scope(tmp_path, monkeypatch):
-    """``package::file`` is found in the installed package, and what it builds is looked up there first."""
+def test_a_base_in_a_package_sets_its_scope(tmp_path, monkeypatch):
+    """``package::file`` is read from the installed package, and its types are looked up in that scope first."""
     configs = tmp_path / "somelib" / "configs"
     configs.mkdir(parents=True)
     (tmp_path / "somelib" / "__init__.py").write_text("raise AssertionError('imported')\n")
@@ -210,8 +210,8 @@ def test_a_base_in_a_package_brings_its_scope(tmp_path, monkeypatch):
     }
 
 
-def test_loading_needs_neither_torch_nor_yaml():
-    """Importing the configuration and the registries loads nothing heavy."""
+def test_importing_config_is_lightweight():
+    """Importing the configuration and the registries does not import torch, NumPy or file parsers."""
     code = (
         "import sys, stratagem.config, stratagem.registry\n"
         "print([name for name in ('torch', 'numpy', 'yaml', 'tomllib') if name in sys.modules])"

@@ -5,7 +5,7 @@ from stratagem.config import Config, Did, Origin, explain, parse_overrides
 
 @pytest.fixture
 def config(tmp_path):
-    """Two files and an override, each with a say in the model."""
+    """Two files and an override that all set values of the model."""
     (tmp_path / "base.py").write_text(
         "model = dict(\n    type='Net',\n    depth=3,\n    stages=[\n        dict(width=8),\n        dict(width=16)],\n"
         "    head=dict(classes=10, bias=True))\nlr = 0.1\n"
@@ -20,7 +20,7 @@ def config(tmp_path):
 
 
 def name(origin):
-    """Return an origin with the name of its file alone."""
+    """Return an origin with only the file name instead of the full path."""
     return str(origin).rpartition("/")[2]
 
 
@@ -39,18 +39,18 @@ def name(origin):
     ],
 )
 def test_where_names_the_file_and_line_of_a_value(config, path, place):
-    """Each value has the file and line that gave it, through bases, ``_delete_`` and overrides."""
+    """``where`` returns the file and line that set a value, through bases, ``_delete_`` and overrides."""
     assert name(config.where(path)) == place
 
 
 @pytest.mark.parametrize("path", ["model.head.bias", "nothing", "model.stages.5", "lr.x"])
-def test_what_is_not_there_was_given_nowhere(config, path):
-    """A value that was deleted or never given has no origin."""
+def test_a_missing_value_has_no_origin(config, path):
+    """A value that was deleted or never set has no origin."""
     assert config.where(path) is None
 
 
-def test_what_the_program_changed_says_so(config):
-    """A value that was set after loading does not pretend to come from a file."""
+def test_a_value_set_by_the_program_has_the_program_as_origin(config):
+    """The origin of a value that was set after loading is the program, not a file."""
     config.model.depth = 9
     config.model.extra = 1
     assert str(config.where("model.depth")) == "the program"
@@ -59,7 +59,7 @@ def test_what_the_program_changed_says_so(config):
 
 
 def test_changes_are_listed_in_order(config):
-    """Explain tells who gave a value, who replaced it and who took it away."""
+    """Explain lists where a value was set, replaced and removed."""
     did = [(name(change.origin), change.did, change.value) for change in config.explain("model.depth")]
     assert did == [("base.py:3", Did.GAVE, 3), ("run.py:3", Did.REPLACED, 5)]
     did = [(name(change.origin), change.did) for change in config.explain("model.head.bias")]
@@ -68,8 +68,8 @@ def test_changes_are_listed_in_order(config):
     assert did == [("base.py:1", Did.GAVE), ("run.py:2", Did.MERGED), ("--set model", Did.MERGED)]
 
 
-def test_explain_writes_a_line_for_each_change(config):
-    """The text has the path, then file and line, what was done, and the value."""
+def test_explain_writes_one_line_per_change(config):
+    """The explanation contains the path, then the file and line, the action and the value of each change."""
     lines = explain(config, "model.depth").splitlines()
     assert lines[0] == "model.depth"
     assert [line.split("/")[-1].split() for line in lines[1:]] == [
@@ -80,8 +80,8 @@ def test_explain_writes_a_line_for_each_change(config):
     assert explain(config, "model.depth").splitlines()[-1] == "  the program set it afterwards"
 
 
-def test_explaining_an_unknown_path_suggests_the_nearest(config):
-    """A misspelled path is refused with the nearest key."""
+def test_explaining_an_unknown_path_suggests_the_closest_key(config):
+    """Explaining a misspelled path is an error with the closest key."""
     with pytest.raises(KeyError, match="Did you mean 'depth'"):
         explain(config, "model.dept")
 
@@ -105,18 +105,18 @@ def test_explaining_an_unknown_path_suggests_the_nearest(config):
     ],
 )
 def test_lines_are_known_in_every_language(suffix, text, lines):
-    """The line is that of the key, or of the nearest thing around it that is written out."""
+    """A value's line is that of its key, or of the innermost enclosing expression in the source."""
     config = Config.fromstring(text, suffix)
     assert {path: config.where(path).line for path in lines} == lines
 
 
-def test_a_node_says_where_it_is(config):
-    """A part of a configuration knows its path and place, for errors about it."""
+def test_a_node_reports_its_location(config):
+    """A node reports its path and location for error messages."""
     assert config.model.stages[1].__place__("width") == "model.stages.1.width (--set model.stages.1.width)"
     assert name(config.model.head.__place__()) == "run.py:4)"
 
 
-def test_an_origin_reads_like_a_place():
-    """``str`` of an origin is what editors open."""
+def test_an_origin_formats_as_file_and_line():
+    """``str(origin)`` has the ``file:line`` format that editors can open."""
     assert str(Origin("configs/run.py", 12)) == "configs/run.py:12"
     assert str(Origin("--set model.depth")) == "--set model.depth"

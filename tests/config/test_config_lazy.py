@@ -9,7 +9,7 @@ from stratagem.registry import OPTIMIZERS, Registry
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """An importable package ``lazylib`` with a class, which is forgotten afterwards."""
+    """Create an importable package ``lazylib`` with a class and unload it afterwards."""
     (tmp_path / "lazylib").mkdir()
     (tmp_path / "lazylib" / "__init__.py").write_text(
         "class Net:\n    def __init__(self, depth, act=None):\n        self.depth, self.act = depth, act\n"
@@ -26,7 +26,7 @@ NET = "from lazylib import Net\nmodel = dict(type=Net, depth=3, act=Net.Act)\n"
 
 
 def test_nothing_is_imported_before_it_is_read(library):
-    """Loading, copying, dumping and merging import nothing; reading the value does."""
+    """Loading, copying, dumping and merging import nothing; reading a value imports it."""
     config = Config.fromstring(NET, ".py")
     assert config.pretty_text == "model = dict(type='lazylib.Net', depth=3, act='lazylib.Net.Act')\n"
     assert config.to_dict() == {"model": {"type": "lazylib.Net", "depth": 3, "act": "lazylib.Net.Act"}}
@@ -40,14 +40,14 @@ def test_nothing_is_imported_before_it_is_read(library):
 
 
 def test_a_lazy_class_is_built_with_its_lazy_arguments(library):
-    """The registry imports what ``type`` names, and classes among the arguments, also in lists."""
+    """The registry imports the lazy ``type`` and lazy classes in arguments, including those in lists."""
     config = Config.fromstring(NET.replace("Net.Act)", "[Net.Act])"), ".py")
     net = Registry("net", scope="test").build(config.model)
     assert (net.depth, net.act) == (3, [sys.modules["lazylib"].Net.Act])
 
 
 def test_a_dumped_lazy_config_builds_the_same(library, tmp_path):
-    """The dotted names in a dump are resolved back to the classes."""
+    """The dotted names in a dump resolve to the original classes."""
     path = tmp_path / "dumped.py"
     Config.fromstring(NET, ".py").dump(path)
     net = Registry("net", scope="test").build(Config.fromfile(path).model)
@@ -55,7 +55,7 @@ def test_a_dumped_lazy_config_builds_the_same(library, tmp_path):
 
 
 def test_modules_and_aliases_are_lazy_too(library):
-    """``import a as b``, ``import a`` and ``from a import module`` name things without importing them."""
+    """``import a as b``, ``import a`` and ``from a import module`` are lazy."""
     config = Config.fromstring(
         "import lazylib as lib\nimport lazylib\nfrom lazylib import inner\n"
         "x = dict(a=lib.Net, b=lazylib.Net, c=inner.WIDTH)\n",
@@ -68,7 +68,7 @@ def test_modules_and_aliases_are_lazy_too(library):
 
 @pytest.fixture
 def bases(tmp_path):
-    """A pure-Python base in a folder beside, and a function to write and load the file based on it."""
+    """Write a pure-Python base to a sibling folder; return a function that writes and loads a child of it."""
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "base.py").write_text(
         "from torch.optim import SGD\nmodel = dict(type='Net', depth=3,\n    width=8)\n"
@@ -87,7 +87,7 @@ def bases(tmp_path):
 
 
 def test_read_base_reads_files(bases):
-    """Names below ``read_base`` come from the file; changes are merged over them, and both lines are known."""
+    """``read_base`` imports the names of a file; later edits are merged over them, and all line numbers are known."""
     config = bases("model.update(depth=5)\noptimizer.lr = 0.2\n")
     assert config.to_dict() == {
         "model": {"type": "Net", "depth": 5, "width": 8},
@@ -99,21 +99,21 @@ def test_read_base_reads_files(bases):
 
 
 def test_assigning_a_name_of_the_base_replaces_it(bases):
-    """As in Python, an assignment leaves nothing of the base's dict; ``merge`` keeps it."""
+    """An assignment replaces the base's dict, as in Python; ``merge`` updates it."""
     assert bases("model = dict(a=1)\n").model == {"a": 1}
     merged = bases("model.merge(dict(head=dict(a=1)))\n").model
     assert merged == {"type": "Net", "depth": 3, "width": 8, "head": {"a": 1}}
 
 
-def test_one_name_of_a_base_can_be_taken(tmp_path):
-    """``from .base import name as other`` takes that name alone."""
+def test_a_single_name_of_a_base_can_be_imported(tmp_path):
+    """``from .base import name as other`` imports only that name."""
     (tmp_path / "base.py").write_text("a = 1\nb = dict(c=2)\n")
     (tmp_path / "run.py").write_text("with read_base():\n    from .base import b as d\n")
     assert Config.fromfile(tmp_path / "run.py") == {"d": {"c": 2}}
 
 
-def test_two_pure_python_bases_with_one_key_are_refused(tmp_path):
-    """The rule about a key in two bases holds here too."""
+def test_a_key_in_two_pure_python_bases_is_rejected(tmp_path):
+    """A key in two pure-Python bases is an error that names both files and lines."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text("x = 1\n")
     (tmp_path / "run.py").write_text("with read_base():\n    from .a import *\n    from .b import *\n")
@@ -131,19 +131,19 @@ def test_two_pure_python_bases_with_one_key_are_refused(tmp_path):
         ("import torch\nx = torch.zeros(3)\n", "torch.zeros is called"),
     ],
 )
-def test_what_a_pure_python_config_cannot_say(text, problem):
-    """Each thing that such a file cannot do is refused with a RuntimeError that says it, and its line."""
+def test_unsupported_statements_in_a_pure_python_config_are_rejected(text, problem):
+    """An unsupported statement in a pure-Python configuration is a RuntimeError with a reason and a line."""
     with pytest.raises(RuntimeError, match=problem):
         Config.fromstring(text, ".py")
 
 
 def test_a_file_with_base_executes_its_imports(tmp_path):
-    """``_base_`` makes a file an ordinary program: what it imports is there."""
+    """A file with ``_base_`` is an ordinary program whose imports are executed."""
     assert Config.fromstring("_base_ = []\nimport torch\nx = torch.zeros(3).numel()\n", ".py") == {"x": 3}
 
 
-def test_lazy_import_can_be_said(tmp_path):
-    """``lazy_import`` decides where the file itself would be read the other way."""
+def test_lazy_import_can_be_set_explicitly(tmp_path):
+    """``lazy_import`` overrides the automatic choice between lazy and executed imports."""
     path = tmp_path / "run.py"
     path.write_text("import torch\nx = 1\n")
     assert Config.fromfile(path, lazy_import=False) == {"x": 1}
@@ -152,23 +152,23 @@ def test_lazy_import_can_be_said(tmp_path):
         Config.fromfile(path, lazy_import=True)
 
 
-def test_a_missing_library_is_named_when_it_is_needed():
-    """A class of a library that is not installed is an error when it is read, not before."""
+def test_a_missing_library_is_an_error_when_it_is_used():
+    """A class from a missing library is an error when it is read, not when the file is loaded."""
     config = Config.fromstring("from no_such_library import Net\nmodel = dict(type=Net)\n", ".py")
     with pytest.raises(MissingDependencyError, match="no_such_library"):
         _ = config.model.type
 
 
-def test_a_module_beside_the_file_is_found(tmp_path, monkeypatch):
-    """A class of a module beside a pure-Python configuration is importable."""
+def test_a_module_next_to_the_file_is_found(tmp_path, monkeypatch):
+    """A class from a module next to a pure-Python configuration can be imported."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "beside_lazy.py").write_text("class Net: pass\n")
     (tmp_path / "run.py").write_text("from beside_lazy import Net\nmodel = dict(type=Net)\n")
     assert Config.fromfile(tmp_path / "run.py").model.type.__name__ == "Net"
 
 
-def test_torch_optimizers_are_given_as_classes():
-    """``type=SGD`` needs no registry entry."""
+def test_torch_optimizers_can_be_given_as_classes():
+    """``type=SGD`` with the class itself requires no registry entry."""
     import torch
 
     config = Config.fromstring("from torch.optim import SGD\noptimizer = dict(type=SGD, lr=0.1)\n", ".py")
@@ -177,7 +177,7 @@ def test_torch_optimizers_are_given_as_classes():
 
 
 def test_a_key_of_the_base_can_be_deleted(tmp_path):
-    """``del`` removes what ``read_base`` brought in, and a nested edit changes it."""
+    """``del`` removes a key imported by ``read_base``, and a nested edit changes one."""
     (tmp_path / "base.py").write_text("lr = 1\nmodel = dict(depth=3, width=8)\n")
     (tmp_path / "run.py").write_text(
         "from stratagem.config import read_base\n\nwith read_base():\n    from .base import *\n\n"

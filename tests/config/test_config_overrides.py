@@ -33,8 +33,8 @@ from stratagem.errors import ConfigParsingError
         ("007", "007"),
     ],
 )
-def test_values_are_read_as_what_they_look_like(text, value):
-    """Numbers, booleans, None, lists, tuples and dicts are recognised; everything else is text."""
+def test_values_are_parsed_by_their_syntax(text, value):
+    """Numbers, booleans, None, lists, tuples and dicts are parsed; everything else is a string."""
     parsed = parse_overrides([f"key={text}"])["key"]
     assert parsed == value
     assert type(parsed) is type(value)
@@ -42,45 +42,45 @@ def test_values_are_read_as_what_they_look_like(text, value):
 
 @pytest.mark.parametrize("text", ["__import__('os').system('true')", "open('x')", "lambda: 1"])
 def test_values_are_never_evaluated(text):
-    """Code on the command line is text or an error, never run."""
+    """Code on the command line is a string or an error and never executed."""
     with contextlib.suppress(ConfigParsingError):
         assert isinstance(parse_overrides([f"key={text}"])["key"], str | list)
 
 
 @pytest.mark.parametrize("pair", ["model.depth", "=3", "a..b=1", "x=[1", "x='a", "x={a}", "x=[1]2"])
-def test_what_is_no_override_is_refused(pair):
-    """A missing ``=``, an empty key and an open bracket or quote are errors that show the text."""
+def test_an_invalid_override_is_rejected(pair):
+    """A missing ``=``, an empty key or an unclosed bracket or quote is an error."""
     with pytest.raises(ConfigParsingError):
         parse_overrides([pair])
 
 
 def test_overrides_reach_into_lists():
-    """A number in the key means an item of a list, also inside of what it holds."""
+    """A number in an override's key selects a list item, including keys within that item."""
     config = Config({"stages": [{"depth": 1}, {"depth": 2}]})
     config.merge_from_dict(parse_overrides(["stages.1.depth=7", "stages.0={depth: 5}"]))
     assert config == {"stages": [{"depth": 5}, {"depth": 7}]}
 
 
-def test_an_index_outside_of_the_list_is_a_key_error():
-    """There is no item to change beyond the end of a list."""
+def test_an_index_out_of_range_is_a_key_error():
+    """An index beyond the end of a list is a KeyError."""
     with pytest.raises(KeyError, match=r"stages.2.*list of 2 items"):
         Config({"stages": [1, 2]}).merge_from_dict({"stages.2": 3})
 
 
-def test_without_list_keys_a_dict_replaces_no_list():
-    """allow_list_keys=False takes digits as keys, which a list does not have."""
+def test_list_items_cannot_be_set_without_list_keys():
+    """With ``allow_list_keys=False``, digits are dict keys and cannot select list items."""
     with pytest.raises(TypeError):
         Config({"stages": [1, 2]}).merge_from_dict({"stages.0": 3}, allow_list_keys=False)
 
 
-def test_overriding_below_a_number_is_refused():
-    """A key below a value that has no keys is a TypeError."""
+def test_overriding_below_a_number_is_rejected():
+    """Setting a key below a value that is not a container is a TypeError."""
     with pytest.raises(TypeError, match="model is a dict here and a int"):
         Config({"model": 3}).merge_from_dict({"model.depth": 1})
 
 
-def test_merging_changes_neither_the_argument_nor_shared_values():
-    """What was given is left as it was."""
+def test_merging_does_not_modify_its_argument():
+    """Merging modifies neither the argument nor values shared with it."""
     options = {"model": {"depth": 3}}
     config = Config({"model": {"width": 1}})
     config.merge_from_dict(options)

@@ -7,8 +7,8 @@ FILE_KEYS = {"py": "x = '{}'", "yaml": "x: {}", "json": '{{"x": "{}"}}', "toml":
 
 
 @pytest.mark.parametrize("suffix", FILE_KEYS)
-def test_the_file_can_name_itself(tmp_path, suffix):
-    """Placeholders give the folder, name, stem and suffix of the file that they stand in."""
+def test_a_file_can_refer_to_its_own_name(tmp_path, suffix):
+    """Placeholders expand to the folder, name, stem and suffix of the configuration file."""
     path = tmp_path / f"run.{suffix}"
     names = "{{ fileDirname }}|{{fileBasename}}|{{ fileBasenameNoExtension }}|{{ fileExtname }}"
     path.write_text(FILE_KEYS[suffix].format(names))
@@ -25,7 +25,7 @@ def test_the_file_can_name_itself(tmp_path, suffix):
     ],
 )
 def test_environment_variables_with_defaults(monkeypatch, suffix, text):
-    """Outside of quotes a variable is a number if it looks like one, inside it is text; what was used is listed."""
+    """A variable outside quotes is parsed as a number if possible, inside quotes it is a string; its use is recorded."""
     monkeypatch.delenv("LR", raising=False)
     config = Config.fromstring(text, f".{suffix}")
     assert config == {"lr": 0.1, "name": "0.1", "both": "a0.12"}
@@ -37,14 +37,14 @@ def test_environment_variables_with_defaults(monkeypatch, suffix, text):
 
 @pytest.mark.parametrize("value", ["it's", 'say "hi"', "back\\slash", "$(x) \\1 {{y}}", "a: b # c", "', evil='"])
 @pytest.mark.parametrize("suffix", ["py", "yaml", "json", "toml"])
-def test_no_value_breaks_the_text_around_it(monkeypatch, suffix, value):
-    """Quotes, backslashes and anything else in a variable arrive as they are, in every language."""
+def test_special_characters_in_a_variable_are_preserved(monkeypatch, suffix, value):
+    """Quotes, backslashes and other special characters in a variable are preserved in every language."""
     monkeypatch.setenv("ODD", value)
     assert Config.fromstring(FILE_KEYS[suffix].format("<{{ $ODD:x }}>"), f".{suffix}") == {"x": f"<{value}>"}
 
 
-def test_a_quote_inside_of_the_placeholder_keeps_editors_happy(monkeypatch):
-    """``{{'$NAME:1'}}`` is the same as ``{{ $NAME:1 }}``."""
+def test_a_placeholder_may_contain_quotes(monkeypatch):
+    """``{{'$NAME:1'}}`` is equivalent to ``{{ $NAME:1 }}``."""
     monkeypatch.delenv("NAME", raising=False)
     assert Config.fromstring("x = {{'$NAME:1'}}", ".py") == {"x": 1}
     assert Config.fromstring("x = {{ '$NAME: a b ' }}", ".py") == {"x": "a b"}
@@ -52,8 +52,8 @@ def test_a_quote_inside_of_the_placeholder_keeps_editors_happy(monkeypatch):
     assert Config.fromstring("x = {{'$NAME'}}", ".py") == {"x": 2}
 
 
-def test_a_variable_without_value_is_a_key_error_with_its_line(monkeypatch):
-    """A variable that is needed, not set and without default is named with file and line."""
+def test_an_unset_variable_is_a_key_error_with_its_line(monkeypatch):
+    """A variable that is required, unset and without a default is an error with file and line."""
     monkeypatch.delenv("NOT_SET_HERE", raising=False)
     with pytest.raises(KeyError, match=r"<string>:2: the environment variable NOT_SET_HERE is not set"):
         Config.fromstring("a: 1\nb: {{ $NOT_SET_HERE }}\n", ".yaml")
@@ -71,7 +71,7 @@ BASE = "model = dict(type='Net', depth=3, stages=[dict(width=8)])\nlr = 0.1\n"
     ],
 )
 def test_a_python_file_reads_values_of_its_base(tmp_path, suffix, text):
-    """``{{ _base_.a.b }}`` and ``_base_.a.b`` are the base's values, of their own type."""
+    """``{{ _base_.a.b }}`` and ``_base_.a.b`` return the base's values with their types."""
     (tmp_path / "base.py").write_text(BASE)
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
@@ -100,7 +100,7 @@ def test_a_python_file_reads_values_of_its_base(tmp_path, suffix, text):
     ],
 )
 def test_a_data_file_reads_values_of_its_base(tmp_path, suffix, text):
-    """A text that is nothing but a placeholder becomes the base's value, quoted or not."""
+    """A string that consists only of a placeholder becomes the base's value, quoted or not."""
     (tmp_path / "base.yaml").write_text("model: {depth: 3, stages: [{width: 8}]}\nlr: 0.1\n")
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
@@ -110,16 +110,16 @@ def test_a_data_file_reads_values_of_its_base(tmp_path, suffix, text):
     assert config.n == "n0.1"
 
 
-def test_a_missing_value_of_the_base_suggests_the_nearest(tmp_path):
-    """Reading what the base does not have names the nearest key."""
+def test_a_missing_value_of_the_base_suggests_the_closest_key(tmp_path):
+    """Reading a missing key of the base suggests the closest one."""
     (tmp_path / "base.yaml").write_text("model: {depth: 3}\n")
     (tmp_path / "run.yaml").write_text("_base_: base.yaml\nx: '{{ _base_.model.dept }}'\n")
     with pytest.raises(ConfigKeyError, match="Did you mean 'depth'"):
         Config.fromfile(tmp_path / "run.yaml")
 
 
-def test_other_braces_are_left_alone():
-    """Templates of other tools keep their braces."""
+def test_other_braces_are_unchanged():
+    """Braces of other template languages are unchanged."""
     assert Config.fromstring("x = '{{ name }} {{% if %}}'", ".py") == {"x": "{{ name }} {{% if %}}"}
 
 
@@ -144,8 +144,8 @@ IN_URLS = {
 
 
 @pytest.mark.parametrize(("suffix", "text"), IN_URLS.values(), ids=IN_URLS)
-def test_a_data_file_cannot_put_the_environment_into_a_url(tmp_path, monkeypatch, suffix, text):
-    """A value of the environment in a URL of a data file would be sent to the host: refused, with file and line."""
+def test_a_data_file_cannot_insert_an_environment_variable_into_a_url(tmp_path, monkeypatch, suffix, text):
+    """A data file must not insert an environment variable into a URL, since it would be sent to the host."""
     monkeypatch.setenv("KEEP_IT", "s3cr3tvalue")
     monkeypatch.setenv("KEEP_NUMBER", "73310042")
     base = "text: '{{ $KEEP_IT }}'\nnumber: {{ $KEEP_NUMBER }}\ndeep: {a: ['{{ $KEEP_IT }}']}\nurl: 'https://host/'\n"
@@ -158,8 +158,8 @@ def test_a_data_file_cannot_put_the_environment_into_a_url(tmp_path, monkeypatch
     assert "7331" not in str(refusal.value)
 
 
-def test_other_placeholders_of_a_data_file_may_stand_in_urls(tmp_path, monkeypatch):
-    """The file's own name, values of a base, and a whole URL of the environment are no secrets that leave the machine."""
+def test_other_placeholders_of_a_data_file_are_allowed_in_urls(tmp_path, monkeypatch):
+    """The file name, values of the base and a complete URL from a variable are allowed in URLs."""
     monkeypatch.setenv("MIRROR", "https://mirror/weights.pth")
     (tmp_path / "base.yaml").write_text("name: resnet\n")
     (tmp_path / "run.yaml").write_text(
@@ -173,8 +173,8 @@ def test_other_placeholders_of_a_data_file_may_stand_in_urls(tmp_path, monkeypat
     )
 
 
-def test_a_program_may_put_the_environment_into_a_url(monkeypatch):
-    """A Python file is trusted as any program is."""
+def test_a_python_file_may_insert_an_environment_variable_into_a_url(monkeypatch):
+    """A Python file is trusted, so it may insert an environment variable into a URL."""
     monkeypatch.setenv("KEEP_IT", "s3cr3tvalue")
     config = Config.fromstring("load_from = 'https://host/x?k={{ $KEEP_IT }}'", ".py")
     assert config.load_from == "https://host/x?k=s3cr3tvalue"
@@ -184,14 +184,14 @@ def test_a_program_may_put_the_environment_into_a_url(monkeypatch):
     ("suffix", "text"),
     [("py", "a = 1\nlr = {{ $LR }}\n"), ("yaml", "a: 1\nlr: {{ $LR }}\n"), ("toml", "a = 1\nlr = {{ $LR }}\n")],
 )
-def test_values_beside_a_placeholder_have_lines(monkeypatch, suffix, text):
-    """A placeholder outside of quotes does not hide where values of its file were given."""
+def test_values_next_to_a_placeholder_have_lines(monkeypatch, suffix, text):
+    """A placeholder outside quotes does not affect the line numbers of the file."""
     monkeypatch.setenv("LR", "0.5")
     config = Config.fromstring(text, f".{suffix}")
     assert [str(config.where(key)) for key in ("a", "lr")] == ["<string>:1", "<string>:2"]
 
 
-def test_a_placeholder_in_a_comment_of_a_python_file_reads_nothing(tmp_path):
-    """A file without a base loads although a comment names a value of one."""
+def test_a_placeholder_in_a_comment_is_ignored(tmp_path):
+    """A placeholder in a comment of a Python file is not expanded."""
     (tmp_path / "run.py").write_text("lr = 1\n# policies={{_base_.policies}}\n")
     assert Config.fromfile(tmp_path / "run.py") == {"lr": 1}

@@ -1,4 +1,4 @@
-"""What is kept of a configuration has placeholders for placeholders, and no secrets."""
+"""Saved configurations contain placeholders instead of their values, and no secrets."""
 
 import copy
 import pickle
@@ -21,8 +21,8 @@ SUFFIXES = (".py", ".yaml", ".json", ".toml")
         "a = 'long ' * 30 + '{{ $WORD }} ' * 30 + '\\n x'", "w = '{{ $WORD }}'\na = f'{w}!'", "a = dict(b='{{ $WORD }}')['b']",
     ],
 )  # fmt: skip
-def test_strings_of_the_environment_are_kept_as_placeholders(monkeypatch, suffix, text):
-    """What a placeholder filled is written as the placeholder in every language, and reads as the same again."""
+def test_strings_from_the_environment_are_saved_as_placeholders(monkeypatch, suffix, text):
+    """A string read from a placeholder is saved as that placeholder in every language and loads with the same value."""
     monkeypatch.setenv("WORD", "w0rd-of-the-environment")
     config = Config.fromstring(text, ".py")
     kept = show(config, suffix)
@@ -31,21 +31,21 @@ def test_strings_of_the_environment_are_kept_as_placeholders(monkeypatch, suffix
     assert Config.fromstring(kept, suffix) == config
 
 
-def test_what_is_built_gets_plain_strings(monkeypatch):
-    """A string that a placeholder filled is an ordinary one for what is built from it."""
+def test_built_objects_receive_plain_strings(monkeypatch):
+    """An object is built with a plain string, even if the value came from a placeholder."""
     monkeypatch.setenv("MODE", "nearest")
     config = Config.fromstring("model = dict(type='torch.nn.Upsample', scale_factor=2, mode='{{ $MODE }}')", ".py")
     assert type(MODELS.build(config.model).mode) is str
 
 
-def test_values_that_are_not_strings_stay_values(monkeypatch):
-    """Numbers and flags that a placeholder gave are kept as they were used, so that a changed one is noticed."""
+def test_values_that_are_not_strings_are_saved_as_values(monkeypatch):
+    """Numbers and flags from placeholders are saved as values, so that a change is detected."""
     monkeypatch.setenv("RATE", "0.25")
     assert show(Config.fromstring("lr = {{ $RATE }}\nfast = {{ $FAST:true }}", ".py")) == "lr = 0.25\nfast = True\n"
 
 
-def test_a_default_under_the_name_of_a_secret_is_masked(monkeypatch):
-    """A default is a literal of the file: under the name of a secret it is one, and with the variable set it is left out."""
+def test_a_default_under_a_secret_name_is_masked(monkeypatch):
+    """The default of a placeholder is masked under a secret name, and omitted if the variable is set."""
     monkeypatch.delenv("SOME_VALUE", raising=False)
     text = "password = '{{ $SOME_VALUE:hunter2 }}'"
     assert show(Config.fromstring(text, ".py")) == "password = '{{ $SECRET:password }}'\n"
@@ -82,8 +82,8 @@ SECRETS = {
 
 
 @pytest.mark.parametrize("key", SECRETS)
-def test_secrets_are_kept_as_markers(key):
-    """Strings under the names of secrets and the secrets in URLs are masked, and nothing else is."""
+def test_secrets_are_saved_as_placeholders(key):
+    """Strings under secret names and the secrets in URLs are masked; all other values are unchanged."""
     value, kept = SECRETS[key]
     config = Config({key: value})
     assert show(config) == show(Config({key: kept})) == config.dump() == config.pretty_text
@@ -91,8 +91,8 @@ def test_secrets_are_kept_as_markers(key):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_masked_secret_loads_and_fails_at_use(suffix):
-    """A kept configuration loads, shows and copies; reading a masked value names its key and how to give it."""
+def test_a_masked_secret_loads_and_fails_when_used(suffix):
+    """A saved configuration loads, prints and copies; reading a masked value is an error with its key and the fix."""
     kept = show(Config({"model": {"type": "X", "password": "hunter2"}, "url": "https://me:pw@host", "lr": 0.1}), suffix)
     config = Config.fromstring(kept, suffix)
     assert config.lr == 0.1
@@ -111,29 +111,29 @@ def test_a_masked_secret_loads_and_fails_at_use(suffix):
             dict(**same.model)
 
 
-def test_a_masked_secret_of_a_list_fails_at_use():
-    """An item of a list is not looked up by a key, and still is not taken for a string."""
+def test_a_masked_secret_in_a_list_fails_when_used():
+    """A masked item of a list cannot be used as a string."""
     config = Config.fromstring("api_keys = ['{{ $SECRET:api_keys.0 }}']", ".py")
     for use in (str, "{}".format, lambda item: item.upper()):
         with pytest.raises(ConfigValueError, match="the secret api_keys.0 was masked"):
             use(config.api_keys[0])
 
 
-def test_a_masked_secret_can_be_given_again():
-    """An override takes the place of a masked secret."""
+def test_a_masked_secret_can_be_overridden():
+    """An override replaces a masked secret."""
     config = Config.fromstring("password = '{{ $SECRET:password }}'", ".py")
     config.merge_from_dict({"password": "hunter2"})
     assert config.password == "hunter2"
 
 
-def test_a_variable_named_secret_is_still_a_variable(monkeypatch):
-    """Without a key, `{{ $SECRET }}` reads the variable of that name."""
+def test_a_variable_named_secret_is_an_ordinary_variable(monkeypatch):
+    """Without a key, `{{ $SECRET }}` reads the environment variable SECRET."""
     monkeypatch.setenv("SECRET", "hunter22")
     assert Config.fromstring("a: '{{ $SECRET }}'", ".yaml").a == "hunter22"
 
 
-def test_explain_shows_no_secret(monkeypatch):
-    """Each change of a value is shown as it would be kept, also where a key above names a secret."""
+def test_explain_shows_no_secrets(monkeypatch):
+    """Explain shows each change in masked form, even if a parent key has a secret name."""
     monkeypatch.setenv("WORD", "w0rd-of-the-environment")
     config = Config.fromstring("credentials = dict(value='hunter2', more=dict(a='hunter3'))\na = '{{ $WORD }}'", ".py")
     config.merge_from_dict({"credentials.value": "hunter4"})
@@ -144,21 +144,21 @@ def test_explain_shows_no_secret(monkeypatch):
     assert "replaced it  '{{ $SECRET:credentials.value }}'" in shown
 
 
-def test_a_repr_shows_no_secret():
-    """A configuration that is printed shows no secret."""
+def test_a_repr_shows_no_secrets():
+    """The repr of a configuration shows no secrets."""
     assert "hunter2" not in repr(Config({"a": {"password": "hunter2"}}))
 
 
 def test_changes_of_secrets_are_not_reported():
-    """A secret that was kept in clear by an earlier version, or changed, is no change; a placeholder hides the other value."""
+    """Changed secrets are not reported, even if an earlier version saved them; a placeholder hides the other value."""
     old = "a = dict(password='old1', url='https://me:pw@h/1', word='w0rd', lr=1)\n"
     new = show(Config({"a": {"password": "new1", "url": "https://you:pw2@h/1", "lr": 2}})) + ""
     new = new.replace("lr=2", "word='{{ $WORD }}', lr=2")
     assert changed_values(old, new) == ["a.word: (a value that is not shown) -> '{{ $WORD }}'", "a.lr: 1 -> 2"]
 
 
-def test_check_names_masked_secrets_before_anything_is_built():
-    """A masked secret that a section needs is a problem of the configuration, with its place."""
+def test_check_reports_masked_secrets_before_anything_is_built():
+    """A masked secret in a section that needs it is a problem of the configuration, with its path."""
     config = Config.fromstring(
         "load_from = 'https://{{ $SECRET:load_from }}@h'\nvars = dict(password='{{ $SECRET:p }}')", ".py"
     )

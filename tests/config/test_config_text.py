@@ -26,8 +26,8 @@ SECTIONS = st.dictionaries(st.sampled_from(["model", "lr", "stages", "work_dir"]
 @pytest.mark.parametrize("suffix", ["py", "yaml", "json"])
 @settings(max_examples=80, deadline=None)
 @given(data=SECTIONS)
-def test_a_dump_is_read_back_as_it_was(tmp_path_factory, suffix, data):
-    """Whatever data a configuration holds, its dump says the same."""
+def test_a_dump_loads_with_the_same_content(tmp_path_factory, suffix, data):
+    """A dumped configuration loads with the same content."""
     path = tmp_path_factory.mktemp("dump") / f"run.{suffix}"
     Config(data).dump(path)
     assert Config.fromfile(path).to_dict() == data
@@ -43,22 +43,22 @@ def _without_none(value):
 
 @settings(max_examples=80, deadline=None)
 @given(data=SECTIONS)
-def test_a_toml_dump_is_read_back_as_it_was(tmp_path_factory, data):
-    """TOML holds everything but None; integers and floats stay what they are."""
+def test_a_toml_dump_loads_with_the_same_content(tmp_path_factory, data):
+    """A TOML dump loads with the same content, except None; integers and floats keep their types."""
     data = _without_none(data)
     path = tmp_path_factory.mktemp("dump") / "run.toml"
     Config(data).dump(path)
     assert Config.fromfile(path).to_dict() == data
 
 
-def test_toml_refuses_none():
-    """What TOML cannot say is an error that names the key."""
+def test_toml_rejects_none():
+    """Dumping None as TOML is an error that names the key."""
     with pytest.raises(ConfigValueError, match=r"model.norm is None"):
         show(Config({"model": {"norm": None}}), ".toml")
 
 
-def test_python_text_is_short_where_it_fits():
-    """A dict that fits on a line stays on one; a longer one has an item a line, with a comma after each."""
+def test_python_text_is_compact():
+    """A dict that fits on one line stays on one; a longer one is split into one item per line with trailing commas."""
     config = Config({"a": {"b": 1, "c": (2,)}, "stages": [{"name": "x" * 30, "width": i} for i in range(3)]})
     assert config.pretty_text == (
         "a = dict(b=1, c=(2,))\n"
@@ -70,14 +70,14 @@ def test_python_text_is_short_where_it_fits():
     )
 
 
-def test_python_text_keeps_what_only_python_has():
-    """Tuples, sets, infinities and keys that are no names survive a Python dump."""
+def test_a_python_dump_preserves_python_types():
+    """Tuples, sets, infinity and keys that are not identifiers are preserved by a Python dump."""
     data = {"x": {"t": (1, (2,)), "s": {3, 1}, "i": math.inf, "class": 1, 5: "five", "e": ()}}
     assert Config.fromstring(Config(data).pretty_text, ".py").to_dict() == data
 
 
-def test_classes_and_functions_are_written_by_name():
-    """What is no data is written as a name, which the registries resolve."""
+def test_classes_and_functions_are_dumped_by_name():
+    """Classes and functions are dumped by name, which the registries resolve."""
     config = Config({"model": {"type": Config, "key": sorted, "f": math.sqrt}})
     assert (
         config.pretty_text
@@ -85,8 +85,8 @@ def test_classes_and_functions_are_written_by_name():
     )
 
 
-def test_dump_without_path_uses_the_language_of_the_file(tmp_path):
-    """A configuration that came from YAML is shown as YAML."""
+def test_dump_without_a_path_uses_the_language_of_the_file(tmp_path):
+    """A configuration from a YAML file is dumped as YAML."""
     path = tmp_path / "run.yaml"
     path.write_text("a: {b: 1}\n")
     assert Config.fromfile(path).dump() == "a:\n  b: 1\n"
@@ -94,16 +94,16 @@ def test_dump_without_path_uses_the_language_of_the_file(tmp_path):
     assert not Config.fromstring("a = 1", ".py").is_data
 
 
-def test_an_unknown_language_and_an_unwritable_place_are_file_errors(tmp_path):
-    """Both are OSErrors that name the place."""
+def test_an_unknown_file_type_and_an_unwritable_path_are_file_errors(tmp_path):
+    """Dumping to an unknown file type or to a path that is not writable is an OSError that names the path."""
     with pytest.raises(ConfigFileError, match=r"cannot be written as '\.txt'"):
         Config({"a": 1}).dump(tmp_path / "run.txt")
     with pytest.raises(OSError, match="cannot be written"):
         Config({"a": 1}).dump(tmp_path / "none" / "run.py")
 
 
-def test_diff_shows_the_lines_that_differ(tmp_path):
-    """Diff takes configurations or files, and says nothing where nothing differs."""
+def test_diff_shows_the_changed_lines(tmp_path):
+    """``diff`` accepts configurations or files and returns an empty string if they are equal."""
     path = tmp_path / "run.py"
     path.write_text("a = 1\nb = dict(c=2)\n")
     changed = Config.fromfile(path)
