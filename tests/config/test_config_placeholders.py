@@ -25,7 +25,7 @@ def test_a_file_can_refer_to_its_own_name(tmp_path, suffix):
     ],
 )
 def test_environment_variables_with_defaults(monkeypatch, suffix, text):
-    """A variable outside quotes is parsed as a number if possible, inside quotes it is a string; its use is recorded."""
+    """A variable outside quotes is parsed as a number if possible, and all variables that are read are listed."""
     monkeypatch.delenv("LR", raising=False)
     config = Config.fromstring(text, f".{suffix}")
     assert config == {"lr": 0.1, "name": "0.1", "both": "a0.12"}

@@ -14,19 +14,19 @@ from stratagem.logging import logger as logger_module
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
-    """A terminal that remembers what was written to it."""
+    """A fake terminal that records its output."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
     return Console(file=io.StringIO(), force_terminal=True, color_system=None, width=160, height=20)
 
 
 def written(screen: Console) -> str:
-    """Return everything that was written."""
+    """Return the recorded output."""
     return screen.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
-def test_the_bar_shows_where_the_run_is(screen: Console) -> None:
-    """Label, iterations and values of the last moment are drawn, at the latest when the bar stops."""
+def test_the_bar_shows_the_current_state(screen: Console) -> None:
+    """The latest label, iteration and values are drawn, at the latest when the bar stops."""
     with TrainingProgress("Epoch 1/3", total=100, console=screen) as progress:
         progress.completed = 42
         progress.show({"loss": 0.123456, "lr": 0.001}, label="Epoch 2/3")
@@ -36,8 +36,8 @@ def test_the_bar_shows_where_the_run_is(screen: Console) -> None:
     assert "loss 0.1235  lr 0.001" in last
 
 
-def test_speed_and_times_are_drawn(screen: Console) -> None:
-    """After two looks the speed, the time passed and the time left are known."""
+def test_the_speed_and_times_are_shown(screen: Console) -> None:
+    """After two updates, the bar shows the speed, the elapsed time and the remaining time."""
     clock = iter(range(1000))
     progress = TrainingProgress("train", total=1000, console=screen)
     progress._progress.get_time = lambda: next(clock)
@@ -50,8 +50,8 @@ def test_speed_and_times_are_drawn(screen: Console) -> None:
     assert "0:00:" in line
 
 
-def test_a_narrow_terminal_shortens_the_bar_alone() -> None:
-    """In 80 columns iterations, loss, learning rate, speed and both times are readable."""
+def test_a_narrow_terminal_only_shortens_the_bar() -> None:
+    """In 80 columns, the iteration, loss, learning rate, speed and both times are still readable."""
     screen = Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80)
     progress = TrainingProgress("epoch 10/300", total=37500, console=screen)
     progress._progress.get_time = iter(range(0, 1000, 2)).__next__
@@ -65,8 +65,8 @@ def test_a_narrow_terminal_shortens_the_bar_alone() -> None:
     assert all(text in line for text in ("epoch 10/300", "100/37500", "it/s", "loss 0.9627  lr 0.00189", "0:00:"))
 
 
-def test_nothing_is_drawn_in_a_pipe() -> None:
-    """Where the console is no terminal nothing is written and no thread runs."""
+def test_nothing_is_drawn_to_a_pipe() -> None:
+    """If the output is not a terminal, nothing is written and no thread is started."""
     pipe = Console(file=io.StringIO(), force_terminal=False)
     threads = threading.active_count()
     with TrainingProgress("train", total=3, console=pipe) as progress:
@@ -76,7 +76,7 @@ def test_nothing_is_drawn_in_a_pipe() -> None:
 
 
 def test_nothing_is_drawn_on_a_dumb_terminal(screen: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal that cannot move its cursor gets no bar."""
+    """A terminal that cannot move its cursor gets no progress bar."""
     monkeypatch.setenv("TERM", "dumb")
     dumb = Console(file=io.StringIO(), force_terminal=True)
     with TrainingProgress("train", total=3, console=dumb):
@@ -84,8 +84,8 @@ def test_nothing_is_drawn_on_a_dumb_terminal(screen: Console, monkeypatch: pytes
     assert written(dumb) == ""
 
 
-def test_log_lines_stand_above_the_bar(screen: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A log line ends before the bar is drawn again: they never share a line."""
+def test_log_lines_are_written_above_the_bar(screen: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log lines are written above the bar and never share a line with it."""
     monkeypatch.setattr(logger_module, "shared_console", lambda: screen)
     logger = Logger("run")
     with TrainingProgress("train", total=3, console=screen):
@@ -96,8 +96,8 @@ def test_log_lines_stand_above_the_bar(screen: Console, monkeypatch: pytest.Monk
     assert "train" not in line
 
 
-def test_a_bar_can_make_room_for_another(screen: Console) -> None:
-    """A stopped bar can be started again where it was, and stopping or starting twice does nothing."""
+def test_a_bar_can_be_stopped_and_restarted(screen: Console) -> None:
+    """A stopped bar can be restarted, and stopping or starting it twice has no effect."""
     progress = TrainingProgress("train", total=10, completed=4, console=screen)
     progress.start()
     progress.start()
@@ -110,8 +110,8 @@ def test_a_bar_can_make_room_for_another(screen: Console) -> None:
     assert written(screen).rindex("5/10") > written(screen).rindex("0/2") > written(screen).index("4/10")
 
 
-def test_an_unknown_total_is_fine(screen: Console) -> None:
-    """A stream without end shows how far it is."""
+def test_an_unknown_total_is_supported(screen: Console) -> None:
+    """Without a known total, the bar shows the number of completed steps."""
     with TrainingProgress("stream", total=None, console=screen) as progress:
         progress.completed = 7
     assert "7/?" in written(screen)

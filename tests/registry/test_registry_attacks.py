@@ -1,4 +1,4 @@
-"""What a data file may give to the libraries whose names are ready. Small stand-ins show how the libraries are called."""
+"""Data files may only pass allowed arguments to built-in libraries. Small fakes record how the libraries are called."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ from stratagem.utils.data_names import DataName
 from stratagem.utils.data_rules import refused_arguments, rules_of
 from stratagem.utils.signatures import arguments_of
 
-# Each records how it was called, which is all that matters here.
+# Each fake records its arguments.
 TRANSFORMERS = """
 import os
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -89,7 +89,7 @@ def _forget(name: str) -> None:
 
 @pytest.fixture
 def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Stand-ins for transformers, timm, torchvision and heavyball in a folder of libraries."""
+    """Install fakes of transformers, timm, torchvision and heavyball in a library folder."""
     for path, text in LIBRARIES.items():
         (tmp_path / "libraries" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "libraries" / path).write_text(text)
@@ -105,7 +105,7 @@ def libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 
 def build(text: str) -> Any:
-    """Build the ``model`` of a YAML file."""
+    """Build the ``model`` of a YAML configuration."""
     return MODELS.build(Config.fromstring(f"model: {{{text}}}\n", ".yaml").model)
 
 
@@ -114,8 +114,8 @@ def build(text: str) -> Any:
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("name", ["BertModel", "AutoModel"])
-def test_a_pretrained_model_is_loaded_without_pickle_and_without_a_question(name: str) -> None:
-    """The library is told to read safetensors alone and to run no code of the repository, without asking."""
+def test_a_pretrained_model_is_loaded_without_pickle_or_a_prompt(name: str) -> None:
+    """Models are loaded from safetensors only, without running code from the repository and without a prompt."""
     built = build(f"type: transformers.{name}.from_pretrained, pretrained_model_name_or_path: org/model, num_labels: 3")
     assert built.called["use_safetensors"] is True
     assert built.called["trust_remote_code"] is False
@@ -123,8 +123,8 @@ def test_a_pretrained_model_is_loaded_without_pickle_and_without_a_question(name
 
 
 @pytest.mark.usefixtures("libraries")
-def test_torch_reads_only_weights_while_a_data_files_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A library that calls torch.load(weights_only=False) is overruled meanwhile, and afterwards all is as before."""
+def test_torch_loads_only_weights_for_a_data_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.load(weights_only=False)`` in a library is overridden while a model for a data file is loaded."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     model = build("type: transformers.BertModel.from_pretrained, pretrained_model_name_or_path: org/model")
@@ -173,8 +173,8 @@ TRANSFORMERS_ATTACKS = [
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("argument", TRANSFORMERS_ATTACKS)
 @pytest.mark.parametrize("name", ["BertModel", "AutoModel"])
-def test_an_argument_of_a_pretrained_model_that_is_not_listed_is_refused(name: str, argument: str) -> None:
-    """Arguments are allowed one by one, so that what a library adds later is refused too."""
+def test_unlisted_arguments_of_a_pretrained_model_are_rejected(name: str, argument: str) -> None:
+    """Only listed arguments are accepted, so an argument that a library adds later is rejected."""
     with pytest.raises(ConfigValueError, match=r"model(\.\w+)? \(<string>:1\): a data file cannot give"):
         build(f"type: transformers.{name}.from_pretrained, pretrained_model_name_or_path: ./evil, {argument}")
 
@@ -195,15 +195,15 @@ def test_an_argument_of_a_pretrained_model_that_is_not_listed_is_refused(name: s
     ],
 )
 def test_nothing_else_of_transformers_can_be_called(target: str) -> None:
-    """Pipelines, trainers and models from a mapping are beyond a data file's reach."""
+    """Data files cannot use pipelines, trainers or models built from a mapping."""
     with pytest.raises(ConfigError):
         build(target)
 
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("by_class", [False, True], ids=["by name", "by class"])
-def test_arguments_of_data_stay_restricted_where_a_program_names_the_loader(tmp_path: Path, by_class: bool) -> None:
-    """A Python file on a YAML base decides what is called, and what the base gives to it has the same rules."""
+def test_arguments_from_data_stay_restricted_if_a_program_chooses_the_loader(tmp_path: Path, by_class: bool) -> None:
+    """Arguments from a YAML base are restricted even if a Python file chooses the callable."""
     (tmp_path / "base.yaml").write_text("model: {pretrained_model_name_or_path: ./evil, weights_only: false}\n")
     kind = "BertModel.from_pretrained" if by_class else "'transformers.BertModel.from_pretrained'"
     start = "from transformers import BertModel\n" if by_class else ""
@@ -214,13 +214,13 @@ def test_arguments_of_data_stay_restricted_where_a_program_names_the_loader(tmp_
         f"{start}_base_ = 'base.yaml'\nmodel = dict(type={kind}, weights_only=True, use_safetensors=False)\n"
     )
     called = MODELS.build(Config.fromfile(tmp_path / "run.py").model).called
-    # What the program itself says holds; what it does not say is set.
+    # Arguments of the program are used; missing ones are set to safe values.
     assert (called["weights_only"], called["use_safetensors"], called["trust_remote_code"]) == (True, False, False)
 
 
 @pytest.mark.usefixtures("libraries")
 def test_a_program_may_give_a_loader_any_argument(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python configuration is not restricted, nor is a data file in a package that the program allowed."""
+    """A Python configuration is not restricted, nor is a data file that uses an allowed package."""
     asked = {"pretrained_model_name_or_path": "x", "weights_only": False, "device_map": "auto"}
     made = MODELS.build({"type": "transformers.AutoModel.from_pretrained", **asked})
     assert made.called == asked
@@ -231,8 +231,8 @@ def test_a_program_may_give_a_loader_any_argument(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("libraries")
-def test_a_class_that_the_program_derived_takes_any_argument() -> None:
-    """A registered class is the program's, also where its base is a model of transformers."""
+def test_a_subclass_defined_by_the_program_takes_any_argument() -> None:
+    """A registered subclass of a transformers model belongs to the program and accepts any argument."""
     base: Any = importlib.import_module("transformers").PreTrainedModel
 
     class Derived(base):  # type: ignore[misc]
@@ -251,7 +251,7 @@ def test_a_class_that_the_program_derived_takes_any_argument() -> None:
 
 @pytest.mark.usefixtures("libraries")
 def test_models_by_name_take_sizes_and_rates() -> None:
-    """What describes a network is allowed."""
+    """Arguments that describe the network are allowed."""
     built = build("type: timm.resnet18, pretrained: true, num_classes: 3, drop_rate: 0.1, out_indices: [1, 2]")
     assert (built["name"], built["num_classes"], built["out_indices"]) == ("resnet18", 3, [1, 2])
     built = build("type: torchvision.resnet18, weights: ResNet18_Weights.DEFAULT, num_classes: 1000")
@@ -290,16 +290,16 @@ def test_models_by_name_take_sizes_and_rates() -> None:
         "type: torchvision.models.get_model, name: resnet18",
     ],
 )
-def test_models_by_name_take_no_place_and_no_code(text: str) -> None:
-    """Paths, URLs, repositories and functions are refused, also hidden in a mapping."""
+def test_models_by_name_reject_paths_and_code(text: str) -> None:
+    """Paths, URLs, repositories and functions are rejected, even inside a mapping."""
     with pytest.raises(ConfigError):
         build(text)
 
 
 @pytest.mark.usefixtures("libraries")
 @pytest.mark.parametrize("target", ["timm.create_model", "torchvision.models.get_model"])
-def test_a_model_name_of_data_is_no_place_where_a_program_calls_the_factory(target: str, tmp_path: Path) -> None:
-    """The name that a data file gives to the library's own function is the name of a listed model."""
+def test_a_model_name_from_data_must_be_a_listed_model(target: str, tmp_path: Path) -> None:
+    """A model name from a data file must be a listed model, even if a program calls the factory."""
     name = "model_name" if target.startswith("timm") else "name"
     (tmp_path / "base.yaml").write_text(f"model: {{{name}: 'local-dir:./evil'}}\n")
     (tmp_path / "run.py").write_text(f"_base_ = 'base.yaml'\nmodel = dict(type='{target}')\n")
@@ -311,8 +311,8 @@ def test_a_model_name_of_data_is_no_place_where_a_program_calls_the_factory(targ
 
 
 @pytest.mark.usefixtures("libraries")
-def test_an_optimizer_that_looks_functions_up_by_name_takes_listed_names() -> None:
-    """The library takes any function of its module of helpers by name; a data file chooses among kinds of clipping."""
+def test_an_optimizer_that_looks_up_functions_accepts_only_listed_names() -> None:
+    """HeavyBall resolves any helper function by name; data files may only choose among the clipping functions."""
 
     def make(text: str) -> Any:
         node = Config.fromstring(f"optimizer: {{type: heavyball.SOAP, lr: 0.1, {text}}}\n", ".yaml").optimizer
@@ -324,7 +324,7 @@ def test_an_optimizer_that_looks_functions_up_by_name_takes_listed_names() -> No
             make(text)
 
 
-# ---- loaders that only a program can name --------------------------------------------------------------------------
+# ---- loaders that only a program can use ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -341,22 +341,24 @@ def test_an_optimizer_that_looks_functions_up_by_name_takes_listed_names() -> No
         ("torchmetrics.image.fid.FrechetInceptionDistance", "feature_extractor_weights_path: evil.pth"),
     ],
 )
-def test_what_unpickles_or_compiles_takes_nothing_of_data(target: str, arguments: str, tmp_path: Path) -> None:
-    """A Python file may call such functions with arguments of its own, not with those of its YAML base."""
+def test_functions_that_unpickle_or_compile_accept_nothing_from_data(
+    target: str, arguments: str, tmp_path: Path
+) -> None:
+    """A Python file may pass its own arguments to such functions, but not those of its YAML base."""
     (tmp_path / "base.yaml").write_text(f"model: {{{arguments}}}\n")
     (tmp_path / "run.py").write_text(f"_base_ = 'base.yaml'\nmodel = dict(type='{target}')\n")
     with pytest.raises((ConfigValueError, MissingDependencyError), match="a data file cannot give"):
         MODELS.build(Config.fromfile(tmp_path / "run.py").model)
 
 
-# ---- all ready names -----------------------------------------------------------------------------------------------
+# ---- all built-in names --------------------------------------------------------------------------------------------
 
-# What an argument that reads, writes, downloads or runs something is called.
+# Words in the names of arguments that may read, write, download or run something.
 SUSPICIOUS = {
     "backend", "checkpoint", "ckpt", "cmd", "code", "command", "compile", "config", "dir", "download", "env", "file",
     "filename", "folder", "hub", "path", "paths", "pickle", "pretrained", "repo", "script", "tokenizer", "url", "weights",
 }  # fmt: skip
-# Read: numbers, or "linear" and "quadratic".
+# Reviewed: numbers, or "linear" and "quadratic".
 HARMLESS = {
     ("BLEUScore", "weights"), ("SacreBLEUScore", "weights"), ("CohenKappa", "weights"), ("BinaryCohenKappa", "weights"),
     ("MulticlassCohenKappa", "weights"),
@@ -364,8 +366,8 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("registry", [MODELS, OPTIMIZERS, METRICS], ids=lambda registry: registry.name)
-def test_every_ready_class_of_a_library_takes_no_place_and_no_code(registry: Registry) -> None:
-    """A class with an argument that sounds like one has rules, or was read; this fails for one that a library adds."""
+def test_suspicious_arguments_of_library_classes_have_rules(registry: Registry) -> None:
+    """Every class with a suspicious argument has rules or was reviewed; a new one in a library fails this test."""
     reached, suspects = 0, []
     for family in (family for family in registry._families if isinstance(family, Members)):
         try:
@@ -383,7 +385,7 @@ def test_every_ready_class_of_a_library_takes_no_place_and_no_code(registry: Reg
     assert suspects == []
 
 
-# ---- what is imported for a name of data ---------------------------------------------------------------------------
+# ---- imports for names in data files -------------------------------------------------------------------------------
 
 FROM_DATA: list[tuple[str, Callable[[Any], Any], str]] = [
     ("schedulefree", OPTIMIZERS.get, "schedulefree.AdamWScheduleFree"),
@@ -403,7 +405,7 @@ FROM_DATA: list[tuple[str, Callable[[Any], Any], str]] = [
 def test_a_file_in_the_working_directory_does_not_replace_a_library(
     library: str, find: Callable[[Any], Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`python -m` searches the working directory first; a module there is not what a data file's name means."""
+    """A module in the working directory, which `python -m` searches first, is not used for a name in a data file."""
     kept = {module: found for module, found in sys.modules.items() if module.partition(".")[0] == library}
     _forget(library)
     (tmp_path / library).mkdir()
@@ -414,15 +416,15 @@ def test_a_file_in_the_working_directory_does_not_replace_a_library(
     try:
         find(kind)
     except MissingDependencyError:
-        pass  # it is not installed either
+        pass  # the library is not installed
     finally:
         _forget(library)
         sys.modules.update(kept)
     assert sys.path[:2] == ["", str(tmp_path)]
 
 
-def test_a_backend_that_a_folder_announces_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module that a distribution names for a backend is imported by torch, and a folder beside the data can hold one."""
+def test_a_backend_announced_by_a_folder_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch.compile backend announced by a distribution on sys.path is not imported for a data file."""
     (tmp_path / "evil-1.0.dist-info").mkdir()
     (tmp_path / "evil-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: evil\nVersion: 1.0\n")
     (tmp_path / "evil-1.0.dist-info" / "entry_points.txt").write_text("[torch_dynamo_backends]\nevil = evil:run\n")
@@ -455,7 +457,7 @@ narrow = partial(Net, 3)
 
 @pytest.fixture
 def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A package that the program allowed data files to name."""
+    """A package that data files are allowed to use."""
     (tmp_path / "allowed_here").mkdir()
     (tmp_path / "allowed_here" / "__init__.py").write_text(ALLOWED)
     (tmp_path / "allowed_here" / "inner.py").write_text("def make(width): return ('made', width)\n")
@@ -487,15 +489,15 @@ def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "allowed_here.__builtins__.get",
     ],
 )
-def test_an_allowed_package_is_no_way_to_what_it_imports(name: str) -> None:
-    """What a module imported for its own use, and private attributes, are not what the program allowed."""
+def test_an_allowed_package_does_not_expose_its_imports(name: str) -> None:
+    """Imports of an allowed package and private attributes are not accessible."""
     with pytest.raises(ConfigValueError, match=r"A data file names .*with (a part that begins|'\w+', which)"):
         build(f"type: '{name}', command: 'true'")
 
 
 @pytest.mark.usefixtures("allowed")
-def test_what_an_allowed_package_defines_can_be_named() -> None:
-    """Classes, class methods, functions, instances and what __all__ lists."""
+def test_definitions_of_an_allowed_package_are_accessible() -> None:
+    """Classes, class methods, functions, instances and names in ``__all__`` are accessible."""
     assert build("type: allowed_here.Net, width: 2").width == 2
     assert build("type: allowed_here.Net.wide").width == 100
     assert build("type: allowed_here.narrow").width == 3

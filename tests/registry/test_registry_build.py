@@ -28,14 +28,14 @@ def registry():
 
 
 def test_type_may_be_a_name_a_class_or_a_function(registry):
-    """All three are called with the other items."""
+    """``type`` may be a name, a class or a function; it is called with the remaining keys."""
     assert registry.build({"type": "Wheel", "radius": 3}).radius == 3
     assert registry.build({"type": registry.get("Wheel"), "radius": 3}).spokes == 8
     assert registry.build({"type": lambda radius: radius + 1, "radius": 3}) == 4
 
 
-def test_the_config_goes_before_default_args_and_neither_is_changed(registry):
-    """Default arguments fill what is not given, also the type."""
+def test_the_config_takes_precedence_over_default_args(registry):
+    """Default arguments, including the type, are used for missing keys only, and no argument is modified."""
     cfg, defaults = {"radius": 3}, {"type": "Wheel", "radius": 1, "spokes": 5}
     wheel = registry.build(cfg, default_args=defaults)
     assert (wheel.radius, wheel.spokes) == (3, 5)
@@ -46,20 +46,20 @@ def test_the_config_goes_before_default_args_and_neither_is_changed(registry):
 @pytest.mark.parametrize(
     ("cfg", "defaults"), [(3, None), ([], None), ({"type": "Wheel", "radius": 1}, 3), ({"type": 3}, None)]
 )
-def test_wrong_kinds_are_type_errors(registry, cfg, defaults):
-    """What to build is a mapping, default_args too, and ``type`` is a name or can be called."""
+def test_invalid_argument_types_are_type_errors(registry, cfg, defaults):
+    """A config or default_args that is not a mapping, and an invalid ``type``, are TypeErrors."""
     with pytest.raises(TypeError):
         registry.build(cfg, default_args=defaults)
 
 
-def test_without_a_type_it_is_a_key_error(registry):
-    """The error says which key is missing and which are there."""
+def test_a_missing_type_is_a_key_error(registry):
+    """The error for a missing ``type`` lists the existing keys."""
     with pytest.raises(KeyError, match=r"the key 'type', and there is none among \['radius'\]"):
         registry.build({"radius": 3})
 
 
-def test_an_unknown_name_is_a_key_error_with_the_nearest(registry):
-    """The error names the registry, and the path and line where they are known."""
+def test_an_unknown_name_is_a_key_error_with_the_closest_name(registry):
+    """The error for an unknown name contains the registry, and the path and line if they are known."""
     with pytest.raises(KeyError, match=r"'Weel' is not in the test_build::part registry. Did you mean 'Wheel'"):
         registry.build({"type": "Weel"})
     config = Config.fromstring("car = dict(\n    type='Car',\n    wheel=dict(type='Weel'))", ".py")
@@ -67,8 +67,8 @@ def test_an_unknown_name_is_a_key_error_with_the_nearest(registry):
         registry.build(config.car)
 
 
-def test_an_argument_that_is_not_taken_is_a_type_error_with_the_nearest(registry):
-    """The error names the target, the argument, its place and the nearest argument."""
+def test_an_unknown_argument_is_a_type_error_with_the_closest_name(registry):
+    """The error names the target, the argument, its location and the closest argument."""
     config = Config.fromstring("wheel = dict(type='Wheel',\n radius=1,\n spoke=3)", ".py")
     with pytest.raises(
         ConfigTypeError, match=r"wheel.spoke \(<string>:3\): .*Wheel takes no argument 'spoke'. .*'spokes'"
@@ -77,13 +77,13 @@ def test_an_argument_that_is_not_taken_is_a_type_error_with_the_nearest(registry
 
 
 def test_a_missing_argument_is_a_type_error(registry):
-    """The error names what is missing."""
+    """The error names the missing argument."""
     with pytest.raises(TypeError, match=r"Wheel needs 'radius', not given here"):
         registry.build({"type": "Wheel"})
 
 
-def test_an_error_of_the_target_keeps_its_class_and_gets_the_path(registry):
-    """What a constructor raises comes through, with a note for each node above the failing one."""
+def test_an_error_in_the_target_keeps_its_class_and_gains_the_path(registry):
+    """An exception in a constructor propagates, with a note for each enclosing node of the configuration."""
     config = Config.fromstring("car = dict(type='Car', wheel=dict(type='Wheel', radius=-1))", ".py")
     with pytest.raises(ValueError, match="radius -1") as caught:
         registry.build(config.car)
@@ -93,14 +93,14 @@ def test_an_error_of_the_target_keeps_its_class_and_gets_the_path(registry):
     assert "Car from car (<string>:1)" in shown
 
 
-def test_nested_mappings_are_handed_on(registry):
-    """Only the given node is built; its target builds the rest, or not."""
+def test_nested_mappings_are_passed_on(registry):
+    """Only the given node is built; nested mappings are passed to its target."""
     keep = registry.build({"type": dict, "wheel": {"type": "Wheel", "radius": 1}})
     assert keep == {"wheel": {"type": "Wheel", "radius": 1}}
 
 
-def test_a_scope_holds_for_a_node_and_what_it_builds(registry):
-    """``_scope_`` makes a library's names go first while the node is built, and is no argument."""
+def test_a_scope_applies_to_a_node_and_everything_it_builds(registry):
+    """``_scope_`` applies while the node is built and is not passed as an argument."""
     child = Registry("part", parent=registry, scope="library")
     seen = []
 
@@ -116,7 +116,7 @@ def test_a_scope_holds_for_a_node_and_what_it_builds(registry):
     assert current_scope() is None
 
 
-def test_a_list_of_models_is_a_sequential():
+def test_a_list_of_models_becomes_a_sequential():
     """A list in MODELS becomes a torch.nn.Sequential of its items."""
     import torch
 
@@ -125,8 +125,8 @@ def test_a_list_of_models_is_a_sequential():
     assert [type(layer) for layer in model] == [torch.nn.Linear, torch.nn.ReLU]
 
 
-def test_a_runner_is_made_with_from_cfg():
-    """RUNNERS calls ``from_cfg`` of the class that ``runner_type`` names, with the whole configuration."""
+def test_a_runner_is_built_with_from_cfg():
+    """RUNNERS calls ``from_cfg`` of the class in ``runner_type`` with the full configuration."""
 
     class OwnRunner:
         @classmethod
@@ -138,6 +138,6 @@ def test_a_runner_is_made_with_from_cfg():
     assert RUNNERS.build(cfg) is cfg
 
 
-def test_build_from_cfg_stands_alone(registry):
-    """The function takes the registry as an argument."""
+def test_build_from_cfg_takes_a_registry(registry):
+    """``build_from_cfg`` accepts the registry as an argument."""
     assert build_from_cfg({"type": "Wheel"}, registry, {"radius": 2}).radius == 2

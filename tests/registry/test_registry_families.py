@@ -31,7 +31,7 @@ def names():
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch):
-    """A registry with the two families that name models of a library."""
+    """A registry with two name sources for the models of a library."""
     (tmp_path / "modelhub.py").write_text(LIBRARY)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield Registry(
@@ -46,7 +46,7 @@ def registry(tmp_path, monkeypatch):
 
 
 def test_a_prefix_names_the_models_that_a_function_makes(registry):
-    """``hub.small`` calls the library's function with the name, and further arguments are checked against it."""
+    """``hub.small`` calls the library's function with that name, and its arguments are checked."""
     built = registry.build({"type": "hub.small", "width": 3})
     assert (built.name, built.width) == ("small", 3)
     assert {"hub.small", "hub.large"} <= set(registry.names())
@@ -54,8 +54,8 @@ def test_a_prefix_names_the_models_that_a_function_makes(registry):
         registry.build({"type": "hub.small", "widht": 3})
 
 
-def test_an_unknown_model_is_refused_with_the_nearest(registry):
-    """A misspelled model name is known to be wrong before anything is made; names of weights may follow a dot."""
+def test_an_unknown_model_is_rejected_with_the_closest_name(registry):
+    """A misspelled model name is rejected before anything is built; a suffix for weights is allowed."""
     with pytest.raises(KeyError, match=r"'hub.smal' is not in .*'hub.small'"):
         registry.build({"type": "hub.smal"})
     with pytest.raises(ConfigValueError, match=r"data file .*Did you mean 'hub.small'"):
@@ -63,14 +63,14 @@ def test_an_unknown_model_is_refused_with_the_nearest(registry):
     assert registry.build({"type": "hub.small.weights_1"}).name == "small.weights_1"
 
 
-def test_a_library_is_imported_only_when_it_is_meant(registry):
-    """Looking up another name does not import it."""
+def test_a_library_is_imported_only_when_it_is_needed(registry):
+    """Looking up an unrelated name does not import the library."""
     assert registry.get("Linear") is None
     assert "modelhub" not in sys.modules
 
 
-def test_class_methods_that_make_models_are_names(registry):
-    """Classes of the right kind and their listed class methods are found; other things of the library are not."""
+def test_class_methods_that_build_models_are_names(registry):
+    """Model classes and their listed class methods are found; other objects in the library are not."""
     assert registry.build({"type": "modelhub.Model.from_pretrained", "path": "x"}).name == "x"
     assert registry.build({"type": "modelhub.Model"}).name == "plain"
     family = Loaders("modelhub", ["modelhub:Model"], ["from_pretrained"])
@@ -78,8 +78,8 @@ def test_class_methods_that_make_models_are_names(registry):
         assert family.find(name) is None
 
 
-def test_the_classes_of_a_library_stand_behind_its_name(registry):
-    """``modelhub.Model`` is found, and the library is imported only for names that begin with its own."""
+def test_the_classes_of_a_library_are_found_by_prefix(registry):
+    """``modelhub.Model`` is found, and the library is imported only for names with its prefix."""
     members = Members("modelhub", "modelhub:Model", prefix="modelhub.")
     assert members.find("Model") is None
     assert members.names() == ()
@@ -90,8 +90,8 @@ def test_the_classes_of_a_library_stand_behind_its_name(registry):
 
 
 @pytest.mark.parametrize("library", ["schedulefree", "heavyball", "bitsandbytes"])
-def test_optimizers_of_a_library_that_is_missing_say_how_to_get_it(library, monkeypatch):
-    """Also where a data file names one; the torch ones do not need it."""
+def test_optimizers_of_a_missing_library_suggest_how_to_install_it(library, monkeypatch):
+    """An optimizer from a missing library is an error with the install command, even for a data file."""
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, f"{library}.optim", None)
     with pytest.raises(MissingDependencyError, match=f"pip install {library}"):

@@ -21,12 +21,12 @@ from stratagem.registry.trust import TargetImportError
 
 @pytest.fixture
 def root():
-    """A registry of its own."""
+    """A registry without a parent."""
     return Registry("animal", scope="zoo")
 
 
-def test_a_class_is_registered_by_its_name_or_others(root):
-    """The decorator takes the class's name, one name, or several; a call takes the class."""
+def test_a_class_is_registered_under_one_or_more_names(root):
+    """A class can be registered under its name, another name or several names."""
 
     @root.register_module()
     class Cat:
@@ -45,8 +45,8 @@ def test_a_class_is_registered_by_its_name_or_others(root):
     assert root.get("Cow") is None
 
 
-def test_a_taken_name_is_refused_unless_forced(root):
-    """A second class of one name is an error that says what holds the name; ``force`` replaces it."""
+def test_a_duplicate_name_is_rejected_unless_forced(root):
+    """Registering a name twice is an error that shows the existing entry; ``force`` replaces it."""
     root.register_module("Cat", module=int)
     with pytest.raises(KeyError, match=r"'Cat' is already registered in animal, for <class 'int'>"):
         root.register_module("Cat", module=float)
@@ -55,20 +55,20 @@ def test_a_taken_name_is_refused_unless_forced(root):
 
 
 @pytest.mark.parametrize("arguments", [{"name": 3}, {"force": 1}, {"module": 3}, {"name": [1]}])
-def test_what_cannot_be_registered_is_a_type_error(root, arguments):
-    """Names are texts, ``force`` is a bool, and what is registered can be called."""
+def test_invalid_registrations_are_type_errors(root, arguments):
+    """Names must be strings, ``force`` must be a bool and the entry must be callable."""
     with pytest.raises(TypeError):
         root.register_module(**arguments)
 
 
-def test_a_name_is_a_text(root):
-    """Looking up anything but a text is a TypeError."""
+def test_a_name_must_be_a_string(root):
+    """Looking up anything but a string is a TypeError."""
     with pytest.raises(ConfigTypeError, match="is a text, not 3"):
         root.get(3)
 
 
-def test_a_child_looks_in_its_parent(root):
-    """A name that a library does not have is the parent's; one that it has goes first."""
+def test_a_child_falls_back_to_its_parent(root):
+    """A child registry resolves its own names first, then those of its parent."""
     child = Registry("animal", parent=root, scope="aquarium")
     root.register_module("Cat", module=int)
     root.register_module("Fish", module=int)
@@ -81,26 +81,26 @@ def test_a_child_looks_in_its_parent(root):
     assert (child.parent, child.root, root.children) == (root, root, {"aquarium": child})
 
 
-def test_an_empty_parent_is_a_parent(root):
-    """A parent without entries hands its way of building on all the same."""
+def test_an_empty_parent_passes_on_its_build_function(root):
+    """A parent without entries passes its build function on to its children."""
     parent = Registry("animal", scope="a", build_func=lambda cfg, registry: (cfg, registry.scope))
     assert Registry("animal", parent=parent, scope="b").build("x") == ("x", "b")
 
 
-def test_one_child_for_each_scope(root):
-    """Two libraries cannot have the same scope below one parent."""
+def test_scopes_are_unique_among_the_children_of_a_parent(root):
+    """A parent cannot have two children with the same scope."""
     Registry("animal", parent=root, scope="aquarium")
     with pytest.raises(ConfigValueError, match="already has a child of the scope 'aquarium'"):
         Registry("animal", parent=root, scope="aquarium")
 
 
-def test_the_scope_is_the_callers_package_by_default():
-    """A library need not name itself."""
+def test_the_default_scope_is_the_package_of_the_caller():
+    """The default scope of a registry is the package that creates it."""
     assert Registry("animal").scope == __name__.partition(".")[0]
 
 
-def test_switching_the_scope_changes_where_names_are_looked_up_first(root):
-    """Within the scope of a library its names go first; afterwards all is as before."""
+def test_switching_the_scope_changes_the_lookup_order(root):
+    """Within a scope, names are looked up in its registry first; the previous scope is restored afterwards."""
     child = Registry("animal", parent=root, scope="aquarium")
     with switch_scope("aquarium"), root.switch_scope_and_registry(None) as registry:
         assert registry is child
@@ -113,8 +113,8 @@ def test_switching_the_scope_changes_where_names_are_looked_up_first(root):
         pass
 
 
-def test_the_registries_of_a_library_are_imported_when_its_scope_is_named(root, tmp_path, monkeypatch):
-    """``library.Name`` imports ``library.registry``, which makes the child."""
+def test_looking_up_a_scope_imports_the_registries_of_that_library(root, tmp_path, monkeypatch):
+    """``library.Name`` imports ``library.registry``, which creates the child registry."""
     (tmp_path / "scopelib").mkdir()
     (tmp_path / "scopelib" / "__init__.py").write_text("")
     (tmp_path / "scopelib" / "registry.py").write_text(
@@ -131,7 +131,7 @@ def test_the_registries_of_a_library_are_imported_when_its_scope_is_named(root, 
 
 
 def test_locations_are_imported_on_the_first_miss(tmp_path, monkeypatch):
-    """A module that registers entries is imported when a name is first missing, not before."""
+    """The modules in ``locations`` are imported when a name is not found for the first time, not earlier."""
     (tmp_path / "located_animals.py").write_text("import sys\nsys.located.register_module('Cow', module=int)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     registry = Registry("animal", scope="located", locations=["located_animals"])
@@ -141,7 +141,7 @@ def test_locations_are_imported_on_the_first_miss(tmp_path, monkeypatch):
 
 
 def test_a_dotted_path_is_imported(root):
-    """A path that no registry has is imported: a class, a method, with dots or a colon; None where nothing is."""
+    """A dotted path to a class or method, with dots or a colon, is imported; the result is None if it does not exist."""
     from fractions import Fraction
 
     assert root.get("fractions.Fraction") is Fraction
@@ -152,16 +152,16 @@ def test_a_dotted_path_is_imported(root):
     assert root.get("math.pi") is None
 
 
-def test_a_dotted_path_whose_import_fails_is_a_runtime_error(root, tmp_path, monkeypatch):
-    """A module that exists and cannot be imported is not taken for an unknown name."""
+def test_a_dotted_path_with_a_failing_import_is_a_runtime_error(root, tmp_path, monkeypatch):
+    """A module that exists but cannot be imported is an error, not an unknown name."""
     (tmp_path / "broken_module_here.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(TargetImportError, match="broken_module_here failed with ZeroDivisionError"):
         root.get("broken_module_here.Thing")
 
 
-def test_ready_names_are_imported_when_they_are_used(tmp_path, monkeypatch):
-    """A ready name says where to look; the module is imported at the first use, and the name is taken."""
+def test_built_in_entries_are_imported_on_first_use(tmp_path, monkeypatch):
+    """A built-in entry is imported on first use, and its name cannot be registered again."""
     (tmp_path / "ready_module.py").write_text("class Zebra: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     registry = Registry("animal", scope="ready", ready={"Zebra": "ready_module:Zebra"})
@@ -172,8 +172,8 @@ def test_ready_names_are_imported_when_they_are_used(tmp_path, monkeypatch):
         registry.register_module("Zebra", module=int)
 
 
-def test_every_optimizer_of_torch_is_ready():
-    """Every optimizer class of torch.optim is known by its name, Adafactor by its other name too."""
+def test_all_torch_optimizers_are_available():
+    """All optimizer classes of torch.optim are available by name; Adafactor has an additional name."""
     import torch
 
     classes = [found for found in vars(torch.optim).values() if isinstance(found, type)]
@@ -184,8 +184,8 @@ def test_every_optimizer_of_torch_is_ready():
     assert OPTIMIZERS.get("lr_scheduler") is None
 
 
-def test_layers_losses_and_metrics_are_ready():
-    """torch.nn modules and torchmetrics are known by name and by dotted path."""
+def test_layers_losses_and_metrics_are_available():
+    """torch.nn modules and torchmetrics metrics are available by name and by dotted path."""
     import torch
     import torchmetrics
 
@@ -197,14 +197,14 @@ def test_layers_losses_and_metrics_are_ready():
     assert FUNCTIONS.get("default_collate") is torch.utils.data.default_collate
 
 
-def test_our_own_names_are_listed_without_importing_them():
-    """Schedules, samplers and strategies have ready names."""
+def test_built_in_names_are_listed_without_imports():
+    """Built-in schedules, samplers and strategies are listed without being imported."""
     assert len(PARAM_SCHEDULERS) == 32
     assert {"DefaultSampler", "InfiniteSampler"} <= set(DATA_SAMPLERS.names())
     assert {"SingleDeviceStrategy", "DDPStrategy"} <= set(STRATEGIES.names())
     assert EVALUATOR is EVALUATORS
 
 
-def test_a_library_that_is_not_installed_does_not_hide_other_suggestions():
-    """Names of families that cannot be listed are left out of suggestions."""
+def test_a_missing_library_does_not_hide_other_suggestions():
+    """Libraries that are not installed do not affect the listed names."""
     assert "Linear" in MODELS.names()

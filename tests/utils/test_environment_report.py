@@ -1,4 +1,4 @@
-"""The report of the environment."""
+"""Test the environment report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import stratagem
 from stratagem.utils import collect_env, environment_report
 
 
-def test_report_names_the_versions_that_run() -> None:
-    """The report shows what is really loaded."""
+def test_the_report_contains_the_loaded_versions() -> None:
+    """The report contains the versions that are actually loaded."""
     report = collect_env()
     assert report["stratagem"] == stratagem.__version__
     assert report["PyTorch"] == torch.__version__
@@ -28,20 +28,20 @@ def test_report_names_the_versions_that_run() -> None:
     assert all(isinstance(value, str) and value and "\n" not in value for value in report.values())
 
 
-def test_report_shows_no_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the environment is printed, since secrets live there."""
+def test_the_report_contains_no_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report contains no environment variables, because they may hold secrets."""
     monkeypatch.setenv("SOME_VARIABLE", "its-secret-value")
     assert "its-secret-value" not in repr(collect_env())
 
 
 def test_a_machine_without_compiler_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without gcc the line is left out."""
+    """Without gcc, the report has no compiler line."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "GCC" not in collect_env()
 
 
-def test_a_compiler_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A compiler wrapper that never answers does not hold the run up."""
+def test_a_compiler_that_hangs_times_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that does not respond is reported as unknown after a timeout."""
     hanging = tmp_path / "gcc"
     hanging.write_text("#!/bin/sh\nexec sleep 60\n")
     hanging.chmod(0o755)
@@ -50,15 +50,15 @@ def test_a_compiler_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_
     assert collect_env()["GCC"] == "unknown"
 
 
-def test_a_compiler_answers_with_its_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the line with the version is shown."""
+def test_only_the_first_line_of_the_compiler_output_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first line of the compiler's output is shown."""
     monkeypatch.setattr(shutil, "which", lambda _: "/bin/gcc")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="gcc 12\nFree software\n"))
     assert collect_env()["GCC"] == "gcc 12"
 
 
-def test_packages_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Optional packages appear only where they are installed."""
+def test_missing_packages_are_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Optional packages are listed only if they are installed."""
 
     def version(name: str) -> str:
         if name == "torchvision":
@@ -71,8 +71,8 @@ def test_packages_that_are_missing_are_left_out(monkeypatch: pytest.MonkeyPatch)
     assert "TorchVision" not in report
 
 
-def test_unknown_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A platform that does not tell its memory gets "unknown"."""
+def test_unknown_memory_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the platform does not report its memory, the report contains "unknown"."""
 
     def refuse(name: str) -> int:
         raise ValueError(name)
@@ -82,19 +82,19 @@ def test_unknown_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pretend_accelerator(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
-    """Let torch tell of two devices of some kind."""
+    """Make torch report two devices of the given type."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: SimpleNamespace(type=kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
 
 
-def test_any_accelerator_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The accelerator is asked from torch, whatever it is."""
+def test_any_accelerator_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The accelerator is queried from torch, whatever its type."""
     pretend_accelerator(monkeypatch, "xpu")
     assert collect_env()["Accelerator"] == "2 x xpu"
 
 
-def test_cuda_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CUDA the devices and the versions of the toolkit are shown."""
+def test_cuda_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, the report lists the devices and the toolkit versions."""
     pretend_accelerator(monkeypatch, "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"H100 #{index}")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -105,14 +105,14 @@ def test_cuda_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report["cuDNN"] == "91000"
 
 
-def test_a_machine_without_accelerator_says_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without an accelerator the report says so."""
+def test_a_machine_without_an_accelerator_reports_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without an accelerator, the report contains "none"."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
     assert collect_env()["Accelerator"] == "none"
 
 
 def test_importing_utils_does_not_import_torch() -> None:
-    """Reading a configuration does not wait for torch or NumPy, and every offered name can be reached."""
+    """Importing ``stratagem.utils`` does not import torch or NumPy, and every public name is available."""
     code = (
         "import sys, stratagem.utils as utils; "
         "assert not {'torch', 'numpy', 'rich'} & set(sys.modules); "
@@ -124,7 +124,7 @@ def test_importing_utils_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_utils_has_no_other_names() -> None:
-    """A misspelled helper is an AttributeError as for any module."""
+def test_utils_has_no_undeclared_names() -> None:
+    """Accessing a misspelled helper is an AttributeError, as for any module."""
     with pytest.raises(AttributeError, match="has no attribute 'collect_envs'"):
         _ = stratagem.utils.collect_envs  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Secrets stay out of logs."""
+"""Secrets are masked in logs."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ OTHER_NAMES = (
 
 @pytest.mark.parametrize("name", SECRET_NAMES.split())
 def test_values_of_secret_names_are_masked(name: str) -> None:
-    """A value under a name like a secret's is never shown."""
+    """A value under a secret name is masked."""
     assert mask_secrets({name: "hunter2"}) == {name: "***"}
 
 
 @pytest.mark.parametrize("name", OTHER_NAMES.split())
-def test_names_that_only_look_like_those_of_secrets_keep_their_values(name: str) -> None:
-    """Whole words of a name count, and words that mean something else in a model are not secrets."""
+def test_values_of_similar_names_are_kept(name: str) -> None:
+    """Names are matched by whole words, and words with a different meaning in models are not secret."""
     assert mask_secrets({name: "layers"}) == {name: "layers"}
     assert mask_text(f"{name}='layers'") == f"{name}='layers'"
 
 
-def test_an_object_under_a_name_of_two_meanings_is_kept() -> None:
-    """A mapping with a type describes an object to build, such as the embedding of a token, and not a secret."""
+def test_an_object_under_an_ambiguous_name_is_kept() -> None:
+    """A mapping with a ``type`` describes an object to build, such as a token embedding, and is not masked."""
     given = {"token": {"type": "Embedding", "mode": "mean", "password": "hunter2"}}
     assert mask_secrets(given) == {"token": {"type": "Embedding", "mode": "mean", "password": "***"}}
 
 
 def test_everything_under_a_secret_name_is_masked() -> None:
-    """Secrets are masked at any depth, as texts and as numbers."""
+    """Strings and numbers below a secret name are masked at any depth."""
     given = {"login": {"credentials": {"user": "me", "pins": [1234, "x"]}}, "lr": 0.1}
     assert mask_secrets(given) == {"login": {"credentials": {"user": "***", "pins": ["***", "***"]}}, "lr": 0.1}
 
 
 def test_other_values_are_kept() -> None:
-    """What is no secret stays as it is, switches under secret names too."""
+    """Values that are not secret are unchanged, and so are flags under secret names."""
     given: dict[str, Any] = {"lr": 0.1, "sizes": (1, 2), "use_token": True, "token": None, "name": "resnet"}
     assert mask_secrets(given) == given
 
 
-def test_the_argument_is_not_changed() -> None:
-    """Masking works on a copy."""
+def test_the_argument_is_not_modified() -> None:
+    """Masking returns a copy and does not modify its argument."""
     given = {"a": {"token": "t"}}
     mask_secrets(given)
     assert given == {"a": {"token": "t"}}
@@ -82,8 +82,8 @@ def test_the_argument_is_not_changed() -> None:
         ("mail me@host, https://host/user@x", "mail me@host, https://host/user@x"),
     ],
 )
-def test_urls_lose_their_secrets(text: str, masked: str) -> None:
-    """User information and secret query values of URLs are masked, wherever they stand in a text."""
+def test_secrets_in_urls_are_masked(text: str, masked: str) -> None:
+    """User information and secret query values of URLs are masked anywhere in a string."""
     assert mask_text(text) == masked
     assert mask_secrets({"note": [text]}) == {"note": [masked]}
 
@@ -102,13 +102,13 @@ def test_urls_lose_their_secrets(text: str, masked: str) -> None:
         ("token: 3 of 5, auth: failed, password=None", "token: 3 of 5, auth: failed, password=None"),
     ],
 )
-def test_errors_lose_their_secrets(text: str, masked: str) -> None:
-    """What is assigned to the name of a secret is masked wherever it stands in a text."""
+def test_assigned_secrets_in_messages_are_masked(text: str, masked: str) -> None:
+    """Values assigned to secret names are masked anywhere in a string."""
     assert mask_text(text) == masked
 
 
-def test_secrets_of_the_environment_are_masked_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The value of a variable with the name of a secret is masked in every form that texts write it in."""
+def test_secret_environment_variables_are_masked_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value of a secret environment variable is masked in all of its escaped forms."""
     monkeypatch.setenv("SOME_SERVICE_TOKEN", 'a"b/c+9 é')
     for form in (
         'a"b/c+9 é',
@@ -120,15 +120,15 @@ def test_secrets_of_the_environment_are_masked_by_value(monkeypatch: pytest.Monk
         assert mask_text(f"GET <{form}>") == "GET <***>"
 
 
-def test_a_secret_that_a_message_cut_off_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The beginning of a long secret before three dots is as secret as the whole."""
+def test_a_truncated_secret_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A truncated secret followed by an ellipsis is masked."""
     monkeypatch.setenv("SOME_SERVICE_TOKEN", "0123456789abcdefghij")
     assert mask_text("got 'https://x/0123456789abc...' instead") == "got 'https://x/***...' instead"
 
 
 @pytest.mark.parametrize("value", ["1", "abc", "training", "password", str(__file__)])
-def test_values_that_texts_have_for_other_reasons_are_kept(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """Short and common values and paths of files are not masked by value: logs would become unreadable."""
+def test_common_values_are_not_masked_by_value(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Short values, common words and file paths are not masked by value, because logs would become unreadable."""
     monkeypatch.setenv("SOME_SERVICE_TOKEN", value)
     assert mask_text(f"see {value} there") == f"see {value} there"
 
@@ -153,8 +153,8 @@ def test_values_that_texts_have_for_other_reasons_are_kept(monkeypatch: pytest.M
         "eyJ-",
     ],
 )
-def test_a_long_text_is_masked_in_linear_time(part: str) -> None:
-    """300,000 characters that look like the beginning of a secret take moments, and not minutes."""
+def test_masking_takes_linear_time(part: str) -> None:
+    """Masking 300,000 characters that resemble the start of a secret takes linear time."""
     text = part * (300_000 // len(part))
     assert len(mask_text(text)) > 0
     assert len(mask_text(f"https://{text}@host")) > 0

@@ -1,4 +1,4 @@
-"""Seeds and the state of generators."""
+"""Seeds and the state of random number generators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stratagem.utils import generator_state, restore_generator_state, set_random
 
 @pytest.fixture(autouse=True)
 def generators_as_before() -> Iterator[None]:
-    """Leave the generators as they were."""
+    """Restore the generators after the test."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     yield
     random.setstate(before[0])
@@ -29,7 +29,7 @@ def generators_as_before() -> Iterator[None]:
 
 @pytest.fixture
 def determinism_as_before() -> Iterator[None]:
-    """Leave the switches of determinism as they were."""
+    """Restore the determinism settings after the test."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic, torch.are_deterministic_algorithms_enabled()
     yield
@@ -43,22 +43,22 @@ def draw() -> tuple[Any, ...]:
 
 
 def pretend_group(monkeypatch: pytest.MonkeyPatch, *, rank: int, size: int) -> None:
-    """Let torch.distributed tell of a process group."""
+    """Make torch.distributed report an initialized process group."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
     monkeypatch.setattr(dist, "get_world_size", lambda: size)
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
-    """Two runs with one seed draw the same numbers from Python, NumPy and torch."""
+    """Two runs with the same seed draw the same numbers from Python, NumPy and torch."""
     assert set_random_seed(7) == 7
     first = draw()
     set_random_seed(7)
     assert draw() == first
 
 
-def test_each_generator_is_seeded_like_by_hand() -> None:
-    """The seed is handed to each library as it is."""
+def test_each_generator_is_seeded_directly() -> None:
+    """Each library is seeded with the given seed itself."""
     set_random_seed(3)
     expected = random.Random(3).random(), np.random.RandomState(3).rand(), torch.Generator().manual_seed(3)
     assert random.random() == expected[0]
@@ -66,45 +66,45 @@ def test_each_generator_is_seeded_like_by_hand() -> None:
     assert torch.equal(torch.rand(2), torch.rand(2, generator=expected[2]))
 
 
-def test_a_drawn_seed_can_be_used_again() -> None:
-    """Without a seed, one is drawn and returned, and it reproduces the run."""
+def test_a_random_seed_is_returned_and_reusable() -> None:
+    """Without a seed, a random one is returned, and it reproduces the run."""
     seed = set_random_seed()
     first = draw()
     set_random_seed(seed)
     assert draw() == first
 
 
-def test_drawing_a_seed_does_not_depend_on_the_generators() -> None:
-    """Two draws differ even where Python's generator was seeded alike before."""
+def test_a_random_seed_does_not_depend_on_the_generators() -> None:
+    """A random seed does not depend on the state of Python's generator."""
     random.seed(0)
     first = set_random_seed()
     random.seed(0)
     assert set_random_seed() != first
 
 
-def test_rank_is_added_where_asked() -> None:
-    """With diff_rank_seed each rank gets its own seed."""
+def test_the_rank_is_added_with_diff_rank_seed() -> None:
+    """With ``diff_rank_seed=True``, the rank is added to the seed."""
     assert set_random_seed(10, diff_rank_seed=True, rank=5) == 15
     assert set_random_seed(10, rank=5) == 10
 
 
-def test_rank_comes_from_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a rank, torch.distributed's is added, and 0 without a process group."""
+def test_the_default_rank_comes_from_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default rank is that of the process group, or 0 without one."""
     assert set_random_seed(10, diff_rank_seed=True) == 10
     pretend_group(monkeypatch, rank=3, size=4)
     assert set_random_seed(10, diff_rank_seed=True) == 13
 
 
-def test_ranks_may_not_draw_their_own_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a group of several processes a seed must be given, because each rank would draw another."""
+def test_several_ranks_require_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several processes, a seed is required, because each rank would generate a different one."""
     pretend_group(monkeypatch, rank=1, size=2)
     with pytest.raises(ConfigValueError, match=r"rank 1 of 2.*Draw one on rank 0"):
         set_random_seed()
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seed_out_of_range_is_refused(seed: int) -> None:
-    """A seed that NumPy cannot take is refused before any generator is touched."""
+def test_a_seed_out_of_range_is_rejected(seed: int) -> None:
+    """A seed outside NumPy's range is rejected before any generator is seeded."""
     before = random.getstate()
     with pytest.raises(ConfigValueError, match=str(seed)):
         set_random_seed(seed)
@@ -112,15 +112,15 @@ def test_seed_out_of_range_is_refused(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [1.5, "1", True])
-def test_seed_must_be_an_integer(seed: Any) -> None:
-    """A seed of another type is refused with the value."""
+def test_the_seed_must_be_an_integer(seed: Any) -> None:
+    """A seed that is not an integer is an error that shows the value."""
     with pytest.raises(ConfigTypeError, match=repr(seed)):
         set_random_seed(seed)
 
 
 @pytest.mark.usefixtures("determinism_as_before")
-def test_deterministic_switches_the_autotuner_off_and_says_so() -> None:
-    """Deterministic wins over the cuDNN autotuner, with a warning."""
+def test_deterministic_disables_the_autotuner_with_a_warning() -> None:
+    """``deterministic=True`` disables the cuDNN autotuner and warns."""
     torch.backends.cudnn.benchmark = True
     with pytest.warns(UserWarning, match=r"autotuner.*switched off"):
         set_random_seed(0, deterministic=True)
@@ -130,17 +130,17 @@ def test_deterministic_switches_the_autotuner_off_and_says_so() -> None:
 
 
 @pytest.mark.usefixtures("determinism_as_before")
-def test_deterministic_is_silent_without_autotuner() -> None:
-    """No warning where nothing had to be switched off."""
+def test_deterministic_does_not_warn_without_the_autotuner() -> None:
+    """``deterministic=True`` does not warn if the autotuner is already disabled."""
     torch.backends.cudnn.benchmark = False
     set_random_seed(0, deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
 
 
-def test_restored_generators_go_on_exactly() -> None:
-    """After restoring, every generator draws what it would have drawn, also the second half of a Gaussian pair."""
+def test_restored_generators_continue_exactly() -> None:
+    """Restored generators continue exactly, including a cached second normal sample."""
     set_random_seed(1)
-    draw()  # one gauss() and one randn(): each keeps its second number
+    draw()  # one gauss() and one randn(), which each cache a second sample
     state = generator_state()
     expected = draw(), draw()
     set_random_seed(2)
@@ -148,8 +148,8 @@ def test_restored_generators_go_on_exactly() -> None:
     assert (draw(), draw()) == expected
 
 
-def test_state_holds_only_tensors_and_json_values() -> None:
-    """The state is stored without pickle: everything but tensors goes through JSON unchanged."""
+def test_the_state_contains_only_tensors_and_json_values() -> None:
+    """Apart from tensors, the state consists of JSON values, so it can be stored without pickle."""
     set_random_seed(4)
     draw()
     state = generator_state()
@@ -166,8 +166,8 @@ def test_state_holds_only_tensors_and_json_values() -> None:
     assert draw() == expected
 
 
-def test_capturing_changes_nothing() -> None:
-    """Reading the state draws nothing."""
+def test_reading_the_state_has_no_side_effects() -> None:
+    """Reading the state does not advance the generators."""
     set_random_seed(5)
     expected = draw()
     set_random_seed(5)
@@ -175,8 +175,8 @@ def test_capturing_changes_nothing() -> None:
     assert draw() == expected
 
 
-def test_a_captured_state_does_not_move() -> None:
-    """The state is a copy: drawing later does not change it."""
+def test_the_state_is_a_copy() -> None:
+    """The state is a copy that later draws do not change."""
     set_random_seed(6)
     state = generator_state()
     first = draw()
@@ -186,29 +186,29 @@ def test_a_captured_state_does_not_move() -> None:
     assert draw() == first
 
 
-def test_a_foreign_state_is_refused() -> None:
-    """A state without our parts is an error that says what to do."""
+def test_an_unknown_state_is_rejected() -> None:
+    """A state in an unknown format is an error that explains how to resume."""
     with pytest.raises(CheckpointMismatchError, match=r"KeyError: 'python'.*resume without it"):
         restore_generator_state({"cuda": 1})
 
 
-def test_a_damaged_state_is_refused() -> None:
-    """A truncated state is an error, not another random stream."""
+def test_a_damaged_state_is_rejected() -> None:
+    """A truncated state is an error and does not start a different random stream."""
     state = generator_state()
     state["numpy"]["key"] = state["numpy"]["key"][:-1]
     with pytest.raises(CheckpointMismatchError):
         restore_generator_state(state)
 
 
-def test_another_numpy_generator_cannot_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A global generator of NumPy that was replaced is named, instead of being stored wrongly."""
+def test_an_unsupported_numpy_generator_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unsupported global NumPy generator is an error that names it."""
     monkeypatch.setattr(np.random, "get_state", lambda **_: {"bit_generator": "PCG64"})
     with pytest.raises(StateError, match="PCG64"):
         generator_state()
 
 
 class TwoDevices:
-    """An accelerator of two devices whose generators are one number each."""
+    """A fake accelerator with two devices, whose generator states are single numbers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.states = [torch.tensor([1]), torch.tensor([2])]
@@ -223,7 +223,7 @@ class TwoDevices:
 
 
 def test_every_device_of_the_accelerator_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each device gets its own state back."""
+    """The state of each device is restored."""
     devices = TwoDevices(monkeypatch)
     state = generator_state()
     assert list(state["accelerator"]) == ["gpu:0", "gpu:1"]
@@ -232,8 +232,8 @@ def test_every_device_of_the_accelerator_is_restored(monkeypatch: pytest.MonkeyP
     assert [int(value) for value in devices.states] == [1, 2]
 
 
-def test_devices_that_are_not_shared_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A state from another machine is restored as far as it goes, and the rest is named."""
+def test_unmatched_devices_are_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Devices that exist only in the state or only on this machine are returned; all others are restored."""
     TwoDevices(monkeypatch)
     state = generator_state()
     state["accelerator"]["gpu:7"] = state["accelerator"].pop("gpu:1")

@@ -78,8 +78,8 @@ def unknown(q, **kwargs):
         (functools.partial(Handing, c=1), {"a", "b", "c", "d"}),
     ],
 )
-def test_keyword_arguments_are_followed_to_where_they_go(target, names):
-    """``**kwargs`` means what the code that gets them takes, less what is written there already."""
+def test_keyword_arguments_are_resolved_through_calls(target, names):
+    """``**kwargs`` are resolved to the parameters of the callee, without those that are already passed."""
     taken = arguments_of(target)
     assert set(taken.names) == names
     assert not taken.open
@@ -87,19 +87,19 @@ def test_keyword_arguments_are_followed_to_where_they_go(target, names):
 
 
 @pytest.mark.parametrize("target", [Keeping, unknown, dict])
-def test_what_cannot_be_followed_takes_anything(target):
-    """Where kwargs are kept, or the source is not Python, no argument can be refused."""
+def test_unresolvable_targets_accept_any_argument(target):
+    """If kwargs are stored or the source is not Python, every argument is accepted."""
     assert arguments_of(target).accept("anything")
 
 
-def test_required_arguments_are_those_of_the_target_itself():
-    """Arguments that only the parent requires may be given by the code between."""
+def test_required_arguments_are_those_of_the_target():
+    """Only the parameters of the target itself are required, because it may pass those of its parent."""
     assert arguments_of(Handing).required == {"c"}
     assert arguments_of(functools.partial(Base, a=1)).required == set()
 
 
-def test_layers_and_metrics_are_understood():
-    """Layers that hand arguments on, and metrics that dispatch, refuse what they do not take."""
+def test_layers_and_metrics_are_resolved():
+    """Layers that forward their arguments and metrics that dispatch reject unknown arguments."""
     import torch
     import torchmetrics
 

@@ -1,4 +1,4 @@
-"""What is searched for modules while a library is imported for a data file."""
+"""The module search path while a library is imported for a data file."""
 
 import sys
 from pathlib import Path
@@ -9,10 +9,10 @@ from stratagem.utils.imports import drop_working_directory, without_working_dire
 
 
 @pytest.mark.parametrize("entry", ["", ".", "here", "link"])
-def test_the_working_directory_is_left_out_however_it_is_written(
+def test_the_working_directory_is_removed_in_any_notation(
     entry: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Empty, relative, absolute or through a link: it is the same folder. Afterwards the search path is as before."""
+    """The working directory is removed from sys.path in any notation and restored afterwards."""
     folder, link = tmp_path / "folder", tmp_path / "link"
     folder.mkdir()
     link.symlink_to(folder)
@@ -26,8 +26,8 @@ def test_the_working_directory_is_left_out_however_it_is_written(
     assert sys.path == [entry, *others, "added by an import"]
 
 
-def test_folders_of_libraries_are_searched_even_from_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is started in the folder of installed packages finds them."""
+def test_a_library_folder_is_searched_even_as_working_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is started in site-packages can still import the packages there."""
     folder = Path(pytest.__file__).parents[1]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
@@ -36,8 +36,8 @@ def test_folders_of_libraries_are_searched_even_from_inside(monkeypatch: pytest.
     assert sys.path == before
 
 
-def test_a_removed_working_directory_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is nothing to import from it."""
+def test_a_deleted_working_directory_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the working directory no longer exists, the search path is unchanged."""
     folder = tmp_path / "removed"
     folder.mkdir()
     monkeypatch.chdir(folder)
