@@ -19,39 +19,39 @@ from stratagem.logging.jsonlines import _plain
 
 
 def lines(path: Path) -> list[Any]:
-    """Parse each line as strict JSON, which knows no NaN."""
+    """Parse each line as strict JSON, which does not allow NaN."""
 
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not valid JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text("ascii").splitlines()]
 
 
 def written(tmp_path: Path, value: Any) -> Any:
-    """Write a value, and return what is read."""
+    """Write a value and return the parsed result."""
     with JsonLinesWriter(tmp_path / "values.jsonl") as writer:
         writer.write({"value": value})
     return lines(tmp_path / "values.jsonl")[-1]["value"]
 
 
-def test_each_record_is_a_line(tmp_path: Path) -> None:
-    """Records are appended, one a line, to what is there."""
+def test_each_record_is_one_line(tmp_path: Path) -> None:
+    """Records are appended to the existing file, one per line."""
     for step in (1, 2):
         with JsonLinesWriter(tmp_path / "log.jsonl") as writer:
             writer.write({"step": step, "loss": 0.5, "note": "a\nb é"})
     assert lines(tmp_path / "log.jsonl") == [{"step": step, "loss": 0.5, "note": "a\nb é"} for step in (1, 2)]
 
 
-def test_a_line_can_be_read_at_once(tmp_path: Path) -> None:
-    """Each record is flushed, so that a plot of a living run shows it, and a kill does not lose it."""
+def test_a_record_can_be_read_immediately(tmp_path: Path) -> None:
+    """Each record is flushed, so it can be read during the run and is not lost if the process is killed."""
     writer = JsonLinesWriter(tmp_path / "log.jsonl")
     writer.write({"step": 1})
     assert lines(tmp_path / "log.jsonl") == [{"step": 1}]
     writer.close()
 
 
-def test_a_half_written_line_spoils_no_later_one(tmp_path: Path) -> None:
-    """After a kill in the middle of a line the next run begins a new one."""
+def test_an_incomplete_line_does_not_affect_later_ones(tmp_path: Path) -> None:
+    """After an incomplete line from a killed process, the next run starts a new line."""
     file = tmp_path / "log.jsonl"
     file.write_text('{"step": 1}\n{"st')
     with JsonLinesWriter(file) as writer:
@@ -62,14 +62,14 @@ def test_a_half_written_line_spoils_no_later_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "text"), [(float("nan"), "NaN"), (float("inf"), "Infinity"), (-float("inf"), "-Infinity")]
 )
-def test_what_json_does_not_know_of_numbers_is_text(tmp_path: Path, value: float, text: str) -> None:
-    """NaN and infinities are written as the texts that float() reads, also inside tensors."""
+def test_nan_and_infinity_are_written_as_strings(tmp_path: Path, value: float, text: str) -> None:
+    """NaN and infinity are written as strings that ``float()`` can parse, including those in tensors."""
     assert written(tmp_path, value) == text
     assert written(tmp_path, torch.tensor([1.0, value])) == [1.0, text]
     assert repr(float(text)) == repr(value)
 
 
-class Colour(enum.IntEnum):
+class Color(enum.IntEnum):
     RED = 1
 
 
@@ -92,7 +92,7 @@ class Unprintable:
         ((1, (2, None)), [1, [2, None]]),
         ({3}, [3]),
         ({1: {None: True}}, {"1": {"None": True}}),
-        (Colour.RED, 1),
+        (Color.RED, 1),
         (Path("a/b"), "a/b"),
         (b"\xff", "b'\\xff'"),
         (1 + 2j, "(1+2j)"),
@@ -100,30 +100,30 @@ class Unprintable:
         ("\ud800", "\ud800"),
     ],
 )
-def test_odd_values_are_written_somehow(tmp_path: Path, value: Any, read: Any) -> None:
-    """Numbers of tensors and arrays become numbers, and what JSON does not know becomes text."""
+def test_unusual_values_are_converted(tmp_path: Path, value: Any, read: Any) -> None:
+    """Tensors, arrays and their elements become numbers; values without a JSON equivalent become strings."""
     assert written(tmp_path, value) == read
 
 
-def test_a_value_that_cannot_be_printed_is_named(tmp_path: Path) -> None:
-    """Even a value whose every method fails does not end a run."""
+def test_a_value_that_cannot_be_printed_is_replaced(tmp_path: Path) -> None:
+    """A value whose methods all raise is written as a placeholder."""
     assert written(tmp_path, Unprintable()) == "<Unprintable that cannot be printed>"
 
 
-def test_a_tensor_without_data_is_text(tmp_path: Path) -> None:
-    """A meta tensor has no value to write; its description is written."""
+def test_a_meta_tensor_is_written_as_its_description(tmp_path: Path) -> None:
+    """A meta tensor has no values, so its description is written."""
     assert "meta" in written(tmp_path, torch.zeros(2, device="meta"))
 
 
-def test_a_value_that_contains_itself_ends(tmp_path: Path) -> None:
-    """A cycle is cut where it closes, however often it closes."""
+def test_circular_references_are_handled(tmp_path: Path) -> None:
+    """Circular references are written as strings."""
     value: list[Any] = [1]
     value += [value, value]
     assert written(tmp_path, value) == [1, "[1, [...], [...]]", "[1, [...], [...]]"]
 
 
-def test_a_very_deep_value_ends(tmp_path: Path) -> None:
-    """What lies deeper than 20 levels is text."""
+def test_deep_nesting_is_limited(tmp_path: Path) -> None:
+    """Values nested deeper than 20 levels are written as strings."""
     value: Any = 1
     for _ in range(50):
         value = [value]
@@ -144,18 +144,18 @@ def test_a_very_deep_value_ends(tmp_path: Path) -> None:
 )
 @settings(max_examples=100, deadline=None)
 def test_every_value_becomes_valid_json(value: Any) -> None:
-    """Whatever a model puts into its outputs, the line is strict JSON."""
+    """Every value that a model may return becomes strict JSON."""
     json.loads(json.dumps(_plain(value), allow_nan=False))
 
 
-def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    """A file that cannot be opened says which and why."""
+def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
+    """The error for a file that cannot be opened contains the path and the reason."""
     with pytest.raises(WorkDirError, match=r"absent/log\.jsonl: cannot be opened for writing \(No such file"):
         JsonLinesWriter(tmp_path / "absent" / "log.jsonl")
 
 
-def test_closing_may_be_repeated(tmp_path: Path) -> None:
-    """close() twice is the same as once."""
+def test_close_is_idempotent(tmp_path: Path) -> None:
+    """``close()`` is idempotent."""
     writer = JsonLinesWriter(tmp_path / "log.jsonl")
     writer.close()
     writer.close()

@@ -1,4 +1,4 @@
-"""Log lines: where they go, and what they look like."""
+"""The destinations and the format of log lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stratagem.logging import logger as logger_module
 
 @pytest.fixture
 def new_logger() -> Iterator[Callable[..., Logger]]:
-    """Make loggers that are closed at the end."""
+    """Return a function that creates loggers and close them after the test."""
     made: list[Logger] = []
 
     def make(name: str = "run", **options: object) -> Logger:
@@ -37,7 +37,7 @@ MakeLogger = Callable[..., Logger]
 def test_a_console_line_has_time_name_level_and_message(
     new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Lines read MM/DD HH:MM:SS - stratagem - LEVEL - message, on standard error."""
+    """The format is MM/DD HH:MM:SS - stratagem - LEVEL - message, on standard error."""
     new_logger("my_run").info("loss %.2f", 0.5)
     out, err = capsys.readouterr()
     assert out == ""
@@ -45,31 +45,31 @@ def test_a_console_line_has_time_name_level_and_message(
 
 
 def test_a_file_line_has_the_year(new_logger: MakeLogger, tmp_path: Path) -> None:
-    """Lines of the file read YYYY/MM/DD HH:MM:SS - stratagem - LEVEL - message."""
+    """The format in the file is YYYY/MM/DD HH:MM:SS - stratagem - LEVEL - message."""
     new_logger(log_file=tmp_path / "log.log", console=False).warning("careful")
     text = (tmp_path / "log.log").read_text()
     assert re.fullmatch(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d - stratagem - WARNING - careful\n", text)
 
 
-def test_errors_tell_where_they_come_from(
+def test_errors_report_their_source_location(
     new_logger: MakeLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From ERROR on, the path, the function and the line stand before the message, on the console too."""
+    """From level ERROR, the path, function and line precede the message in the file and on the console."""
     new_logger(log_file=tmp_path / "log.log").error("broken")
-    place = rf" - ERROR - {re.escape(__file__)} - test_errors_tell_where_they_come_from - \d+ - broken\n$"
+    place = rf" - ERROR - {re.escape(__file__)} - test_errors_report_their_source_location - \d+ - broken\n$"
     assert re.search(place, (tmp_path / "log.log").read_text())
     assert re.search(place, capsys.readouterr().err)
 
 
-def test_long_lines_are_not_folded(new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]) -> None:
-    """A line in a pipe stays one line, whatever its length, and brackets are no markup."""
+def test_long_lines_are_not_wrapped(new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line in a pipe is not wrapped at any length, and brackets are not markup."""
     message = "[bold]" + "word " * 100 + ":smile:"
     new_logger().info(message)
     assert capsys.readouterr().err.endswith(f" - INFO - {message}\n")
 
 
-def test_level_names_are_coloured_on_a_terminal(new_logger: MakeLogger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal, and only there, the name of the level has a colour."""
+def test_level_names_are_colored_on_a_terminal(new_logger: MakeLogger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Level names are colored on a terminal only."""
     for name in ("NO_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
     screen = Console(file=io.StringIO(), force_terminal=True, color_system="standard")
@@ -90,10 +90,10 @@ def test_lines_below_the_level_are_dropped(
     assert "".join(line[-1] for line in capsys.readouterr().err.splitlines()) == shown
 
 
-def test_other_ranks_show_errors_alone(
+def test_other_ranks_only_print_errors(
     new_logger: MakeLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 1 is silent on the console but for errors, and writes no file."""
+    """Rank 1 prints only errors to the console and writes no file."""
     logger = new_logger(log_file=tmp_path / "log.log", rank=1)
     logger.warning("quiet")
     logger.error("loud")
@@ -105,10 +105,10 @@ def test_other_ranks_show_errors_alone(
 
 
 @pytest.mark.parametrize("options", [{"log_level": "DEBUG"}, {"distributed": True}])
-def test_every_rank_writes_its_own_file_where_asked(
+def test_every_rank_can_write_a_separate_file(
     new_logger: MakeLogger, tmp_path: Path, options: dict[str, object]
 ) -> None:
-    """At DEBUG level or with distributed=True each rank has a file; that of rank 0 keeps its name."""
+    """At level DEBUG or with ``distributed=True``, each rank writes a file; that of rank 0 keeps its name."""
     for rank in (0, 5):
         new_logger(log_file=tmp_path / "log.txt", rank=rank, console=False, **options).info("here")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "log_rank5.txt"]
@@ -116,7 +116,7 @@ def test_every_rank_writes_its_own_file_where_asked(
 
 
 def test_a_repeated_warning_is_dropped(new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same warning is given once; other warnings, and repeated lines of other levels, are all given."""
+    """A repeated warning is printed once; different warnings and repeated lines of other levels are all printed."""
     logger = new_logger()
     for _ in range(2):
         logger.warning("slow %s", "disk")
@@ -130,10 +130,10 @@ def test_a_repeated_warning_is_dropped(new_logger: MakeLogger, capsys: pytest.Ca
     ]
 
 
-def test_remembered_warnings_are_bounded(
+def test_the_number_of_remembered_warnings_is_bounded(
     new_logger: MakeLogger, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Warnings that are all different do not fill the memory; an old one may then appear again."""
+    """Only the latest warnings are remembered, so an old one may be printed again."""
     monkeypatch.setattr(logger_module, "_REMEMBERED_WARNINGS", 2)
     logger = new_logger()
     for text in ("a", "b", "a", "c", "a"):
@@ -142,7 +142,7 @@ def test_remembered_warnings_are_bounded(
 
 
 def test_two_runs_never_share_a_logger(new_logger: MakeLogger, tmp_path: Path) -> None:
-    """Two runs of one process with the same name write to their own files, and the logging module knows neither."""
+    """Runs with the same name in one process write to separate files and are not registered in ``logging``."""
     first = new_logger("same", log_file=tmp_path / "1", console=False)
     second = new_logger("same", log_file=tmp_path / "2", console=False)
     first.info("one")
@@ -151,16 +151,16 @@ def test_two_runs_never_share_a_logger(new_logger: MakeLogger, tmp_path: Path) -
     assert "same" not in logging.Logger.manager.loggerDict
 
 
-def test_nothing_is_passed_on_to_the_root_logger(new_logger: MakeLogger, caplog: pytest.LogCaptureFixture) -> None:
-    """A program that has set up logging of its own does not get our lines twice."""
+def test_nothing_propagates_to_the_root_logger(new_logger: MakeLogger, caplog: pytest.LogCaptureFixture) -> None:
+    """The lines are not duplicated in a program that configures the root logger."""
     new_logger().error("mine")
     assert caplog.records == []
 
 
-def test_closing_is_final_and_may_be_repeated(
+def test_close_is_final_and_idempotent(
     new_logger: MakeLogger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After close() the file can be removed, nothing more is written, and a second close() does nothing."""
+    """After ``close()``, nothing is written, the file can be removed, and closing again has no effect."""
     logger = new_logger(log_file=tmp_path / "log.log")
     logger.close()
     logger.close()
@@ -168,14 +168,14 @@ def test_closing_is_final_and_may_be_repeated(
     assert (tmp_path / "log.log").read_text() == capsys.readouterr().err == ""
 
 
-def test_a_silent_logger_is_silent(new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without console and file nothing is written anywhere."""
+def test_a_logger_without_outputs_writes_nothing(new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a console and a file, nothing is written."""
     new_logger(console=False).error("unheard")
     assert capsys.readouterr() == ("", "")
 
 
-def test_files_are_appended_to_or_begun_anew(new_logger: MakeLogger, tmp_path: Path) -> None:
-    """A file is appended to, unless file_mode="w"."""
+def test_files_are_appended_to_or_overwritten(new_logger: MakeLogger, tmp_path: Path) -> None:
+    """A file is appended to, unless ``file_mode="w"``."""
     file = tmp_path / "log.log"
     file.write_text("before\n")
     new_logger(log_file=file, console=False).info("more")
@@ -185,7 +185,7 @@ def test_files_are_appended_to_or_begun_anew(new_logger: MakeLogger, tmp_path: P
 
 
 def test_exceptions_are_shown(new_logger: MakeLogger, tmp_path: Path) -> None:
-    """logger.exception writes the traceback."""
+    """``logger.exception`` writes the traceback."""
     logger = new_logger(log_file=tmp_path / "log.log", console=False)
     try:
         raise KeyError("gone")
@@ -194,16 +194,14 @@ def test_exceptions_are_shown(new_logger: MakeLogger, tmp_path: Path) -> None:
     assert "KeyError: 'gone'" in (tmp_path / "log.log").read_text()
 
 
-def test_a_line_that_cannot_be_made_does_not_end_the_run(
-    new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A wrong format is reported on standard error, and the program goes on."""
+def test_a_formatting_error_does_not_stop_the_run(new_logger: MakeLogger, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong format string is reported on standard error and does not raise."""
     new_logger().info("%d", "not a number")
     assert "Logging error" in capsys.readouterr().err
 
 
-def test_wrong_options_are_refused(new_logger: MakeLogger, tmp_path: Path) -> None:
-    """Each mistake is named with its value."""
+def test_invalid_options_are_rejected(new_logger: MakeLogger, tmp_path: Path) -> None:
+    """Each invalid option is an error that shows its value."""
     with pytest.raises(ConfigValueError, match=r"'WARNNING'.*Did you mean 'WARNING'"):
         new_logger(log_level="WARNNING")
     with pytest.raises(ConfigTypeError, match=r"not 1\.5 \(float\)"):
@@ -216,9 +214,9 @@ def test_wrong_options_are_refused(new_logger: MakeLogger, tmp_path: Path) -> No
         new_logger(log_file=tmp_path / "absent" / "log.log")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # other tests of this session start threads
-def test_a_forked_worker_has_a_console_of_its_own() -> None:
-    """A worker that is forked while the bar is drawn cannot hang on the console's lock."""
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # other tests in this session start threads
+def test_a_forked_worker_has_a_separate_console() -> None:
+    """A worker forked while the progress bar is drawn does not inherit the console's lock."""
     inherited = shared_console()
     assert shared_console() is inherited
     reader, writer = os.pipe()

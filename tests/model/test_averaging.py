@@ -1,4 +1,4 @@
-"""Averages of weights."""
+"""Averages of model weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def set_to(model: nn.Module, value: float) -> None:
 
 
 def averages(average: AveragedModel, model: nn.Module, values: list[float]) -> list[float]:
-    """Return the average after each of the values that the weights go through."""
+    """Set the weights to each value in turn and return the average after each update."""
     seen = []
     for value in values:
         set_to(model, value)
@@ -39,14 +39,14 @@ def model() -> nn.Linear:
     return nn.Linear(2, 1)
 
 
-def test_an_exponential_average_follows_slowly() -> None:
-    """The first weights are taken whole, later ones with a share of 0.25."""
+def test_exponential_average() -> None:
+    """The average starts with the first weights and adds later ones with a factor of 0.25."""
     net = model()
     assert averages(ExponentialMovingAverage(net, momentum=0.25), net, [4.0, 8.0, 0.0]) == [4.0, 5.0, 3.75]
 
 
-def test_an_annealed_average_begins_with_large_shares() -> None:
-    """Shares of max(0.3, 1 / (1 + steps)): all, 1/2, 1/3, then 0.3."""
+def test_an_annealed_average_starts_with_large_factors() -> None:
+    """The factor is max(0.3, 1 / (1 + steps)): 1, 1/2, 1/3, then 0.3."""
     net = model()
     average = MomentumAnnealingEMA(net, momentum=0.3, gamma=1)
     expected = [6.0, 3.0, 4.0, 4.0 * 0.7 + 0.3 * 10.0]
@@ -54,28 +54,28 @@ def test_an_annealed_average_begins_with_large_shares() -> None:
 
 
 def test_a_stochastic_average_is_the_mean() -> None:
-    """Every value that entered counts the same."""
+    """A stochastic weight average is the mean of all its values."""
     net = model()
     assert averages(StochasticWeightAverage(net), net, [3.0, 5.0, 10.0]) == pytest.approx([3.0, 4.0, 6.0])
 
 
-def test_an_interval_leaves_updates_out() -> None:
-    """With interval=2 the values at updates 0, 2 and 4 enter."""
+def test_an_interval_skips_updates() -> None:
+    """With ``interval=2``, only the weights at updates 0, 2 and 4 are averaged."""
     net = model()
     average = StochasticWeightAverage(net, interval=2)
     assert averages(average, net, [3.0, 100.0, 5.0, 100.0, 10.0]) == pytest.approx([3.0, 3.0, 4.0, 4.0, 6.0])
 
 
-def test_an_average_that_starts_late_knows_nothing_of_the_first_weights() -> None:
-    """The weights at the first update are the first of the average, whatever they were when it was built."""
+def test_an_average_does_not_include_weights_before_its_first_update() -> None:
+    """The average starts with the weights at the first update, not with those at construction."""
     net = model()
     set_to(net, 100.0)
     average = ExponentialMovingAverage(net, momentum=0.5)
     assert averages(average, net, [2.0, 4.0]) == [2.0, 3.0]
 
 
-def test_an_average_that_has_not_started_leaves_the_model_alone() -> None:
-    """Validation before the start sees the model's own weights."""
+def test_an_average_without_updates_does_not_change_the_model() -> None:
+    """Before the first update, ``applied`` leaves the weights of the model unchanged."""
     net = model()
     average = ExponentialMovingAverage(net)
     set_to(net, 7.0)
@@ -83,8 +83,8 @@ def test_an_average_that_has_not_started_leaves_the_model_alone() -> None:
         assert net.weight[0, 0].item() == 7.0
 
 
-def test_the_average_can_stand_in_for_the_weights() -> None:
-    """In the block the model holds the average, afterwards its own weights, and both are readable meanwhile."""
+def test_the_average_can_be_swapped_in() -> None:
+    """The model has the averaged weights within ``applied`` and its own weights afterwards."""
     net = model()
     average = ExponentialMovingAverage(net, momentum=0.5)
     averages(average, net, [2.0, 4.0])
@@ -97,8 +97,8 @@ def test_the_average_can_stand_in_for_the_weights() -> None:
     assert average.own_weights()["weight"][0, 0].item() == 4.0
 
 
-def test_the_weights_come_back_after_an_error() -> None:
-    """A failing validation leaves the model as it was."""
+def test_the_weights_are_restored_after_an_error() -> None:
+    """The weights are restored if an exception is raised within ``applied``."""
     net = model()
     average = ExponentialMovingAverage(net, momentum=0.5)
     averages(average, net, [2.0, 4.0])
@@ -108,13 +108,13 @@ def test_the_weights_come_back_after_an_error() -> None:
 
 
 def test_averages_have_the_names_of_the_weights() -> None:
-    """The state holds each average under the weight's own name."""
+    """The state contains each average under the name of its parameter."""
     net = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
     assert set(ExponentialMovingAverage(net).state_dict()["averages"]) == {name for name, _ in net.named_parameters()}
 
 
 def test_state_round_trips() -> None:
-    """A resumed average continues as an unbroken one, and the state stays as it was."""
+    """A resumed average continues like an uninterrupted one, and loading does not modify the state."""
     one, other = model(), model()
     first = MomentumAnnealingEMA(one, gamma=3)
     averages(first, one, [1.0, 2.0, 3.0])
@@ -126,8 +126,8 @@ def test_state_round_trips() -> None:
     assert state["averages"]["weight"][0, 0].item() != second.averages["weight"][0, 0].item()
 
 
-def test_the_state_of_another_model_is_refused() -> None:
-    """The error names weights that differ."""
+def test_the_state_of_a_different_model_is_rejected() -> None:
+    """The error for a mismatched state names a different parameter."""
     with pytest.raises(CheckpointMismatchError, match="such as bias"):
         ExponentialMovingAverage(model()).load_state_dict(
             ExponentialMovingAverage(nn.Linear(2, 1, bias=False)).state_dict()
@@ -137,8 +137,8 @@ def test_the_state_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_averages_of_short_types_do_not_stand_still(dtype: torch.dtype) -> None:
-    """A share of 0.0002 of a difference of 1 at 100 is below what bfloat16 can add; the average is float32."""
+def test_averages_of_low_precision_weights_are_updated(dtype: torch.dtype) -> None:
+    """Averages are float32: at 100, bfloat16 cannot represent the addition of 0.0002."""
     net = model().to(dtype)
     average = ExponentialMovingAverage(net, momentum=0.0002)
     seen = averages(average, net, [100.0, 101.0])
@@ -148,8 +148,8 @@ def test_averages_of_short_types_do_not_stand_still(dtype: torch.dtype) -> None:
     assert average.averages["weight"][0, 0].item() == pytest.approx(100.0002, rel=1e-7)
 
 
-def test_buffers_are_averaged_where_asked() -> None:
-    """Running statistics join with update_buffers=True; counters are never averaged."""
+def test_buffers_are_averaged_on_request() -> None:
+    """Running statistics are averaged with ``update_buffers=True``; counters are never averaged."""
     net = nn.BatchNorm1d(1)
     assert "running_mean" not in ExponentialMovingAverage(net).averages
     average = ExponentialMovingAverage(net, momentum=0.5, update_buffers=True)
@@ -172,8 +172,8 @@ def test_tied_weights_are_averaged_once() -> None:
     ("options", "text"),
     [(dict(momentum=0.0), "momentum"), (dict(momentum=1.0), "momentum"), (dict(interval=0), "interval")],
 )
-def test_wrong_settings_are_refused(options: dict[str, float], text: str) -> None:
-    """Shares lie between 0 and 1, intervals are positive."""
+def test_invalid_settings_are_rejected(options: dict[str, float], text: str) -> None:
+    """A momentum outside (0, 1) and an interval of zero are rejected."""
     with pytest.raises(ConfigValueError, match=text):
         ExponentialMovingAverage(model(), **options)
     with pytest.raises(ConfigTypeError, match=r"torch\.nn\.Module"):

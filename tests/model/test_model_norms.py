@@ -1,4 +1,4 @@
-"""Batch normalisation over all ranks, and back."""
+"""Conversion to and from synchronized batch normalization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stratagem.model import convert_sync_batchnorm, revert_sync_batchnorm
 
 
 def network() -> nn.Sequential:
-    """Return layers of each kind, with statistics that are not the initial ones."""
+    """Return layers of several types with non-default statistics."""
     layers = nn.Sequential(
         nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, eps=1e-3, momentum=0.3), nn.ModuleList([nn.BatchNorm1d(3, affine=False)])
     )
@@ -23,8 +23,8 @@ def network() -> nn.Sequential:
     return layers
 
 
-def test_layers_are_converted_and_reverted_with_their_values() -> None:
-    """Parameters, statistics, settings and the training mode survive; the parameters are the same objects."""
+def test_converting_and_reverting_preserves_layers() -> None:
+    """Parameters, statistics, settings and the training mode are preserved; the parameters are the same objects."""
     layers = network()
     before = copy.deepcopy(layers.state_dict())
     parameters = dict(layers.named_parameters())
@@ -43,8 +43,8 @@ def test_layers_are_converted_and_reverted_with_their_values() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 2, 2)])
-def test_a_reverted_layer_computes_what_batchnorm_does(shape: tuple[int, ...]) -> None:
-    """Whatever the number of dimensions, it normalises over all but the channels."""
+def test_a_reverted_layer_computes_batch_norm(shape: tuple[int, ...]) -> None:
+    """A reverted layer normalizes over all dimensions except the channels, for any number of dimensions."""
     layer, count = revert_sync_batchnorm(nn.SyncBatchNorm(3))
     assert count == 1
     x = torch.randn(shape)
@@ -53,15 +53,15 @@ def test_a_reverted_layer_computes_what_batchnorm_does(shape: tuple[int, ...]) -
     torch.testing.assert_close(layer(x), (x - mean) / (var + 1e-5).sqrt())
 
 
-def test_a_reverted_layer_refuses_what_has_no_channels() -> None:
-    """One dimension is a batch without channels."""
+def test_a_reverted_layer_rejects_inputs_without_channels() -> None:
+    """An input with one dimension has no channels and is rejected."""
     layer, _ = revert_sync_batchnorm(nn.SyncBatchNorm(3))
     with pytest.raises(ValueError, match="at least 2D"):
         layer(torch.randn(3))
 
 
-def test_a_layer_that_stands_twice_stays_one_layer() -> None:
-    """Layers that two places share keep sharing their statistics."""
+def test_a_shared_layer_stays_shared() -> None:
+    """A layer that occurs several times is converted once and stays shared."""
     shared = nn.SyncBatchNorm(2)
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Sequential(shared)})
     reverted, count = revert_sync_batchnorm(model)
@@ -70,13 +70,13 @@ def test_a_layer_that_stands_twice_stays_one_layer() -> None:
     assert not isinstance(reverted["a"], nn.SyncBatchNorm)
 
 
-def test_a_model_without_such_layers_is_left_alone() -> None:
-    """Nothing is counted, and the model is the same object."""
+def test_a_model_without_sync_batch_norm_is_unchanged() -> None:
+    """A model without SyncBatchNorm layers is returned unchanged, with a count of 0."""
     model = nn.Sequential(nn.Linear(1, 1))
     assert revert_sync_batchnorm(model) == (model, 0)
 
 
-def test_other_implementations_are_refused() -> None:
-    """Layers of other libraries are converted by their own functions."""
+def test_other_implementations_are_rejected() -> None:
+    """Layers of other libraries must be converted with the functions of those libraries."""
     with pytest.raises(ConfigValueError, match=r"sync_bn='mmcv' is not known\..*Layers of other libraries"):
         convert_sync_batchnorm(network(), "mmcv")

@@ -1,4 +1,4 @@
-"""Bringing batches to the model's device; the meta device stands for an accelerator."""
+"""Moving batches to the model's device. The meta device is used in place of an accelerator."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Pair(NamedTuple):
 
 
 class Boxes:
-    """An object of one's own that can be moved."""
+    """A user-defined object with a ``to`` method."""
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
 
     def to(self, device: torch.device) -> Boxes:
-        """Return it elsewhere."""
+        """Return a copy on ``device``."""
         return Boxes(str(device))
 
 
-def test_every_tensor_is_moved_and_the_structure_kept() -> None:
-    """Mappings, lists, tuples, named tuples and objects that can be moved are followed; all else is kept."""
+def test_every_tensor_is_moved_and_the_structure_is_kept() -> None:
+    """Tensors in mappings, lists, tuples, named tuples and objects with ``to`` are moved; other values are kept."""
     data = {
         "list": [torch.ones(1), "text"],
         "tuple": (torch.ones(1), 3),
@@ -47,17 +47,17 @@ def test_every_tensor_is_moved_and_the_structure_kept() -> None:
     assert moved["boxes"].device == META
     assert (moved["list"][1], moved["tuple"][1], moved["pair"].label) == ("text", 3, None)
     assert [type(part) for part in moved.values()] == [list, tuple, Pair, OrderedDict, Boxes]
-    assert data["list"][0].device.type == "cpu", "the batch itself is not changed"
+    assert data["list"][0].device.type == "cpu", "the batch must not be modified"
 
 
-def test_a_tensor_that_is_there_is_not_copied() -> None:
-    """Moving to where it is costs nothing."""
+def test_a_tensor_on_the_device_is_not_copied() -> None:
+    """A tensor that is already on the device is not copied."""
     tensor = torch.ones(1)
     assert to_device(tensor, torch.device("cpu")) is tensor
 
 
 class Model(nn.Module):
-    """A model with a preprocessor somewhere inside."""
+    """A model with a nested preprocessor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Model(nn.Module):
 
     @property
     def preprocessor(self) -> BaseDataPreprocessor:
-        """The preprocessor."""
+        """The nested preprocessor."""
         return self.inner[1]  # type: ignore[return-value]
 
 
@@ -78,49 +78,49 @@ class Model(nn.Module):
     ],
 )
 def test_the_preprocessor_follows_the_model(move: Any) -> None:
-    """Whichever way the model is moved, its batches go after it."""
+    """However the model is moved, its batches are moved to the same device."""
     model = Model()
     move(model)
     assert model.preprocessor.device == META
     assert model.preprocessor((torch.ones(1), 5))[0].device == META
 
 
-def test_the_preprocessor_comes_back() -> None:
-    """A model that leaves the accelerator takes its preprocessor along."""
+def test_the_preprocessor_returns_to_the_cpu() -> None:
+    """The preprocessor follows the model back to the CPU."""
     model = Model().to("meta").to_empty(device="cpu")
     assert model.preprocessor.device == torch.device("cpu")
 
 
-def test_changing_precision_moves_nothing() -> None:
-    """A model in half precision is where it was, and its batches keep their precision."""
+def test_changing_the_precision_does_not_move_batches() -> None:
+    """Changing the precision of a model changes neither the device nor the precision of its batches."""
     model = Model().half()
     assert model.preprocessor.device == torch.device("cpu")
     assert model.preprocessor(torch.ones(1)).dtype == torch.float32
 
 
-def test_on_the_cpu_a_batch_is_handed_through() -> None:
-    """There is nothing to move, so nothing is walked through."""
+def test_a_batch_on_the_cpu_is_returned_unchanged() -> None:
+    """On the CPU, the batch is returned as it is, without visiting its elements."""
     batch = {"x": [torch.ones(1)]}
     assert BaseDataPreprocessor()(batch, True) is batch
 
 
-def test_a_model_built_on_the_meta_device_can_be_moved_into_place() -> None:
-    """The preprocessor has no parameters of its own, and works after the model got its memory."""
+def test_a_model_built_on_the_meta_device_can_be_materialized() -> None:
+    """The preprocessor works after a model on the meta device is materialized."""
     with torch.device("meta"):
         model = Model()
     model.to_empty(device="cpu")
     assert model.preprocessor(torch.ones(1)).device.type == "cpu"
 
 
-def test_hooks_of_a_preprocessor_are_called_where_it_has_nothing_to_do() -> None:
-    """It is a module like any other, so a hook may change the batch, on the CPU too."""
+def test_hooks_of_the_preprocessor_are_called_on_the_cpu() -> None:
+    """Forward hooks of the preprocessor are called even if no data is moved."""
     preprocessor = BaseDataPreprocessor()
     preprocessor.register_forward_hook(lambda module, arguments, output: output + 1)
     assert preprocessor(torch.ones(1), True).item() == 2.0
 
 
-def test_a_preprocessor_of_ones_own_is_called_on_the_cpu() -> None:
-    """Whatever it does there, such as stacking or normalising, is done."""
+def test_a_custom_preprocessor_is_called_on_the_cpu() -> None:
+    """A user-defined preprocessor is called on the CPU."""
 
     class Doubled(BaseDataPreprocessor):
         def forward(self, data: Any, training: bool = False) -> Any:

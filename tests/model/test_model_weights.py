@@ -1,4 +1,4 @@
-"""The same initial weights on every rank."""
+"""Broadcasting the initial weights to every rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stratagem.model.weights import broadcast_weights
 
 
 class Mixed(nn.Module):
-    """Parameters and buffers of several types and layouts, filled with one number."""
+    """A model with parameters and buffers of several types and layouts, filled with one number."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Mixed(nn.Module):
 
 
 def broadcasted(bucket_bytes: int) -> dict[str, Any]:
-    """Broadcast a model that is filled with the rank's number; return what it holds then."""
+    """Broadcast a model that is filled with the rank number; return its values afterwards."""
     weights._BUCKET_BYTES = bucket_bytes
     model = Mixed(get_rank())
     addresses = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
@@ -41,8 +41,8 @@ def broadcasted(bucket_bytes: int) -> dict[str, Any]:
     return {name: tensor.tolist() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def test_every_rank_gets_the_values_of_rank_0(ranks: Ranks) -> None:
-    """All types, layouts and buffers arrive, in one bucket or in many, written into the tensors that are there."""
+def test_every_rank_receives_the_values_of_rank_0(ranks: Ranks) -> None:
+    """All data types, layouts and buffers are broadcast in place, in one or several buckets."""
     expected = {
         "transposed": [[0.0, 0.0]] * 3,
         "frozen": [0.0, 0.0],
@@ -56,8 +56,8 @@ def test_every_rank_gets_the_values_of_rank_0(ranks: Ranks) -> None:
         assert ranks.run(broadcasted, bucket_bytes) == [expected, expected]
 
 
-def test_one_process_keeps_its_weights() -> None:
-    """There is nobody to take them from."""
+def test_a_single_process_keeps_its_weights() -> None:
+    """With a single process, the weights are unchanged."""
     model = Mixed(3)
     broadcast_weights(model)
     assert model.frozen.tolist() == [3.0, 3.0]

@@ -1,4 +1,4 @@
-"""Telling a wrapper from a model."""
+"""Detecting and removing model wrappers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stratagem.model import bare_model, is_model_wrapper
 
 
 class Holder(nn.Module):
-    """A model that calls a part of itself ``module``."""
+    """A model with a submodule named ``module``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -18,15 +18,15 @@ class Holder(nn.Module):
         self.head = nn.Linear(1, 1)
 
 
-def test_a_model_with_a_part_called_module_is_no_wrapper() -> None:
-    """Such a model is never replaced by its part."""
+def test_a_model_with_a_submodule_named_module_is_not_a_wrapper() -> None:
+    """A model with a submodule named ``module`` is not a wrapper and is returned unchanged."""
     model = Holder()
     assert not is_model_wrapper(model)
     assert bare_model(model) is model
 
 
 def test_data_parallel_is_a_wrapper() -> None:
-    """The model inside is found, through several wrappers, and no further."""
+    """Nested DataParallel wrappers are removed, but not the model's own submodule."""
     model = Holder()
     wrapped = nn.DataParallel(nn.DataParallel(model))
     assert is_model_wrapper(wrapped)
@@ -34,12 +34,12 @@ def test_data_parallel_is_a_wrapper() -> None:
 
 
 def of_distributed() -> tuple[bool, bool]:
-    """Wrap in DistributedDataParallel."""
+    """Wrap a model in DistributedDataParallel and unwrap it."""
     model = Holder()
     wrapped = DistributedDataParallel(model)
     return is_model_wrapper(wrapped), bare_model(wrapped) is model
 
 
 def test_distributed_data_parallel_is_a_wrapper(ranks: Ranks) -> None:
-    """The model inside is found."""
+    """The model inside DistributedDataParallel is returned."""
     assert ranks.run(of_distributed) == [(True, True)] * 2

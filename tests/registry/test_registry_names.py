@@ -141,7 +141,7 @@ def test_locations_are_imported_on_the_first_miss(tmp_path, monkeypatch):
 
 
 def test_a_dotted_path_is_imported(root):
-    """A dotted path to a class or method, with dots or a colon, is imported; the result is None if it does not exist."""
+    """A dotted path to a class or method, with dots or a colon, is imported; a missing one returns None."""
     from fractions import Fraction
 
     assert root.get("fractions.Fraction") is Fraction

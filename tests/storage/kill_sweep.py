@@ -1,6 +1,6 @@
-"""Publish something in child processes that are killed before their 1st, 2nd, 3rd ... file operation.
+"""Publish files in child processes that are killed before their 1st, 2nd, 3rd ... file operation.
 
-Run as a script, so that the process that forks has no threads. Prints, for each child, what it left, as JSON.
+This is a script, so that the process that forks has no threads. It prints the result of each child as JSON.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stratagem.storage import atomic_directory, clean_temporaries, operations, w
 
 
 def write(target: Path, content: str, *, directory: bool) -> None:
-    """Publish the content as one file, or as a directory of two."""
+    """Publish the contents as one file, or as a directory with two files."""
     if not directory:
         write_atomic(target, content)
         return
@@ -29,7 +29,7 @@ def write(target: Path, content: str, *, directory: bool) -> None:
 
 
 def read(target: Path) -> str:
-    """Return the content that can be found: one word, "missing", or something longer if it is mixed."""
+    """Return the contents: one word, "missing", or several words joined by "+" if they are inconsistent."""
     if not target.exists():
         return "missing"
     if target.is_file():
@@ -39,7 +39,7 @@ def read(target: Path) -> str:
 
 
 def sweep(folder: Path, *, directory: bool, replace: bool, exchange: bool) -> Iterator[dict[str, Any]]:
-    """Yield what each child left that was killed at each operation, and at last what one left that was not."""
+    """Yield the result of a child that is killed at each operation, and finally of one that is not killed."""
     if not exchange:
         operations.exchange = lambda *_: False
 

@@ -1,4 +1,4 @@
-"""Files and directories are published whole or not at all."""
+"""Files and directories are published atomically."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from stratagem.storage import atomic, atomic_directory, atomic_file, operations,
 
 
 def sweep(folder: Path, **options: bool) -> list[dict[str, Any]]:
-    """Return what the children of kill_sweep.py left."""
+    """Return the results of the child processes of kill_sweep.py."""
     command = [sys.executable, str(Path(__file__).with_name("kill_sweep.py")), str(folder), json.dumps(options)]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=scripts_environment())
     return json.loads(answer.stdout)
 
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, directory: bool) -> None:
-    """Whenever a process is killed while replacing something, the old or the new is found, complete."""
+def test_a_kill_while_replacing_leaves_the_old_or_the_new(tmp_path: Path, directory: bool) -> None:
+    """If a process is killed while replacing a target, either the old or the new contents remain, complete."""
     left = sweep(tmp_path, directory=directory, replace=True, exchange=True)
     found = [child["found"] for child in left]
     assert set(found) == {"old", "new"}
-    assert found == sorted(found, reverse=True)  # first always the old, then always the new
+    assert found == sorted(found, reverse=True)  # the old contents first, then the new ones
     assert all(child["cleaned"] == child["found"] and child["names"] == ["target"] for child in left)
     assert [child["killed"] for child in left] == [True] * (len(left) - 1) + [False]
 
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_a_kill_at_any_moment_leaves_nothing_or_the_new(tmp_path: Path, directory: bool) -> None:
-    """Whenever a process is killed while writing something new, it is found complete or not at all."""
+def test_a_kill_while_creating_leaves_nothing_or_the_new(tmp_path: Path, directory: bool) -> None:
+    """If a process is killed while creating a target, it is complete or missing."""
     left = sweep(tmp_path, directory=directory, replace=False, exchange=True)
     assert {child["found"] for child in left} == {"missing", "new"}
     assert all(child["cleaned"] == child["found"] for child in left)
@@ -49,9 +49,9 @@ def test_a_kill_at_any_moment_leaves_nothing_or_the_new(tmp_path: Path, director
 
 
 def test_a_kill_without_exchange_loses_nothing(tmp_path: Path) -> None:
-    """Where two names cannot be swapped, cleaning puts the old directory back if the new one never came."""
+    """If two names cannot be exchanged, cleanup restores the old directory unless the new one exists."""
     left = sweep(tmp_path, directory=True, replace=True, exchange=False)
-    # Between the two renames: killed after the first, before the second, and half-way through it.
+    # Between the two renames: after the first, before the second, and in the middle of the second.
     assert [child["found"] for child in left].count("missing") == 3
     assert {child["cleaned"] for child in left if child["found"] == "missing"} == {"old"}
     assert {child["cleaned"] for child in left} == {"old", "new"}
@@ -59,13 +59,13 @@ def test_a_kill_without_exchange_loses_nothing(tmp_path: Path) -> None:
 
 
 def fill(folder: Path, content: str) -> None:
-    """Publish a directory of one file."""
+    """Publish a directory with one file."""
     with atomic_directory(folder) as temporary:
         (temporary / "file").write_text(content)
 
 
 def write_file(folder: Path, content: str) -> None:
-    """Publish a file in a directory that exists."""
+    """Publish a file in a directory, which is created if necessary."""
     if not folder.exists():
         folder.mkdir()
     write_atomic(folder / "file", content)
@@ -73,10 +73,10 @@ def write_file(folder: Path, content: str) -> None:
 
 @pytest.mark.parametrize("exchange", [True, False])
 @pytest.mark.parametrize("write", [fill, write_file])
-def test_a_failure_at_any_operation_keeps_the_old_or_the_new(
+def test_a_failure_at_any_operation_leaves_the_old_or_the_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, str], None], exchange: bool
 ) -> None:
-    """A full disk at any file operation leaves the old content and no rubbish; after publishing, the new content."""
+    """A full disk leaves the old contents without temporaries, or after publishing the new contents."""
     if not exchange:
         monkeypatch.setattr(operations, "exchange", lambda *_: False)
 
@@ -110,8 +110,8 @@ def test_a_failure_at_any_operation_keeps_the_old_or_the_new(
     assert outcomes[-1] == "new"
 
 
-def test_an_exception_in_the_block_keeps_the_old(tmp_path: Path) -> None:
-    """What fails while the content is made leaves the old directory, and no temporary."""
+def test_an_exception_in_the_block_keeps_the_old_contents(tmp_path: Path) -> None:
+    """An exception while writing keeps the old directory and removes the temporary one."""
 
     def fill_half(folder: Path) -> None:
         with atomic_directory(folder) as temporary:
@@ -125,8 +125,8 @@ def test_an_exception_in_the_block_keeps_the_old(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
-def test_text_is_written_as_utf8_and_bytes_as_they_are(tmp_path: Path) -> None:
-    """Both kinds of data are stored exactly."""
+def test_text_is_written_as_utf8_and_bytes_unchanged(tmp_path: Path) -> None:
+    """Text is written as UTF-8 and bytes are written unchanged."""
     write_atomic(tmp_path / "text", "é\n")
     write_atomic(str(tmp_path / "bytes"), b"\x00\r\n")
     assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\n"
@@ -134,7 +134,7 @@ def test_text_is_written_as_utf8_and_bytes_as_they_are(tmp_path: Path) -> None:
 
 
 def test_a_file_can_be_written_by_any_library(tmp_path: Path) -> None:
-    """The temporary is a path in the same directory that anything may write to."""
+    """The temporary file is a path in the same directory that any library can write to."""
     with atomic_file(tmp_path / "data") as temporary:
         assert temporary.parent == tmp_path
         assert not (tmp_path / "data").exists()
@@ -142,8 +142,8 @@ def test_a_file_can_be_written_by_any_library(tmp_path: Path) -> None:
     assert (tmp_path / "data").read_bytes() == b"new"
 
 
-def test_names_given_relative_or_with_tilde_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A path is taken from the working directory, and ~ is the home, as everywhere else."""
+def test_relative_paths_and_tilde_are_supported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start at the working directory, and ``~`` is the home directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     write_atomic("one", "1")
@@ -151,8 +151,8 @@ def test_names_given_relative_or_with_tilde_work(tmp_path: Path, monkeypatch: py
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
-    """Publishing over a symbolic link leaves alone what it pointed to."""
+def test_a_symbolic_link_is_replaced_not_followed(tmp_path: Path) -> None:
+    """Publishing over a symbolic link replaces the link and keeps its target."""
     fill(tmp_path / "real", "kept")
     (tmp_path / "link").symlink_to("real")
     fill(tmp_path / "link", "new")
@@ -162,8 +162,8 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
 
 
-def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
-    """A file and a directory never replace each other: that is a mistake in a path."""
+def test_a_file_and_a_directory_do_not_replace_each_other(tmp_path: Path) -> None:
+    """A file and a directory never replace each other, because that indicates a wrong path."""
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
     with pytest.raises(NotADirectoryError, match="file"):
@@ -172,15 +172,15 @@ def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
         write_atomic(tmp_path / "folder", "new")
 
 
-def test_a_missing_parent_is_named(tmp_path: Path) -> None:
-    """Writing into a directory that does not exist says which one and what was to be written there."""
+def test_a_missing_parent_is_reported(tmp_path: Path) -> None:
+    """The error for a missing directory names it and the file to be written."""
     with pytest.raises(WorkDirError, match=r"absent: cannot create file there \(No such file"):
         write_atomic(tmp_path / "absent" / "file", "x")
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
-def test_an_unwritable_parent_is_named(tmp_path: Path, code: int) -> None:
-    """A directory without permission, or on a read-only disk, is an error about the directory."""
+def test_an_unwritable_parent_is_reported(tmp_path: Path, code: int) -> None:
+    """A missing permission or a read-only file system is an error about the directory."""
     with (
         between(counted(0, failing(code))),
         pytest.raises(WorkDirError, match=f"{tmp_path.name}: cannot create .*{os.strerror(code)}"),
@@ -188,9 +188,9 @@ def test_an_unwritable_parent_is_named(tmp_path: Path, code: int) -> None:
         write_atomic(tmp_path / "file", "x")
 
 
-def test_a_full_disk_says_what_was_being_written(tmp_path: Path) -> None:
-    """The error of a full disk keeps its kind, and tells the path, the bytes written and the bytes free."""
-    # The file is made, closed and opened before it is written; half is written until the disk is full.
+def test_a_full_disk_reports_what_was_being_written(tmp_path: Path) -> None:
+    """The error for a full disk keeps its errno and adds the path, the bytes written and the bytes free."""
+    # The file is created, closed and opened before it is written; half of it is written before the disk is full.
     with between(counted(3, failing(errno.ENOSPC))), pytest.raises(OSError, match="No space left") as caught:
         write_atomic(tmp_path / "file", "1234")
     assert caught.value.errno == errno.ENOSPC
@@ -198,15 +198,15 @@ def test_a_full_disk_says_what_was_being_written(tmp_path: Path) -> None:
     assert "bytes are free there" in caught.value.__notes__[0]
 
 
-def test_a_full_disk_at_creation_says_what_was_being_written(tmp_path: Path) -> None:
-    """Also where not even the temporary could be made."""
+def test_a_full_disk_at_creation_reports_what_was_being_written(tmp_path: Path) -> None:
+    """A full disk while creating the temporary file is reported in the same way."""
     with between(counted(0, failing(errno.ENOSPC))), pytest.raises(OSError, match="No space left") as caught:
         write_atomic(tmp_path / "file", "12345")
     assert f"While writing {tmp_path / 'file'}: 0 bytes were written, " in caught.value.__notes__[0]
 
 
-def test_a_temporary_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first error is the one that is raised; that rubbish is left is a note on it."""
+def test_a_temporary_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first error is raised, with a note about the remaining temporary file."""
 
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "denied", str(path))
@@ -218,7 +218,7 @@ def test_a_temporary_that_cannot_be_removed_is_told(tmp_path: Path, monkeypatch:
 
 
 def test_every_file_is_synced_before_the_rename(tmp_path: Path) -> None:
-    """Files, their directories, then the rename, then the parent: the order that survives a power loss."""
+    """Files and then directories are synced before the rename, and the parent afterwards, to survive a power loss."""
     done: list[str] = []
 
     def record(name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

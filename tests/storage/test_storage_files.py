@@ -12,15 +12,15 @@ from stratagem.storage import files, fsync_directory, fsync_file, fsync_tree, re
 from stratagem.storage.exchange import exchange
 
 
-def test_bytes_come_back_as_they_were_written(tmp_path: Path) -> None:
-    """What was written is read, and a longer old content does not shine through."""
+def test_written_bytes_are_read_back(tmp_path: Path) -> None:
+    """Reading returns the written bytes; longer previous contents are truncated."""
     files.write_bytes(tmp_path / "file", b"longer")
     files.write_bytes(tmp_path / "file", b"\x00x")
     assert read_bytes(tmp_path / "file") == b"\x00x"
 
 
-def test_removing_takes_files_links_and_trees(tmp_path: Path) -> None:
-    """Everything is removed in the same way, links without what they point to, and a missing one is fine."""
+def test_remove_handles_files_links_and_trees(tmp_path: Path) -> None:
+    """Files, links (without their targets) and trees are removed, and a missing path is not an error."""
     (tmp_path / "tree" / "inner").mkdir(parents=True)
     (tmp_path / "kept").mkdir()
     (tmp_path / "link").symlink_to("kept")
@@ -31,7 +31,7 @@ def test_removing_takes_files_links_and_trees(tmp_path: Path) -> None:
 
 
 def test_sizes_are_summed(tmp_path: Path) -> None:
-    """The size of a tree is that of its files, 2 + 3 bytes here, wherever they lie."""
+    """The size of a tree is the sum of its files, 2 + 3 bytes here, at any depth."""
     (tmp_path / "tree" / "inner").mkdir(parents=True)
     (tmp_path / "tree" / "two").write_bytes(b"12")
     (tmp_path / "tree" / "inner" / "three").write_bytes(b"123")
@@ -40,8 +40,10 @@ def test_sizes_are_summed(tmp_path: Path) -> None:
     assert tree_bytes(tmp_path / "missing") == 0
 
 
-def test_a_directory_that_cannot_be_synced_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """File systems without this operation publish names at once; every other failure is an error."""
+def test_a_file_system_that_cannot_sync_directories_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems cannot sync directories, which is accepted; every other failure is an error."""
 
     def refuse(code: int) -> None:
         def fsync(descriptor: int) -> None:
@@ -59,14 +61,14 @@ def test_a_directory_that_cannot_be_synced_is_accepted(tmp_path: Path, monkeypat
         fsync_directory(tmp_path)
 
 
-def test_syncing_a_tree_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    """A directory that vanished is never taken for one that is safe on the disk."""
+def test_syncing_a_missing_tree_is_an_error(tmp_path: Path) -> None:
+    """Syncing a directory that no longer exists is an error."""
     with pytest.raises(FileNotFoundError):
         fsync_tree(tmp_path / "missing")
 
 
 def test_two_names_are_swapped(tmp_path: Path) -> None:
-    """Both directories exist before and after, under the other's name."""
+    """``exchange`` atomically swaps the names of two directories."""
     (tmp_path / "a" / "was_a").mkdir(parents=True)
     (tmp_path / "b" / "was_b").mkdir(parents=True)
     if not exchange(tmp_path / "a", tmp_path / "b"):
@@ -75,14 +77,14 @@ def test_two_names_are_swapped(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "was_a").exists()
 
 
-def test_swapping_with_a_missing_name_is_an_error(tmp_path: Path) -> None:
-    """The error names both paths."""
+def test_exchanging_with_a_missing_name_is_an_error(tmp_path: Path) -> None:
+    """Exchanging with a missing path is an error that contains both paths."""
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError, match=r"a' -> .*missing'"):
         exchange(tmp_path / "a", tmp_path / "missing")
 
 
-def test_another_system_cannot_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elsewhere than on Linux the answer is no, and nothing happens."""
+def test_exchange_is_not_available_on_other_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On systems other than Linux, ``exchange`` returns False and has no effect."""
     monkeypatch.setattr("sys.platform", "darwin")
     assert not exchange(tmp_path / "a", tmp_path / "b")

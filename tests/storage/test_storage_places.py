@@ -1,4 +1,4 @@
-"""Publication at places that have no rename."""
+"""Publication to storage without rename."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ register()
 
 @pytest.fixture(params=["memory", "norename"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The URL of an empty folder, in memory and on the disk without rename."""
+    """The URL of an empty folder, in memory or on a disk without rename."""
     fsspec = pytest.importorskip("fsspec")
     if request.param == "norename":
         yield f"norename://{tmp_path}/place"
@@ -39,7 +39,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 def folder(path: Path, text: str) -> Path:
-    """Make a folder with a file, an empty file, and a file in a folder that all tell which one it is."""
+    """Create a folder with a file, an empty file and a nested file, with contents derived from ``text``."""
     (path / "inner").mkdir(parents=True)
     (path / "a.txt").write_text(text)
     (path / "empty").write_text("")
@@ -48,20 +48,20 @@ def folder(path: Path, text: str) -> Path:
 
 
 def content(path: Path) -> dict[str, str]:
-    """Return the files below a folder."""
+    """Return the contents of all files below a folder."""
     return {file.relative_to(path).as_posix(): file.read_text() for file in path.rglob("*") if file.is_file()}
 
 
 def stored(place: str) -> list[str]:
-    """Return the paths of all files at a place."""
+    """Return the paths of all files in remote storage."""
     import fsspec
 
     system, path = fsspec.core.url_to_fs(place)
     return sorted(name.split(path.strip("/") + "/", 1)[1] for name in system.find(path))
 
 
-def test_a_folder_comes_back(place: str, tmp_path: Path) -> None:
-    """What is fetched is what was published, under the same name."""
+def test_a_published_folder_can_be_fetched(place: str, tmp_path: Path) -> None:
+    """A fetched folder has the published contents and name."""
     local = folder(tmp_path / "local", "one")
     publish(local, f"{place}/epoch_1")
     fetched = fetch_published(f"{place}/epoch_1", tmp_path / "cache")
@@ -69,8 +69,8 @@ def test_a_folder_comes_back(place: str, tmp_path: Path) -> None:
     assert content(fetched) == content(local)
 
 
-def test_a_file_comes_back(place: str, tmp_path: Path) -> None:
-    """A file is published as well, and comes back under the name of its URL."""
+def test_a_published_file_can_be_fetched(place: str, tmp_path: Path) -> None:
+    """A fetched file has the published contents and the name in its URL."""
     (tmp_path / "x.pth").write_text("weights")
     publish(tmp_path / "x.pth", f"{place}/epoch_1.pth")
     fetched = fetch_published(f"{place}/epoch_1.pth", tmp_path / "cache")
@@ -78,8 +78,8 @@ def test_a_file_comes_back(place: str, tmp_path: Path) -> None:
     assert fetched.read_text() == "weights"
 
 
-def test_the_latest_is_found(place: str, tmp_path: Path) -> None:
-    """The list tells names, sizes and times, the latest last; a replaced one is in it once."""
+def test_publications_are_listed_latest_last(place: str, tmp_path: Path) -> None:
+    """The list contains names, sizes and times, latest last, and a replaced publication only once."""
     assert list_published(place) == []
     for name in ("epoch_1", "epoch_2", "epoch_1"):
         publish(folder(tmp_path / name / str(len(list(tmp_path.rglob("a.txt")))), "xy"), f"{place}/{name}")
@@ -90,8 +90,8 @@ def test_the_latest_is_found(place: str, tmp_path: Path) -> None:
     assert found[0].url == f"{place}/epoch_2"
 
 
-def test_the_new_replaces_the_old_alone(place: str, tmp_path: Path) -> None:
-    """Publishing under a name removes what was there, and touches nothing else at the place."""
+def test_publishing_replaces_only_the_same_name(place: str, tmp_path: Path) -> None:
+    """Publishing under an existing name removes the old publication and no other."""
     publish(folder(tmp_path / "one", "1"), f"{place}/a")
     publish(folder(tmp_path / "two", "2"), f"{place}/a.b")
     before = stored(place)
@@ -102,8 +102,8 @@ def test_the_new_replaces_the_old_alone(place: str, tmp_path: Path) -> None:
     assert fetch_published(f"{place}/a", tmp_path / "cache").joinpath("a.txt").read_text() == "3"
 
 
-def test_a_removed_one_is_gone(place: str, tmp_path: Path) -> None:
-    """Nothing of it is left, and removing what is not there is fine."""
+def test_a_removed_publication_is_gone(place: str, tmp_path: Path) -> None:
+    """Removal deletes all files, and removing a missing publication is not an error."""
     publish(folder(tmp_path / "one", "1"), f"{place}/a")
     remove_published(f"{place}/a")
     remove_published(f"{place}/a")
@@ -113,8 +113,8 @@ def test_a_removed_one_is_gone(place: str, tmp_path: Path) -> None:
         fetch_published(f"{place}/a", tmp_path / "cache")
 
 
-def test_a_copy_is_fetched_once_and_anew_where_it_was_changed(place: str, tmp_path: Path) -> None:
-    """The second fetch takes the copy, after comparing it with the digests."""
+def test_a_local_copy_is_reused_unless_it_was_modified(place: str, tmp_path: Path) -> None:
+    """A second fetch uses the local copy if its digests match, and downloads a modified one again."""
     publish(folder(tmp_path / "one", "1"), f"{place}/a")
     copy = fetch_published(f"{place}/a", tmp_path / "cache")
     inode = (copy / "a.txt").stat().st_ino
@@ -123,8 +123,8 @@ def test_a_copy_is_fetched_once_and_anew_where_it_was_changed(place: str, tmp_pa
     assert (fetch_published(f"{place}/a", tmp_path / "cache") / "a.txt").read_text() == "1"
 
 
-def test_a_changed_file_is_damaged(place: str, tmp_path: Path) -> None:
-    """A file at the place that is not what was published is named, and nothing stays in the cache."""
+def test_a_modified_remote_file_is_reported_as_damaged(place: str, tmp_path: Path) -> None:
+    """A remote file that differs from the publication is reported, and nothing remains in the cache."""
     import fsspec
 
     publish(folder(tmp_path / "one", "1"), f"{place}/a")
@@ -145,13 +145,13 @@ def test_a_changed_file_is_damaged(place: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> dict[str, Path]:
-    """Three folders to publish."""
+    """Create three folders to publish."""
     Faulty.clear()
     return {text: folder(tmp_path / text, text) for text in ("old", "new", "next")}
 
 
 def faults() -> Iterator[tuple[int, bool]]:
-    """Yield the number of an operation and whether the process dies there, until none is reached any more."""
+    """Yield the number of an operation and whether the process is killed there, until a number is not reached."""
     for kills in (False, True):
         for number in itertools.count(1):
             yield number, kills
@@ -160,7 +160,7 @@ def faults() -> Iterator[tuple[int, bool]]:
 
 
 def survives(action: Callable[[], object]) -> bool:
-    """Run something that may fail or die; tell whether it came to its end."""
+    """Run an action that may fail or be killed; return whether it completed."""
     try:
         action()
     except (OSError, Dead):
@@ -169,7 +169,7 @@ def survives(action: Callable[[], object]) -> bool:
 
 
 def seen(cache: Path) -> str | None:
-    """Return which content is found under the name, whole."""
+    """Return the contents that are published under the name, after checking that they are complete."""
     Faulty.reset()
     found = list_published("faulty://place")
     if not found:
@@ -181,10 +181,10 @@ def seen(cache: Path) -> str | None:
 
 
 @pytest.mark.parametrize("replaces", [True, False])
-def test_every_failure_of_a_publication_leaves_the_old_or_the_new(
+def test_a_failed_publication_leaves_the_old_or_the_new_contents(
     sources: dict[str, Path], tmp_path: Path, replaces: bool
 ) -> None:
-    """Whatever operation fails or is the last one, a whole content is found: the new one if the call returned."""
+    """Wherever a publication fails or is killed, complete contents remain: the new ones if the call returned."""
     count = 0
     for number, kills in faults():
         Faulty.clear()
@@ -197,20 +197,20 @@ def test_every_failure_of_a_publication_leaves_the_old_or_the_new(
         assert found in ({"new"} if done else {"old" if replaces else None, "new"})
         publish(sources["next"], "faulty://place/a")
         assert seen(tmp_path / "cache") == "next"
-        # Nothing of what failed is left after the next one.
+        # The next publication removes everything that the failed one left.
         assert len(Faulty.store) == 4
         Faulty.operations = reached
         count += 1
-    # A fresh publication has 17 operations, killed or failed at each.
+    # A publication consists of 17 operations; each of them fails once and is killed once.
     assert count > 2 * 17
 
 
-def test_every_failure_of_a_removal_brings_nothing_old_back(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A removal that fails or is killed leaves the newest or nothing, never what that one had replaced."""
+def test_a_failed_removal_never_restores_old_contents(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A failed or killed removal leaves the newest publication or nothing, but never an older one."""
     for number, kills in faults():
         Faulty.clear()
         publish(sources["old"], "faulty://place/a")
-        # The old one stays behind the new, as after a kill.
+        # Keep the old publication next to the new one, as after a kill.
         kept = dict(Faulty.store)
         publish(sources["new"], "faulty://place/a")
         Faulty.store.update(kept)
@@ -222,8 +222,8 @@ def test_every_failure_of_a_removal_brings_nothing_old_back(sources: dict[str, P
         Faulty.operations = reached
 
 
-def test_every_failure_of_a_fetch_leaves_the_cache_whole(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A fetch that fails is an error, and the next one succeeds."""
+def test_a_failed_fetch_leaves_the_cache_intact(sources: dict[str, Path], tmp_path: Path) -> None:
+    """A failed fetch is an error, and the next fetch succeeds."""
     publish(sources["old"], "faulty://place/a")
     for number, kills in faults():
         cache = tmp_path / "cache" / f"{number}{kills}"
@@ -234,8 +234,8 @@ def test_every_failure_of_a_fetch_leaves_the_cache_whole(sources: dict[str, Path
         Faulty.operations = reached
 
 
-def test_what_a_kill_left_is_cleaned(sources: dict[str, Path]) -> None:
-    """Cleaning a place removes files without a record, and only those in folders of our form."""
+def test_leftovers_of_a_killed_process_are_cleaned_up(sources: dict[str, Path]) -> None:
+    """Cleanup removes files without a record, and only from folders with the name of a publication."""
     Faulty("x").pipe_file("/place/notes.txt", b"mine")
     publish(sources["old"], "faulty://place/a")
     Faulty.reset(fail_at=12, kills=True)
@@ -254,8 +254,8 @@ OUTSIDE = ("../a", "/a", "a//b", ".a", "a/..", "a\\b", "c:a", "published.json", 
 SAMPLE = Record(files={"a/b.txt": StoredFile(3, "00" * 32)}, is_folder=True, published_at=1.5)
 
 
-def test_a_part_of_a_record_is_none() -> None:
-    """A record cut at any byte, or with any bit changed, does not count."""
+def test_an_incomplete_record_is_ignored() -> None:
+    """A record that is truncated at any byte or has any changed bit is ignored."""
     data = SAMPLE.encode()
     assert Record.parse(data) == SAMPLE
     assert not any(Record.parse(data[:length]) for length in range(len(data)))
@@ -277,13 +277,13 @@ def test_a_part_of_a_record_is_none() -> None:
         *({"files": {path: {"bytes": 0, "sha256": ""}}} for path in OUTSIDE),
     ],
 )
-def test_a_record_of_another_form_is_none(changes: dict[str, object]) -> None:
-    """A record whose paths lead out of the folder, or that says what we never write, does not count."""
+def test_an_invalid_record_is_ignored(changes: dict[str, object]) -> None:
+    """A record with paths outside the folder, or with unknown contents, is ignored."""
     line = json.dumps({**json.loads(SAMPLE.encode().partition(b"\n")[0]), **changes}).encode()
     assert Record.parse(line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n") is None
 
 
-def test_a_later_generation_is_greater_whatever_the_clock_says() -> None:
+def test_a_later_generation_is_greater_regardless_of_the_clock() -> None:
     """A publication after one from a machine whose clock is ahead is still the later one."""
     ahead = Generation("a", 1 << 62, "ffffffff")
     later = Generation.after("a", [ahead])
@@ -296,8 +296,8 @@ def test_a_later_generation_is_greater_whatever_the_clock_says() -> None:
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 
-def test_places_that_cannot_be_are_told(tmp_path: Path) -> None:
-    """A URL without a folder, or with a chain of file systems, is refused; unknown schemes are not remote."""
+def test_unsupported_urls_are_rejected(tmp_path: Path) -> None:
+    """A URL without a folder or with chained file systems is rejected; unknown schemes are not remote."""
     for url in ("memory://a", "simplecache::memory://a/b", "memory://"):
         with pytest.raises(CheckpointError, match="is no place for files"):
             publish(tmp_path, url)
@@ -305,12 +305,12 @@ def test_places_that_cannot_be_are_told(tmp_path: Path) -> None:
         list_published("unheard://x")
     assert is_remote_scheme("memory")
     assert is_remote_scheme("norename")  # registered by a program
-    assert is_remote_scheme("s3")  # whether or not its package is installed
+    assert is_remote_scheme("s3")  # even if its package is not installed
     assert not is_remote_scheme("unheard")
 
 
-def test_fsspec_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without fsspec the error says how to get it, and no scheme is known."""
+def test_a_missing_fsspec_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without fsspec, the error contains the install command, and no scheme is remote."""
     for name in ("fsspec", "fsspec.core"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=r"pip install stratagem\[remote\]"):
@@ -318,8 +318,8 @@ def test_fsspec_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch
     assert not is_remote_scheme("memory")
 
 
-def test_names_that_cannot_be_published_are_refused_first(tmp_path: Path) -> None:
-    """A hidden file would be refused by who fetches it, so it is not published."""
+def test_invalid_names_are_rejected_before_publishing(tmp_path: Path) -> None:
+    """A hidden file is not published, because fetching it would be rejected."""
     Faulty.clear()
     (tmp_path / ".hidden").write_text("x")
     with pytest.raises(ValueError, match="cannot be published"):

@@ -1,4 +1,4 @@
-"""What killed processes left is cleaned up, and nothing else."""
+"""Cleaning up the temporary files of killed processes, and only those."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stratagem.storage.temporary import TemporaryName, set_aside_path, temporary
 
 @pytest.fixture(scope="module")
 def dead_pid() -> int:
-    """The number of a process that has ended."""
+    """The PID of a process that has exited."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-def test_names_tell_what_they_are(tmp_path: Path) -> None:
-    """A temporary name leads back to the path, the process and the kind."""
+def test_temporary_names_can_be_parsed(tmp_path: Path) -> None:
+    """A temporary name encodes the target path, the process and the type."""
     target = tmp_path / "step_12.tmp-1"
     assert TemporaryName.parse(temporary_path(target)) == TemporaryName(target=target, pid=os.getpid(), set_aside=False)
     assert TemporaryName.parse(set_aside_path(target)) == TemporaryName(target=target, pid=os.getpid(), set_aside=True)
@@ -31,15 +31,15 @@ def test_names_tell_what_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["step_12", ".step_12", ".x.tmp-1", ".x.tmp-1-zzzzzzzz", "x.tmp-1-01234567"])
-def test_other_names_are_not_ours(tmp_path: Path, name: str) -> None:
-    """Files of others, hidden ones too, are never touched."""
+def test_other_names_are_not_temporaries(tmp_path: Path, name: str) -> None:
+    """Other files are never removed, even if they are hidden."""
     (tmp_path / name).touch()
     assert clean_temporaries(tmp_path).removed == ()
     assert (tmp_path / name).exists()
 
 
 def test_temporaries_of_dead_processes_are_removed(tmp_path: Path, dead_pid: int) -> None:
-    """Half-written files and directories go, and published ones stay."""
+    """Incomplete files and directories of dead processes are removed, and published ones are kept."""
     (tmp_path / "kept").touch()
     file = tmp_path / f".a.tmp-{dead_pid}-00000000"
     folder = tmp_path / f".b.tmp-{dead_pid}-00000000"
@@ -52,8 +52,8 @@ def test_temporaries_of_dead_processes_are_removed(tmp_path: Path, dead_pid: int
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_temporaries_of_living_processes_stay(tmp_path: Path) -> None:
-    """What this or another living process is just writing is left alone."""
+def test_temporaries_of_running_processes_are_kept(tmp_path: Path) -> None:
+    """Temporary files of this process and other running processes are kept."""
     paths = [temporary_path(tmp_path / "mine"), tmp_path / f".parent.tmp-{os.getppid()}-00000000"]
     for path in paths:
         path.touch()
@@ -62,15 +62,15 @@ def test_temporaries_of_living_processes_stay(tmp_path: Path) -> None:
 
 
 def test_a_restarted_container_cleans_up_after_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A temporary older than the living process of its number was left by an earlier process of that number."""
+    """A temporary file that is older than the process with its PID belongs to an earlier process and is removed."""
     path = temporary_path(tmp_path / "file")
     path.touch()
     monkeypatch.setattr(stale, "_start_time", lambda _: time.time() + 60)
     assert clean_temporaries(tmp_path).removed == (path,)
 
 
-def test_start_times_are_known() -> None:
-    """The start of this process lies before now, and after that of its ancestor process 1."""
+def test_start_times_are_available() -> None:
+    """This process started in the past, and after process 1."""
     started = stale._start_time(os.getpid())
     first = stale._start_time(1)
     assert started is not None
@@ -78,16 +78,16 @@ def test_start_times_are_known() -> None:
     assert first <= started <= time.time()
 
 
-def test_a_platform_without_proc_keeps_what_may_be_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where start times cannot be read, a living number is enough to keep the file."""
+def test_a_platform_without_proc_keeps_files_of_running_pids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If start times are not available, a running process with the same PID is enough to keep the file."""
     path = temporary_path(tmp_path / "file")
     path.touch()
     monkeypatch.setattr(stale, "_start_time", lambda _: None)
     assert clean_temporaries(tmp_path).removed == ()
 
 
-def test_of_several_old_ones_the_newest_is_put_back(tmp_path: Path, dead_pid: int) -> None:
-    """After several kills the content that was published last comes back, and older ones go."""
+def test_the_newest_replaced_directory_is_restored(tmp_path: Path, dead_pid: int) -> None:
+    """Of several replaced directories, the one that was published last is restored, and the others are removed."""
     for name, age in (("00000000", 100), ("11111111", 10), ("22222222", 50)):
         folder = tmp_path / f".target.old-{dead_pid}-{name}"
         folder.mkdir()
@@ -98,8 +98,8 @@ def test_of_several_old_ones_the_newest_is_put_back(tmp_path: Path, dead_pid: in
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "11111111"]
 
 
-def test_old_content_goes_where_the_new_came(tmp_path: Path, dead_pid: int) -> None:
-    """Content that was replaced is removed, not put back."""
+def test_a_replaced_directory_is_removed_if_the_new_one_exists(tmp_path: Path, dead_pid: int) -> None:
+    """A replaced directory is removed if the new one exists."""
     (tmp_path / "target").mkdir()
     (tmp_path / f".target.old-{dead_pid}-00000000").mkdir()
     assert clean_temporaries(tmp_path).restored == ()
