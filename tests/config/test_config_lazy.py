@@ -86,7 +86,7 @@ def bases(tmp_path):
     return load
 
 
-def test_read_base_reads_files(bases):
+def test_read_base_imports_the_names_of_a_file(bases):
     """``read_base`` imports the names of a file; later edits are merged over them, and all line numbers are known."""
     config = bases("model.update(depth=5)\noptimizer.lr = 0.2\n")
     assert config.to_dict() == {

@@ -45,7 +45,7 @@ def registry(tmp_path, monkeypatch):
     sys.modules.pop("modelhub", None)
 
 
-def test_a_prefix_names_the_models_that_a_function_makes(registry):
+def test_a_prefix_selects_the_models_of_a_factory(registry):
     """``hub.small`` calls the library's function with that name, and its arguments are checked."""
     built = registry.build({"type": "hub.small", "width": 3})
     assert (built.name, built.width) == ("small", 3)

@@ -30,7 +30,7 @@ def test_remove_handles_files_links_and_trees(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
-def test_sizes_are_summed(tmp_path: Path) -> None:
+def test_the_size_of_a_tree_is_the_sum_of_its_files(tmp_path: Path) -> None:
     """The size of a tree is the sum of its files, 2 + 3 bytes here, at any depth."""
     (tmp_path / "tree" / "inner").mkdir(parents=True)
     (tmp_path / "tree" / "two").write_bytes(b"12")
@@ -67,7 +67,7 @@ def test_syncing_a_missing_tree_is_an_error(tmp_path: Path) -> None:
         fsync_tree(tmp_path / "missing")
 
 
-def test_two_names_are_swapped(tmp_path: Path) -> None:
+def test_exchange_swaps_two_names(tmp_path: Path) -> None:
     """``exchange`` atomically swaps the names of two directories."""
     (tmp_path / "a" / "was_a").mkdir(parents=True)
     (tmp_path / "b" / "was_b").mkdir(parents=True)

@@ -34,7 +34,7 @@ def test_the_report_contains_no_environment_variables(monkeypatch: pytest.Monkey
     assert "its-secret-value" not in repr(collect_env())
 
 
-def test_a_machine_without_compiler_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_omitted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without gcc, the report has no compiler line."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "GCC" not in collect_env()
