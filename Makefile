@@ -6,10 +6,13 @@ LAUNCHERS := .venv/.launchers
 # Each engine has a separate environment: ColossalAI pins old versions of many packages.
 DEEPSPEED := .venv-deepspeed
 COLOSSALAI := .venv-colossalai
+# For `make bits`: the git revision to compare with, and a regular expression of job names.
+BASE ?= HEAD
+ONLY ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai faults matrix check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai faults matrix bits check format bench clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -85,10 +88,13 @@ format: setup ## Format the code.
 	$(BIN)/ruff format .
 
 bench: setup ## Run the benchmarks (training step, import time and others).
-	@set -e; for file in $(filter-out benchmarks/matrix.py benchmarks/peak.py benchmarks/environments.py benchmarks/mlp_arms.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
+	@set -e; for file in $(filter-out $(wildcard benchmarks/bits*.py) benchmarks/matrix.py benchmarks/peak.py benchmarks/environments.py benchmarks/mlp_arms.py,$(wildcard benchmarks/*.py)); do echo "== $$file"; $(BIN)/python $$file; done
 
 matrix: setup ## Resume checkpoints of every placement under every other, and write docs/matrix.md.
 	$(BIN)/python benchmarks/matrix.py --write docs/matrix.md
+
+bits: setup ## Compare training with BASE=REVISION bit for bit (ONLY=PATTERN selects jobs).
+	$(BIN)/python benchmarks/bits.py --base '$(BASE)' --only '$(ONLY)'
 
 clean: ## Remove everything that these targets created.
 	rm -rf .venv $(DEEPSPEED) $(COLOSSALAI) .mypy_cache .ruff_cache .pytest_cache .hypothesis work_dirs
