@@ -1,0 +1,1 @@
+"""Which checkpoints a run has: their order, the newest one, what each records, and which are kept."""

@@ -1,0 +1,1 @@
+"""Convert a checkpoint to another format and compare two checkpoints."""

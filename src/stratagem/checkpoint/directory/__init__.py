@@ -1,0 +1,1 @@
+"""The directory format: a manifest, safetensors files and JSON, written by all ranks and verified when read."""

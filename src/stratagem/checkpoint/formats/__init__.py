@@ -1,0 +1,1 @@
+"""The other formats a checkpoint can have, and the choice between them."""

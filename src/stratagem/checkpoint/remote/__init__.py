@@ -1,0 +1,1 @@
+"""Checkpoints and weights that are not on the local disk: URLs, object stores, model hubs."""

@@ -1,0 +1,1 @@
+"""``stratagem ckpt``: inspect, verify, compare, convert and prune checkpoints."""

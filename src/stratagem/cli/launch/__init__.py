@@ -1,0 +1,1 @@
+"""Start a command in several processes."""

@@ -1,0 +1,1 @@
+"""Detect ranks that have died or hang."""

@@ -1,0 +1,1 @@
+"""Parameters sharded across ranks with ``fully_shard``, optionally with tensor parallelism."""

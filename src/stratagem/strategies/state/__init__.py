@@ -1,0 +1,1 @@
+"""What a strategy saves and restores."""

@@ -1,0 +1,1 @@
+"""Operations on tensors that may be sharded across ranks."""

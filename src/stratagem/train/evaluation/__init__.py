@@ -1,0 +1,1 @@
+"""Validation and test metrics, also when ranks have different numbers of batches."""

@@ -1,0 +1,1 @@
+"""Where a run starts from: a checkpoint, a relaunch, a rollback, a requeued job."""
