@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from stratagem import Runner
 from stratagem.model import SupervisedModel
 from stratagem.train import Hook
-from stratagem.train.priority import Priority
+from stratagem.train.hook_priority import Priority
 
 __all__ = ["CallCounter", "CpuClock", "Meter", "final_loss", "one_thread", "train_by_hand", "train_with_engine"]
 

@@ -40,7 +40,7 @@ from stratagem import Config
 from stratagem.dist import all_gather_object, barrier, infer_launcher
 from stratagem.model import Trainable
 from stratagem.registry import STRATEGIES
-from stratagem.strategies.building import build_model
+from stratagem.strategies.setup.building import build_model
 
 EXAMPLE: Final = Path(__file__).parent.parent / "examples" / "gpt" / "config.py"
 MODEL: Final = {"type": "Gpt", "tokens": 67, "length": 64, "width": 512, "blocks": 6, "heads": 8}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ranks import Ranks, seed_generators
-from stratagem.utils import secret_values
+from stratagem.utils.secrets import values as secret_values
 
 # The same examples in every run, without a database in the working directory.
 hypothesis.settings.register_profile("stratagem", derandomize=True, deadline=None, database=None)

@@ -16,7 +16,7 @@ from stratagem.cli.main import main
 from stratagem.errors import ConfigValueError
 from stratagem.model import BaseModel
 from stratagem.registry import DATASETS, FUNCTIONS, MODELS, TOKENIZERS
-from stratagem.strategies.building import build_optim_wrapper
+from stratagem.strategies.setup.building import build_optim_wrapper
 from stratagem.train import Hook
 
 CONFIG = Path(__file__).parents[1] / "examples" / "gpt" / "config.py"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stratagem.config import Config, check
-from stratagem.sections import SECTIONS
+from stratagem.config_schema import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)

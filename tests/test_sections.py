@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from stratagem.config import Config, Section, check, require
+from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigKeyError
 from stratagem.registry import DATASETS, TOKENIZERS
 from stratagem.runner import _ARGUMENTS
-from stratagem.sections import SECTIONS
-from stratagem.strategies.auto_scale import _KEYS as _SCALE_KEYS
-from stratagem.strategies.environment import _KEYS, _RANDOMNESS_KEYS
+from stratagem.strategies.setup.auto_scale import _KEYS as _SCALE_KEYS
+from stratagem.strategies.setup.environment import _KEYS, _RANDOMNESS_KEYS
 from stratagem.train.building import _DEFAULT_HOOKS
 
 EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/**/*config*.*"))

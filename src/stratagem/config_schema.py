@@ -135,7 +135,7 @@ SECTIONS: Mapping[str, Rule] = {
     "env_cfg": Section(
         keys={
             **dict.fromkeys(("cudnn_benchmark", "mp_cfg", "resource_limit"), _FREE),
-            "dist_cfg": Section(target="stratagem.dist:init_dist"),
+            "dist_cfg": Section(target="stratagem.distributed:init_dist"),
         }
     ),
     "randomness": _keys("seed", "diff_rank_seed", "deterministic"),

@@ -13,21 +13,21 @@ from torch.utils.data import DataLoader
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, require, show
 from stratagem.config.text import text_of
+from stratagem.config_schema import SECTIONS
 from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import switch_scope
-from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
-from stratagem.strategies.building import with_preprocessor
 from stratagem.strategies.choice import choose_strategy
-from stratagem.strategies.one_config import require_one_config
+from stratagem.strategies.setup.building import with_preprocessor
+from stratagem.strategies.setup.same_config_check import require_one_config
 from stratagem.train import Hook, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
-from stratagem.train.origin import Origin, find_place
-from stratagem.train.rollback import RollBackError, roll_back
-from stratagem.train.starts import end_interrupted, is_complete, recorded
-from stratagem.utils.secret_values import allow_in_texts
+from stratagem.train.resume.rollback import RollBackError, roll_back
+from stratagem.train.resume.session_record import end_interrupted, is_complete, recorded
+from stratagem.train.resume.source import Origin, find_place
+from stratagem.utils.secrets.values import allow_in_texts
 
 __all__ = ["Runner"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stratagem.checkpoint import DirectoryFormat, read_manifest, remove_checkpoints, verify_checkpoint
-from stratagem.checkpoint.digest import digest_of
+from stratagem.checkpoint.directory.digest import digest_of
 from stratagem.errors import CheckpointDamagedError
 
 

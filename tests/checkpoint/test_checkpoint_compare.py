@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratagem.checkpoint.compare import Difference, compare
+from stratagem.checkpoint.convert.compare import Difference, compare
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stratagem.checkpoint import CheckpointLoader, convert, save_checkpoint
-from stratagem.checkpoint.compare import compare
-from stratagem.checkpoint.convert import convert_checkpoint, opened_checkpoint
-from stratagem.checkpoint.dcp import is_dcp_directory
+from stratagem.checkpoint import CheckpointLoader, save_checkpoint
+from stratagem.checkpoint.convert import convert
+from stratagem.checkpoint.convert.compare import compare
+from stratagem.checkpoint.convert.convert import convert_checkpoint, opened_checkpoint
+from stratagem.checkpoint.formats.dcp import is_dcp_directory
 from stratagem.errors import CheckpointError
 
 

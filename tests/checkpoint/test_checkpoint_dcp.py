@@ -17,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from ranks import Ranks
 from stratagem.checkpoint import load_checkpoint
-from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory, save_dcp
+from stratagem.checkpoint.formats.dcp import DcpDirectory, is_dcp_directory, save_dcp
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 TREE = {

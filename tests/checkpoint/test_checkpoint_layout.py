@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
+from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, TensorSpec
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 SPECS = st.dictionaries(

@@ -18,7 +18,7 @@ from stratagem.checkpoint import (
     saved_by,
     saved_in,
 )
-from stratagem.cli.ckpt_list import list_checkpoints as print_checkpoints
+from stratagem.cli.ckpt.listing import list_checkpoints as print_checkpoints
 
 
 def save(

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ranks import Ranks
-from stratagem.checkpoint.layout import TensorSpec
-from stratagem.checkpoint.plan import _divide, make_plan
-from stratagem.checkpoint.regions import Region
+from stratagem.checkpoint.directory.tensor_layout import TensorSpec
+from stratagem.checkpoint.directory.write_plan import _divide, make_plan
+from stratagem.checkpoint.tree.boxes import Region
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError
 

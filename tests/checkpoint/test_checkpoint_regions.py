@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratagem.checkpoint.regions import Region, tiles
+from stratagem.checkpoint.tree.boxes import Region, tiles
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 

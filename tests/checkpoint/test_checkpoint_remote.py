@@ -14,7 +14,7 @@ import torch
 from faulty_places import register
 from ranks import Ranks
 from stratagem.checkpoint import CheckpointLoader, latest_remote, save_checkpoint, save_remote
-from stratagem.checkpoint.remote import _check_shared
+from stratagem.checkpoint.remote.checkpoint_urls import _check_shared
 from stratagem.dist import Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save
 
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
-from stratagem.checkpoint.download import _SafeRedirects
-from stratagem.checkpoint.sources import cache_folder
+from stratagem.checkpoint.remote.download import _SafeRedirects
+from stratagem.checkpoint.remote.sources import cache_folder
 from stratagem.errors import (
     CheckpointDamagedError,
     CheckpointError,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stratagem.checkpoint import CheckpointLoader, DirectoryFormat, read_any
-from stratagem.checkpoint.convert import convert_checkpoint
+from stratagem.checkpoint.convert.convert import convert_checkpoint
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}

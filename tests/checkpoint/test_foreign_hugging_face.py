@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stratagem.checkpoint import CheckpointLoader, load_checkpoint
-from stratagem.checkpoint.sources import read_any
+from stratagem.checkpoint.remote.sources import read_any
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pickles import Raw, build, call, encode, name, new, overlapping, pickle_of, storage, tensor, write
 
 from stratagem.checkpoint import CheckpointLoader, SingleFileFormat, split_tree
-from stratagem.checkpoint.inert import Values, read_pickle
+from stratagem.checkpoint.restricted_unpickler import Values, read_pickle
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 PROOF = "executed"
@@ -229,7 +229,7 @@ _PROBE = """
 import resource, sys
 from pathlib import Path
 from stratagem.checkpoint import SingleFileFormat
-from stratagem.checkpoint.inert import Values, read_pickle
+from stratagem.checkpoint.restricted_unpickler import Values, read_pickle
 from stratagem.errors import CheckpointError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ranks import Ranks
 from stratagem.checkpoint import BackgroundSaver, Pieces, Region, read_any, save_checkpoint, take_box, take_range
-from stratagem.checkpoint.regions import boxes
+from stratagem.checkpoint.tree.boxes import boxes
 from stratagem.dist import Team
 from stratagem.errors import CheckpointError, CheckpointMismatchError
 

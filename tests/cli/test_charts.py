@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from stratagem.cli.braille import print_chart
-from stratagem.cli.charts import Chart, Line, Mark, Panel, wants_log_scale
+from stratagem.cli.plot.braille import print_chart
+from stratagem.cli.plot.charts import Chart, Line, Mark, Panel, wants_log_scale
 
 
 def drawn(panel: Panel, *, width: int = 100, log_x: bool = False, end: float = 10.0) -> list[str]:

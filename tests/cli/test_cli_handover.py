@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stratagem.cli.handover import NPROC_VARIABLE, STATUS_KEY, claim_telling, restart_notice
+from stratagem.cli.launch.child_status import NPROC_VARIABLE, STATUS_KEY, claim_telling, restart_notice
 
 
 def rank(folder: Path, number: int, attempt: int = 0) -> dict[str, str]:

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import stratagem as package
-from stratagem.cli.parity import Found, train_variant
-from stratagem.cli.parity_variants import Trial, Variant, variants
+from stratagem.cli.parity.command import Found, train_variant
+from stratagem.cli.parity.variants import Trial, Variant, variants
 from stratagem.config import Config
-from stratagem.train.parity import Comparison, Difference, Traits, compare_traces
+from stratagem.train.tools.trace_comparison import Comparison, Difference, Traits, compare_traces
 
 Command = Callable[..., Any]
 CONFIG = Path(__file__).with_name("toy_config.py")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stratagem.checkpoint import save_checkpoint
-from stratagem.train.lineage import RECORD, read_record
+from stratagem.train.run.run_history import RECORD, read_record
 
 Command = Callable[..., Any]
 

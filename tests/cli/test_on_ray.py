@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stratagem.cli.on_ray import rank_environments
-from stratagem.cli.ray_actor import Seat
+from stratagem.cli.launch.on_ray import rank_environments
+from stratagem.cli.launch.ray_actor import Seat
 from stratagem.dist import infer_launcher, read_launch
 
 

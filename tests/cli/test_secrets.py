@@ -11,7 +11,7 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from stratagem.utils import secret_values
+from stratagem.utils.secrets import values as secret_values
 
 Command = Callable[..., Any]
 

@@ -15,10 +15,10 @@ from torch import nn
 from stratagem.config import Config
 from stratagem.config.node import ConfigDict
 from stratagem.errors import ConfigError, ConfigParsingError, ConfigTypeError, ConfigValueError, MissingDependencyError
-from stratagem.parallel.sharding import Sharding
-from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Registry, allow_packages, trust
-from stratagem.strategies.building import compile_model
-from stratagem.strategies.environment import set_up_environment
+from stratagem.parallel.fsdp.options import Sharding
+from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Registry, allow_packages, import_policy
+from stratagem.strategies.setup.building import compile_model
+from stratagem.strategies.setup.environment import set_up_environment
 from stratagem.utils.data_names import DataName, data_keys
 from stratagem.utils.data_rules import refused_arguments
 
@@ -87,7 +87,7 @@ def test_built_in_dotted_names_can_be_used_in_data_files():
 
 def test_the_program_can_allow_a_package(monkeypatch):
     """Names in a package that the program allows can be used, but not in packages with the same prefix."""
-    monkeypatch.setattr(trust, "_allowed", set())
+    monkeypatch.setattr(import_policy, "_allowed", set())
     allow_packages("fractions")
     registry = Registry("number", scope="test")
     assert registry.build({"type": DataName("fractions.Fraction"), "numerator": 3}) == 3
@@ -165,7 +165,7 @@ def test_the_package_of_a_base_is_imported_if_the_program_allows_it(tmp_path, mo
     (tmp_path / "based_package" / "base.yaml").write_text("model: {type: Ten}\n")
     (tmp_path / "run.yaml").write_text("_base_: 'based_package::base.yaml'\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(trust, "_allowed", set())
+    monkeypatch.setattr(import_policy, "_allowed", set())
     allow_packages("based_package")
     try:
         assert MODELS.build(Config.fromfile(tmp_path / "run.yaml").model) == 10

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from stratagem.dist import LAUNCHERS, Launch, infer_launcher, read_launch
-from stratagem.dist.launch import describe_stray
+from stratagem.distributed.rendezvous.launch import describe_stray
 from stratagem.errors import LaunchError
 
 TORCHRUN = {

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stratagem.dist.hostlist import expand_hostlist
+from stratagem.distributed.rendezvous.hostlist import expand_hostlist
 from stratagem.errors import LaunchError
 
 

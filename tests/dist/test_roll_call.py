@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import HashStore
 
 from stratagem.dist import Launch
-from stratagem.dist.roll_call import call_roll
+from stratagem.distributed.rendezvous.membership_check import call_roll
 from stratagem.errors import LaunchError
 
 
@@ -58,6 +58,6 @@ def test_a_rank_that_does_not_come() -> None:
 
 def test_a_rank_0_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others say whom they wait for."""
-    monkeypatch.setattr("stratagem.dist.roll_call._FAREWELL_S", 0.0)
+    monkeypatch.setattr("stratagem.distributed.rendezvous.membership_check._FAREWELL_S", 0.0)
     (told,) = call([(1, 2)], seconds=0.3)
     assert "rank 0 did not come within 0.3 s" in (told or "")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from stratagem.dist.signpost import Signpost, follow_signpost, job_ports
+from stratagem.distributed.rendezvous.port_discovery import Signpost, follow_signpost, job_ports
 from stratagem.errors import LaunchError
 
 HERE = "127.0.0.1"
@@ -36,7 +36,7 @@ def test_ranks_are_led_to_the_store(open_things: ExitStack) -> None:
 
 def test_jobs_that_want_the_same_port_do_not_collide(open_things: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second job takes its next port, and neither one's ranks are led to the other."""
-    monkeypatch.setattr("stratagem.dist.signpost.job_ports", lambda job: job_ports("either"))
+    monkeypatch.setattr("stratagem.distributed.rendezvous.port_discovery.job_ports", lambda job: job_ports("either"))
     first, second = post(open_things, "job 1", 1111), post(open_things, "job 12", 2222)
     assert first.port != second.port
     assert follow_signpost("job 12", HERE, 5) == 2222
@@ -45,7 +45,7 @@ def test_jobs_that_want_the_same_port_do_not_collide(open_things: ExitStack, mon
 
 def test_a_stranger_on_the_port_is_passed_by(open_things: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that accepts and says nothing costs a moment, not the run."""
-    monkeypatch.setattr("stratagem.dist.signpost._PROBE_S", 0.1)
+    monkeypatch.setattr("stratagem.distributed.rendezvous.port_discovery._PROBE_S", 0.1)
     open_things.enter_context(socket.create_server((HERE, job_ports("job 3")[0])))
     signpost = post(open_things, "job 3", 3333)
     assert signpost.port == job_ports("job 3")[1]

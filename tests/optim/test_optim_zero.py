@@ -17,6 +17,6 @@ def test_one_process_has_nobody_to_share_with() -> None:
     with warnings.catch_warnings():
         # torch.distributed.optim scripts functions when it is imported, and torch warns of that.
         warnings.simplefilter("ignore", DeprecationWarning)
-        zero = import_object("stratagem.optim.zero:ZeroRedundancyOptimizer")
+        zero = import_object("stratagem.optim.zero_redundancy:ZeroRedundancyOptimizer")
     with pytest.raises(ConfigValueError, match="Use AdamW itself"):
         zero([nn.Parameter(torch.zeros(1))], "AdamW", lr=0.1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from stratagem.parallel.initial_weights import named_tensors
-from stratagem.parallel.tape import INIT_FUNCTIONS, Tape
+from stratagem.parallel.deferred_init.materialize import named_tensors
+from stratagem.parallel.deferred_init.recorder import INIT_FUNCTIONS, Tape
 
 
 def filled(fill: Callable[[Tensor], object], *shape: int) -> Callable[[], nn.Module]:

@@ -12,7 +12,7 @@ import torch
 
 from stratagem.config import Config
 from stratagem.errors import ConfigError, ConfigValueError, MissingDependencyError
-from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Members, Registry, allow_packages, trust
+from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Members, Registry, allow_packages, import_policy
 from stratagem.utils.data_names import DataName
 from stratagem.utils.data_rules import refused_arguments, rules_of
 from stratagem.utils.signatures import arguments_of
@@ -224,7 +224,7 @@ def test_a_program_may_give_a_loader_any_argument(monkeypatch: pytest.MonkeyPatc
     asked = {"pretrained_model_name_or_path": "x", "weights_only": False, "device_map": "auto"}
     made = MODELS.build({"type": "transformers.AutoModel.from_pretrained", **asked})
     assert made.called == asked
-    monkeypatch.setattr(trust, "_allowed", set())
+    monkeypatch.setattr(import_policy, "_allowed", set())
     allow_packages("transformers")
     text = "type: transformers.AutoModel.from_pretrained, pretrained_model_name_or_path: x, device_map: auto"
     assert build(text).called == {"pretrained_model_name_or_path": "x", "device_map": "auto"}
@@ -462,7 +462,7 @@ def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "allowed_here" / "__init__.py").write_text(ALLOWED)
     (tmp_path / "allowed_here" / "inner.py").write_text("def make(width): return ('made', width)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(trust, "_allowed", set())
+    monkeypatch.setattr(import_policy, "_allowed", set())
     allow_packages("allowed_here")
     yield
     _forget("allowed_here")

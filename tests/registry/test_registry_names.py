@@ -16,7 +16,7 @@ from stratagem.registry import (
     Registry,
     switch_scope,
 )
-from stratagem.registry.trust import TargetImportError
+from stratagem.registry.import_policy import TargetImportError
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch.optim import SGD
 
 from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.optim import OptimWrapper, OptimWrapperDict
-from stratagem.strategies.auto_scale import AutoScale
+from stratagem.strategies.setup.auto_scale import AutoScale
 
 
 def wrapper(*rates: float, **options: int) -> OptimWrapper:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from stratagem.config import Config
+from stratagem.engines.colossalai.clipping import max_norm_of
+from stratagem.engines.colossalai.options import PluginSpec, parse_plugin, refuse_other_wrappers
 from stratagem.errors import (
     ConfigKeyError,
     ConfigTypeError,
@@ -20,8 +22,6 @@ from stratagem.errors import (
 from stratagem.optim.gradients import parse_clipping
 from stratagem.registry import OPTIM_WRAPPERS, STRATEGIES
 from stratagem.strategies import ColossalAIStrategy
-from stratagem.strategies.engines.colossalai.clipping import max_norm_of
-from stratagem.strategies.engines.colossalai.options import PluginSpec, parse_plugin, refuse_other_wrappers
 
 without_colossalai = pytest.mark.skipif(
     importlib.util.find_spec("colossalai") is not None, reason="ColossalAI is installed here"

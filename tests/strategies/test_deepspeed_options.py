@@ -12,6 +12,15 @@ import torch
 from torch import nn
 
 from stratagem import DeepSpeedStrategy as OfTheTop
+from stratagem.engines.deepspeed.elementwise_check import refuse_by_name, require_elementwise
+from stratagem.engines.deepspeed.optimizer_section import (
+    kernels_explained,
+    with_accumulation,
+    with_clipping,
+    with_optimizer,
+)
+from stratagem.engines.deepspeed.options import Options
+from stratagem.engines.deepspeed.wrapper import require_plain_wrapper
 from stratagem.errors import (
     ConfigError,
     ConfigFileError,
@@ -25,15 +34,6 @@ from stratagem.errors import (
 from stratagem.optim import AmpOptimWrapper, OptimWrapper
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS, STRATEGIES
 from stratagem.strategies import DeepSpeedStrategy
-from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name, require_elementwise
-from stratagem.strategies.engines.deepspeed.optim import require_plain_wrapper
-from stratagem.strategies.engines.deepspeed.optimizer_section import (
-    kernels_explained,
-    with_accumulation,
-    with_clipping,
-    with_optimizer,
-)
-from stratagem.strategies.engines.deepspeed.options import Options
 
 
 def parse(config: Any = None, inputs_to_half: Any = None, **named: Any) -> Options:

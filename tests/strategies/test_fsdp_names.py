@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stratagem.errors import ConfigError, ConfigKeyError, ConfigTypeError, ConfigValueError
-from stratagem.parallel.sharding import Precision, Sharding
+from stratagem.parallel.fsdp.options import Precision, Sharding
 from stratagem.strategies.fsdp_names import from_model_wrapper, state_of
 
 OWN: dict[str, Any] = {

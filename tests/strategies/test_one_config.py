@@ -8,7 +8,7 @@ import pytest
 
 from ranks import Ranks
 from stratagem.errors import LaunchError
-from stratagem.strategies.one_config import require_one_config
+from stratagem.strategies.setup.same_config_check import require_one_config
 
 
 def compare(texts: list[str]) -> str | None:

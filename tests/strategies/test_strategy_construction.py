@@ -26,7 +26,8 @@ from stratagem.errors import (
     PlacementError,
     WorkDirError,
 )
-from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy, environment
+from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy
+from stratagem.strategies.setup import environment
 
 Make = Callable[..., BaseStrategy]
 

@@ -18,7 +18,7 @@ from toys import VALIDATION, Samples, loader
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
-from stratagem.checkpoint.compare import compare
+from stratagem.checkpoint.convert.compare import compare
 from stratagem.model import BaseModel
 from stratagem.train import Hook
 

@@ -20,7 +20,7 @@ from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, read_manifest
 from stratagem.errors import CheckpointError, ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.train import BaseMetric, CheckpointHook
-from stratagem.train.best import BestScores, greater_is_better
+from stratagem.train.hooks.best_scores import BestScores, greater_is_better
 
 MakeRunner = Callable[..., Runner]
 

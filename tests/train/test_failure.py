@@ -10,7 +10,7 @@ import torch
 from ranks import Ranks
 from stratagem.dist import Failure, Team, all_reduce, get_rank
 from stratagem.errors import TrainingError
-from stratagem.train.failure import RankGuard, describe_batch
+from stratagem.train.run.rank_guard import RankGuard, describe_batch
 
 
 @pytest.mark.parametrize(

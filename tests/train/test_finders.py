@@ -16,8 +16,8 @@ from toys import Samples, Toy, loader, settings
 from stratagem import Runner
 from stratagem.errors import ConfigKeyError, ConfigValueError, PlacementError, TrainingError
 from stratagem.model import BaseModel
-from stratagem.train.finders import find_batch_size, find_learning_rate
-from stratagem.train.finders.batch_size import _largest
+from stratagem.train.tools import find_batch_size, find_learning_rate
+from stratagem.train.tools.find_batch_size import _largest
 
 MakeRunner = Callable[..., Runner]
 

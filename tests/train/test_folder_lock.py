@@ -17,7 +17,7 @@ import pytest
 from stratagem import Runner
 from stratagem.errors import WorkDirError
 from stratagem.train import Hook
-from stratagem.train.lock import folder_lock
+from stratagem.train.run.work_dir_lock import folder_lock
 
 MakeRunner = Callable[..., Runner]
 LOGGER = logging.getLogger("lock")
@@ -28,7 +28,7 @@ NAME = ".training.json"
 HOLDER = """
 import logging, sys, time
 from pathlib import Path
-from stratagem.train.lock import folder_lock
+from stratagem.train.run.work_dir_lock import folder_lock
 with folder_lock(Path(sys.argv[1]), logging.getLogger()):
     print("held", flush=True)
     time.sleep(600)

@@ -14,9 +14,9 @@ from stratagem import Runner
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.dist import Agreement, get_rank
 from stratagem.train import Hook
-from stratagem.train.interrupt import Interrupt
-from stratagem.train.lineage import read_record
-from stratagem.train.signals import signals
+from stratagem.train.run.interrupt import Interrupt
+from stratagem.train.run.run_history import read_record
+from stratagem.train.run.signals import signals
 
 MakeRunner = Callable[..., Runner]
 

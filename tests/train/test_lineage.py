@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from stratagem.errors import CheckpointDamagedError
-from stratagem.train.lineage import RECORD, Ending, Lineage, Start, read_record
+from stratagem.train.run.run_history import RECORD, Ending, Lineage, Start, read_record
 
 FIRST = Start(name="run/20260101_000000", epoch=0, iter=0, strategy="SingleDeviceStrategy", world_size=1)
 SECOND = Start(

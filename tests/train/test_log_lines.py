@@ -1,7 +1,7 @@
 import pytest
 
 from stratagem.train import Progress
-from stratagem.train.log_lines import bar_label, evaluation_line, train_line, train_place
+from stratagem.train.hooks.log_format import bar_label, evaluation_line, train_line, train_place
 
 EPOCHS = Progress(epoch=1, iter=174, batch=49, max_epochs=12, max_iters=1500, epoch_length=125)
 ITERATIONS = Progress(iter=9, batch=9, max_iters=1000, epoch_length=125)

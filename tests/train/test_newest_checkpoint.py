@@ -26,7 +26,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.errors import CheckpointDamagedError, ConfigValueError, TrainingError
 from stratagem.train import CheckpointHook, Hook
-from stratagem.train.rollback import RollBackError
+from stratagem.train.resume.rollback import RollBackError
 
 MakeRunner = Callable[..., Runner]
 FUTURE = 4e9

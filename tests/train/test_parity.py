@@ -8,7 +8,7 @@ import torch
 
 from stratagem.checkpoint import save_checkpoint
 from stratagem.errors import TrainingError
-from stratagem.train.parity import Difference, compare_traces
+from stratagem.train.tools.trace_comparison import Difference, compare_traces
 
 
 def write(folder: Path, steps: list[tuple[float, list[float], list[float]]]) -> Path:

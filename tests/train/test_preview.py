@@ -10,7 +10,7 @@ from torch import nn
 from toys import Samples, Toy, loader
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.train.preview import RunPreview, preview_run
+from stratagem.train.tools.schedule_preview import RunPreview, preview_run
 
 # 13 samples in batches of 2 are 7 iterations, 3 epochs are 21.
 PARTS: Mapping[str, Any] = {

@@ -9,8 +9,8 @@ import pytest
 from manifests import change_manifest
 from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import Peer
-from stratagem.train.requeue import requeue_job
-from stratagem.train.restart import Launched, continue_launch
+from stratagem.train.resume.relaunch import Launched, continue_launch
+from stratagem.train.resume.slurm_requeue import requeue_job
 
 # Not under the package: tests before may have taken its loggers.
 LOGGER = logging.getLogger("test-of-restarts")

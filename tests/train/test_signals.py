@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from stratagem.train.interrupt import Interrupt
-from stratagem.train.signals import SIGNALS, signals
+from stratagem.train.run.interrupt import Interrupt
+from stratagem.train.run.signals import SIGNALS, signals
 
 
 def send(number: int = signal.SIGINT) -> None:
@@ -85,7 +85,7 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck():
     """Python's handlers would never run there; the thread that hears ends the process, with the signal's status."""
     source = (
         "import ctypes\n"
-        "from stratagem.train.signals import signals\n"
+        "from stratagem.train.run.signals import signals\n"
         "with signals.listening():\n"
         "    print('ready', flush=True)\n"
         # It waits again after each signal, as an exchange with a rank that is gone does.

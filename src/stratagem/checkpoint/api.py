@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratagem.checkpoint.formats import format_for
-from stratagem.checkpoint.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
-from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.remote import save_remote
-from stratagem.checkpoint.sources import CheckpointLoader
-from stratagem.checkpoint.tree import StateTree
-from stratagem.dist import ALONE, Team
+from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.formats.choice import format_for
+from stratagem.checkpoint.remote.checkpoint_urls import save_remote
+from stratagem.checkpoint.remote.sources import CheckpointLoader
+from stratagem.checkpoint.tree.flatten import StateTree
+from stratagem.checkpoint.tree.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
+from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointError
 from stratagem.model import bare_model
 from stratagem.storage import is_remote_scheme

@@ -12,12 +12,12 @@ from typing import final
 from torch import Tensor
 
 from stratagem.checkpoint.api import refuse_unwritable, write_at
-from stratagem.checkpoint.formats import format_for
-from stratagem.checkpoint.refusal import not_written
+from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.formats.choice import format_for
 from stratagem.checkpoint.staging import Staging
-from stratagem.checkpoint.tree import StateTree
-from stratagem.dist import Team
-from stratagem.dist.agreement import Agreement
+from stratagem.checkpoint.tree.flatten import StateTree
+from stratagem.distributed import Team
+from stratagem.distributed.async_reduce import Agreement
 from stratagem.errors import CheckpointError
 
 __all__ = ["BackgroundSaver"]

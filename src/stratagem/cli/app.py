@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from stratagem._version import __version__
-from stratagem.cli.ckpt_app import ckpt_app
-from stratagem.cli.deferred import Traceback, command
+from stratagem.cli.ckpt.app import ckpt_app
+from stratagem.cli.lazy_command import Traceback, lazy_command
 from stratagem.cli.options import RunOptions
 from stratagem.cli.runs_app import runs_app
 
@@ -106,7 +106,7 @@ def train(
         nproc=nproc,
         max_restarts=max_restarts,
     )
-    command("training:train")(options, resume=resume, load_from=load_from)
+    lazy_command("stratagem.cli.train:train")(options, resume=resume, load_from=load_from)
 
 
 @app.command()
@@ -131,7 +131,7 @@ def test(
         strategy=strategy,
         nproc=nproc,
     )
-    command("evaluation:test")(options, checkpoint=checkpoint)
+    lazy_command("stratagem.cli.test:test")(options, checkpoint=checkpoint)
 
 
 @app.command()
@@ -157,8 +157,10 @@ def sample(
     Its model has generate(...), and `tokenizer` of CONFIG names a class with encode and decode. Nothing is written.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
-    request = command("sample:Request")(prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed)
-    command("sample:sample")(options, request, checkpoint=checkpoint)
+    request = lazy_command("stratagem.cli.sample:Request")(
+        prompt=prompt, tokens=tokens, temperature=temperature, top_k=top_k, seed=seed
+    )
+    lazy_command("stratagem.cli.sample:sample")(options, request, checkpoint=checkpoint)
 
 
 @app.command()
@@ -177,7 +179,7 @@ def schedule(
     The learning rate is drawn always, the others where a schedule changes them. Nothing is written but FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
-    command("schedule:schedule")(options, out=out)
+    lazy_command("stratagem.cli.schedule:schedule")(options, out=out)
 
 
 @app.command()
@@ -205,14 +207,14 @@ def parity(
     with 1 where a difference is not explained. Nothing is written.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
-    trial = command("parity_variants:Trial")(
+    trial = lazy_command("stratagem.cli.parity.variants:Trial")(
         steps=steps,
         nproc=nproc,
         eval_layers=eval_layers,
         tolerance=tolerance,
-        strategies=command("parity_variants:strategies_of")(strategies),
+        strategies=lazy_command("stratagem.cli.parity.variants:strategies_of")(strategies),
     )
-    command("parity:parity")(options, trial, record=record)
+    lazy_command("stratagem.cli.parity.command:parity")(options, trial, record=record)
 
 
 @app.command()
@@ -252,7 +254,7 @@ def submit(
     The job saves a checkpoint before its time is over or it is preempted, is requeued, and goes on from there.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), work_dir=work_dir, strategy=strategy)
-    allocation = command("submit:Allocation")(
+    allocation = lazy_command("stratagem.cli.submit:Allocation")(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         time=time,
@@ -263,13 +265,13 @@ def submit(
         save_before_s=save_before,
         further=tuple(further or ()),
     )
-    command("submit:submit")(options, allocation, out=out, now=now, show=show)
+    lazy_command("stratagem.cli.submit:submit")(options, allocation, out=out, now=now, show=show)
 
 
 @app.command()
 def env(traceback: Traceback = False) -> None:
     """Print what this machine and its installation are, for bug reports."""
-    command("report:print_environment")()
+    lazy_command("stratagem.cli.env:print_environment")()
 
 
 @app.command()
@@ -285,7 +287,7 @@ def doctor(
     Started by srun, mpirun or torchrun it examines their ranks instead of two of its own, across hosts. The exit status
     is 1 where there is a problem.
     """
-    command("doctor.command:doctor")(work_dir, nproc=nproc)
+    lazy_command("stratagem.cli.doctor.command:doctor")(work_dir, nproc=nproc)
 
 
 app.add_typer(ckpt_app, name="ckpt")
@@ -319,8 +321,8 @@ def lr(
     options = RunOptions(
         config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
     )
-    sweep = command("find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
-    command("find:learning_rate")(options, sweep, out=out)
+    sweep = lazy_command("stratagem.cli.find:Sweep")(low=low, high=high, steps=steps, loss=loss, optimizer=optimizer)
+    lazy_command("stratagem.cli.find:learning_rate")(options, sweep, out=out)
 
 
 @find_app.command()
@@ -341,7 +343,7 @@ def batch(
     Nothing is written but FILE. On the CPU memory errors do not come reliably: there it measures up to --max-batch.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
-    command("find:batch_size")(options, limit=limit, steps=steps, out=out)
+    lazy_command("stratagem.cli.find:batch_size")(options, limit=limit, steps=steps, out=out)
 
 
 config_app = typer.Typer(help="Look at configurations and check them, without training.", no_args_is_help=True)
@@ -356,7 +358,7 @@ def show(
     traceback: Traceback = False,
 ) -> None:
     """Print CONFIG with its bases and overrides merged."""
-    command("configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
+    lazy_command("stratagem.cli.configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
 
 
 @config_app.command()
@@ -367,7 +369,7 @@ def explain(
     traceback: Traceback = False,
 ) -> None:
     """Print each file and line that gave or changed a value of CONFIG, in order."""
-    command("configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
+    lazy_command("stratagem.cli.configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
 
 
 @config_app.command()
@@ -377,10 +379,10 @@ def diff(
     traceback: Traceback = False,
 ) -> None:
     """Print what differs between two merged configurations."""
-    command("configs:diff")(first, second)
+    lazy_command("stratagem.cli.configs:diff")(first, second)
 
 
 @config_app.command()
 def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
     """Check every key and argument of CONFIG as training would, and list all problems."""
-    command("configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))
+    lazy_command("stratagem.cli.configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))

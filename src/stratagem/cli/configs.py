@@ -13,8 +13,8 @@ from stratagem.config import Config, parse_overrides, require
 from stratagem.config import explain as explain_value
 from stratagem.config import show as text_of
 from stratagem.config.redact import remember_secrets
+from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigValueError
-from stratagem.sections import SECTIONS
 from stratagem.utils import did_you_mean
 
 __all__ = ["check", "diff", "explain", "show"]

@@ -13,16 +13,16 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from stratagem.cli.braille import print_chart
-from stratagem.cli.charts import Chart, Line, Mark, Panel, wants_log_scale
-from stratagem.cli.launching import launch_again
+from stratagem.cli.launch.processes import launch_again
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.png import write_png
+from stratagem.cli.plot.braille import print_chart
+from stratagem.cli.plot.charts import Chart, Line, Mark, Panel, wants_log_scale
+from stratagem.cli.plot.png import write_png
 from stratagem.config import Config
 from stratagem.data import EpochLoader
 from stratagem.runner import Runner
 from stratagem.strategies import BaseStrategy
-from stratagem.train.finders import BatchSearch, LearningRateSweep, find_batch_size, find_learning_rate
+from stratagem.train.tools import BatchSearch, LearningRateSweep, find_batch_size, find_learning_rate
 
 __all__ = ["Sweep", "batch_size", "learning_rate"]
 

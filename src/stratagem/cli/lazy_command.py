@@ -1,4 +1,4 @@
-"""What every group of commands shares."""
+"""The option and the import that all groups of commands share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import typer
 
 from stratagem.utils import import_object
 
-__all__ = ["Traceback", "command"]
+__all__ = ["Traceback", "lazy_command"]
 
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
 
 
-def command(place: str) -> Any:
-    """Return what serves a command, imported now: `--help` and `config show` need not wait for torch."""
-    return import_object(f"stratagem.cli.{place}")
+def lazy_command(target: str) -> Any:
+    """Import and return the implementation of a command, given as ``module:name``.
+
+    Called inside the command, so that ``--help`` and ``config show`` do not wait for torch.
+    """
+    return import_object(target)

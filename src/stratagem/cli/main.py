@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from stratagem.cli.app import app
-from stratagem.cli.handover import claim_telling, restart_notice
+from stratagem.cli.launch.child_status import claim_telling, restart_notice
 from stratagem.errors import RankFailedError, StratagemError
 from stratagem.utils import mask_text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import final
 
 from stratagem.config import Config, parse_overrides
-from stratagem.config.languages import DATA_SUFFIXES
+from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.redact import remember_secrets
 from stratagem.errors import ConfigValueError, LaunchError
 from stratagem.registry import STRATEGIES

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratagem.checkpoint.convert import opened_checkpoint
+from stratagem.checkpoint.convert.convert import opened_checkpoint
 from stratagem.errors import CheckpointNotFoundError
-from stratagem.train.lineage import RECORD, Lineage, Start, read_record
+from stratagem.train.run.run_history import RECORD, Lineage, Start, read_record
 from stratagem.utils import is_url, mask_text
 
 __all__ = ["list_starts", "show_lineage"]

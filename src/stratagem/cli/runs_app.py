@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stratagem.cli.deferred import Traceback, command
+from stratagem.cli.lazy_command import Traceback, lazy_command
 
 __all__ = ["runs_app"]
 
@@ -22,7 +22,7 @@ def list_(
     traceback: Traceback = False,
 ) -> None:
     """List the starts of the runs under FOLDER, the oldest first: from where each went on, and how it ended."""
-    command("runs:list_starts")(folder)
+    lazy_command("stratagem.cli.runs:list_starts")(folder)
 
 
 @runs_app.command()
@@ -31,4 +31,4 @@ def show(
     traceback: Traceback = False,
 ) -> None:
     """Show all starts that led to PLACE, with the changes of the configuration between them."""
-    command("runs:show_lineage")(place)
+    lazy_command("stratagem.cli.runs:show_lineage")(place)

@@ -13,12 +13,12 @@ import typer
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config, require
+from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.model import TextGenerator, Tokenizer
 from stratagem.registry import TOKENIZERS, switch_scope
-from stratagem.sections import SECTIONS
 from stratagem.strategies import SingleDeviceStrategy
-from stratagem.strategies.building import with_preprocessor
+from stratagem.strategies.setup.building import with_preprocessor
 from stratagem.utils import is_url, set_random_seed
 
 __all__ = ["Request", "sample"]

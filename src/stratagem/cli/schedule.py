@@ -8,16 +8,16 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from stratagem.cli.braille import print_chart
-from stratagem.cli.charts import Chart, Line, Panel, wants_log_scale
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.png import write_png
+from stratagem.cli.plot.braille import print_chart
+from stratagem.cli.plot.charts import Chart, Line, Panel, wants_log_scale
+from stratagem.cli.plot.png import write_png
 from stratagem.config import Config, require
+from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigKeyError
 from stratagem.registry import switch_scope
-from stratagem.sections import SECTIONS
-from stratagem.strategies.building import with_preprocessor
-from stratagem.train.preview import Course, RunPreview, preview_run
+from stratagem.strategies.setup.building import with_preprocessor
+from stratagem.train.tools.schedule_preview import Course, RunPreview, preview_run
 
 __all__ = ["schedule"]
 

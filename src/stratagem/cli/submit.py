@@ -17,8 +17,8 @@ from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import parse_overrides, require
 from stratagem.config.keys import parse_path
 from stratagem.config.redact import redacted
+from stratagem.config_schema import SECTIONS
 from stratagem.errors import ConfigValueError, LaunchError
-from stratagem.sections import SECTIONS
 from stratagem.storage import write_atomic
 
 __all__ = ["Allocation", "batch_script", "submit"]

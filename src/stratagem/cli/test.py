@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from stratagem.cli.launching import launch_again
+from stratagem.cli.launch.processes import launch_again
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.runner import Runner
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import typer
 
-from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE
-from stratagem.cli.launching import launch_again
+from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE
+from stratagem.cli.launch.processes import launch_again
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config
-from stratagem.dist import infer_launcher
+from stratagem.distributed import infer_launcher
 from stratagem.errors import RankFailedError
 from stratagem.runner import Runner
-from stratagem.train.ending import end_within
-from stratagem.train.signals import signals
+from stratagem.train.run.hard_exit import end_within
+from stratagem.train.run.signals import signals
 from stratagem.utils import mask_text
 
 __all__ = ["train"]

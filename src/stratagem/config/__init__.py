@@ -7,8 +7,8 @@ from stratagem.config.explain import explain, show
 from stratagem.config.history import Change, Did
 from stratagem.config.node import ConfigDict
 from stratagem.config.overrides import parse_overrides
-from stratagem.config.read_base import read_base
-from stratagem.config.source import Origin
+from stratagem.config.reading.read_base import read_base
+from stratagem.config.reading.source import Origin
 
 __all__ = [
     "FREE_KEY",

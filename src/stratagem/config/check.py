@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, final
 
 from stratagem.config.config import Config
-from stratagem.config.custom_imports import CUSTOM_IMPORTS, IMPORT_KEYS
 from stratagem.config.keys import KeyPath, path_text
-from stratagem.config.source import Origin
+from stratagem.config.reading.custom_imports import CUSTOM_IMPORTS, IMPORT_KEYS
+from stratagem.config.reading.source import Origin
 from stratagem.errors import ConfigKeyError, StratagemError
 from stratagem.utils import did_you_mean, import_object, nearest_names
 from stratagem.utils.data_rules import refused_arguments

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from stratagem.config.keys import KeyPath, path_text
-from stratagem.config.languages import language_of
+from stratagem.config.reading.data_languages import language_of
 from stratagem.config.redact import redacted
 from stratagem.config.text import python_text
 from stratagem.errors import ConfigError

@@ -8,18 +8,18 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.config.custom_imports import find_beside, import_custom_modules
-from stratagem.config.files import Layers, Reader, merge_layers
 from stratagem.config.history import Change, History
 from stratagem.config.keys import KeyPath, parse_path
-from stratagem.config.languages import DATA_SUFFIXES
 from stratagem.config.merge import merge, nest
 from stratagem.config.node import ConfigDict, as_plain
+from stratagem.config.reading.custom_imports import find_beside, import_custom_modules
+from stratagem.config.reading.data_languages import DATA_SUFFIXES
+from stratagem.config.reading.files import Layers, Reader, merge_layers
+from stratagem.config.reading.source import Origin, Source
 from stratagem.config.redact import redacted
-from stratagem.config.source import Origin, Source
 from stratagem.config.text import python_text, text_of
 from stratagem.errors import ConfigFileError, ConfigKeyError, ConfigTypeError
-from stratagem.utils.places import Placed
+from stratagem.utils.source_positions import Placed
 
 __all__ = ["Config"]
 

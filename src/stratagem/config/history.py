@@ -8,9 +8,9 @@ from enum import StrEnum
 from typing import Any, final
 
 from stratagem.config.keys import KeyPath, path_text
-from stratagem.config.lines import line_of
 from stratagem.config.merge import DELETE
-from stratagem.config.source import Origin, Source
+from stratagem.config.reading.lines import line_of
+from stratagem.config.reading.source import Origin, Source
 
 __all__ = ["Change", "Did", "History"]
 

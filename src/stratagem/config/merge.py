@@ -9,7 +9,7 @@ from typing import Any, Final, final
 from stratagem.config.keys import KeyPath, path_text
 from stratagem.errors import ConfigKeyError, ConfigTypeError
 from stratagem.utils.data_names import DataName
-from stratagem.utils.secret_names import is_secret_name
+from stratagem.utils.secrets.names import is_secret_name
 
 __all__ = ["DELETE", "NO_EDITS", "BaseEdits", "difference", "edits_of", "is_same", "merge", "nest"]
 

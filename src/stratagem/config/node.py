@@ -12,7 +12,7 @@ from stratagem.errors import ConfigKeyError
 from stratagem.utils import did_you_mean
 from stratagem.utils.data_names import DataName
 from stratagem.utils.lazy import DEFERRED, LazyObject, lazy_name, resolve
-from stratagem.utils.places import Placed
+from stratagem.utils.source_positions import Placed
 
 __all__ = ["ConfigDict", "MissingKeyError", "as_node", "as_plain"]
 

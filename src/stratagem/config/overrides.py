@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any, final
 
 from stratagem.errors import ConfigParsingError
-from stratagem.utils.secret_names import is_secret_name
-from stratagem.utils.secret_values import remember_secret
+from stratagem.utils.secrets.names import is_secret_name
+from stratagem.utils.secrets.values import remember_secret
 
 __all__ = ["parse_overrides", "parse_scalar", "parse_value"]
 

@@ -10,12 +10,12 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, final
 
 from stratagem.config.keys import KeyPath
-from stratagem.config.placeholders import masked_marker
+from stratagem.config.reading.placeholders import masked_marker
 from stratagem.utils.data_names import template_of
 from stratagem.utils.lazy import LazyObject, MaskedSecret
-from stratagem.utils.masking import mask_text, mask_tokens, mask_urls
-from stratagem.utils.secret_names import is_secret_name, is_special_token, is_strongly_secret_name
-from stratagem.utils.secret_values import known_secrets, remember_secret, replace_known_secrets
+from stratagem.utils.secrets.masking import mask_text, mask_tokens, mask_urls
+from stratagem.utils.secrets.names import is_secret_name, is_special_token, is_strongly_secret_name
+from stratagem.utils.secrets.values import known_secrets, remember_secret, replace_known_secrets
 
 __all__ = ["redacted", "remember_secrets"]
 
@@ -31,7 +31,7 @@ def redacted(value: Any, path: KeyPath = ()) -> Any:
     """Return a copy of plain data that may be kept and shown.
 
     Strings that placeholders filled become their placeholders again. Strings under the name of a secret (see
-    :mod:`stratagem.utils.secret_names`), user information and signatures of URLs, and secrets that are known from elsewhere
+    :mod:`stratagem.utils.secrets.names`), user information and signatures of URLs, and secrets that are known from elsewhere
     become ``{{ $SECRET:<path> }}``, which loads and fails when it is used. What is masked is remembered, so that
     :func:`~stratagem.utils.mask_text` finds it in other texts.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
-from stratagem.config.languages import DATA_SUFFIXES, language_of
+from stratagem.config.reading.data_languages import DATA_SUFFIXES, language_of
 from stratagem.errors import ConfigFileError, ConfigValueError
 from stratagem.utils.lazy import LazyObject, MaskedSecret, lazy_name
 

@@ -16,7 +16,7 @@ from stratagem.data.sharing import IsolatedIterator, Share, length_of, require_s
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
 from stratagem.data.workers import WorkerStart, naming_dead_workers, start_workers
-from stratagem.dist import get_rank
+from stratagem.distributed import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
 __all__ = ["EpochLoader"]

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DistributedSampler, Sampler
 
 from stratagem.data.streams import stream_seed
-from stratagem.dist import get_dist_info
+from stratagem.distributed import get_dist_info
 from stratagem.errors import ConfigValueError
 
 __all__ = ["DefaultSampler", "InfiniteSampler", "PositionedSampler", "epoch_order"]

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Sub
 
 from stratagem.data.stateful import Stateful
 from stratagem.data.streams import generators_aside, seed_stream
-from stratagem.dist import all_gather_object, broadcast_object, get_world_size
+from stratagem.distributed import all_gather_object, broadcast_object, get_world_size
 from stratagem.errors import ConfigValueError
 
 __all__ = ["IsolatedIterator", "RankItems", "Share", "declared_share", "length_of", "require_same_batches"]

@@ -1,7 +1,7 @@
 """The processes of a run: who started them, what each one is, and how they exchange values."""
 
-from stratagem.dist.agreement import Agreement
-from stratagem.dist.collectives import (
+from stratagem.distributed.async_reduce import Agreement
+from stratagem.distributed.collectives import (
     all_gather,
     all_reduce,
     barrier,
@@ -16,20 +16,27 @@ from stratagem.dist.collectives import (
     master_only,
     sync_random_seed,
 )
-from stratagem.dist.group import close_dist, init_dist
-from stratagem.dist.launch import LAUNCHERS, RAY_JOB_VARIABLE, Launch, describe_stray, infer_launcher, read_launch
-from stratagem.dist.means import mean_by_name
-from stratagem.dist.objects import (
+from stratagem.distributed.health.process_identity import Peer
+from stratagem.distributed.health.rank_monitor import Failure, RankWatch
+from stratagem.distributed.means import mean_by_name
+from stratagem.distributed.objects import (
     all_gather_object,
     broadcast_object,
     broadcast_object_list,
     collect_results,
     gather_object,
 )
-from stratagem.dist.peer import Peer
-from stratagem.dist.watch import Failure, RankWatch
-from stratagem.dist.team import ALONE, Team
-from stratagem.dist.world import World, pick_device
+from stratagem.distributed.rank_group import ALONE, Team
+from stratagem.distributed.rendezvous.launch import (
+    LAUNCHERS,
+    RAY_JOB_VARIABLE,
+    Launch,
+    describe_stray,
+    infer_launcher,
+    read_launch,
+)
+from stratagem.distributed.rendezvous.process_group import close_dist, init_dist
+from stratagem.distributed.world import World, pick_device
 
 __all__ = [
     "ALONE",

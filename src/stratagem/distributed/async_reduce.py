@@ -7,7 +7,7 @@ from typing import final
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.dist.collectives import Group, served_devices
+from stratagem.distributed.collectives import Group, served_devices
 
 __all__ = ["Agreement"]
 
@@ -37,9 +37,7 @@ class Agreement:
             self._group = None if "cpu" in served_devices() else torch_dist.new_group(backend="gloo")
             self._connected = True
         self._number.fill_(number)
-        self._work = torch_dist.all_reduce(
-            self._number, torch_dist.ReduceOp.MAX, group=self._group, async_op=True
-        )
+        self._work = torch_dist.all_reduce(self._number, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def answer(self) -> int:
         """Return the greatest number of all ranks; 0 where nothing was asked. Waits for ranks that have not asked yet."""

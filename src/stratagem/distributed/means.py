@@ -10,8 +10,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from stratagem.dist.collectives import Group, all_reduce, get_world_size
-from stratagem.dist.objects import all_gather_object
+from stratagem.distributed.collectives import Group, all_reduce, get_world_size
+from stratagem.distributed.objects import all_gather_object
 
 __all__ = ["mean_by_name"]
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as torch_dist
 
-from stratagem.dist.collectives import Group, _check_rank, get_rank, get_world_size
+from stratagem.distributed.collectives import Group, _check_rank, get_rank, get_world_size
 
 __all__ = ["all_gather_object", "broadcast_object", "broadcast_object_list", "collect_results", "gather_object"]
 
@@ -64,4 +64,4 @@ def collect_results(results: list[T], size: int, group: Group | None = None) -> 
     if parts is None:
         return None
     dealt = chain.from_iterable(zip_longest(*parts, fillvalue=_ABSENT))
-    return [cast(T, result) for result in dealt if result is not _ABSENT][:size]
+    return [cast("T", result) for result in dealt if result is not _ABSENT][:size]

@@ -8,8 +8,8 @@ from typing import TypeVar, cast, final
 
 import torch.distributed as torch_dist
 
-from stratagem.dist.collectives import Group, get_rank, get_world_size
-from stratagem.dist.objects import all_gather_object
+from stratagem.distributed.collectives import Group, get_rank, get_world_size
+from stratagem.distributed.objects import all_gather_object
 from stratagem.errors import StratagemError, TrainingError
 
 __all__ = ["ALONE", "Team"]

@@ -9,6 +9,9 @@ import torch
 __all__ = ["World", "pick_device"]
 
 
+_CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """The facts of one process, resolved once and never changed.
@@ -21,7 +24,7 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     timestamp: str = ""
     seed: int = 0
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stratagem.errors import PlacementError
 from stratagem.model import Trainable
-from stratagem.parallel.detour import calls_go_to
+from stratagem.parallel.forward_redirection import calls_go_to
 
 __all__ = ["Driven"]
 

@@ -49,7 +49,7 @@ class ScalarWindow:
         Args:
             last: use this many of the newest iterations only.
             reduce: called once with the means by name, also if there are none; what it returns is returned. With
-                :func:`~stratagem.dist.mean_by_name` they are averaged over ranks, and this is collective: every rank must
+                :func:`~stratagem.distributed.mean_by_name` they are averaged over ranks, and this is collective: every rank must
                 call it, whatever names are in its window.
 
         Raises:

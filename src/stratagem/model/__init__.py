@@ -11,7 +11,7 @@ from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
 from stratagem.model.preprocess import BaseDataPreprocessor, to_device
 from stratagem.model.ready import ModelWithLoss, SupervisedModel
 from stratagem.model.text import TextGenerator, Tokenizer
-from stratagem.model.wrappers import bare_model, is_model_wrapper
+from stratagem.model.unwrap import bare_model, is_model_wrapper
 
 __all__ = [
     "AveragedModel",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
-from stratagem.optim.sharded import copy_into, local_part
+from stratagem.tensors.dtensor import copy_into, local_part
 
 __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage"]
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from stratagem.dist import broadcast, get_world_size
+from stratagem.distributed import broadcast, get_world_size
 
 __all__ = ["broadcast_weights"]
 

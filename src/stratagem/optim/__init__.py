@@ -1,11 +1,13 @@
 """Optimizers and what surrounds them: wrappers, groups of parameters, schedules."""
 
+from stratagem.optim.amp import AmpOptimWrapper
 from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.build import build_optim_wrapper
-from stratagem.optim.groups import DefaultOptimWrapperConstructor
-from stratagem.optim.many import OptimWrapperDict
-from stratagem.optim.per_module import MultiOptimWrapperConstructor
-from stratagem.optim.precision import AmpOptimWrapper
+from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
+from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperConstructor
+from stratagem.optim.nonfinite import DeferredWatch, UpdateWatch, Watch, all_finite
+from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper, OptimWrapper
+from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.optim.schedules import (
     ConstantLR,
     ConstantMomentum,
@@ -44,8 +46,6 @@ from stratagem.optim.schedules import (
     build_param_schedulers,
     preview_schedules,
 )
-from stratagem.optim.watch import DeferredWatch, UpdateWatch, Watch, all_finite
-from stratagem.optim.wrapper import AccumulatingOptimWrapper, OptimWrapper
 
 __all__ = [
     "AccumulatingOptimWrapper",

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import NOTHING
 from stratagem.optim.gradients import NonFinite
-from stratagem.optim.wrapper import AccumulatingOptimWrapper
+from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["AmpOptimWrapper"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from stratagem.errors import ConfigTypeError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.many import OptimWrapperDict
+from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
 __all__ = ["build_optim_wrapper"]

@@ -10,9 +10,9 @@ from typing import Any, Final, Literal, cast, final
 import torch
 from torch import Tensor
 
-from stratagem.dist import all_reduce
+from stratagem.distributed import all_reduce
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
-from stratagem.optim.sharded import is_plain, is_sharded, local_part, mesh_of, whole
+from stratagem.tensors.dtensor import is_plain, is_sharded, local_part, mesh_of, whole
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["Clipping", "NonFinite", "global_norm", "is_admitted", "parse_clipping", "parse_nonfinite", "scale"]

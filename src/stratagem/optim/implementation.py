@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW
 
 from stratagem.errors import ConfigValueError
-from stratagem.optim.sharded import mesh_of
+from stratagem.tensors.dtensor import mesh_of
 
 __all__ = ["Implementation", "implementation_options"]
 

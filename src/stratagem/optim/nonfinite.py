@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stratagem.dist import all_reduce
-from stratagem.optim.sharded import is_plain, local_part
+from stratagem.distributed import all_reduce
+from stratagem.tensors.dtensor import is_plain, local_part
 
 __all__ = ["DeferredWatch", "UpdateWatch", "Watch", "all_finite", "marked"]
 

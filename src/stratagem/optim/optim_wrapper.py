@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from stratagem.dist import all_reduce, get_world_size
+from stratagem.distributed import all_reduce, get_world_size
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim.base import NOTHING, BaseOptimWrapper
 from stratagem.optim.gradients import (
@@ -25,7 +25,7 @@ from stratagem.optim.gradients import (
     parse_nonfinite,
     scale,
 )
-from stratagem.optim.watch import Watch
+from stratagem.optim.nonfinite import Watch
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 

@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer as TorchZeroRedundancyOptimizer
 
-from stratagem.dist import broadcast_object, get_rank, is_distributed
+from stratagem.distributed import broadcast_object, get_rank, is_distributed
 from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.optim.implementation import implementation_options
 from stratagem.registry import OPTIMIZERS

@@ -1,7 +1,7 @@
 """Where a model's parameters live."""
 
-from stratagem.parallel.on_device import OnDevice
+from stratagem.parallel.ddp import DDP_OPTIONS, Replica, Replicated
 from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps
-from stratagem.parallel.replicated import DDP_OPTIONS, Replica, Replicated
+from stratagem.parallel.single_device import OnDevice
 
 __all__ = ["DDP_OPTIONS", "AnyOptim", "OnDevice", "Placed", "Placement", "Replica", "Replicated", "Steps"]

@@ -14,10 +14,10 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stratagem.dist import World
+from stratagem.distributed import World
 from stratagem.errors import ConfigKeyError, PlacementError
 from stratagem.model import Trainable, bare_model, convert_sync_batchnorm, is_model_wrapper
-from stratagem.parallel.detour import calls_go_to
+from stratagem.parallel.forward_redirection import calls_go_to
 from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.placement import NO_CONTEXT, Placed, Placement, Steps
 from stratagem.utils.names import did_you_mean

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parallel.distributed import _find_tensors
 
-from stratagem.dist import all_reduce
+from stratagem.distributed import all_reduce
 
 __all__ = ["LocalGradients", "average_gradients"]
 

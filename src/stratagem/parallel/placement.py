@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from stratagem.dist import World
+from stratagem.distributed import World
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 
 __all__ = ["AnyOptim", "Placed", "Placement", "Steps"]

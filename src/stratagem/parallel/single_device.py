@@ -8,7 +8,7 @@ from typing import final
 
 from torch import nn
 
-from stratagem.dist import World
+from stratagem.distributed import World
 from stratagem.model.norms import revert_sync_batchnorm
 from stratagem.parallel.placement import NO_CONTEXT, Placed, Placement, Steps
 

@@ -1,9 +1,7 @@
 """Registries: what configurations can name, and how it is built."""
 
 from stratagem.registry.build import build_from_cfg
-from stratagem.registry.families import Constructors, Family, Loaders, Members
-from stratagem.registry.registry import Registry
-from stratagem.registry.roots import (
+from stratagem.registry.builtin import (
     DATA_SAMPLERS,
     DATASETS,
     EVALUATOR,
@@ -29,8 +27,10 @@ from stratagem.registry.roots import (
     VISUALIZERS,
     WEIGHT_INITIALIZERS,
 )
+from stratagem.registry.import_policy import allow_packages, allowed_packages
+from stratagem.registry.name_sources import Constructors, Family, Loaders, Members
+from stratagem.registry.registry import Registry
 from stratagem.registry.scope import current_scope, switch_scope
-from stratagem.registry.trust import allow_packages, allowed_packages
 
 __all__ = [
     "DATASETS",

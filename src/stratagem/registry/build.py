@@ -7,13 +7,13 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError
-from stratagem.registry.trust import is_of_allowed_package
+from stratagem.registry.import_policy import is_of_allowed_package
 from stratagem.utils import did_you_mean, import_object
 from stratagem.utils.data_names import DataName, unmark_data
 from stratagem.utils.data_rules import is_restricted, refuse_data_arguments, weights_only_loads
 from stratagem.utils.lazy import resolve_all
-from stratagem.utils.places import place_of
 from stratagem.utils.signatures import arguments_of
+from stratagem.utils.source_positions import place_of
 
 __all__ = ["Names", "build_from_cfg", "build_model_from_cfg", "build_runner_from_cfg"]
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from stratagem.registry.build import build_model_from_cfg, build_runner_from_cfg
-from stratagem.registry.families import Constructors, Loaders, Members
+from stratagem.registry.name_sources import Constructors, Loaders, Members
 from stratagem.registry.registry import Registry
 
 _SCOPE = "stratagem"
 _MODULE = "torch.nn:Module"
 _OPTIMIZER = "torch.optim:Optimizer"
 _METRIC = "torchmetrics:Metric"
-_DEEPSPEED = "stratagem.strategies.engines.deepspeed"
-_COLOSSALAI = "stratagem.strategies.engines.colossalai"
+_DEEPSPEED = "stratagem.engines.deepspeed"
+_COLOSSALAI = "stratagem.engines.colossalai"
 _SCHEDULES = "stratagem.optim.schedules.bindings"
 _SCHEDULE_NAMES = (
     *(
@@ -63,7 +63,7 @@ OPTIMIZERS = Registry(
     scope=_SCOPE,
     # torch's own imports a compiler of scripts, so it is loaded when it is named.
     ready={
-        "ZeroRedundancyOptimizer": "stratagem.optim.zero:ZeroRedundancyOptimizer",
+        "ZeroRedundancyOptimizer": "stratagem.optim.zero_redundancy:ZeroRedundancyOptimizer",
         "DeepSpeedCPUAdam": "deepspeed.ops.adam:DeepSpeedCPUAdam",
         "DeepSpeedCPULion": "deepspeed.ops.lion:DeepSpeedCPULion",
         "FusedAdam": "deepspeed.ops.adam:FusedAdam",
@@ -89,20 +89,20 @@ OPTIM_WRAPPERS = Registry(
     "optimizer wrapper",
     scope=_SCOPE,
     ready={
-        "OptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
+        "OptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
         # What MMEngine-style configurations say: the strategy puts the engine's own in its place anyway.
-        "ColossalAIOptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
-        "AmpOptimWrapper": "stratagem.optim.precision:AmpOptimWrapper",
+        "ColossalAIOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
+        "AmpOptimWrapper": "stratagem.optim.amp:AmpOptimWrapper",
         # MMEngine's name: the strategy makes what DeepSpeed needs of it.
-        "DeepSpeedOptimWrapper": "stratagem.optim.wrapper:OptimWrapper",
+        "DeepSpeedOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     },
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor",
     scope=_SCOPE,
     ready={
-        "DefaultOptimWrapperConstructor": "stratagem.optim.groups:DefaultOptimWrapperConstructor",
-        "MultiOptimWrapperConstructor": "stratagem.optim.per_module:MultiOptimWrapperConstructor",
+        "DefaultOptimWrapperConstructor": "stratagem.optim.groups.constructor:DefaultOptimWrapperConstructor",
+        "MultiOptimWrapperConstructor": "stratagem.optim.groups.multi_optim_constructor:MultiOptimWrapperConstructor",
     },
 )
 PARAM_SCHEDULERS = Registry(
@@ -174,7 +174,7 @@ METRICS = Registry(
     scope=_SCOPE,
     families=(Members("torchmetrics", _METRIC), Members("torchmetrics.classification", _METRIC)),
 )
-EVALUATORS = Registry("evaluator", scope=_SCOPE, ready={"Evaluator": "stratagem.train.evaluation:Evaluator"})
+EVALUATORS = Registry("evaluator", scope=_SCOPE, ready={"Evaluator": "stratagem.train.evaluation.evaluator:Evaluator"})
 EVALUATOR = EVALUATORS  # the name that other libraries know it by
 LOG_PROCESSORS = Registry("log processor", scope=_SCOPE)
 VISUALIZERS = Registry("visualizer", scope=_SCOPE)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, final
 
 from stratagem.errors import ConfigValueError
-from stratagem.registry.trust import is_allowed
+from stratagem.registry.import_policy import is_allowed
 from stratagem.utils import import_module, import_object
 
 __all__ = ["Constructors", "Family", "Loaders", "Members"]

@@ -10,9 +10,9 @@ from typing import Any, TypeVar, overload
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.registry.build import build_from_cfg
-from stratagem.registry.families import Family
+from stratagem.registry.import_policy import import_dotted, is_allowed, is_of_allowed_package
+from stratagem.registry.name_sources import Family
 from stratagem.registry.scope import current_scope, switch_scope
-from stratagem.registry.trust import import_dotted, is_allowed, is_of_allowed_package
 from stratagem.utils import did_you_mean, import_module, import_object
 from stratagem.utils.data_names import DataName
 from stratagem.utils.data_rules import refused_arguments

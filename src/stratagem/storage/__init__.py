@@ -14,7 +14,7 @@ from stratagem.storage.files import (
     write_bytes,
     write_fully,
 )
-from stratagem.storage.places import (
+from stratagem.storage.object_store import (
     Published,
     clean_unpublished,
     fetch_published,

@@ -1,12 +1,22 @@
-"""The strategies: change one, and the rest of a run stays as it is."""
+"""The strategies. Exchanging one for another changes where a run executes and nothing else.
+
+The strategies of engines are defined in :mod:`stratagem.engines`, which is built on this package; they can be imported from
+here too and load on first use.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from stratagem.strategies.base import BaseStrategy
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.ddp import DDPStrategy
-from stratagem.strategies.engines.colossalai.strategy import ColossalAIStrategy
-from stratagem.strategies.engines.deepspeed import DeepSpeedStrategy
 from stratagem.strategies.fsdp import FSDPStrategy
 from stratagem.strategies.single import SingleDeviceStrategy
+
+_ENGINE_STRATEGIES = {
+    "ColossalAIStrategy": "stratagem.engines.colossalai.strategy",
+    "DeepSpeedStrategy": "stratagem.engines.deepspeed.strategy",
+}
 
 __all__ = [
     "BaseStrategy",
@@ -17,3 +27,9 @@ __all__ = [
     "FSDPStrategy",
     "SingleDeviceStrategy",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ENGINE_STRATEGIES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ENGINE_STRATEGIES[name]), name)

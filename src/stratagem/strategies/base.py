@@ -22,7 +22,7 @@ from stratagem.checkpoint import (
     save_checkpoint,
     weights_to_cpu,
 )
-from stratagem.dist import Team, World
+from stratagem.distributed import Team, World
 from stratagem.errors import (
     ConfigTypeError,
     ConfigValueError,
@@ -34,13 +34,13 @@ from stratagem.model import bare_model
 from stratagem.model.weights import broadcast_weights
 from stratagem.optim import build_param_schedulers
 from stratagem.parallel import AnyOptim
-from stratagem.strategies import building
-from stratagem.strategies.auto_scale import AutoScale
-from stratagem.strategies.environment import set_up_environment
-from stratagem.strategies.horizon import Horizon
-from stratagem.strategies.own_values import schedule_differences
 from stratagem.strategies.prepared import Prepared
-from stratagem.strategies.resuming import CheckpointCallback, Resuming, Schedulers
+from stratagem.strategies.setup import building
+from stratagem.strategies.setup.auto_scale import AutoScale
+from stratagem.strategies.setup.environment import set_up_environment
+from stratagem.strategies.setup.run_length import Horizon
+from stratagem.strategies.state.configured_hyperparameters import schedule_differences
+from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
 from stratagem.utils import absolute, collect_env, refuse_unknown
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "CheckpointWriter", "Schedulers"]

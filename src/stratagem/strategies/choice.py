@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from stratagem.dist import infer_launcher
+from stratagem.distributed import infer_launcher
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import STRATEGIES
 from stratagem.strategies.base import BaseStrategy

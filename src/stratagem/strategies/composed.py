@@ -23,16 +23,16 @@ from stratagem.checkpoint import (
     model_part,
     save_checkpoint,
 )
-from stratagem.dist import Team, all_gather_object, all_reduce, is_distributed
+from stratagem.distributed import Team, all_gather_object, all_reduce, is_distributed
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
-from stratagem.strategies import building
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
-from stratagem.strategies.horizon import Horizon
-from stratagem.strategies.own_buffers import read_own_buffers, write_own_buffers
-from stratagem.strategies.own_values import OwnValues
-from stratagem.strategies.state_access import StateAccess, TorchState
-from stratagem.strategies.window import read_window, write_window
+from stratagem.strategies.setup import building
+from stratagem.strategies.setup.run_length import Horizon
+from stratagem.strategies.state.accumulation_state import read_window, write_window
+from stratagem.strategies.state.configured_hyperparameters import OwnValues
+from stratagem.strategies.state.per_rank_buffers import read_own_buffers, write_own_buffers
+from stratagem.strategies.state.state_io import StateAccess, TorchState
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
 __all__ = ["ComposedStrategy"]

@@ -7,8 +7,8 @@ from typing import Any, Literal, final
 
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.parallel import DDP_OPTIONS, Placement
-from stratagem.parallel.initial_weights import Origin
-from stratagem.parallel.sharding import Precision, Reshard, Sharding
+from stratagem.parallel.deferred_init.materialize import Origin
+from stratagem.parallel.fsdp.options import Precision, Reshard, Sharding
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.fsdp_names import from_model_wrapper, state_of
 from stratagem.utils import did_you_mean, import_object
@@ -37,7 +37,7 @@ class FSDPStrategy(ComposedStrategy):
         replicate: how many replicas of the sharded model there are (HSDP): shards lie within each.
         tp: over how many ranks a layer's own arithmetic is spread (tensor parallel); they see the same samples.
         tp_plan: pattern of module names -> ``"colwise"``, ``"rowwise"`` ..., see
-            :data:`~stratagem.parallel.tensor_parallel.STYLES`; by default the model's attribute ``tp_plan``.
+            :data:`~stratagem.parallel.fsdp.tensor_parallel.STYLES`; by default the model's attribute ``tp_plan``.
         cpu_offload: whether shards, gradients and the optimizer's state lie in the CPU's memory.
         forward_prefetch: how many wrapped modules ahead parameters are gathered in the forward pass; 0 leaves it to torch.
         backward_prefetch: the same for the backward pass.
@@ -124,7 +124,7 @@ class FSDPStrategy(ComposedStrategy):
     def _make_placement(self) -> Placement:
         self._require_processes()
         # By name: torch's sharding takes a second to import, which other runs need not wait for.
-        sharded = import_object("stratagem.parallel.sharded:Sharded")
+        sharded = import_object("stratagem.parallel.fsdp.placement:Sharded")
         placement: Placement = sharded(
             self.logger,
             self._sharding,

@@ -1,8 +1,8 @@
 """Time: loops, hooks, evaluation."""
 
-from stratagem.train.evaluation import BaseMetric, Evaluator
-from stratagem.train.finders import find_batch_size, find_learning_rate
+from stratagem.train.evaluation.evaluator import BaseMetric, Evaluator
 from stratagem.train.hook import EVENTS, Events, Hook
+from stratagem.train.hook_priority import Priority, get_priority
 from stratagem.train.hooks import (
     CheckpointHook,
     DistSamplerSeedHook,
@@ -16,10 +16,10 @@ from stratagem.train.hooks import (
     TensorboardHook,
 )
 from stratagem.train.loops import EpochBasedTrainLoop, IterBasedTrainLoop, TestLoop, ValLoop
-from stratagem.train.preview import preview_run
-from stratagem.train.priority import Priority, get_priority
-from stratagem.train.progress import Position, Progress
-from stratagem.train.run import Run
+from stratagem.train.run.context import Run
+from stratagem.train.run.progress import Position, Progress
+from stratagem.train.tools import find_batch_size, find_learning_rate
+from stratagem.train.tools.schedule_preview import preview_run
 
 __all__ = [
     "EVENTS",

@@ -9,10 +9,10 @@ from stratagem.data import EpochLoader
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper
 from stratagem.registry import EVALUATORS, HOOKS, LOOPS
-from stratagem.train.evaluation import Evaluator
+from stratagem.train.evaluation.evaluator import Evaluator
 from stratagem.train.hook import Events, Hook
-from stratagem.train.priority import get_priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import get_priority
+from stratagem.train.run.context import Run
 from stratagem.utils import refuse_unknown
 
 __all__ = ["build_evaluation_loop", "build_events", "build_train_loop", "loop_arguments"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
-from stratagem.train.priority import Priority, get_priority
+from stratagem.train.hook_priority import Priority, get_priority
 
 __all__ = ["EVENTS", "Events", "Hook"]
 
@@ -38,7 +38,7 @@ EVENTS = (
 class Hook:
     """Derive from it and write the methods of the events that concern you; only those are called.
 
-    Every method gets the run first (a :class:`~stratagem.train.run.Run`). ``batch_idx`` counts the batches of the epoch
+    Every method gets the run first (a :class:`~stratagem.train.run.context.Run`). ``batch_idx`` counts the batches of the epoch
     from 0. While an iteration's hooks run, ``run.iter`` does not count it yet; the same goes for ``run.epoch``.
     """
 

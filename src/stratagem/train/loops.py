@@ -11,14 +11,14 @@ import torch
 from torch.utils.data import IterableDataset
 
 from stratagem.data import EpochLoader
-from stratagem.dist import all_gather_object
+from stratagem.distributed import all_gather_object
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
-from stratagem.train.evaluation import Evaluator
-from stratagem.train.failure import describe_batch
-from stratagem.train.pace import batches_in_step
-from stratagem.train.run import Run
+from stratagem.train.evaluation.evaluator import Evaluator
+from stratagem.train.evaluation.uneven_inputs import batches_in_step
+from stratagem.train.run.context import Run
+from stratagem.train.run.rank_guard import describe_batch
 from stratagem.utils import generator_state, restore_generator_state
 
 __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]

@@ -221,7 +221,7 @@ _COMPILE: Final = DataRules(
 _PROCESS_GROUP: Final = DataRules(
     lambda target: (
         (getattr(target, "__module__", None), getattr(target, "__name__", None))
-        == ("stratagem.dist.group", "init_dist")
+        == ("stratagem.distributed.rendezvous.process_group", "init_dist")
     ),
     {
         "backend": _TEXT,

@@ -13,7 +13,7 @@ import torch
 from ranks import Ranks
 from sharded_runs import EPOCH, OPTIM
 from stratagem.checkpoint import CheckpointLoader, list_checkpoints, remove_checkpoints, verify_checkpoint
-from stratagem.checkpoint.convert import convert_checkpoint
+from stratagem.checkpoint.convert.convert import convert_checkpoint
 from stratagem.errors import CheckpointDamagedError
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]

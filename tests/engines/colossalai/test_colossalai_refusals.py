@@ -89,7 +89,7 @@ def test_stand_ins_are_seen_by_nobody_else(tmp_path: Path) -> None:
 _LOOK = """
 import importlib.util, sys
 
-from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
+from stratagem.engines.colossalai.import_stubs import stand_ins
 
 PACKAGES = ("peft", "bitsandbytes", "galore_torch", "transformers")
 with stand_ins():

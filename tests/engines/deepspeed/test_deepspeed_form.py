@@ -9,7 +9,7 @@ import pytest
 from engine_runs import differences, go, placed, state_in
 
 from ranks import Ranks
-from stratagem.checkpoint.convert import convert_checkpoint
+from stratagem.checkpoint.convert.convert import convert_checkpoint
 
 pytestmark = pytest.mark.deepspeed
 

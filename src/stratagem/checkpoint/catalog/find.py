@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stratagem.checkpoint.inspection import Candidate, inspect_checkpoint
-from stratagem.checkpoint.order import oldest_first
-from stratagem.checkpoint.pointer import noted_folders
+from stratagem.checkpoint.catalog.inspection import Candidate, inspect_checkpoint
+from stratagem.checkpoint.catalog.order import oldest_first
+from stratagem.checkpoint.catalog.pointer import noted_folders
 
 __all__ = ["find_latest_checkpoint", "list_checkpoints"]
 

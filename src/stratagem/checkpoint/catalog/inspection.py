@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder
+from stratagem.checkpoint.catalog.retention_tag import Purpose
+from stratagem.checkpoint.directory.manifest import MANIFEST, STATE, read_manifest
 from stratagem.checkpoint.foreign import deepspeed_meta, is_deepspeed_folder, is_torch_zip
-from stratagem.checkpoint.formats import SINGLE_FILES
-from stratagem.checkpoint.manifest import MANIFEST, STATE, read_manifest
-from stratagem.checkpoint.order import SAVE_ORDER, SaveOrder
-from stratagem.checkpoint.purpose import Purpose
-from stratagem.checkpoint.release import is_released
-from stratagem.checkpoint.single_file import read_meta
+from stratagem.checkpoint.formats.choice import SINGLE_FILES
+from stratagem.checkpoint.formats.release import is_released
+from stratagem.checkpoint.formats.single_file import read_meta
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["Candidate", "inspect_checkpoint"]

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from stratagem.checkpoint.beside import top_names
-from stratagem.checkpoint.manifest import MANIFEST, read_manifest
-from stratagem.checkpoint.saved import Saved
+from stratagem.checkpoint.catalog.saved import Saved
+from stratagem.checkpoint.directory.extra_files import top_names
+from stratagem.checkpoint.directory.manifest import MANIFEST, read_manifest
 from stratagem.errors import CheckpointError
 from stratagem.storage import fsync_directory, operations, remove
 from stratagem.storage.temporary import temporary_path

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from stratagem.checkpoint.inspection import Candidate, inspect_checkpoint
-from stratagem.checkpoint.manifest import MANIFEST
-from stratagem.checkpoint.order import SaveOrder, oldest_first
-from stratagem.checkpoint.purpose import Purpose
+from stratagem.checkpoint.catalog.inspection import Candidate, inspect_checkpoint
+from stratagem.checkpoint.catalog.order import SaveOrder, oldest_first
+from stratagem.checkpoint.catalog.retention_tag import Purpose
+from stratagem.checkpoint.directory.manifest import MANIFEST
 
 __all__ = ["Saved", "saved_by", "saved_in"]
 
@@ -35,7 +35,7 @@ def saved_by(run_id: str, folder: Path) -> list[Saved]:
 def saved_in(folder: Path) -> dict[str, list[Saved]]:
     """Return the checkpoints in a folder by the id of the run that saved them, the oldest of each first.
 
-    Those that cannot be read belong to no run. Which is older: :func:`~stratagem.checkpoint.order.oldest_first`.
+    Those that cannot be read belong to no run. Which is older: :func:`~stratagem.checkpoint.catalog.order.oldest_first`.
     """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
     found = [each for entry in entries if (each := inspect_checkpoint(entry)) is not None and _can_be_removed(each)]

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.tree import StateTree, split_tree
+from stratagem.checkpoint.tree.flatten import StateTree, split_tree
 
 __all__ = ["Difference", "compare"]
 

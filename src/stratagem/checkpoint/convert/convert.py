@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from stratagem.checkpoint.api import model_part, save_checkpoint
-from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory, save_dcp
-from stratagem.checkpoint.formats import SINGLE_FILES
-from stratagem.checkpoint.layout import FileLayout, TensorSpec
-from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.regions import Region
-from stratagem.checkpoint.slices import create_file, write_pieces
-from stratagem.checkpoint.sources import CheckpointLoader
-from stratagem.checkpoint.tree import StateTree, split_tree
+from stratagem.checkpoint.directory.box_io import create_file, write_pieces
+from stratagem.checkpoint.directory.tensor_layout import FileLayout, TensorSpec
+from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.formats.choice import SINGLE_FILES
+from stratagem.checkpoint.formats.dcp import DcpDirectory, is_dcp_directory, save_dcp
+from stratagem.checkpoint.remote.sources import CheckpointLoader
+from stratagem.checkpoint.tree.boxes import Region
+from stratagem.checkpoint.tree.flatten import StateTree, split_tree
 from stratagem.errors import CheckpointError
 from stratagem.storage import atomic_directory, atomic_file, write_bytes
 from stratagem.utils import absolute, did_you_mean, mask_text

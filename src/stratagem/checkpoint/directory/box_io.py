@@ -12,9 +12,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.digest import Digest
-from stratagem.checkpoint.layout import FileLayout
-from stratagem.checkpoint.regions import Region
+from stratagem.checkpoint.directory.digest import Digest
+from stratagem.checkpoint.directory.tensor_layout import FileLayout
+from stratagem.checkpoint.tree.boxes import Region
 from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import begin_writeback, opened, operations, write_fully
 

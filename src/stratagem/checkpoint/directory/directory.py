@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stratagem.checkpoint.beside import describe_beside
-from stratagem.checkpoint.captured import Captured
-from stratagem.checkpoint.digest import digest_of
-from stratagem.checkpoint.manifest import (
+from stratagem.checkpoint.directory.box_io import WrittenPiece, create_file, write_pieces
+from stratagem.checkpoint.directory.digest import digest_of
+from stratagem.checkpoint.directory.extra_files import describe_beside
+from stratagem.checkpoint.directory.manifest import (
     MANIFEST,
     MOST_JSON,
     STATE,
@@ -34,13 +34,13 @@ from stratagem.checkpoint.manifest import (
     read_manifest,
     refuse_foreign,
 )
-from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.slices import WrittenPiece, create_file, write_pieces
-from stratagem.checkpoint.snapshot import Snapshot, file_of, take_snapshot
-from stratagem.checkpoint.strict_json import parse_json
-from stratagem.checkpoint.tree import StateTree, join_tree
-from stratagem.checkpoint.verify import verify_checkpoint
-from stratagem.dist import ALONE, Team
+from stratagem.checkpoint.directory.snapshot import Snapshot, file_of, take_snapshot
+from stratagem.checkpoint.directory.staged_state import Captured
+from stratagem.checkpoint.directory.strict_json import parse_json
+from stratagem.checkpoint.directory.verify import verify_checkpoint
+from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.tree.flatten import StateTree, join_tree
+from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointDamagedError, CheckpointError, StratagemError
 from stratagem.storage import atomic_directory, opened, operations, write_fully
 
@@ -113,7 +113,7 @@ class DirectoryFormat:
         return team.own(lambda: _read_tree(path, map_location, parts))
 
     def verify(self, path: Path, team: Team = ALONE) -> int:
-        """Compare every byte with its digest; see :func:`~stratagem.checkpoint.verify.verify_checkpoint`."""
+        """Compare every byte with its digest; see :func:`~stratagem.checkpoint.directory.verify.verify_checkpoint`."""
         return verify_checkpoint(path, team)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from stratagem.checkpoint.digest import Digest
+from stratagem.checkpoint.directory.digest import Digest
 from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["check_beside", "describe_beside", "is_beside", "top_names"]

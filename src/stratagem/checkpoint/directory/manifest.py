@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from stratagem.checkpoint.beside import is_beside
-from stratagem.checkpoint.digest import ALGORITHM, digest_of
-from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
-from stratagem.checkpoint.order import SAVE_ORDER, SaveOrder
-from stratagem.checkpoint.regions import Region, tiles
-from stratagem.checkpoint.slices import WrittenPiece
-from stratagem.checkpoint.strict_json import parse_json
+from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder
+from stratagem.checkpoint.directory.box_io import WrittenPiece
+from stratagem.checkpoint.directory.digest import ALGORITHM, digest_of
+from stratagem.checkpoint.directory.extra_files import is_beside
+from stratagem.checkpoint.directory.strict_json import parse_json
+from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, TensorSpec
+from stratagem.checkpoint.tree.boxes import Region, tiles
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = [

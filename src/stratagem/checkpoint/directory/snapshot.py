@@ -9,14 +9,14 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.manifest import FILE_NAME
-from stratagem.checkpoint.pieces import Pieces
-from stratagem.checkpoint.plan import Plan, make_plan
-from stratagem.checkpoint.regions import Region
-from stratagem.checkpoint.tree import StateTree, StoredTensor, split_state
-from stratagem.dist import Team
+from stratagem.checkpoint.directory.manifest import FILE_NAME
+from stratagem.checkpoint.directory.write_plan import Plan, make_plan
+from stratagem.checkpoint.tree.boxes import Region
+from stratagem.checkpoint.tree.flatten import StateTree, StoredTensor, split_state
+from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.distributed import Team
 from stratagem.errors import CheckpointError
-from stratagem.optim.sharded import local_part
+from stratagem.tensors.dtensor import local_part
 
 __all__ = ["Snapshot", "file_of", "take_snapshot"]
 

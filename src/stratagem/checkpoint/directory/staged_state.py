@@ -9,7 +9,7 @@ from typing import final
 
 from torch import Tensor
 
-from stratagem.dist import Team
+from stratagem.distributed import Team
 
 __all__ = ["Captured"]
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stratagem.checkpoint.beside import check_beside
-from stratagem.checkpoint.digest import digest_of
-from stratagem.checkpoint.layout import FileLayout
-from stratagem.checkpoint.manifest import MANIFEST, MOST_JSON, STATE, pieces_of, read_manifest
-from stratagem.checkpoint.slices import WrittenPiece, check_pieces
-from stratagem.checkpoint.snapshot import file_of
-from stratagem.dist import ALONE, Team
+from stratagem.checkpoint.directory.box_io import WrittenPiece, check_pieces
+from stratagem.checkpoint.directory.digest import digest_of
+from stratagem.checkpoint.directory.extra_files import check_beside
+from stratagem.checkpoint.directory.manifest import MANIFEST, MOST_JSON, STATE, pieces_of, read_manifest
+from stratagem.checkpoint.directory.snapshot import file_of
+from stratagem.checkpoint.directory.tensor_layout import FileLayout
+from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["verify_checkpoint"]

@@ -8,13 +8,13 @@ from typing import final
 
 import torch
 
-from stratagem.checkpoint.layout import DTYPES, FileLayout, TensorSpec
-from stratagem.checkpoint.pieces import Pieces
-from stratagem.checkpoint.regions import Region, region_of, tiles
-from stratagem.checkpoint.tree import StoredTensor
-from stratagem.dist.team import Team
+from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, TensorSpec
+from stratagem.checkpoint.tree.boxes import Region, region_of, tiles
+from stratagem.checkpoint.tree.flatten import StoredTensor
+from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.distributed.rank_group import Team
 from stratagem.errors import CheckpointError
-from stratagem.optim.sharded import is_sharded
+from stratagem.tensors.dtensor import is_sharded
 
 __all__ = ["Piece", "Plan", "make_plan"]
 

@@ -7,8 +7,8 @@ from stratagem.checkpoint.foreign.deepspeed import (
     is_deepspeed_folder,
     read_deepspeed_folder,
 )
+from stratagem.checkpoint.foreign.detect import read_parts
 from stratagem.checkpoint.foreign.hugging_face import WEIGHT_FILES, HuggingFaceFormat, shards_of
-from stratagem.checkpoint.foreign.kinds import read_parts
 from stratagem.checkpoint.foreign.torch_file import is_torch_zip, open_torch_file, verify_torch_file
 
 __all__ = [

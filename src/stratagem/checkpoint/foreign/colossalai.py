@@ -20,7 +20,7 @@ import torch
 from stratagem.checkpoint.foreign.hugging_face import HuggingFaceFormat, shards_of
 from stratagem.checkpoint.foreign.mmengine import mmengine_parts
 from stratagem.checkpoint.foreign.torch_file import open_torch_file, read_torch_file
-from stratagem.checkpoint.inert import TorchArchive, Values
+from stratagem.checkpoint.restricted_unpickler import TorchArchive, Values
 from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["ENGINE_ORDER", "ENGINE_PART", "TIED", "ColossalAIFolder"]

@@ -15,11 +15,11 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
-from stratagem.checkpoint.foreign.contents import Contents, under
+from stratagem.checkpoint.foreign.normalize import Contents, under
 from stratagem.checkpoint.foreign.torch_file import open_torch_file
 from stratagem.checkpoint.foreign.zero_parts import Cut, Stretches, Stripes
-from stratagem.checkpoint.inert import Record, mapping_items
-from stratagem.checkpoint.tree import StateTree
+from stratagem.checkpoint.restricted_unpickler import Record, mapping_items
+from stratagem.checkpoint.tree.flatten import StateTree
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["DEEPSPEED_STATE", "deepspeed_meta", "is_deepspeed_folder", "read_deepspeed_folder"]

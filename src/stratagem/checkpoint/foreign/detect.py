@@ -6,11 +6,11 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
-from stratagem.checkpoint.foreign.contents import Contents, Parts
 from stratagem.checkpoint.foreign.lightning import lightning_parts, of_lightning
 from stratagem.checkpoint.foreign.mmengine import mmengine_parts, of_mmengine
+from stratagem.checkpoint.foreign.normalize import Contents, Parts
 from stratagem.checkpoint.foreign.plain import plain_parts
-from stratagem.checkpoint.inert import ObjectError
+from stratagem.checkpoint.restricted_unpickler import ObjectError
 from stratagem.errors import CheckpointError
 
 __all__ = ["read_parts"]

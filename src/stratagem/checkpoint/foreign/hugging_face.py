@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stratagem.checkpoint.foreign.torch_file import read_torch_file
-from stratagem.checkpoint.inert import ObjectError
+from stratagem.checkpoint.restricted_unpickler import ObjectError
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["HuggingFaceFormat", "SAFETENSORS", "WEIGHT_FILES", "shards_of"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stratagem.checkpoint.foreign.contents import Contents, Parts, under
+from stratagem.checkpoint.foreign.normalize import Contents, Parts, under
 
 __all__ = ["lightning_parts", "of_lightning"]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from stratagem.checkpoint.foreign.contents import Contents, Parts, under
-from stratagem.checkpoint.inert import ObjectError, mapping_items
+from stratagem.checkpoint.foreign.normalize import Contents, Parts, under
+from stratagem.checkpoint.restricted_unpickler import ObjectError, mapping_items
 
 __all__ = ["mmengine_parts", "of_mmengine"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from stratagem.checkpoint.inert import is_tensor, mapping_items
+from stratagem.checkpoint.restricted_unpickler import is_tensor, mapping_items
 
 __all__ = ["Contents", "Parts", "is_optimizer_state", "is_state_dict", "under"]
 

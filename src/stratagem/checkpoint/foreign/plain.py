@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stratagem.checkpoint.foreign.contents import Contents, Parts, is_optimizer_state, is_state_dict
-from stratagem.checkpoint.inert import Record
+from stratagem.checkpoint.foreign.normalize import Contents, Parts, is_optimizer_state, is_state_dict
+from stratagem.checkpoint.restricted_unpickler import Record
 from stratagem.errors import CheckpointError
 
 __all__ = ["plain_parts"]

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from stratagem.checkpoint.foreign.contents import Contents
-from stratagem.checkpoint.inert import Record, TorchArchive, Values, mapping_items, printable
+from stratagem.checkpoint.foreign.normalize import Contents
+from stratagem.checkpoint.restricted_unpickler import Record, TorchArchive, Values, mapping_items, printable
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["is_torch_zip", "open_torch_file", "read_torch_file", "verify_torch_file"]

@@ -8,11 +8,11 @@ from typing import Protocol
 
 import torch
 
-from stratagem.checkpoint.captured import Captured
-from stratagem.checkpoint.directory import DirectoryFormat
-from stratagem.checkpoint.single_file import SingleFileFormat
-from stratagem.checkpoint.tree import StateTree
-from stratagem.dist import ALONE, Team
+from stratagem.checkpoint.directory.directory import DirectoryFormat
+from stratagem.checkpoint.directory.staged_state import Captured
+from stratagem.checkpoint.formats.single_file import SingleFileFormat
+from stratagem.checkpoint.tree.flatten import StateTree
+from stratagem.distributed import ALONE, Team
 
 __all__ = ["SINGLE_FILES", "CheckpointFormat", "format_for"]
 

@@ -16,9 +16,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.regions import Region
-from stratagem.checkpoint.tree import StateTree
+from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.tree.boxes import Region
+from stratagem.checkpoint.tree.flatten import StateTree
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from stratagem.storage import atomic_directory
 from stratagem.utils import import_module

@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from stratagem.checkpoint.formats import SINGLE_FILES, format_for
-from stratagem.checkpoint.single_file import SingleFileFormat
+from stratagem.checkpoint.formats.choice import SINGLE_FILES, format_for
+from stratagem.checkpoint.formats.single_file import SingleFileFormat
 from stratagem.errors import ConfigKeyError
 from stratagem.storage import fsync_directory, operations
 from stratagem.storage.temporary import temporary_path

@@ -13,12 +13,12 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.captured import Captured
+from stratagem.checkpoint.directory.staged_state import Captured
+from stratagem.checkpoint.errors import not_written
 from stratagem.checkpoint.foreign import open_torch_file, read_parts, verify_torch_file
-from stratagem.checkpoint.gather import gather_tensor
-from stratagem.checkpoint.refusal import not_written
-from stratagem.checkpoint.tree import StateTree, join_tree, split_state
-from stratagem.dist import ALONE, Team
+from stratagem.checkpoint.tree.flatten import StateTree, join_tree, split_state
+from stratagem.checkpoint.tree.gather import gather_tensor
+from stratagem.distributed import ALONE, Team
 from stratagem.storage import atomic_file, opened, operations, write_fully
 
 __all__ = ["SingleFileFormat", "read_meta"]

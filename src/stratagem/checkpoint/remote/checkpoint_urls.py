@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.checkpoint.download import download_limit_bytes
-from stratagem.checkpoint.inspection import inspect_checkpoint
-from stratagem.checkpoint.order import SAVE_ORDER, SaveOrder, oldest_first
-from stratagem.dist import ALONE, Team
+from stratagem.checkpoint.catalog.inspection import inspect_checkpoint
+from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder, oldest_first
+from stratagem.checkpoint.remote.download import download_limit_bytes
+from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, StratagemError
 from stratagem.storage import RemoteFolder, atomic_file, fetch_published, list_published, publish
 from stratagem.utils import mask_text

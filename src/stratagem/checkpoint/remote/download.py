@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, final
 
-from stratagem.checkpoint.formats import SINGLE_FILES
+from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, ConfigValueError
 from stratagem.storage import atomic_file, write_atomic
 from stratagem.utils import mask_text

@@ -1,6 +1,6 @@
 """Collections of weights by name: ``torchvision://``, ``timm://``, ``open-mmlab://`` and ``hf://``.
 
-All of them end in downloads over https by :func:`~stratagem.checkpoint.download.fetch_http`, so that one place checks
+All of them end in downloads over https by :func:`~stratagem.checkpoint.remote.download.fetch_http`, so that one place checks
 digests and sizes and keeps the copies. The Hub is asked by its own URLs and not through its library, for that reason.
 """
 
@@ -13,9 +13,9 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
-from stratagem.checkpoint.download import fetch_http
 from stratagem.checkpoint.foreign import WEIGHT_FILES, shards_of
-from stratagem.checkpoint.open_mmlab import OPEN_MMLAB_URLS
+from stratagem.checkpoint.remote.download import fetch_http
+from stratagem.checkpoint.remote.open_mmlab import OPEN_MMLAB_URLS
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.utils import did_you_mean, import_module, mask_text
 from stratagem.utils.imports import without_working_directory

@@ -12,8 +12,7 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.dcp import DcpDirectory, is_dcp_directory
-from stratagem.checkpoint.download import fetch_http
+from stratagem.checkpoint.directory.manifest import MANIFEST
 from stratagem.checkpoint.foreign import (
     ENGINE_PART,
     ColossalAIFolder,
@@ -21,12 +20,13 @@ from stratagem.checkpoint.foreign import (
     is_deepspeed_folder,
     read_deepspeed_folder,
 )
-from stratagem.checkpoint.formats import format_for
-from stratagem.checkpoint.hubs import fetch_hugging_face, fetch_open_mmlab, fetch_timm, fetch_torchvision
-from stratagem.checkpoint.manifest import MANIFEST
-from stratagem.checkpoint.remote import fetch_remote
-from stratagem.checkpoint.tree import StateTree
-from stratagem.dist import ALONE, Team
+from stratagem.checkpoint.formats.choice import format_for
+from stratagem.checkpoint.formats.dcp import DcpDirectory, is_dcp_directory
+from stratagem.checkpoint.remote.checkpoint_urls import fetch_remote
+from stratagem.checkpoint.remote.download import fetch_http
+from stratagem.checkpoint.remote.hubs import fetch_hugging_face, fetch_open_mmlab, fetch_timm, fetch_torchvision
+from stratagem.checkpoint.tree.flatten import StateTree
+from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, ConfigValueError
 from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, did_you_mean, is_url, mask_text

@@ -4,10 +4,10 @@ Three steps, each a file: the zip form (:mod:`archive`), what its pickle says (:
 asked for (:mod:`values`).
 """
 
-from stratagem.checkpoint.inert.archive import TorchArchive
-from stratagem.checkpoint.inert.machine import read_pickle
-from stratagem.checkpoint.inert.records import Name, Persistent, Record
-from stratagem.checkpoint.inert.values import ObjectError, Values, is_tensor, mapping_items, printable
+from stratagem.checkpoint.restricted_unpickler.archive import TorchArchive
+from stratagem.checkpoint.restricted_unpickler.pickle_vm import read_pickle
+from stratagem.checkpoint.restricted_unpickler.records import Name, Persistent, Record
+from stratagem.checkpoint.restricted_unpickler.values import ObjectError, Values, is_tensor, mapping_items, printable
 
 __all__ = [
     "Name",

@@ -19,7 +19,7 @@ from typing import Any, Self, final
 
 import torch
 
-from stratagem.checkpoint.inert.machine import read_pickle
+from stratagem.checkpoint.restricted_unpickler.pickle_vm import read_pickle
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["TorchArchive"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stratagem.checkpoint.inert.records import Record
+from stratagem.checkpoint.restricted_unpickler.records import Record
 
 __all__ = ["array_from_bytes", "array_of", "scalar_of"]
 

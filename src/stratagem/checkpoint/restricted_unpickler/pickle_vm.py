@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, final
 
-from stratagem.checkpoint.inert.records import Name, Persistent, Record
+from stratagem.checkpoint.restricted_unpickler.records import Name, Persistent, Record
 from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["read_pickle"]

@@ -13,10 +13,10 @@ from typing import Any, Protocol, final
 
 import torch
 
-from stratagem.checkpoint.inert.numbers import array_from_bytes, array_of, scalar_of
-from stratagem.checkpoint.inert.records import Name, Persistent, Record
-from stratagem.checkpoint.inert.tensors import DTYPES, LAYOUTS, sparse_tensor, strided_tensor
-from stratagem.checkpoint.versions import with_versions
+from stratagem.checkpoint.restricted_unpickler.numbers import array_from_bytes, array_of, scalar_of
+from stratagem.checkpoint.restricted_unpickler.records import Name, Persistent, Record
+from stratagem.checkpoint.restricted_unpickler.tensors import DTYPES, LAYOUTS, sparse_tensor, strided_tensor
+from stratagem.checkpoint.tree.module_versions import with_versions
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["ObjectError", "Values", "is_tensor", "mapping_items", "printable"]

@@ -11,7 +11,7 @@ from typing import Any, Self, final
 from torch import Tensor
 
 from stratagem.errors import CheckpointError
-from stratagem.optim.sharded import is_sharded, local_box
+from stratagem.tensors.dtensor import is_sharded, local_box
 
 __all__ = ["Region", "boxes", "region_of", "tiles"]
 

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from stratagem.checkpoint.pieces import Pieces
-from stratagem.checkpoint.versions import module_versions, with_versions
+from stratagem.checkpoint.tree.module_versions import module_versions, with_versions
+from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["StateTree", "StoredTensor", "join_tree", "split_state", "split_tree"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.pieces import Pieces
-from stratagem.checkpoint.tree import StateTree, StoredTensor, join_tree, split_state
-from stratagem.dist import Team
-from stratagem.optim.sharded import is_sharded, whole
+from stratagem.checkpoint.tree.flatten import StateTree, StoredTensor, join_tree, split_state
+from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.distributed import Team
+from stratagem.tensors.dtensor import is_sharded, whole
 
 __all__ = ["gather_tensor", "gather_tree"]
 

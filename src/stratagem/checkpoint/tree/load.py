@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from stratagem.checkpoint.names import bare_name, is_named, revise, unwrapped_names
-from stratagem.checkpoint.pieces import Pieces
-from stratagem.checkpoint.prefixes import suggest_prefix
-from stratagem.checkpoint.versions import module_versions, with_versions
+from stratagem.checkpoint.tree.key_prefix_hint import suggest_prefix
+from stratagem.checkpoint.tree.module_versions import module_versions, with_versions
+from stratagem.checkpoint.tree.names import bare_name, is_named, revise, unwrapped_names
+from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
 from stratagem.errors import CheckpointMismatchError
-from stratagem.optim.sharded import placed_like
+from stratagem.tensors.dtensor import placed_like
 
 __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "fit_state", "load_state_dict", "weights_to_cpu"]
 

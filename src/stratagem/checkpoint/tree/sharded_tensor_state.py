@@ -8,8 +8,8 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.regions import Region, boxes
-from stratagem.dist import Team
+from stratagem.checkpoint.tree.boxes import Region, boxes
+from stratagem.distributed import Team
 from stratagem.errors import CheckpointError, CheckpointMismatchError
 
 __all__ = ["Pieces", "take_box", "take_range"]

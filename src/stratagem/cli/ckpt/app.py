@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stratagem.cli.deferred import Traceback, command
+from stratagem.cli.lazy_command import Traceback, lazy_command
 
 __all__ = ["ckpt_app"]
 
@@ -35,7 +35,7 @@ def list_(
 
     Only manifests are read; `verify` reads all.
     """
-    command("ckpt_list:list_checkpoints")(folder)
+    lazy_command("stratagem.cli.ckpt.listing:list_checkpoints")(folder)
 
 
 @ckpt_app.command()
@@ -48,7 +48,7 @@ def show(
     traceback: Traceback = False,
 ) -> None:
     """Show what CKPT holds: its parts with their sizes, where its run stood, and what it was made by."""
-    command("ckpt_show:show")(checkpoint, tensors=tensors, config=config)
+    lazy_command("stratagem.cli.ckpt.show:show")(checkpoint, tensors=tensors, config=config)
 
 
 @ckpt_app.command()
@@ -59,7 +59,7 @@ def verify(
     traceback: Traceback = False,
 ) -> None:
     """Read every byte and compare it with its digest; exit with 1 if one is damaged."""
-    command("ckpt_list:verify")(paths)
+    lazy_command("stratagem.cli.ckpt.listing:verify")(paths)
 
 
 @ckpt_app.command()
@@ -72,7 +72,7 @@ def diff(
     traceback: Traceback = False,
 ) -> None:
     """Print each value and tensor that differs between two checkpoints, and by how much; exit with 1 if any does."""
-    command("ckpt_show:diff")(first, second, parts=tuple(part or ()))
+    lazy_command("stratagem.cli.ckpt.show:diff")(first, second, parts=tuple(part or ()))
 
 
 @ckpt_app.command()
@@ -91,7 +91,7 @@ def convert(
     traceback: Traceback = False,
 ) -> None:
     """Turn CKPT into another form, a tensor at a time."""
-    command("ckpt_convert:convert")(source, target, form)
+    lazy_command("stratagem.cli.ckpt.convert:convert")(source, target, form)
 
 
 @ckpt_app.command()
@@ -110,7 +110,7 @@ def prune(
 
     The last ones are read first: a damaged one does not count. What no run saved by itself stays.
     """
-    command("ckpt_prune:prune")(
+    lazy_command("stratagem.cli.ckpt.prune:prune")(
         folder, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, ask=not yes, dry_run=dry_run
     )
 
@@ -125,4 +125,4 @@ def consolidate(
     traceback: Traceback = False,
 ) -> None:
     """Put the weights of CKPT, however they are spread over files, into one file of safetensors, and nothing else."""
-    command("ckpt_convert:consolidate")(source, target, averaged=averaged)
+    lazy_command("stratagem.cli.ckpt.convert:consolidate")(source, target, averaged=averaged)

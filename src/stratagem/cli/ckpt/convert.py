@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from stratagem.checkpoint import AVERAGE_PART, StateTree, model_part, split_tree
-from stratagem.checkpoint.convert import convert_checkpoint, opened_checkpoint, write_weights
+from stratagem.checkpoint.convert.convert import convert_checkpoint, opened_checkpoint, write_weights
 from stratagem.errors import CheckpointError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes

@@ -14,8 +14,8 @@ from stratagem.checkpoint import Retention, Saved, format_for, remove_checkpoint
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
-from stratagem.train.lock import folder_lock
-from stratagem.train.run import INTERRUPTED
+from stratagem.train.run.context import INTERRUPTED
+from stratagem.train.run.work_dir_lock import folder_lock
 
 __all__ = ["prune"]
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 from stratagem.checkpoint import StateTree, split_tree
-from stratagem.checkpoint.compare import Difference, compare
-from stratagem.checkpoint.convert import opened_checkpoint
+from stratagem.checkpoint.convert.compare import Difference, compare
+from stratagem.checkpoint.convert.convert import opened_checkpoint
 from stratagem.errors import CheckpointError
 from stratagem.utils import did_you_mean, is_url, mask_text
 

@@ -14,8 +14,8 @@ from stratagem.cli.doctor.finding import Finding, Verdict
 from stratagem.cli.doctor.folder import examine_folder
 from stratagem.cli.doctor.machine import examine_machine
 from stratagem.cli.doctor.ranks import examine_ranks, read_findings
-from stratagem.cli.launching import launch_here
-from stratagem.dist import infer_launcher, read_launch
+from stratagem.cli.launch.processes import launch_here
+from stratagem.distributed import infer_launcher, read_launch
 
 __all__ = ["doctor"]
 

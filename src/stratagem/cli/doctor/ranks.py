@@ -18,7 +18,7 @@ import torch
 
 from stratagem._version import __version__
 from stratagem.cli.doctor.finding import Finding, Verdict
-from stratagem.dist import (
+from stratagem.distributed import (
     all_gather_object,
     all_reduce,
     barrier,

@@ -16,9 +16,9 @@ from typing import Any
 
 import typer
 
-from stratagem.cli.handover import NPROC_VARIABLE
-from stratagem.cli.ray_actor import RankActor, Seat
-from stratagem.dist import RAY_JOB_VARIABLE
+from stratagem.cli.launch.child_status import NPROC_VARIABLE
+from stratagem.cli.launch.ray_actor import RankActor, Seat
+from stratagem.distributed import RAY_JOB_VARIABLE
 from stratagem.errors import LaunchError
 from stratagem.utils import import_module
 

@@ -15,9 +15,9 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from stratagem.cli.handover import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
-from stratagem.cli.on_ray import launch_on_ray
-from stratagem.dist import infer_launcher
+from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE, STATUS_KEY
+from stratagem.cli.launch.on_ray import launch_on_ray
+from stratagem.distributed import infer_launcher
 from stratagem.errors import LaunchError
 
 __all__ = ["launch_again", "launch_here"]

@@ -15,17 +15,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratagem.cli.launching import launch_again
+from stratagem.cli.launch.processes import launch_again
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.parity_variants import Trial, Variant, cut_config, variants_of, windows_of
+from stratagem.cli.parity.variants import Trial, Variant, cut_config, variants_of, windows_of
 from stratagem.config import Config, require
+from stratagem.config_schema import SECTIONS
 from stratagem.data import build_dataloader
-from stratagem.dist import close_dist, infer_launcher, init_dist
+from stratagem.distributed import close_dist, infer_launcher, init_dist
 from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
 from stratagem.registry import switch_scope
 from stratagem.runner import Runner
-from stratagem.sections import SECTIONS
-from stratagem.train.parity import Comparison, StepRecorder, Traits, compare_traces
+from stratagem.train.tools.trace_comparison import Comparison, StepRecorder, Traits, compare_traces
 
 __all__ = ["Found", "parity", "train_variant"]
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from stratagem.cli.charts import Chart, Panel
+from stratagem.cli.plot.charts import Chart, Panel
 
 __all__ = ["print_chart"]
 

@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from stratagem.cli.charts import Chart, Panel
+from stratagem.cli.plot.charts import Chart, Panel
 from stratagem.errors import ConfigFileError
 from stratagem.storage import write_atomic
 from stratagem.utils import import_module

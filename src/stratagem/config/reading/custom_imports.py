@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stratagem.config.source import Source
+from stratagem.config.reading.source import Source
 from stratagem.errors import ConfigKeyError, ConfigTypeError, MissingDependencyError
 from stratagem.utils import did_you_mean
 

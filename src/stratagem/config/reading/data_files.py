@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from stratagem.config.languages import language_of
-from stratagem.config.placeholders import BaseValues, Placeholders
+from stratagem.config.reading.data_languages import language_of
+from stratagem.config.reading.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, ConfigTypeError
 from stratagem.utils.data_names import mark_data
 

@@ -12,10 +12,10 @@ __all__ = ["DATA_SUFFIXES", "Language", "language_of"]
 
 # By name: YAML and TOML load libraries that most programs do without.
 _MODULES = {
-    ".json": "stratagem.config.json_files",
-    ".toml": "stratagem.config.toml_files",
-    ".yaml": "stratagem.config.yaml_files",
-    ".yml": "stratagem.config.yaml_files",
+    ".json": "stratagem.config.reading.json_files",
+    ".toml": "stratagem.config.reading.toml_files",
+    ".yaml": "stratagem.config.reading.yaml_files",
+    ".yml": "stratagem.config.reading.yaml_files",
 }
 # The files that are data: reading one never runs code, whoever wrote it.
 DATA_SUFFIXES = frozenset(_MODULES)

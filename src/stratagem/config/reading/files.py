@@ -11,15 +11,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.config.custom_imports import CUSTOM_IMPORTS
-from stratagem.config.data_files import read_data
-from stratagem.config.languages import DATA_SUFFIXES
-from stratagem.config.lazy import BaseImport, locate_base
-from stratagem.config.lines import line_of
 from stratagem.config.merge import BaseEdits, is_same, merge
-from stratagem.config.placeholders import BaseValues
-from stratagem.config.python_files import read_python
-from stratagem.config.source import Origin, Source
+from stratagem.config.reading.custom_imports import CUSTOM_IMPORTS
+from stratagem.config.reading.data_files import read_data
+from stratagem.config.reading.data_languages import DATA_SUFFIXES
+from stratagem.config.reading.lazy import BaseImport, locate_base
+from stratagem.config.reading.lines import line_of
+from stratagem.config.reading.placeholders import BaseValues
+from stratagem.config.reading.python_files import read_python
+from stratagem.config.reading.source import Origin, Source
 from stratagem.errors import (
     ConfigFileError,
     ConfigKeyError,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stratagem.config.keys import KeyPath
-from stratagem.config.limits import children_of_data, refuse_unreasonable
+from stratagem.config.reading.limits import children_of_data, refuse_unreasonable
 from stratagem.errors import ConfigParsingError
 
 __all__ = ["lines", "parse", "write"]

@@ -7,9 +7,9 @@ import functools
 from collections.abc import Iterator
 
 from stratagem.config.keys import KeyPath
-from stratagem.config.languages import language_of
-from stratagem.config.placeholders import Placeholders
-from stratagem.config.source import Source
+from stratagem.config.reading.data_languages import language_of
+from stratagem.config.reading.placeholders import Placeholders
+from stratagem.config.reading.source import Source
 
 __all__ = ["line_of"]
 

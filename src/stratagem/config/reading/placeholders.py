@@ -20,8 +20,8 @@ from stratagem.config.overrides import parse_scalar
 from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.utils.data_names import FilledText, template_of
 from stratagem.utils.lazy import MaskedSecret
-from stratagem.utils.secret_names import is_secret_name
-from stratagem.utils.secret_values import remember_placeholder, remember_secret
+from stratagem.utils.secrets.names import is_secret_name
+from stratagem.utils.secrets.values import remember_placeholder, remember_secret
 
 __all__ = ["BaseValues", "Placeholders", "masked_marker"]
 

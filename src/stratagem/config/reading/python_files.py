@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar, final
 
-from stratagem.config.lazy import HAS_IMPORT, imported_names, is_lazy, take_base_imports, take_imports
 from stratagem.config.merge import NO_EDITS, BaseEdits, difference, edits_of, is_same
 from stratagem.config.node import ConfigDict, as_plain
-from stratagem.config.placeholders import BaseValues, Placeholders
+from stratagem.config.reading.lazy import HAS_IMPORT, imported_names, is_lazy, take_base_imports, take_imports
+from stratagem.config.reading.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, StratagemError
 from stratagem.utils.lazy import lazy_name, resolve
 

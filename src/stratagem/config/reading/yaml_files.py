@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from stratagem.config.keys import KeyPath
-from stratagem.config.limits import refuse_unreasonable
+from stratagem.config.reading.limits import refuse_unreasonable
 from stratagem.errors import ConfigParsingError
 from stratagem.utils.data_names import DataName
 

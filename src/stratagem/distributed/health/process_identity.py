@@ -46,7 +46,7 @@ class Peer:
 def _place() -> str:
     """Name the space of process numbers that this process lives in."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return socket.gethostname()
 

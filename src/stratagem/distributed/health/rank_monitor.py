@@ -16,9 +16,9 @@ from typing import Any, Self, TypeVar, cast, final
 import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from stratagem.dist.collectives import get_dist_info
-from stratagem.dist.objects import all_gather_object
-from stratagem.dist.peer import Peer
+from stratagem.distributed.collectives import get_dist_info
+from stratagem.distributed.health.process_identity import Peer
+from stratagem.distributed.objects import all_gather_object
 
 __all__ = ["Failure", "RankWatch"]
 
@@ -142,7 +142,9 @@ class RankWatch:
             if told:
                 ago = max(0.0, time.time() - told["time"])
                 silent = "" if ago < 4 * self._poll_s else ": stopped, or its machine hangs"
-                lines.append(f"rank {rank}: {told['iteration']} iterations done, last sign of life {ago:.1f} s ago{silent}")
+                lines.append(
+                    f"rank {rank}: {told['iteration']} iterations done, last sign of life {ago:.1f} s ago{silent}"
+                )
             else:
                 lines.append(f"rank {rank}: no sign of life")
         return lines

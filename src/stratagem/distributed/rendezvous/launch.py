@@ -1,6 +1,7 @@
 """Who started this process, as which rank of how many: read from the environment of each launcher, once.
 
-Everything here is a pure function of the environment that it is given; :mod:`stratagem.dist.group` acts on it.
+All functions are pure: they only read the environment they are given. :mod:`~stratagem.distributed.rendezvous.process_group`
+acts on the result.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stratagem.dist.hostlist import expand_hostlist
-from stratagem.dist.interfaces import is_loopback
+from stratagem.distributed.rendezvous.hostlist import expand_hostlist
+from stratagem.distributed.rendezvous.interfaces import is_loopback
 from stratagem.errors import LaunchError
 from stratagem.utils.names import did_you_mean
 

@@ -8,7 +8,7 @@ from datetime import timedelta
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
-from stratagem.dist.launch import Launch
+from stratagem.distributed.rendezvous.launch import Launch
 from stratagem.errors import LaunchError
 
 __all__ = ["call_roll"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.dist.launch import Launch, infer_launcher, read_launch
-from stratagem.dist.meeting import choose_interface, meet
-from stratagem.dist.world import pick_device
+from stratagem.distributed.rendezvous.launch import Launch, infer_launcher, read_launch
+from stratagem.distributed.rendezvous.rendezvous import choose_interface, meet
+from stratagem.distributed.world import pick_device
 from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
@@ -36,7 +36,7 @@ def init_dist(
     Collective: every rank calls it. A no-op where a group exists already or the launcher is ``"none"``.
 
     Args:
-        launcher: one of :data:`~stratagem.dist.launch.LAUNCHERS`; inferred from the environment where not given.
+        launcher: one of :data:`~stratagem.distributed.LAUNCHERS`; inferred from the environment by default.
         backend: of ``torch.distributed``; by default the one that fits the device, with gloo beside it for tensors on
             the CPU.
         timeout: seconds after which a collective that does not complete is an error; 600 by default.

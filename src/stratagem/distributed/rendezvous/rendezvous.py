@@ -13,10 +13,10 @@ from datetime import timedelta
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from stratagem.dist.interfaces import address_towards, interface_of, is_loopback, is_own, resolve
-from stratagem.dist.launch import Launch
-from stratagem.dist.roll_call import call_roll
-from stratagem.dist.signpost import Signpost, follow_signpost
+from stratagem.distributed.rendezvous.interfaces import address_towards, interface_of, is_loopback, is_own, resolve
+from stratagem.distributed.rendezvous.launch import Launch
+from stratagem.distributed.rendezvous.membership_check import call_roll
+from stratagem.distributed.rendezvous.port_discovery import Signpost, follow_signpost
 from stratagem.errors import LaunchError
 
 __all__ = ["choose_interface", "meet"]

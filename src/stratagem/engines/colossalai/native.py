@@ -12,10 +12,10 @@ from torch import Tensor
 
 from stratagem.checkpoint import DirectoryFormat, StateTree, write_at
 from stratagem.checkpoint.foreign import ENGINE_ORDER, ENGINE_PART, TIED
-from stratagem.dist import Team
+from stratagem.distributed import Team
+from stratagem.engines.colossalai.import_stubs import stand_ins
+from stratagem.engines.colossalai.placement import ColossalBooster
 from stratagem.errors import CheckpointError
-from stratagem.strategies.engines.colossalai.placement import ColossalBooster
-from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
 
 __all__ = ["NativeWriter"]
 

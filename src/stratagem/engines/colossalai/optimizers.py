@@ -7,8 +7,8 @@ from typing import Any, Final
 
 import torch
 
+from stratagem.engines.colossalai.import_stubs import stand_ins
 from stratagem.errors import PlacementError
-from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
 
 with stand_ins():
     from colossalai.nn import optimizer as library
@@ -21,7 +21,7 @@ WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon
 
 if not torch.accelerator.is_available():
     with stand_ins():
-        from stratagem.strategies.engines.colossalai.on_cpu import train_on_cpu
+        from stratagem.engines.colossalai.cpu_backend import train_on_cpu
     train_on_cpu()
 
 CAME = library.CAME

@@ -20,21 +20,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 from stratagem.checkpoint import parameter_names
-from stratagem.dist import World
+from stratagem.distributed import World
+from stratagem.engines.colossalai.clipping import max_norm_of
+from stratagem.engines.colossalai.cpu_backend import train_on_cpu
+from stratagem.engines.colossalai.optimizers import WHOLE_PARAMETERS
+from stratagem.engines.colossalai.options import PluginSpec
+from stratagem.engines.colossalai.plugins import Traits, build_plugin, traits_of
+from stratagem.engines.colossalai.shard_layout import Part, parts_of
+from stratagem.engines.colossalai.wrapper import BoostedOptimWrapper
+from stratagem.engines.engine_module import Driven
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.placement import NO_CONTEXT
-from stratagem.strategies.engines.colossalai.clipping import max_norm_of
-from stratagem.strategies.engines.colossalai.on_cpu import train_on_cpu
-from stratagem.strategies.engines.colossalai.optimizers import WHOLE_PARAMETERS
-from stratagem.strategies.engines.colossalai.options import PluginSpec
-from stratagem.strategies.engines.colossalai.parts import Part, parts_of
-from stratagem.strategies.engines.colossalai.plugins import Traits, build_plugin, traits_of
-from stratagem.strategies.engines.colossalai.wrapper import BoostedOptimWrapper
-from stratagem.strategies.engines.driven import Driven
 
 __all__ = ["Boosting", "ColossalBooster"]
 

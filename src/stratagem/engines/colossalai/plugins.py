@@ -12,11 +12,11 @@ from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, 
 from colossalai.shardformer.policies.base_policy import Policy
 from torch import nn
 
+from stratagem.engines.colossalai.import_stubs import stand_ins
+from stratagem.engines.colossalai.options import PluginSpec
+from stratagem.engines.colossalai.tp_plan_policy import PLAN_ATTRIBUTE, PlannedPolicy
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.registry import TASK_UTILS
-from stratagem.strategies.engines.colossalai.options import PluginSpec
-from stratagem.strategies.engines.colossalai.planned import PLAN_ATTRIBUTE, PlannedPolicy
-from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
 
 __all__ = ["Traits", "build_plugin", "traits_of"]
 

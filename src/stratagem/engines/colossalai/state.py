@@ -16,14 +16,14 @@ from stratagem.checkpoint import (
     optimizer_by_index,
     optimizer_by_name,
 )
+from stratagem.engines.colossalai.placement import ColossalBooster
+from stratagem.engines.colossalai.shard_layout import Part
+from stratagem.engines.colossalai.wrapper import BoostedOptimWrapper
 from stratagem.errors import CheckpointError
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.engines.colossalai.parts import Part
-from stratagem.strategies.engines.colossalai.placement import ColossalBooster
-from stratagem.strategies.engines.colossalai.wrapper import BoostedOptimWrapper
-from stratagem.strategies.optim_state import require_one_optimizer
-from stratagem.strategies.state_access import StateAccess
+from stratagem.strategies.state.optim_state import require_one_optimizer
+from stratagem.strategies.state.state_io import StateAccess
 
 __all__ = ["BoosterState"]
 

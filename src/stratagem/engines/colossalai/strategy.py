@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any, Literal, final
 
 from stratagem.checkpoint import save_checkpoint
+from stratagem.engines.colossalai.import_stubs import stand_ins
+from stratagem.engines.colossalai.options import CHECKPOINT_FORMATS, parse_plugin, refuse_other_wrappers
 from stratagem.errors import CheckpointError, ConfigValueError, MissingDependencyError
 from stratagem.parallel import Placement
 from stratagem.strategies.base import CheckpointWriter
 from stratagem.strategies.composed import ComposedStrategy
-from stratagem.strategies.engines.colossalai.options import CHECKPOINT_FORMATS, parse_plugin, refuse_other_wrappers
-from stratagem.strategies.engines.colossalai.stand_ins import stand_ins
-from stratagem.strategies.state_access import StateAccess
+from stratagem.strategies.state.state_io import StateAccess
 from stratagem.utils import did_you_mean, import_object
 from stratagem.utils.imports import without_working_directory
 
 __all__ = ["ColossalAIStrategy"]
 
-_HERE = "stratagem.strategies.engines.colossalai"
+_HERE = "stratagem.engines.colossalai"
 
 
 @final

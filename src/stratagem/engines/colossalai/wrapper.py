@@ -12,12 +12,12 @@ from colossalai.amp.naive_amp.mixed_precision_mixin import FP16MixedPrecisionMix
 from colossalai.interface import OptimizerWrapper
 from torch import Tensor, nn
 
-from stratagem.dist import all_reduce
+from stratagem.distributed import all_reduce
+from stratagem.engines.colossalai.shard_layout import Part, gradients_of
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.optim.base import NOTHING
 from stratagem.optim.gradients import Clipping
-from stratagem.strategies.engines.colossalai.parts import Part, gradients_of
 
 __all__ = ["BoostedOptimWrapper"]
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from stratagem.dist import World
+from stratagem.distributed import World
+from stratagem.engines.deepspeed.scalar_params import as_vectors, broadcast_already
 from stratagem.errors import ConfigValueError, PlacementError
-from stratagem.strategies.engines.deepspeed.zero_dim import as_vectors, broadcast_already
 from stratagem.utils import import_module
 
 __all__ = ["configure_checkpointing", "load_deepspeed", "make_engine", "require_dtype"]

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from stratagem.dist import all_reduce
+from stratagem.distributed import all_reduce
 
 __all__ = ["Fragment", "Memory", "WholeMasters", "WholeParameters", "ZeroFlat", "ZeroPartitioned"]
 

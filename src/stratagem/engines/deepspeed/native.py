@@ -8,10 +8,10 @@ from typing import Final, final
 
 from stratagem.checkpoint import StateTree, gather_tree
 from stratagem.checkpoint.foreign import DEEPSPEED_STATE
-from stratagem.dist import Team
+from stratagem.distributed import Team
+from stratagem.engines.deepspeed.wrapper import EngineOptim
 from stratagem.errors import CheckpointError, ConfigValueError
 from stratagem.storage import atomic_directory
-from stratagem.strategies.engines.deepspeed.optim import EngineOptim
 from stratagem.utils import absolute
 
 __all__ = ["NativeWriter"]

@@ -12,8 +12,8 @@ from typing import Any, Final, final
 
 import torch
 
+from stratagem.engines.deepspeed.keys import check_keys
 from stratagem.errors import ConfigFileError, ConfigParsingError, ConfigTypeError, ConfigValueError
-from stratagem.strategies.engines.deepspeed.keys import check_keys
 from stratagem.utils.data_names import mark_data, unmark_data
 
 __all__ = ["Options"]

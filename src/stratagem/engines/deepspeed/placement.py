@@ -11,30 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stratagem.dist import World
-from stratagem.errors import ConfigValueError, PlacementError
-from stratagem.model import is_model_wrapper
-from stratagem.optim import OptimWrapper
-from stratagem.parallel import AnyOptim, Placed, Placement, Steps
-from stratagem.parallel.placement import NO_CONTEXT
-from stratagem.strategies.engines.deepspeed.arithmetic import require_elementwise
-from stratagem.strategies.engines.deepspeed.inputs import with_inputs_in
-from stratagem.strategies.engines.deepspeed.library import (
+from stratagem.distributed import World
+from stratagem.engines.deepspeed.bootstrap import (
     configure_checkpointing,
     load_deepspeed,
     make_engine,
     require_dtype,
 )
-from stratagem.strategies.engines.deepspeed.memory import (
+from stratagem.engines.deepspeed.elementwise_check import require_elementwise
+from stratagem.engines.deepspeed.inputs import with_inputs_in
+from stratagem.engines.deepspeed.master_weights import (
     Memory,
     WholeMasters,
     WholeParameters,
     ZeroFlat,
     ZeroPartitioned,
 )
-from stratagem.strategies.engines.deepspeed.optim import EngineOptim, KeptGroup, require_plain_wrapper
-from stratagem.strategies.engines.deepspeed.options import Options
-from stratagem.strategies.engines.driven import Driven
+from stratagem.engines.deepspeed.options import Options
+from stratagem.engines.deepspeed.wrapper import EngineOptim, KeptGroup, require_plain_wrapper
+from stratagem.engines.engine_module import Driven
+from stratagem.errors import ConfigValueError, PlacementError
+from stratagem.model import is_model_wrapper
+from stratagem.optim import OptimWrapper
+from stratagem.parallel import AnyOptim, Placed, Placement, Steps
+from stratagem.parallel.placement import NO_CONTEXT
 
 __all__ = ["DeepSpeedPlacement"]
 

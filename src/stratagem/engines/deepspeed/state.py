@@ -18,14 +18,14 @@ from stratagem.checkpoint import (
     optimizer_by_name,
     take_range,
 )
+from stratagem.engines.deepspeed.master_weights import Fragment
+from stratagem.engines.deepspeed.placement import DeepSpeedPlacement
+from stratagem.engines.deepspeed.wrapper import EngineOptim
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.engines.deepspeed.memory import Fragment
-from stratagem.strategies.engines.deepspeed.optim import EngineOptim
-from stratagem.strategies.engines.deepspeed.placement import DeepSpeedPlacement
-from stratagem.strategies.optim_state import require_one_optimizer
-from stratagem.strategies.state_access import StateAccess
+from stratagem.strategies.state.optim_state import require_one_optimizer
+from stratagem.strategies.state.state_io import StateAccess
 
 __all__ = ["DeepSpeedState"]
 

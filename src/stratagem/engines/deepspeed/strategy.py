@@ -9,25 +9,25 @@ from typing import Any, Final, Literal, final
 from torch import nn
 
 from stratagem.checkpoint import save_checkpoint
-from stratagem.errors import ConfigValueError
-from stratagem.parallel import AnyOptim, Placement
-from stratagem.strategies.base import CheckpointWriter
-from stratagem.strategies.composed import ComposedStrategy
-from stratagem.strategies.engines.deepspeed.arithmetic import refuse_by_name
-from stratagem.strategies.engines.deepspeed.optimizer_section import (
+from stratagem.engines.deepspeed.elementwise_check import refuse_by_name
+from stratagem.engines.deepspeed.optimizer_section import (
     kernels_explained,
     with_accumulation,
     with_clipping,
     with_optimizer,
 )
-from stratagem.strategies.engines.deepspeed.options import Options
-from stratagem.strategies.state_access import StateAccess
+from stratagem.engines.deepspeed.options import Options
+from stratagem.errors import ConfigValueError
+from stratagem.parallel import AnyOptim, Placement
+from stratagem.strategies.base import CheckpointWriter
+from stratagem.strategies.composed import ComposedStrategy
+from stratagem.strategies.state.state_io import StateAccess
 from stratagem.utils import did_you_mean, import_object
 
 __all__ = ["DeepSpeedStrategy"]
 
 _FORMATS: Final = ("portable", "deepspeed")
-_HERE: Final = "stratagem.strategies.engines.deepspeed"
+_HERE: Final = "stratagem.engines.deepspeed"
 
 
 @final

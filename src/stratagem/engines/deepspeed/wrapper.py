@@ -11,10 +11,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from stratagem.engines.deepspeed.loss_scale import read_loss_scale, write_loss_scale
+from stratagem.engines.deepspeed.master_weights import Memory
 from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
-from stratagem.strategies.engines.deepspeed.loss_scale import read_loss_scale, write_loss_scale
-from stratagem.strategies.engines.deepspeed.memory import Memory
 
 __all__ = ["EngineOptim", "KeptGroup", "require_plain_wrapper"]
 

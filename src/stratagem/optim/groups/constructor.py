@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
+from stratagem.optim.groups.parameter_info import Kind, Place, walk
+from stratagem.optim.groups.paramwise import ParamwiseRules, parse_paramwise
 from stratagem.optim.implementation import implementation_options
-from stratagem.optim.paramwise import ParamwiseRules, parse_paramwise
-from stratagem.optim.places import Kind, Place, walk
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from stratagem.utils.names import did_you_mean
 

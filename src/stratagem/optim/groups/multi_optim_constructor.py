@@ -9,8 +9,8 @@ from torch import nn
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.groups import DefaultOptimWrapperConstructor, without_wrapper
-from stratagem.optim.many import OptimWrapperDict
+from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor, without_wrapper
+from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["MultiOptimWrapperConstructor"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, final
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
-from stratagem.optim.places import Kind
+from stratagem.optim.groups.parameter_info import Kind
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["LayerDecay", "ParamwiseRules", "parse_paramwise"]

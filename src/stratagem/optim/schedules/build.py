@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.many import OptimWrapperDict
+from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.optim.schedules.base import ParamScheduler, unit_of
 from stratagem.optim.schedules.chain import all_or_none
 from stratagem.registry import PARAM_SCHEDULERS

@@ -10,10 +10,10 @@ from typing import Final, Literal, final
 import torch
 from torch import Tensor, nn
 
-from stratagem.dist import World, all_gather_object, broadcast, broadcast_object
+from stratagem.distributed import World, all_gather_object, broadcast, broadcast_object
 from stratagem.errors import PlacementError
-from stratagem.optim.sharded import copy_into, local_box, local_part
-from stratagem.parallel.tape import Tape
+from stratagem.parallel.deferred_init.recorder import Tape
+from stratagem.tensors.dtensor import copy_into, local_box, local_part
 
 __all__ = ["ORIGINS", "InitialWeights", "Origin", "named_tensors", "require_alike", "without_memory"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.parallel.policies import select_modules
+from stratagem.parallel.fsdp.wrap_policy import select_modules
 from stratagem.utils.imports import import_object
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
@@ -35,7 +35,7 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
     Args:
         model: is changed; its names stay as they are.
         options: True for the modules that ``default_policy`` chooses; a policy of
-            :func:`~stratagem.parallel.policies.select_modules`; or a mapping with ``policy`` and
+            :func:`~stratagem.parallel.fsdp.wrap_policy.select_modules`; or a mapping with ``policy`` and
 
             - ``save_ops``: results of these operators are kept all the same: names such as ``"mm"``, or ``"costly"`` for
               matrix products and attention;

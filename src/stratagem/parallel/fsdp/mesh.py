@@ -8,7 +8,7 @@ from typing import final
 import torch.distributed as torch_dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from stratagem.dist import World
+from stratagem.distributed import World
 from stratagem.errors import ConfigTypeError, PlacementError
 
 __all__ = ["Layout", "Meshes"]

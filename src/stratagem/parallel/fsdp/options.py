@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.parallel.initial_weights import ORIGINS, Origin
-from stratagem.parallel.policies import matches_name
+from stratagem.parallel.deferred_init.materialize import ORIGINS, Origin
+from stratagem.parallel.fsdp.wrap_policy import matches_name
 from stratagem.utils.data_rules import refuse_data_arguments
 from stratagem.utils.names import did_you_mean, refuse_unknown
 

@@ -22,19 +22,19 @@ from torch.distributed.fsdp import (
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from stratagem.dist import World, all_reduce, broadcast_object
+from stratagem.distributed import World, all_reduce, broadcast_object
 from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.model import convert_sync_batchnorm, is_model_wrapper
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
-from stratagem.optim.sharded import is_sharded
-from stratagem.parallel.activation_checkpointing import checkpoint_activations
-from stratagem.parallel.initial_weights import InitialWeights, require_alike
+from stratagem.parallel.deferred_init.materialize import InitialWeights, require_alike
+from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
+from stratagem.parallel.fsdp.mesh import Layout, Meshes
+from stratagem.parallel.fsdp.options import Precision, Sharding
+from stratagem.parallel.fsdp.tensor_parallel import apply_plan
+from stratagem.parallel.fsdp.wrap_policy import select_modules, tied_outside
 from stratagem.parallel.local_gradients import average_gradients
-from stratagem.parallel.mesh import Layout, Meshes
 from stratagem.parallel.placement import NO_CONTEXT, AnyOptim, Placed, Placement, Steps
-from stratagem.parallel.policies import select_modules, tied_outside
-from stratagem.parallel.sharding import Precision, Sharding
-from stratagem.parallel.tensor_parallel import apply_plan
+from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.names import did_you_mean
 

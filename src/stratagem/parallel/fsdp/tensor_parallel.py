@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
-from stratagem.parallel.policies import matches_name
+from stratagem.parallel.fsdp.wrap_policy import matches_name
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["PLAN_ATTRIBUTE", "STYLES", "apply_plan"]

@@ -8,7 +8,7 @@ from typing import Any, Self, cast, final
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.building import ScalingRule, each_wrapper, scale_lr
+from stratagem.strategies.setup.building import ScalingRule, each_wrapper, scale_lr
 from stratagem.utils import did_you_mean, refuse_unknown
 
 __all__ = ["AutoScale"]
@@ -24,7 +24,7 @@ class AutoScale:
 
     Attributes:
         base_batch: the samples of an update that the learning rates were chosen for.
-        rule: see :func:`~stratagem.strategies.building.scale_lr`.
+        rule: see :func:`~stratagem.strategies.setup.building.scale_lr`.
     """
 
     base_batch: int

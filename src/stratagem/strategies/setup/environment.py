@@ -12,7 +12,7 @@ from typing import Any, final
 
 import torch
 
-from stratagem.dist import (
+from stratagem.distributed import (
     World,
     broadcast_object,
     close_dist,

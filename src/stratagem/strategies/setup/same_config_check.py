@@ -7,7 +7,7 @@ import hashlib
 import re
 from itertools import islice
 
-from stratagem.dist import all_gather_object
+from stratagem.distributed import all_gather_object
 from stratagem.errors import LaunchError
 from stratagem.utils import mask_text
 

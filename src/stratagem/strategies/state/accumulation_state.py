@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stratagem.dist import World, all_gather_object
+from stratagem.distributed import World, all_gather_object
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
-from stratagem.optim.sharded import a_row_of_each_rank
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.building import each_wrapper
+from stratagem.strategies.setup.building import each_wrapper
+from stratagem.tensors.dtensor import a_row_of_each_rank
 
 __all__ = ["read_window", "write_window"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stratagem.optim import BaseOptimWrapper, ParamScheduler
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.building import each_wrapper
+from stratagem.strategies.setup.building import each_wrapper
 
 __all__ = ["OwnValues", "move_schedulers", "schedule_differences"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import OptimWrapperDict
-from stratagem.optim.sharded import is_sharded, placed_like
 from stratagem.parallel import AnyOptim
+from stratagem.tensors.dtensor import is_sharded, placed_like
 
 __all__ = ["read_optim", "require_one_optimizer", "write_optim"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.checkpoint import digest_of_tensor
-from stratagem.dist import World, all_gather_object
-from stratagem.optim.sharded import a_row_of_each_rank, is_sharded
+from stratagem.distributed import World, all_gather_object
+from stratagem.tensors.dtensor import a_row_of_each_rank, is_sharded
 
 __all__ = ["read_own_buffers", "write_own_buffers"]
 

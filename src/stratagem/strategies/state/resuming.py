@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, final
 
 from stratagem.checkpoint import Candidate, StateTree, list_checkpoints
-from stratagem.dist import Team
+from stratagem.distributed import Team
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.logging import Logger
 from stratagem.optim import ParamScheduler
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.own_values import OwnValues, move_schedulers
+from stratagem.strategies.state.configured_hyperparameters import OwnValues, move_schedulers
 
 __all__ = ["CheckpointCallback", "Resumable", "Resuming", "Schedulers", "resume_newest"]
 

@@ -11,7 +11,7 @@ from torch import nn
 from stratagem.checkpoint import LoadReport, StateTree, load_state_dict
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.optim_state import read_optim, write_optim
+from stratagem.strategies.state.optim_state import read_optim, write_optim
 
 __all__ = ["StateAccess", "TorchState"]
 

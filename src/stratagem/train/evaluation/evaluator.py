@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from stratagem.dist import all_gather_object, broadcast_object, gather_object, get_world_size
+from stratagem.distributed import all_gather_object, broadcast_object, gather_object, get_world_size
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
 from stratagem.registry import METRICS
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from stratagem.data import EpochLoader
-from stratagem.dist import all_gather_object, all_reduce, broadcast_object
-from stratagem.train.run import Run
+from stratagem.distributed import all_gather_object, all_reduce, broadcast_object
+from stratagem.train.run.context import Run
 
 __all__ = ["batches_in_step"]
 

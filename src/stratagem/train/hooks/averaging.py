@@ -15,8 +15,8 @@ from stratagem.optim import OptimWrapperDict
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS
 from stratagem.train.hook import Hook
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.run.context import Run
 
 __all__ = ["EMAHook"]
 

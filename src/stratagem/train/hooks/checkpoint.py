@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.checkpoint import Purpose, Retention, note_folder, release_checkpoint, remove_checkpoints, saved_by
-from stratagem.checkpoint.formats import SINGLE_FILES
-from stratagem.dist import Team
+from stratagem.checkpoint.formats.choice import SINGLE_FILES
+from stratagem.distributed import Team
 from stratagem.errors import ConfigValueError
-from stratagem.train.best import BestScores
-from stratagem.train.clock import SharedTimer
 from stratagem.train.hook import Hook
-from stratagem.train.priority import Priority
-from stratagem.train.progress import Position
-from stratagem.train.run import INTERRUPTED, Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.hooks.best_scores import BestScores
+from stratagem.train.run.context import INTERRUPTED, Run
+from stratagem.train.run.distributed_timer import SharedTimer
+from stratagem.train.run.progress import Position
 from stratagem.utils import absolute, is_url, mask_text
 
 __all__ = ["CheckpointHook"]
@@ -42,8 +42,8 @@ class CheckpointHook(Hook):
         rule: whether ``"greater"`` or ``"less"`` values are better, for all metrics or for each; by default told from
             their names.
         greater_keys: what in a metric's name says that greater values are better, in the place of
-            :data:`~stratagem.train.best.GREATER_KEYS`.
-        less_keys: what says that smaller ones are, in the place of :data:`~stratagem.train.best.LESS_KEYS`.
+            :data:`~stratagem.train.hooks.best_scores.GREATER_KEYS`.
+        less_keys: what says that smaller ones are, in the place of :data:`~stratagem.train.hooks.best_scores.LESS_KEYS`.
         filename_tmpl: the name, with ``{}`` for the number of epochs or iterations done; one that ends in ``.pth``
             makes single files. By default ``epoch_{}`` or ``iter_{}``. Resuming does not depend on it.
         published_keys: parts of the last and the best checkpoints that are written to ``<name>-<digest>.pth`` after the

@@ -8,9 +8,9 @@ from typing import Any, final
 
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.train.hook import Hook
-from stratagem.train.monitor import is_better, rule_of
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.hooks.metric_rule import is_better, rule_of
+from stratagem.train.run.context import Run
 from stratagem.utils import did_you_mean
 
 __all__ = ["EarlyStoppingHook"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
-from stratagem.train.progress import Progress
+from stratagem.train.run.progress import Progress
 
 __all__ = ["bar_label", "evaluation_line", "train_line", "train_place"]
 

@@ -6,14 +6,14 @@ from typing import Any, final
 
 import torch
 
-from stratagem.dist import mean_by_name as _mean_over_ranks
+from stratagem.distributed import mean_by_name as _mean_over_ranks
 from stratagem.errors import ConfigValueError
 from stratagem.logging import ScalarWindow, TrainingProgress
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.train.hook import Hook
-from stratagem.train.log_lines import bar_label, evaluation_line, train_line, train_place
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.hooks.log_format import bar_label, evaluation_line, train_line, train_place
+from stratagem.train.run.context import Run
 
 __all__ = ["LoggerHook"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
-from stratagem.dist import all_gather_object, broadcast_object
+from stratagem.distributed import all_gather_object, broadcast_object
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.optim import (
     AccumulatingOptimWrapper,
@@ -15,12 +15,12 @@ from stratagem.optim import (
     OptimWrapperDict,
     UpdateWatch,
 )
-from stratagem.train.finding import Batch, Finding
 from stratagem.train.hook import Hook
+from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.logger import LoggerHook
-from stratagem.train.priority import Priority
-from stratagem.train.rollback import RollBackError
-from stratagem.train.run import Run
+from stratagem.train.hooks.nonfinite_report import Batch, Finding
+from stratagem.train.resume.rollback import RollBackError
+from stratagem.train.run.context import Run
 from stratagem.utils import did_you_mean
 
 __all__ = ["NonFiniteHook"]

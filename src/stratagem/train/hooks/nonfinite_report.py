@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from stratagem.dist import all_gather_object
-from stratagem.train.run import Run
+from stratagem.distributed import all_gather_object
+from stratagem.train.run.context import Run
 
 __all__ = ["Batch", "Finding"]
 

@@ -8,8 +8,8 @@ from typing import final
 
 from stratagem.storage import write_atomic
 from stratagem.train.hook import Hook
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.run.context import Run
 from stratagem.utils import mask_secrets, mask_text
 
 __all__ = ["RuntimeInfoHook"]

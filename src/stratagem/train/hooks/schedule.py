@@ -9,8 +9,8 @@ from typing import Any, final
 from stratagem.errors import ConfigValueError
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict, ParamScheduler
 from stratagem.train.hook import Hook
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.run.context import Run
 
 __all__ = ["ParamSchedulerHook", "refuse_epochs_without_end"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.train.hook import Hook
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.run.context import Run
 from stratagem.utils import import_module
 
 __all__ = ["TensorboardHook"]

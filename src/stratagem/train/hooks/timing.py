@@ -6,8 +6,8 @@ from time import perf_counter
 from typing import Any, final
 
 from stratagem.train.hook import Hook
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.run.context import Run
 
 __all__ = ["IterTimerHook"]
 

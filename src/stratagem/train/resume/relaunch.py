@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from stratagem.checkpoint import Candidate, list_checkpoints
-from stratagem.dist import Peer
+from stratagem.distributed import Peer
 from stratagem.storage import write_atomic
 
 __all__ = ["Launched", "continue_launch"]

@@ -8,9 +8,9 @@ from typing import Any, final
 
 from stratagem.errors import TrainingError
 from stratagem.strategies import BaseStrategy
-from stratagem.strategies.building import each_wrapper
-from stratagem.train.progress import Position
-from stratagem.train.run import Run
+from stratagem.strategies.setup.building import each_wrapper
+from stratagem.train.run.context import Run
+from stratagem.train.run.progress import Position
 
 __all__ = ["RollBackError", "roll_back"]
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stratagem.checkpoint import Purpose
-from stratagem.dist import Team
-from stratagem.train.lineage import Ending, Start
+from stratagem.distributed import Team
 from stratagem.train.loops import updates_of
-from stratagem.train.requeue import requeue_job
-from stratagem.train.run import INTERRUPTED, Run
-from stratagem.train.signals import JOB_ENDS
+from stratagem.train.resume.slurm_requeue import requeue_job
+from stratagem.train.run.context import INTERRUPTED, Run
+from stratagem.train.run.run_history import Ending, Start
+from stratagem.train.run.signals import JOB_ENDS
 from stratagem.utils import mask_text
 
 __all__ = ["end_interrupted", "is_complete", "recorded"]

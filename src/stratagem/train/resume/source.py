@@ -11,13 +11,13 @@ from typing import Any, final
 from stratagem.checkpoint import Candidate, list_checkpoints
 from stratagem.config import changed_values
 from stratagem.data import EpochLoader
-from stratagem.dist import Peer, Team, all_gather_object
+from stratagem.distributed import Peer, Team, all_gather_object
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.strategies.resuming import resume_newest
-from stratagem.train.lineage import Lineage
-from stratagem.train.progress import Position
-from stratagem.train.restart import Launched, continue_launch
-from stratagem.train.run import Run
+from stratagem.strategies.state.resuming import resume_newest
+from stratagem.train.resume.relaunch import Launched, continue_launch
+from stratagem.train.run.context import Run
+from stratagem.train.run.progress import Position
+from stratagem.train.run.run_history import Lineage
 from stratagem.utils import mask_text
 
 __all__ = ["Origin", "find_place"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.checkpoint import BackgroundSaver, point_to
-from stratagem.dist import Team
+from stratagem.distributed import Team
 from stratagem.errors import ConfigValueError
 from stratagem.strategies import BaseStrategy
 from stratagem.utils import absolute, is_url, mask_text

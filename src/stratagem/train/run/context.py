@@ -13,19 +13,19 @@ from torch import nn
 
 from stratagem.checkpoint import SAVE_ORDER, Purpose, StateTree
 from stratagem.data import EpochLoader
-from stratagem.dist import Team, World, all_gather_object
+from stratagem.distributed import Team, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
-from stratagem.train.claims import Claims
-from stratagem.train.failure import RankGuard
 from stratagem.train.hook import Events
-from stratagem.train.interrupt import Interrupt
-from stratagem.train.lineage import Lineage
-from stratagem.train.progress import Position, Progress
-from stratagem.train.save_counter import SaveCounter
-from stratagem.train.saves import Saves
-from stratagem.train.timing import Timing
+from stratagem.train.run.checkpoint_writer import Saves
+from stratagem.train.run.interrupt import Interrupt
+from stratagem.train.run.progress import Position, Progress
+from stratagem.train.run.rank_guard import RankGuard
+from stratagem.train.run.run_history import Lineage
+from stratagem.train.run.save_counter import SaveCounter
+from stratagem.train.run.step_timer import Timing
+from stratagem.train.run.work_dir_locks import Claims
 
 __all__ = ["INTERRUPTED", "Recorder", "Run"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import final
 
-from stratagem.dist import Agreement
+from stratagem.distributed import Agreement
 
 __all__ = ["SharedTimer"]
 

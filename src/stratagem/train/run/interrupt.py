@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
-from stratagem.dist import Agreement
-from stratagem.train.signals import signals
+from stratagem.distributed import Agreement
+from stratagem.train.run.signals import signals
 
 __all__ = ["Interrupt"]
 

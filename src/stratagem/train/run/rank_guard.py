@@ -11,10 +11,10 @@ from typing import Any, final
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.dist import Failure, RankWatch, barrier, get_world_size
+from stratagem.distributed import Failure, RankWatch, barrier, get_world_size
 from stratagem.errors import RankFailedError, StratagemError
-from stratagem.train.ending import end_process
-from stratagem.train.stacks import write_stacks
+from stratagem.train.run.hard_exit import end_process
+from stratagem.train.run.thread_dump import write_stacks
 from stratagem.utils import mask_text
 
 __all__ = ["RankGuard", "describe_batch"]

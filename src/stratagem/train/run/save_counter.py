@@ -15,7 +15,7 @@ from stratagem.checkpoint import (
     list_checkpoints,
     save_orders_at,
 )
-from stratagem.dist import Team
+from stratagem.distributed import Team
 from stratagem.utils import absolute, is_url
 
 __all__ = ["SaveCounter"]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import final
 
-from stratagem.train.ending import end_process
+from stratagem.train.run.hard_exit import end_process
 
 __all__ = ["JOB_ENDS", "SIGNALS", "SignalListener", "signals"]
 

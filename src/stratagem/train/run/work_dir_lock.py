@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stratagem.dist import Peer
+from stratagem.distributed import Peer
 from stratagem.errors import WorkDirError
 from stratagem.storage import operations, write_fully
 

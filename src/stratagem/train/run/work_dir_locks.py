@@ -8,9 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import final
 
-from stratagem.dist import Team
+from stratagem.distributed import Team
 from stratagem.storage import clean_temporaries
-from stratagem.train.lock import folder_lock
+from stratagem.train.run.work_dir_lock import folder_lock
 
 __all__ = ["Claims"]
 

@@ -16,8 +16,8 @@ from stratagem.data import EpochLoader, epoch_order
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.model import Trainable
 from stratagem.strategies import BaseStrategy
-from stratagem.strategies.building import each_wrapper
-from stratagem.train.untouched import training_kept
+from stratagem.strategies.setup.building import each_wrapper
+from stratagem.train.tools.preserve_state import training_kept
 
 __all__ = ["BatchSearch", "BatchTrial", "find_batch_size"]
 

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stratagem.data import EpochLoader
-from stratagem.dist import all_reduce
+from stratagem.distributed import all_reduce
 from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.strategies import BaseStrategy
-from stratagem.train.untouched import training_kept
+from stratagem.train.tools.preserve_state import training_kept
 from stratagem.utils import did_you_mean
 
 __all__ = ["LearningRateSweep", "find_learning_rate"]

@@ -16,11 +16,11 @@ from stratagem.data import build_dataloader
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper, ParamScheduler, build_param_schedulers, preview_schedules
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.auto_scale import AutoScale
-from stratagem.strategies.building import build_model, build_optim_wrapper, each_wrapper
+from stratagem.strategies.setup.auto_scale import AutoScale
+from stratagem.strategies.setup.building import build_model, build_optim_wrapper, each_wrapper
 from stratagem.train.building import accumulation_of, loop_arguments
 from stratagem.train.hooks.schedule import refuse_epochs_without_end
-from stratagem.train.untouched import generators_kept
+from stratagem.train.tools.preserve_state import generators_kept
 
 __all__ = ["Course", "RunPreview", "preview_run"]
 

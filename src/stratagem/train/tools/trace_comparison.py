@@ -14,12 +14,12 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from stratagem.checkpoint import CheckpointLoader, Pieces, StateTree, save_checkpoint
-from stratagem.dist import Team, all_reduce
+from stratagem.distributed import Team, all_reduce
 from stratagem.errors import TrainingError
-from stratagem.strategies.building import each_wrapper
+from stratagem.strategies.setup.building import each_wrapper
 from stratagem.train.hook import Hook
-from stratagem.train.priority import Priority
-from stratagem.train.run import Run
+from stratagem.train.hook_priority import Priority
+from stratagem.train.run.context import Run
 from stratagem.utils import generator_state
 
 __all__ = ["Comparison", "Difference", "StepRecorder", "Traits", "compare_traces"]

@@ -1,7 +1,7 @@
 """Keep secrets out of what is printed and stored.
 
-The rule of names is that of :mod:`stratagem.utils.secret_names`. In texts, three more things are masked: user information
-and signatures of URLs, what is assigned to the name of a secret, and the secrets that :mod:`stratagem.utils.secret_values`
+The rule of names is that of :mod:`stratagem.utils.secrets.names`. In texts, three more things are masked: user information
+and signatures of URLs, what is assigned to the name of a secret, and the secrets that :mod:`stratagem.utils.secrets.values`
 knows, wherever they are. All of it takes time linear in the length of the text.
 """
 
@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stratagem.utils.secret_names import is_secret_name, is_secret_parameter, is_special_token, is_strongly_secret_name
-from stratagem.utils.secret_values import remember_secret, replace_known_secrets
+from stratagem.utils.secrets.names import is_secret_name, is_secret_parameter, is_special_token, is_strongly_secret_name
+from stratagem.utils.secrets.values import remember_secret, replace_known_secrets
 
 __all__ = ["mask_secrets", "mask_text", "mask_tokens", "mask_urls"]
 

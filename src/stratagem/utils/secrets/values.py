@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from urllib.parse import quote, quote_plus
 
-from stratagem.utils.secret_names import is_secret_name
+from stratagem.utils.secrets.names import is_secret_name
 
 __all__ = ["allow_in_texts", "known_secrets", "remember_placeholder", "remember_secret", "replace_known_secrets"]
 
