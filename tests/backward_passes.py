@@ -1,4 +1,4 @@
-"""Ways to call ``backward`` for one update, compared with plain torch in one process over the samples of all ranks."""
+"""Several ways to call ``backward`` for one update, compared with plain torch on the samples of all ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 8
 
 
 class TwoHeads(BaseModel):
-    """Two linear heads on one layer; a step calls ``backward`` in one of several ways."""
+    """A model with two linear heads on one layer, whose step calls ``backward`` in one of several ways."""
 
     def __init__(self, way: str = "one pass") -> None:
         super().__init__()
@@ -28,24 +28,24 @@ class TwoHeads(BaseModel):
         self.iteration = 0
 
     def forward(self, inputs: Tensor, targets: Tensor, mode: str = "loss", heads: str = "ab") -> dict[str, Tensor]:
-        """Return the distance to the targets, and the size of the outputs."""
+        """Return two losses: the distance to the targets, and the magnitude of the outputs."""
         features = torch.tanh(self.trunk(inputs))
         found = sum(getattr(self, head)(features) for head in heads)
         return {"near": (found - targets).square().mean(), "small": found.square().mean()}
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Take one step in the way of this model."""
+        """Take one step in the selected way."""
         self.iteration += 1
         return {"loss": WAYS[self.way](self, data, optim_wrapper).detach()}
 
     def losses(self, data: Any, **options: Any) -> dict[str, Tensor]:
-        """Compute both losses as a step does: by a call of the model."""
+        """Compute both losses by calling the model, as a step does."""
         found: dict[str, Tensor] = self(*data, **options)
         return found
 
 
 def one_pass(model: TwoHeads, data: Any, optim: Any) -> Tensor:
-    """Add the losses."""
+    """Run one backward pass for the sum of the losses."""
     with optim.optim_context(model):
         losses = model.losses(data)
     optim.update_params(losses["near"] + losses["small"])
@@ -53,7 +53,7 @@ def one_pass(model: TwoHeads, data: Any, optim: Any) -> Tensor:
 
 
 def two_forwards(model: TwoHeads, data: Any, optim: Any) -> Tensor:
-    """Run two forward passes, then a backward pass for a loss of each."""
+    """Run two forward passes, then one backward pass for each."""
     with optim.optim_context(model):
         near, small = model.losses(data)["near"], model.losses(data)["small"]
     optim.backward(near)
@@ -86,7 +86,7 @@ def one_forward(model: TwoHeads, data: Any, optim: Any) -> Tensor:
 
 
 def by_hand(model: TwoHeads, data: Any, optim: Any) -> Tensor:
-    """Call ``backward`` of the losses themselves."""
+    """Call ``backward`` of the losses directly."""
     with optim.optim_context(model):
         losses = model.losses(data)
     losses["near"].backward(retain_graph=True)
@@ -97,7 +97,7 @@ def by_hand(model: TwoHeads, data: Any, optim: Any) -> Tensor:
 
 
 def by_hand_and_wrapper(model: TwoHeads, data: Any, optim: Any) -> Tensor:
-    """Call ``backward`` of one loss itself and give the other to the wrapper."""
+    """Call ``backward`` of one loss directly and pass the other to the wrapper."""
     with optim.optim_context(model):
         losses = model.losses(data)
     losses["near"].backward(retain_graph=True)
@@ -108,7 +108,7 @@ def by_hand_and_wrapper(model: TwoHeads, data: Any, optim: Any) -> Tensor:
 
 
 def own_window(model: TwoHeads, data: Any, optim: Any) -> Tensor:
-    """Update in every second iteration, without asking the wrapper."""
+    """Update in every second iteration, independently of the wrapper."""
     with optim.optim_context(model):
         losses = model.losses(data)
     (losses["near"] + losses["small"]).backward()
@@ -119,7 +119,7 @@ def own_window(model: TwoHeads, data: Any, optim: Any) -> Tensor:
 
 
 def a_head_each(model: TwoHeads, data: Any, optim: Any) -> Tensor:
-    """Train the heads alternately; a loss is NaN in the second iteration if the way says so."""
+    """Train the heads alternately; in the variant with "NaN" in its name, the loss of iteration 2 is NaN."""
     with optim.optim_context(model):
         loss = model.losses(data, heads=head_of(model.iteration))["near"]
     optim.update_params(loss * torch.nan if "NaN" in model.way and model.iteration == 2 else loss)
@@ -127,11 +127,11 @@ def a_head_each(model: TwoHeads, data: Any, optim: Any) -> Tensor:
 
 
 def head_of(iteration: int) -> str:
-    """Return which head an iteration, counted from 1, trains."""
+    """Return the head that an iteration, counted from 1, trains."""
     return "ab"[(iteration - 1) % 2]
 
 
-# Each adds both losses into one update, but for the last ones.
+# Each of these sums the gradients of both losses in one update.
 SUMS: Mapping[str, Callable[..., Tensor]] = {
     "one pass": one_pass,
     "two forwards": two_forwards,
@@ -167,7 +167,7 @@ def built(way: str) -> TwoHeads:
 def by_plain_torch(
     way: str, optimizer: str = "SGD", *, max_norm: float | None = None, window: int = 1
 ) -> list[dict[str, Tensor]]:
-    """Return the weights after each iteration of a loop of plain torch."""
+    """Return the weights after each iteration of a plain torch loop."""
     model = built(way)
     kind = dict(OPTIMIZERS[optimizer])
     stepping: torch.optim.Optimizer = getattr(torch.optim, kind.pop("type"))(model.parameters(), **kind)
@@ -192,9 +192,9 @@ def by_plain_torch(
 
 
 def trained(strategy: Mapping[str, Any], folder: str, way: str, optim: Mapping[str, Any]) -> list[dict[str, Tensor]]:
-    """Train on this rank's samples; return the whole weights after each iteration."""
+    """Train on this rank's samples; return the full weights after each iteration."""
     with warnings.catch_warnings():
-        # Those of the engines and of what they make torch say.
+        # Ignore the warnings that the engines cause.
         warnings.simplefilter("ignore")
         placing = STRATEGIES.build({"work_dir": folder, "log_kwargs": {"log_level": "ERROR"}, **strategy})
         try:
@@ -225,7 +225,7 @@ def weights_of(strategy: Any) -> dict[str, Tensor]:
 def require_equal(
     found: list[list[dict[str, Tensor]]], expected: list[dict[str, Tensor]], *, tolerance: float = 2e-6
 ) -> None:
-    """Require that ranks have the same bits after each iteration, and the expected values but for rounding."""
+    """Require identical bits on all ranks after each iteration, and the expected values up to rounding."""
     one, other = found
     for iteration, weights in enumerate(expected):
         for name, value in weights.items():

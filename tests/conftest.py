@@ -1,4 +1,4 @@
-"""What all tests share: seeds, order, and the pool of rank processes."""
+"""Configuration shared by all tests: seeds, order, and the pool of rank processes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from ranks import Ranks, seed_generators
 from stratagem.utils.secrets import values as secret_values
 
-# The same examples in every run, without a database in the working directory.
+# Generate the same examples in every run, without a database in the working directory.
 hypothesis.settings.register_profile("stratagem", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("stratagem")
 torch.set_num_threads(1)
-# What is collected only by name: real launchers, and engines in environments of their own.
+# Collected only if selected by marker: real launchers, and engines that need separate environments.
 ELSEWHERE = ("launchers", "deepspeed", "colossalai")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that use rank processes as slow, and put slow tests last; what needs more runs where asked for."""
+    """Mark tests that use rank processes as slow, run slow tests last, and deselect markers that were not requested."""
     for marker in ELSEWHERE:
         if marker not in config.option.markexpr:
             apart = [item for item in items if item.get_closest_marker(marker)]
@@ -35,20 +35,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Begin every test with the same random numbers."""
+    """Seed all generators before every test."""
     seed_generators()
 
 
 @pytest.fixture(autouse=True)
 def no_known_secrets() -> None:
-    """Begin every test in a process that has come upon no secret, which texts would be searched for."""
+    """Clear the secrets that earlier tests registered for masking."""
     for memory in (secret_values._secrets, secret_values._placeholders, secret_values._allowed, secret_values._cache):
         memory.clear()
 
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Two rank processes with a gloo group, for ``ranks.run(function, *args, **kwargs)``; see :class:`Ranks`."""
+    """Two rank processes with a Gloo group, for ``ranks.run(function, *args, **kwargs)``; see :class:`Ranks`."""
     pool = Ranks()
     yield pool
     pool.close()

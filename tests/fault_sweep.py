@@ -1,7 +1,7 @@
-"""Inject faults into every way to save, and count what was lost: ``make faults``.
+"""Inject faults into every way of saving, and count lost checkpoints: ``make faults``.
 
-After each fault the folder is taken up as the next start of a run would, without anybody's help. Exits with 1 if a promise
-was broken even once.
+After each fault, the folder is used as the next start of a run would use it, without manual intervention. The exit code
+is 1 if any guarantee was violated.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ SWEEPS = {
     "runs": run_kills,
     "ranks": rank_kills,
 }
-# A file system in memory, where there is one: what is tested is the order of operations, not the disk's speed.
+# Prefer a file system in memory: the test depends on the order of operations, not on the speed of the disk.
 _MEMORY = Path("/dev/shm")
 
 
 def main() -> int:
-    """Run the sweeps that are asked for, print the table, and return the exit status."""
+    """Run the selected sweeps, print the table, and return the exit code."""
     options = _options()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    # Processes are forked without threads of their own; torch's gloo is started in the children.
+    # Forked processes have no threads; torch's Gloo backend is started in the children.
     warnings.simplefilter("ignore", DeprecationWarning)
     begin = time.monotonic()
     console = Console()
@@ -57,7 +57,7 @@ def main() -> int:
     console.print(_table(trials, broken))
     for trial, reason in broken:
         console.print(f"LOST: {trial.saving}, {trial.kind} {trial.fault}: {reason}", style="red", highlight=False)
-    print(  # noqa: T201 -- the answer
+    print(  # noqa: T201 -- command output
         f"{len(trials)} faults injected, {len(broken)} lost, 0 human interventions, {time.monotonic() - begin:.0f} s"
     )
     return 1 if broken else 0
@@ -78,14 +78,14 @@ def _trials(sweeps: list[str], folder: Path, every: int) -> Iterator[Trial]:
 def _run(trials: list[Trial], folder: Path, console: Console) -> list[tuple[Trial, str]]:
     broken = []
     columns = (TextColumn("{task.description:22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Without its own thread, which would be forked with each child.
+    # A refresh thread would be forked with each child.
     with Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(trials))
         for number, trial in enumerate(trials):
             place = folder / f"trial-{number}"
             try:
                 trial.run(place)
-            except Exception as error:  # noqa: BLE001 -- whatever it is, the promise was broken
+            except Exception as error:  # noqa: BLE001 -- any exception violates the guarantee
                 broken.append((trial, f"{type(error).__name__}: {error}"))
             shutil.rmtree(place, ignore_errors=True)
             progress.update(task, advance=1, description=trial.kind)

@@ -1,4 +1,4 @@
-"""Stand between the package and the file system: kill, fail, or record at any operation."""
+"""Intercept file operations of the package to kill the process, fail, or record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from stratagem.storage import operations
 
-# When the process dies at an operation: before it, in its middle (of a write), or right after it.
+# When the process is killed at an operation: before it, in the middle (of a write), or directly after it.
 MOMENTS = ("before", "half-way", "after")
 
 Act = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
@@ -18,7 +18,7 @@ Act = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
 
 @contextmanager
 def between(act: Act) -> Iterator[None]:
-    """Have ``act(name, operation, arguments)`` called in the place of every operation, and put all back at the end."""
+    """Call ``act(name, operation, arguments)`` instead of each file operation until the end of the block."""
     before = {name: getattr(operations, name) for name in operations.__all__}
 
     def through(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,12 +34,12 @@ def between(act: Act) -> Iterator[None]:
 
 
 def passing(_: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Let an operation pass."""
+    """Run the operation unchanged."""
     return operation(*arguments)
 
 
 def counted(number: int, fault: Act) -> Act:
-    """Return an act that lets everything pass but the operation of that number, from 0, for which ``fault`` is called."""
+    """Return an act that calls ``fault`` for the operation with this number, from 0, and runs all others unchanged."""
     count = -1
 
     def act(name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -51,7 +51,7 @@ def counted(number: int, fault: Act) -> Act:
 
 
 def dying(moment: str) -> Act:
-    """Return a fault that kills the process with SIGKILL, which nothing can catch."""
+    """Return a fault that kills the process with SIGKILL, which cannot be caught."""
 
     def die(name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         if moment == "after":
@@ -65,7 +65,7 @@ def dying(moment: str) -> Act:
 
 
 def failing(code: int) -> Act:
-    """Return a fault that is the error of that number; of a write, half of the data is written."""
+    """Return a fault that raises an OSError with this errno; a write stores half of its data first."""
 
     def fail(name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         if name == "write":
@@ -79,7 +79,7 @@ def failing(code: int) -> Act:
 
 
 def number_of_operations(work: Callable[[], object]) -> int:
-    """Return how many operations ``work`` makes."""
+    """Return the number of file operations in ``work``."""
     count = 0
 
     def act(name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -93,7 +93,7 @@ def number_of_operations(work: Callable[[], object]) -> int:
 
 
 def in_child(work: Callable[[], object], act: Act) -> bool:
-    """Do the work in a forked child with ``act`` between; return whether it came to its end. For scripts without threads."""
+    """Run ``work`` in a forked child with ``act``; return whether it completed. For scripts without threads."""
     child = os.fork()
     if child == 0:
         status = 1

@@ -1,4 +1,4 @@
-"""File systems of fsspec that have no rename, and that fail or die at a chosen operation."""
+"""File systems for fsspec that have no rename, and that fail or are killed at a chosen operation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class NoRename(LocalFileSystem):
-    """Local files, where nothing can be renamed, moved or copied."""
+    """Local files that cannot be renamed, moved or copied."""
 
     protocol = "norename"
     cachable = False
@@ -26,15 +26,15 @@ class NoRename(LocalFileSystem):
 
 
 class Dead(BaseException):
-    """The process was killed: no code of it runs any more."""
+    """The process was killed; none of its code runs any more."""
 
 
 class Faulty(MemoryFileSystem):
-    """Files in memory; the ``fail_at``-th operation fails, or ends the process half-way through what it writes."""
+    """Files in memory; the ``fail_at``-th operation fails, or kills the process in the middle of a write."""
 
     protocol = "faulty"
     cachable = False
-    store: dict[str, Any] = {}  # noqa: RUF012 -- fsspec's way to share it
+    store: dict[str, Any] = {}  # noqa: RUF012 -- fsspec shares it through the class
     pseudo_dirs = [""]  # noqa: RUF012
     operations = 0
     fail_at = -1
@@ -43,12 +43,12 @@ class Faulty(MemoryFileSystem):
 
     @classmethod
     def reset(cls, *, fail_at: int = -1, kills: bool = False) -> None:
-        """Go on with the files that are there."""
+        """Reset the faults and keep the files."""
         cls.operations, cls.fail_at, cls.kills, cls.dead = 0, fail_at, kills, False
 
     @classmethod
     def clear(cls) -> None:
-        """Begin with no files."""
+        """Remove all files and reset the faults."""
         cls.store.clear()
         cls.pseudo_dirs[:] = [""]
         cls.reset()
@@ -61,7 +61,7 @@ class Faulty(MemoryFileSystem):
         cls.operations += 1
         if cls.operations == cls.fail_at:
             cls.dead = cls.kills
-            raise Dead if cls.kills else OSError(5, "the place is failing")
+            raise Dead if cls.kills else OSError(5, "storage failure")
 
     def open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
         self.tick()
@@ -82,7 +82,7 @@ class Faulty(MemoryFileSystem):
         try:
             self.tick()
         except BaseException:
-            # A file system whose writes are not whole.
+            # Simulate a file system whose writes are not atomic.
             super().pipe_file(path, value[: len(value) // 2], **kwargs)
             raise
         super().pipe_file(path, value, **kwargs)
@@ -119,6 +119,6 @@ class Faulty(MemoryFileSystem):
 
 
 def register() -> None:
-    """Have fsspec know both."""
+    """Register both file systems with fsspec."""
     for system in (NoRename, Faulty):
         fsspec.register_implementation(system.protocol, system, clobber=True)

@@ -1,8 +1,9 @@
-"""A disk that forgets, when the power fails, what it was not told to keep.
+"""Simulate a disk that loses unsynced data when the power fails.
 
-What a program did is recorded, with its data. A disk after a power loss has of that what was synced: a file's content by a
-sync of the file, a name by a sync of its folder. Of the rest it has any part, as https://research.cs.wisc.edu/adsl/Publications/alice-osdi14.pdf
-found real file systems to do: each change may have come to the disk or not, a write also by half.
+The operations of a program are recorded with their data. After a power loss, the disk contains everything that was
+synced: the contents of a file if the file was synced, and a name if its folder was synced. Of everything else it contains
+an arbitrary part, as https://research.cs.wisc.edu/adsl/Publications/alice-osdi14.pdf observed for real file systems: each
+change may or may not be on the disk, and a write may be incomplete.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-# How much of a change that was not synced came to the disk.
+# The part of an unsynced change that reached the disk.
 DROPPED, HALF, WHOLE = 0.0, 0.5, 1.0
-# Larger than any process can have (https://man7.org/linux/man-pages/man5/proc_sys_kernel.5.html, pid_max).
+# Larger than any valid PID (https://man7.org/linux/man-pages/man5/proc_sys_kernel.5.html, pid_max).
 NOBODY = 1 << 22 | 1
 
 
 @final
 @dataclass(eq=False)
 class _Node:
-    """A file's content, or a folder's names, as they were when recording began."""
+    """The contents of a file, or the names in a folder, when the recording started."""
 
     content: bytes | None = None
     names: dict[str, _Node] = field(default_factory=dict)
@@ -31,7 +32,7 @@ class _Node:
 @final
 @dataclass(frozen=True, eq=False)
 class _Written:
-    """Bytes in a file, or a new size of it."""
+    """Bytes written to a file, or a new size of the file."""
 
     node: _Node
     offset: int
@@ -51,7 +52,7 @@ class _Written:
 @final
 @dataclass(frozen=True, eq=False)
 class _Named:
-    """What names in folders stand for from now on, all at once; None for nothing."""
+    """New targets for names in folders, changed atomically; None removes a name."""
 
     names: tuple[tuple[_Node, str, _Node | None], ...]
 
@@ -64,7 +65,7 @@ class _Synced:
 
 @final
 class Recording:
-    """All that is done to a folder; :meth:`act` stands between (see ``faults.between``)."""
+    """The recorded operations on a folder; pass :meth:`act` to ``faults.between``."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -77,19 +78,19 @@ class Recording:
         return len(self._done)
 
     def act(self, name: str, operation: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        """Do an operation and write it down."""
+        """Run an operation and record it."""
         result = operation(*arguments)
         getattr(self, f"_{name}")(result, *arguments)
         return result
 
     def pending(self, end: int) -> list[int]:
-        """Return which of the first ``end`` changes nothing had synced by then."""
+        """Return the numbers of the first ``end`` changes that were not synced by then."""
         return [number for number in range(end) if self._is_pending(number, end)]
 
     def replay(self, end: int, kept: dict[int, float], folder: Path) -> None:
-        """Make ``folder`` what a disk has on which the power failed after ``end`` changes.
+        """Create ``folder`` with the contents of a disk whose power failed after ``end`` changes.
 
-        ``kept`` says how much of each pending change came to the disk; nothing of those that it does not name.
+        ``kept`` maps each pending change to the part of it that reached the disk; changes that are missing were lost.
         """
         contents: dict[_Node, bytearray] = {}
         names: dict[_Node, dict[str, _Node]] = {}
@@ -125,12 +126,12 @@ class Recording:
     ) -> None:
         if node.content is not None:
             place.write_bytes(contents.get(node, node.content))
-            # What was there before is older than what was written since.
+            # Files that existed before are older than those written later.
             os.utime(place, (1e9 + order.get(node, 0),) * 2)
             return
         place.mkdir()
         for name, inner in names.get(node, node.names).items():
-            # The process that wrote is gone with the power.
+            # The process that wrote them no longer exists after the power loss.
             self._lay_out(inner, place / name.replace(f"-{os.getpid()}-", f"-{NOBODY}-"), contents, names, order)
 
     def _parent(self, path: Path) -> tuple[_Node, str]:

@@ -1,4 +1,4 @@
-"""Two rank processes that live as long as the test session, and run what tests give them."""
+"""Two rank processes that run functions for the tests during the whole test session."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ import torch
 from stratagem.dist import close_dist, init_dist
 
 _DEADLINE_S = 60.0
-# How long the other ranks may still take once one has failed: they may wait for it in a collective.
+# The time that other ranks may take after one has failed, because they may be waiting for it in a collective.
 _GRACE_S = 3.0
 
 
 class RankError(Exception):
-    """A rank raised, died or did not answer in time; the message holds its traceback."""
+    """A rank raised, exited or timed out; the message contains its traceback."""
 
 
 def seed_generators(seed: int = 0) -> None:
@@ -40,16 +40,16 @@ def seed_generators(seed: int = 0) -> None:
 
 
 def scripts_environment() -> dict[str, str]:
-    """Return an environment in which a script among the tests can import what the tests themselves can."""
+    """Return an environment in which a test script can import the same modules as the tests."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
 @final
 class Ranks:
-    """Processes with one gloo group, started by the first call and replaced after a failure.
+    """Processes with one Gloo group, started by the first call and replaced after a failure.
 
-    Functions and arguments are pickled, so a function stands at the top of a module that can be imported, such as the
-    test's own. On a rank it finds the variables of torchrun in the environment, the group made, generators seeded with
+    Functions and arguments are pickled, so a function must be defined at the top level of an importable module, such as
+    that of the test. It runs with torchrun's environment variables, an initialized process group, generators seeded with
     0, one torch thread, and warnings turned into errors.
     """
 
@@ -59,27 +59,27 @@ class Ranks:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Call ``function(*args, **kwargs)`` on every rank and return what each returned, in order of rank.
+        """Call ``function(*args, **kwargs)`` on every rank and return the results in order of rank.
 
         Raises:
-            RankError: if a rank raises, dies, or has not answered after a minute.
+            RankError: if a rank raises, exits, or does not respond within a minute.
         """
         return self.run_within(_DEADLINE_S, function, *args, **kwargs)
 
     def run_within(self, seconds: float, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Do the same with another deadline."""
+        """Call a function like :meth:`run`, with a different timeout in seconds."""
         task = pickle.dumps((function, args, kwargs))
         with self._replaced_after_failure():
             if not self._processes:
                 self._start()
             for pipe in self._pipes:
-                # Apart, since the path is what lets the rank unpickle the function.
+                # Send the path first, because the rank needs it to unpickle the function.
                 pipe.send(sys.path)
                 pipe.send_bytes(task)
             return self._answers(seconds)
 
     def close(self) -> None:
-        """End the processes: those that wait for work at once, others by force."""
+        """Close the processes: those that wait for work exit immediately, the others are killed."""
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -115,7 +115,7 @@ class Ranks:
                 (answers if good else failures)[rank] = value
                 if not good:
                     end = min(end, time.monotonic() + _GRACE_S)
-        silent = f"gave no answer within {seconds:g} s" if not failures else "did not end either"
+        silent = f"did not respond within {seconds:g} s" if not failures else "did not finish either"
         for rank in range(self.size):
             if rank not in answers:
                 failures.setdefault(rank, silent)
@@ -128,7 +128,7 @@ class Ranks:
         try:
             yield
         except BaseException:
-            # Collectives may be out of step, so that the next test would get the answers of this one.
+            # The ranks may be in different collectives, so the next test could receive results of this one.
             self._kill()
             raise
 
@@ -143,7 +143,7 @@ class Ranks:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
-    """Be one rank: answer tasks until the pipe is closed."""
+    """Run one rank: execute tasks until the pipe is closed."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(number) for name, number in numbers.items()}, MASTER_ADDR="127.0.0.1")
@@ -170,9 +170,9 @@ def _run(task: bytes) -> Any:
 def _answer(pipe: Connection, function: Callable[[], Any]) -> None:
     try:
         answer = pickle.dumps((True, function()))
-    except BaseException:  # noqa: BLE001 -- whatever it is belongs to the test
+    except BaseException:  # noqa: BLE001 -- any exception belongs to the test
         answer = pickle.dumps((False, traceback.format_exc()))
-    # Bytes, not the object: torch would hand tensors over as shared memory that ends with this process.
+    # Send bytes instead of the object: torch would pass tensors as shared memory that ends with this process.
     pipe.send_bytes(answer)
 
 

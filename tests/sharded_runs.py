@@ -1,4 +1,4 @@
-"""A small language model and its training, the same under every strategy, for tests that compare strategies."""
+"""A small language model and its training loop, the same under every strategy, for tests that compare strategies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stratagem.train.hooks import ParamSchedulerHook
 
 WORDS, WIDTH, LENGTH, HEADS = 24, 16, 6, 2
 SAMPLES = 96
-# Samples of an iteration over all ranks.
+# The number of samples in an iteration over all ranks.
 GLOBAL_BATCH = 8
 EPOCH = SAMPLES // GLOBAL_BATCH
 
@@ -27,7 +27,7 @@ TP_PLAN = {
     "blocks.*.up": "colwise",
     "blocks.*.down": "rowwise",
 }
-# Every placement of the matrix by its name: the strategy, its options, and how many processes it needs.
+# The placements of the matrix by name: the strategy, its options, and the number of processes.
 PLACEMENTS: Mapping[str, tuple[type[BaseStrategy], Mapping[str, Any], int]] = {
     "single": (SingleDeviceStrategy, {}, 1),
     "DDP x2": (DDPStrategy, {"find_unused_parameters": False}, 2),
@@ -40,7 +40,7 @@ PLACEMENTS: Mapping[str, tuple[type[BaseStrategy], Mapping[str, Any], int]] = {
 
 
 class Sentences(torch.utils.data.Dataset[Any]):
-    """96 sequences of 7 words, and the number of each."""
+    """96 sequences of 7 words, each with its index."""
 
     def __init__(self) -> None:
         self.words = torch.randint(WORDS, (SAMPLES, LENGTH + 1), generator=torch.Generator().manual_seed(7))
@@ -53,13 +53,13 @@ class Sentences(torch.utils.data.Dataset[Any]):
 
 
 class Block(nn.Module):
-    """Attention and two layers; heads are those that the rank has."""
+    """Attention and two linear layers; with tensor parallelism, a rank only has some of the heads."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
         self.query, self.value, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-        # A bias here would change nothing: its gradient is rounding alone, which AdamW takes for a direction.
+        # A bias of the keys has no effect. Its gradient is rounding noise, which AdamW would amplify.
         self.key = nn.Linear(WIDTH, WIDTH, bias=False)
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class Gpt(BaseModel):
-    """Predicts the next word. The head is tied to the embedding, the places are frozen, the temperature is a number."""
+    """A language model with tied embeddings, frozen position embeddings and a scalar temperature parameter."""
 
     def __init__(self, drop: float = 0.0) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Gpt(BaseModel):
         self.places = nn.Embedding(LENGTH, WIDTH).requires_grad_(False)
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.drop = nn.Dropout(drop)
-        # 3 rows, so that ranks have unequal parts of it.
+        # 3 rows, so that ranks have shards of different sizes.
         self.shift = nn.Parameter(torch.randn(3, WIDTH) * 0.1)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
@@ -92,13 +92,13 @@ class Gpt(BaseModel):
         self.register_buffer("order", torch.arange(LENGTH), persistent=False)
 
     def init_weights(self) -> None:
-        """Draw the matrices anew."""
+        """Reinitialize the linear layers."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.1)
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
-        """Return the loss, or the scores of the next words."""
+        """Return the loss, or the logits of the next words."""
         x = self.words(words[:, :LENGTH]) + self.places(self.order) + self.shift.sum(0)
         for block in self.blocks:
             x = block(x)
@@ -121,7 +121,7 @@ SCHEDULE = [
 
 
 def prepared(placement: str, folder: str, **options: Any) -> BaseStrategy:
-    """Return a strategy with model, optimizer and schedule; ``options`` go to the strategy, ``optim`` and ``model`` apart."""
+    """Return a prepared strategy; ``options`` are passed to it, except ``optim``, ``model`` and ``compile``."""
     kind, known, _ = PLACEMENTS[placement]
     optim, model = options.pop("optim", OPTIM), options.pop("model", {"type": Gpt})
     compiling = options.pop("compile", False)
@@ -142,13 +142,13 @@ def prepared(placement: str, folder: str, **options: Any) -> BaseStrategy:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Return a copy of a tensor, put together from all ranks where it is sharded."""
+    """Return a copy of a tensor, gathered from all ranks if it is sharded."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole.detach().clone()
 
 
 def trained(placement: str, folder: str, stop: int = EPOCH, **options: Any) -> dict[str, Any]:
-    """Train from the beginning; return everything that strategies must agree on, whole on every rank."""
+    """Train from the beginning; return all results that strategies must agree on, unsharded on every rank."""
     strategy = prepared(placement, folder, **options)
     try:
         return train(strategy, 0, stop)
@@ -157,7 +157,7 @@ def trained(placement: str, folder: str, stop: int = EPOCH, **options: Any) -> d
 
 
 def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
-    """Train iterations ``start`` to ``stop``; return everything that strategies must agree on."""
+    """Train iterations ``start`` to ``stop``; return all results that strategies must agree on."""
     loader = build_dataloader(
         {
             "dataset": Sentences(),
@@ -209,7 +209,7 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
 
 
 class _Run:
-    """The little of a run that the hook of the schedules looks at."""
+    """The attributes of a run that the schedule hook uses."""
 
     def __init__(self, strategy: BaseStrategy, start: int) -> None:
         self.param_schedulers = strategy.param_schedulers
@@ -220,7 +220,7 @@ class _Run:
 
 
 def stopped(placement: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
-    """Train to iteration ``at`` and save."""
+    """Train until iteration ``at`` and save a checkpoint."""
     strategy = prepared(placement, folder, **options)
     try:
         seen = train(strategy, 0, at)
@@ -231,7 +231,7 @@ def stopped(placement: str, folder: str, checkpoint: str, at: int, **options: An
 
 
 def resumed(placement: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
-    """Go on from a checkpoint that was saved at iteration ``at``, to the end; tell also what was found in it."""
+    """Resume from a checkpoint saved at iteration ``at`` and train to the end; also return the restored state."""
     strategy = prepared(placement, folder, **options)
     try:
         strategy.resume(checkpoint)

@@ -1,4 +1,4 @@
-"""Small models, data and training runs that tests of strategies share, on one process and on ranks."""
+"""Small models, data and training loops shared by tests of strategies, for one process and for ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy
 
 
 class Mlp(BaseModel):
-    """Two linear layers for 4 features and 3 classes; ``init_weights`` counts its calls and draws anew."""
+    """Two linear layers for 4 features and 3 classes; ``init_weights`` counts its calls and reinitializes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Mlp(BaseModel):
 
 
 class Line(BaseModel):
-    """``y = w * x`` with one weight, 2 at first; the loss of a batch is the mean of ``w * x``, its gradient that of x."""
+    """``y = w * x`` with one weight, initially 2. The loss is the mean of ``w * x``, so its gradient is the mean of x."""
 
     def __init__(self, weight: float = 2.0) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def digest(model: nn.Module) -> str:
 def make(
     kind: str, work_dir: Path | str, *, seed: int | None = 0, env: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> BaseStrategy:
-    """Return a strategy by the short name of its kind, with a seed."""
+    """Return a strategy by its short name, with a seed."""
     env_kwargs = {"randomness": {"seed": seed}, **(env or {})}
     if kind == "single":
         return SingleDeviceStrategy(work_dir=work_dir, env_kwargs=env_kwargs, **kwargs)
@@ -69,7 +69,7 @@ def batch(size: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def train(strategy: BaseStrategy, batches: Sequence[Any]) -> list[float]:
-    """Train on each batch, move schedules by iteration on after each, and return the losses."""
+    """Train on each batch, step the iteration-based schedules after each, and return the losses."""
     losses = []
     for data in batches:
         losses.append(strategy.model.train_step(data, optim_wrapper=strategy.optim_wrapper)["loss"].item())
@@ -79,7 +79,7 @@ def train(strategy: BaseStrategy, batches: Sequence[Any]) -> list[float]:
 
 
 class Lines(logging.Handler):
-    """Collects the lines that a strategy logs."""
+    """A handler that collects the log lines of a strategy."""
 
     def __init__(self, strategy: BaseStrategy) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The house keeps its layers: who may import whom is checked on the syntax trees of all modules."""
+"""Check the layers of the architecture: which modules may import which, from the syntax trees of all modules."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def modules(source: Path) -> dict[str, Path]:
 
 
 def own_imports(name: str, path: Path, known: set[str]) -> Iterator[tuple[str, ast.stmt]]:
-    """Yield each module of ours that a module imports, with the statement."""
+    """Yield each module of this package that a module imports, with the statement."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node) for alias in node.names if alias.name.split(".")[0] == "stratagem")
@@ -61,12 +61,12 @@ def own_imports(name: str, path: Path, known: set[str]) -> Iterator[tuple[str, a
 
 
 def room(name: str) -> str:
-    """Return the folder or top-level file that a module lives in; the package itself is the room ""."""
+    """Return the folder or top-level file that contains a module; "" for the package itself."""
     return name.split(".")[1] if "." in name else ""
 
 
 def layer_violations(source: Path) -> list[str]:
-    """Return a line for each import against the order of the layers."""
+    """Return one line for each import that violates the order of the layers."""
     found = modules(source)
     lines = []
     for name, path in found.items():
@@ -75,12 +75,12 @@ def layer_violations(source: Path) -> list[str]:
             if here in {there, ""}:
                 continue
             if there not in ROOM_LEVEL or here not in ROOM_LEVEL or ROOM_LEVEL[there] >= ROOM_LEVEL[here]:
-                lines.append(f"{path}:{node.lineno}: {here or 'the package'} may not import {target}")
+                lines.append(f"{path}:{node.lineno}: {here or 'the package'} must not import {target}")
     return lines
 
 
 def hidden_imports(source: Path) -> list[str]:
-    """Return a line for each import of ours inside a function or under TYPE_CHECKING."""
+    """Return one line for each import of this package inside a function or under TYPE_CHECKING."""
     found = modules(source)
     lines = []
     for name, path in found.items():
@@ -101,10 +101,10 @@ def hidden_imports(source: Path) -> list[str]:
 
 
 def cycles(source: Path) -> list[str]:
-    """Return a line for each circle of modules that import each other at their top."""
+    """Return one line for each cycle of top-level imports."""
     found = modules(source)
     arrows = {name: {t for t, _ in own_imports(name, path, set(found))} & set(found) for name, path in found.items()}
-    # A package's __init__ only hands names on: importing from its own modules is no circle with them.
+    # A package's __init__ only re-exports names, so its imports from its own modules are not cycles.
     for name, path in found.items():
         if path.name == "__init__.py":
             arrows[name] = {target for target in arrows[name] if not target.startswith(f"{name}.")}
@@ -127,7 +127,7 @@ def cycles(source: Path) -> list[str]:
 
 
 def test_every_room_has_its_layer() -> None:
-    """A folder or file that the table of layers does not know is refused, so nobody forgets to place it."""
+    """Every folder and top-level file is listed in the table of layers."""
     rooms = {room(name) for name in modules(SOURCE)} - {""}
     assert rooms <= set(ROOM_LEVEL)
 
@@ -137,13 +137,13 @@ def test_no_import_goes_against_the_layers() -> None:
     assert layer_violations(SOURCE) == []
 
 
-def test_no_import_of_ours_hides_in_a_function() -> None:
-    """Our own modules are imported at the top of a file, where the order of the layers is seen."""
+def test_no_import_is_hidden_in_a_function() -> None:
+    """Modules of this package are imported at the top of a file."""
     assert hidden_imports(SOURCE) == []
 
 
 def test_no_import_cycle() -> None:
-    """No module imports itself by a detour."""
+    """There are no import cycles."""
     assert cycles(SOURCE) == []
 
 
@@ -158,8 +158,8 @@ def test_no_import_cycle() -> None:
         ("utils/one.py", "from .two import x\n", cycles),
     ],
 )
-def test_the_checks_see_a_breach(tmp_path: Path, file: str, text: str, check) -> None:  # type: ignore[no-untyped-def]
-    """Each of the checks names a file that breaks its rule, relative imports included."""
+def test_the_checks_detect_a_violation(tmp_path: Path, file: str, text: str, check) -> None:  # type: ignore[no-untyped-def]
+    """Each check reports a file that violates its rule, including relative imports."""
     package = tmp_path / "stratagem"
     for folder in ("distributed", "utils", "train"):
         (package / folder).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The example with two networks trains under one device and under DDP."""
+"""The GAN example trains on one device and under DDP."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "gan"
 
 
 def train(folder: str, name: str = "config.py", **changes: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
-    """Train for one epoch of few, large batches; return the updates of both optimizers, and the weights."""
+    """Train one epoch with few, large batches; return the number of updates of both optimizers, and the weights."""
     config = Config.fromfile(EXAMPLE / name)
     config.merge_from_dict(
         {
@@ -37,7 +37,7 @@ def train(folder: str, name: str = "config.py", **changes: Any) -> tuple[list[in
 
 
 def size_of_png(path: Path) -> tuple[int, int, int]:
-    """Return width, height and bytes of pixels of a PNG with one IDAT chunk, its checksums checked."""
+    """Verify the checksums of a PNG with one IDAT chunk; return its width, height and number of pixel bytes."""
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     at, chunks = 8, {}
@@ -50,18 +50,18 @@ def size_of_png(path: Path) -> tuple[int, int, int]:
     return *struct.unpack(">II", chunks[b"IHDR"][:8]), len(zlib.decompress(chunks[b"IDAT"]))
 
 
-def test_an_epoch_updates_both_networks_and_draws_a_picture(tmp_path: Path) -> None:
-    """4,000 digits in batches of 500: 8 updates each, and a grid of 8 x 8 images of 28 x 28."""
+def test_an_epoch_updates_both_networks_and_saves_images(tmp_path: Path) -> None:
+    """4,000 digits in batches of 500 give 8 updates per network, and an 8 x 8 grid of 28 x 28 images is saved."""
     updates, state = train(str(tmp_path))
     assert updates == [8, 8]
     assert all(torch.isfinite(value).all() for value in state.values())
     assert size_of_png(tmp_path / "epoch_1.png") == (224, 224, 224 * 225)
 
 
-def test_two_ranks_hold_equal_networks(ranks: Ranks, tmp_path: Path) -> None:
-    """Each sees half of the digits; gradients of both networks are exchanged."""
+def test_two_ranks_have_equal_weights(ranks: Ranks, tmp_path: Path) -> None:
+    """Each rank sees half of the digits, and the gradients of both networks are synchronized."""
     (updates, state), (_, other) = ranks.run(train, str(tmp_path), "config_ddp.py", launcher="pytorch")
     assert updates == [4, 4]
-    weights = [name for name in state if "running" not in name]  # those are of each rank's own samples
+    weights = [name for name in state if "running" not in name]  # running statistics depend on each rank's samples
     assert all(torch.equal(state[name], other[name]) for name in weights)
     assert (tmp_path / "epoch_1.png").is_file()

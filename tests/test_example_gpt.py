@@ -1,4 +1,4 @@
-"""The language model learns from real text, the same under every strategy, and writes."""
+"""The language model example trains on real text, with the same result under every strategy, and generates text."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ def config(**changes: Any) -> Config:
 
 
 def text(*, held_out: bool) -> str:
-    """Return the text, paragraphs between line breaks, as the pieces of the dataset have it."""
+    """Return the text of the dataset, with paragraphs separated by line breaks."""
     pieces = DATASETS.build(config().train_dataloader.dataset | {"held_out": held_out}).pieces
     decode = TOKENIZERS.build(config().tokenizer).decode
-    # A piece begins with the last token of the one before; only the first of a paragraph begins with a line break.
+    # Each chunk starts with the last token of the previous one; only the first of a paragraph starts with a line
+    # break.
     rows = [decode(piece.tolist()) for piece in pieces]
     return "".join(row if row[0] == "\n" else row[1:] for row in rows)
 
 
 @pytest.fixture
 def model() -> BaseModel:
-    """A small model with other weights than it begins with, so that its scores are not all nearly alike."""
+    """A small model with larger random weights, so that its logits differ clearly."""
     built = MODELS.build(config().model)
     torch.manual_seed(3)
     for parameter in built.parameters():
@@ -50,18 +51,18 @@ def model() -> BaseModel:
 
 
 class Losses(Hook):
-    """Keeps each iteration's loss and number of targets, and the last weights."""
+    """A hook that records the loss and the number of targets of each iteration."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[float, int]] = []
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Keep them."""
+        """Record the loss and the number of targets."""
         self.rows.append((outputs["loss"].item(), int((data_batch["targets"] >= 0).sum())))
 
 
 def train(folder: str, **changes: Any) -> tuple[list[tuple[float, int]], dict[str, float]]:
-    """Train; return the loss and the number of targets of each iteration on this rank, and the validation."""
+    """Train; return the loss and the number of targets of each iteration on this rank, and the validation metrics."""
     losses = Losses()
     changed = config(**{"work_dir": folder, "custom_hooks": [losses], **changes})
     runner = Runner.from_cfg(changed)
@@ -72,7 +73,7 @@ def train(folder: str, **changes: Any) -> tuple[list[tuple[float, int]], dict[st
 
 
 def test_the_whole_text_is_read() -> None:
-    """From its first verse to its last, each paragraph either for training or held out, every letter a token."""
+    """The dataset contains every character from the first verse to the last, split by paragraph."""
     learned, held_out = text(held_out=False), text(held_out=True)
     assert learned.startswith("\nIn the beginning God created the heaven and the earth. And the earth was without form")
     assert learned.endswith("The grace of our Lord Jesus Christ be with you all. Amen.\n")
@@ -81,24 +82,24 @@ def test_the_whole_text_is_read() -> None:
     assert not set(paragraphs[0]) & set(paragraphs[1])
 
 
-def test_a_prompt_with_an_unknown_letter_is_refused() -> None:
-    """With the letter, and the alphabet."""
+def test_a_prompt_with_an_unknown_character_is_rejected() -> None:
+    """The error for an unknown character contains the character and the alphabet."""
     tokenizer = TOKENIZERS.build(config().tokenizer)
     assert tokenizer.decode(tokenizer.encode("Æneas, arise!")) == "Æneas, arise!"
     with pytest.raises(ConfigValueError, match="'4' never stands in the text"):
         tokenizer.encode("Psalm 4?")
 
 
-def test_short_pieces_are_filled_up_where_nothing_is_learned() -> None:
-    """The inputs are all tokens but the last, the targets all but the first, and -100 where there is none."""
+def test_short_sequences_are_padded_without_targets() -> None:
+    """Inputs omit the last token and targets the first; short sequences are padded with targets of -100."""
     config()
     batch = FUNCTIONS.get("pad_pieces")([torch.tensor([5, 6, 7, 8]), torch.tensor([9, 3])])
     assert batch["tokens"].tolist() == [[5, 6, 7], [9, 0, 0]]
     assert batch["targets"].tolist() == [[6, 7, 8], [3, -100, -100]]
 
 
-def test_a_place_sees_no_later_one(model: BaseModel) -> None:
-    """Another last token changes the last scores alone."""
+def test_attention_is_causal(model: BaseModel) -> None:
+    """Attention is causal: changing the last token only changes the last logits."""
     tokens = torch.randint(67, (2, 20))
     other = tokens.clone()
     other[:, -1] = (tokens[:, -1] + 1) % 67
@@ -107,8 +108,8 @@ def test_a_place_sees_no_later_one(model: BaseModel) -> None:
     assert not torch.allclose(before[:, -1], after[:, -1])
 
 
-def test_the_loss_is_the_mean_of_the_targets_and_weighs_as_many(model: BaseModel) -> None:
-    """Filled places count nothing, and validation adds up to the same."""
+def test_the_loss_is_the_mean_over_the_targets(model: BaseModel) -> None:
+    """Padding is ignored by the loss and its weight, and the validation losses have the same sum."""
     tokens, targets = torch.randint(67, (2, 5)), torch.randint(67, (2, 5))
     targets[1, 2:] = -100
     outputs = model(tokens, targets, mode="loss")
@@ -121,8 +122,8 @@ def test_the_loss_is_the_mean_of_the_targets_and_weighs_as_many(model: BaseModel
     torch.testing.assert_close(by_sample["losses"].sum() / 7, outputs["loss"])
 
 
-def test_embedding_and_output_are_one_weight_without_decay() -> None:
-    """It is for the 4 matrices of each of the 2 blocks; embeddings, normalisations and biases keep their size."""
+def test_only_matrices_have_weight_decay_and_the_embedding_is_tied() -> None:
+    """Only the 4 matrices of each of the 2 blocks have weight decay; the embedding is tied to the output layer."""
     model = MODELS.build(config().model)
     assert model.scores.weight is model.tokens.weight
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -138,8 +139,8 @@ def options(max_new_tokens: int, **changes: Any) -> dict[str, Any]:
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": 1.0, "top_k": 0, **changes}
 
 
-def test_tokens_are_drawn_as_asked(model: BaseModel) -> None:
-    """The likeliest where nothing is drawn, also from the 1 likeliest, and beyond the length that the model sees at once."""
+def test_greedy_decoding(model: BaseModel) -> None:
+    """Greedy decoding and ``top_k=1`` return the most likely tokens, even beyond the context length."""
     prompt = torch.randint(67, (2, 126))
     greedy = model.generate(prompt, **options(6, do_sample=False))
     assert greedy.shape == (2, 132)
@@ -149,8 +150,8 @@ def test_tokens_are_drawn_as_asked(model: BaseModel) -> None:
     assert torch.equal(model.generate(prompt, **options(6, top_k=1)), greedy)
 
 
-def test_draws_have_the_chances_of_the_temperature(model: BaseModel) -> None:
-    """Of 4,000 draws from the 3 likeliest at half the temperature, each has its share to 4 standard deviations."""
+def test_samples_follow_the_temperature(model: BaseModel) -> None:
+    """4,000 samples with ``top_k=3`` and temperature 0.5 match the probabilities within 4 standard deviations."""
     prompt = torch.randint(67, (1, 4))
     likeliest, numbers = model(prompt)[0, -1].topk(3)
     chances = (likeliest / 0.5).softmax(0)
@@ -163,7 +164,7 @@ def test_draws_have_the_chances_of_the_temperature(model: BaseModel) -> None:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, float]]:
-    """The folder of a short training, and its validation."""
+    """The folder of a short training run, and its validation metrics."""
     folder = tmp_path_factory.mktemp("gpt")
     changes = {"train_cfg.max_iters": 60, "param_scheduler.0.end": 10, "param_scheduler.1.begin": 10}
     _, metrics = train(str(folder), **changes, **{"optim_wrapper.optimizer.lr": 0.01})
@@ -171,8 +172,8 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
 
 
 @pytest.mark.slow
-def test_it_learns_more_than_how_often_letters_stand(learned: tuple[Path, dict[str, float]]) -> None:
-    """Whoever knows the held-out letters' own shares and nothing else cannot be below their entropy, about 3 nats."""
+def test_the_model_is_better_than_character_frequencies(learned: tuple[Path, dict[str, float]]) -> None:
+    """The validation loss is below the entropy of the held-out character frequencies, about 3 nats."""
     text_there = text(held_out=True)
     shares = [count / len(text_there) for count in Counter(text_there).values()]
     entropy = -sum(share * math.log(share) for share in shares)
@@ -183,8 +184,10 @@ def test_it_learns_more_than_how_often_letters_stand(learned: tuple[Path, dict[s
 
 
 @pytest.mark.slow
-def test_a_checkpoint_writes_text(learned: tuple[Path, dict[str, float]], capsys: pytest.CaptureFixture[str]) -> None:
-    """`stratagem sample` goes on with the prompt: the same again, and otherwise with another seed."""
+def test_a_checkpoint_generates_text(
+    learned: tuple[Path, dict[str, float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`stratagem sample` continues the prompt, reproducibly, and differently with a different seed."""
     folder, _ = learned
 
     def sample(*words: str) -> str:
@@ -203,14 +206,14 @@ def test_a_checkpoint_writes_text(learned: tuple[Path, dict[str, float]], capsys
     assert sample("--temperature", "0") == sample("--top-k", "1", "--seed", "5")
 
 
-def test_strategies_learn_alike(ranks: Ranks, tmp_path: Path) -> None:
-    """One process with 8 samples, and two with 4 under DDP and under FSDP: the same loss of each iteration's letters."""
+def test_strategies_give_the_same_losses(ranks: Ranks, tmp_path: Path) -> None:
+    """One process with 8 samples and two with 4 each under DDP and FSDP have the same loss in each iteration."""
     short = {"train_cfg.max_iters": 6, "param_scheduler.0.end": 2, "param_scheduler.1.begin": 2}
     single, measured = train(str(tmp_path / "single"), **short, **{"train_dataloader.batch_size": 8})
     for strategy in ("DDPStrategy", "FSDPStrategy"):
         changes = {**short, "train_dataloader.batch_size": 4, "strategy": strategy}
         (first, there), (second, _) = ranks.run(train, str(tmp_path / strategy), **changes)
-        # Or their weights would not matter.
+        # Otherwise the weights of the micro-batches would have no effect.
         assert [count for _, count in first] != [count for _, count in second]
         for (loss, count), (a, of_a), (b, of_b) in zip(single, first, second, strict=True):
             assert of_a + of_b == count

@@ -1,4 +1,4 @@
-"""A part of ``make faults``: some of its faults, of every kind."""
+"""Run some faults of every kind from ``make faults``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SCRIPT = Path(__file__).with_name("fault_sweep.py")
     ("sweep", "every", "least"),
     [("kills", 23, 30), ("errors", 7, 100), ("power", 7, 150), ("damage", 5, 150), ("runs", 61, 10), ("ranks", 61, 5)],
 )
-def test_no_fault_loses_what_was_published(sweep: str, every: int, least: int) -> None:
-    """Whatever dies, fails or is damaged, a start without anybody's help finds a complete checkpoint and goes on."""
+def test_no_fault_loses_a_published_checkpoint(sweep: str, every: int, least: int) -> None:
+    """After any fault, the next start finds a complete checkpoint and resumes automatically."""
     command = [sys.executable, str(SCRIPT), sweep, "--every", str(every)]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, env=scripts_environment())
     assert ended.returncode == 0, ended.stdout + ended.stderr
@@ -30,8 +30,8 @@ def test_no_fault_loses_what_was_published(sweep: str, every: int, least: int) -
     assert int(count[1]) >= least
 
 
-def test_a_loss_would_be_told(tmp_path: Path) -> None:
-    """The sweep can fail: where saves are not synced, a power loss leaves what cannot be used."""
+def test_a_lost_checkpoint_is_reported(tmp_path: Path) -> None:
+    """The sweep detects lost checkpoints: without syncing, a power loss leaves unusable data."""
     script = tmp_path / "unsynced.py"
     script.write_text(
         "import runpy, sys\n"

@@ -1,11 +1,11 @@
-"""What importing Stratagem loads: little, so that scripts and the command line start at once."""
+"""Importing Stratagem loads few modules, so that scripts and the command line start quickly."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
-# Libraries that only some runs need; each is loaded by name when it is first used.
+# Libraries that only some runs need, imported on first use.
 FOR_SOME_RUNS = (
     "torchmetrics",
     "torchvision",
@@ -21,13 +21,13 @@ FOR_SOME_RUNS = (
 
 
 def loaded_by(statement: str, baseline: str = "pass") -> set[str]:
-    """Return the modules that a statement loads in a fresh interpreter, beyond those of ``baseline``."""
+    """Return the modules that a statement imports in a new interpreter, without those of ``baseline``."""
     code = f"import sys; {baseline}; before = set(sys.modules); {statement}; print(*(set(sys.modules) - before))"
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
-def test_importing_the_package_loads_nothing_heavy() -> None:
-    """``import stratagem`` loads itself and a bit of the standard library: no torch, no numpy, nothing installed."""
+def test_importing_the_package_is_lightweight() -> None:
+    """``import stratagem`` only imports itself and some of the standard library: no torch, NumPy or other package."""
     loaded = loaded_by("import stratagem")
     assert {name for name in loaded if name.startswith("stratagem")} == {"stratagem", "stratagem._version"}
     installed = {name.partition(".")[0] for name in loaded} - {"stratagem"} - sys.stdlib_module_names
@@ -35,7 +35,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_public_names_load_no_library_that_only_some_runs_need() -> None:
-    """Metrics, the command line's library, launchers and sharding are loaded when a run first uses them."""
+    """Importing all public names does not import libraries for metrics, the command line, launchers or sharding."""
     everything = "import stratagem; [getattr(stratagem, name) for name in stratagem.__all__]"
     loaded = loaded_by(everything, baseline="import torch")
     assert "stratagem.runner" in loaded
@@ -43,5 +43,5 @@ def test_public_names_load_no_library_that_only_some_runs_need() -> None:
 
 
 def test_reading_a_configuration_does_not_need_torch() -> None:
-    """A program that only reads or changes configurations does not wait for torch."""
+    """Reading configurations does not import torch."""
     assert "torch" not in loaded_by("from stratagem import Config")

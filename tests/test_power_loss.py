@@ -1,4 +1,4 @@
-"""The disk of the tests forgets what real disks may forget, and nothing else."""
+"""The simulated disk loses only the data that real disks may lose."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stratagem.storage import operations, write_fully
 
 
 def record(folder: Path, work: Callable[[Path], None]) -> Recording:
-    """Return what the work did in a folder that holds ``old``, with ``before`` in it."""
+    """Return the recorded operations of ``work`` in a folder that contains a file ``old`` with the text ``before``."""
     folder.mkdir()
     (folder / "old").write_text("before")
     recording = Recording(folder)
@@ -25,13 +25,13 @@ def record(folder: Path, work: Callable[[Path], None]) -> Recording:
 def found(
     recording: Recording, place: Path, kept: dict[int, float] | None = None, end: int | None = None
 ) -> dict[str, str]:
-    """Return the files after a power loss, at the end if not told otherwise."""
+    """Return the files after a power loss, by default after the last operation."""
     recording.replay(len(recording) if end is None else end, kept or {}, place)
     return {str(file.relative_to(place)): file.read_text() for file in place.rglob("*") if file.is_file()}
 
 
 def write(folder: Path, *, sync: bool = False, sync_name: bool = False) -> None:
-    """Write ``new``, and sync what is asked for."""
+    """Write ``new`` and optionally sync the file and its folder."""
     descriptor = operations.create_file(folder / "new")
     write_fully(descriptor, b"text", 0)
     if sync:
@@ -47,16 +47,14 @@ def write(folder: Path, *, sync: bool = False, sync_name: bool = False) -> None:
     ("sync", "sync_name", "left"),
     [(False, False, {}), (True, False, {}), (False, True, {"new": ""}), (True, True, {"new": "text"})],
 )
-def test_content_needs_its_sync_and_a_name_that_of_its_folder(
-    tmp_path: Path, sync: bool, sync_name: bool, left: dict[str, str]
-) -> None:
-    """Without the one the file is empty, without the other there is none."""
+def test_contents_and_names_must_be_synced(tmp_path: Path, sync: bool, sync_name: bool, left: dict[str, str]) -> None:
+    """Without syncing the file, it is empty; without syncing the folder, it does not exist."""
     recording = record(tmp_path / "a", lambda folder: write(folder, sync=sync, sync_name=sync_name))
     assert found(recording, tmp_path / "b") == {"old": "before", **left}
 
 
-def test_what_was_not_synced_may_have_come_all_the_same(tmp_path: Path) -> None:
-    """Any part of it, and a write by half."""
+def test_unsynced_changes_may_be_on_the_disk(tmp_path: Path) -> None:
+    """Unsynced changes may be on the disk in any combination, and a write may be incomplete."""
     recording = record(tmp_path / "a", write)
     name, content = recording.pending(len(recording))
     assert found(recording, tmp_path / "b", {name: WHOLE}) == {"old": "before", "new": ""}
@@ -64,22 +62,22 @@ def test_what_was_not_synced_may_have_come_all_the_same(tmp_path: Path) -> None:
     assert found(recording, tmp_path / "d", {name: WHOLE, content: HALF}) == {"old": "before", "new": "te"}
 
 
-def test_a_rename_comes_as_a_whole(tmp_path: Path) -> None:
-    """The old name or the new one, never both or neither."""
+def test_a_rename_is_atomic(tmp_path: Path) -> None:
+    """After an unsynced rename, the file has either the old or the new name."""
     recording = record(tmp_path / "a", lambda folder: operations.rename(folder / "old", folder / "new"))
     assert found(recording, tmp_path / "b") == {"old": "before"}
     assert found(recording, tmp_path / "c", {0: WHOLE}) == {"new": "before"}
 
 
-def test_what_is_done_later_is_not_there_yet(tmp_path: Path) -> None:
-    """A loss in the middle knows nothing of the end, also not of its syncs."""
+def test_later_operations_have_no_effect(tmp_path: Path) -> None:
+    """A power loss in the middle is not affected by later operations and syncs."""
     recording = record(tmp_path / "a", lambda folder: write(folder, sync=True, sync_name=True))
     assert found(recording, tmp_path / "b", end=2) == {"old": "before"}
     assert found(recording, tmp_path / "c", {0: WHOLE}, end=1) == {"old": "before", "new": ""}
 
 
-def test_folders_swap_and_go(tmp_path: Path) -> None:
-    """Folders that are made, swapped and removed are followed by what is in them."""
+def test_folders_are_exchanged_and_removed(tmp_path: Path) -> None:
+    """Files remain in folders that are created, exchanged and removed."""
 
     def work(folder: Path) -> None:
         operations.create_folder(folder / "one")

@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The examples in the README work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 
 
 def test_the_python_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example in Python runs as it stands and learns to tell points inside of a circle."""
+    """The Python example runs and trains a model to classify points inside a circle."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     exec(compile(BLOCKS[0], "README.md", "exec"), names)
@@ -27,15 +27,15 @@ def test_the_python_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_configuration_passes_its_check(tmp_path: Path) -> None:
-    """The example as a configuration has no problem, with the dataset of the main example beside it."""
+    """The configuration example has no problems, next to the dataset of the main example."""
     shutil.copy(ROOT / "examples" / "mnist" / "digits.py", tmp_path)
     file = tmp_path / "config.py"
     file.write_text(BLOCKS[1], encoding="utf-8")
     assert check(Config.fromfile(file), SECTIONS) == []
 
 
-def test_a_strategy_serves_a_loop_written_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example without a Runner trains and leaves a checkpoint."""
+def test_a_strategy_supports_a_custom_training_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example without a Runner trains and saves a checkpoint."""
     monkeypatch.chdir(tmp_path)
     network = torch.nn.Linear(2, 2)
     before = network.weight.detach().clone()

@@ -1,4 +1,4 @@
-"""A misspelled key never costs anyone a night: all of a run's configuration is checked before anything is built."""
+"""The whole configuration of a run is checked before anything is built, so a misspelled key is found immediately."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLES = sorted(Path(__file__).parents[1].glob("examples/**/*config*.*"))
 
 @DATASETS.register_module(name="NumbersOfSections")
 class Numbers:
-    """Some samples."""
+    """A dataset for these tests."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -32,7 +32,7 @@ class Numbers:
 
 @TOKENIZERS.register_module(name="LettersOfSections")
 class Letters:
-    """Some letters."""
+    """A tokenizer for these tests."""
 
     def __init__(self, *, capital: bool) -> None:
         self.capital = capital
@@ -40,7 +40,7 @@ class Letters:
 
 NUMBERS = {"type": "NumbersOfSections", "length": 4}
 
-# Every section with every key that it documents: nothing here is a free value.
+# Every section with all of its documented keys; none of them accepts arbitrary values.
 FULL: dict[str, Any] = {
     "model": {
         "type": "SupervisedModel",
@@ -120,12 +120,12 @@ FULL: dict[str, Any] = {
     "compile": {"target": "forward", "mode": "default", "dynamic": False},
     "default_scope": None,
 }
-# What stands below these is read by code that is not known here, or is a value of its own.
+# Values below these keys are passed to other code or are plain values.
 BELOW = {"betas", "clip_grad", "paramwise_cfg", "first"}
 
 
 def keys_of(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Yield the path of every key whose spelling matters."""
+    """Yield the path of every key that is checked."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key != "first":
@@ -138,7 +138,7 @@ def keys_of(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def misspellings(key: str) -> set[str]:
-    """Return the key with a character dropped, two swapped, or one added at the end."""
+    """Return the key with one character dropped, two swapped, or one inserted or appended."""
     middle = len(key) // 2
     dropped = {key[:place] + key[place + 1 :] for place in range(len(key))}
     swapped = {key[:p] + key[p + 1] + key[p] + key[p + 2 :] for p in range(len(key) - 1)}
@@ -148,7 +148,7 @@ def misspellings(key: str) -> set[str]:
 
 
 def with_key(path: tuple[Any, ...], wrong: str) -> dict[str, Any]:
-    """Return the full configuration with one key spelled wrongly."""
+    """Return the full configuration with one misspelled key."""
     config = copy.deepcopy(FULL)
     node: Any = config
     for part in path[:-1]:
@@ -157,15 +157,15 @@ def with_key(path: tuple[Any, ...], wrong: str) -> dict[str, Any]:
     return config
 
 
-def test_the_full_configuration_passes() -> None:
-    """A configuration that uses every documented key has no problem."""
+def test_the_full_configuration_has_no_problems() -> None:
+    """A configuration with every documented key has no problems."""
     assert check(Config(FULL), SECTIONS) == []
 
 
 def test_every_misspelled_key_is_refused_with_the_right_name() -> None:
-    """Each key of the full configuration, with a character dropped, swapped or added, is refused and the key suggested.
+    """At least 99 % of misspelled keys of the full configuration are rejected with the correct name.
 
-    The issue asks for 99 %; what is missed is listed in the failure.
+    A key is misspelled by dropping, swapping or adding a character. The failure lists the keys that were missed.
     """
     tried, missed = 0, []
     for path in keys_of(FULL):
@@ -185,7 +185,7 @@ def test_every_misspelled_key_is_refused_with_the_right_name() -> None:
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    """Three slips give one error that names all three, each with the nearest name."""
+    """Three misspelled keys give one error that lists all of them with the closest names."""
     config = Config({**copy.deepcopy(FULL), "param_schedulers": [], "load_form": "x", "rezume": True})
     with pytest.raises(ConfigKeyError) as caught:
         require(config, SECTIONS)
@@ -195,27 +195,27 @@ def test_all_problems_are_listed_at_once() -> None:
         assert re.search(rf"{wrong}.*'{right}'", text)
 
 
-def test_an_override_of_an_unknown_key_is_refused() -> None:
-    """--set with a key that nobody reads is refused like one in a file, and named as what it is."""
+def test_an_override_of_an_unknown_key_is_rejected() -> None:
+    """``--set`` with an unknown key is rejected like a key in a file, and the error shows the option."""
     config = Config(copy.deepcopy(FULL))
     config.merge_from_dict({"train_cfg.max_epoch": 3})
     with pytest.raises(ConfigKeyError, match=r"train_cfg\.max_epoch \(--set .*'max_epochs'"):
         require(config, SECTIONS)
 
 
-def test_free_values_have_one_place() -> None:
-    """Whatever stands below `vars` is nobody's business."""
+def test_vars_accepts_arbitrary_values() -> None:
+    """Values below ``vars`` are not checked."""
     assert check(Config({**copy.deepcopy(FULL), "vars": {"anything": [1, {"goes": 2}]}}), SECTIONS) == []
 
 
 @pytest.mark.parametrize("file", EXAMPLES, ids=lambda path: path.parent.name)
-def test_every_example_passes(file: Path) -> None:
-    """The examples' configurations have no problem."""
+def test_every_example_has_no_problems(file: Path) -> None:
+    """The configurations of the examples have no problems."""
     assert check(Config.fromfile(file), SECTIONS) == []
 
 
-def test_the_sections_name_what_the_parts_read() -> None:
-    """Whoever adds an argument, a default hook or a setting of the environment finds it known to the check as well."""
+def test_the_schema_matches_the_engine() -> None:
+    """The schema contains all arguments, default hooks and environment settings that the engine reads."""
     keys = {name: set(rule.keys) for name, rule in SECTIONS.items() if isinstance(rule, Section)}
     assert set(_ARGUMENTS) | {"runner_type", "tokenizer"} == set(SECTIONS)
     assert keys["default_hooks"] == set(_DEFAULT_HOOKS)
