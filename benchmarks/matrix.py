@@ -1,13 +1,14 @@
-"""Whether any placement goes on from what any other saved: the language model of the examples under each and each.
+"""Check that each placement can resume from the checkpoint of each other one.
 
-A small one trains for 12 iterations in one process, and under every placement, which saves in the middle; then every
-placement resumes from each of these checkpoints and trains the rest. AdamW without decay for some parameters, accumulation
-over 2, clipping, a warm-up and a cosine, an average of the weights, a tied weight, a frozen layer, and losses that weigh by
-tokens, of which ranks have different numbers.
+A small version of the example language model trains for 12 iterations in a single process and under every placement, each of
+which saves a checkpoint halfway. Then every placement resumes from each of these checkpoints and trains the remaining
+iterations. The training uses AdamW without weight decay for some parameters, accumulation over 2 micro-batches, gradient
+clipping, a warm-up and cosine schedule, averaged weights, a tied weight, a frozen layer, and losses weighted by the number of
+tokens, which differs between ranks.
 
-What is found in a checkpoint (parameters, moments, average) must be what was saved, bit for bit; learning rates and samples
-those of one process, without exception; losses, parameters, moments and averages to rounding. It prints the table, exits
-with 1 where anything differs by more, and writes the table into a file if asked:
+The restored state (parameters, moments, averaged weights) must be bitwise identical to the saved state. Learning rates and
+samples must equal those of the single process. Losses, parameters, moments and averaged weights must be equal up to rounding.
+The command prints a table, exits with 1 if a difference is too large, and optionally writes the table to a file:
 ``python benchmarks/matrix.py [--only single "FSDP x2"] [--write docs/matrix.md]``.
 """
 
@@ -41,10 +42,11 @@ from stratagem.train.hooks import EMAHook
 
 EXAMPLE: Final = Path(__file__).parent.parent / "examples" / "gpt" / "config.py"
 ITERATIONS, HALF, GLOBAL_BATCH, LENGTH = 12, 6, 8, 32
-# Float32 sums in another order: a loss of about 4, a mean of 250 tokens, to some units in its last place of 5e-7.
+# Float32 sums are computed in a different order. The loss is about 4, the mean over 250 tokens; allow some units in the last
+# place (5e-7).
 LOSSES_WITHIN: Final = 1e-5
-# AdamW divides a gradient by its own size, so that of a parameter which is a hundredth of its tensor's largest brings a
-# hundred times that one's rounding of 1e-7, through 6 updates.
+# AdamW normalizes each gradient by its magnitude. A gradient that is 100 times smaller than the largest one of its tensor
+# therefore has 100 times its relative rounding error of 1e-7, accumulated over 6 updates.
 STATES_WITHIN: Final = 1e-4
 
 Record = dict[str, Any]
@@ -56,10 +58,10 @@ class Placement:
     """A row and a column of the table.
 
     Attributes:
-        processes: how many there are.
-        strategy: what stands in the configuration.
-        shared: how many of them see the same samples.
-        averages: whether an average of the weights is kept; a strategy may refuse to.
+        processes: the number of processes.
+        strategy: the ``strategy`` of the configuration.
+        shared: the number of processes that train on the same samples.
+        averages: whether averaged weights are kept; some strategies do not support them.
     """
 
     processes: int
@@ -69,7 +71,7 @@ class Placement:
 
     @property
     def python(self) -> str | None:
-        """The interpreter that trains under it; None where its engine is not installed."""
+        """The Python interpreter for this placement; None if its engine is not installed."""
         return python_of(self.strategy["type"])
 
 
@@ -81,7 +83,7 @@ def _colossalai(plugin: str, **options: Any) -> dict[str, Any]:
     return {"type": "ColossalAIStrategy", "plugin": {"type": plugin, **options}}
 
 
-# ZeRO by itself is DeepSpeed's; CAI is ColossalAI.
+# ZeRO without a prefix is DeepSpeed; CAI is ColossalAI.
 PLACEMENTS: Final[Mapping[str, Placement]] = {
     "single": Placement(processes=1, strategy={"type": "SingleDeviceStrategy"}),
     "DDP x2": Placement(processes=2, strategy={"type": "DDPStrategy"}),
@@ -103,7 +105,7 @@ PLACEMENTS: Final[Mapping[str, Placement]] = {
 
 @final
 class Witness(Hook):
-    """Keeps what placements must agree on; ``middle`` and ``end`` are the whole state there, as a checkpoint of it has it."""
+    """Record the values to compare; ``middle`` and ``end`` are the full checkpoint state halfway and at the end."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -139,23 +141,23 @@ class Witness(Hook):
 
 
 def train(name: str, folder: Path, resume: Path | None) -> Record:
-    """Train under a placement, from the beginning or from a checkpoint; return what it saw, of all ranks."""
+    """Train under a placement, from scratch or from a checkpoint; return the record of all ranks."""
     placement = PLACEMENTS[name]
     parts = placement.processes // placement.shared
     config = Config.fromfile(EXAMPLE)
-    pieces = DATASETS.build({"type": "KingJames", "length": LENGTH, "held_out": True})
-    # Not strict: what saved may have been unable to keep one.
+    sequences = DATASETS.build({"type": "KingJames", "length": LENGTH, "held_out": True})
+    # Not strict: the placement that saved the checkpoint may not support averaged weights.
     averages = [EMAHook(momentum=0.1, strict_load=False)] if placement.averages else []
     witness = Witness(folder)
     config.merge_from_dict(
         {
             "model": {"length": LENGTH, "width": 32, "blocks": 2, "heads": 2},
-            "train_dataloader.dataset": Subset(pieces, range(ITERATIONS * GLOBAL_BATCH)),
+            "train_dataloader.dataset": Subset(sequences, range(ITERATIONS * GLOBAL_BATCH)),
             "train_dataloader.batch_size": GLOBAL_BATCH // parts,
             "train_cfg.max_iters": ITERATIONS,
             "optim_wrapper.accumulative_counts": 2,
             "optim_wrapper.optimizer.lr": 0.01,
-            "optim_wrapper.paramwise_cfg.freeze": ["places"],
+            "optim_wrapper.paramwise_cfg.freeze": ["position_embedding"],
             "param_scheduler.0": {"start_factor": 0.3, "end": 4},
             "param_scheduler.1.begin": 4,
             "default_hooks": {"logger": None, "checkpoint": {"interval": HALF, "save_last": False}},
@@ -174,7 +176,7 @@ def train(name: str, folder: Path, resume: Path | None) -> Record:
     finally:
         runner.close()
     if placement.averages != _has_average(witness.end):
-        raise SystemExit(f"{name}: averages={placement.averages}, but the checkpoint says otherwise.")
+        raise SystemExit(f"{name}: averages={placement.averages}, but the checkpoint does not match.")
     each = all_gather_object((witness.losses, witness.targets))
     return {
         "middle": witness.middle,
@@ -186,13 +188,13 @@ def train(name: str, folder: Path, resume: Path | None) -> Record:
 
 
 def _mean(rows: Iterable[tuple[float, list[list[int]]]]) -> float:
-    """Return the loss of all ranks' tokens; ranks that share samples count them alike."""
+    """Return the mean loss over the tokens of all ranks, including those of ranks that share samples."""
     weighted = [(loss, sum(map(len, targets))) for loss, targets in rows]
     return sum(loss * weight for loss, weight in weighted) / sum(weight for _, weight in weighted)
 
 
 def _union(ranks: Iterable[list[list[int]]]) -> list[tuple[int, ...]]:
-    """Return the samples that any rank had, each once."""
+    """Return the samples of all ranks, without duplicates."""
     return sorted({tuple(row) for rows in ranks for row in rows})
 
 
@@ -200,9 +202,9 @@ def _union(ranks: Iterable[list[list[int]]]) -> list[tuple[int, ...]]:
 
 
 def work(folder: Path, names: list[str], *, resume: bool) -> None:
-    """As one of the ranks, train under the placements that need so many, or resume each of them from each checkpoint."""
+    """On one rank, train under all placements of this world size, or resume each of them from each checkpoint."""
     torch.set_num_threads(1)
-    # It would warn of the order in which shards of shards are put together, which only looking at them needs.
+    # Suppress its warning about the redistribution order of 2-D shards; only this comparison gathers them.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     init_dist("pytorch")
     size = int(os.environ["WORLD_SIZE"])
@@ -218,12 +220,12 @@ def work(folder: Path, names: list[str], *, resume: bool) -> None:
 
 
 def record_of(folder: Path, saver: str | None, name: str) -> Path:
-    """Return the file in which a training is kept; ``saver`` is None for one without interruption."""
+    """Return the file for the record of a training; ``saver`` is None for an uninterrupted one."""
     return folder / (f"{name}.pt" if saver is None else f"{saver} to {name}.pt")
 
 
 def launch(folder: Path, names: list[str], *, resume: bool) -> None:
-    """Start the processes of each interpreter and size one after another, and wait for them."""
+    """Run the processes of each interpreter and world size, one after the other."""
     for python, size in sorted({(str(PLACEMENTS[name].python), PLACEMENTS[name].processes) for name in names}):
         start = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}", __file__]
         further = ["--folder", str(folder), *(["--resume"] if resume else []), "--only", *names]
@@ -236,12 +238,13 @@ def launch(folder: Path, names: list[str], *, resume: bool) -> None:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """How a training differs from that of one process; see :func:`difference` for states.
+    """The differences of a training from the single-process training; see :func:`difference` for states.
 
     Attributes:
-        found: of the state that was taken up, from what was saved.
-        losses: of the losses that follow, and likewise of the state in the end.
-        exact: whether learning rates and samples are the same.
+        found: the difference between the restored and the saved state.
+        losses: the largest difference of the losses after resuming.
+        parameters: the difference of the parameters at the end; ``moments`` and ``average`` likewise.
+        exact: whether the learning rates and the samples are equal.
     """
 
     found: float
@@ -253,16 +256,16 @@ class Cell:
 
     @property
     def good(self) -> bool:
-        """Whether nothing differs by more than it may."""
+        """Whether all differences are within their limits."""
         state = max(self.parameters, self.moments, self.average)
         return self.exact and self.found == 0.0 and self.losses <= LOSSES_WITHIN and state <= STATES_WITHIN
 
 
 def compare(record: Record, saved: Record, alone: Record) -> Cell:
-    """Compare a training that was resumed with the one that saved and the one of one process."""
+    """Compare a resumed training with the one that saved the checkpoint and the single-process one."""
     after = ITERATIONS - len(record["losses"])
     pairs = zip(record["losses"], alone["losses"][after:], strict=True)
-    # One that was not saved begins anew, and is another's.
+    # If the checkpoint has no average, the resumed run starts a new one, which is not comparable.
     kinds = ("parameters", "moments", "average") if _has_average(saved["middle"]) else ("parameters", "moments")
     apart = {kind: difference(record["end"], alone["end"], kind) for kind in kinds}
     rates = [set(each) for each in record["rates"]] == [set(each) for each in alone["rates"][after:]]
@@ -275,9 +278,9 @@ def compare(record: Record, saved: Record, alone: Record) -> Cell:
 
 
 def difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor], kind: str = "") -> float:
-    """Return how far tensors whose names begin with ``kind`` differ, as parts of each one's largest number.
+    """Return the largest difference of the tensors whose names start with ``kind``, relative to each tensor's maximum.
 
-    Infinite where names differ, unless one of them is of a placement that keeps no average.
+    Return infinity if the names differ. Averages are ignored if only one of the states has them.
     """
     if _has_average(these) != _has_average(those):
         these, those = _without_average(these), _without_average(those)
@@ -297,8 +300,8 @@ def _without_average(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def show(cells: Mapping[tuple[str, str], Cell], names: list[str]) -> Table:
-    """Return the table: for each pair that is not equal, how far it is apart; numbers of columns are those of rows."""
-    table = Table("", "saved", *(str(number) for number in range(1, len(names) + 1)), padding=0)
+    """Return the table with the difference of each unequal pair; columns are numbered like the rows."""
+    table = Table("", "saved by", *(str(number) for number in range(1, len(names) + 1)), padding=0)
     for number, saver in enumerate(names, 1):
         row = (cells[saver, name] for name in names)
         table.add_row(str(number), saver, *("=" if cell.good else f"[red]{cell.losses:.0e}" for cell in row))
@@ -306,33 +309,36 @@ def show(cells: Mapping[tuple[str, str], Cell], names: list[str]) -> Table:
 
 
 def page(cells: Mapping[tuple[str, str], Cell], whole_runs: Mapping[str, Cell], names: list[str]) -> str:
-    """Return the tables as a page of the documentation."""
+    """Return the documentation page with the tables."""
     good = sum(cell.good for cell in cells.values())
     kinds = ("losses", "parameters", "moments", "average")
     largest = {kind: max(getattr(cell, kind) for cell in cells.values()) for kind in kinds}
     lines = [
-        "# Equality of placements",
+        "# Equivalence of placements",
         "",
-        f"`make matrix` wrote this page on {datetime.now(UTC):%Y-%m-%d}: torch {torch.__version__}, float32, CPU. The language",
-        f"model of the [examples](examples.md), made small, trains for {ITERATIONS} iterations with AdamW, accumulation over 2,",
-        "clipping, a warm-up and a cosine, an average of its weights, a tied weight, a frozen layer, and losses that weigh by",
-        f"tokens. Each placement saves after {HALF}, and each resumes from each of these checkpoints.",
+        f"Generated by `make matrix` on {datetime.now(UTC):%Y-%m-%d} with torch {torch.__version__}, float32, on the CPU. A",
+        f"small version of the [example](examples.md) language model trains for {ITERATIONS} iterations with AdamW,",
+        "accumulation over 2 micro-batches, gradient clipping, a warm-up and cosine schedule, averaged weights, a tied",
+        "weight, a frozen layer, and losses weighted by the number of tokens. Each placement saves a checkpoint after",
+        f"{HALF} iterations, and each placement resumes from each of these checkpoints.",
         "",
-        f"{good} of {len(cells)} pairs are equal: what is found is what was saved, bit for bit; learning rates and samples",
-        f"are those of one process; losses are within {LOSSES_WITHIN:.0e}, and parameters, moments and averages within",
-        f"{STATES_WITHIN:.0e} of the largest number of their tensor. The largest differences of all pairs:",
+        f"{good} of {len(cells)} pairs are equivalent: the restored state is bitwise identical to the saved state; learning",
+        "rates and samples equal those of a single process; losses differ from those of a single process by at most",
+        f"{LOSSES_WITHIN:.0e}; and parameters, moments and averages differ by at most {STATES_WITHIN:.0e}, relative to the",
+        "largest value of their tensor. The largest differences over all pairs:",
         ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items()) + ".",
         "",
-        "ZeRO is `DeepSpeedStrategy` with that stage, CAI `ColossalAIStrategy` with that plugin, x2 and x4 are processes. ZeRO 3",
-        "and CAI TP refuse to keep an average; who resumes from them begins a new one, which is not compared.",
+        "ZeRO is `DeepSpeedStrategy` with this stage, CAI is `ColossalAIStrategy` with this plugin, and x2 and x4 are the number",
+        "of processes. ZeRO 3 and CAI TP do not support averaged weights; a run that resumes from their checkpoints starts a new",
+        "average, which is not compared.",
         "",
-        "Largest difference of the losses after resuming, from the run of one process that was never stopped:",
+        "Largest difference of the losses after resuming from those of an uninterrupted run in a single process:",
         "",
-        _markdown(["saved under \\ resumed under", *names]),
+        _markdown(["saved by \\ resumed by", *names]),
         _markdown(["---"] * (len(names) + 1)),
-        *(_markdown([saver, *(_told(cells[saver, name]) for name in names)]) for saver in names),
+        *(_markdown([saver, *(_format(cells[saver, name]) for name in names)]) for saver in names),
         "",
-        "Runs that were not stopped, beside that of one process:",
+        "Uninterrupted runs, compared with a single process:",
         "",
         _markdown(["", *kinds]),
         _markdown(["---"] * 5),
@@ -341,7 +347,7 @@ def page(cells: Mapping[tuple[str, str], Cell], whole_runs: Mapping[str, Cell], 
     return "\n".join(lines) + "\n"
 
 
-def _told(cell: Cell) -> str:
+def _format(cell: Cell) -> str:
     return f"{cell.losses:.1e}" if cell.good else f"**differs** {cell.losses:.1e}"
 
 
@@ -350,10 +356,10 @@ def _markdown(cells: Iterable[str]) -> str:
 
 
 def main() -> int:
-    """Train and resume under all placements, and compare; a process that was started for it only trains."""
+    """Train and resume under all placements and compare; in a process started by a launcher, only train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PLACEMENTS, default=list(PLACEMENTS), metavar="PLACEMENT")
-    parser.add_argument("--write", type=Path, help="the file that the table is written into")
+    parser.add_argument("--write", type=Path, help="write the table to this file")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -363,7 +369,7 @@ def main() -> int:
     console = Console()
     missing = [name for name in options.only if PLACEMENTS[name].python is None]
     if missing:
-        console.print(f"Not installed, so left out: {', '.join(missing)}", style="yellow")
+        console.print(f"Skipped because not installed: {', '.join(missing)}", style="yellow")
     names = ["single", *(name for name in options.only if name not in {"single", *missing})]
     with tempfile.TemporaryDirectory(prefix="stratagem-matrix-") as temporary:
         folder = Path(temporary)
@@ -378,13 +384,13 @@ def main() -> int:
         }
     whole_runs = {name: compare(run, run, alone) for name, run in runs.items()}
     good = sum(cell.good for cell in cells.values())
-    console.print(f"{good} of {len(cells)} pairs are equal, by who saved (rows) and who resumed (columns):")
+    console.print(f"{good} of {len(cells)} pairs are equivalent; rows: saved by, columns: resumed by")
     console.print(show(cells, names))
     if options.write is not None:
         options.write.write_text(page(cells, whole_runs, names), encoding="utf-8")
     for (saver, name), cell in cells.items():
         if not cell.good:
-            print(f"saved under {saver}, resumed under {name}: {cell}")
+            print(f"saved by {saver}, resumed by {name}: {cell}")
     return 0 if all(cell.good for cell in (*cells.values(), *whole_runs.values())) else 1
 
 

@@ -32,11 +32,11 @@ def config(**changes: Any) -> Config:
 
 def text(*, held_out: bool) -> str:
     """Return the text of the dataset, with paragraphs separated by line breaks."""
-    pieces = DATASETS.build(config().train_dataloader.dataset | {"held_out": held_out}).pieces
+    sequences = DATASETS.build(config().train_dataloader.dataset | {"held_out": held_out}).sequences
     decode = TOKENIZERS.build(config().tokenizer).decode
-    # Each chunk starts with the last token of the previous one; only the first of a paragraph starts with a line
+    # Each sequence starts with the last token of the previous one; only the first of a paragraph starts with a line
     # break.
-    rows = [decode(piece.tolist()) for piece in pieces]
+    rows = [decode(sequence.tolist()) for sequence in sequences]
     return "".join(row if row[0] == "\n" else row[1:] for row in rows)
 
 
@@ -86,14 +86,14 @@ def test_a_prompt_with_an_unknown_character_is_rejected() -> None:
     """The error for an unknown character contains the character and the alphabet."""
     tokenizer = TOKENIZERS.build(config().tokenizer)
     assert tokenizer.decode(tokenizer.encode("Æneas, arise!")) == "Æneas, arise!"
-    with pytest.raises(ConfigValueError, match="'4' never stands in the text"):
+    with pytest.raises(ConfigValueError, match="contains no '4', so the model has no token for it"):
         tokenizer.encode("Psalm 4?")
 
 
 def test_short_sequences_are_padded_without_targets() -> None:
     """Inputs omit the last token and targets the first; short sequences are padded with targets of -100."""
     config()
-    batch = FUNCTIONS.get("pad_pieces")([torch.tensor([5, 6, 7, 8]), torch.tensor([9, 3])])
+    batch = FUNCTIONS.get("pad_sequences")([torch.tensor([5, 6, 7, 8]), torch.tensor([9, 3])])
     assert batch["tokens"].tolist() == [[5, 6, 7], [9, 0, 0]]
     assert batch["targets"].tolist() == [[6, 7, 8], [3, -100, -100]]
 
@@ -125,12 +125,12 @@ def test_the_loss_is_the_mean_over_the_targets(model: BaseModel) -> None:
 def test_only_matrices_have_weight_decay_and_the_embedding_is_tied() -> None:
     """Only the 4 matrices of each of the 2 blocks have weight decay; the embedding is tied to the output layer."""
     model = MODELS.build(config().model)
-    assert model.scores.weight is model.tokens.weight
+    assert model.lm_head.weight is model.token_embedding.weight
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = build_optim_wrapper(config().optim_wrapper, model).optimizer.param_groups
     decayed = [names[id(each)] for group in groups if group["weight_decay"] for each in group["params"]]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
-    matrices = ("queries_keys_values", "mix_out", "think", "think_out")
+    matrices = ("qkv", "attention_out", "mlp_in", "mlp_out")
     assert sorted(decayed) == sorted(f"blocks.{block}.{matrix}.weight" for block in range(2) for matrix in matrices)
 
 

@@ -1,6 +1,6 @@
-# Two networks, an optimizer for each: a GAN on 4,000 real digits, with pictures of what it has learned.
+# A GAN with one optimizer per network, trained on 4,000 real digits. Saves generated images after every epoch.
 #   stratagem train examples/gan/config.py                on one device
-#   stratagem train examples/gan/config_ddp.py --nproc 2  the same under DDP, with two processes
+#   stratagem train examples/gan/config_ddp.py --nproc 2  the same with DDP, in two processes
 _base_ = "../mnist/config.py"
 custom_imports = dict(imports=["digits", "gan"])
 

@@ -1,3 +1,3 @@
-# Each network is wrapped by itself, since a step of one leaves the other without gradients.
+# Wrap each network in a separate DistributedDataParallel: an update of one network produces no gradients for the other.
 _base_ = "config.py"
 strategy = dict(type="DDPStrategy", model_wrapper="separate")

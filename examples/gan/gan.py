@@ -1,4 +1,4 @@
-"""A generator and a discriminator that train each other, and a picture of what they come to."""
+"""A small generative adversarial network, and a hook that saves generated images."""
 
 import struct
 import zlib
@@ -16,7 +16,10 @@ from stratagem.train import Hook, Run
 
 @MODELS.register_module()
 class DigitGAN(BaseModel):
-    """After DCGAN (arXiv:1511.06434), small enough for a CPU: images of shape [N, 1, 28, 28] from noise [N, noise]."""
+    """A DCGAN (arXiv:1511.06434) that is small enough for a CPU.
+
+    The generator maps noise of shape [N, noise] to images of shape [N, 1, 28, 28].
+    """
 
     def __init__(self, *, noise: int = 64, width: int = 32) -> None:
         super().__init__()
@@ -43,32 +46,32 @@ class DigitGAN(BaseModel):
         )
 
     def train_step(self, data: object, optim_wrapper: OptimWrapperDict) -> dict[str, Tensor]:
-        """Step the generator, then the discriminator: one iteration, two updates."""
+        """Update the generator, then the discriminator."""
         images, _ = self.data_preprocessor(data, True)
-        generate, judge = optim_wrapper["generator"], optim_wrapper["discriminator"]
+        generate, discriminate = optim_wrapper["generator"], optim_wrapper["discriminator"]
 
         with generate.optim_context(self.generator):
-            faked = self.generator(torch.randn(len(images), self.noise, device=images.device))
-            generator_loss = binary_cross_entropy_with_logits(self.discriminator(faked), torch.ones(len(images), 1))
+            fake = self.generator(torch.randn(len(images), self.noise, device=images.device))
+            generator_loss = binary_cross_entropy_with_logits(self.discriminator(fake), torch.ones(len(images), 1))
         generate.update_params(generator_loss)
-        judge.zero_grad()  # the way back to the generator led through it
+        discriminate.zero_grad()  # discard the gradients from the generator's backward pass
 
-        with judge.optim_context(self.discriminator):
-            scores = self.discriminator(torch.cat([images, faked.detach()]))
-            # Real images count as 0.9, so that the discriminator is never quite sure.
-            truth = torch.cat([torch.full((len(images), 1), 0.9), torch.zeros(len(images), 1)])
-            discriminator_loss = binary_cross_entropy_with_logits(scores, truth)
-        judge.update_params(discriminator_loss)
+        with discriminate.optim_context(self.discriminator):
+            scores = self.discriminator(torch.cat([images, fake.detach()]))
+            # One-sided label smoothing: the target of real images is 0.9.
+            labels = torch.cat([torch.full((len(images), 1), 0.9), torch.zeros(len(images), 1)])
+            discriminator_loss = binary_cross_entropy_with_logits(scores, labels)
+        discriminate.update_params(discriminator_loss)
         return {"generator_loss": generator_loss.detach(), "discriminator_loss": discriminator_loss.detach()}
 
     def forward(self, noise: Tensor, mode: str = "tensor") -> Tensor:
-        """Return the images that the generator makes of ``noise``."""
+        """Return the images generated from ``noise``."""
         return self.generator(noise)
 
 
 @HOOKS.register_module()
 class PictureHook(Hook):
-    """Draw 64 digits of the same noise after every epoch, as ``<work_dir>/epoch_<n>.png``."""
+    """After every epoch, generate 64 images from the same noise and save them as ``<work_dir>/epoch_<n>.png``."""
 
     def before_train(self, run: Run) -> None:
         model = run.strategy.bare_model()
@@ -79,7 +82,7 @@ class PictureHook(Hook):
             return
         model = run.strategy.bare_model()
         model.eval()
-        # The average of the weights, where a hook keeps one.
+        # Use the averaged weights if a hook such as EMAHook keeps them.
         with torch.no_grad(), run.evaluating():
             images = model(self.noise.to(run.world.device)).cpu()
         model.train()
@@ -96,6 +99,6 @@ def write_png(path: Path, gray: Tensor) -> None:
     pixels = (gray * 255).round().to(torch.uint8)
     height, width = pixels.shape
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    lines = b"".join(b"\0" + bytes(line.tolist()) for line in pixels)  # 0: a line that is not filtered
+    lines = b"".join(b"\0" + bytes(line.tolist()) for line in pixels)  # filter type 0: none
     parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)

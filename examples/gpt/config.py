@@ -1,7 +1,7 @@
-# A language model of 4.8 million parameters that reads the King James Bible letter by letter.
+# A character-level language model with 4.8 million parameters, trained on the King James Bible.
 #   stratagem train examples/gpt/config.py                            on one device
-#   stratagem train examples/gpt/config.py --nproc 2                  the same under DDP, with two processes
-#   stratagem train examples/gpt/config.py --nproc 2 --strategy fsdp  the same in shards
+#   stratagem train examples/gpt/config.py --nproc 2                  the same with DDP, in two processes
+#   stratagem train examples/gpt/config.py --nproc 2 --strategy fsdp  the same with FSDP
 #   stratagem sample examples/gpt/config.py work_dirs/gpt --prompt "In the beginning"
 custom_imports = dict(imports=["gpt", "king_james"])
 
@@ -12,26 +12,26 @@ tokenizer = dict(type="Characters")
 train_dataloader = dict(
     batch_size=16,
     dataset=dict(type="KingJames", length=_length, held_out=False),
-    collate_fn=dict(type="pad_pieces"),
+    collate_fn=dict(type="pad_sequences"),
 )
 train_cfg = dict(max_iters=600, val_interval=300)
 
 val_dataloader = dict(
     batch_size=64,
     dataset=dict(type="KingJames", length=_length, held_out=True),
-    collate_fn=dict(type="pad_pieces"),
+    collate_fn=dict(type="pad_sequences"),
 )
 val_cfg = dict()
 val_evaluator = dict(type="TokenLoss")
 
-# Weight decay is for the matrices of the layers alone.
-_whole = dict(decay_mult=0.0)
+# Apply weight decay only to the weight matrices of the blocks.
+_no_decay = dict(decay_mult=0.0)
 optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1),
     paramwise_cfg=dict(
         norm_decay_mult=0.0,
         bias_decay_mult=0.0,
-        custom_keys={"tokens": _whole, "places": _whole, "scores": _whole},
+        custom_keys={"token_embedding": _no_decay, "position_embedding": _no_decay, "lm_head": _no_decay},
     ),
     clip_grad=dict(max_norm=1.0),
 )

@@ -1,4 +1,4 @@
-"""A small language model in the manner of GPT-2, and how well it foretells."""
+"""A small GPT-2-style language model, and a metric that reports loss, perplexity and bits per token."""
 
 import math
 from typing import Any, ClassVar
@@ -13,72 +13,72 @@ from stratagem.train import BaseMetric
 
 
 class Block(nn.Module):
-    """Attention to earlier places, then a layer for each place by itself; both add to what comes in."""
+    """A pre-norm transformer block: causal self-attention and an MLP, each with a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.head_width = width // heads
-        self.mix_norm = nn.LayerNorm(width)
-        # No bias: what one adds to keys, softmax takes away again.
-        self.queries_keys_values = nn.Linear(width, 3 * width, bias=False)
-        self.mix_out = nn.Linear(width, width)
-        self.think_norm = nn.LayerNorm(width)
-        self.think = nn.Linear(width, 4 * width)
-        self.think_out = nn.Linear(4 * width, width)
+        self.attention_norm = nn.LayerNorm(width)
+        # No bias: a bias of the keys would cancel in the softmax.
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Head by head, so that ranks which share a layer's arithmetic have whole heads.
-        by_head = self.queries_keys_values(self.mix_norm(x)).unflatten(-1, (-1, 3, self.head_width))
+        # The features are ordered by head, so that with tensor parallelism each rank has complete heads.
+        by_head = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, 3, self.head_width))
         queries, keys, values = by_head.transpose(1, 3).unbind(1)
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        x = x + self.mix_out(mixed.transpose(1, 2).flatten(2))
-        return x + self.think_out(functional.gelu(self.think(self.think_norm(x))))
+        attended = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+        x = x + self.attention_out(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp_out(functional.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
 @MODELS.register_module()
 class Gpt(BaseModel):
-    """Predicts the next token from at most ``length`` earlier ones. Embedding and output share their weight.
+    """Predict the next token from up to ``length`` preceding tokens. The embedding and the output layer share their weight.
 
-    Its loss is the mean over the batch's targets, and its weight their number: batches, ranks and accumulated
-    micro-batches count by their tokens.
+    The loss is the mean over all targets of a batch, and ``weight`` is their number, so that micro-batches and ranks are
+    weighted by their number of tokens.
     """
 
-    # How layers are spread by FSDPStrategy(tp=...).
+    # The tensor-parallel plan, used by FSDPStrategy(tp=...).
     tp_plan: ClassVar = {
-        "blocks.*.queries_keys_values": "colwise",
-        "blocks.*.mix_out": "rowwise",
-        "blocks.*.think": "colwise",
-        "blocks.*.think_out": "rowwise",
+        "blocks.*.qkv": "colwise",
+        "blocks.*.attention_out": "rowwise",
+        "blocks.*.mlp_in": "colwise",
+        "blocks.*.mlp_out": "rowwise",
     }
 
     def __init__(self, *, tokens: int, length: int, width: int = 256, blocks: int = 6, heads: int = 4) -> None:
         super().__init__()
         self.length = length
-        self.tokens = nn.Embedding(tokens, width)
-        self.places = nn.Embedding(length, width)
+        self.token_embedding = nn.Embedding(tokens, width)
+        self.position_embedding = nn.Embedding(length, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(blocks))
         self.norm = nn.LayerNorm(width)
-        self.scores = nn.Linear(width, tokens, bias=False)
-        self.scores.weight = self.tokens.weight
+        self.lm_head = nn.Linear(width, tokens, bias=False)
+        self.lm_head.weight = self.token_embedding.weight
 
     def init_weights(self) -> None:
-        """Draw the weights as GPT-2 does: what adds to the sum over all blocks begins smaller, the more there are."""
+        """Initialize the weights as in GPT-2: scale down the output layers of the residual branches by the number of blocks."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:
-                added = name.endswith("_out.weight")
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if added else 0.02)
+                residual = name.endswith("_out.weight")
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * len(self.blocks)) if residual else 0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, mode: str = "tensor") -> Any:
-        """Return scores of shape [N, T, V] or, with ``mode``, the batch's loss or each sample's sum of losses."""
-        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
+        """Return logits of shape [N, T, V]; with targets, return the loss of the batch or the summed losses per sample."""
+        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
-        scores = self.scores(self.norm(x))
+        logits = self.lm_head(self.norm(x))
         if targets is None:
-            return scores
-        losses = functional.cross_entropy(scores.transpose(1, 2), targets, reduction="none")
+            return logits
+        losses = functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         counts = (targets >= 0).sum(1)
         if mode == "loss":
             return {"loss": losses.sum() / counts.sum(), "weight": counts.sum()}
@@ -88,21 +88,21 @@ class Gpt(BaseModel):
     def generate(
         self, tokens: Tensor, *, max_new_tokens: int, do_sample: bool, temperature: float, top_k: int
     ) -> Tensor:
-        """Return ``tokens``, of shape [N, T], with further ones drawn from the ``top_k`` likeliest (0: from all)."""
+        """Append generated tokens to ``tokens`` of shape [N, T]; sample from the ``top_k`` most likely ones (0: from all)."""
         for _ in range(max_new_tokens):
-            scores = self(tokens[:, -self.length :])[:, -1]
+            logits = self(tokens[:, -self.length :])[:, -1]
             if not do_sample:
-                following = scores.argmax(-1, keepdim=True)
+                next_token = logits.argmax(-1, keepdim=True)
             else:
-                likeliest, numbers = (scores / temperature).topk(top_k or scores.shape[-1])
-                following = numbers.gather(1, likeliest.softmax(-1).multinomial(1))
-            tokens = torch.cat([tokens, following], dim=1)
+                values, indices = (logits / temperature).topk(top_k or logits.shape[-1])
+                next_token = indices.gather(1, values.softmax(-1).multinomial(1))
+            tokens = torch.cat([tokens, next_token], dim=1)
         return tokens
 
 
 @METRICS.register_module()
 class TokenLoss(BaseMetric):
-    """The mean loss of a token in nats, and what it means: perplexity, and bits per token."""
+    """Compute the mean loss per token in nats, the perplexity, and the bits per token."""
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         self.results += zip(data_samples["losses"].tolist(), data_samples["counts"].tolist(), strict=True)

