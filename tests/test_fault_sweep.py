@@ -46,4 +46,4 @@ def test_a_lost_checkpoint_is_reported(tmp_path: Path) -> None:
         [sys.executable, str(script)], check=False, capture_output=True, text=True, env=scripts_environment()
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
-    assert "LOST: a directory, in the place of another, power lost" in ended.stdout.replace("\n", " ")
+    assert "LOST: a directory that replaces another, power lost" in ended.stdout.replace("\n", " ")

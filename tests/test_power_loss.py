@@ -84,7 +84,7 @@ def test_folders_are_exchanged_and_removed(tmp_path: Path) -> None:
         write(folder / "one", sync=True, sync_name=True)
         operations.create_folder(folder / "two")
         if not operations.exchange(folder / "one", folder / "two"):
-            pytest.skip("names cannot be swapped here")
+            pytest.skip("this system cannot exchange names")
         operations.remove_folder(folder / "one")
         operations.remove_file(folder / "old")
 

@@ -1,4 +1,4 @@
-"""Runs that other runs are compared with, and the machinery of real launchers."""
+"""Reference runs for comparison, and fixtures for real launchers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from slurm import Slurm, running_slurm
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> Iterator[Jobs]:
-    """Starts commands in the test's folder."""
+    """Start commands in the folder of the test."""
     with jobs_in(tmp_path) as jobs:
         yield jobs
 
 
 @pytest.fixture
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port on the loopback interface."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     return port
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two ranks come to that `stratagem train --nproc 2` started."""
+    """The results of two ranks that `stratagem train --nproc 2` started."""
     folder = tmp_path_factory.mktemp("nproc")
     with jobs_in(folder) as jobs:
         jobs.run([*STRATAGEM, *train("run", "--nproc", "2")[1:]])
@@ -38,6 +38,6 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A SLURM cluster of one node, this machine, on loopback."""
+    """A SLURM cluster with one node, this machine, on the loopback interface."""
     with running_slurm(tmp_path_factory.mktemp("slurm")) as slurm:
         yield slurm

@@ -1,4 +1,5 @@
-# The main example for 16 iterations, without the layers that draw random numbers: each rank draws its own.
+# The main example for 16 iterations, without dropout and other random layers, because each rank draws different
+# numbers.
 _base_ = ["../../examples/mnist/config.py"]
 custom_imports = dict(imports=["digits", "recorder"])
 model = dict(

@@ -1,4 +1,4 @@
-"""Two hosts in one machine: network namespaces with a name and an address each, joined by a cable of their own."""
+"""Simulate two hosts on one machine: network namespaces with separate names, connected by a virtual cable."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from jobs import miss, need
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace; the addresses are of a range for tests, which nobody else sees."""
+    """A network namespace with an address from a range that is reserved for tests."""
 
     name: str
     address: str
     interface: str
 
     def words(self, command: Sequence[str]) -> list[str]:
-        """Return the command that runs another one on this host, which goes by its own name there."""
+        """Return a command that runs ``command`` on this host under its own hostname."""
         inside = ["sh", "-c", 'hostname "$0" && exec "$@"', self.name, *command]
         return ["ip", "netns", "exec", self.name, "unshare", "--uts", *inside]
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Two hosts and the cable between them."""
+    """Two hosts and the virtual cable between them."""
 
     first: Host
     second: Host
 
     def cut(self) -> None:
-        """Pull the cable: nothing arrives any more, and nobody is told."""
+        """Disconnect the hosts: packets are dropped without an error."""
         _ip("-n", self.second.name, "link", "set", self.second.interface, "down")
 
     def mend(self) -> None:
-        """Plug it in again."""
+        """Reconnect the hosts."""
         _ip("-n", self.second.name, "link", "set", self.second.interface, "up")
 
 
 @contextmanager
 def two_hosts() -> Iterator[Hosts]:
-    """Make the hosts; they are gone afterwards."""
+    """Create the hosts and remove them afterwards."""
     need("ip")
     if os.geteuid() != 0:
         miss("network namespaces need root")
@@ -62,7 +62,7 @@ def two_hosts() -> Iterator[Hosts]:
         yield Hosts(first, second)
     finally:
         for host in hosts:
-            # The cable goes with its ends.
+            # Deleting the namespaces also deletes the virtual cable.
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, timeout=30, check=False)
 
 

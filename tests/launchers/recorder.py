@@ -1,4 +1,4 @@
-"""Writes down what a rank trained on and came to, for comparison between launchers."""
+"""Record the samples and results of each rank, to compare launchers."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def fingerprint(image: torch.Tensor) -> bytes:
 
 @HOOKS.register_module()
 class Recorder(Hook):
-    """Keeps losses and samples of each iteration; writes them with the weights to ``rank_<r>.json`` when training ends.
+    """A hook that records the losses and samples, and writes them with the weights to ``rank_<r>.json`` after training.
 
-    A sample is known by its pixels, so what is written is what the model was given. A line goes to ``progress_<r>`` for
-    each iteration, for those who wait for one. With ``die_at``, rank 1 kills itself once, after so many iterations;
-    each of them takes ``pause_s`` longer, for those who want to be in time.
+    Samples are identified by their pixels, so the record shows what the model received. Each iteration also appends a
+    line to ``progress_<r>``, so that a test can wait for it. With ``die_at``, rank 1 kills itself once after that many
+    iterations. ``pause_s`` slows down each iteration, so that a test can act in time.
     """
 
     def __init__(self, die_at: int | None = None, pause_s: float = 0.0) -> None:

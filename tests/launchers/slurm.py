@@ -1,4 +1,4 @@
-"""A SLURM cluster of one node: its own munge, controller and daemon, on loopback and on free ports."""
+"""A SLURM cluster with one node: a separate munge, controller and daemon on loopback and free ports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jobs import environment, miss, need, wait_until
 
-# cred_expire: a job that is requeued starts again only when the credential of its first start is void.
+# cred_expire: a requeued job only restarts after the credential of its first start has expired.
 _CONF = """\
 ClusterName=local
 SlurmctldHost=localhost
@@ -46,12 +46,12 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe
 
 @dataclass(frozen=True)
 class Slurm:
-    """How to reach the cluster."""
+    """The configuration of a running cluster."""
 
     conf: Path
 
     def ask(self, *words: str) -> str:
-        """Return what a client's command answers."""
+        """Return the output of a client command."""
         done = subprocess.run(
             words, env=environment(SLURM_CONF=str(self.conf)), capture_output=True, text=True, timeout=60, check=False
         )
@@ -66,10 +66,10 @@ class Slurm:
 
 @contextmanager
 def running_slurm(folder: Path) -> Iterator[Slurm]:
-    """Start the three daemons, and end them by their process numbers."""
+    """Start the three daemons, and terminate them by their PIDs afterwards."""
     munged, controller, daemon = need("munged"), need("slurmctld"), need("slurmd")
     if os.geteuid() != 0:
-        miss("SLURM's daemons need root, to start jobs in their users' names")
+        miss("the SLURM daemons need root to start jobs as their users")
     (folder / "state").mkdir()
     (folder / "spool").mkdir()
     conf = folder / "slurm.conf"
@@ -91,7 +91,7 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
         for pid_file, command in commands.items():
             subprocess.run(command, check=True, timeout=30, env=environment(SLURM_CONF=str(conf)), cwd=folder)
             wait_until(lambda file=folder / pid_file: file.exists() and file.read_text().strip(), pid_file, 30)
-        wait_until(lambda: "idle" in slurm.ask("sinfo", "--noheader", "--format=%t"), "a node that is idle", 30)
+        wait_until(lambda: "idle" in slurm.ask("sinfo", "--noheader", "--format=%t"), "an idle node", 30)
         yield slurm
     finally:
         for pid_file in reversed(commands):
@@ -99,7 +99,7 @@ def running_slurm(folder: Path) -> Iterator[Slurm]:
 
 
 def _end(pid_file: Path) -> None:
-    """End the daemon that wrote a file with its number, and wait until it has gone."""
+    """Terminate the daemon with the PID in this file, and wait until it has exited."""
     if not pid_file.exists():
         return
     pid = int(pid_file.read_text())

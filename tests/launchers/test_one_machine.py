@@ -1,4 +1,4 @@
-"""Every launcher on one machine comes to the same losses, samples and weights."""
+"""All launchers on one machine give the same losses, samples and weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from slurm import Slurm
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
-# Two ranks add the same float32 products in another order than one process: roundings of 6e-8, which 16 updates carry on.
+# Two ranks add float32 products in a different order than one process. The rounding errors of 6e-8 grow over 16
+# updates.
 TOLERANCE = 1e-4
 
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run")
@@ -20,13 +21,13 @@ MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe")
 
 
 def check(work_dir: Path, launcher: str, expected: list[dict[str, Any]]) -> None:
-    """Compare a run of two ranks with the expected one, bit for bit."""
+    """Compare a run of two ranks with the expected results, bit for bit."""
     assert [record["launcher"] for record in records(work_dir)] == [launcher] * 2
     assert facts(work_dir) == expected
 
 
-def test_a_plain_process_agrees_with_two_ranks(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """With the same global batch: the same samples in each iteration, the same losses and weights to tolerance."""
+def test_a_single_process_agrees_with_two_ranks(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
+    """One process has the same samples in each iteration, and the same losses and weights up to rounding."""
     jobs.run([*STRATAGEM, *train("run", "--set", "train_dataloader.batch_size=32")[1:]])
     (alone,) = records(tmp_path / "run", size=1)
     assert alone["launcher"] == "none"
@@ -41,7 +42,7 @@ def test_a_plain_process_agrees_with_two_ranks(jobs: Jobs, tmp_path: Path, two_r
 
 
 def test_torchrun(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """One node with two ranks."""
+    """With torchrun on one node and two ranks, the results are the same."""
     jobs.run([*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", *train("run")])
     check(tmp_path / "run", "pytorch", two_ranks)
 
@@ -50,7 +51,7 @@ def test_torchrun(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -
 def test_torchrun_on_two_nodes(
     jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], free_port: int, kind: str
 ) -> None:
-    """Two agents on loopback with a rank each; elastic ones hand the ranks out themselves."""
+    """Two torchrun agents on the loopback interface start one rank each, with static or elastic rendezvous."""
     if kind == "static":
         meet = ["--master-addr=127.0.0.1", f"--master-port={free_port}"]
     else:
@@ -72,10 +73,10 @@ def test_torchrun_on_two_nodes(
 @pytest.mark.parametrize(
     "rendezvous", [["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"], ["--master-port={port}"]]
 )
-def test_torchrun_starts_ranks_again(
+def test_torchrun_restarts_ranks(
     jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], free_port: int, rendezvous: list[str]
 ) -> None:
-    """A rank that dies takes the others with it; they come back, go on from the checkpoint and end the same."""
+    """If one rank dies, torchrun restarts both; they resume from the checkpoint and give the same results."""
     words = [word.format(port=free_port) for word in rendezvous]
     restarting = ["--nproc-per-node=2", "--max-restarts=1", "--monitor-interval=0.2", *words]
     checkpoints = ["--set", "default_hooks.checkpoint.interval=6", "--set", "custom_hooks.0.die_at=9"]
@@ -89,14 +90,14 @@ def test_torchrun_starts_ranks_again(
 
 
 def test_mpirun(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """Open MPI starts the ranks; nothing of MPI is needed in Python."""
+    """Open MPI starts the ranks without any MPI package in Python."""
     need("mpirun")
     jobs.run([*MPIRUN, "-np", "2", *STRATAGEM, *train("run")[1:]])
     check(tmp_path / "run", "mpi", two_ranks)
 
 
 def test_mpirun_with_mpi4py(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """A program that talks over MPI itself trains in the same processes."""
+    """A program that uses MPI itself trains in the same processes."""
     need("mpirun")
     if find_spec("mpi4py") is None:
         miss("mpi4py is not installed; `make test-launch` installs it")
@@ -107,7 +108,7 @@ def test_mpirun_with_mpi4py(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str
 
 
 def test_two_mpi_jobs_at_once(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """Each finds a port of its own; neither is disturbed."""
+    """Two MPI jobs use different ports and do not affect each other."""
     need("mpirun")
     started = [jobs.start([*MPIRUN, "-np", "2", *STRATAGEM, *train(name)[1:]]) for name in ("one", "other")]
     for job in started:
@@ -117,13 +118,13 @@ def test_two_mpi_jobs_at_once(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[s
 
 
 def test_srun(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], slurm: Slurm) -> None:
-    """SLURM starts the ranks in the foreground."""
+    """SLURM starts the ranks with srun."""
     jobs.run(["srun", "--ntasks=2", *STRATAGEM, *train("run")[1:]], SLURM_CONF=str(slurm.conf))
     check(tmp_path / "run", "slurm", two_ranks)
 
 
 def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
-    """The command says what it found, how to start it, and exits with 2."""
+    """If the process was not started by the given launcher, the error suggests a command, and the exit code is 2."""
     job = jobs.start([*STRATAGEM, "train", CONFIG, "--launcher", "slurm"], WORLD_SIZE="2")
     assert job.wait() == 2
     assert "launcher='slurm', but this process was not started by it" in job.output()
@@ -138,10 +139,10 @@ def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
     ],
     ids=["world sizes", "configurations"],
 )
-def test_ranks_that_do_not_belong_together(
+def test_mismatched_ranks_are_rejected(
     jobs: Jobs, free_port: int, environ: dict[str, str], more: tuple[str, ...], told: str
 ) -> None:
-    """Both end at once, with 2, and say what differs."""
+    """Mismatched ranks exit immediately with code 2 and report the difference."""
     both = {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
     words = [*STRATAGEM, *train("run")[1:]]
     first = jobs.start(words, **both, RANK="0")

@@ -1,4 +1,4 @@
-"""Ranks on a Ray cluster: a real one, of one node on loopback."""
+"""Ranks on a real Ray cluster with one node on the loopback interface."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RAY = (*STRATAGEM, "train", CONFIG, "--launcher", "ray", "--nproc")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A cluster with two cores; what a user's shell has set to reach it."""
+    """A cluster with two cores; returns the environment variables to connect to it."""
     if find_spec("ray") is None:
         miss("ray is not installed; `make test-launch` installs it")
-    # Not below pytest's folder: its sockets' names have to be short.
+    # pytest's folder would make the paths of the sockets too long.
     folder = tempfile.mkdtemp(prefix="ray")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -44,14 +44,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
             assert job.process.poll() is None, job.output()
             yield own
         finally:
-            # It ends what it started itself.
+            # Ray terminates the processes that it started.
             job.process.send_signal(signal.SIGTERM)
             job.wait(60)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_ray(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], cluster: dict[str, str]) -> None:
-    """Ray starts the ranks; the summary names the command that goes on."""
+    """Ray starts the ranks, and the summary contains the command to resume."""
     output = jobs.run([*RAY, "2", "--work-dir", "run"], **cluster)
     assert facts(tmp_path / "run") == two_ranks
     assert [record["launcher"] for record in records(tmp_path / "run")] == ["ray", "ray"]
@@ -62,7 +62,7 @@ def test_ray(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], cluste
 def test_ctrl_c_saves_on_ray(
     jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], cluster: dict[str, str]
 ) -> None:
-    """The signal reaches the ranks: they save, and the run goes on from there to the same weights."""
+    """The signal reaches the ranks, which save; the resumed run has the same final weights."""
     slowly = ("--set", "custom_hooks.0.pause_s=0.4")
     job = jobs.start([*RAY, "2", "--work-dir", "run", *slowly], **cluster)
     progress = tmp_path / "run" / "progress_0"
@@ -73,15 +73,15 @@ def test_ctrl_c_saves_on_ray(
     check_continued(tmp_path / "run", job.output(), two_ranks)
 
 
-def test_a_mistake_on_ray(jobs: Jobs, cluster: dict[str, str]) -> None:
-    """The status is that of one process."""
+def test_an_invalid_configuration_on_ray(jobs: Jobs, cluster: dict[str, str]) -> None:
+    """The exit code for an invalid configuration is the same as in one process."""
     job = jobs.start([*RAY, "2", "--set", "model.type=SupervisdModel"], **cluster)
     assert job.wait() == 2, job.output()
     assert "SupervisdModel" in job.output()
 
 
-def test_no_cluster(jobs: Jobs, cluster: dict[str, str], free_port: int) -> None:
-    """The error says how to start one."""
+def test_a_missing_cluster_is_reported(jobs: Jobs, cluster: dict[str, str], free_port: int) -> None:
+    """Without a cluster, the error contains the command to start one."""
     job = jobs.start([*RAY, "2"], **{**cluster, "RAY_ADDRESS": f"127.0.0.1:{free_port}"})
     assert job.wait() == 2, job.output()
     assert "ray start --head" in job.output()

@@ -1,4 +1,4 @@
-"""Batch jobs of SLURM as `stratagem submit` writes them: run, preempted, put into the queue again."""
+"""SLURM batch jobs from `stratagem submit`: completed, preempted and requeued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
 
 def submit(jobs: Jobs, slurm: Slurm, *more: str) -> str:
-    """Submit the digits with two ranks on the CPU; return the job's number."""
+    """Submit the digits example with two ranks on the CPU; return the job ID."""
     words = ["submit", *train("run", "--nodes", "1", "--tasks-per-node", "2", "--time", "10", "--now", *more)[2:]]
     output = jobs.run([*STRATAGEM, *words], SLURM_CONF=str(slurm.conf))
     assert "Submitted batch job" in output
@@ -21,14 +21,14 @@ def submit(jobs: Jobs, slurm: Slurm, *more: str) -> str:
 
 
 def wait_for_end(slurm: Slurm, job: str, folder: Path) -> None:
-    """Wait until a job has left the queue; it has to have ended well."""
+    """Wait until a job has left the queue, and require that it completed."""
     ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
     wait_until(lambda: slurm.state(job) in ended, f"the end of job {job}")
     assert slurm.state(job) == "COMPLETED", (folder / f"slurm-{job}.out").read_text()
 
 
 def test_sbatch(jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], slurm: Slurm) -> None:
-    """The script that `submit` writes trains the same; the log stands in the folder of the run."""
+    """The script from `submit` gives the same results and writes its log to the folder of the run."""
     job = submit(jobs, slurm)
     wait_for_end(slurm, job, tmp_path / "run")
     assert facts(tmp_path / "run") == two_ranks
@@ -41,16 +41,16 @@ STOPS = {
         "scancel",
         "--signal=USR1",
         "--batch",
-    ),  # as SLURM does by itself, --save-before the time is over
+    ),  # SLURM sends this signal --save-before the time limit
     "preempted": ("scontrol", "requeue"),
 }
 
 
 @pytest.mark.parametrize("stop", STOPS.values(), ids=STOPS)
-def test_a_job_that_is_stopped_goes_on_where_it_was(
+def test_a_stopped_job_is_requeued_and_resumes(
     jobs: Jobs, tmp_path: Path, two_ranks: list[dict[str, Any]], slurm: Slurm, stop: tuple[str, ...]
 ) -> None:
-    """The ranks save, the job is back in the queue, resumes and ends with the same weights."""
+    """The ranks save, the job is requeued and resumes, and its final weights are the same."""
     run = tmp_path / "run"
     job = submit(jobs, slurm, "--set", "custom_hooks.0.pause_s=0.4")
     progress = run / "progress_0"

@@ -1,4 +1,4 @@
-"""Two ranks on two hosts: they train the same, and a cable that is pulled stops the run in time, not for good."""
+"""Two ranks on two hosts give the same results, and a network failure stops the run, which can be resumed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from jobs import PYTHON, STRATAGEM, Job, Jobs, facts, need, records, train, wait
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run")
-PORT = "29500"  # free on a host that was made for the test
+PORT = "29500"  # always free on a new host
 TIMEOUT_S = 10
 
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    """Two hosts with a cable between them."""
+    """Two hosts that are connected by a virtual cable."""
     with two_hosts() as hosts:
         yield hosts
 
 
 def start(jobs: Jobs, hosts: Hosts, *more: str) -> list[Job]:
-    """Start torchrun with a rank on each host."""
+    """Start torchrun with one rank on each host."""
     meet = [f"--master-addr={hosts.first.address}", f"--master-port={PORT}", "--nnodes=2", "--nproc-per-node=1"]
     return [
         jobs.start(host.words([*TORCHRUN, *meet, f"--node-rank={rank}", "-m", *train("run", *more)]))
@@ -41,15 +41,15 @@ def listening(host: Host, jobs: Jobs) -> set[str]:
 
 
 def test_torchrun_on_two_hosts(jobs: Jobs, hosts: Hosts, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """With addresses of their own they come to what two ranks of one machine come to."""
+    """With torchrun on two hosts, the results are the same as on one machine."""
     for job in start(jobs, hosts):
         job.succeed()
     assert [record["host"] for record in records(tmp_path / "run")] == [hosts.first.name, hosts.second.name]
     assert facts(tmp_path / "run") == two_ranks
 
 
-def test_ranks_listen_on_the_way_to_each_other_alone(jobs: Jobs, hosts: Hosts, tmp_path: Path) -> None:
-    """Started without an agent, rank 0 serves at its own address and nowhere else; so do the connections."""
+def test_ranks_listen_only_on_the_shared_network(jobs: Jobs, hosts: Hosts, tmp_path: Path) -> None:
+    """Without an agent, rank 0 and Gloo listen only on the addresses of the connection."""
     environ = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": PORT}
     environ["MASTER_ADDR"] = hosts.first.address
     words = [*STRATAGEM, *train("run", "--set", "custom_hooks.0.pause_s=0.5")[1:]]
@@ -62,8 +62,10 @@ def test_ranks_listen_on_the_way_to_each_other_alone(jobs: Jobs, hosts: Hosts, t
         rank.succeed()
 
 
-def test_a_cable_that_is_pulled(jobs: Jobs, hosts: Hosts, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """Both ranks end with an error within the time-out; plugged in again, the run resumes and ends with the same weights."""
+def test_a_network_failure_stops_the_run(
+    jobs: Jobs, hosts: Hosts, tmp_path: Path, two_ranks: list[dict[str, Any]]
+) -> None:
+    """After a network failure, both ranks fail within the timeout; the resumed run has the same final weights."""
     run = tmp_path / "run"
     settings = (
         "--set",
@@ -97,7 +99,7 @@ def test_a_cable_that_is_pulled(jobs: Jobs, hosts: Hosts, tmp_path: Path, two_ra
 
 
 def test_mpirun_on_two_hosts(jobs: Jobs, hosts: Hosts, tmp_path: Path, two_ranks: list[dict[str, Any]]) -> None:
-    """Open MPI tells where mpirun runs, which is where the ranks meet; nothing has to be set."""
+    """Open MPI provides the address of the host that runs mpirun, so no rendezvous address must be set."""
     need("mpirun")
     agent = tmp_path / "agent"
     agent.write_text(

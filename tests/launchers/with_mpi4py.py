@@ -1,4 +1,4 @@
-"""A program of somebody who uses MPI themselves: it adds up the ranks, then trains."""
+"""A user program that calls MPI itself: it sums up the ranks, then trains."""
 
 import sys
 from pathlib import Path

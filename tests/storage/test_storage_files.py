@@ -72,7 +72,7 @@ def test_exchange_swaps_two_names(tmp_path: Path) -> None:
     (tmp_path / "a" / "was_a").mkdir(parents=True)
     (tmp_path / "b" / "was_b").mkdir(parents=True)
     if not exchange(tmp_path / "a", tmp_path / "b"):
-        pytest.skip("this system cannot swap names")
+        pytest.skip("this system cannot exchange names")
     assert (tmp_path / "a" / "was_b").exists()
     assert (tmp_path / "b" / "was_a").exists()
 

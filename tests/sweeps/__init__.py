@@ -1,1 +1,1 @@
-"""Faults that are injected one after the other into savings, with what must hold after each."""
+"""Faults that are injected into saves one at a time, with the conditions that must hold after each."""

@@ -1,4 +1,4 @@
-"""Flipped bits, cut, emptied, swapped and removed files of the newest checkpoint."""
+"""Damage the files of the newest checkpoint: flip bits, truncate, zero and remove them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from stratagem.checkpoint import save_checkpoint
 from sweeps.trial import Lost, Trial, expect, recover, state
 
-# Flips in a file, spread evenly over its bytes; all of them where it has fewer.
+# The number of bit flips per file, evenly spaced; every byte if the file has fewer.
 _FLIPS = 150
 _LENGTHS = (0.0, 0.01, 0.5, 0.99)
 
 
 def damages(folder: Path) -> Iterator[Trial]:
-    """Yield the trials for each file of a newest checkpoint, as directory and as .pth, beside an older sound one."""
+    """Yield trials for each file of the newest checkpoint, a directory or .pth file next to an intact older one."""
     for suffix in ("", ".pth"):
         kind = "a .pth file" if suffix else "a directory"
         sound = folder / f"damage{suffix}"
@@ -47,10 +47,10 @@ def _damage(sound: Path, file: Path, spoil: Callable[[Path], None], place: Path)
     spoil(place / file)
     found, messages = recover(place)
     if found == 2 and file.suffix == ".pth":
-        # What a zip says of times and fills up with means nothing: the state is equal, which ``recover`` has seen to.
+        # Timestamps and padding in a zip file are irrelevant: ``recover`` has verified that the state is equal.
         return
     expect(found, {1})
-    # A .pth file that is gone leaves nothing that could be named.
+    # A missing .pth file cannot be reported.
     if (place / file).exists() and not any(file.name in message for message in messages):
         raise Lost(f"no message names {file.name}: {messages}")
 

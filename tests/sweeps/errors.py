@@ -1,4 +1,4 @@
-"""A disk that is full or fails, at every operation of a save: once, or from then on."""
+"""Disks that are full or fail at each operation of a save, once or permanently."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sweeps.savings import SAVINGS, Saving
 from sweeps.trial import Lost, Trial, end_this_process, expect, recover
 
 CODES = (errno.ENOSPC, errno.EIO)
-# What needs space. On a full disk files can still be removed.
+# Operations that need space. Files can still be removed from a full disk.
 _GROWING = {"create_folder", "create_file", "write", "truncate", "fsync"}
 
 
 def errors(folder: Path) -> Iterator[Trial]:
-    """Yield the trials of each operation of each way to save."""
+    """Yield trials for each operation of each way of saving."""
     for number, saving in enumerate(SAVINGS):
         place = folder / f"errors-{number}"
         saving.prepare(place)
@@ -29,7 +29,7 @@ def errors(folder: Path) -> Iterator[Trial]:
         for operation, code in product(range(count), CODES):
             fault = f"{errno.errorcode[code]} at operation {operation}"
             yield Trial("failed once", saving.name, fault, partial(_fail, saving, operation, code))
-            yield Trial("failed from then on", saving.name, fault, partial(_fail_on, saving, operation, code))
+            yield Trial("failed permanently", saving.name, fault, partial(_fail_on, saving, operation, code))
 
 
 def _fail(saving: Saving, operation: int, code: int, place: Path) -> None:
@@ -42,7 +42,7 @@ def _fail(saving: Saving, operation: int, code: int, place: Path) -> None:
     if message:
         _judge(message, place, code)
         if left and found == 1:
-            raise Lost(f"{left} was left")
+            raise Lost(f"{left} was left behind")
 
 
 def _fail_on(saving: Saving, operation: int, code: int, place: Path) -> None:
@@ -50,7 +50,7 @@ def _fail_on(saving: Saving, operation: int, code: int, place: Path) -> None:
     message = _message(saving, place, ever_since(operation, code))
     if message:
         _judge(message, place, code)
-    # What it could not remove is cleaned up when it is gone.
+    # Temporary files that could not be removed are cleaned up after the process has exited.
     end_this_process(place)
     expect(recover(place)[0], {1, 2} if message else {2})
     saving.save(place)
@@ -58,7 +58,7 @@ def _fail_on(saving: Saving, operation: int, code: int, place: Path) -> None:
 
 
 def ever_since(operation: int, code: int) -> Act:
-    """Return an act that fails from that operation on: a full disk what needs space, a broken one everything."""
+    """Return an act that fails from an operation on: on a full disk operations that need space, otherwise all."""
     count = -1
     fail = failing(code)
 
@@ -72,7 +72,7 @@ def ever_since(operation: int, code: int) -> Act:
 
 
 def _message(saving: Saving, place: Path, act: Act) -> str:
-    """Return what the error says, or nothing where there was none."""
+    """Return the error message, or an empty string if there was no error."""
     with between(act):
         try:
             saving.save(place)
@@ -84,4 +84,4 @@ def _message(saving: Saving, place: Path, act: Act) -> str:
 def _judge(message: str, place: Path, code: int) -> None:
     missing = [word for word in (str(place), os.strerror(code), "bytes") if word not in message]
     if missing and "is in place and complete" not in message:
-        raise Lost(f"the error does not say {missing}: {message}")
+        raise Lost(f"the error does not contain {missing}: {message}")

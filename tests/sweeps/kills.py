@@ -1,4 +1,4 @@
-"""SIGKILL before, half-way through and after every operation of a save."""
+"""SIGKILL before, during and after every operation of a save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sweeps.trial import Lost, Trial, expect, recover
 
 
 def kills(folder: Path) -> Iterator[Trial]:
-    """Yield a trial for each moment of each operation of each way to save."""
+    """Yield a trial for each moment of each operation of each way of saving."""
     for number, saving in enumerate(SAVINGS):
         place = folder / f"kills-{number}"
         saving.prepare(place)
@@ -29,6 +29,6 @@ def _kill(saving: Saving, operation: int, moment: str, place: Path) -> None:
     if in_child(partial(saving.save, place), counted(operation, dying(moment))):
         raise Lost("the process was not killed")
     expect(recover(place)[0], {1, 2})
-    # The next run comes to the same place, and saves there.
+    # The next run saves the same checkpoint.
     saving.save(place)
     expect(recover(place)[0], {2})

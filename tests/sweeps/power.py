@@ -1,4 +1,4 @@
-"""The power fails after every operation of a save."""
+"""Power failures after every operation of a save."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from power_loss import DROPPED, HALF, WHOLE, Recording
 from sweeps.savings import SAVINGS, Saving
 from sweeps.trial import Trial, expect, recover
 
-# Subsets of the pending changes, beside none, all, all but one and one alone.
+# The number of random subsets of the pending changes, in addition to none, all, all but one, and each one.
 _SAMPLES = 4
 
 
 def power_losses(folder: Path) -> Iterator[Trial]:
-    """Yield trials for every moment of each way to save, and for many sets of changes that did not come to the disk."""
+    """Yield trials for each moment of each way of saving, and for many subsets of unsynced changes."""
     for number, saving in enumerate(SAVINGS):
         place = folder / f"power-{number}"
         recording = _record(saving, place)
@@ -26,7 +26,7 @@ def power_losses(folder: Path) -> Iterator[Trial]:
                 yield Trial(
                     "power lost",
                     saving.name,
-                    f"after {end} changes, of the pending ones came {kept}",
+                    f"after {end} changes, with these pending changes on disk: {kept}",
                     partial(_lose, recording, end, kept),
                 )
 
@@ -52,5 +52,5 @@ def _sets(pending: list[int], draws: random.Random) -> list[dict[int, float]]:
 
 def _lose(recording: Recording, end: int, kept: dict[int, float], place: Path) -> None:
     recording.replay(end, kept, place)
-    # Once the save has returned, no power loss takes it back.
+    # After the save has returned, a power loss cannot undo it.
     expect(recover(place)[0], {2} if end >= len(recording) else {1, 2})

@@ -1,4 +1,4 @@
-"""One of several ranks is killed while all of them save a model that is spread over them."""
+"""Kill one of several ranks while all of them save a sharded model."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from stratagem.dist import Team
 from stratagem.errors import StratagemError
 from sweeps.trial import Lost, Trial, expect, recover, state
 
-# How long the others may take to notice; they are told at once, and a minute is what a hang would be.
+# The time in which the other ranks must notice. They are notified immediately; a hang would take a minute.
 _SECONDS = 20.0
 _KILLED, _TOLD = -9, 7
 
 
 def rank_kills(folder: Path) -> Iterator[Trial]:
-    """Yield a trial for each rank of 2, 3 and 4 and each operation that it makes, at one moment after the other."""
+    """Yield a trial for each of 2, 3 and 4 ranks and each of its operations, alternating between the moments."""
     for size in (2, 3, 4):
         counts = _counts(folder / f"ranks-{size}", size)
         for rank in range(size):
             for operation in range(counts[rank]):
                 moment = MOMENTS[operation % len(MOMENTS)]
                 yield Trial(
-                    "a rank killed",
-                    f"a directory, by {size} ranks",
+                    "a rank was killed",
+                    f"a directory, saved by {size} ranks",
                     f"rank {rank} {moment} operation {operation}",
                     partial(_kill, size, rank, operation, moment),
                 )
 
 
 def _spread(value: int) -> dict[str, Any]:
-    """Return the state with the weights spread over the ranks, the last of which have less or nothing."""
+    """Return the state with the weights sharded across the ranks, of which the last have smaller or empty shards."""
     tree = state(value)
     mesh = init_device_mesh("cpu", (torch_dist.get_world_size(),))
     tree["state_dict"]["weight"] = distribute_tensor(tree["state_dict"]["weight"], mesh, [Shard(0)])
@@ -51,7 +51,7 @@ def _spread(value: int) -> dict[str, Any]:
 
 
 def _be_rank(rank: int, size: int, place: Path, act: Any) -> None:
-    """Save checkpoint 2 as one of the ranks; end with the exit status that says how it went."""
+    """Save checkpoint 2 as one of the ranks; exit with a status that reports the outcome."""
     status = 1
     try:
         store = torch_dist.FileStore(str(place.with_name(f"{place.name}.store")), size)
@@ -70,7 +70,7 @@ def _be_rank(rank: int, size: int, place: Path, act: Any) -> None:
 
 
 def _save(size: int, place: Path, acts: dict[int, Any]) -> list[int]:
-    """Save on that many ranks; return how each ended: its exit status, or the negative number of a signal."""
+    """Save on ``size`` ranks; return the exit code of each, or the negative number of a signal."""
     children = []
     for rank in range(size):
         child = os.fork()
@@ -81,7 +81,7 @@ def _save(size: int, place: Path, acts: dict[int, Any]) -> list[int]:
 
 
 def _counts(place: Path, size: int) -> list[int]:
-    """Return how many operations each rank makes."""
+    """Return the number of operations of each rank."""
     place.mkdir()
     save_checkpoint(state(1), place / "iter_1")
 
@@ -94,7 +94,7 @@ def _counts(place: Path, size: int) -> list[int]:
         return act
 
     if any(_save(size, place, {rank: counting(rank) for rank in range(size)})):
-        raise Lost("the undisturbed save failed")
+        raise Lost("the save without faults failed")
     expect(recover(place)[0], {2})
     return [place.with_name(f"{place.name}.{rank}").stat().st_size for rank in range(size)]
 
@@ -105,13 +105,14 @@ def _kill(size: int, rank: int, operation: int, moment: str, place: Path) -> Non
     ends = _save(size, place, {rank: counted(operation, dying(moment))})
     took = time.monotonic() - begin
     if ends[rank] != _KILLED or any(end not in (0, _TOLD) for other, end in enumerate(ends) if other != rank):
-        raise Lost(f"the ranks ended with {ends}")
+        raise Lost(f"the ranks exited with {ends}")
     if took > _SECONDS / 2:
-        raise Lost(f"the others noticed after {took:.0f} s")
+        raise Lost(f"the other ranks noticed after {took:.0f} s")
     found, _ = recover(place)
-    # Whoever was told that it failed may still find it, if the first rank died when it had published.
+    # Ranks that were notified of a failure may still find checkpoint 2 if the first rank was killed after publishing
+    # it.
     expect(found, {1, 2} if rank == 0 else {1})
     if 0 in ends and found != 2:
-        raise Lost("a rank was told that the save succeeded")
+        raise Lost("a rank reported that the save succeeded")
     save_checkpoint(state(2), place / "iter_2")
     expect(recover(place)[0], {2})

@@ -1,4 +1,4 @@
-"""Whole runs that are killed at their saves, and go on to the weights of an undisturbed one."""
+"""Kill whole runs during their saves; resumed, they must reach the weights of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Kind:
     """A kind of run.
 
     Attributes:
-        name: what the report calls it.
-        changes: what it adds to the runner's arguments.
-        interrupt_at: the iteration after which it gets SIGINT, the first time.
+        name: the name in the report.
+        changes: additional arguments of the runner.
+        interrupt_at: the iteration after which the run receives SIGINT the first time.
     """
 
     name: str
@@ -44,15 +44,18 @@ def _checkpoints(**hook: Any) -> dict[str, Any]:
 RUNS = (
     Kind("a run that saves by epoch", _checkpoints(interval=1)),
     Kind("a run that saves by iteration, .pth", _checkpoints(interval=3, by_epoch=False, filename_tmpl="iter_{}.pth")),
-    Kind("a run that keeps one", _checkpoints(interval=2, by_epoch=False, max_keep_ckpts=1)),
-    Kind("the same in the background", _checkpoints(interval=2, by_epoch=False, max_keep_ckpts=1, async_save=True)),
+    Kind("a run that keeps one checkpoint", _checkpoints(interval=2, by_epoch=False, max_keep_ckpts=1)),
+    Kind(
+        "the same, saving in the background",
+        _checkpoints(interval=2, by_epoch=False, max_keep_ckpts=1, async_save=True),
+    ),
     Kind("a run that is interrupted", _checkpoints(interval=-1), interrupt_at=4),
 )
 
 
 @final
 class _Interrupt(Hook):
-    """Does what Ctrl-C does, after an iteration of a number."""
+    """A hook that sends SIGINT, like Ctrl-C, after a given iteration."""
 
     def __init__(self, iteration: int) -> None:
         self._iteration = iteration
@@ -68,15 +71,15 @@ def run_kills(folder: Path) -> Iterator[Trial]:
         expected = train(folder / f"runs-{number}-whole", Kind(kind.name, kind.changes))
         place = folder / f"runs-{number}"
         count = number_of_operations(partial(train, place, kind))
-        # Here too, so that what is imported when first used need not be imported in each child.
+        # Resume in this process as well, so that lazy imports are not repeated in each child.
         train(place, Kind(kind.name, kind.changes), resume=True)
         for operation, moment in product(range(count), MOMENTS):
             fault = f"{moment} operation {operation}"
-            yield Trial("killed, then run on", kind.name, fault, partial(_kill, kind, operation, moment, expected))
+            yield Trial("killed, then resumed", kind.name, fault, partial(_kill, kind, operation, moment, expected))
 
 
 def train(place: Path, kind: Kind, *, resume: bool = False) -> str:
-    """Train the run to its end, or until it is interrupted; return the digest of its weights."""
+    """Train until the end, or until the run is interrupted; return the digest of its weights."""
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(12, 4, generator=generator), torch.randint(3, (12,), generator=generator))
     runner = Runner(
@@ -107,12 +110,12 @@ def _kill(kind: Kind, operation: int, moment: str, expected: str, place: Path) -
         raise Lost("the process was not killed")
     again = Kind(kind.name, kind.changes)
     if not in_child(_expecting(expected, partial(train, place, again, resume=True)), passing):
-        raise Lost("the run does not go on, or comes to other weights")
+        raise Lost("the run does not resume, or its final weights differ")
 
 
 def _expecting(expected: str, work: Callable[[], str]) -> Callable[[], None]:
     def check() -> None:
         if work() != expected:
-            raise Lost("the weights are others")
+            raise Lost("the weights differ")
 
     return check

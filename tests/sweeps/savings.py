@@ -1,4 +1,4 @@
-"""The ways to save that faults are injected into. Another way is another line of :data:`SAVINGS`."""
+"""The ways of saving that faults are injected into. To add one, extend :data:`SAVINGS`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sweeps.trial import state
 @final
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """A way to save.
+    """A way of saving.
 
     Attributes:
-        name: what the report calls it.
-        prepare: publishes in a folder what must not be lost, checkpoint 1.
-        save: publishes checkpoint 2; this is disturbed.
+        name: the name in the report.
+        prepare: publishes checkpoint 1, which must not be lost, in a folder.
+        save: publishes checkpoint 2; faults are injected into it.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Saving:
 
 
 def saving(name: str, first: str, second: str) -> Saving:
-    """Return the saving of checkpoint 2 under the second name, where checkpoint 1 has the first."""
+    """Return a way of saving checkpoint 2 under the second name after checkpoint 1 was saved under the first."""
     return Saving(
         name,
         lambda folder: save_checkpoint(state(1), folder / first),
@@ -38,7 +38,7 @@ def saving(name: str, first: str, second: str) -> Saving:
 
 
 def without_exchange(folder: Path) -> None:
-    """Replace a checkpoint where the system cannot swap two names."""
+    """Replace a checkpoint on a system that cannot exchange two names."""
     swap, operations.exchange = operations.exchange, lambda *_: False
     try:
         save_checkpoint(state(2), folder / "iter_1")
@@ -48,8 +48,8 @@ def without_exchange(folder: Path) -> None:
 
 SAVINGS = (
     saving("a directory", "iter_1", "iter_2"),
-    saving("a directory, in the place of another", "iter_1", "iter_1"),
-    Saving("the same where names cannot be swapped", saving("", "iter_1", "").prepare, without_exchange),
+    saving("a directory that replaces another", "iter_1", "iter_1"),
+    Saving("the same without exchanging names", saving("", "iter_1", "").prepare, without_exchange),
     saving("a .pth file", "iter_1.pth", "iter_2.pth"),
-    saving("a .pth file, in the place of another", "iter_1.pth", "iter_1.pth"),
+    saving("a .pth file that replaces another", "iter_1.pth", "iter_1.pth"),
 )

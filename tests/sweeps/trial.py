@@ -1,4 +1,4 @@
-"""One injected fault, and how what is left is judged."""
+"""A single injected fault, and the check of its result."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import clean_temporaries
 
 
-class Lost(Exception):  # noqa: N818 -- what happened, as the report says it
-    """What was published is gone, or what is found was never published."""
+class Lost(Exception):  # noqa: N818 -- named after the outcome in the report
+    """A published checkpoint was lost, or a checkpoint was found that was never published."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A fault.
+    """An injected fault.
 
     Attributes:
-        kind: of faults, a row of the report.
-        saving: what is disturbed.
-        fault: what exactly is done.
-        run: injects it into a new folder, which it is given; raises if a promise is broken.
+        kind: the kind of fault, a row of the report.
+        saving: the way of saving.
+        fault: the exact fault.
+        run: injects the fault into a new folder; raises if a guarantee is violated.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Trial:
 
 
 def state(value: int) -> dict[str, Any]:
-    """Return a checkpoint in which every part tells which one it is."""
+    """Return a checkpoint in which every part depends on ``value``."""
     return {
         "meta": {"iter": value, "stratagem": "0"},
         "state_dict": {"weight": torch.full((20, 10), float(value)), "steps": torch.tensor([value, value + 1])},
@@ -49,10 +49,10 @@ def state(value: int) -> dict[str, Any]:
 
 
 def recover(folder: Path) -> tuple[int, list[str]]:
-    """Start again as a run does; return the number of the checkpoint from which it goes on, and what it passed over.
+    """Start like a resumed run; return the number of the checkpoint that is used, and the faults of the skipped ones.
 
     Raises:
-        Lost: if there is none, it is not what was saved, or anything but checkpoints is left.
+        Lost: if there is none, if it differs from the saved one, or if anything but checkpoints is left.
     """
     clean_temporaries(folder)
     messages = []
@@ -66,22 +66,22 @@ def recover(folder: Path) -> tuple[int, list[str]]:
             else:
                 number = found["meta"]["iter"]
                 if not same(found, state(number)):
-                    raise Lost(f"{candidate.path.name} is not what was saved")
+                    raise Lost(f"{candidate.path.name} differs from what was saved")
                 if left := [entry.name for entry in folder.iterdir() if entry.name.startswith(".")]:
                     raise Lost(f"{left} were not cleaned up")
                 return number, messages
         messages.append(fault)
-    raise Lost(f"no checkpoint is left; passed over: {messages}")
+    raise Lost(f"no checkpoint is left; skipped: {messages}")
 
 
 def end_this_process(folder: Path) -> None:
-    """Make what this process left look like what a dead one left, which alone is cleaned up."""
+    """Rename the temporary files of this process to those of a dead process, because only those are cleaned up."""
     for entry in folder.iterdir():
         entry.rename(entry.with_name(entry.name.replace(f"-{os.getpid()}-", f"-{NOBODY}-")))
 
 
 def same(one: Any, other: Any) -> bool:
-    """Tell whether two trees are equal to the bit."""
+    """Return whether two trees are equal, bit for bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -92,6 +92,6 @@ def same(one: Any, other: Any) -> bool:
 
 
 def expect(found: int, allowed: set[int]) -> None:
-    """Raise unless the number is one of those that may be found."""
+    """Raise an exception unless ``found`` is in ``allowed``."""
     if found not in allowed:
         raise Lost(f"checkpoint {found} was found, not one of {sorted(allowed)}")
