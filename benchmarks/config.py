@@ -1,12 +1,13 @@
-"""How long it takes to load, read and write a configuration of 13 kB in five files with three levels of ``_base_``.
+"""Measure loading, reading and writing a configuration of 13 kB in five files with three levels of ``_base_``.
 
-Each figure stands next to a baseline that is measured in the same run, since machines differ:
+Machines differ, so each time is compared with a baseline from the same run:
 
-- loading: execute the same files with ``exec`` and merge their dicts; the target is at most 3 times that;
-- writing: ``pprint.pformat`` of the merged dict; the target is at most 10 times that;
+- load: executing the same files with ``exec`` and merging their dicts; the target is at most 3 times the baseline;
+- dump: ``pprint.pformat`` of the merged dict; the target is at most 10 times the baseline;
 - reading ``config.model.backbone.depth``: the target is at most 1 microsecond.
 
-It prints the best of several rounds of each and exits with 1 if a target is missed: ``python benchmarks/config.py``.
+The command prints the best of several rounds for each measurement and exits with 1 if a target is missed:
+``python benchmarks/config.py``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ READS = 100_000
 
 
 def write_files(folder: Path) -> Path:
-    """Write the five files: the run, on a recipe and a data set, with the recipe on a model and a schedule."""
+    """Write the five files: the run is based on a recipe and a dataset; the recipe, on a model and a schedule."""
     (folder / "model.py").write_text(
         _stages("model", 22) + "model['backbone'] = dict(type='ResNet', depth=50, width=64)\n"
     )
@@ -50,7 +51,7 @@ def _stages(name: str, count: int) -> str:
 
 
 def load_plainly(path: Path) -> dict[str, Any]:
-    """Execute a file and those in its ``_base_``, and merge their dicts: what any loader has to do at least."""
+    """Execute a file and its ``_base_`` files, and merge their dicts; every loader has to do at least this."""
     namespace: dict[str, Any] = {}
     exec(compile(path.read_text(), str(path), "exec"), namespace)
     data: dict[str, Any] = {}
@@ -60,7 +61,7 @@ def load_plainly(path: Path) -> dict[str, Any]:
 
 
 def merge_plainly(over: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Lay one nested dict over another."""
+    """Merge two nested dicts; values of ``over`` take precedence."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -69,7 +70,7 @@ def merge_plainly(over: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
 
 
 def best(action: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Return the shortest of several times, in seconds: the others measure what else the machine did."""
+    """Return the minimum of several times in seconds, which is affected least by other processes."""
     times = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -79,7 +80,7 @@ def best(action: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def read_often(config: Config) -> None:
-    """Read one attribute, three levels deep, ``READS`` times."""
+    """Read an attribute at the third level ``READS`` times."""
     for _ in range(READS):
         config.model.backbone.depth  # noqa: B018
 
@@ -90,7 +91,7 @@ def main() -> int:
         path = write_files(Path(name))
         size = sum(file.stat().st_size for file in path.parent.glob("*.py"))
         plain = best(lambda: load_plainly(path))
-        ours = best(lambda: Config.fromfile(path))
+        loaded = best(lambda: Config.fromfile(path))
         config = Config.fromfile(path)
         assert config.to_dict() == load_plainly(path)
         printed = best(lambda: pprint.pformat(config.to_dict()))
@@ -99,14 +100,14 @@ def main() -> int:
     rows = [
         (
             "load",
-            f"{ours * 1e3:.2f} ms",
-            f"{ours / plain:.2f} x exec and merge ({plain * 1e3:.2f} ms)",
-            ours <= 3 * plain,
+            f"{loaded * 1e3:.2f} ms",
+            f"{loaded / plain:.2f} times exec and merge ({plain * 1e3:.2f} ms)",
+            loaded <= 3 * plain,
         ),
         (
             "dump",
             f"{dumped * 1e3:.2f} ms",
-            f"{dumped / printed:.2f} x pprint ({printed * 1e3:.2f} ms)",
+            f"{dumped / printed:.2f} times pprint ({printed * 1e3:.2f} ms)",
             dumped <= 10 * printed,
         ),
         ("read", f"{read * 1e6:.3f} us", "for config.model.backbone.depth", read <= 1e-6),

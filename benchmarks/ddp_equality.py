@@ -1,12 +1,12 @@
-"""Whether two ranks under DDP train on the real digits as one process does: their losses beside each other.
+"""Compare the training of two DDP ranks with that of a single process.
 
-The example of ``examples/mnist`` is trained for one epoch, without its layers that draw random numbers (each rank draws
-its own). One process sees batches of 32, two ranks see 16 each of the same samples. The losses can differ by roundings
-alone: float32 sums are taken in another order, and training carries that on. In float64 the same runs show how much of
-the difference that is.
+The example ``examples/mnist`` is trained for one epoch, without the layers that draw random numbers, because each rank draws
+different ones. The single process uses batches of 32 samples; the two ranks use 16 of the same samples each. Losses can only
+differ by rounding errors, because float32 sums are computed in a different order and training accumulates the differences. The
+same runs in float64 show how much of the difference is due to rounding.
 
-It prints the first ten losses, the last one and the largest difference, and exits with 1 if the float64 runs differ by
-more than 1e-9 or the ranks' weights by a single bit: ``python benchmarks/ddp_equality.py``.
+The command prints the first ten losses, the last one and the largest difference. It exits with 1 if the float64 runs differ by
+more than 1e-9 or if the weights of the ranks are not bitwise identical: ``python benchmarks/ddp_equality.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from stratagem.model import bare_model
 from stratagem.train import Hook
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist" / "config.py"
-DRAWING = {"RandomAffine", "Dropout"}
+RANDOM_LAYERS = {"RandomAffine", "Dropout"}
 GLOBAL_BATCH = 32
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 LIMIT = 1e-9
@@ -38,7 +38,7 @@ LIMIT = 1e-9
 
 @final
 class ToDefault(nn.Module):
-    """Turn images into the default floating point type, in which the layers are built."""
+    """Convert images to the default floating-point dtype, in which the layers are built."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.to(torch.get_default_dtype())
@@ -46,7 +46,7 @@ class ToDefault(nn.Module):
 
 @final
 class Losses(Hook):
-    """Keeps the loss of each iteration."""
+    """Records the loss of each iteration."""
 
     def __init__(self) -> None:
         self.values: list[float] = []
@@ -56,9 +56,9 @@ class Losses(Hook):
 
 
 def train(work_dir: str, ranks: int) -> dict[str, Any]:
-    """Train the example for an epoch; return the mean losses, the weights, and a hash of them for each rank."""
+    """Train the example for one epoch; return the mean losses, the weights, and a hash of the weights of each rank."""
     cfg = Config.fromfile(EXAMPLE).to_dict()
-    layers = [layer for layer in cfg["model"]["network"] if layer["type"] not in DRAWING]
+    layers = [layer for layer in cfg["model"]["network"] if layer["type"] not in RANDOM_LAYERS]
     losses = Losses()
     runner = Runner(
         model={**cfg["model"], "network": [{"type": ToDefault}, *layers]},
@@ -83,11 +83,11 @@ def train(work_dir: str, ranks: int) -> dict[str, Any]:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """Return a hash of every byte of the weights."""
+    """Return a hash of all bytes of the weights."""
     return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in state.values())).hexdigest()
 
 
-def train_in_each_type(work_dir: str, ranks: int) -> dict[str, dict[str, Any]]:
+def train_in_each_dtype(work_dir: str, ranks: int) -> dict[str, dict[str, Any]]:
     """Train in float32 and in float64."""
     torch.set_num_threads(1)
     results = {}
@@ -98,7 +98,7 @@ def train_in_each_type(work_dir: str, ranks: int) -> dict[str, dict[str, Any]]:
 
 
 def show(alone: Mapping[str, Any], together: Mapping[str, Any]) -> bool:
-    """Print the comparison; tell whether the runs are equal."""
+    """Print the comparison; return whether the runs are equal."""
     print("iteration   one process   two ranks     difference (float32)")
     one, two = alone["float32"]["losses"], together["float32"]["losses"]
     for iteration in (*range(10), len(one) - 1):
@@ -112,19 +112,19 @@ def show(alone: Mapping[str, Any], together: Mapping[str, Any]) -> bool:
         weights = max(float((one["state"][key] - two["state"][key]).abs().max()) for key in one["state"])
         print(
             f"{name}: {len(one['losses'])} iterations, largest difference of a loss {largest[name]:.1e}, "
-            f"of a weight {weights:.1e}; ranks bit-identical: {len(set(two['digests'])) == 1}"
+            f"of a weight {weights:.1e}; ranks bitwise identical: {len(set(two['digests'])) == 1}"
         )
     identical = all(len(set(result["digests"])) == 1 for result in together.values())
     return identical and largest["float64"] <= LIMIT
 
 
 def main() -> int:
-    """Train alone, start two ranks that do the same, and compare; a rank that was started only trains."""
+    """Train in this process and on two ranks, and compare the results; in a process started by a launcher, only train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", help="where a started rank writes its result", default=None)
+    parser.add_argument("--write", help="the file to which rank 0 writes its result", default=None)
     write = parser.parse_args().write
     if infer_launcher() != "none":
-        result = train_in_each_type(str(Path(write).parent), ranks=int(os.environ["WORLD_SIZE"]))
+        result = train_in_each_dtype(str(Path(write).parent), ranks=int(os.environ["WORLD_SIZE"]))
         if os.environ["RANK"] == "0":
             torch.save(result, write)
         return 0
@@ -132,7 +132,7 @@ def main() -> int:
         file = f"{folder}/two.pt"
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         subprocess.run([*launch, __file__, "--write", file], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return 0 if show(train_in_each_type(folder, ranks=1), torch.load(file, weights_only=True)) else 1
+        return 0 if show(train_in_each_dtype(folder, ranks=1), torch.load(file, weights_only=True)) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The interpreters of the engines that have environments of their own."""
+"""Find the Python interpreters of engines that have separate environments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 
 __all__ = ["ENGINES", "python_of"]
 
-# Strategy -> the library that it needs, and what `make` calls the environment that has it.
+# Maps each strategy to its library and to the environment that `make` creates for it.
 ENGINES: Final = {
     "DeepSpeedStrategy": ("deepspeed", ".venv-deepspeed"),
     "ColossalAIStrategy": ("colossalai", ".venv-colossalai"),
@@ -18,7 +18,7 @@ _ROOT: Final = Path(__file__).parent.parent
 
 
 def python_of(strategy: str) -> str | None:
-    """Return the interpreter with which a strategy trains; None where its engine is nowhere installed."""
+    """Return the Python interpreter for a strategy; None if its engine is not installed."""
     if strategy not in ENGINES:
         return sys.executable
     library, environment = ENGINES[strategy]

@@ -1,11 +1,10 @@
-"""How much memory a rank needs for a model of more than 1 GB of weights: to start, to step, to save and to load.
+"""Measure the memory that a rank needs to start, step, save and load a model with more than 1 GB of weights.
 
-Ranks under ``FSDPStrategy`` build a stack of layers with 1.07 GB of float32 weights on the CPU. For each phase it prints
-the most memory of its own that any rank had beyond what it had before the model (libraries excluded), as parts of the
-model, and the seconds that it took; rank 0 and the others apart. Files that are mapped do not count: the system drops
-them when it needs to.
+Ranks with ``FSDPStrategy`` build a stack of layers with 1.07 GB of float32 weights on the CPU. For each phase, the command
+prints the peak private memory of rank 0 and of the other ranks, minus the memory before the model was built, in multiples of
+the model size, and the time in seconds. Memory-mapped files are excluded, because the system can drop them when it needs memory.
 
-It exits with 1 if, with the default initial weights, a rank ever had more than 0.6 of the model to start or to load:
+The command exits with 1 if a rank needs more than 0.6 of the model size to start or to load with the default initial weights:
 ``python benchmarks/fsdp_memory.py [--ranks 4] [--initial-weights rank0 per_rank whole]``.
 """
 
@@ -39,7 +38,7 @@ Origin = Literal["rank0", "per_rank", "whole"]
 
 @final
 class Stack(BaseModel):
-    """16 blocks of two matrices of 2048 x 4096: 1.07 GB."""
+    """16 blocks with two matrices of 2048 x 4096 elements each: 1.07 GB."""
 
     def __init__(self, width: int = WIDTH, layers: int = LAYERS) -> None:
         super().__init__()
@@ -48,7 +47,7 @@ class Stack(BaseModel):
         )
 
     def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
-        """Return the outputs, or their mean square."""
+        """Return the outputs or, in mode ``"loss"``, their mean square."""
         (x,) = args
         for block in self.blocks:
             x = x + block(x)
@@ -56,7 +55,7 @@ class Stack(BaseModel):
 
 
 def measure(initial_weights: Origin, folder: str, *, skip: bool) -> list[dict[str, tuple[float, float]]]:
-    """Run the phases; return for each rank and phase the bytes at its peak and its seconds."""
+    """Run all phases; return the peak memory in bytes and the time in seconds for each rank and phase."""
     strategy = FSDPStrategy(
         work_dir=folder, initial_weights=initial_weights, skip_init_weights=skip, log_kwargs={"log_level": "ERROR"}
     )
@@ -84,7 +83,7 @@ def measure(initial_weights: Origin, folder: str, *, skip: bool) -> list[dict[st
 
 
 def as_rank(initial_weights: Origin, folder: str, *, skip: bool) -> None:
-    """Measure on every rank; rank 0 prints the table's rows."""
+    """Measure on every rank; rank 0 prints the rows of the table."""
     torch.set_num_threads(1)
     every = measure(initial_weights, folder, skip=skip)
     size = sum(4 * parameter.numel() for parameter in _on_meta().parameters())
@@ -94,7 +93,7 @@ def as_rank(initial_weights: Origin, folder: str, *, skip: bool) -> None:
         others = max(rank[name][0] for rank in every[1:]) if len(every) > 1 else 0.0
         print(f"| {initial_weights} | {name} | {own / size:.2f} | {others / size:.2f} | {seconds:.1f} |", flush=True)
         if initial_weights == "rank0" and name in {"start", "load"} and max(own, others) > LIMIT * size:
-            sys.exit(f"{name}: a rank had {max(own, others) / size:.2f} of the model; {LIMIT} are allowed.")
+            sys.exit(f"{name}: a rank used {max(own, others) / size:.2f} of the model size; the limit is {LIMIT}.")
 
 
 def _on_meta() -> Stack:
@@ -103,7 +102,7 @@ def _on_meta() -> Stack:
 
 
 def main() -> None:
-    """Start ranks for each way of making the weights, and print a table."""
+    """Start ranks for each value of ``initial_weights`` and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--initial-weights", nargs="+", default=["rank0", "per_rank", "whole"])
@@ -115,7 +114,7 @@ def main() -> None:
         return
     print(f"{sum(4 * each.numel() for each in _on_meta().parameters()) / GIGABYTE:.2f} GB, {options.ranks} ranks")
     print(
-        "| initial_weights | phase | rank 0, models | the others, at most | seconds |\n|---|---|---|---|---|",
+        "| initial_weights | phase | rank 0, model sizes | other ranks, maximum | seconds |\n|---|---|---|---|---|",
         flush=True,
     )
     with tempfile.TemporaryDirectory() as folder:

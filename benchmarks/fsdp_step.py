@@ -1,9 +1,9 @@
-"""What a training iteration under ``FSDPStrategy`` costs beside plain code on ``fully_shard``.
+"""Compare the time of a training iteration with ``FSDPStrategy`` and with plain code that uses ``fully_shard``.
 
     python benchmarks/fsdp_step.py [--ranks 2] [--pairs 10] [--iterations 10]
 
-Both train the same blocks on the same data, in the same processes; blocks of iterations alternate, so that what else the
-machine does falls on both. The time of a pair is that of the slowest rank.
+Both variants train the same blocks on the same data in the same processes. Blocks of iterations alternate, so that other load
+on the machine affects both. The time of each measurement is that of the slowest rank.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ RATE, CLIP = 1e-4, 1.0
 
 
 class Block(nn.Module):
-    """Two linear layers beside a shortcut."""
+    """Two linear layers with a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the layers make."""
+        """Return the input plus the output of the layers."""
         return cast("Tensor", x + self.inner(x))
 
 
 class Stack(BaseModel):
-    """A stack of blocks whose outputs shall be small."""
+    """A stack of blocks; the loss is the mean square of the outputs."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
 
     def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
-        """Return the outputs, or their mean square."""
+        """Return the outputs or, in mode ``"loss"``, their mean square."""
         (x,) = args
         for block in self.blocks:
             x = block(x)
@@ -59,7 +59,7 @@ class Stack(BaseModel):
 
 
 def plain_step() -> Callable[[Tensor], float]:
-    """Return an iteration as one would write it on torch alone."""
+    """Return the function of an iteration in plain PyTorch."""
     torch.manual_seed(0)
     model = Stack()
     mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
@@ -81,7 +81,7 @@ def plain_step() -> Callable[[Tensor], float]:
 
 
 def engine_step(folder: str) -> tuple[FSDPStrategy, Callable[[Tensor], float]]:
-    """Return the strategy, and its iteration."""
+    """Return the strategy and the function of its iteration."""
     strategy = FSDPStrategy(
         work_dir=folder, wrap_policy=["Block"], log_kwargs={"log_level": "ERROR"},
         env_kwargs={"randomness": {"seed": 0}},
@@ -98,7 +98,7 @@ def engine_step(folder: str) -> tuple[FSDPStrategy, Callable[[Tensor], float]]:
 
 
 def as_rank(pairs: int, iterations: int, folder: str) -> None:
-    """Measure on every rank; rank 0 prints."""
+    """Measure on every rank; rank 0 prints the result."""
     torch.set_num_threads(1)
     strategy, engine = engine_step(folder)
     plain = plain_step()
@@ -110,24 +110,24 @@ def as_rank(pairs: int, iterations: int, folder: str) -> None:
         losses = [step(batch) for batch in batches]
         return max(all_gather_object(time.perf_counter() - begin)), losses
 
-    ways = {"plain": plain, "engine": engine}
-    losses = {name: block(way)[1] for name, way in ways.items()}
+    variants = {"plain": plain, "engine": engine}
+    losses = {name: block(step)[1] for name, step in variants.items()}
     difference = max(abs(a - b) for a, b in zip(losses["plain"], losses["engine"], strict=True))
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(pairs):
-        for name in sorted(ways, reverse=bool(number % 2)):
-            times[name].append(block(ways[name])[0])
+        for name in sorted(variants, reverse=bool(number % 2)):
+            times[name].append(block(variants[name])[0])
     ratios = statistics.quantiles([a / b for a, b in zip(times["engine"], times["plain"], strict=True)], n=4)
     if strategy.rank == 0:
         own, theirs = (1e3 * statistics.median(times[name]) / iterations for name in ("engine", "plain"))
         print(f"{strategy.world_size} ranks, losses differ by at most {difference:.1e}")
-        print(f"an iteration   {own:.2f} ms, plain fully_shard {theirs:.2f} ms")
+        print(f"iteration      {own:.2f} ms, plain fully_shard {theirs:.2f} ms")
         print(f"ratio          {ratios[1]:.3f} (quartiles {ratios[0]:.3f} to {ratios[2]:.3f}, {pairs} pairs)")
     strategy.close()
 
 
 def main() -> None:
-    """Start the ranks, or be one."""
+    """Start the ranks; in a process started by a launcher, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=10)

@@ -1,8 +1,8 @@
-"""The same training twice: by a loop written by hand, and by the engine.
+"""Run the same training twice: with a hand-written loop and with Stratagem.
 
-A 16-32-4 network learns from batches of 8 with SGD, momentum and a cosine schedule that steps each iteration; every
-50 iterations the loss is looked at. The step is so small that nearly all of its time is overhead, so this is the
-hardest case for an engine.
+A 16-32-4 network is trained on batches of 8 samples with SGD, momentum and a cosine schedule that steps each iteration. The
+loss is read every 50 iterations. An iteration is so small that it consists almost entirely of overhead, so this is the worst
+case for a training engine.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ __all__ = ["CallCounter", "CpuClock", "Meter", "final_loss", "one_thread", "trai
 
 BATCH_SIZE = 8
 LOG_INTERVAL = 50
-# Fused is what the engine chooses by itself; both arms are told, so that they step alike.
+# Stratagem uses the fused implementation by default; set it for both loops so that they run the same optimizer code.
 SGD_OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "fused": True}
 
 
 class Meter(Protocol):
-    """What is switched on just before the first batch is asked for, and off after the last step."""
+    """A measurement that starts just before the first batch is requested and stops after the last step."""
 
     def start(self) -> None:
-        """Begin to measure."""
+        """Start measuring."""
 
     def stop(self) -> None:
-        """End."""
+        """Stop measuring."""
 
 
 @final
 class CpuClock:
-    """Measures seconds of CPU time of this process."""
+    """Measures the CPU time of this process in seconds."""
 
     seconds = 0.0
 
@@ -60,7 +60,7 @@ class CpuClock:
 
 @final
 class CallCounter:
-    """Counts the calls of Python and built-in functions, as cProfile sees them."""
+    """Counts calls of Python and built-in functions with cProfile."""
 
     def __init__(self) -> None:
         self.profile = cProfile.Profile()
@@ -73,13 +73,13 @@ class CallCounter:
 
     @property
     def calls(self) -> int:
-        """How many there were."""
-        # The one that switched the profiler off is its own.
+        """The number of calls."""
+        # Without the call that disables the profiler.
         return sum(entry.callcount for entry in self.profile.getstats()) - 1
 
 
 def train_by_hand(iterations: int, meter: Meter, *, listed: bool = False) -> nn.Module:
-    """Train as a PyTorch tutorial would; ``listed`` takes the batches from a list in place of a ``DataLoader``."""
+    """Train with a plain PyTorch loop; with ``listed``, take the batches from a list instead of a ``DataLoader``."""
     network, loss_function = _network(), nn.CrossEntropyLoss()
     optimizer = SGD(network.parameters(), **SGD_OPTIONS)
     scheduler = CosineAnnealingLR(optimizer, T_max=iterations)
@@ -100,7 +100,7 @@ def train_by_hand(iterations: int, meter: Meter, *, listed: bool = False) -> nn.
 
 
 def train_with_engine(iterations: int, meter: Meter, *, listed: bool = False) -> nn.Module:
-    """Train the same through ``Runner`` with its default hooks; what they write goes to files as always."""
+    """Run the same training with ``Runner`` and its default hooks, which write their files as usual."""
     network = _network()
     loader = _loader(iterations)
     with tempfile.TemporaryDirectory() as folder, _quiet_terminal():
@@ -123,14 +123,14 @@ def train_with_engine(iterations: int, meter: Meter, *, listed: bool = False) ->
 
 @torch.no_grad()
 def final_loss(network: nn.Module, iterations: int) -> float:
-    """Return the loss of a trained network over all data: equal for both arms, or they did not do the same work."""
+    """Return the loss of a trained network over all data; it must be equal for both loops."""
     inputs, targets = _data(iterations)
     return nn.functional.cross_entropy(network(inputs), targets).item()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Let torch compute in one thread while the context lasts."""
+    """Limit torch to one thread within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -156,19 +156,19 @@ def _loader(iterations: int) -> DataLoader[Any]:
 
 @final
 class _ListedLoader(DataLoader[Any]):
-    """Gives the batches of another loader from a list, which costs nothing."""
+    """Yields the batches of another loader from a list, at no cost."""
 
     def __init__(self, loader: DataLoader[Any]) -> None:
         super().__init__(loader.dataset, batch_size=loader.batch_size)
         self._batches = list(loader)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # any iterator will do
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a plain iterator
         return iter(self._batches)
 
 
 @final
 class _MeterHook(Hook):
-    """Measures the epoch, without the checkpoint that is written after it."""
+    """Measures the epoch, without the checkpoint saved after it."""
 
     priority = Priority.HIGHEST
 
@@ -184,6 +184,6 @@ class _MeterHook(Hook):
 
 @contextmanager
 def _quiet_terminal() -> Iterator[None]:
-    """Send log lines into nothing, so that no terminal is measured; they are made and written all the same."""
+    """Redirect stderr to the null device, so that the terminal is not measured; log lines are still formatted and written."""
     with Path(os.devnull).open("w") as nothing, redirect_stderr(nothing):
         yield

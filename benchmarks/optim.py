@@ -1,7 +1,7 @@
-"""What optimization costs: building and stepping grouped optimizers, averages, schedules, the wrapper itself.
+"""Measure the cost of optimization: building and stepping optimizers with parameter groups, averaging, schedules, the wrapper.
 
-Run ``python benchmarks/optim.py``. Every figure is the best of several interleaved rounds, on one thread, and each
-ratio is against what a person would write by hand for the same work.
+Run ``python benchmarks/optim.py``. Every figure is the best of several interleaved rounds on one thread. Ratios are relative
+to hand-written code for the same work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROUNDS = 7
 
 
 class Tensors(nn.Module):
-    """A model of many small layers: half of its tensors are weights, half are biases, which do not decay."""
+    """A model with many small layers. Half of its tensors are weights; the other half are biases without weight decay."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Tensors(nn.Module):
 
 
 def best(candidates: Mapping[str, Callable[[], object]], repeat: int = 1) -> dict[str, float]:
-    """Return the seconds of each candidate: the best of rounds in which all take turns, so that noise is shared."""
+    """Return the best time of each candidate in seconds. Candidates take turns, so that noise affects all of them."""
     times = dict.fromkeys(candidates, float("inf"))
     for _ in range(ROUNDS):
         for name, run in candidates.items():
@@ -42,21 +42,21 @@ def best(candidates: Mapping[str, Callable[[], object]], repeat: int = 1) -> dic
 
 
 def show(what: str, times: Mapping[str, float], limit: float | None = None) -> None:
-    """Print the times in microseconds and their ratios to the first of them."""
+    """Print the times in microseconds and their ratios to the first one."""
     reference = next(iter(times.values()))
-    print(f"\n{what}" + (f" (ours at most {limit} times the first)" if limit else ""))
+    print(f"\n{what}" + (f" (limit for Stratagem: {limit} times the first row)" if limit else ""))
     for name, seconds in times.items():
         print(f"  {name:<42} {seconds * 1e6:>12.1f} us  {seconds / reference:>6.2f} x")
 
 
-def give_gradients(model: nn.Module) -> None:
-    """Give every parameter a gradient, as a backward would."""
+def set_gradients(model: nn.Module) -> None:
+    """Set the gradient of every parameter, as a backward pass would."""
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
 
 
-def by_hand(model: nn.Module) -> Optimizer:
-    """Build what a careful person writes: two groups, fused."""
+def hand_written(model: nn.Module) -> Optimizer:
+    """Build a carefully hand-written optimizer: two groups, fused."""
     decaying: list[nn.Parameter] = []
     flat: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -66,13 +66,13 @@ def by_hand(model: nn.Module) -> Optimizer:
 
 
 def one_group_per_tensor(model: nn.Module) -> Optimizer:
-    """Build what other systems build from such rules: a group for every tensor, with the default loop."""
+    """Build the optimizer that other libraries build from such rules: one group per tensor, default implementation."""
     groups = [{"params": [p], "weight_decay": 0.0 if p.ndim == 1 else 0.1} for p in model.parameters()]
     return AdamW(groups, lr=1e-3)
 
 
-def ours(model: nn.Module) -> BaseOptimWrapper:
-    """Build the same from a configuration."""
+def from_config(model: nn.Module) -> BaseOptimWrapper:
+    """Build an equivalent optimizer from a configuration."""
     config = {
         "optimizer": {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.1},
         "paramwise_cfg": {"flat_decay_mult": 0.0},
@@ -83,19 +83,22 @@ def ours(model: nn.Module) -> BaseOptimWrapper:
 
 
 def measure_groups(tensors: int) -> None:
-    """Build and step an optimizer over many tensors with a rule for weight decay."""
+    """Build and step an optimizer with many tensors and a rule for weight decay."""
     model = Tensors(tensors)
     built: dict[str, Callable[[], object]] = {
-        "by hand, 2 groups, fused": lambda: by_hand(model),
-        "ours, from paramwise_cfg": lambda: ours(model),
+        "hand-written, 2 groups, fused": lambda: hand_written(model),
+        "Stratagem, from paramwise_cfg": lambda: from_config(model),
     }
     slow = "one group per tensor, default loop"
     times = best(built)
     start = time.perf_counter()
     grouped = one_group_per_tensor(model)
     show(f"Build AdamW over {tensors} tensors", {**times, slow: time.perf_counter() - start}, limit=3)
-    give_gradients(model)
-    steps = {"by hand, 2 groups, fused": by_hand(model).step, "ours, from paramwise_cfg": ours(model).optimizer.step}
+    set_gradients(model)
+    steps = {
+        "hand-written, 2 groups, fused": hand_written(model).step,
+        "Stratagem, from paramwise_cfg": from_config(model).optimizer.step,
+    }
     for step in (*steps.values(), grouped.step):
         step()
     times = best(steps, repeat=5)
@@ -119,17 +122,17 @@ def measure_average(tensors: int = 500) -> None:
 
     candidates: dict[str, Callable[[], object]] = {
         "torch._foreach_lerp_": lambda: torch._foreach_lerp_(values, weights, 0.01),
-        "ours, ExponentialMovingAverage.update": average.update,
-        "one tensor after the other, by name": one_by_one,
+        "Stratagem, ExponentialMovingAverage.update": average.update,
+        "one tensor at a time, by name": one_by_one,
     }
     show(f"Average {tensors} tensors", best(candidates, repeat=20), limit=1.3)
 
 
 def measure_iteration(kind: type[Optimizer]) -> None:
-    """Train a perceptron of 16-32-4 by hand and through the wrapper with a schedule by iteration."""
+    """Train a 16-32-4 MLP with hand-written code, with the wrapper, and with a per-iteration schedule."""
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
     data, target = torch.randn(32, 16), torch.randint(0, 4, (32,))
-    optimizer: Any = kind(model.parameters(), lr=1e-3)  # type: ignore[call-arg]  # of every subclass
+    optimizer: Any = kind(model.parameters(), lr=1e-3)  # type: ignore[call-arg]  # accepted by every subclass
     wrapper = OptimWrapper(optimizer)
 
     def bare() -> None:
@@ -149,12 +152,16 @@ def measure_iteration(kind: type[Optimizer]) -> None:
         wrapped()
         schedule.step()
 
-    candidates: dict[str, Callable[[], object]] = {"by hand": bare, "wrapper": wrapped, "wrapper, schedule": scheduled}
-    show(f"Iteration of a 16-32-4 perceptron, {kind.__name__}", best(candidates, repeat=300))
+    candidates: dict[str, Callable[[], object]] = {
+        "hand-written": bare,
+        "wrapper": wrapped,
+        "wrapper, schedule": scheduled,
+    }
+    show(f"Iteration of a 16-32-4 MLP, {kind.__name__}", best(candidates, repeat=300))
 
 
 def main() -> None:
-    """Print every figure."""
+    """Print all measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tensors", type=int, nargs="+", default=[1000, 5000])
     parser.add_argument("--threads", type=int, default=1)
@@ -162,7 +169,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, {arguments.threads} thread(s), best of {ROUNDS} rounds")
-    by_hand(nn.Linear(1, 1))  # torch imports its compiler with the first optimizer
+    hand_written(nn.Linear(1, 1))  # creating the first optimizer imports the compiler of torch
     for tensors in arguments.tensors:
         measure_groups(tensors)
     measure_average()

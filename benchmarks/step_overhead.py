@@ -1,10 +1,10 @@
-"""What a training iteration of the engine costs beyond the loop that one would write by hand.
+"""Measure the overhead of a training iteration in Stratagem, compared with a hand-written loop.
 
     python benchmarks/step_overhead.py [--pairs 40] [--iterations 500]
 
-Blocks of both loops alternate in random order, in one process and one thread, and CPU time is compared within each
-pair, so that what else the machine does falls on both. Function calls are counted by cProfile in a pass of their own;
-they are the same on every machine, so the exit status is 1 where their budget is broken, and never for time.
+Blocks of iterations of both loops alternate in random order, in one process and one thread. CPU times are compared within each
+pair, so that other load on the machine affects both. A separate pass counts function calls with cProfile. The counts are the
+same on every machine, so the exit status is 1 if they exceed the budget; it does not depend on the time.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import sys
 
 from mlp_arms import CallCounter, CpuClock, final_loss, one_thread, train_by_hand, train_with_engine
 
-MOST_RATIO = 1.10
-MOST_CALLS = 20
+MAX_RATIO = 1.10
+MAX_MORE_CALLS = 20
 
 
 def main() -> int:
     """Measure with a DataLoader and with a list of batches; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=40, help="pairs of blocks (default 40)")
-    parser.add_argument("--iterations", type=int, default=500, help="iterations of a block (default 500)")
+    parser.add_argument("--pairs", type=int, default=40, help="number of pairs of blocks (default: 40)")
+    parser.add_argument("--iterations", type=int, default=500, help="iterations per block (default: 500)")
     arguments = parser.parse_args()
     with one_thread():
         held = [report(arguments.pairs, arguments.iterations, listed=listed) for listed in (False, True)]
@@ -33,7 +33,7 @@ def main() -> int:
 
 
 def report(pairs: int, iterations: int, *, listed: bool) -> bool:
-    """Print the figures for one source of batches; return whether the budget of calls holds."""
+    """Print the results for one source of batches; return whether the call budget is met."""
     require_equal_work(iterations, listed=listed)
     times = [measure_pair(iterations, listed=listed) for _ in range(pairs)]
     ratio = statistics.quantiles([engine / hand for hand, engine in times], n=4)
@@ -41,29 +41,29 @@ def report(pairs: int, iterations: int, *, listed: bool) -> bool:
     hand_calls, engine_calls = (counter.calls / iterations for counter in count_calls(iterations, listed=listed))
     more = engine_calls - hand_calls
     print("Batches from a list" if listed else "Batches from a DataLoader")
-    print(f"  CPU time, engine / by hand   {ratio[1]:.3f}  (quartiles {ratio[0]:.3f} to {ratio[2]:.3f}, {pairs} pairs)")
-    print(f"  an iteration                 {engine_us:.1f} us, by hand {hand_us:.1f} us")
-    print(f"  function calls               {engine_calls:.1f}, by hand {hand_calls:.1f}: {more:+.1f}")
-    print(f"  ratio at most {MOST_RATIO:.2f}           {'holds' if ratio[1] <= MOST_RATIO else 'DOES NOT HOLD'}")
-    print(f"  at most {MOST_CALLS} calls more        {'holds' if more <= MOST_CALLS else 'DOES NOT HOLD'}")
-    return more <= MOST_CALLS
+    print(f"  CPU time, ratio              {ratio[1]:.3f}  (quartiles {ratio[0]:.3f} to {ratio[2]:.3f}, {pairs} pairs)")
+    print(f"  iteration                    {engine_us:.1f} us, hand-written {hand_us:.1f} us")
+    print(f"  function calls               {engine_calls:.1f}, hand-written {hand_calls:.1f}: {more:+.1f}")
+    print(f"  ratio at most {MAX_RATIO:.2f}           {'met' if ratio[1] <= MAX_RATIO else 'NOT MET'}")
+    print(f"  at most {MAX_MORE_CALLS} more calls        {'met' if more <= MAX_MORE_CALLS else 'NOT MET'}")
+    return more <= MAX_MORE_CALLS
 
 
 def require_equal_work(iterations: int, *, listed: bool) -> None:
-    """Train both ways once; this also loads whatever loads at first use.
+    """Train once with both loops and compare the results. This also triggers all imports on first use.
 
     Raises:
-        AssertionError: if the trained networks' losses differ: then the two did not do the same work.
+        AssertionError: if the losses of the trained networks differ.
     """
     hand = final_loss(train_by_hand(iterations, CpuClock(), listed=listed), iterations)
     engine = final_loss(train_with_engine(iterations, CpuClock(), listed=listed), iterations)
-    # The two schedules compute the same rate by different formulas, which differ in the last digits of float64.
+    # The two schedulers compute the learning rate with different formulas, which differ by float64 rounding errors.
     if not math.isclose(hand, engine, rel_tol=1e-5):
-        raise AssertionError(f"By hand the final loss is {hand}, with the engine {engine}: not the same work.")
+        raise AssertionError(f"The final losses differ: hand-written {hand}, Stratagem {engine}.")
 
 
 def measure_pair(iterations: int, *, listed: bool) -> tuple[float, float]:
-    """Return the seconds of CPU time of a block by hand and of one with the engine, run in random order."""
+    """Return the CPU times in seconds of a hand-written and a Stratagem block, run in random order."""
     hand, engine = CpuClock(), CpuClock()
     arms = [(train_by_hand, hand), (train_with_engine, engine)]
     random.shuffle(arms)
@@ -73,7 +73,7 @@ def measure_pair(iterations: int, *, listed: bool) -> tuple[float, float]:
 
 
 def count_calls(iterations: int, *, listed: bool) -> tuple[CallCounter, CallCounter]:
-    """Return the counted calls of a block by hand and of one with the engine."""
+    """Count the calls of a hand-written and of a Stratagem block."""
     hand, engine = CallCounter(), CallCounter()
     train_by_hand(iterations, hand, listed=listed)
     train_with_engine(iterations, engine, listed=listed)

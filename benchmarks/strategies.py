@@ -1,15 +1,15 @@
-"""What each strategy costs on the same model: memory of each rank, and the time of a training iteration.
+"""Compare the strategies on the same model: memory per rank and time per iteration.
 
     python benchmarks/strategies.py [--only "FSDP x2" ...] [--rounds 3] [--write docs/strategies/comparison.md]
         [--what memory|time] [--keep FILE]
 
-The language model of the examples with 19 million parameters trains on batches of the same 8 pieces under every strategy,
-with AdamW and clipping, in float32 where nothing else is said. Memory is what a rank has of its own beyond what it has with a
-tiny model, as multiples of the model's float32 weights (files that are mapped do not count): the most during the iterations,
-and what stays between two of them. It is measured in processes of its own, whose allocator gives back at once what is freed,
-which costs time. Rounds alternate between the strategies, and medians are shown. With ``--keep`` what was measured is added to
-a file, and the table is that of all in it: memory does not mind what else the machine does, and times can be taken when it is
-quiet. The losses must be those of one process, or the command fails. Engines that are not installed are left out;
+The example language model with 19 million parameters is trained on batches of the same 8 sequences with every strategy, with
+AdamW and gradient clipping, in float32 unless stated otherwise. Memory is the private memory of a rank minus that with a tiny
+model, in multiples of the float32 weights, without memory-mapped files: the peak during the iterations, and the memory in use
+between two of them. It is measured in separate processes, whose allocator returns freed memory to the system immediately, which
+takes time. Rounds alternate between the strategies, and medians are reported. With ``--keep``, the measurements are added to a
+file, and the table is computed from all measurements in it; so memory can be measured at any time, and times when the machine is
+idle. The command fails if the losses differ from those of a single process. Engines that are not installed are skipped;
 ``make test-deepspeed`` and ``make test-colossalai`` install them.
 """
 
@@ -46,9 +46,13 @@ EXAMPLE: Final = Path(__file__).parent.parent / "examples" / "gpt" / "config.py"
 MODEL: Final = {"type": "Gpt", "tokens": 67, "length": 64, "width": 512, "blocks": 6, "heads": 8}
 TINY: Final = {**MODEL, "width": 8, "blocks": 1}
 GLOBAL_BATCH, WARM_UP, ITERATIONS = 8, 2, 6
-LOSSES_WITHIN: Final = 1e-4
-# What glibc's allocator is told, so that memory that was freed counts no more.
-GIVE_BACK: Final = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+LOSS_TOLERANCE: Final = 1e-4
+# Make the allocator of glibc return freed memory to the system.
+RETURN_FREED_MEMORY: Final = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
 BEGIN, END = "<!-- measured -->", "<!-- end -->"
 
 Record = dict[str, Any]
@@ -60,10 +64,10 @@ class Case:
     """A row of the table.
 
     Attributes:
-        processes: how many there are.
-        strategy: what stands in a configuration.
-        shared: how many of them see the same samples.
-        exact: whether it trains in float32, and so must have the losses of one process.
+        processes: the number of processes.
+        strategy: the ``strategy`` of the configuration.
+        shared: the number of processes that train on the same samples.
+        exact: whether it trains in float32, so that its losses must equal those of a single process.
     """
 
     processes: int
@@ -107,7 +111,7 @@ CASES: Final[Mapping[str, Case]] = {
 
 
 def measure(case: Case, folder: str, *, tiny: bool) -> Record:
-    """Train some iterations; return what this rank needed for them."""
+    """Train for a few iterations; return the memory, time and losses over all ranks."""
     torch.set_num_threads(1)
     Config.fromfile(EXAMPLE)
     defaults = {
@@ -154,7 +158,7 @@ def _parts(case: Case) -> int:
 
 
 def launch(name: str, what: str) -> Record | None:
-    """Measure a case in processes of its own; None where its engine is not installed."""
+    """Measure a case in separate processes; return None if its engine is not installed."""
     case = CASES[name]
     python = python_of(case.strategy["type"])
     if python is None:
@@ -164,13 +168,13 @@ def launch(name: str, what: str) -> Record | None:
         timed = _start(name, python, {})
         found.update(seconds=timed["seconds"], losses=timed["losses"])
     if what != "time":
-        sized, nothing = (_start(name, python, GIVE_BACK, *more) for more in ((), ("--tiny",)))
+        sized, nothing = (_start(name, python, RETURN_FREED_MEMORY, *more) for more in ((), ("--tiny",)))
         found.update({key: sized[key] - nothing[key] for key in ("peak", "rest")}, losses=sized["losses"])
     return found
 
 
 def _start(name: str, python: str, environment: Mapping[str, str], *more: str) -> Record:
-    """Start the processes of a case, and return what they found."""
+    """Run the processes of a case and return their result."""
     case = CASES[name]
     start = [python, "-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     with tempfile.TemporaryDirectory(prefix="stratagem-strategies-") as folder:
@@ -186,13 +190,13 @@ def _start(name: str, python: str, environment: Mapping[str, str], *more: str) -
 
 
 def median_of(records: list[Record]) -> Record:
-    """Return the medians of what the rounds measured; not a number of what none did."""
+    """Return the medians over all rounds; NaN for values that were not measured."""
     values = {key: [each[key] for each in records if key in each] for key in ("peak", "rest", "seconds")}
     return {key: statistics.median(several) if several else math.nan for key, several in values.items()}
 
 
 def model_bytes() -> int:
-    """Return the size of the model's weights in float32."""
+    """Return the size of the float32 weights in bytes."""
     Config.fromfile(EXAMPLE)
     with torch.device("meta"):
         return sum(4 * parameter.numel() for parameter in build_model(dict(MODEL)).parameters())
@@ -213,11 +217,11 @@ def rows(found: Mapping[str, Record]) -> list[tuple[str, ...]]:
     ]
 
 
-HEADER: Final = ("strategy", "most memory of a rank", "between iterations", "an iteration", "of one process")
+HEADER: Final = ("strategy", "peak memory per rank", "between iterations", "time per iteration", "relative to single")
 
 
 def write(page: Path, found: Mapping[str, Record]) -> None:
-    """Replace what was measured before in a page of the documentation."""
+    """Replace the measurements in a page of the documentation."""
     text = page.read_text(encoding="utf-8")
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
     lines = [HEADER, ("---",) * len(HEADER), *rows(found)]
@@ -226,13 +230,13 @@ def write(page: Path, found: Mapping[str, Record]) -> None:
 
 
 def main() -> int:
-    """Measure every strategy, or be one of its processes."""
+    """Measure all strategies; in a process started by this command, measure one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="STRATEGY")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--write", type=Path, help="the page that the table is written into")
+    parser.add_argument("--write", type=Path, help="write the table to this page")
     parser.add_argument("--what", choices=("both", "memory", "time"), default="both")
-    parser.add_argument("--keep", type=Path, help="a file that what is measured is added to, and the table is made of")
+    parser.add_argument("--keep", type=Path, help="add the measurements to this file, and compute the table from it")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -267,18 +271,18 @@ def main() -> int:
 
 
 def _compare_losses(console: Console, records: Mapping[str, list[Record]]) -> int:
-    """Return 1 if a strategy that trains in float32 has other losses than one process."""
+    """Return 1 if the losses of a float32 strategy differ from those of a single process."""
     differing = 0
     for name, several in records.items():
         for record in several:
             pairs = zip(record["losses"], records["single"][0]["losses"], strict=True)
             most = max(abs(one - other) for one, other in pairs)
-            if CASES[name].exact and most > LOSSES_WITHIN:
-                console.print(f"{name}: a loss differs by {most:.1e} from that of one process", style="red")
+            if CASES[name].exact and most > LOSS_TOLERANCE:
+                console.print(f"{name}: a loss differs by {most:.1e} from that of a single process", style="red")
                 differing = 1
     missing = [name for name, several in records.items() if not several]
     if missing:
-        console.print(f"Not installed, so left out: {', '.join(missing)}", style="yellow")
+        console.print(f"Skipped because not installed: {', '.join(missing)}", style="yellow")
     return differing
 
 
