@@ -45,8 +45,10 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 JOB: Final = ROOT / "benchmarks" / "bits_job.py"
 # Both are generous: they end a launch that hangs, for example because one rank failed.
 STARTUP_S, CASE_S = 180.0, 120.0
-# Values of a checkpoint's `meta` that differ between any two runs.
-VOLATILE: Final = frozenset({"experiment_name", "run_id", "lineage", "time", "stratagem"})
+# Keys of a checkpoint whose values differ between any two runs. That they exist is compared nevertheless.
+VOLATILE: Final = frozenset(
+    {"digest", "experiment_name", "files", "lineage", "run_id", "saved_at", "stratagem", "time"}
+)
 
 Value = Tensor | str
 
@@ -175,22 +177,27 @@ def read_records(folder: Path, case: Case) -> dict[Key, Value]:
 
 
 def read_checkpoint(folder: Path) -> Iterator[tuple[str, Value]]:
-    """Yield the values of a checkpoint by name: those of its tensor files, and those of ``state.json`` as text."""
+    """Yield the values of a checkpoint by name: those of its tensor files, and those of its JSON files as text."""
     for file in sorted(folder.glob("*.safetensors")):
         for name, tensor in load_file(file).items():
             yield f"{file.name} {name}", tensor
-    tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    tree["meta"] = {key: value for key, value in tree["meta"].items() if key not in VOLATILE}
-    for name, value in _leaves(tree):
-        yield f"state.json {name}", json.dumps(value)
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    yield from _leaves({**state, "meta": _masked(state["meta"])}, "state.json")
+    yield from _leaves(_masked(manifest), "manifest.json")
 
 
-def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _masked(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: "varies" if key in VOLATILE else value for key, value in tree.items()}
+
+
+def _leaves(tree: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Yield the values at the leaves of a tree of JSON, as text."""
     if isinstance(tree, (dict, list)) and tree:
         for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(value, f"{prefix}/{key}")
+            yield from _leaves(value, f"{name}/{key}")
     else:
-        yield prefix, tree
+        yield name, json.dumps(tree)
 
 
 # ---- launching ----------------------------------------------------------------------------------------------------
@@ -260,7 +267,6 @@ class Launcher:
         return {
             **os.environ,
             "PYTHONPATH": str(self._source),
-            "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             # DeepSpeed builds its operators with the tools of its environment.
             "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -317,8 +323,14 @@ def show(results: Mapping[str, Comparison]) -> Table:
     table = Table("job", *CATEGORIES, "result", padding=(0, 0), pad_edge=False)
     for name, result in results.items():
         cells = (_cell(result, category) for category in CATEGORIES)
-        table.add_row(name, *cells, "[red]DIFFERENT" if result.problems else "equal")
+        table.add_row(name, *cells, _verdict(result))
     return table
+
+
+def _verdict(result: Comparison) -> str:
+    if not result.problems:
+        return "equal"
+    return "[red]DIFFERENT" if result.counts else "[red]FAILED"
 
 
 def _cell(result: Comparison, category: str) -> str:
@@ -374,7 +386,9 @@ def main() -> int:
         for problem in results[name].problems:
             console.print(f"{name}: {problem}", style="red", highlight=False, markup=False)
     values = sum(sum(result.counts.values()) for result in results.values())
-    verdict = f"{len(failed)} of {len(results)} jobs differ" if failed else f"all {len(results)} jobs are equal"
+    verdict = (
+        f"{len(failed)} of {len(results)} jobs differ or failed" if failed else f"all {len(results)} jobs are equal"
+    )
     console.print(f"{verdict}; {values} values compared in {time.monotonic() - begin:.0f} s", highlight=False)
     return 1 if failed else 0
 

@@ -42,6 +42,7 @@ _SGD: Final = {
     "optimizer": {"type": "SGD", "lr": 0.05, "momentum": 0.9},
     "clip_grad": {"type": "value", "clip_value": 0.02},
 }
+_PARTLY_FROZEN: Final = {**_ADAMW, "paramwise_cfg": {"norm_decay_mult": 0.0, "freeze": ["blocks.0.norm"]}}
 _AMP: Final = {"type": "AmpOptimWrapper", "dtype": "bfloat16"}
 _FLOAT16: Final = {
     "type": "AmpOptimWrapper",
@@ -125,8 +126,8 @@ def _fsdp(strategy: Mapping[str, Any] | None = None, *, processes: int = 2, **op
     return Case(processes=processes, strategy={"type": "FSDPStrategy", **(strategy or {})}, **options)
 
 
-def _deepspeed(stage: int, **options: Any) -> Case:
-    strategy = {"type": "DeepSpeedStrategy", "zero_optimization": {"stage": stage}}
+def _deepspeed(stage: int, further: Mapping[str, Any] | None = None, **options: Any) -> Case:
+    strategy = {"type": "DeepSpeedStrategy", "zero_optimization": {"stage": stage}, **(further or {})}
     return Case(processes=2, strategy=strategy, **options)
 
 
@@ -140,16 +141,20 @@ CASES: Final[Mapping[str, Case]] = {
     "single SGD": _single(
         model=_LAYERS, optim_wrapper=_SGD, param_scheduler=_MOMENTUM, workers=2, average=False, resume_at=6
     ),
-    "single weighted": _single(model={"weighted": True, "dropout": 0.2}, train_cfg=_BY_EPOCH, resume_at=6),
+    "single weighted": _single(
+        model={"weighted": True, "dropout": 0.2}, optim_wrapper=_PARTLY_FROZEN, train_cfg=_BY_EPOCH, resume_at=6
+    ),
     "single bfloat16": _single(model=_LAYERS, optim_wrapper={**_ADAMW, **_AMP}),
     "single float16": _single(model={"dropout": 0.2}, optim_wrapper={**_ADAMW, **_FLOAT16}, resume_at=7),
     "single two optimizers": _single(two_networks=True, optim_wrapper=_TWO_OPTIMIZERS),
     "DDP x2": _ddp(model=_LAYERS, train_cfg=_BY_EPOCH, workers=2),
     "DDP x2 no_sync": _ddp(
         model={"dropout": 0.2, "weighted": True},
-        optim_wrapper={**_SGD, "accumulative_counts": 3},
+        # The last window is shorter.
+        optim_wrapper={**_SGD, "accumulative_counts": 5},
         param_scheduler=_MOMENTUM,
         average=False,
+        resume_at=7,
     ),
     "DDP x2 float16": _ddp(model={"dropout": 0.2}, optim_wrapper={**_ADAMW, **_FLOAT16}, resume_at=6),
     "DDP x2 two optimizers": _ddp({"model_wrapper": "separate"}, two_networks=True, optim_wrapper=_TWO_OPTIMIZERS),
@@ -162,14 +167,23 @@ CASES: Final[Mapping[str, Case]] = {
         resume_at=6,
     ),
     "FSDP x2 bfloat16": _fsdp({"mixed_precision": "bfloat16"}, model={"weighted": True}),
+    "FSDP x2 recomputed": _fsdp(
+        {"activation_checkpointing": True, "initial_weights": "per_rank"},
+        model={"dropout": 0.2},
+        optim_wrapper=_PARTLY_FROZEN,
+    ),
     "HSDP 2x2": _fsdp({"replicate": 2}, processes=4, model={"dropout": 0.2}),
     "TP x2": _fsdp({"tp": 2}, shared=2),
     "FSDP x TP 2x2": _fsdp({"tp": 2}, processes=4, shared=2),
     "ZeRO 1 x2": _deepspeed(1),
     "ZeRO 2 x2": _deepspeed(2, train_cfg=_BY_EPOCH),
     "ZeRO 3 x2": _deepspeed(3, average=False),
+    "ZeRO 2 x2 bfloat16": _deepspeed(2, {"bf16": {"enabled": True}}, model={"weighted": True}, average=False),
     "ColossalAI DDP x2": _colossalai({"type": "torch-ddp"}),
     "ColossalAI ZeRO 1 x2": _colossalai({"type": "lowlevel-zero", "stage": 1}),
     "ColossalAI ZeRO 2 x2": _colossalai({"type": "lowlevel-zero", "stage": 2}, average=False),
+    "ColossalAI ZeRO 1 x2 bfloat16": _colossalai(
+        {"type": "lowlevel-zero", "stage": 1, "precision": "bf16"}, model={"weighted": True}, average=False
+    ),
     "ColossalAI TP x2": _colossalai({"type": "hybrid-parallel", "tp_size": 2}, shared=2, average=False),
 }
