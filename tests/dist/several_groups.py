@@ -1,4 +1,4 @@
-"""Make and end several process groups in one process, as a script does that trains twice; run by torchrun."""
+"""Create and close several process groups in one process, like a script that trains twice. Run with torchrun."""
 
 import os
 import time
@@ -9,7 +9,7 @@ from stratagem.dist import all_reduce, close_dist, get_rank, init_dist
 
 for number in range(6):
     if number % 2 == int(os.environ["RANK"]):
-        time.sleep(0.3)  # the other rank meets what the last group left behind, if anything
+        time.sleep(0.3)  # the other rank would find the remains of the previous group
     init_dist(timeout=20)
     value = torch.tensor([get_rank() + number])
     all_reduce(value)

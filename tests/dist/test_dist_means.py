@@ -15,15 +15,15 @@ MANY = 130
 
 
 def means(values: tuple[dict[str, float], dict[str, float]]) -> dict[str, float]:
-    """Return the means of what this rank and the other one have."""
+    """Return the means of the values of both ranks."""
     found = mean_by_name(values[get_rank()])
-    # The group still works, so no rank waits in another collective than the rest.
+    # The group still works, so all ranks are in the same collective.
     assert all_gather_object(get_rank()) == [0, 1]
     return found
 
 
 def test_one_process_keeps_its_values() -> None:
-    """As floats, sorted by name."""
+    """In one process, the values are returned as floats, sorted by name."""
     assert list(mean_by_name({"b": 2, "a": 1.5}).items()) == [("a", 1.5), ("b", 2.0)]
 
 
@@ -50,21 +50,21 @@ def test_one_process_keeps_its_values() -> None:
 def test_a_mean_is_over_the_ranks_that_have_the_name(
     ranks: Ranks, first: dict[str, float], second: dict[str, float], expected: dict[str, float]
 ) -> None:
-    """Whatever else each rank has, in any order and any number, and both ranks get the same."""
+    """A name is averaged over the ranks that have it, and both ranks get the same result for any set of names."""
     for found in ranks.run(means, (first, second)):
         assert list(found.items()) == list(expected.items())
 
 
 @pytest.mark.parametrize("other", [{"a": 1.0, "b": 2.0}, {"a": 1.0}])
-def test_a_nan_of_one_rank_is_shown(ranks: Ranks, other: dict[str, float]) -> None:
-    """A loss that is NaN on one rank is NaN in the mean; other names are not affected."""
+def test_a_nan_on_one_rank_is_visible(ranks: Ranks, other: dict[str, float]) -> None:
+    """A NaN on one rank makes the mean of its name NaN, and does not affect other names."""
     for found in ranks.run(means, ({"a": 1.0, "b": math.nan}, other)):
         assert found["a"] == 1.0
         assert math.isnan(found["b"])
 
 
 def window_means() -> dict[str, float]:
-    """Return the means of windows whose values differ by rank, as the log has them."""
+    """Return the means of logging windows with different names on each rank."""
     window = ScalarWindow(4)
     name, value = (("mask", 1), ("box", 3))[get_rank()]
     for step in range(2):
@@ -72,20 +72,20 @@ def window_means() -> dict[str, float]:
     return window.means(reduce=mean_by_name)
 
 
-def test_a_value_of_some_iterations_of_one_rank_has_the_mean_of_those(ranks: Ranks) -> None:
-    """Each rank averages over the iterations that have the value, then the ranks that have one do."""
+def test_values_are_averaged_over_iterations_then_ranks(ranks: Ranks) -> None:
+    """Values are averaged first over the iterations of a rank that contain them, then over ranks."""
     assert ranks.run(window_means) == [{"box": 3.0, "loss": 2.0, "mask": 1.0}] * 2
 
 
 def collectives(values: tuple[dict[str, float], dict[str, float]]) -> int:
-    """Return how many collectives the means take, as the process group counts them."""
+    """Return the number of collectives in ``mean_by_name``, from the sequence number of the process group."""
     before = group.WORLD._get_sequence_number_for_group()
     mean_by_name(values[get_rank()])
     return group.WORLD._get_sequence_number_for_group() - before
 
 
 def test_equal_names_take_one_collective(ranks: Ranks) -> None:
-    """As a log line of every training does whose ranks log the same values."""
+    """If all ranks have the same names, which is the usual case, one collective is sufficient."""
     equal = {f"v{number}": 1.0 for number in range(48)}
     other = {f"w{number}": 1.0 for number in range(48)}
     assert ranks.run(collectives, (equal, equal)) == [1, 1]

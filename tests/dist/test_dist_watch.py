@@ -1,4 +1,4 @@
-"""Whether a process is still there."""
+"""Detecting whether a process has exited."""
 
 import os
 import subprocess
@@ -7,14 +7,14 @@ import sys
 from stratagem.dist import Peer
 
 
-def test_a_process_that_runs_has_not_ended():
-    """Such as this one and the one that started it."""
+def test_a_running_process_has_not_exited():
+    """A running process has not exited."""
     assert not Peer.here().has_ended()
     assert not Peer.of_parent().has_ended()
 
 
-def test_a_killed_process_has_ended_before_anybody_collects_it():
-    """As a zombie it still has its number; its rank is gone all the same."""
+def test_a_zombie_process_has_exited():
+    """A killed process counts as exited while it is a zombie that still has its PID."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     peer = Peer.of(process.pid)
     assert not peer.has_ended()
@@ -25,12 +25,12 @@ def test_a_killed_process_has_ended_before_anybody_collects_it():
     assert peer.has_ended()
 
 
-def test_a_number_that_another_process_has_now_does_not_count():
-    """In containers numbers come again soon; the start time tells them apart."""
+def test_a_reused_pid_means_the_process_has_exited():
+    """If a PID was reused, which is common in containers, the start time shows that the process has exited."""
     here = Peer.here()
     assert Peer(here.pid, here.place, "0").has_ended()
 
 
-def test_a_process_on_another_machine_cannot_be_told():
-    """Its number means another process here."""
+def test_a_process_on_a_different_host_counts_as_running():
+    """A process on a different host cannot be checked and counts as running."""
     assert not Peer(1, "elsewhere", "0").has_ended()

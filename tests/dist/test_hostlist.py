@@ -1,4 +1,4 @@
-"""SLURM's compact lists of hosts."""
+"""SLURM's compact host lists."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from stratagem.errors import LaunchError
         (" a,b ", ["a", "b"]),
     ],
 )
-def test_a_node_list_is_written_out(nodelist: str, hosts: list[str]) -> None:
-    """Zeros in front belong to the name; several brackets stand for every combination."""
+def test_a_node_list_is_expanded(nodelist: str, hosts: list[str]) -> None:
+    """Leading zeros are preserved, and several brackets expand to all combinations."""
     assert expand_hostlist(nodelist) == hosts
 
 
 @pytest.mark.parametrize("nodelist", ["", ",", "a,", "a[", "a[]", "a]b", "a[1-2", "a[2-1]", "a[x]", "a[[1]]", "a[1-2-3]"])
-def test_a_node_list_that_cannot_be_read_is_shown(nodelist: str) -> None:
-    """Rather than a wrong host there is an error that says what to set."""
+def test_an_invalid_node_list_is_reported(nodelist: str) -> None:
+    """The error for an invalid node list contains it and the variable to set."""
     with pytest.raises(LaunchError, match=rf"{re.escape(repr(nodelist))} cannot be read\. Set MASTER_ADDR"):
         expand_hostlist(nodelist)
 
@@ -43,7 +43,7 @@ ranges = st.tuples(st.integers(0, 200), st.integers(0, 12), st.integers(1, 4))
 
 @given(st.lists(st.tuples(words, st.lists(ranges, max_size=3), words | st.just("")), min_size=1, max_size=4))
 def test_expanding_undoes_folding(names: list[tuple[str, list[tuple[int, int, int]], str]]) -> None:
-    """Whatever hosts are folded into ranges of any width, the same hosts come out, in order."""
+    """Hosts that are folded into ranges of any width expand to the same hosts in order."""
     folded, hosts = [], []
     for prefix, parts, suffix in names:
         if not parts:
@@ -53,6 +53,6 @@ def test_expanding_undoes_folding(names: list[tuple[str, list[tuple[int, int, in
         written = [f"{first:0{width}d}-{first + more:0{width}d}" for first, more, width in parts]
         folded.append(f"{prefix}[{','.join(written)}]{suffix}")
         numbers = [f"{number:0{width}d}" for first, more, width in parts for number in range(first, first + more + 1)]
-        # SLURM pads to the width of the first number, which may be more than was asked for.
+        # SLURM pads to the width of the first number, which may exceed the requested width.
         hosts += [f"{prefix}{number}{suffix}" for number in numbers]
     assert expand_hostlist(",".join(folded)) == hosts

@@ -1,4 +1,4 @@
-"""What ranks say about the world before they work together; ranks are threads here, which share a store."""
+"""Check that all ranks belong to the same world. The ranks are threads that share a store."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stratagem.errors import LaunchError
 
 
 def call(ranks: Sequence[tuple[int, int]], seconds: float = 20.0) -> list[str | None]:
-    """Let a thread for each (rank, size) answer the roll; return what each was told."""
+    """Run the check in one thread for each (rank, size); return the error message of each."""
     store = HashStore()
 
     def answer(rank: int, size: int) -> str | None:
@@ -30,34 +30,34 @@ def call(ranks: Sequence[tuple[int, int]], seconds: float = 20.0) -> list[str | 
         return [future.result() for future in [threads.submit(answer, rank, size) for rank, size in ranks]]
 
 
-def test_all_are_there() -> None:
-    """Ranks that agree go on."""
+def test_all_ranks_are_present() -> None:
+    """Ranks with the same world size pass the check."""
     assert call([(2, 3), (0, 3), (1, 3)]) == [None] * 3
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
-def test_worlds_of_different_sizes(sizes: tuple[int, int]) -> None:
-    """Both sides are told both sizes at once, and what to set."""
+def test_different_world_sizes(sizes: tuple[int, int]) -> None:
+    """Ranks with different world sizes all get an error with both sizes and the option to set."""
     told = call([(0, sizes[0]), (1, sizes[1])])
     assert told[0] == told[1]
     assert f"Rank 0 was started as one of {sizes[0]}, rank 1 as one of {sizes[1]}" in (told[0] or "")
     assert "--nnodes" in (told[0] or "")
 
 
-def test_two_processes_with_one_rank() -> None:
-    """All three are told."""
+def test_two_processes_with_the_same_rank() -> None:
+    """If two processes have the same rank, all ranks get an error."""
     told = call([(0, 3), (1, 3), (1, 3)])
     assert all("Two processes were started as rank 1." in (text or "") for text in told)
 
 
-def test_a_rank_that_does_not_come() -> None:
-    """Those that came learn which ranks they wait for."""
+def test_missing_ranks() -> None:
+    """If ranks are missing, the others get an error that lists them."""
     told = call([(0, 4), (2, 4)], seconds=0.5)
     assert "2 of 4 ranks did not come within 0.5 s: 1, 3." in (told[0] or "")
 
 
-def test_a_rank_0_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others say whom they wait for."""
+def test_a_missing_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If rank 0 is missing, the others get an error that names it."""
     monkeypatch.setattr("stratagem.distributed.rendezvous.membership_check._FAREWELL_S", 0.0)
     (told,) = call([(1, 2)], seconds=0.3)
     assert "rank 0 did not come within 0.3 s" in (told or "")
