@@ -1,4 +1,4 @@
-"""Every optimizer of torch trains by its name."""
+"""All optimizers of torch can be built by name and used."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ NAMES = sorted(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_builds_steps_and_is_scheduled(name: str) -> None:
-    """Built from its name with its own defaults, it changes the weights, follows a schedule, and saves its state."""
+def test_an_optimizer_is_built_stepped_and_scheduled(name: str) -> None:
+    """An optimizer that is built by name changes the weights, follows a schedule, and saves its state."""
     torch.manual_seed(0)
     sparse = name == "SparseAdam"
     model: nn.Module = nn.Embedding(4, 3, sparse=True) if sparse else nn.Linear(4, 3, bias=False)

@@ -1,4 +1,4 @@
-"""Parameter groups, the rules for single parameters, and building from configurations."""
+"""Parameter groups, rules for single parameters, and building from configurations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stratagem.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict, bu
 
 
 class Net(nn.Module):
-    """A convolution, a depth-wise one, a normalisation, a head, and something whose name contains "head"."""
+    """Two convolutions (one depthwise), a norm, a head, a layer with "head" in its name, and a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Net(nn.Module):
 
 
 def build(model: nn.Module, paramwise: dict[str, Any] | None = None, **optimizer: Any) -> BaseOptimWrapper:
-    """Return the wrapper of an SGD with these rules; an option that is None is left out."""
+    """Return a wrapper of SGD with these rules; options that are None are omitted."""
     options = {"type": "SGD", "lr": 1.0, "weight_decay": 0.1, **optimizer}
     cfg = {"optimizer": {key: value for key, value in options.items() if value is not None}}
     built = build_optim_wrapper(model, cfg if paramwise is None else {**cfg, "paramwise_cfg": paramwise})
@@ -37,13 +37,13 @@ def build(model: nn.Module, paramwise: dict[str, Any] | None = None, **optimizer
 
 
 def option(wrapper: BaseOptimWrapper, model: nn.Module, key: str) -> dict[str, float]:
-    """Return the value of an option for each parameter by name."""
+    """Return the value of an option for each parameter, by name."""
     by_id = {id(p): group[key] for group in wrapper.param_groups for p in group["params"]}
     return {name: by_id[id(parameter)] for name, parameter in model.named_parameters()}
 
 
 def test_without_rules_there_is_one_group() -> None:
-    """All parameters in the order of the model, in a plain OptimWrapper."""
+    """Without rules, all parameters are in one group, in the order of the model."""
     model = Net()
     wrapper = build(model)
     assert isinstance(wrapper, OptimWrapper)
@@ -51,22 +51,22 @@ def test_without_rules_there_is_one_group() -> None:
     assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
 
 
-def test_equal_options_share_a_group_and_the_plain_one_comes_first() -> None:
-    """Eight parameters in two groups, not in eight; the first group's rate is the optimizer's."""
+def test_equal_options_share_a_group_and_the_default_comes_first() -> None:
+    """Parameters with equal options share a group, and the group with the optimizer's options comes first."""
     model = Net()
     wrapper = build(model, dict(bias_decay_mult=0.0, norm_decay_mult=0.0))
     assert [len(group["params"]) for group in wrapper.param_groups] == [5, 4]
     assert [group["weight_decay"] for group in wrapper.param_groups] == [0.1, 0.0]
 
 
-def test_multipliers_do_not_leak_into_the_groups() -> None:
-    """Groups hold options of the optimizer alone."""
+def test_multipliers_are_not_options_of_the_groups() -> None:
+    """Groups only contain options of the optimizer, not the multipliers."""
     wrapper = build(Net(), dict(custom_keys={"head": dict(lr_mult=0.5, decay_mult=0.0)}))
     assert not {key for group in wrapper.param_groups for key in group} & {"lr_mult", "decay_mult"}
 
 
-def test_kinds_of_parameters_have_their_multipliers() -> None:
-    """Norms, biases, depth-wise convolutions and flat parameters: the first kind that matches decides the decay."""
+def test_types_of_parameters_have_multipliers() -> None:
+    """For norms, biases, depthwise convolutions and flat parameters, the first match decides the weight decay."""
     model = Net()
     wrapper = build(
         model,
@@ -89,8 +89,8 @@ def test_kinds_of_parameters_have_their_multipliers() -> None:
     assert {name for name, rate in rates.items() if rate == 2.0} == {"conv.bias", "head.bias"}
 
 
-def test_deformable_convolutions_have_their_own_rule() -> None:
-    """The offsets learn at their own rate, and their biases are no ordinary ones."""
+def test_deformable_convolutions_have_a_separate_rule() -> None:
+    """Offsets of deformable convolutions have a separate multiplier, which also applies to their biases."""
 
     class ModulatedDeformConv2dPack(nn.Module):
         def __init__(self) -> None:
@@ -110,8 +110,8 @@ def test_deformable_convolutions_have_their_own_rule() -> None:
     assert set(option(wrapper, model, "weight_decay").values()) == {0.1}
 
 
-def test_the_longest_custom_key_decides_and_no_other_rule_applies() -> None:
-    """head.bias matches "head" and "head.bias"; bias_lr_mult is not asked any more."""
+def test_the_longest_custom_key_takes_precedence() -> None:
+    """The longest matching custom key applies, without any other rule such as bias_lr_mult."""
     model = Net()
     wrapper = build(
         model,
@@ -131,22 +131,22 @@ def test_the_longest_custom_key_decides_and_no_other_rule_applies() -> None:
         ("regex", r"^(head|conv)\.w", {"head.weight", "conv.weight"}),
     ],
 )
-def test_keys_match_parts_components_or_patterns(match: str, key: str, matched: set[str]) -> None:
-    """By default a key matches anywhere; as a component, "head" does not match "overhead"."""
+def test_keys_match_substrings_components_or_patterns(match: str, key: str, matched: set[str]) -> None:
+    """By default, a key matches any substring; as a component, "head" does not match "overhead"."""
     model = Net()
     wrapper = build(model, dict(match=match, custom_keys={key: dict(lr_mult=0.5)}))
     assert {name for name, rate in option(wrapper, model, "lr").items() if rate == 0.5} == matched
 
 
 def test_a_key_that_matches_nothing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """A key that decides nothing may be a typo."""
+    """A custom key without matches is logged, because it may be misspelled."""
     with caplog.at_level("WARNING", logger="stratagem"):
         build(Net(), dict(custom_keys={"haed": dict(lr_mult=0.5)}))
     assert "custom_keys['haed']" in caplog.text
 
 
-def test_the_log_shows_what_got_which_options(caplog: pytest.LogCaptureFixture) -> None:
-    """A table of groups with their options, tensors, elements and names."""
+def test_the_log_shows_the_groups(caplog: pytest.LogCaptureFixture) -> None:
+    """The log contains a table of groups with their options, tensors, elements and names."""
     with caplog.at_level("INFO", logger="stratagem"):
         build(Net(), dict(custom_keys={"head.bias": dict(lr_mult=0.5)}))
     assert "those of the optimizer" in caplog.text
@@ -154,8 +154,8 @@ def test_the_log_shows_what_got_which_options(caplog: pytest.LogCaptureFixture) 
     assert line.split()[-3:] == ["1", "2", "head.bias"]
 
 
-def test_layers_nearer_to_the_input_learn_slower() -> None:
-    """With rate 0.5 and two blocks: the stem 1/8, block 0 1/4, block 1 1/2, what follows 1; other multipliers join."""
+def test_layer_decay_reduces_the_rate_towards_the_input() -> None:
+    """With rate 0.5 and two blocks, the factors are 1/8, 1/4, 1/2 and 1, and other multipliers are applied."""
     model = nn.ModuleDict(
         dict(
             stem=nn.Linear(1, 1),
@@ -183,8 +183,8 @@ def test_layers_nearer_to_the_input_learn_slower() -> None:
     )
 
 
-def test_frozen_parameters_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    """Freeze switches gradients off and keeps the optimizer small; the log says how many."""
+def test_frozen_parameters_are_omitted(caplog: pytest.LogCaptureFixture) -> None:
+    """``freeze`` disables gradients, omits the parameters from the optimizer and logs their number."""
     model = Net()
     with caplog.at_level("INFO", logger="stratagem"):
         wrapper = build(model, dict(freeze=[r"^conv\.", "norm"]))
@@ -194,15 +194,15 @@ def test_frozen_parameters_are_left_out(caplog: pytest.LogCaptureFixture) -> Non
     assert "Froze 4 of 9 parameters" in caplog.text
 
 
-def test_parameters_without_gradients_stay_with_the_optimizer() -> None:
-    """What a model unfreezes later trains then."""
+def test_parameters_without_gradients_stay_in_the_optimizer() -> None:
+    """Parameters without gradients remain in the optimizer, so they can be unfrozen later."""
     model = Net()
     model.conv.requires_grad_(False)
     assert sum(len(group["params"]) for group in build(model).param_groups) == 9
 
 
 def test_a_shared_parameter_has_one_set_of_options() -> None:
-    """Tied weights are optimised once; rules that contradict each other need bypass_duplicate."""
+    """Tied weights are optimized once; contradictory rules for them require ``bypass_duplicate``."""
     model = nn.ModuleDict(dict(embed=nn.Linear(2, 2, bias=False), head=nn.Linear(2, 2, bias=False)))
     model["head"].weight = model["embed"].weight
     assert len(build(model, dict(bias_lr_mult=2.0)).param_groups[0]["params"]) == 1
@@ -213,8 +213,8 @@ def test_a_shared_parameter_has_one_set_of_options() -> None:
     assert wrapper.get_lr() == {"lr": [1.0]}
 
 
-def test_a_rate_that_is_not_given_is_the_optimizers_default() -> None:
-    """AdamW's own rate is 0.001."""
+def test_the_default_rate_is_that_of_the_optimizer() -> None:
+    """If no learning rate is given, multipliers apply to the default of the optimizer."""
     wrapper = build(Net(), dict(custom_keys={"head": dict(lr_mult=0.5)}), type="AdamW", lr=None)
     assert wrapper.get_lr() == {"lr": [0.001, 0.0005]}
 
@@ -235,22 +235,22 @@ def test_a_rate_that_is_not_given_is_the_optimizers_default() -> None:
         (dict(freeze=[""]), ConfigValueError, "no parameter to train"),
     ],
 )
-def test_wrong_rules_are_refused(rules: dict[str, Any], error: type[Exception], text: str) -> None:
-    """A misspelled or impossible rule is an error before training, with the nearest name."""
+def test_invalid_rules_are_rejected(rules: dict[str, Any], error: type[Exception], text: str) -> None:
+    """An invalid or misspelled rule is an error with the closest name."""
     with pytest.raises(error, match=text):
         build(Net(), rules, weight_decay=None)
 
 
-def test_a_part_that_is_called_module_is_not_taken_for_the_model() -> None:
-    """Only torch's own wrappers are looked through."""
+def test_a_submodule_named_module_is_not_unwrapped() -> None:
+    """A submodule named ``module`` is not mistaken for a wrapped model."""
     model = nn.Module()
     model.module = nn.Linear(1, 1)
     model.other = nn.Linear(1, 1)
     assert len(build(model).param_groups[0]["params"]) == 4
 
 
-def test_the_configuration_is_not_changed() -> None:
-    """Building twice from one configuration is possible, and it is as it was."""
+def test_the_configuration_is_not_modified() -> None:
+    """Building does not modify the configuration."""
     cfg = dict(
         type="OptimWrapper",
         optimizer=dict(type="SGD", lr=1.0),
@@ -263,8 +263,8 @@ def test_the_configuration_is_not_changed() -> None:
     assert cfg == kept
 
 
-def test_a_built_optimizer_is_used_as_it_is() -> None:
-    """Its groups and its implementation are the user's; rules for it are refused."""
+def test_an_optimizer_instance_is_used_unchanged() -> None:
+    """An optimizer instance keeps its groups and implementation, and rules for it are an error."""
     model = Net()
     optimizer = SGD(model.parameters(), lr=1.0)
     wrapper = build_optim_wrapper(model, dict(optimizer=optimizer, accumulative_counts=2))
@@ -275,8 +275,8 @@ def test_a_built_optimizer_is_used_as_it_is() -> None:
         build_optim_wrapper(model, dict(optimizer=optimizer, paramwise_cfg=dict(bias_lr_mult=2.0)))
 
 
-def test_a_constructor_of_ones_own_may_build_several() -> None:
-    """Constructor names what builds the wrapper from the rest of the configuration."""
+def test_a_custom_constructor_may_build_several_wrappers() -> None:
+    """``constructor`` names the callable that builds the wrapper from the remaining configuration."""
 
     class Both:
         def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
@@ -308,7 +308,7 @@ def test_a_constructor_of_ones_own_may_build_several() -> None:
         ),
     ],
 )
-def test_wrong_configurations_are_refused(cfg: Any, error: type[Exception], text: str) -> None:
-    """Every misspelling is an error that helps."""
+def test_invalid_configurations_are_rejected(cfg: Any, error: type[Exception], text: str) -> None:
+    """A misspelled or invalid configuration is an error with a suggestion."""
     with pytest.raises(error, match=text):
         build_optim_wrapper(Net(), cfg)

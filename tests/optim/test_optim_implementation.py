@@ -1,4 +1,4 @@
-"""Which implementation of an optimizer is taken."""
+"""Selecting the implementation of an optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MANY = [nn.Parameter(torch.zeros(2)) for _ in range(20)]
         (AdamW, {}, MANY, {"fused": True}),
         (AdamW, {}, MANY[:1], {"fused": True}),
         (SGD, {}, MANY, {"fused": True}),
-        # A few tensors of plain SGD are faster one by one.
+        # For a few tensors, plain SGD is faster in a loop.
         (SGD, {}, MANY[:4], {}),
         (SGD, {"momentum": 0.9}, MANY[:4], {"fused": True}),
         (RMSprop, {}, MANY, {}),
@@ -35,15 +35,15 @@ MANY = [nn.Parameter(torch.zeros(2)) for _ in range(20)]
         (Adam, {}, [nn.Parameter(torch.zeros(2, device="meta"))], {}),
     ],
 )
-def test_the_fastest_that_is_possible_is_the_default(
+def test_the_default_is_the_fastest_implementation(
     kind: type, options: dict[str, Any], parameters: list[nn.Parameter], expected: dict[str, bool]
 ) -> None:
-    """Fused wherever optimizer, dtypes and devices have it and the user did not choose."""
+    """The fused implementation is the default if the optimizer, data types and devices support it."""
     assert implementation_options(kind, options, parameters) == expected
 
 
 def test_sparse_gradients_are_not_fused() -> None:
-    """An embedding with sparse gradients trains."""
+    """Parameters with sparse gradients do not use the fused implementation."""
     model = nn.Embedding(4, 2, sparse=True)
     wrapper = build_optim_wrapper(model, dict(optimizer=dict(type="SGD", lr=1.0, momentum=0.0)))
     assert isinstance(wrapper, BaseOptimWrapper)
@@ -55,8 +55,8 @@ def test_sparse_gradients_are_not_fused() -> None:
     ("choice", "expected"),
     [("fused", {"fused": True}), ("foreach", {"foreach": True}), ("loop", {"fused": False, "foreach": False})],
 )
-def test_a_choice_is_followed(choice: str, expected: dict[str, bool]) -> None:
-    """implementation= in the optimizer wrapper decides."""
+def test_the_implementation_can_be_chosen(choice: str, expected: dict[str, bool]) -> None:
+    """``implementation`` in the optimizer wrapper selects the implementation."""
     assert implementation_options(Adam, {}, MANY, implementation=choice) == expected
 
 
@@ -68,14 +68,14 @@ def test_a_choice_is_followed(choice: str, expected: dict[str, bool]) -> None:
         ("loop", {"foreach": True}, "both say"),
     ],
 )
-def test_a_choice_that_cannot_be_is_refused(choice: str, options: dict[str, Any], text: str) -> None:
-    """Unknown, impossible and contradicting choices are errors."""
+def test_an_invalid_implementation_is_rejected(choice: str, options: dict[str, Any], text: str) -> None:
+    """An unknown, unsupported or contradictory implementation is an error."""
     with pytest.raises(ConfigValueError, match=text):
         implementation_options(RMSprop, options, MANY, implementation=choice)
 
 
 def test_all_implementations_take_the_same_steps() -> None:
-    """Fused, foreach and loop give the same weights."""
+    """The fused, foreach and loop implementations give the same weights."""
     results = []
     for choice in ("fused", "foreach", "loop"):
         torch.manual_seed(0)

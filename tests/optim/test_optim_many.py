@@ -12,14 +12,14 @@ from stratagem.optim import OptimWrapper, OptimWrapperDict
 
 
 def several() -> tuple[nn.Parameter, nn.Parameter, OptimWrapperDict]:
-    """Return two parameters and the wrappers, with rates 1 and 0.1, that train them."""
+    """Return two parameters and wrappers that train them with rates 1 and 0.1."""
     first, second = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     wrappers = OptimWrapperDict(a=OptimWrapper(SGD([first], lr=1.0)), b=OptimWrapper(SGD([second], lr=0.1)))
     return first, second, wrappers
 
 
 def test_each_optimizer_is_used_by_its_name() -> None:
-    """An update of one leaves the other's parameters and counts alone."""
+    """An update of one optimizer does not affect the parameters and counts of the other."""
     first, second, wrappers = several()
     wrappers["a"].update_params(first.sum())
     assert (first.item(), second.item()) == (-1.0, 0.0)
@@ -27,15 +27,15 @@ def test_each_optimizer_is_used_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("method", ["update_params", "backward", "step", "optim_context"])
-def test_what_belongs_to_one_optimizer_is_refused(method: str) -> None:
-    """The error shows how to call it on one of them."""
+def test_methods_of_a_single_optimizer_are_rejected(method: str) -> None:
+    """The error for a method that needs one optimizer shows how to select one."""
     _, _, wrappers = several()
     with pytest.raises(NotImplementedError, match=rf'optim_wrapper\["a"\]\.{method}'):
         getattr(wrappers, method)(torch.zeros(()))
 
 
 def test_all_gradients_can_be_cleared_at_once() -> None:
-    """zero_grad reaches every optimizer."""
+    """``zero_grad`` clears the gradients of all optimizers."""
     first, second, wrappers = several()
     (first + second).sum().backward()
     wrappers.zero_grad()
@@ -43,16 +43,16 @@ def test_all_gradients_can_be_cleared_at_once() -> None:
     assert second.grad is None
 
 
-def test_rates_and_momenta_are_shown_by_name() -> None:
-    """Logs show name.lr and name.momentum."""
+def test_rates_and_momenta_are_returned_by_name() -> None:
+    """Learning rates and momenta are returned as ``name.lr`` and ``name.momentum``."""
     _, _, wrappers = several()
     assert wrappers.get_lr() == {"a.lr": [1.0], "b.lr": [0.1]}
     assert wrappers.get_momentum() == {"a.momentum": [0], "b.momentum": [0]}
     assert set(wrappers.param_groups) == {"a", "b"}
 
 
-def test_it_reads_like_a_mapping() -> None:
-    """Names, wrappers, length, membership."""
+def test_it_is_a_mapping() -> None:
+    """OptimWrapperDict implements the mapping interface."""
     _, _, wrappers = several()
     assert list(wrappers) == list(wrappers.keys()) == ["a", "b"]
     assert dict(wrappers.items()) == {"a": wrappers["a"], "b": wrappers["b"]}
@@ -64,7 +64,7 @@ def test_it_reads_like_a_mapping() -> None:
 
 
 def test_state_round_trips_by_name() -> None:
-    """Each wrapper gets its own state back."""
+    """The state of each wrapper is restored by name."""
     first, _, wrappers = several()
     wrappers["a"].update_params(first.sum())
     _, _, others = several()
@@ -74,8 +74,8 @@ def test_state_round_trips_by_name() -> None:
         others.load_state_dict({"a": wrappers["a"].state_dict()})
 
 
-def test_open_windows_are_dropped_together() -> None:
-    """The number of micro-batches is that of all."""
+def test_pending_micro_batches_are_discarded_together() -> None:
+    """Discarding returns the number of pending micro-batches of all wrappers."""
     weight = nn.Parameter(torch.zeros(1))
     wrappers = OptimWrapperDict(a=OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=4))
     wrappers.initialize_count_status(nn.Identity(), 0, 8)
@@ -83,8 +83,8 @@ def test_open_windows_are_dropped_together() -> None:
     assert wrappers.drop_window() == 1
 
 
-def test_only_built_wrappers_are_taken() -> None:
-    """A wrong item is named, and none at all is refused."""
+def test_only_wrappers_are_accepted() -> None:
+    """An item that is not a wrapper, or an empty dict, is an error."""
     with pytest.raises(ConfigTypeError, match="a="):
         OptimWrapperDict(a=dict(type="OptimWrapper"))  # type: ignore[arg-type]
     with pytest.raises(ConfigValueError, match="at least one"):

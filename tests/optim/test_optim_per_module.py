@@ -1,4 +1,4 @@
-"""An optimizer for each part of a model."""
+"""Separate optimizers for the parts of a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from stratagem.optim import MultiOptimWrapperConstructor, OptimWrapperDict, buil
 
 
 def gan() -> nn.ModuleDict:
-    """Return a model of two parts."""
+    """Return a model with two parts."""
     return nn.ModuleDict({"generator": nn.Linear(2, 2), "critic": nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))})
 
 
-def test_each_part_gets_the_optimizer_of_its_name() -> None:
-    """Rates, types and rules are each part's own, and a name may be dotted."""
+def test_each_part_gets_its_optimizer() -> None:
+    """Each part has its own optimizer, rates and rules, and names may be dotted."""
     model = gan()
     built = build_optim_wrapper(
         model,
@@ -43,7 +43,7 @@ def test_each_part_gets_the_optimizer_of_its_name() -> None:
         (dict(paramwise_cfg=dict(bias_lr_mult=2.0)), ConfigValueError, "its own paramwise_cfg"),
     ],
 )
-def test_wrong_parts_are_refused(parts: dict[str, Any], error: type[Exception], text: str) -> None:
-    """Errors name the part and the nearest one that the model has."""
+def test_invalid_parts_are_rejected(parts: dict[str, Any], error: type[Exception], text: str) -> None:
+    """An invalid part is an error with the closest name in the model."""
     with pytest.raises(error, match=text):
         build_optim_wrapper(gan(), dict(constructor=MultiOptimWrapperConstructor, **parts))

@@ -19,32 +19,32 @@ def wrapped(**options: object) -> tuple[nn.Linear, AmpOptimWrapper]:
 
 
 def train(model: nn.Module, wrapper: AmpOptimWrapper, factor: float = 1.0) -> torch.dtype:
-    """Train one micro-batch and return the type of the outputs."""
+    """Train on one micro-batch and return the data type of the outputs."""
     with wrapper.optim_context(model):
         outputs = model(torch.ones(3, 4))
     wrapper.update_params(outputs.float().mean() * factor)
     return outputs.dtype
 
 
-def test_bfloat16_is_the_default_of_the_cpu_and_needs_no_scaler() -> None:
-    """Forwards run in bfloat16, parameters and updates in their own type, and no loss is scaled."""
+def test_bfloat16_is_the_default_on_the_cpu() -> None:
+    """On the CPU, the default is bfloat16 for the forward pass, without a gradient scaler."""
     model, wrapper = wrapped()
     before = model.bias.detach().clone()
     assert train(model, wrapper) is torch.bfloat16
     assert wrapper.loss_scaler is None
-    # The loss is the mean over 2 outputs: the gradient of each bias is 0.5.
+    # The loss is the mean over 2 outputs, so the gradient of each bias is 0.5.
     torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), 0.05))
 
 
 def test_autocast_ends_with_the_context() -> None:
-    """Outside of optim_context nothing is cast."""
+    """Autocast is disabled outside ``optim_context``."""
     model, wrapper = wrapped(dtype="bfloat16")
     train(model, wrapper)
     assert model(torch.ones(3, 4)).dtype is torch.float32
 
 
 def test_float16_scales_the_loss_and_unscales_the_gradients() -> None:
-    """The update is that of the unscaled loss."""
+    """With float16, the update is that of the unscaled loss."""
     model, wrapper = wrapped(dtype="float16", loss_scale=dict(init_scale=1024.0))
     before = model.bias.detach().clone()
     assert train(model, wrapper) is torch.float16
@@ -53,7 +53,7 @@ def test_float16_scales_the_loss_and_unscales_the_gradients() -> None:
 
 
 def test_an_overflow_skips_the_update_and_halves_the_scale() -> None:
-    """A skipped update counts as an attempt alone, so schedules and averages stay where they are."""
+    """A skipped update only counts as an attempt, so schedules and averages do not advance."""
     model, wrapper = wrapped(dtype=torch.float16, loss_scale=dict(init_scale=1024.0))
     before = model.weight.detach().clone()
     train(model, wrapper, factor=float("inf"))
@@ -66,8 +66,8 @@ def test_an_overflow_skips_the_update_and_halves_the_scale() -> None:
 
 
 @pytest.mark.parametrize("scale", [256, 256.0])
-def test_a_number_stays_the_scale(scale: float) -> None:
-    """A fixed scale survives an overflow; whole numbers are numbers too."""
+def test_a_fixed_scale_does_not_change(scale: float) -> None:
+    """A fixed scale, which may be an integer, does not change after an overflow."""
     model, wrapper = wrapped(dtype="float16", loss_scale=scale)
     train(model, wrapper, factor=float("inf"))
     assert wrapper.loss_scaler is not None
@@ -75,7 +75,7 @@ def test_a_number_stays_the_scale(scale: float) -> None:
 
 
 def test_gradients_are_clipped_after_unscaling() -> None:
-    """The norm and its limit are those of the true gradients: sqrt(8 * 0.5**2 + 2 * 0.5**2)."""
+    """Clipping uses the norm of the unscaled gradients: sqrt(8 * 0.5**2 + 2 * 0.5**2)."""
     model, wrapper = wrapped(dtype="float16", loss_scale=1024.0, clip_grad=dict(max_norm=0.1))
     before = model.bias.detach().clone()
     train(model, wrapper)
@@ -85,15 +85,15 @@ def test_gradients_are_clipped_after_unscaling() -> None:
     torch.testing.assert_close(before - model.bias.detach(), torch.full((2,), expected), rtol=1e-3, atol=0)
 
 
-def test_accumulation_keeps_autocast_in_every_micro_batch() -> None:
-    """Autocast and the placement's context nest."""
+def test_every_micro_batch_uses_autocast() -> None:
+    """Every micro-batch of an accumulation window uses autocast."""
     model, wrapper = wrapped(dtype="bfloat16", accumulative_counts=2)
     assert [train(model, wrapper) for _ in range(2)] == [torch.bfloat16] * 2
     assert wrapper.updates == 1
 
 
-def test_the_scale_is_part_of_the_state() -> None:
-    """A resumed run goes on with the scale that it had found."""
+def test_the_loss_scale_is_part_of_the_state() -> None:
+    """A resumed run continues with the saved loss scale."""
     model, first = wrapped(dtype="float16", loss_scale=dict(init_scale=1024.0))
     train(model, first, factor=float("inf"))
     _, second = wrapped(dtype="float16")
@@ -104,8 +104,8 @@ def test_the_scale_is_part_of_the_state() -> None:
     assert second.loss_scaler.get_scale() == 512.0
 
 
-def test_a_state_of_another_precision_is_taken() -> None:
-    """From a bfloat16 run a float16 run starts with its configured scale."""
+def test_a_state_of_a_different_precision_can_be_loaded() -> None:
+    """A float16 run that resumes from bfloat16 starts with its configured scale."""
     _, first = wrapped(dtype="bfloat16")
     _, second = wrapped(dtype="float16", loss_scale=dict(init_scale=8.0))
     second.load_state_dict(first.state_dict())
@@ -125,7 +125,7 @@ def test_a_state_of_another_precision_is_taken() -> None:
         (dict(dtype="float16", nonfinite="error"), ConfigValueError, "first overflow"),
     ],
 )
-def test_what_does_not_fit_is_refused(options: dict[str, object], error: type[Exception], text: str) -> None:
-    """Wrong arguments are errors when the wrapper is built."""
+def test_invalid_arguments_are_rejected(options: dict[str, object], error: type[Exception], text: str) -> None:
+    """Invalid arguments are errors when the wrapper is built."""
     with pytest.raises(error, match=text):
         wrapped(**options)

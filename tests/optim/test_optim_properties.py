@@ -1,4 +1,4 @@
-"""What holds for every length of windows, every run and every interruption."""
+"""Properties of accumulation windows and schedules."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ chains = st.lists(st.tuples(st.sampled_from(BUILDERS), st.integers(0, 8), st.int
 
 
 def build(chain: list[tuple[Callable[..., ParamScheduler], int, int]]) -> tuple[SGD, list[ParamScheduler]]:
-    """Return an optimizer with a rate of 1 and its chain, each range given as begin and length."""
+    """Return an optimizer with a learning rate of 1 and its chain of schedules, each with its begin and length."""
     optim = SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     return optim, [make(optim, begin, begin + length) for make, begin, length in chain]
 
 
 @settings(max_examples=60, deadline=None)
 @given(gradients=st.lists(st.integers(-8, 8), min_size=1, max_size=12), counts=st.integers(1, 5))
-def test_every_update_has_the_mean_gradient_of_its_window(gradients: list[int], counts: int) -> None:
-    """Whatever the length of the run and of windows, the last one included."""
+def test_every_update_uses_the_mean_gradient_of_its_window(gradients: list[int], counts: int) -> None:
+    """Every update uses the mean gradient of its window, for any length of the run, including the last window."""
     weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
     wrapper = OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=counts)
     wrapper.initialize_count_status(nn.Identity(), 0, len(gradients))
@@ -65,10 +65,10 @@ def test_every_update_has_the_mean_gradient_of_its_window(gradients: list[int], 
 
 @settings(max_examples=60, deadline=None)
 @given(chain=chains, stop=st.integers(0, 20))
-def test_a_chain_that_is_resumed_anywhere_goes_on_exactly(
+def test_a_chain_can_be_resumed_at_any_position(
     chain: list[tuple[Callable[..., ParamScheduler], int, int]], stop: int
 ) -> None:
-    """Freshly built schedules with the saved state give the same values as ones that were not interrupted, bit for bit."""
+    """Schedules that are resumed at any position give bit-identical values to uninterrupted ones."""
     optim, schedules = build(chain)
     for _ in range(stop):
         for schedule in schedules:
@@ -84,10 +84,10 @@ def test_a_chain_that_is_resumed_anywhere_goes_on_exactly(
 
 @settings(max_examples=60, deadline=None)
 @given(chain=chains, jumps=st.lists(st.integers(0, 5), max_size=6))
-def test_one_jump_is_as_many_single_steps(
+def test_a_step_of_several_positions_equals_single_steps(
     chain: list[tuple[Callable[..., ParamScheduler], int, int]], jumps: list[int]
 ) -> None:
-    """A value depends on the position alone, not on how it was reached."""
+    """The value only depends on the position, not on the size of the steps."""
     optim, schedules = build(chain)
     other, single = build(chain)
     for jump in jumps:

@@ -1,4 +1,4 @@
-"""Optimizers on two ranks: the arithmetic is that of one process over all samples."""
+"""Optimizers on two ranks compute the same as one process with all samples."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from stratagem.dist import get_rank
 from stratagem.model import BaseModel
 from stratagem.strategies import DDPStrategy
 
-# Samples of the micro-batches of one step, for each rank.
+# The number of samples in each micro-batch of a step, for each rank.
 SIZES = ((3, 1), (2, 5))
 
 
 class Sums(BaseModel):
-    """A network whose loss says how many samples it is the mean of."""
+    """A network that returns its loss with the number of samples as weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,13 +36,13 @@ class Sums(BaseModel):
 
 
 def samples(scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Return 11 samples, as many as all micro-batches have."""
+    """Return 11 samples, the total number in all micro-batches."""
     generator = torch.Generator().manual_seed(5)
     return torch.randn(11, 4, generator=generator) * scale, torch.randn(11, 2, generator=generator)
 
 
 def micro_batches(rank: int) -> list[tuple[Tensor, Tensor]]:
-    """Return those of one rank."""
+    """Return the micro-batches of one rank."""
     inputs, targets = samples()
     sizes = [size for of_rank in SIZES for size in of_rank]
     pairs = list(zip(inputs.split(sizes), targets.split(sizes), strict=True))
@@ -50,7 +50,7 @@ def micro_batches(rank: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def prepared(folder: str, **optim: Any) -> tuple[DDPStrategy, Any, Any]:
-    """Return a strategy over both ranks with the network, by a fixed seed, and its wrapper."""
+    """Return a strategy on both ranks with the network, initialized from a fixed seed, and its wrapper."""
     strategy = DDPStrategy(work_dir=folder, env_kwargs={"launcher": "pytorch"}, log_kwargs={"log_level": "ERROR"})
     seed_generators(3)
     optim = {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}, **optim}
@@ -64,10 +64,10 @@ def weights(strategy: DDPStrategy) -> dict[str, Tensor]:
 
 
 def weighted_steps(folder: str, **optim: Any) -> tuple[dict[str, Tensor], int, list[Tensor]]:
-    """Take two weighted steps of two micro-batches each; return weights, gradient exchanges and gradients before them."""
+    """Take two weighted steps with two micro-batches each; return weights, all-reduces and intermediate gradients."""
     strategy, model, wrapper = prepared(folder, accumulative_counts=2, **optim)
     exchanges: list[int] = []
-    # A lambda, since torch does not understand annotations that are texts.
+    # Use a lambda, because torch does not support string annotations here.
     model.register_comm_hook(None, lambda _, bucket: exchanges.append(bucket.index()) or allreduce_hook(None, bucket))
     between = []
     for _ in range(2):
@@ -80,7 +80,7 @@ def weighted_steps(folder: str, **optim: Any) -> tuple[dict[str, Tensor], int, l
 
 
 def one_big_batch(**optim: Any) -> dict[str, Tensor]:
-    """Return the weights after two steps of torch alone over all samples."""
+    """Return the weights after two steps of plain torch on all samples."""
     seed_generators(3)
     model = Sums()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -94,20 +94,20 @@ def one_big_batch(**optim: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("optim", [{}, {"clip_grad": {"max_norm": 0.05}}], ids=["plain", "clipped"])
-def test_weighted_losses_are_one_big_batch(ranks: Ranks, tmp_path: Path, optim: dict):
-    """Micro-batches of 3, 1 and 2, 5 samples on two ranks step as 11 samples do, clipped by the norm of all."""
+def test_weighted_losses_match_one_large_batch(ranks: Ranks, tmp_path: Path, optim: dict):
+    """Micro-batches of 3, 1 and 2, 5 samples on two ranks give the same step as 11 samples, including clipping."""
     (found, exchanges, between), (other, _, gradients) = ranks.run(weighted_steps, str(tmp_path), **optim)
     expected = one_big_batch(**optim)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
         assert torch.equal(found[name], other[name])
-    # One bucket holds this network: an exchange a step, and in between each rank has gradients of its own.
+    # The network fits in one bucket, so there is one all-reduce per step. In between, gradients differ between ranks.
     assert exchanges == 2
     assert not torch.equal(between[0], gradients[0])
 
 
 def overflow(folder: str, **optim: Any) -> tuple[int, int, float | None, dict[str, Tensor]]:
-    """Meet an infinite loss on rank 1 in the second of three steps."""
+    """Train three steps with an infinite loss on rank 1 in the second."""
     strategy, model, wrapper = prepared(folder, **optim)
     before = None
     for step in range(3):
@@ -133,17 +133,19 @@ def overflow(folder: str, **optim: Any) -> tuple[int, int, float | None, dict[st
     ],
     ids=["skip", "float16"],
 )
-def test_an_overflow_on_one_rank_is_skipped_on_both(ranks: Ranks, tmp_path: Path, optim: dict, scale: float | None):
-    """Both keep their weights in that step, lower the same scale, and go on alike."""
+def test_an_overflow_on_one_rank_is_skipped_on_both_ranks(
+    ranks: Ranks, tmp_path: Path, optim: dict, scale: float | None
+):
+    """Both ranks keep their weights in this step, reduce the scale and continue with equal weights."""
     first, second = ranks.run(overflow, str(tmp_path), **optim)
     assert first[:3] == second[:3] == (3, 2, scale)
     assert all(torch.equal(first[3][name], value) for name, value in second[3].items())
 
 
 def zero_steps(folder: str, steps: int, resume: str | None, kind: dict) -> tuple[dict[str, Tensor], int]:
-    """Train with an optimizer, resumed where asked, save, and return the weights and the numbers of this rank's state."""
+    """Train, optionally after resuming, and save; return the weights and the number of state elements on this rank."""
     with warnings.catch_warnings():
-        # torch.distributed.optim scripts functions when it is imported, and torch warns of that.
+        # Importing torch.distributed.optim compiles functions with TorchScript, which causes a warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         strategy, model, wrapper = prepared(folder, optimizer=kind)
     if resume is not None:
@@ -162,8 +164,8 @@ WHOLE = {"type": "AdamW", **ADAMW}
 SPREAD = {"type": "ZeroRedundancyOptimizer", "optimizer_type": "AdamW", **ADAMW}
 
 
-def test_state_that_is_spread_over_ranks_steps_as_the_whole(ranks: Ranks, tmp_path: Path):
-    """ZeroRedundancyOptimizer gives the weights of AdamW, each rank holding its part of the moments."""
+def test_sharded_optimizer_state_gives_the_same_weights(ranks: Ranks, tmp_path: Path):
+    """ZeroRedundancyOptimizer gives the same weights as AdamW, with a part of the state on each rank."""
     (whole, all_of_it), _ = ranks.run(zero_steps, str(tmp_path / "whole"), 4, None, WHOLE)
     (spread, first), (other, second) = ranks.run(zero_steps, str(tmp_path / "spread"), 4, None, SPREAD)
     for name, value in whole.items():
@@ -174,8 +176,10 @@ def test_state_that_is_spread_over_ranks_steps_as_the_whole(ranks: Ranks, tmp_pa
 
 
 @pytest.mark.parametrize(("saved_by", "resumed_by"), [(SPREAD, SPREAD), (SPREAD, WHOLE), (WHOLE, SPREAD)], ids=str)
-def test_spread_state_is_saved_whole_and_resumed(ranks: Ranks, tmp_path: Path, saved_by: dict, resumed_by: dict):
-    """Two steps, a checkpoint and two more are four steps; either kind resumes what the other saved."""
+def test_sharded_optimizer_state_is_saved_unsharded_and_resumed(
+    ranks: Ranks, tmp_path: Path, saved_by: dict, resumed_by: dict
+):
+    """Sharded state is saved unsharded, and sharded and unsharded optimizers can resume from each other."""
     (expected, _), _ = ranks.run(zero_steps, str(tmp_path / "four"), 4, None, WHOLE)
     ranks.run(zero_steps, str(tmp_path / "two"), 2, None, saved_by)
     saved = str(tmp_path / "two" / "saved")

@@ -1,4 +1,4 @@
-"""Gradients and weights that are not finite are found, whatever they are made of."""
+"""Detecting NaN and Inf in gradients and weights."""
 
 import math
 
@@ -13,8 +13,8 @@ KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.comp
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_every_type_of_number_is_looked_at(dtype: torch.dtype):
-    """A bad value among sound ones, beside other tensors, empty ones and whole numbers."""
+def test_all_data_types_are_checked(dtype: torch.dtype):
+    """A NaN or Inf is found in any data type, next to finite, empty and integer tensors."""
     sound = torch.ones(3, 2).to(dtype)
     others = [torch.zeros(0), torch.tensor(1), torch.zeros(4)]
     assert all_finite([*others, sound])
@@ -25,12 +25,12 @@ def test_every_type_of_number_is_looked_at(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_large_numbers_are_finite(dtype: torch.dtype):
-    """Also where the sum of their squares is not."""
+    """Large finite numbers pass the check, even if the sum of their squares overflows."""
     assert all_finite([torch.full((100,), torch.finfo(dtype).max, dtype=dtype)])
 
 
 def watched(*parameters: Tensor) -> UpdateWatch:
-    """Return a watch of the parameters, which are called first, second ..."""
+    """Return a check of the parameters, which are named first, second and third."""
     names = ("first", "second", "third")
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     return UpdateWatch(optimizer, {id(each): name for each, name in zip(parameters, names, strict=False)})
@@ -38,8 +38,8 @@ def watched(*parameters: Tensor) -> UpdateWatch:
 
 @pytest.mark.parametrize("dtype", KINDS[:5], ids=str)
 @pytest.mark.parametrize("value", BAD)
-def test_an_update_is_refused_and_the_parameter_named(dtype: torch.dtype, value: float):
-    """Gradients of several types at once, of which one is bad; sound ones keep their bits."""
+def test_an_update_is_rejected_and_the_parameter_named(dtype: torch.dtype, value: float):
+    """An update with a NaN or Inf in one of several data types is rejected; finite gradients keep their bits."""
     parameters = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=dtype)), nn.Parameter(torch.ones(2))]
     watch = watched(*parameters)
     for each in parameters:
@@ -55,8 +55,8 @@ def test_an_update_is_refused_and_the_parameter_named(dtype: torch.dtype, value:
     assert watch.admits(gradients, None)
 
 
-def test_sparse_gradients_are_looked_at():
-    """Such as those of a large embedding."""
+def test_sparse_gradients_are_checked():
+    """Sparse gradients, such as those of a large embedding, are checked."""
     embedding = nn.Embedding(5, 2, sparse=True)
     watch = watched(embedding.weight)
     embedding(torch.tensor([1, 3])).sum().backward()
@@ -67,7 +67,7 @@ def test_sparse_gradients_are_looked_at():
 
 
 def test_gradients_may_become_sparse():
-    """An embedding that is used sparsely once, after it was used densely, has its gradients looked at all the same."""
+    """The gradients of an embedding are checked even if they change between dense and sparse."""
     embedding, other = nn.Embedding(5, 2), nn.Parameter(torch.ones(2))
     watch = watched(embedding.weight, other)
     for sparse, value, sound in [
@@ -82,8 +82,8 @@ def test_gradients_may_become_sparse():
         assert watch.admits([embedding.weight.grad, torch.ones(2)], None) is sound
 
 
-def test_gradients_of_a_group_that_came_later_are_looked_at():
-    """Also where they are of a type that the first group has not."""
+def test_gradients_of_a_later_group_are_checked():
+    """Gradients of groups that are added later are checked, even with a new data type."""
     first, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.complex64))
     optimizer = torch.optim.SGD([first], lr=0.1)
     watch = UpdateWatch(optimizer, {})
@@ -92,14 +92,14 @@ def test_gradients_of_a_group_that_came_later_are_looked_at():
     assert not watch.admits([torch.ones(2), torch.full((2,), complex(0, math.inf))], None)
 
 
-def test_an_update_without_gradients_is_admitted():
-    """There is nothing in it that could be bad."""
+def test_an_update_without_gradients_is_allowed():
+    """An update without gradients is allowed."""
     parameter = nn.Parameter(torch.ones(2))
     assert watched(parameter).admits([], None)
 
 
-def test_a_finite_loss_keeps_the_bits_of_its_gradients_under_a_watch():
-    """Beginning with 1 + 0 * loss is beginning with 1."""
+def test_the_check_does_not_change_finite_gradients():
+    """For a finite loss, the initial gradient of 1 + 0 * loss is exactly 1, so the results do not change."""
     torch.manual_seed(0)
     inputs = torch.randn(5, 4)
     gradients = []
@@ -114,8 +114,8 @@ def test_a_finite_loss_keeps_the_bits_of_its_gradients_under_a_watch():
     assert torch.equal(*gradients)
 
 
-def test_a_deferred_watch_tells_which_update_was_the_first_bad_one():
-    """Counted from the last look."""
+def test_the_deferred_check_returns_the_first_bad_update():
+    """The deferred check returns the first bad update since it was last read."""
     parameter = nn.Parameter(torch.ones(1))
     watch = DeferredWatch(torch.optim.SGD([parameter], lr=0.1, fused=True))
     sound, bad = torch.ones(1), torch.tensor([math.nan])
@@ -135,8 +135,8 @@ def test_a_deferred_watch_tells_which_update_was_the_first_bad_one():
         (lambda p: torch.optim.RMSprop(p, lr=0.1), False),
     ],
 )
-def test_only_fused_kernels_read_the_flag_on_the_device(optimizer, protects: bool):
-    """What the watch says of the weights is what becomes of them, and it takes its flag away in the end."""
+def test_only_fused_optimizers_read_the_flag_on_the_device(optimizer, protects: bool):
+    """Only fused optimizers read the flag and protect the weights; the flag is removed at the end."""
     parameter = nn.Parameter(torch.ones(1))
     made = optimizer([parameter])
     watch = DeferredWatch(made)
@@ -157,8 +157,8 @@ def test_only_fused_kernels_read_the_flag_on_the_device(optimizer, protects: boo
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
-def test_a_loss_that_is_not_finite_is_refused_though_its_gradients_are(exchanged: bool):
-    """An infinite constant in the loss leaves the gradients as they are, and the update is not made all the same."""
+def test_a_nonfinite_loss_with_finite_gradients_is_rejected(exchanged: bool):
+    """An infinite constant in the loss is rejected, although the gradients are finite."""
     parameter = torch.nn.Parameter(torch.ones(2))
     wrapper = OptimWrapper(torch.optim.SGD([parameter], lr=0.1))
     wrapper.watch = UpdateWatch(wrapper.optimizer, {}, exchanged=exchanged)

@@ -1,4 +1,4 @@
-"""The arithmetic between a loss and an update."""
+"""Gradient accumulation, clipping and updates of the optimizer wrapper."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parameter(*values: float) -> nn.Parameter:
 
 
 class Recorder(SGD):
-    """An SGD of rate 1 that keeps the gradients that it steps with."""
+    """SGD with a learning rate of 1 that records the gradients of each step."""
 
     def __init__(self, *parameters: nn.Parameter) -> None:
         super().__init__(parameters, lr=1.0)
@@ -33,8 +33,8 @@ class Recorder(SGD):
         super().step()
 
 
-def test_six_micro_batches_in_windows_of_four_give_whole_means() -> None:
-    """The last, shorter window is divided by its own length: [1.0, 1.0], not [1.0, 0.5]."""
+def test_a_shorter_last_window_is_divided_by_its_length() -> None:
+    """The last, shorter window is divided by its own length, which gives [1.0, 1.0] instead of [1.0, 0.5]."""
     weight = parameter()
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, accumulative_counts=4)
@@ -45,8 +45,8 @@ def test_six_micro_batches_in_windows_of_four_give_whole_means() -> None:
     assert (wrapper.inner_count, wrapper.attempts, wrapper.updates) == (6, 2, 2)
 
 
-def test_windows_go_on_where_the_length_of_the_run_is_not_known() -> None:
-    """Without the run's length each window has accumulative_counts micro-batches."""
+def test_windows_without_a_known_run_length() -> None:
+    """If the length of the run is unknown, each window has ``accumulative_counts`` micro-batches."""
     weight = parameter()
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, accumulative_counts=2)
@@ -55,8 +55,8 @@ def test_windows_go_on_where_the_length_of_the_run_is_not_known() -> None:
     assert optimizer.seen == [[0.5], [2.5]]
 
 
-def test_a_resume_inside_a_window_averages_what_is_left_of_it() -> None:
-    """After a resume at micro-batch 6 of windows of 4, the window of 7 and 8 is divided by 2, and a warning says so."""
+def test_a_resume_inside_a_window_averages_the_remaining_micro_batches() -> None:
+    """When resuming after 6 micro-batches in windows of 4, the remaining two are averaged, with a warning."""
     weight = parameter()
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, accumulative_counts=4)
@@ -67,8 +67,8 @@ def test_a_resume_inside_a_window_averages_what_is_left_of_it() -> None:
     assert optimizer.seen == [[1.0], [1.0]]
 
 
-def test_a_window_begins_where_a_state_is_loaded() -> None:
-    """A state of micro-batch 5 of windows of 4 leaves three to go, and they are divided by 3."""
+def test_a_loaded_state_starts_a_new_window() -> None:
+    """After loading a state with 5 micro-batches in windows of 4, the next three are averaged."""
     weight = parameter()
     saved = OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=4)
     for _ in range(5):
@@ -82,8 +82,8 @@ def test_a_window_begins_where_a_state_is_loaded() -> None:
     assert optimizer.seen == [pytest.approx([1.0])]
 
 
-def test_dropping_an_open_window_leaves_no_gradient_behind() -> None:
-    """An early stop inside a window forgets its gradients and says how many micro-batches they were."""
+def test_discarding_a_window_clears_its_gradients() -> None:
+    """Discarding a window clears its gradients and returns the number of its micro-batches."""
     weight = parameter()
     wrapper = OptimWrapper(Recorder(weight), accumulative_counts=4)
     for _ in range(3):
@@ -93,8 +93,8 @@ def test_dropping_an_open_window_leaves_no_gradient_behind() -> None:
     assert wrapper.drop_window() == 0
 
 
-def test_weights_make_unequal_micro_batches_equal_to_one_big_batch() -> None:
-    """With weights, three micro-batches of 1, 2 and 5 samples give the gradient of the batch of 8."""
+def test_weighted_micro_batches_match_one_large_batch() -> None:
+    """With weights, micro-batches of 1, 2 and 5 samples give the gradient of a batch of 8."""
     torch.manual_seed(0)
     model = nn.Linear(3, 1)
     data, target = torch.randn(8, 3), torch.randn(8, 1)
@@ -111,7 +111,7 @@ def test_weights_make_unequal_micro_batches_equal_to_one_big_batch() -> None:
 
 
 def test_weights_may_be_tensors() -> None:
-    """A weight may stay on its device: (1 * 1 + 3 * 4) / (1 + 3)."""
+    """A weight may be a tensor: (1 * 1 + 3 * 4) / (1 + 3)."""
     weight = parameter()
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, accumulative_counts=2)
@@ -120,8 +120,8 @@ def test_weights_may_be_tensors() -> None:
     assert optimizer.seen == [[3.25]]
 
 
-def test_a_window_without_any_weight_has_no_gradient() -> None:
-    """Micro-batches of padding alone give a gradient of zero, not 0 / 0."""
+def test_a_window_with_zero_weight_has_no_gradient() -> None:
+    """If all weights of a window are zero, the gradient is zero instead of 0 / 0."""
     weight = parameter()
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, accumulative_counts=2)
@@ -130,8 +130,8 @@ def test_a_window_without_any_weight_has_no_gradient() -> None:
     assert optimizer.seen == [[0.0]]
 
 
-def test_a_weight_for_some_micro_batches_only_is_refused() -> None:
-    """A window in which only some micro-batches have a weight has no meaning, and the error says how many had."""
+def test_a_weight_for_only_some_micro_batches_is_rejected() -> None:
+    """A window in which only some micro-batches have a weight is an error with their number."""
     weight = parameter()
     wrapper = OptimWrapper(Recorder(weight), accumulative_counts=2)
     wrapper.update_params(weight.sum(), weight=2)
@@ -140,7 +140,7 @@ def test_a_weight_for_some_micro_batches_only_is_refused() -> None:
 
 
 def test_clipping_uses_the_norm_over_all_groups() -> None:
-    """Gradients 3 and 4 in two groups have the norm 5, and are scaled to it together."""
+    """Gradients 3 and 4 in two groups have the norm 5 and are scaled together."""
     first, second = parameter(), parameter()
     optimizer = SGD([{"params": [first]}, {"params": [second]}], lr=1.0)
     wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=1.0))
@@ -152,7 +152,7 @@ def test_clipping_uses_the_norm_over_all_groups() -> None:
 
 
 def test_clipping_by_value_clips_each_value() -> None:
-    """With type="value" each value is limited on its own."""
+    """With ``type="value"``, each value is clipped separately."""
     weight = parameter(0.0, 0.0)
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, clip_grad=dict(type="value", clip_value=0.5))
@@ -160,8 +160,8 @@ def test_clipping_by_value_clips_each_value() -> None:
     assert optimizer.seen == [[0.25, -0.5]]
 
 
-def test_the_clipping_configuration_is_not_changed() -> None:
-    """The caller's mapping stays as it was."""
+def test_the_clipping_configuration_is_not_modified() -> None:
+    """The caller's mapping is not modified."""
     config = dict(type="norm", max_norm=1.0)
     OptimWrapper(SGD([parameter()], lr=1.0), clip_grad=config)
     assert config == dict(type="norm", max_norm=1.0)
@@ -179,16 +179,14 @@ def test_the_clipping_configuration_is_not_changed() -> None:
         (1.0, ConfigTypeError, "must be a mapping"),
     ],
 )
-def test_a_wrong_clipping_is_refused_when_the_wrapper_is_built(
-    config: object, error: type[Exception], text: str
-) -> None:
-    """A typo in clip_grad is an error at once, with the nearest name."""
+def test_an_invalid_clipping_is_rejected(config: object, error: type[Exception], text: str) -> None:
+    """An invalid clip_grad is an error at construction, with the closest name."""
     with pytest.raises(error, match=text):
         OptimWrapper(SGD([parameter()], lr=1.0), clip_grad=config)  # type: ignore[arg-type]
 
 
-def test_an_update_that_is_not_finite_is_skipped_where_asked() -> None:
-    """With nonfinite="skip" the weights stay, the window counts as an attempt, and training goes on."""
+def test_a_nonfinite_update_can_be_skipped() -> None:
+    """With ``nonfinite="skip"``, the weights do not change, and the window only counts as an attempt."""
     weight = parameter()
     wrapper = OptimWrapper(SGD([weight], lr=1.0), nonfinite="skip")
     wrapper.update_params((weight * float("inf")).sum())
@@ -198,8 +196,8 @@ def test_an_update_that_is_not_finite_is_skipped_where_asked() -> None:
     assert (weight.item(), wrapper.attempts, wrapper.updates) == (-1.0, 2, 1)
 
 
-def test_an_update_that_is_not_finite_is_an_error_where_asked() -> None:
-    """With nonfinite="error" the norm is named, and the weights stay."""
+def test_a_nonfinite_update_can_be_an_error() -> None:
+    """With ``nonfinite="error"``, the error shows the norm, and the weights do not change."""
     weight = parameter()
     wrapper = OptimWrapper(SGD([weight], lr=1.0), nonfinite="error")
     with pytest.raises(TrainingError, match="norm of the gradients is nan"):
@@ -207,8 +205,8 @@ def test_an_update_that_is_not_finite_is_an_error_where_asked() -> None:
     assert weight.item() == 0.0
 
 
-def test_error_if_nonfinite_of_clipping_is_heard() -> None:
-    """Torch's own spelling of the policy works too."""
+def test_error_if_nonfinite_is_supported() -> None:
+    """``error_if_nonfinite``, torch's name for the policy, is supported in clip_grad."""
     weight = parameter()
     wrapper = OptimWrapper(SGD([weight], lr=1.0), clip_grad=dict(max_norm=1.0, error_if_nonfinite=True))
     with pytest.raises(TrainingError, match="norm of the gradients"):
@@ -216,20 +214,20 @@ def test_error_if_nonfinite_of_clipping_is_heard() -> None:
 
 
 @pytest.mark.parametrize("counts", [0, -1, 1.5, None])
-def test_accumulative_counts_must_be_a_positive_whole_number(counts: object) -> None:
-    """A window needs at least one micro-batch."""
+def test_accumulative_counts_must_be_a_positive_integer(counts: object) -> None:
+    """``accumulative_counts`` must be a positive integer."""
     with pytest.raises(ConfigValueError, match="accumulative_counts"):
         OptimWrapper(SGD([parameter()], lr=1.0), accumulative_counts=counts)  # type: ignore[arg-type]
 
 
 def test_only_an_optimizer_can_be_wrapped() -> None:
-    """A configuration in the place of an optimizer is refused, with what to call."""
+    """Wrapping a configuration instead of an optimizer is an error that names the function to use."""
     with pytest.raises(ConfigTypeError, match="build_optim_wrapper"):
         OptimWrapper(dict(type="SGD"))  # type: ignore[arg-type]
 
 
-def test_groups_that_come_later_are_cleared_too() -> None:
-    """zero_grad sees groups that were added after the wrapper was built."""
+def test_later_groups_are_cleared() -> None:
+    """``zero_grad`` clears groups that were added after the wrapper was built."""
     first, second = parameter(), parameter()
     wrapper = OptimWrapper(SGD([first], lr=1.0))
     wrapper.optimizer.add_param_group({"params": [second]})
@@ -238,8 +236,8 @@ def test_groups_that_come_later_are_cleared_too() -> None:
     assert second.grad is None
 
 
-def test_an_optimizer_with_its_own_zero_grad_keeps_it() -> None:
-    """zero_grad of a class that defines it is called, not replaced."""
+def test_a_custom_zero_grad_is_called() -> None:
+    """A custom ``zero_grad`` of the optimizer is called."""
 
     class Own(SGD):
         cleared = 0
@@ -255,7 +253,7 @@ def test_an_optimizer_with_its_own_zero_grad_keeps_it() -> None:
 
 
 def test_step_and_zero_arguments_are_passed_on() -> None:
-    """step_kwargs reach the optimizer's step, zero_kwargs its zero_grad."""
+    """``step_kwargs`` are passed to the optimizer's ``step``, and ``zero_kwargs`` to its ``zero_grad``."""
     weight = parameter()
     wrapper = OptimWrapper(SGD([weight], lr=1.0))
     wrapper.update_params(weight.sum(), step_kwargs=dict(closure=None), zero_kwargs=dict(set_to_none=False))
@@ -271,20 +269,20 @@ def test_step_and_zero_arguments_are_passed_on() -> None:
         (torch.optim.Adagrad([parameter()]), [0.0]),
     ],
 )
-def test_momentum_is_read_where_the_optimizer_has_it(optimizer: Optimizer, expected: list[float]) -> None:
-    """get_momentum gives momentum, else the first beta, else 0."""
+def test_momentum_is_read_from_the_optimizer(optimizer: Optimizer, expected: list[float]) -> None:
+    """``get_momentum`` returns the momentum, the first beta, or 0."""
     assert OptimWrapper(optimizer).get_momentum() == {"momentum": expected}
 
 
-def test_the_learning_rates_shown_are_those_used() -> None:
-    """get_lr follows the groups, also after they were scaled."""
+def test_the_returned_learning_rates_are_those_used() -> None:
+    """``get_lr`` returns the current learning rates of the groups."""
     wrapper = OptimWrapper(SGD([{"params": [parameter()], "lr": 0.5}, {"params": [parameter()]}], lr=0.1))
     wrapper.param_groups[0]["lr"] *= 2
     assert wrapper.get_lr() == {"lr": [1.0, 0.1]}
 
 
 def test_state_round_trips() -> None:
-    """A wrapper that loads the state of another continues bit for bit, and the mapping keeps its keys."""
+    """A wrapper that loads a state continues bit for bit, and loading does not modify the mapping."""
     torch.manual_seed(0)
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]
     models[1].load_state_dict(models[0].state_dict())
@@ -302,8 +300,8 @@ def test_state_round_trips() -> None:
     assert torch.equal(models[0].weight, models[1].weight)
 
 
-def test_a_loaded_state_does_not_change_how_updates_are_computed() -> None:
-    """A state that a loop saved leaves a fused optimizer fused, with its step counts as fused needs them."""
+def test_loading_a_state_does_not_change_the_implementation() -> None:
+    """Loading a state from a non-fused optimizer keeps a fused optimizer fused."""
     weight = parameter()
     saved = OptimWrapper(AdamW([weight], lr=0.1, foreach=False))
     saved.update_params(weight.sum())
@@ -313,8 +311,8 @@ def test_a_loaded_state_does_not_change_how_updates_are_computed() -> None:
     loaded.update_params(weight.sum())
 
 
-def test_the_state_of_a_bare_optimizer_is_taken() -> None:
-    """What torch's own optimizer saved can be resumed from."""
+def test_the_state_of_a_plain_optimizer_can_be_loaded() -> None:
+    """The state of a plain torch optimizer can be loaded."""
     weight = parameter()
     bare = Adam([weight], lr=0.1)
     weight.sum().backward()
@@ -324,8 +322,8 @@ def test_the_state_of_a_bare_optimizer_is_taken() -> None:
     assert wrapper.get_lr() == {"lr": [0.1]}
 
 
-def test_a_state_with_other_groups_is_refused() -> None:
-    """The error names both numbers of groups."""
+def test_a_state_with_different_groups_is_rejected() -> None:
+    """A state with a different number of groups or parameters is an error."""
     one = OptimWrapper(SGD([parameter()], lr=1.0))
     two = OptimWrapper(SGD([{"params": [parameter()]}, {"params": [parameter()]}], lr=1.0))
     with pytest.raises(CheckpointMismatchError, match="has 2 parameter groups, this run has 1"):
@@ -336,15 +334,15 @@ def test_a_state_with_other_groups_is_refused() -> None:
 
 
 def test_the_context_of_a_plain_step_is_one_shared_object() -> None:
-    """Without accumulation no context is made, iteration after iteration."""
+    """Without accumulation, ``optim_context`` returns one shared context."""
     wrapper = OptimWrapper(SGD([parameter()], lr=1.0))
     contexts = {id(wrapper.optim_context(nn.Identity())) for _ in range(3)}
     assert len(contexts) == 1
     assert isinstance(wrapper.optim_context(nn.Identity()), nullcontext)
 
 
-def test_the_placement_is_told_when_to_exchange_gradients() -> None:
-    """accumulation_context gets False inside a window and True for its last micro-batch."""
+def test_the_placement_is_notified_of_the_last_micro_batch() -> None:
+    """``accumulation_context`` receives False within a window and True for its last micro-batch."""
     weight = parameter()
     wrapper = OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=3)
     wrapper.initialize_count_status(nn.Identity(), 0, 5)
@@ -362,8 +360,8 @@ def test_the_placement_is_told_when_to_exchange_gradients() -> None:
     assert seen == [False, False, True, False, True]
 
 
-def test_a_plain_step_costs_six_calls_more_than_its_parts() -> None:
-    """update_params adds six calls in all to backward and step, clearing the gradients included."""
+def test_a_plain_step_adds_six_calls() -> None:
+    """``update_params`` adds six calls to backward, step and clearing the gradients."""
 
     def calls(iteration: object) -> int:
         for _ in range(2):
@@ -391,12 +389,12 @@ def test_a_plain_step_costs_six_calls_more_than_its_parts() -> None:
             loss = model(data).sum()
         wrapper.update_params(loss)
 
-    # optim_context and the two ends of its context are not of update_params.
+    # The context of optim_context adds three more.
     assert calls(ours) - calls(bare) <= 6 + 3
 
 
-def test_schedule_free_optimizers_are_switched_between_their_two_weights() -> None:
-    """An optimizer with train() and eval() is put to training at once, and follows the wrapper."""
+def test_schedule_free_optimizers_follow_the_mode_of_the_wrapper() -> None:
+    """An optimizer with ``train`` and ``eval`` starts in training mode and follows the wrapper."""
     modes: list[str] = []
 
     class ScheduleFree(SGD):

@@ -1,4 +1,4 @@
-"""State spread over ranks; what several processes do is tested with the distributed strategies."""
+"""ZeroRedundancyOptimizer in one process. The tests of the distributed strategies cover several ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stratagem.errors import ConfigValueError
 from stratagem.utils import import_object
 
 
-def test_one_process_has_nobody_to_share_with() -> None:
-    """Without a process group the error says what to use."""
+def test_a_single_process_is_rejected() -> None:
+    """Without a process group, the error suggests the optimizer to use."""
     with warnings.catch_warnings():
-        # torch.distributed.optim scripts functions when it is imported, and torch warns of that.
+        # Importing torch.distributed.optim compiles functions with TorchScript, which causes a warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         zero = import_object("stratagem.optim.zero_redundancy:ZeroRedundancyOptimizer")
     with pytest.raises(ConfigValueError, match="Use AdamW itself"):

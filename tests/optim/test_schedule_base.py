@@ -29,12 +29,12 @@ from stratagem.optim import (
 
 
 def optimizer(lr: float = 1.0, **options: object) -> SGD:
-    """Return an optimizer of one parameter."""
+    """Return an optimizer with one parameter."""
     return SGD([nn.Parameter(torch.zeros(1))], lr=lr, **options)  # type: ignore[arg-type]
 
 
 def rates(optim: Optimizer, schedules: list[ParamScheduler], count: int) -> list[float]:
-    """Return the rate at each of the next positions."""
+    """Return the learning rate at each of the next positions."""
     seen = []
     for _ in range(count):
         seen.append(optim.param_groups[0]["lr"])
@@ -43,22 +43,22 @@ def rates(optim: Optimizer, schedules: list[ParamScheduler], count: int) -> list
     return seen
 
 
-def test_schedules_follow_each_other_on_disjoint_ranges() -> None:
-    """A warm-up over [0, 3) and a decay from 3 on; positions count from each one's begin."""
+def test_schedules_with_disjoint_ranges() -> None:
+    """A warm-up over [0, 3) is followed by a decay; positions are relative to the begin of each schedule."""
     optim = optimizer()
     schedules = [LinearLR(optim, start_factor=0.5, end=3), ExponentialLR(optim, 0.5, begin=3)]
     assert rates(optim, schedules, 6) == [0.5, 0.75, 1.0, 1.0, 0.5, 0.25]
 
 
-def test_schedules_on_one_range_multiply() -> None:
-    """Both transform the value: 0.5 from the line times 0.9 to the power of the position."""
+def test_schedules_with_the_same_range_multiply() -> None:
+    """Schedules with the same range are multiplied: 0.5 from the line times 0.9 to the power of the position."""
     optim = optimizer()
     schedules = [LinearLR(optim, start_factor=0.5, end=3), ExponentialLR(optim, 0.9)]
     assert rates(optim, schedules, 4) == pytest.approx([0.5, 0.75 * 0.9, 0.81, 0.729])
 
 
 def test_the_order_of_stepping_does_not_matter() -> None:
-    """A chain is computed in the order of construction, in whichever order its schedules are stepped."""
+    """A chain is computed in the order of construction, regardless of the order of ``step`` calls."""
     one, other = optimizer(), optimizer()
     first = [LinearLR(one, start_factor=0.5, end=3), CosineAnnealingLR(one, T_max=4, eta_min=0.2)]
     second = [LinearLR(other, start_factor=0.5, end=3), CosineAnnealingLR(other, T_max=4, eta_min=0.2)]
@@ -66,27 +66,27 @@ def test_the_order_of_stepping_does_not_matter() -> None:
 
 
 def test_a_schedule_keeps_its_last_value_after_its_range() -> None:
-    """From end on the last transformation stays."""
+    """After the end of its range, a schedule keeps its last value."""
     optim = optimizer()
     assert rates(optim, [StepLR(optim, 1, gamma=0.5, end=3)], 6) == [1.0, 0.5, 0.25, 0.25, 0.25, 0.25]
 
 
-def test_a_factor_of_zero_is_not_the_end() -> None:
-    """Values come from the first one, so a schedule that was at 0 goes up again."""
+def test_a_factor_of_zero_can_be_left_again() -> None:
+    """A schedule recovers from a factor of zero, because values are computed from the initial one."""
     optim = optimizer()
     assert rates(optim, [LinearLR(optim, start_factor=0.0, end=3)], 3) == [0.0, 0.5, 1.0]
 
 
-def test_every_group_follows_from_its_own_first_value() -> None:
-    """Two groups keep the ratio of their rates."""
+def test_each_group_starts_from_its_initial_value() -> None:
+    """Groups keep the ratio of their learning rates."""
     optim = SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": lr} for lr in (1.0, 0.1)], lr=1.0)
     schedule = StepLR(optim, 1, gamma=0.5)
     schedule.step()
     assert schedule.get_last_value() == [0.5, 0.05]
 
 
-def test_a_group_that_comes_later_follows_from_the_value_it_came_with() -> None:
-    """A group that was added after the schedule was built is scheduled too."""
+def test_a_later_group_starts_from_its_initial_value() -> None:
+    """A group that is added later is scheduled from its own initial value."""
     optim = optimizer()
     schedule = StepLR(optim, 1, gamma=0.5)
     optim.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": 0.4})
@@ -94,8 +94,8 @@ def test_a_group_that_comes_later_follows_from_the_value_it_came_with() -> None:
     assert schedule.get_last_value() == [0.5, 0.2]
 
 
-def test_a_step_may_go_several_positions_on() -> None:
-    """An update that consumed four iterations moves a schedule by iteration by four."""
+def test_a_step_may_advance_several_positions() -> None:
+    """An update that consumed four iterations advances an iteration-based schedule by four."""
     optim = optimizer()
     schedule = MultiStepLR(optim, [3, 7], gamma=0.1, by_epoch=False)
     schedule.step(4)
@@ -105,36 +105,36 @@ def test_a_step_may_go_several_positions_on() -> None:
     assert optim.param_groups[0]["lr"] == pytest.approx(0.01)
 
 
-def test_momentum_is_the_first_beta_where_there_are_betas() -> None:
-    """Momentum schedules write betas[0] and leave the others."""
+def test_momentum_is_the_first_beta() -> None:
+    """Momentum schedules of optimizers with betas change betas[0] only."""
     optim = Adam([nn.Parameter(torch.zeros(1))], betas=(0.8, 0.99))
     schedule = StepMomentum(optim, 1, gamma=0.5)
     schedule.step()
     assert optim.param_groups[0]["betas"] == (0.4, 0.99)
 
 
-def test_momentum_of_an_optimizer_without_any_is_refused() -> None:
-    """Adagrad has neither momentum nor betas."""
+def test_momentum_of_an_optimizer_without_momentum_is_rejected() -> None:
+    """Scheduling the momentum of an optimizer without momentum or betas is an error."""
     with pytest.raises(ConfigValueError, match="neither momentum nor betas"):
         LinearMomentum(torch.optim.Adagrad([nn.Parameter(torch.zeros(1))]))
 
 
 def test_any_option_of_the_groups_can_be_scheduled() -> None:
-    """Weight decay along a cosine to a floor: 0.1 + 0.3 * (1 + cos(90 degrees)) / 2 half-way."""
+    """Any option can be scheduled, here weight decay: 0.1 + 0.3 * (1 + cos(90 degrees)) / 2 halfway."""
     optim = AdamW([nn.Parameter(torch.zeros(1))], weight_decay=0.4)
     schedule = CosineAnnealingParamScheduler(optim, "weight_decay", T_max=4, eta_min=0.1)
     schedule.step(2)
     assert optim.param_groups[0]["weight_decay"] == pytest.approx(0.25)
 
 
-def test_an_option_that_the_groups_do_not_have_is_refused() -> None:
-    """The error suggests the nearest one."""
+def test_an_unknown_option_is_rejected() -> None:
+    """An unknown option is an error with the closest name."""
     with pytest.raises(ConfigKeyError, match="'weight_decay'"):
         CosineAnnealingParamScheduler(optimizer(), "weight_decai", T_max=4)
 
 
-def test_a_rate_that_is_a_tensor_stays_that_tensor() -> None:
-    """Compiled and captured optimizers see the change through the tensor that they hold."""
+def test_a_tensor_learning_rate_is_updated_in_place() -> None:
+    """A learning rate that is a tensor is updated in place, as compiled and captured optimizers require."""
     rate = torch.tensor(1.0)
     optim = Adam([nn.Parameter(torch.zeros(1))], lr=rate)
     schedule = StepLR(optim, 1, gamma=0.5)
@@ -144,21 +144,21 @@ def test_a_rate_that_is_a_tensor_stays_that_tensor() -> None:
 
 
 def test_the_step_of_the_optimizer_is_not_replaced() -> None:
-    """A schedule leaves the optimizer's own methods alone."""
+    """A schedule does not patch ``optimizer.step``."""
     optim = optimizer()
     StepLR(optim, 1)
     assert "step" not in vars(optim)
 
 
-def test_a_wrapper_and_its_optimizer_are_one_chain() -> None:
-    """A schedule of the wrapper and one of the optimizer transform the same value."""
+def test_a_wrapper_and_its_optimizer_share_one_chain() -> None:
+    """Schedules of a wrapper and of its optimizer form one chain."""
     optim = optimizer()
     schedules = [StepLR(OptimWrapper(optim), 1, gamma=0.5), StepLR(optim, 1, gamma=0.1)]
     assert rates(optim, schedules, 2) == pytest.approx([1.0, 0.05])
 
 
 def test_state_round_trips_through_json() -> None:
-    """A freshly built chain that loads the states gives exactly the same later values."""
+    """A new chain that loads the saved state gives exactly the same later values."""
     one, other = optimizer(0.3), optimizer(0.3)
 
     def build(optim: Optimizer) -> list[ParamScheduler]:
@@ -174,7 +174,7 @@ def test_state_round_trips_through_json() -> None:
 
 
 def test_values_are_right_after_a_resume_without_the_optimizer() -> None:
-    """Loading a schedule writes its value into groups that know nothing of it."""
+    """Loading a schedule sets its value in the groups, even if the optimizer was not loaded."""
     first, second = optimizer(), optimizer()
     schedule = StepLR(first, 2, gamma=0.5)
     schedule.step(5)
@@ -182,8 +182,8 @@ def test_values_are_right_after_a_resume_without_the_optimizer() -> None:
     assert second.param_groups[0]["lr"] == 0.25
 
 
-def test_first_values_come_back_with_the_optimizer() -> None:
-    """The state of the optimizer carries initial_lr, so a rate that was scaled at the first start stays scaled."""
+def test_initial_values_are_restored_with_the_optimizer() -> None:
+    """The optimizer state contains initial_lr, so a scaled learning rate stays scaled after a resume."""
     first, second = optimizer(0.8), optimizer(0.1)
     schedule = StepLR(first, 1, gamma=0.5)
     schedule.step()
@@ -194,8 +194,8 @@ def test_first_values_come_back_with_the_optimizer() -> None:
     assert second.param_groups[0]["lr"] == pytest.approx(0.2)
 
 
-def test_a_schedule_can_go_back_before_its_range() -> None:
-    """Loading an earlier position undoes the schedule, and entering the range again does it again."""
+def test_a_schedule_can_return_to_a_position_before_its_range() -> None:
+    """Loading a position before the range restores the initial value, and the schedule can be entered again."""
     optim = optimizer()
     schedule = LinearLR(optim, start_factor=0.5, begin=2, end=5)
     schedule.step(2)
@@ -206,8 +206,8 @@ def test_a_schedule_can_go_back_before_its_range() -> None:
     assert optim.param_groups[0]["lr"] == 0.5
 
 
-def test_a_resumed_schedule_is_the_saved_one() -> None:
-    """Its range and settings, whatever the configuration says now; what was changed can be told."""
+def test_a_resumed_schedule_keeps_the_saved_settings() -> None:
+    """A resumed schedule keeps the saved range and settings, and reports differences from the configuration."""
     first, second = optimizer(), optimizer()
     short = LinearLR(first, start_factor=0.0, end=3)
     short.step()
@@ -215,34 +215,34 @@ def test_a_resumed_schedule_is_the_saved_one() -> None:
     state = json.loads(json.dumps(short.state_dict()))
     assert longer.differences(state) == {"end": (3, 5), "start_factor": (0.0, 0.5)}
     longer.load_state_dict(state)
-    # Half of the way from 0 to 1.
+    # Halfway from 0 to 1.
     assert second.param_groups[0]["lr"] == 0.5
     assert longer.differences(state) == {}
 
 
-def test_a_state_without_a_description_moves_the_schedule_that_was_built() -> None:
-    """As other programs write it: a position alone."""
+def test_a_state_without_a_description_moves_the_configured_schedule() -> None:
+    """A state with only a position, as other programs write it, moves the configured schedule."""
     optim = optimizer()
     schedule = LinearLR(optim, start_factor=0.0, end=5)
     schedule.load_state_dict({"_global_step": 1, "last_step": 1})
     assert optim.param_groups[0]["lr"] == 0.25
 
 
-def test_another_kind_of_schedule_is_refused() -> None:
-    """The error says how to go on with the new one."""
+def test_a_different_type_of_schedule_is_rejected() -> None:
+    """A state of a different type of schedule is an error that contains the option to continue."""
     state = LinearLR(optimizer(), end=5).state_dict()
     with pytest.raises(CheckpointMismatchError, match="'LinearLR', this run's 'StepLR'.*resume_param_scheduler=False"):
         StepLR(optimizer(), 1).load_state_dict(state)
 
 
-def test_the_state_of_something_else_is_refused() -> None:
-    """The error shows what the state has."""
+def test_an_unknown_state_is_rejected() -> None:
+    """The error for an unknown state shows its keys."""
     with pytest.raises(CheckpointMismatchError, match="step_count"):
         StepLR(optimizer(), 1).load_state_dict({"step_count": 3})
 
 
 def test_last_step_continues_a_run_without_a_state() -> None:
-    """last_step=1 says that positions 0 and 1 were run: the next is 2."""
+    """With ``last_step=1``, positions 0 and 1 are complete and the next one is 2."""
     optim = optimizer()
     optim.param_groups[0]["initial_lr"] = 2.0
     schedule = StepLR(optim, 1, gamma=0.5, last_step=1)
@@ -256,8 +256,8 @@ def test_last_step_continues_a_run_without_a_state() -> None:
     ("options", "unit"),
     [({}, "epoch"), ({"by_epoch": False}, "iter"), ({"by": "step"}, "step"), ({"by": "iter"}, "iter")],
 )
-def test_the_unit_is_said(options: dict[str, object], unit: str) -> None:
-    """by_epoch chooses between epochs and iterations; by names any unit."""
+def test_the_unit_can_be_chosen(options: dict[str, object], unit: str) -> None:
+    """``by_epoch`` selects epochs or iterations, and ``by`` selects any unit."""
     schedule = StepLR(optimizer(), 1, **options)
     assert schedule.unit == unit
     assert schedule.by_epoch is (unit == "epoch")
@@ -274,22 +274,22 @@ def test_the_unit_is_said(options: dict[str, object], unit: str) -> None:
         (dict(gama=0.5), ConfigTypeError, "Did you mean 'gamma'"),
     ],
 )
-def test_wrong_arguments_are_refused(options: dict[str, object], error: type[Exception], text: str) -> None:
-    """Ranges, units and names are checked when a schedule is built."""
+def test_invalid_arguments_are_rejected(options: dict[str, object], error: type[Exception], text: str) -> None:
+    """Invalid ranges, units and names are errors at construction."""
     with pytest.raises(error, match=text):
         StepLR(optimizer(), 1, **options)
 
 
-def test_a_schedule_is_of_one_optimizer() -> None:
-    """Several optimizers at once, or none, are refused."""
+def test_a_schedule_needs_one_optimizer() -> None:
+    """Several optimizers, or none, are an error."""
     several = OptimWrapperDict(a=OptimWrapper(optimizer()))
     for wrong in (several, None, nn.Linear(1, 1)):
         with pytest.raises(ConfigTypeError, match="needs one optimizer"):
             StepLR(wrong, 1)
 
 
-def test_an_epoch_schedule_becomes_one_by_iteration() -> None:
-    """Everything that counts epochs is multiplied by the length of an epoch, and the rest stays."""
+def test_an_epoch_schedule_can_be_converted_to_iterations() -> None:
+    """Converting to iterations multiplies everything in epochs by the length of an epoch."""
     optim = optimizer()
     schedule = MultiStepLR.build_iter_from_epoch(optim, [1, 2], gamma=0.5, begin=1, end=4, epoch_length=10)
     assert (schedule.begin, schedule.end, schedule.unit) == (10, 40, "iter")
@@ -299,16 +299,16 @@ def test_an_epoch_schedule_becomes_one_by_iteration() -> None:
     assert optim.param_groups[0]["lr"] == 0.25
 
 
-def test_only_epochs_can_be_converted() -> None:
-    """A schedule by iteration has no epochs to convert, and an epoch has at least one iteration."""
+def test_only_epoch_schedules_can_be_converted() -> None:
+    """Only epoch-based schedules can be converted, and the length of an epoch must be positive."""
     with pytest.raises(ConfigValueError, match="only a schedule by epoch"):
         StepLR.build_iter_from_epoch(optimizer(), 1, by_epoch=False, epoch_length=10)
     with pytest.raises(ConfigValueError, match="epoch_length"):
         StepLR.build_iter_from_epoch(optimizer(), 1, epoch_length=0)
 
 
-def test_a_schedule_of_ones_own_needs_one_method() -> None:
-    """Extend ParamScheduler with transform: here the value halves after position 1."""
+def test_a_custom_schedule_needs_one_method() -> None:
+    """A custom schedule only needs ``transform``; here, the value is halved after position 1."""
 
     class Half(ParamScheduler):
         def transform(self, value: float, initial: float) -> float:
@@ -318,8 +318,8 @@ def test_a_schedule_of_ones_own_needs_one_method() -> None:
     assert rates(optim, [Half(optim, "lr")], 4) == [1.0, 1.0, 0.5, 0.5]
 
 
-def test_the_signature_names_every_argument() -> None:
-    """Help and checks of configurations see the shape's arguments and those of every schedule."""
+def test_the_signature_contains_all_arguments() -> None:
+    """The signature contains the arguments of the curve and those of every schedule."""
     names = list(inspect.signature(StepLR).parameters)
     assert names[:3] == ["optimizer", "step_size", "gamma"]
     assert {"begin", "end", "last_step", "by_epoch", "by", "verbose"} <= set(names)
@@ -329,8 +329,8 @@ def test_the_signature_names_every_argument() -> None:
 
 
 @pytest.mark.parametrize(("name", "most"), [("changing", 8), ("unchanged", 4), ("over", 2), ("before", 2)])
-def test_a_step_is_cheap(name: str, most: int) -> None:
-    """What runs at every iteration costs a handful of calls, and next to none outside of the range."""
+def test_a_step_needs_few_calls(name: str, most: int) -> None:
+    """A step needs only a few calls, and even fewer outside the range."""
     schedules = {
         "changing": LinearLR(optimizer(), start_factor=0.1, end=1000),
         "unchanged": StepLR(optimizer(), 1000),
@@ -346,7 +346,7 @@ def test_a_step_is_cheap(name: str, most: int) -> None:
 
 
 def test_verbose_logs_each_change(caplog: pytest.LogCaptureFixture) -> None:
-    """A verbose schedule says the unit, the position and the values."""
+    """A verbose schedule logs the unit, the position and the values of each change."""
     with caplog.at_level("INFO", logger="stratagem"):
         schedule = StepLR(optimizer(), 2, gamma=0.5, verbose=True)
         caplog.clear()

@@ -1,4 +1,4 @@
-"""From configurations to schedules."""
+"""Building schedules from configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stratagem.optim import LinearLR, OptimWrapper, OptimWrapperDict, build_para
 
 
 def wrapper(**options: object) -> OptimWrapper:
-    """Return a wrapper of one parameter."""
+    """Return a wrapper with one parameter."""
     return OptimWrapper(SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9), **options)  # type: ignore[arg-type]
 
 
@@ -23,8 +23,8 @@ def two() -> OptimWrapperDict:
     return OptimWrapperDict(generator=wrapper(), critic=wrapper())
 
 
-def test_one_configuration_gives_a_list_of_one() -> None:
-    """A configuration need not stand in a list."""
+def test_a_single_configuration_gives_a_list_with_one_schedule() -> None:
+    """A configuration does not have to be in a list."""
     optim = wrapper()
     (built,) = build_param_schedulers(dict(type="LinearLR", end=4), optim)
     assert isinstance(built, LinearLR)
@@ -32,7 +32,7 @@ def test_one_configuration_gives_a_list_of_one() -> None:
 
 
 def test_the_end_of_the_run_is_the_default_end() -> None:
-    """In epochs, in iterations, and in updates, which are iterations over the micro-batches of an update."""
+    """The default end is that of the run in epochs, iterations, or updates (iterations per micro-batches of an update)."""
     optim = wrapper(accumulative_counts=4)
     built = build_param_schedulers(
         [
@@ -48,8 +48,8 @@ def test_the_end_of_the_run_is_the_default_end() -> None:
     assert [schedule.end for schedule in built] == [3, 30, 8, 5]
 
 
-def test_max_steps_goes_before_what_iterations_say() -> None:
-    """A run by updates says its length itself."""
+def test_max_steps_takes_precedence() -> None:
+    """``max_steps`` takes precedence over the number computed from iterations."""
     (built,) = build_param_schedulers(dict(type="LinearLR", by="step"), wrapper(), max_iters=30, max_steps=7)
     assert built.end == 7
 
@@ -62,20 +62,20 @@ def test_max_steps_goes_before_what_iterations_say() -> None:
         (dict(type="LinearLR", by="step"), "max_steps"),
     ],
 )
-def test_an_unknown_length_says_which_to_give(config: dict[str, object], text: str) -> None:
-    """Without an end and without the run's length the error names both ways out."""
+def test_an_unknown_run_length_is_an_error(config: dict[str, object], text: str) -> None:
+    """Without an end and the length of the run, the error contains both options."""
     with pytest.raises(ConfigValueError, match=text):
         build_param_schedulers(config, wrapper())
 
 
-def test_an_own_end_needs_no_length_of_the_run() -> None:
-    """With end given, max_epochs need not be known."""
+def test_an_explicit_end_needs_no_run_length() -> None:
+    """If ``end`` is given, the length of the run is not required."""
     (built,) = build_param_schedulers(dict(type="LinearLR", end=7), wrapper())
     assert built.end == 7
 
 
 def test_two_optimizers_share_one_configuration() -> None:
-    """Every optimizer gets its own schedules, and the configuration stays as it was."""
+    """With one configuration for two optimizers, each gets separate schedules, and the configuration is unchanged."""
     optim = two()
     configs = [dict(type="LinearLR", convert_to_iter_based=True), dict(type="StepMomentum", step_size=1)]
     kept = copy.deepcopy(configs)
@@ -89,15 +89,15 @@ def test_two_optimizers_share_one_configuration() -> None:
     assert configs == kept
 
 
-def test_each_optimizer_may_have_its_own() -> None:
-    """A mapping by the optimizers' names."""
+def test_schedules_can_be_given_by_optimizer() -> None:
+    """Schedules may be a mapping by the names of the optimizers."""
     built = build_param_schedulers(dict(generator=dict(type="LinearLR", end=4), critic=[]), two())
     assert isinstance(built, dict)
     assert [len(built[name]) for name in ("generator", "critic")] == [1, 0]
 
 
-def test_a_mapping_by_name_must_name_all_and_only_the_optimizers() -> None:
-    """A misspelled name is suggested, a missing one is asked for."""
+def test_a_mapping_must_contain_exactly_the_optimizers() -> None:
+    """A misspelled or missing name in the mapping is an error."""
     with pytest.raises(ConfigKeyError, match="Did you mean 'critic'"):
         build_param_schedulers(dict(generator=[], critik=[]), two())
     with pytest.raises(ConfigKeyError, match="nothing is said about the optimizer 'critic'"):
@@ -105,14 +105,14 @@ def test_a_mapping_by_name_must_name_all_and_only_the_optimizers() -> None:
 
 
 def test_built_schedules_are_kept() -> None:
-    """What is built already is the same object afterwards."""
+    """Schedule instances are kept."""
     optim = wrapper()
     built = LinearLR(optim, end=3)
     assert build_param_schedulers([built, dict(type="StepLR", step_size=2, end=3)], optim)[0] is built
 
 
 def test_conversion_multiplies_by_the_length_of_an_epoch() -> None:
-    """Step sizes and ranges in epochs become iterations."""
+    """Conversion multiplies step sizes and ranges by the length of an epoch."""
     (built,) = build_param_schedulers(
         dict(type="StepLR", step_size=2, begin=1, convert_to_iter_based=True), wrapper(), max_epochs=4, epoch_length=10
     )
@@ -120,27 +120,27 @@ def test_conversion_multiplies_by_the_length_of_an_epoch() -> None:
     assert built.settings.step_size == 20  # type: ignore[attr-defined]
 
 
-def test_conversion_needs_the_length_of_an_epoch() -> None:
-    """Without it the error says so."""
+def test_conversion_requires_the_length_of_an_epoch() -> None:
+    """Conversion without the length of an epoch is an error."""
     with pytest.raises(ConfigValueError, match="epoch_length"):
         build_param_schedulers(dict(type="LinearLR", end=2, convert_to_iter_based=True), wrapper())
 
 
 @pytest.mark.parametrize("spec", [None, 3, [None], "LinearLR"])
-def test_anything_else_is_refused(spec: object) -> None:
-    """Only schedules and configurations of them are taken."""
+def test_other_types_are_rejected(spec: object) -> None:
+    """Anything but schedules and their configurations is an error."""
     with pytest.raises(ConfigTypeError, match="must be built, or a mapping"):
         build_param_schedulers(spec, wrapper())  # type: ignore[arg-type]
 
 
-def test_an_unknown_argument_is_refused_with_the_nearest_name() -> None:
-    """The registry checks arguments against the schedule's signature."""
+def test_an_unknown_argument_is_rejected() -> None:
+    """Arguments are checked against the signature of the schedule."""
     with pytest.raises(TypeError, match="step_size"):
         build_param_schedulers(dict(type="StepLR", stepsize=2, end=3), wrapper())
 
 
-def test_a_built_schedule_in_a_list_advances_its_own_optimizer_once() -> None:
-    """Of a list for several optimizers, each gets the built schedules of its own and every configuration."""
+def test_a_schedule_instance_in_a_list_belongs_to_its_optimizer() -> None:
+    """A schedule instance in a shared list only belongs to its own optimizer; configurations apply to all."""
     optim = two()
     first, second = LinearLR(optim["generator"], end=4), LinearLR(optim["critic"].optimizer, end=4)
     built = build_param_schedulers([first, dict(type="StepLR", step_size=2, end=3), second], optim)
@@ -149,23 +149,23 @@ def test_a_built_schedule_in_a_list_advances_its_own_optimizer_once() -> None:
     assert (built["generator"][0], built["critic"][1]) == (first, second)
 
 
-def test_a_single_built_schedule_leaves_other_optimizers_alone() -> None:
-    """A bare schedule is given to the optimizer that it was built on; the other one has none."""
+def test_a_single_schedule_instance_does_not_affect_other_optimizers() -> None:
+    """A single schedule instance only belongs to the optimizer that it was built on."""
     optim = two()
     built = LinearLR(optim["critic"], end=4)
     assert build_param_schedulers(built, optim) == {"generator": [], "critic": [built]}
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_built_schedule_of_a_foreign_optimizer_is_refused(several: bool) -> None:
-    """It would never change the run's learning rate."""
+def test_a_schedule_of_an_unknown_optimizer_is_rejected(several: bool) -> None:
+    """A schedule of an unknown optimizer is an error, because it would have no effect."""
     built = LinearLR(SGD([nn.Parameter(torch.zeros(1))], lr=1.0), end=4)
     with pytest.raises(ConfigValueError, match="was built on another SGD"):
         build_param_schedulers([built], two() if several else wrapper())
 
 
-def test_a_built_schedule_under_the_name_of_another_optimizer_is_refused() -> None:
-    """The error names both optimizers."""
+def test_a_schedule_under_the_wrong_name_is_rejected() -> None:
+    """The error for a schedule under the wrong name contains both names."""
     optim = two()
     swapped = dict(generator=[], critic=LinearLR(optim["generator"], end=4))
     with pytest.raises(ConfigValueError, match="on the optimizer 'generator', not on the optimizer 'critic'"):
@@ -173,8 +173,8 @@ def test_a_built_schedule_under_the_name_of_another_optimizer_is_refused() -> No
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_built_schedule_given_twice_is_refused(several: bool) -> None:
-    """It would advance twice at each position."""
+def test_a_repeated_schedule_is_rejected(several: bool) -> None:
+    """A schedule that is given twice is an error, because it would advance twice."""
     optim = two() if several else wrapper()
     built = LinearLR(optim["critic"] if isinstance(optim, OptimWrapperDict) else optim, end=4)
     with pytest.raises(ConfigValueError, match="is given twice"):
@@ -182,15 +182,15 @@ def test_a_built_schedule_given_twice_is_refused(several: bool) -> None:
 
 
 def test_a_built_schedule_follows_its_optimizer_through_a_loaded_state() -> None:
-    """Loading replaces the optimizer's groups; the schedule still belongs to it."""
+    """A schedule still belongs to its optimizer after a loaded state replaced the groups."""
     optim = wrapper()
     built = LinearLR(optim.optimizer, end=4)
     optim.load_state_dict(copy.deepcopy(optim.state_dict()))
     assert build_param_schedulers(built, optim) == [built]
 
 
-def test_a_scheduler_of_torch_is_refused_with_what_to_use() -> None:
-    """The error points to the schedules that are supported."""
+def test_a_torch_scheduler_is_rejected() -> None:
+    """The error for a torch scheduler refers to the supported schedules."""
     optim = wrapper()
     foreign = torch.optim.lr_scheduler.LambdaLR(optim.optimizer, lambda _: 1.0)
     with pytest.raises(ConfigTypeError, match=r"torch\.optim\.lr_scheduler are not supported"):

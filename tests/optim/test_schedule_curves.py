@@ -1,4 +1,4 @@
-"""Every schedule against torch's own, or against values worked out by hand."""
+"""Compare all schedules with those of torch, or with values computed by hand."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from stratagem.optim import (
 
 
 def optimizer(lr: float = 1.0) -> SGD:
-    """Return an optimizer of one parameter."""
+    """Return an optimizer with one parameter."""
     return SGD([nn.Parameter(torch.zeros(1))], lr=lr)
 
 
 def values(make: Callable[[Optimizer], Any], count: int, lr: float = 1.0) -> list[float]:
-    """Return the learning rate at positions 0 to count - 1."""
+    """Return the learning rate at positions 0 to ``count - 1``."""
     optim = optimizer(lr)
     schedule = make(optim)
     seen = []
@@ -51,7 +51,7 @@ AS_IN_TORCH = {
         lambda o: lr_scheduler.MultiStepLR(o, [2, 5, 5, 9], gamma=0.5),
     ),
     "exponential": (lambda o: ExponentialLR(o, 0.9), lambda o: lr_scheduler.ExponentialLR(o, 0.9)),
-    # The value of the last position in the range, 7, is the final one: torch counts 7 steps to it.
+    # The last position of the range, 7, has the final value, which torch reaches after 7 steps.
     "constant": (lambda o: ConstantLR(o, 0.25, end=8), lambda o: lr_scheduler.ConstantLR(o, 0.25, total_iters=7)),
     "linear": (
         lambda o: LinearLR(o, start_factor=0.2, end_factor=0.9, end=8),
@@ -84,36 +84,36 @@ AS_IN_TORCH = {
 
 
 @pytest.mark.parametrize("name", AS_IN_TORCH)
-def test_a_curve_that_torch_has_is_the_same_here(name: str) -> None:
-    """Over its whole range a schedule gives what torch's schedule of that name gives."""
+def test_curves_match_torch(name: str) -> None:
+    """The values match those of torch's schedule over the whole range."""
     ours, theirs = AS_IN_TORCH[name]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's first step warns of an order that is right here
+        warnings.simplefilter("ignore")  # torch's first step warns about an order that is correct here
         expected = values(theirs, 14)
     assert values(ours, 14) == pytest.approx(expected, abs=1e-12)
 
 
-def test_poly_goes_to_its_floor() -> None:
-    """Four positions from 1 to 0.4: each takes a third of 0.6."""
+def test_polynomial_decay_reaches_its_floor() -> None:
+    """Polynomial decay over four positions from 1 to 0.4 decreases by a third of 0.6 at each."""
     assert values(lambda o: PolyLR(o, eta_min=0.4, end=4), 6) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.4, 0.4])
 
 
-def test_a_cosine_lasts_its_whole_range_by_default() -> None:
-    """Over four positions the cosine stands at 0, 45, 90 and 135 degrees, and stays at the last."""
+def test_a_cosine_covers_its_whole_range_by_default() -> None:
+    """By default, the cosine covers the range: over four positions, 0, 45, 90 and 135 degrees."""
     half = 0.5**0.5
     expected = [1.0, (1 + half) / 2, 0.5, (1 - half) / 2, (1 - half) / 2]
     assert values(lambda o: CosineAnnealingLR(o, end=4), 5) == pytest.approx(expected)
 
 
-def test_a_floor_may_be_a_part_of_the_first_value() -> None:
-    """eta_min_ratio=0.1 of a rate of 2 is a floor of 0.2, reached at T_max."""
+def test_the_floor_may_be_relative() -> None:
+    """``eta_min_ratio=0.1`` with a learning rate of 2 is a floor of 0.2, reached at T_max."""
     assert values(lambda o: CosineAnnealingLR(o, T_max=2, eta_min_ratio=0.1), 3, lr=2.0) == pytest.approx(
         [2.0, 1.1, 0.2]
     )
 
 
-def test_each_wave_has_its_own_length_and_weight() -> None:
-    """The second wave is four positions long and half as high; after the last one the floor remains."""
+def test_each_period_has_its_length_and_weight() -> None:
+    """The second period has four positions and half the amplitude; the floor remains after the last."""
     half = 0.5**0.5
     expected = [1.0, 0.5, 0.5, (1 + half) / 4, 0.25, (1 - half) / 4, 0.0, 0.0]
     seen = values(lambda o: CosineRestartLR(o, periods=[2, 4], restart_weights=[1, 0.5], eta_min=0.0), 8)
@@ -123,17 +123,17 @@ def test_each_wave_has_its_own_length_and_weight() -> None:
 @pytest.mark.parametrize(
     ("shape", "decay"), [("linear", [0.6, 0.2]), ("cosine", [0.6, 0.2]), ("sqrt", [1 - 0.8 * 0.5**0.5, 0.2])]
 )
-def test_warm_up_stable_decay_has_three_parts(shape: str, decay: list[float]) -> None:
-    """Two positions up, four at the value, two down to the floor, where it stays; half-way is a matter of shape."""
+def test_warm_up_stable_decay_has_three_phases(shape: str, decay: list[float]) -> None:
+    """The schedule warms up for two positions, is constant for four, and decays to the floor in two."""
     seen = values(
         lambda o: WarmupStableDecayLR(o, decay=2, warmup=2, start_factor=0.0, shape=shape, eta_min_ratio=0.2, end=8), 10
     )
-    # The warm-up, too, goes from the floor: 0.2 + 0.8 * (0, 1/2).
+    # The warm-up also starts from the floor: 0.2 + 0.8 * (0, 1/2).
     assert seen == pytest.approx([0.2, 0.6, 1.0, 1.0, 1.0, 1.0, *decay, 0.2, 0.2])
 
 
-def test_a_range_of_one_position_reaches_its_end() -> None:
-    """A warm-up of one position does not leave the rate at its start factor."""
+def test_a_range_with_one_position_reaches_its_end() -> None:
+    """A warm-up over one position ends at the full learning rate."""
     assert values(lambda o: LinearLR(o, start_factor=0.1, end=1), 3) == [1.0, 1.0, 1.0]
     assert values(lambda o: ConstantLR(o, factor=0.1, end=1), 3) == [1.0, 1.0, 1.0]
 
@@ -151,7 +151,7 @@ def test_a_range_of_one_position_reaches_its_end() -> None:
         (lambda o: WarmupStableDecayLR(o, decay=2, shape="square"), "is not known"),
     ],
 )
-def test_a_shape_that_cannot_be_is_refused(make: Callable[[Optimizer], ParamScheduler], text: str) -> None:
-    """Wrong numbers are errors when the schedule is built."""
+def test_invalid_curves_are_rejected(make: Callable[[Optimizer], ParamScheduler], text: str) -> None:
+    """Invalid numbers are errors at construction."""
     with pytest.raises(ConfigValueError, match=text):
         make(optimizer())

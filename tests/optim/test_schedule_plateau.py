@@ -1,4 +1,4 @@
-"""Schedules that look at metrics."""
+"""Schedules that depend on metrics."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ METRICS = [1.0, 0.9, 0.95, 0.91, 0.92, 0.93, 0.5, 0.5, 0.5, 0.51, 0.52, 0.4, 0.4
 
 
 def optimizer(**options: object) -> SGD:
-    """Return an optimizer of one parameter."""
+    """Return an optimizer with one parameter."""
     return SGD([nn.Parameter(torch.zeros(1))], lr=1.0, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("rule", ["less", "greater"])
 @pytest.mark.parametrize("threshold_rule", ["rel", "abs"])
 @pytest.mark.parametrize("cooldown", [0, 2])
-def test_it_reduces_when_torch_does(rule: str, threshold_rule: str, cooldown: int) -> None:
-    """Over the same metrics the rates are those of torch's ReduceLROnPlateau."""
+def test_it_matches_torch(rule: str, threshold_rule: str, cooldown: int) -> None:
+    """For the same metrics, the learning rates match those of torch's ReduceLROnPlateau."""
     ours, theirs = optimizer(), optimizer()
     schedule = ReduceOnPlateauLR(
         ours, monitor="m", rule=rule, factor=0.5, patience=1, threshold=0.05, threshold_rule=threshold_rule,
@@ -40,8 +40,8 @@ def test_it_reduces_when_torch_does(rule: str, threshold_rule: str, cooldown: in
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
 
 
-def test_it_does_not_go_below_its_least_value() -> None:
-    """0.1 of 1 would be 0.1, but the least value is 0.3."""
+def test_it_does_not_go_below_the_minimum() -> None:
+    """The learning rate is not reduced below ``min_value``."""
     optim = optimizer()
     schedule = ReduceOnPlateauLR(optim, patience=0, min_value=0.3)
     for _ in range(3):
@@ -49,8 +49,8 @@ def test_it_does_not_go_below_its_least_value() -> None:
     assert optim.param_groups[0]["lr"] == 0.3
 
 
-def test_it_changes_nothing_outside_of_its_range() -> None:
-    """Before begin metrics are not looked at."""
+def test_it_ignores_metrics_outside_its_range() -> None:
+    """Metrics before the begin of the range are ignored."""
     optim = optimizer()
     schedule = ReduceOnPlateauLR(optim, patience=0, begin=4)
     for _ in range(3):
@@ -58,8 +58,8 @@ def test_it_changes_nothing_outside_of_its_range() -> None:
     assert optim.param_groups[0]["lr"] == 1.0
 
 
-def test_a_step_without_metrics_only_counts() -> None:
-    """An epoch without validation passes."""
+def test_a_step_without_metrics_only_advances_the_position() -> None:
+    """A step without metrics, after an epoch without validation, only advances the position."""
     schedule = ReduceOnPlateauLR(optimizer(), patience=0)
     for _ in range(3):
         schedule.step()
@@ -67,8 +67,8 @@ def test_a_step_without_metrics_only_counts() -> None:
     assert schedule.best is None
 
 
-def test_it_joins_the_chain() -> None:
-    """A reduction and a step schedule of the same rate multiply."""
+def test_it_is_part_of_the_chain() -> None:
+    """The reduction and another schedule of the same learning rate are multiplied."""
     optim = optimizer()
     plateau, steps = ReduceOnPlateauLR(optim, patience=0, factor=0.5), StepLR(optim, 1, gamma=0.1)
     plateau.step({"loss": 1.0})
@@ -78,7 +78,7 @@ def test_it_joins_the_chain() -> None:
 
 
 def test_momentum_can_be_reduced() -> None:
-    """The same for momentum."""
+    """The momentum can be reduced in the same way."""
     optim = optimizer(momentum=0.8)
     schedule = ReduceOnPlateauMomentum(optim, patience=0, factor=0.5)
     schedule.step({"loss": 1.0})
@@ -87,7 +87,7 @@ def test_momentum_can_be_reduced() -> None:
 
 
 def test_state_round_trips_through_json() -> None:
-    """A resumed schedule reduces when an unbroken one does."""
+    """A resumed schedule reduces the rate at the same time as an uninterrupted one."""
     one, other = optimizer(), optimizer()
     first = ReduceOnPlateauLR(one, monitor="m", patience=1, factor=0.5)
     for metric in METRICS[:6]:
@@ -100,8 +100,8 @@ def test_state_round_trips_through_json() -> None:
         assert one.param_groups[0]["lr"] == other.param_groups[0]["lr"]
 
 
-def test_what_cannot_be_served_is_refused() -> None:
-    """Wrong metrics, units, settings and states are errors that say what is there."""
+def test_invalid_arguments_are_rejected() -> None:
+    """Invalid metrics, units, settings and states are errors with the valid alternatives."""
     schedule = ReduceOnPlateauLR(optimizer(), monitor="accuracy")
     with pytest.raises(ConfigTypeError, match="must be a mapping"):
         schedule.step(0.5)  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def test_what_cannot_be_served_is_refused() -> None:
         schedule.load_state_dict(StepLR(optimizer(), 1).state_dict())
 
 
-def test_it_says_that_it_needs_metrics() -> None:
-    """need_val_args tells the loop to step it after validation."""
+def test_it_requests_metrics() -> None:
+    """``need_val_args`` tells the loop to step the schedule after validation."""
     assert ReduceOnPlateauLR.need_val_args
     assert not StepLR.need_val_args

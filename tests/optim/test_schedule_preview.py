@@ -1,4 +1,4 @@
-"""What schedules will do, without training."""
+"""Previewing schedules without training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stratagem.optim import LinearLR, OptimWrapper, ReduceOnPlateauLR, StepLR, S
 
 
 def wrapper(**options: int) -> OptimWrapper:
-    """Return a wrapper of one parameter with a rate of 1."""
+    """Return a wrapper with one parameter and a learning rate of 1."""
     return OptimWrapper(SGD([nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.8), **options)
 
 
-def test_values_are_those_that_iterations_will_use() -> None:
-    """A warm-up by iteration and a decay by epoch of three iterations."""
+def test_values_match_those_used_in_training() -> None:
+    """The preview combines an iteration-based warm-up and a decay after each epoch of three iterations."""
     optim = wrapper()
     schedules = [LinearLR(optim, start_factor=0.5, end=3, by_epoch=False), StepLR(optim, 1, gamma=0.1)]
     shown = preview_schedules(optim, schedules, range(7), epoch_length=3)
@@ -27,7 +27,7 @@ def test_values_are_those_that_iterations_will_use() -> None:
 
 
 def test_values_change_when_the_optimizer_updates() -> None:
-    """With two micro-batches an update, schedules by iteration move by two and those by step by one."""
+    """With two micro-batches per update, iteration-based schedules advance by two, step-based ones by one."""
     optim = wrapper(accumulative_counts=2)
     by_iteration = StepLR(optim, 2, gamma=0.5, by_epoch=False)
     by_step = StepMomentum(optim, 2, gamma=0.5, by="step")
@@ -36,8 +36,8 @@ def test_values_change_when_the_optimizer_updates() -> None:
     np.testing.assert_allclose(shown["momentum"][:, 0], [0.8, 0.8, 0.8, 0.8, 0.4, 0.4])
 
 
-def test_the_run_is_left_as_it_was() -> None:
-    """Rates and positions are the same before and after."""
+def test_the_preview_does_not_change_the_run() -> None:
+    """The preview does not change learning rates and positions."""
     optim = wrapper()
     schedule = StepLR(optim, 1, gamma=0.5)
     schedule.step()
@@ -48,8 +48,8 @@ def test_the_run_is_left_as_it_was() -> None:
     assert schedule.position == 1
 
 
-def test_every_group_is_shown_and_betas_are_momentum() -> None:
-    """One column for each group; a schedule that waits for metrics changes nothing."""
+def test_every_group_is_shown() -> None:
+    """Each group has a column, and a schedule that depends on metrics is constant."""
     groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1.0, 0.1)]
     optim = OptimWrapper(AdamW(groups, betas=(0.7, 0.9)))
     shown = preview_schedules(optim, [ReduceOnPlateauLR(optim)], [0, 5])
@@ -57,8 +57,8 @@ def test_every_group_is_shown_and_betas_are_momentum() -> None:
     np.testing.assert_allclose(shown["momentum"], [[0.7, 0.7]] * 2)
 
 
-def test_epochs_need_their_length() -> None:
-    """A schedule by epoch cannot be placed on iterations without it."""
+def test_epoch_schedules_require_the_length_of_an_epoch() -> None:
+    """An epoch-based schedule requires ``epoch_length``."""
     optim = wrapper()
     with pytest.raises(ConfigValueError, match="epoch_length"):
         preview_schedules(optim, [StepLR(optim, 1)], [0])

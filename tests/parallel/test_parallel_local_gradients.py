@@ -1,4 +1,4 @@
-"""Several backward passes before one update add up over all ranks, under DistributedDataParallel and FSDP."""
+"""Several backward passes before one update are summed and averaged over all ranks, under DDP and FSDP."""
 
 from __future__ import annotations
 
@@ -27,25 +27,23 @@ HALF = {"type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": 256.0}
 
 @pytest.mark.parametrize("way", SUMS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_several_backward_passes_count_as_their_sum(ranks: Ranks, tmp_path: Path, placement: str, way: str) -> None:
-    """Gradients of every pass are averaged over the ranks, however a step computes them, and clipped as one."""
+def test_several_backward_passes_are_summed(ranks: Ranks, tmp_path: Path, placement: str, way: str) -> None:
+    """The gradients of several passes are averaged over the ranks and clipped by their sum."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "clip_grad": {"max_norm": 0.5}}
     found = ranks.run(backward_passes.trained, PLACEMENTS[placement], str(tmp_path), way, optim)
     require_equal(found, by_plain_torch(way, max_norm=0.5))
 
 
 @pytest.mark.parametrize("placement", ["DDP", "FSDP"])
-def test_an_update_within_a_window_uses_the_gradients_that_were_held_back(
-    ranks: Ranks, tmp_path: Path, placement: str
-) -> None:
-    """A step that updates when it likes steps by the mean of all ranks, though the wrapper's window is not complete."""
+def test_an_update_within_a_window_uses_the_accumulated_gradients(ranks: Ranks, tmp_path: Path, placement: str) -> None:
+    """A custom update within an accumulation window uses the mean gradient of all ranks."""
     optim = {"optimizer": OPTIMIZERS["AdamW"], "accumulative_counts": 4}
     found = ranks.run(backward_passes.trained, PLACEMENTS[placement], str(tmp_path), "own window", optim)
     require_equal(found, by_plain_torch("own window", "AdamW", window=2))
 
 
 def test_two_passes_in_float16_are_averaged_before_they_are_unscaled(ranks: Ranks, tmp_path: Path) -> None:
-    """Ranks keep the same bits, and are as near to float32 as float16 is."""
+    """With float16, ranks have identical bits, and the weights match float32 within the precision of float16."""
     optim = {**HALF, "optimizer": OPTIMIZERS["SGD"], "nonfinite": "skip"}
     found = ranks.run(backward_passes.trained, DDP, str(tmp_path), "two forwards", optim)
     require_equal(found, by_plain_torch("two forwards"), tolerance=2e-3)
@@ -54,20 +52,20 @@ def test_two_passes_in_float16_are_averaged_before_they_are_unscaled(ranks: Rank
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("way", "window"), [("a head each", 1), ("a head each", 2), ("a head each, one NaN", 1)])
 @pytest.mark.parametrize("placement", ["DDP, unused", "FSDP"])
-def test_a_part_that_a_step_does_not_use_keeps_its_weights(
+def test_an_unused_part_keeps_its_weights(
     ranks: Ranks, tmp_path: Path, placement: str, way: str, window: int, optimizer: str
 ) -> None:
-    """Heads that train alternately step as in one process, also in windows of two and after a skipped update."""
+    """Alternately trained heads match a single process, including windows of two and skipped updates."""
     optim = {"optimizer": OPTIMIZERS[optimizer], "accumulative_counts": window, "nonfinite": "skip"}
     found = ranks.run(backward_passes.trained, PLACEMENTS[placement], str(tmp_path), way, optim)
     require_equal(found, by_plain_torch(way, optimizer, window=window))
 
 
 class LossOfEachHead(backward_passes.TwoHeads):
-    """Calls ``backward`` for a loss of each head."""
+    """A model that calls ``backward`` for a separate loss of each head."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Learn from the two losses in two passes."""
+        """Train on the two losses in two passes."""
         losses = [self.losses(data, heads=head)["near"] for head in "ab"]
         for loss in losses:
             optim_wrapper.backward(loss)
@@ -76,7 +74,7 @@ class LossOfEachHead(backward_passes.TwoHeads):
 
 
 def refusal(folder: str) -> str:
-    """Train with a loss of each head."""
+    """Train with a separate loss for each head."""
     strategy = DDPStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"})
     try:
         model, wrapper = strategy.prepare(LossOfEachHead(), optim_wrapper={"optimizer": OPTIMIZERS["SGD"]})
@@ -87,26 +85,26 @@ def refusal(folder: str) -> str:
         strategy.close()
 
 
-def test_passes_that_reach_different_parameters_are_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """DDP cannot average them one after the other; the error says to add the losses."""
+def test_passes_with_different_parameters_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
+    """Passes that reach different parameters are an error that suggests adding the losses."""
     for told in ranks.run(refusal, str(tmp_path)):
         assert "LossOfEachHead.train_step began a backward pass before DDP had the gradients of all parameters" in told
         assert "optim_wrapper.update_params(loss_1 + loss_2)" in told
 
 
 class Pair(BaseModel):
-    """Two numbers with an optimizer each; a step calls ``backward`` twice for each."""
+    """Two numbers with separate optimizers; a step calls ``backward`` twice for each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maker, self.judge = Number(), Number()
 
     def forward(self, inputs: Tensor, mode: str = "tensor") -> Tensor:
-        """Return what both make of the inputs."""
+        """Return the result of both parts."""
         return self.judge(self.maker(inputs))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Let both learn."""
+        """Train both parts."""
         for name in ("maker", "judge"):
             products = [getattr(self, name)(data), getattr(self, name)(2 * data)]
             for product in products:
@@ -117,7 +115,7 @@ class Pair(BaseModel):
 
 
 class Number(nn.Module):
-    """A number by which inputs are multiplied."""
+    """A number that is multiplied by the inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +127,7 @@ class Number(nn.Module):
 
 
 def two_optimizers(folder: str) -> list[float]:
-    """Take a step with two optimizers on other data on each rank; return both numbers."""
+    """Take a step with two optimizers, with different data on each rank; return both numbers."""
     strategy = DDPStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"}, model_wrapper="separate")
     try:
         model = Pair()
@@ -144,13 +142,13 @@ def two_optimizers(folder: str) -> list[float]:
         strategy.close()
 
 
-def test_passes_of_several_optimizers_add_up_for_each(ranks: Ranks, tmp_path: Path) -> None:
-    """Gradients 1 + 2 and 3 + 6 have the mean 6, so that a quarter of it leaves 1 - 1.5 on both ranks."""
+def test_passes_of_several_optimizers_are_summed_for_each(ranks: Ranks, tmp_path: Path) -> None:
+    """The mean of the gradients 1 + 2 and 3 + 6 is 6, and a quarter of it leaves 1 - 1.5 on both ranks."""
     assert ranks.run(two_optimizers, str(tmp_path)) == [[-0.5, -0.5]] * 2
 
 
 def resumed_within_a_window(folder: str) -> list[dict[str, Tensor]]:
-    """Train a head, save within the window, and train the other one in a second strategy; return its weights."""
+    """Train one head, save within the window, and train the other head after resuming; return its weights."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 2}
     for start in (1, 2):
         strategy = DDPStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"}, find_unused_parameters=True)
@@ -169,7 +167,7 @@ def resumed_within_a_window(folder: str) -> list[dict[str, Tensor]]:
     return [weights]
 
 
-def test_a_part_used_only_before_the_checkpoint_of_a_window_is_averaged(ranks: Ranks, tmp_path: Path) -> None:
-    """Gradients that a checkpoint restored are those of each rank; the update uses their mean."""
+def test_gradients_from_a_checkpoint_are_averaged(ranks: Ranks, tmp_path: Path) -> None:
+    """An update after resuming within a window averages the restored gradients of all ranks."""
     found = ranks.run(resumed_within_a_window, str(tmp_path))
     require_equal(found, by_plain_torch("a head each", window=2)[1:2])

@@ -1,4 +1,4 @@
-"""The whole model on one device; the meta device stands for an accelerator."""
+"""The whole model on one device. The meta device is used in place of an accelerator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOGGER = logging.getLogger("stratagem.test")
 
 
 class Recorder:
-    """Steps that remember when they were called and what the model was then."""
+    """Build steps that record when they are called and the state of the model at that time."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, str]] = []
@@ -41,12 +41,12 @@ class Recorder:
 
 
 def network() -> nn.Sequential:
-    """Return layers, one of which exchanges statistics."""
+    """Return a network with a layer that synchronizes statistics."""
     return nn.Sequential(nn.Linear(1, 2), nn.SyncBatchNorm(2))
 
 
-def test_a_model_is_initialised_moved_compiled_and_then_optimized() -> None:
-    """What is compiled and optimized is where it trains, and has no layer that needs other ranks."""
+def test_a_model_is_initialized_moved_compiled_and_then_optimized() -> None:
+    """The model is compiled and optimized on its device, after SyncBatchNorm was replaced."""
     recorder, model = Recorder(), network()
     placed = OnDevice(LOGGER).place(model, recorder.steps(), World(device=torch.device("meta")))
     assert recorder.calls == [
@@ -58,8 +58,8 @@ def test_a_model_is_initialised_moved_compiled_and_then_optimized() -> None:
     assert isinstance(placed.optim, OptimWrapper)
 
 
-def test_reverting_layers_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever asked for SyncBatchNorm learns that there is nobody to exchange with."""
+def test_replacing_layers_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Replacing SyncBatchNorm is logged."""
     caplog.set_level(logging.INFO, LOGGER.name)
     OnDevice(LOGGER).place(network(), Recorder().steps(), World())
     assert [record.getMessage() for record in caplog.records] == [
@@ -67,15 +67,15 @@ def test_reverting_layers_is_said(caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-def test_a_layer_can_be_the_whole_model() -> None:
-    """The layer that takes its place is what trains."""
+def test_a_single_layer_can_be_the_whole_model() -> None:
+    """If the whole model is a SyncBatchNorm layer, it is replaced."""
     placed = OnDevice(LOGGER).place(nn.SyncBatchNorm(2), Recorder().steps(optim=False), World())
     assert not isinstance(placed.model, nn.SyncBatchNorm)
     assert placed.optim is None
 
 
-def test_the_model_is_its_own_bare_model() -> None:
-    """Nothing is put around it, and there is no exchange to hold back."""
+def test_the_model_is_not_wrapped() -> None:
+    """The model is not wrapped, and there is no gradient synchronization to skip."""
     placement, model = OnDevice(LOGGER), network()
     assert placement.bare(model) is model
     for sync in (True, False):

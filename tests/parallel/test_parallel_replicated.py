@@ -1,4 +1,4 @@
-"""A replica on every rank: the model's own step, with gradients exchanged."""
+"""A replica of the model on every rank, with synchronized gradients in the model's own training step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOGGER = logging.getLogger("stratagem.test")
 
 
 class Scale(BaseModel):
-    """Learns a number, whose gradient is the mean of the batch."""
+    """A model with one trainable number, whose gradient is the mean of the batch."""
 
     def __init__(self, value: float = 2.0) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Scale(BaseModel):
 
 
 class Counting(Scale):
-    """Overrides the step, goes on to that of its base, and keeps state of its own."""
+    """A model that overrides the step, calls that of its base class, and stores state."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         """Count the steps."""
@@ -45,10 +45,10 @@ class Counting(Scale):
 
 
 class ByHand(Scale):
-    """Does all that a step does itself."""
+    """A model that implements the whole step."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Learn from the product."""
+        """Train on the mean of the product."""
         with optim_wrapper.optim_context(self):
             loss = self(data).mean()
         optim_wrapper.update_params(loss)
@@ -56,38 +56,38 @@ class ByHand(Scale):
 
 
 class Twice(ByHand):
-    """Updates twice in one step."""
+    """A model that updates twice in one step."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Learn from the same batch again."""
+        """Train on the same batch twice."""
         first = super().train_step(data, optim_wrapper)
         super().train_step(data, optim_wrapper)
         return first
 
 
 class PastDDP(Scale):
-    """Reaches its parameters without ``self(...)``."""
+    """A model that uses its parameters without calling ``self(...)``."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Learn from what ``forward`` gives."""
+        """Train on the result of ``forward``."""
         loss = self.forward(data, mode="loss")["loss"]
         optim_wrapper.update_params(loss)
         return {"loss": loss.detach()}
 
 
 class Adversaries(BaseModel):
-    """Two parts that learn in turn, and one that is frozen."""
+    """A model with two parts that are trained alternately, and one frozen part."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maker, self.judge, self.fixed = Scale(2.0), Scale(3.0), Scale(5.0).requires_grad_(False)
 
     def forward(self, x: Tensor, mode: str = "tensor") -> Any:
-        """Return what all parts make of it."""
+        """Return the result of all parts."""
         return self.fixed(self.judge(self.maker(x)))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Let the maker learn from the batch, then the judge."""
+        """Train the maker on the batch, then the judge."""
         for name in ("maker", "judge"):
             with optim_wrapper[name].optim_context(self):
                 loss = getattr(self, name)(data).mean()
@@ -96,7 +96,7 @@ class Adversaries(BaseModel):
 
 
 def sgd(model: nn.Module, **options: Any) -> OptimWrapper:
-    """Return gradient descent that subtracts the gradient itself."""
+    """Return SGD with a learning rate of 1 in a wrapper."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return OptimWrapper(torch.optim.SGD(learning, lr=1.0), **options)
 
@@ -110,7 +110,7 @@ def place(
     sync_bn: str | None = None,
     **options: Any,
 ) -> tuple[Replicated, Placed]:
-    """Place a model as the strategy does."""
+    """Place a model like the strategy does."""
     placement = Replicated(LOGGER, sync_bn=sync_bn, separate=separate, options=options)
     world = World(launcher="pytorch", rank=get_rank(), local_rank=get_rank(), size=get_world_size())
     placed = placement.place(
@@ -127,7 +127,7 @@ def of_rank(*values: Any) -> Any:
 
 
 def trained(kind: type[Scale]) -> dict[str, Any]:
-    """Train one step, with other data on each rank."""
+    """Train one step, with different data on each rank."""
     hooked: list[int] = []
     model = kind()
     model.register_forward_hook(lambda *_: hooked.append(1))
@@ -144,39 +144,39 @@ def trained(kind: type[Scale]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("kind", "steps", "mine"), [(Scale, 0, None), (Counting, 1, True), (ByHand, 0, None)])
-def test_the_model_s_own_step_exchanges_gradients(ranks: Ranks, kind: type[Scale], steps: int, mine: Any) -> None:
-    """Gradients 1 and 3 are averaged on both ranks, 2 - 2 = 0, however the step is written; the loss is the rank's own.
+def test_the_training_step_synchronizes_gradients(ranks: Ranks, kind: type[Scale], steps: int, mine: Any) -> None:
+    """Gradients 1 and 3 are averaged, so the weight is 2 - 2 = 0 on both ranks, while the loss is that of the rank.
 
-    In the step ``self`` is the model: ``super()`` works, what it stores stays, and its hooks run once.
+    In the step, ``self`` is the model: ``super()`` works, its attributes are kept, and its hooks run once.
     """
     expected = {"wrapped": True, "scale": 0.0, "steps": steps, "mine": mine, "hooked": 1}
     assert ranks.run(trained, kind) == [{**expected, "loss": 2.0}, {**expected, "loss": 6.0}]
 
 
-def test_every_call_of_a_step_exchanges_gradients(ranks: Ranks) -> None:
-    """A step may call ``self(...)`` more than once: 2 is subtracted twice on both ranks."""
+def test_every_call_in_a_step_synchronizes_gradients(ranks: Ranks) -> None:
+    """A step may call ``self(...)`` more than once; each call synchronizes gradients."""
     for outputs in ranks.run(trained, Twice):
         assert outputs["scale"] == -2.0
         assert outputs["hooked"] == 2
 
 
 def past_ddp() -> str:
-    """Train a model that goes past DistributedDataParallel."""
+    """Train a model that bypasses DistributedDataParallel."""
     _, placed = place(PastDDP())
     with pytest.raises(PlacementError) as raised:
         placed.model.train_step(torch.ones(1), placed.optim)
     return str(raised.value)
 
 
-def test_a_step_that_goes_past_ddp_is_refused(ranks: Ranks) -> None:
-    """Ranks would drift apart without a word; the error says what to write instead."""
+def test_a_step_that_bypasses_ddp_is_rejected(ranks: Ranks) -> None:
+    """A step that bypasses DDP is an error with the correct code, because ranks would diverge silently."""
     for message in ranks.run(past_ddp):
         assert "PastDDP.train_step reached the model's parameters without calling self(...)" in message
         assert "model_wrapper='separate'" in message
 
 
 class TwoParts(BaseModel):
-    """Has three layers that learn or are frozen, and uses two of them."""
+    """A model with a frozen, a used and an unused layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class TwoParts(BaseModel):
 
 
 def message_about_unused() -> str:
-    """Train two steps with parameters that the loss does not depend on; return what the second says."""
+    """Train two steps with unused parameters; return the error of the second step."""
     _, placed = place(TwoParts())
     for _ in range(2):
         try:
@@ -201,14 +201,14 @@ def message_about_unused() -> str:
 
 
 def test_unused_parameters_are_named(ranks: Ranks) -> None:
-    """By their names in the model, not by numbers, with what to do."""
+    """The error for unused parameters contains their names in the model and the option to set."""
     for told in ranks.run(message_about_unused):
         assert "forgotten.weight, forgotten.bias (2 of 4)" in told
         assert "find_unused_parameters=True" in told
 
 
 def after_a_failure() -> float:
-    """Fail in a step, before its call and in it, then use the model by itself."""
+    """Fail in a step before and during its forward pass, then call the model directly."""
     model = Scale()
     _, placed = place(model)
     with pytest.raises(TypeError):
@@ -221,13 +221,13 @@ def after_a_failure() -> float:
     return product
 
 
-def test_outside_of_a_step_the_model_is_called_itself(ranks: Ranks) -> None:
-    """A step that failed leaves nothing behind."""
+def test_outside_a_step_the_model_is_called_directly(ranks: Ranks) -> None:
+    """After a failed step, calling the model does not go through DDP."""
     assert ranks.run(after_a_failure) == [6.0, 6.0]
 
 
 def evaluated() -> list[float]:
-    """Evaluate another number of batches on each rank."""
+    """Evaluate a different number of batches on each rank."""
     _, placed = place(Scale(), broadcast_buffers=True)
     with torch.no_grad():
         return [placed.model.val_step(torch.tensor(1.0)).item() for _ in range(of_rank(3, 1))] + [
@@ -235,8 +235,8 @@ def evaluated() -> list[float]:
         ]
 
 
-def test_evaluation_exchanges_nothing(ranks: Ranks) -> None:
-    """A rank with fewer batches does not hold up the others."""
+def test_evaluation_runs_no_collectives(ranks: Ranks) -> None:
+    """Evaluation runs no collectives, so ranks may have different numbers of batches."""
     assert ranks.run_within(20, evaluated) == [[2.0] * 4, [2.0] * 2]
 
 
@@ -252,7 +252,7 @@ def compared() -> list[float]:
 
 
 class Regression(BaseModel):
-    """Weights that shall give ones."""
+    """A linear regression to a target of 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -263,8 +263,8 @@ class Regression(BaseModel):
         return {"loss": ((x @ self.weight - 1) ** 2).mean()}
 
 
-def test_two_ranks_learn_what_one_does_with_the_whole_batch(ranks: Ranks) -> None:
-    """The weights after four steps with momentum are those of a loop of a few lines over whole batches."""
+def test_two_ranks_match_one_process_with_the_full_batch(ranks: Ranks) -> None:
+    """Four steps with momentum on two ranks match a manual loop on the full batches."""
     torch.manual_seed(3)
     weight, momentum = torch.tensor([1.0, -1.0, 0.5]), torch.zeros(3)
     for x in torch.randn(4, 6, 3):
@@ -276,7 +276,7 @@ def test_two_ranks_learn_what_one_does_with_the_whole_batch(ranks: Ranks) -> Non
 
 
 def accumulated(separate: bool) -> list[list[float]]:
-    """Learn from two micro-batches an update; return the gradient after the first and the value after each."""
+    """Train on two micro-batches per update; return the gradient after the first, and the value after each."""
     model = Adversaries() if separate else Scale()
     part = model.maker if separate else model
 
@@ -296,8 +296,8 @@ def accumulated(separate: bool) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("separate", [False, True])
-def test_gradients_stay_on_their_rank_until_the_last_micro_batch(ranks: Ranks, separate: bool) -> None:
-    """Halves of 1 and 3 stay apart, then (0.5 + 1 + 1.5 + 3) / 2 = 3 is subtracted on both ranks."""
+def test_gradients_are_synchronized_after_the_last_micro_batch(ranks: Ranks, separate: bool) -> None:
+    """Gradients 0.5 and 1.5 stay on their ranks, then (0.5 + 1 + 1.5 + 3) / 2 = 3 is subtracted on both."""
     assert ranks.run(accumulated, separate) == [
         [[0.5, 2.0], [None, -1.0]],
         [[1.5, 2.0], [None, -1.0]],
@@ -305,7 +305,7 @@ def test_gradients_stay_on_their_rank_until_the_last_micro_batch(ranks: Ranks, s
 
 
 def separately() -> dict[str, Any]:
-    """Train two parts in turn, each wrapped by itself."""
+    """Train two parts alternately, each in a separate wrapper."""
     model = Adversaries()
     names = list(model.state_dict())
 
@@ -328,8 +328,8 @@ def separately() -> dict[str, Any]:
     }
 
 
-def test_parts_that_learn_in_turn_are_wrapped_by_themselves(ranks: Ranks) -> None:
-    """Each part's gradients are averaged (2 is subtracted), the frozen one is not wrapped, and names are the model's."""
+def test_alternately_trained_parts_are_wrapped_separately(ranks: Ranks) -> None:
+    """Each part is wrapped separately, the frozen part is not wrapped, and parameter names do not change."""
     expected = {
         "kinds": {"maker": "Replica", "judge": "Replica", "fixed": "Scale"},
         "bare": True,
@@ -355,8 +355,8 @@ def facts() -> dict[str, Any]:
     }
 
 
-def test_what_a_placed_model_is(ranks: Ranks) -> None:
-    """Ranks begin with the weights of rank 0; the optimizer knows the bare names; options reach DDP."""
+def test_a_placed_model(ranks: Ranks) -> None:
+    """Ranks start with the weights of rank 0, the optimizer has the original names, and options are passed to DDP."""
     expected = {
         "scale": 4.0,
         "optimizer of the bare model": True,
@@ -368,7 +368,7 @@ def test_what_a_placed_model_is(ranks: Ranks) -> None:
 
 
 def buffers(**options: bool) -> float:
-    """Let buffers differ, run a forward pass, and return this rank's."""
+    """Run a forward pass with different buffers on each rank; return the buffer of this rank."""
     model = Scale()
     _, placed = place(model, **options)
     model.seen.fill_(get_rank() + 1)
@@ -376,34 +376,34 @@ def buffers(**options: bool) -> float:
     return model.seen.item()
 
 
-def test_buffers_stay_with_their_rank_unless_asked(ranks: Ranks) -> None:
-    """Sending buffers around costs an exchange in each forward pass; ``broadcast_buffers=True`` asks for it."""
+def test_buffers_are_only_broadcast_on_request(ranks: Ranks) -> None:
+    """Buffers are broadcast in each forward pass only with ``broadcast_buffers=True``."""
     assert ranks.run(buffers) == [1.0, 2.0]
     assert ranks.run(buffers, broadcast_buffers=True) == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("name", ["find_unused_paramters", "device_ids", "module"])
-def test_options_that_cannot_be_given_are_refused(name: str) -> None:
-    """A typo, or what the placement decides itself, is an error and not ignored."""
+def test_invalid_options_are_rejected(name: str) -> None:
+    """An unknown option, or one that the placement sets itself, is an error."""
     with pytest.raises(ConfigKeyError, match=f"DistributedDataParallel has no option '{name}'"):
         Replicated(LOGGER, sync_bn=None, separate=False, options={name: True})
 
 
-def test_an_unknown_option_is_answered_with_the_nearest() -> None:
-    """The options are those that torch has."""
+def test_an_unknown_option_suggests_the_closest_name() -> None:
+    """An unknown option is an error with the closest option of DistributedDataParallel."""
     with pytest.raises(ConfigKeyError, match="Did you mean 'find_unused_parameters'"):
         Replicated(LOGGER, sync_bn=None, separate=False, options={"find_unused_paramters": True})
     assert {"static_graph", "gradient_as_bucket_view", "broadcast_buffers", "bucket_cap_mb"} <= set(DDP_OPTIONS)
 
 
-def test_a_model_that_is_wrapped_already_is_refused() -> None:
-    """Two wrappers would exchange twice."""
+def test_a_wrapped_model_is_rejected() -> None:
+    """A wrapped model is an error, because its gradients would be synchronized twice."""
     with pytest.raises(PlacementError, match="wrapped already, in a DataParallel; give the strategy the bare model"):
         place(nn.DataParallel(Scale()))
 
 
-def test_compiling_the_step_is_refused() -> None:
-    """A compiled step would leave DDP out."""
+def test_compiling_the_training_step_is_rejected() -> None:
+    """Compiling the training step is an error, because the compiled step would bypass DDP."""
 
     def compile_step(model: nn.Module) -> nn.Module:
         model.train_step = lambda *_: None  # type: ignore[assignment]  # as compile_model sets it
@@ -414,7 +414,7 @@ def test_compiling_the_step_is_refused() -> None:
 
 
 def test_a_frozen_model_is_not_wrapped() -> None:
-    """There is nothing to exchange, and DDP would refuse it."""
+    """A model without trainable parameters is not wrapped, because DDP would reject it."""
     model = Scale().requires_grad_(False)
     placement, placed = place(model, None)
     assert placed.model is model
@@ -424,14 +424,14 @@ def test_a_frozen_model_is_not_wrapped() -> None:
         pass
 
 
-def test_separate_wrapping_refuses_parameters_of_the_whole() -> None:
-    """Nobody would exchange their gradients; the error names them."""
+def test_separate_wrapping_rejects_parameters_of_the_model_itself() -> None:
+    """With separate wrapping, direct parameters of the model are an error, because they would not be synchronized."""
     with pytest.raises(PlacementError, match=r"Scale has learning parameters of its own \(scale\)"):
         place(Scale(), separate=True)
 
 
-def test_batch_normalisation_is_converted_where_asked(caplog: pytest.LogCaptureFixture) -> None:
-    """``sync_bn="torch"`` converts and says so; on the CPU, where torch's layer cannot work, it is refused at once."""
+def test_batch_normalization_is_converted_on_request(caplog: pytest.LogCaptureFixture) -> None:
+    """``sync_bn="torch"`` converts layers and logs it; on the CPU, where SyncBatchNorm does not work, it is an error."""
     caplog.set_level(logging.INFO, LOGGER.name)
     with pytest.raises(PlacementError, match="works on accelerators alone"):
         place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")

@@ -1,4 +1,4 @@
-"""Which modules a policy chooses."""
+"""Selecting modules with a policy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stratagem.registry import FUNCTIONS
 
 
 class Part(nn.Module):
-    """Two layers of 6 and 12 parameters."""
+    """Two layers with 6 and 12 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Part(nn.Module):
 
 
 def model() -> nn.Module:
-    """Return parts in a list, and an embedding that is tied to a head."""
+    """Return a model with a list of parts, and an embedding that is tied to a head."""
     network = nn.Module()
     network.words, network.head = nn.Embedding(40, 2), nn.Linear(2, 40, bias=False)
     network.head.weight = network.words.weight
@@ -44,21 +44,21 @@ WIDE = ["parts.0.wide", "parts.1.wide"]
         (f"{__name__}.Part", ["parts.0", "parts.1"]),
         ({"classes": "Embedding", "modules": ["parts.0.*"]}, ["words", "parts.0.narrow", "parts.0.wide"]),
         ({"modules": "parts.?.wide"}, WIDE),
-        # 12 are enough, 6 are not; the words have 80 but are tied to the head.
+        # 12 parameters are enough, 6 are not. The embedding has 80, but it is tied to the head.
         ({"min_params": 12}, WIDE),
-        # All 18 of a part are more than enough, but no layer has so many.
+        # A part has 18 parameters, but none of its layers has 13.
         ({"min_params": 13}, ["parts.0", "parts.1"]),
         (lambda name, module: name.endswith("narrow"), NARROW),
         (lambda module: isinstance(module, nn.Embedding), ["words"]),
     ],
 )
-def test_policies_choose_modules(policy: Any, chosen: list[str]) -> None:
-    """By class, by name, by size or by a function, in the order of the model."""
+def test_policies_select_modules(policy: Any, chosen: list[str]) -> None:
+    """Modules are selected by class, by name, by size or by a function, in the order of the model."""
     assert list(select_modules(model(), policy, "wrap_policy")) == chosen
 
 
-def test_a_registered_function_chooses_by_its_name() -> None:
-    """Its other arguments stand beside its name."""
+def test_a_registered_function_is_a_policy() -> None:
+    """A policy may be the name of a registered function with its arguments."""
     FUNCTIONS.register_module(name="ends_with_for_test", module=lambda name, module, end: name.endswith(end))
     policy = {"type": "ends_with_for_test", "end": "wide"}
     assert list(select_modules(model(), policy, "wrap_policy")) == WIDE
@@ -78,14 +78,14 @@ def test_a_registered_function_chooses_by_its_name() -> None:
         ("ModuleList", PlacementError, r"chose 'parts', a ModuleList, which only holds modules.*'parts\.\*'"),
     ],
 )
-def test_a_policy_that_chooses_nothing_is_refused(policy: Any, error: type[Exception], message: str) -> None:
-    """The error says what there is to choose."""
+def test_a_policy_without_matches_is_rejected(policy: Any, error: type[Exception], message: str) -> None:
+    """A policy that selects no module is an error that lists the alternatives."""
     with pytest.raises(error, match=message):
         select_modules(model(), policy, "wrap_policy")
 
 
-def test_a_star_stands_for_one_part_of_a_name() -> None:
-    """``layers.*`` is the layers, and nothing inside of them."""
+def test_a_star_matches_one_component_of_a_name() -> None:
+    """``layers.*`` matches the layers, but not their submodules."""
     assert matches_name("layers.3", "layers.*")
     assert not matches_name("layers.3.up", "layers.*")
     assert not matches_name("layers", "layers.*")

@@ -1,4 +1,4 @@
-"""Models that are built without memory get, tensor by tensor, the values that building them would have given."""
+"""Models with deferred initialization get the same values as models that were initialized directly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stratagem.parallel.deferred_init.recorder import INIT_FUNCTIONS, Tape
 
 
 def filled(fill: Callable[[Tensor], object], *shape: int) -> Callable[[], nn.Module]:
-    """Return what makes a module whose weight is filled by a function of torch.nn.init, after another that draws."""
+    """Return a function that builds a module whose weight is filled by ``fill``, between two random layers."""
 
     def make() -> nn.Module:
         module = nn.Module()
@@ -31,7 +31,7 @@ def filled(fill: Callable[[Tensor], object], *shape: int) -> Callable[[], nn.Mod
 
 
 class Everything(nn.Module):
-    """What models do while they are built: constants, computed buffers, ties, views, and weights that are drawn twice."""
+    """A model with constants, computed buffers, tied weights, views, and weights that are initialized twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_values_and_generators_are_those_of_building_with_memory(name: str) -> None:
-    """Every parameter and buffer has the same bits, and the next random number is the same."""
+def test_values_and_generators_match_direct_initialization(name: str) -> None:
+    """All parameters and buffers have the same bits, and the next random number is the same."""
     torch.manual_seed(3)
     expected = named_tensors(MODELS[name]())
     after = torch.rand(2)
@@ -96,15 +96,15 @@ def test_values_and_generators_are_those_of_building_with_memory(name: str) -> N
     assert list(made) == [names[id(tensor)] for tensor in tape.order(tensors.values())]
 
 
-def test_every_initialisation_that_leaves_tensors_without_memory_alone_is_known() -> None:
-    """A version of torch in which another function of torch.nn.init does nothing on the meta device fails here."""
+def test_all_initializations_that_skip_meta_tensors_are_known() -> None:
+    """A new function of torch.nn.init that skips meta tensors makes this test fail."""
     functions = [function for _, function in inspect.getmembers(nn.init, inspect.isfunction)]
     skipping = {each.__code__ for each in functions if re.search(r"\.is_meta", inspect.getsource(each))}
     assert skipping == set(INIT_FUNCTIONS)
 
 
-def test_a_tensor_is_freed_before_the_next_is_made() -> None:
-    """Of a stack of layers, whose default weights are drawn and then drawn anew, one is in memory at a time."""
+def test_a_tensor_is_freed_before_the_next_is_materialized() -> None:
+    """In a stack of layers that are initialized twice, only one tensor is in memory at a time."""
     tape = Tape()
     with tape.recording():
         model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
@@ -117,8 +117,8 @@ def test_a_tensor_is_freed_before_the_next_is_made() -> None:
     assert len(earlier) == 8
 
 
-def test_what_nobody_fills_is_not_written() -> None:
-    """Empty memory is no value."""
+def test_an_uninitialized_tensor_is_not_written() -> None:
+    """Uninitialized memory is not recorded as written."""
     tape = Tape()
     with tape.recording():
         empty, full = torch.empty(3), torch.ones(3)
