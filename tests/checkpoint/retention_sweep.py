@@ -20,32 +20,34 @@ import faults
 from stratagem.checkpoint import (
     BackgroundSaver,
     CheckpointLoader,
-    Purpose,
     Retention,
+    RetentionTag,
+    checkpoints_of_run,
     find_latest_checkpoint,
-    point_to,
     remove_checkpoints,
     save_checkpoint,
-    saved_by,
+    update_last_checkpoint,
 )
 from stratagem.dist import ALONE, Team
 from stratagem.storage import clean_temporaries
 
 LOGGER = logging.getLogger("sweep")
-POLICY = Retention(series=("iter_{}",), last=1)
+POLICY = Retention(groups=("iter_{}",), last=1)
 
 
 def tree(number: int) -> dict[str, Any]:
     """Return a state whose parts all tell which one it is."""
-    purpose = Purpose(series="iter_{}", number=number).as_meta()
+    purpose = RetentionTag(group="iter_{}", number=number).as_meta()
     meta = {"iter": number, "run_id": "me", "purpose": purpose}
     return {"meta": meta, "state_dict": {"x": torch.full((999,), number)}, "optimizer": {"m": torch.full((9,), number)}}
 
 
 def tidy(folder: Path, path: Path) -> None:
     """Do what a run does after a publication."""
-    point_to(path, folder)
-    remove_checkpoints([each.path for each in POLICY.superfluous(saved_by("me", folder), {path})], LOGGER)
+    update_last_checkpoint(path, folder)
+    remove_checkpoints(
+        [each.path for each in POLICY.select_removable(checkpoints_of_run("me", folder), {path})], LOGGER
+    )
 
 
 def save(folder: Path, number: int, *, background: bool) -> None:
@@ -110,7 +112,7 @@ def sweep(folder: Path, *, background: bool) -> dict[str, Any]:
             )
             if set(found["state_dict"]["x"].tolist()) != {found["meta"]["iter"]} or found["meta"]["iter"] < 1:
                 told["lost"].append([number, moment])
-            told["most"] = max(told["most"], len(saved_by("me", place)))
+            told["most"] = max(told["most"], len(checkpoints_of_run("me", place)))
             clean_temporaries(place)
             tidy(place, latest or place)
             told["after_next_start"].add(len([entry for entry in place.iterdir() if entry.name != "last_checkpoint"]))

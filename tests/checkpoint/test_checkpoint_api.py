@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stratagem.checkpoint import load_checkpoint, model_part, save_checkpoint
+from stratagem.checkpoint import get_model_state, load_checkpoint, save_checkpoint
 from stratagem.errors import CheckpointError, CheckpointMismatchError, CheckpointNotFoundError
 
 
@@ -70,7 +70,7 @@ def test_a_checkpoint_that_is_missing_is_told(tmp_path: Path) -> None:
 def test_a_checkpoint_without_a_model_says_what_it_has(checkpoint: dict[str, object], has: str) -> None:
     """Where the model's part is missing, the parts that are there are listed, and secrets of the URL are not."""
     with pytest.raises(CheckpointError, match=f"@host/x.pth has no model state .*; it has {has}") as caught:
-        model_part(checkpoint, "https://me:secret@host/x.pth")
+        get_model_state(checkpoint, "https://me:secret@host/x.pth")
     assert "secret" not in str(caught.value)
 
 

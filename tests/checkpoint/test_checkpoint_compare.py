@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratagem.checkpoint.convert.compare import Difference, compare
+from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
 
 
-def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[CheckpointDifference]:
     """Return all differences."""
     return list(compare(first, second))
 
@@ -65,7 +65,7 @@ def test_values_are_compared_by_their_path() -> None:
     """A learning rate that differs is named by its path, with both values."""
     first = {"optimizer": {"param_groups": [{"lr": 0.1}]}}
     second = {"optimizer": {"param_groups": [{"lr": 0.2}]}}
-    assert differences(first, second) == [Difference("optimizer/param_groups/0/lr", "0.1", "0.2")]
+    assert differences(first, second) == [CheckpointDifference("optimizer/param_groups/0/lr", "0.1", "0.2")]
 
 
 def test_the_versions_that_torch_keeps_are_no_difference() -> None:

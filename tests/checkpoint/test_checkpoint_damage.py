@@ -47,7 +47,7 @@ def test_the_copy_is_sound(damaged: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9, -1])
 def test_a_file_that_was_cut_off_is_named(damaged: Path, name: str, part: float) -> None:
-    """Cut anywhere, every file is reported by its name as damaged, with exit status 1."""
+    """ZeroPartition anywhere, every file is reported by its name as damaged, with exit status 1."""
     data = (damaged / name).read_bytes()
     (damaged / name).write_bytes(data[:-1] if part < 0 else data[: int(part * len(data))])
     with pytest.raises(CheckpointDamagedError, match=name) as caught:

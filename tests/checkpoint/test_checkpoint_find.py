@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from manifests import change_manifest
-from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, point_to, save_checkpoint
+from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, save_checkpoint, update_last_checkpoint
 
 
 def saved(path: Path, at: float) -> Path:
@@ -119,7 +119,7 @@ def test_checkpoints_that_a_run_saves_elsewhere_are_found(tmp_path: Path) -> Non
     newest = saved(elsewhere / "epoch_2", 300.0)
     saved(elsewhere / "epoch_1", 100.0)
     assert find_latest_checkpoint(run) is None
-    point_to(newest, run)
+    update_last_checkpoint(newest, run)
     assert find_latest_checkpoint(run) == newest
     interrupted = saved(run / "iter_9", 400.0)
     assert find_latest_checkpoint(run) == interrupted

@@ -93,13 +93,13 @@ def test_two_keys_for_one_name_are_refused() -> None:
 
 
 def test_differences_are_reported_and_the_rest_is_loaded() -> None:
-    """Without strict, what fits is loaded; missing, unexpected and reshaped keys are told apart."""
+    """Without strict, what fits is loaded; missing, unexpected and shape_mismatches keys are told apart."""
     model = net()
     bias = model[1].bias.tolist()
     state = {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3), "1.bias": torch.ones(7), "head": torch.ones(1)}
     report = load_state_dict(model, state)
     assert report == LoadReport(
-        matched=2, total=4, missing=("1.weight",), unexpected=("head",), reshaped=(("1.bias", (7,), (1,)),)
+        matched=2, total=4, missing=("1.weight",), unexpected=("head",), shape_mismatches=(("1.bias", (7,), (1,)),)
     )
     assert report.describe().splitlines() == [
         "The model and loaded state dict do not match exactly:",
@@ -129,7 +129,7 @@ def test_the_first_differing_keys_and_their_number_are_shown() -> None:
         lambda state: state.update(other=torch.ones(1)),
         lambda state: state.update({"1.bias": torch.ones(5)}),
     ],
-    ids=["missing", "unexpected", "reshaped"],
+    ids=["missing", "unexpected", "shape_mismatches"],
 )
 def test_a_strict_load_that_differs_changes_nothing(change: Any) -> None:
     """With strict, any difference is an error with the report's text, and the model is as before."""

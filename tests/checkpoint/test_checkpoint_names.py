@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stratagem.checkpoint import bare_name, optimizer_by_index, optimizer_by_name, parameter_names
+from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, parameter_names, unwrapped_name
 from stratagem.errors import CheckpointMismatchError
 
 
@@ -32,7 +32,7 @@ from stratagem.errors import CheckpointMismatchError
 )
 def test_wrappers_leave_no_trace_in_names(name: str, bare: str) -> None:
     """DDP's, torch.compile's and FSDP's parts of a name are taken away, and nothing that only looks alike."""
-    assert bare_name(name) == bare
+    assert unwrapped_name(name) == bare
 
 
 def model() -> nn.Sequential:

@@ -11,12 +11,12 @@ import torch
 
 from manifests import change_manifest
 from stratagem.checkpoint import (
+    checkpoints_by_run,
+    checkpoints_of_run,
     find_latest_checkpoint,
     list_checkpoints,
     read_manifest,
     save_checkpoint,
-    saved_by,
-    saved_in,
 )
 from stratagem.cli.ckpt.listing import list_checkpoints as print_checkpoints
 
@@ -49,7 +49,7 @@ def test_within_a_run_session_and_save_decide(tmp_path: Path, suffix: str):
     save(tmp_path / "b", order=(2, 11), at=100.0, iteration=20)
     save(tmp_path / f"a{suffix}", order=(10, 1), at=50.0, iteration=5)
     assert names(tmp_path) == [f"a{suffix}", "b", f"c{suffix}", f"d{suffix}"]
-    assert [each.path.name for each in saved_by("a", tmp_path)] == names(tmp_path)[::-1]
+    assert [each.path.name for each in checkpoints_of_run("a", tmp_path)] == names(tmp_path)[::-1]
 
 
 def test_between_runs_the_clock_decides(tmp_path: Path):
@@ -106,7 +106,7 @@ def test_numbers_that_make_no_sense_make_a_checkpoint_unusable(tmp_path: Path, f
     faults = {each.path.name: each.fault for each in list_checkpoints(tmp_path) if each.fault}
     assert sorted(faults) == ["e_2.pth", "iter_2"]
     assert all("its save_order is" in fault for fault in faults.values())
-    assert [each.path for each in saved_by("a", tmp_path)] == [kept]
+    assert [each.path for each in checkpoints_of_run("a", tmp_path)] == [kept]
 
 
 @pytest.mark.parametrize("changes", [{"position": [1]}, {"position": ...}, {"run_id": 5}, {"purpose": "x"}])
@@ -115,7 +115,7 @@ def test_other_facts_of_the_wrong_kind_are_not_taken(tmp_path: Path, changes: di
     path = save(tmp_path / "iter_1", order=(1, 1))
     change_manifest(path, **changes)
     assert find_latest_checkpoint(tmp_path) == path
-    saved_in(tmp_path)
+    checkpoints_by_run(tmp_path)
 
 
 def test_the_manifest_records_the_numbers(tmp_path: Path):
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_was_copied_from_another_run_is_one_of_another_run(tmp
     assert names(tmp_path) == ["iter_8", "copied.pt"]
     os.utime(copied, (300.0, 300.0))
     assert names(tmp_path) == ["copied.pt", "iter_8"]
-    assert [each.path.name for each in saved_by("a", tmp_path)] == ["iter_8"]
+    assert [each.path.name for each in checkpoints_of_run("a", tmp_path)] == ["iter_8"]
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])

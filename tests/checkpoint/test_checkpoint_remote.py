@@ -13,7 +13,7 @@ import torch
 
 from faulty_places import register
 from ranks import Ranks
-from stratagem.checkpoint import CheckpointLoader, latest_remote, save_checkpoint, save_remote
+from stratagem.checkpoint import CheckpointLoader, find_latest_remote, save_checkpoint, save_remote
 from stratagem.checkpoint.remote.checkpoint_urls import _check_shared
 from stratagem.dist import Team
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
@@ -88,10 +88,10 @@ def test_the_staging_folder_is_where_the_user_says(monkeypatch: pytest.MonkeyPat
 
 def test_the_latest_is_found() -> None:
     """The URL of what was published last is given, or None."""
-    assert latest_remote(RUN) is None
+    assert find_latest_remote(RUN) is None
     for name in ("iter_9", "iter_3"):
         save(name, 1.0)
-    assert latest_remote(RUN) == f"{RUN}/iter_3"
+    assert find_latest_remote(RUN) == f"{RUN}/iter_3"
 
 
 def test_the_latest_is_found_although_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,9 +99,9 @@ def test_the_latest_is_found_although_the_clock_was_set_back(monkeypatch: pytest
     save("iter_9", 1.0)
     monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
     save("iter_12", 1.0)
-    assert latest_remote(RUN) == f"{RUN}/iter_12"
+    assert find_latest_remote(RUN) == f"{RUN}/iter_12"
     save("iter_9", 2.0)
-    assert latest_remote(RUN) == f"{RUN}/iter_9"
+    assert find_latest_remote(RUN) == f"{RUN}/iter_9"
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
@@ -114,10 +114,10 @@ def test_of_a_run_the_latest_is_what_it_saved_last(tmp_path: Path, suffix: str) 
     for path in sorted(tmp_path.glob(f"iter_*{suffix}")):
         copy = shutil.copyfile if path.is_file() else shutil.copytree
         save_remote(f"{RUN}/{path.name}", lambda target, path=path, copy=copy: copy(path, target))
-    assert latest_remote(RUN) == f"{RUN}/iter_6{suffix}"
+    assert find_latest_remote(RUN) == f"{RUN}/iter_6{suffix}"
     # Of another run it is not known which is newer, but by when it was published.
     save("iter_1", 1.0)
-    assert latest_remote(RUN) == f"{RUN}/iter_1"
+    assert find_latest_remote(RUN) == f"{RUN}/iter_1"
 
 
 def test_weights_that_are_not_finite_are_not_the_latest() -> None:
@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_not_the_latest() -> None:
     save("iter_1", 1.0)
     tree = {"meta": {"iter": 2, "finite": False}, "state_dict": {"w": torch.tensor([float("nan")])}}
     save_checkpoint(tree, f"{RUN}/iter_2")
-    assert latest_remote(RUN) == f"{RUN}/iter_1"
+    assert find_latest_remote(RUN) == f"{RUN}/iter_1"
 
 
 def test_a_file_of_somebody_else_is_read(memory: Any, tmp_path: Path) -> None:

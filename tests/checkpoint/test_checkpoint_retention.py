@@ -17,34 +17,38 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 import faults
 from stratagem.checkpoint import (
     CheckpointLoader,
-    Purpose,
     Retention,
-    Saved,
+    RetentionTag,
+    SavedCheckpoint,
+    checkpoints_of_run,
     find_latest_checkpoint,
-    point_to,
     release_checkpoint,
     remove_checkpoints,
     save_checkpoint,
-    saved_by,
+    update_last_checkpoint,
 )
 from stratagem.errors import ConfigKeyError
 
 LOGGER = logging.getLogger("retention")
 
 
-def regular(number: int, *, series: str = "epoch_{}", finite: bool = True) -> Saved:
+def regular(number: int, *, series: str = "epoch_{}", finite: bool = True) -> SavedCheckpoint:
     """A checkpoint after so many epochs, saved at that time."""
-    purpose = Purpose(series=series, number=number)
-    return Saved(path=Path(f"{series}{number}"), saved_at=float(number), iter=number, purpose=purpose, finite=finite)
+    retention_tag = RetentionTag(group=series, number=number)
+    return SavedCheckpoint(
+        path=Path(f"{series}{number}"), saved_at=float(number), iter=number, retention_tag=retention_tag, finite=finite
+    )
 
 
-def best(number: int, score: float, *, metric: str = "acc", greater: bool = True) -> Saved:
+def best(number: int, score: float, *, metric: str = "acc", greater: bool = True) -> SavedCheckpoint:
     """A checkpoint that had a score after so many epochs."""
-    purpose = Purpose(number=number, metric=metric, score=score, greater=greater)
-    return Saved(path=Path(f"best_{metric}_{number}"), saved_at=float(number), iter=number, purpose=purpose)
+    retention_tag = RetentionTag(number=number, metric=metric, score=score, greater=greater)
+    return SavedCheckpoint(
+        path=Path(f"best_{metric}_{number}"), saved_at=float(number), iter=number, retention_tag=retention_tag
+    )
 
 
-def names(saved: list[Saved]) -> list[str]:
+def names(saved: list[SavedCheckpoint]) -> list[str]:
     """The names of checkpoints."""
     return [each.path.name for each in saved]
 
@@ -54,57 +58,57 @@ def names(saved: list[Saved]) -> list[str]:
 
 def test_the_last_are_kept():
     """Of five the three oldest go where two are kept."""
-    policy = Retention(series=["epoch_{}"], last=2)
-    assert names(policy.superfluous([regular(n) for n in range(1, 6)])) == ["epoch_{}1", "epoch_{}2", "epoch_{}3"]
+    policy = Retention(groups=["epoch_{}"], last=2)
+    assert names(policy.select_removable([regular(n) for n in range(1, 6)])) == ["epoch_{}1", "epoch_{}2", "epoch_{}3"]
 
 
 def test_all_are_kept_unless_a_number_is_given():
     """Nothing goes by default."""
-    assert Retention(series=["epoch_{}"]).superfluous([regular(n) for n in range(1, 6)]) == []
+    assert Retention(groups=["epoch_{}"]).select_removable([regular(n) for n in range(1, 6)]) == []
 
 
 def test_every_nth_is_kept_for_good():
     """Beside the last; of the first series alone, since another counts something else."""
-    policy = Retention(series=["epoch_{}", "iter_{}"], last=1, every=2)
+    policy = Retention(groups=["epoch_{}", "iter_{}"], last=1, every=2)
     saved = [*(regular(n) for n in range(1, 6)), regular(6, series="iter_{}"), regular(7)]
-    assert names(policy.superfluous(saved)) == ["epoch_{}1", "epoch_{}3", "epoch_{}5", "iter_{}6"]
+    assert names(policy.select_removable(saved)) == ["epoch_{}1", "epoch_{}3", "epoch_{}5", "iter_{}6"]
 
 
 def test_what_others_saved_is_not_theirs_to_remove():
     """Checkpoints of another series, and those that stand for themselves, stay."""
-    policy = Retention(series=["epoch_{}"], last=1)
+    policy = Retention(groups=["epoch_{}"], last=1)
     others = [regular(1, series="iter_{}"), regular(2, series="")]
-    assert policy.superfluous([*others, regular(3), regular(4)]) == [regular(3)]
+    assert policy.select_removable([*others, regular(3), regular(4)]) == [regular(3)]
 
 
 def test_weights_that_are_not_finite_push_nothing_out():
     """The last sound one stays beside a spoiled one, which goes with the next that is sound."""
-    policy = Retention(series=["epoch_{}"], last=1)
+    policy = Retention(groups=["epoch_{}"], last=1)
     spoiled = regular(2, finite=False)
-    assert policy.superfluous([regular(1), spoiled]) == []
-    assert policy.superfluous([regular(1), spoiled, regular(3)]) == [regular(1), spoiled]
+    assert policy.select_removable([regular(1), spoiled]) == []
+    assert policy.select_removable([regular(1), spoiled, regular(3)]) == [regular(1), spoiled]
 
 
 @pytest.mark.parametrize(("greater", "kept"), [(True, {2, 3}), (False, {1, 4})])
 def test_the_best_are_kept_by_their_scores(*, greater: bool, kept: set[int]):
     """Whichever is the better; the regular ones play no part."""
     scores = {1: 0.1, 2: 0.9, 3: 0.8, 4: 0.2}
-    policy = Retention(series=["epoch_{}"], last=1, best=2)
+    policy = Retention(groups=["epoch_{}"], last=1, best=2)
     saved = [best(number, score, greater=greater) for number, score in scores.items()]
-    gone = policy.superfluous([*saved, regular(5)])
-    assert {each.purpose.number for each in gone} == set(scores) - kept
+    gone = policy.select_removable([*saved, regular(5)])
+    assert {each.retention_tag.number for each in gone} == set(scores) - kept
 
 
 def test_each_metric_has_its_best():
     """One is not pushed out by the score of another."""
     saved = [best(1, 0.5), best(1, 3.0, metric="loss", greater=False), best(2, 0.6)]
-    assert names(Retention(series=["epoch_{}"]).superfluous(saved)) == ["best_acc_1"]
+    assert names(Retention(groups=["epoch_{}"]).select_removable(saved)) == ["best_acc_1"]
 
 
 def test_what_is_protected_stays():
     """As what a run was taken up from does at its start."""
-    policy = Retention(series=["epoch_{}"], last=1)
-    assert policy.superfluous([regular(1), regular(2), regular(3)], {regular(1).path}) == [regular(2)]
+    policy = Retention(groups=["epoch_{}"], last=1)
+    assert policy.select_removable([regular(1), regular(2), regular(3)], {regular(1).path}) == [regular(2)]
 
 
 class Life(RuleBasedStateMachine):
@@ -114,8 +118,8 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.policy = Retention(series=["epoch_{}"], last=self.KEEP, every=10)
-        self.disk: list[Saved] = []
+        self.policy = Retention(groups=["epoch_{}"], last=self.KEEP, every=10)
+        self.disk: list[SavedCheckpoint] = []
         self.time = 0
         self.at = 0
         self.damaged: set[Path] = set()
@@ -124,7 +128,7 @@ class Life(RuleBasedStateMachine):
         self.most = 0
         self.stands_on: set[Path] = set()
 
-    def carry_out(self, removals: list[Saved], most: int) -> None:
+    def carry_out(self, removals: list[SavedCheckpoint], most: int) -> None:
         """Remove one after the other; the process is killed where ``most`` ends before them."""
         for each in removals[:most]:
             self.disk.remove(each)
@@ -139,9 +143,9 @@ class Life(RuleBasedStateMachine):
             return
         self.time += 1
         self.at += epochs
-        new = Saved(
+        new = SavedCheckpoint(
             path=Path(f"epoch_{self.at}"), saved_at=self.time, iter=self.at, finite=finite,
-            purpose=Purpose(series="epoch_{}", number=self.at),
+            retention_tag=RetentionTag(group="epoch_{}", number=self.at),
         )  # fmt: skip
         self.disk = [*(each for each in self.disk if each.path != new.path), new]
         self.damaged.discard(new.path)
@@ -149,7 +153,7 @@ class Life(RuleBasedStateMachine):
             self.stands_on = set()
         # At most the last that are sound, a spoiled one that is newer, and what this start went on from.
         self.most = self.KEEP + 2 - finite
-        self.carry_out(self.policy.superfluous(self.disk, {new.path, *self.stands_on}), operations - 1)
+        self.carry_out(self.policy.select_removable(self.disk, {new.path, *self.stands_on}), operations - 1)
 
     @precondition(lambda self: self.killed)
     @rule(operations=st.integers(0, 6))
@@ -160,7 +164,7 @@ class Life(RuleBasedStateMachine):
         self.stands_on = {each.path for each in self.disk if each.iter == self.at}
         # And the one that the run was taken up from.
         self.most = self.KEEP + 2
-        self.carry_out(self.policy.superfluous(self.disk, self.stands_on), operations)
+        self.carry_out(self.policy.select_removable(self.disk, self.stands_on), operations)
 
     @precondition(lambda self: self.killed and len(self.disk) > 1)
     @rule()
@@ -181,7 +185,7 @@ class Life(RuleBasedStateMachine):
     def there_are_not_too_many(self) -> None:
         """When a save or a start came to its end, beside what is kept for good."""
         if not self.killed:
-            assert len([each for each in self.disk if each.purpose.number % 10]) <= self.most
+            assert len([each for each in self.disk if each.retention_tag.number % 10]) <= self.most
 
 
 TestLife = Life.TestCase
@@ -191,9 +195,9 @@ TestLife.settings = hypothesis.settings(max_examples=40, stateful_step_count=25)
 # ---- on the disk ------------------------------------------------------------------------------------------------------
 
 
-def save(path: Path, run_id: str = "me", iteration: int = 1, **purpose: object) -> Path:
+def save(path: Path, run_id: str = "me", iteration: int = 1, **fields: object) -> Path:
     """Save a checkpoint of a run's."""
-    meta = {"iter": iteration, "run_id": run_id, "purpose": {"series": "epoch_{}", "number": iteration, **purpose}}
+    meta = {"iter": iteration, "run_id": run_id, "purpose": {"series": "epoch_{}", "number": iteration, **fields}}
     save_checkpoint({"state_dict": {"w": torch.full((4,), float(iteration))}, "meta": meta}, path)
     return path
 
@@ -208,9 +212,9 @@ def test_a_run_finds_its_own_checkpoints(tmp_path: Path, suffix: str):
     (tmp_path / "epoch_9").mkdir()
     (tmp_path / "epoch_9" / "manifest.json").write_text("{")
     (tmp_path / "notes.pth").write_text("not a checkpoint")
-    found = saved_by("me", tmp_path)
+    found = checkpoints_of_run("me", tmp_path)
     assert {each.path.name: each.iter for each in found} == {f"epoch_1{suffix}": 1, f"best{suffix}": 2}
-    assert found[-1].purpose == Purpose(series="epoch_{}", number=2, metric="acc", score=0.5, greater=True)
+    assert found[-1].retention_tag == RetentionTag(group="epoch_{}", number=2, metric="acc", score=0.5, greater=True)
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
@@ -262,9 +266,9 @@ def test_a_checkpoint_that_is_being_removed_has_no_name(tmp_path: Path):
 
 def test_the_pointer_names_the_last_checkpoint(tmp_path: Path):
     """By its name in the same folder, by its path elsewhere."""
-    point_to(tmp_path / "epoch_3", tmp_path)
+    update_last_checkpoint(tmp_path / "epoch_3", tmp_path)
     assert (tmp_path / "last_checkpoint").read_text() == "epoch_3\n"
-    point_to(tmp_path / "store" / "epoch_4", tmp_path)
+    update_last_checkpoint(tmp_path / "store" / "epoch_4", tmp_path)
     assert (tmp_path / "last_checkpoint").read_text() == f"{tmp_path / 'store' / 'epoch_4'}\n"
 
 

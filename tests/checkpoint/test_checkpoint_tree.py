@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from stratagem.checkpoint import join_tree, split_tree
+from stratagem.checkpoint import flatten_tree, unflatten_tree
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 KEYS = st.text(max_size=4) | st.sampled_from(["$tensor", "$items", "$", "a/b", "__metadata__"]) | st.integers(-3, 3)
@@ -52,8 +52,8 @@ def equal(one: Any, other: Any) -> bool:
 
 def through_json(tree: Any) -> Any:
     """Take the tree apart, send what is no tensor through JSON, and put it together."""
-    tensors, skeleton = split_tree(tree)
-    return join_tree(tensors, json.loads(json.dumps(skeleton, allow_nan=False)))
+    tensors, skeleton = flatten_tree(tree)
+    return unflatten_tree(tensors, json.loads(json.dumps(skeleton, allow_nan=False)))
 
 
 @given(TREES)
@@ -83,7 +83,7 @@ def test_tensors_whose_paths_read_alike_are_kept_apart(tree: Any) -> None:
 
 def test_a_state_dict_keeps_its_names() -> None:
     """A flat dict of tensors is stored under exactly its own keys."""
-    tensors, _ = split_tree({"0.weight": torch.ones(1), "head.bias": torch.zeros(1)})
+    tensors, _ = flatten_tree({"0.weight": torch.ones(1), "head.bias": torch.zeros(1)})
     assert list(tensors) == ["0.weight", "head.bias"]
 
 
@@ -114,12 +114,12 @@ class Pair(NamedTuple):
 )
 def test_subclasses_come_back_plain(special: Any, plain: Any) -> None:
     """Enums, NumPy's floats, named tuples and ordered dicts become the plain types that they stand for."""
-    assert equal(join_tree(*split_tree([special])), [plain])
+    assert equal(unflatten_tree(*flatten_tree([special])), [plain])
 
 
 def test_parameters_become_plain_tensors() -> None:
     """A parameter is stored as its values, without the graph."""
-    [tensor] = join_tree(*split_tree([nn.Parameter(torch.ones(2))]))
+    [tensor] = unflatten_tree(*flatten_tree([nn.Parameter(torch.ones(2))]))
     assert type(tensor) is torch.Tensor
     assert not tensor.requires_grad
 
@@ -143,14 +143,14 @@ def test_versions_of_modules_are_kept() -> None:
 def test_what_needs_pickle_is_refused_by_its_path(tree: Any, path: str, kind: str) -> None:
     """A value of another kind is refused, and the error says where it is and what."""
     with pytest.raises(CheckpointError, match=f"The checkpoint's {path} is {kind} .* without pickle"):
-        split_tree(tree)
+        flatten_tree(tree)
 
 
 @pytest.mark.parametrize("key", [None, (1, 2), math.nan, math.inf, b"x"])
 def test_other_keys_are_refused_by_their_path(key: Any) -> None:
     """A key that is neither text nor a finite number is refused, and the error says where."""
     with pytest.raises(CheckpointError, match="The checkpoint's optimizer/a has the key"):
-        split_tree({"a": {key: 1}}, where="optimizer")
+        flatten_tree({"a": {key: 1}}, where="optimizer")
 
 
 def test_a_tree_that_contains_itself_is_refused() -> None:
@@ -158,7 +158,7 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
     tree: list[Any] = []
     tree.append(tree)
     with pytest.raises(CheckpointError, match="meta contains itself"):
-        split_tree(tree, where="meta")
+        flatten_tree(tree, where="meta")
 
 
 @pytest.mark.parametrize(
@@ -167,4 +167,4 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
 def test_json_that_we_never_write_is_damage(skeleton: Any) -> None:
     """A description of a tree that does not make sense is an error of its own kind."""
     with pytest.raises(CheckpointDamagedError):
-        join_tree({}, skeleton)
+        unflatten_tree({}, skeleton)

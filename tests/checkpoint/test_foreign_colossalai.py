@@ -99,7 +99,7 @@ def test_what_is_kept_around_it_gives_names_and_masters(folder: Path, tmp_path: 
         "colossalai": told,
         "meta": {"iter": 6},
     }
-    DirectoryFormat().save(ours, around, beside=lambda aside: _copy(folder, aside))
+    DirectoryFormat().save(ours, around, write_extra_files=lambda aside: _copy(folder, aside))
     convert_checkpoint(around, tmp_path / "converted")
     tree = CheckpointLoader.load_checkpoint(tmp_path / "converted")
     assert sorted(tree) == ["meta", "optimizer", "state_dict"]

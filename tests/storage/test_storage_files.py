@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stratagem.storage import files, fsync_directory, fsync_file, fsync_tree, read_bytes, remove, tree_bytes
-from stratagem.storage.exchange import exchange
+from stratagem.storage.operations import exchange
 
 
 def test_written_bytes_are_read_back(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from stratagem.storage import clean_temporaries, stale
-from stratagem.storage.temporary import TemporaryName, set_aside_path, temporary_path
+from stratagem.storage.temporary import TemporaryName, old_content_path, temporary_path
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def test_temporary_names_can_be_parsed(tmp_path: Path) -> None:
     """A temporary name encodes the target path, the process and the type."""
     target = tmp_path / "step_12.tmp-1"
     assert TemporaryName.parse(temporary_path(target)) == TemporaryName(target=target, pid=os.getpid(), set_aside=False)
-    assert TemporaryName.parse(set_aside_path(target)) == TemporaryName(target=target, pid=os.getpid(), set_aside=True)
+    assert TemporaryName.parse(old_content_path(target)) == TemporaryName(
+        target=target, pid=os.getpid(), set_aside=True
+    )
     assert temporary_path(target) != temporary_path(target)
 
 

@@ -129,7 +129,7 @@ def test_other_schedulers_are_refused(single: Make, kind: str, states: Any, mess
 
 
 def test_what_does_not_fit_is_reported_once_and_the_rest_is_loaded(single: Make) -> None:
-    """Missing, unexpected and reshaped keys stand in one warning; with strict they are an error that changes nothing."""
+    """Missing, unexpected and shape_mismatches keys stand in one warning; with strict they are an error that changes nothing."""
     strategy = ready(single)
     lines = Lines(strategy)
     state = {

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from ranks import Ranks
 from small_runs import Lines, Mlp, make
-from stratagem.checkpoint import CheckpointLoader, split_tree
+from stratagem.checkpoint import CheckpointLoader, flatten_tree
 
 HOWS = ("SIGTERM", "hook", "model", "validation", "stop")
 
@@ -228,7 +228,7 @@ def test_a_run_that_moves_between_ranks_and_one_process_is_the_same(
 
 def tensors_of(part: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a part of a checkpoint."""
-    return split_tree(part)[0]
+    return flatten_tree(part)[0]
 
 
 def resume_where_one_cannot_read(folder: Path, fault: str) -> tuple[int, list[str]]:

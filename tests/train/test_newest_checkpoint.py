@@ -17,12 +17,12 @@ from ranks import Ranks
 from stratagem import Runner
 from stratagem.checkpoint import (
     SaveOrder,
+    checkpoints_by_run,
     find_latest_checkpoint,
-    latest_remote,
+    find_latest_remote,
     list_checkpoints,
     read_any,
-    save_orders_at,
-    saved_in,
+    remote_save_orders,
 )
 from stratagem.errors import CheckpointDamagedError, ConfigValueError, TrainingError
 from stratagem.train import CheckpointHook, Hook
@@ -72,7 +72,7 @@ def assert_newest(make_runner: MakeRunner, folder: Path, name: str, **changes: A
     """Hold every place that names a newest checkpoint to one name; at last the run resumes from it."""
     assert find_latest_checkpoint(folder) == folder / name
     assert list_checkpoints(folder)[0].path == folder / name
-    (saved,) = saved_in(folder).values()
+    (saved,) = checkpoints_by_run(folder).values()
     assert saved[-1].path == folder / name
     assert (folder / "last_checkpoint").read_text() == f"{name}\n"
     again = make_runner(resume=True, **changes)
@@ -249,8 +249,8 @@ def test_what_was_saved_to_a_url_counts(make_runner: MakeRunner):
     train(
         make_runner, At(4, publish), At(5, kill), hook=never, resume=f"{url}/iter_2", work_dir=first.run.work_dir + "_3"
     )
-    assert latest_remote(url) == f"{url}/iter_4"
-    assert [order.session for order in save_orders_at(url)] == [1, 2, 3]
+    assert find_latest_remote(url) == f"{url}/iter_4"
+    assert [order.session for order in remote_save_orders(url)] == [1, 2, 3]
 
 
 def train_on_ranks(folder: str, last: int, **changes: Any) -> tuple[int, int, list[SaveOrder | None]]:

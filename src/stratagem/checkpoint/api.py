@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import format_for
 from stratagem.checkpoint.remote.checkpoint_urls import save_remote
 from stratagem.checkpoint.remote.sources import CheckpointLoader
@@ -22,7 +22,7 @@ from stratagem.model import bare_model
 from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
 
-__all__ = ["load_checkpoint", "model_part", "refuse_unwritable", "save_checkpoint", "write_at"]
+__all__ = ["load_checkpoint", "get_model_state", "check_writable", "save_checkpoint", "write_to"]
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
@@ -36,16 +36,16 @@ def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[s
         CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
     """
     tree = dict(checkpoint)
-    write_at(filename, lambda path: format_for(path).save(tree, path, team), team)
+    write_to(filename, lambda path: format_for(path).save(tree, path, team), team)
 
 
-def write_at(filename: str | os.PathLike[str], write: Callable[[Path], None], team: Team = ALONE) -> None:
+def write_to(filename: str | os.PathLike[str], write: Callable[[Path], None], team: Team = ALONE) -> None:
     """Have ``write`` publish a checkpoint at a path, in a folder that is made, and from there at a URL. Collective.
 
     Raises:
         CheckpointError: if nothing can be written there.
     """
-    refuse_unwritable(filename)
+    check_writable(filename)
     if is_url(filename):
         save_remote(os.fspath(filename), write, team)
         return
@@ -54,7 +54,7 @@ def write_at(filename: str | os.PathLike[str], write: Callable[[Path], None], te
     write(path)
 
 
-def refuse_unwritable(filename: str | os.PathLike[str]) -> None:
+def check_writable(filename: str | os.PathLike[str]) -> None:
     """Refuse a URL that can only be read from.
 
     Raises:
@@ -71,7 +71,7 @@ def _make_parents(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise not_written(path, error) from error
+        raise save_error(path, error) from error
 
 
 def load_checkpoint(
@@ -88,11 +88,11 @@ def load_checkpoint(
         CheckpointError: in one of its kinds, if there is none, it is damaged, or it belongs to another model.
     """
     checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
-    state = model_part(checkpoint, filename)
+    state = get_model_state(checkpoint, filename)
     return checkpoint, load_state_dict(bare_model(model), state, strict=strict, revise_keys=revise_keys)
 
 
-def model_part(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:
+def get_model_state(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Return the model's state of a checkpoint.
 
     Raises:

@@ -11,8 +11,8 @@ from typing import final
 
 from torch import Tensor
 
-from stratagem.checkpoint.api import refuse_unwritable, write_at
-from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.api import check_writable, write_to
+from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import format_for
 from stratagem.checkpoint.staging import Staging
 from stratagem.checkpoint.tree.flatten import StateTree
@@ -68,10 +68,10 @@ class BackgroundSaver:
         if self._task is not None and not self._task.done():
             self._logger.info("%s waits until the checkpoint before it is written.", os.fspath(filename))
         self.wait()
-        refuse_unwritable(filename)
-        captured = format_for(Path(filename)).capture(checkpoint, team)
-        tensors = team.own(lambda: self._staging.copy(captured.tensors))
-        self._task = self._thread.submit(_write, captured.publish, tensors, filename, self._team, then)
+        check_writable(filename)
+        staged = format_for(Path(filename)).stage(checkpoint, team)
+        tensors = team.own(lambda: self._staging.copy(staged.tensors))
+        self._task = self._thread.submit(_write, staged.write, tensors, filename, self._team, then)
 
     def check(self) -> None:
         """Raise what the save under way failed with, as soon as all ranks know; waits for nothing.
@@ -116,17 +116,17 @@ class BackgroundSaver:
 
 
 def _write(
-    publish: Callable[[Sequence[Tensor], Path, Team], None],
+    write: Callable[[Sequence[Tensor], Path, Team], None],
     tensors: Sequence[Tensor],
     filename: str | os.PathLike[str],
     team: Team,
     then: Callable[[Team], None] | None,
 ) -> None:
     try:
-        write_at(filename, lambda path: publish(tensors, path, team), team)
+        write_to(filename, lambda path: write(tensors, path, team), team)
     except CheckpointError:
         raise
     except Exception as error:  # whatever it is, the training is told which checkpoint there is not
-        raise not_written(Path(filename), error) from error
+        raise save_error(Path(filename), error) from error
     if then is not None:
         then(team)

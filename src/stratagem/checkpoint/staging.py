@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import final
 
 import torch
 from torch import Tensor
 
-__all__ = ["Staging"]
+from stratagem.distributed import Team
+
+__all__ = ["StagedState", "Staging"]
 
 # In bytes: wide enough for every type of numbers, and for the widest instructions that copy.
 _ALIGNMENT = 64
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class StagedState:
+    """A tree of state, taken apart: all that is no tensor is a copy already.
+
+    Attributes:
+        tensors: what this rank writes; the tree's own memory.
+        publish: writes these tensors, or copies of them in the same order, under a path. Collective over the team.
+    """
+
+    tensors: Sequence[Tensor]
+    write: Callable[[Sequence[Tensor], Path, Team], None]
 
 
 @final

@@ -23,13 +23,13 @@ from stratagem.storage.object_store import (
     remove_published,
 )
 from stratagem.storage.remote import RemoteFolder, is_remote_scheme
-from stratagem.storage.stale import Cleaned, clean_temporaries
+from stratagem.storage.stale import CleanupResult, clean_temporaries
 
 __all__ = [
     "atomic_directory",
     "atomic_file",
     "begin_writeback",
-    "Cleaned",
+    "CleanupResult",
     "Published",
     "RemoteFolder",
     "clean_temporaries",

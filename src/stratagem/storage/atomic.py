@@ -26,7 +26,7 @@ from pathlib import Path
 from stratagem.errors import WorkDirError
 from stratagem.storage import operations
 from stratagem.storage.files import fsync_directory, fsync_file, fsync_tree, remove, tree_bytes, write_bytes
-from stratagem.storage.temporary import set_aside_path, temporary_path
+from stratagem.storage.temporary import old_content_path, temporary_path
 from stratagem.utils import absolute
 
 __all__ = ["atomic_directory", "atomic_file", "write_atomic"]
@@ -134,7 +134,7 @@ def _publish_directory(temporary: Path, target: Path) -> Path | None:
         return None
     if operations.exchange(temporary, target):
         return temporary
-    aside = set_aside_path(target)
+    aside = old_content_path(target)
     operations.rename(target, aside)
     try:
         operations.rename(temporary, target)

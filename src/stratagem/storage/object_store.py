@@ -28,7 +28,7 @@ from typing import Any, final
 
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.storage.atomic import atomic_directory
-from stratagem.storage.published import RECORD, Generation, Record, StoredFile
+from stratagem.storage.publication import RECORD, Generation, PublicationRecord, StoredFile
 from stratagem.storage.remote import RemoteFolder
 
 __all__ = ["Published", "clean_unpublished", "fetch_published", "list_published", "publish", "remove_published"]
@@ -154,19 +154,19 @@ def _generations(place: RemoteFolder) -> list[Generation]:
     return [generation for name in place.names() if (generation := Generation.parse(name))]
 
 
-def _newest(place: RemoteFolder) -> Iterator[tuple[Generation, Record]]:
+def _newest(place: RemoteFolder) -> Iterator[tuple[Generation, PublicationRecord]]:
     """Yield, for each name, its latest generation that has a record; by when they began, the latest last."""
-    latest: dict[str, tuple[Generation, Record]] = {}
+    latest: dict[str, tuple[Generation, PublicationRecord]] = {}
     for generation in sorted(_generations(place), reverse=True):
         if generation.name in latest:
             continue
-        record = Record.parse(place.folder(generation.folder).read(RECORD, _LARGEST_RECORD_BYTES) or b"")
+        record = PublicationRecord.parse(place.folder(generation.folder).read(RECORD, _LARGEST_RECORD_BYTES) or b"")
         if record is not None:
             latest[generation.name] = generation, record
     yield from sorted(latest.values(), key=lambda found: found[0].stamp)
 
 
-def _upload(local: Path, target: RemoteFolder, about: Mapping[str, Any]) -> Record:
+def _upload(local: Path, target: RemoteFolder, about: Mapping[str, Any]) -> PublicationRecord:
     files = {}
     for file in sorted(local.rglob("*")) if local.is_dir() else [local]:
         if file.is_dir():
@@ -174,10 +174,10 @@ def _upload(local: Path, target: RemoteFolder, about: Mapping[str, Any]) -> Reco
         path = file.relative_to(local if local.is_dir() else local.parent).as_posix()
         target.make(path.rpartition("/")[0])
         files[path] = _upload_file(file, target, path)
-    record = Record(files=files, is_folder=local.is_dir(), published_at=time.time(), about=about)
+    record = PublicationRecord(files=files, is_folder=local.is_dir(), published_at=time.time(), about=about)
     data = record.encode()
     # Its own reader must take it: names that it refuses would make a publication that cannot be found.
-    if Record.parse(data) is None:
+    if PublicationRecord.parse(data) is None:
         raise ValueError(f"{local} has names of files that cannot be published: {sorted(files)[:5]}.")
     target.write(RECORD, data)
     if target.read(RECORD, _LARGEST_RECORD_BYTES) != data:
@@ -198,7 +198,7 @@ def _upload_file(file: Path, target: RemoteFolder, path: str) -> StoredFile:
     return StoredFile(size, digest.hexdigest())
 
 
-def _download(source: RemoteFolder, record: Record, where: Path, name: str) -> None:
+def _download(source: RemoteFolder, record: PublicationRecord, where: Path, name: str) -> None:
     where.parent.mkdir(parents=True, exist_ok=True)
     # A copy that was changed is replaced in one step: another process may be reading one that was fetched meanwhile.
     with atomic_directory(where) as aside:
@@ -223,7 +223,7 @@ def _download_file(source: RemoteFolder, path: str, file: Path, due: StoredFile)
         raise CheckpointDamagedError(f"{source.shown}/{path} is not what was published: its size or digest differs.")
 
 
-def _is_whole(copy: Path, record: Record) -> bool:
+def _is_whole(copy: Path, record: PublicationRecord) -> bool:
     return all(_has(copy / path if record.is_folder else copy, due) for path, due in record.files.items()) and (
         copy.is_dir() == record.is_folder
     )
@@ -245,7 +245,7 @@ def _remove(place: RemoteFolder, generation: Generation) -> None:
     folder.remove_empty_folders()
 
 
-def _described(place: RemoteFolder, generation: Generation, record: Record) -> Published:
+def _described(place: RemoteFolder, generation: Generation, record: PublicationRecord) -> Published:
     return Published(
         name=generation.name,
         url=f"{place.url}/{generation.name}",

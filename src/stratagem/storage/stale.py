@@ -12,21 +12,21 @@ from stratagem.storage import operations
 from stratagem.storage.files import fsync_directory, remove
 from stratagem.storage.temporary import TemporaryName
 
-__all__ = ["Cleaned", "clean_temporaries"]
+__all__ = ["CleanupResult", "clean_temporaries"]
 
 _CLOCK_SLACK_S = 2.0  # the start time of a process is known to ticks, that of a file to the clock of its file system
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cleaned:
+class CleanupResult:
     """What ``clean_temporaries`` removed, and the paths whose old content it put back."""
 
     removed: tuple[Path, ...]
     restored: tuple[Path, ...]
 
 
-def clean_temporaries(parent: Path) -> Cleaned:
+def clean_temporaries(parent: Path) -> CleanupResult:
     """Remove what killed processes left in a directory, and put back old content whose replacement never came.
 
     Only names made by this package are touched, and not those of processes that are alive on this machine. Those of
@@ -48,7 +48,7 @@ def clean_temporaries(parent: Path) -> Cleaned:
             removed.append(path)
     if stale:
         fsync_directory(parent)
-    return Cleaned(removed=tuple(removed), restored=tuple(restored))
+    return CleanupResult(removed=tuple(removed), restored=tuple(restored))
 
 
 def _is_stale(path: Path, name: TemporaryName) -> bool:

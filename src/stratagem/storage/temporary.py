@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
-__all__ = ["TemporaryName", "set_aside_path", "temporary_path"]
+__all__ = ["TemporaryName", "old_content_path", "temporary_path"]
 
 _NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}", re.DOTALL)
 
@@ -41,7 +41,7 @@ def temporary_path(target: Path) -> Path:
     return _sibling(target, "tmp")
 
 
-def set_aside_path(target: Path) -> Path:
+def old_content_path(target: Path) -> Path:
     """Return a new name beside ``target`` for its old content: ``.<name>.old-<pid>-<random>``."""
     return _sibling(target, "old")
 

@@ -357,7 +357,7 @@ class BaseStrategy(ABC):
     def model_state_dict(self) -> dict[str, Any]:
         """Return the bare model's state on the CPU.
 
-        Tensors that are spread over ranks are a ``DTensor`` or :class:`~stratagem.checkpoint.Pieces`, of which
+        Tensors that are spread over ranks are a ``DTensor`` or :class:`~stratagem.checkpoint.ShardedTensorState`, of which
         ``full_tensor()`` gives the whole. Collective.
         """
         return weights_to_cpu(self._model_state())
@@ -372,10 +372,12 @@ class BaseStrategy(ABC):
         *,
         strict: bool,
         revise_keys: Sequence[tuple[str, str]],
-        may_miss: Sequence[str],
+        allow_missing: Sequence[str],
     ) -> LoadReport:
         """Put the bare model's state into place."""
-        return load_state_dict(self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
+        return load_state_dict(
+            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
+        )
 
     def optim_state_dict(self) -> dict[str, Any]:
         """Return the optimizer wrapper's state.
@@ -403,16 +405,16 @@ class BaseStrategy(ABC):
         *,
         strict: bool = False,
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
-        may_miss: Sequence[str] = (),
+        allow_missing: Sequence[str] = (),
     ) -> LoadReport:
         """Load the bare model's state; differences are logged once, on rank 0.
 
-        With ``strict`` the state may lack what a pattern of ``may_miss`` names.
+        With ``strict`` the state may lack what a pattern of ``allow_missing`` names.
 
         Raises:
             CheckpointMismatchError: if no key matches, or with ``strict`` if anything differs.
         """
-        report = self._load_model_state(state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
+        report = self._load_model_state(state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing)
         if not report.exact:
             self.logger.warning(report.describe())
         return report

@@ -20,7 +20,7 @@ from stratagem.checkpoint import (
     LoadReport,
     StateTree,
     gather_tree,
-    model_part,
+    get_model_state,
     save_checkpoint,
 )
 from stratagem.distributed import Team, all_gather_object, all_reduce, is_distributed
@@ -163,10 +163,10 @@ class ComposedStrategy(BaseStrategy):
         *,
         strict: bool,
         revise_keys: Sequence[tuple[str, str]],
-        may_miss: Sequence[str],
+        allow_missing: Sequence[str],
     ) -> LoadReport:
         return self._access.load_model_state(
-            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, may_miss=may_miss
+            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
         )
 
     @property
@@ -209,7 +209,7 @@ class ComposedStrategy(BaseStrategy):
     ) -> StateTree:
         self.logger.info("Load checkpoint from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
-        state = model_part(checkpoint, filename)
+        state = get_model_state(checkpoint, filename)
         self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys)
         return {key: value for key, value in checkpoint.items() if key != "state_dict"}
 
@@ -231,10 +231,10 @@ class ComposedStrategy(BaseStrategy):
         if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
             used.add("param_schedulers")
         # Before anything is changed.
-        state = model_part(checkpoint, filename)
+        state = get_model_state(checkpoint, filename)
         parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
         # Another model's moments would be applied to this one's parameters.
-        report = self.load_model_state_dict(state, strict=True, may_miss=new_parameters)
+        report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters)
         if report.missing:
             self.logger.warning(
                 "New parameters begin as they were initialised, without optimizer state: %s. All others go on as saved, but "
@@ -244,7 +244,7 @@ class ComposedStrategy(BaseStrategy):
         if "optimizer" in parts:
             own = OwnValues(self.optim_wrapper)
             self._access.load_optim_state(
-                self.optim_wrapper, parts["optimizer"], self.bare_model(), may_miss=new_parameters
+                self.optim_wrapper, parts["optimizer"], self.bare_model(), allow_missing=new_parameters
             )
             self._resume_window(checkpoint)
             if resume_param_scheduler:

@@ -9,7 +9,7 @@ import torch
 
 import sharded_runs
 from sharded_runs import EPOCH, GLOBAL_BATCH, SCHEDULE, TP_PLAN, Gpt, Sentences
-from stratagem.checkpoint import Pieces
+from stratagem.checkpoint import ShardedTensorState
 from stratagem.data import build_dataloader
 from stratagem.dist import all_reduce
 from stratagem.strategies import BaseStrategy, ColossalAIStrategy
@@ -132,7 +132,7 @@ def state_of(strategy: Any) -> dict[str, Any]:
 
 def whole(value: Any) -> Any:
     """Return a copy of a tensor, put together from all ranks where it is spread over them."""
-    if isinstance(value, Pieces) or hasattr(value, "full_tensor"):
+    if isinstance(value, ShardedTensorState) or hasattr(value, "full_tensor"):
         value = value.full_tensor()
     return torch.as_tensor(value).detach().clone()
 

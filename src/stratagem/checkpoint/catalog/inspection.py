@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder
-from stratagem.checkpoint.catalog.retention_tag import Purpose
+from stratagem.checkpoint.catalog.retention_tag import RetentionTag
 from stratagem.checkpoint.directory.manifest import MANIFEST, STATE, read_manifest
 from stratagem.checkpoint.foreign import deepspeed_meta, is_deepspeed_folder, is_torch_zip
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
@@ -17,7 +17,7 @@ from stratagem.checkpoint.formats.release import is_released
 from stratagem.checkpoint.formats.single_file import read_meta
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
-__all__ = ["Candidate", "inspect_checkpoint"]
+__all__ = ["CheckpointInfo", "inspect_checkpoint"]
 
 # The names that MMEngine gives, whose files do not record which run saved them.
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
@@ -26,7 +26,7 @@ _NOT_FINITE = "its weights are not all finite."
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
+class CheckpointInfo:
     """A checkpoint in a run's folder.
 
     Attributes:
@@ -37,7 +37,7 @@ class Candidate:
         position: the epochs and iterations that were done, if recorded.
         run_id: the id of the run that saved it, if recorded.
         order: its place among the checkpoints of its run, if recorded.
-        purpose: what it was saved for.
+        retention_tag: what it was saved for.
         finite: False if its weights held NaN or Inf when it was saved.
     """
 
@@ -48,11 +48,11 @@ class Candidate:
     position: Mapping[str, int] = field(default_factory=dict)
     run_id: str | None = None
     order: SaveOrder | None = None
-    purpose: Purpose = field(default_factory=Purpose)
+    retention_tag: RetentionTag = field(default_factory=RetentionTag)
     finite: bool = True
 
 
-def inspect_checkpoint(path: Path) -> Candidate | None:
+def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
     """Return what a file or folder records about itself; None if it is not a checkpoint that a run or strategy saved.
 
     The content decides, whatever the name: a manifest, or the ``meta`` of a single file or of a folder in DeepSpeed's form.
@@ -72,7 +72,7 @@ def inspect_checkpoint(path: Path) -> Candidate | None:
     return None
 
 
-def _inspect_folder(path: Path, number: int | None) -> Candidate | None:
+def _inspect_folder(path: Path, number: int | None) -> CheckpointInfo | None:
     has_manifest = (path / MANIFEST).is_file()
     if not has_manifest and _is_deepspeed(path, number):
         return _inspect_deepspeed(path, number)
@@ -97,7 +97,7 @@ def _is_deepspeed(path: Path, number: int | None) -> bool:
         return False
 
 
-def _inspect_deepspeed(path: Path, number: int | None) -> Candidate | None:
+def _inspect_deepspeed(path: Path, number: int | None) -> CheckpointInfo | None:
     try:
         meta = deepspeed_meta(path)
     except CheckpointError as error:
@@ -107,7 +107,7 @@ def _inspect_deepspeed(path: Path, number: int | None) -> Candidate | None:
     return _described(path, number, path.stat().st_mtime, meta)
 
 
-def _inspect_file(path: Path, number: int | None) -> Candidate | None:
+def _inspect_file(path: Path, number: int | None) -> CheckpointInfo | None:
     if number is None and not is_torch_zip(path):
         # Files of torch's older form are never ours, and reading one means reading all of it.
         return _inspect_blank(path)
@@ -122,7 +122,7 @@ def _inspect_file(path: Path, number: int | None) -> Candidate | None:
     return _described(path, number, path.stat().st_mtime, meta)
 
 
-def _inspect_blank(path: Path) -> Candidate | None:
+def _inspect_blank(path: Path) -> CheckpointInfo | None:
     """Return a file whose content a crash of the machine or its disk may have taken; None for any other."""
     if path.suffix == ".bin":  # data of any kind
         return None
@@ -131,7 +131,7 @@ def _inspect_blank(path: Path) -> Candidate | None:
     if any(beginning):
         return None
     fault = f"{path} cannot be read: it {'begins with zeros' if beginning else 'is empty'}."
-    return Candidate(path=path, saved_at=path.stat().st_mtime, fault=fault)
+    return CheckpointInfo(path=path, saved_at=path.stat().st_mtime, fault=fault)
 
 
 def _is_ours(meta: Mapping[str, Any]) -> bool:
@@ -139,20 +139,20 @@ def _is_ours(meta: Mapping[str, Any]) -> bool:
     return isinstance(meta.get("run_id"), str) or isinstance(meta.get("stratagem"), str)
 
 
-def _faulty(path: Path, number: int | None, error: CheckpointError) -> Candidate:
-    return Candidate(path=path, saved_at=path.stat().st_mtime, number=number or 0, fault=str(error))
+def _faulty(path: Path, number: int | None, error: CheckpointError) -> CheckpointInfo:
+    return CheckpointInfo(path=path, saved_at=path.stat().st_mtime, number=number or 0, fault=str(error))
 
 
-def _described(path: Path, number: int | None, saved_at: float, facts: Mapping[str, Any]) -> Candidate:
+def _described(path: Path, number: int | None, saved_at: float, facts: Mapping[str, Any]) -> CheckpointInfo:
     position = {key: facts[key] for key in ("epoch", "iter") if isinstance(facts.get(key), int)}
     number = position.get("iter", 0) if number is None else number
     try:
         order = SaveOrder.from_meta(facts.get(SAVE_ORDER))
     except ValueError as error:
-        return Candidate(path=path, saved_at=saved_at, number=number, fault=str(error), position=position)
+        return CheckpointInfo(path=path, saved_at=saved_at, number=number, fault=str(error), position=position)
     finite = facts.get("finite") is not False
     run_id = facts.get("run_id")
-    return Candidate(
+    return CheckpointInfo(
         path=path,
         saved_at=saved_at,
         number=number,
@@ -160,6 +160,6 @@ def _described(path: Path, number: int | None, saved_at: float, facts: Mapping[s
         position=position,
         run_id=run_id if isinstance(run_id, str) else None,
         order=order,
-        purpose=Purpose.from_meta(facts.get("purpose")),
+        retention_tag=RetentionTag.from_meta(facts.get("purpose")),
         finite=finite,
     )

@@ -12,7 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, Protocol, Self, TypeVar, final
 
-__all__ = ["SAVE_ORDER", "Datable", "SaveOrder", "oldest_first"]
+__all__ = ["SAVE_ORDER", "HasSaveTime", "SaveOrder", "oldest_first"]
 
 # Under which a checkpoint's meta and its manifest have it.
 SAVE_ORDER: Final = "save_order"
@@ -61,7 +61,7 @@ def _count(value: Any) -> int | None:
     return value if type(value) is int and 1 <= value <= _LARGEST else None
 
 
-class Datable(Protocol):
+class HasSaveTime(Protocol):
     """What tells when a checkpoint was saved."""
 
     @property
@@ -85,7 +85,7 @@ class Datable(Protocol):
         """Where it is."""
 
 
-T = TypeVar("T", bound=Datable)
+T = TypeVar("T", bound=HasSaveTime)
 
 
 def oldest_first(checkpoints: Iterable[T]) -> list[T]:
@@ -112,5 +112,5 @@ def _of_one_run(checkpoints: Iterable[T]) -> list[T]:
     return [each for _, each in sorted([*unnumbered, *dated], key=lambda pair: pair[0])]
 
 
-def _by_clock(checkpoint: Datable) -> tuple[float, int, str]:
+def _by_clock(checkpoint: HasSaveTime) -> tuple[float, int, str]:
     return checkpoint.saved_at, checkpoint.number, str(checkpoint.path)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from stratagem.checkpoint.catalog.saved import Saved
-from stratagem.checkpoint.directory.extra_files import top_names
+from stratagem.checkpoint.catalog.saved_checkpoints import SavedCheckpoint
+from stratagem.checkpoint.directory.extra_files import top_level_names
 from stratagem.checkpoint.directory.manifest import MANIFEST, read_manifest
 from stratagem.errors import CheckpointError
 from stratagem.storage import fsync_directory, operations, remove
@@ -24,18 +24,20 @@ class Retention:
     """How many checkpoints of a run are kept.
 
     Attributes:
-        series: the series of which the last are kept, in common.
+        groups: the groups that share the limit ``last``.
         last: how many; None for all.
         every: of the first series those whose number is a multiple of it are kept for good, beside the last; None for none.
         best: how many are kept of those that were best by a metric, for each metric: the best of them.
     """
 
-    series: Sequence[str]
+    groups: Sequence[str]
     last: int | None = None
     every: int | None = None
     best: int = 1
 
-    def superfluous(self, saved: Iterable[Saved], protected: Collection[Path] = ()) -> list[Saved]:
+    def select_removable(
+        self, saved: Iterable[SavedCheckpoint], protected: Collection[Path] = ()
+    ) -> list[SavedCheckpoint]:
         """Return which of a run's checkpoints, the oldest first, are not kept.
 
         One whose weights are not finite does not count as one of the last, so that it takes the place of none that a run
@@ -46,37 +48,37 @@ class Retention:
         ours = [each for each in listed if self._replaces(each)]
         return [each for each in ours if each.path not in kept and each.path not in protected]
 
-    def _replaces(self, saved: Saved) -> bool:
-        return bool(saved.purpose.metric) or (self.last is not None and saved.purpose.series in self.series)
+    def _replaces(self, saved: SavedCheckpoint) -> bool:
+        return bool(saved.retention_tag.metric) or (self.last is not None and saved.retention_tag.group in self.groups)
 
-    def _last(self, listed: Sequence[Saved]) -> Sequence[Saved]:
+    def _last(self, listed: Sequence[SavedCheckpoint]) -> Sequence[SavedCheckpoint]:
         if self.last is None:
             return []
-        regular = [each for each in listed if not each.purpose.metric and each.purpose.series in self.series]
+        regular = [each for each in listed if not each.retention_tag.metric and each.retention_tag.group in self.groups]
         sound = [each for each in regular if each.finite]
         newest = regular[-1:] if regular and not regular[-1].finite else []
         return [*sound[-self.last :], *newest]
 
-    def _for_good(self, listed: Iterable[Saved]) -> list[Saved]:
+    def _for_good(self, listed: Iterable[SavedCheckpoint]) -> list[SavedCheckpoint]:
         return [
             each
             for each in listed
             if self.every is not None
-            and not each.purpose.metric
-            and each.purpose.series == self.series[0]
-            and each.purpose.number % self.every == 0
+            and not each.retention_tag.metric
+            and each.retention_tag.group == self.groups[0]
+            and each.retention_tag.number % self.every == 0
         ]
 
-    def _best(self, listed: Iterable[Saved]) -> list[Saved]:
-        by_metric: dict[str, list[Saved]] = {}
+    def _best(self, listed: Iterable[SavedCheckpoint]) -> list[SavedCheckpoint]:
+        by_metric: dict[str, list[SavedCheckpoint]] = {}
         for each in listed:
-            if each.purpose.metric:
-                by_metric.setdefault(each.purpose.metric, []).append(each)
+            if each.retention_tag.metric:
+                by_metric.setdefault(each.retention_tag.metric, []).append(each)
         return [each for some in by_metric.values() for each in sorted(some, key=_rank)[: self.best]]
 
 
-def _rank(saved: Saved) -> float:
-    return -saved.purpose.score if saved.purpose.greater else saved.purpose.score
+def _rank(saved: SavedCheckpoint) -> float:
+    return -saved.retention_tag.score if saved.retention_tag.greater else saved.retention_tag.score
 
 
 def remove_checkpoints(paths: Iterable[Path], logger: logging.Logger) -> None:
@@ -100,7 +102,7 @@ def _not_ours(path: Path) -> set[str]:
     if not path.is_dir():
         return set()
     manifest = read_manifest(path)
-    ours = {MANIFEST, *manifest["files"], *top_names(manifest.get("beside", {}))}
+    ours = {MANIFEST, *manifest["files"], *top_level_names(manifest.get("beside", {}))}
     return {entry.name for entry in path.iterdir()} - ours
 
 

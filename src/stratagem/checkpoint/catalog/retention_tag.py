@@ -1,4 +1,4 @@
-"""What a checkpoint was saved for."""
+"""The reason why a checkpoint was saved, which decides how long it is kept."""
 
 from __future__ import annotations
 
@@ -6,42 +6,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, final
 
-__all__ = ["Purpose"]
+__all__ = ["RetentionTag"]
+
+# Key in a checkpoint's meta -> (field, type).
+_FIELDS = {
+    "series": ("group", str),
+    "number": ("number", int),
+    "metric": ("metric", str),
+    "score": ("score", float),
+    "greater": ("greater", bool),
+}
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Purpose:
-    """What a checkpoint was saved for.
+class RetentionTag:
+    """The reason why a checkpoint was saved.
 
     Attributes:
-        series: what it continues; checkpoints of one series replace each other. Empty for one that stands for itself.
-        number: its place in the series.
-        metric: of one that was the best so far, by which metric.
-        score: its value.
-        greater: whether greater values of it are better.
+        group: the group of checkpoints in which a newer one replaces an older one; empty if it belongs to no group.
+        number: the epoch or iteration at which it was saved.
+        metric: the metric by which it was the best so far; empty for a regular checkpoint.
+        score: the value of that metric.
+        greater: whether greater values of the metric are better.
     """
 
-    series: str = ""
+    group: str = ""
     number: int = 0
     metric: str = ""
     score: float = 0.0
     greater: bool = True
 
     def as_meta(self) -> dict[str, Any]:
-        """Return it as a checkpoint's ``meta`` and its manifest have it."""
-        own: dict[str, Any] = {"series": self.series, "number": self.number}
+        """Return the tag as it is stored in a checkpoint's ``meta`` and in its manifest."""
+        regular: dict[str, Any] = {"series": self.group, "number": self.number}
         best = {"metric": self.metric, "score": self.score, "greater": self.greater}
-        return {**own, **best} if self.metric else own
+        return {**regular, **best} if self.metric else regular
 
     @classmethod
     def from_meta(cls, meta: Any) -> Self:
-        """Read it; a checkpoint that records none stands for itself."""
+        """Read a tag from a checkpoint's ``meta``; without one, return a tag that belongs to no group."""
         if not isinstance(meta, Mapping):
             return cls()
-        kinds = {"series": str, "number": int, "metric": str, "score": float, "greater": bool}
-        return cls(**{name: meta[name] for name, kind in kinds.items() if isinstance(meta.get(name), kind)})
+        return cls(**{field: meta[key] for key, (field, kind) in _FIELDS.items() if isinstance(meta.get(key), kind)})
 
-    def beats(self, other: Purpose) -> bool:
-        """Tell whether its score is better than another's, by the same metric."""
+    def is_better_than(self, other: RetentionTag) -> bool:
+        """Return whether its score is better than that of ``other``, a tag of the same metric."""
         return self.score > other.score if self.greater else self.score < other.score

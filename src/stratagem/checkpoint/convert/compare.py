@@ -9,9 +9,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.tree.flatten import StateTree, split_tree
+from stratagem.checkpoint.tree.flatten import StateTree, flatten_tree
 
-__all__ = ["Difference", "compare"]
+__all__ = ["CheckpointDifference", "compare"]
 
 # Numbers of two tensors that are compared at once, so that mapped ones are never whole in memory.
 _AT_ONCE = 1 << 22
@@ -19,7 +19,7 @@ _AT_ONCE = 1 << 22
 
 @final
 @dataclass(frozen=True, slots=True)
-class Difference:
+class CheckpointDifference:
     """Where two checkpoints differ.
 
     Attributes:
@@ -37,29 +37,31 @@ class Difference:
     share: float | None = None
 
 
-def compare(first: StateTree, second: StateTree) -> Iterator[Difference]:
+def compare(first: StateTree, second: StateTree) -> Iterator[CheckpointDifference]:
     """Yield each difference, part by part; NaN equals NaN, and nothing else is rounded."""
     for part in dict.fromkeys([*first, *second]):
         if part not in first or part not in second:
-            yield Difference(part, "present" if part in first else "", "present" if part in second else "")
+            yield CheckpointDifference(part, "present" if part in first else "", "present" if part in second else "")
             continue
         (tensors, values), (other_tensors, other_values) = (
-            split_tree(tree[part], where=part) for tree in (first, second)
+            flatten_tree(tree[part], where=part) for tree in (first, second)
         )
         yield from _compare_tensors(part, tensors, other_tensors)
         yield from _compare_values(part, values, other_values)
 
 
-def _compare_tensors(part: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Iterator[Difference]:
+def _compare_tensors(
+    part: str, first: Mapping[str, Tensor], second: Mapping[str, Tensor]
+) -> Iterator[CheckpointDifference]:
     for name in dict.fromkeys([*first, *second]):
         one, other = first.get(name), second.get(name)
         key = f"{part}/{name}"
         if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
-            yield Difference(key, _describe(one), _describe(other))
+            yield CheckpointDifference(key, _describe(one), _describe(other))
             continue
         most, count = _distance(one.reshape(-1), other.reshape(-1))
         if count:
-            yield Difference(key, _describe(one), _describe(other), most, count / one.numel())
+            yield CheckpointDifference(key, _describe(one), _describe(other), most, count / one.numel())
 
 
 def _distance(one: Tensor, other: Tensor) -> tuple[float | None, int]:
@@ -78,7 +80,7 @@ def _distance(one: Tensor, other: Tensor) -> tuple[float | None, int]:
     return most, count
 
 
-def _compare_values(key: str, first: Any, second: Any) -> Iterator[Difference]:
+def _compare_values(key: str, first: Any, second: Any) -> Iterator[CheckpointDifference]:
     first, second = _without_versions(first), _without_versions(second)
     if isinstance(first, dict) and isinstance(second, dict):
         for name in dict.fromkeys([*first, *second]):
@@ -87,7 +89,7 @@ def _compare_values(key: str, first: Any, second: Any) -> Iterator[Difference]:
         for index, (one, other) in enumerate(zip(first, second, strict=True)):
             yield from _compare_values(f"{key}/{index}", one, other)
     elif first != second and not _stands_for_tensor(first, second):
-        yield Difference(key, _text(first), _text(second))
+        yield CheckpointDifference(key, _text(first), _text(second))
 
 
 def _stands_for_tensor(first: Any, second: Any) -> bool:

@@ -13,15 +13,15 @@ from typing import Literal, final, get_args
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.api import model_part, save_checkpoint
-from stratagem.checkpoint.directory.box_io import create_file, write_pieces
+from stratagem.checkpoint.api import get_model_state, save_checkpoint
+from stratagem.checkpoint.directory.box_io import create_file, write_boxes
 from stratagem.checkpoint.directory.tensor_layout import FileLayout, TensorSpec
-from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.checkpoint.formats.dcp import DcpDirectory, is_dcp_directory, save_dcp
 from stratagem.checkpoint.remote.sources import CheckpointLoader
-from stratagem.checkpoint.tree.boxes import Region
-from stratagem.checkpoint.tree.flatten import StateTree, split_tree
+from stratagem.checkpoint.tree.boxes import TensorBox
+from stratagem.checkpoint.tree.flatten import StateTree, flatten_tree
 from stratagem.errors import CheckpointError
 from stratagem.storage import atomic_directory, atomic_file, write_bytes
 from stratagem.utils import absolute, did_you_mean, mask_text
@@ -65,7 +65,7 @@ def convert_checkpoint(source: str | Path, target: Path, form: str | None = None
         raise CheckpointError(f"{path} exists already; name another target, or remove it first.")
     with opened_checkpoint(source) as tree:
         if chosen in ("safetensors", "huggingface"):
-            weights, _ = split_tree(model_part(tree, source), where="state_dict")
+            weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
             write_weights(weights, path, folder=chosen == "huggingface")
             return [part for part in tree if part != "state_dict"]
         kept = _without_secrets(tree)
@@ -135,13 +135,13 @@ def write_weights(weights: Mapping[str, Tensor], path: Path, *, folder: bool) ->
                 }
                 write_bytes(aside / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
     except (OSError, ValueError) as error:
-        raise not_written(path, error) from error
+        raise save_error(path, error) from error
 
 
 def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
     layout = FileLayout.plan({key: TensorSpec(tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()})
     create_file(file, layout)
-    write_pieces(file, layout, ((key, Region.whole(tensor.shape), tensor) for key, tensor in tensors.items()))
+    write_boxes(file, layout, ((key, TensorBox.whole(tensor.shape), tensor) for key, tensor in tensors.items()))
 
 
 def _shared_out(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -12,13 +12,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.directory.digest import Digest
+from stratagem.checkpoint.directory.integrity import Digest
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
-from stratagem.checkpoint.tree.boxes import Region
+from stratagem.checkpoint.tree.boxes import TensorBox
 from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import begin_writeback, opened, operations, write_fully
 
-__all__ = ["WrittenPiece", "check_pieces", "create_file", "digest_of_tensor", "write_pieces"]
+__all__ = ["WrittenBox", "verify_boxes", "create_file", "digest_of_tensor", "write_boxes"]
 
 # Below this, handing bytes to another thread costs more than their digest.
 _WORTH_A_THREAD = 1 << 20
@@ -28,11 +28,11 @@ _WRITE_AT_ONCE = 32 << 20
 
 @final
 @dataclass(frozen=True, slots=True)
-class WrittenPiece:
+class WrittenBox:
     """A piece of a tensor in a file, with the digest of its bytes in the order of the piece."""
 
     name: str
-    region: Region
+    box: TensorBox
     digest: str
 
 
@@ -43,20 +43,20 @@ def create_file(file: Path, layout: FileLayout) -> None:
         write_fully(descriptor, layout.header, 0)
 
 
-def write_pieces(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, Region, Tensor]]) -> list[WrittenPiece]:
-    """Write pieces (name, region, its content) into a file that :func:`create_file` made, durably.
+def write_boxes(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, TensorBox, Tensor]]) -> list[WrittenBox]:
+    """Write pieces (name, box, its content) into a file that :func:`create_file` made, durably.
 
     Besides the tensors themselves one piece is in memory at a time, and only if it lies on another device.
     """
     written = []
     waiting = 0
     with opened(operations.open_file(file)) as descriptor, ThreadPoolExecutor(1, "checkpoint digest") as side:
-        for name, region, content in pieces:
+        for name, box, content in pieces:
             data = _bytes_of(content)
             # Two threads read the same memory at once: the digest costs no time where there is a second core.
             digest = side.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
             begin = 0
-            for place, length in layout.chunks(name, region.runs(layout.specs[name].shape)):
+            for place, length in layout.chunks(name, box.runs(layout.specs[name].shape)):
                 for start, size in _cut(place, length, _WRITE_AT_ONCE):
                     write_fully(descriptor, data[begin : begin + size], start)
                     begin += size
@@ -65,12 +65,12 @@ def write_pieces(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, Reg
                         # The disk works from now on, and not only in the fsync at the end.
                         begin_writeback(descriptor)
                         waiting = 0
-            written.append(WrittenPiece(name, region, digest.result() if digest else _digest(data)))
+            written.append(WrittenBox(name, box, digest.result() if digest else _digest(data)))
         operations.fsync(descriptor)
     return written
 
 
-def check_pieces(file: Path, layout: FileLayout, pieces: Sequence[WrittenPiece]) -> None:
+def verify_boxes(file: Path, layout: FileLayout, pieces: Sequence[WrittenBox]) -> None:
     """Compare the pieces in a file with their digests.
 
     Raises:
@@ -91,9 +91,9 @@ def digest_of_tensor(tensor: Tensor) -> str:
     return _digest(_bytes_of(tensor))
 
 
-def _compare(file: Path, descriptor: int, layout: FileLayout, pieces: Sequence[WrittenPiece]) -> None:
+def _compare(file: Path, descriptor: int, layout: FileLayout, pieces: Sequence[WrittenBox]) -> None:
     # In the order of the file, which is what disks and the system's reading ahead are fastest at.
-    ordered = sorted(pieces, key=lambda piece: (layout.starts[piece.name], piece.region))
+    ordered = sorted(pieces, key=lambda piece: (layout.starts[piece.name], piece.box))
     # One thread waits for the disk while another computes.
     with ThreadPoolExecutor(2, "checkpoint check") as pool:
         digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), ordered)
@@ -104,10 +104,10 @@ def _compare(file: Path, descriptor: int, layout: FileLayout, pieces: Sequence[W
                 )
 
 
-def _digest_in_file(descriptor: int, layout: FileLayout, piece: WrittenPiece) -> str:
+def _digest_in_file(descriptor: int, layout: FileLayout, piece: WrittenBox) -> str:
     digest = Digest()
     buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(1, layout.specs[piece.name].nbytes))))
-    for place, length in layout.chunks(piece.name, piece.region.runs(layout.specs[piece.name].shape)):
+    for place, length in layout.chunks(piece.name, piece.box.runs(layout.specs[piece.name].shape)):
         for begin, size in _cut(place, length, len(buffer)):
             count = os.preadv(descriptor, [buffer[:size]], begin)
             digest.update(buffer[:count])

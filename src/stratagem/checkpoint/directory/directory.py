@@ -21,30 +21,29 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stratagem.checkpoint.directory.box_io import WrittenPiece, create_file, write_pieces
-from stratagem.checkpoint.directory.digest import digest_of
-from stratagem.checkpoint.directory.extra_files import describe_beside
+from stratagem.checkpoint.directory.box_io import WrittenBox, create_file, write_boxes
+from stratagem.checkpoint.directory.extra_files import describe_extra_files
+from stratagem.checkpoint.directory.integrity import digest_of, parse_json
 from stratagem.checkpoint.directory.manifest import (
     MANIFEST,
     MOST_JSON,
     STATE,
+    check_replaceable,
     describe_tensors,
     make_manifest,
     read_json_file,
     read_manifest,
-    refuse_foreign,
 )
 from stratagem.checkpoint.directory.snapshot import Snapshot, file_of, take_snapshot
-from stratagem.checkpoint.directory.staged_state import Captured
-from stratagem.checkpoint.directory.strict_json import parse_json
 from stratagem.checkpoint.directory.verify import verify_checkpoint
-from stratagem.checkpoint.errors import not_written
-from stratagem.checkpoint.tree.flatten import StateTree, join_tree
+from stratagem.checkpoint.errors import save_error
+from stratagem.checkpoint.staging import StagedState
+from stratagem.checkpoint.tree.flatten import StateTree, unflatten_tree
 from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointDamagedError, CheckpointError, StratagemError
 from stratagem.storage import atomic_directory, opened, operations, write_fully
 
-__all__ = ["DirectoryFormat", "publish"]
+__all__ = ["DirectoryFormat", "write_snapshot"]
 
 
 @final
@@ -52,7 +51,12 @@ class DirectoryFormat:
     """Write and read a checkpoint directory."""
 
     def save(
-        self, tree: StateTree, path: Path, team: Team = ALONE, *, beside: Callable[[Path], None] | None = None
+        self,
+        tree: StateTree,
+        path: Path,
+        team: Team = ALONE,
+        *,
+        write_extra_files: Callable[[Path], None] | None = None,
     ) -> None:
         """Write ``tree`` aside and publish it under ``path`` by one rename.
 
@@ -64,9 +68,9 @@ class DirectoryFormat:
             CheckpointError: if a value cannot be stored, the file system refuses, or there is a folder with something
                 else; what was at ``path`` stays. On every rank.
         """
-        publish(take_snapshot(tree, team), path, team, beside=beside)
+        write_snapshot(take_snapshot(tree, team), path, team, write_extra_files=write_extra_files)
 
-    def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
+    def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
         """Take ``tree`` apart, for what is written later; tensors are not copied. Collective over ``team``.
 
         Raises:
@@ -75,12 +79,12 @@ class DirectoryFormat:
         snapshot = take_snapshot(tree, team)
         # Without the tensors, which would be kept in memory as long as their copies.
         plan, skeletons = snapshot.plan, snapshot.skeletons
-        places = list(snapshot.mine)
+        places = list(snapshot.local_boxes)
 
         def write(tensors: Sequence[Tensor], path: Path, team: Team) -> None:
-            publish(Snapshot(plan, skeletons, dict(zip(places, tensors, strict=True))), path, team)
+            write_snapshot(Snapshot(plan, skeletons, dict(zip(places, tensors, strict=True))), path, team)
 
-        return Captured(list(snapshot.mine.values()), write)
+        return StagedState(list(snapshot.local_boxes.values()), write)
 
     def load(
         self,
@@ -117,8 +121,8 @@ class DirectoryFormat:
         return verify_checkpoint(path, team)
 
 
-def publish(
-    snapshot: Snapshot, path: Path, team: Team = ALONE, *, beside: Callable[[Path], None] | None = None
+def write_snapshot(
+    snapshot: Snapshot, path: Path, team: Team = ALONE, *, write_extra_files: Callable[[Path], None] | None = None
 ) -> None:
     """Write a snapshot aside, durably, and give it its name by one rename. Collective over ``team``.
 
@@ -130,15 +134,15 @@ def publish(
         with ExitStack() as aside:
             folder = team.first(lambda: _begin(aside, snapshot, path))
             written = team.each(lambda: _write_own(folder, snapshot, team))
-            if beside is not None:
-                team.each(lambda: beside(folder))
+            if write_extra_files is not None:
+                team.each(lambda: write_extra_files(folder))
             team.first(lambda: _finish(folder, snapshot, written))
             # Syncs what is in the folder, renames it and syncs the parent.
             team.first(aside.close)
     except CheckpointError:
         raise
     except (OSError, ValueError, StratagemError) as error:
-        raise not_written(path, error) from error
+        raise save_error(path, error) from error
 
 
 def _read_tree(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
@@ -149,7 +153,7 @@ def _read_tree(path: Path, device: torch.device | str, parts: Collection[str] | 
             continue
         tensors = _map_tensors(path / file_of(name), device) if name in manifest["tensors"] else {}
         try:
-            tree[name] = join_tree(tensors, skeleton)
+            tree[name] = unflatten_tree(tensors, skeleton)
         except CheckpointDamagedError as error:
             raise CheckpointDamagedError(f"{path / file_of(name)}: {error}") from error
     return tree
@@ -157,7 +161,7 @@ def _read_tree(path: Path, device: torch.device | str, parts: Collection[str] | 
 
 def _refuse(snapshot: Snapshot, path: Path) -> None:
     """Refuse before anything is written what cannot end well."""
-    refuse_foreign(path)
+    check_replaceable(path)
     needed = snapshot.plan.size
     parent = next((folder for folder in path.parents if folder.exists()), path.anchor)
     free = shutil.disk_usage(parent).free
@@ -177,15 +181,15 @@ def _begin(aside: ExitStack, snapshot: Snapshot, path: Path) -> Path:
     return folder
 
 
-def _write_own(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, list[WrittenPiece]]:
+def _write_own(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, list[WrittenBox]]:
     """Write this rank's pieces; return them by part."""
     written = {}
     for part, layout in snapshot.plan.layouts.items():
-        pieces = list(snapshot.pieces(part))
+        pieces = list(snapshot.boxes_of(part))
         if not pieces:
             continue
         try:
-            written[part] = write_pieces(folder / file_of(part), layout, pieces)
+            written[part] = write_boxes(folder / file_of(part), layout, pieces)
         except FileNotFoundError as error:
             if team.leads:
                 raise
@@ -196,7 +200,7 @@ def _write_own(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, list[W
     return written
 
 
-def _finish(folder: Path, snapshot: Snapshot, written: list[dict[str, list[WrittenPiece]]]) -> None:
+def _finish(folder: Path, snapshot: Snapshot, written: list[dict[str, list[WrittenBox]]]) -> None:
     """Write the manifest, last: a directory without it is no checkpoint."""
     state = _as_json(snapshot.skeletons)
     files: dict[str, dict[str, Any]] = {STATE: {"bytes": len(state), "digest": digest_of(state)}}
@@ -205,8 +209,8 @@ def _finish(folder: Path, snapshot: Snapshot, written: list[dict[str, list[Writt
         header = {"bytes": len(layout.header), "digest": digest_of(layout.header)}
         files[file_of(part)] = {"bytes": layout.size, "header": header}
         tensors[part] = describe_tensors(layout, [piece for theirs in written for piece in theirs.get(part, ())])
-    beside = describe_beside(folder, files)
-    _write_new(folder / MANIFEST, make_manifest(snapshot.skeletons.get("meta"), files, tensors, beside))
+    extra_files = describe_extra_files(folder, files)
+    _write_new(folder / MANIFEST, make_manifest(snapshot.skeletons.get("meta"), files, tensors, extra_files))
 
 
 def _as_json(content: Any) -> bytes:

@@ -11,17 +11,17 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from stratagem.checkpoint.directory.digest import Digest
+from stratagem.checkpoint.directory.integrity import Digest
 from stratagem.errors import CheckpointDamagedError
 
-__all__ = ["check_beside", "describe_beside", "is_beside", "top_names"]
+__all__ = ["verify_extra_files", "describe_extra_files", "are_extra_files_valid", "top_level_names"]
 
 _CHUNK_BYTES = 1 << 22
 # A path below the directory, of plain names alone.
 _PATH = re.compile(r"[^./\\:\x00][^/\\:\x00]*(/[^./\\:\x00][^/\\:\x00]*)*")
 
 
-def describe_beside(folder: Path, ours: Collection[str]) -> dict[str, dict[str, Any]]:
+def describe_extra_files(folder: Path, ours: Collection[str]) -> dict[str, dict[str, Any]]:
     """Return what the manifest says of every file in a folder but ours: its size and digest, by its path there."""
     described = {}
     for where, _, names in os.walk(folder):
@@ -33,7 +33,7 @@ def describe_beside(folder: Path, ours: Collection[str]) -> dict[str, dict[str, 
     return dict(sorted(described.items()))
 
 
-def is_beside(said: Any) -> bool:
+def are_extra_files_valid(said: Any) -> bool:
     """Tell whether what a manifest says of such files has the form that it needs, and leads nowhere else."""
     return isinstance(said, Mapping) and all(
         _PATH.fullmatch(path)
@@ -44,7 +44,7 @@ def is_beside(said: Any) -> bool:
     )
 
 
-def check_beside(folder: Path, said: Mapping[str, Any], share: slice) -> int:
+def verify_extra_files(folder: Path, said: Mapping[str, Any], share: slice) -> int:
     """Compare a share of such files with what the manifest says, and the size of all; return how many bytes there are.
 
     Raises:
@@ -64,7 +64,7 @@ def check_beside(folder: Path, said: Mapping[str, Any], share: slice) -> int:
     return sum(file["bytes"] for file in said.values())
 
 
-def top_names(said: Mapping[str, Any]) -> set[str]:
+def top_level_names(said: Mapping[str, Any]) -> set[str]:
     """Return the names in the directory itself that such files have or lie below."""
     return {path.partition("/")[0] for path in said}
 

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder
-from stratagem.checkpoint.directory.box_io import WrittenPiece
-from stratagem.checkpoint.directory.digest import ALGORITHM, digest_of
-from stratagem.checkpoint.directory.extra_files import is_beside
-from stratagem.checkpoint.directory.strict_json import parse_json
+from stratagem.checkpoint.directory.box_io import WrittenBox
+from stratagem.checkpoint.directory.extra_files import are_extra_files_valid
+from stratagem.checkpoint.directory.integrity import ALGORITHM, digest_of, parse_json
 from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, TensorSpec
-from stratagem.checkpoint.tree.boxes import Region, tiles
+from stratagem.checkpoint.tree.boxes import TensorBox, boxes_cover
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = [
@@ -26,10 +25,10 @@ __all__ = [
     "STATE",
     "describe_tensors",
     "make_manifest",
-    "pieces_of",
+    "written_boxes",
     "read_json_file",
     "read_manifest",
-    "refuse_foreign",
+    "check_replaceable",
 ]
 
 MANIFEST = "manifest.json"
@@ -83,7 +82,7 @@ def make_manifest(
     meta: Any,
     files: Mapping[str, Mapping[str, Any]],
     tensors: Mapping[str, Mapping[str, Any]],
-    beside: Mapping[str, Mapping[str, Any]] | None = None,
+    extra_files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> bytes:
     """Return the text of a manifest.
 
@@ -91,7 +90,7 @@ def make_manifest(
         meta: the tree's part of that name, from which the position, the run, its order and the purpose are taken.
         files: name -> its size and digests.
         tensors: part -> what :func:`describe_tensors` says of it.
-        beside: path -> size and digest, of files that are not ours.
+        extra_files: path -> size and digest, of files that are not ours.
     """
     meta = meta if isinstance(meta, Mapping) else {}
     content = {
@@ -107,7 +106,7 @@ def make_manifest(
         "algorithm": ALGORITHM,
         "files": dict(files),
         "tensors": dict(tensors),
-        **({"beside": dict(beside)} if beside else {}),
+        **({"beside": dict(extra_files)} if extra_files else {}),
     }
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()[:-1]
     return text + b',"digest":"' + digest_of(text).encode() + b'"}'
@@ -123,18 +122,18 @@ def _save_order(meta: Mapping[str, Any]) -> dict[str, Any]:
     return {} if order is None else {SAVE_ORDER: order.as_meta()}
 
 
-def describe_tensors(layout: FileLayout, written: Iterable[WrittenPiece]) -> dict[str, Any]:
+def describe_tensors(layout: FileLayout, written: Iterable[WrittenBox]) -> dict[str, Any]:
     """Return what the manifest says of the tensors of a file: type, shape, and the digest of each piece."""
     described: dict[str, Any] = {
         name: {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "pieces": []}
         for name, spec in layout.specs.items()
     }
     for piece in written:
-        described[piece.name]["pieces"].append([list(piece.region.start), list(piece.region.shape), piece.digest])
+        described[piece.name]["pieces"].append([list(piece.box.start), list(piece.box.shape), piece.digest])
     return described
 
 
-def pieces_of(described: Mapping[str, Any], layout: FileLayout) -> list[WrittenPiece]:
+def written_boxes(described: Mapping[str, Any], layout: FileLayout) -> list[WrittenBox]:
     """Return the pieces that a manifest describes for the tensors of a file of that layout.
 
     Raises:
@@ -145,15 +144,15 @@ def pieces_of(described: Mapping[str, Any], layout: FileLayout) -> list[WrittenP
     return [piece for name, tensor in described.items() for piece in _pieces(name, tensor, layout.specs[name])]
 
 
-def _pieces(name: str, tensor: Any, spec: TensorSpec) -> list[WrittenPiece]:
+def _pieces(name: str, tensor: Any, spec: TensorSpec) -> list[WrittenBox]:
     try:
         if (tensor["dtype"], tuple(tensor["shape"])) != (DTYPES[spec.dtype], spec.shape):
             raise ValueError(f"the file has it as {DTYPES[spec.dtype]} of shape {list(spec.shape)}")
         pieces = [
-            WrittenPiece(name, Region(_sizes(start), _sizes(shape)), digest)
+            WrittenBox(name, TensorBox(_sizes(start), _sizes(shape)), digest)
             for start, shape, digest in tensor["pieces"]
         ]
-        if not tiles([piece.region for piece in pieces], spec.shape):
+        if not boxes_cover([piece.box for piece in pieces], spec.shape):
             raise ValueError("its pieces do not make it up")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointDamagedError(f"the manifest does not describe the tensor {name!r}: {error}") from error
@@ -178,7 +177,7 @@ def read_json_file(file: Path) -> bytes:
     return file.read_bytes()
 
 
-def refuse_foreign(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     """Refuse to replace a folder that holds something else: all in it would be lost.
 
     Raises:
@@ -214,7 +213,7 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
         and STATE in files
         and isinstance(tensors, dict)
         and all(isinstance(described, dict) for described in tensors.values())
-        and is_beside(manifest.get("beside", {}))
+        and are_extra_files_valid(manifest.get("beside", {}))
         and type(manifest.get("finite")) is bool
         and manifest.get("algorithm") == ALGORITHM
     )

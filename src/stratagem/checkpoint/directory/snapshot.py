@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from stratagem.checkpoint.directory.manifest import FILE_NAME
-from stratagem.checkpoint.directory.write_plan import Plan, make_plan
-from stratagem.checkpoint.tree.boxes import Region
-from stratagem.checkpoint.tree.flatten import StateTree, StoredTensor, split_state
-from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.checkpoint.directory.write_plan import WritePlan, make_write_plan
+from stratagem.checkpoint.tree.boxes import TensorBox
+from stratagem.checkpoint.tree.flatten import StateTree, StoredTensor, flatten_state
+from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.distributed import Team
 from stratagem.errors import CheckpointError
 from stratagem.tensors.dtensor import local_part
@@ -31,18 +31,18 @@ class Snapshot:
     Attributes:
         plan: the files, the same on every rank.
         skeletons: part -> all of it that is no tensor, as JSON.
-        mine: (part, name, region) of what this rank writes -> its content, which is the tree's own memory.
+        local_boxes: (part, name, box) of what this rank writes -> its content, which is the tree's own memory.
     """
 
-    plan: Plan
+    plan: WritePlan
     skeletons: Mapping[str, Any]
-    mine: Mapping[tuple[str, str, Region], Tensor]
+    local_boxes: Mapping[tuple[str, str, TensorBox], Tensor]
 
-    def pieces(self, part: str) -> Iterator[tuple[str, Region, Tensor]]:
-        """Yield (name, region, content) of what this rank writes into the file of a part."""
-        for (of, name, region), content in self.mine.items():
+    def boxes_of(self, part: str) -> Iterator[tuple[str, TensorBox, Tensor]]:
+        """Yield (name, box, content) of what this rank writes into the file of a part."""
+        for (of, name, box), content in self.local_boxes.items():
             if of == part:
-                yield name, region, content
+                yield name, box, content
 
 
 def take_snapshot(tree: StateTree, team: Team) -> Snapshot:
@@ -53,19 +53,19 @@ def take_snapshot(tree: StateTree, team: Team) -> Snapshot:
     """
     split = team.own(lambda: _split(tree))
     tensors = {name: own for name, (own, _) in split.items()}
-    plan = make_plan(tensors, team)
-    mine = {}
-    for part, by_name in plan.pieces.items():
+    plan = make_write_plan(tensors, team)
+    local_boxes = {}
+    for part, by_name in plan.assignments.items():
         for name, pieces in by_name.items():
             for piece in pieces:
                 if piece.rank == team.rank:
-                    mine[part, name, piece.region] = _content(tensors[part][name], piece.region)
-    return Snapshot(plan, {name: skeleton for name, (_, skeleton) in split.items()}, mine)
+                    local_boxes[part, name, piece.box] = _content(tensors[part][name], piece.box)
+    return Snapshot(plan, {name: skeleton for name, (_, skeleton) in split.items()}, local_boxes)
 
 
-def _content(tensor: StoredTensor, region: Region) -> Tensor:
-    if isinstance(tensor, Pieces):
-        return tensor.contents[region] if region.numel else torch.empty(region.shape, dtype=tensor.dtype)
+def _content(tensor: StoredTensor, box: TensorBox) -> Tensor:
+    if isinstance(tensor, ShardedTensorState):
+        return tensor.shards[box] if box.numel else torch.empty(box.shape, dtype=tensor.dtype)
     return local_part(tensor)
 
 
@@ -86,4 +86,4 @@ def _split(tree: StateTree) -> dict[str, tuple[dict[str, StoredTensor], Any]]:
             raise CheckpointError(
                 f"The checkpoint has parts {name!r} and {stem!r}, which are one file. Rename {stem!r}."
             )
-    return {name: split_state(part, where=name) for name, part in tree.items()}
+    return {name: flatten_state(part, where=name) for name, part in tree.items()}

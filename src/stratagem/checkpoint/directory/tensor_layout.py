@@ -15,7 +15,7 @@ from typing import Any, Self, final
 
 import torch
 
-from stratagem.checkpoint.directory.strict_json import parse_json
+from stratagem.checkpoint.directory.integrity import parse_json
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["DTYPES", "FileLayout", "TensorSpec"]

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stratagem.checkpoint.directory.box_io import WrittenPiece, check_pieces
-from stratagem.checkpoint.directory.digest import digest_of
-from stratagem.checkpoint.directory.extra_files import check_beside
-from stratagem.checkpoint.directory.manifest import MANIFEST, MOST_JSON, STATE, pieces_of, read_manifest
+from stratagem.checkpoint.directory.box_io import WrittenBox, verify_boxes
+from stratagem.checkpoint.directory.extra_files import verify_extra_files
+from stratagem.checkpoint.directory.integrity import digest_of
+from stratagem.checkpoint.directory.manifest import MANIFEST, MOST_JSON, STATE, read_manifest, written_boxes
 from stratagem.checkpoint.directory.snapshot import file_of
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
 from stratagem.distributed import ALONE, Team
@@ -40,23 +40,23 @@ def _verify_share(path: Path, team: Team) -> int:
         file = path / file_of(part)
         layout, pieces = _read_layout(file, manifest, described)
         # The largest first, so that every rank gets about as many bytes.
-        pieces.sort(key=lambda piece: (-piece.region.numel, piece.name, piece.region))
-        check_pieces(file, layout, pieces[team.rank :: team.size])
-    beside = check_beside(path, manifest.get("beside", {}), slice(team.rank, None, team.size))
+        pieces.sort(key=lambda piece: (-piece.box.numel, piece.name, piece.box))
+        verify_boxes(file, layout, pieces[team.rank :: team.size])
+    extra_bytes = verify_extra_files(path, manifest.get("beside", {}), slice(team.rank, None, team.size))
     ours: int = sum(said["bytes"] for said in manifest["files"].values())
-    return beside + ours
+    return extra_bytes + ours
 
 
 def _read_layout(
     file: Path, manifest: Mapping[str, Any], described: Mapping[str, Any]
-) -> tuple[FileLayout, list[WrittenPiece]]:
+) -> tuple[FileLayout, list[WrittenBox]]:
     said = manifest["files"].get(file.name)
     if said is None:
         raise CheckpointDamagedError(f"{file.parent / MANIFEST} has tensors of {file.name}, but not the file.")
     header = _check_digest(file, said["header"])
     try:
         layout = FileLayout.read(header, said["bytes"])
-        return layout, pieces_of(described, layout)
+        return layout, written_boxes(described, layout)
     except CheckpointDamagedError as error:
         raise CheckpointDamagedError(f"{file}: {error}") from error
 

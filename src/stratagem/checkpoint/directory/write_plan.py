@@ -9,40 +9,40 @@ from typing import final
 import torch
 
 from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, TensorSpec
-from stratagem.checkpoint.tree.boxes import Region, region_of, tiles
+from stratagem.checkpoint.tree.boxes import TensorBox, box_of, boxes_cover
 from stratagem.checkpoint.tree.flatten import StoredTensor
-from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.distributed.rank_group import Team
 from stratagem.errors import CheckpointError
 from stratagem.tensors.dtensor import is_sharded
 
-__all__ = ["Piece", "Plan", "make_plan"]
+__all__ = ["BoxAssignment", "WritePlan", "make_write_plan"]
 
 # part of the tree -> name in the part -> what a rank tells of the tensor
-_Told = dict[str, dict[str, tuple[TensorSpec, tuple[Region, ...]]]]
+_Told = dict[str, dict[str, tuple[TensorSpec, tuple[TensorBox, ...]]]]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A region of a tensor, and the rank that writes it."""
+class BoxAssignment:
+    """A box of a tensor, and the rank that writes it."""
 
-    region: Region
+    box: TensorBox
     rank: int
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Plan:
+class WritePlan:
     """How the tensors of a tree become files.
 
     Attributes:
         layouts: part of the tree -> the layout of its file; parts without tensors have none.
-        pieces: part -> name of a tensor -> its pieces, in order of their place.
+        assignments: part -> tensor name -> its boxes and their writers, ordered by box.
     """
 
     layouts: Mapping[str, FileLayout]
-    pieces: Mapping[str, Mapping[str, tuple[Piece, ...]]]
+    assignments: Mapping[str, Mapping[str, tuple[BoxAssignment, ...]]]
 
     @property
     def size(self) -> int:
@@ -50,7 +50,7 @@ class Plan:
         return sum(layout.size for layout in self.layouts.values())
 
 
-def make_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> Plan:
+def make_write_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> WritePlan:
     """Plan the files for the tensors that the ranks hold, by part and name. Collective.
 
     A tensor that is spread over ranks is written by each rank that holds a part of it, and where several hold the same,
@@ -61,18 +61,18 @@ def make_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> Pl
     """
     told = team.each(lambda: _tell(parts, team))
     first = told[0]
-    pieces: dict[str, dict[str, tuple[Piece, ...]]] = {}
+    assignments: dict[str, dict[str, tuple[BoxAssignment, ...]]] = {}
     for part, tensors in first.items():
-        pieces[part] = {}
+        assignments[part] = {}
         for name, (spec, _) in tensors.items():
             holders = [(rank, theirs[part][name]) for rank, theirs in enumerate(told) if name in theirs.get(part, {})]
-            pieces[part][name] = _divide(f"{part}/{name}", spec, holders)
+            assignments[part][name] = _divide(f"{part}/{name}", spec, holders)
     layouts = {
         part: FileLayout.plan({name: spec for name, (spec, _) in tensors.items()})
         for part, tensors in first.items()
         if tensors
     }
-    return Plan(layouts, pieces)
+    return WritePlan(layouts, assignments)
 
 
 def _tell(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> _Told:
@@ -81,19 +81,19 @@ def _tell(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> _Told:
         part: {
             name: (_spec(tensor, f"{part}/{name}"), _regions(tensor, f"{part}/{name}"))
             for name, tensor in tensors.items()
-            if team.leads or isinstance(tensor, Pieces) or is_sharded(tensor)
+            if team.leads or isinstance(tensor, ShardedTensorState) or is_sharded(tensor)
         }
         for part, tensors in parts.items()
     }
 
 
-def _regions(tensor: StoredTensor, name: str) -> tuple[Region, ...]:
-    return tuple(tensor.contents) if isinstance(tensor, Pieces) else (region_of(tensor, name),)
+def _regions(tensor: StoredTensor, name: str) -> tuple[TensorBox, ...]:
+    return tuple(tensor.shards) if isinstance(tensor, ShardedTensorState) else (box_of(tensor, name),)
 
 
 def _spec(tensor: StoredTensor, name: str) -> TensorSpec:
-    if isinstance(tensor, Pieces):
-        for content in tensor.contents.values():
+    if isinstance(tensor, ShardedTensorState):
+        for content in tensor.shards.values():
             _spec(content, name)
         return TensorSpec(tensor.dtype, tuple(tensor.shape))
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
@@ -106,24 +106,24 @@ def _spec(tensor: StoredTensor, name: str) -> TensorSpec:
 
 
 def _divide(
-    name: str, spec: TensorSpec, holders: Sequence[tuple[int, tuple[TensorSpec, tuple[Region, ...]]]]
-) -> tuple[Piece, ...]:
-    writers: dict[Region, int] = {}
-    for rank, (theirs, regions) in holders:
+    name: str, spec: TensorSpec, holders: Sequence[tuple[int, tuple[TensorSpec, tuple[TensorBox, ...]]]]
+) -> tuple[BoxAssignment, ...]:
+    writers: dict[TensorBox, int] = {}
+    for rank, (theirs, boxes) in holders:
         if theirs != spec:
             raise CheckpointError(
                 f"The checkpoint's {name} is of {spec.dtype} and shape {list(spec.shape)} on rank 0, but of {theirs.dtype} "
                 f"and {list(theirs.shape)} on rank {rank}. Every rank must hold the same model."
             )
-        for region in regions:
-            if region.numel:
-                writers.setdefault(region, rank)
+        for box in boxes:
+            if box.numel:
+                writers.setdefault(box, rank)
     if not spec.nbytes:
         # So that a tensor without elements, of which nobody need have a part, is in the manifest.
-        writers.setdefault(Region.whole(spec.shape), 0)
-    if not tiles(list(writers), spec.shape):
+        writers.setdefault(TensorBox.whole(spec.shape), 0)
+    if not boxes_cover(list(writers), spec.shape):
         raise CheckpointError(
-            f"The checkpoint's {name}: the ranks' parts {[(region.start, region.shape) for region in writers]} do not make "
+            f"The checkpoint's {name}: the ranks' parts {[(box.start, box.shape) for box in writers]} do not make "
             f"up a tensor of shape {list(spec.shape)}. Save on all ranks that hold a part of it."
         )
-    return tuple(Piece(region, rank) for region, rank in sorted(writers.items()))
+    return tuple(BoxAssignment(box, rank) for box, rank in sorted(writers.items()))

@@ -20,7 +20,7 @@ import torch
 from stratagem.checkpoint.foreign.hugging_face import HuggingFaceFormat, shards_of
 from stratagem.checkpoint.foreign.mmengine import mmengine_parts
 from stratagem.checkpoint.foreign.torch_file import open_torch_file, read_torch_file
-from stratagem.checkpoint.restricted_unpickler import TorchArchive, Values
+from stratagem.checkpoint.restricted_unpickler import TorchArchive, ValueBuilder
 from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["ENGINE_ORDER", "ENGINE_PART", "TIED", "ColossalAIFolder"]
@@ -106,7 +106,7 @@ def _read(file: Path, device: torch.device | str) -> Any:
     if not file.is_file():
         raise CheckpointDamagedError(f"{file} is missing; the checkpoint is not complete.")
     with TorchArchive(file) as archive:
-        return Values(archive, device).of(archive.root(), file.name)
+        return ValueBuilder(archive, device).of(archive.root(), file.name)
 
 
 def _rest(path: Path, device: torch.device | str) -> dict[str, Any]:

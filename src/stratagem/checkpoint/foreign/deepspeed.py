@@ -15,10 +15,10 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
-from stratagem.checkpoint.foreign.normalize import Contents, under
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, under
 from stratagem.checkpoint.foreign.torch_file import open_torch_file
-from stratagem.checkpoint.foreign.zero_parts import Cut, Stretches, Stripes
-from stratagem.checkpoint.restricted_unpickler import Record, mapping_items
+from stratagem.checkpoint.foreign.zero_partitions import FlatPartition, PerParameterPartition, ZeroPartition
+from stratagem.checkpoint.restricted_unpickler import PickledObject, mapping_items
 from stratagem.checkpoint.tree.flatten import StateTree
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
@@ -133,7 +133,7 @@ class _Saved:
         optims: each rank's part of masters and moments; empty under stage 0.
     """
 
-    def __init__(self, models: Sequence[Contents], optims: Sequence[Contents]) -> None:
+    def __init__(self, models: Sequence[LazyCheckpoint], optims: Sequence[LazyCheckpoint]) -> None:
         self._models = models
         self._optims = optims
         self._first = models[0]
@@ -198,11 +198,11 @@ class _Saved:
         own = self._value(self._first, DEEPSPEED_STATE)
         return dict(own) if isinstance(own, Mapping) else {}
 
-    def _state_of(self, contents: Contents) -> Mapping[Any, Any]:
+    def _state_of(self, contents: LazyCheckpoint) -> Mapping[Any, Any]:
         return mapping_items(contents.root.get("optimizer_state_dict")) or {}
 
     @staticmethod
-    def _value(contents: Contents, key: str) -> Any:
+    def _value(contents: LazyCheckpoint, key: str) -> Any:
         return contents.read(contents.root[key], key) if key in contents.root else None
 
     def _part(self, rank: int, key: str) -> Any:
@@ -217,14 +217,14 @@ class _Saved:
     def _is_striped(self) -> bool:
         return bool(self._states) and "fp32_flat_groups" in self._states[0]
 
-    def _cuts(self) -> list[Cut]:
+    def _cuts(self) -> list[ZeroPartition]:
         shapes = self._value(self._first, "param_shapes")
         if not isinstance(shapes, list):
             raise CheckpointError("it does not tell the shapes of its parameters; it was saved by an old DeepSpeed.")
         if self._is_striped:
-            return [Stripes(each) for each in shapes]
+            return [PerParameterPartition(each) for each in shapes]
         gaps = self._part(0, "param_alignment_paddings") or [()] * len(shapes)
-        return [Stretches(each, tuple(gap)) for each, gap in zip(shapes, gaps, strict=True)]
+        return [FlatPartition(each, tuple(gap)) for each, gap in zip(shapes, gaps, strict=True)]
 
     def _masters(self) -> dict[str, Tensor]:
         if not self._states:
@@ -259,10 +259,10 @@ class _Saved:
         fragments = [self._value(each, "frozen_param_fragments") or {} for each in self._models]
         found: dict[str, Tensor] = {}
         for name, shape in shapes.items():
-            found.update(Stripes({name: shape}).whole([each[name] for each in fragments]))
+            found.update(PerParameterPartition({name: shape}).whole([each[name] for each in fragments]))
         return found
 
-    def _collect(self, index: int, cut: Cut, slots: dict[str, dict[str, Any]]) -> None:
+    def _collect(self, index: int, cut: ZeroPartition, slots: dict[str, dict[str, Any]]) -> None:
         """Add the moments of one flat tensor to those of the parameters that lie in it."""
         states = [self._base(rank)["state"].get(index, {}) for rank in range(len(self._states))]
         for key, first in states[0].items():
@@ -274,7 +274,7 @@ class _Saved:
                 for name in cut.shapes:
                     slots.setdefault(name, {})[key] = first
 
-    def _group(self, number: int, group: Mapping[str, Any], cuts: Sequence[Cut]) -> dict[str, Any]:
+    def _group(self, number: int, group: Mapping[str, Any], cuts: Sequence[ZeroPartition]) -> dict[str, Any]:
         """Return a group's options, with names in the place of its flat tensors."""
         names = [name for index in group["params"] for name in cuts[index].shapes]
         frozen = self._value(self._first, "frozen_param_shapes") or {}
@@ -305,7 +305,7 @@ def _told(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attributes(node: Any) -> Mapping[Any, Any]:
     """Return what an object would have had as attributes; it is not made."""
-    return (mapping_items(node.state) or {}) if isinstance(node, Record) else {}
+    return (mapping_items(node.state) or {}) if isinstance(node, PickledObject) else {}
 
 
 def _loss_scale(state: Mapping[Any, Any]) -> dict[str, Any]:

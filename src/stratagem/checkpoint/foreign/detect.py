@@ -8,9 +8,9 @@ from typing import Any
 
 from stratagem.checkpoint.foreign.lightning import lightning_parts, of_lightning
 from stratagem.checkpoint.foreign.mmengine import mmengine_parts, of_mmengine
-from stratagem.checkpoint.foreign.normalize import Contents, Parts
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts
 from stratagem.checkpoint.foreign.plain import plain_parts
-from stratagem.checkpoint.restricted_unpickler import ObjectError
+from stratagem.checkpoint.restricted_unpickler import UnsupportedObjectError
 from stratagem.errors import CheckpointError
 
 __all__ = ["read_parts"]
@@ -23,7 +23,7 @@ _TO_DO = (
 )
 
 
-def read_parts(contents: Contents, wanted: Collection[str] | None = None) -> dict[str, Any]:
+def read_parts(contents: LazyCheckpoint, wanted: Collection[str] | None = None) -> dict[str, Any]:
     """Return the parts of our state tree that a file has, or those of them that are wanted.
 
     What is wanted by name, and the model's state always, must be tensors and plain values; other entries with objects
@@ -34,11 +34,11 @@ def read_parts(contents: Contents, wanted: Collection[str] | None = None) -> dic
     """
     parts = _parts(contents)
     tree: dict[str, Any] = {}
-    left: dict[str, ObjectError] = {}
+    left: dict[str, UnsupportedObjectError] = {}
     for name in parts if wanted is None else [name for name in parts if name in wanted]:
         try:
             tree[name] = parts[name]()
-        except ObjectError as error:
+        except UnsupportedObjectError as error:
             if wanted is not None or name == "state_dict" or len(parts) == 1:
                 raise CheckpointError(f"{error} {_TO_DO}") from error
             left[name] = error
@@ -49,7 +49,7 @@ def read_parts(contents: Contents, wanted: Collection[str] | None = None) -> dic
     return tree
 
 
-def _parts(contents: Contents) -> Parts:
+def _parts(contents: LazyCheckpoint) -> Parts:
     if of_mmengine(contents):
         return mmengine_parts(contents)
     if of_lightning(contents):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from stratagem.checkpoint.foreign.torch_file import read_torch_file
-from stratagem.checkpoint.restricted_unpickler import ObjectError
+from stratagem.checkpoint.restricted_unpickler import UnsupportedObjectError
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["HuggingFaceFormat", "SAFETENSORS", "WEIGHT_FILES", "shards_of"]
@@ -70,7 +70,7 @@ class HuggingFaceFormat:
             try:
                 # The file is the state itself: at its top are "state" and "param_groups".
                 tree["optimizer"] = read_torch_file(optimizer, map_location)
-            except ObjectError as error:
+            except UnsupportedObjectError as error:
                 if parts is not None:
                     raise
                 logger.info("Left out of the checkpoint: 'optimizer'. %s", error)

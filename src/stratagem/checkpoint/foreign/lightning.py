@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from stratagem.checkpoint.foreign.normalize import Contents, Parts, under
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, under
 
 __all__ = ["lightning_parts", "of_lightning"]
 
 _LEFT = {"optimizer_states", "lr_schedulers", "loops", "callbacks", "state_dict", "epoch", "global_step"}
 
 
-def of_lightning(contents: Contents) -> bool:
+def of_lightning(contents: LazyCheckpoint) -> bool:
     """Tell whether Lightning wrote the file."""
     return "pytorch-lightning_version" in contents.root and "state_dict" in contents.root
 
 
-def lightning_parts(contents: Contents) -> Parts:
+def lightning_parts(contents: LazyCheckpoint) -> Parts:
     """Return the parts that can be taken over, the file's other entries among them."""
     parts = {key: contents.part(key) for key in contents.root if key not in _LEFT}
     parts["state_dict"] = contents.part("state_dict")
@@ -31,13 +31,13 @@ def lightning_parts(contents: Contents) -> Parts:
     return parts
 
 
-def _optimizers(states: list[Any], contents: Contents) -> Any:
+def _optimizers(states: list[Any], contents: LazyCheckpoint) -> Any:
     """Return the state of the only optimizer; of several by their numbers, since Lightning gives them no names."""
     read = [contents.read(state, f"optimizer_states/{number}") for number, state in enumerate(states)]
     return read[0] if len(read) == 1 else {str(number): state for number, state in enumerate(read)}
 
 
-def _position(contents: Contents) -> dict[str, int]:
+def _position(contents: LazyCheckpoint) -> dict[str, int]:
     """Return what is done, in our units: whole epochs, iterations, and batches of an epoch under way.
 
     Lightning's ``epoch`` is the number of the epoch under way and ``global_step`` counts optimizer steps; the loops

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from stratagem.checkpoint.foreign.normalize import Contents, Parts, under
-from stratagem.checkpoint.restricted_unpickler import ObjectError, mapping_items
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, under
+from stratagem.checkpoint.restricted_unpickler import UnsupportedObjectError, mapping_items
 
 __all__ = ["mmengine_parts", "of_mmengine"]
 
@@ -22,12 +22,12 @@ _VERSIONS = ("mmengine_version", "mmengine", "mmcv_version")
 _POSITION = ("_global_step", "last_step")
 
 
-def of_mmengine(contents: Contents) -> bool:
+def of_mmengine(contents: LazyCheckpoint) -> bool:
     """Tell whether MMEngine, or MMCV before it, wrote the file."""
     return any(under(contents.root, "meta", key) is not None for key in _VERSIONS)
 
 
-def mmengine_parts(contents: Contents) -> Parts:
+def mmengine_parts(contents: LazyCheckpoint) -> Parts:
     """Return the parts that can be taken over, the file's other entries among them."""
     parts = {key: contents.part(key) for key in contents.root if key != "message_hub"}
     if "ema_state_dict" in parts and "optimizer" in parts:
@@ -42,18 +42,18 @@ def mmengine_parts(contents: Contents) -> Parts:
     return parts
 
 
-def _plain_entries(contents: Contents) -> dict[str, Any]:
+def _plain_entries(contents: LazyCheckpoint) -> dict[str, Any]:
     """Return ``meta`` without the objects in it, such as a data set's description."""
     entries = {}
     for key, node in (mapping_items(contents.root["meta"]) or {}).items():
         try:
             entries[key] = contents.read(node, f"meta/{key}")
-        except ObjectError:
+        except UnsupportedObjectError:
             continue
     return entries
 
 
-def _positions(node: Any, contents: Contents) -> Any:
+def _positions(node: Any, contents: LazyCheckpoint) -> Any:
     """Return each schedule's position: a list, or name -> list for several optimizers."""
     if isinstance(node, list):
         return [

@@ -8,15 +8,15 @@ from typing import Any, final
 
 from stratagem.checkpoint.restricted_unpickler import is_tensor, mapping_items
 
-__all__ = ["Contents", "Parts", "is_optimizer_state", "is_state_dict", "under"]
+__all__ = ["LazyCheckpoint", "Parts", "is_optimizer_state", "is_state_dict", "under"]
 
-# Name of a part of our state tree -> how to read it.
+# PickledGlobal of a part of our state tree -> how to read it.
 Parts = dict[str, Callable[[], Any]]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Contents:
+class LazyCheckpoint:
     """The top of a file: ``whole`` as a node, ``root`` as key -> node.
 
     ``read`` returns the value of a node, and is told what errors shall call it.

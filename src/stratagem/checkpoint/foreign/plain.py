@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from stratagem.checkpoint.foreign.normalize import Contents, Parts, is_optimizer_state, is_state_dict
-from stratagem.checkpoint.restricted_unpickler import Record
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, is_optimizer_state, is_state_dict
+from stratagem.checkpoint.restricted_unpickler import PickledObject
 from stratagem.errors import CheckpointError
 
 __all__ = ["plain_parts"]
@@ -12,7 +12,7 @@ _MODEL = ("model_state_dict", "model", "net", "network", "module")
 _OPTIMIZER = ("optimizer_state_dict", "optim", "optimizer_state")
 
 
-def plain_parts(contents: Contents) -> Parts:
+def plain_parts(contents: LazyCheckpoint) -> Parts:
     """Return the file's entries, with the weights as ``state_dict`` and the optimizer's state as ``optimizer``.
 
     Raises:
@@ -25,7 +25,7 @@ def plain_parts(contents: Contents) -> Parts:
         if not models and is_state_dict(contents.whole):
             return {"state_dict": lambda: contents.read(contents.whole, "state_dict")}
         # A whole model in the place of its state: reading it is an error that says so.
-        models = models or [key for key in _MODEL if isinstance(root.get(key), Record)]
+        models = models or [key for key in _MODEL if isinstance(root.get(key), PickledObject)]
         if len(models) > 1:
             raise CheckpointError(
                 f"it has weights under {' and '.join(map(repr, models))}. Save the one that is meant, as "

@@ -15,8 +15,14 @@ from typing import Any
 
 import torch
 
-from stratagem.checkpoint.foreign.normalize import Contents
-from stratagem.checkpoint.restricted_unpickler import Record, TorchArchive, Values, mapping_items, printable
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint
+from stratagem.checkpoint.restricted_unpickler import (
+    PickledObject,
+    TorchArchive,
+    ValueBuilder,
+    mapping_items,
+    printable,
+)
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 
 __all__ = ["is_torch_zip", "open_torch_file", "read_torch_file", "verify_torch_file"]
@@ -25,7 +31,7 @@ _ZIP_START = b"PK\x03\x04"
 
 
 @contextmanager
-def open_torch_file(path: Path, device: torch.device | str) -> Iterator[Contents]:
+def open_torch_file(path: Path, device: torch.device | str) -> Iterator[LazyCheckpoint]:
     """Give what the file holds; within the block its parts can be read, with tensors on ``device``.
 
     Raises:
@@ -38,7 +44,7 @@ def open_torch_file(path: Path, device: torch.device | str) -> Iterator[Contents
             yield _contents(_read_old_form(path, device), lambda node, _: node)
             return
         with TorchArchive(path) as archive:
-            yield _contents(archive.root(), Values(archive, device).of)
+            yield _contents(archive.root(), ValueBuilder(archive, device).of)
 
 
 def verify_torch_file(path: Path) -> int:
@@ -79,17 +85,17 @@ def read_torch_file(path: Path, device: torch.device | str) -> Any:
         return contents.read(contents.whole, "root")
 
 
-def _contents(whole: Any, read: Any) -> Contents:
+def _contents(whole: Any, read: Any) -> LazyCheckpoint:
     root = mapping_items(whole)
     if root is None:
         raise CheckpointError(_no_mapping(whole))
     if not all(isinstance(key, str | int | float) for key in root):
         raise CheckpointError("it has keys that are neither text nor numbers; a checkpoint has the names of its parts.")
-    return Contents(whole, root, read)
+    return LazyCheckpoint(whole, root, read)
 
 
 def _no_mapping(whole: Any) -> str:
-    if not isinstance(whole, Record):
+    if not isinstance(whole, PickledObject):
         return f"it holds a {type(whole).__name__}; a checkpoint is a dict."
     if whole.kind.startswith("torch._utils._rebuild"):
         return "it holds a Tensor; a checkpoint is a dict."

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 
 from stratagem.checkpoint.directory.directory import DirectoryFormat
-from stratagem.checkpoint.directory.staged_state import Captured
 from stratagem.checkpoint.formats.single_file import SingleFileFormat
+from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.flatten import StateTree
 from stratagem.distributed import ALONE, Team
 
@@ -25,7 +25,7 @@ class CheckpointFormat(Protocol):
     def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
         """Write ``tree`` so that ``path`` either holds all of it or what it held before. Collective over ``team``."""
 
-    def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
+    def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
         """Take ``tree`` apart, for what is written later; tensors are not copied. Collective over ``team``."""
 
     def load(

@@ -16,8 +16,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.errors import not_written
-from stratagem.checkpoint.tree.boxes import Region
+from stratagem.checkpoint.errors import save_error
+from stratagem.checkpoint.tree.boxes import TensorBox
 from stratagem.checkpoint.tree.flatten import StateTree
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
 from stratagem.storage import atomic_directory
@@ -100,7 +100,7 @@ class DcpDirectory:
             content = self._read(name, tuple(chunk.offsets))
             if not isinstance(content, Tensor) or content.shape != chunk.sizes:
                 raise CheckpointDamagedError(f"{self._path}: a chunk of {name} is not what its description says.")
-            Region(tuple(chunk.offsets), tuple(chunk.sizes)).of(tensor).copy_(content)
+            TensorBox(tuple(chunk.offsets), tuple(chunk.sizes)).of(tensor).copy_(content)
             filled += content.numel()
         if filled != tensor.numel():
             raise CheckpointDamagedError(
@@ -153,7 +153,7 @@ def save_dcp(tree: StateTree, path: Path) -> None:
             warnings.simplefilter("ignore", UserWarning)
             dcp.save(tree, storage_writer=dcp.FileSystemWriter(aside), no_dist=True)
     except (OSError, RuntimeError) as error:
-        raise not_written(path, error) from error
+        raise save_error(path, error) from error
 
 
 @final

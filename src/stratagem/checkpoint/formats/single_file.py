@@ -13,10 +13,10 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.directory.staged_state import Captured
-from stratagem.checkpoint.errors import not_written
+from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.foreign import open_torch_file, read_parts, verify_torch_file
-from stratagem.checkpoint.tree.flatten import StateTree, join_tree, split_state
+from stratagem.checkpoint.staging import StagedState
+from stratagem.checkpoint.tree.flatten import StateTree, flatten_state, unflatten_tree
 from stratagem.checkpoint.tree.gather import gather_tensor
 from stratagem.distributed import ALONE, Team
 from stratagem.storage import atomic_file, opened, operations, write_fully
@@ -37,10 +37,10 @@ class SingleFileFormat:
         Raises:
             CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
         """
-        captured = self.capture(tree, team)
-        captured.publish(captured.tensors, path, team)
+        staged = self.stage(tree, team)
+        staged.write(staged.tensors, path, team)
 
-    def capture(self, tree: StateTree, team: Team = ALONE) -> Captured:
+    def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
         """Take ``tree`` apart, for what is written later; of tensors only those that are spread are copied.
 
         Collective over ``team``.
@@ -49,15 +49,15 @@ class SingleFileFormat:
             CheckpointError: if a value cannot be stored.
         """
         # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
-        tensors, skeleton = team.own(lambda: split_state(tree))
+        tensors, skeleton = team.own(lambda: flatten_state(tree))
         names = list(tensors)
         whole_ones = [gather_tensor(tensor, team) for tensor in tensors.values()]
 
         def write(contents: Sequence[Tensor], path: Path, team: Team) -> None:
             here = (content.to("cpu") for content in contents)
-            team.first(lambda: _write(join_tree(dict(zip(names, here, strict=True)), skeleton), path))
+            team.first(lambda: _write(unflatten_tree(dict(zip(names, here, strict=True)), skeleton), path))
 
-        return Captured(whole_ones if team.leads else [], write)
+        return StagedState(whole_ones if team.leads else [], write)
 
     def load(
         self,
@@ -113,7 +113,7 @@ def _write(plain: Any, path: Path) -> None:
         with atomic_file(path) as aside, opened(operations.open_file(aside)) as descriptor:
             _save_through(_Through(descriptor), plain)
     except (OSError, RuntimeError) as error:
-        raise not_written(path, error) from error
+        raise save_error(path, error) from error
 
 
 def _save_through(through: _Through, plain: Any) -> None:

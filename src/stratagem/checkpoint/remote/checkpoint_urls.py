@@ -23,7 +23,7 @@ from stratagem.errors import CheckpointError, CheckpointNotFoundError, Stratagem
 from stratagem.storage import RemoteFolder, atomic_file, fetch_published, list_published, publish
 from stratagem.utils import mask_text
 
-__all__ = ["fetch_remote", "latest_remote", "save_orders_at", "save_remote"]
+__all__ = ["fetch_remote", "find_latest_remote", "remote_save_orders", "save_remote"]
 
 _CHUNK_BYTES = 4 << 20
 
@@ -87,7 +87,7 @@ def _about(local: Path) -> dict[str, Any]:
     return {"run_id": found.run_id, SAVE_ORDER: found.order.as_meta(), **finite}
 
 
-def latest_remote(url: str) -> str | None:
+def find_latest_remote(url: str) -> str | None:
     """Return the URL of the newest checkpoint that was published in the folder that ``url`` names, or None.
 
     Of the checkpoints of a run it is the one that the run saved last, in whatever order they were published; of several
@@ -97,7 +97,7 @@ def latest_remote(url: str) -> str | None:
     return next((each.url for each in reversed(_published_at(url)) if each.finite), None)
 
 
-def save_orders_at(url: str) -> list[SaveOrder]:
+def remote_save_orders(url: str) -> list[SaveOrder]:
     """Return the places that the checkpoints published in a folder have among those of their runs.
 
     Raises:

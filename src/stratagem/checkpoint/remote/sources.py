@@ -79,7 +79,7 @@ class CheckpointLoader:
         if not is_url(filename):
             path = absolute(filename)
             if not path.exists():
-                raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.{_beside(path)}")
+                raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.{_similar_names(path)}")
             return path
         name = os.fspath(filename)
         for prefix in sorted(cls._fetchers, key=len, reverse=True):
@@ -151,7 +151,7 @@ def _moved(node: Any, device: torch.device | str) -> Any:
     return [_moved(value, device) for value in node] if isinstance(node, list) else node
 
 
-def _beside(path: Path) -> str:
+def _similar_names(path: Path) -> str:
     """Name the entries beside a missing path that may have been meant."""
     entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     return f" {did_you_mean(path.name, entries)}" if entries else f" There is no folder {path.parent} either."

@@ -6,16 +6,22 @@ asked for (:mod:`values`).
 
 from stratagem.checkpoint.restricted_unpickler.archive import TorchArchive
 from stratagem.checkpoint.restricted_unpickler.pickle_vm import read_pickle
-from stratagem.checkpoint.restricted_unpickler.records import Name, Persistent, Record
-from stratagem.checkpoint.restricted_unpickler.values import ObjectError, Values, is_tensor, mapping_items, printable
+from stratagem.checkpoint.restricted_unpickler.pickled_objects import PersistentId, PickledGlobal, PickledObject
+from stratagem.checkpoint.restricted_unpickler.values import (
+    UnsupportedObjectError,
+    ValueBuilder,
+    is_tensor,
+    mapping_items,
+    printable,
+)
 
 __all__ = [
-    "Name",
-    "ObjectError",
-    "Persistent",
-    "Record",
+    "PickledGlobal",
+    "UnsupportedObjectError",
+    "PersistentId",
+    "PickledObject",
     "TorchArchive",
-    "Values",
+    "ValueBuilder",
     "is_tensor",
     "mapping_items",
     "printable",

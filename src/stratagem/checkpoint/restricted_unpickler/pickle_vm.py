@@ -1,7 +1,7 @@
 """Read what a pickle says without doing it.
 
 A pickle is a program for a small stack machine. The one here has no operation that imports or calls anything: where
-Python's would make an object, it writes a :class:`Record`. So it needs no list of what is dangerous. The operations
+Python's would make an object, it writes a :class:`PickledObject`. So it needs no list of what is dangerous. The operations
 are those of protocols 2 to 5 as https://docs.python.org/3/library/pickletools.html describes them; what torch never
 writes (text forms, extension codes, buffers outside of the stream) is refused.
 
@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, final
 
-from stratagem.checkpoint.restricted_unpickler.records import Name, Persistent, Record
+from stratagem.checkpoint.restricted_unpickler.pickled_objects import PersistentId, PickledGlobal, PickledObject
 from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["read_pickle"]
@@ -22,23 +22,23 @@ __all__ = ["read_pickle"]
 # Of the largest models' optimizers 100,000 tensors need 3 million. An operation makes an object of at most 216 bytes.
 _MOST_OPERATIONS = 20_000_000
 _STOP = ord(".")
-_SCALARS = (str, bytes, int, float, type(None), Name, Persistent, Record)
+_SCALARS = (str, bytes, int, float, type(None), PickledGlobal, PersistentId, PickledObject)
 
 
 def read_pickle(data: bytes) -> Any:
-    """Return what ``data`` says: plain values, and a :class:`Record` for every object.
+    """Return what ``data`` says: plain values, and a :class:`PickledObject` for every object.
 
     Raises:
         CheckpointDamagedError: if it is no whole pickle, or uses operations that torch does not write.
     """
     try:
-        return _Machine(data).run()
+        return _PickleVM(data).run()
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error) as error:
         raise CheckpointDamagedError(f"its pickle makes no sense: {type(error).__name__} {error}") from error
 
 
 @final
-class _Machine:
+class _PickleVM:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
@@ -102,7 +102,7 @@ class _Machine:
 
     def append(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if isinstance(target, Record):
+        if isinstance(target, PickledObject):
             target.items.extend(items)
         elif isinstance(target, list):
             target.extend(items)
@@ -111,7 +111,7 @@ class _Machine:
 
     def add(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if isinstance(target, Record):
+        if isinstance(target, PickledObject):
             target.items.extend(items)
         elif isinstance(target, set):
             target.update(_key(item) for item in items)
@@ -121,7 +121,7 @@ class _Machine:
     def set(self, flat: list[Any]) -> None:
         pairs = [(_key(key), value) for key, value in zip(flat[::2], flat[1::2], strict=True)]
         target = self.stack[-1]
-        if isinstance(target, Record):
+        if isinstance(target, PickledObject):
             target.pairs.extend(pairs)
         elif isinstance(target, dict):
             target.update(pairs)
@@ -133,17 +133,17 @@ class _Machine:
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("the name of a class is no text")
-        self.stack.append(Name(module, name))
+        self.stack.append(PickledGlobal(module, name))
 
     def make(self, *, with_kwargs: bool = False) -> None:
         kwargs = self.stack.pop() if with_kwargs else None
         maker, args = self.pop_many(2)
-        self.stack.append(Record(maker, args, kwargs))
+        self.stack.append(PickledObject(maker, args, kwargs))
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Record):
+        if not isinstance(target, PickledObject):
             raise TypeError(f"state is given to {type(target).__name__}")
         target.state = state
 
@@ -160,29 +160,29 @@ def _whole_number(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
-def _push(read: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
-    def push(machine: _Machine) -> None:
+def _push(read: Callable[[_PickleVM], Any]) -> Callable[[_PickleVM], None]:
+    def push(machine: _PickleVM) -> None:
         value = read(machine)  # first: reading may take the stack back to an earlier mark
         machine.stack.append(value)
 
     return push
 
 
-def _drop_mark(machine: _Machine) -> None:
+def _drop_mark(machine: _PickleVM) -> None:
     machine.since_mark()
 
 
-def _pop(machine: _Machine) -> None:
+def _pop(machine: _PickleVM) -> None:
     if machine.stack:
         machine.stack.pop()
     else:
         machine.since_mark()
 
 
-_ACTIONS: dict[int, Callable[[_Machine], None]] = {
+_ACTIONS: dict[int, Callable[[_PickleVM], None]] = {
     0x80: lambda m: _ignore(m.take(1)),  # protocol
     0x95: lambda m: _ignore(m.take(8)),  # frame
-    ord("("): _Machine.mark,
+    ord("("): _PickleVM.mark,
     ord("0"): _pop,
     ord("1"): _drop_mark,
     ord("2"): _push(lambda m: m.stack[-1]),
@@ -223,17 +223,17 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
     # the memory
     ord("q"): lambda m: m.remember(m.number("<B")),
     ord("r"): lambda m: m.remember(m.number("<I")),
-    0x94: _Machine.remember,
+    0x94: _PickleVM.remember,
     ord("h"): lambda m: m.recall(m.number("<B")),
     ord("j"): lambda m: m.recall(m.number("<I")),
     # objects
     ord("c"): lambda m: m.name(m.line(), m.line()),
     0x93: lambda m: m.name(*m.pop_many(2)),
-    ord("R"): _Machine.make,
-    0x81: _Machine.make,
+    ord("R"): _PickleVM.make,
+    0x81: _PickleVM.make,
     0x92: lambda m: m.make(with_kwargs=True),
-    ord("b"): _Machine.build,
-    ord("Q"): _push(lambda m: Persistent(m.stack.pop())),
+    ord("b"): _PickleVM.build,
+    ord("Q"): _push(lambda m: PersistentId(m.stack.pop())),
 }
 
 

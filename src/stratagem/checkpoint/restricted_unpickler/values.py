@@ -13,13 +13,13 @@ from typing import Any, Protocol, final
 
 import torch
 
-from stratagem.checkpoint.restricted_unpickler.numbers import array_from_bytes, array_of, scalar_of
-from stratagem.checkpoint.restricted_unpickler.records import Name, Persistent, Record
+from stratagem.checkpoint.restricted_unpickler.numpy_values import array_from_bytes, array_of, scalar_of
+from stratagem.checkpoint.restricted_unpickler.pickled_objects import PersistentId, PickledGlobal, PickledObject
 from stratagem.checkpoint.restricted_unpickler.tensors import DTYPES, LAYOUTS, sparse_tensor, strided_tensor
-from stratagem.checkpoint.tree.module_versions import with_versions
+from stratagem.checkpoint.tree.flatten import with_versions
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
-__all__ = ["ObjectError", "Values", "is_tensor", "mapping_items", "printable"]
+__all__ = ["UnsupportedObjectError", "ValueBuilder", "is_tensor", "mapping_items", "printable"]
 
 _DICTS = {
     "collections.OrderedDict",
@@ -36,11 +36,11 @@ _SPREAD_BYTES = 256 << 20
 _MOST_FURTHER_ARGUMENTS = 3
 
 
-class ObjectError(CheckpointError):
+class UnsupportedObjectError(CheckpointError):
     """A value was asked for that only running code of the file's choice could make."""
 
 
-class Storages(Protocol):
+class StorageReader(Protocol):
     """Where the memory of tensors lies."""
 
     size: int
@@ -50,13 +50,13 @@ class Storages(Protocol):
 
 
 @final
-class Values:
+class ValueBuilder:
     """Turns what a pickle says into values, each once: what the file shares is shared.
 
     Tensors are on ``device``; their memory is read when their value is asked for.
     """
 
-    def __init__(self, storages: Storages, device: torch.device | str = "cpu") -> None:
+    def __init__(self, storages: StorageReader, device: torch.device | str = "cpu") -> None:
         self._storages = storages
         self._device = torch.device(device)
         # The keys keep what they stand for alive, so that no other object gets its id.
@@ -69,7 +69,7 @@ class Values:
         """Return the value of ``node``; ``where`` is what errors call it.
 
         Raises:
-            ObjectError: if it is, or holds, an object that only running code could make.
+            UnsupportedObjectError: if it is, or holds, an object that only running code could make.
             CheckpointDamagedError: if what it says makes no sense.
         """
         try:
@@ -78,9 +78,9 @@ class Values:
             raise CheckpointDamagedError(f"{where} is nested too deeply.") from error
 
     def _of(self, node: Any, where: str) -> Any:
-        if not isinstance(node, Record | Name | Persistent | dict | list | tuple | set | frozenset):
+        if not isinstance(node, PickledObject | PickledGlobal | PersistentId | dict | list | tuple | set | frozenset):
             return node
-        if isinstance(node, Name):
+        if isinstance(node, PickledGlobal):
             return self._name(node, where)
         known = self._known.get(id(node))
         if known is not None:
@@ -97,16 +97,16 @@ class Values:
 
     def _make(self, node: Any, where: str) -> Any:
         try:
-            return self._record(node, where) if isinstance(node, Record) else self._container(node, where)
+            return self._record(node, where) if isinstance(node, PickledObject) else self._container(node, where)
         except (CheckpointError, RecursionError):
             raise
         except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            kind = printable(node.kind) if isinstance(node, Record) else type(node).__name__
+            kind = printable(node.kind) if isinstance(node, PickledObject) else type(node).__name__
             raise CheckpointDamagedError(f"{where} makes no sense as {kind}: {_line(error)}") from error
 
     def _container(self, node: Any, where: str) -> Any:
-        if isinstance(node, Persistent):
-            raise ObjectError(f"{where} is the bare memory of a tensor, not a tensor.")
+        if isinstance(node, PersistentId):
+            raise UnsupportedObjectError(f"{where} is the bare memory of a tensor, not a tensor.")
         if isinstance(node, dict):
             return dict(self._entries(node.items(), where))
         if isinstance(node, list | tuple):
@@ -114,11 +114,11 @@ class Values:
             return items if isinstance(node, list) else tuple(items)
         return type(node)(self._of(item, where) for item in node)
 
-    def _record(self, node: Record, where: str) -> Any:
-        maker = _MAKERS.get(node.kind) if isinstance(node.maker, Name) else None
+    def _record(self, node: PickledObject, where: str) -> Any:
+        maker = _MAKERS.get(node.kind) if isinstance(node.maker, PickledGlobal) else None
         if maker is None:
             kind = printable(node.kind)
-            raise ObjectError(f"{where} is an object of {kind}, which only running code could make.")
+            raise UnsupportedObjectError(f"{where} is an object of {kind}, which only running code could make.")
         return maker(self, node, where)
 
     def _entries(self, pairs: Any, where: str) -> Iterator[tuple[Any, Any]]:
@@ -128,14 +128,14 @@ class Values:
                 raise CheckpointDamagedError(f"{where} has a {type(name).__name__} as a key.")
             yield name, self._of(value, f"{where}/{printable(name)}")
 
-    def _name(self, node: Name, where: str) -> Any:
+    def _name(self, node: PickledGlobal, where: str) -> Any:
         if str(node) in DTYPES:
             return DTYPES[str(node)]
-        raise ObjectError(f"{where} is {printable(str(node))}, a class or function, which is not looked up.")
+        raise UnsupportedObjectError(f"{where} is {printable(str(node))}, a class or function, which is not looked up.")
 
     # ---- makers: each reads the arguments that it needs, and leaves hooks and the like alone
 
-    def dictionary(self, node: Record, where: str) -> dict[Any, Any]:
+    def dictionary(self, node: PickledObject, where: str) -> dict[Any, Any]:
         entries: OrderedDict[Any, Any] = OrderedDict()
         # The first argument of a defaultdict is a function; of the others, what they begin with.
         if node.args and node.kind != "collections.defaultdict":
@@ -149,12 +149,12 @@ class Values:
             return entries
         return with_versions(entries, self._of(versions, f"{where}/_metadata"))
 
-    def collection(self, node: Record, where: str) -> Any:
+    def collection(self, node: PickledObject, where: str) -> Any:
         kind = {"set": set, "frozenset": frozenset, "list": list, "tuple": tuple, "Size": torch.Size}[node.maker.name]
         (items,) = self._of(node.args, where) if node.args else ((),)
         return kind(items)
 
-    def octets(self, node: Record, where: str) -> bytes:
+    def octets(self, node: PickledObject, where: str) -> bytes:
         if not node.args:
             return b""  # which Python 3 writes as a call of bytes
         text, encoding = self._of(node.args, where)
@@ -162,31 +162,33 @@ class Values:
             raise ValueError(f"its encoding is {encoding!r}")
         return str.encode(text, "latin-1")
 
-    def complex_number(self, node: Record, where: str) -> complex:
+    def complex_number(self, node: PickledObject, where: str) -> complex:
         real, imaginary = self._of(node.args, where)
         return complex(real, imaginary)
 
-    def number(self, node: Record, where: str) -> Any:
+    def number(self, node: PickledObject, where: str) -> Any:
         dtype, data = node.args
         return scalar_of(dtype, self._of(data, where))
 
-    def array(self, node: Record, where: str) -> Any:
+    def array(self, node: PickledObject, where: str) -> Any:
         kind = node.args[0]
         if str(kind) != "numpy.ndarray":
-            raise ObjectError(f"{where} is an array of the class {printable(str(kind))}, which is not looked up.")
+            raise UnsupportedObjectError(
+                f"{where} is an array of the class {printable(str(kind))}, which is not looked up."
+            )
         return array_of(self._of(node.state[1], where), node.state[2], node.state[3], self._of(node.state[4], where))
 
-    def array_in_band(self, node: Record, where: str) -> Any:
+    def array_in_band(self, node: PickledObject, where: str) -> Any:
         data, dtype, shape, order = node.args
         return array_from_bytes(self._of(data, where), dtype, self._of(shape, where), order)
 
-    def device(self, node: Record, where: str) -> torch.device:
+    def device(self, node: PickledObject, where: str) -> torch.device:
         return torch.device(*self._of(node.args, where))
 
-    def layout(self, node: Record, where: str) -> torch.layout:
+    def layout(self, node: PickledObject, where: str) -> torch.layout:
         return LAYOUTS[self._of(node.args, where)[0]]
 
-    def tensor(self, node: Record, where: str) -> torch.Tensor:
+    def tensor(self, node: PickledObject, where: str) -> torch.Tensor:
         """``_rebuild_tensor``, and ``_v2`` with hooks, and ``_v3`` with a dtype that no storage has."""
         persistent, offset, size, stride, *rest = node.args
         # After requires_grad and the hooks: v3 has the dtype, and both may end with metadata.
@@ -223,29 +225,31 @@ class Values:
             tensor = tensor.conj().resolve_conj()
         return tensor.neg() if metadata.get("neg") else tensor
 
-    def parameter(self, node: Record, where: str) -> Any:
+    def parameter(self, node: PickledObject, where: str) -> Any:
         return self._of(node.args[0], where)
 
-    def tensor_with_attributes(self, node: Record, where: str) -> Any:
+    def tensor_with_attributes(self, node: PickledObject, where: str) -> Any:
         rebuild, kind, args, _ = node.args
         if str(kind) not in _TENSOR_CLASSES:
-            raise ObjectError(f"{where} is a tensor of the class {printable(str(kind))}, which is not looked up.")
-        return self._of(Record(rebuild, args), where)
+            raise UnsupportedObjectError(
+                f"{where} is a tensor of the class {printable(str(kind))}, which is not looked up."
+            )
+        return self._of(PickledObject(rebuild, args), where)
 
-    def meta_tensor(self, node: Record, where: str) -> torch.Tensor:
+    def meta_tensor(self, node: PickledObject, where: str) -> torch.Tensor:
         dtype, size, stride, *_ = self._of(node.args, where)
         return torch.empty_strided(size, stride, dtype=dtype, device="meta")
 
-    def sparse(self, node: Record, where: str) -> torch.Tensor:
+    def sparse(self, node: PickledObject, where: str) -> torch.Tensor:
         layout, data = self._of(node.args, where)
         return sparse_tensor(layout, data)
 
     def _storage(self, persistent: Any) -> tuple[torch.UntypedStorage, torch.dtype]:
         """Return a tensor's memory and the type that its storage has; on a device other than the CPU it is moved there."""
-        if not isinstance(persistent, Persistent):
+        if not isinstance(persistent, PersistentId):
             raise TypeError("its memory is no reference to the file's records")
         tag, kind, key, _, numel = persistent.identity
-        dtype = DTYPES.get(f"{kind}") if isinstance(kind, Name) else None
+        dtype = DTYPES.get(f"{kind}") if isinstance(kind, PickledGlobal) else None
         if tag != "storage" or dtype is None or not isinstance(key, str) or type(numel) is not int or numel < 0:
             raise ValueError(f"its memory is of the kind {kind}")
         length = numel * dtype.itemsize
@@ -265,44 +269,48 @@ class Values:
         return whole.to(self._device).untyped_storage()
 
 
-_TENSORS: dict[str, Callable[[Values, Record, str], Any]] = {
-    "torch._utils._rebuild_tensor": Values.tensor,
-    "torch._utils._rebuild_tensor_v2": Values.tensor,
-    "torch._utils._rebuild_tensor_v3": Values.tensor,
-    "torch._utils._rebuild_parameter": Values.parameter,
-    "torch._utils._rebuild_parameter_with_state": Values.parameter,
-    "torch._tensor._rebuild_from_type_v2": Values.tensor_with_attributes,
-    "torch._utils._rebuild_meta_tensor_no_storage": Values.meta_tensor,
-    "torch._utils._rebuild_sparse_tensor": Values.sparse,
+_TENSORS: dict[str, Callable[[ValueBuilder, PickledObject, str], Any]] = {
+    "torch._utils._rebuild_tensor": ValueBuilder.tensor,
+    "torch._utils._rebuild_tensor_v2": ValueBuilder.tensor,
+    "torch._utils._rebuild_tensor_v3": ValueBuilder.tensor,
+    "torch._utils._rebuild_parameter": ValueBuilder.parameter,
+    "torch._utils._rebuild_parameter_with_state": ValueBuilder.parameter,
+    "torch._tensor._rebuild_from_type_v2": ValueBuilder.tensor_with_attributes,
+    "torch._utils._rebuild_meta_tensor_no_storage": ValueBuilder.meta_tensor,
+    "torch._utils._rebuild_sparse_tensor": ValueBuilder.sparse,
 }
-_MAKERS: dict[str, Callable[[Values, Record, str], Any]] = {
+_MAKERS: dict[str, Callable[[ValueBuilder, PickledObject, str], Any]] = {
     **_TENSORS,
-    **dict.fromkeys(_DICTS, Values.dictionary),
+    **dict.fromkeys(_DICTS, ValueBuilder.dictionary),
     # Python 3 writes protocol 2 with the names of Python 2.
-    **{f"{room}.{name}": Values.collection for room in ("builtins", "__builtin__") for name in ("set", "frozenset")},
-    "torch.Size": Values.collection,
-    "torch.device": Values.device,
-    "torch.serialization._get_layout": Values.layout,
-    "_codecs.encode": Values.octets,
-    "__builtin__.bytes": Values.octets,
-    "builtins.complex": Values.complex_number,
-    "__builtin__.complex": Values.complex_number,
-    **{f"numpy.{core}.multiarray.scalar": Values.number for core in ("core", "_core")},
-    **{f"numpy.{core}.multiarray._reconstruct": Values.array for core in ("core", "_core")},
-    **{f"numpy.{core}.numeric._frombuffer": Values.array_in_band for core in ("core", "_core")},
+    **{
+        f"{room}.{name}": ValueBuilder.collection
+        for room in ("builtins", "__builtin__")
+        for name in ("set", "frozenset")
+    },
+    "torch.Size": ValueBuilder.collection,
+    "torch.device": ValueBuilder.device,
+    "torch.serialization._get_layout": ValueBuilder.layout,
+    "_codecs.encode": ValueBuilder.octets,
+    "__builtin__.bytes": ValueBuilder.octets,
+    "builtins.complex": ValueBuilder.complex_number,
+    "__builtin__.complex": ValueBuilder.complex_number,
+    **{f"numpy.{core}.multiarray.scalar": ValueBuilder.number for core in ("core", "_core")},
+    **{f"numpy.{core}.multiarray._reconstruct": ValueBuilder.array for core in ("core", "_core")},
+    **{f"numpy.{core}.numeric._frombuffer": ValueBuilder.array_in_band for core in ("core", "_core")},
 }
 
 
 def is_tensor(node: Any) -> bool:
     """Tell whether a node is a tensor, or says that it is one."""
-    return isinstance(node, torch.Tensor) or (isinstance(node, Record) and node.kind in _TENSORS)
+    return isinstance(node, torch.Tensor) or (isinstance(node, PickledObject) and node.kind in _TENSORS)
 
 
 def mapping_items(node: Any) -> dict[Any, Any] | None:
     """Return key -> node of what is a dict, or says that it is one; else None. Nothing is read."""
     if isinstance(node, dict):
         return dict(node)
-    if isinstance(node, Record) and node.kind in _DICTS:
+    if isinstance(node, PickledObject) and node.kind in _DICTS:
         return dict(node.pairs)
     return None
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from stratagem.errors import CheckpointError
 from stratagem.tensors.dtensor import is_sharded, local_box
 
-__all__ = ["Region", "boxes", "region_of", "tiles"]
+__all__ = ["TensorBox", "boxes_of_range", "box_of", "boxes_cover"]
 
 
 @final
 @dataclass(frozen=True, slots=True, order=True)
-class Region:
+class TensorBox:
     """A box of a tensor: its first index and its size in every dimension."""
 
     start: tuple[int, ...]
@@ -56,7 +56,7 @@ class Region:
         for index in itertools.product(*(range(size) for size in self.shape[:cut])):
             yield corner + sum(map(int.__mul__, index, strides)), length
 
-    def overlaps(self, other: Region) -> bool:
+    def overlaps(self, other: TensorBox) -> bool:
         """Tell whether the two share an element."""
         if not self.numel or not other.numel:
             return False
@@ -66,31 +66,31 @@ class Region:
         )
 
 
-def tiles(regions: Sequence[Region], shape: Sequence[int]) -> bool:
-    """Tell whether the regions make up a tensor of ``shape``, each element once."""
+def boxes_cover(boxes: Sequence[TensorBox], shape: Sequence[int]) -> bool:
+    """Tell whether the boxes make up a tensor of ``shape``, each element once."""
     inside = all(
-        len(region.start) == len(shape)
+        len(box.start) == len(shape)
         and all(
             start >= 0 and start + length <= size
-            for start, length, size in zip(region.start, region.shape, shape, strict=True)
+            for start, length, size in zip(box.start, box.shape, shape, strict=True)
         )
-        for region in regions
+        for box in boxes
     )
-    if not inside or sum(region.numel for region in regions) != math.prod(shape):
+    if not inside or sum(box.numel for box in boxes) != math.prod(shape):
         return False
     # Sorted by where they begin, only those with a common first index can meet.
-    ordered = sorted(region for region in regions if region.numel)
-    for index, region in enumerate(ordered):
-        end = region.start[0] + region.shape[0] if region.start else 1
+    ordered = sorted(box for box in boxes if box.numel)
+    for index, box in enumerate(ordered):
+        end = box.start[0] + box.shape[0] if box.start else 1
         for other in itertools.islice(ordered, index + 1, None):
             if other.start and other.start[0] >= end:
                 break
-            if region.overlaps(other):
+            if box.overlaps(other):
                 return False
     return True
 
 
-def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Region]:
+def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[TensorBox]:
     """Yield the fewest boxes that make up the elements ``start`` to ``stop`` of a row-major tensor, in their order.
 
     They are at most two for each dimension, less one.
@@ -98,30 +98,30 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Region]:
     if start >= stop:
         return
     if not shape:
-        yield Region((), ())
+        yield TensorBox((), ())
         return
     # Of one step along the first dimension.
     size = math.prod(shape[1:])
     first, into = divmod(start, size)
     last, rest = divmod(stop, size)
     if into and first == last:
-        yield from _below(first, boxes(shape[1:], into, rest))
+        yield from _below(first, boxes_of_range(shape[1:], into, rest))
         return
     if into:
-        yield from _below(first, boxes(shape[1:], into, size))
+        yield from _below(first, boxes_of_range(shape[1:], into, size))
         first += 1
     if first < last:
-        yield Region((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
+        yield TensorBox((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
     if rest:
-        yield from _below(last, boxes(shape[1:], 0, rest))
+        yield from _below(last, boxes_of_range(shape[1:], 0, rest))
 
 
-def _below(index: int, inner: Iterator[Region]) -> Iterator[Region]:
+def _below(index: int, inner: Iterator[TensorBox]) -> Iterator[TensorBox]:
     """Yield the boxes of one step along a dimension more."""
-    return (Region((index, *box.start), (1, *box.shape)) for box in inner)
+    return (TensorBox((index, *box.start), (1, *box.shape)) for box in inner)
 
 
-def region_of(tensor: Tensor, name: str) -> Region:
+def box_of(tensor: Tensor, name: str) -> TensorBox:
     """Return where what this rank holds of a tensor lies in the whole; of a plain tensor it holds all.
 
     ``name`` is what errors call the tensor.
@@ -130,7 +130,7 @@ def region_of(tensor: Tensor, name: str) -> Region:
         CheckpointError: if the tensor is a sum that its ranks have not made yet.
     """
     if not is_sharded(tensor):
-        return Region.whole(tensor.shape)
+        return TensorBox.whole(tensor.shape)
     spread: Any = tensor
     if any(placement.is_partial() for placement in spread.placements):
         raise CheckpointError(
@@ -138,4 +138,4 @@ def region_of(tensor: Tensor, name: str) -> Region:
             "Redistribute it to Replicate() or Shard() before it is saved."
         )
     box = local_box(tensor)
-    return Region(tuple(part.start for part in box), tuple(part.stop - part.start for part in box))
+    return TensorBox(tuple(part.start for part in box), tuple(part.stop - part.start for part in box))

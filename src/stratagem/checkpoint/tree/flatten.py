@@ -8,19 +8,27 @@ file chose. Subclasses of these come back as the plain types.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor
 
-from stratagem.checkpoint.tree.module_versions import module_versions, with_versions
-from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
-__all__ = ["StateTree", "StoredTensor", "join_tree", "split_state", "split_tree"]
+__all__ = [
+    "StateTree",
+    "StoredTensor",
+    "unflatten_tree",
+    "flatten_state",
+    "flatten_tree",
+    "module_versions",
+    "with_versions",
+]
 
 StateTree = dict[str, Any]
-StoredTensor = Tensor | Pieces
+StoredTensor = Tensor | ShardedTensorState
 
 # A dict with one of these as its only key stands in JSON for what JSON cannot say.
 _TENSOR, _TUPLE, _FLOAT, _ITEMS, _SET = "$tensor", "$tuple", "$float", "$items", "$set"
@@ -29,7 +37,7 @@ _VERSIONED = "$versioned"
 _RESERVED = "__metadata__"
 
 
-def split_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]:
+def flatten_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]:
     """Return the tensors of a tree by their path (parts joined by ``/``), and JSON for all the rest.
 
     ``where`` is what errors call the tree's root.
@@ -37,20 +45,20 @@ def split_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]:
     Raises:
         CheckpointError: if a value is none of the kinds above; it names the path.
     """
-    stored, skeleton = split_state(tree, where=where)
+    stored, skeleton = flatten_state(tree, where=where)
     for name, tensor in stored.items():
-        if isinstance(tensor, Pieces):
+        if isinstance(tensor, ShardedTensorState):
             raise CheckpointError(
                 f"The checkpoint's {_below(where, name)} is {tensor!r}: only its ranks together can store it."
             )
     return cast("dict[str, Tensor]", stored), skeleton
 
 
-def split_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor], Any]:
-    """Do as :func:`split_tree` with the state of a run that its ranks save together, which may be in pieces.
+def flatten_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor], Any]:
+    """Do as :func:`flatten_tree` with the state of a run that its ranks save together, which may be in pieces.
 
     Raises:
-        CheckpointError: if a value is none of the kinds above, nor :class:`Pieces`; it names the path.
+        CheckpointError: if a value is none of the kinds above, nor :class:`ShardedTensorState`; it names the path.
     """
     tensors: dict[str, StoredTensor] = {}
     try:
@@ -62,7 +70,7 @@ def split_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor],
 
 
 def _split(node: Any, path: str, tensors: dict[str, StoredTensor], where: str) -> Any:
-    if isinstance(node, Tensor | Pieces):
+    if isinstance(node, Tensor | ShardedTensorState):
         name = _free_name(path, tensors)
         # A lazy conjugate or negative is a flag on memory that holds other numbers: store the numbers themselves.
         tensors[name] = node.detach().resolve_conj().resolve_neg() if isinstance(node, Tensor) else node
@@ -101,8 +109,8 @@ def _split_mapping(node: Mapping[Any, Any], path: str, tensors: dict[str, Stored
     return {_VERSIONED: [skeleton, _split(versions, _below(path, "_metadata"), tensors, where)]}
 
 
-def join_tree(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
-    """Put together again what :func:`split_tree` took apart.
+def unflatten_tree(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
+    """Put together again what :func:`flatten_tree` took apart.
 
     Raises:
         CheckpointDamagedError: if a tensor that the JSON names is not there, or the JSON says what we never write.
@@ -161,3 +169,18 @@ def _below(path: str, key: object) -> str:
 def _shorten(value: object, most: int = 80) -> str:
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def module_versions(state: Mapping[Any, Any]) -> dict[str, Any] | None:
+    """Return module name -> what torch notes of it (its ``version``), or None for what is no module's state dict."""
+    versions = getattr(state, "_metadata", None)
+    return dict(versions) if isinstance(versions, Mapping) else None
+
+
+def with_versions(entries: Mapping[Any, Any], versions: Mapping[str, Any] | None) -> dict[Any, Any]:
+    """Return a new dict of the entries that carries the versions as torch's own state dicts do."""
+    if versions is None:
+        return dict(entries)
+    state = OrderedDict(entries)
+    state._metadata = dict(versions)  # type: ignore[attr-defined]  # where torch looks for it
+    return state

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stratagem.checkpoint.tree.flatten import StateTree, StoredTensor, join_tree, split_state
-from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.checkpoint.tree.flatten import StateTree, StoredTensor, flatten_state, unflatten_tree
+from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.distributed import Team
 from stratagem.tensors.dtensor import is_sharded, whole
 
@@ -21,11 +21,11 @@ def gather_tree(tree: StateTree, team: Team) -> StateTree:
     Raises:
         CheckpointError: if a value is of a kind that no checkpoint can hold.
     """
-    tensors, skeleton = team.own(lambda: split_state(tree))
+    tensors, skeleton = team.own(lambda: flatten_state(tree))
     gathered = {name: gather_tensor(tensor, team) for name, tensor in tensors.items()}
     if team.leads:
         gathered = {name: tensor.to("cpu") for name, tensor in gathered.items()}
-    whole_tree: StateTree = join_tree(gathered, skeleton)
+    whole_tree: StateTree = unflatten_tree(gathered, skeleton)
     return whole_tree
 
 
@@ -34,9 +34,9 @@ def gather_tensor(tensor: StoredTensor, team: Team) -> Tensor:
 
     Collective for one that is spread over ranks.
     """
-    if isinstance(tensor, Pieces):
-        told = team.gather(tensor.on_cpu().contents)
-        return tensor.put_together(told) if team.leads else torch.empty(0, dtype=tensor.dtype)
+    if isinstance(tensor, ShardedTensorState):
+        told = team.gather(tensor.on_cpu().shards)
+        return tensor.assemble(told) if team.leads else torch.empty(0, dtype=tensor.dtype)
     if not is_sharded(tensor):
         return tensor
     gathered = whole(tensor)

@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from stratagem.checkpoint.tree.flatten import module_versions, with_versions
 from stratagem.checkpoint.tree.key_prefix_hint import suggest_prefix
-from stratagem.checkpoint.tree.module_versions import module_versions, with_versions
-from stratagem.checkpoint.tree.names import bare_name, is_named, revise, unwrapped_names
-from stratagem.checkpoint.tree.sharded_tensor_state import Pieces
+from stratagem.checkpoint.tree.names import matches_any, possible_names, revise, unwrapped_name
+from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointMismatchError
 from stratagem.tensors.dtensor import placed_like
 
-__all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "fit_state", "load_state_dict", "weights_to_cpu"]
+__all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "match_state", "load_state_dict", "weights_to_cpu"]
 
 DEFAULT_REVISE_KEYS: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
 _SHOWN = 10
@@ -27,18 +27,18 @@ Reshaped = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """How a saved state and a model fit together; ``reshaped`` holds (key, saved shape, the model's shape)."""
+    """How a saved state and a model fit together; ``shape_mismatches`` holds (key, saved shape, the model's shape)."""
 
     matched: int
     total: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    reshaped: Reshaped = ()
+    shape_mismatches: Reshaped = ()
 
     @property
     def exact(self) -> bool:
         """Whether every key of both sides was used."""
-        return not (self.missing or self.unexpected or self.reshaped)
+        return not (self.missing or self.unexpected or self.shape_mismatches)
 
     def describe(self) -> str:
         """Return the differences as lines of text, the first few of each kind."""
@@ -48,9 +48,9 @@ class LoadReport:
             lines.append(f"  {len(self.missing)} missing in the checkpoint: {_some(self.missing)}")
         if self.unexpected:
             lines.append(f"  {len(self.unexpected)} unexpected in the checkpoint: {_some(self.unexpected)}")
-        if self.reshaped:
-            shapes = [f"{key} (saved {list(saved)}, here {list(own)})" for key, saved, own in self.reshaped]
-            lines.append(f"  {len(self.reshaped)} of another shape: {_some(shapes)}")
+        if self.shape_mismatches:
+            shapes = [f"{key} (saved {list(saved)}, here {list(own)})" for key, saved, own in self.shape_mismatches]
+            lines.append(f"  {len(self.shape_mismatches)} of another shape: {_some(shapes)}")
         return "\n".join(lines)
 
 
@@ -65,13 +65,13 @@ def load_state_dict(
     *,
     strict: bool = False,
     revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
-    may_miss: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
 ) -> LoadReport:
     """Load ``state`` into the bare ``model``.
 
     Keys are first rewritten by ``revise_keys``; those that the model does not know even then lose the parts that
     wrappers add. A tensor of another shape is left out and reported. With ``strict``, the state may lack the model's
-    entries whose names one of the patterns ``may_miss`` matches in whole.
+    entries whose names one of the patterns ``allow_missing`` matches in whole.
 
     Raises:
         CheckpointMismatchError: if no key of the checkpoint belongs to the model, if two keys stand for the same or
@@ -79,27 +79,27 @@ def load_state_dict(
             unchanged then.
     """
     own = model.state_dict()
-    fitting, reshaped = _fitting(state, own, revise_keys)
+    fitting, shape_mismatches = _fitting(state, own, revise_keys)
     incoming = with_versions(
         {name: _as_placed(value, own.get(name)) for name, value in fitting.items()},
         _versions_here(state, own, revise_keys),
     )
     if _renames_itself(model):
-        return _load_and_see(model, incoming, own, reshaped, strict=strict, may_miss=may_miss)
-    report = _report(fitting, own, reshaped)
-    _check_report(report, strict=strict, may_miss=may_miss)
+        return _load_and_see(model, incoming, own, shape_mismatches, strict=strict, allow_missing=allow_missing)
+    report = _report(fitting, own, shape_mismatches)
+    _check_report(report, strict=strict, allow_missing=allow_missing)
     model.load_state_dict(incoming, strict=False)
     return report
 
 
-def fit_state(
+def match_state(
     model: nn.Module,
     own: Mapping[str, Any],
     state: Mapping[str, Any],
     *,
     strict: bool,
     revise_keys: Sequence[tuple[str, str]],
-    may_miss: Sequence[str],
+    allow_missing: Sequence[str],
 ) -> tuple[LoadReport, dict[str, Any]]:
     """Return how ``state`` fits, and its values under the model's names, for those who put them into place themselves.
 
@@ -109,7 +109,7 @@ def fit_state(
         state: as in :func:`load_state_dict`, like all else.
         strict: see there.
         revise_keys: see there.
-        may_miss: see there.
+        allow_missing: see there.
 
     Raises:
         CheckpointMismatchError: as there, and if modules change the keys while they load.
@@ -120,9 +120,9 @@ def fit_state(
             "load_state_dict), and what this strategy trains is not loaded by modules. Rewrite the keys with revise_keys, or "
             "convert the checkpoint under another strategy."
         )
-    fitting, reshaped = _fitting(state, own, revise_keys, kinds=(Tensor, Pieces))
-    report = _report(fitting, own, reshaped)
-    _check_report(report, strict=strict, may_miss=may_miss)
+    fitting, shape_mismatches = _fitting(state, own, revise_keys, kinds=(Tensor, ShardedTensorState))
+    report = _report(fitting, own, shape_mismatches)
+    _check_report(report, strict=strict, allow_missing=allow_missing)
     return report, fitting
 
 
@@ -135,23 +135,23 @@ def _fitting(
     """Return the values by their names here, without those of another shape, which come second."""
     names = _names_here(state, own, revise_keys)
     _check_kinds(state, names, own, kinds)
-    reshaped = tuple(
+    shape_mismatches = tuple(
         (name, tuple(state[key].shape), tuple(own[name].shape))
         for key, name in names.items()
         if _differs(state[key], own.get(name))
     )
-    differing = {name for name, _, _ in reshaped}
-    return {name: state[key] for key, name in names.items() if name not in differing}, reshaped
+    differing = {name for name, _, _ in shape_mismatches}
+    return {name: state[key] for key, name in names.items() if name not in differing}, shape_mismatches
 
 
-def _report(fitting: Mapping[str, Any], own: Mapping[str, Any], reshaped: Reshaped) -> LoadReport:
-    differing = {name for name, _, _ in reshaped}
+def _report(fitting: Mapping[str, Any], own: Mapping[str, Any], shape_mismatches: Reshaped) -> LoadReport:
+    differing = {name for name, _, _ in shape_mismatches}
     return LoadReport(
         matched=sum(name in own for name in fitting),
         total=len(own),
         missing=_without_counters(key for key in own if key not in fitting and key not in differing),
         unexpected=tuple(name for name in fitting if name not in own),
-        reshaped=reshaped,
+        shape_mismatches=shape_mismatches,
     )
 
 
@@ -159,15 +159,15 @@ def _load_and_see(
     model: nn.Module,
     incoming: Mapping[str, Any],
     own: Mapping[str, Any],
-    reshaped: Reshaped,
+    shape_mismatches: Reshaped,
     *,
     strict: bool,
-    may_miss: Sequence[str],
+    allow_missing: Sequence[str],
 ) -> LoadReport:
     """Load into a model whose modules change the keys meanwhile; what fits is known only then, so undo it if refused."""
     before = {key: value.clone() for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
     before = with_versions(before, module_versions(own))
-    differing = {name for name, _, _ in reshaped}
+    differing = {name for name, _, _ in shape_mismatches}
     try:
         missing, unexpected = model.load_state_dict(incoming, strict=False)
         missing = [key for key in missing if key not in differing]
@@ -176,9 +176,9 @@ def _load_and_see(
             total=len(own),
             missing=_without_counters(missing),
             unexpected=tuple(unexpected),
-            reshaped=reshaped,
+            shape_mismatches=shape_mismatches,
         )
-        _check_report(report, strict=strict, may_miss=may_miss)
+        _check_report(report, strict=strict, allow_missing=allow_missing)
     except RuntimeError as error:
         model.load_state_dict(before, strict=False)
         if isinstance(error, CheckpointMismatchError):
@@ -187,14 +187,14 @@ def _load_and_see(
     return report
 
 
-def _check_report(report: LoadReport, *, strict: bool, may_miss: Sequence[str]) -> None:
+def _check_report(report: LoadReport, *, strict: bool, allow_missing: Sequence[str]) -> None:
     if report.total and report.matched == 0:
         raise CheckpointMismatchError(
             f"No key of the checkpoint belongs to this model. {report.describe()}\n"
             f"  {suggest_prefix(report.unexpected, report.missing) or 'Is it a checkpoint of another model?'} "
             "Differing prefixes can be rewritten with revise_keys."
         )
-    refused = replace(report, missing=tuple(name for name in report.missing if not is_named(name, may_miss)))
+    refused = replace(report, missing=tuple(name for name in report.missing if not matches_any(name, allow_missing)))
     if strict and not refused.exact:
         hint = suggest_prefix(report.unexpected, report.missing)
         raise CheckpointMismatchError("\n  ".join([report.describe(), hint] if hint else [report.describe()]))
@@ -222,8 +222,8 @@ def _closest(key: str, revised: str, own: Collection[str]) -> str:
     if revised in own:
         return revised
     # A model may have a part of its own called "module": then rewriting took more away than a wrapper.
-    wrapped = key if bare_name(key) == bare_name(revised) else revised
-    return next((name for name in (wrapped, *unwrapped_names(wrapped)) if name in own), revised)
+    wrapped = key if unwrapped_name(key) == unwrapped_name(revised) else revised
+    return next((name for name in (wrapped, *possible_names(wrapped)) if name in own), revised)
 
 
 def _versions_here(
@@ -255,7 +255,7 @@ def _check_kinds(
 
 
 def _differs(value: Any, own: Any) -> bool:
-    if not isinstance(value, Tensor | Pieces) or not isinstance(own, Tensor) or is_lazy(own):
+    if not isinstance(value, Tensor | ShardedTensorState) or not isinstance(own, Tensor) or is_lazy(own):
         return False
     return value.shape != own.shape
 
@@ -284,6 +284,6 @@ def weights_to_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_cpu(value: Any) -> Any:
-    if isinstance(value, Pieces):
+    if isinstance(value, ShardedTensorState):
         return value.on_cpu()
     return value.detach().cpu() if isinstance(value, Tensor) else value

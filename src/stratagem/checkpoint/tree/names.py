@@ -13,13 +13,13 @@ from stratagem.errors import CheckpointMismatchError
 
 __all__ = [
     "AVERAGE_PART",
-    "bare_name",
-    "is_named",
+    "unwrapped_name",
+    "matches_any",
     "optimizer_by_index",
     "optimizer_by_name",
     "parameter_names",
     "revise",
-    "unwrapped_names",
+    "possible_names",
 ]
 
 # The part of a checkpoint that holds the averaged weights, beside those that train.
@@ -30,12 +30,12 @@ _WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_mod
 _IMPLEMENTATION = ("fused", "foreach")
 
 
-def bare_name(name: str) -> str:
+def unwrapped_name(name: str) -> str:
     """Return a parameter's name without the parts that wrappers add, such as ``module.`` or ``_orig_mod.``."""
-    return list(unwrapped_names(name))[-1]
+    return list(possible_names(name))[-1]
 
 
-def unwrapped_names(name: str) -> Iterator[str]:
+def possible_names(name: str) -> Iterator[str]:
     """Yield the name without the parts that only wrappers have, then without each leading ``module.`` in turn.
 
     The last is the bare name; those before are it where the model's own part is called ``module``.
@@ -59,7 +59,7 @@ def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict
     return revised
 
 
-def is_named(name: str, patterns: Iterable[str]) -> bool:
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether one of the regular expressions matches the whole of a name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
@@ -92,7 +92,7 @@ def optimizer_by_index(
     names: Sequence[Sequence[str]],
     current: Sequence[Mapping[str, Any]],
     *,
-    may_miss: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return a state dict that torch's optimizer loads, from one by name.
 
@@ -100,7 +100,7 @@ def optimizer_by_index(
         state: made by :func:`optimizer_by_name`, or by torch itself (then indices are taken as they are).
         names: those of the optimizer that loads it, a list for each group.
         current: the parameter groups of the optimizer that loads it.
-        may_miss: patterns of the names of parameters that the saved state may lack; they have none then, and groups of
+        allow_missing: patterns of the names of parameters that the saved state may lack; they have none then, and groups of
             such parameters alone keep their own options.
 
     Raises:
@@ -110,7 +110,9 @@ def optimizer_by_index(
     kept = [{key: now[key] for key in _IMPLEMENTATION if key in now} for now in current]
     by_name = _is_by_name(state)
     known = {name for group in saved_groups for name in group["params"]} if by_name else set()
-    new = {name for group in names for name in group if by_name and name not in known and is_named(name, may_miss)}
+    new = {
+        name for group in names for name in group if by_name and name not in known and matches_any(name, allow_missing)
+    }
     for number, group in enumerate(names):
         if group and new.issuperset(group):
             options = {key: value for key, value in current[number].items() if key != "params"}

@@ -9,7 +9,7 @@ import typer
 from rich.filesize import decimal
 from torch import Tensor
 
-from stratagem.checkpoint import AVERAGE_PART, StateTree, model_part, split_tree
+from stratagem.checkpoint import AVERAGE_PART, StateTree, flatten_tree, get_model_state
 from stratagem.checkpoint.convert.convert import convert_checkpoint, opened_checkpoint, write_weights
 from stratagem.errors import CheckpointError
 from stratagem.logging.console import shared_console
@@ -44,7 +44,7 @@ def consolidate(source: str, target: Path, *, averaged: bool) -> None:
 
 
 def _weights(tree: StateTree, source: str, *, averaged: bool) -> dict[str, Tensor]:
-    weights, _ = split_tree(model_part(tree, source), where="state_dict")
+    weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
     if not averaged:
         return weights
     average = tree.get(AVERAGE_PART)

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from stratagem.checkpoint import Candidate, format_for
+from stratagem.checkpoint import CheckpointInfo, format_for
 from stratagem.checkpoint import list_checkpoints as found_in
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
@@ -70,7 +70,7 @@ def _checkpoints_at(path: Path) -> list[Path]:
     return inside or [path]
 
 
-def _under(folder: Path) -> Iterator[Candidate]:
+def _under(folder: Path) -> Iterator[CheckpointInfo]:
     yield from found_in(folder)
     for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
         if inner.is_dir() and not inner.name.startswith("."):

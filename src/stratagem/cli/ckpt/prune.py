@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 from rich.filesize import decimal
 
-from stratagem.checkpoint import Retention, Saved, format_for, remove_checkpoints, saved_in
+from stratagem.checkpoint import Retention, SavedCheckpoint, checkpoints_by_run, format_for, remove_checkpoints
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -27,7 +27,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
         CheckpointNotFoundError: if no run saved a checkpoint there.
         WorkDirError: if a training has the folder.
     """
-    runs = saved_in(folder)
+    runs = checkpoints_by_run(folder)
     if not runs:
         raise CheckpointNotFoundError(f"{folder}: no run has saved a checkpoint in it.")
     logger = logging.getLogger("stratagem.cli")
@@ -52,22 +52,24 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
             typer.echo(f"Removed {sum(not each.path.exists() for each in superfluous)}.")
 
 
-def _superfluous(saved: Sequence[Saved], *, keep_last: int, keep_best: int, keep_every: int | None) -> list[Saved]:
+def _superfluous(
+    saved: Sequence[SavedCheckpoint], *, keep_last: int, keep_best: int, keep_every: int | None
+) -> list[SavedCheckpoint]:
     # What an interruption saved is counted with the others, and has no numbers of its own to keep for good.
     series = sorted(
-        {each.purpose.series for each in saved if each.purpose.series}, key=lambda name: name == INTERRUPTED
+        {each.retention_tag.group for each in saved if each.retention_tag.group}, key=lambda name: name == INTERRUPTED
     )
-    retention = Retention(series=series, last=keep_last, every=keep_every, best=keep_best)
-    return retention.superfluous(_with_damage_told(saved, keep_last))
+    retention = Retention(groups=series, last=keep_last, every=keep_every, best=keep_best)
+    return retention.select_removable(_with_damage_told(saved, keep_last))
 
 
-def _with_damage_told(saved: Sequence[Saved], keep_last: int) -> list[Saved]:
+def _with_damage_told(saved: Sequence[SavedCheckpoint], keep_last: int) -> list[SavedCheckpoint]:
     """Read the last ones until so many are sound; those that are damaged count as unusable."""
-    told: list[Saved] = []
+    told: list[SavedCheckpoint] = []
     sound = 0
     with shared_console().status("Reading the checkpoints that would be kept ..."):
         for each in reversed(saved):
-            if sound < keep_last and each.finite and not each.purpose.metric:
+            if sound < keep_last and each.finite and not each.retention_tag.metric:
                 try:
                     format_for(each.path).verify(each.path)
                     sound += 1

@@ -13,8 +13,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
 
-from stratagem.checkpoint import StateTree, split_tree
-from stratagem.checkpoint.convert.compare import Difference, compare
+from stratagem.checkpoint import StateTree, flatten_tree
+from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
 from stratagem.checkpoint.convert.convert import opened_checkpoint
 from stratagem.errors import CheckpointError
 from stratagem.utils import did_you_mean, is_url, mask_text
@@ -69,7 +69,7 @@ def _place(checkpoint: str) -> str | Path:
     return checkpoint if is_url(checkpoint) else Path(checkpoint)
 
 
-def _extent(difference: Difference) -> str:
+def _extent(difference: CheckpointDifference) -> str:
     if difference.most is None:
         return "only in the second" if not difference.first else "only in the first" if not difference.second else ""
     return f"up to {difference.most:.3g} in {difference.share:.1%} of its numbers"
@@ -88,7 +88,7 @@ def _parts(tree: StateTree) -> Table:
     for heading in ("part", "tensors", "numbers", "size"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for name, part in tree.items():
-        tensors = split_tree(part, where=name)[0].values()
+        tensors = flatten_tree(part, where=name)[0].values()
         size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
         table.add_row(name, str(len(tensors)), f"{sum(t.numel() for t in tensors):,}", decimal(size))
     return table
@@ -99,7 +99,7 @@ def _tensors(tree: StateTree) -> Table:
     for heading in ("tensor", "type", "shape", "smallest", "largest", "not finite"):
         table.add_column(heading, overflow="fold")
     for name, part in tree.items():
-        for key, tensor in split_tree(part, where=name)[0].items():
+        for key, tensor in flatten_tree(part, where=name)[0].items():
             kind = str(tensor.dtype).removeprefix("torch.")
             table.add_row(f"{name}/{key}", kind, str(list(tensor.shape)), *_range(tensor))
     return table

@@ -10,7 +10,7 @@ from typing import Any, final
 from colossalai.zero import LowLevelZeroOptimizer
 from torch import Tensor
 
-from stratagem.checkpoint import DirectoryFormat, StateTree, write_at
+from stratagem.checkpoint import DirectoryFormat, StateTree, write_to
 from stratagem.checkpoint.foreign import ENGINE_ORDER, ENGINE_PART, TIED
 from stratagem.distributed import Team
 from stratagem.engines.colossalai.import_stubs import stand_ins
@@ -51,7 +51,7 @@ class NativeWriter:
             tree["optimizer"] = {**tree["optimizer"], "state": {}}
         tree[ENGINE_PART] = {ENGINE_ORDER: self._numbered(), TIED: self._tied()}
 
-        def beside(folder: Path) -> None:
+        def write_extra_files(folder: Path) -> None:
             boosting = self._placement.boosting
             # Where it saves, the library asks whether the model is one of transformers.
             with stand_ins():
@@ -59,7 +59,9 @@ class NativeWriter:
                 if with_optimizer:
                     boosting.booster.save_optimizer(boosting.optimizer, str(folder / "optimizer"), shard=True)
 
-        write_at(filename, lambda path: DirectoryFormat().save(tree, path, team, beside=beside), team)
+        write_to(
+            filename, lambda path: DirectoryFormat().save(tree, path, team, write_extra_files=write_extra_files), team
+        )
 
     def _is_changed(self, state: Mapping[str, Any]) -> bool:
         """Tell whether a callback has put parameters of its own into the tree."""

@@ -15,7 +15,7 @@ from colossalai.tensor.padded_tensor import is_padded_tensor
 from colossalai.zero import LowLevelZeroOptimizer
 from torch import Tensor, nn
 
-from stratagem.checkpoint import Pieces, Region, boxes, take_box
+from stratagem.checkpoint import ShardedTensorState, TensorBox, boxes_of_range, take_box
 from stratagem.errors import PlacementError
 
 __all__ = ["Part", "gradients_of", "parts_of"]
@@ -43,7 +43,7 @@ class Part:
     working: nn.Parameter
     master: Tensor
     shape: torch.Size
-    box: Region
+    box: TensorBox
     start: int
     count: int
     copies: int
@@ -53,18 +53,18 @@ class Part:
         """Whether this rank has all of it."""
         return self.count == self.shape.numel()
 
-    def pieces(self, values: Tensor) -> Pieces:
+    def pieces(self, values: Tensor) -> ShardedTensorState:
         """Return what a tensor that is laid out like ``master``, such as a moment, has of the whole. Not a copy."""
         flat = values.detach().reshape(-1)
         done = 0
-        contents: dict[Region, Tensor] = {}
+        shards: dict[TensorBox, Tensor] = {}
         for box in self._boxes():
-            contents[box] = flat[done : done + box.numel].view(box.shape)
+            shards[box] = flat[done : done + box.numel].view(box.shape)
             done += box.numel
-        return Pieces(values.dtype, self.shape, contents)
+        return ShardedTensorState(values.dtype, self.shape, shards)
 
     @torch.no_grad()
-    def put(self, full: Tensor | Pieces, into: Tensor) -> None:
+    def put(self, full: Tensor | ShardedTensorState, into: Tensor) -> None:
         """Overwrite a tensor that is laid out like ``master`` with its part of a whole one; only that is read."""
         flat = into.detach().view(-1)
         done = 0
@@ -74,13 +74,13 @@ class Part:
         flat[done:].zero_()
 
     @torch.no_grad()
-    def put_working(self, full: Tensor | Pieces) -> None:
+    def put_working(self, full: Tensor | ShardedTensorState) -> None:
         """Overwrite the parameter that is computed with by its box of a whole tensor."""
         self.working.copy_(take_box(full, self.box))
 
-    def _boxes(self) -> Iterator[Region]:
-        for own in boxes(self.box.shape, self.start, self.start + self.count):
-            yield Region(
+    def _boxes(self) -> Iterator[TensorBox]:
+        for own in boxes_of_range(self.box.shape, self.start, self.start + self.count):
+            yield TensorBox(
                 tuple(first + offset for first, offset in zip(own.start, self.box.start, strict=True)), own.shape
             )
 
@@ -104,7 +104,7 @@ def _part(name: str, parameter: nn.Parameter, engine: OptimizerWrapper | None) -
     return Part(name=name, working=parameter, shape=shape, box=box, **whole)
 
 
-def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, Region, int]:
+def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int]:
     """Return the shape of the whole, where this rank's box lies in it, and how many ranks have that box."""
     world = dist.get_world_size()
     if is_customized_distributed_tensor(parameter) or is_padded_tensor(parameter):
@@ -114,7 +114,7 @@ def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, Region, int]:
             "make_vocab_size_divisible_by divide."
         )
     if not is_distributed_tensor(parameter):
-        return parameter.shape, Region.whole(parameter.shape), world
+        return parameter.shape, TensorBox.whole(parameter.shape), world
     spread: Any = parameter
     layout = spread.dist_layout
     start = [0] * parameter.ndim
@@ -127,7 +127,7 @@ def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, Region, int]:
         group = layout.device_mesh.get_process_group(axis=axes[0])
         start[dim] = dist.get_rank(group) * parameter.shape[dim]
         ranks *= dist.get_world_size(group)
-    return layout.global_shape, Region(tuple(start), tuple(parameter.shape)), world // ranks
+    return layout.global_shape, TensorBox(tuple(start), tuple(parameter.shape)), world // ranks
 
 
 def _range(parameter: nn.Parameter, engine: LowLevelZeroOptimizer, same_box: int) -> Mapping[str, Any]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from stratagem.checkpoint import (
     LoadReport,
-    Pieces,
+    ShardedTensorState,
     StateTree,
-    fit_state,
+    match_state,
     optimizer_by_index,
     optimizer_by_name,
 )
@@ -55,11 +55,13 @@ class BoosterState(StateAccess):
         *,
         strict: bool,
         revise_keys: Sequence[tuple[str, str]],
-        may_miss: Sequence[str],
+        allow_missing: Sequence[str],
     ) -> LoadReport:
         own = dict(self._entries(model))
         shapes = {name: self._whole_shape(value) for name, value in own.items()}
-        report, fitting = fit_state(model, shapes, state, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
+        report, fitting = match_state(
+            model, shapes, state, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
+        )
         extra = {}
         for name, value in fitting.items():
             if name not in own:
@@ -91,12 +93,12 @@ class BoosterState(StateAccess):
         return {**by_name, "state": slots}
 
     def load_optim_state(
-        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str]
+        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
         wrapper = _boosted(optim)
         names = self._placement.group_names
         require_one_optimizer(state)
-        by_index = optimizer_by_index(state, names, wrapper.param_groups, may_miss=may_miss)
+        by_index = optimizer_by_index(state, names, wrapper.param_groups, allow_missing=allow_missing)
         # Those count all parameters of the groups; the optimizer here may have the ones that learn alone.
         flat = [name for group in names for name in group]
         saved = {flat[index]: slots for index, slots in by_index["state"].items()}
@@ -165,7 +167,7 @@ def _boosted(optim: AnyOptim) -> BoostedOptimWrapper:
 
 def _own_slot(key: str, value: Any, part: Part) -> Any:
     """Return a value in memory of its own, of a tensor that belongs to each element what this rank has of it."""
-    if not isinstance(value, Tensor | Pieces):
+    if not isinstance(value, Tensor | ShardedTensorState):
         return value
     if key == _COUNTER or (isinstance(value, Tensor) and value.shape != part.shape):
         return value.clone() if isinstance(value, Tensor) else value

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from stratagem.checkpoint import (
     LoadReport,
-    Pieces,
+    ShardedTensorState,
     StateTree,
-    fit_state,
+    match_state,
     optimizer_by_index,
     optimizer_by_name,
     take_range,
@@ -54,13 +54,13 @@ class DeepSpeedState(StateAccess):
         *,
         strict: bool,
         revise_keys: Sequence[tuple[str, str]],
-        may_miss: Sequence[str],
+        allow_missing: Sequence[str],
     ) -> LoadReport:
         own = model.state_dict(keep_vars=True)
         parameters = {name: value for name, value in own.items() if isinstance(value, nn.Parameter)}
         whole = {name: torch.empty(whole_shape(each), device="meta") for name, each in parameters.items()}
-        report, values = fit_state(
-            model, {**own, **whole}, state, strict=strict, revise_keys=revise_keys, may_miss=may_miss
+        report, values = match_state(
+            model, {**own, **whole}, state, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
         )
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -87,12 +87,14 @@ class DeepSpeedState(StateAccess):
         return optimizer_by_name(by_index, _names(own, model))
 
     def load_optim_state(
-        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str]
+        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
         own = cast("EngineOptim", optim)
         require_one_optimizer(state)
         names = _names(own, model)
-        by_index = optimizer_by_index(state, names, [group.options for group in own.groups], may_miss=may_miss)
+        by_index = optimizer_by_index(
+            state, names, [group.options for group in own.groups], allow_missing=allow_missing
+        )
         parameters = [each for group in own.groups for each in group.parameters]
         flat_names = [name for group in names for name in group]
         saved = {each: (flat_names[index], by_index["state"].get(index) or {}) for index, each in enumerate(parameters)}
@@ -123,9 +125,9 @@ class DeepSpeedState(StateAccess):
         if memory is not None and fragment is not None:
             return _part(fragment, fragment.flat, shape) if memory.spread else fragment.flat.detach()
         values, start = held_values(value)
-        return values if values.shape == shape else Pieces.of_range(values, start, shape)
+        return values if values.shape == shape else ShardedTensorState.from_flat_range(values, start, shape)
 
-    def _write(self, parameter: nn.Parameter, value: Tensor | Pieces) -> None:
+    def _write(self, parameter: nn.Parameter, value: Tensor | ShardedTensorState) -> None:
         memory = self._placement.memory
         fragment = None if memory is None else memory.fragments.get(parameter)
         if memory is None or fragment is None:
@@ -162,14 +164,18 @@ def held_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
     return part.detach().view(-1)[: cast("Any", parameter).ds_numel - start], start
 
 
-def _part(fragment: Fragment, tensor: Tensor, shape: torch.Size) -> Pieces:
+def _part(fragment: Fragment, tensor: Tensor, shape: torch.Size) -> ShardedTensorState:
     """Return what this rank has of a parameter, from a tensor that lies as what is stepped does."""
     values = fragment.of(tensor)
-    return Pieces.of_range(values, fragment.start, shape) if values.numel() else Pieces.nothing(values.dtype, shape)
+    return (
+        ShardedTensorState.from_flat_range(values, fragment.start, shape)
+        if values.numel()
+        else ShardedTensorState.empty(values.dtype, shape)
+    )
 
 
 def _is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
-    return key not in _OF_THE_WHOLE and isinstance(value, Tensor | Pieces) and value.shape == shape
+    return key not in _OF_THE_WHOLE and isinstance(value, Tensor | ShardedTensorState) and value.shape == shape
 
 
 def _names(optim: EngineOptim, model: nn.Module) -> list[list[str]]:

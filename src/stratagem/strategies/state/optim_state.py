@@ -23,10 +23,12 @@ def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
     return optimizer_by_name(optim.state_dict(), parameter_names(optim.optimizer, model))
 
 
-def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str] = ()) -> None:
+def write_optim(
+    optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str] = ()
+) -> None:
     """Load what :func:`read_optim` gave, or what torch's own optimizer gives, by index.
 
-    Parameters whose names a pattern of ``may_miss`` matches in whole need not be in it; they begin without state.
+    Parameters whose names a pattern of ``allow_missing`` matches in whole need not be in it; they begin without state.
 
     Raises:
         CheckpointMismatchError: if it belongs to other optimizers or other parameter groups.
@@ -39,11 +41,11 @@ def write_optim(optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, 
                 "with resume_optimizer=False."
             )
         for name in names:
-            write_optim(optim[name], state[name], model, may_miss=may_miss)
+            write_optim(optim[name], state[name], model, allow_missing=allow_missing)
         return
     require_one_optimizer(state)
     names_here = parameter_names(optim.optimizer, model)
-    by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups, may_miss=may_miss)
+    by_index = optimizer_by_index(state, names_here, optim.optimizer.param_groups, allow_missing=allow_missing)
     parameters = [parameter for group in optim.optimizer.param_groups for parameter in group["params"]]
     own = {
         index: {key: _own(value, parameters[index]) for key, value in slots.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, final
 
-from stratagem.checkpoint import Candidate, StateTree, list_checkpoints
+from stratagem.checkpoint import CheckpointInfo, StateTree, list_checkpoints
 from stratagem.distributed import Team
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.logging import Logger
@@ -92,7 +92,7 @@ class Resuming:
         return resume_newest(found, lambda path: self.resume(strategy, path), strategy.logger)
 
 
-def resume_newest(found: Sequence[Candidate], resume: Callable[[Path], T], logger: Logger) -> T:
+def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], logger: Logger) -> T:
     """Return what ``resume`` returns for the first of some checkpoints that every rank can read whole. Collective.
 
     Args:

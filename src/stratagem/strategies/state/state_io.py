@@ -20,7 +20,7 @@ class StateAccess(ABC):
     """Reads and writes state under the bare model's names, which is what lets any strategy resume what another saved.
 
     Tensors that are spread over ranks are leaves of which each rank gives what it has: a ``DTensor``, or
-    :class:`~stratagem.checkpoint.Pieces`. Nothing is gathered or copied to be read. What is written comes in whole
+    :class:`~stratagem.checkpoint.ShardedTensorState`. Nothing is gathered or copied to be read. What is written comes in whole
     tensors, mapped from a file: each rank reads what it needs of them.
     """
 
@@ -36,7 +36,7 @@ class StateAccess(ABC):
         *,
         strict: bool,
         revise_keys: Sequence[tuple[str, str]],
-        may_miss: Sequence[str],
+        allow_missing: Sequence[str],
     ) -> LoadReport:
         """Put a model's state into place; see :func:`~stratagem.checkpoint.load_state_dict`. Collective.
 
@@ -50,7 +50,7 @@ class StateAccess(ABC):
 
     @abstractmethod
     def load_optim_state(
-        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str]
+        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
         """Put the optimizers' state into place. Collective.
 
@@ -77,17 +77,17 @@ class TorchState(StateAccess):
         *,
         strict: bool,
         revise_keys: Sequence[tuple[str, str]],
-        may_miss: Sequence[str],
+        allow_missing: Sequence[str],
     ) -> LoadReport:
-        return load_state_dict(model, state, strict=strict, revise_keys=revise_keys, may_miss=may_miss)
+        return load_state_dict(model, state, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing)
 
     def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
         return read_optim(optim, model)
 
     def load_optim_state(
-        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, may_miss: Sequence[str]
+        self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
-        write_optim(optim, state, model, may_miss=may_miss)
+        write_optim(optim, state, model, allow_missing=allow_missing)
 
     def weights_are_finite(self, model: nn.Module) -> bool:
         return all_finite(model.parameters())

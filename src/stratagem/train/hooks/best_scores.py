@@ -9,7 +9,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from stratagem.checkpoint import Purpose
+from stratagem.checkpoint import RetentionTag
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.utils import did_you_mean
 
@@ -96,15 +96,15 @@ class BestScores:
         """Take up scores."""
         for metric, scores in state_dict.get("scores", {}).items():
             for number, score in scores.items():
-                self._remember(Purpose(metric=metric, number=number, score=score))
+                self._remember(RetentionTag(metric=metric, number=number, score=score))
 
-    def find_again(self, purposes: Iterable[Purpose]) -> None:
+    def find_again(self, tags: Iterable[RetentionTag]) -> None:
         """Take up what checkpoints on the disk were saved for."""
-        for purpose in purposes:
-            if purpose.metric:
-                self._remember(purpose)
+        for tag in tags:
+            if tag.metric:
+                self._remember(tag)
 
-    def enter(self, metrics: Mapping[str, Any], number: int) -> list[Purpose]:
+    def enter(self, metrics: Mapping[str, Any], number: int) -> list[RetentionTag]:
         """Take in a validation's values; return for which metrics it is among the best, in the order of their names.
 
         A value that is not finite is not among them.
@@ -116,9 +116,9 @@ class BestScores:
         found = []
         for name in self._resolved(metrics):
             score = _number(name, metrics[name])
-            purpose = Purpose(metric=name, number=number, score=score, greater=self._greater[name])
-            if math.isfinite(score) and self._remember(purpose):
-                found.append(purpose)
+            tag = RetentionTag(metric=name, number=number, score=score, greater=self._greater[name])
+            if math.isfinite(score) and self._remember(tag):
+                found.append(tag)
         return found
 
     def _resolved(self, metrics: Mapping[str, Any]) -> list[str]:
@@ -138,21 +138,21 @@ class BestScores:
                 )
         return self._names
 
-    def _remember(self, purpose: Purpose) -> bool:
+    def _remember(self, tag: RetentionTag) -> bool:
         """Take a score in; return whether it is among the best, and better than what that validation gave before."""
-        metric = purpose.metric
+        metric = tag.metric
         if metric not in self._names and self._names != [_AUTO]:
             return False
-        greater = self._greater.get(metric, purpose.greater)
+        greater = self._greater.get(metric, tag.greater)
         scores = dict(self._scores.get(metric, {}))
         # Where a run went back, validations come again: their checkpoints have the same name.
-        known = scores.pop(purpose.number, None)
-        if known is not None and not purpose.beats(replace(purpose, score=known)):
+        known = scores.pop(tag.number, None)
+        if known is not None and not tag.is_better_than(replace(tag, score=known)):
             return False
         # Of equal ones the earlier is the better.
-        ranked = sorted([*scores.items(), (purpose.number, purpose.score)], key=lambda item: item[1], reverse=greater)
+        ranked = sorted([*scores.items(), (tag.number, tag.score)], key=lambda item: item[1], reverse=greater)
         self._scores[metric] = dict(ranked[: self._count])
-        return purpose.number in self._scores[metric]
+        return tag.number in self._scores[metric]
 
     def _rule_of(self, name: str) -> bool:
         rule = self._rules[name]

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.checkpoint import Purpose, Retention, note_folder, release_checkpoint, remove_checkpoints, saved_by
+from stratagem.checkpoint import (
+    Retention,
+    RetentionTag,
+    checkpoints_of_run,
+    record_checkpoint_folder,
+    release_checkpoint,
+    remove_checkpoints,
+)
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
 from stratagem.distributed import Team
 from stratagem.errors import ConfigValueError
@@ -112,7 +119,7 @@ class CheckpointHook(Hook):
         self._best = BestScores(save_best, rule, greater_keys, less_keys, keep_best) if save_best else None
         self._published = [published_keys] if isinstance(published_keys, str) else list(published_keys or ())
         self._retention = Retention(
-            series=(template, self._timed_template, INTERRUPTED),
+            groups=(template, self._timed_template, INTERRUPTED),
             last=None if max_keep_ckpts == -1 else max_keep_ckpts,
             every=keep_every,
             best=keep_best,
@@ -148,7 +155,7 @@ class CheckpointHook(Hook):
         if self._out_dir:
             run.claims.claim(self._folder)
             # Before anything is saved there: what a run saves is found even if it is killed after its first save.
-            Team.of().first(lambda: note_folder(self._folder, Path(run.log_dir)))
+            Team.of().first(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
         if self._async_save:
             run.saves.in_background()
         if self._timer is not None:
@@ -180,10 +187,12 @@ class CheckpointHook(Hook):
         if self._best is None or not self._training:
             return
         number, unit = (run.epoch, "epoch") if self._by_epoch else (run.iter, "iter")
-        for purpose in self._best.enter(metrics or {}, number):
-            name = f"best_{purpose.metric.replace('/', '_')}_{unit}_{number}{self._suffix}"
-            run.logger.info("%s is among the best: %.6g, after %s %d", purpose.metric, purpose.score, unit, number)
-            self._save(run, name, run.progress.here(), purpose)
+        for retention_tag in self._best.enter(metrics or {}, number):
+            name = f"best_{retention_tag.metric.replace('/', '_')}_{unit}_{number}{self._suffix}"
+            run.logger.info(
+                "%s is among the best: %.6g, after %s %d", retention_tag.metric, retention_tag.score, unit, number
+            )
+            self._save(run, name, run.progress.here(), retention_tag)
 
     def after_train(self, run: Run) -> None:
         self._training = False
@@ -198,9 +207,9 @@ class CheckpointHook(Hook):
         return regular or (self._save_last and done == last)
 
     def _save_regular(self, run: Run, template: str, number: int, position: Position) -> None:
-        self._save(run, template.format(number), position, Purpose(series=template, number=number))
+        self._save(run, template.format(number), position, RetentionTag(group=template, number=number))
 
-    def _save(self, run: Run, name: str, position: Position, purpose: Purpose) -> None:
+    def _save(self, run: Run, name: str, position: Position, retention_tag: RetentionTag) -> None:
         path = self._folder / name
 
         def tidy(team: Team) -> None:
@@ -211,34 +220,34 @@ class CheckpointHook(Hook):
             position,
             save_optimizer=self._save_optimizer,
             save_param_scheduler=self._save_param_scheduler,
-            purpose=purpose,
+            retention_tag=retention_tag,
             then=tidy,
         )
         if self._timer is not None:
             self._timer.restart()
 
-    def _tidy_at_start(self, run: Run) -> list[Purpose]:
+    def _tidy_at_start(self, run: Run) -> list[RetentionTag]:
         """Do what a run that was killed had no time for; return what the checkpoints on the disk were saved for."""
-        saved = saved_by(run.id, self._folder)
+        saved = checkpoints_of_run(run.id, self._folder)
         # What the run was taken up from may be older than some that are damaged, and the only one that can be used.
         self._stands_on = {each.path for each in saved if each.iter == run.iter}
         self._remove_superfluous(run)
-        return [each.purpose for each in saved]
+        return [each.retention_tag for each in saved]
 
     def _remove_superfluous(self, run: Run, new: Path | None = None) -> None:
         """Remove what retention does not keep; ``new`` was published just now."""
         if self._retention.last is None and self._best is None:
             return
-        saved = saved_by(run.id, self._folder)
+        saved = checkpoints_of_run(run.id, self._folder)
         if any(each.path == new and each.finite for each in saved):
             self._stands_on = set()
         protected = self._stands_on if new is None else {new, *self._stands_on}
-        remove_checkpoints([each.path for each in self._retention.superfluous(saved, protected)], run.logger)
+        remove_checkpoints([each.path for each in self._retention.select_removable(saved, protected)], run.logger)
 
     def _publish_parts(self, run: Run) -> None:
-        saved = saved_by(run.id, self._folder)
-        last = [each for each in saved if each.purpose.series == self._template][-1:]
-        best = [each for each in saved if each.purpose.metric]
+        saved = checkpoints_of_run(run.id, self._folder)
+        last = [each for each in saved if each.retention_tag.group == self._template][-1:]
+        best = [each for each in saved if each.retention_tag.metric]
         for each in (*last, *best):
             run.logger.info("Published %s", release_checkpoint(each.path, self._published))
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, final
 
-from stratagem.checkpoint import Candidate, list_checkpoints
+from stratagem.checkpoint import CheckpointInfo, list_checkpoints
 from stratagem.distributed import Peer
 from stratagem.storage import write_atomic
 
@@ -106,7 +106,7 @@ def continue_launch(folder: Path, launch: Launched, logger: logging.Logger) -> P
     return latest
 
 
-def _version(candidate: Candidate) -> list[int]:
+def _version(candidate: CheckpointInfo) -> list[int]:
     """Return what changes if a checkpoint is replaced under its name."""
     facts = candidate.path.stat()
     return [facts.st_ino, facts.st_mtime_ns]

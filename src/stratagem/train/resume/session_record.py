@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from stratagem.checkpoint import Purpose
+from stratagem.checkpoint import RetentionTag
 from stratagem.distributed import Team
 from stratagem.train.loops import updates_of
 from stratagem.train.resume.slurm_requeue import requeue_job
@@ -82,7 +82,7 @@ def end_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
     """
     if run.iter != begin:
         path = Path(run.work_dir) / f"iter_{run.iter}"
-        run.save_checkpoint(path, run.progress.here(), purpose=Purpose(series=INTERRUPTED, number=run.iter))
+        run.save_checkpoint(path, run.progress.here(), retention_tag=RetentionTag(group=INTERRUPTED, number=run.iter))
         # Said only when it is true: it may be written in the background.
         run.saves.wait()
         run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.checkpoint import Candidate, list_checkpoints
+from stratagem.checkpoint import CheckpointInfo, list_checkpoints
 from stratagem.config import changed_values
 from stratagem.data import EpochLoader
 from stratagem.distributed import Peer, Team, all_gather_object
@@ -141,7 +141,7 @@ def _patterns(given: Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _saved_by_this_launch(run: Run) -> list[Candidate]:
+def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
     """Return the checkpoints to resume from if a launcher has started this run again, the newest first. Collective.
 
     They are those of the run that the earlier start trained: other runs in the folder may have newer ones, by the clock.
@@ -150,7 +150,7 @@ def _saved_by_this_launch(run: Run) -> list[Candidate]:
     launch = Launched.here(all_gather_object(Peer.of_parent()))
     folder = Path(run.work_dir)
 
-    def find() -> list[Candidate]:
+    def find() -> list[CheckpointInfo]:
         latest = continue_launch(folder, launch, run.logger)
         found = list_checkpoints(folder) if latest is not None else []
         run_ids = [each.run_id for each in found if each.path == latest]

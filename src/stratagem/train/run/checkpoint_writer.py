@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from stratagem.checkpoint import BackgroundSaver, point_to
+from stratagem.checkpoint import BackgroundSaver, update_last_checkpoint
 from stratagem.distributed import Team
 from stratagem.errors import ConfigValueError
 from stratagem.strategies import BaseStrategy
@@ -115,7 +115,7 @@ class Saves:
         logger, folder = self._strategy.logger, Path(self._strategy.work_dir)
         logger.info("Saved checkpoint %s", path)
         try:
-            point_to(path, folder)
+            update_last_checkpoint(path, folder)
         except OSError as error:
             # The checkpoint is safe, and is found without it.
             logger.warning("%s: last_checkpoint there could not be made to name %s: %s", folder, path, error)

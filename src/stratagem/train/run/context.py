@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, final
 
 from torch import nn
 
-from stratagem.checkpoint import SAVE_ORDER, Purpose, StateTree
+from stratagem.checkpoint import SAVE_ORDER, RetentionTag, StateTree
 from stratagem.data import EpochLoader
 from stratagem.distributed import Team, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
@@ -33,7 +33,7 @@ __all__ = ["INTERRUPTED", "Recorder", "Run"]
 INTERRUPTED: Final = "interrupted"
 # The part of a checkpoint that holds the states of hooks.
 _HOOKS: Final = "hooks"
-_FOR_ITSELF: Final = Purpose()
+_FOR_ITSELF: Final = RetentionTag()
 
 
 class Recorder(Protocol):
@@ -195,7 +195,7 @@ class Run:
         *,
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
-        purpose: Purpose = _FOR_ITSELF,
+        retention_tag: RetentionTag = _FOR_ITSELF,
         then: Callable[[Team], None] | None = None,
     ) -> None:
         """Publish the state of the run as it is at ``position``, then name it in ``<work_dir>/last_checkpoint``.
@@ -208,7 +208,7 @@ class Run:
             position: where the run stands.
             save_optimizer: whether the optimizer's state is saved.
             save_param_scheduler: whether the schedulers' state is saved.
-            purpose: what retention goes by; by default nothing removes the checkpoint.
+            retention_tag: what retention goes by; by default nothing removes the checkpoint.
             then: called with the ranks that saved, once the checkpoint is durable; in the background by a thread.
 
         Raises:
@@ -227,7 +227,7 @@ class Run:
             "experiment_name": self.strategy.experiment_name,
             "run_id": self.id,
             SAVE_ORDER: self.save_counter.next(path).as_meta(),
-            "purpose": purpose.as_meta(),
+            "purpose": retention_tag.as_meta(),
             **self.lineage.as_meta(),
         }
         if self._config_text is not None:

@@ -13,7 +13,7 @@ from stratagem.checkpoint import (
     SaveOrder,
     inspect_checkpoint,
     list_checkpoints,
-    save_orders_at,
+    remote_save_orders,
 )
 from stratagem.distributed import Team
 from stratagem.utils import absolute, is_url
@@ -97,7 +97,7 @@ class SaveCounter:
 
     def _number(self, folder: str, *, remote: bool) -> int:
         orders: Iterable[SaveOrder | None]
-        orders = save_orders_at(folder) if remote else [each.order for each in list_checkpoints(folder)]
+        orders = remote_save_orders(folder) if remote else [each.order for each in list_checkpoints(folder)]
         if not self._session:
             orders = [*orders, *(each.order for each in list_checkpoints(self._work_dir))]
         others = (order for order in orders if not self._is_own(order))

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, final
 
-__all__ = ["RECORD", "Generation", "Record", "StoredFile"]
+__all__ = ["RECORD", "Generation", "PublicationRecord", "StoredFile"]
 
 RECORD = "published.json"
 _FORMAT = "stratagem-published"
@@ -64,7 +64,7 @@ class StoredFile:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class PublicationRecord:
     """What was published: files by their path in the folder; one file alone, or a folder with all of them.
 
     ``about`` holds what the publisher recorded about it, as plain JSON values; empty if nothing.

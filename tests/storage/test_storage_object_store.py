@@ -21,7 +21,7 @@ from stratagem.storage import (
     publish,
     remove_published,
 )
-from stratagem.storage.published import Generation, Record, StoredFile
+from stratagem.storage.publication import Generation, PublicationRecord, StoredFile
 
 register()
 
@@ -251,15 +251,15 @@ def test_leftovers_of_a_killed_process_are_cleaned_up(sources: dict[str, Path]) 
 # ---- records -------------------------------------------------------------------------------------------------------
 
 OUTSIDE = ("../a", "/a", "a//b", ".a", "a/..", "a\\b", "c:a", "published.json", "")
-SAMPLE = Record(files={"a/b.txt": StoredFile(3, "00" * 32)}, is_folder=True, published_at=1.5)
+SAMPLE = PublicationRecord(files={"a/b.txt": StoredFile(3, "00" * 32)}, is_folder=True, published_at=1.5)
 
 
 def test_an_incomplete_record_is_ignored() -> None:
     """A record that is truncated at any byte or has any changed bit is ignored."""
     data = SAMPLE.encode()
-    assert Record.parse(data) == SAMPLE
-    assert not any(Record.parse(data[:length]) for length in range(len(data)))
-    assert not any(Record.parse(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]) for i in range(len(data)))
+    assert PublicationRecord.parse(data) == SAMPLE
+    assert not any(PublicationRecord.parse(data[:length]) for length in range(len(data)))
+    assert not any(PublicationRecord.parse(data[:i] + bytes([data[i] ^ 1]) + data[i + 1 :]) for i in range(len(data)))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_an_incomplete_record_is_ignored() -> None:
 def test_an_invalid_record_is_ignored(changes: dict[str, object]) -> None:
     """A record with paths outside the folder, or with unknown contents, is ignored."""
     line = json.dumps({**json.loads(SAMPLE.encode().partition(b"\n")[0]), **changes}).encode()
-    assert Record.parse(line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n") is None
+    assert PublicationRecord.parse(line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n") is None
 
 
 def test_a_later_generation_is_greater_regardless_of_the_clock() -> None:

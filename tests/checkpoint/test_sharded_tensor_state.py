@@ -11,8 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranks import Ranks
-from stratagem.checkpoint import BackgroundSaver, Pieces, Region, read_any, save_checkpoint, take_box, take_range
-from stratagem.checkpoint.tree.boxes import boxes
+from stratagem.checkpoint import (
+    BackgroundSaver,
+    ShardedTensorState,
+    TensorBox,
+    read_any,
+    save_checkpoint,
+    take_box,
+    take_range,
+)
+from stratagem.checkpoint.tree.boxes import boxes_of_range
 from stratagem.dist import Team
 from stratagem.errors import CheckpointError, CheckpointMismatchError
 
@@ -25,39 +33,43 @@ def test_boxes_of_a_range_are_its_elements_in_order(shape: list[int], data: st.D
     tensor = torch.arange(math.prod(shape)).reshape(shape)
     start = data.draw(st.integers(0, tensor.numel()))
     stop = data.draw(st.integers(start, tensor.numel()))
-    found = list(boxes(shape, start, stop))
+    found = list(boxes_of_range(shape, start, stop))
     assert [number for box in found for number in box.of(tensor).flatten().tolist()] == list(range(start, stop))
     assert len(found) <= max(1, 2 * len(shape) - 1)
 
 
 def test_a_range_within_a_row_is_one_box() -> None:
     """Of a 4 x 5 tensor, the elements 6 to 8 are columns 1 to 3 of row 1; 3 to 13 take three boxes."""
-    assert list(boxes([4, 5], 6, 9)) == [Region((1, 1), (1, 3))]
-    assert list(boxes([4, 5], 3, 13)) == [Region((0, 3), (1, 2)), Region((1, 0), (1, 5)), Region((2, 0), (1, 3))]
+    assert list(boxes_of_range([4, 5], 6, 9)) == [TensorBox((1, 1), (1, 3))]
+    assert list(boxes_of_range([4, 5], 3, 13)) == [
+        TensorBox((0, 3), (1, 2)),
+        TensorBox((1, 0), (1, 5)),
+        TensorBox((2, 0), (1, 3)),
+    ]
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 0), (3, 13), (19, 20)])
 def test_what_was_cut_is_taken_back_as_it_was(start: int, stop: int) -> None:
     """A range that a rank gives is the range that it reads, from its own pieces and from the whole."""
     whole = torch.randn(4, 5)
-    pieces = Pieces.of_range(whole.flatten()[start:stop], start, whole.shape)
+    pieces = ShardedTensorState.from_flat_range(whole.flatten()[start:stop], start, whole.shape)
     assert torch.equal(take_range(pieces, start, stop), whole.flatten()[start:stop])
     assert torch.equal(take_range(whole, start, stop), whole.flatten()[start:stop])
-    for box, content in pieces.contents.items():
+    for box, content in pieces.shards.items():
         assert torch.equal(take_box(whole, box), content)
 
 
 def test_pieces_are_views_of_the_memory_that_is_given() -> None:
     """Nothing is copied when state is handed to a checkpoint."""
     flat = torch.zeros(10)
-    pieces = Pieces.of_range(flat[2:9], 2, (2, 5))
+    pieces = ShardedTensorState.from_flat_range(flat[2:9], 2, (2, 5))
     flat.fill_(7.0)
-    assert all(content.eq(7.0).all() for content in pieces.contents.values())
+    assert all(content.eq(7.0).all() for content in pieces.shards.values())
 
 
 def test_a_box_that_the_rank_does_not_have_is_refused() -> None:
     """State that was cut for other ranks is no silent zero."""
-    pieces = Pieces.of_range(torch.zeros(4), 0, (2, 4))
+    pieces = ShardedTensorState.from_flat_range(torch.zeros(4), 0, (2, 4))
     with pytest.raises(CheckpointMismatchError, match="does not have the box"):
         take_range(pieces, 2, 6)
 
@@ -65,14 +77,17 @@ def test_a_box_that_the_rank_does_not_have_is_refused() -> None:
 def test_a_content_of_another_shape_is_refused() -> None:
     """A box and its content agree."""
     with pytest.raises(CheckpointError, match=r"has the content of a torch.float32 of \[3\]"):
-        Pieces(torch.float32, (4,), {Region((0,), (2,)): torch.zeros(3)})
+        ShardedTensorState(torch.float32, (4,), {TensorBox((0,), (2,)): torch.zeros(3)})
 
 
 def test_one_process_stores_what_it_has_whole(tmp_path) -> None:
-    """Pieces that make up the tensor are a tensor in the file."""
+    """ShardedTensorState that make up the tensor are a tensor in the file."""
     whole = torch.randn(3, 4)
-    halves = [Pieces.of_range(whole.flatten()[:5], 0, (3, 4)), Pieces.of_range(whole.flatten()[5:], 5, (3, 4))]
-    both = Pieces(torch.float32, (3, 4), {**halves[0].contents, **halves[1].contents})
+    halves = [
+        ShardedTensorState.from_flat_range(whole.flatten()[:5], 0, (3, 4)),
+        ShardedTensorState.from_flat_range(whole.flatten()[5:], 5, (3, 4)),
+    ]
+    both = ShardedTensorState(torch.float32, (3, 4), {**halves[0].shards, **halves[1].shards})
     save_checkpoint({"state_dict": {"w": both}}, tmp_path / "all")
     assert torch.equal(read_any(tmp_path / "all")["state_dict"]["w"], whole)
     with pytest.raises(CheckpointError, match="do not make up"):
@@ -81,7 +96,7 @@ def test_one_process_stores_what_it_has_whole(tmp_path) -> None:
 
 def test_a_tensor_without_elements_is_stored(tmp_path) -> None:
     """Nobody has a part of it, and it is there all the same."""
-    save_checkpoint({"state_dict": {"w": Pieces.nothing(torch.float32, (0, 3))}}, tmp_path / "empty")
+    save_checkpoint({"state_dict": {"w": ShardedTensorState.empty(torch.float32, (0, 3))}}, tmp_path / "empty")
     assert read_any(tmp_path / "empty")["state_dict"]["w"].shape == (0, 3)
 
 
@@ -93,7 +108,10 @@ def _save(path: str, *, background: bool) -> dict[str, float]:
     cut = 7
     own = (whole.flatten()[:cut], 0) if team.leads else (whole.flatten()[cut:], cut)
     tree = {
-        "state_dict": {"ranges": Pieces.of_range(*own, whole.shape), "first": _of_first(whole, team)},
+        "state_dict": {
+            "ranges": ShardedTensorState.from_flat_range(*own, whole.shape),
+            "first": _of_first(whole, team),
+        },
         "meta": {"iter": 3},
     }
     if background:
@@ -106,8 +124,12 @@ def _save(path: str, *, background: bool) -> dict[str, float]:
     return {name: leaf.full_tensor().tolist() for name, leaf in tree["state_dict"].items()}
 
 
-def _of_first(whole: torch.Tensor, team: Team) -> Pieces:
-    return Pieces.of_range(whole, 0, whole.shape) if team.leads else Pieces.nothing(whole.dtype, whole.shape)
+def _of_first(whole: torch.Tensor, team: Team) -> ShardedTensorState:
+    return (
+        ShardedTensorState.from_flat_range(whole, 0, whole.shape)
+        if team.leads
+        else ShardedTensorState.empty(whole.dtype, whole.shape)
+    )
 
 
 @pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])

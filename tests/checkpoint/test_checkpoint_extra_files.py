@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stratagem.checkpoint import DirectoryFormat, read_manifest, remove_checkpoints, verify_checkpoint
-from stratagem.checkpoint.directory.digest import digest_of
+from stratagem.checkpoint.directory.integrity import digest_of
 from stratagem.errors import CheckpointDamagedError
 
 
@@ -25,7 +25,7 @@ def _engine_files(folder: Path) -> None:
 def saved(tmp_path: Path) -> Path:
     """A checkpoint with two such files."""
     path = tmp_path / "epoch_1"
-    DirectoryFormat().save({"state_dict": {"w": torch.ones(3)}, "meta": {}}, path, beside=_engine_files)
+    DirectoryFormat().save({"state_dict": {"w": torch.ones(3)}, "meta": {}}, path, write_extra_files=_engine_files)
     return path
 
 
@@ -85,5 +85,5 @@ def test_a_failure_beside_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(Exception, match="No space left on device"):
-        DirectoryFormat().save({"meta": {}}, tmp_path / "epoch_1", beside=fail)
+        DirectoryFormat().save({"meta": {}}, tmp_path / "epoch_1", write_extra_files=fail)
     assert list(tmp_path.iterdir()) == []

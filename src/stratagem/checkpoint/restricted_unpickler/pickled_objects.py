@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-__all__ = ["Name", "Persistent", "Record"]
+__all__ = ["PickledGlobal", "PersistentId", "PickledObject"]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Name:
+class PickledGlobal:
     """A class or function that a pickle names. It is never looked up."""
 
     module: str
@@ -22,7 +22,7 @@ class Name:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
-class Persistent:
+class PersistentId:
     """A reference to something that is stored outside of the pickle, such as a tensor's memory."""
 
     identity: Any
@@ -30,7 +30,7 @@ class Persistent:
 
 @final
 @dataclass(slots=True, eq=False, repr=False)
-class Record:
+class PickledObject:
     """An object that a pickle would have made: what it would have called, with what, and what it would have put in.
 
     It is inert: nothing of it is called or imported, whoever looks at it.
@@ -46,4 +46,4 @@ class Record:
     @property
     def kind(self) -> str:
         """What it would have been made by, as ``module.name``."""
-        return str(self.maker) if isinstance(self.maker, Name) else "a function that it made itself"
+        return str(self.maker) if isinstance(self.maker, PickledGlobal) else "a function that it made itself"

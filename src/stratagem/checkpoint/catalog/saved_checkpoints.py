@@ -6,47 +6,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from stratagem.checkpoint.catalog.inspection import Candidate, inspect_checkpoint
+from stratagem.checkpoint.catalog.inspection import CheckpointInfo, inspect_checkpoint
 from stratagem.checkpoint.catalog.order import SaveOrder, oldest_first
-from stratagem.checkpoint.catalog.retention_tag import Purpose
+from stratagem.checkpoint.catalog.retention_tag import RetentionTag
 from stratagem.checkpoint.directory.manifest import MANIFEST
 
-__all__ = ["Saved", "saved_by", "saved_in"]
+__all__ = ["SavedCheckpoint", "checkpoints_of_run", "checkpoints_by_run"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Saved:
+class SavedCheckpoint:
     """A checkpoint of a run: when it was saved, after how many iterations, what for, and whether it can be used."""
 
     path: Path
     saved_at: float
     iter: int
-    purpose: Purpose
+    retention_tag: RetentionTag
     finite: bool = True
     order: SaveOrder | None = None
 
 
-def saved_by(run_id: str, folder: Path) -> list[Saved]:
-    """Return the checkpoints in a folder that a run saved, the oldest first; see :func:`saved_in`."""
-    return saved_in(folder).get(run_id, [])
+def checkpoints_of_run(run_id: str, folder: Path) -> list[SavedCheckpoint]:
+    """Return the checkpoints in a folder that a run saved, the oldest first; see :func:`checkpoints_by_run`."""
+    return checkpoints_by_run(folder).get(run_id, [])
 
 
-def saved_in(folder: Path) -> dict[str, list[Saved]]:
+def checkpoints_by_run(folder: Path) -> dict[str, list[SavedCheckpoint]]:
     """Return the checkpoints in a folder by the id of the run that saved them, the oldest of each first.
 
     Those that cannot be read belong to no run. Which is older: :func:`~stratagem.checkpoint.catalog.order.oldest_first`.
     """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
     found = [each for entry in entries if (each := inspect_checkpoint(entry)) is not None and _can_be_removed(each)]
-    by_run: dict[str, list[Saved]] = {}
+    by_run: dict[str, list[SavedCheckpoint]] = {}
     for each in oldest_first(found):
         if each.run_id is not None:
-            saved = Saved(
+            saved = SavedCheckpoint(
                 path=each.path,
                 saved_at=each.saved_at,
                 iter=each.position.get("iter", 0),
-                purpose=each.purpose,
+                retention_tag=each.retention_tag,
                 finite=each.finite,
                 order=each.order,
             )
@@ -54,6 +54,6 @@ def saved_in(folder: Path) -> dict[str, list[Saved]]:
     return by_run
 
 
-def _can_be_removed(candidate: Candidate) -> bool:
+def _can_be_removed(candidate: CheckpointInfo) -> bool:
     # A folder without a manifest, in DeepSpeed's own form, does not record which files belong to it.
     return not candidate.path.is_dir() or (candidate.path / MANIFEST).is_file()

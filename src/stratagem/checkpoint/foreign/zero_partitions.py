@@ -13,12 +13,12 @@ from torch import Tensor
 
 from stratagem.errors import CheckpointDamagedError
 
-__all__ = ["Cut", "Stretches", "Stripes"]
+__all__ = ["ZeroPartition", "FlatPartition", "PerParameterPartition"]
 
 Shapes = Mapping[str, Sequence[int]]
 
 
-class Cut(ABC):
+class ZeroPartition(ABC):
     """How the parameters of a group lie in the ranks' parts.
 
     Attributes:
@@ -38,7 +38,7 @@ class Cut(ABC):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Stretches(Cut):
+class FlatPartition(ZeroPartition):
     """Stages 1 and 2: all parameters one after another, and each rank has a stretch of that.
 
     Attributes:
@@ -62,7 +62,7 @@ class Stretches(Cut):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Stripes(Cut):
+class PerParameterPartition(ZeroPartition):
     """Stage 3: each parameter is cut into equal parts, and each rank has one of each.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from stratagem.checkpoint.restricted_unpickler.records import Record
+from stratagem.checkpoint.restricted_unpickler.pickled_objects import PickledObject
 
 __all__ = ["array_from_bytes", "array_of", "scalar_of"]
 
@@ -35,7 +35,7 @@ def array_from_bytes(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarra
 
 
 def _dtype(node: Any) -> np.dtype[Any]:
-    if not isinstance(node, Record) or node.kind != "numpy.dtype" or not node.args:
+    if not isinstance(node, PickledObject) or node.kind != "numpy.dtype" or not node.args:
         raise TypeError("its type is none of NumPy's")
     code = node.args[0]
     if not isinstance(code, str) or not _PLAIN.fullmatch(code):

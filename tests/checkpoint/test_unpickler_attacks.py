@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pickles import Raw, build, call, encode, name, new, overlapping, pickle_of, storage, tensor, write
 
-from stratagem.checkpoint import CheckpointLoader, SingleFileFormat, split_tree
-from stratagem.checkpoint.restricted_unpickler import Values, read_pickle
+from stratagem.checkpoint import CheckpointLoader, SingleFileFormat, flatten_tree
+from stratagem.checkpoint.restricted_unpickler import ValueBuilder, read_pickle
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 PROOF = "executed"
@@ -120,7 +120,7 @@ def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
         assert "evil.pth" in str(error)
         return
     # Where nothing is refused, no object is in what was read.
-    split_tree(tree)
+    flatten_tree(tree)
     if place == "beside the weights":
         assert tree["state_dict"]["w"].tolist() == [1, 2]
 
@@ -229,7 +229,7 @@ _PROBE = """
 import resource, sys
 from pathlib import Path
 from stratagem.checkpoint import SingleFileFormat
-from stratagem.checkpoint.restricted_unpickler import Values, read_pickle
+from stratagem.checkpoint.restricted_unpickler import ValueBuilder, read_pickle
 from stratagem.errors import CheckpointError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
@@ -289,7 +289,7 @@ def test_a_changed_pickle_is_never_another_exception(changes: list[tuple[int, in
     del data[cut : cut + gap]
     try:
         root = read_pickle(bytes(data))
-        Values(NoMemory()).of(root, "root")
+        ValueBuilder(NoMemory()).of(root, "root")
     except CheckpointError:
         return
 

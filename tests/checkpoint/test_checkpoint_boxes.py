@@ -1,0 +1,111 @@
+"""Boxes of tensors, beside NumPy's own indexing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stratagem.checkpoint.tree.boxes import TensorBox, boxes_cover
+
+SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
+
+
+@st.composite
+def cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], TensorBox]:
+    """Draw a shape and a box in it."""
+    shape = draw(SHAPES)
+    starts = [draw(st.integers(0, size)) for size in shape]
+    lengths = [draw(st.integers(0, size - start)) for size, start in zip(shape, starts, strict=True)]
+    return shape, TensorBox(tuple(starts), tuple(lengths))
+
+
+def numbers(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an array in which each element is its own place."""
+    return np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
+
+
+def cut(array: np.ndarray, box: TensorBox) -> np.ndarray:
+    """Return the box as NumPy cuts it."""
+    return array[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))]
+
+
+@given(cuts())
+def test_runs_are_the_places_of_the_elements_in_order(case: tuple[tuple[int, ...], TensorBox]) -> None:
+    """Written one after the other, the runs are the box row by row."""
+    shape, box = case
+    places = [place for first, count in box.runs(shape) for place in range(first, first + count)]
+    assert places == cut(numbers(shape), box).ravel().tolist()
+
+
+@given(cuts())
+def test_a_box_of_a_tensor_is_what_numpy_cuts(case: tuple[tuple[int, ...], TensorBox]) -> None:
+    """And a view, which copies nothing."""
+    shape, box = case
+    whole = torch.from_numpy(numbers(shape))
+    part = box.of(whole)
+    assert part.tolist() == cut(numbers(shape), box).tolist()
+    assert part.numel() == box.numel
+    assert part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("box", "runs"),
+    [
+        (TensorBox((0, 0), (4, 6)), [(0, 24)]),
+        (TensorBox((1, 0), (2, 6)), [(6, 12)]),
+        (TensorBox((0, 2), (2, 3)), [(2, 3), (8, 3)]),
+        (TensorBox((3, 0), (0, 6)), []),
+    ],
+)
+def test_what_lies_in_one_piece_is_one_run(box: TensorBox, runs: list[tuple[int, int]]) -> None:
+    """Of a matrix of 4 rows of 6, whole rows are one run, and parts of rows one each."""
+    assert list(box.runs((4, 6))) == runs
+
+
+@given(st.data())
+def test_boxes_make_up_a_tensor_if_each_element_is_in_one(data: st.DataObject) -> None:
+    """The answer is that of counting the elements."""
+    shape = data.draw(st.lists(st.integers(0, 3), max_size=3).map(tuple))
+    starts = st.tuples(*(st.integers(0, 3) for _ in shape))
+    lengths = st.tuples(*(st.integers(0, 3) for _ in shape))
+    boxes = data.draw(st.lists(st.builds(TensorBox, starts, lengths), max_size=4))
+    inside = all(
+        start + length <= size for box in boxes for start, length, size in zip(box.start, box.shape, shape, strict=True)
+    )
+    counts = np.zeros(shape, dtype=int)
+    for box in boxes:
+        counts[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))] += 1
+    assert boxes_cover(boxes, shape) == bool(inside and (counts == 1).all())
+
+
+@given(cuts(), st.integers(0, 3), st.data())
+def test_a_box_split_in_two_makes_itself_up(
+    case: tuple[tuple[int, ...], TensorBox], dim: int, data: st.DataObject
+) -> None:
+    """Halves tile; one of them alone, or one twice, does not."""
+    shape, _ = case
+    if len(shape) <= dim or 0 in shape:
+        return
+    at = data.draw(st.integers(0, shape[dim]))
+    halves = [
+        TensorBox((0,) * len(shape), (*shape[:dim], at, *shape[dim + 1 :])),
+        TensorBox(
+            (*(0,) * dim, at, *(0,) * (len(shape) - dim - 1)), (*shape[:dim], shape[dim] - at, *shape[dim + 1 :])
+        ),
+    ]
+    assert boxes_cover(halves, shape)
+    assert boxes_cover(halves[::-1], shape)
+    if 0 < at < shape[dim]:
+        assert not boxes_cover(halves[:1], shape)
+        assert not boxes_cover([halves[0], *halves], shape)
+    assert not halves[0].overlaps(halves[1])
+
+
+def test_a_scalar_is_one_box() -> None:
+    """Of no dimensions there is one element, once."""
+    assert boxes_cover([TensorBox((), ())], ())
+    assert not boxes_cover([], ())
+    assert not boxes_cover([TensorBox((), ()), TensorBox((), ())], ())
