@@ -1,4 +1,4 @@
-"""Built loaders: respected in one process, and divided among ranks that are simulated one after the other."""
+"""Loader instances: unchanged in one process, and distributed across ranks, which are simulated one by one."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ NUMBERS = list(range(11))
 
 
 def generator() -> torch.Generator:
-    """Return a generator in the same state each time."""
+    """Return a generator in a fixed state."""
     return torch.Generator().manual_seed(7)
 
 
 class Drawing(Sampler[int]):
-    """Draws every sample from another global generator when it is needed."""
+    """A sampler that draws each sample lazily, from alternating global generators."""
 
     def __len__(self) -> int:
         return len(NUMBERS)
@@ -47,7 +47,7 @@ class Drawing(Sampler[int]):
 
 
 class OddThenEven(BatchSampler):
-    """Batches that are not the next samples of the sampler."""
+    """A batch sampler whose batches are not consecutive samples of its sampler."""
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self.sampler)
@@ -59,14 +59,14 @@ class OddThenEven(BatchSampler):
 
 
 class Doubling(DataLoader[int]):
-    """A loader with its own iteration."""
+    """A loader with a custom iteration."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return (batch * 2 for batch in super().__iter__())
 
 
 class Counting(IterableDataset[int]):
-    """Counts; its workers divide the numbers."""
+    """A stream of numbers that its workers share."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -118,15 +118,15 @@ def of_ranks(loader: Callable[[], Any], *, training: bool, size: int = 2, epoch:
 @pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("training", [True, False])
 def test_one_process_gets_the_batches_of_the_plain_loader(kind: str, training: bool) -> None:
-    """In each of two epochs they are exactly those that torch's loader gives by itself."""
+    """In one process, the batches of two epochs are exactly those of the plain loader."""
     plain, loader = PLAIN[kind](), build_dataloader(PLAIN[kind](), seed=3, training=training)
     for epoch in range(2):
         assert lists(loader.batches(epoch)) == lists(plain)
     assert loader.length == len(plain)
 
 
-def test_samples_of_a_sampler_are_taken_in_turn_and_the_last_round_is_filled_up_in_training() -> None:
-    """Batches of two on two ranks are together a batch of four; in evaluation no sample comes twice."""
+def test_samples_of_a_sampler_are_distributed_in_turn() -> None:
+    """Two ranks with batches of two form a batch of four; in evaluation, no sample is repeated."""
 
     def loader() -> DataLoader[int]:
         return DataLoader(NUMBERS, batch_size=2, sampler=NUMBERS)
@@ -136,8 +136,8 @@ def test_samples_of_a_sampler_are_taken_in_turn_and_the_last_round_is_filled_up_
     assert of_ranks(loader, training=False) == [even, [[1, 3], [5, 7], [9]]]
 
 
-def test_batches_of_a_batch_sampler_are_taken_in_turn() -> None:
-    """Whole batches keep what the batch sampler put together; a rank without one repeats the first in training."""
+def test_batches_of_a_batch_sampler_are_distributed_in_turn() -> None:
+    """Batches of a batch sampler stay intact; in training, a rank without a batch repeats the first."""
 
     def loader() -> DataLoader[int]:
         return DataLoader(NUMBERS, batch_sampler=[[1, 2], [3], [4, 5]])
@@ -147,8 +147,8 @@ def test_batches_of_a_batch_sampler_are_taken_in_turn() -> None:
 
 
 @pytest.mark.parametrize("loader", [lambda: Doubling(NUMBERS[:10], batch_size=2), lambda: DataLoader(Counting(10), 2)])
-def test_batches_of_a_loader_that_chooses_them_itself_are_taken_in_turn(loader: Callable[[], Any]) -> None:
-    """Of five batches each rank gets its own three in training, one of them again, and three and two in evaluation."""
+def test_batches_of_a_custom_loader_are_distributed_in_turn(loader: Callable[[], Any]) -> None:
+    """Of five batches, each rank gets three in training, with one repetition, and three or two in evaluation."""
     plain = lists(loader())
     assert of_ranks(loader, training=True) == [plain[::2], [plain[1], plain[3], plain[4]]]
     assert of_ranks(loader, training=False) == [plain[::2], plain[1::2]]
@@ -159,13 +159,13 @@ def test_batches_of_a_loader_that_chooses_them_itself_are_taken_in_turn(loader: 
 
 
 def test_fewer_batches_than_ranks_give_every_rank_one_in_training() -> None:
-    """No rank may train less than the others."""
+    """In training, every rank gets a batch, even if there are fewer batches than ranks."""
     assert of_ranks(lambda: DataLoader(NUMBERS, batch_sampler=[[1]]), training=True, size=3) == [[[1]]] * 3
     assert of_ranks(lambda: DataLoader(Counting(1)), training=True, size=3) == [[[0]]] * 3
 
 
-def test_an_order_from_the_global_generators_depends_on_the_seed_and_the_epoch_alone() -> None:
-    """What the model draws does not change it, it changes nothing that the model draws, and it resumes anywhere."""
+def test_an_order_from_the_global_generators_is_reproducible() -> None:
+    """The order only depends on the seed and the epoch, does not affect the model's generators, and can be resumed."""
 
     def loader() -> DataLoader[int]:
         return DataLoader(NUMBERS, batch_size=2, sampler=Drawing())
@@ -192,8 +192,8 @@ def test_an_order_from_the_global_generators_depends_on_the_seed_and_the_epoch_a
         Drawing,
     ],
 )
-def test_a_model_that_draws_between_batches_neither_changes_the_order_nor_notices_it(make: Callable[[], Any]) -> None:
-    """Each batch is drawn when it is needed, and the global generators are those of the model alone."""
+def test_random_numbers_of_the_model_and_of_the_sampler_are_independent(make: Callable[[], Any]) -> None:
+    """Random numbers of the model do not affect the order, and loading does not affect the model's generators."""
 
     def order(*, drawing: bool) -> tuple[list[Any], Tensor]:
         sampler = make()
@@ -213,8 +213,8 @@ def test_a_model_that_draws_between_batches_neither_changes_the_order_nor_notice
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_sampler_that_is_divided_for_these_ranks_is_taken_as_it_is(training: bool) -> None:
-    """Torch's DistributedSampler repeats a sample at the end; in evaluation that one is left out."""
+def test_a_matching_distributed_sampler_is_used_unchanged(training: bool) -> None:
+    """A DistributedSampler for these ranks is used unchanged; in evaluation, its padding is removed."""
     for rank in range(2):
 
         def loader(rank: int = rank) -> DataLoader[int]:
@@ -229,8 +229,8 @@ def test_a_sampler_that_is_divided_for_these_ranks_is_taken_as_it_is(training: b
 
 
 @pytest.mark.parametrize(("replicas", "rank"), [(3, 0), (2, 0)])
-def test_a_sampler_that_is_divided_for_other_ranks_is_refused(replicas: int, rank: int) -> None:
-    """It would leave samples out or repeat them; the error has both numbers."""
+def test_a_sampler_for_different_ranks_is_rejected(replicas: int, rank: int) -> None:
+    """A sampler for different ranks is an error that contains both, because samples would be missing or repeated."""
     sampler = DistributedSampler(NUMBERS, replicas, rank)  # type: ignore[arg-type]
     with pytest.raises(
         ConfigValueError, match=rf"DistributedSampler is divided for rank {rank} of {replicas}.*rank 1 of 2"
@@ -238,8 +238,8 @@ def test_a_sampler_that_is_divided_for_other_ranks_is_refused(replicas: int, ran
         build_dataloader(DataLoader(NUMBERS, sampler=sampler), seed=3, rank=1, world_size=2, training=True)
 
 
-def test_a_stream_that_is_divided_for_other_ranks_is_refused() -> None:
-    """So is a stream that declares its ranks."""
+def test_a_stream_for_different_ranks_is_rejected() -> None:
+    """A stream that declares different ranks is an error."""
     stream = Counting(4)
     stream.num_replicas, stream.rank = 4, 0  # type: ignore[attr-defined]
     with pytest.raises(ConfigValueError, match=r"Counting is divided for rank 0 of 4"):
@@ -254,13 +254,13 @@ def test_a_stream_that_is_divided_for_other_ranks_is_refused() -> None:
     ],
     ids=["sampler", "batch sampler"],
 )
-def test_a_built_in_sampler_that_was_made_before_the_ranks_were_known_is_divided(loader: Callable[[], Any]) -> None:
-    """A script makes its sampler before the run makes the process group."""
+def test_a_built_in_sampler_without_ranks_is_distributed(loader: Callable[[], Any]) -> None:
+    """A built-in sampler that was created before the process group is distributed."""
     assert of_ranks(loader, training=False) == [[[number] for number in NUMBERS[rank::2]] for rank in range(2)]
 
 
-def test_the_configuration_of_a_loader_stacks_its_batches() -> None:
-    """Without ``collate_fn`` it is torch's ``default_collate``; the lists of MMEngine come by name."""
+def test_a_configured_loader_stacks_its_batches() -> None:
+    """The default ``collate_fn`` is torch's ``default_collate``; MMEngine's ``pseudo_collate`` is available by name."""
     cfg = {"dataset": [{"x": 1.0}, {"x": 2.0}], "batch_size": 2, "shuffle": False}
     (batch,) = build_dataloader(cfg, seed=3, training=True).batches(0)
     assert torch.equal(batch["x"], torch.tensor([1.0, 2.0], dtype=torch.float64))
@@ -288,14 +288,14 @@ DESCRIBED: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("words", DESCRIBED)
-def test_a_loader_describes_its_order_and_how_it_is_divided(words: str) -> None:
-    """In one line, for the log."""
+def test_a_loader_describes_its_order_and_distribution(words: str) -> None:
+    """``describe`` returns one line with the order and the distribution across ranks, for the log."""
     assert words in build_dataloader(DESCRIBED[words](), seed=3, world_size=2, training=False).describe()
 
 
 @pytest.mark.slow
-def test_a_stream_s_epoch_has_the_short_last_batch_of_every_worker() -> None:
-    """Ten samples, of which each of two workers gives 4 and 1: torch's length counts 3 batches, and there are 4."""
+def test_every_worker_of_a_stream_has_a_short_last_batch() -> None:
+    """Two workers with five samples each yield four batches, although torch's length is 3."""
     loader = build_dataloader(DataLoader(Counting(10), batch_size=4, num_workers=2), seed=3, training=True)
     assert (loader.length, loader.slack) == (3, 1)
     assert sorted(map(len, loader.batches(0))) == [1, 1, 4, 4]

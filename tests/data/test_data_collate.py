@@ -1,4 +1,4 @@
-"""Batches that are grouped, not stacked."""
+"""Batches that group their samples without stacking them."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Pair(NamedTuple):
     ],
 )
 def test_fields_are_grouped(samples: list[Any], batch: Any) -> None:
-    """Mappings stay mappings, named tuples named tuples, other sequences become a list with one item a field."""
+    """Mappings and named tuples keep their type; other sequences become a list with one item per field."""
     collated = pseudo_collate(samples)
     assert collated == batch
     assert type(collated) is type(batch)
 
 
 def test_tensors_are_not_stacked() -> None:
-    """Images of different sizes make a batch; the tensors are the samples' own."""
+    """Tensors of different sizes can be in one batch and are not copied."""
     images = [torch.zeros(1, 2), torch.zeros(3, 4)]
     inputs, targets = pseudo_collate([(images[0], 0), (images[1], 1)])
     assert inputs[0] is images[0]
@@ -47,14 +47,14 @@ def test_tensors_are_not_stacked() -> None:
     assert targets == [0, 1]
 
 
-def test_samples_with_different_numbers_of_fields_are_refused() -> None:
-    """Grouping them would mix fields up."""
+def test_samples_with_different_numbers_of_fields_are_rejected() -> None:
+    """Samples with different numbers of fields are an error."""
     with pytest.raises(ConfigTypeError, match=r"different numbers of fields: \[2, 3\]"):
         pseudo_collate([(1, 2), (1, 2, 3)])
 
 
 @pytest.mark.parametrize("samples", [[{"x": 1, "y": 2}, {"x": 1}], [{"x": 1}, {"x": 1, "y": 2}]])
-def test_samples_with_different_keys_are_refused(samples: list[Any]) -> None:
-    """A key that one sample lacks is neither guessed nor dropped."""
+def test_samples_with_different_keys_are_rejected(samples: list[Any]) -> None:
+    """A key that is missing in one sample is an error."""
     with pytest.raises(ConfigTypeError, match=r"not all have \['y'\]"):
         pseudo_collate(samples)

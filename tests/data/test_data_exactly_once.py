@@ -1,4 +1,4 @@
-"""Each sample once an epoch, whatever happens on the way: the positions alone, and real loaders with workers."""
+"""Each sample is seen once per epoch over any restarts, with positions only and with real workers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEED, EPOCH = 5, 3
 
 @dataclass(frozen=True)
 class Piece:
-    """A start of the run: how many ranks and workers, samples of a batch, and batches until it is stopped."""
+    """A start of a run: the number of ranks and workers, the batch size, and the number of batches until it stops."""
 
     ranks: int
     batch: int
@@ -30,7 +30,7 @@ class Piece:
 
 
 class Numbers(Dataset):
-    """Sample i is i, so batches tell which samples they have."""
+    """A dataset whose samples are their indices."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -43,12 +43,12 @@ class Numbers(Dataset):
 
     @property
     def remainders(self) -> list[int]:
-        """A group of three for each sample."""
+        """The group, one of three, of each sample."""
         return [index % 3 for index in range(self.length)]
 
 
 def loaders(length: int, piece: Piece, **options: Any) -> list[EpochLoader]:
-    """Return each rank's loader."""
+    """Return the loader of each rank."""
     cfg = {"dataset": Numbers(length), "batch_size": piece.batch, "num_workers": piece.workers, **options}
     return [
         build_dataloader(cfg, seed=SEED, rank=rank, world_size=piece.ranks, training=True)
@@ -71,13 +71,13 @@ def loaded(loader: EpochLoader, first: int, count: int) -> list[Sequence[int]]:
 
 
 def train(length: int, pieces: list[Piece], read: Read = told, **options: Any) -> list[list[list[Sequence[int]]]]:
-    """Go through an epoch in pieces, the last one to its end; return of each step of each piece the ranks' batches."""
+    """Train one epoch in pieces, the last one to the end; return all ranks' batches for each step of each piece."""
     batch, taken = 0, ()
     steps = []
     for number, piece in enumerate(pieces):
         ranks = loaders(length, piece, **options)
         starts = {loader.go_on(EPOCH, batch, taken) for loader in ranks}
-        assert len(starts) == 1, "ranks stand at the same batch"
+        assert len(starts) == 1, "all ranks must be at the same batch"
         (batch,) = starts
         total = ranks[0].length
         assert total is not None
@@ -86,13 +86,13 @@ def train(length: int, pieces: list[Piece], read: Read = told, **options: Any) -
         steps.append(list(map(list, zip(*(read(loader, batch, count) for loader in ranks), strict=True))))
         batch += count
         (saved,) = {loader.taken(EPOCH, batch) for loader in ranks}
-        # A checkpoint holds it as JSON.
+        # A checkpoint stores the position as JSON.
         taken = json.loads(json.dumps(saved))
     return steps
 
 
 def in_global_order(step: list[Sequence[int]]) -> list[int]:
-    """Return a step's samples in the order in which they were dealt to the ranks."""
+    """Return the samples of a step in the global order."""
     longest = max(map(len, step))
     return [batch[place] for place in range(longest) for batch in step if place < len(batch)]
 
@@ -103,10 +103,10 @@ restarts = st.lists(st.builds(Piece, st.integers(1, 5), st.integers(1, 7), st.in
 
 @settings(max_examples=1500, deadline=None)
 @given(lengths, restarts, st.booleans(), st.booleans())
-def test_any_restarts_with_any_ranks_and_batches_give_each_sample_once_in_the_same_order(
+def test_any_restarts_give_each_sample_once_in_order(
     length: int, pieces: list[Piece], shuffle: bool, drop_last: bool
 ) -> None:
-    """The pieces put together are the epoch's one global order; only its end is filled up or, if asked, left out."""
+    """The pieces form the global order of the epoch, except for padding or dropped samples at its end."""
     order = epoch_order(length, seed=SEED, epoch=EPOCH, shuffle=shuffle)
     steps = [step for piece in train(length, pieces, shuffle=shuffle, drop_last=drop_last) for step in piece]
     seen = [index for step in steps for index in in_global_order(step)]
@@ -116,23 +116,23 @@ def test_any_restarts_with_any_ranks_and_batches_give_each_sample_once_in_the_sa
         assert length - len(seen) < last.batch * last.ranks
     else:
         assert len(seen) >= length
-    # Filled up, so that every rank has as many, by fewer samples than there are ranks.
+    # The padding has fewer samples than there are ranks.
     assert len(seen) - length < max(piece.ranks for piece in pieces)
     assert all(len({len(batch) for batch in step}) == 1 for step in steps)
 
 
 @settings(max_examples=700, deadline=None)
 @given(lengths, restarts, st.booleans(), st.booleans())
-def test_batches_of_one_group_give_each_sample_once_over_any_restarts(
+def test_grouped_batches_give_each_sample_once_over_any_restarts(
     length: int, pieces: list[Piece], shuffle: bool, drop_last: bool
 ) -> None:
-    """Also where the batch size changes inside of the epoch, which cuts what is left anew."""
+    """Each sample occurs once, even if a new batch size splits the rest of the epoch again."""
     sampler = {"type": "GroupedBatchSampler", "groups": "remainders", "drop_last": drop_last}
     steps = train(length, pieces, batch_sampler=sampler, shuffle=shuffle)
     batches = [batch for piece in steps for step in piece for batch in step]
     assert all(len({index % 3 for index in batch}) == 1 for batch in batches)
-    # The last step alone may be filled up, behind its first rank's batch, by batches from the beginning. What drop_last left
-    # out of it comes after all, where smaller batches are taken then.
+    # Only the last step may be padded, after the batch of the first rank, with batches from the beginning. Samples
+    # that drop_last omitted may occur later, if smaller batches are used then.
     last = [piece[-1] for piece in steps if piece]
     filled = last if drop_last else last[-1:]
     ends = [batch for step in filled for batch in step[1:]]
@@ -145,8 +145,8 @@ def test_batches_of_one_group_give_each_sample_once_over_any_restarts(
 
 @settings(max_examples=150, deadline=None)
 @given(lengths, restarts)
-def test_batches_of_one_group_keep_their_order_where_only_the_ranks_change(length: int, pieces: list[Piece]) -> None:
-    """The ranks take the same batches in turn, however many they are."""
+def test_grouped_batches_keep_their_order_if_only_the_ranks_change(length: int, pieces: list[Piece]) -> None:
+    """The ranks take the same batches in turn, for any number of ranks."""
     size = pieces[0].batch
     pieces = [Piece(piece.ranks, size, piece.stop) for piece in pieces]
     sampler = {"type": "GroupedBatchSampler", "groups": "remainders"}
@@ -158,8 +158,8 @@ def test_batches_of_one_group_keep_their_order_where_only_the_ranks_change(lengt
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 30), restarts)
-def test_a_weighted_order_goes_on_over_any_restarts(length: int, pieces: list[Piece]) -> None:
-    """Drawn with replacement, the epoch is the same sequence of draws in pieces."""
+def test_a_weighted_order_can_be_resumed(length: int, pieces: list[Piece]) -> None:
+    """With replacement, the pieces of an epoch give the same sequence of draws."""
     sampler = {"type": "WeightedSampler", "weights": [1 + index % 4 for index in range(length)], "num_samples": 40}
     (whole,) = train(length, [Piece(1, 1, 0)], sampler=sampler)
     steps = [step for piece in train(length, pieces, sampler=sampler) for step in piece]
@@ -169,8 +169,8 @@ def test_a_weighted_order_goes_on_over_any_restarts(length: int, pieces: list[Pi
 
 @settings(max_examples=300, deadline=None)
 @given(st.integers(1, 20), restarts)
-def test_data_without_end_goes_on_over_any_restarts(length: int, pieces: list[Piece]) -> None:
-    """Pass after pass follows in one sequence, whoever takes it."""
+def test_infinite_data_can_be_resumed(length: int, pieces: list[Piece]) -> None:
+    """Successive passes form one sequence for any number of ranks."""
     seen: list[int] = []
     batch, taken = 0, ()
     for piece in pieces:
@@ -186,11 +186,11 @@ def test_data_without_end_goes_on_over_any_restarts(length: int, pieces: list[Pi
     assert seen == sequence[: len(seen)]
 
 
-def test_epochs_of_data_without_end_follow_each_other_after_a_change_of_the_batch_size() -> None:
-    """An epoch that was resumed with batches of another size ends where the next one begins."""
+def test_epochs_of_infinite_data_are_consecutive_after_a_new_batch_size() -> None:
+    """An epoch that is resumed with a different batch size ends where the next one begins."""
     small = loaders(10, Piece(1, 2, 0), sampler={"type": "InfiniteSampler", "shuffle": False})[0]
     large = loaders(10, Piece(1, 5, 0), sampler={"type": "InfiniteSampler", "shuffle": False})[0]
-    # Epoch 1 has five batches of two; after one of them 12 samples are done, the last of which is sample 1.
+    # Epoch 1 has five batches of two. After one of them, 12 samples are consumed, the last of which is sample 1.
     assert large.go_on(1, 1, small.taken(1, 1)) == 1
     assert [large.indices_of(1, 1), large.indices_of(2, 0), large.indices_of(2, 1)] == [
         [2, 3, 4, 5, 6],
@@ -200,8 +200,8 @@ def test_epochs_of_data_without_end_follow_each_other_after_a_change_of_the_batc
     assert large.taken(2, 0) == ((2, 6), (5, 1))
 
 
-def test_an_epoch_that_others_have_completed_has_nothing_left() -> None:
-    """Seven ranks fill five samples up to seven, so one rank finds more taken than there are."""
+def test_a_completed_epoch_has_no_batches_left() -> None:
+    """Seven ranks pad five samples to seven, so a single rank may find more consumed samples than exist."""
     (one,) = loaders(5, Piece(1, 2, 0))
     assert one.go_on(EPOCH, 1, [[1, 7]]) == one.length == 3
     assert list(one.batches(EPOCH, 3)) == []
@@ -210,19 +210,19 @@ def test_an_epoch_that_others_have_completed_has_nothing_left() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_real_workers_give_each_sample_once_over_restarts(drop_last: bool) -> None:
-    """Two workers, none, then one, with other ranks and batches each time: what is loaded is what is told."""
+    """With different workers, ranks and batch sizes in each piece, the loaded samples match the computed ones."""
     pieces = [Piece(2, 3, 2, workers=2), Piece(1, 4, 2), Piece(3, 1, 1, workers=1), Piece(2, 2, 0)]
     options = {"drop_last": drop_last, "collate_fn": list}
     steps = train(41, pieces, loaded, **options)
     assert steps == train(41, pieces, told, **options)
     seen = [index for piece in steps for step in piece for index in in_global_order(step)]
     order = epoch_order(41, seed=SEED, epoch=EPOCH, shuffle=True)
-    # 12, 8 and 3 samples leave 18: four steps of 2 x 2 and, unless they are dropped, the last two.
+    # 12, 8 and 3 samples leave 18: four steps of 2 x 2, and the last two unless they are dropped.
     assert seen == (order[:39] if drop_last else order)
 
 
-def test_telling_the_samples_of_a_batch_needs_an_order_of_ours() -> None:
-    """Nobody knows what a sampler of the user's will give; the error of a batch that is not there says how many are."""
+def test_samples_can_only_be_computed_for_built_in_samplers() -> None:
+    """Samples of a custom sampler cannot be computed; the error for a missing batch contains the number of batches."""
     own = build_dataloader({"dataset": Numbers(4), "sampler": [3, 1]}, seed=0, training=True)
     with pytest.raises(RuntimeError, match="not known"):
         own.indices_of(0, 0)

@@ -1,4 +1,4 @@
-"""Batches that hold samples of one group."""
+"""Batches with samples of one group."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stratagem.errors import ConfigTypeError, ConfigValueError
 
 
 class Texts(list):
-    """Words, whose lengths are known."""
+    """A dataset of words whose lengths are known."""
 
     def lengths(self) -> list[int]:
-        """How many letters each has."""
+        """Return the number of letters of each word."""
         return [len(word) for word in self]
 
 
@@ -23,57 +23,57 @@ WORDS = Texts(["a", "bbb", "c", "dd", "eeee", "f", "ggg"])
 
 
 def build(training: bool = True, ranks: int = 1, rank: int = 0, batch_size: int = 2, **options: Any) -> EpochLoader:
-    """Build a loader of the words in batches of two, by length."""
+    """Build a loader of the words in batches of two, grouped by length."""
     grouped = {"type": "GroupedBatchSampler", "groups": "lengths", **options}
     cfg = {"dataset": WORDS, "batch_size": batch_size, "batch_sampler": grouped, "collate_fn": list}
     return build_dataloader(cfg, seed=0, rank=rank, world_size=ranks, training=training)
 
 
 def test_a_batch_has_samples_of_one_group() -> None:
-    """In order, group by group, where nothing is shuffled; what is left of a group is a shorter batch."""
+    """Without shuffling, groups are in order, and the rest of a group is a shorter batch."""
     loader = build(training=False)
     assert list(loader.batches(0)) == [["a", "c"], ["f"], ["dd"], ["bbb", "ggg"], ["eeee"]]
     assert (loader.length, loader.batch_size, loader.positioned) == (5, 2, True)
 
 
-def test_bounds_part_measures_into_groups() -> None:
-    """Lengths below 3 and from 3 on."""
+def test_bounds_split_values_into_groups() -> None:
+    """``bounds`` splits the words into lengths below 3 and from 3."""
     loader = build(training=False, bounds=[3])
     assert list(loader.batches(0)) == [["a", "c"], ["dd", "f"], ["bbb", "eeee"], ["ggg"]]
 
 
-def test_short_batches_can_be_left_out() -> None:
-    """Those of every group, and the length says so."""
+def test_incomplete_batches_can_be_dropped() -> None:
+    """With ``drop_last``, the incomplete batches of all groups are dropped and not counted."""
     loader = build(training=False, drop_last=True)
     assert list(loader.batches(0)) == [["a", "c"], ["bbb", "ggg"]]
     assert loader.length == 2
 
 
-def test_training_shuffles_samples_and_batches_anew_in_each_epoch() -> None:
-    """Every sample once, and the batches are not in the order of the groups."""
+def test_training_shuffles_samples_and_batches() -> None:
+    """In training, samples and batches are shuffled in each epoch, and every sample is used once."""
     epochs = [list(build(bounds=[3]).batches(epoch)) for epoch in range(20)]
     assert all(sorted(word for batch in batches for word in batch) == sorted(WORDS) for batches in epochs)
     assert len({str(batches) for batches in epochs}) > 15
     assert len({len(batches[0][0]) < 3 for batches in epochs}) == 2
 
 
-def test_an_epoch_is_taken_up_anywhere_without_loading_what_was_seen() -> None:
-    """Its batches after any number of them."""
+def test_an_epoch_can_be_resumed_at_any_batch() -> None:
+    """An epoch can be resumed after any batch without loading earlier ones."""
     whole = list(build().batches(3))
     for done in range(len(whole) + 1):
         assert list(build().batches(3, done)) == whole[done:]
 
 
 def test_ranks_take_the_batches_in_turn() -> None:
-    """Five batches for two ranks are three each in training, the first one again, and not filled up in evaluation."""
+    """Of five batches, two ranks get three each in training, with one repetition, and three or two in evaluation."""
     (whole,) = [list(build().batches(1))]
     of_rank = [list(build(ranks=2, rank=rank).batches(1)) for rank in range(2)]
     assert of_rank == [whole[0::2], [*whole[1::2], whole[0]]]
     assert [build(training=False, ranks=2, rank=rank).length for rank in range(2)] == [3, 2]
 
 
-def test_a_loader_that_has_one_already_is_taken_up_anywhere_too() -> None:
-    """A DataLoader of one's own over a grouping sampler."""
+def test_a_loader_instance_can_be_resumed_at_any_batch() -> None:
+    """A DataLoader instance with a grouping sampler can be resumed at any batch."""
     own = DataLoader(WORDS, batch_sampler=GroupedBatchSampler(WORDS, 2, "lengths", seed=1), collate_fn=list)
     loader = build_dataloader(own, seed=0, training=True)
     assert loader.positioned
@@ -94,14 +94,14 @@ def test_a_loader_that_has_one_already_is_taken_up_anywhere_too() -> None:
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
-def test_what_gives_no_groups_is_refused(options: Any, message: str) -> None:
-    """The error shows what came."""
+def test_invalid_groups_are_rejected(options: Any, message: str) -> None:
+    """Invalid groups are an error that shows the values."""
     with pytest.raises(ConfigValueError, match=message):
         build(**options)
 
 
-def test_it_takes_no_sampler() -> None:
-    """It has the dataset's samples itself; a sampler beside it would choose as well."""
+def test_a_sampler_is_rejected() -> None:
+    """A sampler in addition to the grouping batch sampler is an error."""
     cfg = {
         "dataset": WORDS,
         "sampler": {"type": "DefaultSampler"},

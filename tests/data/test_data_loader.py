@@ -1,4 +1,4 @@
-"""Loaders that begin anywhere, from configurations and from objects."""
+"""Loaders that start at any position, from configurations and from instances."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from stratagem.errors import ConfigTypeError, ConfigValueError
 
 
 class Squares(Dataset[int]):
-    """The numbers 0, 1, 4, 9 ..."""
+    """The square numbers 0, 1, 4, 9 ..."""
 
     def __init__(self, length: int = 10) -> None:
         self.length = length
         self.initialised = False
 
     def full_init(self) -> None:
-        """Remember that it was called."""
+        """Record the call."""
         self.initialised = True
 
     def __getitem__(self, index: int) -> int:
@@ -37,13 +37,13 @@ class Squares(Dataset[int]):
 
 
 class Stream(IterableDataset[int]):
-    """Numbers that count up from a hundred times the epoch, without a length."""
+    """A stream without a length that counts up from a hundred times the epoch."""
 
     def __init__(self) -> None:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin elsewhere."""
+        """Set the epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -51,21 +51,21 @@ class Stream(IterableDataset[int]):
 
 
 class Unsized(Dataset[int]):
-    """A dataset by index that does not say how long it is."""
+    """A map-style dataset without a length."""
 
     def __getitem__(self, index: int) -> int:
         return index
 
 
 class Reversed:
-    """A sampler that derives from nothing, in an order of its own in each epoch."""
+    """A sampler without a base class, in reversed order, that records the epochs."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self.epochs: list[int] = []
 
     def set_epoch(self, epoch: int) -> None:
-        """Remember the epoch."""
+        """Record the epoch."""
         self.epochs.append(epoch)
 
     def __iter__(self) -> Iterator[int]:
@@ -76,12 +76,12 @@ class Reversed:
 
 
 class OddAndEven(BatchSampler):
-    """Batches of odd and of even samples, as those that group by shape do."""
+    """A batch sampler that groups odd and even samples."""
 
     epoch = -1
 
     def set_epoch(self, epoch: int) -> None:
-        """Remember the epoch."""
+        """Record the epoch."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -104,8 +104,8 @@ WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_beginning_at_any_batch_gives_the_rest(workers: int, drop_last: bool) -> None:
-    """An epoch that was interrupted after any batch, even the last, goes on with the next."""
+def test_an_epoch_can_start_at_any_batch(workers: int, drop_last: bool) -> None:
+    """An epoch that is interrupted after any batch continues with the next one."""
     loader = build(num_workers=workers, drop_last=drop_last)
     whole = list(loader.batches(5))
     assert loader.positioned
@@ -114,8 +114,8 @@ def test_beginning_at_any_batch_gives_the_rest(workers: int, drop_last: bool) ->
         assert list(loader.batches(5, done)) == whole[done:]
 
 
-def test_epochs_differ_and_can_be_asked_for_in_any_order() -> None:
-    """The epoch's number decides its order, not what was iterated before."""
+def test_epochs_can_be_iterated_in_any_order() -> None:
+    """The order only depends on the number of the epoch."""
     loader = build()
     first, second = list(loader.batches(0)), list(loader.batches(1))
     assert first != second
@@ -123,8 +123,8 @@ def test_epochs_differ_and_can_be_asked_for_in_any_order() -> None:
     assert sorted(value for batch in second for value in batch) == [index * index for index in range(10)]
 
 
-def test_ranks_share_the_samples_out() -> None:
-    """Two ranks together see every sample once in training, and each goes on where the other ranks do."""
+def test_samples_are_distributed_across_ranks() -> None:
+    """Two ranks see every sample once in training and resume at the same position."""
     loaders = [
         build_dataloader({"dataset": Squares(), "batch_size": 2}, seed=3, rank=rank, world_size=2, training=True)
         for rank in range(2)
@@ -135,8 +135,8 @@ def test_ranks_share_the_samples_out() -> None:
     assert [list(loader.batches(0, 2)) for loader in loaders] == [batches[2:] for batches in whole]
 
 
-def test_evaluation_is_in_order_and_not_filled_up() -> None:
-    """No sample is counted twice: three samples on two ranks are two and one. Training gives both two."""
+def test_evaluation_is_in_order_and_not_padded() -> None:
+    """Evaluation repeats no sample: three samples on two ranks are two and one, whereas training gives both two."""
     of_rank = {
         training: [
             [value for batch in loader.batches(0) for value in batch]
@@ -152,73 +152,73 @@ def test_evaluation_is_in_order_and_not_filled_up() -> None:
     assert of_rank == {False: [[0, 2], [1]], True: [[0, 2], [1, 0]]}
 
 
-def test_a_sampler_of_a_configuration_does_not_fill_up_in_evaluation() -> None:
-    """Naming the sampler changes nothing about that, not even with ``round_up=True``: a sample would count twice."""
+def test_a_configured_sampler_does_not_pad_in_evaluation() -> None:
+    """In evaluation, a configured sampler adds no padding, even with ``round_up=True``."""
     cfg = {"dataset": [0, 1, 2], "sampler": {"type": "DefaultSampler", "shuffle": False}}
     for sampler in (cfg["sampler"], {**cfg["sampler"], "round_up": True}):
         loader = build_dataloader({**cfg, "sampler": sampler}, seed=0, rank=1, world_size=2, training=False)
         assert list(loader.batches(0)) == [1]
 
 
-def test_shuffle_can_be_said() -> None:
-    """``shuffle`` overrules what training and evaluation do by default."""
+def test_shuffle_can_be_set() -> None:
+    """``shuffle`` overrides the defaults of training and evaluation."""
     in_order = [[0, 1, 4, 9], [16, 25, 36, 49], [64, 81]]
     assert list(build(shuffle=False).batches(0)) == in_order
     assert list(build(training=False).batches(0)) == in_order
     assert list(build(training=False, shuffle=True).batches(0)) != in_order
 
 
-def test_the_seed_decides_the_order() -> None:
-    """Loaders of one seed agree; those of another do not."""
+def test_the_seed_determines_the_order() -> None:
+    """Loaders with equal seeds have the same order, and those with different seeds have different orders."""
     cfg = {"dataset": Squares(), "batch_size": 4, "collate_fn": list}
     orders = [list(build_dataloader(cfg, seed=seed, training=True).batches(0)) for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_an_infinite_sampler_goes_on_from_epoch_to_epoch() -> None:
-    """Epochs of an endless order are its following stretches, not the first one again and again."""
+def test_an_infinite_sampler_continues_across_epochs() -> None:
+    """The epochs of an infinite sampler are consecutive parts of its order."""
     loader = build(sampler={"type": "InfiniteSampler", "shuffle": True})
     endless = list(islice(loader.batches(0), 9))
-    # Ten samples in batches of four count as an epoch of three.
+    # Ten samples in batches of four count as an epoch with three batches.
     assert loader.length == 3
     for epoch, done in ((0, 2), (1, 0), (2, 1)):
         assert list(islice(loader.batches(epoch, done), 2)) == endless[3 * epoch + done :][:2]
     assert list(islice(loader.batches(0, 3), 1)) == [endless[3]]
 
 
-def test_a_built_loader_is_taken_as_it_is() -> None:
-    """A built DataLoader keeps its sampler and its collate function; what was seen is drawn and dropped."""
+def test_a_loader_instance_is_used_unchanged() -> None:
+    """A loader instance keeps its sampler and collate function; on resume, earlier batches are drawn and discarded."""
     own = DataLoader(Squares(), batch_size=3, sampler=SequentialSampler(range(10)), collate_fn=list)
     loader = build_dataloader(own, seed=0, training=True)
     assert (loader.length, loader.batch_size, loader.positioned) == (4, 3, False)
     assert list(loader.batches(0, 2)) == [[36, 49, 64], [81]]
 
 
-def test_a_built_loader_with_a_sampler_of_ours_begins_anywhere() -> None:
-    """The position is taken up at no cost there too."""
+def test_a_loader_instance_with_a_built_in_sampler_starts_anywhere() -> None:
+    """A loader instance with a built-in sampler resumes without loading earlier batches."""
     own = DataLoader(Squares(), batch_size=3, sampler=InfiniteSampler(range(10), shuffle=False), collate_fn=list)
     loader = build_dataloader(own, seed=0, training=True)
     assert loader.positioned
     assert list(islice(loader.batches(0, 4), 1)) == [[4, 9, 16]]
 
 
-def test_torch_s_own_distributed_sampler_is_told_the_epoch() -> None:
-    """It would give every epoch the same order otherwise."""
+def test_set_epoch_of_a_distributed_sampler_is_called() -> None:
+    """``set_epoch`` of torch's DistributedSampler is called, so that every epoch has a different order."""
     own = DataLoader(Squares(), sampler=DistributedSampler(Squares(), num_replicas=2, rank=0), collate_fn=list)
     loader = EpochLoader(own, world_size=2)
     assert list(loader.batches(0)) != list(loader.batches(1))
 
 
-def test_a_sampler_that_derives_from_nothing_is_told_the_epoch() -> None:
-    """What counts is that it has ``set_epoch``."""
+def test_set_epoch_of_a_custom_sampler_is_called() -> None:
+    """``set_epoch`` is called for any sampler that has it."""
     sampler = Reversed(3)
     loader = EpochLoader(DataLoader(Squares(), sampler=sampler, collate_fn=list))
     assert list(loader.batches(7, 1)) == [[1], [0]]
     assert sampler.epochs == [7]
 
 
-def test_a_batch_sampler_is_told_the_epoch_and_never_jumped_into() -> None:
-    """Batches of a sampler that groups are not the next samples in order, even if it draws from a sampler of ours."""
+def test_a_custom_batch_sampler_is_not_positioned() -> None:
+    """Batches of a custom batch sampler are not positioned, even if it uses a built-in sampler."""
     batch_sampler = OddAndEven(DefaultSampler(range(6), shuffle=False), 3, drop_last=False)
     loader = build(batch_sampler=batch_sampler, batch_size=1)
     assert not loader.positioned
@@ -227,7 +227,7 @@ def test_a_batch_sampler_is_told_the_epoch_and_never_jumped_into() -> None:
 
 
 def test_a_batch_sampler_from_a_configuration_gets_sampler_and_size() -> None:
-    """The sampler and the batch size are handed to it."""
+    """A configured batch sampler receives the sampler and the batch size."""
     loader = build(shuffle=False, batch_sampler={"type": BatchSampler, "drop_last": True})
     assert list(loader.batches(0)) == [[0, 1, 4, 9], [16, 25, 36, 49]]
     assert (loader.batch_size, loader.positioned) == (4, True)
@@ -236,16 +236,16 @@ def test_a_batch_sampler_from_a_configuration_gets_sampler_and_size() -> None:
     assert not grouping.positioned
 
 
-def test_streams_have_no_length_and_are_told_the_epoch() -> None:
-    """A stream gives batches as long as it lasts; a position is reached by drawing."""
+def test_streams_have_no_length() -> None:
+    """A stream has no length, its ``set_epoch`` is called, and earlier batches are drawn on resume."""
     loader = build(dataset=Stream(), batch_size=3)
     assert loader.length is None
     assert list(loader.batches(0)) == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(loader.batches(2, 1)) == [[203, 204, 205], [206]]
 
 
-def test_without_a_batch_size_samples_come_as_they_are() -> None:
-    """``batch_size=None`` switches torch's batching off, for datasets that make batches themselves."""
+def test_without_a_batch_size_samples_are_not_collated() -> None:
+    """``batch_size=None`` disables torch's batching, for datasets that return batches."""
     loader = build(batch_size=None, shuffle=False)
     assert (loader.batch_size, loader.positioned) == (None, True)
     assert list(loader.batches(0, 7)) == [49, 64, 81]
@@ -254,8 +254,8 @@ def test_without_a_batch_size_samples_come_as_they_are() -> None:
     assert list(drawn.batches(0, 1)) == [4, 1]
 
 
-def test_functions_come_by_name_or_with_arguments() -> None:
-    """``collate_fn`` is an object, a registered name, or a mapping with further arguments."""
+def test_functions_can_be_configured() -> None:
+    """``collate_fn`` is a function, or a mapping with a registered name or function and arguments."""
     stacked = next(build(collate_fn={"type": "default_collate"}, shuffle=False).batches(0))
     assert torch.equal(stacked, torch.tensor([0, 1, 4, 9]))
     summed = build(collate_fn={"type": sum, "start": 100}, shuffle=False)
@@ -263,14 +263,14 @@ def test_functions_come_by_name_or_with_arguments() -> None:
 
 
 def test_a_dataset_from_a_configuration_is_built_and_initialised() -> None:
-    """A mapping is built through DATASETS, and one that loads late is asked to load."""
+    """A configured dataset is built with DATASETS, and ``full_init`` is called."""
     loader = build(dataset={"type": Squares, "length": 2}, shuffle=False)
     assert list(loader.batches(0)) == [[0, 1]]
     assert loader.dataset.initialised
 
 
-def test_the_configuration_stays_as_it_is() -> None:
-    """One configuration can be built twice, for validation and test."""
+def test_the_configuration_is_not_modified() -> None:
+    """Building does not modify the configuration."""
     cfg = {
         "dataset": {"type": Squares, "length": 3},
         "batch_size": 2,
@@ -283,8 +283,8 @@ def test_the_configuration_stays_as_it_is() -> None:
     assert cfg == before
 
 
-def test_beginning_an_epoch_leaves_the_model_s_random_numbers_alone() -> None:
-    """Stopping and going on begins an epoch once more; dropout must not notice."""
+def test_starting_an_epoch_does_not_advance_the_generators() -> None:
+    """Starting an epoch does not advance the global generators."""
     loader = build(generator=None)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     list(loader.batches(0))
@@ -295,26 +295,26 @@ def test_beginning_an_epoch_leaves_the_model_s_random_numbers_alone() -> None:
 
 @pytest.mark.parametrize("dataloader", [None, [1, 2], "digits"])
 def test_a_dataloader_of_the_wrong_type_is_shown(dataloader: Any) -> None:
-    """The error shows what came."""
+    """The error for an invalid dataloader shows its value."""
     with pytest.raises(ConfigTypeError, match=rf"DataLoader or a mapping.*{dataloader!r}".replace("[", r"\[")):
         build_dataloader(dataloader, seed=0, training=True)
 
 
 def test_a_dataloader_needs_a_dataset() -> None:
-    """The error lists what it has in place of one."""
+    """The error for a missing dataset lists the existing keys."""
     with pytest.raises(ConfigValueError, match="needs a dataset; it has 'batch_size', 'datset'"):
         build_dataloader({"batch_size": 2, "datset": []}, seed=0, training=True)
 
 
 @pytest.mark.parametrize("dataset", [3, None, "digits", {"type": dict, "x": 1}])
-def test_a_dataset_of_the_wrong_type_is_refused(dataset: Any) -> None:
-    """A path, a number, or what a wrong type made is no dataset."""
+def test_a_dataset_of_the_wrong_type_is_rejected(dataset: Any) -> None:
+    """A value that is not a dataset is an error."""
     with pytest.raises(ConfigTypeError, match="A dataset is a Dataset, a sequence, or a mapping"):
         build(dataset=dataset)
 
 
 def test_a_dataset_without_a_length_needs_a_sampler() -> None:
-    """Nobody can deal an unknown number of samples."""
+    """A dataset without a length requires a sampler."""
     with pytest.raises(ConfigTypeError, match="Unsized has no length"):
         build(dataset=Unsized())
     assert list(build(dataset=Unsized(), sampler=[5, 6]).batches(0)) == [[5, 6]]
@@ -328,8 +328,8 @@ def test_a_dataset_without_a_length_needs_a_sampler() -> None:
         {"batch_sampler": [[1, 2]], "shuffle": False},
     ],
 )
-def test_two_that_would_choose_the_samples_are_refused(cfg: dict[str, Any]) -> None:
-    """One of them would be ignored."""
+def test_conflicting_options_are_rejected(cfg: dict[str, Any]) -> None:
+    """Options that conflict in selecting the samples are an error."""
     with pytest.raises(ConfigValueError, match="sampler"):
         build(**cfg)
 
@@ -347,17 +347,15 @@ def test_two_that_would_choose_the_samples_are_refused(cfg: dict[str, Any]) -> N
         ({"worker_init_fn": 3}, ConfigTypeError, "worker_init_fn is a function"),
     ],
 )
-def test_arguments_that_torch_does_not_take_are_named(
-    cfg: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    """What torch's DataLoader refuses comes as an error about the configuration."""
+def test_arguments_that_torch_rejects_are_reported(cfg: dict[str, Any], error: type[Exception], message: str) -> None:
+    """Arguments that torch's DataLoader rejects are configuration errors."""
     with pytest.raises(error, match=message):
         build(**cfg)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_plain_loader_is_dealt_to_the_ranks(shuffle: bool) -> None:
-    """A plain DataLoader of one's own gives two ranks different samples, together all of them once."""
+def test_a_plain_loader_is_distributed(shuffle: bool) -> None:
+    """A plain DataLoader instance is distributed across ranks, which together see every sample once."""
     own = DataLoader(Squares(), batch_size=2, shuffle=shuffle, collate_fn=list)
     ranks = [build_dataloader(own, seed=0, rank=rank, world_size=2, training=True) for rank in range(2)]
     seen = [[sample for batch in loader.batches(0) for sample in batch] for loader in ranks]
@@ -365,15 +363,15 @@ def test_a_plain_loader_is_dealt_to_the_ranks(shuffle: bool) -> None:
     assert all(loader.positioned for loader in ranks)
 
 
-def test_a_plain_loader_goes_on_inside_of_an_epoch() -> None:
-    """A plain shuffling DataLoader of one's own begins after any batch with the very next sample."""
+def test_a_plain_loader_resumes_within_an_epoch() -> None:
+    """A plain shuffling DataLoader instance resumes after any batch with the next sample."""
     whole = build_dataloader(DataLoader(Squares(), batch_size=3, shuffle=True, collate_fn=list), seed=5, training=True)
     again = build_dataloader(DataLoader(Squares(), batch_size=3, shuffle=True, collate_fn=list), seed=5, training=True)
     assert list(again.batches(1, done=2)) == list(whole.batches(1))[2:]
 
 
-def test_a_loader_with_its_own_generator_keeps_its_order() -> None:
-    """In one process, every epoch has exactly the batches that the plain DataLoader gives."""
+def test_a_loader_with_a_generator_keeps_its_order() -> None:
+    """With a custom generator, every epoch in one process has the batches of the plain DataLoader."""
 
     def own() -> DataLoader[int]:
         return DataLoader(Squares(), batch_size=3, shuffle=True, generator=torch.Generator(), collate_fn=list)

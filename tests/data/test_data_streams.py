@@ -1,4 +1,4 @@
-"""Random numbers of the data: the same for a sample whoever loads it, and none of the model's."""
+"""Random numbers of samples do not depend on who loads them, and are independent of the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Drawn = tuple[int, float, float, float, float]
 
 
 class Augmented(Dataset):
-    """Twelve samples: their number, and what the generators give while they are loaded."""
+    """Twelve samples with their index and a number from each generator."""
 
     def __len__(self) -> int:
         return 12
@@ -37,14 +37,14 @@ class Augmented(Dataset):
 
 
 class AtOnce(Augmented):
-    """Loads a batch at once, with draws for all of it."""
+    """A dataset that loads whole batches with random numbers."""
 
     def __getitems__(self, indices: list[int]) -> list[tuple[int, float]]:
         return list(zip(indices, torch.rand(len(indices)).tolist(), strict=True))
 
 
 def mixed(samples: list[Drawn]) -> list[tuple[Any, ...]]:
-    """Add a draw for the whole batch to each sample, as mixing does."""
+    """Add a random number of the whole batch to each sample, as mixup does."""
     share = float(np.random.rand())
     return [(*sample, share) for sample in samples]
 
@@ -56,13 +56,13 @@ def build(dataset: Any = None, *, rank: int = 0, ranks: int = 1, seed: int = 3, 
 
 
 def drawn(loader: EpochLoader, epoch: int = 0, done: int = 0) -> dict[Any, Any]:
-    """Return each sample of an epoch by its number."""
+    """Return each sample of an epoch by its index."""
     return {sample[0]: sample for batch in loader.batches(epoch, done) for sample in batch}
 
 
 @pytest.mark.slow
-def test_a_sample_is_the_same_bit_for_bit_whoever_loads_it() -> None:
-    """In the main process, by one or two workers, by any rank, in batches of any size, from the middle of the epoch on."""
+def test_a_sample_does_not_depend_on_how_it_is_loaded() -> None:
+    """A sample has the same bits for any number of workers and ranks, any batch size, and after a resume."""
     whole = drawn(build(), 4)
     assert len({sample[1:] for sample in whole.values()}) == 12
     for workers in (1, 2):
@@ -74,8 +74,8 @@ def test_a_sample_is_the_same_bit_for_bit_whoever_loads_it() -> None:
     assert rest.items() <= whole.items()
 
 
-def test_epochs_and_seeds_have_draws_of_their_own() -> None:
-    """Each epoch augments anew, and again the same when it is repeated."""
+def test_epochs_and_seeds_have_different_random_numbers() -> None:
+    """Each epoch and seed has different random numbers, which are reproducible."""
     loader = build()
     first, second = drawn(loader, 0), drawn(loader, 1)
     assert not {sample[1:] for sample in first.values()} & {sample[1:] for sample in second.values()}
@@ -83,56 +83,56 @@ def test_epochs_and_seeds_have_draws_of_their_own() -> None:
     assert not {s[1:] for s in drawn(build(seed=4)).values()} & {s[1:] for s in first.values()}
 
 
-def test_the_generators_draw_unrelated_numbers() -> None:
-    """NumPy and torch make equal numbers of an equal seed, so they do not get one."""
+def test_the_generators_produce_unrelated_numbers() -> None:
+    """NumPy and torch get different seeds, because equal seeds would give equal numbers."""
     for _, python, numpy, _, torchs in drawn(build()).values():
-        # A float32 of torch has 24 bits; equal ones would agree in all of them.
+        # A torch float32 has 24 bits, all of which would be equal.
         assert abs(python - numpy) > 1e-6
         assert abs(numpy - torchs) > 1e-6
 
 
 @pytest.mark.slow
-def test_workers_that_stay_augment_each_epoch_anew() -> None:
-    """``persistent_workers`` start once, and still each epoch has its own draws."""
+def test_persistent_workers_augment_each_epoch_differently() -> None:
+    """With ``persistent_workers``, each epoch has different random numbers."""
     loader = build(num_workers=2, persistent_workers=True)
     for epoch in (0, 1, 0):
         assert drawn(loader, epoch) == drawn(build(), epoch)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_what_a_collate_function_draws_belongs_to_its_batch(workers: int) -> None:
-    """Mixing of a batch's samples is the same with and without workers, and after a restart."""
+def test_random_numbers_in_a_collate_function_are_reproducible(workers: int) -> None:
+    """The random numbers of a collate function do not depend on workers and are reproducible after a restart."""
     whole = list(build(collate_fn=mixed).batches(2))
     assert len({batch[0][-1] for batch in whole}) == 6
     assert list(build(collate_fn=mixed, num_workers=workers).batches(2, 3)) == whole[3:]
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_dataset_that_loads_batches_at_once_draws_the_same_for_the_same_batch(workers: int) -> None:
-    """``__getitems__`` is asked for the batch, and its draws depend on which samples that has."""
+def test_a_dataset_that_loads_whole_batches_is_reproducible(workers: int) -> None:
+    """The random numbers of ``__getitems__`` depend on the samples of the batch."""
     whole = list(build(AtOnce()).batches(1))
     assert len({draw for batch in whole for _, draw in batch}) == 12
     assert list(build(AtOnce(), num_workers=workers).batches(1, 2)) == whole[2:]
     assert [batch[0][1] for batch in build(AtOnce()).batches(0)] != [batch[0][1] for batch in whole]
 
 
-def test_a_subset_draws_for_each_sample() -> None:
-    """A part of a dataset has torch's ``__getitems__``, which loads one sample after the other all the same."""
+def test_a_subset_has_random_numbers_for_each_sample() -> None:
+    """A subset, whose ``__getitems__`` loads single samples, has random numbers for each sample."""
     part = Subset(Augmented(), range(4, 10))
     assert drawn(build(part, batch_size=5)) == drawn(build(part, batch_size=2))
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_without_batches_a_sample_draws_the_same(workers: int) -> None:
-    """``batch_size=None`` loads single samples, with the draws that they have in a batch."""
+def test_samples_without_batches_are_the_same(workers: int) -> None:
+    """With ``batch_size=None``, samples have the same random numbers as in batches."""
     single = build_dataloader(
         {"dataset": Augmented(), "batch_size": None, "num_workers": workers}, seed=3, training=True
     )
     assert {sample[0]: tuple(sample) for sample in single.batches(4)} == drawn(build(), 4)
 
 
-def test_a_sample_that_comes_again_in_an_epoch_draws_anew() -> None:
-    """Drawn with replacement or without end, each time has its own augmentation, on any ranks."""
+def test_a_repeated_sample_has_different_random_numbers() -> None:
+    """If a sample occurs several times in an epoch, its random numbers differ, on any number of ranks."""
     sampler = {"type": "WeightedSampler", "weights": [1.0] + [0.0] * 11, "num_samples": 6}
     batches = list(build(sampler=sampler).batches(0))
     assert len({sample[1] for batch in batches for sample in batch}) == 6
@@ -147,8 +147,8 @@ def test_a_sample_that_comes_again_in_an_epoch_draws_anew() -> None:
     assert not set(passes[0].values()) & set(passes[1].values())
 
 
-def test_the_main_process_s_generators_are_left_alone() -> None:
-    """Dropout draws what it would draw without the data, and the data what it draws without dropout."""
+def test_loading_does_not_affect_the_global_generators() -> None:
+    """Loading does not affect the global generators, and the model does not affect the data."""
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), np.random.get_state()[2], random.getstate()
     whole = drawn(build(collate_fn=mixed))
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -161,14 +161,14 @@ def test_the_main_process_s_generators_are_left_alone() -> None:
 
 
 class Failing(Augmented):
-    """Draws, and then fails."""
+    """A dataset that draws random numbers and then fails."""
 
     def __getitem__(self, index: int) -> Drawn:
         raise OSError(super().__getitem__(index))
 
 
-def test_the_generators_are_given_back_where_loading_fails() -> None:
-    """What catches the error and goes on draws as if nothing had been loaded."""
+def test_the_generators_are_restored_after_an_error() -> None:
+    """The generators are restored if loading fails."""
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     with pytest.raises(OSError, match="0."):
         next(build(Failing()).batches(0))
@@ -177,7 +177,7 @@ def test_the_generators_are_given_back_where_loading_fails() -> None:
 
 
 class OfWorker(Augmented):
-    """Gives what a function for workers has set."""
+    """A dataset whose samples are set by a worker function."""
 
     name = ""
 
@@ -186,21 +186,21 @@ class OfWorker(Augmented):
 
 
 def name_worker(worker: int) -> None:
-    """Set something on the worker's dataset, as those do that open files, and seed in vain."""
+    """Set an attribute of the worker's dataset, and seed the generator, which must have no effect."""
     get_worker_info().dataset.name = f"worker {worker}"
     torch.manual_seed(worker)
 
 
 @pytest.mark.slow
-def test_a_worker_function_of_one_s_own_finds_the_dataset() -> None:
-    """It is called with the worker's number, and sees the dataset as it was given; its seeding changes no sample."""
+def test_a_custom_worker_function_can_access_the_dataset() -> None:
+    """A custom worker function receives the worker ID and can access the dataset; its seed has no effect."""
     loader = build(OfWorker(), num_workers=2, worker_init_fn=name_worker)
     assert list(loader.batches(0))[:2] == [["worker 0", "worker 0"], ["worker 1", "worker 1"]]
     assert drawn(build(num_workers=2, worker_init_fn=name_worker)) == drawn(build())
 
 
 class Stream(IterableDataset):
-    """One draw of each generator, for each of two ranks if it is given one."""
+    """A stream with one number from each generator, optionally distributed for two ranks."""
 
     def __init__(self, rank: int | None = None) -> None:
         if rank is not None:
@@ -211,8 +211,8 @@ class Stream(IterableDataset):
 
 
 @pytest.mark.slow
-def test_the_workers_of_a_stream_have_streams_of_their_own() -> None:
-    """Seed, epoch, rank and worker each give others, and equal ones the same."""
+def test_workers_of_a_stream_have_different_random_numbers() -> None:
+    """Random numbers depend on the seed, epoch, rank and worker, and are reproducible."""
     found = {}
     for seed, rank, epoch in ((0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)):
         loader = build(Stream(rank), seed=seed, rank=rank, ranks=2, num_workers=2)
@@ -224,15 +224,15 @@ def test_the_workers_of_a_stream_have_streams_of_their_own() -> None:
 
 
 @pytest.mark.slow
-def test_a_stream_that_every_rank_reads_draws_the_same_on_all() -> None:
-    """Each rank keeps its own of the two workers' batches, which are those of one process."""
+def test_a_stream_read_by_every_rank_has_the_same_random_numbers() -> None:
+    """A stream that every rank reads in full has the same random numbers on all ranks."""
     both = [[batch[0] for batch in build(Stream(), rank=rank, ranks=2, num_workers=2).batches(0)] for rank in (0, 1)]
     alone = [batch[0] for batch in build(Stream(), num_workers=2).batches(0)]
     assert both == [[alone[0]], [alone[1]]]
 
 
-def test_only_what_torch_has_ready_is_known_not_to_draw() -> None:
-    """Tensors need no seeding, which costs more than taking a row of them; a dataset of one's own may draw anytime."""
+def test_only_built_in_datasets_are_known_to_use_no_random_numbers() -> None:
+    """Built-in tensor datasets need no seeding; custom datasets may use random numbers at any time."""
     rows = TensorDataset(torch.zeros(3))
     for dataset in (rows, [1], (1,), range(3), torch.zeros(3), np.zeros(3), Subset(rows, [0]), ConcatDataset([rows])):
         assert not draws_numbers(dataset, None)

@@ -1,4 +1,4 @@
-"""Samples drawn by weight."""
+"""Sampling by weight."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from stratagem.errors import ConfigTypeError, ConfigValueError
 
 
 class Rated(list):
-    """A list of samples that knows how much each counts."""
+    """A list of samples with weights."""
 
     weights = (0.0, 1.0, 3.0)
 
     def ratings(self) -> torch.Tensor:
-        """The same as a method."""
+        """Return the weights from a method."""
         return torch.tensor(self.weights)
 
 
 def sampler(weights: Any = (0.0, 1.0, 3.0), **options: Any) -> WeightedSampler:
-    """Return the sampler of one process over as many samples as there are weights."""
+    """Return the sampler of one process, with one sample per weight."""
     return WeightedSampler(range(len(weights)), weights, **options, rank=0, world_size=1)
 
 
-def test_with_replacement_samples_come_as_often_as_their_weights_say() -> None:
-    """Of 40,000 draws by weights 0, 1 and 3 a quarter and three quarters; five standard deviations are 433."""
+def test_sampling_with_replacement_follows_the_weights() -> None:
+    """With weights 0, 1 and 3, 10,000 of 40,000 draws are the second sample; five standard deviations are 433."""
     counts = Counter(sampler(num_samples=40_000))
     assert counts[0] == 0
     assert abs(counts[1] - 10_000) < 433
     assert sum(counts.values()) == 40_000
 
 
-def test_without_replacement_a_sample_comes_at_most_once_and_the_heavy_ones_early() -> None:
-    """Of weights 1 and 3, the heavy sample is first three times out of four: of 4,000 epochs 3,000, +- 137."""
+def test_sampling_without_replacement_prefers_large_weights() -> None:
+    """With weights 1 and 3, the second is first in 3,000 of 4,000 epochs, +- 137, and no sample is repeated."""
     drawing = sampler((1.0, 0.0, 3.0), replacement=False)
     assert len(drawing) == 2
     orders = Counter(tuple(drawing.order(epoch)) for epoch in range(4_000))
@@ -44,8 +44,8 @@ def test_without_replacement_a_sample_comes_at_most_once_and_the_heavy_ones_earl
     assert abs(orders[2, 0] - 3_000) < 137
 
 
-def test_an_order_hangs_on_the_seed_and_the_epoch_alone() -> None:
-    """Asked again it is the same, and others give others."""
+def test_an_order_depends_only_on_the_seed_and_the_epoch() -> None:
+    """The order only depends on the seed and the epoch."""
     weights = [1.0] * 30
     for replacement in (True, False):
         drawing = sampler(weights, seed=4, replacement=replacement)
@@ -54,8 +54,8 @@ def test_an_order_hangs_on_the_seed_and_the_epoch_alone() -> None:
         assert drawing.order(2) != sampler(weights, seed=5, replacement=replacement).order(2)
 
 
-def test_the_dataset_may_have_the_weights() -> None:
-    """Under the name of an attribute or of a method."""
+def test_the_dataset_may_provide_the_weights() -> None:
+    """The weights may be an attribute or a method of the dataset."""
     for name in ("weights", "ratings"):
         cfg = {"dataset": Rated("abc"), "batch_size": 9, "sampler": {"type": "WeightedSampler", "weights": name}}
         (batch,) = build_dataloader(cfg, seed=1, training=True).batches(0)
@@ -63,8 +63,8 @@ def test_the_dataset_may_have_the_weights() -> None:
         assert set(batch) <= {"b", "c"}
 
 
-def test_without_replacement_less_than_the_dataset_can_be_asked_for() -> None:
-    """An epoch of two of a hundred samples."""
+def test_an_epoch_may_be_smaller_than_the_dataset() -> None:
+    """Without replacement, an epoch may contain fewer samples than the dataset."""
     assert len(set(sampler([1.0] * 100, num_samples=2, replacement=False))) == 2
 
 
@@ -79,14 +79,14 @@ def test_without_replacement_less_than_the_dataset_can_be_asked_for() -> None:
         ([1.0, 0.0], {"num_samples": 2, "replacement": False}, "2 samples are wanted without replacement, and 1 have"),
     ],
 )
-def test_weights_by_which_nothing_can_be_drawn_are_refused(weights: Any, options: Any, message: str) -> None:
-    """The error shows which."""
+def test_invalid_weights_are_rejected(weights: Any, options: Any, message: str) -> None:
+    """Invalid weights are an error that shows them."""
     with pytest.raises(ConfigValueError, match=message):
         sampler(weights, **options)
 
 
-def test_there_is_one_weight_for_each_sample() -> None:
-    """Else nobody knows whose they are."""
+def test_each_sample_needs_one_weight() -> None:
+    """Each sample needs exactly one weight."""
     with pytest.raises(ConfigValueError, match="weights has 2 values, and the dataset has 3 samples"):
         WeightedSampler(range(3), [1.0, 2.0])
     with pytest.raises(ConfigValueError, match="weights='heavy': list has no attribute"):

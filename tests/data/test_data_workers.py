@@ -1,4 +1,4 @@
-"""Data workers: whose signals they answer, and what is said when one dies."""
+"""Signals to data workers, and errors for workers that exit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 class Signalled(Dataset):
-    """Twenty samples; while one of them is loaded, the worker gets a signal."""
+    """Twenty samples; while one of them is loaded, the worker receives a signal."""
 
     def __init__(self, number: int, sample: int = 3) -> None:
         self.number = number
@@ -45,18 +45,18 @@ class Signalled(Dataset):
 
 
 def build(dataset: Any, **options: Any) -> EpochLoader:
-    """Build a loader of two workers, in order."""
+    """Build a loader with two workers, in order."""
     cfg = {"dataset": dataset, "num_workers": 2, "shuffle": False, "collate_fn": list, **options}
     return build_dataloader(cfg, seed=0, training=True)
 
 
 def from_configuration(dataset: Any) -> EpochLoader:
-    """Build a loader of two workers from its configuration."""
+    """Build a loader with two workers from its configuration."""
     return build(dataset)
 
 
 def used_as_it_is(dataset: Any) -> EpochLoader:
-    """Take a loader whose generator is its own, so that it cannot be built again."""
+    """Use a loader with a custom generator, which cannot be rebuilt."""
     generator = torch.Generator()
     loader = DataLoader(dataset, batch_size=1, num_workers=2, collate_fn=list, generator=generator)
     return build_dataloader(loader, seed=0, training=True)
@@ -64,10 +64,8 @@ def used_as_it_is(dataset: Any) -> EpochLoader:
 
 @pytest.mark.parametrize("load", [from_configuration, used_as_it_is])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_all_processes_leaves_the_workers_to_the_main_process(
-    number: signal.Signals, load: Callable[[Any], EpochLoader]
-) -> None:
-    """Ctrl-C or a scheduler's signal reaches workers too; they go on giving batches, and the handlers are not theirs."""
+def test_workers_leave_signals_to_the_main_process(number: signal.Signals, load: Callable[[Any], EpochLoader]) -> None:
+    """A signal to all processes does not stop the workers and does not call handlers in them."""
     heard = []
     before = signal.signal(number, lambda *_: heard.append(os.getpid()))
     try:
@@ -78,8 +76,8 @@ def test_a_signal_to_all_processes_leaves_the_workers_to_the_main_process(
     assert heard == []
 
 
-def test_a_loader_that_is_used_as_it_is_keeps_its_worker_init_fn() -> None:
-    """Its own function is called in each worker, and is still the loader's afterwards."""
+def test_a_loader_instance_keeps_its_worker_init_fn() -> None:
+    """The custom worker_init_fn of a loader is called in each worker and is not replaced."""
     numbers = multiprocessing.SimpleQueue()
     loader = DataLoader([1, 2], num_workers=2, generator=torch.Generator(), worker_init_fn=numbers.put)
     assert len(list(build_dataloader(loader, seed=0, training=True).batches(0))) == 2
@@ -87,8 +85,8 @@ def test_a_loader_that_is_used_as_it_is_keeps_its_worker_init_fn() -> None:
     assert loader.worker_init_fn == numbers.put
 
 
-def test_a_second_sigterm_ends_a_worker() -> None:
-    """As a user may send it to be rid of one worker."""
+def test_a_second_sigterm_terminates_a_worker() -> None:
+    """A second SIGTERM terminates a worker, for example when a user sends it."""
 
     class Twice(Signalled):
         def __getitem__(self, index: int) -> tuple[int, int]:
@@ -104,7 +102,7 @@ import multiprocessing, os, signal, sys, time
 from stratagem.data import build_dataloader
 
 class Stuck:
-    # The first batch is loaded, and then every worker hangs.
+    # Every worker hangs after the first batch.
     def __len__(self):
         return 40
 
@@ -125,7 +123,7 @@ def main(end, context):
     if end == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if end == "unwrapped":
-        # As a loop of one's own may take torch's loader itself.
+        # A custom training loop may use torch's loader directly.
         kept = batches, iter(loader.loader)
     if end == "raised":
         raise ValueError("out of cheese")
@@ -154,8 +152,8 @@ if __name__ == "__main__":
         ("returned", "forkserver", 0),
     ],
 )
-def test_a_process_exits_at_once_while_its_workers_live(tmp_path: Path, end: str, context: str, status: int) -> None:
-    """Even if they hang: however the main process ends, its workers end with it, without an error message."""
+def test_a_process_exits_immediately_with_active_workers(tmp_path: Path, end: str, context: str, status: int) -> None:
+    """However the main process exits, its workers exit with it without an error message, even if they hang."""
     script = tmp_path / "exiting.py"
     script.write_text(EXITING)
     process = subprocess.Popen(
@@ -167,7 +165,7 @@ def test_a_process_exits_at_once_while_its_workers_live(tmp_path: Path, end: str
         env=scripts_environment(),
     )
     try:
-        # The workers have the pipes too, so this waits for their end as well.
+        # The workers have the pipes as well, so this also waits until they have exited.
         output, errors = process.communicate(timeout=50)
     finally:
         with suppress(ProcessLookupError):
@@ -177,8 +175,8 @@ def test_a_process_exits_at_once_while_its_workers_live(tmp_path: Path, end: str
     assert "killed by signal" not in errors
 
 
-def test_a_worker_that_hangs_is_killed_when_its_loader_is_dropped(tmp_path: Path) -> None:
-    """Torch asks it to end, waits five seconds, and terminates it: that works though it ignores the first SIGTERM."""
+def test_a_hanging_worker_is_killed_when_its_loader_is_deleted(tmp_path: Path) -> None:
+    """When its loader is deleted, a hanging worker is killed after torch's timeout of five seconds."""
     hangs = tmp_path / "hangs"
 
     class Hanging(Signalled):
@@ -199,16 +197,16 @@ def test_a_worker_that_hangs_is_killed_when_its_loader_is_dropped(tmp_path: Path
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda start: pickle.loads(pickle.dumps(start))])
-def test_a_loader_that_was_copied_or_pickled_has_workers_that_start(make_copy: Callable[[Any], Any]) -> None:
-    """Only the pickle that starts a worker carries the pipe that ends it."""
+def test_a_copied_or_pickled_worker_function_works(make_copy: Callable[[Any], Any]) -> None:
+    """A worker function that was copied or pickled works without the pipe."""
     start = make_copy(build([1, 2, 3]).loader.worker_init_fn)
     start.begin(0)
     loader = DataLoader([1, 2, 3], num_workers=1, collate_fn=list, worker_init_fn=start)
     assert list(loader) == [[1], [2], [3]]
 
 
-def test_a_dead_worker_is_named_at_once_with_what_to_do() -> None:
-    """As when memory runs out: its process id, the signal, and num_workers=0 as the way to see more."""
+def test_a_killed_worker_is_reported() -> None:
+    """The error for a killed worker contains its PID, the signal and suggestions such as num_workers=0."""
     begin = time.monotonic()
     with pytest.raises(TrainingError) as caught:
         list(build(Signalled(signal.SIGKILL)).batches(0))
@@ -218,8 +216,8 @@ def test_a_dead_worker_is_named_at_once_with_what_to_do() -> None:
     assert all(word in text for word in ("memory", "/dev/shm", "num_workers=0"))
 
 
-def test_a_worker_that_exits_is_named_with_its_status() -> None:
-    """As a library does that gives up."""
+def test_an_exited_worker_is_reported_with_its_exit_code() -> None:
+    """The error for a worker that exited contains its exit code."""
     process = get_context("spawn").Process(target=os._exit, args=(7,))
     process.start()
     process.join()
@@ -228,15 +226,15 @@ def test_a_worker_that_exits_is_named_with_its_status() -> None:
         raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
 
 
-def test_a_death_that_torch_reports_in_the_middle_of_a_step_is_named_too() -> None:
-    """Where the system tells torch at once, the error comes up wherever the main process is."""
+def test_an_asynchronous_worker_failure_is_reported() -> None:
+    """A worker failure that torch reports asynchronously is converted to a TrainingError."""
     message = "worker with process id 12 is killed by signal: Killed. If the system"
     with pytest.raises(TrainingError, match=message), naming_dead_workers():
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
 
 
-def test_other_errors_stay_what_they_are() -> None:
-    """An error of the dataset is the dataset's."""
+def test_other_errors_are_unchanged() -> None:
+    """Errors of the dataset are not changed."""
     with pytest.raises(RuntimeError, match="out of cheese") as caught, naming_dead_workers():
         raise RuntimeError("out of cheese")
     assert type(caught.value) is RuntimeError

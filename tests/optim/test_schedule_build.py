@@ -32,7 +32,7 @@ def test_a_single_configuration_gives_a_list_with_one_schedule() -> None:
 
 
 def test_the_end_of_the_run_is_the_default_end() -> None:
-    """The default end is that of the run in epochs, iterations, or updates (iterations per micro-batches of an update)."""
+    """The default end is that of the run in epochs, iterations or updates, depending on the unit."""
     optim = wrapper(accumulative_counts=4)
     built = build_param_schedulers(
         [

@@ -431,7 +431,7 @@ def test_separate_wrapping_rejects_parameters_of_the_model_itself() -> None:
 
 
 def test_batch_normalization_is_converted_on_request(caplog: pytest.LogCaptureFixture) -> None:
-    """``sync_bn="torch"`` converts layers and logs it; on the CPU, where SyncBatchNorm does not work, it is an error."""
+    """``sync_bn="torch"`` converts layers and logs it; on the CPU, it is an error."""
     caplog.set_level(logging.INFO, LOGGER.name)
     with pytest.raises(PlacementError, match="works on accelerators alone"):
         place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")
