@@ -25,8 +25,8 @@ from stratagem.strategies.setup.same_config_check import require_one_config
 from stratagem.train import Hook, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.resume.rollback import RollBackError, roll_back
-from stratagem.train.resume.session_record import end_interrupted, is_complete, recorded
-from stratagem.train.resume.source import Origin, find_place
+from stratagem.train.resume.session_record import end_interrupted, is_complete, session_record
+from stratagem.train.resume.source import ResumeSource, restore_data_position
 from stratagem.utils.secrets.values import allow_in_texts
 
 __all__ = ["Runner"]
@@ -142,7 +142,7 @@ class Runner:
             # It names folders and so is in every log, whichever variable it came from.
             if name is not None:
                 allow_in_texts(os.fspath(name))
-        self._origin = Origin(
+        self._resume_source = ResumeSource(
             load_from, resume, resume_param_scheduler=resume_param_scheduler, new_parameters=new_parameters
         )
         self.cfg = cfg if isinstance(cfg, Config) else Config(cfg or {})
@@ -222,13 +222,13 @@ class Runner:
                 },
             )
             seed = strategy.seed
-            rest = self._origin.take_up(run, self._config_text(), training=True)
+            rest = self._resume_source.restore(run, self._config_text(), training=True)
             if strategy.seed != seed:
                 # The order of the data hangs on the seed, and the checkpoint's is another.
                 loop.dataloader = loader = self._loader("train")
             run.train_data = loader
             if rest is not None:
-                find_place(run, rest, loader)
+                restore_data_position(run, rest, loader)
         return loop
 
     def train(self) -> nn.Module:
@@ -246,7 +246,12 @@ class Runner:
         self._require_one_config()
         run = self.run
         folder = Path(run.work_dir)
-        with run.guard.watching(), run.interrupt.listening(), run.claims.held(folder), run.saves.finished():
+        with (
+            run.guard.monitored(),
+            run.interrupt.listening(),
+            run.work_dir_locks.holding(folder),
+            run.checkpoint_writer.flushing(),
+        ):
             run.save_counter.begin_session()
             loop = self.prepare()
             # Not earlier: a run that cannot begin leaves what an earlier one kept.
@@ -256,7 +261,7 @@ class Runner:
                 run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
             run.progress.stop_training = False
             begin = run.iter
-            with recorded(run, self._origin.changes):
+            with session_record(run, self._resume_source.changes):
                 if not run.interrupt.due_now():
                     with naming_dead_workers():
                         self._train_to_the_end(loop)
@@ -281,7 +286,7 @@ class Runner:
 
     def val(self) -> dict[str, Any]:
         """Evaluate the validation data; return the metrics. Collective."""
-        with self.run.guard.watching():
+        with self.run.guard.monitored():
             return self._evaluate("val")
 
     def test(self, *, strict: bool = False) -> dict[str, Any]:
@@ -290,7 +295,7 @@ class Runner:
         Args:
             strict: whether the checkpoint that ``load_from`` names must have exactly the model's weights.
         """
-        with self.run.guard.watching():
+        with self.run.guard.monitored():
             return self._evaluate("test", strict=strict)
 
     def close(self) -> None:
@@ -306,7 +311,7 @@ class Runner:
         with switch_scope(self._scope):
             loop = self._evaluation_loop(mode)
             self.strategy.prepare(self._model, compile=self._compile)
-            self._origin.take_up(self.run, self._config_text(), training=False, strict=strict)
+            self._resume_source.restore(self.run, self._config_text(), training=False, strict=strict)
         self.run.events.call("before_run", self.run)
         with naming_dead_workers():
             metrics: dict[str, Any] = loop.run()

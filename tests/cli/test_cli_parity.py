@@ -10,7 +10,7 @@ import stratagem as package
 from stratagem.cli.parity.command import Found, train_variant
 from stratagem.cli.parity.variants import Trial, Variant, variants
 from stratagem.config import Config
-from stratagem.train.tools.trace_comparison import Comparison, Difference, Traits, compare_traces
+from stratagem.train.tools.trace_comparison import BatchDependence, Comparison, StepDifference, compare_traces
 
 Command = Callable[..., Any]
 CONFIG = Path(__file__).with_name("toy_config.py")
@@ -82,10 +82,10 @@ def test_dropout_is_what_explains_a_difference(tmp_path: Path):
     """Each rank draws its own numbers. What must be equal to the bit is never explained so."""
     trial = Trial(steps=2, nproc=2, eval_layers=False, tolerance=1e-4)
     listed = {each.key: each for each in variants(2, accumulates=True)}
-    traits = train_variant(Config.fromfile(CONFIG), listed["one"], trial, tmp_path)
-    assert traits == Traits(draws=True, batch_norms=0)
-    large = Difference(1, "network.0.weight", 0.1, 0.5)
-    found = Found({key: Comparison(large, large) for key in listed}, traits)
+    batch_dependence = train_variant(Config.fromfile(CONFIG), listed["one"], trial, tmp_path)
+    assert batch_dependence == BatchDependence(uses_rng=True, num_batch_norms=0)
+    large = StepDifference(1, "network.0.weight", 0.1, 0.5)
+    found = Found({key: Comparison(large, large) for key in listed}, batch_dependence)
     verdicts = {key: found.verdict(each, tolerance=1e-4) for key, each in listed.items() if each.against}
     assert verdicts.pop("ranks_DDPStrategy") == verdicts.pop("accumulated") == "not comparable"
     assert set(verdicts.values()) == {"DIFFERENT"}
@@ -96,10 +96,10 @@ def accumulated(config: Config, folder: Path) -> tuple[Variant, Found]:
     config["train_dataloader"]["batch_size"] = 2
     trial = Trial(steps=3, nproc=2, eval_layers=False, tolerance=1e-4)
     listed = {each.key: each for each in variants(2, accumulates=True)}
-    traits = train_variant(config, listed["one"], trial, folder)
+    batch_dependence = train_variant(config, listed["one"], trial, folder)
     train_variant(config, listed["accumulated"], trial, folder)
     compared = compare_traces(folder / "one", folder / "accumulated", 3)
-    return listed["accumulated"], Found({"accumulated": compared}, traits)
+    return listed["accumulated"], Found({"accumulated": compared}, batch_dependence)
 
 
 def test_accumulation_over_batch_normalisation_is_explained(tmp_path: Path):
@@ -110,7 +110,7 @@ def test_accumulation_over_batch_normalisation_is_explained(tmp_path: Path):
         {"type": "BatchNorm1d", "num_features": 4},
     ]
     variant, found = accumulated(config, tmp_path)
-    assert found.traits == Traits(draws=False, batch_norms=1)
+    assert found.batch_dependence == BatchDependence(uses_rng=False, num_batch_norms=1)
     assert found.verdict(variant, tolerance=1e-4) == "not comparable"
 
 
@@ -120,7 +120,7 @@ def test_a_loss_that_is_a_sum_is_found(tmp_path: Path):
     config["model"]["network"] = [{"type": "Linear", "in_features": 2, "out_features": 4}]
     config["model"]["loss"]["reduction"] = "sum"
     variant, found = accumulated(config, tmp_path)
-    assert found.traits == Traits(draws=False, batch_norms=0)
+    assert found.batch_dependence == BatchDependence(uses_rng=False, num_batch_norms=0)
     assert found.verdict(variant, tolerance=1e-4) == "DIFFERENT"
     first = found.comparisons["accumulated"].first
     assert first is not None

@@ -27,15 +27,15 @@ def twice(stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_second_start_knows_the_first(twice: list[Path]) -> None:
     """It names the checkpoint, the place in the run, and what was changed in the configuration."""
-    lineage, ending = read_record(twice[1])
-    first, second = lineage.starts
+    history, outcome = read_record(twice[1])
+    first, second = history.sessions
     assert (first.checkpoint, first.iter) == (None, 0)
     assert second.checkpoint is not None
     assert second.checkpoint.endswith("run/epoch_1")
     assert (second.epoch, second.iter) == (1, 5)
     assert any("max_epochs" in change for change in second.changes)
-    assert ending is not None
-    assert (ending.how, ending.epoch, ending.iter) == ("complete", 2, 10)
+    assert outcome is not None
+    assert (outcome.how, outcome.epoch, outcome.iter) == ("complete", 2, 10)
 
 
 def test_ls_lists_the_starts(stratagem: Command, twice: list[Path]) -> None:

@@ -53,7 +53,7 @@ def test_a_failure_survives_the_store():
 def both_fail(folder: str) -> tuple[str, int]:
     """Raise on both ranks; return the error and whose was first."""
     guard = RankGuard(lambda: 0, folder)
-    with pytest.raises(TrainingError) as raised, guard.watching():
+    with pytest.raises(TrainingError) as raised, guard.monitored():
         raise TrainingError(f"rank {get_rank()}")
     return str(raised.value), guard.failure.rank if guard.failure else -1
 
@@ -69,7 +69,7 @@ def test_an_error_of_all_ranks_stays_each_rank_s_own(ranks: Ranks, tmp_path: Pat
 def finish(folder: str) -> int:
     """Watch while nothing happens."""
     guard = RankGuard(lambda: 4, folder)
-    with guard.watching():
+    with guard.monitored():
         all_reduce(torch.zeros(1))
     return 0 if guard.failure is None else 1
 
@@ -88,7 +88,7 @@ def rank_1_fails_for_all(folder: str) -> tuple[str, int]:
         if get_rank() == 1:
             raise TrainingError("no space")
 
-    with pytest.raises(TrainingError) as raised, guard.watching():
+    with pytest.raises(TrainingError) as raised, guard.monitored():
         Team.of().own(fail)
     return str(raised.value), guard.failure.rank if guard.failure else -1
 

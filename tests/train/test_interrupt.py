@@ -148,9 +148,9 @@ def test_a_hook_that_stops_the_training_is_no_interruption(make_runner: MakeRunn
 
 def ended(runner: Runner) -> str:
     """Return how the last start ended, as its folder records."""
-    _, ending = read_record(Path(runner.run.log_dir))
-    assert ending is not None
-    return ending.how
+    _, outcome = read_record(Path(runner.run.log_dir))
+    assert outcome is not None
+    return outcome.how
 
 
 def agreed() -> list[int]:

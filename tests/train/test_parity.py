@@ -8,7 +8,7 @@ import torch
 
 from stratagem.checkpoint import save_checkpoint
 from stratagem.errors import TrainingError
-from stratagem.train.tools.trace_comparison import Difference, compare_traces
+from stratagem.train.tools.trace_comparison import StepDifference, compare_traces
 
 
 def write(folder: Path, steps: list[tuple[float, list[float], list[float]]]) -> Path:
@@ -35,8 +35,8 @@ def test_the_first_difference_and_the_largest_are_named(tmp_path: Path):
     one = write(tmp_path / "one", [START, (0.5, [1.0, 2.0], [2.0]), (0.25, [1.0, 2.0], [2.0])])
     other = write(tmp_path / "other", [START, (0.5, [1.0, 2.0], [1.5]), (0.3125, [1.0, 1.0], [2.0])])
     found = compare_traces(one, other, 2)
-    assert found.first == Difference(1, "b", 0.5, 0.25)
-    assert found.most == Difference(2, "a", 1.0, 0.5)
+    assert found.first == StepDifference(1, "b", 0.5, 0.25)
+    assert found.most == StepDifference(2, "a", 1.0, 0.5)
     assert found.most.describe() == "step 2: a by 1.0e+00 (5.0e-01 of its size)"
 
 

@@ -9,7 +9,7 @@ import pytest
 from manifests import change_manifest
 from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import Peer
-from stratagem.train.resume.relaunch import Launched, continue_launch
+from stratagem.train.resume.relaunch import LaunchIdentity, find_restart_checkpoint
 from stratagem.train.resume.slurm_requeue import requeue_job
 
 # Not under the package: tests before may have taken its loggers.
@@ -19,9 +19,9 @@ OTHER_AGENT = Peer(12, "another machine", "950")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 
 
-def start(*agents: Peer, number: int = 0, **environ: str) -> Launched:
+def start(*agents: Peer, number: int = 0, **environ: str) -> LaunchIdentity:
     """Return the n-th start by torchrun's agents."""
-    return Launched.here(agents, {**TORCHRUN, **environ}, process=Peer(100 + number, "this machine", "1000"))
+    return LaunchIdentity.here(agents, {**TORCHRUN, **environ}, process=Peer(100 + number, "this machine", "1000"))
 
 
 FIRST, SECOND, THIRD = (start(AGENT, AGENT, number=number) for number in range(3))
@@ -42,66 +42,66 @@ def save(folder: Path, iteration: int) -> Path:
 
 def test_a_restarted_launch_goes_on_with_its_own_checkpoint(folder: Path):
     """The first start leaves the earlier run's alone; the second takes what the first saved, not that."""
-    assert continue_launch(folder, FIRST, LOGGER) is None
+    assert find_restart_checkpoint(folder, FIRST, LOGGER) is None
     own = save(folder, 2)
-    assert continue_launch(folder, SECOND, LOGGER) == own
+    assert find_restart_checkpoint(folder, SECOND, LOGGER) == own
     later = save(folder, 4)
-    assert continue_launch(folder, THIRD, LOGGER) == later
+    assert find_restart_checkpoint(folder, THIRD, LOGGER) == later
 
 
 def test_an_earlier_run_with_a_later_time_does_not_hide_what_a_launch_saved(folder: Path):
     """The clock was set back since that run: the launch goes on with its own checkpoint, and does not begin again."""
     change_manifest(folder / "iter_100", saved_at=4e9)
-    continue_launch(folder, FIRST, LOGGER)
+    find_restart_checkpoint(folder, FIRST, LOGGER)
     own = save(folder, 2)
-    assert continue_launch(folder, SECOND, LOGGER) == own
+    assert find_restart_checkpoint(folder, SECOND, LOGGER) == own
     # Under the name of one that was there before, it is still the launch's own.
     replaced = save(folder, 100)
-    assert continue_launch(folder, THIRD, LOGGER) == replaced
+    assert find_restart_checkpoint(folder, THIRD, LOGGER) == replaced
 
 
 def test_a_program_that_trains_twice_is_not_started_again(folder: Path):
     """Its second training goes on as the program says; only another process is another start."""
-    assert continue_launch(folder, FIRST, LOGGER) is None
+    assert find_restart_checkpoint(folder, FIRST, LOGGER) is None
     own = save(folder, 2)
-    assert continue_launch(folder, FIRST, LOGGER) is None
-    assert continue_launch(folder, SECOND, LOGGER) == own
+    assert find_restart_checkpoint(folder, FIRST, LOGGER) is None
+    assert find_restart_checkpoint(folder, SECOND, LOGGER) == own
 
 
 def test_a_launch_that_saved_nothing_begins_again(folder: Path):
     """The checkpoint of an earlier run in the same folder is not its own, after any number of restarts."""
     for launch in (FIRST, SECOND, THIRD):
-        assert continue_launch(folder, launch, LOGGER) is None
+        assert find_restart_checkpoint(folder, launch, LOGGER) is None
 
 
 def test_another_launch_does_not_go_on_by_itself(folder: Path):
     """A new torchrun with the same rendezvous id is a new run: its agent is another process."""
-    continue_launch(folder, FIRST, LOGGER)
+    find_restart_checkpoint(folder, FIRST, LOGGER)
     save(folder, 2)
-    assert continue_launch(folder, start(Peer(11, "this machine", "999"), number=1), LOGGER) is None
+    assert find_restart_checkpoint(folder, start(Peer(11, "this machine", "999"), number=1), LOGGER) is None
 
 
 def test_ranks_that_come_and_go_stay_one_launch(folder: Path):
     """As long as one of torchrun's agents is still there, whichever rank it starts now."""
-    continue_launch(folder, FIRST, LOGGER)
+    find_restart_checkpoint(folder, FIRST, LOGGER)
     own = save(folder, 2)
-    assert continue_launch(folder, start(OTHER_AGENT, AGENT, number=1), LOGGER) == own
-    assert continue_launch(folder, start(OTHER_AGENT, number=2), LOGGER) == own
+    assert find_restart_checkpoint(folder, start(OTHER_AGENT, AGENT, number=1), LOGGER) == own
+    assert find_restart_checkpoint(folder, start(OTHER_AGENT, number=2), LOGGER) == own
 
 
 def test_a_requeued_job_goes_on(folder: Path):
     """SLURM counts its starts; a second `srun` of one job is a run of its own."""
-    job = Launched.here([AGENT], {"SLURM_JOB_ID": "7"}, process=Peer(1, "a node", "1"))
+    job = LaunchIdentity.here([AGENT], {"SLURM_JOB_ID": "7"}, process=Peer(1, "a node", "1"))
     back = replace(job, restarts=1, process=(2, "a node", "5"))
-    continue_launch(folder, job, LOGGER)
+    find_restart_checkpoint(folder, job, LOGGER)
     own = save(folder, 2)
-    assert continue_launch(folder, back, LOGGER) == own
-    assert continue_launch(folder, replace(back, process=(3, "a node", "9")), LOGGER) is None
+    assert find_restart_checkpoint(folder, back, LOGGER) == own
+    assert find_restart_checkpoint(folder, replace(back, process=(3, "a node", "9")), LOGGER) is None
 
 
 def test_a_process_that_nobody_starts_again_leaves_no_record(folder: Path):
     """Without a launcher there is nothing to remember."""
-    assert continue_launch(folder, Launched.here([AGENT], {}), LOGGER) is None
+    assert find_restart_checkpoint(folder, LaunchIdentity.here([AGENT], {}), LOGGER) is None
     assert [path.name for path in folder.iterdir()] == ["iter_100"]
 
 
@@ -109,7 +109,7 @@ def test_a_process_that_nobody_starts_again_leaves_no_record(folder: Path):
 def test_a_record_that_cannot_be_read_is_none(folder: Path, text: str):
     """The run then begins as its configuration says."""
     (folder / ".launch.json").write_text(text)
-    assert continue_launch(folder, FIRST, LOGGER) is None
+    assert find_restart_checkpoint(folder, FIRST, LOGGER) is None
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,14 @@ from stratagem.config import Config
 from stratagem.distributed import infer_launcher
 from stratagem.errors import RankFailedError
 from stratagem.runner import Runner
-from stratagem.train.run.hard_exit import end_within
+from stratagem.train.run.hard_exit import exit_after
 from stratagem.train.run.signals import signals
 from stratagem.utils import mask_text
 
 __all__ = ["train"]
 
 # How long a rank that failed may take to close what it has open.
-_LAST_WORDS_S = 10.0
+_SHUTDOWN_GRACE_S = 10.0
 # Said for one start of a run; the next one goes on as it was saved.
 _OWN_SCHEDULES = "resume_param_scheduler"
 
@@ -72,7 +72,7 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
     except BaseException as error:
         if runner.strategy.world_size > 1:
             # Ending the group can wait for a rank that does not answer.
-            end_within(_LAST_WORDS_S, getattr(error, "exit_status", 1))
+            exit_after(_SHUTDOWN_GRACE_S, getattr(error, "exit_status", 1))
         failure, rank = runner.run.guard.failure, runner.strategy.rank
         if isinstance(error, Exception) and failure is not None and failure.rank != rank:
             # That rank tells the error, once for all.

@@ -16,7 +16,7 @@ from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import OptimWrapperDict
 from stratagem.train.evaluation.evaluator import Evaluator
-from stratagem.train.evaluation.uneven_inputs import batches_in_step
+from stratagem.train.evaluation.uneven_inputs import pad_forward_passes
 from stratagem.train.run.context import Run
 from stratagem.train.run.rank_guard import describe_batch
 from stratagem.utils import generator_state, restore_generator_state
@@ -301,7 +301,7 @@ class _EvaluationLoop:
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
-        for index, batch in enumerate(batches_in_step(run, self.dataloader, step)):
+        for index, batch in enumerate(pad_forward_passes(run, self.dataloader, step)):
             for call in before:
                 call(run, index, batch)
             outputs = step(batch)

@@ -15,7 +15,7 @@ from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
 from stratagem.train.run.context import INTERRUPTED
-from stratagem.train.run.work_dir_lock import folder_lock
+from stratagem.train.run.work_dir_lock import work_dir_lock
 
 __all__ = ["prune"]
 
@@ -31,7 +31,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
     if not runs:
         raise CheckpointNotFoundError(f"{folder}: no run has saved a checkpoint in it.")
     logger = logging.getLogger("stratagem.cli")
-    with folder_lock(folder, logger):
+    with work_dir_lock(folder, logger):
         superfluous = [
             each
             for saved in runs.values()

@@ -25,7 +25,7 @@ from stratagem.distributed import close_dist, infer_launcher, init_dist
 from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
 from stratagem.registry import switch_scope
 from stratagem.runner import Runner
-from stratagem.train.tools.trace_comparison import Comparison, StepRecorder, Traits, compare_traces
+from stratagem.train.tools.trace_comparison import BatchDependence, Comparison, StepRecorder, compare_traces
 
 __all__ = ["Found", "parity", "train_variant"]
 
@@ -38,7 +38,9 @@ class Found:
     """What the variants came to: by key, how each compares, and what of the model may explain it."""
 
     comparisons: dict[str, Comparison] = field(default_factory=dict)
-    traits: Traits = field(default_factory=lambda: Traits(draws=False, batch_norms=0))
+    batch_dependence: BatchDependence = field(
+        default_factory=lambda: BatchDependence(uses_rng=False, num_batch_norms=0)
+    )
 
     def verdict(self, variant: Variant, *, tolerance: float) -> str:
         """Return in words how a variant compares; ``"DIFFERENT"`` where nothing explains it."""
@@ -49,7 +51,7 @@ class Found:
             return "equal to the bit"
         if not variant.exact and most.relative <= tolerance:
             return "equal but for the order of sums"
-        if not variant.exact and (self.traits.draws or self.traits.batch_norms > 0):
+        if not variant.exact and (self.batch_dependence.uses_rng or self.batch_dependence.num_batch_norms > 0):
             return "not comparable"
         return "DIFFERENT"
 
@@ -94,8 +96,8 @@ def _compare(options: RunOptions, config: Config, trial: Trial, folder: Path) ->
     found = Found()
     for variant in variants_of(config, trial):
         if variant.nproc == 1:
-            traits = train_variant(config, variant, trial, folder)
-            found.traits = traits if variant.against is None else found.traits
+            batch_dependence = train_variant(config, variant, trial, folder)
+            found.batch_dependence = batch_dependence if variant.against is None else found.batch_dependence
         elif not (folder / variant.key).exists():
             _train_in_processes(options, replace(trial, strategies=(variant.strategy,)), folder)
         if variant.against is not None:
@@ -103,21 +105,21 @@ def _compare(options: RunOptions, config: Config, trial: Trial, folder: Path) ->
     return found
 
 
-def train_variant(config: Config, variant: Variant, trial: Trial, folder: Path) -> Traits:
+def train_variant(config: Config, variant: Variant, trial: Trial, folder: Path) -> BatchDependence:
     """Train one variant here, and leave its steps in a folder of its name."""
     half = trial.steps // 2
     recorder = StepRecorder(
         folder / variant.key, eval_layers=trial.eval_layers, stop_after=half if variant.resumed else None
     )
-    traits = _run(cut_config(config, variant, trial, folder), recorder)
+    batch_dependence = _run(cut_config(config, variant, trial, folder), recorder)
     if variant.resumed:
         again = cut_config(config, variant, trial, folder)
         again["resume"] = True
         _run(again, StepRecorder(folder / variant.key, eval_layers=trial.eval_layers))
-    return traits
+    return batch_dependence
 
 
-def _run(config: Config, recorder: StepRecorder) -> Traits:
+def _run(config: Config, recorder: StepRecorder) -> BatchDependence:
     hooks = list(config.get("custom_hooks") or ())
     config["custom_hooks"] = [*hooks, recorder]
     runner = Runner.from_cfg(config)
@@ -125,7 +127,7 @@ def _run(config: Config, recorder: StepRecorder) -> Traits:
         runner.train()
     finally:
         runner.close()
-    return recorder.traits
+    return recorder.batch_dependence
 
 
 def _train_in_processes(options: RunOptions, trial: Trial, folder: Path) -> None:
@@ -213,8 +215,12 @@ def _notes(config: Config, trial: Trial, found: Found) -> list[str]:
         )
     if "not comparable" in verdicts:
         causes = [
-            *(["draws random numbers, as dropout does"] if found.traits.draws else []),
-            *([f"normalises over the batch in {found.traits.batch_norms} layers"] if found.traits.batch_norms else []),
+            *(["draws random numbers, as dropout does"] if found.batch_dependence.uses_rng else []),
+            *(
+                [f"normalises over the batch in {found.batch_dependence.num_batch_norms} layers"]
+                if found.batch_dependence.num_batch_norms
+                else []
+            ),
         ]
         notes.append(
             f"A training step of this model {' and '.join(causes)}: another cut of the batch gives other numbers, rightly. "

@@ -11,12 +11,12 @@ from stratagem.data import EpochLoader
 from stratagem.distributed import all_gather_object, all_reduce, broadcast_object
 from stratagem.train.run.context import Run
 
-__all__ = ["batches_in_step"]
+__all__ = ["pad_forward_passes"]
 
 _END = object()
 
 
-def batches_in_step(run: Run, loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
+def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
     """Yield this rank's batches of an evaluation; the caller makes a forward pass for each before it requests the next.
 
     If a forward pass is collective, a rank that has no data left makes the passes that other ranks need from it, with a
@@ -43,15 +43,15 @@ def batches_in_step(run: Run, loader: EpochLoader, step: Callable[[Any], Any]) -
 
 def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
     """Yield the batches of a loader of known length, and make the passes that the longest one needs."""
-    most = torch.tensor(loader.length)
-    all_reduce(most, "max")
-    made = 0
+    max_num_batches = torch.tensor(loader.length)
+    all_reduce(max_num_batches, "max")
+    num_batches = 0
     last: Any = None
     for batch in batches:
-        made, last = made + 1, batch
+        num_batches, last = num_batches + 1, batch
         yield batch
-    missing = int(most.item()) - made
-    if missing > 0 and made == 0:
+    missing = int(max_num_batches.item()) - num_batches
+    if missing > 0 and num_batches == 0:
         collate = loader.collate
         last = loader.dataset[0] if collate is None else collate([loader.dataset[0]])
     for _ in range(missing):

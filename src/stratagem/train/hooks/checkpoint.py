@@ -22,7 +22,7 @@ from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.best_scores import BestScores
 from stratagem.train.run.context import INTERRUPTED, Run
-from stratagem.train.run.distributed_timer import SharedTimer
+from stratagem.train.run.distributed_timer import DistributedTimer
 from stratagem.train.run.progress import Position
 from stratagem.utils import absolute, is_url, mask_text
 
@@ -126,7 +126,7 @@ class CheckpointHook(Hook):
         )
         self._every_minutes = every_minutes
         self._async_save = async_save
-        self._timer: SharedTimer | None = None
+        self._timer: DistributedTimer | None = None
         self._training = False
         # What this start went on from, until it has saved a checkpoint from which a run can go on.
         self._stands_on: set[Path] = set()
@@ -153,16 +153,16 @@ class CheckpointHook(Hook):
         folder = Path(run.work_dir)
         self._folder = absolute(self._out_dir) / folder.name if self._out_dir else folder
         if self._out_dir:
-            run.claims.claim(self._folder)
+            run.work_dir_locks.acquire(self._folder)
             # Before anything is saved there: what a run saves is found even if it is killed after its first save.
             Team.of().first(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
         if self._async_save:
-            run.saves.in_background()
+            run.checkpoint_writer.write_in_background()
         if self._timer is not None:
             # From a training that was broken off, as by a roll-back.
-            self._timer.end()
+            self._timer.finish()
         if self._every_minutes is not None:
-            self._timer = SharedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
+            self._timer = DistributedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
         found = Team.of().first(lambda: self._tidy_at_start(run))
         if self._best is not None:
             self._best.find_again(found)
@@ -174,7 +174,7 @@ class CheckpointHook(Hook):
             self._save_regular(run, self._template, position.epoch, position)
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        run.saves.check()
+        run.checkpoint_writer.check()
         done = run.progress.iter + 1
         timed = self._timer is not None and self._timer.due()
         if not self._by_epoch and self._due(done, run.max_iters):
@@ -197,9 +197,9 @@ class CheckpointHook(Hook):
     def after_train(self, run: Run) -> None:
         self._training = False
         if self._timer is not None:
-            self._timer.end()
+            self._timer.finish()
         if self._published and run.interrupt.received is None:
-            run.saves.wait()
+            run.checkpoint_writer.wait()
             Team.of().first(lambda: self._publish_parts(run))
 
     def _due(self, done: int, last: int | None) -> bool:

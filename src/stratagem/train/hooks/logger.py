@@ -72,8 +72,8 @@ class LoggerHook(Hook):
             self._window.clear()
         values = {**values, **_gradient_norms(run)}
         rates = _learning_rates(run)
-        seconds = run.timing.take()
-        left = None if run.max_iters is None else run.timing.left(run.max_iters - run.iter - 1)
+        seconds = run.step_timer.pop_means()
+        left = None if run.max_iters is None else run.step_timer.eta(run.max_iters - run.iter - 1)
         updates = _updates(run)
         place = train_place(run.progress, updates)
         run.logger.info(

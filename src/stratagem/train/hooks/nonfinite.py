@@ -18,7 +18,7 @@ from stratagem.optim import (
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.hooks.logger import LoggerHook
-from stratagem.train.hooks.nonfinite_report import Batch, Finding
+from stratagem.train.hooks.nonfinite_report import Batch, NonFiniteReport
 from stratagem.train.resume.rollback import RollBackError
 from stratagem.train.run.context import Run
 from stratagem.utils import did_you_mean
@@ -156,27 +156,27 @@ class NonFiniteHook(Hook):
     def _refused(self, run: Run, each: _Watched) -> None:
         """Act on an update that was not made. Collective."""
         unsound = each.watch.unsound if isinstance(each.watch, UpdateWatch) else ()
-        finding = Finding.gather(run, _batches(self._recent), unsound)
+        report = NonFiniteReport.gather(run, _batches(self._recent), unsound)
         each.skipped += 1
         self._skipped += 1
-        run.record(finding.record())
+        run.record(report.record())
         which = f" of {each.name}" if each.name else ""
-        said = f"{finding.describe()} The update{which} was not made."
+        said = f"{report.describe()} The update{which} was not made."
         if each.optim.nonfinite == "skip":
             if each.skipped < _SCALE_SEARCH:
                 run.logger.info("%s It is skipped; float16 lowers its loss scale.", said)
                 return
             said += f" So were the {each.skipped - 1} before it."
         elif self._policy == "skip":
-            poisoned = _poisoned_buffers(run)
-            if each.skipped < self._max_skips and not poisoned:
+            nan_buffers = _buffers_with_nan(run)
+            if each.skipped < self._max_skips and not nan_buffers:
                 run.logger.warning("%s It is skipped: %d in all.", said, self._skipped)
                 return
-            if poisoned:
-                said += f" It cannot be skipped: the forward has carried NaN into the buffers {', '.join(poisoned)}."
+            if nan_buffers:
+                said += f" It cannot be skipped: the forward has carried NaN into the buffers {', '.join(nan_buffers)}."
             else:
                 said += f" It is number {each.skipped} in a row, and max_skips={self._max_skips}."
-        self._give_up(run, finding, said)
+        self._give_up(run, report, said)
 
     def _look_now(self) -> None:
         self._look(self._run)
@@ -187,10 +187,10 @@ class NonFiniteHook(Hook):
             watch = each.watch
             if isinstance(watch, DeferredWatch) and (first := watch.first_unsound()) is not None:
                 recent = self._recent[each.ends[first - 1] if first else 0 : each.ends[first]]
-                finding = Finding.gather(run, _batches(recent), ())
-                run.record(finding.record())
+                report = NonFiniteReport.gather(run, _batches(recent), ())
+                run.record(report.record())
                 kept = "are those of before it" if watch.protects else "may hold it by now"
-                self._give_up(run, finding, f"{finding.describe()} It was seen after the fact; the weights {kept}.")
+                self._give_up(run, report, f"{report.describe()} It was seen after the fact; the weights {kept}.")
         self._forget()
 
     def _forget(self) -> None:
@@ -200,10 +200,10 @@ class NonFiniteHook(Hook):
         for each in self._watched:
             each.ends.clear()
 
-    def _give_up(self, run: Run, finding: Finding, said: str) -> None:
+    def _give_up(self, run: Run, report: NonFiniteReport, said: str) -> None:
         """Stop, or go back where that is wanted and possible."""
         # What is being written may be it, and what it replaces goes then.
-        run.saves.wait()
+        run.checkpoint_writer.wait()
         good = broadcast_object(run.save_counter.newest_good(run.id) if run.rank == 0 else None)
         if self._policy != "rollback":
             raise TrainingError(f"{said} {_advice(good)}")
@@ -217,7 +217,7 @@ class NonFiniteHook(Hook):
                 f"{self._max_rollbacks}. {_advice(good)}"
             )
         self._rollbacks += 1
-        raise RollBackError(said, good, iteration=finding.last, epoch=finding.epoch - 1, batch=finding.batch)
+        raise RollBackError(said, good, iteration=report.last, epoch=report.epoch - 1, batch=report.batch)
 
     def _is_deferred(self, run: Run) -> bool:
         if self._check is not None:
@@ -255,7 +255,7 @@ def _log_interval(run: Run) -> int:
     return min(intervals, default=LoggerHook().interval)
 
 
-def _poisoned_buffers(run: Run) -> list[str]:
+def _buffers_with_nan(run: Run) -> list[str]:
     """Return the buffers that have a NaN on some rank; an infinity may be meant, as in a mask. Collective."""
     buffers = run.strategy.bare_model().named_buffers()
     found = [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]

@@ -12,7 +12,7 @@ from torch import Tensor
 from stratagem.distributed import all_gather_object
 from stratagem.train.run.context import Run
 
-__all__ = ["Batch", "Finding"]
+__all__ = ["Batch", "NonFiniteReport"]
 
 _MOST_NAMES = 5
 
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class NonFiniteReport:
     """Numbers that were not finite, equal on every rank.
 
     Attributes:
@@ -51,7 +51,7 @@ class Finding:
     parameters: tuple[str, ...] = ()
 
     @classmethod
-    def gather(cls, run: Run, batches: Sequence[Batch], parameters: tuple[str, ...]) -> Finding:
+    def gather(cls, run: Run, batches: Sequence[Batch], parameters: tuple[str, ...]) -> NonFiniteReport:
         """Put together what each rank knows of the iterations of one update. Collective."""
         here = [(batch, bad) for batch in batches if (bad := _nonfinite(batch.outputs))]
         # A rank whose losses are sound knows no better than all of the batches.

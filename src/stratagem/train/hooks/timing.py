@@ -14,24 +14,24 @@ __all__ = ["IterTimerHook"]
 
 @final
 class IterTimerHook(Hook):
-    """Adds up how long iterations take, and how long they wait for data; ``run.timing`` holds the sums."""
+    """Adds up how long iterations take, and how long they wait for data; ``run.step_timer`` holds the sums."""
 
     priority = Priority.NORMAL
 
     def before_train_epoch(self, run: Run) -> None:
-        run.timing.mark = perf_counter()
+        run.step_timer.started = perf_counter()
 
     def before_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None) -> None:
-        timing = run.timing
-        timing.waited += perf_counter() - timing.mark
+        timer = run.step_timer
+        timer.data_seconds += perf_counter() - timer.started
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        timing = run.timing
+        timer = run.step_timer
         now = perf_counter()
-        timing.passed += now - timing.mark
-        timing.count += 1
-        timing.mark = now
+        timer.seconds += now - timer.started
+        timer.count += 1
+        timer.started = now
 
     def after_val(self, run: Run) -> None:
         # Validation is not part of any training iteration.
-        run.timing.mark = perf_counter()
+        run.step_timer.started = perf_counter()

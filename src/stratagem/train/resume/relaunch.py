@@ -14,7 +14,7 @@ from stratagem.checkpoint import CheckpointInfo, list_checkpoints
 from stratagem.distributed import Peer
 from stratagem.storage import write_atomic
 
-__all__ = ["Launched", "continue_launch"]
+__all__ = ["LaunchIdentity", "find_restart_checkpoint"]
 
 # What tells a process from all others: a Peer's number, place and start time.
 Identity = tuple[int, str, str]
@@ -24,7 +24,7 @@ _RECORD = ".launch.json"
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Launched:
+class LaunchIdentity:
     """What started the processes of a run, as far as it may start them again.
 
     ``agents`` are torchrun's processes, which outlive the ranks that they start; ``job`` is SLURM's number, which a job
@@ -64,7 +64,7 @@ class Launched:
         """Whether there is anything that may start these ranks again."""
         return self.run_id is not None or self.job is not None
 
-    def continues(self, earlier: Launched) -> bool:
+    def continues(self, earlier: LaunchIdentity) -> bool:
         """Tell whether this is the same launch, now or in a later start.
 
         One of torchrun's agents is still there, or SLURM started the same job once more: a second `srun` of a job, or a
@@ -77,7 +77,7 @@ class Launched:
         return bool(same_agent) or requeued
 
 
-def continue_launch(folder: Path, launch: Launched, logger: logging.Logger) -> Path | None:
+def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: logging.Logger) -> Path | None:
     """Return the newest checkpoint that earlier starts of this launch saved; None if they saved none, or this is the first.
 
     The first start records which checkpoints there were before it, in the run's folder; those are not its own, whatever
@@ -116,10 +116,10 @@ def _identity(peer: Peer) -> Identity:
     return peer.pid, peer.place, peer.started
 
 
-def _read(record: Path) -> tuple[Launched | None, dict[str, Any]]:
+def _read(record: Path) -> tuple[LaunchIdentity | None, dict[str, Any]]:
     try:
         written = json.loads(record.read_text(encoding="utf-8"))
-        return Launched.from_record(written["launch"]), dict(written["before"])
+        return LaunchIdentity.from_record(written["launch"]), dict(written["before"])
     except (OSError, ValueError, TypeError, KeyError):
         # There is none, or it is of another version: the run begins as its configuration says.
         return None, {}

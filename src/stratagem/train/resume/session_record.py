@@ -1,4 +1,4 @@
-"""Each start of a run: from where it went on, with what changed, and how it ended."""
+"""Each session of a run: from where it went on, with what changed, and how it ended."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from stratagem.distributed import Team
 from stratagem.train.loops import updates_of
 from stratagem.train.resume.slurm_requeue import requeue_job
 from stratagem.train.run.context import INTERRUPTED, Run
-from stratagem.train.run.run_history import Ending, Start
+from stratagem.train.run.run_history import Outcome, Session
 from stratagem.train.run.signals import JOB_ENDS
 from stratagem.utils import mask_text
 
-__all__ = ["end_interrupted", "is_complete", "recorded"]
+__all__ = ["end_interrupted", "is_complete", "session_record"]
 
 
 @contextmanager
-def recorded(run: Run, changes: Sequence[str]) -> Iterator[None]:
-    """Write down on rank 0 from where this start goes on, and at the end of the context how it ended.
+def session_record(run: Run, changes: Sequence[str]) -> Iterator[None]:
+    """Write down on rank 0 from where this session goes on, and at the end of the context how it ended.
 
     Args:
         run: what begins or goes on.
         changes: what was changed in the configuration since the checkpoint was saved, a line each.
     """
     strategy, folder = run.strategy, Path(run.log_dir)
-    start = Start(
+    session = Session(
         name=f"{Path(run.work_dir).name}/{strategy.timestamp}",
         epoch=run.epoch,
         iter=run.iter,
@@ -37,10 +37,10 @@ def recorded(run: Run, changes: Sequence[str]) -> Iterator[None]:
         strategy=type(strategy).__name__,
         world_size=run.world_size,
     )
-    run.lineage = run.lineage.followed_by(start)
+    run.history = run.history.with_session(session)
     how = "killed"
     if run.rank == 0:
-        run.lineage.write(folder)
+        run.history.write(folder)
     try:
         yield
         received = run.interrupt.received
@@ -51,7 +51,7 @@ def recorded(run: Run, changes: Sequence[str]) -> Iterator[None]:
         raise
     finally:
         if run.rank == 0:
-            run.lineage.write(folder, Ending.now(how, epoch=run.epoch, iteration=run.iter))
+            run.history.write(folder, Outcome.now(how, epoch=run.epoch, iteration=run.iter))
 
 
 def _first_line(error: BaseException) -> str:
@@ -74,7 +74,7 @@ def end_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
 
     Args:
         run: what was interrupted.
-        begin: after how many iterations this start began.
+        begin: after how many iterations this session began.
         requeue: whether SLURM is to start it again, where it was SLURM that asked it to end.
 
     Raises:
@@ -84,9 +84,9 @@ def end_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
         path = Path(run.work_dir) / f"iter_{run.iter}"
         run.save_checkpoint(path, run.progress.here(), retention_tag=RetentionTag(group=INTERRUPTED, number=run.iter))
         # Said only when it is true: it may be written in the background.
-        run.saves.wait()
+        run.checkpoint_writer.wait()
         run.logger.warning("Interrupted after %d iterations; saved checkpoint %s", run.iter, path)
     else:
-        run.logger.warning("Interrupted before the first iteration of this start; nothing is to be saved.")
+        run.logger.warning("Interrupted before the first iteration of this session; nothing is to be saved.")
     if requeue and run.interrupt.received in JOB_ENDS:
         Team.of().first(lambda: requeue_job(run.logger))

@@ -14,20 +14,20 @@ from stratagem.data import EpochLoader
 from stratagem.distributed import Peer, Team, all_gather_object
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.strategies.state.resuming import resume_newest
-from stratagem.train.resume.relaunch import Launched, continue_launch
+from stratagem.train.resume.relaunch import LaunchIdentity, find_restart_checkpoint
 from stratagem.train.run.context import Run
 from stratagem.train.run.progress import Position
-from stratagem.train.run.run_history import Lineage
+from stratagem.train.run.run_history import RunHistory
 from stratagem.utils import mask_text
 
-__all__ = ["Origin", "find_place"]
+__all__ = ["ResumeSource", "restore_data_position"]
 
 # What says that a run is resumed, and so is never what it was.
 _RESUMING = ("resume", "load_from", "resume_param_scheduler", "new_parameters")
 
 
 @final
-class Origin:
+class ResumeSource:
     """What a run was asked to go on from, which it takes up once.
 
     Args:
@@ -65,7 +65,7 @@ class Origin:
             "new_parameters": _patterns(new_parameters),
         }
 
-    def take_up(self, run: Run, config_text: str, *, training: bool, strict: bool = False) -> Mapping[str, Any] | None:
+    def restore(self, run: Run, config_text: str, *, training: bool, strict: bool = False) -> Mapping[str, Any] | None:
         """Load or resume as asked, once; return what a run that is resumed has saved beside the strategy's state.
 
         Collective. An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
@@ -99,7 +99,7 @@ class Origin:
             return None
         meta = rest.get("meta") or {}
         self.changes = _say_changes(run, meta, config_text)
-        run.lineage = Lineage.of_checkpoint(meta)
+        run.history = RunHistory.from_meta(meta)
         run.progress.move_to(Position.from_meta(meta))
         run.load_hooks(rest)
         run.adopt_id(meta)
@@ -108,8 +108,8 @@ class Origin:
         return rest
 
 
-def find_place(run: Run, rest: Mapping[str, Any], loader: EpochLoader) -> None:
-    """Take up the position in the training data that :meth:`Origin.take_up` returned with the rest of a checkpoint."""
+def restore_data_position(run: Run, rest: Mapping[str, Any], loader: EpochLoader) -> None:
+    """Take up the position in the training data that :meth:`ResumeSource.restore` returned with the rest of a checkpoint."""
     progress = run.progress
     data = rest.get("data")
     if not isinstance(data, Mapping) or not loader.positioned:
@@ -147,11 +147,11 @@ def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
     They are those of the run that the earlier start trained: other runs in the folder may have newer ones, by the clock.
     Empty if this is the first start, or the earlier ones saved none.
     """
-    launch = Launched.here(all_gather_object(Peer.of_parent()))
+    launch = LaunchIdentity.here(all_gather_object(Peer.of_parent()))
     folder = Path(run.work_dir)
 
     def find() -> list[CheckpointInfo]:
-        latest = continue_launch(folder, launch, run.logger)
+        latest = find_restart_checkpoint(folder, launch, run.logger)
         found = list_checkpoints(folder) if latest is not None else []
         run_ids = [each.run_id for each in found if each.path == latest]
         return [each for each in found if each.run_id in run_ids]

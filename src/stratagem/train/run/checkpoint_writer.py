@@ -16,11 +16,11 @@ from stratagem.errors import ConfigValueError
 from stratagem.strategies import BaseStrategy
 from stratagem.utils import absolute, is_url, mask_text
 
-__all__ = ["Saves"]
+__all__ = ["CheckpointWriter"]
 
 
 @final
-class Saves:
+class CheckpointWriter:
     """The one way that a run's checkpoints go, whoever asks for one.
 
     Attributes:
@@ -48,7 +48,7 @@ class Saves:
         else:
             self._strategy.save_checkpoint(path, write=partial(self._saver.save, then=published), **arguments)
 
-    def in_background(self) -> None:
+    def write_in_background(self) -> None:
         """Have all that is saved until the end of the training written by a thread; it waits for a copy alone. Collective.
 
         Raises:
@@ -81,7 +81,7 @@ class Saves:
             self._saver.wait()
 
     @contextmanager
-    def finished(self) -> Iterator[None]:
+    def flushing(self) -> Iterator[None]:
         """Wait at the end of the block, also where it fails, until all that it saved is on the disk.
 
         Raises:

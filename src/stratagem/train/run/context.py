@@ -18,14 +18,14 @@ from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
 from stratagem.train.hook import Events
-from stratagem.train.run.checkpoint_writer import Saves
+from stratagem.train.run.checkpoint_writer import CheckpointWriter
 from stratagem.train.run.interrupt import Interrupt
 from stratagem.train.run.progress import Position, Progress
 from stratagem.train.run.rank_guard import RankGuard
-from stratagem.train.run.run_history import Lineage
+from stratagem.train.run.run_history import RunHistory
 from stratagem.train.run.save_counter import SaveCounter
-from stratagem.train.run.step_timer import Timing
-from stratagem.train.run.work_dir_locks import Claims
+from stratagem.train.run.step_timer import StepTimer
+from stratagem.train.run.work_dir_locks import WorkDirLocks
 
 __all__ = ["INTERRUPTED", "Recorder", "Run"]
 
@@ -58,10 +58,10 @@ class Run:
     Attributes:
         train_data: what the run trains on; None where it does not train. Its position goes into checkpoints.
         evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
-        lineage: the starts that led to here, this one last; kept with every checkpoint.
+        history: the starts that led to here, this one last; kept with every checkpoint.
         id: tells this run's checkpoints from those of others; a run that is resumed goes on under its own.
-        claims: the folders that its training has to itself.
-        saves: how its checkpoints come to the disk.
+        work_dir_locks: the folders that its training has to itself.
+        checkpoint_writer: how its checkpoints come to the disk.
         save_counter: numbers its checkpoints, so that the newest is known without a clock.
         before_saving: each is called on every rank before a checkpoint is made, and may raise.
     """
@@ -72,17 +72,17 @@ class Run:
         self.progress = Progress()
         self.interrupt = Interrupt(distributed=strategy.world_size > 1)
         self.guard = RankGuard(lambda: self.progress.iter, strategy.log_dir)
-        self.timing = Timing()
+        self.step_timer = StepTimer()
         self.bar: TrainingProgress | None = None
         self.train_data: EpochLoader | None = None
         self.metrics: dict[str, Any] = {}
         self.evaluated_batches: int | None = None
         self.evaluation_contexts: list[Callable[[], AbstractContextManager[object]]] = []
         self.before_saving: list[Callable[[], None]] = []
-        self.lineage = Lineage()
+        self.history = RunHistory()
         self.id = secrets.token_hex(8)
-        self.claims = Claims(strategy.logger)
-        self.saves = Saves(strategy)
+        self.work_dir_locks = WorkDirLocks(strategy.logger)
+        self.checkpoint_writer = CheckpointWriter(strategy)
         self.save_counter = SaveCounter(strategy.work_dir)
         self._config_text = config_text
         self.recorders: list[Recorder] = []
@@ -137,7 +137,7 @@ class Run:
     @property
     def last_checkpoint(self) -> Path | None:
         """The checkpoint that this start of the run published last; None before the first."""
-        return self.saves.last
+        return self.checkpoint_writer.last
 
     @property
     def epoch(self) -> int:
@@ -200,8 +200,8 @@ class Run:
     ) -> None:
         """Publish the state of the run as it is at ``position``, then name it in ``<work_dir>/last_checkpoint``.
 
-        Collective. Where saves go in the background (see :class:`Saves`) it returns when the state is copied. A hook that
-        calls it has ``Priority.VERY_LOW``: after an iteration, averages and schedules have moved on by then.
+        Collective. With background saves (see :class:`CheckpointWriter`), it returns when the state is copied. A hook that
+        calls it needs ``Priority.VERY_LOW``, so that averages and schedules have been updated before.
 
         Args:
             path: where to.
@@ -228,11 +228,11 @@ class Run:
             "run_id": self.id,
             SAVE_ORDER: self.save_counter.next(path).as_meta(),
             "purpose": retention_tag.as_meta(),
-            **self.lineage.as_meta(),
+            **self.history.as_meta(),
         }
         if self._config_text is not None:
             meta["cfg"] = self._config_text
-        self.saves.save(
+        self.checkpoint_writer.save(
             path,
             then,
             save_optimizer=save_optimizer,

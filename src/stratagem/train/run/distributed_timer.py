@@ -7,11 +7,11 @@ from typing import final
 
 from stratagem.distributed import Agreement
 
-__all__ = ["SharedTimer"]
+__all__ = ["DistributedTimer"]
 
 
 @final
-class SharedTimer:
+class DistributedTimer:
     """Tells when so much time has passed, on all ranks after the same iteration.
 
     Args:
@@ -37,7 +37,7 @@ class SharedTimer:
         self._agreement.ask(int(passed))
         return due
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Ask no more. Collective: no exchange may be under way when the ranks part."""
         if self._agreement is not None:
             self._agreement.answer()

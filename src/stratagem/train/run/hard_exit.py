@@ -10,10 +10,10 @@ from typing import NoReturn
 
 from stratagem.utils import mask_text
 
-__all__ = ["end_process", "end_within"]
+__all__ = ["exit_now", "exit_after"]
 
 
-def end_process(status: int, message: str) -> NoReturn:
+def exit_now(status: int, message: str) -> NoReturn:
     """Say why, end the children, and exit without waiting for any other thread.
 
     An exchange between ranks that waits for one that is gone cannot be broken off from Python.
@@ -29,9 +29,9 @@ def end_process(status: int, message: str) -> NoReturn:
     os._exit(status)
 
 
-def end_within(seconds: float, status: int) -> None:
+def exit_after(seconds: float, status: int) -> None:
     """End this process after some time if it has not ended by itself. There is no way back."""
     message = f"did not end within {seconds:g} s after the error: ended now"
-    timer = threading.Timer(seconds, end_process, (status, message))
+    timer = threading.Timer(seconds, exit_now, (status, message))
     timer.daemon = True
     timer.start()

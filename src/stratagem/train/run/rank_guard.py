@@ -13,8 +13,8 @@ import torch.distributed as torch_dist
 
 from stratagem.distributed import Failure, RankWatch, barrier, get_world_size
 from stratagem.errors import RankFailedError, StratagemError
-from stratagem.train.run.hard_exit import end_process
-from stratagem.train.run.thread_dump import write_stacks
+from stratagem.train.run.hard_exit import exit_now
+from stratagem.train.run.thread_dump import dump_stacks
 from stratagem.utils import mask_text
 
 __all__ = ["RankGuard", "describe_batch"]
@@ -56,7 +56,7 @@ class RankGuard:
         self._log_dir = Path(log_dir)
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
+    def monitored(self) -> Iterator[None]:
         """Watch the other ranks while the context lasts. Collective at its beginning, and at its end where all went well.
 
         Raises:
@@ -67,18 +67,18 @@ class RankGuard:
         if get_world_size() == 1:
             yield
             return
-        watch = RankWatch(self._iteration, lambda failure: self._stop(watch, failure))
+        monitor = RankWatch(self._iteration, lambda failure: self._stop(monitor, failure))
         try:
             yield
             # Whoever is ready first must not look like one that is gone.
             barrier()
         except BaseException as error:
-            self.failure = self._settle(watch, error)
+            self.failure = self._settle(monitor, error)
             if _is_exchange(error):
-                raise RankFailedError(self.reason(watch.rank)) from error
+                raise RankFailedError(self.reason(monitor.rank)) from error
             raise
         finally:
-            watch.close()
+            monitor.close()
 
     def reason(self, rank: int) -> str:
         """Return why a rank of this number stops, in one line where the failure is another's."""
@@ -90,35 +90,35 @@ class RankGuard:
         first_line = failure.text.partition("\n")[0]
         return f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: {first_line}"
 
-    def _settle(self, watch: RankWatch, error: BaseException) -> Failure:
+    def _settle(self, monitor: RankWatch, error: BaseException) -> Failure:
         """Return what ended the run; where that is this rank's error, all others know of it."""
         silent = _is_timeout(error)
         # Not the first to tell, then: the rank where it happened knows more.
         follows = _is_exchange(error) or (isinstance(error, StratagemError) and _QUOTE.match(str(error)) is not None)
-        known = watch.wait_for_failure(_REASON_S) if follows and not silent else watch.failure
+        known = monitor.wait_for_failure(_REASON_S) if follows and not silent else monitor.failure
         if known is not None:
             return known
         if silent or _is_exchange(error):
             lines = "\n  ".join(
-                [f"an exchange between the ranks failed: {mask_text(str(error))}", *watch.signs_of_life()]
+                [f"an exchange between the ranks failed: {mask_text(str(error))}", *monitor.signs_of_life()]
             )
-            told = watch.post(Failure(rank=watch.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
-            write_stacks(self._stacks_of(watch.rank), error)
+            told = monitor.post(Failure(rank=monitor.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
+            dump_stacks(self._stacks_of(monitor.rank), error)
         else:
-            told = watch.post(
-                Failure(rank=watch.rank, kind="raised", text=f"{type(error).__name__}: {mask_text(str(error))}")
+            told = monitor.post(
+                Failure(rank=monitor.rank, kind="raised", text=f"{type(error).__name__}: {mask_text(str(error))}")
             )
-        if told.rank == watch.rank:
-            watch.wait_until_known(_NEWS_S)
+        if told.rank == monitor.rank:
+            monitor.wait_until_known(_NEWS_S)
         return told
 
-    def _stop(self, watch: RankWatch, failure: Failure) -> None:
+    def _stop(self, monitor: RankWatch, failure: Failure) -> None:
         """Give the main thread a moment to come upon the failure itself; an exchange may hold it for ever."""
         self.failure = failure
         if failure.kind == "silent":
-            write_stacks(self._stacks_of(watch.rank))
-        if not watch.wait_over(_GRACE_S):
-            end_process(RankFailedError.exit_status, self.reason(watch.rank))
+            dump_stacks(self._stacks_of(monitor.rank))
+        if not monitor.wait_over(_GRACE_S):
+            exit_now(RankFailedError.exit_status, self.reason(monitor.rank))
 
     def _stacks_of(self, rank: int) -> Path:
         return self._log_dir / f"stacks_rank{rank}.txt"

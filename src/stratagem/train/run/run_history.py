@@ -1,4 +1,4 @@
-"""Which start of a run went on from which, from where, and with what changed."""
+"""Which session of a run went on from which, from where, and with what changed."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import write_atomic
 from stratagem.utils import mask_text
 
-__all__ = ["RECORD", "Ending", "Lineage", "Start", "read_record"]
+__all__ = ["RECORD", "Outcome", "RunHistory", "Session", "read_record"]
 
-# In the folder of each start.
+# In the folder of each session.
 RECORD = "start.json"
 _KEY = "lineage"
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """One start of a run.
+class Session:
+    """One session of a run.
 
     Attributes:
         name: ``<run's folder>/<time>``, which is also where its log is.
@@ -51,7 +51,7 @@ class Start:
         """Return what was written down.
 
         Raises:
-            TypeError: if it is no record of a start.
+            TypeError: if it is no record of a session.
         """
         # Earlier versions kept secrets.
         changes = tuple(mask_text(str(change)) for change in record.get("changes", ()))
@@ -61,8 +61,8 @@ class Start:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How a start ended, where, and when in local time."""
+class Outcome:
+    """How a session ended, where, and when in local time."""
 
     how: str
     epoch: int
@@ -71,41 +71,41 @@ class Ending:
 
     @classmethod
     def now(cls, how: str, *, epoch: int, iteration: int) -> Self:
-        """Return an ending of this moment."""
+        """Return an outcome of this moment."""
         return cls(how=how, epoch=epoch, iter=iteration, at=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 @final
-class Lineage:
-    """The starts that led to where a run is, the present one last."""
+class RunHistory:
+    """The sessions that led to where a run is, the present one last."""
 
-    def __init__(self, starts: Sequence[Start] = ()) -> None:
-        self.starts = tuple(starts)
+    def __init__(self, sessions: Sequence[Session] = ()) -> None:
+        self.sessions = tuple(sessions)
 
     @classmethod
-    def of_checkpoint(cls, meta: Mapping[str, Any]) -> Lineage:
+    def from_meta(cls, meta: Mapping[str, Any]) -> RunHistory:
         """Return the one that a checkpoint's ``meta`` holds; without any it is empty."""
         try:
-            return cls([Start.from_record(record) for record in meta.get(_KEY) or ()])
+            return cls([Session.from_record(record) for record in meta.get(_KEY) or ()])
         except (TypeError, AttributeError):
             return cls()
 
-    def followed_by(self, start: Start) -> Lineage:
-        """Return the lineage with a start that goes on from it."""
-        return Lineage((*self.starts, start))
+    def with_session(self, session: Session) -> RunHistory:
+        """Return the history with a session that goes on from it."""
+        return RunHistory((*self.sessions, session))
 
     def as_meta(self) -> dict[str, Any]:
         """Return what a checkpoint's ``meta`` keeps of it."""
-        return {_KEY: [asdict(start) for start in self.starts]}
+        return {_KEY: [asdict(session) for session in self.sessions]}
 
-    def write(self, folder: Path, ending: Ending | None = None) -> None:
-        """Keep it in the folder of the present start."""
-        record = {**self.as_meta(), "ending": None if ending is None else asdict(ending)}
+    def write(self, folder: Path, outcome: Outcome | None = None) -> None:
+        """Keep it in the folder of the present session."""
+        record = {**self.as_meta(), "ending": None if outcome is None else asdict(outcome)}
         write_atomic(folder / RECORD, json.dumps(record, indent=1))
 
 
-def read_record(folder: Path) -> tuple[Lineage, Ending | None]:
-    """Return the lineage that the folder of a start keeps, and how the start ended; None where nobody wrote that down.
+def read_record(folder: Path) -> tuple[RunHistory, Outcome | None]:
+    """Return the history that the folder of a session keeps, and how the session ended; None where nobody wrote that down.
 
     Raises:
         CheckpointDamagedError: if the record cannot be read.
@@ -113,8 +113,8 @@ def read_record(folder: Path) -> tuple[Lineage, Ending | None]:
     file = folder / RECORD
     try:
         record = json.loads(file.read_bytes())
-        starts = [Start.from_record(start) for start in record[_KEY]]
-        ending = None if record["ending"] is None else Ending(**record["ending"])
+        sessions = [Session.from_record(session) for session in record[_KEY]]
+        outcome = None if record["ending"] is None else Outcome(**record["ending"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    return Lineage(starts), ending
+    return RunHistory(sessions), outcome

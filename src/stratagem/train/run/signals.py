@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import final
 
-from stratagem.train.run.hard_exit import end_process
+from stratagem.train.run.hard_exit import exit_now
 
 __all__ = ["JOB_ENDS", "SIGNALS", "SignalListener", "signals"]
 
@@ -24,7 +24,7 @@ SIGNALS = (*_ASK, *JOB_ENDS)
 # A launcher passes on the signal that the terminal or the scheduler has sent already; that is no second request.
 _SAME_REQUEST_S = 1.0
 # After a second request: how long the main thread may take to clean up before the process ends without that.
-_LAST_WORDS_S = 3.0
+_SHUTDOWN_GRACE_S = 3.0
 _END = 0  # no signal has this number
 
 
@@ -102,8 +102,8 @@ class SignalListener:
     def _stop_at_once(number: int, over: threading.Event) -> None:
         """Raise KeyboardInterrupt in the main thread; where that does not come out of what it does, end the process."""
         _thread.interrupt_main(signal.Signals(number))
-        if not over.wait(_LAST_WORDS_S):
-            end_process(128 + number, f"signal {number} came a second time: stopped at once")
+        if not over.wait(_SHUTDOWN_GRACE_S):
+            exit_now(128 + number, f"signal {number} came a second time: stopped at once")
 
     def forget_in_child(self) -> None:
         """Be deaf in a process that was forked from a listening one, which would wake its parent for its own signals.

@@ -11,10 +11,10 @@ from pathlib import Path
 from stratagem.storage import write_atomic
 from stratagem.utils import mask_text
 
-__all__ = ["write_stacks"]
+__all__ = ["dump_stacks"]
 
 
-def write_stacks(path: Path, error: BaseException | None = None) -> None:
+def dump_stacks(path: Path, error: BaseException | None = None) -> None:
     """Write the Python stacks of all threads to a file; ``error`` tells where the main thread was, if that has left."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = [time.strftime("%Y-%m-%d %H:%M:%S\n")]

@@ -19,11 +19,11 @@ from stratagem.distributed import Peer
 from stratagem.errors import WorkDirError
 from stratagem.storage import operations, write_fully
 
-__all__ = ["folder_lock"]
+__all__ = ["work_dir_lock"]
 
 _NAME = ".training.json"
 # How often whoever has the folder gives a sign of life, and how many may be missed, for a busy file system.
-_BEAT_S = 10.0
+_HEARTBEAT_S = 10.0
 _MISSED = 3.5
 # How long data workers and the like may outlive the process that started them.
 _ORPHANS_S = 15.0
@@ -31,27 +31,29 @@ _POLL_S = 0.1
 
 
 @contextmanager
-def folder_lock(folder: Path, logger: logging.Logger, *, beat_s: float = _BEAT_S) -> Iterator[None]:
+def work_dir_lock(folder: Path, logger: logging.Logger, *, heartbeat_s: float = _HEARTBEAT_S) -> Iterator[None]:
     """Hold a folder for the length of a block.
 
     A file in it names the process that has it, and is locked by ``flock`` where the file system can. What an ended
     process of this machine left is taken over, with a line in the log. A process on another machine cannot be looked at,
-    so it changes the file's time every ``beat_s`` seconds: where that stands still for three and a half times as long,
+    so it changes the file's time every ``heartbeat_s`` seconds: where that stands still for three and a half times as long,
     the process counts as ended.
 
     Raises:
         WorkDirError: if another process has the folder, or the file cannot be written.
     """
     file = folder / _NAME
-    descriptor = _acquire(file, logger, beat_s)
+    descriptor = _acquire(file, logger, heartbeat_s)
     over = threading.Event()
-    beats = threading.Thread(target=_beat, args=(descriptor, over, beat_s), name="stratagem-lock", daemon=True)
-    beats.start()
+    heartbeats = threading.Thread(
+        target=_send_heartbeats, args=(descriptor, over, heartbeat_s), name="stratagem-lock", daemon=True
+    )
+    heartbeats.start()
     try:
         yield
     finally:
         over.set()
-        beats.join()
+        heartbeats.join()
         _release(descriptor, file, logger)
 
 
@@ -67,14 +69,14 @@ def _release(descriptor: int, file: Path, logger: logging.Logger) -> None:
         operations.close(descriptor)
 
 
-def _acquire(file: Path, logger: logging.Logger, beat_s: float) -> int:
+def _acquire(file: Path, logger: logging.Logger, heartbeat_s: float) -> int:
     """Return a descriptor of the file, locked, with this process's name in it."""
     end = time.monotonic() + _ORPHANS_S
     while True:
         descriptor = _open(file)
         try:
             owner = _read(file)
-            if owner is not None and _lives(owner, file, logger, beat_s):
+            if owner is not None and _is_alive(owner, file, logger, heartbeat_s):
                 raise _in_use(file, owner)
             if _try_lock(descriptor) and _is_at(descriptor, file) and _read(file) == owner:
                 _write(descriptor)
@@ -141,17 +143,17 @@ def _process(owner: Mapping[str, Any]) -> Peer:
     return Peer(owner["pid"], owner["place"], owner["started"])
 
 
-def _lives(owner: Mapping[str, Any], file: Path, logger: logging.Logger, beat_s: float) -> bool:
+def _is_alive(owner: Mapping[str, Any], file: Path, logger: logging.Logger, heartbeat_s: float) -> bool:
     process = _process(owner)
     if process.place == Peer.here().place:
         return not process.has_ended()
-    seconds = _MISSED * beat_s
+    seconds = _MISSED * heartbeat_s
     logger.info("%s: %s has the folder; waiting %g s for a sign of its life.", file.parent, _describe(owner), seconds)
     seen, end = _time_of(file), time.monotonic() + seconds
     while time.monotonic() < end:
         if _time_of(file) != seen:
             return True
-        time.sleep(min(_POLL_S, beat_s))
+        time.sleep(min(_POLL_S, heartbeat_s))
     return False
 
 
@@ -164,8 +166,8 @@ def _time_of(file: Path) -> int:
         return 0
 
 
-def _beat(descriptor: int, over: threading.Event, beat_s: float) -> None:
-    while not over.wait(beat_s):
+def _send_heartbeats(descriptor: int, over: threading.Event, heartbeat_s: float) -> None:
+    while not over.wait(heartbeat_s):
         with suppress(OSError):  # one missed beat is no harm, and there may be a next
             os.utime(descriptor)
 

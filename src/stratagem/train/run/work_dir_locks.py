@@ -10,13 +10,13 @@ from typing import final
 
 from stratagem.distributed import Team
 from stratagem.storage import clean_temporaries
-from stratagem.train.run.work_dir_lock import folder_lock
+from stratagem.train.run.work_dir_lock import work_dir_lock
 
-__all__ = ["Claims"]
+__all__ = ["WorkDirLocks"]
 
 
 @final
-class Claims:
+class WorkDirLocks:
     """Locks folders and cleans up in them; rank 0 does, and all ranks know how it went."""
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -25,26 +25,26 @@ class Claims:
         self._locks = ExitStack()
 
     @contextmanager
-    def held(self, folder: Path) -> Iterator[None]:
+    def holding(self, folder: Path) -> Iterator[None]:
         """Claim a folder; at the end of the block all that were claimed are free again. Collective at its beginning."""
         with ExitStack() as locks:
             self._locks, self._held = locks, set()
-            self.claim(folder)
+            self.acquire(folder)
             yield
 
-    def claim(self, folder: Path) -> None:
+    def acquire(self, folder: Path) -> None:
         """Claim a further folder, which is made where it is missing. Collective; a second time it does nothing.
 
         Raises:
             WorkDirError: on every rank, if another training has the folder.
         """
         if folder not in self._held:
-            Team.of().first(lambda: self._take(folder))
+            Team.of().first(lambda: self._lock(folder))
             self._held.add(folder)
 
-    def _take(self, folder: Path) -> None:
+    def _lock(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._locks.enter_context(folder_lock(folder, self._logger))
+        self._locks.enter_context(work_dir_lock(folder, self._logger))
         cleaned = clean_temporaries(folder)
         for path in cleaned.removed:
             self._logger.info("Removed %s, which a run that was killed left.", path)

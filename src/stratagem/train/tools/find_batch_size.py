@@ -17,7 +17,7 @@ from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.model import Trainable
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.setup.building import each_wrapper
-from stratagem.train.tools.preserve_state import training_kept
+from stratagem.train.tools.preserve_state import preserve_training_state
 
 __all__ = ["BatchSearch", "BatchTrial", "find_batch_size"]
 
@@ -111,7 +111,7 @@ def find_batch_size(
         trials[size] = _try(strategy, _batch(dataloader, size, strategy.seed), size, max(steps, window))
         return trials[size].seconds is not None
 
-    with training_kept(strategy, dataloader):
+    with preserve_training_state(strategy, dataloader):
         strategy.model.train()
         largest = _largest(fits, limit)
     best = max((trial.throughput for trial in trials.values()), default=0.0)

@@ -18,7 +18,7 @@ from stratagem.errors import ConfigKeyError, ConfigValueError, TrainingError
 from stratagem.model import Trainable
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
 from stratagem.strategies import BaseStrategy
-from stratagem.train.tools.preserve_state import training_kept
+from stratagem.train.tools.preserve_state import preserve_training_state
 from stratagem.utils import did_you_mean
 
 __all__ = ["LearningRateSweep", "find_learning_rate"]
@@ -102,7 +102,7 @@ def find_learning_rate(
     wrapper = _wrapper(strategy, optimizer)
     rates = np.geomspace(low, high, steps)
     losses: list[float] = []
-    with training_kept(strategy, dataloader):
+    with preserve_training_state(strategy, dataloader):
         strategy.model.train()
         batches = _endless(dataloader)
         ratios = _ratios(wrapper)

@@ -14,11 +14,11 @@ from stratagem.errors import PlacementError
 from stratagem.strategies import BaseStrategy
 from stratagem.utils import generator_state, restore_generator_state
 
-__all__ = ["generators_kept", "training_kept"]
+__all__ = ["isolate_rng", "preserve_training_state"]
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
+def isolate_rng() -> Iterator[None]:
     """Give back the state of Python's, NumPy's and torch's generators at the end."""
     state = generator_state()
     try:
@@ -28,7 +28,7 @@ def generators_kept() -> Iterator[None]:
 
 
 @contextmanager
-def training_kept(strategy: BaseStrategy, dataloader: EpochLoader) -> Iterator[None]:
+def preserve_training_state(strategy: BaseStrategy, dataloader: EpochLoader) -> Iterator[None]:
     """Give back parameters, buffers, modes, optimizer state and every generator at the end.
 
     Weights are kept in the CPU's memory, so the device has the room that a training would find. Gradients of an
@@ -50,7 +50,7 @@ def training_kept(strategy: BaseStrategy, dataloader: EpochLoader) -> Iterator[N
     optim_state = copy.deepcopy(optim.state_dict())
     generator = dataloader.loader.generator
     order = None if generator is None else generator.get_state()
-    with generators_kept():
+    with isolate_rng():
         try:
             yield
         finally:

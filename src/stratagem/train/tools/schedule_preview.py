@@ -20,7 +20,7 @@ from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.setup.building import build_model, build_optim_wrapper, each_wrapper
 from stratagem.train.building import accumulation_of, loop_arguments
 from stratagem.train.hooks.schedule import refuse_epochs_without_end
-from stratagem.train.tools.preserve_state import generators_kept
+from stratagem.train.tools.preserve_state import isolate_rng
 
 __all__ = ["Course", "RunPreview", "preview_run"]
 
@@ -108,7 +108,7 @@ def preview_run(
         raise ConfigTypeError(
             f"A preview changes the optimizer that it looks at: give its configuration, not {type(optim_wrapper).__name__}."
         )
-    with generators_kept():
+    with isolate_rng():
         loader = build_dataloader(train_dataloader, seed=0, world_size=world_size, training=True)
         max_epochs, max_iters = _length(train_cfg, loader.length, accumulation_of(optim_wrapper))
         module, optim = _build(model, optim_wrapper)

@@ -22,14 +22,14 @@ from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
 from stratagem.utils import generator_state
 
-__all__ = ["Comparison", "Difference", "StepRecorder", "Traits", "compare_traces"]
+__all__ = ["Comparison", "StepDifference", "StepRecorder", "BatchDependence", "compare_traces"]
 
 _LOSS = "the loss"
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Difference:
+class StepDifference:
     """By how much something differs after a step, counted from 1; 0 is before the first.
 
     Attributes:
@@ -54,22 +54,22 @@ class Difference:
 class Comparison:
     """How two trainings differ: where first, and where most. None where every bit is equal."""
 
-    first: Difference | None
-    most: Difference | None
+    first: StepDifference | None
+    most: StepDifference | None
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Traits:
+class BatchDependence:
     """What of a model makes its numbers depend on how a batch is cut.
 
     Attributes:
-        draws: whether a training step draws random numbers from torch's generator, as dropout does.
-        batch_norms: how many layers normalise over the batch that they see.
+        uses_rng: whether a training step uses_rng random numbers from torch's generator, as dropout does.
+        num_batch_norms: how many layers normalise over the batch that they see.
     """
 
-    draws: bool
-    batch_norms: int
+    uses_rng: bool
+    num_batch_norms: int
 
 
 @final
@@ -88,7 +88,7 @@ class StepRecorder(Hook):
     priority = Priority.VERY_HIGH
 
     def __init__(self, folder: Path, *, eval_layers: bool = False, stop_after: int | None = None) -> None:
-        self.traits = Traits(draws=False, batch_norms=0)
+        self.batch_dependence = BatchDependence(uses_rng=False, num_batch_norms=0)
         self._folder = folder
         self._eval_layers = eval_layers
         self._stop_after = stop_after
@@ -100,7 +100,7 @@ class StepRecorder(Hook):
         self._steps = _steps(run)
         modules = run.strategy.bare_model().modules()
         norms = sum(isinstance(each, _BatchNorm) and not isinstance(each, SyncBatchNorm) for each in modules)
-        self.traits = Traits(draws=False, batch_norms=0 if self._eval_layers else norms)
+        self.batch_dependence = BatchDependence(uses_rng=False, num_batch_norms=0 if self._eval_layers else norms)
         if self._steps == 0:
             self._write(run, math.nan)
 
@@ -113,7 +113,9 @@ class StepRecorder(Hook):
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if not all(map(torch.equal, self._generators, _generators())):
-            self.traits = Traits(draws=True, batch_norms=self.traits.batch_norms)
+            self.batch_dependence = BatchDependence(
+                uses_rng=True, num_batch_norms=self.batch_dependence.num_batch_norms
+            )
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach().double().cpu())
@@ -150,7 +152,7 @@ def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:
     return Comparison(first, most)
 
 
-def _compare_step(step: int, one: StateTree, other: StateTree) -> Difference | None:
+def _compare_step(step: int, one: StateTree, other: StateTree) -> StepDifference | None:
     """Return what differs most after a step; None where nothing does."""
     if one["state"].keys() != other["state"].keys():
         raise TrainingError(
@@ -166,12 +168,12 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _difference(step: int, name: str, one: Tensor, other: Tensor) -> Difference:
+def _difference(step: int, name: str, one: Tensor, other: Tensor) -> StepDifference:
     if one.shape != other.shape:
-        return Difference(step, name, math.inf, math.inf)
+        return StepDifference(step, name, math.inf, math.inf)
     size = (one.double() - other.double()).abs().nan_to_num(math.inf).max().item()
     scale = max(one.double().abs().nan_to_num(0.0).max().item(), torch.finfo(torch.float32).tiny)
-    return Difference(step, name, size, size / scale)
+    return StepDifference(step, name, size, size / scale)
 
 
 def _read(folder: Path, step: int) -> StateTree:

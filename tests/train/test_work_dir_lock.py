@@ -17,19 +17,19 @@ import pytest
 from stratagem import Runner
 from stratagem.errors import WorkDirError
 from stratagem.train import Hook
-from stratagem.train.run.work_dir_lock import folder_lock
+from stratagem.train.run.work_dir_lock import work_dir_lock
 
 MakeRunner = Callable[..., Runner]
 LOGGER = logging.getLogger("lock")
-BEAT_S = 0.05
+HEARTBEAT_S = 0.05
 NAME = ".training.json"
 
 # A process that takes the folder, says so, and keeps it until it is killed.
 HOLDER = """
 import logging, sys, time
 from pathlib import Path
-from stratagem.train.run.work_dir_lock import folder_lock
-with folder_lock(Path(sys.argv[1]), logging.getLogger()):
+from stratagem.train.run.work_dir_lock import work_dir_lock
+with work_dir_lock(Path(sys.argv[1]), logging.getLogger()):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -37,19 +37,19 @@ with folder_lock(Path(sys.argv[1]), logging.getLogger()):
 
 def held_by(folder: Path, **changes: Any) -> None:
     """Leave in a folder what a training of another process wrote."""
-    with folder_lock(folder, LOGGER):
+    with work_dir_lock(folder, LOGGER):
         said = json.loads((folder / NAME).read_text())
     (folder / NAME).write_text(json.dumps({**said, **changes}))
 
 
 def test_a_folder_that_is_held_is_refused(tmp_path: Path):
     """The message says whose it is and what to do; afterwards the folder is free and clean."""
-    with folder_lock(tmp_path, LOGGER):
+    with work_dir_lock(tmp_path, LOGGER):
         with pytest.raises(WorkDirError, match=r"another training has this folder: this process itself.*--work-dir"):
-            folder_lock(tmp_path, LOGGER).__enter__()
+            work_dir_lock(tmp_path, LOGGER).__enter__()
         assert (tmp_path / NAME).is_file()
     assert list(tmp_path.iterdir()) == []
-    with folder_lock(tmp_path, LOGGER):
+    with work_dir_lock(tmp_path, LOGGER):
         pass
 
 
@@ -61,10 +61,10 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path, caplo
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
             with pytest.raises(WorkDirError, match=rf"process {holder.pid} on .*, since 20"):
-                folder_lock(tmp_path, LOGGER).__enter__()
+                work_dir_lock(tmp_path, LOGGER).__enter__()
         finally:
             holder.kill()
-    with folder_lock(tmp_path, LOGGER):
+    with work_dir_lock(tmp_path, LOGGER):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
     assert f"took over the folder from process {holder.pid}" in caplog.text
 
@@ -72,7 +72,7 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path, caplo
 def test_a_process_number_that_was_given_anew_is_not_the_one_that_held_it(tmp_path: Path):
     """In a container a restarted run often has the number of the killed one."""
     held_by(tmp_path, started="1")
-    with folder_lock(tmp_path, LOGGER):
+    with work_dir_lock(tmp_path, LOGGER):
         pass
 
 
@@ -80,7 +80,7 @@ def test_a_process_number_that_was_given_anew_is_not_the_one_that_held_it(tmp_pa
 def test_a_file_that_says_nothing_holds_nobody_up(tmp_path: Path, text: str):
     """As one that was made by a process that was killed at once."""
     (tmp_path / NAME).write_text(text)
-    with folder_lock(tmp_path, LOGGER):
+    with work_dir_lock(tmp_path, LOGGER):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
@@ -89,7 +89,7 @@ def test_another_machine_is_believed_dead_when_it_gives_no_sign_of_life(
 ):
     """As after a node was lost: the run that is started again elsewhere waits for some beats, then goes on."""
     held_by(tmp_path, place="elsewhere", host="node7", pid=12)
-    with folder_lock(tmp_path, LOGGER, beat_s=BEAT_S):
+    with work_dir_lock(tmp_path, LOGGER, heartbeat_s=HEARTBEAT_S):
         pass
     assert "took over the folder from process 12 on node7" in caplog.text
 
@@ -100,14 +100,14 @@ def test_another_machine_that_lives_is_not_disturbed(tmp_path: Path):
     over = threading.Event()
 
     def beat() -> None:
-        while not over.wait(BEAT_S):
+        while not over.wait(HEARTBEAT_S):
             os.utime(tmp_path / NAME)
 
     beats = threading.Thread(target=beat)
     beats.start()
     try:
         with pytest.raises(WorkDirError, match=r"process 12 on node7.*remove .*training\.json"):
-            folder_lock(tmp_path, LOGGER, beat_s=BEAT_S).__enter__()
+            work_dir_lock(tmp_path, LOGGER, heartbeat_s=HEARTBEAT_S).__enter__()
     finally:
         over.set()
         beats.join()
@@ -115,7 +115,7 @@ def test_another_machine_that_lives_is_not_disturbed(tmp_path: Path):
 
 def test_whoever_holds_a_folder_gives_signs_of_life(tmp_path: Path):
     """The file's time goes on."""
-    with folder_lock(tmp_path, LOGGER, beat_s=0.01):
+    with work_dir_lock(tmp_path, LOGGER, heartbeat_s=0.01):
         os.utime(tmp_path / NAME, (0, 0))
         deadline = threading.Event()
         while (tmp_path / NAME).stat().st_mtime == 0:
