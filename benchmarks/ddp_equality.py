@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from stratagem import Config, Runner
 from stratagem.dist import all_gather_object, infer_launcher
-from stratagem.model import bare_model
+from stratagem.model import unwrap_model
 from stratagem.train import Hook
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "mnist" / "config.py"
@@ -72,7 +72,7 @@ def train(work_dir: str, ranks: int) -> dict[str, Any]:
         work_dir=work_dir,
         log_level="WARNING",
     )
-    state = bare_model(runner.train()).state_dict()
+    state = unwrap_model(runner.train()).state_dict()
     each = all_gather_object((losses.values, digest(state)))
     runner.close()
     return {

@@ -129,7 +129,7 @@ def measure(case: Case, folder: str, *, tiny: bool) -> Record:
     strategy.model.train()
     gc.collect()
     generator = torch.Generator().manual_seed(0)
-    own = slice(strategy.data_rank, None, strategy.data_size)
+    own = slice(strategy.dp_rank, None, strategy.dp_size)
     losses, seconds = [], []
     with Peak() as peak:
         for _ in range(WARM_UP + ITERATIONS):

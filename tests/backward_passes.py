@@ -215,7 +215,7 @@ def of_this_rank(samples: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
 
 def weights_of(strategy: Any) -> dict[str, Tensor]:
     """Return a copy of all weights, gathered if they are sharded. Collective."""
-    state = strategy._access.model_state(strategy.bare_model())
+    state = strategy._access.model_state(strategy.unwrap_model())
     return {
         name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
         for name, value in state.items()

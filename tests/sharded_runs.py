@@ -161,18 +161,18 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     loader = build_dataloader(
         {
             "dataset": Sentences(),
-            "batch_size": GLOBAL_BATCH // strategy.data_size,
+            "batch_size": GLOBAL_BATCH // strategy.dp_size,
             "collate_fn": {"type": "default_collate"},
         },
         seed=strategy.seed,
-        rank=strategy.data_rank,
-        world_size=strategy.data_size,
+        rank=strategy.dp_rank,
+        world_size=strategy.dp_size,
         training=True,
     )
     follow = ParamSchedulerHook()
     run = _Run(strategy, start)
     follow.before_train(run)
-    model, optim = strategy.bare_model(), strategy.optim_wrapper
+    model, optim = strategy.unwrap_model(), strategy.optim_wrapper
     first = {name: full(parameter) for name, parameter in model.named_parameters()}
     average = ExponentialMovingAverage(model, momentum=0.1)
     seen: dict[str, list[Any]] = {"ids": [], "losses": [], "rates": [], "norms": []}

@@ -74,13 +74,13 @@ class PictureHook(Hook):
     """After every epoch, generate 64 images from the same noise and save them as ``<work_dir>/epoch_<n>.png``."""
 
     def before_train(self, run: Run) -> None:
-        model = run.strategy.bare_model()
+        model = run.strategy.unwrap_model()
         self.noise = torch.randn(64, model.noise, generator=torch.Generator().manual_seed(0))
 
     def after_train_epoch(self, run: Run) -> None:
         if run.rank != 0:
             return
-        model = run.strategy.bare_model()
+        model = run.strategy.unwrap_model()
         model.eval()
         # Use the averaged weights if a hook such as EMAHook keeps them.
         with torch.no_grad(), run.evaluating():

@@ -206,7 +206,7 @@ class Runner:
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
             loader = self._training_data()
-            _require_samples(loader, strategy.data_size)
+            _require_samples(loader, strategy.dp_size)
             optim_wrapper = strategy.complete_optim_wrapper(self._parts["optim_wrapper"])
             loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=optim_wrapper)
             strategy.prepare(
@@ -331,8 +331,8 @@ class Runner:
         loader = build_dataloader(
             self._parts[f"{mode}_dataloader"],
             seed=self.strategy.seed,
-            rank=self.strategy.data_rank,
-            world_size=self.strategy.data_size,
+            rank=self.strategy.dp_rank,
+            world_size=self.strategy.dp_size,
             training=mode == "train",
         )
         description = f"{_DATA_NAMES[mode]} data: {loader.describe()}."

@@ -56,7 +56,7 @@ class Recorder(Hook):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def after_train(self, run: Any) -> None:
-        state = run.strategy.bare_model().state_dict()
+        state = run.strategy.unwrap_model().state_dict()
         weights = {name: value.flatten().tolist() for name, value in state.items()}
         record = {
             "rank": run.rank,

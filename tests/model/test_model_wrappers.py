@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ranks import Ranks
-from stratagem.model import bare_model, is_model_wrapper
+from stratagem.model import is_model_wrapper, unwrap_model
 
 
 class Holder(nn.Module):
@@ -22,7 +22,7 @@ def test_a_model_with_a_submodule_named_module_is_not_a_wrapper() -> None:
     """A model with a submodule named ``module`` is not a wrapper and is returned unchanged."""
     model = Holder()
     assert not is_model_wrapper(model)
-    assert bare_model(model) is model
+    assert unwrap_model(model) is model
 
 
 def test_data_parallel_is_a_wrapper() -> None:
@@ -30,14 +30,14 @@ def test_data_parallel_is_a_wrapper() -> None:
     model = Holder()
     wrapped = nn.DataParallel(nn.DataParallel(model))
     assert is_model_wrapper(wrapped)
-    assert bare_model(wrapped) is model
+    assert unwrap_model(wrapped) is model
 
 
 def of_distributed() -> tuple[bool, bool]:
     """Wrap a model in DistributedDataParallel and unwrap it."""
     model = Holder()
     wrapped = DistributedDataParallel(model)
-    return is_model_wrapper(wrapped), bare_model(wrapped) is model
+    return is_model_wrapper(wrapped), unwrap_model(wrapped) is model
 
 
 def test_distributed_data_parallel_is_a_wrapper(ranks: Ranks) -> None:

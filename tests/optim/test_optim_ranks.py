@@ -73,7 +73,7 @@ def weighted_steps(folder: str, **optim: Any) -> tuple[dict[str, Tensor], int, l
     for _ in range(2):
         for batch in micro_batches(get_rank()):
             model.train_step(batch, wrapper)
-            gradient = strategy.bare_model().layers[0].weight.grad
+            gradient = strategy.unwrap_model().layers[0].weight.grad
             between += [] if gradient is None else [gradient.clone()]
     strategy.close()
     return weights(strategy), len(exchanges), between

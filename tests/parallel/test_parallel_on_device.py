@@ -77,7 +77,7 @@ def test_a_single_layer_can_be_the_whole_model() -> None:
 def test_the_model_is_not_wrapped() -> None:
     """The model is not wrapped, and there is no gradient synchronization to skip."""
     placement, model = OnDevice(LOGGER), network()
-    assert placement.bare(model) is model
+    assert placement.unwrap(model) is model
     for sync in (True, False):
         with placement.accumulate(model, sync):
             pass

@@ -314,14 +314,14 @@ def separately() -> dict[str, Any]:
 
     placement, placed = place(model, make_optim, separate=True)
     placed.model.train_step(torch.tensor([of_rank(1.0, 3.0)]), placed.optim)
-    bare = placement.bare(placed.model)
+    bare = placement.unwrap(placed.model)
     placed.model.eval()
     return {
         "kinds": {
             name: type(child).__name__ for name, child in placed.model.named_children() if name != "data_preprocessor"
         },
         "bare": bare is model and list(bare.state_dict()) == names,
-        "bare of one": placement.bare(placed.model.maker) is model.maker,
+        "bare of one": placement.unwrap(placed.model.maker) is model.maker,
         "values": [model.maker.scale.item(), model.judge.scale.item(), model.fixed.scale.item()],
         "training": [module.training for module in (model.maker, model.judge, model.fixed)],
         "is a model": isinstance(placed.model, Adversaries),
@@ -349,7 +349,7 @@ def facts() -> dict[str, Any]:
     return {
         "scale": model.scale.item(),
         "optimizer of the bare model": made_of == [model],
-        "bare": placement.bare(placed.model) is model,
+        "bare": placement.unwrap(placed.model) is model,
         "attribute": placed.model.steps,
         "option": placed.model.find_unused_parameters,
     }
@@ -419,7 +419,7 @@ def test_a_frozen_model_is_not_wrapped() -> None:
     placement, placed = place(model, None)
     assert placed.model is model
     assert placed.optim is None
-    assert placement.bare(model) is model
+    assert placement.unwrap(model) is model
     with placement.accumulate(model, sync=False):
         pass
 

@@ -211,7 +211,7 @@ def trained_parts(kind: type[Any], folder: str) -> dict[str, Any]:
     data = torch.randn(6, 8, 4, generator=torch.Generator().manual_seed(1))
     for x in data:
         strategy.model.train_step(x[strategy.rank :: 2], optim_wrapper=strategy.optim_wrapper)
-    parameters = strategy.bare_model().named_parameters()
+    parameters = strategy.unwrap_model().named_parameters()
     found = {
         name: (each.full_tensor() if hasattr(each, "full_tensor") else each).detach().clone()
         for name, each in parameters
@@ -323,14 +323,14 @@ def loaded_wrongly(folder: str) -> tuple[str, bool]:
     """Load a state of other shapes; return the error, and whether the model is as before."""
     strategy = make(folder)
     strategy.prepare({"type": Mlp})
-    before = {name: value.full_tensor().clone() for name, value in strategy.bare_model().state_dict().items()}
+    before = {name: value.full_tensor().clone() for name, value in strategy.unwrap_model().state_dict().items()}
     try:
         strategy.load_model_state_dict({name: value[:1] for name, value in before.items()}, strict=True)
         message = "nothing was refused"
     except StratagemError as error:
         message = str(error)
     same = all(
-        torch.equal(value.full_tensor(), before[name]) for name, value in strategy.bare_model().state_dict().items()
+        torch.equal(value.full_tensor(), before[name]) for name, value in strategy.unwrap_model().state_dict().items()
     )
     strategy.close()
     return message, same

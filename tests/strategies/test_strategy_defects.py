@@ -74,7 +74,7 @@ def accepted_on_a_rank(folder: str) -> tuple[bool, float, list[str], bool]:
     strategy.save_checkpoint(f"{folder}/a", callback=lambda _: called.append("save"))
     strategy.load_checkpoint(f"{folder}/a", callback=lambda _: called.append("load"))
     strategy.resume(f"{folder}/a", callback=lambda _: called.append("resume"))
-    facts = "forward" in vars(strategy.bare_model()), strategy.optim_wrapper.get_lr()["lr"][0], called
+    facts = "forward" in vars(strategy.unwrap_model()), strategy.optim_wrapper.get_lr()["lr"][0], called
     strategy.close()
     other = make("ddp", folder)
     try:
@@ -99,7 +99,7 @@ def clipped_on_a_rank(folder: str) -> list[float]:
         strategy = make("ddp", folder)
         strategy.prepare(Line(2.0), optim_wrapper={**PLAIN, "clip_grad": {"max_norm": 1.0}})
         train(strategy, [torch.tensor([gradients[strategy.rank]])])
-        weights.append(strategy.bare_model().weight.item())
+        weights.append(strategy.unwrap_model().weight.item())
         strategy.close()
     return weights
 
@@ -123,7 +123,7 @@ def windows(kind: str, folder: str) -> list[float]:
     for _ in range(6):
         train(strategy, [torch.tensor([gradient])])
         if strategy.optim_wrapper.should_update():
-            weights.append(strategy.bare_model().weight.item())
+            weights.append(strategy.unwrap_model().weight.item())
     strategy.close()
     return weights
 

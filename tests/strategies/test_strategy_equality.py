@@ -86,7 +86,7 @@ def run(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     trained = _Run(strategy, start)
     follow.before_train(trained)
     ids, losses, rates, norms = [], [], [], []
-    first = digest(strategy.bare_model())
+    first = digest(strategy.unwrap_model())
     before = {name: tensor.clone() for name, tensor in strategy.model_state_dict().items()}
     for iteration in range(start, stop):
         if iteration == start or iteration % EPOCH == 0:
@@ -109,7 +109,7 @@ def run(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
         "norms": norms,
         "state": state,
         "moved": min((state[name] - before[name]).abs().max().item() for name in state),
-        "last": digest(strategy.bare_model()),
+        "last": digest(strategy.unwrap_model()),
     }
 
 

@@ -300,13 +300,13 @@ def custom_on_a_rank(folder: str, options: Any) -> dict[str, Any]:
         for k in range(4)
     ]
     facts = {
-        "digest": digest(strategy.bare_model()),
+        "digest": digest(strategy.unwrap_model()),
         "seen": strategy.model_state_dict()["seen"].item(),
         "steps": outputs[-1]["steps"].item(),
         "val": strategy.model.val_step(None).item() == outputs[-1]["loss"].item(),
-        "type": type(strategy.bare_model()).__name__,
+        "type": type(strategy.unwrap_model()).__name__,
         "names": sorted(strategy.model_state_dict()),
-        "call": strategy.bare_model()._compiled_call_impl,
+        "call": strategy.unwrap_model()._compiled_call_impl,
     }
     strategy.close()
     return facts
@@ -418,11 +418,11 @@ def separate_on_a_rank(folder: str) -> dict[str, Any]:
         for name in ("one", "other")
     }
     strategy.prepare(model, optim_wrapper=optim, dispatch_kwargs={"max_iters": 100})
-    before = digest(strategy.bare_model())
+    before = digest(strategy.unwrap_model())
     for k in range(8):
         strategy.model.train_step(torch.full((2, 2), 1.0 + strategy.rank + k), strategy.optim_wrapper)
     facts = {
-        "same": strategy.bare_model() is model,
+        "same": strategy.unwrap_model() is model,
         "before": before,
         "after": digest(model),
         "names": sorted(strategy.model_state_dict()),
@@ -451,7 +451,7 @@ def evaluated_then_trained_on_a_rank(folder: str) -> str:
     strategy.prepare(Mlp(), optim_wrapper=OPTIM, param_scheduler=SCHEDULE)
     train(strategy, [(batch()[0] + strategy.rank, batch()[1])] * 3)
     strategy.close()
-    return digest(strategy.bare_model())
+    return digest(strategy.unwrap_model())
 
 
 def test_a_test_before_the_training_does_not_lose_the_optimizer_under_ddp(ranks: Ranks, tmp_path: Path) -> None:

@@ -584,7 +584,7 @@ def save_on_a_rank(folder: str, name: str) -> dict[str, Any]:
         "again": torch.rand(4).tolist(),
         "error": error,
         "names": names,
-        "same": digest(again.bare_model()) == digest(strategy.bare_model()),
+        "same": digest(again.unwrap_model()) == digest(strategy.unwrap_model()),
         "entries": sorted(path.name for path in Path(folder, "runs").iterdir()),
     }
     again.close()
@@ -612,7 +612,7 @@ def latest_on_a_rank(folder: str) -> float:
     own.prepare(Line(), optim_wrapper=ADAMW)
     own.load_or_resume(resume=True)
     own.close()
-    return own.bare_model().weight.item()
+    return own.unwrap_model().weight.item()
 
 
 def test_ranks_agree_on_the_latest_checkpoint(ranks: Ranks, single: Make, tmp_path: Path) -> None:
@@ -632,12 +632,12 @@ def spread_on_a_rank(folder: str) -> dict[str, Any]:
     one.prepare(Mlp(), optim_wrapper=ZERO)
     train(one, [batch()] * 3)
     one.save_checkpoint(f"{folder}/spread")
-    expected = train(one, [batch()] * 3), digest(one.bare_model())
+    expected = train(one, [batch()] * 3), digest(one.unwrap_model())
     one.close()
     other = make("ddp", folder)
     other.prepare(Mlp(), optim_wrapper=ZERO)
     other.resume(f"{folder}/spread")
-    resumed = train(other, [batch()] * 3), digest(other.bare_model())
+    resumed = train(other, [batch()] * 3), digest(other.unwrap_model())
     other.close()
     return {"equal": resumed == expected, "losses": expected[0]}
 
@@ -678,7 +678,7 @@ def save_with_one_bad_rank(folder: str) -> bool:
     strategy.prepare(Mlp(), optim_wrapper=ADAMW)
     if strategy.rank == 1:
         with torch.no_grad():
-            strategy.bare_model().layers[0].bias.fill_(float("nan"))
+            strategy.unwrap_model().layers[0].bias.fill_(float("nan"))
     strategy.save_checkpoint(Path(folder) / "saved")
     strategy.close()
     return bool(CheckpointLoader.load_checkpoint(Path(folder) / "saved")["meta"]["finite"])

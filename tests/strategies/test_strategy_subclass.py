@@ -60,7 +60,7 @@ def test_a_strategy_of_ones_own_is_built_by_its_name(tmp_path: Path) -> None:
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 1.0}},
         param_scheduler={"type": "ConstantLR", "factor": 0.5, "end": 2, "by_epoch": False},
     )
-    assert strategy.bare_model() is model
+    assert strategy.unwrap_model() is model
     assert optim.get_lr() == {"lr": [0.5]}
     strategy.save_checkpoint("memory")
     train(strategy, [model.weight.new_ones(1)] * 2)

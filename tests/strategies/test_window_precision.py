@@ -64,7 +64,7 @@ def test_a_window_is_finished_in_another_precision(tmp_path: Path, before: str, 
     second = prepared(tmp_path, after)
     second.resume(tmp_path / "inside")
     micro_batch(second, 3.0)
-    assert second.bare_model().weight.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    assert second.unwrap_model().weight.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
     second.close()
 
 
@@ -77,14 +77,14 @@ def test_an_overflow_in_a_window_of_float16_reaches_no_run_without_a_scale(
     """The window's gradients are given up with a warning; the next update is that of the next micro-batch alone."""
     first = prepared(tmp_path, before)
     micro_batch(first, too_large)
-    assert not first.bare_model().weight.grad.isfinite().all()
+    assert not first.unwrap_model().weight.grad.isfinite().all()
     first.save_checkpoint(tmp_path / "inside")
     first.close()
     second = prepared(tmp_path, after)
     with pytest.warns(UserWarning, match="the gradients of the last 1 are gone"):
         second.resume(tmp_path / "inside")
     micro_batch(second, 2.0)
-    assert second.bare_model().weight.tolist() == [0.0, 0.0]
+    assert second.unwrap_model().weight.tolist() == [0.0, 0.0]
     second.close()
 
 
@@ -99,7 +99,7 @@ def test_an_overflow_in_a_window_of_float16_is_skipped_after_a_resume(tmp_path: 
     micro_batch(second, 2.0)
     assert (second.optim_wrapper.attempts, second.optim_wrapper.updates) == (1, 0)
     assert second.optim_wrapper.loss_scale == 2.0**15
-    assert second.bare_model().weight.tolist() == [1.0, 2.0]
+    assert second.unwrap_model().weight.tolist() == [1.0, 2.0]
     second.close()
 
 
@@ -179,7 +179,7 @@ def finished_in_float32(folder: str) -> list[float]:
     second.resume(Path(folder) / "inside")
     micro_batch(second, 2.0 + second.rank)
     second.close()
-    return second.bare_model().weight.tolist()
+    return second.unwrap_model().weight.tolist()
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def train(place: Path, kind: Kind, *, resume: bool = False) -> str:
         except KeyboardInterrupt:
             if runner.interrupted is None:
                 raise
-        return digest(runner.strategy.bare_model())
+        return digest(runner.strategy.unwrap_model())
     finally:
         runner.close()
 

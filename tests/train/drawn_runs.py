@@ -250,7 +250,7 @@ class Stopper(Hook):
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if self._is_due(run, "model"):
             # Not from here: from the middle of the step, when random numbers were drawn.
-            run.strategy.bare_model().back.register_forward_pre_hook(_fail)
+            run.strategy.unwrap_model().back.register_forward_pre_hook(_fail)
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if self._is_due(run, "SIGTERM"):

@@ -44,9 +44,9 @@ class Spoil(Hook):
 
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         done = run.iter
-        self.weights[done] = {name: value.clone() for name, value in run.strategy.bare_model().state_dict().items()}
+        self.weights[done] = {name: value.clone() for name, value in run.strategy.unwrap_model().state_dict().items()}
         here = self.rank is None or self.rank == run.rank
-        run.strategy.bare_model().how = self.iterations.get(done + 1) if here else None
+        run.strategy.unwrap_model().how = self.iterations.get(done + 1) if here else None
 
 
 def spoiled_settings(
@@ -76,7 +76,7 @@ def train_spoiled(folder: str, spoil: Mapping[int, str], **options: Any) -> dict
     finally:
         runner.close()
     last = spoiler.weights[max(spoiler.weights)]
-    now = runner.strategy.bare_model().state_dict()
+    now = runner.strategy.unwrap_model().state_dict()
     return {
         "error": error,
         "iterations": [row[:3] for row in recorder.rows],

@@ -85,8 +85,8 @@ def test_a_run_saved_in_the_background_goes_on_as_one_saved_at_once(make_runner:
     whole = train(make_runner, {}, 3, work_dir=tmp_path / "whole")
     train(make_runner, {**way, "interval": -1, "save_last": False, "every_minutes": 1e-9}, custom_hooks=[At(10, stop)])
     runner = train(make_runner, {**way, "interval": -1, "save_last": False}, resume=True)
-    for name, value in whole.strategy.bare_model().state_dict().items():
-        assert torch.equal(runner.strategy.bare_model().state_dict()[name], value), name
+    for name, value in whole.strategy.unwrap_model().state_dict().items():
+        assert torch.equal(runner.strategy.unwrap_model().state_dict()[name], value), name
 
 
 def test_every_nth_is_kept_for_good(make_runner: MakeRunner):

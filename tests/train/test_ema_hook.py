@@ -31,7 +31,7 @@ class Weights(Hook):
         self.updates = 0
 
     def weight(self, run: Any) -> torch.Tensor:
-        return run.strategy.bare_model().get_parameter(NAME).detach().clone()
+        return run.strategy.unwrap_model().get_parameter(NAME).detach().clone()
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if run.optim_wrapper.updates != self.updates:
@@ -122,7 +122,7 @@ def test_the_weights_come_back_where_a_validation_fails(make_runner: MakeRunner)
     with pytest.raises(ZeroDivisionError):
         runner.train()
     assert not torch.equal(weights.evaluated[0], weights.trained[-1])
-    assert torch.equal(runner.strategy.bare_model().get_parameter(NAME), weights.trained[-1])
+    assert torch.equal(runner.strategy.unwrap_model().get_parameter(NAME), weights.trained[-1])
 
 
 def test_a_checkpoint_holds_the_weights_and_the_average_by_the_same_names(make_runner: MakeRunner, tmp_path: Path):
@@ -137,7 +137,7 @@ def test_a_checkpoint_holds_the_weights_and_the_average_by_the_same_names(make_r
         custom_hooks=[weights, EMAHook(momentum=0.25)], train_cfg={"max_epochs": 1}, default_hooks=SAVING, **VALIDATION
     )
     runner.train()
-    names = [name for name, _ in runner.strategy.bare_model().named_parameters()]
+    names = [name for name, _ in runner.strategy.unwrap_model().named_parameters()]
     for saved in (tmp_path / "inside", tmp_path / "run" / "iter_7"):
         checkpoint = CheckpointLoader.load_checkpoint(saved, "cpu")
         assert list(checkpoint["average"]["averages"]) == names

@@ -70,7 +70,7 @@ def run(folder: str, strategy: Any, **changes: Any) -> tuple[list[Any], list[Any
     )
     try:
         runner.train()
-        model = runner.strategy.bare_model()
+        model = runner.strategy.unwrap_model()
         state = {
             name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
             for name, value in model.state_dict().items()

@@ -131,7 +131,7 @@ def test_a_batch_that_reached_buffers_cannot_be_skipped(spoiled: Make):
 
     class PoisonNorm(Hook):
         def before_train(self, run: Any) -> None:
-            run.strategy.bare_model().layers[1] = nn.BatchNorm1d(8)
+            run.strategy.unwrap_model().layers[1] = nn.BatchNorm1d(8)
 
         def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
             if run.iter == 2:
@@ -275,7 +275,7 @@ class Overflows(Hook):
         self.between = range(first, last + 1)
 
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
-        run.strategy.bare_model().how = "nan" if run.iter + 1 in self.between else None
+        run.strategy.unwrap_model().how = "nan" if run.iter + 1 in self.between else None
 
 
 FP16 = {"type": "AmpOptimWrapper", "dtype": "float16", "optimizer": {"type": "SGD", "lr": 0.1}}

@@ -128,8 +128,8 @@ def test_a_parameter_that_is_new_must_be_named(make_runner: MakeRunner):
     second.prepare()
     assert second.run.iter == EPOCH
     old, new = (runner.strategy for runner in (first, second))
-    assert new.bare_model().scale.item() == 3.0
-    mine, theirs = (dict(strategy.bare_model().named_parameters()) for strategy in (new, old))
+    assert new.unwrap_model().scale.item() == 3.0
+    mine, theirs = (dict(strategy.unwrap_model().named_parameters()) for strategy in (new, old))
     moments, saved = (strategy.optim_wrapper.optimizer.state for strategy in (new, old))
     assert mine["scale"] not in moments
     for name, parameter in theirs.items():

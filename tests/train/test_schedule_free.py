@@ -63,11 +63,11 @@ class Means(Hook):
         self.evaluated: list[torch.Tensor] = []
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        weight = run.strategy.bare_model().get_parameter(NAME)
+        weight = run.strategy.unwrap_model().get_parameter(NAME)
         self.z.append(run.optim_wrapper.optimizer.state[weight]["z"].clone())
 
     def before_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
-        self.evaluated.append(run.strategy.bare_model().get_parameter(NAME).detach().clone())
+        self.evaluated.append(run.strategy.unwrap_model().get_parameter(NAME).detach().clone())
 
 
 def interrupt(run: Any) -> None:
@@ -131,7 +131,7 @@ def test_a_checkpoint_saved_in_a_validation_has_all_three_weights(make_runner: M
     runner.train()
     saved = CheckpointLoader.load_checkpoint(tmp_path / "inside", "cpu")
     torch.testing.assert_close(saved["state_dict"][NAME], torch.stack(means.z).mean(0))
-    trained = runner.strategy.bare_model().get_parameter(NAME)
+    trained = runner.strategy.unwrap_model().get_parameter(NAME)
     assert torch.equal(saved["optimizer"]["state"][NAME]["training_weight"], trained)
     assert torch.equal(saved["average"]["averages"][NAME], hook.average.averages[NAME])
 

@@ -18,7 +18,7 @@ from stratagem.checkpoint.tree.flatten import StateTree
 from stratagem.checkpoint.tree.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
 from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointError
-from stratagem.model import bare_model
+from stratagem.model import unwrap_model
 from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, is_url, mask_text
 
@@ -89,7 +89,7 @@ def load_checkpoint(
     """
     checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
     state = get_model_state(checkpoint, filename)
-    return checkpoint, load_state_dict(bare_model(model), state, strict=strict, revise_keys=revise_keys)
+    return checkpoint, load_state_dict(unwrap_model(model), state, strict=strict, revise_keys=revise_keys)
 
 
 def get_model_state(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:

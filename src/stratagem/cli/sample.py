@@ -124,7 +124,7 @@ def _prepare(strategy: SingleDeviceStrategy, config: Config) -> TextGenerator:
         with_preprocessor(config["model"], config.get("data_preprocessor")),
         dispatch_kwargs={"init_weights_for_test_or_val": False},
     )
-    model = strategy.bare_model()
+    model = strategy.unwrap_model()
     if not isinstance(model, TextGenerator):
         raise ConfigTypeError(
             f"{type(model).__name__} has no method generate(tokens, *, max_new_tokens, do_sample, temperature, top_k), so it "

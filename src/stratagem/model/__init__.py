@@ -11,7 +11,7 @@ from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
 from stratagem.model.preprocess import BaseDataPreprocessor, to_device
 from stratagem.model.ready import ModelWithLoss, SupervisedModel
 from stratagem.model.text import TextGenerator, Tokenizer
-from stratagem.model.unwrap import bare_model, is_model_wrapper
+from stratagem.model.unwrap import is_model_wrapper, unwrap_model
 
 __all__ = [
     "AveragedModel",
@@ -25,7 +25,7 @@ __all__ = [
     "TextGenerator",
     "Tokenizer",
     "Trainable",
-    "bare_model",
+    "unwrap_model",
     "convert_sync_batchnorm",
     "is_model_wrapper",
     "parse_losses",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-__all__ = ["bare_model", "is_model_wrapper"]
+__all__ = ["unwrap_model", "is_model_wrapper"]
 
 _WRAPPERS = (DistributedDataParallel, DataParallel)
 
@@ -15,7 +15,7 @@ def is_model_wrapper(model: nn.Module) -> bool:
     return isinstance(model, _WRAPPERS)
 
 
-def bare_model(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the model inside of its wrappers; a model's own attribute called ``module`` is left alone."""
     while isinstance(model, _WRAPPERS):
         model = model.module

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stratagem.distributed import World
 from stratagem.errors import ConfigKeyError, PlacementError
-from stratagem.model import Trainable, bare_model, convert_sync_batchnorm, is_model_wrapper
+from stratagem.model import Trainable, convert_sync_batchnorm, is_model_wrapper, unwrap_model
 from stratagem.parallel.forward_redirection import calls_go_to
 from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.placement import NO_CONTEXT, Placed, Placement, Steps
@@ -205,8 +205,8 @@ class Replicated(Placement):
         self._views[view] = model
         return view
 
-    def bare(self, model: nn.Module) -> nn.Module:
-        return self._views[model] if model in self._views else bare_model(model)
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        return self._views[model] if model in self._views else unwrap_model(model)
 
     def gradient_completion(self, model: nn.Module) -> Callable[[], None]:
         return self._complete_gradients

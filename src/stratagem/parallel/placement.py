@@ -56,15 +56,15 @@ class Placement(ABC):
         full_state: whether what ranks have in parts is put together on rank 0 for a checkpoint, which else every rank
             writes its own parts of.
         has_gradients: whether gradients that wait for their update lie in the parameters' ``grad``.
-        readable: whether the model's parameters hold the weights between steps, as exactly as they are trained.
-        writable: whether what is written into them is what trains on.
+        params_are_master_weights: whether the model's parameters hold the full-precision weights between steps.
+        params_accept_writes: whether training continues from values that are written into the parameters.
     """
 
     sharded: ClassVar[bool] = False
     has_gradients: bool = True
     full_state: bool = False
-    readable: bool = True
-    writable: bool = True
+    params_are_master_weights: bool = True
+    params_accept_writes: bool = True
 
     def construction(self, world: World) -> AbstractContextManager[object]:
         """Return the context in which a model is built from its configuration, such as another device."""
@@ -77,13 +77,17 @@ class Placement(ABC):
         Collective.
         """
 
-    def data_share(self, world: World) -> tuple[int, int]:
-        """Return which part of the samples this rank sees, and how many parts there are."""
-        return world.rank, world.size
+    def dp_rank(self, world: World) -> int:
+        """Return the data-parallel rank: the index of the part of the data that this rank processes."""
+        return world.rank
+
+    def dp_size(self, world: World) -> int:
+        """Return the data-parallel size: the number of parts of the data."""
+        return world.size
 
     @property
-    def data_group(self) -> ProcessGroup | None:
-        """The ranks that see all samples together; None for all ranks. Others see the same samples as one of them."""
+    def dp_group(self) -> ProcessGroup | None:
+        """The data-parallel group of this rank: ranks that together process all data; None for all ranks."""
         return None
 
     def bind(  # noqa: B027 -- nothing to do is the usual case
@@ -112,12 +116,12 @@ class Placement(ABC):
     ) -> None:
         """Note that a checkpoint restored this rank's gradients of an accumulation window."""
 
-    def size_of(self, parameter: nn.Parameter) -> int:
-        """Return how many numbers a parameter of the placed model has, over all ranks that share it."""
+    def global_numel(self, parameter: nn.Parameter) -> int:
+        """Return the number of elements of a parameter of the placed model, over all ranks that share it."""
         return parameter.numel()
 
     @abstractmethod
-    def bare(self, model: nn.Module) -> nn.Module:
+    def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the model without what :meth:`place` put around it."""
 
     @abstractmethod

@@ -33,7 +33,7 @@ class OnDevice(Placement):
         model = steps.compile(model.to(world.device))
         return Placed(model=model, optim=steps.make_optim(model) if steps.make_optim else None)
 
-    def bare(self, model: nn.Module) -> nn.Module:
+    def unwrap(self, model: nn.Module) -> nn.Module:
         return model
 
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:

@@ -30,7 +30,7 @@ from stratagem.errors import (
     WorkDirError,
 )
 from stratagem.logging import Logger, forward_library_logs
-from stratagem.model import bare_model
+from stratagem.model import unwrap_model
 from stratagem.model.weights import broadcast_weights
 from stratagem.optim import build_param_schedulers
 from stratagem.parallel import AnyOptim
@@ -149,18 +149,18 @@ class BaseStrategy(ABC):
         return self.world.size
 
     @property
-    def data_rank(self) -> int:
-        """Which part of the samples this process sees: its rank, unless ranks work together on the same samples."""
+    def dp_rank(self) -> int:
+        """The index of the part of the data that this process trains on: its rank, unless ranks share the same data."""
         return self.rank
 
     @property
-    def data_size(self) -> int:
-        """How many parts the samples are dealt into."""
+    def dp_size(self) -> int:
+        """The number of parts that the data is split into."""
         return self.world_size
 
     @property
-    def data_group(self) -> ProcessGroup | None:
-        """The processes that see all samples together; None for all of them, where each sees its own."""
+    def dp_group(self) -> ProcessGroup | None:
+        """The ranks that together process all data; None for all ranks."""
         return None
 
     @property
@@ -169,17 +169,17 @@ class BaseStrategy(ABC):
         return False
 
     @property
-    def readable_weights(self) -> bool:
-        """Whether the model's parameters hold the weights between steps, so that they can be averaged."""
+    def params_are_master_weights(self) -> bool:
+        """Whether the model's parameters hold the full-precision weights between steps, so that they can be averaged."""
         return True
 
     @property
-    def writable_weights(self) -> bool:
-        """Whether weights that are written into the model's parameters are those that train on."""
+    def params_accept_writes(self) -> bool:
+        """Whether training continues from values that are written into the model's parameters."""
         return True
 
-    def size_of(self, parameter: nn.Parameter) -> int:
-        """Return how many numbers a parameter of the placed model has, over all ranks that share it."""
+    def global_numel(self, parameter: nn.Parameter) -> int:
+        """Return the number of elements of a parameter of the placed model, over all ranks that share it."""
         return parameter.numel()
 
     @property
@@ -265,7 +265,7 @@ class BaseStrategy(ABC):
                 "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "
                 "in one iteration."
             )
-        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.data_size, micro_batch=micro_batch):
+        for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.dp_size, micro_batch=micro_batch):
             self.logger.info(done)
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:
@@ -350,9 +350,9 @@ class BaseStrategy(ABC):
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
-    def bare_model(self) -> nn.Module:
+    def unwrap_model(self) -> nn.Module:
         """Return the model without what its placement put around it."""
-        return bare_model(self.model)
+        return unwrap_model(self.model)
 
     def model_state_dict(self) -> dict[str, Any]:
         """Return the bare model's state on the CPU.
@@ -364,7 +364,7 @@ class BaseStrategy(ABC):
 
     def _model_state(self) -> StateTree:
         """Return the bare model's state where it lies."""
-        return self.bare_model().state_dict()
+        return self.unwrap_model().state_dict()
 
     def _load_model_state(
         self,
@@ -376,7 +376,7 @@ class BaseStrategy(ABC):
     ) -> LoadReport:
         """Put the bare model's state into place."""
         return load_state_dict(
-            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
+            self.unwrap_model(), state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
         )
 
     def optim_state_dict(self) -> dict[str, Any]:

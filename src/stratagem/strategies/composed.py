@@ -95,7 +95,7 @@ class ComposedStrategy(BaseStrategy):
             # Prepared for evaluation first; now it is to be trained.
             self.dispatch_kwargs.update(horizon)
             if optim_due:
-                self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.bare_model()))
+                self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.unwrap_model()))
         if schedulers_due:
             self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
         return self._prepared_components()
@@ -124,7 +124,7 @@ class ComposedStrategy(BaseStrategy):
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
         horizon = Horizon.parse(self.dispatch_kwargs)
-        self._placement.bind(optim, self.bare_model())
+        self._placement.bind(optim, self.unwrap_model())
         wrappers = building.each_wrapper(optim)
         accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
         completion = self._placement.gradient_completion(self.model)
@@ -151,11 +151,11 @@ class ComposedStrategy(BaseStrategy):
     def _forget_waiting(self) -> None:
         self._placement.forget(self.model)
 
-    def bare_model(self) -> nn.Module:
-        return self._placement.bare(self.model)
+    def unwrap_model(self) -> nn.Module:
+        return self._placement.unwrap(self.model)
 
     def _model_state(self) -> StateTree:
-        return self._access.model_state(self.bare_model())
+        return self._access.model_state(self.unwrap_model())
 
     def _load_model_state(
         self,
@@ -166,35 +166,35 @@ class ComposedStrategy(BaseStrategy):
         allow_missing: Sequence[str],
     ) -> LoadReport:
         return self._access.load_model_state(
-            self.bare_model(), state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
+            self.unwrap_model(), state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
         )
 
     @property
-    def data_rank(self) -> int:
-        return self._placement.data_share(self.world)[0]
+    def dp_rank(self) -> int:
+        return self._placement.dp_rank(self.world)
 
     @property
-    def data_size(self) -> int:
-        return self._placement.data_share(self.world)[1]
+    def dp_size(self) -> int:
+        return self._placement.dp_size(self.world)
 
     @property
-    def data_group(self) -> ProcessGroup | None:
-        return self._placement.data_group
+    def dp_group(self) -> ProcessGroup | None:
+        return self._placement.dp_group
 
     @property
     def collective_forward(self) -> bool:
         return self._placement.sharded
 
     @property
-    def readable_weights(self) -> bool:
-        return self._placement.readable
+    def params_are_master_weights(self) -> bool:
+        return self._placement.params_are_master_weights
 
     @property
-    def writable_weights(self) -> bool:
-        return self._placement.writable
+    def params_accept_writes(self) -> bool:
+        return self._placement.params_accept_writes
 
-    def size_of(self, parameter: nn.Parameter) -> int:
-        return self._placement.size_of(parameter)
+    def global_numel(self, parameter: nn.Parameter) -> int:
+        return self._placement.global_numel(parameter)
 
     # ---- checkpoints ----------------------------------------------------------------------------------------------
 
@@ -240,11 +240,11 @@ class ComposedStrategy(BaseStrategy):
                 "New parameters begin as they were initialised, without optimizer state: %s. All others go on as saved, but "
                 "the losses are another model's.", ", ".join(report.missing),
             )  # fmt: skip
-        write_own_buffers(checkpoint.get("buffers") or {}, self.bare_model(), self.world)
+        write_own_buffers(checkpoint.get("buffers") or {}, self.unwrap_model(), self.world)
         if "optimizer" in parts:
             own = OwnValues(self.optim_wrapper)
             self._access.load_optim_state(
-                self.optim_wrapper, parts["optimizer"], self.bare_model(), allow_missing=new_parameters
+                self.optim_wrapper, parts["optimizer"], self.unwrap_model(), allow_missing=new_parameters
             )
             self._resume_window(checkpoint)
             if resume_param_scheduler:
@@ -274,11 +274,11 @@ class ComposedStrategy(BaseStrategy):
         with nullcontext() if optim is None else optim.evaluating():
             # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
             if save_optimizer and optim is not None:
-                parts["optimizer"] = self._access.optim_state(optim, self.bare_model())
+                parts["optimizer"] = self._access.optim_state(optim, self.unwrap_model())
                 parts.update(self._open_window(optim))
             if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
                 parts["param_schedulers"] = self.scheduler_state_dict()
-            buffers = read_own_buffers(self.bare_model(), self.world)
+            buffers = read_own_buffers(self.unwrap_model(), self.world)
             if buffers:
                 parts["buffers"] = buffers
             generators = all_gather_object(generator_state())
@@ -312,7 +312,7 @@ class ComposedStrategy(BaseStrategy):
 
     def _open_window(self, optim: AnyOptim) -> StateTree:
         """Return the part of a checkpoint with the gradients that wait for their update; none where none wait. Collective."""
-        window = read_window(optim, self.bare_model(), self.world) if self._placement.has_gradients else None
+        window = read_window(optim, self.unwrap_model(), self.world) if self._placement.has_gradients else None
         return {} if window is None else {"window": window}
 
     def _resume_window(self, checkpoint: StateTree) -> None:
@@ -320,13 +320,13 @@ class ComposedStrategy(BaseStrategy):
         self.optim_wrapper.zero_grad()
         if "window" in checkpoint and self._placement.has_gradients:
             write_window(
-                self.optim_wrapper, checkpoint["window"], checkpoint["optimizer"], self.bare_model(), self.world
+                self.optim_wrapper, checkpoint["window"], checkpoint["optimizer"], self.unwrap_model(), self.world
             )
             self._placement.note_restored_gradients(self.model)
 
     def _weights_are_finite(self) -> bool:
         """Tell whether every value of the parameters is finite, on every rank. Collective."""
-        finite = torch.tensor(int(self._access.weights_are_finite(self.bare_model())))
+        finite = torch.tensor(int(self._access.weights_are_finite(self.unwrap_model())))
         all_reduce(finite, "min")
         return bool(finite.item())
 
@@ -339,7 +339,7 @@ class ComposedStrategy(BaseStrategy):
             "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
-            "data_size": self.data_size,
+            "data_size": self.dp_size,
             "train_micro_batch_size_per_gpu": self.dispatch_kwargs.get("train_micro_batch_size_per_gpu"),
         }
 

@@ -282,7 +282,7 @@ class _EvaluationLoop:
             restore_generator_state(generators)
             run.logger.info("The evaluation was broken off: the run was interrupted.")
             return {}
-        metrics = self.evaluator.evaluate(group=run.strategy.data_group, by_batch=self.dataloader.by_batch)
+        metrics = self.evaluator.evaluate(group=run.strategy.dp_group, by_batch=self.dataloader.by_batch)
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
         if mode == "val":
             run.progress.validated = run.progress.iter

@@ -111,7 +111,7 @@ def predicted(plugin: str, folder: str) -> bool:
     strategy = boosted_runs.prepared(plugin, folder)
     try:
         strategy.model.eval()
-        dtype = next(strategy.bare_model().parameters()).dtype
+        dtype = next(strategy.unwrap_model().parameters()).dtype
         with torch.no_grad():
             outputs = [strategy.model.val_step(_batch(strategy)) for _ in range(1 + get_rank())]
         return all(each["scores"].dtype == dtype and each["scores"].isfinite().all() for each in outputs)
@@ -164,7 +164,7 @@ def resumed_with_more(folder: str) -> None:
 
 
 def _batch(strategy: Any) -> list[Tensor]:
-    first = strategy.data_rank * 4
+    first = strategy.dp_rank * 4
     return [Sentences().words[first : first + 4], torch.arange(first, first + 4)]
 
 

@@ -84,12 +84,12 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     loader = build_dataloader(
         {
             "dataset": Sentences(),
-            "batch_size": GLOBAL_BATCH // strategy.data_size,
+            "batch_size": GLOBAL_BATCH // strategy.dp_size,
             "collate_fn": {"type": "default_collate"},
         },
         seed=strategy.seed,
-        rank=strategy.data_rank,
-        world_size=strategy.data_size,
+        rank=strategy.dp_rank,
+        world_size=strategy.dp_size,
         training=True,
     )
     follow = ParamSchedulerHook()
@@ -116,7 +116,7 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
 
 def state_of(strategy: Any) -> dict[str, Any]:
     """Return weights and moments, whole on every rank, and the optimizer's options."""
-    model = strategy.bare_model()
+    model = strategy.unwrap_model()
     optim = strategy._access.optim_state(strategy.optim_wrapper, model)
     return {
         "weights": {name: whole(value) for name, value in strategy._access.model_state(model).items()},

@@ -78,7 +78,7 @@ def prepared(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> BaseS
             dispatch_kwargs={
                 "epoch_length": EPOCH,
                 "max_iters": changes.get("max_iters", EPOCH),
-                "train_micro_batch_size_per_gpu": GLOBAL_BATCH // built.data_size,
+                "train_micro_batch_size_per_gpu": GLOBAL_BATCH // built.dp_size,
             },
         )
     except BaseException:
@@ -135,12 +135,12 @@ def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     loader = build_dataloader(
         {
             "dataset": Sentences(),
-            "batch_size": GLOBAL_BATCH // strategy.data_size,
+            "batch_size": GLOBAL_BATCH // strategy.dp_size,
             "collate_fn": {"type": "default_collate"},
         },
         seed=strategy.seed,
-        rank=strategy.data_rank,
-        world_size=strategy.data_size,
+        rank=strategy.dp_rank,
+        world_size=strategy.dp_size,
         training=True,
     )
     follow = ParamSchedulerHook()

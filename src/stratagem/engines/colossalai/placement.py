@@ -66,8 +66,8 @@ class ColossalBooster(Placement):
 
     sharded = True
     has_gradients = False
-    readable = True
-    writable = True
+    params_are_master_weights = True
+    params_accept_writes = True
 
     def __init__(self, plugin: PluginSpec | Plugin, world: World) -> None:
         # It writes to the terminal by itself, and tells at length what it does.
@@ -87,7 +87,7 @@ class ColossalBooster(Placement):
         self._parts: dict[nn.Parameter, Part] | None = None
         # Of the optimizer as it was built: the booster's may have left out those that do not learn.
         self.group_names: list[list[str]] = []
-        self._data_group: ProcessGroup | None = None
+        self._dp_group: ProcessGroup | None = None
         self._hold: Callable[[], AbstractContextManager[object]] = nullcontext
         # Of plugins that use DistributedDataParallel.
         self._local_gradients: LocalGradients | None = None
@@ -142,10 +142,10 @@ class ColossalBooster(Placement):
         self._boosting = Boosting(booster, model, engine, optimizer)
         self._parts = parts_of(model, optimizer)
         # Hooks that read or write weights in the model need them there whole, and as they are trained.
-        self.readable = not self.has_masters and not self.spreads_layers
-        self.writable = all(part.master is part.working for part in self._parts.values())
+        self.params_are_master_weights = not self.has_masters and not self.spreads_layers
+        self.params_accept_writes = all(part.master is part.working for part in self._parts.values())
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
-            self._data_group = plugin.dp_group
+            self._dp_group = plugin.dp_group
         if settings is None:
             return Placed(model=_driven(engine, model))
         if traits.zero_stage < 2:
@@ -185,12 +185,15 @@ class ColossalBooster(Placement):
             )
         return self._plugin, traits
 
-    def data_share(self, world: World) -> tuple[int, int]:
-        return world.rank // self._tp_size, world.size // self._tp_size
+    def dp_rank(self, world: World) -> int:
+        return world.rank // self._tp_size
+
+    def dp_size(self, world: World) -> int:
+        return world.size // self._tp_size
 
     @property
-    def data_group(self) -> ProcessGroup | None:
-        return self._data_group
+    def dp_group(self) -> ProcessGroup | None:
+        return self._dp_group
 
     def bind(self, optim: AnyOptim, model: nn.Module) -> None:
         if not isinstance(optim, BoostedOptimWrapper):
@@ -206,10 +209,10 @@ class ColossalBooster(Placement):
         if self._local_gradients is not None:
             self._local_gradients.missed = True
 
-    def size_of(self, parameter: nn.Parameter) -> int:
+    def global_numel(self, parameter: nn.Parameter) -> int:
         return self.parts[parameter].shape.numel()
 
-    def bare(self, model: nn.Module) -> nn.Module:
+    def unwrap(self, model: nn.Module) -> nn.Module:
         return cast("nn.Module", model.bare) if isinstance(model, Driven) else model
 
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:

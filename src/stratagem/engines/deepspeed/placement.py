@@ -64,8 +64,8 @@ class DeepSpeedPlacement(Placement):
         self._options = options
         self._micro_batch = micro_batch
         self.memory: Memory | None = None
-        self.readable = options.stage < 3 and options.dtype is None
-        self.writable = options.stage == 0 and options.dtype is None
+        self.params_are_master_weights = options.stage < 3 and options.dtype is None
+        self.params_accept_writes = options.stage == 0 and options.dtype is None
         self._deepspeed = load_deepspeed(world)
         require_dtype(self._deepspeed, options.dtype)
 
@@ -111,10 +111,10 @@ class DeepSpeedPlacement(Placement):
                 "optim_wrapper when it is called first."
             )
 
-    def bare(self, model: nn.Module) -> nn.Module:
+    def unwrap(self, model: nn.Module) -> nn.Module:
         return cast("nn.Module", model.bare) if isinstance(model, Driven) else model
 
-    def size_of(self, parameter: nn.Parameter) -> int:
+    def global_numel(self, parameter: nn.Parameter) -> int:
         # Stage 3 leaves a parameter nothing between steps but what it notes of it.
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 

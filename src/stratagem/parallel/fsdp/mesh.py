@@ -50,12 +50,12 @@ class Layout:
         return cls(replicate=replicate, shard=world_size // (replicate * tp), tp=tp)
 
     @property
-    def data_size(self) -> int:
+    def dp_size(self) -> int:
         """How many ranks have samples of their own."""
         return self.replicate * self.shard
 
-    def data_rank(self, rank: int) -> int:
-        """Return which of the ``data_size`` parts of the samples a global rank sees."""
+    def dp_rank(self, rank: int) -> int:
+        """Return which of the ``dp_size`` parts of the samples a global rank sees."""
         return rank // self.tp
 
 

@@ -90,11 +90,14 @@ class Sharded(Placement):
     def construction(self, world: World) -> AbstractContextManager[object]:
         return self._weights.making()
 
-    def data_share(self, world: World) -> tuple[int, int]:
-        return self._layout.data_rank(world.rank), self._layout.data_size
+    def dp_rank(self, world: World) -> int:
+        return self._layout.dp_rank(world.rank)
+
+    def dp_size(self, world: World) -> int:
+        return self._layout.dp_size
 
     @property
-    def data_group(self) -> torch_dist.ProcessGroup | None:
+    def dp_group(self) -> torch_dist.ProcessGroup | None:
         return None if self._meshes is None else self._meshes.data
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
@@ -115,7 +118,7 @@ class Sharded(Placement):
         self._guard(model)
         return Placed(model=model, optim=steps.make_optim(model) if steps.make_optim else None)
 
-    def bare(self, model: nn.Module) -> nn.Module:
+    def unwrap(self, model: nn.Module) -> nn.Module:
         return model
 
     def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
@@ -250,8 +253,8 @@ class Sharded(Placement):
 
     def _average(self, parameter: Tensor) -> None:
         """Average the gradient of a parameter that every rank has whole, once its window is complete."""
-        if self._sync and parameter.grad is not None and self._layout.data_size > 1:
-            all_reduce(parameter.grad, "mean", self.data_group)
+        if self._sync and parameter.grad is not None and self._layout.dp_size > 1:
+            all_reduce(parameter.grad, "mean", self.dp_group)
 
     def _reduce_held_gradients(self, model: nn.Module) -> None:
         """Reduce gradients that the last backward pass held back because its window was not complete. Collective.
@@ -263,9 +266,9 @@ class Sharded(Placement):
         self.accumulate(model, sync=True)
         # What torch runs at the end of a backward pass: it reduces what groups of parameters have kept.
         cast("Any", model)._get_fsdp_state()._root_post_backward_final_callback()
-        if self._layout.data_size > 1:
+        if self._layout.dp_size > 1:
             average_gradients(
-                [each for each in model.parameters() if each.requires_grad and not is_sharded(each)], self.data_group
+                [each for each in model.parameters() if each.requires_grad and not is_sharded(each)], self.dp_group
             )
 
     # ---- the model's methods ----------------------------------------------------------------------------------------

@@ -110,12 +110,12 @@ class EMAHook(Hook):
             raise ConfigValueError(
                 "There are two EMAHooks, and a validation can see but one average. Give one of them."
             )
-        if not run.strategy.readable_weights:
+        if not run.strategy.params_are_master_weights:
             raise PlacementError(
                 f"EMAHook averages the weights that lie in the model, and under {type(run.strategy).__name__} with these "
                 "options they lie elsewhere, or are rounded there. Use FSDPStrategy, or ZeRO stage 0, 1 or 2 in float32."
             )
-        model = run.strategy.bare_model()
+        model = run.strategy.unwrap_model()
         if model is not self._model:
             self._model, self._built = model, self._build(model)
             run.evaluation_contexts.append(self._built.applied)

@@ -118,7 +118,7 @@ class NonFiniteHook(Hook):
         self._detach(run)
         deferred = self._is_deferred(run)
         self._look_every = (self._interval or _log_interval(run)) if deferred else None
-        names = {id(parameter): name for name, parameter in run.strategy.bare_model().named_parameters()}
+        names = {id(parameter): name for name, parameter in run.strategy.unwrap_model().named_parameters()}
         optim = run.optim_wrapper
         for name, wrapper in optim.items() if isinstance(optim, OptimWrapperDict) else [("", optim)]:
             if not isinstance(wrapper, AccumulatingOptimWrapper):
@@ -257,7 +257,7 @@ def _log_interval(run: Run) -> int:
 
 def _buffers_with_nan(run: Run) -> list[str]:
     """Return the buffers that have a NaN on some rank; an infinity may be meant, as in a mask. Collective."""
-    buffers = run.strategy.bare_model().named_buffers()
+    buffers = run.strategy.unwrap_model().named_buffers()
     found = [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
     return sorted({name for names in all_gather_object(found) for name in names})
 

@@ -30,7 +30,7 @@ class RuntimeInfoHook(Hook):
             "runtime": {key: mask_text(str(value)) for key, value in mask_secrets(runtime).items()},
         }
         write_atomic(Path(run.log_dir) / "environment.json", json.dumps(report, indent=2) + "\n")
-        sizes = {parameter: run.strategy.size_of(parameter) for parameter in run.model.parameters()}
+        sizes = {parameter: run.strategy.global_numel(parameter) for parameter in run.model.parameters()}
         learning = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
         run.logger.info(
             "%s: %d process(es) on %s, launcher %s, seed %d",
@@ -38,6 +38,6 @@ class RuntimeInfoHook(Hook):
         )  # fmt: skip
         run.logger.info(
             "Model %s: %s parameters, %s of them learning",
-            type(run.strategy.bare_model()).__name__, f"{sum(sizes.values()):,}", f"{learning:,}",
+            type(run.strategy.unwrap_model()).__name__, f"{sum(sizes.values()):,}", f"{learning:,}",
         )  # fmt: skip
         run.logger.info("Logs and the environment report: %s", run.log_dir)

@@ -176,4 +176,4 @@ def _batch_of_this_run(run: Run, meta: Mapping[str, Any]) -> int:
     if not (position.batch and own and old):
         return position.batch
     parts = meta.get("data_size", meta.get("world_size", 1))
-    return position.in_batches_of(own * run.strategy.data_size, old * parts).batch
+    return position.in_batches_of(own * run.strategy.dp_size, old * parts).batch

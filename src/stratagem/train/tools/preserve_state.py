@@ -37,7 +37,7 @@ def preserve_training_state(strategy: BaseStrategy, dataloader: EpochLoader) -> 
     Raises:
         PlacementError: if the strategy keeps the weights elsewhere than in the model.
     """
-    if not strategy.writable_weights:
+    if not strategy.params_accept_writes:
         raise PlacementError(
             f"What trains here is undone afterwards, and {type(strategy).__name__} keeps weights where that cannot be done. "
             "Look for the value under another strategy, such as DDPStrategy or FSDPStrategy."

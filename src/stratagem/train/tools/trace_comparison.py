@@ -98,7 +98,7 @@ class StepRecorder(Hook):
 
     def before_train(self, run: Run) -> None:
         self._steps = _steps(run)
-        modules = run.strategy.bare_model().modules()
+        modules = run.strategy.unwrap_model().modules()
         norms = sum(isinstance(each, _BatchNorm) and not isinstance(each, SyncBatchNorm) for each in modules)
         self.batch_dependence = BatchDependence(uses_rng=False, num_batch_norms=0 if self._eval_layers else norms)
         if self._steps == 0:
@@ -106,7 +106,7 @@ class StepRecorder(Hook):
 
     def before_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None) -> None:
         if self._eval_layers:
-            for module in run.strategy.bare_model().modules():
+            for module in run.strategy.unwrap_model().modules():
                 if isinstance(module, _DropoutNd | _BatchNorm):
                     module.eval()
         self._generators = _generators()
