@@ -220,7 +220,7 @@ def work(folder: Path, names: list[str], *, resume: bool) -> None:
 
 
 def record_of(folder: Path, saver: str | None, name: str) -> Path:
-    """Return the file for the record of a training; ``saver`` is None for an uninterrupted one."""
+    """Return the file for the record of a run; ``saver`` is None for an uninterrupted one."""
     return folder / (f"{name}.pt" if saver is None else f"{saver} to {name}.pt")
 
 
@@ -238,7 +238,7 @@ def launch(folder: Path, names: list[str], *, resume: bool) -> None:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """The differences of a training from the single-process training; see :func:`difference` for states.
+    """The differences between a run and the single-process run; see :func:`difference` for states.
 
     Attributes:
         found: the difference between the restored and the saved state.
@@ -262,7 +262,7 @@ class Cell:
 
 
 def compare(record: Record, saved: Record, alone: Record) -> Cell:
-    """Compare a resumed training with the one that saved the checkpoint and the single-process one."""
+    """Compare a resumed run with the run that saved the checkpoint and with the single-process run."""
     after = ITERATIONS - len(record["losses"])
     pairs = zip(record["losses"], alone["losses"][after:], strict=True)
     # If the checkpoint has no average, the resumed run starts a new one, which is not comparable.
