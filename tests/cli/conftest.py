@@ -12,7 +12,7 @@ CONFIG = Path(__file__).with_name("toy_config.py")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """The result of a command."""
 
     status: int
     out: str
@@ -33,7 +33,7 @@ def stratagem(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["stratagem"])
     monkeypatch.setenv("COLUMNS", "200")
-    # Rich takes what a terminal said at the start of the process.
+    # Rich reads the terminal settings when the process starts.
     monkeypatch.setenv("NO_COLOR", "1")
 
     def run(*words: object) -> Outcome:

@@ -1,4 +1,4 @@
-"""Commands in processes of their own."""
+"""Run commands in separate processes."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ _DEADLINE_S = 120
 
 
 class Shell:
-    """Starts commands in a folder; what still runs in the end is killed with all that it started."""
+    """Start commands in a folder, and kill those that are still running at the end with their children."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,7 @@ class Shell:
         }
 
     def start(self, *words: str, launch: Sequence[str] = (), **environment: str) -> subprocess.Popen[str]:
-        """Start a command, under another one if that is given, with further variables in its environment."""
+        """Start a command, optionally under a launcher, with additional environment variables."""
         process = subprocess.Popen(
             [sys.executable, *launch, "-m", "stratagem", *words],
             cwd=self.folder,
@@ -50,14 +50,14 @@ class Shell:
         return process
 
     def run(self, *words: str, launch: Sequence[str] = (), **environment: str) -> tuple[int, str]:
-        """Return the status and all output of a command."""
+        """Return the exit code and the output of a command."""
         process = self.start(*words, launch=launch, **environment)
         output, _ = process.communicate(timeout=_DEADLINE_S)
         return process.returncode, output
 
     def leftovers(self) -> list[str]:
-        """Return what commands left behind: processes that still run here, with their ports, and temporary files."""
-        # Torch's compiler keeps its cache there, for the next process.
+        """Return the remains of commands: running processes in the folder, and temporary files."""
+        # torch.compile keeps its cache there for the next process.
         left = [str(path) for path in self.temporary.iterdir() if not path.name.startswith("torchinductor")]
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -66,11 +66,11 @@ class Shell:
         return left
 
     def interrupt(self, *words: str, **environment: str) -> tuple[int, str]:
-        """Press Ctrl-C when the first line of training is there; return status and output."""
+        """Press Ctrl-C after the first training line; return the exit code and the output."""
         return self.signal(signal.SIGINT, *words, everywhere=True, **environment)
 
     def signal(self, number: int, *words: str, everywhere: bool = False, **environment: str) -> tuple[int, str]:
-        """Send a signal when the first line of training is there, to the process or also to all that it started."""
+        """Send a signal after the first training line, to the process or to its whole group."""
         process = self.start(*words, **environment)
         seen = []
         give_up = time.monotonic() + _DEADLINE_S
@@ -83,7 +83,7 @@ class Shell:
         return process.returncode, "".join(seen) + output
 
     def close(self) -> None:
-        """Kill what still runs."""
+        """Kill all running commands."""
         for process in self.started:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Whatever is wrong: one clear message, a status that says whose mistake it is, and nothing overwritten."""
+"""Invalid input gives one clear error and an exit code that shows who can fix it, and overwrites nothing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ Command = Callable[..., Any]
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder with its bytes, logs apart."""
+    """Return every file below a folder with its contents, except logs."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -19,7 +19,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def assert_refused(done: Any, *texts: str, status: int = 2) -> None:
-    """One message, no traceback, the status."""
+    """Require one error message without a traceback, and the exit code."""
     assert done.status == status, done.err
     assert "Traceback" not in done.err
     assert done.err.count("stratagem: error:") == 1
@@ -40,18 +40,16 @@ def assert_refused(done: Any, *texts: str, status: int = 2) -> None:
         ("raises.py", "model = 1 / 0\n", ("raises.py:1", "division by zero")),
     ],
 )
-def test_a_configuration_that_cannot_be_used(
-    stratagem: Command, tmp_path: Path, name: str, text: str, expected: tuple[str, ...]
-):
-    """The file and the line, and what is wrong there."""
+def test_an_invalid_configuration(stratagem: Command, tmp_path: Path, name: str, text: str, expected: tuple[str, ...]):
+    """The error contains the file, the line and the problem."""
     (tmp_path / name).write_text(text)
     before = files(tmp_path)
     assert_refused(stratagem("train", name), *expected)
     assert files(tmp_path) == before
 
 
-def test_a_configuration_that_does_not_exist(stratagem: Command):
-    """The path that was looked for."""
+def test_a_missing_configuration(stratagem: Command):
+    """The error contains the missing path."""
     assert_refused(stratagem("train", "there/is/none.py"), "there/is/none.py", "No such file")
 
 
@@ -84,10 +82,8 @@ def test_a_configuration_that_does_not_exist(stratagem: Command):
         ("model.network.0.in_features=[2", ("']'", "'[2'")),
     ],
 )
-def test_a_value_that_cannot_be_used(
-    stratagem: Command, config: str, tmp_path: Path, override: str, expected: tuple[str, ...]
-):
-    """What was given, and the nearest that is known; a finished run in the same folder stays as it is."""
+def test_an_invalid_value(stratagem: Command, config: str, tmp_path: Path, override: str, expected: tuple[str, ...]):
+    """The error contains the value and the closest valid one, and a run in the same folder is unchanged."""
     (tmp_path / "run" / "epoch_1").mkdir(parents=True)
     (tmp_path / "run" / "toy_config.py").write_text("kept = True\n")
     before = files(tmp_path)
@@ -110,10 +106,8 @@ def test_a_value_that_cannot_be_used(
     ],
     ids=" ".join,
 )
-def test_options_that_do_not_go_together(
-    stratagem: Command, config: str, words: tuple[str, ...], expected: tuple[str, ...]
-):
-    """The option, and what to do."""
+def test_conflicting_options(stratagem: Command, config: str, words: tuple[str, ...], expected: tuple[str, ...]):
+    """The error contains the option and the fix."""
     done = stratagem("train", config, "--work-dir", "run", *words)
     assert done.status == 2
     assert "Traceback" not in done.err
@@ -123,21 +117,21 @@ def test_options_that_do_not_go_together(
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_missing_arguments(stratagem: Command, config: str, number: int):
-    """The argument that is missing is named."""
+    """The error names the missing argument."""
     done = stratagem("test", *[config][:number])
     assert done.status == 2
     assert f"Missing argument '{('CONFIG', 'CHECKPOINT')[number]}'" in done.err
 
 
 def test_without_a_command_the_help_is_shown(stratagem: Command):
-    """Rather than a traceback."""
+    """Without a command, the help is shown."""
     done = stratagem()
     assert done.status == 2
     assert "Commands:" in done.out + done.err
 
 
-def test_a_work_dir_that_cannot_be_made(stratagem: Command, config: str, tmp_path: Path):
-    """A file is in its place; the message says how to choose another."""
+def test_a_work_dir_that_cannot_be_created(stratagem: Command, config: str, tmp_path: Path):
+    """If the path of the work dir is a file, the error suggests how to choose a different one."""
     (tmp_path / "file").write_text("mine")
     done = stratagem("train", config, "--work-dir", "file/run")
     assert_refused(done, str(tmp_path / "file" / "run"), "--work-dir")
@@ -145,15 +139,15 @@ def test_a_work_dir_that_cannot_be_made(stratagem: Command, config: str, tmp_pat
 
 
 @pytest.mark.parametrize("command", ["--resume", "--load-from", "test"])
-def test_a_checkpoint_that_is_not_there(stratagem: Command, config: str, command: str):
-    """Named, for each way to use one."""
+def test_a_missing_checkpoint(stratagem: Command, config: str, command: str):
+    """The error for a missing checkpoint contains its path, for every command."""
     words = ("test", config, "gone/epoch_1") if command == "test" else ("train", config, command, "gone/epoch_1")
     assert_refused(stratagem(*words, "--work-dir", "run"), "gone/epoch_1", "no such checkpoint")
 
 
 @pytest.mark.parametrize("command", ["--resume", "--load-from", "test"])
-def test_a_checkpoint_that_is_not_ours(stratagem: Command, config: str, tmp_path: Path, command: str):
-    """What a checkpoint looks like is told."""
+def test_a_path_that_is_not_a_checkpoint(stratagem: Command, config: str, tmp_path: Path, command: str):
+    """The error for a path that is not a checkpoint describes what a checkpoint is."""
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "weights.bin").write_bytes(b"1")
     words = ("test", config, "thing") if command == "test" else ("train", config, command, "thing")
@@ -162,14 +156,14 @@ def test_a_checkpoint_that_is_not_ours(stratagem: Command, config: str, tmp_path
 
 @pytest.fixture
 def trained(stratagem: Command, config: str, tmp_path: Path) -> Path:
-    """A run of one epoch."""
+    """The checkpoint of a run with one epoch."""
     assert stratagem("train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1").status == 0
     return tmp_path / "run" / "epoch_1"
 
 
 @pytest.mark.parametrize("command", ["--resume", "--load-from", "test"])
-def test_a_checkpoint_that_is_damaged(stratagem: Command, config: str, trained: Path, command: str):
-    """Status 1: not the user's mistake. The file that is damaged is named."""
+def test_a_damaged_checkpoint(stratagem: Command, config: str, trained: Path, command: str):
+    """A damaged checkpoint exits with 1, because the user did not cause it, and the damaged file is named."""
     largest = max(trained.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-8])
     words = ("test", config, trained) if command == "test" else ("train", config, command, trained)
@@ -179,17 +173,17 @@ def test_a_checkpoint_that_is_damaged(stratagem: Command, config: str, trained: 
 
 
 @pytest.mark.parametrize("command", ["--resume", "test"])
-def test_the_checkpoint_of_another_model(stratagem: Command, config: str, trained: Path, command: str):
-    """The first keys that differ, with both shapes."""
+def test_the_checkpoint_of_a_different_model(stratagem: Command, config: str, trained: Path, command: str):
+    """The error for the checkpoint of a different model contains the first mismatched keys and both shapes."""
     words = ("test", config, trained) if command == "test" else ("train", config, command, trained)
     wider = ("--set", "model.network.0.out_features=9", "--set", "model.network.2.in_features=9")
     expected = ("network.0.weight (saved [8, 2], here [9, 2])", "network.0.bias")
     assert_refused(stratagem(*words, "--work-dir", "run", *wider), *expected)
 
 
-def test_a_failure_is_not_a_mistake(stratagem: Command, config: str):
-    """An error of the code that the configuration names: status 1, its class, and where it happened."""
-    # Four classes are predicted, and the loss is told to look at a fifth that is not there.
+def test_an_error_in_user_code(stratagem: Command, config: str):
+    """An error in code that the configuration uses exits with 1 and shows its class and location."""
+    # The loss reads a class that the model does not predict.
     done = stratagem("train", config, "--work-dir", "run", "--set", "model.network.2.out_features=2")
     assert done.status == 1
     assert "IndexError" in done.err
@@ -197,8 +191,8 @@ def test_a_failure_is_not_a_mistake(stratagem: Command, config: str):
     assert "Traceback" not in done.err
 
 
-def test_a_traceback_is_shown_where_it_is_asked_for(stratagem: Command, config: str):
-    """With the same message at the end, and the same status."""
+def test_a_traceback_is_shown_on_request(stratagem: Command, config: str):
+    """With --traceback, the traceback is followed by the same message and exit code."""
     done = stratagem("train", config, "--work-dir", "run", "--set", "model.type=Foo", "--traceback")
     assert done.status == 2
     assert "Traceback (most recent call last)" in done.err

@@ -1,4 +1,4 @@
-"""What `stratagem doctor` looks at, and what it says about it."""
+"""The checks of `stratagem doctor` and their results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rank(
 
 @pytest.mark.slow
 def test_a_machine_that_can_train(tmp_path: Path) -> None:
-    """Every examination has a row, two ranks have met, the status is 0, and nothing is left behind."""
+    """On a working machine, every check has a row, two ranks connect, the exit code is 0, and no files are left."""
     source = str(Path(package.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-m", "stratagem", "doctor", "--work-dir", str(tmp_path / "runs")],
@@ -45,8 +45,8 @@ def test_a_machine_that_can_train(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_problem_is_told_by_the_status(stratagem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder in which nothing can be written ends the command with 1, with what to do."""
+def test_a_problem_sets_the_exit_code(stratagem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the folder is not writable, the exit code is 1, and the output suggests what to do."""
     monkeypatch.setattr("stratagem.cli.doctor.command._examine_here", lambda nproc: [])
     outcome = stratagem("doctor", "--work-dir", "/proc/run")
     assert outcome.status == 1
@@ -54,13 +54,13 @@ def test_a_problem_is_told_by_the_status(stratagem: Callable[..., Any], monkeypa
     assert "1 problem" in outcome.out
 
 
-def test_this_machine_has_what_is_needed() -> None:
-    """The tests run with the versions that the package asks for."""
+def test_this_machine_has_no_problems() -> None:
+    """The machine that runs the tests has the required versions."""
     assert not [finding for finding in examine_machine() if finding.verdict is Verdict.PROBLEM]
 
 
-def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    """It is the file system that counts: the nearest folder above is examined, and left as it was."""
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    """For a folder that does not exist yet, the closest existing parent is checked and not modified."""
     findings = examine_folder(tmp_path / "a" / "b")
     assert "sync and rename work" in findings[1].found
     assert list(tmp_path.iterdir()) == []
@@ -75,7 +75,7 @@ def test_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     ],
 )
 def test_versions(installed: str | None, verdict: Verdict, advice: str) -> None:
-    """2.9 is older than 2.10; the advice can be typed."""
+    """Version 2.9 is older than 2.10, and the advice is a command."""
     finding = judge_version("torch", installed, "2.10")
     assert (finding.verdict, finding.advice) == (verdict, advice)
 
@@ -85,28 +85,28 @@ def test_versions(installed: str | None, verdict: Verdict, advice: str) -> None:
     [(1024, 4096, Verdict.GOOD), (1024, -1, Verdict.GOOD), (1024, 1024, Verdict.NOTE), (-1, -1, Verdict.GOOD)],
 )
 def test_open_files(soft: int, hard: int, verdict: Verdict) -> None:
-    """A run raises the soft limit by itself; the hard one has to allow it."""
+    """A run raises the soft limit of open files up to the hard limit."""
     assert judge_open_files(soft, hard).verdict is verdict
 
 
 def test_hosts_with_different_versions() -> None:
-    """Both are named with their versions."""
+    """Hosts with different versions are reported with both versions."""
     finding = judge_versions([rank(0), rank(1), rank(2, host="b", versions=("torch 2.12",))])
     assert finding.verdict is Verdict.PROBLEM
     assert finding.found == "rank 0 on a: torch 2.13; rank 2 on b: torch 2.12"
     assert judge_versions([rank(0), rank(1, host="b")]).found == "equal on 2 ranks of 2 host(s)"
 
 
-def test_clocks_that_differ() -> None:
-    """A second and more is told, with the hosts; less than that is what a barrier takes."""
+def test_different_clocks() -> None:
+    """A clock difference of a second or more is reported with the hosts; smaller ones may be caused by the barrier."""
     finding = judge_clocks([rank(0), rank(1, host="b", clock=97.5), rank(2, host="c", clock=100.1)])
     assert finding.verdict is Verdict.NOTE
     assert finding.found == "rank 2 on c is 2.6 s ahead of rank 1 on b"
     assert judge_clocks([rank(0), rank(1, clock=100.25)]).found == "within 250.0 ms of each other"
 
 
-def test_what_other_hosts_found_alone_is_told_once() -> None:
-    """With the host's name, and only what is not good."""
+def test_problems_of_other_hosts_are_merged() -> None:
+    """Problems of other hosts are reported once, with the name of the host."""
     good, bad = Finding.good("devices", "cpu"), Finding.problem("file system", "read-only", "Mount it.")
     merged = merge_findings(["a", "b", "b"], [[good], [good, bad], [good, bad]])
     assert merged == [good, Finding.problem("file system on b", "read-only", "Mount it.")]

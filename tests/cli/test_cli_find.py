@@ -1,4 +1,4 @@
-"""A learning rate and a batch size are found without a trace."""
+"""Finding a learning rate and a batch size leaves no files behind."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 Command = Callable[..., Any]
 
 
-def test_a_sweep_shows_the_loss_and_suggests_rates(stratagem: Command, config: str, tmp_path: Path):
-    """Drawn over the rates, with a table; no run folder is made."""
+def test_a_sweep_plots_the_loss_and_suggests_rates(stratagem: Command, config: str, tmp_path: Path):
+    """The loss is plotted over the learning rates, with a table of suggestions, and no run folder is created."""
     done = stratagem("find", "lr", config, "--steps", "30", "--min", "1e-5", "--max", "1")
     assert done.status == 0, done.err
     lines = done.out.splitlines()
@@ -22,8 +22,8 @@ def test_a_sweep_shows_the_loss_and_suggests_rates(stratagem: Command, config: s
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_leaves_an_earlier_run_as_it_was(stratagem: Command, config: str, tmp_path: Path):
-    """Whether the folder is named by work_dir or by the strategy's section."""
+def test_a_sweep_does_not_modify_an_existing_run(stratagem: Command, config: str, tmp_path: Path):
+    """An existing run folder is not modified, whether it is set by work_dir or in the strategy section."""
     assert stratagem("train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1").status == 0
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for key in ("work_dir=run", "strategy={type: SingleDeviceStrategy, work_dir: run}"):
@@ -32,8 +32,8 @@ def test_a_sweep_leaves_an_earlier_run_as_it_was(stratagem: Command, config: str
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_rates_that_are_all_too_large_suggest_nothing(stratagem: Command, config: str):
-    """The sentence says what to try."""
+def test_rates_that_are_too_large_give_no_suggestion(stratagem: Command, config: str):
+    """If all learning rates are too large, the output suggests a smaller minimum."""
     done = stratagem("find", "lr", config, "--steps", "12", "--min", "100", "--max", "1e6")
     assert done.status == 0, done.err
     assert "Try a smaller --min" in done.out
@@ -51,8 +51,8 @@ def test_rates_that_are_all_too_large_suggest_nothing(stratagem: Command, config
     ],
     ids=" ".join,
 )
-def test_a_sweep_that_cannot_be_made(stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]):
-    """One clear message."""
+def test_an_invalid_sweep(stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]):
+    """An impossible sweep is an error without a traceback."""
     done = stratagem("find", "lr", config, *words)
     assert done.status == 2
     assert "Traceback" not in done.err
@@ -60,8 +60,8 @@ def test_a_sweep_that_cannot_be_made(stratagem: Command, config: str, words: tup
         assert text in done.err
 
 
-def test_batches_are_timed_up_to_the_limit(stratagem: Command, config: str, tmp_path: Path):
-    """A row for each size; on the CPU it says what cannot be found there."""
+def test_batch_sizes_are_measured_up_to_the_limit(stratagem: Command, config: str, tmp_path: Path):
+    """Each batch size has a row, and on the CPU the output states what cannot be found there."""
     done = stratagem("find", "batch", config, "--max-batch", "6", "--steps", "1")
     assert done.status == 0, done.err
     lines = done.out.splitlines()
@@ -73,8 +73,8 @@ def test_batches_are_timed_up_to_the_limit(stratagem: Command, config: str, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_drawings_are_written_where_asked(stratagem: Command, config: str, tmp_path: Path):
-    """One PNG each."""
+def test_plots_are_written_on_request(stratagem: Command, config: str, tmp_path: Path):
+    """`--out` writes one PNG per command."""
     pytest.importorskip("matplotlib")
     assert stratagem("find", "lr", config, "--steps", "6", "--out", "lr.png").status == 0
     assert stratagem("find", "batch", config, "--max-batch", "2", "--out", "batch.png").status == 0

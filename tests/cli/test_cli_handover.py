@@ -1,4 +1,4 @@
-"""What ranks and their launcher tell each other."""
+"""Communication between ranks and their launcher."""
 
 import json
 from pathlib import Path
@@ -9,28 +9,28 @@ from stratagem.cli.launch.child_status import NPROC_VARIABLE, STATUS_KEY, claim_
 
 
 def rank(folder: Path, number: int, attempt: int = 0) -> dict[str, str]:
-    """Return what the environment of a rank says, with the launcher's folder for it made."""
+    """Return the environment of a rank, after creating the launcher's folder for it."""
     file = folder / f"attempt_{attempt}" / str(number) / "error.json"
     file.parent.mkdir(parents=True)
     return {NPROC_VARIABLE: "2", "TORCHELASTIC_ERROR_FILE": str(file)}
 
 
-def test_one_rank_tells_what_all_find(tmp_path: Path):
-    """The first that comes; the launcher finds with each that it was told, and with which status."""
+def test_a_common_error_is_reported_once(tmp_path: Path):
+    """The first rank reports an error that all ranks have; all ranks write their exit code for the launcher."""
     environments = [rank(tmp_path, 0), rank(tmp_path, 1)]
     assert [claim_telling("a typo", 2, environ) for environ in environments] == [True, False]
     for environ in environments:
         assert json.loads(Path(environ["TORCHELASTIC_ERROR_FILE"]).read_text())[STATUS_KEY] == 2
 
 
-def test_ranks_that_were_started_again_tell_anew(tmp_path: Path):
-    """What ends the second start may be another error."""
+def test_restarted_ranks_report_errors_again(tmp_path: Path):
+    """After a restart, ranks report errors again."""
     assert claim_telling("first", 1, rank(tmp_path, 0))
     assert claim_telling("second", 1, rank(tmp_path, 0, attempt=1))
 
 
-def test_a_process_on_its_own_tells_its_error():
-    """Also a rank of torchrun, whose launcher does not know of ours."""
+def test_a_single_process_reports_its_error():
+    """A single process, or a rank of torchrun, reports its error itself."""
     assert claim_telling("a typo", 2, {})
     assert claim_telling("a typo", 2, {"TORCHELASTIC_ERROR_FILE": "/nowhere"})
 
@@ -39,7 +39,7 @@ def test_a_process_on_its_own_tells_its_error():
     ("most", "done", "told"),
     [("3", "1", "The ranks are started again (restart 2 of 3)."), ("3", "3", None), ("0", "0", None)],
 )
-def test_a_start_that_follows_is_announced(most: str, done: str, told: str | None):
-    """Only as often as the launcher does it."""
+def test_a_restart_is_announced(most: str, done: str, told: str | None):
+    """A restart is announced unless the limit has been reached."""
     assert restart_notice({"TORCHELASTIC_MAX_RESTARTS": most, "TORCHELASTIC_RESTART_COUNT": done}) == told
     assert restart_notice({}) is None

@@ -1,4 +1,4 @@
-"""The same training in several ways: what is equal, where it first differs, and what explains it."""
+"""Compare trainings: what is equal, the first difference, and its cause."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,19 +19,19 @@ SMALL = ("--steps", "4", "--set", "train_dataloader.batch_size=2")
 
 @pytest.fixture(autouse=True)
 def _environment_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the processes that are started find the package, and leave cores to others."""
+    """Let started processes find the package, and limit their threads."""
     monkeypatch.setenv("PYTHONPATH", str(Path(package.__file__).parents[1]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def rows(out: str) -> dict[str, str]:
-    """Return the result of each training, by its name."""
+    """Return the result of each training by name."""
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines() if line.startswith("│")]
     return {name: result for name, result in cells if name}
 
 
-def test_one_process_is_equal_to_itself_and_when_it_was_resumed(stratagem: Command, config: str, tmp_path: Path):
-    """To the bit, with dropout; nothing is left behind."""
+def test_one_process_is_equal_to_itself_and_after_resuming(stratagem: Command, config: str, tmp_path: Path):
+    """Repeated and resumed training in one process is bit-identical, even with dropout, and leaves no files behind."""
     done = stratagem("parity", config, *SMALL, "--nproc", "1")
     assert done.status == 0, done.err
     assert rows(done.out) == {
@@ -44,8 +44,8 @@ def test_one_process_is_equal_to_itself_and_when_it_was_resumed(stratagem: Comma
 
 
 @pytest.mark.slow
-def test_processes_and_accumulation_come_to_the_same_but_for_rounding(stratagem: Command, config: str, tmp_path: Path):
-    """With dropout in evaluation; several processes that were resumed are equal to the bit."""
+def test_ranks_and_accumulation_are_equal_up_to_rounding(stratagem: Command, config: str, tmp_path: Path):
+    """With dropout in evaluation mode, results are equal up to rounding; resumed ranks are bit-identical."""
     done = stratagem("parity", config, *SMALL, "--eval-layers")
     assert done.status == 0, done.err
     found = rows(done.out)
@@ -57,8 +57,8 @@ def test_processes_and_accumulation_come_to_the_same_but_for_rounding(stratagem:
 
 
 @pytest.mark.slow
-def test_sharded_training_comes_to_the_same(stratagem: Command, config: str):
-    """Parameters in shards are put together for the comparison; each strategy that is named has rows of its own."""
+def test_sharded_training_is_equal(stratagem: Command, config: str):
+    """Shards are gathered for the comparison, and only the given strategies have rows."""
     done = stratagem("parity", config, *SMALL, "--eval-layers", "--strategy", "fsdp")
     assert done.status == 0, done.err
     found = rows(done.out)
@@ -71,15 +71,15 @@ def test_sharded_training_comes_to_the_same(stratagem: Command, config: str):
     ("names", "text"),
     [("dpp", "Did you mean 'ddp'"), ("ddp,single", "one process is what all others are compared with")],
 )
-def test_a_strategy_that_cannot_be_compared(stratagem: Command, config: str, names: str, text: str):
-    """It is refused before anything is trained."""
+def test_an_invalid_strategy(stratagem: Command, config: str, names: str, text: str):
+    """An unknown strategy is rejected before any training."""
     done = stratagem("parity", config, "--strategy", names)
     assert done.status == 2
     assert text in done.err
 
 
-def test_dropout_is_what_explains_a_difference(tmp_path: Path):
-    """Each rank draws its own numbers. What must be equal to the bit is never explained so."""
+def test_dropout_explains_a_difference(tmp_path: Path):
+    """Dropout explains a difference between ranks, but not a difference where results must be bit-identical."""
     trial = Trial(steps=2, nproc=2, eval_layers=False, tolerance=1e-4)
     listed = {each.key: each for each in variants(2, accumulates=True)}
     batch_dependence = train_variant(Config.fromfile(CONFIG), listed["one"], trial, tmp_path)
@@ -92,7 +92,7 @@ def test_dropout_is_what_explains_a_difference(tmp_path: Path):
 
 
 def accumulated(config: Config, folder: Path) -> tuple[Variant, Found]:
-    """Train in one process with one and with two micro-batches a step, here, and compare them."""
+    """Train in one process with one and with two micro-batches per step, and compare."""
     config["train_dataloader"]["batch_size"] = 2
     trial = Trial(steps=3, nproc=2, eval_layers=False, tolerance=1e-4)
     listed = {each.key: each for each in variants(2, accumulates=True)}
@@ -102,8 +102,8 @@ def accumulated(config: Config, folder: Path) -> tuple[Variant, Found]:
     return listed["accumulated"], Found({"accumulated": compared}, batch_dependence)
 
 
-def test_accumulation_over_batch_normalisation_is_explained(tmp_path: Path):
-    """Its statistics are of the micro-batch, so the numbers are others, rightly."""
+def test_batch_normalization_explains_a_difference(tmp_path: Path):
+    """Batch normalization explains a difference with accumulation, because it uses the statistics of micro-batches."""
     config = Config.fromfile(CONFIG)
     config["model"]["network"] = [
         {"type": "Linear", "in_features": 2, "out_features": 4},
@@ -114,8 +114,8 @@ def test_accumulation_over_batch_normalisation_is_explained(tmp_path: Path):
     assert found.verdict(variant, tolerance=1e-4) == "not comparable"
 
 
-def test_a_loss_that_is_a_sum_is_found(tmp_path: Path):
-    """Micro-batches and ranks average, so a sum over a part of the batch is another loss."""
+def test_a_summed_loss_is_detected(tmp_path: Path):
+    """A loss with reduction="sum" is detected, because micro-batches and ranks are averaged."""
     config = Config.fromfile(CONFIG)
     config["model"]["network"] = [{"type": "Linear", "in_features": 2, "out_features": 4}]
     config["model"]["loss"]["reduction"] = "sum"
@@ -128,8 +128,8 @@ def test_a_loss_that_is_a_sum_is_found(tmp_path: Path):
     assert (first.step, first.name, first.relative) == (1, "the loss", pytest.approx(0.5))
 
 
-def test_a_training_that_does_not_repeat_itself_is_found(stratagem: Command, config: str):
-    """Its data are other numbers each time they are read; so nothing can be said of the other trainings."""
+def test_a_nondeterministic_training_is_detected(stratagem: Command, config: str):
+    """A training that is not reproducible, because its data changes, is detected."""
     done = stratagem("parity", config, *SMALL, "--nproc", "1", "--set", "train_dataloader.dataset.type=RestlessSamples")
     assert done.status == 1
     assert rows(done.out)["one process, again"] == "DIFFERENT"
@@ -145,16 +145,18 @@ def test_a_training_that_does_not_repeat_itself_is_found(stratagem: Command, con
     ],
     ids=lambda words: words[-1],
 )
-def test_a_training_that_cannot_be_cut(stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]):
-    """One clear message before anything is trained."""
+def test_a_training_that_cannot_be_split(
+    stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]
+):
+    """A training that cannot be split is an error before any training."""
     done = stratagem("parity", config, *words)
     assert done.status == 2
     for text in texts:
         assert text in done.err
 
 
-def test_no_more_steps_than_an_epoch_has(stratagem: Command, config: str):
-    """Twenty samples, four a step: five steps, whatever was asked for."""
+def test_the_number_of_steps_is_limited_by_the_epoch(stratagem: Command, config: str):
+    """The number of steps is limited by the epoch: twenty samples, four per step, are five steps."""
     done = stratagem("parity", config, "--steps", "50", "--nproc", "1", "--eval-layers")
     assert done.status == 0, done.err
     assert "5 steps of 4 samples" in done.out

@@ -1,4 +1,4 @@
-"""The command line in processes of its own: signals, several ranks, and what the shell sees."""
+"""The command line in separate processes: signals, several ranks, and exit codes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +28,10 @@ LONG = (
 )
 
 
-def test_ctrl_c_and_resume_come_to_the_same_weights(
+def test_ctrl_c_and_resume_give_the_same_weights(
     shell: Shell, stratagem: Callable[..., Any], config: str, tmp_path: Path
 ):
-    """Stopped wherever the signal came, with status 130 and no traceback; bit for bit the undisturbed run."""
+    """Ctrl-C exits with 130 without a traceback, and the resumed run is bit-identical to an uninterrupted one."""
     assert stratagem("train", config, "--work-dir", "whole", *LONG).status == 0
     status, output = shell.interrupt("train", config, "--work-dir", "cut", *LONG)
     assert status == 130, output
@@ -45,16 +45,16 @@ def test_ctrl_c_and_resume_come_to_the_same_weights(
     assert all(torch.equal(cut[name], value) for name, value in whole.items())
 
 
-def test_a_mistake_in_several_ranks_is_told_once(shell: Shell, config: str):
-    """Without the launcher's own report of it, and with the status of one process."""
+def test_a_common_error_of_several_ranks_is_printed_once(shell: Shell, config: str):
+    """An error on all ranks is printed once, without the launcher's report, with the exit code of one process."""
     status, output = shell.run("train", config, "--nproc", "2", "--set", "model.type=SupervisdModel")
     assert status == 2, output
     assert output.count("'SupervisdModel'") == 1
     assert "torch/distributed" not in output
 
 
-def test_two_ranks_train_stop_and_go_on(shell: Shell, config: str, tmp_path: Path):
-    """20 samples in 2 ranks' batches of 4 are 3 iterations an epoch; Ctrl-C stops both after the same one."""
+def test_two_ranks_train_stop_and_resume(shell: Shell, config: str, tmp_path: Path):
+    """20 samples on 2 ranks in batches of 4 are 3 iterations per epoch; Ctrl-C stops both after the same one."""
     ranks = ("--work-dir", "run", "--nproc", "2", *LONG)
     status, output = shell.interrupt("train", config, *ranks)
     assert status == 130, output
@@ -69,8 +69,8 @@ def test_two_ranks_train_stop_and_go_on(shell: Shell, config: str, tmp_path: Pat
     assert "Trained 120 epochs (360 iterations)" in output
 
 
-def test_a_sweep_in_several_ranks_is_shown_once_and_leaves_nothing(shell: Shell, config: str, tmp_path: Path):
-    """By rank 0; the folder stays empty."""
+def test_a_sweep_on_several_ranks_is_printed_once(shell: Shell, config: str, tmp_path: Path):
+    """Only rank 0 prints the sweep, and the folder stays empty."""
     status, output = shell.run("find", "lr", config, "--nproc", "2", "--steps", "6")
     assert status == 0, output
     assert output.count("learning-rate range test") == 1

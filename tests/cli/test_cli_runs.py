@@ -1,4 +1,4 @@
-"""Where a run came from, from the command line."""
+"""Commands that show the history of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Command = Callable[..., Any]
 
 @pytest.fixture
 def twice(stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The folders of two starts: the second goes on from the first for an epoch more, with another weight decay."""
+    """The folders of two sessions: the second resumes the first for one more epoch with a different weight decay."""
     times = iter(["20260101_000000", "20260102_000000"])
     monkeypatch.setattr("time.strftime", lambda _format, *_: next(times, "20260103_000000"))
     assert stratagem("train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1").status == 0
@@ -25,8 +25,8 @@ def twice(stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.M
     return sorted(record.parent for record in (tmp_path / "run").glob(f"*/{RECORD}"))
 
 
-def test_the_second_start_knows_the_first(twice: list[Path]) -> None:
-    """It names the checkpoint, the place in the run, and what was changed in the configuration."""
+def test_the_second_session_records_the_first(twice: list[Path]) -> None:
+    """A session records the checkpoint, the position, and the changes in the configuration."""
     history, outcome = read_record(twice[1])
     first, second = history.sessions
     assert (first.checkpoint, first.iter) == (None, 0)
@@ -38,8 +38,8 @@ def test_the_second_start_knows_the_first(twice: list[Path]) -> None:
     assert (outcome.how, outcome.epoch, outcome.iter) == ("complete", 2, 10)
 
 
-def test_ls_lists_the_starts(stratagem: Command, twice: list[Path]) -> None:
-    """`runs ls` prints from where each went on, and how it ended."""
+def test_ls_lists_the_sessions(stratagem: Command, twice: list[Path]) -> None:
+    """`runs ls` prints the checkpoint that each session resumed from, and how it ended."""
     listed = stratagem("runs", "ls", "run")
     lines = listed.out.splitlines()
     assert listed.status == 0
@@ -48,15 +48,15 @@ def test_ls_lists_the_starts(stratagem: Command, twice: list[Path]) -> None:
     assert f"epoch_1 of {twice[0].parent.name}/{twice[0].name}" in lines[2]
 
 
-def test_a_start_that_was_killed_is_told(stratagem: Command, twice: list[Path]) -> None:
-    """Without an ending the start was killed, or is still running."""
+def test_a_killed_session_is_listed(stratagem: Command, twice: list[Path]) -> None:
+    """A session without an outcome was killed or is still running."""
     file = twice[1] / RECORD
     file.write_text(json.dumps({**json.loads(file.read_text()), "ending": None}))
     assert "killed, or still running" in stratagem("runs", "ls", "run").out
 
 
-def test_show_tells_how_a_checkpoint_came_about(stratagem: Command, twice: list[Path]) -> None:
-    """`runs show` prints every start that led to a checkpoint, with the changes."""
+def test_show_prints_the_history_of_a_checkpoint(stratagem: Command, twice: list[Path]) -> None:
+    """`runs show` prints every session that led to a checkpoint, with the changes."""
     shown = stratagem("runs", "show", "run/epoch_2")
     assert shown.status == 0
     assert shown.out.count("SingleDeviceStrategy, 1 rank") == 2
@@ -66,8 +66,8 @@ def test_show_tells_how_a_checkpoint_came_about(stratagem: Command, twice: list[
     assert "complete, at epoch 2, iteration 10" in stratagem("runs", "show", twice[1]).out
 
 
-def test_what_has_no_lineage_is_said(stratagem: Command, tmp_path: Path) -> None:
-    """A checkpoint that no run saved, and a folder without runs, are errors."""
+def test_a_missing_history_is_an_error(stratagem: Command, tmp_path: Path) -> None:
+    """A checkpoint without a history and a folder without runs are errors."""
     save_checkpoint({"state_dict": {}}, tmp_path / "c")
     assert "does not say which starts led to it" in stratagem("runs", "show", tmp_path / "c").err
     assert "no run was started in it" in stratagem("runs", "ls", tmp_path).err

@@ -1,4 +1,4 @@
-"""``stratagem sample``: any model that generates, and a clear word to all others. The example's test has it write text."""
+"""``stratagem sample`` works with any model that can generate; the example's test generates real text."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CONFIG = 'model = dict(type="Counting", step=3)\ntokenizer = dict(type="Letters"
 
 @TOKENIZERS.register_module()
 class Letters:
-    """Numbers for small letters."""
+    """A tokenizer for lowercase letters."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Return their places in the alphabet."""
+        """Return the positions of the letters in the alphabet."""
         return [ord(letter) - ord("a") for letter in text]
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -33,24 +33,24 @@ class Letters:
 
 @TOKENIZERS.register_module()
 class Mute:
-    """No tokenizer."""
+    """A class that is not a tokenizer."""
 
 
 @MODELS.register_module()
 class Counting(BaseModel):
-    """Goes on with the letter a step further; or with any letter, where it is to draw."""
+    """A model that continues with the next letter, or with a random one if it samples."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
         self.step = nn.Parameter(torch.tensor(float(step)))
 
     def forward(self, *args: Any, mode: str = "tensor", **kwargs: Any) -> Any:
-        """Never called."""
+        """Do nothing; ``generate`` does not call it."""
 
     def generate(
         self, tokens: Tensor, *, max_new_tokens: int, do_sample: bool, temperature: float, top_k: int
     ) -> Tensor:
-        """Return the tokens and those that follow."""
+        """Return the tokens and the generated ones."""
         assert not self.training
         for _ in range(max_new_tokens):
             drawn = torch.randint(top_k, (1, 1)) if do_sample else (tokens[:, -1:] + int(self.step)) % 26
@@ -60,7 +60,7 @@ class Counting(BaseModel):
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[str, str]:
-    """The path of a configuration, and the folder of a run with one checkpoint, whose model takes steps of 1."""
+    """The path of a configuration, and the folder of a run with one checkpoint, whose model has a step of 1."""
     config = tmp_path / "letters.py"
     config.write_text(CONFIG, encoding="utf-8")
     strategy = SingleDeviceStrategy(work_dir=tmp_path / "run", log_kwargs={"log_level": "ERROR"})
@@ -70,16 +70,16 @@ def written(tmp_path: Path) -> tuple[str, str]:
     return str(config), str(tmp_path / "run")
 
 
-def test_a_model_goes_on_with_the_weights_of_the_checkpoint(stratagem: Command, written: tuple[str, str]) -> None:
-    """A checkpoint, or the folder of a run for its latest."""
+def test_a_model_uses_the_weights_of_the_checkpoint(stratagem: Command, written: tuple[str, str]) -> None:
+    """The model uses the weights of the given checkpoint, or of the latest in a run folder."""
     config, run = written
     for checkpoint in (run, f"{run}/iter_1"):
         done = stratagem("sample", config, checkpoint, "--prompt", "ab", "--tokens", "4", "--temperature", "0")
         assert (done.status, done.out) == (0, "abcdef\n")
 
 
-def test_options_of_the_strategy_that_trained_are_nobodys_here(stratagem: Command, written: tuple[str, str]) -> None:
-    """The command that a sharded training ends with names them, but not the strategy: one process writes."""
+def test_options_of_the_training_strategy_are_ignored(stratagem: Command, written: tuple[str, str]) -> None:
+    """Options of the training strategy, which a command after sharded training contains, are ignored."""
     config, run = written
     done = stratagem(
         "sample", config, run, "--prompt", "a", "--tokens", "2", "--temperature", "0", "--set", "strategy.tp=2"
@@ -88,8 +88,8 @@ def test_options_of_the_strategy_that_trained_are_nobodys_here(stratagem: Comman
     assert done.out.strip() == "abc"
 
 
-def test_the_seed_decides_what_is_drawn(stratagem: Command, written: tuple[str, str], tmp_path: Path) -> None:
-    """As torch draws with it; and nothing is written."""
+def test_the_seed_determines_the_samples(stratagem: Command, written: tuple[str, str], tmp_path: Path) -> None:
+    """The seed determines the samples, and no files are written."""
     before = sorted(tmp_path.rglob("*"))
     torch.manual_seed(4)
     expected = "".join("abcde"[int(torch.randint(5, (1, 1)))] for _ in range(8))
@@ -111,10 +111,10 @@ def test_the_seed_decides_what_is_drawn(stratagem: Command, written: tuple[str, 
     ],
     ids=["no tokenizer", "no methods", "no text", "no model", "misspelled"],
 )  # fmt: skip
-def test_what_writes_no_text_is_refused(
+def test_a_model_that_cannot_generate_is_rejected(
     stratagem: Command, written: tuple[str, str], changes: dict[str, Any], message: str
 ) -> None:
-    """With what is missing, and nothing of Python's own."""
+    """The error for a model or tokenizer that cannot generate text states what is missing."""
     config, run = written
     Path(config).write_text(
         CONFIG + "".join(f"{key} = {value!r}\n" for key, value in changes.items()), encoding="utf-8"
@@ -125,10 +125,10 @@ def test_what_writes_no_text_is_refused(
     assert done.out == ""
 
 
-def test_an_empty_prompt_and_a_missing_checkpoint_are_refused(
+def test_an_empty_prompt_and_a_missing_checkpoint_are_rejected(
     stratagem: Command, written: tuple[str, str], tmp_path: Path
 ) -> None:
-    """A model goes on with one token at least."""
+    """A prompt without tokens and a missing checkpoint are errors."""
     config, run = written
     empty = stratagem("sample", config, run, "--prompt", "")
     assert (empty.status, "--prompt '' has no token" in empty.err) == (2, True)
@@ -139,8 +139,8 @@ def test_an_empty_prompt_and_a_missing_checkpoint_are_refused(
     assert (other.status, str(tmp_path / "other") in other.err) == (2, True)
 
 
-def test_a_training_ends_with_the_command_that_samples(stratagem: Command, config: str) -> None:
-    """Where the configuration names a tokenizer."""
+def test_a_training_ends_with_the_command_to_sample(stratagem: Command, config: str) -> None:
+    """If the configuration has a tokenizer, the summary of a training contains the command to sample."""
     changes = ("--set", "train_cfg.max_epochs=1", "--set", "tokenizer.type=Letters")
     done = stratagem("train", config, "--work-dir", "run", *changes)
     rows = dict(line.strip().split(maxsplit=1) for line in done.out.splitlines() if line.startswith("  "))

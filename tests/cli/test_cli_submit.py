@@ -15,8 +15,8 @@ from stratagem.cli.submit import Allocation, seconds_of
 from stratagem.errors import ConfigValueError
 
 
-def test_what_the_user_asks_for_stands_in_the_script(stratagem: Callable[..., Any], config: str) -> None:
-    """Nodes, accelerators with a rank each, time, and the way to save and to come back."""
+def test_options_are_written_to_the_script(stratagem: Callable[..., Any], config: str) -> None:
+    """The script contains the nodes, one rank per accelerator, the time, and the options to save and requeue."""
     asked = ("--nodes", 2, "--gpus-per-node", 8, "--time", "2-00", "--partition", "big", "--sbatch", "--qos=long")
     outcome = stratagem("submit", config, *asked, "--set", "vars.note=a b", "--print")
     assert outcome.status == 0, outcome.err
@@ -29,21 +29,21 @@ def test_what_the_user_asks_for_stands_in_the_script(stratagem: Callable[..., An
 
 
 def test_printing_writes_nothing(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
-    """It is there to be looked at."""
+    """`--print` prints the script and writes no file."""
     assert stratagem("submit", config, "--print").out.startswith("#!/bin/bash\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_script_goes_into_the_folder_of_the_run(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
-    """Without --now nothing is submitted; the command that does it is shown."""
+def test_the_script_is_written_to_the_run_folder(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
+    """Without --now, the script is written to the run folder, and the command to submit it is printed."""
     outcome = stratagem("submit", config, "--work-dir", "run")
     file = tmp_path / "run" / "toy_config.sbatch"
     assert f"--output={tmp_path}/run/slurm-%j.out" in file.read_text()
     assert f"sbatch {file}" in outcome.out
 
 
-def test_without_accelerators_there_is_a_rank_on_each_node(stratagem: Callable[..., Any], config: str) -> None:
-    """Or as many as asked for; no accelerator is asked of SLURM."""
+def test_without_accelerators_there_is_one_rank_per_node(stratagem: Callable[..., Any], config: str) -> None:
+    """Without accelerators, there is one rank per node, or the given number."""
     out = stratagem("submit", config, "--nodes", 3, "--print").out
     assert "--ntasks-per-node=1\n" in out
     assert "gpus" not in out
@@ -51,24 +51,22 @@ def test_without_accelerators_there_is_a_rank_on_each_node(stratagem: Callable[.
 
 
 def test_cores_reach_the_step(stratagem: Callable[..., Any], config: str) -> None:
-    """SLURM does not hand the job's cores on to srun by itself."""
+    """The script exports the number of cores, because SLURM does not pass it from the job to srun."""
     out = stratagem("submit", config, "--cpus-per-task", 4, "--print").out
     assert "#SBATCH --cpus-per-task=4\n" in out
     assert "export SRUN_CPUS_PER_TASK=" in out
 
 
-def test_a_mistake_is_found_before_the_queue(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
-    """A configuration that training would refuse is refused now."""
+def test_an_error_is_found_before_submission(stratagem: Callable[..., Any], config: str, tmp_path: Path) -> None:
+    """A configuration that training would reject is rejected before submission."""
     outcome = stratagem("submit", config, "--set", "train_cfg.max_epoch=3")
     assert outcome.status == 2
     assert "max_epochs" in outcome.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_submitting_where_slurm_is_not(
-    stratagem: Callable[..., Any], config: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The script is written, and the error says where to submit it."""
+def test_submitting_without_slurm(stratagem: Callable[..., Any], config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without sbatch, the script is written, and the error states where to submit it."""
     monkeypatch.setenv("PATH", "/nowhere")
     outcome = stratagem("submit", config, "--now")
     assert outcome.status == 2
@@ -84,18 +82,16 @@ def test_submitting_where_slurm_is_not(
         ("--sbatch", "qos=long", "--sbatch=--qos=long"),
     ],
 )
-def test_what_cannot_be_asked_of_slurm(
-    stratagem: Callable[..., Any], config: str, option: str, value: str, told: str
-) -> None:
-    """It is refused with what to write instead."""
+def test_invalid_slurm_options(stratagem: Callable[..., Any], config: str, option: str, value: str, told: str) -> None:
+    """Invalid SLURM options are errors with a suggestion."""
     outcome = stratagem("submit", config, f"{option}={value}", "--print")
     assert outcome.status == 2
     assert told in outcome.err
 
 
 @given(st.integers(0, 60), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
-def test_every_form_of_a_time(days: int, hours: int, minutes: int, seconds: int) -> None:
-    """SLURM writes a time limit in six forms."""
+def test_all_formats_of_a_time_limit(days: int, hours: int, minutes: int, seconds: int) -> None:
+    """All six formats of SLURM's time limit are parsed."""
     day, hour, minute = 86_400, 3600, 60
     assert seconds_of(f"{minutes}") == minutes * minute
     assert seconds_of(f"{minutes}:{seconds:02}") == minutes * minute + seconds
@@ -106,8 +102,8 @@ def test_every_form_of_a_time(days: int, hours: int, minutes: int, seconds: int)
     assert seconds_of(f"{days}-{hours}:{minutes}:{seconds}") == whole
 
 
-def test_more_time_to_save_is_more_time_to_ask_for() -> None:
-    """An hour is enough for ten minutes of saving, ten minutes are not."""
+def test_the_time_to_save_is_limited_by_the_time_limit() -> None:
+    """The time to save must be shorter than the time limit: an hour is enough for ten minutes, ten minutes are not."""
     Allocation(nodes=1, gpus_per_node=0, time="1:00:00", save_before_s=600)
     with pytest.raises(ConfigValueError, match="--save-before"):
         Allocation(nodes=1, gpus_per_node=0, time="10", save_before_s=600)

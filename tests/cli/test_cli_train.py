@@ -17,8 +17,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return CheckpointLoader.load_checkpoint(path)["state_dict"]
 
 
-def test_training_ends_with_what_to_know_and_what_to_do_next(stratagem: Command, config: str, tmp_path: Path):
-    """Metrics, checkpoint, and the commands that test it and train on."""
+def test_training_ends_with_a_summary(stratagem: Command, config: str, tmp_path: Path):
+    """The summary contains metrics, the checkpoint, and the commands to test it and to continue training."""
     done = stratagem("train", config, "--work-dir", "run")
     assert done.status == 0
     summary = done.out[done.out.index("Trained 2 epochs (10 iterations)") :].splitlines()
@@ -32,13 +32,13 @@ def test_training_ends_with_what_to_know_and_what_to_do_next(stratagem: Command,
 
 
 def test_the_work_dir_is_named_after_the_configuration(stratagem: Command, config: str, tmp_path: Path):
-    """Where neither it nor the command line says one."""
+    """The default work dir is named after the configuration file."""
     assert stratagem("train", config, "--set", "train_cfg.max_epochs=1").status == 0
     assert (tmp_path / "work_dirs" / "toy_config" / "epoch_1").is_dir()
 
 
-def test_one_of_something_is_not_several(stratagem: Command, config: str):
-    """And a command that trains on does not name a length twice."""
+def test_the_summary_of_one_epoch(stratagem: Command, config: str):
+    """The summary uses the singular for one epoch, and the suggested command has no repeated option."""
     done = stratagem(
         "train", config, "--work-dir", "run", "--set", "train_cfg.max_epochs=1", "--set", "randomness.seed=4"
     )
@@ -49,7 +49,7 @@ def test_one_of_something_is_not_several(stratagem: Command, config: str):
 
 
 def test_overrides_reach_mappings_and_items_of_lists(stratagem: Command, config: str, tmp_path: Path):
-    """a.b.0.c=value; the kept configuration shows them."""
+    """Overrides such as a.b.0.c=value are applied and are in the saved configuration."""
     overrides = ("model.network.1.p=0.0", "param_scheduler.0.end=3", "train_cfg={_delete_: true, max_iters: 2}")
     words = [word for override in overrides for word in ("--set", override)]
     assert stratagem("train", config, "--work-dir", "run", *words).status == 0
@@ -59,8 +59,8 @@ def test_overrides_reach_mappings_and_items_of_lists(stratagem: Command, config:
     assert kept.train_cfg.to_dict() == {"max_iters": 2}
 
 
-def test_a_run_that_was_interrupted_and_resumed_is_the_undisturbed_run(stratagem: Command, config: str, tmp_path: Path):
-    """Ctrl-C in the middle of an epoch: status 130, a checkpoint, and with --resume the same final weights."""
+def test_an_interrupted_and_resumed_run_matches_an_uninterrupted_one(stratagem: Command, config: str, tmp_path: Path):
+    """Ctrl-C within an epoch exits with 130 and saves; the resumed run has the same final weights."""
     assert stratagem("train", config, "--work-dir", "whole").status == 0
     press = ("--set", "custom_hooks=[{type: PressCtrlC, after: 3}]")
     stopped = stratagem("train", config, "--work-dir", "cut", *press)
@@ -73,15 +73,15 @@ def test_a_run_that_was_interrupted_and_resumed_is_the_undisturbed_run(stratagem
     assert all(torch.equal(cut[name], value) for name, value in whole.items())
 
 
-def test_resume_without_a_checkpoint_starts_anew(stratagem: Command, config: str):
-    """So the same command can be given always."""
+def test_resume_without_a_checkpoint_starts_from_scratch(stratagem: Command, config: str):
+    """--resume without an existing checkpoint starts from scratch, so the same command always works."""
     done = stratagem("train", config, "--work-dir", "run", "--resume")
     assert done.status == 0
     assert "starting anew" in done.out + done.err
 
 
-def test_resume_takes_a_path(stratagem: Command, config: str, tmp_path: Path):
-    """Of any run's checkpoint."""
+def test_resume_accepts_a_path(stratagem: Command, config: str, tmp_path: Path):
+    """--resume accepts the path of a checkpoint from any run."""
     stratagem("train", config, "--work-dir", "first", "--set", "train_cfg.max_epochs=1")
     done = stratagem("train", config, "--work-dir", "second", "--resume", "first/epoch_1")
     assert "Going on after epoch 1, iteration 5" in done.out + done.err
@@ -89,7 +89,7 @@ def test_resume_takes_a_path(stratagem: Command, config: str, tmp_path: Path):
 
 
 def test_test_prints_the_metrics_of_a_checkpoint(stratagem: Command, config: str, tmp_path: Path):
-    """The same that the training measured; the run's kept configuration stays as it is."""
+    """`test` prints the metrics measured in training and does not modify the saved configuration."""
     trained = stratagem("train", config, "--work-dir", "run")
     accuracy = next(line.split()[1] for line in trained.out.splitlines() if line.startswith("  accuracy"))
     kept = (tmp_path / "run" / "toy_config.py").read_bytes()
@@ -100,7 +100,7 @@ def test_test_prints_the_metrics_of_a_checkpoint(stratagem: Command, config: str
 
 
 def test_env_prints_the_environment(stratagem: Command):
-    """A line for each fact."""
+    """`env` prints one line per fact."""
     done = stratagem("env")
     facts = dict(line.split(maxsplit=1) for line in done.out.splitlines())
     assert done.status == 0
@@ -109,7 +109,7 @@ def test_env_prints_the_environment(stratagem: Command):
 
 
 def test_version(stratagem: Command):
-    """--version prints name and number."""
+    """--version prints the name and version."""
     assert stratagem("--version").out == f"stratagem {__version__}\n"
 
 
@@ -125,8 +125,8 @@ def test_version(stratagem: Command):
         (("env",), ("bug reports",)),
     ],
 )
-def test_the_help_names_everything(stratagem: Command, command: tuple[str, ...], words: tuple[str, ...]):
-    """Of each command; flags are not shown as if they took a value."""
+def test_the_help_lists_all_options(stratagem: Command, command: tuple[str, ...], words: tuple[str, ...]):
+    """The help of each command lists its options, and flags are shown without a value."""
     for option in ("--help", "-h"):
         done = stratagem(*command, option)
         assert done.status == 0
@@ -145,6 +145,6 @@ def test_the_help_names_everything(stratagem: Command, command: tuple[str, ...],
         (["--resume=path"], ["--resume=path"]),
     ],
 )
-def test_the_path_of_resume_may_be_left_out(words: list[str], spelled: list[str]):
-    """At the end of the line, or before another option."""
+def test_the_path_of_resume_is_optional(words: list[str], spelled: list[str]):
+    """The path of --resume is optional, at the end or before another option."""
     assert spell_out_resume(words) == spelled

@@ -1,4 +1,4 @@
-"""Looking at configurations from the command line."""
+"""Commands that inspect configurations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stratagem.cli.main import spell_out_resume
 
 @pytest.fixture
 def family(tmp_path: Path) -> Path:
-    """A configuration with a base: the base gives the learning rate, the child changes it."""
+    """A configuration with a base that sets the learning rate, which the child changes."""
     (tmp_path / "base.py").write_text("optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1))\n")
     child = tmp_path / "child.py"
     child.write_text(
@@ -24,7 +24,7 @@ def family(tmp_path: Path) -> Path:
 
 
 def test_show_prints_the_merged_configuration(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
-    """`config show --as yaml` prints what the bases, the file and --set give together."""
+    """`config show --as yaml` prints the configuration after merging bases, file and --set."""
     shown = stratagem("config", "show", family, "--as", "yaml", "--set", "log_level=DEBUG")
     assert shown.status == 0
     assert yaml.safe_load(shown.out) == {
@@ -34,15 +34,15 @@ def test_show_prints_the_merged_configuration(stratagem: Callable, family: Path)
     }
 
 
-def test_show_refuses_an_unknown_form(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
-    """`--as yml` is refused with the nearest form."""
+def test_show_rejects_an_unknown_format(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """An unknown format is rejected with the closest name."""
     shown = stratagem("config", "show", family, "--as", "yml")
     assert (shown.status, shown.out) == (2, "")
     assert "Did you mean 'yaml'?" in shown.err
 
 
-def test_explain_names_every_file_and_line(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
-    """`config explain` prints, in order, the base's line, the child's line and the override."""
+def test_explain_lists_every_file_and_line(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """`config explain` prints the line of the base, the line of the child and the override, in order."""
     told = stratagem(
         "config", "explain", family, "optim_wrapper.optimizer.lr", "--set", "optim_wrapper.optimizer.lr=0.3"
     )
@@ -52,8 +52,8 @@ def test_explain_names_every_file_and_line(stratagem: Callable, family: Path) ->
     assert [line.rstrip().rsplit(" ", 1)[1] for line in lines[1:]] == ["0.1", "0.2", "0.3"]
 
 
-def test_diff_compares_with_another_file(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
-    """`config diff` prints what differs, and says so where nothing does."""
+def test_diff_compares_two_files(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
+    """`config diff` prints the differences, or that there are none."""
     different = stratagem("config", "diff", family.with_name("base.py"), family)
     assert different.status == 0
     assert "0.1" in different.out
@@ -62,7 +62,7 @@ def test_diff_compares_with_another_file(stratagem: Callable, family: Path) -> N
 
 
 def test_check_lists_all_problems(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
-    """`config check` ends with status 2 and names each slip with its place and the nearest name."""
+    """`config check` exits with 2 and lists each problem with its location and the closest name."""
     assert stratagem("config", "check", family).status == 0
     wrong = stratagem("config", "check", family, "--set", "optim_wrapper.optimizer.momentun=1", "--set", "rezume=1")
     assert wrong.status == 2
@@ -80,14 +80,14 @@ def test_resume_without_a_path_is_spelled_out() -> None:
 
 
 @pytest.mark.parametrize(("name", "searched"), [("run.yaml", False), ("run.py", True)])
-def test_the_working_directory_is_searched_for_programs_only(
+def test_the_working_directory_is_only_searched_for_programs(
     stratagem: Callable,  # type: ignore[type-arg]
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     name: str,
     searched: bool,
 ) -> None:
-    """`python -m stratagem` could import a file of the folder in place of a library; for a data file, it does not."""
+    """For a data file, `python -m stratagem` does not import files from the working directory."""
     monkeypatch.setattr(sys, "path", ["", str(tmp_path), *sys.path])
     (tmp_path / "run.yaml").write_text("model: {type: Identity}\n")
     (tmp_path / "run.py").write_text("model = dict(type='Identity')\n")
@@ -96,8 +96,8 @@ def test_the_working_directory_is_searched_for_programs_only(
     assert ("" in sys.path) is searched
 
 
-def test_check_names_what_a_data_file_must_not_give(stratagem: Callable, tmp_path: Path) -> None:  # type: ignore[type-arg]
-    """Each argument is named with its line before anything is built, also deep in the arguments of a model."""
+def test_check_lists_invalid_arguments_of_a_data_file(stratagem: Callable, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    """Each invalid argument of a data file is listed with its line before anything is built."""
     (tmp_path / "run.yaml").write_text(
         "model:\n  type: ModelWithLoss\n  network:\n    type: Linear\n    in_features: 1\n    out_features: 1\n"
         "compile:\n  options: {cpp.cxx: [./evil.sh]}\n  backend: os.system\n"

@@ -1,4 +1,4 @@
-"""How ranks are dealt to the places that Ray has found for them."""
+"""Assigning ranks to Ray actors."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from stratagem.cli.launch.ray_actor import Seat
 from stratagem.dist import infer_launcher, read_launch
 
 
-def test_ranks_of_a_host_follow_each_other() -> None:
-    """Rank 0 is on the first actor's host, where the others find it; each learns how many share its own."""
+def test_ranks_of_a_host_are_consecutive() -> None:
+    """Ranks of a host are consecutive, rank 0 is on the host of the first actor, and local sizes are set."""
     seats = [Seat("b", "10.0.0.2"), Seat("a", "10.0.0.1"), Seat("b", "10.0.0.2")]
     launches = [read_launch("ray", environ) for environ in rank_environments(seats, "j")]
     assert [launch.rank for launch in launches] == [0, 2, 1]
@@ -18,14 +18,14 @@ def test_ranks_of_a_host_follow_each_other() -> None:
     assert {(launch.size, launch.job, launch.master_port) for launch in launches} == {(3, "Ray job j", None)}
 
 
-def test_one_host_meets_on_loopback() -> None:
-    """Nobody outside can connect."""
+def test_a_single_host_uses_loopback() -> None:
+    """On a single host, the rendezvous uses the loopback interface."""
     environs = rank_environments([Seat("a", "10.0.0.1")] * 2, "j")
     assert all(read_launch("ray", environ).on_one_host for environ in environs)
     assert {environ["MASTER_ADDR"] for environ in environs} == {"127.0.0.1"}
 
 
-def test_a_rank_knows_that_ray_started_it() -> None:
-    """Torchrun's variables are there, too, but not all of them."""
+def test_ray_is_inferred_as_the_launcher() -> None:
+    """Ray is inferred as the launcher, although some of torchrun's variables are set."""
     (environ,) = rank_environments([Seat("a", "10.0.0.1")], "j")
     assert infer_launcher(environ) == "ray"

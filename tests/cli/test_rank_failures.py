@@ -1,4 +1,4 @@
-"""Ranks that fail, die, hang, are stopped by SLURM and are started again: what the user reads, and what is left."""
+"""Ranks that fail, exit, hang, are preempted or restarted: messages and remaining files."""
 
 import signal
 import stat
@@ -13,21 +13,22 @@ from stratagem.checkpoint import CheckpointLoader
 
 pytestmark = pytest.mark.slow
 
-# 36 iterations on two ranks, three an epoch; nothing but checkpoints in between.
+# 36 iterations on two ranks, three per epoch, with checkpoints only.
 RUN = ("--set", "train_cfg.max_epochs=12", "--set", "train_cfg.val_interval=120", "--work-dir", "run")
 
-# Three seconds on a quiet machine; on one with much more to do, still far from the ten minutes of the time-out.
+# It takes three seconds on an idle machine. The limit allows for a busy one, but is far below the timeout of ten
+# minutes.
 SOON_S = 60
 RARE = ("--set", "default_hooks.checkpoint.interval=-1")
 
 
 def misbehaving(how: str, rank: int = 1) -> tuple[str, ...]:
-    """Return the options by which a rank does something bad in iteration 7."""
+    """Return the options that make a rank fail in iteration 7."""
     return ("--set", f"custom_hooks=[{{'type': 'Misbehave', 'how': '{how}', 'rank': {rank}}}]")
 
 
 def seconds_since_then(folder: Path) -> float:
-    """Return how long ago a rank did something bad."""
+    """Return the seconds since the rank failed."""
     return time.time() - (folder / "misbehaved").stat().st_mtime
 
 
@@ -36,8 +37,8 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return CheckpointLoader.load_checkpoint(path)["state_dict"]
 
 
-def test_the_error_of_a_rank_is_told_once(shell: Shell, config: str, tmp_path: Path):
-    """With its rank, iteration and batch; the other rank says in a line why it stops."""
+def test_the_error_of_a_rank_is_printed_once(shell: Shell, config: str, tmp_path: Path):
+    """The error is printed once with rank, iteration and batch; the other rank prints why it stops."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("raise"))
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 1, output
@@ -51,8 +52,8 @@ def test_the_error_of_a_rank_is_told_once(shell: Shell, config: str, tmp_path: P
     assert shell.leftovers() == []
 
 
-def test_a_killed_rank_is_named(shell: Shell, config: str, tmp_path: Path):
-    """Even rank 0, whose store ends with it: the other says who is gone and where, and the status tells the signal."""
+def test_a_killed_rank_is_reported(shell: Shell, config: str, tmp_path: Path):
+    """If rank 0 with the store is killed, the other rank reports it, and the exit code contains the signal."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("SIGKILL", rank=0))
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 128 + signal.SIGKILL, output
@@ -61,8 +62,8 @@ def test_a_killed_rank_is_named(shell: Shell, config: str, tmp_path: Path):
     assert shell.leftovers() == []
 
 
-def test_a_rank_that_does_not_answer_is_given_up(shell: Shell, config: str, tmp_path: Path):
-    """After the time-out, with the stacks of all ranks that live: that of the hanging one shows the line."""
+def test_a_hanging_rank_times_out(shell: Shell, config: str, tmp_path: Path):
+    """After the timeout, the stacks of all running ranks are written, including the line of the hanging rank."""
     status, output = shell.run(
         "train", config, "--nproc", "2", *RUN, *misbehaving("hang"), "--set", "env_cfg.dist_cfg.timeout=3"
     )
@@ -80,8 +81,8 @@ def test_a_rank_that_does_not_answer_is_given_up(shell: Shell, config: str, tmp_
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--log-dir", "logs")
 
 
-def test_ranks_that_are_started_again_go_on_exactly(shell: Shell, config: str, tmp_path: Path):
-    """By --max-restarts and by torchrun's default rendezvous: the end is bit for bit that of the undisturbed run."""
+def test_restarted_ranks_give_the_same_results(shell: Shell, config: str, tmp_path: Path):
+    """With --max-restarts and torchrun, restarted ranks give bit-identical results to an uninterrupted run."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN)
     assert status == 0, output
     whole = weights(tmp_path / "run" / "epoch_12")
@@ -98,8 +99,8 @@ def test_ranks_that_are_started_again_go_on_exactly(shell: Shell, config: str, t
     assert shell.leftovers() == []
 
 
-def test_slurm_s_warning_saves_and_requeues(shell: Shell, config: str, tmp_path: Path):
-    """SIGUSR1 to the launcher alone reaches the ranks; the job that comes back goes on, though nobody said resume."""
+def test_a_slurm_signal_saves_and_requeues(shell: Shell, config: str, tmp_path: Path):
+    """SIGUSR1 to the launcher saves on all ranks and requeues the job, which then resumes automatically."""
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')

@@ -1,4 +1,4 @@
-"""No secret is kept or printed, whatever a run, a crash, a resume and the commands that look at them write."""
+"""No secret is saved or printed by a run, a crash, a resume, and commands that inspect the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLACES = (
     "password", "api_key", "list", "credentials", "camel", "user_info", "signature", "credential", "query", "user_info_in_list",
     "placeholder", "part", "data", "computed", "environment", "assigned", "url_in_error", "header", "override", "override_url",
 )  # fmt: skip
-# No two have a part in common, and some have what URLs, JSON and Python escape.
+# The secrets have no common parts, and some contain characters that URLs, JSON and Python escape.
 SECRETS = {place: f"{index:02}x{hash_:08x}{odd}" for index, (place, hash_, odd) in enumerate(
     (place, (7919 * (number + 3) ** 5) % 2**32, "é/+'\"%"[number % 7 :][:2] if place in {"password", "placeholder"} else "zq")
     for number, place in enumerate(PLACES)
@@ -92,7 +92,7 @@ OVERRIDES = (
 
 @pytest.fixture
 def secret_run(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run a command as a new process would, and return all that it printed."""
+    """Run a command like a new process would, and return its output."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "run.py").write_text(CONFIG)
@@ -113,7 +113,7 @@ def secret_run(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def forms(secret: str) -> set[bytes]:
-    """Return the ways in which a text may have a secret."""
+    """Return the escaped forms of a secret."""
     written = {
         secret,
         quote(secret),
@@ -126,14 +126,14 @@ def forms(secret: str) -> set[bytes]:
 
 
 def found_in(data: bytes, place: str) -> Iterator[str]:
-    """Yield a line for each secret that is in some bytes."""
+    """Yield one line for each secret in ``data``."""
     for name, secret in SECRETS.items():
         if any(form in data for form in forms(secret)):
             yield f"{name} in {place}"
 
 
 def found_in_files(folder: Path) -> Iterator[str]:
-    """Yield a line for each secret that is in a file, or in a part of an archive."""
+    """Yield one line for each secret in a file or in a member of an archive."""
     for file in filter(Path.is_file, folder.rglob("*")):
         yield from found_in(file.read_bytes() + str(file.relative_to(folder)).encode(), str(file))
         if zipfile.is_zipfile(file):
@@ -143,7 +143,7 @@ def found_in_files(folder: Path) -> Iterator[str]:
 
 
 def printed_by_commands(run: Callable[..., str], start: str) -> Mapping[str, str]:
-    """Return what each command that looks at the run prints."""
+    """Return the output of each command that inspects the run."""
     source = ("source/run.py", *OVERRIDES[:4])
     commands: dict[str, tuple[object, ...]] = {
         **{f"config show {form}": ("config", "show", *source, "--as", form) for form in ("python", "yaml", "json")},
@@ -175,10 +175,10 @@ def printed_by_commands(run: Callable[..., str], start: str) -> Mapping[str, str
     return {name: run(*words) for name, words in commands.items()}
 
 
-def test_no_secret_is_kept_or_printed(
+def test_no_secret_is_saved_or_printed(
     secret_run: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 secrets of configuration, environment, URLs and errors are in no file and in no output of a run that crashes."""
+    """20 secrets from configuration, environment, URLs and errors are in no file and output of a crashing run."""
     assert len(SECRETS) == 20
     monkeypatch.setenv("CRASH", "1")
     printed = {"crash": secret_run("train", "source/run.py", *OVERRIDES, status=1)}
@@ -194,13 +194,13 @@ def test_no_secret_is_kept_or_printed(
     hits = [hit for command, text in printed.items() for hit in found_in(text.encode(), command)]
     hits += [hit for folder in ("run", "single") for hit in found_in_files(tmp_path / folder)]
     assert hits == []
-    # All of it was written, and not nothing.
+    # Make sure that the outputs are not empty.
     assert "RuntimeError" in printed["crash with traceback"]
     assert "tokenizer='bert-base-cased'" in (tmp_path / "run" / "run.py").read_text()
 
 
-def test_a_resumed_run_reports_no_changed_secret(secret_run: Callable[..., str], tmp_path: Path) -> None:
-    """Secrets that were masked when the configuration was kept are no changes of a run that continues."""
+def test_a_resumed_run_reports_no_changed_secrets(secret_run: Callable[..., str], tmp_path: Path) -> None:
+    """Masked secrets are not reported as changes when a run resumes."""
     secret_run("train", "source/run.py", *OVERRIDES, "--set", "train_cfg.max_epochs=1")
     secret_run("train", "source/run.py", *OVERRIDES, "--resume")
     starts = [json.loads(file.read_text())["lineage"][-1] for file in (tmp_path / "run").glob("*/start.json")]
@@ -208,8 +208,8 @@ def test_a_resumed_run_reports_no_changed_secret(secret_run: Callable[..., str],
     assert changes == ["train_cfg.max_epochs: 1 -> 2"]
 
 
-def test_a_kept_configuration_shows_placeholders(secret_run: Callable[..., str], tmp_path: Path) -> None:
-    """The kept configuration has placeholders where its source has them, and loads to the same."""
+def test_a_saved_configuration_contains_placeholders(secret_run: Callable[..., str], tmp_path: Path) -> None:
+    """The saved configuration contains placeholders and loads with the same values."""
     secret_run("train", "source/run.py", "--work-dir", "run")
     kept = (tmp_path / "run" / "run.py").read_text()
     for line in (
@@ -224,8 +224,8 @@ def test_a_kept_configuration_shows_placeholders(secret_run: Callable[..., str],
     assert changed == ["-work_dir = 'run'"]
 
 
-def test_a_kept_configuration_continues_its_run(secret_run: Callable[..., str]) -> None:
-    """A run continues from the kept configuration once the secrets that it uses are given again; unused ones are not missed."""
+def test_a_saved_configuration_can_resume_its_run(secret_run: Callable[..., str]) -> None:
+    """A run can resume from the saved configuration if the secrets that it uses are set again."""
     secret_run("train", "source/run.py", "--work-dir", "run", "--set", "train_cfg.max_epochs=1")
     again = ("train", "run/run.py", "--work-dir", "run", "--resume", "--set", "train_cfg.max_epochs=2")
     refused = secret_run(*again, status=2)
@@ -234,18 +234,16 @@ def test_a_kept_configuration_continues_its_run(secret_run: Callable[..., str]) 
     assert "Trained 2 epochs" in secret_run(*again, "--set", "custom_hooks.0.login=anything")
 
 
-def test_a_configuration_in_the_folder_of_the_run_is_not_overwritten(
-    secret_run: Callable[..., str], tmp_path: Path
-) -> None:
-    """A source that is in the run's own folder keeps its secrets: the copy without them has another name."""
+def test_a_configuration_in_the_run_folder_is_not_overwritten(secret_run: Callable[..., str], tmp_path: Path) -> None:
+    """A configuration in the run folder is not overwritten by the masked copy."""
     secret_run("train", "source/run.py", "--work-dir", "source")
     assert (tmp_path / "source" / "run.py").read_text() == CONFIG
     kept = [file for file in (tmp_path / "source").glob("*.py") if "{{ $SECRET:vars.password }}" in file.read_text()]
     assert len(kept) == 1
 
 
-def test_a_batch_script_with_a_secret_is_refused(secret_run: Callable[..., str]) -> None:
-    """A secret on the command line of `submit` is refused by its key, since the script would hold it."""
+def test_a_batch_script_with_a_secret_is_rejected(secret_run: Callable[..., str]) -> None:
+    """`submit` rejects a secret on the command line, because the script would contain it."""
     refused = secret_run("submit", "source/run.py", *OVERRIDES, "--nodes", "1", "--time", "1:00:00", status=2)
     assert "--set vars.token=...: the value is or contains a secret" in refused
     assert not list(found_in(refused.encode(), "error"))

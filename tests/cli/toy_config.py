@@ -1,4 +1,4 @@
-# Five batches of four an epoch; the whole run takes a moment.
+# Five batches of four per epoch; the whole run takes a moment.
 custom_imports = dict(imports=["toy_parts"])
 
 model = dict(

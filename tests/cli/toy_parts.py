@@ -1,4 +1,4 @@
-"""What the configuration of these tests names: data that anyone can compute, and a hook that presses Ctrl-C."""
+"""Components of the test configuration: a reproducible dataset, and a hook that sends Ctrl-C."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from stratagem.train import Hook
 
 @DATASETS.register_module()
 class CornerSamples(Dataset):
-    """Points of the plane, and in which of four quarters they lie."""
+    """Points in the plane, and the quadrant of each."""
 
     def __init__(self, length: int = 20) -> None:
         self.points = torch.randn(length, 2, generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ class CornerSamples(Dataset):
 
 @DATASETS.register_module()
 class RestlessSamples(CornerSamples):
-    """The same points, moved a little further each time that one is read."""
+    """The same points, which move each time one of them is read."""
 
     moved = 0.0
 
@@ -43,7 +43,7 @@ class RestlessSamples(CornerSamples):
 
 @HOOKS.register_module()
 class PressCtrlC(Hook):
-    """Sends the signal of Ctrl-C to this process after some iteration, counted from 1."""
+    """A hook that sends SIGINT to this process after an iteration, counted from 1."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -55,7 +55,7 @@ class PressCtrlC(Hook):
 
 @HOOKS.register_module()
 class Misbehave(Hook):
-    """Does something bad on one rank in some iteration, counted from 1, in the ranks' first start alone."""
+    """A hook that makes one rank fail after an iteration, counted from 1, in the first start only."""
 
     def __init__(self, how: str, rank: int = 1, after: int = 7) -> None:
         self.how = how
