@@ -1,4 +1,4 @@
-"""Strategies that are closed when their test ends."""
+"""Strategies that are closed at the end of their test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stratagem.strategies import BaseStrategy
 
 @pytest.fixture
 def single(tmp_path: Path) -> Iterator[Callable[..., BaseStrategy]]:
-    """Make a SingleDeviceStrategy with seed 0 and ``tmp_path`` as its work_dir, unless told otherwise."""
+    """Return a function that builds a SingleDeviceStrategy, by default with seed 0 and ``tmp_path`` as work_dir."""
     made: list[BaseStrategy] = []
 
     def build(work_dir: Path = tmp_path, **kwargs: object) -> BaseStrategy:

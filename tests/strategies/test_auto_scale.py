@@ -1,4 +1,4 @@
-"""Learning rates follow the batch size."""
+"""Scaling the learning rate with the batch size."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from stratagem.strategies.setup.auto_scale import AutoScale
 
 
 def wrapper(*rates: float, **options: int) -> OptimWrapper:
-    """Return a wrapper with a group for each rate."""
+    """Return a wrapper with one parameter group per learning rate."""
     return OptimWrapper(SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": rate} for rate in rates]), **options)
 
 
 @pytest.mark.parametrize(("rule", "factor"), [({}, 4.0), ({"rule": "linear"}, 4.0), ({"rule": "sqrt"}, 2.0)])
-def test_rates_grow_with_the_batch_or_its_square_root(rule: dict[str, str], factor: float):
-    """2 ranks x 16 samples x 2 accumulated are 64 samples, 4 times the 16 that the rates were chosen for."""
+def test_rates_scale_with_the_batch_or_its_square_root(rule: dict[str, str], factor: float):
+    """2 ranks x 16 samples x 2 accumulated are 64 samples, 4 times the base batch size of 16."""
     scale = AutoScale.parse({"enable": True, "base_batch_size": 16, **rule})
     assert scale is not None
     optim = wrapper(1.0, 0.1, accumulative_counts=2)
@@ -30,8 +30,8 @@ def test_rates_grow_with_the_batch_or_its_square_root(rule: dict[str, str], fact
     assert "64 = 2 ranks x 16 samples x 2 accumulated" in said
 
 
-def test_a_smaller_batch_has_smaller_rates_in_every_optimizer():
-    """4 samples in place of 16: half by the square root."""
+def test_a_smaller_batch_reduces_the_rates_of_all_optimizers():
+    """4 samples instead of 16 halve the rates of all optimizers with the square-root rule."""
     scale = AutoScale(base_batch=16, rule="sqrt")
     optim = OptimWrapperDict(first=wrapper(1.0), second=wrapper(0.5))
     scale.apply(optim, world_size=1, micro_batch=4)
@@ -39,8 +39,8 @@ def test_a_smaller_batch_has_smaller_rates_in_every_optimizer():
 
 
 @pytest.mark.parametrize("settings", [None, {}, {"enable": False, "base_batch_size": 8, "rule": "sqrt"}])
-def test_rates_stay_unless_it_is_enabled(settings: Any):
-    """Configurations carry it switched off."""
+def test_rates_are_not_scaled_unless_enabled(settings: Any):
+    """Without ``enable=True``, the learning rates are not scaled."""
     assert AutoScale.parse(settings) is None
 
 
@@ -54,7 +54,7 @@ def test_rates_stay_unless_it_is_enabled(settings: Any):
         ({"enabled": True}, ConfigKeyError, "'enabled'.*'enable'"),
     ],
 )
-def test_settings_that_cannot_be_used(settings: Any, error: type[Exception], text: str):
-    """The value is shown, with the nearest that is known."""
+def test_invalid_settings_are_rejected(settings: Any, error: type[Exception], text: str):
+    """Invalid settings are an error with the value and the closest valid one."""
     with pytest.raises(error, match=text):
         AutoScale.parse(settings)

@@ -1,4 +1,4 @@
-"""What ColossalAIStrategy says of its options, without ColossalAI."""
+"""Options of ColossalAIStrategy, without ColossalAI installed."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ without_colossalai = pytest.mark.skipif(
     ],
 )
 def test_a_plugin_is_a_name_or_a_mapping(plugin: Any, precision: Any, expected: PluginSpec) -> None:
-    """Names and class names stand for the same; the precision is one for both; float32 where nothing is said."""
+    """Plugin and class names are equivalent, precision applies to both, and the default is float32."""
     assert parse_plugin(plugin, precision) == expected
 
 
-def test_the_users_mappings_stay_as_they_are() -> None:
-    """Parsing takes nothing out of a configuration."""
+def test_the_given_mappings_are_not_modified() -> None:
+    """Parsing does not modify the given mappings."""
     plugin, precision = {"type": "lowlevel-zero", "stage": 2}, {"type": "fp16", "init_scale": 8.0}
     parse_plugin(plugin, precision)
     assert (plugin, precision) == ({"type": "lowlevel-zero", "stage": 2}, {"type": "fp16", "init_scale": 8.0})
@@ -98,14 +98,14 @@ def test_the_users_mappings_stay_as_they_are() -> None:
         ("lowlevel-zero", {"type": "fp16", "init_scal": 8.0}, ConfigKeyError, "'init_scal' is not known"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(plugin: Any, precision: Any, error: type[Exception], said: str) -> None:
-    """Each refusal says what is wrong and what to do instead."""
+def test_unsupported_options_are_rejected(plugin: Any, precision: Any, error: type[Exception], said: str) -> None:
+    """The error for an unsupported option states the problem and an alternative."""
     with pytest.raises(error, match=said):
         parse_plugin(plugin, precision)
 
 
-def test_names_of_mmengine_that_mean_nothing_here_are_refused() -> None:
-    """A configuration for ColossalAI itself and other wrappers are errors; the one wrapper that there is passes."""
+def test_mmengine_options_without_an_equivalent_are_rejected() -> None:
+    """Options of MMEngine without an equivalent are errors; its ColossalAI wrapper is accepted."""
     refuse_other_wrappers(None, {"type": "CollosalAIModelWrapper"})
     with pytest.raises(PlacementError, match=r"Give options to the plugin"):
         refuse_other_wrappers({"clip_grad_norm": 1.0}, None)
@@ -113,8 +113,8 @@ def test_names_of_mmengine_that_mean_nothing_here_are_refused() -> None:
         refuse_other_wrappers(None, {"type": "MMDistributedDataParallel"})
 
 
-def test_clipping_is_said_once() -> None:
-    """The wrapper's clip_grad is the plugin's max_norm; two values, or another kind of clipping, are errors."""
+def test_clipping_must_be_consistent() -> None:
+    """The wrapper's clip_grad is passed to the plugin; conflicting values and other types of clipping are errors."""
     clipping = parse_clipping({"max_norm": 0.5})
     assert max_norm_of(clipping, 0.0) == max_norm_of(clipping, 0.5) == max_norm_of(None, 0.5) == 0.5
     assert max_norm_of(None, 0.0) == 0.0
@@ -125,20 +125,20 @@ def test_clipping_is_said_once() -> None:
             max_norm_of(parse_clipping(other), 0.0)
 
 
-def test_it_needs_processes_of_a_launcher(tmp_path: Path) -> None:
-    """One process by itself is told how to start several."""
+def test_it_requires_a_launcher(tmp_path: Path) -> None:
+    """In a single process, the error contains the command to start several."""
     with pytest.raises(LaunchError, match=r"stratagem train CONFIG --nproc N"):
         ColossalAIStrategy(work_dir=tmp_path, plugin="torch-ddp")
 
 
-def test_an_unknown_form_of_checkpoints_is_refused(tmp_path: Path) -> None:
-    """checkpoint_format is one of two."""
+def test_an_unknown_checkpoint_format_is_rejected(tmp_path: Path) -> None:
+    """An unknown checkpoint_format is an error with the closest name."""
     with pytest.raises(ConfigValueError, match=r"checkpoint_format='colosal' is not known. Did you mean 'colossalai'"):
         ColossalAIStrategy(work_dir=tmp_path, checkpoint_format="colosal")  # type: ignore[arg-type]
 
 
-def test_it_is_known_by_name() -> None:
-    """Configurations name the strategy, and its wrapper as MMEngine does."""
+def test_it_is_registered() -> None:
+    """The strategy and its wrapper are registered under the names of MMEngine."""
     assert STRATEGIES.get("ColossalAIStrategy") is ColossalAIStrategy
     assert OPTIM_WRAPPERS.get("ColossalAIOptimWrapper") is OPTIM_WRAPPERS.get("OptimWrapper")
     assert Config({"strategy": {"type": "ColossalAIStrategy"}}).strategy.type == "ColossalAIStrategy"
@@ -146,7 +146,7 @@ def test_it_is_known_by_name() -> None:
 
 @without_colossalai
 def test_without_colossalai_the_error_says_how_to_install_it(tmp_path: Path, ranks: Any) -> None:
-    """The library is missed when the strategy is built, not before."""
+    """A missing library is reported when the strategy is built, not earlier."""
     for said in ranks.run(_missing, str(tmp_path)):
         assert "pip install --no-deps colossalai==0.5.0" in said
 

@@ -1,4 +1,4 @@
-"""What DeepSpeedStrategy takes and refuses: known before DeepSpeed is loaded."""
+"""Options of DeepSpeedStrategy, which are checked before DeepSpeed is imported."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ from stratagem.strategies import DeepSpeedStrategy
 
 
 def parse(config: Any = None, inputs_to_half: Any = None, **named: Any) -> Options:
-    """Read options as the strategy does."""
+    """Parse options like the strategy."""
     return Options.parse(config, named, inputs_to_half)
 
 
-def test_it_is_found_by_name() -> None:
-    """Configurations and imports name it without DeepSpeed being installed."""
+def test_it_is_registered() -> None:
+    """The strategy can be imported and configured by name without DeepSpeed installed."""
     assert STRATEGIES.get("DeepSpeedStrategy") is DeepSpeedStrategy is OfTheTop
 
 
-def test_mmengines_wrapper_is_known() -> None:
-    """A configuration that names DeepSpeedOptimWrapper gets the wrapper that the strategy takes over."""
+def test_mmengine_wrapper_is_accepted() -> None:
+    """MMEngine's DeepSpeedOptimWrapper is accepted as the wrapper that the strategy replaces."""
     assert OPTIM_WRAPPERS.get("DeepSpeedOptimWrapper") is OptimWrapper
 
 
-def test_one_process_without_a_launcher_is_refused(tmp_path: Path) -> None:
-    """The error says how to start several, and what to use for one."""
+def test_one_process_without_a_launcher_is_rejected(tmp_path: Path) -> None:
+    """The error contains the command to start several processes and the strategy for one."""
     with pytest.raises(LaunchError, match=r"--nproc N.*SingleDeviceStrategy"):
         DeepSpeedStrategy(work_dir=tmp_path)
 
 
-def test_a_json_file_and_a_mapping_say_the_same(tmp_path: Path) -> None:
-    """A DeepSpeed configuration is taken as it is, from a file or as a mapping, which is not changed."""
+def test_a_json_file_and_a_mapping_are_equivalent(tmp_path: Path) -> None:
+    """A DeepSpeed configuration can be a file or a mapping, which is not modified."""
     config = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
         "bf16": {"enabled": True},
@@ -76,8 +76,8 @@ def test_a_json_file_and_a_mapping_say_the_same(tmp_path: Path) -> None:
     assert config == before
 
 
-def test_auto_counts_as_not_given() -> None:
-    """Configurations written for Transformers, which fills values in, are taken."""
+def test_auto_counts_as_not_set() -> None:
+    """The value "auto", which Transformers fills in, counts as not set."""
     options = parse(
         {
             "train_batch_size": "auto",
@@ -100,8 +100,8 @@ def test_auto_counts_as_not_given() -> None:
         ({"fp16": {"enabled": True, "loss_scales": 0}}, "loss_scale"),
     ],
 )
-def test_an_unknown_key_is_an_error_with_the_nearest(config: dict[str, Any], said: str) -> None:
-    """DeepSpeed ignores most of them, and a run trains for hours without what it asked for."""
+def test_an_unknown_key_is_an_error_with_the_closest_name(config: dict[str, Any], said: str) -> None:
+    """An unknown key is an error with the closest name, although DeepSpeed would ignore it."""
     with pytest.raises(ConfigKeyError, match=said):
         parse(config)
 
@@ -130,14 +130,14 @@ def test_an_unknown_key_is_an_error_with_the_nearest(config: dict[str, Any], sai
         ({"gradient_clipping": -1}, "largest norm"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(config: dict[str, Any], said: str) -> None:
-    """The error says what to write instead; nothing is accepted and ignored."""
+def test_unsupported_options_are_rejected(config: dict[str, Any], said: str) -> None:
+    """The error for an unsupported option suggests an alternative, and no option is ignored."""
     with pytest.raises(ConfigValueError, match=said):
         parse(config)
 
 
-def test_what_is_switched_off_is_not_refused() -> None:
-    """Configurations often list what they do not use."""
+def test_disabled_options_are_accepted() -> None:
+    """An unsupported option that is disabled is accepted."""
     config = {
         "amp": {"enabled": False},
         "tensorboard": {"enabled": False},
@@ -147,7 +147,7 @@ def test_what_is_switched_off_is_not_refused() -> None:
 
 
 def test_an_option_given_twice_must_agree() -> None:
-    """By name and in the configuration the same is taken, and another value names both."""
+    """An option in both places must have the same value; otherwise the error shows both."""
     assert parse({"gradient_clipping": 1.0}, gradient_clipping=1.0).clipping == 1.0
     with pytest.raises(ConfigValueError, match=r"gradient_clipping=2.0 .* config says gradient_clipping=1.0"):
         parse({"gradient_clipping": 1.0}, gradient_clipping=2.0)
@@ -160,8 +160,8 @@ def test_an_option_given_twice_must_agree() -> None:
         ({"train_batch_size": 64}, r"4 samples x 3 accumulated x 2 ranks"),
     ],
 )
-def test_batch_sizes_must_be_those_of_the_run(given: dict[str, int], said: str) -> None:
-    """DeepSpeed would count another batch than the one that trains."""
+def test_batch_sizes_must_match_the_run(given: dict[str, int], said: str) -> None:
+    """A batch size that differs from the run's is an error."""
     with pytest.raises(ConfigValueError, match=said):
         parse(given).for_engine(micro_batch=4, accumulation=3, clipping=0.0, world_size=2)
 
@@ -175,8 +175,8 @@ def test_batch_sizes_must_be_those_of_the_run(given: dict[str, int], said: str) 
         (None, ConfigFileError),
     ],
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str | None, kind: type[ConfigError]) -> None:
-    """The error names the file."""
+def test_an_invalid_file_is_rejected(tmp_path: Path, text: str | None, kind: type[ConfigError]) -> None:
+    """The error for an invalid file contains its name."""
     file = tmp_path / "ds.json"
     if text is not None:
         file.write_text(text)
@@ -184,32 +184,32 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str | 
         parse(file)
 
 
-def test_inputs_are_cast_only_where_there_is_a_type() -> None:
-    """inputs_to_half without bf16 or fp16 would change nothing."""
+def test_casting_inputs_requires_a_low_precision() -> None:
+    """``inputs_to_half`` without bf16 or fp16 is an error, because it would have no effect."""
     with pytest.raises(ConfigValueError, match="bf16 or fp16"):
         parse(inputs_to_half=[0])
     assert parse(inputs_to_half=[0, "mask"], bf16=True).half_inputs == (0, "mask")
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "Adagrad", "SparseAdam", "LBFGS"])
-def test_optimizers_that_look_at_whole_tensors_are_refused_under_zero(name: str) -> None:
-    """They would compute other numbers from the parts of tensors that a rank has."""
+def test_optimizers_that_need_whole_tensors_are_rejected_under_zero(name: str) -> None:
+    """Under ZeRO, optimizers that need whole tensors are an error, because ranks only have parts of them."""
     optimizer = getattr(torch.optim, name)(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(PlacementError, match=f"{name} cannot be used"):
         require_elementwise(optimizer, stage=1, allow_unknown=True)
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop", "NAdam", "RAdam", "Adadelta"])
-def test_optimizers_that_compute_element_by_element_are_taken(name: str) -> None:
-    """From parts they compute what they would from the whole."""
+def test_elementwise_optimizers_are_accepted(name: str) -> None:
+    """Under ZeRO, elementwise optimizers are accepted."""
     require_elementwise(getattr(torch.optim, name)(nn.Linear(2, 2).parameters(), lr=0.1), stage=3, allow_unknown=False)
 
 
-def test_an_optimizer_of_ones_own_needs_a_word() -> None:
-    """zero_allow_untested_optimizer, DeepSpeed's own option, says that it computes element by element."""
+def test_a_custom_optimizer_must_be_allowed() -> None:
+    """A custom optimizer requires zero_allow_untested_optimizer, which asserts that it is elementwise."""
 
     class Mine(torch.optim.SGD):
-        """Like SGD."""
+        """A subclass of SGD."""
 
     optimizer = Mine(nn.Linear(2, 2).parameters(), lr=0.1)
     require_elementwise(optimizer, stage=0, allow_unknown=False)
@@ -218,8 +218,8 @@ def test_an_optimizer_of_ones_own_needs_a_word() -> None:
         require_elementwise(optimizer, stage=2, allow_unknown=False)
 
 
-def test_another_wrapper_is_refused_with_what_to_write() -> None:
-    """Mixed precision is DeepSpeed's own."""
+def test_other_wrappers_are_rejected() -> None:
+    """A wrapper for mixed precision is an error with the DeepSpeed option to use."""
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(PlacementError, match=r"bf16=dict\(enabled=True\)"):
         require_plain_wrapper(AmpOptimWrapper(optimizer, dtype="bfloat16"))
@@ -227,8 +227,8 @@ def test_another_wrapper_is_refused_with_what_to_write() -> None:
         require_plain_wrapper(OptimWrapper(optimizer, clip_grad={"type": "value", "clip_value": 1.0}))
 
 
-def test_forms_of_checkpoints_are_known(tmp_path: Path) -> None:
-    """A misspelt form is an error, and so is an option of the other form."""
+def test_checkpoint_formats_are_checked(tmp_path: Path) -> None:
+    """An unknown checkpoint format, and an option of the other format, are errors."""
     with pytest.raises(ConfigValueError, match="'deepspeed'"):
         DeepSpeedStrategy(work_dir=tmp_path, checkpoint_format="deepsped")  # type: ignore[arg-type]  # on purpose
     with pytest.raises(ConfigValueError, match="checkpoint_format='deepspeed'"):
@@ -246,23 +246,23 @@ def test_forms_of_checkpoints_are_known(tmp_path: Path) -> None:
         ({"type": "OneBitAdam"}, {"type": "OnebitAdam"}),
     ],
 )
-def test_deepspeeds_optimizer_section_is_taken(section: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Where the run gives no other; DeepSpeed's Adam decouples weight decay unless told otherwise."""
+def test_the_optimizer_section_of_deepspeed_is_used(section: dict[str, Any], ours: dict[str, Any]) -> None:
+    """DeepSpeed's optimizer section is used if the run has no optimizer; its Adam decouples weight decay by default."""
     before = copy.deepcopy(section)
     assert with_optimizer({"accumulative_counts": 2}, section) == {"accumulative_counts": 2, "optimizer": ours}
     assert section == before
 
 
-def test_two_optimizers_are_refused() -> None:
-    """The error says which to leave out."""
+def test_two_optimizers_are_rejected() -> None:
+    """The error for two optimizers states which one to remove."""
     with pytest.raises(ConfigValueError, match="Leave one of them out"):
         with_optimizer({"optimizer": {"type": "SGD", "lr": 1}}, {"type": "AdamW"})
     with pytest.raises(ConfigValueError, match="gradient_clipping"):
         with_optimizer({}, {"type": "AdamW", "params": {"max_grad_norm": 1.0}})
 
 
-def test_accumulation_and_clipping_stand_in_the_wrapper() -> None:
-    """Where it does not say them, or says the same; the given mapping stays as it is."""
+def test_accumulation_and_clipping_are_passed_to_the_wrapper() -> None:
+    """DeepSpeed's accumulation and clipping are added to the wrapper's options, which are not modified."""
     given = {"optimizer": {"type": "SGD"}}
     assert with_accumulation(given, 4) == {**given, "accumulative_counts": 4}
     assert with_clipping(given, 1.0) == {**given, "clip_grad": {"max_norm": 1.0}}
@@ -272,8 +272,8 @@ def test_accumulation_and_clipping_stand_in_the_wrapper() -> None:
     assert with_clipping(with_accumulation(given, None), None) is given
 
 
-def test_accumulation_and_clipping_that_differ_are_refused() -> None:
-    """Both values are named."""
+def test_conflicting_accumulation_and_clipping_are_rejected() -> None:
+    """The error for conflicting accumulation or clipping contains both values."""
     with pytest.raises(
         ConfigValueError, match=r"gradient_accumulation_steps=4, but optim_wrapper has accumulative_counts=2"
     ):
@@ -282,8 +282,8 @@ def test_accumulation_and_clipping_that_differ_are_refused() -> None:
         with_clipping({"optimizer": {}, "clip_grad": {"max_norm": 2.0}}, 1.0)
 
 
-def test_a_kernel_that_cannot_be_compiled_is_explained() -> None:
-    """The error names the optimizer and what to use; errors of other optimizers stay what they are."""
+def test_a_failed_kernel_compilation_is_explained() -> None:
+    """A failed kernel compilation is explained with an alternative; other errors are unchanged."""
     with (
         pytest.raises(PlacementError, match=r"FusedAdam has a kernel .* failed: no ninja. .* torch's AdamW"),
         kernels_explained({"optimizer": {"type": "FusedAdam"}}),
@@ -294,15 +294,15 @@ def test_a_kernel_that_cannot_be_compiled_is_explained() -> None:
 
 
 @pytest.mark.parametrize("name", ["OnebitAdam", "OnebitLamb", "ZeroOneAdam"])
-def test_optimizers_that_exchange_themselves_are_refused(name: str) -> None:
-    """They are known by name, and the error says what to use."""
+def test_optimizers_that_synchronize_gradients_are_rejected(name: str) -> None:
+    """Optimizers that synchronize gradients themselves are an error with an alternative."""
     assert name in OPTIMIZERS.names()
     with pytest.raises(PlacementError, match=f"{name} cannot be used .* exchanges gradients itself"):
         refuse_by_name({"optimizer": {"type": name, "lr": 0.1}})
 
 
-def test_a_json_file_chooses_no_module_for_its_optimizer(tmp_path: Path) -> None:
-    """Its optimizer is a registered name: a dotted path in the file is not imported, whoever names the file."""
+def test_a_json_file_cannot_choose_a_module_for_its_optimizer(tmp_path: Path) -> None:
+    """A dotted path as optimizer in a JSON file is not imported."""
     (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "os.system", "params": {"command": "true"}}}))
     section = parse(str(tmp_path / "ds.json")).optimizer
     optimizer = with_optimizer({"accumulative_counts": 1}, section)["optimizer"]
@@ -310,8 +310,8 @@ def test_a_json_file_chooses_no_module_for_its_optimizer(tmp_path: Path) -> None
         OPTIMIZERS.build(optimizer)
 
 
-def test_the_engine_gets_plain_names(tmp_path: Path) -> None:
-    """What goes to DeepSpeed is the plain JSON that it expects."""
+def test_the_engine_receives_plain_strings(tmp_path: Path) -> None:
+    """DeepSpeed receives plain JSON types."""
     (tmp_path / "ds.json").write_text(
         json.dumps({"zero_optimization": {"stage": 1}, "communication_data_type": "fp32"})
     )

@@ -1,4 +1,4 @@
-"""One process, two replicas, two shards and two halves of each layer compute the same training."""
+"""Training is equal on one process, two replicas, two shards, and two halves of each layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import sharded_runs
 from ranks import Ranks
 from sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, PLACEMENTS, Gpt, Sentences, resumed, stopped, trained
 
-# The same float32 products are added in another order. A loss of about 3 from a mean of 48 words may differ by sqrt(48) x
-# 2**-24 x 3 = 1.2e-6; gradients add 16 to 64 products, and an update of AdamW is at most the learning rate of 0.01 times
-# the relative error of a moment, over 6 updates: far below 1e-5 of the largest parameters (about 3).
+# Sums of float32 products are computed in a different order. A loss of about 3, the mean over 48 words, may differ by
+# sqrt(48) x 2**-24 x 3 = 1.2e-6. Gradients sum 16 to 64 products, and an AdamW update differs by at most the learning
+# rate of 0.01 times the relative error of a moment. Over 6 updates, this is far below 1e-5 of the largest parameters
+# (about 3).
 TOLERANCE = 1e-5
 HALF = 6
 SHARDED = ["FSDP x2", "TP x2"]
@@ -24,30 +25,30 @@ SHARDED = ["FSDP x2", "TP x2"]
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The training in one process."""
+    """The results of training in one process."""
     torch.manual_seed(0)
     return trained("single", str(tmp_path_factory.mktemp("single")))
 
 
 def largest_difference(these: Mapping[str, Tensor], those: Mapping[str, Tensor]) -> float:
-    """Return the largest difference between tensors of the same names."""
+    """Return the largest difference between tensors with the same names."""
     assert these.keys() == those.keys()
     return max((tensor - those[name]).abs().max().item() for name, tensor in these.items())
 
 
 def mean_losses(ranks: list[dict[str, Any]]) -> list[float]:
-    """Return the mean over ranks of each iteration's loss, as the log has it."""
+    """Return the mean loss over ranks for each iteration, as it is logged."""
     return [sum(losses) / len(losses) for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
 
 
 @pytest.mark.parametrize("placement", ["DDP x2", *SHARDED])
-def test_every_placement_trains_as_one_process_does(
+def test_every_placement_matches_one_process(
     ranks: Ranks, alone: dict[str, Any], tmp_path: Path, placement: str
 ) -> None:
-    """Initial weights are equal bit for bit; losses, norms, parameters, moments and the average to rounding.
+    """Initial weights are bit-identical; losses, norms, parameters, moments and the average are equal up to rounding.
 
-    With accumulation, clipping, a schedule, a tied weight, a frozen layer, a parameter that is a number, and one whose
-    rows the ranks cannot share evenly.
+    The training includes accumulation, clipping, a schedule, a tied weight, a frozen layer, a scalar parameter, and a
+    parameter whose rows cannot be divided evenly.
     """
     both = ranks.run(trained, placement, str(tmp_path))
     for rank in both:
@@ -58,26 +59,26 @@ def test_every_placement_trains_as_one_process_does(
         for kind in ("last", "average", "moments"):
             assert largest_difference(rank[kind], alone[kind]) < TOLERANCE
     assert mean_losses(both) == pytest.approx(alone["losses"], abs=TOLERANCE)
-    # What is frozen stays, what learns moves.
+    # Frozen parameters do not change, and trainable ones do.
     moved = {name for name, value in alone["first"].items() if not torch.equal(both[0]["last"][name], value)}
     assert moved == alone["first"].keys() - {"places.weight"}
 
 
-def test_ranks_that_share_layers_see_the_same_samples(ranks: Ranks, alone: dict[str, Any], tmp_path: Path) -> None:
-    """Under tensor parallel both ranks take the whole batch; shards of data are dealt in turn."""
+def test_tensor_parallel_ranks_see_the_same_samples(ranks: Ranks, alone: dict[str, Any], tmp_path: Path) -> None:
+    """With tensor parallelism, both ranks use the whole batch; with FSDP, the samples are distributed."""
     first, second = ranks.run(trained, "TP x2", str(tmp_path / "tp"), 2)
     assert first["ids"] == second["ids"] == alone["ids"][:2]
     dealt = ranks.run(trained, "FSDP x2", str(tmp_path / "fsdp"), 2)
     assert [rank["ids"] for rank in dealt] == [[ids[rank::2] for ids in alone["ids"][:2]] for rank in (0, 1)]
 
 
-def test_the_first_loss_is_that_of_one_process_bit_for_bit(ranks: Ranks, tmp_path: Path) -> None:
-    """Gathered parameters are the parameters: for its samples a rank computes exactly what one process computes."""
+def test_the_first_loss_is_bit_identical_to_one_process(ranks: Ranks, tmp_path: Path) -> None:
+    """With gathered parameters, the loss of a rank is bit-identical to that of one process for the same samples."""
     both = ranks.run(trained, "FSDP x2", str(tmp_path / "fsdp"), 1)
     torch.manual_seed(0)
     model = Gpt()
     model.init_weights()
-    # Of one draw of the weights, the batches of both ranks.
+    # Compute the batches of both ranks with the same weights.
     strategy = sharded_runs.prepared("single", str(tmp_path / "single"))
     words = Sentences().words
     for rank in both:
@@ -88,7 +89,7 @@ def test_the_first_loss_is_that_of_one_process_bit_for_bit(ranks: Ranks, tmp_pat
 
 
 def changed(placement: str, folder: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Train 4 iterations with changed options."""
+    """Train 4 iterations with modified options."""
     return trained(placement, folder, 4, **changes)
 
 
@@ -113,25 +114,25 @@ def changed(placement: str, folder: str, changes: Mapping[str, Any]) -> dict[str
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_options_change_where_and_when_and_not_what(
+def test_performance_options_do_not_change_the_results(
     ranks: Ranks, alone: dict[str, Any], tmp_path: Path, changes: Mapping[str, Any]
 ) -> None:
-    """Whatever is kept, freed, gathered ahead, offloaded or computed again, the losses are the same."""
+    """Options for resharding, prefetching, offloading and recomputation do not change the losses."""
     both = ranks.run(changed, "FSDP x2", str(tmp_path), changes)
     assert mean_losses(both) == pytest.approx(alone["losses"][:4], abs=TOLERANCE)
     assert all(torch.equal(both[1]["first"][name], alone["first"][name]) for name in alone["first"])
 
 
-def test_smaller_types_compute_and_float32_is_kept(ranks: Ranks, alone: dict[str, Any], tmp_path: Path) -> None:
-    """With mixed_precision="bfloat16" parameters and moments stay float32; losses differ by the 8 bits of bfloat16."""
+def test_mixed_precision_keeps_float32_weights(ranks: Ranks, alone: dict[str, Any], tmp_path: Path) -> None:
+    """With mixed_precision="bfloat16", parameters and moments are float32, and losses match to bfloat16 precision."""
     both = ranks.run(changed, "FSDP x2", str(tmp_path), {"mixed_precision": "bfloat16"})
     assert {value.dtype for kind in ("last", "moments") for value in both[0][kind].values()} == {torch.float32}
     differences = [abs(a - b) for a, b in zip(mean_losses(both), alone["losses"], strict=False)]
     assert 0 < max(differences) < 3 * 2**-7
 
 
-def test_float16_scales_its_loss_on_shards(ranks: Ranks, alone: dict[str, Any], tmp_path: Path) -> None:
-    """Under autocast with float16, ranks agree on the scale and whether an update is skipped, on shards of all kinds."""
+def test_float16_loss_scaling_on_shards(ranks: Ranks, alone: dict[str, Any], tmp_path: Path) -> None:
+    """With float16, ranks agree on the loss scale and on skipped updates for every kind of sharding."""
     scaled = {**OPTIM, "type": "AmpOptimWrapper", "dtype": "float16", "loss_scale": {"init_scale": 1024.0}}
     for placement in SHARDED:
         both = ranks.run(changed, placement, str(tmp_path / placement), {"optim": scaled})
@@ -140,7 +141,7 @@ def test_float16_scales_its_loss_on_shards(ranks: Ranks, alone: dict[str, Any], 
 
 
 def from_one_placement_to_another(ranks: Ranks, tmp_path: Path, before: str, after: str) -> tuple[Any, Any]:
-    """Train half of the epoch under one placement and the rest under another; return what both saw."""
+    """Train half of the epoch under one placement and the rest under another; return the results of both."""
     checkpoint = str(tmp_path / "half")
 
     def on(placement: str) -> Any:
@@ -157,10 +158,10 @@ def from_one_placement_to_another(ranks: Ranks, tmp_path: Path, before: str, aft
         ("TP x2", "FSDP x2"), ("FSDP x2", "DDP x2"),
     ],
 )  # fmt: skip
-def test_any_placement_goes_on_from_what_another_saved(
+def test_every_placement_resumes_from_every_other(
     ranks: Ranks, alone: dict[str, Any], tmp_path: Path, before: str, after: str
 ) -> None:
-    """What is found in the checkpoint is what was saved, bit for bit, and the run goes on as the unbroken one."""
+    """The restored state is bit-identical to the saved one, and training continues as without interruption."""
     saved, taken_up = from_one_placement_to_another(ranks, tmp_path, before, after)
     for rank in taken_up:
         for kind in ("last", "moments"):
@@ -171,8 +172,8 @@ def test_any_placement_goes_on_from_what_another_saved(
     assert EPOCH == 2 * HALF
 
 
-def test_a_checkpoint_before_the_first_update_has_no_moments_and_is_taken_up(ranks: Ranks, tmp_path: Path) -> None:
-    """A run that was saved before its first update goes on from the beginning."""
+def test_a_checkpoint_without_optimizer_state_can_be_resumed(ranks: Ranks, tmp_path: Path) -> None:
+    """A checkpoint from before the first update can be resumed."""
     checkpoint = str(tmp_path / "start")
     ranks.run(stopped, "FSDP x2", str(tmp_path / "before"), checkpoint, 0)
     (first, _), whole = (
@@ -183,8 +184,8 @@ def test_a_checkpoint_before_the_first_update_has_no_moments_and_is_taken_up(ran
     assert first["losses"] == whole[0]["losses"]
 
 
-def test_random_numbers_of_training_follow_those_of_the_weights(ranks: Ranks, tmp_path: Path) -> None:
-    """After initial weights that rank 0 made for all, dropout draws on every rank what it draws under DDP."""
+def test_random_numbers_of_training_match_ddp(ranks: Ranks, tmp_path: Path) -> None:
+    """Dropout uses the same random numbers under FSDP as under DDP."""
     with_dropout = {"model": {"type": Gpt, "drop": 0.3}}
     sharded = ranks.run(changed, "FSDP x2", str(tmp_path / "fsdp"), with_dropout)
     replicated = ranks.run(changed, "DDP x2", str(tmp_path / "ddp"), with_dropout)

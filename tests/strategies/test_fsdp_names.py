@@ -1,4 +1,4 @@
-"""The options of MMEngine's FSDPStrategy under ours."""
+"""Options of MMEngine's FSDPStrategy."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ OWN: dict[str, Any] = {
         ),
     ],
 )
-def test_options_with_an_equal_are_understood(given: dict[str, Any], said: dict[str, Any]) -> None:
-    """What is said under the old name is what the new name would say."""
+def test_options_with_an_equivalent_are_accepted(given: dict[str, Any], said: dict[str, Any]) -> None:
+    """An option of MMEngine has the same effect as the new option."""
     assert from_model_wrapper(given, OWN) == {**OWN, **said}
 
 
@@ -62,16 +62,14 @@ def test_options_with_an_equal_are_understood(given: dict[str, Any], said: dict[
         ("whole", ConfigTypeError, "model_wrapper is 'whole'"),
     ],
 )
-def test_options_without_an_equal_are_refused_with_what_to_use(
-    given: Any, error: type[ConfigError], message: str
-) -> None:
-    """The error names the new option."""
+def test_options_without_an_equivalent_are_rejected(given: Any, error: type[ConfigError], message: str) -> None:
+    """The error for an option without an equivalent names the new option."""
     with pytest.raises(error, match=message):
         from_model_wrapper(given, OWN)
 
 
-def test_an_option_under_both_names_is_refused() -> None:
-    """Nobody has to guess which one counts."""
+def test_an_option_under_both_names_is_rejected() -> None:
+    """An option under both names is an error."""
     with pytest.raises(ConfigValueError, match="say the same thing"):
         from_model_wrapper({"cpu_offload": False}, {**OWN, "cpu_offload": True})
 
@@ -84,7 +82,7 @@ def test_an_option_under_both_names_is_refused() -> None:
         (None, {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"}, "sharded"),
     ],
 )  # fmt: skip
-def test_forms_of_checkpoints_under_both_names(state: str | None, cfg: Any, form: str) -> None:
+def test_checkpoint_formats_under_both_names(state: str | None, cfg: Any, form: str) -> None:
     """``state_dict_cfg`` is the older name for ``state``."""
     assert state_of(state, cfg) == form
 
@@ -96,8 +94,8 @@ def test_forms_of_checkpoints_under_both_names(state: str | None, cfg: Any, form
         (None, {"state_dict_config": 1}, "state_dict_config configure torch's older FSDP"), (None, 5, "Give state="),
     ],
 )  # fmt: skip
-def test_forms_that_there_are_not(state: str | None, cfg: Any, message: str) -> None:
-    """The error says what to write."""
+def test_unknown_checkpoint_formats_are_rejected(state: str | None, cfg: Any, message: str) -> None:
+    """The error for an unknown format contains the valid ones."""
     with pytest.raises(ConfigError, match=message):
         state_of(state, cfg)
 
@@ -115,8 +113,8 @@ def test_forms_that_there_are_not(state: str | None, cfg: Any, message: str) -> 
         ({"reshard_after_forward": {"a": "b"}}, "reshard_after_forward is 'b'"),
     ],
 )
-def test_options_of_the_wrong_kind_are_refused(options: dict[str, Any], message: str) -> None:
-    """Before anything is built."""
+def test_options_of_the_wrong_type_are_rejected(options: dict[str, Any], message: str) -> None:
+    """Options with an invalid type are errors before anything is built."""
     with pytest.raises(ConfigError, match=message):
         Sharding(**options)
 
@@ -130,7 +128,7 @@ def test_options_of_the_wrong_kind_are_refused(options: dict[str, Any], message:
         (16, "mixed_precision is 16"),
     ],
 )
-def test_types_that_there_are_not(given: Any, message: str) -> None:
-    """The error says which option it is."""
+def test_invalid_data_types_are_rejected(given: Any, message: str) -> None:
+    """The error for an invalid data type names the option."""
     with pytest.raises(ConfigError, match=message):
         Precision.parse(given)

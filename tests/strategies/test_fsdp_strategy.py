@@ -1,4 +1,4 @@
-"""FSDPStrategy: what it refuses before the first step, and what models may do under it."""
+"""FSDPStrategy: errors before the first step, and supported kinds of models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(folder: str, **options: Any) -> FSDPStrategy:
 
 
 class Differs(Mlp):
-    """Has another type on rank 1."""
+    """A model with a different data type on rank 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Differs(Mlp):
 
 
 class Looks(Mlp):
-    """Looks at a value while it is built."""
+    """A model whose constructor reads the value of a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Looks(Mlp):
 
 
 class Forgets(Mlp):
-    """Leaves a parameter without values."""
+    """A model with an uninitialized parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Forgets(Mlp):
 
 
 def refused(folder: str, cases: Mapping[str, tuple[Any, dict[str, Any]]]) -> dict[str, str]:
-    """Prepare each (model, options); return the errors."""
+    """Prepare each (model, options) pair and return the errors."""
     errors = {}
     for name, (model, options) in cases.items():
         compiling = options.pop("compile", False)
@@ -157,8 +157,8 @@ def refused_all(folder: str) -> dict[str, str]:
     return errors
 
 
-def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: Ranks, tmp_path: Path) -> None:
-    """A policy that fits nothing, a mesh that does not divide the world, options of others, ranks that differ ..."""
+def test_invalid_setups_are_rejected_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
+    """Invalid policies, meshes and options, and ranks that differ, are errors on every rank before the first step."""
     for errors in ranks.run(refused_all, str(tmp_path)):
         unlike = {
             name: errors[name] for name, (_, _, text) in REFUSED.items() if not re.match(f"(?s){text}", errors[name])
@@ -166,26 +166,26 @@ def test_what_cannot_work_is_refused_on_every_rank_before_the_first_step(ranks: 
         assert unlike == {}
 
 
-def test_one_process_without_a_launcher_is_refused(tmp_path: Path) -> None:
-    """The error says how to start several."""
+def test_one_process_without_a_launcher_is_rejected(tmp_path: Path) -> None:
+    """In a single process, the error contains the command to start several."""
     with pytest.raises(LaunchError, match="FSDPStrategy needs processes that a launcher started"):
         FSDPStrategy(work_dir=tmp_path)
     assert STRATEGIES.get("FSDPStrategy") is FSDPStrategy
 
 
 class Parts(BaseModel):
-    """Two parts that learn in turn by optimizers of their own, one every second iteration."""
+    """Two parts with separate optimizers, one of which accumulates over two iterations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.maker, self.judge = nn.Linear(4, 4), nn.Linear(4, 1)
 
     def forward(self, x: Tensor, mode: str = "tensor") -> Any:
-        """Return what the judge makes of the maker's."""
+        """Return the result of the judge for the maker's output."""
         return self.judge(torch.tanh(self.maker(x)))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Let the judge learn from the batch, then the maker from the judge."""
+        """Train the judge on the batch, then the maker with the judge."""
         with optim_wrapper["judge"].optim_context(self):
             judged = self.judge(torch.tanh(self.maker(data).detach())).square().mean()
         optim_wrapper["judge"].update_params(judged)
@@ -196,7 +196,7 @@ class Parts(BaseModel):
 
 
 def trained_parts(kind: type[Any], folder: str) -> dict[str, Any]:
-    """Train 6 iterations; return the parameters, whole."""
+    """Train 6 iterations; return the unsharded parameters."""
     options = {"model_wrapper": "separate"} if kind is DDPStrategy else {"wrap_policy": "Linear"}
     strategy = kind(
         work_dir=folder, env_kwargs={"randomness": {"seed": 0}}, log_kwargs={"log_level": "ERROR"}, **options
@@ -220,8 +220,8 @@ def trained_parts(kind: type[Any], folder: str) -> dict[str, Any]:
     return found
 
 
-def test_several_optimizers_each_with_its_own_windows(ranks: Ranks, tmp_path: Path) -> None:
-    """Parts that a step calls by themselves, one of which accumulates, learn as under DDP."""
+def test_several_optimizers_with_separate_windows(ranks: Ranks, tmp_path: Path) -> None:
+    """Parts that are called separately, one with accumulation, give the same results as under DDP."""
     sharded, _ = ranks.run(trained_parts, FSDPStrategy, str(tmp_path / "fsdp"))
     replicated, _ = ranks.run(trained_parts, DDPStrategy, str(tmp_path / "ddp"))
     assert sharded.keys() == replicated.keys()
@@ -230,21 +230,21 @@ def test_several_optimizers_each_with_its_own_windows(ranks: Ranks, tmp_path: Pa
 
 
 class Encodes(Mlp):
-    """Learns through a method of its own."""
+    """A model that is trained through a custom method."""
 
     def encode(self, inputs: Tensor) -> Tensor:
         """Return the outputs."""
         return self.layers[2](torch.tanh(self.layers[0](inputs)))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Learn without ``self(...)``."""
+        """Train without ``self(...)``."""
         loss = nn.functional.cross_entropy(self.encode(data[0]), data[1])
         optim_wrapper.update_params(loss)
         return {"loss": loss.detach()}
 
 
 def encoded(folder: str, methods: list[str]) -> str:
-    """Train a step; return its loss, or the error."""
+    """Train one step; return its loss, or the error."""
     strategy = make(folder, forward_methods=methods)
     strategy.prepare({"type": Encodes}, optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}})
     inputs, targets = batch()
@@ -256,8 +256,8 @@ def encoded(folder: str, methods: list[str]) -> str:
         strategy.close()
 
 
-def test_methods_that_use_parameters_are_named(ranks: Ranks, tmp_path: Path) -> None:
-    """One that is not named is an error that says so; one that is gathers the parameters as ``forward`` does."""
+def test_methods_that_use_parameters_must_be_listed(ranks: Ranks, tmp_path: Path) -> None:
+    """A method that uses parameters must be listed in ``forward_methods``; otherwise it is an error."""
     for message in ranks.run(encoded, str(tmp_path), []):
         assert "Encodes.train_step reached parameters of Encodes while each rank had only its shard" in message
         assert "forward_methods=" in message
@@ -267,7 +267,7 @@ def test_methods_that_use_parameters_are_named(ranks: Ranks, tmp_path: Path) -> 
 
 
 def with_built_optimizer(folder: str, model: Any) -> tuple[float, bool]:
-    """Train two steps with an optimizer that was built with the whole parameters; tell how far they moved."""
+    """Train two steps with an optimizer instance; return the smallest change, and whether it uses the shards."""
     strategy = make(folder)
     strategy.prepare(model, optim_wrapper=OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.5)))
     before = [parameter.full_tensor().clone() for parameter in strategy.model.parameters()]
@@ -282,19 +282,19 @@ def with_built_optimizer(folder: str, model: Any) -> tuple[float, bool]:
 
 
 def built_before(folder: str) -> Any:
-    """Give the strategy a built model with a built optimizer."""
+    """Pass a model and an optimizer instance to the strategy."""
     return with_built_optimizer(folder, Mlp())
 
 
-def test_an_optimizer_that_was_built_with_the_model_steps_the_shards(ranks: Ranks, tmp_path: Path) -> None:
-    """Its parameters are replaced by the shards of the same names."""
+def test_an_optimizer_instance_steps_the_shards(ranks: Ranks, tmp_path: Path) -> None:
+    """The parameters of an optimizer instance are replaced by the shards with the same names."""
     for moved, exact in ranks.run(built_before, str(tmp_path)):
         assert moved > 0
         assert exact
 
 
 def without_weights(folder: str) -> tuple[str, float]:
-    """Begin a training without weights, then with loaded ones."""
+    """Train without weights, then with loaded ones."""
     saved = make(folder)
     saved.prepare({"type": Mlp})
     saved.save_checkpoint(f"{folder}/weights")
@@ -312,15 +312,15 @@ def without_weights(folder: str) -> tuple[str, float]:
     return message, loss
 
 
-def test_without_initial_weights_a_checkpoint_is_due(ranks: Ranks, tmp_path: Path) -> None:
-    """skip_init_weights draws nothing; a step before anything was loaded is an error, one after it is not."""
+def test_training_without_weights_is_an_error(ranks: Ranks, tmp_path: Path) -> None:
+    """With skip_init_weights, a step before any weights are loaded is an error."""
     for message, loss in ranks.run(without_weights, str(tmp_path)):
         assert message.startswith("skip_init_weights=True left the model without weights")
         assert 0 < loss < 10
 
 
 def loaded_wrongly(folder: str) -> tuple[str, bool]:
-    """Load a state of other shapes; return the error, and whether the model is as before."""
+    """Load a state with different shapes; return the error, and whether the model is unchanged."""
     strategy = make(folder)
     strategy.prepare({"type": Mlp})
     before = {name: value.full_tensor().clone() for name, value in strategy.unwrap_model().state_dict().items()}
@@ -336,15 +336,15 @@ def loaded_wrongly(folder: str) -> tuple[str, bool]:
     return message, same
 
 
-def test_a_state_of_other_shapes_is_refused_and_changes_nothing(ranks: Ranks, tmp_path: Path) -> None:
-    """Shapes are compared as of the whole tensors."""
+def test_a_state_with_different_shapes_is_rejected(ranks: Ranks, tmp_path: Path) -> None:
+    """A state with different shapes is an error with the unsharded shapes, and the model is not modified."""
     for message, same in ranks.run(loaded_wrongly, str(tmp_path)):
         assert "layers.0.weight (saved [1, 4], here [8, 4])" in message
         assert same
 
 
 def dropped_window(folder: str) -> list[float]:
-    """Drop a window of accumulated gradients, and return the norms of the next update with and without it."""
+    """Discard a window of accumulated gradients; return the norms of the next update with and without it."""
     norms = []
     for drop in (False, True):
         strategy = make(folder)
@@ -361,7 +361,7 @@ def dropped_window(folder: str) -> list[float]:
         if drop:
             step(batch(), optim_wrapper=optim)
             optim.drop_window()
-            # The next window is the short one that ends where the second would have.
+            # The next window is the short one that ends where the second would have ended.
         for _ in range(3 if drop else 2):
             step(batch(), optim_wrapper=optim)
         norms.append(optim.grad_norm.item())
@@ -369,14 +369,14 @@ def dropped_window(folder: str) -> list[float]:
     return norms
 
 
-def test_a_dropped_window_leaves_no_gradient_behind(ranks: Ranks, tmp_path: Path) -> None:
-    """Gradients that wait on a rank for their exchange are forgotten with the window."""
+def test_a_discarded_window_leaves_no_gradients(ranks: Ranks, tmp_path: Path) -> None:
+    """Gradients that have not been synchronized are discarded with their window."""
     for clean, after in ranks.run(dropped_window, str(tmp_path)):
         assert after == pytest.approx(clean, rel=1e-6)
 
 
 def averaged(folder: str) -> list[float]:
-    """Evaluate with and without other weights in the shards, as an average puts there."""
+    """Evaluate with the original weights, with modified shards, and with restored weights."""
     strategy = prepared("FSDP x2", folder, optim=OPTIM)
     model = strategy.model
     words = torch.arange(14).reshape(2, 7)
@@ -397,8 +397,8 @@ def averaged(folder: str) -> list[float]:
     return scores
 
 
-def test_an_evaluation_sees_the_weights_that_are_in_the_shards(ranks: Ranks, tmp_path: Path) -> None:
-    """What was gathered for one evaluation is freed after it, so that the next sees changed weights and restored ones."""
+def test_an_evaluation_uses_the_current_weights(ranks: Ranks, tmp_path: Path) -> None:
+    """Each evaluation gathers the current weights in the shards, such as swapped-in averages."""
     for own, nothing, restored in ranks.run(averaged, str(tmp_path)):
         assert own == restored > 0
         assert nothing == 0.0

@@ -1,4 +1,4 @@
-"""What the parts of the library say stands in the log of the run."""
+"""Messages of the library are written to the log of the run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def log_of(strategy: SingleDeviceStrategy) -> str:
     return (Path(strategy.log_dir) / f"{strategy.timestamp}.log").read_text()
 
 
-def test_the_table_of_parameter_groups_stands_in_the_log(tmp_path: Path) -> None:
-    """With paramwise_cfg the log says which options each group of parameters got, and names some of them."""
+def test_the_table_of_parameter_groups_is_logged(tmp_path: Path) -> None:
+    """With paramwise_cfg, the log contains the options and some names of each parameter group."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path, env_kwargs={"launcher": "none"})
     optim = {"optimizer": {"type": "SGD", "lr": 0.1, "weight_decay": 0.1}, "paramwise_cfg": {"bias_decay_mult": 0.0}}
     strategy.prepare(torch.nn.Linear(2, 3), optim_wrapper=optim)
@@ -25,8 +25,8 @@ def test_the_table_of_parameter_groups_stands_in_the_log(tmp_path: Path) -> None
     assert ["weight_decay=0.0", "1", "3", "bias"] in rows
 
 
-def test_a_closed_strategy_hears_nothing_and_leaves_the_library_as_it_was(tmp_path: Path) -> None:
-    """After close() the library's logger has the handlers and the level that it had before."""
+def test_a_closed_strategy_restores_the_logger(tmp_path: Path) -> None:
+    """``close`` restores the handlers and the level of the library's logger."""
     library = logging.getLogger("stratagem")
     before = (list(library.handlers), library.level)
     strategy = SingleDeviceStrategy(work_dir=tmp_path, env_kwargs={"launcher": "none"})

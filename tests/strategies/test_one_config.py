@@ -1,4 +1,4 @@
-"""Ranks with different configurations do not train together."""
+"""Ranks with different configurations cannot train together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stratagem.strategies.setup.same_config_check import require_one_config
 
 
 def compare(texts: list[str]) -> str | None:
-    """Compare this rank's text; return what it was told."""
+    """Compare the configuration text of this rank; return the error message."""
     try:
         require_one_config(texts[int(os.environ["RANK"])])
     except LaunchError as error:
@@ -20,18 +20,18 @@ def compare(texts: list[str]) -> str | None:
     return None
 
 
-def test_one_process_agrees_with_itself() -> None:
-    """There is nobody to differ from."""
+def test_a_single_process_passes() -> None:
+    """A single process passes the check."""
     require_one_config("lr = 1\n")
 
 
 def test_equal_configurations(ranks: Ranks) -> None:
-    """The memory address of an object is no difference."""
+    """Memory addresses of objects are ignored."""
     assert ranks.run(compare, ["f = '<f at 0x7f01>'\n", "f = '<f at 0x7f02>'\n"]) == [None, None]
 
 
 def test_different_configurations(ranks: Ranks) -> None:
-    """Every rank is shown the lines that differ, and what to do."""
+    """All ranks get an error with the lines that differ and a suggestion."""
     told = ranks.run(compare, ["a = 1\nlr = 0.1\n", "a = 1\nlr = 0.2\n"])
     assert told[0] == told[1]
     assert "1 of 2 ranks have read another configuration" in told[0]
@@ -40,14 +40,14 @@ def test_different_configurations(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("count", [7, 20])
-def test_many_differences_are_counted(ranks: Ranks, count: int) -> None:
-    """Six lines are shown."""
+def test_many_differences_are_truncated(ranks: Ranks, count: int) -> None:
+    """The error shows six lines and the total number."""
     told = ranks.run(compare, ["\n".join(f"k{i} = {rank}" for i in range(count)) for rank in range(2)])
     assert f"({2 * count} lines in all)" in told[0]
 
 
 def compare_hidden(texts: list[str]) -> str | None:
-    """Compare this rank's text, of which the error may show only a part that is equal everywhere."""
+    """Compare the configuration text of this rank, of which only a masked form may be shown."""
     try:
         require_one_config(texts[int(os.environ["RANK"])], "a = '{{ $SOME_VARIABLE }}'\n")
     except LaunchError as error:
@@ -55,8 +55,8 @@ def compare_hidden(texts: list[str]) -> str | None:
     return None
 
 
-def test_different_secrets_are_refused_and_not_shown(ranks: Ranks) -> None:
-    """Ranks with different values of a secret or of an environment variable do not train together, and none is shown."""
+def test_different_secrets_are_rejected_and_not_shown(ranks: Ranks) -> None:
+    """Different secrets or environment variables are an error that does not show them."""
     told = ranks.run(compare_hidden, ["a = 'first9'\n", "a = 'second9'\n"])
     assert told[0] == told[1]
     assert "values that are secret or come from environment variables, which are not shown" in told[0]

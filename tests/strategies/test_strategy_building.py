@@ -1,4 +1,4 @@
-"""From configurations and objects to models, optimizer wrappers and schedules."""
+"""Building models, optimizer wrappers and schedules from configurations and instances."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ Make = Callable[..., BaseStrategy]
 
 
 def sgd(lr: float = 0.1) -> SGD:
-    """Return an optimizer of one parameter."""
+    """Return an optimizer with one parameter."""
     return SGD([nn.Parameter(torch.ones(()))], lr=lr)
 
 
 def two() -> OptimWrapperDict:
-    """Return two wrappers with the learning rates 1 and 2."""
+    """Return two wrappers with learning rates 1 and 2."""
     return OptimWrapperDict(first=OptimWrapper(sgd(1.0)), second=OptimWrapper(sgd(2.0)))
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
 
 
-def test_a_module_is_returned_as_it_is(single: Make) -> None:
-    """It is the same object."""
+def test_a_module_is_returned_unchanged(single: Make) -> None:
+    """A module instance is returned unchanged."""
     model = Mlp()
     assert single().build_model(model) is model
 
 
-def test_a_mapping_becomes_a_model(single: Make) -> None:
-    """It is built through MODELS, and the mapping stays as it was."""
+def test_a_mapping_is_built(single: Make) -> None:
+    """A mapping is built with MODELS and not modified."""
     cfg = {"type": "Linear", "in_features": 2, "out_features": 3}
     built = single().build_model(cfg)
     assert isinstance(built, nn.Linear)
@@ -59,15 +59,15 @@ def test_a_mapping_becomes_a_model(single: Make) -> None:
     ("wrong", "message"),
     [(3, "not int 3"), (None, "not NoneType None"), ("Linear", "not str 'Linear'"), ([nn.ReLU()], "not list")],
 )
-def test_what_is_no_model_is_refused(single: Make, wrong: object, message: str) -> None:
-    """The error is a TypeError that shows what came."""
+def test_an_invalid_model_is_rejected(single: Make, wrong: object, message: str) -> None:
+    """A value that is not a model is a TypeError that shows it."""
     with pytest.raises(ConfigTypeError, match=message) as caught:
         single().build_model(wrong)
     assert isinstance(caught.value, TypeError)
 
 
-def test_a_type_that_makes_no_module_is_refused(single: Make) -> None:
-    """The error shows the type and what it made."""
+def test_a_type_that_builds_no_module_is_rejected(single: Make) -> None:
+    """The error for a type that does not build a module shows the type and the result."""
     with pytest.raises(ConfigTypeError, match=r"type='collections.OrderedDict' made OrderedDict .* no torch.nn.Module"):
         single().build_model({"type": "collections.OrderedDict"})
 
@@ -75,8 +75,8 @@ def test_a_type_that_makes_no_module_is_refused(single: Make) -> None:
 # ---- compilation ---------------------------------------------------------------------------------------------------
 
 
-def test_nothing_is_compiled_unless_asked_for(single: Make) -> None:
-    """False, and a mapping with disable=True, leave the model alone."""
+def test_nothing_is_compiled_by_default(single: Make) -> None:
+    """Without ``compile``, or with ``disable=True``, the model is not compiled."""
     strategy = single()
     lines = Lines(strategy)
     model = Mlp()
@@ -86,8 +86,8 @@ def test_nothing_is_compiled_unless_asked_for(single: Make) -> None:
     assert lines.lines == []
 
 
-def test_compiling_takes_torchs_arguments_and_keeps_the_callers_mapping(single: Make) -> None:
-    """The method computes the same, state keeps its names, and one line warns of slow first iterations."""
+def test_compiling_accepts_the_arguments_of_torch(single: Make) -> None:
+    """A compiled method gives the same result, state names do not change, and the log warns of slow iterations."""
     strategy = single()
     lines = Lines(strategy)
     model, options = Mlp(), {"target": "forward", "backend": "eager"}
@@ -102,8 +102,8 @@ def test_compiling_takes_torchs_arguments_and_keeps_the_callers_mapping(single: 
     assert lines.lines == ["INFO Compiling the model with torch.compile: the first iterations are slow."]
 
 
-def test_another_method_can_be_compiled(single: Make) -> None:
-    """Target names it."""
+def test_a_different_method_can_be_compiled(single: Make) -> None:
+    """``target`` selects the compiled method."""
     model = Mlp()
     single().compile_model(model, compile={"target": "val_step", "backend": "eager"})
     assert "val_step" in vars(model)
@@ -118,10 +118,8 @@ def test_another_method_can_be_compiled(single: Make) -> None:
         ("yes", ConfigTypeError, "compile is str 'yes'"),
     ],
 )
-def test_a_compilation_that_cannot_be_is_refused(
-    single: Make, options: Any, kind: type[Exception], message: str
-) -> None:
-    """The error shows the method, the argument or the value."""
+def test_invalid_compile_options_are_rejected(single: Make, options: Any, kind: type[Exception], message: str) -> None:
+    """The error for invalid compile options shows the method, the argument or the value."""
     with pytest.raises(kind, match=message):
         single().compile_model(Mlp(), compile=options)
 
@@ -130,7 +128,7 @@ def test_a_compilation_that_cannot_be_is_refused(
 
 
 def test_init_weights_is_called_once(single: Make) -> None:
-    """Preparing calls it, unless the run only evaluates what it loads."""
+    """``prepare`` calls ``init_weights`` once, unless it is disabled for evaluation."""
     strategy = single()
     assert strategy.prepare(Mlp()).initialised == 1
     strategy.prepare(Mlp())
@@ -139,13 +137,13 @@ def test_init_weights_is_called_once(single: Make) -> None:
     assert kept.prepare(Mlp(), dispatch_kwargs={"init_weights_for_test_or_val": False}).initialised == 0
 
 
-def test_a_model_without_init_weights_keeps_its_own(single: Make) -> None:
-    """Nothing is drawn."""
+def test_a_model_without_init_weights_keeps_its_weights(single: Make) -> None:
+    """A model without ``init_weights`` keeps its weights."""
     assert single().prepare(Line(5.0)).weight.item() == 5.0
 
 
 def weights_of_a_rank(folder: str) -> tuple[Any, ...]:
-    """Return hashes of models that each rank drew differently, with and without init_weights, and a buffer."""
+    """Return hashes of models that differ between ranks, with and without init_weights, and a buffer."""
     strategy = make("ddp", folder, env={"randomness": {"seed": 0, "diff_rank_seed": True}})
     model = Mlp()
     model.register_buffer("seen", torch.rand(3, dtype=torch.float64))
@@ -159,8 +157,8 @@ def weights_of_a_rank(folder: str) -> tuple[Any, ...]:
     return before, with_init, own, after, without.initialised
 
 
-def test_every_rank_begins_with_the_weights_of_rank_0(ranks: Ranks, tmp_path: Any) -> None:
-    """Parameters and buffers are rank 0's bit by bit, whether the model draws them anew or not."""
+def test_every_rank_starts_with_the_weights_of_rank_0(ranks: Ranks, tmp_path: Any) -> None:
+    """All ranks start with the parameters and buffers of rank 0, with or without ``init_weights``."""
     one, other = ranks.run(weights_of_a_rank, str(tmp_path))
     assert one[0] != other[0]
     assert one[1] == other[1]
@@ -172,24 +170,24 @@ def test_every_rank_begins_with_the_weights_of_rank_0(ranks: Ranks, tmp_path: An
 # ---- optimizer wrappers --------------------------------------------------------------------------------------------
 
 
-def test_a_built_wrapper_is_returned(single: Make) -> None:
-    """One, and several by name: the same objects."""
+def test_a_wrapper_instance_is_returned_unchanged(single: Make) -> None:
+    """Wrapper instances are returned unchanged."""
     strategy = single()
     wrapper, several = OptimWrapper(sgd()), two()
     assert strategy.build_optim_wrapper(wrapper) is wrapper
     assert strategy.build_optim_wrapper(several) is several
 
 
-def test_a_bare_optimizer_is_wrapped(single: Make) -> None:
-    """The wrapper holds the optimizer itself."""
+def test_a_plain_optimizer_is_wrapped(single: Make) -> None:
+    """A plain optimizer is wrapped."""
     optimizer = sgd()
     wrapper = single().build_optim_wrapper(optimizer)
     assert isinstance(wrapper, OptimWrapper)
     assert wrapper.optimizer is optimizer
 
 
-def test_a_mapping_with_a_built_optimizer_names_its_wrapper(single: Make) -> None:
-    """Type says which, OptimWrapper by default; no model is needed, and the mapping stays as it was."""
+def test_a_mapping_with_an_optimizer_instance(single: Make) -> None:
+    """A mapping with an optimizer instance needs no model; ``type`` selects the wrapper, by default OptimWrapper."""
     strategy, optimizer = single(), sgd()
     cfg = {"optimizer": optimizer, "accumulative_counts": 3}
     plain = strategy.build_optim_wrapper(cfg)
@@ -199,8 +197,8 @@ def test_a_mapping_with_a_built_optimizer_names_its_wrapper(single: Make) -> Non
     assert type(amp).__name__ == "AmpOptimWrapper"
 
 
-def test_a_configuration_goes_to_the_constructor(single: Make) -> None:
-    """It makes parameter groups of the model by the rules in paramwise_cfg."""
+def test_a_configuration_is_built_by_the_constructor(single: Make) -> None:
+    """A configuration with paramwise_cfg is built with parameter groups and not modified."""
     model = Mlp()
     cfg = {"optimizer": {"type": "SGD", "lr": 0.5, "weight_decay": 0.1}, "paramwise_cfg": {"bias_decay_mult": 0.0}}
     original = copy.deepcopy(cfg)
@@ -213,8 +211,8 @@ def test_a_configuration_goes_to_the_constructor(single: Make) -> None:
     assert cfg == original
 
 
-def test_a_constructor_of_ones_own_builds_the_wrapper(single: Make) -> None:
-    """The mapping needs no optimizer then."""
+def test_a_custom_constructor_builds_the_wrapper(single: Make) -> None:
+    """With a custom constructor, the mapping does not need an optimizer."""
 
     class TwoOptimizers:
         def __init__(self, optim_wrapper_cfg: Any, paramwise_cfg: Any = None) -> None:
@@ -229,8 +227,8 @@ def test_a_constructor_of_ones_own_builds_the_wrapper(single: Make) -> None:
     assert built["all"].param_groups[0]["lr"] == 0.3
 
 
-def test_built_wrappers_by_name_become_one_object(single: Make) -> None:
-    """An OptimWrapperDict with the wrappers themselves."""
+def test_wrapper_instances_by_name_become_a_dict(single: Make) -> None:
+    """A mapping of wrapper instances becomes an OptimWrapperDict."""
     wrapper = OptimWrapper(sgd())
     built = single().build_optim_wrapper({"generator": wrapper})
     assert isinstance(built, OptimWrapperDict)
@@ -249,10 +247,10 @@ def test_built_wrappers_by_name_become_one_object(single: Make) -> None:
         ([sgd()], TypeError, "not list"),
     ],
 )
-def test_what_is_no_optimizer_wrapper_is_refused(
+def test_an_invalid_optimizer_wrapper_is_rejected(
     single: Make, wrong: object, kind: type[Exception], message: str
 ) -> None:
-    """The error shows the item."""
+    """The error for an invalid wrapper shows it."""
     with pytest.raises(kind, match=message):
         single().build_optim_wrapper(wrong)
 
@@ -268,7 +266,7 @@ def scheduled(single: Make, scheduler: Any, optim: Any = None, **horizon: Any) -
 
 
 def test_one_optimizer_has_a_list_of_schedulers(single: Make) -> None:
-    """One configuration or a list; where end is missing it is max_epochs, or max_iters by iteration."""
+    """The default end of a schedule is max_epochs, or max_iters for iteration-based schedules."""
     cfg = {"type": "LinearLR", "start_factor": 0.5}
     (one,) = scheduled(single, cfg, max_epochs=7)
     assert (type(one), one.begin, one.end, one.by_epoch) == (LinearLR, 0, 7, True)
@@ -284,8 +282,8 @@ def test_one_optimizer_has_a_list_of_schedulers(single: Make) -> None:
     assert (first.end, second.begin, second.end, second.by_epoch) == (5, 5, 30, False)
 
 
-def test_a_schedule_by_epoch_is_converted_to_iterations(single: Make) -> None:
-    """Milestones, begin and end are multiplied by epoch_length."""
+def test_an_epoch_schedule_can_be_converted_to_iterations(single: Make) -> None:
+    """Converting to iterations multiplies milestones, begin and end by ``epoch_length``."""
     (one,) = scheduled(
         single,
         {"type": "MultiStepLR", "milestones": [2, 3], "convert_to_iter_based": True},
@@ -295,12 +293,12 @@ def test_a_schedule_by_epoch_is_converted_to_iterations(single: Make) -> None:
     assert isinstance(one, MultiStepLR)
     assert (one.end, one.by_epoch) == (40, False)
     one.step(20)
-    # gamma is 0.1 by default, and the optimizer's rate 0.1.
+    # The default gamma is 0.1, and the optimizer's learning rate is 0.1.
     assert one.get_last_value() == [pytest.approx(0.01)]
 
 
-def test_several_optimizers_have_a_list_each(single: Make) -> None:
-    """The same configuration for all, or each its own by name; the caller's mapping serves both unchanged (B1)."""
+def test_several_optimizers_have_separate_lists(single: Make) -> None:
+    """Several optimizers can share a configuration or have separate ones by name; the mapping is not modified."""
     both = scheduled(single, {"type": "ConstantLR", "factor": 0.5}, two(), max_epochs=3)
     assert {name: [each.end for each in some] for name, some in both.items()} == {"first": [3], "second": [3]}
     cfg = {"first": {"type": "ConstantLR", "factor": 0.5}, "second": [{"type": "LinearLR", "end": 2}]}
@@ -309,8 +307,8 @@ def test_several_optimizers_have_a_list_each(single: Make) -> None:
     assert (own["first"][0].end, own["second"][0].end) == (3, 2)
 
 
-def test_built_schedulers_are_kept(single: Make) -> None:
-    """Alone and in a list among configurations."""
+def test_scheduler_instances_are_kept(single: Make) -> None:
+    """Scheduler instances are kept, alone and in a list with configurations."""
     optim = OptimWrapper(sgd())
     built = ConstantLR(optim, factor=0.5)
     assert scheduled(single, built, optim) == [built]
@@ -319,14 +317,14 @@ def test_built_schedulers_are_kept(single: Make) -> None:
     assert isinstance(mixed[1], LinearLR)
 
 
-def test_an_end_of_its_own_needs_no_length_of_the_run(single: Make) -> None:
-    """The run's length is asked for only where it is needed (B2)."""
+def test_an_explicit_end_needs_no_run_length(single: Make) -> None:
+    """If ``end`` is set, the length of the run is not required."""
     (one,) = scheduled(single, {"type": "LinearLR", "end": 3})
     assert one.end == 3
 
 
-def test_default_args_stand_in_for_what_is_not_said(single: Make) -> None:
-    """None in dispatch_kwargs says nothing; a number there goes before."""
+def test_default_args_replace_missing_values(single: Make) -> None:
+    """``default_args`` are used for values that are None in dispatch_kwargs."""
     strategy, optim = single(), OptimWrapper(sgd())
     strategy.dispatch_kwargs.update(max_epochs=None, max_iters=9)
     defaults = {"max_epochs": 4, "max_iters": 100}
@@ -349,17 +347,15 @@ def test_default_args_stand_in_for_what_is_not_said(single: Make) -> None:
         ("LinearLR", TypeError, "got str: 'LinearLR'"),
     ],
 )
-def test_a_schedule_that_cannot_be_built_is_refused(
-    single: Make, wrong: object, kind: type[Exception], message: str
-) -> None:
-    """The error says which number to give, or what came in the place of a schedule."""
+def test_an_invalid_schedule_is_rejected(single: Make, wrong: object, kind: type[Exception], message: str) -> None:
+    """The error for an invalid schedule contains the missing number or the invalid value."""
     with pytest.raises(kind, match=message):
         scheduled(single, wrong)
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_schedules_that_fail_together_leave_the_optimizer_as_it_was(single: Make, several: bool) -> None:
-    """Preparing again after an error does not apply the good ones twice; one built before stays."""
+def test_an_invalid_list_of_schedules_does_not_change_the_optimizer(single: Make, several: bool) -> None:
+    """If a schedule in a list is invalid, none of the list is applied, and existing ones are kept."""
     optim = two() if several else OptimWrapper(sgd(1.0))
     wrapper = optim["first"] if several else optim
     ConstantLR(wrapper, factor=0.5)
@@ -373,13 +369,13 @@ def test_schedules_that_fail_together_leave_the_optimizer_as_it_was(single: Make
     assert wrapper.get_lr() == {"lr": [0.25]}
 
 
-def test_schedulers_for_an_unknown_optimizer_are_refused(single: Make) -> None:
-    """A misspelled name is answered with the nearest."""
+def test_schedulers_for_an_unknown_optimizer_are_rejected(single: Make) -> None:
+    """A misspelled optimizer name is an error with the closest name."""
     with pytest.raises(ConfigKeyError, match=r"no optimizer 'frist'. Did you mean 'first'"):
         scheduled(single, {"frist": [], "second": []}, two())
 
 
-# ---- learning rates by batch size ----------------------------------------------------------------------------------
+# ---- scaling of learning rates -------------------------------------------------------------------------------------
 
 SCALE = {"enable": True, "base_batch_size": 16}
 
@@ -390,8 +386,8 @@ def scaled(strategy: BaseStrategy, optim: Any, **horizon: Any) -> Any:
     return strategy.optim_wrapper
 
 
-def test_learning_rates_grow_with_the_batch(single: Make) -> None:
-    """1 rank x 8 samples for a base of 16: a half. One line of the log says so."""
+def test_learning_rates_scale_with_the_batch(single: Make) -> None:
+    """1 rank x 8 samples with a base of 16 halve the learning rate, with a log line."""
     strategy = single(auto_scale_lr=SCALE)
     lines = Lines(strategy)
     wrapper = scaled(strategy, {"optimizer": {"type": "SGD", "lr": 0.4}})
@@ -402,8 +398,8 @@ def test_learning_rates_grow_with_the_batch(single: Make) -> None:
     )
 
 
-def test_accumulation_counts_for_the_batch(single: Make) -> None:
-    """1 x 8 x 4 micro-batches for a base of 16: twice the rate, in every group of each optimizer by its own windows."""
+def test_accumulation_counts_toward_the_batch(single: Make) -> None:
+    """1 x 8 x 4 micro-batches with a base of 16 double the rate; each optimizer uses its own accumulation."""
     strategy = single(auto_scale_lr=SCALE)
     lines = Lines(strategy)
     optim = {"long": OptimWrapper(sgd(0.1), accumulative_counts=4), "short": OptimWrapper(sgd(1.0))}
@@ -412,8 +408,8 @@ def test_accumulation_counts_for_the_batch(single: Make) -> None:
     assert "Learning rates of long multiplied by 2: the real batch is 32 = 1 ranks x 8 samples x 4" in lines.text
 
 
-def test_schedules_begin_with_the_scaled_rate(single: Make) -> None:
-    """Scaling comes before the schedulers, which store the first values."""
+def test_schedules_start_with_the_scaled_rate(single: Make) -> None:
+    """Scaling is applied before schedulers store the initial values."""
     strategy = single(auto_scale_lr=SCALE)
     strategy.prepare(
         Line(),
@@ -429,13 +425,13 @@ def test_schedules_begin_with_the_scaled_rate(single: Make) -> None:
 
 
 @pytest.mark.parametrize("auto", [None, {"enable": False}, {"enable": False, "base_batch_size": 16}, {}])
-def test_learning_rates_stay_unless_enabled(single: Make, auto: Any) -> None:
-    """Enable is False by default."""
+def test_learning_rates_are_not_scaled_by_default(single: Make, auto: Any) -> None:
+    """Scaling is disabled by default."""
     assert scaled(single(auto_scale_lr=auto), sgd(0.4)).get_lr() == {"lr": [0.4]}
 
 
-def test_scaling_after_schedulers_were_built_is_refused(single: Make) -> None:
-    """They have stored the values, be they the strategy's or built by the user; it is a RuntimeError."""
+def test_scaling_after_building_schedulers_is_rejected(single: Make) -> None:
+    """Scaling after schedulers have stored the initial values is a RuntimeError."""
     strategy = single(auto_scale_lr=SCALE)
     scaled(strategy, sgd())
     strategy.prepare(Line(), param_scheduler={"type": "ConstantLR", "end": 2})
@@ -449,14 +445,14 @@ def test_scaling_after_schedulers_were_built_is_refused(single: Make) -> None:
 
 
 @pytest.mark.parametrize("base", [None, 0, -4, "16", True])
-def test_scaling_needs_the_base_batch_size(single: Make, base: Any) -> None:
-    """Nobody can guess what the learning rates were chosen for."""
+def test_scaling_requires_the_base_batch_size(single: Make, base: Any) -> None:
+    """A missing or invalid base_batch_size is an error."""
     with pytest.raises(ConfigValueError, match=f"base_batch_size is {base!r}"):
         single(auto_scale_lr={"enable": True, "base_batch_size": base})
 
 
-def test_scaling_needs_the_batch_of_a_rank(single: Make) -> None:
-    """The error names the key; preparing again with it scales, once."""
+def test_scaling_requires_the_batch_size_of_a_rank(single: Make) -> None:
+    """The error for a missing batch size names the key; preparing again scales once."""
     strategy, optim = single(auto_scale_lr=SCALE), sgd(0.4)
     with pytest.raises(ConfigValueError, match="train_micro_batch_size_per_gpu"):
         strategy.prepare(Line(), optim_wrapper=optim)
@@ -465,7 +461,7 @@ def test_scaling_needs_the_batch_of_a_rank(single: Make) -> None:
 
 
 def scaled_on_a_rank(folder: str) -> list[float]:
-    """Return the learning rate that a rank of two trains with."""
+    """Return the learning rate of one of two ranks."""
     strategy = make("ddp", folder, auto_scale_lr=SCALE)
     rates = scaled(strategy, {"optimizer": {"type": "SGD", "lr": 0.4}}).get_lr()["lr"]
     strategy.close()
@@ -473,5 +469,5 @@ def scaled_on_a_rank(folder: str) -> list[float]:
 
 
 def test_the_batch_of_all_ranks_counts(ranks: Ranks, tmp_path: Any) -> None:
-    """2 ranks x 8 samples for a base of 16: the rate stays; with one rank it is a half."""
+    """2 ranks x 8 samples with a base of 16 keep the rate, which one rank would halve."""
     assert ranks.run(scaled_on_a_rank, str(tmp_path)) == [[0.4], [0.4]]

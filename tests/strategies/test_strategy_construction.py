@@ -1,4 +1,4 @@
-"""A strategy sets its process up, names its run, and gives back what it changed."""
+"""A strategy sets up the process, names the run, and restores everything when it is closed."""
 
 from __future__ import annotations
 
@@ -32,29 +32,29 @@ from stratagem.strategies.setup import environment
 Make = Callable[..., BaseStrategy]
 
 
-def test_without_a_launcher_it_is_one_process(single: Make) -> None:
-    """The launcher is inferred: nobody started several processes."""
+def test_without_a_launcher_there_is_one_process(single: Make) -> None:
+    """Without a launcher, the world size is 1."""
     strategy = single()
     assert (strategy.launcher, strategy.distributed, strategy.rank, strategy.world_size) == ("none", False, 0, 1)
     assert isinstance(strategy.world, World)
 
 
-def test_a_stray_world_size_is_no_launch(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Container platforms set WORLD_SIZE; alone it does not start anything."""
+def test_a_stray_world_size_is_ignored(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """WORLD_SIZE alone, which container platforms set, does not start a distributed run."""
     monkeypatch.setenv("WORLD_SIZE", "8")
     strategy = single()
     assert (strategy.launcher, strategy.world_size) == ("none", 1)
     assert not is_distributed()
 
 
-def test_a_launcher_that_did_not_start_the_process_is_refused(single: Make) -> None:
-    """The variables that torchrun sets are missing, and the error names them."""
+def test_a_wrong_launcher_is_rejected(single: Make) -> None:
+    """The error for a launcher that did not start the process lists the missing variables."""
     with pytest.raises(LaunchError, match="launcher='pytorch', but this process was not started by it: RANK"):
         single(env={"launcher": "pytorch"})
 
 
-def test_ddp_without_a_launcher_is_refused(tmp_path: Path) -> None:
-    """The error names the commands that start several processes."""
+def test_ddp_without_a_launcher_is_rejected(tmp_path: Path) -> None:
+    """The error contains the commands to start several processes."""
     with pytest.raises(LaunchError, match="`stratagem train CONFIG --nproc N`"):
         DDPStrategy(work_dir=tmp_path)
 
@@ -70,8 +70,8 @@ def test_ddp_without_a_launcher_is_refused(tmp_path: Path) -> None:
         ({"auto_scale_lr": {"base_batchsize": 1}}, "auto_scale_lr: 'base_batchsize' .* 'base_batch_size'"),
     ],
 )
-def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
-    """No setting is accepted and ignored."""
+def test_an_unknown_key_suggests_the_closest_name(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
+    """An unknown key is an error with the closest name."""
     with pytest.raises(ConfigKeyError, match=message):
         SingleDeviceStrategy(work_dir=tmp_path, **kwargs)
 
@@ -84,14 +84,14 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path, kwargs: dic
         ({"auto_scale_lr": True}, "auto_scale_lr is True; a mapping"),
     ],
 )
-def test_a_setting_of_the_wrong_type_is_refused(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
-    """The error shows what came and what is due."""
+def test_a_setting_of_the_wrong_type_is_rejected(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
+    """The error for a setting of the wrong type shows the value and the expected type."""
     with pytest.raises(ConfigTypeError, match=message):
         SingleDeviceStrategy(work_dir=tmp_path, **kwargs)
 
 
-def test_none_stands_for_no_settings(single: Make) -> None:
-    """mp_cfg, dist_cfg and randomness may be None, as in configurations."""
+def test_none_means_no_settings(single: Make) -> None:
+    """``mp_cfg``, ``dist_cfg`` and ``randomness`` may be None."""
     strategy = single(seed=None, env={"mp_cfg": None, "dist_cfg": None, "randomness": None})
     assert 0 <= strategy.seed < 2**31
     assert strategy.randomness == {"seed": strategy.seed}
@@ -100,16 +100,16 @@ def test_none_stands_for_no_settings(single: Make) -> None:
 # ---- cuDNN, threads, files -----------------------------------------------------------------------------------------
 
 
-def test_the_autotuner_is_switched_on_and_back(single: Make) -> None:
-    """cudnn_benchmark lasts as long as the strategy."""
+def test_the_autotuner_is_enabled_and_restored(single: Make) -> None:
+    """``cudnn_benchmark`` is active until the strategy is closed."""
     strategy = single(env={"cudnn_benchmark": True})
     assert torch.backends.cudnn.benchmark
     strategy.close()
     assert not torch.backends.cudnn.benchmark
 
 
-def test_deterministic_wins_over_the_autotuner(single: Make) -> None:
-    """The autotuner may choose another kernel each time, so it goes; all is as before after close()."""
+def test_deterministic_disables_the_autotuner(single: Make) -> None:
+    """``deterministic=True`` disables the cuDNN autotuner, and ``close`` restores both."""
     before = torch.backends.cudnn.deterministic
     with pytest.warns(UserWarning, match="switched off, because deterministic=True"):
         strategy = single(env={"cudnn_benchmark": True, "randomness": {"seed": 0, "deterministic": True}})
@@ -121,8 +121,8 @@ def test_deterministic_wins_over_the_autotuner(single: Make) -> None:
     assert torch.backends.cudnn.deterministic is before
 
 
-def test_the_start_method_of_workers_is_chosen_and_given_back(single: Make) -> None:
-    """mp_cfg holds as long as the strategy."""
+def test_the_start_method_is_set_and_restored(single: Make) -> None:
+    """The start method in ``mp_cfg`` is active until the strategy is closed."""
     assert multiprocessing.get_start_method(allow_none=True) is None
     strategy = single(env={"mp_cfg": {"mp_start_method": "spawn"}})
     assert multiprocessing.get_start_method() == "spawn"
@@ -131,7 +131,7 @@ def test_the_start_method_of_workers_is_chosen_and_given_back(single: Make) -> N
 
 
 def test_one_process_keeps_its_threads(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thread variables are set for distributed runs only."""
+    """Thread variables are only set for distributed runs."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     single()
     assert "OMP_NUM_THREADS" not in os.environ
@@ -146,10 +146,10 @@ def test_one_process_keeps_its_threads(single: Make, monkeypatch: pytest.MonkeyP
         (4096, 1024, resource.RLIM_INFINITY, 4096),
     ],
 )
-def test_the_limit_of_open_files(
+def test_the_limit_of_open_files_is_raised(
     single: Make, monkeypatch: pytest.MonkeyPatch, asked: int, soft: int, hard: int, expected: int
 ) -> None:
-    """The soft limit becomes min(max(resource_limit, soft), hard), and again what it was at the end."""
+    """The soft limit is set to min(max(resource_limit, soft), hard) and restored."""
     limits = [(soft, hard)]
     monkeypatch.setattr(environment.resource, "getrlimit", lambda _: limits[-1])
     monkeypatch.setattr(environment.resource, "setrlimit", lambda _, pair: limits.append(pair))
@@ -159,8 +159,8 @@ def test_the_limit_of_open_files(
     assert limits[-1] == (soft, hard)
 
 
-def test_an_unlimited_number_of_open_files_stays(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raising never lowers, even where "no limit" is the number -1."""
+def test_an_unlimited_number_of_open_files_is_kept(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unlimited number of open files, which may be represented by -1, is not lowered."""
     no_limit = resource.RLIM_INFINITY
     monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (no_limit, no_limit))
     monkeypatch.setattr(environment.resource, "setrlimit", lambda _, pair: pytest.fail(f"set to {pair}"))
@@ -168,8 +168,8 @@ def test_an_unlimited_number_of_open_files_stays(single: Make, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("limit", [None, "4096", -1, True])
-def test_a_limit_that_is_no_number_is_refused(single: Make, limit: object) -> None:
-    """The error shows it."""
+def test_an_invalid_limit_is_rejected(single: Make, limit: object) -> None:
+    """The error for an invalid limit shows it."""
     with pytest.raises(ConfigValueError, match="resource_limit is"):
         single(env={"resource_limit": limit})
 
@@ -178,7 +178,7 @@ def test_a_limit_that_is_no_number_is_refused(single: Make, limit: object) -> No
 
 
 def test_the_seed_seeds_all_generators(single: Make) -> None:
-    """Python, NumPy and torch draw what they draw after being seeded by hand."""
+    """The seed is used for Python, NumPy and torch."""
     strategy = single(seed=7)
     drawn = random.random(), np.random.rand(), torch.rand(()).item()
     random.seed(7)
@@ -189,20 +189,20 @@ def test_the_seed_seeds_all_generators(single: Make) -> None:
     assert strategy.randomness["seed"] == 7
 
 
-def test_without_a_seed_each_run_draws_its_own(single: Make) -> None:
-    """Two runs without a seed are two experiments."""
+def test_without_a_seed_each_run_generates_one(single: Make) -> None:
+    """Without a seed, each run generates a different one."""
     assert single(seed=None).seed != single(seed=None).seed
 
 
-def test_the_callers_settings_are_left_alone(single: Make) -> None:
-    """env_kwargs and what is in it stay as they were, the drawn seed included."""
+def test_the_given_settings_are_not_modified(single: Make) -> None:
+    """``env_kwargs`` are not modified, even if a seed is generated."""
     env = {"randomness": {"seed": None}, "mp_cfg": {"opencv_num_threads": 0}, "dist_cfg": {"timeout": 5}}
     single(env=env)
     assert env == {"randomness": {"seed": None}, "mp_cfg": {"opencv_num_threads": 0}, "dist_cfg": {"timeout": 5}}
 
 
 def test_randomness_is_given_as_a_copy(single: Make) -> None:
-    """Changing what the property returned does not change the strategy."""
+    """The ``randomness`` property returns a copy."""
     strategy = single(seed=3)
     strategy.randomness["seed"] = 9
     assert strategy.randomness["seed"] == 3
@@ -212,7 +212,7 @@ def test_randomness_is_given_as_a_copy(single: Make) -> None:
 
 
 def test_the_names_of_a_run(single: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """work_dir is absolute, log_dir lies in it and is called by the time, the experiment by its name and the time."""
+    """work_dir is absolute, log_dir is a subfolder named after the time, and the experiment name ends with the time."""
     monkeypatch.chdir(tmp_path)
     strategy = single(Path("runs/a"), experiment_name="digits")
     assert re.fullmatch(r"\d{8}_\d{6}", strategy.timestamp)
@@ -222,13 +222,13 @@ def test_the_names_of_a_run(single: Make, tmp_path: Path, monkeypatch: pytest.Mo
     assert strategy.experiment_name == f"digits_{strategy.timestamp}"
 
 
-def test_a_run_without_a_name_is_called_by_its_time(single: Make) -> None:
-    """experiment_name is the timestamp alone."""
+def test_a_run_without_a_name_is_named_after_its_time(single: Make) -> None:
+    """The default experiment name is the timestamp."""
     strategy = single()
     assert strategy.experiment_name == strategy.timestamp
 
 
-def test_the_log_goes_into_a_file_named_by_the_time(single: Make) -> None:
+def test_the_log_file_is_named_after_the_time(single: Make) -> None:
     """The logger has the experiment's name and appends to <log_dir>/<timestamp>.log."""
     strategy = single(experiment_name="digits")
     strategy.logger.info("hello")
@@ -241,8 +241,8 @@ def test_the_log_goes_into_a_file_named_by_the_time(single: Make) -> None:
     assert [word in file.read_text() for word in ("hello", "again")] == [True, True]
 
 
-def test_the_logger_takes_what_log_kwargs_say(single: Make, tmp_path: Path) -> None:
-    """Level, file, its mode and the name."""
+def test_the_logger_uses_log_kwargs(single: Make, tmp_path: Path) -> None:
+    """``log_kwargs`` set the level, the file, its mode and the name."""
     file = tmp_path / "own.log"
     file.write_text("old\n")
     strategy = single(log_kwargs={"log_level": "ERROR", "log_file": str(file), "file_mode": "w", "name": "mine"})
@@ -261,14 +261,14 @@ def test_the_logger_takes_what_log_kwargs_say(single: Make, tmp_path: Path) -> N
         *("rank", "world_size", "seed", "randomness", "world"),
     ],
 )
-def test_facts_cannot_be_assigned(single: Make, name: str) -> None:
-    """They are properties without a setter."""
+def test_properties_are_read_only(single: Make, name: str) -> None:
+    """Properties such as rank cannot be assigned."""
     with pytest.raises(AttributeError):
         setattr(single(), name, None)
 
 
-def test_a_work_dir_below_a_file_is_refused(tmp_path: Path) -> None:
-    """Even root cannot write there; the error names the path and the reason."""
+def test_a_work_dir_below_a_file_is_rejected(tmp_path: Path) -> None:
+    """The error for a work_dir below a file contains the path and the reason."""
     (tmp_path / "file").write_text("")
     with pytest.raises(WorkDirError, match=r"work_dir: .*file/run cannot be created: Not a directory"):
         SingleDeviceStrategy(work_dir=tmp_path / "file" / "run")
@@ -277,8 +277,8 @@ def test_a_work_dir_below_a_file_is_refused(tmp_path: Path) -> None:
 # ---- the end -------------------------------------------------------------------------------------------------------
 
 
-def test_closing_twice_changes_nothing_more(single: Make) -> None:
-    """What was set between the two calls belongs to somebody else and stays."""
+def test_close_is_idempotent(single: Make) -> None:
+    """A second ``close`` does not change settings that were made after the first."""
     strategy = single(env={"cudnn_benchmark": True})
     strategy.close()
     torch.backends.cudnn.benchmark = True
@@ -287,8 +287,8 @@ def test_closing_twice_changes_nothing_more(single: Make) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def test_a_strategy_that_cannot_be_made_leaves_the_process_as_it_was(tmp_path: Path) -> None:
-    """Whatever was set before the error is given back."""
+def test_a_failed_construction_restores_the_process(tmp_path: Path) -> None:
+    """If construction fails, all settings are restored."""
     for bad in ({"env": {"resource_limit": "many"}}, {"log_kwargs": {"log_level": "LOUD"}}, {"seed": -1}):
         with pytest.raises(ConfigValueError):
             make("single", tmp_path, **{**bad, "env": {"cudnn_benchmark": True, **bad.get("env", {})}})
@@ -297,7 +297,7 @@ def test_a_strategy_that_cannot_be_made_leaves_the_process_as_it_was(tmp_path: P
 
 
 def test_the_environment_report_of_a_run(single: Make) -> None:
-    """Two dicts: the machine, and how the run uses it."""
+    """``collect_env`` returns one dict for the machine and one for the run."""
     strategy = single(seed=5, env={"resource_limit": 1})
     system, runtime = strategy.collect_env()
     assert system["PyTorch"] == torch.__version__
@@ -310,7 +310,7 @@ def test_the_environment_report_of_a_run(single: Make) -> None:
 
 
 def facts_of_a_rank(folder: str) -> dict[str, Any]:
-    """Return what a DDPStrategy says on this rank, without a seed and with a seed that differs by rank."""
+    """Return the attributes of a DDPStrategy on this rank, without a seed and with seeds that differ by rank."""
     os.environ.pop("OMP_NUM_THREADS", None)
     strategy = make("ddp", folder, seed=None, experiment_name="two")
     lines = Lines(strategy)
@@ -336,7 +336,7 @@ def facts_of_a_rank(folder: str) -> dict[str, Any]:
 
 
 def test_ranks_agree_on_time_and_seed(ranks: Ranks, tmp_path: Path) -> None:
-    """They are rank 0's; with diff_rank_seed each rank draws from the seed plus its number, and seed stays common."""
+    """Time and seed are those of rank 0; with diff_rank_seed, the rank is added for the generators only."""
     one, other = ranks.run(facts_of_a_rank, str(tmp_path))
     assert (one["world"], other["world"]) == (("pytorch", True, 0, 2), ("pytorch", True, 1, 2))
     assert one["same"] == other["same"]
@@ -346,7 +346,7 @@ def test_ranks_agree_on_time_and_seed(ranks: Ranks, tmp_path: Path) -> None:
     assert [one["different"][1], other["different"][1]] == drawn
     assert (one["file"], other["file"]) == (True, False)
     assert one["threads"] == "1"
-    # The group was there before the strategy, so it stays.
+    # The strategy did not create the process group, so it keeps it.
     assert one["after"] == (False, True)
     for facts in (one, other):
         assert "started with 2 processes, and each would train a model of its own" in facts["refusal"]
@@ -354,14 +354,14 @@ def test_ranks_agree_on_time_and_seed(ranks: Ranks, tmp_path: Path) -> None:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment of one process that torchrun started; port 0 is any free one."""
+    """The environment of a single process that torchrun started; port 0 means any free port."""
     for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
 
 
-def test_a_group_that_the_strategy_made_ends_with_it(tmp_path: Path, alone: None) -> None:
-    """One process that torchrun started is distributed; close() ends its group, and a second close() no other one."""
+def test_a_group_created_by_the_strategy_is_destroyed(tmp_path: Path, alone: None) -> None:
+    """``close`` destroys the process group that the strategy created, and no other."""
     strategy = DDPStrategy(work_dir=tmp_path, env_kwargs={"dist_cfg": {"timeout": 20, "backend": "gloo"}})
     assert is_distributed()
     assert (strategy.launcher, strategy.distributed, strategy.world_size) == ("pytorch", True, 1)
@@ -374,8 +374,8 @@ def test_a_group_that_the_strategy_made_ends_with_it(tmp_path: Path, alone: None
     assert not is_distributed()
 
 
-def test_an_unknown_ddp_option_is_refused_and_nothing_is_left(tmp_path: Path, alone: None) -> None:
-    """The nearest option is named, and the group that was made for the strategy is ended."""
+def test_an_unknown_ddp_option_is_rejected(tmp_path: Path, alone: None) -> None:
+    """An unknown DDP option is an error with the closest name, and the created process group is destroyed."""
     with pytest.raises(ConfigKeyError, match=r"no option 'static_grph'. Did you mean 'static_graph'"):
         DDPStrategy(work_dir=tmp_path, ddp_kwargs={"static_grph": True})
     with pytest.raises(ConfigValueError, match=r"model_wrapper: 'seperate' is not known. Did you mean 'separate'"):

@@ -1,4 +1,4 @@
-"""Symptoms of earlier systems with this contract that must not come back; those of state and building stand with these."""
+"""Regression tests for known defects of similar systems. More are next to the tests of state and building."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = {"optimizer": {"type": "SGD", "lr": 1.0}}
 
 
 def test_a_resumed_seed_does_not_leak_into_the_next_strategy(single: Make, tmp_path: Path) -> None:
-    """1: a strategy without a seed draws its own, whatever one before it resumed."""
+    """A strategy without a seed generates one, even after another strategy resumed a seed."""
     first = single(seed=123_456)
     first.prepare(Line())
     first.save_checkpoint(tmp_path / "a")
@@ -37,16 +37,16 @@ def test_a_resumed_seed_does_not_leak_into_the_next_strategy(single: Make, tmp_p
     assert single(env={"randomness": {"seed": None}}).seed != 123_456
 
 
-def test_compiling_does_not_take_target_out_of_the_configuration(single: Make) -> None:
-    """2: the second run with the same mapping compiles the same method."""
+def test_compiling_does_not_modify_the_configuration(single: Make) -> None:
+    """Compiling does not modify the configuration, so a second run compiles the same method."""
     cfg = {"target": "val_step", "backend": "eager"}
     for _ in range(2):
         assert "val_step" in vars(single().prepare(Mlp(), compile=cfg))
     assert cfg == {"target": "val_step", "backend": "eager"}
 
 
-def test_built_schedulers_are_not_dropped(single: Make) -> None:
-    """3: they are the ones that the strategy has and saves."""
+def test_scheduler_instances_are_not_dropped(single: Make) -> None:
+    """Scheduler instances are used and saved."""
     optim = OptimWrapper(SGD([nn.Parameter(torch.ones(()))], lr=1.0))
     built = ConstantLR(optim, factor=0.5)
     strategy = single()
@@ -55,9 +55,9 @@ def test_built_schedulers_are_not_dropped(single: Make) -> None:
     assert len(strategy.scheduler_state_dict()) == 1
 
 
-def test_nothing_is_accepted_and_ignored_under_ddp(ranks: Ranks, tmp_path: Path) -> None:
-    """5: compile, auto_scale_lr and callbacks act; compiling train_step, which cannot, is refused."""
-    # 2 ranks x 2 samples for a base of 8: half the rate.
+def test_no_option_is_ignored_under_ddp(ranks: Ranks, tmp_path: Path) -> None:
+    """``compile``, ``auto_scale_lr`` and callbacks take effect under DDP; compiling train_step is rejected."""
+    # 2 ranks x 2 samples with a base of 8 halve the learning rate.
     assert ranks.run(accepted_on_a_rank, str(tmp_path)) == [(True, 0.5, ["save", "load", "resume"], True)] * 2
 
 
@@ -86,9 +86,9 @@ def accepted_on_a_rank(folder: str) -> tuple[bool, float, list[str], bool]:
     return *facts, refused
 
 
-def test_clipping_uses_the_norm_of_the_gradient_over_all_ranks(ranks: Ranks, tmp_path: Path) -> None:
-    """7: it comes after the exchange. Gradients 3 and -5 are -1 together; each clipped to 1 first, they would be 0."""
-    # From 2 at rate 1: 3 and 5 are 4 together, clipped to 1.
+def test_clipping_uses_the_norm_of_the_synchronized_gradient(ranks: Ranks, tmp_path: Path) -> None:
+    """Gradients are clipped after synchronization: 3 and -5 average to -1, but clipped separately they would cancel."""
+    # From 2 with a learning rate of 1: 3 and 5 average to 4, which is clipped to 1.
     assert ranks.run(clipped_on_a_rank, str(tmp_path)) == [pytest.approx([1.0, 3.0], rel=1e-5)] * 2
 
 
@@ -104,13 +104,13 @@ def clipped_on_a_rank(folder: str) -> list[float]:
     return weights
 
 
-def test_the_last_shorter_window_is_not_scaled_as_if_it_were_full(tmp_path: Path) -> None:
-    """9: 6 micro-batches in windows of 4, each gradient 1, rate 1: the weight falls from 2 by 1.0 twice."""
+def test_a_shorter_last_window_is_scaled_by_its_length(tmp_path: Path) -> None:
+    """6 micro-batches in windows of 4 with gradient 1 and learning rate 1 reduce the weight from 2 by 1.0 twice."""
     assert windows("single", str(tmp_path)) == [1.0, 0.0]
 
 
-def test_the_last_shorter_window_is_exchanged_and_scaled_under_ddp(ranks: Ranks, tmp_path: Path) -> None:
-    """9: likewise on two ranks with the gradients 0.5 and 1.5, whose mean is 1."""
+def test_a_shorter_last_window_is_synchronized_under_ddp(ranks: Ranks, tmp_path: Path) -> None:
+    """On two ranks, the gradients 0.5 and 1.5 average to 1 in the last window, too."""
     assert ranks.run(windows, "ddp", str(tmp_path)) == [[1.0, 0.0]] * 2
 
 
@@ -128,8 +128,8 @@ def windows(kind: str, folder: str) -> list[float]:
     return weights
 
 
-def test_an_interrupted_epoch_neither_repeats_nor_loses_samples(ranks: Ranks) -> None:
-    """10: 24 samples; two ranks take 3 batches of 2 each, one process the rest: every sample once."""
+def test_an_interrupted_epoch_neither_repeats_nor_skips_samples(ranks: Ranks) -> None:
+    """24 samples: two ranks use 3 batches of 2 each and one process uses the rest, every sample once."""
     first = ranks.run(samples, 0, 3)
     rest = samples(3, None)
     seen = [sample for rank in first for sample in rank]
@@ -138,7 +138,7 @@ def test_an_interrupted_epoch_neither_repeats_nor_loses_samples(ranks: Ranks) ->
 
 
 def samples(start: int, stop: int | None) -> list[int]:
-    """Return the samples of some batches of the epoch; the global batch is 4."""
+    """Return the samples of some batches of the epoch; the global batch size is 4."""
     rank, size = (torch.distributed.get_rank(), 2) if torch.distributed.is_initialized() else (0, 1)
     loader = build_dataloader(
         {"dataset": list(range(24)), "batch_size": 4 // size}, seed=3, rank=rank, world_size=size, training=True
@@ -148,7 +148,7 @@ def samples(start: int, stop: int | None) -> list[int]:
 
 
 class Dropping(BaseModel):
-    """Draws while it computes, as dropout does."""
+    """A model that draws random numbers in its forward pass, like dropout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,8 +158,8 @@ class Dropping(BaseModel):
         return {"loss": nn.functional.dropout(self.layer(x), 0.5).sum()}
 
 
-def test_resuming_goes_on_in_the_stream_of_random_numbers(single: Make, tmp_path: Path) -> None:
-    """4: dropout masks after resuming are those of the run that was not stopped, not those of its beginning."""
+def test_resuming_continues_the_random_numbers(single: Make, tmp_path: Path) -> None:
+    """Dropout masks after resuming are those of the uninterrupted run."""
     data = torch.ones(16, 4)
     one = single()
     one.prepare(Dropping(), optim_wrapper={"optimizer": {"type": "SGD", "lr": 1e-3}})

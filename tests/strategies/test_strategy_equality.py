@@ -1,4 +1,4 @@
-"""One process and two ranks compute the same training: data, losses, learning rates, parameters."""
+"""One process and two ranks compute the same training: samples, losses, learning rates and parameters."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from stratagem.model import BaseModel, SupervisedModel
 from stratagem.strategies import BaseStrategy
 from stratagem.train.hooks import ParamSchedulerHook
 
-# Both runs add the same float32 products in another order. A sum of n terms may then differ by about n roundings of
-# 2**-24 = 6e-8 of its size; here n is at most 16 samples x 64 places of an image, and roundings mostly cancel: sqrt(1024)
-# x 6e-8 = 2e-6. Updates carry it on, so 1e-5 of the loss is allowed, and 1e-5 of the largest parameters (about 1).
+# Both runs sum the same float32 products in a different order. A sum of n terms may then differ by about n roundings
+# of 2**-24 = 6e-8 relative to its size. Here, n is at most 16 samples x 64 pixels, and roundings mostly cancel:
+# sqrt(1024) x 6e-8 = 2e-6. Updates propagate the difference, so 1e-5 of the loss and of the largest parameters (about
+# 1) is allowed.
 TOLERANCE = 1e-5
 GLOBAL_BATCH = 16
 EPOCH = 12  # 192 samples
 
 
 class Patterns(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """192 images of 8 x 8 that know their index; the class is the brightest of four quarters."""
+    """192 images of 8 x 8 pixels with their index; the class is the brightest quadrant."""
 
     def __init__(self) -> None:
         self.images = torch.randn(192, 1, 8, 8, generator=torch.Generator().manual_seed(5))
@@ -41,7 +42,7 @@ class Patterns(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def network(kind: str) -> nn.Module:
-    """Return a small network whose outputs for a sample do not depend on the other samples of its batch."""
+    """Return a small network without interaction between the samples of a batch."""
     if kind == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
     return nn.Sequential(
@@ -55,7 +56,7 @@ ACCUMULATED = {"accumulative_counts": 2, "clip_grad": {"max_norm": 0.3}}
 
 
 def prepared(kind: str, folder: str, network_kind: str, optim: Mapping[str, Any], iterations: int) -> BaseStrategy:
-    """Return a strategy with model, optimizer and a schedule by iteration."""
+    """Return a prepared strategy with an iteration-based schedule."""
     strategy = make(kind, folder)
     strategy.prepare(
         SupervisedModel(network(network_kind), nn.CrossEntropyLoss()),
@@ -70,7 +71,7 @@ def prepared(kind: str, folder: str, network_kind: str, optim: Mapping[str, Any]
 
 
 def run(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
-    """Train iterations ``start`` to ``stop`` of the run and return all that can be compared."""
+    """Train iterations ``start`` to ``stop`` of the run and return all comparable results."""
     loader = build_dataloader(
         {
             "dataset": Patterns(),
@@ -114,7 +115,7 @@ def run(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
 
 
 class _Run:
-    """The little of a run that the hook of the schedules looks at."""
+    """The attributes of a run that the schedule hook uses."""
 
     def __init__(self, strategy: BaseStrategy, start: int) -> None:
         self.param_schedulers = strategy.param_schedulers
@@ -134,7 +135,7 @@ def whole_run(kind: str, folder: str, network_kind: str, optim: Mapping[str, Any
 
 
 def mean_of_ranks(results: list[dict[str, Any]]) -> list[float]:
-    """Return the losses over all samples: ranks have as many each."""
+    """Return the losses over all samples; ranks have equal numbers of them."""
     return [sum(losses) / len(losses) for losses in zip(*(each["losses"] for each in results), strict=True)]
 
 
@@ -150,9 +151,9 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_two_ranks_train_as_one_process_does(
     ranks: Ranks, tmp_path: Path, network_kind: str, optim: dict[str, Any]
 ) -> None:
-    """The same weights at first, samples, learning rates, losses and weights at last; both ranks bit by bit the same.
+    """Initial weights, samples, learning rates, losses and final weights are equal; the ranks are bit-identical.
 
-    25 iterations over three epochs, the last window of accumulation being shorter, the norm clipped in between.
+    The run has 25 iterations in three epochs, a shorter last accumulation window, and gradient clipping.
     """
     alone = whole_run("single", str(tmp_path), network_kind, optim, 25)
     both = ranks.run(whole_run, "ddp", str(tmp_path), network_kind, optim, 25)
@@ -164,14 +165,14 @@ def test_two_ranks_train_as_one_process_does(
     assert mean_of_ranks(both) == pytest.approx(alone["losses"], rel=TOLERANCE)
     assert both[0]["norms"] == pytest.approx(alone["norms"], rel=10 * TOLERANCE)
     assert_close(both[0]["state"], alone["state"])
-    # The weights went a long way, and what was to be tried was: clipping, and rates that change with updates only.
+    # The weights changed significantly, and the run included clipping and rates that only change with updates.
     assert alone["moved"] > 1000 * TOLERANCE
     if "clip_grad" in optim:
         assert max(alone["norms"]) > 0.3
         assert alone["rates"][2] == alone["rates"][3] != alone["rates"][4]
 
 
-# ---- resuming elsewhere --------------------------------------------------------------------------------------------
+# ---- resuming with a different number of ranks ---------------------------------------------------------------------
 
 
 def first_part(kind: str, folder: str, checkpoint: str) -> dict[str, Any]:
@@ -186,7 +187,7 @@ def first_part(kind: str, folder: str, checkpoint: str) -> dict[str, Any]:
 
 
 def second_part(kind: str, folder: str, checkpoint: str) -> dict[str, Any]:
-    """Resume and train to the end; ``log`` is what was logged meanwhile."""
+    """Resume and train to the end; ``log`` is the text that was logged."""
     strategy = prepared(kind, folder, "conv", {**ADAMW, **ACCUMULATED}, 20)
     try:
         strategy.resume(checkpoint)
@@ -198,8 +199,8 @@ def second_part(kind: str, folder: str, checkpoint: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
-def test_a_run_of_two_ranks_goes_on_in_one_process_and_back(ranks: Ranks, tmp_path: Path, suffix: str) -> None:
-    """The losses after resuming are those of a run that was never stopped, and the log tells of the other world size."""
+def test_a_run_can_change_between_one_process_and_two_ranks(ranks: Ranks, tmp_path: Path, suffix: str) -> None:
+    """The losses after resuming match an uninterrupted run, and the log reports the different world size."""
     folder = str(tmp_path)
     unbroken = whole_run("single", folder, "conv", {**ADAMW, **ACCUMULATED}, 20)
     by_two, by_one = str(tmp_path / f"two{suffix}"), str(tmp_path / f"one{suffix}")
@@ -217,8 +218,8 @@ def test_a_run_of_two_ranks_goes_on_in_one_process_and_back(ranks: Ranks, tmp_pa
     assert "was saved by 1 ranks, this run has 2" in both[0]["log"]
 
 
-def test_one_process_resumed_is_bit_identical_to_one_that_was_not(tmp_path: Path) -> None:
-    """Losses and every byte of the weights."""
+def test_a_resumed_process_is_bit_identical(tmp_path: Path) -> None:
+    """Losses and weights after resuming in one process are bit-identical to an uninterrupted run."""
     folder = str(tmp_path)
     unbroken = whole_run("single", folder, "conv", {**ADAMW, **ACCUMULATED}, 20)
     first_part("single", folder, str(tmp_path / "ten"))
@@ -228,14 +229,14 @@ def test_one_process_resumed_is_bit_identical_to_one_that_was_not(tmp_path: Path
 
 
 def resumed_on_ranks(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return an unbroken run, and the second part of one that was stopped."""
+    """Return an uninterrupted run, and the second part of an interrupted one."""
     unbroken = whole_run("ddp", folder, "conv", {**ADAMW, **ACCUMULATED}, 20)
     first_part("ddp", folder, f"{folder}/ten")
     return unbroken, second_part("ddp", folder, f"{folder}/ten")
 
 
-def test_two_ranks_resumed_are_bit_identical_to_two_that_were_not(ranks: Ranks, tmp_path: Path) -> None:
-    """On the CPU gradients are exchanged in the same order each time."""
+def test_two_resumed_ranks_are_bit_identical(ranks: Ranks, tmp_path: Path) -> None:
+    """On the CPU, gradients are always reduced in the same order, so resumed ranks are bit-identical."""
     for unbroken, resumed in ranks.run(resumed_on_ranks, str(tmp_path)):
         assert resumed["losses"] == unbroken["losses"][10:]
         assert resumed["last"] == unbroken["last"]
@@ -245,7 +246,7 @@ def test_two_ranks_resumed_are_bit_identical_to_two_that_were_not(ranks: Ranks, 
 
 
 class Weighted(BaseModel):
-    """A linear model whose micro-batches count by their number of samples."""
+    """A linear model whose micro-batches are weighted by their number of samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,13 +260,12 @@ class Weighted(BaseModel):
         return {"loss": nn.functional.mse_loss(outputs, targets), "weight": len(inputs)} if mode == "loss" else outputs
 
 
-# How the 12 samples of a step are cut into micro-batches: for one process and one micro-batch, for one process and two,
-# and for two ranks and two.
+# How the 12 samples of a step are split into micro-batches, by (world size, number of micro-batches).
 CUTS = {(1, 1): [[12]], (1, 2): [[7, 5]], (2, 2): [[1, 4], [5, 2]], (2, 1): [[3], [9]]}
 
 
 def weighted_steps(kind: str, folder: str, count: int) -> dict[str, Tensor]:
-    """Take three steps over the same 12 samples, cut unequally, and return the weights."""
+    """Take three steps on the same 12 samples, split unevenly, and return the weights."""
     strategy = make(kind, folder)
     strategy.prepare(
         Weighted(),
@@ -286,8 +286,8 @@ def weighted_steps(kind: str, folder: str, count: int) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in state.items()}
 
 
-def test_weighted_micro_batches_are_one_big_batch(ranks: Ranks, tmp_path: Path) -> None:
-    """Unequal micro-batches and unequal ranks give the mean over all samples, as one batch of them does."""
+def test_weighted_micro_batches_match_one_large_batch(ranks: Ranks, tmp_path: Path) -> None:
+    """Uneven micro-batches and ranks give the mean over all samples, like one large batch."""
     folder = str(tmp_path)
     generator = torch.Generator().manual_seed(2)
     inputs, targets = torch.randn(12, 3, generator=generator), torch.randn(12, generator=generator)
@@ -305,11 +305,11 @@ def test_weighted_micro_batches_are_one_big_batch(ranks: Ranks, tmp_path: Path) 
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- a loop written by hand ---------------------------------------------------------------------------------------
+# ---- checkpoints of plain torch -----------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_a_plain_torch_loop_goes_on_here(tmp_path: Path) -> None:
-    """What torch's own state_dict() gave, by index, resumes: the losses are those of the loop if it had gone on."""
+def test_a_checkpoint_of_a_plain_torch_loop_can_be_resumed(tmp_path: Path) -> None:
+    """The state dicts of a plain torch loop, which use indices, can be resumed with the same losses."""
     torch.manual_seed(0)
     model = SupervisedModel(network("mlp"), nn.CrossEntropyLoss())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
@@ -331,5 +331,5 @@ def test_a_checkpoint_of_a_plain_torch_loop_goes_on_here(tmp_path: Path) -> None
     batch = data.images[:16], data.classes[:16]
     resumed = [strategy.model.train_step(batch, strategy.optim_wrapper)["loss"].item() for _ in range(4)]
     strategy.close()
-    # The fused kernel rounds otherwise than torch's default.
+    # The fused kernel rounds differently from torch's default.
     assert resumed == pytest.approx(losses[4:], rel=TOLERANCE)

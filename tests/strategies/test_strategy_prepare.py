@@ -1,4 +1,4 @@
-"""Prepare builds once, in order, and says what is missing."""
+"""``prepare`` builds everything once, in order, and reports what is missing."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ OPTIM = {"optimizer": {"type": "SGD", "lr": 0.1}}
 SCHEDULE = {"type": "ConstantLR", "factor": 0.5, "end": 2, "by_epoch": False}
 
 
-# ---- what comes back -----------------------------------------------------------------------------------------------
+# ---- return values -------------------------------------------------------------------------------------------------
 
 
-def test_a_model_alone_comes_back_alone(single: Make) -> None:
-    """Without an optimizer there is no list."""
+def test_a_model_alone_is_returned_without_a_list(single: Make) -> None:
+    """With a model only, ``prepare`` returns the model itself."""
     model = Mlp()
     strategy = single()
     assert strategy.prepare(model) is model is strategy.model
 
 
-def test_what_was_asked_for_comes_back_in_a_list(single: Make) -> None:
-    """Model and optimizer wrapper; model, optimizer wrapper and schedulers."""
+def test_several_objects_are_returned_in_a_list(single: Make) -> None:
+    """With an optimizer and schedulers, ``prepare`` returns a list in this order."""
     strategy = single()
     assert strategy.prepare(Mlp(), optim_wrapper=OPTIM) == [strategy.model, strategy.optim_wrapper]
     strategy = single()
@@ -44,7 +44,7 @@ def test_what_was_asked_for_comes_back_in_a_list(single: Make) -> None:
 
 
 def test_a_second_call_returns_the_same_objects(single: Make) -> None:
-    """Nothing is built again, and no learning rate is changed again."""
+    """A second call builds nothing and does not change learning rates."""
     strategy = single()
     first = strategy.prepare(Mlp(), optim_wrapper=OPTIM, param_scheduler=SCHEDULE)
     rates = strategy.optim_wrapper.get_lr()
@@ -53,8 +53,8 @@ def test_a_second_call_returns_the_same_objects(single: Make) -> None:
     assert strategy.optim_wrapper.get_lr() == rates
 
 
-def test_a_test_before_the_training_does_not_lose_the_optimizer(single: Make) -> None:
-    """Prepared for evaluation first, a strategy adds what training needs to the same model (S15)."""
+def test_preparing_for_a_test_first_does_not_lose_the_optimizer(single: Make) -> None:
+    """A strategy that was prepared for evaluation can add an optimizer to the same model later."""
     strategy = single()
     model = strategy.prepare(Mlp())
     prepared = strategy.prepare(
@@ -70,16 +70,16 @@ def test_a_test_before_the_training_does_not_lose_the_optimizer(single: Make) ->
     assert strategy.dispatch_kwargs == {"max_iters": 4}
 
 
-def test_schedules_can_come_later_with_their_horizon(single: Make) -> None:
-    """dispatch_kwargs of the second call count for what it builds."""
+def test_schedules_can_be_added_later(single: Make) -> None:
+    """Schedules can be built in a second call with its ``dispatch_kwargs``."""
     strategy = single()
     strategy.prepare(Mlp(), optim_wrapper=OPTIM)
     prepared = strategy.prepare(Mlp(), param_scheduler={"type": "LinearLR"}, dispatch_kwargs={"max_epochs": 6})
     assert prepared[2][0].end == 6
 
 
-def test_the_order_is_model_weights_compilation_optimizer_schedules(single: Make, monkeypatch: Any) -> None:
-    """Each step finds what it needs done."""
+def test_the_order_of_preparation(single: Make, monkeypatch: Any) -> None:
+    """The model is built, initialized and compiled before the optimizer and the schedules."""
     strategy, order = single(auto_scale_lr={"enable": True, "base_batch_size": 1}), []
     names = [
         "build_model",
@@ -103,8 +103,8 @@ def test_the_order_is_model_weights_compilation_optimizer_schedules(single: Make
     assert order == names
 
 
-def test_a_compiled_model_trains(single: Make) -> None:
-    """Its first loss is that of the model that is not compiled."""
+def test_a_compiled_model_can_be_trained(single: Make) -> None:
+    """The losses of a compiled model match those of the original."""
     losses = []
     for options in (False, {"backend": "eager"}):
         strategy = single()
@@ -113,8 +113,8 @@ def test_a_compiled_model_trains(single: Make) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_sync_batchnorm_becomes_plain(single: Make) -> None:
-    """One device has nobody to exchange statistics with; weights and statistics are kept."""
+def test_sync_batch_norm_is_replaced(single: Make) -> None:
+    """On one device, SyncBatchNorm is replaced by BatchNorm with the same weights and statistics."""
     strategy = single()
     lines = Lines(strategy)
     layer = nn.SyncBatchNorm(3)
@@ -126,7 +126,7 @@ def test_sync_batchnorm_becomes_plain(single: Make) -> None:
     assert "Turned 1 SyncBatchNorm layers into BatchNorm" in lines.text
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -137,15 +137,15 @@ def test_sync_batchnorm_becomes_plain(single: Make) -> None:
         ("param_schedulers", "Call prepare(model, optim_wrapper=..., param_scheduler=...) first."),
     ],
 )
-def test_what_is_not_prepared_yet_says_so(single: Make, name: str, hint: str) -> None:
-    """The error names the strategy, the attribute and the call."""
+def test_reading_an_attribute_before_prepare_is_an_error(single: Make, name: str, hint: str) -> None:
+    """Reading an attribute before ``prepare`` is an error with the strategy, the attribute and the required call."""
     with pytest.raises(NotPreparedError) as caught:
         getattr(single(), name)
     assert str(caught.value) == f"SingleDeviceStrategy has no {name} yet. {hint}"
 
 
-def test_state_before_prepare_is_refused(single: Make, tmp_path: Path) -> None:
-    """Saving, loading and resuming need a model."""
+def test_state_before_prepare_is_rejected(single: Make, tmp_path: Path) -> None:
+    """Saving, loading and resuming before ``prepare`` are errors."""
     strategy = single()
     for act in (
         strategy.model_state_dict,
@@ -160,8 +160,8 @@ def test_state_before_prepare_is_refused(single: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_accumulation_needs_the_length_of_the_run(single: Make) -> None:
-    """The last window may be shorter, so max_iters must be known; with it the preparation goes on."""
+def test_accumulation_requires_the_run_length(single: Make) -> None:
+    """Accumulation requires max_iters, because the last window may be shorter; preparing again with it succeeds."""
     strategy = single()
     optim = {**OPTIM, "accumulative_counts": 4}
     with pytest.raises(ConfigValueError, match=r"accumulative_counts=4 needs dispatch_kwargs\['max_iters'\]") as caught:
@@ -170,8 +170,8 @@ def test_accumulation_needs_the_length_of_the_run(single: Make) -> None:
     assert strategy.prepare(Mlp(), optim_wrapper=optim, dispatch_kwargs={"max_iters": 6})[1].max_counts == 6
 
 
-def test_a_run_that_begins_later_counts_from_there(single: Make) -> None:
-    """cur_iter is the number of micro-batches that are done: the 3rd and 4th make the second window of two."""
+def test_a_run_can_start_at_a_later_iteration(single: Make) -> None:
+    """``cur_iter`` is the number of completed micro-batches: the 3rd and 4th form the second window of two."""
     strategy = single()
     strategy.prepare(
         Line(),
@@ -182,13 +182,13 @@ def test_a_run_that_begins_later_counts_from_there(single: Make) -> None:
     for _ in range(3):
         train(strategy, [torch.ones(1)])
         weights.append(strategy.model.weight.item())
-    # lr 0.1 and gradient 1: one update after the 4th, one after the 5th, the shorter last window.
+    # Learning rate 0.1 and gradient 1: one update after the 4th, and one after the 5th in the shorter last window.
     assert weights == pytest.approx([2.0, 1.9, 1.8])
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_an_unknown_dispatch_key_is_refused(single: Make, later: bool) -> None:
-    """Each time, with the nearest name; nothing is built before."""
+def test_an_unknown_dispatch_key_is_rejected(single: Make, later: bool) -> None:
+    """An unknown key is an error with the closest name, before anything is built."""
     strategy = single()
     if later:
         strategy.prepare(Mlp(), optim_wrapper=OPTIM)
@@ -199,20 +199,20 @@ def test_an_unknown_dispatch_key_is_refused(single: Make, later: bool) -> None:
             _ = strategy.model
 
 
-def test_a_horizon_that_is_no_number_is_refused(single: Make) -> None:
-    """The error shows key and value."""
+def test_an_invalid_run_length_is_rejected(single: Make) -> None:
+    """The error for a run length that is not a number shows its key and value."""
     with pytest.raises(ConfigTypeError, match="max_iters is '10'; a whole number"):
         single().prepare(Mlp(), dispatch_kwargs={"max_iters": "10"})
 
 
-def test_schedules_without_an_optimizer_are_refused(single: Make) -> None:
-    """There is nothing whose values they could change."""
+def test_schedules_without_an_optimizer_are_rejected(single: Make) -> None:
+    """Schedules without an optimizer are an error."""
     with pytest.raises(ConfigValueError, match="but no optim_wrapper was given"):
         single().prepare(Mlp(), param_scheduler=SCHEDULE)
 
 
-def test_built_schedulers_are_wired_to_their_optimizer(single: Make) -> None:
-    """Objects that the user built are the ones that train, and not rebuilt."""
+def test_scheduler_instances_are_used(single: Make) -> None:
+    """Scheduler instances are used for training and not rebuilt."""
     model = Line()
     optim = OptimWrapper(SGD(model.parameters(), lr=1.0))
     scheduler = ConstantLR(optim, factor=0.5, end=2, by_epoch=False)
@@ -220,7 +220,7 @@ def test_built_schedulers_are_wired_to_their_optimizer(single: Make) -> None:
     strategy.prepare(model, optim_wrapper=optim, param_scheduler=[scheduler])
     assert strategy.param_schedulers == [scheduler]
     train(strategy, [torch.ones(1)] * 2)
-    # The gradient is 1; the rate 0.5 in the first step, 1 in the second.
+    # The gradient is 1, and the learning rate is 0.5 in the first step and 1 in the second.
     assert model.weight.item() == pytest.approx(2.0 - 0.5 - 1.0)
 
 
@@ -228,7 +228,7 @@ def test_built_schedulers_are_wired_to_their_optimizer(single: Make) -> None:
 
 
 class Custom(BaseModel):
-    """Overrides train_step as users do: calls super(), assigns to itself, uses helpers and a private name."""
+    """A model that overrides train_step with super(), assignments to self, helper methods and a private name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,7 +251,7 @@ class Custom(BaseModel):
 
 
 class Direct(BaseModel):
-    """Reaches its layer without calling itself."""
+    """A model that calls its layer without calling itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -267,7 +267,7 @@ class Direct(BaseModel):
 
 
 class Pair(BaseModel):
-    """Two parts with an optimizer each; an iteration trains one of them."""
+    """Two parts with separate optimizers, one of which is trained in each iteration."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +290,7 @@ class Pair(BaseModel):
 
 
 def custom_on_a_rank(folder: str, options: Any) -> dict[str, Any]:
-    """Train a model with a step of its own; ranks see different samples."""
+    """Train a model with a custom training step on different samples per rank."""
     strategy = make("ddp", folder)
     strategy.prepare(
         Custom(), optim_wrapper={**OPTIM, "accumulative_counts": 2}, compile=options, dispatch_kwargs={"max_iters": 4}
@@ -313,8 +313,8 @@ def custom_on_a_rank(folder: str, options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("options", [False, {"backend": "eager"}])
-def test_a_train_step_of_ones_own_works_under_ddp(ranks: Ranks, tmp_path: Path, options: Any) -> None:
-    """super(), assignments to self and private names do what they do on one device, and gradients are exchanged."""
+def test_a_custom_train_step_works_under_ddp(ranks: Ranks, tmp_path: Path, options: Any) -> None:
+    """Under DDP, a custom train_step works as on one device, and its gradients are synchronized."""
     one, other = ranks.run(custom_on_a_rank, str(tmp_path), options)
     assert one == other
     assert one == {
@@ -329,7 +329,7 @@ def test_a_train_step_of_ones_own_works_under_ddp(ranks: Ranks, tmp_path: Path, 
 
 
 def misuse_on_a_rank(folder: str) -> list[str]:
-    """Return the errors of what DDP cannot do."""
+    """Return the errors for unsupported uses of DDP."""
     errors = []
     strategy = make("ddp", folder)
     strategy.prepare(Direct(), optim_wrapper=OPTIM)
@@ -362,8 +362,8 @@ def misuse_on_a_rank(folder: str) -> list[str]:
     return errors
 
 
-def test_what_ddp_cannot_do_is_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """A step that goes around it, a compiled step, parameters of no child, SyncBatchNorm on the CPU, a wrapped model."""
+def test_unsupported_uses_of_ddp_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
+    """A step that bypasses DDP, a compiled step, and other unsupported uses are errors."""
     for errors in ranks.run(misuse_on_a_rank, str(tmp_path)):
         around, compiled, childless, synchronised, unknown, wrapped = errors
         assert around.startswith("Direct.train_step reached the model's parameters without calling self(...)")
@@ -375,7 +375,7 @@ def test_what_ddp_cannot_do_is_refused(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def options_on_a_rank(folder: str) -> list[Any]:
-    """Return what reached DistributedDataParallel."""
+    """Return the options that DistributedDataParallel received."""
     strategy = make(
         "ddp",
         folder,
@@ -403,14 +403,14 @@ def options_on_a_rank(folder: str) -> list[Any]:
     return facts
 
 
-def test_the_options_of_ddp_arrive(ranks: Ranks, tmp_path: Path) -> None:
-    """By name, in ddp_kwargs and in model_wrapper; buffers are not exchanged by default; a frozen model needs no DDP."""
+def test_options_are_passed_to_ddp(ranks: Ranks, tmp_path: Path) -> None:
+    """DDP options are accepted by name, in ddp_kwargs and in model_wrapper, and a frozen model is not wrapped."""
     for facts in ranks.run(options_on_a_rank, str(tmp_path)):
         assert facts == [True, True, 3 * 2**20, True, True, False, True]
 
 
 def separate_on_a_rank(folder: str) -> dict[str, Any]:
-    """Train two parts in turn, each with windows of two micro-batches; return weights and the state's names."""
+    """Train two parts alternately, with windows of two micro-batches; return the weights and the names in the state."""
     strategy = make("ddp", folder, model_wrapper="separate")
     model = Pair()
     optim = {
@@ -433,8 +433,8 @@ def separate_on_a_rank(folder: str) -> dict[str, Any]:
     return facts
 
 
-def test_parts_of_a_model_are_wrapped_separately(ranks: Ranks, tmp_path: Path) -> None:
-    """Ranks stay alike where each iteration trains one part alone, accumulating (S11), and names are the model's own."""
+def test_parts_of_a_model_can_be_wrapped_separately(ranks: Ranks, tmp_path: Path) -> None:
+    """With alternating training and accumulation, ranks have equal weights, and parameter names do not change."""
     one, other = ranks.run(separate_on_a_rank, str(tmp_path))
     assert one == other
     assert one["same"]
@@ -445,7 +445,7 @@ def test_parts_of_a_model_are_wrapped_separately(ranks: Ranks, tmp_path: Path) -
 
 
 def evaluated_then_trained_on_a_rank(folder: str) -> str:
-    """Prepare for a test, then for training, and train on a rank's own samples."""
+    """Prepare for evaluation, then for training, and train on different samples per rank."""
     strategy = make("ddp", folder)
     strategy.prepare(Mlp())
     strategy.prepare(Mlp(), optim_wrapper=OPTIM, param_scheduler=SCHEDULE)
@@ -454,7 +454,7 @@ def evaluated_then_trained_on_a_rank(folder: str) -> str:
     return digest(strategy.unwrap_model())
 
 
-def test_a_test_before_the_training_does_not_lose_the_optimizer_under_ddp(ranks: Ranks, tmp_path: Path) -> None:
-    """Ranks train together after being prepared for evaluation (S15)."""
+def test_preparing_for_a_test_first_does_not_lose_the_optimizer_under_ddp(ranks: Ranks, tmp_path: Path) -> None:
+    """Under DDP, a strategy prepared for evaluation can be prepared for training later."""
     one, other = ranks.run(evaluated_then_trained_on_a_rank, str(tmp_path))
     assert one == other

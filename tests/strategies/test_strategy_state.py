@@ -1,4 +1,4 @@
-"""State of model, optimizer and schedulers: given out, loaded, saved, resumed."""
+"""State of the model, optimizer and schedulers: reading, loading, saving and resuming."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ FORMS = pytest.mark.parametrize("name", ["saved", "saved.pth"])
 
 
 def ready(make_single: Make, **kwargs: Any) -> BaseStrategy:
-    """Return a strategy that trains an Mlp by AdamW and two schedules."""
+    """Return a strategy that trains an Mlp with AdamW and two schedules."""
     strategy = make_single(**kwargs)
     strategy.prepare(Mlp(), optim_wrapper=ADAMW, param_scheduler=SCHEDULE)
     return strategy
 
 
 def several() -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model with two optimizers, the second one with two groups."""
+    """Return a model with two optimizers, the second of which has two groups."""
     model = Mlp()
     first, _, second = model.layers
     groups = [{"params": [second.weight], "lr": 0.2}, {"params": [second.bias]}]
@@ -59,8 +59,8 @@ def several() -> tuple[nn.Module, dict[str, Any]]:
 # ---- state dicts ---------------------------------------------------------------------------------------------------
 
 
-def test_the_models_state_is_on_the_cpu(single: Make) -> None:
-    """Under the model's own names, detached."""
+def test_the_model_state_is_on_the_cpu(single: Make) -> None:
+    """The model's state is on the CPU, detached, and has the names of the unwrapped model."""
     strategy = ready(single)
     state = strategy.model_state_dict()
     assert list(state) == ["layers.0.weight", "layers.0.bias", "layers.2.weight", "layers.2.bias"]
@@ -68,7 +68,7 @@ def test_the_models_state_is_on_the_cpu(single: Make) -> None:
 
 
 def test_without_an_optimizer_its_state_is_a_type_error(single: Make) -> None:
-    """The error says how to have one."""
+    """The error for a missing optimizer contains the required call."""
     strategy = single()
     strategy.prepare(Mlp())
     with pytest.raises(ConfigTypeError, match=r"Call prepare\(model, optim_wrapper=...\)") as caught:
@@ -76,8 +76,8 @@ def test_without_an_optimizer_its_state_is_a_type_error(single: Make) -> None:
     assert isinstance(caught.value, TypeError)
 
 
-def test_optimizer_and_schedulers_go_where_their_state_was(single: Make) -> None:
-    """A strategy that loads the three states continues as the first one."""
+def test_optimizer_and_scheduler_state_can_be_loaded(single: Make) -> None:
+    """A strategy that loads all three states continues like the first one."""
     one = ready(single)
     train(one, [batch()] * 3)
     states = [
@@ -93,7 +93,7 @@ def test_optimizer_and_schedulers_go_where_their_state_was(single: Make) -> None
 
 
 def test_several_optimizers_have_state_by_name(single: Make) -> None:
-    """Optimizers and schedulers: name -> state, name -> list."""
+    """With several optimizers, the states of optimizers and schedulers are mappings by name."""
     strategy = single()
     model, optim = several()
     strategy.prepare(model, optim_wrapper=optim, param_scheduler=SCHEDULE)
@@ -116,8 +116,8 @@ def test_several_optimizers_have_state_by_name(single: Make) -> None:
         ("several", {"a": [{}], "b": [{}, {}]}, "has 1 schedulers, this run has 2"),
     ],
 )
-def test_other_schedulers_are_refused(single: Make, kind: str, states: Any, message: str) -> None:
-    """A different number is never cut to the shorter one."""
+def test_a_different_number_of_schedulers_is_rejected(single: Make, kind: str, states: Any, message: str) -> None:
+    """A different number of schedulers is an error."""
     strategy = single()
     model, optim = several() if kind == "several" else (Mlp(), ADAMW)
     strategy.prepare(model, optim_wrapper=optim, param_scheduler=SCHEDULE)
@@ -128,8 +128,8 @@ def test_other_schedulers_are_refused(single: Make, kind: str, states: Any, mess
 # ---- loading weights -----------------------------------------------------------------------------------------------
 
 
-def test_what_does_not_fit_is_reported_once_and_the_rest_is_loaded(single: Make) -> None:
-    """Missing, unexpected and shape_mismatches keys stand in one warning; with strict they are an error that changes nothing."""
+def test_mismatched_keys_are_reported_once_and_the_rest_is_loaded(single: Make) -> None:
+    """All missing, unexpected and mismatched keys are in one warning; with ``strict``, they are an error."""
     strategy = ready(single)
     lines = Lines(strategy)
     state = {
@@ -157,16 +157,16 @@ def test_what_does_not_fit_is_reported_once_and_the_rest_is_loaded(single: Make)
         assert part in line
 
 
-def test_what_fits_is_not_worth_a_line(single: Make) -> None:
-    """No warning after a whole match."""
+def test_a_complete_match_is_not_logged(single: Make) -> None:
+    """If all keys match, nothing is logged."""
     strategy = ready(single)
     lines = Lines(strategy)
     assert strategy.load_model_state_dict(strategy.model_state_dict()).exact
     assert lines.lines == []
 
 
-def test_a_checkpoint_that_matches_nothing_is_refused_even_if_not_strict(single: Make, tmp_path: Path) -> None:
-    """A run does not go on with random weights (defect 12)."""
+def test_a_checkpoint_without_matching_keys_is_rejected(single: Make, tmp_path: Path) -> None:
+    """A checkpoint without any matching key is an error, even without ``strict``."""
     save_checkpoint({"state_dict": {"backbone.weight": torch.ones(1)}}, tmp_path / "other.pth")
     strategy = ready(single)
     with pytest.raises(CheckpointMismatchError, match="No key of the checkpoint belongs to this model"):
@@ -174,8 +174,8 @@ def test_a_checkpoint_that_matches_nothing_is_refused_even_if_not_strict(single:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_of_wrappers_are_understood(single: Make, tmp_path: Path, prefix: str) -> None:
-    """Checkpoints of DDP and of compiled models load as they are (defect 12)."""
+def test_prefixes_of_wrappers_are_removed(single: Make, tmp_path: Path, prefix: str) -> None:
+    """Checkpoints with the prefixes of DDP and of compiled models can be loaded."""
     strategy = ready(single)
     wanted = {name: torch.full_like(value, 0.5) for name, value in strategy.model_state_dict().items()}
     save_checkpoint({"state_dict": {prefix + name: value for name, value in wanted.items()}}, tmp_path / "a.pth")
@@ -184,7 +184,7 @@ def test_prefixes_of_wrappers_are_understood(single: Make, tmp_path: Path, prefi
 
 
 class Listed(BaseModel):
-    """Its parameters begin with the letters of a wrapper's prefix."""
+    """A model whose parameter names start with the letters of a wrapper's prefix."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,8 +194,8 @@ class Listed(BaseModel):
         return self.modules_list[0](x)
 
 
-def test_a_parameter_called_modules_list_is_not_cut_to_list(single: Make) -> None:
-    """The default revise_keys take a dot as a dot (B3)."""
+def test_a_parameter_named_modules_list_is_not_changed(single: Make) -> None:
+    """The default patterns of ``revise_keys`` match a literal dot."""
     strategy = single()
     strategy.prepare(Listed())
     state = {"modules_list.0.weight": torch.ones(2, 2), "modules_list.0.bias": torch.ones(2)}
@@ -203,16 +203,16 @@ def test_a_parameter_called_modules_list_is_not_cut_to_list(single: Make) -> Non
     assert strategy.model.modules_list[0].weight.eq(1).all()
 
 
-def test_keys_are_revised_as_asked(single: Make, tmp_path: Path) -> None:
-    """(pattern, replacement) in turn."""
+def test_keys_can_be_revised(single: Make, tmp_path: Path) -> None:
+    """``revise_keys`` are (pattern, replacement) pairs that are applied in order."""
     strategy = ready(single)
     state = {name.replace("layers", "net.body"): value for name, value in strategy.model_state_dict().items()}
     save_checkpoint({"state_dict": state}, tmp_path / "a.pth")
     strategy.load_checkpoint(tmp_path / "a.pth", strict=True, revise_keys=[(r"^net\.", ""), (r"^body", "layers")])
 
 
-def test_loading_a_checkpoint_loads_weights_alone(single: Make, tmp_path: Path) -> None:
-    """Optimizer and schedules stay; the rest of the checkpoint is returned; the callback sees it before it is loaded."""
+def test_loading_a_checkpoint_only_loads_weights(single: Make, tmp_path: Path) -> None:
+    """``load_checkpoint`` only loads weights, after the callback, and returns the other parts."""
     one = ready(single)
     train(one, [batch()] * 3)
     one.save_checkpoint(tmp_path / "a", extra_ckpt={"meta": {"epoch": 2}, "note": [1, 2]})
@@ -231,16 +231,16 @@ def test_loading_a_checkpoint_loads_weights_alone(single: Make, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.pth"])
-def test_a_checkpoint_that_is_not_there_is_named(single: Make, tmp_path: Path, name: str) -> None:
-    """It is a FileNotFoundError."""
+def test_a_missing_checkpoint_is_reported(single: Make, tmp_path: Path, name: str) -> None:
+    """A missing checkpoint is a FileNotFoundError."""
     strategy = ready(single)
     for act in (strategy.load_checkpoint, strategy.resume):
         with pytest.raises(CheckpointNotFoundError, match=name):
             act(tmp_path / name)
 
 
-def test_map_location_says_where_tensors_go(single: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """load_checkpoint reads to the CPU, resume to the strategy's device, unless told otherwise."""
+def test_map_location_sets_the_device(single: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, ``load_checkpoint`` reads to the CPU and ``resume`` to the device of the strategy."""
     strategy = ready(single)
     strategy.save_checkpoint(tmp_path / "a")
     places: list[str] = []
@@ -262,8 +262,8 @@ def test_map_location_says_where_tensors_go(single: Make, tmp_path: Path, monkey
 
 
 @FORMS
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(single: Make, tmp_path: Path, name: str) -> None:
-    """Weights, moments, learning rates, schedules and the three generators, exactly (defect 4)."""
+def test_a_resumed_run_continues_exactly(single: Make, tmp_path: Path, name: str) -> None:
+    """Weights, optimizer state, learning rates, schedules and generators are restored exactly."""
     one = ready(single, seed=3)
     train(one, [batch()] * 5)
     one.save_checkpoint(tmp_path / name)
@@ -288,7 +288,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(single: Make, tmp_path: 
 
 @FORMS
 def test_several_optimizers_are_resumed_by_name(single: Make, tmp_path: Path, name: str) -> None:
-    """Each gets its own state and learning rates."""
+    """The state and learning rates of several optimizers are restored by name."""
     strategy = single()
     model, optim = several()
     strategy.prepare(model, optim_wrapper=optim)
@@ -302,8 +302,8 @@ def test_several_optimizers_are_resumed_by_name(single: Make, tmp_path: Path, na
 
 
 @FORMS
-def test_a_checkpoint_has_the_keys_that_people_know(single: Make, tmp_path: Path, name: str) -> None:
-    """state_dict, optimizer, param_schedulers, meta with seed, time and version; extra_ckpt is merged in."""
+def test_a_checkpoint_has_the_common_keys(single: Make, tmp_path: Path, name: str) -> None:
+    """Checkpoints have the common keys, meta contains seed, time and version, and extra_ckpt is merged."""
     strategy = ready(single, seed=4)
     extra = {"meta": {"epoch": 1, "iter": 7, "seed": "mine"}, "message_hub": {"best": 0.5}}
     strategy.save_checkpoint(tmp_path / name, extra_ckpt=extra)
@@ -317,8 +317,8 @@ def test_a_checkpoint_has_the_keys_that_people_know(single: Make, tmp_path: Path
         assert set(torch.load(tmp_path / name, weights_only=True)) == set(checkpoint)
 
 
-def test_parts_can_be_left_out_and_the_callback_comes_last(single: Make, tmp_path: Path) -> None:
-    """What the callback changes is what is written."""
+def test_parts_can_be_omitted_and_the_callback_runs_last(single: Make, tmp_path: Path) -> None:
+    """Parts can be omitted, and the callback receives the final checkpoint and may change it."""
     strategy = ready(single)
     seen: list[set[str]] = []
 
@@ -333,8 +333,8 @@ def test_parts_can_be_left_out_and_the_callback_comes_last(single: Make, tmp_pat
     assert {"optimizer", "param_schedulers"}.isdisjoint(checkpoint)
 
 
-def test_resuming_returns_the_rest_and_shows_all_to_the_callback(single: Make, tmp_path: Path) -> None:
-    """The callback runs before anything is restored and may change what is."""
+def test_resuming_calls_the_callback_and_returns_the_rest(single: Make, tmp_path: Path) -> None:
+    """The callback runs before anything is restored and may change the checkpoint; ``resume`` returns the other parts."""
     strategy = ready(single)
     strategy.save_checkpoint(tmp_path / "a", extra_ckpt={"note": 1})
 
@@ -347,8 +347,8 @@ def test_resuming_returns_the_rest_and_shows_all_to_the_callback(single: Make, t
 
 
 @pytest.mark.parametrize("part", ["optimizer", "param_scheduler"])
-def test_a_checkpoint_without_a_part_cannot_be_resumed(single: Make, tmp_path: Path, part: str) -> None:
-    """The error says how to go on; doing so works and leaves that part as it is."""
+def test_a_checkpoint_with_a_missing_part_is_rejected(single: Make, tmp_path: Path, part: str) -> None:
+    """The error for a missing part contains the option to resume without it, which leaves that part unchanged."""
     strategy = ready(single)
     rates = strategy.optim_wrapper.get_lr()
     strategy.save_checkpoint(tmp_path / "a", **{f"save_{part}": False})
@@ -360,8 +360,8 @@ def test_a_checkpoint_without_a_part_cannot_be_resumed(single: Make, tmp_path: P
     assert strategy.optim_wrapper.get_lr() == moved != rates
 
 
-def test_another_model_cannot_be_resumed(single: Make, tmp_path: Path) -> None:
-    """Resuming is strict: its moments would be applied to other parameters (B12)."""
+def test_a_different_model_cannot_be_resumed(single: Make, tmp_path: Path) -> None:
+    """Resuming is strict, because the optimizer state would not match a different model."""
     ready(single).save_checkpoint(tmp_path / "a")
     strategy = single()
     strategy.prepare(Line(), optim_wrapper=ADAMW)
@@ -369,8 +369,8 @@ def test_another_model_cannot_be_resumed(single: Make, tmp_path: Path) -> None:
         strategy.resume(tmp_path / "a")
 
 
-def test_other_parameter_groups_or_optimizers_are_refused(single: Make, tmp_path: Path) -> None:
-    """Another number of groups; one optimizer in the place of several, and the other way round."""
+def test_different_parameter_groups_or_optimizers_are_rejected(single: Make, tmp_path: Path) -> None:
+    """A different number of parameter groups or optimizers is an error."""
     ready(single).save_checkpoint(tmp_path / "one")
     strategy = single()
     model, optim = several()
@@ -386,8 +386,8 @@ def test_other_parameter_groups_or_optimizers_are_refused(single: Make, tmp_path
         grouped.resume(tmp_path / "one")
 
 
-def test_other_schedulers_cannot_be_resumed(single: Make, tmp_path: Path) -> None:
-    """Two were saved, one is there."""
+def test_different_schedulers_cannot_be_resumed(single: Make, tmp_path: Path) -> None:
+    """Resuming with a different number of schedulers is an error."""
     ready(single).save_checkpoint(tmp_path / "a")
     strategy = single()
     strategy.prepare(Mlp(), optim_wrapper=ADAMW, param_scheduler=SCHEDULE[:1])
@@ -395,8 +395,8 @@ def test_other_schedulers_cannot_be_resumed(single: Make, tmp_path: Path) -> Non
         strategy.resume(tmp_path / "a")
 
 
-def test_another_seed_is_warned_of_and_the_checkpoints_taken(single: Make, tmp_path: Path) -> None:
-    """The order of the data hangs on it; a seed that was drawn is no wish, so nothing is said."""
+def test_a_different_seed_causes_a_warning(single: Make, tmp_path: Path) -> None:
+    """The checkpoint's seed is used; a different seed in the configuration causes a warning, a generated one does not."""
     ready(single, seed=3).save_checkpoint(tmp_path / "a")
     given, drawn = ready(single, seed=4), ready(single, seed=None)
     lines = [Lines(given), Lines(drawn)]
@@ -407,8 +407,8 @@ def test_another_seed_is_warned_of_and_the_checkpoints_taken(single: Make, tmp_p
     assert "WARNING" not in lines[1].text
 
 
-def test_another_batch_size_is_said_in_the_log(single: Make, tmp_path: Path) -> None:
-    """With what it means."""
+def test_a_different_batch_size_is_logged(single: Make, tmp_path: Path) -> None:
+    """The log explains the effect of a different batch size."""
     for size, log in (
         (8, None),
         (4, "with 8 samples in a rank's micro-batch, this run has 4: iterations are of another size"),
@@ -425,9 +425,9 @@ def test_another_batch_size_is_said_in_the_log(single: Make, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("meta", [{}, {"iter": 2}])
 def test_windows_go_on_where_they_were(single: Make, tmp_path: Path, meta: dict[str, int]) -> None:
-    """Saved after 2 of 5 micro-batches with windows of two: an update after the 4th and after the 5th, the last one.
+    """Saved after 2 of 5 micro-batches in windows of two, the next updates are after the 4th and the 5th.
 
-    Where they were is in the optimizer's state; the meta of the run need not tell.
+    The position is part of the optimizer state; ``meta`` is not required.
     """
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 2}
     one = single()
@@ -445,8 +445,8 @@ def test_windows_go_on_where_they_were(single: Make, tmp_path: Path, meta: dict[
 
 
 @FORMS
-def test_a_save_that_fails_leaves_what_was_there(single: Make, tmp_path: Path, name: str) -> None:
-    """The older checkpoint of that name is whole, and nothing else is left beside it (defect 11)."""
+def test_a_failed_save_keeps_the_old_checkpoint(single: Make, tmp_path: Path, name: str) -> None:
+    """A failed save keeps the older checkpoint of that name intact and leaves no other files."""
     strategy = ready(single)
     strategy.save_checkpoint(tmp_path / "runs" / name)
     with pytest.raises(CheckpointError, match="object"):
@@ -455,8 +455,8 @@ def test_a_save_that_fails_leaves_what_was_there(single: Make, tmp_path: Path, n
     strategy.resume(tmp_path / "runs" / name)
 
 
-def test_a_truncated_checkpoint_is_refused_by_name(single: Make, tmp_path: Path) -> None:
-    """The file is named."""
+def test_a_truncated_checkpoint_is_rejected(single: Make, tmp_path: Path) -> None:
+    """The error for a truncated file contains its name."""
     strategy = ready(single)
     strategy.save_checkpoint(tmp_path / "a")
     file = tmp_path / "a" / "model.safetensors"
@@ -469,7 +469,7 @@ def test_a_truncated_checkpoint_is_refused_by_name(single: Make, tmp_path: Path)
 
 
 def two_saved(make_single: Make, tmp_path: Path) -> None:
-    """Save a model of zeros as epoch_1 and one of ones as epoch_2, in the work_dir."""
+    """Save a model of zeros as epoch_1 and one of ones as epoch_2 in the work_dir."""
     for value in (0.0, 1.0):
         strategy = make_single()
         strategy.prepare(Line(value), optim_wrapper=ADAMW)
@@ -490,7 +490,7 @@ def two_saved(make_single: Make, tmp_path: Path) -> None:
 def test_load_or_resume(
     single: Make, tmp_path: Path, load_from: str | None, resume: Any, weight: float, resumed: bool | None
 ) -> None:
-    """Nothing; the weights of load_from; a path; the latest of the work_dir; load_from; the path before load_from."""
+    """``resume`` may be a path or True for the latest checkpoint, and takes precedence over ``load_from``."""
     two_saved(single, tmp_path)
     strategy = single()
     strategy.prepare(Line(), optim_wrapper=ADAMW)
@@ -506,16 +506,16 @@ def test_load_or_resume(
         assert rest["meta"]["epoch"] == int(weight) + 1
 
 
-def test_resuming_where_nothing_was_saved_begins_anew(single: Make) -> None:
-    """It returns None and says so."""
+def test_resuming_without_a_checkpoint_starts_from_scratch(single: Make) -> None:
+    """``resume=True`` without a checkpoint returns None and logs it."""
     strategy = ready(single)
     lines = Lines(strategy)
     assert strategy.load_or_resume(resume=True) is None
     assert "No checkpoint to resume from" in lines.text
 
 
-def test_what_a_killed_save_left_is_not_resumed(single: Make, tmp_path: Path) -> None:
-    """A folder without a manifest, newer than the whole one, is passed over (defect 11)."""
+def test_an_incomplete_checkpoint_is_not_resumed(single: Make, tmp_path: Path) -> None:
+    """A folder without a manifest, from a killed save, is skipped."""
     two_saved(single, tmp_path)
     (tmp_path / "epoch_3").mkdir()
     (tmp_path / "epoch_3" / "model.safetensors").write_bytes(b"half")
@@ -526,10 +526,8 @@ def test_what_a_killed_save_left_is_not_resumed(single: Make, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("spoil", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_message(
-    single: Make, tmp_path: Path, name: str, spoil: str
-) -> None:
-    """The next older one is taken, weights and all, and the log names the checkpoint and the file that is damaged."""
+def test_a_damaged_checkpoint_is_skipped_with_a_message(single: Make, tmp_path: Path, name: str, spoil: str) -> None:
+    """The previous checkpoint is used, and the log contains the damaged checkpoint and file."""
     two_saved(single, tmp_path)
     file = tmp_path / "epoch_2" / name
     data = file.read_bytes()
@@ -545,8 +543,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(
     assert re.search(rf"WARNING The checkpoint \S+epoch_2 is passed over: .*{name}", lines.text)
 
 
-def test_where_all_are_damaged_the_run_does_not_begin_anew_by_itself(single: Make, tmp_path: Path) -> None:
-    """It would write over what may still be mended; the error says how many there are and what to do."""
+def test_a_run_with_only_damaged_checkpoints_stops(single: Make, tmp_path: Path) -> None:
+    """If all checkpoints are damaged, the run does not start from scratch, because it would overwrite them."""
     two_saved(single, tmp_path)
     for epoch in (1, 2):
         (tmp_path / f"epoch_{epoch}" / "state.json").unlink()
@@ -560,7 +558,7 @@ def test_where_all_are_damaged_the_run_does_not_begin_anew_by_itself(single: Mak
 
 
 def save_on_a_rank(folder: str, name: str) -> dict[str, Any]:
-    """Save well and badly, resume, and return what was seen."""
+    """Save successfully, fail to save, and resume; return the observations."""
     strategy = make("ddp", folder, env={"randomness": {"seed": 0, "diff_rank_seed": True}})
     strategy.prepare(Mlp(), optim_wrapper=ADAMW, param_scheduler=SCHEDULE)
     train(strategy, [(batch()[0] * (1 + strategy.rank), batch()[1])] * 2)
@@ -593,7 +591,7 @@ def save_on_a_rank(folder: str, name: str) -> dict[str, Any]:
 
 @FORMS
 def test_ranks_save_and_fail_together(ranks: Ranks, tmp_path: Path, name: str) -> None:
-    """Each rank makes the tree and keeps its generator; a failure there is an error of the same kind on both, traceless."""
+    """All ranks contribute to a checkpoint and save their generators; an error on one rank is raised on both."""
     one, other = ranks.run(save_on_a_rank, str(tmp_path), name)
     assert (one["calls"], other["calls"]) == ([0], [1])
     assert one["drawn"] != other["drawn"]
@@ -607,7 +605,7 @@ def test_ranks_save_and_fail_together(ranks: Ranks, tmp_path: Path, name: str) -
 
 
 def latest_on_a_rank(folder: str) -> float:
-    """Resume from the latest checkpoint that rank 0 sees; rank 1 has a work_dir of its own that is empty."""
+    """Resume from the latest checkpoint of rank 0; rank 1 has a different, empty work_dir."""
     own = make("ddp", folder if make("ddp", folder).rank == 0 else f"{folder}/elsewhere")
     own.prepare(Line(), optim_wrapper=ADAMW)
     own.load_or_resume(resume=True)
@@ -615,8 +613,8 @@ def latest_on_a_rank(folder: str) -> float:
     return own.unwrap_model().weight.item()
 
 
-def test_ranks_agree_on_the_latest_checkpoint(ranks: Ranks, single: Make, tmp_path: Path) -> None:
-    """It is rank 0's choice, whatever the others see."""
+def test_rank_0_chooses_the_latest_checkpoint(ranks: Ranks, single: Make, tmp_path: Path) -> None:
+    """The latest checkpoint is chosen by rank 0."""
     two_saved(single, tmp_path)
     assert ranks.run(latest_on_a_rank, str(tmp_path)) == [1.0, 1.0]
 
@@ -625,8 +623,8 @@ ZERO = {"optimizer": {"type": "ZeroRedundancyOptimizer", "optimizer_type": "Adam
 
 
 def spread_on_a_rank(folder: str) -> dict[str, Any]:
-    """Train with an optimizer whose state is spread over the ranks, save, and go on in another strategy."""
-    # torch.distributed.optim scripts functions when it is imported, and torch warns of that.
+    """Train with an optimizer whose state is sharded, save, and resume in a new strategy."""
+    # Importing torch.distributed.optim compiles functions with TorchScript, which causes a warning.
     warnings.simplefilter("ignore", DeprecationWarning)
     one = make("ddp", folder)
     one.prepare(Mlp(), optim_wrapper=ZERO)
@@ -642,8 +640,8 @@ def spread_on_a_rank(folder: str) -> dict[str, Any]:
     return {"equal": resumed == expected, "losses": expected[0]}
 
 
-def test_an_optimizer_spread_over_ranks_is_saved_whole(ranks: Ranks, single: Make, tmp_path: Path) -> None:
-    """Its state is resumed by as many ranks, and by one process with the plain optimizer."""
+def test_sharded_optimizer_state_is_saved_unsharded(ranks: Ranks, single: Make, tmp_path: Path) -> None:
+    """Sharded optimizer state can be resumed by the same ranks, and by one process with a plain optimizer."""
     one, other = ranks.run(spread_on_a_rank, str(tmp_path))
     assert one["equal"]
     assert other["equal"]
@@ -655,10 +653,10 @@ def test_an_optimizer_spread_over_ranks_is_saved_whole(ranks: Ranks, single: Mak
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @FORMS
-def test_a_checkpoint_says_whether_its_weights_are_finite(
+def test_a_checkpoint_records_whether_its_weights_are_finite(
     single: Make, tmp_path: Path, name: str, value: float
 ) -> None:
-    """One bad weight is enough, and the log warns of it."""
+    """A checkpoint records whether its weights are finite, and the log warns about NaN or Inf."""
     strategy = single()
     lines = Lines(strategy)
     model = Mlp()
@@ -673,7 +671,7 @@ def test_a_checkpoint_says_whether_its_weights_are_finite(
 
 
 def save_with_one_bad_rank(folder: str) -> bool:
-    """Save a checkpoint while one weight of rank 1 is bad; return what it says."""
+    """Save a checkpoint while one weight of rank 1 is NaN; return the recorded flag."""
     strategy = make("ddp", folder)
     strategy.prepare(Mlp(), optim_wrapper=ADAMW)
     if strategy.rank == 1:
@@ -684,6 +682,6 @@ def save_with_one_bad_rank(folder: str) -> bool:
     return bool(CheckpointLoader.load_checkpoint(Path(folder) / "saved")["meta"]["finite"])
 
 
-def test_the_weights_of_every_rank_must_be_finite(ranks: Ranks, tmp_path: Path) -> None:
-    """Rank 0, which writes, cannot know it alone."""
+def test_the_weights_of_every_rank_are_checked(ranks: Ranks, tmp_path: Path) -> None:
+    """NaN weights on any rank are recorded, not only those of rank 0, which writes."""
     assert ranks.run(save_with_one_bad_rank, str(tmp_path)) == [False, False]

@@ -1,4 +1,4 @@
-"""Anyone may write a strategy: four methods, and a name in the registry."""
+"""Writing a custom strategy requires four methods and an entry in the registry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy
 
 
 class PlainStrategy(BaseStrategy):
-    """The least that a strategy can be: it keeps checkpoints in memory."""
+    """A minimal strategy that keeps checkpoints in memory."""
 
     saved: dict[str, Any]
 
@@ -51,8 +51,8 @@ class PlainStrategy(BaseStrategy):
         return self.load_checkpoint(filename)
 
 
-def test_a_strategy_of_ones_own_is_built_by_its_name(tmp_path: Path) -> None:
-    """What the base class offers serves it: building, state, load_or_resume."""
+def test_a_custom_strategy_can_be_built_by_name(tmp_path: Path) -> None:
+    """A custom strategy inherits building, state and load_or_resume."""
     STRATEGIES.register_module(name="PlainStrategyHere", module=PlainStrategy, force=True)
     strategy = STRATEGIES.build({"type": "PlainStrategyHere", "work_dir": str(tmp_path), "auto_scale_lr": None})
     model, optim, (scheduler,) = strategy.prepare(
@@ -71,7 +71,7 @@ def test_a_strategy_of_ones_own_is_built_by_its_name(tmp_path: Path) -> None:
 
 
 def test_the_base_class_is_abstract() -> None:
-    """The error names the four methods to write."""
+    """The error for instantiating the base class lists the four abstract methods."""
     with pytest.raises(TypeError, match=r"load_checkpoint.*prepare.*resume.*save_checkpoint"):
         BaseStrategy()  # type: ignore[abstract]
     assert BaseStrategy.__abstractmethods__ == {"prepare", "load_checkpoint", "resume", "save_checkpoint"}
@@ -81,12 +81,12 @@ def test_the_base_class_is_abstract() -> None:
     ("name", "kind"), [("SingleDeviceStrategy", SingleDeviceStrategy), ("DDPStrategy", DDPStrategy)]
 )
 def test_the_strategies_are_registered(name: str, kind: type[BaseStrategy]) -> None:
-    """By the names that configurations use."""
+    """Strategies are registered under the names used in configurations."""
     assert STRATEGIES.get(name) is kind
 
 
-def test_a_built_strategy_takes_a_built_model(tmp_path: Path) -> None:
-    """From a configuration to a prepared model in two calls."""
+def test_a_strategy_can_be_built_from_a_configuration(tmp_path: Path) -> None:
+    """A strategy and a model can be built from configurations."""
     strategy = STRATEGIES.build({"type": "SingleDeviceStrategy", "work_dir": str(tmp_path)})
     assert isinstance(strategy.prepare({"type": "Linear", "in_features": 1, "out_features": 1}), nn.Linear)
     strategy.close()

@@ -1,4 +1,4 @@
-"""An accumulation window that is opened in one precision and finished in another."""
+"""Accumulation windows that start in one precision and finish in another."""
 
 import warnings
 from pathlib import Path
@@ -16,7 +16,7 @@ PRECISIONS = ["float32", "bfloat16", "float16", "float16 by 8"]
 
 
 class Line(nn.Module):
-    """A linear layer; it computes in float32 also under autocast, so that precisions agree to rounding of the loss."""
+    """A linear layer that computes in float32 even under autocast, so results only differ by rounding of the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Line(nn.Module):
 
 
 def wrapper(parameters: Any, precision: str, counts: int = 2) -> Any:
-    """Return a wrapper of plain gradient descent."""
+    """Return a wrapper of SGD."""
     sgd = torch.optim.SGD(parameters, lr=0.5)
     if precision == "float32":
         return OptimWrapper(sgd, accumulative_counts=counts)
@@ -37,7 +37,7 @@ def wrapper(parameters: Any, precision: str, counts: int = 2) -> Any:
 
 
 def prepared(folder: Path, precision: str, counts: int = 2, kind: Any = SingleDeviceStrategy, **kwargs: Any) -> Any:
-    """Return a strategy with its model placed."""
+    """Return a prepared strategy."""
     strategy = kind(work_dir=folder, log_kwargs={"log_level": "ERROR"}, **kwargs)
     model = Line()
     optim = wrapper(model.parameters(), precision, counts)
@@ -55,8 +55,8 @@ def micro_batch(strategy: Any, value: float) -> None:
 
 @pytest.mark.parametrize("after", PRECISIONS)
 @pytest.mark.parametrize("before", PRECISIONS)
-def test_a_window_is_finished_in_another_precision(tmp_path: Path, before: str, after: str):
-    """Micro-batches of 1 and 3 in a window of two: w - 0.5 * (1 + 3) / 2 * [1, 2] = [0, 0], whatever the scales."""
+def test_a_window_can_finish_in_a_different_precision(tmp_path: Path, before: str, after: str):
+    """Micro-batches of 1 and 3 in a window of two give w - 0.5 * (1 + 3) / 2 * [1, 2] = [0, 0] for any loss scales."""
     first = prepared(tmp_path, before)
     micro_batch(first, 1.0)
     first.save_checkpoint(tmp_path / "inside")
@@ -69,12 +69,12 @@ def test_a_window_is_finished_in_another_precision(tmp_path: Path, before: str, 
 
 
 @pytest.mark.parametrize("after", ["float32", "bfloat16"])
-# A scale may fall to 1, or be set to it: it is a scale all the same.
+# A loss scale may be 1, initially or after overflows.
 @pytest.mark.parametrize(("before", "too_large"), [("float16", 1e36), ("float16 by 1", 1e39)])
-def test_an_overflow_in_a_window_of_float16_reaches_no_run_without_a_scale(
+def test_an_overflowed_window_is_discarded_without_a_loss_scale(
     tmp_path: Path, before: str, too_large: float, after: str
 ):
-    """The window's gradients are given up with a warning; the next update is that of the next micro-batch alone."""
+    """After an overflow in float16, a run without a loss scale discards the window with a warning."""
     first = prepared(tmp_path, before)
     micro_batch(first, too_large)
     assert not first.unwrap_model().weight.grad.isfinite().all()
@@ -88,8 +88,8 @@ def test_an_overflow_in_a_window_of_float16_reaches_no_run_without_a_scale(
     second.close()
 
 
-def test_an_overflow_in_a_window_of_float16_is_skipped_after_a_resume(tmp_path: Path):
-    """Under a scaler the update of that window is skipped and the scale halved, as without the interruption."""
+def test_an_overflowed_window_is_skipped_with_a_loss_scale(tmp_path: Path):
+    """After an overflow in float16, a resumed run with a scaler skips the update and halves the scale."""
     first = prepared(tmp_path, "float16")
     micro_batch(first, 1e36)
     first.save_checkpoint(tmp_path / "inside")
@@ -104,7 +104,7 @@ def test_an_overflow_in_a_window_of_float16_is_skipped_after_a_resume(tmp_path: 
 
 
 class Pair(nn.Module):
-    """Two lines, one for each optimizer."""
+    """Two linear layers with separate optimizers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,8 +112,8 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize("after", [("float32", "float16"), ("float16", "float16"), ("bfloat16", "float32")])
-def test_each_of_several_optimizers_has_its_own_scale(tmp_path: Path, after: tuple[str, str]):
-    """One opens its window in float16, the other in float32; whatever finishes them, both arrive at [0, 0]."""
+def test_each_optimizer_has_a_separate_loss_scale(tmp_path: Path, after: tuple[str, str]):
+    """One optimizer starts its window in float16 and the other in float32; both finish at [0, 0] in any precision."""
 
     def pair(precisions: tuple[str, str]) -> Any:
         strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
@@ -142,8 +142,8 @@ def test_each_of_several_optimizers_has_its_own_scale(tmp_path: Path, after: tup
     second.close()
 
 
-def test_a_run_that_accumulates_no_longer_warns_of_the_window_it_drops(tmp_path: Path):
-    """Of a window of three, two micro-batches are gone where accumulative_counts is 1 now."""
+def test_a_discarded_window_causes_a_warning(tmp_path: Path):
+    """A run with accumulative_counts=1 discards two micro-batches of a window of three with a warning."""
     first = prepared(tmp_path, "float32", counts=3)
     micro_batch(first, 1.0)
     micro_batch(first, 1.0)
@@ -155,8 +155,8 @@ def test_a_run_that_accumulates_no_longer_warns_of_the_window_it_drops(tmp_path:
     second.close()
 
 
-def test_a_complete_window_needs_no_warning_without_accumulation(tmp_path: Path):
-    """A checkpoint between two windows loses nothing."""
+def test_a_complete_window_causes_no_warning(tmp_path: Path):
+    """A checkpoint between two windows resumes without a warning."""
     first = prepared(tmp_path, "float32", counts=2)
     micro_batch(first, 1.0)
     micro_batch(first, 1.0)
@@ -170,7 +170,7 @@ def test_a_complete_window_needs_no_warning_without_accumulation(tmp_path: Path)
 
 
 def finished_in_float32(folder: str) -> list[float]:
-    """Open a window of float16 under DDP with another input on each rank; finish it in float32."""
+    """Start a window in float16 under DDP with different inputs per rank, and finish it in float32."""
     first = prepared(Path(folder), "float16", kind=DDPStrategy, env_kwargs={"launcher": "pytorch"})
     micro_batch(first, 1.0 + first.rank)
     first.save_checkpoint(Path(folder) / "inside")
@@ -183,7 +183,7 @@ def finished_in_float32(folder: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_ranks_finish_a_window_of_float16_in_float32(ranks: Ranks, tmp_path: Path):
-    """Inputs 1, 2 and 2, 3 have the mean 2: both ranks arrive at [1, 2] - 0.5 * 2 * [1, 2] = [0, 0]."""
+def test_ranks_can_finish_a_float16_window_in_float32(ranks: Ranks, tmp_path: Path):
+    """Inputs 1, 2 and 2, 3 have the mean 2, so both ranks finish at [1, 2] - 0.5 * 2 * [1, 2] = [0, 0]."""
     for weight in ranks.run(finished_in_float32, str(tmp_path)):
         assert weight == pytest.approx([0.0, 0.0], abs=1e-6)
