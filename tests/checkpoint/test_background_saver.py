@@ -138,7 +138,7 @@ def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path:
     """By the call itself: taking the state apart needs no disk."""
     with pytest.raises(CheckpointError, match="note"):
         saver.save({"note": object()}, tmp_path / "a", ALONE)
-    with pytest.raises(CheckpointError, match="written to paths"):
+    with pytest.raises(CheckpointError, match="saved only to local paths"):
         saver.save(tree(1), "https://host/a", ALONE)
 
 

@@ -69,7 +69,7 @@ def test_a_checkpoint_that_is_missing_is_told(tmp_path: Path) -> None:
 )
 def test_a_checkpoint_without_a_model_says_what_it_has(checkpoint: dict[str, object], has: str) -> None:
     """Where the model's part is missing, the parts that are there are listed, and secrets of the URL are not."""
-    with pytest.raises(CheckpointError, match=f"@host/x.pth has no model state .*; it has {has}") as caught:
+    with pytest.raises(CheckpointError, match=f"@host/x.pth has no model state .*; it contains {has}") as caught:
         get_model_state(checkpoint, "https://me:secret@host/x.pth")
     assert "secret" not in str(caught.value)
 
@@ -78,7 +78,7 @@ def test_web_addresses_are_not_written_to(tmp_path: Path, monkeypatch: pytest.Mo
     """A URL that can only be read is an error, without its secrets, and no folder with such a name appears."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        CheckpointError, match=r"https://\*\*\*@host/c: checkpoints are written to paths, and to places"
+        CheckpointError, match=r"https://\*\*\*@host/c: checkpoints can be saved only to local paths"
     ):
         save_checkpoint({"state_dict": {}}, "https://me:secret@host/c")
     assert list(tmp_path.iterdir()) == []

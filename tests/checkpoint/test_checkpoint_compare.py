@@ -25,13 +25,13 @@ def test_equal_checkpoints_do_not_differ() -> None:
 def test_a_tensor_differs_by_its_largest_difference() -> None:
     """One of four numbers differs, by 0.5."""
     (found,) = differences({"a": {"x": torch.zeros(4)}}, {"a": {"x": torch.tensor([0.0, 0.5, 0.0, 0.0])}})
-    assert (found.key, found.most, found.share) == ("a/x", 0.5, 0.25)
+    assert (found.key, found.max_abs_diff, found.differing_fraction) == ("a/x", 0.5, 0.25)
 
 
 def test_nan_against_a_number_is_an_infinite_difference() -> None:
     """A number that became NaN is never lost among small differences."""
     (found,) = differences({"a": {"x": torch.zeros(2)}}, {"a": {"x": torch.tensor([0.0, float("nan")])}})
-    assert (found.most, found.share) == (float("inf"), 0.5)
+    assert (found.max_abs_diff, found.differing_fraction) == (float("inf"), 0.5)
 
 
 def test_a_difference_behind_many_equal_numbers_is_found() -> None:
@@ -40,14 +40,14 @@ def test_a_difference_behind_many_equal_numbers_is_found() -> None:
     other = one.clone()
     other[-1] = 7
     (found,) = differences({"a": {"x": one}}, {"a": {"x": other}})
-    assert (found.most, found.share) == (7.0, 1 / len(one))
+    assert (found.max_abs_diff, found.differing_fraction) == (7.0, 1 / len(one))
 
 
 def test_types_and_shapes_are_told() -> None:
     """Tensors that cannot be compared number by number are described."""
     first = {"a": {"x": torch.zeros(2), "y": torch.zeros(2)}}
     second = {"a": {"x": torch.zeros(2, dtype=torch.float64), "y": torch.zeros(3)}}
-    assert [(each.key, each.first, each.second, each.most) for each in differences(first, second)] == [
+    assert [(each.key, each.first, each.second, each.max_abs_diff) for each in differences(first, second)] == [
         ("a/x", "float32 [2]", "float64 [2]", None),
         ("a/y", "float32 [2]", "float32 [3]", None),
     ]

@@ -89,14 +89,14 @@ def test_a_small_model_is_one_file_without_an_index(source: Path, tmp_path: Path
 def test_what_exists_is_not_replaced(source: Path, tmp_path: Path) -> None:
     """A target that is there is an error, and stays as it is."""
     (tmp_path / "a.pth").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"a\.pth exists already"):
+    with pytest.raises(CheckpointError, match=r"a\.pth already exists"):
         convert_checkpoint(source, tmp_path / "a.pth")
     assert (tmp_path / "a.pth").read_text() == "mine"
 
 
 def test_an_unknown_form_is_refused(source: Path, tmp_path: Path) -> None:
     """The nearest form is named."""
-    with pytest.raises(CheckpointError, match="no form 'safetensor'.*Did you mean 'safetensors'"):
+    with pytest.raises(CheckpointError, match="Unknown checkpoint format 'safetensor'.*Did you mean 'safetensors'"):
         convert_checkpoint(source, tmp_path / "x", "safetensor")
 
 

@@ -125,7 +125,7 @@ def test_a_flipped_bit_of_a_tensor_names_it(damaged: Path, name: str, tensor: st
     data[begin] ^= 1
     file.write_bytes(data)
     with pytest.raises(
-        CheckpointDamagedError, match=rf"{name}\.safetensors: the tensor '{tensor}' is not what was written"
+        CheckpointDamagedError, match=rf"{name}\.safetensors: the tensor '{tensor}' is corrupted"
     ):
         FORMAT.load(damaged)
 
@@ -159,7 +159,7 @@ def test_a_tensor_that_the_file_lacks_is_damage(damaged: Path) -> None:
     """Files that were swapped with ones of equal size are noticed, also where the bytes are not checked."""
     content = (damaged / "model.safetensors").read_bytes().replace(b'"w"', b'"v"')
     (damaged / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors is not what was written"):
+    with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors is corrupted"):
         FORMAT.load(damaged)
     with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors: The tensor 'w' is missing"):
         FORMAT.load(damaged, verify=False)
@@ -169,7 +169,7 @@ def test_a_tensor_that_the_file_lacks_is_damage(damaged: Path) -> None:
 def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) -> None:
     """A manifest that is not ours is said to be another program's, and is not called damaged."""
     (damaged / "manifest.json").write_text(content)
-    with pytest.raises(CheckpointError, match="belongs to another program") as caught:
+    with pytest.raises(CheckpointError, match="was written by another program") as caught:
         FORMAT.load(damaged)
     assert type(caught.value) is CheckpointError
     assert caught.value.exit_status == 2
@@ -178,7 +178,7 @@ def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) ->
 def test_a_later_version_names_itself(damaged: Path) -> None:
     """A checkpoint of a later form says which version is needed and which wrote it."""
     change_manifest(damaged, version=3, stratagem="9.0")
-    with pytest.raises(CheckpointError, match=r"has version 3 .* reads version 2.*\(9\.0\)") as caught:
+    with pytest.raises(CheckpointError, match=r"has format version 3.* reads version 2.*\(9\.0\)") as caught:
         FORMAT.load(damaged)
     assert type(caught.value) is CheckpointError
 
@@ -188,7 +188,7 @@ def test_a_folder_or_file_that_is_no_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("hello")
     (tmp_path / "empty").mkdir()
     for path in (tmp_path, tmp_path / "notes", tmp_path / "empty"):
-        with pytest.raises(CheckpointError, match=r"is not a checkpoint of Stratagem.*epoch_3") as caught:
+        with pytest.raises(CheckpointError, match=r"is not a Stratagem checkpoint.*epoch_3") as caught:
             FORMAT.load(path)
         assert type(caught.value) is CheckpointError
 

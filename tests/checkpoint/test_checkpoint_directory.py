@@ -238,7 +238,7 @@ def test_parts_stay_inside_of_the_directory(name: Any, tmp_path: Path) -> None:
 
 def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
     """``model`` beside ``state_dict`` would take its file, so the pair is refused."""
-    with pytest.raises(CheckpointError, match="'state_dict' and 'model', which are one file"):
+    with pytest.raises(CheckpointError, match="'state_dict' and 'model', which use the same file"):
         FORMAT.save({"state_dict": {"x": torch.ones(1)}, "model": {"x": torch.zeros(1)}}, tmp_path / "c")
     FORMAT.save({"model": {"x": torch.ones(1)}, "state": {"x": torch.zeros(1)}, "manifest": 1}, tmp_path / "c")
     assert FORMAT.load(tmp_path / "c") == {"model": {"x": torch.ones(1)}, "state": {"x": torch.zeros(1)}, "manifest": 1}
@@ -249,7 +249,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, content: str
     """Saving under the name of a folder that is no checkpoint of ours is an error, and all in it stays."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / content).write_text('{"format": "somebody else\'s"}')
-    with pytest.raises(CheckpointError, match=r"work is a folder with something other than a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"work is a folder with other content"):
         FORMAT.save(sample(), tmp_path / "work")
     assert [entry.name for entry in (tmp_path / "work").iterdir()] == [content]
 

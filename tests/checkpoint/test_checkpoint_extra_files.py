@@ -44,9 +44,9 @@ def test_files_beside_are_published_with_the_rest(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda file: file.unlink(), "is missing; the checkpoint is not complete"),
+        (lambda file: file.unlink(), "is missing; the checkpoint is incomplete"),
         (lambda file: file.write_bytes(b"weight"), "has 6 bytes, but 7 were written"),
-        (lambda file: file.write_bytes(b"wEights"), "is not what was written: its digest differs"),
+        (lambda file: file.write_bytes(b"wEights"), "is corrupted: its digest does not match"),
     ],
 )
 def test_damage_to_files_beside_is_seen(saved: Path, damage: Callable[[Path], None], said: str) -> None:
@@ -63,7 +63,7 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(saved: Path) -> None
     manifest["beside"] = {"../outside": {"bytes": 7, "digest": digest_of(b"weights")}}
     text = json.dumps(manifest, separators=(",", ":")).encode()[:-1]
     (saved / "manifest.json").write_bytes(text + b',"digest":"' + digest_of(text).encode() + b'"}')
-    with pytest.raises(CheckpointDamagedError, match=r"does not say what was written"):
+    with pytest.raises(CheckpointDamagedError, match=r"required fields are missing"):
         read_manifest(saved)
 
 
@@ -72,7 +72,7 @@ def test_retention_removes_files_beside_too(saved: Path, caplog: pytest.LogCaptu
     (saved / "mine.txt").write_text("keep")
     remove_checkpoints([saved], logging.getLogger("test"))
     assert saved.is_dir()
-    assert "it holds mine.txt beside the checkpoint" in caplog.text
+    assert "it also contains mine.txt" in caplog.text
     (saved / "mine.txt").unlink()
     remove_checkpoints([saved], logging.getLogger("test"))
     assert not saved.exists()

@@ -108,7 +108,7 @@ def test_weights_that_are_not_finite_are_passed_over(tmp_path: Path, suffix: str
     save_checkpoint({"meta": {"iter": 2, "finite": False}, "state_dict": {}}, tmp_path / f"epoch_2{suffix}")
     assert find_latest_checkpoint(tmp_path) == kept
     newest, older = list_checkpoints(tmp_path)
-    assert newest.fault == "its weights are not all finite."
+    assert newest.fault == "its weights contain NaN or Inf."
     assert (older.fault, older.position) == ("", {"iter": 1})
 
 

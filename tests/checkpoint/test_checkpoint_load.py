@@ -87,7 +87,7 @@ def test_two_keys_for_one_name_are_refused() -> None:
     """Where a wrapped and a bare key stand for the same, neither is chosen silently."""
     model = net()
     before = copied(model)
-    with pytest.raises(CheckpointMismatchError, match=r"'0.weight' and 'module.0.weight' both stand for '0.weight'"):
+    with pytest.raises(CheckpointMismatchError, match=r"'0.weight' and 'module.0.weight' both map to '0.weight'"):
         load_state_dict(model, {**ones(model), "module.0.weight": torch.zeros(3, 2)})
     assert copied(model) == before
 
@@ -106,7 +106,7 @@ def test_differences_are_reported_and_the_rest_is_loaded() -> None:
         "  2 of the model's 4 keys were found.",
         "  1 missing in the checkpoint: 1.weight",
         "  1 unexpected in the checkpoint: head",
-        "  1 of another shape: 1.bias (saved [7], here [1])",
+        "  1 with a different shape: 1.bias (saved [7], model [1])",
     ]
     assert all_ones(model[0])
     assert model[1].bias.tolist() == bias
@@ -163,7 +163,7 @@ def test_something_else_than_a_tensor_changes_nothing() -> None:
     """A number where the model has a tensor is an error before anything is loaded."""
     model = net()
     before = copied(model)
-    with pytest.raises(CheckpointMismatchError, match=r"'1.bias' is a float, where the model has a tensor"):
+    with pytest.raises(CheckpointMismatchError, match=r"'1.bias' is a float, but the model has a tensor"):
         load_state_dict(model, {**ones(model), "1.bias": 0.5})
     assert copied(model) == before
 
@@ -218,7 +218,7 @@ def test_hooks_that_rename_are_believed(strict: bool) -> None:
         ({"old": torch.ones(2)}, True, "1 missing in the checkpoint: plain"),
         ({"other": torch.ones(2)}, False, "No key"),
         ({"old": torch.ones(7), "plain": torch.ones(1)}, False, "size mismatch"),
-        ({"plain": torch.ones(3), "old": torch.ones(2)}, True, r"plain \(saved \[3\], here \[1\]\)"),
+        ({"plain": torch.ones(3), "old": torch.ones(2)}, True, r"plain \(saved \[3\], model \[1\]\)"),
     ],
 )
 def test_a_model_with_hooks_is_unchanged_too(state: dict[str, Tensor], strict: bool, text: str) -> None:

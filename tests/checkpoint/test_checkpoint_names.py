@@ -143,7 +143,7 @@ def test_another_number_of_groups_is_told(by_name: bool) -> None:
         state = optimizer_by_name(state, parameter_names(saved, net))
     fresh = torch.optim.Adam(net.parameters())
     with pytest.raises(
-        CheckpointMismatchError, match=r"has 2 parameter groups, this run's has 1.*resume_optimizer=False"
+        CheckpointMismatchError, match=r"has 2 parameter groups, but this run's has 1.*resume_optimizer=False"
     ):
         optimizer_by_index(state, parameter_names(fresh, net), fresh.param_groups)
 
@@ -165,5 +165,5 @@ def test_another_number_of_parameters_by_index_is_told() -> None:
     net = model()
     saved = trained(net, ALL)
     fresh = torch.optim.Adam([net[0].weight])
-    with pytest.raises(CheckpointMismatchError, match=r"group 0 .* has 4 parameters, this run's has 1"):
+    with pytest.raises(CheckpointMismatchError, match=r"group 0 .* has 4 parameters, but this run's has 1"):
         optimizer_by_index(saved.state_dict(), parameter_names(fresh, net), fresh.param_groups)

@@ -7,7 +7,7 @@ import torch
 
 from ranks import Ranks
 from stratagem.checkpoint.directory.tensor_layout import TensorSpec
-from stratagem.checkpoint.directory.write_plan import _divide, make_write_plan
+from stratagem.checkpoint.directory.write_plan import _assign_writers, make_write_plan
 from stratagem.checkpoint.tree.boxes import TensorBox
 from stratagem.dist import ALONE, Team
 from stratagem.errors import CheckpointError
@@ -19,41 +19,41 @@ UPPER, LOWER = TensorBox((0, 0), (2, 2)), TensorBox((2, 0), (2, 2))
 def test_of_replicas_the_first_writes() -> None:
     """Four ranks hold two halves twice: each half is written once, by the lower rank."""
     holders = [(rank, (SPEC, (half,))) for rank, half in enumerate([UPPER, LOWER, UPPER, LOWER])]
-    assert [(piece.box, piece.rank) for piece in _divide("w", SPEC, holders)] == [(UPPER, 0), (LOWER, 1)]
+    assert [(piece.box, piece.rank) for piece in _assign_writers("w", SPEC, holders)] == [(UPPER, 0), (LOWER, 1)]
 
 
 def test_pieces_are_in_order_of_their_place() -> None:
     """Whatever rank holds the first of them."""
     holders = [(0, (SPEC, (LOWER,))), (1, (SPEC, (UPPER,)))]
-    assert [(piece.box, piece.rank) for piece in _divide("w", SPEC, holders)] == [(UPPER, 1), (LOWER, 0)]
+    assert [(piece.box, piece.rank) for piece in _assign_writers("w", SPEC, holders)] == [(UPPER, 1), (LOWER, 0)]
 
 
 def test_ranks_that_hold_nothing_write_nothing() -> None:
     """Five rows on eight ranks leave some without."""
     empty = TensorBox((4, 0), (0, 2))
     holders = [(0, (SPEC, (TensorBox.whole((4, 2)),))), (1, (SPEC, (empty,))), (2, (SPEC, ()))]
-    assert [piece.rank for piece in _divide("w", SPEC, holders)] == [0]
+    assert [piece.rank for piece in _assign_writers("w", SPEC, holders)] == [0]
 
 
 def test_an_empty_tensor_is_written_by_the_first() -> None:
     """So that it is in the manifest."""
     spec = TensorSpec(torch.float32, (0, 2))
     holders = [(rank, (spec, (TensorBox.whole((0, 2)),))) for rank in range(2)]
-    assert [piece.rank for piece in _divide("w", spec, holders)] == [0]
+    assert [piece.rank for piece in _assign_writers("w", spec, holders)] == [0]
 
 
 @pytest.mark.parametrize("halves", [[UPPER], [UPPER, TensorBox((1, 0), (3, 2))], [UPPER, TensorBox((2, 0), (3, 2))]])
 def test_gaps_and_overlaps_are_refused(halves: list[TensorBox]) -> None:
     """A rank that is missing, or ranks that cut differently, would give a file that nobody saved."""
-    with pytest.raises(CheckpointError, match=r"The checkpoint's model/w: the ranks' parts .* do not make up a tensor"):
-        _divide("model/w", SPEC, [(rank, (SPEC, (half,))) for rank, half in enumerate(halves)])
+    with pytest.raises(CheckpointError, match=r"The checkpoint's model/w: the boxes of all ranks.* do not cover a tensor"):
+        _assign_writers("model/w", SPEC, [(rank, (SPEC, (half,))) for rank, half in enumerate(halves)])
 
 
 def test_another_shape_on_another_rank_is_named() -> None:
     """With both shapes and the rank."""
     other = TensorSpec(torch.float64, (4, 2))
-    with pytest.raises(CheckpointError, match=r"w is of torch.float32 .* on rank 0, but of torch.float64 .* on rank 1"):
-        _divide("w", SPEC, [(0, (SPEC, (UPPER,))), (1, (other, (LOWER,)))])
+    with pytest.raises(CheckpointError, match=r"w has dtype torch.float32 .* on rank 0, but torch.float64 .* on rank 1"):
+        _assign_writers("w", SPEC, [(0, (SPEC, (UPPER,))), (1, (other, (LOWER,)))])
 
 
 def test_parts_without_tensors_have_no_file() -> None:

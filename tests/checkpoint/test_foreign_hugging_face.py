@@ -142,7 +142,7 @@ def test_a_cut_file_is_damaged(tmp_path: Path, length: int) -> None:
 
 def test_other_places_are_told(tmp_path: Path) -> None:
     """A folder without weights is no checkpoint, a missing file is not found, and pickled objects are no weights."""
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a Stratagem checkpoint"):
         read_any(tmp_path)
     with pytest.raises(CheckpointNotFoundError):
         read_any(tmp_path / "x.safetensors")

@@ -76,7 +76,7 @@ def test_a_box_that_the_rank_does_not_have_is_refused() -> None:
 
 def test_a_content_of_another_shape_is_refused() -> None:
     """A box and its content agree."""
-    with pytest.raises(CheckpointError, match=r"has the content of a torch.float32 of \[3\]"):
+    with pytest.raises(CheckpointError, match=r"has dtype torch.float32 and shape \[3\]"):
         ShardedTensorState(torch.float32, (4,), {TensorBox((0,), (2,)): torch.zeros(3)})
 
 
@@ -90,7 +90,7 @@ def test_one_process_stores_what_it_has_whole(tmp_path) -> None:
     both = ShardedTensorState(torch.float32, (3, 4), {**halves[0].shards, **halves[1].shards})
     save_checkpoint({"state_dict": {"w": both}}, tmp_path / "all")
     assert torch.equal(read_any(tmp_path / "all")["state_dict"]["w"], whole)
-    with pytest.raises(CheckpointError, match="do not make up"):
+    with pytest.raises(CheckpointError, match="do not cover"):
         save_checkpoint({"state_dict": {"w": halves[0]}}, tmp_path / "half")
 
 

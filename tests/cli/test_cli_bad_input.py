@@ -151,7 +151,7 @@ def test_a_path_that_is_not_a_checkpoint(stratagem: Command, config: str, tmp_pa
     (tmp_path / "thing").mkdir()
     (tmp_path / "thing" / "weights.bin").write_bytes(b"1")
     words = ("test", config, "thing") if command == "test" else ("train", config, command, "thing")
-    assert_refused(stratagem(*words, "--work-dir", "run"), "thing", "not a checkpoint of Stratagem")
+    assert_refused(stratagem(*words, "--work-dir", "run"), "thing", "not a Stratagem checkpoint")
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_the_checkpoint_of_a_different_model(stratagem: Command, config: str, tr
     """The error for the checkpoint of a different model contains the first mismatched keys and both shapes."""
     words = ("test", config, trained) if command == "test" else ("train", config, command, trained)
     wider = ("--set", "model.network.0.out_features=9", "--set", "model.network.2.in_features=9")
-    expected = ("network.0.weight (saved [8, 2], here [9, 2])", "network.0.bias")
+    expected = ("network.0.weight (saved [8, 2], model [9, 2])", "network.0.bias")
     assert_refused(stratagem(*words, "--work-dir", "run", *wider), *expected)
 
 

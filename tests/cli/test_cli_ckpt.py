@@ -98,7 +98,7 @@ def test_verify_names_the_damaged_tensor(stratagem: Command, run: Path) -> None:
     damage(run / "epoch_2")
     verified = stratagem("ckpt", "verify", run)
     assert verified.status == 1
-    assert "model.safetensors: the tensor 'w' is not what was written" in verified.out
+    assert "model.safetensors: the tensor 'w' is corrupted" in verified.out
     assert "sound    " in verified.out
     assert "1 of 2 cannot be used" in verified.err
 

@@ -339,7 +339,7 @@ def loaded_wrongly(folder: str) -> tuple[str, bool]:
 def test_a_state_with_different_shapes_is_rejected(ranks: Ranks, tmp_path: Path) -> None:
     """A state with different shapes is an error with the unsharded shapes, and the model is not modified."""
     for message, same in ranks.run(loaded_wrongly, str(tmp_path)):
-        assert "layers.0.weight (saved [1, 4], here [8, 4])" in message
+        assert "layers.0.weight (saved [1, 4], model [8, 4])" in message
         assert same
 
 

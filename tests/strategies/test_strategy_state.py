@@ -152,7 +152,7 @@ def test_mismatched_keys_are_reported_once_and_the_rest_is_loaded(single: Make) 
         "layers.0.bias",
         "1 unexpected",
         "head.bias",
-        "layers.2.weight (saved [5, 8], here [3, 8])",
+        "layers.2.weight (saved [5, 8], model [3, 8])",
     ):
         assert part in line
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_without_matching_keys_is_rejected(single: Make, tmp_path: 
     """A checkpoint without any matching key is an error, even without ``strict``."""
     save_checkpoint({"state_dict": {"backbone.weight": torch.ones(1)}}, tmp_path / "other.pth")
     strategy = ready(single)
-    with pytest.raises(CheckpointMismatchError, match="No key of the checkpoint belongs to this model"):
+    with pytest.raises(CheckpointMismatchError, match="No key of the checkpoint matches the model"):
         strategy.load_checkpoint(tmp_path / "other.pth")
 
 
@@ -382,7 +382,7 @@ def test_different_parameter_groups_or_optimizers_are_rejected(single: Make, tmp
         ready(single).resume(tmp_path / "several", resume_param_scheduler=False)
     grouped = single()
     grouped.prepare(Mlp(), optim_wrapper={**ADAMW, "paramwise_cfg": {"bias_lr_mult": 2.0}})
-    with pytest.raises(CheckpointMismatchError, match="1 parameter groups, this run's has 2"):
+    with pytest.raises(CheckpointMismatchError, match="1 parameter groups, but this run's has 2"):
         grouped.resume(tmp_path / "one")
 
 

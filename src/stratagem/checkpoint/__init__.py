@@ -1,4 +1,4 @@
-"""State of a run as files, and back."""
+"""Save, load, find, verify, convert and delete checkpoints."""
 
 from stratagem.checkpoint.api import get_model_state, load_checkpoint, save_checkpoint, write_to
 from stratagem.checkpoint.background import BackgroundSaver

@@ -26,24 +26,25 @@ __all__ = ["load_checkpoint", "get_model_state", "check_writable", "save_checkpo
 
 
 def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
-    """Write a tree of state so that ``filename`` holds either all of it or what it held before.
+    """Save a state tree so that ``filename`` holds either all of it or its previous content.
 
-    A name that ends in ``.pth`` gives one file of torch's form, any other a directory of safetensors and JSON. A URL that
-    fsspec opens (``s3://bucket/run/epoch_3``) is made here first, and then published there whole. Collective over
-    ``team``: by default this process writes alone, whatever others there are.
+    A name that ends in ``.pth`` (or ``.pt``, ``.ckpt``, ``.bin``) is written as a single file in torch's format, any other
+    name as a directory of safetensors and JSON files. For a URL that fsspec can open (``s3://bucket/run/epoch_3``), the
+    checkpoint is first written locally and then uploaded. Collective over ``team``; by default only this process writes,
+    even in a distributed run.
 
     Raises:
-        CheckpointError: if a value cannot be stored without pickle, or the file system refuses.
+        CheckpointError: if a value cannot be stored without pickle, or the file system reports an error.
     """
     tree = dict(checkpoint)
     write_to(filename, lambda path: format_for(path).save(tree, path, team), team)
 
 
 def write_to(filename: str | os.PathLike[str], write: Callable[[Path], None], team: Team = ALONE) -> None:
-    """Have ``write`` publish a checkpoint at a path, in a folder that is made, and from there at a URL. Collective.
+    """Create the parent folder and call ``write`` with the path; for a URL, write locally and upload. Collective.
 
     Raises:
-        CheckpointError: if nothing can be written there.
+        CheckpointError: if the checkpoint cannot be written to ``filename``.
     """
     check_writable(filename)
     if is_url(filename):
@@ -55,15 +56,15 @@ def write_to(filename: str | os.PathLike[str], write: Callable[[Path], None], te
 
 
 def check_writable(filename: str | os.PathLike[str]) -> None:
-    """Refuse a URL that can only be read from.
+    """Check that checkpoints can be saved to ``filename``: every path is accepted, and URLs that fsspec can write to.
 
     Raises:
-        CheckpointError: if it is one.
+        CheckpointError: if the URL is read-only or its scheme is unknown.
     """
     url = os.fspath(filename)
     if is_url(filename) and (CheckpointLoader.only_reads(url) or not is_remote_scheme(url.partition("://")[0])):
         raise CheckpointError(
-            f"{mask_text(url)}: checkpoints are written to paths, and to places that fsspec opens and writes to."
+            f"{mask_text(url)}: checkpoints can be saved only to local paths and to URLs that fsspec can write to."
         )
 
 
@@ -82,10 +83,10 @@ def load_checkpoint(
     strict: bool = False,
     revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
 ) -> tuple[StateTree, LoadReport]:
-    """Load a checkpoint's weights into ``model``; return the whole checkpoint and how the two fit together.
+    """Load the model weights of a checkpoint into ``model``; return the whole checkpoint and a report of the key matching.
 
     Raises:
-        CheckpointError: in one of its kinds, if there is none, it is damaged, or it belongs to another model.
+        CheckpointError: (or a subclass) if the checkpoint is missing or damaged, or does not match the model.
     """
     checkpoint = CheckpointLoader.load_checkpoint(filename, map_location)
     state = get_model_state(checkpoint, filename)
@@ -93,13 +94,15 @@ def load_checkpoint(
 
 
 def get_model_state(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return the model's state of a checkpoint.
+    """Return the model state of a checkpoint.
 
     Raises:
-        CheckpointError: if it has none.
+        CheckpointError: if the checkpoint has no model state.
     """
     state = checkpoint.get("state_dict")
     if not isinstance(state, Mapping):
         parts = ", ".join(map(repr, checkpoint)) or "nothing"
-        raise CheckpointError(f"{mask_text(os.fspath(filename))} has no model state ('state_dict'); it has {parts}.")
+        raise CheckpointError(
+            f"{mask_text(os.fspath(filename))} has no model state ('state_dict'); it contains {parts}."
+        )
     return state

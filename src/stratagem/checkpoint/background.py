@@ -1,4 +1,4 @@
-"""Save while the training goes on: it waits for a copy in memory alone, a thread writes and publishes."""
+"""Save checkpoints in a background thread, so that training waits only for a copy of the state in memory."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ __all__ = ["BackgroundSaver"]
 
 @final
 class BackgroundSaver:
-    """Writes checkpoints in a thread, one at a time.
+    """Write checkpoints in a background thread, one at a time.
 
-    :meth:`save` returns as soon as the state is copied into memory that is kept for it, as large as what this rank
-    writes; what is changed afterwards does not change the file. A save that comes before the last one is written waits
-    for it. What went wrong is raised, on every rank, by the next :meth:`check` or :meth:`wait`.
+    :meth:`save` returns as soon as the state is copied to a reusable CPU buffer, which is as large as this rank's share
+    of the checkpoint. Later changes to the state do not affect the checkpoint. A save waits until the previous one is
+    written. If writing fails, the next :meth:`check` or :meth:`wait` raises the error on every rank.
 
-    Making it is collective, as are its methods but for :meth:`settle` and :meth:`close`: the ranks' threads talk through
-    a group of their own.
+    The constructor and all methods except :meth:`settle` and :meth:`close` are collective: the writer threads communicate
+    through a dedicated process group.
 
     Args:
-        logger: is told when a save has to wait.
+        logger: receives a message when a save has to wait for the previous one.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -54,19 +54,19 @@ class BackgroundSaver:
         *,
         then: Callable[[Team], None] | None = None,
     ) -> None:
-        """Copy a tree of state, and have it written and published under ``filename``.
+        """Copy a state tree and write it to ``filename`` in the background.
 
         Args:
-            checkpoint: the tree; each rank gives its own.
-            filename: where to; the form hangs on it as in :func:`~stratagem.checkpoint.save_checkpoint`.
-            team: the ranks that save together, those of the run.
-            then: called by the thread of every rank once the checkpoint is durable, with the threads' team.
+            checkpoint: this rank's state tree.
+            filename: the target; its name selects the format as in :func:`~stratagem.checkpoint.save_checkpoint`.
+            team: the ranks of the run, which save together.
+            then: called by the writer thread of every rank with the threads' team, once the checkpoint is durable.
 
         Raises:
-            CheckpointError: if a value cannot be stored, or the save before this one failed.
+            CheckpointError: if a value cannot be stored, or the previous save failed.
         """
         if self._task is not None and not self._task.done():
-            self._logger.info("%s waits until the checkpoint before it is written.", os.fspath(filename))
+            self._logger.info("%s waits until the previous checkpoint is written.", os.fspath(filename))
         self.wait()
         check_writable(filename)
         staged = format_for(Path(filename)).stage(checkpoint, team)
@@ -74,19 +74,19 @@ class BackgroundSaver:
         self._task = self._thread.submit(_write, staged.write, tensors, filename, self._team, then)
 
     def check(self) -> None:
-        """Raise what the save under way failed with, as soon as all ranks know; waits for nothing.
+        """Raise the error of a failed save once all ranks have finished it. Does not wait.
 
-        Called between two steps: all ranks raise between the same two.
+        Call it between training steps; all ranks raise at the same step.
 
         Raises:
-            CheckpointError: if it failed.
+            CheckpointError: if the save failed.
         """
         if self._task is None:
             return
         if self._agreement is None:
             done = self._task.done()
         else:
-            # The greatest of the ranks' answers, as they were a step ago: 1 from whoever still writes.
+            # The maximum over the ranks as of the previous check: 1 if any rank was still writing.
             done = self._agreement.asked and self._agreement.answer() == 0
             if not done:
                 self._agreement.ask(int(not self._task.done()))
@@ -94,10 +94,10 @@ class BackgroundSaver:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until nothing is being written.
+        """Wait until the current save is finished.
 
         Raises:
-            CheckpointError: if the last save failed.
+            CheckpointError: if the save failed.
         """
         if self._agreement is not None:
             self._agreement.answer()
@@ -106,12 +106,12 @@ class BackgroundSaver:
             raise failure
 
     def settle(self) -> BaseException | None:
-        """Wait until this rank writes nothing, and return what went wrong; for a run that ends by an error."""
+        """Wait until this rank has finished writing and return its error, if any. For a run that ends with an error."""
         task, self._task = self._task, None
         return None if task is None else task.exception()
 
     def close(self) -> None:
-        """Wait for the thread, and end it. Idempotent."""
+        """Wait for the writer thread and stop it. Idempotent."""
         self._thread.shutdown()
 
 
@@ -126,7 +126,7 @@ def _write(
         write_to(filename, lambda path: write(tensors, path, team), team)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever it is, the training is told which checkpoint there is not
+    except Exception as error:  # any error must name the checkpoint that is missing
         raise save_error(Path(filename), error) from error
     if then is not None:
         then(team)

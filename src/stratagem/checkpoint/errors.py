@@ -1,4 +1,4 @@
-"""The errors that every form of checkpoint shares."""
+"""Errors shared by all checkpoint formats."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ __all__ = ["save_error"]
 
 
 def save_error(path: Path, error: Exception) -> CheckpointError:
-    """Return the error for a save that failed, with what the storage layer noted: how much was written, what is free."""
+    """Return the error for a failed save, including the storage layer's notes on bytes written and free space."""
     notes = " ".join(getattr(error, "__notes__", ()))
     return CheckpointError(f"{path}: the checkpoint could not be written: {error}. {notes}".rstrip())

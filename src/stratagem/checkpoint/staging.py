@@ -1,4 +1,4 @@
-"""Memory in which state waits to be written, while what it was copied from goes on changing."""
+"""Hold a copy of the state in CPU memory until it is written, while training changes the original."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stratagem.distributed import Team
 
 __all__ = ["StagedState", "Staging"]
 
-# In bytes: wide enough for every type of numbers, and for the widest instructions that copy.
+# In bytes: enough for every dtype and for the widest vector instructions.
 _ALIGNMENT = 64
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class StagedState:
-    """A tree of state, taken apart: all that is no tensor is a copy already.
+    """A flattened state tree, ready to be written; everything except the tensors is already a copy.
 
     Attributes:
-        tensors: what this rank writes; the tree's own memory.
-        publish: writes these tensors, or copies of them in the same order, under a path. Collective over the team.
+        tensors: the tensors that this rank writes; they share memory with the tree.
+        write: writes these tensors, or copies of them in the same order, to a path. Collective over the team.
     """
 
     tensors: Sequence[Tensor]
@@ -35,9 +35,9 @@ class StagedState:
 
 @final
 class Staging:
-    """Memory on the CPU that tensors are copied into: allocated once, and used again each time.
+    """A reusable CPU buffer for copies of tensors.
 
-    Where tensors come from an accelerator, its pages are pinned, so that the device writes into them by itself.
+    If any tensor is on an accelerator, the buffer is pinned, so that the copies are asynchronous.
     """
 
     def __init__(self) -> None:
@@ -47,34 +47,34 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        """How much memory it has."""
+        """The size of the buffer in bytes."""
         return self._memory.numel()
 
     @torch.no_grad()
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Copy tensors here; return the copies, each a storage of its own, which last until the next call."""
-        away = any(tensor.device.type != "cpu" for tensor in tensors)
+        """Copy tensors to the buffer; return the copies, each with its own storage, valid until the next call."""
+        on_accelerator = any(tensor.device.type != "cpu" for tensor in tensors)
         shapes = [(tensor.dtype, tensor.shape) for tensor in tensors]
-        if shapes != self._shapes or (away and not self._memory.is_pinned()):
-            self._lay_out(shapes, pinned=away)
+        if shapes != self._shapes or (on_accelerator and not self._memory.is_pinned()):
+            self._allocate(shapes, pinned=on_accelerator)
         for copy, tensor in zip(self._copies, tensors, strict=True):
-            copy.copy_(tensor, non_blocking=away)
-        if away:
+            copy.copy_(tensor, non_blocking=on_accelerator)
+        if on_accelerator:
             torch.accelerator.current_stream().synchronize()
         return self._copies
 
-    def _lay_out(self, shapes: list[tuple[torch.dtype, torch.Size]], *, pinned: bool) -> None:
+    def _allocate(self, shapes: list[tuple[torch.dtype, torch.Size]], *, pinned: bool) -> None:
         sizes = [shape.numel() * dtype.itemsize for dtype, shape in shapes]
-        places = list(itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0))
-        # First the old goes, or there would be both for a moment.
+        offsets = list(itertools.accumulate((size + -size % _ALIGNMENT for size in sizes), initial=0))
+        # Release the old buffer first, so that both do not exist at the same time.
         self._copies = []
-        if places[-1] > self.nbytes or (pinned and not self._memory.is_pinned()):
+        if offsets[-1] > self.nbytes or (pinned and not self._memory.is_pinned()):
             self._memory = torch.empty(0, dtype=torch.uint8)
-            self._memory = torch.empty(places[-1], dtype=torch.uint8, pin_memory=pinned)
+            self._memory = torch.empty(offsets[-1], dtype=torch.uint8, pin_memory=pinned)
         memory = self._memory.numpy()
         self._copies = [
-            # By way of NumPy, whose slices are storages of their own: torch.save would write the whole memory for a view.
+            # Slices made through NumPy have their own storage; for a view, torch.save would write the whole buffer.
             torch.from_numpy(memory[place : place + size]).view(dtype).view(shape)
-            for (dtype, shape), place, size in zip(shapes, places, sizes, strict=False)
+            for (dtype, shape), place, size in zip(shapes, offsets, sizes, strict=False)
         ]
         self._shapes = shapes

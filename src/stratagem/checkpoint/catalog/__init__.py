@@ -1,1 +1,1 @@
-"""Which checkpoints a run has: their order, the newest one, what each records, and which are kept."""
+"""The checkpoints of a run: inspect them, order them, find the newest, and delete those that are not kept."""

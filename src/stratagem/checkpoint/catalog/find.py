@@ -1,4 +1,4 @@
-"""Find the checkpoint from which a run resumes."""
+"""Find the checkpoints of a run, and record where they are saved."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ __all__ = [
 ]
 
 POINTER = "last_checkpoint"
-# In the folder of each start of the run: an absolute path a line.
+# A file in each session's log directory with one absolute path per line.
 _FOLDERS = "checkpoint_folders"
 
 
 def find_latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """Return the newest checkpoint of ``folder``, or None if there is none.
+    """Return the newest checkpoint in ``folder``, or None if there is none.
 
-    A checkpoint gets its name only when it is complete, so what a killed save left is never found. Its tensors are not
-    read: loading it does that. Folders and single files count whatever their name, if a run or a strategy saved them. One
-    whose weights are not all finite is skipped. Which is newer: :func:`list_checkpoints`.
+    A checkpoint gets its name only when it is complete, so an interrupted save is never found. Directories and single
+    files saved by a run or a strategy are found under any name. Checkpoints with NaN or Inf in their weights are
+    skipped. Tensors are not read or verified here. See :func:`list_checkpoints` for the order.
     """
     return next((found.path for found in list_checkpoints(folder) if not found.fault), None)
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[CheckpointInfo]:
-    """Return the checkpoints of ``folder``, the newest first, with the faults of those that cannot be used.
+    """Return the checkpoints in ``folder``, newest first, including unusable ones with the reason in ``fault``.
 
-    Within a run the newest is the one that was saved last, by session and save, whatever the clock and the iteration say.
-    The clock decides between runs. If the run saves to other folders too, the checkpoints in those are included.
+    Within a run, checkpoints are ordered by session and save number, regardless of clock and iteration. Runs are ordered
+    by the clock. If the run also saves to other folders, their checkpoints are included.
     """
     own = Path(folder)
     folders = dict.fromkeys([own, *_recorded_folders(own)])
@@ -46,27 +46,27 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[CheckpointInfo]:
 
 
 def update_last_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Have ``last_checkpoint`` in a folder name a checkpoint: by its name alone if it is in the folder.
+    """Write the path of ``checkpoint`` to the file ``last_checkpoint`` in ``folder``: only its name if it is in ``folder``.
 
     Raises:
-        OSError: if it cannot be written; the old one stays.
+        OSError: if the file cannot be written; its old content is kept.
     """
     name = checkpoint.name if checkpoint.parent == folder else str(checkpoint)
     write_atomic(folder / POINTER, f"{name}\n")
 
 
-def record_checkpoint_folder(other: Path, start_folder: Path) -> None:
-    """Record in the folder of a start of a run that it saves to another folder, so that its checkpoints there are found.
+def record_checkpoint_folder(folder: Path, session_folder: Path) -> None:
+    """Record in ``session_folder`` that the run also saves to ``folder``, so that :func:`list_checkpoints` finds them.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
-    noted = dict.fromkeys([*_lines(start_folder / _FOLDERS), str(other)])
-    write_atomic(start_folder / _FOLDERS, "".join(f"{line}\n" for line in noted))
+    noted = dict.fromkeys([*_lines(session_folder / _FOLDERS), str(folder)])
+    write_atomic(session_folder / _FOLDERS, "".join(f"{line}\n" for line in noted))
 
 
 def _recorded_folders(folder: Path) -> list[Path]:
-    """Return the folders that may hold a run's checkpoints beside its own: those its starts recorded, and the pointer's."""
+    """Return other folders that may hold checkpoints of the run: those recorded by its sessions and ``last_checkpoint``."""
     recorded = [line for file in sorted(folder.glob(f"*/{_FOLDERS}")) for line in _lines(file)]
     named = _lines(folder / POINTER)[:1]
     return [*map(Path, recorded), *((folder / name).parent for name in named)]

@@ -1,4 +1,4 @@
-"""What a checkpoint records about itself, read without its tensors."""
+"""Read what a checkpoint records about itself, without reading its tensors."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 __all__ = ["CheckpointInfo", "inspect_checkpoint"]
 
-# The names that MMEngine gives, whose files do not record which run saved them.
+# MMEngine's file names; its files do not record a run id.
 _NUMBERED = re.compile(r"(epoch|iter)_(?P<number>[0-9]+)(\.pth)?")
-_NOT_FINITE = "its weights are not all finite."
+_NOT_FINITE = "its weights contain NaN or Inf."
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """A checkpoint in a run's folder.
+    """The recorded facts about one checkpoint.
 
     Attributes:
-        path: where it is.
-        saved_at: when it was saved, in seconds since the epoch; for a single file, when it was last changed.
-        number: the number of epochs or iterations in its name, else its iterations; 0 if neither is known.
-        fault: why a run cannot resume from it, as far as can be told without reading its tensors; empty if it can.
-        position: the epochs and iterations that were done, if recorded.
+        path: path of the checkpoint.
+        saved_at: time of the save in seconds since the epoch; for a single file, its modification time.
+        number: the epoch or iteration in its name, else its recorded iteration; 0 if neither is known.
+        fault: the reason why a run cannot resume from it, if it shows without reading tensors; empty if there is none.
+        position: the number of finished epochs and iterations, if recorded.
         run_id: the id of the run that saved it, if recorded.
-        order: its place among the checkpoints of its run, if recorded.
-        retention_tag: what it was saved for.
-        finite: False if its weights held NaN or Inf when it was saved.
+        order: its position among the checkpoints of the run, if recorded.
+        retention_tag: the reason why it was saved.
+        finite: False if its weights contained NaN or Inf when it was saved.
     """
 
     path: Path
@@ -53,11 +53,11 @@ class CheckpointInfo:
 
 
 def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
-    """Return what a file or folder records about itself; None if it is not a checkpoint that a run or strategy saved.
+    """Return the facts that a file or directory records; None if it is not a checkpoint saved by a run or a strategy.
 
-    The content decides, whatever the name: a manifest, or the ``meta`` of a single file or of a folder in DeepSpeed's form.
-    What is named ``epoch_<n>`` or ``iter_<n>``, with or without ``.pth``, counts whoever wrote it. Files that
-    ``published_keys`` made do not count.
+    The content decides: a manifest, or the ``meta`` of a single file or of a directory in DeepSpeed's format. In
+    addition, everything named ``epoch_<n>`` or ``iter_<n>``, with or without ``.pth``, counts as a checkpoint. Files
+    written because of ``published_keys`` do not count.
     """
     match = _NUMBERED.fullmatch(path.name)
     number = int(match["number"]) if match else None
@@ -67,7 +67,7 @@ def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
         if path.suffix in SINGLE_FILES and path.is_file():
             return _inspect_file(path, number)
     except OSError:
-        # Another process has just removed it, or it is not ours to read.
+        # Another process has just removed it, or this user may not read it.
         pass
     return None
 
@@ -76,21 +76,21 @@ def _inspect_folder(path: Path, number: int | None) -> CheckpointInfo | None:
     has_manifest = (path / MANIFEST).is_file()
     if not has_manifest and _is_deepspeed(path, number):
         return _inspect_deepspeed(path, number)
-    # Both files are ours: without the other one it is incomplete.
-    looks_ours = number is not None or (path / STATE).is_file()
-    if not (has_manifest or looks_ours):
+    # Stratagem writes both files: if one is missing, the checkpoint is incomplete.
+    expected_checkpoint = number is not None or (path / STATE).is_file()
+    if not (has_manifest or expected_checkpoint):
         return None
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
-        return _faulty(path, number, error) if looks_ours else None
+        return _faulty(path, number, error) if expected_checkpoint else None
     position = manifest.get("position")
     facts = {**manifest, **(position if isinstance(position, Mapping) else {})}
-    return _described(path, number, manifest["saved_at"], facts)
+    return _make_info(path, number, manifest["saved_at"], facts)
 
 
 def _is_deepspeed(path: Path, number: int | None) -> bool:
-    # By its contents alone only the outer one of its two folders counts, which names the inner.
+    # Without a known name, accept only the outer of DeepSpeed's two folders, which holds the file "latest".
     try:
         return (number is not None or (path / "latest").is_file()) and is_deepspeed_folder(path)
     except CheckpointError:
@@ -102,14 +102,14 @@ def _inspect_deepspeed(path: Path, number: int | None) -> CheckpointInfo | None:
         meta = deepspeed_meta(path)
     except CheckpointError as error:
         return _faulty(path, number, error)
-    if number is None and not _is_ours(meta):
+    if number is None and not _saved_by_stratagem(meta):
         return None
-    return _described(path, number, path.stat().st_mtime, meta)
+    return _make_info(path, number, path.stat().st_mtime, meta)
 
 
 def _inspect_file(path: Path, number: int | None) -> CheckpointInfo | None:
     if number is None and not is_torch_zip(path):
-        # Files of torch's older form are never ours, and reading one means reading all of it.
+        # Stratagem does not write torch's legacy format, and its metadata cannot be read without the tensors.
         return _inspect_blank(path)
     try:
         meta, parts = read_meta(path)
@@ -117,14 +117,14 @@ def _inspect_file(path: Path, number: int | None) -> CheckpointInfo | None:
         return _faulty(path, number, error)
     except CheckpointError as error:
         return None if number is None else _faulty(path, number, error)
-    if number is None and (not _is_ours(meta) or is_released(path, meta, parts)):
+    if number is None and (not _saved_by_stratagem(meta) or is_released(path, meta, parts)):
         return None
-    return _described(path, number, path.stat().st_mtime, meta)
+    return _make_info(path, number, path.stat().st_mtime, meta)
 
 
 def _inspect_blank(path: Path) -> CheckpointInfo | None:
-    """Return a file whose content a crash of the machine or its disk may have taken; None for any other."""
-    if path.suffix == ".bin":  # data of any kind
+    """Return a fault for a file that is empty or starts with zeros, as after a system crash; None for any other file."""
+    if path.suffix == ".bin":  # may be any kind of data
         return None
     with path.open("rb") as file:
         beginning = file.read(64)
@@ -134,8 +134,8 @@ def _inspect_blank(path: Path) -> CheckpointInfo | None:
     return CheckpointInfo(path=path, saved_at=path.stat().st_mtime, fault=fault)
 
 
-def _is_ours(meta: Mapping[str, Any]) -> bool:
-    """Return whether a run saved it, or a strategy in a loop of the user's own."""
+def _saved_by_stratagem(meta: Mapping[str, Any]) -> bool:
+    """Return whether a run, or a strategy in a user's training loop, saved the checkpoint."""
     return isinstance(meta.get("run_id"), str) or isinstance(meta.get("stratagem"), str)
 
 
@@ -143,7 +143,7 @@ def _faulty(path: Path, number: int | None, error: CheckpointError) -> Checkpoin
     return CheckpointInfo(path=path, saved_at=path.stat().st_mtime, number=number or 0, fault=str(error))
 
 
-def _described(path: Path, number: int | None, saved_at: float, facts: Mapping[str, Any]) -> CheckpointInfo:
+def _make_info(path: Path, number: int | None, saved_at: float, facts: Mapping[str, Any]) -> CheckpointInfo:
     position = {key: facts[key] for key in ("epoch", "iter") if isinstance(facts.get(key), int)}
     number = position.get("iter", 0) if number is None else number
     try:

@@ -1,7 +1,7 @@
-"""Which checkpoint is newer.
+"""Order checkpoints by when they were saved.
 
-Within a run two counters decide, and no clock: clocks are set back, and iterations repeat after a rollback or a resume
-from an older checkpoint.
+Within a run, two counters decide instead of the clock or the iteration: clocks may be set back, and iterations repeat
+after a rollback or a resume from an older checkpoint.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from typing import Any, Final, Protocol, Self, TypeVar, final
 
 __all__ = ["SAVE_ORDER", "HasSaveTime", "SaveOrder", "oldest_first"]
 
-# Under which a checkpoint's meta and its manifest have it.
+# The key in a checkpoint's meta and in its manifest.
 SAVE_ORDER: Final = "save_order"
-# The largest integer that every reader of JSON represents exactly.
-_LARGEST: Final = (1 << 53) - 1
+# The largest integer that all JSON parsers represent exactly.
+_MAX_COUNT: Final = (1 << 53) - 1
 
 
 @final
 @dataclass(frozen=True, slots=True, order=True)
 class SaveOrder:
-    """The place of a checkpoint among those of its run; the newer is the greater.
+    """The position of a checkpoint among those of its run; a newer one compares as greater.
 
     Attributes:
-        session: number of the session (one start of the run) that saved it, from 1.
-        save: number of the save within the run's process, from 1, assigned when the save is requested.
+        session: the number of the session (one start of the run) that saved it, from 1.
+        save: the number of the save within the session, from 1, assigned when the save is requested.
     """
 
     session: int
     save: int
 
     def as_meta(self) -> dict[str, int]:
-        """Return it as a checkpoint's ``meta`` and its manifest have it."""
+        """Return the order as it is stored in a checkpoint's ``meta`` and in its manifest."""
         return {"session": self.session, "save": self.save}
 
     @classmethod
     def from_meta(cls, value: Any) -> Self | None:
-        """Return the order that ``meta["save_order"]`` holds; None if it holds none, as before there was one.
+        """Read an order from ``meta["save_order"]``; return None if it is None, as in checkpoints of older versions.
 
         Raises:
-            ValueError: if it is anything else than two counts.
+            ValueError: if the value is not two positive integers.
         """
         if value is None:
             return None
@@ -53,64 +53,65 @@ class SaveOrder:
 
     @staticmethod
     def next_session(orders: Iterable[SaveOrder | None]) -> int:
-        """Return the number of a session that begins where there are checkpoints of these orders."""
-        return min(1 + max((order.session for order in orders if order is not None), default=0), _LARGEST)
+        """Return the number of the session that follows the sessions of these checkpoints."""
+        return min(1 + max((order.session for order in orders if order is not None), default=0), _MAX_COUNT)
 
 
 def _count(value: Any) -> int | None:
-    return value if type(value) is int and 1 <= value <= _LARGEST else None
+    return value if type(value) is int and 1 <= value <= _MAX_COUNT else None
 
 
 class HasSaveTime(Protocol):
-    """What tells when a checkpoint was saved."""
+    """A checkpoint with the facts that determine when it was saved."""
 
     @property
     def run_id(self) -> str | None:
-        """The run that saved it, if known."""
+        """The id of the run that saved it, if known."""
 
     @property
     def order(self) -> SaveOrder | None:
-        """Its place among those of its run, if known."""
+        """Its position among the checkpoints of the run, if known."""
 
     @property
     def saved_at(self) -> float:
-        """When it was saved, by the clock."""
+        """The time of the save, in seconds since the epoch."""
 
     @property
     def number(self) -> int:
-        """Its epochs or iterations, for clocks that tick slowly."""
+        """Its epoch or iteration; decides between equal times."""
 
     @property
     def path(self) -> Path:
-        """Where it is."""
+        """The path of the checkpoint."""
 
 
 T = TypeVar("T", bound=HasSaveTime)
 
 
 def oldest_first(checkpoints: Iterable[T]) -> list[T]:
-    """Return checkpoints ordered from the oldest to the newest.
+    """Return checkpoints ordered from oldest to newest.
 
-    Those of a run are together, ordered by session and save. The clock decides only between runs, by the newest checkpoint
-    of each, and for checkpoints that have no such numbers. A checkpoint without a run's id stands for a run of its own.
+    The checkpoints of a run are adjacent and ordered by session and save number. Runs are ordered by the time of their
+    newest checkpoint. Checkpoints without these numbers are ordered by time. A checkpoint without a run id is treated
+    as a separate run.
     """
     by_run: dict[str | int, list[T]] = {}
     for index, each in enumerate(checkpoints):
         by_run.setdefault(index if each.run_id is None else each.run_id, []).append(each)
-    runs = sorted((_of_one_run(each) for each in by_run.values()), key=lambda run: _by_clock(run[-1]))
+    runs = sorted((_sort_one_run(each) for each in by_run.values()), key=lambda run: _time_key(run[-1]))
     return [each for run in runs for each in run]
 
 
-def _of_one_run(checkpoints: Iterable[T]) -> list[T]:
-    by_clock = sorted(checkpoints, key=_by_clock)
+def _sort_one_run(checkpoints: Iterable[T]) -> list[T]:
+    by_clock = sorted(checkpoints, key=_time_key)
     numbered = sorted(((each.order, each) for each in by_clock if each.order is not None), key=lambda pair: pair[0])
-    # If the clock was set back, a checkpoint counts as saved no earlier than those before it.
+    # If the clock was set back, treat a checkpoint as saved no earlier than its predecessors.
     times = accumulate((each.saved_at for _, each in numbered), max)
     dated = [(time, each) for time, (_, each) in zip(times, numbered, strict=True)]
     unnumbered = [(each.saved_at, each) for each in by_clock if each.order is None]
-    # Sorting keeps the order of equal times.
+    # The sort is stable.
     return [each for _, each in sorted([*unnumbered, *dated], key=lambda pair: pair[0])]
 
 
-def _by_clock(checkpoint: HasSaveTime) -> tuple[float, int, str]:
+def _time_key(checkpoint: HasSaveTime) -> tuple[float, int, str]:
     return checkpoint.saved_at, checkpoint.number, str(checkpoint.path)

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, and how the others go."""
+"""Decide which checkpoints of a run are kept, and remove the unlisted."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Retention:
     """How many checkpoints of a run are kept.
 
     Attributes:
-        groups: the groups that share the limit ``last``.
-        last: how many; None for all.
-        every: of the first series those whose number is a multiple of it are kept for good, beside the last; None for none.
-        best: how many are kept of those that were best by a metric, for each metric: the best of them.
+        groups: the groups of regular checkpoints that share the limit ``last``.
+        last: how many of the newest regular checkpoints are kept; None for all.
+        every: keep checkpoints of the first group forever if their number is a multiple of this; None for no such rule.
+        best: how many of the best checkpoints are kept for each metric.
     """
 
     groups: Sequence[str]
@@ -38,28 +38,28 @@ class Retention:
     def select_removable(
         self, saved: Iterable[SavedCheckpoint], protected: Collection[Path] = ()
     ) -> list[SavedCheckpoint]:
-        """Return which of a run's checkpoints, the oldest first, are not kept.
+        """Return the checkpoints that are not kept, given those of a run, oldest first.
 
-        One whose weights are not finite does not count as one of the last, so that it takes the place of none that a run
-        can go on from; it goes with the next that is sound. None of ``protected`` is returned.
+        A checkpoint with NaN or Inf in its weights does not count towards ``last``, because the run cannot resume from
+        it; it becomes removable after the next finite one. Paths in ``protected`` are never returned.
         """
         listed = list(saved)
-        kept = {each.path for each in (*self._last(listed), *self._for_good(listed), *self._best(listed))}
-        ours = [each for each in listed if self._replaces(each)]
-        return [each for each in ours if each.path not in kept and each.path not in protected]
+        kept = {each.path for each in (*self._keep_last(listed), *self._keep_every(listed), *self._keep_best(listed))}
+        managed = [each for each in listed if self._is_managed(each)]
+        return [each for each in managed if each.path not in kept and each.path not in protected]
 
-    def _replaces(self, saved: SavedCheckpoint) -> bool:
+    def _is_managed(self, saved: SavedCheckpoint) -> bool:
         return bool(saved.retention_tag.metric) or (self.last is not None and saved.retention_tag.group in self.groups)
 
-    def _last(self, listed: Sequence[SavedCheckpoint]) -> Sequence[SavedCheckpoint]:
+    def _keep_last(self, listed: Sequence[SavedCheckpoint]) -> Sequence[SavedCheckpoint]:
         if self.last is None:
             return []
         regular = [each for each in listed if not each.retention_tag.metric and each.retention_tag.group in self.groups]
-        sound = [each for each in regular if each.finite]
+        finite = [each for each in regular if each.finite]
         newest = regular[-1:] if regular and not regular[-1].finite else []
-        return [*sound[-self.last :], *newest]
+        return [*finite[-self.last :], *newest]
 
-    def _for_good(self, listed: Iterable[SavedCheckpoint]) -> list[SavedCheckpoint]:
+    def _keep_every(self, listed: Iterable[SavedCheckpoint]) -> list[SavedCheckpoint]:
         return [
             each
             for each in listed
@@ -69,50 +69,50 @@ class Retention:
             and each.retention_tag.number % self.every == 0
         ]
 
-    def _best(self, listed: Iterable[SavedCheckpoint]) -> list[SavedCheckpoint]:
+    def _keep_best(self, listed: Iterable[SavedCheckpoint]) -> list[SavedCheckpoint]:
         by_metric: dict[str, list[SavedCheckpoint]] = {}
         for each in listed:
             if each.retention_tag.metric:
                 by_metric.setdefault(each.retention_tag.metric, []).append(each)
-        return [each for some in by_metric.values() for each in sorted(some, key=_rank)[: self.best]]
+        return [each for some in by_metric.values() for each in sorted(some, key=_sort_key)[: self.best]]
 
 
-def _rank(saved: SavedCheckpoint) -> float:
+def _sort_key(saved: SavedCheckpoint) -> float:
     return -saved.retention_tag.score if saved.retention_tag.greater else saved.retention_tag.score
 
 
 def remove_checkpoints(paths: Iterable[Path], logger: logging.Logger) -> None:
-    """Remove checkpoints: each gets a hidden name first, so that none is ever seen in part.
+    """Remove checkpoints. Each is renamed to a hidden name first, so that no partial checkpoint is ever visible.
 
-    A folder that holds more than its manifest names is left as it is. What cannot be removed is told in the log, and
-    tried again the next time: the checkpoints that are kept are safe.
+    A directory that contains entries not listed in its manifest is kept. Failures are logged, and the removal is retried
+    the next time.
     """
     for path in paths:
         try:
-            others = _not_ours(path)
-            if others:
-                logger.warning("%s is kept: it holds %s beside the checkpoint.", path, ", ".join(sorted(others)))
+            unlisted = _unlisted_entries(path)
+            if unlisted:
+                logger.warning("Keeping %s, because it also contains %s.", path, ", ".join(sorted(unlisted)))
             else:
                 _remove(path)
         except (CheckpointError, OSError) as error:
-            logger.warning("The old checkpoint %s could not be removed: %s", path, error)
+            logger.warning("Could not remove the old checkpoint %s: %s", path, error)
 
 
-def _not_ours(path: Path) -> set[str]:
+def _unlisted_entries(path: Path) -> set[str]:
     if not path.is_dir():
         return set()
     manifest = read_manifest(path)
-    ours = {MANIFEST, *manifest["files"], *top_level_names(manifest.get("beside", {}))}
-    return {entry.name for entry in path.iterdir()} - ours
+    managed = {MANIFEST, *manifest["files"], *top_level_names(manifest.get("beside", {}))}
+    return {entry.name for entry in path.iterdir()} - managed
 
 
 def _remove(path: Path) -> None:
     if not path.is_dir():
         operations.remove_file(path)
         return
-    # A kind of name that the next start removes, should this process be killed before it comes to that.
-    aside = temporary_path(path)
-    operations.rename(path, aside)
-    # First durable: after a power loss the name must not be back with half of the files.
+    # If this process is killed before the removal, the next start of the run removes temporary names.
+    temporary = temporary_path(path)
+    operations.rename(path, temporary)
+    # Make the rename durable first: a power loss must not bring back the name with half of the files.
     fsync_directory(path.parent)
-    remove(aside)
+    remove(temporary)

@@ -1,4 +1,4 @@
-"""The checkpoints that each run has saved in a folder: what retention goes by."""
+"""List the removable checkpoints in a folder by the run that saved them, for retention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["SavedCheckpoint", "checkpoints_of_run", "checkpoints_by_run"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedCheckpoint:
-    """A checkpoint of a run: when it was saved, after how many iterations, what for, and whether it can be used."""
+    """A checkpoint that a run saved; ``finite`` is False if its weights contain NaN or Inf."""
 
     path: Path
     saved_at: float
@@ -28,14 +28,14 @@ class SavedCheckpoint:
 
 
 def checkpoints_of_run(run_id: str, folder: Path) -> list[SavedCheckpoint]:
-    """Return the checkpoints in a folder that a run saved, the oldest first; see :func:`checkpoints_by_run`."""
+    """Return the checkpoints of one run in a folder, oldest first; see :func:`checkpoints_by_run`."""
     return checkpoints_by_run(folder).get(run_id, [])
 
 
 def checkpoints_by_run(folder: Path) -> dict[str, list[SavedCheckpoint]]:
-    """Return the checkpoints in a folder by the id of the run that saved them, the oldest of each first.
+    """Return the checkpoints in a folder by run id, oldest first.
 
-    Those that cannot be read belong to no run. Which is older: :func:`~stratagem.checkpoint.catalog.order.oldest_first`.
+    Unreadable checkpoints are left out. See :func:`~stratagem.checkpoint.catalog.order.oldest_first` for the order.
     """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
     found = [each for entry in entries if (each := inspect_checkpoint(entry)) is not None and _can_be_removed(each)]
@@ -55,5 +55,5 @@ def checkpoints_by_run(folder: Path) -> dict[str, list[SavedCheckpoint]]:
 
 
 def _can_be_removed(candidate: CheckpointInfo) -> bool:
-    # A folder without a manifest, in DeepSpeed's own form, does not record which files belong to it.
+    # A folder in DeepSpeed's format has no manifest, so the files that belong to it are unknown.
     return not candidate.path.is_dir() or (candidate.path / MANIFEST).is_file()

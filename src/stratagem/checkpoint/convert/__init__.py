@@ -1,1 +1,1 @@
-"""Convert a checkpoint to another format and compare two checkpoints."""
+"""Convert a checkpoint to another format, and compare two checkpoints."""

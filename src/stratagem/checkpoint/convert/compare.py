@@ -1,4 +1,4 @@
-"""What differs between two checkpoints."""
+"""Compare two checkpoints."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from stratagem.checkpoint.tree.flatten import StateTree, flatten_tree
 
 __all__ = ["CheckpointDifference", "compare"]
 
-# Numbers of two tensors that are compared at once, so that mapped ones are never whole in memory.
-_AT_ONCE = 1 << 22
+# The number of elements compared at a time, so that memory-mapped tensors are never read as a whole.
+_CHUNK_ELEMENTS = 1 << 22
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class CheckpointDifference:
-    """Where two checkpoints differ.
+    """A difference between two checkpoints.
 
     Attributes:
-        key: the path in the tree, parts joined by ``/``.
-        first: what the first has there, as text; empty where it has nothing.
-        second: what the second has.
-        most: the largest absolute difference of two tensors' numbers; None where they cannot be compared so.
-        share: the share of a tensor's numbers that differ, from 0 to 1.
+        key: the path in the state tree, joined by ``/``.
+        first: the value in the first checkpoint as text; empty if it has none.
+        second: the value in the second checkpoint as text; empty if it has none.
+        max_abs_diff: the largest absolute difference between two tensors; None if they cannot be compared elementwise.
+        differing_fraction: the fraction of elements that differ, from 0 to 1.
     """
 
     key: str
     first: str
     second: str
-    most: float | None = None
-    share: float | None = None
+    max_abs_diff: float | None = None
+    differing_fraction: float | None = None
 
 
 def compare(first: StateTree, second: StateTree) -> Iterator[CheckpointDifference]:
-    """Yield each difference, part by part; NaN equals NaN, and nothing else is rounded."""
+    """Yield all differences, part by part. NaN equals NaN; everything else must be exactly equal."""
     for part in dict.fromkeys([*first, *second]):
         if part not in first or part not in second:
             yield CheckpointDifference(part, "present" if part in first else "", "present" if part in second else "")
@@ -59,16 +59,16 @@ def _compare_tensors(
         if one is None or other is None or one.shape != other.shape or one.dtype != other.dtype:
             yield CheckpointDifference(key, _describe(one), _describe(other))
             continue
-        most, count = _distance(one.reshape(-1), other.reshape(-1))
+        max_abs_diff, count = _distance(one.reshape(-1), other.reshape(-1))
         if count:
-            yield CheckpointDifference(key, _describe(one), _describe(other), most, count / one.numel())
+            yield CheckpointDifference(key, _describe(one), _describe(other), max_abs_diff, count / one.numel())
 
 
 def _distance(one: Tensor, other: Tensor) -> tuple[float | None, int]:
-    """Return the largest absolute difference of two flat tensors, and how many of their numbers differ."""
-    most, count = 0.0, 0
-    for begin in range(0, one.numel(), _AT_ONCE):
-        a, b = one[begin : begin + _AT_ONCE], other[begin : begin + _AT_ONCE]
+    """Return the largest absolute difference between two flat tensors and the number of elements that differ."""
+    max_abs_diff, count = 0.0, 0
+    for begin in range(0, one.numel(), _CHUNK_ELEMENTS):
+        a, b = one[begin : begin + _CHUNK_ELEMENTS], other[begin : begin + _CHUNK_ELEMENTS]
         if torch.equal(a, b):
             continue
         wide = torch.complex128 if a.is_complex() else torch.float64
@@ -76,40 +76,40 @@ def _distance(one: Tensor, other: Tensor) -> tuple[float | None, int]:
         differing = ~((a == b) | (a.isnan() & b.isnan()))
         count += int(differing.sum())
         if differing.any():
-            most = max(most, float((a - b).abs()[differing].nan_to_num(nan=float("inf")).max()))
-    return most, count
+            max_abs_diff = max(max_abs_diff, float((a - b).abs()[differing].nan_to_num(nan=float("inf")).max()))
+    return max_abs_diff, count
 
 
 def _compare_values(key: str, first: Any, second: Any) -> Iterator[CheckpointDifference]:
     first, second = _without_versions(first), _without_versions(second)
     if isinstance(first, dict) and isinstance(second, dict):
         for name in dict.fromkeys([*first, *second]):
-            yield from _compare_values(f"{key}/{name}", first.get(name, _NOTHING), second.get(name, _NOTHING))
+            yield from _compare_values(f"{key}/{name}", first.get(name, _MISSING), second.get(name, _MISSING))
     elif isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
         for index, (one, other) in enumerate(zip(first, second, strict=True)):
             yield from _compare_values(f"{key}/{index}", one, other)
-    elif first != second and not _stands_for_tensor(first, second):
+    elif first != second and not _is_reported_tensor(first, second):
         yield CheckpointDifference(key, _text(first), _text(second))
 
 
-def _stands_for_tensor(first: Any, second: Any) -> bool:
-    """Tell whether this place holds a tensor on one side and nothing on the other: that was told already."""
-    return any(isinstance(value, dict) and "$tensor" in value for value in (first, second)) and _NOTHING in (
+def _is_reported_tensor(first: Any, second: Any) -> bool:
+    """Return whether one side is a tensor and the other is missing, which was reported with the tensors."""
+    return any(isinstance(value, dict) and "$tensor" in value for value in (first, second)) and _MISSING in (
         first,
         second,
     )
 
 
 def _without_versions(value: Any) -> Any:
-    """Leave out the versions that torch keeps beside a module's state: other forms have no place for them."""
+    """Remove the module versions that torch attaches to state dicts; some formats do not store them."""
     return value["$versioned"][0] if isinstance(value, dict) and set(value) == {"$versioned"} else value
 
 
-_NOTHING = object()
+_MISSING = object()
 
 
 def _text(value: Any) -> str:
-    return "" if value is _NOTHING else repr(value)
+    return "" if value is _MISSING else repr(value)
 
 
 def _describe(tensor: Tensor | None) -> str:

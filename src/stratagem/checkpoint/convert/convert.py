@@ -1,4 +1,4 @@
-"""Turn a checkpoint of one form into another, a tensor at a time."""
+"""Convert a checkpoint to another format, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ __all__ = ["TARGETS", "Target", "convert_checkpoint", "form_of", "opened_checkpo
 
 Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-# Where the text of a configuration is in a checkpoint's meta.
+# The keys of a configuration text in a checkpoint's meta.
 _CONFIGURATIONS = ("cfg", "config")
-# Hugging Face's own limit for one file of a model.
+# Hugging Face's size limit for one file of a model.
 _HF_FILE_BYTES = 5_000_000_000
 
 
 def form_of(path: Path) -> Target:
-    """Return the form that a target's name asks for: by its ending, and without one our own directory."""
+    """Return the format that a target's file extension selects; without an extension, the directory format."""
     if path.suffix == ".safetensors":
         return "safetensors"
     return "pth" if path.suffix in SINGLE_FILES else "stratagem"
 
 
 def convert_checkpoint(source: str | Path, target: Path, form: str | None = None) -> list[str]:
-    """Write the checkpoint ``source``, of any form that can be read, to ``target``; return the parts that were left out.
+    """Convert ``source``, a checkpoint in any supported format, to ``target``; return the names of the omitted parts.
 
-    Tensors stay in files until they are written, so that the memory holds one of them at a time.
+    Only one tensor at a time is in memory; the others stay in files.
 
     Args:
-        source: where to read: a path of any known form, or a URL.
-        target: where to write; it must not exist.
-        form: one of :data:`TARGETS`; by default that of the target's name. ``"safetensors"`` and ``"huggingface"`` hold
-            the weights alone.
+        source: the checkpoint to read, a path or a URL.
+        target: the path to write; it must not exist.
+        form: one of :data:`TARGETS`; by default selected by the name of ``target``. ``"safetensors"`` and
+            ``"huggingface"`` contain only the weights.
 
     Raises:
-        CheckpointError: if there is something at ``target``, the form is not known, or a value does not fit into it.
+        CheckpointError: if ``target`` exists, the format is unknown, or it does not support a value.
     """
     chosen = form or form_of(target)
     if chosen not in TARGETS:
-        raise CheckpointError(f"There is no form {chosen!r} of checkpoints. {did_you_mean(chosen, TARGETS)}")
+        raise CheckpointError(f"Unknown checkpoint format {chosen!r}. {did_you_mean(chosen, TARGETS)}")
     path = absolute(target)
     if path.exists():
-        raise CheckpointError(f"{path} exists already; name another target, or remove it first.")
+        raise CheckpointError(f"{path} already exists; choose another target, or remove it first.")
     with opened_checkpoint(source) as tree:
         if chosen in ("safetensors", "huggingface"):
             weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
@@ -77,7 +77,7 @@ def convert_checkpoint(source: str | Path, target: Path, form: str | None = None
 
 
 def _without_secrets(tree: StateTree) -> StateTree:
-    """Return the tree with the secrets masked in its configuration, which earlier versions and other tools keep."""
+    """Mask secrets in the stored configuration, which older versions and other tools do not mask."""
     meta = tree.get("meta")
     if not isinstance(meta, Mapping):
         return tree
@@ -87,17 +87,17 @@ def _without_secrets(tree: StateTree) -> StateTree:
 
 @contextmanager
 def opened_checkpoint(source: str | Path) -> Iterator[StateTree]:
-    """Give the tree of a checkpoint of any form, its tensors in files as far as the form lets them be."""
+    """Yield the state tree of a checkpoint in any format, with its tensors in files if the format allows it."""
     if isinstance(source, Path) and is_dcp_directory(source):
         with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
-            yield DcpDirectory(source).load(allocate=_Mapped(Path(folder)))
+            yield DcpDirectory(source).load(allocate=_FileAllocator(Path(folder)))
     else:
         yield CheckpointLoader.load_checkpoint(source)
 
 
 @final
-class _Mapped:
-    """Makes tensors whose memory is files of a folder."""
+class _FileAllocator:
+    """Allocate tensors whose memory is a file in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -113,27 +113,27 @@ class _Mapped:
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path, *, folder: bool) -> None:
-    """Write weights alone: as one file of safetensors, or as a folder in the way of Hugging Face.
+    """Write only weights: one safetensors file, or a folder as Hugging Face libraries write it.
 
     Raises:
-        CheckpointError: if the file system refuses.
+        CheckpointError: if the file system reports an error.
     """
     try:
         if not folder:
-            with atomic_file(path) as aside:
-                _write_file(aside, weights)
+            with atomic_file(path) as temporary:
+                _write_file(temporary, weights)
             return
-        with atomic_directory(path) as aside:
-            files = _named(_shared_out(weights))
+        with atomic_directory(path) as temporary:
+            files = _file_names(_divide_into_files(weights))
             for name, tensors in files.items():
-                _write_file(aside / name, tensors)
+                _write_file(temporary / name, tensors)
             if len(files) > 1:
                 total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in weights.values())
                 index = {
                     "metadata": {"total_size": total},
                     "weight_map": {key: name for name, tensors in files.items() for key in tensors},
                 }
-                write_bytes(aside / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
+                write_bytes(temporary / "model.safetensors.index.json", json.dumps(index, indent=1).encode())
     except (OSError, ValueError) as error:
         raise save_error(path, error) from error
 
@@ -144,8 +144,8 @@ def _write_file(file: Path, tensors: Mapping[str, Tensor]) -> None:
     write_boxes(file, layout, ((key, TensorBox.whole(tensor.shape), tensor) for key, tensor in tensors.items()))
 
 
-def _shared_out(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Divide the weights, in their order, into files that are not too large."""
+def _divide_into_files(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Divide the weights, in order, among files within the size limit."""
     files: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in weights.items():
@@ -158,7 +158,7 @@ def _shared_out(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return files
 
 
-def _named(files: Sequence[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+def _file_names(files: Sequence[dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     if len(files) == 1:
         return {"model.safetensors": files[0]}
     return {f"model-{number:05}-of-{len(files):05}.safetensors": part for number, part in enumerate(files, 1)}

@@ -1,4 +1,4 @@
-"""Write pieces of tensors into their places in a file, and check them there."""
+"""Write boxes of tensors to a safetensors file and verify them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stratagem.storage import begin_writeback, opened, operations, write_fully
 
 __all__ = ["WrittenBox", "verify_boxes", "create_file", "digest_of_tensor", "write_boxes"]
 
-# Below this, handing bytes to another thread costs more than their digest.
+# Below this size, passing the data to another thread costs more than computing its digest.
 _WORTH_A_THREAD = 1 << 20
 _READ_AT_ONCE = 4 << 20
 _WRITE_AT_ONCE = 32 << 20
@@ -29,7 +29,7 @@ _WRITE_AT_ONCE = 32 << 20
 @final
 @dataclass(frozen=True, slots=True)
 class WrittenBox:
-    """A piece of a tensor in a file, with the digest of its bytes in the order of the piece."""
+    """A box of a tensor in a file, with the digest of its bytes in row-major order."""
 
     name: str
     box: TensorBox
@@ -37,23 +37,23 @@ class WrittenBox:
 
 
 def create_file(file: Path, layout: FileLayout) -> None:
-    """Make the file, or fill an empty one, in its full size and with the header."""
+    """Create the file, or use an existing empty one; set its full size and write the header."""
     with opened(operations.open_file(file) if file.exists() else operations.create_file(file)) as descriptor:
         operations.truncate(descriptor, layout.size)
         write_fully(descriptor, layout.header, 0)
 
 
-def write_boxes(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, TensorBox, Tensor]]) -> list[WrittenBox]:
-    """Write pieces (name, box, its content) into a file that :func:`create_file` made, durably.
+def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, TensorBox, Tensor]]) -> list[WrittenBox]:
+    """Write boxes, given as (tensor name, box, values), to a file made by :func:`create_file`, and sync it.
 
-    Besides the tensors themselves one piece is in memory at a time, and only if it lies on another device.
+    At most one box at a time is copied to the CPU, and only if it is on another device.
     """
     written = []
     waiting = 0
     with opened(operations.open_file(file)) as descriptor, ThreadPoolExecutor(1, "checkpoint digest") as side:
-        for name, box, content in pieces:
+        for name, box, content in boxes:
             data = _bytes_of(content)
-            # Two threads read the same memory at once: the digest costs no time where there is a second core.
+            # The digest and the write read the same memory in two threads, so a second core hides the cost.
             digest = side.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
             begin = 0
             for place, length in layout.chunks(name, box.runs(layout.specs[name].shape)):
@@ -62,7 +62,7 @@ def write_boxes(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, Tens
                     begin += size
                     waiting += size
                     if waiting >= _WRITE_AT_ONCE:
-                        # The disk works from now on, and not only in the fsync at the end.
+                        # Start writing to disk now, instead of leaving it all to the fsync at the end.
                         begin_writeback(descriptor)
                         waiting = 0
             written.append(WrittenBox(name, box, digest.result() if digest else _digest(data)))
@@ -70,16 +70,16 @@ def write_boxes(file: Path, layout: FileLayout, pieces: Iterable[tuple[str, Tens
     return written
 
 
-def verify_boxes(file: Path, layout: FileLayout, pieces: Sequence[WrittenBox]) -> None:
-    """Compare the pieces in a file with their digests.
+def verify_boxes(file: Path, layout: FileLayout, boxes: Sequence[WrittenBox]) -> None:
+    """Compare boxes in a file with their digests.
 
     Raises:
-        CheckpointDamagedError: if one differs or cannot be read; it names the tensor.
+        CheckpointDamagedError: if a digest differs or the file cannot be read; names the tensor.
     """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _compare(file, descriptor, layout, pieces)
+            _compare(file, descriptor, layout, boxes)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -87,27 +87,27 @@ def verify_boxes(file: Path, layout: FileLayout, pieces: Sequence[WrittenBox]) -
 
 
 def digest_of_tensor(tensor: Tensor) -> str:
-    """Return the digest of a tensor's bytes, as they would be in a file."""
+    """Return the digest of a tensor's bytes as they are stored in a file."""
     return _digest(_bytes_of(tensor))
 
 
-def _compare(file: Path, descriptor: int, layout: FileLayout, pieces: Sequence[WrittenBox]) -> None:
-    # In the order of the file, which is what disks and the system's reading ahead are fastest at.
-    ordered = sorted(pieces, key=lambda piece: (layout.starts[piece.name], piece.box))
-    # One thread waits for the disk while another computes.
+def _compare(file: Path, descriptor: int, layout: FileLayout, boxes: Sequence[WrittenBox]) -> None:
+    # Read in file order, which is fastest for disks and readahead.
+    ordered = sorted(boxes, key=lambda written_box: (layout.starts[written_box.name], written_box.box))
+    # One thread reads while the other computes.
     with ThreadPoolExecutor(2, "checkpoint check") as pool:
-        digests = pool.map(lambda piece: _digest_in_file(descriptor, layout, piece), ordered)
-        for piece, digest in zip(ordered, digests, strict=True):
-            if digest != piece.digest:
+        digests = pool.map(lambda written_box: _digest_in_file(descriptor, layout, written_box), ordered)
+        for written_box, digest in zip(ordered, digests, strict=True):
+            if digest != written_box.digest:
                 raise CheckpointDamagedError(
-                    f"{file}: the tensor {piece.name!r} is not what was written: its digest differs."
+                    f"{file}: the tensor {written_box.name!r} is corrupted: its digest does not match the manifest."
                 )
 
 
-def _digest_in_file(descriptor: int, layout: FileLayout, piece: WrittenBox) -> str:
+def _digest_in_file(descriptor: int, layout: FileLayout, written_box: WrittenBox) -> str:
     digest = Digest()
-    buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(1, layout.specs[piece.name].nbytes))))
-    for place, length in layout.chunks(piece.name, piece.box.runs(layout.specs[piece.name].shape)):
+    buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(1, layout.specs[written_box.name].nbytes))))
+    for place, length in layout.chunks(written_box.name, written_box.box.runs(layout.specs[written_box.name].shape)):
         for begin, size in _cut(place, length, len(buffer)):
             count = os.preadv(descriptor, [buffer[:size]], begin)
             digest.update(buffer[:count])
@@ -120,9 +120,9 @@ def _cut(place: int, length: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return a tensor's bytes as they lie in a file; on the CPU without a copy, unless it is a view with gaps."""
-    # Views that are conjugated or negated when they are read would be written as they lie in memory.
-    # A tensor of one element may have any stride, and still counts as dense.
+    """Return a tensor's bytes as stored in a file; a contiguous CPU tensor is not copied."""
+    # Materialize lazy conjugation and negation, which are only flags on the memory.
+    # A tensor with one element may have any stride and still counts as contiguous.
     dense = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
     return memoryview(torch.as_strided(dense, (dense.numel(),), (1,)).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
 

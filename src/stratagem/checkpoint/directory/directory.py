@@ -1,11 +1,11 @@
-"""A checkpoint as a directory of safetensors files and JSON. No pickle is written or read.
+"""Save and load a checkpoint as a directory of safetensors and JSON files, without pickle.
 
-``model.safetensors`` holds the model's state under the model's own names, as other tools expect; every other part that
-has tensors has a file of its own; ``state.json`` holds all the rest, ``manifest.json`` the form's version, and of every
-file its size and digests. ``docs/checkpoint-format.md`` specifies it.
+``model.safetensors`` holds the model state under the model's own names, as other tools expect it. Every other part with
+tensors has a safetensors file of its own. ``state.json`` holds everything else; ``manifest.json`` holds the format version
+and the size and digests of every file. See ``docs/checkpoint-format.md`` for the specification.
 
-Each rank writes its own pieces of tensors that are spread over ranks, at their places in one file, and whoever reads maps
-the file: nothing is gathered, and the files are the same whatever the number of ranks.
+Each rank writes its boxes of sharded tensors directly to their offsets in a shared file, and loading maps the file. Nothing
+is gathered, and the files do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stratagem.checkpoint.directory.extra_files import describe_extra_files
 from stratagem.checkpoint.directory.integrity import digest_of, parse_json
 from stratagem.checkpoint.directory.manifest import (
     MANIFEST,
-    MOST_JSON,
+    MAX_JSON_BYTES,
     STATE,
     check_replaceable,
     describe_tensors,
@@ -48,7 +48,7 @@ __all__ = ["DirectoryFormat", "write_snapshot"]
 
 @final
 class DirectoryFormat:
-    """Write and read a checkpoint directory."""
+    """Write and read checkpoint directories."""
 
     def save(
         self,
@@ -58,26 +58,26 @@ class DirectoryFormat:
         *,
         write_extra_files: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write ``tree`` aside and publish it under ``path`` by one rename.
+        """Write ``tree`` to a temporary directory and publish it as ``path`` by one rename.
 
-        Collective over ``team``: each rank gives its own tree, of which it writes the pieces of sharded tensors that it
-        holds; all the rest is the first rank's. ``beside`` is called on every rank with the folder that is written, for
-        files in another form that go with the tree.
+        Collective over ``team``: each rank passes its own tree and writes the boxes of sharded tensors that it holds; the
+        first rank writes everything else. ``write_extra_files`` is called on every rank with the temporary directory, to
+        add files in another format.
 
         Raises:
-            CheckpointError: if a value cannot be stored, the file system refuses, or there is a folder with something
-                else; what was at ``path`` stays. On every rank.
+            CheckpointError: on every rank, if a value cannot be stored, the file system reports an error, or ``path`` is a
+                directory with other content. ``path`` is unchanged then.
         """
         write_snapshot(take_snapshot(tree, team), path, team, write_extra_files=write_extra_files)
 
     def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
-        """Take ``tree`` apart, for what is written later; tensors are not copied. Collective over ``team``.
+        """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``team``.
 
         Raises:
             CheckpointError: if a value cannot be stored.
         """
         snapshot = take_snapshot(tree, team)
-        # Without the tensors, which would be kept in memory as long as their copies.
+        # Do not capture the tensors, which would otherwise stay in memory together with their copies.
         plan, skeletons = snapshot.plan, snapshot.skeletons
         places = list(snapshot.local_boxes)
 
@@ -95,22 +95,22 @@ class DirectoryFormat:
         verify: bool = True,
         team: Team = ALONE,
     ) -> StateTree:
-        """Read the tree, or only some of its top-level parts.
+        """Read the state tree, or only some of its top-level parts.
 
-        Tensors on the CPU are mapped from the file: what is not used is not read, and writing to one does not change the
-        file. Collective over ``team``, whose ranks check a share of the bytes each.
+        CPU tensors are memory-mapped: unused ones are not read, and writing to a tensor does not change the file. The
+        ranks of ``team`` divide the verification among them. Collective over ``team``.
 
         Args:
-            path: the directory.
+            path: the checkpoint directory.
             map_location: the device of the tensors.
-            parts: names of the parts; all by default.
-            verify: whether every byte is compared with its digest.
+            parts: the names of the parts to read; all by default.
+            verify: whether to compare every byte with its digest.
             team: the ranks that load the same checkpoint.
 
         Raises:
-            CheckpointNotFoundError: if there is no such directory.
-            CheckpointError: if it is not one of ours.
-            CheckpointDamagedError: if a file or tensor is missing or not what was written.
+            CheckpointNotFoundError: if the directory does not exist.
+            CheckpointError: if the directory is not a Stratagem checkpoint.
+            CheckpointDamagedError: if a file or tensor is missing or corrupted.
         """
         if verify:
             verify_checkpoint(path, team)
@@ -124,21 +124,21 @@ class DirectoryFormat:
 def write_snapshot(
     snapshot: Snapshot, path: Path, team: Team = ALONE, *, write_extra_files: Callable[[Path], None] | None = None
 ) -> None:
-    """Write a snapshot aside, durably, and give it its name by one rename. Collective over ``team``.
+    """Write a snapshot to a temporary directory, sync it, and publish it by one rename. Collective over ``team``.
 
     Raises:
-        CheckpointError: on every rank, if the file system refuses on any; what was at ``path`` stays.
+        CheckpointError: on every rank, if the file system reports an error on any of them; ``path`` is unchanged then.
     """
-    team.first(lambda: _refuse(snapshot, path))
+    team.first(lambda: _check_target(snapshot, path))
     try:
-        with ExitStack() as aside:
-            folder = team.first(lambda: _begin(aside, snapshot, path))
-            written = team.each(lambda: _write_own(folder, snapshot, team))
+        with ExitStack() as stack:
+            folder = team.first(lambda: _create_files(stack, snapshot, path))
+            written = team.each(lambda: _write_local_boxes(folder, snapshot, team))
             if write_extra_files is not None:
                 team.each(lambda: write_extra_files(folder))
-            team.first(lambda: _finish(folder, snapshot, written))
-            # Syncs what is in the folder, renames it and syncs the parent.
-            team.first(aside.close)
+            team.first(lambda: _write_manifest(folder, snapshot, written))
+            # Sync the directory, rename it and sync the parent.
+            team.first(stack.close)
     except CheckpointError:
         raise
     except (OSError, ValueError, StratagemError) as error:
@@ -159,66 +159,66 @@ def _read_tree(path: Path, device: torch.device | str, parts: Collection[str] | 
     return tree
 
 
-def _refuse(snapshot: Snapshot, path: Path) -> None:
-    """Refuse before anything is written what cannot end well."""
+def _check_target(snapshot: Snapshot, path: Path) -> None:
+    """Check before writing that ``path`` may be replaced and that there is enough free space."""
     check_replaceable(path)
     needed = snapshot.plan.size
     parent = next((folder for folder in path.parents if folder.exists()), path.anchor)
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise CheckpointError(
-            f"{path}: the checkpoint has {needed} bytes, but only {free} are free there. Free some space, keep fewer "
+            f"{path}: the checkpoint needs {needed} bytes, but only {free} bytes are free. Free some space, keep fewer "
             "checkpoints (max_keep_ckpts), or save elsewhere."
         )
 
 
-def _begin(aside: ExitStack, snapshot: Snapshot, path: Path) -> Path:
-    """Make the folder and in it every file, in full size but without tensors."""
-    folder = aside.enter_context(atomic_directory(path))
+def _create_files(stack: ExitStack, snapshot: Snapshot, path: Path) -> Path:
+    """Create the directory and its files, each with its full size and header but without tensors."""
+    folder = stack.enter_context(atomic_directory(path))
     _write_new(folder / STATE, _as_json(snapshot.skeletons))
     for part, layout in snapshot.plan.layouts.items():
         create_file(folder / file_of(part), layout)
     return folder
 
 
-def _write_own(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, list[WrittenBox]]:
-    """Write this rank's pieces; return them by part."""
+def _write_local_boxes(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, list[WrittenBox]]:
+    """Write this rank's boxes; return them by part."""
     written = {}
     for part, layout in snapshot.plan.layouts.items():
-        pieces = list(snapshot.boxes_of(part))
-        if not pieces:
+        boxes = list(snapshot.boxes_of(part))
+        if not boxes:
             continue
         try:
-            written[part] = write_boxes(folder / file_of(part), layout, pieces)
+            written[part] = write_boxes(folder / file_of(part), layout, boxes)
         except FileNotFoundError as error:
             if team.leads:
                 raise
             raise CheckpointError(
-                f"{folder.parent}: rank {team.rank} does not see what the first rank has just made there. A model that is "
-                "spread over ranks is saved to a folder that all of them share; choose such a work_dir."
+                f"{folder.parent}: rank {team.rank} cannot see the files that the first rank has just created. Sharded "
+                "models must be saved to a folder that all ranks share; choose such a work_dir."
             ) from error
     return written
 
 
-def _finish(folder: Path, snapshot: Snapshot, written: list[dict[str, list[WrittenBox]]]) -> None:
-    """Write the manifest, last: a directory without it is no checkpoint."""
+def _write_manifest(folder: Path, snapshot: Snapshot, written: list[dict[str, list[WrittenBox]]]) -> None:
+    """Write the manifest last, because a directory without a manifest is not a checkpoint."""
     state = _as_json(snapshot.skeletons)
     files: dict[str, dict[str, Any]] = {STATE: {"bytes": len(state), "digest": digest_of(state)}}
     tensors = {}
     for part, layout in snapshot.plan.layouts.items():
         header = {"bytes": len(layout.header), "digest": digest_of(layout.header)}
         files[file_of(part)] = {"bytes": layout.size, "header": header}
-        tensors[part] = describe_tensors(layout, [piece for theirs in written for piece in theirs.get(part, ())])
+        tensors[part] = describe_tensors(layout, [box for by_part in written for box in by_part.get(part, ())])
     extra_files = describe_extra_files(folder, files)
     _write_new(folder / MANIFEST, make_manifest(snapshot.skeletons.get("meta"), files, tensors, extra_files))
 
 
 def _as_json(content: Any) -> bytes:
     data = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-    if len(data) > MOST_JSON:
+    if len(data) > MAX_JSON_BYTES:
         raise CheckpointError(
-            f"What the checkpoint holds beside tensors has {len(data)} bytes as JSON, more than the {MOST_JSON} that are "
-            "read. Keep long lists of numbers as tensors."
+            f"The non-tensor values of the checkpoint have {len(data)} bytes as JSON; at most {MAX_JSON_BYTES} bytes can be "
+            "read. Store long lists of numbers as tensors."
         )
     return data
 
@@ -234,7 +234,7 @@ def _read_skeletons(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     try:
         data = read_json_file(file)
         if digest_of(data) != manifest["files"][STATE]["digest"]:
-            raise CheckpointDamagedError(f"{file} is not what was written: its digest differs.")
+            raise CheckpointDamagedError(f"{file} is corrupted: its digest does not match the manifest.")
         skeletons = parse_json(data)
     except (OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
@@ -250,5 +250,5 @@ def _map_tensors(file: Path, device: torch.device | str) -> dict[str, Tensor]:
             tensors = {name: opened_file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    # Apart: safetensors knows few devices, and one that it does not know is no damage.
+    # Moved after reading: safetensors supports few devices, and an unsupported one must not look like damage.
     return {name: tensor.to(device) for name, tensor in tensors.items()}

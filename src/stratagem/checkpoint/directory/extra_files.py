@@ -1,6 +1,6 @@
-"""Files in a checkpoint directory that are not ours: an engine's own form, which goes with what it cannot say.
+"""Add files in another format, such as an engine's native one, to a checkpoint directory.
 
-They are written aside, published and removed together with the rest, and the manifest has the digest of each.
+They are written, published and deleted together with the checkpoint, and the manifest records their digests.
 """
 
 from __future__ import annotations
@@ -17,56 +17,56 @@ from stratagem.errors import CheckpointDamagedError
 __all__ = ["verify_extra_files", "describe_extra_files", "are_extra_files_valid", "top_level_names"]
 
 _CHUNK_BYTES = 1 << 22
-# A path below the directory, of plain names alone.
+# A relative path without ".", "..", hidden names or drive letters.
 _PATH = re.compile(r"[^./\\:\x00][^/\\:\x00]*(/[^./\\:\x00][^/\\:\x00]*)*")
 
 
-def describe_extra_files(folder: Path, ours: Collection[str]) -> dict[str, dict[str, Any]]:
-    """Return what the manifest says of every file in a folder but ours: its size and digest, by its path there."""
+def describe_extra_files(folder: Path, known_files: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Return path -> size and digest, for the manifest, of every file in ``folder`` that is not in ``known_files``."""
     described = {}
     for where, _, names in os.walk(folder):
         for name in names:
             file = Path(where, name)
             path = file.relative_to(folder).as_posix()
-            if path not in ours:
+            if path not in known_files:
                 described[path] = {"bytes": file.stat().st_size, "digest": _digest_of_file(file)}
     return dict(sorted(described.items()))
 
 
-def are_extra_files_valid(said: Any) -> bool:
-    """Tell whether what a manifest says of such files has the form that it needs, and leads nowhere else."""
-    return isinstance(said, Mapping) and all(
+def are_extra_files_valid(extra_files: Any) -> bool:
+    """Return whether the extra files in a manifest are well formed and their paths stay inside the directory."""
+    return isinstance(extra_files, Mapping) and all(
         _PATH.fullmatch(path)
         and isinstance(file, Mapping)
         and type(file.get("bytes")) is int
         and isinstance(file.get("digest"), str)
-        for path, file in said.items()
+        for path, file in extra_files.items()
     )
 
 
-def verify_extra_files(folder: Path, said: Mapping[str, Any], share: slice) -> int:
-    """Compare a share of such files with what the manifest says, and the size of all; return how many bytes there are.
+def verify_extra_files(folder: Path, extra_files: Mapping[str, Any], share: slice) -> int:
+    """Check the size of all extra files and the digest of a share of them; return the total number of bytes.
 
     Raises:
-        CheckpointDamagedError: if one is missing, cut off or changed.
+        CheckpointDamagedError: if a file is missing, truncated or modified.
     """
-    for number, (path, file) in enumerate(said.items()):
-        here = folder / path
-        if not here.is_file():
-            raise CheckpointDamagedError(f"{here} is missing; the checkpoint is not complete.")
-        actual = here.stat().st_size
+    for number, (path, file) in enumerate(extra_files.items()):
+        actual_file = folder / path
+        if not actual_file.is_file():
+            raise CheckpointDamagedError(f"{actual_file} is missing; the checkpoint is incomplete.")
+        actual = actual_file.stat().st_size
         if actual != file["bytes"]:
             raise CheckpointDamagedError(
-                f"{here} has {actual} bytes, but {file['bytes']} were written: it was cut off or changed."
+                f"{actual_file} has {actual} bytes, but {file['bytes']} were written: it was truncated or modified."
             )
-        if number in range(*share.indices(len(said))) and _digest_of_file(here) != file["digest"]:
-            raise CheckpointDamagedError(f"{here} is not what was written: its digest differs.")
-    return sum(file["bytes"] for file in said.values())
+        if number in range(*share.indices(len(extra_files))) and _digest_of_file(actual_file) != file["digest"]:
+            raise CheckpointDamagedError(f"{actual_file} is corrupted: its digest does not match the manifest.")
+    return sum(file["bytes"] for file in extra_files.values())
 
 
-def top_level_names(said: Mapping[str, Any]) -> set[str]:
-    """Return the names in the directory itself that such files have or lie below."""
-    return {path.partition("/")[0] for path in said}
+def top_level_names(extra_files: Mapping[str, Any]) -> set[str]:
+    """Return the first component of each path: the entries of the directory that belong to extra files."""
+    return {path.partition("/")[0] for path in extra_files}
 
 
 def _digest_of_file(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""Digests of what is written: neither safetensors nor torch's own form notices a flipped bit."""
+"""Detect corrupted files by digests and strict JSON parsing; safetensors and torch's format do not detect bit flips."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from blake3 import blake3
 
 __all__ = ["ALGORITHM", "Digest", "digest_of", "parse_json"]
 
-# Cryptographic, and faster than the disks that it checks: https://github.com/BLAKE3-team/BLAKE3-specs.
+# A cryptographic hash that is faster than disks: https://github.com/BLAKE3-team/BLAKE3-specs.
 ALGORITHM = "blake3"
 
 
 @final
 class Digest:
-    """The digest of bytes that come in pieces."""
+    """The digest of data that arrives in chunks."""
 
     def __init__(self) -> None:
         self._hash = blake3()
 
     def update(self, data: bytes | memoryview) -> None:
-        """Take in the next bytes."""
+        """Add the next chunk of data."""
         self._hash.update(data)
 
     def text(self) -> str:
-        """Return the digest of all that was taken in: 64 hexadecimal digits."""
+        """Return the digest of all data so far as 64 hexadecimal digits."""
         return self._hash.hexdigest()
 
 
 def digest_of(data: bytes) -> str:
-    """Return the digest of the bytes."""
+    """Return the digest of ``data``."""
     return blake3(data).hexdigest()
 
 
 def parse_json(data: bytes) -> Any:
-    """Return what the JSON says.
+    """Parse JSON strictly.
 
     Raises:
-        ValueError: if it is none, an object has a name twice, or it is nested too deeply to be read.
+        ValueError: if the data is not valid JSON, an object has a duplicate key, or the nesting is too deep.
     """
     try:
         return json.loads(data, object_pairs_hook=_as_dict, parse_constant=_refuse)
@@ -49,9 +49,9 @@ def parse_json(data: bytes) -> Any:
 def _as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     entries = dict(pairs)
     if len(entries) != len(pairs):
-        raise ValueError("an object has a name twice")
+        raise ValueError("an object has a duplicate key")
     return entries
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not valid JSON")

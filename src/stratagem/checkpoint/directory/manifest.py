@@ -1,4 +1,4 @@
-"""What a checkpoint directory says of itself: its form, its files and tensors, and where its run stood."""
+"""Write and read the manifest: format version, files and digests, tensors, and the position of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stratagem.errors import CheckpointDamagedError, CheckpointError, Checkpoint
 __all__ = [
     "FILE_NAME",
     "MANIFEST",
-    "MOST_JSON",
+    "MAX_JSON_BYTES",
     "STATE",
     "describe_tensors",
     "make_manifest",
@@ -33,48 +33,48 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# In bytes. Larger ones are neither written nor read, so that no file can claim all of the memory.
-MOST_JSON = 1 << 30
-# What is a file's name on every system, and stays inside of the directory.
+# In bytes. Larger JSON files are neither written nor read, so that a file cannot exhaust the memory.
+MAX_JSON_BYTES = 1 << 30
+# A file name that is valid on every system and stays inside the directory.
 FILE_NAME = re.compile(r"[^./\\:\x00][^/\\:\x00]*")
 _FORMAT = "stratagem-checkpoint"
 _VERSION = 2
-# The text ends in the digest of all before it.
-_SEAL = re.compile(rb'\A(.*),"digest":"([0-9a-f]{64})"}\Z', re.DOTALL)
+# The manifest ends with the digest of everything before it.
+_TRAILING_DIGEST = re.compile(rb'\A(.*),"digest":"([0-9a-f]{64})"}\Z', re.DOTALL)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of a checkpoint directory: what it is, its files and where its run stood.
+    """Read the manifest of a checkpoint directory.
 
     Raises:
-        CheckpointNotFoundError: if there is no such directory.
-        CheckpointError: if it is not a checkpoint of ours, or of another version.
-        CheckpointDamagedError: if the manifest cannot be read, or is not what was written.
+        CheckpointNotFoundError: if the directory does not exist.
+        CheckpointError: if the directory is not a Stratagem checkpoint, or has another format version.
+        CheckpointDamagedError: if the manifest is unreadable or corrupted.
     """
     if not path.exists():
         raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
     file = path / MANIFEST
     if not file.is_file():
         if (path / STATE).is_file():
-            raise CheckpointDamagedError(f"{file} is missing; the checkpoint is not complete.")
+            raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.")
         raise CheckpointError(
-            f"{path} is not a checkpoint of Stratagem: it has no {MANIFEST}. A checkpoint is a directory such as "
+            f"{path} is not a Stratagem checkpoint: it has no {MANIFEST}. A checkpoint is a directory such as "
             "work_dirs/<name>/epoch_3, or a single .pth file."
         )
     data, manifest = _read(file)
-    if not _is_ours(manifest):
-        raise CheckpointError(f"{file} belongs to another program; this is not a checkpoint of Stratagem.")
-    sealed = _SEAL.fullmatch(data)
-    # Before the version, which may be what was damaged.
-    if sealed is not None and digest_of(sealed[1]) != sealed[2].decode():
-        raise CheckpointDamagedError(f"{file} is not what was written: its digest differs.")
+    if not _has_format_name(manifest):
+        raise CheckpointError(f"{file} was written by another program; this is not a Stratagem checkpoint.")
+    match = _TRAILING_DIGEST.fullmatch(data)
+    # Check the digest before the version, because the version itself may be corrupted.
+    if match is not None and digest_of(match[1]) != match[2].decode():
+        raise CheckpointDamagedError(f"{file} is corrupted: its digest does not match its content.")
     if manifest.get("version") != _VERSION:
         raise CheckpointError(
-            f"{file}: the checkpoint has version {manifest.get('version')} of the format, this Stratagem reads version "
-            f"{_VERSION}. Read it with the version that wrote it ({manifest.get('stratagem')})."
+            f"{file}: the checkpoint has format version {manifest.get('version')}, but this Stratagem reads version "
+            f"{_VERSION}. Load it with the Stratagem version that wrote it ({manifest.get('stratagem')})."
         )
-    if sealed is None or not _is_complete(manifest):
-        raise CheckpointDamagedError(f"{file} cannot be read: it does not say what was written, or when.")
+    if match is None or not _is_complete(manifest):
+        raise CheckpointDamagedError(f"{file} cannot be read: required fields are missing or malformed.")
     return manifest
 
 
@@ -84,13 +84,13 @@ def make_manifest(
     tensors: Mapping[str, Mapping[str, Any]],
     extra_files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> bytes:
-    """Return the text of a manifest.
+    """Return the content of a manifest file.
 
     Args:
-        meta: the tree's part of that name, from which the position, the run, its order and the purpose are taken.
-        files: name -> its size and digests.
-        tensors: part -> what :func:`describe_tensors` says of it.
-        extra_files: path -> size and digest, of files that are not ours.
+        meta: the tree's ``meta``, which provides the position, the run id, the save order and the retention tag.
+        files: file name -> its size and digests.
+        tensors: part -> the result of :func:`describe_tensors`.
+        extra_files: path -> size and digest of extra files.
     """
     meta = meta if isinstance(meta, Mapping) else {}
     content = {
@@ -113,103 +113,111 @@ def make_manifest(
 
 
 def _save_order(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the field with the place among the run's checkpoints; none for a checkpoint that was saved without a run."""
+    """Return the ``save_order`` field; empty for a checkpoint that was saved without a run."""
     try:
         order = SaveOrder.from_meta(meta.get(SAVE_ORDER))
     except ValueError:
-        # A value of the user's own under this name.
+        # The user stores a different value under this key.
         return {}
     return {} if order is None else {SAVE_ORDER: order.as_meta()}
 
 
 def describe_tensors(layout: FileLayout, written: Iterable[WrittenBox]) -> dict[str, Any]:
-    """Return what the manifest says of the tensors of a file: type, shape, and the digest of each piece."""
+    """Return the manifest's description of the tensors in a file: dtype, shape, and the digest of each box."""
     described: dict[str, Any] = {
         name: {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "pieces": []}
         for name, spec in layout.specs.items()
     }
-    for piece in written:
-        described[piece.name]["pieces"].append([list(piece.box.start), list(piece.box.shape), piece.digest])
+    for written_box in written:
+        described[written_box.name]["pieces"].append(
+            [list(written_box.box.start), list(written_box.box.shape), written_box.digest]
+        )
     return described
 
 
 def written_boxes(described: Mapping[str, Any], layout: FileLayout) -> list[WrittenBox]:
-    """Return the pieces that a manifest describes for the tensors of a file of that layout.
+    """Return the boxes that a manifest lists for the tensors of a file with this layout.
 
     Raises:
-        CheckpointDamagedError: if it describes others than the file has, or pieces that are not all of a tensor.
+        CheckpointDamagedError: if manifest and file list different tensors, or the boxes do not cover a tensor.
     """
     if set(described) != set(layout.specs):
-        raise CheckpointDamagedError("it does not hold the tensors that the manifest names.")
-    return [piece for name, tensor in described.items() for piece in _pieces(name, tensor, layout.specs[name])]
+        raise CheckpointDamagedError("its tensors are not those listed in the manifest.")
+    return [
+        written_box
+        for name, tensor in described.items()
+        for written_box in _boxes_of_tensor(name, tensor, layout.specs[name])
+    ]
 
 
-def _pieces(name: str, tensor: Any, spec: TensorSpec) -> list[WrittenBox]:
+def _boxes_of_tensor(name: str, tensor: Any, spec: TensorSpec) -> list[WrittenBox]:
     try:
         if (tensor["dtype"], tuple(tensor["shape"])) != (DTYPES[spec.dtype], spec.shape):
-            raise ValueError(f"the file has it as {DTYPES[spec.dtype]} of shape {list(spec.shape)}")
-        pieces = [
+            raise ValueError(f"in the file it has dtype {DTYPES[spec.dtype]} and shape {list(spec.shape)}")
+        boxes = [
             WrittenBox(name, TensorBox(_sizes(start), _sizes(shape)), digest)
             for start, shape, digest in tensor["pieces"]
         ]
-        if not boxes_cover([piece.box for piece in pieces], spec.shape):
-            raise ValueError("its pieces do not make it up")
+        if not boxes_cover([written_box.box for written_box in boxes], spec.shape):
+            raise ValueError("its boxes do not cover it exactly")
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointDamagedError(f"the manifest does not describe the tensor {name!r}: {error}") from error
-    return pieces
+        raise CheckpointDamagedError(f"the manifest's entry for the tensor {name!r} is invalid: {error}") from error
+    return boxes
 
 
 def _sizes(numbers: Any) -> tuple[int, ...]:
     if not isinstance(numbers, list) or not all(type(number) is int and number >= 0 for number in numbers):
-        raise ValueError(f"{numbers!r} are no sizes")
+        raise ValueError(f"{numbers!r} is not a list of sizes")
     return tuple(numbers)
 
 
 def read_json_file(file: Path) -> bytes:
-    """Return the bytes of a file of JSON.
+    """Return the content of a JSON file.
 
     Raises:
-        OSError: if it cannot be read.
-        ValueError: if it is larger than any that is written.
+        OSError: if the file cannot be read.
+        ValueError: if the file is larger than any that Stratagem writes.
     """
-    if file.stat().st_size > MOST_JSON:
-        raise ValueError(f"it has {file.stat().st_size} bytes, more than any that is written")
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"it has {file.stat().st_size} bytes, more than Stratagem writes")
     return file.read_bytes()
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse to replace a folder that holds something else: all in it would be lost.
+    """Check that ``path`` may be replaced by a checkpoint: it is free, an empty directory, or a checkpoint itself.
 
     Raises:
-        CheckpointError: if it is not empty and no checkpoint of ours, sound or damaged.
+        CheckpointError: if ``path`` is a directory with other content. Damaged checkpoints may be replaced.
     """
     if not path.is_dir() or not any(path.iterdir()):
         return
     try:
         data, manifest = _read(path / MANIFEST)
-        # A seal tells ours where the word itself was damaged.
-        ours = _is_ours(manifest) or ((path / STATE).is_file() and _SEAL.fullmatch(data) is not None)
+        # The trailing digest identifies a Stratagem manifest whose format name is corrupted.
+        is_checkpoint = _has_format_name(manifest) or (
+            (path / STATE).is_file() and _TRAILING_DIGEST.fullmatch(data) is not None
+        )
     except CheckpointDamagedError:
-        ours = (path / STATE).is_file()
-    if not ours:
+        is_checkpoint = (path / STATE).is_file()
+    if not is_checkpoint:
         raise CheckpointError(
-            f"{path} is a folder with something other than a checkpoint, which saving would replace. Choose a name in it, "
+            f"{path} is a folder with other content, which saving a checkpoint would replace. Choose a name inside it, "
             f"such as {path / 'checkpoint'}."
         )
 
 
-def _is_ours(manifest: Any) -> bool:
+def _has_format_name(manifest: Any) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == _FORMAT
 
 
 def _is_complete(manifest: Mapping[str, Any]) -> bool:
-    """Tell whether the manifest says what this version needs, in the form that it needs."""
+    """Return whether the manifest has all fields of this format version with valid types."""
     saved_at, files, tensors = manifest.get("saved_at"), manifest.get("files"), manifest.get("tensors")
     return (
         isinstance(saved_at, float)
         and math.isfinite(saved_at)
         and isinstance(files, dict)
-        and all(FILE_NAME.fullmatch(name) and _is_described(name, file) for name, file in files.items())
+        and all(FILE_NAME.fullmatch(name) and _is_valid_file_entry(name, file) for name, file in files.items())
         and STATE in files
         and isinstance(tensors, dict)
         and all(isinstance(described, dict) for described in tensors.values())
@@ -219,8 +227,8 @@ def _is_complete(manifest: Mapping[str, Any]) -> bool:
     )
 
 
-def _is_described(name: str, file: Any) -> bool:
-    """Tell whether there is the size of a file, and a digest of all of it or of its header."""
+def _is_valid_file_entry(name: str, file: Any) -> bool:
+    """Return whether the entry has the file's size and the digest of the whole file or of its header."""
     if not _has_digest(file):
         return (
             isinstance(file, dict) and name != STATE and _is_size(file.get("bytes")) and _has_digest(file.get("header"))
@@ -228,8 +236,8 @@ def _is_described(name: str, file: Any) -> bool:
     return name == STATE
 
 
-def _has_digest(said: Any) -> bool:
-    return isinstance(said, dict) and _is_size(said.get("bytes")) and isinstance(said.get("digest"), str)
+def _has_digest(entry: Any) -> bool:
+    return isinstance(entry, dict) and _is_size(entry.get("bytes")) and isinstance(entry.get("digest"), str)
 
 
 def _is_size(number: Any) -> bool:

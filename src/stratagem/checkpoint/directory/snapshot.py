@@ -1,4 +1,4 @@
-"""A tree of state, taken apart and ready to be written."""
+"""Flatten a state tree and select what each rank writes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _FILE_OF = {"state_dict": "model"}
 @final
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a rank is to write of a tree.
+    """A flattened state tree, with the boxes that this rank writes.
 
     Attributes:
-        plan: the files, the same on every rank.
-        skeletons: part -> all of it that is no tensor, as JSON.
-        local_boxes: (part, name, box) of what this rank writes -> its content, which is the tree's own memory.
+        plan: the files and the writer of each box; the same on every rank.
+        skeletons: part -> its non-tensor values as JSON.
+        local_boxes: (part, tensor name, box) -> the values that this rank writes, which share memory with the tree.
     """
 
     plan: WritePlan
@@ -39,51 +39,51 @@ class Snapshot:
     local_boxes: Mapping[tuple[str, str, TensorBox], Tensor]
 
     def boxes_of(self, part: str) -> Iterator[tuple[str, TensorBox, Tensor]]:
-        """Yield (name, box, content) of what this rank writes into the file of a part."""
+        """Yield (tensor name, box, values) of what this rank writes to the file of ``part``."""
         for (of, name, box), content in self.local_boxes.items():
             if of == part:
                 yield name, box, content
 
 
 def take_snapshot(tree: StateTree, team: Team) -> Snapshot:
-    """Take a tree apart; nothing is copied. Collective: every rank gives a tree of the same shape.
+    """Flatten a state tree without copying tensors. Collective: the trees of all ranks must have the same structure.
 
     Raises:
-        CheckpointError: if a value cannot be stored; it names the path.
+        CheckpointError: if a value cannot be stored; names its path.
     """
-    split = team.own(lambda: _split(tree))
+    split = team.own(lambda: _flatten_parts(tree))
     tensors = {name: own for name, (own, _) in split.items()}
     plan = make_write_plan(tensors, team)
     local_boxes = {}
     for part, by_name in plan.assignments.items():
-        for name, pieces in by_name.items():
-            for piece in pieces:
-                if piece.rank == team.rank:
-                    local_boxes[part, name, piece.box] = _content(tensors[part][name], piece.box)
+        for name, assignments in by_name.items():
+            for assignment in assignments:
+                if assignment.rank == team.rank:
+                    local_boxes[part, name, assignment.box] = _box_values(tensors[part][name], assignment.box)
     return Snapshot(plan, {name: skeleton for name, (_, skeleton) in split.items()}, local_boxes)
 
 
-def _content(tensor: StoredTensor, box: TensorBox) -> Tensor:
+def _box_values(tensor: StoredTensor, box: TensorBox) -> Tensor:
     if isinstance(tensor, ShardedTensorState):
         return tensor.shards[box] if box.numel else torch.empty(box.shape, dtype=tensor.dtype)
     return local_part(tensor)
 
 
 def file_of(part: str) -> str:
-    """Return the name of the file that holds the tensors of a part."""
+    """Return the name of the file that holds the tensors of ``part``."""
     return f"{_FILE_OF.get(part, part)}.safetensors"
 
 
-def _split(tree: StateTree) -> dict[str, tuple[dict[str, StoredTensor], Any]]:
+def _flatten_parts(tree: StateTree) -> dict[str, tuple[dict[str, StoredTensor], Any]]:
     for name in tree:
         if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
             raise CheckpointError(
-                f"The checkpoint has a part {name!r}, but parts are files: their names are strings that do not begin "
-                "with a dot and have no slash, backslash or colon. Rename it."
+                f"The checkpoint has a part {name!r}, but each part is a file: its name must be a string that does not "
+                "start with a dot and contains no slash, backslash or colon. Rename it."
             )
     for name, stem in _FILE_OF.items():
         if name in tree and stem in tree:
             raise CheckpointError(
-                f"The checkpoint has parts {name!r} and {stem!r}, which are one file. Rename {stem!r}."
+                f"The checkpoint has parts {name!r} and {stem!r}, which use the same file. Rename {stem!r}."
             )
     return {name: flatten_state(part, where=name) for name, part in tree.items()}

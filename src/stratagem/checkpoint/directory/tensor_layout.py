@@ -1,8 +1,8 @@
-"""Where each tensor lies in a file of safetensors, known before the first byte is written.
+"""Compute the byte offset of each tensor in a safetensors file before writing it.
 
-The form is described at https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header,
-the header, then the tensors, row-major and little-endian, without holes. Because every place is known beforehand, many
-ranks can write their parts of the same tensors into one file, which is then what a single process would have written.
+The format is described at https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, the
+header, then the tensors, row-major and little-endian, without gaps. Because all offsets are known in advance, several ranks
+can write their boxes to one file, and the result is the same as if a single process had written it.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ DTYPES = {
     torch.float8_e5m2: "F8_E5M2", torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
 }  # fmt: skip
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
-# What libraries look for in a file that was written from torch.
-_NOTES = {"format": "pt"}
-# The header is filled up with spaces to a multiple of this, so that tensors are aligned when the file is mapped.
+# Metadata that libraries expect in a file written from torch.
+_METADATA = {"format": "pt"}
+# The header is padded with spaces to a multiple of this, so that the tensors of a mapped file are aligned.
 _ALIGNMENT = 64
-# In bytes; what the library itself refuses to read beyond.
-_MOST_HEADER = 100_000_000
+# In bytes; the safetensors library does not read larger headers.
+_MAX_HEADER_BYTES = 100_000_000
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """The type and the shape of a tensor."""
+    """The dtype and the shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """The size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """A file of safetensors before it is written.
+    """The layout of a safetensors file.
 
     Attributes:
-        specs: the tensors, by name.
+        specs: tensor name -> dtype and shape.
         header: the bytes before the first tensor.
-        starts: the place in the file, in bytes, where each tensor begins.
-        size: of the whole file, in bytes.
+        starts: tensor name -> its offset in the file, in bytes.
+        size: the size of the file in bytes.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -70,12 +70,12 @@ class FileLayout:
 
     @classmethod
     def plan(cls, specs: Mapping[str, TensorSpec]) -> Self:
-        """Lay the tensors out: those of the widest numbers first, so that each is aligned to its numbers.
+        """Lay out tensors in order of decreasing item size, so that each is aligned.
 
         Raises:
-            CheckpointError: if their names need more room than a file of safetensors has for them.
+            CheckpointError: if the header would be larger than safetensors allows.
         """
-        entries: dict[str, object] = {"__metadata__": _NOTES}
+        entries: dict[str, object] = {"__metadata__": _METADATA}
         offsets: dict[str, int] = {}
         end = 0
         for name in sorted(specs, key=lambda name: -specs[name].dtype.itemsize):
@@ -88,35 +88,35 @@ class FileLayout:
             }
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-        if len(text) > _MOST_HEADER:
+        if len(text) > _MAX_HEADER_BYTES:
             raise CheckpointError(
-                f"The names of {len(specs)} tensors need a header of {len(text)} bytes, more than the {_MOST_HEADER} that "
-                "readers of safetensors take. Save to a name that ends in .pth."
+                f"The names of {len(specs)} tensors need a header of {len(text)} bytes, but safetensors allows only "
+                f"{_MAX_HEADER_BYTES}. Save to a name that ends in .pth."
             )
         header = len(text).to_bytes(8, "little") + text
         return cls(specs, header, {name: len(header) + offset for name, offset in offsets.items()}, len(header) + end)
 
     @classmethod
     def read(cls, header: bytes, size: int) -> Self:
-        """Return the layout of a file of ``size`` bytes that begins with these, the header's length and the header.
+        """Read the layout of a file of ``size`` bytes from its first bytes: the length of the header and the header.
 
         Raises:
-            CheckpointDamagedError: if they are no header, or that of another file.
+            CheckpointDamagedError: if the header is invalid or does not match the size.
         """
         try:
             if int.from_bytes(header[:8], "little") != len(header) - 8:
-                raise ValueError("it is not as long as it says")
+                raise ValueError("its recorded length is wrong")
             entries = parse_json(header[8:])
             entries.pop("__metadata__", None)
             specs = {name: _spec(entry) for name, entry in entries.items()}
-            places = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
-            _refuse_holes(specs, places, size - len(header))
+            offsets = {name: tuple(entry["data_offsets"]) for name, entry in entries.items()}
+            _check_contiguous(specs, offsets, size - len(header))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointDamagedError(f"The header of the file cannot be read: {error}") from error
-        return cls(specs, header, {name: len(header) + begin for name, (begin, _) in places.items()}, size)
+        return cls(specs, header, {name: len(header) + begin for name, (begin, _) in offsets.items()}, size)
 
     def chunks(self, name: str, runs: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-        """Turn runs of a tensor's elements into (place in the file, length), both in bytes."""
+        """Convert runs of a tensor's elements to (offset in the file, length), both in bytes."""
         itemsize, start = self.specs[name].dtype.itemsize, self.starts[name]
         return ((start + first * itemsize, count * itemsize) for first, count in runs)
 
@@ -124,16 +124,16 @@ class FileLayout:
 def _spec(entry: Mapping[str, Any]) -> TensorSpec:
     shape = tuple(entry["shape"])
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"{entry['shape']} is no shape")
+        raise ValueError(f"{entry['shape']} is not a shape")
     return TensorSpec(_TYPES[entry["dtype"]], shape)
 
 
-def _refuse_holes(specs: Mapping[str, TensorSpec], places: Mapping[str, tuple[int, ...]], size: int) -> None:
-    """Refuse tensors that are not one behind the other, from the header to the end of the file."""
+def _check_contiguous(specs: Mapping[str, TensorSpec], offsets: Mapping[str, tuple[int, ...]], size: int) -> None:
+    """Check that the tensors are contiguous from the header to the end of the file."""
     reached = 0
-    for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
+    for name, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
         if (begin, end) != (reached, reached + specs[name].nbytes):
-            raise ValueError(f"the tensor {name!r} cannot lie in the bytes {begin} to {end}")
+            raise ValueError(f"the tensor {name!r} has invalid offsets {begin} to {end}")
         reached = end
     if reached != size:
-        raise ValueError(f"its tensors have {reached} bytes, the file has {size} for them")
+        raise ValueError(f"its tensors have {reached} bytes, but the file has {size} bytes for them")

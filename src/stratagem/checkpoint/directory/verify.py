@@ -1,4 +1,4 @@
-"""Compare a checkpoint directory with what its manifest says was written."""
+"""Verify a checkpoint directory against its manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from stratagem.checkpoint.directory.box_io import WrittenBox, verify_boxes
 from stratagem.checkpoint.directory.extra_files import verify_extra_files
 from stratagem.checkpoint.directory.integrity import digest_of
-from stratagem.checkpoint.directory.manifest import MANIFEST, MOST_JSON, STATE, read_manifest, written_boxes
+from stratagem.checkpoint.directory.manifest import MANIFEST, MAX_JSON_BYTES, STATE, read_manifest, written_boxes
 from stratagem.checkpoint.directory.snapshot import file_of
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
 from stratagem.distributed import ALONE, Team
@@ -19,43 +19,43 @@ __all__ = ["verify_checkpoint"]
 
 
 def verify_checkpoint(path: Path, team: Team = ALONE) -> int:
-    """Compare every byte of a checkpoint with the digests of its manifest; return how many bytes there are.
+    """Compare every byte of a checkpoint with the digests in its manifest; return the number of bytes.
 
-    Collective over ``team``: each rank reads a share of the tensors, and all come to the same end.
+    Collective over ``team``: each rank reads a share of the tensors, and all ranks return or raise together.
 
     Raises:
-        CheckpointNotFoundError: if there is no such directory.
-        CheckpointError: if it is not one of ours.
-        CheckpointDamagedError: if a file is missing, cut off or changed; it names the file and the tensor.
+        CheckpointNotFoundError: if the directory does not exist.
+        CheckpointError: if the directory is not a Stratagem checkpoint.
+        CheckpointDamagedError: if a file is missing, truncated or modified; names the file and the tensor.
     """
     return team.each(lambda: _verify_share(path, team))[0]
 
 
 def _verify_share(path: Path, team: Team) -> int:
     manifest = read_manifest(path)
-    for name, said in manifest["files"].items():
-        _check_size(path / name, said["bytes"])
+    for name, entry in manifest["files"].items():
+        _check_size(path / name, entry["bytes"])
     _check_digest(path / STATE, manifest["files"][STATE])
     for part, described in manifest["tensors"].items():
         file = path / file_of(part)
-        layout, pieces = _read_layout(file, manifest, described)
-        # The largest first, so that every rank gets about as many bytes.
-        pieces.sort(key=lambda piece: (-piece.box.numel, piece.name, piece.box))
-        verify_boxes(file, layout, pieces[team.rank :: team.size])
+        layout, boxes = _read_layout(file, manifest, described)
+        # Largest first, so that all ranks read about the same number of bytes.
+        boxes.sort(key=lambda written_box: (-written_box.box.numel, written_box.name, written_box.box))
+        verify_boxes(file, layout, boxes[team.rank :: team.size])
     extra_bytes = verify_extra_files(path, manifest.get("beside", {}), slice(team.rank, None, team.size))
-    ours: int = sum(said["bytes"] for said in manifest["files"].values())
-    return extra_bytes + ours
+    known_bytes: int = sum(entry["bytes"] for entry in manifest["files"].values())
+    return extra_bytes + known_bytes
 
 
 def _read_layout(
     file: Path, manifest: Mapping[str, Any], described: Mapping[str, Any]
 ) -> tuple[FileLayout, list[WrittenBox]]:
-    said = manifest["files"].get(file.name)
-    if said is None:
-        raise CheckpointDamagedError(f"{file.parent / MANIFEST} has tensors of {file.name}, but not the file.")
-    header = _check_digest(file, said["header"])
+    entry = manifest["files"].get(file.name)
+    if entry is None:
+        raise CheckpointDamagedError(f"{file.parent / MANIFEST} lists tensors in {file.name}, but not the file itself.")
+    header = _check_digest(file, entry["header"])
     try:
-        layout = FileLayout.read(header, said["bytes"])
+        layout = FileLayout.read(header, entry["bytes"])
         return layout, written_boxes(described, layout)
     except CheckpointDamagedError as error:
         raise CheckpointDamagedError(f"{file}: {error}") from error
@@ -63,21 +63,23 @@ def _read_layout(
 
 def _check_size(file: Path, size: int) -> None:
     if not file.is_file():
-        raise CheckpointDamagedError(f"{file} is missing; the checkpoint is not complete.")
+        raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.")
     actual = file.stat().st_size
     if actual != size:
-        raise CheckpointDamagedError(f"{file} has {actual} bytes, but {size} were written: it was cut off or changed.")
+        raise CheckpointDamagedError(
+            f"{file} has {actual} bytes, but {size} were written: it was truncated or modified."
+        )
 
 
-def _check_digest(file: Path, said: Mapping[str, Any]) -> bytes:
-    """Return the first bytes of a file, as many as were said to have that digest."""
-    if said["bytes"] > MOST_JSON:
-        raise CheckpointDamagedError(f"{file} cannot be read: its JSON is said to have {said['bytes']} bytes.")
+def _check_digest(file: Path, entry: Mapping[str, Any]) -> bytes:
+    """Read the start of a file, as many bytes as ``entry`` specifies, and check its digest."""
+    if entry["bytes"] > MAX_JSON_BYTES:
+        raise CheckpointDamagedError(f"{file} cannot be read: the manifest lists {entry['bytes']} bytes of JSON.")
     try:
         with file.open("rb") as opened:
-            data = opened.read(said["bytes"])
+            data = opened.read(entry["bytes"])
     except OSError as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    if digest_of(data) != said["digest"]:
-        raise CheckpointDamagedError(f"{file} is not what was written: its digest differs.")
+    if digest_of(data) != entry["digest"]:
+        raise CheckpointDamagedError(f"{file} is corrupted: its digest does not match the manifest.")
     return data

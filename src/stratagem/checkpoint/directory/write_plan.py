@@ -1,4 +1,4 @@
-"""Who writes which part of which tensor, decided alike on every rank."""
+"""Plan which rank writes which box of each tensor; every rank computes the same plan."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from stratagem.tensors.dtensor import is_sharded
 
 __all__ = ["BoxAssignment", "WritePlan", "make_write_plan"]
 
-# part of the tree -> name in the part -> what a rank tells of the tensor
-_Told = dict[str, dict[str, tuple[TensorSpec, tuple[TensorBox, ...]]]]
+# part -> tensor name -> its spec and the boxes that a rank holds
+_Descriptions = dict[str, dict[str, tuple[TensorSpec, tuple[TensorBox, ...]]]]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class BoxAssignment:
-    """A box of a tensor, and the rank that writes it."""
+    """A box of a tensor and the rank that writes it."""
 
     box: TensorBox
     rank: int
@@ -34,10 +34,10 @@ class BoxAssignment:
 @final
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """How the tensors of a tree become files.
+    """How the tensors of a state tree are written to files.
 
     Attributes:
-        layouts: part of the tree -> the layout of its file; parts without tensors have none.
+        layouts: part -> the layout of its file; parts without tensors have none.
         assignments: part -> tensor name -> its boxes and their writers, ordered by box.
     """
 
@@ -46,27 +46,29 @@ class WritePlan:
 
     @property
     def size(self) -> int:
-        """The bytes of all files."""
+        """The total size of all files in bytes."""
         return sum(layout.size for layout in self.layouts.values())
 
 
 def make_write_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> WritePlan:
-    """Plan the files for the tensors that the ranks hold, by part and name. Collective.
+    """Plan the files for the tensors of all ranks, given by part and name. Collective.
 
-    A tensor that is spread over ranks is written by each rank that holds a part of it, and where several hold the same,
-    as replicas do, by the first of them. All others are those of the team's first rank.
+    Each rank writes the boxes of sharded tensors that it holds; if several ranks hold the same box, as replicas do, the
+    first one writes it. The first rank writes all other tensors.
 
     Raises:
-        CheckpointError: if a tensor cannot be stored, or the ranks' parts do not make up the whole.
+        CheckpointError: if a tensor cannot be stored, or the boxes of all ranks do not cover it.
     """
-    told = team.each(lambda: _tell(parts, team))
-    first = told[0]
+    descriptions = team.each(lambda: _describe_tensors(parts, team))
+    first = descriptions[0]
     assignments: dict[str, dict[str, tuple[BoxAssignment, ...]]] = {}
     for part, tensors in first.items():
         assignments[part] = {}
         for name, (spec, _) in tensors.items():
-            holders = [(rank, theirs[part][name]) for rank, theirs in enumerate(told) if name in theirs.get(part, {})]
-            assignments[part][name] = _divide(f"{part}/{name}", spec, holders)
+            holders = [
+                (rank, theirs[part][name]) for rank, theirs in enumerate(descriptions) if name in theirs.get(part, {})
+            ]
+            assignments[part][name] = _assign_writers(f"{part}/{name}", spec, holders)
     layouts = {
         part: FileLayout.plan({name: spec for name, (spec, _) in tensors.items()})
         for part, tensors in first.items()
@@ -75,11 +77,11 @@ def make_write_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team)
     return WritePlan(layouts, assignments)
 
 
-def _tell(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> _Told:
-    """Describe this rank's tensors; a plain one counts on the first rank alone."""
+def _describe_tensors(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> _Descriptions:
+    """Describe this rank's tensors; unsharded tensors are described by the first rank only."""
     return {
         part: {
-            name: (_spec(tensor, f"{part}/{name}"), _regions(tensor, f"{part}/{name}"))
+            name: (_spec(tensor, f"{part}/{name}"), _local_boxes(tensor, f"{part}/{name}"))
             for name, tensor in tensors.items()
             if team.leads or isinstance(tensor, ShardedTensorState) or is_sharded(tensor)
         }
@@ -87,7 +89,7 @@ def _tell(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> _Told:
     }
 
 
-def _regions(tensor: StoredTensor, name: str) -> tuple[TensorBox, ...]:
+def _local_boxes(tensor: StoredTensor, name: str) -> tuple[TensorBox, ...]:
     return tuple(tensor.shards) if isinstance(tensor, ShardedTensorState) else (box_of(tensor, name),)
 
 
@@ -97,33 +99,33 @@ def _spec(tensor: StoredTensor, name: str) -> TensorSpec:
             _spec(content, name)
         return TensorSpec(tensor.dtype, tuple(tensor.shape))
     if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPES:
-        kind = "on the meta device" if tensor.is_meta else f"of {tensor.dtype} and {tensor.layout}"
+        kind = "on the meta device" if tensor.is_meta else f"with dtype {tensor.dtype} and layout {tensor.layout}"
         raise CheckpointError(
-            f"The checkpoint's {name} is a tensor {kind}, which safetensors cannot hold. Convert it first, or save "
-            "under a name that ends in .pth."
+            f"The checkpoint's {name} is a tensor {kind}, which safetensors cannot store. Convert it first, or save "
+            "to a name that ends in .pth."
         )
     return TensorSpec(tensor.dtype, tuple(tensor.shape))
 
 
-def _divide(
+def _assign_writers(
     name: str, spec: TensorSpec, holders: Sequence[tuple[int, tuple[TensorSpec, tuple[TensorBox, ...]]]]
 ) -> tuple[BoxAssignment, ...]:
     writers: dict[TensorBox, int] = {}
     for rank, (theirs, boxes) in holders:
         if theirs != spec:
             raise CheckpointError(
-                f"The checkpoint's {name} is of {spec.dtype} and shape {list(spec.shape)} on rank 0, but of {theirs.dtype} "
-                f"and {list(theirs.shape)} on rank {rank}. Every rank must hold the same model."
+                f"The checkpoint's {name} has dtype {spec.dtype} and shape {list(spec.shape)} on rank 0, but {theirs.dtype} "
+                f"and {list(theirs.shape)} on rank {rank}. Every rank must have the same model."
             )
         for box in boxes:
             if box.numel:
                 writers.setdefault(box, rank)
     if not spec.nbytes:
-        # So that a tensor without elements, of which nobody need have a part, is in the manifest.
+        # Keep a tensor without elements in the manifest, even if no rank holds a box of it.
         writers.setdefault(TensorBox.whole(spec.shape), 0)
     if not boxes_cover(list(writers), spec.shape):
         raise CheckpointError(
-            f"The checkpoint's {name}: the ranks' parts {[(box.start, box.shape) for box in writers]} do not make "
-            f"up a tensor of shape {list(spec.shape)}. Save on all ranks that hold a part of it."
+            f"The checkpoint's {name}: the boxes of all ranks, {[(box.start, box.shape) for box in writers]}, do not cover "
+            f"a tensor of shape {list(spec.shape)}. Save on all ranks that hold a part of it."
         )
     return tuple(BoxAssignment(box, rank) for box, rank in sorted(writers.items()))

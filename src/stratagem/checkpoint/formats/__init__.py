@@ -1,1 +1,1 @@
-"""The other formats a checkpoint can have, and the choice between them."""
+"""The file formats of checkpoints, and the choice between them."""

@@ -1,4 +1,4 @@
-"""The forms in which a checkpoint is stored."""
+"""Choose the format of a checkpoint by its name."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SINGLE_FILES = {".pth", ".pt", ".ckpt", ".bin"}
 
 
 class CheckpointFormat(Protocol):
-    """How a state tree becomes files, and comes back."""
+    """A file format for state trees."""
 
     def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
-        """Write ``tree`` so that ``path`` either holds all of it or what it held before. Collective over ``team``."""
+        """Write ``tree`` so that ``path`` holds either all of it or its previous content. Collective over ``team``."""
 
     def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
-        """Take ``tree`` apart, for what is written later; tensors are not copied. Collective over ``team``."""
+        """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``team``."""
 
     def load(
         self,
@@ -40,9 +40,9 @@ class CheckpointFormat(Protocol):
         """Read the tree, or only some of its top-level parts, with tensors on ``map_location``. Collective over ``team``."""
 
     def verify(self, path: Path, team: Team = ALONE) -> int:
-        """Compare all of it with its digests or checksums; return how many bytes there are. Collective over ``team``."""
+        """Compare all data with its digests or checksums; return the number of bytes. Collective over ``team``."""
 
 
 def format_for(path: Path) -> CheckpointFormat:
-    """Return the single-file form where the name ends in ``.pth`` (or ``.pt``, ``.ckpt``, ``.bin``), else a directory."""
+    """Return the single-file format for names that end in ``.pth``, ``.pt``, ``.ckpt`` or ``.bin``, else the directory."""
     return SingleFileFormat() if path.suffix in SINGLE_FILES else DirectoryFormat()

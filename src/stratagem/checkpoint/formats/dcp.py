@@ -1,7 +1,7 @@
-"""Directories of ``torch.distributed.checkpoint``, read without running what they hold.
+"""Read and write directories of ``torch.distributed.checkpoint`` (DCP), without executing code from them.
 
-Such a directory describes itself in ``.metadata``, which is a pickle. It is read by an unpickler that knows the few
-classes that torch writes there and refuses every other name; tensors and values are read with ``weights_only=True``.
+Their metadata file ``.metadata`` is a pickle. It is read by an unpickler that allows only the classes that torch writes
+there; tensors and values are read with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stratagem.utils import import_module
 __all__ = ["DcpDirectory", "is_dcp_directory", "save_dcp"]
 
 _METADATA = ".metadata"
-# All that torch itself writes into a description of version 1.
+# Everything that torch writes to the metadata of format version 1.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -39,32 +39,32 @@ _ALLOWED = {
     "collections": {"OrderedDict"},
 }  # fmt: skip
 
-# Returns an uninitialised tensor of a shape and type.
+# Return an uninitialized tensor with the given shape and dtype.
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
 def is_dcp_directory(path: Path) -> bool:
-    """Tell whether a path is a directory that ``torch.distributed.checkpoint`` wrote."""
+    """Return whether ``path`` is a directory written by ``torch.distributed.checkpoint``."""
     return (path / _METADATA).is_file()
 
 
 @final
 class DcpDirectory:
-    """Reads a directory of ``torch.distributed.checkpoint``.
+    """Read a directory written by ``torch.distributed.checkpoint``.
 
     Args:
         path: the directory.
 
     Raises:
-        CheckpointNotFoundError: if it is none.
-        CheckpointError: if its description needs more than torch's own classes.
-        CheckpointDamagedError: if its description cannot be read.
+        CheckpointNotFoundError: if ``path`` is not such a directory.
+        CheckpointError: if the metadata uses classes that torch does not write there.
+        CheckpointDamagedError: if the metadata cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         if not is_dcp_directory(path):
             raise CheckpointNotFoundError(
-                f"{path}: there is no {_METADATA} in it, so it is no directory of torch's DCP."
+                f"{path} is not a directory of torch.distributed.checkpoint: it has no {_METADATA}."
             )
         self._path = path
         self._metadata = _read_metadata(path / _METADATA)
@@ -74,14 +74,14 @@ class DcpDirectory:
         }
 
     def load(self, *, parts: Collection[str] | None = None, allocate: Allocate | None = None) -> StateTree:
-        """Read the tree, or only some of its top-level parts; one chunk of a tensor is in memory besides the tensors.
+        """Read the tree, or only some of its top-level parts. Needs memory for one more chunk of a tensor at a time.
 
         Args:
-            parts: names of the parts; all by default.
-            allocate: makes a tensor of a shape and type, which is then filled; by default in memory.
+            parts: the names of the parts to read; all by default.
+            allocate: returns the tensor to fill, given a shape and a dtype; by default a new CPU tensor.
 
         Raises:
-            CheckpointError: if a value could only be made by running code.
+            CheckpointError: if a value can only be created by executing code.
             CheckpointDamagedError: if a file is missing or unreadable.
         """
         make = allocate or _in_memory
@@ -99,12 +99,12 @@ class DcpDirectory:
         for chunk in described.chunks:
             content = self._read(name, tuple(chunk.offsets))
             if not isinstance(content, Tensor) or content.shape != chunk.sizes:
-                raise CheckpointDamagedError(f"{self._path}: a chunk of {name} is not what its description says.")
+                raise CheckpointDamagedError(f"{self._path}: a chunk of {name} does not match the metadata.")
             TensorBox(tuple(chunk.offsets), tuple(chunk.sizes)).of(tensor).copy_(content)
             filled += content.numel()
         if filled != tensor.numel():
             raise CheckpointDamagedError(
-                f"{self._path}: {name} has {tensor.numel()} numbers, of which {filled} are there."
+                f"{self._path}: {name} has {tensor.numel()} elements, but only {filled} of them are stored."
             )
         return tensor
 
@@ -114,16 +114,16 @@ class DcpDirectory:
     def _read(self, name: str, offset: tuple[int, ...] | None) -> Any:
         info = self._places.get((name, offset))
         if info is None:
-            raise CheckpointDamagedError(f"{self._path}: its description does not say where {name} is.")
+            raise CheckpointDamagedError(f"{self._path}: the metadata does not specify where {name} is stored.")
         if info.transform_descriptors:
             raise CheckpointError(
-                f"{self._path}: {name} is stored transformed ({info.transform_descriptors}), which is not read. Save it "
-                "without extensions."
+                f"{self._path}: {name} is stored with the transforms {info.transform_descriptors}, which are not supported. "
+                "Save it without extensions."
             )
         file = self._path / info.relative_path
         if Path(info.relative_path).name != str(info.relative_path):
             raise CheckpointError(
-                f"{self._path}: {name} is said to be in {info.relative_path}, outside of the directory."
+                f"{self._path}: the metadata stores {name} in {info.relative_path}, outside the directory."
             )
         try:
             with file.open("rb") as opened:
@@ -131,53 +131,53 @@ class DcpDirectory:
                 data = opened.read(info.length)
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise CheckpointDamagedError(f"{file} is missing; the checkpoint is not complete.") from error
+            raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.") from error
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"{file}: {name} holds objects that only running code of the file's choice could make, so it is not read."
+                f"{file}: {name} contains objects that can only be created by executing code from the file; it is not read."
             ) from error
-        except Exception as error:  # which class it is hangs on where the file is damaged
+        except Exception as error:  # the class depends on where the file is damaged
             raise CheckpointDamagedError(f"{file} cannot be read at {name}: {error}") from error
 
 
 def save_dcp(tree: StateTree, path: Path) -> None:
-    """Write a tree as a directory of ``torch.distributed.checkpoint``, published under ``path`` by one rename.
+    """Write a tree as a directory of ``torch.distributed.checkpoint``, published as ``path`` by one rename.
 
     Raises:
-        CheckpointError: if the file system refuses.
+        CheckpointError: if the file system reports an error.
     """
     dcp = import_module("torch.distributed.checkpoint")
     try:
-        with atomic_directory(path) as aside, warnings.catch_warnings():
-            # That this process saves alone is what is wanted.
+        with atomic_directory(path) as temporary, warnings.catch_warnings():
+            # torch warns that only this process saves, which is intended.
             warnings.simplefilter("ignore", UserWarning)
-            dcp.save(tree, storage_writer=dcp.FileSystemWriter(aside), no_dist=True)
+            dcp.save(tree, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
     except (OSError, RuntimeError) as error:
         raise save_error(path, error) from error
 
 
 @final
-class _AllowListed(pickle.Unpickler):
-    """Knows the classes of torch's descriptions and nothing else."""
+class _MetadataUnpickler(pickle.Unpickler):
+    """An unpickler that only allows the classes in DCP metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
-        raise CheckpointError(f"it names {module}.{name}, which torch does not write there, so it is not read.")
+        raise CheckpointError(f"it refers to {module}.{name}, which torch does not write there; it is not read.")
 
 
 def _read_metadata(file: Path) -> Any:
-    # The classes are imported before the unpickler looks for them.
+    # Import the classes before the unpickler looks them up.
     metadata = import_module("torch.distributed.checkpoint.metadata")
     import_module("torch.distributed.checkpoint.filesystem")
     try:
-        read = _AllowListed(io.BytesIO(file.read_bytes())).load()
+        read = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    except Exception as error:  # which class it is hangs on where the file is damaged
+    except Exception as error:  # the class depends on where the file is damaged
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
     if not isinstance(read, metadata.Metadata):
-        raise CheckpointError(f"{file} is not a description of torch.distributed.checkpoint.")
+        raise CheckpointError(f"{file} is not metadata of torch.distributed.checkpoint.")
     return read
 
 
@@ -192,7 +192,7 @@ def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
 
 
 def _with_lists(node: Any) -> Any:
-    """Turn dicts whose keys are 0, 1, 2 ... back into the lists that they were."""
+    """Convert dicts with the keys 0, 1, 2, ... back to lists."""
     if not isinstance(node, dict):
         return node
     built = {key: _with_lists(value) for key, value in node.items()}

@@ -1,7 +1,7 @@
-"""A checkpoint as one file of torch's own form (``.pth``), for tools that expect it.
+"""Save and load a checkpoint as a single file in torch's format (``.pth``), for tools that expect it.
 
-Reading one executes nothing from it, whoever wrote it: files of MMEngine, Lightning and plain scripts are read as well,
-their weights and, where they have it, optimizer state and position; see :mod:`stratagem.checkpoint.foreign`.
+Loading executes no code from the file. Files of MMEngine, Lightning and plain scripts can be loaded as well: their weights
+and, if present, optimizer state and position; see :mod:`stratagem.checkpoint.foreign`.
 """
 
 from __future__ import annotations
@@ -26,38 +26,35 @@ __all__ = ["SingleFileFormat", "read_meta"]
 
 @final
 class SingleFileFormat:
-    """Write and read a ``.pth`` file."""
+    """Write and read ``.pth`` files."""
 
     def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
-        """Write ``tree`` aside and publish it under ``path`` by one rename.
+        """Write ``tree`` to a temporary file and publish it as ``path`` by one rename.
 
-        Collective over ``team``: tensors that are spread over ranks are put together, one after the other, in the memory
-        of the first rank.
+        Collective over ``team``: sharded tensors are gathered on the first rank, one at a time.
 
         Raises:
-            CheckpointError: if a value cannot be stored, or the file system refuses; what was at ``path`` stays.
+            CheckpointError: if a value cannot be stored, or the file system reports an error; ``path`` is unchanged then.
         """
         staged = self.stage(tree, team)
         staged.write(staged.tensors, path, team)
 
     def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
-        """Take ``tree`` apart, for what is written later; of tensors only those that are spread are copied.
-
-        Collective over ``team``.
+        """Flatten ``tree`` to write it later; only sharded tensors are copied. Collective over ``team``.
 
         Raises:
             CheckpointError: if a value cannot be stored.
         """
-        # Taken apart and put together again, it holds what can be read with weights_only=True, or is refused.
+        # Flattening rejects every value that could not be loaded with weights_only=True.
         tensors, skeleton = team.own(lambda: flatten_state(tree))
         names = list(tensors)
-        whole_ones = [gather_tensor(tensor, team) for tensor in tensors.values()]
+        gathered = [gather_tensor(tensor, team) for tensor in tensors.values()]
 
-        def write(contents: Sequence[Tensor], path: Path, team: Team) -> None:
-            here = (content.to("cpu") for content in contents)
-            team.first(lambda: _write(unflatten_tree(dict(zip(names, here, strict=True)), skeleton), path))
+        def write(tensors: Sequence[Tensor], path: Path, team: Team) -> None:
+            on_cpu = (content.to("cpu") for content in tensors)
+            team.first(lambda: _write(unflatten_tree(dict(zip(names, on_cpu, strict=True)), skeleton), path))
 
-        return StagedState(whole_ones if team.leads else [], write)
+        return StagedState(gathered if team.leads else [], write)
 
     def load(
         self,
@@ -70,63 +67,62 @@ class SingleFileFormat:
     ) -> StateTree:
         """Read the tree, or only some of its top-level parts.
 
-        A file that is a bare state dict is taken as ``{"state_dict": ...}``. What ``parts`` names, and the model's state
-        always, must be tensors and plain values; other entries with objects in them are left out, and the log says so.
-        What is read is compared with its checksums, whatever ``verify`` says: it costs no second reading. Collective over
-        ``team``.
+        A plain state dict is returned as ``{"state_dict": ...}``. The model state and the parts named in ``parts`` must
+        consist of tensors and plain values; other entries that contain objects are skipped and logged. Checksums are
+        always compared while reading, regardless of ``verify``, because it costs no extra reads. Collective over ``team``.
 
         Raises:
-            CheckpointNotFoundError: if there is no such file.
-            CheckpointError: if what is read holds objects that only code could make, or nothing can be used.
-            CheckpointDamagedError: if it cannot be read.
+            CheckpointNotFoundError: if the file does not exist.
+            CheckpointError: if a required part contains objects that need code to create them, or nothing can be read.
+            CheckpointDamagedError: if the file is unreadable.
         """
         return team.own(lambda: _read(path, map_location, parts))
 
     def verify(self, path: Path, team: Team = ALONE) -> int:
-        """Compare the file with its checksums, 32 bits each; return how many bytes it has. Collective over ``team``.
+        """Compare the file with its 32-bit checksums; return its size in bytes. Collective over ``team``.
 
         Raises:
-            CheckpointNotFoundError: if there is no such file.
-            CheckpointDamagedError: if a part of it is not what was written.
+            CheckpointNotFoundError: if the file does not exist.
+            CheckpointDamagedError: if the file is corrupted.
         """
         return team.first(lambda: verify_torch_file(path))
 
 
 def read_meta(path: Path) -> tuple[Mapping[str, Any], frozenset[str]]:
-    """Return the ``meta`` of a file, empty if it has none, and the names of its parts. No tensor is read.
+    """Return the ``meta`` of a file, empty if it has none, and the names of its parts, without reading tensors.
 
     Raises:
-        CheckpointError: (or a subclass) if it cannot be read; see :meth:`SingleFileFormat.load`.
+        CheckpointError: (or a subclass) if the file cannot be read; see :meth:`SingleFileFormat.load`.
     """
-    with open_torch_file(path, "cpu") as contents:
-        meta = read_parts(contents, {"meta"}).get("meta")
-        return meta if isinstance(meta, Mapping) else {}, frozenset(map(str, contents.root))
+    with open_torch_file(path, "cpu") as tensors:
+        meta = read_parts(tensors, {"meta"}).get("meta")
+        return meta if isinstance(meta, Mapping) else {}, frozenset(map(str, tensors.root))
 
 
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
-    with open_torch_file(path, device) as contents:
-        return read_parts(contents, parts)
+    with open_torch_file(path, device) as tensors:
+        return read_parts(tensors, parts)
 
 
-def _write(plain: Any, path: Path) -> None:
+def _write(tree: Any, path: Path) -> None:
     try:
-        with atomic_file(path) as aside, opened(operations.open_file(aside)) as descriptor:
-            _save_through(_Through(descriptor), plain)
+        with atomic_file(path) as temporary, opened(operations.open_file(temporary)) as descriptor:
+            _torch_save(_StorageWriter(descriptor), tree)
     except (OSError, RuntimeError) as error:
         raise save_error(path, error) from error
 
 
-def _save_through(through: _Through, plain: Any) -> None:
+def _torch_save(writer: _StorageWriter, tree: Any) -> None:
     try:
-        torch.save(plain, cast("Any", through))
+        torch.save(tree, cast("Any", writer))
     except RuntimeError as error:
-        # torch tells of a write that failed only that its place in the file is not what it expects.
-        raise through.failure or error from error
+        # torch reports a failed write only as an unexpected file position.
+        raise writer.failure or error from error
 
 
 @final
-class _Through:
-    """What torch writes to: it hands all to the storage layer."""
+class _StorageWriter:
+    """A file-like object for ``torch.save`` that writes through the storage layer."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -143,4 +139,4 @@ class _Through:
         return len(data)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing; writes are not buffered."""

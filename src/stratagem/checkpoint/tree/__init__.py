@@ -1,1 +1,1 @@
-"""State as nested dictionaries: flatten it, name its tensors, describe their shards, load it into a model."""
+"""State trees: flatten them, name their tensors, describe and gather shards, and load a state dict into a model."""

@@ -1,4 +1,4 @@
-"""Boxes cut out of tensors: where a rank's part of a sharded tensor lies in the whole."""
+"""Axis-aligned boxes of tensors: which elements of a global tensor a rank holds."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ __all__ = ["TensorBox", "boxes_of_range", "box_of", "boxes_cover"]
 @final
 @dataclass(frozen=True, slots=True, order=True)
 class TensorBox:
-    """A box of a tensor: its first index and its size in every dimension."""
+    """A box of a tensor, given by its first index and its size in each dimension."""
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> Self:
-        """Return the box that is all of a tensor."""
+        """Return the box that covers a tensor of ``shape``."""
         return cls((0,) * len(shape), tuple(shape))
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the box of a whole tensor, as a view."""
+        """Return the elements of a global tensor in this box, as a view."""
         for dim, (start, length) in enumerate(zip(self.start, self.shape, strict=True)):
             if length != tensor.shape[dim]:
                 tensor = tensor.narrow(dim, start, length)
         return tensor
 
     def runs(self, shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Yield (first element, number of elements) of what lies in one piece in a row-major tensor of ``shape``.
+        """Yield (first element, number of elements) of each contiguous run of the box in a row-major tensor of ``shape``.
 
-        In the order in which the box itself is laid out.
+        The runs are in the row-major order of the box.
         """
         if self.numel == 0:
             return
-        # The dimensions behind the last one that is cut lie in one piece with it.
+        # All dimensions after the last one that the box only partly covers are contiguous with it.
         cut = max((dim for dim, size in enumerate(shape) if self.shape[dim] != size), default=0)
         strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         length = math.prod(self.shape[cut:])
@@ -57,7 +57,7 @@ class TensorBox:
             yield corner + sum(map(int.__mul__, index, strides)), length
 
     def overlaps(self, other: TensorBox) -> bool:
-        """Tell whether the two share an element."""
+        """Return whether the two boxes share an element."""
         if not self.numel or not other.numel:
             return False
         return all(
@@ -67,7 +67,7 @@ class TensorBox:
 
 
 def boxes_cover(boxes: Sequence[TensorBox], shape: Sequence[int]) -> bool:
-    """Tell whether the boxes make up a tensor of ``shape``, each element once."""
+    """Return whether the boxes cover a tensor of ``shape``, each element exactly once."""
     inside = all(
         len(box.start) == len(shape)
         and all(
@@ -78,7 +78,7 @@ def boxes_cover(boxes: Sequence[TensorBox], shape: Sequence[int]) -> bool:
     )
     if not inside or sum(box.numel for box in boxes) != math.prod(shape):
         return False
-    # Sorted by where they begin, only those with a common first index can meet.
+    # In this order, only boxes whose ranges in the first dimension intersect need to be compared.
     ordered = sorted(box for box in boxes if box.numel)
     for index, box in enumerate(ordered):
         end = box.start[0] + box.shape[0] if box.start else 1
@@ -91,51 +91,51 @@ def boxes_cover(boxes: Sequence[TensorBox], shape: Sequence[int]) -> bool:
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[TensorBox]:
-    """Yield the fewest boxes that make up the elements ``start`` to ``stop`` of a row-major tensor, in their order.
+    """Yield the fewest boxes that cover the elements ``start`` to ``stop`` of a row-major tensor, in order.
 
-    They are at most two for each dimension, less one.
+    There are at most ``2 * len(shape) - 1``.
     """
     if start >= stop:
         return
     if not shape:
         yield TensorBox((), ())
         return
-    # Of one step along the first dimension.
+    # The number of elements per index of the first dimension.
     size = math.prod(shape[1:])
-    first, into = divmod(start, size)
-    last, rest = divmod(stop, size)
-    if into and first == last:
-        yield from _below(first, boxes_of_range(shape[1:], into, rest))
+    first, offset = divmod(start, size)
+    last, remainder = divmod(stop, size)
+    if offset and first == last:
+        yield from _add_dimension(first, boxes_of_range(shape[1:], offset, remainder))
         return
-    if into:
-        yield from _below(first, boxes_of_range(shape[1:], into, size))
+    if offset:
+        yield from _add_dimension(first, boxes_of_range(shape[1:], offset, size))
         first += 1
     if first < last:
         yield TensorBox((first, *(0,) * (len(shape) - 1)), (last - first, *shape[1:]))
-    if rest:
-        yield from _below(last, boxes_of_range(shape[1:], 0, rest))
+    if remainder:
+        yield from _add_dimension(last, boxes_of_range(shape[1:], 0, remainder))
 
 
-def _below(index: int, inner: Iterator[TensorBox]) -> Iterator[TensorBox]:
-    """Yield the boxes of one step along a dimension more."""
+def _add_dimension(index: int, inner: Iterator[TensorBox]) -> Iterator[TensorBox]:
+    """Yield the boxes with one more leading dimension, at ``index``."""
     return (TensorBox((index, *box.start), (1, *box.shape)) for box in inner)
 
 
 def box_of(tensor: Tensor, name: str) -> TensorBox:
-    """Return where what this rank holds of a tensor lies in the whole; of a plain tensor it holds all.
+    """Return the box of the global tensor that this rank holds; for an unsharded tensor, all of it.
 
-    ``name`` is what errors call the tensor.
+    ``name`` is used in error messages.
 
     Raises:
-        CheckpointError: if the tensor is a sum that its ranks have not made yet.
+        CheckpointError: if the tensor is a DTensor with a partial placement.
     """
     if not is_sharded(tensor):
         return TensorBox.whole(tensor.shape)
-    spread: Any = tensor
-    if any(placement.is_partial() for placement in spread.placements):
+    dtensor: Any = tensor
+    if any(placement.is_partial() for placement in dtensor.placements):
         raise CheckpointError(
-            f"The checkpoint's {name} is a DTensor with the placements {spread.placements}: its ranks hold parts of a sum. "
-            "Redistribute it to Replicate() or Shard() before it is saved."
+            f"The checkpoint's {name} is a DTensor with the placements {dtensor.placements}, which include a partial sum. "
+            "Redistribute it to Replicate() or Shard() before saving."
         )
     box = local_box(tensor)
     return TensorBox(tuple(part.start for part in box), tuple(part.stop - part.start for part in box))

@@ -1,4 +1,4 @@
-"""Put the tensors of a tree together that are spread over ranks."""
+"""Gather the sharded tensors of a state tree on the first rank."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ __all__ = ["gather_tensor", "gather_tree"]
 
 
 def gather_tree(tree: StateTree, team: Team) -> StateTree:
-    """Return the tree with every tensor whole on the CPU, on the first rank; on the others nothing is moved or kept for it.
+    """Return the tree with unsharded CPU tensors on the first rank; other ranks get empty tensors for sharded ones.
 
-    Collective over ``team``: tensors that are spread over ranks are put together one after the other.
+    Collective over ``team``: sharded tensors are gathered one at a time.
 
     Raises:
-        CheckpointError: if a value is of a kind that no checkpoint can hold.
+        CheckpointError: if a value has a type that checkpoints do not support.
     """
     tensors, skeleton = team.own(lambda: flatten_state(tree))
     gathered = {name: gather_tensor(tensor, team) for name, tensor in tensors.items()}
     if team.leads:
         gathered = {name: tensor.to("cpu") for name, tensor in gathered.items()}
-    whole_tree: StateTree = unflatten_tree(gathered, skeleton)
-    return whole_tree
+    gathered_tree: StateTree = unflatten_tree(gathered, skeleton)
+    return gathered_tree
 
 
 def gather_tensor(tensor: StoredTensor, team: Team) -> Tensor:
-    """Return a tensor in one piece; one that is spread over ranks comes to the first rank's CPU, and is empty elsewhere.
+    """Return an unsharded tensor; a sharded one is gathered to the CPU of the first rank and is empty on other ranks.
 
-    Collective for one that is spread over ranks.
+    Collective for sharded tensors.
     """
     if isinstance(tensor, ShardedTensorState):
-        told = team.gather(tensor.on_cpu().shards)
-        return tensor.assemble(told) if team.leads else torch.empty(0, dtype=tensor.dtype)
+        shards_of_ranks = team.gather(tensor.to_cpu().shards)
+        return tensor.assemble(shards_of_ranks) if team.leads else torch.empty(0, dtype=tensor.dtype)
     if not is_sharded(tensor):
         return tensor
     gathered = whole(tensor)

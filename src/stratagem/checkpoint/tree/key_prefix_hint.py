@@ -1,4 +1,4 @@
-"""Find the prefix by which the names of a checkpoint and of a model differ, to suggest it."""
+"""Suggest a prefix that makes the keys of a checkpoint match those of a model."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _SHOWN = 3
 
 
 def suggest_prefix(saved: Collection[str], own: Collection[str]) -> str:
-    """Return the ``revise_keys`` that would make saved names the model's own, as a sentence; empty where none would.
+    """Return a sentence with the ``revise_keys`` that would make most keys match; empty if there are none.
 
-    It is only said, never applied: that ``encoder.`` may be taken away does not mean that it should.
+    The suggestion is never applied automatically, because matching names do not prove that it is right.
     """
-    fewer, more = _prefixes(saved, own), _prefixes(own, saved)
-    if max(fewer.values(), default=0) >= max(more.values(), default=0):
-        rules = {prefix: f"revise_keys=[({'^' + re.escape(prefix)!r}, '')]" for prefix in fewer}
-        found = fewer
+    to_remove, to_add = _prefixes(saved, own), _prefixes(own, saved)
+    if max(to_remove.values(), default=0) >= max(to_add.values(), default=0):
+        rules = {prefix: f"revise_keys=[({'^' + re.escape(prefix)!r}, '')]" for prefix in to_remove}
+        found = to_remove
     else:
-        rules = {prefix: f"revise_keys=[('^', {prefix!r})]" for prefix in more}
-        found = more
+        rules = {prefix: f"revise_keys=[('^', {prefix!r})]" for prefix in to_add}
+        found = to_add
     if not found:
         return ""
     shown = [f"{rules[prefix]} matches {count}" for prefix, count in found.most_common(_SHOWN)]
@@ -30,7 +30,7 @@ def suggest_prefix(saved: Collection[str], own: Collection[str]) -> str:
 
 
 def _prefixes(longer: Iterable[str], shorter: Collection[str]) -> Counter[str]:
-    """Count, for each prefix, the names that are one of ``shorter`` without it."""
+    """Count, for each prefix, the names that are in ``shorter`` once the prefix is removed."""
     known = set(shorter)
     found: Counter[str] = Counter()
     for name in longer:

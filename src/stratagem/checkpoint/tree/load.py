@@ -1,4 +1,4 @@
-"""Put a model's saved state into a model, and say what did not fit."""
+"""Load a state dict into a model and report keys that do not match."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "match_state", "load_state_dict"
 DEFAULT_REVISE_KEYS: tuple[tuple[str, str], ...] = ((r"^module\.", ""),)
 _SHOWN = 10
 _SHARDING = "torch.distributed.fsdp."
-# (key, saved shape, the model's shape)
-Reshaped = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+# (key, shape in the checkpoint, shape in the model)
+ShapeMismatches = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """How a saved state and a model fit together; ``shape_mismatches`` holds (key, saved shape, the model's shape)."""
+    """How the keys of a checkpoint and a model match; ``shape_mismatches`` holds (key, saved shape, model shape)."""
 
     matched: int
     total: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
-    shape_mismatches: Reshaped = ()
+    shape_mismatches: ShapeMismatches = ()
 
     @property
     def exact(self) -> bool:
-        """Whether every key of both sides was used."""
+        """Whether all keys of the checkpoint and the model match."""
         return not (self.missing or self.unexpected or self.shape_mismatches)
 
     def describe(self) -> str:
-        """Return the differences as lines of text, the first few of each kind."""
+        """Return the differences as lines of text, with the first few keys of each kind."""
         lines = ["The model and loaded state dict do not match exactly:"]
         lines.append(f"  {self.matched} of the model's {self.total} keys were found.")
         if self.missing:
@@ -49,8 +49,8 @@ class LoadReport:
         if self.unexpected:
             lines.append(f"  {len(self.unexpected)} unexpected in the checkpoint: {_some(self.unexpected)}")
         if self.shape_mismatches:
-            shapes = [f"{key} (saved {list(saved)}, here {list(own)})" for key, saved, own in self.shape_mismatches]
-            lines.append(f"  {len(self.shape_mismatches)} of another shape: {_some(shapes)}")
+            shapes = [f"{key} (saved {list(saved)}, model {list(own)})" for key, saved, own in self.shape_mismatches]
+            lines.append(f"  {len(self.shape_mismatches)} with a different shape: {_some(shapes)}")
         return "\n".join(lines)
 
 
@@ -67,26 +67,25 @@ def load_state_dict(
     revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
     allow_missing: Sequence[str] = (),
 ) -> LoadReport:
-    """Load ``state`` into the bare ``model``.
+    """Load ``state`` into the unwrapped ``model``.
 
-    Keys are first rewritten by ``revise_keys``; those that the model does not know even then lose the parts that
-    wrappers add. A tensor of another shape is left out and reported. With ``strict``, the state may lack the model's
-    entries whose names one of the patterns ``allow_missing`` matches in whole.
+    Keys are first rewritten by ``revise_keys``. If the model does not have a rewritten key, prefixes added by wrappers are
+    removed from it. Tensors with a different shape are skipped and reported. With ``strict``, keys that fully match one of
+    the patterns in ``allow_missing`` may be missing in ``state``.
 
     Raises:
-        CheckpointMismatchError: if no key of the checkpoint belongs to the model, if two keys stand for the same or
-            something else than a tensor stands for one, or, with ``strict``, if anything differs. The model is
-            unchanged then.
+        CheckpointMismatchError: if no key matches, two keys become the same, a value is not a tensor where the model has
+            one, or, with ``strict``, anything differs. The model is unchanged then.
     """
     own = model.state_dict()
-    fitting, shape_mismatches = _fitting(state, own, revise_keys)
+    matched, shape_mismatches = _match(state, own, revise_keys)
     incoming = with_versions(
-        {name: _as_placed(value, own.get(name)) for name, value in fitting.items()},
-        _versions_here(state, own, revise_keys),
+        {name: _as_placed(value, own.get(name)) for name, value in matched.items()},
+        _model_versions(state, own, revise_keys),
     )
-    if _renames_itself(model):
-        return _load_and_see(model, incoming, own, shape_mismatches, strict=strict, allow_missing=allow_missing)
-    report = _report(fitting, own, shape_mismatches)
+    if _may_rename_keys(model):
+        return _load_or_restore(model, incoming, own, shape_mismatches, strict=strict, allow_missing=allow_missing)
+    report = _report(matched, own, shape_mismatches)
     _check_report(report, strict=strict, allow_missing=allow_missing)
     model.load_state_dict(incoming, strict=False)
     return report
@@ -101,78 +100,78 @@ def match_state(
     revise_keys: Sequence[tuple[str, str]],
     allow_missing: Sequence[str],
 ) -> tuple[LoadReport, dict[str, Any]]:
-    """Return how ``state`` fits, and its values under the model's names, for those who put them into place themselves.
+    """Return a report of how ``state`` matches, and its values by the model's names, without loading them.
 
     Args:
-        model: whose state it is.
-        own: its state dict, in which each tensor has the shape that it has as a whole.
-        state: as in :func:`load_state_dict`, like all else.
-        strict: see there.
-        revise_keys: see there.
-        allow_missing: see there.
+        model: the model that the state belongs to.
+        own: the model's state dict, in which each tensor has its global shape.
+        state: the state dict from the checkpoint.
+        strict: see :func:`load_state_dict`.
+        revise_keys: see :func:`load_state_dict`.
+        allow_missing: see :func:`load_state_dict`.
 
     Raises:
-        CheckpointMismatchError: as there, and if modules change the keys while they load.
+        CheckpointMismatchError: as for :func:`load_state_dict`, and if modules rename keys while they load.
     """
-    if _renames_itself(model):
+    if _may_rename_keys(model):
         raise CheckpointMismatchError(
-            f"Modules of {type(model).__name__} change the keys of a checkpoint while they load it (a pre-hook of "
-            "load_state_dict), and what this strategy trains is not loaded by modules. Rewrite the keys with revise_keys, or "
-            "convert the checkpoint under another strategy."
+            f"Modules of {type(model).__name__} rename keys while loading (in a pre-hook of load_state_dict), but this "
+            "strategy does not load the weights through modules. Rewrite the keys with revise_keys, or convert the "
+            "checkpoint with another strategy."
         )
-    fitting, shape_mismatches = _fitting(state, own, revise_keys, kinds=(Tensor, ShardedTensorState))
-    report = _report(fitting, own, shape_mismatches)
+    matched, shape_mismatches = _match(state, own, revise_keys, types=(Tensor, ShardedTensorState))
+    report = _report(matched, own, shape_mismatches)
     _check_report(report, strict=strict, allow_missing=allow_missing)
-    return report, fitting
+    return report, matched
 
 
-def _fitting(
+def _match(
     state: Mapping[str, Any],
     own: Mapping[str, Any],
     revise_keys: Sequence[tuple[str, str]],
-    kinds: tuple[type, ...] = (Tensor,),
-) -> tuple[dict[str, Any], Reshaped]:
-    """Return the values by their names here, without those of another shape, which come second."""
-    names = _names_here(state, own, revise_keys)
-    _check_kinds(state, names, own, kinds)
+    types: tuple[type, ...] = (Tensor,),
+) -> tuple[dict[str, Any], ShapeMismatches]:
+    """Return the values by model key, without those of a different shape, and a list of the latter."""
+    names = _model_names(state, own, revise_keys)
+    _check_types(state, names, own, types)
     shape_mismatches = tuple(
         (name, tuple(state[key].shape), tuple(own[name].shape))
         for key, name in names.items()
-        if _differs(state[key], own.get(name))
+        if _has_other_shape(state[key], own.get(name))
     )
-    differing = {name for name, _, _ in shape_mismatches}
-    return {name: state[key] for key, name in names.items() if name not in differing}, shape_mismatches
+    mismatched = {name for name, _, _ in shape_mismatches}
+    return {name: state[key] for key, name in names.items() if name not in mismatched}, shape_mismatches
 
 
-def _report(fitting: Mapping[str, Any], own: Mapping[str, Any], shape_mismatches: Reshaped) -> LoadReport:
-    differing = {name for name, _, _ in shape_mismatches}
+def _report(matched: Mapping[str, Any], own: Mapping[str, Any], shape_mismatches: ShapeMismatches) -> LoadReport:
+    mismatched = {name for name, _, _ in shape_mismatches}
     return LoadReport(
-        matched=sum(name in own for name in fitting),
+        matched=sum(name in own for name in matched),
         total=len(own),
-        missing=_without_counters(key for key in own if key not in fitting and key not in differing),
-        unexpected=tuple(name for name in fitting if name not in own),
+        missing=_without_counters(key for key in own if key not in matched and key not in mismatched),
+        unexpected=tuple(name for name in matched if name not in own),
         shape_mismatches=shape_mismatches,
     )
 
 
-def _load_and_see(
+def _load_or_restore(
     model: nn.Module,
     incoming: Mapping[str, Any],
     own: Mapping[str, Any],
-    shape_mismatches: Reshaped,
+    shape_mismatches: ShapeMismatches,
     *,
     strict: bool,
     allow_missing: Sequence[str],
 ) -> LoadReport:
-    """Load into a model whose modules change the keys meanwhile; what fits is known only then, so undo it if refused."""
+    """Load into a model whose modules rename keys while loading; restore its state if the result is rejected."""
     before = {key: value.clone() for key, value in own.items() if isinstance(value, Tensor) and not is_lazy(value)}
     before = with_versions(before, module_versions(own))
-    differing = {name for name, _, _ in shape_mismatches}
+    mismatched = {name for name, _, _ in shape_mismatches}
     try:
         missing, unexpected = model.load_state_dict(incoming, strict=False)
-        missing = [key for key in missing if key not in differing]
+        missing = [key for key in missing if key not in mismatched]
         report = LoadReport(
-            matched=len(own) - len(missing) - len(differing),
+            matched=len(own) - len(missing) - len(mismatched),
             total=len(own),
             missing=_without_counters(missing),
             unexpected=tuple(unexpected),
@@ -183,107 +182,107 @@ def _load_and_see(
         model.load_state_dict(before, strict=False)
         if isinstance(error, CheckpointMismatchError):
             raise
-        raise CheckpointMismatchError(f"The checkpoint does not fit the model: {error}") from error
+        raise CheckpointMismatchError(f"The checkpoint does not match the model: {error}") from error
     return report
 
 
 def _check_report(report: LoadReport, *, strict: bool, allow_missing: Sequence[str]) -> None:
     if report.total and report.matched == 0:
         raise CheckpointMismatchError(
-            f"No key of the checkpoint belongs to this model. {report.describe()}\n"
+            f"No key of the checkpoint matches the model. {report.describe()}\n"
             f"  {suggest_prefix(report.unexpected, report.missing) or 'Is it a checkpoint of another model?'} "
-            "Differing prefixes can be rewritten with revise_keys."
+            "Use revise_keys to rewrite prefixes."
         )
-    refused = replace(report, missing=tuple(name for name in report.missing if not matches_any(name, allow_missing)))
-    if strict and not refused.exact:
+    rejected = replace(report, missing=tuple(name for name in report.missing if not matches_any(name, allow_missing)))
+    if strict and not rejected.exact:
         hint = suggest_prefix(report.unexpected, report.missing)
         raise CheckpointMismatchError("\n  ".join([report.describe(), hint] if hint else [report.describe()]))
 
 
-def _names_here(keys: Iterable[str], own: Collection[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return what each key is called in the model, or would be.
+def _model_names(keys: Iterable[str], own: Collection[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return the model's name for each key of the checkpoint; unknown keys get the name that they would have.
 
     Raises:
-        CheckpointMismatchError: if two keys become the same.
+        CheckpointMismatchError: if two keys get the same name.
     """
     names: dict[str, str] = {}
     keys_of: dict[str, str] = {}
     for key, revised in revise(keys, revise_keys).items():
-        name = names[key] = _closest(key, revised, own)
+        name = names[key] = _find_name(key, revised, own)
         if name in keys_of:
             raise CheckpointMismatchError(
-                f"The checkpoint's {keys_of[name]!r} and {key!r} both stand for {name!r}. Rewrite one with revise_keys."
+                f"The checkpoint's keys {keys_of[name]!r} and {key!r} both map to {name!r}. Rewrite one with revise_keys."
             )
         keys_of[name] = key
     return names
 
 
-def _closest(key: str, revised: str, own: Collection[str]) -> str:
+def _find_name(key: str, revised: str, own: Collection[str]) -> str:
     if revised in own:
         return revised
-    # A model may have a part of its own called "module": then rewriting took more away than a wrapper.
+    # If the model itself has a submodule named "module", revise_keys may have removed more than a wrapper's prefix.
     wrapped = key if unwrapped_name(key) == unwrapped_name(revised) else revised
     return next((name for name in (wrapped, *possible_names(wrapped)) if name in own), revised)
 
 
-def _versions_here(
+def _model_versions(
     state: Mapping[str, Any], own: Mapping[str, Any], revise_keys: Sequence[tuple[str, str]]
 ) -> dict[str, Any] | None:
-    """Return the versions of modules that ``state`` carries, under the names of the modules here."""
+    """Return the module versions in ``state`` by the model's module names."""
     versions = module_versions(state)
     if versions is None:
         return None
-    # What is renamed is the name of something inside of the module: "module.conv._" becomes "conv._".
-    here = {_inside(name) for name in module_versions(own) or {}}
-    revised = revise((_inside(name) for name in versions), revise_keys)
-    names = {key.rpartition(".")[0]: _closest(key, name, here).rpartition(".")[0] for key, name in revised.items()}
+    # Rewrite the name of a key inside the module: "module.conv._" becomes "conv._".
+    known = {_key_inside(name) for name in module_versions(own) or {}}
+    revised = revise((_key_inside(name) for name in versions), revise_keys)
+    names = {key.rpartition(".")[0]: _find_name(key, name, known).rpartition(".")[0] for key, name in revised.items()}
     return {names[name]: version for name, version in versions.items()}
 
 
-def _inside(module: str) -> str:
+def _key_inside(module: str) -> str:
     return f"{module}._" if module else "_"
 
 
-def _check_kinds(
-    state: Mapping[str, Any], names: Mapping[str, str], own: Mapping[str, Any], kinds: tuple[type, ...]
+def _check_types(
+    state: Mapping[str, Any], names: Mapping[str, str], own: Mapping[str, Any], types: tuple[type, ...]
 ) -> None:
     for key, name in names.items():
-        if isinstance(own.get(name), Tensor) and not isinstance(state[key], kinds):
+        if isinstance(own.get(name), Tensor) and not isinstance(state[key], types):
             raise CheckpointMismatchError(
-                f"The checkpoint's {key!r} is a {type(state[key]).__name__}, where the model has a tensor."
+                f"The checkpoint's {key!r} is a {type(state[key]).__name__}, but the model has a tensor there."
             )
 
 
-def _differs(value: Any, own: Any) -> bool:
+def _has_other_shape(value: Any, own: Any) -> bool:
     if not isinstance(value, Tensor | ShardedTensorState) or not isinstance(own, Tensor) or is_lazy(own):
         return False
     return value.shape != own.shape
 
 
 def _as_placed(value: Any, own: Any) -> Any:
-    """Return a tensor as the model has its own: of one that is spread over ranks only this rank's part is read."""
+    """Return a tensor placed like the model's; for a sharded one, only this rank's part is read."""
     return placed_like(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 
 def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:
-    """Leave out what BatchNorm counts and old checkpoints lack: it begins anew and changes no output."""
+    """Ignore BatchNorm counters, which old checkpoints lack; they start at 0 and do not affect the output."""
     return tuple(key for key in missing if not key.endswith("num_batches_tracked"))
 
 
-def _renames_itself(model: nn.Module) -> bool:
-    """Tell whether modules change the keys while loading, so that only loading shows what fits."""
+def _may_rename_keys(model: nn.Module) -> bool:
+    """Return whether modules may rename keys while loading, so that the result is known only afterwards."""
     hooks: list[Any] = [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
-    # Those of torch's sharding free what was gathered, and leave keys alone.
+    # The hooks of torch's FSDP do not rename keys.
     return any(not str(getattr(hook.hook, "__module__", "")).startswith(_SHARDING) for hook in hooks)
 
 
 def weights_to_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict with every tensor on the CPU, detached; those that are there already are not copied."""
+    """Return a detached copy of a state dict with all tensors on the CPU; CPU tensors are not copied."""
     cpu = {key: _to_cpu(value) for key, value in state.items()}
     return with_versions(cpu, module_versions(state))
 
 
 def _to_cpu(value: Any) -> Any:
     if isinstance(value, ShardedTensorState):
-        return value.on_cpu()
+        return value.to_cpu()
     return value.detach().cpu() if isinstance(value, Tensor) else value

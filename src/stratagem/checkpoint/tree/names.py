@@ -1,4 +1,4 @@
-"""One key space: parameters under the bare model's names, optimizer state under those of its parameters."""
+"""Key checkpoints by name: parameters by their names in the unwrapped model, optimizer state by parameter name."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ __all__ = [
     "possible_names",
 ]
 
-# The part of a checkpoint that holds the averaged weights, beside those that train.
+# The part of a checkpoint that holds the averaged weights.
 AVERAGE_PART: Final = "average"
 
 _WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# How a step is computed belongs to the machine, not to the run: it is chosen anew where the run goes on.
+# The optimizer's implementation depends on the machine and is chosen again on resume.
 _IMPLEMENTATION = ("fused", "foreach")
 
 
 def unwrapped_name(name: str) -> str:
-    """Return a parameter's name without the parts that wrappers add, such as ``module.`` or ``_orig_mod.``."""
+    """Return a parameter's name without the prefixes of wrappers, such as ``module.`` or ``_orig_mod.``."""
     return list(possible_names(name))[-1]
 
 
 def possible_names(name: str) -> Iterator[str]:
-    """Yield the name without the parts that only wrappers have, then without each leading ``module.`` in turn.
+    """Yield the name without components that only wrappers have, then also without each leading ``module.`` in turn.
 
-    The last is the bare name; those before are it where the model's own part is called ``module``.
+    The last one is the unwrapped name, unless the model itself has a submodule named ``module``.
     """
     parts = [part for part in name.split(".") if part not in _WRAPPING_PARTS]
     yield ".".join(parts)
@@ -48,7 +48,7 @@ def possible_names(name: str) -> Iterator[str]:
 
 
 def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return for each name what it becomes when every (pattern, replacement) is applied to it in turn."""
+    """Return each name with every (pattern, replacement) applied in turn."""
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in revise_keys]
     revised = {}
     for name in names:
@@ -77,7 +77,7 @@ def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
 
 
 def optimizer_by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return an optimizer's state dict with parameters' names in the place of torch's running indices."""
+    """Return an optimizer's state dict keyed by parameter name instead of torch's indices."""
     flat = [name for group in names for name in group]
     groups = [
         {key: value for key, value in group.items() if key not in {"params", "param_names", *_IMPLEMENTATION}}
@@ -94,14 +94,14 @@ def optimizer_by_index(
     *,
     allow_missing: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Return a state dict that torch's optimizer loads, from one by name.
+    """Convert an optimizer state dict keyed by parameter name to one that torch's optimizers can load.
 
     Args:
-        state: made by :func:`optimizer_by_name`, or by torch itself (then indices are taken as they are).
-        names: those of the optimizer that loads it, a list for each group.
-        current: the parameter groups of the optimizer that loads it.
-        allow_missing: patterns of the names of parameters that the saved state may lack; they have none then, and groups of
-            such parameters alone keep their own options.
+        state: the result of :func:`optimizer_by_name`, or a state dict of torch, whose indices are kept.
+        names: the parameter names of the optimizer to load into, one list for each group.
+        current: the parameter groups of the optimizer to load into.
+        allow_missing: patterns of parameter names that may be missing in ``state``. They start without state, and groups
+            that consist of them keep their own options.
 
     Raises:
         CheckpointMismatchError: if the groups differ in number or in their parameters.
@@ -119,7 +119,7 @@ def optimizer_by_index(
             saved_groups.insert(number, {**options, "params": list(group)})
     if len(saved_groups) != len(names):
         raise CheckpointMismatchError(
-            f"The checkpoint's optimizer has {len(saved_groups)} parameter groups, this run's has {len(names)}. "
+            f"The checkpoint's optimizer has {len(saved_groups)} parameter groups, but this run's has {len(names)}. "
             "Build the same groups, or resume with resume_optimizer=False."
         )
     if not by_name:
@@ -153,6 +153,6 @@ def _check_sizes(saved_groups: Sequence[Mapping[str, Any]], names: Sequence[Sequ
     for number, (saved, own) in enumerate(zip(saved_groups, names, strict=True)):
         if len(saved["params"]) != len(own):
             raise CheckpointMismatchError(
-                f"Parameter group {number} of the checkpoint's optimizer has {len(saved['params'])} parameters, this run's "
-                f"has {len(own)}. Build the same groups, or resume with resume_optimizer=False."
+                f"Parameter group {number} of the checkpoint's optimizer has {len(saved['params'])} parameters, but this "
+                f"run's has {len(own)}. Build the same groups, or resume with resume_optimizer=False."
             )

@@ -1,4 +1,4 @@
-"""A tensor of which this rank has some boxes: how engines that cut tensors in their own ways give state to a checkpoint."""
+"""Represent a tensor of which each rank holds some boxes, for engines with their own sharding."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ class ShardedTensorState:
     ranks together cover the tensor. If several ranks hold the same box, the lowest rank writes it.
 
     Args:
-        dtype: The dtype of the tensor.
-        shape: The shape of the global tensor.
+        dtype: the dtype of the tensor.
+        shape: the shape of the global tensor.
         shards: box -> the values in it, a tensor of the box's shape. Not copied.
 
     Raises:
-        CheckpointError: If the dtype or the shape of a shard does not match its box.
+        CheckpointError: if the dtype or the shape of a shard does not match its box.
     """
 
     def __init__(self, dtype: torch.dtype, shape: Sequence[int], shards: Mapping[TensorBox, Tensor]) -> None:
         self.dtype = dtype
         self.shape = torch.Size(shape)
-        self.shards = {box: content.detach() for box, content in shards.items()}
-        for box, content in self.shards.items():
-            if tuple(content.shape) != box.shape or content.dtype != dtype:
+        self.shards = {box: shard.detach() for box, shard in shards.items()}
+        for box, shard in self.shards.items():
+            if tuple(shard.shape) != box.shape or shard.dtype != dtype:
                 raise CheckpointError(
-                    f"The box at {list(box.start)} of {list(box.shape)} in a tensor of {dtype} has the content of a "
-                    f"{content.dtype} of {list(content.shape)}."
+                    f"The shard of the box at {list(box.start)} with shape {list(box.shape)} in a tensor of {dtype} has "
+                    f"dtype {shard.dtype} and shape {list(shard.shape)}."
                 )
 
     @classmethod
     def from_flat_range(cls, values: Tensor, start: int, shape: Sequence[int]) -> Self:
-        """Return the part that begins at element ``start`` of the row-major tensor, with these values one after the other."""
+        """Return the state of a rank that holds ``values``, consecutive elements of the row-major tensor from ``start``."""
         flat = values.detach().reshape(-1)
         shards: dict[TensorBox, Tensor] = {}
         done = 0
@@ -55,62 +55,62 @@ class ShardedTensorState:
 
     @classmethod
     def empty(cls, dtype: torch.dtype, shape: Sequence[int]) -> Self:
-        """Return the part of a rank that has none."""
+        """Return the state of a rank that holds no part of the tensor."""
         return cls(dtype, shape, {})
 
     def full_tensor(self) -> Tensor:
-        """Return the whole tensor on the CPU, on every rank of the run. Collective."""
-        return self.assemble([each.shards for each in Team.of().gather(self.on_cpu())])
+        """Return the global tensor on the CPU, on every rank of the run. Collective."""
+        return self.assemble([each.shards for each in Team.of().gather(self.to_cpu())])
 
-    def assemble(self, told: Sequence[Mapping[TensorBox, Tensor]]) -> Tensor:
-        """Return the whole tensor from what each rank has.
+    def assemble(self, shards_of_ranks: Sequence[Mapping[TensorBox, Tensor]]) -> Tensor:
+        """Return the global tensor, given the shards of each rank.
 
         Raises:
-            CheckpointError: if something of it is missing.
+            CheckpointError: if the shards do not cover the tensor.
         """
         full = torch.empty(self.shape, dtype=self.dtype)
         found: set[TensorBox] = set()
-        for shards in told:
-            for box, content in shards.items():
+        for shards in shards_of_ranks:
+            for box, shard in shards.items():
                 if box not in found:
-                    box.of(full).copy_(content)
+                    box.of(full).copy_(shard)
                     found.add(box)
         if sum(box.numel for box in found) != full.numel():
-            raise CheckpointError(f"The ranks' parts do not make up a tensor of shape {list(self.shape)}.")
+            raise CheckpointError(f"The shards of all ranks do not cover a tensor of shape {list(self.shape)}.")
         return full
 
-    def on_cpu(self) -> ShardedTensorState:
-        """Return the same with shards on the CPU; those that are there already are not copied."""
-        return ShardedTensorState(self.dtype, self.shape, {box: content.cpu() for box, content in self.shards.items()})
+    def to_cpu(self) -> ShardedTensorState:
+        """Return the same state with shards on the CPU; CPU tensors are not copied."""
+        return ShardedTensorState(self.dtype, self.shape, {box: shard.cpu() for box, shard in self.shards.items()})
 
     def __repr__(self) -> str:
-        has = [(list(box.start), list(box.shape)) for box in self.shards]
-        return f"ShardedTensorState({self.dtype}, {list(self.shape)}, boxes (start, shape) {has})"
+        boxes = [(list(box.start), list(box.shape)) for box in self.shards]
+        return f"ShardedTensorState({self.dtype}, {list(self.shape)}, boxes (start, shape) {boxes})"
 
 
 def take_box(value: Tensor | ShardedTensorState, box: TensorBox) -> Tensor:
-    """Return a box of a tensor, as a view of it; of :class:`ShardedTensorState`, a box that this rank has.
+    """Return a box of a tensor as a view; of a :class:`ShardedTensorState`, a box that this rank holds.
 
     Raises:
-        CheckpointMismatchError: if this rank does not have it.
+        CheckpointMismatchError: if this rank does not hold the box.
     """
     if isinstance(value, Tensor):
         return box.of(value.detach())
     if box not in value.shards:
         raise CheckpointMismatchError(
-            f"{value!r} does not have the box at {list(box.start)} of {list(box.shape)} on this rank: it was cut in another "
-            "way. Save it to a checkpoint, from which every rank reads what it needs."
+            f"{value!r} does not have the box at {list(box.start)} with shape {list(box.shape)} on this rank: it is sharded "
+            "differently. Save it to a checkpoint first; from a checkpoint, every rank can read any box."
         )
     return value.shards[box]
 
 
 def take_range(value: Tensor | ShardedTensorState, start: int, stop: int) -> Tensor:
-    """Return consecutive elements of a row-major tensor, flat; of a tensor that is laid out so, as a view.
+    """Return the elements ``start`` to ``stop`` of a row-major tensor as a flat tensor; a view if it is contiguous.
 
-    Nothing but this range is read of a tensor that is mapped from a file.
+    Of a memory-mapped tensor, only this range is read.
 
     Raises:
-        CheckpointMismatchError: if this rank does not have them.
+        CheckpointMismatchError: if this rank does not hold the range.
     """
     if isinstance(value, Tensor):
         return value.detach().reshape(-1)[start:stop]

@@ -70,9 +70,9 @@ def _place(checkpoint: str) -> str | Path:
 
 
 def _extent(difference: CheckpointDifference) -> str:
-    if difference.most is None:
+    if difference.max_abs_diff is None:
         return "only in the second" if not difference.first else "only in the first" if not difference.second else ""
-    return f"up to {difference.most:.3g} in {difference.share:.1%} of its numbers"
+    return f"up to {difference.max_abs_diff:.3g} in {difference.differing_fraction:.1%} of its numbers"
 
 
 def _facts(meta: Mapping[str, Any]) -> Table:
