@@ -77,9 +77,7 @@ def test_a_checkpoint_without_a_model_says_what_it_has(checkpoint: dict[str, obj
 def test_web_addresses_are_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A URL that can only be read is an error, without its secrets, and no folder with such a name appears."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"https://\*\*\*@host/c: checkpoints can be saved only to local paths"
-    ):
+    with pytest.raises(CheckpointError, match=r"https://\*\*\*@host/c: checkpoints can be saved only to local paths"):
         save_checkpoint({"state_dict": {}}, "https://me:secret@host/c")
     assert list(tmp_path.iterdir()) == []
 

@@ -124,9 +124,7 @@ def test_a_flipped_bit_of_a_tensor_names_it(damaged: Path, name: str, tensor: st
     begin = 8 + length + json.loads(data[8 : 8 + length])[tensor]["data_offsets"][0]
     data[begin] ^= 1
     file.write_bytes(data)
-    with pytest.raises(
-        CheckpointDamagedError, match=rf"{name}\.safetensors: the tensor '{tensor}' is corrupted"
-    ):
+    with pytest.raises(CheckpointDamagedError, match=rf"{name}\.safetensors: the tensor '{tensor}' is corrupted"):
         FORMAT.load(damaged)
 
 

@@ -45,14 +45,18 @@ def test_an_empty_tensor_is_written_by_the_first() -> None:
 @pytest.mark.parametrize("halves", [[UPPER], [UPPER, TensorBox((1, 0), (3, 2))], [UPPER, TensorBox((2, 0), (3, 2))]])
 def test_gaps_and_overlaps_are_refused(halves: list[TensorBox]) -> None:
     """A rank that is missing, or ranks that cut differently, would give a file that nobody saved."""
-    with pytest.raises(CheckpointError, match=r"The checkpoint's model/w: the boxes of all ranks.* do not cover a tensor"):
+    with pytest.raises(
+        CheckpointError, match=r"The checkpoint's model/w: the boxes of all ranks.* do not cover a tensor"
+    ):
         _assign_writers("model/w", SPEC, [(rank, (SPEC, (half,))) for rank, half in enumerate(halves)])
 
 
 def test_another_shape_on_another_rank_is_named() -> None:
     """With both shapes and the rank."""
     other = TensorSpec(torch.float64, (4, 2))
-    with pytest.raises(CheckpointError, match=r"w has dtype torch.float32 .* on rank 0, but torch.float64 .* on rank 1"):
+    with pytest.raises(
+        CheckpointError, match=r"w has dtype torch.float32 .* on rank 0, but torch.float64 .* on rank 1"
+    ):
         _assign_writers("w", SPEC, [(0, (SPEC, (UPPER,))), (1, (other, (LOWER,)))])
 
 
