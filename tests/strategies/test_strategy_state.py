@@ -334,7 +334,7 @@ def test_parts_can_be_omitted_and_the_callback_runs_last(single: Make, tmp_path:
 
 
 def test_resuming_calls_the_callback_and_returns_the_rest(single: Make, tmp_path: Path) -> None:
-    """The callback runs before anything is restored and may change the checkpoint; ``resume`` returns the other parts."""
+    """The callback runs first and may change the checkpoint; ``resume`` returns the parts that it does not restore."""
     strategy = ready(single)
     strategy.save_checkpoint(tmp_path / "a", extra_ckpt={"note": 1})
 
@@ -396,7 +396,7 @@ def test_different_schedulers_cannot_be_resumed(single: Make, tmp_path: Path) ->
 
 
 def test_a_different_seed_causes_a_warning(single: Make, tmp_path: Path) -> None:
-    """The checkpoint's seed is used; a different seed in the configuration causes a warning, a generated one does not."""
+    """The seed of the checkpoint is used, with a warning if the configuration has a different one."""
     ready(single, seed=3).save_checkpoint(tmp_path / "a")
     given, drawn = ready(single, seed=4), ready(single, seed=None)
     lines = [Lines(given), Lines(drawn)]
