@@ -1,4 +1,4 @@
-"""Runs that a property test draws: what is trained, where it is stopped and how, and the trace that it leaves."""
+"""Runs for property tests: the model, the interruptions, and the recorded trace."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Drawn:
     """A small run.
 
     Attributes:
-        samples: of the training data.
-        length: epochs, or iterations where ``by_epoch`` is False.
-        window: iterations of an update.
+        samples: number of training samples.
+        length: epochs, or iterations if ``by_epoch`` is False.
+        window: iterations per update.
         val_interval: in epochs or iterations.
-        save_interval: iterations from one checkpoint to the next.
-        keeps: how many of the last checkpoints stay, and whether each that is the best so far is saved as well.
+        save_interval: iterations between checkpoints.
+        keeps: how many of the last checkpoints are kept, and whether the best are saved as well.
         in_background: whether a thread writes checkpoints.
-        precision: float32, bfloat16 or float16; the last with a scale of the loss that moves.
+        precision: float32, bfloat16 or float16; the last with a dynamic loss scale.
         average: whether weights are averaged.
-        several: whether there are two optimizers, the second of which steps at its own times.
-        weighted: whether some samples count more than others.
-        patience: of early stopping; None for none.
-        workers: that load the data.
-        batch: samples of a rank's micro-batch.
-        draws: whether the model has dropout and statistics of its batches.
+        several: whether there are two optimizers, the second of which steps less often.
+        weighted: whether samples have different weights.
+        patience: of early stopping; None to disable it.
+        workers: number of data workers.
+        batch: micro-batch size per rank.
+        draws: whether the model has dropout and batch statistics.
         augmented: whether samples have noise.
-        launcher: what started the ranks; None for one process.
+        launcher: the launcher of the ranks; None for one process.
     """
 
     samples: int = 13
@@ -71,7 +71,7 @@ class Drawn:
 
     @property
     def iterations(self) -> int:
-        """Of the whole run, in one process."""
+        """Iterations of the whole run in one process."""
         return self.length * -(-self.samples // 2) if self.by_epoch else self.length
 
     @property
@@ -146,7 +146,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where a run is stopped: in or after the iteration of a number from 1, counted over the whole run; on which rank."""
+    """Where a run is interrupted: in or after an iteration, counted from 1 over the whole run, and on which rank."""
 
     iteration: int
     how: How
@@ -154,7 +154,7 @@ class Stop:
 
 
 class Augmented(Samples):
-    """Samples with noise of all three generators."""
+    """Samples with noise from all three generators."""
 
     def __getitem__(self, index: int) -> Any:
         features, label, number = super().__getitem__(index)
@@ -163,7 +163,7 @@ class Augmented(Samples):
 
 
 class Net(BaseModel):
-    """Two layers with dropout and running statistics, in two parts; with ``draws=False`` without both."""
+    """A model with two parts, optionally with dropout and running statistics."""
 
     def __init__(self, *, weighted: bool, draws: bool) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Net(BaseModel):
     def forward(self, inputs: Tensor, classes: Tensor, numbers: Tensor, mode: str = "tensor") -> Any:
         """Return the loss, or predictions."""
         if len(inputs) == 1:
-            # The last batch, which has no statistics.
+            # The last batch has a single sample, which has no batch statistics.
             self.front[1:2].eval()
         scores = self.back(self.front(inputs))
         self.front.train(self.training)
@@ -188,19 +188,19 @@ class Net(BaseModel):
 
 
 def weights_of(numbers: Tensor) -> Tensor:
-    """Return what samples count, by their numbers, where they do not all count alike."""
+    """Return the weights of samples by index."""
     return 1.0 + numbers % 3
 
 
 class Pair(Net):
-    """Trains its front in each iteration, and its back in the first of three; what a backward pass leaves stays there."""
+    """Trains its front in each iteration, and its back in one of three; gradients are kept in between."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.register_buffer("turn", torch.tensor(0))
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Step one optimizer, and perhaps the other."""
+        """Step one optimizer, and in some iterations the other."""
         for name in ("front", "back") if self.turn % 3 == 0 else ("front",):
             with optim_wrapper[name].optim_context(self):
                 loss = self(*data, mode="loss")["loss"]
@@ -210,7 +210,7 @@ class Pair(Net):
 
 
 class Trace(Hook):
-    """Appends to a file what each iteration and each validation came to, to the last bit."""
+    """Appends the exact results of each iteration and validation to a file."""
 
     # Before anything stops the run.
     priority = "VERY_HIGH"
@@ -236,20 +236,20 @@ class Trace(Hook):
 
 
 class StopError(Exception):
-    """What a piece of a run is stopped by."""
+    """An interruption of a run."""
 
 
 class Stopper(Hook):
-    """Stops a run as a :class:`Stop` says."""
+    """Interrupts a run according to a :class:`Stop`."""
 
     def __init__(self, stop: Stop) -> None:
         self.stop = stop
-        # Before the checkpoint of an iteration is saved, or as late as that: when schedules have moved on.
+        # Either before the checkpoint of an iteration is saved, or after schedules have advanced.
         self.priority = "VERY_LOW" if stop.how == "stop" else "ABOVE_NORMAL"
 
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if self._is_due(run, "model"):
-            # Not from here: from the middle of the step, when random numbers were drawn.
+            # Fail in the middle of the step, after random numbers were drawn, instead of here.
             run.strategy.unwrap_model().back.register_forward_pre_hook(_fail)
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -277,7 +277,7 @@ def _fail(*_: Any) -> None:
 
 
 def train(drawn: Drawn, folder: Path, stop: Stop | None = None, *, resume: bool | Path = True) -> None:
-    """Train until the stop, or to the end; then save what the run came to under ``final``."""
+    """Train until the interruption or the end; at the end, save the result as ``final``."""
     stoppers = [] if stop is None else [Stopper(stop)]
     trace = Trace(trace_of(folder, int(os.environ.get("RANK", "0"))))
     runner = Runner(**drawn.settings(folder, [trace, *stoppers]), resume=resume)
@@ -295,28 +295,28 @@ def train(drawn: Drawn, folder: Path, stop: Stop | None = None, *, resume: bool 
 
 
 def whole(drawn: Drawn, folder: Path) -> None:
-    """Train without a stop, and without a checkpoint on the way."""
+    """Train without interruption and without intermediate checkpoints."""
     train(replace(drawn, save_interval=-1), folder)
 
 
 def in_pieces(drawn: Drawn, folder: Path, stops: Sequence[Stop]) -> None:
-    """Train, stop and go on, again and again."""
+    """Train with interruptions, resuming after each."""
     for stop in [*stops, None]:
         train(drawn, folder, stop)
 
 
 def trace_of(folder: Path, rank: int = 0) -> Path:
-    """Return the file with the trace that a rank of a run leaves."""
+    """Return the trace file of a rank of a run."""
     return folder.with_name(f"{folder.name}.rank{rank}.jsonl")
 
 
 def lines_of(file: Path) -> list[tuple[str, Any]]:
-    """Return the lines of a trace: what was done, and what it came to."""
+    """Return the lines of a trace: the event and its result."""
     return [(what, values) for what, values in map(json.loads, file.read_text().splitlines())]
 
 
 def differences(one: Path, other: Path, *, ranks: int = 1) -> list[str]:
-    """Return where an undisturbed run and one that was stopped differ: in any line of their traces, or in their ends."""
+    """Return the differences between an uninterrupted and an interrupted run, in their traces and final checkpoints."""
     found = []
     for rank in range(ranks):
         expected, lines = dict(lines_of(trace_of(one, rank))), lines_of(trace_of(other, rank))

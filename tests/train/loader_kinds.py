@@ -1,4 +1,4 @@
-"""Loaders of every kind that a user may build, over samples that are their own numbers."""
+"""Loaders of every kind that a user may build, with samples that are their own indices."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from stratagem.train import BaseMetric, Hook
 
 
 class Ids(Dataset[Tensor]):
-    """Sample ``i`` is the number ``i``."""
+    """A dataset in which sample ``i`` is the number ``i``."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -45,7 +45,7 @@ class Ids(Dataset[Tensor]):
 
 
 class Reversed(Sampler[int]):
-    """A sampler written by the user, without randomness."""
+    """A custom sampler without randomness."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -58,14 +58,14 @@ class Reversed(Sampler[int]):
 
 
 class Unseeded(Reversed):
-    """Shuffles with a generator that the operating system seeds, so every process has its own order."""
+    """A sampler with an unseeded generator, so that every process has a different order."""
 
     def __iter__(self) -> Iterator[int]:
         return iter(np.random.default_rng().permutation(self.length).tolist())
 
 
 class Global(Reversed):
-    """Shuffles with NumPy's global generator, and has no length."""
+    """A sampler without a length that uses NumPy's global generator."""
 
     __len__ = None  # type: ignore[assignment]
 
@@ -74,7 +74,7 @@ class Global(Reversed):
 
 
 class OddThenEven(BatchSampler):
-    """Batches that depend on more than the order of the samples."""
+    """A batch sampler whose batches are not consecutive samples."""
 
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self.sampler)
@@ -87,14 +87,14 @@ class OddThenEven(BatchSampler):
 
 
 class Collating(DataLoader[Tensor]):
-    """A loader with its own collate function."""
+    """A loader with a custom collate function."""
 
     def __init__(self, length: int, workers: int) -> None:
         super().__init__(Ids(length), batch_size=2, shuffle=True, **loading(workers), collate_fn=stack)
 
 
 class Iterating(DataLoader[Tensor]):
-    """A loader that takes its batches from elsewhere than its sampler."""
+    """A loader whose batches do not come from its sampler."""
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
         ids = torch.arange(float(len(self.dataset))).view(-1, 1)  # type: ignore[arg-type]
@@ -102,13 +102,13 @@ class Iterating(DataLoader[Tensor]):
 
 
 class Stream(IterableDataset[Tensor]):
-    """The same samples one after the other; its workers divide them."""
+    """A stream of the same samples, which are divided among its workers."""
 
     def __init__(self, length: int) -> None:
         self.total = length
 
     def numbers(self) -> range:
-        """Return the numbers that it gives."""
+        """Return the samples of the stream."""
         return range(self.total)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -125,7 +125,7 @@ class SizedStream(Stream):
 
 
 class DividedStream(Stream):
-    """A stream that gives each rank a part of its own, and declares it."""
+    """A stream that is already distributed across ranks and declares it."""
 
     @property
     def num_replicas(self) -> int:
@@ -134,7 +134,7 @@ class DividedStream(Stream):
 
     @property
     def rank(self) -> int:
-        """Return this process's rank."""
+        """Return the rank of this process."""
         return get_rank()
 
     def numbers(self) -> range:
@@ -142,7 +142,7 @@ class DividedStream(Stream):
 
 
 class UndeclaredStream(DividedStream):
-    """A stream that gives each rank a part of its own, and does not declare it."""
+    """A stream that is already distributed across ranks and does not declare it."""
 
     num_replicas = rank = None  # type: ignore[assignment]
 
@@ -151,7 +151,7 @@ class UndeclaredStream(DividedStream):
 
 
 def loading(workers: int) -> dict[str, Any]:
-    """Return a loader's arguments for a number of workers; rank processes of the tests would spawn them, which is slow."""
+    """Return a loader's arguments for workers, which are forked because spawning them is slow."""
     return {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
 
 
@@ -161,7 +161,7 @@ def stack(samples: Sequence[Tensor]) -> Tensor:
 
 
 def ids_of(rows: Sequence[dict[str, int]]) -> Tensor:
-    """Return a batch of the rows of a table."""
+    """Return a batch of table rows."""
     return torch.tensor([[float(row["id"])] for row in rows])
 
 
@@ -172,7 +172,7 @@ def _plain(n: int, workers: int, **options: Any) -> DataLoader[Tensor]:
 
 
 def _table(n: int) -> Any:
-    # With a fingerprint it need not pickle what identifies the table.
+    # With a fingerprint, the table does not need to be pickled for identification.
     table = importlib.import_module("datasets.table").InMemoryTable.from_pydict({"id": list(range(n))})
     return importlib.import_module("datasets").Dataset(table, fingerprint="ids")
 
@@ -192,7 +192,7 @@ def _hugging_face_stream(n: int, workers: int, *, split: bool) -> DataLoader[Any
 def _stateful(n: int, workers: int) -> DataLoader[Tensor]:
     module = importlib.import_module("torchdata.stateful_dataloader")
     with warnings.catch_warnings():
-        # torchdata 0.11 calls a function that torch has deprecated.
+        # torchdata 0.11 calls a deprecated function of torch.
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")
         loader: DataLoader[Tensor] = module.StatefulDataLoader(Ids(n), batch_size=2, shuffle=True, **loading(workers))
     return loader
@@ -232,7 +232,7 @@ KINDS: dict[str, Callable[[int, int], Any]] = {
     "Hugging Face stream split by node": lambda n, w: _hugging_face_stream(n, w, split=True),
     "StatefulDataLoader": _stateful,
 }
-# What needs a package that need not be installed.
+# Loaders that require optional packages.
 PACKAGES = {
     "Hugging Face datasets": "datasets",
     "Hugging Face stream": "datasets",
@@ -242,7 +242,7 @@ PACKAGES = {
 
 
 class Model(BaseModel):
-    """One weight, which every sample leaves as it is."""
+    """A model with one weight that does not change its samples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class Model(BaseModel):
 
 
 class Seen(Hook):
-    """Writes down the samples of each training iteration."""
+    """A hook that records the samples of each training iteration."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -266,7 +266,7 @@ class Seen(Hook):
 
 
 class Counted(BaseMetric):
-    """The samples that were counted, each appended ``times`` times."""
+    """A metric that records the samples, each ``times`` times."""
 
     def __init__(self, times: int = 1) -> None:
         super().__init__()
@@ -280,7 +280,7 @@ class Counted(BaseMetric):
 
 
 def run(folder: str, strategy: str, train: Any, val: Any, *, epochs: int = 1, **changes: Any) -> tuple[Any, Any]:
-    """Train and validate on this rank; return the batches that it trained on, and the metrics."""
+    """Train and validate on this rank; return the training batches and the metrics."""
     seen = Seen()
     settings = {
         "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 0.0}},

@@ -9,13 +9,13 @@ from toys import TEST, VALIDATION, EventLog, Samples, Toy, loader
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
 from stratagem.train import BaseMetric, Evaluator
 
-# Of four samples three are right: 0, 1 and 2; the fourth is taken for a 1.
+# Three of four samples are correct: 0, 1 and 2; the fourth is predicted as 1.
 OUTPUTS = {"preds": torch.eye(3)[[0, 1, 2, 1]], "target": torch.tensor([0, 1, 2, 2])}
 ACCURACY = {"type": "Accuracy", "task": "multiclass", "num_classes": 3, "average": "micro"}
 
 
 class Numbers(BaseMetric):
-    """Collects the numbers of the samples."""
+    """A metric that collects the indices of the samples."""
 
     default_prefix = "own"
 
@@ -27,7 +27,7 @@ class Numbers(BaseMetric):
 
 
 def evaluate(metrics: Any, *batches: Any, size: int = 4) -> dict[str, Any]:
-    """Return the values of metrics over some batches of four samples."""
+    """Return the values of metrics over batches of four samples."""
     evaluator = Evaluator(metrics)
     for batch in batches or (OUTPUTS,):
         evaluator.process([0, 1, 2, 3], batch)
@@ -39,25 +39,25 @@ def evaluate(metrics: Any, *batches: Any, size: int = 4) -> dict[str, Any]:
     [ACCURACY, MulticlassAccuracy(3, average="micro"), [ACCURACY]],
     ids=["configuration", "built", "list"],
 )
-def test_a_metric_is_called_by_its_class_in_small_letters(metrics: Any):
-    """Three of four are right, under the name that the user wrote."""
+def test_the_default_name_of_a_metric(metrics: Any):
+    """A metric without a name is named after its class in lowercase, and three of four predictions are correct."""
     name = "multiclassaccuracy" if isinstance(metrics, MulticlassAccuracy) else "accuracy"
     assert evaluate(metrics) == {name: 0.75}
 
 
 def test_a_mapping_names_the_metrics():
-    """Macro recall: the classes have 1, 1 and 1/2."""
+    """A mapping names the metrics; the macro recall is the mean of 1, 1 and 1/2."""
     metrics = {"right": ACCURACY, "found": MulticlassRecall(3, average="macro")}
     assert evaluate(metrics) == {"right": 0.75, "found": pytest.approx(2.5 / 3)}
 
 
-def test_predictions_may_come_as_a_tuple():
-    """In the order of the metric's update."""
+def test_outputs_may_be_a_tuple():
+    """Outputs may be a tuple in the order of the metric's ``update``."""
     assert evaluate(ACCURACY, (OUTPUTS["preds"], OUTPUTS["target"])) == {"accuracy": 0.75}
 
 
-def test_values_are_over_all_batches_and_begin_anew():
-    """Nothing of one evaluation goes into the next."""
+def test_values_are_over_all_batches_and_reset():
+    """Values are computed over all batches and reset afterwards."""
     evaluator = Evaluator(ACCURACY)
     wrong = {"preds": OUTPUTS["preds"], "target": torch.tensor([1, 0, 0, 0])}
     for outputs in (OUTPUTS, wrong):
@@ -68,12 +68,12 @@ def test_values_are_over_all_batches_and_begin_anew():
 
 
 def test_a_metric_with_several_values_gives_a_list():
-    """One value for each class: recalls of 1, 1 and 1/2."""
+    """A metric with one value per class, here recalls of 1, 1 and 1/2, gives a list."""
     assert evaluate({"recall": MulticlassRecall(3, average=None)}) == {"recall": [1.0, 1.0, 0.5]}
 
 
-def test_an_own_metric_gets_the_results_in_the_order_of_the_samples():
-    """Its names have its prefix; a caller may give the number of results to keep."""
+def test_a_custom_metric_receives_results_in_the_order_of_the_samples():
+    """A custom metric receives the results in the order of the samples, limited to the given size."""
     evaluator = Evaluator(Numbers())
     evaluator.process([0, 1, 2], None)
     evaluator.process([3, 4, 5], None)
@@ -81,20 +81,20 @@ def test_an_own_metric_gets_the_results_in_the_order_of_the_samples():
     assert evaluator.evaluate(0) == {"own/numbers": (), "own/count": 0}
 
 
-def test_a_prefix_that_is_given_stands_before_the_default():
-    """Two metrics of one class need it."""
+def test_a_given_prefix_replaces_the_default():
+    """A given prefix replaces the default, as two metrics of one class require."""
     values = evaluate([Numbers(prefix="a"), ACCURACY])
     assert list(values) == ["a/numbers", "a/count", "accuracy"]
 
 
 def test_two_metrics_of_one_class_need_names():
-    """Else one would hide the other; the message says how to name them."""
+    """The error for two metrics with the same name shows how to name them."""
     with pytest.raises(ConfigValueError, match=r"'accuracy'.*dict\(first="):
         Evaluator([ACCURACY, ACCURACY])
 
 
-def test_two_values_of_one_name_are_refused():
-    """An own metric may give a name that another has."""
+def test_two_values_with_the_same_name_are_rejected():
+    """Two values with the same name are an error."""
 
     class Accuracy(Numbers):
         default_prefix = None
@@ -107,8 +107,8 @@ def test_two_values_of_one_name_are_refused():
 
 
 @pytest.mark.parametrize("outputs", [None, OUTPUTS["preds"], [1], {"preds": OUTPUTS["preds"]}, {"scores": 1}])
-def test_outputs_without_predictions_and_targets_are_an_error(outputs: Any):
-    """It says what val_step returned and what to return."""
+def test_outputs_without_predictions_and_targets_are_rejected(outputs: Any):
+    """The error for invalid outputs shows the result of val_step and what to return."""
     with pytest.raises(
         TrainingError, match=rf"MulticlassAccuracy.*val_step returned a {type(outputs).__name__}.*'preds'"
     ):
@@ -116,20 +116,20 @@ def test_outputs_without_predictions_and_targets_are_an_error(outputs: Any):
 
 
 @pytest.mark.parametrize("wrong", [3, "Accuracy", [object()], {"a": None}])
-def test_what_is_no_metric_is_refused(wrong: Any):
-    """The message says what a metric is."""
+def test_an_invalid_metric_is_rejected(wrong: Any):
+    """The error for an invalid metric describes valid ones."""
     with pytest.raises(ConfigTypeError, match="A metric is one of torchmetrics"):
         Evaluator(wrong)
 
 
-def test_an_evaluator_without_a_metric_is_refused():
-    """It would measure nothing."""
+def test_an_evaluator_without_metrics_is_rejected():
+    """An evaluator without metrics is an error."""
     with pytest.raises(ConfigValueError, match="no metric"):
         Evaluator({})
 
 
 def test_validation_counts_every_sample_once(make_runner: Any):
-    """Nine samples in batches of two, in order, with no gradient and the model in eval mode."""
+    """Nine samples in batches of two are evaluated in order, without gradients, in eval mode."""
     seen = []
 
     class Watching(Numbers):
@@ -144,8 +144,8 @@ def test_validation_counts_every_sample_once(make_runner: Any):
     assert not runner.strategy.model.training
 
 
-def test_the_test_has_its_own_events_and_step(make_runner: Any):
-    """A model may predict otherwise in a test than in a validation."""
+def test_a_test_has_separate_events_and_step(make_runner: Any):
+    """A test uses ``test_step`` and its own events."""
 
     class Tested(Toy):
         def test_step(self, data: Any) -> Any:
@@ -161,7 +161,7 @@ def test_the_test_has_its_own_events_and_step(make_runner: Any):
 
 
 class Boxes(BaseMetric):
-    """Appends three results per sample."""
+    """A metric with three results per sample."""
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         self.results += [0.0, 1.0, 2.0] * len(data_samples["preds"])
@@ -170,13 +170,13 @@ class Boxes(BaseMetric):
         return {"count": len(results), "mean": sum(results) / len(results)}
 
 
-def test_a_metric_with_several_results_per_sample_keeps_all(make_runner: Any):
-    """Five samples make fifteen results; none of them is cut."""
+def test_all_results_of_a_metric_are_kept(make_runner: Any):
+    """Five samples give fifteen results, none of which are removed."""
     assert make_runner(**{**VALIDATION, "val_evaluator": Boxes()}).val() == {"count": 15, "mean": 1.0}
 
 
 class Stream(IterableDataset[Any]):
-    """The samples one after the other, without a length."""
+    """A stream of samples without a length."""
 
     def __iter__(self) -> Any:
         samples = Samples(5)
@@ -184,7 +184,7 @@ class Stream(IterableDataset[Any]):
 
 
 def test_a_stream_without_a_length_is_evaluated(make_runner: Any):
-    """Its size is not needed."""
+    """A stream without a length can be evaluated."""
 
     class Watching(Numbers):
         def process(self, data_batch: Any, data_samples: Any) -> None:
@@ -194,8 +194,8 @@ def test_a_stream_without_a_length_is_evaluated(make_runner: Any):
     assert make_runner(**validation).val() == {"own/numbers": (0, 1, 2, 3, 4), "own/count": 5}
 
 
-def test_how_a_loader_is_divided_is_logged_once(make_runner: Any, capfd: pytest.CaptureFixture[str]):
-    """One line per loader, with its order."""
+def test_the_distribution_of_a_loader_is_logged_once(make_runner: Any, capfd: pytest.CaptureFixture[str]):
+    """The order and distribution of each loader are logged in one line."""
     runner = make_runner(**VALIDATION, log_level="INFO")
     runner.train()
     runner.val()
@@ -205,7 +205,7 @@ def test_how_a_loader_is_divided_is_logged_once(make_runner: Any, capfd: pytest.
 
 
 class Adjusted(BaseMetric):
-    """A metric that changes what ``evaluate`` returns, with the one argument that MMEngine's has."""
+    """A metric that overrides ``evaluate`` with MMEngine's signature."""
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         self.results.append(1.0)
@@ -218,7 +218,7 @@ class Adjusted(BaseMetric):
 
 
 def test_a_metric_may_override_evaluate() -> None:
-    """The override is called with the size alone, as in MMEngine, and all results count."""
+    """An overridden ``evaluate`` is called with the size, as in MMEngine, and receives all results."""
     evaluator = Evaluator(Adjusted())
     evaluator.process(None, None)
     evaluator.process(None, None)

@@ -1,4 +1,4 @@
-"""Find settings by trying, and leave no trace."""
+"""Finding a learning rate and a batch size without side effects."""
 
 import copy
 import itertools
@@ -23,7 +23,7 @@ MakeRunner = Callable[..., Runner]
 
 
 class Bowl(BaseModel):
-    """The loss is half the square of one weight, which begins at 1; the data plays no part."""
+    """A model whose loss is half the square of one weight, initially 1, regardless of the data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Bowl(BaseModel):
 
 
 def prepared(make_runner: MakeRunner, **changes: Any) -> tuple[Any, Any]:
-    """Return a strategy that could train and the loader of its data."""
+    """Return a prepared strategy and its data loader."""
     runner = make_runner(**changes)
     loop = runner.prepare()
     return runner.strategy, loop.dataloader
@@ -46,7 +46,7 @@ PLAIN = {"optimizer": {"type": "SGD", "lr": 0.5}}
 
 
 def state(strategy: Any) -> dict[str, Any]:
-    """Return all that a finder could disturb."""
+    """Return all state that a search could change."""
     return copy.deepcopy(
         {
             "model": strategy.model.state_dict(),
@@ -74,8 +74,8 @@ def equal(one: Any, other: Any) -> bool:
 # ---- the learning rate ------------------------------------------------------------------------------------------------
 
 
-def test_the_losses_are_those_of_steps_with_growing_rates(make_runner: MakeRunner):
-    """On w**2 / 2 a step of rate r makes w to (1 - r) w: rates 0.01, 0.02, 0.04 ... computed by hand."""
+def test_the_losses_are_those_of_steps_with_increasing_rates(make_runner: MakeRunner):
+    """With the loss w**2 / 2, a step of rate r multiplies w by 1 - r. The expected values are computed by hand."""
     strategy, data = prepared(make_runner, model={"type": Bowl}, optim_wrapper=PLAIN)
     found = find_learning_rate(strategy, data, low=0.01, high=0.64, steps=7, smoothing=0.0)
     rates = [0.01 * 2**power for power in range(7)]
@@ -88,18 +88,18 @@ def test_the_losses_are_those_of_steps_with_growing_rates(make_runner: MakeRunne
     assert not found.diverged
 
 
-def test_the_suggestions_are_the_steepest_point_and_a_decade_below_the_least(make_runner: MakeRunner):
-    """The sweep ends while the loss still falls, so the least is at the last rate."""
+def test_the_suggestions_are_the_steepest_point_and_a_decade_below_the_minimum(make_runner: MakeRunner):
+    """The loss still decreases at the end of the sweep, so its minimum is at the last rate."""
     strategy, data = prepared(make_runner, model={"type": Bowl}, optim_wrapper=PLAIN)
     found = find_learning_rate(strategy, data, low=0.01, high=0.64, steps=7, smoothing=0.0)
     assert found.below_minimum == pytest.approx(0.064)
-    # Differences of the losses around each rate, the rates being evenly spaced in their logarithm.
+    # The slope at each rate is a difference of losses, because the rates are evenly spaced on a logarithmic scale.
     slopes = [found.losses[number + 1] - found.losses[number - 1] for number in range(1, 6)]
     assert found.steepest == pytest.approx(found.rates[1 + int(np.argmin(slopes))])
 
 
-def test_it_stops_where_the_loss_diverges(make_runner: MakeRunner):
-    """Rates beyond 2 make |1 - r| larger than 1; what they do is seen some steps of 1.26 times the rate later."""
+def test_it_stops_when_the_loss_diverges(make_runner: MakeRunner):
+    """Rates above 2 make |1 - r| larger than 1; the divergence is detected a few steps later."""
     strategy, data = prepared(make_runner, model={"type": Bowl}, optim_wrapper=PLAIN)
     found = find_learning_rate(strategy, data, low=1e-3, high=1e3, steps=60)
     assert found.diverged
@@ -108,16 +108,16 @@ def test_it_stops_where_the_loss_diverges(make_runner: MakeRunner):
     assert 1.0 < found.least < 2.0 * 1.26**3
 
 
-def test_a_loss_that_never_falls_suggests_nothing(make_runner: MakeRunner):
-    """All rates are too large."""
+def test_a_loss_that_never_decreases_gives_no_suggestion(make_runner: MakeRunner):
+    """If all rates are too large, nothing is suggested."""
     strategy, data = prepared(make_runner, model={"type": Bowl}, optim_wrapper=PLAIN)
     found = find_learning_rate(strategy, data, low=3.0, high=30.0, steps=20)
     assert found.diverged
     assert (found.steepest, found.below_minimum) == (None, None)
 
 
-def test_smoothing_does_not_move_a_valley(make_runner: MakeRunner):
-    """A loss that is symmetric around its least has it at the same rate after smoothing."""
+def test_smoothing_does_not_move_a_minimum(make_runner: MakeRunner):
+    """Smoothing does not move the minimum of a symmetric loss."""
     losses = iter(abs(number - 20.0) for number in range(41))
 
     class Valley(Bowl):
@@ -129,8 +129,8 @@ def test_smoothing_does_not_move_a_valley(make_runner: MakeRunner):
     assert found.smoothed.argmin() == 20
 
 
-def test_a_loss_that_explodes_is_not_felt_before(make_runner: MakeRunner):
-    """The least stays at the last rate before it, and the smoothed loss shows the explosion."""
+def test_a_sudden_increase_does_not_affect_earlier_losses(make_runner: MakeRunner):
+    """A sudden increase does not affect the minimum before it."""
     losses = iter([*np.linspace(2.0, 1.0, 20), 1e6])
 
     class Explosion(Bowl):
@@ -145,7 +145,7 @@ def test_a_loss_that_explodes_is_not_felt_before(make_runner: MakeRunner):
 
 
 def test_groups_keep_their_ratios(make_runner: MakeRunner):
-    """A group of twice the rate has twice the rate that is swept, whatever the rate of the configuration."""
+    """A parameter group with twice the learning rate keeps this ratio during the sweep."""
     strategy, data = prepared(
         make_runner, optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}, "paramwise_cfg": {"bias_lr_mult": 2.0}}
     )
@@ -157,8 +157,8 @@ def test_groups_keep_their_ratios(make_runner: MakeRunner):
     assert used[-1] == pytest.approx([1e-1, 2e-1])
 
 
-def test_one_rate_is_for_one_step_of_the_optimizer(make_runner: MakeRunner):
-    """With 3 micro-batches a step, 5 rates take 15 iterations, in a run of 9 too."""
+def test_each_rate_is_used_for_one_optimizer_step(make_runner: MakeRunner):
+    """With 3 micro-batches per step, 5 rates take 15 iterations, even in a run of 9."""
     strategy, data = prepared(
         make_runner,
         model={"type": Bowl},
@@ -171,8 +171,8 @@ def test_one_rate_is_for_one_step_of_the_optimizer(make_runner: MakeRunner):
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
-def test_a_sweep_leaves_no_trace(make_runner: MakeRunner, optimizer: str):
-    """Weights, optimizer, modes, generators, gradients: bit by bit; and the training that follows is the same."""
+def test_a_sweep_has_no_side_effects(make_runner: MakeRunner, optimizer: str):
+    """A sweep restores all state bit for bit, so the training that follows is the same."""
     optim = {"optimizer": {"type": optimizer, "lr": 0.01}}
     losses = []
     for sweeps in (False, True):
@@ -187,8 +187,8 @@ def test_a_sweep_leaves_no_trace(make_runner: MakeRunner, optimizer: str):
     assert equal(*losses)
 
 
-def test_a_sweep_that_fails_leaves_no_trace_either(make_runner: MakeRunner):
-    """The error comes through, and the weights are what they were."""
+def test_a_failed_sweep_has_no_side_effects(make_runner: MakeRunner):
+    """If a sweep fails, the error propagates, and all state is restored."""
     strategy, data = prepared(make_runner)
     before = state(strategy)
     with pytest.raises(ConfigKeyError, match=r"no 'los'.*'loss'"):
@@ -196,8 +196,8 @@ def test_a_sweep_that_fails_leaves_no_trace_either(make_runner: MakeRunner):
     assert equal(before, state(strategy))
 
 
-def test_gradients_that_are_refused_end_the_sweep(make_runner: MakeRunner):
-    """nonfinite='error' is what a diverging sweep provokes."""
+def test_a_rejected_update_ends_the_sweep(make_runner: MakeRunner):
+    """With nonfinite='error', a rejected update ends the sweep."""
     optim = {**PLAIN, "nonfinite": "error"}
 
     class Cliff(Bowl):
@@ -221,15 +221,15 @@ def test_gradients_that_are_refused_end_the_sweep(make_runner: MakeRunner):
         ({"divergence": 1.0}, "divergence=1.0"),
     ],
 )
-def test_numbers_that_make_no_sweep(make_runner: MakeRunner, arguments: dict[str, Any], text: str):
-    """The number is shown, and what is due."""
+def test_invalid_numbers_are_rejected(make_runner: MakeRunner, arguments: dict[str, Any], text: str):
+    """The error for an invalid number shows it and the valid range."""
     strategy, data = prepared(make_runner)
     with pytest.raises(ConfigValueError, match=text):
         find_learning_rate(strategy, data, **arguments)
 
 
 class Pair(BaseModel):
-    """Two weights, each with an optimizer of its own; the second is stepped in every other iteration."""
+    """Two weights with separate optimizers, the second of which steps in every other iteration."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,8 +258,8 @@ PAIR = {
 }
 
 
-def test_one_of_several_optimizers_is_swept(make_runner: MakeRunner):
-    """Over its own steps, however seldom they are; the other keeps its rate."""
+def test_one_of_several_optimizers_can_be_swept(make_runner: MakeRunner):
+    """The sweep of one of several optimizers only uses its steps; the other keeps its learning rate."""
     strategy, data = prepared(make_runner, **PAIR)
     used = set()
     step = strategy.optim_wrapper["first"].optimizer.step
@@ -274,8 +274,8 @@ def test_one_of_several_optimizers_is_swept(make_runner: MakeRunner):
     assert strategy.optim_wrapper.get_lr() == {"first.lr": [0.1], "second.lr": [0.2]}
 
 
-def test_of_several_optimizers_one_must_be_named(make_runner: MakeRunner):
-    """The message names them."""
+def test_several_optimizers_require_a_name(make_runner: MakeRunner):
+    """With several optimizers, the error for a missing name lists them."""
     strategy, data = prepared(make_runner, **PAIR)
     with pytest.raises(ConfigValueError, match="one of first, second"):
         find_learning_rate(strategy, data)
@@ -283,8 +283,8 @@ def test_of_several_optimizers_one_must_be_named(make_runner: MakeRunner):
         find_learning_rate(strategy, data, optimizer="third")
 
 
-def test_an_optimizer_that_is_never_stepped_is_told(make_runner: MakeRunner):
-    """Rather than waiting for it for ever."""
+def test_an_optimizer_that_is_never_stepped_is_an_error(make_runner: MakeRunner):
+    """An optimizer that is never stepped is an error instead of an endless loop."""
 
     class Lazy(Pair):
         def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
@@ -295,15 +295,15 @@ def test_an_optimizer_that_is_never_stepped_is_told(make_runner: MakeRunner):
         find_learning_rate(strategy, data, optimizer="first")
 
 
-def test_an_optimizer_by_name_where_there_is_one(make_runner: MakeRunner):
-    """It has no name."""
+def test_a_name_for_a_single_optimizer_is_rejected(make_runner: MakeRunner):
+    """With a single optimizer, a name is an error."""
     strategy, data = prepared(make_runner)
     with pytest.raises(ConfigKeyError, match="one optimizer"):
         find_learning_rate(strategy, data, optimizer="generator")
 
 
-def test_a_loss_that_is_not_finite_at_once(make_runner: MakeRunner):
-    """There is nothing to show."""
+def test_a_loss_that_is_nan_from_the_start_is_an_error(make_runner: MakeRunner):
+    """A NaN or Inf loss at the first rate is an error."""
 
     class Broken(Bowl):
         def forward(self, inputs: Tensor, *rest: Any, mode: str = "tensor") -> Any:
@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_at_once(make_runner: MakeRunner):
 
 
 class Small(Bowl):
-    """Memory for 11 samples."""
+    """A model with memory for 11 samples."""
 
     def forward(self, inputs: Tensor, *rest: Any, mode: str = "tensor") -> Any:
         if len(inputs) > 11:
@@ -327,8 +327,8 @@ class Small(Bowl):
 
 
 @pytest.mark.parametrize("capacity", range(21))
-def test_doubling_and_bisection_find_the_largest(capacity: int):
-    """Whatever the largest is, up to the limit of 20, in few trials."""
+def test_doubling_and_bisection_find_the_largest_size(capacity: int):
+    """The largest size is found in few trials, for any capacity up to the limit of 20."""
     tried: list[int] = []
 
     def fits(size: int) -> bool:
@@ -340,8 +340,8 @@ def test_doubling_and_bisection_find_the_largest(capacity: int):
     assert max(tried) <= 20
 
 
-def test_the_largest_batch_that_fits_is_found(make_runner: MakeRunner):
-    """By the errors of memory; each size that was tried is told, with its time where it has one."""
+def test_the_largest_batch_size_is_found(make_runner: MakeRunner):
+    """The largest batch size is found from out-of-memory errors, and each trial has a time if it succeeded."""
     strategy, data = prepared(make_runner, model={"type": Small}, optim_wrapper=PLAIN, train_dataloader=loader(100))
     found = find_batch_size(strategy, data)
     assert found.largest == 11
@@ -352,15 +352,15 @@ def test_the_largest_batch_that_fits_is_found(make_runner: MakeRunner):
 
 
 def test_the_search_ends_at_the_limit_or_the_dataset(make_runner: MakeRunner):
-    """A batch cannot have more samples than there are: 13."""
+    """The search ends at the limit, or at the size of the dataset, 13."""
     strategy, data = prepared(make_runner, model={"type": Bowl}, optim_wrapper=PLAIN)
     found = find_batch_size(strategy, data)
     assert (found.largest, found.limit, found.out_of_memory) == (13, 13, False)
     assert find_batch_size(strategy, data, limit=3).largest == 3
 
 
-def test_not_even_one_sample(make_runner: MakeRunner):
-    """Then there is no largest and no knee."""
+def test_no_batch_size_fits(make_runner: MakeRunner):
+    """If not even one sample fits, there is no largest size and no knee."""
 
     class Full(Bowl):
         def forward(self, inputs: Tensor, *rest: Any, mode: str = "tensor") -> Any:
@@ -371,8 +371,8 @@ def test_not_even_one_sample(make_runner: MakeRunner):
     assert (found.largest, found.knee) == (None, None)
 
 
-def test_other_errors_are_not_taken_for_memory(make_runner: MakeRunner):
-    """A mistake in the model comes through."""
+def test_other_errors_are_not_treated_as_out_of_memory(make_runner: MakeRunner):
+    """Other errors of the model propagate."""
 
     class Wrong(Bowl):
         def forward(self, inputs: Tensor, *rest: Any, mode: str = "tensor") -> Any:
@@ -383,8 +383,8 @@ def test_other_errors_are_not_taken_for_memory(make_runner: MakeRunner):
         find_batch_size(strategy, data)
 
 
-def test_a_search_leaves_no_trace(make_runner: MakeRunner):
-    """Also where memory was not enough in the middle."""
+def test_a_search_has_no_side_effects(make_runner: MakeRunner):
+    """A search restores all state, even after an out-of-memory error."""
     strategy, data = prepared(
         make_runner, optim_wrapper={"optimizer": {"type": "AdamW", "lr": 0.1}}, train_dataloader=loader(20)
     )
@@ -393,8 +393,8 @@ def test_a_search_leaves_no_trace(make_runner: MakeRunner):
     assert equal(before, state(strategy))
 
 
-def test_a_dataset_without_length_needs_a_limit(make_runner: MakeRunner):
-    """On the CPU the limit is 1,024 by itself; samples are the stream's first."""
+def test_a_dataset_without_a_length_can_have_a_limit(make_runner: MakeRunner):
+    """On the CPU, the default limit is 1,024; with a stream, the first samples are used."""
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
@@ -408,8 +408,8 @@ def test_a_dataset_without_length_needs_a_limit(make_runner: MakeRunner):
 
 
 @pytest.mark.parametrize("arguments", [{"limit": 0}, {"steps": 0}])
-def test_numbers_that_make_no_search(make_runner: MakeRunner, arguments: dict[str, int]):
-    """A size and a count are at least 1."""
+def test_invalid_search_numbers_are_rejected(make_runner: MakeRunner, arguments: dict[str, int]):
+    """A batch size or a number of steps below 1 is an error."""
     strategy, data = prepared(make_runner)
     with pytest.raises(ConfigValueError, match="at least 1"):
         find_batch_size(strategy, data, **arguments)
@@ -420,7 +420,7 @@ def test_numbers_that_make_no_search(make_runner: MakeRunner, arguments: dict[st
 
 def _sweep_on_a_rank(folder: str) -> tuple[list[float], bool]:
     class Ranked(Bowl):
-        """The loss differs from rank to rank."""
+        """A model whose loss differs between ranks."""
 
         def forward(self, inputs: Tensor, *rest: Any, mode: str = "tensor") -> Any:
             return {"loss": self.weight**2 / 2 + torch.distributed.get_rank()}
@@ -445,8 +445,8 @@ def _sweep_on_a_rank(folder: str) -> tuple[list[float], bool]:
         runner.close()
 
 
-def test_every_rank_sees_the_mean_of_all_ranks(ranks: Any, tmp_path: Path):
-    """So all of them stop at the same rate; a search of the batch size is refused there."""
+def test_every_rank_uses_the_mean_over_all_ranks(ranks: Any, tmp_path: Path):
+    """All ranks use the mean loss, so they stop at the same rate; the batch size search is rejected on ranks."""
     first, second = ranks.run(_sweep_on_a_rank, str(tmp_path))
     assert first == second
     assert first[0][0] == pytest.approx(0.5 + 0.5)

@@ -1,4 +1,4 @@
-"""A signal that comes while something else than an iteration is under way."""
+"""Signals that arrive outside an iteration."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ MakeRunner = Callable[..., Runner]
 
 
 class SignalIn(Hook):
-    """Sends SIGTERM to this process when an event comes, once."""
+    """A hook that sends SIGTERM to this process at the first call of an event."""
 
     def __init__(self, event: str) -> None:
         self.event = event
@@ -42,8 +42,8 @@ class SignalIn(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_signal_during_a_validation_breaks_it_off(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """The run that goes on validates again, and is the undisturbed one to the last bit."""
+def test_a_signal_during_a_validation_aborts_it(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """A signal during a validation aborts it; the resumed run validates again and is bit-identical."""
     whole, pieces = Recorder(), Recorder()
     make_runner(custom_hooks=[whole], work_dir=tmp_path / "whole", **VALIDATION).train()
     first = make_runner(custom_hooks=[pieces, SignalIn("after_val_iter")], **VALIDATION)
@@ -54,8 +54,8 @@ def test_a_signal_during_a_validation_breaks_it_off(make_runner: MakeRunner, tmp
     assert pieces.metrics == whole.metrics
 
 
-def test_a_signal_during_a_save_lets_it_be_published(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """And the run ends at the next boundary, with a checkpoint of that."""
+def test_a_signal_during_a_save_lets_it_finish(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """A signal during a save lets it finish, and the run ends at the next boundary with another checkpoint."""
     hooks = {"checkpoint": {"interval": 2, "by_epoch": False}}
     runner = make_runner(custom_hooks=[SignalIn("before_save_checkpoint")], default_hooks=hooks)
     train_until_signal(runner)
@@ -64,15 +64,15 @@ def test_a_signal_during_a_save_lets_it_be_published(make_runner: MakeRunner, tm
 
 
 def test_a_signal_before_the_first_iteration_ends_the_run_there(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """Nothing is trained, so nothing is saved, and the next start begins as this one did."""
+    """A signal before the first iteration ends the run without a checkpoint."""
     runner = make_runner(custom_hooks=[SignalIn("before_run")])
     train_until_signal(runner)
     assert (runner.interrupted, runner.run.iter) == (signal.SIGTERM, 0)
     assert find_latest_checkpoint(tmp_path / "run") is None
 
 
-def test_a_signal_in_another_start_counts_no_more(make_runner: MakeRunner) -> None:
-    """A runner that was interrupted trains on when it is asked again."""
+def test_a_signal_in_an_earlier_training_is_cleared(make_runner: MakeRunner) -> None:
+    """An interrupted runner can train again in the same process."""
     runner = make_runner(custom_hooks=[At(3, lambda run: os.kill(os.getpid(), signal.SIGINT))])
     train_until_signal(runner)
     assert runner.run.iter == 3
@@ -91,7 +91,7 @@ def test_a_signal_in_another_start_counts_no_more(make_runner: MakeRunner) -> No
 def test_an_interrupted_training_raises_after_its_checkpoint(
     make_runner: MakeRunner, tmp_path: Path, number: int, error: type[BaseException], code: int | None
 ) -> None:
-    """Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGUSR1 raise SystemExit with 128 plus their number."""
+    """Ctrl-C raises KeyboardInterrupt; SIGTERM and SIGUSR1 raise SystemExit with 128 plus their number."""
     events = EventLog()
     runner = make_runner(custom_hooks=[At(3, lambda run: os.kill(os.getpid(), number)), events])
     with pytest.raises(error) as caught:
@@ -102,13 +102,13 @@ def test_an_interrupted_training_raises_after_its_checkpoint(
     assert events.names[-1] == "after_run"
     assert ended(runner) == f"stopped by {signal.Signals(number).name}"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    # The folder is free again, and the same runner completes the run.
+    # The folder is unlocked, and the same runner completes the run.
     runner.train()
     assert runner.interrupted is None
 
 
 def test_a_signal_stops_a_loop_over_runs(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """In a sweep the next run does not begin, and the code around the run cleans up."""
+    """A signal stops a loop over several runs, and the surrounding code can clean up."""
     begun, cleaned = [], []
 
     def sweep() -> None:
@@ -126,10 +126,8 @@ def test_a_signal_stops_a_loop_over_runs(make_runner: MakeRunner, tmp_path: Path
 
 
 @pytest.mark.parametrize("event", ["after_train", "after_run"])
-def test_a_signal_after_the_last_iteration_is_passed_on_too(
-    make_runner: MakeRunner, tmp_path: Path, event: str
-) -> None:
-    """The run is complete and needs no further checkpoint, but the program around it is to stop."""
+def test_a_signal_after_the_last_iteration_raises(make_runner: MakeRunner, tmp_path: Path, event: str) -> None:
+    """After the last iteration, a signal still raises, but the run is complete without another checkpoint."""
     runner = make_runner(custom_hooks=[SignalIn(event)], train_cfg={"max_epochs": 1})
     with pytest.raises(SystemExit) as caught:
         runner.train()
@@ -139,22 +137,22 @@ def test_a_signal_after_the_last_iteration_is_passed_on_too(
     assert find_latest_checkpoint(tmp_path / "run") is None
 
 
-def test_a_hook_that_stops_the_training_is_no_interruption(make_runner: MakeRunner) -> None:
-    """train() returns the model, as at the end of the run."""
+def test_a_hook_that_stops_the_training_is_not_an_interruption(make_runner: MakeRunner) -> None:
+    """If a hook stops the training, ``train`` returns the model as usual."""
     runner = make_runner(custom_hooks=[At(3, stop)])
     assert runner.train() is runner.strategy.model
     assert (runner.interrupted, runner.run.iter) == (None, 3)
 
 
 def ended(runner: Runner) -> str:
-    """Return how the last start ended, as its folder records."""
+    """Return the outcome of the last session from its record."""
     _, outcome = read_record(Path(runner.run.log_dir))
     assert outcome is not None
     return outcome.how
 
 
 def agreed() -> list[int]:
-    """Ask three times, with a number on rank 1 in the second; return the answers."""
+    """Run three reductions, the second with a non-zero number on rank 1; return the results."""
     agreement = Agreement()
     answers = [agreement.answer()]
     for number in (0, 15 * get_rank(), 0):
@@ -163,13 +161,13 @@ def agreed() -> list[int]:
     return answers
 
 
-def test_ranks_agree_on_the_greatest_number(ranks: Ranks) -> None:
-    """What one rank puts in, all read from the same question; without a question there is no answer to wait for."""
+def test_ranks_agree_on_the_maximum(ranks: Ranks) -> None:
+    """All ranks get the maximum of the same reduction; without one, there is nothing to wait for."""
     assert ranks.run(agreed) == [[0, 0, 15, 0]] * 2
 
 
 def when_noticed(*, now: bool) -> list[bool]:
-    """Let rank 1 alone hear a signal after the second of four boundaries; return what each boundary says."""
+    """Deliver a signal to rank 1 after the second of four boundaries; return the result of each boundary."""
     interrupt = Interrupt(distributed=True)
     said = []
     with interrupt.listening():
@@ -181,6 +179,6 @@ def when_noticed(*, now: bool) -> list[bool]:
 
 
 @pytest.mark.parametrize(("now", "said"), [(False, [False, False, False, True]), (True, [False, False, True, True])])
-def test_a_boundary_tells_what_was_known_at_the_one_before(ranks: Ranks, *, now: bool, said: list[bool]) -> None:
-    """So nobody waits for an exchange; where the ranks decide now, each waits for the slowest."""
+def test_a_boundary_returns_the_result_of_the_previous_one(ranks: Ranks, *, now: bool, said: list[bool]) -> None:
+    """A boundary returns the result of the previous one without waiting, unless the ranks must decide immediately."""
     assert ranks.run(when_noticed, now=now) == [said] * 2

@@ -30,17 +30,17 @@ ITERATIONS = {
 
 
 def interrupt(run: Any) -> None:
-    """Do what Ctrl-C does."""
+    """Send SIGINT, like Ctrl-C."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def outcome(runner: Runner, recorder: Recorder) -> tuple[list, list, dict]:
-    """Return all that a run did, and the weights that it came to."""
+    """Return the recorded iterations and metrics, and the final weights."""
     return recorder.rows, recorder.metrics, runner.strategy.model_state_dict()
 
 
 def assert_same(found: tuple[list, list, dict], expected: tuple[list, list, dict]) -> None:
-    """Equal bits: epochs, batches, sample numbers, rates and losses of all iterations, metrics, and weights."""
+    """Require identical bits: epochs, batches, samples, learning rates and losses, metrics, and weights."""
     assert found[0] == expected[0]
     assert found[1] == expected[1]
     assert all(torch.equal(found[2][name], value) for name, value in expected[2].items())
@@ -56,10 +56,10 @@ def assert_same(found: tuple[list, list, dict], expected: tuple[list, list, dict
     ],
     ids=lambda value: {id(EPOCHS): "epochs", id(ITERATIONS): "iterations"}.get(id(value), str(value)),
 )
-def test_a_run_that_was_interrupted_anywhere_and_resumed_is_the_undisturbed_run(
+def test_a_run_that_is_interrupted_anywhere_and_resumed_is_bit_identical(
     make_runner: MakeRunner, tmp_path: Path, kind: dict, stops: tuple[int, ...]
 ):
-    """Bit for bit, with dropout, shuffling, momentum, validation and schedules of several units."""
+    """An interrupted and resumed run is bit-identical, with dropout, shuffling, momentum, validation and schedules."""
     recorder = Recorder()
     runner = make_runner(work_dir=tmp_path / "whole", custom_hooks=[recorder], **kind, **VALIDATION)
     runner.train()
@@ -78,8 +78,8 @@ def test_a_run_that_was_interrupted_anywhere_and_resumed_is_the_undisturbed_run(
 
 
 @pytest.mark.parametrize("number", [1, EPOCH, 12])
-def test_a_run_goes_on_from_any_checkpoint_that_it_saved(make_runner: MakeRunner, tmp_path: Path, number: int):
-    """A checkpoint that was saved in passing is as good as that of an interruption."""
+def test_a_run_can_resume_from_any_checkpoint(make_runner: MakeRunner, tmp_path: Path, number: int):
+    """Every regular checkpoint can be resumed like that of an interruption."""
     hooks = {"runtime_info": None, "logger": None, "checkpoint": {"by_epoch": False, "interval": 1}}
     whole = Recorder()
     first = make_runner(custom_hooks=[whole], default_hooks=hooks, **EPOCHS)
@@ -94,8 +94,8 @@ def test_a_run_goes_on_from_any_checkpoint_that_it_saved(make_runner: MakeRunner
     assert all(torch.equal(value, expected[name]) for name, value in runner.strategy.model_state_dict().items())
 
 
-def test_a_validation_that_a_stopped_run_missed_is_made_up_for(make_runner: MakeRunner):
-    """The schedule on a plateau needs it: without it the second epoch's judgement is lost and the rate stays."""
+def test_a_missed_validation_is_run_after_resuming(make_runner: MakeRunner):
+    """A missed validation is run after resuming, because a plateau schedule depends on it."""
     epochs = {"param_scheduler": PLATEAU, "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 1.0}}}
 
     def validation(*values: float) -> dict[str, Any]:
@@ -108,8 +108,8 @@ def test_a_validation_that_a_stopped_run_missed_is_made_up_for(make_runner: Make
     assert recorder.rates == [1.0] * 14 + [0.5] * 7
 
 
-def test_a_validation_that_was_done_is_not_done_again(make_runner: MakeRunner, tmp_path: Path):
-    """A checkpoint that was saved after the validation says so."""
+def test_a_completed_validation_is_not_repeated(make_runner: MakeRunner, tmp_path: Path):
+    """A validation is not repeated if the checkpoint was saved after it."""
 
     class SaveAfterValidation(Recorder):
         def after_val(self, run: Any) -> None:
@@ -124,7 +124,7 @@ def test_a_validation_that_was_done_is_not_done_again(make_runner: MakeRunner, t
 
 
 def test_resuming_a_complete_run_trains_nothing_and_validates(make_runner: MakeRunner):
-    """The metrics are those of its end."""
+    """Resuming a complete run trains nothing and validates once."""
     hooks = {"runtime_info": None, "logger": None}
     first, again = Recorder(), Recorder()
     make_runner(custom_hooks=[first], default_hooks=hooks, **EPOCHS, **VALIDATION).train()
@@ -135,8 +135,8 @@ def test_resuming_a_complete_run_trains_nothing_and_validates(make_runner: MakeR
     assert (runner.run.epoch, runner.run.iter) == (3, 21)
 
 
-def test_a_longer_run_goes_on_where_a_complete_one_ended(make_runner: MakeRunner):
-    """Raising max_epochs trains the epochs that were not there."""
+def test_a_complete_run_can_be_extended(make_runner: MakeRunner):
+    """Increasing max_epochs trains the additional epochs."""
     hooks = {"runtime_info": None, "logger": None}
     recorder = Recorder()
     make_runner(default_hooks=hooks, train_cfg={"max_epochs": 1}).train()
@@ -144,8 +144,8 @@ def test_a_longer_run_goes_on_where_a_complete_one_ended(make_runner: MakeRunner
     assert [row[:2] for row in recorder.rows] == [(1, batch) for batch in range(7)]
 
 
-def test_the_checkpoint_seed_decides_about_the_order_of_the_data(make_runner: MakeRunner):
-    """Resuming under another seed goes on with the checkpoint's, else samples would be seen twice or never."""
+def test_the_seed_of_the_checkpoint_determines_the_order(make_runner: MakeRunner):
+    """The order of the samples depends on the seed of the checkpoint, even if the configuration has a different one."""
     recorder = Recorder()
     train_until_signal(make_runner(custom_hooks=[recorder, At(3, interrupt)]))
     runner = make_runner(custom_hooks=[recorder], resume=True, randomness={"seed": 99}, train_cfg={"max_epochs": 1})
@@ -154,16 +154,16 @@ def test_the_checkpoint_seed_decides_about_the_order_of_the_data(make_runner: Ma
     assert runner.strategy.seed == 3
 
 
-def test_a_stop_by_a_hook_saves_nothing(make_runner: MakeRunner, tmp_path: Path):
-    """Only a signal does: a hook that ends the run chose the time, and may save itself."""
+def test_a_stop_by_a_hook_saves_no_checkpoint(make_runner: MakeRunner, tmp_path: Path):
+    """A hook that stops the run does not save a checkpoint; only a signal does."""
     runner = make_runner(custom_hooks=[At(3, stop)])
     runner.train()
     assert runner.interrupted is None
     assert runner.latest_checkpoint() is None
 
 
-def test_a_run_that_was_stopped_can_go_on_in_the_same_process(make_runner: MakeRunner):
-    """train() again takes up where the loop ended."""
+def test_an_interrupted_run_can_continue_in_the_same_process(make_runner: MakeRunner):
+    """An interrupted run can continue in the same process with ``train``."""
     recorder = Recorder()
     runner = make_runner(custom_hooks=[recorder, At(4, interrupt)], train_cfg={"max_epochs": 1})
     train_until_signal(runner)
@@ -173,8 +173,8 @@ def test_a_run_that_was_stopped_can_go_on_in_the_same_process(make_runner: MakeR
     assert sorted(n for row in recorder.rows for n in row[2]) == list(range(13))
 
 
-def test_an_epoch_goes_on_with_the_next_sample_under_another_batch_size(make_runner: MakeRunner) -> None:
-    """Stopped after three batches of 2 and resumed with batches of 3, the epoch has each sample exactly once."""
+def test_an_epoch_can_resume_with_a_different_batch_size(make_runner: MakeRunner) -> None:
+    """After three batches of 2, an epoch that is resumed with batches of 3 contains each sample exactly once."""
     seen = Recorder()
     train_until_signal(make_runner(custom_hooks=[seen, At(3, interrupt)], resume=True))
     runner = make_runner(custom_hooks=[seen, At(6, interrupt)], resume=True, train_dataloader=loader(batch_size=3))

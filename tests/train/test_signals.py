@@ -12,13 +12,13 @@ from stratagem.train.run.signals import SIGNALS, signals
 
 
 def send(number: int = signal.SIGINT) -> None:
-    """Send this process a signal, as the terminal or a scheduler does."""
+    """Send a signal to this process, like a terminal or a scheduler."""
     os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_remembered_until_the_iteration_ends(number: int):
-    """Ctrl-C, a scheduler's SIGTERM and SLURM's SIGUSR1 ask to stop; nothing is torn."""
+def test_a_signal_takes_effect_at_the_end_of_the_iteration(number: int):
+    """SIGINT, SIGTERM and SIGUSR1 stop the run at the end of the iteration."""
     interrupt = Interrupt(distributed=False)
     with interrupt.listening():
         assert not interrupt.due()
@@ -28,8 +28,8 @@ def test_a_signal_is_remembered_until_the_iteration_ends(number: int):
     assert interrupt.received == number
 
 
-def test_the_handlers_come_back():
-    """After the training Ctrl-C does what it did before."""
+def test_the_handlers_are_restored():
+    """The signal handlers are restored after the training."""
     before = [signal.getsignal(number) for number in SIGNALS]
     with signals.listening(), signals.listening():
         assert signal.getsignal(signal.SIGINT) != before[0]
@@ -37,8 +37,8 @@ def test_the_handlers_come_back():
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_program_that_uses_sigusr1_itself_keeps_it():
-    """Such as one that prints its stacks: only what would end the process is taken."""
+def test_a_custom_sigusr1_handler_is_kept():
+    """A program's own handler for SIGUSR1 is kept; only signals that would terminate the process are handled."""
 
     def own(*_: object) -> None:
         pass
@@ -52,8 +52,8 @@ def test_a_program_that_uses_sigusr1_itself_keeps_it():
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_the_same_request_may_come_twice():
-    """A launcher passes on what the terminal has sent already; that stops nothing at once."""
+def test_a_forwarded_signal_is_ignored():
+    """A signal that a launcher forwards again is ignored."""
     with signals.listening():
         send()
         send()
@@ -62,18 +62,18 @@ def test_the_same_request_may_come_twice():
             assert signals.second is None
 
 
-def test_a_later_signal_stops_at_once():
-    """A second request, a second or more after the first, raises KeyboardInterrupt where the process is."""
+def test_a_second_signal_stops_immediately():
+    """A second signal, at least a second after the first, raises KeyboardInterrupt immediately."""
     with signals.listening():
         send(signal.SIGTERM)
-        time.sleep(1.1)  # what comes earlier is the same request
+        time.sleep(1.1)  # an earlier one would count as the same request
         with pytest.raises(KeyboardInterrupt):
             send_and_wait(signal.SIGTERM)
         assert signals.second == signal.SIGTERM
 
 
 def send_and_wait(number: int) -> None:
-    """Send a signal and be busy, in Python, until it interrupts."""
+    """Send a signal and run Python code until it is interrupted."""
     send(number)
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
@@ -81,14 +81,14 @@ def send_and_wait(number: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck():
-    """Python's handlers would never run there; the thread that hears ends the process, with the signal's status."""
+def test_a_second_signal_ends_a_blocked_process():
+    """If the main thread is blocked, the second signal ends the process with the exit code of the signal."""
     source = (
         "import ctypes\n"
         "from stratagem.train.run.signals import signals\n"
         "with signals.listening():\n"
         "    print('ready', flush=True)\n"
-        # It waits again after each signal, as an exchange with a rank that is gone does.
+        # It waits again after each signal, like a collective with a missing rank.
         "    lock = ctypes.create_string_buffer(64)\n"
         "    libc = ctypes.CDLL(None)\n"
         "    libc.pthread_mutex_init(lock, None)\n"
@@ -112,8 +112,8 @@ def test_a_second_signal_ends_a_process_whose_main_thread_is_stuck():
         process.communicate()
 
 
-def test_a_forked_child_is_deaf(recwarn: pytest.WarningsRecorder):
-    """What reaches a data worker asks nothing of the run; SIGTERM, by which its parent ends it, ends it."""
+def test_a_forked_child_does_not_report_signals(recwarn: pytest.WarningsRecorder):
+    """Signals to a data worker do not stop the run, and SIGTERM ends the worker."""
     with signals.listening():
         child = os.fork()
         if child == 0:
@@ -123,12 +123,12 @@ def test_a_forked_child_is_deaf(recwarn: pytest.WarningsRecorder):
             os._exit(0)
         _, status = os.waitpid(child, 0)
         assert os.WTERMSIG(status) == signal.SIGTERM
-        time.sleep(0.05)  # the thread would have heard by now
+        time.sleep(0.05)  # the thread would have received it by now
         assert signals.first is None
 
 
-def test_listening_again_forgets_the_last_request():
-    """So that a run that was interrupted can go on in the same process."""
+def test_a_new_training_clears_the_previous_signal():
+    """A new training clears the previous signal."""
     interrupt = Interrupt(distributed=False)
     with interrupt.listening():
         send()
@@ -138,8 +138,8 @@ def test_listening_again_forgets_the_last_request():
         assert interrupt.received is None
 
 
-def test_another_thread_trains_without_listening():
-    """Python gives signals to the main thread alone, so handlers stay as they are."""
+def test_training_in_a_different_thread_does_not_change_handlers():
+    """In other threads, the handlers are not changed, because Python only delivers signals to the main thread."""
     before = signal.getsignal(signal.SIGINT)
     seen = []
 

@@ -1,4 +1,4 @@
-"""One training at a time in a folder."""
+"""A work directory is locked by one training at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOGGER = logging.getLogger("lock")
 HEARTBEAT_S = 0.05
 NAME = ".training.json"
 
-# A process that takes the folder, says so, and keeps it until it is killed.
+# A process that locks the folder, reports it, and keeps the lock until it is killed.
 HOLDER = """
 import logging, sys, time
 from pathlib import Path
@@ -36,14 +36,14 @@ with work_dir_lock(Path(sys.argv[1]), logging.getLogger()):
 
 
 def held_by(folder: Path, **changes: Any) -> None:
-    """Leave in a folder what a training of another process wrote."""
+    """Leave a lock file of a different process in a folder."""
     with work_dir_lock(folder, LOGGER):
         said = json.loads((folder / NAME).read_text())
     (folder / NAME).write_text(json.dumps({**said, **changes}))
 
 
-def test_a_folder_that_is_held_is_refused(tmp_path: Path):
-    """The message says whose it is and what to do; afterwards the folder is free and clean."""
+def test_a_locked_folder_is_rejected(tmp_path: Path):
+    """The error for a locked folder names the owner and a fix; the lock is removed afterwards."""
     with work_dir_lock(tmp_path, LOGGER):
         with pytest.raises(WorkDirError, match=r"another training has this folder: this process itself.*--work-dir"):
             work_dir_lock(tmp_path, LOGGER).__enter__()
@@ -54,8 +54,8 @@ def test_a_folder_that_is_held_is_refused(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """And takes the folder over once the first is killed, with a line in the log."""
+def test_a_second_process_is_rejected_while_the_first_is_running(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A second process is rejected until the first is killed; it then takes over the folder with a log line."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
@@ -69,33 +69,31 @@ def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path, caplo
     assert f"took over the folder from process {holder.pid}" in caplog.text
 
 
-def test_a_process_number_that_was_given_anew_is_not_the_one_that_held_it(tmp_path: Path):
-    """In a container a restarted run often has the number of the killed one."""
+def test_a_reused_pid_does_not_hold_the_lock(tmp_path: Path):
+    """A lock of an earlier process with the same PID, as in restarted containers, is taken over."""
     held_by(tmp_path, started="1")
     with work_dir_lock(tmp_path, LOGGER):
         pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
-def test_a_file_that_says_nothing_holds_nobody_up(tmp_path: Path, text: str):
-    """As one that was made by a process that was killed at once."""
+def test_an_invalid_lock_file_is_taken_over(tmp_path: Path, text: str):
+    """An invalid lock file, as of a process that was killed immediately, is taken over."""
     (tmp_path / NAME).write_text(text)
     with work_dir_lock(tmp_path, LOGGER):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
-def test_another_machine_is_believed_dead_when_it_gives_no_sign_of_life(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
-    """As after a node was lost: the run that is started again elsewhere waits for some beats, then goes on."""
+def test_a_lock_of_a_different_host_without_heartbeats_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The lock of a different host without heartbeats, as after a node failure, is taken over."""
     held_by(tmp_path, place="elsewhere", host="node7", pid=12)
     with work_dir_lock(tmp_path, LOGGER, heartbeat_s=HEARTBEAT_S):
         pass
     assert "took over the folder from process 12 on node7" in caplog.text
 
 
-def test_another_machine_that_lives_is_not_disturbed(tmp_path: Path):
-    """It changes the time of its file."""
+def test_a_lock_of_a_different_host_with_heartbeats_is_respected(tmp_path: Path):
+    """The lock of a different host with heartbeats is respected."""
     held_by(tmp_path, place="elsewhere", host="node7", pid=12)
     over = threading.Event()
 
@@ -113,8 +111,8 @@ def test_another_machine_that_lives_is_not_disturbed(tmp_path: Path):
         beats.join()
 
 
-def test_whoever_holds_a_folder_gives_signs_of_life(tmp_path: Path):
-    """The file's time goes on."""
+def test_the_owner_of_a_lock_sends_heartbeats(tmp_path: Path):
+    """The owner of a lock updates the modification time of its file."""
     with work_dir_lock(tmp_path, LOGGER, heartbeat_s=0.01):
         os.utime(tmp_path / NAME, (0, 0))
         deadline = threading.Event()
@@ -123,7 +121,7 @@ def test_whoever_holds_a_folder_gives_signs_of_life(tmp_path: Path):
 
 
 class Inside(Hook):
-    """Tries to train in the same folder, inside of a training."""
+    """A hook that starts a second training in the same folder."""
 
     def __init__(self, make_runner: MakeRunner) -> None:
         self.make_runner = make_runner
@@ -132,16 +130,16 @@ class Inside(Hook):
         self.make_runner(train_cfg={"max_epochs": 1}).train()
 
 
-def test_a_training_has_its_folder_to_itself(make_runner: MakeRunner, tmp_path: Path):
-    """A second one is refused; when the first ended, by an error too, the folder is free."""
+def test_a_training_locks_its_folder(make_runner: MakeRunner, tmp_path: Path):
+    """A second training in the same folder is rejected; afterwards, even after an error, the folder is unlocked."""
     with pytest.raises(WorkDirError, match="another training has this folder"):
         make_runner(custom_hooks=[Inside(make_runner)], train_cfg={"max_epochs": 1}).train()
     make_runner(train_cfg={"max_epochs": 1}).train()
     assert not (tmp_path / "run" / NAME).exists()
 
 
-def test_a_training_cleans_up_what_a_killed_one_left(make_runner: MakeRunner, tmp_path: Path):
-    """Half a checkpoint is removed, what was being replaced is put back; an evaluation touches nothing."""
+def test_a_training_cleans_up_after_a_killed_process(make_runner: MakeRunner, tmp_path: Path):
+    """A training removes incomplete checkpoints of a killed process and restores replaced ones."""
     runner = make_runner(train_cfg={"max_epochs": 1})
     folder = Path(runner.strategy.work_dir)
     half, old = folder / f".epoch_1.tmp-{2**22 + 1}-0123abcd", folder / f".epoch_9.old-{2**22 + 1}-0123abcd"

@@ -1,4 +1,4 @@
-"""A small run that every test of this folder changes a little: 13 samples, batches of 2, so 7 batches an epoch."""
+"""A small run for the tests in this folder: 13 samples in batches of 2, so 7 batches per epoch."""
 
 import signal
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ EPOCH = 7
 
 
 class Samples(Dataset):
-    """Features of shape [4], a class from 0 to 2, and the sample's number."""
+    """Features of shape [4], a class from 0 to 2, and the index of the sample."""
 
     def __init__(self, length: int = SAMPLES) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -32,7 +32,7 @@ class Samples(Dataset):
 
 
 class Toy(BaseModel):
-    """Two layers with dropout, so that the random numbers of training count."""
+    """Two layers with dropout, so that results depend on random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Toy(BaseModel):
 
 
 class Recorder(Hook):
-    """Writes down each iteration: epoch, batch, sample numbers, the learning rate that it used and its loss."""
+    """A hook that records the epoch, batch, samples, learning rate and loss of each iteration."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, int, tuple[int, ...], float, float]] = []
@@ -68,7 +68,7 @@ class Recorder(Hook):
 
 
 class EventLog(Hook):
-    """Writes down the name of each event."""
+    """A hook that records the name of each event."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -87,7 +87,7 @@ class EventLog(Hook):
 
 
 class At(Hook):
-    """Does something after the iteration of a number, counted from 1."""
+    """A hook that runs an action after an iteration, counted from 1."""
 
     def __init__(self, iteration: int, action: Any) -> None:
         self.iteration = iteration
@@ -99,7 +99,7 @@ class At(Hook):
 
 
 def train_until_signal(runner: Runner) -> int | None:
-    """Train to the end, or until a signal stops the run; return the exit status that it asks for."""
+    """Train to the end, or until a signal stops the run; return the requested exit code."""
     try:
         runner.train()
     except KeyboardInterrupt:
@@ -112,12 +112,12 @@ def train_until_signal(runner: Runner) -> int | None:
 
 
 def stop(run: Any) -> None:
-    """Ask the loop to end."""
+    """Stop the training."""
     run.progress.stop_training = True
 
 
 def loader(length: int = SAMPLES, **changes: Any) -> dict[str, Any]:
-    """Return the configuration of a loader over the samples."""
+    """Return the configuration of a loader for the samples."""
     return {"batch_size": 2, "dataset": Samples(length), "collate_fn": {"type": "default_collate"}, **changes}
 
 
@@ -136,7 +136,7 @@ QUIET_HOOKS = {"runtime_info": None, "logger": None, "checkpoint": None}
 
 
 def settings(**changes: Any) -> dict[str, Any]:
-    """Return the runner's arguments for the small run, without what writes to the disk or the console."""
+    """Return the runner's arguments for the small run, without files and console output."""
     return {
         "model": {"type": Toy},
         **TRAINING,
