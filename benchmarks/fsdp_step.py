@@ -80,7 +80,7 @@ def plain_step() -> Callable[[Tensor], float]:
     return step
 
 
-def engine_step(folder: str) -> tuple[FSDPStrategy, Callable[[Tensor], float]]:
+def stratagem_step(folder: str) -> tuple[FSDPStrategy, Callable[[Tensor], float]]:
     """Return the strategy and the function of its iteration."""
     strategy = FSDPStrategy(
         work_dir=folder, wrap_policy=["Block"], log_kwargs={"log_level": "ERROR"},
@@ -100,7 +100,7 @@ def engine_step(folder: str) -> tuple[FSDPStrategy, Callable[[Tensor], float]]:
 def as_rank(pairs: int, iterations: int, folder: str) -> None:
     """Measure on every rank; rank 0 prints the result."""
     torch.set_num_threads(1)
-    strategy, engine = engine_step(folder)
+    strategy, stratagem = stratagem_step(folder)
     plain = plain_step()
     batches = [torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(n)) for n in range(iterations)]
 
@@ -110,16 +110,16 @@ def as_rank(pairs: int, iterations: int, folder: str) -> None:
         losses = [step(batch) for batch in batches]
         return max(all_gather_object(time.perf_counter() - begin)), losses
 
-    variants = {"plain": plain, "engine": engine}
+    variants = {"plain": plain, "stratagem": stratagem}
     losses = {name: block(step)[1] for name, step in variants.items()}
-    difference = max(abs(a - b) for a, b in zip(losses["plain"], losses["engine"], strict=True))
+    difference = max(abs(a - b) for a, b in zip(losses["plain"], losses["stratagem"], strict=True))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(pairs):
         for name in sorted(variants, reverse=bool(number % 2)):
             times[name].append(block(variants[name])[0])
-    ratios = statistics.quantiles([a / b for a, b in zip(times["engine"], times["plain"], strict=True)], n=4)
+    ratios = statistics.quantiles([a / b for a, b in zip(times["stratagem"], times["plain"], strict=True)], n=4)
     if strategy.rank == 0:
-        own, theirs = (1e3 * statistics.median(times[name]) / iterations for name in ("engine", "plain"))
+        own, theirs = (1e3 * statistics.median(times[name]) / iterations for name in ("stratagem", "plain"))
         print(f"{strategy.world_size} ranks, losses differ by at most {difference:.1e}")
         print(f"iteration      {own:.2f} ms, plain fully_shard {theirs:.2f} ms")
         print(f"ratio          {ratios[1]:.3f} (quartiles {ratios[0]:.3f} to {ratios[2]:.3f}, {pairs} pairs)")

@@ -27,7 +27,7 @@ from stratagem.model import SupervisedModel
 from stratagem.train import Hook
 from stratagem.train.hook_priority import Priority
 
-__all__ = ["CallCounter", "CpuClock", "Meter", "final_loss", "one_thread", "train_by_hand", "train_with_engine"]
+__all__ = ["CallCounter", "CpuClock", "Meter", "final_loss", "one_thread", "train_by_hand", "train_with_runner"]
 
 BATCH_SIZE = 8
 LOG_INTERVAL = 50
@@ -99,7 +99,7 @@ def train_by_hand(iterations: int, meter: Meter, *, listed: bool = False) -> nn.
     return network
 
 
-def train_with_engine(iterations: int, meter: Meter, *, listed: bool = False) -> nn.Module:
+def train_with_runner(iterations: int, meter: Meter, *, listed: bool = False) -> nn.Module:
     """Run the same training with ``Runner`` and its default hooks, which write their files as usual."""
     network = _network()
     loader = _loader(iterations)

@@ -15,7 +15,7 @@ import random
 import statistics
 import sys
 
-from mlp_arms import CallCounter, CpuClock, final_loss, one_thread, train_by_hand, train_with_engine
+from mlp_arms import CallCounter, CpuClock, final_loss, one_thread, train_by_hand, train_with_runner
 
 MAX_RATIO = 1.10
 MAX_MORE_CALLS = 20
@@ -36,14 +36,14 @@ def report(pairs: int, iterations: int, *, listed: bool) -> bool:
     """Print the results for one source of batches; return whether the call budget is met."""
     require_equal_work(iterations, listed=listed)
     times = [measure_pair(iterations, listed=listed) for _ in range(pairs)]
-    ratio = statistics.quantiles([engine / hand for hand, engine in times], n=4)
-    hand_us, engine_us = (statistics.median(column) / iterations * 1e6 for column in zip(*times, strict=True))
-    hand_calls, engine_calls = (counter.calls / iterations for counter in count_calls(iterations, listed=listed))
-    more = engine_calls - hand_calls
+    ratio = statistics.quantiles([runner / hand for hand, runner in times], n=4)
+    hand_us, runner_us = (statistics.median(column) / iterations * 1e6 for column in zip(*times, strict=True))
+    hand_calls, runner_calls = (counter.calls / iterations for counter in count_calls(iterations, listed=listed))
+    more = runner_calls - hand_calls
     print("Batches from a list" if listed else "Batches from a DataLoader")
     print(f"  CPU time, ratio              {ratio[1]:.3f}  (quartiles {ratio[0]:.3f} to {ratio[2]:.3f}, {pairs} pairs)")
-    print(f"  iteration                    {engine_us:.1f} us, hand-written {hand_us:.1f} us")
-    print(f"  function calls               {engine_calls:.1f}, hand-written {hand_calls:.1f}: {more:+.1f}")
+    print(f"  iteration                    {runner_us:.1f} us, hand-written {hand_us:.1f} us")
+    print(f"  function calls               {runner_calls:.1f}, hand-written {hand_calls:.1f}: {more:+.1f}")
     print(f"  ratio at most {MAX_RATIO:.2f}           {'met' if ratio[1] <= MAX_RATIO else 'NOT MET'}")
     print(f"  at most {MAX_MORE_CALLS} more calls        {'met' if more <= MAX_MORE_CALLS else 'NOT MET'}")
     return more <= MAX_MORE_CALLS
@@ -56,28 +56,28 @@ def require_equal_work(iterations: int, *, listed: bool) -> None:
         AssertionError: if the losses of the trained networks differ.
     """
     hand = final_loss(train_by_hand(iterations, CpuClock(), listed=listed), iterations)
-    engine = final_loss(train_with_engine(iterations, CpuClock(), listed=listed), iterations)
+    runner = final_loss(train_with_runner(iterations, CpuClock(), listed=listed), iterations)
     # The two schedulers compute the learning rate with different formulas, which differ by float64 rounding errors.
-    if not math.isclose(hand, engine, rel_tol=1e-5):
-        raise AssertionError(f"The final losses differ: hand-written {hand}, Stratagem {engine}.")
+    if not math.isclose(hand, runner, rel_tol=1e-5):
+        raise AssertionError(f"The final losses differ: hand-written {hand}, Stratagem {runner}.")
 
 
 def measure_pair(iterations: int, *, listed: bool) -> tuple[float, float]:
     """Return the CPU times in seconds of a hand-written and a Stratagem block, run in random order."""
-    hand, engine = CpuClock(), CpuClock()
-    arms = [(train_by_hand, hand), (train_with_engine, engine)]
+    hand, runner = CpuClock(), CpuClock()
+    arms = [(train_by_hand, hand), (train_with_runner, runner)]
     random.shuffle(arms)
     for train, clock in arms:
         train(iterations, clock, listed=listed)
-    return hand.seconds, engine.seconds
+    return hand.seconds, runner.seconds
 
 
 def count_calls(iterations: int, *, listed: bool) -> tuple[CallCounter, CallCounter]:
     """Count the calls of a hand-written and of a Stratagem block."""
-    hand, engine = CallCounter(), CallCounter()
+    hand, runner = CallCounter(), CallCounter()
     train_by_hand(iterations, hand, listed=listed)
-    train_with_engine(iterations, engine, listed=listed)
-    return hand, engine
+    train_with_runner(iterations, runner, listed=listed)
+    return hand, runner
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The overhead of the engine in function calls, which is the same on every machine. Benchmarks measure the time."""
+"""The overhead of the runner in function calls, which is the same on every machine. Benchmarks measure the time."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def arms(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.parametrize("listed", [False, True])
 def test_an_iteration_adds_few_calls_to_a_manual_loop(arms: ModuleType, *, listed: bool) -> None:
-    """With logging every 50 iterations and a schedule, the engine adds at most 20 calls per iteration."""
-    arms.train_with_engine(50, arms.CpuClock(), listed=listed)  # triggers imports on first use
-    hand, engine = arms.CallCounter(), arms.CallCounter()
+    """With logging every 50 iterations and a schedule, the runner adds at most 20 calls per iteration."""
+    arms.train_with_runner(50, arms.CpuClock(), listed=listed)  # triggers imports on first use
+    hand, runner = arms.CallCounter(), arms.CallCounter()
     by_hand = arms.train_by_hand(ITERATIONS, hand, listed=listed)
-    by_engine = arms.train_with_engine(ITERATIONS, engine, listed=listed)
-    assert (engine.calls - hand.calls) / ITERATIONS <= MOST_CALLS
+    by_runner = arms.train_with_runner(ITERATIONS, runner, listed=listed)
+    assert (runner.calls - hand.calls) / ITERATIONS <= MOST_CALLS
     # Otherwise the loops did different work, and their numbers of calls cannot be compared.
-    assert arms.final_loss(by_engine, ITERATIONS) == pytest.approx(arms.final_loss(by_hand, ITERATIONS), rel=1e-5)
+    assert arms.final_loss(by_runner, ITERATIONS) == pytest.approx(arms.final_loss(by_hand, ITERATIONS), rel=1e-5)
