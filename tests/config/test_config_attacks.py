@@ -15,7 +15,7 @@ from torch import nn
 from stratagem.config import Config
 from stratagem.config.node import ConfigDict
 from stratagem.errors import ConfigError, ConfigParsingError, ConfigTypeError, ConfigValueError, MissingDependencyError
-from stratagem.parallel.fsdp.options import Sharding
+from stratagem.parallel.fsdp.options import FSDPOptions
 from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Registry, allow_packages, import_policy
 from stratagem.strategies.setup.building import compile_model
 from stratagem.strategies.setup.environment import set_up_environment
@@ -278,8 +278,8 @@ def test_compile_blocks_follows_the_same_rules():
     """``compile_blocks`` follows the same rules as ``compile``."""
     config = Config.fromstring("blocks: {options: {cpp.cxx: [./evil.sh]}}\n", ".yaml")
     with pytest.raises(ConfigValueError, match="compile_blocks: a data file cannot give 'options'"):
-        Sharding(compile_blocks=config.blocks)
-    Sharding(compile_blocks=Config.fromstring("blocks: {fullgraph: true}\n", ".yaml").blocks)
+        FSDPOptions(compile_blocks=config.blocks)
+    FSDPOptions(compile_blocks=Config.fromstring("blocks: {fullgraph: true}\n", ".yaml").blocks)
 
 
 def test_a_data_file_cannot_choose_the_rendezvous_address():

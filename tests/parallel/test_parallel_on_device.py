@@ -24,8 +24,8 @@ class Recorder:
     def steps(self, *, optim: bool = True) -> Steps:
         """Return the steps."""
         return Steps(
-            init=lambda model: self._record("init", model),
-            draw=lambda model: model,
+            init_and_sync=lambda model: self._record("init", model),
+            init_local=lambda model: model,
             compile=lambda model: self._record("compile", model),
             make_optim=self._make_optim if optim else None,
         )

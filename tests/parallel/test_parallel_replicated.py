@@ -115,7 +115,9 @@ def place(
     world = World(launcher="pytorch", rank=get_rank(), local_rank=get_rank(), size=get_world_size())
     placed = placement.place(
         model,
-        Steps(init=lambda model: model, draw=lambda model: model, compile=compiling, make_optim=make_optim),
+        Steps(
+            init_and_sync=lambda model: model, init_local=lambda model: model, compile=compiling, make_optim=make_optim
+        ),
         world,
     )
     return placement, placed

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stratagem.errors import ConfigError, ConfigKeyError, ConfigTypeError, ConfigValueError
-from stratagem.parallel.fsdp.options import Precision, Sharding
+from stratagem.parallel.fsdp.options import FSDPOptions, Precision
 from stratagem.strategies.fsdp_names import from_model_wrapper, state_of
 
 OWN: dict[str, Any] = {
@@ -116,7 +116,7 @@ def test_unknown_checkpoint_formats_are_rejected(state: str | None, cfg: Any, me
 def test_options_of_the_wrong_type_are_rejected(options: dict[str, Any], message: str) -> None:
     """Options with an invalid type are errors before anything is built."""
     with pytest.raises(ConfigError, match=message):
-        Sharding(**options)
+        FSDPOptions(**options)
 
 
 @pytest.mark.parametrize(

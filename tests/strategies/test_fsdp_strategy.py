@@ -88,8 +88,8 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         r"PlacementError: .* in 2 tensors: 'layers.2.weight' is torch.float32 of shape \[3, 8\] on rank 0 and torch.bfloat16",
     ),
-    "looks": (Looks, {}, r"PlacementError: The model cannot be built without memory: .*initial_weights='whole'"),
-    "forgets": (Forgets, {}, "PlacementError: Nothing gives 1 tensors of the model their initial values: gate"),
+    "looks": (Looks, {}, r"PlacementError: The model cannot be built on the meta device: .*initial_weights='whole'"),
+    "forgets": (Forgets, {}, "PlacementError: 1 tensors of the model are never initialized: gate"),
     "tie": (Gpt, {"wrap_policy": "Embedding"}, "PlacementError: wrap_policy chose 'words', which shares a weight with"),
     "reshard": (Gpt, {"reshard_after_forward": 3}, "PlacementError: reshard_after_forward=3: .* divide the 2"),
     "reshard of nobody": (

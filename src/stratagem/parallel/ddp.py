@@ -164,7 +164,7 @@ class Replicated(Placement):
             raise PlacementError(
                 f"The model is wrapped already, in a {type(model).__name__}; give the strategy the bare model: it wraps it."
             )
-        model = steps.init(model)
+        model = steps.init_and_sync(model)
         if self._sync_bn is not None:
             model = convert_sync_batchnorm(model, self._sync_bn)
             self._logger.info("Converted BatchNorm layers to SyncBatchNorm.")

@@ -27,14 +27,14 @@ class Steps:
     """What a placement calls when it needs it, each once: back ends differ in the order.
 
     Attributes:
-        init: draws the weights, and gives every rank rank 0's. Collective.
-        draw: draws the weights alone, on this rank.
+        init_and_sync: initializes the weights and broadcasts those of rank 0. Collective.
+        init_local: initializes the weights on this rank only.
         compile: compiles what was asked for.
         make_optim: makes the optimizers of the model; None where there are none.
     """
 
-    init: Callable[[nn.Module], nn.Module]
-    draw: Callable[[nn.Module], nn.Module]
+    init_and_sync: Callable[[nn.Module], nn.Module]
+    init_local: Callable[[nn.Module], nn.Module]
     compile: Callable[[nn.Module], nn.Module]
     make_optim: Callable[[nn.Module], AnyOptim] | None = None
 

@@ -26,7 +26,7 @@ class OnDevice(Placement):
         self._logger = logger
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
-        model = steps.init(model)
+        model = steps.init_and_sync(model)
         model, reverted = revert_sync_batchnorm(model)
         if reverted:
             self._logger.info("Turned %d SyncBatchNorm layers into BatchNorm: there is one device.", reverted)

@@ -38,7 +38,7 @@ from stratagem.strategies.prepared import Prepared
 from stratagem.strategies.setup import building
 from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.setup.environment import set_up_environment
-from stratagem.strategies.setup.run_length import Horizon
+from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.configured_hyperparameters import schedule_differences
 from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
 from stratagem.utils import absolute, collect_env, refuse_unknown
@@ -206,14 +206,14 @@ class BaseStrategy(ABC):
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
         """Call the model's ``init_weights`` where it has one; give every rank rank 0's values. Collective."""
-        self._draw_model_weights(model)
+        self._init_local_model_weights(model)
         broadcast_weights(model)
         return model
 
-    def _draw_model_weights(self, model: nn.Module) -> nn.Module:
+    def _init_local_model_weights(self, model: nn.Module) -> nn.Module:
         """Call the model's ``init_weights`` where it has one, on this rank alone."""
         init = getattr(model, "init_weights", None)
-        if callable(init) and Horizon.parse(self.dispatch_kwargs).init_weights_for_test_or_val:
+        if callable(init) and RunLength.parse(self.dispatch_kwargs).init_weights_for_test_or_val:
             init()
         return model
 
@@ -259,7 +259,7 @@ class BaseStrategy(ABC):
                 "Learning rates are scaled before schedulers are built, since these store the initial values. Give "
                 "param_scheduler as a mapping, or disable auto_scale_lr and give the optimizer the scaled values."
             )
-        micro_batch = Horizon.parse(self.dispatch_kwargs).train_micro_batch_size_per_gpu
+        micro_batch = RunLength.parse(self.dispatch_kwargs).train_micro_batch_size_per_gpu
         if micro_batch is None:
             raise ConfigValueError(
                 "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "

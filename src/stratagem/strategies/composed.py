@@ -28,10 +28,10 @@ from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchEr
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.setup import building
-from stratagem.strategies.setup.run_length import Horizon
+from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import read_window, write_window
-from stratagem.strategies.state.configured_hyperparameters import OwnValues
-from stratagem.strategies.state.per_rank_buffers import read_own_buffers, write_own_buffers
+from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
+from stratagem.strategies.state.per_rank_buffers import read_per_rank_buffers, write_per_rank_buffers
 from stratagem.strategies.state.state_io import StateAccess, TorchState
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
@@ -82,18 +82,18 @@ class ComposedStrategy(BaseStrategy):
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        horizon = dispatch_kwargs or {}
-        Horizon.parse(horizon)
+        run_length = dispatch_kwargs or {}
+        RunLength.parse(run_length)
         optim_due = optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None
         schedulers_due = param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None
         if schedulers_due and not optim_due and BaseStrategy.optim_wrapper.get(self) is None:
             raise ConfigValueError("param_scheduler schedules an optimizer's values, but no optim_wrapper was given.")
         if BaseStrategy.model.get(self) is None:
-            self.dispatch_kwargs.update(horizon)
+            self.dispatch_kwargs.update(run_length)
             self._place(model, optim_wrapper, compile)
         elif optim_due or schedulers_due:
             # Prepared for evaluation first; now it is to be trained.
-            self.dispatch_kwargs.update(horizon)
+            self.dispatch_kwargs.update(run_length)
             if optim_due:
                 self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.unwrap_model()))
         if schedulers_due:
@@ -109,8 +109,8 @@ class ComposedStrategy(BaseStrategy):
         with self._placement.construction(self.world):
             built = self.build_model(model)
         steps = Steps(
-            init=self._init_model_weights,
-            draw=self._draw_model_weights,
+            init_and_sync=self._init_model_weights,
+            init_local=self._init_local_model_weights,
             compile=lambda module: self.compile_model(module, compile),
             make_optim=None
             if optim_wrapper is None
@@ -123,19 +123,19 @@ class ComposedStrategy(BaseStrategy):
 
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
-        horizon = Horizon.parse(self.dispatch_kwargs)
+        run_length = RunLength.parse(self.dispatch_kwargs)
         self._placement.bind(optim, self.unwrap_model())
         wrappers = building.each_wrapper(optim)
         accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
         completion = self._placement.gradient_completion(self.model)
         for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
-                if horizon.max_iters is None:
+                if run_length.max_iters is None:
                     raise ConfigValueError(
                         f"accumulative_counts={wrapper.accumulative_counts} needs dispatch_kwargs['max_iters'], the "
                         "micro-batches of the run: the last window may be shorter, and is averaged over its own length."
                     )
-                wrapper.initialize_count_status(self.model, horizon.cur_iter, horizon.max_iters)
+                wrapper.initialize_count_status(self.model, run_length.cur_iter, run_length.max_iters)
             wrapper.accumulation_context = self._placement.accumulate
             wrapper.always_says_sync = accumulates
             wrapper.forget_waiting = self._forget_waiting
@@ -240,9 +240,9 @@ class ComposedStrategy(BaseStrategy):
                 "New parameters begin as they were initialised, without optimizer state: %s. All others go on as saved, but "
                 "the losses are another model's.", ", ".join(report.missing),
             )  # fmt: skip
-        write_own_buffers(checkpoint.get("buffers") or {}, self.unwrap_model(), self.world)
+        write_per_rank_buffers(checkpoint.get("buffers") or {}, self.unwrap_model(), self.world)
         if "optimizer" in parts:
-            own = OwnValues(self.optim_wrapper)
+            own = ConfiguredHyperparameters(self.optim_wrapper)
             self._access.load_optim_state(
                 self.optim_wrapper, parts["optimizer"], self.unwrap_model(), allow_missing=new_parameters
             )
@@ -278,7 +278,7 @@ class ComposedStrategy(BaseStrategy):
                 parts.update(self._open_window(optim))
             if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
                 parts["param_schedulers"] = self.scheduler_state_dict()
-            buffers = read_own_buffers(self.unwrap_model(), self.world)
+            buffers = read_per_rank_buffers(self.unwrap_model(), self.world)
             if buffers:
                 parts["buffers"] = buffers
             generators = all_gather_object(generator_state())
@@ -372,14 +372,14 @@ class ComposedStrategy(BaseStrategy):
 
     def _resume_accumulation(self, meta: Mapping[str, Any]) -> None:
         """Have windows go on where they were: after the micro-batches that the optimizer's state, or else the meta, tells."""
-        horizon = Horizon.parse(self.dispatch_kwargs)
+        run_length = RunLength.parse(self.dispatch_kwargs)
         optim = BaseStrategy.optim_wrapper.get(self)
         for wrapper in building.each_wrapper(optim).values() if optim is not None else ():
             # Also a run that accumulates no longer must warn of a window that it cannot finish.
             resumed_alone = wrapper.accumulative_counts == 1 and wrapper.inner_count > 0
-            if resumed_alone or (wrapper.accumulative_counts > 1 and horizon.max_iters is not None):
+            if resumed_alone or (wrapper.accumulative_counts > 1 and run_length.max_iters is not None):
                 done = wrapper.inner_count or int(meta.get("iter", 0))
-                most = -1 if horizon.max_iters is None else horizon.max_iters
+                most = -1 if run_length.max_iters is None else run_length.max_iters
                 wrapper.initialize_count_status(self.model, done, most)
 
     def _resume_randomness(self, checkpoint: StateTree, meta: Mapping[str, Any]) -> None:

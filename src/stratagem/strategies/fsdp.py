@@ -7,8 +7,8 @@ from typing import Any, Literal, final
 
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.parallel import DDP_OPTIONS, Placement
-from stratagem.parallel.deferred_init.materialize import Origin
-from stratagem.parallel.fsdp.options import Precision, Reshard, Sharding
+from stratagem.parallel.deferred_init.materialize import InitSource
+from stratagem.parallel.fsdp.options import FSDPOptions, Precision, Reshard
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.fsdp_names import from_model_wrapper, state_of
 from stratagem.utils import did_you_mean, import_object
@@ -77,7 +77,7 @@ class FSDPStrategy(ComposedStrategy):
         ignored: Sequence[str] = (),
         activation_checkpointing: Any = None,
         compile_blocks: bool | Mapping[str, Any] = False,
-        initial_weights: Origin = "rank0",
+        initial_weights: InitSource = "rank0",
         skip_init_weights: bool = False,
         forward_methods: Sequence[str] = (),
         sync_bn: str | None = None,
@@ -101,7 +101,7 @@ class FSDPStrategy(ComposedStrategy):
         }
         if model_wrapper is not None:
             options = from_model_wrapper(model_wrapper, options)
-        self._sharding = Sharding(
+        self._options = FSDPOptions(
             precision=Precision.parse(options.pop("mixed_precision")),
             replicate=replicate,
             tp=tp,
@@ -123,13 +123,13 @@ class FSDPStrategy(ComposedStrategy):
 
     def _make_placement(self) -> Placement:
         self._require_processes()
-        # By name: torch's sharding takes a second to import, which other runs need not wait for.
-        sharded = import_object("stratagem.parallel.fsdp.placement:Sharded")
+        # By name: torch's options takes a second to import, which other runs need not wait for.
+        sharded = import_object("stratagem.parallel.fsdp.placement:FSDPPlacement")
         placement: Placement = sharded(
             self.logger,
-            self._sharding,
+            self._options,
             self.world,
-            own_randomness=bool(self.randomness.get("diff_rank_seed", False)),
+            diff_rank_rng=bool(self.randomness.get("diff_rank_seed", False)),
             full_state=self._state == "full",
         )
         return placement

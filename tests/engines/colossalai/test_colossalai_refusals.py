@@ -89,10 +89,10 @@ def test_stand_ins_are_seen_by_nobody_else(tmp_path: Path) -> None:
 _LOOK = """
 import importlib.util, sys
 
-from stratagem.engines.colossalai.import_stubs import stand_ins
+from stratagem.engines.colossalai.import_stubs import import_stubs
 
 PACKAGES = ("peft", "bitsandbytes", "galore_torch", "transformers")
-with stand_ins():
+with import_stubs():
     # Also while it lasts, for whoever is not of the library.
     print("nobody" if not any(importlib.util.find_spec(name) for name in PACKAGES) else "somebody")
     from colossalai.booster import Booster

@@ -2,7 +2,7 @@
 
 Its engine works on the CPU, but asks for a device in four places. All are answered from outside, in this process alone:
 
-1. Its class for the CPU refuses streams and the like, which ZeRO calls without needing them: :class:`Host` lets them pass.
+1. Its class for the CPU has no streams, which ZeRO uses: :class:`HostAccelerator` has streams that do nothing.
 2. ``LowLevelZeroOptimizer`` asserts that the accelerator is a CUDA or NPU one; its other check, that parameters have one
    type, is kept.
 3. The kernel of CPUAdam and HybridAdam is C++ that builds with CUDA alone: :class:`TorchAdamKernel` does the same in torch.
@@ -29,7 +29,7 @@ __all__ = ["train_on_cpu"]
 
 def train_on_cpu() -> None:
     """Have ColossalAI train on the CPU in this process. Idempotent."""
-    set_accelerator(Host())
+    set_accelerator(HostAccelerator())
     LowLevelZeroOptimizer._sanity_checks = _require_one_type
     CPUAdamLoader.REGISTRY = [TorchAdamExtension]
 
@@ -46,7 +46,7 @@ class _Stream:
 
 
 @final
-class Host(CpuAccelerator):
+class HostAccelerator(CpuAccelerator):
     """ColossalAI's CPU, with one queue in which everything is done at once."""
 
     def current_device(self) -> int:

@@ -15,14 +15,14 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, Final, final
 
-__all__ = ["stand_ins"]
+__all__ = ["import_stubs"]
 
 _LIBRARY: Final = "colossalai"
 _PACKAGES: Final = frozenset({"peft", "bitsandbytes", "galore_torch", "transformers"})
 
 
 @contextmanager
-def stand_ins() -> Iterator[None]:
+def import_stubs() -> Iterator[None]:
     """Let ColossalAI import what is not installed for the length of a block; packages that are installed win.
 
     Other code finds neither the stand-ins nor a trace of them afterwards, whether it imports a package or asks where it

@@ -13,22 +13,22 @@ from torch import Tensor
 from stratagem.checkpoint import DirectoryFormat, StateTree, write_to
 from stratagem.checkpoint.foreign import ENGINE_ORDER, ENGINE_PART, TIED
 from stratagem.distributed import Team
-from stratagem.engines.colossalai.import_stubs import stand_ins
-from stratagem.engines.colossalai.placement import ColossalBooster
+from stratagem.engines.colossalai.import_stubs import import_stubs
+from stratagem.engines.colossalai.placement import ColossalAIPlacement
 from stratagem.errors import CheckpointError
 
-__all__ = ["NativeWriter"]
+__all__ = ["ColossalAIFormatWriter"]
 
 
 @final
-class NativeWriter:
+class ColossalAIFormatWriter:
     """Writes checkpoints whose folders ``model`` and ``optimizer`` any program with ColossalAI's Booster can load.
 
     Args:
         placement: placed the model.
     """
 
-    def __init__(self, placement: ColossalBooster) -> None:
+    def __init__(self, placement: ColossalAIPlacement) -> None:
         self._placement = placement
 
     def __call__(self, checkpoint: StateTree, filename: str | os.PathLike[str], team: Team) -> None:
@@ -52,12 +52,12 @@ class NativeWriter:
         tree[ENGINE_PART] = {ENGINE_ORDER: self._numbered(), TIED: self._tied()}
 
         def write_extra_files(folder: Path) -> None:
-            boosting = self._placement.boosting
+            boosted = self._placement.boosted
             # Where it saves, the library asks whether the model is one of transformers.
-            with stand_ins():
-                boosting.booster.save_model(boosting.engine, str(folder / "model"), shard=True)
+            with import_stubs():
+                boosted.booster.save_model(boosted.engine, str(folder / "model"), shard=True)
                 if with_optimizer:
-                    boosting.booster.save_optimizer(boosting.optimizer, str(folder / "optimizer"), shard=True)
+                    boosted.booster.save_optimizer(boosted.optimizer, str(folder / "optimizer"), shard=True)
 
         write_to(
             filename, lambda path: DirectoryFormat().save(tree, path, team, write_extra_files=write_extra_files), team
@@ -65,20 +65,20 @@ class NativeWriter:
 
     def _is_changed(self, state: Mapping[str, Any]) -> bool:
         """Tell whether a callback has put parameters of its own into the tree."""
-        return any(isinstance(state.get(part.name), Tensor) for part in self._placement.parts.values())
+        return any(isinstance(state.get(shard.name), Tensor) for shard in self._placement.param_shards.values())
 
     def _numbered(self) -> list[str]:
         """Return the names of the parameters in the order by which ColossalAI numbers them."""
         names = [name for group in self._placement.group_names for name in group]
-        optimizer = self._placement.boosting.optimizer
+        optimizer = self._placement.boosted.optimizer
         if type(optimizer) is not LowLevelZeroOptimizer:
             return names
         # It has left out those that do not learn.
-        learning = {part.name for part in self._placement.parts.values() if part.working.requires_grad}
+        learning = {shard.name for shard in self._placement.param_shards.values() if shard.working.requires_grad}
         return [name for name in names if name in learning]
 
     def _tied(self) -> dict[str, str]:
         """Return the further names of parameters that have several: the booster may write them under one alone."""
-        names = self._placement.boosting.model.named_parameters(remove_duplicate=False)
-        parts = self._placement.parts
-        return {name: parts[parameter].name for name, parameter in names if parts[parameter].name != name}
+        names = self._placement.boosted.model.named_parameters(remove_duplicate=False)
+        param_shards = self._placement.param_shards
+        return {name: param_shards[parameter].name for name, parameter in names if param_shards[parameter].name != name}

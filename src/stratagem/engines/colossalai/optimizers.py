@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import torch
 
-from stratagem.engines.colossalai.import_stubs import stand_ins
+from stratagem.engines.colossalai.import_stubs import import_stubs
 from stratagem.errors import PlacementError
 
-with stand_ins():
+with import_stubs():
     from colossalai.nn import optimizer as library
 
 __all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
@@ -20,7 +20,7 @@ __all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "Fus
 WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
 
 if not torch.accelerator.is_available():
-    with stand_ins():
+    with import_stubs():
         from stratagem.engines.colossalai.cpu_backend import train_on_cpu
     train_on_cpu()
 

@@ -60,7 +60,7 @@ _PIPELINE: Final = (
     "it out; tensor parallel is tp_size=..."
 )
 _SEQUENCE: Final = (
-    "Sequence parallelism works inside ColossalAI's own models, where ranks see parts of one sample. Leave it out."
+    "Sequence parallelism works only in ColossalAI's own models, where ranks process parts of one sample. Omit it."
 )
 _FP8: Final = "It needs kernels for eight bits that only CUDA devices have. Leave it out."
 # Options that a plugin has and this strategy does not take: why not. A value in _HARMLESS is as good as none.

@@ -25,9 +25,9 @@ from stratagem.engines.colossalai.clipping import max_norm_of
 from stratagem.engines.colossalai.cpu_backend import train_on_cpu
 from stratagem.engines.colossalai.optimizers import WHOLE_PARAMETERS
 from stratagem.engines.colossalai.options import PluginSpec
-from stratagem.engines.colossalai.plugins import Traits, build_plugin, traits_of
-from stratagem.engines.colossalai.shard_layout import Part, parts_of
-from stratagem.engines.colossalai.wrapper import BoostedOptimWrapper
+from stratagem.engines.colossalai.plugins import PluginTraits, build_plugin, traits_of
+from stratagem.engines.colossalai.shard_layout import ParamShard, param_shards
+from stratagem.engines.colossalai.wrapper import ColossalAIOptimWrapper
 from stratagem.engines.engine_module import Driven
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
@@ -36,14 +36,14 @@ from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.local_gradients import LocalGradients
 from stratagem.parallel.placement import NO_CONTEXT
 
-__all__ = ["Boosting", "ColossalBooster"]
+__all__ = ["BoostedModel", "ColossalAIPlacement"]
 
 _NO_MODEL: Final = "There is no model yet. Call prepare(model, ...) first."
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Boosting:
+class BoostedModel:
     """What the booster made of a model: it wrapped, and its optimizer where there is one."""
 
     booster: Booster
@@ -53,7 +53,7 @@ class Boosting:
 
 
 @final
-class ColossalBooster(Placement):
+class ColossalAIPlacement(Placement):
     """Places a model through a plugin of ColossalAI.
 
     Args:
@@ -83,8 +83,8 @@ class ColossalBooster(Placement):
             raise PlacementError(
                 f"plugin: tp_size={self._tp_size} does not divide the {world.size} processes of this run."
             )
-        self._boosting: Boosting | None = None
-        self._parts: dict[nn.Parameter, Part] | None = None
+        self._boosted_model: BoostedModel | None = None
+        self._param_shards: dict[nn.Parameter, ParamShard] | None = None
         # Of the optimizer as it was built: the booster's may have left out those that do not learn.
         self.group_names: list[list[str]] = []
         self._dp_group: ProcessGroup | None = None
@@ -93,35 +93,35 @@ class ColossalBooster(Placement):
         self._local_gradients: LocalGradients | None = None
 
     @property
-    def spreads_layers(self) -> bool:
-        """Whether ranks have parts of layers (tensor parallel)."""
+    def uses_tensor_parallel(self) -> bool:
+        """Whether ranks have param_shards of layers (tensor parallel)."""
         return self._tp_size > 1
 
     @property
     def has_masters(self) -> bool:
         """Whether the optimizer has the parameters in another type than they are computed with."""
-        return any(part.master.dtype != part.working.dtype for part in self.parts.values())
+        return any(shard.master.dtype != shard.working.dtype for shard in self.param_shards.values())
 
     @property
-    def parts(self) -> dict[nn.Parameter, Part]:
+    def param_shards(self) -> dict[nn.Parameter, ParamShard]:
         """What this rank has of each parameter of the model that was placed."""
-        if self._parts is None:
+        if self._param_shards is None:
             raise NotPreparedError(_NO_MODEL)
-        return self._parts
+        return self._param_shards
 
     @property
-    def boosting(self) -> Boosting:
+    def boosted(self) -> BoostedModel:
         """The booster with what it made of the model that was placed."""
-        if self._boosting is None:
+        if self._boosted_model is None:
             raise NotPreparedError(_NO_MODEL)
-        return self._boosting
+        return self._boosted_model
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
         if is_model_wrapper(model):
             raise PlacementError(
                 f"The model is wrapped already, in a {type(model).__name__}; give the strategy the bare model: it wraps it."
             )
-        model = steps.compile(steps.init(model).to(world.device))
+        model = steps.compile(steps.init_and_sync(model).to(world.device))
         if "train_step" in vars(model):
             raise PlacementError(
                 "compile: target='train_step' cannot be used with ColossalAI, which it would leave out. Compile "
@@ -139,23 +139,23 @@ class ColossalBooster(Placement):
             # Of options of torch that have newer names, which the library does not know.
             warnings.simplefilter("ignore")
             engine, optimizer, *_ = booster.boost(model, None if settings is None else settings.optimizer)
-        self._boosting = Boosting(booster, model, engine, optimizer)
-        self._parts = parts_of(model, optimizer)
+        self._boosted_model = BoostedModel(booster, model, engine, optimizer)
+        self._param_shards = param_shards(model, optimizer)
         # Hooks that read or write weights in the model need them there whole, and as they are trained.
-        self.params_are_master_weights = not self.has_masters and not self.spreads_layers
-        self.params_accept_writes = all(part.master is part.working for part in self._parts.values())
+        self.params_are_master_weights = not self.has_masters and not self.uses_tensor_parallel
+        self.params_accept_writes = all(shard.master is shard.working for shard in self._param_shards.values())
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
             self._dp_group = plugin.dp_group
         if settings is None:
             return Placed(model=_driven(engine, model))
         if traits.zero_stage < 2:
-            # With stage 2 a rank keeps its part of the gradients alone, so they are exchanged after each micro-batch.
+            # With stage 2 a rank keeps its shard of the gradients alone, so they are exchanged after each micro-batch.
             self._hold = partial(booster.no_sync, engine, optimizer)
             # Those of float16 are scaled, and those of a spread layer are no whole tensors.
             self.has_gradients = traits.precision != "fp16" and traits.tp_size == 1
-        optim = BoostedOptimWrapper(
+        optim = ColossalAIOptimWrapper(
             optimizer,
-            self._parts,
+            self._param_shards,
             settings,
             hold=self._hold,
             clipping=None if traits.clips else settings.clipping,
@@ -168,7 +168,7 @@ class ColossalBooster(Placement):
 
     def _build(
         self, model: nn.Module, settings: AccumulatingOptimWrapper | None, world: World
-    ) -> tuple[Plugin, Traits]:
+    ) -> tuple[Plugin, PluginTraits]:
         """Return the plugin, with the clipping that the optimizer wrapper asks for, and what it does."""
         clipping = None if settings is None else settings.clipping
         if isinstance(self._plugin, PluginSpec):
@@ -196,7 +196,7 @@ class ColossalBooster(Placement):
         return self._dp_group
 
     def bind(self, optim: AnyOptim, model: nn.Module) -> None:
-        if not isinstance(optim, BoostedOptimWrapper):
+        if not isinstance(optim, ColossalAIOptimWrapper):
             raise PlacementError(
                 "ColossalAI boosts a model and its optimizer together, and this model was prepared without one. Give "
                 "optim_wrapper to the first prepare, or train in a new process."
@@ -210,7 +210,7 @@ class ColossalBooster(Placement):
             self._local_gradients.missed = True
 
     def global_numel(self, parameter: nn.Parameter) -> int:
-        return self.parts[parameter].shape.numel()
+        return self.param_shards[parameter].shape.numel()
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return cast("nn.Module", model.bare) if isinstance(model, Driven) else model
@@ -250,7 +250,7 @@ def _settings(built: AnyOptim) -> OptimWrapper:
     raise PlacementError(f"ColossalAIStrategy cannot train with a {type(built).__name__}. {instead}.")
 
 
-def _refuse_model(model: nn.Module, traits: Traits, world: World) -> None:
+def _refuse_model(model: nn.Module, traits: PluginTraits, world: World) -> None:
     # The plugins that use DistributedDataParallel turn these into SyncBatchNorm by themselves.
     replicates = not traits.clips or not traits.zero_stage
     if world.device.type == "cpu" and replicates and any(isinstance(each, _BatchNorm) for each in model.modules()):

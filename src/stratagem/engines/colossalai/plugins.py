@@ -12,18 +12,18 @@ from colossalai.booster.plugin import HybridParallelPlugin, LowLevelZeroPlugin, 
 from colossalai.shardformer.policies.base_policy import Policy
 from torch import nn
 
-from stratagem.engines.colossalai.import_stubs import stand_ins
+from stratagem.engines.colossalai.import_stubs import import_stubs
 from stratagem.engines.colossalai.options import PluginSpec
-from stratagem.engines.colossalai.tp_plan_policy import PLAN_ATTRIBUTE, PlannedPolicy
+from stratagem.engines.colossalai.tp_plan_policy import PLAN_ATTRIBUTE, TPPlanPolicy
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.registry import TASK_UTILS
 
-__all__ = ["Traits", "build_plugin", "traits_of"]
+__all__ = ["PluginTraits", "build_plugin", "traits_of"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Traits:
+class PluginTraits:
     """What has to be known of a plugin.
 
     Attributes:
@@ -41,20 +41,20 @@ class Traits:
     max_norm: float
 
 
-def traits_of(plugin: Plugin) -> Traits:
+def traits_of(plugin: Plugin) -> PluginTraits:
     """Return what has to be known of a built plugin.
 
     Raises:
         PlacementError: if this strategy cannot train with it.
     """
     if isinstance(plugin, TorchDDPPlugin):
-        return Traits(tp_size=1, zero_stage=0, precision="fp32", clips=False, max_norm=0.0)
+        return PluginTraits(tp_size=1, zero_stage=0, precision="fp32", clips=False, max_norm=0.0)
     if isinstance(plugin, LowLevelZeroPlugin):
         options: Mapping[str, Any] = plugin.zero_optim_kwargs
         _refuse("overlap_allgather", options["overlap_allgather"])
         _refuse("extra_dp_size", "extra_dp_group" in options)
         _refuse("use_fp8", plugin.use_fp8)
-        return Traits(
+        return PluginTraits(
             tp_size=1,
             zero_stage=plugin.stage,
             precision=plugin.precision,
@@ -66,7 +66,7 @@ def traits_of(plugin: Plugin) -> Traits:
         _refuse("pp_size", plugin.pp_size > 1)
         _refuse("enable_sequence_parallelism", plugin.enable_sequence_parallelism)
         _refuse("use_fp8", plugin.use_fp8)
-        return Traits(
+        return PluginTraits(
             tp_size=plugin.tp_size,
             zero_stage=plugin.zero_stage,
             precision=plugin.precision,
@@ -122,7 +122,7 @@ def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
     """Return what says how layers are cut: the policy that is given, or the model's plan; None for ColossalAI's own."""
     if isinstance(policy, Mapping):
         # Its module may be the first to import the library's layers.
-        with stand_ins():
+        with import_stubs():
             policy = TASK_UTILS.build(policy)
     if isinstance(policy, type):
         policy = policy()
@@ -143,4 +143,4 @@ def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
             "{'blocks.*.up': 'colwise', 'blocks.*.down': 'rowwise'}, or give custom_policy=...; see "
             "docs/strategies/colossalai.md."
         )
-    return PlannedPolicy(plan if tp_size > 1 and plan else {})
+    return TPPlanPolicy(plan if tp_size > 1 and plan else {})

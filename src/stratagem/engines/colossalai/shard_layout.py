@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from stratagem.checkpoint import ShardedTensorState, TensorBox, boxes_of_range, take_box
 from stratagem.errors import PlacementError
 
-__all__ = ["Part", "gradients_of", "parts_of"]
+__all__ = ["ParamShard", "gradients_of", "param_shards"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class ParamShard:
     """What this rank has of one parameter.
 
     Tensor parallelism leaves it a box of the whole, ZeRO a range of that box's elements in row-major order.
@@ -65,7 +65,7 @@ class Part:
 
     @torch.no_grad()
     def put(self, full: Tensor | ShardedTensorState, into: Tensor) -> None:
-        """Overwrite a tensor that is laid out like ``master`` with its part of a whole one; only that is read."""
+        """Overwrite a tensor that is laid out like ``master`` with its shard of a whole one; only that is read."""
         flat = into.detach().view(-1)
         done = 0
         for box in self._boxes():
@@ -85,23 +85,23 @@ class Part:
             )
 
 
-def parts_of(model: nn.Module, engine: OptimizerWrapper | None) -> dict[nn.Parameter, Part]:
+def param_shards(model: nn.Module, engine: OptimizerWrapper | None) -> dict[nn.Parameter, ParamShard]:
     """Return what this rank has of every parameter of a boosted model; without an optimizer, of its weights alone.
 
     Raises:
         PlacementError: if a policy cut a parameter into something that is no box of it.
     """
-    return {parameter: _part(name, parameter, engine) for name, parameter in model.named_parameters()}
+    return {parameter: _param_shard(name, parameter, engine) for name, parameter in model.named_parameters()}
 
 
-def _part(name: str, parameter: nn.Parameter, engine: OptimizerWrapper | None) -> Part:
+def _param_shard(name: str, parameter: nn.Parameter, engine: OptimizerWrapper | None) -> ParamShard:
     shape, box, same_box = _box(name, parameter)
     whole: dict[str, Any] = {"start": 0, "count": parameter.numel(), "copies": same_box, "master": parameter}
     if isinstance(engine, LowLevelZeroOptimizer):
         whole.update(_range(parameter, engine, same_box))
     elif isinstance(engine, MixedPrecisionOptimizer):
         whole["master"] = engine.working_to_master_map.get(parameter, parameter)
-    return Part(name=name, working=parameter, shape=shape, box=box, **whole)
+    return ParamShard(name=name, working=parameter, shape=shape, box=box, **whole)
 
 
 def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int]:
@@ -109,8 +109,8 @@ def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int
     world = dist.get_world_size()
     if is_customized_distributed_tensor(parameter) or is_padded_tensor(parameter):
         raise PlacementError(
-            f"The policy cuts {name} into interleaved or padded parts, which no other strategy could put together. Cut it in "
-            "one piece a rank: keep query, key and value apart, and a vocabulary that tp_size and "
+            f"The policy cuts {name} into interleaved or padded parts, which no other strategy could load. Shard it into "
+            "one block per rank: keep query, key and value apart, and a vocabulary that tp_size and "
             "make_vocab_size_divisible_by divide."
         )
     if not is_distributed_tensor(parameter):
@@ -141,14 +141,14 @@ def _range(parameter: nn.Parameter, engine: LowLevelZeroOptimizer, same_box: int
     return {"master": master, "start": start, "count": count, "copies": same_box // store.world_size}
 
 
-def gradients_of(parts: Iterable[Part], engine: OptimizerWrapper) -> list[tuple[Part, Tensor]]:
-    """Return the gradients by which this rank updates its parts, themselves, where there are any."""
+def gradients_of(param_shards: Iterable[ParamShard], engine: OptimizerWrapper) -> list[tuple[ParamShard, Tensor]]:
+    """Return the gradients by which this rank updates its param_shards, themselves, where there are any."""
     found = []
-    for part in parts:
-        if isinstance(engine, LowLevelZeroOptimizer) and part.master is not part.working:
-            gradient = engine.get_working_grad_by_param_id(id(part.working))
+    for shard in param_shards:
+        if isinstance(engine, LowLevelZeroOptimizer) and shard.master is not shard.working:
+            gradient = engine.get_working_grad_by_param_id(id(shard.working))
         else:
-            gradient = part.working.grad
+            gradient = shard.working.grad
         if gradient is not None:
-            found.append((part, gradient))
+            found.append((shard, gradient))
     return found

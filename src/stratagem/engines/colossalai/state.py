@@ -1,4 +1,4 @@
-"""The state of a boosted model and its optimizer, by the bare model's names: each rank gives the parts that it has."""
+"""The state of a boosted model and its optimizer, by the bare model's names: each rank gives the param_shards that it has."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from stratagem.checkpoint import (
     optimizer_by_index,
     optimizer_by_name,
 )
-from stratagem.engines.colossalai.placement import ColossalBooster
-from stratagem.engines.colossalai.shard_layout import Part
-from stratagem.engines.colossalai.wrapper import BoostedOptimWrapper
+from stratagem.engines.colossalai.placement import ColossalAIPlacement
+from stratagem.engines.colossalai.shard_layout import ParamShard
+from stratagem.engines.colossalai.wrapper import ColossalAIOptimWrapper
 from stratagem.errors import CheckpointError
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.state.optim_state import require_one_optimizer
 from stratagem.strategies.state.state_io import StateAccess
 
-__all__ = ["BoosterState"]
+__all__ = ["ColossalAIState"]
 
 # A number of the optimizer's own, though it may be a tensor of the shape of a parameter that is a number.
 _COUNTER: Final = "step"
 
 
 @final
-class BoosterState(StateAccess):
+class ColossalAIState(StateAccess):
     """Reads and writes the optimizer's masters in the place of the parameters that are computed with.
 
     Masters are written as they were, where ColossalAI's own loading makes them anew from the rounded parameters: a run in
@@ -42,7 +42,7 @@ class BoosterState(StateAccess):
         placement: placed the model.
     """
 
-    def __init__(self, placement: ColossalBooster) -> None:
+    def __init__(self, placement: ColossalAIPlacement) -> None:
         self._placement = placement
 
     def model_state(self, model: nn.Module) -> StateTree:
@@ -68,10 +68,10 @@ class BoosterState(StateAccess):
                 continue
             here = own[name]
             if isinstance(here, nn.Parameter):
-                part = self._placement.parts[here]
-                part.put_working(value)
-                if part.master is not part.working:
-                    part.put(value, part.master)
+                shard = self._placement.param_shards[here]
+                shard.put_working(value)
+                if shard.master is not shard.working:
+                    shard.put(value, shard.master)
             elif isinstance(here, Tensor):
                 here.copy_(value)
             else:
@@ -83,10 +83,10 @@ class BoosterState(StateAccess):
     def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
         wrapper = _boosted(optim)
         state = wrapper.state_dict()
-        parts = self._parts_of_masters(wrapper)
+        param_shards = self._parts_of_masters(wrapper)
         slots = {
-            part.name: {key: self._stored_slot(key, value, part) for key, value in state["state"][index].items()}
-            for index, part in enumerate(parts)
+            shard.name: {key: self._stored_slot(key, value, shard) for key, value in state["state"][index].items()}
+            for index, shard in enumerate(param_shards)
             if index in state["state"]
         }
         by_name = optimizer_by_name({**state, "state": {}}, self._placement.group_names)
@@ -103,9 +103,9 @@ class BoosterState(StateAccess):
         flat = [name for group in names for name in group]
         saved = {flat[index]: slots for index, slots in by_index["state"].items()}
         slots = {
-            index: {key: _own_slot(key, value, part) for key, value in saved[part.name].items()}
-            for index, part in enumerate(self._parts_of_masters(wrapper))
-            if part.name in saved
+            index: {key: _own_slot(key, value, shard) for key, value in saved[shard.name].items()}
+            for index, shard in enumerate(self._parts_of_masters(wrapper))
+            if shard.name in saved
         }
         groups, first = [], 0
         for group, own in zip(by_index["param_groups"], wrapper.param_groups, strict=True):
@@ -115,11 +115,11 @@ class BoosterState(StateAccess):
         wrapper.load_state_dict({**by_index, "state": slots, "param_groups": groups})
 
     def weights_are_finite(self, model: nn.Module) -> bool:
-        return all_finite(part.master for part in self._placement.parts.values())
+        return all_finite(shard.master for shard in self._placement.param_shards.values())
 
     def _entries(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
         """Yield what the model keeps, parameters as themselves."""
-        if not self._placement.spreads_layers:
+        if not self._placement.uses_tensor_parallel:
             yield from model.state_dict(keep_vars=True).items()
             return
         # The library's spread layers would put their parameters together, each time that they are asked for their state.
@@ -131,46 +131,46 @@ class BoosterState(StateAccess):
 
     def _stored(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
-            part = self._placement.parts[value]
-            return part.pieces(part.master)
+            shard = self._placement.param_shards[value]
+            return shard.pieces(shard.master)
         return value.detach() if isinstance(value, Tensor) else value
 
     def _whole_shape(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
-            return torch.empty(self._placement.parts[value].shape, device="meta")
+            return torch.empty(self._placement.param_shards[value].shape, device="meta")
         return value
 
-    def _stored_slot(self, key: str, value: Any, part: Part) -> Any:
-        if not isinstance(value, Tensor) or key == _COUNTER or value.numel() == 1 != part.master.numel():
+    def _stored_slot(self, key: str, value: Any, shard: ParamShard) -> Any:
+        if not isinstance(value, Tensor) or key == _COUNTER or value.numel() == 1 != shard.master.numel():
             return value
-        if value.shape == part.master.shape:
-            return part.pieces(value)
-        if part.is_whole:
+        if value.shape == shard.master.shape:
+            return shard.pieces(value)
+        if shard.is_whole:
             return value
         raise CheckpointError(
-            f"The optimizer's {key} of {part.name} has the shape {list(value.shape)}, and this rank has {part.count} elements of "
-            f"the parameter's {list(part.shape)}: no other strategy could make sense of it. Use plugin='torch-ddp', or an "
+            f"The optimizer's {key} of {shard.name} has shape {list(value.shape)}, and this rank has {shard.count} elements of "
+            f"the parameter's {list(shard.shape)}: no other strategy could make sense of it. Use plugin='torch-ddp', or an "
             "optimizer that works on each element by itself, such as AdamW."
         )
 
-    def _parts_of_masters(self, wrapper: BoostedOptimWrapper) -> list[Part]:
-        """Return the parts that the optimizer updates, in its order."""
-        of_master = {id(part.master): part for part in self._placement.parts.values()}
+    def _parts_of_masters(self, wrapper: ColossalAIOptimWrapper) -> list[ParamShard]:
+        """Return the param_shards that the optimizer updates, in its order."""
+        of_master = {id(shard.master): shard for shard in self._placement.param_shards.values()}
         return [of_master[id(master)] for group in wrapper.param_groups for master in group["params"]]
 
 
-def _boosted(optim: AnyOptim) -> BoostedOptimWrapper:
-    if not isinstance(optim, BoostedOptimWrapper):
+def _boosted(optim: AnyOptim) -> ColossalAIOptimWrapper:
+    if not isinstance(optim, ColossalAIOptimWrapper):
         raise CheckpointError(f"{type(optim).__name__} is not the optimizer wrapper that ColossalAIStrategy prepared.")
     return optim
 
 
-def _own_slot(key: str, value: Any, part: Part) -> Any:
+def _own_slot(key: str, value: Any, shard: ParamShard) -> Any:
     """Return a value in memory of its own, of a tensor that belongs to each element what this rank has of it."""
     if not isinstance(value, Tensor | ShardedTensorState):
         return value
-    if key == _COUNTER or (isinstance(value, Tensor) and value.shape != part.shape):
+    if key == _COUNTER or (isinstance(value, Tensor) and value.shape != shard.shape):
         return value.clone() if isinstance(value, Tensor) else value
-    own = torch.zeros_like(part.master, dtype=value.dtype)
-    part.put(value, own)
+    own = torch.zeros_like(shard.master, dtype=value.dtype)
+    shard.put(value, own)
     return own

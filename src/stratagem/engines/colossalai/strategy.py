@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, final
 
 from stratagem.checkpoint import save_checkpoint
-from stratagem.engines.colossalai.import_stubs import stand_ins
+from stratagem.engines.colossalai.import_stubs import import_stubs
 from stratagem.engines.colossalai.options import CHECKPOINT_FORMATS, parse_plugin, refuse_other_wrappers
 from stratagem.errors import CheckpointError, ConfigValueError, MissingDependencyError
 from stratagem.parallel import Placement
@@ -65,11 +65,11 @@ class ColossalAIStrategy(ComposedStrategy):
 
     def _make_placement(self) -> Placement:
         self._require_processes()
-        placement: Placement = _load("placement:ColossalBooster")(self._plugin, self.world)
+        placement: Placement = _load("placement:ColossalAIPlacement")(self._plugin, self.world)
         return placement
 
     def _make_access(self) -> StateAccess:
-        access: StateAccess = _load("state:BoosterState")(self._placement)
+        access: StateAccess = _load("state:ColossalAIState")(self._placement)
         return access
 
     def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
@@ -80,7 +80,7 @@ class ColossalAIStrategy(ComposedStrategy):
                 "ColossalAI's own form is written by its Booster while training waits, so not in the background. Set "
                 "async_save=False, or checkpoint_format='portable'."
             )
-        writer: CheckpointWriter = _load("native:NativeWriter")(self._placement)
+        writer: CheckpointWriter = _load("native:ColossalAIFormatWriter")(self._placement)
         return writer
 
 
@@ -91,7 +91,7 @@ def _load(target: str) -> Any:
         MissingDependencyError: if ColossalAI or what it needs is not installed.
     """
     try:
-        with stand_ins(), without_working_directory():
+        with import_stubs(), without_working_directory():
             return import_object(f"{_HERE}.{target}")
     except MissingDependencyError as error:
         raise MissingDependencyError(

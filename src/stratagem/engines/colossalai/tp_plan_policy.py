@@ -17,7 +17,7 @@ from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.parallel.fsdp.wrap_policy import matches_name
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["PLAN_ATTRIBUTE", "PlannedPolicy"]
+__all__ = ["PLAN_ATTRIBUTE", "TPPlanPolicy"]
 
 # The same attribute as FSDPStrategy(tp=...) follows.
 PLAN_ATTRIBUTE: Final = "tp_plan"
@@ -25,7 +25,7 @@ _LAYERS: Final = {"colwise": Linear1D_Col, "rowwise": Linear1D_Row}
 
 
 @final
-class PlannedPolicy(Policy):
+class TPPlanPolicy(Policy):
     """Spreads the linear layers that a plan names: pattern of module names -> ``"colwise"`` or ``"rowwise"``.
 
     Args:

@@ -13,24 +13,24 @@ from colossalai.interface import OptimizerWrapper
 from torch import Tensor, nn
 
 from stratagem.distributed import all_reduce
-from stratagem.engines.colossalai.shard_layout import Part, gradients_of
+from stratagem.engines.colossalai.shard_layout import ParamShard, gradients_of
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.optim.base import NOTHING
 from stratagem.optim.gradients import Clipping
 
-__all__ = ["BoostedOptimWrapper"]
+__all__ = ["ColossalAIOptimWrapper"]
 
 logger = logging.getLogger(__name__)
 
 
 @final
-class BoostedOptimWrapper(AccumulatingOptimWrapper):
+class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
     """Train through ColossalAI's optimizer: its backward pass, its loss scale, its clipping, its update.
 
     Args:
         engine: the optimizer as the booster wrapped it.
-        parts: what this rank has of each parameter.
+        param_shards: what this rank has of each parameter.
         settings: the wrapper that was configured: accumulation, what to do where gradients are not finite.
         hold: makes the context of a micro-batch whose gradients are not exchanged yet.
         clipping: done here, for plugins that do not clip.
@@ -41,7 +41,7 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
     def __init__(
         self,
         engine: OptimizerWrapper,
-        parts: Mapping[nn.Parameter, Part],
+        param_shards: Mapping[nn.Parameter, ParamShard],
         settings: AccumulatingOptimWrapper,
         *,
         hold: Callable[[], AbstractContextManager[object]],
@@ -51,7 +51,7 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
     ) -> None:
         super().__init__(engine.optim, accumulative_counts=settings.accumulative_counts, nonfinite=settings.nonfinite)
         self.engine = engine
-        self.parts = parts
+        self.param_shards = param_shards
         self._hold = hold
         self._clipping = clipping
         self._norm_is_logged = norm_is_logged or clipping is not None or self._nonfinite is not None
@@ -109,7 +109,7 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
             self.updates += 1
 
     def model_parameters(self) -> list[nn.Parameter]:
-        return list(self.parts)
+        return list(self.param_shards)
 
     def zero_grad(self, **kwargs: Any) -> None:
         self.engine.zero_grad(**kwargs)
@@ -126,7 +126,7 @@ class BoostedOptimWrapper(AccumulatingOptimWrapper):
             _load_scaler(scaler, state_dict["loss_scaler"])
 
     def _settle_gradients(self, micro_batches: int) -> bool:
-        gradients = gradients_of(self.parts.values(), self.engine)
+        gradients = gradients_of(self.param_shards.values(), self.engine)
         own = [gradient for _, gradient in gradients]
         if self._weight is not None:
             self._divide_by_weight(own, micro_batches)
@@ -153,13 +153,13 @@ def _precision_of(engine: OptimizerWrapper) -> Any:
 
 
 @torch.no_grad()
-def _norm_over_ranks(gradients: list[tuple[Part, Tensor]], own: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients as one vector, of which ranks have parts and copies. Collective."""
+def _norm_over_ranks(gradients: list[tuple[ParamShard, Tensor]], own: list[Tensor]) -> Tensor:
+    """Return the norm of all gradients as one vector, of which ranks have param_shards and copies. Collective."""
     device = own[0].device if own else torch.device("cpu")
     squares = torch.zeros((), device=device)
     if own:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(own, 2.0, dtype=torch.float32)])
-        copies = torch.tensor([float(part.copies) for part, _ in gradients], device=device)
+        copies = torch.tensor([float(shard.copies) for shard, _ in gradients], device=device)
         squares = (norms.square() / copies).sum()
     all_reduce(squares)
     return squares.sqrt()

@@ -45,7 +45,7 @@ def load_deepspeed(world: World) -> ModuleType:
     for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
         os.environ.setdefault(name, str(value))
     deepspeed = import_module("deepspeed", extra="deepspeed")
-    # It would compile an operator for exchange in shared memory; where that was ever interrupted, all later runs wait for
+    # It would compile an operator for exchange in shared master_weights; where that was ever interrupted, all later runs wait for
     # the lock that it left.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Its notes are many, and on every rank.

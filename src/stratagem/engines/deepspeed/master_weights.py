@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps what it trains: the part of each parameter that this rank updates, in the engine's own memory."""
+"""Where DeepSpeed keeps what it trains: the part of each parameter that this rank updates, in the engine's own master_weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from torch import Tensor, nn
 
 from stratagem.distributed import all_reduce
 
-__all__ = ["Fragment", "Memory", "WholeMasters", "WholeParameters", "ZeroFlat", "ZeroPartitioned"]
+__all__ = [
+    "ShardRange",
+    "MasterWeights",
+    "Stage0MasterWeights",
+    "Stage0Params",
+    "Stage12MasterWeights",
+    "Stage3MasterWeights",
+]
 
-Owners = dict[nn.Parameter, "Fragment"]
+ShardRanges = dict[nn.Parameter, "ShardRange"]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Fragment:
+class ShardRange:
     """Consecutive elements of a parameter that this rank updates.
 
     Attributes:
@@ -39,33 +46,33 @@ class Fragment:
         return tensor.detach().view(-1)[self.offset : self.offset + self.count]
 
 
-class Memory(ABC):
-    """The memory of one kind of DeepSpeed's optimizers.
+class MasterWeights(ABC):
+    """The master_weights of one kind of DeepSpeed's optimizers.
 
     Attributes:
-        fragments: for each parameter that is trained, the elements that this rank updates.
-        spread: whether ranks update different elements; else each has all.
-        empties_groups: whether the optimizer's groups are filled by the engine while it steps alone.
+        shard_ranges: for each parameter that is trained, the elements that this rank updates.
+        sharded: whether ranks update different elements; else each has all.
+        groups_empty_between_steps: whether the optimizer's groups are filled by the engine while it steps alone.
         clips: whether the engine clips gradients itself.
-        adds_passes: whether a further backward pass after the one that completed a window adds to its gradients.
+        accumulates_extra_backward: whether a further backward pass after the one that completed a window adds to its gradients.
     """
 
-    fragments: Owners
-    spread: bool = True
-    empties_groups: bool = False
+    shard_ranges: ShardRanges
+    sharded: bool = True
+    groups_empty_between_steps: bool = False
     clips: bool = True
-    adds_passes: bool = False
+    accumulates_extra_backward: bool = False
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """Return this rank's gradients of a complete window, each element once over all ranks where they are spread."""
+        """Return this rank's gradients of a complete window, each element once over all ranks where they are sharded."""
 
     @abstractmethod
-    def forget_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         """Drop the gradients of this window."""
 
     @abstractmethod
-    def publish(self) -> None:
+    def update_model_params(self) -> None:
         """Let the weights that compute follow those that are updated, on every rank. Collective."""
 
     def needs_forward(self) -> bool:
@@ -81,10 +88,10 @@ class Memory(ABC):
             gradient.mul_(factor)
 
     def norm(self) -> Tensor:
-        """Return the norm of all gradients. Collective where they are spread."""
+        """Return the norm of all gradients. Collective where they are sharded."""
         parts = [part for part in self.gradients() if part.numel()]
         norm = torch.zeros(()) if not parts else torch.stack(torch._foreach_norm(parts, 2.0)).float().norm()
-        if self.spread:
+        if self.sharded:
             norm = norm.square()
             all_reduce(norm)
             norm = norm.sqrt()
@@ -92,69 +99,69 @@ class Memory(ABC):
 
     def flats(self) -> Iterator[Tensor]:
         """Yield what the optimizer steps, each once."""
-        yield from {id(fragment.flat): fragment.flat for fragment in self.fragments.values()}.values()
+        yield from {id(shard_range.flat): shard_range.flat for shard_range in self.shard_ranges.values()}.values()
 
 
 @final
-class WholeParameters(Memory):
+class Stage0Params(MasterWeights):
     """Stage 0 in the parameters' own type: the optimizer steps the parameters.
 
     Args:
         trained: the parameters of the optimizer.
     """
 
-    spread = False
-    adds_passes = True
+    sharded = False
+    accumulates_extra_backward = True
     # DeepSpeed 0.19 would, but fails where a parameter is a single number.
     clips = False
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
-        self.fragments = {each: Fragment(each, 0, 0, each.numel()) for each in trained}
+        self.shard_ranges = {each: ShardRange(each, 0, 0, each.numel()) for each in trained}
 
     def gradients(self) -> list[Tensor]:
-        return [each.grad for each in self.fragments if each.grad is not None]
+        return [each.grad for each in self.shard_ranges if each.grad is not None]
 
-    def forget_gradients(self) -> None:
-        for each in self.fragments:
+    def discard_gradients(self) -> None:
+        for each in self.shard_ranges:
             each.grad = None
 
-    def publish(self) -> None:
+    def update_model_params(self) -> None:
         """They are the same."""
 
 
 @final
-class WholeMasters(Memory):
+class Stage0MasterWeights(MasterWeights):
     """Stage 0 in 16 bits: every rank steps float32 masters of all parameters.
 
     Args:
         optimizer: DeepSpeed's.
     """
 
-    spread = False
-    adds_passes = True
+    sharded = False
+    accumulates_extra_backward = True
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
-        self.fragments = {
-            parameter: Fragment(master, 0, 0, master.numel())
+        self.shard_ranges = {
+            parameter: ShardRange(master, 0, 0, master.numel())
             for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
             for parameter, master in zip(group, masters, strict=True)
         }
 
     def gradients(self) -> list[Tensor]:
-        return [each.grad for each in self.fragments if each.grad is not None]
+        return [each.grad for each in self.shard_ranges if each.grad is not None]
 
-    def forget_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         self._optimizer.zero_grad()
 
     @torch.no_grad()
-    def publish(self) -> None:
-        for parameter, fragment in self.fragments.items():
-            parameter.copy_(fragment.flat)
+    def update_model_params(self) -> None:
+        for parameter, shard_range in self.shard_ranges.items():
+            parameter.copy_(shard_range.flat)
 
 
 @final
-class ZeroFlat(Memory):
+class Stage12MasterWeights(MasterWeights):
     """Stages 1 and 2: the parameters of a group lie one after another, and each rank steps a stretch of them.
 
     Args:
@@ -164,7 +171,7 @@ class ZeroFlat(Memory):
 
     def __init__(self, optimizer: Any, rank: int) -> None:
         self._optimizer = optimizer
-        self.fragments = {}
+        self.shard_ranges = {}
         for index, group in enumerate(optimizer.round_robin_bit16_groups):
             flat = optimizer.single_partition_of_fp32_groups[index]
             begin = rank * optimizer.partition_size[index]
@@ -172,7 +179,7 @@ class ZeroFlat(Memory):
             for parameter, place in zip(group, optimizer.round_robin_bit16_offsets[index], strict=True):
                 first, last = max(begin, place), min(end, place + parameter.numel())
                 count = max(0, last - first)
-                self.fragments[parameter] = Fragment(
+                self.shard_ranges[parameter] = ShardRange(
                     flat, first - begin if count else 0, first - place if count else 0, count
                 )
 
@@ -191,7 +198,7 @@ class ZeroFlat(Memory):
         if self._optimizer.cpu_offload:
             _scale_noted_norms(self._optimizer, factor)
 
-    def forget_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         own = self._optimizer
         own.micro_step_id = -1
         own.zero_grad(set_to_none=True)
@@ -206,12 +213,12 @@ class ZeroFlat(Memory):
             for flat in own.single_partition_of_fp32_groups:
                 flat.grad.zero_()
 
-    def publish(self) -> None:
+    def update_model_params(self) -> None:
         self._optimizer.update_lp_params()
 
 
 @final
-class ZeroPartitioned(Memory):
+class Stage3MasterWeights(MasterWeights):
     """Stage 3: each parameter is cut into equal parts, one a rank.
 
     Args:
@@ -219,18 +226,18 @@ class ZeroPartitioned(Memory):
         rank: this process's.
     """
 
-    empties_groups = True
-    adds_passes = True
+    groups_empty_between_steps = True
+    accumulates_extra_backward = True
 
     def __init__(self, optimizer: Any, rank: int) -> None:
         self._optimizer = optimizer
-        self.fragments = {}
+        self.shard_ranges = {}
         for group in optimizer.fp16_groups:
             for parameter in group:
                 index, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
                 start = min(rank * part, parameter.ds_numel)
                 count = min(part, parameter.ds_numel - start)
-                self.fragments[parameter] = Fragment(
+                self.shard_ranges[parameter] = ShardRange(
                     optimizer.fp32_partitioned_groups_flat[index], offset, start, count
                 )
 
@@ -251,7 +258,7 @@ class ZeroPartitioned(Memory):
         if self._optimizer.offload_optimizer:
             _scale_noted_norms(self._optimizer, factor)
 
-    def forget_gradients(self) -> None:
+    def discard_gradients(self) -> None:
         own = self._optimizer
         own.zero_grad(set_to_none=True)
         # All partitions are read in each step, but only a parameter's own backward pass overwrites its partition.
@@ -264,7 +271,7 @@ class ZeroPartitioned(Memory):
         else:
             own.averaged_gradients = {}
 
-    def publish(self) -> None:
+    def update_model_params(self) -> None:
         self._optimizer.checkpoint_event_prologue()
         for index in range(len(self._optimizer.fp16_groups)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(index)

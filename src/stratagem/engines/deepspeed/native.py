@@ -9,12 +9,12 @@ from typing import Final, final
 from stratagem.checkpoint import StateTree, gather_tree
 from stratagem.checkpoint.foreign import DEEPSPEED_STATE
 from stratagem.distributed import Team
-from stratagem.engines.deepspeed.wrapper import EngineOptim
+from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper
 from stratagem.errors import CheckpointError, ConfigValueError
 from stratagem.storage import atomic_directory
 from stratagem.utils import absolute
 
-__all__ = ["NativeWriter"]
+__all__ = ["DeepSpeedFormatWriter"]
 
 _TAG: Final = "state"
 # What DeepSpeed saves itself.
@@ -22,7 +22,7 @@ _ENGINES: Final = frozenset({"state_dict", "optimizer"})
 
 
 @final
-class NativeWriter:
+class DeepSpeedFormatWriter:
     """Writes what :meth:`ComposedStrategy.save_checkpoint` gives: model and optimizer by the engine, all else beside them.
 
     Args:
@@ -30,7 +30,7 @@ class NativeWriter:
         exclude_frozen_parameters: whether parameters that do not learn are left out.
     """
 
-    def __init__(self, optim: EngineOptim, *, exclude_frozen_parameters: bool) -> None:
+    def __init__(self, optim: DeepSpeedOptimWrapper, *, exclude_frozen_parameters: bool) -> None:
         self._optim = optim
         self._exclude = exclude_frozen_parameters
 
@@ -71,5 +71,9 @@ class NativeWriter:
         """Return what DeepSpeed does not tell of the optimizer's state: which parameters its numbers stand for."""
         names = [name for group in state["param_groups"] for name in group["params"]]
         parameters = [each for group in self._optim.groups for each in group.parameters]
-        trained = [name for name, each in zip(names, parameters, strict=True) if each in self._optim.memory.fragments]
+        trained = [
+            name
+            for name, each in zip(names, parameters, strict=True)
+            if each in self._optim.master_weights.shard_ranges
+        ]
         return {**{key: value for key, value in state.items() if key != "state"}, "trained": trained}

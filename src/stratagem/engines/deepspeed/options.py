@@ -38,7 +38,7 @@ class Options:
         optimizer: the section of that name, for runs that give no other.
         half_inputs: which inputs of ``forward`` are cast to ``dtype``: positions and names; None for all that are
             floating-point.
-        offloads_parameters: whether parameters lie in the CPU's memory.
+        offloads_parameters: whether parameters lie in the CPU's master_weights.
     """
 
     config: Mapping[str, Any]
@@ -96,7 +96,7 @@ class Options:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's state lies in the CPU's memory, and it steps there."""
+        """Whether the optimizer's state lies in the CPU's master_weights, and it steps there."""
         return _device(self.config.get("zero_optimization", {}), "offload_optimizer") == "cpu"
 
     def for_engine(self, *, micro_batch: int, accumulation: int, clipping: float, world_size: int) -> dict[str, Any]:

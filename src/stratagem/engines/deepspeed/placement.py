@@ -21,14 +21,14 @@ from stratagem.engines.deepspeed.bootstrap import (
 from stratagem.engines.deepspeed.elementwise_check import require_elementwise
 from stratagem.engines.deepspeed.inputs import with_inputs_in
 from stratagem.engines.deepspeed.master_weights import (
-    Memory,
-    WholeMasters,
-    WholeParameters,
-    ZeroFlat,
-    ZeroPartitioned,
+    MasterWeights,
+    Stage0MasterWeights,
+    Stage0Params,
+    Stage3MasterWeights,
+    Stage12MasterWeights,
 )
 from stratagem.engines.deepspeed.options import Options
-from stratagem.engines.deepspeed.wrapper import EngineOptim, KeptGroup, require_plain_wrapper
+from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper, OriginalGroup, require_plain_wrapper
 from stratagem.engines.engine_module import Driven
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.model import is_model_wrapper
@@ -50,7 +50,7 @@ class DeepSpeedPlacement(Placement):
         micro_batch: returns the samples of a rank in an iteration, where they are known.
 
     Attributes:
-        memory: where the engine keeps what it trains; None before it is made, and where nothing trains.
+        master_weights: where the engine keeps what it trains; None before it is made, and where nothing trains.
     """
 
     sharded = True
@@ -63,7 +63,7 @@ class DeepSpeedPlacement(Placement):
         self._logger = logger
         self._options = options
         self._micro_batch = micro_batch
-        self.memory: Memory | None = None
+        self.master_weights: MasterWeights | None = None
         self.params_are_master_weights = options.stage < 3 and options.dtype is None
         self.params_accept_writes = options.stage == 0 and options.dtype is None
         self._deepspeed = load_deepspeed(world)
@@ -71,7 +71,7 @@ class DeepSpeedPlacement(Placement):
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
         self._refuse(model)
-        model = steps.compile(steps.init(model).to(world.device))
+        model = steps.compile(steps.init_and_sync(model).to(world.device))
         if "train_step" in vars(model):
             raise PlacementError(
                 "compile: target='train_step' cannot be used under DeepSpeed, whose hooks around forward it would leave out. "
@@ -86,7 +86,7 @@ class DeepSpeedPlacement(Placement):
             allow_unknown=bool(self._options.config.get("zero_allow_untested_optimizer", False)),
         )
         originals = self._originals(settings.optimizer)
-        groups = _set_apart(settings.optimizer)
+        groups = _remove_frozen(settings.optimizer)
         engine = make_engine(
             self._deepspeed,
             model,
@@ -95,9 +95,9 @@ class DeepSpeedPlacement(Placement):
             cuts_parameters=self._options.stage == 3,
         )
         configure_checkpointing(self._deepspeed, self._options.config.get("activation_checkpointing"))
-        self.memory = self._memory(engine, world)
+        self.master_weights = self._make_master_weights(engine, world)
         self._put_back(originals)
-        optim = EngineOptim(engine, self.memory, settings, groups, dtype=self._options.dtype)
+        optim = DeepSpeedOptimWrapper(engine, self.master_weights, settings, groups, dtype=self._options.dtype)
         self._logger.info(
             "DeepSpeed trains %s: ZeRO stage %d over %d ranks, %s.",
             type(model).__name__, self._options.stage, world.size, self._options.dtype or "in the parameters' own type",
@@ -105,7 +105,7 @@ class DeepSpeedPlacement(Placement):
         return Placed(model=self._driven(model, engine.forward), optim=optim)
 
     def bind(self, optim: AnyOptim, model: nn.Module) -> None:
-        if not isinstance(optim, EngineOptim):
+        if not isinstance(optim, DeepSpeedOptimWrapper):
             raise PlacementError(
                 "DeepSpeed's engine is made with its optimizer, and this model was prepared without one. Give prepare() the "
                 "optim_wrapper when it is called first."
@@ -165,20 +165,20 @@ class DeepSpeedPlacement(Placement):
         return options.for_engine(
             micro_batch=micro_batch,
             accumulation=accumulation,
-            clipping=limit if WholeParameters.clips or not whole else 0.0,
+            clipping=limit if Stage0Params.clips or not whole else 0.0,
             world_size=world.size,
         )
 
-    def _memory(self, engine: Any, world: World) -> Memory:
+    def _make_master_weights(self, engine: Any, world: World) -> MasterWeights:
         if self._options.stage == 3:
-            return ZeroPartitioned(engine.optimizer, world.rank)
+            return Stage3MasterWeights(engine.optimizer, world.rank)
         if self._options.stage:
-            return ZeroFlat(engine.optimizer, world.rank)
+            return Stage12MasterWeights(engine.optimizer, world.rank)
         if self._options.dtype is not None:
             # DeepSpeed has made a step without gradients, which counts and decays.
             engine.optimizer.state.clear()
-            return WholeMasters(engine.optimizer)
-        return WholeParameters([each for group in engine.optimizer.param_groups for each in group["params"]])
+            return Stage0MasterWeights(engine.optimizer)
+        return Stage0Params([each for group in engine.optimizer.param_groups for each in group["params"]])
 
     def _originals(self, optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
         """Keep the weights as they are where the engine begins its masters with rounded ones."""
@@ -189,17 +189,17 @@ class DeepSpeedPlacement(Placement):
 
     @torch.no_grad()
     def _put_back(self, originals: dict[nn.Parameter, Tensor]) -> None:
-        if not originals or self.memory is None:
+        if not originals or self.master_weights is None:
             return
-        for parameter, fragment in self.memory.fragments.items():
-            values = originals[parameter].view(-1)[fragment.start : fragment.start + fragment.count]
-            fragment.of(fragment.flat).copy_(values)
-        self.memory.publish()
+        for parameter, shard_range in self.master_weights.shard_ranges.items():
+            values = originals[parameter].view(-1)[shard_range.start : shard_range.start + shard_range.count]
+            shard_range.of(shard_range.flat).copy_(values)
+        self.master_weights.update_model_params()
 
 
-def _set_apart(optimizer: Optimizer) -> list[KeptGroup]:
+def _remove_frozen(optimizer: Optimizer) -> list[OriginalGroup]:
     """Take what does not learn out of the optimizer, which DeepSpeed cannot have there; return the groups as they were."""
-    groups = [KeptGroup(group, tuple(group["params"])) for group in optimizer.param_groups]
+    groups = [OriginalGroup(group, tuple(group["params"])) for group in optimizer.param_groups]
     for group in groups:
         group.options["params"] = [each for each in group.parameters if each.requires_grad]
     optimizer.param_groups[:] = [group.options for group in groups if group.options["params"]]

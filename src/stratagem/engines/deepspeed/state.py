@@ -1,4 +1,4 @@
-"""How the state of what DeepSpeed trains is read and written: in the engine's own memory, under the model's names."""
+"""How the state of what DeepSpeed trains is read and written: in the engine's own master_weights, under the model's names."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from stratagem.checkpoint import (
     optimizer_by_name,
     take_range,
 )
-from stratagem.engines.deepspeed.master_weights import Fragment
+from stratagem.engines.deepspeed.master_weights import ShardRange
 from stratagem.engines.deepspeed.placement import DeepSpeedPlacement
-from stratagem.engines.deepspeed.wrapper import EngineOptim
+from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
@@ -38,7 +38,7 @@ class DeepSpeedState(StateAccess):
     """Reads parts of float32 masters and moments where the engine has them, and writes them there.
 
     Args:
-        placement: knows the engine's memory.
+        placement: knows the engine's master_weights.
     """
 
     def __init__(self, placement: DeepSpeedPlacement) -> None:
@@ -68,15 +68,18 @@ class DeepSpeedState(StateAccess):
                     self._write(parameter, values[name])
         rest = {name: value for name, value in values.items() if name in own and name not in parameters}
         model.load_state_dict(rest, strict=False)
-        if self._placement.memory is not None:
-            self._placement.memory.publish()
+        if self._placement.master_weights is not None:
+            self._placement.master_weights.update_model_params()
         return report
 
     def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
-        own = cast("EngineOptim", optim)
+        own = cast("DeepSpeedOptimWrapper", optim)
         parameters = [each for group in own.groups for each in group.parameters]
         index_of = {each: index for index, each in enumerate(parameters)}
-        slots = {index_of[each]: self._slots(own, each, fragment) for each, fragment in own.memory.fragments.items()}
+        slots = {
+            index_of[each]: self._slots(own, each, shard_range)
+            for each, shard_range in own.master_weights.shard_ranges.items()
+        }
         by_index = {
             **own.state_dict(),
             "state": {index: slots[index] for index in sorted(slots) if slots[index]},
@@ -89,7 +92,7 @@ class DeepSpeedState(StateAccess):
     def load_optim_state(
         self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
-        own = cast("EngineOptim", optim)
+        own = cast("DeepSpeedOptimWrapper", optim)
         require_one_optimizer(state)
         names = _names(own, model)
         by_index = optimizer_by_index(
@@ -98,7 +101,7 @@ class DeepSpeedState(StateAccess):
         parameters = [each for group in own.groups for each in group.parameters]
         flat_names = [name for group in names for name in group]
         saved = {each: (flat_names[index], by_index["state"].get(index) or {}) for index, each in enumerate(parameters)}
-        for flat, owners in _by_flat(own.memory.fragments):
+        for flat, owners in _by_flat(own.master_weights.shard_ranges):
             slots = {each: saved[each] for each in owners}
             _write_slots(own.optimizer.state, flat, owners, slots)
             kept = own.optimizer.state.get(flat, {})
@@ -110,41 +113,41 @@ class DeepSpeedState(StateAccess):
         own.load_counts(state)
 
     def weights_are_finite(self, model: nn.Module) -> bool:
-        memory = self._placement.memory
-        flats = [] if memory is None else [flat.detach() for flat in memory.flats()]
-        trained = {} if memory is None else memory.fragments
+        master_weights = self._placement.master_weights
+        flats = [] if master_weights is None else [flat.detach() for flat in master_weights.flats()]
+        trained = {} if master_weights is None else master_weights.shard_ranges
         rest = [held_values(each)[0] for each in model.parameters() if each not in trained]
         return all_finite([*flats, *rest])
 
     def _read(self, value: Any) -> Any:
         if not isinstance(value, nn.Parameter):
             return value.detach() if isinstance(value, Tensor) else value
-        memory = self._placement.memory
-        fragment = None if memory is None else memory.fragments.get(value)
+        master_weights = self._placement.master_weights
+        shard_range = None if master_weights is None else master_weights.shard_ranges.get(value)
         shape = whole_shape(value)
-        if memory is not None and fragment is not None:
-            return _part(fragment, fragment.flat, shape) if memory.spread else fragment.flat.detach()
+        if master_weights is not None and shard_range is not None:
+            return _part(shard_range, shard_range.flat, shape) if master_weights.sharded else shard_range.flat.detach()
         values, start = held_values(value)
         return values if values.shape == shape else ShardedTensorState.from_flat_range(values, start, shape)
 
     def _write(self, parameter: nn.Parameter, value: Tensor | ShardedTensorState) -> None:
-        memory = self._placement.memory
-        fragment = None if memory is None else memory.fragments.get(parameter)
-        if memory is None or fragment is None:
+        master_weights = self._placement.master_weights
+        shard_range = None if master_weights is None else master_weights.shard_ranges.get(parameter)
+        if master_weights is None or shard_range is None:
             target, start = held_values(parameter)
-        elif memory.spread:
-            target, start = fragment.of(fragment.flat), fragment.start
+        elif master_weights.sharded:
+            target, start = shard_range.of(shard_range.flat), shard_range.start
         else:
-            target, start = fragment.flat.detach(), 0
+            target, start = shard_range.flat.detach(), 0
         target.copy_(take_range(value, start, start + target.numel()).view(target.shape))
 
-    def _slots(self, optim: EngineOptim, parameter: nn.Parameter, fragment: Fragment) -> dict[str, Any]:
+    def _slots(self, optim: DeepSpeedOptimWrapper, parameter: nn.Parameter, shard_range: ShardRange) -> dict[str, Any]:
         """Return a parameter's moments; those of the whole stretch that it shares are each parameter's own."""
         shape = whole_shape(parameter)
-        state = optim.optimizer.state.get(fragment.flat, {})
+        state = optim.optimizer.state.get(shard_range.flat, {})
         return {
-            key: _part(fragment, value, shape)
-            if optim.memory.spread and _is_elementwise(key, value, fragment.flat.shape)
+            key: _part(shard_range, value, shape)
+            if optim.master_weights.sharded and _is_elementwise(key, value, shard_range.flat.shape)
             else _as_torchs(key, value)
             for key, value in state.items()
         }
@@ -164,11 +167,11 @@ def held_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
     return part.detach().view(-1)[: cast("Any", parameter).ds_numel - start], start
 
 
-def _part(fragment: Fragment, tensor: Tensor, shape: torch.Size) -> ShardedTensorState:
+def _part(shard_range: ShardRange, tensor: Tensor, shape: torch.Size) -> ShardedTensorState:
     """Return what this rank has of a parameter, from a tensor that lies as what is stepped does."""
-    values = fragment.of(tensor)
+    values = shard_range.of(tensor)
     return (
-        ShardedTensorState.from_flat_range(values, fragment.start, shape)
+        ShardedTensorState.from_flat_range(values, shard_range.start, shape)
         if values.numel()
         else ShardedTensorState.empty(values.dtype, shape)
     )
@@ -178,7 +181,7 @@ def _is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
     return key not in _OF_THE_WHOLE and isinstance(value, Tensor | ShardedTensorState) and value.shape == shape
 
 
-def _names(optim: EngineOptim, model: nn.Module) -> list[list[str]]:
+def _names(optim: DeepSpeedOptimWrapper, model: nn.Module) -> list[list[str]]:
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         [known.get(id(each), f"unnamed.{index}.{place}") for place, each in enumerate(group.parameters)]
@@ -186,20 +189,22 @@ def _names(optim: EngineOptim, model: nn.Module) -> list[list[str]]:
     ]
 
 
-def _by_flat(fragments: Mapping[nn.Parameter, Fragment]) -> Iterator[tuple[Tensor, dict[nn.Parameter, Fragment]]]:
-    flats: dict[int, tuple[Tensor, dict[nn.Parameter, Fragment]]] = {}
-    for parameter, fragment in fragments.items():
-        flats.setdefault(id(fragment.flat), (fragment.flat, {}))[1][parameter] = fragment
+def _by_flat(
+    shard_ranges: Mapping[nn.Parameter, ShardRange],
+) -> Iterator[tuple[Tensor, dict[nn.Parameter, ShardRange]]]:
+    flats: dict[int, tuple[Tensor, dict[nn.Parameter, ShardRange]]] = {}
+    for parameter, shard_range in shard_ranges.items():
+        flats.setdefault(id(shard_range.flat), (shard_range.flat, {}))[1][parameter] = shard_range
     yield from flats.values()
 
 
 def _write_slots(
     state: dict[Tensor, Any],
     flat: Tensor,
-    owners: Mapping[nn.Parameter, Fragment],
+    owners: Mapping[nn.Parameter, ShardRange],
     saved: Mapping[nn.Parameter, tuple[str, Mapping[str, Any]]],
 ) -> None:
-    """Write the moments of the parameters that lie in one stretch of memory; those that have none get zeros."""
+    """Write the moments of the parameters that lie in one stretch of master_weights; those that have none get zeros."""
     given = {each: slots for each, (_, slots) in saved.items() if slots}
     if not given:
         state.pop(flat, None)
@@ -218,10 +223,10 @@ def _write_slots(
             kept[key] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
         kept[key].zero_()
         for each, value in values.items():
-            fragment = owners[each]
-            part = take_range(value, fragment.start, fragment.start + fragment.count)
+            shard_range = owners[each]
+            part = take_range(value, shard_range.start, shard_range.start + shard_range.count)
             # One that is stepped whole may have any strides.
-            target = kept[key] if fragment.count == kept[key].numel() else fragment.of(kept[key])
+            target = kept[key] if shard_range.count == kept[key].numel() else shard_range.of(kept[key])
             target.copy_(part.view(target.shape))
 
 

@@ -134,7 +134,7 @@ class DeepSpeedStrategy(ComposedStrategy):
                 "checkpoint_format='deepspeed' is written by the engine, at once. Set async_save=False in the "
                 "CheckpointHook, or use checkpoint_format='portable'."
             )
-        writer: CheckpointWriter = import_object(f"{_HERE}.native:NativeWriter")(
+        writer: CheckpointWriter = import_object(f"{_HERE}.native:DeepSpeedFormatWriter")(
             self.optim_wrapper, exclude_frozen_parameters=self._exclude_frozen
         )
         return writer

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.engines.deepspeed.loss_scale import read_loss_scale, write_loss_scale
-from stratagem.engines.deepspeed.master_weights import Memory
+from stratagem.engines.deepspeed.master_weights import MasterWeights
 from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 
-__all__ = ["EngineOptim", "KeptGroup", "require_plain_wrapper"]
+__all__ = ["DeepSpeedOptimWrapper", "OriginalGroup", "require_plain_wrapper"]
 
 logger = logging.getLogger(__name__)
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class KeptGroup:
+class OriginalGroup:
     """A group as it was before DeepSpeed put parts in the place of its parameters.
 
     Attributes:
@@ -36,14 +36,14 @@ class KeptGroup:
 
 
 @final
-class EngineOptim(AccumulatingOptimWrapper):
+class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
     """Computes gradients and updates by DeepSpeed's engine: exchange, accumulation, clipping and the loss scale are its own.
 
     Windows are counted here, so that the last and shorter one is divided by its own length.
 
     Args:
-        engine: DeepSpeed's; it stays an attribute, like ``memory`` and ``groups``.
-        memory: where the engine keeps gradients and what it updates.
+        engine: DeepSpeed's; it stays an attribute, like ``master_weights`` and ``groups``.
+        master_weights: where the engine keeps gradients and what it updates.
         settings: the wrapper that was configured; its optimizer is the engine's.
         groups: the optimizer's groups as they were.
         dtype: what the model computes in; None for its own types.
@@ -52,9 +52,9 @@ class EngineOptim(AccumulatingOptimWrapper):
     def __init__(
         self,
         engine: Any,
-        memory: Memory,
+        master_weights: MasterWeights,
         settings: OptimWrapper,
-        groups: Sequence[KeptGroup],
+        groups: Sequence[OriginalGroup],
         *,
         dtype: torch.dtype | None,
     ) -> None:
@@ -65,12 +65,12 @@ class EngineOptim(AccumulatingOptimWrapper):
             nonfinite="skip" if scales else settings.nonfinite,
         )
         self.groups = tuple(groups)
-        self.memory = memory
+        self.master_weights = master_weights
         self.engine = engine
         self._clipping = settings.clipping
         self._scales = scales
         # Where DeepSpeed scales the loss itself, it does so in its backward pass.
-        self._scales_here = scales and not memory.spread
+        self._scales_here = scales and not master_weights.sharded
         # Whether the engine reduced the gradients of this window in the last backward pass, and needs its step next.
         self._is_reduced = False
         self._is_cleared = True
@@ -116,7 +116,7 @@ class EngineOptim(AccumulatingOptimWrapper):
             )
         micro_batches = self.pending
         if micro_batches > 1:
-            self.memory.complete_gradients()
+            self.master_weights.complete_gradients()
         self._is_reduced = False
         self._window_start = self.inner_count
         self.attempts += 1
@@ -133,7 +133,7 @@ class EngineOptim(AccumulatingOptimWrapper):
 
     def zero_grad(self, **kwargs: Any) -> None:
         """Forget the gradients of every parameter."""
-        self.memory.forget_gradients()
+        self.master_weights.discard_gradients()
         self._is_reduced = False
         self._is_cleared = True
 
@@ -148,13 +148,13 @@ class EngineOptim(AccumulatingOptimWrapper):
 
     def _require_next_pass(self) -> None:
         """Refuse a backward pass whose gradients DeepSpeed would keep instead of those before it, or misplace."""
-        if not self.memory.adds_passes and self._is_reduced:
+        if not self.master_weights.accumulates_extra_backward and self._is_reduced:
             raise PlacementError(
                 "A second backward pass began before the update, and this stage of DeepSpeed keeps the gradients of the last "
                 "pass alone. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2). To add up "
                 "passes of several forward passes, set accumulative_counts."
             )
-        if self.memory.needs_forward():
+        if self.master_weights.needs_forward():
             raise PlacementError(
                 "A second backward pass began without a forward pass after the first one, and ZeRO stage 3 frees the "
                 "parameters in each. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2)."
@@ -163,24 +163,24 @@ class EngineOptim(AccumulatingOptimWrapper):
     def _admitted(self, micro_batches: int) -> bool:
         """Weigh the window's gradients; tell whether the engine may step with them. Collective."""
         if self._weight is not None:
-            self.memory.scale_gradients(self._weighed(micro_batches))
+            self.master_weights.scale_gradients(self._weighed(micro_batches))
         if self._clipping is None and self._nonfinite is None and self.watch is None:
             return True
-        norm = self.memory.norm()
+        norm = self.master_weights.norm()
         self.grad_norm = norm / self.engine.optimizer.loss_scale if self._scales else norm
         # First, since it says more of what it refuses. An overflow of float16 is the engine's to see: it lowers its scale.
         if self.watch is not None and not self.watch.admits([], norm) and not self._scales:
             return False
         if not self._scales and not self._is_admitted(norm):
             return False
-        if self._clipping is not None and not self.memory.clips:
-            self._clipping.apply(self.memory.gradients(), norm)
+        if self._clipping is not None and not self.master_weights.clips:
+            self._clipping.apply(self.master_weights.gradients(), norm)
         return True
 
     @contextmanager
     def engines_groups(self) -> Iterator[None]:
         """Let the groups be as the engine left them, for the length of its step."""
-        if self.memory.empties_groups:
+        if self.master_weights.groups_empty_between_steps:
             for group in self.groups:
                 group.options["params"] = []
         yield
@@ -188,9 +188,13 @@ class EngineOptim(AccumulatingOptimWrapper):
 
     def _show_flats(self) -> None:
         """Put what is stepped into groups that the engine keeps empty between steps: others ask them for a device."""
-        for group in self.groups if self.memory.empties_groups else ():
-            fragments = [self.memory.fragments[each] for each in group.parameters if each in self.memory.fragments]
-            group.options["params"] = list({id(each.flat): each.flat for each in fragments}.values())
+        for group in self.groups if self.master_weights.groups_empty_between_steps else ():
+            shard_ranges = [
+                self.master_weights.shard_ranges[each]
+                for each in group.parameters
+                if each in self.master_weights.shard_ranges
+            ]
+            group.options["params"] = list({id(each.flat): each.flat for each in shard_ranges}.values())
 
 
 def require_plain_wrapper(optim: object) -> OptimWrapper:

@@ -1,4 +1,4 @@
-"""The initial weights of a sharded model: those of a single process, of which each rank keeps its part."""
+"""Give the shards of a model the initial values that a single process would give it."""
 
 from __future__ import annotations
 
@@ -12,165 +12,174 @@ from torch import Tensor, nn
 
 from stratagem.distributed import World, all_gather_object, broadcast, broadcast_object
 from stratagem.errors import PlacementError
-from stratagem.parallel.deferred_init.recorder import Tape
+from stratagem.parallel.deferred_init.recorder import OpRecorder
 from stratagem.tensors.dtensor import copy_into, local_box, local_part
 
-__all__ = ["ORIGINS", "InitialWeights", "Origin", "named_tensors", "require_alike", "without_memory"]
+__all__ = ["INIT_SOURCES", "InitSource", "InitialWeights", "move_to_meta", "named_tensors", "require_same_model"]
 
-Origin = Literal["rank0", "per_rank", "whole"]
-ORIGINS: Final[tuple[Origin, ...]] = ("rank0", "per_rank", "whole")
+InitSource = Literal["rank0", "per_rank", "whole"]
+INIT_SOURCES: Final[tuple[InitSource, ...]] = ("rank0", "per_rank", "whole")
 
-# What is sent at once: enough to be quick, little beside any model that needs sharding.
-_PIECE_BYTES: Final = 32 * 2**20
+# The size of one broadcast: large enough to be efficient, small compared with a model that needs sharding.
+_CHUNK_BYTES: Final = 32 * 2**20
 
 
 @final
 class InitialWeights:
-    """Builds a model without memory, and fills its shards with the values that one process would give it.
+    """Builds a model on the meta device and materializes its initial values into the shards.
 
-    Values are made tensor by tensor, in the order in which the model makes them, and with the random numbers of one
-    process. So no process ever has the whole model.
+    Values are computed tensor by tensor, in the order in which the model initializes them and with the random numbers of a
+    single process. No process ever holds the whole model, except with ``"whole"``.
 
     Args:
         world: this process.
-        origin: who makes the values: ``"rank0"`` sends them to the others piece by piece; ``"per_rank"`` has every rank
-            make all of them and keep its part, which sends nothing and costs each rank the time; ``"whole"`` builds the
-            model as it is, whole in each process, for models that look at values while they are built, and sends rank
-            0's.
+        source: which ranks compute the values. ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every rank
+            computes all values and keeps its shard, without communication. ``"whole"``: every process builds the whole
+            model directly, and rank 0 broadcasts its values; for models that read values while they are built.
     """
 
-    def __init__(self, world: World, origin: Origin) -> None:
+    def __init__(self, world: World, source: InitSource) -> None:
         self._world = world
-        self._origin = origin
-        self._tape = Tape()
-        self._given: dict[str, Tensor] = {}
+        self._source = source
+        self._recorder = OpRecorder()
+        self._detached: dict[str, Tensor] = {}
 
     @contextmanager
-    def making(self) -> Iterator[None]:
-        """Build a model, or let one draw its weights, for the length of a block.
+    def recording(self) -> Iterator[None]:
+        """Inside the ``with`` block, record how a model is built or initialized instead of allocating memory.
 
         Raises:
-            PlacementError: if that needs values of tensors, which are not there.
+            PlacementError: if the model reads values of tensors, which meta tensors do not have.
         """
-        if self._origin == "whole":
+        if self._source == "whole":
             yield
             return
         try:
-            with self._tape.recording():
+            with self._recorder.recording():
                 yield
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error).lower():
                 raise
             raise PlacementError(
-                f"The model cannot be built without memory: {error}\nA sharded model is built on torch's meta device, "
-                "where tensors have no values to look at. Use initial_weights='whole', which builds it whole in each "
-                "process, if it fits."
+                f"The model cannot be built on the meta device: {error}\nFSDPStrategy builds models on torch's meta device, "
+                "where tensors have no values that could be read. Use initial_weights='whole' to build the whole model in "
+                "each process, if it fits in memory."
             ) from error
 
-    def draw(self, model: nn.Module, init: Callable[[nn.Module], object]) -> None:
-        """Let a model draw its weights by ``init``, and modules that were given without memory by themselves."""
+    def initialize(self, model: nn.Module, init: Callable[[nn.Module], object]) -> None:
+        """Initialize a model by ``init``; modules on the meta device are first reset with ``reset_parameters()``."""
         if not any(tensor.is_meta for tensor in model.parameters()):
             init(model)
             return
-        with self.making():
+        with self.recording():
             for module in model.modules():
                 reset = getattr(module, "reset_parameters", None)
                 own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_meta]
-                if callable(reset) and not all(map(self._tape.is_written, own)):
+                if callable(reset) and not all(map(self._recorder.is_written, own)):
                     reset()
             init(model)
 
-    def take(self, model: nn.Module) -> dict[str, Tensor]:
-        """Take its memory out of the model, shared tensors staying shared; returns what stands for its tensors, by name."""
-        self._given = without_memory(model)
-        # Not the tensors themselves: some of them are given memory in their place.
+    def detach_storage(self, model: nn.Module) -> dict[str, Tensor]:
+        """Move the model to the meta device and keep the values that it has; shared tensors stay shared.
+
+        Returns the meta tensors by name, to pass to :meth:`materialize_into`.
+        """
+        self._detached = move_to_meta(model)
+        # Detached copies, because the tensors themselves may be given memory in place.
         return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
-    def fill(self, model: nn.Module, origins: Mapping[str, Tensor], *, parameters: bool = True) -> None:
-        """Give the placed model its values. Collective.
+    def materialize_into(self, model: nn.Module, metas: Mapping[str, Tensor], *, parameters: bool = True) -> None:
+        """Write the initial values into the placed model. Collective.
 
         Args:
             model: has memory for its shards.
-            origins: its tensors by name as :meth:`take` returned them.
-            parameters: whether parameters are filled too, or buffers alone.
+            metas: the meta tensors that :meth:`detach_storage` returned.
+            parameters: whether to initialize parameters and buffers, or only buffers.
 
         Raises:
-            PlacementError: if nothing in the model gives a tensor its values.
+            PlacementError: if the model does not initialize a tensor.
         """
         targets = {
             name: tensor
             for name, tensor in named_tensors(model).items()
             if parameters or not isinstance(tensor, nn.Parameter)
         }
-        self._require_written(targets, origins)
-        for name in broadcast_object([name for name in targets if name in self._given]):
-            _receive(targets[name], self._given.pop(name) if self._world.is_main else None)
-        self._given.clear()
-        made = {id(tensor): name for name, tensor in origins.items() if name in targets and tensor.is_meta}
-        wanted = [origins[name] for name in made.values() if self._tape.is_written(origins[name])]
-        if self._origin == "per_rank":
-            for tensor, values in self._tape.play(wanted, draws=parameters):
-                copy_into(targets[made[id(tensor)]], values)
+        self._require_written(targets, metas)
+        for name in broadcast_object([name for name in targets if name in self._detached]):
+            _receive(targets[name], self._detached.pop(name) if self._world.is_main else None)
+        self._detached.clear()
+        names_of = {id(tensor): name for name, tensor in metas.items() if name in targets and tensor.is_meta}
+        wanted = [metas[name] for name in names_of.values() if self._recorder.is_written(metas[name])]
+        if self._source == "per_rank":
+            for tensor, values in self._recorder.materialize(wanted, uses_rng=parameters):
+                copy_into(targets[names_of[id(tensor)]], values)
             return
-        names = broadcast_object([made[id(tensor)] for tensor in self._tape.order(wanted, draws=parameters)])
-        source = self._tape.play(wanted if self._world.is_main else (), draws=parameters and self._world.is_main)
+        order = self._recorder.materialization_order(wanted, uses_rng=parameters)
+        names = broadcast_object([names_of[id(tensor)] for tensor in order])
+        is_main = self._world.is_main
+        materialized = self._recorder.materialize(wanted if is_main else (), uses_rng=parameters and is_main)
         for name in names:
-            _receive(targets[name], next(source)[1] if self._world.is_main else None)
-        # Draws that no tensor needs, but the generator.
-        deque(source, maxlen=0)
+            _receive(targets[name], next(materialized)[1] if is_main else None)
+        # The remaining operations only advance the random generators.
+        deque(materialized, maxlen=0)
 
-    def _require_written(self, targets: Mapping[str, Tensor], origins: Mapping[str, Tensor]) -> None:
-        empty = [name for name in targets if name not in self._given and not self._tape.is_written(origins[name])]
+    def _require_written(self, targets: Mapping[str, Tensor], metas: Mapping[str, Tensor]) -> None:
+        empty = [name for name in targets if name not in self._detached and not self._recorder.is_written(metas[name])]
         empty = broadcast_object(empty)
         if empty:
             raise PlacementError(
-                f"Nothing gives {len(empty)} tensors of the model their initial values: {', '.join(empty[:5])}. Fill them "
-                "where the model is built or in init_weights(), or load a checkpoint with skip_init_weights=True."
+                f"{len(empty)} tensors of the model are never initialized: {', '.join(empty[:5])}. Initialize them where the "
+                "model is built or in init_weights(), or load a checkpoint with skip_init_weights=True."
             )
 
 
 @torch.no_grad()
 def _receive(target: Tensor, values: Tensor | None) -> None:
-    """Send rank 0's values to every rank, rows at a time; each keeps what is its own. Collective."""
+    """Broadcast the values of rank 0 in chunks of rows; each rank keeps its shard. Collective.
+
+    Args:
+        target: the tensor to write to, sharded or not.
+        values: the full values on rank 0; None on other ranks.
+    """
     box = local_box(target)
     own = local_part(target).view(-1) if target.ndim == 0 else local_part(target)
     box = box or (slice(0, 1),)
     shape = tuple(target.shape) or (1,)
     row_bytes = max(1, target.dtype.itemsize * target.numel() // max(1, shape[0]))
-    rows = max(1, _PIECE_BYTES // row_bytes)
+    rows = max(1, _CHUNK_BYTES // row_bytes)
     for start in range(0, shape[0], rows):
         stop = min(start + rows, shape[0])
         if values is None:
-            piece = torch.empty((stop - start, *shape[1:]), dtype=target.dtype)
+            chunk = torch.empty((stop - start, *shape[1:]), dtype=target.dtype)
         else:
-            piece = values.reshape(shape)[start:stop].contiguous()
-        broadcast(piece)
+            chunk = values.reshape(shape)[start:stop].contiguous()
+        broadcast(chunk)
         first, last = max(start, box[0].start), min(stop, box[0].stop)
         if first < last:
             wanted = (slice(first - start, last - start), *box[1:])
-            own[first - box[0].start : last - box[0].start].copy_(piece[wanted])
+            own[first - box[0].start : last - box[0].start].copy_(chunk[wanted])
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, those included that a state dict leaves out, each under its first name."""
+    """Return all parameters and buffers, including non-persistent buffers, each under its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def without_memory(model: nn.Module) -> dict[str, Tensor]:
-    """Replace every tensor of a model by one of the same shape without memory; returns those that had some, by name."""
-    given = {name: tensor for name, tensor in named_tensors(model).items() if not tensor.is_meta}
+def move_to_meta(model: nn.Module) -> dict[str, Tensor]:
+    """Replace each tensor of a model by a meta tensor of the same shape; return the original tensors by name."""
+    originals = {name: tensor for name, tensor in named_tensors(model).items() if not tensor.is_meta}
     replaced: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and not tensor.is_meta:
                     if id(tensor) not in replaced:
-                        replaced[id(tensor)] = _like_without_memory(tensor)
+                        replaced[id(tensor)] = _meta_like(tensor)
                     tensors[name] = replaced[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
-    return given
+    return originals
 
 
-def _like_without_memory(tensor: Tensor) -> Tensor:
+def _meta_like(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta")
     if not isinstance(tensor, nn.Parameter):
         return empty
@@ -179,29 +188,29 @@ def _like_without_memory(tensor: Tensor) -> Tensor:
     return parameter
 
 
-def require_alike(model: nn.Module) -> None:
-    """Refuse a model that is not the same on every rank. Collective.
+def require_same_model(model: nn.Module) -> None:
+    """Require that all ranks have built the same model. Collective.
 
     Raises:
-        PlacementError: on every rank, if names, shapes, types or what learns differ.
+        PlacementError: on every rank, if names, shapes, dtypes or ``requires_grad`` differ.
     """
     own = {
         name: (tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad)
         for name, tensor in named_tensors(model).items()
     }
-    every = all_gather_object(own)
-    for rank, there in enumerate(every):
-        differing = [name for name in {**every[0], **there} if every[0].get(name) != there.get(name)]
+    by_rank = all_gather_object(own)
+    for rank, there in enumerate(by_rank):
+        differing = [name for name in {**by_rank[0], **there} if by_rank[0].get(name) != there.get(name)]
         if differing:
             name = differing[0]
             raise PlacementError(
-                f"The model differs between ranks in {len(differing)} tensors: {name!r} is {_shown(every[0].get(name))} on "
+                f"The model differs between ranks in {len(differing)} tensors: {name!r} is {_shown(by_rank[0].get(name))} on "
                 f"rank 0 and {_shown(there.get(name))} on rank {rank}. Build the same model on every rank."
             )
 
 
-def _shown(fact: tuple[tuple[int, ...], str, bool] | None) -> str:
-    if fact is None:
+def _shown(properties: tuple[tuple[int, ...], str, bool] | None) -> str:
+    if properties is None:
         return "missing"
-    shape, dtype, learns = fact
-    return f"{dtype} of shape {list(shape)}{'' if learns else ', frozen'}"
+    shape, dtype, is_trainable = properties
+    return f"{dtype} of shape {list(shape)}{'' if is_trainable else ', frozen'}"

@@ -1,12 +1,12 @@
-"""Write down what fills the tensors of a model that is built without memory, and do it afterwards, tensor by tensor.
+"""Record the operations that initialize a model on the meta device, and replay them later in memory.
 
-A model that is built on the meta device has shapes and no values. A :class:`Tape` notes every operation that would have
-written one, in order. Played on a device with memory it makes the same values with the same random numbers, bit for
-bit, and needs memory only for the tensors that are half made: a tensor is handed over and freed once nothing later
-reads or changes it.
+A model that is built on the meta device has shapes but no values. An :class:`OpRecorder` records every operation that
+would have written a value, in order. Replayed in memory, from the same state of the random generators, the operations
+produce the same values, bit for bit. A tensor is yielded and freed as soon as no later operation reads or changes it, so
+that only the tensors in progress need memory.
 
-The idea is that of "deferred initialisation" (torchdistx, 2022); here only what the wanted tensors need is done again,
-and every draw, so that the generator ends where it would have.
+The idea is that of "deferred initialization" (torchdistx, 2022). In contrast to it, only the operations that the requested
+tensors depend on are replayed, and every operation that draws random numbers, so that the generators end in the same state.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-__all__ = ["INIT_FUNCTIONS", "Tape"]
+__all__ = ["INIT_FUNCTIONS", "OpRecorder"]
 
-# They leave tensors without memory as they are, since they look at values while they draw.
+# These functions skip meta tensors, because they read values while they draw.
 INIT_FUNCTIONS: Final[Mapping[Any, Callable[..., Any]]] = {
     function.__code__: function
     for function in (init.dirac_, init.orthogonal_, init.sparse_, init._no_grad_trunc_normal_)
 }
-# What a tensor held before does not matter to these.
+# Operators whose result does not depend on the previous values of the tensor.
 _OVERWRITING: Final = frozenset(
     {
         *("aten::uniform_", "aten::normal_", "aten::fill_", "aten::zero_", "aten::copy_", "aten::exponential_"),
@@ -41,14 +41,14 @@ _OVERWRITING: Final = frozenset(
     }
 )
 _IS_META: Final = Tensor.is_meta
-# Constants that are made of Python's numbers or of NumPy's arrays: on the meta device their values would be lost.
+# Create tensors from Python numbers or NumPy arrays, whose values would be lost on the meta device.
 _CONSTANTS: Final = frozenset({torch.tensor, torch.as_tensor, torch.asarray, torch.scalar_tensor})
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """A tensor without memory: where in which storage it lies."""
+class TensorMeta:
+    """The storage key, dtype, shape and strides of a meta tensor."""
 
     storage: int
     nbytes: int
@@ -58,8 +58,8 @@ class _Place:
     offset: int
 
     @property
-    def covers(self) -> bool:
-        """Whether it is all of its storage."""
+    def covers_storage(self) -> bool:
+        """Whether the tensor occupies its whole storage."""
         length = 1
         for extent in self.size:
             length *= extent
@@ -68,8 +68,8 @@ class _Place:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """One call: what it reads, changes and makes, by storage."""
+class RecordedOp:
+    """One call, with the storages that it reads, overwrites, changes and creates."""
 
     function: Callable[..., Any]
     args: Any
@@ -77,146 +77,150 @@ class _Step:
     reads: frozenset[int]
     overwrites: frozenset[int]
     changes: frozenset[int]
-    makes: tuple[_Place, ...]
-    draws: bool
+    creates: tuple[TensorMeta, ...]
+    uses_rng: bool
 
     @property
     def touches(self) -> frozenset[int]:
-        return self.reads | self.overwrites | self.changes | {place.storage for place in self.makes}
+        return self.reads | self.overwrites | self.changes | {meta.storage for meta in self.creates}
 
 
 @final
-class Tape:
-    """What was done to tensors without memory, in order; see the module's documentation."""
+class OpRecorder:
+    """Records operations on meta tensors in order, and replays them in memory; see the module's documentation."""
 
     def __init__(self) -> None:
-        self._steps: list[_Step] = []
-        # A storage's address names it only while it lives.
+        self._ops: list[RecordedOp] = []
+        # The address of a storage identifies it only while it is alive.
         self._alive: dict[int, Tensor] = {}
         self._written: set[int] = set()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Build tensors on the meta device for the length of a block, and note what is done to them."""
-        with torch.device("meta"), _Constants(self), _Operations(self):
+        """Inside the ``with`` block, create tensors on the meta device and record the operations on them."""
+        with torch.device("meta"), _ConstantMode(self), _OpMode(self):
             yield
 
-    def play(self, wanted: Iterable[Tensor], *, draws: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
-        """Make the values of ``wanted`` tensors; yields each of them with its values, in memory, as soon as it is made.
+    def materialize(self, wanted: Iterable[Tensor], *, uses_rng: bool = True) -> Iterator[tuple[Tensor, Tensor]]:
+        """Replay the operations that ``wanted`` depend on, and yield each tensor with its values when they are complete.
 
-        Take what you need of the values before going on. With ``draws`` the generators end where they would have if
-        every step had been done, wanted or not.
+        The values are only valid until the next item is requested.
+
+        Args:
+            wanted: meta tensors.
+            uses_rng: whether to replay all operations that draw random numbers, also those that no tensor depends on, so
+                that the generators end in the state that direct initialization would leave them in.
         """
         targets = _by_storage(wanted)
-        steps = self._needed(set(targets), draws=draws)
+        ops = self._needed(set(targets), uses_rng=uses_rng)
         memory: dict[int, torch.UntypedStorage] = {}
         with torch.no_grad():
-            for step, over in zip(steps, _ends(steps), strict=True):
-                _do(step, memory)
-                for storage, is_last in over.items():
+            for op, unused in zip(ops, _last_uses(ops), strict=True):
+                _replay(op, memory)
+                for storage, is_last in unused.items():
                     values = memory.pop(storage)
                     for tensor in targets.get(storage, ()) if is_last else ():
-                        yield tensor, _tensor(_place(tensor), values)
+                        yield tensor, _tensor(_meta_of(tensor), values)
 
-    def order(self, wanted: Iterable[Tensor], *, draws: bool = True) -> list[Tensor]:
-        """Return ``wanted`` tensors in the order in which :meth:`play` makes them."""
+    def materialization_order(self, wanted: Iterable[Tensor], *, uses_rng: bool = True) -> list[Tensor]:
+        """Return ``wanted`` in the order in which :meth:`materialize` yields them."""
         targets = _by_storage(wanted)
-        ends = _ends(self._needed(set(targets), draws=draws))
+        last_uses = _last_uses(self._needed(set(targets), uses_rng=uses_rng))
         return [
             tensor
-            for over in ends
-            for storage, is_last in over.items()
+            for unused in last_uses
+            for storage, is_last in unused.items()
             if is_last
             for tensor in targets.get(storage, ())
         ]
 
     def is_written(self, tensor: Tensor) -> bool:
-        """Tell whether anything was done to the memory that a tensor would have."""
-        return tensor.is_meta and _key(tensor) in self._written
+        """Return whether an operation that writes to the storage of a meta tensor was recorded."""
+        return tensor.is_meta and _storage_key(tensor) in self._written
 
-    def note(
+    def record(
         self,
         function: Callable[..., Any],
         args: Any,
         kwargs: Mapping[str, Any],
         *,
         written: Iterable[Tensor],
-        made: Iterable[Tensor],
+        created: Iterable[Tensor],
         overwrites: bool,
-        draws: bool,
+        uses_rng: bool,
     ) -> None:
-        """Add a call with the tensors that it writes into, and those that it makes."""
-        places = {_key(tensor): _place(tensor) for tensor in written}
+        """Record a call, with the tensors that it writes to and those that it creates."""
+        metas = {_storage_key(tensor): _meta_of(tensor) for tensor in written}
         read = [tensor for tensor in tree_iter((args, kwargs)) if _is_meta(tensor)]
-        fresh = [_place(tensor) for tensor in made if _is_meta(tensor)]
-        for tensor in (*read, *(tensor for tensor in made if _is_meta(tensor))):
-            self._alive.setdefault(_key(tensor), tensor.detach())
-        self._written.update(places, (place.storage for place in fresh))
-        gone = {key for key, place in places.items() if overwrites and place.covers}
-        sources = Counter(_key(tensor) for tensor in read)
+        new = [_meta_of(tensor) for tensor in created if _is_meta(tensor)]
+        for tensor in (*read, *(tensor for tensor in created if _is_meta(tensor))):
+            self._alive.setdefault(_storage_key(tensor), tensor.detach())
+        self._written.update(metas, (meta.storage for meta in new))
+        overwritten = {key for key, meta in metas.items() if overwrites and meta.covers_storage}
+        uses = Counter(_storage_key(tensor) for tensor in read)
         # copy_(a, b) overwrites a and reads b; a.copy_(a) reads a.
-        reads = frozenset(key for key, times in sources.items() if times > 1 or key not in places)
-        self._steps.append(
-            _Step(
+        reads = frozenset(key for key, count in uses.items() if count > 1 or key not in metas)
+        self._ops.append(
+            RecordedOp(
                 function=function,
                 args=_without_tensors(args),
                 kwargs=_without_tensors(dict(kwargs)),
                 reads=reads,
-                overwrites=frozenset(gone - reads),
-                changes=frozenset(set(places) - gone),
-                makes=tuple(place for place in fresh if place.storage not in places),
-                draws=draws,
+                overwrites=frozenset(overwritten - reads),
+                changes=frozenset(set(metas) - overwritten),
+                creates=tuple(meta for meta in new if meta.storage not in metas),
+                uses_rng=uses_rng,
             )
         )
 
-    def _needed(self, wanted: set[int], *, draws: bool) -> list[_Step]:
-        """Return the steps that the wanted storages need, and those that draw where they count too, in order."""
+    def _needed(self, wanted: set[int], *, uses_rng: bool) -> list[RecordedOp]:
+        """Return, in order, the operations that storages depend on, and with ``uses_rng`` all that draw random numbers."""
         live = set(wanted)
         needed = []
-        for step in reversed(self._steps):
-            made = _made(step)
-            if not (step.draws and draws) and live.isdisjoint(step.overwrites | step.changes | made):
+        for op in reversed(self._ops):
+            created = _created(op)
+            if not (op.uses_rng and uses_rng) and live.isdisjoint(op.overwrites | op.changes | created):
                 continue
-            needed.append(step)
-            live -= step.overwrites | made
-            live |= step.reads | step.changes
+            needed.append(op)
+            live -= op.overwrites | created
+            live |= op.reads | op.changes
         return needed[::-1]
 
 
 @final
-class _Operations(TorchDispatchMode):
-    """Notes what torch's operators do."""
+class _OpMode(TorchDispatchMode):
+    """Records the operators of torch."""
 
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._tape = tape
+    def __init__(self, recorder: OpRecorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
+        self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        inputs = {_key(tensor) for tensor in tree_iter((args, kwargs)) if _is_meta(tensor)}
+        inputs = {_storage_key(tensor) for tensor in tree_iter((args, kwargs)) if _is_meta(tensor)}
         written = [tensor for tensor in _written(func, args, kwargs) if _is_meta(tensor)]
-        made = [tensor for tensor in tree_iter(results) if _is_meta(tensor) and _key(tensor) not in inputs]
-        if written or (made and "empty" not in func._schema.name):
-            self._tape.note(
+        created = [tensor for tensor in tree_iter(results) if _is_meta(tensor) and _storage_key(tensor) not in inputs]
+        if written or (created and "empty" not in func._schema.name):
+            self._recorder.record(
                 func,
                 args,
                 kwargs,
                 written=written,
-                made=made,
+                created=created,
                 overwrites=func._schema.name in _OVERWRITING,
-                draws=torch.Tag.nondeterministic_seeded in func.tags,
+                uses_rng=torch.Tag.nondeterministic_seeded in func.tags,
             )
         return results
 
 
 @final
-class _Constants(TorchFunctionMode):
-    """Notes the values of constants, and the functions of ``torch.nn.init`` that leave meta tensors as they are."""
+class _ConstantMode(TorchFunctionMode):
+    """Records the values of constants, and the functions of ``torch.nn.init`` that skip meta tensors."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, recorder: OpRecorder) -> None:
         super().__init__()
-        self._tape = tape
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -226,60 +230,65 @@ class _Constants(TorchFunctionMode):
             constant.copy_(value.clone())
             return constant
         if getattr(func, "__self__", None) is _IS_META and func.__name__ == "__get__":
-            self._note_init(sys._getframe(1))
+            self._record_init(sys._getframe(1))
         return func(*args, **kwargs)
 
-    def _note_init(self, caller: Any) -> None:
-        """Note a function that asks whether its tensor has memory, in order to do nothing where it has none."""
+    def _record_init(self, caller: Any) -> None:
+        """Record the calling function if it is one that checks ``is_meta`` in order to skip meta tensors."""
         function = INIT_FUNCTIONS.get(caller.f_code)
         if function is None or not _is_meta(caller.f_locals["tensor"]):
             return
         given = {name: caller.f_locals[name] for name in inspect.signature(function).parameters}
-        self._tape.note(function, (), given, written=(given["tensor"],), made=(), overwrites=True, draws=True)
+        self._recorder.record(
+            function, (), given, written=(given["tensor"],), created=(), overwrites=True, uses_rng=True
+        )
 
 
-def _do(step: _Step, memory: dict[int, torch.UntypedStorage]) -> None:
-    """Do what the step did, in memory."""
+def _replay(op: RecordedOp, memory: dict[int, torch.UntypedStorage]) -> None:
+    """Execute an operation on the storages in ``memory``, and add the ones that it creates."""
 
     def real(value: Any) -> Any:
         if isinstance(value, torch.device):
             return torch.device("cpu") if value.type == "meta" else value
-        if not isinstance(value, _Place):
+        if not isinstance(value, TensorMeta):
             return value
         if value.storage not in memory:
             memory[value.storage] = torch.UntypedStorage(value.nbytes)
         return _tensor(value, memory[value.storage])
 
-    results = step.function(*tree_map(real, step.args), **tree_map(real, step.kwargs))
-    made = iter(step.makes)
-    if step.makes:
+    results = op.function(*tree_map(real, op.args), **tree_map(real, op.kwargs))
+    created = iter(op.creates)
+    if op.creates:
         for result in tree_iter(results):
             if isinstance(result, Tensor):
-                place = next(made)
-                memory[place.storage] = torch.UntypedStorage(place.nbytes)
-                _tensor(place, memory[place.storage]).copy_(result)
+                meta = next(created)
+                memory[meta.storage] = torch.UntypedStorage(meta.nbytes)
+                _tensor(meta, memory[meta.storage]).copy_(result)
 
 
 def _by_storage(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     found: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        found.setdefault(_key(tensor), []).append(tensor)
+        found.setdefault(_storage_key(tensor), []).append(tensor)
     return found
 
 
-def _ends(steps: list[_Step]) -> list[dict[int, bool]]:
-    """Return for each step the storages whose values are of no use after it, and whether they are not used again."""
-    following: dict[int, _Step] = {}
-    ends = []
-    for step in reversed(steps):
-        over = {}
-        for storage in step.touches:
+def _last_uses(ops: list[RecordedOp]) -> list[dict[int, bool]]:
+    """Return for each operation the storages whose values are not needed after it, and whether they are complete then.
+
+    A storage that a later operation overwrites or creates again is not complete.
+    """
+    following: dict[int, RecordedOp] = {}
+    last_uses = []
+    for op in reversed(ops):
+        unused = {}
+        for storage in op.touches:
             later = following.get(storage)
-            if later is None or storage in later.overwrites or storage in _made(later):
-                over[storage] = later is None
-            following[storage] = step
-        ends.append(over)
-    return ends[::-1]
+            if later is None or storage in later.overwrites or storage in _created(later):
+                unused[storage] = later is None
+            following[storage] = op
+        last_uses.append(unused)
+    return last_uses[::-1]
 
 
 def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
@@ -288,22 +297,22 @@ def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
             yield from tree_iter(args[index] if index < len(args) else kwargs.get(argument.name))
 
 
-def _made(step: _Step) -> set[int]:
-    return {place.storage for place in step.makes}
+def _created(op: RecordedOp) -> set[int]:
+    return {meta.storage for meta in op.creates}
 
 
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "meta"
 
 
-def _key(tensor: Tensor) -> int:
+def _storage_key(tensor: Tensor) -> int:
     key: int = tensor.untyped_storage()._cdata
     return key
 
 
-def _place(tensor: Tensor) -> _Place:
-    return _Place(
-        _key(tensor),
+def _meta_of(tensor: Tensor) -> TensorMeta:
+    return TensorMeta(
+        _storage_key(tensor),
         tensor.untyped_storage().nbytes(),
         tensor.dtype,
         tuple(tensor.shape),
@@ -313,8 +322,8 @@ def _place(tensor: Tensor) -> _Place:
 
 
 def _without_tensors(tree: Any) -> Any:
-    return tree_map(lambda value: _place(value) if _is_meta(value) else value, tree)
+    return tree_map(lambda value: _meta_of(value) if _is_meta(value) else value, tree)
 
 
-def _tensor(place: _Place, storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=place.dtype).set_(storage, place.offset, place.size, place.stride)
+def _tensor(meta: TensorMeta, storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=meta.dtype).set_(storage, meta.offset, meta.size, meta.stride)

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
-from stratagem.parallel.deferred_init.materialize import ORIGINS, Origin
+from stratagem.parallel.deferred_init.materialize import INIT_SOURCES, InitSource
 from stratagem.parallel.fsdp.wrap_policy import matches_name
 from stratagem.utils.data_rules import refuse_data_arguments
 from stratagem.utils.names import did_you_mean, refuse_unknown
 
-__all__ = ["Precision", "Reshard", "Sharding"]
+__all__ = ["Precision", "Reshard", "FSDPOptions"]
 
 _DTYPES: Final = {
     "float32": torch.float32,
@@ -79,7 +79,7 @@ def _dtype(key: str, value: Any) -> torch.dtype | None:
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sharding:
+class FSDPOptions:
     """How a model is sharded. See :class:`~stratagem.strategies.FSDPStrategy` for what the options mean."""
 
     wrap_policy: Any = None
@@ -94,7 +94,7 @@ class Sharding:
     ignored: Sequence[str] = ()
     activation_checkpointing: Any = None
     compile_blocks: bool | Mapping[str, Any] = False
-    initial_weights: Origin = "rank0"
+    initial_weights: InitSource = "rank0"
     skip_init_weights: bool = False
     forward_methods: Sequence[str] = ()
     sync_bn: str | None = None
@@ -113,9 +113,9 @@ class Sharding:
             names = getattr(self, name)
             if isinstance(names, str) or not all(isinstance(each, str) for each in names):
                 raise ConfigTypeError(f"{name} is {names!r}; a list of names is due.")
-        if self.initial_weights not in ORIGINS:
+        if self.initial_weights not in INIT_SOURCES:
             raise ConfigValueError(
-                f"initial_weights={self.initial_weights!r} is not known. {did_you_mean(str(self.initial_weights), ORIGINS)}"
+                f"initial_weights={self.initial_weights!r} is not known. {did_you_mean(str(self.initial_weights), INIT_SOURCES)}"
             )
         if self.tp_plan is not None and self.tp == 1:
             raise ConfigValueError("tp_plan says how layers are spread over ranks, and tp=1 spreads none: set tp.")

@@ -26,10 +26,10 @@ from stratagem.distributed import World, all_reduce, broadcast_object
 from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.model import convert_sync_batchnorm, is_model_wrapper
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
-from stratagem.parallel.deferred_init.materialize import InitialWeights, require_alike
+from stratagem.parallel.deferred_init.materialize import InitialWeights, require_same_model
 from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
 from stratagem.parallel.fsdp.mesh import Layout, Meshes
-from stratagem.parallel.fsdp.options import Precision, Sharding
+from stratagem.parallel.fsdp.options import FSDPOptions, Precision
 from stratagem.parallel.fsdp.tensor_parallel import apply_plan
 from stratagem.parallel.fsdp.wrap_policy import select_modules, tied_outside
 from stratagem.parallel.local_gradients import average_gradients
@@ -38,20 +38,20 @@ from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["Sharded"]
+__all__ = ["FSDPPlacement"]
 
 _STEPS = ("train_step", "val_step", "test_step")
 
 
 @final
-class Sharded(Placement):
+class FSDPPlacement(Placement):
     """Parameters, gradients and the optimizer's state in shards.
 
     Args:
         logger: says what was wrapped.
-        sharding: the options.
+        options: the options.
         world: this process.
-        own_randomness: whether each rank draws random numbers of its own in training.
+        diff_rank_rng: whether each rank draws random numbers of its own in training.
         full_state: whether checkpoints are gathered and written by rank 0.
 
     Raises:
@@ -65,30 +65,30 @@ class Sharded(Placement):
     def __init__(
         self,
         logger: logging.Logger,
-        sharding: Sharding,
+        options: FSDPOptions,
         world: World,
         *,
-        own_randomness: bool = False,
+        diff_rank_rng: bool = False,
         full_state: bool = False,
     ) -> None:
         self._logger = logger
-        self._sharding = sharding
-        self._layout = Layout.divide(world.size, replicate=sharding.replicate, tp=sharding.tp)
-        if own_randomness and sharding.tp > 1:
+        self._options = options
+        self._layout = Layout.divide(world.size, replicate=options.replicate, tp=options.tp)
+        if diff_rank_rng and options.tp > 1:
             raise PlacementError(
                 "randomness: diff_rank_seed=True gives ranks that share a layer (tp) other dropout of the same samples. "
                 "Leave it out: under tensor parallel their random numbers are equal."
             )
-        self._own_randomness = own_randomness
+        self._diff_rank_rng = diff_rank_rng
         self.full_state = full_state
-        self._weights = InitialWeights(world, sharding.initial_weights)
+        self._weights = InitialWeights(world, options.initial_weights)
         self._meshes: Meshes | None = None
         self._sync = True
-        self._learns_nothing_yet = sharding.skip_init_weights
+        self._weights_missing = options.skip_init_weights
         self._now: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def construction(self, world: World) -> AbstractContextManager[object]:
-        return self._weights.making()
+        return self._weights.recording()
 
     def dp_rank(self, world: World) -> int:
         return self._layout.dp_rank(world.rank)
@@ -102,17 +102,17 @@ class Sharded(Placement):
 
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
         self._refuse(model)
-        if not self._sharding.skip_init_weights:
-            self._weights.draw(model, steps.draw)
-        if self._sharding.sync_bn is not None:
-            model = convert_sync_batchnorm(model, self._sharding.sync_bn)
-        require_alike(model)
+        if not self._options.skip_init_weights:
+            self._weights.initialize(model, steps.init_local)
+        if self._options.sync_bn is not None:
+            model = convert_sync_batchnorm(model, self._options.sync_bn)
+        require_same_model(model)
         before = dict(model.named_parameters())
-        origins = self._weights.take(model)
+        metas = self._weights.detach_storage(model)
         self._meshes = Meshes.make(self._layout, world)
         self._shard(model, world)
         self._give_memory(model, world)
-        self._fill(model, origins)
+        self._materialize(model, metas)
         self._remember(before, model)
         model = steps.compile(model)
         self._guard(model)
@@ -148,7 +148,7 @@ class Sharded(Placement):
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             self._logger.warning("No parameter of %s learns; it is sharded all the same.", type(model).__name__)
-        if self._sharding.sync_bn is not None and not torch.accelerator.is_available():
+        if self._options.sync_bn is not None and not torch.accelerator.is_available():
             raise PlacementError(
                 "torch's SyncBatchNorm works on accelerators alone, and this run is on the CPU. Leave sync_bn out and use "
                 "BatchNorm, or a normalisation that does not look at the batch, such as GroupNorm."
@@ -156,28 +156,28 @@ class Sharded(Placement):
 
     def _shard(self, model: nn.Module, world: World) -> None:
         """Cut a model without memory: layers by the plan of tensor parallel, then every block, then the rest."""
-        sharding, meshes = self._sharding, cast("Meshes", self._meshes)
+        options, meshes = self._options, cast("Meshes", self._meshes)
         blocks = self._blocks(model)
-        ignored = sharding.ignored_parameters(model)
-        if sharding.tp > 1:
-            apply_plan(model, sharding.tp_plan, meshes.tp)
-        checkpointed = checkpoint_activations(model, sharding.activation_checkpointing, sharding.wrap_policy)
+        ignored = options.ignored_parameters(model)
+        if options.tp > 1:
+            apply_plan(model, options.tp_plan, meshes.tp)
+        checkpointed = checkpoint_activations(model, options.activation_checkpointing, options.wrap_policy)
         self._compile(blocks)
         arguments: dict[str, Any] = {
             "mesh": meshes.shard,
-            "mp_policy": _precision(sharding.precision),
+            "mp_policy": _precision(options.precision),
             # Pinned memory is what an accelerator copies from quickly.
             "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
-            if sharding.cpu_offload
+            if options.cpu_offload
             else OffloadPolicy(),
             "ignored_params": set(ignored.values()),
         }
         # The innermost first: what a block holds belongs to it and not to what holds the block.
         for name, block in sorted(blocks.items(), key=lambda item: -item[0].count(".")):
             fully_shard(
-                block, reshard_after_forward=_reshard(sharding.reshard_of(name), self._layout.shard), **arguments
+                block, reshard_after_forward=_reshard(options.reshard_of(name), self._layout.shard), **arguments
             )
-        fully_shard(model, reshard_after_forward=_reshard(sharding.reshard_of(""), self._layout.shard), **arguments)
+        fully_shard(model, reshard_after_forward=_reshard(options.reshard_of(""), self._layout.shard), **arguments)
         self._prefetch(list(blocks.values()))
         self._logger.info(
             "Sharded %s over %d ranks (replicate %d, tp %d): %d wrapped modules%s, %d parameters kept whole, %d "
@@ -187,9 +187,9 @@ class Sharded(Placement):
         )  # fmt: skip
 
     def _blocks(self, model: nn.Module) -> dict[str, nn.Module]:
-        sharding = self._sharding
-        blocks = select_modules(model, sharding.wrap_policy, "wrap_policy")
-        sharding.require_reshard_patterns(list(blocks))
+        options = self._options
+        blocks = select_modules(model, options.wrap_policy, "wrap_policy")
+        options.require_reshard_patterns(list(blocks))
         for name, block in blocks.items():
             ties = tied_outside(model, block)
             if ties:
@@ -200,7 +200,7 @@ class Sharded(Placement):
         return blocks
 
     def _compile(self, blocks: Mapping[str, nn.Module]) -> None:
-        options = self._sharding.compile_blocks
+        options = self._options.compile_blocks
         if options is False:
             return
         if not blocks:
@@ -210,7 +210,7 @@ class Sharded(Placement):
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
         """Have each block gather the parameters of the next ones while it computes."""
-        ahead, behind = self._sharding.forward_prefetch, self._sharding.backward_prefetch
+        ahead, behind = self._options.forward_prefetch, self._options.backward_prefetch
         sharded = cast("Sequence[FSDPModule]", blocks)
         for index, block in enumerate(sharded):
             if ahead:
@@ -220,27 +220,27 @@ class Sharded(Placement):
 
     def _give_memory(self, model: nn.Module, world: World) -> None:
         with _swapping():
-            model.to_empty(device="cpu" if self._sharding.cpu_offload else world.device)
-        if self._sharding.cpu_offload:
+            model.to_empty(device="cpu" if self._options.cpu_offload else world.device)
+        if self._options.cpu_offload:
             for module in model.modules():
                 for name, buffer in module._buffers.items():
                     module._buffers[name] = None if buffer is None else buffer.to(world.device)
 
-    def _fill(self, model: nn.Module, origins: Mapping[str, Tensor]) -> None:
+    def _materialize(self, model: nn.Module, metas: Mapping[str, Tensor]) -> None:
         own = generator_state()
         # So that training goes on with the random numbers that follow those of the weights, as in one process.
         restore_generator_state(broadcast_object(own))
-        self._weights.fill(model, origins, parameters=not self._sharding.skip_init_weights)
-        restore_generator_state(own if self._own_randomness else broadcast_object(generator_state()))
-        if self._sharding.skip_init_weights:
+        self._weights.materialize_into(model, metas, parameters=not self._options.skip_init_weights)
+        restore_generator_state(own if self._diff_rank_rng else broadcast_object(generator_state()))
+        if self._options.skip_init_weights:
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(torch.nan)
-        if self._sharding.precision.buffer_dtype is not None:
+        if self._options.precision.buffer_dtype is not None:
             for module in model.modules():
                 for name, buffer in module._buffers.items():
                     if buffer is not None and buffer.is_floating_point():
-                        module._buffers[name] = buffer.to(self._sharding.precision.buffer_dtype)
+                        module._buffers[name] = buffer.to(self._options.precision.buffer_dtype)
 
     def _remember(self, before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
         """Note what became of each parameter, for optimizers that were built with the old ones."""
@@ -279,12 +279,12 @@ class Sharded(Placement):
                 "compile: target='train_step' cannot be used under FSDP, whose hooks around forward it would leave out. "
                 "Compile target='forward', or compile_blocks=True."
             )
-        for path in self._sharding.forward_methods:
+        for path in self._options.forward_methods:
             _register_method(model, path)
         # The first module that is called becomes the root for torch: let that be the whole, also where a step calls
         # its parts alone.
         cast("Any", model)._get_fsdp_state()._lazy_init()
-        if self._learns_nothing_yet:
+        if self._weights_missing:
             model.register_load_state_dict_post_hook(self._note_loaded)
         for name in _STEPS:
             method = getattr(model, name, None)
@@ -294,7 +294,7 @@ class Sharded(Placement):
     def _guarded(self, model: nn.Module, method: Callable[..., Any], *, is_training: bool) -> Callable[..., Any]:
         @functools.wraps(method)
         def step(*args: Any, **kwargs: Any) -> Any:
-            if self._learns_nothing_yet:
+            if self._weights_missing:
                 raise StateError(
                     "skip_init_weights=True left the model without weights, and none were loaded. Load a checkpoint with "
                     "load_from or resume before the first step, or leave skip_init_weights out."
@@ -319,7 +319,7 @@ class Sharded(Placement):
         return step
 
     def _note_loaded(self, module: nn.Module, keys: Any) -> None:
-        self._learns_nothing_yet = self._learns_nothing_yet and bool(keys.missing_keys)
+        self._weights_missing = self._weights_missing and bool(keys.missing_keys)
 
     # ---- optimizers -------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ from typing import Any, final
 from stratagem.errors import ConfigTypeError
 from stratagem.utils import refuse_unknown
 
-__all__ = ["Horizon"]
+__all__ = ["RunLength"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Horizon:
+class RunLength:
     """What building needs to know of the run. Iterations are micro-batches; None is "not known".
 
     Attributes:
@@ -34,7 +34,7 @@ class Horizon:
     cur_iter: int = 0
 
     @classmethod
-    def parse(cls, dispatch_kwargs: Mapping[str, Any]) -> Horizon:
+    def parse(cls, dispatch_kwargs: Mapping[str, Any]) -> RunLength:
         """Read ``dispatch_kwargs``.
 
         Raises:

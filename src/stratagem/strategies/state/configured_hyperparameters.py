@@ -11,7 +11,7 @@ from stratagem.optim import BaseOptimWrapper, ParamScheduler
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.setup.building import each_wrapper
 
-__all__ = ["OwnValues", "move_schedulers", "schedule_differences"]
+__all__ = ["ConfiguredHyperparameters", "move_schedulers", "schedule_differences"]
 
 # What people choose of a group; the others are an optimizer's own, or say how it computes.
 _CHOSEN: Final = ("lr", "momentum", "betas", "weight_decay", "eps", "nesterov", "amsgrad", "dampening")
@@ -19,7 +19,7 @@ _FIRST: Final = "initial_"
 
 
 @final
-class OwnValues:
+class ConfiguredHyperparameters:
     """The options of parameter groups as they were built, kept while a checkpoint's are loaded.
 
     Args:

@@ -11,10 +11,10 @@ from stratagem.checkpoint import digest_of_tensor
 from stratagem.distributed import World, all_gather_object
 from stratagem.tensors.dtensor import a_row_of_each_rank, is_sharded
 
-__all__ = ["read_own_buffers", "write_own_buffers"]
+__all__ = ["read_per_rank_buffers", "write_per_rank_buffers"]
 
 
-def read_own_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
+def read_per_rank_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Return the buffers that are not equal on all ranks, with a row for each rank, which writes it itself. Collective.
 
     The model's own part of a checkpoint has those of rank 0.
@@ -31,7 +31,7 @@ def read_own_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def write_own_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: World) -> None:
+def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: World) -> None:
     """Give this rank the buffers that it had; with another number of ranks all go on with those of rank 0."""
     buffers = dict(_kept_buffers(model))
     for name, rows in saved.items():

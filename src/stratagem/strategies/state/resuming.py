@@ -14,7 +14,7 @@ from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.logging import Logger
 from stratagem.optim import ParamScheduler
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.state.configured_hyperparameters import OwnValues, move_schedulers
+from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters, move_schedulers
 
 __all__ = ["CheckpointCallback", "Resumable", "Resuming", "Schedulers", "resume_newest"]
 
@@ -58,7 +58,7 @@ class Resuming:
             rest = strategy.resume(filename, callback=self.callback, **new)
             strategy.resumed_from = os.fspath(filename)
             return rest
-        own = OwnValues(self.optim)
+        own = ConfiguredHyperparameters(self.optim)
         rest = strategy.resume(filename, callback=self.callback, resume_param_scheduler=False, **new)
         strategy.resumed_from = os.fspath(filename)
         own.restore(self.optim)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from stratagem.parallel.deferred_init.materialize import named_tensors
-from stratagem.parallel.deferred_init.recorder import INIT_FUNCTIONS, Tape
+from stratagem.parallel.deferred_init.recorder import INIT_FUNCTIONS, OpRecorder
 
 
 def filled(fill: Callable[[Tensor], object], *shape: int) -> Callable[[], nn.Module]:
@@ -84,16 +84,16 @@ def test_values_and_generators_match_direct_initialization(name: str) -> None:
     expected = named_tensors(MODELS[name]())
     after = torch.rand(2)
     torch.manual_seed(3)
-    tape = Tape()
-    with tape.recording():
+    recorder = OpRecorder()
+    with recorder.recording():
         model = MODELS[name]()
     tensors = {key: tensor for key, tensor in named_tensors(model).items() if tensor.is_meta}
     names = {id(tensor): key for key, tensor in tensors.items()}
-    made = {names[id(tensor)]: values.clone() for tensor, values in tape.play(tensors.values())}
+    made = {names[id(tensor)]: values.clone() for tensor, values in recorder.materialize(tensors.values())}
     assert made.keys() == expected.keys() - {"array"}
     assert [key for key, values in made.items() if not torch.equal(values, expected[key])] == []
     assert torch.equal(torch.rand(2), after)
-    assert list(made) == [names[id(tensor)] for tensor in tape.order(tensors.values())]
+    assert list(made) == [names[id(tensor)] for tensor in recorder.materialization_order(tensors.values())]
 
 
 def test_all_initializations_that_skip_meta_tensors_are_known() -> None:
@@ -105,13 +105,13 @@ def test_all_initializations_that_skip_meta_tensors_are_known() -> None:
 
 def test_a_tensor_is_freed_before_the_next_is_materialized() -> None:
     """In a stack of layers that are initialized twice, only one tensor is in memory at a time."""
-    tape = Tape()
-    with tape.recording():
+    recorder = OpRecorder()
+    with recorder.recording():
         model = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(8)))
         for layer in model:
             nn.init.normal_(layer.weight)
     earlier: list[StorageWeakRef] = []
-    for _, values in tape.play(model.parameters()):
+    for _, values in recorder.materialize(model.parameters()):
         assert all(reference.expired() for reference in earlier)
         earlier.append(StorageWeakRef(values.untyped_storage()))
     assert len(earlier) == 8
@@ -119,7 +119,7 @@ def test_a_tensor_is_freed_before_the_next_is_materialized() -> None:
 
 def test_an_uninitialized_tensor_is_not_written() -> None:
     """Uninitialized memory is not recorded as written."""
-    tape = Tape()
-    with tape.recording():
+    recorder = OpRecorder()
+    with recorder.recording():
         empty, full = torch.empty(3), torch.ones(3)
-    assert (tape.is_written(empty), tape.is_written(full)) == (False, True)
+    assert (recorder.is_written(empty), recorder.is_written(full)) == (False, True)
