@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_can_be_saved_again(tmp_path: Path, left: list[str]
 def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
     """Where there is a file under the name, it stays."""
     (tmp_path / "c").write_text("mine")
-    with pytest.raises(CheckpointError, match="There is a file"):
+    with pytest.raises(CheckpointError, match="Cannot write a directory where a file exists"):
         FORMAT.save(sample(), tmp_path / "c")
     assert (tmp_path / "c").read_text() == "mine"
 

@@ -69,14 +69,14 @@ def test_ranks_save_together(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_a_staging_folder_that_is_not_shared_is_told() -> None:
     """A rank that does not see the folder of the first says what to name."""
-    with pytest.raises(CheckpointError, match="Ranks on several machines need a folder that they share"):
+    with pytest.raises(CheckpointError, match="Ranks on several machines need a shared folder"):
         _check_shared(Path("/not/here"))
 
 
 def test_the_staging_folder_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """STRATAGEM_STAGING names it; it is empty again afterwards, also where saving failed."""
     monkeypatch.setenv("STRATAGEM_STAGING", str(tmp_path / "staging"))
-    with pytest.raises(CheckpointError, match="Name one with STRATAGEM_STAGING"):
+    with pytest.raises(CheckpointError, match="Set STRATAGEM_STAGING to another one"):
         save("iter_3", 1.0)
     (tmp_path / "staging").mkdir()
     seen: list[Path] = []
@@ -148,7 +148,7 @@ def test_a_file_that_is_too_large_is_refused(memory: Any, monkeypatch: pytest.Mo
     """The limit of downloads holds here too."""
     memory.pipe_file("/runs/one/w.pth", bytes(101))
     monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "1e-7")
-    with pytest.raises(CheckpointError, match="has 101 bytes; at most 100 are downloaded"):
+    with pytest.raises(CheckpointError, match="has 101 bytes; at most 100 bytes are downloaded"):
         CheckpointLoader.fetch(f"{RUN}/w.pth")
 
 
@@ -162,7 +162,7 @@ def test_a_failing_place_is_told(memory: Any, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(type(memory), "pipe_file", fail)
         with pytest.raises(
-            CheckpointError, match=r"one/iter_3: the checkpoint could not be published: .*No space.*untouched"
+            CheckpointError, match=r"one/iter_3: the checkpoint could not be uploaded: .*No space.*unchanged"
         ):
             save("iter_3", 2.0)
     assert CheckpointLoader.load_checkpoint(f"{RUN}/iter_3")["state_dict"]["w"].tolist() == [1, 1]

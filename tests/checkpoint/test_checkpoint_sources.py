@@ -157,7 +157,7 @@ def test_a_missing_path_names_what_is_beside_it(saved: Path) -> None:
     """An error about a path says what was probably meant, or that there is no folder either."""
     with pytest.raises(CheckpointNotFoundError, match=r"epoch_2\.pth: there is no .*Did you mean 'epoch_1\.pth'"):
         CheckpointLoader.fetch(saved.with_name("epoch_2.pth"))
-    with pytest.raises(CheckpointNotFoundError, match=r"There is no folder .*elsewhere either"):
+    with pytest.raises(CheckpointNotFoundError, match=r"The folder .*elsewhere does not exist either"):
         CheckpointLoader.fetch(saved.parent / "elsewhere" / "epoch_1.pth")
     with pytest.raises(CheckpointNotFoundError, match="there is no such checkpoint"):
         CheckpointLoader.fetch(saved.with_name("epoch_2.pth").as_uri())
@@ -165,7 +165,7 @@ def test_a_missing_path_names_what_is_beside_it(saved: Path) -> None:
 
 def test_files_of_another_host_are_refused() -> None:
     """file://data/x.pth, with a slash too few, is not read as /x.pth."""
-    with pytest.raises(CheckpointError, match="'data' stands where a host does"):
+    with pytest.raises(CheckpointError, match="names the host 'data'"):
         CheckpointLoader.fetch("file://data/x.pth")
 
 
@@ -203,7 +203,7 @@ def test_the_digest_of_the_first_download_is_recorded(site: Site, cache: Path) -
     assert len(site.requests) == 2
     site.changed = b"another"
     (cache / name).write_bytes(b"")
-    with pytest.raises(CheckpointDamagedError, match=rf"it was {DIGEST} when it was first .* remove .*{name}"):
+    with pytest.raises(CheckpointDamagedError, match=rf"it was {DIGEST} at the first download.* remove .*{name}"):
         weights(url)
 
 
@@ -219,7 +219,7 @@ def test_a_copy_without_its_digest_is_fetched_again(site: Site, cache: Path) -> 
 @pytest.mark.parametrize("mark", ["", "-0123abcd.pth", "#sha256=01234567"])
 def test_plain_http_needs_the_whole_digest(mark: str) -> None:
     """Where somebody in between could change the file, nothing is asked for without all of its digest."""
-    with pytest.raises(CheckpointError, match="over plain http .* Use https"):
+    with pytest.raises(CheckpointError, match="over plain http, .* Use https"):
         CheckpointLoader.fetch(f"http://files.invalid/net{mark}")
     with pytest.raises(CheckpointError, match="download failed"):
         CheckpointLoader.fetch(f"http://files.invalid/net.pth#sha256={DIGEST}")
@@ -242,7 +242,7 @@ def test_a_download_is_not_larger_than_allowed(
 ) -> None:
     """The limit holds whether or not the server says how much will come, and nothing is kept."""
     monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "1e-7")
-    with pytest.raises(CheckpointError, match="At most 100 are downloaded; STRATAGEM_DOWNLOAD_LIMIT_GB raises that"):
+    with pytest.raises(CheckpointError, match="At most 100 bytes are downloaded; set STRATAGEM_DOWNLOAD_LIMIT_GB"):
         weights(f"{site.address}/{name}")
     assert kept(cache) == []
     monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "many")
@@ -261,7 +261,7 @@ def test_a_right_digest_is_accepted(site: Site, mark: str) -> None:
 @pytest.mark.parametrize("mark", [f"-{WRONG[:8]}.pth", f".pth#sha256={WRONG}", f"-{DIGEST[:8]}.pth#sha256={WRONG}"])
 def test_a_wrong_digest_keeps_nothing(site: Site, cache: Path, mark: str) -> None:
     """A file with another digest is damage; both digests are shown and nothing is kept. What is behind # decides."""
-    with pytest.raises(CheckpointDamagedError, match=f"its SHA-256 is {DIGEST}, but {WRONG[:8]}"):
+    with pytest.raises(CheckpointDamagedError, match=f"its SHA-256 is {DIGEST}, expected {WRONG[:8]}"):
         CheckpointLoader.fetch(f"{site.address}/net{mark}")
     assert kept(cache) == []
 
@@ -276,14 +276,14 @@ def test_a_digest_given_later_is_checked_too(site: Site) -> None:
 @pytest.mark.parametrize("fragment", ["sha256=", "sha256=xyz", "sha256=abc", "md5=0123456789abcdef", "top"])
 def test_what_would_be_ignored_behind_the_hash_is_refused(site: Site, fragment: str) -> None:
     """A digest that cannot be checked is an error and not skipped."""
-    with pytest.raises(CheckpointError, match="what follows # can only be sha256="):
+    with pytest.raises(CheckpointError, match="expected sha256= and 8 to 64"):
         CheckpointLoader.fetch(f"{site.address}/net.pth#{fragment}")
     assert site.requests == []
 
 
 def test_a_transfer_that_was_cut_keeps_nothing(site: Site, cache: Path) -> None:
     """Fewer bytes than the server announced are damage, also without a digest."""
-    with pytest.raises(CheckpointDamagedError, match=f"100 bytes came of {len(CONTENT)}"):
+    with pytest.raises(CheckpointDamagedError, match=f"received 100 of {len(CONTENT)}"):
         CheckpointLoader.fetch(f"{site.address}/cut.pth")
     assert kept(cache) == []
 
@@ -374,7 +374,7 @@ def test_a_file_of_the_hub_is_fetched(hub: Site, monkeypatch: pytest.MonkeyPatch
         ("/org/net/resolve/main/sub/weights.pth", "Bearer secret"),
         ("/org/net/resolve/v1%2F2/weights.pth", "Bearer secret"),
     ]
-    with pytest.raises(CheckpointDamagedError, match="is due"):
+    with pytest.raises(CheckpointDamagedError, match="its SHA-256 is .*, expected"):
         CheckpointLoader.fetch(f"hf://org/net/other.pth#sha256={WRONG}")
 
 
@@ -404,7 +404,7 @@ def test_a_repository_of_the_hub_is_fetched(hub: Site) -> None:
 )
 def test_other_names_of_the_hub_are_refused(name: str) -> None:
     """What does not name a repository of the Hub is refused with the form that does."""
-    with pytest.raises(CheckpointError, match="write hf://<organisation>/<repository>"):
+    with pytest.raises(CheckpointError, match="expected hf://<organization>/<repository>"):
         CheckpointLoader.fetch(name)
 
 
@@ -436,7 +436,7 @@ def test_an_unknown_name_of_a_collection_gets_the_nearest(scheme: str) -> None:
 
 def test_an_unknown_scheme_gets_the_nearest() -> None:
     """A scheme that nobody serves is answered with those that are near."""
-    with pytest.raises(CheckpointError, match=r"htps:///x\.pth: no way to read htps:// .*'https://'"):
+    with pytest.raises(CheckpointError, match=r"htps:///x\.pth: unknown scheme htps://.*'https://'"):
         CheckpointLoader.fetch("htps:///x.pth")
 
 
@@ -459,9 +459,9 @@ def test_users_serve_schemes_of_their_own(saved: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("own_schemes")
 def test_a_scheme_is_replaced_only_on_purpose(saved: Path) -> None:
     """Registering a taken prefix is an error, and registers none of the others with it."""
-    with pytest.raises(ConfigValueError, match=r"'https://' is registered already; pass force=True"):
+    with pytest.raises(ConfigValueError, match=r"'https://' is already registered; pass force=True"):
         CheckpointLoader.register_scheme(["new://", "https://"])(lambda _: saved)
-    with pytest.raises(CheckpointError, match="no way to read new://"):
+    with pytest.raises(CheckpointError, match="unknown scheme new://"):
         CheckpointLoader.fetch("new://x")
     CheckpointLoader.register_scheme("https://", force=True)(lambda _: saved)
     assert CheckpointLoader.fetch("https://host/x.pth") == saved

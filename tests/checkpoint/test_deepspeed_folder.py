@@ -84,7 +84,7 @@ def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
     """Of two ranks' files one is gone: nothing is made up."""
     folder = save(tmp_path / "saved", stretches())
     (folder / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(CheckpointNotFoundError, match="2 ranks saved it, and the files of 1"):
+    with pytest.raises(CheckpointNotFoundError, match="2 ranks saved it, but it has the files of 1"):
         read_any(folder)
 
 

@@ -176,7 +176,7 @@ def test_numbers_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
     data = {"0": struct.pack("<2f", 1, 2)} if "sparse" not in lie else {"0": struct.pack("<q", 1 << 40)}
     path = write(tmp_path / "a.pth", {"state_dict": {"w": LIES[lie]}}, data)
     with pytest.raises(
-        CheckpointDamagedError, match=r"a\.pth cannot be read: .*(state_dict/w|tensor memory|no record)"
+        CheckpointDamagedError, match=r"a\.pth cannot be read: .*(state_dict/w|tensor storage|no record)"
     ):
         SingleFileFormat().load(path)
 
@@ -197,7 +197,7 @@ def test_deep_nesting_is_refused(tmp_path: Path, kind: str) -> None:
         "objects": name("collections.OrderedDict").code * 20_000 + b")" + b"\x85R" * 20_000,
     }[kind]
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor(), "v": Raw(deep)}})
-    with pytest.raises(CheckpointError, match="nested too deeply|makes no sense"):
+    with pytest.raises(CheckpointError, match="nested too deeply|malformed"):
         SingleFileFormat().load(path)
 
 
@@ -289,7 +289,7 @@ def test_a_changed_pickle_is_never_another_exception(changes: list[tuple[int, in
     del data[cut : cut + gap]
     try:
         root = read_pickle(bytes(data))
-        ValueBuilder(NoMemory()).of(root, "root")
+        ValueBuilder(NoMemory()).build(root, "root")
     except CheckpointError:
         return
 

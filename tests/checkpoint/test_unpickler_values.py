@@ -188,7 +188,7 @@ def with_metadata(metadata: Any, kind: str = "torch.ComplexFloatStorage") -> Raw
 def test_metadata_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     """A tensor with metadata that is not understood is refused by its key, not read without it."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": with_metadata({"scaled": True})}}, {"0": bytes(16)})
-    with pytest.raises(CheckpointError, match="state_dict/w is a tensor with the metadata scaled, which is not read"):
+    with pytest.raises(CheckpointError, match="state_dict/w is a tensor with the unsupported metadata scaled"):
         SingleFileFormat().load(path)
 
 
@@ -200,7 +200,7 @@ def test_metadata_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
 def test_metadata_that_makes_no_sense_is_damage(tmp_path: Path, tensor: Raw) -> None:
     """Metadata that torch cannot have written is an error of the file."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor}}, {"0": bytes(16)})
-    with pytest.raises(CheckpointDamagedError, match="state_dict/w makes no sense"):
+    with pytest.raises(CheckpointDamagedError, match="state_dict/w is not a valid"):
         SingleFileFormat().load(path)
 
 
@@ -253,9 +253,9 @@ def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
     data[data.index(bytes(torch.full((4,), 3.25).numpy().data)) + 1000] ^= 1
     path.write_bytes(data)
     assert SingleFileFormat().load(path, parts={"state_dict"}, verify=False)["state_dict"]["w"].sum() == 0
-    with pytest.raises(CheckpointDamagedError, match="a/data/1 in it is not what was written: its checksum differs"):
+    with pytest.raises(CheckpointDamagedError, match="a/data/1 is corrupted: the checksum does not match"):
         SingleFileFormat().load(path, verify=False)
-    with pytest.raises(CheckpointDamagedError, match="a/data/1 in it is not what was written: its checksum differs"):
+    with pytest.raises(CheckpointDamagedError, match="a/data/1 is corrupted: the checksum does not match"):
         SingleFileFormat().verify(path)
 
 
@@ -290,7 +290,7 @@ def test_other_zip_files_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", b"nothing")
-    with pytest.raises(CheckpointError, match="no single data.pkl"):
+    with pytest.raises(CheckpointError, match="not have exactly one data.pkl"):
         SingleFileFormat().load(path)
     with pytest.raises(CheckpointError, match=r"TorchScript.*torch\.jit\.load"):
         SingleFileFormat().load(write(path, {}, extra={"constants.pkl": b""}))

@@ -195,7 +195,7 @@ def test_a_full_disk_reports_what_was_being_written(tmp_path: Path) -> None:
         write_atomic(tmp_path / "file", "1234")
     assert caught.value.errno == errno.ENOSPC
     assert f"While writing {tmp_path / 'file'}: 2 bytes were written, " in caught.value.__notes__[0]
-    assert "bytes are free there" in caught.value.__notes__[0]
+    assert "bytes are free" in caught.value.__notes__[0]
 
 
 def test_a_full_disk_at_creation_reports_what_was_being_written(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_a_temporary_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypa
     monkeypatch.setattr(atomic, "remove", refuse)
     with pytest.raises(ValueError, match="first") as caught, atomic_file(tmp_path / "file"):
         raise ValueError("first")
-    assert "clean_temporaries does it later" in caught.value.__notes__[0]
+    assert "clean_temporaries will remove it" in caught.value.__notes__[0]
 
 
 def test_every_file_is_synced_before_the_rename(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_modified_remote_file_is_reported_as_damaged(place: str, tmp_path: Pat
     [victim] = [name for name in system.find(path) if name.endswith("a.txt")]
     for change in (b"2", b"11", b""):
         system.pipe_file(victim, change)
-        with pytest.raises(CheckpointDamagedError, match=r"a\.txt is not what was published"):
+        with pytest.raises(CheckpointDamagedError, match=r"a\.txt is corrupted"):
             fetch_published(f"{place}/a", tmp_path / "cache")
     system.rm_file(victim)
     with pytest.raises(CheckpointDamagedError, match="a file is missing"):
@@ -299,9 +299,9 @@ def test_a_later_generation_is_greater_regardless_of_the_clock() -> None:
 def test_unsupported_urls_are_rejected(tmp_path: Path) -> None:
     """A URL without a folder or with chained file systems is rejected; unknown schemes are not remote."""
     for url in ("memory://a", "simplecache::memory://a/b", "memory://"):
-        with pytest.raises(CheckpointError, match="is no place for files"):
+        with pytest.raises(CheckpointError, match="is not a valid location"):
             publish(tmp_path, url)
-    with pytest.raises(CheckpointError, match="not a place that fsspec can open"):
+    with pytest.raises(CheckpointError, match="fsspec cannot open"):
         list_published("unheard://x")
     assert is_remote_scheme("memory")
     assert is_remote_scheme("norename")  # registered by a program

@@ -25,9 +25,11 @@ def dead_pid() -> int:
 def test_temporary_names_can_be_parsed(tmp_path: Path) -> None:
     """A temporary name encodes the target path, the process and the type."""
     target = tmp_path / "step_12.tmp-1"
-    assert TemporaryName.parse(temporary_path(target)) == TemporaryName(target=target, pid=os.getpid(), set_aside=False)
+    assert TemporaryName.parse(temporary_path(target)) == TemporaryName(
+        target=target, pid=os.getpid(), is_old_content=False
+    )
     assert TemporaryName.parse(old_content_path(target)) == TemporaryName(
-        target=target, pid=os.getpid(), set_aside=True
+        target=target, pid=os.getpid(), is_old_content=True
     )
     assert temporary_path(target) != temporary_path(target)
 

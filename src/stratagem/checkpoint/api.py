@@ -62,7 +62,7 @@ def check_writable(filename: str | os.PathLike[str]) -> None:
         CheckpointError: if the URL is read-only or its scheme is unknown.
     """
     url = os.fspath(filename)
-    if is_url(filename) and (CheckpointLoader.only_reads(url) or not is_remote_scheme(url.partition("://")[0])):
+    if is_url(filename) and (CheckpointLoader.is_read_only(url) or not is_remote_scheme(url.partition("://")[0])):
         raise CheckpointError(
             f"{mask_text(url)}: checkpoints can be saved only to local paths and to URLs that fsspec can write to."
         )

@@ -1,13 +1,13 @@
-"""Files that are written durably and published whole, here and at places without a rename."""
+"""Write files durably and publish them atomically, on local disks and on remote file systems without a rename."""
 
 from stratagem.storage import operations
 from stratagem.storage.atomic import atomic_directory, atomic_file, write_atomic
 from stratagem.storage.files import (
     begin_writeback,
+    closing_descriptor,
     fsync_directory,
     fsync_file,
     fsync_tree,
-    opened,
     read_bytes,
     remove,
     tree_bytes,
@@ -40,7 +40,7 @@ __all__ = [
     "fsync_tree",
     "is_remote_scheme",
     "list_published",
-    "opened",
+    "closing_descriptor",
     "operations",
     "publish",
     "read_bytes",

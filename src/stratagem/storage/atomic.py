@@ -1,17 +1,17 @@
-"""Publish files and directories whole: whoever looks finds the old content or the new, never a part of one.
+"""Publish files and directories atomically: readers see the old content or the new, never a mixture.
 
-New content is written under a temporary name in the same directory (in another one, moving it could be a copy),
-every file of it is synced, then its directory, then one rename publishes it, then the parent directory is synced.
-What a kill leaves at each point:
+New content is written under a temporary name in the same directory, because a move between directories may be a copy.
+All its files and directories are synced, one rename publishes it, and the parent directory is synced. If the process is
+killed, it leaves:
 
-============================================  =====================  ==========================================
-killed                                        under the path         beside it, for ``clean_temporaries``
-============================================  =====================  ==========================================
-while the new content is written or synced    the old, or nothing    a part of the new
-after the rename                              the new                nothing, or the old of a directory
-replacing a directory without ``renameat2``:
-between its two renames                       nothing                the old, which is put back, and the new
-============================================  =====================  ==========================================
+==============================================  =====================  ========================================
+killed                                          at the path            left for ``clean_temporaries``
+==============================================  =====================  ========================================
+while the new content is written or synced      the old, or nothing    a part of the new content
+after the rename                                the new                nothing, or the old directory
+between the two renames that replace a          nothing                the old directory, which is restored,
+directory without ``renameat2``                                        and the new one
+==============================================  =====================  ========================================
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTD
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Create or replace a file with the data (text as UTF-8), durably and in one step.
+    """Create or replace a file durably and atomically; text is encoded as UTF-8.
 
     A symbolic link at ``path`` is replaced, not followed.
 
     Raises:
-        WorkDirError: if nothing can be created in the parent directory.
-        OSError: if writing failed otherwise; a note says what was being written. The old content is untouched.
+        WorkDirError: if no file can be created in the parent directory.
+        OSError: if writing fails for another reason; a note names the target. The old content is unchanged.
     """
     with atomic_file(path) as temporary:
         write_bytes(temporary, data.encode() if isinstance(data, str) else data)
@@ -49,17 +49,17 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty temporary file to write to; it becomes ``path`` when the block ends without an exception.
+    """Yield an empty temporary file to write to; it becomes ``path`` when the context exits without an exception.
 
-    On an exception it is removed and the old content is untouched. A symbolic link at ``path`` is replaced.
+    On an exception, it is removed and the old content is unchanged. A symbolic link at ``path`` is replaced.
 
     Raises:
-        WorkDirError: if nothing can be created in the parent directory.
-        OSError: if it cannot be published; a note says what was being written.
+        WorkDirError: if no file can be created in the parent directory.
+        OSError: if the file cannot be published; a note names the target.
     """
     target = absolute(path)
     if target.is_dir() and not target.is_symlink():
-        raise IsADirectoryError(errno.EISDIR, "There is a directory where a file shall be written", str(target))
+        raise IsADirectoryError(errno.EISDIR, "Cannot write a file where a directory exists", str(target))
     with _temporary(target, _create_file) as temporary:
         yield temporary
         fsync_file(temporary)
@@ -69,32 +69,32 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty temporary directory to fill; it becomes ``path`` when the block ends without an exception.
+    """Yield an empty temporary directory to fill; it becomes ``path`` when the context exits without an exception.
 
-    On an exception it is removed and the old directory is untouched. An old directory is replaced as a whole: on
-    Linux in one step, elsewhere by moving it aside first, from where ``clean_temporaries`` puts it back if the new
-    one never came.
+    On an exception, it is removed and the old directory is unchanged. An existing directory is replaced as a whole: on
+    Linux in one step; elsewhere it is first renamed, and ``clean_temporaries`` restores it if the process is killed before
+    the new one is in place.
 
     Raises:
-        WorkDirError: if nothing can be created in the parent directory.
-        OSError: if it cannot be published; a note says what was being written.
+        WorkDirError: if no directory can be created in the parent directory.
+        OSError: if the directory cannot be published; a note names the target.
     """
     target = absolute(path)
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "There is a file where a directory shall be written", str(target))
+        raise NotADirectoryError(errno.ENOTDIR, "Cannot write a directory where a file exists", str(target))
     with _temporary(target, operations.create_folder) as temporary:
         yield temporary
         fsync_tree(temporary)
         old = _publish_directory(temporary, target)
     _make_durable(target)
     if old is not None:
-        with suppress(OSError):  # the new content is safe; clean_temporaries removes what is left of the old
+        with suppress(OSError):  # the new content is in place; clean_temporaries removes the rest of the old
             remove(old)
 
 
 @contextmanager
 def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]:
-    """Make a temporary sibling; remove it on an exception, and say in every OSError what was being written."""
+    """Create a temporary sibling of ``target``; on an exception, remove it and add a note to every OSError."""
     temporary = temporary_path(target)
     try:
         create(temporary)
@@ -104,7 +104,7 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
             raise
         raise WorkDirError(
             f"{target.parent}: cannot create {target.name} there ({error.strerror}). "
-            "Make the directory, free it for writing, or choose another one."
+            "Create the directory, make it writable, or choose another one."
         ) from error
     try:
         yield temporary
@@ -113,8 +113,8 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
             error.add_note(_describe(target, temporary))
         try:
             remove(temporary)
-        except OSError as left:
-            error.add_note(f"{temporary} could not be removed ({left}); clean_temporaries does it later.")
+        except OSError as failure:
+            error.add_note(f"Could not remove {temporary} ({failure}); clean_temporaries will remove it.")
         raise
 
 
@@ -128,33 +128,33 @@ def _create_file(path: Path) -> None:
 
 
 def _publish_directory(temporary: Path, target: Path) -> Path | None:
-    """Rename ``temporary`` to ``target``, and return where the content that it replaced is now, if there was any."""
+    """Rename ``temporary`` to ``target``; return the new path of the content that it replaced, or None."""
     if not target.exists() and not target.is_symlink():
         operations.rename(temporary, target)
         return None
     if operations.exchange(temporary, target):
         return temporary
-    aside = old_content_path(target)
-    operations.rename(target, aside)
+    old = old_content_path(target)
+    operations.rename(target, old)
     try:
         operations.rename(temporary, target)
     except BaseException:
-        operations.rename(aside, target)
+        operations.rename(old, target)
         raise
-    return aside
+    return old
 
 
 def _make_durable(target: Path) -> None:
     try:
         fsync_directory(target.parent)
     except OSError as error:
-        error.add_note(f"{target} is in place and complete, but a power loss may bring back what was there before.")
+        error.add_note(f"{target} is in place and complete, but a power loss may restore its previous content.")
         raise
 
 
 def _describe(target: Path, temporary: Path) -> str:
     written, free = "an unknown number of", "an unknown number of"
-    with suppress(OSError):  # this text must not hide the error that it describes
+    with suppress(OSError):  # a failure here must not hide the error that is described
         written = str(tree_bytes(temporary))
         free = str(shutil.disk_usage(target.parent).free)
-    return f"While writing {target}: {written} bytes were written, {free} bytes are free there."
+    return f"While writing {target}: {written} bytes were written, {free} bytes are free."

@@ -1,6 +1,6 @@
-"""Read, write, sync and remove local files, so that what is said to be stored survives a power loss.
+"""Read, write, sync and remove local files, so that synced data survives a power loss.
 
-On macOS ``fsync`` hands the data to the drive but does not empty the drive's own cache.
+On macOS, ``fsync`` passes the data to the drive but does not flush the drive's cache.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = [
     "fsync_directory",
     "fsync_file",
     "fsync_tree",
-    "opened",
+    "closing_descriptor",
     "read_bytes",
     "remove",
     "tree_bytes",
@@ -26,49 +26,49 @@ __all__ = [
     "write_fully",
 ]
 
-# Some network and user-space file systems cannot sync a directory; they publish a name at once or not at all.
+# Some network and user-space file systems cannot sync a directory.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return what the file holds."""
+    """Return the content of a file."""
     return path.read_bytes()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Create or overwrite a file in place, and wait until its content is on the disk.
+    """Create or overwrite a file in place and sync it.
 
-    A kill leaves it half written; ``write_atomic`` is what the rest of the package uses.
+    If the process is killed, the file may be incomplete; use ``write_atomic`` where that matters.
     """
     descriptor = operations.open_file(path) if path.exists() else operations.create_file(path)
-    with opened(descriptor):
+    with closing_descriptor(descriptor):
         write_fully(descriptor, data, 0)
         operations.truncate(descriptor, len(data))
         operations.fsync(descriptor)
 
 
 def write_fully(descriptor: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of the data from ``offset`` on; the system may take it in pieces."""
-    rest = memoryview(data)
-    while rest:
-        count = operations.write(descriptor, rest, offset)
-        rest, offset = rest[count:], offset + count
+    """Write all of ``data`` at ``offset``, in as many calls as the system needs."""
+    remaining = memoryview(data)
+    while remaining:
+        count = operations.write(descriptor, remaining, offset)
+        remaining, offset = remaining[count:], offset + count
 
 
 def begin_writeback(descriptor: int) -> None:
-    """Have the system bring to the disk what was written so far, without a wait; it may keep none of it in memory.
+    """Ask the system to start writing cached data to the disk, without waiting. The data may leave the cache.
 
-    Nothing happens where the system has no such call.
+    Does nothing if the system has no such call.
     """
     if hasattr(os, "posix_fadvise"):
-        # Advice only: a file system that refuses it writes as late as it would have.
+        # This is only a hint; if it fails, the data is written later.
         with suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager
-def opened(descriptor: int) -> Iterator[int]:
-    """Give the descriptor back at the end of the block, also where it fails."""
+def closing_descriptor(descriptor: int) -> Iterator[int]:
+    """Close the descriptor when the context exits, also on an exception."""
     try:
         yield descriptor
     finally:
@@ -76,13 +76,13 @@ def opened(descriptor: int) -> Iterator[int]:
 
 
 def fsync_file(path: Path) -> None:
-    """Wait until the content of a file is on the disk."""
-    with opened(operations.open_folder(path)) as descriptor:
+    """Sync the content of a file to the disk."""
+    with closing_descriptor(operations.open_folder(path)) as descriptor:
         operations.fsync(descriptor)
 
 
 def fsync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on the disk; nothing happens where the file system cannot."""
+    """Sync the entries of a directory to the disk; does nothing if the file system does not support it."""
     try:
         fsync_file(path)
     except OSError as error:
@@ -91,7 +91,7 @@ def fsync_directory(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """Wait until a directory and all below it are on the disk; links are not followed."""
+    """Sync a directory and everything below it to the disk; symbolic links are not followed."""
     for folder, _, names in os.walk(path, topdown=False, onerror=_raise):
         for name in names:
             file = Path(folder, name)
@@ -101,7 +101,7 @@ def fsync_tree(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it points to) or a directory with all below it; a missing one is fine."""
+    """Remove a file, a symbolic link or a directory tree; does nothing if the path does not exist."""
     if not path.is_dir() or path.is_symlink():
         operations.remove_file(path)
         return
@@ -111,7 +111,7 @@ def remove(path: Path) -> None:
 
 
 def tree_bytes(path: Path) -> int:
-    """Return the size in bytes of a file, or of all files in a directory; 0 where there is nothing."""
+    """Return the size in bytes of a file or of all files in a directory; 0 if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         return sum(tree_bytes(inner) for inner in path.iterdir())
     return path.lstat().st_size if path.exists() else 0

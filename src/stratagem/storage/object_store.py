@@ -1,18 +1,18 @@
-"""Publish files to places that have no rename, so that whoever looks finds all of it or nothing.
+"""Publish files atomically to file systems without a rename, such as object stores.
 
-Every publication writes to a folder of its own (a :class:`Generation`), and its record last. Nothing that exists is
-ever overwritten, so there is no instant at which the earlier content is gone and the new one not there:
+Each publication writes its files to a new folder (a :class:`Generation`), and then a record that makes it visible. Nothing
+is overwritten, so either the old or the new content is visible at any time:
 
-====================================  ========================  ===============================================
-killed, or failed                     found under the name      left behind
-====================================  ========================  ===============================================
-while files are written               the old, or nothing       files without a record, which count for nothing
-while the record is written           the old, or nothing       the same: a part of a record is no record
-after the record                      the new                   older generations, which the newer hides
-====================================  ========================  ===============================================
+====================================  ==================  ===================================================
+killed or failed                      visible content     left behind
+====================================  ==================  ===================================================
+while files are written               old, or nothing     files without a record, which are ignored
+while the record is written           old, or nothing     the same; an incomplete record is ignored
+after the record is written           new                 older generations, which the newer one supersedes
+====================================  ==================  ===================================================
 
-What is left behind goes at the next publication under the name, or with :func:`clean_unpublished`. What is removed
-loses its record first, and the oldest goes first, so an older content never comes back.
+The next publication under the same name, or :func:`clean_unpublished`, removes what is left behind. Removal starts with the
+oldest generation and with its record, so that old content never becomes visible again.
 """
 
 from __future__ import annotations
@@ -36,152 +36,151 @@ __all__ = ["Published", "clean_unpublished", "fetch_published", "list_published"
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
-_LARGEST_RECORD_BYTES = 64 << 20
-_ATTEMPTS = 3
+_MAX_RECORD_BYTES = 64 << 20
+_MAX_ATTEMPTS = 3
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """Something that was published: ``url`` to fetch it by, when (seconds since the epoch), and its bytes.
+    """A published file or folder: its URL, time of publication (seconds since the epoch) and size in bytes.
 
-    The URL may hold secrets that the place's own URL had. ``about`` is what the publisher recorded about it.
+    The URL may contain the secrets of the URL that it was listed from. ``metadata`` was recorded by the publisher.
     """
 
     name: str
     url: str = field(repr=False)
     published_at: float
     size: int
-    about: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-def publish(local: Path, url: str, about: Mapping[str, Any] | None = None) -> Published:
-    """Publish a local file, or a folder with all below it, under a URL; it replaces what was published there before.
+def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) -> Published:
+    """Publish a local file or folder at ``url``; it replaces what was published there before.
 
-    One process writes under a name at a time; of two, the later to begin wins.
+    Only one process may publish under a name at a time; otherwise, the one that started last wins.
 
     Args:
         local: the file or folder.
-        url: where to.
-        about: recorded with it, for :func:`list_published`; plain JSON values.
+        url: the target.
+        metadata: plain JSON values to record with it for :func:`list_published`.
 
     Raises:
-        MissingDependencyError: if the file system's package is not installed.
-        ValueError: if a file's name could not be read back.
-        OSError: if the place refuses, or what the file system's own library raises then. What was published before is
-            still there.
+        MissingDependencyError: if the package for the file system is not installed.
+        ValueError: if a file has an unsupported name.
+        OSError: or an error of the file system's library, if the upload fails. What was published before stays available.
     """
-    place, name = RemoteFolder.parent_of(url)
-    present = _generations(place)
-    older = [generation for generation in present if generation.name == name]
-    # Later than those of other names as well, so that the last publication of the place is known without a clock.
-    generation = Generation.after(name, present)
-    target = place.folder(generation.folder)
+    folder, name = RemoteFolder.parent_of(url)
+    existing = _generations(folder)
+    previous = [generation for generation in existing if generation.name == name]
+    # Later than generations of all names, so that publications in a folder are ordered without a clock.
+    generation = Generation.after(name, existing)
+    target = folder.folder(generation.folder)
     try:
-        record = _upload(local, target, about or {})
+        record = _upload(local, target, metadata or {})
     except Exception as error:
-        error.add_note(f"While publishing {target.shown}; what was published as {name} before is untouched.")
-        with suppress(Exception):  # the place is failing; a later publication cleans up
-            _remove(place, generation)
+        error.add_note(f"While publishing {target.shown}; what was published as {name} before is unchanged.")
+        with suppress(Exception):  # the file system is failing; a later publication cleans up
+            _remove(folder, generation)
         raise
-    for old in sorted(older):
+    for old in sorted(previous):
         try:
-            _remove(place, old)
-        except Exception as error:  # noqa: BLE001 -- the new one is safe, and which class it is hangs on the file system
-            logger.warning("%s/%s is superseded but could not be removed: %s", place.shown, old.folder, error)
-            break  # or an older one could outlive a newer
-    return _described(place, generation, record)
+            _remove(folder, old)
+        except Exception as error:  # noqa: BLE001 -- the new generation is safe; the class depends on the file system
+            logger.warning("Could not remove %s/%s, which is superseded: %s", folder.shown, old.folder, error)
+            break  # or an older generation could outlive a newer one
+    return _describe(folder, generation, record)
 
 
 def list_published(url: str) -> list[Published]:
-    """Return what is published in the folder that a URL names, the latest last; empty where there is no such folder."""
-    place = RemoteFolder.at(url.rstrip("/"))
-    return [_described(place, generation, record) for generation, record in _newest(place)]
+    """Return what is published in the folder at ``url``, latest last; empty if the folder does not exist."""
+    folder = RemoteFolder.at(url.rstrip("/"))
+    return [_describe(folder, generation, record) for generation, record in _newest(folder)]
 
 
 def fetch_published(url: str, cache: Path) -> Path:
-    """Return the local copy, in ``cache``, of what is published under a URL: a file or a folder of the same name.
+    """Return the local copy, in ``cache``, of the file or folder published at ``url``.
 
-    A copy that is there is compared with its digests, and fetched again where it differs.
+    An existing copy is compared with its digests and downloaded again if it differs.
 
     Raises:
-        CheckpointNotFoundError: if nothing is published there.
-        CheckpointDamagedError: if a file is missing, or is not what was published.
+        CheckpointNotFoundError: if nothing is published at ``url``.
+        CheckpointDamagedError: if a file is missing or corrupted.
     """
-    place, name = RemoteFolder.parent_of(url)
-    for attempt in range(_ATTEMPTS):
-        found = [(generation, record) for generation, record in _newest(place) if generation.name == name]
+    folder, name = RemoteFolder.parent_of(url)
+    for attempt in range(_MAX_ATTEMPTS):
+        found = [(generation, record) for generation, record in _newest(folder) if generation.name == name]
         if not found:
-            raise CheckpointNotFoundError(f"{place.shown}/{name}: nothing is published under this name.")
+            raise CheckpointNotFoundError(f"{folder.shown}/{name}: nothing is published under this name.")
         ((generation, record),) = found
-        source = place.folder(generation.folder)
-        where = cache / f"{hashlib.sha256(source.shown.encode()).hexdigest()[:12]}-{generation.folder}"
-        copy = where / name
+        source = folder.folder(generation.folder)
+        copy_folder = cache / f"{hashlib.sha256(source.shown.encode()).hexdigest()[:12]}-{generation.folder}"
+        copy = copy_folder / name
         try:
-            if not _is_whole(copy, record):
-                _download(source, record, where, name)
+            if not _is_complete(copy, record):
+                _download(source, record, copy_folder, name)
         except FileNotFoundError as error:
-            if attempt == _ATTEMPTS - 1:
+            if attempt == _MAX_ATTEMPTS - 1:
                 raise CheckpointDamagedError(f"{source.shown}: a file is missing: {error}.") from error
-            continue  # it was replaced meanwhile: look again
+            continue  # it was replaced in the meantime; look again
         return copy
     raise AssertionError("the last attempt returns or raises")
 
 
 def remove_published(url: str) -> None:
-    """Remove what is published under a URL, and all that its name left behind there; nothing there is fine."""
-    place, name = RemoteFolder.parent_of(url)
-    for generation in sorted(_generations(place)):
+    """Remove what is published at ``url`` and everything left behind under its name; does nothing if there is nothing."""
+    folder, name = RemoteFolder.parent_of(url)
+    for generation in sorted(_generations(folder)):
         if generation.name == name:
-            _remove(place, generation)
+            _remove(folder, generation)
 
 
 def clean_unpublished(url: str) -> list[str]:
-    """Remove from the folder that a URL names what killed publications left, and return the names of those.
+    """Remove what interrupted publications left in the folder at ``url``; return the names of the removed folders.
 
-    Only folders of our own form are touched. Call it where one run owns the folder: what another one is writing at the
-    moment looks the same.
+    Other files are not touched. Call this only if a single run uses the folder, because a publication in progress cannot be
+    distinguished from an interrupted one.
     """
-    place = RemoteFolder.at(url.rstrip("/"))
-    published = {generation for generation, _ in _newest(place)}
-    left = [generation for generation in sorted(_generations(place)) if generation not in published]
-    for generation in left:
-        _remove(place, generation)
-    return [generation.folder for generation in left]
+    folder = RemoteFolder.at(url.rstrip("/"))
+    published = {generation for generation, _ in _newest(folder)}
+    unpublished = [generation for generation in sorted(_generations(folder)) if generation not in published]
+    for generation in unpublished:
+        _remove(folder, generation)
+    return [generation.folder for generation in unpublished]
 
 
-def _generations(place: RemoteFolder) -> list[Generation]:
-    return [generation for name in place.names() if (generation := Generation.parse(name))]
+def _generations(folder: RemoteFolder) -> list[Generation]:
+    return [generation for name in folder.names() if (generation := Generation.parse(name))]
 
 
-def _newest(place: RemoteFolder) -> Iterator[tuple[Generation, PublicationRecord]]:
-    """Yield, for each name, its latest generation that has a record; by when they began, the latest last."""
+def _newest(folder: RemoteFolder) -> Iterator[tuple[Generation, PublicationRecord]]:
+    """Yield the latest generation with a record for each name, in the order of publication."""
     latest: dict[str, tuple[Generation, PublicationRecord]] = {}
-    for generation in sorted(_generations(place), reverse=True):
+    for generation in sorted(_generations(folder), reverse=True):
         if generation.name in latest:
             continue
-        record = PublicationRecord.parse(place.folder(generation.folder).read(RECORD, _LARGEST_RECORD_BYTES) or b"")
+        record = PublicationRecord.parse(folder.folder(generation.folder).read(RECORD, _MAX_RECORD_BYTES) or b"")
         if record is not None:
             latest[generation.name] = generation, record
     yield from sorted(latest.values(), key=lambda found: found[0].stamp)
 
 
-def _upload(local: Path, target: RemoteFolder, about: Mapping[str, Any]) -> PublicationRecord:
+def _upload(local: Path, target: RemoteFolder, metadata: Mapping[str, Any]) -> PublicationRecord:
     files = {}
     for file in sorted(local.rglob("*")) if local.is_dir() else [local]:
         if file.is_dir():
             continue
         path = file.relative_to(local if local.is_dir() else local.parent).as_posix()
-        target.make(path.rpartition("/")[0])
+        target.create(path.rpartition("/")[0])
         files[path] = _upload_file(file, target, path)
-    record = PublicationRecord(files=files, is_folder=local.is_dir(), published_at=time.time(), about=about)
+    record = PublicationRecord(files=files, is_folder=local.is_dir(), published_at=time.time(), metadata=metadata)
     data = record.encode()
-    # Its own reader must take it: names that it refuses would make a publication that cannot be found.
+    # Check that the record can be parsed: with unsupported file names, the publication could not be found.
     if PublicationRecord.parse(data) is None:
-        raise ValueError(f"{local} has names of files that cannot be published: {sorted(files)[:5]}.")
+        raise ValueError(f"{local} contains files with names that cannot be published: {sorted(files)[:5]}.")
     target.write(RECORD, data)
-    if target.read(RECORD, _LARGEST_RECORD_BYTES) != data:
-        raise OSError(f"{target.shown}/{RECORD} is not what was written there.")
+    if target.read(RECORD, _MAX_RECORD_BYTES) != data:
+        raise OSError(f"{target.shown}/{RECORD} does not have the content that was written.")
     return record
 
 
@@ -198,58 +197,60 @@ def _upload_file(file: Path, target: RemoteFolder, path: str) -> StoredFile:
     return StoredFile(size, digest.hexdigest())
 
 
-def _download(source: RemoteFolder, record: PublicationRecord, where: Path, name: str) -> None:
-    where.parent.mkdir(parents=True, exist_ok=True)
-    # A copy that was changed is replaced in one step: another process may be reading one that was fetched meanwhile.
-    with atomic_directory(where) as aside:
-        root = aside / name if record.is_folder else aside
+def _download(source: RemoteFolder, record: PublicationRecord, copy_folder: Path, name: str) -> None:
+    copy_folder.parent.mkdir(parents=True, exist_ok=True)
+    # A modified copy is replaced atomically, because another process may be reading the one that it has downloaded.
+    with atomic_directory(copy_folder) as temporary:
+        root = temporary / name if record.is_folder else temporary
         root.mkdir(exist_ok=True)
-        for path, due in record.files.items():
+        for path, expected in record.files.items():
             file = root / path if record.is_folder else root / name
             file.parent.mkdir(parents=True, exist_ok=True)
-            _download_file(source, path, file, due)
+            _download_file(source, path, file, expected)
 
 
-def _download_file(source: RemoteFolder, path: str, file: Path, due: StoredFile) -> None:
+def _download_file(source: RemoteFolder, path: str, file: Path, expected: StoredFile) -> None:
     digest, size = hashlib.sha256(), 0
     with source.reading(path) as stream, file.open("wb") as sink:
-        # One byte more than is due shows that there is more; an endless stream is not followed.
-        while chunk := stream.read(min(_CHUNK_BYTES, due.size + 1 - size)):
+        # Read at most one byte more than expected, so that an endless stream is detected.
+        while chunk := stream.read(min(_CHUNK_BYTES, expected.size + 1 - size)):
             digest.update(chunk)
             size += sink.write(chunk)
-            if size > due.size:
+            if size > expected.size:
                 break
-    if size != due.size or digest.hexdigest() != due.sha256:
-        raise CheckpointDamagedError(f"{source.shown}/{path} is not what was published: its size or digest differs.")
+    if size != expected.size or digest.hexdigest() != expected.sha256:
+        raise CheckpointDamagedError(
+            f"{source.shown}/{path} is corrupted: its size or digest does not match the record."
+        )
 
 
-def _is_whole(copy: Path, record: PublicationRecord) -> bool:
-    return all(_has(copy / path if record.is_folder else copy, due) for path, due in record.files.items()) and (
-        copy.is_dir() == record.is_folder
-    )
+def _is_complete(copy: Path, record: PublicationRecord) -> bool:
+    return all(
+        _matches(copy / path if record.is_folder else copy, expected) for path, expected in record.files.items()
+    ) and (copy.is_dir() == record.is_folder)
 
 
-def _has(file: Path, due: StoredFile) -> bool:
-    if not file.is_file() or file.stat().st_size != due.size:
+def _matches(file: Path, expected: StoredFile) -> bool:
+    if not file.is_file() or file.stat().st_size != expected.size:
         return False
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest() == due.sha256
+        return hashlib.file_digest(opened, "sha256").hexdigest() == expected.sha256
 
 
-def _remove(place: RemoteFolder, generation: Generation) -> None:
-    """Remove one generation, its record first: from then on it counts for nothing, whenever this ends."""
-    folder = place.folder(generation.folder)
+def _remove(folder: RemoteFolder, generation: Generation) -> None:
+    """Remove one generation, starting with its record, so that it is ignored from then on."""
+    folder = folder.folder(generation.folder)
     folder.remove(RECORD)
     for path in folder.paths():
         folder.remove(path)
     folder.remove_empty_folders()
 
 
-def _described(place: RemoteFolder, generation: Generation, record: PublicationRecord) -> Published:
+def _describe(folder: RemoteFolder, generation: Generation, record: PublicationRecord) -> Published:
     return Published(
         name=generation.name,
-        url=f"{place.url}/{generation.name}",
+        url=f"{folder.url}/{generation.name}",
         published_at=record.published_at,
         size=record.size,
-        about=record.about,
+        metadata=record.metadata,
     )

@@ -1,7 +1,7 @@
-"""Every change that this package makes to a file system, one function for each kind.
+"""All primitive changes that this package makes to a file system.
 
-All other modules call them as ``operations.write(...)``, so that a test can stand between: it kills the process before,
-half-way through or after any of them, lets any fail, or records them to play a power loss.
+Other modules call them as ``operations.write(...)``, so that tests can replace them: to kill the process before, during or
+after any operation, to make one fail, or to record them and simulate a power loss.
 """
 
 from __future__ import annotations
@@ -29,65 +29,65 @@ __all__ = [
 
 _AT_FDCWD = -100  # relative paths start at the working directory; from linux/fcntl.h
 _RENAME_EXCHANGE = 2  # from linux/fs.h
-# The kernel, the C library, a sandbox or the file system does not know the call.
+# The kernel, the C library, a sandbox or the file system does not support the call.
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
 
 
 def create_folder(path: Path) -> None:
-    """Make a folder that was not there."""
+    """Create a folder, which must not exist."""
     path.mkdir()
 
 
 def create_file(path: Path) -> int:
-    """Make an empty file that was not there; return a descriptor to write with."""
+    """Create an empty file, which must not exist; return a descriptor for writing."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
 def open_file(path: Path) -> int:
-    """Return a descriptor to write into a file that is there."""
+    """Open an existing file; return a descriptor for writing."""
     return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
 
 
 def open_folder(path: Path) -> int:
-    """Return a descriptor of a folder, or a file, to sync it by."""
+    """Open a folder or file; return a descriptor for syncing it."""
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def write(descriptor: int, data: bytes | memoryview, offset: int) -> int:
-    """Write some of the data from ``offset`` on, most often all; return how many bytes."""
+    """Write data at ``offset``; return the number of bytes written, which may be less than all."""
     return os.pwrite(descriptor, data, offset)
 
 
 def truncate(descriptor: int, size: int) -> None:
-    """Give a file its size; what was not written reads as zeros."""
+    """Set the size of a file; added bytes are zeros."""
     os.ftruncate(descriptor, size)
 
 
 def fsync(descriptor: int) -> None:
-    """Wait until what the descriptor stands for is on the disk."""
+    """Sync a file or folder to the disk."""
     os.fsync(descriptor)
 
 
 def close(descriptor: int) -> None:
-    """Give a descriptor back."""
+    """Close a descriptor."""
     os.close(descriptor)
 
 
 def rename(old: Path, new: Path) -> None:
-    """Give a file or folder another name in one step; a file that has it is replaced."""
+    """Rename a file or folder atomically, replacing an existing file."""
     old.replace(new)
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap what two existing names on one file system stand for; at every moment both exist.
+    """Swap two existing paths on one file system atomically, with Linux's ``renameat2``.
 
-    Uses ``renameat2`` of Linux (https://man7.org/linux/man-pages/man2/renameat2.2.html).
+    See https://man7.org/linux/man-pages/man2/renameat2.2.html.
 
     Returns:
-        False, with nothing changed, where the system or the file system has no such operation.
+        False, with nothing changed, if the system or the file system does not support it.
 
     Raises:
-        OSError: if it exists but failed.
+        OSError: if it is supported but fails.
     """
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
@@ -102,10 +102,10 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def remove_file(path: Path) -> None:
-    """Take a file's or link's name away; a missing one is fine."""
+    """Remove a file or symbolic link; does nothing if it does not exist."""
     path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
-    """Take an empty folder away."""
+    """Remove an empty folder."""
     path.rmdir()

@@ -1,7 +1,7 @@
-"""What stands beside published files and makes them count: their names, sizes and digests.
+"""The record that makes published files visible: their names, sizes and digests.
 
-A *generation* is one publication of a name: a folder ``<name>.g-<stamp>-<tag>`` that no other publication ever writes
-to. Its record, written last, carries a digest of itself, so that one which was cut off is no record.
+A *generation* is one publication of a name: a folder ``<name>.g-<stamp>-<tag>`` that no other publication writes to. Its
+record is written last and contains its own digest, so that an incomplete record is not recognized.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ RECORD = "published.json"
 _FORMAT = "stratagem-published"
 _VERSION = 1
 _GENERATION = re.compile(r"(?P<name>.+)\.g-(?P<stamp>[0-9a-f]{16})-(?P<tag>[0-9a-f]{8})")
-# Inside of the folder on every system, and never the record itself.
+# A path component that stays inside the folder on every system.
 _PART = re.compile(r"[^./\\:\x00][^/\\:\x00]*")
 
 
 @final
 @dataclass(frozen=True, slots=True, order=True)
 class Generation:
-    """One publication of a name; the later is the greater."""
+    """One publication of a name; a later one compares as greater."""
 
     name: str
     stamp: int
@@ -37,26 +37,26 @@ class Generation:
 
     @classmethod
     def after(cls, name: str, older: Iterable[Generation]) -> Self:
-        """Return a new one that is later than all of ``older``, whatever their names and the clock."""
+        """Return a new generation that is later than all of ``older``, regardless of their names and the clock."""
         newest = max((generation.stamp for generation in older), default=0)
         return cls(name, max(time.time_ns(), newest + 1), secrets.token_hex(4))
 
     @classmethod
     def parse(cls, folder: str) -> Self | None:
-        """Return what a folder's name says, or None if it is not one of ours."""
+        """Parse a folder name; return None if it is not that of a generation."""
         match = _GENERATION.fullmatch(folder)
         return cls(match["name"], int(match["stamp"], 16), match["tag"]) if match else None
 
     @property
     def folder(self) -> str:
-        """The name of its folder."""
+        """The name of the folder."""
         return f"{self.name}.g-{self.stamp:016x}-{self.tag}"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file's size in bytes and the SHA-256 of its content, in hexadecimal digits."""
+    """The size of a file in bytes and its SHA-256 in hexadecimal digits."""
 
     size: int
     sha256: str
@@ -65,37 +65,37 @@ class StoredFile:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicationRecord:
-    """What was published: files by their path in the folder; one file alone, or a folder with all of them.
+    """What was published: the files of a folder by their relative path, or a single file.
 
-    ``about`` holds what the publisher recorded about it, as plain JSON values; empty if nothing.
+    ``metadata`` holds the publisher's plain JSON values; it may be empty.
     """
 
     files: Mapping[str, StoredFile]
     is_folder: bool
     published_at: float
-    about: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The total size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
     def encode(self) -> bytes:
-        """Return it as a line of JSON and a line with that one's digest."""
+        """Return the record as a line of JSON followed by a line with its digest."""
         content = {
             "format": _FORMAT,
             "version": _VERSION,
             "kind": "folder" if self.is_folder else "file",
             "published_at": self.published_at,
             "files": {path: {"bytes": file.size, "sha256": file.sha256} for path, file in self.files.items()},
-            **({"about": dict(self.about)} if self.about else {}),
+            **({"about": dict(self.metadata)} if self.metadata else {}),
         }
         line = json.dumps(content, allow_nan=False).encode()
         return line + b"\n" + hashlib.sha256(line).hexdigest().encode() + b"\n"
 
     @classmethod
     def parse(cls, data: bytes) -> Self | None:
-        """Return what :meth:`encode` made of a record, or None for anything else, such as a part of that."""
+        """Parse the result of :meth:`encode`; return None for anything else, such as an incomplete record."""
         line, _, digest = data.partition(b"\n")
         if digest != hashlib.sha256(line).hexdigest().encode() + b"\n":
             return None
@@ -103,10 +103,10 @@ class PublicationRecord:
             content = json.loads(line)
         except (ValueError, RecursionError):
             return None
-        return cls._of(content) if isinstance(content, dict) and content.get("format") == _FORMAT else None
+        return cls._from_content(content) if isinstance(content, dict) and content.get("format") == _FORMAT else None
 
     @classmethod
-    def _of(cls, content: Mapping[str, Any]) -> Self | None:
+    def _from_content(cls, content: Mapping[str, Any]) -> Self | None:
         entries, at, kind = content.get("files"), content.get("published_at"), content.get("kind")
         if content.get("version") != _VERSION or kind not in {"folder", "file"} or not isinstance(entries, dict):
             return None
@@ -116,9 +116,12 @@ class PublicationRecord:
         if any(file is None for file in files.values()) or (kind == "file" and len(files) != 1):
             return None
         found = {path: file for path, file in files.items() if file is not None}
-        about = content.get("about")
+        metadata = content.get("about")
         return cls(
-            files=found, is_folder=kind == "folder", published_at=at, about=about if isinstance(about, dict) else {}
+            files=found,
+            is_folder=kind == "folder",
+            published_at=at,
+            metadata=metadata if isinstance(metadata, dict) else {},
         )
 
 

@@ -1,4 +1,4 @@
-"""File systems by URL, through fsspec, with the few operations that publication needs."""
+"""Access remote file systems by URL through fsspec, with the operations needed for publication."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["RemoteFolder", "is_remote_scheme"]
 
 
 def is_remote_scheme(scheme: str) -> bool:
-    """Tell whether fsspec, where it is installed, knows file systems of that scheme, such as ``s3`` or ``memory``."""
+    """Return whether fsspec is installed and supports the scheme, such as ``s3`` or ``memory``."""
     try:
         registry: Any = import_module("fsspec", extra="remote")
         with without_working_directory():
@@ -24,14 +24,14 @@ def is_remote_scheme(scheme: str) -> bool:
     except (MissingDependencyError, ValueError):
         return False
     except ImportError:
-        return True  # known, and the package for it is what is missing
+        return True  # a known scheme whose package is not installed
     return True
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class RemoteFolder:
-    """A folder of a file system; ``url`` may hold secrets."""
+    """A folder of a file system; ``url`` may contain secrets."""
 
     _system: Any
     _path: str
@@ -39,29 +39,29 @@ class RemoteFolder:
 
     @property
     def shown(self) -> str:
-        """Its URL as it may be printed."""
+        """The URL with its secrets masked."""
         return mask_text(self.url)
 
     @classmethod
     def parent_of(cls, url: str) -> tuple[Self, str]:
-        """Return the folder that a URL's last part lies in, and that part.
+        """Split a URL into its parent folder and its last component.
 
         Raises:
-            MissingDependencyError: if fsspec, or what it needs for this scheme, is not installed.
-            CheckpointError: if the URL names no place in a folder.
+            MissingDependencyError: if fsspec or the package for the scheme is not installed.
+            CheckpointError: if the URL does not have the form ``<scheme>://<folder>/<name>``.
         """
         folder, _, name = url.rstrip("/").rpartition("/")
         if "://" not in folder or "::" in url:
-            raise CheckpointError(f"{mask_text(url)} is no place for files. Write <scheme>://<folder>/<name>.")
+            raise CheckpointError(f"{mask_text(url)} is not a valid location. Use <scheme>://<folder>/<name>.")
         return cls.at(folder), name
 
     @classmethod
     def at(cls, url: str) -> Self:
-        """Return the folder that a URL names; it need not exist.
+        """Return the folder at a URL; it need not exist.
 
         Raises:
-            MissingDependencyError: if fsspec, or what it needs for this scheme, is not installed.
-            CheckpointError: if the URL cannot be understood.
+            MissingDependencyError: if fsspec or the package for the scheme is not installed.
+            CheckpointError: if fsspec cannot open the URL.
         """
         core: Any = import_module("fsspec.core", extra="remote")
         try:
@@ -70,15 +70,15 @@ class RemoteFolder:
         except ImportError as error:
             raise MissingDependencyError(f"{mask_text(url)}: {error}") from error
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{mask_text(url)} is not a place that fsspec can open: {error}.") from error
+            raise CheckpointError(f"fsspec cannot open {mask_text(url)}: {error}.") from error
         return cls(system, path, url)
 
     def folder(self, name: str) -> Self:
-        """Return a folder in it."""
+        """Return a subfolder."""
         return type(self)(self._system, self._join(name), f"{self.url}/{name}")
 
     def names(self) -> list[str]:
-        """Return the names of what is in it; none where there is no such folder."""
+        """Return the names of the entries; empty if the folder does not exist."""
         self._system.invalidate_cache()
         try:
             entries = self._system.ls(self._path, detail=True)
@@ -87,58 +87,58 @@ class RemoteFolder:
         return [posixpath.basename(entry["name"].rstrip("/")) for entry in entries]
 
     def paths(self) -> list[str]:
-        """Return the paths of all files in it and below, from here."""
+        """Return the relative paths of all files in the folder and its subfolders."""
         self._system.invalidate_cache()
         root = self._system._strip_protocol(self._path).rstrip("/") + "/"
         return [path.removeprefix(root) for path in self._system.find(self._path)]
 
-    def make(self, path: str = "") -> None:
-        """Make it, or a folder below it, where the file system has folders at all."""
+    def create(self, path: str = "") -> None:
+        """Create the folder, or a subfolder, if the file system has folders."""
         self._system.makedirs(self._join(path), exist_ok=True)
 
     @contextmanager
     def writing(self, path: str) -> Iterator[IO[bytes]]:
-        """Give a new file to write to."""
+        """Open a new file for writing."""
         with self._system.open(self._join(path), "wb") as file:
             yield file
 
     @contextmanager
     def reading(self, path: str) -> Iterator[IO[bytes]]:
-        """Give a file to read from."""
+        """Open a file for reading."""
         with self._system.open(self._join(path), "rb") as file:
             yield file
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a small file: one request, where the file system is a service."""
+        """Write a small file, on an object store with a single request."""
         self._system.pipe_file(self._join(path), data)
 
-    def read(self, path: str, most: int) -> bytes | None:
-        """Return what a small file holds, or None if there is none or it is larger than ``most`` bytes."""
+    def read(self, path: str, max_bytes: int) -> bytes | None:
+        """Return the content of a small file, or None if it does not exist or has more than ``max_bytes`` bytes."""
         self._system.invalidate_cache()
         try:
-            if self.size(path) > most:
+            if self.size(path) > max_bytes:
                 return None
             return bytes(self._system.cat_file(self._join(path)))
         except FileNotFoundError:
             return None
 
     def size(self, path: str) -> int:
-        """Return a file's size in bytes."""
+        """Return the size of a file in bytes."""
         self._system.invalidate_cache()
         return int(self._system.info(self._join(path))["size"])
 
     def version(self, path: str) -> str:
-        """Return what changes when a file's content does, as far as its file system knows."""
+        """Return a token that changes when the content of a file changes, as far as the file system can tell."""
         self._system.invalidate_cache()
         return str(self._system.ukey(self._join(path)))
 
     def remove(self, path: str) -> None:
-        """Remove a file; a missing one is fine."""
+        """Remove a file; does nothing if it does not exist."""
         with suppress(FileNotFoundError):
             self._system.rm_file(self._join(path))
 
     def remove_empty_folders(self) -> None:
-        """Remove it, and the folders in it, where nothing is in them; object stores have none."""
+        """Remove the folder and its subfolders if they are empty; object stores have no folders."""
         with suppress(OSError, NotImplementedError):
             for folder, _, _ in sorted(self._system.walk(self._path), reverse=True):
                 self._system.rmdir(folder)

@@ -1,4 +1,4 @@
-"""Clean up what killed processes left beside the files that they were writing."""
+"""Remove temporary files that killed processes left behind."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from stratagem.storage.temporary import TemporaryName
 
 __all__ = ["CleanupResult", "clean_temporaries"]
 
-_CLOCK_SLACK_S = 2.0  # the start time of a process is known to ticks, that of a file to the clock of its file system
+_CLOCK_SLACK_S = 2.0  # a process's start time has the resolution of ticks, a file's time that of its file system
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CleanupResult:
-    """What ``clean_temporaries`` removed, and the paths whose old content it put back."""
+    """The paths that ``clean_temporaries`` removed, and those whose old content it restored."""
 
     removed: tuple[Path, ...]
     restored: tuple[Path, ...]
 
 
 def clean_temporaries(parent: Path) -> CleanupResult:
-    """Remove what killed processes left in a directory, and put back old content whose replacement never came.
+    """Remove what killed processes left in a directory, and restore old content that was not replaced.
 
-    Only names made by this package are touched, and not those of processes that are alive on this machine. Those of
-    other machines cannot be told from dead ones: call it where one run owns the directory.
+    Only temporary names made by this package are touched, and not those of processes that are alive on this machine.
+    Processes on other machines cannot be checked and count as dead, so call this only if a single run uses the directory.
 
     Raises:
-        OSError: if something stale cannot be removed.
+        OSError: if a stale path cannot be removed.
     """
     stale = [(path, name) for path in parent.iterdir() if (name := TemporaryName.parse(path)) and _is_stale(path, name)]
-    # Newest first: of several old ones the last that was published is put back.
+    # Newest first, so that the last published of several old versions is restored.
     stale.sort(key=lambda item: item[0].lstat().st_mtime_ns, reverse=True)
     removed, restored = [], []
     for path, name in stale:
-        if name.set_aside and not name.target.exists():
+        if name.is_old_content and not name.target.exists():
             operations.rename(path, name.target)
             restored.append(name.target)
         else:
@@ -54,8 +54,8 @@ def clean_temporaries(parent: Path) -> CleanupResult:
 def _is_stale(path: Path, name: TemporaryName) -> bool:
     if not _is_alive(name.pid):
         return True
-    # In containers a restarted process often has the number of the killed one: then the file is older than it.
-    # The change time counts, since renaming sets it: what was set aside may have been written long before.
+    # In containers, a restarted process often reuses a process id: then the file is older than the process.
+    # Compare the change time, which a rename sets; old content may have been written long before.
     started = _start_time(name.pid)
     return started is not None and path.lstat().st_ctime < started - _CLOCK_SLACK_S
 
@@ -71,9 +71,9 @@ def _is_alive(pid: int) -> bool:
 
 
 def _start_time(pid: int) -> float | None:
-    """Return when a process started, in seconds since the epoch, or None where the platform has no /proc.
+    """Return the start time of a process in seconds since the epoch, or None if the platform has no /proc.
 
-    The fields are described in https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html.
+    See https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html for the fields.
     """
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

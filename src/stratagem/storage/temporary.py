@@ -1,4 +1,4 @@
-"""Names of temporary siblings: recognisable, unique, and telling which process made them."""
+"""Make unique temporary names that contain the process id, and recognize them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}"
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemporaryName:
-    """What the name of a temporary sibling says.
+    """A parsed temporary name.
 
-    ``set_aside`` tells content that was published before, moved away to make room, from new content that was not
-    published yet.
+    ``is_old_content`` is True for previously published content that was moved away, and False for new content that is not
+    yet published.
     """
 
     target: Path
     pid: int
-    set_aside: bool
+    is_old_content: bool
 
     @classmethod
     def parse(cls, path: Path) -> Self | None:
-        """Return what the name of ``path`` says, or None if it is not the name of a temporary sibling."""
+        """Parse the name of ``path``; return None if it is not a temporary name."""
         match = _NAME.fullmatch(path.name)
         if match is None:
             return None
-        return cls(target=path.with_name(match["name"]), pid=int(match["pid"]), set_aside=match["kind"] == "old")
+        return cls(target=path.with_name(match["name"]), pid=int(match["pid"]), is_old_content=match["kind"] == "old")
 
 
 def temporary_path(target: Path) -> Path:
-    """Return a new name beside ``target`` for content that is not complete yet: ``.<name>.tmp-<pid>-<random>``."""
+    """Return a new path next to ``target`` for incomplete content: ``.<name>.tmp-<pid>-<random>``."""
     return _sibling(target, "tmp")
 
 
 def old_content_path(target: Path) -> Path:
-    """Return a new name beside ``target`` for its old content: ``.<name>.old-<pid>-<random>``."""
+    """Return a new path next to ``target`` for its old content: ``.<name>.old-<pid>-<random>``."""
     return _sibling(target, "old")
 
 

@@ -16,7 +16,7 @@ from stratagem.checkpoint.directory.integrity import Digest
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
 from stratagem.checkpoint.tree.boxes import TensorBox
 from stratagem.errors import CheckpointDamagedError
-from stratagem.storage import begin_writeback, opened, operations, write_fully
+from stratagem.storage import begin_writeback, closing_descriptor, operations, write_fully
 
 __all__ = ["WrittenBox", "verify_boxes", "create_file", "digest_of_tensor", "write_boxes"]
 
@@ -38,7 +38,9 @@ class WrittenBox:
 
 def create_file(file: Path, layout: FileLayout) -> None:
     """Create the file, or use an existing empty one; set its full size and write the header."""
-    with opened(operations.open_file(file) if file.exists() else operations.create_file(file)) as descriptor:
+    with closing_descriptor(
+        operations.open_file(file) if file.exists() else operations.create_file(file)
+    ) as descriptor:
         operations.truncate(descriptor, layout.size)
         write_fully(descriptor, layout.header, 0)
 
@@ -50,7 +52,10 @@ def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, Tenso
     """
     written = []
     waiting = 0
-    with opened(operations.open_file(file)) as descriptor, ThreadPoolExecutor(1, "checkpoint digest") as side:
+    with (
+        closing_descriptor(operations.open_file(file)) as descriptor,
+        ThreadPoolExecutor(1, "checkpoint digest") as side,
+    ):
         for name, box, content in boxes:
             data = _bytes_of(content)
             # The digest and the write read the same memory in two threads, so a second core hides the cost.

@@ -41,7 +41,7 @@ from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.flatten import StateTree, unflatten_tree
 from stratagem.distributed import ALONE, Team
 from stratagem.errors import CheckpointDamagedError, CheckpointError, StratagemError
-from stratagem.storage import atomic_directory, opened, operations, write_fully
+from stratagem.storage import atomic_directory, closing_descriptor, operations, write_fully
 
 __all__ = ["DirectoryFormat", "write_snapshot"]
 
@@ -224,7 +224,7 @@ def _as_json(content: Any) -> bytes:
 
 
 def _write_new(file: Path, data: bytes) -> None:
-    with opened(operations.create_file(file)) as descriptor:
+    with closing_descriptor(operations.create_file(file)) as descriptor:
         write_fully(descriptor, data, 0)
         operations.fsync(descriptor)
 

@@ -1,8 +1,8 @@
-"""Folders that DeepSpeed's ``save_checkpoint`` wrote: read without DeepSpeed, and without executing anything from them.
+"""Read folders written by DeepSpeed's ``save_checkpoint``, without DeepSpeed and without executing code from them.
 
-A folder holds ``latest``, which names a sub-folder. In that, ``mp_rank_00_model_states.pt`` has the model and what the
-program added, and from ZeRO's stage 1 on each rank's ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt`` has its parts of
-the float32 masters and of the optimizer's state. Under stage 3 each rank has model states of its own as well.
+A folder contains the file ``latest``, which names a subfolder. There, ``mp_rank_00_model_states.pt`` holds the model and
+the client state. From ZeRO stage 1 on, each rank's ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt`` holds its partition
+of the float32 master weights and of the optimizer state. In stage 3, each rank also has its own model states.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from stratagem.errors import CheckpointDamagedError, CheckpointError, Checkpoint
 
 __all__ = ["DEEPSPEED_STATE", "deepspeed_meta", "is_deepspeed_folder", "read_deepspeed_folder"]
 
-# Under which our own strategy adds what else a run keeps.
+# The key of the client state in which DeepSpeedStrategy stores the other parts.
 DEEPSPEED_STATE: Final = "stratagem"
 
 _LATEST: Final = "latest"
 _MODEL: Final = "mp_rank_00_model_states.pt"
 _RANK_MODEL: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _RANK_OPTIM: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-# What optimizers keep for a tensor as a whole.
-_OF_THE_WHOLE: Final = frozenset({"step", "mu", "eta", "mu_product"})
+# Optimizer state that belongs to a tensor as a whole.
+_PER_TENSOR_STATE: Final = frozenset({"step", "mu", "eta", "mu_product"})
 
 
 def is_deepspeed_folder(path: Path) -> bool:
-    """Tell whether a path is a folder of DeepSpeed's, or the one in it that ``latest`` names."""
+    """Return whether ``path`` is a folder written by DeepSpeed, or the subfolder that its file ``latest`` names."""
     if not path.is_dir():
         return False
     tag = path / _LATEST
@@ -44,27 +44,27 @@ def is_deepspeed_folder(path: Path) -> bool:
 
 
 def deepspeed_meta(path: Path) -> Mapping[str, Any]:
-    """Return the ``meta`` that our own strategy added to a folder; empty if another program saved it. No tensor is read.
+    """Return the ``meta`` that DeepSpeedStrategy added; empty if another program saved the folder. Reads no tensors.
 
     Raises:
-        CheckpointError: (or a subclass) if it cannot be read.
+        CheckpointError: (or a subclass) if the folder cannot be read.
     """
     folder = _folder_of(path)
     first = next(iter(_numbered(folder, _RANK_MODEL)), folder / _MODEL)
-    with open_torch_file(first, "cpu") as contents:
-        node = under(contents.root.get(DEEPSPEED_STATE), "meta")
-        meta = None if node is None else contents.read(node, "meta")
+    with open_torch_file(first, "cpu") as checkpoint:
+        node = under(checkpoint.root.get(DEEPSPEED_STATE), "meta")
+        meta = None if node is None else checkpoint.read(node, "meta")
     return meta if isinstance(meta, Mapping) else {}
 
 
 def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -> StateTree:
-    """Return the state that a folder of DeepSpeed's holds, by name: float32 masters, moments, counts.
+    """Return the state of a DeepSpeed folder, keyed by name: float32 master weights, optimizer state, counters.
 
-    Parameters are put together in memory, from the parts of all ranks.
+    Parameters are gathered in memory from the partitions of all ranks.
 
     Raises:
-        CheckpointNotFoundError: if it is none, or a rank's file is missing.
-        CheckpointError: if it was saved by a kind of parallelism that is not read here.
+        CheckpointNotFoundError: if it is not a DeepSpeed folder, or the file of a rank is missing.
+        CheckpointError: if it was saved with an unsupported kind of parallelism.
         CheckpointDamagedError: if it cannot be read.
     """
     folder = _folder_of(path)
@@ -76,9 +76,9 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
         models = [opened.enter_context(open_torch_file(file, "cpu")) for file in model_files]
         optims = [opened.enter_context(open_torch_file(file, "cpu")) for file in optim_files]
         try:
-            tree = _Saved(models, optims).tree(("state_dict", "optimizer") if parts is None else parts)
+            tree = _DeepSpeedFiles(models, optims).tree(("state_dict", "optimizer") if parts is None else parts)
         except CheckpointError as error:
-            # It is named here, and not by each file that is open.
+            # Name the folder here, outside the contexts that would prefix the name of every open file.
             failure = type(error)(f"{folder}: {error}")
             failure.__cause__ = error
     if failure is not None:
@@ -87,7 +87,7 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
 
 
 def _folder_of(path: Path) -> Path:
-    """Return the folder that holds the files."""
+    """Return the folder that contains the files."""
     return next((each for each in _candidates(path, path / _LATEST) if each.is_dir()), path)
 
 
@@ -95,42 +95,40 @@ def _candidates(path: Path, tag: Path) -> list[Path]:
     if not tag.is_file():
         return [path]
     name = tag.read_text(encoding="utf-8", errors="replace").strip()
-    # A name, and no way out of the folder.
+    # Accept only a plain name, which cannot lead outside the folder.
     return [path / name] if name and Path(name).name == name else [path]
 
 
-def _files(folder: Path, form: re.Pattern[str]) -> dict[int, Path]:
+def _files(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
     found: dict[int, Path] = {}
     for file in folder.iterdir() if folder.is_dir() else ():
-        match = form.fullmatch(file.name)
+        match = pattern.fullmatch(file.name)
         if match:
             if int(match[2]):
-                raise CheckpointError(
-                    f"{folder} was saved with tensor parallel, whose parts are not put together here."
-                )
+                raise CheckpointError(f"{folder} was saved with tensor parallelism, which cannot be converted.")
             found[int(match[1])] = file
     return found
 
 
-def _numbered(folder: Path, form: re.Pattern[str]) -> list[Path]:
-    found = _files(folder, form)
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    found = _files(folder, pattern)
     missing = sorted(set(range(len(found))) - set(found))
     if missing:
-        raise CheckpointNotFoundError(f"{folder}: the file of rank {missing[0]} is missing beside {len(found)} others.")
+        raise CheckpointNotFoundError(f"{folder}: the file of rank {missing[0]} is missing; {len(found)} others exist.")
     return [found[rank] for rank in range(len(found))]
 
 
-# What says how a step is computed is chosen anew where the run goes on.
+# The optimizer's implementation is chosen again on resume.
 _NOT_OPTIONS: Final = frozenset({"params", "fused", "foreach"})
 
 
 @final
-class _Saved:
-    """The files of one folder, opened.
+class _DeepSpeedFiles:
+    """The opened files of one folder.
 
     Args:
-        models: the model states, of rank 0 first.
-        optims: each rank's part of masters and moments; empty under stage 0.
+        models: the model states; rank 0 first.
+        optims: each rank's partition of master weights and optimizer state; empty in stage 0.
     """
 
     def __init__(self, models: Sequence[LazyCheckpoint], optims: Sequence[LazyCheckpoint]) -> None:
@@ -140,39 +138,39 @@ class _Saved:
         self._states = [self._state_of(each) for each in optims]
         count = self._value(self._first, "dp_world_size")
         if optims and isinstance(count, int) and count != len(optims):
-            raise CheckpointNotFoundError(f"{count} ranks saved it, and the files of {len(optims)} are there.")
+            raise CheckpointNotFoundError(f"{count} ranks saved it, but it has the files of {len(optims)}.")
 
     def tree(self, wanted: Collection[str]) -> StateTree:
-        """Return weights and the optimizer's state, where they are wanted, and what the program that saved added."""
-        tree = self.rest()
-        own = tree.pop("optimizer", None)
+        """Return weights and optimizer state, if in ``wanted``, and the parts in the client state."""
+        tree = self.client_state_parts()
+        client_state = tree.pop("optimizer", None)
         if "state_dict" in wanted:
             tree["state_dict"] = self.weights()
         state = self.optimizer() if "optimizer" in wanted else None
         if state is not None:
-            tree["optimizer"] = state if own is None else _told(own, state)
+            tree["optimizer"] = state if client_state is None else _with_names(client_state, state)
         return tree
 
     def weights(self) -> dict[str, Tensor]:
-        """Return parameters and buffers by name, parameters in float32 where there are masters."""
+        """Return parameters and buffers by name; parameters in float32 if there are master weights."""
         module = self._value(self._first, "module") or {}
         masters = self._masters()
-        if not self._is_striped:
-            # Tied parameters have one master, under the first of their names.
-            places = {_place(module[name]): master for name, master in masters.items()}
-            return {name: places.get(_place(value), value) for name, value in module.items()}
-        # What stage 3 leaves in the modules are empty places, but for buffers.
+        if not self._is_stage3:
+            # Tied parameters share one master weight, stored under the first name.
+            by_storage = {_storage_key(module[name]): master for name, master in masters.items()}
+            return {name: by_storage.get(_storage_key(value), value) for name, value in module.items()}
+        # In stage 3, the parameters of the modules are empty; only buffers have values.
         buffers = {name: module[name] for name in self._value(self._first, "buffer_names") or ()}
         values = {**self._frozen(), **masters, **buffers}
         for alias, name in dict(self._value(self._first, "shared_params") or {}).items():
             values.setdefault(alias, values[name])
         missing = [name for name in module if name not in values]
         if missing:
-            raise CheckpointDamagedError(f"nothing holds the values of {missing[0]!r} and {len(missing) - 1} others.")
+            raise CheckpointDamagedError(f"no values were found for {missing[0]!r} and {len(missing) - 1} others.")
         return {name: values[name] for name in module}
 
     def optimizer(self) -> dict[str, Any] | None:
-        """Return the optimizer's state by parameter name, or by index where no file tells names; None where there is none."""
+        """Return the optimizer state by parameter name, or by index if the names are unknown; None if there is none."""
         counts = self._counts()
         if not self._states:
             state = self._value(self._first, "optimizer")
@@ -183,27 +181,27 @@ class _Saved:
         base = self._base(0)
         if not isinstance(base, Mapping) or "param_groups" not in base:
             raise CheckpointError(
-                "its optimizer state is of an old or elastic form, which is not read; its weights are."
+                "its optimizer state has an old or elastic format, which is not supported; only its weights can be loaded."
             )
         slots: dict[str, dict[str, Any]] = {}
-        cuts = self._cuts()
-        for index, cut in enumerate(cuts):
-            self._collect(index, cut, slots)
-        groups = [self._group(number, group, cuts) for number, group in enumerate(base["param_groups"])]
+        partitions = self._partitions()
+        for index, partition in enumerate(partitions):
+            self._collect_state(index, partition, slots)
+        groups = [self._group(number, group, partitions) for number, group in enumerate(base["param_groups"])]
         scaler = under(self._states[0], "loss_scaler")
         return {"state": slots, "param_groups": groups, "counts": counts, **_loss_scale(_attributes(scaler))}
 
-    def rest(self) -> StateTree:
-        """Return what the program that saved added, our own strategy's parts among it."""
-        own = self._value(self._first, DEEPSPEED_STATE)
-        return dict(own) if isinstance(own, Mapping) else {}
+    def client_state_parts(self) -> StateTree:
+        """Return the parts that DeepSpeedStrategy added to the client state."""
+        client_state = self._value(self._first, DEEPSPEED_STATE)
+        return dict(client_state) if isinstance(client_state, Mapping) else {}
 
-    def _state_of(self, contents: LazyCheckpoint) -> Mapping[Any, Any]:
-        return mapping_items(contents.root.get("optimizer_state_dict")) or {}
+    def _state_of(self, checkpoint: LazyCheckpoint) -> Mapping[Any, Any]:
+        return mapping_items(checkpoint.root.get("optimizer_state_dict")) or {}
 
     @staticmethod
-    def _value(contents: LazyCheckpoint, key: str) -> Any:
-        return contents.read(contents.root[key], key) if key in contents.root else None
+    def _value(checkpoint: LazyCheckpoint, key: str) -> Any:
+        return checkpoint.read(checkpoint.root[key], key) if key in checkpoint.root else None
 
     def _part(self, rank: int, key: str) -> Any:
         if key not in self._states[rank]:
@@ -211,37 +209,39 @@ class _Saved:
         return self._optims[rank].read(self._states[rank][key], key)
 
     def _base(self, rank: int) -> Any:
-        return self._part(rank, "optimizer_state_dict" if self._is_striped else "base_optimizer_state")
+        return self._part(rank, "optimizer_state_dict" if self._is_stage3 else "base_optimizer_state")
 
     @property
-    def _is_striped(self) -> bool:
+    def _is_stage3(self) -> bool:
         return bool(self._states) and "fp32_flat_groups" in self._states[0]
 
-    def _cuts(self) -> list[ZeroPartition]:
+    def _partitions(self) -> list[ZeroPartition]:
         shapes = self._value(self._first, "param_shapes")
         if not isinstance(shapes, list):
-            raise CheckpointError("it does not tell the shapes of its parameters; it was saved by an old DeepSpeed.")
-        if self._is_striped:
+            raise CheckpointError(
+                "it does not record the shapes of its parameters; it was saved by an old DeepSpeed version."
+            )
+        if self._is_stage3:
             return [PerParameterPartition(each) for each in shapes]
-        gaps = self._part(0, "param_alignment_paddings") or [()] * len(shapes)
-        return [FlatPartition(each, tuple(gap)) for each, gap in zip(shapes, gaps, strict=True)]
+        paddings = self._part(0, "param_alignment_paddings") or [()] * len(shapes)
+        return [FlatPartition(each, tuple(padding)) for each, padding in zip(shapes, paddings, strict=True)]
 
     def _masters(self) -> dict[str, Tensor]:
         if not self._states:
-            return self._masters_by_place()
-        key = "fp32_flat_groups" if self._is_striped else "single_partition_of_fp32_groups"
-        flats = [self._part(rank, key) for rank in range(len(self._states))]
+            return self._stage0_masters()
+        key = "fp32_flat_groups" if self._is_stage3 else "single_partition_of_fp32_groups"
+        flat_tensors = [self._part(rank, key) for rank in range(len(self._states))]
         found: dict[str, Tensor] = {}
-        for index, cut in enumerate(self._cuts()):
-            found.update(cut.whole([each[index].detach() for each in flats]))
+        for index, partition in enumerate(self._partitions()):
+            found.update(partition.gather([each[index].detach() for each in flat_tensors]))
         return found
 
-    def _masters_by_place(self) -> dict[str, Tensor]:
-        """Return the masters of stage 0 in 16 bits, which are numbered, where something tells their names."""
+    def _stage0_masters(self) -> dict[str, Tensor]:
+        """Return the numbered 16-bit-training master weights of stage 0 by name, if their names can be determined."""
         state = self._value(self._first, "optimizer")
         groups = (state.get("fp32_groups") if isinstance(state, Mapping) else None) or []
         masters = [master.detach() for group in groups for master in group]
-        names = self.rest().get("optimizer", {}).get("trained") or self._parameters_in_order()
+        names = self.client_state_parts().get("optimizer", {}).get("trained") or self._parameters_in_order()
         module = self._value(self._first, "module")
         alike = len(names) == len(masters) and all(
             module[name].shape == master.shape for name, master in zip(names, masters, strict=True)
@@ -251,35 +251,35 @@ class _Saved:
     def _parameters_in_order(self) -> list[str]:
         buffers = set(self._value(self._first, "buffer_names") or ())
         module = self._value(self._first, "module")
-        first = {_place(value): name for name, value in reversed(module.items()) if name not in buffers}
-        return [name for name, value in module.items() if first.get(_place(value)) == name]
+        first = {_storage_key(value): name for name, value in reversed(module.items()) if name not in buffers}
+        return [name for name, value in module.items() if first.get(_storage_key(value)) == name]
 
     def _frozen(self) -> dict[str, Tensor]:
         shapes = self._value(self._first, "frozen_param_shapes") or {}
         fragments = [self._value(each, "frozen_param_fragments") or {} for each in self._models]
         found: dict[str, Tensor] = {}
         for name, shape in shapes.items():
-            found.update(PerParameterPartition({name: shape}).whole([each[name] for each in fragments]))
+            found.update(PerParameterPartition({name: shape}).gather([each[name] for each in fragments]))
         return found
 
-    def _collect(self, index: int, cut: ZeroPartition, slots: dict[str, dict[str, Any]]) -> None:
-        """Add the moments of one flat tensor to those of the parameters that lie in it."""
+    def _collect_state(self, index: int, partition: ZeroPartition, slots: dict[str, dict[str, Any]]) -> None:
+        """Add the optimizer state in one flat tensor to the state of the parameters that it contains."""
         states = [self._base(rank)["state"].get(index, {}) for rank in range(len(self._states))]
         for key, first in states[0].items():
-            elementwise = isinstance(first, Tensor) and first.ndim == 1 and key not in _OF_THE_WHOLE
+            elementwise = isinstance(first, Tensor) and first.ndim == 1 and key not in _PER_TENSOR_STATE
             if elementwise:
-                for name, whole in cut.whole([each[key] for each in states]):
-                    slots.setdefault(name, {})[key] = whole
+                for name, gather in partition.gather([each[key] for each in states]):
+                    slots.setdefault(name, {})[key] = gather
             else:
-                for name in cut.shapes:
+                for name in partition.shapes:
                     slots.setdefault(name, {})[key] = first
 
-    def _group(self, number: int, group: Mapping[str, Any], cuts: Sequence[ZeroPartition]) -> dict[str, Any]:
-        """Return a group's options, with names in the place of its flat tensors."""
-        names = [name for index in group["params"] for name in cuts[index].shapes]
+    def _group(self, number: int, group: Mapping[str, Any], partitions: Sequence[ZeroPartition]) -> dict[str, Any]:
+        """Return a group's options, with parameter names instead of its flat tensors."""
+        names = [name for index in group["params"] for name in partitions[index].shapes]
         frozen = self._value(self._first, "frozen_param_shapes") or {}
         if len(self._base(0)["param_groups"]) == 1:
-            # Others keep what does not learn in its group.
+            # Other programs keep frozen parameters in its only group.
             names += [name for name in frozen if name not in names]
         return {**{key: value for key, value in group.items() if key not in _NOT_OPTIONS}, "params": names}
 
@@ -291,25 +291,25 @@ class _Saved:
         return {"inner_count": steps * accumulated, "attempts": steps, "updates": steps - skipped, "pending": 0}
 
 
-def _place(value: Any) -> Any:
-    """Return where a tensor lies: that of tied parameters is the same."""
+def _storage_key(value: Any) -> Any:
+    """Return the storage of a tensor as a key; tied parameters have the same key."""
     return (value.data_ptr(), value.shape) if isinstance(value, Tensor) and value.numel() else id(value)
 
 
-def _told(own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state by the names that our own strategy added, with its counts."""
-    names = own["trained"]
+def _with_names(client_state: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state keyed by the parameter names that DeepSpeedStrategy stored, with its counters."""
+    names = client_state["trained"]
     slots = {names[key] if isinstance(key, int) else key: value for key, value in state["state"].items()}
-    return {**{key: value for key, value in own.items() if key != "trained"}, "state": slots}
+    return {**{key: value for key, value in client_state.items() if key != "trained"}, "state": slots}
 
 
 def _attributes(node: Any) -> Mapping[Any, Any]:
-    """Return what an object would have had as attributes; it is not made."""
+    """Return the attributes of an object that is not created."""
     return (mapping_items(node.state) or {}) if isinstance(node, PickledObject) else {}
 
 
 def _loss_scale(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the loss scale in the form of torch's ``GradScaler``; empty where it does not move."""
+    """Return the loss scale in the format of torch's ``GradScaler``; empty if it is static."""
     scale, window = state.get("cur_scale"), state.get("scale_window")
     done, last = state.get("cur_iter"), state.get("last_overflow_iter")
     if not all(isinstance(each, int | float) for each in (scale, window, done, last)):

@@ -1,4 +1,4 @@
-"""Tell which program wrote a file, and read the parts of it that can be taken over."""
+"""Detect which program wrote a file, and read the parts that can be used."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ __all__ = ["read_parts"]
 
 logger = logging.getLogger(__name__)
 
-_TO_DO = (
-    "Nothing of it was executed. Save the tensors alone where those classes are installed, and only if you trust the "
-    "file: torch.save({'state_dict': model.state_dict()}, 'weights.pth')."
+_ADVICE = (
+    "No code from the file was executed. If you trust the file, save only the tensors in an environment where those classes "
+    "are installed: torch.save({'state_dict': model.state_dict()}, 'weights.pth')."
 )
 
 
-def read_parts(contents: LazyCheckpoint, wanted: Collection[str] | None = None) -> dict[str, Any]:
-    """Return the parts of our state tree that a file has, or those of them that are wanted.
+def read_parts(checkpoint: LazyCheckpoint, wanted: Collection[str] | None = None) -> dict[str, Any]:
+    """Return the parts of a file as a state tree, or only those in ``wanted``.
 
-    What is wanted by name, and the model's state always, must be tensors and plain values; other entries with objects
-    in them are left out, and the log says which.
+    The model state and the parts in ``wanted`` must consist of tensors and plain values; other entries that contain objects
+    are skipped and logged.
 
     Raises:
-        CheckpointError: if something that must be read holds objects, or nothing can be read at all.
+        CheckpointError: if a required part contains objects, or nothing can be read.
     """
-    parts = _parts(contents)
+    parts = _parts(checkpoint)
     tree: dict[str, Any] = {}
-    left: dict[str, UnsupportedObjectError] = {}
+    skipped: dict[str, UnsupportedObjectError] = {}
     for name in parts if wanted is None else [name for name in parts if name in wanted]:
         try:
             tree[name] = parts[name]()
         except UnsupportedObjectError as error:
             if wanted is not None or name == "state_dict" or len(parts) == 1:
-                raise CheckpointError(f"{error} {_TO_DO}") from error
-            left[name] = error
-    if left and not tree:
-        raise CheckpointError(f"{' '.join(map(str, left.values()))} {_TO_DO}")
-    for name, reason in left.items():
-        logger.info("Left out of the checkpoint: %r. %s", name, reason)
+                raise CheckpointError(f"{error} {_ADVICE}") from error
+            skipped[name] = error
+    if skipped and not tree:
+        raise CheckpointError(f"{' '.join(map(str, skipped.values()))} {_ADVICE}")
+    for name, reason in skipped.items():
+        logger.info("Skipped in the checkpoint: %r. %s", name, reason)
     return tree
 
 
-def _parts(contents: LazyCheckpoint) -> Parts:
-    if of_mmengine(contents):
-        return mmengine_parts(contents)
-    if of_lightning(contents):
-        return lightning_parts(contents)
-    return plain_parts(contents)
+def _parts(checkpoint: LazyCheckpoint) -> Parts:
+    if of_mmengine(checkpoint):
+        return mmengine_parts(checkpoint)
+    if of_lightning(checkpoint):
+        return lightning_parts(checkpoint)
+    return plain_parts(checkpoint)

@@ -1,7 +1,7 @@
-"""Weights as Hugging Face libraries store them: ``.safetensors`` files, shards with an index, and folders of these.
+"""Read weights in the formats of Hugging Face libraries: ``.safetensors`` files, shards with an index, and folders of them.
 
-A folder may also be a checkpoint of its Trainer: then ``optimizer.pt`` is the state of torch's optimizer, by index. Where
-the run stood is counted there in optimizer steps and fractions of epochs, and is not taken over.
+A folder may also be a checkpoint of the Trainer; then ``optimizer.pt`` is the state of a torch optimizer, keyed by index.
+The Trainer records its position in optimizer steps and fractions of epochs, which is not converted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SAFETENSORS = ".safetensors"
 INDEX = ".index.json"
-# In the order in which those libraries look for them.
+# In the order in which the libraries look for them.
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -42,11 +42,11 @@ _OPTIMIZER = "optimizer.pt"
 
 @final
 class HuggingFaceFormat:
-    """Read such a file or folder; nothing is written in this form."""
+    """Read weights in these formats. Writing is not supported here."""
 
     @staticmethod
     def reads(path: Path) -> bool:
-        """Tell whether ``path`` is weights in this form, by its name and by what is in the folder."""
+        """Return whether ``path`` contains weights in these formats, by its name or by the files in the folder."""
         if path.is_dir():
             return any((path / name).is_file() for name in WEIGHT_FILES)
         return path.name.endswith((SAFETENSORS, INDEX))
@@ -54,12 +54,12 @@ class HuggingFaceFormat:
     def load(
         self, path: Path, *, map_location: torch.device | str = "cpu", parts: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """Read the weights as ``state_dict`` and, where a folder has it, the optimizer's state.
+        """Read the weights as ``state_dict`` and, if the folder has it, the optimizer state.
 
         Raises:
-            CheckpointNotFoundError: if there is no such file, or no weights in the folder.
-            CheckpointError: if it holds something else.
-            CheckpointDamagedError: if it cannot be read, or a shard is missing.
+            CheckpointNotFoundError: if the file does not exist, or the folder has no weights.
+            CheckpointError: if the file has other content.
+            CheckpointDamagedError: if a file cannot be read, or a shard is missing.
         """
         folder = path if path.is_dir() else path.parent
         tree: dict[str, Any] = {}
@@ -68,20 +68,20 @@ class HuggingFaceFormat:
         optimizer = folder / _OPTIMIZER
         if path.is_dir() and optimizer.is_file() and (parts is None or "optimizer" in parts):
             try:
-                # The file is the state itself: at its top are "state" and "param_groups".
+                # The file is the optimizer's state dict itself, with "state" and "param_groups".
                 tree["optimizer"] = read_torch_file(optimizer, map_location)
             except UnsupportedObjectError as error:
                 if parts is not None:
                     raise
-                logger.info("Left out of the checkpoint: 'optimizer'. %s", error)
+                logger.info("Skipped in the checkpoint: 'optimizer'. %s", error)
         return tree
 
 
 def shards_of(index: Path) -> dict[str, list[str]]:
-    """Return the files that an index names, each with the keys that it has.
+    """Return the files that an index lists, each with its keys.
 
     Raises:
-        CheckpointDamagedError: if it is no such index.
+        CheckpointDamagedError: if the file is not such an index.
     """
     try:
         content = json.loads(index.read_bytes())
@@ -89,12 +89,12 @@ def shards_of(index: Path) -> dict[str, list[str]]:
         raise CheckpointDamagedError(f"{index} cannot be read: {error}") from error
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names:
-        raise CheckpointDamagedError(f"{index} is no index of weights: it has no weight_map.")
+        raise CheckpointDamagedError(f"{index} is not an index of weights: it has no weight_map.")
     shards: dict[str, list[str]] = {}
     for key, name in names.items():
-        # A name from outside must not lead out of the folder.
+        # A name from the file must not lead outside the folder.
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise CheckpointDamagedError(f"{index} names the file {name!r}, which is none beside it.")
+            raise CheckpointDamagedError(f"{index} refers to {name!r}, which is not a valid shard in the same folder.")
         shards.setdefault(name, []).append(key)
     return shards
 
@@ -117,11 +117,11 @@ def _weights(file: Path, device: torch.device | str) -> Mapping[str, Tensor]:
     for name, keys in shards_of(file).items():
         shard = file.with_name(name)
         if not shard.is_file():
-            raise CheckpointDamagedError(f"{shard} is missing, which {file.name} names.")
+            raise CheckpointDamagedError(f"{shard} is missing, but {file.name} refers to it.")
         weights = _file_weights(shard, device)
         missing = [key for key in keys if key not in weights]
         if missing:
-            raise CheckpointDamagedError(f"{shard} lacks {missing[:5]}, which {file.name} says it has.")
+            raise CheckpointDamagedError(f"{shard} lacks {missing[:5]}, which {file.name} lists.")
         state.update((key, weights[key]) for key in keys)
     return state
 
@@ -130,12 +130,12 @@ def _file_weights(file: Path, device: torch.device | str) -> Mapping[str, Tensor
     if file.suffix != SAFETENSORS:
         weights = read_torch_file(file, device)
         if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-            raise CheckpointError(f"{file} holds something other than weights.")
+            raise CheckpointError(f"{file} contains values other than tensors.")
         return weights
     try:
         with safe_open(file, framework="pt") as opened:
-            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 -- it is no mapping
+            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 -- not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
-    # Apart: safetensors knows few devices, and one that it does not know is no damage.
+    # Moved after reading: safetensors supports few devices, and an unsupported one must not look like damage.
     return {key: tensor.to(device) for key, tensor in weights.items()}

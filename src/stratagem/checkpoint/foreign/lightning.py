@@ -1,7 +1,7 @@
-"""Checkpoints of Lightning: ``state_dict``, ``optimizer_states``, ``loops``, ``lr_schedulers``, ``callbacks`` and more.
+"""Read checkpoints of Lightning: ``state_dict``, ``optimizer_states``, ``loops``, ``lr_schedulers``, ``callbacks`` and more.
 
-Weights, one optimizer's state and the position are taken over. Its schedules are torch's own, whose state holds their
-curve and counts otherwise than ours; they are left to the configuration.
+Weights, optimizer state and position are converted. Scheduler states are not, because torch's schedulers store the curve
+in their state; here it belongs to the configuration.
 """
 
 from __future__ import annotations
@@ -12,38 +12,37 @@ from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, under
 
 __all__ = ["lightning_parts", "of_lightning"]
 
-_LEFT = {"optimizer_states", "lr_schedulers", "loops", "callbacks", "state_dict", "epoch", "global_step"}
+_CONVERTED = {"optimizer_states", "lr_schedulers", "loops", "callbacks", "state_dict", "epoch", "global_step"}
 
 
-def of_lightning(contents: LazyCheckpoint) -> bool:
-    """Tell whether Lightning wrote the file."""
-    return "pytorch-lightning_version" in contents.root and "state_dict" in contents.root
+def of_lightning(checkpoint: LazyCheckpoint) -> bool:
+    """Return whether Lightning wrote the file."""
+    return "pytorch-lightning_version" in checkpoint.root and "state_dict" in checkpoint.root
 
 
-def lightning_parts(contents: LazyCheckpoint) -> Parts:
-    """Return the parts that can be taken over, the file's other entries among them."""
-    parts = {key: contents.part(key) for key in contents.root if key not in _LEFT}
-    parts["state_dict"] = contents.part("state_dict")
-    parts["meta"] = lambda: _position(contents)
-    states = contents.root.get("optimizer_states")
+def lightning_parts(checkpoint: LazyCheckpoint) -> Parts:
+    """Return the parts that can be used, including other entries of the file."""
+    parts = {key: checkpoint.part(key) for key in checkpoint.root if key not in _CONVERTED}
+    parts["state_dict"] = checkpoint.part("state_dict")
+    parts["meta"] = lambda: _position(checkpoint)
+    states = checkpoint.root.get("optimizer_states")
     if isinstance(states, list) and states:
-        parts["optimizer"] = lambda: _optimizers(states, contents)
+        parts["optimizer"] = lambda: _optimizers(states, checkpoint)
     return parts
 
 
-def _optimizers(states: list[Any], contents: LazyCheckpoint) -> Any:
-    """Return the state of the only optimizer; of several by their numbers, since Lightning gives them no names."""
-    read = [contents.read(state, f"optimizer_states/{number}") for number, state in enumerate(states)]
+def _optimizers(states: list[Any], checkpoint: LazyCheckpoint) -> Any:
+    """Return the state of the only optimizer, or of several by their index, since Lightning does not name them."""
+    read = [checkpoint.read(state, f"optimizer_states/{number}") for number, state in enumerate(states)]
     return read[0] if len(read) == 1 else {str(number): state for number, state in enumerate(read)}
 
 
-def _position(contents: LazyCheckpoint) -> dict[str, int]:
-    """Return what is done, in our units: whole epochs, iterations, and batches of an epoch under way.
+def _position(checkpoint: LazyCheckpoint) -> dict[str, int]:
+    """Return the position: finished epochs, iterations, and finished batches of the current epoch.
 
-    Lightning's ``epoch`` is the number of the epoch under way and ``global_step`` counts optimizer steps; the loops
-    count what was processed.
+    It is read from the loops, because Lightning's ``epoch`` is the current epoch and ``global_step`` counts optimizer steps.
     """
-    loop = under(contents.root, "loops", "fit_loop")
+    loop = under(checkpoint.root, "loops", "fit_loop")
     epochs = under(loop, "epoch_progress", "current")
     batches = under(loop, "epoch_loop.batch_progress")
     done, begun = under(epochs, "processed"), under(epochs, "ready")

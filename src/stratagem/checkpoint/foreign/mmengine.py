@@ -1,8 +1,8 @@
-"""Checkpoints of MMEngine: ``meta``, ``state_dict``, ``optimizer``, ``param_schedulers``, ``message_hub``.
+"""Read checkpoints of MMEngine: ``meta``, ``state_dict``, ``optimizer``, ``param_schedulers``, ``message_hub``.
 
-Weights, optimizer, the position of the run and of its schedules are taken over. A schedule's state there holds its
-curve too, which here belongs to the configuration, and OneCycleLR's even a function. The message hub holds histories
-for display, as objects; nothing here needs them.
+Weights, optimizer state, and the position of the run and of its schedulers are converted. MMEngine's scheduler state also
+contains the curve, for OneCycleLR even a function; here the curve belongs to the configuration. The message hub contains
+log histories as objects and is ignored.
 """
 
 from __future__ import annotations
@@ -18,46 +18,50 @@ __all__ = ["mmengine_parts", "of_mmengine"]
 logger = logging.getLogger(__name__)
 
 _VERSIONS = ("mmengine_version", "mmengine", "mmcv_version")
-# Where a schedule stands: numbers alone, under the same names here.
+# The position of a scheduler: numbers with the same names as here.
 _POSITION = ("_global_step", "last_step")
 
 
-def of_mmengine(contents: LazyCheckpoint) -> bool:
-    """Tell whether MMEngine, or MMCV before it, wrote the file."""
-    return any(under(contents.root, "meta", key) is not None for key in _VERSIONS)
+def of_mmengine(checkpoint: LazyCheckpoint) -> bool:
+    """Return whether MMEngine or its predecessor MMCV wrote the file."""
+    return any(under(checkpoint.root, "meta", key) is not None for key in _VERSIONS)
 
 
-def mmengine_parts(contents: LazyCheckpoint) -> Parts:
-    """Return the parts that can be taken over, the file's other entries among them."""
-    parts = {key: contents.part(key) for key in contents.root if key != "message_hub"}
+def mmengine_parts(checkpoint: LazyCheckpoint) -> Parts:
+    """Return the parts that can be used, including other entries of the file."""
+    parts = {key: checkpoint.part(key) for key in checkpoint.root if key != "message_hub"}
     if "ema_state_dict" in parts and "optimizer" in parts:
         logger.warning(
-            "The checkpoint's weights are averages, as MMEngine's EMAHook saves them. That is right for evaluation and for "
-            "load_from; to resume training, have a callback put the trained ones, which are in 'ema_state_dict' under "
-            "'module.', back into 'state_dict'."
+            "The checkpoint's 'state_dict' contains averaged weights, as saved by MMEngine's EMAHook. Use them for evaluation "
+            "and for load_from. To resume training, restore the trained weights in a callback: copy the entries of "
+            "'ema_state_dict' that start with 'module.' to 'state_dict'."
         )
-    parts["meta"] = lambda: _plain_entries(contents)
+    parts["meta"] = lambda: _plain_entries(checkpoint)
     if "param_schedulers" in parts:
-        parts["param_schedulers"] = lambda: _positions(contents.root["param_schedulers"], contents)
+        parts["param_schedulers"] = lambda: _positions(checkpoint.root["param_schedulers"], checkpoint)
     return parts
 
 
-def _plain_entries(contents: LazyCheckpoint) -> dict[str, Any]:
-    """Return ``meta`` without the objects in it, such as a data set's description."""
+def _plain_entries(checkpoint: LazyCheckpoint) -> dict[str, Any]:
+    """Return ``meta`` without objects, such as a dataset's metadata."""
     entries = {}
-    for key, node in (mapping_items(contents.root["meta"]) or {}).items():
+    for key, node in (mapping_items(checkpoint.root["meta"]) or {}).items():
         try:
-            entries[key] = contents.read(node, f"meta/{key}")
+            entries[key] = checkpoint.read(node, f"meta/{key}")
         except UnsupportedObjectError:
             continue
     return entries
 
 
-def _positions(node: Any, contents: LazyCheckpoint) -> Any:
-    """Return each schedule's position: a list, or name -> list for several optimizers."""
+def _positions(node: Any, checkpoint: LazyCheckpoint) -> Any:
+    """Return the position of each scheduler: a list, or name -> list for several optimizers."""
     if isinstance(node, list):
         return [
-            {key: contents.read(value, key) for key, value in (mapping_items(state) or {}).items() if key in _POSITION}
+            {
+                key: checkpoint.read(value, key)
+                for key, value in (mapping_items(state) or {}).items()
+                if key in _POSITION
+            }
             for state in node
         ]
-    return {name: _positions(states, contents) for name, states in (mapping_items(node) or {}).items()}
+    return {name: _positions(states, checkpoint) for name, states in (mapping_items(node) or {}).items()}

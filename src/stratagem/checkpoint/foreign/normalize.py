@@ -1,4 +1,4 @@
-"""What a file of another program holds, before any of it is read."""
+"""Access the entries of another program's file before their values are read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from stratagem.checkpoint.restricted_unpickler import is_tensor, mapping_items
 
 __all__ = ["LazyCheckpoint", "Parts", "is_optimizer_state", "is_state_dict", "under"]
 
-# PickledGlobal of a part of our state tree -> how to read it.
+# part of the state tree -> function that reads it
 Parts = dict[str, Callable[[], Any]]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class LazyCheckpoint:
-    """The top of a file: ``whole`` as a node, ``root`` as key -> node.
+    """An opened file whose values are not yet read: ``whole`` is its root node, ``root`` maps keys to nodes.
 
-    ``read`` returns the value of a node, and is told what errors shall call it.
+    ``read(node, where)`` returns the value of a node; ``where`` is its name in error messages.
     """
 
     whole: Any
@@ -27,12 +27,12 @@ class LazyCheckpoint:
     read: Callable[[Any, str], Any]
 
     def part(self, key: str) -> Callable[[], Any]:
-        """Return what reads the file's ``key``."""
+        """Return a function that reads the entry ``key``."""
         return lambda: self.read(self.root[key], key)
 
 
 def under(node: Any, *path: Any) -> Any:
-    """Return the node below ``node`` at a path of keys, or None where there is none."""
+    """Return the node at a path of keys below ``node``, or None if it does not exist."""
     for key in path:
         items = mapping_items(node)
         if items is None or key not in items:
@@ -42,11 +42,11 @@ def under(node: Any, *path: Any) -> Any:
 
 
 def is_state_dict(node: Any) -> bool:
-    """Tell whether a node is a mapping with tensors."""
+    """Return whether a node is a mapping that contains tensors."""
     items = mapping_items(node)
     return items is not None and any(is_tensor(value) for value in items.values())
 
 
 def is_optimizer_state(node: Any) -> bool:
-    """Tell whether a node is what an optimizer of torch gives as its state."""
+    """Return whether a node is the state dict of a torch optimizer."""
     return {"state", "param_groups"} <= set(mapping_items(node) or ())

@@ -1,7 +1,7 @@
-"""Open a file that ``torch.save`` wrote, of its zip form or of the one before, without executing anything from it.
+"""Open files written by ``torch.save``, in its zip format or its legacy format, without executing code from them.
 
-The form decides which reader it is, never the failure of another: the zip form is read by :mod:`~stratagem.checkpoint.
-inert`, the form before it by torch with ``weights_only=True``, which refuses whatever is more than plain values.
+The format alone selects the reader. Zip files are read by :mod:`~stratagem.checkpoint.restricted_unpickler`, legacy files
+by torch with ``weights_only=True``, which rejects everything but plain values.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ _ZIP_START = b"PK\x03\x04"
 
 @contextmanager
 def open_torch_file(path: Path, device: torch.device | str) -> Iterator[LazyCheckpoint]:
-    """Give what the file holds; within the block its parts can be read, with tensors on ``device``.
+    """Open a file; its parts can be read within the context, with tensors on ``device``.
 
     Raises:
-        CheckpointNotFoundError: if there is no such file.
-        CheckpointError: if it is something else, or what is read holds objects. Errors name the file.
-        CheckpointDamagedError: if it cannot be read.
+        CheckpointNotFoundError: if the file does not exist.
+        CheckpointError: if the file has other content, or a part that is read contains objects. Errors name the file.
+        CheckpointDamagedError: if the file cannot be read.
     """
     with _named(path):
         if not _is_zip(path):
-            yield _contents(_read_old_form(path, device), lambda node, _: node)
+            yield _open_root(_read_legacy(path, device), lambda node, _: node)
             return
         with TorchArchive(path) as archive:
-            yield _contents(archive.root(), ValueBuilder(archive, device).of)
+            yield _open_root(archive.root(), ValueBuilder(archive, device).build)
 
 
 def verify_torch_file(path: Path) -> int:
-    """Compare all of a file with its checksums, 32 bits each; return how many bytes it has.
+    """Compare a file with its 32-bit checksums; return its size in bytes.
 
-    The form before 1.6 has none: reading such a file is the only check.
+    Files in the legacy format (before torch 1.6) have no checksums.
 
     Raises:
-        CheckpointNotFoundError: if there is no such file.
-        CheckpointError: if it is something else.
-        CheckpointDamagedError: if a part of it is not what was written.
+        CheckpointNotFoundError: if the file does not exist.
+        CheckpointError: if the file has other content.
+        CheckpointDamagedError: if the file is corrupted.
     """
     with _named(path):
         if _is_zip(path):
@@ -66,9 +66,9 @@ def verify_torch_file(path: Path) -> int:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Refuse what is no file, and have errors name it."""
+    """Check that ``path`` is a file, and add its name to errors."""
     if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; a checkpoint with such a name is a single file.")
+        raise CheckpointError(f"{path} is a folder; expected a single file because of its name.")
     if not path.is_file():
         raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
     try:
@@ -80,34 +80,36 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def read_torch_file(path: Path, device: torch.device | str) -> Any:
-    """Return all that the file holds; raises what :func:`open_torch_file` does."""
-    with open_torch_file(path, device) as contents:
-        return contents.read(contents.whole, "root")
+    """Return the whole content of a file; raises the errors of :func:`open_torch_file`."""
+    with open_torch_file(path, device) as checkpoint:
+        return checkpoint.read(checkpoint.whole, "root")
 
 
-def _contents(whole: Any, read: Any) -> LazyCheckpoint:
+def _open_root(whole: Any, read: Any) -> LazyCheckpoint:
     root = mapping_items(whole)
     if root is None:
-        raise CheckpointError(_no_mapping(whole))
+        raise CheckpointError(_not_a_dict_message(whole))
     if not all(isinstance(key, str | int | float) for key in root):
-        raise CheckpointError("it has keys that are neither text nor numbers; a checkpoint has the names of its parts.")
+        raise CheckpointError(
+            "it has keys that are neither strings nor numbers; expected the names of checkpoint parts."
+        )
     return LazyCheckpoint(whole, root, read)
 
 
-def _no_mapping(whole: Any) -> str:
+def _not_a_dict_message(whole: Any) -> str:
     if not isinstance(whole, PickledObject):
-        return f"it holds a {type(whole).__name__}; a checkpoint is a dict."
-    if whole.kind.startswith("torch._utils._rebuild"):
-        return "it holds a Tensor; a checkpoint is a dict."
+        return f"it contains a {type(whole).__name__}; expected a dict."
+    if whole.qualified_name.startswith("torch._utils._rebuild"):
+        return "it contains a Tensor; expected a dict."
     return (
-        f"it holds an object of {printable(whole.kind)}, perhaps a whole model, and not the state of one. Nothing was "
-        "executed. Where that class is installed, and only if you trust the file: torch.save(torch.load(path, weights_only=False)"
-        ".state_dict(), 'weights.pth')."
+        f"it contains an object of {printable(whole.qualified_name)}, perhaps a whole model instead of its state dict. No code "
+        "from it was executed. If you trust it, convert it in an environment where that class is installed: "
+        "torch.save(torch.load(path, weights_only=False).state_dict(), 'weights.pth')."
     )
 
 
 def is_torch_zip(path: Path) -> bool:
-    """Return whether a file begins as ``torch.save`` has written files since torch 1.6."""
+    """Return whether a file starts with the signature of torch's zip format (torch 1.6 and later)."""
     try:
         with path.open("rb") as file:
             return file.read(len(_ZIP_START)) == _ZIP_START
@@ -119,15 +121,15 @@ def _is_zip(path: Path) -> bool:
     return is_torch_zip(path) or zipfile.is_zipfile(path)
 
 
-def _read_old_form(path: Path, device: torch.device | str) -> Any:
+def _read_legacy(path: Path, device: torch.device | str) -> Any:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            "it is no checkpoint, or one of torch's form before 1.6 with objects in it, which is not read: "
-            f"{_first_line(error)} If you trust it, save it anew with a recent torch."
+            "it is not a checkpoint, or a file in torch's legacy format (before 1.6) that contains objects, which is not "
+            f"supported: {_first_line(error)} If you trust it, save it again with a recent torch version."
         ) from error
-    except Exception as error:  # which class it is hangs on where the file is damaged
+    except Exception as error:  # the class depends on where the file is damaged
         raise CheckpointDamagedError(_first_line(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""Put parameters together again that DeepSpeed's ZeRO cut into parts."""
+"""Gather parameters from the partitions of DeepSpeed's ZeRO."""
 
 from __future__ import annotations
 
@@ -19,69 +19,71 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class ZeroPartition(ABC):
-    """How the parameters of a group lie in the ranks' parts.
+    """How the parameters of a group are partitioned across ranks.
 
     Attributes:
-        shapes: of the parameters by name, in their order.
+        shapes: parameter name -> shape, in order.
     """
 
     shapes: Shapes
 
     @abstractmethod
-    def whole(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and tensor of each parameter, from the parts of all ranks in order.
+    def gather(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) of each parameter, given the partitions of all ranks in order.
 
         Raises:
-            CheckpointDamagedError: if the parts are too short.
+            CheckpointDamagedError: if the partitions are too short.
         """
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class FlatPartition(ZeroPartition):
-    """Stages 1 and 2: all parameters one after another, and each rank has a stretch of that.
+    """ZeRO stages 1 and 2: the parameters are concatenated, and each rank has a consecutive range of the result.
 
     Attributes:
-        shapes: of the parameters by name, in their order.
-        gaps: how many elements of padding follow each.
+        shapes: parameter name -> shape, in order.
+        paddings: the number of padding elements after each parameter.
     """
 
     shapes: Shapes
-    gaps: Sequence[int] = ()
+    paddings: Sequence[int] = ()
 
-    def whole(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def gather(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
         flat = torch.cat([part.reshape(-1) for part in parts])
-        place = 0
+        offset = 0
         for index, (name, shape) in enumerate(self.shapes.items()):
             count = math.prod(shape)
-            _require(flat.numel(), place + count, name)
-            # In memory of its own: the parameters of a group are not kept alive by one of them.
-            yield name, flat[place : place + count].reshape(tuple(shape)).clone()
-            place += count + (self.gaps[index] if self.gaps else 0)
+            _require(flat.numel(), offset + count, name)
+            # Cloned, so that one parameter does not keep the memory of the whole group alive.
+            yield name, flat[offset : offset + count].reshape(tuple(shape)).clone()
+            offset += count + (self.paddings[index] if self.paddings else 0)
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class PerParameterPartition(ZeroPartition):
-    """Stage 3: each parameter is cut into equal parts, and each rank has one of each.
+    """ZeRO stage 3: each parameter is split into equal parts, one for each rank.
 
     Attributes:
-        shapes: of the parameters by name, in their order.
+        shapes: parameter name -> shape, in order.
     """
 
     shapes: Shapes
 
-    def whole(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        place = 0
+    def gather(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        offset = 0
         for name, shape in self.shapes.items():
             count = math.prod(shape)
             size = math.ceil(count / len(parts))
-            _require(min(part.numel() for part in parts), place + size, name)
-            full = torch.cat([part.reshape(-1)[place : place + size] for part in parts])
+            _require(min(part.numel() for part in parts), offset + size, name)
+            full = torch.cat([part.reshape(-1)[offset : offset + size] for part in parts])
             yield name, full[:count].reshape(tuple(shape)).clone()
-            place += size
+            offset += size
 
 
-def _require(length: int, due: int, name: str) -> None:
-    if length < due:
-        raise CheckpointDamagedError(f"the ranks' parts end before {name!r}: {length} elements, and {due} are due.")
+def _require(length: int, expected: int, name: str) -> None:
+    if length < expected:
+        raise CheckpointDamagedError(
+            f"the ranks' partitions end before {name!r}: {length} elements, expected {expected}."
+        )

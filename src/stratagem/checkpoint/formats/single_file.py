@@ -19,7 +19,7 @@ from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.flatten import StateTree, flatten_state, unflatten_tree
 from stratagem.checkpoint.tree.gather import gather_tensor
 from stratagem.distributed import ALONE, Team
-from stratagem.storage import atomic_file, opened, operations, write_fully
+from stratagem.storage import atomic_file, closing_descriptor, operations, write_fully
 
 __all__ = ["SingleFileFormat", "read_meta"]
 
@@ -106,7 +106,7 @@ def _read(path: Path, device: torch.device | str, parts: Collection[str] | None)
 
 def _write(tree: Any, path: Path) -> None:
     try:
-        with atomic_file(path) as temporary, opened(operations.open_file(temporary)) as descriptor:
+        with atomic_file(path) as temporary, closing_descriptor(operations.open_file(temporary)) as descriptor:
             _torch_save(_StorageWriter(descriptor), tree)
     except (OSError, RuntimeError) as error:
         raise save_error(path, error) from error

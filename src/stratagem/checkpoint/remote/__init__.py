@@ -1,1 +1,1 @@
-"""Checkpoints and weights that are not on the local disk: URLs, object stores, model hubs."""
+"""Checkpoints and weights that are not on the local disk: URLs, object stores and model hubs."""

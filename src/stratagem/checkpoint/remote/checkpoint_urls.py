@@ -1,7 +1,7 @@
-"""Checkpoints at places that fsspec opens, such as ``s3://bucket/run/epoch_3``.
+"""Save and load checkpoints at URLs that fsspec can open, such as ``s3://bucket/run/epoch_3``.
 
-A checkpoint is made on this machine as everywhere else, and then published there whole; reading one fetches it into the
-cache first, where its digests are compared.
+A checkpoint is first written to a local folder and then uploaded. To load one, it is first downloaded to the cache, where
+its digests are compared.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ _CHUNK_BYTES = 4 << 20
 
 
 def save_remote(url: str, write: Callable[[Path], None], team: Team = ALONE) -> None:
-    """Have ``write`` make a checkpoint at a path of this machine, and publish that at the URL.
+    """Call ``write`` with a local path, and publish the checkpoint that it writes at ``url``.
 
     Collective over ``team``: ``write`` is called on every rank with the same path, in a temporary folder of the first
-    rank; then that one publishes. ``STRATAGEM_STAGING`` names where such folders are made.
+    rank, which then uploads the checkpoint. ``STRATAGEM_STAGING`` selects where the temporary folder is created.
 
     Raises:
-        CheckpointError: if the ranks do not share the folder, or it cannot be published; what was published before
-            still is.
+        CheckpointError: if the ranks do not share the folder, or the upload fails; what was published before stays
+            available.
     """
     folder = team.first(_make_staging)
     local = folder / url.rstrip("/").rpartition("/")[2]
     try:
         team.own(lambda: _check_shared(folder))
         write(local)
-        team.first(lambda: _publish(local, url))
+        team.first(lambda: _upload(local, url))
     finally:
         if team.leads:
             shutil.rmtree(folder, ignore_errors=True)
@@ -53,31 +53,33 @@ def _make_staging() -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix="stratagem-", dir=os.environ.get("STRATAGEM_STAGING")))
     except OSError as error:
-        raise CheckpointError(f"No temporary folder can be made: {error}. Name one with STRATAGEM_STAGING.") from error
+        raise CheckpointError(
+            f"Could not create a temporary folder: {error}. Set STRATAGEM_STAGING to another one."
+        ) from error
 
 
 def _check_shared(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointError(
-            f"{folder}, made by the first rank, is not there for this one. Ranks on several machines need a folder that they "
-            "share: name it with STRATAGEM_STAGING."
+            f"This rank cannot see {folder}, which the first rank created. Ranks on several machines need a shared folder: "
+            "set STRATAGEM_STAGING to one."
         )
 
 
-def _publish(local: Path, url: str) -> None:
+def _upload(local: Path, url: str) -> None:
     try:
-        publish(local, url, _about(local))
+        publish(local, url, _metadata(local))
     except StratagemError:
         raise
-    except Exception as error:  # which class it is hangs on the file system
+    except Exception as error:  # the class depends on the file system
         notes = " ".join(getattr(error, "__notes__", ()))
         raise CheckpointError(
-            f"{mask_text(url)}: the checkpoint could not be published: {error}. {notes}".rstrip()
+            f"{mask_text(url)}: the checkpoint could not be uploaded: {error}. {notes}".rstrip()
         ) from error
 
 
-def _about(local: Path) -> dict[str, Any]:
-    """Return what the record of a publication keeps of a checkpoint: the run that saved it, and its place in that."""
+def _metadata(local: Path) -> dict[str, Any]:
+    """Return the metadata to publish with a checkpoint: the run that saved it, its save order, whether it is finite."""
     found = inspect_checkpoint(local)
     if found is None:
         return {}
@@ -88,23 +90,22 @@ def _about(local: Path) -> dict[str, Any]:
 
 
 def find_latest_remote(url: str) -> str | None:
-    """Return the URL of the newest checkpoint that was published in the folder that ``url`` names, or None.
+    """Return the URL of the newest checkpoint published in the folder at ``url``, or None if there is none.
 
-    Of the checkpoints of a run it is the one that the run saved last, in whatever order they were published; of several
-    runs, and of checkpoints that a strategy saved without a run, the one that was published last. One whose weights are
-    not all finite is skipped.
+    Among the checkpoints of a run, it is the one saved last, regardless of the order of uploads. Otherwise it is the one
+    uploaded last. Checkpoints with NaN or Inf in their weights are skipped.
     """
-    return next((each.url for each in reversed(_published_at(url)) if each.finite), None)
+    return next((each.url for each in reversed(_remote_checkpoints(url)) if each.finite), None)
 
 
 def remote_save_orders(url: str) -> list[SaveOrder]:
-    """Return the places that the checkpoints published in a folder have among those of their runs.
+    """Return the save orders of the checkpoints published in the folder at ``url``.
 
     Raises:
         CheckpointError: if the folder cannot be read.
     """
     try:
-        return [each.order for each in _published_at(url) if each.order is not None]
+        return [each.order for each in _remote_checkpoints(url) if each.order is not None]
     except StratagemError:
         raise
     except Exception as error:  # the class depends on the file system
@@ -113,8 +114,8 @@ def remote_save_orders(url: str) -> list[SaveOrder]:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Published:
-    """A published checkpoint; its time is its place among the publications, which no clock decides."""
+class _RemoteCheckpoint:
+    """A published checkpoint; ``saved_at`` is its index in the order of publication, independent of clocks."""
 
     url: str
     saved_at: float
@@ -125,30 +126,30 @@ class _Published:
     path: Path = Path()
 
 
-def _published_at(url: str) -> list[_Published]:
-    """Return what is published in a folder, the oldest first."""
+def _remote_checkpoints(url: str) -> list[_RemoteCheckpoint]:
+    """Return the checkpoints published in a folder, oldest first."""
     return oldest_first(
-        _Published(each.url, float(place), *_identity(each.about), each.about.get("finite") is not False)
-        for place, each in enumerate(list_published(url))
+        _RemoteCheckpoint(each.url, float(index), *_identity(each.metadata), each.metadata.get("finite") is not False)
+        for index, each in enumerate(list_published(url))
     )
 
 
-def _identity(about: Mapping[str, Any]) -> tuple[str | None, SaveOrder | None]:
-    run_id = about.get("run_id")
+def _identity(metadata: Mapping[str, Any]) -> tuple[str | None, SaveOrder | None]:
+    run_id = metadata.get("run_id")
     try:
-        order = SaveOrder.from_meta(about.get(SAVE_ORDER))
+        order = SaveOrder.from_meta(metadata.get(SAVE_ORDER))
     except ValueError:
         return None, None
     return run_id if isinstance(run_id, str) else None, order
 
 
 def fetch_remote(url: str, cache: Path) -> Path:
-    """Return the local copy of a checkpoint that was published at a URL, or of a single file that lies there.
+    """Return the local copy of the checkpoint published at ``url``, or of a plain file at this URL.
 
     Raises:
-        CheckpointNotFoundError: if there is neither.
-        CheckpointDamagedError: if it is not what was published.
-        CheckpointError: if the file is too large, or the place cannot be read.
+        CheckpointNotFoundError: if neither exists.
+        CheckpointDamagedError: if the data does not match what was published.
+        CheckpointError: if the file is too large, or the file system reports an error.
     """
     try:
         try:
@@ -157,27 +158,27 @@ def fetch_remote(url: str, cache: Path) -> Path:
             return _fetch_file(url, cache)
     except StratagemError:
         raise
-    except Exception as error:  # which class it is hangs on the file system
+    except Exception as error:  # the class depends on the file system
         raise CheckpointError(f"{mask_text(url)} cannot be read: {error}.") from error
 
 
 def _fetch_file(url: str, cache: Path) -> Path:
-    """Fetch a file that something else put there; the copy counts as long as the file system says that it is the same."""
-    place, name = RemoteFolder.parent_of(url)
-    if name not in place.names():
+    """Fetch a plain file; a cached copy is reused while the file system reports the same version."""
+    index, name = RemoteFolder.parent_of(url)
+    if name not in index.names():
         raise CheckpointNotFoundError(f"{mask_text(url)}: there is no such checkpoint.")
-    size, limit = place.size(name), download_limit_bytes()
+    size, limit = index.size(name), download_limit_bytes()
     if size > limit:
-        raise CheckpointError(f"{mask_text(url)} has {size} bytes; at most {limit} are downloaded.")
-    version = hashlib.sha256(f"{place.shown}/{name}@{place.version(name)}".encode()).hexdigest()[:12]
+        raise CheckpointError(f"{mask_text(url)} has {size} bytes; at most {limit} bytes are downloaded.")
+    version = hashlib.sha256(f"{index.shown}/{name}@{index.version(name)}".encode()).hexdigest()[:12]
     copy = cache / f"{version}-{name}"
     if copy.is_file() and copy.stat().st_size == size:
         return copy
     cache.mkdir(parents=True, exist_ok=True)
-    with place.reading(name) as stream, atomic_file(copy) as aside, aside.open("wb") as file:
+    with index.reading(name) as stream, atomic_file(copy) as temporary, temporary.open("wb") as file:
         count = 0
         while count <= size and (chunk := stream.read(_CHUNK_BYTES)):
             count += file.write(chunk)
         if count != size:
-            raise CheckpointError(f"{mask_text(url)}: {count} bytes came of {size}. Nothing was kept; try again.")
+            raise CheckpointError(f"{mask_text(url)}: received {count} of {size} bytes. Nothing was kept; try again.")
     return copy

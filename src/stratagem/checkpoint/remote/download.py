@@ -1,8 +1,8 @@
-"""Files behind http and https, downloaded once, and compared with their digest at each use.
+"""Download files over http and https once, and compare the cached copy with its digest on each use.
 
-The digest that a file must have stands behind ``#sha256=`` in the URL, or its beginning at the end of the file's name.
-Where it stands nowhere, that of the first download is recorded beside the copy. Over plain http somebody in between
-could give another file, so there the whole digest is required.
+The expected digest is given by ``#sha256=`` in the URL, or its first digits by the end of the file name. Otherwise, the
+digest of the first download is recorded next to the copy. Over plain http, where a third party could replace the file, the
+full digest is required.
 """
 
 from __future__ import annotations
@@ -36,46 +36,46 @@ _WHOLE_DIGEST = 64
 _DIGEST_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[A-Za-z]+$")
 _DIGEST_IN_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{8,64})")
 _SUFFIXES = {*SINGLE_FILES, ".safetensors", ".json"}
-_GONE = {404, 410}
+_NOT_FOUND = {404, 410}
 
 
 def fetch_http(url: str, folder: Path, *, name: str | None = None, token: str = "") -> Path:
-    """Return the copy of a file that ``folder`` keeps; the first time, download it.
+    """Return the copy of a file in ``folder``; download it if necessary.
 
-    ``#sha256=<hex>`` at the URL's end, or else digits at the end of the file's name, are the beginning of the digest
-    that the file must have. ``name`` is that of the copy, where one made of the URL will not do. ``token`` is sent to
-    the URL's own server alone.
+    ``#sha256=<hex>`` at the end of the URL, or digits at the end of the file name, are the first digits of the expected
+    digest. ``name`` is the file name of the copy; by default it is derived from the URL. ``token`` is only sent to the
+    URL's own server, not to redirect targets.
 
     Raises:
-        CheckpointNotFoundError: if the server has no such file.
-        CheckpointDamagedError: if what came is not what is due.
-        CheckpointError: if the URL does not say enough, the file is too large, or the download failed otherwise.
+        CheckpointNotFoundError: if the server does not have the file.
+        CheckpointDamagedError: if the digest or the size of the download is wrong.
+        CheckpointError: if the URL is invalid or unsafe, the file is too large, or the download fails.
     """
     source = _Source.parse(url, token)
-    kept = folder / (name or source.local_name)
-    record = kept.with_name(f"{kept.name}.sha256")
+    copy = folder / (name or source.local_name)
+    record = copy.with_name(f"{copy.name}.sha256")
     recorded = record.read_text().strip() if record.is_file() else ""
-    if recorded and kept.is_file() and recorded.startswith(source.digest) and _digest_of(kept) == recorded:
-        return kept
+    if recorded and copy.is_file() and recorded.startswith(source.digest) and _digest_of(copy) == recorded:
+        return copy
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        digest = _download(source, kept, recorded)
-        # After the file: a record without one would hold a later download to it.
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        digest = _download(source, copy, recorded)
+        # After the file: a record without a file would constrain a later download.
         write_atomic(record, f"{digest}\n")
     except urllib.error.HTTPError as error:
         error.close()
-        kind = CheckpointNotFoundError if error.code in _GONE else CheckpointError
-        raise kind(f"{source.shown}: the server answered {error.code} {error.reason}.") from error
+        error_type = CheckpointNotFoundError if error.code in _NOT_FOUND else CheckpointError
+        raise error_type(f"{source.shown}: the server answered {error.code} {error.reason}.") from error
     except (OSError, http.client.HTTPException) as error:
         raise CheckpointError(f"{source.shown}: the download failed: {error}.") from error
-    return kept
+    return copy
 
 
 def download_limit_bytes() -> int:
-    """Return how large a download may be: ``$STRATAGEM_DOWNLOAD_LIMIT_GB``, or 100 GB.
+    """Return the maximum size of a download: ``$STRATAGEM_DOWNLOAD_LIMIT_GB``, by default 100 GB.
 
     Raises:
-        ConfigValueError: if the variable holds no positive number.
+        ConfigValueError: if the variable is not a positive number.
     """
     text = os.environ.get(_LIMIT_GB, str(_DEFAULT_LIMIT_GB))
     try:
@@ -90,7 +90,7 @@ def download_limit_bytes() -> int:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A URL taken apart: ``address`` is without user and fragment, ``shown`` can be printed."""
+    """A parsed URL: ``address`` has no user and fragment; ``shown`` has no secrets."""
 
     address: str
     shown: str
@@ -106,13 +106,13 @@ class _Source:
             raise CheckpointError(f"{shown} is not a URL: {error}.") from error
         in_fragment = _DIGEST_IN_FRAGMENT.fullmatch(parts.fragment)
         if parts.fragment and not in_fragment:
-            raise CheckpointError(f"{shown}: what follows # can only be sha256= and 8 to 64 hexadecimal digits.")
+            raise CheckpointError(f"{shown}: expected sha256= and 8 to 64 hexadecimal digits after #.")
         found = in_fragment or _DIGEST_IN_NAME.search(parts.path)
         user, _, host = parts.netloc.rpartition("@")
         digest = found[1].lower() if found else ""
-        if parts.scheme == "http" and len(digest) < _WHOLE_DIGEST and not _is_here(parts.hostname):
+        if parts.scheme == "http" and len(digest) < _WHOLE_DIGEST and not _is_loopback(parts.hostname):
             raise CheckpointError(
-                f"{shown}: over plain http anybody in between could give another file. Use https, or say the file's digest: "
+                f"{shown}: over plain http, a third party could replace the file. Use https, or give the file's digest: "
                 "#sha256=<64 hexadecimal digits>."
             )
         address = urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))
@@ -122,7 +122,7 @@ class _Source:
 
     @property
     def local_name(self) -> str:
-        """A name that no other address has; with another digest due, it is another file."""
+        """A file name that is unique for the address and the expected digest."""
         name = Path(urllib.parse.urlsplit(self.address).path).name
         if Path(name).suffix not in _SUFFIXES:
             name += ".pth"
@@ -131,14 +131,14 @@ class _Source:
     def request(self) -> urllib.request.Request:
         request = urllib.request.Request(self.address)  # noqa: S310 -- http(s) only
         if self.authorization:
-            # Not for the server that this one may redirect to.
+            # Do not send it to a server that this one redirects to.
             request.add_unredirected_header("Authorization", self.authorization)
         return request
 
 
 @final
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but not from https to where somebody in between could give another file."""
+    """Follow redirects, but not from https to an insecure scheme."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -146,51 +146,53 @@ class _SafeRedirects(urllib.request.HTTPRedirectHandler):
         scheme = urllib.parse.urlsplit(newurl).scheme
         if scheme not in {"https", req.type}:
             raise CheckpointError(
-                f"{mask_text(req.full_url)}: the server sends to {mask_text(newurl)}, from https to {scheme}. Name a URL that "
-                "stays with https."
+                f"{mask_text(req.full_url)}: the server redirects to {mask_text(newurl)}, from https to {scheme}. Use a URL "
+                "that stays on https."
             )
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _download(source: _Source, target: Path, recorded: str) -> str:
-    """Download to ``target``, and return the digest; it must be the recorded one, where there is one."""
+    """Download to ``target`` and return the digest, which must equal ``recorded`` if that is not empty."""
     limit = download_limit_bytes()
     digest, count = hashlib.sha256(), 0
     with (
-        urllib.request.build_opener(_SafeRedirects).open(source.request(), timeout=_TIMEOUT_S) as answer,
-        atomic_file(target) as aside,
-        aside.open("wb") as file,
+        urllib.request.build_opener(_SafeRedirects).open(source.request(), timeout=_TIMEOUT_S) as response,
+        atomic_file(target) as temporary,
+        temporary.open("wb") as file,
     ):
-        due = answer.headers.get("Content-Length")
-        if due is not None and int(due) > limit:
-            raise CheckpointError(f"{source.shown} has {due} bytes. {_how_to_raise(limit)}")
-        while chunk := answer.read(_CHUNK_BYTES):
+        expected = response.headers.get("Content-Length")
+        if expected is not None and int(expected) > limit:
+            raise CheckpointError(f"{source.shown} has {expected} bytes. {_limit_hint(limit)}")
+        while chunk := response.read(_CHUNK_BYTES):
             digest.update(chunk)
             count += file.write(chunk)
             if count > limit:
-                raise CheckpointError(f"{source.shown} has more bytes than it may. {_how_to_raise(limit)}")
-        # http.client does not complain of a body that ends too early.
-        if due is not None and count != int(due):
-            raise CheckpointDamagedError(f"{source.shown}: {count} bytes came of {due}. Nothing was kept; try again.")
+                raise CheckpointError(f"{source.shown} is larger than allowed. {_limit_hint(limit)}")
+        # http.client does not report a truncated body.
+        if expected is not None and count != int(expected):
+            raise CheckpointDamagedError(
+                f"{source.shown}: received {count} of {expected} bytes. Nothing was kept; try again."
+            )
         if not digest.hexdigest().startswith(source.digest):
             raise CheckpointDamagedError(
-                f"{source.shown}: its SHA-256 is {digest.hexdigest()}, but {source.digest}... is due. Nothing was kept: "
-                "the file was changed. If the digits in its name are no digest, give its own as #sha256=<hex>."
+                f"{source.shown}: its SHA-256 is {digest.hexdigest()}, expected {source.digest}... Nothing was kept, because "
+                "the file was modified. If the digits in its name are not a digest, give the digest as #sha256=<hex>."
             )
         if recorded.startswith(source.digest) and recorded and digest.hexdigest() != recorded:
             raise CheckpointDamagedError(
-                f"{source.shown}: its SHA-256 is {digest.hexdigest()}, but it was {recorded} when it was first downloaded. "
-                f"If the new file is meant, remove {target} and {target.name}.sha256 beside it."
+                f"{source.shown}: its SHA-256 is {digest.hexdigest()}, but it was {recorded} at the first download. To accept "
+                f"the new file, remove {target} and {target.name}.sha256 next to it."
             )
     return digest.hexdigest()
 
 
-def _how_to_raise(limit: int) -> str:
-    return f"At most {limit} are downloaded; {_LIMIT_GB} raises that."
+def _limit_hint(limit: int) -> str:
+    return f"At most {limit} bytes are downloaded; set {_LIMIT_GB} to raise the limit."
 
 
-def _is_here(host: str | None) -> bool:
-    """Tell whether what is asked of a host never leaves this machine."""
+def _is_loopback(host: str | None) -> bool:
+    """Return whether requests to a host stay on this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
     except ValueError:

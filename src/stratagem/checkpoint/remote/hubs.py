@@ -1,7 +1,7 @@
-"""Collections of weights by name: ``torchvision://``, ``timm://``, ``open-mmlab://`` and ``hf://``.
+"""Fetch weights by name: ``torchvision://``, ``timm://``, ``open-mmlab://`` and ``hf://``.
 
-All of them end in downloads over https by :func:`~stratagem.checkpoint.remote.download.fetch_http`, so that one place checks
-digests and sizes and keeps the copies. The Hub is asked by its own URLs and not through its library, for that reason.
+All downloads use :func:`~stratagem.checkpoint.remote.download.fetch_http`, which checks digests and sizes and caches the
+copies. For the same reason, the Hugging Face Hub is accessed by URL instead of through its library.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _INDEX = ".index.json"
 
 
 def fetch_hugging_face(url: str, cache: Path) -> Path:
-    """Fetch ``hf://organisation/repository[@revision][/file]``; without a file, the folder with the usual weights.
+    """Fetch ``hf://organization/repository[@revision][/file]``; without a file, a folder with the weights.
 
-    A revision that is a commit is always the same file; ``main``, the default, is what it was at the first download.
-    ``HF_TOKEN`` opens private repositories, ``HF_ENDPOINT`` names a mirror. With a slash in it, a revision is written
-    with ``%2F``.
+    If the revision is a commit, the file never changes; ``main``, the default, stays as it was at the first download.
+    ``HF_TOKEN`` gives access to private repositories, and ``HF_ENDPOINT`` selects a mirror. Write a slash in a revision as
+    ``%2F``.
 
     Raises:
-        CheckpointNotFoundError: if there is no such file, or none of the usual ones.
-        CheckpointError: if the name is none, or the download fails.
+        CheckpointNotFoundError: if the file does not exist, or the repository has none of the usual weight files.
+        CheckpointError: if the URL is malformed, or the download fails.
     """
     match = _HUB.fullmatch(url)
     if match is None or ".." in (match["file"] or "").split("/"):
-        raise CheckpointError(f"{mask_text(url)}: write hf://<organisation>/<repository>[@<revision>][/<file>].")
+        raise CheckpointError(f"{mask_text(url)}: expected hf://<organization>/<repository>[@<revision>][/<file>].")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     revision = urllib.parse.quote(urllib.parse.unquote(match["revision"] or "main"), safe="")
     root = f"{endpoint}/{match['repo']}/resolve/{revision}"
@@ -54,7 +54,7 @@ def fetch_hugging_face(url: str, cache: Path) -> Path:
             continue
         return folder
     raise CheckpointNotFoundError(
-        f"{mask_text(url)} has none of {', '.join(WEIGHT_FILES)}, or there is no such repository. Name a file: {url}/<file>."
+        f"{mask_text(url)} has none of {', '.join(WEIGHT_FILES)}, or the repository does not exist. Name a file: {url}/<file>."
     )
 
 
@@ -62,19 +62,19 @@ def fetch_timm(url: str, cache: Path) -> Path:
     """Fetch ``timm://resnet18`` or ``timm://resnet18.a1_in1k``: the default or a named set of weights.
 
     Raises:
-        MissingDependencyError: if timm is not installed; it knows where its weights are.
-        CheckpointNotFoundError: if it has no such model, or no weights for it.
+        MissingDependencyError: if timm, which knows the URLs, is not installed.
+        CheckpointNotFoundError: if timm does not have the model or weights for it.
     """
     name = url.removeprefix("timm://")
     models: Any = import_module("timm.models", extra="timm")
     known = models.list_pretrained()
     if name not in known and name not in {each.partition(".")[0] for each in known}:
         raise CheckpointNotFoundError(f"timm has no weights {name!r}. {did_you_mean(name, known)}")
-    described = models.get_pretrained_cfg(name)
-    if described.hf_hub_id:
-        file = f"/{described.hf_hub_filename}" if described.hf_hub_filename else ""
-        return fetch_hugging_face(f"hf://{described.hf_hub_id}{file}", cache)
-    return fetch_http(described.url, cache)
+    pretrained = models.get_pretrained_cfg(name)
+    if pretrained.hf_hub_id:
+        file = f"/{pretrained.hf_hub_filename}" if pretrained.hf_hub_filename else ""
+        return fetch_hugging_face(f"hf://{pretrained.hf_hub_id}{file}", cache)
+    return fetch_http(pretrained.url, cache)
 
 
 def fetch_torchvision(url: str, cache: Path) -> Path:
@@ -82,7 +82,7 @@ def fetch_torchvision(url: str, cache: Path) -> Path:
 
     Raises:
         MissingDependencyError: if torchvision is not installed.
-        CheckpointNotFoundError: if it has no such model or weights.
+        CheckpointNotFoundError: if torchvision does not have the model or the weights.
     """
     name, _, weights = url.removeprefix("torchvision://").partition(".")
     with without_working_directory():
@@ -100,10 +100,10 @@ def fetch_torchvision(url: str, cache: Path) -> Path:
 
 
 def fetch_open_mmlab(url: str, cache: Path) -> Path:
-    """Fetch ``open-mmlab://resnet50_v1c``: weights that configurations of that family name.
+    """Fetch ``open-mmlab://resnet50_v1c``: weights that OpenMMLab configurations refer to by name.
 
     Raises:
-        CheckpointNotFoundError: if there are no weights of that name.
+        CheckpointNotFoundError: if there are no weights of this name.
     """
     name = url.partition("://")[2]
     if name not in OPEN_MMLAB_URLS:
@@ -112,7 +112,7 @@ def fetch_open_mmlab(url: str, cache: Path) -> Path:
 
 
 def _fetch_file(root: str, file: str, folder: Path, digest: str) -> Path:
-    """Fetch one file of a repository, and with an index the files that it names."""
+    """Fetch a file of a repository, and for an index also the files that it lists."""
     address = f"{root}/{urllib.parse.quote(file)}" + (f"#{digest}" if digest else "")
     token = os.environ.get("HF_TOKEN", "")
     path = fetch_http(address, folder / Path(file).parent, name=Path(file).name, token=token)

@@ -1,11 +1,11 @@
-"""The published weights that ``open-mmlab://name`` stands for in MMEngine-style configurations."""
+"""The URLs of published weights that MMEngine-style configurations refer to as ``open-mmlab://name``."""
 
 from __future__ import annotations
 
 __all__ = ["OPEN_MMLAB_URLS"]
 
 _ROOT = "https://download.openmmlab.com"
-# Name -> file; all but the last three lie in one folder.
+# Name -> file; all but the last three are in one folder.
 _THIRD_PARTY = {
     "vgg16_caffe": "vgg16_caffe-292e1171.pth",
     "detectron/resnet50_caffe": "resnet50_caffe-788b5fa3.pth",

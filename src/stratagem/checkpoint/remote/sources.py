@@ -1,4 +1,4 @@
-"""The places a checkpoint can come from: paths, URLs and the names of model collections."""
+"""Load checkpoints from paths, URLs and the names of model collections."""
 
 from __future__ import annotations
 
@@ -38,43 +38,43 @@ Fetcher = Callable[[str], Path]
 
 @final
 class CheckpointLoader:
-    """Reads checkpoints from wherever their name says.
+    """Load checkpoints from a path or URL.
 
-    A scheme (``https://``, ``torchvision://`` ...) is served by a function that returns the path of a local copy.
+    Each scheme (``https://``, ``torchvision://``, ...) is handled by a function that returns the path of a local copy.
     """
 
     _fetchers: ClassVar[dict[str, Fetcher]] = {}
 
     @classmethod
     def register_scheme(cls, prefixes: str | Iterable[str], *, force: bool = False) -> Callable[[Fetcher], Fetcher]:
-        """Have the decorated function serve the names that begin with one of ``prefixes``.
+        """Register the decorated function for names that start with one of ``prefixes``.
 
         Raises:
-            ConfigValueError: if a prefix is taken and ``force`` is not set.
+            ConfigValueError: if a prefix is already registered and ``force`` is False.
         """
 
         def register(function: Fetcher) -> Fetcher:
             wanted = [prefixes] if isinstance(prefixes, str) else list(prefixes)
             taken = [prefix for prefix in wanted if prefix in cls._fetchers]
             if taken and not force:
-                raise ConfigValueError(f"The scheme {taken[0]!r} is registered already; pass force=True to replace it.")
+                raise ConfigValueError(f"The scheme {taken[0]!r} is already registered; pass force=True to replace it.")
             cls._fetchers.update(dict.fromkeys(wanted, function))
             return function
 
         return register
 
     @classmethod
-    def only_reads(cls, name: str) -> bool:
-        """Tell whether a registered scheme serves the name: such places give checkpoints and take none."""
+    def is_read_only(cls, name: str) -> bool:
+        """Return whether the name has a registered scheme; checkpoints cannot be saved to such URLs."""
         return name.startswith(tuple(cls._fetchers))
 
     @classmethod
     def fetch(cls, filename: str | os.PathLike[str]) -> Path:
-        """Return the local path of a checkpoint; what lies elsewhere is copied into the cache first.
+        """Return the local path of a checkpoint; download it to the cache if necessary.
 
         Raises:
-            CheckpointNotFoundError: if there is nothing under that name.
-            CheckpointError: if its scheme is not known.
+            CheckpointNotFoundError: if the checkpoint does not exist.
+            CheckpointError: if the scheme is unknown.
         """
         if not is_url(filename):
             path = absolute(filename)
@@ -88,18 +88,13 @@ class CheckpointLoader:
         scheme = name.partition("://")[0] + "://"
         if is_remote_scheme(scheme.removesuffix("://")):
             return fetch_remote(name, cache_folder() / "checkpoints")
-        raise CheckpointError(
-            f"{mask_text(name)}: no way to read {scheme} is known. {did_you_mean(scheme, cls._fetchers)}"
-        )
+        raise CheckpointError(f"{mask_text(name)}: unknown scheme {scheme}. {did_you_mean(scheme, cls._fetchers)}")
 
     @classmethod
     def load_checkpoint(
         cls, filename: str | os.PathLike[str], map_location: torch.device | str = "cpu", *, team: Team = ALONE
     ) -> StateTree:
-        """Read a checkpoint from a path, a URL or a named collection; never runs code from it.
-
-        Collective over ``team``.
-        """
+        """Load a checkpoint from a path or URL, without executing code from it. Collective over ``team``."""
         return read_any(team.own(lambda: cls.fetch(filename)), map_location, team=team)
 
 
@@ -110,25 +105,27 @@ def read_any(
     parts: Collection[str] | None = None,
     team: Team = ALONE,
 ) -> StateTree:
-    """Read a local checkpoint in whatever form it is: one of ours, or of another program; never runs code from it.
-
-    Collective over ``team``.
+    """Load a local checkpoint in any supported format, without executing code from it. Collective over ``team``.
 
     Raises:
-        CheckpointError: in one of its kinds, if it cannot be read.
+        CheckpointError: (or a subclass) if it cannot be read.
     """
-    is_ours = (path / MANIFEST).is_file()
+    has_manifest = (path / MANIFEST).is_file()
     if is_dcp_directory(path):
         return team.own(lambda: _read_dcp(path, map_location, parts))
-    if not is_ours and is_deepspeed_folder(path):
-        return team.own(lambda: _moved(read_deepspeed_folder(path, parts=parts), map_location))
-    if not is_ours and HuggingFaceFormat.reads(path):
+    if not has_manifest and is_deepspeed_folder(path):
+        return team.own(lambda: _to_device(read_deepspeed_folder(path, parts=parts), map_location))
+    if not has_manifest and HuggingFaceFormat.reads(path):
         return team.own(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
     if not ColossalAIFolder.reads(path):
         return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
-    own_parts = None if parts is None else {*parts, ENGINE_PART}
-    ours = format_for(path).load(path, map_location=map_location, parts=own_parts, team=team) if is_ours else None
-    return team.own(lambda: ColossalAIFolder().load(path, map_location=map_location, parts=parts, ours=ours))
+    wanted_parts = None if parts is None else {*parts, ENGINE_PART}
+    stratagem_parts = (
+        format_for(path).load(path, map_location=map_location, parts=wanted_parts, team=team) if has_manifest else None
+    )
+    return team.own(
+        lambda: ColossalAIFolder().load(path, map_location=map_location, parts=parts, stratagem_parts=stratagem_parts)
+    )
 
 
 def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
@@ -136,29 +133,29 @@ def _read_dcp(path: Path, device: torch.device | str, parts: Collection[str] | N
         return torch.empty(tuple(shape), dtype=dtype, device=device)
 
     tree = DcpDirectory(path).load(parts=parts, allocate=allocate)
-    # What most programs call the model's part.
+    # The name that most programs use for the model state.
     if "model" in tree and "state_dict" not in tree:
         tree["state_dict"] = tree.pop("model")
     return tree
 
 
-def _moved(node: Any, device: torch.device | str) -> Any:
-    """Return a tree with its tensors on a device."""
+def _to_device(node: Any, device: torch.device | str) -> Any:
+    """Return a tree with its tensors moved to a device."""
     if isinstance(node, Tensor):
         return node.to(device)
     if isinstance(node, dict):
-        return {key: _moved(value, device) for key, value in node.items()}
-    return [_moved(value, device) for value in node] if isinstance(node, list) else node
+        return {key: _to_device(value, device) for key, value in node.items()}
+    return [_to_device(value, device) for value in node] if isinstance(node, list) else node
 
 
 def _similar_names(path: Path) -> str:
-    """Name the entries beside a missing path that may have been meant."""
+    """Return a hint with similar names next to a missing path."""
     entries = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    return f" {did_you_mean(path.name, entries)}" if entries else f" There is no folder {path.parent} either."
+    return f" {did_you_mean(path.name, entries)}" if entries else f" The folder {path.parent} does not exist either."
 
 
 def cache_folder() -> Path:
-    """Return where downloads are kept: ``$STRATAGEM_CACHE``, or ``stratagem`` in the user's cache folder."""
+    """Return the folder for downloads: ``$STRATAGEM_CACHE``, or ``stratagem`` in the user's cache folder."""
     own = os.environ.get("STRATAGEM_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return absolute(own) if own else absolute(shared) / "stratagem"
@@ -169,8 +166,8 @@ def _fetch_file(url: str) -> Path:
     parts = urllib.parse.urlsplit(url)
     if parts.netloc not in {"", "localhost"}:
         raise CheckpointError(
-            f"{mask_text(url)}: {parts.hostname!r} stands where a host does, and only this one has files. Write "
-            "file:///absolute/path, or the path alone."
+            f"{mask_text(url)} names the host {parts.hostname!r}, but file:// URLs can only refer to this machine. Write "
+            "file:///absolute/path, or just the path."
         )
     return CheckpointLoader.fetch(Path(urllib.request.url2pathname(parts.path)))
 

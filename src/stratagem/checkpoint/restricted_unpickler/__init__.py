@@ -1,7 +1,7 @@
-"""Read files that ``torch.save`` wrote without executing anything from them.
+"""Read files written by ``torch.save`` without executing code from them.
 
-Three steps, each a file: the zip form (:mod:`archive`), what its pickle says (:mod:`machine`), and the values of what is
-asked for (:mod:`values`).
+Reading takes three steps: open the zip archive (:mod:`archive`), interpret its pickle (:mod:`pickle_vm`), and build the
+requested values (:mod:`values`).
 """
 
 from stratagem.checkpoint.restricted_unpickler.archive import TorchArchive

@@ -1,4 +1,4 @@
-"""Arrays and numbers of NumPy out of what a pickle says; only types that hold numbers, truth values or text."""
+"""Build NumPy arrays and scalars from a pickle; only numeric, boolean and string dtypes are supported."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from stratagem.checkpoint.restricted_unpickler.pickled_objects import PickledObj
 
 __all__ = ["array_from_bytes", "array_of", "scalar_of"]
 
-# Not "O": such an array holds pickles.
-_PLAIN = re.compile(r"[biufcSU][0-9]{1,9}")
+# Without "O": object arrays contain pickles.
+_ALLOWED_DTYPE = re.compile(r"[biufcSU][0-9]{1,9}")
 
 
 def scalar_of(dtype: Any, data: Any) -> Any:
-    """Return one number or text as Python's own."""
-    (value,) = np.frombuffer(_octets(data), dtype=_dtype(dtype))
+    """Return a NumPy scalar as a Python number or string."""
+    (value,) = np.frombuffer(_as_bytes(data), dtype=_dtype(dtype))
     return value.item()
 
 
 def array_of(shape: Any, dtype: Any, fortran: Any, data: Any) -> np.ndarray[Any, Any]:
-    """Return an array that was pickled with its bytes inside."""
+    """Return an array that was pickled together with its data."""
     return array_from_bytes(data, dtype, shape, "F" if fortran else "C")
 
 
 def array_from_bytes(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray[Any, Any]:
-    """Return an array over a copy of the bytes."""
+    """Return an array with a copy of the data."""
     counts = [count for count in shape if type(count) is int and count >= 0]
     if len(counts) != len(shape) or order not in {"C", "F"}:
-        raise ValueError("its shape or order is not that of an array")
-    return np.frombuffer(_octets(data), dtype=_dtype(dtype)).reshape(counts, order=order).copy()
+        raise ValueError("its shape or memory order is invalid")
+    return np.frombuffer(_as_bytes(data), dtype=_dtype(dtype)).reshape(counts, order=order).copy()
 
 
 def _dtype(node: Any) -> np.dtype[Any]:
-    if not isinstance(node, PickledObject) or node.kind != "numpy.dtype" or not node.args:
-        raise TypeError("its type is none of NumPy's")
+    if not isinstance(node, PickledObject) or node.qualified_name != "numpy.dtype" or not node.args:
+        raise TypeError("its dtype is not a NumPy dtype")
     code = node.args[0]
-    if not isinstance(code, str) or not _PLAIN.fullmatch(code):
-        raise ValueError(f"its type {code!r} is none of numbers or text")
+    if not isinstance(code, str) or not _ALLOWED_DTYPE.fullmatch(code):
+        raise ValueError(f"its dtype {code!r} is not numeric, boolean or string")
     order = node.state[1] if isinstance(node.state, tuple) and len(node.state) > 1 else "="
     if order not in {"<", ">", "=", "|"}:
-        raise ValueError(f"the byte order of its type is {order!r}")
+        raise ValueError(f"the byte order of its dtype is {order!r}")
     return np.dtype(order + code)
 
 
-def _octets(data: Any) -> bytes:
+def _as_bytes(data: Any) -> bytes:
     if not isinstance(data, bytes | bytearray):
-        raise TypeError(f"its content is {type(data).__name__}, not bytes")
+        raise TypeError(f"its data is {type(data).__name__}, not bytes")
     return bytes(data)

@@ -1,11 +1,11 @@
-"""Read what a pickle says without doing it.
+"""Interpret a pickle without executing it.
 
-A pickle is a program for a small stack machine. The one here has no operation that imports or calls anything: where
-Python's would make an object, it writes a :class:`PickledObject`. So it needs no list of what is dangerous. The operations
-are those of protocols 2 to 5 as https://docs.python.org/3/library/pickletools.html describes them; what torch never
-writes (text forms, extension codes, buffers outside of the stream) is refused.
+A pickle is a program for a stack machine. This implementation has no operation that imports or calls anything: where
+Python would create an object, it creates a :class:`PickledObject` that records the call. So no list of forbidden names is
+needed. It supports the operations of protocols 2 to 5 (https://docs.python.org/3/library/pickletools.html) except those
+that torch never writes: text encodings, extension codes and out-of-band buffers.
 
-Memory is bounded by the length of the pickle: nothing is allocated by a number that the pickle names.
+Memory use is bounded by the length of the pickle: no allocation depends on a number in it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["read_pickle"]
 
-# Of the largest models' optimizers 100,000 tensors need 3 million. An operation makes an object of at most 216 bytes.
-_MOST_OPERATIONS = 20_000_000
+# The optimizer state of 100,000 tensors takes 3 million operations; each creates an object of at most 216 bytes.
+_MAX_OPERATIONS = 20_000_000
 _STOP = ord(".")
 _SCALARS = (str, bytes, int, float, type(None), PickledGlobal, PersistentId, PickledObject)
 
 
 def read_pickle(data: bytes) -> Any:
-    """Return what ``data`` says: plain values, and a :class:`PickledObject` for every object.
+    """Return the content of a pickle: plain values, and a :class:`PickledObject` for each object.
 
     Raises:
-        CheckpointDamagedError: if it is no whole pickle, or uses operations that torch does not write.
+        CheckpointDamagedError: if the pickle is incomplete or uses unsupported operations.
     """
     try:
         return _PickleVM(data).run()
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error) as error:
-        raise CheckpointDamagedError(f"its pickle makes no sense: {type(error).__name__} {error}") from error
+        raise CheckpointDamagedError(f"its pickle is malformed: {type(error).__name__} {error}") from error
 
 
 @final
@@ -47,22 +47,24 @@ class _PickleVM:
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        for _ in range(_MOST_OPERATIONS):
+        for _ in range(_MAX_OPERATIONS):
             operation = self.take(1)[0]
             if operation == _STOP:
                 return self.stack.pop()
             action = _ACTIONS.get(operation)
             if action is None:
-                raise ValueError(f"operation {operation:#04x} at byte {self._at - 1} is not one that torch writes")
+                raise ValueError(f"unsupported operation {operation:#04x} at byte {self._at - 1}")
             action(self)
-        raise ValueError(f"it has more than {_MOST_OPERATIONS:,} operations")
+        raise ValueError(f"it has more than {_MAX_OPERATIONS:,} operations")
 
-    # ---- the stream
+    # ---- input
 
     def take(self, count: int) -> bytes:
-        """Return the next bytes; the check comes first, so that a huge count allocates nothing."""
+        """Return the next bytes. The count is checked first, so that a huge one allocates nothing."""
         if not 0 <= count <= len(self._data) - self._at:
-            raise ValueError(f"{count} bytes are due at byte {self._at}, but {len(self._data) - self._at} are left")
+            raise ValueError(
+                f"expected {count} bytes at byte {self._at}, but only {len(self._data) - self._at} are left"
+            )
         self._at += count
         return self._data[self._at - count : self._at]
 
@@ -75,28 +77,28 @@ class _PickleVM:
         self.take(1)
         return text
 
-    # ---- the stack
+    # ---- stack
 
     def mark(self) -> None:
         self._outer.append(self.stack)
         self.stack = []
 
-    def since_mark(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         items, self.stack = self.stack, self._outer.pop()
         return items
 
     def pop_many(self, count: int) -> tuple[Any, ...]:
         if len(self.stack) < count:
-            raise ValueError(f"{count} values are due on the stack, which has {len(self.stack)}")
+            raise ValueError(f"expected {count} values on the stack, which has {len(self.stack)}")
         items = tuple(self.stack[-count:])
         del self.stack[-count:]
         return items
 
-    def remember(self, place: int | None = None) -> None:
-        self._memo[len(self._memo) if place is None else place] = self.stack[-1]
+    def put_memo(self, index: int | None = None) -> None:
+        self._memo[len(self._memo) if index is None else index] = self.stack[-1]
 
-    def recall(self, place: int) -> None:
-        self.stack.append(self._memo[place])
+    def get_memo(self, index: int) -> None:
+        self.stack.append(self._memo[index])
 
     # ---- containers
 
@@ -107,7 +109,7 @@ class _PickleVM:
         elif isinstance(target, list):
             target.extend(items)
         else:
-            raise TypeError(f"items are added to {type(target).__name__}")
+            raise TypeError(f"cannot append items to {type(target).__name__}")
 
     def add(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -116,7 +118,7 @@ class _PickleVM:
         elif isinstance(target, set):
             target.update(_key(item) for item in items)
         else:
-            raise TypeError(f"members are added to {type(target).__name__}")
+            raise TypeError(f"cannot add members to {type(target).__name__}")
 
     def set(self, flat: list[Any]) -> None:
         pairs = [(_key(key), value) for key, value in zip(flat[::2], flat[1::2], strict=True)]
@@ -126,57 +128,57 @@ class _PickleVM:
         elif isinstance(target, dict):
             target.update(pairs)
         else:
-            raise TypeError(f"entries are set in {type(target).__name__}")
+            raise TypeError(f"cannot set entries of {type(target).__name__}")
 
-    # ---- objects, written down
+    # ---- objects
 
     def name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("the name of a class is no text")
+            raise TypeError("the name of a class is not a string")
         self.stack.append(PickledGlobal(module, name))
 
-    def make(self, *, with_kwargs: bool = False) -> None:
+    def reduce(self, *, with_kwargs: bool = False) -> None:
         kwargs = self.stack.pop() if with_kwargs else None
-        maker, args = self.pop_many(2)
-        self.stack.append(PickledObject(maker, args, kwargs))
+        constructor, args = self.pop_many(2)
+        self.stack.append(PickledObject(constructor, args, kwargs))
 
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
         if not isinstance(target, PickledObject):
-            raise TypeError(f"state is given to {type(target).__name__}")
+            raise TypeError(f"cannot set the state of {type(target).__name__}")
         target.state = state
 
 
 def _key(key: Any) -> Any:
-    """Return what may be a key: hashing anything deeper could exhaust the stack of the process."""
+    """Check that a value may be used as a key: hashing deeply nested values could overflow the C stack."""
     parts = key if isinstance(key, tuple) else (key,)
     if not all(isinstance(part, _SCALARS) for part in parts):
         raise TypeError(f"a {type(key).__name__} is used as a key")
     return key
 
 
-def _whole_number(data: bytes) -> int:
+def _signed_int(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
 def _push(read: Callable[[_PickleVM], Any]) -> Callable[[_PickleVM], None]:
-    def push(machine: _PickleVM) -> None:
-        value = read(machine)  # first: reading may take the stack back to an earlier mark
-        machine.stack.append(value)
+    def push(vm: _PickleVM) -> None:
+        value = read(vm)  # first, because reading may pop the stack to an earlier mark
+        vm.stack.append(value)
 
     return push
 
 
-def _drop_mark(machine: _PickleVM) -> None:
-    machine.since_mark()
+def _drop_mark(vm: _PickleVM) -> None:
+    vm.pop_to_mark()
 
 
-def _pop(machine: _PickleVM) -> None:
-    if machine.stack:
-        machine.stack.pop()
+def _pop(vm: _PickleVM) -> None:
+    if vm.stack:
+        vm.stack.pop()
     else:
-        machine.since_mark()
+        vm.pop_to_mark()
 
 
 _ACTIONS: dict[int, Callable[[_PickleVM], None]] = {
@@ -193,13 +195,13 @@ _ACTIONS: dict[int, Callable[[_PickleVM], None]] = {
     ord("J"): _push(lambda m: m.number("<i")),
     ord("K"): _push(lambda m: m.number("<B")),
     ord("M"): _push(lambda m: m.number("<H")),
-    0x8A: _push(lambda m: _whole_number(m.take(m.number("<B")))),
-    0x8B: _push(lambda m: _whole_number(m.take(m.number("<i")))),
+    0x8A: _push(lambda m: _signed_int(m.take(m.number("<B")))),
+    0x8B: _push(lambda m: _signed_int(m.take(m.number("<i")))),
     ord("G"): _push(lambda m: m.number(">d")),
     ord("X"): _push(lambda m: m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
     0x8C: _push(lambda m: m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
     0x8D: _push(lambda m: m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
-    ord("U"): _push(lambda m: m.take(m.number("<B")).decode()),  # text of Python 2
+    ord("U"): _push(lambda m: m.take(m.number("<B")).decode()),  # str of Python 2
     ord("T"): _push(lambda m: m.take(m.number("<i")).decode()),
     ord("B"): _push(lambda m: m.take(m.number("<I"))),
     ord("C"): _push(lambda m: m.take(m.number("<B"))),
@@ -207,35 +209,35 @@ _ACTIONS: dict[int, Callable[[_PickleVM], None]] = {
     0x96: _push(lambda m: bytearray(m.take(m.number("<Q")))),
     # containers
     ord(")"): _push(lambda _: ()),
-    ord("t"): _push(lambda m: tuple(m.since_mark())),
+    ord("t"): _push(lambda m: tuple(m.pop_to_mark())),
     0x85: _push(lambda m: m.pop_many(1)),
     0x86: _push(lambda m: m.pop_many(2)),
     0x87: _push(lambda m: m.pop_many(3)),
     ord("]"): _push(lambda _: []),
     ord("a"): lambda m: m.append([m.stack.pop()]),
-    ord("e"): lambda m: m.append(m.since_mark()),
+    ord("e"): lambda m: m.append(m.pop_to_mark()),
     ord("}"): _push(lambda _: {}),
     ord("s"): lambda m: m.set(list(m.pop_many(2))),
-    ord("u"): lambda m: m.set(m.since_mark()),
+    ord("u"): lambda m: m.set(m.pop_to_mark()),
     0x8F: _push(lambda _: set()),
-    0x90: lambda m: m.add(m.since_mark()),
-    0x91: _push(lambda m: frozenset(map(_key, m.since_mark()))),
-    # the memory
-    ord("q"): lambda m: m.remember(m.number("<B")),
-    ord("r"): lambda m: m.remember(m.number("<I")),
-    0x94: _PickleVM.remember,
-    ord("h"): lambda m: m.recall(m.number("<B")),
-    ord("j"): lambda m: m.recall(m.number("<I")),
+    0x90: lambda m: m.add(m.pop_to_mark()),
+    0x91: _push(lambda m: frozenset(map(_key, m.pop_to_mark()))),
+    # memo
+    ord("q"): lambda m: m.put_memo(m.number("<B")),
+    ord("r"): lambda m: m.put_memo(m.number("<I")),
+    0x94: _PickleVM.put_memo,
+    ord("h"): lambda m: m.get_memo(m.number("<B")),
+    ord("j"): lambda m: m.get_memo(m.number("<I")),
     # objects
     ord("c"): lambda m: m.name(m.line(), m.line()),
     0x93: lambda m: m.name(*m.pop_many(2)),
-    ord("R"): _PickleVM.make,
-    0x81: _PickleVM.make,
-    0x92: lambda m: m.make(with_kwargs=True),
+    ord("R"): _PickleVM.reduce,
+    0x81: _PickleVM.reduce,
+    0x92: lambda m: m.reduce(with_kwargs=True),
     ord("b"): _PickleVM.build,
     ord("Q"): _push(lambda m: PersistentId(m.stack.pop())),
 }
 
 
 def _ignore(_: bytes) -> None:
-    """Protocol and frame only help readers that stream."""
+    """Ignore protocol and frame, which only matter to streaming readers."""

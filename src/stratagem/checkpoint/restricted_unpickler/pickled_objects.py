@@ -1,4 +1,4 @@
-"""What a pickle says, written down and not done."""
+"""Placeholders for the objects in a pickle, which are never created."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["PickledGlobal", "PersistentId", "PickledObject"]
 @final
 @dataclass(frozen=True, slots=True)
 class PickledGlobal:
-    """A class or function that a pickle names. It is never looked up."""
+    """The name of a class or function in a pickle. It is never imported."""
 
     module: str
     name: str
@@ -23,7 +23,7 @@ class PickledGlobal:
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class PersistentId:
-    """A reference to something that is stored outside of the pickle, such as a tensor's memory."""
+    """A reference to data outside the pickle, such as the storage of a tensor."""
 
     identity: Any
 
@@ -31,12 +31,12 @@ class PersistentId:
 @final
 @dataclass(slots=True, eq=False, repr=False)
 class PickledObject:
-    """An object that a pickle would have made: what it would have called, with what, and what it would have put in.
+    """An object in a pickle: the call that would create it, and its state, items and key-value pairs.
 
-    It is inert: nothing of it is called or imported, whoever looks at it.
+    Nothing in it is ever called or imported.
     """
 
-    maker: Any
+    constructor: Any
     args: Any = ()
     kwargs: Any = None
     state: Any = None
@@ -44,6 +44,10 @@ class PickledObject:
     pairs: list[tuple[Any, Any]] = field(default_factory=list)
 
     @property
-    def kind(self) -> str:
-        """What it would have been made by, as ``module.name``."""
-        return str(self.maker) if isinstance(self.maker, PickledGlobal) else "a function that it made itself"
+    def qualified_name(self) -> str:
+        """The qualified name of its constructor, ``module.name``."""
+        return (
+            str(self.constructor)
+            if isinstance(self.constructor, PickledGlobal)
+            else "a function created by the pickle itself"
+        )
