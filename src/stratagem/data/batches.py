@@ -11,7 +11,7 @@ from typing import Any, cast, final
 from torch.utils.data import BatchSampler, Sampler
 
 from stratagem.data.samplers import PositionedSampler
-from stratagem.data.sharing import IsolatedIterator, RankItems, Share
+from stratagem.data.rank_share import IsolatedIterator, RankItems, Share
 from stratagem.data.streams import Draw
 
 __all__ = ["DealtBatches", "EpochBatches", "ForeignBatches", "PositionedBatches", "Taken", "and_then", "samples_of"]

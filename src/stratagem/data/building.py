@@ -22,7 +22,7 @@ from torch.utils.data import (
 from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, PositionedBatches
 from stratagem.data.loader import EpochLoader
 from stratagem.data.samplers import DefaultSampler, PositionedSampler, UnpaddedSampler
-from stratagem.data.sharing import Share, declared_share
+from stratagem.data.rank_share import Share, declared_share
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, draws_numbers, stream_seed
 from stratagem.data.workers import WorkerStart
@@ -50,7 +50,7 @@ def build_dataloader(
     Any other keeps its type, its sampler or batch sampler and its generator: the ranks take turns at the samples of a
     sampler, at the batches of a batch sampler, and at the batches that a stream or a loader with its own ``__iter__``
     gives, which every rank reads in full. What is already divided for these ranks (``num_replicas`` and ``rank``, see
-    :func:`~stratagem.data.sharing.declared_share`) is taken as it is.
+    :func:`~stratagem.data.rank_share.declared_share`) is taken as it is.
 
     A mapping holds the arguments of ``torch.utils.data.DataLoader`` with ``dataset``, ``sampler``, ``batch_sampler``,
     ``collate_fn`` and ``worker_init_fn`` as objects or as configurations. Without a sampler it is a

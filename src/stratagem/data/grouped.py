@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stratagem.data.batches import PositionedBatches, Taken
 from stratagem.data.samplers import epoch_order
 from stratagem.data.streams import Draw, stream_seed
-from stratagem.data.values import value_of_each_sample
+from stratagem.data.sample_values import value_of_each_sample
 from stratagem.distributed import get_dist_info
 from stratagem.errors import ConfigValueError
 

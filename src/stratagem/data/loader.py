@@ -12,7 +12,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
 from stratagem.data.samplers import UnpaddedSampler
-from stratagem.data.sharing import IsolatedIterator, Share, length_of, require_same_batches
+from stratagem.data.rank_share import IsolatedIterator, Share, length_of, require_same_batches
 from stratagem.data.stateful import Stateful, WatchedStream
 from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
 from stratagem.data.workers import WorkerStart, naming_dead_workers, start_workers

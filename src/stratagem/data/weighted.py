@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stratagem.data.samplers import PositionedSampler
 from stratagem.data.streams import stream_seed
-from stratagem.data.values import value_of_each_sample
+from stratagem.data.sample_values import value_of_each_sample
 from stratagem.errors import ConfigValueError
 
 __all__ = ["WeightedSampler"]

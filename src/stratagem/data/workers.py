@@ -12,7 +12,7 @@ from typing import Any, final
 
 from torch.utils.data import DataLoader, get_worker_info
 
-from stratagem.data.lifeline import Lifeline
+from stratagem.data.worker_lifetime import Lifeline
 from stratagem.data.streams import StreamedDataset, seed_stream
 from stratagem.errors import TrainingError
 

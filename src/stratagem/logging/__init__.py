@@ -2,7 +2,7 @@
 
 from stratagem.logging.console import shared_console
 from stratagem.logging.forward import forward_library_logs
-from stratagem.logging.history import ScalarWindow
+from stratagem.logging.smoothing import ScalarWindow
 from stratagem.logging.jsonlines import JsonLinesWriter
 from stratagem.logging.logger import Logger
 from stratagem.logging.progress import TrainingProgress
