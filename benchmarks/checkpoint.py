@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 
 from stratagem.checkpoint import BackgroundSaver, CheckpointLoader, DirectoryFormat, save_checkpoint
 from stratagem.checkpoint.staging import Staging
-from stratagem.dist import ALONE
+from stratagem.dist import SINGLE_PROCESS
 
 # Imported dynamically, because torch does not export these functions to type checkers.
 dcp: Any = importlib.import_module("torch.distributed.checkpoint")
@@ -152,7 +152,7 @@ def measure_saves(state: dict[str, Any], folder: Path, rounds: int) -> dict[str,
         return stall
 
     def stratagem_async(path: Path) -> float:
-        stall = timed(lambda: saver.save(state, path, ALONE))
+        stall = timed(lambda: saver.save(state, path, SINGLE_PROCESS))
         saver.wait()
         return stall
 

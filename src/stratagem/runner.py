@@ -14,7 +14,7 @@ from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.config import Config, require, show
 from stratagem.config.text import text_of
 from stratagem.config_schema import SECTIONS
-from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
+from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.registry import switch_scope
 from stratagem.storage import write_atomic
@@ -263,7 +263,7 @@ class Runner:
             begin = run.iter
             with session_record(run, self._resume_source.changes):
                 if not run.interrupt.due_now():
-                    with naming_dead_workers():
+                    with report_dead_workers():
                         self._train_to_the_end(loop)
                 if self.interrupted is not None:
                     end_interrupted(run, begin, requeue=self._requeue)
@@ -313,7 +313,7 @@ class Runner:
             self.strategy.prepare(self._model, compile=self._compile)
             self._resume_source.restore(self.run, self._config_text(), training=False, strict=strict)
         self.run.events.call("before_run", self.run)
-        with naming_dead_workers():
+        with report_dead_workers():
             metrics: dict[str, Any] = loop.run()
         self.run.events.call("after_run", self.run)
         return metrics
@@ -323,8 +323,8 @@ class Runner:
         if self.run.train_data is not None:
             return self.run.train_data
         loader = self._loader("train")
-        if loader.inexact is not None:
-            self.strategy.logger.warning("%s", loader.inexact)
+        if loader.resume_warning is not None:
+            self.strategy.logger.warning("%s", loader.resume_warning)
         return loader
 
     def _loader(self, mode: str) -> EpochLoader:

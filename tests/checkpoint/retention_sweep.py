@@ -28,7 +28,7 @@ from stratagem.checkpoint import (
     save_checkpoint,
     update_last_checkpoint,
 )
-from stratagem.dist import ALONE, Team
+from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.storage import clean_temporaries
 
 LOGGER = logging.getLogger("sweep")
@@ -59,10 +59,10 @@ def save(folder: Path, number: int, *, background: bool) -> None:
         return
     saver = BackgroundSaver(LOGGER)
 
-    def then(team: Team) -> None:
-        team.first(lambda: tidy(folder, path))
+    def then(rank_group: RankGroup) -> None:
+        rank_group.run_on_rank0(lambda: tidy(folder, path))
 
-    saver.save(tree(number), path, ALONE, then=then)
+    saver.save(tree(number), path, SINGLE_PROCESS, then=then)
     saver.wait()
     saver.close()
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from stratagem.checkpoint import DirectoryFormat
-from stratagem.dist import Team
+from stratagem.dist import RankGroup
 
 WHOLE = {
     "uneven": torch.arange(35, dtype=torch.float32).reshape(7, 5),
@@ -57,7 +57,7 @@ def be_rank(rank: int, size: int, folder: Path) -> list[str]:
     torch_dist.init_process_group(
         "gloo", store=torch_dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size
     )
-    team, wrong = Team.of(), []
+    rank_group, wrong = RankGroup.of(), []
     for name, case in CASES.items():
         shape, placements = case(size)
         if torch.Size(shape).numel() != size:
@@ -67,8 +67,8 @@ def be_rank(rank: int, size: int, folder: Path) -> list[str]:
             key: distribute_tensor(tensor, mesh, possible(tensor, placements, size)) for key, tensor in WHOLE.items()
         }
         path = folder / name.replace(" ", "-").replace(",", "")
-        DirectoryFormat().save({"state_dict": spread}, path, team)
-        loaded = DirectoryFormat().load(path, team=team)["state_dict"]
+        DirectoryFormat().save({"state_dict": spread}, path, rank_group)
+        loaded = DirectoryFormat().load(path, rank_group=rank_group)["state_dict"]
         wrong += [f"{name}: {key} is read as another" for key in WHOLE if not torch.equal(loaded[key], WHOLE[key])]
         if (
             rank == 0

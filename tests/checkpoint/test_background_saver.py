@@ -16,7 +16,7 @@ import faults
 from ranks import Ranks
 from stratagem.checkpoint import BackgroundSaver, CheckpointLoader, find_latest_checkpoint
 from stratagem.checkpoint.staging import Staging
-from stratagem.dist import ALONE, Team
+from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError
 
 LOGGER = logging.getLogger("saver")
@@ -61,7 +61,7 @@ def test_what_is_changed_after_the_call_does_not_change_the_file(saver: Backgrou
     state = tree(1)
     gate = Gate()
     with faults.between(gate):
-        saver.save(state, tmp_path / name, ALONE)
+        saver.save(state, tmp_path / name, SINGLE_PROCESS)
         state["state_dict"]["w"].fill_(2)
         state["optimizer"]["m"].fill_(2)
         state["optimizer"]["steps"].append(2)
@@ -80,7 +80,7 @@ def test_tensors_of_every_kind_are_copied(saver: BackgroundSaver, tmp_path: Path
         "number": torch.tensor(3), "bool": torch.tensor([True, False]), "conjugated": torch.tensor([1 + 2j]).conj(),
         "float8": torch.ones(3).to(torch.float8_e4m3fn),
     }  # fmt: skip
-    saver.save({"state_dict": tensors}, tmp_path / "a", ALONE)
+    saver.save({"state_dict": tensors}, tmp_path / "a", SINGLE_PROCESS)
     saver.wait()
     read = CheckpointLoader.load_checkpoint(tmp_path / "a")["state_dict"]
     for name, tensor in tensors.items():
@@ -93,10 +93,10 @@ def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Pat
     caplog.set_level(logging.INFO)
     gate = Gate()
     with faults.between(gate):
-        saver.save(tree(1), tmp_path / "epoch_1", ALONE)
+        saver.save(tree(1), tmp_path / "epoch_1", SINGLE_PROCESS)
         timer = threading.Timer(0.2, gate.open.set)
         timer.start()
-        saver.save(tree(2), tmp_path / "epoch_2", ALONE)
+        saver.save(tree(2), tmp_path / "epoch_2", SINGLE_PROCESS)
         # The second could not begin before the first was there.
         assert (tmp_path / "epoch_1").is_dir()
         saver.wait()
@@ -107,18 +107,18 @@ def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Pat
 
 def test_a_failure_is_told_by_the_next_check(saver: BackgroundSaver, tmp_path: Path):
     """With the path; the checkpoint before is untouched, and the saver can be used again."""
-    saver.save(tree(1), tmp_path / "epoch_1", ALONE)
+    saver.save(tree(1), tmp_path / "epoch_1", SINGLE_PROCESS)
     saver.wait()
     done = threading.Event()
     with faults.between(faults.counted(5, faults.failing(errno.ENOSPC))):
-        saver.save(tree(2), tmp_path / "epoch_2", ALONE)
+        saver.save(tree(2), tmp_path / "epoch_2", SINGLE_PROCESS)
         threading.Thread(target=lambda: (saver._thread.submit(done.set).result(), None)).start()
         assert done.wait(60)
     with pytest.raises(CheckpointError, match=r"epoch_2: the checkpoint could not be written.*No space left"):
         saver.check()
     assert find_latest_checkpoint(tmp_path) == tmp_path / "epoch_1"
     saver.check()
-    saver.save(tree(3), tmp_path / "epoch_3", ALONE)
+    saver.save(tree(3), tmp_path / "epoch_3", SINGLE_PROCESS)
     saver.wait()
     assert value_of(tmp_path / "epoch_3") == {3}
 
@@ -127,7 +127,7 @@ def test_a_check_waits_for_nothing(saver: BackgroundSaver, tmp_path: Path):
     """While the thread writes, it returns at once."""
     gate = Gate()
     with faults.between(gate):
-        saver.save(tree(1), tmp_path / "epoch_1", ALONE)
+        saver.save(tree(1), tmp_path / "epoch_1", SINGLE_PROCESS)
         saver.check()
         assert find_latest_checkpoint(tmp_path) is None
         gate.open.set()
@@ -137,15 +137,20 @@ def test_a_check_waits_for_nothing(saver: BackgroundSaver, tmp_path: Path):
 def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path: Path):
     """By the call itself: taking the state apart needs no disk."""
     with pytest.raises(CheckpointError, match="note"):
-        saver.save({"note": object()}, tmp_path / "a", ALONE)
+        saver.save({"note": object()}, tmp_path / "a", SINGLE_PROCESS)
     with pytest.raises(CheckpointError, match="saved only to local paths"):
-        saver.save(tree(1), "https://host/a", ALONE)
+        saver.save(tree(1), "https://host/a", SINGLE_PROCESS)
 
 
 def test_what_comes_after_a_save_comes_when_it_is_durable(saver: BackgroundSaver, tmp_path: Path):
     """Pointer and retention find the checkpoint under its name."""
     seen: list[Any] = []
-    saver.save(tree(1), tmp_path / "epoch_1", ALONE, then=lambda team: seen.append(find_latest_checkpoint(tmp_path)))
+    saver.save(
+        tree(1),
+        tmp_path / "epoch_1",
+        SINGLE_PROCESS,
+        then=lambda rank_group: seen.append(find_latest_checkpoint(tmp_path)),
+    )
     saver.wait()
     assert seen == [tmp_path / "epoch_1"]
 
@@ -174,15 +179,20 @@ def save_on_ranks(folder: str) -> list[Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    team = Team.of()
-    mesh = init_device_mesh("cpu", (team.size,))
+    rank_group = RankGroup.of()
+    mesh = init_device_mesh("cpu", (rank_group.size,))
     spread = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
     saver = BackgroundSaver(LOGGER)
     told = []
     for name in ("a", "b.pth"):
         plain = torch.ones(3)
         state = {"state_dict": {"spread": spread.clone(), "plain": plain}, "meta": {"iter": 1}}
-        saver.save(state, f"{folder}/{name}", team, then=lambda team: told.append(team.gather(team.rank)))
+        saver.save(
+            state,
+            f"{folder}/{name}",
+            rank_group,
+            then=lambda rank_group: told.append(rank_group.gather(rank_group.rank)),
+        )
         plain.zero_()
         state["state_dict"]["spread"].to_local().zero_()
         while saver._task is not None:
@@ -202,16 +212,20 @@ def test_ranks_save_together(ranks: Ranks, tmp_path: Path):
 
 def fail_on_ranks(folder: str) -> tuple[int, str]:
     """Save where rank 0 finds no space; return after which check it was told, and what."""
-    team = Team.of()
+    rank_group = RankGroup.of()
     saver = BackgroundSaver(LOGGER)
-    act = faults.counted(3, faults.failing(errno.ENOSPC)) if team.leads else faults.counted(-1, faults.failing(0))
+    act = (
+        faults.counted(3, faults.failing(errno.ENOSPC))
+        if rank_group.is_rank0
+        else faults.counted(-1, faults.failing(0))
+    )
     checks = 0
     with faults.between(act):
-        saver.save(tree(1), f"{folder}/epoch_1", team)
+        saver.save(tree(1), f"{folder}/epoch_1", rank_group)
         try:
             while checks < 100_000:
                 # As a step of the optimizer keeps the ranks together.
-                team.gather(checks)
+                rank_group.gather(checks)
                 saver.check()
                 checks += 1
         except CheckpointError as error:

@@ -9,7 +9,7 @@ from ranks import Ranks
 from stratagem.checkpoint.directory.tensor_layout import TensorSpec
 from stratagem.checkpoint.directory.write_plan import _assign_writers, make_write_plan
 from stratagem.checkpoint.tree.boxes import TensorBox
-from stratagem.dist import ALONE, Team
+from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError
 
 SPEC = TensorSpec(torch.float32, (4, 2))
@@ -62,14 +62,14 @@ def test_another_shape_on_another_rank_is_named() -> None:
 
 def test_parts_without_tensors_have_no_file() -> None:
     """And the size of a plan is that of all files."""
-    plan = make_write_plan({"meta": {}, "state_dict": {"a": torch.ones(3)}}, ALONE)
+    plan = make_write_plan({"meta": {}, "state_dict": {"a": torch.ones(3)}}, SINGLE_PROCESS)
     assert list(plan.layouts) == ["state_dict"]
     assert plan.size == plan.layouts["state_dict"].size
 
 
 def plain_on_ranks() -> list[tuple[int, int]]:
     """Plan a plain tensor that every rank has."""
-    plan = make_write_plan({"state_dict": {"a": torch.ones(3)}}, Team.of())
+    plan = make_write_plan({"state_dict": {"a": torch.ones(3)}}, RankGroup.of())
     return [(piece.rank, piece.box.numel) for piece in plan.assignments["state_dict"]["a"]]
 
 

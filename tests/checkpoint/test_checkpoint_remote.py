@@ -15,7 +15,7 @@ from faulty_places import register
 from ranks import Ranks
 from stratagem.checkpoint import CheckpointLoader, find_latest_remote, save_checkpoint, save_remote
 from stratagem.checkpoint.remote.checkpoint_urls import _check_shared
-from stratagem.dist import Team
+from stratagem.dist import RankGroup
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 
 fsspec = pytest.importorskip("fsspec")
@@ -52,13 +52,13 @@ def test_a_checkpoint_is_saved_and_loaded(name: str) -> None:
 def save_together(folder: str) -> bool:
     """Have every rank save a checkpoint to a place without rename, and load it; tell whether it came back."""
     register()
-    team = Team.of()
+    rank_group = RankGroup.of()
     tree = {"meta": {"iter": 3}, "state_dict": {"w": torch.arange(1000.0)}}
     url = f"norename://{folder}/place/iter_3"
-    save_remote(url, lambda path: save_checkpoint(tree, path, team), team)
+    save_remote(url, lambda path: save_checkpoint(tree, path, rank_group), rank_group)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STRATAGEM_CACHE", f"{folder}/cache")
-        read = CheckpointLoader.load_checkpoint(url, team=team)
+        read = CheckpointLoader.load_checkpoint(url, rank_group=rank_group)
     return bool(torch.equal(read["state_dict"]["w"], tree["state_dict"]["w"]))
 
 

@@ -21,7 +21,7 @@ from stratagem.checkpoint import (
     take_range,
 )
 from stratagem.checkpoint.tree.boxes import boxes_of_range
-from stratagem.dist import Team
+from stratagem.dist import RankGroup
 from stratagem.errors import CheckpointError, CheckpointMismatchError
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
@@ -101,33 +101,33 @@ def test_a_tensor_without_elements_is_stored(tmp_path) -> None:
 
 
 def _save(path: str, *, background: bool) -> dict[str, float]:
-    team = Team.of()
+    rank_group = RankGroup.of()
     whole = torch.arange(15.0).reshape(3, 5)
     # -0.0 must stay what it is.
     whole[2, 4] = -0.0
     cut = 7
-    own = (whole.flatten()[:cut], 0) if team.leads else (whole.flatten()[cut:], cut)
+    own = (whole.flatten()[:cut], 0) if rank_group.is_rank0 else (whole.flatten()[cut:], cut)
     tree = {
         "state_dict": {
             "ranges": ShardedTensorState.from_flat_range(*own, whole.shape),
-            "first": _of_first(whole, team),
+            "first": _of_first(whole, rank_group),
         },
         "meta": {"iter": 3},
     }
     if background:
         saver = BackgroundSaver(logging.getLogger("test"))
-        saver.save(tree, path, team)
+        saver.save(tree, path, rank_group)
         saver.wait()
         saver.close()
     else:
-        save_checkpoint(tree, path, team)
+        save_checkpoint(tree, path, rank_group)
     return {name: leaf.full_tensor().tolist() for name, leaf in tree["state_dict"].items()}
 
 
-def _of_first(whole: torch.Tensor, team: Team) -> ShardedTensorState:
+def _of_first(whole: torch.Tensor, rank_group: RankGroup) -> ShardedTensorState:
     return (
         ShardedTensorState.from_flat_range(whole, 0, whole.shape)
-        if team.leads
+        if rank_group.is_rank0
         else ShardedTensorState.empty(whole.dtype, whole.shape)
     )
 

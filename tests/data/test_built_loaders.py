@@ -42,8 +42,8 @@ class Drawing(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         for place in range(len(NUMBERS)):
-            draws = (random.random(), float(np.random.rand()), torch.rand(1).item())
-            yield int(draws[place % 3] * len(NUMBERS))
+            requests_from = (random.random(), float(np.random.rand()), torch.rand(1).item())
+            yield int(requests_from[place % 3] * len(NUMBERS))
 
 
 class OddThenEven(BatchSampler):

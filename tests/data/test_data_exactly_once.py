@@ -76,7 +76,7 @@ def train(length: int, pieces: list[Piece], read: Read = told, **options: Any) -
     steps = []
     for number, piece in enumerate(pieces):
         ranks = loaders(length, piece, **options)
-        starts = {loader.go_on(EPOCH, batch, taken) for loader in ranks}
+        starts = {loader.resume_at(EPOCH, batch, taken) for loader in ranks}
         assert len(starts) == 1, "all ranks must be at the same batch"
         (batch,) = starts
         total = ranks[0].length
@@ -85,7 +85,7 @@ def train(length: int, pieces: list[Piece], read: Read = told, **options: Any) -
         count = left if number == len(pieces) - 1 else min(piece.stop, left)
         steps.append(list(map(list, zip(*(read(loader, batch, count) for loader in ranks), strict=True))))
         batch += count
-        (saved,) = {loader.taken(EPOCH, batch) for loader in ranks}
+        (saved,) = {loader.consumed(EPOCH, batch) for loader in ranks}
         # A checkpoint stores the position as JSON.
         taken = json.loads(json.dumps(saved))
     return steps
@@ -176,11 +176,11 @@ def test_infinite_data_can_be_resumed(length: int, pieces: list[Piece]) -> None:
     for piece in pieces:
         ranks = loaders(length, piece, sampler={"type": "InfiniteSampler"})
         for loader in ranks:
-            assert loader.go_on(0, batch, taken) == batch
+            assert loader.resume_at(0, batch, taken) == batch
         for number in range(batch, batch + piece.stop):
             seen += in_global_order([loader.indices_of(0, number) for loader in ranks])
         batch += piece.stop
-        taken = ranks[0].taken(0, batch)
+        taken = ranks[0].consumed(0, batch)
     passes = range(math.ceil(len(seen) / length))
     sequence = [index for number in passes for index in epoch_order(length, seed=SEED, epoch=number, shuffle=True)]
     assert seen == sequence[: len(seen)]
@@ -191,19 +191,19 @@ def test_epochs_of_infinite_data_are_consecutive_after_a_new_batch_size() -> Non
     small = loaders(10, Piece(1, 2, 0), sampler={"type": "InfiniteSampler", "shuffle": False})[0]
     large = loaders(10, Piece(1, 5, 0), sampler={"type": "InfiniteSampler", "shuffle": False})[0]
     # Epoch 1 has five batches of two. After one of them, 12 samples are consumed, the last of which is sample 1.
-    assert large.go_on(1, 1, small.taken(1, 1)) == 1
+    assert large.resume_at(1, 1, small.consumed(1, 1)) == 1
     assert [large.indices_of(1, 1), large.indices_of(2, 0), large.indices_of(2, 1)] == [
         [2, 3, 4, 5, 6],
         [7, 8, 9, 0, 1],
         [2, 3, 4, 5, 6],
     ]
-    assert large.taken(2, 0) == ((2, 6), (5, 1))
+    assert large.consumed(2, 0) == ((2, 6), (5, 1))
 
 
 def test_a_completed_epoch_has_no_batches_left() -> None:
     """Seven ranks pad five samples to seven, so a single rank may find more consumed samples than exist."""
     (one,) = loaders(5, Piece(1, 2, 0))
-    assert one.go_on(EPOCH, 1, [[1, 7]]) == one.length == 3
+    assert one.resume_at(EPOCH, 1, [[1, 7]]) == one.length == 3
     assert list(one.batches(EPOCH, 3)) == []
 
 

@@ -85,7 +85,7 @@ def test_an_epoch_can_be_resumed_at_any_sample(
     order = list(whole)
     ranks = samplers(length, size, seed=seed, epoch=3, round_up=round_up)
     start = data.draw(st.integers(0, length + size))
-    rest = [list(sampler.dealt(3, start)) for sampler in ranks]
+    rest = [list(sampler.rank_indices(3, start)) for sampler in ranks]
     wanted = order[start:]
     missing = -len(wanted) % size if round_up and wanted else 0
     filled = wanted + (order * size)[:missing]
@@ -147,13 +147,13 @@ def test_infinite_orders_are_consecutive_epochs(length: int, size: int, seed: in
     for rank in range(size):
         sampler = InfiniteSampler(range(length), shuffle, seed, rank=rank, world_size=size)
         sampler.set_epoch(5)
-        assert list(islice(sampler.dealt(0, start), 30)) == passes[start + rank :: size][:30]
+        assert list(islice(sampler.rank_indices(0, start), 30)) == passes[start + rank :: size][:30]
 
 
 def test_an_infinite_order_can_be_restarted() -> None:
     """Each iteration starts at the beginning, and the length is that of one pass."""
     sampler = InfiniteSampler(range(4), shuffle=False)
-    assert list(islice(sampler.dealt(0, 6), 3)) == [2, 3, 0]
+    assert list(islice(sampler.rank_indices(0, 6), 3)) == [2, 3, 0]
     assert list(islice(sampler, 3)) == list(islice(sampler, 3)) == [0, 1, 2]
     assert len(sampler) == 4
     assert sampler.endless

@@ -218,7 +218,7 @@ def test_workers_of_a_stream_have_different_random_numbers() -> None:
         loader = build(Stream(rank), seed=seed, rank=rank, ranks=2, num_workers=2)
         for worker, batch in enumerate(loader.batches(epoch)):
             found[seed, rank, epoch, worker] = batch[0]
-    assert len({draw for draws in found.values() for draw in draws}) == 24
+    assert len({draw for requests_from in found.values() for draw in requests_from}) == 24
     again = build(Stream(1), seed=0, rank=1, ranks=2, num_workers=2)
     assert [batch[0] for batch in again.batches(0)] == [found[0, 1, 0, 0], found[0, 1, 0, 1]]
 

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ranks import scripts_environment
-from stratagem.data import EpochLoader, build_dataloader, naming_dead_workers
+from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import TrainingError
 
 pytestmark = pytest.mark.slow
@@ -222,19 +222,19 @@ def test_an_exited_worker_is_reported_with_its_exit_code() -> None:
     process.start()
     process.join()
     message = r"Data worker 0 \(process id \d+\) exited with status 7\."
-    with pytest.raises(TrainingError, match=message), naming_dead_workers([process]):
+    with pytest.raises(TrainingError, match=message), report_dead_workers([process]):
         raise RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly")
 
 
 def test_an_asynchronous_worker_failure_is_reported() -> None:
     """A worker failure that torch reports asynchronously is converted to a TrainingError."""
     message = "worker with process id 12 is killed by signal: Killed. If the system"
-    with pytest.raises(TrainingError, match=message), naming_dead_workers():
+    with pytest.raises(TrainingError, match=message), report_dead_workers():
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
 
 
 def test_other_errors_are_unchanged() -> None:
     """Errors of the dataset are not changed."""
-    with pytest.raises(RuntimeError, match="out of cheese") as caught, naming_dead_workers():
+    with pytest.raises(RuntimeError, match="out of cheese") as caught, report_dead_workers():
         raise RuntimeError("out of cheese")
     assert type(caught.value) is RuntimeError

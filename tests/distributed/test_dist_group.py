@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
@@ -139,7 +138,7 @@ def own_listening_addresses() -> list[str]:
     """Run a collective, then return the local addresses (in hexadecimal) on which this process listens."""
     barrier()
     torch_dist.all_reduce(torch.ones(4))
-    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     inodes = {link.removeprefix("socket:[").rstrip("]") for link in links if link.startswith("socket:[")}
     addresses = []
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from stratagem.dist import LAUNCHERS, Launch, infer_launcher, read_launch
-from stratagem.distributed.rendezvous.launch import describe_stray
+from stratagem.distributed.rendezvous.launch import describe_incomplete_launch_env
 from stratagem.errors import LaunchError
 
 TORCHRUN = {
@@ -123,7 +121,12 @@ def test_srun_on_one_node_uses_loopback() -> None:
 
 def test_variables_of_a_step_take_precedence_over_its_job() -> None:
     """The variables of a step take precedence, because it may have fewer tasks and nodes than its job."""
-    job = {"SLURM_NTASKS": "64", "SLURM_NNODES": "16", "SLURM_STEP_NUM_TASKS": "5", "SLURM_JOB_NODELIST": "node[001-016]"}
+    job = {
+        "SLURM_NTASKS": "64",
+        "SLURM_NNODES": "16",
+        "SLURM_STEP_NUM_TASKS": "5",
+        "SLURM_JOB_NODELIST": "node[001-016]",
+    }
     launch = read_launch("slurm", {**SRUN, **job})
     assert (launch.size, launch.master_addr) == (5, "node003")
 
@@ -189,13 +192,13 @@ def test_a_port_set_by_the_user_is_used(launcher: str, environ: dict[str, str]) 
 )
 def test_an_incomplete_launch_environment_is_reported(environ: dict[str, str], found: str, missing: str) -> None:
     """An incomplete launch environment is reported with the variables that were found and that are missing."""
-    assert f"it found {found}, but not {missing}" in (describe_stray(environ) or "")
+    assert f"it found {found}, but not {missing}" in (describe_incomplete_launch_env(environ) or "")
 
 
 @pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, TORCHRUN, {**SRUN, "WORLD_SIZE": "5"}])
 def test_a_complete_environment_is_not_reported(environ: dict[str, str]) -> None:
     """A single process and a complete launch are not reported."""
-    assert describe_stray(environ) is None
+    assert describe_incomplete_launch_env(environ) is None
 
 
 @pytest.mark.parametrize(

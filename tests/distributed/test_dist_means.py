@@ -9,7 +9,7 @@ from torch.distributed import get_rank, group
 
 from ranks import Ranks
 from stratagem.dist import all_gather_object, mean_by_name
-from stratagem.logging import ScalarWindow
+from stratagem.logging import ScalarSmoother
 
 MANY = 130
 
@@ -65,7 +65,7 @@ def test_a_nan_on_one_rank_is_visible(ranks: Ranks, other: dict[str, float]) -> 
 
 def window_means() -> dict[str, float]:
     """Return the means of logging windows with different names on each rank."""
-    window = ScalarWindow(4)
+    window = ScalarSmoother(4)
     name, value = (("mask", 1), ("box", 3))[get_rank()]
     for step in range(2):
         window.append({"loss": float(value), **({name: value} if step else {})})

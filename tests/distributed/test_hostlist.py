@@ -30,7 +30,9 @@ def test_a_node_list_is_expanded(nodelist: str, hosts: list[str]) -> None:
     assert expand_hostlist(nodelist) == hosts
 
 
-@pytest.mark.parametrize("nodelist", ["", ",", "a,", "a[", "a[]", "a]b", "a[1-2", "a[2-1]", "a[x]", "a[[1]]", "a[1-2-3]"])
+@pytest.mark.parametrize(
+    "nodelist", ["", ",", "a,", "a[", "a[]", "a]b", "a[1-2", "a[2-1]", "a[x]", "a[[1]]", "a[1-2-3]"]
+)
 def test_an_invalid_node_list_is_reported(nodelist: str) -> None:
     """The error for an invalid node list contains it and the variable to set."""
     with pytest.raises(LaunchError, match=rf"{re.escape(repr(nodelist))} cannot be read\. Set MASTER_ADDR"):

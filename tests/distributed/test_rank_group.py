@@ -7,23 +7,28 @@ import os
 import pytest
 
 from ranks import RankError, Ranks
-from stratagem.dist import ALONE, Team
+from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointDamagedError, StratagemError, WorkDirError
 
 
 def test_a_single_process_passes_results_through() -> None:
     """In a single process, results and errors are passed through."""
-    assert ALONE.leads
-    assert ALONE.gather(1) == ALONE.each(lambda: 1) == [1]
-    assert ALONE.own(lambda: 2) == ALONE.first(lambda: 2) == 2
+    assert SINGLE_PROCESS.is_rank0
+    assert SINGLE_PROCESS.gather(1) == SINGLE_PROCESS.run_all(lambda: 1) == [1]
+    assert SINGLE_PROCESS.run_checked(lambda: 2) == SINGLE_PROCESS.run_on_rank0(lambda: 2) == 2
     with pytest.raises(KeyError, match="mine"):
-        ALONE.each(lambda: {}["mine"])
+        SINGLE_PROCESS.run_all(lambda: {}["mine"])
 
 
 def results_on_a_rank() -> tuple[list[int], int, int | None, bool]:
     """Return the results of each method without failures."""
-    team = Team.of()
-    return team.each(lambda: team.rank), team.own(lambda: team.rank), team.first(lambda: 7 + team.rank), team.leads
+    rank_group = RankGroup.of()
+    return (
+        rank_group.run_all(lambda: rank_group.rank),
+        rank_group.run_checked(lambda: rank_group.rank),
+        rank_group.run_on_rank0(lambda: 7 + rank_group.rank),
+        rank_group.is_rank0,
+    )
 
 
 def test_results_of_each_method(ranks: Ranks) -> None:
@@ -33,20 +38,22 @@ def test_results_of_each_method(ranks: Ranks) -> None:
 
 def fail_on(method: str, failing: int, error: Exception) -> tuple[type, str, list[int]]:
     """Return this rank's error if one rank fails, and show that the ranks can still communicate."""
-    team = Team.of()
+    rank_group = RankGroup.of()
 
     def act() -> None:
-        if team.rank == failing:
+        if rank_group.rank == failing:
             raise error
 
     try:
-        getattr(team, method)(act)
+        getattr(rank_group, method)(act)
     except Exception as caught:  # noqa: BLE001 -- the error is the result
-        return type(caught), str(caught), team.gather(team.rank)
+        return type(caught), str(caught), rank_group.gather(rank_group.rank)
     raise AssertionError
 
 
-@pytest.mark.parametrize(("method", "failing"), [("each", 0), ("each", 1), ("own", 1), ("first", 0)])
+@pytest.mark.parametrize(
+    ("method", "failing"), [("run_all", 0), ("run_all", 1), ("run_checked", 1), ("run_on_rank0", 0)]
+)
 def test_an_error_on_one_rank_is_raised_on_all_ranks(ranks: Ranks, method: str, failing: int) -> None:
     """The failing rank raises its own error; the others raise the same class, with the rank and the message."""
     told = ranks.run(fail_on, method, failing, CheckpointDamagedError("file x is cut off"))
@@ -58,17 +65,17 @@ def test_an_error_on_one_rank_is_raised_on_all_ranks(ranks: Ranks, method: str, 
 @pytest.mark.parametrize(("error", "kind"), [(KeyError("k"), StratagemError), (WorkDirError("w"), WorkDirError)])
 def test_other_exceptions_are_quoted(ranks: Ranks, error: Exception, kind: type) -> None:
     """Other exceptions are quoted in an error of this package, because ranks may not know their classes."""
-    told = ranks.run(fail_on, "each", 1, error)
+    told = ranks.run(fail_on, "run_all", 1, error)
     assert told[1][0] is type(error)
     assert told[0][:2] == (kind, f"Rank 1 failed: {type(error).__name__}: {error}")
 
 
 def die_on_one() -> None:
     """Exit rank 1 while the other rank waits for it."""
-    team = Team.of()
-    if team.rank == 1:
+    rank_group = RankGroup.of()
+    if rank_group.rank == 1:
         os._exit(9)
-    team.gather(0)
+    rank_group.gather(0)
 
 
 def test_an_exited_rank_is_an_error(ranks: Ranks) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from stratagem.errors import ConfigValueError
-from stratagem.logging import ScalarWindow
+from stratagem.logging import ScalarSmoother
 
 
-def window(*outputs: dict[str, Any], size: int = 10) -> ScalarWindow:
+def window(*outputs: dict[str, Any], size: int = 10) -> ScalarSmoother:
     """Return a window that contains these outputs."""
-    made = ScalarWindow(size)
+    made = ScalarSmoother(size)
     for output in outputs:
         made.append(output)
     return made
@@ -128,7 +128,7 @@ def test_reduce_is_called_for_an_empty_window() -> None:
 def test_sizes_must_be_positive() -> None:
     """A window size and a ``last`` of zero are rejected."""
     with pytest.raises(ConfigValueError, match="size 0"):
-        ScalarWindow(0)
+        ScalarSmoother(0)
     with pytest.raises(ConfigValueError, match="last is 0"):
         window({"loss": 1}).means(last=0)
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from faults import MOMENTS, between, counted, dying
 from stratagem.checkpoint import save_checkpoint
-from stratagem.dist import Team
+from stratagem.dist import RankGroup
 from stratagem.errors import StratagemError
 from sweeps.trial import Lost, Trial, expect, recover, state
 
@@ -61,7 +61,7 @@ def _be_rank(rank: int, size: int, place: Path, act: Any) -> None:
         tree = _spread(2)
         with between(act):
             try:
-                save_checkpoint(tree, place / "iter_2", Team.of())
+                save_checkpoint(tree, place / "iter_2", RankGroup.of())
                 status = 0
             except StratagemError:
                 status = _TOLD

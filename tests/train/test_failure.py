@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ranks import Ranks
-from stratagem.dist import Failure, Team, all_reduce, get_rank
+from stratagem.dist import Failure, RankGroup, all_reduce, get_rank
 from stratagem.errors import TrainingError
 from stratagem.train.run.rank_guard import RankGuard, describe_batch
 
@@ -89,7 +89,7 @@ def rank_1_fails_for_all(folder: str) -> tuple[str, int]:
             raise TrainingError("no space")
 
     with pytest.raises(TrainingError) as raised, guard.monitored():
-        Team.of().own(fail)
+        RankGroup.of().run_checked(fail)
     return str(raised.value), guard.failure.rank if guard.failure else -1
 
 

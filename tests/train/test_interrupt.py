@@ -12,7 +12,7 @@ from toys import EPOCH, VALIDATION, At, EventLog, Recorder, stop, train_until_si
 from ranks import Ranks
 from stratagem import Runner
 from stratagem.checkpoint import find_latest_checkpoint
-from stratagem.dist import Agreement, get_rank
+from stratagem.dist import AsyncMaxReduce, get_rank
 from stratagem.train import Hook
 from stratagem.train.run.interrupt import Interrupt
 from stratagem.train.run.run_history import read_record
@@ -153,11 +153,11 @@ def ended(runner: Runner) -> str:
 
 def agreed() -> list[int]:
     """Run three reductions, the second with a non-zero number on rank 1; return the results."""
-    agreement = Agreement()
-    answers = [agreement.answer()]
+    agreement = AsyncMaxReduce()
+    answers = [agreement.wait()]
     for number in (0, 15 * get_rank(), 0):
-        agreement.ask(number)
-        answers.append(agreement.answer())
+        agreement.start(number)
+        answers.append(agreement.wait())
     return answers
 
 

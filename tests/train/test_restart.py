@@ -8,20 +8,22 @@ import pytest
 
 from manifests import change_manifest
 from stratagem.checkpoint import save_checkpoint
-from stratagem.dist import Peer
+from stratagem.dist import ProcessIdentity
 from stratagem.train.resume.relaunch import LaunchIdentity, find_restart_checkpoint
 from stratagem.train.resume.slurm_requeue import requeue_job
 
 # Not under the package: tests before may have taken its loggers.
 LOGGER = logging.getLogger("test-of-restarts")
-AGENT = Peer(11, "this machine", "900")
-OTHER_AGENT = Peer(12, "another machine", "950")
+AGENT = ProcessIdentity(11, "this machine", "900")
+OTHER_AGENT = ProcessIdentity(12, "another machine", "950")
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 
 
-def start(*agents: Peer, number: int = 0, **environ: str) -> LaunchIdentity:
+def start(*agents: ProcessIdentity, number: int = 0, **environ: str) -> LaunchIdentity:
     """Return the n-th start by torchrun's agents."""
-    return LaunchIdentity.here(agents, {**TORCHRUN, **environ}, process=Peer(100 + number, "this machine", "1000"))
+    return LaunchIdentity.here(
+        agents, {**TORCHRUN, **environ}, process=ProcessIdentity(100 + number, "this machine", "1000")
+    )
 
 
 FIRST, SECOND, THIRD = (start(AGENT, AGENT, number=number) for number in range(3))
@@ -78,7 +80,7 @@ def test_another_launch_does_not_go_on_by_itself(folder: Path):
     """A new torchrun with the same rendezvous id is a new run: its agent is another process."""
     find_restart_checkpoint(folder, FIRST, LOGGER)
     save(folder, 2)
-    assert find_restart_checkpoint(folder, start(Peer(11, "this machine", "999"), number=1), LOGGER) is None
+    assert find_restart_checkpoint(folder, start(ProcessIdentity(11, "this machine", "999"), number=1), LOGGER) is None
 
 
 def test_ranks_that_come_and_go_stay_one_launch(folder: Path):
@@ -91,7 +93,7 @@ def test_ranks_that_come_and_go_stay_one_launch(folder: Path):
 
 def test_a_requeued_job_goes_on(folder: Path):
     """SLURM counts its starts; a second `srun` of one job is a run of its own."""
-    job = LaunchIdentity.here([AGENT], {"SLURM_JOB_ID": "7"}, process=Peer(1, "a node", "1"))
+    job = LaunchIdentity.here([AGENT], {"SLURM_JOB_ID": "7"}, process=ProcessIdentity(1, "a node", "1"))
     back = replace(job, restarts=1, process=(2, "a node", "5"))
     find_restart_checkpoint(folder, job, LOGGER)
     own = save(folder, 2)

@@ -16,7 +16,7 @@ from stratagem.checkpoint.remote.checkpoint_urls import save_remote
 from stratagem.checkpoint.remote.sources import CheckpointLoader
 from stratagem.checkpoint.tree.flatten import StateTree
 from stratagem.checkpoint.tree.load import DEFAULT_REVISE_KEYS, LoadReport, load_state_dict
-from stratagem.distributed import ALONE, Team
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError
 from stratagem.model import unwrap_model
 from stratagem.storage import is_remote_scheme
@@ -25,22 +25,26 @@ from stratagem.utils import absolute, is_url, mask_text
 __all__ = ["load_checkpoint", "get_model_state", "check_writable", "save_checkpoint", "write_to"]
 
 
-def save_checkpoint(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], team: Team = ALONE) -> None:
+def save_checkpoint(
+    checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], rank_group: RankGroup = SINGLE_PROCESS
+) -> None:
     """Save a state tree so that ``filename`` holds either all of it or its previous content.
 
     A name that ends in ``.pth`` (or ``.pt``, ``.ckpt``, ``.bin``) is written as a single file in torch's format, any other
     name as a directory of safetensors and JSON files. For a URL that fsspec can open (``s3://bucket/run/epoch_3``), the
-    checkpoint is first written locally and then uploaded. Collective over ``team``; by default only this process writes,
+    checkpoint is first written locally and then uploaded. Collective over ``rank_group``; by default only this process writes,
     even in a distributed run.
 
     Raises:
         CheckpointError: if a value cannot be stored without pickle, or the file system reports an error.
     """
     tree = dict(checkpoint)
-    write_to(filename, lambda path: format_for(path).save(tree, path, team), team)
+    write_to(filename, lambda path: format_for(path).save(tree, path, rank_group), rank_group)
 
 
-def write_to(filename: str | os.PathLike[str], write: Callable[[Path], None], team: Team = ALONE) -> None:
+def write_to(
+    filename: str | os.PathLike[str], write: Callable[[Path], None], rank_group: RankGroup = SINGLE_PROCESS
+) -> None:
     """Create the parent folder and call ``write`` with the path; for a URL, write locally and upload. Collective.
 
     Raises:
@@ -48,10 +52,10 @@ def write_to(filename: str | os.PathLike[str], write: Callable[[Path], None], te
     """
     check_writable(filename)
     if is_url(filename):
-        save_remote(os.fspath(filename), write, team)
+        save_remote(os.fspath(filename), write, rank_group)
         return
     path = absolute(filename)
-    team.first(lambda: _make_parents(path))
+    rank_group.run_on_rank0(lambda: _make_parents(path))
     write(path)
 
 

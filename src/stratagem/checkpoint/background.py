@@ -16,8 +16,8 @@ from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.formats.choice import format_for
 from stratagem.checkpoint.staging import Staging
 from stratagem.checkpoint.tree.flatten import StateTree
-from stratagem.distributed import Team
-from stratagem.distributed.async_reduce import Agreement
+from stratagem.distributed import RankGroup
+from stratagem.distributed.async_reduce import AsyncMaxReduce
 from stratagem.errors import CheckpointError
 
 __all__ = ["BackgroundSaver"]
@@ -39,8 +39,8 @@ class BackgroundSaver:
     """
 
     def __init__(self, logger: logging.Logger) -> None:
-        self._team = Team.of().apart()
-        self._agreement = Agreement() if self._team.size > 1 else None
+        self._rank_group = RankGroup.of().dedicated_group()
+        self._async_max = AsyncMaxReduce() if self._rank_group.size > 1 else None
         self._staging = Staging()
         self._thread = ThreadPoolExecutor(1, "stratagem-save")
         self._task: Future[None] | None = None
@@ -50,17 +50,17 @@ class BackgroundSaver:
         self,
         checkpoint: StateTree,
         filename: str | os.PathLike[str],
-        team: Team,
+        rank_group: RankGroup,
         *,
-        then: Callable[[Team], None] | None = None,
+        then: Callable[[RankGroup], None] | None = None,
     ) -> None:
         """Copy a state tree and write it to ``filename`` in the background.
 
         Args:
             checkpoint: this rank's state tree.
             filename: the target; its name selects the format as in :func:`~stratagem.checkpoint.save_checkpoint`.
-            team: the ranks of the run, which save together.
-            then: called by the writer thread of every rank with the threads' team, once the checkpoint is durable.
+            rank_group: the ranks of the run, which save together.
+            then: called by every rank's writer thread with the writers' rank group once the checkpoint is durable.
 
         Raises:
             CheckpointError: if a value cannot be stored, or the previous save failed.
@@ -69,9 +69,9 @@ class BackgroundSaver:
             self._logger.info("%s waits until the previous checkpoint is written.", os.fspath(filename))
         self.wait()
         check_writable(filename)
-        staged = format_for(Path(filename)).stage(checkpoint, team)
-        tensors = team.own(lambda: self._staging.copy(staged.tensors))
-        self._task = self._thread.submit(_write, staged.write, tensors, filename, self._team, then)
+        staged = format_for(Path(filename)).stage(checkpoint, rank_group)
+        tensors = rank_group.run_checked(lambda: self._staging.copy(staged.tensors))
+        self._task = self._thread.submit(_write, staged.write, tensors, filename, self._rank_group, then)
 
     def check(self) -> None:
         """Raise the error of a failed save once all ranks have finished it. Does not wait.
@@ -83,13 +83,13 @@ class BackgroundSaver:
         """
         if self._task is None:
             return
-        if self._agreement is None:
+        if self._async_max is None:
             done = self._task.done()
         else:
             # The maximum over the ranks as of the previous check: 1 if any rank was still writing.
-            done = self._agreement.asked and self._agreement.answer() == 0
+            done = self._async_max.pending and self._async_max.wait() == 0
             if not done:
-                self._agreement.ask(int(not self._task.done()))
+                self._async_max.start(int(not self._task.done()))
         if done:
             self.wait()
 
@@ -99,8 +99,8 @@ class BackgroundSaver:
         Raises:
             CheckpointError: if the save failed.
         """
-        if self._agreement is not None:
-            self._agreement.answer()
+        if self._async_max is not None:
+            self._async_max.wait()
         failure = self.settle()
         if failure is not None:
             raise failure
@@ -116,17 +116,17 @@ class BackgroundSaver:
 
 
 def _write(
-    write: Callable[[Sequence[Tensor], Path, Team], None],
+    write: Callable[[Sequence[Tensor], Path, RankGroup], None],
     tensors: Sequence[Tensor],
     filename: str | os.PathLike[str],
-    team: Team,
-    then: Callable[[Team], None] | None,
+    rank_group: RankGroup,
+    then: Callable[[RankGroup], None] | None,
 ) -> None:
     try:
-        write_to(filename, lambda path: write(tensors, path, team), team)
+        write_to(filename, lambda path: write(tensors, path, rank_group), rank_group)
     except CheckpointError:
         raise
     except Exception as error:  # any error must name the checkpoint that is missing
         raise save_error(Path(filename), error) from error
     if then is not None:
-        then(team)
+        then(rank_group)

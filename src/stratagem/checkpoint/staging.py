@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 
 __all__ = ["StagedState", "Staging"]
 
@@ -26,11 +26,11 @@ class StagedState:
 
     Attributes:
         tensors: the tensors that this rank writes; they share memory with the tree.
-        write: writes these tensors, or copies of them in the same order, to a path. Collective over the team.
+        write: writes these tensors, or copies of them in the same order, to a path. Collective over the rank group.
     """
 
     tensors: Sequence[Tensor]
-    write: Callable[[Sequence[Tensor], Path, Team], None]
+    write: Callable[[Sequence[Tensor], Path, RankGroup], None]
 
 
 @final

@@ -10,29 +10,37 @@ from typing import Any, cast, final
 
 from torch.utils.data import BatchSampler, Sampler
 
+from stratagem.data.rank_share import IsolatedIterator, RankItems, RankShare
 from stratagem.data.samplers import PositionedSampler
-from stratagem.data.rank_share import IsolatedIterator, RankItems, Share
-from stratagem.data.streams import Draw
+from stratagem.data.streams import BatchRequest
 
-__all__ = ["DealtBatches", "EpochBatches", "ForeignBatches", "PositionedBatches", "Taken", "and_then", "samples_of"]
+__all__ = [
+    "RankBatches",
+    "EpochBatches",
+    "OpaqueBatches",
+    "PositionedBatches",
+    "ConsumedSamples",
+    "advanced",
+    "num_samples_in",
+]
 
-# What of an epoch was taken: (samples of a batch, batches of all ranks), in the order in which it was taken. There is one
-# such pair, unless the batch size changed on the way. It says nothing of ranks, so any number of them can go on from it.
-Taken = tuple[tuple[int, int], ...]
+# The consumed part of an epoch: pairs (samples per batch, batches over all ranks) in order. There is one pair unless the
+# batch size changed within the epoch. It is independent of the number of ranks, so a run can resume with any number.
+ConsumedSamples = tuple[tuple[int, int], ...]
 
 
-def samples_of(taken: Taken) -> int:
+def num_samples_in(consumed: ConsumedSamples) -> int:
     """Return how many samples were taken; the last batches may have been shorter."""
-    return sum(size * batches for size, batches in taken)
+    return sum(size * batches for size, batches in consumed)
 
 
-def and_then(taken: Taken, size: int, batches: int) -> Taken:
+def advanced(consumed: ConsumedSamples, size: int, batches: int) -> ConsumedSamples:
     """Return what is taken when so many batches more are."""
     if batches == 0:
-        return taken
-    if taken and taken[-1][0] == size:
-        return (*taken[:-1], (size, taken[-1][1] + batches))
-    return (*taken, (size, batches))
+        return consumed
+    if consumed and consumed[-1][0] == size:
+        return (*consumed[:-1], (size, consumed[-1][1] + batches))
+    return (*consumed, (size, batches))
 
 
 class PositionedBatches(Sampler[list[int]]):
@@ -56,11 +64,11 @@ class PositionedBatches(Sampler[list[int]]):
     _epoch = 0
 
     @abstractmethod
-    def left(self, epoch: int = 0, taken: Taken = ()) -> int:
+    def left(self, epoch: int = 0, consumed: ConsumedSamples = ()) -> int:
         """Return how many batches of an epoch this rank has after those that were taken; all whole epochs have as many."""
 
     @abstractmethod
-    def draws(self, epoch: int, taken: Taken = ()) -> Iterator[Draw]:
+    def requests_from(self, epoch: int, consumed: ConsumedSamples = ()) -> Iterator[BatchRequest]:
         """Return this rank's batches of an epoch after those that were taken."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -68,7 +76,7 @@ class PositionedBatches(Sampler[list[int]]):
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for draw in self.draws(self._epoch):
+        for draw in self.requests_from(self._epoch):
             yield list(draw.indices)
 
     def __len__(self) -> int:
@@ -77,7 +85,7 @@ class PositionedBatches(Sampler[list[int]]):
 
 
 @final
-class DealtBatches(PositionedBatches):
+class RankBatches(PositionedBatches):
     """The samples of a :class:`PositionedSampler`, so many at a time.
 
     Args:
@@ -94,28 +102,28 @@ class DealtBatches(PositionedBatches):
         self.sampler = sampler
         self._drop_last = drop_last
 
-    def left(self, epoch: int = 0, taken: Taken = ()) -> int:
+    def left(self, epoch: int = 0, consumed: ConsumedSamples = ()) -> int:
         if self.endless:
             return math.ceil(len(self.sampler) / self.batch_size)
-        samples = self.sampler.left(samples_of(taken))
+        samples = self.sampler.left(num_samples_in(consumed))
         return samples // self.batch_size if self._drop_last else math.ceil(samples / self.batch_size)
 
-    def draws(self, epoch: int, taken: Taken = ()) -> Iterator[Draw]:
-        start = samples_of(taken)
-        dealt = self.sampler.dealt(epoch, start)
+    def requests_from(self, epoch: int, consumed: ConsumedSamples = ()) -> Iterator[BatchRequest]:
+        start = num_samples_in(consumed)
+        rank_indices = self.sampler.rank_indices(epoch, start)
         position = start + self.rank
-        while indices := list(islice(dealt, self.batch_size)):
+        while indices := list(islice(rank_indices, self.batch_size)):
             if self._drop_last and len(indices) < self.batch_size:
                 return
             following = position + len(indices) * self.world_size
             # A sample that comes again in the same epoch has another stream.
             names = range(position, following, self.world_size) if self.sampler.repeats else indices
-            yield Draw(epoch, indices, names)
+            yield BatchRequest(epoch, indices, names)
             position = following
 
 
 @final
-class ForeignBatches:
+class OpaqueBatches:
     """The batches of a sampler or a batch sampler that is not built in: its position is known only by iterating it.
 
     The ranks take turns: at the samples of a sampler, so that the batches of all ranks together are the batch of one
@@ -128,7 +136,7 @@ class ForeignBatches:
         share: which part of it this rank takes; None if it yields this rank's part already.
     """
 
-    def __init__(self, sampler: Iterable[Any], *, single: bool, seed: int, share: Share | None) -> None:
+    def __init__(self, sampler: Iterable[Any], *, single: bool, seed: int, share: RankShare | None) -> None:
         self.sampler = sampler
         self.share = share
         self._single = single
@@ -155,12 +163,12 @@ class ForeignBatches:
             if callable(setter):
                 setter(epoch)
 
-    def draws(self, epoch: int, done: int) -> Iterator[Draw]:
+    def requests_from(self, epoch: int, done: int) -> Iterator[BatchRequest]:
         """Yield the batches of an epoch after the first ``done``, which are drawn but not loaded."""
         self.set_epoch(epoch)
         for item in islice(self, done, None):
             indices: Sequence[Any] = [item] if self._single else item
-            yield Draw(epoch, indices, indices)
+            yield BatchRequest(epoch, indices, indices)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield this rank's batches, or single indices, of the epoch that was set last."""
@@ -176,7 +184,7 @@ class ForeignBatches:
         if self._divided is None:
             total = len(self.sampler)  # type: ignore[arg-type]  # torch's samplers may have a length
             return total if self.share is None else self.share.count(total)
-        share = cast("Share", self.share)
+        share = cast("RankShare", self.share)
         samples, size = share.count(len(self._divided.sampler)), self._divided.batch_size  # type: ignore[arg-type]
         return samples // size if self._divided.drop_last else math.ceil(samples / size)
 
@@ -187,27 +195,27 @@ class EpochBatches(Sampler[Any]):
 
     Args:
         source: whose batches these are.
-        streamed: whether the dataset takes a :class:`Draw`, or indices.
+        streamed: whether the dataset takes a :class:`BatchRequest`, or indices.
         single: whether the loader makes no batches, and takes one index at a time.
     """
 
-    def __init__(self, source: PositionedBatches | ForeignBatches, *, streamed: bool, single: bool) -> None:
+    def __init__(self, source: PositionedBatches | OpaqueBatches, *, streamed: bool, single: bool) -> None:
         self.source = source
         self.single = single
         self._streamed = streamed
-        self._stretch: Iterator[Draw] = iter(())
+        self._pending: Iterator[BatchRequest] = iter(())
 
     @property
     def batch_size(self) -> int | None:
         """Samples of a batch of this rank; None where there are no batches, or nobody says it."""
         return None if self.single else self.source.batch_size
 
-    def choose(self, stretch: Iterator[Draw]) -> None:
+    def set_requests(self, requests: Iterator[BatchRequest]) -> None:
         """Have the next iteration take these batches."""
-        self._stretch = stretch
+        self._pending = requests
 
     def __iter__(self) -> Iterator[Any]:
-        for draw in self._stretch:
+        for draw in self._pending:
             if self._streamed:
                 yield draw
             else:

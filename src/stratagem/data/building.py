@@ -19,13 +19,13 @@ from torch.utils.data import (
     default_collate,
 )
 
-from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, PositionedBatches
+from stratagem.data.batches import EpochBatches, OpaqueBatches, PositionedBatches, RankBatches
 from stratagem.data.loader import EpochLoader
+from stratagem.data.rank_share import RankShare, declared_share
 from stratagem.data.samplers import DefaultSampler, PositionedSampler, UnpaddedSampler
-from stratagem.data.rank_share import Share, declared_share
-from stratagem.data.stateful import Stateful, WatchedStream
+from stratagem.data.stateful import ResumableStream, Stateful
 from stratagem.data.streams import StreamedDataset, draws_numbers, stream_seed
-from stratagem.data.workers import WorkerStart
+from stratagem.data.workers import WorkerInit
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 from stratagem.utils.data_rules import refuse_data_arguments
@@ -73,7 +73,7 @@ def build_dataloader(
         ConfigValueError: if there is no dataset, two parts would choose the samples, or a part is already divided, but
             for other ranks.
     """
-    share = Share(rank, world_size, round_up=training)
+    share = RankShare(rank, world_size, round_up=training)
     if isinstance(dataloader, DataLoader):
         if not _is_plain(dataloader):
             return _take_loader(dataloader, seed, share)
@@ -99,7 +99,7 @@ def build_dataloader(
         cfg["collate_fn"] = _build_function(cfg.get("collate_fn", default_collate), "collate_fn")
     then = cfg.get("worker_init_fn")
     then = None if then is None else _build_function(then, "worker_init_fn")
-    cfg["worker_init_fn"] = WorkerStart(seed, stream_rank, then)
+    cfg["worker_init_fn"] = WorkerInit(seed, stream_rank, then)
     if not isinstance(dataset, IterableDataset):
         source = _take_source(cfg, dataset, seed=seed, training=training, share=share)
         streamed = draws_numbers(dataset, cfg.get("collate_fn"))
@@ -109,7 +109,7 @@ def build_dataloader(
             dataset = StreamedDataset(dataset, cfg.get("collate_fn"), seed)
             cfg |= {"collate_fn": _as_it_is} if "collate_fn" in cfg else {}
     elif isinstance(dataset, Stateful) and not cfg.get("num_workers"):
-        dataset = WatchedStream(dataset)
+        dataset = ResumableStream(dataset)
     try:
         loader: DataLoader[Any] = DataLoader(dataset, **cfg)
     except (TypeError, ValueError) as error:
@@ -118,19 +118,19 @@ def build_dataloader(
     return EpochLoader(loader, world_size=world_size, seed=seed, share=stream_share)
 
 
-def _take_loader(loader: DataLoader[Any], seed: int, share: Share) -> EpochLoader:
+def _take_loader(loader: DataLoader[Any], seed: int, share: RankShare) -> EpochLoader:
     """Take a built loader that keeps its own order."""
     parts = (loader, loader.dataset) if isinstance(loader.dataset, IterableDataset) else (loader,)
     divided = [_is_divided(part, share) for part in parts]
-    keeps_state = isinstance(loader, Stateful)
+    is_stateful = isinstance(loader, Stateful)
     if isinstance(loader.dataset, IterableDataset) or not _iterates_its_sampler(loader) or any(divided):
         whole = share.size == 1 or any(divided)
         return EpochLoader(loader, world_size=share.size, seed=seed, share=None if whole else share)
-    if keeps_state and share.size == 1:
+    if is_stateful and share.size == 1:
         return EpochLoader(loader)
     single = loader.batch_sampler is None
     source = _foreign(loader.sampler if single else loader.batch_sampler, single=single, seed=seed, share=share)
-    batches = source if keeps_state else EpochBatches(source, streamed=False, single=single)
+    batches = source if is_stateful else EpochBatches(source, streamed=False, single=single)
     copied = copy.copy(loader)
     # Torch refuses plain assignments. The copy has no workers yet, even if persistent ones serve the original.
     object.__setattr__(copied, "sampler" if single else "batch_sampler", batches)
@@ -144,7 +144,7 @@ def _iterates_its_sampler(loader: DataLoader[Any]) -> bool:
     return iterates is DataLoader.__iter__ or iterates.__module__.partition(".")[0] == "torchdata"
 
 
-def _is_divided(part: Any, share: Share) -> bool:
+def _is_divided(part: Any, share: RankShare) -> bool:
     """Return whether a part yields this rank's data alone.
 
     Raises:
@@ -160,19 +160,19 @@ def _is_divided(part: Any, share: Share) -> bool:
     )
 
 
-def _foreign(sampler: Any, *, single: bool, seed: int, share: Share) -> ForeignBatches:
+def _foreign(sampler: Any, *, single: bool, seed: int, share: RankShare) -> OpaqueBatches:
     """Return the source for a sampler or batch sampler that is not built in."""
     inner = sampler if single else getattr(sampler, "sampler", None)
     divided = [_is_divided(part, share) for part in (sampler, inner)]
     if not any(divided):
-        return ForeignBatches(sampler, single=single, seed=seed, share=share)
+        return OpaqueBatches(sampler, single=single, seed=seed, share=share)
     if not share.round_up and isinstance(inner, DistributedSampler) and not inner.drop_last:
         unpadded = UnpaddedSampler(inner)
         if single:
             sampler = unpadded
         elif type(sampler) is BatchSampler:
             sampler = BatchSampler(unpadded, sampler.batch_size, sampler.drop_last)
-    return ForeignBatches(sampler, single=single, seed=seed, share=None)
+    return OpaqueBatches(sampler, single=single, seed=seed, share=None)
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:
@@ -228,8 +228,8 @@ def _build_dataset(dataset: Any) -> Any:
 
 
 def _take_source(
-    cfg: dict[str, Any], dataset: Any, *, seed: int, training: bool, share: Share
-) -> PositionedBatches | ForeignBatches:
+    cfg: dict[str, Any], dataset: Any, *, seed: int, training: bool, share: RankShare
+) -> PositionedBatches | OpaqueBatches:
     """Return where the batches come from, and take DataLoader's sampling arguments out of ``cfg``."""
     sampler, batch_sampler, shuffle = (cfg.pop(name, None) for name in ("sampler", "batch_sampler", "shuffle"))
     ranks = {"rank": share.rank, "world_size": share.size}
@@ -269,17 +269,17 @@ def _take_source(
     return _known(DATA_SAMPLERS.build(batch_sampler, default_args=default_args), seed, share)
 
 
-def _known(batch_sampler: Any, seed: int, share: Share) -> PositionedBatches | ForeignBatches:
+def _known(batch_sampler: Any, seed: int, share: RankShare) -> PositionedBatches | OpaqueBatches:
     """Return the source that a batch sampler stands for."""
     if isinstance(batch_sampler, PositionedBatches):
-        return _for_share(batch_sampler, share)
+        return _for_rank_share(batch_sampler, share)
     if type(batch_sampler) is BatchSampler and isinstance(batch_sampler.sampler, PositionedSampler):
-        sampler = _for_share(batch_sampler.sampler, share)
-        return DealtBatches(sampler, batch_sampler.batch_size, drop_last=batch_sampler.drop_last)
+        sampler = _for_rank_share(batch_sampler.sampler, share)
+        return RankBatches(sampler, batch_sampler.batch_size, drop_last=batch_sampler.drop_last)
     return _foreign(batch_sampler, single=False, seed=seed, share=share)
 
 
-def _for_share(sampler: _Positioned, share: Share) -> _Positioned:
+def _for_rank_share(sampler: _Positioned, share: RankShare) -> _Positioned:
     """Return a built-in sampler for these ranks: a built one may have been made before they were known.
 
     In evaluation it does not round up.
@@ -294,13 +294,13 @@ def _for_share(sampler: _Positioned, share: Share) -> _Positioned:
 
 
 def _in_batches(
-    sampler: Any, batch_size: int | None, *, drop_last: bool, seed: int, share: Share
-) -> PositionedBatches | ForeignBatches:
+    sampler: Any, batch_size: int | None, *, drop_last: bool, seed: int, share: RankShare
+) -> PositionedBatches | OpaqueBatches:
     if batch_size is None:
         if drop_last:
             raise ConfigValueError("drop_last=True leaves out a short batch, and batch_size=None makes none.")
         if isinstance(sampler, PositionedSampler):
-            return DealtBatches(_for_share(sampler, share), 1, drop_last=False)
+            return RankBatches(_for_rank_share(sampler, share), 1, drop_last=False)
         return _foreign(sampler, single=True, seed=seed, share=share)
     try:
         batches = BatchSampler(sampler, batch_size, drop_last)

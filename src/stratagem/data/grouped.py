@@ -10,10 +10,10 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from stratagem.data.batches import PositionedBatches, Taken
+from stratagem.data.batches import ConsumedSamples, PositionedBatches
+from stratagem.data.sample_values import per_sample_values
 from stratagem.data.samplers import epoch_order
-from stratagem.data.streams import Draw, stream_seed
-from stratagem.data.sample_values import value_of_each_sample
+from stratagem.data.streams import BatchRequest, stream_seed
 from stratagem.distributed import get_dist_info
 from stratagem.errors import ConfigValueError
 
@@ -67,38 +67,38 @@ class GroupedBatchSampler(PositionedBatches):
         self.batch_size = batch_size
         self.rank = here if rank is None else rank
         self.world_size = size if world_size is None else world_size
-        self._groups = _numbered(value_of_each_sample(groups, dataset, "groups"), bounds)
+        self._groups = _numbered(per_sample_values(groups, dataset, "groups"), bounds)
         self._shuffle = shuffle
         self._drop_last = drop_last
         self._seed = seed or 0
         self.round_up = round_up
 
-    def left(self, epoch: int = 0, taken: Taken = ()) -> int:
-        rest = len(self._rest(epoch, taken)) if taken else self._batches_of_an_epoch()
+    def left(self, epoch: int = 0, consumed: ConsumedSamples = ()) -> int:
+        rest = len(self._rest(epoch, consumed)) if consumed else self._batches_of_an_epoch()
         return math.ceil(rest / self.world_size) if self.round_up else len(range(self.rank, rest, self.world_size))
 
-    def draws(self, epoch: int, taken: Taken = ()) -> Iterator[Draw]:
-        batches = self._rest(epoch, taken)
+    def requests_from(self, epoch: int, consumed: ConsumedSamples = ()) -> Iterator[BatchRequest]:
+        batches = self._rest(epoch, consumed)
         if self.round_up and batches:
             batches += islice(cycle(self._rest(epoch, ())), -len(batches) % self.world_size)
         for batch in batches[self.rank :: self.world_size]:
             indices = batch.tolist()
-            yield Draw(epoch, indices, indices)
+            yield BatchRequest(epoch, indices, indices)
 
     def _batches_of_an_epoch(self) -> int:
         sizes = np.bincount(self._groups)
         return int((sizes // self.batch_size if self._drop_last else -(-sizes // self.batch_size)).sum())
 
-    def _rest(self, epoch: int, taken: Taken) -> list[NDArray[np.int64]]:
+    def _rest(self, epoch: int, consumed: ConsumedSamples) -> list[NDArray[np.int64]]:
         """Return the batches of all ranks that are left of an epoch."""
         order = epoch_order(len(self._groups), seed=self._seed, epoch=epoch, shuffle=self._shuffle)
         samples = np.array(order, dtype=np.int64)
-        for number, (size, count) in enumerate(taken):
+        for number, (size, count) in enumerate(consumed):
             batches = self._cut(samples, size, epoch, number)
-            if size == self.batch_size and number == len(taken) - 1:
+            if size == self.batch_size and number == len(consumed) - 1:
                 return batches[count:]
             samples = samples[~np.isin(samples, np.concatenate([samples[:0], *batches[:count]]))]
-        return self._cut(samples, self.batch_size, epoch, len(taken))
+        return self._cut(samples, self.batch_size, epoch, len(consumed))
 
     def _cut(self, samples: NDArray[np.int64], size: int, epoch: int, number: int) -> list[NDArray[np.int64]]:
         """Cut samples into batches of one group each; ``number`` counts the cuts of an epoch."""

@@ -10,12 +10,19 @@ from typing import Any, final
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from stratagem.data.batches import DealtBatches, EpochBatches, ForeignBatches, PositionedBatches, Taken, and_then
+from stratagem.data.batches import (
+    ConsumedSamples,
+    EpochBatches,
+    OpaqueBatches,
+    PositionedBatches,
+    RankBatches,
+    advanced,
+)
+from stratagem.data.rank_share import IsolatedIterator, RankShare, length_of, require_same_batches
 from stratagem.data.samplers import UnpaddedSampler
-from stratagem.data.rank_share import IsolatedIterator, Share, length_of, require_same_batches
-from stratagem.data.stateful import Stateful, WatchedStream
-from stratagem.data.streams import StreamedDataset, generators_aside, seed_stream
-from stratagem.data.workers import WorkerStart, naming_dead_workers, start_workers
+from stratagem.data.stateful import ResumableStream, Stateful
+from stratagem.data.streams import StreamedDataset, isolate_cpu_rng, seed_stream
+from stratagem.data.workers import WorkerInit, report_dead_workers, start_workers
 from stratagem.distributed import get_rank
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, StateError
 
@@ -24,17 +31,17 @@ __all__ = ["EpochLoader"]
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Anchor:
+class _ResumePoint:
     """Where the position was taken up last: what of the data was taken before batch ``batch`` of ``epoch``."""
 
     epoch: int
     batch: int
-    taken: Taken
+    consumed: ConsumedSamples
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _LoaderState:
     """The state of a loader that keeps its own position, as it was before batch ``batch`` of ``epoch``.
 
     ``restored`` tells that it comes from a checkpoint, so that the loader knows nothing of it yet.
@@ -61,7 +68,7 @@ class EpochLoader:
     """
 
     def __init__(
-        self, loader: DataLoader[Any], *, world_size: int = 1, seed: int = 0, share: Share | None = None
+        self, loader: DataLoader[Any], *, world_size: int = 1, seed: int = 0, share: RankShare | None = None
     ) -> None:
         self.loader = loader
         self.share = share
@@ -73,15 +80,15 @@ class EpochLoader:
         # That of a loader that keeps its own state is its (batch) sampler itself.
         source = self._given = batches if self._batches is None else self._batches.source
         self._source = source if isinstance(source, PositionedBatches) else None
-        self._anchor = _Anchor(0, 0, ())
-        self._keeper = self._find_keeper()
-        self._kept: _Kept | None = None
+        self._resume_point = _ResumePoint(0, 0, ())
+        self._stateful = self._find_stateful()
+        self._kept: _LoaderState | None = None
 
     @property
     def dataset(self) -> Any:
         """The dataset that is loaded."""
         dataset = self.loader.dataset
-        return dataset.dataset if isinstance(dataset, StreamedDataset | WatchedStream) else dataset
+        return dataset.dataset if isinstance(dataset, StreamedDataset | ResumableStream) else dataset
 
     @property
     def collate(self) -> Callable[[Any], Any] | None:
@@ -118,13 +125,13 @@ class EpochLoader:
     def by_batch(self) -> bool:
         """Whether the ranks take turns at whole batches, rather than at samples."""
         given = self._given
-        return given.by_batch if isinstance(given, PositionedBatches | ForeignBatches) else self.share is not None
+        return given.by_batch if isinstance(given, PositionedBatches | OpaqueBatches) else self.share is not None
 
     @property
     def division(self) -> str:
         """How the data is divided among the data-parallel ranks, as a phrase for the log."""
         order = self._given
-        fixed = order.share is None if isinstance(order, ForeignBatches) else self.share is None
+        fixed = order.share is None if isinstance(order, OpaqueBatches) else self.share is None
         if self._world_size == 1:
             return "for one data-parallel rank"
         ranks = f"{self._world_size} data-parallel ranks"
@@ -144,7 +151,7 @@ class EpochLoader:
         else:
             samples = length_of(dataset)
             what = kind if samples is None else f"{samples:,} samples of {kind}"
-            sampler = order.sampler if isinstance(order, ForeignBatches | DealtBatches) else order
+            sampler = order.sampler if isinstance(order, OpaqueBatches | RankBatches) else order
             inner = sampler.sampler if type(sampler) is BatchSampler else sampler
             inner = inner.sampler if isinstance(inner, UnpaddedSampler) else inner
             what += f" in the order of {type(inner).__name__}"
@@ -163,9 +170,9 @@ class EpochLoader:
         return self._source is not None
 
     @property
-    def inexact(self) -> str | None:
+    def resume_warning(self) -> str | None:
         """Why a run that is stopped inside of an epoch may not go on exactly; None where it does."""
-        if self._source is not None or self._keeper is not None:
+        if self._source is not None or self._stateful is not None:
             return None
         dataset = self.dataset
         if not isinstance(dataset, IterableDataset):
@@ -192,17 +199,17 @@ class EpochLoader:
         Raises:
             TrainingError: while iterating, if a data worker died.
         """
-        if isinstance(self.loader.worker_init_fn, WorkerStart):
+        if isinstance(self.loader.worker_init_fn, WorkerInit):
             self.loader.worker_init_fn.begin(epoch)
         if self._source is not None and self._batches is not None:
-            self._batches.choose(self._source.draws(self._epoch_of(epoch), self.taken(epoch, done)))
-            return self._told(start_workers(self.loader))
-        if self._batches is not None and isinstance(self._batches.source, ForeignBatches):
-            self._batches.choose(self._batches.source.draws(epoch, done))
+            self._batches.set_requests(self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, done)))
+            return self._with_worker_errors(start_workers(self.loader))
+        if self._batches is not None and isinstance(self._batches.source, OpaqueBatches):
+            self._batches.set_requests(self._batches.source.requests_from(epoch, done))
             return self._begin(epoch)
-        self._tell_epoch(epoch)
-        if self._keeper is not None:
-            return self._from_state(self._keeper, epoch, done)
+        self._set_epoch_of_parts(epoch)
+        if self._stateful is not None:
+            return self._from_state(self._stateful, epoch, done)
         return islice(self._begin(epoch), done, None)
 
     def indices_of(self, epoch: int, batch: int) -> list[Any]:
@@ -216,13 +223,13 @@ class EpochLoader:
             raise StateError(
                 "The order of the data is that of its own loader or sampler, so its samples are not known."
             )
-        for draw in self._source.draws(self._epoch_of(epoch), self.taken(epoch, batch)):
+        for draw in self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, batch)):
             return list(draw.indices)
         raise ConfigValueError(f"Epoch {epoch} has no batch {batch}; it has {self.length}.")
 
     # ---- the position, for checkpoints -----------------------------------------------------------------------------
 
-    def taken(self, epoch: int, batch: int) -> Taken:
+    def consumed(self, epoch: int, batch: int) -> ConsumedSamples:
         """Return what of the data of all ranks is taken before this batch: pairs (samples of a batch, batches).
 
         That does not depend on the number of ranks, so others can go on from it. Data without end is counted from the
@@ -230,24 +237,24 @@ class EpochLoader:
         """
         if self._source is None:
             return ()
-        anchor = self._anchor
+        anchor = self._resume_point
         if self._source.endless:
             length = len(self._source)
             # An epoch in which the batch size changed may be longer or shorter than the others.
             passed = max(length - anchor.batch, 0) + (epoch - anchor.epoch - 1) * length
             batches = batch - anchor.batch if epoch == anchor.epoch else passed + batch
-            return and_then(anchor.taken, self._source.batch_size, batches * self._world_size)
+            return advanced(anchor.consumed, self._source.batch_size, batches * self._world_size)
         if epoch == anchor.epoch and batch >= anchor.batch:
-            return and_then(anchor.taken, self._source.batch_size, (batch - anchor.batch) * self._world_size)
-        return and_then((), self._source.batch_size, batch * self._world_size)
+            return advanced(anchor.consumed, self._source.batch_size, (batch - anchor.batch) * self._world_size)
+        return advanced((), self._source.batch_size, batch * self._world_size)
 
-    def go_on(self, epoch: int, batch: int, taken: Sequence[Sequence[int]]) -> int:
+    def resume_at(self, epoch: int, batch: int, consumed: Sequence[Sequence[int]]) -> int:
         """Take up a position that was saved, perhaps with other ranks or another batch size.
 
         Args:
             epoch: that is under way.
             batch: of the epoch, in the batches of the run that was saved.
-            taken: what :meth:`taken` said there.
+            consumed: what :meth:`consumed` returned there.
 
         Returns:
             The batch of this loader's epoch that comes next. It is such that the epoch ends with its last batch, so what
@@ -255,16 +262,16 @@ class EpochLoader:
         """
         if self._source is None:
             return batch
-        pairs = tuple((int(size), int(batches)) for size, batches in taken)
+        pairs = tuple((int(size), int(batches)) for size, batches in consumed)
         if not self._source.endless:
             batch = self._source.left() - self._source.left(epoch, pairs)
-        self._anchor = _Anchor(epoch, batch, pairs)
+        self._resume_point = _ResumePoint(epoch, batch, pairs)
         return batch
 
     @property
-    def keeps_state(self) -> bool:
+    def is_stateful(self) -> bool:
         """Whether the loader or its dataset knows its position itself, so that its state belongs into a checkpoint."""
-        return self._keeper is not None
+        return self._stateful is not None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the loader or dataset that knows its position: after the batch that was given out last.
@@ -272,9 +279,9 @@ class EpochLoader:
         Raises:
             StateError: if it does not keep any.
         """
-        if self._keeper is None:
-            raise StateError("The loader has no state of its own; its position is what taken() says.")
-        return self._keeper.state_dict() if self._kept is None else self._kept.state
+        if self._stateful is None:
+            raise StateError("The loader has no state of its own; consumed() returns its position.")
+        return self._stateful.state_dict() if self._kept is None else self._kept.state
 
     def load_state_dict(self, state: Mapping[str, Any], *, epoch: int, batch: int) -> None:
         """Have ``batches(epoch, batch)`` go on from a state.
@@ -282,23 +289,23 @@ class EpochLoader:
         Raises:
             CheckpointMismatchError: if the loader keeps no state.
         """
-        if self._keeper is None:
+        if self._stateful is None:
             raise CheckpointMismatchError(
                 "The checkpoint holds the state of a data loader, and this run's has no load_state_dict. "
                 "Resume with the loader that it was saved with."
             )
-        self._kept = _Kept(epoch, batch, dict(state), restored=True)
+        self._kept = _LoaderState(epoch, batch, dict(state), restored=True)
 
     def _epoch_of(self, epoch: int) -> int:
         return 0 if self._source is not None and self._source.endless else epoch
 
-    def _find_keeper(self) -> Stateful | None:
+    def _find_stateful(self) -> Stateful | None:
         """Return what knows the position where it is not the sampler: the loader, or a stream that no worker copies."""
         if isinstance(self.loader, Stateful):
             return self.loader
-        return self.loader.dataset if isinstance(self.loader.dataset, WatchedStream) else None
+        return self.loader.dataset if isinstance(self.loader.dataset, ResumableStream) else None
 
-    def _tell_epoch(self, epoch: int) -> None:
+    def _set_epoch_of_parts(self, epoch: int) -> None:
         """Call ``set_epoch`` of the dataset's stream, the batch sampler and the sampler, of those that have it."""
         batch_sampler = self.loader.batch_sampler
         sampler = self.loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
@@ -308,26 +315,26 @@ class EpochLoader:
             if callable(setter):
                 setter(epoch)
 
-    def _from_state(self, keeper: Stateful, epoch: int, done: int) -> Iterator[Any]:
+    def _from_state(self, stateful: Stateful, epoch: int, done: int) -> Iterator[Any]:
         """Yield the batches of a loader that keeps its position; where it stands is remembered if it is left early."""
         kept, self._kept = self._kept, None
         # A run that was stopped after an epoch's last batch begins the next one with the state of that place.
         known = kept is not None and (kept.restored or (kept.epoch, kept.batch) == (epoch, done))
         if kept is not None and known:
-            keeper.load_state_dict(kept.state)
+            stateful.load_state_dict(kept.state)
         given = done
         try:
             for batch in islice(self._begin(epoch), 0 if known else done, None):
                 given += 1
                 yield batch
-            share = self._given.share if isinstance(self._given, ForeignBatches) else self.share
+            share = self._given.share if isinstance(self._given, OpaqueBatches) else self.share
             if given == 0 and (share is None or share.round_up):
                 # It stood at the end of the epoch before. In evaluation, a rank may have no batch while others do.
                 for batch in self._begin(epoch):
                     given += 1
                     yield batch
         except GeneratorExit:
-            self._kept = _Kept(epoch, given, keeper.state_dict(), restored=False)
+            self._kept = _LoaderState(epoch, given, stateful.state_dict(), restored=False)
             raise
 
     def _begin(self, epoch: int) -> Iterator[Any]:
@@ -339,13 +346,13 @@ class EpochLoader:
         else:
             # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that
             # begins an epoch once more, in its middle, would give its dropout other numbers.
-            with generators_aside():
+            with isolate_cpu_rng():
                 seed_stream(*keys)
                 batches = start_workers(self.loader)
-        told = self._told(batches)
+        told = self._with_worker_errors(batches)
         return told if self.share is None else self._divided(IsolatedIterator(told, *keys, "batches"), self.share)
 
-    def _divided(self, batches: Iterator[Any], share: Share) -> Iterator[Any]:
+    def _divided(self, batches: Iterator[Any], share: RankShare) -> Iterator[Any]:
         """Yield this rank's batch of each round; every rank reads all of them."""
         self._leftover = None
         compared = False
@@ -382,13 +389,13 @@ class EpochLoader:
             return samples
         return samples // size if loader.drop_last else -(-samples // size)
 
-    def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _with_worker_errors(self, batches: Iterator[Any]) -> Iterator[Any]:
         # Torch keeps its processes to itself; without them the error names the process id alone.
-        with naming_dead_workers(getattr(batches, "_workers", ())):
+        with report_dead_workers(getattr(batches, "_workers", ())):
             yield from batches
 
 
-def _keep_own(batches: Iterator[Any], share: Share) -> tuple[Any, Any, int]:
+def _keep_own(batches: Iterator[Any], share: RankShare) -> tuple[Any, Any, int]:
     """Read one round; return this rank's batch, the first one, and how many there were."""
     own = first = None
     count = 0

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from stratagem.data.stateful import Stateful
-from stratagem.data.streams import generators_aside, seed_stream
+from stratagem.data.streams import isolate_cpu_rng, seed_stream
 from stratagem.distributed import all_gather_object, broadcast_object, get_world_size
 from stratagem.errors import ConfigValueError
 
-__all__ = ["IsolatedIterator", "RankItems", "Share", "declared_share", "length_of", "require_same_batches"]
+__all__ = ["IsolatedIterator", "RankItems", "RankShare", "declared_share", "length_of", "require_same_batches"]
 
 # How many items of a sampler without a length the ranks compare.
 _COMPARED = 65_536
@@ -36,7 +36,7 @@ _TORCH_SAMPLERS = frozenset({RandomSampler, SequentialSampler, SubsetRandomSampl
 
 @final
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankShare:
     """The part of the data that a rank takes: of every ``size`` items in a row, the one at position ``rank``.
 
     Attributes:
@@ -95,7 +95,7 @@ class IsolatedIterator(Iterator[Any]):
     def begin(self) -> Iterator[Any]:
         """Return the iterator over the items, which is made when it is first needed."""
         if self.iterator is None:
-            with generators_aside(self._numpy):
+            with isolate_cpu_rng(self._numpy):
                 seed_stream(*self._keys)
                 self.iterator = iter(self._items)
                 self._states = random.getstate(), torch.default_generator.get_state()
@@ -106,7 +106,7 @@ class IsolatedIterator(Iterator[Any]):
         if self._has_drawn:
             return next(iterator)
         self._has_drawn = _draws_with_first_item(self._items)
-        with generators_aside(self._numpy):
+        with isolate_cpu_rng(self._numpy):
             if self._states is not None:
                 random.setstate(self._states[0])
                 torch.default_generator.set_state(self._states[1])
@@ -135,7 +135,7 @@ class RankItems(Iterator[Any]):
         keys: identify the random numbers of the epoch; the same on every rank.
     """
 
-    def __init__(self, sampler: Iterable[Any], share: Share, *keys: object) -> None:
+    def __init__(self, sampler: Iterable[Any], share: RankShare, *keys: object) -> None:
         self._name = type(sampler).__name__
         length = length_of(sampler)
         self._length = _COMPARED if length is None else length

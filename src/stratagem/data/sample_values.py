@@ -11,10 +11,10 @@ from torch import Tensor
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
 
-__all__ = ["value_of_each_sample"]
+__all__ = ["per_sample_values"]
 
 
-def value_of_each_sample(values: Any, dataset: Sized, argument: str) -> NDArray[Any]:
+def per_sample_values(values: Any, dataset: Sized, argument: str) -> NDArray[Any]:
     """Return an array with a value for each sample.
 
     Args:

@@ -70,7 +70,7 @@ class PositionedSampler(Sampler[int]):
         """Choose the epoch whose order the next iteration takes."""
         self._epoch = epoch
 
-    def dealt(self, epoch: int, start: int = 0) -> Iterator[int]:
+    def rank_indices(self, epoch: int, start: int = 0) -> Iterator[int]:
         """Return this rank's indices after the first ``start`` of the order of all ranks."""
         order = self.order(epoch)
         rest = order[start:]
@@ -84,7 +84,7 @@ class PositionedSampler(Sampler[int]):
         return math.ceil(rest / self.world_size) if self.round_up else len(range(self.rank, rest, self.world_size))
 
     def __iter__(self) -> Iterator[int]:
-        return self.dealt(self._epoch)
+        return self.rank_indices(self._epoch)
 
     def __len__(self) -> int:
         """Return how many samples this rank has in a whole epoch."""
@@ -191,7 +191,7 @@ class InfiniteSampler(PositionedSampler):
         """Return the order of one pass."""
         return epoch_order(self._length, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
 
-    def dealt(self, epoch: int, start: int = 0) -> Iterator[int]:
+    def rank_indices(self, epoch: int, start: int = 0) -> Iterator[int]:
         """Yield this rank's indices after the first ``start`` of all passes; the passes are one sequence of epoch 0."""
         position = start + self.rank
         while True:
@@ -200,7 +200,7 @@ class InfiniteSampler(PositionedSampler):
             position += len(range(index, self._length, self.world_size)) * self.world_size
 
     def __iter__(self) -> Iterator[int]:
-        return self.dealt(0)
+        return self.rank_indices(0)
 
     def __len__(self) -> int:
         """Return the length of one pass over all ranks, as configurations written for others expect."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol, final, runtime_checkable
 
 from torch.utils.data import IterableDataset
 
-__all__ = ["Stateful", "StatefulStream", "WatchedStream"]
+__all__ = ["Stateful", "StatefulStream", "ResumableStream"]
 
 
 @runtime_checkable
@@ -29,7 +29,7 @@ class StatefulStream(Stateful, Protocol):
 
 
 @final
-class WatchedStream(IterableDataset[Any]):
+class ResumableStream(IterableDataset[Any]):
     """A stream with a state, in the main process, where nothing is fetched ahead.
 
     It adds to the stream's state whether it had come to its end, since a stream may then say that it stands at its

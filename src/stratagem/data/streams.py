@@ -30,7 +30,7 @@ from torch.utils.data import (
 
 from stratagem.data.collate import pseudo_collate
 
-__all__ = ["Draw", "StreamedDataset", "draws_numbers", "generators_aside", "seed_stream", "stream_seed"]
+__all__ = ["BatchRequest", "StreamedDataset", "draws_numbers", "isolate_cpu_rng", "seed_stream", "stream_seed"]
 
 # The stream of what is done with a whole batch, such as mixing its samples in collate_fn.
 _BATCH = "batch"
@@ -60,7 +60,7 @@ def _digest(keys: tuple[object, ...], size: int) -> bytes:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Draw:
+class BatchRequest:
     """A batch that is to be loaded.
 
     Attributes:
@@ -76,7 +76,7 @@ class Draw:
 
 @final
 class StreamedDataset(Dataset[Any]):
-    """Loads the batch of a :class:`Draw`, collated, with a stream of random numbers for each of its samples.
+    """Loads the batch of a :class:`BatchRequest`, collated, with a stream of random numbers for each of its samples.
 
     A dataset with ``__getitems__`` loads the batch at once; then it has one stream, which depends on which samples are
     in the batch.
@@ -93,15 +93,15 @@ class StreamedDataset(Dataset[Any]):
         self._seed = seed
         self._at_once = _loads_batches(dataset)
 
-    def __getitem__(self, draw: Draw) -> Any:
+    def __getitem__(self, draw: BatchRequest) -> Any:
         """Load the only sample of a draw, for loaders that make no batches."""
-        with generators_aside():
+        with isolate_cpu_rng():
             sample = self._sample(draw.epoch, draw.names[0], draw.indices[0])
             return sample if self.collate is None else self.collate(sample)
 
-    def __getitems__(self, draw: Draw) -> Any:
+    def __getitems__(self, draw: BatchRequest) -> Any:
         """Load a batch; torch's loader asks for it so."""
-        with generators_aside():
+        with isolate_cpu_rng():
             samples = self._samples(draw)
             seed_stream(self._seed, draw.epoch, _BATCH, draw.names[0])
             return samples if self.collate is None else self.collate(samples)
@@ -109,7 +109,7 @@ class StreamedDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _samples(self, draw: Draw) -> Any:
+    def _samples(self, draw: BatchRequest) -> Any:
         if self._at_once:
             seed_stream(self._seed, draw.epoch, *draw.names)
             return self.dataset.__getitems__(list(draw.indices))
@@ -147,7 +147,7 @@ _numpy_stand_in = np.random.MT19937(0)
 
 
 @contextmanager
-def generators_aside(stand_in: np.random.MT19937 = _numpy_stand_in) -> Iterator[None]:
+def isolate_cpu_rng(stand_in: np.random.MT19937 = _numpy_stand_in) -> Iterator[None]:
     """Give back the states of the CPU's generators at the end, unless this is a worker, where nothing else draws.
 
     NumPy draws from ``stand_in`` meanwhile.

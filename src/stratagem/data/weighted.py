@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stratagem.data.sample_values import per_sample_values
 from stratagem.data.samplers import PositionedSampler
 from stratagem.data.streams import stream_seed
-from stratagem.data.sample_values import value_of_each_sample
 from stratagem.errors import ConfigValueError
 
 __all__ = ["WeightedSampler"]
@@ -52,7 +52,7 @@ class WeightedSampler(PositionedSampler):
         world_size: int | None = None,
     ) -> None:
         super().__init__(round_up=round_up, rank=rank, world_size=world_size)
-        self._weights = _checked(value_of_each_sample(weights, dataset, "weights"))
+        self._weights = _checked(per_sample_values(weights, dataset, "weights"))
         available = len(self._weights) if replacement else int(np.count_nonzero(self._weights))
         self._samples = available if num_samples is None else num_samples
         if self._samples < 1:

@@ -10,14 +10,14 @@ from multiprocessing import context, reduction
 from multiprocessing.util import Finalize
 from typing import Any, Final, final
 
-__all__ = ["Lifeline"]
+__all__ = ["ParentPipe"]
 
 # Finalizers with a priority below 0 run after multiprocessing has ended its daemonic processes, and waited for them.
 _BEFORE_DAEMONS_END: Final = 0
 
 
 @final
-class Lifeline:
+class ParentPipe:
     """A pipe whose write end only this process holds: workers that read from it see its end when this process exits.
 
     A process has one pipe, which all lifelines share. At exit ``multiprocessing`` sends its daemonic processes SIGTERM and
@@ -33,7 +33,7 @@ class Lifeline:
         """Make the pipe of this process if there is none yet. Call it before workers are started."""
         _pipe.open()
 
-    def end_with_parent(self) -> bool:
+    def exit_with_parent(self) -> bool:
         """Watch the parent's pipe from a thread that exits at its end; return whether there is a pipe to watch."""
         source = _pipe.inherited if self._inherited is None else self._inherited
         if source is None:

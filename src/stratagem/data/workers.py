@@ -12,18 +12,18 @@ from typing import Any, final
 
 from torch.utils.data import DataLoader, get_worker_info
 
-from stratagem.data.worker_lifetime import Lifeline
 from stratagem.data.streams import StreamedDataset, seed_stream
+from stratagem.data.worker_lifetime import ParentPipe
 from stratagem.errors import TrainingError
 
-__all__ = ["WorkerStart", "naming_dead_workers", "start_workers"]
+__all__ = ["WorkerInit", "report_dead_workers", "start_workers"]
 
 # How torch tells of a worker that is gone.
 _DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
 
 
 @final
-class WorkerStart:
+class WorkerInit:
     """The ``worker_init_fn`` of the loaders that are built here.
 
     A worker leaves signals that reach every process, such as Ctrl-C or a scheduler's SIGTERM, to the main process, which
@@ -40,16 +40,16 @@ class WorkerStart:
         self._epoch = 0
         self._seed = seed
         self._rank = rank
-        self._lifeline = Lifeline()
+        self._parent_pipe = ParentPipe()
 
     def begin(self, epoch: int) -> None:
         """Prepare to start workers that seed their streams for this epoch."""
         self._epoch = epoch
-        self._lifeline.open()
+        self._parent_pipe.open()
 
     def __call__(self, worker: int) -> None:
         """Set up worker number ``worker``, in its process."""
-        _leave_signals_to_parent(self._lifeline)
+        _leave_signals_to_parent(self._parent_pipe)
         seed_stream(self._seed, self._epoch, self._rank, worker)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, StreamedDataset):
@@ -60,16 +60,16 @@ class WorkerStart:
 
 
 @final
-class _GuardedStart:
+class _ChainedWorkerInit:
     """The ``worker_init_fn`` of a loader that is used as it is: the loader's own, after signals were taken care of."""
 
     def __init__(self, then: Callable[[int], Any] | None) -> None:
         self._then = then
-        self._lifeline = Lifeline()
-        self._lifeline.open()
+        self._parent_pipe = ParentPipe()
+        self._parent_pipe.open()
 
     def __call__(self, worker: int) -> None:
-        _leave_signals_to_parent(self._lifeline)
+        _leave_signals_to_parent(self._parent_pipe)
         if self._then is not None:
             self._then(worker)
 
@@ -77,10 +77,10 @@ class _GuardedStart:
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     """Return ``iter(loader)``, whose workers leave signals to this process and end with it. The loader stays as it is."""
     own = loader.worker_init_fn
-    if isinstance(own, WorkerStart) or not loader.num_workers:
+    if isinstance(own, WorkerInit) or not loader.num_workers:
         batches = iter(loader)
     else:
-        loader.worker_init_fn = _GuardedStart(own)
+        loader.worker_init_fn = _ChainedWorkerInit(own)
         try:
             batches = iter(loader)
         finally:
@@ -90,8 +90,8 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
     return batches
 
 
-def _leave_signals_to_parent(lifeline: Lifeline) -> None:
-    if not lifeline.end_with_parent():
+def _leave_signals_to_parent(parent_pipe: ParentPipe) -> None:
+    if not parent_pipe.exit_with_parent():
         # Nothing but a signal would end the worker, so torch's handling of signals stays.
         return
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
@@ -112,7 +112,7 @@ def _kill_when_terminated(worker: BaseProcess) -> None:
 
 
 @contextmanager
-def naming_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
+def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
     """Turn torch's error about a dead data worker into one that says what to do.
 
     It may come up anywhere in the main process: on most systems torch raises it as soon as the death is reported.
@@ -129,7 +129,7 @@ def naming_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
         told = None if isinstance(error, TrainingError) else _DEAD.search(str(error))
         if told is None:
             raise
-        dead = [_obituary(number, process) for number, process in enumerate(workers) if process.exitcode]
+        dead = [_describe_worker_exit(number, process) for number, process in enumerate(workers) if process.exitcode]
         what = "; ".join(dead) or f"The data worker with process id {told['pids']} {told['how'].strip()}"
         raise TrainingError(
             f"{what}. If the system ended it because memory ran out (its log says so), take fewer num_workers, a smaller "
@@ -138,7 +138,7 @@ def naming_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
         ) from error
 
 
-def _obituary(number: int, process: BaseProcess) -> str:
+def _describe_worker_exit(number: int, process: BaseProcess) -> str:
     code = process.exitcode or 0
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
     return f"Data worker {number} (process id {process.pid}) {how}"

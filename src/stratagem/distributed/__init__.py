@@ -1,6 +1,6 @@
 """The processes of a run: who started them, what each one is, and how they exchange values."""
 
-from stratagem.distributed.async_reduce import Agreement
+from stratagem.distributed.async_reduce import AsyncMaxReduce
 from stratagem.distributed.collectives import (
     all_gather,
     all_reduce,
@@ -16,8 +16,8 @@ from stratagem.distributed.collectives import (
     master_only,
     sync_random_seed,
 )
-from stratagem.distributed.health.process_identity import Peer
-from stratagem.distributed.health.rank_monitor import Failure, RankWatch
+from stratagem.distributed.health.process_identity import ProcessIdentity
+from stratagem.distributed.health.rank_monitor import Failure, RankMonitor
 from stratagem.distributed.means import mean_by_name
 from stratagem.distributed.objects import (
     all_gather_object,
@@ -26,12 +26,12 @@ from stratagem.distributed.objects import (
     collect_results,
     gather_object,
 )
-from stratagem.distributed.rank_group import ALONE, Team
+from stratagem.distributed.rank_group import SINGLE_PROCESS, RankGroup
 from stratagem.distributed.rendezvous.launch import (
     LAUNCHERS,
     RAY_JOB_VARIABLE,
     Launch,
-    describe_stray,
+    describe_incomplete_launch_env,
     infer_launcher,
     read_launch,
 )
@@ -39,15 +39,15 @@ from stratagem.distributed.rendezvous.process_group import close_dist, init_dist
 from stratagem.distributed.world import World, pick_device
 
 __all__ = [
-    "ALONE",
-    "Team",
+    "SINGLE_PROCESS",
+    "RankGroup",
     "LAUNCHERS",
-    "Agreement",
+    "AsyncMaxReduce",
     "Failure",
     "RAY_JOB_VARIABLE",
     "Launch",
-    "Peer",
-    "RankWatch",
+    "ProcessIdentity",
+    "RankMonitor",
     "World",
     "all_gather",
     "all_gather_object",
@@ -58,7 +58,7 @@ __all__ = [
     "broadcast_object_list",
     "close_dist",
     "collect_results",
-    "describe_stray",
+    "describe_incomplete_launch_env",
     "gather",
     "gather_object",
     "get_backend",

@@ -1,4 +1,4 @@
-"""Let ranks decide together without waiting for each other."""
+"""Run a MAX all-reduce of one integer in the background."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch.distributed as torch_dist
 
 from stratagem.distributed.collectives import Group, served_devices
 
-__all__ = ["Agreement"]
+__all__ = ["AsyncMaxReduce"]
 
 
 @final
-class Agreement:
-    """The greatest of the numbers that the ranks put in: asked at one moment, read at a later one.
+class AsyncMaxReduce:
+    """Compute the maximum of one integer over all ranks, asynchronously.
 
-    In between the exchange goes on in the background. It costs two short calls on the CPU, and no device is waited for.
+    ``start`` begins the all-reduce and ``wait`` returns its result, typically one iteration later. The reduction runs on
+    the CPU, so it never synchronizes with the accelerator.
     """
 
     def __init__(self) -> None:
@@ -26,21 +27,21 @@ class Agreement:
         self._connected = False
 
     @property
-    def asked(self) -> bool:
-        """Whether a question waits for its answer to be read."""
+    def pending(self) -> bool:
+        """Whether a reduction was started whose result has not been read."""
         return self._work is not None
 
-    def ask(self, number: int) -> None:
-        """Put in this rank's number. Collective: every rank asks before any reads the answer."""
+    def start(self, number: int) -> None:
+        """Start a reduction with this rank's number. Collective: every rank starts before any rank waits."""
         if not self._connected:
-            # A group that serves accelerators alone would make the answer a wait for the device.
+            # With a group that serves only accelerators, waiting for the result would synchronize with the device.
             self._group = None if "cpu" in served_devices() else torch_dist.new_group(backend="gloo")
             self._connected = True
         self._number.fill_(number)
         self._work = torch_dist.all_reduce(self._number, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
 
-    def answer(self) -> int:
-        """Return the greatest number of all ranks; 0 where nothing was asked. Waits for ranks that have not asked yet."""
+    def wait(self) -> int:
+        """Return the maximum over all ranks, waiting for ranks that have not started yet; 0 if none is pending."""
         if self._work is None:
             return 0
         work, self._work = self._work, None

@@ -12,7 +12,7 @@ from stratagem.distributed.collectives import Group, get_rank, get_world_size
 from stratagem.distributed.objects import all_gather_object
 from stratagem.errors import StratagemError, TrainingError
 
-__all__ = ["ALONE", "Team"]
+__all__ = ["SINGLE_PROCESS", "RankGroup"]
 
 T = TypeVar("T")
 # The kind of a failure, and its text.
@@ -21,7 +21,7 @@ _Told = tuple[type[StratagemError], str]
 
 @final
 @dataclass(frozen=True, slots=True)
-class Team:
+class RankGroup:
     """The ranks of a group. Its methods are collective: every rank calls each of them, in the same order.
 
     If what a rank was to do fails, every rank raises: that rank the error itself, the others one of its kind that
@@ -38,19 +38,19 @@ class Team:
     group: Group | None = None
 
     @classmethod
-    def of(cls, group: Group | None = None) -> Team:
+    def of(cls, group: Group | None = None) -> RankGroup:
         """Return the team of a process group; without a group, that of all ranks of the run."""
         return cls(get_rank(group), get_world_size(group), group)
 
-    def apart(self) -> Team:
+    def dedicated_group(self) -> RankGroup:
         """Return the same ranks with a group of their own, for another thread. Collective over the whole run."""
         if self.size == 1:
             return self
         ranks = torch_dist.get_process_group_ranks(self.group)
-        return Team(self.rank, self.size, torch_dist.new_group(ranks, backend="gloo"))
+        return RankGroup(self.rank, self.size, torch_dist.new_group(ranks, backend="gloo"))
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         """Whether this is the team's first rank."""
         return self.rank == 0
 
@@ -71,26 +71,26 @@ class Team:
                 f"wrote last says why. ({reason})"
             ) from error
 
-    def each(self, act: Callable[[], T]) -> list[T]:
+    def run_all(self, act: Callable[[], T]) -> list[T]:
         """Call ``act`` on every rank; return all results, in order of rank."""
         result, failure = _attempt(act)
         outcomes = self.gather((result, _as_told(failure)))
         _raise(failure, [told for _, told in outcomes])
         return [cast("T", other) for other, _ in outcomes]
 
-    def own(self, act: Callable[[], T]) -> T:
+    def run_checked(self, act: Callable[[], T]) -> T:
         """Call ``act`` on every rank; return this rank's result, which nobody else gets to see."""
         result, failure = _attempt(act)
         _raise(failure, self.gather(_as_told(failure)))
         return cast("T", result)
 
-    def first(self, act: Callable[[], T]) -> T:
+    def run_on_rank0(self, act: Callable[[], T]) -> T:
         """Call ``act`` on the first rank alone; return its result on every rank, once it is done."""
-        return self.each(act if self.leads else cast("Callable[[], T]", _nothing))[0]
+        return self.run_all(act if self.is_rank0 else cast("Callable[[], T]", _nothing))[0]
 
 
 # A process that asks nobody, also where there are others.
-ALONE = Team(0, 1)
+SINGLE_PROCESS = RankGroup(0, 1)
 
 
 def _nothing() -> None:

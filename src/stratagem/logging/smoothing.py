@@ -13,11 +13,11 @@ from torch import Tensor
 
 from stratagem.errors import ConfigValueError
 
-__all__ = ["ScalarWindow"]
+__all__ = ["ScalarSmoother"]
 
 
 @final
-class ScalarWindow:
+class ScalarSmoother:
     """The outputs of the last ``size`` iterations, kept by reference; their means when they are asked for.
 
     Adding is one append: nothing is copied and nothing leaves the device. So do not change the outputs afterwards,

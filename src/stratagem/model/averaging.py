@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
-from stratagem.tensors.dtensor import copy_into, local_part
+from stratagem.tensors.dtensor import copy_into, to_local
 
 __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", "StochasticWeightAverage"]
 
@@ -58,8 +58,8 @@ class AveragedModel(ABC):
         self.averages = {name: _average_of(weight, device) for name, weight in weights.items()}
         self._whole = list(weights.values())
         # Kernels over lists of tensors do not know sharded ones: each rank averages the pieces that it has.
-        self._weights = [local_part(weight) for weight in self._whole]
-        self._values = [local_part(value) for value in self.averages.values()]
+        self._weights = [to_local(weight) for weight in self._whole]
+        self._values = [to_local(value) for value in self.averages.values()]
         self._lies_alike = all(
             weight.dtype == value.dtype and weight.device == value.device
             for weight, value in zip(self._weights, self._values, strict=True)

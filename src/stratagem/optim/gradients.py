@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stratagem.distributed import all_reduce
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
-from stratagem.tensors.dtensor import is_plain, is_sharded, local_part, mesh_of, whole
+from stratagem.tensors.dtensor import full_tensor, is_plain, is_sharded, mesh_of, to_local
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["Clipping", "NonFinite", "global_norm", "is_admitted", "parse_clipping", "parse_nonfinite", "scale"]
@@ -43,7 +43,7 @@ class Clipping:
         if self.by_norm and norm is not None:
             scale(gradients, torch.clamp(self.limit / (norm + _EPSILON), max=1.0))
         elif gradients:
-            parts = [local_part(gradient) for gradient in gradients]
+            parts = [to_local(gradient) for gradient in gradients]
             torch._foreach_clamp_min_(parts, -self.limit)
             torch._foreach_clamp_max_(parts, self.limit)
 
@@ -107,7 +107,7 @@ def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     alike: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
         cut = _cut_axes(gradient)
-        part = whole(gradient) if cut is None else local_part(gradient)
+        part = full_tensor(gradient) if cut is None else to_local(gradient)
         alike.setdefault((mesh_of(gradient) if cut else None, cut or ()), []).append(part)
     return _norm_of_norms([_norm_over(parts, norm_type, *where) for where, parts in alike.items()], norm_type)
 
@@ -149,7 +149,7 @@ def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply gradients in place by a scalar, without waiting for it."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        part = local_part(gradient)
+        part = to_local(gradient)
         by_device.setdefault(part.device, []).append(part)
     for device, parts in by_device.items():
         torch._foreach_mul_(parts, factor.to(device))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce
-from stratagem.tensors.dtensor import is_plain, local_part
+from stratagem.tensors.dtensor import is_plain, to_local
 
 __all__ = ["DeferredWatch", "UpdateWatch", "Watch", "all_finite", "marked"]
 
@@ -206,7 +206,7 @@ class _Flag:
 
 def _values(tensor: Tensor) -> Tensor:
     """Return what of a tensor can be looked at: this rank's part, the stored values of a sparse one, two reals for one."""
-    part = local_part(tensor.detach())
+    part = to_local(tensor.detach())
     if part.is_sparse:
         part = part._values()
     return torch.view_as_real(part) if part.is_complex() else part

@@ -22,7 +22,7 @@ from stratagem.checkpoint import (
     save_checkpoint,
     weights_to_cpu,
 )
-from stratagem.distributed import Team, World
+from stratagem.distributed import RankGroup, World
 from stratagem.errors import (
     ConfigTypeError,
     ConfigValueError,
@@ -45,7 +45,7 @@ from stratagem.utils import absolute, collect_env, refuse_unknown
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "CheckpointWriter", "Schedulers"]
 
-CheckpointWriter = Callable[[StateTree, str | os.PathLike[str], Team], None]
+CheckpointWriter = Callable[[StateTree, str | os.PathLike[str], RankGroup], None]
 
 _LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
 

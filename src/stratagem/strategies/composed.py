@@ -23,7 +23,7 @@ from stratagem.checkpoint import (
     get_model_state,
     save_checkpoint,
 )
-from stratagem.distributed import Team, all_gather_object, all_reduce, is_distributed
+from stratagem.distributed import RankGroup, all_gather_object, all_reduce, is_distributed
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
@@ -286,14 +286,14 @@ class ComposedStrategy(BaseStrategy):
             finite = self._weights_are_finite()
             if not finite:
                 self.logger.warning("%s holds weights that are not finite: no run will go on from it.", filename)
-            team = Team.of()
+            rank_group = RankGroup.of()
             # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
             # Where the tensors are: the writer moves them to the CPU one at a time.
             parts = {"state_dict": self._model_state(), **parts}
-            checkpoint = team.own(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
+            checkpoint = rank_group.run_checked(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
             if self._placement.full_state:
-                checkpoint = gather_tree(checkpoint, team)
-            self._writer(write)(checkpoint, filename, team)
+                checkpoint = gather_tree(checkpoint, rank_group)
+            self._writer(write)(checkpoint, filename, rank_group)
 
     def _tree(
         self,
@@ -349,10 +349,10 @@ class ComposedStrategy(BaseStrategy):
         # Each rank needs a part of the tensors, which it takes out of those that are mapped into the CPU's memory.
         own = torch.device("cpu") if self._placement.sharded else self.world.device
         device = own if map_location == "default" else map_location
-        team = Team.of()
-        checkpoint = CheckpointLoader.load_checkpoint(filename, device, team=team)
+        rank_group = RankGroup.of()
+        checkpoint = CheckpointLoader.load_checkpoint(filename, device, rank_group=rank_group)
         if callback is not None:
-            team.own(lambda: callback(checkpoint))
+            rank_group.run_checked(lambda: callback(checkpoint))
         return checkpoint
 
     def _compare_runs(self, meta: Mapping[str, Any]) -> None:

@@ -11,16 +11,16 @@ from stratagem.errors import CheckpointMismatchError
 from stratagem.utils.imports import import_object
 
 __all__ = [
-    "a_row_of_each_rank",
+    "stack_over_ranks",
     "copy_into",
     "is_plain",
     "is_sharded",
     "local_box",
-    "local_part",
+    "to_local",
     "local_slice",
     "mesh_of",
-    "placed_like",
-    "whole",
+    "shard_like",
+    "full_tensor",
 ]
 
 
@@ -41,12 +41,12 @@ def mesh_of(tensor: Tensor) -> object | None:
 
 
 @torch.no_grad()
-def local_part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """Return the memory of a tensor that this rank has: of a sharded one its shard, else the tensor itself."""
     return _dtensor().to_local(tensor) if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a sharded tensor in one piece on every rank, another as it is. Collective for a sharded one."""
     return _dtensor().full_tensor(tensor) if is_sharded(tensor) else tensor
 
@@ -70,7 +70,7 @@ def local_slice(full: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def placed_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
+def shard_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
     """Return a whole tensor sharded as ``like`` is, of the same type as before; as it is where ``like`` is not sharded.
 
     Each rank reads its own part of ``full`` alone, and where ``like`` lies on the same device, only when it is used:
@@ -86,7 +86,7 @@ def placed_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
             f"A tensor of shape {list(full.shape)} cannot be sharded as one of shape {list(like.shape)} is."
         )
     spread: Any = like
-    part = local_slice(full, like).to(local_part(like).device, copy=copy)
+    part = local_slice(full, like).to(to_local(like).device, copy=copy)
     placed: Tensor = _dtensor().from_local(
         part, spread.device_mesh, spread.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
@@ -94,7 +94,7 @@ def placed_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
 
 
 @torch.no_grad()
-def a_row_of_each_rank(row: Tensor, size: int, device: torch.device) -> Tensor:
+def stack_over_ranks(row: Tensor, size: int, device: torch.device) -> Tensor:
     """Return a tensor of ``size`` rows along a new first dimension, of which each of all ranks has the one that it gives.
 
     Collective; rows are of one shape and type on every rank, and are not copied.
@@ -112,7 +112,7 @@ def a_row_of_each_rank(row: Tensor, size: int, device: torch.device) -> Tensor:
 def copy_into(tensor: Tensor, values: Tensor) -> None:
     """Overwrite a tensor, which may be sharded, with the values of a whole one or of one that is sharded alike."""
     if is_sharded(tensor) and not is_sharded(values):
-        local_part(tensor).copy_(local_slice(values, tensor))
+        to_local(tensor).copy_(local_slice(values, tensor))
     else:
         tensor.copy_(values)
 

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from stratagem.checkpoint import save_checkpoint
-from stratagem.dist import Team
+from stratagem.dist import RankGroup
 
 
 def golden_state() -> dict[str, Any]:
@@ -65,7 +65,7 @@ def _save_sharded(path: Path, rank: int) -> None:
     tree["state_dict"]["weight"] = distribute_tensor(tree["state_dict"]["weight"], mesh, [Shard(0)])
     moments = tree["optimizer"]["state"]["weight"]
     moments["exp_avg"] = distribute_tensor(moments["exp_avg"], mesh, [Shard(1)])
-    save_checkpoint(tree, path, Team.of())
+    save_checkpoint(tree, path, RankGroup.of())
     torch_dist.destroy_process_group()
     path.with_name("store").unlink(missing_ok=True)
 

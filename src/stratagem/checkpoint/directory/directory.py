@@ -39,7 +39,7 @@ from stratagem.checkpoint.directory.verify import verify_checkpoint
 from stratagem.checkpoint.errors import save_error
 from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.flatten import StateTree, unflatten_tree
-from stratagem.distributed import ALONE, Team
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointDamagedError, CheckpointError, StratagemError
 from stratagem.storage import atomic_directory, closing_descriptor, operations, write_fully
 
@@ -54,13 +54,13 @@ class DirectoryFormat:
         self,
         tree: StateTree,
         path: Path,
-        team: Team = ALONE,
+        rank_group: RankGroup = SINGLE_PROCESS,
         *,
         write_extra_files: Callable[[Path], None] | None = None,
     ) -> None:
         """Write ``tree`` to a temporary directory and publish it as ``path`` by one rename.
 
-        Collective over ``team``: each rank passes its own tree and writes the boxes of sharded tensors that it holds; the
+        Collective over ``rank_group``: each rank passes its own tree and writes the boxes of sharded tensors that it holds; the
         first rank writes everything else. ``write_extra_files`` is called on every rank with the temporary directory, to
         add files in another format.
 
@@ -68,21 +68,21 @@ class DirectoryFormat:
             CheckpointError: on every rank, if a value cannot be stored, the file system reports an error, or ``path`` is a
                 directory with other content. ``path`` is unchanged then.
         """
-        write_snapshot(take_snapshot(tree, team), path, team, write_extra_files=write_extra_files)
+        write_snapshot(take_snapshot(tree, rank_group), path, rank_group, write_extra_files=write_extra_files)
 
-    def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
-        """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``team``.
+    def stage(self, tree: StateTree, rank_group: RankGroup = SINGLE_PROCESS) -> StagedState:
+        """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``rank_group``.
 
         Raises:
             CheckpointError: if a value cannot be stored.
         """
-        snapshot = take_snapshot(tree, team)
+        snapshot = take_snapshot(tree, rank_group)
         # Do not capture the tensors, which would otherwise stay in memory together with their copies.
         plan, skeletons = snapshot.plan, snapshot.skeletons
         places = list(snapshot.local_boxes)
 
-        def write(tensors: Sequence[Tensor], path: Path, team: Team) -> None:
-            write_snapshot(Snapshot(plan, skeletons, dict(zip(places, tensors, strict=True))), path, team)
+        def write(tensors: Sequence[Tensor], path: Path, rank_group: RankGroup) -> None:
+            write_snapshot(Snapshot(plan, skeletons, dict(zip(places, tensors, strict=True))), path, rank_group)
 
         return StagedState(list(snapshot.local_boxes.values()), write)
 
@@ -93,19 +93,19 @@ class DirectoryFormat:
         map_location: torch.device | str = "cpu",
         parts: Collection[str] | None = None,
         verify: bool = True,
-        team: Team = ALONE,
+        rank_group: RankGroup = SINGLE_PROCESS,
     ) -> StateTree:
         """Read the state tree, or only some of its top-level parts.
 
         CPU tensors are memory-mapped: unused ones are not read, and writing to a tensor does not change the file. The
-        ranks of ``team`` divide the verification among them. Collective over ``team``.
+        ranks of ``team`` divide the verification among them. Collective over ``rank_group``.
 
         Args:
             path: the checkpoint directory.
             map_location: the device of the tensors.
             parts: the names of the parts to read; all by default.
             verify: whether to compare every byte with its digest.
-            team: the ranks that load the same checkpoint.
+            rank_group: the ranks that load the same checkpoint.
 
         Raises:
             CheckpointNotFoundError: if the directory does not exist.
@@ -113,32 +113,36 @@ class DirectoryFormat:
             CheckpointDamagedError: if a file or tensor is missing or corrupted.
         """
         if verify:
-            verify_checkpoint(path, team)
-        return team.own(lambda: _read_tree(path, map_location, parts))
+            verify_checkpoint(path, rank_group)
+        return rank_group.run_checked(lambda: _read_tree(path, map_location, parts))
 
-    def verify(self, path: Path, team: Team = ALONE) -> int:
+    def verify(self, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int:
         """Compare every byte with its digest; see :func:`~stratagem.checkpoint.directory.verify.verify_checkpoint`."""
-        return verify_checkpoint(path, team)
+        return verify_checkpoint(path, rank_group)
 
 
 def write_snapshot(
-    snapshot: Snapshot, path: Path, team: Team = ALONE, *, write_extra_files: Callable[[Path], None] | None = None
+    snapshot: Snapshot,
+    path: Path,
+    rank_group: RankGroup = SINGLE_PROCESS,
+    *,
+    write_extra_files: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a snapshot to a temporary directory, sync it, and publish it by one rename. Collective over ``team``.
+    """Write a snapshot to a temporary directory, sync it, and publish it by one rename. Collective over ``rank_group``.
 
     Raises:
         CheckpointError: on every rank, if the file system reports an error on any of them; ``path`` is unchanged then.
     """
-    team.first(lambda: _check_target(snapshot, path))
+    rank_group.run_on_rank0(lambda: _check_target(snapshot, path))
     try:
         with ExitStack() as stack:
-            folder = team.first(lambda: _create_files(stack, snapshot, path))
-            written = team.each(lambda: _write_local_boxes(folder, snapshot, team))
+            folder = rank_group.run_on_rank0(lambda: _create_files(stack, snapshot, path))
+            written = rank_group.run_all(lambda: _write_local_boxes(folder, snapshot, rank_group))
             if write_extra_files is not None:
-                team.each(lambda: write_extra_files(folder))
-            team.first(lambda: _write_manifest(folder, snapshot, written))
+                rank_group.run_all(lambda: write_extra_files(folder))
+            rank_group.run_on_rank0(lambda: _write_manifest(folder, snapshot, written))
             # Sync the directory, rename it and sync the parent.
-            team.first(stack.close)
+            rank_group.run_on_rank0(stack.close)
     except CheckpointError:
         raise
     except (OSError, ValueError, StratagemError) as error:
@@ -181,7 +185,7 @@ def _create_files(stack: ExitStack, snapshot: Snapshot, path: Path) -> Path:
     return folder
 
 
-def _write_local_boxes(folder: Path, snapshot: Snapshot, team: Team) -> dict[str, list[WrittenBox]]:
+def _write_local_boxes(folder: Path, snapshot: Snapshot, rank_group: RankGroup) -> dict[str, list[WrittenBox]]:
     """Write this rank's boxes; return them by part."""
     written = {}
     for part, layout in snapshot.plan.layouts.items():
@@ -191,10 +195,10 @@ def _write_local_boxes(folder: Path, snapshot: Snapshot, team: Team) -> dict[str
         try:
             written[part] = write_boxes(folder / file_of(part), layout, boxes)
         except FileNotFoundError as error:
-            if team.leads:
+            if rank_group.is_rank0:
                 raise
             raise CheckpointError(
-                f"{folder.parent}: rank {team.rank} cannot see the files that the first rank has just created. Sharded "
+                f"{folder.parent}: rank {rank_group.rank} cannot see the files that the first rank has just created. Sharded "
                 "models must be saved to a folder that all ranks share; choose such a work_dir."
             ) from error
     return written

@@ -14,9 +14,9 @@ from stratagem.checkpoint.directory.write_plan import WritePlan, make_write_plan
 from stratagem.checkpoint.tree.boxes import TensorBox
 from stratagem.checkpoint.tree.flatten import StateTree, StoredTensor, flatten_state
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.errors import CheckpointError
-from stratagem.tensors.dtensor import local_part
+from stratagem.tensors.dtensor import to_local
 
 __all__ = ["Snapshot", "file_of", "take_snapshot"]
 
@@ -45,20 +45,20 @@ class Snapshot:
                 yield name, box, content
 
 
-def take_snapshot(tree: StateTree, team: Team) -> Snapshot:
+def take_snapshot(tree: StateTree, rank_group: RankGroup) -> Snapshot:
     """Flatten a state tree without copying tensors. Collective: the trees of all ranks must have the same structure.
 
     Raises:
         CheckpointError: if a value cannot be stored; names its path.
     """
-    split = team.own(lambda: _flatten_parts(tree))
+    split = rank_group.run_checked(lambda: _flatten_parts(tree))
     tensors = {name: own for name, (own, _) in split.items()}
-    plan = make_write_plan(tensors, team)
+    plan = make_write_plan(tensors, rank_group)
     local_boxes = {}
     for part, by_name in plan.assignments.items():
         for name, assignments in by_name.items():
             for assignment in assignments:
-                if assignment.rank == team.rank:
+                if assignment.rank == rank_group.rank:
                     local_boxes[part, name, assignment.box] = _box_values(tensors[part][name], assignment.box)
     return Snapshot(plan, {name: skeleton for name, (_, skeleton) in split.items()}, local_boxes)
 
@@ -66,7 +66,7 @@ def take_snapshot(tree: StateTree, team: Team) -> Snapshot:
 def _box_values(tensor: StoredTensor, box: TensorBox) -> Tensor:
     if isinstance(tensor, ShardedTensorState):
         return tensor.shards[box] if box.numel else torch.empty(box.shape, dtype=tensor.dtype)
-    return local_part(tensor)
+    return to_local(tensor)
 
 
 def file_of(part: str) -> str:

@@ -12,26 +12,26 @@ from stratagem.checkpoint.directory.integrity import digest_of
 from stratagem.checkpoint.directory.manifest import MANIFEST, MAX_JSON_BYTES, STATE, read_manifest, written_boxes
 from stratagem.checkpoint.directory.snapshot import file_of
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
-from stratagem.distributed import ALONE, Team
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointDamagedError
 
 __all__ = ["verify_checkpoint"]
 
 
-def verify_checkpoint(path: Path, team: Team = ALONE) -> int:
+def verify_checkpoint(path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int:
     """Compare every byte of a checkpoint with the digests in its manifest; return the number of bytes.
 
-    Collective over ``team``: each rank reads a share of the tensors, and all ranks return or raise together.
+    Collective over ``rank_group``: each rank reads a share of the tensors, and all ranks return or raise together.
 
     Raises:
         CheckpointNotFoundError: if the directory does not exist.
         CheckpointError: if the directory is not a Stratagem checkpoint.
         CheckpointDamagedError: if a file is missing, truncated or modified; names the file and the tensor.
     """
-    return team.each(lambda: _verify_share(path, team))[0]
+    return rank_group.run_all(lambda: _verify_share(path, rank_group))[0]
 
 
-def _verify_share(path: Path, team: Team) -> int:
+def _verify_share(path: Path, rank_group: RankGroup) -> int:
     manifest = read_manifest(path)
     for name, entry in manifest["files"].items():
         _check_size(path / name, entry["bytes"])
@@ -41,8 +41,8 @@ def _verify_share(path: Path, team: Team) -> int:
         layout, boxes = _read_layout(file, manifest, described)
         # Largest first, so that all ranks read about the same number of bytes.
         boxes.sort(key=lambda written_box: (-written_box.box.numel, written_box.name, written_box.box))
-        verify_boxes(file, layout, boxes[team.rank :: team.size])
-    extra_bytes = verify_extra_files(path, manifest.get("beside", {}), slice(team.rank, None, team.size))
+        verify_boxes(file, layout, boxes[rank_group.rank :: rank_group.size])
+    extra_bytes = verify_extra_files(path, manifest.get("beside", {}), slice(rank_group.rank, None, rank_group.size))
     known_bytes: int = sum(entry["bytes"] for entry in manifest["files"].values())
     return extra_bytes + known_bytes
 

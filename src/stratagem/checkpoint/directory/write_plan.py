@@ -12,7 +12,7 @@ from stratagem.checkpoint.directory.tensor_layout import DTYPES, FileLayout, Ten
 from stratagem.checkpoint.tree.boxes import TensorBox, box_of, boxes_cover
 from stratagem.checkpoint.tree.flatten import StoredTensor
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
-from stratagem.distributed.rank_group import Team
+from stratagem.distributed.rank_group import RankGroup
 from stratagem.errors import CheckpointError
 from stratagem.tensors.dtensor import is_sharded
 
@@ -50,7 +50,7 @@ class WritePlan:
         return sum(layout.size for layout in self.layouts.values())
 
 
-def make_write_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> WritePlan:
+def make_write_plan(parts: Mapping[str, Mapping[str, StoredTensor]], rank_group: RankGroup) -> WritePlan:
     """Plan the files for the tensors of all ranks, given by part and name. Collective.
 
     Each rank writes the boxes of sharded tensors that it holds; if several ranks hold the same box, as replicas do, the
@@ -59,7 +59,7 @@ def make_write_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team)
     Raises:
         CheckpointError: if a tensor cannot be stored, or the boxes of all ranks do not cover it.
     """
-    descriptions = team.each(lambda: _describe_tensors(parts, team))
+    descriptions = rank_group.run_all(lambda: _describe_tensors(parts, rank_group))
     first = descriptions[0]
     assignments: dict[str, dict[str, tuple[BoxAssignment, ...]]] = {}
     for part, tensors in first.items():
@@ -77,13 +77,13 @@ def make_write_plan(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team)
     return WritePlan(layouts, assignments)
 
 
-def _describe_tensors(parts: Mapping[str, Mapping[str, StoredTensor]], team: Team) -> _Descriptions:
+def _describe_tensors(parts: Mapping[str, Mapping[str, StoredTensor]], rank_group: RankGroup) -> _Descriptions:
     """Describe this rank's tensors; unsharded tensors are described by the first rank only."""
     return {
         part: {
             name: (_spec(tensor, f"{part}/{name}"), _local_boxes(tensor, f"{part}/{name}"))
             for name, tensor in tensors.items()
-            if team.leads or isinstance(tensor, ShardedTensorState) or is_sharded(tensor)
+            if rank_group.is_rank0 or isinstance(tensor, ShardedTensorState) or is_sharded(tensor)
         }
         for part, tensors in parts.items()
     }

@@ -12,7 +12,7 @@ from stratagem.checkpoint.directory.directory import DirectoryFormat
 from stratagem.checkpoint.formats.single_file import SingleFileFormat
 from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.flatten import StateTree
-from stratagem.distributed import ALONE, Team
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 
 __all__ = ["SINGLE_FILES", "CheckpointFormat", "format_for"]
 
@@ -22,11 +22,11 @@ SINGLE_FILES = {".pth", ".pt", ".ckpt", ".bin"}
 class CheckpointFormat(Protocol):
     """A file format for state trees."""
 
-    def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
-        """Write ``tree`` so that ``path`` holds either all of it or its previous content. Collective over ``team``."""
+    def save(self, tree: StateTree, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> None:
+        """Write ``tree`` so that ``path`` holds either all of it or its previous content. Collective over ``rank_group``."""
 
-    def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
-        """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``team``."""
+    def stage(self, tree: StateTree, rank_group: RankGroup = SINGLE_PROCESS) -> StagedState:
+        """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``rank_group``."""
 
     def load(
         self,
@@ -35,12 +35,12 @@ class CheckpointFormat(Protocol):
         map_location: torch.device | str = "cpu",
         parts: Collection[str] | None = None,
         verify: bool = True,
-        team: Team = ALONE,
+        rank_group: RankGroup = SINGLE_PROCESS,
     ) -> StateTree:
-        """Read the tree, or only some of its top-level parts, with tensors on ``map_location``. Collective over ``team``."""
+        """Read the tree, or some of its top-level parts, onto ``map_location``. Collective over ``rank_group``."""
 
-    def verify(self, path: Path, team: Team = ALONE) -> int:
-        """Compare all data with its digests or checksums; return the number of bytes. Collective over ``team``."""
+    def verify(self, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int:
+        """Compare all data with its digests or checksums; return the number of bytes. Collective over ``rank_group``."""
 
 
 def format_for(path: Path) -> CheckpointFormat:

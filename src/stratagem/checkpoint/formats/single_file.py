@@ -18,7 +18,7 @@ from stratagem.checkpoint.foreign import open_torch_file, read_parts, verify_tor
 from stratagem.checkpoint.staging import StagedState
 from stratagem.checkpoint.tree.flatten import StateTree, flatten_state, unflatten_tree
 from stratagem.checkpoint.tree.gather import gather_tensor
-from stratagem.distributed import ALONE, Team
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.storage import atomic_file, closing_descriptor, operations, write_fully
 
 __all__ = ["SingleFileFormat", "read_meta"]
@@ -28,33 +28,35 @@ __all__ = ["SingleFileFormat", "read_meta"]
 class SingleFileFormat:
     """Write and read ``.pth`` files."""
 
-    def save(self, tree: StateTree, path: Path, team: Team = ALONE) -> None:
+    def save(self, tree: StateTree, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> None:
         """Write ``tree`` to a temporary file and publish it as ``path`` by one rename.
 
-        Collective over ``team``: sharded tensors are gathered on the first rank, one at a time.
+        Collective over ``rank_group``: sharded tensors are gathered on the first rank, one at a time.
 
         Raises:
             CheckpointError: if a value cannot be stored, or the file system reports an error; ``path`` is unchanged then.
         """
-        staged = self.stage(tree, team)
-        staged.write(staged.tensors, path, team)
+        staged = self.stage(tree, rank_group)
+        staged.write(staged.tensors, path, rank_group)
 
-    def stage(self, tree: StateTree, team: Team = ALONE) -> StagedState:
-        """Flatten ``tree`` to write it later; only sharded tensors are copied. Collective over ``team``.
+    def stage(self, tree: StateTree, rank_group: RankGroup = SINGLE_PROCESS) -> StagedState:
+        """Flatten ``tree`` to write it later; only sharded tensors are copied. Collective over ``rank_group``.
 
         Raises:
             CheckpointError: if a value cannot be stored.
         """
         # Flattening rejects every value that could not be loaded with weights_only=True.
-        tensors, skeleton = team.own(lambda: flatten_state(tree))
+        tensors, skeleton = rank_group.run_checked(lambda: flatten_state(tree))
         names = list(tensors)
-        gathered = [gather_tensor(tensor, team) for tensor in tensors.values()]
+        gathered = [gather_tensor(tensor, rank_group) for tensor in tensors.values()]
 
-        def write(tensors: Sequence[Tensor], path: Path, team: Team) -> None:
+        def write(tensors: Sequence[Tensor], path: Path, rank_group: RankGroup) -> None:
             on_cpu = (content.to("cpu") for content in tensors)
-            team.first(lambda: _write(unflatten_tree(dict(zip(names, on_cpu, strict=True)), skeleton), path))
+            rank_group.run_on_rank0(
+                lambda: _write(unflatten_tree(dict(zip(names, on_cpu, strict=True)), skeleton), path)
+            )
 
-        return StagedState(gathered if team.leads else [], write)
+        return StagedState(gathered if rank_group.is_rank0 else [], write)
 
     def load(
         self,
@@ -63,29 +65,29 @@ class SingleFileFormat:
         map_location: torch.device | str = "cpu",
         parts: Collection[str] | None = None,
         verify: bool = True,
-        team: Team = ALONE,
+        rank_group: RankGroup = SINGLE_PROCESS,
     ) -> StateTree:
         """Read the tree, or only some of its top-level parts.
 
         A plain state dict is returned as ``{"state_dict": ...}``. The model state and the parts named in ``parts`` must
         consist of tensors and plain values; other entries that contain objects are skipped and logged. Checksums are
-        always compared while reading, regardless of ``verify``, because it costs no extra reads. Collective over ``team``.
+        always compared while reading, regardless of ``verify``, because it costs no extra reads. Collective over ``rank_group``.
 
         Raises:
             CheckpointNotFoundError: if the file does not exist.
             CheckpointError: if a required part contains objects that need code to create them, or nothing can be read.
             CheckpointDamagedError: if the file is unreadable.
         """
-        return team.own(lambda: _read(path, map_location, parts))
+        return rank_group.run_checked(lambda: _read(path, map_location, parts))
 
-    def verify(self, path: Path, team: Team = ALONE) -> int:
-        """Compare the file with its 32-bit checksums; return its size in bytes. Collective over ``team``.
+    def verify(self, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int:
+        """Compare the file with its 32-bit checksums; return its size in bytes. Collective over ``rank_group``.
 
         Raises:
             CheckpointNotFoundError: if the file does not exist.
             CheckpointDamagedError: if the file is corrupted.
         """
-        return team.first(lambda: verify_torch_file(path))
+        return rank_group.run_on_rank0(lambda: verify_torch_file(path))
 
 
 def read_meta(path: Path) -> tuple[Mapping[str, Any], frozenset[str]]:

@@ -18,7 +18,7 @@ from typing import Any, final
 from stratagem.checkpoint.catalog.inspection import inspect_checkpoint
 from stratagem.checkpoint.catalog.order import SAVE_ORDER, SaveOrder, oldest_first
 from stratagem.checkpoint.remote.download import download_limit_bytes
-from stratagem.distributed import ALONE, Team
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, StratagemError
 from stratagem.storage import RemoteFolder, atomic_file, fetch_published, list_published, publish
 from stratagem.utils import mask_text
@@ -28,24 +28,24 @@ __all__ = ["fetch_remote", "find_latest_remote", "remote_save_orders", "save_rem
 _CHUNK_BYTES = 4 << 20
 
 
-def save_remote(url: str, write: Callable[[Path], None], team: Team = ALONE) -> None:
+def save_remote(url: str, write: Callable[[Path], None], rank_group: RankGroup = SINGLE_PROCESS) -> None:
     """Call ``write`` with a local path, and publish the checkpoint that it writes at ``url``.
 
-    Collective over ``team``: ``write`` is called on every rank with the same path, in a temporary folder of the first
+    Collective over ``rank_group``: ``write`` is called on every rank with the same path, in a temporary folder of the first
     rank, which then uploads the checkpoint. ``STRATAGEM_STAGING`` selects where the temporary folder is created.
 
     Raises:
         CheckpointError: if the ranks do not share the folder, or the upload fails; what was published before stays
             available.
     """
-    folder = team.first(_make_staging)
+    folder = rank_group.run_on_rank0(_make_staging)
     local = folder / url.rstrip("/").rpartition("/")[2]
     try:
-        team.own(lambda: _check_shared(folder))
+        rank_group.run_checked(lambda: _check_shared(folder))
         write(local)
-        team.first(lambda: _upload(local, url))
+        rank_group.run_on_rank0(lambda: _upload(local, url))
     finally:
-        if team.leads:
+        if rank_group.is_rank0:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -26,7 +26,7 @@ from stratagem.checkpoint.remote.checkpoint_urls import fetch_remote
 from stratagem.checkpoint.remote.download import fetch_http
 from stratagem.checkpoint.remote.hubs import fetch_hugging_face, fetch_open_mmlab, fetch_timm, fetch_torchvision
 from stratagem.checkpoint.tree.flatten import StateTree
-from stratagem.distributed import ALONE, Team
+from stratagem.distributed import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError, CheckpointNotFoundError, ConfigValueError
 from stratagem.storage import is_remote_scheme
 from stratagem.utils import absolute, did_you_mean, is_url, mask_text
@@ -92,10 +92,14 @@ class CheckpointLoader:
 
     @classmethod
     def load_checkpoint(
-        cls, filename: str | os.PathLike[str], map_location: torch.device | str = "cpu", *, team: Team = ALONE
+        cls,
+        filename: str | os.PathLike[str],
+        map_location: torch.device | str = "cpu",
+        *,
+        rank_group: RankGroup = SINGLE_PROCESS,
     ) -> StateTree:
-        """Load a checkpoint from a path or URL, without executing code from it. Collective over ``team``."""
-        return read_any(team.own(lambda: cls.fetch(filename)), map_location, team=team)
+        """Load a checkpoint from a path or URL, without executing code from it. Collective over ``rank_group``."""
+        return read_any(rank_group.run_checked(lambda: cls.fetch(filename)), map_location, rank_group=rank_group)
 
 
 def read_any(
@@ -103,27 +107,29 @@ def read_any(
     map_location: torch.device | str = "cpu",
     *,
     parts: Collection[str] | None = None,
-    team: Team = ALONE,
+    rank_group: RankGroup = SINGLE_PROCESS,
 ) -> StateTree:
-    """Load a local checkpoint in any supported format, without executing code from it. Collective over ``team``.
+    """Load a local checkpoint in any supported format, without executing code from it. Collective over ``rank_group``.
 
     Raises:
         CheckpointError: (or a subclass) if it cannot be read.
     """
     has_manifest = (path / MANIFEST).is_file()
     if is_dcp_directory(path):
-        return team.own(lambda: _read_dcp(path, map_location, parts))
+        return rank_group.run_checked(lambda: _read_dcp(path, map_location, parts))
     if not has_manifest and is_deepspeed_folder(path):
-        return team.own(lambda: _to_device(read_deepspeed_folder(path, parts=parts), map_location))
+        return rank_group.run_checked(lambda: _to_device(read_deepspeed_folder(path, parts=parts), map_location))
     if not has_manifest and HuggingFaceFormat.reads(path):
-        return team.own(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
+        return rank_group.run_checked(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
     if not ColossalAIFolder.reads(path):
-        return format_for(path).load(path, map_location=map_location, parts=parts, team=team)
+        return format_for(path).load(path, map_location=map_location, parts=parts, rank_group=rank_group)
     wanted_parts = None if parts is None else {*parts, ENGINE_PART}
     stratagem_parts = (
-        format_for(path).load(path, map_location=map_location, parts=wanted_parts, team=team) if has_manifest else None
+        format_for(path).load(path, map_location=map_location, parts=wanted_parts, rank_group=rank_group)
+        if has_manifest
+        else None
     )
-    return team.own(
+    return rank_group.run_checked(
         lambda: ColossalAIFolder().load(path, map_location=map_location, parts=parts, stratagem_parts=stratagem_parts)
     )
 

@@ -14,7 +14,7 @@ from stratagem.checkpoint.tree.key_prefix_hint import suggest_prefix
 from stratagem.checkpoint.tree.names import matches_any, possible_names, revise, unwrapped_name
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointMismatchError
-from stratagem.tensors.dtensor import placed_like
+from stratagem.tensors.dtensor import shard_like
 
 __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "match_state", "load_state_dict", "weights_to_cpu"]
 
@@ -261,7 +261,7 @@ def _has_other_shape(value: Any, own: Any) -> bool:
 
 def _as_placed(value: Any, own: Any) -> Any:
     """Return a tensor placed like the model's; for a sharded one, only this rank's part is read."""
-    return placed_like(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
+    return shard_like(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 
 def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:

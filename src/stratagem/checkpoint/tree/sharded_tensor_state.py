@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stratagem.checkpoint.tree.boxes import TensorBox, boxes_of_range
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.errors import CheckpointError, CheckpointMismatchError
 
 __all__ = ["ShardedTensorState", "take_box", "take_range"]
@@ -19,7 +19,7 @@ __all__ = ["ShardedTensorState", "take_box", "take_range"]
 class ShardedTensorState:
     """The boxes of a tensor that this rank holds, as a leaf in a state tree.
 
-    Every rank of the team that saves passes a ``ShardedTensorState`` with the same dtype and shape. The boxes of all
+    Every rank of the group that saves passes a ``ShardedTensorState`` with the same dtype and shape. The boxes of all
     ranks together cover the tensor. If several ranks hold the same box, the lowest rank writes it.
 
     Args:
@@ -60,7 +60,7 @@ class ShardedTensorState:
 
     def full_tensor(self) -> Tensor:
         """Return the global tensor on the CPU, on every rank of the run. Collective."""
-        return self.assemble([each.shards for each in Team.of().gather(self.to_cpu())])
+        return self.assemble([each.shards for each in RankGroup.of().gather(self.to_cpu())])
 
     def assemble(self, shards_of_ranks: Sequence[Mapping[TensorBox, Tensor]]) -> Tensor:
         """Return the global tensor, given the shards of each rank.

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
-__all__ = ["Peer"]
+__all__ = ["ProcessIdentity"]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Peer:
+class ProcessIdentity:
     """The process of a rank. ``place`` tells where its number means that process; ``started`` tells it from a later one."""
 
     pid: int
-    place: str
-    started: str
+    pid_namespace: str
+    start_time: str
 
     @classmethod
     def here(cls) -> Self:
@@ -33,17 +33,17 @@ class Peer:
     @classmethod
     def of(cls, pid: int) -> Self:
         """Return the process of a number on this machine."""
-        return cls(pid, _place(), _stat_of(pid)[1])
+        return cls(pid, _pid_namespace(), _stat_of(pid)[1])
 
     def has_ended(self) -> bool:
         """Tell whether the process has ended for sure: False for one on another machine, or in another container."""
-        if self.place != _place():
+        if self.pid_namespace != _pid_namespace():
             return False
-        state, started = _stat_of(self.pid)
-        return started != self.started or state in "ZX"
+        state, start_time = _stat_of(self.pid)
+        return start_time != self.start_time or state in "ZX"
 
 
-def _place() -> str:
+def _pid_namespace() -> str:
     """Name the space of process numbers that this process lives in."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())

@@ -17,10 +17,10 @@ import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from stratagem.distributed.collectives import get_dist_info
-from stratagem.distributed.health.process_identity import Peer
+from stratagem.distributed.health.process_identity import ProcessIdentity
 from stratagem.distributed.objects import all_gather_object
 
-__all__ = ["Failure", "RankWatch"]
+__all__ = ["Failure", "RankMonitor"]
 
 _POLL_S = 0.5
 # More ranks ask the store less often: it answers some ten thousand questions a second.
@@ -57,7 +57,7 @@ class Failure:
 
 
 @final
-class RankWatch:
+class RankMonitor:
     """Tells the other ranks of this one's failure, and this one of theirs.
 
     Making it is collective: every rank makes as many. A thread asks the group's store twice a second for what another
@@ -72,12 +72,12 @@ class RankWatch:
 
     def __init__(self, iteration: Callable[[], int], on_failure: Callable[[Failure], None]) -> None:
         self.rank, self.size = get_dist_info()
-        number, RankWatch._made = RankWatch._made, RankWatch._made + 1
+        number, RankMonitor._made = RankMonitor._made, RankMonitor._made + 1
         # With a connection of its own: on the group's a wait for another rank would hold it up.
         own: Store = cast("Any", _get_default_store()).clone()
         own.set_timeout(_STORE_TIMEOUT)
         self._store = PrefixStore(f"watch/{number}", own)
-        self._peers: Mapping[int, Peer] = dict(enumerate(all_gather_object(Peer.here())))
+        self._peers: Mapping[int, ProcessIdentity] = dict(enumerate(all_gather_object(ProcessIdentity.here())))
         self._iteration = iteration
         self._on_failure = on_failure
         # torchrun's agent outlives its ranks, unless it is killed; other starters may end before.
@@ -131,7 +131,7 @@ class RankWatch:
         except (RuntimeError, torch_dist.DistError):
             return
 
-    def signs_of_life(self) -> list[str]:
+    def heartbeats(self) -> list[str]:
         """Return a line for each rank: where it stood, and how long ago that was told."""
         lines = []
         for rank in range(self.size):

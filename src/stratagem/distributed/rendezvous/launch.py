@@ -16,7 +16,7 @@ from stratagem.distributed.rendezvous.interfaces import is_loopback
 from stratagem.errors import LaunchError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["LAUNCHERS", "RAY_JOB_VARIABLE", "Launch", "describe_stray", "infer_launcher", "read_launch"]
+__all__ = ["LAUNCHERS", "RAY_JOB_VARIABLE", "Launch", "describe_incomplete_launch_env", "infer_launcher", "read_launch"]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi", "ray")
 # Set by `stratagem train --launcher ray`, with torchrun's variables; Ray itself sets nothing for ranks.
@@ -92,7 +92,7 @@ def read_launch(launcher: str, environ: Mapping[str, str] = os.environ) -> Launc
     return launch
 
 
-def describe_stray(environ: Mapping[str, str] = os.environ) -> str | None:
+def describe_incomplete_launch_env(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return a sentence about variables that look like a launch of several processes but are not a whole one.
 
     Each of several processes that were started so would train alone, into the same folder.

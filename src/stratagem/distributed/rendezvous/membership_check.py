@@ -11,15 +11,15 @@ from torch.distributed.distributed_c10d import Store
 from stratagem.distributed.rendezvous.launch import Launch
 from stratagem.errors import LaunchError
 
-__all__ = ["call_roll"]
+__all__ = ["check_membership"]
 
 _PAUSE_S = 0.02
 # How long rank 0, which serves the store, stays for the others to read why it ends.
-_FAREWELL_S = 5.0
+_LINGER_S = 5.0
 _NAMED = 8
 
 
-def call_roll(store: Store, launch: Launch, limit: timedelta) -> None:
+def check_membership(store: Store, launch: Launch, limit: timedelta) -> None:
     """Let no rank go on where they were started as worlds of different sizes, or two of them as the same rank.
 
     Collective. Rank 0 looks at the others in their order, so a difference is found as soon as that rank has come.
@@ -65,7 +65,7 @@ def _judge(store: Store, launch: Launch, limit_s: float) -> str:
 def _await_verdict(store: Store, limit: timedelta) -> str:
     try:
         # Rank 0 began to wait later than this one, if it came later.
-        store.wait(["verdict"], limit + timedelta(seconds=_FAREWELL_S))
+        store.wait(["verdict"], limit + timedelta(seconds=_LINGER_S))
     except DistError as error:
         raise LaunchError(
             f"rank 0 did not come within {limit.total_seconds():g} s, or ended before all were there: look at its output. "
@@ -93,7 +93,7 @@ def _absent(store: Store, launch: Launch, limit_s: float) -> str:
 
 
 def _wait_for_readers(store: Store, launch: Launch) -> None:
-    deadline = time.monotonic() + _FAREWELL_S
+    deadline = time.monotonic() + _LINGER_S
     others = range(1, launch.size)
     while time.monotonic() < deadline:
         came = sum(store.check([f"size/{rank}"]) for rank in others)

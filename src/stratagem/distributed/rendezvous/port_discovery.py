@@ -15,7 +15,7 @@ from typing import final
 
 from stratagem.errors import LaunchError
 
-__all__ = ["Signpost", "follow_signpost", "job_ports"]
+__all__ = ["PortAnnouncer", "discover_port", "job_ports"]
 
 # Neither privileged nor among those that systems hand out (Linux: from 32,768 on).
 _FIRST_PORT, _PORTS = 20_000, 12_000
@@ -31,7 +31,7 @@ def job_ports(job: str) -> tuple[int, ...]:
 
 
 @final
-class Signpost:
+class PortAnnouncer:
     """Answers on one of the job's ports, in a thread, until it is closed.
 
     Raises:
@@ -74,7 +74,7 @@ class Signpost:
                     continue
 
 
-def follow_signpost(job: str, address: str, timeout_s: float) -> int:
+def discover_port(job: str, address: str, timeout_s: float) -> int:
     """Return the port of the store of ``job`` on rank 0's host, waiting until rank 0 is there.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as torch_dist
 
 from stratagem.distributed.rendezvous.launch import Launch, infer_launcher, read_launch
-from stratagem.distributed.rendezvous.rendezvous import choose_interface, meet
+from stratagem.distributed.rendezvous.rendezvous import choose_network_interface, rendezvous
 from stratagem.distributed.world import pick_device
 from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
 from stratagem.utils.names import did_you_mean, refuse_unknown
@@ -66,8 +66,8 @@ def init_dist(
         if init_method is not None:
             where["init_method"] = init_method
         else:
-            choose_interface(launch)
-            where["store"] = meet(launch, limit)
+            choose_network_interface(launch)
+            where["store"] = rendezvous(launch, limit)
         torch_dist.init_process_group(backend or _default_backend(device), timeout=limit, **where, **kwargs)
     except (torch_dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise LaunchError(

@@ -15,11 +15,11 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stratagem.distributed.rendezvous.interfaces import address_towards, interface_of, is_loopback, is_own, resolve
 from stratagem.distributed.rendezvous.launch import Launch
-from stratagem.distributed.rendezvous.membership_check import call_roll
-from stratagem.distributed.rendezvous.port_discovery import Signpost, follow_signpost
+from stratagem.distributed.rendezvous.membership_check import check_membership
+from stratagem.distributed.rendezvous.port_discovery import PortAnnouncer, discover_port
 from stratagem.errors import LaunchError
 
-__all__ = ["choose_interface", "meet"]
+__all__ = ["choose_network_interface", "rendezvous"]
 
 # Ranks make their groups in the same order, so the number tells the groups of one process apart. The store lives as long
 # as the process: a rank that comes later must not reach the one of a group that has ended.
@@ -27,7 +27,7 @@ _groups = itertools.count()
 _stores: dict[Launch, Store] = {}
 
 
-def choose_interface(launch: Launch) -> None:
+def choose_network_interface(launch: Launch) -> None:
     """Have gloo's pairs listen on loopback, or on the one interface that leads to rank 0; a user's choice goes before."""
     if launch.on_one_host:
         names = [name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}]
@@ -40,7 +40,7 @@ def choose_interface(launch: Launch) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def meet(launch: Launch, limit: timedelta) -> Store:
+def rendezvous(launch: Launch, limit: timedelta) -> Store:
     """Return the store through which the ranks find each other, once all of them are there. Collective.
 
     Raises:
@@ -53,7 +53,7 @@ def meet(launch: Launch, limit: timedelta) -> Store:
         store.set_timeout(limit)
         # Neither a restarted process nor a second group of this one may read what an earlier group left in the store.
         own = PrefixStore(f"stratagem/{_start(launch)}/{next(_groups)}", store)
-        call_roll(PrefixStore("roll", own), launch, limit)
+        check_membership(PrefixStore("roll", own), launch, limit)
     return own
 
 
@@ -85,11 +85,11 @@ def _connect(launch: Launch, limit: timedelta, until_met: ExitStack) -> Store:
             master_listen_fd=listener.detach(),
         )
         if launch.master_port is None:
-            until_met.callback(Signpost(launch.job, address, own_port).close)
+            until_met.callback(PortAnnouncer(launch.job, address, own_port).close)
         return store
     port = launch.master_port
     if port is None:
-        port = follow_signpost(launch.job, address, limit.total_seconds())
+        port = discover_port(launch.job, address, limit.total_seconds())
     return TCPStore(address, port, is_master=False, timeout=limit, wait_for_workers=False)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stratagem.checkpoint import DirectoryFormat, StateTree, write_to
 from stratagem.checkpoint.foreign import ENGINE_ORDER, ENGINE_PART, TIED
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.engines.colossalai.import_stubs import import_stubs
 from stratagem.engines.colossalai.placement import ColossalAIPlacement
 from stratagem.errors import CheckpointError
@@ -31,7 +31,7 @@ class ColossalAIFormatWriter:
     def __init__(self, placement: ColossalAIPlacement) -> None:
         self._placement = placement
 
-    def __call__(self, checkpoint: StateTree, filename: str | os.PathLike[str], team: Team) -> None:
+    def __call__(self, checkpoint: StateTree, filename: str | os.PathLike[str], rank_group: RankGroup) -> None:
         """Publish it; see :func:`~stratagem.checkpoint.save_checkpoint`. Collective.
 
         Raises:
@@ -60,7 +60,9 @@ class ColossalAIFormatWriter:
                     boosted.booster.save_optimizer(boosted.optimizer, str(folder / "optimizer"), shard=True)
 
         write_to(
-            filename, lambda path: DirectoryFormat().save(tree, path, team, write_extra_files=write_extra_files), team
+            filename,
+            lambda path: DirectoryFormat().save(tree, path, rank_group, write_extra_files=write_extra_files),
+            rank_group,
         )
 
     def _is_changed(self, state: Mapping[str, Any]) -> bool:

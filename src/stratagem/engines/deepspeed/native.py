@@ -8,7 +8,7 @@ from typing import Final, final
 
 from stratagem.checkpoint import StateTree, gather_tree
 from stratagem.checkpoint.foreign import DEEPSPEED_STATE
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper
 from stratagem.errors import CheckpointError, ConfigValueError
 from stratagem.storage import atomic_directory
@@ -34,7 +34,7 @@ class DeepSpeedFormatWriter:
         self._optim = optim
         self._exclude = exclude_frozen_parameters
 
-    def __call__(self, tree: StateTree, filename: str | os.PathLike[str], team: Team) -> None:
+    def __call__(self, tree: StateTree, filename: str | os.PathLike[str], rank_group: RankGroup) -> None:
         """Publish the folder by one rename, when every rank has written its part. Collective.
 
         Raises:
@@ -52,20 +52,20 @@ class DeepSpeedFormatWriter:
                 "checkpoint_format='deepspeed' always holds the optimizer's state. Set save_optimizer=True, or use "
                 "checkpoint_format='portable'."
             )
-        rest = gather_tree({key: value for key, value in tree.items() if key not in _ENGINES}, team)
+        rest = gather_tree({key: value for key, value in tree.items() if key not in _ENGINES}, rank_group)
         rest["optimizer"] = self._described(tree["optimizer"])
         with ExitStack() as aside:
-            folder = team.first(lambda: aside.enter_context(atomic_directory(path)))
+            folder = rank_group.run_on_rank0(lambda: aside.enter_context(atomic_directory(path)))
             aside.enter_context(self._optim.engines_groups())
-            team.own(
+            rank_group.run_checked(
                 lambda: self._optim.engine.save_checkpoint(
                     str(folder),
                     tag=_TAG,
-                    client_state={DEEPSPEED_STATE: rest} if team.leads else {},
+                    client_state={DEEPSPEED_STATE: rest} if rank_group.is_rank0 else {},
                     exclude_frozen_parameters=self._exclude,
                 )
             )
-            team.first(aside.close)
+            rank_group.run_on_rank0(aside.close)
 
     def _described(self, state: StateTree) -> StateTree:
         """Return what DeepSpeed does not tell of the optimizer's state: which parameters its numbers stand for."""

@@ -16,13 +16,13 @@ from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.groups.parameter_info import Kind, Place, walk
+from stratagem.optim.groups.parameter_info import ParameterInfo, ParameterTraits, iter_parameters
 from stratagem.optim.groups.paramwise import ParamwiseRules, parse_paramwise
 from stratagem.optim.implementation import implementation_options
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters", "without_wrapper"]
+__all__ = ["DefaultOptimWrapperConstructor", "Group", "describe_groups", "group_parameters", "unwrap_data_parallel"]
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class DefaultOptimWrapperConstructor:
         """Return the wrapper for the parameters of a model; ``freeze`` switches the gradients of some of them off."""
         optimizer = self._optimizer
         if not isinstance(optimizer, Optimizer):
-            optimizer = self._build_optimizer(without_wrapper(model))
+            optimizer = self._build_optimizer(unwrap_data_parallel(model))
         wrapper = OPTIM_WRAPPERS.build({"type": "OptimWrapper", **self._wrapper_options, "optimizer": optimizer})
         if not isinstance(wrapper, BaseOptimWrapper):
             raise ConfigTypeError(
@@ -92,8 +92,8 @@ class DefaultOptimWrapperConstructor:
         if not callable(target):
             return OPTIMIZERS.build(options)  # which says what is wrong
         signature = inspect.signature(target).parameters
-        places = self._trained(walk(model))
-        groups = group_parameters(places, self._rules, options, signature)
+        infos = self._trained(iter_parameters(model))
+        groups = group_parameters(infos, self._rules, options, signature)
         if self._has_rules and logger.isEnabledFor(logging.INFO):
             logger.info("%s\n%s", kind, describe_groups(groups))
         options |= implementation_options(
@@ -101,25 +101,25 @@ class DefaultOptimWrapperConstructor:
             options,
             [parameter for group in groups for parameter in group.parameters],
             implementation=self._implementation,
-            sparse_gradients=any(kind.has_sparse_gradient for kind in {place.kind for place in places}),
+            sparse_gradients=any(kind.has_sparse_gradient for kind in {info.kind for info in infos}),
         )
         params: Any = [{"params": group.parameters, **group.options} for group in groups]
         return OPTIMIZERS.build(options, default_args={next(iter(signature)): params})
 
-    def _trained(self, places: list[Place]) -> list[Place]:
+    def _trained(self, infos: list[ParameterInfo]) -> list[ParameterInfo]:
         """Switch off the gradients of what ``freeze`` names, and return the rest."""
         if not self._rules.freeze:
-            return places
-        frozen = {place.name for place in places if any(re.search(each, place.name) for each in self._rules.freeze)}
-        for place in places:
-            if place.name in frozen:
-                place.parameter.requires_grad = False
-        logger.info("Froze %d of %d parameters.", len(frozen), len(places))
-        return [place for place in places if place.name not in frozen]
+            return infos
+        frozen = {info.name for info in infos if any(re.search(each, info.name) for each in self._rules.freeze)}
+        for info in infos:
+            if info.name in frozen:
+                info.parameter.requires_grad = False
+        logger.info("Froze %d of %d parameters.", len(frozen), len(infos))
+        return [info for info in infos if info.name not in frozen]
 
 
 def group_parameters(
-    places: Sequence[Place],
+    infos: Sequence[ParameterInfo],
     rules: ParamwiseRules,
     options: Mapping[str, Any],
     signature: Mapping[str, inspect.Parameter],
@@ -129,7 +129,7 @@ def group_parameters(
     Parameters without gradients stay in, so that they train once they are switched on.
 
     Args:
-        places: the parameters.
+        infos: the parameters.
         rules: which options they get.
         options: the configuration of the optimizer, with the base learning rate and weight decay.
         signature: the arguments of the optimizer.
@@ -139,15 +139,15 @@ def group_parameters(
             have different options.
         ConfigKeyError: if a rule sets an option that the optimizer does not have.
     """
-    if not places:
+    if not infos:
         raise ConfigValueError("There is no parameter to train. Look at the model, and at freeze in paramwise_cfg.")
-    depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([place.name for place in places])
+    depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([info.name for info in infos])
     base = _base_values(options, signature)
     groups: dict[str, Group] = {}
     # Most parameters of a large model share what decides about them: options are worked out once for each.
-    decided: dict[tuple[str | None, Kind | None, float], Group] = {}
+    decided: dict[tuple[str | None, ParameterTraits | None, float], Group] = {}
     seen: dict[int, tuple[str, Group]] = {}
-    for name, parameter, kind in places:
+    for name, parameter, kind in infos:
         key = rules.key_for(name) if rules.custom_keys else None
         decider = (key, kind if key is None else None, depth.get(name, 1.0))
         group = decided.get(decider)
@@ -169,7 +169,7 @@ def group_parameters(
     return sorted((group for group in groups.values() if group.parameters), key=lambda group: bool(group.options))
 
 
-def without_wrapper(model: nn.Module) -> nn.Module:
+def unwrap_data_parallel(model: nn.Module) -> nn.Module:
     """Return what torch's replicating wrappers hold, or the model itself: it may have a part called ``module``."""
     if isinstance(model, DistributedDataParallel | DataParallel):
         inner: nn.Module = model.module

@@ -9,7 +9,7 @@ from torch import nn
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
-from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor, without_wrapper
+from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor, unwrap_data_parallel
 from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.utils.names import did_you_mean
 
@@ -51,7 +51,7 @@ class MultiOptimWrapperConstructor:
         Raises:
             ConfigKeyError: if the model has no part of a name.
         """
-        parts = dict(without_wrapper(model).named_modules())
+        parts = dict(unwrap_data_parallel(model).named_modules())
         wrappers: dict[str, BaseOptimWrapper] = {}
         for name, constructor in self._constructors.items():
             if name not in parts:

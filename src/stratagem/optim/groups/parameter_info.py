@@ -9,13 +9,13 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-__all__ = ["Kind", "Place", "walk"]
+__all__ = ["ParameterInfo", "ParameterTraits", "iter_parameters"]
 
 _NORMS: Final = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _DEFORMABLE: Final = frozenset({"DeformConv2d", "ModulatedDeformConv2d"})
 
 
-class Kind(NamedTuple):
+class ParameterTraits(NamedTuple):
     """What a parameter is, the same value for all that are alike.
 
     Attributes:
@@ -37,12 +37,12 @@ class Kind(NamedTuple):
     has_sparse_gradient: bool
 
 
-class Place(NamedTuple):
+class ParameterInfo(NamedTuple):
     """One parameter under one of its names."""
 
     name: str
     parameter: Parameter
-    kind: Kind
+    kind: ParameterTraits
 
 
 class _Type(NamedTuple):
@@ -54,10 +54,10 @@ class _Type(NamedTuple):
     is_deformable: bool
 
 
-def walk(model: nn.Module) -> list[Place]:
+def iter_parameters(model: nn.Module) -> list[ParameterInfo]:
     """Return every parameter under each of its names, a module's own before those of its children."""
     # A stack and not a recursion, and types looked at once: models of thousands of tensors take milliseconds.
-    places: list[Place] = []
+    infos: list[ParameterInfo] = []
     waiting: list[tuple[str, nn.Module, bool]] = [("", model, False)]
     types: dict[type[nn.Module], _Type] = {}
     while waiting:
@@ -65,25 +65,25 @@ def walk(model: nn.Module) -> list[Place]:
         kind = types.get(type(module)) or types.setdefault(type(module), _type_of(module))
         # named_parameters() and named_children() hide what is shared.
         if module._parameters:
-            places += _own_places(prefix, module, kind, in_deformable=in_deformable)
+            infos += _direct_parameters(prefix, module, kind, in_deformable=in_deformable)
         if module._modules:
             children = [(name, child) for name, child in module._modules.items() if child is not None]
             waiting += [(f"{prefix}{name}.", child, kind.is_deformable) for name, child in reversed(children)]
-    return places
+    return infos
 
 
-def _own_places(prefix: str, module: nn.Module, kind: _Type, *, in_deformable: bool) -> list[Place]:
+def _direct_parameters(prefix: str, module: nn.Module, kind: _Type, *, in_deformable: bool) -> list[ParameterInfo]:
     is_depth_wise = kind.is_conv and module.in_channels == module.groups
     is_offset = in_deformable and kind.is_conv and "conv_offset" in prefix
     is_sparse = kind.is_embedding and bool(module.sparse)
-    places = []
+    infos = []
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            found = Kind(
+            found = ParameterTraits(
                 name == "bias", parameter.ndim == 1, kind.is_norm, is_depth_wise, in_deformable, is_offset, is_sparse
             )
-            places.append(Place(prefix + name, parameter, found))
-    return places
+            infos.append(ParameterInfo(prefix + name, parameter, found))
+    return infos
 
 
 def _type_of(module: nn.Module) -> _Type:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, final
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
-from stratagem.optim.groups.parameter_info import Kind
+from stratagem.optim.groups.parameter_info import ParameterTraits
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["LayerDecay", "ParamwiseRules", "parse_paramwise"]
@@ -96,7 +96,7 @@ class ParamwiseRules:
         matching = [key for key in self.custom_keys if _matches(key, name, self.match)]
         return min(matching, key=lambda key: (-len(key), key), default=None)
 
-    def multipliers(self, kind: Kind) -> Options:
+    def multipliers(self, kind: ParameterTraits) -> Options:
         """Return the ``lr_mult`` and ``decay_mult`` that the rules for kinds of parameters say."""
         options: Options = {}
         if kind.is_bias and not (kind.is_norm or kind.in_deformable):
@@ -106,7 +106,7 @@ class ParamwiseRules:
         decay = self._decay(kind)
         return options if decay is None else {**options, "decay_mult": decay}
 
-    def _decay(self, kind: Kind) -> float | None:
+    def _decay(self, kind: ParameterTraits) -> float | None:
         rules = (
             (kind.is_norm, self.norm_decay_mult),
             (kind.is_bias and not kind.in_deformable, self.bias_decay_mult),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stratagem.distributed import World, all_gather_object, broadcast, broadcast_object
 from stratagem.errors import PlacementError
 from stratagem.parallel.deferred_init.recorder import OpRecorder
-from stratagem.tensors.dtensor import copy_into, local_box, local_part
+from stratagem.tensors.dtensor import copy_into, local_box, to_local
 
 __all__ = ["INIT_SOURCES", "InitSource", "InitialWeights", "move_to_meta", "named_tensors", "require_same_model"]
 
@@ -142,7 +142,7 @@ def _receive(target: Tensor, values: Tensor | None) -> None:
         values: the full values on rank 0; None on other ranks.
     """
     box = local_box(target)
-    own = local_part(target).view(-1) if target.ndim == 0 else local_part(target)
+    own = to_local(target).view(-1) if target.ndim == 0 else to_local(target)
     box = box or (slice(0, 1),)
     shape = tuple(target.shape) or (1,)
     row_bytes = max(1, target.dtype.itemsize * target.numel() // max(1, shape[0]))

@@ -16,7 +16,7 @@ from stratagem.distributed import (
     World,
     broadcast_object,
     close_dist,
-    describe_stray,
+    describe_incomplete_launch_env,
     get_dist_info,
     infer_launcher,
     init_dist,
@@ -71,7 +71,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
     mp_cfg = _mapping(env_kwargs, "mp_cfg", known=_MP_KEYS)
     dist_cfg = _mapping(env_kwargs, "dist_cfg")
     launcher = env_kwargs.get("launcher") or infer_launcher()
-    stray = None if env_kwargs.get("launcher") else describe_stray()
+    stray = None if env_kwargs.get("launcher") else describe_incomplete_launch_env()
     with ExitStack() as undo:
         settings = set_multi_processing(**mp_cfg, distributed=launcher != "none")
         undo.callback(settings.close)

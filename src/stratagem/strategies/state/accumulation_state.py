@@ -12,7 +12,7 @@ from stratagem.distributed import World, all_gather_object
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.setup.building import each_wrapper
-from stratagem.tensors.dtensor import a_row_of_each_rank
+from stratagem.tensors.dtensor import stack_over_ranks
 
 __all__ = ["read_window", "write_window"]
 
@@ -34,7 +34,7 @@ def read_window(optim: AnyOptim, model: nn.Module, world: World) -> dict[str, An
     parameters = dict(model.named_parameters())
     rows = {name: _as_row(held.get(name), parameters[name]) for name in sorted(names)}
     return {
-        "gradients": {name: a_row_of_each_rank(row, world.size, world.device) for name, row in rows.items()},
+        "gradients": {name: stack_over_ranks(row, world.size, world.device) for name, row in rows.items()},
         "ranks": {str(rank): theirs for rank, theirs in enumerate(told)},
     }
 

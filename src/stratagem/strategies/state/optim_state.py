@@ -11,7 +11,7 @@ from stratagem.checkpoint import optimizer_by_index, optimizer_by_name, paramete
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import OptimWrapperDict
 from stratagem.parallel import AnyOptim
-from stratagem.tensors.dtensor import is_sharded, placed_like
+from stratagem.tensors.dtensor import is_sharded, shard_like
 
 __all__ = ["read_optim", "require_one_optimizer", "write_optim"]
 
@@ -75,5 +75,5 @@ def _own(value: Any, parameter: Tensor) -> Any:
     if not isinstance(value, Tensor):
         return value
     if is_sharded(parameter) and value.shape == parameter.shape and not is_sharded(value):
-        return placed_like(value, parameter, copy=True)
+        return shard_like(value, parameter, copy=True)
     return value.clone()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stratagem.checkpoint import digest_of_tensor
 from stratagem.distributed import World, all_gather_object
-from stratagem.tensors.dtensor import a_row_of_each_rank, is_sharded
+from stratagem.tensors.dtensor import is_sharded, stack_over_ranks
 
 __all__ = ["read_per_rank_buffers", "write_per_rank_buffers"]
 
@@ -24,7 +24,7 @@ def read_per_rank_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
     buffers = dict(_kept_buffers(model))
     told = all_gather_object({name: digest_of_tensor(buffer) for name, buffer in buffers.items()})
     return {
-        name: a_row_of_each_rank(buffer, world.size, world.device)
+        name: stack_over_ranks(buffer, world.size, world.device)
         for name, buffer in buffers.items()
         if any(theirs[name] != told[0][name] for theirs in told)
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, final
 
 from stratagem.checkpoint import CheckpointInfo, StateTree, list_checkpoints
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.errors import CheckpointDamagedError, CheckpointNotFoundError
 from stratagem.logging import Logger
 from stratagem.optim import ParamScheduler
@@ -79,7 +79,7 @@ class Resuming:
             CheckpointDamagedError: if there are checkpoints, and none of them can be used.
         """
         # Rank 0's list, so that all ranks go on from the same step.
-        found = Team.of().first(lambda: list_checkpoints(strategy.work_dir))
+        found = RankGroup.of().run_on_rank0(lambda: list_checkpoints(strategy.work_dir))
         if not found:
             strategy.logger.info("No checkpoint to resume from under %s; starting anew.", strategy.work_dir)
             return None

@@ -16,7 +16,7 @@ from stratagem.checkpoint import (
     remove_checkpoints,
 )
 from stratagem.checkpoint.formats.choice import SINGLE_FILES
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.errors import ConfigValueError
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
@@ -155,7 +155,7 @@ class CheckpointHook(Hook):
         if self._out_dir:
             run.work_dir_locks.acquire(self._folder)
             # Before anything is saved there: what a run saves is found even if it is killed after its first save.
-            Team.of().first(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
+            RankGroup.of().run_on_rank0(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
         if self._async_save:
             run.checkpoint_writer.write_in_background()
         if self._timer is not None:
@@ -163,7 +163,7 @@ class CheckpointHook(Hook):
             self._timer.finish()
         if self._every_minutes is not None:
             self._timer = DistributedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
-        found = Team.of().first(lambda: self._tidy_at_start(run))
+        found = RankGroup.of().run_on_rank0(lambda: self._tidy_at_start(run))
         if self._best is not None:
             self._best.find_again(found)
         self._training = True
@@ -200,7 +200,7 @@ class CheckpointHook(Hook):
             self._timer.finish()
         if self._published and run.interrupt.received is None:
             run.checkpoint_writer.wait()
-            Team.of().first(lambda: self._publish_parts(run))
+            RankGroup.of().run_on_rank0(lambda: self._publish_parts(run))
 
     def _due(self, done: int, last: int | None) -> bool:
         regular = self._interval > 0 and done >= self._save_begin and done % self._interval == 0
@@ -212,8 +212,8 @@ class CheckpointHook(Hook):
     def _save(self, run: Run, name: str, position: Position, retention_tag: RetentionTag) -> None:
         path = self._folder / name
 
-        def tidy(team: Team) -> None:
-            team.first(lambda: self._remove_superfluous(run, path))
+        def tidy(rank_group: RankGroup) -> None:
+            rank_group.run_on_rank0(lambda: self._remove_superfluous(run, path))
 
         run.save_checkpoint(
             path,

@@ -8,7 +8,7 @@ import torch
 
 from stratagem.distributed import mean_by_name as _mean_over_ranks
 from stratagem.errors import ConfigValueError
-from stratagem.logging import ScalarWindow, TrainingProgress
+from stratagem.logging import ScalarSmoother, TrainingProgress
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
@@ -39,7 +39,7 @@ class LoggerHook(Hook):
             raise ConfigValueError(f"LoggerHook: interval is {interval}; at least 1 is due.")
         self._interval = interval
         self._ignore_last = ignore_last
-        self._window = ScalarWindow(interval if window_size is None else window_size)
+        self._window = ScalarSmoother(interval if window_size is None else window_size)
         self._clear_at_line = window_size is None
         self._append = self._window.append
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from stratagem.checkpoint import CheckpointInfo, list_checkpoints
-from stratagem.distributed import Peer
+from stratagem.distributed import ProcessIdentity
 from stratagem.storage import write_atomic
 
 __all__ = ["LaunchIdentity", "find_restart_checkpoint"]
 
-# What tells a process from all others: a Peer's number, place and start time.
+# What tells a process from all others: its id, its PID namespace and its start time.
 Identity = tuple[int, str, str]
 # Beside the checkpoints; the dot keeps it from what people list.
 _RECORD = ".launch.json"
@@ -39,14 +39,18 @@ class LaunchIdentity:
 
     @classmethod
     def here(
-        cls, parents: Sequence[Peer], environ: Mapping[str, str] = os.environ, *, process: Peer | None = None
+        cls,
+        parents: Sequence[ProcessIdentity],
+        environ: Mapping[str, str] = os.environ,
+        *,
+        process: ProcessIdentity | None = None,
     ) -> Self:
         """Read it from the environment; ``parents`` are the processes that started the ranks, ``process`` is this one."""
         run_id = environ.get("TORCHELASTIC_RUN_ID")
         agents = {_identity(parent) for parent in parents} if run_id is not None else set()
         restarts = environ.get("SLURM_RESTART_COUNT", "")
         return cls(
-            process=_identity(process or Peer.here()),
+            process=_identity(process or ProcessIdentity.here()),
             run_id=run_id,
             agents=tuple(sorted(agents)),
             job=environ.get("SLURM_JOB_ID"),
@@ -112,8 +116,8 @@ def _version(candidate: CheckpointInfo) -> list[int]:
     return [facts.st_ino, facts.st_mtime_ns]
 
 
-def _identity(peer: Peer) -> Identity:
-    return peer.pid, peer.place, peer.started
+def _identity(peer: ProcessIdentity) -> Identity:
+    return peer.pid, peer.pid_namespace, peer.start_time
 
 
 def _read(record: Path) -> tuple[LaunchIdentity | None, dict[str, Any]]:

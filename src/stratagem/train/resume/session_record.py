@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stratagem.checkpoint import RetentionTag
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.train.loops import updates_of
 from stratagem.train.resume.slurm_requeue import requeue_job
 from stratagem.train.run.context import INTERRUPTED, Run
@@ -89,4 +89,4 @@ def end_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
     else:
         run.logger.warning("Interrupted before the first iteration of this session; nothing is to be saved.")
     if requeue and run.interrupt.received in JOB_ENDS:
-        Team.of().first(lambda: requeue_job(run.logger))
+        RankGroup.of().run_on_rank0(lambda: requeue_job(run.logger))

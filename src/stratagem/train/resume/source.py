@@ -11,7 +11,7 @@ from typing import Any, final
 from stratagem.checkpoint import CheckpointInfo, list_checkpoints
 from stratagem.config import changed_values
 from stratagem.data import EpochLoader
-from stratagem.distributed import Peer, Team, all_gather_object
+from stratagem.distributed import ProcessIdentity, RankGroup, all_gather_object
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.strategies.state.resuming import resume_newest
 from stratagem.train.resume.relaunch import LaunchIdentity, find_restart_checkpoint
@@ -116,7 +116,7 @@ def restore_data_position(run: Run, rest: Mapping[str, Any], loader: EpochLoader
         progress.batch = _batch_of_this_run(run, rest.get("meta") or {})
     if not isinstance(data, Mapping):
         return
-    progress.batch = loader.go_on(progress.epoch, progress.batch, data.get("taken") or ())
+    progress.batch = loader.resume_at(progress.epoch, progress.batch, data.get("taken") or ())
     states = data.get("ranks")
     if not isinstance(states, Mapping):
         return
@@ -147,7 +147,7 @@ def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
     They are those of the run that the earlier start trained: other runs in the folder may have newer ones, by the clock.
     Empty if this is the first start, or the earlier ones saved none.
     """
-    launch = LaunchIdentity.here(all_gather_object(Peer.of_parent()))
+    launch = LaunchIdentity.here(all_gather_object(ProcessIdentity.of_parent()))
     folder = Path(run.work_dir)
 
     def find() -> list[CheckpointInfo]:
@@ -156,7 +156,7 @@ def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
         run_ids = [each.run_id for each in found if each.path == latest]
         return [each for each in found if each.run_id in run_ids]
 
-    return Team.of().first(find)
+    return RankGroup.of().run_on_rank0(find)
 
 
 def _say_changes(run: Run, meta: Mapping[str, Any], config_text: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.checkpoint import BackgroundSaver, update_last_checkpoint
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.errors import ConfigValueError
 from stratagem.strategies import BaseStrategy
 from stratagem.utils import absolute, is_url, mask_text
@@ -32,7 +32,7 @@ class CheckpointWriter:
         self._strategy = strategy
         self._saver: BackgroundSaver | None = None
 
-    def save(self, path: str | os.PathLike[str], then: Callable[[Team], None] | None, **arguments: Any) -> None:
+    def save(self, path: str | os.PathLike[str], then: Callable[[RankGroup], None] | None, **arguments: Any) -> None:
         """Have the strategy save, name the checkpoint in ``<work_dir>/last_checkpoint``, then call ``then``. Collective.
 
         Args:
@@ -44,7 +44,7 @@ class CheckpointWriter:
         published = partial(self._published, os.fspath(path) if is_url(path) else absolute(path), then)
         if self._saver is None:
             self._strategy.save_checkpoint(path, **arguments)
-            published(Team.of())
+            published(RankGroup.of())
         else:
             self._strategy.save_checkpoint(path, write=partial(self._saver.save, then=published), **arguments)
 
@@ -101,15 +101,15 @@ class CheckpointWriter:
                 self._saver.close()
                 self._saver = None
 
-    def _published(self, path: str | Path, then: Callable[[Team], None] | None, team: Team) -> None:
+    def _published(self, path: str | Path, then: Callable[[RankGroup], None] | None, rank_group: RankGroup) -> None:
         if isinstance(path, Path):
             self.last = path
-            team.first(lambda: self._tell(path))
-        elif team.leads:
+            rank_group.run_on_rank0(lambda: self._tell(path))
+        elif rank_group.is_rank0:
             # last_checkpoint names what is on this machine.
             self._strategy.logger.info("Saved checkpoint %s", mask_text(path))
         if then is not None:
-            then(team)
+            then(rank_group)
 
     def _tell(self, path: Path) -> None:
         logger, folder = self._strategy.logger, Path(self._strategy.work_dir)

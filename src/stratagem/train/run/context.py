@@ -13,7 +13,7 @@ from torch import nn
 
 from stratagem.checkpoint import SAVE_ORDER, RetentionTag, StateTree
 from stratagem.data import EpochLoader
-from stratagem.distributed import Team, World, all_gather_object
+from stratagem.distributed import RankGroup, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
@@ -196,7 +196,7 @@ class Run:
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
         retention_tag: RetentionTag = _FOR_ITSELF,
-        then: Callable[[Team], None] | None = None,
+        then: Callable[[RankGroup], None] | None = None,
     ) -> None:
         """Publish the state of the run as it is at ``position``, then name it in ``<work_dir>/last_checkpoint``.
 
@@ -252,8 +252,8 @@ class Run:
         data = self.train_data
         if data is None:
             return {}
-        part: dict[str, Any] = {"taken": [list(pair) for pair in data.taken(position.epoch, position.batch)]}
-        if data.keeps_state:
+        part: dict[str, Any] = {"taken": [list(pair) for pair in data.consumed(position.epoch, position.batch)]}
+        if data.is_stateful:
             states = all_gather_object(data.state_dict())
             part["ranks"] = {str(rank): state for rank, state in enumerate(states)}
         return {"data": part}

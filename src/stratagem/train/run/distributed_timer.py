@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import final
 
-from stratagem.distributed import Agreement
+from stratagem.distributed import AsyncMaxReduce
 
 __all__ = ["DistributedTimer"]
 
@@ -21,7 +21,7 @@ class DistributedTimer:
 
     def __init__(self, seconds: float, *, distributed: bool) -> None:
         self._seconds = seconds
-        self._agreement = Agreement() if distributed else None
+        self._async_max = AsyncMaxReduce() if distributed else None
         self.restart()
 
     def restart(self) -> None:
@@ -31,13 +31,13 @@ class DistributedTimer:
     def due(self) -> bool:
         """Tell whether the time has passed for some rank. Collective, without a wait: it tells what was so a call ago."""
         passed = time.monotonic() - self._begin >= self._seconds
-        if self._agreement is None:
+        if self._async_max is None:
             return passed
-        due = self._agreement.answer() > 0
-        self._agreement.ask(int(passed))
+        due = self._async_max.wait() > 0
+        self._async_max.start(int(passed))
         return due
 
     def finish(self) -> None:
         """Ask no more. Collective: no exchange may be under way when the ranks part."""
-        if self._agreement is not None:
-            self._agreement.answer()
+        if self._async_max is not None:
+            self._async_max.wait()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import final
 
-from stratagem.distributed import Agreement
+from stratagem.distributed import AsyncMaxReduce
 from stratagem.train.run.signals import signals
 
 __all__ = ["Interrupt"]
@@ -28,7 +28,7 @@ class Interrupt:
         self.active = False
         self.passed_on = False
         self._heard: int | None = None
-        self._agreement = Agreement() if distributed else None
+        self._async_max = AsyncMaxReduce() if distributed else None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -64,12 +64,12 @@ class Interrupt:
         """Tell whether to stop here. Collective, without a wait: it tells what the ranks knew when it was last called."""
         if self.received is not None:
             return True
-        if self._agreement is None:
+        if self._async_max is None:
             self.received = signals.first
         else:
-            self.received = self._agreement.answer() or None
+            self.received = self._async_max.wait() or None
             if self.received is None:
-                self._agreement.ask(signals.first or 0)
+                self._async_max.start(signals.first or 0)
         return self.received is not None
 
     def due_now(self) -> bool:
@@ -79,10 +79,10 @@ class Interrupt:
 
     def _heard_by_now(self) -> int | None:
         """Return the greatest number that a rank has heard; None if none has. Collective."""
-        if self._agreement is None:
+        if self._async_max is None:
             return signals.first
-        earlier = self._agreement.answer()
+        earlier = self._async_max.wait()
         if earlier:
             return earlier
-        self._agreement.ask(signals.first or 0)
-        return self._agreement.answer() or None
+        self._async_max.start(signals.first or 0)
+        return self._async_max.wait() or None

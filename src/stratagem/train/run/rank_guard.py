@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 import torch.distributed as torch_dist
 
-from stratagem.distributed import Failure, RankWatch, barrier, get_world_size
+from stratagem.distributed import Failure, RankMonitor, barrier, get_world_size
 from stratagem.errors import RankFailedError, StratagemError
 from stratagem.train.run.hard_exit import exit_now
 from stratagem.train.run.thread_dump import dump_stacks
@@ -67,7 +67,7 @@ class RankGuard:
         if get_world_size() == 1:
             yield
             return
-        monitor = RankWatch(self._iteration, lambda failure: self._stop(monitor, failure))
+        monitor = RankMonitor(self._iteration, lambda failure: self._stop(monitor, failure))
         try:
             yield
             # Whoever is ready first must not look like one that is gone.
@@ -90,7 +90,7 @@ class RankGuard:
         first_line = failure.text.partition("\n")[0]
         return f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: {first_line}"
 
-    def _settle(self, monitor: RankWatch, error: BaseException) -> Failure:
+    def _settle(self, monitor: RankMonitor, error: BaseException) -> Failure:
         """Return what ended the run; where that is this rank's error, all others know of it."""
         silent = _is_timeout(error)
         # Not the first to tell, then: the rank where it happened knows more.
@@ -100,7 +100,7 @@ class RankGuard:
             return known
         if silent or _is_exchange(error):
             lines = "\n  ".join(
-                [f"an exchange between the ranks failed: {mask_text(str(error))}", *monitor.signs_of_life()]
+                [f"an exchange between the ranks failed: {mask_text(str(error))}", *monitor.heartbeats()]
             )
             told = monitor.post(Failure(rank=monitor.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
             dump_stacks(self._stacks_of(monitor.rank), error)
@@ -112,7 +112,7 @@ class RankGuard:
             monitor.wait_until_known(_NEWS_S)
         return told
 
-    def _stop(self, monitor: RankWatch, failure: Failure) -> None:
+    def _stop(self, monitor: RankMonitor, failure: Failure) -> None:
         """Give the main thread a moment to come upon the failure itself; an exchange may hold it for ever."""
         self.failure = failure
         if failure.kind == "silent":

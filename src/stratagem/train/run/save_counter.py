@@ -15,7 +15,7 @@ from stratagem.checkpoint import (
     list_checkpoints,
     remote_save_orders,
 )
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.utils import absolute, is_url
 
 __all__ = ["SaveCounter"]
@@ -74,7 +74,7 @@ class SaveCounter:
         remote = is_url(path)
         folder = os.fspath(path).rstrip("/").rpartition("/")[0] if remote else str(absolute(path).parent)
         if folder not in self._searched:
-            self._session = Team.of().first(lambda: self._number(folder, remote=remote))
+            self._session = RankGroup.of().run_on_rank0(lambda: self._number(folder, remote=remote))
             self._searched.add(folder)
         self._save += 1
         first = self._own.get(self._session, range(self._save, self._save)).start

@@ -11,11 +11,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stratagem.distributed import Peer
+from stratagem.distributed import ProcessIdentity
 from stratagem.errors import WorkDirError
 from stratagem.storage import operations, write_fully
 
@@ -124,7 +123,14 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 
 def _write(descriptor: int) -> None:
-    content = {**asdict(Peer.here()), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    here = ProcessIdentity.here()
+    content = {
+        "pid": here.pid,
+        "place": here.pid_namespace,
+        "started": here.start_time,
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     data = json.dumps(content).encode()
     write_fully(descriptor, data, 0)
     operations.truncate(descriptor, len(data))
@@ -139,13 +145,13 @@ def _read(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def _process(owner: Mapping[str, Any]) -> Peer:
-    return Peer(owner["pid"], owner["place"], owner["started"])
+def _process(owner: Mapping[str, Any]) -> ProcessIdentity:
+    return ProcessIdentity(owner["pid"], owner["place"], owner["started"])
 
 
 def _is_alive(owner: Mapping[str, Any], file: Path, logger: logging.Logger, heartbeat_s: float) -> bool:
     process = _process(owner)
-    if process.place == Peer.here().place:
+    if process.pid_namespace == ProcessIdentity.here().pid_namespace:
         return not process.has_ended()
     seconds = _MISSED * heartbeat_s
     logger.info("%s: %s has the folder; waiting %g s for a sign of its life.", file.parent, _describe(owner), seconds)
@@ -173,7 +179,7 @@ def _send_heartbeats(descriptor: int, over: threading.Event, heartbeat_s: float)
 
 
 def _in_use(file: Path, owner: Mapping[str, Any]) -> WorkDirError:
-    here = _process(owner) == Peer.here()
+    here = _process(owner) == ProcessIdentity.here()
     who = "this process itself" if here else _describe(owner)
     return WorkDirError(
         f"{file.parent}: another training has this folder: {who}. Wait for its end or end it, or choose another "

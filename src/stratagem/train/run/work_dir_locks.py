@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import final
 
-from stratagem.distributed import Team
+from stratagem.distributed import RankGroup
 from stratagem.storage import clean_temporaries
 from stratagem.train.run.work_dir_lock import work_dir_lock
 
@@ -39,7 +39,7 @@ class WorkDirLocks:
             WorkDirError: on every rank, if another training has the folder.
         """
         if folder not in self._held:
-            Team.of().first(lambda: self._lock(folder))
+            RankGroup.of().run_on_rank0(lambda: self._lock(folder))
             self._held.add(folder)
 
     def _lock(self, folder: Path) -> None:

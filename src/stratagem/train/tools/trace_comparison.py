@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from stratagem.checkpoint import CheckpointLoader, ShardedTensorState, StateTree, save_checkpoint
-from stratagem.distributed import Team, all_reduce
+from stratagem.distributed import RankGroup, all_reduce
 from stratagem.errors import TrainingError
 from stratagem.strategies.setup.building import each_wrapper
 from stratagem.train.hook import Hook
@@ -134,7 +134,7 @@ class StepRecorder(Hook):
     def _write(self, run: Run, loss: float) -> None:
         state = run.strategy.model_state_dict()
         numbers = {name: value for name, value in state.items() if isinstance(value, Tensor | ShardedTensorState)}
-        save_checkpoint({"loss": loss, "state": numbers}, _file(self._folder, self._steps), Team.of())
+        save_checkpoint({"loss": loss, "state": numbers}, _file(self._folder, self._steps), RankGroup.of())
 
 
 def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from stratagem.distributed.rendezvous.port_discovery import Signpost, follow_signpost, job_ports
+from stratagem.distributed.rendezvous.port_discovery import PortAnnouncer, discover_port, job_ports
 from stratagem.errors import LaunchError
 
 HERE = "127.0.0.1"
@@ -21,9 +21,9 @@ def open_things() -> Iterator[ExitStack]:
         yield stack
 
 
-def post(stack: ExitStack, job: str, port: int) -> Signpost:
+def post(stack: ExitStack, job: str, port: int) -> PortAnnouncer:
     """Start a server for port discovery."""
-    signpost = Signpost(job, HERE, port)
+    signpost = PortAnnouncer(job, HERE, port)
     stack.callback(signpost.close)
     return signpost
 
@@ -31,16 +31,18 @@ def post(stack: ExitStack, job: str, port: int) -> Signpost:
 def test_ranks_discover_the_port(open_things: ExitStack) -> None:
     """Every rank that knows the job name discovers the port."""
     post(open_things, "job 1", 4711)
-    assert [follow_signpost("job 1", HERE, 5) for _ in range(3)] == [4711] * 3
+    assert [discover_port("job 1", HERE, 5) for _ in range(3)] == [4711] * 3
 
 
-def test_jobs_with_the_same_candidate_port_do_not_collide(open_things: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_with_the_same_candidate_port_do_not_collide(
+    open_things: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If two jobs have the same candidate port, the second uses its next one, and their ranks are not mixed up."""
     monkeypatch.setattr("stratagem.distributed.rendezvous.port_discovery.job_ports", lambda job: job_ports("either"))
     first, second = post(open_things, "job 1", 1111), post(open_things, "job 12", 2222)
     assert first.port != second.port
-    assert follow_signpost("job 12", HERE, 5) == 2222
-    assert follow_signpost("job 1", HERE, 5) == 1111
+    assert discover_port("job 12", HERE, 5) == 2222
+    assert discover_port("job 1", HERE, 5) == 1111
 
 
 def test_other_programs_on_a_port_are_skipped(open_things: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,13 +51,15 @@ def test_other_programs_on_a_port_are_skipped(open_things: ExitStack, monkeypatc
     open_things.enter_context(socket.create_server((HERE, job_ports("job 3")[0])))
     signpost = post(open_things, "job 3", 3333)
     assert signpost.port == job_ports("job 3")[1]
-    assert follow_signpost("job 3", HERE, 5) == 3333
+    assert discover_port("job 3", HERE, 5) == 3333
 
 
 def test_a_missing_rank_0_is_reported() -> None:
     """The error for a missing rank 0 contains the address and the ports."""
-    with pytest.raises(LaunchError, match=rf"Rank 0 of job 4 did not appear on {HERE} within 0\.2 s.*{job_ports('job 4')[0]}"):
-        follow_signpost("job 4", HERE, 0.2)
+    with pytest.raises(
+        LaunchError, match=rf"Rank 0 of job 4 did not appear on {HERE} within 0\.2 s.*{job_ports('job 4')[0]}"
+    ):
+        discover_port("job 4", HERE, 0.2)
 
 
 def test_no_free_port(open_things: ExitStack) -> None:
@@ -63,12 +67,12 @@ def test_no_free_port(open_things: ExitStack) -> None:
     for port in set(job_ports("job 5")):
         open_things.enter_context(socket.create_server((HERE, port)))
     with pytest.raises(LaunchError, match="None of the 16 ports of job 5 is free.*Set MASTER_PORT"):
-        Signpost("job 5", HERE, 5555)
+        PortAnnouncer("job 5", HERE, 5555)
 
 
 def test_close_releases_the_port() -> None:
     """Closing releases the port and is idempotent."""
-    signpost = Signpost("job 6", HERE, 6666)
+    signpost = PortAnnouncer("job 6", HERE, 6666)
     port = signpost.port
     signpost.close()
     signpost.close()

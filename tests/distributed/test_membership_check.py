@@ -10,7 +10,7 @@ import pytest
 from torch.distributed import HashStore
 
 from stratagem.dist import Launch
-from stratagem.distributed.rendezvous.membership_check import call_roll
+from stratagem.distributed.rendezvous.membership_check import check_membership
 from stratagem.errors import LaunchError
 
 
@@ -21,7 +21,7 @@ def call(ranks: Sequence[tuple[int, int]], seconds: float = 20.0) -> list[str | 
     def answer(rank: int, size: int) -> str | None:
         launch = Launch(launcher="pytorch", rank=rank, size=size, local_size=size)
         try:
-            call_roll(store, launch, timedelta(seconds=seconds))
+            check_membership(store, launch, timedelta(seconds=seconds))
         except LaunchError as error:
             return str(error)
         return None
@@ -58,6 +58,6 @@ def test_missing_ranks() -> None:
 
 def test_a_missing_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """If rank 0 is missing, the others get an error that names it."""
-    monkeypatch.setattr("stratagem.distributed.rendezvous.membership_check._FAREWELL_S", 0.0)
+    monkeypatch.setattr("stratagem.distributed.rendezvous.membership_check._LINGER_S", 0.0)
     (told,) = call([(1, 2)], seconds=0.3)
     assert "rank 0 did not come within 0.3 s" in (told or "")
