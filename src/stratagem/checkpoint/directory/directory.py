@@ -98,7 +98,7 @@ class DirectoryFormat:
         """Read the state tree, or only some of its top-level parts.
 
         CPU tensors are memory-mapped: unused ones are not read, and writing to a tensor does not change the file. The
-        ranks of ``team`` divide the verification among them. Collective over ``rank_group``.
+        ranks of ``rank_group`` divide the verification among them. Collective over ``rank_group``.
 
         Args:
             path: the checkpoint directory.
