@@ -176,7 +176,7 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     first = {name: full(parameter) for name, parameter in model.named_parameters()}
     average = ExponentialMovingAverage(model, momentum=0.1)
     seen: dict[str, list[Any]] = {"ids": [], "losses": [], "rates": [], "norms": []}
-    updates = optim.updates
+    updates = optim.num_steps_applied
     batches = loader.batches(start // EPOCH, start % EPOCH)
     for iteration in range(start, stop):
         if iteration % EPOCH == 0:
@@ -188,8 +188,8 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
         run.iter += 1
         seen["ids"].append(batch[1].tolist())
         seen["losses"].append(outputs["loss"].item())
-        if optim.updates != updates:
-            updates = optim.updates
+        if optim.num_steps_applied != updates:
+            updates = optim.num_steps_applied
             seen["norms"].append(optim.grad_norm.item())
             average.update()
     names = {parameter: name for name, parameter in model.named_parameters()}

@@ -17,7 +17,7 @@ LAYERS = (
     {"logging"},
     {"config", "registry"},
     {"distributed", "storage"},
-    {"tensors"},
+    {"tensors", "step"},
     {"optim", "data"},
     {"model"},
     {"parallel"},

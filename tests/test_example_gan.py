@@ -30,7 +30,7 @@ def train(folder: str, name: str = "config.py", **changes: Any) -> tuple[list[in
     )
     runner = Runner.from_cfg(config)
     runner.train()
-    updates = [wrapper.updates for wrapper in runner.strategy.optim_wrapper.values()]
+    updates = [wrapper.num_steps_applied for wrapper in runner.strategy.optim_wrapper.values()]
     state = {name: value.clone() for name, value in runner.strategy.model_state_dict().items()}
     runner.close()
     return updates, state

@@ -93,7 +93,7 @@ def test_the_default_preprocessor_is_a_submodule() -> None:
 @pytest.mark.parametrize("preprocessor", [3, "norm", print])
 def test_an_invalid_preprocessor_is_rejected(preprocessor: Any) -> None:
     """A preprocessor that is not a module is an error."""
-    with pytest.raises(ConfigTypeError, match="data_preprocessor must be a module or a mapping"):
+    with pytest.raises(ConfigTypeError, match="data_preprocessor must be a module or its configuration"):
         Line(data_preprocessor=preprocessor)
 
 
@@ -155,12 +155,12 @@ def test_integer_tensors_can_be_logged() -> None:
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        (torch.tensor(1.0), "returned a Tensor; a mapping"),
-        (None, "returned a NoneType; a mapping"),
-        ({}, "returned nothing, and no name contains 'loss'"),
+        (torch.tensor(1.0), "returned a Tensor. Return a mapping"),
+        (None, "returned a NoneType. Return a mapping"),
+        ({}, "returned an empty mapping, and no name contains 'loss'"),
         ({"acc": torch.tensor(1.0)}, "returned 'acc', and no name contains 'loss'"),
-        ({"loss": 1.0}, "The loss 'loss' is 1.0; a tensor"),
-        ({"loss": []}, r"The loss 'loss' is \[\]; a tensor"),
+        ({"loss": 1.0}, "The loss 'loss' must be a tensor or a list of tensors, got 1.0"),
+        ({"loss": []}, r"The loss 'loss' must be a tensor or a list of tensors, got \[\]"),
         ({"loss": [torch.tensor(1.0), 2.0]}, "a tensor or a list of tensors"),
     ],
 )

@@ -23,7 +23,7 @@ def test_each_optimizer_is_used_by_its_name() -> None:
     first, second, wrappers = several()
     wrappers["a"].update_params(first.sum())
     assert (first.item(), second.item()) == (-1.0, 0.0)
-    assert (wrappers["a"].updates, wrappers["b"].updates) == (1, 0)
+    assert (wrappers["a"].num_steps_applied, wrappers["b"].num_steps_applied) == (1, 0)
 
 
 @pytest.mark.parametrize("method", ["update_params", "backward", "step", "optim_context"])
@@ -69,7 +69,7 @@ def test_state_round_trips_by_name() -> None:
     wrappers["a"].update_params(first.sum())
     _, _, others = several()
     others.load_state_dict(wrappers.state_dict())
-    assert (others["a"].updates, others["b"].updates) == (1, 0)
+    assert (others["a"].num_steps_applied, others["b"].num_steps_applied) == (1, 0)
     with pytest.raises(CheckpointMismatchError, match=r"\['a'\]"):
         others.load_state_dict({"a": wrappers["a"].state_dict()})
 
@@ -80,7 +80,7 @@ def test_pending_micro_batches_are_discarded_together() -> None:
     wrappers = OptimWrapperDict(a=OptimWrapper(SGD([weight], lr=1.0), accumulative_counts=4))
     wrappers.initialize_count_status(nn.Identity(), 0, 8)
     wrappers["a"].update_params(weight.sum())
-    assert wrappers.drop_window() == 1
+    assert wrappers.discard_accumulation() == 1
 
 
 def test_only_wrappers_are_accepted() -> None:

@@ -59,10 +59,10 @@ def test_an_overflow_skips_the_update_and_halves_the_scale() -> None:
     train(model, wrapper, factor=float("inf"))
     assert wrapper.loss_scaler is not None
     assert torch.equal(model.weight, before)
-    assert (wrapper.attempts, wrapper.updates) == (1, 0)
+    assert (wrapper.num_steps_attempted, wrapper.num_steps_applied) == (1, 0)
     assert wrapper.loss_scaler.get_scale() == 512.0
     train(model, wrapper)
-    assert (wrapper.attempts, wrapper.updates) == (2, 1)
+    assert (wrapper.num_steps_attempted, wrapper.num_steps_applied) == (2, 1)
 
 
 @pytest.mark.parametrize("scale", [256, 256.0])
@@ -89,7 +89,7 @@ def test_every_micro_batch_uses_autocast() -> None:
     """Every micro-batch of an accumulation window uses autocast."""
     model, wrapper = wrapped(dtype="bfloat16", accumulative_counts=2)
     assert [train(model, wrapper) for _ in range(2)] == [torch.bfloat16] * 2
-    assert wrapper.updates == 1
+    assert wrapper.num_steps_applied == 1
 
 
 def test_the_loss_scale_is_part_of_the_state() -> None:
@@ -116,9 +116,9 @@ def test_a_state_of_a_different_precision_can_be_loaded() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        (dict(dtype="float64"), ConfigValueError, "no type of autocast"),
-        (dict(dtype=torch.int8), ConfigValueError, "no type of autocast"),
-        (dict(dtype="bfloat16", loss_scale=128.0), ConfigValueError, "needs none"),
+        (dict(dtype="float64"), ConfigValueError, "is not a dtype of autocast"),
+        (dict(dtype=torch.int8), ConfigValueError, "is not a dtype of autocast"),
+        (dict(dtype="bfloat16", loss_scale=128.0), ConfigValueError, "applies to float16 only"),
         (dict(dtype="float16", loss_scale="dynamik"), ConfigTypeError, "loss_scale must be"),
         (dict(dtype="float16", loss_scale=True), ConfigTypeError, "loss_scale must be"),
         (dict(dtype="float16", loss_scale=dict(initscale=2.0)), ConfigKeyError, "Did you mean 'init_scale'"),

@@ -60,7 +60,7 @@ def test_every_update_uses_the_mean_gradient_of_its_window(gradients: list[int],
             wrapper.update_params((weight * gradient).sum())
         expected -= sum(window) / len(window)
         assert weight.item() == pytest.approx(expected)
-    assert wrapper.updates == math.ceil(len(gradients) / counts)
+    assert wrapper.num_steps_applied == math.ceil(len(gradients) / counts)
 
 
 @settings(max_examples=60, deadline=None)

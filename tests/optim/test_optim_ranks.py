@@ -122,7 +122,12 @@ def overflow(folder: str, **optim: Any) -> tuple[int, int, float | None, dict[st
             assert all(torch.equal(after[name], value) for name, value in before.items())
     strategy.close()
     scaler = getattr(wrapper, "loss_scaler", None)
-    return wrapper.attempts, wrapper.updates, None if scaler is None else scaler.get_scale(), weights(strategy)
+    return (
+        wrapper.num_steps_attempted,
+        wrapper.num_steps_applied,
+        None if scaler is None else scaler.get_scale(),
+        weights(strategy),
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stratagem.optim import DeferredWatch, OptimWrapper, UpdateWatch, all_finite
+from stratagem.optim import DeferredNonFiniteCheck, GradientPolicy, OptimWrapper, SyncNonFiniteCheck, all_finite
 
 BAD = (math.nan, math.inf, -math.inf)
 KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn)
@@ -29,11 +29,11 @@ def test_large_numbers_are_finite(dtype: torch.dtype):
     assert all_finite([torch.full((100,), torch.finfo(dtype).max, dtype=dtype)])
 
 
-def watched(*parameters: Tensor) -> UpdateWatch:
+def watched(*parameters: Tensor) -> SyncNonFiniteCheck:
     """Return a check of the parameters, which are named first, second and third."""
     names = ("first", "second", "third")
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    return UpdateWatch(optimizer, {id(each): name for each, name in zip(parameters, names, strict=False)})
+    return SyncNonFiniteCheck(optimizer, {id(each): name for each, name in zip(parameters, names, strict=False)})
 
 
 @pytest.mark.parametrize("dtype", KINDS[:5], ids=str)
@@ -46,13 +46,13 @@ def test_an_update_is_rejected_and_the_parameter_named(dtype: torch.dtype, value
         each.grad = torch.rand(2, dtype=torch.float64).to(each.dtype)
     gradients = [each.grad for each in parameters]
     before = [gradient.clone() for gradient in gradients]
-    assert watch.admits(gradients, None)
+    assert watch.allows_step(gradients, None)
     assert all(torch.equal(now, was) for now, was in zip(gradients, before, strict=True))
     gradients[1][0] = value
-    assert not watch.admits(gradients, None)
-    assert watch.unsound == ("second",)
+    assert not watch.allows_step(gradients, None)
+    assert watch.nonfinite_params == ("second",)
     gradients[1][0] = 0.0
-    assert watch.admits(gradients, None)
+    assert watch.allows_step(gradients, None)
 
 
 def test_sparse_gradients_are_checked():
@@ -60,10 +60,10 @@ def test_sparse_gradients_are_checked():
     embedding = nn.Embedding(5, 2, sparse=True)
     watch = watched(embedding.weight)
     embedding(torch.tensor([1, 3])).sum().backward()
-    assert watch.admits([embedding.weight.grad], None)
+    assert watch.allows_step([embedding.weight.grad], None)
     embedding(torch.tensor([1])).mul(math.nan).sum().backward()
-    assert not watch.admits([embedding.weight.grad], None)
-    assert watch.unsound == ("first",)
+    assert not watch.allows_step([embedding.weight.grad], None)
+    assert watch.nonfinite_params == ("first",)
 
 
 def test_gradients_may_become_sparse():
@@ -79,23 +79,23 @@ def test_gradients_may_become_sparse():
         embedding.weight.grad = None
         embedding.sparse = sparse
         embedding(torch.tensor([1, 3])).mul(value).sum().backward()
-        assert watch.admits([embedding.weight.grad, torch.ones(2)], None) is sound
+        assert watch.allows_step([embedding.weight.grad, torch.ones(2)], None) is sound
 
 
 def test_gradients_of_a_later_group_are_checked():
     """Gradients of groups that are added later are checked, even with a new data type."""
     first, later = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.complex64))
     optimizer = torch.optim.SGD([first], lr=0.1)
-    watch = UpdateWatch(optimizer, {})
+    watch = SyncNonFiniteCheck(optimizer, {})
     optimizer.add_param_group({"params": [later]})
-    assert watch.admits([torch.ones(2), torch.ones(2, dtype=torch.complex64)], None)
-    assert not watch.admits([torch.ones(2), torch.full((2,), complex(0, math.inf))], None)
+    assert watch.allows_step([torch.ones(2), torch.ones(2, dtype=torch.complex64)], None)
+    assert not watch.allows_step([torch.ones(2), torch.full((2,), complex(0, math.inf))], None)
 
 
 def test_an_update_without_gradients_is_allowed():
     """An update without gradients is allowed."""
     parameter = nn.Parameter(torch.ones(2))
-    assert watched(parameter).admits([], None)
+    assert watched(parameter).allows_step([], None)
 
 
 def test_the_check_does_not_change_finite_gradients():
@@ -108,7 +108,7 @@ def test_the_check_does_not_change_finite_gradients():
         nn.init.constant_(layer.weight, 0.3)
         nn.init.zeros_(layer.bias)
         wrapper = OptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1), accumulative_counts=2)
-        wrapper.watch = UpdateWatch(wrapper.optimizer, {}) if watch else None
+        wrapper.gradient_policy = GradientPolicy(guard=SyncNonFiniteCheck(wrapper.optimizer, {}) if watch else None)
         wrapper.update_params(layer(inputs).exp().mean() - 1e30)
         gradients.append(layer.weight.grad)
     assert torch.equal(*gradients)
@@ -117,13 +117,13 @@ def test_the_check_does_not_change_finite_gradients():
 def test_the_deferred_check_returns_the_first_bad_update():
     """The deferred check returns the first bad update since it was last read."""
     parameter = nn.Parameter(torch.ones(1))
-    watch = DeferredWatch(torch.optim.SGD([parameter], lr=0.1, fused=True))
+    watch = DeferredNonFiniteCheck(torch.optim.SGD([parameter], lr=0.1, fused=True))
     sound, bad = torch.ones(1), torch.tensor([math.nan])
-    assert watch.first_unsound() is None
-    assert all(watch.admits([gradient], None) for gradient in (sound, sound))
-    assert watch.first_unsound() is None
-    assert all(watch.admits([gradient], None) for gradient in (sound, bad, sound))
-    assert watch.first_unsound() == 1
+    assert watch.first_nonfinite() is None
+    assert all(watch.allows_step([gradient], None) for gradient in (sound, sound))
+    assert watch.first_nonfinite() is None
+    assert all(watch.allows_step([gradient], None) for gradient in (sound, bad, sound))
+    assert watch.first_nonfinite() == 1
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,9 @@ def test_only_fused_optimizers_read_the_flag_on_the_device(optimizer, protects: 
     """Only fused optimizers read the flag and protect the weights; the flag is removed at the end."""
     parameter = nn.Parameter(torch.ones(1))
     made = optimizer([parameter])
-    watch = DeferredWatch(made)
+    watch = DeferredNonFiniteCheck(made)
     parameter.grad = torch.tensor([math.nan])
-    watch.admits([parameter.grad], None)
+    watch.allows_step([parameter.grad], None)
     made.step()
     assert watch.protects == protects == bool(parameter.isfinite())
     watch.end()
@@ -156,13 +156,13 @@ def test_only_fused_optimizers_read_the_flag_on_the_device(optimizer, protects: 
     assert parameter.item() != 1.0
 
 
-@pytest.mark.parametrize("exchanged", [False, True])
-def test_a_nonfinite_loss_with_finite_gradients_is_rejected(exchanged: bool):
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_a_nonfinite_loss_with_finite_gradients_is_rejected(synchronized: bool):
     """An infinite constant in the loss is rejected, although the gradients are finite."""
     parameter = torch.nn.Parameter(torch.ones(2))
     wrapper = OptimWrapper(torch.optim.SGD([parameter], lr=0.1))
-    wrapper.watch = UpdateWatch(wrapper.optimizer, {}, exchanged=exchanged)
+    wrapper.gradient_policy = GradientPolicy(guard=SyncNonFiniteCheck(wrapper.optimizer, {}, synchronized=synchronized))
     wrapper.update_params(parameter.sum() + float("inf"))
-    assert (wrapper.updates, parameter.tolist()) == (0, [1, 1])
+    assert (wrapper.num_steps_applied, parameter.tolist()) == (0, [1, 1])
     wrapper.update_params(parameter.sum())
-    assert (wrapper.updates, parameter.tolist()) == (1, pytest.approx([0.9, 0.9]))
+    assert (wrapper.num_steps_applied, parameter.tolist()) == (1, pytest.approx([0.9, 0.9]))

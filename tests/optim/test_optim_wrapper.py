@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError, TrainingError
-from stratagem.optim import OptimWrapper
+from stratagem.optim import GradientPolicy, OptimWrapper
 
 
 def parameter(*values: float) -> nn.Parameter:
@@ -42,7 +42,7 @@ def test_a_shorter_last_window_is_divided_by_its_length() -> None:
     for _ in range(6):
         wrapper.update_params(weight.sum())
     assert optimizer.seen == [[1.0], [1.0]]
-    assert (wrapper.inner_count, wrapper.attempts, wrapper.updates) == (6, 2, 2)
+    assert (wrapper.inner_count, wrapper.num_steps_attempted, wrapper.num_steps_applied) == (6, 2, 2)
 
 
 def test_windows_without_a_known_run_length() -> None:
@@ -88,9 +88,9 @@ def test_discarding_a_window_clears_its_gradients() -> None:
     wrapper = OptimWrapper(Recorder(weight), accumulative_counts=4)
     for _ in range(3):
         wrapper.update_params(weight.sum())
-    assert wrapper.drop_window() == 3
+    assert wrapper.discard_accumulation() == 3
     assert weight.grad is None
-    assert wrapper.drop_window() == 0
+    assert wrapper.discard_accumulation() == 0
 
 
 def test_weighted_micro_batches_match_one_large_batch() -> None:
@@ -135,7 +135,7 @@ def test_a_weight_for_only_some_micro_batches_is_rejected() -> None:
     weight = parameter()
     wrapper = OptimWrapper(Recorder(weight), accumulative_counts=2)
     wrapper.update_params(weight.sum(), weight=2)
-    with pytest.raises(RuntimeError, match="1 of the window's 2 micro-batches had a weight"):
+    with pytest.raises(RuntimeError, match="1 of the 2 micro-batches of the accumulation window had a weight"):
         wrapper.update_params(weight.sum())
 
 
@@ -172,8 +172,8 @@ def test_the_clipping_configuration_is_not_modified() -> None:
     [
         (dict(max_nrom=1.0), ConfigKeyError, "Did you mean 'max_norm'"),
         (dict(type="norms", max_norm=1.0), ConfigValueError, '"norm" or "value"'),
-        (dict(), ConfigValueError, "Give max_norm"),
-        (dict(type="value"), ConfigValueError, "Give clip_value"),
+        (dict(), ConfigValueError, "Add max_norm"),
+        (dict(type="value"), ConfigValueError, "Add clip_value"),
         (dict(max_norm=0), ConfigValueError, "must be positive"),
         (dict(max_norm="1"), ConfigTypeError, "must be a number"),
         (1.0, ConfigTypeError, "must be a mapping"),
@@ -190,10 +190,10 @@ def test_a_nonfinite_update_can_be_skipped() -> None:
     weight = parameter()
     wrapper = OptimWrapper(SGD([weight], lr=1.0), nonfinite="skip")
     wrapper.update_params((weight * float("inf")).sum())
-    assert (weight.item(), wrapper.attempts, wrapper.updates) == (0.0, 1, 0)
+    assert (weight.item(), wrapper.num_steps_attempted, wrapper.num_steps_applied) == (0.0, 1, 0)
     assert weight.grad is None
     wrapper.update_params(weight.sum())
-    assert (weight.item(), wrapper.attempts, wrapper.updates) == (-1.0, 2, 1)
+    assert (weight.item(), wrapper.num_steps_attempted, wrapper.num_steps_applied) == (-1.0, 2, 1)
 
 
 def test_a_nonfinite_update_can_be_an_error() -> None:
@@ -294,7 +294,7 @@ def test_state_round_trips() -> None:
     state = copy.deepcopy(first.state_dict())
     second.load_state_dict(state)
     assert state.keys() == {"state", "param_groups", "counts"}
-    assert (second.inner_count, second.updates, second.attempts) == (2, 2, 2)
+    assert (second.inner_count, second.num_steps_applied, second.num_steps_attempted) == (2, 2, 2)
     for model, wrapper in zip(models, (first, second), strict=True):
         wrapper.update_params(model(data).square().mean())
     assert torch.equal(models[0].weight, models[1].weight)
@@ -352,7 +352,7 @@ def test_the_placement_is_notified_of_the_last_micro_batch() -> None:
         seen.append(sync)
         return nullcontext()
 
-    wrapper.accumulation_context = context
+    wrapper.gradient_policy = GradientPolicy(sync_context=context)
     for _ in range(5):
         with wrapper.optim_context(nn.Identity()):
             loss = weight.sum()

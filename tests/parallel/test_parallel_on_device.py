@@ -63,7 +63,7 @@ def test_replacing_layers_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOGGER.name)
     OnDevice(LOGGER).place(network(), Recorder().steps(), World())
     assert [record.getMessage() for record in caplog.records] == [
-        "Turned 1 SyncBatchNorm layers into BatchNorm: there is one device."
+        "Converted 1 SyncBatchNorm layers to BatchNorm: there is only one device."
     ]
 
 
@@ -79,5 +79,5 @@ def test_the_model_is_not_wrapped() -> None:
     placement, model = OnDevice(LOGGER), network()
     assert placement.unwrap(model) is model
     for sync in (True, False):
-        with placement.accumulate(model, sync):
+        with placement.gradient_policy(model, accumulates=True).sync_context(model, sync):
             pass

@@ -289,7 +289,7 @@ def accumulated(separate: bool) -> list[list[float]]:
 
     placement, placed = place(model, make_optim, separate=separate)
     for wrapper in placed.optim.values() if separate else [placed.optim]:
-        wrapper.accumulation_context = placement.accumulate
+        wrapper.gradient_policy = placement.gradient_policy(placed.model, accumulates=False)
     seen = []
     for batch in of_rank((1.0, 2.0), (3.0, 6.0)):
         placed.model.train_step(torch.tensor([batch]), placed.optim)
@@ -400,7 +400,7 @@ def test_an_unknown_option_suggests_the_closest_name() -> None:
 
 def test_a_wrapped_model_is_rejected() -> None:
     """A wrapped model is an error, because its gradients would be synchronized twice."""
-    with pytest.raises(PlacementError, match="wrapped already, in a DataParallel; give the strategy the bare model"):
+    with pytest.raises(PlacementError, match="already wrapped, in a DataParallel. Pass the model itself"):
         place(nn.DataParallel(Scale()))
 
 
@@ -422,20 +422,20 @@ def test_a_frozen_model_is_not_wrapped() -> None:
     assert placed.model is model
     assert placed.optim is None
     assert placement.unwrap(model) is model
-    with placement.accumulate(model, sync=False):
+    with placement.gradient_policy(model, accumulates=True).sync_context(model, False):
         pass
 
 
 def test_separate_wrapping_rejects_parameters_of_the_model_itself() -> None:
     """With separate wrapping, direct parameters of the model are an error, because they would not be synchronized."""
-    with pytest.raises(PlacementError, match=r"Scale has learning parameters of its own \(scale\)"):
+    with pytest.raises(PlacementError, match=r"Scale has trainable parameters outside of them \(scale\)"):
         place(Scale(), separate=True)
 
 
 def test_batch_normalization_is_converted_on_request(caplog: pytest.LogCaptureFixture) -> None:
     """``sync_bn="torch"`` converts layers and logs it; on the CPU, it is an error."""
     caplog.set_level(logging.INFO, LOGGER.name)
-    with pytest.raises(PlacementError, match="works on accelerators alone"):
+    with pytest.raises(PlacementError, match="requires an accelerator"):
         place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")
     assert caplog.messages == ["Converted BatchNorm layers to SyncBatchNorm."]
     with pytest.raises(ConfigValueError, match="sync_bn='troch'"):

@@ -360,7 +360,7 @@ def dropped_window(folder: str) -> list[float]:
         step, optim = strategy.model.train_step, strategy.optim_wrapper
         if drop:
             step(batch(), optim_wrapper=optim)
-            optim.drop_window()
+            optim.discard_accumulation()
             # The next window is the short one that ends where the second would have ended.
         for _ in range(3 if drop else 2):
             step(batch(), optim_wrapper=optim)

@@ -123,7 +123,7 @@ def test_sync_batch_norm_is_replaced(single: Make) -> None:
     assert not isinstance(model[1], nn.SyncBatchNorm)
     assert model[1].weight.tolist() == [2.0, 2.0, 2.0]
     assert model(torch.ones(2, 1, 2, 2)).shape == (2, 3, 2, 2)
-    assert "Turned 1 SyncBatchNorm layers into BatchNorm" in lines.text
+    assert "Converted 1 SyncBatchNorm layers to BatchNorm" in lines.text
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ def test_unsupported_uses_of_ddp_are_rejected(ranks: Ranks, tmp_path: Path) -> N
         assert around.startswith("Direct.train_step reached the model's parameters without calling self(...)")
         assert "target='train_step' cannot be used under DDP" in compiled
         assert "Line has learning parameters of its own (weight)" in childless
-        assert "SyncBatchNorm works on accelerators alone" in synchronised
+        assert "SyncBatchNorm requires an accelerator" in synchronised
         assert "sync_bn='trch' is not known. Did you mean 'torch'" in unknown
         assert wrapped.startswith("The model is wrapped already, in a Replica")
 
@@ -427,7 +427,7 @@ def separate_on_a_rank(folder: str) -> dict[str, Any]:
         "after": digest(model),
         "names": sorted(strategy.model_state_dict()),
         "rounds": strategy.model_state_dict()["rounds"].item(),
-        "updates": [wrapper.updates for wrapper in strategy.optim_wrapper.values()],
+        "updates": [wrapper.num_steps_applied for wrapper in strategy.optim_wrapper.values()],
     }
     strategy.close()
     return facts

@@ -81,7 +81,7 @@ def test_an_overflowed_window_is_discarded_without_a_loss_scale(
     first.save_checkpoint(tmp_path / "inside")
     first.close()
     second = prepared(tmp_path, after)
-    with pytest.warns(UserWarning, match="the gradients of the last 1 are gone"):
+    with pytest.warns(UserWarning, match="the gradients of the last 1 are lost"):
         second.resume(tmp_path / "inside")
     micro_batch(second, 2.0)
     assert second.unwrap_model().weight.tolist() == [0.0, 0.0]
@@ -97,7 +97,7 @@ def test_an_overflowed_window_is_skipped_with_a_loss_scale(tmp_path: Path):
     second = prepared(tmp_path, "float16")
     second.resume(tmp_path / "inside")
     micro_batch(second, 2.0)
-    assert (second.optim_wrapper.attempts, second.optim_wrapper.updates) == (1, 0)
+    assert (second.optim_wrapper.num_steps_attempted, second.optim_wrapper.num_steps_applied) == (1, 0)
     assert second.optim_wrapper.loss_scale == 2.0**15
     assert second.unwrap_model().weight.tolist() == [1.0, 2.0]
     second.close()
@@ -150,7 +150,7 @@ def test_a_discarded_window_causes_a_warning(tmp_path: Path):
     first.save_checkpoint(tmp_path / "inside")
     first.close()
     second = prepared(tmp_path, "float32", counts=1)
-    with pytest.warns(UserWarning, match="the gradients of the last 2 are gone"):
+    with pytest.warns(UserWarning, match="the gradients of the last 2 are lost"):
         second.resume(tmp_path / "inside")
     second.close()
 

@@ -80,7 +80,7 @@ def train_spoiled(folder: str, spoil: Mapping[int, str], **options: Any) -> dict
     return {
         "error": error,
         "iterations": [row[:3] for row in recorder.rows],
-        "updates": runner.run.optim_wrapper.updates,
+        "updates": runner.run.optim_wrapper.num_steps_applied,
         "unchanged": all(torch.equal(last[name], value) for name, value in now.items()),
         "weights": {name: value.tolist() for name, value in now.items()},
     }

@@ -33,7 +33,7 @@ def test_a_stop_by_a_hook_forgets_the_unfinished_window(make_runner: MakeRunner,
     runner = make_runner(custom_hooks=[At(6, stop)], train_cfg=train_cfg, **OPTIM)
     runner.train()
     optim, model = runner.strategy.optim_wrapper, runner.strategy.model
-    assert (runner.run.iter, optim.updates, optim.pending) == (6, 1, 0)
+    assert (runner.run.iter, optim.num_steps_applied, optim.pending_micro_batches) == (6, 1, 0)
     assert all(parameter.grad is None for parameter in model.parameters())
     four = make_runner(custom_hooks=[At(4, stop)], train_cfg=train_cfg, **OPTIM)
     four.train()
@@ -72,7 +72,7 @@ def test_a_checkpoint_inside_of_a_window_holds_its_gradients(make_runner: MakeRu
     runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **OPTIM)
     runner.prepare()
     optim, model = runner.strategy.optim_wrapper, runner.strategy.model
-    assert (optim.inner_count, optim.updates, optim.pending) == (6, 1, 2)
+    assert (optim.inner_count, optim.num_steps_applied, optim.pending_micro_batches) == (6, 1, 2)
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
@@ -81,10 +81,10 @@ def test_gradients_of_a_window_of_another_length_are_given_up(make_runner: MakeR
     saved_inside(make_runner)
     optim_cfg = {**OPTIM["optim_wrapper"], "accumulative_counts": 5}
     runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **{**OPTIM, "optim_wrapper": optim_cfg})
-    with pytest.warns(UserWarning, match="the gradients of the last 2 are gone"):
+    with pytest.warns(UserWarning, match="the gradients of the last 2 are lost"):
         runner.prepare()
     optim, model = runner.strategy.optim_wrapper, runner.strategy.model
-    assert (optim.inner_count, optim.updates, optim.pending) == (6, 1, 0)
+    assert (optim.inner_count, optim.num_steps_applied, optim.pending_micro_batches) == (6, 1, 0)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -95,7 +95,7 @@ def interrupted_in_nine(folder: str) -> tuple[int, int, int]:
     train_until_signal(runner)
     runner.close()
     optim = runner.strategy.optim_wrapper
-    return runner.run.iter, optim.updates, optim.pending
+    return runner.run.iter, optim.num_steps_applied, optim.pending_micro_batches
 
 
 def test_ranks_end_with_the_same_window(ranks: Ranks, tmp_path: Path):

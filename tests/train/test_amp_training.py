@@ -114,4 +114,4 @@ def test_an_overflow_lowers_the_scale_and_advances_nothing(make_runner: MakeRunn
     runner.train()
     assert recorder.rates == [0.1, 0.05, 0.025, 0.025, 0.0125]
     assert scales.scales == [1024.0] * 2 + [512.0] * 3
-    assert (runner.strategy.optim_wrapper.updates, average.average.steps) == (4, 4)
+    assert (runner.strategy.optim_wrapper.num_steps_applied, average.average.steps) == (4, 4)

@@ -34,8 +34,8 @@ class Weights(Hook):
         return run.strategy.unwrap_model().get_parameter(NAME).detach().clone()
 
     def after_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        if run.optim_wrapper.updates != self.updates:
-            self.updates = run.optim_wrapper.updates
+        if run.optim_wrapper.num_steps_applied != self.updates:
+            self.updates = run.optim_wrapper.num_steps_applied
             self.trained.append(self.weight(run))
 
     def _before_iter(self, run: Any, batch_idx: int, data_batch: Any = None, mode: str = "train") -> None:
@@ -107,7 +107,7 @@ def test_only_updates_enter_the_average(make_runner: MakeRunner):
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 2, "nonfinite": "skip"}
     runner = make_runner(custom_hooks=[hook, Poison(5)], optim_wrapper=optim, train_cfg={"max_iters": 10})
     runner.train()
-    assert (runner.strategy.optim_wrapper.attempts, hook.average.steps) == (5, 4)
+    assert (runner.strategy.optim_wrapper.num_steps_attempted, hook.average.steps) == (5, 4)
 
 
 def test_the_weights_come_back_where_a_validation_fails(make_runner: MakeRunner):

@@ -28,7 +28,7 @@ def test_a_run_of_so_many_updates_takes_that_many_windows(make_runner: MakeRunne
     seen = Recorder()
     runner = make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[seen])
     runner.train()
-    assert (len(seen.rows), runner.strategy.optim_wrapper.updates) == (12, 4)
+    assert (len(seen.rows), runner.strategy.optim_wrapper.num_steps_applied) == (12, 4)
 
 
 def test_the_schedule_by_step_ends_with_the_run(make_runner: MakeRunner) -> None:
@@ -61,7 +61,7 @@ def test_updates_that_are_skipped_are_made_up_for(make_runner: MakeRunner, tmp_p
     )  # fmt: skip
     runner.train()
     wrapper = runner.strategy.optim_wrapper
-    assert (wrapper.attempts, wrapper.updates, runner.run.iter) == (4, 3, 12)
+    assert (wrapper.num_steps_attempted, wrapper.num_steps_applied, runner.run.iter) == (4, 3, 12)
     assert runner.latest_checkpoint() == tmp_path / "run" / "iter_12"
 
 
@@ -77,7 +77,7 @@ def test_a_run_of_updates_is_resumed(make_runner: MakeRunner, tmp_path: Path) ->
     again = make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[pieces], resume=True)
     again.train()
     assert pieces.rows == whole.rows
-    assert again.strategy.optim_wrapper.updates == 4
+    assert again.strategy.optim_wrapper.num_steps_applied == 4
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 2, "max_iters": 5}, {"max_steps": 0}, {"by_epoch": False}])

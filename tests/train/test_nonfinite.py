@@ -88,7 +88,7 @@ def test_a_skipped_update_changes_nothing_and_schedules_wait(spoiled: Make):
     assert_equal(spoiler.weights[5], spoiler.weights[4])
     rates = recorder.rates
     assert (rates[2], rates[4]) == (rates[3], rates[5])
-    assert runner.run.optim_wrapper.updates == 2 * EPOCH - 2
+    assert runner.run.optim_wrapper.num_steps_applied == 2 * EPOCH - 2
     assert len(recorder.rows) == 2 * EPOCH
 
 
@@ -152,7 +152,7 @@ def test_a_rolled_back_run_goes_on_from_the_checkpoint_behind_the_bad_batch(spoi
     assert places == [(0, batch) for batch in range(EPOCH)] + [(1, batch) for batch in range(EPOCH)]
     # Four sound iterations, and one and seven after going back; the fifth and the sixth do not count.
     assert runner.run.iter == runner.run.max_iters == 4 + 1 + EPOCH
-    assert runner.run.optim_wrapper.updates == 12
+    assert runner.run.optim_wrapper.num_steps_applied == 12
 
 
 def test_a_roll_back_takes_up_what_the_checkpoint_has(spoiled: Make, tmp_path: Path):
@@ -287,7 +287,7 @@ def test_float16_may_look_for_its_scale(spoiled: Make):
     runner, recorder, _ = spoiled({}, custom_hooks=[Overflows(3, 22)], **cfg)
     runner.train()
     assert len(recorder.rows) == 5 * EPOCH
-    assert runner.run.optim_wrapper.updates == 5 * EPOCH - 20
+    assert runner.run.optim_wrapper.num_steps_applied == 5 * EPOCH - 20
     runner, recorder, _ = spoiled({}, custom_hooks=[Overflows(3, 50)], **cfg)
     with pytest.raises(TrainingError, match="Iteration 27 .*So were the 24 before it"):
         runner.train()

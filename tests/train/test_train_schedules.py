@@ -98,7 +98,7 @@ def test_a_skipped_update_moves_no_schedule(make_runner: MakeRunner, unit: dict)
     )
     runner.train()
     assert recorder.rates == [1.0, 0.5, 0.25, 0.25, 0.125]
-    assert runner.strategy.optim_wrapper.updates == 4
+    assert runner.strategy.optim_wrapper.num_steps_applied == 4
     assert all(torch.isfinite(parameter).all() for parameter in runner.strategy.model.parameters())
 
 

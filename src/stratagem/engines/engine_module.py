@@ -1,4 +1,4 @@
-"""A model that trains by its own steps, through an engine."""
+"""A model that trains with its own ``train_step``, through an engine."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor, nn
 
 from stratagem.errors import PlacementError
 from stratagem.model import Trainable
-from stratagem.parallel.forward_redirection import calls_go_to
+from stratagem.parallel.forward_redirection import redirect_forward
 
-__all__ = ["Driven"]
+__all__ = ["EngineModule"]
 
 
 @final
-class Driven(nn.Module):
-    """Runs the model's own ``train_step``, ``val_step`` and ``test_step``; what they call as ``self(...)`` is the engine.
+class EngineModule(nn.Module):
+    """Runs the ``train_step``, ``val_step`` and ``test_step`` of a model; their calls of ``self(...)`` go to the engine.
 
-    In all else ``self`` is the model there, and an attribute that this module does not have is the model's.
+    Otherwise ``self`` is the model. Attributes that this module does not have are those of the model.
 
     Args:
         bare: the model.
-        holder: what holds it: the model itself, or the engine's wrapper of it.
-        engine: what errors call the engine.
-        learning: what a call of the model becomes in a training step; it calls the model.
-        evaluating: the same in an evaluation.
+        holder: the model, or the engine's wrapper around it.
+        engine: the name of the engine in error messages.
+        training_forward: called for ``self(...)`` in a training step; calls the model.
+        eval_forward: called for ``self(...)`` in an evaluation; calls the model.
     """
 
     def __init__(
@@ -34,17 +34,16 @@ class Driven(nn.Module):
         holder: nn.Module,
         *,
         engine: str,
-        learning: Callable[..., Any],
-        evaluating: Callable[..., Any],
+        training_forward: Callable[..., Any],
+        eval_forward: Callable[..., Any],
     ) -> None:
         super().__init__()
         self.holder = holder
-        # Not a child of its own: it is the holder's, or that itself.
+        # Not registered as a submodule: the holder is the model, or has it as a submodule.
         self.__dict__["bare"] = bare
         self._engine = engine
-        self._learning = learning
-        self._evaluating = evaluating
-        self._passed = False
+        self._training_forward = training_forward
+        self._eval_forward = eval_forward
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -54,33 +53,31 @@ class Driven(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model through the engine."""
-        self._passed = True
-        return self._learning(*args, **kwargs)
+        return self._training_forward(*args, **kwargs)
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
-        """Learn from one micro-batch; see the model's ``train_step``.
+        """Train on one micro-batch; see the model's ``train_step``.
 
         Raises:
-            PlacementError: if the model's step did not call ``self(...)``, which the engine would not see.
+            PlacementError: if the step of the model did not call ``self(...)``, so that the engine saw no forward pass.
         """
-        self._passed = False
-        with calls_go_to(self.bare, self):
+        with redirect_forward(self.bare, self) as redirection:
             outputs: dict[str, Tensor] = self._model.train_step(data, optim_wrapper=optim_wrapper)
-        if not self._passed:
+        if not redirection.called:
             raise PlacementError(
                 f"{type(self.bare).__name__}.train_step reached the model's parameters without calling self(...), so "
-                f"{self._engine} saw no forward pass. Call self(...) for it."
+                f"{self._engine} saw no forward pass. Call self(...) for the forward pass."
             )
         return outputs
 
     def val_step(self, data: Any) -> Any:
-        """Return the model's predictions."""
-        with calls_go_to(self.bare, self._evaluating):
+        """Return the predictions of the model."""
+        with redirect_forward(self.bare, self._eval_forward):
             return self._model.val_step(data)
 
     def test_step(self, data: Any) -> Any:
-        """Return the model's predictions."""
-        with calls_go_to(self.bare, self._evaluating):
+        """Return the predictions of the model."""
+        with redirect_forward(self.bare, self._eval_forward):
             return self._model.test_step(data)
 
     @property

@@ -6,12 +6,13 @@ from stratagem.model.averaging import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
-from stratagem.model.base import BaseModel, Trainable, parse_losses
+from stratagem.model.base import BaseModel, Trainable
 from stratagem.model.norms import convert_sync_batchnorm, revert_sync_batchnorm
 from stratagem.model.preprocess import BaseDataPreprocessor, to_device
 from stratagem.model.ready import ModelWithLoss, SupervisedModel
 from stratagem.model.text import TextGenerator, Tokenizer
 from stratagem.model.unwrap import is_model_wrapper, unwrap_model
+from stratagem.step import parse_losses
 
 __all__ = [
     "AveragedModel",

@@ -3,9 +3,10 @@
 from stratagem.optim.amp import AmpOptimWrapper
 from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.build import build_optim_wrapper
+from stratagem.optim.gradient_policy import GradientPolicy
 from stratagem.optim.groups.constructor import DefaultOptimWrapperConstructor
 from stratagem.optim.groups.multi_optim_constructor import MultiOptimWrapperConstructor
-from stratagem.optim.nonfinite import DeferredWatch, UpdateWatch, Watch, all_finite
+from stratagem.optim.nonfinite import DeferredNonFiniteCheck, NonFiniteGuard, SyncNonFiniteCheck, all_finite
 from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper, OptimWrapper
 from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
 from stratagem.optim.schedules import (
@@ -51,15 +52,16 @@ __all__ = [
     "AccumulatingOptimWrapper",
     "AmpOptimWrapper",
     "BaseOptimWrapper",
-    "DeferredWatch",
+    "DeferredNonFiniteCheck",
     "DefaultOptimWrapperConstructor",
     "MultiOptimWrapperConstructor",
     "OptimWrapper",
     "OptimWrapperDict",
     "ParamScheduler",
     "ParamSchedulers",
-    "UpdateWatch",
-    "Watch",
+    "SyncNonFiniteCheck",
+    "GradientPolicy",
+    "NonFiniteGuard",
     "all_finite",
     "build_optim_wrapper",
     "build_param_schedulers",

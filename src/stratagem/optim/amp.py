@@ -1,4 +1,4 @@
-"""Train with automatic mixed precision: the forward in a smaller type, the parameters in their own."""
+"""Automatic mixed precision: the forward pass in bfloat16 or float16, the parameters in their own dtype."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from types import TracebackType
 from typing import Any, Final, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
-from stratagem.optim.base import NOTHING
+from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.gradients import NonFinite
 from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper
 from stratagem.utils.names import did_you_mean
@@ -31,24 +31,28 @@ _SCALER_OPTIONS: Final = ("init_scale", "growth_factor", "backoff_factor", "grow
 
 @final
 class AmpOptimWrapper(AccumulatingOptimWrapper):
-    """Run forwards under autocast; with float16, scale the loss so that small gradients do not vanish.
+    """Run the forward pass under autocast; with float16, scale the loss so that small gradients do not underflow.
 
-    It works on every device that autocast knows, also the CPU. bfloat16 has the range of float32 and needs no scale.
-    An update whose gradients overflowed is skipped and counts in ``attempts``, not in ``updates``, so schedules and
-    averages do not advance; to know it, each float16 update waits for the device.
+    All devices that autocast supports can be used, including the CPU. bfloat16 has the range of float32 and needs no
+    loss scale. An update whose gradients overflow is skipped: it counts in ``num_steps_attempted`` but not in
+    ``num_steps_applied``, so schedules and averages do not advance. Detecting it synchronizes with the device in each
+    float16 update.
 
     Args:
-        optimizer: what updates the parameters.
-        loss_scale: for float16: ``"dynamic"``, a number that stays as it is, or the arguments of
-            ``torch.amp.GradScaler``.
-        dtype: ``"bfloat16"``, ``"float16"``, the torch type, or ``None`` for what the device's autocast prefers.
+        optimizer: updates the parameters.
+        loss_scale: for float16: ``"dynamic"``, a constant, or the arguments of ``torch.amp.GradScaler``.
+        dtype: ``"bfloat16"``, ``"float16"``, the torch dtype, or ``None`` for the default of the device's autocast.
         accumulative_counts: micro-batches per update.
         clip_grad: as in ``AccumulatingOptimWrapper``.
-        nonfinite: as in ``AccumulatingOptimWrapper``; float16 skips by itself.
+        nonfinite: as in ``AccumulatingOptimWrapper``; float16 always skips.
+
+    Attributes:
+        device_type: the device type of autocast.
+        dtype: the dtype of autocast.
 
     Raises:
-        ConfigTypeError: if ``loss_scale`` is something else.
-        ConfigValueError: if autocast does not know ``dtype``, or another argument does not go with it.
+        ConfigTypeError: if ``loss_scale`` has another type.
+        ConfigValueError: if autocast does not support ``dtype``, or an argument does not apply to it.
     """
 
     def __init__(
@@ -64,68 +68,50 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad, nonfinite=nonfinite)
         self.device_type = _device_type(optimizer)
         self.dtype = _parse_dtype(dtype, self.device_type)
-        self.loss_scaler: GradScaler | None = None
-        self._fixed_scale: float | None = None
         if self.dtype == torch.float16:
-            self._fixed_scale, options = _parse_loss_scale(loss_scale)
-            self.loss_scaler = GradScaler(self.device_type, **options)
-            self._skip_overflows()
+            if self.nonfinite == "error":
+                raise ConfigValueError(
+                    'nonfinite="error" would stop at the first overflow, and float16 overflows while it searches for its '
+                    'loss scale. Omit nonfinite, or use dtype="bfloat16".'
+                )
+            self.fixed_scale, options = _parse_loss_scale(loss_scale)
+            self.grad_scaler = GradScaler(self.device_type, **options)
+            # The scaler lowers its scale after an update with non-finite gradients, which must not be applied.
+            self.nonfinite = "skip"
+            self.inspects_grads = self.needs_grad_norm = True
         elif loss_scale != "dynamic":
-            raise ConfigValueError(f"loss_scale={loss_scale!r} is for float16; {self.dtype} needs none. Leave it out.")
+            raise ConfigValueError(
+                f"loss_scale={loss_scale!r} applies to float16 only, and dtype is {self.dtype}. Omit it."
+            )
+
+    @property
+    def loss_scaler(self) -> GradScaler | None:
+        """The scaler of the loss in float16; None in bfloat16."""
+        return self.grad_scaler
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
         autocast = torch.autocast(self.device_type, dtype=self.dtype)
         outer = super().optim_context(model)
-        return autocast if outer is NOTHING else _Nested(outer, autocast)
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        if self.loss_scaler is not None:
-            loss = self.loss_scaler.scale(loss)
-        loss.backward(**(kwargs if self.watch is None else self.watch.begin(loss, kwargs)))
-        self.inner_count += 1
-
-    def step(self, **kwargs: Any) -> None:
-        if self.complete_gradients is not None:
-            self.complete_gradients()
-        micro_batches = self.inner_count - self._window_start
-        self._window_start = self.inner_count
-        self.attempts += 1
-        if self.loss_scaler is not None:
-            self.loss_scaler.unscale_(self.optimizer)
-        if self._ready(micro_batches):
-            self.optimizer.step(**kwargs)
-            self.updates += 1
-        if self.loss_scaler is not None:
-            self.loss_scaler.update(self._fixed_scale)
+        return autocast if outer is NO_CONTEXT else _Nested(outer, autocast)
 
     @property
     def loss_scale(self) -> float | None:
-        return None if self.loss_scaler is None else self.loss_scaler.get_scale()
+        return None if self.grad_scaler is None else self.grad_scaler.get_scale()
 
     def state_dict(self) -> dict[str, Any]:
-        scaler = {} if self.loss_scaler is None else {"loss_scaler": self.loss_scaler.state_dict()}
+        scaler = {} if self.grad_scaler is None else {"loss_scaler": self.grad_scaler.state_dict()}
         return {**super().state_dict(), **scaler}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # A state without one comes from another precision: the scale starts as configured.
-        if self.loss_scaler is not None and "loss_scaler" in state_dict:
-            self.loss_scaler.load_state_dict(dict(state_dict["loss_scaler"]))
-
-    def _skip_overflows(self) -> None:
-        """Let updates pass only where the unscaled gradients are finite: the scaler lowers its scale after others."""
-        if self._nonfinite == "error":
-            raise ConfigValueError(
-                'nonfinite="error" would stop at the first overflow, which float16 meets while it looks for its scale. '
-                'Leave it out, or use dtype="bfloat16".'
-            )
-        self._nonfinite = "skip"
-        self._plain = False
+        # A state without one was saved in another precision: the scale starts as configured.
+        if self.grad_scaler is not None and "loss_scaler" in state_dict:
+            self.grad_scaler.load_state_dict(dict(state_dict["loss_scaler"]))
 
 
 @final
 class _Nested:
-    """Two contexts, the second inside the first."""
+    """Two nested contexts. A class, since ``ExitStack`` costs more calls in each step."""
 
     def __init__(self, outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> None:
         self._outer = outer
@@ -148,7 +134,7 @@ def _device_type(optimizer: Optimizer) -> str:
     device: str = optimizer.param_groups[0]["params"][0].device.type
     if device != "meta":
         return device
-    # Parameters without memory yet will lie on the machine's accelerator where there is one.
+    # Parameters on the meta device will be moved to the accelerator of this machine, if there is one.
     accelerator = torch.accelerator.current_accelerator()
     return "cpu" if accelerator is None else accelerator.type
 
@@ -158,12 +144,12 @@ def _parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dty
         dtype = torch.get_autocast_dtype(device_type)
     parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in _DTYPES.values():
-        raise ConfigValueError(f'dtype={dtype!r} is no type of autocast. Use "bfloat16" or "float16".')
+        raise ConfigValueError(f'dtype={dtype!r} is not a dtype of autocast. Use "bfloat16" or "float16".')
     return parsed
 
 
 def _parse_loss_scale(loss_scale: str | float | Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """Return the scale where it is fixed, and the arguments of the scaler."""
+    """Return the scale if it is constant, else None, and the arguments of the scaler."""
     if loss_scale == "dynamic":
         return None, {}
     if isinstance(loss_scale, int | float) and not isinstance(loss_scale, bool):
@@ -172,5 +158,5 @@ def _parse_loss_scale(loss_scale: str | float | Mapping[str, Any]) -> tuple[floa
         raise ConfigTypeError(f'loss_scale must be "dynamic", a number, or a mapping, got {loss_scale!r}.')
     for key in loss_scale:
         if key not in _SCALER_OPTIONS:
-            raise ConfigKeyError(f"loss_scale: {key!r} is not known. {did_you_mean(key, _SCALER_OPTIONS)}")
+            raise ConfigKeyError(f"loss_scale has no argument {key!r}. {did_you_mean(key, _SCALER_OPTIONS)}")
     return None, dict(loss_scale)

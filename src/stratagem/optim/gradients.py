@@ -1,4 +1,4 @@
-"""Clip gradients and look whether they are finite, over all parameters of an optimizer and under any sharding."""
+"""Clip gradients and check their norm, over all parameters of an optimizer and under any sharding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, 
 from stratagem.tensors.dtensor import full_tensor, is_plain, is_sharded, mesh_of, to_local
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["Clipping", "NonFinite", "global_norm", "is_admitted", "parse_clipping", "parse_nonfinite", "scale"]
+__all__ = ["Clipping", "NonFinite", "check_norm", "global_norm", "parse_clipping", "parse_nonfinite", "scale"]
 
 NonFinite = Literal["error", "skip"]
 
@@ -23,7 +23,7 @@ _KNOWN_KEYS: Final = {
     "norm": ("type", "max_norm", "norm_type", "error_if_nonfinite"),
     "value": ("type", "clip_value"),
 }
-# So that a norm of 0 divides nothing by 0; torch.nn.utils.clip_grad_norm_ adds the same.
+# Avoids a division by 0; torch.nn.utils.clip_grad_norm_ adds the same.
 _EPSILON: Final = 1e-6
 _LIMIT_KEY: Final = {"norm": "max_norm", "value": "clip_value"}
 
@@ -31,7 +31,7 @@ _LIMIT_KEY: Final = {"norm": "max_norm", "value": "clip_value"}
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clipping:
-    """How far gradients may go: by the norm of all of them, or each value on its own."""
+    """The limit of the gradients: for the norm of all of them, or for each value."""
 
     by_norm: bool
     limit: float
@@ -39,7 +39,7 @@ class Clipping:
     error_if_nonfinite: bool = False
 
     def apply(self, gradients: Sequence[Tensor], norm: Tensor | None) -> None:
-        """Clip gradients in place; ``norm`` is the norm of all of them, needed to clip by it."""
+        """Clip gradients in place; ``norm`` is the norm of all gradients, required for clipping by norm."""
         if self.by_norm and norm is not None:
             scale(gradients, torch.clamp(self.limit / (norm + _EPSILON), max=1.0))
         elif gradients:
@@ -49,12 +49,12 @@ class Clipping:
 
 
 def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
-    """Check what a configuration says about clipping; the argument stays as it is.
+    """Validate ``clip_grad`` of a configuration without changing it.
 
     Raises:
-        ConfigTypeError: if it is no mapping, or a limit is no number.
-        ConfigValueError: if it is empty, names another ``type``, or has no positive limit.
-        ConfigKeyError: for a key that this ``type`` does not take.
+        ConfigTypeError: if it is not a mapping, or a limit is not a number.
+        ConfigValueError: if the ``type`` is unknown, or there is no positive limit.
+        ConfigKeyError: for a key that does not apply to this ``type``.
     """
     if clip_grad is None:
         return None
@@ -70,7 +70,7 @@ def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
             )
     limit = clip_grad.get(_LIMIT_KEY[kind])
     if limit is None:
-        raise ConfigValueError(f"clip_grad={dict(clip_grad)!r} has no limit. Give {_LIMIT_KEY[kind]}=...")
+        raise ConfigValueError(f"clip_grad={dict(clip_grad)!r} has no limit. Add {_LIMIT_KEY[kind]}=...")
     if isinstance(limit, bool) or not isinstance(limit, int | float):
         raise ConfigTypeError(f"clip_grad: {_LIMIT_KEY[kind]} must be a number, got {limit!r}.")
     if not limit > 0:
@@ -84,26 +84,26 @@ def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
 
 
 def parse_nonfinite(policy: str | None, clipping: Clipping | None) -> NonFinite | None:
-    """Return the policy for gradients that are not finite, which ``error_if_nonfinite`` of clipping may also ask for.
+    """Return the policy for gradients that are NaN or Inf; ``error_if_nonfinite`` of ``clip_grad`` implies ``"error"``.
 
     Raises:
-        ConfigValueError: for another policy.
+        ConfigValueError: for an unknown policy.
     """
     if policy is None:
         return "error" if clipping is not None and clipping.error_if_nonfinite else None
     if policy not in ("error", "skip"):
-        raise ConfigValueError(f'nonfinite={policy!r} is not known. Use "error", "skip", or None to not look.')
+        raise ConfigValueError(f'nonfinite={policy!r} is not known. Use "error", "skip", or None to not check.')
     return cast("NonFinite", policy)
 
 
 def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Return the norm of all gradients as one vector, a scalar on their device, without waiting for it.
+    """Return the norm of all gradients as one vector, a scalar on their device, without synchronizing with it.
 
-    Gradients that are sharded over ranks count as the whole tensors that they stand for; then the call is collective.
+    A gradient that is sharded across ranks counts as the whole tensor; the call is collective in that case.
     """
     if all(is_plain(gradient) for gradient in gradients):
         return _norm_of_norms(torch._foreach_norm(gradients, norm_type), norm_type) if gradients else torch.zeros(())
-    # Shards of one mesh that are cut along the same of its axes are summed together: a reduction for each such axis.
+    # Shards of one mesh that are cut along the same mesh axes are reduced together, with one all-reduce per axis.
     alike: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
         cut = _cut_axes(gradient)
@@ -113,7 +113,7 @@ def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 def _cut_axes(gradient: Tensor) -> tuple[int, ...] | None:
-    """Return the axes of its mesh along which a tensor is cut; None where ranks hold summands of it."""
+    """Return the mesh axes along which a tensor is sharded; None if it has partial placements."""
     if not is_sharded(gradient):
         return ()
     placements = cast("Any", gradient).placements
@@ -123,7 +123,7 @@ def _cut_axes(gradient: Tensor) -> tuple[int, ...] | None:
 
 
 def _norm_over(parts: list[Tensor], norm_type: float, mesh: Any, axes: tuple[int, ...]) -> Tensor:
-    # A rank may have nothing of a small tensor, and nothing has no largest value.
+    # A rank's shard of a small tensor may be empty, and an empty tensor has no maximum.
     filled = [part for part in parts if part.numel()]
     norm = (
         _norm_of_norms(torch._foreach_norm(filled, norm_type), norm_type)
@@ -146,7 +146,7 @@ def _norm_of_norms(norms: Sequence[Tensor], norm_type: float) -> Tensor:
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply gradients in place by a scalar, without waiting for it."""
+    """Multiply gradients in place by a scalar tensor, without synchronizing with its device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         part = to_local(gradient)
@@ -155,11 +155,11 @@ def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
         torch._foreach_mul_(parts, factor.to(device))
 
 
-def is_admitted(norm: Tensor, policy: NonFinite | None) -> bool:
-    """Tell whether gradients of this norm may update the parameters; with a policy it waits for the device.
+def check_norm(norm: Tensor, policy: NonFinite | None) -> bool:
+    """Return whether gradients with this norm may update the parameters; synchronizes with the device if there is a policy.
 
     Raises:
-        TrainingError: if the norm is not finite and the policy is ``"error"``.
+        TrainingError: if the norm is NaN or Inf and the policy is ``"error"``.
     """
     if policy is None or bool(torch.isfinite(norm)):
         return True

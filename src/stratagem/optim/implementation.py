@@ -13,10 +13,12 @@ from torch.optim import SGD, Adam, AdamW
 from stratagem.errors import ConfigValueError
 from stratagem.tensors.dtensor import mesh_of
 
-__all__ = ["Implementation", "implementation_options"]
+__all__ = ["IMPLEMENTATION_KEYS", "Implementation", "implementation_options"]
 
 Implementation = Literal["auto", "fused", "foreach", "loop"]
 
+# How updates are computed depends on the machine, so these options of a parameter group are not part of a checkpoint.
+IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
 _CHOICES: Final = ("auto", "fused", "foreach", "loop")
 # Where the user says one of these, the choice is made.
 _DECIDING_KEYS: Final = ("fused", "foreach", "differentiable", "capturable")
@@ -49,7 +51,7 @@ def implementation_options(
         raise ConfigValueError(f"implementation={implementation!r} is not known. Use one of {', '.join(_CHOICES)}.")
     offered = inspect.signature(optimizer_type).parameters
     decided = [key for key in _DECIDING_KEYS if options.get(key) is not None and options[key] is not False]
-    decided += [key for key in ("fused", "foreach") if options.get(key) is False]
+    decided += [key for key in IMPLEMENTATION_KEYS if options.get(key) is False]
     meshes = len({mesh_of(parameter) for parameter in parameters})
     shards = any(mesh_of(parameter) is not None for parameter in parameters)
     if implementation == "auto":
@@ -67,7 +69,7 @@ def implementation_options(
             "computed. Give one of them."
         )
     if implementation == "loop":
-        return {key: False for key in ("fused", "foreach") if key in offered}
+        return {key: False for key in IMPLEMENTATION_KEYS if key in offered}
     if meshes > 1:
         raise ConfigValueError(
             f"implementation={implementation!r} takes all tensors in one call, and this model's lie on {meshes} meshes of "

@@ -1,8 +1,8 @@
-"""See gradients that are not finite before they reach the weights.
+"""Detect NaN and Inf in gradients before they reach the weights.
 
-A loss that is not finite reaches every gradient of its backward pass, since :func:`marked` begins the pass with
-``1 + 0 * loss``. The exchange of gradients then carries it to all ranks, so each of them sees the same and decides the
-same without a word of their own. Only gradients that are sharded need one small all-reduce an update.
+:func:`propagate_nonfinite` starts the backward pass with ``1 + 0 * loss``, so a loss that is NaN or Inf makes all gradients
+NaN. Gradient synchronization carries the NaN to all ranks, so all of them detect it and make the same decision without
+further communication. Only sharded gradients need one small all-reduce per update.
 """
 
 from __future__ import annotations
@@ -17,66 +17,67 @@ from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce
 from stratagem.tensors.dtensor import is_plain, to_local
+from stratagem.utils.torch_private import fused_step_reads_found_inf, mark_nonfinite
 
-__all__ = ["DeferredWatch", "UpdateWatch", "Watch", "all_finite", "marked"]
+__all__ = ["DeferredNonFiniteCheck", "NonFiniteGuard", "SyncNonFiniteCheck", "all_finite", "propagate_nonfinite"]
 
 
-class Watch(Protocol):
-    """Looks at the losses and the gradients of each update before it is made."""
+class NonFiniteGuard(Protocol):
+    """Checks the losses and gradients of each update before it is applied."""
 
     def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the options with which ``loss.backward`` is called."""
+        """Return the arguments for ``loss.backward``."""
 
-    def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
-        """Tell whether the update may be made; ``norm`` is that of all gradients where it is known already."""
+    def allows_step(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
+        """Return whether the update may be applied; ``norm`` is the norm of all gradients if it is known already."""
 
 
-def marked(loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the options of ``loss.backward`` with which a loss that is not finite makes every gradient so.
+def propagate_nonfinite(loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments of ``loss.backward`` with which a loss that is NaN or Inf makes all gradients NaN.
 
-    Bits of finite losses' gradients are what they would be. A ``gradient`` that is given stays as it is.
+    The gradients of finite losses keep their bits. If ``options`` has a ``gradient``, they are returned unchanged.
     """
     return options if "gradient" in options else {**options, "gradient": loss.detach() * 0 + 1}
 
 
 @final
-class UpdateWatch:
-    """Refuses an update by gradients that are not finite, and keeps the names of their parameters.
+class SyncNonFiniteCheck:
+    """Refuses an update if a gradient is NaN or Inf, and records the names of the affected parameters.
 
-    To know it, each update waits for the device; on the CPU there is nothing to wait for.
+    Each update synchronizes with the device; on the CPU that costs nothing.
 
     Args:
-        optimizer: whose gradients these are.
-        names: of the parameters, by their identity.
-        exchanged: whether gradients are exchanged with other ranks, which then learn of a loss by them.
+        optimizer: the optimizer whose gradients are checked.
+        names: the name of each parameter by its ``id``.
+        synchronized: whether gradients are synchronized with other ranks, which see a bad loss through them.
 
     Attributes:
-        unsound: of the last refused update, the parameters whose gradients were not finite, last registered first:
-            the nearest to the loss is among the first.
+        nonfinite_params: the parameters whose gradients were NaN or Inf in the last refused update, in reverse order of
+            registration, so that those closest to the loss come first.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, exchanged: bool = True) -> None:
-        self.unsound: tuple[str, ...] = ()
+    def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, synchronized: bool = True) -> None:
+        self.nonfinite_params: tuple[str, ...] = ()
         self._optimizer = optimizer
         self._names = names
         self._flag = _Flag(optimizer)
-        # Where nobody is to be told and nothing waited for, looking at a loss is cheaper than marking it.
-        self._looks = not exchanged and self._flag.found.device.type == "cpu"
+        # With one process on the CPU, reading the loss is cheaper than propagating its NaN.
+        self._reads_loss = not synchronized and self._flag.found.device.type == "cpu"
 
     def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        if not self._looks or loss.numel() != 1:
-            return marked(loss, options)
+        if not self._reads_loss or loss.numel() != 1:
+            return propagate_nonfinite(loss, options)
         if not math.isfinite(loss.item()):
             self._flag.found.fill_(1.0)
         return options
 
-    def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
-        self._flag.note(gradients, norm)
+    def allows_step(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
+        self._flag.check(gradients, norm)
         if not self._flag.found.item():
             return True
         self._flag.found.zero_()
-        self.unsound = tuple(
-            self._names.get(id(parameter), "a parameter without a name")
+        self.nonfinite_params = tuple(
+            self._names.get(id(parameter), "unnamed parameter")
             for group in reversed(self._optimizer.param_groups)
             for parameter in reversed(group["params"])
             if parameter.grad is not None and not all_finite([parameter.grad])
@@ -85,49 +86,52 @@ class UpdateWatch:
 
 
 @final
-class DeferredWatch:
-    """Admits every update and remembers which gradients were not finite, without waiting for the device.
+class DeferredNonFiniteCheck:
+    """Allows every update and records which gradients were NaN or Inf, without synchronizing with the device.
 
-    Where the optimizer's fused kernels take the flag, they change nothing from the first such update on, so the weights
-    stay as they were before it. Others carry the values into the weights until somebody looks.
+    If the optimizer's fused kernels accept ``found_inf``, they change nothing from the first bad update on, so the weights
+    keep their last good values. Otherwise NaN and Inf reach the weights, until :meth:`first_nonfinite` is called.
+
+    Args:
+        optimizer: the optimizer whose gradients are checked.
 
     Attributes:
-        protects: whether the weights stay as they were.
+        protects: whether the weights keep their last good values.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer: Any = optimizer
         self._flag = _Flag(optimizer)
         self._history: list[Tensor] = []
-        self.protects = bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
+        self.protects = fused_step_reads_found_inf(optimizer) and all(
             group.get("fused") for group in optimizer.param_groups
         )
         if self.protects:
             self._give_flag()
 
     def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
-        return marked(loss, options)
+        return propagate_nonfinite(loss, options)
 
-    def admits(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
-        self._flag.note(gradients, norm)
+    def allows_step(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
+        self._flag.check(gradients, norm)
         self._history.append(self._flag.found.clone())
         return True
 
-    def first_unsound(self) -> int | None:
-        """Return how many updates since the last look were sound before the first that was not; None if all were.
+    def first_nonfinite(self) -> int | None:
+        """Return the number of good updates since the last call before the first bad one; None if all were good.
 
-        Waits for the device.
+        Synchronizes with the device.
         """
         flags = torch.stack(self._history).tolist() if self._history else []
         self._history = []
         return flags.index(1.0) if 1.0 in flags else None
 
     def _give_flag(self) -> None:
-        # What torch's GradScaler gives to fused kernels, which read it on the device.
+        # torch's GradScaler sets these too; the fused kernels read them on the device.
         self._optimizer.found_inf, self._optimizer.grad_scale = self._flag.found, None
 
     def end(self) -> None:
-        """Take the flag from the optimizer."""
+        """Remove the flag from the optimizer."""
         if self.protects:
             del self._optimizer.found_inf, self._optimizer.grad_scale
             self.protects = False
@@ -135,7 +139,7 @@ class DeferredWatch:
 
 @torch.no_grad()
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether every value of this rank's part of the tensors is finite; waits once for each device and type."""
+    """Return whether all values on this rank are finite; synchronizes once per device and dtype."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in map(_values, tensors):
         if tensor.is_floating_point() and tensor.numel():
@@ -144,11 +148,11 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _are_finite(alike: list[Tensor]) -> bool:
-    """Tell it of tensors of one device and type."""
+    """Return whether all values of tensors with one device and dtype are finite."""
     if alike[0].dtype.itemsize == 1:
-        # Types of eight bits have no arithmetic of their own.
+        # 8-bit types have no arithmetic.
         alike = [tensor.float() for tensor in alike]
-    # One pass that reads; a norm may overflow where every value is finite, so a bad one is looked at again.
+    # One pass over the values. A norm may overflow although all values are finite, so a bad norm is checked value by value.
     if torch.stack(torch._foreach_norm(alike, 2.0)).isfinite().all().item():
         return True
     return all(tensor.isfinite().all().item() for tensor in alike)
@@ -156,10 +160,10 @@ def _are_finite(alike: list[Tensor]) -> bool:
 
 @final
 class _Flag:
-    """A scalar on the optimizer's device that becomes 1 where a gradient is not finite.
+    """A scalar on the optimizer's device that becomes 1 if a gradient is NaN or Inf.
 
     Attributes:
-        found: the scalar; it never becomes 0 by itself.
+        found: the scalar; only the owner resets it to 0.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -167,45 +171,45 @@ class _Flag:
         device = parameters[0].device
         self.found = torch.zeros((), device=device)
         self._one = torch.ones((), device=device)
-        # Asked of the parameters once, since asking each gradient at every update is dear; they are of one kind with them.
+        # Checked once for the parameters, since checking each gradient in every update is slow; gradients have the same kind.
         kinds = {(is_plain(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters}
         self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
 
-    def note(self, gradients: list[Tensor], norm: Tensor | None) -> None:
-        """Set it where a value is not finite, without waiting; collective for sharded gradients.
+    def check(self, gradients: list[Tensor], norm: Tensor | None) -> None:
+        """Set the flag if a value is NaN or Inf, without synchronizing. Collective for sharded gradients.
 
-        ``norm`` is that of all gradients, where it is known.
+        ``norm`` is the norm of all gradients, if it is known.
         """
         if norm is not None:
-            self._raise((~norm.isfinite()).to(self.found))
+            self._set((~norm.isfinite()).to(self.found))
             return
-        if self._alike and self._look_at_all(gradients):
+        if self._alike and self._check_in_one_pass(gradients):
             return
         parts = list(map(_values, gradients))
         for device, dtype in {(part.device, part.dtype) for part in parts}:
             flag = torch.zeros((), device=device)
             alike = [part for part in parts if (part.device, part.dtype) == (device, dtype)]
-            torch._amp_foreach_non_finite_check_and_unscale_(alike, flag, torch.ones_like(flag))
-            self._raise(flag)
+            mark_nonfinite(alike, flag, torch.ones_like(flag))
+            self._set(flag)
         if not all(map(is_plain, gradients)):
             all_reduce(self.found, "max")
 
-    def _look_at_all(self, gradients: list[Tensor]) -> bool:
-        """Look at all of them with one kernel; return whether it could."""
+    def _check_in_one_pass(self, gradients: list[Tensor]) -> bool:
+        """Check all gradients with one kernel; return whether that was possible."""
         try:
-            # Multiplied by 1 they keep their bits.
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found, self._one)
+            # Multiplying by 1 keeps the bits.
+            mark_nonfinite(gradients, self.found, self._one)
         except RuntimeError:
-            # Sparse gradients, which their parameters do not tell of, or a group that came later and lies elsewhere.
+            # Sparse gradients, which the parameters do not show, or a group that was added later on another device.
             self._alike = False
         return self._alike
 
-    def _raise(self, flag: Tensor) -> None:
+    def _set(self, flag: Tensor) -> None:
         self.found.copy_(torch.maximum(self.found, flag.to(self.found)))
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Return what of a tensor can be looked at: this rank's part, the stored values of a sparse one, two reals for one."""
+    """Return the real values of a tensor on this rank: its local shard, stored values if sparse, both parts if complex."""
     part = to_local(tensor.detach())
     if part.is_sparse:
         part = part._values()

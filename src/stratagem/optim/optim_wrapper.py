@@ -1,4 +1,7 @@
-"""Wrappers around one torch optimizer: the arithmetic of accumulation, and training in the model's own precision."""
+"""The wrapper around a torch optimizer: gradient accumulation, weights of micro-batches, clipping.
+
+:mod:`stratagem.step` has the order of a step; here is the arithmetic of its stages.
+"""
 
 from __future__ import annotations
 
@@ -6,54 +9,61 @@ import logging
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Final, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce, get_world_size
 from stratagem.errors import ConfigValueError, StateError
-from stratagem.optim.base import NOTHING, BaseOptimWrapper
+from stratagem.optim.base import BaseOptimWrapper
+from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.gradients import (
     Clipping,
     NonFinite,
+    check_norm,
     global_norm,
-    is_admitted,
     parse_clipping,
     parse_nonfinite,
     scale,
 )
-from stratagem.optim.nonfinite import Watch
+from stratagem.step import apply_gradients, update_params
 
 __all__ = ["AccumulatingOptimWrapper", "OptimWrapper"]
 
 logger = logging.getLogger(__name__)
 
-_NO_OPTIONS: Final[Mapping[str, Any]] = {}
-
 
 class AccumulatingOptimWrapper(BaseOptimWrapper):
-    """The arithmetic of accumulation, which precisions share; windows are counted from the run's first micro-batch.
+    """Gradient accumulation, for all precisions. Windows are counted from the first micro-batch of the run.
 
-    A window crosses epoch ends and validation. The last one of the run is shorter, and so is one that begins in the
-    middle because the gradients of its first part are gone; each is divided by its own length. Where a hook stops a run
-    inside a window, the loop calls ``drop_window``, which forgets its gradients: the weights are those of the last
-    update. A run that is interrupted goes on to the end of its window first. A strategy keeps the gradients of a window
-    that is open in its checkpoints, and opens it again.
+    A window may extend over the end of an epoch and over a validation. The last window of a run may be shorter, and so
+    may one that starts in the middle because the gradients of its first part are lost; each is averaged over its own
+    length. If a hook stops a run inside a window, the loop calls ``discard_accumulation``, so the weights are those of
+    the last update. A run that is interrupted completes its window first. A strategy saves the gradients of an
+    incomplete window in its checkpoints and restores them.
 
     Args:
-        optimizer: what updates the parameters.
+        optimizer: updates the parameters.
         accumulative_counts: micro-batches per update.
         clip_grad: ``dict(max_norm=..., norm_type=2.0)``, or ``dict(type="value", clip_value=...)``.
-        nonfinite: what to do where the gradients' norm is not finite: ``"error"``, ``"skip"`` the update, or ``None``
-            to not look. Looking waits for the device once per update.
+        nonfinite: what to do if the norm of the gradients is NaN or Inf: ``"error"``, ``"skip"`` the update, or ``None``
+            to not check. The check synchronizes with the device once per update.
 
     Attributes:
-        grad_norm: the norm before clipping of the last step, on its device; ``None`` where none is computed.
-        max_counts: micro-batches of the whole run, -1 where unknown.
-        watch: looks at the gradients before each update, and may refuse it; a run puts its own here.
+        grad_norm: the norm before clipping in the last step, on its device; ``None`` if none is computed.
+        max_counts: micro-batches of the whole run, -1 if unknown.
+        clipping: how gradients are clipped; None if they are not.
+        nonfinite: what this wrapper does if the norm of the gradients is NaN or Inf; ``"skip"`` with float16.
+        grad_scaler: scales the loss in float16; None in all other precisions.
+        fixed_scale: the loss scale if it is constant.
+        window_start: the value of ``inner_count`` at the start of the current accumulation window.
+        weight: the sum of the weights in the current window; None without weights.
+        inspects_grads: whether each update inspects the gradients, apart from the guard.
+        needs_grad_norm: whether each update computes ``grad_norm``.
     """
 
     def __init__(
@@ -66,213 +76,193 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     ) -> None:
         super().__init__(optimizer)
         if not isinstance(accumulative_counts, int) or accumulative_counts < 1:
-            raise ConfigValueError(f"accumulative_counts must be a whole number from 1, got {accumulative_counts!r}.")
+            raise ConfigValueError(
+                f"accumulative_counts must be an integer of at least 1, got {accumulative_counts!r}."
+            )
         self.accumulative_counts = accumulative_counts
         self.max_counts = -1
         self.grad_norm: Tensor | None = None
-        self._clipping: Clipping | None = parse_clipping(clip_grad)
-        self._nonfinite = parse_nonfinite(nonfinite, self._clipping)
-        self.watch: Watch | None = None
-        self._plain = self._clipping is None and self._nonfinite is None
-        self._clears_by_itself = type(optimizer).zero_grad is not Optimizer.zero_grad
-        self._window_start = 0
-        # Of the loaded state; None where it does not tell.
+        self.clipping: Clipping | None = parse_clipping(clip_grad)
+        self.nonfinite = parse_nonfinite(nonfinite, self.clipping)
+        self.grad_scaler: GradScaler | None = None
+        self.fixed_scale: float | None = None
+        self.inspects_grads = self.clipping is not None or self.nonfinite is not None
+        self.needs_grad_norm = self.nonfinite is not None or (self.clipping is not None and self.clipping.by_norm)
+        self.window_start = 0
+        self.weight: float | Tensor | None = None
+        self._num_weighted = 0
+        # Of the loaded state; None if it does not contain it.
         self._saved_pending: int | None = None
-        self._weight: float | Tensor | None = None
-        self._weighted = 0
+        self._has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
 
-    def update_params(
-        self,
-        loss: Tensor,
-        *,
-        weight: float | Tensor | None = None,
-        step_kwargs: Mapping[str, Any] | None = None,
-        zero_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.backward(self.scale_loss(loss) if weight is None else self._weigh(loss, weight))
-        if self.should_update():
-            self.step(**(step_kwargs or _NO_OPTIONS))
-            self.zero_grad(**(zero_kwargs or _NO_OPTIONS))
+    update_params = update_params
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        if self.grad_scaler is not None:
+            loss = self.grad_scaler.scale(loss)
+        guard = self.gradient_policy.guard
+        loss.backward(**(kwargs if guard is None else guard.begin(loss, kwargs)))
+        self.inner_count += 1
+
+    step = apply_gradients
 
     def zero_grad(self, **kwargs: Any) -> None:
-        if kwargs or self._clears_by_itself:
+        if kwargs or self._has_own_zero_grad:
             self.optimizer.zero_grad(**kwargs)
             return
-        # The same as torch's zero_grad(), which spends 40-60 calls on a profiler record for it.
+        # Equal to torch's zero_grad(), which makes 40 to 60 calls to record it for the profiler.
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
-        if self.accumulative_counts == 1 and not self.always_says_sync:
-            return NOTHING
-        return self.accumulation_context(model, self.should_sync())
+        policy = self.gradient_policy
+        if self.accumulative_counts == 1 and not policy.always_set_grad_sync:
+            return NO_CONTEXT
+        return policy.sync_context(model, self.should_sync())
 
     def should_update(self) -> bool:
         return self.inner_count % self.accumulative_counts == 0 or self.inner_count == self.max_counts
 
     def should_sync(self) -> bool:
-        coming = self.inner_count + 1
-        return coming % self.accumulative_counts == 0 or coming == self.max_counts
+        following = self.inner_count + 1
+        return following % self.accumulative_counts == 0 or following == self.max_counts
 
     def scale_loss(self, loss: Tensor) -> Tensor:
         if self.accumulative_counts == 1:
             return loss
         return loss / self._window_length()
 
+    def weigh_loss(self, loss: Tensor, weight: float | Tensor) -> Tensor:
+        """Return the loss multiplied by its weight, and add the weight to the sum of the window."""
+        if self.accumulative_counts == 1 and get_world_size() == 1:
+            return loss  # loss * weight / weight
+        self.weight = weight if self.weight is None else self.weight + weight
+        self._num_weighted += 1
+        return loss * weight
+
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
         self.max_counts = max_counts
-        # A window that is open where the run stands goes on.
-        if init_counts != self.inner_count or not self.pending:
-            self.inner_count = self._window_start = init_counts
-            self._forget_weights()
+        # A window that is incomplete at this position continues.
+        if init_counts != self.inner_count or not self.pending_micro_batches:
+            self.inner_count = self.window_start = init_counts
+            self.reset_weights()
         lost = init_counts % self.accumulative_counts if self._saved_pending is None else self._saved_pending
-        if lost and not self.pending:
+        if lost and not self.pending_micro_batches:
             warnings.warn(
                 f"Resumed after {init_counts} micro-batches, inside an accumulation window (accumulative_counts is now "
-                f"{self.accumulative_counts}): the gradients of the last {lost} are gone, and a new window starts here, "
-                "which may be shorter. Save at multiples of accumulative_counts to avoid it.",
+                f"{self.accumulative_counts}): the gradients of the last {lost} are lost, and a new, possibly shorter window "
+                "starts here. To avoid this, save at multiples of accumulative_counts.",
                 stacklevel=2,
             )
         if self.accumulative_counts > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
             logger.warning(
-                "Batch normalisation sees micro-batches, not the window of %d that an update averages over.",
+                "Batch normalization uses the statistics of micro-batches, not of the %d that an update averages over.",
                 self.accumulative_counts,
             )
 
     @property
-    def clipping(self) -> Clipping | None:
-        """How gradients are clipped; None where they are not."""
-        return self._clipping
+    def pending_micro_batches(self) -> int:
+        return self.inner_count - self.window_start
 
-    @property
-    def nonfinite(self) -> NonFinite | None:
-        """What this wrapper does by itself where the gradients' norm is not finite; ``"skip"`` with float16."""
-        return self._nonfinite
-
-    @property
-    def pending(self) -> int:
-        return self.inner_count - self._window_start
-
-    def drop_window(self) -> int:
-        dropped = self.pending
-        if dropped:
-            self._window_start = self.inner_count
-            self._forget_weights()
-            self.forget_waiting()
+    def discard_accumulation(self) -> int:
+        discarded = self.pending_micro_batches
+        if discarded:
+            self.window_start = self.inner_count
+            self.reset_weights()
+            self.gradient_policy.discard_pending()
             self.zero_grad()
-            logger.info("Dropped the gradients of %d micro-batches of an unfinished window.", dropped)
-        return dropped
+            logger.info("Discarded the gradients of %d micro-batches of an incomplete accumulation window.", discarded)
+        return discarded
 
-    def window_state(self) -> dict[str, Any]:
-        """Return what there is to know of an unfinished window but its gradients, for :meth:`open_window`."""
-        weight = self._weight.detach().cpu() if isinstance(self._weight, Tensor) else self._weight
+    def accumulation_state(self) -> dict[str, Any]:
+        """Return the state of an incomplete window without its gradients, for :meth:`resume_accumulation`."""
+        weight = self.weight.detach().cpu() if isinstance(self.weight, Tensor) else self.weight
         return {
-            "length": self.accumulative_counts, "pending": self.pending, "weight": weight, "weighted": self._weighted,
-        }  # fmt: skip
+            "length": self.accumulative_counts,
+            "pending": self.pending_micro_batches,
+            "weight": weight,
+            "weighted": self._num_weighted,
+        }
 
-    def open_window(self, state: Mapping[str, Any]) -> None:
-        """Go on with an unfinished window where this state was; its gradients lie in the parameters already, or soon."""
-        self._window_start = self.inner_count - int(state["pending"])
-        self._weighted = int(state["weighted"])
+    def resume_accumulation(self, state: Mapping[str, Any]) -> None:
+        """Continue an incomplete window from its state; the caller restores the gradients in the parameters."""
+        self.window_start = self.inner_count - int(state["pending"])
+        self._num_weighted = int(state["weighted"])
         weight = state["weight"]
         device = self.optimizer.param_groups[0]["params"][0].device
-        self._weight = weight.to(device) if isinstance(weight, Tensor) else weight
+        self.weight = weight.to(device) if isinstance(weight, Tensor) else weight
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        return {**state, "counts": {**state["counts"], "pending": self.pending}}
+        return {**state, "counts": {**state["counts"], "pending": self.pending_micro_batches}}
 
     def load_counts(self, state_dict: Mapping[str, Any]) -> None:
         super().load_counts(state_dict)
         self._saved_pending = state_dict.get("counts", {}).get("pending")
-        # Gradients are not part of the state, so a window begins here; open_window says otherwise.
-        self._window_start = self.inner_count
-        self._forget_weights()
+        # The state has no gradients, so a new window starts here unless resume_accumulation is called.
+        self.window_start = self.inner_count
+        self.reset_weights()
+
+    def weighted_grads(self, micro_batches: int) -> list[Tensor]:
+        """Return the gradients of the window, divided in place by the sum of the weights if there are any."""
+        grads = [
+            grad
+            for group in self.optimizer.param_groups
+            for parameter in group["params"]
+            if (grad := parameter.grad) is not None
+        ]
+        if self.weight is not None:
+            scale(grads, self.weight_factor(micro_batches))
+        return grads
+
+    def weight_factor(self, micro_batches: int) -> Tensor:
+        """Return the factor that turns the mean of ``sum(loss * weight)`` over ranks into the weighted mean. Collective.
+
+        Raises:
+            StateError: if only some micro-batches of the window had a weight.
+        """
+        if self._num_weighted != micro_batches:
+            raise StateError(
+                f"{self._num_weighted} of the {micro_batches} micro-batches of the accumulation window had a weight. "
+                "Pass a weight to update_params for all of them, or for none."
+            )
+        device = self.optimizer.param_groups[0]["params"][0].device
+        total = torch.as_tensor(self.weight, dtype=torch.float32, device=device).detach().clone()
+        self.reset_weights()
+        all_reduce(total)
+        # If all weights are 0, as in a step of padding only, the gradient is 0 instead of 0 / 0.
+        return torch.where(total == 0, total, get_world_size() / total)
+
+    def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:
+        """Compute, record and return the norm of all gradients. Collective for sharded gradients."""
+        self.grad_norm = norm = global_norm(grads, 2.0 if self.clipping is None else self.clipping.norm_type)
+        return norm
+
+    def allows_norm(self, norm: Tensor) -> bool:
+        """Return whether gradients with this norm may update the parameters; log a skipped update.
+
+        Raises:
+            TrainingError: if the norm is NaN or Inf and ``nonfinite`` is ``"error"``.
+        """
+        allowed = check_norm(norm, self.nonfinite)
+        if not allowed:
+            logger.warning("Skipped update %d: the norm of its gradients is NaN or Inf.", self.num_steps_applied + 1)
+        return allowed
+
+    def reset_weights(self) -> None:
+        """Discard the weights of the current window."""
+        self.weight = None
+        self._num_weighted = 0
 
     def _window_length(self) -> int:
-        """Return how many micro-batches the window has to which the coming one belongs."""
+        """Return the number of micro-batches in the window of the next micro-batch."""
         end = (self.inner_count // self.accumulative_counts + 1) * self.accumulative_counts
         if self.inner_count < self.max_counts < end:
             end = self.max_counts
-        return end - self._window_start
-
-    def _weigh(self, loss: Tensor, weight: float | Tensor) -> Tensor:
-        if self.accumulative_counts == 1 and get_world_size() == 1:
-            return loss  # loss * weight / weight
-        self._weight = weight if self._weight is None else self._weight + weight
-        self._weighted += 1
-        return loss * weight
-
-    def _forget_weights(self) -> None:
-        self._weight = None
-        self._weighted = 0
-
-    def _settle_gradients(self, micro_batches: int) -> bool:
-        """Weigh and clip the window's gradients in place; return whether they may update the parameters."""
-        gradients = [
-            gradient
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if (gradient := parameter.grad) is not None
-        ]
-        if self._weight is not None:
-            self._divide_by_weight(gradients, micro_batches)
-        if self._nonfinite is not None or (self._clipping is not None and self._clipping.by_norm):
-            self.grad_norm = global_norm(gradients, 2.0 if self._clipping is None else self._clipping.norm_type)
-        # First, since it says more of what it refuses.
-        if self.watch is not None and not self.watch.admits(gradients, self.grad_norm):
-            return False
-        if self.grad_norm is not None and not self._is_admitted(self.grad_norm):
-            return False
-        if self._clipping is not None:
-            self._clipping.apply(gradients, self.grad_norm)
-        return True
-
-    def _is_admitted(self, norm: Tensor) -> bool:
-        """Tell whether gradients of this norm may update the parameters; the log says so where they may not."""
-        admitted = is_admitted(norm, self._nonfinite)
-        if not admitted:
-            logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
-        return admitted
-
-    def _ready(self, micro_batches: int) -> bool:
-        """Settle the window's gradients where that is asked for; return whether they may update the parameters."""
-        plain = self._plain and self._weight is None and self.watch is None
-        return plain or self._settle_gradients(micro_batches)
-
-    def _divide_by_weight(self, gradients: list[Tensor], micro_batches: int) -> None:
-        scale(gradients, self._weighed(micro_batches))
-
-    def _weighed(self, micro_batches: int) -> Tensor:
-        """Return what turns the ranks' mean of ``sum(loss * weight)`` into the mean over all that was weighed. Collective."""
-        if self._weighted != micro_batches:
-            raise StateError(
-                f"{self._weighted} of the window's {micro_batches} micro-batches had a weight. "
-                "Give update_params a weight for all of them, or for none."
-            )
-        device = self.optimizer.param_groups[0]["params"][0].device
-        total = torch.as_tensor(self._weight, dtype=torch.float32, device=device).detach().clone()
-        self._forget_weights()
-        all_reduce(total)
-        # A step without any weight, such as one of padding alone, has no gradient rather than 0 / 0.
-        return torch.where(total == 0, total, get_world_size() / total)
+        return end - self.window_start
 
 
 @final
 class OptimWrapper(AccumulatingOptimWrapper):
-    """Train in the precision of the model's parameters. Arguments and attributes: see ``AccumulatingOptimWrapper``."""
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        loss.backward(**(kwargs if self.watch is None else self.watch.begin(loss, kwargs)))
-        self.inner_count += 1
-
-    def step(self, **kwargs: Any) -> None:
-        if self.complete_gradients is not None:
-            self.complete_gradients()
-        micro_batches = self.inner_count - self._window_start
-        self._window_start = self.inner_count
-        self.attempts += 1
-        if self._ready(micro_batches):
-            self.optimizer.step(**kwargs)
-            self.updates += 1
+    """Train in the precision of the model's parameters. See ``AccumulatingOptimWrapper`` for the arguments."""

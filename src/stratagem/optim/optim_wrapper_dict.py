@@ -17,14 +17,14 @@ __all__ = ["OptimWrapperDict"]
 
 @final
 class OptimWrapperDict:
-    """A mapping of name to wrapper. A model's ``train_step`` uses each wrapper by its name.
+    """A mapping from names to wrappers. A model's ``train_step`` accesses each wrapper by its name.
 
-    One iteration is one ``train_step``, however many optimizers it steps and however often; each wrapper counts its
+    One iteration is one ``train_step``, regardless of which optimizers it steps and how often. Each wrapper counts its
     own micro-batches and updates.
 
     Raises:
         ConfigValueError: if there is no wrapper.
-        ConfigTypeError: if an item is something else.
+        ConfigTypeError: if a value is not an optimizer wrapper.
     """
 
     def __init__(self, **optim_wrappers: BaseOptimWrapper) -> None:
@@ -36,61 +36,61 @@ class OptimWrapperDict:
         self.optim_wrappers = dict(optim_wrappers)
 
     def update_params(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: a loss is for one of the optimizers."""
+        """Raise an error: a loss belongs to one of the optimizers."""
         raise self._ambiguous("update_params")
 
     def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: a loss is for one of the optimizers."""
+        """Raise an error: a loss belongs to one of the optimizers."""
         raise self._ambiguous("backward")
 
     def step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: each optimizer has its own time to step."""
+        """Raise an error: each optimizer steps separately."""
         raise self._ambiguous("step")
 
     def optim_context(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: each optimizer has its own precision and windows."""
+        """Raise an error: each optimizer has its own precision and accumulation."""
         raise self._ambiguous("optim_context")
 
     def zero_grad(self, **kwargs: Any) -> None:
-        """Forget the gradients of every optimizer."""
+        """Discard the gradients of all optimizers."""
         for wrapper in self.optim_wrappers.values():
             wrapper.zero_grad(**kwargs)
 
     def train(self) -> None:
-        """Let the parameters of every optimizer hold the weights that train."""
+        """Switch the parameters of all optimizers to the weights to train."""
         for wrapper in self.optim_wrappers.values():
             wrapper.train()
 
     def eval(self) -> None:
-        """Let the parameters of every optimizer hold the weights to evaluate and to save."""
+        """Switch the parameters of all optimizers to the weights to evaluate and save."""
         for wrapper in self.optim_wrappers.values():
             wrapper.eval()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Let the parameters of every optimizer hold the weights to evaluate for the length of a block."""
+        """Switch the parameters of all optimizers to the weights to evaluate inside a ``with`` block."""
         with ExitStack() as stack:
             for wrapper in self.optim_wrappers.values():
                 stack.enter_context(wrapper.evaluating())
             yield
 
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
-        """Say where the run stands to every wrapper; each counts one micro-batch an iteration."""
+        """Set the counts of all wrappers; each counts one micro-batch per iteration."""
         for wrapper in self.optim_wrappers.values():
             wrapper.initialize_count_status(model, init_counts, max_counts)
 
     @property
-    def pending(self) -> int:
-        """How many micro-batches of unfinished windows wait for their update, over all wrappers."""
-        return sum(wrapper.pending for wrapper in self.optim_wrappers.values())
+    def pending_micro_batches(self) -> int:
+        """The number of micro-batches in the incomplete windows of all wrappers."""
+        return sum(wrapper.pending_micro_batches for wrapper in self.optim_wrappers.values())
 
-    def drop_window(self) -> int:
-        """Forget the unfinished window of every wrapper; return how many micro-batches they had in all."""
-        return sum(wrapper.drop_window() for wrapper in self.optim_wrappers.values())
+    def discard_accumulation(self) -> int:
+        """Discard the incomplete window of each wrapper; return their number of micro-batches in all."""
+        return sum(wrapper.discard_accumulation() for wrapper in self.optim_wrappers.values())
 
     @property
     def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """The groups of each optimizer by name."""
+        """The parameter groups of each optimizer by name."""
         return {name: wrapper.param_groups for name, wrapper in self.optim_wrappers.items()}
 
     @property
@@ -107,11 +107,11 @@ class OptimWrapperDict:
         return {f"{name}.{key}": values for name, one in self.items() for key, values in one.get_momentum().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return each wrapper's state by name."""
+        """Return the state of each wrapper by name."""
         return {name: wrapper.state_dict() for name, wrapper in self.optim_wrappers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore each wrapper by name; the argument stays as it is.
+        """Restore each wrapper by name, without changing the argument.
 
         Raises:
             CheckpointMismatchError: if the names differ.
@@ -123,6 +123,10 @@ class OptimWrapperDict:
             )
         for name, state in state_dict.items():
             self.optim_wrappers[name].load_state_dict(state)
+
+    def each(self) -> Mapping[str, BaseOptimWrapper]:
+        """Return the wrappers by name; a single wrapper returns ``{"": self}``."""
+        return self.optim_wrappers
 
     def items(self) -> ItemsView[str, BaseOptimWrapper]:
         """Return the names with their wrappers."""
@@ -158,6 +162,6 @@ class OptimWrapperDict:
     def _ambiguous(self, method: str) -> NotImplementedError:
         names = ", ".join(self.optim_wrappers)
         return NotImplementedError(
-            f"{method} is of one optimizer, and there are several ({names}). Call it on one of them, as in "
+            f"OptimWrapperDict has no {method}(): there are several optimizers ({names}). Call it on one of them, as in "
             f'optim_wrapper["{next(iter(self.optim_wrappers))}"].{method}(...).'
         )

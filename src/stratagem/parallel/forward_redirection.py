@@ -1,33 +1,54 @@
-"""Let a model's calls of itself go elsewhere for a while, as to what is around it."""
+"""Redirect a model's calls of itself, such as to the wrapper around it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, final
 
 from torch import nn
 
-__all__ = ["calls_go_to"]
+from stratagem.utils.torch_private import replace_call
+
+__all__ = ["redirect_forward"]
 
 
-@contextmanager
-def calls_go_to(module: nn.Module, target: Callable[..., Any]) -> Iterator[None]:
-    """Let ``module(...)`` call ``target``; what that calls in turn as ``module(...)`` is the module itself.
+@final
+class redirect_forward:  # noqa: N801 -- a context manager, used like a function
+    """Inside the ``with`` block ``module(...)`` calls ``target``; calls of ``module(...)`` by the target are not redirected.
 
-    The attribute is the one that ``torch.nn.Module.compile`` sets: the only place before the module's own hooks.
+    A model's own ``train_step`` can then call ``self(...)`` and so go through what is wrapped around the model.
+
+    Args:
+        module: the model.
+        target: called in its place, such as a ``DistributedDataParallel`` around the model.
+
+    Attributes:
+        called: whether ``module(...)`` was called in the block.
     """
-    own = module._compiled_call_impl
 
-    def detour(*args: Any, **kwargs: Any) -> Any:
-        module._compiled_call_impl = own
-        try:
-            return target(*args, **kwargs)
-        finally:
-            module._compiled_call_impl = detour
+    __slots__ = ("_module", "_original", "_redirected", "called")
 
-    module._compiled_call_impl = detour
-    try:
-        yield
-    finally:
-        module._compiled_call_impl = own
+    def __init__(self, module: nn.Module, target: Callable[..., Any]) -> None:
+        self.called = False
+        self._module = module
+        self._original: Callable[..., Any] | None = None
+
+        def redirected(*args: Any, **kwargs: Any) -> Any:
+            self.called = True
+            replace_call(module, self._original)
+            try:
+                return target(*args, **kwargs)
+            finally:
+                replace_call(module, redirected)
+
+        self._redirected = redirected
+
+    def __enter__(self) -> redirect_forward:
+        self._original = replace_call(self._module, self._redirected)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        replace_call(self._module, self._original)

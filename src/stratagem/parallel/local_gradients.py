@@ -9,9 +9,9 @@ from typing import Any, cast, final
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parallel.distributed import _find_tensors
 
 from stratagem.distributed import all_reduce
+from stratagem.utils.torch_private import backward_pass_id, tensors_in
 
 __all__ = ["LocalGradients", "average_gradients"]
 
@@ -57,7 +57,7 @@ class LocalGradients:
         self._averages = averaged
         self._is_next_averaged = self._is_next_averaged or averaged
         can_be_seen = False
-        for tensor in _find_tensors(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 can_be_seen = True
                 tensor.register_hook(self._note_pass)
@@ -81,7 +81,7 @@ class LocalGradients:
         self.held = self.missed = False
 
     def _note_pass(self, _: Tensor) -> None:
-        current = torch._C._current_graph_task_id()
+        current = backward_pass_id()
         if current == self._last_pass:
             return
         self._last_pass = current

@@ -1,10 +1,10 @@
-"""How a model is put on its device or devices: the one axis on which strategies differ."""
+"""How a model is placed on one or more devices: the only axis on which strategies differ."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,13 +13,11 @@ from torch.distributed import ProcessGroup
 
 from stratagem.distributed import World
 from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
+from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 
 __all__ = ["AnyOptim", "Placed", "Placement", "Steps"]
 
 AnyOptim = BaseOptimWrapper | OptimWrapperDict
-
-# One object serves all uses: nothing is stored in it.
-NO_CONTEXT = nullcontext()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,17 +97,14 @@ class Placement(ABC):
             PlacementError: if they cannot.
         """
 
-    def forget(  # noqa: B027 -- nothing to do is the usual case
-        self, model: nn.Module
-    ) -> None:
-        """Forget gradients that wait on this rank for their exchange, as at an early stop."""
+    def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
+        """Return how the gradients of the placed model are synchronized; the same for each of its optimizers.
 
-    def gradient_completion(self, model: nn.Module) -> Callable[[], None] | None:
-        """Return a function that averages gradients which backward passes left on this rank; None if they leave none.
-
-        An optimizer wrapper calls it before each update, on every rank. It costs a check of flags if nothing is left.
+        Args:
+            model: the placed model.
+            accumulates: whether one of its optimizers accumulates gradients over several micro-batches.
         """
-        return None
+        return GradientPolicy(always_set_grad_sync=accumulates)
 
     def note_restored_gradients(  # noqa: B027 -- nothing to do is the usual case
         self, model: nn.Module
@@ -123,7 +118,3 @@ class Placement(ABC):
     @abstractmethod
     def unwrap(self, model: nn.Module) -> nn.Module:
         """Return the model without what :meth:`place` put around it."""
-
-    @abstractmethod
-    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
-        """Return the context of one micro-batch: with ``sync=False`` its gradients stay on this rank."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
 from typing import final
 
 from torch import nn
 
 from stratagem.distributed import World
 from stratagem.model.norms import revert_sync_batchnorm
-from stratagem.parallel.placement import NO_CONTEXT, Placed, Placement, Steps
+from stratagem.parallel.placement import Placed, Placement, Steps
 
 __all__ = ["OnDevice"]
 
@@ -19,7 +18,7 @@ __all__ = ["OnDevice"]
 class OnDevice(Placement):
     """One device, one process: the CPU or an accelerator.
 
-    SyncBatchNorm layers become plain BatchNorm, since there is nobody to exchange statistics with.
+    SyncBatchNorm layers are converted to BatchNorm, since there are no other ranks.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -29,12 +28,9 @@ class OnDevice(Placement):
         model = steps.init_and_sync(model)
         model, reverted = revert_sync_batchnorm(model)
         if reverted:
-            self._logger.info("Turned %d SyncBatchNorm layers into BatchNorm: there is one device.", reverted)
+            self._logger.info("Converted %d SyncBatchNorm layers to BatchNorm: there is only one device.", reverted)
         model = steps.compile(model.to(world.device))
         return Placed(model=model, optim=steps.make_optim(model) if steps.make_optim else None)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
-
-    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
-        return NO_CONTEXT

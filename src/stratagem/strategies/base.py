@@ -253,7 +253,7 @@ class BaseStrategy(ABC):
         """
         if self._auto_scale_lr is None:
             return
-        wrappers = building.each_wrapper(self.optim_wrapper)
+        wrappers = self.optim_wrapper.each()
         if BaseStrategy.param_schedulers.get(self) is not None or any(map(building.is_scheduled, wrappers.values())):
             raise StateError(
                 "Learning rates are scaled before schedulers are built, since these store the initial values. Give "

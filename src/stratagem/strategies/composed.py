@@ -27,9 +27,8 @@ from stratagem.distributed import RankGroup, all_gather_object, all_reduce, is_d
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
-from stratagem.strategies.setup import building
 from stratagem.strategies.setup.run_length import RunLength
-from stratagem.strategies.state.accumulation_state import read_window, write_window
+from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
 from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
 from stratagem.strategies.state.per_rank_buffers import read_per_rank_buffers, write_per_rank_buffers
 from stratagem.strategies.state.state_io import StateAccess, TorchState
@@ -125,9 +124,9 @@ class ComposedStrategy(BaseStrategy):
         """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
         run_length = RunLength.parse(self.dispatch_kwargs)
         self._placement.bind(optim, self.unwrap_model())
-        wrappers = building.each_wrapper(optim)
+        wrappers = optim.each()
         accumulates = any(wrapper.accumulative_counts > 1 for wrapper in wrappers.values())
-        completion = self._placement.gradient_completion(self.model)
+        policy = self._placement.gradient_policy(self.model, accumulates=accumulates)
         for wrapper in wrappers.values():
             if wrapper.accumulative_counts > 1:
                 if run_length.max_iters is None:
@@ -136,10 +135,7 @@ class ComposedStrategy(BaseStrategy):
                         "micro-batches of the run: the last window may be shorter, and is averaged over its own length."
                     )
                 wrapper.initialize_count_status(self.model, run_length.cur_iter, run_length.max_iters)
-            wrapper.accumulation_context = self._placement.accumulate
-            wrapper.always_says_sync = accumulates
-            wrapper.forget_waiting = self._forget_waiting
-            wrapper.complete_gradients = completion
+            wrapper.gradient_policy = policy
         self.optim_wrapper = optim
         try:
             self._scale_lr()
@@ -147,9 +143,6 @@ class ComposedStrategy(BaseStrategy):
             # A second prepare must build it anew rather than train with learning rates that were not scaled.
             BaseStrategy.optim_wrapper.clear(self)
             raise
-
-    def _forget_waiting(self) -> None:
-        self._placement.forget(self.model)
 
     def unwrap_model(self) -> nn.Module:
         return self._placement.unwrap(self.model)
@@ -312,14 +305,16 @@ class ComposedStrategy(BaseStrategy):
 
     def _open_window(self, optim: AnyOptim) -> StateTree:
         """Return the part of a checkpoint with the gradients that wait for their update; none where none wait. Collective."""
-        window = read_window(optim, self.unwrap_model(), self.world) if self._placement.has_gradients else None
+        window = (
+            gather_accumulation_state(optim, self.unwrap_model(), self.world) if self._placement.has_gradients else None
+        )
         return {} if window is None else {"window": window}
 
     def _resume_window(self, checkpoint: StateTree) -> None:
         """Take up the gradients that waited for their update, in the place of any that are there."""
         self.optim_wrapper.zero_grad()
         if "window" in checkpoint and self._placement.has_gradients:
-            write_window(
+            restore_accumulation_state(
                 self.optim_wrapper, checkpoint["window"], checkpoint["optimizer"], self.unwrap_model(), self.world
             )
             self._placement.note_restored_gradients(self.model)
@@ -374,7 +369,7 @@ class ComposedStrategy(BaseStrategy):
         """Have windows go on where they were: after the micro-batches that the optimizer's state, or else the meta, tells."""
         run_length = RunLength.parse(self.dispatch_kwargs)
         optim = BaseStrategy.optim_wrapper.get(self)
-        for wrapper in building.each_wrapper(optim).values() if optim is not None else ():
+        for wrapper in optim.each().values() if optim is not None else ():
             # Also a run that accumulates no longer must warn of a window that it cannot finish.
             resumed_alone = wrapper.accumulative_counts == 1 and wrapper.inner_count > 0
             if resumed_alone or (wrapper.accumulative_counts > 1 and run_length.max_iters is not None):

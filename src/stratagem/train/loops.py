@@ -117,7 +117,7 @@ class EpochBasedTrainLoop:
             events.call("after_train_epoch", run)
             progress.epoch, progress.batch = progress.epoch + 1, 0
             self._validate_if_due()
-        run.optim_wrapper.drop_window()
+        run.optim_wrapper.discard_accumulation()
         events.call("after_train", run)
 
     def _stopped_inside(self) -> bool:
@@ -198,7 +198,7 @@ class IterBasedTrainLoop:
                 batches = self.dataloader.batches(progress.epoch)
             else:
                 self._validate_if_due()
-        run.optim_wrapper.drop_window()
+        run.optim_wrapper.discard_accumulation()
         events.call("after_train_epoch", run)
         events.call("after_train", run)
 
@@ -249,7 +249,7 @@ def updates_of(run: Run) -> int:
         raise ConfigValueError(
             "train_cfg: max_steps counts the updates of one optimizer, and there are several. Give max_iters."
         )
-    return run.optim_wrapper.updates
+    return run.optim_wrapper.num_steps_applied
 
 
 class _EvaluationLoop:

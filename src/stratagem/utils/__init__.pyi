@@ -1,8 +1,6 @@
 from stratagem.utils.environment_report import collect_env as collect_env
 from stratagem.utils.imports import import_module as import_module
 from stratagem.utils.imports import import_object as import_object
-from stratagem.utils.masking import mask_secrets as mask_secrets
-from stratagem.utils.masking import mask_text as mask_text
 from stratagem.utils.multiprocess import AppliedSettings as AppliedSettings
 from stratagem.utils.multiprocess import set_multi_processing as set_multi_processing
 from stratagem.utils.names import did_you_mean as did_you_mean
@@ -10,6 +8,8 @@ from stratagem.utils.names import nearest_names as nearest_names
 from stratagem.utils.names import refuse_unknown as refuse_unknown
 from stratagem.utils.paths import absolute as absolute
 from stratagem.utils.paths import is_url as is_url
+from stratagem.utils.secrets.masking import mask_secrets as mask_secrets
+from stratagem.utils.secrets.masking import mask_text as mask_text
 from stratagem.utils.seeding import generator_state as generator_state
 from stratagem.utils.seeding import restore_generator_state as restore_generator_state
 from stratagem.utils.seeding import set_random_seed as set_random_seed

@@ -77,8 +77,8 @@ def with_one_nan(plugin: str, folder: str) -> dict[str, Any]:
         strategy.model.train_step(batch, optim_wrapper=strategy.optim_wrapper)
         after = boosted_runs.state_of(strategy)["weights"]
         return {
-            "attempts": strategy.optim_wrapper.attempts,
-            "updates": strategy.optim_wrapper.updates,
+            "attempts": strategy.optim_wrapper.num_steps_attempted,
+            "updates": strategy.optim_wrapper.num_steps_applied,
             "kept": all(torch.equal(before[name], after[name]) for name in before),
             "finite": all(bool(value.isfinite().all()) for value in after.values()),
         }

@@ -97,7 +97,7 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     follow.before_train(run)
     optim = strategy.optim_wrapper
     seen: dict[str, list[float]] = {"losses": [], "rates": [], "norms": []}
-    updates = optim.updates
+    updates = optim.num_steps_applied
     batches = loader.batches(start // EPOCH, start % EPOCH)
     for iteration in range(start, stop):
         batch = next(batches)
@@ -108,10 +108,10 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
         loss = outputs["loss"].detach().float()
         all_reduce(loss, "mean")
         seen["losses"].append(loss.item())
-        if optim.updates != updates:
-            updates = optim.updates
+        if optim.num_steps_applied != updates:
+            updates = optim.num_steps_applied
             seen["norms"].append(float(optim.grad_norm))
-    return {**seen, **state_of(strategy), "updates": optim.updates, "attempts": optim.attempts}
+    return {**seen, **state_of(strategy), "updates": optim.num_steps_applied, "attempts": optim.num_steps_attempted}
 
 
 def state_of(strategy: Any) -> dict[str, Any]:

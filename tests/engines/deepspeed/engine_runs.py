@@ -148,7 +148,7 @@ def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     follow.before_train(run)
     optim = strategy.optim_wrapper
     seen: dict[str, Any] = {"losses": [], "rates": [], "norms": [], "others": []}
-    updates = optim.updates
+    updates = optim.num_steps_applied
     batches = loader.batches(0, start)
     for iteration in range(start, stop):
         batch = next(batches)
@@ -160,10 +160,10 @@ def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
         all_reduce(loss, "mean")
         seen["losses"].append(loss.item())
         seen["others"] += [value.item() for name, value in outputs.items() if name != "loss"]
-        if optim.updates != updates:
-            updates = optim.updates
+        if optim.num_steps_applied != updates:
+            updates = optim.num_steps_applied
             seen["norms"].append(None if optim.grad_norm is None else optim.grad_norm.item())
-    return {**seen, "updates": optim.updates, "attempts": optim.attempts}
+    return {**seen, "updates": optim.num_steps_applied, "attempts": optim.num_steps_attempted}
 
 
 def state_in(checkpoint: Path) -> dict[str, Any]:

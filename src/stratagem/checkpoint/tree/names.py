@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stratagem.errors import CheckpointMismatchError
+from stratagem.optim.implementation import IMPLEMENTATION_KEYS
 
 __all__ = [
     "AVERAGE_PART",
@@ -26,8 +27,6 @@ __all__ = [
 AVERAGE_PART: Final = "average"
 
 _WRAPPING_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# The optimizer's implementation depends on the machine and is chosen again on resume.
-_IMPLEMENTATION = ("fused", "foreach")
 
 
 def unwrapped_name(name: str) -> str:
@@ -80,7 +79,7 @@ def optimizer_by_name(state: Mapping[str, Any], names: Sequence[Sequence[str]]) 
     """Return an optimizer's state dict keyed by parameter name instead of torch's indices."""
     flat = [name for group in names for name in group]
     groups = [
-        {key: value for key, value in group.items() if key not in {"params", "param_names", *_IMPLEMENTATION}}
+        {key: value for key, value in group.items() if key not in {"params", "param_names", *IMPLEMENTATION_KEYS}}
         | {"params": list(group_names)}
         for group, group_names in zip(state["param_groups"], names, strict=True)
     ]
@@ -107,7 +106,7 @@ def optimizer_by_index(
         CheckpointMismatchError: if the groups differ in number or in their parameters.
     """
     saved_groups = list(state["param_groups"])
-    kept = [{key: now[key] for key in _IMPLEMENTATION if key in now} for now in current]
+    kept = [{key: now[key] for key in IMPLEMENTATION_KEYS if key in now} for now in current]
     by_name = _is_by_name(state)
     known = {name for group in saved_groups for name in group["params"]} if by_name else set()
     new = {

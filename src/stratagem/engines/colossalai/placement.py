@@ -28,13 +28,13 @@ from stratagem.engines.colossalai.options import PluginSpec
 from stratagem.engines.colossalai.plugins import PluginTraits, build_plugin, traits_of
 from stratagem.engines.colossalai.shard_layout import ParamShard, param_shards
 from stratagem.engines.colossalai.wrapper import ColossalAIOptimWrapper
-from stratagem.engines.engine_module import Driven
+from stratagem.engines.engine_module import EngineModule
 from stratagem.errors import NotPreparedError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
+from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
 from stratagem.parallel.local_gradients import LocalGradients
-from stratagem.parallel.placement import NO_CONTEXT
 
 __all__ = ["BoostedModel", "ColossalAIPlacement"]
 
@@ -202,8 +202,15 @@ class ColossalAIPlacement(Placement):
                 "optim_wrapper to the first prepare, or train in a new process."
             )
 
-    def gradient_completion(self, model: nn.Module) -> Callable[[], None] | None:
-        return None if self._local_gradients is None else self._local_gradients.complete
+    def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
+        return GradientPolicy(
+            sync_context=self._sync_context,
+            always_set_grad_sync=accumulates,
+            complete=None if self._local_gradients is None else self._local_gradients.complete,
+        )
+
+    def _sync_context(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+        return NO_CONTEXT if sync else self._hold()
 
     def note_restored_gradients(self, model: nn.Module) -> None:
         if self._local_gradients is not None:
@@ -213,13 +220,10 @@ class ColossalAIPlacement(Placement):
         return self.param_shards[parameter].shape.numel()
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return cast("nn.Module", model.bare) if isinstance(model, Driven) else model
-
-    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
-        return NO_CONTEXT if sync else self._hold()
+        return cast("nn.Module", model.bare) if isinstance(model, EngineModule) else model
 
 
-def _driven(engine: ModelWrapper, bare: nn.Module) -> Driven:
+def _driven(engine: ModelWrapper, bare: nn.Module) -> EngineModule:
     """Have a model train through ColossalAI, and be evaluated by itself.
 
     Nothing is exchanged between replicas then, so ranks may have different numbers of batches.
@@ -232,7 +236,7 @@ def _driven(engine: ModelWrapper, bare: nn.Module) -> Driven:
             args, kwargs = tree_map(convert, args), tree_map(convert, kwargs)
         return bare(*args, **kwargs)
 
-    return Driven(bare, engine, engine="ColossalAI", learning=engine, evaluating=evaluate)
+    return EngineModule(bare, engine, engine="ColossalAI", training_forward=engine, eval_forward=evaluate)
 
 
 def _settings(built: AnyOptim) -> OptimWrapper:

@@ -16,8 +16,8 @@ from stratagem.distributed import all_reduce
 from stratagem.engines.colossalai.shard_layout import ParamShard, gradients_of
 from stratagem.errors import ConfigValueError, StateError
 from stratagem.optim import AccumulatingOptimWrapper
-from stratagem.optim.base import NOTHING
-from stratagem.optim.gradients import Clipping
+from stratagem.optim.gradient_policy import NO_CONTEXT
+from stratagem.optim.gradients import Clipping, scale
 
 __all__ = ["ColossalAIOptimWrapper"]
 
@@ -53,20 +53,19 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
         self.engine = engine
         self.param_shards = param_shards
         self._hold = hold
-        self._clipping = clipping
-        self._norm_is_logged = norm_is_logged or clipping is not None or self._nonfinite is not None
-        self._plain = not self._norm_is_logged
+        self.clipping = clipping
+        self._norm_is_logged = norm_is_logged or clipping is not None or self.nonfinite is not None
         self._stepped = False
         self._reduces_in_backward = reduces_in_backward
         self._is_reduced = False
         self.optimizer.register_step_post_hook(self._note_step)
         if self.loss_scaler is not None:
-            if self._nonfinite == "error":
+            if self.nonfinite == "error":
                 raise ConfigValueError(
                     'nonfinite="error" would stop at the first overflow, which float16 meets while it looks for its scale. '
                     "Leave it out, or use mixed_precision='bf16'."
                 )
-            self._nonfinite = "skip"
+            self.nonfinite = "skip"
 
     @property
     def loss_scaler(self) -> Any | None:
@@ -75,14 +74,15 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
         return mixin.grad_scaler if isinstance(mixin, FP16MixedPrecisionMixin) else None
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        if self.watch is not None:
-            # ColossalAI takes no gradient to begin with; a factor of the loss comes to the same.
-            options = dict(self.watch.begin(loss, kwargs))
+        guard = self.gradient_policy.guard
+        if guard is not None:
+            # ColossalAI's backward has no gradient argument; multiplying the loss is equivalent.
+            options = dict(guard.begin(loss, kwargs))
             if "gradient" not in kwargs and "gradient" in options:
                 loss = loss * options["gradient"]
         # ZeRO exchanges gradients in the backward pass, which the context of the forward pass does not reach.
         reduces = self.should_sync()
-        with NOTHING if reduces else self._hold():
+        with NO_CONTEXT if reduces else self._hold():
             self.engine.backward(loss, **kwargs)
         # ZeRO 2 holds nothing back.
         self._is_reduced = reduces or self._hold is nullcontext
@@ -91,22 +91,24 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
     def step(self, **kwargs: Any) -> None:
         if self._reduces_in_backward and not self._is_reduced:
             raise StateError(
-                f"step() was called after {self.pending} of {self.accumulative_counts} backward passes of an accumulation "
-                "window, and ColossalAI reduces gradients in the last one. Compute them with optim_wrapper.backward(loss) or "
+                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes of an "
+                "accumulation window, and ColossalAI reduces gradients in the last one. "
+                "Compute them with optim_wrapper.backward(loss) or "
                 "update_params(loss), not loss.backward(), and call step() only if should_update() is True."
             )
-        if self.complete_gradients is not None:
-            self.complete_gradients()
+        if self.gradient_policy.complete is not None:
+            self.gradient_policy.complete()
         self._is_reduced = False
-        micro_batches = self.pending
-        self._window_start = self.inner_count
-        self.attempts += 1
+        micro_batches = self.pending_micro_batches
+        self.window_start = self.inner_count
+        self.num_steps_attempted += 1
         self._stepped = False
         # What overflowed goes to the engine all the same: it does not step then, and lowers its loss scale.
-        if self._ready(micro_batches) or self.loss_scaler is not None:
+        inspects = self._norm_is_logged or self.weight is not None or self.gradient_policy.guard is not None
+        if not inspects or self._settle_gradients(micro_batches) or self.loss_scaler is not None:
             self.engine.step(**kwargs)
         if self._stepped:
-            self.updates += 1
+            self.num_steps_applied += 1
 
     def model_parameters(self) -> list[nn.Parameter]:
         return list(self.param_shards)
@@ -128,18 +130,19 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
     def _settle_gradients(self, micro_batches: int) -> bool:
         gradients = gradients_of(self.param_shards.values(), self.engine)
         own = [gradient for _, gradient in gradients]
-        if self._weight is not None:
-            self._divide_by_weight(own, micro_batches)
+        if self.weight is not None:
+            scale(own, self.weight_factor(micro_batches))
         # The same on every rank, so that all decide alike.
         norm = _norm_over_ranks(gradients, own)
         if self._norm_is_logged:
             self.grad_norm = norm if self.loss_scaler is None else norm / self.loss_scaler.scale
-        if self.watch is not None and not self.watch.admits(own, norm):
+        guard = self.gradient_policy.guard
+        if guard is not None and not guard.allows_step(own, norm):
             return False
-        if not self._is_admitted(norm):
+        if not self.allows_norm(norm):
             return False
-        if self._clipping is not None:
-            self._clipping.apply(own, norm)
+        if self.clipping is not None:
+            self.clipping.apply(own, norm)
         return True
 
     def _note_step(self, *_: Any) -> None:

@@ -29,12 +29,12 @@ from stratagem.engines.deepspeed.master_weights import (
 )
 from stratagem.engines.deepspeed.options import Options
 from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper, OriginalGroup, require_plain_wrapper
-from stratagem.engines.engine_module import Driven
+from stratagem.engines.engine_module import EngineModule
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.model import is_model_wrapper
 from stratagem.optim import OptimWrapper
+from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel import AnyOptim, Placed, Placement, Steps
-from stratagem.parallel.placement import NO_CONTEXT
 
 __all__ = ["DeepSpeedPlacement"]
 
@@ -112,13 +112,17 @@ class DeepSpeedPlacement(Placement):
             )
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return cast("nn.Module", model.bare) if isinstance(model, Driven) else model
+        return cast("nn.Module", model.bare) if isinstance(model, EngineModule) else model
 
     def global_numel(self, parameter: nn.Parameter) -> int:
         # Stage 3 leaves a parameter nothing between steps but what it notes of it.
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
-    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+    def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
+        # EngineOptim tells the engine in each backward pass whether it synchronizes.
+        return GradientPolicy(sync_context=self._no_context)
+
+    def _no_context(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         return NO_CONTEXT
 
     def _refuse(self, model: nn.Module) -> None:
@@ -135,9 +139,9 @@ class DeepSpeedPlacement(Placement):
                 "the model in float32, and choose what it computes in by bf16=dict(enabled=True) or fp16."
             )
 
-    def _driven(self, model: nn.Module, forward: Callable[..., Any]) -> Driven:
+    def _driven(self, model: nn.Module, forward: Callable[..., Any]) -> EngineModule:
         through = with_inputs_in(self._options.dtype, forward, self._options.half_inputs)
-        return Driven(model, model, engine="DeepSpeed", learning=through, evaluating=through)
+        return EngineModule(model, model, engine="DeepSpeed", training_forward=through, eval_forward=through)
 
     def _in_type(self, model: nn.Module) -> nn.Module:
         """Cast the parameters as the engine would."""

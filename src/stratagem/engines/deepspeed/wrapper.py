@@ -67,7 +67,7 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
         self.groups = tuple(groups)
         self.master_weights = master_weights
         self.engine = engine
-        self._clipping = settings.clipping
+        self.clipping = settings.clipping
         self._scales = scales
         # Where DeepSpeed scales the loss itself, it does so in its backward pass.
         self._scales_here = scales and not master_weights.sharded
@@ -88,7 +88,8 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
             PlacementError: for another option, or if DeepSpeed would not add this gradient to those of the window.
         """
         self._require_next_pass()
-        options = dict(kwargs if self.watch is None else self.watch.begin(loss, kwargs))
+        guard = self.gradient_policy.guard
+        options = dict(kwargs if guard is None else guard.begin(loss, kwargs))
         if "gradient" in options:
             loss = loss * options.pop("gradient")
         if set(options) - {"retain_graph"}:
@@ -96,7 +97,7 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
         if self._scales:
             # The product with the scale leaves the range of float16.
             loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_here else 1.0)
-        if not self.pending and not self._is_cleared:
+        if not self.pending_micro_batches and not self._is_cleared:
             self.zero_grad()
         self._is_cleared = False
         reduces = self.should_sync()
@@ -110,26 +111,27 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
             raise PlacementError(f"DeepSpeed's step does not know {', '.join(sorted(kwargs))}. Leave it out.")
         if not self._is_reduced:
             raise StateError(
-                f"step() was called after {self.pending} of {self.accumulative_counts} backward passes of an accumulation "
-                "window, and DeepSpeed reduces gradients in the last one. Call step() only if should_update() is True, as "
+                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes of an "
+                "accumulation window, and DeepSpeed reduces gradients in the last one. "
+                "Call step() only if should_update() is True, as "
                 "update_params(loss) does."
             )
-        micro_batches = self.pending
+        micro_batches = self.pending_micro_batches
         if micro_batches > 1:
             self.master_weights.complete_gradients()
         self._is_reduced = False
-        self._window_start = self.inner_count
-        self.attempts += 1
+        self.window_start = self.inner_count
+        self.num_steps_attempted += 1
         if not self._admitted(micro_batches):
             self.zero_grad()
             return
         with self.engines_groups():
             self.engine.step()
         if self.engine.was_step_applied():
-            self.updates += 1
+            self.num_steps_applied += 1
             return
         # The engine has dropped the gradients.
-        logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.updates + 1)
+        logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.num_steps_applied + 1)
 
     def zero_grad(self, **kwargs: Any) -> None:
         """Forget the gradients of every parameter."""
@@ -162,19 +164,20 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
 
     def _admitted(self, micro_batches: int) -> bool:
         """Weigh the window's gradients; tell whether the engine may step with them. Collective."""
-        if self._weight is not None:
-            self.master_weights.scale_gradients(self._weighed(micro_batches))
-        if self._clipping is None and self._nonfinite is None and self.watch is None:
+        guard = self.gradient_policy.guard
+        if self.weight is not None:
+            self.master_weights.scale_gradients(self.weight_factor(micro_batches))
+        if self.clipping is None and self.nonfinite is None and guard is None:
             return True
         norm = self.master_weights.norm()
         self.grad_norm = norm / self.engine.optimizer.loss_scale if self._scales else norm
         # First, since it says more of what it refuses. An overflow of float16 is the engine's to see: it lowers its scale.
-        if self.watch is not None and not self.watch.admits([], norm) and not self._scales:
+        if guard is not None and not guard.allows_step([], norm) and not self._scales:
             return False
-        if not self._scales and not self._is_admitted(norm):
+        if not self._scales and not self.allows_norm(norm):
             return False
-        if self._clipping is not None and not self.master_weights.clips:
-            self._clipping.apply(self.master_weights.gradients(), norm)
+        if self.clipping is not None and not self.master_weights.clips:
+            self.clipping.apply(self.master_weights.gradients(), norm)
         return True
 
     @contextmanager

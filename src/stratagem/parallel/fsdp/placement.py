@@ -25,7 +25,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from stratagem.distributed import World, all_reduce, broadcast_object
 from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.model import convert_sync_batchnorm, is_model_wrapper
-from stratagem.optim import BaseOptimWrapper, OptimWrapperDict
+from stratagem.optim import BaseOptimWrapper
+from stratagem.optim.gradient_policy import NO_CONTEXT, GradientPolicy
 from stratagem.parallel.deferred_init.materialize import InitialWeights, require_same_model
 from stratagem.parallel.fsdp.activation_checkpointing import checkpoint_activations
 from stratagem.parallel.fsdp.mesh import Layout, Meshes
@@ -33,7 +34,7 @@ from stratagem.parallel.fsdp.options import FSDPOptions, Precision
 from stratagem.parallel.fsdp.tensor_parallel import apply_plan
 from stratagem.parallel.fsdp.wrap_policy import select_modules, tied_outside
 from stratagem.parallel.local_gradients import average_gradients
-from stratagem.parallel.placement import NO_CONTEXT, AnyOptim, Placed, Placement, Steps
+from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps
 from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.names import did_you_mean
@@ -121,7 +122,15 @@ class FSDPPlacement(Placement):
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
 
-    def accumulate(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+    def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
+        return GradientPolicy(
+            sync_context=self._set_grad_sync,
+            always_set_grad_sync=accumulates,
+            complete=functools.partial(self._reduce_held_gradients, model),
+            discard_pending=cast("FSDPModule", model).reset_iter_state,
+        )
+
+    def _set_grad_sync(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         # The backward pass, which reads it, comes after this context.
         if sync != self._sync:
             for module in _sharded_modules(model):
@@ -129,14 +138,8 @@ class FSDPPlacement(Placement):
             self._sync = sync
         return NO_CONTEXT
 
-    def gradient_completion(self, model: nn.Module) -> Callable[[], None]:
-        return functools.partial(self._reduce_held_gradients, model)
-
-    def forget(self, model: nn.Module) -> None:
-        cast("FSDPModule", model).reset_iter_state()
-
     def bind(self, optim: AnyOptim, model: nn.Module) -> None:
-        for wrapper in optim.values() if isinstance(optim, OptimWrapperDict) else (optim,):
+        for wrapper in optim.each().values():
             self._bind(wrapper, dict(model.named_parameters()))
 
     # ---- building ---------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ class FSDPPlacement(Placement):
         """
         if self._sync:
             return
-        self.accumulate(model, sync=True)
+        self._set_grad_sync(model, sync=True)
         # What torch runs at the end of a backward pass: it reduces what groups of parameters have kept.
         cast("Any", model)._get_fsdp_state()._root_post_backward_final_callback()
         if self._layout.dp_size > 1:

@@ -8,7 +8,7 @@ from typing import Any, Self, cast, final
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.setup.building import ScalingRule, each_wrapper, scale_lr
+from stratagem.strategies.setup.building import ScalingRule, scale_lr
 from stratagem.utils import did_you_mean, refuse_unknown
 
 __all__ = ["AutoScale"]
@@ -62,7 +62,7 @@ class AutoScale:
     def apply(self, optim: AnyOptim, *, world_size: int, micro_batch: int) -> list[str]:
         """Multiply every learning rate in place; return what was done to each optimizer, as sentences for the log."""
         done = []
-        for name, wrapper in each_wrapper(optim).items():
+        for name, wrapper in optim.each().items():
             accumulated = wrapper.accumulative_counts
             real = world_size * micro_batch * accumulated
             factor = scale_lr(wrapper, base_batch=self.base_batch, real_batch=real, rule=self.rule)

@@ -25,7 +25,6 @@ __all__ = [
     "build_model",
     "build_optim_wrapper",
     "compile_model",
-    "each_wrapper",
     "is_scheduled",
     "load_schedulers",
     "scale_lr",
@@ -147,11 +146,6 @@ def _wrapper(built: Any) -> AnyOptim:
     if not isinstance(built, BaseOptimWrapper | OptimWrapperDict):
         raise ConfigTypeError(f"optim_wrapper: its type made {_shown(built)}, which is no optimizer wrapper.")
     return built
-
-
-def each_wrapper(optim: AnyOptim) -> dict[str, BaseOptimWrapper]:
-    """Return the wrappers by name; a single one is named ``""``."""
-    return dict(optim.items()) if isinstance(optim, OptimWrapperDict) else {"": optim}
 
 
 def is_scheduled(wrapper: BaseOptimWrapper) -> bool:

@@ -11,20 +11,19 @@ from torch import Tensor, nn
 from stratagem.distributed import World, all_gather_object
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapperDict
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.setup.building import each_wrapper
 from stratagem.tensors.dtensor import stack_over_ranks
 
-__all__ = ["read_window", "write_window"]
+__all__ = ["gather_accumulation_state", "restore_accumulation_state"]
 
 
-def read_window(optim: AnyOptim, model: nn.Module, world: World) -> dict[str, Any] | None:
+def gather_accumulation_state(optim: AnyOptim, model: nn.Module, world: World) -> dict[str, Any] | None:
     """Return the gradients that wait for an update; None where no window is open. Collective.
 
     Ranks exchange gradients when a window is complete, so until then each has its own: a tensor has a row for each rank,
     which writes it itself. Of several optimizers all gradients count, since a backward pass may leave some to another one.
     """
     held = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
-    if not (optim.pending or isinstance(optim, OptimWrapperDict)):
+    if not (optim.pending_micro_batches or isinstance(optim, OptimWrapperDict)):
         held = {}
     sparse = [name for name, gradient in held.items() if gradient.is_sparse]
     told = all_gather_object({"gradients": list(held), "sparse": sparse, "optimizers": _open_windows(optim)})
@@ -39,10 +38,10 @@ def read_window(optim: AnyOptim, model: nn.Module, world: World) -> dict[str, An
     }
 
 
-def write_window(
+def restore_accumulation_state(
     optim: AnyOptim, window: Mapping[str, Any], optim_state: Mapping[str, Any], model: nn.Module, world: World
 ) -> None:
-    """Open the windows again that :func:`read_window` found, with the gradients of this rank.
+    """Open the windows again that :func:`gather_accumulation_state` found, with the gradients of this rank.
 
     Where there are more or fewer ranks than rows, each rank gets such a share that their exchange comes to the same. An
     optimizer whose windows have another length now begins a new one, without these gradients. So does one that trains
@@ -56,7 +55,7 @@ def write_window(
     parameters = dict(model.named_parameters())
     weighted: dict[nn.Parameter, bool] = {}
     rescaled: dict[nn.Parameter, float] = {}
-    for name, wrapper in each_wrapper(optim).items():
+    for name, wrapper in optim.each().items():
         state = own["optimizers"].get(name)
         scale, saved_scale = wrapper.loss_scale, _saved_scale(optim_state.get(name, {}) if name else optim_state)
         goes_on = state is None or state["length"] == wrapper.accumulative_counts
@@ -67,7 +66,7 @@ def write_window(
         if state is not None and goes_on and isinstance(wrapper, AccumulatingOptimWrapper):
             shares = [theirs["optimizers"][name]["weight"] for theirs in ranks.values()]
             weight = state["weight"] if len(ranks) == world.size else _sum(shares, world.size)
-            wrapper.open_window({**state, "weight": weight})
+            wrapper.resume_accumulation({**state, "weight": weight})
         if goes_on:
             is_weighted = state is not None and state["weight"] is not None
             weighted.update(dict.fromkeys(wrapper.model_parameters(), is_weighted))
@@ -93,9 +92,9 @@ def write_window(
 
 def _open_windows(optim: AnyOptim) -> dict[str, Any]:
     return {
-        name: wrapper.window_state()
-        for name, wrapper in each_wrapper(optim).items()
-        if isinstance(wrapper, AccumulatingOptimWrapper) and wrapper.pending
+        name: wrapper.accumulation_state()
+        for name, wrapper in optim.each().items()
+        if isinstance(wrapper, AccumulatingOptimWrapper) and wrapper.pending_micro_batches
     }
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from stratagem.optim import BaseOptimWrapper, ParamScheduler
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.setup.building import each_wrapper
 
 __all__ = ["ConfiguredHyperparameters", "move_schedulers", "schedule_differences"]
 
@@ -27,14 +26,12 @@ class ConfiguredHyperparameters:
     """
 
     def __init__(self, optim: AnyOptim) -> None:
-        self._groups = {
-            name: [_options(group) for group in one.param_groups] for name, one in each_wrapper(optim).items()
-        }
+        self._groups = {name: [_options(group) for group in one.param_groups] for name, one in optim.each().items()}
 
     def differences(self, optim: AnyOptim) -> list[str]:
         """Return a line for each option that now has another value than it was built with."""
         lines = []
-        for name, wrapper in each_wrapper(optim).items():
+        for name, wrapper in optim.each().items():
             for number, (own, group) in enumerate(zip(self._groups[name], wrapper.param_groups, strict=True)):
                 loaded = _options(group)
                 which = f"{name + ': ' if name else ''}parameter group {number}"
@@ -48,7 +45,7 @@ class ConfiguredHyperparameters:
 
     def restore(self, optim: AnyOptim) -> None:
         """Give the groups back the options that they were built with; the state of the parameters stays."""
-        for name, wrapper in each_wrapper(optim).items():
+        for name, wrapper in optim.each().items():
             for own, group in zip(self._groups[name], wrapper.param_groups, strict=True):
                 for key in [key for key in group if key.startswith(_FIRST) and key not in own]:
                     del group[key]
@@ -61,14 +58,14 @@ class ConfiguredHyperparameters:
 
 def move_schedulers(schedulers: Any, optim: AnyOptim, *, epoch: int, iteration: int) -> None:
     """Move every optimizer's schedules to where the run stands; those that follow metrics begin anew."""
-    for name, wrapper in each_wrapper(optim).items():
+    for name, wrapper in optim.each().items():
         some = schedulers[name] if isinstance(schedulers, Mapping) else schedulers
         _move(some, wrapper, epoch=epoch, iteration=iteration)
 
 
 def _move(schedulers: Sequence[ParamScheduler], optim: BaseOptimWrapper, *, epoch: int, iteration: int) -> None:
     whole_windows = iteration - iteration % optim.accumulative_counts
-    position = {"epoch": epoch, "iter": whole_windows, "step": optim.updates}
+    position = {"epoch": epoch, "iter": whole_windows, "step": optim.num_steps_applied}
     for scheduler in schedulers:
         if not scheduler.need_val_args:
             scheduler.load_state_dict({"_global_step": position[scheduler.unit]})

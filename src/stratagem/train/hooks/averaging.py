@@ -192,5 +192,5 @@ class EMAHook(Hook):
 def _updates(optim: AnyOptim) -> int:
     """Return how many updates were taken, by all optimizers."""
     if isinstance(optim, OptimWrapperDict):
-        return sum(wrapper.updates for wrapper in optim.values())
-    return optim.updates
+        return sum(wrapper.num_steps_applied for wrapper in optim.values())
+    return optim.num_steps_applied

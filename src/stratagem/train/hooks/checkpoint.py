@@ -179,7 +179,7 @@ class CheckpointHook(Hook):
         timed = self._timer is not None and self._timer.due()
         if not self._by_epoch and self._due(done, run.max_iters):
             self._save_regular(run, self._template, done, run.progress.after_this_iteration())
-        elif timed and not run.optim_wrapper.pending:
+        elif timed and not run.optim_wrapper.pending_micro_batches:
             self._save_regular(run, self._timed_template, done, run.progress.after_this_iteration())
 
     def after_val_epoch(self, run: Run, metrics: Mapping[str, Any] | None = None) -> None:

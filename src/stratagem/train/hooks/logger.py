@@ -132,7 +132,7 @@ def _updates(run: Run) -> int | None:
     optim = run.optim_wrapper
     if isinstance(optim, OptimWrapperDict) or (optim.accumulative_counts == 1 and run.progress.max_steps is None):
         return None
-    return optim.updates
+    return optim.num_steps_applied
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:

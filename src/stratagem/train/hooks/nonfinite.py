@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, final
 
@@ -11,9 +11,8 @@ from stratagem.distributed import all_gather_object, broadcast_object
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.optim import (
     AccumulatingOptimWrapper,
-    DeferredWatch,
-    OptimWrapperDict,
-    UpdateWatch,
+    DeferredNonFiniteCheck,
+    SyncNonFiniteCheck,
 )
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
@@ -41,7 +40,7 @@ class _Watched:
 
     name: str
     optim: AccumulatingOptimWrapper
-    watch: UpdateWatch | DeferredWatch
+    watch: SyncNonFiniteCheck | DeferredNonFiniteCheck
     attempts: int
     updates: int
     skipped: int = 0
@@ -119,12 +118,11 @@ class NonFiniteHook(Hook):
         deferred = self._is_deferred(run)
         self._look_every = (self._interval or _log_interval(run)) if deferred else None
         names = {id(parameter): name for name, parameter in run.strategy.unwrap_model().named_parameters()}
-        optim = run.optim_wrapper
-        for name, wrapper in optim.items() if isinstance(optim, OptimWrapperDict) else [("", optim)]:
+        for name, wrapper in run.optim_wrapper.each().items():
             if not isinstance(wrapper, AccumulatingOptimWrapper):
                 run.logger.info("Gradients under %s are not looked at: it has no watch.", type(wrapper).__name__)
             elif wrapper.nonfinite != "error":  # which says so by itself
-                self._watched.append(_watch(name, wrapper, names, deferred=deferred, exchanged=run.world_size > 1))
+                self._watched.append(_watch(name, wrapper, names, deferred=deferred, synchronized=run.world_size > 1))
         if deferred:
             run.before_saving.append(self._look_now)
             self._run = run
@@ -135,14 +133,14 @@ class NonFiniteHook(Hook):
         moved = False
         for each in self._watched:
             optim = each.optim
-            if optim.attempts != each.attempts:
-                each.attempts, moved = optim.attempts, True
+            if optim.num_steps_attempted != each.attempts:
+                each.attempts, moved = optim.num_steps_attempted, True
                 if self._look_every is not None:
                     each.ends.append(len(self._recent))
-                if optim.updates == each.updates:
+                if optim.num_steps_applied == each.updates:
                     self._refused(run, each)
                 else:
-                    each.updates, each.skipped = optim.updates, 0
+                    each.updates, each.skipped = optim.num_steps_applied, 0
         if self._look_every is None:
             if moved:
                 self._recent.clear()
@@ -155,8 +153,8 @@ class NonFiniteHook(Hook):
 
     def _refused(self, run: Run, each: _Watched) -> None:
         """Act on an update that was not made. Collective."""
-        unsound = each.watch.unsound if isinstance(each.watch, UpdateWatch) else ()
-        report = NonFiniteReport.gather(run, _batches(self._recent), unsound)
+        nonfinite_params = each.watch.nonfinite_params if isinstance(each.watch, SyncNonFiniteCheck) else ()
+        report = NonFiniteReport.gather(run, _batches(self._recent), nonfinite_params)
         each.skipped += 1
         self._skipped += 1
         run.record(report.record())
@@ -185,7 +183,7 @@ class NonFiniteHook(Hook):
         """Read what deferred watches have seen since the last look, and act on it. Collective."""
         for each in self._watched:
             watch = each.watch
-            if isinstance(watch, DeferredWatch) and (first := watch.first_unsound()) is not None:
+            if isinstance(watch, DeferredNonFiniteCheck) and (first := watch.first_nonfinite()) is not None:
                 recent = self._recent[each.ends[first - 1] if first else 0 : each.ends[first]]
                 report = NonFiniteReport.gather(run, _batches(recent), ())
                 run.record(report.record())
@@ -226,8 +224,8 @@ class NonFiniteHook(Hook):
 
     def _detach(self, run: Run) -> None:
         for each in self._watched:
-            each.optim.watch = None
-            if isinstance(each.watch, DeferredWatch):
+            each.optim.gradient_policy = replace(each.optim.gradient_policy, guard=None)
+            if isinstance(each.watch, DeferredNonFiniteCheck):
                 each.watch.end()
         self._watched = []
         self._recent.clear()
@@ -236,13 +234,17 @@ class NonFiniteHook(Hook):
 
 
 def _watch(
-    name: str, optim: AccumulatingOptimWrapper, names: Mapping[int, str], *, deferred: bool, exchanged: bool
+    name: str, optim: AccumulatingOptimWrapper, names: Mapping[int, str], *, deferred: bool, synchronized: bool
 ) -> _Watched:
     # One that skips by itself waits for the device anyway.
     later = deferred and optim.nonfinite is None
-    watch = DeferredWatch(optim.optimizer) if later else UpdateWatch(optim.optimizer, names, exchanged=exchanged)
-    optim.watch = watch
-    return _Watched(name, optim, watch, optim.attempts, optim.updates)
+    watch = (
+        DeferredNonFiniteCheck(optim.optimizer)
+        if later
+        else SyncNonFiniteCheck(optim.optimizer, names, synchronized=synchronized)
+    )
+    optim.gradient_policy = replace(optim.gradient_policy, guard=watch)
+    return _Watched(name, optim, watch, optim.num_steps_attempted, optim.num_steps_applied)
 
 
 def _batches(recent: Iterable[tuple[int, int, int, Any]]) -> list[Batch]:

@@ -33,14 +33,14 @@ class _Follower:
 
     def follow(self, done: int) -> None:
         """Advance, after ``done`` iterations of the run, by what the last update consumed; a skipped one advances nothing."""
-        updates = self.optim.updates
+        updates = self.optim.num_steps_applied
         if updates != self.updates:
             for scheduler in self.by_iter:
                 scheduler.step(done - self.since)
             for scheduler in self.by_step:
                 scheduler.step(updates - self.updates)
             self.updates = updates
-        self.attempts = self.optim.attempts
+        self.attempts = self.optim.num_steps_attempted
         self.since = done
 
 
@@ -99,7 +99,7 @@ class ParamSchedulerHook(Hook):
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         for follower in self._followers:
-            if follower.optim.attempts != follower.attempts:
+            if follower.optim.num_steps_attempted != follower.attempts:
                 follower.follow(run.progress.iter + 1)
 
     def after_train_epoch(self, run: Run) -> None:
@@ -123,8 +123,8 @@ def _follower(
         optim=optim,
         by_iter=tuple(each for each in schedulers if each.unit == "iter"),
         by_step=tuple(each for each in schedulers if each.unit == "step"),
-        attempts=optim.attempts,
-        updates=optim.updates,
+        attempts=optim.num_steps_attempted,
+        updates=optim.num_steps_applied,
         # Where nobody has kept it, whole windows since the run's beginning tell.
         since=since.get(name, done - done % optim.accumulative_counts),
     )

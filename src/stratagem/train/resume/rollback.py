@@ -8,7 +8,6 @@ from typing import Any, final
 
 from stratagem.errors import TrainingError
 from stratagem.strategies import BaseStrategy
-from stratagem.strategies.setup.building import each_wrapper
 from stratagem.train.run.context import Run
 from stratagem.train.run.progress import Position
 
@@ -45,7 +44,7 @@ def roll_back(run: Run, request: RollBackError) -> None:
     """
     if run.bar is not None:
         run.bar.stop()
-    run.optim_wrapper.drop_window()
+    run.optim_wrapper.discard_accumulation()
     run.optim_wrapper.zero_grad()
 
     def tell(checkpoint: dict[str, Any]) -> None:
@@ -53,7 +52,7 @@ def roll_back(run: Run, request: RollBackError) -> None:
 
     rest = run.strategy.resume(request.checkpoint, callback=tell)
     # What waited there for its update may be of the data that is passed over.
-    run.optim_wrapper.drop_window()
+    run.optim_wrapper.discard_accumulation()
     run.save_counter.restore(Path(request.checkpoint))
     saved = Position.from_meta(rest.get("meta") or {})
     run.load_hooks(rest)
@@ -78,6 +77,6 @@ def _follow_epochs(run: Run, epochs: int) -> None:
 def _end_windows(run: Run) -> None:
     """Tell optimizers that accumulate when a run by epochs ends now: its last window may be shorter."""
     end = run.progress.end_of_epochs()
-    for wrapper in each_wrapper(run.optim_wrapper).values():
+    for wrapper in run.optim_wrapper.each().values():
         if end is not None and wrapper.accumulative_counts > 1:
             wrapper.initialize_count_status(run.model, wrapper.inner_count, end)

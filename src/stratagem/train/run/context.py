@@ -173,7 +173,7 @@ class Run:
     @property
     def is_ending(self) -> bool:
         """Whether the run was interrupted and may stop here, where no gradients wait for their update."""
-        return self.interrupt.received is not None and not self.optim_wrapper.pending
+        return self.interrupt.received is not None and not self.optim_wrapper.pending_micro_batches
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Hand values to everything that records them: ``<log_dir>/vis_data/scalars.json`` and what hooks added."""

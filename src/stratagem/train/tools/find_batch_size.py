@@ -16,7 +16,6 @@ from stratagem.data import EpochLoader, epoch_order
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.model import Trainable
 from stratagem.strategies import BaseStrategy
-from stratagem.strategies.setup.building import each_wrapper
 from stratagem.train.tools.preserve_state import preserve_training_state
 
 __all__ = ["BatchSearch", "BatchTrial", "find_batch_size"]
@@ -104,7 +103,7 @@ def find_batch_size(
     on_cpu = strategy.world.device.type == "cpu"
     limit = _CPU_LIMIT if limit is None and on_cpu else limit
     limit = _available(dataloader, limit)
-    window = max(wrapper.accumulative_counts for wrapper in each_wrapper(strategy.optim_wrapper).values())
+    window = max(wrapper.accumulative_counts for wrapper in strategy.optim_wrapper.each().values())
     trials: dict[int, BatchTrial] = {}
 
     def fits(size: int) -> bool:
@@ -187,7 +186,7 @@ def _try(strategy: BaseStrategy, batch: Any, size: int, steps: int) -> BatchTria
         seconds = None
     memory = torch.accelerator.max_memory_allocated() if accelerator else None
     if seconds is None:
-        optim.drop_window()
+        optim.discard_accumulation()
         optim.zero_grad()
         gc.collect()
         if accelerator:

@@ -224,9 +224,9 @@ def _endless(dataloader: EpochLoader) -> Iterator[Any]:
 def _one_step(strategy: BaseStrategy, wrapper: BaseOptimWrapper, batches: Iterator[Any], loss: str) -> float:
     """Train until the optimizer has had a step, or has skipped one; return the mean loss over its window and all ranks."""
     step = cast("Trainable", strategy.model).train_step
-    attempts = wrapper.attempts
+    attempts = wrapper.num_steps_attempted
     values: list[Tensor] = []
-    while wrapper.attempts == attempts:
+    while wrapper.num_steps_attempted == attempts:
         if len(values) >= _PATIENCE * wrapper.accumulative_counts:
             raise TrainingError(f"{len(values)} iterations went by and the optimizer was not stepped once.")
         outputs: Any = step(next(batches), optim_wrapper=strategy.optim_wrapper)

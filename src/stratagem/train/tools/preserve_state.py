@@ -43,7 +43,7 @@ def preserve_training_state(strategy: BaseStrategy, dataloader: EpochLoader) -> 
             "Look for the value under another strategy, such as DDPStrategy or FSDPStrategy."
         )
     model, optim = strategy.model, strategy.optim_wrapper
-    optim.drop_window()
+    optim.discard_accumulation()
     tensors = [*model.parameters(), *model.buffers()]
     kept = [tensor.detach().cpu().clone() for tensor in tensors]
     modes = [(module, module.training) for module in model.modules()]
@@ -54,7 +54,7 @@ def preserve_training_state(strategy: BaseStrategy, dataloader: EpochLoader) -> 
         try:
             yield
         finally:
-            optim.drop_window()
+            optim.discard_accumulation()
             optim.zero_grad()
             optim.load_state_dict(optim_state)
             _copy(tensors, kept)

@@ -17,7 +17,7 @@ from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper, ParamScheduler, build_param_schedulers, preview_schedules
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.setup.auto_scale import AutoScale
-from stratagem.strategies.setup.building import build_model, build_optim_wrapper, each_wrapper
+from stratagem.strategies.setup.building import build_model, build_optim_wrapper
 from stratagem.train.building import accumulation_of, loop_arguments
 from stratagem.train.hooks.schedule import refuse_epochs_without_end
 from stratagem.train.tools.preserve_state import isolate_rng
@@ -123,7 +123,7 @@ def preview_run(
         max_iters=max_iters,
         epoch_length=loader.length,
     )
-    wrappers = each_wrapper(optim)
+    wrappers = optim.each()
     schedulers = built if isinstance(built, dict) else {"": built}
     everything = [each for some in schedulers.values() for each in some]
     refuse_epochs_without_end(everything, max_epochs)

@@ -16,7 +16,6 @@ from torch.nn.modules.dropout import _DropoutNd
 from stratagem.checkpoint import CheckpointLoader, ShardedTensorState, StateTree, save_checkpoint
 from stratagem.distributed import RankGroup, all_reduce
 from stratagem.errors import TrainingError
-from stratagem.strategies.setup.building import each_wrapper
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
@@ -195,4 +194,4 @@ def _generators() -> list[Tensor]:
 
 def _steps(run: Run) -> int:
     """Return how many updates there were, by all optimizers."""
-    return sum(wrapper.updates for wrapper in each_wrapper(run.optim_wrapper).values())
+    return sum(wrapper.num_steps_applied for wrapper in run.optim_wrapper.each().values())

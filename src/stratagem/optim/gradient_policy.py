@@ -1,0 +1,56 @@
+"""What surrounds the gradients of one optimizer: synchronization across ranks, and the check before an update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Final, final
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from stratagem.optim.nonfinite import NonFiniteGuard
+
+__all__ = ["NO_CONTEXT", "GradientPolicy", "no_sync_unless_last"]
+
+# One object for every iteration that needs no context: entering it costs almost nothing.
+NO_CONTEXT: Final = nullcontext()
+
+
+def no_sync_unless_last(model: nn.Module, sync: bool) -> AbstractContextManager[object]:
+    """Return the context in which a ``DistributedDataParallel`` synchronizes gradients only if ``sync``."""
+    if not sync and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return NO_CONTEXT
+
+
+def _nothing_pending() -> None:
+    """Do nothing: all gradients are in the parameters' ``grad``."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientPolicy:
+    """How the gradients of one optimizer are synchronized and checked.
+
+    The strategy hands it to the optimizer wrapper when the model is placed; a run adds the guard with
+    ``dataclasses.replace``.
+
+    Attributes:
+        sync_context: called with the model and whether this micro-batch synchronizes gradients across ranks; returns the
+            context of its forward pass.
+        always_set_grad_sync: whether ``sync_context`` is also entered in windows of a single micro-batch, since another
+            optimizer of the same model may have switched synchronization off.
+        complete: called before each update to average gradients that a backward pass left on this rank. Collective.
+            None if no pass leaves any.
+        discard_pending: called when an accumulation window is discarded, for gradients that wait for synchronization
+            outside the parameters' ``grad``.
+        guard: checks losses and gradients for NaN and Inf and may refuse an update; None checks nothing.
+    """
+
+    sync_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = no_sync_unless_last
+    always_set_grad_sync: bool = False
+    complete: Callable[[], None] | None = None
+    discard_pending: Callable[[], None] = _nothing_pending
+    guard: NonFiniteGuard | None = None

@@ -1,0 +1,214 @@
+"""One training step, from a batch on the host to updated parameters, in the order in which it happens.
+
+    to device -> forward (gradient synchronization, autocast) -> backward -> guard -> clip -> optimizer -> zero
+
+These three functions are the reference: anything that runs a step in another way must produce the same bits. They are
+three because each is also an entry point: a model may override ``train_step`` (:func:`train_step` is the default) and
+call ``optim_wrapper.update_params`` (:func:`update_params`), or, with several optimizers, ``backward`` and ``step``
+(:func:`apply_gradients`) itself. An engine replaces ``backward`` and ``step``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stratagem.errors import TrainingError
+
+__all__ = ["apply_gradients", "call_forward", "parse_losses", "train_step", "update_params"]
+
+_NO_OPTIONS: Final[Mapping[str, Any]] = {}
+
+
+def train_step(model: Any, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+    """Train on one micro-batch: compute the losses and their gradients and, at the end of a window, update.
+
+    A model that overrides this must reach its parameters by calling ``self(...)``: strategies wrap that call.
+
+    Args:
+        model: the model.
+        data: one micro-batch, as the data loader returned it.
+        optim_wrapper: the optimizer wrapper of the whole model.
+
+    Returns:
+        The values to log, detached and still on the device: first ``loss``, the sum of the entries whose name contains
+        "loss", then every entry of another name.
+    """
+    with optim_wrapper.optim_context(model):  # whether gradients are synchronized; autocast
+        batch = model.data_preprocessor(data, True)  # to the device
+        losses = call_forward(model, batch, "loss")
+    loss, weight, log_vars = parse_losses(losses)
+    optim_wrapper.update_params(loss, weight=weight)
+    return log_vars
+
+
+def update_params(
+    optim: AccumulatingOptim,
+    loss: Tensor,
+    *,
+    weight: float | Tensor | None = None,
+    step_kwargs: Mapping[str, Any] | None = None,
+    zero_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Compute the gradients of one micro-batch and, if it completes its accumulation window, update the parameters.
+
+    Args:
+        optim: the optimizer wrapper.
+        loss: a scalar, the mean over the micro-batch.
+        weight: how much this micro-batch counts in the step, such as its number of samples or tokens. If every
+            micro-batch of a step on every rank has a weight, the gradient of the step is that of
+            ``sum(loss * weight) / sum(weight)``; without weights all micro-batches count the same.
+        step_kwargs: passed to ``step``.
+        zero_kwargs: passed to ``zero_grad``.
+    """
+    optim.backward(optim.scale_loss(loss) if weight is None else optim.weigh_loss(loss, weight))
+    if optim.should_update():
+        optim.step(**(step_kwargs or _NO_OPTIONS))
+        optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))
+
+
+def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
+    """Update the parameters with the accumulated gradients, unless the guard refuses the update.
+
+    Args:
+        optim: the optimizer wrapper.
+        **kwargs: passed to the optimizer's ``step``.
+    """
+    policy, clipping, scaler = optim.gradient_policy, optim.clipping, optim.grad_scaler
+    if policy.complete is not None:
+        policy.complete()  # average the gradients that a backward pass left on this rank
+    micro_batches = optim.inner_count - optim.window_start
+    optim.window_start = optim.inner_count
+    optim.num_steps_attempted += 1
+    if scaler is not None:
+        scaler.unscale_(optim.optimizer)
+    allowed = True
+    if optim.inspects_grads or optim.weight is not None or policy.guard is not None:
+        grads = optim.weighted_grads(micro_batches)
+        norm = optim.compute_grad_norm(grads) if optim.needs_grad_norm else None
+        # The guard is asked first because its report names the parameters.
+        allowed = policy.guard is None or policy.guard.allows_step(grads, norm)
+        allowed = allowed and (norm is None or optim.allows_norm(norm))
+        if allowed and clipping is not None:
+            clipping.apply(grads, norm)
+    if allowed:
+        optim.optimizer.step(**kwargs)
+        optim.num_steps_applied += 1
+    if scaler is not None:
+        scaler.update(optim.fixed_scale)
+
+
+class AccumulatingOptim(Protocol):
+    """What a step needs of an optimizer wrapper that accumulates gradients; see ``AccumulatingOptimWrapper``."""
+
+    optimizer: Optimizer
+    gradient_policy: Any
+    clipping: Any
+    grad_scaler: Any
+    fixed_scale: float | None
+    inner_count: int
+    window_start: int
+    num_steps_attempted: int
+    num_steps_applied: int
+    inspects_grads: bool
+    needs_grad_norm: bool
+    weight: float | Tensor | None
+
+    def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
+        """Return the context of the forward pass."""
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Return the loss divided by the length of its window."""
+
+    def weigh_loss(self, loss: Tensor, weight: float | Tensor) -> Tensor:
+        """Return the loss multiplied by its weight, and record the weight."""
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Accumulate the gradients of a loss."""
+
+    def should_update(self) -> bool:
+        """Return whether the last micro-batch completed its window."""
+
+    def step(self, **kwargs: Any) -> None:
+        """Update the parameters."""
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Discard the gradients."""
+
+    def weighted_grads(self, micro_batches: int) -> list[Tensor]:
+        """Return the gradients, divided by the sum of the weights if there are any."""
+
+    def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:
+        """Return the norm of all gradients."""
+
+    def allows_norm(self, norm: Tensor) -> bool:
+        """Return whether gradients with this norm may update the parameters."""
+
+
+def call_forward(model: nn.Module, data: Any, mode: str) -> Any:
+    """Call ``model`` on a batch: a mapping as keyword arguments, a list or tuple as positional arguments."""
+    if isinstance(data, (tuple, list)):
+        return model(*data, mode=mode)
+    if isinstance(data, (dict, Mapping)):
+        return model(**data, mode=mode)
+    return model(data, mode=mode)
+
+
+def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | None, dict[str, Tensor]]:
+    """Return the loss to differentiate, its weight and the values to log.
+
+    The loss is the sum of the entries whose name contains "loss", each a tensor (its mean counts) or a list of tensors
+    (the sum of their means). The entry ``weight``, such as a number of samples or tokens, is how much this micro-batch
+    counts in its accumulation window; without it all micro-batches count the same.
+
+    Raises:
+        TrainingError: if there is no loss, or an entry is neither a tensor nor a list of tensors.
+    """
+    # Called in every step, and checking for dict is ten times as fast as checking for Mapping.
+    if not isinstance(losses, (dict, Mapping)):
+        raise TrainingError(
+            f"forward(mode='loss') returned a {type(losses).__name__}. Return a mapping from names to losses, such as "
+            "{'loss': loss}."
+        )
+    total: Tensor | None = None
+    weight: Tensor | float | None = None
+    means: dict[str, Tensor] = {}
+    for name, value in losses.items():
+        if name == "weight":
+            weight = value
+            continue
+        # Most losses are scalars already; for them no function is called.
+        means[name] = mean = value if isinstance(value, Tensor) and value.ndim == 0 else _mean(name, value)
+        if "loss" in name:
+            total = mean if total is None else total + mean
+    if total is None:
+        raise TrainingError(
+            f"forward(mode='loss') returned {', '.join(map(repr, losses)) or 'an empty mapping'}, and no name contains "
+            "'loss': there is nothing to differentiate. Return the loss under a name such as 'loss'."
+        )
+    # In the log "loss" is always the total, even if one of several losses has that name.
+    log_vars = {"loss": total.detach()}
+    for name, mean in means.items():
+        if name != "loss":
+            log_vars[name] = mean.detach()
+    return total, weight, log_vars
+
+
+def _mean(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return _tensor_mean(value)
+    if isinstance(value, list | tuple) and value and all(isinstance(item, Tensor) for item in value):
+        return torch.stack([_tensor_mean(item) for item in value]).sum()
+    raise TrainingError(f"The loss {name!r} must be a tensor or a list of tensors, got {value!r}.")
+
+
+def _tensor_mean(value: Tensor) -> Tensor:
+    if value.ndim == 0:
+        return value
+    # torch computes no mean of integers, such as counts.
+    return value.mean() if value.is_floating_point() or value.is_complex() else value.mean(dtype=torch.float32)
