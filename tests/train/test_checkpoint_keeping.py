@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps."""
+"""Which checkpoints a run keeps, and which it removes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeRunner = Callable[..., Runner]
 
 
 class Scripted(BaseMetric):
-    """Gives a score for each validation from a list."""
+    """Returns the next score of a list at each validation."""
 
     def __init__(self, scores: Sequence[Any], name: str = "acc") -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Scripted(BaseMetric):
 
 
 def train(make_runner: MakeRunner, hook: dict, epochs: int = 3, **changes: Any) -> Runner:
-    """Train with a checkpoint hook; return the runner."""
+    """Train with the given checkpoint hook and return the runner."""
     runner = make_runner(
         default_hooks={**QUIET_HOOKS, "checkpoint": hook}, **{"train_cfg": {"max_epochs": epochs}, **changes}
     )
@@ -49,14 +49,14 @@ def train(make_runner: MakeRunner, hook: dict, epochs: int = 3, **changes: Any) 
 
 
 def scored(*scores: Any, name: str = "acc") -> dict[str, Any]:
-    """Return a validation after each epoch that gives these scores."""
+    """Return the settings of a validation after each epoch that yields these scores."""
     return {**VALIDATION, "val_evaluator": Scripted(scores, name)}
 
 
 def names(runner: Runner) -> set[str]:
-    """The checkpoints in a run's folder."""
+    """Return the names of the checkpoints in the run's directory."""
     found = {path.name for path in Path(runner.strategy.work_dir).iterdir()} - {"last_checkpoint", ".training.json"}
-    # Each start has a folder named by its time.
+    # Each start has a directory named after its start time.
     return {name for name in found if not re.fullmatch(r"\d{8}_\d{6}(_\d+)?", name)}
 
 
@@ -69,8 +69,8 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_last_are_kept(make_runner: MakeRunner, way: dict):
-    """By either way to save, in both forms."""
+def test_only_the_last_checkpoints_are_kept(make_runner: MakeRunner, way: dict):
+    """Only the last checkpoints are kept, whether saved in the background or not, as a directory or a single file."""
     suffix = ".pth" if "filename_tmpl" in way else ""
     runner = train(make_runner, {"max_keep_ckpts": 2, **way}, 4)
     assert names(runner) == {f"epoch_3{suffix}", f"epoch_4{suffix}"}
@@ -80,8 +80,8 @@ def test_the_last_are_kept(make_runner: MakeRunner, way: dict):
 
 
 @pytest.mark.parametrize("way", WAYS[:2])
-def test_a_run_saved_in_the_background_goes_on_as_one_saved_at_once(make_runner: MakeRunner, tmp_path: Path, way: dict):
-    """Saving changes nothing in the run, and the file holds the state of its step."""
+def test_a_run_resumes_exactly_from_either_way_of_saving(make_runner: MakeRunner, tmp_path: Path, way: dict):
+    """Saving does not change the run, and the checkpoint holds the state of its own step."""
     whole = train(make_runner, {}, 3, work_dir=tmp_path / "whole")
     train(make_runner, {**way, "interval": -1, "save_last": False, "every_minutes": 1e-9}, custom_hooks=[At(10, stop)])
     runner = train(make_runner, {**way, "interval": -1, "save_last": False}, resume=True)
@@ -89,19 +89,19 @@ def test_a_run_saved_in_the_background_goes_on_as_one_saved_at_once(make_runner:
         assert torch.equal(runner.strategy.unwrap_model().state_dict()[name], value), name
 
 
-def test_every_nth_is_kept_for_good(make_runner: MakeRunner):
-    """Beside the last."""
+def test_every_nth_checkpoint_is_kept_permanently(make_runner: MakeRunner):
+    """``keep_every`` keeps every nth checkpoint in addition to the last one."""
     assert names(train(make_runner, {"max_keep_ckpts": 1, "keep_every": 2}, 5)) == {"epoch_2", "epoch_4", "epoch_5"}
 
 
-def test_a_resumed_run_goes_on_removing(make_runner: MakeRunner):
-    """Its checkpoints are known by the run's id."""
+def test_a_resumed_run_continues_to_remove_old_checkpoints(make_runner: MakeRunner):
+    """A resumed run recognizes its own checkpoints by the run's id and continues to remove them."""
     train(make_runner, {"max_keep_ckpts": 2}, 2)
     assert names(train(make_runner, {"max_keep_ckpts": 2}, 4, resume=True)) == {"epoch_3", "epoch_4"}
 
 
-def test_another_runs_checkpoints_are_not_touched(make_runner: MakeRunner):
-    """A run that begins anew in the folder of an old one keeps what it finds."""
+def test_the_checkpoints_of_another_run_are_kept(make_runner: MakeRunner):
+    """A new run in the directory of an old one does not remove the old run's checkpoints."""
     train(make_runner, {}, 2)
     assert names(train(make_runner, {"max_keep_ckpts": 1, "filename_tmpl": "new_{}"}, 3)) == {
         "epoch_1",
@@ -110,29 +110,29 @@ def test_another_runs_checkpoints_are_not_touched(make_runner: MakeRunner):
     }
 
 
-def test_what_a_user_saves_is_kept(make_runner: MakeRunner):
-    """A checkpoint by run.save_checkpoint stands for itself."""
+def test_a_checkpoint_saved_by_the_user_is_kept(make_runner: MakeRunner):
+    """A checkpoint that the user saved with ``run.save_checkpoint`` is never removed."""
     own = At(2, lambda run: run.save_checkpoint(Path(run.work_dir) / "mine", run.progress.after_this_iteration()))
     assert names(train(make_runner, {"max_keep_ckpts": 1}, 3, custom_hooks=[own])) == {"mine", "epoch_3"}
 
 
-def test_what_a_killed_run_had_no_time_for_is_done_at_the_next_start(make_runner: MakeRunner):
-    """Even before the next save."""
+def test_the_next_start_removes_what_a_killed_run_left(make_runner: MakeRunner):
+    """Checkpoints that a killed run did not remove are removed at the next start, even before the next save."""
     train(make_runner, {}, 3)
     hook = {"max_keep_ckpts": 1, "interval": -1, "save_last": False}
     assert names(train(make_runner, hook, 4, resume=True, custom_hooks=[At(22, stop)])) == {"epoch_3"}
 
 
-def test_what_an_interruption_saved_goes_like_the_others(make_runner: MakeRunner):
-    """Once a newer one is durable."""
+def test_a_checkpoint_saved_on_an_interrupt_is_removed_like_the_others(make_runner: MakeRunner):
+    """A checkpoint saved on an interrupt is removed once a newer one is durable."""
     interrupt = At(3, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     assert names(train(make_runner, {"max_keep_ckpts": 1}, 2, custom_hooks=[interrupt])) == {"iter_3"}
     assert names(train(make_runner, {"max_keep_ckpts": 1}, 2, resume=True)) == {"epoch_2"}
 
 
 @pytest.mark.parametrize("by_epoch", [True, False])
-def test_time_is_a_reason_to_save(make_runner: MakeRunner, *, by_epoch: bool):
-    """After each iteration where it takes no time; where updates are accumulated, only after an update."""
+def test_every_minutes_saves_after_an_iteration(make_runner: MakeRunner, *, by_epoch: bool):
+    """``every_minutes`` saves after an iteration; with gradient accumulation, only after an optimizer step."""
     hook = {"every_minutes": 1e-9, "interval": -1, "save_last": False, "by_epoch": by_epoch}
     train_cfg = {"by_epoch": False, "max_iters": 6}
     assert names(train(make_runner, hook, train_cfg=train_cfg)) == {f"iter_{number}" for number in range(1, 7)}
@@ -141,11 +141,12 @@ def test_time_is_a_reason_to_save(make_runner: MakeRunner, *, by_epoch: bool):
     assert names(runner) >= {"iter_2", "iter_4", "iter_6"}
 
 
-# ---- the best ---------------------------------------------------------------------------------------------------------
+# ---- the best checkpoint
+# -----------------------------------------------------------------------------------------------
 
 
-def test_the_best_is_kept_beside_the_last(make_runner: MakeRunner):
-    """The one before goes; one that is no better changes nothing."""
+def test_the_best_checkpoint_is_kept_in_addition_to_the_last(make_runner: MakeRunner):
+    """A better checkpoint replaces the previous best one; an equal or worse one does not."""
     runner = train(make_runner, {"save_best": "acc", "max_keep_ckpts": 1}, 4, **scored(0.1, 0.9, 0.9, 0.3))
     assert names(runner) == {"best_acc_epoch_2", "epoch_4"}
 
@@ -162,8 +163,10 @@ def test_the_best_is_kept_beside_the_last(make_runner: MakeRunner):
         ({"save_best": "acc"}, "acc", (torch.tensor(0.5), 0, 1), {3}),
     ],
 )
-def test_better_is_what_the_rule_says(make_runner: MakeRunner, hook: dict, name: str, scores: tuple, best: set[int]):
-    """Given, or told from the metric's name; what is not finite is never the best."""
+def test_the_rule_decides_which_score_is_better(
+    make_runner: MakeRunner, hook: dict, name: str, scores: tuple, best: set[int]
+):
+    """The rule is given or inferred from the name of the metric; a value that is not finite is never the best."""
     runner = train(make_runner, {**hook, "interval": -1, "save_last": False}, **scored(*scores, name=name))
     assert names(runner) == {f"best_{name.replace('/', '_')}_epoch_{number}" for number in best}
 
@@ -172,26 +175,26 @@ def test_better_is_what_the_rule_says(make_runner: MakeRunner, hook: dict, name:
     ("metric", "greater"),
     [("acc", True), ("coco/bbox_mAP", True), ("top1", True), ("ACCURACY", True), ("loss", False), ("val_loss", False)],
 )
-def test_names_tell_the_rule(metric: str, *, greater: bool):
-    """Capitals do not matter, and part of the name is enough."""
+def test_the_rule_is_inferred_from_the_name(metric: str, *, greater: bool):
+    """The rule is inferred from any part of the metric's name, regardless of case."""
     assert greater_is_better(metric) is greater
 
 
-def test_the_same_name_counts_before_a_part_of_it():
-    """'acc_loss' is a loss where the keys say so."""
+def test_an_exact_name_takes_precedence_over_a_part_of_it():
+    """An exact match takes precedence, so 'acc_loss' is a loss if it is listed among the ``less_keys``."""
     assert not greater_is_better("acc_loss", ["acc"], ["acc_loss"])
     assert greater_is_better("acc_loss", ["acc"], ["loss"])
 
 
 def test_the_best_survives_a_resume(make_runner: MakeRunner):
-    """A worse score after it does not become the best."""
+    """A worse score after the resume does not replace the best checkpoint."""
     hook = {"save_best": "auto", "max_keep_ckpts": 1}
     train(make_runner, hook, 2, **scored(0.5, 0.9))
     assert names(train(make_runner, hook, 3, resume=True, **scored(0.7))) == {"best_acc_epoch_2", "epoch_3"}
 
 
-def test_the_best_is_known_again_from_its_own_manifest(make_runner: MakeRunner, tmp_path: Path):
-    """As after a run that was killed before it saved anything else, or goes on from an older checkpoint."""
+def test_the_best_score_is_restored_from_the_manifest(make_runner: MakeRunner, tmp_path: Path):
+    """The best score is read from the manifest of the best checkpoint, even if the resumed checkpoint is older."""
     hook = {"save_best": "acc"}
     train(make_runner, hook, 2, **scored(0.5, 0.9))
     said = read_manifest(tmp_path / "run" / "best_acc_epoch_2")["purpose"]
@@ -200,8 +203,8 @@ def test_the_best_is_known_again_from_its_own_manifest(make_runner: MakeRunner, 
     assert {name for name in names(runner) if name.startswith("best")} == {"best_acc_epoch_2"}
 
 
-def test_a_validation_by_itself_saves_nothing(make_runner: MakeRunner):
-    """There is no training that it could be the best of."""
+def test_validation_outside_of_training_saves_nothing(make_runner: MakeRunner):
+    """``runner.val()`` outside of training saves no best checkpoint."""
     hook = {"save_best": "acc", "interval": -1, "save_last": False}
     runner = train(make_runner, hook, 1, **scored(0.5, 0.9))
     assert names(runner) == {"best_acc_epoch_1"}
@@ -220,7 +223,7 @@ def test_a_validation_by_itself_saves_nothing(make_runner: MakeRunner):
 def test_a_metric_that_cannot_be_compared_is_refused(
     make_runner: MakeRunner, hook: dict, name: str, value: Any, error: type[Exception], text: str
 ):
-    """At the first validation, with what there is."""
+    """An unsuitable metric is refused at the first validation, and the message lists the metrics that exist."""
     with pytest.raises(error, match=text):
         train(make_runner, hook, 1, **scored(value, name=name))
 
@@ -240,13 +243,13 @@ def test_a_metric_that_cannot_be_compared_is_refused(
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, error: type[Exception], text: str):
-    """Before anything is trained."""
+    """Wrong arguments are refused in the constructor."""
     with pytest.raises(error, match=text):
         CheckpointHook(**arguments)
 
 
-def test_scores_are_remembered_as_many_as_are_kept():
-    """A worse one than the second is among the best two no more."""
+def test_only_the_best_scores_are_kept():
+    """Only the best ``count`` scores are kept."""
     scores = BestScores("acc", count=2)
     assert [bool(scores.enter({"acc": score}, number)) for number, score in enumerate((3.0, 1.0, 2.0, 0.5))] == [
         True, True, True, False,
@@ -254,8 +257,8 @@ def test_scores_are_remembered_as_many_as_are_kept():
     assert scores.state_dict() == {"scores": {"acc": {0: 3.0, 2: 2.0}}}
 
 
-def test_parts_are_published_after_the_training(make_runner: MakeRunner, tmp_path: Path):
-    """Of the last and the best checkpoint, for those who want the weights alone; not of a run that was interrupted."""
+def test_parts_are_published_after_training(make_runner: MakeRunner, tmp_path: Path):
+    """``published_keys`` of the last and the best checkpoint are saved after training unless it was interrupted."""
     hook = {"save_best": "acc", "published_keys": ["meta", "state_dict"], "max_keep_ckpts": 1, "async_save": True}
     train(make_runner, hook, 2, **scored(0.9, 0.1))
     published = sorted((tmp_path / "run").glob("*.pth"))
@@ -266,11 +269,12 @@ def test_parts_are_published_after_the_training(make_runner: MakeRunner, tmp_pat
     assert names(runner) == {"iter_3"}
 
 
-# ---- in the background ------------------------------------------------------------------------------------------------
+# ---- saving in the background
+# ------------------------------------------------------------------------------------------
 
 
-def test_a_failed_save_stops_the_run_with_its_path(make_runner: MakeRunner, tmp_path: Path):
-    """At a later iteration, or at the end at the latest; what was saved before is there."""
+def test_a_failed_save_stops_the_run_and_names_the_path(make_runner: MakeRunner, tmp_path: Path):
+    """A failed save stops the run at a later iteration, or at the end; earlier checkpoints are intact."""
 
     def full(name: str, operation: Any, arguments: tuple[Any, ...]) -> Any:
         if name == "create_folder" and "epoch_2" in arguments[0].name:
@@ -282,8 +286,8 @@ def test_a_failed_save_stops_the_run_with_its_path(make_runner: MakeRunner, tmp_
     assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "epoch_1"
 
 
-def test_a_run_that_fails_waits_for_what_it_saves(make_runner: MakeRunner, tmp_path: Path):
-    """The checkpoint under way is there when the error arrives."""
+def test_a_failing_run_waits_for_its_pending_save(make_runner: MakeRunner, tmp_path: Path):
+    """When training raises an error, the pending save completes before the error is raised."""
 
     def fail(run: Any) -> None:
         raise ValueError("a bug")
@@ -293,27 +297,28 @@ def test_a_run_that_fails_waits_for_what_it_saves(make_runner: MakeRunner, tmp_p
     assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / "epoch_1"
 
 
-def test_an_interrupted_run_waits_for_what_it_saves(make_runner: MakeRunner, tmp_path: Path):
-    """Its last checkpoint goes the same way as the others."""
+def test_an_interrupted_run_waits_for_its_pending_save(make_runner: MakeRunner, tmp_path: Path):
+    """An interrupted run completes the pending save and saves its last checkpoint in the background too."""
     interrupt = At(EPOCH + 2, lambda run: os.kill(os.getpid(), signal.SIGTERM))
     runner = train(make_runner, {"async_save": True}, 2, custom_hooks=[interrupt])
     assert names(runner) == {"epoch_1", f"iter_{EPOCH + 2}"}
     assert runner.latest_checkpoint() == tmp_path / "run" / f"iter_{EPOCH + 2}"
 
 
-def test_a_strategy_that_writes_by_itself_is_refused(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
-    """With what it would have to take."""
+def test_a_strategy_without_background_saving_is_refused(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
+    """A strategy that cannot save in the background is refused, and the message names the missing argument."""
     runner = make_runner(default_hooks={**QUIET_HOOKS, "checkpoint": {"async_save": True}})
     monkeypatch.setattr(type(runner.strategy), "save_checkpoint", lambda self, filename, **kwargs: None)
     with pytest.raises(ConfigValueError, match="takes no `write`"):
         runner.train()
 
 
-# ---- on ranks ---------------------------------------------------------------------------------------------------------
+# ---- multiple ranks
+# ----------------------------------------------------------------------------------------------------
 
 
 def train_on_ranks(folder: str, hook: dict, validation: dict, **changes: Any) -> tuple[list[str], str]:
-    """Train on all ranks; return the checkpoints in the folder and the last of them, as each rank knows."""
+    """Train on all ranks; return the checkpoints in the directory and the newest one as seen by each rank."""
     hooks = {**QUIET_HOOKS, "checkpoint": hook}
     runner = Runner(
         **settings(
@@ -333,8 +338,8 @@ def train_on_ranks(folder: str, hook: dict, validation: dict, **changes: Any) ->
 
 
 @pytest.mark.parametrize("way", WAYS[:2])
-def test_ranks_keep_the_same(ranks: Ranks, tmp_path: Path, way: dict):
-    """By either way to save: the last, the best, what was saved by time, what is kept for good."""
+def test_all_ranks_keep_the_same_checkpoints(ranks: Ranks, tmp_path: Path, way: dict):
+    """The last, best, timed and permanently kept checkpoints are the same on all ranks, for both ways of saving."""
     hook = {"max_keep_ckpts": 1, "keep_every": 2, "save_best": "acc", "every_minutes": 1e-9, **way}
     told = ranks.run(train_on_ranks, str(tmp_path / "run"), hook, scored(0.1, 0.9, 0.3))
     assert told == [(["best_acc_epoch_2", "epoch_2", "epoch_3"], str(tmp_path / "run" / "epoch_3"))] * 2
@@ -344,8 +349,8 @@ def test_ranks_keep_the_same(ranks: Ranks, tmp_path: Path, way: dict):
     assert resumed[0] == resumed[1] == (["best_acc_epoch_2", "epoch_2", "epoch_4"], str(tmp_path / "run" / "epoch_4"))
 
 
-def test_a_run_that_saves_elsewhere_goes_on_from_there(make_runner: Any, tmp_path: Path):
-    """``resume=True`` finds what ``out_dir`` holds; a URL as the folder is refused."""
+def test_a_run_with_out_dir_resumes_from_it(make_runner: Any, tmp_path: Path):
+    """``resume=True`` finds the checkpoints in ``out_dir``; a URL as ``out_dir`` is refused."""
     hooks = {**QUIET_HOOKS, "checkpoint": {"interval": 1, "out_dir": tmp_path / "big"}}
     make_runner(default_hooks=hooks, train_cfg={"max_epochs": 1}).train()
     again = make_runner(default_hooks=hooks, train_cfg={"max_epochs": 2}, resume=True)

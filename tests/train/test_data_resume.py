@@ -1,4 +1,4 @@
-"""The data of a run that is stopped and goes on: random numbers of its own, ranks that change, loaders with a state."""
+"""Resuming the data of a run: its random number generators, a changed number of ranks, and stateful loaders."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 
 
 def interrupt(run: Any) -> None:
-    """Do what Ctrl-C does."""
+    """Send SIGINT, as Ctrl-C does."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 class Augmented(Samples):
-    """Samples with noise of all three generators."""
+    """Samples with noise drawn from all three random number generators."""
 
     def __getitem__(self, index: int) -> Any:
         features, label, number = super().__getitem__(index)
@@ -36,7 +36,7 @@ class Augmented(Samples):
 
 
 class Numbers(IterableDataset):
-    """The samples in order, and where the iteration stands."""
+    """A stateful stream of the samples in order."""
 
     def __init__(self) -> None:
         self.samples = Samples()
@@ -51,16 +51,16 @@ class Numbers(IterableDataset):
         self.place = 0
 
     def state_dict(self) -> dict[str, int]:
-        """Return how many samples were given."""
+        """Return the number of samples already yielded."""
         return {"place": self.place}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
+        """Continue after that number of samples."""
         self.place = state["place"]
 
 
 class Bare(IterableDataset):
-    """The same samples, of which nobody can tell where they stand."""
+    """The same stream without ``state_dict``."""
 
     def __iter__(self) -> Iterator[Any]:
         samples = Samples()
@@ -68,7 +68,7 @@ class Bare(IterableDataset):
 
 
 class Prefetching(DataLoader):
-    """Fetches an epoch ahead; its state is that of the batches that were given out, as torchdata's is."""
+    """Fetches a whole epoch ahead; like torchdata's, its state counts only the batches already yielded."""
 
     def __init__(self) -> None:
         super().__init__(Samples(), batch_size=2, generator=torch.Generator())
@@ -82,23 +82,23 @@ class Prefetching(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many batches were given."""
+        """Return the number of batches already yielded."""
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue after that number of batches."""
         self.start = state["given"]
 
 
 def outcome(runner: Runner, recorder: Recorder) -> tuple[Any, ...]:
-    """Return what the run did, and its weights."""
+    """Return the recorded iterations and metrics, and the final weights."""
     return recorder.rows, recorder.metrics, {k: v.tolist() for k, v in runner.strategy.model_state_dict().items()}
 
 
 def whole_and_pieces(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...], data: Callable[[], Any]
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Train undisturbed, and stopped after some iterations; ``data`` makes the loader of each start."""
+    """Train once without a stop, and once stopped at the given iterations; ``data`` builds the loader of each start."""
     recorder = Recorder()
     runner = make_runner(work_dir=tmp_path / "whole", custom_hooks=[recorder], train_dataloader=data(), **VALIDATION)
     runner.train()
@@ -113,8 +113,8 @@ def whole_and_pieces(
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_run_with_augmentation_goes_on_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
-    """Stopped in the middle of epochs and at their ends, with dropout and draws of the data, and other workers each time."""
+def test_a_run_with_augmentation_resumes_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
+    """The run is stopped within epochs and at their ends, with dropout and a different number of workers each time."""
     counts = iter([0, workers, 0, workers, workers])
     found, whole = whole_and_pieces(
         make_runner,
@@ -134,8 +134,8 @@ def test_a_run_with_augmentation_goes_on_bit_for_bit(make_runner: MakeRunner, tm
     ],
     ids=["weighted", "grouped", "infinite"],
 )
-def test_every_sampler_goes_on_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, sampling: dict[str, Any]) -> None:
-    """Drawn by weight, in groups, and without end."""
+def test_every_sampler_resumes_bit_for_bit(make_runner: MakeRunner, tmp_path: Path, sampling: dict[str, Any]) -> None:
+    """A weighted, a grouped, and an infinite sampler resume bit for bit."""
     found, whole = whole_and_pieces(
         make_runner, tmp_path, (3, EPOCH + 1), lambda: loader(dataset=Augmented(), **sampling)
     )
@@ -143,10 +143,10 @@ def test_every_sampler_goes_on_bit_for_bit(make_runner: MakeRunner, tmp_path: Pa
 
 
 @pytest.mark.parametrize("stops", [(3,), (EPOCH,), (1, EPOCH + 2, 2 * EPOCH)], ids=str)
-def test_a_stream_with_a_state_goes_on_without_reading_anew(
+def test_a_stateful_stream_resumes_without_rereading(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
-    """A stream that says where it stands is saved, and reads no sample twice; loss bits and weights are equal."""
+    """A stateful stream reads no sample twice; losses and weights are bit-identical."""
     streams: list[Numbers] = []
 
     def data() -> dict[str, Any]:
@@ -159,17 +159,17 @@ def test_a_stream_with_a_state_goes_on_without_reading_anew(
 
 
 @pytest.mark.parametrize("stops", [(3,), (EPOCH,), (1, EPOCH + 2)], ids=str)
-def test_a_loader_with_a_state_is_saved_as_of_the_batches_that_were_trained_on(
+def test_the_state_of_a_loader_is_that_of_the_batches_trained_on(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...]
 ) -> None:
-    """Not of those that it has fetched ahead: the run goes on with the next batch."""
+    """Batches fetched ahead are not part of the saved state: the run resumes with the next batch to train on."""
     found, whole = whole_and_pieces(make_runner, tmp_path, stops, Prefetching)
     assert found == whole
     assert [row[:2] for row in found[0]] == [(epoch, batch) for epoch in range(3) for batch in range(EPOCH)]
 
 
-def test_a_loader_with_a_state_goes_on_in_the_same_process(make_runner: MakeRunner) -> None:
-    """Stopped and asked to train on, it goes on with the next sample as well."""
+def test_a_stateful_loader_continues_in_the_same_process(make_runner: MakeRunner) -> None:
+    """A second ``train()`` after an interrupt continues with the next sample."""
     recorder = Recorder()
     data = loader(dataset=Numbers())
     runner = make_runner(custom_hooks=[recorder, At(4, interrupt)], train_dataloader=data, train_cfg={"max_epochs": 1})
@@ -181,8 +181,8 @@ def test_a_loader_with_a_state_goes_on_in_the_same_process(make_runner: MakeRunn
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_torchdata_s_loader_goes_on_exactly(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
-    """With and without workers, stopped in the middle of an epoch and after its last batch."""
+def test_a_torchdata_loader_resumes_exactly(make_runner: MakeRunner, tmp_path: Path, workers: int) -> None:
+    """Runs with and without workers resume exactly, stopped within an epoch and after its last batch."""
     module = pytest.importorskip("torchdata.stateful_dataloader")
 
     def data() -> Any:
@@ -193,24 +193,24 @@ def test_torchdata_s_loader_goes_on_exactly(make_runner: MakeRunner, tmp_path: P
 
     found, whole = whole_and_pieces(make_runner, tmp_path, (3, EPOCH), data)
     assert found[0][:EPOCH] == whole[0][:EPOCH]
-    # Without workers torchdata 0.11 itself shuffles a later epoch otherwise after a restart: the draw with which an
-    # iteration begins is not in its state.
+    # Without workers, torchdata 0.11 itself shuffles later epochs differently after a restart, because its state does
+    # not contain the random number drawn at the start of an iteration.
     for epoch in range(3):
         assert sorted(number for row in found[0] if row[0] == epoch for number in row[2]) == list(range(SAMPLES))
 
 
 def warnings_of(make_runner: MakeRunner, capfd: pytest.CaptureFixture[str], data: Any) -> str:
-    """Return what a run says before it trains."""
+    """Return the warnings that a run prints before training."""
     runner = make_runner(train_dataloader=data, log_level="WARNING")
     runner.prepare()
     runner.close()
     return capfd.readouterr().err
 
 
-def test_what_is_inexact_is_said_once_before_training(
+def test_inexact_resuming_warns_once_before_training(
     make_runner: MakeRunner, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A stream without a state, a stream that workers copy, and a sampler of the user's; exact ones say nothing."""
+    """A stateless stream, a stream with workers, and a custom sampler warn once; exact loaders do not warn."""
     cases = {
         "Bare is a stream without state_dict": loader(dataset=Bare()),
         "each of num_workers=2 workers iterates a copy": loader(dataset=Numbers(), num_workers=2),
@@ -223,15 +223,15 @@ def test_what_is_inexact_is_said_once_before_training(
 
 
 def test_a_checkpoint_of_another_loader_is_refused(make_runner: MakeRunner) -> None:
-    """A state that nothing can take up belongs to another loader."""
+    """A loader state that this run's loader cannot load is refused."""
     train_until_signal(make_runner(train_dataloader=loader(dataset=Numbers()), custom_hooks=[At(2, interrupt)]))
     runner = make_runner(train_dataloader=loader(), resume=True)
     with pytest.raises(ValueError, match="state of a data loader, and this run's has no load_state_dict"):
         runner.train()
 
 
-def test_an_epoch_goes_on_under_a_batch_that_does_not_divide_what_was_seen(make_runner: MakeRunner) -> None:
-    """Four samples were seen, and batches of three begin with the fifth: each sample once, and the epoch ends in time."""
+def test_an_epoch_continues_with_a_batch_size_that_does_not_divide_the_samples_seen(make_runner: MakeRunner) -> None:
+    """After four samples, batches of three start with the fifth, and each sample is seen exactly once."""
     seen = Recorder()
     train_until_signal(make_runner(custom_hooks=[seen, At(2, interrupt)]))
     again = [seen, At(4, interrupt)]
@@ -247,7 +247,7 @@ def test_an_epoch_goes_on_under_a_batch_that_does_not_divide_what_was_seen(make_
 
 
 def train_piece(folder: str, stop: int | None, samples: int = 23) -> list[tuple[int, ...]]:
-    """Train on this rank until ``stop``, or to the end; return the samples of each iteration."""
+    """Train on this rank until iteration ``stop``, or to the end; return the samples of each iteration."""
     recorder = Recorder()
     hooks = [recorder] if stop is None else [recorder, At(stop, interrupt)]
     data = loader(dataset=Augmented(samples))
@@ -258,8 +258,8 @@ def train_piece(folder: str, stop: int | None, samples: int = 23) -> list[tuple[
     return [row[2] for row in recorder.rows]
 
 
-def test_an_epoch_goes_on_with_fewer_ranks(ranks: Any, tmp_path: Path, make_runner: MakeRunner) -> None:
-    """Ten iterations of two ranks' batches would be 40 samples; stopped on the way, one rank takes the rest in order."""
+def test_an_epoch_continues_on_fewer_ranks(ranks: Any, tmp_path: Path, make_runner: MakeRunner) -> None:
+    """Two ranks stop within an epoch of 23 samples, and one rank trains on the rest in order."""
     recorder = Recorder()
     data = loader(dataset=Augmented(23))
     make_runner(custom_hooks=[recorder], train_dataloader=data, train_cfg={"max_epochs": 1}).train()
@@ -274,19 +274,19 @@ def test_an_epoch_goes_on_with_fewer_ranks(ranks: Any, tmp_path: Path, make_runn
 
 
 class SaveAt(At):
-    """Saves a checkpoint after an iteration and ends the run, on every rank."""
+    """Saves a checkpoint after an iteration and stops the run, on every rank."""
 
     def __init__(self, iteration: int) -> None:
         super().__init__(iteration, self.save)
 
     def save(self, run: Any) -> None:
-        """Save as after this iteration."""
+        """Save the state as of the end of this iteration."""
         run.save_checkpoint(Path(run.work_dir) / "iter_3", run.progress.after_this_iteration())
         run.progress.stop_training = True
 
 
 def train_piece_of_two(folder: str) -> list[tuple[int, ...]]:
-    """Train three iterations on this rank of two; return their samples."""
+    """Train three iterations on this rank of two; return the samples of each."""
     recorder = Recorder()
     data = loader(dataset=Augmented(23))
     cfg = settings(

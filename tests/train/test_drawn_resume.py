@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere, in any way and as often as one likes, is the run that was not."""
+"""A run stopped at any point, in any way and any number of times equals the same run without a stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HOWS = ("SIGTERM", "hook", "model", "validation", "stop")
 
 @st.composite
 def drawn_runs(draw: Any) -> tuple[Drawn, list[Stop]]:
-    """Draw a run and where it is stopped."""
+    """Draw a run and the points at which it is stopped."""
     by_epoch = draw(st.booleans())
     several = draw(st.booleans())
     drawn = Drawn(
@@ -52,8 +52,8 @@ def drawn_runs(draw: Any) -> tuple[Drawn, list[Stop]]:
 
 @settings(max_examples=30)
 @given(drawn_runs())
-def test_a_run_that_was_stopped_is_the_undisturbed_run(case: tuple[Drawn, list[Stop]]) -> None:
-    """Every loss, sample, learning rate and metric, and at the end all that a checkpoint holds, have the same bits."""
+def test_a_stopped_run_equals_the_uninterrupted_run(case: tuple[Drawn, list[Stop]]) -> None:
+    """Losses, samples, learning rates, metrics, and the final checkpoint are bit-identical."""
     drawn, stops = case
     with tempfile.TemporaryDirectory() as folder:
         one, other = Path(folder, "one"), Path(folder, "other")
@@ -70,8 +70,8 @@ def test_a_run_that_was_stopped_is_the_undisturbed_run(case: tuple[Drawn, list[S
     ],
     ids=["epochs", "iterations"],
 )
-def test_a_run_that_was_planned_shorter_is_made_longer(tmp_path: Path, drawn: Drawn, shorter: list[int]) -> None:
-    """Ended by max_epochs or max_iters and begun again with more, it is the run that was planned so long at first."""
+def test_a_finished_run_can_be_extended(tmp_path: Path, drawn: Drawn, shorter: list[int]) -> None:
+    """A finished run that resumes with a larger ``max_epochs`` or ``max_iters`` equals a run of that length."""
     whole(drawn, tmp_path / "one")
     for length in [*shorter, drawn.length]:
         train(replace(drawn, length=length, save_interval=1), tmp_path / "other")
@@ -80,8 +80,8 @@ def test_a_run_that_was_planned_shorter_is_made_longer(tmp_path: Path, drawn: Dr
 
 
 @pytest.mark.slow
-def test_a_run_with_workers_is_the_undisturbed_run(tmp_path: Path) -> None:
-    """What two workers have fetched ahead when the run is stopped leaves no trace in what is drawn after it."""
+def test_a_run_with_workers_equals_the_uninterrupted_run(tmp_path: Path) -> None:
+    """Batches that two workers had prefetched when the run stopped do not affect later random numbers."""
     drawn = Drawn(workers=2, window=2, save_interval=3, precision="float16", average=True)
     whole(replace(drawn, workers=0), tmp_path / "one")
     in_pieces(drawn, tmp_path / "other", [Stop(5, "hook"), Stop(9, "SIGTERM"), Stop(14, "validation")])
@@ -89,8 +89,8 @@ def test_a_run_with_workers_is_the_undisturbed_run(tmp_path: Path) -> None:
 
 
 def in_processes(drawn: Drawn, folder: Path, stop: Stop | None, *, size: int) -> list[int | None]:
-    """Train a piece of a run in new processes, one a rank; return how they ended."""
-    # It has imported what takes long when it begins, so that a rank starts in no time; it trains nothing itself.
+    """Train part of a run in new processes, one per rank, and return their exit codes."""
+    # The fork server imports the slow modules once, so each rank starts quickly; it does not train.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["stratagem.runner", "torchmetrics"])
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -108,7 +108,7 @@ def in_processes(drawn: Drawn, folder: Path, stop: Stop | None, *, size: int) ->
 
 
 def one_rank(drawn: Drawn, folder: Path, stop: Stop | None, rank: int, size: int, port: int) -> None:
-    """Be a rank of a run, or the only one."""
+    """Train as one rank of a run, or as its only process."""
     torch.set_num_threads(1)
     if size > 1:
         numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
@@ -117,8 +117,8 @@ def one_rank(drawn: Drawn, folder: Path, stop: Stop | None, rank: int, size: int
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_is_the_undisturbed_run(tmp_path: Path) -> None:
-    """What was trained since the last checkpoint is trained again, to the same bits; also in the middle of a window."""
+def test_a_killed_run_equals_the_uninterrupted_run(tmp_path: Path) -> None:
+    """Iterations after the last checkpoint run again with identical bits, also within an accumulation window."""
     drawn = Drawn(window=3, save_interval=2, precision="float16", average=True, weighted=True, patience=3, keeps=1)
     whole(drawn, tmp_path / "one")
     for stop in (Stop(1, "SIGKILL"), Stop(6, "SIGKILL"), Stop(8, "SIGKILL"), Stop(15, "SIGKILL")):
@@ -126,12 +126,12 @@ def test_a_run_that_was_killed_is_the_undisturbed_run(tmp_path: Path) -> None:
     train(drawn, tmp_path / "other")
     assert differences(tmp_path / "one", tmp_path / "other") == []
     again = [what for what, _ in lines_of(trace_of(tmp_path / "other"))]
-    # Killed after iteration 6, before its checkpoint was saved: that of iteration 4 is the last. Of iteration 7 there is one
-    # that was the best so far.
+    # The run was killed after iteration 6, before its checkpoint was saved, so it resumes from iteration 4. At
+    # iteration 7 it had saved a best checkpoint.
     assert [again.count(f"iteration {number}") for number in range(5, 10)] == [2, 2, 1, 2, 1]
 
 
-# 13 samples are dealt as 7 and 7, so each of two ranks has 4 batches of at most 2 an epoch.
+# The 13 samples are split into 7 and 7, so each of the two ranks has 4 batches of at most 2 per epoch.
 ON_RANKS = [
     (
         Drawn(
@@ -155,23 +155,23 @@ ON_RANKS = [
 
 
 def pieces_on_rank(cases: list[tuple[Drawn, list[Stop]]], folder: Path) -> None:
-    """Train each run on this rank, undisturbed and in pieces."""
+    """Train each run on this rank, once without a stop and once in parts."""
     for number, (drawn, stops) in enumerate(cases):
         with_ranks = replace(drawn, launcher="pytorch")
         whole(with_ranks, folder / f"{number}_one")
         in_pieces(with_ranks, folder / f"{number}_other", stops)
 
 
-def test_ranks_that_were_stopped_are_the_undisturbed_run(ranks: Ranks, tmp_path: Path) -> None:
-    """Each rank's losses and samples and what they come to are of equal bits; each keeps its share of an open window."""
+def test_stopped_ranks_equal_the_uninterrupted_run(ranks: Ranks, tmp_path: Path) -> None:
+    """Each rank's losses, samples, and final state are bit-identical; each keeps its share of an open window."""
     ranks.run(pieces_on_rank, ON_RANKS, tmp_path)
     for number in range(len(ON_RANKS)):
         assert differences(tmp_path / f"{number}_one", tmp_path / f"{number}_other", ranks=2) == []
 
 
 @pytest.mark.slow
-def test_ranks_of_which_one_was_killed_are_the_undisturbed_run(tmp_path: Path) -> None:
-    """In the middle of a window; the other rank ends by itself."""
+def test_a_run_with_one_killed_rank_equals_the_uninterrupted_run(tmp_path: Path) -> None:
+    """One rank is killed within an accumulation window and the other one exits on its own."""
     drawn = Drawn(length=2, window=3, save_interval=2, average=True, launcher="pytorch")
     assert in_processes(replace(drawn, save_interval=-1), tmp_path / "one", None, size=2) == [0, 0]
     killed = in_processes(drawn, tmp_path / "other", Stop(5, "SIGKILL", rank=1), size=2)
@@ -181,20 +181,18 @@ def test_ranks_of_which_one_was_killed_are_the_undisturbed_run(tmp_path: Path) -
     assert differences(tmp_path / "one", tmp_path / "other", ranks=2) == []
 
 
-# The global batch has 4 samples, whoever takes it, and each piece ends inside of a window of 3.
+# The global batch has 4 samples on any number of ranks, and each part ends within a window of 3.
 MOVES = [(2, Stop(4, "stop")), (1, Stop(8, "stop")), (2, Stop(11, "stop")), (1, None)]
 
 
 def moved(drawn: Drawn, folder: Path, size: int, stop: Stop | None) -> None:
-    """Train a piece of a run on as many ranks."""
+    """Train part of a run on the given number of ranks."""
     train(replace(drawn, batch=4 // size, launcher="pytorch" if size > 1 else None), folder, stop)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_run_that_moves_between_ranks_and_one_process_is_the_same(
-    ranks: Ranks, tmp_path: Path, *, weighted: bool
-) -> None:
-    """The same samples in each step, in the same order; rates are equal, losses and weights to 1e-5."""
+def test_a_run_can_move_between_two_ranks_and_one_process(ranks: Ranks, tmp_path: Path, *, weighted: bool) -> None:
+    """Each step has the same samples in the same order; losses and weights agree to 1e-5."""
     drawn = Drawn(
         samples=24, length=3, window=3, batch=4, draws=False, augmented=False, weighted=weighted, average=True
     )
@@ -227,12 +225,12 @@ def test_a_run_that_moves_between_ranks_and_one_process_is_the_same(
 
 
 def tensors_of(part: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a part of a checkpoint."""
+    """Return the tensors of one part of a checkpoint."""
     return flatten_tree(part)[0]
 
 
 def resume_where_one_cannot_read(folder: Path, fault: str) -> tuple[int, list[str]]:
-    """Resume on this rank of two, the second of which cannot read the newest checkpoint; return from where, and the log."""
+    """Resume on two ranks, of which the second cannot read the newest checkpoint; return the iteration and the log."""
     strategy = make("ddp", folder)
     lines = Lines(strategy)
     strategy.prepare(Mlp(), optim_wrapper={"optimizer": {"type": "AdamW"}})
@@ -257,7 +255,7 @@ def resume_where_one_cannot_read(folder: Path, fault: str) -> tuple[int, list[st
 
 
 def save_three(folder: Path) -> None:
-    """Save after one, two and three iterations."""
+    """Save a checkpoint after one, two, and three iterations."""
     strategy = make("single", folder)
     strategy.prepare(Mlp(), optim_wrapper={"optimizer": {"type": "AdamW"}})
     for iteration in (1, 2, 3):
@@ -266,8 +264,8 @@ def save_three(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["EIO", "not there"])
-def test_all_ranks_fall_back_where_one_cannot_read_the_newest(ranks: Ranks, tmp_path: Path, fault: str) -> None:
-    """Its disk fails, or it does not see the folder: all go on from the same older checkpoint, and say which and why."""
+def test_all_ranks_fall_back_if_one_cannot_read_the_newest(ranks: Ranks, tmp_path: Path, fault: str) -> None:
+    """If one rank's disk fails or lacks the directory, all ranks resume from the same older checkpoint and log why."""
     save_three(tmp_path)
     found = ranks.run(resume_where_one_cannot_read, tmp_path, fault)
     assert [iteration for iteration, _ in found] == [2, 2]

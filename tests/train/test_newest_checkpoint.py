@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from: the one that it saved last, whatever its name, its iteration and the clock."""
+"""Which checkpoint a run resumes from: the one saved last, regardless of its name, its iteration, and the clock."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ FUTURE = 4e9
 
 
 class Killed(Exception):  # noqa: N818 -- what happens to the run
-    """Ends a training without a last checkpoint, as a kill does."""
+    """Ends training without a final checkpoint, as a killed process does."""
 
 
 def kill(run: Any) -> None:
-    """End the training between two saves."""
+    """End training between two saves."""
     raise Killed
 
 
 def train(make_runner: MakeRunner, *actions: At, iterations: int = 20, **changes: Any) -> Runner:
-    """Save every second iteration of a run until it ends or is killed."""
+    """Train a run that saves every second iteration, until it ends or is killed."""
     hook = {"by_epoch": False, "interval": 2, "save_last": False, **changes.pop("hook", {})}
     runner = make_runner(
         default_hooks={**QUIET_HOOKS, "checkpoint": hook},
@@ -59,7 +59,7 @@ def train(make_runner: MakeRunner, *actions: At, iterations: int = 20, **changes
 
 
 def set_clock_back(run_or_folder: Any) -> None:
-    """Make all that is saved from now on older, by the clock, than what there is."""
+    """Give the existing checkpoints a later time than everything saved from now on."""
     folder = run_or_folder if isinstance(run_or_folder, Path) else Path(run_or_folder.work_dir)
     for each in list_checkpoints(folder):
         if each.path.is_dir():
@@ -69,7 +69,7 @@ def set_clock_back(run_or_folder: Any) -> None:
 
 
 def assert_newest(make_runner: MakeRunner, folder: Path, name: str, **changes: Any) -> None:
-    """Hold every place that names a newest checkpoint to one name; at last the run resumes from it."""
+    """Check that every function reports this checkpoint as the newest and that the run resumes from it."""
     assert find_latest_checkpoint(folder) == folder / name
     assert list_checkpoints(folder)[0].path == folder / name
     (saved,) = checkpoints_by_run(folder).values()
@@ -87,10 +87,10 @@ each_form = pytest.mark.parametrize(("form", "name"), list(zip(FORMS, NAMES, str
 
 @each_form
 @pytest.mark.parametrize("most", [-1, 1])
-def test_a_clock_that_is_set_back_between_sessions_loses_nothing(
+def test_the_clock_may_be_set_back_between_sessions(
     make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any, most: int
 ):
-    """The second session's checkpoint is the newest, and retention keeps it, though the first's are later by the clock."""
+    """The second session's checkpoint is the newest and is kept, even if the first session's have later timestamps."""
     hook = {**form, "max_keep_ckpts": most}
     train(make_runner, At(5, kill), hook=hook)
     set_clock_back(tmp_path / "run")
@@ -102,10 +102,10 @@ def test_a_clock_that_is_set_back_between_sessions_loses_nothing(
 
 @each_form
 @pytest.mark.parametrize("most", [-1, 1])
-def test_a_clock_that_is_set_back_within_a_session_loses_nothing(
+def test_the_clock_may_be_set_back_within_a_session(
     make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any, most: int
 ):
-    """What is saved after that is the newest, and retention keeps it."""
+    """A checkpoint saved after the clock was set back is the newest and is kept by the retention policy."""
     hook = {**form, "max_keep_ckpts": most}
     train(make_runner, At(5, set_clock_back), At(9, kill), hook=hook)
     assert_newest(make_runner, tmp_path / "run", name(8))
@@ -114,24 +114,24 @@ def test_a_clock_that_is_set_back_within_a_session_loses_nothing(
 
 
 @each_form
-def test_a_run_that_was_resumed_from_an_older_checkpoint_resumes_there(
+def test_a_run_resumed_from_an_older_checkpoint_resumes_from_its_new_branch(
     make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any
 ):
-    """The newer iterations that it left behind do not win, even with a later time."""
+    """The iterations that the run abandoned are not the newest, even with a later timestamp."""
     train(make_runner, At(13, kill), hook=form)
     set_clock_back(tmp_path / "run")
     train(make_runner, At(7, kill), hook=form, resume=tmp_path / "run" / name(4))
     assert_newest(make_runner, tmp_path / "run", name(6))
-    # What goes first is what was left behind, although its numbers are higher.
+    # The abandoned checkpoints are removed first, although their iteration numbers are higher.
     train(make_runner, iterations=10, hook={**form, "max_keep_ckpts": 2}, resume=True)
     assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == [name(10), name(8)]
 
 
 @each_form
-def test_a_run_that_was_rolled_back_resumes_behind_the_rollback(
+def test_a_run_that_rolled_back_resumes_after_the_rollback(
     make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any
 ):
-    """What it saved before the rollback, at higher iterations and with a later time, does not win."""
+    """A checkpoint saved before the rollback, at a higher iteration and with a later timestamp, is not the newest."""
 
     def roll_back(run: Any) -> None:
         if rolled_back:
@@ -141,7 +141,7 @@ def test_a_run_that_was_rolled_back_resumes_behind_the_rollback(
         raise RollBackError("spoiled", Path(run.work_dir) / name(2), iteration=7, epoch=1, batch=0)
 
     rolled_back: list[bool] = []
-    # At the fifth iteration for the second time.
+    # The second time that iteration 5 runs.
     times = At(5, lambda run: kill(run) if rolled_back else None)
     hooks = [At(7, roll_back), times]
     hook = {"by_epoch": False, "interval": 2, "save_last": False, **form}
@@ -157,10 +157,10 @@ def test_a_run_that_was_rolled_back_resumes_behind_the_rollback(
 
 
 @each_form
-def test_of_two_sessions_from_one_checkpoint_the_second_is_the_newer(
+def test_of_two_sessions_from_one_checkpoint_the_second_is_newer(
     make_runner: MakeRunner, tmp_path: Path, form: dict, name: Any
 ):
-    """Although the first came further, and its checkpoints have a later time."""
+    """The second is the newer one, even if the first trained further and its checkpoints have a later timestamp."""
     train(make_runner, At(5, kill), hook=form)
     train(make_runner, At(13, kill), hook=form, resume=tmp_path / "run" / name(4))
     set_clock_back(tmp_path / "run")
@@ -168,7 +168,7 @@ def test_of_two_sessions_from_one_checkpoint_the_second_is_the_newer(
     assert_newest(make_runner, tmp_path / "run", name(8))
     orders = {each.path.name: each.order for each in list_checkpoints(tmp_path / "run")}
     found = {key: (order.session, order.save) for key, order in orders.items() if order is not None}
-    # The third session replaced what the second had saved at 6 and 8.
+    # The third session overwrote the checkpoints that the second saved at iterations 6 and 8.
     assert found == {
         name(2): (1, 1),
         name(4): (1, 2),
@@ -179,8 +179,8 @@ def test_of_two_sessions_from_one_checkpoint_the_second_is_the_newer(
     }
 
 
-def test_two_trainings_of_one_program_are_two_sessions(make_runner: MakeRunner, tmp_path: Path):
-    """Between them another process may have trained in the folder: its checkpoint must not look newer than the third's."""
+def test_two_calls_of_train_are_two_sessions(make_runner: MakeRunner, tmp_path: Path):
+    """Another process may have trained in the directory between them, so each call of ``train()`` is a new session."""
     first = train(make_runner, At(4, stop), hook={"interval": 1})
     train(make_runner, At(6, stop), hook={"interval": 1}, resume=True)
     first.run.progress.stop_training = False
@@ -192,8 +192,8 @@ def test_two_trainings_of_one_program_are_two_sessions(make_runner: MakeRunner, 
     assert (newest.order.session, newest.path.name) == (3, "iter_20")
 
 
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(make_runner: MakeRunner, tmp_path: Path):
-    """By the order in which they were saved, not by time."""
+def test_a_damaged_newest_checkpoint_falls_back_to_the_previous_one(make_runner: MakeRunner, tmp_path: Path):
+    """The fallback is the previous checkpoint in the order of saving, not by timestamp."""
     train(make_runner, At(5, kill))
     set_clock_back(tmp_path / "run")
     train(make_runner, At(9, kill), resume=True)
@@ -203,8 +203,8 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before_it(make_runner:
     assert again.run.iter == 6
 
 
-def test_a_checkpoint_in_another_folder_is_newer_after_it_was_resumed_from(make_runner: MakeRunner, tmp_path: Path):
-    """A session that continues a run in a new folder is later than the one whose checkpoint it resumed from."""
+def test_a_session_in_another_directory_is_later_than_the_one_it_resumed_from(make_runner: MakeRunner, tmp_path: Path):
+    """A session that continues a run in another directory is later than the session that it resumed from."""
     train(make_runner, At(5, kill))
     train(make_runner, At(9, kill), resume=True)
     train(make_runner, At(11, kill), resume=tmp_path / "run" / "iter_8", work_dir=tmp_path / "other")
@@ -213,10 +213,10 @@ def test_a_checkpoint_in_another_folder_is_newer_after_it_was_resumed_from(make_
     assert newest.order.session == 3
 
 
-def test_a_job_that_is_started_again_goes_on_with_its_own_run(
+def test_a_restarted_job_continues_its_own_run(
     make_runner: MakeRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """An older run in the folder has checkpoints with a later time; resuming those would lose the job's own progress."""
+    """An older run in the directory has later timestamps, but a restarted job resumes from its own checkpoints."""
     train(make_runner, At(11, kill))
     set_clock_back(tmp_path / "run")
     monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -231,8 +231,8 @@ def test_a_job_that_is_started_again_goes_on_with_its_own_run(
     assert (newest.path.name, newest.order) == ("e_6.pth", SaveOrder(3, 1))
 
 
-def test_what_was_saved_to_a_url_counts(make_runner: MakeRunner):
-    """A run resumed from an older checkpoint there is later than what it left behind; the pointer names no URL."""
+def test_checkpoints_saved_to_a_url_are_ordered(make_runner: MakeRunner):
+    """Checkpoints saved to a URL are ordered in the same way; the pointer file never names a URL."""
     pytest.importorskip("fsspec")
     url = "memory://newest/run"
 
@@ -245,7 +245,7 @@ def test_what_was_saved_to_a_url_counts(make_runner: MakeRunner):
     train(
         make_runner, At(6, publish), At(7, kill), hook=never, resume=f"{url}/iter_4", work_dir=first.run.work_dir + "_2"
     )
-    # Published again under the same name, which says nothing of its age.
+    # It is saved again under the same name, so the name does not tell its age.
     train(
         make_runner, At(4, publish), At(5, kill), hook=never, resume=f"{url}/iter_2", work_dir=first.run.work_dir + "_3"
     )
@@ -254,7 +254,7 @@ def test_what_was_saved_to_a_url_counts(make_runner: MakeRunner):
 
 
 def train_on_ranks(folder: str, last: int, **changes: Any) -> tuple[int, int, list[SaveOrder | None]]:
-    """Train on all ranks until a rank's hook ends the training; return where it began and ended, and what it saved."""
+    """Train on all ranks until a hook stops the run; return the first and last iteration and the saved orders."""
     began: list[int] = []
 
     class Begin(Hook):
@@ -276,8 +276,8 @@ def train_on_ranks(folder: str, last: int, **changes: Any) -> tuple[int, int, li
 
 
 @pytest.mark.slow
-def test_ranks_agree_on_the_number_of_their_session(ranks: Ranks, tmp_path: Path):
-    """Saved in the background: the second session goes on from the first one's last, and the third from the second's."""
+def test_ranks_agree_on_the_session_number(ranks: Ranks, tmp_path: Path):
+    """With background saving, each session resumes from the last checkpoint of the previous one on every rank."""
     assert ranks.run(train_on_ranks, str(tmp_path), 4) == [(0, 4, [SaveOrder(1, 2), SaveOrder(1, 1)])] * 2
     set_clock_back(tmp_path)
     orders = [SaveOrder(2, 1), SaveOrder(1, 2), SaveOrder(1, 1)]
@@ -286,11 +286,12 @@ def test_ranks_agree_on_the_number_of_their_session(ranks: Ranks, tmp_path: Path
     assert ranks.run(train_on_ranks, str(tmp_path), 8, resume=True) == [(6, 8, orders)] * 2
 
 
-# ---- going back -------------------------------------------------------------------------------------------------------
+# ---- rollback
+# ----------------------------------------------------------------------------------------------------------
 
 
 def spoil(*iterations: int) -> Hook:
-    """Make the weights of an iteration NaN, once."""
+    """Set the input of each given iteration to NaN, once."""
     left = list(iterations)
 
     class Spoil(Hook):
@@ -302,8 +303,8 @@ def spoil(*iterations: int) -> Hook:
     return Spoil()
 
 
-def test_a_rollback_does_not_take_another_run_s_checkpoint(make_runner: MakeRunner):
-    """A new run in the folder of an old one has nothing to go back to before its own first checkpoint."""
+def test_a_rollback_does_not_use_the_checkpoint_of_another_run(make_runner: MakeRunner):
+    """A new run in the directory of an old one cannot roll back before it has saved its own first checkpoint."""
     train(make_runner, At(5, kill))
     hooks = {**QUIET_HOOKS, "nonfinite": {"policy": "rollback"}, "checkpoint": {"interval": -1, "save_last": False}}
     runner = make_runner(default_hooks=hooks, custom_hooks=[spoil(3)])
@@ -311,8 +312,8 @@ def test_a_rollback_does_not_take_another_run_s_checkpoint(make_runner: MakeRunn
         runner.train()
 
 
-def test_a_rollback_goes_back_to_what_the_session_was_resumed_from(make_runner: MakeRunner, tmp_path: Path):
-    """Not to the newer checkpoints that it was resumed to leave behind, which would be a step forward."""
+def test_a_rollback_returns_to_the_checkpoint_that_the_session_resumed_from(make_runner: MakeRunner, tmp_path: Path):
+    """It does not use the newer checkpoints that the session abandoned."""
     train(make_runner, At(13, kill))
     seen: list[int] = []
     hooks = {**QUIET_HOOKS, "nonfinite": {"policy": "rollback"}, "checkpoint": {"interval": -1, "save_last": False}}
@@ -323,20 +324,21 @@ def test_a_rollback_goes_back_to_what_the_session_was_resumed_from(make_runner: 
         train_cfg={"by_epoch": False, "max_iters": 20},
     )
     runner.train()
-    # The fifth iteration was trained again after the rollback to the fourth.
+    # Iteration 5 ran again after the rollback to iteration 4.
     assert seen == [4, 4]
     assert runner.run.iter == 8
 
 
-# ---- whatever its name ------------------------------------------------------------------------------------------------
+# ---- file names
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("template", ["e_{}.pth", "iter_{}.pt", "{:04d}.ckpt", "model-{}.bin", "step={}", "a{}b"])
 @pytest.mark.parametrize("background", [False, True])
-def test_a_run_finds_what_it_saved_under_any_name(
+def test_a_run_finds_its_checkpoints_under_any_name(
     make_runner: MakeRunner, tmp_path: Path, template: str, *, background: bool
 ):
-    """It does not begin at 0 and overwrite its checkpoints."""
+    """A run resumes from a checkpoint with any file name instead of starting at 0 and overwriting it."""
     hook = {"filename_tmpl": template, "async_save": background}
     train(make_runner, At(5, kill), hook=hook)
     again = make_runner(resume=True)
@@ -345,8 +347,8 @@ def test_a_run_finds_what_it_saved_under_any_name(
     assert find_latest_checkpoint(tmp_path / "run") == tmp_path / "run" / template.format(4)
 
 
-def test_a_best_checkpoint_is_found_where_the_run_saves_no_other(make_runner: MakeRunner, tmp_path: Path):
-    """In a single file as in a folder."""
+def test_a_best_checkpoint_is_found_if_the_run_saves_no_other(make_runner: MakeRunner, tmp_path: Path):
+    """A best checkpoint is resumed from if there is no other, as a single file and as a directory."""
     for suffix in ("", ".pth"):
         hook = {"filename_tmpl": f"epoch_{{}}{suffix}", "save_best": "acc", "interval": -1, "save_last": False}
         work_dir = tmp_path / f"run{suffix}"
@@ -365,7 +367,7 @@ def test_a_best_checkpoint_is_found_where_the_run_saves_no_other(make_runner: Ma
 
 
 def test_files_that_the_run_did_not_save_are_not_resumed_from(make_runner: MakeRunner, tmp_path: Path):
-    """Neither weights that lie in its folder, nor files that published_keys made, though those are newer."""
+    """Neither other weights in the directory nor files written by ``published_keys`` are resumed from."""
     hook = {"filename_tmpl": "e_{}.pth", "published_keys": ["meta", "state_dict"], "save_last": True}
     train(make_runner, iterations=4, hook=hook)
     weights = {"layers.0.weight": torch.zeros(8, 4)}
@@ -379,12 +381,12 @@ def test_files_that_the_run_did_not_save_are_not_resumed_from(make_runner: MakeR
             os.utime(path, (FUTURE, FUTURE))
     assert [each.path.name for each in list_checkpoints(tmp_path / "run")] == ["e_4.pth", "e_2.pth"]
     train(make_runner, iterations=6, hook={**hook, "max_keep_ckpts": 1, "published_keys": None}, resume=True)
-    # Retention leaves them alone, too.
+    # The retention policy does not remove them either.
     assert published.exists()
 
 
-def test_files_published_before_they_were_marked_are_not_resumed_from(make_runner: MakeRunner, tmp_path: Path):
-    """They hold the run's id, but only some of the parts, under a name that ends in eight digits of a digest."""
+def test_published_files_of_older_versions_are_not_resumed_from(make_runner: MakeRunner, tmp_path: Path):
+    """Such files hold the run's id but only some of the parts, and their names end in eight digits of a hash."""
     train(make_runner, iterations=4, hook={"filename_tmpl": "e_{}.pth"})
     saved = read_any(tmp_path / "run" / "e_4.pth")
     torch.save({"meta": saved["meta"], "state_dict": saved["state_dict"]}, tmp_path / "run" / "e_4-0123abcd.pth")
@@ -400,10 +402,10 @@ def test_files_published_before_they_were_marked_are_not_resumed_from(make_runne
         (".pt", lambda data: b""),
     ],
 )
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_zero(
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_at_zero(
     make_runner: MakeRunner, tmp_path: Path, suffix: str, damaged: Callable[[bytes], bytes]
 ):
-    """Whatever their names: it would overwrite what could perhaps be repaired."""
+    """Resuming fails instead of starting at 0, which would overwrite checkpoints that might be repaired."""
     train(make_runner, iterations=4, hook={"filename_tmpl": f"e_{{}}{suffix}"})
     for number in (2, 4):
         path = tmp_path / "run" / f"e_{number}{suffix}"
@@ -413,8 +415,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_at_zero(
         make_runner(resume=True).prepare()
 
 
-def test_a_run_that_saves_elsewhere_finds_it_without_the_pointer(make_runner: MakeRunner, tmp_path: Path):
-    """As when it was killed before the pointer was written, or the pointer names another checkpoint since."""
+def test_a_run_that_saves_to_another_directory_resumes_without_the_pointer(make_runner: MakeRunner, tmp_path: Path):
+    """Checkpoints in ``out_dir`` are found if the pointer file is missing or out of date."""
     hook = {"filename_tmpl": "e_{}.pth", "out_dir": tmp_path / "big"}
     train(make_runner, At(5, kill), hook=hook)
     (tmp_path / "run" / "last_checkpoint").unlink()
@@ -436,7 +438,7 @@ def test_a_run_that_saves_elsewhere_finds_it_without_the_pointer(make_runner: Ma
         (".e_{}", "hidden names"),
     ],
 )
-def test_names_that_would_not_be_found_are_refused(template: str, text: str):
-    """Before anything is trained."""
+def test_templates_that_could_not_be_found_again_are_refused(template: str, text: str):
+    """A file name template that could not be found again is refused in the constructor."""
     with pytest.raises(ConfigValueError, match=text):
         CheckpointHook(filename_tmpl=template)

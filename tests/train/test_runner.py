@@ -14,15 +14,15 @@ MakeRunner = Callable[..., Runner]
 
 
 @pytest.mark.parametrize("missing", [*TRAINING, *VALIDATION, *TEST])
-def test_a_group_that_is_half_given_is_refused(make_runner: MakeRunner, missing: str):
-    """Data without a loop, or a loop without data, is a slip: the message says what is there and what is not."""
+def test_a_partial_section_is_refused(make_runner: MakeRunner, missing: str):
+    """A section given in part, such as data without a loop, is refused; the message names the missing arguments."""
     group = next(group for group in (TRAINING, VALIDATION, TEST) if missing in group)
     with pytest.raises(ConfigValueError, match=f"but not {missing}: give all of them or none"):
         make_runner(**{**group, missing: None})
 
 
 def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
-    """There is nothing whose values they could change."""
+    """Parameter schedulers without an optimizer are refused, because they would have nothing to schedule."""
     nothing = dict.fromkeys(TRAINING)
     with pytest.raises(ConfigValueError, match="no optim_wrapper"):
         make_runner(**nothing, param_scheduler={"type": "ExponentialLR", "gamma": 0.5})
@@ -30,19 +30,19 @@ def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
 
 @pytest.mark.parametrize("wrong", [3, "true", None, [True]])
 def test_compile_is_true_false_or_a_mapping(make_runner: MakeRunner, wrong: Any):
-    """Anything else is refused at once, not in the first iteration."""
+    """Any other value of ``compile`` is refused in the constructor, not in the first iteration."""
     with pytest.raises(ConfigTypeError, match="compile is"):
         make_runner(compile=wrong)
 
 
 def test_a_path_to_resume_and_one_to_load_from_are_refused(make_runner: MakeRunner):
-    """Which of the two is meant?"""
+    """Giving both ``resume`` and ``load_from`` a path is ambiguous and is refused."""
     with pytest.raises(ConfigValueError, match=r"resume='a' and load_from='b'.*Give one"):
         make_runner(resume="a", load_from="b")
 
 
-def test_a_data_preprocessor_goes_into_the_configuration_of_the_model(make_runner: MakeRunner):
-    """The model's own stands first."""
+def test_the_data_preprocessor_is_added_to_the_model_configuration(make_runner: MakeRunner):
+    """The runner passes ``data_preprocessor`` to the model; one in the model's own configuration takes precedence."""
 
     class Doubling(nn.Module):
         def forward(self, data: Any, training: bool) -> Any:
@@ -61,7 +61,7 @@ def test_a_data_preprocessor_goes_into_the_configuration_of_the_model(make_runne
 
 
 def test_a_data_preprocessor_for_a_built_model_is_refused(make_runner: MakeRunner):
-    """It would be ignored."""
+    """A ``data_preprocessor`` next to an already built model is refused, because it would be ignored."""
     with pytest.raises(ConfigValueError, match="built already"):
         make_runner(model=Toy(), data_preprocessor={"type": "BaseDataPreprocessor"})
 
@@ -75,8 +75,8 @@ def write(path: Path, text: str) -> Path:
     return path
 
 
-def test_every_unknown_key_is_named_with_its_place_and_the_nearest_name(tmp_path: Path):
-    """Long runs are lost to typos: all of them are told at once, before anything is built."""
+def test_every_unknown_key_is_reported_with_its_line_and_the_closest_name(tmp_path: Path):
+    """All unknown keys are reported together, before anything is built, each with its line and the closest name."""
     file = write(tmp_path / "typos.py", "vars = dict()\nparam_schedulers = []\nload_form = 'x'\nrezume = True\n")
     with pytest.raises(ConfigKeyError) as caught:
         Runner.from_cfg(Config.fromfile(file))
@@ -90,21 +90,21 @@ def test_every_unknown_key_is_named_with_its_place_and_the_nearest_name(tmp_path
         assert any(f"typos.py:{number}" in line and f"'{wrong}'" in line and f"'{right}'" in line for line in lines)
 
 
-def test_values_of_ones_own_go_below_vars(tmp_path: Path):
-    """Nobody reads them, and that is fine there."""
+def test_user_values_are_allowed_below_vars(tmp_path: Path):
+    """Keys below ``vars`` are not checked."""
     cfg = {**settings(work_dir=str(tmp_path)), "vars": {"width": 3}}
     Runner.from_cfg(cfg).close()
 
 
 def test_a_configuration_without_a_model_is_refused(tmp_path: Path):
-    """The message names the file."""
+    """A configuration without ``model`` is refused, and the message names the file."""
     file = write(tmp_path / "empty.py", f"work_dir = {str(tmp_path)!r}\n")
     with pytest.raises(ConfigKeyError, match=r"empty\.py has no key 'model'"):
         Runner.from_cfg(Config.fromfile(file))
 
 
-def test_from_cfg_hands_everything_on(tmp_path: Path):
-    """Such as compile, which others drop (defect F3), and a configuration without env_cfg."""
+def test_from_cfg_passes_on_every_key(tmp_path: Path):
+    """``from_cfg`` passes on every key, ``compile`` included, and works without ``env_cfg``."""
     calls = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -118,8 +118,8 @@ def test_from_cfg_hands_everything_on(tmp_path: Path):
     assert calls
 
 
-def test_the_file_names_the_experiment_and_the_configuration_is_kept(tmp_path: Path):
-    """What a run was made from stands in its folder, with all that was laid over it, and can be run again."""
+def test_the_file_names_the_experiment_and_the_configuration_is_saved(tmp_path: Path):
+    """The file names the experiment; the final configuration is saved in the work directory and can be rerun."""
     text = "model = dict(type='SupervisedModel', network=dict(type='Linear', in_features=4, out_features=3),\n"
     text += "             loss=dict(type='CrossEntropyLoss'))\nlog_level = 'ERROR'\n"
     cfg = Config.fromfile(write(tmp_path / "tiny.py", text))
@@ -135,13 +135,13 @@ def test_the_file_names_the_experiment_and_the_configuration_is_kept(tmp_path: P
 
 
 def pairs() -> dict[str, Any]:
-    """Return a loader of (features, classes)."""
+    """Return the configuration of a loader of (features, class) pairs."""
     samples = Samples()
     return loader(dataset=torch.utils.data.TensorDataset(samples.features, samples.classes))
 
 
-def test_a_run_that_cannot_begin_leaves_the_kept_configuration(tmp_path: Path):
-    """That of the run that is there stays."""
+def test_a_run_that_cannot_start_keeps_the_saved_configuration(tmp_path: Path):
+    """A run that fails before its first iteration does not overwrite the configuration that an earlier run saved."""
     kept = write(tmp_path / "config.py", "kept = True\n")
     broken = settings(work_dir=str(tmp_path), optim_wrapper={"optimizer": {"type": "SGD", "lr": -1.0}})
     cfg = Config(broken, filename="config.py")
@@ -156,26 +156,26 @@ def test_a_run_that_cannot_begin_leaves_the_kept_configuration(tmp_path: Path):
 # ---- strategies -----------------------------------------------------------------------------------------------------
 
 
-def test_one_device_is_the_default(make_runner: MakeRunner):
-    """Where no launcher started the process."""
+def test_single_device_is_the_default(make_runner: MakeRunner):
+    """Without a launcher the strategy is SingleDeviceStrategy."""
     assert isinstance(make_runner().strategy, SingleDeviceStrategy)
 
 
-def test_ddp_is_the_default_where_a_launcher_is_named(make_runner: MakeRunner):
-    """It then says how to start the processes, since none was."""
+def test_ddp_is_the_default_with_a_launcher(make_runner: MakeRunner):
+    """With a launcher the default is DDPStrategy; the error explains how to launch a process that was not launched."""
     with pytest.raises(LaunchError, match=r"'pytorch'.*not started by it") as caught:
         make_runner(launcher="pytorch")
     assert "DDPStrategy" in "".join(caught.value.__notes__)
 
 
 def test_ddp_without_processes_is_refused(make_runner: MakeRunner):
-    """With the commands that start some."""
+    """DDPStrategy in a process that no launcher started is refused, and the message shows the launch command."""
     with pytest.raises(LaunchError, match="--nproc N"):
         make_runner(strategy={"type": DDPStrategy})
 
 
-def test_a_strategy_may_be_named(make_runner: MakeRunner):
-    """By its name alone."""
+def test_a_strategy_can_be_given_by_name(make_runner: MakeRunner):
+    """A strategy can be given by its registered name alone."""
     assert isinstance(make_runner(strategy="SingleDeviceStrategy").strategy, SingleDeviceStrategy)
 
 
@@ -191,7 +191,7 @@ def test_a_strategy_may_be_named(make_runner: MakeRunner):
     ids=lambda argument: next(iter(argument)),
 )
 def test_arguments_that_a_built_strategy_would_ignore_are_refused(tmp_path: Path, argument: dict):
-    """They belong to the strategy."""
+    """Arguments that belong to the strategy are refused next to a built strategy, because they would be ignored."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
     rest = {key: value for key, value in settings().items() if key not in ("randomness", "log_level")}
     with pytest.raises(ConfigValueError, match=f"{next(iter(argument))} would be ignored"):
@@ -201,8 +201,8 @@ def test_arguments_that_a_built_strategy_would_ignore_are_refused(tmp_path: Path
     runner.close()
 
 
-def test_a_type_that_makes_no_strategy_is_refused(make_runner: MakeRunner):
-    """The message names what it made."""
+def test_a_type_that_does_not_build_a_strategy_is_refused(make_runner: MakeRunner):
+    """A ``type`` that does not build a strategy is refused, and the message names the type that it built."""
 
     def make(**arguments: Any) -> dict[str, Any]:
         return arguments
@@ -215,15 +215,15 @@ def test_a_type_that_makes_no_strategy_is_refused(make_runner: MakeRunner):
 
 
 @pytest.mark.parametrize("command", ["train", "val", "test"])
-def test_what_was_not_given_cannot_be_done(make_runner: MakeRunner, command: str):
-    """A runner without a section says which arguments it misses."""
+def test_a_command_without_its_section_is_refused(make_runner: MakeRunner, command: str):
+    """Running a command whose section is missing names the missing arguments."""
     runner = make_runner(**dict.fromkeys(TRAINING))
     with pytest.raises(StateError, match=f"{command}_dataloader, {command}_cfg"):
         getattr(runner, command)()
 
 
-def test_testing_before_training_changes_nothing_in_the_training(make_runner: MakeRunner, tmp_path: Path):
-    """The optimizer is built when it is needed (defect S15), and the losses are those of a run without the test."""
+def test_testing_before_training_does_not_change_training(make_runner: MakeRunner, tmp_path: Path):
+    """The optimizer is built on demand, and the losses equal those of a run that did not test first."""
     plain, tested = Recorder(), Recorder()
     make_runner(custom_hooks=[plain]).train()
     runner = make_runner(custom_hooks=[tested], work_dir=tmp_path / "tested", **TEST)
@@ -233,7 +233,7 @@ def test_testing_before_training_changes_nothing_in_the_training(make_runner: Ma
 
 
 def test_training_twice_trains_once(make_runner: MakeRunner):
-    """A run that is complete has nothing left to train."""
+    """A second ``train()`` of a finished run does nothing."""
     recorder = Recorder()
     runner = make_runner(custom_hooks=[recorder], train_cfg={"max_epochs": 1}, **VALIDATION)
     model = runner.train()
@@ -242,8 +242,8 @@ def test_training_twice_trains_once(make_runner: MakeRunner):
     assert len(recorder.metrics) == 1
 
 
-def test_training_resumes_in_full_after_an_evaluation_that_resumed(make_runner: MakeRunner):
-    """val() needs the weights alone; momentum, schedules and position still come with train()."""
+def test_training_resumes_fully_after_an_evaluation_that_resumed(make_runner: MakeRunner):
+    """``val()`` loads only the weights; the later ``train()`` still restores momentum, schedules and the position."""
     hooks = {"runtime_info": None, "logger": None}
     whole, first, rest = Recorder(), Recorder(), Recorder()
     make_runner(custom_hooks=[whole], train_cfg={"max_epochs": 2}, **VALIDATION).train()
@@ -256,8 +256,8 @@ def test_training_resumes_in_full_after_an_evaluation_that_resumed(make_runner: 
     assert first.rows + rest.rows == whole.rows
 
 
-def test_a_test_evaluates_the_weights_of_load_from(make_runner: MakeRunner, tmp_path: Path):
-    """Equal to what the run that saved them measured."""
+def test_testing_evaluates_the_weights_of_load_from(make_runner: MakeRunner, tmp_path: Path):
+    """``test()`` with ``load_from`` gives the metrics of the run that saved the checkpoint."""
     hooks = {"runtime_info": None, "logger": None}
     trained = make_runner(default_hooks=hooks, **TEST)
     trained.train()
@@ -273,7 +273,7 @@ def test_a_test_evaluates_the_weights_of_load_from(make_runner: MakeRunner, tmp_
 
 @pytest.mark.parametrize("how", [{"resume": True}, {"load_from": True}])
 def test_the_checkpoint_of_another_model_is_refused(make_runner: MakeRunner, tmp_path: Path, how: dict):
-    """Resuming it, or testing it strictly, shows the first keys that differ; no parameter is changed."""
+    """Resuming it, or testing it strictly, lists the first mismatched keys and changes no parameter."""
 
     class Wider(Toy):
         def __init__(self) -> None:
@@ -284,18 +284,18 @@ def test_the_checkpoint_of_another_model_is_refused(make_runner: MakeRunner, tmp
     make_runner(default_hooks={"runtime_info": None, "logger": None}, train_cfg={"max_epochs": 1}).train()
     arguments = {key: tmp_path / "run" / "epoch_1" if key == "load_from" else value for key, value in how.items()}
     runner = make_runner(model={"type": Wider}, **arguments, **TEST)
-    with pytest.raises(ValueError, match=r"layers\.0\.weight \(saved \[8, 4\], here \[9, 4\]\)"):
+    with pytest.raises(ValueError, match=r"layers\.0\.weight \(saved \[8, 4\], model \[9, 4\]\)"):
         runner.test(strict=True) if "load_from" in how else runner.train()
 
 
 def test_training_returns_the_model(make_runner: MakeRunner):
-    """As the strategy placed it, in whatever state the last step left it."""
+    """``train()`` returns the model as the strategy placed it."""
     runner = make_runner(train_cfg={"max_iters": 1})
     assert runner.train() is runner.strategy.model
 
 
-def test_closing_twice_is_closing_once(make_runner: MakeRunner):
-    """It is safe in a finally clause."""
+def test_closing_twice_is_the_same_as_once(make_runner: MakeRunner):
+    """Calling ``close()`` twice is the same as calling it once, so it is safe in a ``finally`` clause."""
     runner = make_runner(train_cfg={"max_iters": 1}, custom_hooks=[At(1, lambda run: run.record({"x": 1}))])
     runner.train()
     runner.close()
