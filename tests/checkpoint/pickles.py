@@ -1,4 +1,4 @@
-"""Write pickles and torch files by hand, as an attacker would."""
+"""Build pickles and torch files by hand, as an attacker would."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from typing import Any
 
 
 class Raw:
-    """A piece of a pickle that is put in as it is."""
+    """Pickle operations that are inserted unchanged."""
 
     def __init__(self, code: bytes) -> None:
         self.code = code
 
 
 def name(path: str) -> Raw:
-    """Return the operation that names a class or function."""
+    """Return the operation that refers to a class or function."""
     module, _, attribute = path.rpartition(".")
     return Raw(f"c{module}\n{attribute}\n".encode())
 
 
 def call(function: str | Raw, *args: Any) -> Raw:
-    """Return what calls a function in Python's own unpickler."""
+    """Return operations that call a function when Python's unpickler executes them."""
     maker = name(function) if isinstance(function, str) else function
     return Raw(maker.code + encode(args) + b"R")
 
 
 def new(cls: str, *args: Any) -> Raw:
-    """Return what makes an object by ``__new__``."""
+    """Return operations that create an object with ``__new__``."""
     return Raw(name(cls).code + encode(args) + b"\x81")
 
 
 def build(target: Raw, state: Any) -> Raw:
-    """Return what gives an object its state, by ``__setstate__`` where it has one."""
+    """Return operations that set the state of an object, with ``__setstate__`` if it has one."""
     return Raw(target.code + encode(state) + b"b")
 
 
 def storage(key: Any, numel: Any, kind: str = "torch.FloatStorage") -> Raw:
-    """Return a reference to a tensor's memory."""
+    """Return a reference to the storage of a tensor."""
     return Raw(encode(("storage", name(kind), key, "cpu", numel)) + b"Q")
 
 
 def tensor(offset: Any = 0, size: Any = (2,), stride: Any = (1,), *, key: Any = "0", numel: Any = 2) -> Raw:
-    """Return a float tensor over the memory ``key``."""
+    """Return a float tensor over the storage ``key``."""
     hooks = call("collections.OrderedDict")
     return call("torch._utils._rebuild_tensor_v2", storage(key, numel), offset, size, stride, False, hooks)
 
@@ -71,12 +71,12 @@ def encode(value: Any) -> bytes:
 
 
 def pickle_of(value: Any) -> bytes:
-    """Return a whole pickle of protocol 2."""
+    """Return a complete pickle of protocol 2."""
     return b"\x80\x02" + encode(value) + b"."
 
 
 def write(path: Path, root: Any, data: dict[str, bytes] | None = None, extra: dict[str, bytes] | None = None) -> Path:
-    """Write a file of torch's zip form with this pickle; memory "0" holds the floats 1 and 2 unless told otherwise."""
+    """Write a file in torch's zip format with this pickle; by default, storage "0" contains the floats 1 and 2."""
     data = {"0": struct.pack("<2f", 1, 2)} if data is None else data
     pickled = root if isinstance(root, bytes) else pickle_of(root)
     records = {
@@ -92,7 +92,7 @@ def write(path: Path, root: Any, data: dict[str, bytes] | None = None, extra: di
 
 
 def overlapping(path: Path, root: Any, copies: int, length: int) -> Path:
-    """Write a file whose directory names one record's bytes ``copies`` times."""
+    """Write a zip file whose directory lists the bytes of one record ``copies`` times."""
     memory = bytes(length)
     header = struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 33, zlib.crc32(memory), length, length, 14, 0)
     body = header + b"archive/data/0" + memory

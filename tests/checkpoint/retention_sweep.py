@@ -1,6 +1,6 @@
-"""Save, point and remove in child processes that are killed at every file operation, keeping one checkpoint.
+"""Save, update the pointer and remove in child processes that are killed at every file operation, keeping one checkpoint.
 
-Run as a script, so that the process that forks has no threads. Prints what the children left, as JSON.
+This is a script, so that the process that forks has no threads. It prints the results of the children as JSON.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ POLICY = Retention(groups=("iter_{}",), last=1)
 
 
 def tree(number: int) -> dict[str, Any]:
-    """Return a state whose parts all tell which one it is."""
+    """Return a state in which every part contains ``number``."""
     purpose = RetentionTag(group="iter_{}", number=number).as_meta()
     meta = {"iter": number, "run_id": "me", "purpose": purpose}
     return {"meta": meta, "state_dict": {"x": torch.full((999,), number)}, "optimizer": {"m": torch.full((9,), number)}}
 
 
 def tidy(folder: Path, path: Path) -> None:
-    """Do what a run does after a publication."""
+    """Update the pointer and remove old checkpoints, as a run does after a save."""
     update_last_checkpoint(path, folder)
     remove_checkpoints(
         [each.path for each in POLICY.select_removable(checkpoints_of_run("me", folder), {path})], LOGGER
@@ -51,7 +51,7 @@ def tidy(folder: Path, path: Path) -> None:
 
 
 def save(folder: Path, number: int, *, background: bool) -> None:
-    """Save as a run does, by either way."""
+    """Save as a run does, in the foreground or in the background."""
     path = folder / f"iter_{number}"
     if not background:
         save_checkpoint(tree(number), path)
@@ -68,7 +68,7 @@ def save(folder: Path, number: int, *, background: bool) -> None:
 
 
 def status_of_child(work: Callable[[], None], act: faults.Act) -> int:
-    """Do the work in a forked child; return how it ended."""
+    """Do the work in a forked child; return its exit status."""
     child = os.fork()
     if child == 0:
         with faults.between(act):
@@ -93,10 +93,10 @@ def operations_of_a_save(place: Path) -> list[str]:
 
 
 def sweep(folder: Path, *, background: bool) -> dict[str, Any]:
-    """Kill at every operation of a save that replaces the only checkpoint."""
+    """Kill a child at every operation of a save that replaces the only checkpoint."""
     told: dict[str, Any] = {"killed": 0, "lost": [], "most": 0, "after_next_start": set(), "status": set()}
     for number, operation in enumerate(operations_of_a_save(folder / "count")):
-        # Before one is after the one before it.
+        # "Before one operation" is the same as "after the previous one".
         for moment in ("before", "half-way") if operation == "write" else ("before",):
             place = folder / f"{number}-{moment}"
             place.mkdir()

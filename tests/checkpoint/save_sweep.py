@@ -1,6 +1,6 @@
-"""Save checkpoints in child processes that are killed at each file operation, before, half-way through and after it.
+"""Save checkpoints in child processes that are killed before, during and after each file operation.
 
-Run as a script, so that the process that forks has no threads. Prints, for each child, what it left, as JSON.
+This is a script, so that the process that forks has no threads. It prints what each child left as JSON.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, save_
 
 
 def state(value: int) -> dict[str, Any]:
-    """Return a checkpoint whose parts all tell which one it is."""
+    """Return a checkpoint in which every part contains ``value``."""
     return {"meta": {"iter": value}, "state_dict": {"x": torch.full((1000,), value)}, "optimizer": {"m": torch.ones(9)}}
 
 
 def sweep(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield what each child left when it replaced a checkpoint and then made another, and at last one that lived."""
+    """Yield what each child left when it replaced one checkpoint and saved another; the last child is not killed."""
     suffix = Path(name).suffix
 
     def save(place: Path) -> None:

@@ -1,7 +1,7 @@
-"""Save tensors that are spread over 2, 3 and 4 ranks in several ways, and read them on as many.
+"""Save tensors sharded in several ways on 2, 3 and 4 ranks, and load them on the same number of ranks.
 
-Run as a script, so that the process that forks the ranks has no threads. Prints the failures: of each, the number of ranks,
-the case and what is wrong.
+This is a script, so that the process that forks the ranks has no threads. It prints each failure with the number of ranks,
+the case and the reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # used by sharded tensors; here, so that no rank has to import it
+import torch._dynamo  # used by sharded tensors; imported before the fork, so that the ranks need not import it
 import torch.distributed as torch_dist
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -30,7 +30,7 @@ WHOLE = {
     "cube": torch.arange(4 * 8 * 3, dtype=torch.float64).reshape(4, 8, 3),
     "vector": torch.arange(16, dtype=torch.bfloat16),
 }
-# mesh of so many ranks, and how a tensor lies on it
+# the shape of the mesh, and the placements of the tensor on it
 CASES: dict[str, Callable[[int], tuple[tuple[int, ...], list[Any]]]] = {
     "rows": lambda size: ((size,), [Shard(0)]),
     "columns": lambda size: ((size,), [Shard(-1)]),
@@ -47,13 +47,13 @@ CASES: dict[str, Callable[[int], tuple[tuple[int, ...], list[Any]]]] = {
 
 
 def possible(tensor: torch.Tensor, placements: list[Any], size: int) -> list[Any]:
-    """Return the placements; torch divides only even rows in the other order, so uneven ones lie in the usual one."""
+    """Return the placements, with the default order for uneven shapes, because torch supports only even ones otherwise."""
     uneven = len(tensor) % size and any(isinstance(placement, _StridedShard) for placement in placements)
     return [Shard(0)] * len(placements) if uneven else placements
 
 
 def be_rank(rank: int, size: int, folder: Path) -> list[str]:
-    """Save every case as one of the ranks and read it again; return what is wrong."""
+    """Save every case on one of the ranks and load it again; return the failures."""
     torch_dist.init_process_group(
         "gloo", store=torch_dist.FileStore(str(folder / "store"), size), rank=rank, world_size=size
     )
@@ -84,7 +84,7 @@ def be_rank(rank: int, size: int, folder: Path) -> list[str]:
 
 
 def on_ranks(size: int, folder: Path) -> list[str]:
-    """Return what is wrong on any of that many ranks."""
+    """Return the failures on all of ``size`` ranks."""
     folder.mkdir()
     DirectoryFormat().save({"state_dict": dict(WHOLE)}, folder / "alone")
     children = []
@@ -93,7 +93,7 @@ def on_ranks(size: int, folder: Path) -> list[str]:
         if child == 0:
             try:
                 wrong = be_rank(rank, size, folder)
-            except BaseException:  # noqa: BLE001 -- told to the parent
+            except BaseException:  # noqa: BLE001 -- reported by the parent
                 wrong = [traceback.format_exc()]
             (folder / f"wrong-{rank}").write_text("\n".join(wrong))
             os._exit(0)

@@ -1,4 +1,4 @@
-"""Saving while the training goes on."""
+"""Saving in the background while training continues."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def saver() -> Iterator[BackgroundSaver]:
 
 
 def tree(value: float, size: int = 8) -> dict[str, Any]:
-    """A state in which all tells the value."""
+    """A state in which all values are ``value``."""
     optimizer = {"m": torch.full((3,), value, dtype=torch.bfloat16), "steps": [value]}
     return {"state_dict": {"w": torch.full((size,), value)}, "optimizer": optimizer, "meta": {"iter": int(value)}}
 
 
 def value_of(path: Path) -> set[float]:
-    """The values in a checkpoint of :func:`tree`."""
+    """Return all values in a checkpoint of :func:`tree`."""
     read = CheckpointLoader.load_checkpoint(path)
     values = [*read["state_dict"]["w"].tolist(), *read["optimizer"]["m"].tolist(), *read["optimizer"]["steps"]]
     return {*values, read["meta"]["iter"]}
 
 
 class Gate:
-    """Holds up every writing until it is opened."""
+    """Block all writes until it is opened."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
@@ -57,7 +57,7 @@ class Gate:
 
 @pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
 def test_what_is_changed_after_the_call_does_not_change_the_file(saver: BackgroundSaver, tmp_path: Path, name: str):
-    """Neither tensors nor plain values: the call returns when all is copied."""
+    """Tensors and plain values may be changed as soon as the call returns, because they are copied."""
     state = tree(1)
     gate = Gate()
     with faults.between(gate):
@@ -73,7 +73,7 @@ def test_what_is_changed_after_the_call_does_not_change_the_file(saver: Backgrou
 
 
 def test_tensors_of_every_kind_are_copied(saver: BackgroundSaver, tmp_path: Path):
-    """Views with gaps, empty ones, single numbers, conjugated ones."""
+    """Non-contiguous views, empty tensors, scalars and conjugated tensors are copied correctly."""
     base = torch.arange(12.0).reshape(3, 4)
     tensors = {
         "transposed": base.t(), "strided": base[:, ::2], "expanded": torch.ones(1).expand(3), "empty": base[:0],
@@ -89,7 +89,7 @@ def test_tensors_of_every_kind_are_copied(saver: BackgroundSaver, tmp_path: Path
 
 
 def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """At most one is in flight, and the log says that it was waited for."""
+    """At most one save is in progress, and the wait for it is logged."""
     caplog.set_level(logging.INFO)
     gate = Gate()
     with faults.between(gate):
@@ -97,7 +97,7 @@ def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Pat
         timer = threading.Timer(0.2, gate.open.set)
         timer.start()
         saver.save(tree(2), tmp_path / "epoch_2", SINGLE_PROCESS)
-        # The second could not begin before the first was there.
+        # The second save could not start before the first was complete.
         assert (tmp_path / "epoch_1").is_dir()
         saver.wait()
         timer.join()
@@ -106,7 +106,7 @@ def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Pat
 
 
 def test_a_failure_is_told_by_the_next_check(saver: BackgroundSaver, tmp_path: Path):
-    """With the path; the checkpoint before is untouched, and the saver can be used again."""
+    """The error contains the path, the previous checkpoint is unchanged, and the saver can be used again."""
     saver.save(tree(1), tmp_path / "epoch_1", SINGLE_PROCESS)
     saver.wait()
     done = threading.Event()
@@ -124,7 +124,7 @@ def test_a_failure_is_told_by_the_next_check(saver: BackgroundSaver, tmp_path: P
 
 
 def test_a_check_waits_for_nothing(saver: BackgroundSaver, tmp_path: Path):
-    """While the thread writes, it returns at once."""
+    """While the thread writes, ``check`` returns immediately."""
     gate = Gate()
     with faults.between(gate):
         saver.save(tree(1), tmp_path / "epoch_1", SINGLE_PROCESS)
@@ -135,7 +135,7 @@ def test_a_check_waits_for_nothing(saver: BackgroundSaver, tmp_path: Path):
 
 
 def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path: Path):
-    """By the call itself: taking the state apart needs no disk."""
+    """A value that cannot be stored raises in the call itself, because flattening needs no disk."""
     with pytest.raises(CheckpointError, match="note"):
         saver.save({"note": object()}, tmp_path / "a", SINGLE_PROCESS)
     with pytest.raises(CheckpointError, match="saved only to local paths"):
@@ -143,7 +143,7 @@ def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path:
 
 
 def test_what_comes_after_a_save_comes_when_it_is_durable(saver: BackgroundSaver, tmp_path: Path):
-    """Pointer and retention find the checkpoint under its name."""
+    """The pointer and retention find the checkpoint under its name."""
     seen: list[Any] = []
     saver.save(
         tree(1),
@@ -156,17 +156,17 @@ def test_what_comes_after_a_save_comes_when_it_is_durable(saver: BackgroundSaver
 
 
 def test_memory_is_used_again():
-    """The same tensors lie in the same place; larger ones get more, once."""
+    """The same tensors reuse the buffer; larger ones reallocate it once."""
     staging = Staging()
     first = staging.copy([torch.ones(100), torch.ones(3, dtype=torch.int8)])
     places = [copy.data_ptr() for copy in first]
     second = staging.copy([torch.zeros(100), torch.zeros(3, dtype=torch.int8)])
     assert [copy.data_ptr() for copy in second] == places
-    # 400 bytes and 3, each to the next multiple of 64.
+    # 400 bytes and 3 bytes, each rounded up to a multiple of 64.
     assert staging.nbytes == 448 + 64
     assert [copy.tolist() for copy in staging.copy([torch.full((200,), 7.0)])] == [[7.0] * 200]
     assert staging.nbytes == 832
-    # Of fewer, it keeps what it has.
+    # With fewer tensors, the buffer is kept.
     staging.copy([torch.ones(1)])
     assert staging.nbytes == 832
 
@@ -175,7 +175,7 @@ def test_memory_is_used_again():
 
 
 def save_on_ranks(folder: str) -> list[Any]:
-    """Save a tensor that is spread over the ranks, and one that is not, in both forms; change both at once."""
+    """Save a sharded and an unsharded tensor in both formats, and change both immediately."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -202,7 +202,7 @@ def save_on_ranks(folder: str) -> list[Any]:
 
 
 def test_ranks_save_together(ranks: Ranks, tmp_path: Path):
-    """Each copies what it holds and writes it; their threads talk while the ranks do something else."""
+    """Each rank copies and writes what it holds, while the ranks continue to communicate."""
     assert ranks.run(save_on_ranks, str(tmp_path)) == [[[0, 1], [0, 1]]] * 2
     for name in ("a", "b.pth"):
         state = CheckpointLoader.load_checkpoint(tmp_path / name)["state_dict"]
@@ -211,7 +211,7 @@ def test_ranks_save_together(ranks: Ranks, tmp_path: Path):
 
 
 def fail_on_ranks(folder: str) -> tuple[int, str]:
-    """Save where rank 0 finds no space; return after which check it was told, and what."""
+    """Save while rank 0 has no disk space; return the number of checks until the error, and its message."""
     rank_group = RankGroup.of()
     saver = BackgroundSaver(LOGGER)
     act = (
@@ -224,7 +224,7 @@ def fail_on_ranks(folder: str) -> tuple[int, str]:
         saver.save(tree(1), f"{folder}/epoch_1", rank_group)
         try:
             while checks < 100_000:
-                # As a step of the optimizer keeps the ranks together.
+                # Synchronize the ranks as an optimizer step would.
                 rank_group.gather(checks)
                 saver.check()
                 checks += 1
@@ -235,7 +235,7 @@ def fail_on_ranks(folder: str) -> tuple[int, str]:
 
 
 def test_all_ranks_are_told_of_a_failure_after_the_same_step(ranks: Ranks, tmp_path: Path):
-    """Whichever knew of it first; each with the path."""
+    """All ranks raise after the same step, regardless of which one failed, with the path in the message."""
     (first, text), (second, other) = ranks.run(fail_on_ranks, str(tmp_path))
     assert first == second
     for told in (text, other):

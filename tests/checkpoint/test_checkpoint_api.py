@@ -1,4 +1,4 @@
-"""Save and load without a strategy."""
+"""Saving and loading without a strategy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stratagem.errors import CheckpointError, CheckpointMismatchError, Checkpoin
 
 @pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
 def test_a_model_comes_back(tmp_path: Path, name: str) -> None:
-    """What one model saved, another of its kind loads, from both forms; the rest of the checkpoint is returned."""
+    """A saved model can be loaded into another instance, in both formats, and the whole checkpoint is returned."""
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     checkpoint = MappingProxyType({"state_dict": model.state_dict(), "meta": {"epoch": 1}})
     save_checkpoint(checkpoint, tmp_path / "deep" / "down" / name)
@@ -26,7 +26,7 @@ def test_a_model_comes_back(tmp_path: Path, name: str) -> None:
 
 
 def test_a_wrapped_model_is_loaded_inside(tmp_path: Path) -> None:
-    """The model in a wrapper gets the weights of a bare one."""
+    """A wrapped model loads weights that were saved without the wrapper."""
     model = nn.Linear(3, 2)
     save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "c")
     wrapped = nn.DataParallel(nn.Linear(3, 2))
@@ -35,7 +35,7 @@ def test_a_wrapped_model_is_loaded_inside(tmp_path: Path) -> None:
 
 
 def test_tied_weights_stay_tied(tmp_path: Path) -> None:
-    """Loading into tied weights keeps them one tensor."""
+    """Loading into tied weights keeps them tied."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     save_checkpoint({"state_dict": {key: value + 1 for key, value in model.state_dict().items()}}, tmp_path / "c")
@@ -46,7 +46,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_told(tmp_path: Path) -> None:
-    """The first differing keys are named, and the options reach the loading."""
+    """The first differing keys are listed, and the options are passed on."""
     save_checkpoint({"state_dict": {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}}, tmp_path / "c")
     model = nn.Linear(3, 2)
     with pytest.raises(
@@ -58,7 +58,7 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_missing_is_told(tmp_path: Path) -> None:
-    """Loading what is not there is an error that names the path."""
+    """Loading a missing checkpoint is an error with the path."""
     with pytest.raises(CheckpointNotFoundError, match=r"epoch_9\.pth: there is no such checkpoint"):
         load_checkpoint(nn.Linear(1, 1), tmp_path / "epoch_9.pth")
 
@@ -68,14 +68,14 @@ def test_a_checkpoint_that_is_missing_is_told(tmp_path: Path) -> None:
     [({"meta": {}, "model": 1}, "'meta', 'model'"), ({}, "nothing"), ({"state_dict": 3}, "'state_dict'")],
 )
 def test_a_checkpoint_without_a_model_says_what_it_has(checkpoint: dict[str, object], has: str) -> None:
-    """Where the model's part is missing, the parts that are there are listed, and secrets of the URL are not."""
+    """If there is no model state, the error lists the existing parts and masks the URL's secrets."""
     with pytest.raises(CheckpointError, match=f"@host/x.pth has no model state .*; it contains {has}") as caught:
         get_model_state(checkpoint, "https://me:secret@host/x.pth")
     assert "secret" not in str(caught.value)
 
 
 def test_web_addresses_are_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A URL that can only be read is an error, without its secrets, and no folder with such a name appears."""
+    """Saving to a read-only URL is an error without its secrets, and creates no folder of that name."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"https://\*\*\*@host/c: checkpoints can be saved only to local paths"):
         save_checkpoint({"state_dict": {}}, "https://me:secret@host/c")
@@ -84,7 +84,7 @@ def test_web_addresses_are_not_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", ["c", "c.pth"])
 def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path, name: str) -> None:
-    """A file in the way of the folder is an error that names the checkpoint."""
+    """A file in place of the parent folder is an error with the path of the checkpoint."""
     (tmp_path / "runs").write_text("x")
     with pytest.raises(CheckpointError, match="could not be written"):
         save_checkpoint({"state_dict": {}}, tmp_path / "runs" / "deep" / name)

@@ -1,4 +1,4 @@
-"""Boxes of tensors, beside NumPy's own indexing."""
+"""Boxes of tensors, compared with NumPy's indexing."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], TensorBox]:
 
 
 def numbers(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an array in which each element is its own place."""
+    """Return an array in which each element is its flat index."""
     return np.arange(int(np.prod(shape, dtype=int))).reshape(shape)
 
 
 def cut(array: np.ndarray, box: TensorBox) -> np.ndarray:
-    """Return the box as NumPy cuts it."""
+    """Return the elements in the box by NumPy's indexing."""
     return array[tuple(slice(start, start + size) for start, size in zip(box.start, box.shape, strict=True))]
 
 
 @given(cuts())
 def test_runs_are_the_places_of_the_elements_in_order(case: tuple[tuple[int, ...], TensorBox]) -> None:
-    """Written one after the other, the runs are the box row by row."""
+    """The concatenated runs are the elements of the box in row-major order."""
     shape, box = case
     places = [place for first, count in box.runs(shape) for place in range(first, first + count)]
     assert places == cut(numbers(shape), box).ravel().tolist()
@@ -42,7 +42,7 @@ def test_runs_are_the_places_of_the_elements_in_order(case: tuple[tuple[int, ...
 
 @given(cuts())
 def test_a_box_of_a_tensor_is_what_numpy_cuts(case: tuple[tuple[int, ...], TensorBox]) -> None:
-    """And a view, which copies nothing."""
+    """``of`` returns the same elements as NumPy's indexing, as a view."""
     shape, box = case
     whole = torch.from_numpy(numbers(shape))
     part = box.of(whole)
@@ -61,13 +61,13 @@ def test_a_box_of_a_tensor_is_what_numpy_cuts(case: tuple[tuple[int, ...], Tenso
     ],
 )
 def test_what_lies_in_one_piece_is_one_run(box: TensorBox, runs: list[tuple[int, int]]) -> None:
-    """Of a matrix of 4 rows of 6, whole rows are one run, and parts of rows one each."""
+    """In a 4 x 6 matrix, whole rows are one run, and parts of rows are one run each."""
     assert list(box.runs((4, 6))) == runs
 
 
 @given(st.data())
 def test_boxes_make_up_a_tensor_if_each_element_is_in_one(data: st.DataObject) -> None:
-    """The answer is that of counting the elements."""
+    """``boxes_cover`` agrees with counting how many boxes contain each element."""
     shape = data.draw(st.lists(st.integers(0, 3), max_size=3).map(tuple))
     starts = st.tuples(*(st.integers(0, 3) for _ in shape))
     lengths = st.tuples(*(st.integers(0, 3) for _ in shape))
@@ -85,7 +85,7 @@ def test_boxes_make_up_a_tensor_if_each_element_is_in_one(data: st.DataObject) -
 def test_a_box_split_in_two_makes_itself_up(
     case: tuple[tuple[int, ...], TensorBox], dim: int, data: st.DataObject
 ) -> None:
-    """Halves tile; one of them alone, or one twice, does not."""
+    """Two halves cover a box; one half alone, or the same half twice, does not."""
     shape, _ = case
     if len(shape) <= dim or 0 in shape:
         return
@@ -105,7 +105,7 @@ def test_a_box_split_in_two_makes_itself_up(
 
 
 def test_a_scalar_is_one_box() -> None:
-    """Of no dimensions there is one element, once."""
+    """A tensor without dimensions has one element and one box."""
     assert boxes_cover([TensorBox((), ())], ())
     assert not boxes_cover([], ())
     assert not boxes_cover([TensorBox((), ()), TensorBox((), ())], ())

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, and by how much."""
+"""The differences between two checkpoints."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Checkpoin
 
 
 def test_equal_checkpoints_do_not_differ() -> None:
-    """Equal tensors and values, NaN at the same places included, are no difference."""
+    """Equal tensors and values, including NaN in the same positions, are not reported."""
     tree = {"a": {"x": torch.tensor([1.0, float("nan")])}, "b": [1, "s", None, (2, 3)]}
     other = {"a": {"x": torch.tensor([1.0, float("nan")])}, "b": [1, "s", None, (2, 3)]}
     assert differences(tree, other) == []
 
 
 def test_a_tensor_differs_by_its_largest_difference() -> None:
-    """One of four numbers differs, by 0.5."""
+    """One of four elements differs by 0.5."""
     (found,) = differences({"a": {"x": torch.zeros(4)}}, {"a": {"x": torch.tensor([0.0, 0.5, 0.0, 0.0])}})
     assert (found.key, found.max_abs_diff, found.differing_fraction) == ("a/x", 0.5, 0.25)
 
 
 def test_nan_against_a_number_is_an_infinite_difference() -> None:
-    """A number that became NaN is never lost among small differences."""
+    """A number that became NaN is an infinite difference, larger than all others."""
     (found,) = differences({"a": {"x": torch.zeros(2)}}, {"a": {"x": torch.tensor([0.0, float("nan")])}})
     assert (found.max_abs_diff, found.differing_fraction) == (float("inf"), 0.5)
 
 
 def test_a_difference_behind_many_equal_numbers_is_found() -> None:
-    """Tensors are compared in pieces, the last one too."""
+    """Tensors are compared in chunks, including the last one."""
     one = torch.zeros((1 << 22) + 3, dtype=torch.int8)
     other = one.clone()
     other[-1] = 7
@@ -44,7 +44,7 @@ def test_a_difference_behind_many_equal_numbers_is_found() -> None:
 
 
 def test_types_and_shapes_are_told() -> None:
-    """Tensors that cannot be compared number by number are described."""
+    """Tensors of different dtype or shape are described instead of compared."""
     first = {"a": {"x": torch.zeros(2), "y": torch.zeros(2)}}
     second = {"a": {"x": torch.zeros(2, dtype=torch.float64), "y": torch.zeros(3)}}
     assert [(each.key, each.first, each.second, each.max_abs_diff) for each in differences(first, second)] == [
@@ -54,7 +54,7 @@ def test_types_and_shapes_are_told() -> None:
 
 
 def test_what_only_one_has_is_told_once() -> None:
-    """A part, a tensor or a value on one side alone is one difference each."""
+    """A part, tensor or value that exists on one side only is reported once."""
     first = {"a": {"x": torch.zeros(1), "n": 1}, "p": {}}
     second = {"a": {"n": 1, "m": 2}}
     found = [(each.key, each.first, each.second) for each in differences(first, second)]
@@ -62,13 +62,13 @@ def test_what_only_one_has_is_told_once() -> None:
 
 
 def test_values_are_compared_by_their_path() -> None:
-    """A learning rate that differs is named by its path, with both values."""
+    """A differing learning rate is reported by its path, with both values."""
     first = {"optimizer": {"param_groups": [{"lr": 0.1}]}}
     second = {"optimizer": {"param_groups": [{"lr": 0.2}]}}
     assert differences(first, second) == [CheckpointDifference("optimizer/param_groups/0/lr", "0.1", "0.2")]
 
 
 def test_the_versions_that_torch_keeps_are_no_difference() -> None:
-    """A state dict and the same entries in a plain dict are equal."""
+    """A state dict with module versions equals a plain dict with the same entries."""
     state = nn.Linear(1, 1).state_dict()
     assert differences({"m": state}, {"m": dict(state)}) == []

@@ -1,4 +1,4 @@
-"""A checkpoint turned into another form keeps its numbers."""
+"""Conversion to another format keeps all values."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def tree() -> dict[str, Any]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """The checkpoint in our own form."""
+    """A checkpoint in the directory format."""
     save_checkpoint(tree(), tmp_path / "source")
     return tmp_path / "source"
 
 
 @pytest.mark.parametrize(("name", "form"), [("c.pth", None), ("c", "dcp"), ("c", None), ("c", "pth")])
 def test_a_whole_checkpoint_comes_back_equal(source: Path, tmp_path: Path, name: str, form: str | None) -> None:
-    """Through torch's single file, torch's DCP and our own form, there and back, nothing differs."""
+    """Conversion to a single file, to torch's DCP format or to a directory, and back, changes nothing."""
     (tmp_path / "there").mkdir()
     there = tmp_path / "there" / name
     assert convert_checkpoint(source, there, form) == []
@@ -47,7 +47,7 @@ def test_a_whole_checkpoint_comes_back_equal(source: Path, tmp_path: Path, name:
 
 
 def test_the_name_tells_the_form(source: Path, tmp_path: Path) -> None:
-    """.pth gives a single file, .safetensors weights, no ending a directory of ours; --to overrides."""
+    """``.pth`` selects a single file, ``.safetensors`` weights, and no extension a directory; ``--to`` overrides it."""
     for name in ("a.pth", "a.safetensors", "a"):
         convert_checkpoint(source, tmp_path / name)
     convert_checkpoint(source, tmp_path / "d", "dcp")
@@ -57,7 +57,7 @@ def test_the_name_tells_the_form(source: Path, tmp_path: Path) -> None:
 
 
 def test_safetensors_holds_the_weights_alone(source: Path, tmp_path: Path) -> None:
-    """The other parts are named as left out."""
+    """The names of the omitted parts are returned."""
     assert convert_checkpoint(source, tmp_path / "a.safetensors") == ["optimizer", "meta"]
     weights = load_file(tmp_path / "a.safetensors")
     assert {name: tensor.tolist() for name, tensor in weights.items()} == {
@@ -70,7 +70,7 @@ def test_safetensors_holds_the_weights_alone(source: Path, tmp_path: Path) -> No
 def test_a_large_model_becomes_several_files_with_an_index(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the limit of a file the weights go on in the next, and the index tells where each is."""
+    """If the weights exceed the size limit of a file, they are split, and an index lists the file of each tensor."""
     monkeypatch.setattr(convert, "_HF_FILE_BYTES", 30)
     convert_checkpoint(source, tmp_path / "hf", "huggingface")
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
@@ -81,13 +81,13 @@ def test_a_large_model_becomes_several_files_with_an_index(
 
 
 def test_a_small_model_is_one_file_without_an_index(source: Path, tmp_path: Path) -> None:
-    """A folder for Hugging Face holds model.safetensors."""
+    """A small model in Hugging Face format is a folder with model.safetensors."""
     convert_checkpoint(source, tmp_path / "hf", "huggingface")
     assert [file.name for file in (tmp_path / "hf").iterdir()] == ["model.safetensors"]
 
 
 def test_what_exists_is_not_replaced(source: Path, tmp_path: Path) -> None:
-    """A target that is there is an error, and stays as it is."""
+    """An existing target is an error and is not changed."""
     (tmp_path / "a.pth").write_text("mine")
     with pytest.raises(CheckpointError, match=r"a\.pth already exists"):
         convert_checkpoint(source, tmp_path / "a.pth")
@@ -95,13 +95,13 @@ def test_what_exists_is_not_replaced(source: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_form_is_refused(source: Path, tmp_path: Path) -> None:
-    """The nearest form is named."""
+    """The error suggests the most similar format."""
     with pytest.raises(CheckpointError, match="Unknown checkpoint format 'safetensor'.*Did you mean 'safetensors'"):
         convert_checkpoint(source, tmp_path / "x", "safetensor")
 
 
 def test_weights_of_safetensors_become_a_checkpoint(tmp_path: Path) -> None:
-    """A file that another tool wrote becomes a checkpoint whose model can be loaded."""
+    """A safetensors file of another tool becomes a checkpoint whose model can be loaded."""
     save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
     convert_checkpoint(tmp_path / "w.safetensors", tmp_path / "c")
     assert CheckpointLoader.load_checkpoint(tmp_path / "c")["state_dict"]["w"].tolist() == [1, 1]

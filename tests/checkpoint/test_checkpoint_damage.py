@@ -1,4 +1,4 @@
-"""A damaged, foreign or missing checkpoint is one clear error, never another exception and never wrong values."""
+"""A damaged, foreign or missing checkpoint raises one clear error, never another exception, and never gives wrong values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FILES = ["manifest.json", "state.json", "model.safetensors", "optimizer.safetens
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that nobody changes."""
+    """A checkpoint that is never modified."""
     path = tmp_path_factory.mktemp("damage") / "epoch_3"
     FORMAT.save(
         {
@@ -40,14 +40,14 @@ def damaged(sound: Path, tmp_path: Path) -> Path:
 
 
 def test_the_copy_is_sound(damaged: Path) -> None:
-    """The checkpoint of these tests can be read before it is damaged."""
+    """The checkpoint of these tests can be loaded before it is damaged."""
     assert FORMAT.load(damaged)["meta"] == {"epoch": 3, "lr": 0.125, "done": True}
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9, -1])
 def test_a_file_that_was_cut_off_is_named(damaged: Path, name: str, part: float) -> None:
-    """ZeroPartition anywhere, every file is reported by its name as damaged, with exit status 1."""
+    """A file truncated at any position is reported by name, with exit status 1."""
     data = (damaged / name).read_bytes()
     (damaged / name).write_bytes(data[:-1] if part < 0 else data[: int(part * len(data))])
     with pytest.raises(CheckpointDamagedError, match=name) as caught:
@@ -57,7 +57,7 @@ def test_a_file_that_was_cut_off_is_named(damaged: Path, name: str, part: float)
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_missing_is_named(damaged: Path, name: str) -> None:
-    """A file that was removed is reported by its name as damage."""
+    """A removed file is reported by name."""
     (damaged / name).unlink()
     with pytest.raises(CheckpointDamagedError, match=f"{name} is missing"):
         FORMAT.load(damaged)
@@ -65,7 +65,7 @@ def test_a_file_that_is_missing_is_named(damaged: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_grew_is_named(damaged: Path, name: str) -> None:
-    """Bytes after the end are damage as well."""
+    """Extra bytes at the end of a file are damage."""
     with (damaged / name).open("ab") as file:
         file.write(b"x")
     with pytest.raises(CheckpointDamagedError, match=name):
@@ -73,20 +73,20 @@ def test_a_file_that_grew_is_named(damaged: Path, name: str) -> None:
 
 
 def test_a_part_that_is_not_asked_for_is_missed_too(damaged: Path) -> None:
-    """An incomplete checkpoint is not used in part."""
+    """A checkpoint with a missing part is rejected even if that part is not requested."""
     (damaged / "optimizer.safetensors").unlink()
     with pytest.raises(CheckpointDamagedError, match="optimizer"):
         FORMAT.load(damaged, parts={"state_dict"})
 
 
 def flips(name: str, path: Path) -> list[tuple[int, int]]:
-    """Return (offset, mask) of changes to every byte of a file."""
+    """Return (offset, mask) of a change to every byte of a file."""
     return [(offset, 1 << (offset * 5 + turn) % 8) for offset in range((path / name).stat().st_size) for turn in (0, 3)]
 
 
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
 def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
-    """A bit changed anywhere in the JSON, in a header of safetensors or in a tensor is damage."""
+    """A flipped bit anywhere in JSON, a safetensors header or a tensor is damage."""
     data = (damaged / name).read_bytes()
     unnoticed: list[tuple[int, int]] = []
     messages: list[str] = []
@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
 
 
 def test_a_flipped_bit_of_the_manifest_is_an_error(damaged: Path) -> None:
-    """A bit changed anywhere in the manifest makes the checkpoint unusable, and the manifest is named."""
+    """A flipped bit anywhere in the manifest makes the checkpoint unusable, and the error names the manifest."""
     file = damaged / "manifest.json"
     data = file.read_bytes()
     for offset, mask in flips(file.name, damaged):
@@ -117,7 +117,7 @@ def test_a_flipped_bit_of_the_manifest_is_an_error(damaged: Path) -> None:
 
 @pytest.mark.parametrize(("name", "tensor"), [("model", "w"), ("model", "b"), ("optimizer", "state/w/step")])
 def test_a_flipped_bit_of_a_tensor_names_it(damaged: Path, name: str, tensor: str) -> None:
-    """Of a changed number both the file and the tensor are named."""
+    """The error for a modified tensor names the file and the tensor."""
     file = damaged / f"{name}.safetensors"
     data = bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
@@ -147,14 +147,14 @@ def test_a_flipped_bit_of_a_tensor_names_it(damaged: Path, name: str, tensor: st
     ],
 )
 def test_what_we_never_write_is_damage(damaged: Path, spoil: Callable[[Path], object]) -> None:
-    """Files that are JSON but make no sense, or are none, are damage and no other exception."""
+    """Malformed or nonsensical JSON is reported as damage, without other exceptions."""
     spoil(damaged)
     with pytest.raises(CheckpointDamagedError, match=r"\.json"):
         FORMAT.load(damaged)
 
 
 def test_a_tensor_that_the_file_lacks_is_damage(damaged: Path) -> None:
-    """Files that were swapped with ones of equal size are noticed, also where the bytes are not checked."""
+    """Files swapped with others of the same size are detected, even without verification of all bytes."""
     content = (damaged / "model.safetensors").read_bytes().replace(b'"w"', b'"v"')
     (damaged / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointDamagedError, match=r"model\.safetensors is corrupted"):
@@ -165,7 +165,7 @@ def test_a_tensor_that_the_file_lacks_is_damage(damaged: Path) -> None:
 
 @pytest.mark.parametrize("content", ['{"format": "other", "version": 1}', "{}", "[]", "null", "3"])
 def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) -> None:
-    """A manifest that is not ours is said to be another program's, and is not called damaged."""
+    """A manifest of another program is reported as such, and not as damage."""
     (damaged / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match="was written by another program") as caught:
         FORMAT.load(damaged)
@@ -174,7 +174,7 @@ def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) ->
 
 
 def test_a_later_version_names_itself(damaged: Path) -> None:
-    """A checkpoint of a later form says which version is needed and which wrote it."""
+    """The error for a newer format version contains that version and the version of Stratagem that wrote it."""
     change_manifest(damaged, version=3, stratagem="9.0")
     with pytest.raises(CheckpointError, match=r"has format version 3.* reads version 2.*\(9\.0\)") as caught:
         FORMAT.load(damaged)
@@ -182,7 +182,7 @@ def test_a_later_version_names_itself(damaged: Path) -> None:
 
 
 def test_a_folder_or_file_that_is_no_checkpoint_is_told(tmp_path: Path) -> None:
-    """A folder without a manifest, or any other file, is said to be no checkpoint, with what one looks like."""
+    """A folder without a manifest, or an unrelated file, is an error that shows what a checkpoint looks like."""
     (tmp_path / "notes").write_text("hello")
     (tmp_path / "empty").mkdir()
     for path in (tmp_path, tmp_path / "notes", tmp_path / "empty"):
@@ -192,7 +192,7 @@ def test_a_folder_or_file_that_is_no_checkpoint_is_told(tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_not_found(tmp_path: Path) -> None:
-    """What does not exist is not found, as Python's own FileNotFoundError too."""
+    """A missing checkpoint raises an error that is also a FileNotFoundError."""
     with pytest.raises(CheckpointNotFoundError, match="epoch_9: there is no such checkpoint") as caught:
         FORMAT.load(tmp_path / "epoch_9")
     assert isinstance(caught.value, FileNotFoundError)

@@ -1,4 +1,4 @@
-"""Directories of torch.distributed.checkpoint are read without running what they hold, and written for torch to read."""
+"""Directories of torch.distributed.checkpoint are read without executing code from them, and written for torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TREE = {
 
 
 def saved_by_torch(path: Path, tree: dict[str, Any]) -> Path:
-    """Write a directory as a program does that knows nothing of us."""
+    """Write a directory with torch alone."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(tree, checkpoint_id=path, no_dist=True)
@@ -36,7 +36,7 @@ def saved_by_torch(path: Path, tree: dict[str, Any]) -> Path:
 
 
 def test_what_torch_wrote_is_read(tmp_path: Path) -> None:
-    """Tensors, nested mappings, lists and plain values come back under their paths."""
+    """Tensors, nested mappings, lists and plain values are restored at their paths."""
     tree = DcpDirectory(saved_by_torch(tmp_path / "d", TREE)).load()
     assert tree["model"]["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert (tree["model"]["half"].dtype, tree["model"]["half"].item()) == (torch.bfloat16, 1.5)
@@ -46,12 +46,12 @@ def test_what_torch_wrote_is_read(tmp_path: Path) -> None:
 
 
 def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
-    """Whoever wants the model does not get the optimizer."""
+    """Only the requested parts are loaded."""
     assert set(DcpDirectory(saved_by_torch(tmp_path / "d", TREE)).load(parts={"model"})) == {"model"}
 
 
 def test_torch_reads_what_we_write(tmp_path: Path) -> None:
-    """A program that loads by torch.distributed.checkpoint gets the same numbers."""
+    """torch.distributed.checkpoint loads the same values from a directory written by Stratagem."""
     save_dcp(TREE, tmp_path / "d")
     back = {"model": {"w": torch.zeros(2, 3)}}
     with warnings.catch_warnings():
@@ -61,20 +61,20 @@ def test_torch_reads_what_we_write(tmp_path: Path) -> None:
 
 
 def save_sharded(path: str) -> None:
-    """Write, on every rank, its rows of a matrix of 5 rows."""
+    """Write this rank's rows of a matrix with 5 rows."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     matrix = distribute_tensor(torch.arange(15.0).reshape(5, 3), mesh, [Shard(0)])
     dcp.save({"w": matrix}, checkpoint_id=path)
 
 
 def test_chunks_of_several_ranks_become_one_tensor(ranks: Ranks, tmp_path: Path) -> None:
-    """Rows that two ranks wrote, three and two, are put together in their places."""
+    """Chunks of three and two rows from two ranks are assembled to one tensor."""
     ranks.run(save_sharded, str(tmp_path / "d"))
     assert DcpDirectory(tmp_path / "d").load()["w"].tolist() == torch.arange(15.0).reshape(5, 3).tolist()
 
 
 class Evil:
-    """Runs a command when it is unpickled in the usual way."""
+    """Runs a command when it is unpickled by Python."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = str(marker)
@@ -84,7 +84,7 @@ class Evil:
 
 
 def test_a_description_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    """A .metadata that names anything but torch's own classes is an error, and nothing of it runs."""
+    """Metadata that refers to anything but torch's classes is an error, and no code is executed."""
     path = saved_by_torch(tmp_path / "d", TREE)
     (path / ".metadata").write_bytes(pickle.dumps(Metadata({}, Evil(tmp_path / "ran"), {})))
     with pytest.raises(CheckpointError, match=r"\.metadata: it refers to posix\.mkdir"):
@@ -93,7 +93,7 @@ def test_a_description_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_value_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    """Values are read with weights_only: a pickled object among them is an error, and nothing of it runs."""
+    """A pickled object among the values is an error, and no code is executed, because values use weights_only."""
     path = saved_by_torch(tmp_path / "d", {"evil": Evil(tmp_path / "ran"), "w": torch.ones(1)})
     with pytest.raises(CheckpointError, match="evil contains objects that can only be created by executing code"):
         DcpDirectory(path).load()
@@ -102,7 +102,7 @@ def test_a_value_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("keep", [0, 40, 700])
 def test_a_file_that_was_cut_off_is_named(tmp_path: Path, keep: int) -> None:
-    """A data file that lost its end is damage, and named with what was read."""
+    """A truncated data file is reported as damage, with its name and the value that was read."""
     path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
     (file,) = path.glob("*.distcp")
     file.write_bytes(file.read_bytes()[:keep])
@@ -111,7 +111,7 @@ def test_a_file_that_was_cut_off_is_named(tmp_path: Path, keep: int) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    """A data file that is gone is damage."""
+    """A missing data file is reported as damage."""
     path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
     (file,) = path.glob("*.distcp")
     file.unlink()
@@ -120,7 +120,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_description_that_was_cut_off_is_damage(tmp_path: Path) -> None:
-    """Half a .metadata is said to be unreadable."""
+    """Truncated metadata is reported as unreadable."""
     path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
     (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:100])
     with pytest.raises(CheckpointDamagedError, match=r"\.metadata cannot be read"):
@@ -128,14 +128,14 @@ def test_a_description_that_was_cut_off_is_damage(tmp_path: Path) -> None:
 
 
 def test_another_folder_is_none(tmp_path: Path) -> None:
-    """A folder without a description is not one of torch's."""
+    """A folder without metadata is rejected."""
     assert not is_dcp_directory(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match=r"it has no \.metadata"):
         DcpDirectory(tmp_path)
 
 
 def test_weights_of_such_a_directory_are_loaded(tmp_path: Path) -> None:
-    """``load_from`` may name a directory of torch's DCP; its part ``model`` is the model's state."""
+    """``load_from`` accepts a DCP directory; its part ``model`` is the model state."""
     model = nn.Linear(3, 2)
     saved_by_torch(tmp_path / "d", {"model": {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}})
     _, report = load_checkpoint(model, tmp_path / "d", strict=True)

@@ -1,4 +1,4 @@
-"""The directory of safetensors and JSON."""
+"""The directory format with safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def sample() -> dict[str, Any]:
 
 
 def kept(tensor: Tensor, folder: Path) -> Tensor:
-    """Return what a tensor comes back as."""
+    """Save and load a tensor."""
     FORMAT.save({"state_dict": {"x": tensor}}, folder / "c")
     return FORMAT.load(folder / "c")["state_dict"]["x"]
 
 
 def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
-    """The model, every other part that has tensors, the rest as JSON and a manifest: nothing else."""
+    """A checkpoint contains one file for each part with tensors, state.json and the manifest, and nothing else."""
     FORMAT.save(sample(), tmp_path / "c")
     assert sorted(file.name for file in (tmp_path / "c").iterdir()) == [
         "manifest.json",
@@ -57,14 +57,14 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_model_file_serves_other_tools(tmp_path: Path) -> None:
-    """Safetensors alone reads the model's file, with the model's own names."""
+    """The safetensors library alone reads the model file, with the model's own names."""
     FORMAT.save({"state_dict": nn.Sequential(nn.Linear(3, 2)).state_dict()}, tmp_path / "c")
     tensors = load_file(tmp_path / "c" / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"0.weight": (2, 3), "0.bias": (2,)}
 
 
 def test_the_manifest_says_where_the_run_stood(tmp_path: Path) -> None:
-    """Position, sizes and the version that wrote it can be read without loading anything."""
+    """The manifest contains the position, file sizes and the version, so that they can be read without loading."""
     FORMAT.save(sample(), tmp_path / "c")
     manifest = read_manifest(tmp_path / "c")
     assert manifest["position"] == {"epoch": 3, "iter": 12}
@@ -76,7 +76,7 @@ def test_the_manifest_says_where_the_run_stood(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_type_of_number_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Each dtype that safetensors knows keeps its bits."""
+    """Every dtype that safetensors supports is restored bit for bit."""
     size = torch.empty((), dtype=dtype).element_size()
     bits = torch.tensor([0, 1] * (2 * size), dtype=torch.uint8)
     tensor = bits.view(dtype) if dtype != torch.bool else bits.bool()
@@ -102,7 +102,7 @@ def test_every_type_of_number_comes_back(dtype: torch.dtype, tmp_path: Path) -> 
     ids=["0-dim", "empty", "empty matrix", "transposed", "strided", "expanded", "view", "conj", "neg", "parameter"],
 )
 def test_every_shape_of_memory_comes_back(tensor: Tensor, tmp_path: Path) -> None:
-    """Scalars, empty tensors and all kinds of views come back with their values."""
+    """Scalars, empty tensors and all kinds of views are restored with their values."""
     back = kept(tensor, tmp_path)
     assert back.shape == tensor.shape
     assert back.dtype == tensor.dtype
@@ -110,13 +110,13 @@ def test_every_shape_of_memory_comes_back(tensor: Tensor, tmp_path: Path) -> Non
 
 
 def test_a_view_does_not_store_what_it_is_a_view_of(tmp_path: Path) -> None:
-    """Two numbers of a large tensor take the space of two numbers."""
+    """A view of two elements of a large tensor needs the space of two elements."""
     kept(torch.zeros(100_000)[:2], tmp_path)
     assert (tmp_path / "c" / "model.safetensors").stat().st_size < 1000
 
 
 def test_tied_weights_are_there_under_each_name(tmp_path: Path) -> None:
-    """Weights that share memory, whole or in part, are each complete in the file."""
+    """Weights that share all or part of their memory are each stored completely."""
     whole = torch.arange(4.0)
     FORMAT.save({"state_dict": {"a": whole, "b": whole, "half": whole[2:], "none": whole[:0]}}, tmp_path / "c")
     tensors = load_file(tmp_path / "c" / "model.safetensors")
@@ -129,7 +129,7 @@ def test_tied_weights_are_there_under_each_name(tmp_path: Path) -> None:
 
 
 def test_saving_does_not_change_what_is_saved(tmp_path: Path) -> None:
-    """The tensors of the running model stay where they are, tied, and keep their gradients' need."""
+    """Saving does not move, untie or detach the tensors of the model."""
     weight = nn.Parameter(torch.ones(2, 2))
     state = {"a": weight, "b": weight}
     FORMAT.save({"state_dict": state}, tmp_path / "c")
@@ -138,7 +138,7 @@ def test_saving_does_not_change_what_is_saved(tmp_path: Path) -> None:
 
 
 def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
-    """Whoever wants the weights, and takes them unchecked, needs no file of the optimizer."""
+    """Loading only the weights without verification needs no file of the optimizer."""
     FORMAT.save(sample(), tmp_path / "c")
     (tmp_path / "c" / "optimizer.safetensors").unlink()
     tree = FORMAT.load(tmp_path / "c", parts={"state_dict", "meta"}, verify=False)
@@ -146,7 +146,7 @@ def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
 
 
 def test_tensors_go_to_the_device_asked_for(tmp_path: Path) -> None:
-    """``map_location`` is where all tensors of the tree are, given as text or as a device."""
+    """``map_location``, a string or a device, applies to all tensors."""
     FORMAT.save(sample(), tmp_path / "c")
     for place in ("meta", torch.device("meta")):
         tree = FORMAT.load(tmp_path / "c", map_location=place)
@@ -155,7 +155,7 @@ def test_tensors_go_to_the_device_asked_for(tmp_path: Path) -> None:
 
 
 def test_an_empty_checkpoint_comes_back(tmp_path: Path) -> None:
-    """A tree without parts, and parts without anything, are checkpoints as well."""
+    """A tree without parts, and empty parts, can be saved and loaded."""
     FORMAT.save({}, tmp_path / "c")
     assert FORMAT.load(tmp_path / "c") == {}
     FORMAT.save({"state_dict": {}, "meta": None}, tmp_path / "c")
@@ -163,7 +163,7 @@ def test_an_empty_checkpoint_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    """After a second save nothing of the first one is left, in the directory or beside it."""
+    """A second save leaves nothing of the first one, in the directory or next to it."""
     FORMAT.save(sample(), tmp_path / "c")
     FORMAT.save({"state_dict": {"x": torch.ones(1)}}, tmp_path / "c")
     assert FORMAT.load(tmp_path / "c") == {"state_dict": {"x": torch.ones(1)}}
@@ -176,7 +176,7 @@ def test_a_checkpoint_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 
 def test_all_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
-    """Colleagues may read the weights as they may read any other new file."""
+    """Files get the default permissions, so that other users may read them as far as the umask allows."""
     before = os.umask(0o027)
     try:
         FORMAT.save(sample(), tmp_path / "c")
@@ -188,7 +188,7 @@ def test_all_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
 @pytest.mark.parametrize("operation", ["write", "fsync"])
 @pytest.mark.parametrize("old", [True, False])
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path, operation: str, old: bool) -> None:
-    """When the disk is full, the old checkpoint is intact, nothing is left beside it, and the error says why."""
+    """If the disk is full, the old checkpoint is intact, nothing else is left, and the error contains the reason."""
     if old:
         FORMAT.save(sample(), tmp_path / "c")
     full = failing(errno.ENOSPC)
@@ -205,7 +205,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, operation: str, ol
 
 
 def test_a_refused_value_leaves_what_was_there(tmp_path: Path) -> None:
-    """A value that cannot be stored is named with its part, and nothing is touched."""
+    """A value that cannot be stored is an error with its part, and nothing is changed."""
     FORMAT.save(sample(), tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"optimizer/a/0 is set"):
         FORMAT.save({"optimizer": {"a": [{1.5}]}}, tmp_path / "c")
@@ -222,7 +222,7 @@ def test_a_refused_value_leaves_what_was_there(tmp_path: Path) -> None:
     ],
 )
 def test_tensors_that_safetensors_lacks_are_named(tensor: Tensor, kind: str, tmp_path: Path) -> None:
-    """A tensor that the form cannot hold is refused by its path."""
+    """A tensor with an unsupported dtype or layout is rejected by its path."""
     with pytest.raises(CheckpointError, match=f"state_dict/x is a tensor .*{kind}"):
         kept(tensor, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -230,14 +230,14 @@ def test_tensors_that_safetensors_lacks_are_named(tensor: Tensor, kind: str, tmp
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", ".", "..", ".hidden", "a\\b", "c:d", 1, None])
 def test_parts_stay_inside_of_the_directory(name: Any, tmp_path: Path) -> None:
-    """A part whose name is no file name is refused before anything is written."""
+    """A part whose name is not a valid file name is rejected before anything is written."""
     with pytest.raises(CheckpointError, match=r"has a part .* Rename it"):
         FORMAT.save({name: {"x": torch.ones(1)}}, tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
-    """``model`` beside ``state_dict`` would take its file, so the pair is refused."""
+    """``model`` and ``state_dict`` would use the same file, so having both is rejected."""
     with pytest.raises(CheckpointError, match="'state_dict' and 'model', which use the same file"):
         FORMAT.save({"state_dict": {"x": torch.ones(1)}, "model": {"x": torch.zeros(1)}}, tmp_path / "c")
     FORMAT.save({"model": {"x": torch.ones(1)}, "state": {"x": torch.zeros(1)}, "manifest": 1}, tmp_path / "c")
@@ -246,7 +246,7 @@ def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["notes.txt", "manifest.json"])
 def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, content: str) -> None:
-    """Saving under the name of a folder that is no checkpoint of ours is an error, and all in it stays."""
+    """Saving to a folder with other content is an error, and the content is kept."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / content).write_text('{"format": "somebody else\'s"}')
     with pytest.raises(CheckpointError, match=r"work is a folder with other content"):
@@ -256,7 +256,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, content: str
 
 @pytest.mark.parametrize("left", [["state.json", "manifest.json"], ["state.json"], []])
 def test_a_damaged_checkpoint_can_be_saved_again(tmp_path: Path, left: list[str]) -> None:
-    """A run that comes to the place of a damaged checkpoint, or an empty folder, replaces it."""
+    """Saving replaces a damaged checkpoint or an empty folder."""
     (tmp_path / "c").mkdir()
     for name in left:
         (tmp_path / "c" / name).write_text("{")
@@ -265,7 +265,7 @@ def test_a_damaged_checkpoint_can_be_saved_again(tmp_path: Path, left: list[str]
 
 
 def test_a_file_is_not_replaced_by_a_directory(tmp_path: Path) -> None:
-    """Where there is a file under the name, it stays."""
+    """A file at the target path is kept."""
     (tmp_path / "c").write_text("mine")
     with pytest.raises(CheckpointError, match="Cannot write a directory where a file exists"):
         FORMAT.save(sample(), tmp_path / "c")
@@ -282,9 +282,9 @@ def refuse(name: str) -> Callable[..., Any]:
 
 
 def test_loading_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither pickle nor eval nor exec takes part in reading a checkpoint."""
+    """Loading a checkpoint calls neither pickle nor eval nor exec."""
     FORMAT.save(sample(), tmp_path / "c")
-    FORMAT.load(tmp_path / "c")  # imports what is imported when first used
+    FORMAT.load(tmp_path / "c")  # do the lazy imports first
     with monkeypatch.context() as patch:
         for name in ("Unpickler", "load", "loads", "_Unpickler", "_load", "_loads"):
             patch.setattr(pickle, name, refuse(name))

@@ -1,4 +1,4 @@
-"""Files of another form that go with a checkpoint of ours."""
+"""Files in another format inside a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _engine_files(folder: Path) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A checkpoint with two such files."""
+    """A checkpoint with two extra files."""
     path = tmp_path / "epoch_1"
     DirectoryFormat().save({"state_dict": {"w": torch.ones(3)}, "meta": {}}, path, write_extra_files=_engine_files)
     return path
 
 
-def test_files_beside_are_published_with_the_rest(saved: Path) -> None:
-    """The manifest has their sizes and digests, by their paths, and the tree is what it was without them."""
+def test_extra_files_are_published_with_the_checkpoint(saved: Path) -> None:
+    """The manifest lists size and digest of each extra file, and the state tree is unaffected."""
     assert read_manifest(saved)["beside"] == {
         "engine/deep/weights.bin": {"bytes": 7, "digest": digest_of(b"weights")},
         "notes.txt": {"bytes": 0, "digest": digest_of(b"")},
@@ -49,15 +49,15 @@ def test_files_beside_are_published_with_the_rest(saved: Path) -> None:
         (lambda file: file.write_bytes(b"wEights"), "is corrupted: its digest does not match"),
     ],
 )
-def test_damage_to_files_beside_is_seen(saved: Path, damage: Callable[[Path], None], said: str) -> None:
-    """A missing, cut or changed file makes the checkpoint a damaged one, which names the file."""
+def test_damaged_extra_files_are_detected(saved: Path, damage: Callable[[Path], None], said: str) -> None:
+    """A missing, truncated or modified extra file is reported as damage by name."""
     damage(saved / "engine" / "deep" / "weights.bin")
     with pytest.raises(CheckpointDamagedError, match=rf"weights\.bin {said}"):
         DirectoryFormat().load(saved)
 
 
 def test_a_manifest_that_leads_out_of_the_folder_is_refused(saved: Path) -> None:
-    """A path with a step upwards is no file beside, whoever sealed it."""
+    """A path that leads out of the directory is rejected, even with a valid digest."""
     manifest = read_manifest(saved)
     del manifest["digest"]
     manifest["beside"] = {"../outside": {"bytes": 7, "digest": digest_of(b"weights")}}
@@ -67,8 +67,8 @@ def test_a_manifest_that_leads_out_of_the_folder_is_refused(saved: Path) -> None
         read_manifest(saved)
 
 
-def test_retention_removes_files_beside_too(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """They belong to the checkpoint; a file that nobody saved keeps the folder."""
+def test_retention_removes_extra_files(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Extra files are removed with the checkpoint; a folder with an unlisted file is kept."""
     (saved / "mine.txt").write_text("keep")
     remove_checkpoints([saved], logging.getLogger("test"))
     assert saved.is_dir()
@@ -78,8 +78,8 @@ def test_retention_removes_files_beside_too(saved: Path, caplog: pytest.LogCaptu
     assert not saved.exists()
 
 
-def test_a_failure_beside_leaves_nothing(tmp_path: Path) -> None:
-    """Where such files cannot be written, no checkpoint appears and nothing is left."""
+def test_a_failure_to_write_extra_files_leaves_nothing(tmp_path: Path) -> None:
+    """If writing extra files fails, no checkpoint appears and nothing is left."""
 
     def fail(folder: Path) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""The checkpoint from which a run goes on."""
+"""Finding the checkpoint from which a run resumes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, save_
 
 
 def saved(path: Path, at: float) -> Path:
-    """Save a checkpoint that says it was saved at that time."""
+    """Save a checkpoint with this time in its manifest."""
     save_checkpoint({"meta": {"iter": 1}, "state_dict": {}}, path)
     if path.is_dir():
         change_manifest(path, saved_at=at)
@@ -22,7 +22,7 @@ def saved(path: Path, at: float) -> Path:
 
 
 def test_the_one_saved_last_is_found(tmp_path: Path) -> None:
-    """Time decides, neither the name nor the order of the folder."""
+    """The recorded time decides, and not the name or the order of directory entries."""
     saved(tmp_path / "epoch_10", 100.0)
     newest = saved(tmp_path / "epoch_9", 300.0)
     saved(tmp_path / "iter_99", 200.0)
@@ -30,7 +30,7 @@ def test_the_one_saved_last_is_found(tmp_path: Path) -> None:
 
 
 def test_saves_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
-    """Without any help, the second of two saves is the latest, also when it replaces an older one."""
+    """The second of two saves is the latest, even if it replaces an older checkpoint."""
     for name in ("b", "a"):
         save_checkpoint({"state_dict": {}}, tmp_path / name)
     assert find_latest_checkpoint(str(tmp_path)) == tmp_path / "a"
@@ -39,7 +39,7 @@ def test_saves_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_single_files_count_by_their_names(tmp_path: Path) -> None:
-    """epoch_<n>.pth and iter_<n>.pth are checkpoints; other files and folders with like names are not."""
+    """epoch_<n>.pth and iter_<n>.pth are checkpoints; files and folders with similar names are not."""
     newest = saved(tmp_path / "iter_20.pth", 200.0)
     saved(tmp_path / "epoch_1.pth", 100.0)
     for name in ("best_acc_3.pth", "epoch_.pth", "epoch_x.pth", "my_epoch_3.pth", "epoch_4.pt", "epoch_5.pth.bak"):
@@ -50,7 +50,7 @@ def test_single_files_count_by_their_names(tmp_path: Path) -> None:
 
 
 def test_both_forms_are_compared(tmp_path: Path) -> None:
-    """A directory and a single file in one folder are told apart by their time."""
+    """A directory and a single file in one folder are compared by time."""
     saved(tmp_path / "epoch_1.pth", 100.0)
     newest = saved(tmp_path / "epoch_2", 200.0)
     assert find_latest_checkpoint(tmp_path) == newest
@@ -59,7 +59,7 @@ def test_both_forms_are_compared(tmp_path: Path) -> None:
 
 
 def test_of_files_made_at_once_the_higher_number_is_later(tmp_path: Path) -> None:
-    """Where the clock of the file system cannot tell, 10 is after 9."""
+    """If the file times are equal, 10 is later than 9."""
     saved(tmp_path / "iter_9.pth", 100.0)
     newest = saved(tmp_path / "iter_10.pth", 100.0)
     assert find_latest_checkpoint(tmp_path) == newest
@@ -67,7 +67,7 @@ def test_of_files_made_at_once_the_higher_number_is_later(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("hidden", [".epoch_2.tmp-1234-0a1b2c3d", ".epoch_2.old-1234-0a1b2c3d", ".mine"])
 def test_hidden_entries_are_skipped(tmp_path: Path, hidden: str) -> None:
-    """What a killed save left is never found, even if it has all files."""
+    """Hidden entries, such as those left by a killed save, are ignored even if they are complete."""
     kept = saved(tmp_path / "epoch_1", 100.0)
     saved(tmp_path / "epoch_2", 200.0).rename(tmp_path / hidden)
     assert find_latest_checkpoint(tmp_path) == kept
@@ -75,7 +75,7 @@ def test_hidden_entries_are_skipped(tmp_path: Path, hidden: str) -> None:
 
 @pytest.mark.parametrize("manifest", ["", "{", "[]", '{"format": "other"}', '{"format": "stratagem-checkpoint"}', None])
 def test_a_damaged_or_foreign_manifest_is_skipped(tmp_path: Path, manifest: str | None) -> None:
-    """A newer folder whose manifest cannot be used does not hide the older checkpoint."""
+    """A newer folder with an unusable manifest does not hide an older checkpoint."""
     kept = saved(tmp_path / "epoch_1", 100.0)
     newer = saved(tmp_path / "epoch_2", 200.0)
     (newer / "manifest.json").unlink() if manifest is None else (newer / "manifest.json").write_text(manifest)
@@ -84,14 +84,14 @@ def test_a_damaged_or_foreign_manifest_is_skipped(tmp_path: Path, manifest: str 
 
 @pytest.mark.parametrize("saved_at", [float("nan"), float("inf"), "300", None, True])
 def test_a_time_that_is_none_is_skipped(tmp_path: Path, saved_at: object) -> None:
-    """A manifest without a time cannot be compared, so it is skipped."""
+    """A checkpoint without a valid time in its manifest is skipped."""
     kept = saved(tmp_path / "epoch_1", 100.0)
     change_manifest(saved(tmp_path / "epoch_2", 200.0), saved_at=saved_at)
     assert find_latest_checkpoint(tmp_path) == kept
 
 
 def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
-    """An empty folder, one of other things, a missing one and a file give None, not an error."""
+    """An empty folder, one with other content, a missing one and a file give None instead of an error."""
     assert find_latest_checkpoint(tmp_path) is None
     (tmp_path / "logs").mkdir()
     (tmp_path / "notes.txt").write_text("x")
@@ -101,8 +101,8 @@ def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
-def test_weights_that_are_not_finite_are_passed_over(tmp_path: Path, suffix: str) -> None:
-    """A checkpoint that was marked so while it was saved is never gone on from, in either form, and is said to be so."""
+def test_checkpoints_with_nan_or_inf_are_skipped(tmp_path: Path, suffix: str) -> None:
+    """A checkpoint marked as not finite is never resumed from, in either format, and its fault is listed."""
     kept = tmp_path / f"epoch_1{suffix}"
     save_checkpoint({"meta": {"iter": 1, "finite": True}, "state_dict": {}}, kept)
     save_checkpoint({"meta": {"iter": 2, "finite": False}, "state_dict": {}}, tmp_path / f"epoch_2{suffix}")
@@ -113,7 +113,7 @@ def test_weights_that_are_not_finite_are_passed_over(tmp_path: Path, suffix: str
 
 
 def test_checkpoints_that_a_run_saves_elsewhere_are_found(tmp_path: Path) -> None:
-    """Where ``last_checkpoint`` names one in another folder, the newest of both folders is taken."""
+    """If ``last_checkpoint`` points to another folder, the newest checkpoint of both folders is found."""
     run, elsewhere = tmp_path / "run", tmp_path / "big" / "run"
     run.mkdir()
     newest = saved(elsewhere / "epoch_2", 300.0)

@@ -1,4 +1,4 @@
-"""Checkpoints that earlier versions wrote are read for good."""
+"""Checkpoints written by earlier versions stay readable."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ["v2-single", "v2-sharded", "v2.pth"]
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Tell whether two trees have the same types and bits."""
+    """Return whether two trees have the same types and are bitwise equal."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if type(one) is not type(other):
@@ -31,10 +31,10 @@ def equal(one: Any, other: Any) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_golden_checkpoint_loads_to_what_was_saved(name: str) -> None:
-    """Written once and never again, by one process and by two: every value, type and kind of container is there."""
+    """A checkpoint that was written once, by one process or by two, is restored with every value and type."""
     assert format_for(GOLDEN / name).verify(GOLDEN / name) > 1000
     found = CheckpointLoader.load_checkpoint(GOLDEN / name)
-    # By hand: eighths up to 14/8, in five rows of three; the moments are the numbers themselves, negative.
+    # Eighths up to 14/8 in five rows of three; the moments are the negative integers.
     weight = torch.tensor([[number / 8 for number in range(row, row + 3)] for row in range(0, 15, 3)])
     assert equal(
         found,
@@ -64,13 +64,13 @@ def test_a_golden_checkpoint_loads_to_what_was_saved(name: str) -> None:
 
 
 def test_ranks_and_one_process_wrote_the_same_files() -> None:
-    """Only the manifests differ, which tell the pieces apart."""
+    """Only the manifests differ, because they list the boxes."""
     for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
         assert (GOLDEN / "v2-single" / name).read_bytes() == (GOLDEN / "v2-sharded" / name).read_bytes()
 
 
 def test_safetensors_alone_reads_the_golden_weights() -> None:
-    """Other tools need nothing of ours."""
+    """The safetensors library alone reads the weights, without Stratagem."""
     tensors = load_file(GOLDEN / "v2-sharded" / "model.safetensors")
     assert sorted(tensors) == ["bias", "count", "nothing", "weight"]
     assert tensors["weight"][4].tolist() == [1.5, 1.625, 1.75]

@@ -1,4 +1,4 @@
-"""A kill at any moment of a save costs nothing that was saved before."""
+"""A save that is killed at any moment never loses an earlier checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_a_kill_while_saving_leaves_whole_checkpoints(tmp_path: Path, suffix: str) -> None:
-    """Whenever a save is killed, the latest checkpoint found is complete: the one before it, or itself."""
+    """After a killed save, the latest checkpoint is complete: the previous one or the new one."""
     script = Path(__file__).with_name("save_sweep.py")
     command = [sys.executable, str(script), str(tmp_path), f"iter_1{suffix}"]
     left = json.loads(
@@ -24,7 +24,7 @@ def test_a_kill_while_saving_leaves_whole_checkpoints(tmp_path: Path, suffix: st
     )
     found = [child["iter"] for child in left]
     assert set(found) == {1, 2, 3}
-    assert found == sorted(found)  # first the old, then its replacement, then the next
+    assert found == sorted(found)  # the old one, then its replacement, then the next one
     assert all(child["same"] for child in left)
     first, second = f"iter_1{suffix}", f"iter_3{suffix}"
     assert all(child["names"] == ([first, second] if child["iter"] == 3 else [first]) for child in left)

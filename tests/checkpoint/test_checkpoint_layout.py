@@ -1,4 +1,4 @@
-"""Where tensors lie in a file of safetensors, beside the library's own reader and writer."""
+"""The layout of safetensors files, compared with the safetensors library."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPECS = st.dictionaries(
 
 @given(SPECS)
 def test_the_library_reads_what_is_laid_out(specs: dict[str, TensorSpec]) -> None:
-    """Bytes put where the layout says are the tensor's bytes for safetensors, for every type and shape."""
+    """The safetensors library reads back the bytes written at the planned offsets, for every dtype and shape."""
     layout = FileLayout.plan(specs)
     file = bytearray(layout.header.ljust(layout.size, b"\x00"))
     for number, (name, spec) in enumerate(specs.items()):
@@ -36,14 +36,14 @@ def test_the_library_reads_what_is_laid_out(specs: dict[str, TensorSpec]) -> Non
 
 @given(SPECS)
 def test_a_layout_is_read_as_it_was_planned(specs: dict[str, TensorSpec]) -> None:
-    """The header says all of it."""
+    """A layout can be restored from the file header."""
     layout = FileLayout.plan(specs)
     found = FileLayout.read(layout.header, layout.size)
     assert (found.specs, found.starts, found.size) == (layout.specs, layout.starts, layout.size)
 
 
 def test_what_the_library_writes_is_read() -> None:
-    """A file that safetensors laid out has its tensors where we look for them."""
+    """The layout of a file written by safetensors is read correctly."""
     data = save({"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.float16)}, {"by": "somebody"})
     header = data[: 8 + int.from_bytes(data[:8], "little")]
     layout = FileLayout.read(header, len(data))
@@ -52,42 +52,42 @@ def test_what_the_library_writes_is_read() -> None:
 
 
 def test_every_tensor_is_aligned_to_its_numbers() -> None:
-    """So that mapped numbers can be used where they lie."""
+    """Every tensor is aligned to its item size, so that a mapped file can be used directly."""
     layout = FileLayout.plan({dtype: TensorSpec(kind, (3,)) for kind, dtype in DTYPES.items()})
     assert all(layout.starts[name] % spec.dtype.itemsize == 0 for name, spec in layout.specs.items())
     assert len(layout.header) % 64 == 0
 
 
 def test_chunks_are_in_bytes_of_the_file() -> None:
-    """The second and third of four numbers of 8 bytes begin 8 bytes behind the first, which is behind the header."""
+    """The second and third of four 8-byte elements start 8 bytes after the start of the tensor."""
     layout = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))})
     assert list(layout.chunks("a", iter([(1, 2)]))) == [(len(layout.header) + 8, 16)]
 
 
 @pytest.mark.parametrize("size", [-1, 1])
 def test_a_file_of_another_size_is_refused(size: int) -> None:
-    """A header and a file that do not fit are damage."""
+    """A header that does not match the file size is damage."""
     layout = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))})
     with pytest.raises(CheckpointDamagedError, match="its tensors have 32 bytes"):
         FileLayout.read(layout.header, layout.size + size)
 
 
 def test_names_that_no_reader_takes_are_refused() -> None:
-    """A header that the library would refuse to read is not written."""
+    """A header larger than safetensors supports is not written."""
     name = "x" * 100_000_001
     with pytest.raises(CheckpointError, match=r"header of 10000\d{4} bytes"):
         FileLayout.plan({name: TensorSpec(torch.int64, ())})
 
 
 def test_the_size_of_a_tensor_is_that_of_its_numbers() -> None:
-    """Also of none."""
+    """The size of a tensor is that of its elements, which may be none."""
     assert TensorSpec(torch.float64, (3, 5)).nbytes == math.prod((3, 5, 8))
     assert TensorSpec(torch.float64, (3, 0)).nbytes == 0
     assert TensorSpec(torch.bool, ()).nbytes == 1
 
 
 def test_the_header_is_plain_json_with_spaces_behind() -> None:
-    """As https://huggingface.co/docs/safetensors describes it."""
+    """The header is padded JSON as described at https://huggingface.co/docs/safetensors."""
     header = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))}).header
     assert int.from_bytes(header[:8], "little") == len(header) - 8
     assert json.loads(header[8:]) == {

@@ -1,4 +1,4 @@
-"""A saved state goes into a model, and what does not fit is said."""
+"""Loading a state dict into a model, and reporting what does not match."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def net() -> nn.Sequential:
 
 
 def ones(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
-    """Return a state for the module in which every number is one."""
+    """Return a state dict for the module in which all values are one."""
     return {prefix + key: torch.ones_like(value) for key, value in module.state_dict().items()}
 
 
 def copied(module: nn.Module) -> dict[str, list[Any]]:
-    """Return the numbers of a model as they are now."""
+    """Return a copy of the values of a model."""
     return {key: value.tolist() for key, value in module.state_dict().items()}
 
 
 def all_ones(module: nn.Module) -> bool:
-    """Tell whether every number of a model is one."""
+    """Return whether all values of a model are one."""
     return all(bool((value == 1).all()) for value in module.state_dict().values())
 
 
@@ -36,7 +36,7 @@ def all_ones(module: nn.Module) -> bool:
     "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
 )
 def test_wrapped_states_fit_the_bare_model(prefix: str) -> None:
-    """A state saved from inside DDP or torch.compile is loaded whole, without any option."""
+    """A state dict saved inside DDP or torch.compile is loaded completely without any option."""
     model = net()
     report = load_state_dict(model, ones(model, prefix), strict=True)
     assert report == LoadReport(matched=4, total=4)
@@ -45,7 +45,7 @@ def test_wrapped_states_fit_the_bare_model(prefix: str) -> None:
 
 
 class OwnModule(nn.Module):
-    """A model with a part that is called as DDP calls its own."""
+    """A model with a submodule that has the same name as DDP's wrapped module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,20 +54,20 @@ class OwnModule(nn.Module):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 def test_a_part_called_module_is_no_wrapper(prefix: str) -> None:
-    """A model whose own part is called ``module`` loads its state, wrapped or not."""
+    """A model with its own submodule ``module`` loads its state dict, wrapped or not."""
     model = OwnModule()
     assert load_state_dict(model, ones(model, prefix), strict=True).exact
     assert all_ones(model)
 
 
 def test_names_that_only_begin_alike_are_kept() -> None:
-    """The default pattern takes ``module.`` away, not the beginning of ``modules_list``."""
+    """The default pattern removes ``module.``, but not the beginning of ``modules_list``."""
     model = nn.ModuleDict({"modules_list": nn.Linear(1, 1)})
     assert load_state_dict(model, ones(model), strict=True, revise_keys=DEFAULT_REVISE_KEYS).exact
 
 
 def test_keys_are_rewritten_in_turn() -> None:
-    """Patterns are applied one after the other, with groups in the replacement."""
+    """Patterns are applied one after the other, and replacements may use groups."""
     model = nn.ModuleDict({"body_0": nn.Linear(1, 1)})
     state = {"net.backbone.0.weight": torch.ones(1, 1), "net.backbone.0.bias": torch.ones(1)}
     revise = [(r"^net\.", ""), (r"^backbone\.(\d)", r"body_\1")]
@@ -76,7 +76,7 @@ def test_keys_are_rewritten_in_turn() -> None:
 
 
 def test_a_key_can_be_rewritten_away() -> None:
-    """A name that the user rewrote to something unknown is not loaded under its old name."""
+    """A key that the user rewrote to an unknown name is not loaded by its old name."""
     model = net()
     report = load_state_dict(model, ones(model), revise_keys=[(r"^1\.", "unused.")])
     assert report.missing == ("1.weight", "1.bias")
@@ -84,7 +84,7 @@ def test_a_key_can_be_rewritten_away() -> None:
 
 
 def test_two_keys_for_one_name_are_refused() -> None:
-    """Where a wrapped and a bare key stand for the same, neither is chosen silently."""
+    """A wrapped and an unwrapped key for the same name are an error, and neither is silently chosen."""
     model = net()
     before = copied(model)
     with pytest.raises(CheckpointMismatchError, match=r"'0.weight' and 'module.0.weight' both map to '0.weight'"):
@@ -93,7 +93,7 @@ def test_two_keys_for_one_name_are_refused() -> None:
 
 
 def test_differences_are_reported_and_the_rest_is_loaded() -> None:
-    """Without strict, what fits is loaded; missing, unexpected and shape_mismatches keys are told apart."""
+    """Without strict, matching keys are loaded, and missing, unexpected and differently shaped ones are reported."""
     model = net()
     bias = model[1].bias.tolist()
     state = {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3), "1.bias": torch.ones(7), "head": torch.ones(1)}
@@ -113,7 +113,7 @@ def test_differences_are_reported_and_the_rest_is_loaded() -> None:
 
 
 def test_the_first_differing_keys_and_their_number_are_shown() -> None:
-    """Of many keys ten are named, and how many more there are."""
+    """Only the first ten of many keys are listed, with the number of the others."""
     report = LoadReport(matched=1, total=26, missing=tuple(f"layer.{index}" for index in range(25)))
     text = report.describe()
     assert "25 missing in the checkpoint: layer.0, layer.1," in text
@@ -132,7 +132,7 @@ def test_the_first_differing_keys_and_their_number_are_shown() -> None:
     ids=["missing", "unexpected", "shape_mismatches"],
 )
 def test_a_strict_load_that_differs_changes_nothing(change: Any) -> None:
-    """With strict, any difference is an error with the report's text, and the model is as before."""
+    """With strict, any difference is an error with the report, and the model is unchanged."""
     model = net()
     before, state = copied(model), ones(model)
     change(state)
@@ -142,7 +142,7 @@ def test_a_strict_load_that_differs_changes_nothing(change: Any) -> None:
 
 
 def test_nothing_in_common_is_an_error_without_strict_too() -> None:
-    """A checkpoint of another model never counts as loaded; the error shows keys of both and what may help."""
+    """A checkpoint of a different model is an error that lists keys of both and suggests what to do."""
     model = net()
     before = copied(model)
     with pytest.raises(CheckpointMismatchError, match=r"(?s)No key .* 0\.weight.* encoder\.a.*revise_keys"):
@@ -155,7 +155,7 @@ def test_nothing_in_common_is_an_error_without_strict_too() -> None:
 
 
 def test_a_model_without_state_loads_an_empty_state() -> None:
-    """Where there is nothing to load, an empty state fits exactly."""
+    """An empty state dict matches a model without state exactly."""
     assert load_state_dict(nn.ReLU(), {}, strict=True) == LoadReport(matched=0, total=0)
 
 
@@ -169,7 +169,7 @@ def test_something_else_than_a_tensor_changes_nothing() -> None:
 
 
 def test_batch_norms_counter_may_be_missing() -> None:
-    """Checkpoints older than ``num_batches_tracked`` load strictly; the counter stays."""
+    """Checkpoints older than ``num_batches_tracked`` can be loaded strictly; the counter is unchanged."""
     model = nn.BatchNorm1d(2)
     state = {key: value for key, value in ones(model).items() if key != "num_batches_tracked"}
     assert load_state_dict(model, state, strict=True).exact
@@ -178,7 +178,7 @@ def test_batch_norms_counter_may_be_missing() -> None:
 
 
 def test_the_state_given_is_not_changed() -> None:
-    """Loading leaves the caller's dict as it is."""
+    """Loading does not change the caller's dict."""
     model = net()
     state = ones(model, "module.")
     keys = list(state)
@@ -187,7 +187,7 @@ def test_the_state_given_is_not_changed() -> None:
 
 
 class Renaming(nn.Module):
-    """Loads states from when its parameter was called ``old``."""
+    """A module that also loads state dicts in which its parameter is called ``old``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class Renaming(nn.Module):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_hooks_that_rename_are_believed(strict: bool) -> None:
-    """What a module's own hook renames counts as found, also where no key fits before."""
+    """A key that a module's hook renames counts as matched, even if no key matched before."""
     model = Renaming()
     report = load_state_dict(model, {"old": torch.ones(2), "plain": torch.ones(1)}, strict=strict)
     assert report == LoadReport(matched=2, total=2)
@@ -222,7 +222,7 @@ def test_hooks_that_rename_are_believed(strict: bool) -> None:
     ],
 )
 def test_a_model_with_hooks_is_unchanged_too(state: dict[str, Tensor], strict: bool, text: str) -> None:
-    """A refused load of a model that renames keys leaves its numbers as they were."""
+    """A rejected load leaves a model with renaming hooks unchanged."""
     model = Renaming()
     with pytest.raises(CheckpointMismatchError, match=text):
         load_state_dict(model, state, strict=strict)
@@ -230,14 +230,14 @@ def test_a_model_with_hooks_is_unchanged_too(state: dict[str, Tensor], strict: b
 
 
 def test_lazy_modules_take_their_shape_from_the_checkpoint() -> None:
-    """A module that does not know its input yet is loaded."""
+    """A lazy module that is not yet initialized can be loaded."""
     model = nn.LazyLinear(2)
     assert load_state_dict(model, {"weight": torch.ones(2, 5), "bias": torch.ones(2)}, strict=True).exact
     assert model.weight.shape == (2, 5)
 
 
 class Versioned(nn.Module):
-    """Since version 2 its weight is twice what it was."""
+    """A module whose weight is twice as large since version 2."""
 
     _version = 2
 
@@ -253,7 +253,7 @@ class Versioned(nn.Module):
 
 @pytest.mark.parametrize("wrapper", [nn.Identity, nn.DataParallel])
 def test_versions_of_modules_survive(wrapper: type[nn.Module]) -> None:
-    """A module that converts states of older versions does not convert one of its own, wrapped or not."""
+    """A module does not convert state of its current version, wrapped or not."""
     inner = nn.Sequential(Versioned())
     source = wrapper(inner) if wrapper is nn.DataParallel else inner
     target = nn.Sequential(Versioned())
@@ -264,7 +264,7 @@ def test_versions_of_modules_survive(wrapper: type[nn.Module]) -> None:
 
 
 def test_weights_go_to_the_cpu_without_a_copy() -> None:
-    """Tensors that are on the CPU share memory with the model and need no gradient; the rest is passed on."""
+    """CPU tensors are not copied and do not require gradients; other values are passed through."""
     weight = nn.Parameter(torch.ones(2))
     state = weights_to_cpu({"weight": weight, "extra": {"steps": 3}})
     assert state["weight"].data_ptr() == weight.data_ptr()

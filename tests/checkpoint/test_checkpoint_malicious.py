@@ -1,4 +1,4 @@
-"""Checkpoints of our own form, with seals and digests that fit, that somebody made to do harm."""
+"""Malicious checkpoint directories with valid digests."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Manifest = dict[str, Any]
 
 @pytest.fixture
 def made(tmp_path: Path) -> Path:
-    """A checkpoint to change."""
+    """A checkpoint to modify."""
     path = tmp_path / "epoch_1"
     FORMAT.save({"meta": {"iter": 1}, "state_dict": {"a": torch.arange(4.0), "b": torch.arange(4.0)}}, path)
     return path
 
 
 def rewrite(path: Path, name: str, data: bytes) -> None:
-    """Put other bytes into a file and let the manifest say that they were written."""
+    """Replace the content of a file and update the manifest."""
     (path / name).write_bytes(data)
     manifest = json.loads((path / "manifest.json").read_text())
     if name == "state.json":
@@ -42,7 +42,7 @@ def rewrite(path: Path, name: str, data: bytes) -> None:
 
 
 def with_header(path: Path, change: Callable[[dict[str, Any]], object] | bytes) -> None:
-    """Give the model's file another header, of the same length, or bytes for one."""
+    """Replace the header of the model file by one of the same length, or by the given bytes."""
     data = (path / "model.safetensors").read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -54,21 +54,21 @@ def with_header(path: Path, change: Callable[[dict[str, Any]], object] | bytes) 
 
 
 def with_manifest(path: Path, change: Callable[[Manifest], object]) -> None:
-    """Change the manifest and seal it."""
+    """Modify the manifest and update its digest."""
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
     seal(path, manifest)
 
 
 def huge_header(path: Path) -> None:
-    """Say that the header has more bytes than any memory."""
+    """Declare a header that is larger than any memory."""
     data = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes((1 << 62).to_bytes(8, "little") + data[8:])
     with_manifest(path, lambda m: m["files"]["model.safetensors"]["header"].update(bytes=1 << 62))
 
 
 def sparse(name: str) -> Callable[[Path], None]:
-    """Return what makes a file of a tebibyte that takes no room."""
+    """Return a function that makes a file one tebibyte long without using disk space."""
 
     def grow(path: Path) -> None:
         with (path / name).open("r+b") as file:
@@ -80,7 +80,7 @@ def sparse(name: str) -> Callable[[Path], None]:
 
 
 def piece(number: int, start: list[Any], shape: list[Any]) -> Callable[[Path], None]:
-    """Return what gives the manifest another piece of the tensor ``a``."""
+    """Return a function that replaces a box of the tensor ``a`` in the manifest."""
 
     def change(manifest: Manifest) -> None:
         manifest["tensors"]["state_dict"]["a"]["pieces"][number:] = [[start, shape, "0" * 64]]
@@ -89,12 +89,12 @@ def piece(number: int, start: list[Any], shape: list[Any]) -> Callable[[Path], N
 
 
 def offsets(begin: Any, end: Any) -> Callable[[Path], None]:
-    """Return what puts the tensor ``a`` elsewhere in the file."""
+    """Return a function that changes the offsets of the tensor ``a`` in the file."""
     return lambda path: with_header(path, lambda header: header["a"].update(data_offsets=[begin, end]))
 
 
 def another_shape(*shape: Any) -> Callable[[Path], None]:
-    """Return what gives the tensor ``a`` a shape in header and manifest."""
+    """Return a function that changes the shape of the tensor ``a`` in header and manifest."""
 
     def change(path: Path) -> None:
         with_header(path, lambda header: header["a"].update(shape=list(shape)))
@@ -104,7 +104,7 @@ def another_shape(*shape: Any) -> Callable[[Path], None]:
 
 
 def parts(names: dict[str, Any]) -> Callable[[Path], None]:
-    """Return what makes the description of the tree say that."""
+    """Return a function that replaces the description of the state tree."""
     return lambda path: rewrite(path, "state.json", json.dumps(names).encode())
 
 
@@ -173,7 +173,7 @@ CORPUS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("harm", CORPUS.values(), ids=CORPUS.keys())
 def test_what_was_made_to_do_harm_is_refused(made: Path, harm: Callable[[Path], None]) -> None:
-    """It is one of our errors, nothing outside is touched, and no file can claim the memory."""
+    """A malicious checkpoint raises a CheckpointError, touches no other file and cannot exhaust the memory."""
     harm(made)
     tracemalloc.start()
     try:
@@ -185,7 +185,7 @@ def test_what_was_made_to_do_harm_is_refused(made: Path, harm: Callable[[Path], 
 
 
 def test_the_corpus_is_refused_for_what_it_changes(made: Path) -> None:
-    """A checkpoint that is rewritten without a change is read: seals and digests of these tests fit."""
+    """A checkpoint rewritten without a change can be loaded, so these tests do produce valid digests."""
     rewrite(made, "state.json", (made / "state.json").read_bytes())
     with_header(made, lambda header: header)
     with_manifest(made, lambda manifest: manifest)
@@ -193,7 +193,7 @@ def test_the_corpus_is_refused_for_what_it_changes(made: Path) -> None:
 
 
 def test_a_name_cannot_lead_out_of_the_checkpoint(made: Path, tmp_path: Path) -> None:
-    """Unchecked too, a part that is named like a path reads nothing outside."""
+    """Even without verification, a part named like a path reads nothing outside the directory."""
     (tmp_path / "secret.safetensors").write_bytes((made / "model.safetensors").read_bytes())
     parts({"../secret": {"$tensor": "a"}})(made)
     with pytest.raises(CheckpointError, match="missing"):

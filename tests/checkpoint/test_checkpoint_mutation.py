@@ -1,4 +1,4 @@
-"""Whatever happens to the bytes of a checkpoint, it is never silently another one."""
+"""A checkpoint with random changes to its bytes is never silently loaded as a different one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sweeps.trial import same, state
 
 @st.composite
 def mutations(draw: st.DrawFn) -> list[tuple[str, float, float, bytes]]:
-    """Draw changes: a kind, two places as shares of the file, and bytes."""
+    """Draw changes: a kind, two positions as fractions of the file, and bytes."""
     kinds = st.sampled_from(["overwrite", "insert", "delete", "copy", "reverse", "other"])
     share = st.floats(0, 1)
     return draw(st.lists(st.tuples(kinds, share, share, st.binary(min_size=1, max_size=16)), min_size=1, max_size=4))
@@ -44,9 +44,9 @@ def mutate(data: bytes, other: bytes, changes: list[tuple[str, float, float, byt
 def test_a_mutated_checkpoint_is_refused_or_the_same(
     tmp_path: Path, name: str, number: int, changes: list[tuple[str, float, float, bytes]]
 ) -> None:
-    """Random changes to any of its files give an error of ours, or the state that was saved: never another state.
+    """Random changes to any file give a CheckpointError or the saved state, but never a different state.
 
-    A single file whose bytes were all replaced by those of another checkpoint is that checkpoint, and nothing between.
+    A single file that is completely replaced by that of another checkpoint may load as that checkpoint.
     """
     sound, other, path = (tmp_path / f"{which}{name}" for which in ("sound", "other", "mutated"))
     if not sound.exists():
@@ -69,7 +69,7 @@ def test_a_mutated_checkpoint_is_refused_or_the_same(
 
 
 def test_every_flipped_bit_of_a_single_file_is_damage_or_means_nothing(tmp_path: Path) -> None:
-    """Never an error of another kind, which would stop a run that could go on from the checkpoint before."""
+    """A flipped bit is never another exception, which would keep a run from resuming from an older checkpoint."""
     path = tmp_path / "iter_1.pth"
     save_checkpoint(state(1), path)
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Names of parameters without wrappers, and optimizers' state by them."""
+"""Parameter names without wrappers, and optimizer state keyed by them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stratagem.errors import CheckpointMismatchError
     ],
 )
 def test_wrappers_leave_no_trace_in_names(name: str, bare: str) -> None:
-    """DDP's, torch.compile's and FSDP's parts of a name are taken away, and nothing that only looks alike."""
+    """Prefixes of DDP, torch.compile and FSDP are removed, but not similar components."""
     assert unwrapped_name(name) == bare
 
 
@@ -41,7 +41,7 @@ def model() -> nn.Sequential:
 
 
 def trained(net: nn.Module, groups: list[list[str]], **options: Any) -> torch.optim.Adam:
-    """Return an optimizer of the named parameters after one step in which each has another gradient."""
+    """Return an optimizer of the named parameters after one step with a different gradient for each."""
     parameters = dict(net.named_parameters())
     optimizer = torch.optim.Adam([{"params": [parameters[name] for name in group]} for group in groups], **options)
     for number, parameter in enumerate(parameters.values(), start=1):
@@ -51,7 +51,7 @@ def trained(net: nn.Module, groups: list[list[str]], **options: Any) -> torch.op
 
 
 def moments(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, float]:
-    """Return the first number of Adam's first moment for each parameter: a tenth of its gradient after one step."""
+    """Return an element of Adam's first moment for each parameter: a tenth of its gradient after one step."""
     return {
         name: round(float(optimizer.state[parameter]["exp_avg"].flatten()[0]), 4)
         for name, parameter in net.named_parameters()
@@ -63,7 +63,7 @@ ALL = [list(MOMENTS)]
 
 
 def test_parameters_are_named_group_by_group() -> None:
-    """Each group's parameters have the model's names, in the group's order; strangers are named by their place."""
+    """Each group's parameters have the model's names in the group's order; other parameters are named by position."""
     net = model()
     stranger = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [net[1].bias, net[0].weight]}, {"params": [stranger, net[0].bias]}], lr=1)
@@ -71,7 +71,7 @@ def test_parameters_are_named_group_by_group() -> None:
 
 
 def test_state_is_stored_by_name() -> None:
-    """Names stand for torch's indices, and how the machine computes a step is left out."""
+    """State is keyed by name instead of torch's indices, without options of the implementation."""
     net = model()
     optimizer = trained(net, [["1.weight"], ["0.bias", "0.weight", "1.bias"]], lr=0.5, foreach=True)
     state = optimizer_by_name(optimizer.state_dict(), parameter_names(optimizer, net))
@@ -82,7 +82,7 @@ def test_state_is_stored_by_name() -> None:
 
 
 def test_the_order_of_parameters_does_not_matter() -> None:
-    """Each parameter gets its own moments back where a group lists them in another order."""
+    """Each parameter gets its own moments, even if a group lists the parameters in another order."""
     net, other = model(), model()
     saved = trained(net, ALL, lr=0.5)
     state = optimizer_by_name(saved.state_dict(), parameter_names(saved, net))
@@ -95,7 +95,7 @@ def test_the_order_of_parameters_does_not_matter() -> None:
 
 
 def test_conversion_leaves_its_arguments_alone() -> None:
-    """Neither direction changes the state or the groups that it is given."""
+    """Neither direction changes its arguments."""
     net = model()
     optimizer = trained(net, ALL)
     names = parameter_names(optimizer, net)
@@ -110,7 +110,7 @@ def test_conversion_leaves_its_arguments_alone() -> None:
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_the_implementation_is_that_of_this_run(by_name: bool) -> None:
-    """A run that chose fused or foreach keeps its choice, whatever the checkpoint was computed with."""
+    """This run's choice of fused or foreach is kept, regardless of the checkpoint's."""
     net = model()
     saved = trained(net, ALL, foreach=True)
     state: dict[str, Any] = saved.state_dict()
@@ -124,7 +124,7 @@ def test_the_implementation_is_that_of_this_run(by_name: bool) -> None:
 
 
 def test_torchs_own_state_is_taken_by_index() -> None:
-    """What torch's optimizer saved itself is loaded in its order."""
+    """A state dict saved by torch's optimizer is loaded by index."""
     net = model()
     saved = trained(net, ALL, lr=0.5)
     fresh = torch.optim.Adam(net.parameters(), lr=0.1)
@@ -135,7 +135,7 @@ def test_torchs_own_state_is_taken_by_index() -> None:
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_another_number_of_groups_is_told(by_name: bool) -> None:
-    """Two groups in the checkpoint and one here is an error with both numbers and what to do."""
+    """A different number of groups is an error with both numbers and a suggestion."""
     net = model()
     saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
     state: dict[str, Any] = saved.state_dict()
@@ -149,7 +149,7 @@ def test_another_number_of_groups_is_told(by_name: bool) -> None:
 
 
 def test_other_parameters_in_a_group_are_named() -> None:
-    """A group with other parameters is an error that names those of each side."""
+    """A group with different parameters is an error that lists those of each side."""
     net = model()
     saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
     state = optimizer_by_name(saved.state_dict(), parameter_names(saved, net))
@@ -161,7 +161,7 @@ def test_other_parameters_in_a_group_are_named() -> None:
 
 
 def test_another_number_of_parameters_by_index_is_told() -> None:
-    """Where there are no names, the sizes of groups are compared."""
+    """Without names, the sizes of the groups are compared."""
     net = model()
     saved = trained(net, ALL)
     fresh = torch.optim.Adam([net[0].weight])

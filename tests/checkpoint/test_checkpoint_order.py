@@ -1,4 +1,4 @@
-"""Which of several checkpoints is the newest, from what their manifests record."""
+"""Which checkpoint is the newest, according to their manifests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stratagem.cli.ckpt.listing import list_checkpoints as print_checkpoints
 def save(
     path: Path, *, run: str = "a", order: tuple[int, int] | None = None, at: float = 100.0, iteration: int = 1
 ) -> Path:
-    """Save a checkpoint as a run does, at that time by the clock."""
+    """Save a checkpoint as a run would, at this time."""
     meta: dict[str, Any] = {"iter": iteration, "run_id": run, "purpose": {"series": "iter_{}", "number": iteration}}
     if order is not None:
         meta["save_order"] = {"session": order[0], "save": order[1]}
@@ -37,13 +37,13 @@ def save(
 
 
 def names(folder: Path) -> list[str]:
-    """The names of the checkpoints in a folder, the newest first."""
+    """Return the names of the checkpoints in a folder, newest first."""
     return [each.path.name for each in list_checkpoints(folder)]
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_within_a_run_session_and_save_decide(tmp_path: Path, suffix: str):
-    """Whatever the time, the iteration and the name say; folders and files are compared alike."""
+    """Session and save number decide instead of time, iteration or name, for directories and files alike."""
     save(tmp_path / f"d{suffix}", order=(1, 9), at=900.0, iteration=90)
     save(tmp_path / f"c{suffix}", order=(2, 10), at=500.0, iteration=10)
     save(tmp_path / "b", order=(2, 11), at=100.0, iteration=20)
@@ -53,27 +53,27 @@ def test_within_a_run_session_and_save_decide(tmp_path: Path, suffix: str):
 
 
 def test_between_runs_the_clock_decides(tmp_path: Path):
-    """By the newest checkpoint of each; how many sessions a run has had says nothing about another."""
+    """Runs are ordered by the time of their newest checkpoint, regardless of their number of sessions."""
     save(tmp_path / "old_1", run="old", order=(7, 1), at=100.0)
     save(tmp_path / "old_2", run="old", order=(7, 2), at=200.0)
     save(tmp_path / "new_1", run="new", order=(1, 1), at=150.0)
     save(tmp_path / "new_2", run="new", order=(1, 2), at=300.0)
-    # If the newest is damaged, the next of the same run is used, not one of another run that was saved in between.
+    # If the newest is damaged, the next one of the same run is used, even if another run saved later than that.
     assert names(tmp_path) == ["new_2", "new_1", "old_2", "old_1"]
 
 
 def test_checkpoints_without_numbers_are_ordered_by_the_clock(tmp_path: Path):
-    """Those of earlier versions, among themselves and with later ones of their run; and those saved without a run."""
+    """Checkpoints without numbers, of earlier versions or saved without a run, are ordered by the clock."""
     save(tmp_path / "iter_1", at=100.0)
     save(tmp_path / "iter_2", at=200.0, iteration=2)
     save(tmp_path / "iter_3", order=(1, 1), at=300.0, iteration=3)
     assert names(tmp_path) == ["iter_3", "iter_2", "iter_1"]
     # An earlier version was used again.
     save(tmp_path / "iter_4", at=400.0, iteration=4)
-    # The clock was set back after that.
+    # After that, the clock was set back.
     save(tmp_path / "iter_5", order=(2, 1), at=350.0, iteration=5)
     assert names(tmp_path) == ["iter_4", "iter_5", "iter_3", "iter_2", "iter_1"]
-    # Eight digits in a name do not make it a file that published_keys wrote.
+    # Eight digits in a name do not make it a file written because of published_keys.
     by_hand = {"state_dict": {}, "generators": {}, "meta": {"stratagem": "0.1"}}
     save_checkpoint(by_hand, tmp_path / "by_hand-00000006.pth")
     assert names(tmp_path)[0] == "by_hand-00000006.pth"
@@ -96,7 +96,7 @@ def test_checkpoints_without_numbers_are_ordered_by_the_clock(tmp_path: Path):
     ids=repr,
 )
 def test_numbers_that_make_no_sense_make_a_checkpoint_unusable(tmp_path: Path, forged: Any):
-    """It is listed with that fault, another is resumed from, and no run removes it."""
+    """An invalid save order is listed as a fault; the checkpoint is not resumed from and never removed."""
     kept = save(tmp_path / "iter_1", order=(1, 1), at=100.0)
     for name in ("iter_2", "e_2.pth"):
         meta = {"iter": 2, "run_id": "a", "save_order": forged}
@@ -111,7 +111,7 @@ def test_numbers_that_make_no_sense_make_a_checkpoint_unusable(tmp_path: Path, f
 
 @pytest.mark.parametrize("changes", [{"position": [1]}, {"position": ...}, {"run_id": 5}, {"purpose": "x"}])
 def test_other_facts_of_the_wrong_kind_are_not_taken(tmp_path: Path, changes: dict[str, Any]):
-    """A manifest that somebody else sealed stops neither resuming nor retention."""
+    """Other malformed fields in a valid manifest stop neither resuming nor retention."""
     path = save(tmp_path / "iter_1", order=(1, 1))
     change_manifest(path, **changes)
     assert find_latest_checkpoint(tmp_path) == path
@@ -119,7 +119,7 @@ def test_other_facts_of_the_wrong_kind_are_not_taken(tmp_path: Path, changes: di
 
 
 def test_the_manifest_records_the_numbers(tmp_path: Path):
-    """Beside the run's id; a value of the user's own under that name is left to the user."""
+    """The manifest contains the save order next to the run id; a user's own value of that name is ignored."""
     assert read_manifest(save(tmp_path / "iter_1", order=(3, 12)))["save_order"] == {"session": 3, "save": 12}
     save_checkpoint({"state_dict": {}, "meta": {"save_order": "mine"}}, tmp_path / "by_hand")
     assert "save_order" not in read_manifest(tmp_path / "by_hand")
@@ -127,7 +127,7 @@ def test_the_manifest_records_the_numbers(tmp_path: Path):
 
 
 def test_a_checkpoint_that_was_copied_from_another_run_is_one_of_another_run(tmp_path: Path):
-    """It is used if it is the newer by the clock, and never removed with this run's."""
+    """A checkpoint copied from another run may be resumed from if it is newer, but is never removed."""
     save(tmp_path / "iter_8", order=(5, 4), at=200.0)
     copied = save(tmp_path / "copied.pt", run="b", order=(9, 9), at=100.0)
     assert names(tmp_path) == ["iter_8", "copied.pt"]
@@ -138,7 +138,7 @@ def test_a_checkpoint_that_was_copied_from_another_run_is_one_of_another_run(tmp
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
 def test_finding_reads_no_tensor(tmp_path: Path, suffix: str):
-    """Of a file whose tensors are damaged, what it records is still read; loading it finds the damage."""
+    """The metadata of a file with damaged tensors can be read; loading it detects the damage."""
     path = tmp_path / f"e_1{suffix}"
     save_checkpoint({"meta": {"run_id": "a"}, "state_dict": {"w": torch.full((1 << 16,), 7.0)}}, path)
     data = bytearray(path.read_bytes())
@@ -149,7 +149,7 @@ def test_finding_reads_no_tensor(tmp_path: Path, suffix: str):
 
 
 def test_listing_shows_the_order_that_resuming_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """`stratagem ckpt ls` begins with the checkpoint that resume=True takes."""
+    """`stratagem ckpt ls` starts with the checkpoint that resume=True uses."""
     save(tmp_path / "iter_9", order=(1, 9), at=900.0)
     save(tmp_path / "iter_3", order=(2, 1), at=100.0)
     print_checkpoints(tmp_path)

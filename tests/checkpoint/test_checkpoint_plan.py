@@ -1,4 +1,4 @@
-"""Who writes which part of which tensor."""
+"""Which rank writes which box of each tensor."""
 
 from __future__ import annotations
 
@@ -17,34 +17,40 @@ UPPER, LOWER = TensorBox((0, 0), (2, 2)), TensorBox((2, 0), (2, 2))
 
 
 def test_of_replicas_the_first_writes() -> None:
-    """Four ranks hold two halves twice: each half is written once, by the lower rank."""
+    """Two halves held by four ranks are each written once, by the lower rank."""
     holders = [(rank, (SPEC, (half,))) for rank, half in enumerate([UPPER, LOWER, UPPER, LOWER])]
-    assert [(piece.box, piece.rank) for piece in _assign_writers("w", SPEC, holders)] == [(UPPER, 0), (LOWER, 1)]
+    assert [(assignment.box, assignment.rank) for assignment in _assign_writers("w", SPEC, holders)] == [
+        (UPPER, 0),
+        (LOWER, 1),
+    ]
 
 
-def test_pieces_are_in_order_of_their_place() -> None:
-    """Whatever rank holds the first of them."""
+def test_boxes_are_ordered_by_position() -> None:
+    """Boxes are ordered by position, regardless of the ranks that hold them."""
     holders = [(0, (SPEC, (LOWER,))), (1, (SPEC, (UPPER,)))]
-    assert [(piece.box, piece.rank) for piece in _assign_writers("w", SPEC, holders)] == [(UPPER, 1), (LOWER, 0)]
+    assert [(assignment.box, assignment.rank) for assignment in _assign_writers("w", SPEC, holders)] == [
+        (UPPER, 1),
+        (LOWER, 0),
+    ]
 
 
 def test_ranks_that_hold_nothing_write_nothing() -> None:
-    """Five rows on eight ranks leave some without."""
+    """Five rows on eight ranks leave some ranks without a box."""
     empty = TensorBox((4, 0), (0, 2))
     holders = [(0, (SPEC, (TensorBox.whole((4, 2)),))), (1, (SPEC, (empty,))), (2, (SPEC, ()))]
-    assert [piece.rank for piece in _assign_writers("w", SPEC, holders)] == [0]
+    assert [assignment.rank for assignment in _assign_writers("w", SPEC, holders)] == [0]
 
 
 def test_an_empty_tensor_is_written_by_the_first() -> None:
-    """So that it is in the manifest."""
+    """The first rank writes an empty tensor, so that it is in the manifest."""
     spec = TensorSpec(torch.float32, (0, 2))
     holders = [(rank, (spec, (TensorBox.whole((0, 2)),))) for rank in range(2)]
-    assert [piece.rank for piece in _assign_writers("w", spec, holders)] == [0]
+    assert [assignment.rank for assignment in _assign_writers("w", spec, holders)] == [0]
 
 
 @pytest.mark.parametrize("halves", [[UPPER], [UPPER, TensorBox((1, 0), (3, 2))], [UPPER, TensorBox((2, 0), (3, 2))]])
 def test_gaps_and_overlaps_are_refused(halves: list[TensorBox]) -> None:
-    """A rank that is missing, or ranks that cut differently, would give a file that nobody saved."""
+    """A missing rank or inconsistent sharding is an error."""
     with pytest.raises(
         CheckpointError, match=r"The checkpoint's model/w: the boxes of all ranks.* do not cover a tensor"
     ):
@@ -52,7 +58,7 @@ def test_gaps_and_overlaps_are_refused(halves: list[TensorBox]) -> None:
 
 
 def test_another_shape_on_another_rank_is_named() -> None:
-    """With both shapes and the rank."""
+    """The error contains both shapes and the rank."""
     other = TensorSpec(torch.float64, (4, 2))
     with pytest.raises(
         CheckpointError, match=r"w has dtype torch.float32 .* on rank 0, but torch.float64 .* on rank 1"
@@ -61,18 +67,18 @@ def test_another_shape_on_another_rank_is_named() -> None:
 
 
 def test_parts_without_tensors_have_no_file() -> None:
-    """And the size of a plan is that of all files."""
+    """Parts without tensors have no file, and the size of a plan is that of all files."""
     plan = make_write_plan({"meta": {}, "state_dict": {"a": torch.ones(3)}}, SINGLE_PROCESS)
     assert list(plan.layouts) == ["state_dict"]
     assert plan.size == plan.layouts["state_dict"].size
 
 
 def plain_on_ranks() -> list[tuple[int, int]]:
-    """Plan a plain tensor that every rank has."""
+    """Plan an unsharded tensor that every rank has."""
     plan = make_write_plan({"state_dict": {"a": torch.ones(3)}}, RankGroup.of())
     return [(piece.rank, piece.box.numel) for piece in plan.assignments["state_dict"]["a"]]
 
 
 def test_what_is_not_spread_is_the_first_ranks(ranks: Ranks) -> None:
-    """All ranks plan alike that the first writes all of it."""
+    """All ranks plan that the first one writes an unsharded tensor."""
     assert ranks.run(plain_on_ranks) == [[(0, 3)]] * 2

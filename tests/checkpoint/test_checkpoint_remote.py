@@ -1,4 +1,4 @@
-"""Checkpoints at places that fsspec opens."""
+"""Checkpoints at URLs that fsspec can open."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RUN = "memory://runs/one"
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty place in memory, and an empty cache."""
+    """An empty in-memory file system and an empty cache."""
     monkeypatch.setenv("STRATAGEM_CACHE", str(tmp_path / "cache"))
     system = fsspec.filesystem("memory")
     yield system
@@ -33,14 +33,14 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 def save(name: str, value: float) -> None:
-    """Save a checkpoint of one weight."""
+    """Save a checkpoint with one weight."""
     tree = {"meta": {"iter": 3}, "state_dict": {"w": torch.full((2,), value)}}
     save_checkpoint(tree, f"{RUN}/{name}")
 
 
 @pytest.mark.parametrize("name", ["iter_3", "iter_3.pth"])
 def test_a_checkpoint_is_saved_and_loaded(name: str) -> None:
-    """Either form is published whole, and loaded by the URL."""
+    """Both formats are published as a whole and can be loaded by URL."""
     save(name, 1.0)
     tree = CheckpointLoader.load_checkpoint(f"{RUN}/{name}")
     assert tree["state_dict"]["w"].tolist() == [1, 1]
@@ -50,7 +50,7 @@ def test_a_checkpoint_is_saved_and_loaded(name: str) -> None:
 
 
 def save_together(folder: str) -> bool:
-    """Have every rank save a checkpoint to a place without rename, and load it; tell whether it came back."""
+    """Save on all ranks to a file system without rename, load it, and return whether the state is the same."""
     register()
     rank_group = RankGroup.of()
     tree = {"meta": {"iter": 3}, "state_dict": {"w": torch.arange(1000.0)}}
@@ -63,18 +63,18 @@ def save_together(folder: str) -> bool:
 
 
 def test_ranks_save_together(ranks: Ranks, tmp_path: Path) -> None:
-    """All ranks write into one folder, the first publishes it, and all read it."""
+    """All ranks write to one local folder, the first uploads it, and all load it."""
     assert ranks.run(save_together, str(tmp_path)) == [True, True]
 
 
 def test_a_staging_folder_that_is_not_shared_is_told() -> None:
-    """A rank that does not see the folder of the first says what to name."""
+    """A rank that cannot see the staging folder raises an error that says what to set."""
     with pytest.raises(CheckpointError, match="Ranks on several machines need a shared folder"):
         _check_shared(Path("/not/here"))
 
 
 def test_the_staging_folder_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """STRATAGEM_STAGING names it; it is empty again afterwards, also where saving failed."""
+    """STRATAGEM_STAGING selects the staging folder, which is empty again afterwards, even after a failure."""
     monkeypatch.setenv("STRATAGEM_STAGING", str(tmp_path / "staging"))
     with pytest.raises(CheckpointError, match="Set STRATAGEM_STAGING to another one"):
         save("iter_3", 1.0)
@@ -87,7 +87,7 @@ def test_the_staging_folder_is_where_the_user_says(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_latest_is_found() -> None:
-    """The URL of what was published last is given, or None."""
+    """The URL of the latest publication is returned, or None."""
     assert find_latest_remote(RUN) is None
     for name in ("iter_9", "iter_3"):
         save(name, 1.0)
@@ -95,7 +95,7 @@ def test_the_latest_is_found() -> None:
 
 
 def test_the_latest_is_found_although_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was published last is the latest, also where it is another name than before."""
+    """The latest publication is found even if the clock was set back, under the same or another name."""
     save("iter_9", 1.0)
     monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
     save("iter_12", 1.0)
@@ -106,7 +106,7 @@ def test_the_latest_is_found_although_the_clock_was_set_back(monkeypatch: pytest
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_of_a_run_the_latest_is_what_it_saved_last(tmp_path: Path, suffix: str) -> None:
-    """Although a script publishes its checkpoints in the order of their names, and older iterations came later."""
+    """Of a run, the checkpoint saved last is the latest, even if others were uploaded later."""
     orders = {"iter_12": (1, 2), "iter_4": (2, 3), "iter_6": (2, 4), "iter_9": (1, 1)}
     for name, (session, number) in orders.items():
         meta = {"run_id": "a", "save_order": {"session": session, "save": number}}
@@ -115,13 +115,13 @@ def test_of_a_run_the_latest_is_what_it_saved_last(tmp_path: Path, suffix: str) 
         copy = shutil.copyfile if path.is_file() else shutil.copytree
         save_remote(f"{RUN}/{path.name}", lambda target, path=path, copy=copy: copy(path, target))
     assert find_latest_remote(RUN) == f"{RUN}/iter_6{suffix}"
-    # Of another run it is not known which is newer, but by when it was published.
+    # Checkpoints of different runs are ordered by publication.
     save("iter_1", 1.0)
     assert find_latest_remote(RUN) == f"{RUN}/iter_1"
 
 
 def test_weights_that_are_not_finite_are_not_the_latest() -> None:
-    """As on a disk, no run should resume from them."""
+    """Checkpoints with NaN or Inf are skipped, as on a local disk."""
     save("iter_1", 1.0)
     tree = {"meta": {"iter": 2, "finite": False}, "state_dict": {"w": torch.tensor([float("nan")])}}
     save_checkpoint(tree, f"{RUN}/iter_2")
@@ -129,7 +129,7 @@ def test_weights_that_are_not_finite_are_not_the_latest() -> None:
 
 
 def test_a_file_of_somebody_else_is_read(memory: Any, tmp_path: Path) -> None:
-    """A single file that lies at the place is read as well, and anew when it was changed."""
+    """A plain file at the URL can be loaded, and is downloaded again after a change."""
     for value in (1.0, 2.0):
         torch.save({"w": torch.full((2,), value)}, tmp_path / "w.pth")
         memory.pipe_file("/runs/one/w.pth", (tmp_path / "w.pth").read_bytes())
@@ -139,13 +139,13 @@ def test_a_file_of_somebody_else_is_read(memory: Any, tmp_path: Path) -> None:
 
 
 def test_nothing_there_is_not_found() -> None:
-    """A name under which nothing lies is not found."""
+    """A URL with nothing published is not found."""
     with pytest.raises(CheckpointNotFoundError, match="memory://runs/one/iter_1: there is no such checkpoint"):
         CheckpointLoader.fetch(f"{RUN}/iter_1")
 
 
 def test_a_file_that_is_too_large_is_refused(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of downloads holds here too."""
+    """The download limit applies to plain files as well."""
     memory.pipe_file("/runs/one/w.pth", bytes(101))
     monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "1e-7")
     with pytest.raises(CheckpointError, match="has 101 bytes; at most 100 bytes are downloaded"):
@@ -153,7 +153,7 @@ def test_a_file_that_is_too_large_is_refused(memory: Any, monkeypatch: pytest.Mo
 
 
 def test_a_failing_place_is_told(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the place refuses is an error with the URL, and the older checkpoint stays."""
+    """A failed upload is an error with the URL, and the older checkpoint stays available."""
     save("iter_3", 1.0)
 
     def fail(*_: Any, **__: Any) -> Any:

@@ -1,3 +1,5 @@
+"""Which checkpoints of a run are kept, and how the others are removed."""
+
 from __future__ import annotations
 
 import hashlib
@@ -33,7 +35,7 @@ LOGGER = logging.getLogger("retention")
 
 
 def regular(number: int, *, series: str = "epoch_{}", finite: bool = True) -> SavedCheckpoint:
-    """A checkpoint after so many epochs, saved at that time."""
+    """Return a regular checkpoint after ``number`` epochs, saved at that time."""
     retention_tag = RetentionTag(group=series, number=number)
     return SavedCheckpoint(
         path=Path(f"{series}{number}"), saved_at=float(number), iter=number, retention_tag=retention_tag, finite=finite
@@ -41,7 +43,7 @@ def regular(number: int, *, series: str = "epoch_{}", finite: bool = True) -> Sa
 
 
 def best(number: int, score: float, *, metric: str = "acc", greater: bool = True) -> SavedCheckpoint:
-    """A checkpoint that had a score after so many epochs."""
+    """Return a best checkpoint with this score after ``number`` epochs."""
     retention_tag = RetentionTag(number=number, metric=metric, score=score, greater=greater)
     return SavedCheckpoint(
         path=Path(f"best_{metric}_{number}"), saved_at=float(number), iter=number, retention_tag=retention_tag
@@ -49,7 +51,7 @@ def best(number: int, score: float, *, metric: str = "acc", greater: bool = True
 
 
 def names(saved: list[SavedCheckpoint]) -> list[str]:
-    """The names of checkpoints."""
+    """Return the names of checkpoints."""
     return [each.path.name for each in saved]
 
 
@@ -57,32 +59,32 @@ def names(saved: list[SavedCheckpoint]) -> list[str]:
 
 
 def test_the_last_are_kept():
-    """Of five the three oldest go where two are kept."""
+    """Of five checkpoints, the three oldest are removed if two are kept."""
     policy = Retention(groups=["epoch_{}"], last=2)
     assert names(policy.select_removable([regular(n) for n in range(1, 6)])) == ["epoch_{}1", "epoch_{}2", "epoch_{}3"]
 
 
 def test_all_are_kept_unless_a_number_is_given():
-    """Nothing goes by default."""
+    """Nothing is removed by default."""
     assert Retention(groups=["epoch_{}"]).select_removable([regular(n) for n in range(1, 6)]) == []
 
 
 def test_every_nth_is_kept_for_good():
-    """Beside the last; of the first series alone, since another counts something else."""
+    """Every nth checkpoint of the first group only is kept in addition to the last ones."""
     policy = Retention(groups=["epoch_{}", "iter_{}"], last=1, every=2)
     saved = [*(regular(n) for n in range(1, 6)), regular(6, series="iter_{}"), regular(7)]
     assert names(policy.select_removable(saved)) == ["epoch_{}1", "epoch_{}3", "epoch_{}5", "iter_{}6"]
 
 
 def test_what_others_saved_is_not_theirs_to_remove():
-    """Checkpoints of another series, and those that stand for themselves, stay."""
+    """Checkpoints of other groups and without a group are kept."""
     policy = Retention(groups=["epoch_{}"], last=1)
     others = [regular(1, series="iter_{}"), regular(2, series="")]
     assert policy.select_removable([*others, regular(3), regular(4)]) == [regular(3)]
 
 
-def test_weights_that_are_not_finite_push_nothing_out():
-    """The last sound one stays beside a spoiled one, which goes with the next that is sound."""
+def test_checkpoints_with_nan_or_inf_replace_nothing():
+    """The last finite checkpoint is kept next to a newer one with NaN, which is removed after the next finite one."""
     policy = Retention(groups=["epoch_{}"], last=1)
     spoiled = regular(2, finite=False)
     assert policy.select_removable([regular(1), spoiled]) == []
@@ -91,7 +93,7 @@ def test_weights_that_are_not_finite_push_nothing_out():
 
 @pytest.mark.parametrize(("greater", "kept"), [(True, {2, 3}), (False, {1, 4})])
 def test_the_best_are_kept_by_their_scores(*, greater: bool, kept: set[int]):
-    """Whichever is the better; the regular ones play no part."""
+    """The checkpoints with the best scores are kept, regardless of the regular ones."""
     scores = {1: 0.1, 2: 0.9, 3: 0.8, 4: 0.2}
     policy = Retention(groups=["epoch_{}"], last=1, best=2)
     saved = [best(number, score, greater=greater) for number, score in scores.items()]
@@ -100,19 +102,19 @@ def test_the_best_are_kept_by_their_scores(*, greater: bool, kept: set[int]):
 
 
 def test_each_metric_has_its_best():
-    """One is not pushed out by the score of another."""
+    """The best checkpoint of one metric is not replaced by that of another."""
     saved = [best(1, 0.5), best(1, 3.0, metric="loss", greater=False), best(2, 0.6)]
     assert names(Retention(groups=["epoch_{}"]).select_removable(saved)) == ["best_acc_1"]
 
 
 def test_what_is_protected_stays():
-    """As what a run was taken up from does at its start."""
+    """Protected paths are kept, such as the checkpoint that a run resumed from."""
     policy = Retention(groups=["epoch_{}"], last=1)
     assert policy.select_removable([regular(1), regular(2), regular(3)], {regular(1).path}) == [regular(2)]
 
 
 class Life(RuleBasedStateMachine):
-    """A run that saves, is killed between any two operations, is started again, and has checkpoints go bad."""
+    """A run that saves, is killed between operations and restarted, and whose checkpoints may become damaged."""
 
     KEEP = 2
 
@@ -129,7 +131,7 @@ class Life(RuleBasedStateMachine):
         self.stands_on: set[Path] = set()
 
     def carry_out(self, removals: list[SavedCheckpoint], most: int) -> None:
-        """Remove one after the other; the process is killed where ``most`` ends before them."""
+        """Remove checkpoints one after the other; the process is killed after ``most`` removals."""
         for each in removals[:most]:
             self.disk.remove(each)
         self.killed = most < len(removals)
@@ -137,7 +139,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: not self.killed)
     @rule(finite=st.booleans(), operations=st.integers(0, 6), epochs=st.integers(1, 3))
     def save(self, operations: int, epochs: int, *, finite: bool) -> None:
-        """Publish, then remove; killed before the publication, after it, or between removals."""
+        """Publish, then remove; the process may be killed before, between or after these operations."""
         if operations == 0:
             self.killed = True
             return
@@ -151,39 +153,39 @@ class Life(RuleBasedStateMachine):
         self.damaged.discard(new.path)
         if finite:
             self.stands_on = set()
-        # At most the last that are sound, a spoiled one that is newer, and what this start went on from.
+        # At most the last finite ones, a newer one with NaN, and the one that this session resumed from.
         self.most = self.KEEP + 2 - finite
         self.carry_out(self.policy.select_removable(self.disk, {new.path, *self.stands_on}), operations - 1)
 
     @precondition(lambda self: self.killed)
     @rule(operations=st.integers(0, 6))
     def start_again(self, operations: int) -> None:
-        """Go on from the newest that is sound, and remove what there was no time for."""
+        """Resume from the newest finite checkpoint, and remove what was not removed before."""
         sound = [each for each in self.disk if each.finite and each.path not in self.damaged]
         self.at = sound[-1].iter if sound else 0
         self.stands_on = {each.path for each in self.disk if each.iter == self.at}
-        # And the one that the run was taken up from.
+        # Plus the checkpoint that the run resumed from.
         self.most = self.KEEP + 2
         self.carry_out(self.policy.select_removable(self.disk, self.stands_on), operations)
 
     @precondition(lambda self: self.killed and len(self.disk) > 1)
     @rule()
     def newest_is_damaged(self) -> None:
-        """While nothing runs; one sound checkpoint is left, or nobody could help."""
+        """Damage the newest checkpoint while no process runs; one finite checkpoint is left."""
         newest = self.disk[-1].path
         if any(each.finite and each.path not in {newest, *self.damaged} for each in self.disk):
             self.damaged.add(newest)
 
     @invariant()
     def there_is_one_to_go_on_from(self) -> None:
-        """If there ever was a sound one."""
+        """If there ever was a finite checkpoint, there is one to resume from."""
         self.had_one = self.had_one or any(each.finite for each in self.disk)
         if self.had_one:
             assert any(each.finite and each.path not in self.damaged for each in self.disk)
 
     @invariant()
     def there_are_not_too_many(self) -> None:
-        """When a save or a start came to its end, beside what is kept for good."""
+        """After a completed save or start, there are not more checkpoints than allowed."""
         if not self.killed:
             assert len([each for each in self.disk if each.retention_tag.number % 10]) <= self.most
 
@@ -196,7 +198,7 @@ TestLife.settings = hypothesis.settings(max_examples=40, stateful_step_count=25)
 
 
 def save(path: Path, run_id: str = "me", iteration: int = 1, **fields: object) -> Path:
-    """Save a checkpoint of a run's."""
+    """Save a checkpoint of a run."""
     meta = {"iter": iteration, "run_id": run_id, "purpose": {"series": "epoch_{}", "number": iteration, **fields}}
     save_checkpoint({"state_dict": {"w": torch.full((4,), float(iteration))}, "meta": meta}, path)
     return path
@@ -204,7 +206,7 @@ def save(path: Path, run_id: str = "me", iteration: int = 1, **fields: object) -
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_a_run_finds_its_own_checkpoints(tmp_path: Path, suffix: str):
-    """In both forms, with what they were saved for; those of others, damaged ones and other files are not its own."""
+    """A run finds its checkpoints in both formats with their tags, but no damaged or other ones."""
     save(tmp_path / f"epoch_1{suffix}", iteration=1)
     save(tmp_path / f"best{suffix}", iteration=2, metric="acc", score=0.5, greater=True)
     save(tmp_path / f"epoch_7{suffix}", run_id="somebody")
@@ -219,13 +221,13 @@ def test_a_run_finds_its_own_checkpoints(tmp_path: Path, suffix: str):
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
 def test_removing_leaves_nothing(tmp_path: Path, suffix: str):
-    """No hidden rest either."""
+    """Removing a checkpoint leaves nothing, not even hidden files."""
     remove_checkpoints([save(tmp_path / f"epoch_1{suffix}")], LOGGER)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_a_file_of_the_users_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """And the log says which file it is."""
+    """A folder that also contains a user's file is kept, and the file is logged."""
     path = save(tmp_path / "epoch_1")
     (path / "notes.txt").write_text("mine")
     remove_checkpoints([path], LOGGER)
@@ -235,7 +237,7 @@ def test_a_folder_with_a_file_of_the_users_is_left(tmp_path: Path, caplog: pytes
 
 
 def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """The run goes on: what it keeps is safe."""
+    """A failed removal is logged, and the run continues."""
     path = save(tmp_path / "epoch_1")
     with faults.between(faults.counted(0, faults.failing(30))):
         remove_checkpoints([path], LOGGER)
@@ -244,7 +246,7 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 def test_a_checkpoint_that_is_being_removed_has_no_name(tmp_path: Path):
-    """Killed at any operation of a removal, it is there whole or not at all."""
+    """A removal killed at any operation leaves the whole checkpoint or nothing under its name."""
     first = save(tmp_path / "epoch_0")
     total = faults.number_of_operations(lambda: remove_checkpoints([first], LOGGER))
 
@@ -260,20 +262,20 @@ def test_a_checkpoint_that_is_being_removed_has_no_name(tmp_path: Path):
             remove_checkpoints([path], LOGGER)
         if path.exists():
             assert CheckpointLoader.load_checkpoint(path)["meta"]["iter"] == 1
-    # Give it another name, sync that, remove three files and the folder; a folder is opened, synced and closed.
+    # Rename, sync, remove three files and the folder; a folder is opened, synced and closed.
     assert total == 1 + 3 + 3 + 1
 
 
 def test_the_pointer_names_the_last_checkpoint(tmp_path: Path):
-    """By its name in the same folder, by its path elsewhere."""
+    """The pointer contains the name in the same folder, or the path in another one."""
     update_last_checkpoint(tmp_path / "epoch_3", tmp_path)
     assert (tmp_path / "last_checkpoint").read_text() == "epoch_3\n"
     update_last_checkpoint(tmp_path / "store" / "epoch_4", tmp_path)
     assert (tmp_path / "last_checkpoint").read_text() == f"{tmp_path / 'store' / 'epoch_4'}\n"
 
 
-def test_nothing_hangs_on_the_pointer(tmp_path: Path):
-    """One that names what is not there leads nobody astray."""
+def test_a_wrong_pointer_has_no_effect(tmp_path: Path):
+    """A pointer to a missing checkpoint has no effect."""
     save(tmp_path / "epoch_1")
     (tmp_path / "last_checkpoint").write_text("epoch_99\n")
     assert find_latest_checkpoint(tmp_path) == tmp_path / "epoch_1"
@@ -281,14 +283,14 @@ def test_nothing_hangs_on_the_pointer(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
 def test_released_parts_are_named_by_their_content(tmp_path: Path, name: str):
-    """The first eight digits of the file's SHA-256; only the parts that were asked for are in it."""
+    """A released file contains only the requested parts and the first eight digits of its SHA-256 in its name."""
     released = release_checkpoint(save(tmp_path / name), ["state_dict"])
     assert released.name == f"epoch_1-{hashlib.sha256(released.read_bytes()).hexdigest()[:8]}.pth"
     assert list(CheckpointLoader.load_checkpoint(released)) == ["state_dict"]
 
 
 def test_a_part_that_is_not_there_cannot_be_released(tmp_path: Path):
-    """The nearest name is said."""
+    """A missing part is an error that suggests the most similar name."""
     with pytest.raises(ConfigKeyError, match=r"'state_dicts'.*state_dict"):
         release_checkpoint(save(tmp_path / "epoch_1"), ["state_dicts"])
 
@@ -296,7 +298,7 @@ def test_a_part_that_is_not_there_cannot_be_released(tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_run_that_keeps_one_always_has_one(tmp_path: Path, *, background: bool):
-    """Killed before every file operation of save, pointer and removal, and half-way through writes, by both ways to save."""
+    """A run that keeps one checkpoint has a complete one, wherever save, pointer update and removal are killed."""
     script = Path(__file__).with_name("retention_sweep.py")
     command = [sys.executable, "-W", "error", str(script), str(tmp_path), *(["background"] if background else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
@@ -304,8 +306,8 @@ def test_a_run_that_keeps_one_always_has_one(tmp_path: Path, *, background: bool
     told = json.loads(done.stdout)
     assert told["killed"] > 40
     assert told["status"] == [-signal.SIGKILL]
-    # Two checkpoints were there before: whichever is found is whole, and no older than they were.
+    # There were two checkpoints before; the one that is found is complete and not older.
     assert told["lost"] == []
-    # What was killed, and one more that nobody had time to remove.
+    # The killed one, and one more that was not removed in time.
     assert told["most"] == 2
     assert told["after_next_start"] == [1]

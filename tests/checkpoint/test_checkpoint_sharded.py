@@ -1,4 +1,4 @@
-"""Models that are spread over ranks are saved by all of them, as if one process had saved."""
+"""Sharded models are saved by all ranks, with the same result as a save by one process."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ranks import scripts_environment
 
 @pytest.mark.slow
 def test_ranks_write_the_file_that_one_process_writes(tmp_path: Path) -> None:
-    """On 2, 3 and 4 ranks, by rows, columns and both, uneven, replicated: the same bytes, which any number of ranks reads."""
+    """2, 3 and 4 ranks with any placement write the same bytes, which any number of ranks can read."""
     command = [sys.executable, str(Path(__file__).with_name("sharded_saves.py")), str(tmp_path)]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, env=scripts_environment(), timeout=200)
     assert (ended.stdout, ended.returncode) == ("", 0), ended.stderr
-    # All eight ways on four ranks, and what one process saved.
+    # All eight placements on four ranks, and the checkpoint of one process.
     assert len(list((tmp_path / "4").glob("*/manifest.json"))) == 9

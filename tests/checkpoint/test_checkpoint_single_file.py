@@ -1,4 +1,4 @@
-"""Single files of torch's own form."""
+"""Single files in torch's format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sample() -> dict[str, Any]:
 
 
 def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
-    """What is saved as .pth is loaded with its types and values."""
+    """A .pth file is restored with its types and values."""
     FORMAT.save(sample(), tmp_path / "a.pth")
     tree = FORMAT.load(tmp_path / "a.pth")
     assert tree["meta"] == sample()["meta"]
@@ -42,7 +42,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
 
 
 def test_other_tools_read_it_without_trust(tmp_path: Path) -> None:
-    """torch.load with weights_only=True reads every file that we write, whatever subclasses went in."""
+    """torch.load with weights_only=True reads every file written by Stratagem, even if the state had subclasses."""
     tree = {
         "meta": OrderedDict(loss=np.float64(0.5)),
         "state_dict": nn.Sequential(nn.BatchNorm1d(2)).state_dict(),
@@ -57,19 +57,19 @@ def test_other_tools_read_it_without_trust(tmp_path: Path) -> None:
 
 
 def test_only_some_parts_are_returned(tmp_path: Path) -> None:
-    """``parts`` leaves out the others."""
+    """``parts`` selects the parts to load."""
     FORMAT.save(sample(), tmp_path / "a.pth")
     assert list(FORMAT.load(tmp_path / "a.pth", parts={"meta"})) == ["meta"]
 
 
 def test_tensors_of_a_file_go_to_the_device_asked_for(tmp_path: Path) -> None:
-    """``map_location`` is where the tensors are."""
+    """``map_location`` selects the device of the tensors."""
     FORMAT.save(sample(), tmp_path / "a.pth")
     assert FORMAT.load(tmp_path / "a.pth", map_location="meta")["state_dict"]["w"].is_meta
 
 
 def test_a_bare_state_dict_is_the_model(tmp_path: Path) -> None:
-    """A file that has tensors at its top is taken as the weights of a model."""
+    """A file that contains a plain state dict is loaded as the model state."""
     state = nn.Linear(2, 1).state_dict()
     torch.save(state, tmp_path / "a.pth")
     assert list(FORMAT.load(tmp_path / "a.pth")) == ["state_dict"]
@@ -77,13 +77,13 @@ def test_a_bare_state_dict_is_the_model(tmp_path: Path) -> None:
 
 
 def test_torchs_old_form_is_read(tmp_path: Path) -> None:
-    """Files from before torch's zip form are read as well."""
+    """Files in torch's legacy format, older than the zip format, can be read."""
     torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     assert FORMAT.load(tmp_path / "a.pth")["state_dict"]["w"].tolist() == [1, 1]
 
 
 class Evil:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
@@ -94,7 +94,7 @@ class Evil:
 
 @pytest.mark.parametrize("form", ["zip", "old", "bare pickle"])
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path, form: str) -> None:
-    """A pickle that calls a function is never executed; the error says what it is and what to do."""
+    """A pickle that calls a function is not executed, and the error says what to do."""
     file, proof = tmp_path / "evil.pth", tmp_path / "proof"
     if form == "bare pickle":
         file.write_bytes(pickle.dumps({"state_dict": Evil(proof)}))
@@ -104,11 +104,11 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, form: str) -> Non
         FORMAT.load(file)
     assert not proof.exists()
     pickle.loads(pickle.dumps(Evil(proof)))
-    assert proof.exists()  # the attack works where it is let
+    assert proof.exists()  # the attack works with Python's unpickler
 
 
 def test_a_file_with_objects_says_what_to_do(tmp_path: Path) -> None:
-    """A whole file with more than plain values is refused as such, and is not called damaged."""
+    """An intact file that contains objects is rejected as such, and not reported as damaged."""
     torch.save({"meta": Path("x")}, tmp_path / "a.pth")
     with pytest.raises(
         CheckpointError, match=r"a\.pth: meta is an object of pathlib\.PosixPath, .* If you trust"
@@ -119,7 +119,7 @@ def test_a_file_with_objects_says_what_to_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("length", [0, 4, 30, 300, 0.5, 0.9, -1])
 def test_a_file_that_was_cut_off_is_damaged(tmp_path: Path, length: float) -> None:
-    """A file of ours cut at any place is reported as damaged."""
+    """A truncated file is reported as damaged."""
     file = tmp_path / "a.pth"
     FORMAT.save(sample(), file)
     data = file.read_bytes()
@@ -129,7 +129,7 @@ def test_a_file_that_was_cut_off_is_damaged(tmp_path: Path, length: float) -> No
 
 
 def test_a_changed_byte_is_never_another_exception(tmp_path: Path) -> None:
-    """A byte changed anywhere gives an error of ours or none, though torch itself fails in many ways."""
+    """A changed byte gives a CheckpointError or nothing, although torch raises many other exceptions."""
     file = tmp_path / "a.pth"
     FORMAT.save({"meta": {"iter": 7}, "state_dict": {"w": torch.arange(3.0)}}, file)
     data = file.read_bytes()
@@ -148,21 +148,21 @@ def test_a_changed_byte_is_never_another_exception(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"hello, world", b"\x80\x02garbage", b"<html>Not found</html>"])
 def test_a_file_of_something_else_is_told(tmp_path: Path, content: bytes) -> None:
-    """A file that never was a checkpoint is an error, whatever is in it."""
+    """A file with unrelated content is an error."""
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pth"):
         FORMAT.load(tmp_path / "a.pth")
 
 
 def test_a_file_without_a_dict_is_told(tmp_path: Path) -> None:
-    """A tensor alone is no checkpoint, and the error says what it is."""
+    """A file that contains only a tensor is an error that says so."""
     torch.save(torch.ones(1), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="contains a Tensor; expected a dict"):
         FORMAT.load(tmp_path / "a.pth")
 
 
 def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
-    """What does not exist is not found; a folder of that name is said to be one."""
+    """A missing file is not found, and a folder of that name is reported as a folder."""
     with pytest.raises(CheckpointNotFoundError, match="no such checkpoint"):
         FORMAT.load(tmp_path / "a.pth")
     (tmp_path / "a.pth").mkdir()
@@ -172,7 +172,7 @@ def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_of_a_file_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the disk is full, the old file is intact and nothing is left beside it."""
+    """If the disk is full, the old file is intact and nothing else is left."""
 
     def full_disk(_: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -189,14 +189,14 @@ def test_a_failed_write_of_a_file_leaves_the_old(tmp_path: Path, monkeypatch: py
 
 
 def test_an_object_is_refused_before_writing(tmp_path: Path) -> None:
-    """What could not be read again is refused by its path, and no file is made."""
+    """A value that could not be loaded is rejected with its path, and no file is created."""
     with pytest.raises(CheckpointError, match="meta/where is PosixPath"):
         FORMAT.save({"meta": {"where": Path("/x")}}, tmp_path / "a.pth")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
-    """Where there is a folder under the name, it stays."""
+    """A folder at the target path is kept."""
     (tmp_path / "a.pth").mkdir()
     with pytest.raises(CheckpointError, match="Cannot write a file where a directory exists"):
         FORMAT.save(sample(), tmp_path / "a.pth")
@@ -208,5 +208,5 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     [("a.pth", True), ("a.pt", True), ("a.ckpt", True), ("a.bin", True), ("a", False), ("a.1", False)],
 )
 def test_the_name_chooses_the_form(name: str, single: bool) -> None:
-    """A name with torch's suffixes is a single file, every other a directory."""
+    """Names with torch's extensions are single files, all others directories."""
     assert isinstance(format_for(Path(name)), SingleFileFormat) == single

@@ -1,4 +1,4 @@
-"""The places a checkpoint can come from."""
+"""Loading checkpoints from paths, URLs and model collections."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from stratagem.errors import (
 
 
 def file_bytes() -> bytes:
-    """Return a checkpoint as a server holds it."""
+    """Return a checkpoint as a server would send it."""
     buffer = io.BytesIO()
     torch.save({"state_dict": {"w": torch.ones(2)}}, buffer)
     return buffer.getvalue()
 
 
 def bare_bytes() -> bytes:
-    """Return a state dict alone, as torch writes it."""
+    """Return a state dict as written by torch."""
     buffer = io.BytesIO()
     torch.save({"w": torch.ones(2)}, buffer)
     return buffer.getvalue()
@@ -52,9 +52,9 @@ WRONG = DIGEST[::-1] if DIGEST[::-1] != DIGEST else "0" * 64
 
 @dataclass
 class Site:
-    """A server on this machine; ``requests`` are the paths asked for, with the Authorization header.
+    """A local server; ``requests`` lists the requested paths and Authorization headers.
 
-    ``changed`` is what it holds in the place of the checkpoint, ``files`` what it has under other names.
+    ``changed`` is served instead of the checkpoint, and ``files`` under other names.
     """
 
     address: str
@@ -63,14 +63,14 @@ class Site:
     files: dict[str, bytes] = field(default_factory=dict)
 
     def code(self, name: str) -> int:
-        """Return 404 for what a repository of the Hub would have and this one has not."""
+        """Return 404 for files that a Hub repository could have but this one does not."""
         is_usual = name.rpartition("/")[2].startswith(("model", "pytorch_model", "diffusion", "open_clip"))
         return 404 if is_usual and name not in self.files else 200
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Site]:
-    """Serve every name that ends in .pth, and a few that go wrong."""
+    """Serve every name that ends in .pth, and a few that fail."""
     site = Site("")
 
     class Handler(BaseHTTPRequestHandler):
@@ -112,33 +112,33 @@ def site(server: Site) -> Site:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and no proxy in between."""
+    """An empty cache, without a proxy."""
     monkeypatch.setenv("STRATAGEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     return tmp_path / "cache" / "checkpoints"
 
 
 def kept(cache: Path) -> list[str]:
-    """Return what is in the cache, hidden names too, but not the digests beside the copies."""
+    """Return the names in the cache, including hidden ones, except the recorded digests."""
     names = [entry.name for entry in cache.iterdir()] if cache.exists() else []
     return sorted(name for name in names if not name.endswith(".sha256"))
 
 
 def weights(name: str | Path) -> list[float]:
-    """Return what a checkpoint holds as the only weight."""
+    """Load a checkpoint and return its only weight."""
     return CheckpointLoader.load_checkpoint(name)["state_dict"]["w"].tolist()
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A checkpoint in a folder whose name has a blank."""
+    """A checkpoint in a folder with a space in its name."""
     path = tmp_path / "my runs" / "epoch_1.pth"
     save_checkpoint({"state_dict": {"w": torch.ones(2)}}, path)
     return path
 
 
 def test_a_path_is_read_where_it_is(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text, Path, a path from here and one with ~ all name the same file."""
+    """A string, a Path, a relative path and a path with ~ all refer to the same file."""
     monkeypatch.chdir(saved.parent)
     monkeypatch.setenv("HOME", str(saved.parent))
     for name in (
@@ -153,8 +153,8 @@ def test_a_path_is_read_where_it_is(saved: Path, monkeypatch: pytest.MonkeyPatch
         assert weights(name) == [1, 1]
 
 
-def test_a_missing_path_names_what_is_beside_it(saved: Path) -> None:
-    """An error about a path says what was probably meant, or that there is no folder either."""
+def test_a_missing_path_suggests_similar_names(saved: Path) -> None:
+    """The error for a missing path suggests a similar name, or says that the folder does not exist."""
     with pytest.raises(CheckpointNotFoundError, match=r"epoch_2\.pth: there is no .*Did you mean 'epoch_1\.pth'"):
         CheckpointLoader.fetch(saved.with_name("epoch_2.pth"))
     with pytest.raises(CheckpointNotFoundError, match=r"The folder .*elsewhere does not exist either"):
@@ -164,13 +164,13 @@ def test_a_missing_path_names_what_is_beside_it(saved: Path) -> None:
 
 
 def test_files_of_another_host_are_refused() -> None:
-    """file://data/x.pth, with a slash too few, is not read as /x.pth."""
+    """file://data/x.pth, which lacks a slash, is not read as /x.pth."""
     with pytest.raises(CheckpointError, match="names the host 'data'"):
         CheckpointLoader.fetch("file://data/x.pth")
 
 
 def test_a_url_is_downloaded_once(site: Site, cache: Path) -> None:
-    """The second load takes the copy; nothing but the copy is in the cache."""
+    """A second load uses the cached copy, and the cache contains only that copy."""
     for _ in range(2):
         assert weights(f"{site.address}/net.pth") == [1, 1]
     assert site.requests == [("/net.pth", None)]
@@ -180,7 +180,7 @@ def test_a_url_is_downloaded_once(site: Site, cache: Path) -> None:
 
 
 def test_two_urls_with_one_name_are_two_files(site: Site, cache: Path) -> None:
-    """Copies are told apart by the whole address."""
+    """The whole address distinguishes cached copies."""
     weights(f"{site.address}/a/net.pth")
     weights(f"{site.address}/b/net.pth")
     weights(f"{site.address}/a/net.pth?version=2")
@@ -188,12 +188,12 @@ def test_two_urls_with_one_name_are_two_files(site: Site, cache: Path) -> None:
 
 
 def test_a_url_without_a_suffix_is_a_single_file(site: Site) -> None:
-    """A download whose name does not say what it is can be read."""
+    """A download without a file extension can be loaded."""
     assert weights(f"{site.address}/download?id=3") == [1, 1]
 
 
 def test_the_digest_of_the_first_download_is_recorded(site: Site, cache: Path) -> None:
-    """A copy that was changed is fetched again, and held to what came first."""
+    """A modified copy is downloaded again and compared with the first download."""
     url = f"{site.address}/net.pth"
     weights(url)
     [name] = kept(cache)
@@ -208,7 +208,7 @@ def test_the_digest_of_the_first_download_is_recorded(site: Site, cache: Path) -
 
 
 def test_a_copy_without_its_digest_is_fetched_again(site: Site, cache: Path) -> None:
-    """What a download that was killed before its end left is not trusted."""
+    """A copy from an interrupted download is not trusted."""
     weights(f"{site.address}/net.pth")
     [name] = kept(cache)
     (cache / f"{name}.sha256").unlink()
@@ -218,7 +218,7 @@ def test_a_copy_without_its_digest_is_fetched_again(site: Site, cache: Path) -> 
 
 @pytest.mark.parametrize("mark", ["", "-0123abcd.pth", "#sha256=01234567"])
 def test_plain_http_needs_the_whole_digest(mark: str) -> None:
-    """Where somebody in between could change the file, nothing is asked for without all of its digest."""
+    """Plain http is only used with a full digest, because a third party could replace the file."""
     with pytest.raises(CheckpointError, match="over plain http, .* Use https"):
         CheckpointLoader.fetch(f"http://files.invalid/net{mark}")
     with pytest.raises(CheckpointError, match="download failed"):
@@ -226,7 +226,7 @@ def test_plain_http_needs_the_whole_digest(mark: str) -> None:
 
 
 def test_redirects_stay_with_https() -> None:
-    """A server behind https may not send on to plain http, where the answer could be changed."""
+    """A redirect from https to plain http is an error."""
     handler, request = _SafeRedirects(), urllib.request.Request("https://a.invalid/x?token=secret")
     with pytest.raises(CheckpointError, match="from https to http") as caught:
         handler.redirect_request(request, None, 302, "", {}, "http://b.invalid/x?token=secret")
@@ -240,7 +240,7 @@ def test_redirects_stay_with_https() -> None:
 def test_a_download_is_not_larger_than_allowed(
     site: Site, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """The limit holds whether or not the server says how much will come, and nothing is kept."""
+    """The limit applies whether or not the server sends the size, and nothing is kept."""
     monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "1e-7")
     with pytest.raises(CheckpointError, match="At most 100 bytes are downloaded; set STRATAGEM_DOWNLOAD_LIMIT_GB"):
         weights(f"{site.address}/{name}")
@@ -254,20 +254,20 @@ def test_a_download_is_not_larger_than_allowed(
     "mark", [f"-{DIGEST[:8]}.pth", f"-{DIGEST}.pth", f".pth#sha256={DIGEST}", f".pth#sha256={DIGEST[:8].upper()}"]
 )
 def test_a_right_digest_is_accepted(site: Site, mark: str) -> None:
-    """The digest may stand in the name or behind #, whole or its beginning."""
+    """A digest is accepted in the file name or after #, in full or abbreviated."""
     assert weights(f"{site.address}/net{mark}") == [1, 1]
 
 
 @pytest.mark.parametrize("mark", [f"-{WRONG[:8]}.pth", f".pth#sha256={WRONG}", f"-{DIGEST[:8]}.pth#sha256={WRONG}"])
 def test_a_wrong_digest_keeps_nothing(site: Site, cache: Path, mark: str) -> None:
-    """A file with another digest is damage; both digests are shown and nothing is kept. What is behind # decides."""
+    """A wrong digest is damage; the error shows both digests, nothing is kept, and a digest after # has precedence."""
     with pytest.raises(CheckpointDamagedError, match=f"its SHA-256 is {DIGEST}, expected {WRONG[:8]}"):
         CheckpointLoader.fetch(f"{site.address}/net{mark}")
     assert kept(cache) == []
 
 
 def test_a_digest_given_later_is_checked_too(site: Site) -> None:
-    """A copy that was kept unchecked does not pass for one with a digest."""
+    """A cached copy is checked against a digest that is given later."""
     weights(f"{site.address}/net.pth")
     with pytest.raises(CheckpointDamagedError, match="SHA-256"):
         CheckpointLoader.fetch(f"{site.address}/net.pth#sha256={WRONG}")
@@ -275,14 +275,14 @@ def test_a_digest_given_later_is_checked_too(site: Site) -> None:
 
 @pytest.mark.parametrize("fragment", ["sha256=", "sha256=xyz", "sha256=abc", "md5=0123456789abcdef", "top"])
 def test_what_would_be_ignored_behind_the_hash_is_refused(site: Site, fragment: str) -> None:
-    """A digest that cannot be checked is an error and not skipped."""
+    """A malformed digest is an error instead of being ignored."""
     with pytest.raises(CheckpointError, match="expected sha256= and 8 to 64"):
         CheckpointLoader.fetch(f"{site.address}/net.pth#{fragment}")
     assert site.requests == []
 
 
 def test_a_transfer_that_was_cut_keeps_nothing(site: Site, cache: Path) -> None:
-    """Fewer bytes than the server announced are damage, also without a digest."""
+    """A truncated transfer is damage, even without a digest."""
     with pytest.raises(CheckpointDamagedError, match=f"received 100 of {len(CONTENT)}"):
         CheckpointLoader.fetch(f"{site.address}/cut.pth")
     assert kept(cache) == []
@@ -293,7 +293,7 @@ def test_a_transfer_that_was_cut_keeps_nothing(site: Site, cache: Path) -> None:
     [("missing", CheckpointNotFoundError, 404), ("gone", CheckpointNotFoundError, 410), ("busy", CheckpointError, 503)],
 )
 def test_what_the_server_refuses_is_told(site: Site, cache: Path, name: str, kind: type[Exception], code: int) -> None:
-    """The status is shown; only what is not there is called not found."""
+    """The error contains the HTTP status; only missing files raise the not-found error."""
     with pytest.raises(CheckpointError, match=rf"/{name}\.pth: the server answered {code}") as caught:
         CheckpointLoader.fetch(f"{site.address}/{name}.pth")
     assert type(caught.value) is kind
@@ -304,7 +304,7 @@ def test_what_the_server_refuses_is_told(site: Site, cache: Path, name: str, kin
     "address", ["http://127.0.0.1:9/x.pth", "http:///x.pth", "http://127.0.0.1:port/x.pth", "http://[/x.pth"]
 )
 def test_no_answer_is_an_error_of_ours(address: str, cache: Path) -> None:
-    """A refused connection and an impossible address are errors with the address."""
+    """A refused connection and an invalid address are errors with the address."""
     with pytest.raises(CheckpointError, match=r"/x\.pth") as caught:
         CheckpointLoader.fetch(address)
     assert type(caught.value) is CheckpointError
@@ -312,14 +312,14 @@ def test_no_answer_is_an_error_of_ours(address: str, cache: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_made_is_an_error_of_ours(site: Site, tmp_path: Path) -> None:
-    """A file where the cache's folder should be is an error that names the place."""
+    """A file in place of the cache folder is an error with its path."""
     (tmp_path / "cache").write_text("x")
     with pytest.raises(CheckpointError, match=r"the download failed: .*cache"):
         CheckpointLoader.fetch(f"{site.address}/net.pth")
 
 
 def test_the_user_of_a_url_logs_in_and_is_shown_nowhere(site: Site, cache: Path) -> None:
-    """Name and password are sent to that server alone; no error shows them."""
+    """User and password are sent only to that server, and no error contains them."""
     address = site.address.replace("://", "://me:s%20cret@")
     weights(f"{address}/net.pth")
     assert site.requests == [("/net.pth", "Basic " + base64.b64encode(b"me:s cret").decode())]
@@ -350,7 +350,7 @@ def test_secrets_in_the_query_are_masked(site: Site) -> None:
 
 
 def test_torchvision_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision:// without torchvision says how to get it."""
+    """Without torchvision, the error for torchvision:// contains the install command."""
     for name in ("torchvision", "torchvision.models"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "torchvision", None)
@@ -360,13 +360,13 @@ def test_torchvision_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def hub(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The server as the Hub."""
+    """The server in the role of the Hub."""
     monkeypatch.setenv("HF_ENDPOINT", site.address)
     return site
 
 
 def test_a_file_of_the_hub_is_fetched(hub: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """hf://organisation/repository/file is that file at main, with the user's token."""
+    """hf://organization/repository/file is that file at main, requested with the user's token."""
     monkeypatch.setenv("HF_TOKEN", "secret")
     assert weights("hf://org/net/sub/weights.pth") == [1, 1]
     assert weights(f"hf://org/net@v1%2F2/weights.pth#sha256={DIGEST}") == [1, 1]
@@ -379,7 +379,7 @@ def test_a_file_of_the_hub_is_fetched(hub: Site, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_repository_of_the_hub_is_fetched(hub: Site) -> None:
-    """Without a file the usual ones are tried in turn; with an index, all that it names comes."""
+    """Without a file name, the usual files are tried in turn; with an index, all its files are fetched."""
     repositories = {
         "/org/shards/resolve/main/model.safetensors.index.json": json.dumps(
             {"weight_map": {"w": "model-1.safetensors"}}
@@ -403,13 +403,13 @@ def test_a_repository_of_the_hub_is_fetched(hub: Site) -> None:
     "name", ["hf://net", "hf://org/net/../../x.pth", "hf://org/net@", "hf://", "hf://a/b@c d/../x"]
 )
 def test_other_names_of_the_hub_are_refused(name: str) -> None:
-    """What does not name a repository of the Hub is refused with the form that does."""
+    """Malformed hf:// names are rejected with the expected form."""
     with pytest.raises(CheckpointError, match="expected hf://<organization>/<repository>"):
         CheckpointLoader.fetch(name)
 
 
 def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """timm:// without timm says how to get it."""
+    """Without timm, the error for timm:// contains the install command."""
     for module in ("timm", "timm.models"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(MissingDependencyError, match=r"pip install stratagem\[timm\]"):
@@ -417,7 +417,7 @@ def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_names_of_timm_lead_to_the_hub(hub: Site) -> None:
-    """Timm itself says where its weights are; a slip gets the nearest name."""
+    """The timm library provides the URL of its weights, and a typo gives the most similar name."""
     pytest.importorskip("timm")
     hub.files["/timm/resnet18.a1_in1k/resolve/main/model.safetensors"] = save({"w": torch.ones(2)})
     assert weights("timm://resnet18") == weights("timm://resnet18.a1_in1k") == [1, 1]
@@ -429,26 +429,26 @@ def test_names_of_timm_lead_to_the_hub(hub: Site) -> None:
 
 @pytest.mark.parametrize("scheme", ["open-mmlab", "openmmlab"])
 def test_an_unknown_name_of_a_collection_gets_the_nearest(scheme: str) -> None:
-    """A slip in the name of published weights is answered with the right one."""
+    """A typo in the name of published weights gives the most similar name."""
     with pytest.raises(CheckpointNotFoundError, match=r"'vgg16_cafe'\. Did you mean 'vgg16_caffe'"):
         CheckpointLoader.fetch(f"{scheme}://vgg16_cafe")
 
 
 def test_an_unknown_scheme_gets_the_nearest() -> None:
-    """A scheme that nobody serves is answered with those that are near."""
+    """The error for an unknown scheme suggests similar ones."""
     with pytest.raises(CheckpointError, match=r"htps:///x\.pth: unknown scheme htps://.*'https://'"):
         CheckpointLoader.fetch("htps:///x.pth")
 
 
 @pytest.fixture
 def own_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registrations that end with the test."""
+    """Registrations that are undone after the test."""
     monkeypatch.setattr(CheckpointLoader, "_fetchers", dict(CheckpointLoader._fetchers))
 
 
 @pytest.mark.usefixtures("own_schemes")
 def test_users_serve_schemes_of_their_own(saved: Path, tmp_path: Path) -> None:
-    """A registered function gives the local path; of several prefixes the longest decides."""
+    """A registered function returns the local path; the longest matching prefix decides."""
     CheckpointLoader.register_scheme("zoo://")(lambda _: tmp_path / "other")
     CheckpointLoader.register_scheme(["zoo://a/", "farm://"])(lambda name: saved.parent / name.rpartition("/")[2])
     assert CheckpointLoader.fetch("zoo://b") == tmp_path / "other"
@@ -458,7 +458,7 @@ def test_users_serve_schemes_of_their_own(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("own_schemes")
 def test_a_scheme_is_replaced_only_on_purpose(saved: Path) -> None:
-    """Registering a taken prefix is an error, and registers none of the others with it."""
+    """Registering an existing prefix is an error, and registers none of the others in the call."""
     with pytest.raises(ConfigValueError, match=r"'https://' is already registered; pass force=True"):
         CheckpointLoader.register_scheme(["new://", "https://"])(lambda _: saved)
     with pytest.raises(CheckpointError, match="unknown scheme new://"):
@@ -468,7 +468,7 @@ def test_a_scheme_is_replaced_only_on_purpose(saved: Path) -> None:
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """STRATAGEM_CACHE comes first, then XDG_CACHE_HOME, then the user's cache folder."""
+    """STRATAGEM_CACHE has precedence over XDG_CACHE_HOME, which has precedence over the user's cache folder."""
     assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("STRATAGEM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))

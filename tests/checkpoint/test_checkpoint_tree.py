@@ -1,4 +1,4 @@
-"""Trees of state are taken apart into tensors and JSON, and come back as they were."""
+"""State trees are flattened to tensors and JSON and restored unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TREES = st.recursive(
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Tell whether two trees have the same types, keys in the same order, and values; nan is equal to nan."""
+    """Return whether two trees have the same types, order of keys and values; NaN equals NaN."""
     if type(one) is not type(other):
         return False
     if isinstance(one, torch.Tensor):
@@ -51,20 +51,20 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def through_json(tree: Any) -> Any:
-    """Take the tree apart, send what is no tensor through JSON, and put it together."""
+    """Flatten a tree, convert the rest to JSON and back, and restore the tree."""
     tensors, skeleton = flatten_tree(tree)
     return unflatten_tree(tensors, json.loads(json.dumps(skeleton, allow_nan=False)))
 
 
 @given(TREES)
 def test_every_tree_comes_back_as_it_was(tree: Any) -> None:
-    """Nested dicts, lists, tuples, numbers, strings, None and tensors come back with their types and order."""
+    """Nested containers, numbers, strings, None and tensors are restored with their types and order."""
     assert equal(through_json(tree), tree)
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, -0.0, 5e-324, 0.1])
 def test_floats_that_json_lacks_come_back(number: float) -> None:
-    """Infinity, nan and the smallest numbers come back exactly."""
+    """Infinity, NaN and subnormal numbers are restored exactly."""
     assert equal(through_json([number]), [number])
 
 
@@ -77,12 +77,12 @@ def test_floats_that_json_lacks_come_back(number: float) -> None:
     ],
 )
 def test_tensors_whose_paths_read_alike_are_kept_apart(tree: Any) -> None:
-    """Keys with slashes or of two types never make one tensor take the place of another."""
+    """Keys with slashes or of different types never make tensors collide."""
     assert equal(through_json(tree), tree)
 
 
 def test_a_state_dict_keeps_its_names() -> None:
-    """A flat dict of tensors is stored under exactly its own keys."""
+    """A flat dict of tensors is stored by exactly its own keys."""
     tensors, _ = flatten_tree({"0.weight": torch.ones(1), "head.bias": torch.zeros(1)})
     assert list(tensors) == ["0.weight", "head.bias"]
 
@@ -91,7 +91,7 @@ class Mode(enum.IntEnum):
     FAST = 3
 
 
-class Kind(str, enum.Enum):  # noqa: UP042 -- str() of this one gives its name
+class Kind(str, enum.Enum):  # noqa: UP042 -- str() of a member returns its name
     BEST = "best"
 
 
@@ -113,19 +113,19 @@ class Pair(NamedTuple):
     ],
 )
 def test_subclasses_come_back_plain(special: Any, plain: Any) -> None:
-    """Enums, NumPy's floats, named tuples and ordered dicts become the plain types that they stand for."""
+    """Enums, NumPy floats, named tuples and ordered dicts are restored as plain types."""
     assert equal(unflatten_tree(*flatten_tree([special])), [plain])
 
 
 def test_parameters_become_plain_tensors() -> None:
-    """A parameter is stored as its values, without the graph."""
+    """A parameter is stored by value, without the autograd graph."""
     [tensor] = unflatten_tree(*flatten_tree([nn.Parameter(torch.ones(2))]))
     assert type(tensor) is torch.Tensor
     assert not tensor.requires_grad
 
 
 def test_versions_of_modules_are_kept() -> None:
-    """What torch notes of each module beside its state dict comes back with it."""
+    """The module versions in a state dict are restored."""
     state = nn.Sequential(nn.BatchNorm1d(2)).state_dict()
     assert through_json(state)._metadata == {"": {"version": 1}, "0": {"version": 2}}
 
@@ -141,20 +141,20 @@ def test_versions_of_modules_are_kept() -> None:
     ],
 )
 def test_what_needs_pickle_is_refused_by_its_path(tree: Any, path: str, kind: str) -> None:
-    """A value of another kind is refused, and the error says where it is and what."""
+    """A value of an unsupported type is rejected with its path and type."""
     with pytest.raises(CheckpointError, match=f"The checkpoint's {path} is {kind} .* without pickle"):
         flatten_tree(tree)
 
 
 @pytest.mark.parametrize("key", [None, (1, 2), math.nan, math.inf, b"x"])
 def test_other_keys_are_refused_by_their_path(key: Any) -> None:
-    """A key that is neither text nor a finite number is refused, and the error says where."""
+    """A key that is neither a string nor a finite number is rejected with its path."""
     with pytest.raises(CheckpointError, match="The checkpoint's optimizer/a has the key"):
         flatten_tree({"a": {key: 1}}, where="optimizer")
 
 
 def test_a_tree_that_contains_itself_is_refused() -> None:
-    """A list in itself ends in an error, not in the interpreter's recursion limit."""
+    """A list that contains itself is an error instead of a RecursionError."""
     tree: list[Any] = []
     tree.append(tree)
     with pytest.raises(CheckpointError, match="meta contains itself"):
@@ -165,6 +165,6 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
     "skeleton", [{"$tensor": "x"}, {"$tensor": []}, {"$float": "a"}, {"$float": None}, {"$tuple": 1}, {"$items": [[1]]}]
 )
 def test_json_that_we_never_write_is_damage(skeleton: Any) -> None:
-    """A description of a tree that does not make sense is an error of its own kind."""
+    """A malformed description of a tree is reported as damage."""
     with pytest.raises(CheckpointDamagedError):
         unflatten_tree({}, skeleton)

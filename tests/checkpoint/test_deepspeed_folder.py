@@ -1,4 +1,4 @@
-"""Folders of DeepSpeed are read without it: parts of ranks become parameters and moments by name."""
+"""DeepSpeed folders are read without DeepSpeed; partitions of ranks become parameters and state by name."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stratagem.checkpoint import list_checkpoints, read_any
 from stratagem.checkpoint.foreign import is_deepspeed_folder
 from stratagem.errors import CheckpointNotFoundError
 
-# Two parameters of 3 and 4 elements one after another, and one of padding: 4 elements on each of two ranks.
+# Two parameters with 3 and 4 elements and one padding element: 4 elements on each of two ranks.
 FLAT = torch.arange(8.0)
 SHAPES = [OrderedDict(a=torch.Size([3]), b=torch.Size([2, 2]))]
 
 
 def save(folder: Path, optim: list[dict[str, Any]], *, stage3: bool = False, **added: Any) -> Path:
-    """Write a folder as DeepSpeed does, with a part for each rank and what the program adds."""
+    """Write a folder as DeepSpeed does, with a partition for each rank and the client state."""
     tag = folder / "global_step5"
     tag.mkdir(parents=True)
     (folder / "latest").write_text("global_step5")
@@ -44,13 +44,13 @@ def save(folder: Path, optim: list[dict[str, Any]], *, stage3: bool = False, **a
 
 
 def base(moment: torch.Tensor) -> dict[str, Any]:
-    """Return what torch's optimizer gives for one flat tensor."""
+    """Return the state dict of torch's optimizer for one flat tensor."""
     slots = {"step": torch.tensor(3.0), "exp_avg": moment}
     return {"state": {0: slots}, "param_groups": [{"lr": 0.5, "fused": True, "params": [0]}]}
 
 
-def stretches() -> list[dict[str, Any]]:
-    """Return stage 2's parts: each rank a stretch; the last one's padding is left out of its masters alone."""
+def flat_partitions() -> list[dict[str, Any]]:
+    """Return the partitions of stage 2; only the master weights of the last one lack the padding."""
     return [
         {"single_partition_of_fp32_groups": [FLAT[:4]], "base_optimizer_state": base(FLAT[:4] * 10)},
         {"single_partition_of_fp32_groups": [FLAT[4:7]], "base_optimizer_state": base(FLAT[4:] * 10)},
@@ -58,8 +58,8 @@ def stretches() -> list[dict[str, Any]]:
 
 
 def test_stretches_of_stages_1_and_2_are_put_together(tmp_path: Path) -> None:
-    """Masters in float32, moments by name, options and counts; buffers come from the model's part."""
-    tree = read_any(save(tmp_path / "saved", stretches()))
+    """Float32 master weights, moments, options and counters are restored by name; buffers come from the model states."""
+    tree = read_any(save(tmp_path / "saved", flat_partitions()))
     assert tree["state_dict"]["a"].tolist() == [0, 1, 2]
     assert tree["state_dict"]["b"].tolist() == [[3, 4], [5, 6]]
     assert tree["state_dict"]["seen"].item() == 7
@@ -71,7 +71,7 @@ def test_stretches_of_stages_1_and_2_are_put_together(tmp_path: Path) -> None:
 
 
 def test_stripes_of_stage_3_are_put_together(tmp_path: Path) -> None:
-    """Each parameter is cut into equal parts: of three elements a rank has two, one of them padding."""
+    """Each parameter is split into equal parts: of three elements, each rank has two, one of them padding."""
     first, second = torch.tensor([0.0, 1, 3, 4]), torch.tensor([2.0, -1, 5, 6])
     parts = [{"fp32_flat_groups": [part], "optimizer_state_dict": base(part * 10)} for part in (first, second)]
     tree = read_any(save(tmp_path / "saved", parts, stage3=True))
@@ -81,16 +81,16 @@ def test_stripes_of_stage_3_are_put_together(tmp_path: Path) -> None:
 
 
 def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
-    """Of two ranks' files one is gone: nothing is made up."""
-    folder = save(tmp_path / "saved", stretches())
+    """A missing file of a rank is an error."""
+    folder = save(tmp_path / "saved", flat_partitions())
     (folder / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointNotFoundError, match="2 ranks saved it, but it has the files of 1"):
         read_any(folder)
 
 
 def test_latest_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
-    """What it names is a folder beside it; a path in it is not followed."""
-    save(tmp_path / "saved", stretches())
+    """``latest`` may name a subfolder; other paths in it are not followed."""
+    save(tmp_path / "saved", flat_partitions())
     other = tmp_path / "other"
     other.mkdir()
     (other / "latest").write_text("../saved/global_step5")
@@ -101,11 +101,11 @@ def test_latest_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage3", [False, True])
 def test_a_folder_that_a_run_saved_is_found_under_any_name(tmp_path: Path, *, stage3: bool) -> None:
-    """What our own strategy added tells it from another program's, and which of several is the newer."""
+    """The client state of DeepSpeedStrategy identifies the folders of a run and their order."""
     for name, session in (("e=1", 2), ("e=2", 1)):
         meta = {"run_id": "a", "iter": 5, "save_order": {"session": session, "save": 1}}
-        save(tmp_path / name, stretches(), stage3=stage3, stratagem={"meta": meta, "hooks": {}})
-    save(tmp_path / "theirs", stretches(), stage3=stage3)
+        save(tmp_path / name, flat_partitions(), stage3=stage3, stratagem={"meta": meta, "hooks": {}})
+    save(tmp_path / "theirs", flat_partitions(), stage3=stage3)
     assert [each.path.name for each in list_checkpoints(tmp_path)] == ["e=1", "e=2"]
-    # The folder in it is the same checkpoint.
+    # The inner folder is the same checkpoint.
     assert list_checkpoints(tmp_path / "e=1") == []

@@ -1,4 +1,4 @@
-"""Folders that ColossalAI's Booster wrote, made here in the form that version 0.5.0 gives them."""
+"""Folders of ColossalAI's Booster, created here in the format of version 0.5.0."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUPS = [{"lr": 0.1, "betas": (0.9, 0.99), "params": [0, 1]}]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with weights in two files, and an optimizer in two more."""
+    """A folder with weights in two files and an optimizer in two more."""
     root = tmp_path / "boosted"
     for part in ("model", "optimizer"):
         (root / part).mkdir(parents=True)
@@ -57,7 +57,7 @@ def _write_index(file: Path, metadata: dict[str, Any], names: dict[str, str]) ->
 
 
 def test_weights_and_optimizer_are_read_without_the_library(folder: Path) -> None:
-    """Weights come by name, the optimizer's state by index, as it was written."""
+    """Weights are read by name, and the optimizer state by index, as it was written."""
     tree = CheckpointLoader.load_checkpoint(folder)
     assert {name: value.tolist() for name, value in tree["state_dict"].items()} == {
         name: value.tolist() for name, value in WEIGHTS.items()
@@ -67,7 +67,7 @@ def test_weights_and_optimizer_are_read_without_the_library(folder: Path) -> Non
 
 
 def test_only_what_is_wanted_is_read(folder: Path) -> None:
-    """Of a folder whose optimizer is damaged, the weights can be read."""
+    """The weights can be read from a folder whose optimizer is damaged."""
     (folder / "optimizer" / "pytorch_optim-00001.bin").write_bytes(b"")
     assert list(read_any(folder, parts=["state_dict"])) == ["state_dict"]
     with pytest.raises(CheckpointError, match=r"pytorch_optim-00001.bin"):
@@ -75,7 +75,7 @@ def test_only_what_is_wanted_is_read(folder: Path) -> None:
 
 
 def test_mmengines_position_is_taken_over(folder: Path) -> None:
-    """meta.pth and the folder of schedulers, as MMEngine's strategy writes them, say where the run stood."""
+    """The position is read from meta.pth and the folder of schedulers, as MMEngine's strategy writes them."""
     torch.save({"meta": {"epoch": 2, "iter": 40, "mmengine": "0.10"}, "message_hub": {}}, folder / "meta.pth")
     (folder / "scheduler").mkdir()
     for number in range(2):
@@ -87,7 +87,7 @@ def test_mmengines_position_is_taken_over(folder: Path) -> None:
 
 
 def test_what_is_kept_around_it_gives_names_and_masters(folder: Path, tmp_path: Path) -> None:
-    """With a checkpoint of ours around it, the optimizer's state is by name, and tied names are there again."""
+    """With a Stratagem checkpoint in the folder, the optimizer state is keyed by name and tied names are restored."""
     around = tmp_path / "epoch_1"
     told = {"order": ["a.weight", "a.bias"], "tied": {"b.weight": "a.weight"}}
     ours = {
@@ -117,7 +117,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def test_nothing_in_it_is_executed(folder: Path, tmp_path: Path) -> None:
-    """A pickle that would run code is refused, in the groups as in the state."""
+    """A malicious pickle is rejected in the parameter groups and in the state."""
     for name in ("pytorch_optim_group.bin", "pytorch_optim-00001.bin"):
         whole = (folder / "optimizer" / name).read_bytes()
         evil = Evil(tmp_path / "touched")
@@ -129,7 +129,7 @@ def test_nothing_in_it_is_executed(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_index_that_leads_elsewhere_is_refused(folder: Path) -> None:
-    """The file of the groups must lie beside its index."""
+    """The file of the parameter groups must be in the same folder as its index."""
     index = folder / "optimizer" / "pytorch_optim.bin.index.json"
     content = json.loads(index.read_text())
     content["metadata"]["param_groups"] = "../model/pytorch_model-00001.bin"

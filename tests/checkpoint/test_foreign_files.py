@@ -1,4 +1,4 @@
-"""Single files that other programs wrote."""
+"""Single files written by other programs."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ PLAIN = nn.Linear(2, 1)
 
 
 def mmengine(epoch: int) -> Path:
-    """Return the checkpoint that MMEngine wrote after that epoch."""
+    """Return the checkpoint that MMEngine wrote after this epoch."""
     return FILES / f"mmengine_0.10.7_epoch_{epoch}.pth"
 
 
 class Network(BaseModel):
-    """The network of the files."""
+    """The network in the files."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Network(BaseModel):
 
 @pytest.fixture
 def strategy(tmp_path: Path) -> Iterator[BaseStrategy]:
-    """A strategy that was prepared as MMEngine's run was."""
+    """A strategy prepared like MMEngine's run."""
     made = make("single", tmp_path, seed=None)
     made.prepare(
         Network(),
@@ -58,7 +58,7 @@ def strategy(tmp_path: Path) -> Iterator[BaseStrategy]:
 
 
 def test_a_run_of_mmengine_goes_on_as_it_would_have_there(strategy: BaseStrategy) -> None:
-    """Resumed from MMEngine's first epoch, the second gives the weights that MMEngine saved after it."""
+    """Resuming from MMEngine's first epoch gives the weights that MMEngine saved after the second."""
     rest = strategy.resume(mmengine(1))
     assert (rest["meta"]["epoch"], rest["meta"]["iter"]) == (1, 3)
     features = torch.sin(torch.arange(48.0)).reshape(12, 4)
@@ -79,7 +79,7 @@ def test_a_run_of_mmengine_goes_on_as_it_would_have_there(strategy: BaseStrategy
 
 
 def test_histories_of_mmengine_are_left_out() -> None:
-    """Its message hub holds objects, and a schedule's curve a function: neither is needed, and neither is made."""
+    """The message hub and the functions in scheduler states are ignored and never created."""
     tree = SingleFileFormat().load(mmengine(2))
     assert sorted(tree) == ["meta", "optimizer", "param_schedulers", "state_dict"]
     assert tree["param_schedulers"] == [{"last_step": 5, "_global_step": 6}, {"last_step": 1, "_global_step": 2}]
@@ -87,7 +87,7 @@ def test_histories_of_mmengine_are_left_out() -> None:
 
 
 def test_averages_of_mmengine_are_said_to_be_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """MMEngine stores averages in the place of the trained weights, which must not be resumed unawares."""
+    """A warning says that MMEngine stored averaged weights, which must not be resumed from by mistake."""
     average = {f"module.{name}": tensor for name, tensor in PLAIN.state_dict().items()}
     content = {"meta": {"mmengine_version": "0.10.7"}, "state_dict": PLAIN.state_dict(), "ema_state_dict": average}
     torch.save(content, tmp_path / "weights.pth")
@@ -100,7 +100,7 @@ def test_averages_of_mmengine_are_said_to_be_such(tmp_path: Path, caplog: pytest
 
 
 def test_weights_of_lightning_are_found_by_their_prefix() -> None:
-    """Lightning's keys begin with the module's attribute; the error names the rewriting, which is never guessed."""
+    """The error for Lightning's key prefix suggests revise_keys, which are not applied automatically."""
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
     with pytest.raises(CheckpointMismatchError, match=r"revise_keys=\[\('\^model\\\\\.', ''\)\]"):
         load_checkpoint(model, LIGHTNING)
@@ -109,7 +109,7 @@ def test_weights_of_lightning_are_found_by_their_prefix() -> None:
 
 
 def test_position_and_optimizer_of_lightning_are_taken_over() -> None:
-    """Epochs and iterations are counted as here, though Lightning's own numbers are the epoch under way and steps."""
+    """Finished epochs and iterations are counted as here, although Lightning counts differently."""
     tree = SingleFileFormat().load(LIGHTNING)
     assert tree["meta"] == {"epoch": 2, "iter": 6, "batch_in_epoch": 0}
     assert tree["optimizer"]["state"][0]["step"] == 4
@@ -118,7 +118,7 @@ def test_position_and_optimizer_of_lightning_are_taken_over() -> None:
 
 
 def test_an_epoch_of_lightning_under_way_is_told(tmp_path: Path) -> None:
-    """A checkpoint in the middle of an epoch says how many of its batches are done."""
+    """A checkpoint in the middle of an epoch records how many of its batches are finished."""
     loop = {
         "epoch_progress": {"current": {"ready": 3, "processed": 2}},
         "epoch_loop.batch_progress": {"total": {"processed": 25}, "current": {"processed": 5}},
@@ -132,7 +132,7 @@ def test_an_epoch_of_lightning_under_way_is_told(tmp_path: Path) -> None:
 
 
 def test_several_optimizers_of_lightning_have_numbers(tmp_path: Path) -> None:
-    """Lightning gives its optimizers no names; one's state alone is that of the run's only optimizer."""
+    """Several optimizers of Lightning are numbered, and the state of a single one is used directly."""
     states = [torch.optim.SGD(PLAIN.parameters(), lr=lr).state_dict() for lr in (0.1, 0.2)]
     torch.save(
         {"state_dict": PLAIN.state_dict(), "pytorch-lightning_version": "2", "optimizer_states": states},
@@ -144,7 +144,7 @@ def test_several_optimizers_of_lightning_have_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", "network", "module", None])
 def test_weights_of_scripts_are_found(tmp_path: Path, key: str | None) -> None:
-    """Weights are found under the usual names, or where the file is nothing but them."""
+    """Weights are found under common names, or if the file contains nothing else."""
     state = PLAIN.state_dict()
     torch.save(state if key is None else {key: state, "epoch": 3, "best": torch.ones(1)}, tmp_path / "a.pt")
     _, report = load_checkpoint(nn.Linear(2, 1), tmp_path / "a.pt", strict=True)
@@ -153,7 +153,7 @@ def test_weights_of_scripts_are_found(tmp_path: Path, key: str | None) -> None:
 
 @pytest.mark.parametrize("key", ["optimizer", "optimizer_state_dict", "optim", "optimizer_state"])
 def test_optimizers_of_scripts_go_on(tmp_path: Path, key: str) -> None:
-    """A script's optimizer state, by index, is resumed where the parameter groups agree."""
+    """A script's optimizer state is resumed by index if the parameter groups match."""
     source = make("single", tmp_path / "one")
     model = Network()
     batch = (torch.randn(4, 4), torch.arange(4) % 3)
@@ -170,14 +170,14 @@ def test_optimizers_of_scripts_go_on(tmp_path: Path, key: str) -> None:
 
 
 def test_two_sets_of_weights_are_not_guessed_between(tmp_path: Path) -> None:
-    """Where two entries could be the weights, the error names both."""
+    """If two entries could be the weights, the error lists both."""
     torch.save({"model": PLAIN.state_dict(), "net": PLAIN.state_dict()}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt: it has weights under 'model' and 'net'"):
         SingleFileFormat().load(tmp_path / "a.pt")
 
 
 def test_objects_beside_the_weights_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Arguments of a script, saved as an object, do not stand in the way; the log says what was left out."""
+    """Arguments that a script saved as an object are skipped, and the log lists them."""
     content = {"model": PLAIN.state_dict(), "args": argparse.Namespace(lr=1), "epoch": 3}
     torch.save(content, tmp_path / "a.pt")
     with caplog.at_level(logging.INFO, "stratagem"):
@@ -190,21 +190,21 @@ def test_objects_beside_the_weights_are_left_out(tmp_path: Path, caplog: pytest.
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_pickled_model_says_how_to_convert_it(tmp_path: Path, whole: bool) -> None:
-    """A whole module, alone or under a name, is no state; the error names its class and what to do where it is trusted."""
+    """A pickled module is an error with its class and how to convert it if the file is trusted."""
     torch.save(PLAIN if whole else {"model": PLAIN, "epoch": 3}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"object of torch\.nn\.modules\.linear\.Linear.*If you trust"):
         load_checkpoint(nn.Linear(2, 1), tmp_path / "a.pt")
 
 
 def test_an_object_among_the_weights_is_named(tmp_path: Path) -> None:
-    """Weights that hold something other than tensors and plain values are refused, with the key."""
+    """Weights that contain an object are rejected with the key."""
     torch.save({"state_dict": {**PLAIN.state_dict(), "extra": Path("x")}}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt: state_dict/extra is an object of pathlib\.PosixPath"):
         CheckpointLoader.load_checkpoint(tmp_path / "a.pt")
 
 
 def test_tensors_go_to_the_device_asked_for() -> None:
-    """``map_location`` holds for weights and moments."""
+    """``map_location`` applies to weights and moments."""
     tree = SingleFileFormat().load(mmengine(1), map_location="meta")
     assert tree["state_dict"]["layers.0.weight"].is_meta
     assert tree["optimizer"]["state"][0]["exp_avg"].is_meta

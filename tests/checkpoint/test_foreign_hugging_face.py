@@ -1,4 +1,4 @@
-"""Weights as Hugging Face libraries store them."""
+"""Weights in the formats of Hugging Face libraries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
 
 
 def write(file: Path, state: dict[str, Tensor]) -> None:
-    """Write a file of weights in the form that its name says."""
+    """Write weights in the format that the file name selects."""
     if file.suffix == ".safetensors":
         save_file(state, file)
     else:
@@ -27,7 +27,7 @@ def write(file: Path, state: dict[str, Tensor]) -> None:
 
 
 def shards(folder: Path, name: str) -> Path:
-    """Write the weights as two files with an index; return the index."""
+    """Write the weights to two files with an index; return the index."""
     stem, suffix = Path(name).stem, Path(name).suffix
     files = {key: f"{stem}-0000{number}-of-00002{suffix}" for number, key in enumerate(STATE, 1)}
     for key, file in files.items():
@@ -38,7 +38,7 @@ def shards(folder: Path, name: str) -> Path:
 
 
 def check(tree: dict[str, Any]) -> None:
-    """Check that the weights are all there and alone."""
+    """Check that the tree contains all weights and nothing else."""
     assert list(tree) == ["state_dict"]
     assert {key: tensor.tolist() for key, tensor in tree["state_dict"].items()} == {
         "a.weight": [[0, 1, 2], [3, 4, 5]],
@@ -48,7 +48,7 @@ def check(tree: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_folder_of_weights_is_read(tmp_path: Path, name: str) -> None:
-    """A folder, and the file in it, give the weights."""
+    """The weights can be loaded from a folder and from the file in it."""
     write(tmp_path / name, STATE)
     check(CheckpointLoader.load_checkpoint(tmp_path))
     check(CheckpointLoader.load_checkpoint(tmp_path / name))
@@ -56,21 +56,21 @@ def test_a_folder_of_weights_is_read(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_shards_are_put_together(tmp_path: Path, name: str) -> None:
-    """Several files with an index are one checkpoint, named by the folder or by the index."""
+    """Several files with an index are loaded as one checkpoint, by the folder or by the index."""
     index = shards(tmp_path, name)
     check(CheckpointLoader.load_checkpoint(tmp_path))
     check(CheckpointLoader.load_checkpoint(index))
 
 
 def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
-    """Where a folder has both, the form that holds nothing but tensors is taken."""
+    """If a folder has both, safetensors files are preferred, because they contain only tensors."""
     write(tmp_path / "model.safetensors", STATE)
     write(tmp_path / "pytorch_model.bin", {"other": torch.ones(1)})
     check(read_any(tmp_path))
 
 
 def test_weights_fit_into_a_model(tmp_path: Path) -> None:
-    """A model is loaded from such a file, whatever its name before the suffix."""
+    """A model can be loaded from a safetensors file with any name."""
     model = nn.Linear(3, 2)
     save_file(model.state_dict(), tmp_path / "adapter.safetensors")
     other = nn.Linear(3, 2)
@@ -80,7 +80,7 @@ def test_weights_fit_into_a_model(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_beside_the_weights_is_read(tmp_path: Path) -> None:
-    """A checkpoint of the Trainer has the state of torch's optimizer."""
+    """A checkpoint of the Trainer includes the state of torch's optimizer."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
@@ -91,7 +91,7 @@ def test_an_optimizer_beside_the_weights_is_read(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_with_objects_does_not_stand_in_the_way(tmp_path: Path) -> None:
-    """The weights are read without it; asked for by name, it is an error."""
+    """An optimizer file that contains objects is skipped, and is an error only if it is requested."""
     write(tmp_path / "model.safetensors", STATE)
     torch.save({"state": Path("x"), "param_groups": []}, tmp_path / "optimizer.pt")
     check(read_any(tmp_path))
@@ -100,7 +100,7 @@ def test_an_optimizer_with_objects_does_not_stand_in_the_way(tmp_path: Path) -> 
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    """A checkpoint that lacks a file, or a key in one, is damaged, and the error says what is missing."""
+    """A missing file, or a missing key in a file, is damage with its name."""
     index = shards(tmp_path, "model.safetensors")
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointDamagedError, match=r"model-00002-of-00002\.safetensors is missing"):
@@ -114,7 +114,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     "name", ["../secret.bin", "/etc/x.bin", "sub/x.bin", "model.safetensors.index.json", ".x.bin", 3]
 )
 def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, name: Any) -> None:
-    """A name in an index is a file beside it, or the index is refused."""
+    """An index that refers to a file in another folder is rejected."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name}}))
     with pytest.raises(CheckpointDamagedError, match="not a valid shard in the same folder"):
@@ -123,7 +123,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, name: Any) -> 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
 def test_an_index_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
-    """Whatever stands in the index, the error is one of ours."""
+    """Whatever an index contains, the error is a CheckpointError."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
     with pytest.raises(CheckpointDamagedError, match=r"index\.json"):
@@ -132,7 +132,7 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path, text: str) -> Non
 
 @pytest.mark.parametrize("length", [0, 7, 50, -1])
 def test_a_cut_file_is_damaged(tmp_path: Path, length: int) -> None:
-    """A file of safetensors that ends early is named."""
+    """A truncated safetensors file is reported by name."""
     file = tmp_path / "model.safetensors"
     save_file(STATE, file)
     file.write_bytes(file.read_bytes()[:length])
@@ -141,7 +141,7 @@ def test_a_cut_file_is_damaged(tmp_path: Path, length: int) -> None:
 
 
 def test_other_places_are_told(tmp_path: Path) -> None:
-    """A folder without weights is no checkpoint, a missing file is not found, and pickled objects are no weights."""
+    """A folder without weights, a missing file and pickled objects are errors."""
     with pytest.raises(CheckpointError, match="is not a Stratagem checkpoint"):
         read_any(tmp_path)
     with pytest.raises(CheckpointNotFoundError):

@@ -1,4 +1,4 @@
-"""Tensors of which each rank has some boxes, such as the ranges that ZeRO cuts."""
+"""Tensors of which each rank holds some boxes, such as the flat ranges of ZeRO."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHAPES = st.lists(st.integers(0, 5), max_size=4)
 
 @given(SHAPES, st.data())
 def test_boxes_of_a_range_are_its_elements_in_order(shape: list[int], data: st.DataObject) -> None:
-    """A range of a flattened tensor is a few boxes, which hold its elements one after the other."""
+    """The boxes of a range of a flattened tensor contain its elements in order."""
     tensor = torch.arange(math.prod(shape)).reshape(shape)
     start = data.draw(st.integers(0, tensor.numel()))
     stop = data.draw(st.integers(start, tensor.numel()))
@@ -39,7 +39,7 @@ def test_boxes_of_a_range_are_its_elements_in_order(shape: list[int], data: st.D
 
 
 def test_a_range_within_a_row_is_one_box() -> None:
-    """Of a 4 x 5 tensor, the elements 6 to 8 are columns 1 to 3 of row 1; 3 to 13 take three boxes."""
+    """In a 4 x 5 tensor, the elements 6 to 8 are columns 1 to 3 of row 1; 3 to 12 need three boxes."""
     assert list(boxes_of_range([4, 5], 6, 9)) == [TensorBox((1, 1), (1, 3))]
     assert list(boxes_of_range([4, 5], 3, 13)) == [
         TensorBox((0, 3), (1, 2)),
@@ -50,7 +50,7 @@ def test_a_range_within_a_row_is_one_box() -> None:
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 0), (3, 13), (19, 20)])
 def test_what_was_cut_is_taken_back_as_it_was(start: int, stop: int) -> None:
-    """A range that a rank gives is the range that it reads, from its own pieces and from the whole."""
+    """A range can be taken back from the state of a rank and from the global tensor."""
     whole = torch.randn(4, 5)
     pieces = ShardedTensorState.from_flat_range(whole.flatten()[start:stop], start, whole.shape)
     assert torch.equal(take_range(pieces, start, stop), whole.flatten()[start:stop])
@@ -59,8 +59,8 @@ def test_what_was_cut_is_taken_back_as_it_was(start: int, stop: int) -> None:
         assert torch.equal(take_box(whole, box), content)
 
 
-def test_pieces_are_views_of_the_memory_that_is_given() -> None:
-    """Nothing is copied when state is handed to a checkpoint."""
+def test_shards_are_views_of_the_given_memory() -> None:
+    """The shards share memory with the given values."""
     flat = torch.zeros(10)
     pieces = ShardedTensorState.from_flat_range(flat[2:9], 2, (2, 5))
     flat.fill_(7.0)
@@ -68,20 +68,20 @@ def test_pieces_are_views_of_the_memory_that_is_given() -> None:
 
 
 def test_a_box_that_the_rank_does_not_have_is_refused() -> None:
-    """State that was cut for other ranks is no silent zero."""
+    """Taking a box that this rank does not hold is an error."""
     pieces = ShardedTensorState.from_flat_range(torch.zeros(4), 0, (2, 4))
     with pytest.raises(CheckpointMismatchError, match="does not have the box"):
         take_range(pieces, 2, 6)
 
 
 def test_a_content_of_another_shape_is_refused() -> None:
-    """A box and its content agree."""
+    """The shape of a shard must match its box."""
     with pytest.raises(CheckpointError, match=r"has dtype torch.float32 and shape \[3\]"):
         ShardedTensorState(torch.float32, (4,), {TensorBox((0,), (2,)): torch.zeros(3)})
 
 
 def test_one_process_stores_what_it_has_whole(tmp_path) -> None:
-    """ShardedTensorState that make up the tensor are a tensor in the file."""
+    """Shards that cover the tensor are stored as a tensor."""
     whole = torch.randn(3, 4)
     halves = [
         ShardedTensorState.from_flat_range(whole.flatten()[:5], 0, (3, 4)),
@@ -95,7 +95,7 @@ def test_one_process_stores_what_it_has_whole(tmp_path) -> None:
 
 
 def test_a_tensor_without_elements_is_stored(tmp_path) -> None:
-    """Nobody has a part of it, and it is there all the same."""
+    """A tensor without elements is stored even if no rank holds a box of it."""
     save_checkpoint({"state_dict": {"w": ShardedTensorState.empty(torch.float32, (0, 3))}}, tmp_path / "empty")
     assert read_any(tmp_path / "empty")["state_dict"]["w"].shape == (0, 3)
 
@@ -103,7 +103,7 @@ def test_a_tensor_without_elements_is_stored(tmp_path) -> None:
 def _save(path: str, *, background: bool) -> dict[str, float]:
     rank_group = RankGroup.of()
     whole = torch.arange(15.0).reshape(3, 5)
-    # -0.0 must stay what it is.
+    # -0.0 must be preserved.
     whole[2, 4] = -0.0
     cut = 7
     own = (whole.flatten()[:cut], 0) if rank_group.is_rank0 else (whole.flatten()[cut:], cut)
@@ -135,7 +135,7 @@ def _of_first(whole: torch.Tensor, rank_group: RankGroup) -> ShardedTensorState:
 @pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
 @pytest.mark.parametrize("background", [False, True])
 def test_ranks_store_their_ranges_of_one_tensor(ranks: Ranks, tmp_path, name: str, background: bool) -> None:
-    """Two ranks' parts of a tensor are the whole in the checkpoint, bit for bit, also in one file and in the background."""
+    """The ranges of two ranks are stored as one tensor, bit for bit, also in a single file and in the background."""
     whole = torch.arange(15.0).reshape(3, 5)
     whole[2, 4] = -0.0
     found = ranks.run(_save, str(tmp_path / name), background=background)

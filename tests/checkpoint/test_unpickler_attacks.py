@@ -1,4 +1,4 @@
-"""Files that were made to do harm: nothing of them is executed, and memory stays bounded."""
+"""Malicious files: no code from them is executed, and memory stays bounded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FILES = Path(__file__).parent / "files"
 
 
 def attacks() -> dict[str, Any]:
-    """Return pickles that, under Python's own unpickler, make the file ``executed`` or run some other code."""
+    """Return pickles that create the file ``executed`` or run other code under Python's unpickler."""
     mark = f"open({PROOF!r}, 'w').close()"
     return {
         "a call of os.system": call("os.system", f"touch {PROOF}"),
@@ -80,9 +80,9 @@ def attacks() -> dict[str, Any]:
 
 @pytest.fixture
 def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Have everything by which a file could run code fail loudly, in an empty folder."""
+    """Make every way for a file to run code fail, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    # What reading any file imports is imported before.
+    # Do the imports of reading a file first.
     SingleFileFormat().load(write(tmp_path / "sound.pth", {"state_dict": {"w": tensor()}}))
 
     def forbidden(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +105,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 @pytest.mark.parametrize("attack", attacks())
 @pytest.mark.parametrize("place", ["the root", "the weights", "a weight", "beside the weights"])
 def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
-    """Whatever a file says and wherever, it is refused, or its sound weights are read and the rest is left out."""
+    """A malicious file is rejected, or only its valid weights are read, whatever it contains."""
     evil = attacks()[attack]
     root = {
         "the root": evil,
@@ -119,14 +119,14 @@ def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
     except CheckpointError as error:
         assert "evil.pth" in str(error)
         return
-    # Where nothing is refused, no object is in what was read.
+    # If the file is not rejected, the result contains no objects.
     flatten_tree(tree)
     if place == "beside the weights":
         assert tree["state_dict"]["w"].tolist() == [1, 2]
 
 
 def test_the_attacks_work_where_they_are_let(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's own unpickler executes such files: what the test above shows is not the weakness of the attacks."""
+    """Python's unpickler executes these files, so the attacks in the test above are effective."""
     monkeypatch.chdir(tmp_path)
     for attack in ("a call of os.system", "eval under its old name", "a chain of getattr", "functools.partial"):
         pickle.loads(pickle_of(attacks()[attack]))
@@ -172,7 +172,7 @@ LIES: dict[str, Raw] = {
 
 @pytest.mark.parametrize("lie", LIES)
 def test_numbers_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
-    """A tensor whose numbers lead out of its memory, or to more than the file has, is damage that is named."""
+    """A tensor whose offsets or sizes exceed its storage or the file is reported as damage."""
     data = {"0": struct.pack("<2f", 1, 2)} if "sparse" not in lie else {"0": struct.pack("<q", 1 << 40)}
     path = write(tmp_path / "a.pth", {"state_dict": {"w": LIES[lie]}}, data)
     with pytest.raises(
@@ -182,7 +182,7 @@ def test_numbers_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
 
 
 def test_a_container_that_holds_itself_is_refused(tmp_path: Path) -> None:
-    """A list inside of itself is named, and not walked forever."""
+    """A list that contains itself is an error instead of an endless loop."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor(), "v": Raw(b"]q\x05h\x05a")}})
     with pytest.raises(CheckpointDamagedError, match="state_dict/v.* contains itself"):
         SingleFileFormat().load(path)
@@ -190,7 +190,7 @@ def test_a_container_that_holds_itself_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["lists", "tuples", "objects"])
 def test_deep_nesting_is_refused(tmp_path: Path, kind: str) -> None:
-    """Twenty thousand containers in one another do not exhaust the stack."""
+    """Twenty thousand nested containers do not overflow the stack."""
     deep = {
         "lists": b"]" * 20_000 + b"a" * 99_999,
         "tuples": b")" + b"\x85" * 20_000,
@@ -202,14 +202,14 @@ def test_deep_nesting_is_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_deep_keys_are_refused(tmp_path: Path) -> None:
-    """Nested tuples as a key are refused before they are hashed, which could end the process."""
+    """Nested tuples as a key are rejected before they are hashed, which could crash the process."""
     path = write(tmp_path / "a.pth", Raw(b"}" + b")" + b"\x85" * 300_000 + b"Ns"))
     with pytest.raises(CheckpointDamagedError, match="is used as a key"):
         SingleFileFormat().load(path)
 
 
 def test_shared_lists_are_read_once(tmp_path: Path) -> None:
-    """Lists that hold another twice, forty times over, are two to the fortieth only for who would copy them."""
+    """Forty lists that each contain the next one twice are read in linear time."""
     laughs = b"]q\x01" + b"".join(b"0](h%ch%ceq%c" % (level, level, level + 1) for level in range(1, 41))
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor()}, "v": Raw(laughs)})
     tree = SingleFileFormat().load(path)
@@ -243,7 +243,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.slow
 def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:
-    """Files that claim gigabytes are refused without taking them: 60 MB are enough for all of these."""
+    """Files that claim gigabytes are rejected with less than 60 MB of memory."""
     for index, bomb in enumerate(BOMBS.values()):
         write(tmp_path / f"{index}.pth", b"\x80\x04" + bomb)
     for index, lie in enumerate(LIES.values()):
@@ -255,7 +255,7 @@ def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:
 
 
 def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
-    """A directory that names the same bytes as several records is a bomb."""
+    """A zip directory that lists the same bytes as several records is rejected."""
     path = overlapping(tmp_path / "a.pth", {"state_dict": {"w": tensor()}}, 2, 8)
     with pytest.raises(CheckpointDamagedError, match="overlap"):
         SingleFileFormat().load(path)
@@ -265,7 +265,7 @@ REAL = zipfile.ZipFile(FILES / "mmengine_0.10.7_epoch_1.pth").read("archive/data
 
 
 class NoMemory:
-    """Memory of whatever length is asked for, within reason."""
+    """A source of storages of any reasonable size."""
 
     size = 10_000
 
@@ -282,7 +282,7 @@ class NoMemory:
 )
 @settings(max_examples=300)
 def test_a_changed_pickle_is_never_another_exception(changes: list[tuple[int, int]], cut: int, gap: int) -> None:
-    """Bytes changed, or taken out, anywhere in a real pickle give values or an error of ours, and nothing else."""
+    """Bytes changed in or removed from a real pickle give values or a CheckpointError, and no other exception."""
     data = bytearray(REAL)
     for place, octet in changes:
         data[place] = octet
@@ -295,7 +295,7 @@ def test_a_changed_pickle_is_never_another_exception(changes: list[tuple[int, in
 
 
 def test_terminal_codes_in_names_are_not_printed(tmp_path: Path) -> None:
-    """An error shows the names that a file chose without what steers a terminal, and shortened."""
+    """Errors show names from a file shortened and without terminal control codes."""
     path = write(tmp_path / "a.pth", {"state_dict": {"\x1b[2J": call("\x1b[31mos.system", "x"), "w": tensor()}})
     with pytest.raises(CheckpointError) as caught:
         SingleFileFormat().load(path)
@@ -307,7 +307,7 @@ def test_terminal_codes_in_names_are_not_printed(tmp_path: Path) -> None:
 
 
 def test_torch_refuses_what_we_leave_unread(tmp_path: Path) -> None:
-    """Weights beside an attack are the same as in a file without one: its other entries are simply not looked at."""
+    """The weights in a malicious file are equal to those in a harmless one, because other entries are not read."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor()}, "x": call("os.system", "true")})
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)

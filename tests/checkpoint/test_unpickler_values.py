@@ -1,4 +1,4 @@
-"""What files of torch's zip form hold, read by the reader that executes nothing."""
+"""Values in files of torch's zip format, read without executing code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stratagem.errors import CheckpointDamagedError, CheckpointError
 
 
 def round_trip(value: Any, path: Path, **kwargs: Any) -> Any:
-    """Save a value by torch and read it by ours."""
+    """Save a value with torch and load it with Stratagem."""
     torch.save({"state_dict": {"anchor": torch.ones(1)}, "value": value}, path / "a.pth", **kwargs)
     return SingleFileFormat().load(path / "a.pth", parts={"value"})["value"]
 
@@ -35,7 +35,7 @@ DTYPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tensors_of_every_type_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
-    """Type, shape and every bit of a tensor are as they were."""
+    """Dtype, shape and every bit of a tensor are restored."""
     tensor = torch.arange(48, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.tensor([True, False])
     read = round_trip(tensor, tmp_path)
     assert read.dtype == dtype
@@ -44,7 +44,7 @@ def test_tensors_of_every_type_come_back(tmp_path: Path, dtype: torch.dtype) -> 
 
 
 def test_views_share_their_memory(tmp_path: Path) -> None:
-    """Transposed, cut, expanded, empty and 0-dimensional tensors are as they were, and what was shared is shared."""
+    """Views, empty and zero-dimensional tensors are restored, and shared memory stays shared."""
     whole = torch.arange(12.0).reshape(3, 4)
     views = [whole, whole.t(), whole[1:, ::2], whole[0].expand(5, 4), whole[0, 0], torch.empty(0, 3)]
     read = round_trip(views, tmp_path)
@@ -58,7 +58,7 @@ def test_views_share_their_memory(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_special_tensors_come_back(tmp_path: Path) -> None:
-    """Sparse tensors, tensors without memory and parameters, which come as tensors."""
+    """Sparse and meta tensors are restored, and parameters become tensors."""
     coo = torch.sparse_coo_tensor([[0, 2], [1, 0]], [3.0, 4.0], (3, 2), check_invariants=True)
     csr = torch.sparse_csr_tensor([0, 1, 2], [1, 0], [5.0, 6.0], (2, 2), check_invariants=True)
     annotated = torch.ones(2)
@@ -76,7 +76,7 @@ def test_special_tensors_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_plain_values_come_back(tmp_path: Path, protocol: int) -> None:
-    """Numbers, text, bytes and containers are as they were, at every protocol that torch writes."""
+    """Numbers, strings, bytes and containers are restored, for every protocol that torch writes."""
     value = {
         "numbers": [0, 255, 65536, -1, 1 << 100, 2.5, math.inf, True, None, 1j],
         "text": ["", "ä" * 300, "\ud800"],
@@ -92,7 +92,7 @@ def test_plain_values_come_back(tmp_path: Path, protocol: int) -> None:
 
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_numpy_values_come_back(tmp_path: Path, protocol: int) -> None:
-    """Arrays of numbers and text keep type and order of bytes; single numbers are Python's own."""
+    """NumPy arrays keep their dtype and byte order; NumPy scalars become Python numbers."""
     arrays = [
         np.arange(6, dtype=">i4").reshape(2, 3),
         np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -112,7 +112,7 @@ def test_numpy_values_come_back(tmp_path: Path, protocol: int) -> None:
 
 
 def test_kinds_of_dict_come_back(tmp_path: Path) -> None:
-    """An OrderedDict keeps its order and its modules' versions; a Counter and a defaultdict come as dicts."""
+    """An OrderedDict keeps its order and module versions; Counter and defaultdict become dicts."""
     state = nn.BatchNorm1d(2).state_dict()
     value = [state, collections.Counter(a=2), collections.defaultdict(list, b=[1])]
     read = round_trip(value, tmp_path)
@@ -143,7 +143,7 @@ LAZY = {
 
 @pytest.mark.parametrize("tensor", LAZY.values(), ids=LAZY)
 def test_lazy_conjugates_and_negatives_are_read_right(tmp_path: Path, tensor: torch.Tensor) -> None:
-    """A tensor that torch saved as memory and a conjugate or negative flag has the numbers that torch reads."""
+    """A tensor saved with a conjugate or negative flag has the values that torch reads."""
     torch.save({"state_dict": {"w": tensor}}, tmp_path / "a.pth")
     reference = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]["w"].detach()
     read = SingleFileFormat().load(tmp_path / "a.pth")["state_dict"]["w"]
@@ -155,13 +155,13 @@ def test_lazy_conjugates_and_negatives_are_read_right(tmp_path: Path, tensor: to
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """Return the numbers of a tensor, row-major, as bytes."""
+    """Return the elements of a tensor as bytes in row-major order."""
     return torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.reshape(-1)).view(torch.uint8).numpy().tobytes()
 
 
 @pytest.mark.parametrize("tensor", [LAZY["conjugate"], LAZY["imaginary part of a conjugate"]], ids=["conj", "neg"])
 def test_a_file_is_written_without_lazy_flags(tmp_path: Path, tensor: torch.Tensor) -> None:
-    """A `.pth` file holds the numbers themselves, so that a reader without the flags reads the same."""
+    """A `.pth` file contains the actual values, so that readers without these flags get the same result."""
     SingleFileFormat().save({"state_dict": {"w": tensor, "more": [{"w": tensor}]}}, tmp_path / "a.pth")
     written = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]
     for read in (written["w"], written["more"][0]["w"]):
@@ -172,13 +172,13 @@ def test_a_file_is_written_without_lazy_flags(tmp_path: Path, tensor: torch.Tens
 
 @pytest.mark.parametrize("tensor", [LAZY["conjugate"], LAZY["imaginary part of a conjugate"]], ids=["conj", "neg"])
 def test_lazy_numbers_of_a_sparse_tensor_are_read_right(tmp_path: Path, tensor: torch.Tensor) -> None:
-    """The values of a sparse tensor may be lazy, too."""
+    """The values of a sparse tensor may be lazily conjugated or negated, too."""
     sparse = torch.sparse_coo_tensor([[0, 1, 2]], tensor, (3,), check_invariants=True)
     assert torch.equal(round_trip(sparse, tmp_path).to_dense(), sparse.to_dense())
 
 
 def with_metadata(metadata: Any, kind: str = "torch.ComplexFloatStorage") -> Raw:
-    """Return a tensor of two complex numbers with metadata of its own."""
+    """Return a tensor of two complex numbers with this metadata."""
     memory = storage("0", 2, kind)
     return call(
         "torch._utils._rebuild_tensor_v2", memory, 0, (2,), (1,), False, call("collections.OrderedDict"), metadata
@@ -186,7 +186,7 @@ def with_metadata(metadata: Any, kind: str = "torch.ComplexFloatStorage") -> Raw
 
 
 def test_metadata_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
-    """A tensor with metadata that is not understood is refused by its key, not read without it."""
+    """A tensor with unknown metadata is rejected, and the metadata is not ignored."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": with_metadata({"scaled": True})}}, {"0": bytes(16)})
     with pytest.raises(CheckpointError, match="state_dict/w is a tensor with the unsupported metadata scaled"):
         SingleFileFormat().load(path)
@@ -198,21 +198,21 @@ def test_metadata_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     ids=["a number as flag", "a list", "a conjugate of real numbers"],
 )
 def test_metadata_that_makes_no_sense_is_damage(tmp_path: Path, tensor: Raw) -> None:
-    """Metadata that torch cannot have written is an error of the file."""
+    """Metadata that torch cannot have written is reported as damage."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor}}, {"0": bytes(16)})
     with pytest.raises(CheckpointDamagedError, match="state_dict/w is not a valid"):
         SingleFileFormat().load(path)
 
 
 def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
-    """A tensor whose numbers need a scale is refused, not read without it."""
+    """A quantized tensor is rejected, because its values need a scale."""
     torch.save({"state_dict": {"w": FakeQuantized()}}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"state_dict/w is an object of torch\._utils\._rebuild_qtensor"):
         SingleFileFormat().load(tmp_path / "a.pth")
 
 
 class FakeQuantized:
-    """Is pickled as a quantized tensor is, which torch deprecates making."""
+    """Pickled like a quantized tensor, which torch deprecates creating."""
 
     def __reduce__(self) -> Any:
         return torch._utils._rebuild_qtensor, (
@@ -227,7 +227,7 @@ class FakeQuantized:
 
 
 def test_arrays_of_other_classes_are_refused(tmp_path: Path) -> None:
-    """An array of a subclass can mean other numbers than its memory holds, so it is refused."""
+    """An array of a subclass is rejected, because its values may differ from its memory."""
     with pytest.raises(CheckpointError, match=r"value is an array of the class numpy\.\S*matrix"):
         round_trip(np.ones((1, 2)).view(np.matrix), tmp_path)
 
@@ -241,12 +241,12 @@ PLAIN = st.recursive(
 
 @given(value=PLAIN, protocol=st.sampled_from([2, 3, 4, 5]))
 def test_any_plain_value_comes_back(tmp_path_factory: pytest.TempPathFactory, value: Any, protocol: int) -> None:
-    """Whatever plain value goes in comes out."""
+    """Any plain value is restored."""
     assert round_trip(value, tmp_path_factory.getbasetemp(), pickle_protocol=protocol) == value
 
 
 def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
-    """Memory of parts that are not asked for stays on the disk: damage in it does not matter."""
+    """Storages of unrequested parts are not read, so damage in them has no effect."""
     path = tmp_path / "a.pth"
     torch.save({"state_dict": {"w": torch.zeros(10)}, "optimizer": {"m": torch.full((1000,), 3.25)}}, path)
     data = bytearray(path.read_bytes())
@@ -260,7 +260,7 @@ def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
 
 
 def test_every_changed_bit_of_a_tensor_is_seen(tmp_path: Path) -> None:
-    """PyTorch itself ignores the checksums of its files; here a flipped bit in a tensor is never loaded."""
+    """A flipped bit in a tensor is always detected, although torch ignores the checksums of its files."""
     path = tmp_path / "a.pth"
     tensor = torch.full((16,), 3.25)
     torch.save({"state_dict": {"w": tensor}}, path)
@@ -276,7 +276,7 @@ def test_every_changed_bit_of_a_tensor_is_seen(tmp_path: Path) -> None:
 
 
 def test_files_without_checksums_are_read(tmp_path: Path) -> None:
-    """Where torch was told to write none, there is nothing to compare with."""
+    """Files that torch wrote without checksums can be read."""
     torch.serialization.set_crc32_options(False)
     try:
         torch.save({"state_dict": {"w": torch.ones(3)}}, tmp_path / "a.pth")
@@ -286,7 +286,7 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
 
 
 def test_other_zip_files_are_told_apart(tmp_path: Path) -> None:
-    """A zip file of something else, a TorchScript program and numbers in another order of bytes are named as such."""
+    """Other zip files, TorchScript programs and files with another byte order are reported as such."""
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", b"nothing")

@@ -1,7 +1,7 @@
-"""Make the golden files of a version of the form: ``python tests/checkpoint/golden/make_golden.py FOLDER``.
+"""Create the golden files of a format version: ``python tests/checkpoint/golden/make_golden.py FOLDER``.
 
-They were made once, by the version of Stratagem that introduced the form, and are never made again: that they still load is
-the promise. A new version of the form gets golden files beside them. Without a framework of tests, on two processes.
+They were created once, by the version of Stratagem that introduced the format, and are never regenerated, because they test
+that old files stay readable. A new format version gets additional golden files. Runs without pytest, on two processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stratagem.dist import RankGroup
 
 
 def golden_state() -> dict[str, Any]:
-    """Return the state that the golden files hold: every marker of the form, and several types of numbers."""
+    """Return the state in the golden files, with every marker of the format and several dtypes."""
     return {
         "meta": {"epoch": 3, "iter": 12, "stratagem": "0.1.0", "finite": True},
         "state_dict": {
@@ -47,7 +47,7 @@ def golden_state() -> dict[str, Any]:
 
 
 def make(folder: Path) -> None:
-    """Write the three of them."""
+    """Write the three golden checkpoints."""
     save_checkpoint(golden_state(), folder / "v2-single")
     save_checkpoint(golden_state(), folder / "v2.pth")
     child = os.fork()
