@@ -10,7 +10,7 @@ from stratagem import BaseStrategy, Runner
 
 @pytest.fixture
 def make_runner(tmp_path: Path) -> Iterator[Callable[..., Runner]]:
-    """Make runners of the small run with some arguments changed; all are closed in the end."""
+    """Return a function that builds runners of the small run with some arguments changed; all are closed at the end."""
     made: list[Runner] = []
 
     def make(**changes: Any) -> Runner:

@@ -14,7 +14,7 @@ MakeRunner = Callable[..., Runner]
 
 
 def saved(make_runner: MakeRunner, hook: dict, *, train_cfg: dict, **changes: Any) -> list[str]:
-    """Return the names of the checkpoints that a run leaves in its folder."""
+    """Return the names of the checkpoints in a run's directory after training."""
     runner = make_runner(default_hooks={**QUIET_HOOKS, "checkpoint": hook}, train_cfg=train_cfg, **changes)
     runner.train()
     names = [path.name for path in Path(runner.strategy.work_dir).iterdir()]
@@ -31,21 +31,21 @@ def saved(make_runner: MakeRunner, hook: dict, *, train_cfg: dict, **changes: An
         ({"interval": -1}, [5]),
     ],
 )
-def test_it_saves_after_every_interval_and_at_the_end(make_runner: MakeRunner, hook: dict, epochs: list[int]):
-    """By default after each epoch; -1 is at the end alone."""
+def test_checkpoints_are_saved_at_every_interval_and_at_the_end(make_runner: MakeRunner, hook: dict, epochs: list[int]):
+    """The default is every epoch; an interval of -1 saves only at the end."""
     assert saved(make_runner, hook, train_cfg={"max_epochs": 5}) == [f"epoch_{epoch}" for epoch in epochs]
 
 
 @pytest.mark.parametrize("train_cfg", [{"max_iters": 10}, {"max_epochs": 2}])
-def test_it_may_count_iterations(make_runner: MakeRunner, train_cfg: dict):
-    """In a run that counts epochs too; the last of all is saved whatever the interval."""
+def test_the_interval_can_count_iterations(make_runner: MakeRunner, train_cfg: dict):
+    """This works in a run by epoch too; the last iteration is always saved."""
     last = train_cfg.get("max_iters", 2 * EPOCH)
     names = saved(make_runner, {"interval": 4, "by_epoch": False}, train_cfg=train_cfg)
     assert names == sorted(f"iter_{number}" for number in {4, 8, *range(4, last + 1, 4), last})
 
 
-def test_a_name_that_ends_in_pth_makes_single_files(make_runner: MakeRunner, tmp_path: Path):
-    """With the keys that other tools expect."""
+def test_a_name_with_the_suffix_pth_saves_single_files(make_runner: MakeRunner, tmp_path: Path):
+    """The file has the keys that other tools expect."""
     names = saved(make_runner, {"filename_tmpl": "epoch_{}.pth"}, train_cfg={"max_epochs": 1})
     assert names == ["epoch_1.pth"]
     checkpoint = CheckpointLoader.load_checkpoint(tmp_path / "run" / "epoch_1.pth")
@@ -53,15 +53,15 @@ def test_a_name_that_ends_in_pth_makes_single_files(make_runner: MakeRunner, tmp
     assert (checkpoint["meta"]["epoch"], checkpoint["meta"]["iter"]) == (1, EPOCH)
 
 
-def test_out_dir_holds_a_folder_of_the_run(make_runner: MakeRunner, tmp_path: Path):
-    """Named like the work directory, so that several runs share one place."""
+def test_out_dir_has_a_subdirectory_for_the_run(make_runner: MakeRunner, tmp_path: Path):
+    """The subdirectory is named after the work directory, so that several runs can share ``out_dir``."""
     names = saved(make_runner, {"out_dir": tmp_path / "store"}, train_cfg={"max_epochs": 1})
     assert names == []
     assert (tmp_path / "store" / "run" / "epoch_1").is_dir()
 
 
-def test_optimizer_and_schedules_may_be_left_out(make_runner: MakeRunner, tmp_path: Path):
-    """For checkpoints that are only loaded."""
+def test_optimizer_and_schedules_can_be_omitted(make_runner: MakeRunner, tmp_path: Path):
+    """Such checkpoints are only for loading weights."""
     schedule = {"type": "ExponentialLR", "gamma": 0.9}
     whole = {"state_dict", "optimizer", "param_schedulers"}
     saved(make_runner, {}, train_cfg={"max_epochs": 1}, param_scheduler=schedule)
@@ -71,8 +71,8 @@ def test_optimizer_and_schedules_may_be_left_out(make_runner: MakeRunner, tmp_pa
     assert whole & set(CheckpointLoader.load_checkpoint(tmp_path / "small" / "epoch_1")) == {"state_dict"}
 
 
-def test_hooks_add_to_a_checkpoint_and_read_it_again(make_runner: MakeRunner, tmp_path: Path):
-    """What before_save_checkpoint puts in, after_load_checkpoint finds."""
+def test_hooks_can_add_data_to_a_checkpoint_and_read_it_back(make_runner: MakeRunner, tmp_path: Path):
+    """Data added in ``before_save_checkpoint`` is available in ``after_load_checkpoint``."""
 
     class Diary(Hook):
         def __init__(self) -> None:
@@ -92,8 +92,8 @@ def test_hooks_add_to_a_checkpoint_and_read_it_again(make_runner: MakeRunner, tm
     assert len(diary.read) == 2
 
 
-def test_load_from_takes_the_weights_and_begins_anew(make_runner: MakeRunner, tmp_path: Path):
-    """Epoch and iteration start at zero."""
+def test_load_from_loads_the_weights_and_starts_a_new_run(make_runner: MakeRunner, tmp_path: Path):
+    """The epoch and iteration start at zero."""
     saved(make_runner, {}, train_cfg={"max_epochs": 1})
     recorder = Recorder()
     make_runner(load_from=tmp_path / "run" / "epoch_1", custom_hooks=[recorder], train_cfg={"max_epochs": 1}).train()
@@ -104,6 +104,6 @@ def test_load_from_takes_the_weights_and_begins_anew(make_runner: MakeRunner, tm
     ("arguments", "text"), [({"save_begin": -1}, "save_begin is -1"), ({"filename_tmpl": "last.pth"}, "needs a {}")]
 )
 def test_wrong_arguments_are_refused(arguments: dict, text: str):
-    """A name without a number would replace each checkpoint by the next."""
+    """For example, with a name without a number each checkpoint would overwrite the previous one."""
     with pytest.raises(ConfigValueError, match=text.replace("{", r"\{").replace("}", r"\}")):
         CheckpointHook(**arguments)

@@ -166,7 +166,7 @@ def test_the_best_checkpoint_is_kept_in_addition_to_the_last(make_runner: MakeRu
 def test_the_rule_decides_which_score_is_better(
     make_runner: MakeRunner, hook: dict, name: str, scores: tuple, best: set[int]
 ):
-    """The rule is given or inferred from the name of the metric; a value that is not finite is never the best."""
+    """The rule is given or inferred from the metric's name; a non-finite value is never the best."""
     runner = train(make_runner, {**hook, "interval": -1, "save_last": False}, **scored(*scores, name=name))
     assert names(runner) == {f"best_{name.replace('/', '_')}_epoch_{number}" for number in best}
 

@@ -1,4 +1,4 @@
-"""A training that gets no better ends, and goes on deciding so after it was resumed."""
+"""Training stops early if a metric no longer improves, also after a resume."""
 
 import math
 import os
@@ -19,7 +19,7 @@ MakeRunner = Callable[..., Runner]
 
 
 def epochs_trained(make_runner: MakeRunner, values: list[float], **options: Any) -> int:
-    """Train for as many epochs as there are values of the metric, and return after how many it ended."""
+    """Train for as many epochs as there are metric values and return the epoch at which the run stopped."""
     hook = EarlyStoppingHook(**{"monitor": "loss", **options})
     runner = make_runner(
         custom_hooks=[hook],
@@ -33,7 +33,7 @@ def epochs_trained(make_runner: MakeRunner, values: list[float], **options: Any)
 @pytest.mark.parametrize(
     ("values", "options", "ends"),
     [
-        # The second and the third are not better than 1.0 by more than 0.2.
+        # The second and third values improve on 1.0 by less than 0.2.
         ([1.0, 0.85, 0.84, 0.83, 0.82], {"patience": 2, "min_delta": 0.2}, 3),
         ([1.0, 0.7, 0.69, 0.4, 0.39, 0.38, 0.1], {"patience": 2, "min_delta": 0.2}, 6),
         ([1.0, 2.0, 1.5, 2.5], {"patience": 1, "rule": "greater", "min_delta": 0.5}, 3),
@@ -46,13 +46,15 @@ def epochs_trained(make_runner: MakeRunner, values: list[float], **options: Any)
         ([math.nan, math.nan, 0.5], {"patience": 2, "check_finite": False}, 2),
     ],
 )
-def test_it_ends_where_the_metric_says(make_runner: MakeRunner, values: list[float], options: Any, ends: int):
-    """Epochs by hand; each value is that of the validation after its epoch."""
+def test_training_stops_when_the_metric_no_longer_improves(
+    make_runner: MakeRunner, values: list[float], options: Any, ends: int
+):
+    """The expected epochs were counted by hand; each value is the metric of the validation after its epoch."""
     assert epochs_trained(make_runner, values, **options) == ends
 
 
-def test_a_run_that_was_resumed_stops_where_the_undisturbed_one_does(make_runner: MakeRunner, tmp_path: Path):
-    """What it had seen before the interruption counts: two of three validations were waited."""
+def test_a_resumed_run_stops_at_the_same_epoch(make_runner: MakeRunner, tmp_path: Path):
+    """The two validations without improvement before the interruption count toward the patience of three."""
 
     def run(values: list[float], *hooks: Any, **changes: Any) -> Runner:
         runner = make_runner(
@@ -74,8 +76,8 @@ def test_a_run_that_was_resumed_stops_where_the_undisturbed_one_does(make_runner
 
 
 @pytest.mark.parametrize(("strict", "error"), [(True, TrainingError), (False, None)])
-def test_a_metric_that_is_not_there(make_runner: MakeRunner, strict: bool, error: Any):
-    """With strict an error that says which there are; else the training goes on."""
+def test_a_missing_metric(make_runner: MakeRunner, strict: bool, error: Any):
+    """With ``strict`` a missing metric is an error that suggests the closest name; otherwise training continues."""
     if error is None:
         assert epochs_trained(make_runner, [1.0, 2.0], monitor="los", rule="less", strict=strict) == 2
         return
@@ -86,8 +88,8 @@ def test_a_metric_that_is_not_there(make_runner: MakeRunner, strict: bool, error
 @pytest.mark.parametrize(
     ("name", "rule"), [("accuracy", "greater"), ("coco/bbox_mAP", "greater"), ("loss", "less"), ("val_Loss", "less")]
 )
-def test_known_names_tell_which_values_are_better(make_runner: MakeRunner, name: str, rule: str):
-    """In any case, wherever they stand in the name."""
+def test_the_rule_is_inferred_from_known_names(make_runner: MakeRunner, name: str, rule: str):
+    """The name is matched in any case and at any position."""
     hook, told = EarlyStoppingHook(name), EarlyStoppingHook(name, rule)
     for value in (1.0, 2.0, 3.0, 1.0):
         assert hook._reason(value) == told._reason(value)
@@ -103,7 +105,7 @@ def test_known_names_tell_which_values_are_better(make_runner: MakeRunner, name:
         ({"monitor": "loss", "min_delta": -1.0}, "min_delta is -1.0"),
     ],
 )
-def test_arguments_that_cannot_be(options: dict[str, Any], text: str):
-    """One sentence each."""
+def test_invalid_arguments_are_refused(options: dict[str, Any], text: str):
+    """Each invalid argument is refused with one sentence."""
     with pytest.raises(ConfigValueError, match=text):
         EarlyStoppingHook(**options)

@@ -1,4 +1,4 @@
-"""What is told of a failure, and what a rank does about another's."""
+"""What is reported of a failure, and how a rank reacts to a failure on another rank."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -24,7 +24,7 @@ from stratagem.train.run.rank_guard import RankGuard, describe_batch
     ],
 )
 def test_a_batch_is_described_without_its_values(batch: Any, told: str):
-    """Keys, types and shapes say what was wrong; the data may be private."""
+    """The description has keys, types, and shapes but no values, because the data may be private."""
     assert describe_batch(batch) == told
 
 
@@ -36,8 +36,8 @@ def test_a_batch_is_described_without_its_values(batch: Any, told: str):
         ("silent", "Stopped after 5 iterations, because rank 3 waited in vain: ValueError: first"),
     ],
 )
-def test_the_other_ranks_say_in_one_line_why_they_stop(kind: str, told: str, tmp_path: Path):
-    """However long the error is: its rank tells all of it."""
+def test_the_other_ranks_report_in_one_line_why_they_stop(kind: str, told: str, tmp_path: Path):
+    """The message is one line even if the error is long; the failed rank reports it in full."""
     guard = RankGuard(lambda: 5, str(tmp_path))
     guard.failure = Failure(rank=3, kind=kind, text="ValueError: first\nsecond")
     assert guard.reason(0) == told
@@ -45,21 +45,21 @@ def test_the_other_ranks_say_in_one_line_why_they_stop(kind: str, told: str, tmp
 
 
 def test_a_failure_survives_the_store():
-    """It is told as text."""
+    """A failure is written to the store as text and read back unchanged."""
     failure = Failure(rank=3, kind="died", text="ö\n'\"")
     assert Failure.from_json(failure.as_json().encode()) == failure
 
 
 def both_fail(folder: str) -> tuple[str, int]:
-    """Raise on both ranks; return the error and whose was first."""
+    """Raise on both ranks; return the error and the rank that failed first."""
     guard = RankGuard(lambda: 0, folder)
     with pytest.raises(TrainingError) as raised, guard.monitored():
         raise TrainingError(f"rank {get_rank()}")
     return str(raised.value), guard.failure.rank if guard.failure else -1
 
 
-def test_an_error_of_all_ranks_stays_each_rank_s_own(ranks: Ranks, tmp_path: Path):
-    """So that who handles it handles it everywhere; the ranks know which was first, and can go on together."""
+def test_an_error_on_all_ranks_is_raised_by_each_rank(ranks: Ranks, tmp_path: Path):
+    """Each rank raises its own error, so all ranks can handle it and continue; they agree on which was first."""
     for _ in range(2):
         (first, winner), (second, same) = ranks.run(both_fail, str(tmp_path))
         assert (first, second) == ("rank 0", "rank 1")
@@ -67,21 +67,21 @@ def test_an_error_of_all_ranks_stays_each_rank_s_own(ranks: Ranks, tmp_path: Pat
 
 
 def finish(folder: str) -> int:
-    """Watch while nothing happens."""
+    """Monitor a block in which nothing fails."""
     guard = RankGuard(lambda: 4, folder)
     with guard.monitored():
         all_reduce(torch.zeros(1))
     return 0 if guard.failure is None else 1
 
 
-def test_ranks_that_end_well_are_left_alone(ranks: Ranks, tmp_path: Path):
-    """Any number of times."""
+def test_ranks_that_finish_are_not_stopped(ranks: Ranks, tmp_path: Path):
+    """Ranks that finish without an error are not stopped, any number of times."""
     for _ in range(3):
         assert ranks.run(finish, str(tmp_path)) == [0, 0]
 
 
 def rank_1_fails_for_all(folder: str) -> tuple[str, int]:
-    """Have rank 1 fail in what all ranks wait for; return the error here and whose is told."""
+    """Fail on rank 1 in a call that all ranks wait for; return the error on this rank and the reported rank."""
     guard = RankGuard(lambda: 0, folder)
 
     def fail() -> None:
@@ -93,8 +93,8 @@ def rank_1_fails_for_all(folder: str) -> tuple[str, int]:
     return str(raised.value), guard.failure.rank if guard.failure else -1
 
 
-def test_an_error_that_quotes_another_rank_s_is_not_the_one_to_tell(ranks: Ranks, tmp_path: Path):
-    """Whichever rank comes to the end of it sooner: it is told by the rank where it happened."""
+def test_an_error_that_quotes_another_rank_is_not_the_reported_one(ranks: Ranks, tmp_path: Path):
+    """The rank on which the error occurred is reported, whichever rank raises first."""
     assert ranks.run(rank_1_fails_for_all, str(tmp_path)) == [
         ("Rank 1 failed: TrainingError: no space", 1),
         ("no space", 1),

@@ -1,4 +1,4 @@
-"""Whole runs under FSDPStrategy: training, validation of unequal shares, averages, checkpoints."""
+"""Complete runs with FSDPStrategy: training, uneven validation data, averaged weights, and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from stratagem.model import BaseModel
 from stratagem.runner import Runner
 from stratagem.train import BaseMetric
 
-# Of 5 samples one rank has 3, in batches of 2 and 1, and the other 2, in one batch.
+# Of 5 samples, one rank has 3 in batches of 2 and 1, and the other rank has 2 in one batch.
 VALIDATION = 5
 
 
 class Plain(BaseModel):
-    """Two layers that draw nothing in training."""
+    """Two layers without random numbers in training."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
 
     def forward(self, inputs: Tensor, classes: Tensor, numbers: Tensor, mode: str = "tensor") -> Any:
-        """Return the loss, or predictions with the numbers of their samples."""
+        """Return the loss, or the predictions with the sample numbers."""
         scores = self.last(torch.tanh(self.first(inputs)))
         if mode == "loss":
             return {"loss": nn.functional.cross_entropy(scores, classes), "weight": len(classes)}
@@ -36,20 +36,20 @@ class Plain(BaseModel):
 
 
 class Seen(BaseMetric):
-    """Which samples were evaluated, and the sum of their highest scores."""
+    """Returns which samples were evaluated and the sum of their highest scores."""
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
-        """Keep each sample's number and highest score."""
+        """Append the number and the highest score of each sample."""
         self.results += list(zip(data_samples["numbers"].tolist(), data_samples["preds"].amax(1).tolist(), strict=True))
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return the values."""
+        """Return the two values."""
         numbers = [number for number, _ in results]
         return {"numbers": int("1" + "".join(map(str, numbers))), "scores": sum(score for _, score in results)}
 
 
 def run(folder: str, strategy: Any, **changes: Any) -> tuple[list[Any], list[Any], dict[str, Tensor]]:
-    """Train for 3 epochs with an average; return the validations, the losses, and the model's state, whole."""
+    """Train for 3 epochs with averaged weights; return the validations, the losses, and the full model state."""
     size = 1 if strategy is None else 2 // strategy.get("tp", 1)
     recorder = Recorder()
     runner = Runner(
@@ -85,8 +85,8 @@ TP = {"type": "FSDPStrategy", "tp": 2, "tp_plan": {"first": "colwise", "last": "
 
 
 @pytest.mark.parametrize("strategy", [FSDP, TP], ids=["FSDP", "TP"])
-def test_a_run_validates_all_samples_once_with_the_average(ranks: Ranks, tmp_path: Path, strategy: Any) -> None:
-    """Ranks with fewer batches keep pace, and what they compute for it counts nowhere; metrics are those of one process."""
+def test_a_run_validates_all_samples_once_with_averaged_weights(ranks: Ranks, tmp_path: Path, strategy: Any) -> None:
+    """Padding batches of the rank with fewer samples do not count; metrics equal those of one process."""
     validations, losses, state = run(str(tmp_path / "single"), None)
     both = ranks.run(run, str(tmp_path / "ranks"), strategy)
     for rank in both:
@@ -100,12 +100,12 @@ def test_a_run_validates_all_samples_once_with_the_average(ranks: Ranks, tmp_pat
 
 
 def resume_after(folder: str, strategy: Any) -> Any:
-    """Go on from the second epoch's checkpoint, which a run of one process left."""
+    """Resume from the checkpoint that a single-process run saved after the second epoch."""
     return run(folder, strategy, resume=f"{folder}/epoch_2")
 
 
-def test_a_run_goes_on_sharded_from_what_one_process_saved(ranks: Ranks, tmp_path: Path) -> None:
-    """With the average, the moments and the schedule."""
+def test_a_sharded_run_resumes_from_a_single_process_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+    """The averaged weights, the optimizer state, and the schedule resume too."""
     folder = str(tmp_path / "single")
     validations, losses, state = run(folder, None)
     both = ranks.run(resume_after, folder, FSDP)
@@ -118,7 +118,7 @@ def test_a_run_goes_on_sharded_from_what_one_process_saved(ranks: Ranks, tmp_pat
 
 
 def refused(folder: str) -> str:
-    """Run with too few samples."""
+    """Start a run with too few samples and return the error message."""
     try:
         run(folder, FSDP, train_dataloader=loader(1, batch_size=1))
     except ConfigValueError as error:
@@ -127,7 +127,7 @@ def refused(folder: str) -> str:
 
 
 def test_fewer_samples_than_ranks_are_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """A rank would have nothing to train on."""
+    """One rank would have no training data."""
     for error in ranks.run(refused, str(tmp_path)):
         assert error.startswith("The training data has 1 samples, and 2 ranks are to have samples of their own.")
     assert len(Samples(1)) == 1

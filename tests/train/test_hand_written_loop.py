@@ -1,4 +1,4 @@
-"""A strategy without a runner: the user's own loop owns time, the strategy owns state."""
+"""Using a strategy without a runner: the user writes the loop, and the strategy manages the state."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,7 @@ from stratagem import SingleDeviceStrategy
 
 
 def train(strategy: SingleDeviceStrategy, batches: list, *, until: int, done: int = 0) -> list[float]:
-    """Train with the strategy's components, save after the last iteration and return the losses."""
+    """Train with the strategy's components, save after the last iteration, and return the losses."""
     model, optim, schedulers = strategy.model, strategy.optim_wrapper, strategy.param_schedulers
     losses = []
     for batch in batches[done:until]:
@@ -25,7 +25,7 @@ def train(strategy: SingleDeviceStrategy, batches: list, *, until: int, done: in
 
 
 def prepared(work_dir: Path) -> SingleDeviceStrategy:
-    """Return a strategy with everything built for seven iterations."""
+    """Return a strategy with all components built for seven iterations."""
     strategy = SingleDeviceStrategy(
         work_dir=work_dir, env_kwargs={"randomness": {"seed": 5}}, log_kwargs={"log_level": "ERROR"}
     )
@@ -38,8 +38,8 @@ def prepared(work_dir: Path) -> SingleDeviceStrategy:
     return strategy
 
 
-def test_a_loop_of_ones_own_trains_saves_and_resumes(tmp_path: Path):
-    """The losses of a run that was cut in two are those of the whole run."""
+def test_a_hand_written_loop_trains_saves_and_resumes(tmp_path: Path):
+    """The losses of a run in two parts equal those of the uninterrupted run."""
     batches = list(DataLoader(Samples(), batch_size=2))
     strategy = prepared(tmp_path / "whole")
     whole = train(strategy, batches, until=7)
@@ -52,19 +52,19 @@ def test_a_loop_of_ones_own_trains_saves_and_resumes(tmp_path: Path):
     losses += train(second, batches, until=7, done=rest["meta"]["iter"])
     second.close()
     assert losses == whole
-    # Half a cosine over 7 iterations, at its last position.
+    # The last value of a cosine annealing over 7 iterations.
     last = 0.1 * (1 + math.cos(math.pi * 6 / 7)) / 2
     assert second.optim_wrapper.get_lr() == {"lr": [pytest.approx(last)]}
 
 
 def test_plain_pytorch_can_drive_the_components(tmp_path: Path):
-    """Prepare returns a module and wrapper whose optimizer is torch's: nothing else is needed."""
+    """``prepare`` returns a module and a wrapper around a torch optimizer; nothing else is needed."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
     network = nn.Linear(4, 3)
     model, optim = strategy.prepare(network, optim_wrapper=torch.optim.SGD(network.parameters(), lr=0.5))
     before = model.weight.detach().clone()
     loss = model(torch.ones(2, 4)).sum()
     optim.update_params(loss)
-    # The loss's derivative of each weight is the sum of its inputs: 2.
+    # The gradient of each weight is the sum of its inputs, 2.
     assert torch.equal(model.weight, before - 0.5 * 2)
     strategy.close()

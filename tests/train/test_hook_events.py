@@ -14,8 +14,8 @@ class Named(Hook):
         self.calls.append(self.name)
 
 
-def test_hooks_are_called_from_low_to_high_numbers_of_priority():
-    """The order of registration decides only among equal priorities."""
+def test_hooks_run_in_the_order_of_their_priority_numbers():
+    """A lower priority number runs first; hooks of equal priority run in the order of registration."""
     calls: list[str] = []
     hooks = [Named(name, calls) for name in ("late", "early", "normal", "normal too")]
     hooks[0].priority = 90
@@ -24,8 +24,8 @@ def test_hooks_are_called_from_low_to_high_numbers_of_priority():
     assert calls == ["early", "normal", "normal too", "late"]
 
 
-def test_an_event_costs_nothing_where_no_hook_wrote_it():
-    """Only overridden methods are looked up, so a loop calls nothing for the rest."""
+def test_an_event_without_hooks_calls_nothing():
+    """Only overridden methods are called, so an event that no hook overrides costs nothing."""
     events = Events([Named("only", []), Hook()])
     assert [event for event in EVENTS if events[event]] == ["before_train"]
 
@@ -39,8 +39,8 @@ def test_an_event_costs_nothing_where_no_hook_wrote_it():
         ("_after_epoch", ["after_test_epoch", "after_train_epoch", "after_val_epoch"]),
     ],
 )
-def test_a_shared_method_serves_the_event_of_each_mode(shared: str, expected: list[str]):
-    """A hook that writes _after_iter is called after the iterations of training, validation and test."""
+def test_a_shared_method_handles_the_event_of_each_mode(shared: str, expected: list[str]):
+    """A hook that overrides ``_after_iter`` is called after each training, validation, and test iteration."""
     modes: list[str] = []
 
     def note(_: Hook, __: object, batch_idx: int = 0, mode: str = "?", **___: object) -> None:
@@ -53,8 +53,8 @@ def test_a_shared_method_serves_the_event_of_each_mode(shared: str, expected: li
     assert modes == ["test", "train", "val"]
 
 
-def test_a_hook_decides_itself_which_events_it_wants():
-    """get_triggered_stages leaves out what a hook does not need for its arguments."""
+def test_a_hook_can_choose_its_events():
+    """``get_triggered_stages`` can leave out events that a hook does not need."""
 
     class Chosen(Named):
         def get_triggered_stages(self) -> list[str]:
@@ -65,7 +65,7 @@ def test_a_hook_decides_itself_which_events_it_wants():
 
 @pytest.mark.parametrize(("given", "number"), [("HIGH", 30), ("lowest", 100), (Priority.LOW, 70), (0, 0), (100, 100)])
 def test_a_priority_is_a_name_in_any_case_or_a_number(given: object, number: int):
-    """Names stand for the usual numbers."""
+    """The names map to the standard numbers."""
     assert get_priority(given) == number
 
 
@@ -80,13 +80,13 @@ def test_a_priority_is_a_name_in_any_case_or_a_number(given: object, number: int
     ],
 )
 def test_a_wrong_priority_is_refused(given: object, error: type[Exception], text: str):
-    """The message shows what came and what is possible."""
+    """A wrong priority is refused, and the message shows the value and the valid names."""
     with pytest.raises(error, match=text):
         get_priority(given)
 
 
-def test_the_default_hooks_come_in_the_order_of_their_priorities():
-    """Information first, saving last."""
+def test_the_default_hooks_are_ordered_by_priority():
+    """Runtime information comes first and saving comes last."""
     names = [type(hook).__name__ for hook in build_events(None, None).hooks]
     assert names == [
         "RuntimeInfoHook", "IterTimerHook", "DistSamplerSeedHook", "LoggerHook", "NonFiniteHook",
@@ -95,7 +95,7 @@ def test_the_default_hooks_come_in_the_order_of_their_priorities():
 
 
 def test_none_removes_a_default_hook():
-    """default_hooks=dict(checkpoint=None) saves nothing."""
+    """A default hook that is set to ``None`` is not built."""
     names = [type(hook).__name__ for hook in build_events({"checkpoint": None, "logger": None}, None).hooks]
     assert "CheckpointHook" not in names
     assert "LoggerHook" not in names
@@ -103,47 +103,47 @@ def test_none_removes_a_default_hook():
 
 
 def test_default_hooks_keep_their_type_when_only_arguments_are_given():
-    """default_hooks=dict(logger=dict(interval=7)) changes the interval."""
+    """``default_hooks=dict(logger=dict(interval=7))`` only changes the interval."""
     with pytest.raises(ConfigValueError, match="interval is 0"):
         build_events({"logger": {"interval": 0}}, None)
 
 
-def test_another_type_in_the_place_of_a_default_hook_gets_its_own_arguments_alone():
-    """The default interval of the checkpoint hook is no argument of a timer."""
+def test_another_type_for_a_default_hook_gets_only_its_own_arguments():
+    """The default arguments of the replaced hook are not passed to the other type."""
     hooks = build_events({"checkpoint": {"type": "IterTimerHook"}}, None).hooks
     assert sum(isinstance(hook, IterTimerHook) for hook in hooks) == 2
 
 
-def test_an_unknown_default_hook_is_refused_with_the_nearest_name():
-    """A misspelled name must not leave a run without its checkpoints."""
+def test_an_unknown_default_hook_is_refused_with_the_closest_name():
+    """A misspelled name is refused, because the run would otherwise save no checkpoints."""
     with pytest.raises(ConfigKeyError, match=r"'checkpoints'.*'checkpoint'") as caught:
         build_events({"checkpoints": {"interval": 2}}, None)
     assert "custom_hooks" in str(caught.value)
 
 
 @pytest.mark.parametrize("wrong", ["Recorder", 3, Recorder, object()])
-def test_what_is_no_hook_is_refused(wrong: object):
-    """A class or a name alone is no hook."""
+def test_other_objects_are_not_hooks(wrong: object):
+    """A class or a name alone is not a hook."""
     with pytest.raises(ConfigTypeError, match="derived from stratagem"):
         build_events(None, [wrong])
 
 
-def test_a_type_that_makes_no_hook_is_refused():
-    """The type of a hook's configuration must make a hook."""
+def test_a_type_that_does_not_build_a_hook_is_refused():
+    """The ``type`` of a hook's configuration must build a hook."""
     with pytest.raises(ConfigTypeError, match="derived from stratagem"):
         build_events(None, [{"type": dict}])
 
 
-def test_a_custom_hook_may_name_its_priority():
-    """The key priority is not an argument of the hook, and the mapping stays as it is."""
+def test_a_custom_hook_can_give_its_priority():
+    """The key ``priority`` is not passed to the hook, and the given mapping is not modified."""
     given = {"type": Recorder, "priority": "HIGHEST"}
     events = build_events({"logger": None}, [given, LoggerHook()])
     assert isinstance(events.hooks[0], Recorder)
     assert given == {"type": Recorder, "priority": "HIGHEST"}
 
 
-def test_the_helpers_count_from_one():
-    """every_n_... tell of the iteration or epoch that ends now; n <= 0 is never."""
+def test_the_interval_helpers_count_from_one():
+    """``every_n_...`` refer to the iteration or epoch that is ending; n <= 0 is never true."""
 
     class At:
         iter, epoch, max_iters, max_epochs = 5, 1, 6, 2

@@ -1,4 +1,4 @@
-"""The loader that a user builds: respected in one process, and divided among the ranks."""
+"""Loaders built by the user are used as they are in one process and divided among multiple ranks."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def run_all(folder: str, strategy: str, kinds: list[str], workers: int) -> dict[
 
 
 def counts_each_once(metrics: dict[str, Any]) -> bool:
-    """Return whether a metric derived from BaseMetric and one of torchmetrics counted every sample once."""
-    # The mean of the squares of 0 to 10 is 385 / 11.
+    """Return whether a BaseMetric subclass and a torchmetrics metric both counted every sample once."""
+    # The mean of the squares of 0 to 10 is 385 / 11 = 35.
     return sorted(metrics["ids"]) == list(range(VALIDATED)) and metrics["square"] == pytest.approx(35.0)
 
 
@@ -39,7 +39,7 @@ def counts_each_once(metrics: dict[str, Any]) -> bool:
 def test_two_ranks_see_each_sample_once_with_every_kind_of_loader(
     ranks: Ranks, tmp_path: Path, strategy: str, workers: int
 ) -> None:
-    """Over both ranks, an epoch of training and a validation have each sample once, and both make as many steps."""
+    """Over both ranks, training and validation cover each sample once with an equal number of steps."""
     first, second = ranks.run(run_all, str(tmp_path), strategy, installed(), workers)
     wrong = {}
     for kind, (batches, metrics) in first.items():
@@ -52,7 +52,7 @@ def test_two_ranks_see_each_sample_once_with_every_kind_of_loader(
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_process_sees_each_sample_once_with_every_kind_of_loader(tmp_path: Path, workers: int) -> None:
-    """An epoch of training and a validation have each sample once."""
+    """An epoch of training and a validation cover each sample once."""
     found = run_all(str(tmp_path), "SingleDeviceStrategy", installed(), workers)
     for kind, (batches, metrics) in found.items():
         assert sorted(number for batch in batches for number in batch) == list(range(TRAINED)), kind
@@ -60,13 +60,13 @@ def test_one_process_sees_each_sample_once_with_every_kind_of_loader(tmp_path: P
 
 
 def test_a_stream_that_differs_between_ranks_is_refused(ranks: Ranks, tmp_path: Path) -> None:
-    """Whether each rank reads a part of its own or shuffles differently cannot be seen; the error says what to declare."""
+    """Whether ranks split or shuffle the data differently cannot be detected; the error says what to declare."""
     with pytest.raises(RankError, match=r"UndeclaredStream gives different data on different ranks.*`num_replicas`"):
         ranks.run(run_undeclared, str(tmp_path))
 
 
 def run_undeclared(folder: str) -> Any:
-    """Train on a stream that every rank reads a part of, without declaring it."""
+    """Train on a stream that gives each rank its own part without declaring it."""
     data = {"dataset": UndeclaredStream(TRAINED), "batch_size": 2}
     return run(folder, "DDPStrategy", data, data)
 
@@ -80,7 +80,7 @@ def run_counted(folder: str, kinds: list[str]) -> list[list[int]]:
 
 
 def test_all_results_of_a_metric_are_kept_in_the_order_of_the_batches(ranks: Ranks, tmp_path: Path) -> None:
-    """Three results per sample make 33; none is cut, and those of whole batches that ranks take in turn are in order."""
+    """Three results per sample make 33; none is dropped, and results of batches dealt in turn are in order."""
     kinds = ["stream", "subclass with its own iteration", "own sampler"]
     expected = [number for number in range(VALIDATED) for _ in range(3)]
     for stream, subclass, sampler in ranks.run(run_counted, str(tmp_path), kinds):
@@ -89,7 +89,7 @@ def test_all_results_of_a_metric_are_kept_in_the_order_of_the_batches(ranks: Ran
 
 
 def run_pieces(folder: str, kinds: list[str]) -> dict[str, tuple[Any, Any]]:
-    """Train two epochs with each kind at once, and stopped after four iterations and resumed; return both records."""
+    """Train two epochs, once without a stop and once stopped and resumed, with each kind; return both records."""
     found = {}
     for kind in kinds:
         seed_generators()
@@ -107,7 +107,7 @@ def run_pieces(folder: str, kinds: list[str]) -> dict[str, tuple[Any, Any]]:
 
 
 class StopAfter(Hook):
-    """Saves a checkpoint after an iteration and ends the run."""
+    """Saves a checkpoint after an iteration and stops the run."""
 
     def __init__(self, iteration: int) -> None:
         self.iteration = iteration
@@ -119,7 +119,7 @@ class StopAfter(Hook):
 
 
 def test_a_divided_epoch_resumes_exactly(ranks: Ranks, tmp_path: Path) -> None:
-    """Stopped within the second epoch and resumed, both ranks train on the same batches as without the stop."""
+    """After a stop within the second epoch, both ranks train on the same batches as without the stop."""
     kinds = installed(
         ["sampler without a length", "weighted", "stream", "subclass with its own iteration", "StatefulDataLoader"]
     )

@@ -7,28 +7,28 @@ EPOCHS = Progress(epoch=1, iter=174, batch=49, max_epochs=12, max_iters=1500, ep
 ITERATIONS = Progress(iter=9, batch=9, max_iters=1000, epoch_length=125)
 
 
-def test_the_place_in_an_epoch_is_counted_from_one_and_aligned():
-    """The second epoch of twelve, its fiftieth batch of 125."""
+def test_the_position_in_an_epoch_is_counted_from_one_and_aligned():
+    """The 50th of 125 batches in the second of twelve epochs is shown as a 1-based, aligned position."""
     assert train_place(EPOCHS) == "Epoch(train) [ 2][ 50/125]"
 
 
-def test_the_place_in_a_run_of_iterations():
-    """The tenth iteration of a thousand."""
+def test_the_position_in_a_run_of_iterations():
+    """The tenth of a thousand iterations is shown."""
     assert train_place(ITERATIONS) == "Iter(train) [  10/1000]"
 
 
-def test_the_place_in_a_stream():
-    """The length of an epoch is not known."""
+def test_the_position_in_a_stream():
+    """An unknown epoch length is shown as a question mark."""
     assert train_place(Progress(batch=4, max_epochs=3)) == "Epoch(train) [1][5/?]"
 
 
-def test_the_label_of_the_bar_is_short():
-    """The bar itself counts iterations, and a terminal of 80 columns has to hold loss, rate, speed and time left."""
+def test_the_label_of_the_progress_bar_is_short():
+    """The bar counts iterations itself and must leave room for loss, rate, speed, and time left in 80 columns."""
     assert (bar_label(EPOCHS), bar_label(ITERATIONS)) == ("epoch 2/12", "train")
 
 
-def test_a_line_of_training_reads_as_people_know_it():
-    """Two spaces between the parts, rates with four digits and an exponent, the rest with four decimals."""
+def test_a_training_line_has_the_familiar_format():
+    """Parts are separated by two spaces; rates have four digits and an exponent, other numbers four decimals."""
     line = train_line(
         "Epoch(train) [1][2/4]",
         {"loss": 0.00094, "loss_box": 1.5},
@@ -43,8 +43,8 @@ def test_a_line_of_training_reads_as_people_know_it():
     )
 
 
-def test_an_accelerator_tells_its_memory():
-    """It stands between the times and the losses; what is not known is left out."""
+def test_a_line_on_an_accelerator_has_its_memory():
+    """The memory comes between the times and the losses; unknown values are omitted."""
     line = train_line("here", {"loss": 1.0}, {}, seconds=None, left_s=None, memory_mb=812)
     assert line == "here  memory: 812  loss: 1.0000"
 
@@ -60,7 +60,7 @@ def test_an_accelerator_tells_its_memory():
         ("test", Progress(), 4, "Epoch(test) [4/4]"),
     ],
 )
-def test_a_line_of_an_evaluation(mode: str, progress: Progress, batches: int | None, place: str):
-    """Four spaces after the place; numbers with four decimals, anything else as it is."""
+def test_an_evaluation_line(mode: str, progress: Progress, batches: int | None, place: str):
+    """Four spaces follow the position; numbers have four decimals, and other values are printed as they are."""
     line = evaluation_line(mode, progress, batches, {"accuracy": 0.98104, "classes": [1, 2]})
     assert line == f"{place}    accuracy: 0.9810  classes: [1, 2]"

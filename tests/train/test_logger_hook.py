@@ -17,7 +17,7 @@ MakeRunner = Callable[..., Runner]
 
 
 class Counting(Toy):
-    """Its loss is logged as the number of the iteration, counted from 1; it learns nothing."""
+    """Logs the 1-based iteration number as the loss and learns nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,8 +30,8 @@ class Counting(Toy):
 
 
 def run(make_runner: MakeRunner, logger: dict | None = None, **changes: Any) -> tuple[list[str], list[dict]]:
-    """Train with the logger hook; return the messages of the log file and the records."""
-    # Numbers are looked at where they are on an accelerator: at each step it costs nothing on the CPU alone.
+    """Train with the logger hook; return the log messages and the records."""
+    # On an accelerator, values are checked only at the logging interval; on the CPU a check at every step is free.
     hooks = {**QUIET_HOOKS, "logger": {"interval": 4, **(logger or {})}, "nonfinite": {"check": "interval"}}
     changes = {"model": {"type": Counting}, "train_cfg": {"max_iters": 10}, **changes}
     runner = make_runner(default_hooks=hooks, log_level="INFO", **changes)
@@ -43,8 +43,8 @@ def run(make_runner: MakeRunner, logger: dict | None = None, **changes: Any) -> 
     return messages, [json.loads(record) for record in records]
 
 
-def test_a_line_holds_the_means_since_the_line_before(make_runner: MakeRunner):
-    """Iterations 1 to 4 have the mean 2.5, 5 to 8 have 6.5; the shorter rest has no line."""
+def test_a_line_holds_the_means_since_the_previous_line(make_runner: MakeRunner):
+    """Iterations 1 to 4 have mean 2.5 and 5 to 8 have mean 6.5; the incomplete rest has no line."""
     messages, records = run(make_runner)
     assert [re.sub(r"  eta.*data_time: [0-9.]+", "", message) for message in messages if "loss" in message] == [
         "Iter(train) [ 4/10]  lr: 1.0000e-01  loss: 2.5000",
@@ -54,20 +54,20 @@ def test_a_line_holds_the_means_since_the_line_before(make_runner: MakeRunner):
 
 
 @pytest.mark.parametrize(("size", "means"), [(2, [3.5, 7.5]), (6, [2.5, 5.5])])
-def test_values_are_averaged_over_the_window_that_was_asked_for(make_runner: MakeRunner, size: int, means: list):
-    """A window of 2 at iteration 8 is (7 + 8) / 2; one of 6 is (3 + ... + 8) / 6."""
+def test_values_are_averaged_over_the_given_window(make_runner: MakeRunner, size: int, means: list):
+    """At iteration 8, a window of 2 is (7 + 8) / 2 and a window of 6 is (3 + ... + 8) / 6."""
     _, records = run(make_runner, {"window_size": size})
     assert [record["loss"] for record in records] == means
 
 
-def test_the_rest_of_an_epoch_may_have_a_line(make_runner: MakeRunner):
-    """Seven batches, a line every four and at the end: 5, 6 and 7 have the mean 6."""
+def test_the_rest_of_an_epoch_can_have_a_line(make_runner: MakeRunner):
+    """With ``ignore_last=False``, the last three of seven batches have a line with their mean of 6."""
     _, records = run(make_runner, {"ignore_last": False}, train_cfg={"max_epochs": 1})
     assert [(record["iter"], record["loss"]) for record in records] == [(4, 2.5), (7, 6.0)]
 
 
-def test_a_record_holds_what_plots_need(make_runner: MakeRunner):
-    """One JSON object a line; epoch and iteration are those that were under way, counted from 1."""
+def test_a_record_holds_the_data_for_plots(make_runner: MakeRunner):
+    """Each line is one JSON object with the current epoch and iteration, counted from 1."""
     _, records = run(make_runner, train_cfg={"max_epochs": 2})
     assert set(records[0]) == {"lr", "time", "data_time", "loss", "epoch", "iter", "step"}
     assert [(record["epoch"], record["step"]) for record in records] == [(1, 4), (2, 8), (2, 12)]
@@ -75,14 +75,14 @@ def test_a_record_holds_what_plots_need(make_runner: MakeRunner):
 
 
 def test_an_evaluation_has_a_line_and_a_record(make_runner: MakeRunner):
-    """With its metrics and where it was."""
+    """Both contain the metrics and the position."""
     messages, records = run(make_runner, train_cfg={"max_epochs": 1}, **VALIDATION)
     assert re.fullmatch(r"Epoch\(val\) \[1\]\[3/3\]    accuracy: [01]\.\d{4}", messages[-1])
     assert {**records[-1], "accuracy": None} == {"accuracy": None, "mode": "val", "epoch": 1, "iter": 7, "step": 7}
 
 
-def test_clipping_tells_the_norm_of_the_gradients(make_runner: MakeRunner):
-    """That of the last update, before clipping; without clipping there is none."""
+def test_gradient_clipping_logs_the_gradient_norm(make_runner: MakeRunner):
+    """The logged norm is that of the last step before clipping; without clipping, none is logged."""
     norms = []
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "clip_grad": {"max_norm": 1e-3}}
     remember = At(4, lambda run: norms.append(run.optim_wrapper.grad_norm.item()))
@@ -93,15 +93,15 @@ def test_clipping_tells_the_norm_of_the_gradients(make_runner: MakeRunner):
     assert f"grad_norm: {norms[0]:.4f}" in next(message for message in messages if "loss" in message)
 
 
-def test_nothing_leaves_the_device_between_two_lines(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
-    """The values are fetched once at a line, all together; no other iteration waits for the device."""
+def test_values_are_copied_from_the_device_only_for_a_line(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
+    """The values are fetched once per line, all together; no other iteration waits for the device."""
     fetches: list[int] = []
     iteration = [0]
     for name in ("item", "tolist", "__float__", "__int__", "__bool__", "cpu", "numpy"):
         original = getattr(Tensor, name)
 
         def counted(self: Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
-            # Means over ranks and the sampler's order are on the host from the start.
+            # Means over ranks and the sampler's order are on the host already.
             if self.dtype == torch.float32:
                 fetches.append(iteration[0])
             return original(self, *args, **kwargs)
@@ -119,18 +119,18 @@ def test_nothing_leaves_the_device_between_two_lines(make_runner: MakeRunner, mo
 
     schedule = {"type": "CosineAnnealingLR", "by_epoch": False}
     run(make_runner, model={"type": Toy}, custom_hooks=[Clock()], param_scheduler=schedule)
-    # The loss, and whether gradients were finite: at a line, and the latter at the end.
+    # Per line, the loss and whether gradients were finite are fetched; the latter is fetched once more at the end.
     assert fetches == [4, 4, 8, 8, 10]
 
 
-def test_the_bar_counts_every_iteration_and_goes_when_the_training_ends(make_runner: MakeRunner):
-    """Between two lines too; it stands still while another is shown, and a later validation brings it not back."""
+def test_the_progress_bar_counts_every_iteration_and_ends_with_training(make_runner: MakeRunner):
+    """It advances between two lines too; a later validation does not show it again."""
     seen = []
     hooks = {**QUIET_HOOKS, "logger": {"interval": 4}}
     look = At(6, lambda run: seen.append(run.bar.completed))
     runner = make_runner(default_hooks=hooks, train_cfg={"max_epochs": 1}, custom_hooks=[look], **VALIDATION)
     runner.train()
-    # The hook is called before the logger's, so it sees what the fifth iteration left.
+    # The hook runs before the logger hook, so it sees the state after iteration 5.
     assert seen == [5]
     assert runner.run.bar is None
     runner.val()
@@ -139,13 +139,13 @@ def test_the_bar_counts_every_iteration_and_goes_when_the_training_ends(make_run
 
 @pytest.mark.parametrize("arguments", [{"interval": 0}, {"interval": -1}, {"window_size": 0}])
 def test_an_interval_or_window_below_one_is_refused(arguments: dict):
-    """No line could ever be written."""
+    """An interval or window below one is refused, because no line would ever be written."""
     with pytest.raises(ConfigValueError, match=r"0|-1"):
         LoggerHook(**arguments)
 
 
 def test_a_secret_is_not_in_the_environment_report(make_runner: MakeRunner, tmp_path: Path):
-    """The report is passed on in bug reports: passwords in its settings are covered."""
+    """The report is often attached to bug reports, so passwords in its settings are masked."""
     address = "tcp://someone:geheim@127.0.0.1:29500"
     hooks = {"logger": None, "checkpoint": None}
     runner = make_runner(

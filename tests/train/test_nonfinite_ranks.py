@@ -1,4 +1,4 @@
-"""One rank's bad number is seen by all of them, who do the same about it."""
+"""A non-finite value on one rank is detected on all ranks, which react in the same way."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from ranks import Ranks
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("check", ["step", "interval"])
-def test_all_ranks_stop_where_one_of_them_went_bad(ranks: Ranks, tmp_path: Path, how: str, check: str):
-    """Also for a loss whose gradients are sound, which the others could not see; all name the rank and every sample."""
+def test_all_ranks_stop_when_one_has_a_nonfinite_value(ranks: Ranks, tmp_path: Path, how: str, check: str):
+    """This includes a NaN loss with finite gradients; every rank's error names the failed rank and all samples."""
     hooks = {"nonfinite": {"check": check, "interval": 3}}
     first, second = ranks.run(train_spoiled, str(tmp_path), {3: how}, rank=1, hooks=hooks)
     for each in (first, second):
@@ -26,7 +26,7 @@ def test_all_ranks_stop_where_one_of_them_went_bad(ranks: Ranks, tmp_path: Path,
 
 
 def test_all_ranks_skip_together(ranks: Ranks, tmp_path: Path):
-    """They go on with equal weights."""
+    """The ranks continue with equal weights."""
     hooks = {"nonfinite": {"policy": "skip"}}
     bad = {2: "nan", 5: "gradient", 6: "inf"}
     first, second = ranks.run(train_spoiled, str(tmp_path), bad, rank=0, hooks=hooks)
@@ -35,8 +35,8 @@ def test_all_ranks_skip_together(ranks: Ranks, tmp_path: Path):
     assert first["weights"] == second["weights"]
 
 
-def test_all_ranks_roll_back_together_and_give_up_together(ranks: Ranks, tmp_path: Path):
-    """The third iteration is bad each time: from the checkpoint after the second they go back twice, then stop."""
+def test_all_ranks_roll_back_and_give_up_together(ranks: Ranks, tmp_path: Path):
+    """Iteration 3 fails each time; the ranks roll back to iteration 2 twice and then stop."""
     hooks = {
         "nonfinite": {"policy": "rollback", "max_rollbacks": 2},
         "checkpoint": {"by_epoch": False, "interval": 2, "save_last": False},
@@ -44,6 +44,6 @@ def test_all_ranks_roll_back_together_and_give_up_together(ranks: Ranks, tmp_pat
     first, second = ranks.run(train_spoiled, str(tmp_path), {3: "nan"}, rank=1, hooks=hooks)
     for each in (first, second):
         assert "rolled back 2 times already" in each["error"]
-        # Two, then three tries of a third one on other data each time.
+        # Two iterations, then three attempts at the third one on different data.
         assert [row[:2] for row in each["iterations"]] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
     assert first["error"] == second["error"]

@@ -1,4 +1,4 @@
-"""What a run's options will be, without the run."""
+"""Previewing the optimizer options of a run without training it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from toys import Samples, Toy, loader
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.train.tools.schedule_preview import RunPreview, preview_run
 
-# 13 samples in batches of 2 are 7 iterations, 3 epochs are 21.
+# 13 samples in batches of 2 are 7 iterations; 3 epochs are 21 iterations.
 PARTS: Mapping[str, Any] = {
     "optim_wrapper": {"optimizer": {"type": "SGD", "lr": 1.0, "momentum": 0.9}},
     "train_dataloader": loader(),
@@ -21,18 +21,18 @@ PARTS: Mapping[str, Any] = {
 
 
 def shown(**changes: Any) -> RunPreview:
-    """Preview the small run with some parts changed."""
+    """Preview the small run with some arguments changed."""
     return preview_run(**{"model": {"type": Toy}, **PARTS, **changes})
 
 
 def values(preview: RunPreview, key: str = "lr") -> np.ndarray:
-    """Return the only course of an option."""
+    """Return the only curve of an option."""
     (course,) = (course for course in preview.courses if course.key == key)
     return course.values
 
 
-def test_schedules_end_with_the_run_of_the_data():
-    """Linear from 0 over all 21 iterations; the momentum stays."""
+def test_a_schedule_without_an_end_covers_the_whole_run():
+    """A linear schedule without an end covers all 21 iterations; momentum stays constant."""
     preview = shown(param_scheduler={"type": "LinearLR", "start_factor": 0.5, "by_epoch": False})
     assert (preview.max_iters, preview.epoch_length) == (21, 7)
     np.testing.assert_array_equal(preview.iterations, np.arange(21))
@@ -40,22 +40,22 @@ def test_schedules_end_with_the_run_of_the_data():
     assert set(values(preview, "momentum")) == {0.9}
 
 
-def test_epochs_are_placed_on_iterations():
-    """A tenth in each epoch of 7 iterations."""
+def test_epochs_are_converted_to_iterations():
+    """A decay by 0.1 per epoch is shown every 7 iterations."""
     preview = shown(param_scheduler={"type": "StepLR", "step_size": 1, "gamma": 0.1})
     np.testing.assert_allclose(values(preview), np.repeat([1.0, 0.1, 0.01], 7))
 
 
-def test_several_processes_share_the_samples():
-    """13 samples on 2 ranks are 7 each, so 4 batches of 2; the scaled rate is that of 4 samples in place of 16."""
+def test_multiple_processes_share_the_samples():
+    """13 samples on 2 ranks are 7 each, or 4 batches of 2; the learning rate scales to 4 samples instead of 16."""
     preview = shown(world_size=2, auto_scale_lr={"enable": True, "base_batch_size": 16, "rule": "sqrt"})
     assert (preview.epoch_length, preview.max_iters) == (4, 12)
     assert set(values(preview)) == {0.5}
     assert "multiplied by 0.5 (square root)" in preview.scaling[0]
 
 
-def test_values_change_with_the_steps_of_the_optimizer():
-    """Two micro-batches a step: each value holds for two iterations."""
+def test_values_change_at_optimizer_steps():
+    """With two micro-batches per optimizer step, each value lasts for two iterations."""
     preview = shown(
         optim_wrapper={**PARTS["optim_wrapper"], "accumulative_counts": 2},
         train_cfg={"max_iters": 6},
@@ -65,8 +65,8 @@ def test_values_change_with_the_steps_of_the_optimizer():
     assert preview.accumulative_counts == {"": 2}
 
 
-def test_groups_that_go_alike_are_one_course():
-    """Biases have another rate than all else, and the same momentum."""
+def test_groups_with_equal_values_share_a_curve():
+    """Biases have their own learning rate, but all parameters share one momentum curve."""
     optim = {**PARTS["optim_wrapper"], "paramwise_cfg": {"bias_lr_mult": 2.0}}
     preview = shown(optim_wrapper=optim)
     rates = {course.parameters: course.values[0] for course in preview.courses if course.key == "lr"}
@@ -77,8 +77,8 @@ def test_groups_that_go_alike_are_one_course():
     assert not momentum.changes
 
 
-def test_each_of_several_optimizers_is_shown():
-    """By its name, with its own schedules."""
+def test_each_of_multiple_optimizers_is_shown():
+    """Each optimizer is shown under its name with its own schedules."""
     optim = {
         "constructor": "MultiOptimWrapperConstructor",
         "first": {"optimizer": {"type": "SGD", "lr": 1.0}},
@@ -96,8 +96,8 @@ def test_each_of_several_optimizers_is_shown():
     assert rates == {"first": 1.0, "second": pytest.approx(0.05)}
 
 
-def test_a_long_run_is_shown_at_some_iterations_and_at_the_ends_of_ranges():
-    """A warm-up of 3 in a million iterations is not missed."""
+def test_a_long_run_is_sampled_and_includes_the_ends_of_schedules():
+    """A warmup of 3 iterations out of a million is still visible."""
     preview = shown(
         train_cfg={"max_iters": 10**6},
         param_scheduler={"type": "LinearLR", "start_factor": 0.5, "by_epoch": False, "end": 3},
@@ -107,15 +107,15 @@ def test_a_long_run_is_shown_at_some_iterations_and_at_the_ends_of_ranges():
     assert {0, 1, 2, 3} <= set(preview.iterations)
 
 
-def test_a_schedule_that_waits_for_metrics_is_named():
-    """And shows no change."""
+def test_a_schedule_that_depends_on_metrics_is_listed():
+    """Such a schedule is listed but shows no change."""
     preview = shown(param_scheduler={"type": "ReduceOnPlateauLR"})
     assert preview.on_metrics == (("", "lr", "ReduceOnPlateauLR"),)
     assert set(values(preview)) == {1.0}
 
 
-def test_nothing_is_allocated_and_no_random_number_drawn():
-    """The model is on the meta device while it is built."""
+def test_nothing_is_allocated_and_no_random_number_is_drawn():
+    """The model is built on the meta device."""
     devices = []
 
     class Watched(Toy):
@@ -129,8 +129,8 @@ def test_nothing_is_allocated_and_no_random_number_drawn():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_that_needs_its_values_is_built_on_the_cpu():
-    """Such as one that looks at its weights; random generators stay as they were."""
+def test_a_model_that_reads_its_weights_is_built_on_the_cpu():
+    """A model that reads its weights while it is built falls back to the CPU; the random state is restored."""
 
     class Looks(Toy):
         def __init__(self) -> None:
@@ -143,13 +143,13 @@ def test_a_model_that_needs_its_values_is_built_on_the_cpu():
 
 
 def test_schedules_by_epoch_in_a_run_by_iteration_are_refused():
-    """As in the training itself."""
+    """The preview refuses it with the same error as training."""
     with pytest.raises(ConfigValueError, match="counts epochs, but this run counts iterations"):
         shown(train_cfg={"max_iters": 9}, param_scheduler={"type": "StepLR", "step_size": 1, "end": 2})
 
 
 def test_a_run_of_unknown_length_is_refused():
-    """Epochs of a stream without a length."""
+    """The length of epochs of a stream without a length is unknown."""
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self) -> Any:
@@ -160,6 +160,6 @@ def test_a_run_of_unknown_length_is_refused():
 
 
 def test_a_built_optimizer_is_refused():
-    """It would be left with schedules that nobody steps."""
+    """A built optimizer is refused, because its schedules would never be stepped."""
     with pytest.raises(ConfigTypeError, match="give its configuration, not SGD"):
         shown(optim_wrapper=torch.optim.SGD(Toy().parameters(), lr=1.0))

@@ -1,4 +1,4 @@
-"""A run that is resumed under another configuration says what goes on as it was, and what does not."""
+"""A run that resumes with a changed configuration logs what is kept from the checkpoint and what is not."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ SAVING = {**QUIET_HOOKS, "checkpoint": {"interval": 1}}
 
 
 def train(make_runner: MakeRunner, **changes: Any) -> tuple[list[float], str]:
-    """Train, and return the learning rates and the log."""
+    """Train and return the learning rates and the log."""
     recorder = Recorder()
     runner = make_runner(custom_hooks=[recorder], default_hooks=SAVING, log_level="INFO", **changes)
     runner.train()
@@ -28,12 +28,12 @@ def train(make_runner: MakeRunner, **changes: Any) -> tuple[list[float], str]:
 
 
 def cosine(position: int, span: int, rate: float = 0.1) -> Any:
-    """Return half a wave's value."""
+    """Return the value of a cosine annealing."""
     return pytest.approx(rate * 0.5 * (1 + math.cos(math.pi * position / span)), abs=1e-12)
 
 
-def test_a_longer_run_keeps_the_schedule_that_was_saved_and_says_so(make_runner: MakeRunner):
-    """A cosine over one epoch stays at its end in the second; the log tells how to have the longer one."""
+def test_a_longer_run_keeps_the_saved_schedule_and_logs_it(make_runner: MakeRunner):
+    """A cosine over one epoch stays at its end in the second one; the log says how to extend it."""
     train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 1})
     rates, log = train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 2}, resume=True)
     assert rates == [cosine(EPOCH - 1, EPOCH)] * EPOCH
@@ -41,8 +41,8 @@ def test_a_longer_run_keeps_the_schedule_that_was_saved_and_says_so(make_runner:
     assert "resume_param_scheduler=False" in log
 
 
-def test_the_configurations_schedule_goes_on_where_the_run_stands_if_that_is_asked_for(make_runner: MakeRunner):
-    """The second half of a cosine over two epochs, with the configuration's learning rate."""
+def test_resume_param_scheduler_false_continues_with_the_configured_schedule(make_runner: MakeRunner):
+    """The second half of a cosine over two epochs runs with the configuration's learning rate."""
     train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 1})
     rates, log = train(
         make_runner,
@@ -57,8 +57,8 @@ def test_the_configurations_schedule_goes_on_where_the_run_stands_if_that_is_ask
     assert "go on as the checkpoint has them" not in log
 
 
-def test_another_number_or_kind_of_schedules_must_be_asked_for(make_runner: MakeRunner):
-    """Otherwise it is an error, before anything is trained; asked for, epochs and iterations are where the run is."""
+def test_a_different_number_or_type_of_schedules_must_be_requested(make_runner: MakeRunner):
+    """Without ``resume_param_scheduler=False`` it is an error; with it, new schedules start at the current position."""
     train(make_runner, param_scheduler=COSINE, train_cfg={"max_epochs": 1})
     other = [{"type": "StepLR", "step_size": 1, "gamma": 0.5}, {"type": "ConstantLR", "factor": 0.5, "by": "step"}]
     with pytest.raises(CheckpointMismatchError, match="resume_param_scheduler=False"):
@@ -68,12 +68,12 @@ def test_another_number_or_kind_of_schedules_must_be_asked_for(make_runner: Make
     rates, _ = train(
         make_runner, param_scheduler=other, train_cfg={"max_epochs": 3}, resume=True, resume_param_scheduler=False
     )
-    # Half from the first epoch that is done, and half from the constant until its last position, which is update 20.
+    # StepLR halves the rate after each finished epoch; ConstantLR halves it up to its last position, step 20.
     assert rates == [0.1 * 0.5 * 0.5] * EPOCH + [0.1 * 0.25 * 0.5] * (EPOCH - 1) + [0.1 * 0.25]
 
 
-def test_without_schedules_the_options_that_differ_are_named(make_runner: MakeRunner):
-    """The checkpoint's go on; asked for, the configuration's do, and the momentum that has gathered stays."""
+def test_without_schedules_the_differing_options_are_logged(make_runner: MakeRunner):
+    """The checkpoint's options are kept; on request the configured ones are used and the momentum buffers are kept."""
     train(make_runner, train_cfg={"max_epochs": 1})
     changed = {"optimizer": {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 0.5}}
     rates, log = train(make_runner, train_cfg={"max_epochs": 2}, optim_wrapper=changed, resume=True)
@@ -87,8 +87,8 @@ def test_without_schedules_the_options_that_differ_are_named(make_runner: MakeRu
     assert rates == [0.01] * EPOCH
 
 
-def test_the_log_names_what_the_configuration_changed(make_runner: MakeRunner):
-    """By path, with both values; what says that a run is resumed is no change."""
+def test_the_log_lists_the_changes_in_the_configuration(make_runner: MakeRunner):
+    """Each change is logged with its path and both values; the resume settings do not count as a change."""
     cfg = {"optim": {"lr": 0.1}, "note": "first"}
     train(make_runner, train_cfg={"max_epochs": 1}, cfg=cfg)
     _, log = train(
@@ -97,8 +97,8 @@ def test_the_log_names_what_the_configuration_changed(make_runner: MakeRunner):
     assert "not that of the checkpoint:\n  optim.lr: 0.1 -> 0.2\n" in log
 
 
-def test_an_equal_configuration_is_not_worth_a_line(make_runner: MakeRunner):
-    """Nor are schedules and options that go on as they were."""
+def test_an_equal_configuration_is_not_logged(make_runner: MakeRunner):
+    """Unchanged schedules and options are not logged either."""
     cfg = {"optim": {"lr": 0.1}}
     train(make_runner, train_cfg={"max_epochs": 1}, cfg=cfg)
     _, log = train(make_runner, train_cfg={"max_epochs": 2}, resume=True, cfg=cfg)
@@ -107,15 +107,15 @@ def test_an_equal_configuration_is_not_worth_a_line(make_runner: MakeRunner):
 
 
 class Taller(Toy):
-    """The small model with a scale that it did not have."""
+    """The small model with an additional parameter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.tensor(3.0))
 
 
-def test_a_parameter_that_is_new_must_be_named(make_runner: MakeRunner):
-    """Otherwise it is an error; named, it begins as it was initialised, and all others with their moments as saved."""
+def test_a_new_parameter_must_be_listed(make_runner: MakeRunner):
+    """An unlisted one is an error; a listed one keeps its initialization, and the others keep their optimizer state."""
     adam = {"optimizer": {"type": "Adam", "lr": 0.01}}
     first = make_runner(optim_wrapper=adam, default_hooks=SAVING, train_cfg={"max_epochs": 1})
     first.train()
@@ -140,7 +140,7 @@ def test_a_parameter_that_is_new_must_be_named(make_runner: MakeRunner):
 
 
 @pytest.mark.parametrize(("given", "kind"), [("scale", ConfigTypeError), (["("], ConfigValueError)])
-def test_patterns_that_are_none_are_refused(make_runner: MakeRunner, given: Any, kind: type[Exception]):
-    """One text, and what is no regular expression, are errors before anything is built."""
+def test_invalid_patterns_are_refused(make_runner: MakeRunner, given: Any, kind: type[Exception]):
+    """A single string and an invalid regular expression are refused before anything is built."""
     with pytest.raises(kind, match="new_parameters"):
         make_runner(new_parameters=given)

@@ -1,4 +1,4 @@
-"""Which session of a run went on from which."""
+"""The history of a run: which session resumed from which."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ SECOND = Session(
 )  # fmt: skip
 
 
-def test_a_history_goes_through_a_checkpoint() -> None:
-    """What a checkpoint's meta holds, also as JSON, gives the same sessions, and the next follows them."""
+def test_a_history_is_restored_from_a_checkpoint() -> None:
+    """The history in a checkpoint's meta, also as JSON, restores the same sessions, and a new one is appended."""
     meta = json.loads(json.dumps(RunHistory([FIRST]).as_meta()))
     assert RunHistory.from_meta(meta).with_session(SECOND).sessions == (FIRST, SECOND)
 
 
 @pytest.mark.parametrize("meta", [{}, {"lineage": None}, {"lineage": [{"name": "x"}]}, {"lineage": [3]}])
-def test_a_checkpoint_without_a_history_begins_one(meta: dict[str, object]) -> None:
-    """Checkpoints of other programs, or of other versions, are gone on from as well."""
+def test_a_checkpoint_without_a_history_starts_one(meta: dict[str, object]) -> None:
+    """Checkpoints of other programs or versions can be resumed too, and start an empty history."""
     assert RunHistory.from_meta(meta).sessions == ()
 
 
-def test_a_start_keeps_how_it_ended(tmp_path: Path) -> None:
-    """Before the end nobody knows; then the record says how, and where."""
+def test_a_record_keeps_the_outcome_of_a_session(tmp_path: Path) -> None:
+    """A record has no outcome until the end of the session and then says how and where it ended."""
     history = RunHistory([FIRST])
     history.write(tmp_path)
     assert read_record(tmp_path)[1] is None
@@ -40,7 +40,7 @@ def test_a_start_keeps_how_it_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"lineage": [], "ending": 3}', '{"lineage": 3}'])
-def test_a_record_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_record_is_reported_with_its_name(tmp_path: Path, text: str) -> None:
     """A damaged record is an error that names the file."""
     (tmp_path / RECORD).write_text(text)
     with pytest.raises(CheckpointDamagedError, match=r"start\.json cannot be read"):

@@ -20,7 +20,7 @@ BETA = 0.9
 
 
 class ScheduleFreeSGD(Optimizer):
-    """SGD after arXiv:2405.15682: ``x`` is the mean of all ``z``; ``y``, between them, trains and lies in the parameters."""
+    """SGD of arXiv:2405.15682: parameters are ``y`` in training and ``x``, the mean of all ``z``, in evaluation."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr, "k": 0, "train_mode": False})
@@ -56,7 +56,7 @@ OPTIM = {"optim_wrapper": {"optimizer": {"type": ScheduleFreeSGD, "lr": 0.1}}}
 
 
 class Means(Hook):
-    """Keeps every ``z``, and the weight that evaluations see."""
+    """Records every ``z`` and the weights used for evaluation."""
 
     def __init__(self) -> None:
         self.z: list[torch.Tensor] = []
@@ -71,12 +71,12 @@ class Means(Hook):
 
 
 def interrupt(run: Any) -> None:
-    """Do what Ctrl-C does."""
+    """Send SIGINT, as Ctrl-C does."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_validations_and_checkpoints_get_the_weights_to_evaluate(make_runner: MakeRunner, tmp_path: Path):
-    """They are the mean of all z, not the weights that train."""
+def test_validations_and_checkpoints_use_the_evaluation_weights(make_runner: MakeRunner, tmp_path: Path):
+    """Both use the mean of all ``z`` and not the training weights."""
     means = Means()
     make_runner(
         custom_hooks=[means],
@@ -90,8 +90,8 @@ def test_validations_and_checkpoints_get_the_weights_to_evaluate(make_runner: Ma
     torch.testing.assert_close(saved["state_dict"][NAME], torch.stack(means.z[:4]).mean(0))
 
 
-def test_validating_and_saving_do_not_disturb_the_training(make_runner: MakeRunner, tmp_path: Path):
-    """The weights that train come back with the same bits, though the one kind is computed from the other."""
+def test_validating_and_saving_do_not_affect_training(make_runner: MakeRunner, tmp_path: Path):
+    """The training weights are restored bit for bit, even if one kind is computed from the other."""
     plain, disturbed = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "plain", custom_hooks=[plain], **OPTIM).train()
     make_runner(custom_hooks=[disturbed], default_hooks=SAVING, **OPTIM, **VALIDATION).train()
@@ -100,10 +100,10 @@ def test_validating_and_saving_do_not_disturb_the_training(make_runner: MakeRunn
 
 @pytest.mark.parametrize("hooks", [(), ({"type": "EMAHook", "momentum": 0.2},)], ids=["plain", "averaged"])
 @pytest.mark.parametrize("stops", [(1,), (EPOCH,), (4, 11)])
-def test_a_resumed_run_is_the_undisturbed_run(
+def test_a_resumed_run_equals_the_uninterrupted_run(
     make_runner: MakeRunner, tmp_path: Path, stops: tuple[int, ...], hooks: tuple
 ):
-    """Bit for bit, also with an average on top."""
+    """The runs are bit-identical, also with an exponential moving average on top."""
     whole = Recorder()
     first = make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole, *hooks], **OPTIM, **VALIDATION)
     first.train()
@@ -119,8 +119,8 @@ def test_a_resumed_run_is_the_undisturbed_run(
     assert all(torch.equal(value, expected[name]) for name, value in runner.strategy.model_state_dict().items())
 
 
-def test_a_checkpoint_saved_in_a_validation_has_all_three_weights(make_runner: MakeRunner, tmp_path: Path):
-    """Those to evaluate in the model's part, those that train in the optimizer's, and the average."""
+def test_a_checkpoint_saved_during_validation_has_all_three_weights(make_runner: MakeRunner, tmp_path: Path):
+    """The model part holds the evaluation weights, the optimizer part the training weights, and the average its own."""
 
     class SaveInside(Means):
         def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -136,8 +136,8 @@ def test_a_checkpoint_saved_in_a_validation_has_all_three_weights(make_runner: M
     assert torch.equal(saved["average"]["averages"][NAME], hook.average.averages[NAME])
 
 
-def test_the_library_of_that_name_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Path):
-    """With its AdamW, named by prefix; validations and checkpoints included."""
+def test_the_schedulefree_library_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Path):
+    """Its AdamW, given by its qualified name, resumes exactly, including validations and checkpoints."""
     pytest.importorskip("schedulefree")
     optim = {"optim_wrapper": {"optimizer": {"type": "schedulefree.AdamWScheduleFree", "lr": 0.01, "warmup_steps": 3}}}
     whole, pieces = Recorder(), Recorder()

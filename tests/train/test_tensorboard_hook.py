@@ -1,4 +1,4 @@
-"""TensorBoard shows what the log says."""
+"""TensorBoard shows the same values as the log."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from stratagem import Runner
 from stratagem.model import SupervisedModel
 
 
-def test_the_log_s_values_are_tensorboard_s_scalars(tmp_path: Path) -> None:
-    """The loss at every line of the log and the metric of every validation stand in the event file at their iterations."""
+def test_the_logged_values_are_tensorboard_scalars(tmp_path: Path) -> None:
+    """The event file has the loss of every log line and the metric of every validation at their iterations."""
     data = DataLoader(TensorDataset(torch.randn(8, 2), torch.tensor([0, 1] * 4)), batch_size=2)
     network = torch.nn.Linear(2, 2)
     runner = Runner(

@@ -23,26 +23,26 @@ class Stream(IterableDataset):
 
 
 class Shortened(Stream):
-    """A stream that promises more than it gives."""
+    """A stream that is shorter than its length says."""
 
     def __len__(self) -> int:
         return 2 * self.batches + 4
 
 
 def stream(dataset: IterableDataset) -> DataLoader:
-    """Return a built loader of a stream, in batches of two."""
+    """Return a loader of a stream in batches of two."""
     return DataLoader(dataset, batch_size=2)
 
 
 def validated_after(make_runner: MakeRunner, **train_cfg: Any) -> list[int]:
-    """Return after which iterations a whole run validates."""
+    """Return the iterations after which a full run validates."""
     recorder = Recorder()
     make_runner(train_cfg=train_cfg, custom_hooks=[recorder], **VALIDATION).train()
     return [iteration for iteration, _ in recorder.metrics]
 
 
-def test_an_epoch_loop_calls_the_events_in_their_order(make_runner: MakeRunner):
-    """Training of one epoch of two batches, validation of three, as hooks see it."""
+def test_an_epoch_loop_calls_the_events_in_order(make_runner: MakeRunner):
+    """Hooks see one training epoch of two batches and a validation of three in this order."""
     log = EventLog()
     make_runner(train_cfg={"max_epochs": 1}, train_dataloader=loader(4), custom_hooks=[log], **VALIDATION).train()
     assert log.names == [
@@ -55,7 +55,7 @@ def test_an_epoch_loop_calls_the_events_in_their_order(make_runner: MakeRunner):
 
 
 def test_an_iteration_loop_is_one_epoch_for_hooks(make_runner: MakeRunner):
-    """It goes over the data as often as it takes, and validates in between."""
+    """The loop repeats the data as often as needed and validates in between."""
     log = EventLog()
     make_runner(
         train_cfg={"max_iters": 3, "val_interval": 2}, train_dataloader=loader(4), custom_hooks=[log], **VALIDATION
@@ -79,8 +79,8 @@ def test_an_iteration_loop_is_one_epoch_for_hooks(make_runner: MakeRunner):
         ({"max_epochs": 9, "val_interval": 4, "dynamic_intervals": [(5, 2), (8, 1)]}, [4, 6, 8, 9]),
     ],
 )
-def test_an_epoch_loop_validates_when_it_is_due(make_runner: MakeRunner, train_cfg: dict, epochs: list[int]):
-    """Every val_interval epochs from val_begin on, and after the last; dynamic_intervals change the interval."""
+def test_an_epoch_loop_validates_on_schedule(make_runner: MakeRunner, train_cfg: dict, epochs: list[int]):
+    """Validation runs every ``val_interval`` epochs from ``val_begin``; ``dynamic_intervals`` change the interval."""
     assert validated_after(make_runner, **train_cfg) == [EPOCH * epoch for epoch in epochs]
 
 
@@ -94,12 +94,12 @@ def test_an_epoch_loop_validates_when_it_is_due(make_runner: MakeRunner, train_c
         ({"max_iters": 12, "val_interval": 5, "dynamic_intervals": [(6, 3)]}, [5, 6, 9, 12]),
     ],
 )
-def test_an_iteration_loop_validates_when_it_is_due(make_runner: MakeRunner, train_cfg: dict, expected: list[int]):
-    """The same, in iterations."""
+def test_an_iteration_loop_validates_on_schedule(make_runner: MakeRunner, train_cfg: dict, expected: list[int]):
+    """The same schedule is counted in iterations."""
     assert validated_after(make_runner, **train_cfg) == expected
 
 
-def test_the_model_learns_again_after_a_validation(make_runner: MakeRunner):
+def test_the_model_is_in_training_mode_after_a_validation(make_runner: MakeRunner):
     """Validation puts the model into eval mode; the next iteration is in training mode."""
     modes = []
     hook = At(3, lambda run: modes.append(run.model.training))
@@ -108,7 +108,7 @@ def test_the_model_learns_again_after_a_validation(make_runner: MakeRunner):
 
 
 def test_an_epoch_sees_every_sample_once(make_runner: MakeRunner):
-    """Thirteen samples in batches of two: seven batches, the last of one sample, in another order each epoch."""
+    """Thirteen samples in batches of two give seven batches, the last of one sample, in a new order in each epoch."""
     recorder = Recorder()
     make_runner(custom_hooks=[recorder]).train()
     orders = [[n for epoch, _, numbers, *_ in recorder.rows if epoch == wanted for n in numbers] for wanted in range(3)]
@@ -116,8 +116,8 @@ def test_an_epoch_sees_every_sample_once(make_runner: MakeRunner):
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_iterations_go_on_over_the_ends_of_epochs(make_runner: MakeRunner):
-    """max_iters need not be a multiple of the epoch: the position says where in which pass the run stands."""
+def test_iterations_continue_across_epochs(make_runner: MakeRunner):
+    """``max_iters`` need not be a multiple of the epoch length; the position gives the epoch and the batch in it."""
     recorder = Recorder()
     runner = make_runner(train_cfg={"max_iters": 10}, custom_hooks=[recorder])
     runner.train()
@@ -127,8 +127,8 @@ def test_iterations_go_on_over_the_ends_of_epochs(make_runner: MakeRunner):
     assert (here.epoch, here.iter, here.batch) == (1, 10, 3)
 
 
-def test_an_infinite_sampler_ends_an_epoch_by_its_length_and_goes_on_in_the_next(make_runner: MakeRunner):
-    """Two epochs of 7 batches of 2 are the first 28 samples of the sampler's endless sequence."""
+def test_an_infinite_sampler_continues_across_epochs(make_runner: MakeRunner):
+    """Two epochs of 7 batches of 2 are the first 28 samples of the infinite sampler."""
     recorder = Recorder()
     endless = loader(sampler={"type": "InfiniteSampler"})
     make_runner(train_cfg={"max_epochs": 2}, train_dataloader=endless, custom_hooks=[recorder]).train()
@@ -137,38 +137,38 @@ def test_an_infinite_sampler_ends_an_epoch_by_its_length_and_goes_on_in_the_next
     assert sorted(seen[:13]) == sorted(seen[13:26]) == list(range(13))
 
 
-def test_a_stream_without_a_length_ends_its_epochs_itself(make_runner: MakeRunner):
-    """The epochs are as long as the stream; how many iterations there will be is not known."""
+def test_a_stream_without_a_length_ends_its_epochs(make_runner: MakeRunner):
+    """Each epoch is as long as the stream, and the total number of iterations is unknown."""
     runner = make_runner(train_cfg={"max_epochs": 2}, train_dataloader=stream(Stream(3)))
     runner.train()
     assert (runner.run.epoch, runner.run.iter, runner.run.max_iters) == (2, 6, None)
 
 
 def test_data_that_ends_before_its_length_ends_the_epoch(make_runner: MakeRunner):
-    """A stream that promises 5 batches and gives 3 has epochs of 3."""
+    """A stream that claims 5 batches but yields 3 has epochs of 3."""
     runner = make_runner(train_cfg={"max_epochs": 2}, train_dataloader=stream(Shortened(3)))
     runner.train()
     assert (runner.run.epoch, runner.run.iter) == (2, 6)
 
 
 @pytest.mark.parametrize("train_cfg", [{"max_epochs": 2}, {"max_iters": 2}])
-def test_a_stream_that_gives_nothing_is_an_error(make_runner: MakeRunner, train_cfg: dict):
-    """Rather than a run that trains nothing, or never ends."""
+def test_an_empty_stream_is_an_error(make_runner: MakeRunner, train_cfg: dict):
+    """An empty stream raises an error; the run would otherwise train nothing or never end."""
     runner = make_runner(train_cfg=train_cfg, train_dataloader=stream(Stream(0)))
     with pytest.raises(TrainingError, match="no batch to give"):
         runner.train()
 
 
 def test_data_smaller_than_a_batch_is_refused_before_training(make_runner: MakeRunner):
-    """With drop_last nothing is left of one sample."""
+    """With ``drop_last``, a dataset of one sample has no batch."""
     runner = make_runner(train_dataloader=loader(1, drop_last=True))
     with pytest.raises(ConfigValueError, match="no batch"):
         runner.train()
 
 
 @pytest.mark.parametrize(("train_cfg", "done"), [({"max_epochs": 3}, (1, 10, 3)), ({"max_iters": 20}, (1, 10, 3))])
-def test_a_hook_stops_the_training_after_its_iteration(make_runner: MakeRunner, train_cfg: dict, done: tuple):
-    """stop_training ends a loop of either kind, and after_train is called all the same."""
+def test_a_hook_stops_training_after_its_iteration(make_runner: MakeRunner, train_cfg: dict, done: tuple):
+    """``stop_training`` ends either loop after the current iteration, and ``after_train`` still runs."""
     log = EventLog()
     runner = make_runner(train_cfg=train_cfg, custom_hooks=[At(10, stop), log])
     runner.train()
@@ -178,15 +178,15 @@ def test_a_hook_stops_the_training_after_its_iteration(make_runner: MakeRunner, 
     assert log.names[-2:] == ["after_train", "after_run"]
 
 
-def test_an_epoch_that_is_stopped_inside_does_not_end(make_runner: MakeRunner):
-    """after_train_epoch, and with it schedules and checkpoints by epoch, is for whole epochs."""
+def test_an_epoch_that_is_stopped_midway_does_not_end(make_runner: MakeRunner):
+    """``after_train_epoch``, and with it schedules and checkpoints by epoch, runs only for complete epochs."""
     log = EventLog()
     make_runner(custom_hooks=[At(10, stop), log], **VALIDATION).train()
     assert log.names.count("after_train_epoch") == log.names.count("before_val") == 1
 
 
-def test_a_stop_with_the_last_batch_of_an_epoch_ends_the_epoch(make_runner: MakeRunner):
-    """It is complete, so it is counted and validated."""
+def test_a_stop_at_the_last_batch_of_an_epoch_ends_the_epoch(make_runner: MakeRunner):
+    """The epoch is complete, so it is counted and validated."""
     log = EventLog()
     runner = make_runner(custom_hooks=[At(EPOCH, stop), log], **VALIDATION)
     runner.train()
@@ -197,7 +197,7 @@ def test_a_stop_with_the_last_batch_of_an_epoch_ends_the_epoch(make_runner: Make
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "3"])
 @pytest.mark.parametrize("name", ["max_epochs", "max_iters"])
 def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: object):
-    """The message names the key and what came."""
+    """Any other length is refused, and the message names the key and the value."""
     runner = make_runner(train_cfg={name: value})
     with pytest.raises(ConfigValueError, match=f"{name} is {value!r}"):
         runner.train()
@@ -205,7 +205,7 @@ def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: o
 
 @pytest.mark.parametrize("key", ["val_interval", "val_begin"])
 def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
-    """Zero would be a division by zero in the middle of the run."""
+    """An interval of zero, which would divide by zero during the run, is refused."""
     runner = make_runner(train_cfg={"max_epochs": 2, key: 0})
     with pytest.raises(ConfigValueError, match=f"{key} is 0"):
         runner.train()
@@ -213,27 +213,27 @@ def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
 
 @pytest.mark.parametrize(("by_epoch", "missing"), [(True, "max_epochs"), (False, "max_iters")])
 def test_a_train_cfg_without_a_length_is_refused(make_runner: MakeRunner, by_epoch: bool, missing: str):
-    """It says which key is due."""
+    """A ``train_cfg`` without a length is refused, and the message names the missing key."""
     runner = make_runner(train_cfg={"by_epoch": by_epoch})
     with pytest.raises(ConfigValueError, match=f"not {missing}"):
         runner.train()
 
 
-def test_a_train_cfg_that_is_no_mapping_is_refused(make_runner: MakeRunner):
-    """The message shows what came."""
+def test_a_train_cfg_that_is_not_a_mapping_is_refused(make_runner: MakeRunner):
+    """A ``train_cfg`` that is not a mapping is refused, and the message shows the value."""
     with pytest.raises(ConfigTypeError, match="train_cfg is 3"):
         make_runner(train_cfg=3).train()
 
 
-def test_a_loop_may_be_named(make_runner: MakeRunner):
-    """train_cfg=dict(type="IterBasedTrainLoop", max_iters=...) as MMEngine-style configurations write it."""
+def test_a_loop_can_be_given_by_name(make_runner: MakeRunner):
+    """``train_cfg`` can name the loop by its type, as in MMEngine configurations."""
     runner = make_runner(train_cfg={"type": "IterBasedTrainLoop", "max_iters": 3})
     runner.train()
     assert (runner.run.iter, runner.run.max_epochs) == (3, None)
 
 
-def test_the_arguments_stay_as_they_are(make_runner: MakeRunner):
-    """Building a run changes none of the mappings that it was given."""
+def test_the_arguments_are_not_modified(make_runner: MakeRunner):
+    """Building a run changes none of the mappings passed to it."""
     given = settings(train_cfg={"by_epoch": True, "max_epochs": 1}, **VALIDATION)
     texts = {key: repr(value) for key, value in given.items()}
     make_runner(**given).train()

@@ -1,4 +1,4 @@
-"""What two ranks must agree on: what is logged and measured, and when to stop."""
+"""What two ranks must agree on: logged values, metrics, and when to stop."""
 
 import json
 import os
@@ -16,12 +16,12 @@ from stratagem import Runner
 from stratagem.dist import get_rank
 from stratagem.train import BaseMetric, Evaluator
 
-# 13 samples are dealt as 7 and 7, so each rank has 4 batches of at most 2 an epoch.
+# The 13 samples are split into 7 and 7, so each rank has 4 batches of at most 2 per epoch.
 EPOCH = 4
 
 
 class Numbers(BaseMetric):
-    """Collects the numbers of the samples."""
+    """Collects the sample numbers."""
 
     def process(self, data_batch: Any, data_samples: Any) -> None:
         self.results += data_samples["numbers"].tolist()
@@ -31,7 +31,7 @@ class Numbers(BaseMetric):
 
 
 def train(folder: str, **changes: Any) -> dict[str, Any]:
-    """Train on this rank and return what it saw."""
+    """Train on this rank and return what was recorded."""
     recorder = Recorder()
     hooks = [recorder, *changes.pop("custom_hooks", ())]
     runner = Runner(**settings(work_dir=folder, strategy="DDPStrategy", custom_hooks=hooks, **changes))
@@ -50,13 +50,13 @@ def train(folder: str, **changes: Any) -> dict[str, Any]:
 
 
 def train_with_signal(folder: str, *, rank: int, after: int, **changes: Any) -> dict[str, Any]:
-    """Train, and send a signal to one rank alone after an iteration."""
+    """Train, and send SIGTERM to only one rank after an iteration."""
     send = At(after, lambda run: os.kill(os.getpid(), signal.SIGTERM) if run.rank == rank else None)
     return train(folder, custom_hooks=[send], **changes)
 
 
-def test_ranks_measure_together_in_the_order_of_the_samples(ranks: Ranks, tmp_path: Path):
-    """Nine samples over two ranks: each once, and both ranks know the values."""
+def test_metrics_cover_all_ranks_in_the_order_of_the_samples(ranks: Ranks, tmp_path: Path):
+    """Each of nine samples is counted once, and both ranks get the same metrics."""
     validation = {**VALIDATION, "val_dataloader": loader(9), "val_evaluator": Numbers()}
     first, second = ranks.run(train, str(tmp_path), train_cfg={"max_epochs": 1}, **validation)
     assert first["metrics"] == second["metrics"] == [(EPOCH, {"numbers": list(range(9))})]
@@ -64,7 +64,7 @@ def test_ranks_measure_together_in_the_order_of_the_samples(ranks: Ranks, tmp_pa
 
 
 def test_logged_values_are_means_over_the_ranks(ranks: Ranks, tmp_path: Path):
-    """Each rank computes the loss of its own samples; the record has the mean of both."""
+    """Each rank computes the loss of its own samples, and the record holds the mean over both."""
     hooks = {**QUIET_HOOKS, "logger": {"interval": EPOCH}}
     found = ranks.run(train, str(tmp_path), train_cfg={"max_epochs": 1}, default_hooks=hooks)
     losses = [row[4] for rank in found for row in rank["rows"]]
@@ -74,7 +74,7 @@ def test_logged_values_are_means_over_the_ranks(ranks: Ranks, tmp_path: Path):
 
 
 class NamesByRank(Toy):
-    """Logs a value under a name that only this rank has, and in the fourth iteration another one."""
+    """Logs a value under a name specific to this rank, and a further one in the fourth iteration."""
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         outputs = super().train_step(data, optim_wrapper)
@@ -84,8 +84,8 @@ class NamesByRank(Toy):
         return {**outputs, name: torch.tensor(1.0 + 2 * get_rank()), **more}
 
 
-def test_values_are_logged_by_name_where_ranks_have_different_ones(ranks: Ranks, tmp_path: Path):
-    """Each value has the mean of the ranks that have it, and no rank waits for another."""
+def test_ranks_can_log_values_of_different_names(ranks: Ranks, tmp_path: Path):
+    """Each value is averaged over the ranks that logged it, and no rank waits for another."""
     hooks = {**QUIET_HOOKS, "logger": {"interval": 2}}
     model = {"type": NamesByRank}
     ranks.run(train, str(tmp_path), model=model, train_cfg={"max_epochs": 1}, default_hooks=hooks)
@@ -95,8 +95,8 @@ def test_values_are_logged_by_name_where_ranks_have_different_ones(ranks: Ranks,
     assert values == [{"mask": 1.0, "box": 3.0}, {"mask": 1.0, "box": 3.0, "tokens": 2.0**24 + 1}]
 
 
-def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(ranks: Ranks, tmp_path: Path):
-    """What came in the second iteration all know at the end of the third, and what follows is the undisturbed run."""
+def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_iteration(ranks: Ranks, tmp_path: Path):
+    """A signal in the second iteration is known to all ranks after the third, and the run resumes exactly."""
     cfg = {"train_cfg": {"max_epochs": 4}, **VALIDATION}
     whole = ranks.run(train, str(tmp_path / "whole"), **cfg)
     stopped = ranks.run(train_with_signal, str(tmp_path / "cut"), rank=1, after=2, **cfg)
@@ -108,8 +108,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(ranks: Ranks, t
         assert rest[rank]["weights"] == whole[rank]["weights"]
 
 
-def test_a_signal_that_comes_too_late_to_agree_on_lets_the_run_end(ranks: Ranks, tmp_path: Path):
-    """In the last iteration: the run is complete but for its last validation, which no rank begins alone."""
+def test_a_signal_that_arrives_too_late_lets_the_run_finish(ranks: Ranks, tmp_path: Path):
+    """A signal in the last iteration lets training finish and skips only the last validation."""
     cfg = {"train_cfg": {"max_epochs": 3}, **VALIDATION}
     found = ranks.run(train_with_signal, str(tmp_path), rank=0, after=3 * EPOCH, **cfg)
     assert [(rank["iter"], rank["interrupted"], len(rank["metrics"])) for rank in found] == [
@@ -125,6 +125,6 @@ def evaluate_on_rank_0() -> dict[str, Any]:
     return evaluator.evaluate()
 
 
-def test_a_rank_without_samples_takes_part_in_metrics_that_collect_lists(ranks: Ranks):
-    """The value is that of one process: of the four pairs of a positive and a negative sample, three are in order."""
+def test_a_rank_without_samples_takes_part_in_list_metrics(ranks: Ranks):
+    """The metric equals that of one process: three of the four positive-negative pairs are in order."""
     assert ranks.run(evaluate_on_rank_0) == [{"curve": 0.75}] * 2
