@@ -60,7 +60,7 @@ def test_a_missing_configuration(stratagem: Command):
         ("model.network.0.type=Liner", ("'Liner'", "'Linear'")),
         ("model=5", ("A model is", "int 5")),
         ("model.network.0.in_feature=2", ("Linear", "'in_feature'", "'in_features'")),
-        ("optim_wrapper=5", ("An optimizer wrapper is", "int 5")),
+        ("optim_wrapper=5", ("optim_wrapper must be", "int 5")),
         ("optim_wrapper.optimizer=5", ("optimizer", "5")),
         ("optim_wrapper.optimizer.type=AdmW", ("'AdmW'", "'AdamW'")),
         ("optim_wrapper.optimizer.rl=1", ("AdamW", "'rl'")),

@@ -56,7 +56,7 @@ def test_scaled_rates_are_plotted(stratagem: Command, config: str):
     """Scaled learning rates are plotted, with a note."""
     done = stratagem("schedule", config, "--set", "auto_scale_lr={enable: true, base_batch_size: 2}")
     assert "0.02 ┤" in done.out
-    assert "Learning rates multiplied by 2: the real batch is 4" in done.out
+    assert "Multiplied the learning rates by 2: the batch size is 4" in done.out
 
 
 def test_a_schedule_that_depends_on_metrics_is_constant(stratagem: Command, config: str):

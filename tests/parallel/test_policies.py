@@ -67,15 +67,15 @@ def test_a_registered_function_is_a_policy() -> None:
 @pytest.mark.parametrize(
     ("policy", "error", "message"),
     [
-        ("Prat", ConfigValueError, r"wrap_policy: no module .* is a 'Prat'\. Did you mean 'Part'"),
-        ({"modules": ["part.*"]}, ConfigValueError, r"no module is called 'part\.\*'"),
-        ({"min_params": 1000}, ConfigValueError, r"has 116 parameters, has 1000 of them\. Lower min_params"),
+        ("Prat", ConfigValueError, r"wrap_policy: no submodule .* is a 'Prat'\. Did you mean 'Part'"),
+        ({"modules": ["part.*"]}, ConfigValueError, r"no module matches 'part\.\*'"),
+        ({"min_params": 1000}, ConfigValueError, r"has 116 parameters, has at least 1000\. Lower min_params"),
         ({"min_param": 1}, ConfigKeyError, r"'min_param' is not known. Did you mean 'min_params'"),
-        ({}, ConfigValueError, r"wrap_policy is empty; one of classes, modules, min_params is due"),
-        (lambda module: False, ConfigValueError, r"the function chose none of 9 modules"),
-        ({"type": "nobody"}, ConfigValueError, r"type='nobody' is no registered function"),
-        (3, ConfigTypeError, r"wrap_policy is 3; class names"),
-        ("ModuleList", PlacementError, r"chose 'parts', a ModuleList, which only holds modules.*'parts\.\*'"),
+        ({}, ConfigValueError, r"wrap_policy is empty; expected one of classes, modules, min_params"),
+        (lambda module: False, ConfigValueError, r"the function selects none of 9 modules"),
+        ({"type": "nobody"}, ConfigValueError, r"type='nobody' is not a registered function"),
+        (3, ConfigTypeError, r"wrap_policy must be class names.* got 3"),
+        ("ModuleList", PlacementError, r"selects 'parts', a ModuleList, which only contains modules.*'parts\.\*'"),
     ],
 )
 def test_a_policy_without_matches_is_rejected(policy: Any, error: type[Exception], message: str) -> None:

@@ -75,9 +75,9 @@ def refused(folder: str, cases: Mapping[str, tuple[Any, dict[str, Any]]]) -> dic
 
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "policy": (Gpt, {"wrap_policy": "Blok"}, "ConfigValueError: wrap_policy: no module .* Did you mean 'Block'"),
-    "mesh": (Gpt, {"replicate": 3}, r"PlacementError: replicate=3 x tp=1 ranks do not divide the 2 processes"),
-    "no rank": (Gpt, {"tp": 0}, "ConfigTypeError: tp is 0"),
+    "policy": (Gpt, {"wrap_policy": "Blok"}, "ConfigValueError: wrap_policy: no submodule .* Did you mean 'Block'"),
+    "mesh": (Gpt, {"replicate": 3}, r"PlacementError: replicate=3 x tp=1 does not divide the 2 processes"),
+    "no rank": (Gpt, {"tp": 0}, "ConfigTypeError: tp must be a number of ranks, at least 1, got 0"),
     "DDP's option": (
         Gpt,
         {"find_unused_parameters": True},
@@ -90,25 +90,25 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "looks": (Looks, {}, r"PlacementError: The model cannot be built on the meta device: .*initial_weights='whole'"),
     "forgets": (Forgets, {}, "PlacementError: 1 tensors of the model are never initialized: gate"),
-    "tie": (Gpt, {"wrap_policy": "Embedding"}, "PlacementError: wrap_policy chose 'words', which shares a weight with"),
+    "tie": (Gpt, {"wrap_policy": "Embedding"}, "PlacementError: wrap_policy selects 'words', which shares a weight with"),
     "reshard": (Gpt, {"reshard_after_forward": 3}, "PlacementError: reshard_after_forward=3: .* divide the 2"),
     "reshard of nobody": (
         Gpt,
         {"reshard_after_forward": {"block.0": True}},
-        r"ConfigValueError: reshard_after_forward: no wrapped module is called 'block\.0'. Did you mean 'blocks\.0'",
+        r"ConfigValueError: reshard_after_forward: no wrapped module matches 'block\.0'. Did you mean 'blocks\.0'",
     ),
-    "ignored": (Gpt, {"ignored": ["hed"]}, "ConfigValueError: ignored: no module or parameter is called 'hed'"),
+    "ignored": (Gpt, {"ignored": ["hed"]}, "ConfigValueError: ignored: no module or parameter matches 'hed'"),
     "checkpointing": (
         Mlp,
         {"activation_checkpointing": True},
-        "ConfigValueError: activation_checkpointing: nothing is",
+        "ConfigValueError: activation_checkpointing: no module is wrapped",
     ),
     "operator": (
         Gpt,
         {"activation_checkpointing": {"save_ops": ["mmm"]}},
-        "ConfigValueError: activation_checkpointing: there is no operator 'mmm'. Did you mean 'bmm' or 'mm'",
+        "ConfigValueError: activation_checkpointing: unknown operator 'mmm'. Did you mean 'bmm' or 'mm'",
     ),
-    "compile": (Mlp, {"compile_blocks": True}, "ConfigValueError: compile_blocks compiles what wrap_policy chooses"),
+    "compile": (Mlp, {"compile_blocks": True}, "ConfigValueError: compile_blocks compiles the modules that wrap_policy selects"),
     "compiled step": (
         Mlp,
         {"compile": {"target": "train_step", "backend": "eager"}},
@@ -122,26 +122,26 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "unwrapped method": (
         Gpt,
         {"forward_methods": ["norm.extra_repr"]},
-        "ConfigValueError: forward_methods: 'norm.extra_repr' is a method of a module that is not wrapped by itself",
+        "ConfigValueError: forward_methods: 'norm.extra_repr' is a method of a module that is not wrapped",
     ),
-    "no plan": (Gpt, {"tp": 2}, "PlacementError: tp=2 spreads layers over ranks, and nobody says which: give tp_plan"),
+    "no plan": (Gpt, {"tp": 2}, "PlacementError: tp=2 shards layers across ranks, but there is no plan for it. Set tp_plan"),
     "plan for nobody": (
         Gpt,
         {"tp": 2, "tp_plan": {"blocks.*.uo": "colwise"}},
-        r"ConfigValueError: tp_plan: no module is called 'blocks\.\*\.uo'",
+        r"ConfigValueError: tp_plan: no module matches 'blocks\.\*\.uo'",
     ),
     "style": (
         Gpt,
         {"tp": 2, "tp_plan": {"blocks.*.up": "columns"}},
-        "ConfigValueError: tp_plan: style 'columns' is not known",
+        "ConfigValueError: tp_plan: unknown style 'columns'",
     ),
     "odd": (Mlp, {"tp": 2, "tp_plan": {"layers.2": "colwise"}}, "PlacementError: tp_plan: 'layers.2' has 3 outputs"),
     "dropout": (
         Gpt,
         {"tp": 2, "tp_plan": TP_PLAN, "env_kwargs": {"randomness": {"diff_rank_seed": True}}},
-        "PlacementError: randomness: diff_rank_seed=True gives ranks that share a layer",
+        "PlacementError: randomness: with diff_rank_seed=True, ranks of a tensor-parallel group",
     ),
-    "SyncBN": (Gpt, {"sync_bn": "torch"}, "PlacementError: torch's SyncBatchNorm works on accelerators alone"),
+    "SyncBN": (Gpt, {"sync_bn": "torch"}, "PlacementError: torch's SyncBatchNorm requires an accelerator"),
 }
 
 
@@ -259,7 +259,7 @@ def encoded(folder: str, methods: list[str]) -> str:
 def test_methods_that_use_parameters_must_be_listed(ranks: Ranks, tmp_path: Path) -> None:
     """A method that uses parameters must be listed in ``forward_methods``; otherwise it is an error."""
     for message in ranks.run(encoded, str(tmp_path), []):
-        assert "Encodes.train_step reached parameters of Encodes while each rank had only its shard" in message
+        assert "Encodes.train_step used parameters of Encodes that were not gathered" in message
         assert "forward_methods=" in message
     # One process has the same loss for the same samples.
     first, second = ranks.run(encoded, str(tmp_path), ["encode"])
@@ -315,7 +315,7 @@ def without_weights(folder: str) -> tuple[str, float]:
 def test_training_without_weights_is_an_error(ranks: Ranks, tmp_path: Path) -> None:
     """With skip_init_weights, a step before any weights are loaded is an error."""
     for message, loss in ranks.run(without_weights, str(tmp_path)):
-        assert message.startswith("skip_init_weights=True left the model without weights")
+        assert message.startswith("skip_init_weights=True left the model uninitialized")
         assert 0 < loss < 10
 
 

@@ -34,7 +34,7 @@ def test_different_configurations(ranks: Ranks) -> None:
     """All ranks get an error with the lines that differ and a suggestion."""
     told = ranks.run(compare, ["a = 1\nlr = 0.1\n", "a = 1\nlr = 0.2\n"])
     assert told[0] == told[1]
-    assert "1 of 2 ranks have read another configuration" in told[0]
+    assert "The configurations of 1 of 2 ranks differ" in told[0]
     assert "  -lr = 0.1\n  +lr = 0.2\n" in told[0]
     assert "a = 1" not in told[0]
 
@@ -43,7 +43,7 @@ def test_different_configurations(ranks: Ranks) -> None:
 def test_many_differences_are_truncated(ranks: Ranks, count: int) -> None:
     """The error shows six lines and the total number."""
     told = ranks.run(compare, ["\n".join(f"k{i} = {rank}" for i in range(count)) for rank in range(2)])
-    assert f"({2 * count} lines in all)" in told[0]
+    assert f"({2 * count} lines in total)" in told[0]
 
 
 def compare_hidden(texts: list[str]) -> str | None:
@@ -59,5 +59,5 @@ def test_different_secrets_are_rejected_and_not_shown(ranks: Ranks) -> None:
     """Different secrets or environment variables are an error that does not show them."""
     told = ranks.run(compare_hidden, ["a = 'first9'\n", "a = 'second9'\n"])
     assert told[0] == told[1]
-    assert "values that are secret or come from environment variables, which are not shown" in told[0]
+    assert "secrets or values from environment variables, which are not shown" in told[0]
     assert "first9" not in told[0]

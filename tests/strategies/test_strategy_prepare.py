@@ -201,7 +201,7 @@ def test_an_unknown_dispatch_key_is_rejected(single: Make, later: bool) -> None:
 
 def test_an_invalid_run_length_is_rejected(single: Make) -> None:
     """The error for a run length that is not a number shows its key and value."""
-    with pytest.raises(ConfigTypeError, match="max_iters is '10'; a whole number"):
+    with pytest.raises(ConfigTypeError, match="max_iters must be an integer, got '10'"):
         single().prepare(Mlp(), dispatch_kwargs={"max_iters": "10"})
 
 

@@ -109,11 +109,11 @@ def test_several_optimizers_have_state_by_name(single: Make) -> None:
 @pytest.mark.parametrize(
     ("kind", "states", "message"),
     [
-        ("one", [{}], "has 1 schedulers, this run has 2"),
+        ("one", [{}], "has 1 schedulers, but this run has 2"),
         ("one", {"a": []}, r"belong to several optimizer"),
         ("several", [{}], "belong to one optimizer"),
-        ("several", {"a": [], "c": []}, r"schedulers for \['a', 'c'\], this run for \['a', 'b'\]"),
-        ("several", {"a": [{}], "b": [{}, {}]}, "has 1 schedulers, this run has 2"),
+        ("several", {"a": [], "c": []}, r"schedulers for \['a', 'c'\], but this run has schedulers for \['a', 'b'\]"),
+        ("several", {"a": [{}], "b": [{}, {}]}, "has 1 schedulers, but this run has 2"),
     ],
 )
 def test_a_different_number_of_schedulers_is_rejected(single: Make, kind: str, states: Any, message: str) -> None:
@@ -378,7 +378,7 @@ def test_different_parameter_groups_or_optimizers_are_rejected(single: Make, tmp
     with pytest.raises(CheckpointMismatchError, match=r"this run has \['a', 'b'\]"):
         strategy.resume(tmp_path / "one")
     strategy.save_checkpoint(tmp_path / "several")
-    with pytest.raises(CheckpointMismatchError, match="it is that of several optimizers, and this run has one"):
+    with pytest.raises(CheckpointMismatchError, match="it belongs to several optimizers, but this run has one"):
         ready(single).resume(tmp_path / "several", resume_param_scheduler=False)
     grouped = single()
     grouped.prepare(Mlp(), optim_wrapper={**ADAMW, "paramwise_cfg": {"bias_lr_mult": 2.0}})
@@ -391,7 +391,7 @@ def test_different_schedulers_cannot_be_resumed(single: Make, tmp_path: Path) ->
     ready(single).save_checkpoint(tmp_path / "a")
     strategy = single()
     strategy.prepare(Mlp(), optim_wrapper=ADAMW, param_scheduler=SCHEDULE[:1])
-    with pytest.raises(CheckpointMismatchError, match="has 2 schedulers, this run has 1"):
+    with pytest.raises(CheckpointMismatchError, match="has 2 schedulers, but this run has 1"):
         strategy.resume(tmp_path / "a")
 
 
@@ -511,7 +511,7 @@ def test_resuming_without_a_checkpoint_starts_from_scratch(single: Make) -> None
     strategy = ready(single)
     lines = Lines(strategy)
     assert strategy.load_or_resume(resume=True) is None
-    assert "No checkpoint to resume from" in lines.text
+    assert "Found no checkpoint" in lines.text
 
 
 def test_an_incomplete_checkpoint_is_not_resumed(single: Make, tmp_path: Path) -> None:
@@ -540,7 +540,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_message(single: Make, tmp_path: 
     lines = Lines(strategy)
     assert strategy.load_or_resume(resume=True)["meta"]["epoch"] == 1
     assert strategy.model.weight.item() == 0.0
-    assert re.search(rf"WARNING The checkpoint \S+epoch_2 is passed over: .*{name}", lines.text)
+    assert re.search(rf"WARNING Skipped checkpoint \S+epoch_2: .*{name}", lines.text)
 
 
 def test_a_run_with_only_damaged_checkpoints_stops(single: Make, tmp_path: Path) -> None:

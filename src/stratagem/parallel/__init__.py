@@ -1,4 +1,4 @@
-"""Where a model's parameters live."""
+"""Placements: how a model and its gradients are distributed over devices and ranks."""
 
 from stratagem.parallel.ddp import DDP_OPTIONS, Replica, Replicated
 from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps

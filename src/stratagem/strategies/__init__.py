@@ -1,7 +1,7 @@
-"""The strategies. Exchanging one for another changes where a run executes and nothing else.
+"""The strategies. Replacing one by another changes where a run executes and nothing else.
 
-The strategies of engines are defined in :mod:`stratagem.engines`, which is built on this package; they can be imported from
-here too and load on first use.
+The strategies for engines are defined in :mod:`stratagem.engines`, which depends on this package. They can be imported from
+here as well and are loaded on first use.
 """
 
 from importlib import import_module

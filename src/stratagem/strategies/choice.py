@@ -1,4 +1,4 @@
-"""Which strategy a run has."""
+"""Select the strategy of a run."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def choose_strategy(
     auto_scale_lr: Mapping[str, Any] | None,
     log_level: str | int,
 ) -> BaseStrategy:
-    """Return the strategy of a run: the one that is given, one that is built, or where none is named the launcher's.
+    """Return the given strategy, or build one from its configuration or name.
 
     Args:
-        strategy: a strategy, its configuration or its name; by default one device, or DDP where a launcher started the
-            process.
-        launcher: what started the processes; inferred where not given.
-        work_dir: the folder of the run; ``work_dirs`` by default.
-        experiment_name: the run's name.
-        env_cfg: further settings of the environment.
-        randomness: the settings of randomness.
-        auto_scale_lr: how learning rates are scaled.
-        log_level: of the logger.
+        strategy: a strategy, its configuration or its name. By default ``DDPStrategy`` if a launcher started the process,
+            otherwise ``SingleDeviceStrategy``.
+        launcher: the launcher that started the processes; inferred if None.
+        work_dir: the work directory of the run; ``work_dirs`` by default.
+        experiment_name: the name of the run.
+        env_cfg: further ``env_kwargs`` of the strategy.
+        randomness: the seed and the other settings of randomness.
+        auto_scale_lr: how learning rates are scaled with the batch size.
+        log_level: the level of the logger.
 
     Raises:
-        ConfigValueError: if the strategy is built already and so would not take the other arguments.
-        ConfigTypeError: if what is built is no strategy.
+        ConfigValueError: if the strategy is already built, so that other arguments would be ignored.
+        ConfigTypeError: if the configuration builds something other than a strategy.
     """
     given = {
         "launcher": launcher,
@@ -53,7 +53,7 @@ def choose_strategy(
         ignored = [name for name, value in given.items() if value is not None]
         if ignored:
             raise ConfigValueError(
-                f"The strategy is built already, so {', '.join(ignored)} would be ignored: give them to it."
+                f"The strategy is already built, so {', '.join(ignored)} would be ignored. Pass them to the strategy instead."
             )
         return strategy
     if strategy is None:
@@ -68,5 +68,7 @@ def choose_strategy(
     }
     built = STRATEGIES.build(cfg, default_args=defaults)
     if not isinstance(built, BaseStrategy):
-        raise ConfigTypeError(f"strategy: {cfg.get('type')!r} made a {type(built).__name__}, which is no strategy.")
+        raise ConfigTypeError(
+            f"strategy: {cfg.get('type')!r} builds a {type(built).__name__}, which is not a strategy."
+        )
     return built

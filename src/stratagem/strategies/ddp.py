@@ -1,4 +1,4 @@
-"""A replica on every rank."""
+"""The strategy for ``DistributedDataParallel``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from stratagem.utils import did_you_mean
 
 __all__ = ["DDPStrategy"]
 
-# How configurations name the two ways to wrap.
+# The names of the two ways to wrap in configurations.
 _WHOLE = ("whole", "MMDistributedDataParallel", "DistributedDataParallel")
 _SEPARATE = ("separate", "MMSeparateDistributedDataParallel")
 
 
 @final
 class DDPStrategy(ComposedStrategy):
-    """``DistributedDataParallel``: every rank holds the whole model and sees its own samples; gradients are averaged.
+    """Trains with ``DistributedDataParallel``: each rank has a replica of the model, and gradients are averaged.
 
     Args:
-        model_wrapper: ``"whole"`` (the default), or ``"separate"`` to wrap each child module by itself, for models with
-            several optimizers; or a mapping with that as its ``type`` and options of ``DistributedDataParallel``.
-        sync_bn: ``"torch"`` turns BatchNorm layers into SyncBatchNorm.
-        ddp_kwargs: options of ``DistributedDataParallel`` (``find_unused_parameters``, ``static_graph``,
-            ``gradient_as_bucket_view``, ``broadcast_buffers`` ...). ``broadcast_buffers`` is False unless given.
-        kwargs: those of :class:`BaseStrategy`.
+        model_wrapper: ``"whole"`` (the default), or ``"separate"`` to wrap each child module separately, for models with
+            several optimizers; or a mapping with one of them as its ``type`` and options of ``DistributedDataParallel``.
+        sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
+        ddp_kwargs: options of ``DistributedDataParallel``, such as ``find_unused_parameters``, ``static_graph``,
+            ``gradient_as_bucket_view`` and ``broadcast_buffers``, which can also be passed as arguments.
+            ``broadcast_buffers`` defaults to False.
+        kwargs: the arguments of :class:`BaseStrategy`.
 
     Raises:
         LaunchError: if no launcher started this process.
@@ -70,7 +71,7 @@ class DDPStrategy(ComposedStrategy):
 
 
 def _parse_wrapper(model_wrapper: str | Mapping[str, Any] | None) -> tuple[bool, dict[str, Any]]:
-    """Return whether children are wrapped separately, and the options that came with the wrapper."""
+    """Return whether child modules are wrapped separately, and the options in ``model_wrapper``."""
     if model_wrapper is None:
         return False, {}
     if isinstance(model_wrapper, str):
@@ -79,9 +80,9 @@ def _parse_wrapper(model_wrapper: str | Mapping[str, Any] | None) -> tuple[bool,
         options = dict(model_wrapper)
         name = options.pop("type", "whole")
     else:
-        raise ConfigTypeError(f"model_wrapper is {model_wrapper!r}; 'whole', 'separate' or a mapping is due.")
+        raise ConfigTypeError(f"model_wrapper must be 'whole', 'separate' or a mapping, got {model_wrapper!r}.")
     if name not in (*_WHOLE, *_SEPARATE):
         raise ConfigValueError(
-            f"model_wrapper: {name!r} is not known. {did_you_mean(str(name), [*_WHOLE, *_SEPARATE])}"
+            f"model_wrapper: unknown type {name!r}. {did_you_mean(str(name), [*_WHOLE, *_SEPARATE])}"
         )
     return name in _SEPARATE, options

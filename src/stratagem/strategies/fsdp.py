@@ -1,4 +1,4 @@
-"""The model's parameters in shards, one on each rank."""
+"""The strategy for fully sharded data parallelism (FSDP2)."""
 
 from __future__ import annotations
 
@@ -21,45 +21,46 @@ _STATES = ("sharded", "full")
 
 @final
 class FSDPStrategy(ComposedStrategy):
-    """PyTorch's ``fully_shard``: parameters, gradients and the optimizer's state in shards.
+    """Trains with PyTorch's ``fully_shard``: parameters, gradients and the optimizer state are sharded across ranks.
 
-    Parameters are gathered block by block while they are used.
+    The parameters of a wrapped module are gathered while it is used.
 
     Args:
-        wrap_policy: which modules are gathered by themselves. By default the items of every ``ModuleList``; else the name
-            of a class, a class, or a list of them; ``dict(classes=...)``, ``dict(modules=["layers.*"])``,
-            ``dict(min_params=1_000_000)``; or a function ``(name, module) -> bool``.
-        reshard_after_forward: whether gathered parameters are freed after the forward pass: True saves memory, False
-            saves a gathering in the backward pass, a number keeps them shared by groups of so many ranks; None is True
-            for the wrapped modules and False for the rest. Or a mapping from patterns of names to these.
-        mixed_precision: a type to compute in, such as ``"bfloat16"``, or a mapping with ``param_dtype``,
+        wrap_policy: the modules to wrap, each of which is gathered separately. By default the items of every
+            ``ModuleList``; or a class, the name of a class, or a list of them; ``dict(classes=...)``,
+            ``dict(modules=["layers.*"])`` or ``dict(min_params=1_000_000)``; or a function ``(name, module) -> bool``.
+        reshard_after_forward: whether gathered parameters are freed after the forward pass. True saves memory; False
+            saves an all-gather in the backward pass; a number reshards them to groups of that many ranks; None is True
+            for wrapped modules and False for the rest. Or a mapping from patterns of module names to these.
+        mixed_precision: a dtype to compute in, such as ``"bfloat16"``, or a mapping with ``param_dtype``,
             ``reduce_dtype``, ``output_dtype``, ``buffer_dtype`` and ``cast_forward_inputs``.
-        replicate: how many replicas of the sharded model there are (HSDP): shards lie within each.
-        tp: over how many ranks a layer's own arithmetic is spread (tensor parallel); they see the same samples.
-        tp_plan: pattern of module names -> ``"colwise"``, ``"rowwise"`` ..., see
+        replicate: the number of replicas of the sharded model (HSDP).
+        tp: the number of ranks that layers are sharded across (tensor parallelism). They process the same samples.
+        tp_plan: maps patterns of module names to ``"colwise"``, ``"rowwise"`` etc., see
             :data:`~stratagem.parallel.fsdp.tensor_parallel.STYLES`; by default the model's attribute ``tp_plan``.
-        cpu_offload: whether shards, gradients and the optimizer's state lie in the CPU's memory.
-        forward_prefetch: how many wrapped modules ahead parameters are gathered in the forward pass; 0 leaves it to torch.
+        cpu_offload: whether shards, gradients and the optimizer state are stored in CPU memory.
+        forward_prefetch: how many wrapped modules ahead parameters are gathered in the forward pass; 0 for the default
+            of torch.
         backward_prefetch: the same for the backward pass.
-        ignored: patterns of modules or parameters that stay whole on every rank; their gradients are averaged.
+        ignored: patterns of modules or parameters that are not sharded; their gradients are averaged.
         activation_checkpointing: True for the wrapped modules, a policy like ``wrap_policy``, or a mapping with
             ``policy``, ``save_ops`` and ``preserve_rng_state``.
-        compile_blocks: True, or arguments of ``torch.compile``, to compile each wrapped module by itself.
-        initial_weights: who makes them, all the same values as one process: ``"rank0"`` sends them piece by piece,
-            ``"per_rank"`` has every rank draw them all and keep its part, ``"whole"`` builds the whole model in each
-            process first.
-        skip_init_weights: whether nothing is drawn, because a checkpoint follows.
-        forward_methods: other methods than ``forward`` that use parameters, such as ``"decoder.generate"``.
-        sync_bn: ``"torch"`` turns BatchNorm layers into SyncBatchNorm.
-        state: ``"sharded"``: checkpoints are written by all ranks; ``"full"``: rank 0 gathers and writes them.
+        compile_blocks: True, or arguments of ``torch.compile``, to compile each wrapped module separately.
+        initial_weights: which ranks compute the initial weights; the values are always those of a single process.
+            ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every rank computes all of them and keeps its
+            shard. ``"whole"``: every process first builds the whole model.
+        skip_init_weights: whether to leave the weights uninitialized, because a checkpoint will be loaded.
+        forward_methods: methods other than ``forward`` that use parameters, such as ``"decoder.generate"``.
+        sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
+        state: ``"sharded"``: all ranks write checkpoints; ``"full"``: rank 0 gathers and writes them.
         model_wrapper: options under the names of MMEngine's ``MMFullyShardedDataParallel``.
         state_dict_cfg: MMEngine's name for ``state``.
-        kwargs: those of :class:`BaseStrategy`.
+        kwargs: the arguments of :class:`BaseStrategy`.
 
     Raises:
         LaunchError: if no launcher started this process.
-        PlacementError: if ``replicate`` and ``tp`` do not divide the processes, or an option is DDP's.
-        ConfigError: in one of its kinds, if an option is wrong.
+        PlacementError: if ``replicate`` and ``tp`` do not divide the number of processes, or an option belongs to DDP.
+        ConfigError: or a subclass, if an option is invalid.
     """
 
     def __init__(
@@ -89,8 +90,7 @@ class FSDPStrategy(ComposedStrategy):
         for name in kwargs:
             if name in _DDP_ONLY:
                 raise PlacementError(
-                    f"{name} is an option of DDPStrategy, and means nothing to FSDPStrategy: it keeps no replicas. Leave it "
-                    "out."
+                    f"{name} is an option of DDPStrategy that FSDPStrategy does not have, since it shards the model. Omit it."
                 )
         options: dict[str, Any] = {
             "wrap_policy": wrap_policy,
@@ -118,14 +118,14 @@ class FSDPStrategy(ComposedStrategy):
         )
         self._state = state_of(state, state_dict_cfg)
         if self._state not in _STATES:
-            raise ConfigValueError(f"state={state!r} is not known. {did_you_mean(str(state), _STATES)}")
+            raise ConfigValueError(f"Unknown state={state!r}. {did_you_mean(str(state), _STATES)}")
         super().__init__(**kwargs)
 
     def _make_placement(self) -> Placement:
         self._require_processes()
-        # By name: torch's options takes a second to import, which other runs need not wait for.
-        sharded = import_object("stratagem.parallel.fsdp.placement:FSDPPlacement")
-        placement: Placement = sharded(
+        # Imported here because importing torch's FSDP takes a second.
+        placement_class = import_object("stratagem.parallel.fsdp.placement:FSDPPlacement")
+        placement: Placement = placement_class(
             self.logger,
             self._options,
             self.world,

@@ -1,4 +1,4 @@
-"""The names that MMEngine's ``FSDPStrategy`` has for the options of ours."""
+"""Translate the options of MMEngine's ``FSDPStrategy``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["from_model_wrapper", "state_of"]
 _TYPES: Final = ("MMFullyShardedDataParallel", "FullyShardedDataParallel")
 _SAME: Final = {"mixed_precision": "mixed_precision", "ignored_modules": "ignored", "ignored_parameters": "ignored"}
 _SHARDING: Final = {"FULL_SHARD": None, "SHARD_GRAD_OP": False}
-# What every sharded model does here, where the value is this.
+# Options that are always enabled here, with the values that are accepted.
 _ALWAYS: Final = {
     "use_orig_params": True,
     "backward_prefetch": "BACKWARD_PRE",
@@ -22,11 +22,11 @@ _ALWAYS: Final = {
     "forward_prefetch": False,
 }
 _REPLACED: Final = {
-    "process_group": "replicate=... and tp=... lay the ranks out",
-    "device_mesh": "replicate=... and tp=... lay the ranks out",
-    "param_init_fn": "initial weights are those of the model itself, see initial_weights=...",
+    "process_group": "the ranks are arranged by replicate=... and tp=...",
+    "device_mesh": "the ranks are arranged by replicate=... and tp=...",
+    "param_init_fn": "the model initializes its own weights, see initial_weights=...",
     "device_id": "the device is that of the local rank",
-    **{name: f"{name}={value!r} is what FSDPStrategy always does" for name, value in _ALWAYS.items()},
+    **{name: f"FSDPStrategy always uses {name}={value!r}" for name, value in _ALWAYS.items()},
 }
 _POLICIES: Final[Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]]] = {
     "size_based_auto_wrap_policy": lambda options: {"min_params": int(options.get("min_num_params", 100_000_000))},
@@ -37,35 +37,38 @@ _KNOWN: Final = ("auto_wrap_policy", "sharding_strategy", "cpu_offload", *_SAME,
 
 
 def from_model_wrapper(model_wrapper: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` with what ``model_wrapper`` says under MMEngine's names.
+    """Return ``options`` updated with those in ``model_wrapper``, which have MMEngine's names.
 
     Raises:
-        ConfigTypeError: if it is no mapping.
-        ConfigKeyError: for an option that has no equal here; the message says what to use instead.
-        ConfigValueError: for a value that has none, or an option that is given under both names.
+        ConfigTypeError: if ``model_wrapper`` is not a mapping.
+        ConfigKeyError: if an option has no equivalent; the message names the alternative.
+        ConfigValueError: if a value has no equivalent, or an option is specified under both names.
     """
     if not isinstance(model_wrapper, Mapping):
         raise ConfigTypeError(
-            f"model_wrapper is {model_wrapper!r}; leave it out, or give the options of MMFullyShardedDataParallel as a mapping."
+            f"model_wrapper must be a mapping with options of MMFullyShardedDataParallel, got {model_wrapper!r}. Omit it "
+            "otherwise."
         )
-    said: dict[str, Any] = {}
+    translated: dict[str, Any] = {}
     for name, value in model_wrapper.items():
-        said.update(_translate(name, value))
-    for name in said:
+        translated.update(_translate(name, value))
+    for name in translated:
         if options[name] not in (None, False, ()):
-            raise ConfigValueError(f"model_wrapper and {name}={options[name]!r} say the same thing. Give {name} alone.")
-    return {**options, **said}
+            raise ConfigValueError(
+                f"model_wrapper and {name}={options[name]!r} specify the same option. Specify only {name}."
+            )
+    return {**options, **translated}
 
 
 def _translate(name: str, value: Any) -> dict[str, Any]:
     if name == "type":
         if value not in _TYPES:
-            raise ConfigValueError(f"model_wrapper: type={value!r} is not known. {did_you_mean(str(value), _TYPES)}")
+            raise ConfigValueError(f"model_wrapper: unknown type={value!r}. {did_you_mean(str(value), _TYPES)}")
         return {}
     if name in _ALWAYS and value in (_ALWAYS[name], None):
         return {}
     if name in _REPLACED:
-        raise ConfigKeyError(f"model_wrapper: {name}={value!r} has no equal: {_REPLACED[name]}. Leave it out.")
+        raise ConfigKeyError(f"model_wrapper: {name}={value!r} is not supported: {_REPLACED[name]}. Omit it.")
     if name in _SAME:
         return {_SAME[name]: value}
     if name == "cpu_offload":
@@ -74,7 +77,7 @@ def _translate(name: str, value: Any) -> dict[str, Any]:
         return {"reshard_after_forward": _reshard(value)}
     if name == "auto_wrap_policy":
         return {"wrap_policy": _policy(value)}
-    raise ConfigKeyError(f"model_wrapper: {name!r} is not known. {did_you_mean(name, _KNOWN)}")
+    raise ConfigKeyError(f"model_wrapper: unknown option {name!r}. {did_you_mean(name, _KNOWN)}")
 
 
 def _reshard(strategy: Any) -> bool | None:
@@ -84,7 +87,7 @@ def _reshard(strategy: Any) -> bool | None:
             "_HYBRID_SHARD_ZERO2": "FSDPStrategy(replicate=<number of replicas>, reshard_after_forward=False)",
             "NO_SHARD": "DDPStrategy",
         }.get(str(strategy), "reshard_after_forward")
-        raise ConfigValueError(f"model_wrapper: sharding_strategy={strategy!r} is {instead} here.")
+        raise ConfigValueError(f"model_wrapper: sharding_strategy={strategy!r} is not supported. Use {instead}.")
     return _SHARDING[strategy]
 
 
@@ -97,34 +100,32 @@ def _policy(policy: Any) -> Any:
 
 
 def state_of(state: str | None, state_dict_cfg: str | Mapping[str, Any] | None) -> str:
-    """Return the form of checkpoints from ``state``, or MMEngine's ``state_dict_cfg``; sharded where neither is given.
+    """Return the checkpoint format from ``state`` or MMEngine's ``state_dict_cfg``; ``"sharded"`` by default.
 
     Raises:
-        ConfigTypeError: if ``state_dict_cfg`` is something else than a name or a mapping.
-        ConfigValueError: if both are given, or there is no such form.
+        ConfigTypeError: if ``state_dict_cfg`` is neither a name nor a mapping.
+        ConfigValueError: if both are specified, or the format is unknown.
     """
     if state_dict_cfg is None:
         return state or "sharded"
     if state is not None:
-        raise ConfigValueError("state_dict_cfg is MMEngine's name for state. Give state alone.")
+        raise ConfigValueError("state_dict_cfg is MMEngine's name for state. Specify only state.")
     if isinstance(state_dict_cfg, Mapping):
         kind = state_dict_cfg.get("state_dict_type", "LOCAL_STATE_DICT")
         others = set(state_dict_cfg) - {"state_dict_type"}
         if others:
             raise ConfigValueError(
-                f"state_dict_cfg: {', '.join(sorted(others))} configure torch's older FSDP, which is not used here. Give "
-                "state='sharded' or state='full' in its place."
+                f"state_dict_cfg: {', '.join(sorted(others))} configure torch's older FSDP, which is not used here. Use "
+                "state='sharded' or state='full' instead."
             )
     elif isinstance(state_dict_cfg, str):
         kind = state_dict_cfg
     else:
         raise ConfigTypeError(
-            f"state_dict_cfg is {state_dict_cfg!r}. Give state='sharded' or state='full' in its place."
+            f"state_dict_cfg must be a name or a mapping, got {state_dict_cfg!r}. Use state='sharded' or state='full' instead."
         )
     states = {"local": "sharded", "sharded": "sharded", "full": "full"}
     name = str(kind).rpartition(".")[2].lower().removesuffix("_state_dict")
     if name not in states:
-        raise ConfigValueError(
-            f"state_dict_cfg: {kind!r} is not known. Give state='sharded' or state='full' in its place."
-        )
+        raise ConfigValueError(f"state_dict_cfg: unknown type {kind!r}. Use state='sharded' or state='full' instead.")
     return states[name]

@@ -1,4 +1,4 @@
-"""Attributes that exist once a strategy is prepared."""
+"""A descriptor for attributes that are set by ``prepare``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @final
 class Prepared(Generic[T]):
-    """An attribute that ``prepare`` sets; reading it earlier is a :class:`NotPreparedError` that says what to do."""
+    """An attribute that ``prepare`` sets. Reading it before raises a :class:`NotPreparedError` with a hint."""
 
     def __init__(self, hint: str) -> None:
         self._hint = hint
@@ -44,5 +44,5 @@ class Prepared(Generic[T]):
         return instance.__dict__.get(self._name)
 
     def clear(self, instance: object) -> None:
-        """Go back to not having been set."""
+        """Remove the value."""
         instance.__dict__.pop(self._name, None)

@@ -1,4 +1,4 @@
-"""One device."""
+"""The strategy for a single device."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["SingleDeviceStrategy"]
 
 @final
 class SingleDeviceStrategy(ComposedStrategy):
-    """One process on one device: the CPU or an accelerator. SyncBatchNorm layers become plain BatchNorm.
+    """Trains in one process on one device: the CPU or an accelerator. SyncBatchNorm layers are converted to BatchNorm.
 
     Args:
-        kwargs: those of :class:`BaseStrategy`.
+        kwargs: the arguments of :class:`BaseStrategy`.
 
     Raises:
-        PlacementError: if several processes were started: each would train by itself.
+        PlacementError: if several processes were started, each of which would train a separate model.
     """
 
     def _make_placement(self) -> Placement:
         if self.world_size > 1:
             raise PlacementError(
-                f"SingleDeviceStrategy was started with {self.world_size} processes, and each would train a model of its "
-                "own. Use DDPStrategy, or start one process."
+                f"SingleDeviceStrategy was started with {self.world_size} processes, each of which would train a separate "
+                "model. Use DDPStrategy, or start a single process."
             )
         return OnDevice(self.logger)

@@ -46,7 +46,7 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
         ({"plugin": "torch-ddp", "model": {"type": boosted_cases.WithBatchNorm}}, "turns BatchNorm into SyncBatchNorm"),
         ({**ZERO, "model": {"type": boosted_cases.OfTwoTypes}}, "keeps all parameters in one type"),
         ({**ZERO, "compile": {"target": "train_step"}}, "Compile target='forward'"),
-        ({**ZERO, "auto_scale_lr": {"enable": True}}, "base_batch_size is None"),
+        ({**ZERO, "auto_scale_lr": {"enable": True}}, "base_batch_size must be .* got None"),
     ],
 )
 def test_what_cannot_work_is_refused(two: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:

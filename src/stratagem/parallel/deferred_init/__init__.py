@@ -1,1 +1,1 @@
-"""Build a model on the meta device and initialize it afterwards as one process would."""
+"""Deferred initialization: build a model on the meta device, and compute its initial values later."""

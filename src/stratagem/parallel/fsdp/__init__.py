@@ -1,1 +1,1 @@
-"""Parameters sharded across ranks with ``fully_shard``, optionally with tensor parallelism."""
+"""Sharding with torch's ``fully_shard``: options, wrap policies, device meshes, tensor parallelism and recomputation."""

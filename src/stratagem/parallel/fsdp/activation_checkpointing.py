@@ -1,4 +1,4 @@
-"""Compute activations anew in the backward pass instead of keeping them."""
+"""Activation checkpointing: recompute activations in the backward pass instead of storing them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["checkpoint_activations"]
 
 _KEYS: Final = ("policy", "save_ops", "preserve_rng_state")
 _WHAT: Final = "activation_checkpointing"
-# Their results take long to compute for the memory that they take.
+# Operators whose results are expensive to recompute for the memory that they occupy.
 _COSTLY: Final = (
     "mm",
     "bmm",
@@ -30,21 +30,21 @@ _COSTLY: Final = (
 
 
 def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) -> list[str]:
-    """Make modules inside of ``model`` keep only their inputs; returns their names.
+    """Make submodules of ``model`` store only their inputs for the backward pass. Return their names.
 
     Args:
-        model: is changed; its names stay as they are.
-        options: True for the modules that ``default_policy`` chooses; a policy of
+        model: modified in place; the names of its parameters do not change.
+        options: True for the modules that ``default_policy`` selects; a policy for
             :func:`~stratagem.parallel.fsdp.wrap_policy.select_modules`; or a mapping with ``policy`` and
 
-            - ``save_ops``: results of these operators are kept all the same: names such as ``"mm"``, or ``"costly"`` for
-              matrix products and attention;
-            - ``preserve_rng_state``: whether dropout draws the same again (True).
+            - ``save_ops``: operators whose results are stored nevertheless: names such as ``"mm"``, or ``"costly"`` for
+              matrix multiplications and attention;
+            - ``preserve_rng_state``: whether dropout draws the same random numbers when it is recomputed (default True).
         default_policy: the policy by which the model is wrapped.
 
     Raises:
         ConfigKeyError: if an option is unknown.
-        ConfigValueError: if the policy chooses nothing, or there is no such operator.
+        ConfigValueError: if the policy selects no module, or an operator does not exist.
     """
     if options is None or options is False:
         return []
@@ -53,11 +53,11 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
     policy = arguments.get("policy", True)
     chosen = select_modules(model, default_policy if policy is True else policy, _WHAT)
     if not chosen:
-        raise ConfigValueError(f"{_WHAT}: nothing is wrapped, so there is nothing to checkpoint. Give it a policy.")
+        raise ConfigValueError(f"{_WHAT}: no module is wrapped, so there is nothing to checkpoint. Set its policy.")
     contexts: dict[str, Any] = {}
     if arguments.get("save_ops") is not None:
         contexts["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, _keeping(_operators(arguments["save_ops"]))
+            create_selective_checkpoint_contexts, _saving(_operators(arguments["save_ops"]))
         )
     checkpoint = import_object("torch.distributed._composable.checkpoint_activation:checkpoint")
     for module in dict.fromkeys(chosen.values()):
@@ -69,17 +69,17 @@ def _operators(save_ops: str | Iterable[str]) -> frozenset[Any]:
     if save_ops == "costly":
         save_ops = [name for name in _COSTLY if hasattr(torch.ops.aten, name)]
     if isinstance(save_ops, str) or not isinstance(save_ops, Iterable):
-        raise ConfigTypeError(f"{_WHAT}: save_ops is {save_ops!r}; a list of names of operators, or 'costly', is due.")
+        raise ConfigTypeError(f"{_WHAT}: save_ops must be a list of operator names or 'costly', got {save_ops!r}.")
     found = []
     for name in save_ops:
         packet = getattr(torch.ops.aten, name.removeprefix("aten."), None) if isinstance(name, str) else None
         if packet is None:
-            raise ConfigValueError(f"{_WHAT}: there is no operator {name!r}. {did_you_mean(str(name), _COSTLY)}")
+            raise ConfigValueError(f"{_WHAT}: unknown operator {name!r}. {did_you_mean(str(name), _COSTLY)}")
         found += [getattr(packet, overload) for overload in packet.overloads()]
     return frozenset(found)
 
 
-def _keeping(operators: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
+def _saving(operators: frozenset[Any]) -> Callable[..., CheckpointPolicy]:
     def policy(_: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         return CheckpointPolicy.MUST_SAVE if operator in operators else CheckpointPolicy.PREFER_RECOMPUTE
 

@@ -1,4 +1,4 @@
-"""How the ranks of a run are laid out: replicas of groups that share the shards of a model."""
+"""The device meshes of a sharded model: replicas, shards and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _AXES = ("replicate", "shard", "tp")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """A rank's place on three axes; ranks that are neighbours in number are neighbours on the last.
+    """The sizes of the three mesh dimensions. Consecutive ranks are adjacent in the last one.
 
     Attributes:
-        replicate: how many replicas of the model there are, each of them sharded.
-        shard: over how many ranks the parameters of a replica are sharded; each has samples of its own.
-        tp: over how many ranks a layer's own arithmetic is spread; these see the same samples.
+        replicate: the number of replicas of the model, each of which is sharded.
+        shard: the number of ranks that the parameters of a replica are sharded across. Each processes different samples.
+        tp: the tensor-parallel size: the number of ranks that a layer is sharded across. They process the same samples.
     """
 
     replicate: int
@@ -33,41 +33,41 @@ class Layout:
 
     @classmethod
     def divide(cls, world_size: int, *, replicate: int, tp: int) -> Layout:
-        """Lay ``world_size`` ranks out; what ``replicate`` and ``tp`` leave is the shards' axis.
+        """Return the layout of ``world_size`` ranks; ``shard`` is what ``replicate`` and ``tp`` leave of them.
 
         Raises:
-            ConfigTypeError: if a number is no positive whole one.
-            PlacementError: if they do not divide the world.
+            ConfigTypeError: if a size is not a positive integer.
+            PlacementError: if the product of the sizes does not divide ``world_size``.
         """
         for name, value in {"replicate": replicate, "tp": tp}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigTypeError(f"{name} is {value!r}; a whole number of ranks, at least 1, is due.")
+                raise ConfigTypeError(f"{name} must be a number of ranks, at least 1, got {value!r}.")
         if world_size % (replicate * tp):
             raise PlacementError(
-                f"replicate={replicate} x tp={tp} ranks do not divide the {world_size} processes of this run. Start a "
-                f"multiple of {replicate * tp}, or change replicate and tp."
+                f"replicate={replicate} x tp={tp} does not divide the {world_size} processes of this run. Start a multiple "
+                f"of {replicate * tp} processes, or change replicate and tp."
             )
         return cls(replicate=replicate, shard=world_size // (replicate * tp), tp=tp)
 
     @property
     def dp_size(self) -> int:
-        """How many ranks have samples of their own."""
+        """The number of parts that the data is split into."""
         return self.replicate * self.shard
 
     def dp_rank(self, rank: int) -> int:
-        """Return which of the ``dp_size`` parts of the samples a global rank sees."""
+        """Return the index of the part of the data that a global rank processes."""
         return rank // self.tp
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meshes:
-    """The meshes of torch that a layout stands for, as seen from this rank.
+    """The device meshes of a layout, as seen from this rank.
 
     Attributes:
-        shard: what parameters are sharded over, with the replicas' axis before it where there are several.
-        tp: what a layer's arithmetic is spread over.
-        data: the ranks that see other samples than this one and together with it all of them; None for all ranks.
+        shard: the mesh that parameters are sharded across; with several replicas, their dimension comes first.
+        tp: the mesh for tensor parallelism.
+        data: the data-parallel group of this rank: ranks that together process all samples; None for all ranks.
     """
 
     shard: DeviceMesh
@@ -76,7 +76,7 @@ class Meshes:
 
     @classmethod
     def make(cls, layout: Layout, world: World) -> Meshes:
-        """Make the meshes and their process groups. Collective."""
+        """Create the meshes and their process groups. Collective."""
         sizes = (layout.replicate, layout.shard, layout.tp)
         mesh = init_device_mesh(world.device.type, sizes, mesh_dim_names=_AXES)
         shard = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]

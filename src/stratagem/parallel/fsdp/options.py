@@ -1,4 +1,4 @@
-"""The options of a sharded placement, checked before anything is built."""
+"""The options of FSDP, validated before anything is built."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Reshard = bool | int | None
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """In which types a sharded model computes; parameters and the optimizer's state keep their own.
+    """The dtypes that a sharded model computes in. Sharded parameters and the optimizer state keep their dtype.
 
     Attributes:
-        param_dtype: of the gathered parameters and the arithmetic; None for the parameters' own.
-        reduce_dtype: of the gradients while they are summed over ranks; None for that of the arithmetic.
-        output_dtype: of what a wrapped module returns; None for what it gives.
-        buffer_dtype: of floating-point buffers, which are cast once; None leaves them.
-        cast_forward_inputs: whether a wrapped module's inputs are cast to ``param_dtype``.
+        param_dtype: the dtype of gathered parameters and of the computation; None for the dtype of the parameters.
+        reduce_dtype: the dtype in which gradients are reduced across ranks; None for the dtype of the computation.
+        output_dtype: the dtype to which the outputs of a wrapped module are cast; None to keep theirs.
+        buffer_dtype: the dtype to which floating-point buffers are cast once; None to keep theirs.
+        cast_forward_inputs: whether the inputs of a wrapped module are cast to ``param_dtype``.
     """
 
     param_dtype: torch.dtype | None = None
@@ -50,19 +50,20 @@ class Precision:
 
     @classmethod
     def parse(cls, options: Mapping[str, Any] | str | torch.dtype | None) -> Self:
-        """Read ``mixed_precision``: a mapping of the attributes, or the type to compute in.
+        """Parse ``mixed_precision``: a mapping of the attributes, or the dtype to compute in.
 
         Raises:
             ConfigKeyError: if a key is unknown.
-            ConfigValueError: if there is no such type.
+            ConfigTypeError: if it is neither a mapping nor a dtype.
+            ConfigValueError: if a dtype is unknown.
         """
         if options is None:
             return cls()
         if isinstance(options, str | torch.dtype):
-            # Sums of many ranks' gradients lose too much in 8 bits of mantissa.
+            # A sum of the gradients of many ranks is too inaccurate with the 8 significant bits of bfloat16.
             return cls(param_dtype=_dtype("param_dtype", options), reduce_dtype=torch.float32)
         if not isinstance(options, Mapping):
-            raise ConfigTypeError(f"mixed_precision is {options!r}; a type such as 'bfloat16', or a mapping is due.")
+            raise ConfigTypeError(f"mixed_precision must be a dtype such as 'bfloat16', or a mapping, got {options!r}.")
         refuse_unknown(options, cls.__dataclass_fields__, "mixed_precision")
         types = {key: _dtype(key, value) for key, value in options.items() if key != "cast_forward_inputs"}
         return cls(**types, cast_forward_inputs=bool(options.get("cast_forward_inputs", True)))
@@ -73,14 +74,14 @@ def _dtype(key: str, value: Any) -> torch.dtype | None:
         return value
     name = str(value).removeprefix("torch.")
     if name not in _DTYPES:
-        raise ConfigValueError(f"mixed_precision: {key}={value!r} is not known. {did_you_mean(name, _DTYPES)}")
+        raise ConfigValueError(f"mixed_precision: unknown {key}={value!r}. {did_you_mean(name, _DTYPES)}")
     return _DTYPES[name]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FSDPOptions:
-    """How a model is sharded. See :class:`~stratagem.strategies.FSDPStrategy` for what the options mean."""
+    """How a model is sharded; see :class:`~stratagem.strategies.FSDPStrategy` for the options."""
 
     wrap_policy: Any = None
     reshard_after_forward: Reshard | Mapping[str, Reshard] = None
@@ -103,27 +104,27 @@ class FSDPOptions:
         for name in ("forward_prefetch", "backward_prefetch"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise ConfigTypeError(f"{name} is {count!r}; a number of blocks, 0 for torch's own choice, is due.")
+                raise ConfigTypeError(f"{name} must be a number of blocks, or 0 for torch's default, got {count!r}.")
         for name in ("cpu_offload", "skip_init_weights"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigTypeError(f"{name} is {getattr(self, name)!r}; True or False is due.")
+                raise ConfigTypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if isinstance(self.compile_blocks, Mapping):
             refuse_data_arguments(torch.compile, self.compile_blocks, "compile_blocks: ")
         for name in ("ignored", "forward_methods"):
             names = getattr(self, name)
             if isinstance(names, str) or not all(isinstance(each, str) for each in names):
-                raise ConfigTypeError(f"{name} is {names!r}; a list of names is due.")
+                raise ConfigTypeError(f"{name} must be a list of names, got {names!r}.")
         if self.initial_weights not in INIT_SOURCES:
             raise ConfigValueError(
-                f"initial_weights={self.initial_weights!r} is not known. {did_you_mean(str(self.initial_weights), INIT_SOURCES)}"
+                f"Unknown initial_weights={self.initial_weights!r}. {did_you_mean(str(self.initial_weights), INIT_SOURCES)}"
             )
         if self.tp_plan is not None and self.tp == 1:
-            raise ConfigValueError("tp_plan says how layers are spread over ranks, and tp=1 spreads none: set tp.")
+            raise ConfigValueError("tp_plan is set, but tp=1 disables tensor parallelism. Set tp.")
         for value in self._reshard_values():
             if value is not None and not isinstance(value, bool | int):
                 raise ConfigTypeError(
-                    f"reshard_after_forward is {value!r}; True, False, a number of ranks, or a mapping from patterns of "
-                    "module names to these is due."
+                    "reshard_after_forward must be True, False, a number of ranks, or a mapping from patterns of module names "
+                    f"to these, got {value!r}."
                 )
 
     def _reshard_values(self) -> list[Any]:
@@ -131,30 +132,30 @@ class FSDPOptions:
         return list(reshard.values()) if isinstance(reshard, Mapping) else [reshard]
 
     def reshard_of(self, name: str) -> Reshard:
-        """Return what a wrapped module of this name does with its gathered parameters after its forward pass."""
+        """Return ``reshard_after_forward`` for the wrapped module of this name."""
         reshard = self.reshard_after_forward
         if not isinstance(reshard, Mapping):
             return reshard
         return next((value for pattern, value in reshard.items() if matches_name(name, pattern)), None)
 
     def require_reshard_patterns(self, blocks: Sequence[str]) -> None:
-        """Refuse a pattern of ``reshard_after_forward`` that fits none of the wrapped modules.
+        """Require that every pattern of ``reshard_after_forward`` matches a wrapped module.
 
         Raises:
-            ConfigValueError: if there is one.
+            ConfigValueError: if one does not.
         """
         reshard = self.reshard_after_forward
         for pattern in reshard if isinstance(reshard, Mapping) else ():
             if not any(matches_name(name, pattern) for name in ("", *blocks)):
                 raise ConfigValueError(
-                    f"reshard_after_forward: no wrapped module is called {pattern!r}. {did_you_mean(pattern, blocks)}"
+                    f"reshard_after_forward: no wrapped module matches {pattern!r}. {did_you_mean(pattern, blocks)}"
                 )
 
     def ignored_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that stay whole on every rank: those named, and numbers, which cannot be cut.
+        """Return the parameters that are not sharded: those that ``ignored`` matches, and scalars.
 
         Raises:
-            ConfigValueError: if a pattern fits neither a module nor a parameter.
+            ConfigValueError: if a pattern matches neither a module nor a parameter.
         """
         named = dict(model.named_parameters())
         modules = dict(model.named_modules())
@@ -165,7 +166,7 @@ class FSDPOptions:
             direct = {name: parameter for name, parameter in named.items() if fits(name)}
             if not inside and not direct:
                 raise ConfigValueError(
-                    f"ignored: no module or parameter is called {pattern!r}. {did_you_mean(pattern, [*named, *modules])}"
+                    f"ignored: no module or parameter matches {pattern!r}. {did_you_mean(pattern, [*named, *modules])}"
                 )
             within = {id(parameter) for module in inside for parameter in module.parameters()}
             found |= direct | {name: each for name, each in named.items() if id(each) in within}

@@ -1,4 +1,4 @@
-"""The model's parameters in shards, one on each rank: torch's ``fully_shard``, with tensor parallel."""
+"""Parameters sharded across ranks with torch's ``fully_shard``, optionally with tensor parallelism."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ _STEPS = ("train_step", "val_step", "test_step")
 
 @final
 class FSDPPlacement(Placement):
-    """Parameters, gradients and the optimizer's state in shards.
+    """Shards parameters, gradients and the optimizer state across ranks.
 
     Args:
-        logger: says what was wrapped.
-        options: the options.
+        logger: logs what was wrapped.
+        options: the options of FSDP.
         world: this process.
-        diff_rank_rng: whether each rank draws random numbers of its own in training.
+        diff_rank_rng: whether ranks draw different random numbers in training.
         full_state: whether checkpoints are gathered and written by rank 0.
 
     Raises:
-        PlacementError: if the axes do not divide the world.
+        PlacementError: if ``replicate`` and ``tp`` do not divide the world size.
     """
 
     sharded = True
-    # Until ranks exchange them, torch keeps them whole in a place of its own.
+    # Until gradients are reduced, torch keeps them unsharded in internal attributes.
     has_gradients = False
 
     def __init__(
@@ -77,8 +77,8 @@ class FSDPPlacement(Placement):
         self._layout = Layout.divide(world.size, replicate=options.replicate, tp=options.tp)
         if diff_rank_rng and options.tp > 1:
             raise PlacementError(
-                "randomness: diff_rank_seed=True gives ranks that share a layer (tp) other dropout of the same samples. "
-                "Leave it out: under tensor parallel their random numbers are equal."
+                "randomness: with diff_rank_seed=True, ranks of a tensor-parallel group would apply different dropout to the "
+                "same samples. Omit it."
             )
         self._diff_rank_rng = diff_rank_rng
         self.full_state = full_state
@@ -86,7 +86,7 @@ class FSDPPlacement(Placement):
         self._meshes: Meshes | None = None
         self._sync = True
         self._weights_missing = options.skip_init_weights
-        self._now: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._names_before: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def construction(self, world: World) -> AbstractContextManager[object]:
         return self._weights.recording()
@@ -108,13 +108,13 @@ class FSDPPlacement(Placement):
         if self._options.sync_bn is not None:
             model = convert_sync_batchnorm(model, self._options.sync_bn)
         require_same_model(model)
-        before = dict(model.named_parameters())
+        parameters_before = dict(model.named_parameters())
         metas = self._weights.detach_storage(model)
         self._meshes = Meshes.make(self._layout, world)
         self._shard(model, world)
-        self._give_memory(model, world)
+        self._allocate(model, world)
         self._materialize(model, metas)
-        self._remember(before, model)
+        self._register_parameters(parameters_before, model)
         model = steps.compile(model)
         self._guard(model)
         return Placed(model=model, optim=steps.make_optim(model) if steps.make_optim else None)
@@ -147,18 +147,18 @@ class FSDPPlacement(Placement):
     def _refuse(self, model: nn.Module) -> None:
         if is_model_wrapper(model) or isinstance(model, FSDPModule):
             raise PlacementError(
-                f"The model is wrapped already, in a {type(model).__name__}; give the strategy the bare model: it shards it."
+                f"The model is already wrapped, in a {type(model).__name__}. Pass the model itself: the strategy shards it."
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            self._logger.warning("No parameter of %s learns; it is sharded all the same.", type(model).__name__)
+            self._logger.warning("%s has no trainable parameters. It is sharded nevertheless.", type(model).__name__)
         if self._options.sync_bn is not None and not torch.accelerator.is_available():
             raise PlacementError(
-                "torch's SyncBatchNorm works on accelerators alone, and this run is on the CPU. Leave sync_bn out and use "
-                "BatchNorm, or a normalisation that does not look at the batch, such as GroupNorm."
+                "torch's SyncBatchNorm requires an accelerator, and this run is on the CPU. Omit sync_bn and use BatchNorm, or "
+                "a normalization that does not depend on the batch, such as GroupNorm."
             )
 
     def _shard(self, model: nn.Module, world: World) -> None:
-        """Cut a model without memory: layers by the plan of tensor parallel, then every block, then the rest."""
+        """Shard a model on the meta device: layers of the tensor-parallel plan, then each block, then the rest."""
         options, meshes = self._options, cast("Meshes", self._meshes)
         blocks = self._blocks(model)
         ignored = options.ignored_parameters(model)
@@ -169,13 +169,13 @@ class FSDPPlacement(Placement):
         arguments: dict[str, Any] = {
             "mesh": meshes.shard,
             "mp_policy": _precision(options.precision),
-            # Pinned memory is what an accelerator copies from quickly.
+            # Copies from pinned memory to an accelerator are faster.
             "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type != "cpu")
             if options.cpu_offload
             else OffloadPolicy(),
             "ignored_params": set(ignored.values()),
         }
-        # The innermost first: what a block holds belongs to it and not to what holds the block.
+        # Innermost first: the parameters of a nested block belong to it, not to the block around it.
         for name, block in sorted(blocks.items(), key=lambda item: -item[0].count(".")):
             fully_shard(
                 block, reshard_after_forward=_reshard(options.reshard_of(name), self._layout.shard), **arguments
@@ -183,7 +183,7 @@ class FSDPPlacement(Placement):
         fully_shard(model, reshard_after_forward=_reshard(options.reshard_of(""), self._layout.shard), **arguments)
         self._prefetch(list(blocks.values()))
         self._logger.info(
-            "Sharded %s over %d ranks (replicate %d, tp %d): %d wrapped modules%s, %d parameters kept whole, %d "
+            "Sharded %s across %d ranks (replicate %d, tp %d): %d wrapped modules%s, %d unsharded parameters, %d "
             "checkpointed modules.",
             type(model).__mro__[2].__name__, self._layout.shard, self._layout.replicate, self._layout.tp, len(blocks),
             f" ({_some(list(blocks))})" if blocks else "", len(ignored), len(checkpointed),
@@ -197,8 +197,8 @@ class FSDPPlacement(Placement):
             ties = tied_outside(model, block)
             if ties:
                 raise PlacementError(
-                    f"wrap_policy chose {name!r}, which shares a weight with {ties[0]!r} outside of it: it would be cut "
-                    "twice and be tied no more. Leave one of them out of the policy, or choose what holds both."
+                    f"wrap_policy selects {name!r}, which shares a weight with {ties[0]!r} outside of it: the weight would be "
+                    "sharded twice and no longer be tied. Exclude one of them, or select the module that contains both."
                 )
         return blocks
 
@@ -207,12 +207,12 @@ class FSDPPlacement(Placement):
         if options is False:
             return
         if not blocks:
-            raise ConfigValueError("compile_blocks compiles what wrap_policy chooses, and it chooses nothing.")
+            raise ConfigValueError("compile_blocks compiles the modules that wrap_policy selects, but it selects none.")
         for block in blocks.values():
             block.compile(**({} if options is True else options))
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
-        """Have each block gather the parameters of the next ones while it computes."""
+        """Make each block prefetch the parameters of the next ones while it computes."""
         ahead, behind = self._options.forward_prefetch, self._options.backward_prefetch
         sharded = cast("Sequence[FSDPModule]", blocks)
         for index, block in enumerate(sharded):
@@ -221,8 +221,8 @@ class FSDPPlacement(Placement):
             if behind:
                 block.set_modules_to_backward_prefetch(list(sharded[max(0, index - behind) : index])[::-1])
 
-    def _give_memory(self, model: nn.Module, world: World) -> None:
-        with _swapping():
+    def _allocate(self, model: nn.Module, world: World) -> None:
+        with _swapping_parameters():
             model.to_empty(device="cpu" if self._options.cpu_offload else world.device)
         if self._options.cpu_offload:
             for module in model.modules():
@@ -231,7 +231,7 @@ class FSDPPlacement(Placement):
 
     def _materialize(self, model: nn.Module, metas: Mapping[str, Tensor]) -> None:
         own = generator_state()
-        # So that training goes on with the random numbers that follow those of the weights, as in one process.
+        # Training then continues with the random numbers that follow those of the weights, like in a single process.
         restore_generator_state(broadcast_object(own))
         self._weights.materialize_into(model, metas, parameters=not self._options.skip_init_weights)
         restore_generator_state(own if self._diff_rank_rng else broadcast_object(generator_state()))
@@ -245,29 +245,29 @@ class FSDPPlacement(Placement):
                     if buffer is not None and buffer.is_floating_point():
                         module._buffers[name] = buffer.to(self._options.precision.buffer_dtype)
 
-    def _remember(self, before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
-        """Note what became of each parameter, for optimizers that were built with the old ones."""
-        now = dict(model.named_parameters())
+    def _register_parameters(self, before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
+        """Store the names of the original parameters for :meth:`bind`; add hooks that average unsharded gradients."""
         for name, parameter in before.items():
-            self._now[parameter] = name
-        for parameter in now.values():
+            self._names_before[parameter] = name
+        for parameter in model.parameters():
             if parameter.requires_grad and not is_sharded(parameter):
-                parameter.register_post_accumulate_grad_hook(self._average)
+                parameter.register_post_accumulate_grad_hook(self._average_gradient)
 
-    def _average(self, parameter: Tensor) -> None:
-        """Average the gradient of a parameter that every rank has whole, once its window is complete."""
+    def _average_gradient(self, parameter: Tensor) -> None:
+        """Average the gradient of an unsharded parameter in the last micro-batch of an accumulation window."""
         if self._sync and parameter.grad is not None and self._layout.dp_size > 1:
             all_reduce(parameter.grad, "mean", self.dp_group)
 
     def _reduce_held_gradients(self, model: nn.Module) -> None:
-        """Reduce gradients that the last backward pass held back because its window was not complete. Collective.
+        """Reduce the gradients that the last backward pass left unreduced. Collective.
 
-        An update in the middle of a window, as when a step calls ``backward`` without the wrapper, needs them too.
+        This happens if the update comes in the middle of an accumulation window, for example because a step calls
+        ``backward`` without the optimizer wrapper.
         """
         if self._sync:
             return
         self._set_grad_sync(model, sync=True)
-        # What torch runs at the end of a backward pass: it reduces what groups of parameters have kept.
+        # torch runs this at the end of a backward pass; it reduces the gradients that parameter groups have accumulated.
         cast("Any", model)._get_fsdp_state()._root_post_backward_final_callback()
         if self._layout.dp_size > 1:
             average_gradients(
@@ -279,13 +279,12 @@ class FSDPPlacement(Placement):
     def _guard(self, model: nn.Module) -> None:
         if "train_step" in vars(model):
             raise PlacementError(
-                "compile: target='train_step' cannot be used under FSDP, whose hooks around forward it would leave out. "
-                "Compile target='forward', or compile_blocks=True."
+                "compile: target='train_step' cannot be used under FSDP, because it bypasses the hooks of FSDP around forward. "
+                "Use target='forward', or compile_blocks=True."
             )
         for path in self._options.forward_methods:
             _register_method(model, path)
-        # The first module that is called becomes the root for torch: let that be the whole, also where a step calls
-        # its parts alone.
+        # torch makes the first module that is called the root. Make it the model, even if a step only calls submodules.
         cast("Any", model)._get_fsdp_state()._lazy_init()
         if self._weights_missing:
             model.register_load_state_dict_post_hook(self._note_loaded)
@@ -299,8 +298,8 @@ class FSDPPlacement(Placement):
         def step(*args: Any, **kwargs: Any) -> Any:
             if self._weights_missing:
                 raise StateError(
-                    "skip_init_weights=True left the model without weights, and none were loaded. Load a checkpoint with "
-                    "load_from or resume before the first step, or leave skip_init_weights out."
+                    "skip_init_weights=True left the model uninitialized, and no weights were loaded. Load a checkpoint with "
+                    "load_from or resume before the first step, or omit skip_init_weights."
                 )
             try:
                 return method(*args, **kwargs)
@@ -308,14 +307,14 @@ class FSDPPlacement(Placement):
                 if "mixed torch.Tensor and DTensor" not in str(error):
                     raise
                 raise PlacementError(
-                    f"{method.__qualname__} reached parameters of {type(model).__mro__[2].__name__} while each rank had "
-                    "only its shard of them. Parameters are gathered when a wrapped module is called as self.part(...): "
-                    "call it so, or name the method in forward_methods=['part.method']."
+                    f"{method.__qualname__} used parameters of {type(model).__mro__[2].__name__} that were not gathered: each "
+                    "rank has only its shard of them. Parameters are gathered when a wrapped module is called. Use "
+                    "self.submodule(...), or list the method in forward_methods=['submodule.method']."
                 ) from error
             finally:
                 if not is_training:
-                    # Without a backward pass nothing frees what was gathered, and a later change of the shards, such as
-                    # an average of the weights, would go unseen.
+                    # Without a backward pass, gathered parameters are not freed, and later changes of the shards, such as
+                    # averaged weights, would have no effect.
                     for module in _sharded_modules(model):
                         module.reshard()
 
@@ -327,25 +326,27 @@ class FSDPPlacement(Placement):
     # ---- optimizers -------------------------------------------------------------------------------------------------
 
     def _bind(self, wrapper: BaseOptimWrapper, now: Mapping[str, nn.Parameter]) -> None:
-        """Let an optimizer that was built with the parameters as they were step the shards in their places."""
+        """Replace the original parameters in an optimizer by the sharded ones."""
         optimizer = wrapper.optimizer
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise PlacementError(
-                "FSDP shards the optimizer's state already. Use the optimizer itself in the place of ZeroRedundancyOptimizer."
+                "FSDP already shards the optimizer state. Use the optimizer itself instead of ZeroRedundancyOptimizer."
             )
-        stale = [each for group in optimizer.param_groups for each in group["params"] if each in self._now]
-        if not stale or all(now.get(self._now[each]) is each for each in stale):
+        stale = [each for group in optimizer.param_groups for each in group["params"] if each in self._names_before]
+        if not stale or all(now.get(self._names_before[each]) is each for each in stale):
             return
         _require_fresh(optimizer)
         for group in optimizer.param_groups:
-            group["params"] = [now[self._now[each]] if each in self._now else each for each in group["params"]]
+            group["params"] = [
+                now[self._names_before[each]] if each in self._names_before else each for each in group["params"]
+            ]
 
 
 def _require_fresh(optimizer: Optimizer) -> None:
     if optimizer.state:
         raise PlacementError(
-            f"The {type(optimizer).__name__} has made steps with the whole parameters already, and its state is not that of "
-            "shards. Give the optimizer's configuration, or a fresh one, and resume from a checkpoint."
+            f"The {type(optimizer).__name__} has already made steps with the unsharded parameters, and its state cannot be "
+            "sharded. Pass its configuration or a new optimizer, and resume from a checkpoint."
         )
 
 
@@ -361,8 +362,8 @@ def _precision(precision: Precision) -> MixedPrecisionPolicy:
 def _reshard(value: Any, size: int) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and (value < 2 or size % value):
         raise PlacementError(
-            f"reshard_after_forward={value}: parameters are kept by groups of so many ranks, which must be at least 2 and "
-            f"divide the {size} that share them."
+            f"reshard_after_forward={value}: the number of ranks to reshard to must be at least 2 and divide the {size} ranks "
+            "that the parameters are sharded across."
         )
     return value
 
@@ -374,8 +375,8 @@ def _register_method(model: nn.Module, path: str) -> None:
         raise ConfigValueError(f"forward_methods: the model has no method {path!r}. {did_you_mean(owner, modules)}")
     if not isinstance(modules[owner], FSDPModule):
         raise ConfigValueError(
-            f"forward_methods: {path!r} is a method of a module that is not wrapped by itself. Let wrap_policy choose "
-            f"{owner!r}, or name a method of what is: {_some([n for n, m in modules.items() if isinstance(m, FSDPModule)])}."
+            f"forward_methods: {path!r} is a method of a module that is not wrapped. Select {owner!r} in wrap_policy, or use a "
+            f"method of a wrapped module: {_some([n for n, m in modules.items() if isinstance(m, FSDPModule)])}."
         )
     register_fsdp_forward_method(modules[owner], name)
 
@@ -385,8 +386,8 @@ def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 @contextmanager
-def _swapping() -> Iterator[None]:
-    """Let parameters stay the same objects when they get memory, so that tied ones stay tied."""
+def _swapping_parameters() -> Iterator[None]:
+    """Keep parameters the same objects when they are moved off the meta device, so that tied parameters stay tied."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

@@ -1,4 +1,4 @@
-"""Spread a layer's own arithmetic over ranks, by a plan."""
+"""Tensor parallelism: shard layers across ranks according to a plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from stratagem.utils.names import did_you_mean
 __all__ = ["PLAN_ATTRIBUTE", "STYLES", "apply_plan"]
 
 PLAN_ATTRIBUTE: Final = "tp_plan"
-# A layer that is cut by columns leaves its outputs cut, for the one cut by rows behind it, whose outputs are whole.
+# The outputs of a "colwise" layer stay sharded for the "rowwise" layer after it, whose outputs are complete.
 STYLES: Final[Mapping[str, Callable[[], ParallelStyle]]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
@@ -37,38 +37,39 @@ STYLES: Final[Mapping[str, Callable[[], ParallelStyle]]] = {
 
 
 def apply_plan(model: nn.Module, plan: Mapping[str, Any] | None, mesh: DeviceMesh) -> None:
-    """Spread the layers that ``plan`` names over the ranks of a mesh with one axis; the model is changed.
+    """Shard the layers that match ``plan`` across the ranks of a one-dimensional mesh.
 
-    Each rank cuts its part out of what it has: ranks must have equal values, or none yet. Not collective.
+    Each rank takes its shard from its own values, so these must be equal on all ranks, or not be initialized yet. Not
+    collective.
 
     Args:
-        model: its own attribute ``tp_plan`` is the plan where none is given.
-        plan: pattern of module names -> a name of :data:`STYLES`, or a ``ParallelStyle`` of torch. In patterns ``*``
-            stands for one part of a name, as in ``"layers.*.mlp.up"``.
-        mesh: whose ranks see the same samples.
+        model: modified in place. Its attribute ``tp_plan`` is used if ``plan`` is None.
+        plan: maps patterns of module names to a key of :data:`STYLES`, or to a ``ParallelStyle`` of torch. In a pattern,
+            ``*`` matches one component of a name, as in ``"layers.*.mlp.up"``.
+        mesh: the ranks to shard across. They must process the same samples.
 
     Raises:
-        PlacementError: if there is no plan, or a layer cannot be cut into so many parts.
-        ConfigValueError: if a pattern fits nothing, or there is no such style.
+        PlacementError: if there is no plan, or the size of a layer is not divisible by the number of ranks.
+        ConfigValueError: if a pattern matches no module, or a style does not exist.
     """
     if plan is None:
         plan = getattr(model, PLAN_ATTRIBUTE, None)
     if not plan:
         raise PlacementError(
-            f"tp={mesh.size()} spreads layers over ranks, and nobody says which: give tp_plan, such as "
-            "{'layers.*.up': 'colwise', 'layers.*.down': 'rowwise'}, or let the model have it as its attribute "
-            f"{PLAN_ATTRIBUTE!r}."
+            f"tp={mesh.size()} shards layers across ranks, but there is no plan for it. Set tp_plan, such as "
+            "{'layers.*.up': 'colwise', 'layers.*.down': 'rowwise'}, or define it as the attribute "
+            f"{PLAN_ATTRIBUTE!r} of the model."
         )
     if not isinstance(plan, Mapping):
-        raise ConfigTypeError(f"tp_plan is {plan!r}; a mapping from patterns of module names to styles is due.")
+        raise ConfigTypeError(f"tp_plan must be a mapping from patterns of module names to styles, got {plan!r}.")
     named = dict(model.named_modules())
     for pattern, style in plan.items():
         found = [name for name in named if matches_name(name, pattern)]
         if not found:
-            raise ConfigValueError(f"tp_plan: no module is called {pattern!r}. {did_you_mean(pattern, named)}")
+            raise ConfigValueError(f"tp_plan: no module matches {pattern!r}. {did_you_mean(pattern, named)}")
         for name in found:
             _check_divisible(name, named[name], style, mesh.size())
-            # The module's own values: every rank has all of them, so none needs to be sent.
+            # With src_data_rank=None each rank shards its own values, without communication.
             parallelize_module(named[name], mesh, _style(style), src_data_rank=None)
 
 
@@ -76,11 +77,11 @@ def _style(style: Any) -> ParallelStyle:
     if isinstance(style, ParallelStyle):
         return style
     if not isinstance(style, str) or style not in STYLES:
-        raise ConfigValueError(f"tp_plan: style {style!r} is not known. {did_you_mean(str(style), STYLES)}")
+        raise ConfigValueError(f"tp_plan: unknown style {style!r}. {did_you_mean(str(style), STYLES)}")
     return STYLES[style]()
 
 
-def _check_divisible(name: str, module: nn.Module, style: Any, parts: int) -> None:
+def _check_divisible(name: str, module: nn.Module, style: Any, num_ranks: int) -> None:
     if not isinstance(style, str) or not isinstance(module, nn.Linear):
         return
     if style.startswith("colwise"):
@@ -89,5 +90,5 @@ def _check_divisible(name: str, module: nn.Module, style: Any, parts: int) -> No
         what, width = "inputs", module.in_features
     else:
         return
-    if width % parts:
-        raise PlacementError(f"tp_plan: {name!r} has {width} {what}, which {parts} ranks cannot share evenly.")
+    if width % num_ranks:
+        raise PlacementError(f"tp_plan: {name!r} has {width} {what}, which is not divisible by {num_ranks} ranks.")

@@ -1,4 +1,4 @@
-"""Choose modules of a model: by class, by name, by size, or by a function."""
+"""Select submodules of a model by class, by name, by size, or with a function."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ _CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Paramet
 
 
 def select_modules(model: nn.Module, policy: Any, what: str) -> dict[str, nn.Module]:
-    """Return the modules inside of ``model`` that a policy chooses, by name, in the order of the model.
+    """Return the submodules of ``model`` that a policy selects, by name, in the order of the model.
 
     Args:
-        model: it is never chosen itself.
-        policy: None for the items of every ``ModuleList``; the name of a class, a class, or a list of them;
-            ``dict(classes=...)``, ``dict(modules=[...])`` with patterns of names (``"layers.*"``; a star stands for one
-            part of a name) or ``dict(min_params=...)``; or a function ``(name, module) -> bool``, also by its name.
-        what: the option's name, for errors.
+        model: is never selected itself.
+        policy: None for the items of every ``ModuleList``; a class, the name of a class, or a list of them;
+            ``dict(classes=...)``, ``dict(modules=[...])`` with patterns of names (``"layers.*"``, where ``*`` matches one
+            component of a name) or ``dict(min_params=...)``; a function ``(name, module) -> bool``; or a mapping with the
+            name of a registered function as its ``type``.
+        what: the name of the option, for error messages.
 
     Raises:
         ConfigTypeError: if the policy is none of these.
-        ConfigValueError: if nothing fits, or a class or a pattern fits nothing.
-        PlacementError: if a chosen module holds others but has no ``forward``.
+        ConfigValueError: if the policy, or one of its classes or patterns, matches no module.
+        PlacementError: if a selected module is a container, such as a ``ModuleList``, which has no ``forward``.
     """
     named = {name: module for name, module in model.named_modules() if name and _has_parameters(module)}
     chosen = {name: named[name] for name in _choose(model, named, policy, what)}
     for name, module in chosen.items():
         if isinstance(module, _CONTAINERS):
             raise PlacementError(
-                f"{what} chose {name!r}, a {type(module).__name__}, which only holds modules and is never called. Choose "
+                f"{what} selects {name!r}, a {type(module).__name__}, which only contains modules and is never called. Select "
                 f"its items: dict(modules=['{name}.*'])."
             )
     return chosen
@@ -59,7 +60,7 @@ def _choose(model: nn.Module, named: Mapping[str, nn.Module], policy: Any, what:
     if callable(policy):
         return _by_function(named, policy, what)
     raise ConfigTypeError(
-        f"{what} is {policy!r}; class names, dict(classes=..., modules=... or min_params=...) or a function is due."
+        f"{what} must be class names, dict(classes=..., modules=... or min_params=...) or a function, got {policy!r}."
     )
 
 
@@ -69,11 +70,11 @@ def _by_mapping(model: nn.Module, named: Mapping[str, nn.Module], policy: Mappin
         function = FUNCTIONS.get(policy["type"]) if isinstance(policy["type"], str) else policy["type"]
         if not callable(function):
             known = did_you_mean(str(policy["type"]), FUNCTIONS.names())
-            raise ConfigValueError(f"{what}: type={policy['type']!r} is no registered function. {known}")
+            raise ConfigValueError(f"{what}: type={policy['type']!r} is not a registered function. {known}")
         return _by_function(named, lambda name, module: function(name, module, **options), what)
     refuse_unknown(policy, _KEYS, what)
     if not policy:
-        raise ConfigValueError(f"{what} is empty; one of {', '.join(_KEYS)} is due.")
+        raise ConfigValueError(f"{what} is empty; expected one of {', '.join(_KEYS)}.")
     chosen: set[str] = set()
     if "classes" in policy:
         classes = policy["classes"]
@@ -93,7 +94,7 @@ def _by_class(model: nn.Module, named: Mapping[str, nn.Module], classes: Iterabl
             known = {type(module).__name__ for module in named.values()}
             shown = wanted if isinstance(wanted, str) else getattr(wanted, "__name__", repr(wanted))
             raise ConfigValueError(
-                f"{what}: no module with parameters inside of {type(model).__name__} is a {shown!r}. "
+                f"{what}: no submodule of {type(model).__name__} with parameters is a {shown!r}. "
                 f"{did_you_mean(str(shown), known)}"
             )
         chosen |= found
@@ -111,21 +112,21 @@ def _by_pattern(named: Mapping[str, nn.Module], patterns: str | Sequence[str], w
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         found = {name for name in named if matches_name(name, pattern)}
         if not found:
-            raise ConfigValueError(f"{what}: no module is called {pattern!r}. {did_you_mean(pattern, named)}")
+            raise ConfigValueError(f"{what}: no module matches {pattern!r}. {did_you_mean(pattern, named)}")
         chosen |= found
     return [name for name in named if name in chosen]
 
 
 def matches_name(name: str, pattern: str) -> bool:
-    """Tell whether a dotted name fits a pattern, in which ``*`` and ``?`` stand for characters of one part."""
+    """Return whether a dotted name matches a pattern, in which ``*`` and ``?`` match characters of one component."""
     parts, wanted = name.split("."), pattern.split(".")
     return len(parts) == len(wanted) and all(fnmatchcase(part, each) for part, each in zip(parts, wanted, strict=True))
 
 
 def _by_size(model: nn.Module, named: Mapping[str, nn.Module], min_params: int, what: str) -> list[str]:
-    """Choose, from the innermost on, what has so many parameters that no chosen part of it has already."""
+    """Select modules, innermost first, with at least ``min_params`` parameters outside of already selected modules."""
     if isinstance(min_params, bool) or not isinstance(min_params, int) or min_params < 1:
-        raise ConfigTypeError(f"{what}: min_params is {min_params!r}; a number of parameters is due.")
+        raise ConfigTypeError(f"{what}: min_params must be a number of parameters, got {min_params!r}.")
     chosen: list[str] = []
     taken: set[int] = set()
     for name, module in sorted(named.items(), key=lambda item: -item[0].count(".")):
@@ -137,8 +138,8 @@ def _by_size(model: nn.Module, named: Mapping[str, nn.Module], min_params: int, 
     if not chosen:
         total = sum(parameter.numel() for parameter in model.parameters())
         raise ConfigValueError(
-            f"{what}: no module inside of {type(model).__name__}, which has {total} parameters, has {min_params} of them. "
-            "Lower min_params."
+            f"{what}: no submodule of {type(model).__name__}, which has {total} parameters, has at least {min_params}. Lower "
+            "min_params."
         )
     return chosen
 
@@ -147,12 +148,12 @@ def _by_function(named: Mapping[str, nn.Module], function: Callable[..., Any], w
     alone = len(inspect.signature(function).parameters) == 1
     chosen = [name for name, module in named.items() if (function(module) if alone else function(name, module))]
     if not chosen:
-        raise ConfigValueError(f"{what}: the function chose none of {len(named)} modules.")
+        raise ConfigValueError(f"{what}: the function selects none of {len(named)} modules.")
     return chosen
 
 
 def tied_outside(model: nn.Module, module: nn.Module) -> list[str]:
-    """Return the names, in ``model``, of the parameters of ``module`` that something outside of it holds as well."""
+    """Return the parameters of ``module`` that are shared with other modules of ``model``, by their names there."""
     inside = {id(part) for part in module.modules()}
     own = {id(parameter) for parameter in module.parameters()}
     return [

@@ -1,1 +1,1 @@
-"""What a strategy does before it prepares anything: the process environment and building from configurations."""
+"""What a strategy does before ``prepare``: set up the process, and build components from configurations."""

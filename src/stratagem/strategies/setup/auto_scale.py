@@ -1,4 +1,4 @@
-"""Learning rates for another batch size than the one they were chosen for: ``auto_scale_lr`` parsed once."""
+"""Scale learning rates with the batch size: ``auto_scale_lr``."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _RULES = ("linear", "sqrt")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoScale:
-    """How learning rates follow the batch size.
+    """How learning rates are scaled with the batch size.
 
     Attributes:
-        base_batch: the samples of an update that the learning rates were chosen for.
+        base_batch: the global batch size that the learning rates were chosen for.
         rule: see :func:`~stratagem.strategies.setup.building.scale_lr`.
     """
 
@@ -32,35 +32,35 @@ class AutoScale:
 
     @classmethod
     def parse(cls, auto_scale_lr: Mapping[str, Any] | None) -> Self | None:
-        """Read ``auto_scale_lr``; None where learning rates stay as they are.
+        """Parse ``auto_scale_lr``; return None if it is not enabled.
 
         Raises:
-            ConfigTypeError: if it is no mapping.
+            ConfigTypeError: if it is not a mapping.
             ConfigKeyError: if a key is unknown.
-            ConfigValueError: if it is enabled without a batch size, or the rule is not known.
+            ConfigValueError: if it is enabled without a batch size, or the rule is unknown.
         """
         if auto_scale_lr is None:
             return None
         if not isinstance(auto_scale_lr, Mapping):
             raise ConfigTypeError(
-                f"auto_scale_lr is {auto_scale_lr!r}; a mapping such as dict(enable=True, base_batch_size=256) is due."
+                f"auto_scale_lr must be a mapping such as dict(enable=True, base_batch_size=256), got {auto_scale_lr!r}."
             )
         refuse_unknown(auto_scale_lr, _KEYS, "auto_scale_lr")
         rule = auto_scale_lr.get("rule", "linear")
         if rule not in _RULES:
-            raise ConfigValueError(f"auto_scale_lr: rule={rule!r} is not known. {did_you_mean(str(rule), _RULES)}")
+            raise ConfigValueError(f"auto_scale_lr: unknown rule={rule!r}. {did_you_mean(str(rule), _RULES)}")
         if not auto_scale_lr.get("enable", False):
             return None
         base = auto_scale_lr.get("base_batch_size")
         if isinstance(base, bool) or not isinstance(base, int) or base <= 0:
             raise ConfigValueError(
-                f"auto_scale_lr: base_batch_size is {base!r}; the batch size that the learning rates were chosen for is "
-                "due."
+                "auto_scale_lr: base_batch_size must be the batch size that the learning rates were chosen for, got "
+                f"{base!r}."
             )
         return cls(base_batch=base, rule=cast("ScalingRule", rule))
 
     def apply(self, optim: AnyOptim, *, world_size: int, micro_batch: int) -> list[str]:
-        """Multiply every learning rate in place; return what was done to each optimizer, as sentences for the log."""
+        """Multiply the learning rates of each optimizer in place; return one log message per optimizer."""
         done = []
         for name, wrapper in optim.each().items():
             accumulated = wrapper.accumulative_counts
@@ -69,7 +69,7 @@ class AutoScale:
             whose = f" of {name}" if name else ""
             root = " (square root)" if self.rule == "sqrt" else ""
             done.append(
-                f"Learning rates{whose} multiplied by {factor:.4g}{root}: the real batch is {real} = {world_size} ranks x "
-                f"{micro_batch} samples x {accumulated} accumulated, they were chosen for {self.base_batch}."
+                f"Multiplied the learning rates{whose} by {factor:.4g}{root}: the batch size is {real} = {world_size} ranks x "
+                f"{micro_batch} samples x {accumulated} accumulated, and base_batch_size is {self.base_batch}."
             )
         return done

@@ -1,4 +1,4 @@
-"""From a configuration or an object to the object. Plain functions: no strategy in sight."""
+"""Build models and optimizer wrappers from configurations, and compile models. These functions need no strategy."""
 
 from __future__ import annotations
 
@@ -37,48 +37,50 @@ _COMPILE_OPTIONS = ("target", *(name for name in inspect.signature(torch.compile
 
 
 def build_model(model: nn.Module | Mapping[str, Any]) -> nn.Module:
-    """Return a module as it is; build a mapping through ``MODELS``.
+    """Return a module unchanged; build a mapping through ``MODELS``.
 
     Raises:
-        ConfigTypeError: for anything else.
+        ConfigTypeError: if ``model`` is neither, or its ``type`` builds something other than a module.
     """
     if isinstance(model, nn.Module):
         return model
     if not isinstance(model, Mapping):
-        raise ConfigTypeError(f"A model is a torch.nn.Module or a mapping with its type, not {_shown(model)}.")
+        raise ConfigTypeError(f"model must be a torch.nn.Module or a mapping with its type, got {_shown(model)}.")
     built = MODELS.build(model)
     if not isinstance(built, nn.Module):
-        raise ConfigTypeError(f"model: type={model.get('type')!r} made {_shown(built)}, which is no torch.nn.Module.")
+        raise ConfigTypeError(
+            f"model: type={model.get('type')!r} builds {_shown(built)}, which is not a torch.nn.Module."
+        )
     return built
 
 
 def with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
-    """Return the model's configuration with the preprocessor in it, where one is given and the model has none.
+    """Return the configuration of a model with ``data_preprocessor`` added, unless it is None or the model has one.
 
     Raises:
-        ConfigValueError: if the model is built already, so that the preprocessor would be ignored.
+        ConfigValueError: if the model is already built, so that the preprocessor would be ignored.
     """
     if data_preprocessor is None:
         return model
     if not isinstance(model, Mapping):
         raise ConfigValueError(
-            "data_preprocessor goes into the model's configuration, but the model is built already: give it to the model."
+            "data_preprocessor is added to the configuration of the model, but the model is already built. Pass it to the model."
         )
     return {"data_preprocessor": data_preprocessor, **model}
 
 
 def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool:  # noqa: A002 -- the contract's name
-    """Replace a method of ``model`` by its compiled form, in place; tell whether that was asked for.
+    """Compile a method of ``model`` in place if ``compile`` enables it. Return whether it was compiled.
 
     Args:
-        model: what is compiled.
-        compile: True compiles ``forward``; a mapping holds the arguments of ``torch.compile`` and, as ``target``, the
-            method's name. A data file may give only those that start no program of its choice.
+        model: the model.
+        compile: True compiles ``forward``; a mapping contains arguments of ``torch.compile`` and, as ``target``, the name
+            of the method. Arguments that could run arbitrary code are rejected if they come from a data file.
 
     Raises:
-        ConfigTypeError: if ``compile`` is neither.
+        ConfigTypeError: if ``compile`` is neither a bool nor a mapping.
         ConfigKeyError: if ``torch.compile`` has no such argument.
-        ConfigValueError: if the model has no such method, or a data file gave an argument that it must not give.
+        ConfigValueError: if the model has no such method, or an argument must not come from a data file.
     """
     if isinstance(compile, bool):
         options: dict[str, Any] = {}
@@ -88,7 +90,7 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
         options = dict(compile)
     else:
         raise ConfigTypeError(
-            f"compile is {_shown(compile)}; True, False or a mapping of torch.compile's arguments is due."
+            f"compile must be True, False or a mapping with arguments of torch.compile, got {_shown(compile)}."
         )
     refuse_unknown(options, _COMPILE_OPTIONS, "compile")
     refuse_data_arguments(torch.compile, options, "compile: ")
@@ -106,15 +108,16 @@ def compile_model(model: nn.Module, compile: bool | Mapping[str, Any]) -> bool: 
 def build_optim_wrapper(
     optim: Optimizer | BaseOptimWrapper | OptimWrapperDict | Mapping[str, Any], model: nn.Module | None = None
 ) -> AnyOptim:
-    """Return a wrapper (or several, by name) from whatever stands for it.
+    """Return the optimizer wrapper, or for several optimizers the ``OptimWrapperDict``, that ``optim`` specifies.
 
-    A built wrapper is returned as it is. A bare optimizer is wrapped. A mapping with a built ``optimizer`` makes the
-    wrapper that ``type`` names (``OptimWrapper`` by default); one with an ``optimizer`` mapping or a ``constructor``
-    goes to the constructor, which needs ``model``; one from names to built wrappers becomes an ``OptimWrapperDict``.
+    A built wrapper is returned unchanged, and an optimizer is wrapped. A mapping with a built ``optimizer`` builds the
+    wrapper of its ``type`` (by default ``OptimWrapper``). A mapping with an ``optimizer`` mapping or a ``constructor`` is
+    passed to the constructor, which needs ``model``. A mapping from names to built wrappers becomes an
+    ``OptimWrapperDict``.
 
     Raises:
-        ConfigTypeError: for anything else.
-        ConfigValueError: if an item of several wrappers is not a built wrapper, or the model that is needed is missing.
+        ConfigTypeError: if ``optim`` is none of these.
+        ConfigValueError: if one of several wrappers is not built, or ``model`` is needed and missing.
     """
     if isinstance(optim, BaseOptimWrapper | OptimWrapperDict):
         return optim
@@ -122,17 +125,17 @@ def build_optim_wrapper(
         return OptimWrapper(optim)
     if not isinstance(optim, Mapping):
         raise ConfigTypeError(
-            f"An optimizer wrapper is a built one, a torch.optim.Optimizer or a mapping, not {_shown(optim)}."
+            f"optim_wrapper must be an optimizer wrapper, a torch.optim.Optimizer or a mapping, got {_shown(optim)}."
         )
     if isinstance(optim.get("optimizer"), Optimizer):
         return _wrapper(OPTIM_WRAPPERS.build(optim, default_args={"type": "OptimWrapper"}))
     if "optimizer" in optim or "constructor" in optim:
         if model is None:
-            raise ConfigValueError("build_optim_wrapper needs the model whose parameters the optimizer shall step.")
+            raise ConfigValueError("build_optim_wrapper needs the model whose parameters are optimized. Pass model=...")
         return construct_optim_wrapper(model, optim)
     if not optim:
         raise ConfigValueError(
-            "optim_wrapper is an empty mapping; it needs an optimizer: dict(optimizer=dict(type='SGD', lr=0.1))."
+            "optim_wrapper is an empty mapping. Specify an optimizer: dict(optimizer=dict(type='SGD', lr=0.1))."
         )
     for name, wrapper in optim.items():
         if not isinstance(wrapper, BaseOptimWrapper):
@@ -144,21 +147,21 @@ def build_optim_wrapper(
 
 def _wrapper(built: Any) -> AnyOptim:
     if not isinstance(built, BaseOptimWrapper | OptimWrapperDict):
-        raise ConfigTypeError(f"optim_wrapper: its type made {_shown(built)}, which is no optimizer wrapper.")
+        raise ConfigTypeError(f"optim_wrapper: its type builds {_shown(built)}, which is not an optimizer wrapper.")
     return built
 
 
 def is_scheduled(wrapper: BaseOptimWrapper) -> bool:
-    """Tell whether a schedule of the learning rate was built for this optimizer: it keeps the first value."""
+    """Return whether a learning-rate schedule was built for this optimizer, since schedules store the initial value."""
     return any("initial_lr" in group for group in wrapper.param_groups)
 
 
 def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int, rule: ScalingRule = "linear") -> float:
-    """Multiply every learning rate as the batch has grown, and return the factor.
+    """Multiply every learning rate by a factor that depends on the batch size, and return the factor.
 
-    ``"linear"`` is ``real_batch / base_batch``, the rule of Goyal et al. 2017, "Accurate, Large Minibatch SGD"
-    (arXiv:1706.02677), section 2.1. ``"sqrt"`` is its square root: the rule of Krizhevsky 2014 (arXiv:1404.5997),
-    section 5, which fits Adam and its like (Malladi et al. 2022, arXiv:2205.10287).
+    With ``"linear"`` the factor is ``real_batch / base_batch``, the rule of Goyal et al. 2017, "Accurate, Large Minibatch
+    SGD" (arXiv:1706.02677), section 2.1. With ``"sqrt"`` it is the square root of that: the rule of Krizhevsky 2014
+    (arXiv:1404.5997), section 5, which suits adaptive optimizers such as Adam (Malladi et al. 2022, arXiv:2205.10287).
     """
     factor = real_batch / base_batch
     if rule == "sqrt":
@@ -177,28 +180,28 @@ def load_schedulers(
     schedulers: list[ParamScheduler] | dict[str, list[ParamScheduler]],
     states: Any,
 ) -> None:
-    """Load the schedulers' states, one for one.
+    """Load one state into each scheduler.
 
     Raises:
-        CheckpointMismatchError: if there are more or fewer than schedulers, or they belong to other optimizers.
+        CheckpointMismatchError: if the number of states differs, or they belong to different optimizers.
     """
     if isinstance(schedulers, dict) != isinstance(states, Mapping):
         here, there = ("several", "one") if isinstance(schedulers, dict) else ("one", "several")
         raise CheckpointMismatchError(
-            f"The checkpoint's schedulers belong to {there} optimizer(s), this run's to {here}."
+            f"The schedulers in the checkpoint belong to {there} optimizer(s), those of this run to {here}."
         )
     if isinstance(schedulers, dict):
         if set(schedulers) != set(states):
             raise CheckpointMismatchError(
-                f"The checkpoint has schedulers for {sorted(states)}, this run for {sorted(schedulers)}."
+                f"The checkpoint has schedulers for {sorted(states)}, but this run has schedulers for {sorted(schedulers)}."
             )
         for name, some in schedulers.items():
             load_schedulers(some, states[name])
         return
     if len(schedulers) != len(states):
         raise CheckpointMismatchError(
-            f"The checkpoint has {len(states)} schedulers, this run has {len(schedulers)}. Build the same ones, or resume "
-            "with resume_param_scheduler=False."
+            f"The checkpoint has {len(states)} schedulers, but this run has {len(schedulers)}. Configure the same schedulers, "
+            "or resume with resume_param_scheduler=False."
         )
     for scheduler, state in zip(schedulers, states, strict=True):
         scheduler.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Set up the process in which a strategy works: launcher, devices, seeds and limits."""
+"""Set up the process of a strategy: process group, device, seeds and limits."""
 
 from __future__ import annotations
 
@@ -41,9 +41,13 @@ _MP_KEYS = ("mp_start_method", "opencv_num_threads")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """What was set up, and how to undo it.
+    """The environment of a process, and how to restore the previous one.
 
-    ``randomness`` holds the settings with the seed that is in use; ``notices`` are sentences for the log.
+    Attributes:
+        world: the rank, device and seed of this process.
+        randomness: the settings of randomness, with the seed that is used.
+        notices: messages for the log.
+        seed_given: whether the seed was configured rather than drawn.
     """
 
     world: World
@@ -53,18 +57,18 @@ class Environment:
     _undo: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def close(self) -> None:
-        """Give back what was set for the process, and end the process group if it was made here. Idempotent."""
+        """Restore the previous settings, and destroy the process group if it was created here. Idempotent."""
         self._undo.close()
 
 
 def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
-    """Set the process up from ``env_kwargs`` (see the strategy's documentation for the keys).
+    """Set up the process from ``env_kwargs``; see :class:`~stratagem.strategies.BaseStrategy` for the keys.
 
-    Collective where a launcher started several processes.
+    Collective if a launcher started several processes.
 
     Raises:
         ConfigKeyError: if a key is unknown.
-        LaunchError: if the launcher named did not start this process, or the ranks do not meet.
+        LaunchError: if the specified launcher did not start this process, or the rendezvous fails.
     """
     refuse_unknown(env_kwargs, _KEYS, "env_kwargs")
     randomness = _mapping(env_kwargs, "randomness", known=_RANDOMNESS_KEYS)
@@ -107,25 +111,25 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
             randomness=MappingProxyType({**randomness, "seed": seed}),
             notices=settings.notices if stray is None else (*settings.notices, stray),
             seed_given=given is not None,
-            # From here on it is close() that undoes; before, it was any error.
+            # From here on, close() restores the settings. Before, any error does.
             _undo=undo.pop_all(),
         )
 
 
 def _mapping(env_kwargs: Mapping[str, Any], key: str, *, known: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return a copy of a part of the settings; None stands for none. Other keys than ``known`` ones are refused."""
+    """Return a copy of the mapping under ``key``, or an empty dict for None. Reject keys that are not ``known``."""
     value = env_kwargs.get(key)
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigTypeError(f"env_kwargs: {key} is {value!r}; a mapping is due.")
+        raise ConfigTypeError(f"env_kwargs: {key} must be a mapping, got {value!r}.")
     if known:
         refuse_unknown(value, known, key)
     return dict(value)
 
 
 def _keep_determinism(undo: ExitStack) -> None:
-    """Remember what ``cudnn_benchmark`` and ``deterministic`` change."""
+    """Let ``undo`` restore the settings that ``cudnn_benchmark`` and ``deterministic`` change."""
     cudnn = torch.backends.cudnn
     undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
     undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)
@@ -137,9 +141,9 @@ def _keep_determinism(undo: ExitStack) -> None:
 
 
 def _raise_open_files(limit: int, undo: ExitStack) -> None:
-    """Raise the soft limit of open files: data workers and many shards need more than the usual 1,024."""
+    """Raise the soft limit on open files: data workers and many shards need more than the usual 1,024."""
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-        raise ConfigValueError(f"env_kwargs: resource_limit is {limit!r}; a number of open files is due.")
+        raise ConfigValueError(f"env_kwargs: resource_limit must be a number of open files, got {limit!r}.")
     if sys.platform == "win32":
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

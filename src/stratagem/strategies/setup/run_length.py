@@ -1,4 +1,4 @@
-"""How far a run goes, and in what batches: ``dispatch_kwargs`` parsed once."""
+"""The length and batch size of a run: ``dispatch_kwargs``."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["RunLength"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunLength:
-    """What building needs to know of the run. Iterations are micro-batches; None is "not known".
+    """The length and batch size of a run. An iteration processes one micro-batch; None means unknown.
 
     Attributes:
-        epoch_length: iterations in an epoch.
-        max_epochs: epochs in the run.
-        max_iters: iterations in the run.
-        train_micro_batch_size_per_gpu: samples that a rank trains on in one iteration.
-        init_weights_for_test_or_val: whether the model's ``init_weights`` is called.
-        cur_iter: iterations that are done when training begins.
+        epoch_length: the number of iterations in an epoch.
+        max_epochs: the number of epochs in the run.
+        max_iters: the number of iterations in the run.
+        train_micro_batch_size_per_gpu: the number of samples that a rank trains on in one iteration.
+        init_weights_for_test_or_val: whether ``init_weights()`` of the model is called.
+        cur_iter: the number of completed iterations when training begins.
     """
 
     epoch_length: int | None = None
@@ -35,15 +35,15 @@ class RunLength:
 
     @classmethod
     def parse(cls, dispatch_kwargs: Mapping[str, Any]) -> RunLength:
-        """Read ``dispatch_kwargs``.
+        """Parse ``dispatch_kwargs``.
 
         Raises:
             ConfigKeyError: if a key is unknown.
-            ConfigTypeError: if a number is no whole number.
+            ConfigTypeError: if a number is not an integer.
         """
         refuse_unknown(dispatch_kwargs, (field.name for field in fields(cls)), "dispatch_kwargs")
         for key, value in dispatch_kwargs.items():
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if key != "init_weights_for_test_or_val" and value is not None and not whole:
-                raise ConfigTypeError(f"dispatch_kwargs: {key} is {value!r}; a whole number is due.")
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if key != "init_weights_for_test_or_val" and value is not None and not is_integer:
+                raise ConfigTypeError(f"dispatch_kwargs: {key} must be an integer, got {value!r}.")
         return cls(**dispatch_kwargs)

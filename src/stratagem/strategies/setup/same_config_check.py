@@ -1,4 +1,4 @@
-"""Ranks of one run read one configuration."""
+"""Check that all ranks of a run have the same configuration."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from stratagem.utils import mask_text
 
 __all__ = ["require_one_config"]
 
-# What the text of an object without a name of its own says about the memory of its process.
+# The default repr of an object contains its memory address, which differs between processes.
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _SHOWN = 6
 
 
 def require_one_config(text: str, shown: str | None = None) -> None:
-    """Refuse to continue where ranks have read different configurations. Collective.
+    """Require that all ranks have the same configuration. Collective.
 
     Args:
-        text: the merged configuration with all values; only its digest leaves this process.
-        shown: the same without secrets, for the error; ``text`` by default.
+        text: the merged configuration with all values; only its digest is sent to other ranks.
+        shown: the configuration without secrets, for the error message; ``text`` by default.
 
     Raises:
-        LaunchError: on every rank, with the first lines that differ between rank 0 and another one.
+        LaunchError: on every rank, with the first lines that differ between rank 0 and the first rank that differs.
     """
     shown = text if shown is None else shown
     text = _ADDRESS.sub("", text)
@@ -36,17 +36,17 @@ def require_one_config(text: str, shown: str | None = None) -> None:
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     texts = all_gather_object(_ADDRESS.sub("", shown))
     differences = _difference(texts[0], texts[others[0]]) or (
-        "  They differ in values that are secret or come from environment variables, which are not shown."
+        "  They differ in secrets or values from environment variables, which are not shown."
     )
     raise LaunchError(
-        f"{len(others)} of {len(digests)} ranks have read another configuration than rank 0. Rank 0 and rank {others[0]}:\n"
-        f"{differences}\n"
-        "Give every rank the same file and the same --set, and compute nothing in it that differs between hosts or moments."
+        f"The configurations of {len(others)} of {len(digests)} ranks differ from that of rank 0. Rank 0 and rank "
+        f"{others[0]}:\n{differences}\n"
+        "Use the same file and the same --set on every rank, without values that depend on the host or the time."
     )
 
 
 def _difference(first: str, second: str) -> str:
     lines = difflib.unified_diff(first.splitlines(), second.splitlines(), lineterm="", n=0)
-    told = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
-    shown = [mask_text(f"  {line}") for line in islice(told, _SHOWN)]
-    return "\n".join([*shown, f"  ... ({len(told)} lines in all)"] if len(told) > _SHOWN else shown)
+    changed = [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+    shown = [mask_text(f"  {line}") for line in islice(changed, _SHOWN)]
+    return "\n".join([*shown, f"  ... ({len(changed)} lines in total)"] if len(changed) > _SHOWN else shown)

@@ -1,1 +1,1 @@
-"""What a strategy saves and restores."""
+"""Saving, loading and resuming the state of a strategy."""

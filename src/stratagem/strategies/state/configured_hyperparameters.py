@@ -1,4 +1,4 @@
-"""What a run's configuration says of its optimizers and schedules, beside what a checkpoint says."""
+"""Compare the configured options of optimizers and schedules with those in a checkpoint, and restore them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from stratagem.parallel import AnyOptim
 
 __all__ = ["ConfiguredHyperparameters", "move_schedulers", "schedule_differences"]
 
-# What people choose of a group; the others are an optimizer's own, or say how it computes.
+# The options of a group that users configure. Others are internal, or select an implementation.
 _CHOSEN: Final = ("lr", "momentum", "betas", "weight_decay", "eps", "nesterov", "amsgrad", "dampening")
 _FIRST: Final = "initial_"
 
 
 @final
 class ConfiguredHyperparameters:
-    """The options of parameter groups as they were built, kept while a checkpoint's are loaded.
+    """Stores the configured options of the parameter groups while those of a checkpoint are loaded.
 
     Args:
-        optim: as it was built, with its schedules.
+        optim: the optimizer wrapper, after its schedules were built and before a checkpoint is loaded.
     """
 
     def __init__(self, optim: AnyOptim) -> None:
         self._groups = {name: [_options(group) for group in one.param_groups] for name, one in optim.each().items()}
 
     def differences(self, optim: AnyOptim) -> list[str]:
-        """Return a line for each option that now has another value than it was built with."""
+        """Return a line for each option whose current value differs from the configured one."""
         lines = []
         for name, wrapper in optim.each().items():
             for number, (own, group) in enumerate(zip(self._groups[name], wrapper.param_groups, strict=True)):
@@ -38,13 +38,13 @@ class ConfiguredHyperparameters:
                 lines += [
                     f"{which}: {key.removeprefix(_FIRST)}={loaded[key]} (this configuration: {own[key]})"
                     for key in own
-                    # Of a scheduled option the first value is what was chosen; the present one follows from it.
+                    # For a scheduled option compare the initial value, from which the schedule computes the current one.
                     if key in loaded and loaded[key] != own[key] and f"{_FIRST}{key}" not in own
                 ]
         return lines
 
     def restore(self, optim: AnyOptim) -> None:
-        """Give the groups back the options that they were built with; the state of the parameters stays."""
+        """Restore the configured options of the parameter groups; the state of the parameters is not changed."""
         for name, wrapper in optim.each().items():
             for own, group in zip(self._groups[name], wrapper.param_groups, strict=True):
                 for key in [key for key in group if key.startswith(_FIRST) and key not in own]:
@@ -57,7 +57,7 @@ class ConfiguredHyperparameters:
 
 
 def move_schedulers(schedulers: Any, optim: AnyOptim, *, epoch: int, iteration: int) -> None:
-    """Move every optimizer's schedules to where the run stands; those that follow metrics begin anew."""
+    """Move the schedules of all optimizers to the given position. Schedules that depend on metrics start from scratch."""
     for name, wrapper in optim.each().items():
         some = schedulers[name] if isinstance(schedulers, Mapping) else schedulers
         _move(some, wrapper, epoch=epoch, iteration=iteration)
@@ -72,7 +72,7 @@ def _move(schedulers: Sequence[ParamScheduler], optim: BaseOptimWrapper, *, epoc
 
 
 def schedule_differences(schedulers: Any, built: Any) -> Iterator[str]:
-    """Yield a line for each schedule that is no longer what it was when its state was one of ``built``."""
+    """Yield a line for each schedule whose options differ from those in the corresponding state of ``built``."""
     if isinstance(schedulers, Mapping):
         for name, some in schedulers.items():
             yield from (f"{name}: {line}" for line in schedule_differences(some, built[name]))

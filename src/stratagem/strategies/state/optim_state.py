@@ -1,4 +1,4 @@
-"""The state of one or several optimizer wrappers, by the names of the bare model's parameters."""
+"""Read and write the state of optimizer wrappers under the parameter names of the unwrapped model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["read_optim", "require_one_optimizer", "write_optim"]
 
 
 def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
-    """Return the optimizer's state by parameter name; for several optimizers, name -> state."""
+    """Return the optimizer state by parameter name; for several optimizers, a dict of optimizer names to states."""
     if isinstance(optim, OptimWrapperDict):
         return {name: read_optim(wrapper, model) for name, wrapper in optim.items()}
     return optimizer_by_name(optim.state_dict(), parameter_names(optim.optimizer, model))
@@ -26,19 +26,23 @@ def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
 def write_optim(
     optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str] = ()
 ) -> None:
-    """Load what :func:`read_optim` gave, or what torch's own optimizer gives, by index.
+    """Load a state from :func:`read_optim`, or from ``state_dict()`` of a torch optimizer, which has indices as keys.
 
-    Parameters whose names a pattern of ``allow_missing`` matches in whole need not be in it; they begin without state.
+    Args:
+        optim: the optimizer wrapper or wrappers.
+        state: the state.
+        model: the unwrapped model.
+        allow_missing: patterns of parameter names. Matching parameters may be missing and then start without state.
 
     Raises:
-        CheckpointMismatchError: if it belongs to other optimizers or other parameter groups.
+        CheckpointMismatchError: if it belongs to different optimizers or parameter groups.
     """
     if isinstance(optim, OptimWrapperDict):
         names = list(optim.keys())
         if set(state) != set(names):
             raise CheckpointMismatchError(
-                f"The checkpoint has optimizers {sorted(state)}, this run has {sorted(names)}. Name them alike, or resume "
-                "with resume_optimizer=False."
+                f"The checkpoint has optimizers {sorted(state)}, but this run has {sorted(names)}. Use the same names, or "
+                "resume with resume_optimizer=False."
             )
         for name in names:
             write_optim(optim[name], state[name], model, allow_missing=allow_missing)
@@ -55,22 +59,22 @@ def write_optim(
 
 
 def require_one_optimizer(state: Mapping[str, Any]) -> None:
-    """Refuse the state of several optimizers in a run that has one.
+    """Require that ``state`` belongs to a single optimizer.
 
     Raises:
-        CheckpointMismatchError: if it is that.
+        CheckpointMismatchError: if it belongs to several.
     """
     if "param_groups" not in state:
         raise CheckpointMismatchError(
-            f"The checkpoint's optimizer state has {sorted(map(str, state))}, and no parameter groups: it is that of several "
-            "optimizers, and this run has one. Resume with resume_optimizer=False."
+            f"The optimizer state in the checkpoint has {sorted(map(str, state))} and no parameter groups: it belongs to "
+            "several optimizers, but this run has one. Resume with resume_optimizer=False."
         )
 
 
 def _own(value: Any, parameter: Tensor) -> Any:
-    """Return a value in memory of its own: the optimizer keeps it, and those of a checkpoint are mapped from its file.
+    """Return a copy of a value, because tensors of a checkpoint are memory-mapped and the optimizer keeps its state.
 
-    A moment is spread over ranks as its parameter is; each reads its own part.
+    A moment is sharded like its parameter; each rank reads only its shard.
     """
     if not isinstance(value, Tensor):
         return value

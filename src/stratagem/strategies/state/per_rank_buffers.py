@@ -1,4 +1,4 @@
-"""Buffers of which each rank has its own, such as running statistics of the samples that it sees."""
+"""Read and write buffers that differ between ranks, such as the running statistics of BatchNorm."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ __all__ = ["read_per_rank_buffers", "write_per_rank_buffers"]
 
 
 def read_per_rank_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Return the buffers that are not equal on all ranks, with a row for each rank, which writes it itself. Collective.
+    """Return the buffers that differ between ranks as tensors with one row per rank; each rank has its row. Collective.
 
-    The model's own part of a checkpoint has those of rank 0.
+    The model state in a checkpoint contains those of rank 0.
     """
     if world.size == 1:
         return {}
     buffers = dict(_kept_buffers(model))
-    told = all_gather_object({name: digest_of_tensor(buffer) for name, buffer in buffers.items()})
+    digests = all_gather_object({name: digest_of_tensor(buffer) for name, buffer in buffers.items()})
     return {
         name: stack_over_ranks(buffer, world.size, world.device)
         for name, buffer in buffers.items()
-        if any(theirs[name] != told[0][name] for theirs in told)
+        if any(each[name] != digests[0][name] for each in digests)
     }
 
 
 @torch.no_grad()
 def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: World) -> None:
-    """Give this rank the buffers that it had; with another number of ranks all go on with those of rank 0."""
+    """Restore the buffers of this rank. If the number of ranks has changed, all ranks keep those of rank 0."""
     buffers = dict(_kept_buffers(model))
     for name, rows in saved.items():
         if len(rows) == world.size:
@@ -40,7 +40,7 @@ def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world:
 
 
 def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # Not by way of the state dict: spread layers put their parameters together for it.
+    # Not from the state dict, for which tensor-parallel layers of engines gather their parameters.
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and not is_sharded(buffer):

@@ -1,4 +1,4 @@
-"""Resume a strategy: from a checkpoint that is named, or from the newest that can be read."""
+"""Resume a strategy from a given checkpoint, or from the newest readable one."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
 
 
 class Resumable(Protocol):
-    """What resuming needs of a strategy."""
+    """The members of a strategy that resuming uses."""
 
     logger: Logger
     resumed_from: str | None
 
     @property
     def work_dir(self) -> str:
-        """The folder under which the newest checkpoint is looked for."""
+        """The folder that is searched for the newest checkpoint."""
 
     @property
     def resume(self) -> Callable[..., StateTree]:
@@ -42,7 +42,7 @@ class Resumable(Protocol):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resuming:
-    """How to resume, see :meth:`BaseStrategy.load_or_resume`, and the optimizers and schedules that were prepared."""
+    """The options of :meth:`BaseStrategy.load_or_resume`, and the prepared optimizers and schedules."""
 
     callback: CheckpointCallback | None
     resume_param_scheduler: bool
@@ -51,8 +51,8 @@ class Resuming:
     schedulers: Schedulers | None
 
     def resume(self, strategy: Resumable, filename: str | os.PathLike[str]) -> StateTree:
-        """Resume, with the run's own schedules and options where that is asked for. Collective."""
-        # Not given where there are none: strategies of others need not know the argument.
+        """Resume; with ``resume_param_scheduler=False``, keep the configured schedules and options. Collective."""
+        # Omitted if empty, since custom strategies may not have the argument.
         new: dict[str, Any] = {"new_parameters": self.new_parameters} if self.new_parameters else {}
         if self.resume_param_scheduler or self.optim is None:
             rest = strategy.resume(filename, callback=self.callback, **new)
@@ -66,42 +66,44 @@ class Resuming:
         epoch, iteration = int(meta.get("epoch", 0)), int(meta.get("iter", 0))
         move_schedulers(self.schedulers or [], self.optim, epoch=epoch, iteration=iteration)
         strategy.logger.info(
-            "Schedules and the optimizers' options are this run's own, from epoch %d, iteration %d on.",
+            "The configured schedules and optimizer options of this run apply from epoch %d, iteration %d.",
             epoch,
             iteration,
         )
         return rest
 
     def resume_latest(self, strategy: Resumable) -> StateTree | None:
-        """Resume from the newest checkpoint that every rank can read whole; name those that are skipped. Collective.
+        """Resume from the newest checkpoint that is readable on every rank; log the skipped ones. Collective.
+
+        Returns None if there are no checkpoints.
 
         Raises:
-            CheckpointDamagedError: if there are checkpoints, and none of them can be used.
+            CheckpointDamagedError: if there are checkpoints, but none is readable.
         """
-        # Rank 0's list, so that all ranks go on from the same step.
+        # The list of rank 0, so that all ranks resume from the same checkpoint.
         found = RankGroup.of().run_on_rank0(lambda: list_checkpoints(strategy.work_dir))
         if not found:
-            strategy.logger.info("No checkpoint to resume from under %s; starting anew.", strategy.work_dir)
+            strategy.logger.info("Found no checkpoint under %s; starting from scratch.", strategy.work_dir)
             return None
         runs = {each.run_id for each in found if each.run_id is not None}
         if len(runs) > 1:
             strategy.logger.info(
-                "%s has checkpoints of %d runs. The newest by the clock is %s; name another with resume=<path>.",
+                "%s has checkpoints of %d runs. Resuming from the newest, %s; select another with resume=<path>.",
                 strategy.work_dir, len(runs), found[0].path.name,
             )  # fmt: skip
         return resume_newest(found, lambda path: self.resume(strategy, path), strategy.logger)
 
 
 def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], logger: Logger) -> T:
-    """Return what ``resume`` returns for the first of some checkpoints that every rank can read whole. Collective.
+    """Resume from the first checkpoint that is readable on every rank, and return what ``resume`` returns. Collective.
 
     Args:
-        found: the newest first, the same on every rank; at least one.
+        found: at least one checkpoint, newest first, the same on every rank.
         resume: resumes from a path.
-        logger: receives a warning for each that is skipped.
+        logger: logs a warning for each skipped checkpoint.
 
     Raises:
-        CheckpointDamagedError: if none of them can be used.
+        CheckpointDamagedError: if none is readable.
     """
     for candidate in found:
         fault = candidate.fault
@@ -109,10 +111,10 @@ def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], 
             try:
                 return resume(candidate.path)
             except (CheckpointDamagedError, CheckpointNotFoundError) as error:
-                # Found while reading, on some rank, which may not even see it; nothing of this run was changed.
+                # The checkpoint is damaged, or a rank cannot see it. The state of this run has not been changed.
                 fault = str(error)
-        logger.warning("The checkpoint %s is passed over: %s", candidate.path, fault)
+        logger.warning("Skipped checkpoint %s: %s", candidate.path, fault)
     raise CheckpointDamagedError(
-        f"None of the {len(found)} checkpoints under {found[0].path.parent} can be used; the log says why. Name another with "
-        "resume=<path>, or move them away to start anew."
+        f"None of the {len(found)} checkpoints under {found[0].path.parent} is readable; see the log for the reasons. Specify "
+        "another with resume=<path>, or move them away to start from scratch."
     )

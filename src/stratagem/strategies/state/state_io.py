@@ -1,4 +1,4 @@
-"""How the state of a placed model and its optimizers is read for a checkpoint, and written from one."""
+"""Read the state of a placed model and its optimizers for a checkpoint, and write it from one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["StateAccess", "TorchState"]
 
 
 class StateAccess(ABC):
-    """Reads and writes state under the bare model's names, which is what lets any strategy resume what another saved.
+    """Reads and writes state under the names of the unwrapped model, so that any strategy can resume from its checkpoints.
 
-    Tensors that are spread over ranks are leaves of which each rank gives what it has: a ``DTensor``, or
-    :class:`~stratagem.checkpoint.ShardedTensorState`. Nothing is gathered or copied to be read. What is written comes in whole
-    tensors, mapped from a file: each rank reads what it needs of them.
+    A sharded tensor is represented by a ``DTensor`` or a :class:`~stratagem.checkpoint.ShardedTensorState` with the shard of
+    this rank. Reading neither gathers nor copies tensors. State to be loaded consists of full tensors that are
+    memory-mapped, of which each rank reads what it needs.
     """
 
     @abstractmethod
     def model_state(self, model: nn.Module) -> StateTree:
-        """Return parameters and buffers by name; of parameters that train in low precision their masters. Collective."""
+        """Return parameters and buffers by name, with the master weights of low-precision parameters. Collective."""
 
     @abstractmethod
     def load_model_state(
@@ -38,34 +38,34 @@ class StateAccess(ABC):
         revise_keys: Sequence[tuple[str, str]],
         allow_missing: Sequence[str],
     ) -> LoadReport:
-        """Put a model's state into place; see :func:`~stratagem.checkpoint.load_state_dict`. Collective.
+        """Load the state of a model; see :func:`~stratagem.checkpoint.load_state_dict`. Collective.
 
         Raises:
-            CheckpointMismatchError: as there; nothing is changed then.
+            CheckpointMismatchError: as in ``load_state_dict``; the model is not changed.
         """
 
     @abstractmethod
     def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
-        """Return the optimizers' state by the names of the parameters. Collective."""
+        """Return the optimizer state by parameter name. Collective."""
 
     @abstractmethod
     def load_optim_state(
         self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
-        """Put the optimizers' state into place. Collective.
+        """Load the optimizer state. Collective.
 
         Raises:
-            CheckpointMismatchError: if it belongs to other optimizers or other parameter groups.
+            CheckpointMismatchError: if it belongs to different optimizers or parameter groups.
         """
 
     @abstractmethod
     def weights_are_finite(self, model: nn.Module) -> bool:
-        """Tell it of every value of the parameters that this rank has."""
+        """Return whether all parameter values on this rank are finite."""
 
 
 @final
 class TorchState(StateAccess):
-    """State that lies in the modules and the optimizers themselves, as torch keeps it."""
+    """Accesses state that torch modules and optimizers hold themselves."""
 
     def model_state(self, model: nn.Module) -> StateTree:
         return model.state_dict()
