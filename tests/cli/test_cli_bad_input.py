@@ -58,7 +58,7 @@ def test_a_missing_configuration(stratagem: Command):
     [
         ("model.type=SupervisdModel", ("--set model.type", "'SupervisdModel'", "'SupervisedModel'")),
         ("model.network.0.type=Liner", ("'Liner'", "'Linear'")),
-        ("model=5", ("A model is", "int 5")),
+        ("model=5", ("model must be", "int 5")),
         ("model.network.0.in_feature=2", ("Linear", "'in_feature'", "'in_features'")),
         ("optim_wrapper=5", ("optim_wrapper must be", "int 5")),
         ("optim_wrapper.optimizer=5", ("optimizer", "5")),
