@@ -135,7 +135,11 @@ def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
     ("environ", "more", "told"),
     [
         ({"WORLD_SIZE": "4"}, (), "Rank 0 was started as one of 2, rank 1 as one of 4."),
-        ({}, ("--set", "optim_wrapper.optimizer.lr=0.5"), "The configurations of 1 of 2 ranks differ from that of rank 0."),
+        (
+            {},
+            ("--set", "optim_wrapper.optimizer.lr=0.5"),
+            "The configurations of 1 of 2 ranks differ from that of rank 0.",
+        ),
     ],
     ids=["world sizes", "configurations"],
 )

@@ -90,7 +90,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "looks": (Looks, {}, r"PlacementError: The model cannot be built on the meta device: .*initial_weights='whole'"),
     "forgets": (Forgets, {}, "PlacementError: 1 tensors of the model are never initialized: gate"),
-    "tie": (Gpt, {"wrap_policy": "Embedding"}, "PlacementError: wrap_policy selects 'words', which shares a weight with"),
+    "tie": (
+        Gpt,
+        {"wrap_policy": "Embedding"},
+        "PlacementError: wrap_policy selects 'words', which shares a weight with",
+    ),
     "reshard": (Gpt, {"reshard_after_forward": 3}, "PlacementError: reshard_after_forward=3: .* divide the 2"),
     "reshard of nobody": (
         Gpt,
@@ -108,7 +112,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"activation_checkpointing": {"save_ops": ["mmm"]}},
         "ConfigValueError: activation_checkpointing: unknown operator 'mmm'. Did you mean 'bmm' or 'mm'",
     ),
-    "compile": (Mlp, {"compile_blocks": True}, "ConfigValueError: compile_blocks compiles the modules that wrap_policy selects"),
+    "compile": (
+        Mlp,
+        {"compile_blocks": True},
+        "ConfigValueError: compile_blocks compiles the modules that wrap_policy selects",
+    ),
     "compiled step": (
         Mlp,
         {"compile": {"target": "train_step", "backend": "eager"}},
@@ -124,7 +132,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"forward_methods": ["norm.extra_repr"]},
         "ConfigValueError: forward_methods: 'norm.extra_repr' is a method of a module that is not wrapped",
     ),
-    "no plan": (Gpt, {"tp": 2}, "PlacementError: tp=2 shards layers across ranks, but there is no plan for it. Set tp_plan"),
+    "no plan": (
+        Gpt,
+        {"tp": 2},
+        "PlacementError: tp=2 shards layers across ranks, but there is no plan for it. Set tp_plan",
+    ),
     "plan for nobody": (
         Gpt,
         {"tp": 2, "tp_plan": {"blocks.*.uo": "colwise"}},

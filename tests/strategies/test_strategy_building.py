@@ -68,7 +68,9 @@ def test_an_invalid_model_is_rejected(single: Make, wrong: object, message: str)
 
 def test_a_type_that_builds_no_module_is_rejected(single: Make) -> None:
     """The error for a type that does not build a module shows the type and the result."""
-    with pytest.raises(ConfigTypeError, match=r"type='collections.OrderedDict' builds OrderedDict .* not a torch.nn.Module"):
+    with pytest.raises(
+        ConfigTypeError, match=r"type='collections.OrderedDict' builds OrderedDict .* not a torch.nn.Module"
+    ):
         single().build_model({"type": "collections.OrderedDict"})
 
 
