@@ -69,7 +69,7 @@ def test_a_hanging_rank_times_out(shell: Shell, config: str, tmp_path: Path):
     )
     assert status == 1, output
     assert "Timed out waiting 3000ms" in output
-    assert "rank 1: 6 iterations done, last sign of life" in output
+    assert "rank 1: 6 iterations completed, last heartbeat" in output
     assert "dist_cfg=dict(timeout=<seconds>)" in output
     stacks = {path.name: path.read_text() for path in tmp_path.glob("run/*/stacks_rank*.txt")}
     assert sorted(stacks) == ["stacks_rank0.txt", "stacks_rank1.txt"]

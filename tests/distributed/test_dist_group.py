@@ -102,7 +102,7 @@ def test_rank_0_on_a_different_host(alone: pytest.MonkeyPatch) -> None:
     alone.setenv("PMIX_NAMESPACE", "7")
     alone.setenv("MASTER_ADDR", "192.0.2.77")  # from a range that is reserved for documentation
     alone.delenv("MASTER_PORT")
-    with pytest.raises(LaunchError, match=r"rank 0 runs here, but is looked for at 192\.0\.2\.77"):
+    with pytest.raises(LaunchError, match=r"rank 0 runs on this machine, but its address 192\.0\.2\.77"):
         init_dist("mpi", timeout=5)
 
 

@@ -192,7 +192,7 @@ def test_a_port_set_by_the_user_is_used(launcher: str, environ: dict[str, str]) 
 )
 def test_an_incomplete_launch_environment_is_reported(environ: dict[str, str], found: str, missing: str) -> None:
     """An incomplete launch environment is reported with the variables that were found and that are missing."""
-    assert f"it found {found}, but not {missing}" in (describe_incomplete_launch_env(environ) or "")
+    assert f"the environment has {found}, but not {missing}" in (describe_incomplete_launch_env(environ) or "")
 
 
 @pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, TORCHRUN, {**SRUN, "WORLD_SIZE": "5"}])
@@ -235,8 +235,8 @@ def test_an_unknown_launcher_suggests_the_closest_name() -> None:
     ],
 )
 def test_invalid_ranks_are_rejected(change: dict[str, str]) -> None:
-    """A rank outside the world size is an error that suggests stray variables as the cause."""
-    with pytest.raises(LaunchError, match="stray variables"):
+    """A rank outside the world size is an error that suggests variables of an earlier launch as the cause."""
+    with pytest.raises(LaunchError, match="variables of an earlier launch"):
         read_launch("pytorch", {**TORCHRUN, **change})
 
 
@@ -244,7 +244,7 @@ def test_invalid_ranks_are_rejected(change: dict[str, str]) -> None:
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"])
 def test_invalid_numbers_are_reported(name: str, value: str) -> None:
     """The error for a variable that is not a number contains its name and value."""
-    with pytest.raises(LaunchError, match=f"{name} is {value!r}; a whole number"):
+    with pytest.raises(LaunchError, match=f"{name} is {value!r}; expected an integer"):
         read_launch("pytorch", {**TORCHRUN, name: value})
 
 

@@ -35,7 +35,7 @@ def test_a_node_list_is_expanded(nodelist: str, hosts: list[str]) -> None:
 )
 def test_an_invalid_node_list_is_reported(nodelist: str) -> None:
     """The error for an invalid node list contains it and the variable to set."""
-    with pytest.raises(LaunchError, match=rf"{re.escape(repr(nodelist))} cannot be read\. Set MASTER_ADDR"):
+    with pytest.raises(LaunchError, match=rf"{re.escape(repr(nodelist))} cannot be parsed\. Set MASTER_ADDR"):
         expand_hostlist(nodelist)
 
 

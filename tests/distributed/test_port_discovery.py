@@ -57,7 +57,7 @@ def test_other_programs_on_a_port_are_skipped(open_things: ExitStack, monkeypatc
 def test_a_missing_rank_0_is_reported() -> None:
     """The error for a missing rank 0 contains the address and the ports."""
     with pytest.raises(
-        LaunchError, match=rf"Rank 0 of job 4 did not appear on {HERE} within 0\.2 s.*{job_ports('job 4')[0]}"
+        LaunchError, match=rf"Rank 0 of job 4 did not respond on {HERE} within 0\.2 s.*{job_ports('job 4')[0]}"
     ):
         discover_port("job 4", HERE, 0.2)
 

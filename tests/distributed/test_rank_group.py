@@ -80,6 +80,6 @@ def die_on_one() -> None:
 
 def test_an_exited_rank_is_an_error(ranks: Ranks) -> None:
     """A rank that waits for an exited rank gets an error immediately."""
-    with pytest.raises(RankError, match="TrainingError: Rank 0 lost touch with the other 1") as caught:
+    with pytest.raises(RankError, match="TrainingError: Rank 0 lost the connection to the other 1") as caught:
         ranks.run(die_on_one)
     assert "rank 1: died with exit code 9" in str(caught.value)

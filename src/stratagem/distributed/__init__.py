@@ -1,4 +1,4 @@
-"""The processes of a run: who started them, what each one is, and how they exchange values."""
+"""Distributed processes: launch environments, rendezvous, collectives and failure detection."""
 
 from stratagem.distributed.async_reduce import AsyncMaxReduce
 from stratagem.distributed.collectives import (

@@ -1,7 +1,7 @@
-"""Collectives on tensors. In one process each of them returns at once and changes nothing.
+"""Collectives on tensors. In a single process they return immediately and change nothing.
 
-A tensor may lie on any device: it is moved to one that the group's backend serves, and the result comes back to where
-the tensor was. Ranks are counted within the group that is given.
+Tensors may be on any device: they are moved to one that the group's backend supports, and results are moved back.
+Ranks are relative to the given group.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _OPS = {
 
 
 def is_distributed() -> bool:
-    """Tell whether there is a process group, be it of one process."""
+    """Return whether a process group is initialized, even of one process."""
     return torch_dist.is_available() and torch_dist.is_initialized()
 
 
 def get_world_size(group: Group | None = None) -> int:
-    """Return how many processes the group has; 1 without a group."""
+    """Return the number of processes in the group; 1 without a group."""
     return torch_dist.get_world_size(group) if is_distributed() else 1
 
 
@@ -64,7 +64,7 @@ def get_rank(group: Group | None = None) -> int:
 
 
 def get_dist_info(group: Group | None = None) -> tuple[int, int]:
-    """Return rank and world size."""
+    """Return the rank and the world size."""
     return get_rank(group), get_world_size(group)
 
 
@@ -74,12 +74,12 @@ def get_backend(group: Group | None = None) -> str | None:
 
 
 def is_main_process(group: Group | None = None) -> bool:
-    """Tell whether this is rank 0."""
+    """Return whether this is rank 0."""
     return get_rank(group) == 0
 
 
 def master_only(function: Callable[P, R]) -> Callable[P, R | None]:
-    """Make a function run on rank 0 alone; on the others it returns None."""
+    """Decorate a function to run on rank 0 only; on the other ranks it returns None."""
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -89,15 +89,15 @@ def master_only(function: Callable[P, R]) -> Callable[P, R | None]:
 
 
 def barrier(group: Group | None = None) -> None:
-    """Wait until every rank is here. Collective."""
+    """Wait until every rank has reached this call. Collective."""
     if get_world_size(group) > 1:
         torch_dist.barrier(group)
 
 
 def broadcast(data: Tensor, src: int = 0, group: Group | None = None) -> None:
-    """Overwrite ``data`` on every rank with rank ``src``'s values.
+    """Overwrite ``data`` on every rank with the values of rank ``src``.
 
-    Collective: all ranks call it with equal shape and dtype.
+    Collective; the shape and dtype must be the same on all ranks.
 
     Raises:
         LaunchError: if ``src`` is outside ``[0, world size)``.
@@ -110,25 +110,25 @@ def broadcast(data: Tensor, src: int = 0, group: Group | None = None) -> None:
 
 
 def all_reduce(data: Tensor, op: str = "sum", group: Group | None = None) -> None:
-    """Overwrite ``data`` on every rank with the reduction of all ranks' values.
+    """Reduce ``data`` over all ranks in place.
 
     Collective. ``op`` is one of sum, mean, product, min, max, band, bor, bxor.
 
     Raises:
-        ConfigValueError: if there is no such operation.
-        ConfigTypeError: for the mean of integers.
+        ConfigValueError: if the operation is unknown.
+        ConfigTypeError: if ``op`` is ``"mean"`` and the dtype is an integer type.
     """
     if op != "mean" and op not in _OPS:
-        raise ConfigValueError(f"all_reduce: op={op!r} is not known. {did_you_mean(op, [*_OPS, 'mean'])}")
+        raise ConfigValueError(f"all_reduce: unknown op={op!r}. {did_you_mean(op, [*_OPS, 'mean'])}")
     if op == "mean" and not (data.is_floating_point() or data.is_complex()):
         raise ConfigTypeError(
-            f"all_reduce: the mean of {data.dtype} values is no {data.dtype}; convert to float first."
+            f"all_reduce: the mean of {data.dtype} values is not supported; convert to float first."
         )
     size = get_world_size(group)
     if size == 1:
         return
     moved = _to_backend(data, group)
-    # gloo has no average.
+    # gloo does not support ReduceOp.AVG.
     torch_dist.all_reduce(moved, _OPS["sum" if op == "mean" else op], group)
     if op == "mean":
         moved.div_(size)
@@ -136,7 +136,7 @@ def all_reduce(data: Tensor, op: str = "sum", group: Group | None = None) -> Non
 
 
 def all_gather(data: Tensor, group: Group | None = None) -> list[Tensor]:
-    """Return every rank's tensor, in order of rank. Collective; equal shape and dtype on all ranks."""
+    """Return the tensors of all ranks, ordered by rank. Collective; the shape and dtype must be equal on all ranks."""
     size = get_world_size(group)
     if size == 1:
         return [data]
@@ -147,7 +147,9 @@ def all_gather(data: Tensor, group: Group | None = None) -> list[Tensor]:
 
 
 def gather(data: Tensor, dst: int = 0, group: Group | None = None) -> list[Tensor]:
-    """Return every rank's tensor on rank ``dst``, an empty list on the others. Collective; equal shapes and dtypes.
+    """Return the tensors of all ranks on rank ``dst`` and an empty list on the others.
+
+    Collective; the shape and dtype must be equal on all ranks.
 
     Raises:
         LaunchError: if ``dst`` is outside ``[0, world size)``.
@@ -164,7 +166,7 @@ def gather(data: Tensor, dst: int = 0, group: Group | None = None) -> list[Tenso
 
 
 def sync_random_seed() -> int:
-    """Return a seed that rank 0 drew from the operating system, the same on every rank. Collective."""
+    """Return a random seed, drawn on rank 0 and the same on every rank. Collective."""
     seed = torch.randint(2**31 - 1, (1,), generator=_fresh_generator())
     broadcast(seed)
     return int(seed.item())
@@ -179,13 +181,13 @@ def _fresh_generator() -> torch.Generator:
 def _check_rank(rank: int, group: Group | None) -> None:
     size = get_world_size(group)
     if not 0 <= rank < size:
-        raise LaunchError(f"Rank {rank} does not exist: the world has {size} process(es), ranks 0 to {size - 1}.")
+        raise LaunchError(f"Rank {rank} does not exist: the world size is {size}, so ranks are 0 to {size - 1}.")
 
 
 def _to_backend(data: Tensor, group: Group | None) -> Tensor:
-    """Return a contiguous tensor on a device that the group serves: the tensor itself where that is so already."""
+    """Return the tensor, contiguous and on a device that the group supports, without a copy if possible."""
     served = served_devices(group)
-    # Backends send memory as it is: of a lazy conjugate or negative, that is other numbers.
+    # Backends send the raw memory, which ignores the lazy conjugate and negative bits.
     data = data.detach().resolve_conj().resolve_neg()
     if data.device.type in served:
         return data.contiguous()
@@ -196,8 +198,8 @@ def _to_backend(data: Tensor, group: Group | None) -> Tensor:
 
 
 def served_devices(group: Group | None = None) -> set[str]:
-    """Return the kinds of devices whose tensors the group exchanges."""
-    # Such as "cpu:gloo,cuda:nccl".
+    """Return the device types that the group's backends support."""
+    # For example "cpu:gloo,cuda:nccl".
     return {pair.partition(":")[0] for pair in torch_dist.get_backend_config(group).split(",")}
 
 

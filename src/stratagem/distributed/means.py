@@ -1,4 +1,4 @@
-"""Means of named values over ranks, which need not have the same names."""
+"""Average named values over ranks, which may have different names."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stratagem.distributed.objects import all_gather_object
 
 __all__ = ["mean_by_name"]
 
-# A digest of the names travels with the values, each byte with its square: in float64 their sums are exact.
+# A digest of the names is reduced with the values, as its bytes and their squares; both sums are exact in float64.
 _DIGEST_BYTES: Final = 8
 _HEADER: Final = 2 * _DIGEST_BYTES
-# The first message has the same length on all ranks, whatever their names are; it has room for this many values.
+# The first message has the same length on all ranks regardless of their names: it holds up to this many values.
 _FIRST_VALUES: Final = 48
 
 
 def mean_by_name(values: Mapping[str, float], group: Group | None = None) -> dict[str, float]:
-    """Return the mean of each name over the ranks that have it, sorted by name and equal on all ranks.
+    """Return the mean of each value over the ranks that have it, sorted by name and equal on all ranks.
 
-    Collective; ranks may have different names, and different numbers of them. If all have the same names it takes one
-    all-reduce, or two for more than 48 names; otherwise names and values are gathered as well.
+    Collective; ranks may have different names and different numbers of them. With the same names on all ranks it takes
+    one all-reduce, or two for more than 48 names; otherwise an all-gather of the names and values follows.
     """
     names = sorted(values)
     size = get_world_size(group)
@@ -38,7 +38,7 @@ def mean_by_name(values: Mapping[str, float], group: Group | None = None) -> dic
     message = torch.cat([digest, digest.square(), first, first.new_zeros(_FIRST_VALUES - len(first))])
     all_reduce(message, group=group)
     sums, squares = message[:_HEADER].chunk(2)
-    # The square of a sum is as large as this only if all its numbers are equal. All ranks see the same sums.
+    # By Cauchy-Schwarz, equality holds only if the ranks' bytes are equal. All ranks have the same sums, so they agree.
     if not torch.equal(sums.square(), size * squares):
         return _mean_of(all_gather_object(dict(values), group))
     if len(rest):

@@ -1,6 +1,6 @@
-"""Collectives on picklable objects, between the ranks of one run, which trust each other.
+"""Collectives on picklable objects. The ranks of a run trust each other, so objects are unpickled.
 
-In one process each of them returns at once. Ranks are counted within the group that is given.
+In a single process they return immediately. Ranks are relative to the given group.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ _ABSENT = object()
 
 
 def broadcast_object_list(data: list[Any], src: int = 0, group: Group | None = None) -> None:
-    """Overwrite the items of ``data`` on every rank with rank ``src``'s. Collective; lists of equal length."""
+    """Overwrite the items of ``data`` on every rank with those of rank ``src``. Collective; lists must have equal lengths."""
     _check_rank(src, group)
     if get_world_size(group) > 1:
         torch_dist.broadcast_object_list(data, group=group, group_src=src)
 
 
 def broadcast_object(data: T, src: int = 0, group: Group | None = None) -> T:
-    """Return rank ``src``'s object on every rank. Collective."""
+    """Return the object of rank ``src`` on every rank. Collective."""
     box: list[T] = [data]
     broadcast_object_list(box, src, group)
     return box[0]
 
 
 def all_gather_object(data: T, group: Group | None = None) -> list[T]:
-    """Return every rank's object, in order of rank. Collective."""
+    """Return the objects of all ranks, ordered by rank. Collective."""
     size = get_world_size(group)
     if size == 1:
         return [data]
@@ -44,7 +44,7 @@ def all_gather_object(data: T, group: Group | None = None) -> list[T]:
 
 
 def gather_object(data: T, dst: int = 0, group: Group | None = None) -> list[T] | None:
-    """Return every rank's object on rank ``dst``, in order of rank; None on the others. Collective."""
+    """Return the objects of all ranks, ordered by rank, on rank ``dst``; None on the others. Collective."""
     _check_rank(dst, group)
     size = get_world_size(group)
     if size == 1:
@@ -57,11 +57,11 @@ def gather_object(data: T, dst: int = 0, group: Group | None = None) -> list[T] 
 def collect_results(results: list[T], size: int, group: Group | None = None) -> list[T] | None:
     """Return the results of all ranks in the order of the samples on rank 0; None on the others.
 
-    Collective. Ranks are taken to have seen the samples in turn (rank 0 the first, rank 1 the second ...), as our
-    samplers deal them; what goes beyond ``size``, which a sampler adds to give every rank as many, is cut off.
+    Collective. Samples are assumed to be distributed round-robin (rank 0 the first, rank 1 the second, ...), as the
+    built-in samplers do. Results beyond ``size``, which samplers pad to give every rank the same number, are removed.
     """
     parts = gather_object(results, 0, group)
     if parts is None:
         return None
-    dealt = chain.from_iterable(zip_longest(*parts, fillvalue=_ABSENT))
-    return [cast("T", result) for result in dealt if result is not _ABSENT][:size]
+    merged = chain.from_iterable(zip_longest(*parts, fillvalue=_ABSENT))
+    return [cast("T", result) for result in merged if result is not _ABSENT][:size]

@@ -1,4 +1,4 @@
-"""Ranks that do something together, and all know how it ended."""
+"""Run operations on a group of ranks so that all of them learn about a failure."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from stratagem.errors import StratagemError, TrainingError
 __all__ = ["SINGLE_PROCESS", "RankGroup"]
 
 T = TypeVar("T")
-# The kind of a failure, and its text.
-_Told = tuple[type[StratagemError], str]
+# The class of an error and its message.
+_Failure = tuple[type[StratagemError], str]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class RankGroup:
-    """The ranks of a group. Its methods are collective: every rank calls each of them, in the same order.
+    """The ranks of a process group. All methods are collective: every rank calls them, in the same order.
 
-    If what a rank was to do fails, every rank raises: that rank the error itself, the others one of its kind that
-    quotes it. So nobody waits for a rank that is gone, and whoever handles the error handles it everywhere.
+    If the operation fails on one rank, every rank raises: the failing rank its own error, the others an error of the
+    same class that quotes it. No rank is left waiting, and the error can be handled in the same way on every rank.
 
     Attributes:
-        rank: this process among them, from 0.
-        size: how many they are.
-        group: through which they talk; None for the group of the whole run.
+        rank: the rank of this process in the group.
+        size: the number of ranks.
+        group: the process group for communication; None for the default group.
     """
 
     rank: int
@@ -39,11 +39,11 @@ class RankGroup:
 
     @classmethod
     def of(cls, group: Group | None = None) -> RankGroup:
-        """Return the team of a process group; without a group, that of all ranks of the run."""
+        """Return the ranks of a process group, by default of the default group."""
         return cls(get_rank(group), get_world_size(group), group)
 
     def dedicated_group(self) -> RankGroup:
-        """Return the same ranks with a group of their own, for another thread. Collective over the whole run."""
+        """Return the same ranks with a new process group, for use in another thread. Collective over all ranks."""
         if self.size == 1:
             return self
         ranks = torch_dist.get_process_group_ranks(self.group)
@@ -51,14 +51,14 @@ class RankGroup:
 
     @property
     def is_rank0(self) -> bool:
-        """Whether this is the team's first rank."""
+        """Whether this is rank 0 of the group."""
         return self.rank == 0
 
     def gather(self, data: T) -> list[T]:
-        """Return every rank's object, in order of rank.
+        """Return the objects of all ranks, ordered by rank.
 
         Raises:
-            TrainingError: if a rank is gone, or does not answer within the group's time-out.
+            TrainingError: if a rank has exited or does not respond within the group's timeout.
         """
         if self.size == 1:
             return [data]
@@ -67,29 +67,29 @@ class RankGroup:
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f"Rank {self.rank} lost touch with the other {self.size - 1}: one of them has died or hangs, and what it "
-                f"wrote last says why. ({reason})"
+                f"Rank {self.rank} lost the connection to the other {self.size - 1} rank(s): one of them exited or hangs. "
+                f"Check the last output of each rank. ({reason})"
             ) from error
 
     def run_all(self, act: Callable[[], T]) -> list[T]:
-        """Call ``act`` on every rank; return all results, in order of rank."""
-        result, failure = _attempt(act)
-        outcomes = self.gather((result, _as_told(failure)))
-        _raise(failure, [told for _, told in outcomes])
+        """Call ``act`` on every rank and return all results, ordered by rank."""
+        result, error = _attempt(act)
+        outcomes = self.gather((result, _as_failure(error)))
+        _raise(error, [failure for _, failure in outcomes])
         return [cast("T", other) for other, _ in outcomes]
 
     def run_checked(self, act: Callable[[], T]) -> T:
-        """Call ``act`` on every rank; return this rank's result, which nobody else gets to see."""
-        result, failure = _attempt(act)
-        _raise(failure, self.gather(_as_told(failure)))
+        """Call ``act`` on every rank and return this rank's result, which is not sent to the others."""
+        result, error = _attempt(act)
+        _raise(error, self.gather(_as_failure(error)))
         return cast("T", result)
 
     def run_on_rank0(self, act: Callable[[], T]) -> T:
-        """Call ``act`` on the first rank alone; return its result on every rank, once it is done."""
+        """Call ``act`` on rank 0 only and return its result on every rank, once it has finished."""
         return self.run_all(act if self.is_rank0 else cast("Callable[[], T]", _nothing))[0]
 
 
-# A process that asks nobody, also where there are others.
+# This process alone, even if there is a process group.
 SINGLE_PROCESS = RankGroup(0, 1)
 
 
@@ -100,24 +100,24 @@ def _nothing() -> None:
 def _attempt(act: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return act(), None
-    except Exception as error:  # noqa: BLE001 -- raised again after the others were told
+    except Exception as error:  # noqa: BLE001 -- raised again once all ranks know about it
         return None, error
 
 
-def _as_told(failure: Exception | None) -> _Told | None:
-    return None if failure is None else (_kind_of(failure), f"{type(failure).__name__}: {failure}")
+def _as_failure(error: Exception | None) -> _Failure | None:
+    return None if error is None else (_error_class(error), f"{type(error).__name__}: {error}")
 
 
-def _raise(failure: Exception | None, told: list[_Told | None]) -> None:
-    if failure is not None:
-        raise failure
-    for rank, other in enumerate(told):
-        if other is not None:
-            kind, message = other
-            raise kind(f"Rank {rank} failed: {message}")
+def _raise(error: Exception | None, failures: list[_Failure | None]) -> None:
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            error_class, message = failure
+            raise error_class(f"Rank {rank} failed: {message}")
 
 
-def _kind_of(error: Exception) -> type[StratagemError]:
-    """Return the nearest class of ours, which every rank has and which takes a message alone."""
-    ours = (kind for kind in type(error).__mro__ if kind.__module__ == StratagemError.__module__)
-    return next(ours, StratagemError)
+def _error_class(error: Exception) -> type[StratagemError]:
+    """Return the most specific base class in ``stratagem.errors``: every rank has it, and it takes only a message."""
+    own = (kind for kind in type(error).__mro__ if kind.__module__ == StratagemError.__module__)
+    return next(own, StratagemError)

@@ -1,4 +1,4 @@
-"""What is true of this process in its run."""
+"""The rank, device and seed of this process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """The facts of one process, resolved once and never changed.
+    """The distributed environment of one process, resolved once at startup.
 
-    ``launcher``, ``size``, ``timestamp`` and ``seed`` are the same on every rank. ``seed`` is the seed that the ranks
-    share, without a rank's offset.
+    ``launcher``, ``size``, ``timestamp`` and ``seed`` are the same on every rank; ``seed`` has no per-rank offset.
     """
 
     launcher: str = "none"
@@ -30,7 +29,7 @@ class World:
 
     @property
     def distributed(self) -> bool:
-        """Whether a launcher started this process, be it the only one."""
+        """Whether a launcher started this process, even as the only one."""
         return self.launcher != "none"
 
     @property
@@ -40,7 +39,7 @@ class World:
 
 
 def pick_device(local_rank: int) -> torch.device:
-    """Return the device of a local rank: its accelerator, whichever kind torch knows, or the CPU."""
+    """Return the device of a local rank: an accelerator of any type that torch supports, or the CPU."""
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()

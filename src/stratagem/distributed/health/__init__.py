@@ -1,1 +1,1 @@
-"""Detect ranks that have died or hang."""
+"""Detect ranks that have exited or hang."""

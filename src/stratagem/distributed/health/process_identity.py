@@ -1,4 +1,4 @@
-"""Tell one process of this machine from all others, and whether it still runs."""
+"""Identify a process of this machine uniquely, and check whether it is still running."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ __all__ = ["ProcessIdentity"]
 @final
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """The process of a rank. ``place`` tells where its number means that process; ``started`` tells it from a later one."""
+    """A process of a rank.
+
+    Attributes:
+        pid: the process id.
+        pid_namespace: the boot and the PID namespace in which ``pid`` is valid.
+        start_time: when the process started, which distinguishes it from a later process with the same id.
+    """
 
     pid: int
     pid_namespace: str
@@ -22,21 +28,21 @@ class ProcessIdentity:
 
     @classmethod
     def here(cls) -> Self:
-        """Return this process."""
+        """Return the identity of this process."""
         return cls.of(os.getpid())
 
     @classmethod
     def of_parent(cls) -> Self:
-        """Return the process that started this one."""
+        """Return the identity of the parent process."""
         return cls.of(os.getppid())
 
     @classmethod
     def of(cls, pid: int) -> Self:
-        """Return the process of a number on this machine."""
+        """Return the identity of a process on this machine."""
         return cls(pid, _pid_namespace(), _stat_of(pid)[1])
 
     def has_ended(self) -> bool:
-        """Tell whether the process has ended for sure: False for one on another machine, or in another container."""
+        """Return whether the process is known to have ended: False for one on another machine or in another container."""
         if self.pid_namespace != _pid_namespace():
             return False
         state, start_time = _stat_of(self.pid)
@@ -44,7 +50,7 @@ class ProcessIdentity:
 
 
 def _pid_namespace() -> str:
-    """Name the space of process numbers that this process lives in."""
+    """Return a name for the boot and the PID namespace of this process."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
@@ -52,9 +58,9 @@ def _pid_namespace() -> str:
 
 
 def _stat_of(pid: int) -> tuple[str, str]:
-    """Return the state and the start time of a process; a dead one has none.
+    """Return the state and the start time of a process; the start time of an ended process is empty.
 
-    The fields are described in https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html.
+    See https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html for the fields.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

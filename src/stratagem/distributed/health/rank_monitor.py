@@ -1,4 +1,4 @@
-"""Watch the other ranks of a run from a thread, so that the end of one is known to all, whatever they wait for."""
+"""Monitor the other ranks from a thread, so that every rank learns about a failed rank, even while it blocks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from stratagem.distributed.objects import all_gather_object
 __all__ = ["Failure", "RankMonitor"]
 
 _POLL_S = 0.5
-# More ranks ask the store less often: it answers some ten thousand questions a second.
+# With more ranks, each polls less often: the store serves about ten thousand requests per second.
 _RANKS_AT_FULL_RATE = 256
 _STORE_TIMEOUT = timedelta(seconds=5)
-# A store that cannot be reached twice has ended with its process.
+# After this many failed attempts in a row, the process that serves the store is considered gone.
 _ATTEMPTS = 2
-_ANSWER_S = 5.0
+_RESPONSE_S = 5.0
 
 T = TypeVar("T")
 
@@ -36,10 +36,13 @@ T = TypeVar("T")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What ended a run: the first thing that went wrong on any rank.
+    """The first failure on any rank of a run.
 
-    ``kind`` is ``"raised"`` (the rank raised an error), ``"died"`` (its process ended without a word), ``"silent"`` (an
-    exchange took longer than the time-out) or ``"lost"`` (the ranks' store cannot be reached). ``text`` says what happened.
+    Attributes:
+        rank: the failed rank.
+        kind: ``"raised"`` (the rank raised an error), ``"died"`` (its process ended without reporting an error),
+            ``"silent"`` (communication exceeded the timeout) or ``"lost"`` (the store is unreachable).
+        text: a description of the failure.
     """
 
     rank: int
@@ -47,186 +50,191 @@ class Failure:
     text: str
 
     def as_json(self) -> str:
-        """Return the failure as text."""
+        """Return the failure as JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
-        """Return the failure that :meth:`as_json` wrote."""
+        """Return the failure that :meth:`as_json` serialized."""
         return cls(**json.loads(text))
 
 
 @final
 class RankMonitor:
-    """Tells the other ranks of this one's failure, and this one of theirs.
+    """Report failures of this rank to the other ranks, and detect failures of the others.
 
-    Making it is collective: every rank makes as many. A thread asks the group's store twice a second for what another
-    rank has put there, leaves a sign of life, and looks after the processes on this machine.
+    The constructor is collective. Twice per second, a thread polls the process group's store for failures of other
+    ranks, writes a heartbeat, and checks that the ranks' processes on this machine are alive.
 
     Args:
-        iteration: returns where this rank stands.
-        on_failure: called by the thread, once, with the failure of another rank.
+        iteration: returns the number of iterations that this rank has completed.
+        on_failure: called once by the thread with the failure of another rank.
     """
 
-    _made = 0
+    _num_created = 0
 
     def __init__(self, iteration: Callable[[], int], on_failure: Callable[[Failure], None]) -> None:
         self.rank, self.size = get_dist_info()
-        number, RankMonitor._made = RankMonitor._made, RankMonitor._made + 1
-        # With a connection of its own: on the group's a wait for another rank would hold it up.
-        own: Store = cast("Any", _get_default_store()).clone()
-        own.set_timeout(_STORE_TIMEOUT)
-        self._store = PrefixStore(f"watch/{number}", own)
-        self._peers: Mapping[int, ProcessIdentity] = dict(enumerate(all_gather_object(ProcessIdentity.here())))
+        number, RankMonitor._num_created = RankMonitor._num_created, RankMonitor._num_created + 1
+        # A separate connection: on the group's connection, requests would queue behind a blocking wait.
+        store: Store = cast("Any", _get_default_store()).clone()
+        store.set_timeout(_STORE_TIMEOUT)
+        self._store = PrefixStore(f"monitor/{number}", store)
+        self._processes: Mapping[int, ProcessIdentity] = dict(enumerate(all_gather_object(ProcessIdentity.here())))
         self._iteration = iteration
         self._on_failure = on_failure
-        # torchrun's agent outlives its ranks, unless it is killed; other starters may end before.
+        # torchrun's agent outlives its ranks unless it is killed. Other launchers may exit before their ranks.
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._acknowledged = False
         self._poll_s = _POLL_S * max(1.0, self.size / _RANKS_AT_FULL_RATE)
         self._failure: Failure | None = None
-        self._silent = False
-        self._known = threading.Event()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="stratagem-ranks", daemon=True)
+        self._unresponsive = False
+        self._failure_known = threading.Event()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stratagem-ranks", daemon=True)
         self._thread.start()
 
     @property
     def failure(self) -> Failure | None:
-        """The run's first failure, as far as this rank knows."""
+        """The first failure of the run that this rank knows of."""
         return self._failure
 
     def close(self) -> None:
-        """Watch no longer."""
-        self._over.set()
+        """Stop monitoring."""
+        self._closed.set()
         self._thread.join(2 * self._poll_s)
 
-    def wait_over(self, seconds: float) -> bool:
-        """Wait until it is closed; return whether it is."""
-        return self._over.wait(seconds)
+    def wait_closed(self, seconds: float) -> bool:
+        """Wait until the monitor is closed or the time is up; return whether it is closed."""
+        return self._closed.wait(seconds)
 
     def wait_for_failure(self, seconds: float) -> Failure | None:
-        """Wait until a failure is known, and return it; None where none came to be known."""
-        self._known.wait(seconds)
+        """Wait until a failure is known, and return it; None if there is none by then."""
+        self._failure_known.wait(seconds)
         return self._failure
 
     def post(self, failure: Failure) -> Failure:
-        """Tell all ranks of a failure; return the one that was told first, which may be another."""
+        """Report a failure to all ranks; return the one that was reported first, which may be a different one."""
         try:
-            told = Failure.from_json(self._ask(lambda: self._store.compare_set("failure", "", failure.as_json())))
+            first = Failure.from_json(self._request(lambda: self._store.compare_set("failure", "", failure.as_json())))
         except (RuntimeError, torch_dist.DistError):
-            # The store has ended with its process; the others notice that by themselves.
-            told = failure
-        self._failure = self._failure or told
-        if told.rank != self.rank:
+            # The store is gone with its process; the other ranks detect that on their own.
+            first = failure
+        self._failure = self._failure or first
+        if first.rank != self.rank:
             self._acknowledge()
-        return told
+        return first
 
     def wait_until_known(self, seconds: float) -> None:
-        """Wait until all other ranks know of the failure: when this process ends, the store may end with it."""
+        """Wait until all other ranks know of the failure: the store may end together with this process."""
         end = time.monotonic() + seconds
         try:
-            while time.monotonic() < end and self._ask(lambda: self._store.add("known", 0)) < self.size - 1:
+            while time.monotonic() < end and self._request(lambda: self._store.add("known", 0)) < self.size - 1:
                 time.sleep(0.05)
         except (RuntimeError, torch_dist.DistError):
             return
 
     def heartbeats(self) -> list[str]:
-        """Return a line for each rank: where it stood, and how long ago that was told."""
+        """Return a line for each rank with its completed iterations and the age of its last heartbeat."""
         lines = []
         for rank in range(self.size):
             try:
-                told = self._ask(partial(self._sign_of, rank))
+                heartbeat = self._request(partial(self._heartbeat_of, rank))
             except (RuntimeError, torch_dist.DistError):
-                told = {}
-            if told:
-                ago = max(0.0, time.time() - told["time"])
-                silent = "" if ago < 4 * self._poll_s else ": stopped, or its machine hangs"
+                heartbeat = {}
+            if heartbeat:
+                age = max(0.0, time.time() - heartbeat["time"])
+                stale = "" if age < 4 * self._poll_s else ": the process or its machine is not responding"
                 lines.append(
-                    f"rank {rank}: {told['iteration']} iterations done, last sign of life {ago:.1f} s ago{silent}"
+                    f"rank {rank}: {heartbeat['iteration']} iterations completed, last heartbeat {age:.1f} s ago{stale}"
                 )
             else:
-                lines.append(f"rank {rank}: no sign of life")
+                lines.append(f"rank {rank}: no heartbeat")
         return lines
 
-    def _sign_of(self, rank: int) -> dict[str, Any]:
-        sign: dict[str, Any] = json.loads(self._store.get(f"sign/{rank}")) if self._has(f"sign/{rank}") else {}
-        return sign
+    def _heartbeat_of(self, rank: int) -> dict[str, Any]:
+        key = f"heartbeat/{rank}"
+        heartbeat: dict[str, Any] = json.loads(self._store.get(key)) if self._has(key) else {}
+        return heartbeat
 
-    def _ask(self, question: Callable[[], T]) -> T:
-        """Return the store's answer to a question.
+    def _request(self, call: Callable[[], T]) -> T:
+        """Return the result of a call to the store.
 
         Raises:
-            DistStoreError: if it does not come in time: where a cable is pulled, the store's own calls wait for ever.
+            DistStoreError: if there is no response in time. If the network is down, the store's own calls block forever.
         """
-        if self._silent:
-            raise torch_dist.DistStoreError("the ranks' store has stopped answering")
-        answers: list[T] = []
+        if self._unresponsive:
+            raise torch_dist.DistStoreError("the store of the process group has stopped responding")
+        results: list[T] = []
         errors: list[Exception] = []
 
-        def ask() -> None:
+        def run() -> None:
             try:
-                answers.append(question())
+                results.append(call())
             except (RuntimeError, torch_dist.DistError) as error:
                 errors.append(error)
 
-        thread = threading.Thread(target=ask, name="stratagem store", daemon=True)
+        thread = threading.Thread(target=run, name="stratagem store", daemon=True)
         thread.start()
-        thread.join(_ANSWER_S)
+        thread.join(_RESPONSE_S)
         if errors:
             raise errors[0]
-        if not answers:
-            self._silent = True
-            raise torch_dist.DistStoreError(f"the ranks' store did not answer within {_ANSWER_S:g} s")
-        return answers[0]
+        if not results:
+            self._unresponsive = True
+            raise torch_dist.DistStoreError(f"the store of the process group did not respond within {_RESPONSE_S:g} s")
+        return results[0]
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([key]))
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         failed_attempts = 0
-        while not self._over.is_set():
+        while not self._closed.is_set():
             try:
-                found = self._look()
+                found = self._poll()
                 failed_attempts = 0
             except (RuntimeError, torch_dist.DistError):
                 failed_attempts += 1
                 found = self._dead_process()
                 if found is None and failed_attempts >= _ATTEMPTS:
-                    found = Failure(rank=0, kind="lost", text="the ranks' store, in rank 0 or its launcher, is gone")
+                    found = Failure(
+                        rank=0,
+                        kind="lost",
+                        text="the store of the process group, served by rank 0 or its launcher, is unreachable",
+                    )
             if found is not None:
-                self._learn(found)
+                self._handle(found)
                 return
-            self._over.wait(self._poll_s)
+            self._closed.wait(self._poll_s)
 
-    def _look(self) -> Failure | None:
-        """Leave a sign of life; return the failure that another rank told of, or that is seen here."""
-        sign = {"time": time.time(), "iteration": self._iteration()}
-        self._store.set(f"sign/{self.rank}", json.dumps(sign))
+    def _poll(self) -> Failure | None:
+        """Write a heartbeat; return a failure that another rank reported or that is detected here."""
+        heartbeat = {"time": time.time(), "iteration": self._iteration()}
+        self._store.set(f"heartbeat/{self.rank}", json.dumps(heartbeat))
         if self._has("failure"):
             return Failure.from_json(self._store.get("failure"))
         dead = self._dead_process()
         return None if dead is None else self.post(dead)
 
     def _dead_process(self) -> Failure | None:
-        for rank, peer in self._peers.items():
-            if rank != self.rank and peer.has_ended():
-                where = f"process {peer.pid}, killed or ended without an error message"
-                return Failure(rank=rank, kind="died", text=f"{where}, in iteration {self._iteration() + 1}")
+        for rank, process in self._processes.items():
+            if rank != self.rank and process.has_ended():
+                what = f"process {process.pid} was killed or exited without an error message"
+                return Failure(rank=rank, kind="died", text=f"{what}, in iteration {self._iteration() + 1}")
         if self._agent is not None and os.getppid() != self._agent:
-            return Failure(rank=self.rank, kind="lost", text=f"process {self._agent}, which started it, has ended")
+            return Failure(rank=self.rank, kind="lost", text=f"its parent process {self._agent} has exited")
         return None
 
-    def _learn(self, failure: Failure) -> None:
+    def _handle(self, failure: Failure) -> None:
         if failure.rank != self.rank or failure.kind == "lost":
             self._failure = failure
             self._acknowledge()
-            self._known.set()
+            self._failure_known.set()
             self._on_failure(failure)
 
     def _acknowledge(self) -> None:
         if self._acknowledged:
             return
         self._acknowledged = True
-        with suppress(RuntimeError, torch_dist.DistError):  # the store may have ended with its process
-            self._ask(lambda: self._store.add("known", 1))
+        with suppress(RuntimeError, torch_dist.DistError):  # the store may be gone with its process
+            self._request(lambda: self._store.add("known", 1))

@@ -1,1 +1,1 @@
-"""How the processes of a run find each other and form the process group."""
+"""Read the launch environment, connect the ranks, and create the process group."""

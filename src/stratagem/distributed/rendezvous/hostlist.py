@@ -1,4 +1,4 @@
-"""SLURM's compact lists of hosts."""
+"""Expand the compact host lists of SLURM."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from stratagem.errors import LaunchError
 
 __all__ = ["expand_hostlist"]
 
-# A comma outside of brackets ends a name.
+# A comma outside brackets ends a name.
 _NAMES = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
 _PIECES = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def expand_hostlist(nodelist: str) -> list[str]:
-    """Return the hosts of a list as SLURM writes it: ``"n[08-10],b7"`` gives ``["n08", "n09", "n10", "b7"]``.
+    """Return the hosts of a SLURM host list: ``"n[08-10],b7"`` gives ``["n08", "n09", "n10", "b7"]``.
 
-    The form is that of https://slurm.schedmd.com/scontrol.html, ``show hostnames``: zeros in front belong to the name,
-    and several brackets in one name stand for every combination, the last one varying fastest.
+    See ``show hostnames`` in https://slurm.schedmd.com/scontrol.html. Leading zeros are part of the name, and several
+    brackets in one name expand to every combination, the last one varying fastest.
 
     Raises:
-        LaunchError: if the list is not of that form.
+        LaunchError: if the list cannot be parsed.
     """
     text = nodelist.strip()
     names = _NAMES.findall(text)
@@ -39,7 +39,7 @@ def _expand(name: str, nodelist: str) -> list[str]:
 
 
 def _numbers(ranges: str, nodelist: str) -> list[str]:
-    """Return the numbers of a bracket as they are written."""
+    """Return the numbers of a bracket with their leading zeros."""
     numbers: list[str] = []
     for part in ranges.split(","):
         match = _RANGE.fullmatch(part)
@@ -53,4 +53,4 @@ def _numbers(ranges: str, nodelist: str) -> list[str]:
 
 
 def _unreadable(nodelist: str) -> LaunchError:
-    return LaunchError(f"SLURM's node list {nodelist!r} cannot be read. Set MASTER_ADDR to the host of rank 0.")
+    return LaunchError(f"The SLURM node list {nodelist!r} cannot be parsed. Set MASTER_ADDR to the host of rank 0.")

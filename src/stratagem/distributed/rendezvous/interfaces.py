@@ -1,4 +1,4 @@
-"""The machine's addresses, and which of them other hosts see."""
+"""Network addresses and interfaces of this machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from stratagem.errors import LaunchError
 __all__ = ["address_towards", "interface_of", "is_loopback", "is_own", "resolve"]
 
 _SIOCGIFADDR = 0x8915  # from linux/sockios.h
-_ANY_PORT = 9  # a datagram socket that is connected sends nothing
+_ANY_PORT = 9  # connecting a datagram socket sends nothing
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a name or an address stands for this machine alone."""
+    """Return whether a host name or address is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -27,24 +27,24 @@ def is_loopback(host: str) -> bool:
 
 
 def resolve(host: str) -> str:
-    """Return the address of a host, of IPv4 where it has one.
+    """Return an address of a host, IPv4 if it has one.
 
     Raises:
-        LaunchError: if its name does not resolve on this machine.
+        LaunchError: if the name does not resolve on this machine.
     """
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         raise LaunchError(
             f"the host of rank 0, {host!r}, does not resolve on {socket.gethostname()}: {error}. Set MASTER_ADDR to its "
-            "address, or make the name known here."
+            "address, or add the name to DNS or /etc/hosts."
         ) from error
     addresses = [str(entry[4][0]) for entry in sorted(found, key=lambda entry: entry[0] != socket.AF_INET)]
     return addresses[0]
 
 
 def is_own(address: str) -> bool:
-    """Tell whether this machine has an address, so that a program can listen on it."""
+    """Return whether an address belongs to this machine, so that a program can listen on it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -55,7 +55,7 @@ def is_own(address: str) -> bool:
 
 
 def address_towards(address: str) -> str | None:
-    """Return this machine's own address on the way to another one's; None where there is no way."""
+    """Return the local address that is used to reach an address; None if it is unreachable."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -67,7 +67,7 @@ def address_towards(address: str) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the interface that has an IPv4 address; None where the platform does not tell."""
+    """Return the name of the interface with an IPv4 address; None if it is not known."""
     if sys.platform != "linux" or ":" in address:
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -75,9 +75,9 @@ def interface_of(address: str) -> str | None:
             request = struct.pack("256s", name.encode()[:15])
             try:
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-            except OSError:  # it has no such address
+            except OSError:  # the interface has no IPv4 address
                 continue
-            # struct ifreq: 16 bytes for the name, then family and port in 4, then the address.
+            # struct ifreq: a name of 16 bytes, 4 bytes for the family and the port, then the address.
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None

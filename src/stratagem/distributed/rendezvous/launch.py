@@ -1,7 +1,7 @@
-"""Who started this process, as which rank of how many: read from the environment of each launcher, once.
+"""Read the rank, the world size and the address of rank 0 from the environment of each launcher.
 
-All functions are pure: they only read the environment they are given. :mod:`~stratagem.distributed.rendezvous.process_group`
-acts on the result.
+All functions are pure: they only read the given environment. :mod:`~stratagem.distributed.rendezvous.process_group` uses
+the result.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from stratagem.utils.names import did_you_mean
 __all__ = ["LAUNCHERS", "RAY_JOB_VARIABLE", "Launch", "describe_incomplete_launch_env", "infer_launcher", "read_launch"]
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi", "ray")
-# Set by `stratagem train --launcher ray`, with torchrun's variables; Ray itself sets nothing for ranks.
+# Set by `stratagem train --launcher ray`, with torchrun's variables; Ray itself sets no variables for ranks.
 RAY_JOB_VARIABLE = "STRATAGEM_RAY_JOB"
 
-# What each launcher sets for every process it starts. All of a row must be there: a stray WORLD_SIZE, as container
-# platforms set it, is no launch.
-_MARKS = {
+# The variables that each launcher sets for every process. A launcher is detected only if all of them are set: container
+# platforms may set WORLD_SIZE alone.
+_REQUIRED = {
     "ray": (RAY_JOB_VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"),
     "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    # Before SLURM: in a SLURM job, mpirun's ranks inherit the variables of the one task that started them.
+    # Before SLURM: in a SLURM job, mpirun's ranks inherit the SLURM variables of the task that started them.
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
 }
@@ -35,9 +35,9 @@ _MARKS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """What a launcher told this process about itself and about where rank 0 can be met.
+    """The ranks of this process and the address of rank 0, as set by a launcher.
 
-    Where no port was given, ``master_port`` is None and the ranks find rank 0 by ``job``, a name that they share.
+    If no port is set, ``master_port`` is None, and the ranks find the port of rank 0 by their common ``job`` name.
     """
 
     launcher: str
@@ -51,70 +51,70 @@ class Launch:
 
     @property
     def on_one_host(self) -> bool:
-        """Whether all ranks run on this machine; who meets on loopback cannot be elsewhere."""
+        """Whether all ranks run on this machine, as they must if rank 0 is at a loopback address."""
         return self.local_size == self.size or is_loopback(self.master_addr)
 
     @property
-    def place(self) -> str:
-        """Where rank 0 is met, for messages."""
+    def address(self) -> str:
+        """The address of rank 0, for messages."""
         return f"{self.master_addr}:{self.master_port}" if self.master_port is not None else self.master_addr
 
 
 def infer_launcher(environ: Mapping[str, str] = os.environ) -> str:
-    """Name the launcher that started this process: ``"pytorch"``, ``"slurm"``, ``"mpi"``, ``"ray"`` or ``"none"``."""
-    for launcher, marks in _MARKS.items():
-        if all(mark in environ for mark in marks):
+    """Return the launcher that started this process: ``"pytorch"``, ``"slurm"``, ``"mpi"``, ``"ray"`` or ``"none"``."""
+    for launcher, required in _REQUIRED.items():
+        if all(name in environ for name in required):
             return launcher
     return "none"
 
 
 def read_launch(launcher: str, environ: Mapping[str, str] = os.environ) -> Launch:
-    """Read what ``launcher`` told this process.
+    """Read the environment that ``launcher`` set for this process.
 
     Raises:
-        LaunchError: if there is no such launcher, or it did not start this process, or what it set makes no sense.
+        LaunchError: if the launcher is unknown, did not start this process, or set inconsistent values.
     """
     if launcher not in LAUNCHERS:
-        raise LaunchError(f"There is no launcher {launcher!r}. {did_you_mean(launcher, LAUNCHERS)}")
+        raise LaunchError(f"Unknown launcher {launcher!r}. {did_you_mean(launcher, LAUNCHERS)}")
     if launcher == "none":
         return Launch(launcher="none")
-    missing = [mark for mark in _MARKS[launcher] if mark not in environ]
+    missing = [name for name in _REQUIRED[launcher] if name not in environ]
     if missing:
         raise LaunchError(_not_started_by(launcher, missing, environ))
     launch = _READERS[launcher](environ)
     if not (0 <= launch.rank < launch.size and 0 <= launch.local_rank < launch.local_size):
         raise LaunchError(
-            f"launcher={launcher!r}: rank {launch.rank} of {launch.size}, local rank {launch.local_rank} of "
-            f"{launch.local_size} cannot be. Look for stray variables of an earlier launch in the environment."
+            f"launcher={launcher!r}: rank {launch.rank} of {launch.size} with local rank {launch.local_rank} of "
+            f"{launch.local_size} is invalid. Check the environment for variables of an earlier launch."
         )
     if launch.master_port is not None and not 0 <= launch.master_port < 65_536:
-        raise LaunchError(f"MASTER_PORT is {launch.master_port}; a port is a number from 0 to 65535.")
+        raise LaunchError(f"MASTER_PORT is {launch.master_port}; expected a number from 0 to 65535.")
     return launch
 
 
 def describe_incomplete_launch_env(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a sentence about variables that look like a launch of several processes but are not a whole one.
+    """Return a warning if only some of the variables of a multi-process launch are set; None otherwise.
 
-    Each of several processes that were started so would train alone, into the same folder.
+    Several processes in such an environment would each train alone, in the same directory.
     """
-    marks = _MARKS["pytorch"]
+    required = _REQUIRED["pytorch"]
     size = environ.get("WORLD_SIZE", "1")
-    missing = [mark for mark in marks if mark not in environ]
+    missing = [name for name in required if name not in environ]
     if infer_launcher(environ) != "none" or size in {"", "0", "1"}:
         return None
-    found = ", ".join(f"{mark}={environ[mark]}" for mark in marks if mark in environ)
+    found = ", ".join(f"{name}={environ[name]}" for name in required if name in environ)
     return (
-        f"This process trains alone: it found {found}, but not {', '.join(missing)}. If it is one of {size} that belong "
-        f"together, set these too, or start them by torchrun; if not, unset WORLD_SIZE."
+        f"This process trains alone: the environment has {found}, but not {', '.join(missing)}. If it is one of {size} processes, set "
+        f"the missing variables or use torchrun; otherwise unset WORLD_SIZE."
     )
 
 
 def _not_started_by(launcher: str, missing: list[str], environ: Mapping[str, str]) -> str:
-    found = [f"{mark}={environ[mark]}" for mark in _MARKS[launcher] if mark in environ]
+    found = [f"{name}={environ[name]}" for name in _REQUIRED[launcher] if name in environ]
     by = infer_launcher(environ)
-    actual = f"It was started by launcher {by!r}: name that one, or none." if by != "none" else _HOW[launcher]
+    actual = f"It was started by launcher {by!r}: specify that launcher, or none." if by != "none" else _HOW[launcher]
     return (
-        f"launcher={launcher!r}, but this process was not started by it: {', '.join(missing)} not set"
+        f"launcher={launcher!r}, but this process was not started by it: {', '.join(missing)} is not set"
         f"{f', only {chr(44).join(found)}' if found else ''}. {actual}"
     )
 
@@ -127,7 +127,7 @@ def _read_pytorch(environ: Mapping[str, str]) -> Launch:
         rank=_integer(environ, "RANK"),
         local_rank=local_rank,
         size=size,
-        # Set by torchrun; without it nothing says that the ranks share a machine.
+        # Set by torchrun. Without it, the number of ranks on this machine is not known.
         local_size=_integer(environ, "LOCAL_WORLD_SIZE", default=1 if size == 1 else local_rank + 1),
         master_addr=environ["MASTER_ADDR"],
         master_port=_integer(environ, "MASTER_PORT"),
@@ -154,13 +154,13 @@ def _read_slurm(environ: Mapping[str, str]) -> Launch:
         local_size=size if one_host else (tasks_here or local_rank + 1),
         master_addr=master or ("127.0.0.1" if one_host or not nodes else expand_hostlist(nodes)[0]),
         master_port=_given_port(environ),
-        # A job that was requeued keeps its number and counts its steps anew.
+        # A requeued job keeps its id, and its step numbers start again.
         job=f"SLURM step {environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}.{environ.get('SLURM_RESTART_COUNT', 0)}",
     )
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
-    """Return how many tasks of the step run on this node: its entry of a list such as ``"2(x3),1"``."""
+    """Return the number of tasks of the step on this node: its entry in a list such as ``"2(x3),1"``."""
     listed = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     if not listed:
         return None
@@ -188,8 +188,8 @@ def _read_mpi(environ: Mapping[str, str]) -> Launch:
     port = _given_port(environ)
     if job is None and port is None:
         raise LaunchError(
-            "mpirun set neither PMIX_NAMESPACE nor OMPI_MCA_ess_base_jobid, so the ranks cannot tell their job from "
-            "others. Pass a free port of rank 0's host: mpirun -x MASTER_PORT=<port> ..."
+            "mpirun set neither PMIX_NAMESPACE nor OMPI_MCA_ess_base_jobid, so the ranks cannot identify their "
+            "job. Pass a free port of rank 0's host: mpirun -x MASTER_PORT=<port> ..."
         )
     return Launch(
         launcher="mpi",
@@ -204,8 +204,8 @@ def _read_mpi(environ: Mapping[str, str]) -> Launch:
 
 
 def _host_of_mpirun(environ: Mapping[str, str]) -> str | None:
-    """Return the first address of mpirun's own host, on which it puts rank 0 unless told otherwise."""
-    # Such as "1429733376.0;tcp://192.168.0.2,10.0.0.2:46591;tcp6://[fd00::2]:38709".
+    """Return the first address of the host of mpirun, which runs rank 0 by default."""
+    # For example "1429733376.0;tcp://192.168.0.2,10.0.0.2:46591;tcp6://[fd00::2]:38709".
     match = re.search(r";tcp://([0-9.]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
     return match[1] if match else None
 
@@ -243,4 +243,4 @@ def _integer(environ: Mapping[str, str], name: str, *, default: int | None = Non
     try:
         return int(text or "")
     except ValueError:
-        raise LaunchError(f"The environment variable {name} is {text!r}; a whole number is due.") from None
+        raise LaunchError(f"The environment variable {name} is {text!r}; expected an integer.") from None

@@ -1,4 +1,4 @@
-"""Make and end the process group."""
+"""Create and destroy the process group."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from stratagem.utils.names import did_you_mean, refuse_unknown
 __all__ = ["close_dist", "init_dist"]
 
 _DEFAULT_TIMEOUT_S = 600.0
-# The other arguments of torch.distributed.init_process_group are decided here.
-_PASSED_ON = ("group_name", "pg_options", "device_id")
+# All other arguments of torch.distributed.init_process_group are set here.
+_FORWARDED = ("group_name", "pg_options", "device_id")
 _OWN = ("backend", "timeout", "init_method")
 
 
@@ -31,25 +31,24 @@ def init_dist(
     init_method: str | None = None,
     **kwargs: Any,
 ) -> Launch:
-    """Create the process group, as the launcher's environment says, and select this rank's device.
+    """Create the process group from the launcher's environment, and select this rank's device.
 
-    Collective: every rank calls it. A no-op where a group exists already or the launcher is ``"none"``.
+    Collective. Does nothing if a process group exists or the launcher is ``"none"``.
 
     Args:
         launcher: one of :data:`~stratagem.distributed.LAUNCHERS`; inferred from the environment by default.
-        backend: of ``torch.distributed``; by default the one that fits the device, with gloo beside it for tensors on
-            the CPU.
-        timeout: seconds after which a collective that does not complete is an error; 600 by default.
-        init_method: a URL for ``torch.distributed.init_process_group`` in place of the launcher's address and port.
+        backend: a ``torch.distributed`` backend; by default the one for the device, plus gloo for CPU tensors.
+        timeout: timeout of collectives in seconds or as a ``timedelta``; 600 seconds by default.
+        init_method: a URL for ``torch.distributed.init_process_group`` instead of the launcher's address and port.
         kwargs: ``group_name``, ``pg_options`` and ``device_id`` of ``torch.distributed.init_process_group``.
 
     Raises:
-        LaunchError: if the launcher did not start this process, or the ranks cannot meet.
+        LaunchError: if the launcher did not start this process, or the ranks cannot connect.
         ConfigTypeError: if ``timeout`` is neither a number nor a ``timedelta``.
-        ConfigValueError: if ``timeout`` is not positive, or torch has no such backend.
-        ConfigKeyError: if there is no such argument.
+        ConfigValueError: if ``timeout`` is not positive and finite, or the backend is unknown.
+        ConfigKeyError: if an argument is unknown.
     """
-    refuse_unknown(kwargs, (*_OWN, *_PASSED_ON), "dist_cfg")
+    refuse_unknown(kwargs, (*_OWN, *_FORWARDED), "dist_cfg")
     _check_backend(backend)
     limit = _as_timedelta(timeout)
     if launcher is None:
@@ -61,48 +60,48 @@ def init_dist(
     if device.type != "cpu":
         torch.accelerator.set_device_index(device)
         kwargs.setdefault("device_id", device)
-    where: dict[str, Any] = {"rank": launch.rank, "world_size": launch.size}
+    connection: dict[str, Any] = {"rank": launch.rank, "world_size": launch.size}
     try:
         if init_method is not None:
-            where["init_method"] = init_method
+            connection["init_method"] = init_method
         else:
             choose_network_interface(launch)
-            where["store"] = rendezvous(launch, limit)
-        torch_dist.init_process_group(backend or _default_backend(device), timeout=limit, **where, **kwargs)
+            connection["store"] = rendezvous(launch, limit)
+        torch_dist.init_process_group(backend or _default_backend(device), timeout=limit, **connection, **kwargs)
     except (torch_dist.DistError, RuntimeError, ValueError, OSError) as error:
         raise LaunchError(
             f"Rank {launch.rank} of {launch.size} could not join the process group at "
-            f"{init_method or launch.place} (launcher {launcher!r}): {error}"
+            f"{init_method or launch.address} (launcher {launcher!r}): {error}"
         ) from error
     return launch
 
 
 def close_dist() -> None:
-    """End the process group if there is one. Idempotent."""
+    """Destroy the process group if there is one. Idempotent."""
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 
 
 def _check_backend(backend: str | None) -> None:
-    # Such as "gloo", or "cpu:gloo,cuda:nccl". Torch takes unknown names for libraries that are not loaded yet.
+    # For example "gloo" or "cpu:gloo,cuda:nccl". Torch treats unknown names as libraries that are not loaded yet.
     for pair in backend.split(",") if backend else ():
         name = pair.rpartition(":")[2].lower()
         if name not in torch_dist.Backend.backend_list:
             known = did_you_mean(name, torch_dist.Backend.backend_list)
-            raise ConfigValueError(f"dist_cfg: backend={backend!r}, and torch has no backend {name!r}. {known}")
+            raise ConfigValueError(f"dist_cfg: backend={backend!r}, but torch has no backend {name!r}. {known}")
 
 
 def _as_timedelta(timeout: float | timedelta | None) -> timedelta:
     if timeout is None:
         return timedelta(seconds=_DEFAULT_TIMEOUT_S)
     if isinstance(timeout, bool) or not isinstance(timeout, int | float | timedelta):
-        raise ConfigTypeError(f"dist_cfg: timeout is {timeout!r}; seconds or a timedelta are due.")
+        raise ConfigTypeError(f"dist_cfg: timeout is {timeout!r}; expected seconds or a timedelta.")
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if not 0 < seconds < math.inf:
-        raise ConfigValueError(f"dist_cfg: timeout is {timeout!r}; a positive, finite time is due.")
+        raise ConfigValueError(f"dist_cfg: timeout is {timeout!r}; expected a positive, finite time.")
     return timedelta(seconds=seconds)
 
 
 def _default_backend(device: torch.device) -> str:
-    own = torch_dist.get_default_backend_for_device(device)
-    return own if device.type == "cpu" else f"cpu:gloo,{device.type}:{own}"
+    backend = torch_dist.get_default_backend_for_device(device)
+    return backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}"

@@ -1,4 +1,4 @@
-"""Let the ranks of a launch find each other."""
+"""Connect the ranks of a launch through a store."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from stratagem.errors import LaunchError
 
 __all__ = ["choose_network_interface", "rendezvous"]
 
-# Ranks make their groups in the same order, so the number tells the groups of one process apart. The store lives as long
-# as the process: a rank that comes later must not reach the one of a group that has ended.
+# Ranks create their groups in the same order, so this number identifies a group. A store lives as long as its process, so
+# a late rank must not read the keys of an earlier group.
 _groups = itertools.count()
 _stores: dict[Launch, Store] = {}
 
 
 def choose_network_interface(launch: Launch) -> None:
-    """Have gloo's pairs listen on loopback, or on the one interface that leads to rank 0; a user's choice goes before."""
+    """Set gloo's interface to loopback or to the one that reaches rank 0, unless the user has set one."""
     if launch.on_one_host:
         names = [name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}]
         name = names[0] if names else None
@@ -41,41 +41,41 @@ def choose_network_interface(launch: Launch) -> None:
 
 
 def rendezvous(launch: Launch, limit: timedelta) -> Store:
-    """Return the store through which the ranks find each other, once all of them are there. Collective.
+    """Return the store that connects the ranks, once all of them have joined. Collective.
 
     Raises:
-        LaunchError: if they cannot meet, or were not started as one world.
+        LaunchError: if the ranks cannot connect, or were started with different world sizes or equal ranks.
     """
-    with ExitStack() as until_met:
+    with ExitStack() as until_joined:
         if launch not in _stores:
-            _stores[launch] = _connect(launch, limit, until_met)
+            _stores[launch] = _connect(launch, limit, until_joined)
         store = _stores[launch]
         store.set_timeout(limit)
-        # Neither a restarted process nor a second group of this one may read what an earlier group left in the store.
-        own = PrefixStore(f"stratagem/{_start(launch)}/{next(_groups)}", store)
-        check_membership(PrefixStore("roll", own), launch, limit)
-    return own
+        # A restarted process, or a second group in this process, must not read the keys of an earlier group.
+        group_store = PrefixStore(f"stratagem/{_start_id(launch)}/{next(_groups)}", store)
+        check_membership(PrefixStore("membership", group_store), launch, limit)
+    return group_store
 
 
-def _start(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
-    """Return what tells a start of torchrun's ranks from the others that used the same store; other launchers have one.
+def _start_id(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
+    """Return an identifier for this start of torchrun's ranks among those that used the same store.
 
-    Ranks that are started again because others came or went have the same count, and another size. Elsewhere the size is
-    left out, so that ranks which were told different ones meet, and are refused.
+    After a membership change, torchrun restarts the ranks with the same restart count and another world size. Other
+    launchers start ranks once; the size is left out for them, so that ranks with different sizes connect and report it.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return "0"
     return f"{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{launch.size}"
 
 
-def _connect(launch: Launch, limit: timedelta, until_met: ExitStack) -> Store:
+def _connect(launch: Launch, limit: timedelta, until_joined: ExitStack) -> Store:
     address = resolve(launch.master_addr)
-    # torchrun's agent usually serves the store already; its workers are all clients then.
+    # Usually torchrun's agent already serves the store, and all its workers are clients.
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if launch.rank == 0 and not served:
         listener = _listen(launch, address)
         own_port = listener.getsockname()[1]
-        # The store takes the descriptor over and closes it.
+        # The store takes ownership of the descriptor.
         store: Store = TCPStore(
             address,
             own_port,
@@ -85,7 +85,7 @@ def _connect(launch: Launch, limit: timedelta, until_met: ExitStack) -> Store:
             master_listen_fd=listener.detach(),
         )
         if launch.master_port is None:
-            until_met.callback(PortAnnouncer(launch.job, address, own_port).close)
+            until_joined.callback(PortAnnouncer(launch.job, address, own_port).close)
         return store
     port = launch.master_port
     if port is None:
@@ -94,17 +94,17 @@ def _connect(launch: Launch, limit: timedelta, until_met: ExitStack) -> Store:
 
 
 def _listen(launch: Launch, address: str) -> socket.socket:
-    """Listen where the ranks look for rank 0 and nowhere else: TCPStore itself would listen on every interface."""
+    """Listen only on the address of rank 0; TCPStore itself would listen on every interface."""
     if not is_own(address):
         if launch.master_port is None:
             raise LaunchError(
-                f"rank 0 runs here, but is looked for at {launch.master_addr}, which is another machine. "
-                "Set MASTER_ADDR, on every rank, to an address of rank 0's host."
+                f"rank 0 runs on this machine, but its address {launch.master_addr} belongs to another machine. "
+                "Set MASTER_ADDR on every rank to an address of the host of rank 0."
             )
-        # Such as the address of a service, from which connections are handed on to this machine.
+        # For example the address of a service that forwards connections to this machine.
         address = ""
     elif is_loopback(address) and not launch.on_one_host:
-        # Debian's /etc/hosts leads a machine's own name to 127.0.1.1, where other hosts do not arrive.
+        # Debian's /etc/hosts maps the machine's own name to 127.0.1.1, which other hosts cannot reach.
         address = ""
     try:
         listener = socket.create_server(
@@ -116,8 +116,8 @@ def _listen(launch: Launch, address: str) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise
         raise LaunchError(
-            f"port {launch.master_port} is in use by another program, perhaps a rank 0 of an earlier run. Set MASTER_PORT "
-            "(torchrun: --master-port) to a free one; without it, srun's and mpirun's ranks find one themselves."
+            f"port {launch.master_port} is in use by another program, perhaps rank 0 of an earlier run. Set MASTER_PORT "
+            "(torchrun: --master-port) to a free port; ranks started by srun and mpirun find one if it is not set."
         ) from error
     listener.setblocking(False)
     return listener

@@ -117,7 +117,7 @@ class RankGuard:
         self.failure = failure
         if failure.kind == "silent":
             dump_stacks(self._stacks_of(monitor.rank))
-        if not monitor.wait_over(_GRACE_S):
+        if not monitor.wait_closed(_GRACE_S):
             exit_now(RankFailedError.exit_status, self.reason(monitor.rank))
 
     def _stacks_of(self, rank: int) -> Path:
