@@ -121,9 +121,7 @@ def all_reduce(data: Tensor, op: str = "sum", group: Group | None = None) -> Non
     if op != "mean" and op not in _OPS:
         raise ConfigValueError(f"all_reduce: unknown op={op!r}. {did_you_mean(op, [*_OPS, 'mean'])}")
     if op == "mean" and not (data.is_floating_point() or data.is_complex()):
-        raise ConfigTypeError(
-            f"all_reduce: the mean of {data.dtype} values is not supported; convert to float first."
-        )
+        raise ConfigTypeError(f"all_reduce: the mean of {data.dtype} values is not supported; convert to float first.")
     size = get_world_size(group)
     if size == 1:
         return

@@ -104,8 +104,8 @@ def describe_incomplete_launch_env(environ: Mapping[str, str] = os.environ) -> s
         return None
     found = ", ".join(f"{name}={environ[name]}" for name in required if name in environ)
     return (
-        f"This process trains alone: the environment has {found}, but not {', '.join(missing)}. If it is one of {size} processes, set "
-        f"the missing variables or use torchrun; otherwise unset WORLD_SIZE."
+        f"This process trains alone: the environment has {found}, but not {', '.join(missing)}. If it is one of {size} "
+        f"processes, set the missing variables or use torchrun; otherwise unset WORLD_SIZE."
     )
 
 
