@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "stratagem"
 
 # A module imports only from earlier rows and from its own folder.
 LAYERS = (
-    {"_version", "errors"},
+    {"_version", "errors", "builtin_entries"},
     {"utils"},
     {"logging"},
     {"config", "registry"},

@@ -1,6 +1,6 @@
 import pytest
 
-from stratagem.config import Config, Did, Origin, explain, parse_overrides
+from stratagem.config import ChangeKind, Config, Origin, explain, parse_overrides
 
 
 @pytest.fixture
@@ -60,12 +60,16 @@ def test_a_value_set_by_the_program_has_the_program_as_origin(config):
 
 def test_changes_are_listed_in_order(config):
     """Explain lists where a value was set, replaced and removed."""
-    did = [(name(change.origin), change.did, change.value) for change in config.explain("model.depth")]
-    assert did == [("base.py:3", Did.GAVE, 3), ("run.py:3", Did.REPLACED, 5)]
-    did = [(name(change.origin), change.did) for change in config.explain("model.head.bias")]
-    assert did == [("base.py:7", Did.GAVE), ("run.py:4", Did.REMOVED)]
-    did = [(name(change.origin), change.did) for change in config.explain("model")]
-    assert did == [("base.py:1", Did.GAVE), ("run.py:2", Did.MERGED), ("--set model", Did.MERGED)]
+    changes = [(name(change.origin), change.kind, change.value) for change in config.explain("model.depth")]
+    assert changes == [("base.py:3", ChangeKind.SET, 3), ("run.py:3", ChangeKind.REPLACED, 5)]
+    changes = [(name(change.origin), change.kind) for change in config.explain("model.head.bias")]
+    assert changes == [("base.py:7", ChangeKind.SET), ("run.py:4", ChangeKind.REMOVED)]
+    changes = [(name(change.origin), change.kind) for change in config.explain("model")]
+    assert changes == [
+        ("base.py:1", ChangeKind.SET),
+        ("run.py:2", ChangeKind.MERGED),
+        ("--set model", ChangeKind.MERGED),
+    ]
 
 
 def test_explain_writes_one_line_per_change(config):
@@ -73,8 +77,8 @@ def test_explain_writes_one_line_per_change(config):
     lines = explain(config, "model.depth").splitlines()
     assert lines[0] == "model.depth"
     assert [line.split("/")[-1].split() for line in lines[1:]] == [
-        ["base.py:3", "gave", "it", "3"],
-        ["run.py:3", "replaced", "it", "5"],
+        ["base.py:3", "set", "3"],
+        ["run.py:3", "replaced", "5"],
     ]
     config.model.depth = 1
     assert explain(config, "model.depth").splitlines()[-1] == "  the program set it afterwards"
@@ -112,8 +116,8 @@ def test_lines_are_known_in_every_language(suffix, text, lines):
 
 def test_a_node_reports_its_location(config):
     """A node reports its path and location for error messages."""
-    assert config.model.stages[1].__place__("width") == "model.stages.1.width (--set model.stages.1.width)"
-    assert name(config.model.head.__place__()) == "run.py:4)"
+    assert config.model.stages[1].__source_position__("width") == "model.stages.1.width (--set model.stages.1.width)"
+    assert name(config.model.head.__source_position__()) == "run.py:4)"
 
 
 def test_an_origin_formats_as_file_and_line():

@@ -141,7 +141,7 @@ def test_explain_shows_no_secrets(monkeypatch):
     assert "hunter" not in shown
     assert "w0rd" not in shown
     assert "{{ $WORD }}" in shown
-    assert "replaced it  '{{ $SECRET:credentials.value }}'" in shown
+    assert "replaced  '{{ $SECRET:credentials.value }}'" in shown
 
 
 def test_a_repr_shows_no_secrets():

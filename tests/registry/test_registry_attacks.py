@@ -12,7 +12,7 @@ import torch
 
 from stratagem.config import Config
 from stratagem.errors import ConfigError, ConfigValueError, MissingDependencyError
-from stratagem.registry import METRICS, MODELS, OPTIMIZERS, Members, Registry, allow_packages, import_policy
+from stratagem.registry import METRICS, MODELS, OPTIMIZERS, ClassesOf, Registry, allow_packages, import_policy
 from stratagem.utils.data_names import DataName
 from stratagem.utils.data_rules import refused_arguments, rules_of
 from stratagem.utils.signatures import arguments_of
@@ -369,9 +369,9 @@ HARMLESS = {
 def test_suspicious_arguments_of_library_classes_have_rules(registry: Registry) -> None:
     """Every class with a suspicious argument has rules or was reviewed; a new one in a library fails this test."""
     reached, suspects = 0, []
-    for family in (family for family in registry._families if isinstance(family, Members)):
+    for source in (source for source in registry._name_sources if isinstance(source, ClassesOf)):
         try:
-            names = list(family.names())
+            names = list(source.names())
         except MissingDependencyError:
             continue
         for name in names:

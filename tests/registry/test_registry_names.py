@@ -164,7 +164,7 @@ def test_built_in_entries_are_imported_on_first_use(tmp_path, monkeypatch):
     """A built-in entry is imported on first use, and its name cannot be registered again."""
     (tmp_path / "ready_module.py").write_text("class Zebra: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry = Registry("animal", scope="ready", ready={"Zebra": "ready_module:Zebra"})
+    registry = Registry("animal", scope="ready", builtin_entries={"Zebra": "ready_module:Zebra"})
     assert len(registry) == 1
     assert "ready_module" not in sys.modules
     assert registry.get("Zebra").__name__ == "Zebra"

@@ -4,7 +4,7 @@ from stratagem.config.check import FREE_KEY, Problem, Rule, Section, check, requ
 from stratagem.config.compare import changed_values
 from stratagem.config.config import Config
 from stratagem.config.explain import explain, show
-from stratagem.config.history import Change, Did
+from stratagem.config.history import Change, ChangeKind
 from stratagem.config.node import ConfigDict
 from stratagem.config.overrides import parse_overrides
 from stratagem.config.reading.read_base import read_base
@@ -15,7 +15,7 @@ __all__ = [
     "Change",
     "Config",
     "ConfigDict",
-    "Did",
+    "ChangeKind",
     "Origin",
     "Problem",
     "Rule",

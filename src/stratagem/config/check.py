@@ -20,7 +20,7 @@ from stratagem.utils import did_you_mean, import_object, nearest_names
 from stratagem.utils.data_rules import refused_arguments
 from stratagem.utils.signatures import Arguments, arguments_of
 
-__all__ = ["FREE_KEY", "Names", "Problem", "Rule", "Section", "check", "require"]
+__all__ = ["FREE_KEY", "SupportsLookup", "Problem", "Rule", "Section", "check", "require"]
 
 # The one section that carries values which nobody reads: texts to refer to, anchors of a YAML file, notes.
 FREE_KEY = "vars"
@@ -28,7 +28,7 @@ FREE_KEY = "vars"
 _BUILD_KEYS = frozenset({"type", "_scope_"})
 
 
-class Names(Protocol):
+class SupportsLookup(Protocol):
     """What checking needs of a registry."""
 
     @property
@@ -55,7 +55,7 @@ class Section:
         others: What may stand below any other key; None if there is none.
     """
 
-    registry: Names | None = None
+    registry: SupportsLookup | None = None
     target: str | None = None
     default_type: str | None = None
     by_name: bool = False
@@ -65,7 +65,7 @@ class Section:
     others: Rule | None = None
 
     @property
-    def anything(self) -> bool:
+    def accepts_anything(self) -> bool:
         """Whether nothing is known of what stands here."""
         return self.registry is None and self.target is None and not self.keys and self.others is None
 
@@ -129,7 +129,7 @@ class _Check:
 
     def value(self, value: Any, rule: Rule, path: KeyPath) -> Iterator[Problem]:
         section = rule if isinstance(rule, Section) else rule(value)
-        if section.anything:
+        if section.accepts_anything:
             return
         if isinstance(value, Mapping):
             yield from self.mapping(value, section, path)
@@ -177,7 +177,7 @@ class _Check:
         else:
             yield from self.value(value, rule, path)
 
-    def _argument(self, node: Any, key: str | int, registry: Names | None, path: KeyPath) -> Iterator[Problem]:
+    def _argument(self, node: Any, key: str | int, registry: SupportsLookup | None, path: KeyPath) -> Iterator[Problem]:
         """Check mappings in an argument, of which it is not sure that this registry builds them."""
         try:
             value = node[key]
@@ -188,11 +188,11 @@ class _Check:
             for index in range(len(value)):
                 yield from self._argument(value, index, registry, (*path, index))
         elif isinstance(value, Mapping):
-            yield from self._slips(value, registry, path)
+            yield from self._typos(value, registry, path)
             for name in value:
                 yield from self._argument(value, name, registry, (*path, name))
 
-    def _slips(self, node: Mapping[str, Any], registry: Names | None, path: KeyPath) -> Iterator[Problem]:
+    def _typos(self, node: Mapping[str, Any], registry: SupportsLookup | None, path: KeyPath) -> Iterator[Problem]:
         if registry is None:
             return
         key = "type" if "type" in node else next(iter(nearest_names("type", map(str, node))), None)
@@ -215,7 +215,7 @@ class _Check:
                 yield self._unknown(key, Section(), taken, (*path, key), target)
 
     def _target(
-        self, node: Mapping[str, Any], section: Section, registry: Names, path: KeyPath
+        self, node: Mapping[str, Any], section: Section, registry: SupportsLookup, path: KeyPath
     ) -> tuple[Any, list[Problem]]:
         try:
             kind = node.get("type", section.default_type)
@@ -227,7 +227,9 @@ class _Check:
             return None, [self._problem(path, f"the key 'type', which names a {registry.name}, is missing.{hint}")]
         return self._named(kind, registry, node.get("_scope_", self._scope), (*path, "type"))
 
-    def _named(self, kind: Any, registry: Names, scope: str | None, path: KeyPath) -> tuple[Any, list[Problem]]:
+    def _named(
+        self, kind: Any, registry: SupportsLookup, scope: str | None, path: KeyPath
+    ) -> tuple[Any, list[Problem]]:
         try:
             target = _find(kind, registry, scope)
         except StratagemError as error:
@@ -255,7 +257,7 @@ class _Check:
         return Problem(path_text(path), origin, message)
 
 
-def _find(kind: Any, registry: Names, scope: str | None) -> Any:
+def _find(kind: Any, registry: SupportsLookup, scope: str | None) -> Any:
     if not isinstance(kind, str):
         return kind if callable(kind) else None
     with registry.switch_scope_and_registry(scope) as scoped:

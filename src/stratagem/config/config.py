@@ -12,20 +12,20 @@ from stratagem.config.history import Change, History
 from stratagem.config.keys import KeyPath, parse_path
 from stratagem.config.merge import merge, nest
 from stratagem.config.node import ConfigDict, as_plain
-from stratagem.config.reading.custom_imports import find_beside, import_custom_modules
+from stratagem.config.reading.custom_imports import add_sibling_folders_to_path, import_custom_modules
 from stratagem.config.reading.data_languages import DATA_SUFFIXES
 from stratagem.config.reading.files import Layers, Reader, merge_layers
 from stratagem.config.reading.source import Origin, Source
 from stratagem.config.redact import redacted
 from stratagem.config.text import python_text, text_of
 from stratagem.errors import ConfigFileError, ConfigKeyError, ConfigTypeError
-from stratagem.utils.source_positions import Placed
+from stratagem.utils.source_positions import HasSourcePosition
 
 __all__ = ["Config"]
 
 
 @final
-class Config(MutableMapping[str, Any], Placed):
+class Config(MutableMapping[str, Any], HasSourcePosition):
     """A mapping of sections, read from a file or made from a dict, that knows where each value was given.
 
     Keys are attributes too: ``config.model.depth``. A ``.py`` file is a program and runs when it is loaded; YAML, JSON
@@ -121,7 +121,7 @@ class Config(MutableMapping[str, Any], Placed):
     def _load(cls, layers: Layers, filename: str | None, *, import_modules: bool) -> Config:
         config = cls.__new__(cls)
         config._become(merge_layers(layers), layers, filename)
-        find_beside(layers)
+        add_sibling_folders_to_path(layers)
         if import_modules:
             import_custom_modules(layers, config._data.get("custom_imports"))
         return config
@@ -129,8 +129,8 @@ class Config(MutableMapping[str, Any], Placed):
     def _become(self, sections: Mapping[str, Any], layers: Layers, filename: str | None) -> None:
         history = History(layers)
         for key in _RESERVED.intersection(sections):
-            raise ConfigKeyError(f"{history.place((key,))}: every Config has an attribute {key!r}. Rename the key.")
-        self._adopt(ConfigDict.placed(sections, history), history, filename)
+            raise ConfigKeyError(f"{history.position((key,))}: every Config has an attribute {key!r}. Rename the key.")
+        self._adopt(ConfigDict.with_positions(sections, history), history, filename)
 
     def _adopt(self, data: ConfigDict, history: History, filename: str | None) -> None:
         object.__setattr__(self, "_data", data)
@@ -199,8 +199,8 @@ class Config(MutableMapping[str, Any], Placed):
     def __repr__(self) -> str:
         return f"Config({redacted(self.to_dict())!r}, filename={self._filename!r})"
 
-    def __place__(self, key: str | None = None) -> str:
-        return self._data.__place__(key)
+    def __source_position__(self, key: str | None = None) -> str:
+        return self._data.__source_position__(key)
 
     def __copy__(self) -> Config:
         return self._with(self._data.copy())

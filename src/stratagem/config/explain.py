@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stratagem.config.config import Config
-from stratagem.config.history import Change
+from stratagem.config.history import Change, ChangeKind
 from stratagem.config.keys import KeyPath, parse_path
 from stratagem.config.node import as_plain
 from stratagem.config.redact import redacted
@@ -40,7 +40,7 @@ def explain(config: Config, path: str) -> str:
     if not changes and origin is None:
         _refuse(config, path)
     keys = parse_path(path)
-    rows = [(str(change.origin), str(change.did), _short(change, keys)) for change in changes]
+    rows = [(str(change.origin), str(change.kind), _short(change, keys)) for change in changes]
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     lines = [f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows]
     if origin is not None and origin.path == "the program":
@@ -61,6 +61,6 @@ def _refuse(config: Config, path: str) -> None:
 
 
 def _short(change: Change, path: KeyPath) -> str:
-    removed = change.value is None and change.did == "removed it"
+    removed = change.value is None and change.kind is ChangeKind.REMOVED
     text = "" if removed else repr(redacted(as_plain(change.value), path))
     return text if len(text) <= _WIDTH else text[: _WIDTH - 3] + "..."

@@ -12,16 +12,16 @@ from stratagem.config.merge import DELETE
 from stratagem.config.reading.lines import line_of
 from stratagem.config.reading.source import Origin, Source
 
-__all__ = ["Change", "Did", "History"]
+__all__ = ["Change", "ChangeKind", "History"]
 
 
-class Did(StrEnum):
+class ChangeKind(StrEnum):
     """What a layer did to a value."""
 
-    GAVE = "gave it"
-    REPLACED = "replaced it"
-    MERGED = "merged into it"
-    REMOVED = "removed it"
+    SET = "set"
+    REPLACED = "replaced"
+    MERGED = "merged"
+    REMOVED = "removed"
 
 
 @final
@@ -30,7 +30,7 @@ class Change:
     """One layer's say in a value. ``value`` is what the layer says, which is only a part of a dict merged into."""
 
     origin: Origin
-    did: Did
+    kind: ChangeKind
     value: Any
 
 
@@ -45,24 +45,24 @@ class History:
         """Return what each layer did to the value at ``path``, in order."""
         changes: list[Change] = []
         for layer in self.layers:
-            said = _said(layer, path)
-            there = bool(changes) and changes[-1].did is not Did.REMOVED
-            if said is None or (said.value is _NOTHING and not there):
+            found = _layer_value(layer, path)
+            there = bool(changes) and changes[-1].kind is not ChangeKind.REMOVED
+            if found is None or (found.value is _NOTHING and not there):
                 continue
-            if said.value is _NOTHING:
-                changes.append(Change(said.origin, Did.REMOVED, None))
-            elif there and not said.replaces and isinstance(said.value, Mapping):
-                changes.append(Change(said.origin, Did.MERGED, said.value))
+            if found.value is _NOTHING:
+                changes.append(Change(found.origin, ChangeKind.REMOVED, None))
+            elif there and not found.replaces and isinstance(found.value, Mapping):
+                changes.append(Change(found.origin, ChangeKind.MERGED, found.value))
             else:
-                changes.append(Change(said.origin, Did.REPLACED if there else Did.GAVE, said.value))
+                changes.append(Change(found.origin, ChangeKind.REPLACED if there else ChangeKind.SET, found.value))
         return changes
 
     def last(self, path: KeyPath) -> Change | None:
         """Return the change that gave the value at ``path`` as a whole; None where no layer gives it."""
-        whole = [change for change in self.changes(path) if change.did is not Did.MERGED]
-        return whole[-1] if whole and whole[-1].did is not Did.REMOVED else None
+        whole = [change for change in self.changes(path) if change.kind is not ChangeKind.MERGED]
+        return whole[-1] if whole and whole[-1].kind is not ChangeKind.REMOVED else None
 
-    def place(self, path: KeyPath) -> str:
+    def position(self, path: KeyPath) -> str:
         """Return ``"model.depth (config.py:12)"``; for a path that no layer gives, the place of its parent."""
         for end in range(len(path), 0, -1):
             change = self.last(path[:end])
@@ -76,7 +76,7 @@ _NOTHING = object()
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Said:
+class _LayerValue:
     """What one layer says at a path: a value or ``_NOTHING``, and whether it replaces what is below."""
 
     origin: Origin
@@ -84,21 +84,21 @@ class _Said:
     replaces: bool
 
 
-def _said(layer: Source, path: KeyPath) -> _Said | None:
+def _layer_value(layer: Source, path: KeyPath) -> _LayerValue | None:
     node: Any = layer.data
     replaces = False
     for depth, key in enumerate(path):
         if isinstance(node, Mapping):
             found = key if key in node else str(key)
             if found not in node:
-                return _Said(_origin(layer, path[:depth]), _NOTHING, replaces) if replaces else None
+                return _LayerValue(_origin(layer, path[:depth]), _NOTHING, replaces) if replaces else None
             node = node[found]
             replaces = replaces or not isinstance(node, Mapping) or bool(node.get(DELETE, False))
         elif isinstance(node, list | tuple) and isinstance(key, int) and key < len(node):
             node = node[key]
         else:
-            return _Said(_origin(layer, path[:depth]), _NOTHING, replaces)
-    return _Said(_origin(layer, path), node, replaces)
+            return _LayerValue(_origin(layer, path[:depth]), _NOTHING, replaces)
+    return _LayerValue(_origin(layer, path), node, replaces)
 
 
 def _origin(layer: Source, path: KeyPath) -> Origin:

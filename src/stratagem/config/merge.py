@@ -57,7 +57,7 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
         if not isinstance(value, Mapping):
             merged[key] = value
         elif key not in merged or value.get(DELETE, False):
-            merged[key] = without_marks(value)
+            merged[key] = without_delete_keys(value)
         elif isinstance(merged[key], Mapping) or (list_keys and isinstance(merged[key], list | tuple)):
             merged[key] = merge(value, merged[key], list_keys=list_keys, path=(*path, key))
             if isinstance(lower, DataName):
@@ -72,10 +72,10 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
     return {keys[key]: value for key, value in merged.items()}
 
 
-def without_marks(value: Any) -> Any:
+def without_delete_keys(value: Any) -> Any:
     """Return a copy of nested dicts without their ``_delete_`` marks, which have nothing to delete there."""
     if isinstance(value, Mapping):
-        return {key: without_marks(item) for key, item in value.items() if key != DELETE}
+        return {key: without_delete_keys(item) for key, item in value.items() if key != DELETE}
     return value
 
 
@@ -147,7 +147,7 @@ def _merge_items(over: Mapping[str, Any], base: list[Any] | tuple[Any, ...], pat
         if isinstance(value, Mapping) and isinstance(below, Mapping | list | tuple) and not value.get(DELETE, False):
             items[index] = merge(value, below, list_keys=True, path=(*path, index))
         else:
-            items[index] = without_marks(value)
+            items[index] = without_delete_keys(value)
     return items if isinstance(base, list) else tuple(items)
 
 

@@ -12,7 +12,7 @@ from stratagem.errors import ConfigKeyError
 from stratagem.utils import did_you_mean
 from stratagem.utils.data_names import DataName
 from stratagem.utils.lazy import DEFERRED, LazyObject, lazy_name, resolve
-from stratagem.utils.source_positions import Placed
+from stratagem.utils.source_positions import HasSourcePosition
 
 __all__ = ["ConfigDict", "MissingKeyError", "as_node", "as_plain"]
 
@@ -23,14 +23,14 @@ class MissingKeyError(ConfigKeyError, AttributeError):
     """A key that is not there was read, as an item or as an attribute."""
 
 
-class Located(Protocol):
+class PositionLookup(Protocol):
     """Whatever knows in which file and line the value at a path was given."""
 
-    def place(self, path: KeyPath) -> str: ...
+    def position(self, path: KeyPath) -> str: ...
 
 
 @final
-class ConfigDict(dict[str, Any], Placed):
+class ConfigDict(dict[str, Any], HasSourcePosition):
     """A ``dict`` whose keys can be read and set as attributes, and whose nested dicts are of this class too.
 
     Nested mappings, also those in lists and tuples, are converted when they are put in (lists and tuples are copied
@@ -42,7 +42,7 @@ class ConfigDict(dict[str, Any], Placed):
     # 0.04 microseconds a level instead of 1.
     __slots__ = ("__dict__", "_owner", "_path")
 
-    _owner: Located | None
+    _owner: PositionLookup | None
     _path: KeyPath
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,23 +52,27 @@ class ConfigDict(dict[str, Any], Placed):
         self.update(*args, **kwargs)
 
     @classmethod
-    def placed(cls, data: Mapping[str, Any], owner: Located, path: KeyPath = ()) -> ConfigDict:
+    def with_positions(cls, data: Mapping[str, Any], owner: PositionLookup, path: KeyPath = ()) -> ConfigDict:
         """Return a deep copy of ``data`` in which every nested dict knows its path and who can locate it."""
         node = cls()
         object.__setattr__(node, "_owner", owner)
         object.__setattr__(node, "_path", path)
         for key, value in _raw_items(data):
-            dict.__setitem__(node, key, value if value.__class__ in _LEAVES else _place(value, owner, (*path, key)))
+            dict.__setitem__(
+                node, key, value if value.__class__ in _LEAVES else _with_positions(value, owner, (*path, key))
+            )
         node._mirror_all()
         return node
 
-    def __place__(self, key: str | None = None) -> str:
+    def __source_position__(self, key: str | None = None) -> str:
         if self._owner is None:
             return ""
-        return self._owner.place(self._path if key is None else (*self._path, key))
+        return self._owner.position(self._path if key is None else (*self._path, key))
 
     def __missing__(self, key: object) -> Any:
-        raise MissingKeyError(f"{self.__place__() or 'This configuration'} has no key {key!r}. {_suggest(key, self)}")
+        raise MissingKeyError(
+            f"{self.__source_position__() or 'This configuration'} has no key {key!r}. {_suggest(key, self)}"
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -241,12 +245,12 @@ def as_node(value: Any) -> Any:
     return value
 
 
-def _place(value: Any, owner: Located, path: KeyPath) -> Any:
+def _with_positions(value: Any, owner: PositionLookup, path: KeyPath) -> Any:
     if isinstance(value, dict):
-        return ConfigDict.placed(value, owner, path)
+        return ConfigDict.with_positions(value, owner, path)
     if value.__class__ is list or value.__class__ is tuple:
         items = [
-            item if item.__class__ in _LEAVES else _place(item, owner, (*path, index))
+            item if item.__class__ in _LEAVES else _with_positions(item, owner, (*path, index))
             for index, item in enumerate(value)
         ]
         return items if value.__class__ is list else tuple(items)
@@ -276,7 +280,7 @@ def _suggest(key: object, known: Iterable[object]) -> str:
     return did_you_mean(str(key), [name for name in known if isinstance(name, str)])
 
 
-def _revive(data: dict[str, Any], owner: Located | None, path: KeyPath) -> ConfigDict:
+def _revive(data: dict[str, Any], owner: PositionLookup | None, path: KeyPath) -> ConfigDict:
     """Make a ConfigDict from values that are converted already."""
     node = ConfigDict()
     object.__setattr__(node, "_owner", owner)

@@ -28,7 +28,7 @@ from stratagem.registry.builtin import (
     WEIGHT_INITIALIZERS,
 )
 from stratagem.registry.import_policy import allow_packages, allowed_packages
-from stratagem.registry.name_sources import Constructors, Family, Loaders, Members
+from stratagem.registry.name_sources import ClassesOf, ModelZoo, NameSource, PretrainedFactories
 from stratagem.registry.registry import Registry
 from stratagem.registry.scope import current_scope, switch_scope
 
@@ -57,10 +57,10 @@ __all__ = [
     "VISBACKENDS",
     "VISUALIZERS",
     "WEIGHT_INITIALIZERS",
-    "Constructors",
-    "Family",
-    "Loaders",
-    "Members",
+    "ModelZoo",
+    "NameSource",
+    "PretrainedFactories",
+    "ClassesOf",
     "Registry",
     "allow_packages",
     "allowed_packages",

@@ -13,14 +13,14 @@ from stratagem.utils.data_names import DataName, unmark_data
 from stratagem.utils.data_rules import is_restricted, refuse_data_arguments, weights_only_loads
 from stratagem.utils.lazy import resolve_all
 from stratagem.utils.signatures import arguments_of
-from stratagem.utils.source_positions import place_of
+from stratagem.utils.source_positions import source_position
 
-__all__ = ["Names", "build_from_cfg", "build_model_from_cfg", "build_runner_from_cfg"]
+__all__ = ["SupportsBuild", "build_from_cfg", "build_model_from_cfg", "build_runner_from_cfg"]
 
 _SCOPE = "_scope_"
 
 
-class Names(Protocol):
+class SupportsBuild(Protocol):
     """What building needs of a registry."""
 
     @property
@@ -32,7 +32,9 @@ class Names(Protocol):
     def switch_scope_and_registry(self, scope: str | None) -> Any: ...
 
 
-def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mapping[str, Any] | None = None) -> Any:
+def build_from_cfg(
+    cfg: Mapping[str, Any], registry: SupportsBuild, default_args: Mapping[str, Any] | None = None
+) -> Any:
     """Call what the ``type`` of ``cfg`` names with the other items of ``cfg`` as arguments.
 
     ``type`` is a name in ``registry``, a class or a function. Only this node is built: arguments that are mappings
@@ -69,28 +71,28 @@ def build_from_cfg(cfg: Mapping[str, Any], registry: Names, default_args: Mappin
                 # Plain names, since some targets keep them, as optimizers do in their state.
                 return target(**{str(name): value for name, value in arguments.items()})
         except Exception as error:
-            place = place_of(cfg)
-            error.add_note(f"while building {_name(target)}" + (f" from {place}" if place else ""))
+            position = source_position(cfg)
+            error.add_note(f"while building {_name(target)}" + (f" from {position}" if position else ""))
             if restricted:
                 error.add_note("A data file gave a part of this, so files of weights are read without pickle.")
             raise
 
 
-def build_model_from_cfg(cfg: Any, registry: Names, default_args: Mapping[str, Any] | None = None) -> Any:
+def build_model_from_cfg(cfg: Any, registry: SupportsBuild, default_args: Mapping[str, Any] | None = None) -> Any:
     """Build a model; a list of models becomes a ``torch.nn.Sequential``."""
     if isinstance(cfg, list):
         return import_object("torch.nn:Sequential")(*(build_from_cfg(item, registry, default_args) for item in cfg))
     return build_from_cfg(cfg, registry, default_args)
 
 
-def build_runner_from_cfg(cfg: Mapping[str, Any], registry: Names) -> Any:
+def build_runner_from_cfg(cfg: Mapping[str, Any], registry: SupportsBuild) -> Any:
     """Build the runner that ``runner_type`` names (``Runner`` by default) with its ``from_cfg``."""
     arguments = _arguments(cfg, registry, None)
     with registry.switch_scope_and_registry(arguments.get(_SCOPE)) as scoped:
         return _resolve(arguments.get("runner_type", "Runner"), scoped, cfg).from_cfg(cfg)
 
 
-def _arguments(cfg: object, registry: Names, default_args: Mapping[str, Any] | None) -> dict[str, Any]:
+def _arguments(cfg: object, registry: SupportsBuild, default_args: Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(cfg, Mapping):
         raise ConfigTypeError(f"A {registry.name} is described by a mapping with a 'type', not by {cfg!r}.")
     if not (default_args is None or isinstance(default_args, Mapping)):
@@ -100,7 +102,7 @@ def _arguments(cfg: object, registry: Names, default_args: Mapping[str, Any] | N
     return {key: resolve_all(value) for key, value in {**defaults, **cfg}.items()}
 
 
-def _resolve(kind: object, registry: Names, cfg: Mapping[str, Any]) -> Any:
+def _resolve(kind: object, registry: SupportsBuild, cfg: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str):
         if callable(kind):
             return kind
@@ -127,8 +129,8 @@ def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], c
 
 
 def _at(cfg: object, key: str | None = None) -> str:
-    place = place_of(cfg, key)
-    return f"{place}: " if place else ""
+    position = source_position(cfg, key)
+    return f"{position}: " if position else ""
 
 
 def _name(target: Any) -> str:

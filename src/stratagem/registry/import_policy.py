@@ -85,7 +85,7 @@ def import_dotted(key: str, known: Callable[[], Iterable[str]]) -> Callable[...,
         if found is None:
             continue
         if isinstance(key, DataName):
-            _require_own(key, found, parts[end:])
+            _refuse_reexported(key, found, parts[end:])
         for part in parts[end:]:
             found = getattr(found, part, None)
         return found if callable(found) else None
@@ -96,7 +96,7 @@ def _parts(key: str) -> list[str]:
     return key.replace(":", ".").split(".")
 
 
-def _require_own(key: str, module: Any, path: list[str]) -> None:
+def _refuse_reexported(key: str, module: Any, path: list[str]) -> None:
     """Refuse a data file's name that leads out of the packages that the program allowed.
 
     Raises:
@@ -107,8 +107,8 @@ def _require_own(key: str, module: Any, path: list[str]) -> None:
         if not isinstance(module, ModuleType):
             break
         found = getattr(module, part, None)
-        if not _is_own(found, part, module):
-            reason = reason or f"{part!r}, which {module.__name__} only imported from {_home(found)}"
+        if not _is_defined_in_allowed(found, part, module):
+            reason = reason or f"{part!r}, which {module.__name__} only imported from {_defining_module(found)}"
         module = found
     if reason:
         raise ConfigValueError(
@@ -117,15 +117,15 @@ def _require_own(key: str, module: Any, path: list[str]) -> None:
         )
 
 
-def _is_own(found: Any, name: str, module: ModuleType) -> bool:
+def _is_defined_in_allowed(found: Any, name: str, module: ModuleType) -> bool:
     if isinstance(found, ModuleType):
         return is_of_allowed_package(found.__name__)
     if name in getattr(module, "__all__", ()) or not isinstance(found, _IMPORTABLE):
         return True
-    return is_of_allowed_package(_home(found))
+    return is_of_allowed_package(_defining_module(found))
 
 
-def _home(found: Any) -> str:
+def _defining_module(found: Any) -> str:
     return str(found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None) or "builtins")
 
 

@@ -13,10 +13,10 @@ from stratagem.errors import ConfigValueError
 from stratagem.registry.import_policy import is_allowed
 from stratagem.utils import import_module, import_object
 
-__all__ = ["Constructors", "Family", "Loaders", "Members"]
+__all__ = ["ModelZoo", "NameSource", "PretrainedFactories", "ClassesOf"]
 
 
-class Family(ABC):
+class NameSource(ABC):
     """Names that a registry knows without listing them."""
 
     @abstractmethod
@@ -29,23 +29,23 @@ class Family(ABC):
 
 
 @final
-class Members(Family):
+class ClassesOf(NameSource):
     """Every subclass of ``base`` in ``module``, by its name and by its dotted path.
 
     Args:
         module: Where to look, such as ``"torch.optim"``.
         base: What to accept, as ``"module:Class"``.
-        spelled: Further names, each with the name in ``module`` that it stands for.
+        aliases: Further names, each with the name in ``module`` that it stands for.
         prefix: What every name begins with, such as ``"schedulefree."``; then the library is imported only when it is
             meant.
     """
 
     def __init__(
-        self, module: str, base: str, spelled: Mapping[str, str] = MappingProxyType({}), *, prefix: str = ""
+        self, module: str, base: str, aliases: Mapping[str, str] = MappingProxyType({}), *, prefix: str = ""
     ) -> None:
         self._module = module
         self._base = base
-        self._spelled = dict(spelled)
+        self._aliases = dict(aliases)
         self._prefix = prefix
 
     def find(self, name: str) -> Callable[..., Any] | None:
@@ -55,7 +55,7 @@ class Members(Family):
         short = name.removeprefix(f"{self._module}.").removeprefix(self._prefix)
         if not short.isidentifier() or short.startswith("_"):
             return None
-        found = getattr(import_module(self._module), self._spelled.get(short, short), None)
+        found = getattr(import_module(self._module), self._aliases.get(short, short), None)
         return found if self._accepts(found) else None
 
     def names(self) -> Iterable[str]:
@@ -64,14 +64,14 @@ class Members(Family):
             return ()
         members = vars(import_module(self._module)).items()
         own = [name for name, found in members if self._accepts(found) and not name.startswith("_")]
-        return [f"{self._prefix}{name}" for name in (*own, *self._spelled)]
+        return [f"{self._prefix}{name}" for name in (*own, *self._aliases)]
 
     def _accepts(self, found: object) -> bool:
         return isinstance(found, type) and issubclass(found, import_object(self._base))
 
 
 @final
-class Loaders(Family):
+class PretrainedFactories(NameSource):
     """Class methods that make a model: ``transformers.AutoModel.from_pretrained``, and the classes themselves.
 
     Args:
@@ -102,19 +102,19 @@ class Loaders(Family):
 
 
 @final
-class Constructors(Family):
+class ModelZoo(NameSource):
     """Models that a library makes from a name: ``timm.resnet18`` is ``timm.create_model("resnet18", ...)``.
 
     Args:
         prefix: What stands before the library's own name, with the dot.
         maker: The function that takes the name first, as ``"module:function"``.
-        lister: The function that returns all names.
+        list_function: The function that returns all names.
     """
 
-    def __init__(self, prefix: str, maker: str, lister: str) -> None:
+    def __init__(self, prefix: str, factory: str, list_function: str) -> None:
         self._prefix = prefix
-        self._maker = maker
-        self._lister = lister
+        self._factory = factory
+        self._list_function = list_function
 
     def find(self, name: str) -> Callable[..., Any] | None:
         """Return the function that makes the model of this name, or None if the prefix is different.
@@ -131,10 +131,10 @@ class Constructors(Family):
                 "Name a model that the library lists, or write this part of the configuration in Python."
             )
         # What follows a dot names the weights, as in timm.resnet18.a1_in1k; a colon, a place to load the model from.
-        if ":" not in model and model.partition(".")[0] not in import_object(self._lister)():
+        if ":" not in model and model.partition(".")[0] not in import_object(self._list_function)():
             return None
-        return partial(import_object(self._maker), model)
+        return partial(import_object(self._factory), model)
 
     def names(self) -> Iterable[str]:
         """Return all names that the library lists."""
-        return [f"{self._prefix}{name}" for name in import_object(self._lister)()]
+        return [f"{self._prefix}{name}" for name in import_object(self._list_function)()]

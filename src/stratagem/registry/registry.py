@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.registry.build import build_from_cfg
 from stratagem.registry.import_policy import import_dotted, is_allowed, is_of_allowed_package
-from stratagem.registry.name_sources import Family
+from stratagem.registry.name_sources import NameSource
 from stratagem.registry.scope import current_scope, switch_scope
 from stratagem.utils import did_you_mean, import_module, import_object
 from stratagem.utils.data_names import DataName
@@ -39,8 +39,8 @@ class Registry:
         locations: Modules that register entries when they are imported, which happens when a name is first missing.
         build_func: Called as ``build_func(cfg, registry=..., default_args=...)`` in place of ``build_from_cfg``; the
             parent's by default.
-        ready: Names that are known from the start, each with where to find it: ``"package.module:Class"``.
-        families: Further ready names that need not be listed.
+        builtin_entries: Names that are known from the start, each with where to find it: ``"package.module:Class"``.
+        name_sources: Further ready names that need not be listed.
 
     Raises:
         ConfigValueError: if the parent has a child of this scope already.
@@ -54,16 +54,16 @@ class Registry:
         scope: str | None = None,
         locations: Sequence[str] = (),
         build_func: BuildFunction | None = None,
-        ready: Mapping[str, str] | None = None,
-        families: Sequence[Family] = (),
+        builtin_entries: Mapping[str, str] | None = None,
+        name_sources: Sequence[NameSource] = (),
     ) -> None:
         self._name = name
         self._scope = scope if scope is not None else _scope_of_caller()
         self._parent = parent
         self._children: dict[str, Registry] = {}
         self._entries: dict[str, Target] = {}
-        self._ready = dict(ready or {})
-        self._families = tuple(families)
+        self._builtin_entries = dict(builtin_entries or {})
+        self._name_sources = tuple(name_sources)
         self._locations = list(locations)
         self._build_func: BuildFunction = build_func or (build_from_cfg if parent is None else parent.build_func)
         if parent is not None:
@@ -108,7 +108,7 @@ class Registry:
         return dict(self._entries)
 
     def __len__(self) -> int:
-        return len(self._entries.keys() | self._ready.keys())
+        return len(self._entries.keys() | self._builtin_entries.keys())
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self.get(name) is not None
@@ -209,10 +209,10 @@ class Registry:
         """Return all names that can be looked up here and in the parents; libraries of families are imported."""
         names: set[str] = set()
         for registry in self._chain():
-            names.update(registry._entries, registry._ready)
-            for family in registry._families:
+            names.update(registry._entries, registry._builtin_entries)
+            for source in registry._name_sources:
                 try:
-                    names.update(family.names())
+                    names.update(source.names())
                 except Exception:  # noqa: BLE001, S112 -- a broken library must not hide the error that asks for names
                     continue
         return sorted(names)
@@ -245,10 +245,10 @@ class Registry:
             self._import_locations()
         if name in self._entries:
             return self._entries[name]
-        if name in self._ready:
-            target: Target = import_object(self._ready[name])
+        if name in self._builtin_entries:
+            target: Target = import_object(self._builtin_entries[name])
             return target
-        return next((found for family in self._families if (found := family.find(name)) is not None), None)
+        return next((found for source in self._name_sources if (found := source.find(name)) is not None), None)
 
     def _import_locations(self) -> None:
         locations, self._locations = self._locations, []
@@ -270,8 +270,8 @@ class Registry:
             raise ConfigTypeError(f"{module!r} is neither a class nor a function, so {self._name} cannot register it.")
         names = [module.__name__] if name is None else [name] if isinstance(name, str) else name
         for key in names:
-            if not force and (key in self._entries or key in self._ready):
-                holder = self._entries.get(key) or self._ready[key]
+            if not force and (key in self._entries or key in self._builtin_entries):
+                holder = self._entries.get(key) or self._builtin_entries[key]
                 raise ConfigKeyError(
                     f"{key!r} is already registered in {self._name}, for {holder}. "
                     f"Choose another name, or pass force=True to replace it."

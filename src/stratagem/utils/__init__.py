@@ -10,7 +10,7 @@ from stratagem.utils.names import did_you_mean, nearest_names, refuse_unknown
 from stratagem.utils.paths import absolute, is_url
 from stratagem.utils.versions import digit_version
 
-_LATER = {
+_LAZY_NAMES = {
     "AppliedSettings": "stratagem.utils.multiprocess:AppliedSettings",
     "collect_env": "stratagem.utils.environment_report:collect_env",
     "generator_state": "stratagem.utils.seeding:generator_state",
@@ -42,11 +42,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY_NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = import_object(_LATER[name])
+    found = globals()[name] = import_object(_LAZY_NAMES[name])
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted({*globals(), *_LAZY_NAMES})

@@ -8,8 +8,8 @@ from typing import Any, Self, final
 
 __all__ = [
     "DataName",
-    "FilledDataName",
-    "FilledText",
+    "InterpolatedDataName",
+    "InterpolatedStr",
     "data_keys",
     "holds_data",
     "is_dotted_name",
@@ -40,7 +40,7 @@ class DataName(str):
 
 
 @final
-class FilledText(str):
+class InterpolatedStr(str):
     """A string into which placeholders put values of the environment; ``template`` is the string with the placeholders.
 
     It is a ``str`` in every respect. What is kept of a configuration shows the template.
@@ -60,8 +60,8 @@ class FilledText(str):
 
 
 @final
-class FilledDataName(DataName):
-    """A :class:`DataName` that is a :class:`FilledText` as well."""
+class InterpolatedDataName(DataName):
+    """A :class:`DataName` that is an :class:`InterpolatedStr` as well."""
 
     __slots__ = ("template",)
 
@@ -78,7 +78,7 @@ class FilledDataName(DataName):
 
 def template_of(value: object) -> str | None:
     """Return the template of a string that placeholders filled; None for any other value."""
-    return value.template if isinstance(value, FilledText | FilledDataName) else None
+    return value.template if isinstance(value, InterpolatedStr | InterpolatedDataName) else None
 
 
 def mark_data(value: Any, key: object = None) -> Any:
@@ -97,12 +97,12 @@ def mark_data(value: Any, key: object = None) -> Any:
 
 def _as_name(text: str) -> DataName:
     template = template_of(text)
-    return DataName(text) if template is None else FilledDataName(text, template)
+    return DataName(text) if template is None else InterpolatedDataName(text, template)
 
 
 def unmark_data(value: Any) -> Any:
     """Return a copy of nested dicts, lists and tuples with plain strings, for a library that may look at classes."""
-    if isinstance(value, DataName | FilledText):
+    if isinstance(value, DataName | InterpolatedStr):
         return str(value)
     if isinstance(value, dict):
         return {unmark_data(key): unmark_data(item) for key, item in value.items()}

@@ -25,12 +25,12 @@ from stratagem.utils.names import did_you_mean
 __all__ = ["is_restricted", "refuse_data_arguments", "refused_arguments", "rules_of", "weights_only_loads"]
 
 # They belong to the mapping, not to the target.
-_OF_THE_MAPPING: Final = frozenset({"type", "_scope_"})
+_RESERVED_KEYS: Final = frozenset({"type", "_scope_"})
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Values:
+class AllowedValues:
     """The values that an argument may have. ``described`` ends the sentence "It may be ..."."""
 
     described: str
@@ -50,9 +50,9 @@ class DataRules:
     """
 
     applies: Callable[[Any], bool]
-    allowed: Mapping[str, Values] = field(default_factory=dict)
+    allowed: Mapping[str, AllowedValues] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    others: Values | None = None
+    others: AllowedValues | None = None
 
 
 def rules_of(target: Any) -> DataRules | None:
@@ -71,7 +71,7 @@ def refused_arguments(target: Any, given: Mapping[str, Any]) -> dict[str, str]:
         return {}
     suspects = given.keys() if isinstance(given.get("type"), DataName) else _given_by_data(given)
     refused = {name: _refusal(name, given[name], rules, target) for name in given if name in suspects}
-    return {name: reason for name, reason in refused.items() if reason and name not in _OF_THE_MAPPING}
+    return {name: reason for name, reason in refused.items() if reason and name not in _RESERVED_KEYS}
 
 
 def refuse_data_arguments(target: Any, given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
@@ -109,7 +109,7 @@ def weights_only_loads() -> Iterator[None]:
 
 def _given_by_data(given: Mapping[str, Any]) -> set[str]:
     return data_keys(given) | {
-        name for name, value in given.items() if name not in _OF_THE_MAPPING and holds_data(value)
+        name for name, value in given.items() if name not in _RESERVED_KEYS and holds_data(value)
     }
 
 
@@ -151,9 +151,9 @@ def _is_labels(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(each, str | int) for pair in value.items() for each in pair)
 
 
-def _one_of(*values: object) -> Values:
+def _one_of(*values: object) -> AllowedValues:
     named = ", ".join(map(repr, values))
-    return Values(f"one of {named}" if len(values) > 1 else named, lambda value: _is_listed(value, values))
+    return AllowedValues(f"one of {named}" if len(values) > 1 else named, lambda value: _is_listed(value, values))
 
 
 def _is_listed(value: Any, values: tuple[object, ...]) -> bool:
@@ -165,12 +165,12 @@ def _is_plain_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-_FLAG: Final = Values("True or False", lambda value: isinstance(value, bool))
-_TEXT: Final = Values("a string", _is_plain_text)
-_NUMBERS: Final = Values("a number or a list of numbers", _is_numbers)
-_LABELS: Final = Values("a mapping of labels", _is_labels)
+_FLAG: Final = AllowedValues("True or False", lambda value: isinstance(value, bool))
+_TEXT: Final = AllowedValues("a string", _is_plain_text)
+_NUMBERS: Final = AllowedValues("a number or a list of numbers", _is_numbers)
+_LABELS: Final = AllowedValues("a mapping of labels", _is_labels)
 # A colon would name a place to download the model from.
-_MODEL_NAME: Final = Values(
+_MODEL_NAME: Final = AllowedValues(
     "the name of a model of the library",
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
 )
@@ -202,12 +202,12 @@ def _is_mode(value: Any) -> bool:
 _COMPILE: Final = DataRules(
     lambda target: (getattr(target, "__module__", None), getattr(target, "__name__", None)) == ("torch", "compile"),
     {
-        "mode": Values("a mode of torch.compile, such as 'max-autotune'", _is_mode),
+        "mode": AllowedValues("a mode of torch.compile, such as 'max-autotune'", _is_mode),
         "fullgraph": _FLAG,
-        "dynamic": Values("True, False or None", lambda value: value is None or isinstance(value, bool)),
+        "dynamic": AllowedValues("True, False or None", lambda value: value is None or isinstance(value, bool)),
         "disable": _FLAG,
-        "backend": Values("the name of a backend that torch brings or the program registered", _is_backend),
-        "target": Values(
+        "backend": AllowedValues("the name of a backend that torch brings or the program registered", _is_backend),
+        "target": AllowedValues(
             "the name of a public method of the model",
             lambda value: isinstance(value, str) and value.isidentifier() and not value.startswith("_"),
         ),
@@ -344,7 +344,7 @@ _TORCHVISION: Final = DataRules(
         "name": _MODEL_NAME,
         **dict.fromkeys(
             ("weights", "weights_backbone"),
-            Values(
+            AllowedValues(
                 "the name of weights of the library, such as 'DEFAULT'",
                 lambda value: value is None or (isinstance(value, str) and re.fullmatch(r"[\w.]+", value) is not None),
             ),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Never, final
 
 from stratagem.errors import ConfigKeyError, ConfigParsingError, ConfigValueError
-from stratagem.utils.data_names import FilledText
+from stratagem.utils.data_names import InterpolatedStr
 from stratagem.utils.imports import import_module, import_object
 
 __all__ = ["DEFERRED", "LazyObject", "MaskedSecret", "lazy_name", "resolve", "resolve_all"]
@@ -19,21 +19,21 @@ class LazyObject:
     Args:
         module: The module to import.
         path: The dotted name in it; empty for the module itself.
-        place: Where it is imported, such as ``"config.py:3"``, for errors.
+        position: Where it is imported, such as ``"config.py:3"``, for errors.
     """
 
     # Private names, since any public attribute means one of the object that is not there yet.
-    __slots__ = ("_module", "_path", "_place")
+    __slots__ = ("_module", "_path", "_position")
 
-    def __init__(self, module: str, path: str = "", place: str = "") -> None:
+    def __init__(self, module: str, path: str = "", position: str = "") -> None:
         self._module = module
         self._path = path
-        self._place = place
+        self._position = position
 
     def __getattr__(self, name: str) -> LazyObject:
         if name.startswith("__"):
             raise AttributeError(name)
-        return LazyObject(self._module, f"{self._path}.{name}" if self._path else name, self._place)
+        return LazyObject(self._module, f"{self._path}.{name}" if self._path else name, self._position)
 
     def __call__(self, *_: object, **__: object) -> Never:
         raise ConfigParsingError(
@@ -51,7 +51,7 @@ class LazyObject:
         return f"<{lazy_name(self)}, not imported yet>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LazyObject, (self._module, self._path, self._place)
+        return LazyObject, (self._module, self._path, self._position)
 
 
 @final
@@ -64,12 +64,12 @@ class MaskedSecret:
     Args:
         text: what the configuration has in its place.
         path: the key that the secret belongs to.
-        place: the file and line, for errors.
+        position: the file and line, for errors.
     """
 
     text: str
     path: str
-    place: str = ""
+    position: str = ""
 
     def __str__(self) -> str:
         raise self.error()
@@ -82,7 +82,7 @@ class MaskedSecret:
     def error(self) -> ConfigValueError:
         """Return the error of using it."""
         return ConfigValueError(
-            f"{self.place}: the secret {self.path} was masked when this configuration was kept, so it has no value here. "
+            f"{self.position}: the secret {self.path} was masked when this configuration was kept, so it has no value here. "
             f"Give it again: --set {self.path}=..., or put an environment variable there: {{{{ $NAME }}}}."
         )
 
@@ -117,7 +117,7 @@ def resolve(value: Any) -> Any:
                 return import_module(lazy_name(value))
             except ImportError:
                 pass
-        raise ConfigKeyError(f"{value._place}: {error}") from error
+        raise ConfigKeyError(f"{value._position}: {error}") from error
 
 
 def resolve_all(value: Any) -> Any:
@@ -129,4 +129,4 @@ def resolve_all(value: Any) -> Any:
         return [resolve_all(item) for item in value]
     if value.__class__ is tuple:
         return tuple(resolve_all(item) for item in value)
-    return str(value) if value.__class__ is FilledText else resolve(value)
+    return str(value) if value.__class__ is InterpolatedStr else resolve(value)

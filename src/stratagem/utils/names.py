@@ -20,9 +20,9 @@ def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
     for candidate in known:
         folded.setdefault(candidate.casefold().replace("-", "_"), candidate)
     wanted = name.casefold().replace("-", "_")
-    slips = sorted(candidate for candidate in folded if _one_slip_apart(wanted, candidate))
+    typos = sorted(candidate for candidate in folded if _is_one_typo_apart(wanted, candidate))
     close = difflib.get_close_matches(wanted, folded, n=most, cutoff=0.6)
-    return [folded[near] for near in dict.fromkeys((*slips, *close))][:most]
+    return [folded[near] for near in dict.fromkeys((*typos, *close))][:most]
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
@@ -51,7 +51,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> No
         )
 
 
-def _one_slip_apart(one: str, other: str) -> bool:
+def _is_one_typo_apart(one: str, other: str) -> bool:
     if abs(len(one) - len(other)) > 1:
         return False
     start = 0

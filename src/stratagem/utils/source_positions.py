@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-__all__ = ["Placed", "place_of"]
+__all__ = ["HasSourcePosition", "source_position"]
 
 
-class Placed(ABC):
+class HasSourcePosition(ABC):
     """A mapping that can say where it, or the value of one of its keys, was given."""
 
     __slots__ = ()
 
     @abstractmethod
-    def __place__(self, key: str | None = None) -> str:
+    def __source_position__(self, key: str | None = None) -> str:
         """Return a text such as ``"model.backbone (configs/resnet.py:12)"``, or ``""`` where that is not known."""
 
 
-def place_of(value: object, key: str | None = None) -> str:
+def source_position(value: object, key: str | None = None) -> str:
     """Return where ``value``, or the value of its ``key``, was given; ``""`` where that is not known."""
-    return value.__place__(key) if isinstance(value, Placed) else ""
+    return value.__source_position__(key) if isinstance(value, HasSourcePosition) else ""

@@ -13,7 +13,7 @@ from stratagem.config.reading.source import Source
 from stratagem.errors import ConfigKeyError, ConfigTypeError, MissingDependencyError
 from stratagem.utils import did_you_mean
 
-__all__ = ["CUSTOM_IMPORTS", "IMPORT_KEYS", "find_beside", "import_custom_modules"]
+__all__ = ["CUSTOM_IMPORTS", "IMPORT_KEYS", "add_sibling_folders_to_path", "import_custom_modules"]
 
 CUSTOM_IMPORTS = "custom_imports"
 IMPORT_KEYS = ("imports", "allow_failed_imports")
@@ -46,7 +46,7 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
             warnings.warn(problem, UserWarning, stacklevel=4)
 
 
-def find_beside(layers: tuple[Source, ...]) -> None:
+def add_sibling_folders_to_path(layers: tuple[Source, ...]) -> None:
     """Put the folders of pure-Python configurations that name modules beside them on ``sys.path``, where they stay."""
     for layer in layers:
         if any((layer.folder / f"{name}.py").is_file() or (layer.folder / name).is_dir() for name in layer.modules):

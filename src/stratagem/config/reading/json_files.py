@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stratagem.config.keys import KeyPath
-from stratagem.config.reading.limits import children_of_data, refuse_unreasonable
+from stratagem.config.reading.limits import check_size_limits, children_of_data
 from stratagem.errors import ConfigParsingError
 
 __all__ = ["lines", "parse", "write"]
@@ -29,7 +29,7 @@ def parse(text: str, name: str) -> Any:
         data = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise ConfigParsingError(f"{name}:{error.lineno} is not valid JSON: {error.msg}.") from error
-    refuse_unreasonable(data, children_of_data, name)
+    check_size_limits(data, children_of_data, name)
     return data
 
 

@@ -13,7 +13,15 @@ from typing import final
 from stratagem.errors import ConfigParsingError
 from stratagem.utils.lazy import LazyObject
 
-__all__ = ["BaseImport", "LazyImports", "imported_names", "is_lazy", "locate_base", "take_base_imports", "take_imports"]
+__all__ = [
+    "BaseImport",
+    "LazyImports",
+    "imported_names",
+    "is_lazy",
+    "locate_base",
+    "extract_base_imports",
+    "extract_imports",
+]
 
 # Only a text with an import statement is worth a syntax tree.
 HAS_IMPORT = re.compile(r"^\s*(?:import|from)\s", re.MULTILINE)
@@ -54,10 +62,10 @@ def is_lazy(tree: ast.Module, name: str) -> bool:
     )
     if has_base and reads_base:
         raise ConfigParsingError(f"{name} has both _base_ and read_base(). Use one of them.")
-    return not has_base and (reads_base or any(_is_foreign(statement) for statement in tree.body))
+    return not has_base and (reads_base or any(_is_third_party(statement) for statement in tree.body))
 
 
-def take_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
+def extract_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
     """Remove ``with read_base():`` from the tree and return what stands in it.
 
     Raises:
@@ -81,16 +89,16 @@ def take_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
     return imports
 
 
-def take_imports(tree: ast.Module, name: str) -> LazyImports:
+def extract_imports(tree: ast.Module, name: str) -> LazyImports:
     """Remove imports of what Python does not bring from the tree, and return a lazy object for each name.
 
     Raises:
         ConfigParsingError: for a relative import outside of ``read_base``, and for ``import *``.
     """
-    taker = _ImportTaker(name)
-    taker.visit(tree)
+    extractor = _ImportExtractor(name)
+    extractor.visit(tree)
     ast.fix_missing_locations(tree)
-    return taker.imports
+    return extractor.imports
 
 
 def locate_base(wanted: BaseImport, name: str, find_package: Callable[[str], Path]) -> Path:
@@ -112,7 +120,7 @@ def locate_base(wanted: BaseImport, name: str, find_package: Callable[[str], Pat
 
 
 @final
-class _ImportTaker(ast.NodeTransformer):
+class _ImportExtractor(ast.NodeTransformer):
     """Replaces imports by nothing and remembers what they name; functions keep theirs, they run later or never."""
 
     def __init__(self, name: str) -> None:
@@ -123,7 +131,7 @@ class _ImportTaker(ast.NodeTransformer):
         return node
 
     def visit_Import(self, node: ast.Import) -> ast.stmt | None:
-        known = [item for item in node.names if _is_known(item.name)]
+        known = [item for item in node.names if _is_stdlib(item.name)]
         for item in node.names:
             if item not in known:
                 top = item.name.partition(".")[0]
@@ -131,7 +139,7 @@ class _ImportTaker(ast.NodeTransformer):
         return ast.Import(known) if known else ast.Pass()
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.stmt | None:
-        if not _is_foreign(node):
+        if not _is_third_party(node):
             return node
         if node.level:
             raise ConfigParsingError(f"{self._at(node)}: a relative import stands below `with read_base():`.")
@@ -154,14 +162,14 @@ def _is_read_base(statement: ast.stmt) -> bool:
     return False
 
 
-def _is_foreign(statement: ast.stmt) -> bool:
+def _is_third_party(statement: ast.stmt) -> bool:
     match statement:
         case ast.Import(names=names):
-            return not all(_is_known(item.name) for item in names)
+            return not all(_is_stdlib(item.name) for item in names)
         case ast.ImportFrom(level=level, module=module):
-            return level > 0 or not _is_known(module or "")
+            return level > 0 or not _is_stdlib(module or "")
     return False
 
 
-def _is_known(module: str) -> bool:
+def _is_stdlib(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names

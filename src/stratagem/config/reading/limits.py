@@ -7,7 +7,7 @@ from typing import Any
 
 from stratagem.errors import ConfigParsingError
 
-__all__ = ["children_of_data", "refuse_unreasonable"]
+__all__ = ["children_of_data", "check_size_limits"]
 
 
 # Beyond what any configuration needs; what lies above is an attack or a mistake.
@@ -15,7 +15,7 @@ MAX_DEPTH = 100
 MAX_VALUES = 1_000_000
 
 
-def refuse_unreasonable(root: Any, children: Callable[[Any], Iterable[Any]], name: str) -> None:
+def check_size_limits(root: Any, children: Callable[[Any], Iterable[Any]], name: str) -> None:
     """Refuse a tree that is too deep or too large when written out, as one of aliases to aliases is.
 
     Raises:

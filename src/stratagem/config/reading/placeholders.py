@@ -18,7 +18,7 @@ from stratagem.config.keys import KeyPath, path_text
 from stratagem.config.node import ConfigDict
 from stratagem.config.overrides import parse_scalar
 from stratagem.errors import ConfigKeyError, ConfigValueError
-from stratagem.utils.data_names import FilledText, template_of
+from stratagem.utils.data_names import InterpolatedStr, template_of
 from stratagem.utils.lazy import MaskedSecret
 from stratagem.utils.secrets.names import is_secret_name
 from stratagem.utils.secrets.values import remember_placeholder, remember_secret
@@ -97,7 +97,7 @@ class Placeholders:
     def value(self, word: str, base: BaseValues, *, bare: bool) -> Any:
         """Return the value of a placeholder. One outside of quotes is a number, a bool or None if it looks like one.
 
-        A string from the environment is a :class:`FilledText`, and a masked secret is a :class:`MaskedSecret`.
+        A string from the environment is an :class:`InterpolatedStr`, and a masked secret is a :class:`MaskedSecret`.
 
         Raises:
             ConfigKeyError: if a variable is not set and has no default, or the base has no such key.
@@ -114,12 +114,12 @@ class Placeholders:
         text = self._variable(match)
         value = parse_scalar(text) if bare else text
         template = self._template(match)
-        return FilledText(value, template) if isinstance(value, str) and template is not None else value
+        return InterpolatedStr(value, template) if isinstance(value, str) and template is not None else value
 
     def fill(self, text: str, base: BaseValues) -> Any:
         """Return ``text`` with the values in place of the words.
 
-        With a string from the environment in it, it is a :class:`FilledText`; with a masked secret in it, a
+        With a string from the environment in it, it is an :class:`InterpolatedStr`; with a masked secret in it, a
         :class:`MaskedSecret`.
         """
         values = {word: self.value(word, base, bare=False) for word in self._word.findall(text)}
@@ -128,9 +128,9 @@ class Placeholders:
         template = self._word.sub(lambda word: self._shown(word[0], values[word[0]]), text)
         masked = [value for value in values.values() if isinstance(value, MaskedSecret)]
         if masked:
-            return MaskedSecret(template, masked[0].path, masked[0].place)
+            return MaskedSecret(template, masked[0].path, masked[0].position)
         filled = self._word.sub(lambda word: str(values[word[0]]), text)
-        return FilledText(filled, template) if template != filled else filled
+        return InterpolatedStr(filled, template) if template != filled else filled
 
     def fill_data(self, data: Any, base: BaseValues, path: KeyPath = ()) -> Any:
         """Return parsed data with values in place of words; a string that is one word becomes the value itself.

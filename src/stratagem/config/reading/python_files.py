@@ -12,7 +12,7 @@ from typing import Any, TypeVar, final
 
 from stratagem.config.merge import NO_EDITS, BaseEdits, difference, edits_of, is_same
 from stratagem.config.node import ConfigDict, as_plain
-from stratagem.config.reading.lazy import HAS_IMPORT, imported_names, is_lazy, take_base_imports, take_imports
+from stratagem.config.reading.lazy import HAS_IMPORT, extract_base_imports, extract_imports, imported_names, is_lazy
 from stratagem.config.reading.placeholders import BaseValues, Placeholders
 from stratagem.errors import ConfigParsingError, StratagemError
 from stratagem.utils.lazy import lazy_name, resolve
@@ -95,8 +95,8 @@ def _read_eager(tree: ast.Module, name: str, load_bases: LoadBases, placeholders
 
 
 def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders: Placeholders) -> PythonFile:
-    base = load_bases(take_base_imports(tree, name))
-    imports = take_imports(tree, name)
+    base = load_bases(extract_base_imports(tree, name))
+    imports = extract_imports(tree, name)
     not_keys = imported_names(tree) | imports.keys()
     reader = _Reader(placeholders)
     reader.visit(tree)

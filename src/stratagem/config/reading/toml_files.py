@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from stratagem.config.keys import KeyPath
-from stratagem.config.reading.limits import children_of_data, refuse_unreasonable
+from stratagem.config.reading.limits import check_size_limits, children_of_data
 from stratagem.errors import ConfigParsingError, ConfigValueError
 
 __all__ = ["parse", "lines", "write"]
@@ -22,7 +22,7 @@ def parse(text: str, name: str) -> Any:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigParsingError(f"{name} is not valid TOML: {error}.") from error
-    refuse_unreasonable(data, children_of_data, name)
+    check_size_limits(data, children_of_data, name)
     return data
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from stratagem.config.keys import KeyPath
-from stratagem.config.reading.limits import refuse_unreasonable
+from stratagem.config.reading.limits import check_size_limits
 from stratagem.errors import ConfigParsingError
 from stratagem.utils.data_names import DataName
 
@@ -27,7 +27,7 @@ def parse(text: str, name: str) -> Any:
         if node is None:
             return None
         # Before anything is constructed: an alias is one node here, and as many values as it is repeated afterwards.
-        refuse_unreasonable(node, _node_children, name)
+        check_size_limits(node, _node_children, name)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -3,7 +3,7 @@ import sys
 import pytest
 
 from stratagem.errors import ConfigValueError, MissingDependencyError
-from stratagem.registry import OPTIMIZERS, Constructors, Loaders, Members, Registry
+from stratagem.registry import OPTIMIZERS, ClassesOf, ModelZoo, PretrainedFactories, Registry
 from stratagem.utils.data_names import DataName
 
 LIBRARY = """
@@ -36,10 +36,10 @@ def registry(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     yield Registry(
         "model",
-        scope="families",
-        families=[
-            Constructors("hub.", "modelhub:create", "modelhub:names"),
-            Loaders("modelhub", ["modelhub:Model"], ["from_pretrained"]),
+        scope="name_sources",
+        name_sources=[
+            ModelZoo("hub.", "modelhub:create", "modelhub:names"),
+            PretrainedFactories("modelhub", ["modelhub:Model"], ["from_pretrained"]),
         ],
     )
     sys.modules.pop("modelhub", None)
@@ -73,14 +73,14 @@ def test_class_methods_that_build_models_are_names(registry):
     """Model classes and their listed class methods are found; other objects in the library are not."""
     assert registry.build({"type": "modelhub.Model.from_pretrained", "path": "x"}).name == "x"
     assert registry.build({"type": "modelhub.Model"}).name == "plain"
-    family = Loaders("modelhub", ["modelhub:Model"], ["from_pretrained"])
+    source = PretrainedFactories("modelhub", ["modelhub:Model"], ["from_pretrained"])
     for name in ("modelhub.Model.save", "modelhub.Other", "modelhub.create", "modelhub._Model", "Model"):
-        assert family.find(name) is None
+        assert source.find(name) is None
 
 
 def test_the_classes_of_a_library_are_found_by_prefix(registry):
     """``modelhub.Model`` is found, and the library is imported only for names with its prefix."""
-    members = Members("modelhub", "modelhub:Model", prefix="modelhub.")
+    members = ClassesOf("modelhub", "modelhub:Model", prefix="modelhub.")
     assert members.find("Model") is None
     assert members.names() == ()
     assert "modelhub" not in sys.modules
