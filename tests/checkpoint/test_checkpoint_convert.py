@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
 from stratagem.checkpoint.convert import convert
 from stratagem.checkpoint.convert.compare import compare
-from stratagem.checkpoint.convert.convert import convert_checkpoint, opened_checkpoint
+from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint
 from stratagem.checkpoint.formats.dcp import is_dcp_directory
 from stratagem.errors import CheckpointError
 
@@ -40,7 +40,7 @@ def test_a_whole_checkpoint_comes_back_equal(source: Path, tmp_path: Path, name:
     (tmp_path / "there").mkdir()
     there = tmp_path / "there" / name
     assert convert_checkpoint(source, there, form) == []
-    with opened_checkpoint(there) as found:
+    with open_checkpoint(there) as found:
         assert list(compare(found, tree())) == []
     convert_checkpoint(there, tmp_path / "back")
     assert list(compare(CheckpointLoader.load_checkpoint(tmp_path / "back"), tree())) == []

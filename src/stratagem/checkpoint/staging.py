@@ -74,7 +74,7 @@ class Staging:
         memory = self._memory.numpy()
         self._copies = [
             # Slices made through NumPy have their own storage; for a view, torch.save would write the whole buffer.
-            torch.from_numpy(memory[place : place + size]).view(dtype).view(shape)
-            for (dtype, shape), place, size in zip(shapes, offsets, sizes, strict=False)
+            torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
+            for (dtype, shape), offset, size in zip(shapes, offsets, sizes, strict=False)
         ]
         self._shapes = shapes

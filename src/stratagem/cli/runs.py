@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratagem.checkpoint.convert.convert import opened_checkpoint
+from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.errors import CheckpointNotFoundError
 from stratagem.train.run.run_history import RECORD, RunHistory, Session, read_record
 from stratagem.utils import is_url, mask_text
@@ -43,7 +43,7 @@ def show_lineage(place: str) -> None:
     if not is_url(place) and (Path(place) / RECORD).is_file():
         history, outcome = read_record(Path(place))
     else:
-        with opened_checkpoint(place if is_url(place) else Path(place)) as tree:
+        with open_checkpoint(place if is_url(place) else Path(place)) as tree:
             meta = tree.get("meta")
             history, outcome = RunHistory.from_meta(meta if isinstance(meta, Mapping) else {}), None
     if not history.sessions:

@@ -79,7 +79,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
     try:
         record = _upload(local, target, metadata or {})
     except Exception as error:
-        error.add_note(f"While publishing {target.shown}; what was published as {name} before is unchanged.")
+        error.add_note(f"While publishing {target.masked_url}; what was published as {name} before is unchanged.")
         with suppress(Exception):  # the file system is failing; a later publication cleans up
             _remove(folder, generation)
         raise
@@ -87,7 +87,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
         try:
             _remove(folder, old)
         except Exception as error:  # noqa: BLE001 -- the new generation is safe; the class depends on the file system
-            logger.warning("Could not remove %s/%s, which is superseded: %s", folder.shown, old.folder, error)
+            logger.warning("Could not remove %s/%s, which is superseded: %s", folder.masked_url, old.folder, error)
             break  # or an older generation could outlive a newer one
     return _describe(folder, generation, record)
 
@@ -111,17 +111,17 @@ def fetch_published(url: str, cache: Path) -> Path:
     for attempt in range(_MAX_ATTEMPTS):
         found = [(generation, record) for generation, record in _newest(folder) if generation.name == name]
         if not found:
-            raise CheckpointNotFoundError(f"{folder.shown}/{name}: nothing is published under this name.")
+            raise CheckpointNotFoundError(f"{folder.masked_url}/{name}: nothing is published under this name.")
         ((generation, record),) = found
         source = folder.folder(generation.folder)
-        copy_folder = cache / f"{hashlib.sha256(source.shown.encode()).hexdigest()[:12]}-{generation.folder}"
+        copy_folder = cache / f"{hashlib.sha256(source.masked_url.encode()).hexdigest()[:12]}-{generation.folder}"
         copy = copy_folder / name
         try:
             if not _is_complete(copy, record):
                 _download(source, record, copy_folder, name)
         except FileNotFoundError as error:
             if attempt == _MAX_ATTEMPTS - 1:
-                raise CheckpointDamagedError(f"{source.shown}: a file is missing: {error}.") from error
+                raise CheckpointDamagedError(f"{source.masked_url}: a file is missing: {error}.") from error
             continue  # it was replaced in the meantime; look again
         return copy
     raise AssertionError("the last attempt returns or raises")
@@ -180,7 +180,7 @@ def _upload(local: Path, target: RemoteFolder, metadata: Mapping[str, Any]) -> P
         raise ValueError(f"{local} contains files with names that cannot be published: {sorted(files)[:5]}.")
     target.write(RECORD, data)
     if target.read(RECORD, _MAX_RECORD_BYTES) != data:
-        raise OSError(f"{target.shown}/{RECORD} does not have the content that was written.")
+        raise OSError(f"{target.masked_url}/{RECORD} does not have the content that was written.")
     return record
 
 
@@ -193,7 +193,7 @@ def _upload_file(file: Path, target: RemoteFolder, path: str) -> StoredFile:
             size += len(chunk)
     stored = target.size(path)
     if stored != size:
-        raise OSError(f"{target.shown}/{path} has {stored} bytes, but {size} were written.")
+        raise OSError(f"{target.masked_url}/{path} has {stored} bytes, but {size} were written.")
     return StoredFile(size, digest.hexdigest())
 
 
@@ -220,7 +220,7 @@ def _download_file(source: RemoteFolder, path: str, file: Path, expected: Stored
                 break
     if size != expected.size or digest.hexdigest() != expected.sha256:
         raise CheckpointDamagedError(
-            f"{source.shown}/{path} is corrupted: its size or digest does not match the record."
+            f"{source.masked_url}/{path} is corrupted: its size or digest does not match the record."
         )
 
 

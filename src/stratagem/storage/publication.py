@@ -110,7 +110,7 @@ class PublicationRecord:
         entries, at, kind = content.get("files"), content.get("published_at"), content.get("kind")
         if content.get("version") != _VERSION or kind not in {"folder", "file"} or not isinstance(entries, dict):
             return None
-        if not isinstance(at, float) or not math.isfinite(at) or not all(map(_stays_inside, entries)):
+        if not isinstance(at, float) or not math.isfinite(at) or not all(map(_is_safe_path, entries)):
             return None
         files = {path: _stored(entry) for path, entry in entries.items()}
         if any(file is None for file in files.values()) or (kind == "file" and len(files) != 1):
@@ -132,5 +132,5 @@ def _stored(entry: Any) -> StoredFile | None:
     return StoredFile(size, digest)
 
 
-def _stays_inside(path: str) -> bool:
+def _is_safe_path(path: str) -> bool:
     return path != RECORD and all(_PART.fullmatch(part) for part in path.split("/"))

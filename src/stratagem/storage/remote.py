@@ -38,7 +38,7 @@ class RemoteFolder:
     url: str = field(repr=False)
 
     @property
-    def shown(self) -> str:
+    def masked_url(self) -> str:
         """The URL with its secrets masked."""
         return mask_text(self.url)
 

@@ -26,7 +26,7 @@ from stratagem.errors import CheckpointError
 from stratagem.storage import atomic_directory, atomic_file, write_bytes
 from stratagem.utils import absolute, did_you_mean, mask_text
 
-__all__ = ["TARGETS", "Target", "convert_checkpoint", "form_of", "opened_checkpoint", "write_weights"]
+__all__ = ["TARGETS", "Target", "convert_checkpoint", "default_format", "open_checkpoint", "write_weights"]
 
 Target = Literal["stratagem", "pth", "safetensors", "huggingface", "dcp"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -36,14 +36,14 @@ _CONFIGURATIONS = ("cfg", "config")
 _HF_FILE_BYTES = 5_000_000_000
 
 
-def form_of(path: Path) -> Target:
+def default_format(path: Path) -> Target:
     """Return the format that a target's file extension selects; without an extension, the directory format."""
     if path.suffix == ".safetensors":
         return "safetensors"
     return "pth" if path.suffix in SINGLE_FILES else "stratagem"
 
 
-def convert_checkpoint(source: str | Path, target: Path, form: str | None = None) -> list[str]:
+def convert_checkpoint(source: str | Path, target: Path, target_format: str | None = None) -> list[str]:
     """Convert ``source``, a checkpoint in any supported format, to ``target``; return the names of the omitted parts.
 
     Only one tensor at a time is in memory; the others stay in files.
@@ -51,19 +51,19 @@ def convert_checkpoint(source: str | Path, target: Path, form: str | None = None
     Args:
         source: the checkpoint to read, a path or a URL.
         target: the path to write; it must not exist.
-        form: one of :data:`TARGETS`; by default selected by the name of ``target``. ``"safetensors"`` and
+        target_format: one of :data:`TARGETS`; by default selected by the name of ``target``. ``"safetensors"`` and
             ``"huggingface"`` contain only the weights.
 
     Raises:
         CheckpointError: if ``target`` exists, the format is unknown, or it does not support a value.
     """
-    chosen = form or form_of(target)
+    chosen = target_format or default_format(target)
     if chosen not in TARGETS:
         raise CheckpointError(f"Unknown checkpoint format {chosen!r}. {did_you_mean(chosen, TARGETS)}")
     path = absolute(target)
     if path.exists():
         raise CheckpointError(f"{path} already exists; choose another target, or remove it first.")
-    with opened_checkpoint(source) as tree:
+    with open_checkpoint(source) as tree:
         if chosen in ("safetensors", "huggingface"):
             weights, _ = flatten_tree(get_model_state(tree, source), where="state_dict")
             write_weights(weights, path, folder=chosen == "huggingface")
@@ -86,7 +86,7 @@ def _without_secrets(tree: StateTree) -> StateTree:
 
 
 @contextmanager
-def opened_checkpoint(source: str | Path) -> Iterator[StateTree]:
+def open_checkpoint(source: str | Path) -> Iterator[StateTree]:
     """Yield the state tree of a checkpoint in any format, with its tensors in files if the format allows it."""
     if isinstance(source, Path) and is_dcp_directory(source):
         with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:

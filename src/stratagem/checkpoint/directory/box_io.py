@@ -54,15 +54,15 @@ def write_boxes(file: Path, layout: FileLayout, boxes: Iterable[tuple[str, Tenso
     waiting = 0
     with (
         closing_descriptor(operations.open_file(file)) as descriptor,
-        ThreadPoolExecutor(1, "checkpoint digest") as side,
+        ThreadPoolExecutor(1, "checkpoint digest") as executor,
     ):
         for name, box, content in boxes:
-            data = _bytes_of(content)
+            data = _as_memoryview(content)
             # The digest and the write read the same memory in two threads, so a second core hides the cost.
-            digest = side.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
+            digest = executor.submit(_digest, data) if len(data) >= _WORTH_A_THREAD else None
             begin = 0
-            for place, length in layout.chunks(name, box.runs(layout.specs[name].shape)):
-                for start, size in _cut(place, length, _WRITE_AT_ONCE):
+            for offset, length in layout.chunks(name, box.runs(layout.specs[name].shape)):
+                for start, size in _split_range(offset, length, _WRITE_AT_ONCE):
                     write_fully(descriptor, data[begin : begin + size], start)
                     begin += size
                     waiting += size
@@ -93,7 +93,7 @@ def verify_boxes(file: Path, layout: FileLayout, boxes: Sequence[WrittenBox]) ->
 
 def digest_of_tensor(tensor: Tensor) -> str:
     """Return the digest of a tensor's bytes as they are stored in a file."""
-    return _digest(_bytes_of(tensor))
+    return _digest(_as_memoryview(tensor))
 
 
 def _compare(file: Path, descriptor: int, layout: FileLayout, boxes: Sequence[WrittenBox]) -> None:
@@ -112,19 +112,19 @@ def _compare(file: Path, descriptor: int, layout: FileLayout, boxes: Sequence[Wr
 def _digest_in_file(descriptor: int, layout: FileLayout, written_box: WrittenBox) -> str:
     digest = Digest()
     buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(1, layout.specs[written_box.name].nbytes))))
-    for place, length in layout.chunks(written_box.name, written_box.box.runs(layout.specs[written_box.name].shape)):
-        for begin, size in _cut(place, length, len(buffer)):
+    for offset, length in layout.chunks(written_box.name, written_box.box.runs(layout.specs[written_box.name].shape)):
+        for begin, size in _split_range(offset, length, len(buffer)):
             count = os.preadv(descriptor, [buffer[:size]], begin)
             digest.update(buffer[:count])
     return digest.text()
 
 
-def _cut(place: int, length: int, most: int) -> Iterator[tuple[int, int]]:
-    for done in range(0, length, most):
-        yield place + done, min(most, length - done)
+def _split_range(offset: int, length: int, max_length: int) -> Iterator[tuple[int, int]]:
+    for done in range(0, length, max_length):
+        yield offset + done, min(max_length, length - done)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def _as_memoryview(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes as stored in a file; a contiguous CPU tensor is not copied."""
     # Materialize lazy conjugation and negation, which are only flags on the memory.
     # A tensor with one element may have any stride and still counts as contiguous.

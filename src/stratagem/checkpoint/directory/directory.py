@@ -79,10 +79,10 @@ class DirectoryFormat:
         snapshot = take_snapshot(tree, rank_group)
         # Do not capture the tensors, which would otherwise stay in memory together with their copies.
         plan, skeletons = snapshot.plan, snapshot.skeletons
-        places = list(snapshot.local_boxes)
+        keys = list(snapshot.local_boxes)
 
         def write(tensors: Sequence[Tensor], path: Path, rank_group: RankGroup) -> None:
-            write_snapshot(Snapshot(plan, skeletons, dict(zip(places, tensors, strict=True))), path, rank_group)
+            write_snapshot(Snapshot(plan, skeletons, dict(zip(keys, tensors, strict=True))), path, rank_group)
 
         return StagedState(list(snapshot.local_boxes.values()), write)
 

@@ -41,7 +41,7 @@ def parse_json(data: bytes) -> Any:
         ValueError: if the data is not valid JSON, an object has a duplicate key, or the nesting is too deep.
     """
     try:
-        return json.loads(data, object_pairs_hook=_as_dict, parse_constant=_refuse)
+        return json.loads(data, object_pairs_hook=_as_dict, parse_constant=_reject_constant)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -53,5 +53,5 @@ def _as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _refuse(constant: str) -> Any:
+def _reject_constant(constant: str) -> Any:
     raise ValueError(f"{constant} is not valid JSON")

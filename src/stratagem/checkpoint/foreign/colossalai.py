@@ -42,10 +42,10 @@ class ColossalAIFolder:
     """Read the folders of ColossalAI's Booster."""
 
     @staticmethod
-    def reads(path: Path) -> bool:
+    def can_read(path: Path) -> bool:
         """Return whether ``path`` contains a folder ``model`` with weights."""
         model = path / _MODEL
-        return model.is_dir() and HuggingFaceFormat.reads(model)
+        return model.is_dir() and HuggingFaceFormat.can_read(model)
 
     def load(
         self,
@@ -113,9 +113,9 @@ def _read_position(path: Path, device: torch.device | str) -> dict[str, Any]:
     """Read the parts that MMEngine's strategy adds: the position of the run and of its schedulers."""
     tree: dict[str, Any] = {}
     if (path / _META).is_file():
-        with open_torch_file(path / _META, device) as contents:
-            if "meta" in contents.root:
-                tree["meta"] = mmengine_parts(contents)["meta"]()
+        with open_torch_file(path / _META, device) as checkpoint:
+            if "meta" in checkpoint.entries:
+                tree["meta"] = mmengine_parts(checkpoint)["meta"]()
     files = sorted((path / _SCHEDULERS).glob("scheduler_*.pth"), key=lambda file: int(file.stem.rpartition("_")[2]))
     if files:
         tree["param_schedulers"] = [_scheduler_position(file, device) for file in files]
@@ -123,7 +123,9 @@ def _read_position(path: Path, device: torch.device | str) -> dict[str, Any]:
 
 
 def _scheduler_position(file: Path, device: torch.device | str) -> dict[str, Any]:
-    with open_torch_file(file, device) as contents:
+    with open_torch_file(file, device) as checkpoint:
         return {
-            key: contents.read(contents.root[key], key) for key in ("_global_step", "last_step") if key in contents.root
+            key: checkpoint.read(checkpoint.entries[key], key)
+            for key in ("_global_step", "last_step")
+            if key in checkpoint.entries
         }

@@ -15,7 +15,7 @@ from typing import Any, Final, final
 
 from torch import Tensor
 
-from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, under
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, get_nested
 from stratagem.checkpoint.foreign.torch_file import open_torch_file
 from stratagem.checkpoint.foreign.zero_partitions import FlatPartition, PerParameterPartition, ZeroPartition
 from stratagem.checkpoint.restricted_unpickler import PickledObject, mapping_items
@@ -50,9 +50,9 @@ def deepspeed_meta(path: Path) -> Mapping[str, Any]:
         CheckpointError: (or a subclass) if the folder cannot be read.
     """
     folder = _folder_of(path)
-    first = next(iter(_numbered(folder, _RANK_MODEL)), folder / _MODEL)
+    first = next(iter(_rank_files(folder, _RANK_MODEL)), folder / _MODEL)
     with open_torch_file(first, "cpu") as checkpoint:
-        node = under(checkpoint.root.get(DEEPSPEED_STATE), "meta")
+        node = get_nested(checkpoint.entries.get(DEEPSPEED_STATE), "meta")
         meta = None if node is None else checkpoint.read(node, "meta")
     return meta if isinstance(meta, Mapping) else {}
 
@@ -68,8 +68,8 @@ def read_deepspeed_folder(path: Path, *, parts: Collection[str] | None = None) -
         CheckpointDamagedError: if it cannot be read.
     """
     folder = _folder_of(path)
-    optim_files = _numbered(folder, _RANK_OPTIM)
-    model_files = _numbered(folder, _RANK_MODEL) or [folder / _MODEL]
+    optim_files = _rank_files(folder, _RANK_OPTIM)
+    model_files = _rank_files(folder, _RANK_MODEL) or [folder / _MODEL]
     failure: CheckpointError | None = None
     tree: StateTree = {}
     with ExitStack() as opened:
@@ -110,7 +110,7 @@ def _files(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
     return found
 
 
-def _numbered(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+def _rank_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     found = _files(folder, pattern)
     missing = sorted(set(range(len(found))) - set(found))
     if missing:
@@ -154,14 +154,14 @@ class _DeepSpeedFiles:
     def weights(self) -> dict[str, Tensor]:
         """Return parameters and buffers by name; parameters in float32 if there are master weights."""
         module = self._value(self._first, "module") or {}
-        masters = self._masters()
+        master_weights = self._master_weights()
         if not self._is_stage3:
             # Tied parameters share one master weight, stored under the first name.
-            by_storage = {_storage_key(module[name]): master for name, master in masters.items()}
+            by_storage = {_storage_key(module[name]): master_weight for name, master_weight in master_weights.items()}
             return {name: by_storage.get(_storage_key(value), value) for name, value in module.items()}
         # In stage 3, the parameters of the modules are empty; only buffers have values.
         buffers = {name: module[name] for name in self._value(self._first, "buffer_names") or ()}
-        values = {**self._frozen(), **masters, **buffers}
+        values = {**self._frozen(), **master_weights, **buffers}
         for alias, name in dict(self._value(self._first, "shared_params") or {}).items():
             values.setdefault(alias, values[name])
         missing = [name for name in module if name not in values]
@@ -188,7 +188,7 @@ class _DeepSpeedFiles:
         for index, partition in enumerate(partitions):
             self._collect_state(index, partition, slots)
         groups = [self._group(number, group, partitions) for number, group in enumerate(base["param_groups"])]
-        scaler = under(self._states[0], "loss_scaler")
+        scaler = get_nested(self._states[0], "loss_scaler")
         return {"state": slots, "param_groups": groups, "counts": counts, **_loss_scale(_attributes(scaler))}
 
     def client_state_parts(self) -> StateTree:
@@ -197,11 +197,11 @@ class _DeepSpeedFiles:
         return dict(client_state) if isinstance(client_state, Mapping) else {}
 
     def _state_of(self, checkpoint: LazyCheckpoint) -> Mapping[Any, Any]:
-        return mapping_items(checkpoint.root.get("optimizer_state_dict")) or {}
+        return mapping_items(checkpoint.entries.get("optimizer_state_dict")) or {}
 
     @staticmethod
     def _value(checkpoint: LazyCheckpoint, key: str) -> Any:
-        return checkpoint.read(checkpoint.root[key], key) if key in checkpoint.root else None
+        return checkpoint.read(checkpoint.entries[key], key) if key in checkpoint.entries else None
 
     def _part(self, rank: int, key: str) -> Any:
         if key not in self._states[rank]:
@@ -226,7 +226,7 @@ class _DeepSpeedFiles:
         paddings = self._part(0, "param_alignment_paddings") or [()] * len(shapes)
         return [FlatPartition(each, tuple(padding)) for each, padding in zip(shapes, paddings, strict=True)]
 
-    def _masters(self) -> dict[str, Tensor]:
+    def _master_weights(self) -> dict[str, Tensor]:
         if not self._states:
             return self._stage0_masters()
         key = "fp32_flat_groups" if self._is_stage3 else "single_partition_of_fp32_groups"
@@ -240,13 +240,13 @@ class _DeepSpeedFiles:
         """Return the numbered 16-bit-training master weights of stage 0 by name, if their names can be determined."""
         state = self._value(self._first, "optimizer")
         groups = (state.get("fp32_groups") if isinstance(state, Mapping) else None) or []
-        masters = [master.detach() for group in groups for master in group]
+        master_weights = [master_weight.detach() for group in groups for master_weight in group]
         names = self.client_state_parts().get("optimizer", {}).get("trained") or self._parameters_in_order()
         module = self._value(self._first, "module")
-        alike = len(names) == len(masters) and all(
-            module[name].shape == master.shape for name, master in zip(names, masters, strict=True)
+        alike = len(names) == len(master_weights) and all(
+            module[name].shape == master_weight.shape for name, master_weight in zip(names, master_weights, strict=True)
         )
-        return dict(zip(names, masters, strict=True)) if alike else {}
+        return dict(zip(names, master_weights, strict=True)) if alike else {}
 
     def _parameters_in_order(self) -> list[str]:
         buffers = set(self._value(self._first, "buffer_names") or ())

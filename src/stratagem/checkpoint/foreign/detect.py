@@ -6,8 +6,8 @@ import logging
 from collections.abc import Collection
 from typing import Any
 
-from stratagem.checkpoint.foreign.lightning import lightning_parts, of_lightning
-from stratagem.checkpoint.foreign.mmengine import mmengine_parts, of_mmengine
+from stratagem.checkpoint.foreign.lightning import is_lightning, lightning_parts
+from stratagem.checkpoint.foreign.mmengine import is_mmengine, mmengine_parts
 from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts
 from stratagem.checkpoint.foreign.plain import plain_parts
 from stratagem.checkpoint.restricted_unpickler import UnsupportedObjectError
@@ -50,8 +50,8 @@ def read_parts(checkpoint: LazyCheckpoint, wanted: Collection[str] | None = None
 
 
 def _parts(checkpoint: LazyCheckpoint) -> Parts:
-    if of_mmengine(checkpoint):
+    if is_mmengine(checkpoint):
         return mmengine_parts(checkpoint)
-    if of_lightning(checkpoint):
+    if is_lightning(checkpoint):
         return lightning_parts(checkpoint)
     return plain_parts(checkpoint)

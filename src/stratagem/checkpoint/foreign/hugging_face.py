@@ -45,7 +45,7 @@ class HuggingFaceFormat:
     """Read weights in these formats. Writing is not supported here."""
 
     @staticmethod
-    def reads(path: Path) -> bool:
+    def can_read(path: Path) -> bool:
         """Return whether ``path`` contains weights in these formats, by its name or by the files in the folder."""
         if path.is_dir():
             return any((path / name).is_file() for name in WEIGHT_FILES)

@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, under
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, get_nested
 
-__all__ = ["lightning_parts", "of_lightning"]
+__all__ = ["lightning_parts", "is_lightning"]
 
 _CONVERTED = {"optimizer_states", "lr_schedulers", "loops", "callbacks", "state_dict", "epoch", "global_step"}
 
 
-def of_lightning(checkpoint: LazyCheckpoint) -> bool:
+def is_lightning(checkpoint: LazyCheckpoint) -> bool:
     """Return whether Lightning wrote the file."""
-    return "pytorch-lightning_version" in checkpoint.root and "state_dict" in checkpoint.root
+    return "pytorch-lightning_version" in checkpoint.entries and "state_dict" in checkpoint.entries
 
 
 def lightning_parts(checkpoint: LazyCheckpoint) -> Parts:
     """Return the parts that can be used, including other entries of the file."""
-    parts = {key: checkpoint.part(key) for key in checkpoint.root if key not in _CONVERTED}
-    parts["state_dict"] = checkpoint.part("state_dict")
+    parts = {key: checkpoint.reader(key) for key in checkpoint.entries if key not in _CONVERTED}
+    parts["state_dict"] = checkpoint.reader("state_dict")
     parts["meta"] = lambda: _position(checkpoint)
-    states = checkpoint.root.get("optimizer_states")
+    states = checkpoint.entries.get("optimizer_states")
     if isinstance(states, list) and states:
         parts["optimizer"] = lambda: _optimizers(states, checkpoint)
     return parts
@@ -42,11 +42,11 @@ def _position(checkpoint: LazyCheckpoint) -> dict[str, int]:
 
     It is read from the loops, because Lightning's ``epoch`` is the current epoch and ``global_step`` counts optimizer steps.
     """
-    loop = under(checkpoint.root, "loops", "fit_loop")
-    epochs = under(loop, "epoch_progress", "current")
-    batches = under(loop, "epoch_loop.batch_progress")
-    done, begun = under(epochs, "processed"), under(epochs, "ready")
-    total, inside = under(batches, "total", "processed"), under(batches, "current", "processed")
+    loop = get_nested(checkpoint.entries, "loops", "fit_loop")
+    epochs = get_nested(loop, "epoch_progress", "current")
+    batches = get_nested(loop, "epoch_loop.batch_progress")
+    done, begun = get_nested(epochs, "processed"), get_nested(epochs, "ready")
+    total, inside = get_nested(batches, "total", "processed"), get_nested(batches, "current", "processed")
     if not all(isinstance(count, int) for count in (done, begun, total, inside)):
         return {}
     return {"epoch": done, "iter": total, "batch_in_epoch": inside if begun > done else 0}

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, under
+from stratagem.checkpoint.foreign.normalize import LazyCheckpoint, Parts, get_nested
 from stratagem.checkpoint.restricted_unpickler import UnsupportedObjectError, mapping_items
 
-__all__ = ["mmengine_parts", "of_mmengine"]
+__all__ = ["mmengine_parts", "is_mmengine"]
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +22,14 @@ _VERSIONS = ("mmengine_version", "mmengine", "mmcv_version")
 _POSITION = ("_global_step", "last_step")
 
 
-def of_mmengine(checkpoint: LazyCheckpoint) -> bool:
+def is_mmengine(checkpoint: LazyCheckpoint) -> bool:
     """Return whether MMEngine or its predecessor MMCV wrote the file."""
-    return any(under(checkpoint.root, "meta", key) is not None for key in _VERSIONS)
+    return any(get_nested(checkpoint.entries, "meta", key) is not None for key in _VERSIONS)
 
 
 def mmengine_parts(checkpoint: LazyCheckpoint) -> Parts:
     """Return the parts that can be used, including other entries of the file."""
-    parts = {key: checkpoint.part(key) for key in checkpoint.root if key != "message_hub"}
+    parts = {key: checkpoint.reader(key) for key in checkpoint.entries if key != "message_hub"}
     if "ema_state_dict" in parts and "optimizer" in parts:
         logger.warning(
             "The checkpoint's 'state_dict' contains averaged weights, as saved by MMEngine's EMAHook. Use them for evaluation "
@@ -38,14 +38,14 @@ def mmengine_parts(checkpoint: LazyCheckpoint) -> Parts:
         )
     parts["meta"] = lambda: _plain_entries(checkpoint)
     if "param_schedulers" in parts:
-        parts["param_schedulers"] = lambda: _positions(checkpoint.root["param_schedulers"], checkpoint)
+        parts["param_schedulers"] = lambda: _positions(checkpoint.entries["param_schedulers"], checkpoint)
     return parts
 
 
 def _plain_entries(checkpoint: LazyCheckpoint) -> dict[str, Any]:
     """Return ``meta`` without objects, such as a dataset's metadata."""
     entries = {}
-    for key, node in (mapping_items(checkpoint.root["meta"]) or {}).items():
+    for key, node in (mapping_items(checkpoint.entries["meta"]) or {}).items():
         try:
             entries[key] = checkpoint.read(node, f"meta/{key}")
         except UnsupportedObjectError:

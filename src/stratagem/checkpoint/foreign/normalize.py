@@ -8,7 +8,7 @@ from typing import Any, final
 
 from stratagem.checkpoint.restricted_unpickler import is_tensor, mapping_items
 
-__all__ = ["LazyCheckpoint", "Parts", "is_optimizer_state", "is_state_dict", "under"]
+__all__ = ["LazyCheckpoint", "Parts", "is_optimizer_state", "is_state_dict", "get_nested"]
 
 # part of the state tree -> function that reads it
 Parts = dict[str, Callable[[], Any]]
@@ -17,21 +17,21 @@ Parts = dict[str, Callable[[], Any]]
 @final
 @dataclass(frozen=True, slots=True)
 class LazyCheckpoint:
-    """An opened file whose values are not yet read: ``whole`` is its root node, ``root`` maps keys to nodes.
+    """An opened file whose values are not yet read: ``root`` is its root node, and ``entries`` maps keys to nodes.
 
     ``read(node, where)`` returns the value of a node; ``where`` is its name in error messages.
     """
 
-    whole: Any
-    root: Mapping[Any, Any]
+    root: Any
+    entries: Mapping[Any, Any]
     read: Callable[[Any, str], Any]
 
-    def part(self, key: str) -> Callable[[], Any]:
+    def reader(self, key: str) -> Callable[[], Any]:
         """Return a function that reads the entry ``key``."""
-        return lambda: self.read(self.root[key], key)
+        return lambda: self.read(self.entries[key], key)
 
 
-def under(node: Any, *path: Any) -> Any:
+def get_nested(node: Any, *path: Any) -> Any:
     """Return the node at a path of keys below ``node``, or None if it does not exist."""
     for key in path:
         items = mapping_items(node)

@@ -18,12 +18,12 @@ def plain_parts(checkpoint: LazyCheckpoint) -> Parts:
     Raises:
         CheckpointError: if more than one entry could be the weights.
     """
-    root = checkpoint.root
+    root = checkpoint.entries
     renamed: dict[str, str] = {}
     if "state_dict" not in root:
         models = [key for key in _MODEL if is_state_dict(root.get(key))]
-        if not models and is_state_dict(checkpoint.whole):
-            return {"state_dict": lambda: checkpoint.read(checkpoint.whole, "state_dict")}
+        if not models and is_state_dict(checkpoint.root):
+            return {"state_dict": lambda: checkpoint.read(checkpoint.root, "state_dict")}
         # The entry may be a pickled module instead of a state dict; reading it raises an error that says so.
         models = models or [key for key in _MODEL if isinstance(root.get(key), PickledObject)]
         if len(models) > 1:
@@ -35,4 +35,4 @@ def plain_parts(checkpoint: LazyCheckpoint) -> Parts:
     if "optimizer" not in root:
         optimizers = [key for key in _OPTIMIZER if is_optimizer_state(root.get(key))]
         renamed.update(dict.fromkeys(optimizers[:1], "optimizer"))
-    return {renamed.get(key, key): checkpoint.part(key) for key in root}
+    return {renamed.get(key, key): checkpoint.reader(key) for key in root}

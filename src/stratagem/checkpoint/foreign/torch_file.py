@@ -39,7 +39,7 @@ def open_torch_file(path: Path, device: torch.device | str) -> Iterator[LazyChec
         CheckpointError: if the file has other content, or a part that is read contains objects. Errors name the file.
         CheckpointDamagedError: if the file cannot be read.
     """
-    with _named(path):
+    with _errors_with_path(path):
         if not _is_zip(path):
             yield _open_root(_read_legacy(path, device), lambda node, _: node)
             return
@@ -57,7 +57,7 @@ def verify_torch_file(path: Path) -> int:
         CheckpointError: if the file has other content.
         CheckpointDamagedError: if the file is corrupted.
     """
-    with _named(path):
+    with _errors_with_path(path):
         if _is_zip(path):
             with TorchArchive(path) as archive:
                 archive.check()
@@ -65,7 +65,7 @@ def verify_torch_file(path: Path) -> int:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _errors_with_path(path: Path) -> Iterator[None]:
     """Check that ``path`` is a file, and add its name to errors."""
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; expected a single file because of its name.")
@@ -82,27 +82,27 @@ def _named(path: Path) -> Iterator[None]:
 def read_torch_file(path: Path, device: torch.device | str) -> Any:
     """Return the whole content of a file; raises the errors of :func:`open_torch_file`."""
     with open_torch_file(path, device) as checkpoint:
-        return checkpoint.read(checkpoint.whole, "root")
+        return checkpoint.read(checkpoint.root, "root")
 
 
-def _open_root(whole: Any, read: Any) -> LazyCheckpoint:
-    root = mapping_items(whole)
-    if root is None:
-        raise CheckpointError(_not_a_dict_message(whole))
-    if not all(isinstance(key, str | int | float) for key in root):
+def _open_root(root: Any, read: Any) -> LazyCheckpoint:
+    entries = mapping_items(root)
+    if entries is None:
+        raise CheckpointError(_not_a_dict_message(root))
+    if not all(isinstance(key, str | int | float) for key in entries):
         raise CheckpointError(
             "it has keys that are neither strings nor numbers; expected the names of checkpoint parts."
         )
-    return LazyCheckpoint(whole, root, read)
+    return LazyCheckpoint(root, entries, read)
 
 
-def _not_a_dict_message(whole: Any) -> str:
-    if not isinstance(whole, PickledObject):
-        return f"it contains a {type(whole).__name__}; expected a dict."
-    if whole.qualified_name.startswith("torch._utils._rebuild"):
+def _not_a_dict_message(root: Any) -> str:
+    if not isinstance(root, PickledObject):
+        return f"it contains a {type(root).__name__}; expected a dict."
+    if root.qualified_name.startswith("torch._utils._rebuild"):
         return "it contains a Tensor; expected a dict."
     return (
-        f"it contains an object of {printable(whole.qualified_name)}, perhaps a whole model instead of its state dict. No code "
+        f"it contains an object of {printable(root.qualified_name)}, perhaps a whole model instead of its state dict. No code "
         "from it was executed. If you trust it, convert it in an environment where that class is installed: "
         "torch.save(torch.load(path, weights_only=False).state_dict(), 'weights.pth')."
     )

@@ -54,7 +54,7 @@ class FlatPartition(ZeroPartition):
         offset = 0
         for index, (name, shape) in enumerate(self.shapes.items()):
             count = math.prod(shape)
-            _require(flat.numel(), offset + count, name)
+            _check_length(flat.numel(), offset + count, name)
             # Cloned, so that one parameter does not keep the memory of the whole group alive.
             yield name, flat[offset : offset + count].reshape(tuple(shape)).clone()
             offset += count + (self.paddings[index] if self.paddings else 0)
@@ -76,13 +76,13 @@ class PerParameterPartition(ZeroPartition):
         for name, shape in self.shapes.items():
             count = math.prod(shape)
             size = math.ceil(count / len(parts))
-            _require(min(part.numel() for part in parts), offset + size, name)
+            _check_length(min(part.numel() for part in parts), offset + size, name)
             full = torch.cat([part.reshape(-1)[offset : offset + size] for part in parts])
             yield name, full[:count].reshape(tuple(shape)).clone()
             offset += size
 
 
-def _require(length: int, expected: int, name: str) -> None:
+def _check_length(length: int, expected: int, name: str) -> None:
     if length < expected:
         raise CheckpointDamagedError(
             f"the ranks' partitions end before {name!r}: {length} elements, expected {expected}."

@@ -84,7 +84,7 @@ class DcpDirectory:
             CheckpointError: if a value can only be created by executing code.
             CheckpointDamagedError: if a file is missing or unreadable.
         """
-        make = allocate or _in_memory
+        make = allocate or _allocate_on_cpu
         tree: StateTree = {}
         for name, described in self._metadata.state_dict_metadata.items():
             path = (self._metadata.planner_data or {}).get(name, (name,))
@@ -181,7 +181,7 @@ def _read_metadata(file: Path) -> Any:
     return read
 
 
-def _in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def _allocate_on_cpu(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype)
 
 

@@ -91,19 +91,19 @@ class SingleFileFormat:
 
 
 def read_meta(path: Path) -> tuple[Mapping[str, Any], frozenset[str]]:
-    """Return the ``meta`` of a file, empty if it has none, and the names of its parts, without reading tensors.
+    """Return the ``meta`` of a file, empty if it has none, and the names of its parts, without reading checkpoint.
 
     Raises:
         CheckpointError: (or a subclass) if the file cannot be read; see :meth:`SingleFileFormat.load`.
     """
-    with open_torch_file(path, "cpu") as tensors:
-        meta = read_parts(tensors, {"meta"}).get("meta")
-        return meta if isinstance(meta, Mapping) else {}, frozenset(map(str, tensors.root))
+    with open_torch_file(path, "cpu") as checkpoint:
+        meta = read_parts(checkpoint, {"meta"}).get("meta")
+        return meta if isinstance(meta, Mapping) else {}, frozenset(map(str, checkpoint.entries))
 
 
 def _read(path: Path, device: torch.device | str, parts: Collection[str] | None) -> StateTree:
-    with open_torch_file(path, device) as tensors:
-        return read_parts(tensors, parts)
+    with open_torch_file(path, device) as checkpoint:
+        return read_parts(checkpoint, parts)
 
 
 def _write(tree: Any, path: Path) -> None:

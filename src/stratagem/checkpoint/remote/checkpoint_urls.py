@@ -164,18 +164,18 @@ def fetch_remote(url: str, cache: Path) -> Path:
 
 def _fetch_file(url: str, cache: Path) -> Path:
     """Fetch a plain file; a cached copy is reused while the file system reports the same version."""
-    index, name = RemoteFolder.parent_of(url)
-    if name not in index.names():
+    folder, name = RemoteFolder.parent_of(url)
+    if name not in folder.names():
         raise CheckpointNotFoundError(f"{mask_text(url)}: there is no such checkpoint.")
-    size, limit = index.size(name), download_limit_bytes()
+    size, limit = folder.size(name), download_limit_bytes()
     if size > limit:
         raise CheckpointError(f"{mask_text(url)} has {size} bytes; at most {limit} bytes are downloaded.")
-    version = hashlib.sha256(f"{index.shown}/{name}@{index.version(name)}".encode()).hexdigest()[:12]
+    version = hashlib.sha256(f"{folder.masked_url}/{name}@{folder.version(name)}".encode()).hexdigest()[:12]
     copy = cache / f"{version}-{name}"
     if copy.is_file() and copy.stat().st_size == size:
         return copy
     cache.mkdir(parents=True, exist_ok=True)
-    with index.reading(name) as stream, atomic_file(copy) as temporary, temporary.open("wb") as file:
+    with folder.reading(name) as stream, atomic_file(copy) as temporary, temporary.open("wb") as file:
         count = 0
         while count <= size and (chunk := stream.read(_CHUNK_BYTES)):
             count += file.write(chunk)

@@ -65,9 +65,9 @@ def fetch_http(url: str, folder: Path, *, name: str | None = None, token: str = 
     except urllib.error.HTTPError as error:
         error.close()
         error_type = CheckpointNotFoundError if error.code in _NOT_FOUND else CheckpointError
-        raise error_type(f"{source.shown}: the server answered {error.code} {error.reason}.") from error
+        raise error_type(f"{source.masked_url}: the server answered {error.code} {error.reason}.") from error
     except (OSError, http.client.HTTPException) as error:
-        raise CheckpointError(f"{source.shown}: the download failed: {error}.") from error
+        raise CheckpointError(f"{source.masked_url}: the download failed: {error}.") from error
     return copy
 
 
@@ -90,35 +90,35 @@ def download_limit_bytes() -> int:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A parsed URL: ``address`` has no user and fragment; ``shown`` has no secrets."""
+    """A parsed URL: ``address`` has no user and fragment; ``masked_url`` has no secrets."""
 
     address: str
-    shown: str
+    masked_url: str
     digest: str
     authorization: str = field(repr=False)
 
     @classmethod
     def parse(cls, url: str, token: str) -> Self:
-        shown = mask_text(url)
+        masked_url = mask_text(url)
         try:
             parts = urllib.parse.urlsplit(url)
         except ValueError as error:
-            raise CheckpointError(f"{shown} is not a URL: {error}.") from error
+            raise CheckpointError(f"{masked_url} is not a URL: {error}.") from error
         in_fragment = _DIGEST_IN_FRAGMENT.fullmatch(parts.fragment)
         if parts.fragment and not in_fragment:
-            raise CheckpointError(f"{shown}: expected sha256= and 8 to 64 hexadecimal digits after #.")
+            raise CheckpointError(f"{masked_url}: expected sha256= and 8 to 64 hexadecimal digits after #.")
         found = in_fragment or _DIGEST_IN_NAME.search(parts.path)
         user, _, host = parts.netloc.rpartition("@")
         digest = found[1].lower() if found else ""
         if parts.scheme == "http" and len(digest) < _WHOLE_DIGEST and not _is_loopback(parts.hostname):
             raise CheckpointError(
-                f"{shown}: over plain http, a third party could replace the file. Use https, or give the file's digest: "
+                f"{masked_url}: over plain http, a third party could replace the file. Use https, or give the file's digest: "
                 "#sha256=<64 hexadecimal digits>."
             )
         address = urllib.parse.urlunsplit(parts._replace(netloc=host, fragment=""))
         basic = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
         authorization = f"Basic {basic}" if user else f"Bearer {token}" if token else ""
-        return cls(address=address, shown=shown, digest=digest, authorization=authorization)
+        return cls(address=address, masked_url=masked_url, digest=digest, authorization=authorization)
 
     @property
     def local_name(self) -> str:
@@ -163,26 +163,26 @@ def _download(source: _Source, target: Path, recorded: str) -> str:
     ):
         expected = response.headers.get("Content-Length")
         if expected is not None and int(expected) > limit:
-            raise CheckpointError(f"{source.shown} has {expected} bytes. {_limit_hint(limit)}")
+            raise CheckpointError(f"{source.masked_url} has {expected} bytes. {_limit_hint(limit)}")
         while chunk := response.read(_CHUNK_BYTES):
             digest.update(chunk)
             count += file.write(chunk)
             if count > limit:
-                raise CheckpointError(f"{source.shown} is larger than allowed. {_limit_hint(limit)}")
+                raise CheckpointError(f"{source.masked_url} is larger than allowed. {_limit_hint(limit)}")
         # http.client does not report a truncated body.
         if expected is not None and count != int(expected):
             raise CheckpointDamagedError(
-                f"{source.shown}: received {count} of {expected} bytes. Nothing was kept; try again."
+                f"{source.masked_url}: received {count} of {expected} bytes. Nothing was kept; try again."
             )
         if not digest.hexdigest().startswith(source.digest):
             raise CheckpointDamagedError(
-                f"{source.shown}: its SHA-256 is {digest.hexdigest()}, expected {source.digest}... Nothing was kept, because "
-                "the file was modified. If the digits in its name are not a digest, give the digest as #sha256=<hex>."
+                f"{source.masked_url}: its SHA-256 is {digest.hexdigest()}, expected {source.digest}... Nothing was kept, "
+                "because the file was modified. If the digits in its name are not a digest, give the digest as #sha256=<hex>."
             )
         if recorded.startswith(source.digest) and recorded and digest.hexdigest() != recorded:
             raise CheckpointDamagedError(
-                f"{source.shown}: its SHA-256 is {digest.hexdigest()}, but it was {recorded} at the first download. To accept "
-                f"the new file, remove {target} and {target.name}.sha256 next to it."
+                f"{source.masked_url}: its SHA-256 is {digest.hexdigest()}, but it was {recorded} at the first download. To "
+                f"accept the new file, remove {target} and {target.name}.sha256 next to it."
             )
     return digest.hexdigest()
 

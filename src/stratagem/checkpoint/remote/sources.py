@@ -119,9 +119,9 @@ def read_any(
         return rank_group.run_checked(lambda: _read_dcp(path, map_location, parts))
     if not has_manifest and is_deepspeed_folder(path):
         return rank_group.run_checked(lambda: _to_device(read_deepspeed_folder(path, parts=parts), map_location))
-    if not has_manifest and HuggingFaceFormat.reads(path):
+    if not has_manifest and HuggingFaceFormat.can_read(path):
         return rank_group.run_checked(lambda: HuggingFaceFormat().load(path, map_location=map_location, parts=parts))
-    if not ColossalAIFolder.reads(path):
+    if not ColossalAIFolder.can_read(path):
         return format_for(path).load(path, map_location=map_location, parts=parts, rank_group=rank_group)
     wanted_parts = None if parts is None else {*parts, ENGINE_PART}
     stratagem_parts = (

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from stratagem.checkpoint.tree.flatten import module_versions, with_versions
 from stratagem.checkpoint.tree.key_prefix_hint import suggest_prefix
-from stratagem.checkpoint.tree.names import matches_any, possible_names, revise, unwrapped_name
+from stratagem.checkpoint.tree.names import matches_any, possible_names, revise_names, unwrapped_name
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointMismatchError
 from stratagem.tensors.dtensor import shard_like
@@ -45,16 +45,16 @@ class LoadReport:
         lines = ["The model and loaded state dict do not match exactly:"]
         lines.append(f"  {self.matched} of the model's {self.total} keys were found.")
         if self.missing:
-            lines.append(f"  {len(self.missing)} missing in the checkpoint: {_some(self.missing)}")
+            lines.append(f"  {len(self.missing)} missing in the checkpoint: {_shorten_list(self.missing)}")
         if self.unexpected:
-            lines.append(f"  {len(self.unexpected)} unexpected in the checkpoint: {_some(self.unexpected)}")
+            lines.append(f"  {len(self.unexpected)} unexpected in the checkpoint: {_shorten_list(self.unexpected)}")
         if self.shape_mismatches:
             shapes = [f"{key} (saved {list(saved)}, model {list(own)})" for key, saved, own in self.shape_mismatches]
-            lines.append(f"  {len(self.shape_mismatches)} with a different shape: {_some(shapes)}")
+            lines.append(f"  {len(self.shape_mismatches)} with a different shape: {_shorten_list(shapes)}")
         return "\n".join(lines)
 
 
-def _some(names: Sequence[str]) -> str:
+def _shorten_list(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_SHOWN])
     return f"{shown}, ... ({len(names) - _SHOWN} more)" if len(names) > _SHOWN else shown
 
@@ -207,7 +207,7 @@ def _model_names(keys: Iterable[str], own: Collection[str], revise_keys: Sequenc
     """
     names: dict[str, str] = {}
     keys_of: dict[str, str] = {}
-    for key, revised in revise(keys, revise_keys).items():
+    for key, revised in revise_names(keys, revise_keys).items():
         name = names[key] = _find_name(key, revised, own)
         if name in keys_of:
             raise CheckpointMismatchError(
@@ -234,7 +234,7 @@ def _model_versions(
         return None
     # Rewrite the name of a key inside the module: "module.conv._" becomes "conv._".
     known = {_key_inside(name) for name in module_versions(own) or {}}
-    revised = revise((_key_inside(name) for name in versions), revise_keys)
+    revised = revise_names((_key_inside(name) for name in versions), revise_keys)
     names = {key.rpartition(".")[0]: _find_name(key, name, known).rpartition(".")[0] for key, name in revised.items()}
     return {names[name]: version for name, version in versions.items()}
 

@@ -19,7 +19,7 @@ __all__ = [
     "optimizer_by_index",
     "optimizer_by_name",
     "parameter_names",
-    "revise",
+    "revise_names",
     "possible_names",
 ]
 
@@ -46,7 +46,7 @@ def possible_names(name: str) -> Iterator[str]:
         yield ".".join(parts)
 
 
-def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
+def revise_names(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Return each name with every (pattern, replacement) applied in turn."""
     patterns = [(re.compile(pattern), replacement) for pattern, replacement in revise_keys]
     revised = {}
@@ -59,18 +59,18 @@ def revise(names: Iterable[str], revise_keys: Sequence[tuple[str, str]]) -> dict
 
 
 def matches_any(name: str, patterns: Iterable[str]) -> bool:
-    """Tell whether one of the regular expressions matches the whole of a name."""
+    """Return whether one of the regular expressions matches the whole name."""
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
     """Return the names of the optimizer's parameters, a list for each of its groups.
 
-    Parameters that are not the model's are named by their place: ``unnamed.<group>.<position>``.
+    Parameters that do not belong to the model are named by position: ``unnamed.<group>.<position>``.
     """
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
-        [known.get(id(p), f"unnamed.{index}.{place}") for place, p in enumerate(group["params"])]
+        [known.get(id(p), f"unnamed.{index}.{position}") for position, p in enumerate(group["params"])]
         for index, group in enumerate(optimizer.param_groups)
     ]
 

@@ -10,7 +10,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from stratagem.checkpoint import AVERAGE_PART, StateTree, flatten_tree, get_model_state
-from stratagem.checkpoint.convert.convert import convert_checkpoint, opened_checkpoint, write_weights
+from stratagem.checkpoint.convert.convert import convert_checkpoint, open_checkpoint, write_weights
 from stratagem.errors import CheckpointError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -36,7 +36,7 @@ def consolidate(source: str, target: Path, *, averaged: bool) -> None:
         raise CheckpointError(f"{target} exists already; name another target, or remove it first.")
     with (
         shared_console().status(f"Reading {mask_text(source)} ..."),
-        opened_checkpoint(source if is_url(source) else Path(source)) as tree,
+        open_checkpoint(source if is_url(source) else Path(source)) as tree,
     ):
         weights = _weights(tree, source, averaged=averaged)
         write_weights(weights, absolute(target), folder=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stratagem.checkpoint import StateTree, flatten_tree
 from stratagem.checkpoint.convert.compare import CheckpointDifference, compare
-from stratagem.checkpoint.convert.convert import opened_checkpoint
+from stratagem.checkpoint.convert.convert import open_checkpoint
 from stratagem.errors import CheckpointError
 from stratagem.utils import did_you_mean, is_url, mask_text
 
@@ -28,7 +28,7 @@ _AT_ONCE = 1 << 22
 
 def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
     """Print what a checkpoint holds, or the configuration in it."""
-    with opened_checkpoint(_place(checkpoint)) as tree:
+    with open_checkpoint(_place(checkpoint)) as tree:
         meta = tree.get("meta")
         meta = meta if isinstance(meta, Mapping) else {}
         if config:
@@ -46,7 +46,7 @@ def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
 
 def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
     """Print the differences of two checkpoints, and exit with 1 if there are any."""
-    with opened_checkpoint(_place(first)) as one, opened_checkpoint(_place(second)) as other:
+    with open_checkpoint(_place(first)) as one, open_checkpoint(_place(second)) as other:
         for name in parts:
             if name not in one and name not in other:
                 raise CheckpointError(f"Neither has a part {name!r}. {did_you_mean(name, [*one, *other])}")
