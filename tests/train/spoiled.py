@@ -1,4 +1,4 @@
-"""A run whose numbers go bad in some iteration, on some rank, in a way of one's choice."""
+"""A run with non-finite values in chosen iterations, on a chosen rank, and of a chosen kind."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from stratagem.train import Hook
 
 
 class Spoiled(Toy):
-    """Its loss, or a gradient alone, is not finite when ``how`` says so; nothing in it draws random numbers."""
+    """Its loss or one gradient is not finite if ``how`` says so; the model uses no random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -26,16 +26,16 @@ class Spoiled(Toy):
         loss = super().forward(inputs, classes, numbers, mode)["loss"] + 0.01 * self.root**2
         if self.how == "nan":
             loss = loss * float("nan")
-        elif self.how == "inf":  # a constant: the gradients are sound
+        elif self.how == "inf":  # a constant, so the gradients are finite
             loss = loss + float("inf")
         elif self.how == "gradient":
-            # 0 times the derivative of a root at 0: the loss is sound, the gradient of `root` is not.
+            # 0 times the derivative of the square root at 0: the loss is finite and the gradient of `root` is not.
             loss = loss + torch.sqrt(self.root - self.root.detach())
         return {"loss": loss}
 
 
 class Spoil(Hook):
-    """Spoils the iterations of the numbers, counted from 1, on one rank or on all."""
+    """Makes the given iterations, counted from 1, non-finite on one rank or on all ranks."""
 
     def __init__(self, iterations: Mapping[int, str], rank: int | None = None) -> None:
         self.iterations = iterations
@@ -52,7 +52,7 @@ class Spoil(Hook):
 def spoiled_settings(
     spoil: Mapping[int, str], *, rank: int | None = None, hooks: Mapping[str, Any] | None = None, **changes: Any
 ) -> tuple[dict[str, Any], Recorder, Spoil]:
-    """Return the settings of such a run of two epochs, and what watches it."""
+    """Return the settings of such a run of two epochs, its recorder, and the hook."""
     recorder, spoiler = Recorder(), Spoil(spoil, rank)
     default_hooks = {"runtime_info": None, "logger": None, "checkpoint": None, **(hooks or {})}
     arguments = settings(
@@ -65,13 +65,13 @@ def spoiled_settings(
 
 
 def train_spoiled(folder: str, spoil: Mapping[int, str], **options: Any) -> dict[str, Any]:
-    """Train on this rank; return the error's text, what was recorded, and the weights before and after."""
+    """Train on this rank; return the error message, the recorded iterations, and the weights before and after."""
     arguments, recorder, spoiler = spoiled_settings(spoil, strategy="DDPStrategy", work_dir=folder, **options)
     runner = Runner(**arguments)
     error = ""
     try:
         runner.train()
-    except Exception as raised:  # noqa: BLE001 -- told to the test
+    except Exception as raised:  # noqa: BLE001 -- returned to the test
         error = f"{type(raised).__name__}: {raised}"
     finally:
         runner.close()

@@ -1,4 +1,4 @@
-"""What becomes of an accumulation window where a run stops."""
+"""How an accumulation window is handled when a run stops."""
 
 import os
 import signal
@@ -23,13 +23,13 @@ LENGTHS = [{"max_epochs": 3}, {"max_iters": 17, "val_interval": 5}]
 
 
 def interrupt(run: Any) -> None:
-    """Do what Ctrl-C does."""
+    """Send SIGINT, as Ctrl-C does."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("train_cfg", LENGTHS, ids=str)
-def test_a_stop_by_a_hook_forgets_the_unfinished_window(make_runner: MakeRunner, train_cfg: dict):
-    """After 6 iterations in windows of 4 the weights are those of the first update, and no gradient is left."""
+def test_a_stop_by_a_hook_discards_the_unfinished_window(make_runner: MakeRunner, train_cfg: dict):
+    """After 6 iterations in windows of 4, only the first optimizer step was applied and no gradient is left."""
     runner = make_runner(custom_hooks=[At(6, stop)], train_cfg=train_cfg, **OPTIM)
     runner.train()
     optim, model = runner.strategy.optim_wrapper, runner.strategy.model
@@ -42,10 +42,10 @@ def test_a_stop_by_a_hook_forgets_the_unfinished_window(make_runner: MakeRunner,
 
 @pytest.mark.parametrize("train_cfg", LENGTHS, ids=str)
 @pytest.mark.parametrize("at", [1, 4, 6, EPOCH, 13, 16])
-def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
+def test_an_interrupted_run_finishes_its_window_and_resumes_exactly(
     make_runner: MakeRunner, tmp_path: Path, train_cfg: dict, at: int
 ):
-    """It goes on to the next multiple of 4 (or the run's end), so that its checkpoint is no larger than others."""
+    """The run continues to the next multiple of 4, or to its end, so the checkpoint contains no gradients."""
     whole, pieces = Recorder(), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole], train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     first = make_runner(custom_hooks=[pieces, At(at, interrupt)], train_cfg=train_cfg, **OPTIM, **VALIDATION)
@@ -54,20 +54,20 @@ def test_an_interrupted_run_ends_with_its_window_and_is_resumed_exactly(
     assert first.run.iter == -(-at // 4) * 4
     assert first.latest_checkpoint() == tmp_path / "run" / f"iter_{first.run.iter}"
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # none about a resume in the middle of a window
+        warnings.simplefilter("error")  # no warning about resuming within a window
         make_runner(custom_hooks=[pieces], resume=True, train_cfg=train_cfg, **OPTIM, **VALIDATION).train()
     assert pieces.rows == whole.rows
     assert pieces.metrics == whole.metrics
 
 
 def saved_inside(make_runner: MakeRunner) -> None:
-    """Leave a checkpoint after six iterations in windows of four."""
+    """Save a checkpoint after six iterations in windows of four."""
     hooks = {"runtime_info": None, "logger": None, "checkpoint": {"by_epoch": False, "interval": 6}}
     make_runner(custom_hooks=[At(7, stop)], default_hooks=hooks, train_cfg={"max_iters": 17}, **OPTIM).train()
 
 
-def test_a_checkpoint_inside_of_a_window_holds_its_gradients(make_runner: MakeRunner):
-    """The run that goes on has them, with two of four micro-batches done, and nothing to warn of."""
+def test_a_checkpoint_within_a_window_contains_its_gradients(make_runner: MakeRunner):
+    """The resumed run has the gradients of two of four micro-batches and does not warn."""
     saved_inside(make_runner)
     runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **OPTIM)
     runner.prepare()
@@ -76,8 +76,8 @@ def test_a_checkpoint_inside_of_a_window_holds_its_gradients(make_runner: MakeRu
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def test_gradients_of_a_window_of_another_length_are_given_up(make_runner: MakeRunner):
-    """They were divided by a length that no longer holds: a new window begins, and a warning says so."""
+def test_gradients_of_a_window_of_another_length_are_discarded(make_runner: MakeRunner):
+    """They were divided by the old length, so a new window starts and a warning is issued."""
     saved_inside(make_runner)
     optim_cfg = {**OPTIM["optim_wrapper"], "accumulative_counts": 5}
     runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **{**OPTIM, "optim_wrapper": optim_cfg})
@@ -89,7 +89,7 @@ def test_gradients_of_a_window_of_another_length_are_given_up(make_runner: MakeR
 
 
 def interrupted_in_nine(folder: str) -> tuple[int, int, int]:
-    """Train under DDP until a signal that comes in iteration 9; return iterations, updates and pending."""
+    """Train with DDP until a signal in iteration 9; return the numbers of iterations, steps, and pending batches."""
     changes = {"work_dir": folder, "strategy": "DDPStrategy", "launcher": "pytorch", "custom_hooks": [At(9, interrupt)]}
     runner = Runner(**settings(train_cfg={"max_iters": 30}, **changes, **OPTIM))
     train_until_signal(runner)
@@ -98,6 +98,6 @@ def interrupted_in_nine(folder: str) -> tuple[int, int, int]:
     return runner.run.iter, optim.num_steps_applied, optim.pending_micro_batches
 
 
-def test_ranks_end_with_the_same_window(ranks: Ranks, tmp_path: Path):
-    """They agree on an interruption at the next iteration, and go on to the next multiple of 4 together."""
+def test_all_ranks_finish_the_same_window(ranks: Ranks, tmp_path: Path):
+    """The ranks agree on the interruption at the next iteration and continue to the next multiple of 4."""
     assert ranks.run(interrupted_in_nine, str(tmp_path)) == [(12, 3, 0)] * 2

@@ -1,4 +1,4 @@
-"""Mixed precision through the runner, with a small convolutional network on real digits."""
+"""Mixed-precision training through the runner, with a small convolutional network on real digits."""
 
 import importlib
 import math
@@ -20,7 +20,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "mnist"
 
 @pytest.fixture(scope="module")
 def digits() -> list[Any]:
-    """200 digits of the main example."""
+    """Return 200 digits of the main example's data."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLE)
         data = importlib.import_module("digits").Digits(held_out=True)
@@ -40,13 +40,13 @@ MODEL = {
 
 
 def amp(dtype: str, **changes: Any) -> dict[str, Any]:
-    """Return the configuration of a wrapper."""
+    """Return the configuration of a mixed-precision optimizer wrapper."""
     optimizer = {"type": "SGD", "lr": 0.1, "momentum": 0.9}
     return {"type": "AmpOptimWrapper", "dtype": dtype, "optimizer": optimizer, **changes}
 
 
 class Scales(Hook):
-    """Writes down the loss and the scale of every iteration."""
+    """Records the loss and the loss scale of every iteration."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -58,14 +58,14 @@ class Scales(Hook):
 
 
 def run_of(make_runner: MakeRunner, data: Any, **changes: Any) -> Runner:
-    """Make a run over the digits, in batches of 20."""
+    """Build a run on the digits in batches of 20."""
     loader = {"batch_size": 20, "dataset": data, "collate_fn": {"type": "default_collate"}}
     return make_runner(**{"model": MODEL, "train_dataloader": loader, "train_cfg": {"max_iters": 10}, **changes})
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_network_learns_in_a_smaller_type(make_runner: MakeRunner, digits: Any, dtype: str):
-    """The parameters stay float32, the forward is of the type, and the loss falls."""
+def test_a_network_learns_in_lower_precision(make_runner: MakeRunner, digits: Any, dtype: str):
+    """The parameters stay in float32, the forward pass uses the lower precision, and the loss decreases."""
     seen: list[torch.dtype] = []
     losses: list[float] = []
 
@@ -83,8 +83,8 @@ def test_a_network_learns_in_a_smaller_type(make_runner: MakeRunner, digits: Any
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
 
 
-def test_the_scale_goes_on_where_it_was(make_runner: MakeRunner, digits: Any, tmp_path: Path):
-    """It grows after every third update, also across an interruption; losses are the same bits."""
+def test_the_loss_scale_is_resumed(make_runner: MakeRunner, digits: Any, tmp_path: Path):
+    """The scale grows after every third step, also across a resume, and losses are bit-identical."""
     optim = amp("float16", loss_scale={"init_scale": 1024.0, "growth_interval": 3})
     whole, pieces = Scales(), Scales()
     saving = {"runtime_info": None, "logger": None, "checkpoint": {"by_epoch": False, "interval": 4}}
@@ -95,8 +95,8 @@ def test_the_scale_goes_on_where_it_was(make_runner: MakeRunner, digits: Any, tm
     assert (pieces.scales, pieces.losses) == (whole.scales, whole.losses)
 
 
-def test_an_overflow_lowers_the_scale_and_advances_nothing(make_runner: MakeRunner, digits: Any):
-    """The third of five updates: neither the schedule nor the average takes notice of it."""
+def test_an_overflow_lowers_the_scale_and_skips_the_step(make_runner: MakeRunner, digits: Any):
+    """The third of five steps overflows, and neither the schedule nor the averaged weights advance."""
     recorder, scales, average = Recorder(), Scales(), EMAHook()
 
     class Rates(Hook):

@@ -21,7 +21,7 @@ SAVING = {**QUIET_HOOKS, "checkpoint": {"by_epoch": False, "interval": 1}}
 
 
 class Weights(Hook):
-    """Writes down one weight after each update, and what an evaluation sees of it."""
+    """Records one weight after each step and during evaluations."""
 
     priority = "VERY_HIGH"
 
@@ -44,7 +44,7 @@ class Weights(Hook):
 
 
 def exponential(weights: list[torch.Tensor], momentum: float) -> torch.Tensor:
-    """Return their exponential average, written out."""
+    """Return the exponential moving average of the weights, computed step by step."""
     average = weights[0]
     for weight in weights[1:]:
         average = (1 - momentum) * average + momentum * weight
@@ -52,12 +52,12 @@ def exponential(weights: list[torch.Tensor], momentum: float) -> torch.Tensor:
 
 
 def interrupt(run: Any) -> None:
-    """Do what Ctrl-C does."""
+    """Send SIGINT, as Ctrl-C does."""
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_validation_sees_the_average_and_training_goes_on_with_the_weights(make_runner: MakeRunner):
-    """The average of the updates so far lies in the model during a validation, and only then."""
+def test_validation_uses_the_averaged_weights_and_training_does_not(make_runner: MakeRunner):
+    """The model holds the averaged weights during a validation and only then."""
     weights, plain = Weights(), Recorder()
     hook, recorder = EMAHook(momentum=0.25), Recorder()
     make_runner(custom_hooks=[hook, weights, recorder], train_cfg={"max_epochs": 2}, **VALIDATION).train()
@@ -70,8 +70,8 @@ def test_validation_sees_the_average_and_training_goes_on_with_the_weights(make_
 
 
 @pytest.mark.parametrize("ema_type", ["MomentumAnnealingEMA", {"type": "MomentumAnnealingEMA", "gamma": 2}])
-def test_an_average_is_named_with_its_arguments(make_runner: MakeRunner, ema_type: Any):
-    """As a name with the hook's arguments, or as a mapping."""
+def test_an_average_is_given_with_its_arguments(make_runner: MakeRunner, ema_type: Any):
+    """The type is given as a name with arguments of the hook, or as a mapping."""
     given = {} if isinstance(ema_type, dict) else {"gamma": 2}
     runner = make_runner(custom_hooks=[{"type": "EMAHook", "ema_type": ema_type, "momentum": 0.3, **given}])
     runner.train()
@@ -79,8 +79,8 @@ def test_an_average_is_named_with_its_arguments(make_runner: MakeRunner, ema_typ
     assert (type(average).__name__, average.gamma, average.momentum) == ("MomentumAnnealingEMA", 2, 0.3)
 
 
-def test_stochastic_averaging_over_epochs_is_the_mean_of_their_ends(make_runner: MakeRunner):
-    """With by_epoch the weights enter at the end of each epoch, from begin_epoch on."""
+def test_stochastic_weight_averaging_by_epoch_is_the_mean_of_the_epoch_ends(make_runner: MakeRunner):
+    """With ``by_epoch``, the weights at the end of each epoch are averaged from ``begin_epoch`` on."""
     weights = Weights()
     hook = EMAHook("StochasticWeightAverage", by_epoch=True, begin_epoch=2)
     make_runner(custom_hooks=[hook, weights], train_cfg={"max_epochs": 4}).train()
@@ -90,8 +90,8 @@ def test_stochastic_averaging_over_epochs_is_the_mean_of_their_ends(make_runner:
 
 
 @pytest.mark.parametrize(("begin", "entered"), [({"begin_iter": 5}, 4), ({"begin_epoch": 2}, EPOCH)])
-def test_averaging_may_begin_late(make_runner: MakeRunner, begin: dict, entered: int):
-    """Until then a validation sees the weights themselves."""
+def test_averaging_can_start_late(make_runner: MakeRunner, begin: dict, entered: int):
+    """Until averaging starts, a validation uses the training weights."""
     weights = Weights()
     hook = EMAHook(momentum=0.5, **begin)
     length = 8 if "begin_iter" in begin else 2 * EPOCH
@@ -101,8 +101,8 @@ def test_averaging_may_begin_late(make_runner: MakeRunner, begin: dict, entered:
     torch.testing.assert_close(weights.evaluated[3], exponential(weights.trained[-entered:], 0.5))
 
 
-def test_only_updates_enter_the_average(make_runner: MakeRunner):
-    """With windows of two micro-batches and one update skipped, 4 of 10 iterations enter."""
+def test_only_optimizer_steps_update_the_average(make_runner: MakeRunner):
+    """With windows of two micro-batches and one skipped step, 4 of 10 iterations update the average."""
     hook = EMAHook()
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 2, "nonfinite": "skip"}
     runner = make_runner(custom_hooks=[hook, Poison(5)], optim_wrapper=optim, train_cfg={"max_iters": 10})
@@ -110,8 +110,8 @@ def test_only_updates_enter_the_average(make_runner: MakeRunner):
     assert (runner.strategy.optim_wrapper.num_steps_attempted, hook.average.steps) == (5, 4)
 
 
-def test_the_weights_come_back_where_a_validation_fails(make_runner: MakeRunner):
-    """What is saved or looked at after the error is what was trained."""
+def test_the_training_weights_are_restored_if_a_validation_fails(make_runner: MakeRunner):
+    """After the error, the model holds the training weights again."""
 
     class Failing(Weights):
         def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -125,8 +125,8 @@ def test_the_weights_come_back_where_a_validation_fails(make_runner: MakeRunner)
     assert torch.equal(runner.strategy.unwrap_model().get_parameter(NAME), weights.trained[-1])
 
 
-def test_a_checkpoint_holds_the_weights_and_the_average_by_the_same_names(make_runner: MakeRunner, tmp_path: Path):
-    """Also one that is saved in the middle of a validation, when the average lies in the model."""
+def test_a_checkpoint_has_the_weights_and_the_average_under_the_same_names(make_runner: MakeRunner, tmp_path: Path):
+    """This also holds for a checkpoint saved during a validation, when the model holds the averaged weights."""
 
     class SaveInside(Weights):
         def after_val_iter(self, run: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -156,10 +156,10 @@ def test_a_checkpoint_holds_the_weights_and_the_average_by_the_same_names(make_r
     ],
     ids=str,
 )
-def test_a_resumed_run_is_the_undisturbed_run(
+def test_a_resumed_run_equals_the_uninterrupted_run(
     make_runner: MakeRunner, tmp_path: Path, hook: dict, stops: tuple[int, ...]
 ):
-    """Bit for bit: the average, what validations see of it, and the weights; also before and after it begins."""
+    """The average, the metrics, and the weights are bit-identical, also for a stop before averaging starts."""
     whole, seen = EMAHook(**hook), Recorder()
     make_runner(work_dir=tmp_path / "whole", custom_hooks=[whole, seen], **VALIDATION).train()
     metrics = Recorder()
@@ -174,8 +174,8 @@ def test_a_resumed_run_is_the_undisturbed_run(
         assert torch.equal(pieces.average.averages[name], average)
 
 
-def test_a_test_of_a_checkpoint_sees_its_average(make_runner: MakeRunner, tmp_path: Path):
-    """Whether it is loaded or resumed; a training that loads it begins a new average."""
+def test_testing_a_checkpoint_uses_its_average(make_runner: MakeRunner, tmp_path: Path):
+    """A loaded and a resumed checkpoint both use its average; training with ``load_from`` starts a new average."""
     hook = EMAHook(momentum=0.25)
     make_runner(custom_hooks=[hook], train_cfg={"max_epochs": 1}, default_hooks=SAVING).train()
     saved = tmp_path / "run" / "iter_7"
@@ -190,7 +190,7 @@ def test_a_test_of_a_checkpoint_sees_its_average(make_runner: MakeRunner, tmp_pa
 
 
 def test_a_checkpoint_without_an_average_can_be_tested(make_runner: MakeRunner, tmp_path: Path):
-    """Its weights are evaluated as they are."""
+    """The checkpoint's weights are evaluated unchanged."""
     make_runner(train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
     weights = Weights()
     runner = make_runner(
@@ -200,8 +200,8 @@ def test_a_checkpoint_without_an_average_can_be_tested(make_runner: MakeRunner, 
     assert torch.equal(weights.evaluated[0], runner.strategy.model_state_dict()[NAME])
 
 
-def test_resuming_without_an_average_is_an_error_unless_it_may_begin_there(make_runner: MakeRunner):
-    """The run would not be the one that was begun, and nobody would notice."""
+def test_resuming_without_an_average_is_an_error_unless_strict_load_is_false(make_runner: MakeRunner):
+    """With ``strict_load=False`` a new average starts at the resumed iteration."""
     make_runner(train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
     with pytest.raises(CheckpointMismatchError, match=r"holds no average.*strict_load=False"):
         make_runner(custom_hooks=[EMAHook()], resume=True, train_cfg={"max_iters": 5}).train()
@@ -210,8 +210,8 @@ def test_resuming_without_an_average_is_an_error_unless_it_may_begin_there(make_
     assert hook.average.steps == 3
 
 
-def test_a_run_that_goes_on_in_the_same_process_keeps_its_average(make_runner: MakeRunner):
-    """The second train() takes up where the first was interrupted."""
+def test_a_second_call_of_train_keeps_the_average(make_runner: MakeRunner):
+    """The second ``train()`` continues the average of the first."""
     hook, whole = EMAHook(momentum=0.25), EMAHook(momentum=0.25)
     runner = make_runner(custom_hooks=[hook, At(4, interrupt)])
     train_until_signal(runner)
@@ -227,39 +227,39 @@ def test_a_run_that_goes_on_in_the_same_process_keeps_its_average(make_runner: M
         ({"begin_iter": -1}, "both are from 0"),
     ],
 )
-def test_a_beginning_is_said_once(arguments: dict, message: str):
-    """By iteration or by epoch."""
+def test_the_start_is_given_only_once(arguments: dict, message: str):
+    """The start is given either by iteration or by epoch, not both."""
     with pytest.raises(ConfigValueError, match=message):
         EMAHook(**arguments)
 
 
 @pytest.mark.parametrize("arguments", [{"begin_epoch": 2}, {"by_epoch": True}])
-def test_epochs_are_refused_where_nothing_counts_them(make_runner: MakeRunner, arguments: dict):
-    """A run by iterations would never reach the second epoch."""
+def test_epochs_are_refused_in_a_run_by_iteration(make_runner: MakeRunner, arguments: dict):
+    """A run by iteration would never reach a second epoch."""
     with pytest.raises(ConfigValueError, match="this run counts iterations"):
         make_runner(custom_hooks=[EMAHook(**arguments)], train_cfg={"max_iters": 3}).train()
 
 
 def test_two_averages_are_refused(make_runner: MakeRunner):
-    """A validation can see only one."""
+    """Two averages are refused, because a validation can use only one."""
     with pytest.raises(ConfigValueError, match="two EMAHooks"):
         make_runner(custom_hooks=[EMAHook(), EMAHook()]).train()
 
 
-def test_a_type_that_makes_no_average_is_refused(make_runner: MakeRunner):
-    """Such as another model."""
+def test_a_type_that_does_not_build_an_average_is_refused(make_runner: MakeRunner):
+    """A type that builds another object, such as a ``dict``, is refused."""
     with pytest.raises(ConfigTypeError, match="made a dict, which is no AveragedModel"):
         make_runner(custom_hooks=[EMAHook({"type": dict})]).train()
 
 
-def test_there_is_no_average_before_the_run():
-    """It needs the model where it was placed."""
+def test_the_average_does_not_exist_before_the_run():
+    """Before the run, the average does not exist, because the model is not placed on its device yet."""
     with pytest.raises(StateError, match="before the run began"):
         EMAHook().average  # noqa: B018
 
 
 def averaged(folder: str, resume: bool = False) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """Train under DDP; return an average, a weight, and what validations found."""
+    """Train with DDP; return the average, one weight, and the recorded metrics."""
     hook, recorder = EMAHook(momentum=0.25, begin_iter=2), Recorder()
     stop = [] if resume else [At(10, interrupt)]
     runner = Runner(
@@ -273,8 +273,8 @@ def averaged(folder: str, resume: bool = False) -> tuple[torch.Tensor, torch.Ten
     return hook.average.averages[NAME], runner.strategy.model_state_dict()[NAME], recorder.metrics
 
 
-def test_ranks_have_the_same_average_and_resume_it(ranks: Ranks, tmp_path: Path):
-    """Each rank averages its replica; after an interruption both go on alike."""
+def test_all_ranks_have_the_same_average_and_resume_it(ranks: Ranks, tmp_path: Path):
+    """Each rank averages its own replica, and the averages are equal after a resume."""
     ranks.run(averaged, str(tmp_path))
     (average, weight, metrics), other = ranks.run(averaged, str(tmp_path), resume=True)
     assert torch.equal(average, other[0])

@@ -1,4 +1,4 @@
-"""A run whose length is given in updates of the optimizer."""
+"""Runs whose length is given in optimizer steps."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ MakeRunner = Callable[..., Runner]
 
 
 def optim(**changes: Any) -> dict[str, Any]:
-    """Return a wrapper's configuration that accumulates three iterations."""
+    """Return an optimizer wrapper configuration that accumulates over three iterations."""
     return {"optimizer": {"type": "SGD", "lr": 0.1, "momentum": 0.9}, "accumulative_counts": 3, **changes}
 
 
-def test_a_run_of_so_many_updates_takes_that_many_windows(make_runner: MakeRunner) -> None:
-    """Four updates over three iterations each are twelve iterations, across the end of an epoch of seven."""
+def test_max_steps_counts_accumulation_windows(make_runner: MakeRunner) -> None:
+    """Four steps of three iterations each are twelve iterations, across the end of an epoch of seven."""
     seen = Recorder()
     runner = make_runner(train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[seen])
     runner.train()
     assert (len(seen.rows), runner.strategy.optim_wrapper.num_steps_applied) == (12, 4)
 
 
-def test_the_schedule_by_step_ends_with_the_run(make_runner: MakeRunner) -> None:
-    """A schedule by updates without an end of its own ends with the last update, whatever the accumulation."""
+def test_a_schedule_by_step_ends_with_the_run(make_runner: MakeRunner) -> None:
+    """A schedule by step without an end covers all steps of the run, with any accumulation."""
     schedule = {"type": "LinearLR", "start_factor": 1.0, "end_factor": 0.0, "by": "step"}
     seen = Recorder()
     make_runner(
@@ -42,8 +42,8 @@ def test_the_schedule_by_step_ends_with_the_run(make_runner: MakeRunner) -> None
     assert used == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3, 0.0])
 
 
-def test_updates_that_are_skipped_are_made_up_for(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """Where one window's gradients are not finite and its update is skipped, the run takes one window more."""
+def test_skipped_steps_are_made_up_for(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """If the step of one window is skipped because of non-finite gradients, the run takes one more window."""
     losses = []
 
     class Spoilt(Toy):
@@ -65,8 +65,8 @@ def test_updates_that_are_skipped_are_made_up_for(make_runner: MakeRunner, tmp_p
     assert runner.latest_checkpoint() == tmp_path / "run" / "iter_12"
 
 
-def test_a_run_of_updates_is_resumed(make_runner: MakeRunner, tmp_path: Path) -> None:
-    """Interrupted and resumed it ends after the same iterations with the same losses."""
+def test_a_run_by_steps_is_resumed_exactly(make_runner: MakeRunner, tmp_path: Path) -> None:
+    """An interrupted and resumed run has the same iterations and losses as the uninterrupted one."""
     whole = Recorder()
     make_runner(
         train_cfg={"max_steps": 4}, optim_wrapper=optim(), custom_hooks=[whole], work_dir=tmp_path / "whole"
@@ -81,14 +81,14 @@ def test_a_run_of_updates_is_resumed(make_runner: MakeRunner, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("length", [{"max_steps": 2, "max_iters": 5}, {"max_steps": 0}, {"by_epoch": False}])
-def test_a_length_that_cannot_be_is_refused(make_runner: MakeRunner, length: dict[str, Any]) -> None:
-    """Two lengths, none, or one of zero are refused before anything is trained."""
+def test_an_invalid_length_is_refused(make_runner: MakeRunner, length: dict[str, Any]) -> None:
+    """Two lengths, no length, and a length of zero are refused before training."""
     with pytest.raises(ConfigValueError, match="max_steps"):
         make_runner(train_cfg=length, optim_wrapper=optim()).train()
 
 
-def test_the_log_names_both_units(make_runner: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
-    """Under accumulation a line of the log says the iteration and the update."""
+def test_the_log_shows_iterations_and_steps(make_runner: MakeRunner, capsys: pytest.CaptureFixture[str]) -> None:
+    """With gradient accumulation, each log line has the iteration and the optimizer step."""
     hooks = {"runtime_info": None, "checkpoint": None, "logger": {"interval": 6}}
     make_runner(
         train_cfg={"max_steps": 4}, optim_wrapper=optim(), default_hooks=hooks, log_level="INFO",

@@ -1,4 +1,4 @@
-"""Numbers that are not finite are seen at the step, and what was chosen is done."""
+"""Non-finite values are detected at the step, and the configured policy is applied."""
 
 import json
 import math
@@ -21,7 +21,7 @@ ADAGRAD = {"optimizer": {"type": "Adagrad", "lr": 0.1, "fused": False, "foreach"
 
 @pytest.fixture
 def spoiled(make_runner: Callable[..., Runner]) -> Callable[..., tuple[Runner, Recorder, Spoil]]:
-    """Make a runner whose iterations of some numbers go bad."""
+    """Return a function that builds a runner with non-finite values in the given iterations."""
 
     def make(spoil: dict[int, str], **options: Any) -> tuple[Runner, Recorder, Spoil]:
         arguments, recorder, spoiler = spoiled_settings(spoil, **options)
@@ -47,19 +47,19 @@ def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_run_stops_before_the_weights_are_spoiled(spoiled: Make, how: str, accumulated: int):
-    """Whether the loss or only a gradient is not finite; the weights are those before the update."""
+def test_the_run_stops_before_the_weights_are_corrupted(spoiled: Make, how: str, accumulated: int):
+    """The weights are those before the step, whether the loss or only a gradient is not finite."""
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": accumulated}
     runner, _, spoiler = spoiled({5: how}, optim_wrapper=optim)
     with pytest.raises(TrainingError) as stopped:
         runner.train()
-    # With two micro-batches an update it is made after the sixth.
+    # With two micro-batches per step, the step follows the sixth iteration.
     assert f"{'Iteration 5' if accumulated == 1 else 'Iterations 5 to 6'} (epoch 1" in str(stopped.value)
     assert_equal(weights_of(runner), spoiler.weights[4])
 
 
-def test_the_error_names_the_loss_the_samples_and_the_last_good_checkpoint(spoiled: Make, tmp_path: Path):
-    """Enough to look at the batch: the samples are those that the iteration really had."""
+def test_the_error_has_the_loss_the_samples_and_the_last_good_checkpoint(spoiled: Make, tmp_path: Path):
+    """The listed samples are those of the failed iteration, so the batch can be inspected."""
     hooks = {"checkpoint": {"by_epoch": False, "interval": 2}}
     runner, recorder, _ = spoiled({5: "nan"}, hooks=hooks)
     with pytest.raises(TrainingError) as stopped:
@@ -70,15 +70,15 @@ def test_the_error_names_the_loss_the_samples_and_the_last_good_checkpoint(spoil
     assert f"The last good checkpoint is {tmp_path / 'run' / 'iter_4'}." in message
 
 
-def test_the_error_names_the_parameters_whose_gradients_are_bad(spoiled: Make):
-    """Only that of the root is; those of the layers are sound."""
+def test_the_error_names_the_parameters_with_nonfinite_gradients(spoiled: Make):
+    """Only the gradient of ``root`` is not finite, so only ``root`` is named."""
     runner, _, _ = spoiled({5: "gradient"})
     with pytest.raises(TrainingError, match=r"the gradients of 1 parameter\(s\) are not, from the loss on: root\."):
         runner.train()
 
 
-def test_a_skipped_update_changes_nothing_and_schedules_wait(spoiled: Make):
-    """Weights, momentum and the learning rate after the skip are those before it."""
+def test_a_skipped_step_changes_nothing_and_schedules_wait(spoiled: Make):
+    """A skipped step changes neither the weights nor the momentum nor the learning rate."""
     schedule = {"type": "LinearLR", "start_factor": 0.1, "by_epoch": False, "end": 10}
     runner, recorder, spoiler = spoiled(
         {3: "nan", 5: "gradient"}, hooks={"nonfinite": {"policy": "skip"}}, param_scheduler=schedule
@@ -92,8 +92,8 @@ def test_a_skipped_update_changes_nothing_and_schedules_wait(spoiled: Make):
     assert len(recorder.rows) == 2 * EPOCH
 
 
-def test_a_run_that_skips_nothing_has_the_bits_of_one_that_does_not_look(spoiled: Make):
-    """Looking changes no number, whichever way it looks."""
+def test_the_check_does_not_change_a_finite_run(spoiled: Make):
+    """The check changes no number, whether it runs at each step or at intervals."""
     weights = []
     for hook in (None, {"check": "step"}, {"check": "interval"}):
         runner, _, _ = spoiled({}, hooks={"nonfinite": hook})
@@ -103,19 +103,19 @@ def test_a_run_that_skips_nothing_has_the_bits_of_one_that_does_not_look(spoiled
     assert_equal(weights[2], weights[0])
 
 
-def test_so_many_skips_in_a_row_stop_the_run(spoiled: Make):
-    """Three in a row with max_skips=3; two and two with a sound one between them do not."""
+def test_max_skips_in_a_row_stop_the_run(spoiled: Make):
+    """Three skips in a row stop a run with ``max_skips=3``; two skips, a good step, and two skips do not."""
     hooks = {"nonfinite": {"policy": "skip", "max_skips": 3}}
     bad = {2: "nan", 3: "nan", 5: "nan", 6: "nan", 9: "nan", 10: "nan", 11: "nan"}
     runner, recorder, _ = spoiled(bad, hooks=hooks)
     with pytest.raises(TrainingError, match="Iteration 11 .* number 3 in a row, and max_skips=3"):
         runner.train()
-    # The recorder comes before: it has seen the eleventh.
+    # The recorder runs before the check, so it has recorded the eleventh iteration.
     assert len(recorder.rows) == 11
 
 
-def test_the_number_of_skips_is_kept_in_checkpoints(spoiled: Make, make_runner: Callable[..., Runner], tmp_path: Path):
-    """A run that goes on counts on."""
+def test_the_number_of_skips_is_saved_in_checkpoints(spoiled: Make, make_runner: Callable[..., Runner], tmp_path: Path):
+    """A resumed run continues to count the skips."""
     hooks = {"nonfinite": {"policy": "skip"}, "checkpoint": {"interval": 1}}
     runner, _, _ = spoiled({2: "nan", 4: "nan"}, hooks=hooks, train_cfg={"max_epochs": 1})
     runner.train()
@@ -126,8 +126,8 @@ def test_the_number_of_skips_is_kept_in_checkpoints(spoiled: Make, make_runner: 
     assert hook.state_dict() == {"skipped": 2}
 
 
-def test_a_batch_that_reached_buffers_cannot_be_skipped(spoiled: Make):
-    """The statistics of batch normalisation have its NaN, whatever the optimizer does."""
+def test_a_batch_that_changed_buffers_cannot_be_skipped(spoiled: Make):
+    """The running statistics of batch normalization already contain NaN, so skipping the step does not help."""
 
     class PoisonNorm(Hook):
         def before_train(self, run: Any) -> None:
@@ -142,21 +142,21 @@ def test_a_batch_that_reached_buffers_cannot_be_skipped(spoiled: Make):
         runner.train()
 
 
-def test_a_rolled_back_run_goes_on_from_the_checkpoint_behind_the_bad_batch(spoiled: Make):
-    """The weights of iteration 4 train on the batches behind the sixth: those of the fifth and sixth are passed over."""
+def test_a_rollback_continues_after_the_bad_batch(spoiled: Make):
+    """Training continues from the weights of iteration 4 with the batch after the bad sixth one."""
     hooks = {"nonfinite": {"policy": "rollback"}, "checkpoint": {"by_epoch": False, "interval": 4, "save_last": False}}
     bad = {6: "nan"}
     runner, recorder, _ = spoiled(bad, hooks=hooks, custom_hooks=[At(6, lambda run: bad.clear())])
     runner.train()
     places = [row[:2] for row in recorder.rows]
     assert places == [(0, batch) for batch in range(EPOCH)] + [(1, batch) for batch in range(EPOCH)]
-    # Four sound iterations, and one and seven after going back; the fifth and the sixth do not count.
+    # Four iterations, then one and seven after the rollback; the rolled back fifth and sixth do not count.
     assert runner.run.iter == runner.run.max_iters == 4 + 1 + EPOCH
     assert runner.run.optim_wrapper.num_steps_applied == 12
 
 
-def test_a_roll_back_takes_up_what_the_checkpoint_has(spoiled: Make, tmp_path: Path):
-    """The weights, the optimizer's momentum, and the average of the weights, as a new process would."""
+def test_a_rollback_restores_everything_in_the_checkpoint(spoiled: Make, tmp_path: Path):
+    """The rollback restores weights, momentum, and averaged weights, as a new process would."""
     hooks = {"nonfinite": {"policy": "rollback"}, "checkpoint": {"by_epoch": False, "interval": 4, "save_last": False}}
     bad = {6: "nan"}
     seen: list[dict[str, torch.Tensor]] = []
@@ -172,14 +172,14 @@ def test_a_roll_back_takes_up_what_the_checkpoint_has(spoiled: Make, tmp_path: P
     ema = EMAHook(momentum=0.5)
     runner, _, _ = spoiled(bad, hooks=hooks, custom_hooks=[At(6, lambda run: bad.clear()), ema, Look()])
     runner.train()
-    # Iterations are counted from the checkpoint's on, so the fifth was made twice.
+    # Iterations are counted from the checkpoint on, so the fifth iteration ran twice.
     assert len(seen) == 2
     assert len(seen[0]) > 10
     assert_equal(seen[1], seen[0])
 
 
-def test_a_roll_back_over_an_epoch_moves_schedules_by_epoch_along(spoiled: Make):
-    """The second epoch has the second epoch's learning rate, though the checkpoint is of the first."""
+def test_a_rollback_across_an_epoch_advances_schedules_by_epoch(spoiled: Make):
+    """The second epoch uses its own learning rate, although the checkpoint is from the first epoch."""
     hooks = {"nonfinite": {"policy": "rollback"}, "checkpoint": {"by_epoch": False, "interval": 5, "save_last": False}}
     bad = {9: "nan"}
     schedule = {"type": "StepLR", "step_size": 1, "gamma": 0.5}
@@ -191,8 +191,8 @@ def test_a_roll_back_over_an_epoch_moves_schedules_by_epoch_along(spoiled: Make)
     assert recorder.rates == [0.1] * EPOCH + [0.05] * 7
 
 
-def test_a_run_rolls_back_so_often_and_no_more(spoiled: Make):
-    """A batch behind the bad one is bad as well, and so on."""
+def test_a_run_stops_after_max_rollbacks(spoiled: Make):
+    """After ``max_rollbacks`` the run stops, because the following batches fail too."""
     hooks = {
         "nonfinite": {"policy": "rollback", "max_rollbacks": 2},
         "checkpoint": {"by_epoch": False, "interval": 2, "save_last": False},
@@ -202,15 +202,15 @@ def test_a_run_rolls_back_so_often_and_no_more(spoiled: Make):
         runner.train()
 
 
-def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(spoiled: Make):
-    """The error says so."""
+def test_a_rollback_without_a_checkpoint_is_an_error(spoiled: Make):
+    """Without a checkpoint the ``rollback`` policy stops with an error that says so."""
     runner, _, _ = spoiled({2: "nan"}, hooks={"nonfinite": {"policy": "rollback"}})
     with pytest.raises(TrainingError, match="no checkpoint to roll back to"):
         runner.train()
 
 
-def test_at_intervals_fused_optimizers_keep_the_weights_as_they_were(spoiled: Make):
-    """Nothing was read until the tenth iteration, and yet the third and all behind it have changed nothing."""
+def test_interval_checks_keep_the_weights_of_fused_optimizers(spoiled: Make):
+    """The check reads at iteration 10, but no step since iteration 3 has changed the weights."""
     hooks = {"nonfinite": {"check": "interval", "interval": 10}}
     runner, recorder, spoiler = spoiled({3: "nan"}, hooks=hooks)
     with pytest.raises(TrainingError, match="Iteration 3 .*loss=nan on rank 0.*the weights are those of before it"):
@@ -219,8 +219,8 @@ def test_at_intervals_fused_optimizers_keep_the_weights_as_they_were(spoiled: Ma
     assert_equal(weights_of(runner), spoiler.weights[2])
 
 
-def test_at_intervals_other_optimizers_have_spoiled_weights_and_the_error_says_so(spoiled: Make):
-    """Such as one without a fused kernel."""
+def test_interval_checks_report_corrupted_weights_of_other_optimizers(spoiled: Make):
+    """An optimizer without a fused kernel has already applied the step, and the error says so."""
     hooks = {"nonfinite": {"check": "interval", "interval": 4}}
     runner, _, _ = spoiled({3: "nan"}, hooks=hooks, optim_wrapper=ADAGRAD)
     with pytest.raises(TrainingError, match="Iteration 3 .*the weights may hold it by now"):
@@ -228,8 +228,8 @@ def test_at_intervals_other_optimizers_have_spoiled_weights_and_the_error_says_s
     assert not math.isfinite(weights_of(runner)["root"].item())
 
 
-def test_at_intervals_a_look_comes_before_each_checkpoint(spoiled: Make, tmp_path: Path):
-    """What was seen on the device is read before anything is saved, and at the end of the run."""
+def test_interval_checks_run_before_each_checkpoint(spoiled: Make, tmp_path: Path):
+    """The check reads the result on the device before each save and at the end of the run."""
     hooks = {"nonfinite": {"check": "interval", "interval": 100}, "checkpoint": {"by_epoch": False, "interval": 5}}
     runner, _, _ = spoiled({8: "nan"}, hooks=hooks)
     with pytest.raises(TrainingError, match="Iteration 8 "):
@@ -240,8 +240,8 @@ def test_at_intervals_a_look_comes_before_each_checkpoint(spoiled: Make, tmp_pat
         runner.train()
 
 
-def test_at_intervals_accumulated_windows_are_named_whole(spoiled: Make):
-    """The update of the iterations 5 to 8 is bad; the looks at 6 and 12 fall inside of windows."""
+def test_interval_checks_report_complete_accumulation_windows(spoiled: Make):
+    """The step of iterations 5 to 8 fails; the checks at 6 and 12 are within windows."""
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "accumulative_counts": 4}
     runner, recorder, _ = spoiled(
         {6: "gradient"}, hooks={"nonfinite": {"check": "interval", "interval": 6}}, optim_wrapper=optim
@@ -251,8 +251,8 @@ def test_at_intervals_accumulated_windows_are_named_whole(spoiled: Make):
     assert str([number for row in recorder.rows[4:8] for number in row[2]]) in str(stopped.value)
 
 
-def test_the_log_keeps_what_is_not_finite(spoiled: Make):
-    """As texts, since JSON has no NaN; the record says which samples it came from."""
+def test_the_log_contains_nonfinite_values(spoiled: Make):
+    """Non-finite values are logged as strings, because JSON has no NaN; the record lists the samples."""
     hooks = {"nonfinite": {"policy": "skip"}, "logger": {"interval": 2}}
     runner, recorder, _ = spoiled({4: "nan"}, hooks=hooks, train_cfg={"max_epochs": 1})
     runner.train()
@@ -269,7 +269,7 @@ def test_the_log_keeps_what_is_not_finite(spoiled: Make):
 
 
 class Overflows(Hook):
-    """Makes every loss scale overflow from some iteration on."""
+    """Makes every loss scale overflow in a range of iterations."""
 
     def __init__(self, first: int, last: int) -> None:
         self.between = range(first, last + 1)
@@ -281,8 +281,8 @@ class Overflows(Hook):
 FP16 = {"type": "AmpOptimWrapper", "dtype": "float16", "optimizer": {"type": "SGD", "lr": 0.1}}
 
 
-def test_float16_may_look_for_its_scale(spoiled: Make):
-    """Twenty skips in a row are no error under any policy; twenty-five are."""
+def test_float16_can_search_for_its_loss_scale(spoiled: Make):
+    """Twenty skips in a row are allowed under any policy; twenty-five are an error."""
     cfg = {"train_cfg": {"max_epochs": 5}, "optim_wrapper": FP16}
     runner, recorder, _ = spoiled({}, custom_hooks=[Overflows(3, 22)], **cfg)
     runner.train()
@@ -293,8 +293,8 @@ def test_float16_may_look_for_its_scale(spoiled: Make):
         runner.train()
 
 
-def test_a_wrapper_that_stops_by_itself_is_let(spoiled: Make):
-    """optim_wrapper=dict(nonfinite="error") says so in its own words."""
+def test_an_optimizer_wrapper_can_stop_by_itself(spoiled: Make):
+    """``optim_wrapper=dict(nonfinite="error")`` raises its own error."""
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "nonfinite": "error"}
     runner, _, _ = spoiled({3: "nan"}, optim_wrapper=optim)
     with pytest.raises(TrainingError, match="The norm of the gradients is nan"):
@@ -302,8 +302,8 @@ def test_a_wrapper_that_stops_by_itself_is_let(spoiled: Make):
 
 
 @pytest.mark.parametrize("clip_grad", [{"max_norm": 1.0}, {"type": "value", "clip_value": 1.0}])
-def test_clipping_hides_nothing(spoiled: Make, clip_grad: dict[str, Any]):
-    """Neither by norm, which is not finite itself, nor by value, which would make an infinity finite."""
+def test_clipping_does_not_hide_nonfinite_gradients(spoiled: Make, clip_grad: dict[str, Any]):
+    """Clipping by norm or by value does not hide an infinite gradient from the check."""
     optim = {"optimizer": {"type": "SGD", "lr": 0.1}, "clip_grad": clip_grad}
     runner, _, spoiler = spoiled({3: "gradient"}, optim_wrapper=optim)
     with pytest.raises(TrainingError, match="Iteration 3 "):
@@ -311,8 +311,8 @@ def test_clipping_hides_nothing(spoiled: Make, clip_grad: dict[str, Any]):
     assert_equal(weights_of(runner), spoiler.weights[2])
 
 
-def test_samples_of_a_loader_of_ones_own_are_said_not_to_be_known(spoiled: Make):
-    """Its order is not ours to tell."""
+def test_samples_of_a_custom_sampler_are_reported_as_unknown(spoiled: Make):
+    """The order of a user's batch sampler is unknown, and the error says so."""
     own = loader(batch_sampler=[[0, 1], [2, 3], [4, 5]])
     del own["batch_size"]
     runner, _, _ = spoiled({2: "nan"}, train_dataloader=own)
@@ -329,7 +329,7 @@ def test_samples_of_a_loader_of_ones_own_are_said_not_to_be_known(spoiled: Make)
         ({"policy": "skip", "check": "interval"}, 'goes with check="step"'),
     ],
 )
-def test_arguments_that_cannot_be(arguments: dict[str, Any], text: str):
-    """One sentence each."""
+def test_invalid_arguments_are_refused(arguments: dict[str, Any], text: str):
+    """Each invalid argument is refused with one sentence."""
     with pytest.raises(ConfigValueError, match=text):
         NonFiniteHook(**arguments)

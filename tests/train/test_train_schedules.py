@@ -12,7 +12,7 @@ from stratagem.optim import OptimWrapper, OptimWrapperDict
 from stratagem.train import BaseMetric, Hook
 
 MakeRunner = Callable[..., Runner]
-# The value 1 at first, so that a rate is the product of the schedules' factors.
+# The initial learning rate is 1, so each rate is the product of the schedules' factors.
 SGD = {"type": "SGD", "lr": 1.0}
 
 
@@ -28,28 +28,28 @@ def rates(make_runner: MakeRunner, scheduler: Any, *, train_cfg: dict, optim: di
     return recorder.rates
 
 
-def test_a_schedule_by_iteration_moves_after_each_update(make_runner: MakeRunner):
-    """Gamma 0.5: the iteration i, counted from 0, uses 0.5 ** i."""
+def test_a_schedule_by_iteration_advances_after_each_step(make_runner: MakeRunner):
+    """With gamma 0.5, iteration i, counted from 0, uses 0.5 ** i."""
     scheduler = {"type": "ExponentialLR", "gamma": 0.5, "by_epoch": False}
     assert rates(make_runner, scheduler, train_cfg={"max_iters": 6}) == [0.5**i for i in range(6)]
 
 
-def test_a_schedule_by_epoch_moves_after_each_epoch(make_runner: MakeRunner):
-    """Seven iterations at each value."""
+def test_a_schedule_by_epoch_advances_after_each_epoch(make_runner: MakeRunner):
+    """Each value lasts for the seven iterations of an epoch."""
     scheduler = {"type": "ExponentialLR", "gamma": 0.5}
     expected = [0.5**epoch for epoch in range(3) for _ in range(EPOCH)]
     assert rates(make_runner, scheduler, train_cfg={"max_epochs": 3}) == expected
 
 
-def test_a_schedule_that_was_converted_moves_each_iteration(make_runner: MakeRunner):
-    """A linear warm-up over one epoch, converted, rises at each of its iterations: by 1/6 of the way over 7 of them."""
+def test_a_converted_schedule_advances_at_each_iteration(make_runner: MakeRunner):
+    """A linear warmup over one epoch, converted to iterations, increases at each of its seven iterations."""
     scheduler = {"type": "LinearLR", "start_factor": 0.4, "begin": 0, "end": 1, "convert_to_iter_based": True}
     expected = [0.4 + 0.1 * i for i in range(7)] + [1.0] * 7
     assert rates(make_runner, scheduler, train_cfg={"max_epochs": 2}) == pytest.approx(expected)
 
 
-def test_a_schedule_by_epoch_is_refused_where_nothing_counts_epochs(make_runner: MakeRunner):
-    """It would never move."""
+def test_a_schedule_by_epoch_is_refused_in_a_run_by_iteration(make_runner: MakeRunner):
+    """A schedule by epoch would never advance in a run by iteration."""
     scheduler = {"type": "ExponentialLR", "gamma": 0.5, "end": 3}
     with pytest.raises(ConfigValueError, match=r"counts epochs.*by_epoch=False"):
         rates(make_runner, scheduler, train_cfg={"max_iters": 3})
@@ -57,7 +57,7 @@ def test_a_schedule_by_epoch_is_refused_where_nothing_counts_epochs(make_runner:
 
 @pytest.mark.parametrize("train_cfg", [{"max_iters": 14}, {"max_epochs": 2}])
 def test_accumulation_does_not_change_the_curve_over_the_run(make_runner: MakeRunner, train_cfg: dict):
-    """At each update the rate is the one of the same iteration without accumulation, and constant in between."""
+    """Each step uses the rate of the same iteration without accumulation; in between it is constant."""
     scheduler = {"type": "CosineAnnealingLR", "by_epoch": False}
     plain = rates(make_runner, scheduler, train_cfg=train_cfg)
     accumulated = rates(make_runner, scheduler, train_cfg=train_cfg, optim={"accumulative_counts": 4})
@@ -65,8 +65,8 @@ def test_accumulation_does_not_change_the_curve_over_the_run(make_runner: MakeRu
     assert accumulated == [plain[i - i % 4] for i in range(14)]
 
 
-def test_a_schedule_by_step_counts_updates(make_runner: MakeRunner):
-    """10 iterations in windows of 4 are 3 updates; the value changes after each."""
+def test_a_schedule_by_step_counts_optimizer_steps(make_runner: MakeRunner):
+    """10 iterations in windows of 4 are 3 steps, and the value changes after each."""
     scheduler = {"type": "ExponentialLR", "gamma": 0.5, "by": "step"}
     found = rates(make_runner, scheduler, train_cfg={"max_iters": 10}, optim={"accumulative_counts": 4})
     assert found == [1.0] * 4 + [0.5] * 4 + [0.25] * 2
@@ -87,8 +87,8 @@ class Poison(Hook):
 
 
 @pytest.mark.parametrize("unit", [{"by_epoch": False}, {"by": "step"}])
-def test_a_skipped_update_moves_no_schedule(make_runner: MakeRunner, unit: dict):
-    """The third of five updates is skipped, so the fourth still uses the third's rate."""
+def test_a_skipped_step_advances_no_schedule(make_runner: MakeRunner, unit: dict):
+    """The third of five steps is skipped, so the fourth uses the same rate."""
     recorder = Recorder()
     runner = make_runner(
         optim_wrapper={"optimizer": SGD, "nonfinite": "skip"},
@@ -103,7 +103,7 @@ def test_a_skipped_update_moves_no_schedule(make_runner: MakeRunner, unit: dict)
 
 
 class Scripted(BaseMetric):
-    """Gives the values that it was told, one for each validation."""
+    """Returns the given values, one at each validation."""
 
     def __init__(self, values: list[float]) -> None:
         super().__init__()
@@ -119,8 +119,8 @@ class Scripted(BaseMetric):
 PLATEAU = {"type": "ReduceOnPlateauLR", "monitor": "loss", "factor": 0.5, "patience": 0}
 
 
-def test_a_plateau_is_judged_by_the_metrics_of_each_validation(make_runner: MakeRunner):
-    """The second validation is no better than the first, the third is: only epoch 3 has half of the rate."""
+def test_reduce_on_plateau_uses_the_metrics_of_each_validation(make_runner: MakeRunner):
+    """The second validation does not improve on the first, so only epoch 3 uses half the rate."""
     recorder = Recorder()
     validation = {**VALIDATION, "val_evaluator": Scripted([1.0, 1.0, 0.5])}
     make_runner(
@@ -129,8 +129,8 @@ def test_a_plateau_is_judged_by_the_metrics_of_each_validation(make_runner: Make
     assert recorder.rates == [1.0] * 14 + [0.5] * 7
 
 
-def test_a_validation_after_the_training_moves_no_schedule(make_runner: MakeRunner):
-    """runner.val() looks, it does not train."""
+def test_a_validation_after_training_advances_no_schedule(make_runner: MakeRunner):
+    """``runner.val()`` does not advance schedules."""
     validation = {**VALIDATION, "val_evaluator": Scripted([1.0, 0.9, 0.8, 9.0])}
     runner = make_runner(optim_wrapper={"optimizer": SGD}, param_scheduler=PLATEAU, **validation)
     runner.train()
@@ -139,7 +139,7 @@ def test_a_validation_after_the_training_moves_no_schedule(make_runner: MakeRunn
 
 
 def test_each_optimizer_has_its_own_schedules(make_runner: MakeRunner):
-    """A mapping keyed by optimizer gives each its own; each follows the updates of its optimizer."""
+    """A mapping keyed by optimizer name gives each optimizer schedules that follow its own steps."""
     seen = []
 
     class Both(Toy):
@@ -166,5 +166,5 @@ def test_each_optimizer_has_its_own_schedules(make_runner: MakeRunner):
         train_cfg={"max_iters": 4},
         custom_hooks=[At(4, lambda run: seen.append(run.optim_wrapper.get_lr()))],
     ).train()
-    # The hook is called before the schedules move on: 3 updates of the first, 2 of the second are counted.
+    # The hook runs before the schedules advance, so 3 steps of the first and 2 of the second optimizer count.
     assert seen == [{"first.lr": [0.125], "second.lr": [pytest.approx(0.01)]}]
