@@ -1,4 +1,4 @@
-"""The composition root: the only place that wires everything."""
+"""The runner: connects the parts of a run and is the only module that knows all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stratagem.utils.secrets.values import allow_in_texts
 
 __all__ = ["Runner"]
 
-# What of a configuration becomes the runner's arguments; sections.py says what else may stand at its top.
+# The sections of a configuration that are arguments of the runner; config_schema.py has the other top-level keys.
 _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
@@ -49,44 +49,44 @@ _DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
 
 @final
 class Runner:
-    """Trains, validates and tests what a configuration describes, under the strategy that it names.
+    """Train, validate and test a model from a configuration, under its strategy.
 
     Args:
         model: a module or its configuration.
-        work_dir: the folder of the run; ``work_dirs`` by default.
-        experiment_name: the run's name; by default that of the configuration file.
-        train_dataloader: a ``DataLoader`` or its configuration; likewise for validation and test.
-        optim_wrapper: an optimizer wrapper, an optimizer, or its configuration.
-        param_scheduler: schedules or their configurations.
+        work_dir: the folder of the run; by default ``work_dirs``.
+        experiment_name: the name of the run; by default that of the configuration file.
+        train_dataloader: a ``DataLoader`` or its configuration.
+        optim_wrapper: an optimizer wrapper, an optimizer, or a configuration of one.
+        param_scheduler: parameter schedulers or their configurations.
         train_cfg: ``by_epoch``, ``max_epochs``, ``max_iters`` or ``max_steps``, ``val_interval`` ..., or a loop's configuration.
-        val_dataloader: the data of the validation.
+        val_dataloader: as ``train_dataloader``, for validation.
         val_evaluator: metrics, their configurations, or an evaluator.
-        val_cfg: the arguments of the validation's loop; may be empty.
-        test_dataloader: the data of the test.
+        val_cfg: the arguments of the validation loop; may be empty.
+        test_dataloader: as ``train_dataloader``, for the test.
         test_evaluator: metrics, their configurations, or an evaluator.
-        test_cfg: the arguments of the test's loop; may be empty.
-        strategy: a strategy or its configuration; by default one device, or DDP where a launcher started the process.
+        test_cfg: the arguments of the test loop; may be empty.
+        strategy: a strategy or its configuration; by default a single device, or DDP if a launcher started the process.
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
-        default_hooks: changes to the default hooks, by name; None removes one.
-        custom_hooks: further hooks.
-        data_preprocessor: goes into the model's configuration where that has none.
-        load_from: a checkpoint whose weights are loaded, or that is resumed where ``resume`` is True.
-        resume: False, True (from ``load_from`` or the latest checkpoint under ``work_dir``, if any), or a path.
-        resume_param_scheduler: whether a run that is resumed keeps the checkpoint's schedules and optimizers' options
-            (learning rate, weight decay ...) where these here are others; with False these here win.
-        new_parameters: regular expressions; the model of a run that is resumed may have parameters and buffers whose whole
-            names one of them matches and that the checkpoint lacks. They begin as they were initialised.
-        launcher: what started the processes; inferred where not given.
+        default_hooks: changes to the default hooks by name; None removes a hook.
+        custom_hooks: additional hooks or their configurations.
+        data_preprocessor: used in the configuration of the model if that has none.
+        load_from: a checkpoint whose weights are loaded, or which is resumed if ``resume`` is True.
+        resume: False, a path, or True to resume from ``load_from`` or from the latest checkpoint under ``work_dir``.
+        resume_param_scheduler: whether a resumed run uses the schedules and optimizer options (learning rate, weight decay
+            ...) of the checkpoint; if False, it uses those given here.
+        new_parameters: regular expressions; parameters and buffers whose full names match one of them may be missing from
+            the checkpoint that is resumed. They keep their initial values.
+        launcher: the launcher that started the processes; detected by default.
         env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
-        log_level: of the logger.
+        log_level: the level of the logger.
         randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
-        compile: True, or arguments of ``torch.compile`` with ``target``, the model's method.
-        default_scope: the scope in which names are looked up first.
-        requeue: whether a run that SLURM's SIGUSR1 stops puts its job back into the queue, to go on later.
-        cfg: the whole configuration, kept with the run.
+        compile: True, or the arguments of ``torch.compile`` and ``target``, the method of the model to compile.
+        default_scope: the registry scope in which names are looked up first.
+        requeue: whether a run that is stopped by SIGUSR1 requeues its SLURM job, to be resumed later.
+        cfg: the whole configuration, which is stored with the run.
 
     Raises:
-        ConfigError: in one of its kinds, if the arguments do not fit together.
+        ConfigError: (or a subclass) if the arguments are invalid or inconsistent.
     """
 
     def __init__(
@@ -131,15 +131,15 @@ class Runner:
         for group in (_TRAIN, _VAL, _TEST):
             self._refuse_half(group)
         if param_scheduler is not None and optim_wrapper is None:
-            raise ConfigValueError("param_scheduler is given, but no optim_wrapper whose values it could schedule.")
+            raise ConfigValueError("param_scheduler requires an optim_wrapper, and none was given.")
         if not isinstance(compile, bool | Mapping):
             raise ConfigTypeError(
-                f"compile is {compile!r}; True, False or a mapping of torch.compile's arguments is due."
+                f"compile must be True, False or a mapping of arguments for torch.compile, got {compile!r}."
             )
         if not isinstance(requeue, bool):
-            raise ConfigTypeError(f"requeue is {requeue!r}; True or False is due.")
+            raise ConfigTypeError(f"requeue must be True or False, got {requeue!r}.")
         for name in (work_dir, experiment_name):
-            # It names folders and so is in every log, whichever variable it came from.
+            # The value is part of folder names and logs, so it is never masked, whichever variable it came from.
             if name is not None:
                 allow_in_texts(os.fspath(name))
         self._resume_source = ResumeSource(
@@ -168,40 +168,40 @@ class Runner:
 
     @classmethod
     def from_cfg(cls, cfg: Config | Mapping[str, Any]) -> Runner:
-        """Build a runner from a configuration, whose keys at the top are the arguments; ``vars`` holds free values.
+        """Build a runner from a configuration whose top-level keys are its arguments; ``vars`` may hold any values.
 
-        Before anything is built, every key and every argument of a ``type`` is checked.
+        All keys, and the arguments of each ``type``, are checked before anything is built.
 
         Raises:
-            ConfigKeyError: if nobody would read a key or an argument, a ``type`` is unknown, or there is no model. All
-                problems are listed.
+            ConfigKeyError: if a key or an argument is unused, a ``type`` is unknown, or there is no model. The message lists
+                all problems.
         """
         config = cfg if isinstance(cfg, Config) else Config(cfg)
         require(config, SECTIONS, scope=config.get("default_scope"))
         if "model" not in config:
             raise ConfigKeyError(
-                f"{config.filename or 'The configuration'} has no key 'model': there is nothing to train."
+                f"{config.filename or 'The configuration'} has no key 'model'. Add the model to train or evaluate."
             )
         arguments = {key: config[key] for key in _ARGUMENTS if key in config}
         return cls(**arguments, cfg=config)
 
     @property
     def interrupted(self) -> int | None:
-        """The number of the signal that stopped the last training before its end; None if none did."""
+        """The number of the signal that stopped the last training early; None if no signal did."""
         return self.run.interrupt.received
 
     def latest_checkpoint(self) -> Path | None:
-        """Return the checkpoint that this run saved last, or the latest under its folder; None where there is none."""
+        """Return the checkpoint that this run saved last, or the latest in its folder; None if there is none."""
         return self.run.last_checkpoint or find_latest_checkpoint(self.strategy.work_dir)
 
     def prepare(self) -> Any:
-        """Build what a training needs and take up where it stands, without training; return its loop. Collective.
+        """Build everything for training and resume if configured, without training; return the loop. Collective.
 
         Raises:
-            StateError: if the runner was given nothing to train with.
+            StateError: if the arguments for training are missing.
         """
         if self._parts["train_cfg"] is None:
-            raise StateError(f"There is nothing to train with: {', '.join(_TRAIN)} are not given.")
+            raise StateError(f"Training requires {', '.join(_TRAIN)}, which were not given.")
         run, strategy = self.run, self.strategy
         with switch_scope(self._scope):
             val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
@@ -224,7 +224,7 @@ class Runner:
             seed = strategy.seed
             rest = self._resume_source.restore(run, self._config_text(), training=True)
             if strategy.seed != seed:
-                # The order of the data hangs on the seed, and the checkpoint's is another.
+                # The data order depends on the seed, and the checkpoint has a different one.
                 loop.dataloader = loader = self._loader("train")
             run.train_data = loader
             if rest is not None:
@@ -232,16 +232,16 @@ class Runner:
         return loop
 
     def train(self) -> nn.Module:
-        """Train from where the run stands to its end; return the model. Collective.
+        """Train from the current position to the end of the run; return the model. Collective.
 
-        A signal to any rank stops all of them after the same iteration. The run is saved, hooks are called as at its end,
-        and the signal is passed on as an exception, so that a program with several runs stops as well.
+        A signal to any rank stops all ranks after the same iteration. The run is saved, the hooks are called as at the end
+        of a run, and the signal is raised as an exception, so that a program with several runs stops too.
 
         Raises:
-            KeyboardInterrupt: after the checkpoint, if SIGINT (Ctrl-C) came; at once, if a second signal came.
-            SystemExit: after the checkpoint, if SIGTERM (code 143) or SIGUSR1 (code 138) came.
+            KeyboardInterrupt: after saving, if SIGINT (Ctrl-C) was received; immediately on a second signal.
+            SystemExit: after saving, if SIGTERM (code 143) or SIGUSR1 (code 138) was received.
             LaunchError: if ranks have read different configurations.
-            StateError: if the runner was given nothing to train with.
+            StateError: if the arguments for training are missing.
         """
         self._require_one_config()
         run = self.run
@@ -254,11 +254,11 @@ class Runner:
         ):
             run.save_counter.begin_session()
             loop = self.prepare()
-            # Not earlier: a run that cannot begin leaves what an earlier one kept.
+            # Not earlier: a run that cannot start must not replace the configuration of an earlier one.
             self._keep_config()
             run.events.call("before_run", run)
             if is_complete(run):
-                run.logger.info("The run is complete: %d iterations were trained already.", run.iter)
+                run.logger.info("The run is already complete, after %d iterations.", run.iter)
             run.progress.stop_training = False
             begin = run.iter
             with session_record(run, self._resume_source.changes):
@@ -279,34 +279,34 @@ class Runner:
             except RollBackError as request:
                 run.logger.warning(request)
                 roll_back(run, request)
-                # What was just read is given to whoever takes it up when a run begins.
+                # Hooks restore their state from the checkpoint in before_run.
                 run.events.call("before_run", run)
             else:
                 return
 
     def val(self) -> dict[str, Any]:
-        """Evaluate the validation data; return the metrics. Collective."""
+        """Evaluate the model on the validation data; return the metrics. Collective."""
         with self.run.guard.monitored():
             return self._evaluate("val")
 
     def test(self, *, strict: bool = False) -> dict[str, Any]:
-        """Evaluate the test data; return the metrics. Collective.
+        """Evaluate the model on the test data; return the metrics. Collective.
 
         Args:
-            strict: whether the checkpoint that ``load_from`` names must have exactly the model's weights.
+            strict: whether the weights in ``load_from`` must match those of the model exactly.
         """
         with self.run.guard.monitored():
             return self._evaluate("test", strict=strict)
 
     def close(self) -> None:
-        """Close files, and end the process group if the strategy made it. Idempotent."""
+        """Close files, and destroy the process group if the strategy created it. Idempotent."""
         self.run.close()
         self.strategy.close()
 
     def _evaluate(self, mode: str, *, strict: bool = False) -> dict[str, Any]:
         if self._parts[f"{mode}_cfg"] is None:
             names = _VAL if mode == "val" else _TEST
-            raise StateError(f"There is nothing to evaluate with: {', '.join(names)} are not given.")
+            raise StateError(f"Evaluation requires {', '.join(names)}, which were not given.")
         self._require_one_config()
         with switch_scope(self._scope):
             loop = self._evaluation_loop(mode)
@@ -319,7 +319,7 @@ class Runner:
         return metrics
 
     def _training_data(self) -> EpochLoader:
-        """Return the loader that the run trains on, which knows where it stands if it was trained on before."""
+        """Return the training loader; if it was used before, it keeps its position."""
         if self.run.train_data is not None:
             return self.run.train_data
         loader = self._loader("train")
@@ -350,10 +350,10 @@ class Runner:
         missing = [name for name in group if self._parts[name] is None]
         if missing and len(missing) < len(group):
             given = [name for name in group if name not in missing]
-            raise ConfigValueError(f"{', '.join(given)} given, but not {', '.join(missing)}: give all of them or none.")
+            raise ConfigValueError(f"{', '.join(given)} given without {', '.join(missing)}. Give all of them or none.")
 
     def _keep_config(self) -> None:
-        """Write the merged configuration into the run's folder, on rank 0; never over the file that it was read from."""
+        """Write the merged configuration to the folder of the run, on rank 0; never over the file that it was read from."""
         if self.strategy.rank != 0 or not len(self.cfg):
             return
         folder, suffix, text = Path(self.strategy.work_dir), self._config_suffix(), self._config_text()
@@ -362,7 +362,7 @@ class Runner:
         if source is not None and kept.exists() and source.exists() and kept.samefile(source):
             if kept.read_text(encoding="utf-8") == text:
                 return
-            # It may hold secrets that the text does not have.
+            # The file may contain secrets that are masked in the text.
             kept = folder / f"{self.strategy.timestamp}{suffix}"
         write_atomic(kept, text)
 
@@ -371,23 +371,22 @@ class Runner:
         require_one_config(every_value, self._config_text() if len(self.cfg) else "")
 
     def _config_text(self) -> str:
-        """Return the merged configuration as it is kept: with placeholders, and without secrets."""
+        """Return the merged configuration as it is stored: with placeholders, and with secrets masked."""
         return show(self.cfg, self._config_suffix())
 
     def _config_suffix(self) -> str:
-        """Return the language to keep the configuration in: data stays data, or loading it again would run it."""
+        """Return the suffix of the stored configuration. Data stays data: as Python, loading it again would execute it."""
         return ".yaml" if self.cfg.is_data else ".py"
 
 
 def _require_samples(loader: EpochLoader, parts: int) -> None:
-    """Refuse training data of which some ranks would have to repeat what others have.
+    """Raise an error if there are fewer samples than data-parallel ranks, so that ranks would have to repeat samples.
 
     Raises:
-        ConfigValueError: if there are fewer samples than ranks that see samples of their own.
+        ConfigValueError: if there are fewer samples than data-parallel ranks.
     """
     samples = len(loader.dataset) if isinstance(loader.dataset, Sized) else parts
     if samples < parts:
         raise ConfigValueError(
-            f"The training data has {samples} samples, and {parts} ranks are to have samples of their own. Start fewer "
-            "processes."
+            f"The training data has {samples} samples for {parts} data-parallel ranks. Start fewer processes or add data."
         )

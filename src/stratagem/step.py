@@ -104,7 +104,7 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
 
 
 class AccumulatingOptim(Protocol):
-    """What a step needs of an optimizer wrapper that accumulates gradients; see ``AccumulatingOptimWrapper``."""
+    """The interface of an optimizer wrapper that accumulates gradients; see ``AccumulatingOptimWrapper``."""
 
     optimizer: Optimizer
     gradient_policy: Any

@@ -70,13 +70,13 @@ def test_a_network_can_be_a_configuration_or_a_list_of_layers() -> None:
 def test_a_network_that_is_not_a_module_is_rejected(network: Any) -> None:
     """A network that is not a module is an error, such as a class instead of an instance."""
     for make in (lambda: SupervisedModel(network, difference), lambda: ModelWithLoss(network)):
-        with pytest.raises(ConfigTypeError, match="network must be a module or a mapping with its type"):
+        with pytest.raises(ConfigTypeError, match="network must be a module or its configuration"):
             make()
 
 
 def test_a_loss_that_is_not_callable_is_rejected() -> None:
     """The error for a loss that is not callable shows its value."""
-    with pytest.raises(ConfigTypeError, match=r"loss must be a module, a function.* not 'mse'"):
+    with pytest.raises(ConfigTypeError, match=r"loss must be a module, its configuration or a function, got 'mse'"):
         SupervisedModel(linear(), "mse")  # type: ignore[arg-type]
 
 

@@ -180,7 +180,7 @@ def test_invalid_setups_are_rejected_on_every_rank(ranks: Ranks, tmp_path: Path)
 
 def test_one_process_without_a_launcher_is_rejected(tmp_path: Path) -> None:
     """In a single process, the error contains the command to start several."""
-    with pytest.raises(LaunchError, match="FSDPStrategy needs processes that a launcher started"):
+    with pytest.raises(LaunchError, match="FSDPStrategy requires a launcher"):
         FSDPStrategy(work_dir=tmp_path)
     assert STRATEGIES.get("FSDPStrategy") is FSDPStrategy
 

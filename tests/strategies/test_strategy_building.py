@@ -442,7 +442,7 @@ def test_scaling_after_building_schedulers_is_rejected(single: Make) -> None:
     assert isinstance(caught.value, RuntimeError)
     optim = OptimWrapper(sgd())
     ConstantLR(optim, factor=0.5)
-    with pytest.raises(StateError, match="Give param_scheduler as a mapping"):
+    with pytest.raises(StateError, match="Pass param_scheduler as a configuration"):
         scaled(single(auto_scale_lr=SCALE), optim)
 
 

@@ -164,7 +164,9 @@ def test_accumulation_requires_the_run_length(single: Make) -> None:
     """Accumulation requires max_iters, because the last window may be shorter; preparing again with it succeeds."""
     strategy = single()
     optim = {**OPTIM, "accumulative_counts": 4}
-    with pytest.raises(ConfigValueError, match=r"accumulative_counts=4 needs dispatch_kwargs\['max_iters'\]") as caught:
+    with pytest.raises(
+        ConfigValueError, match=r"accumulative_counts=4 requires dispatch_kwargs\['max_iters'\]"
+    ) as caught:
         strategy.prepare(Mlp(), optim_wrapper=optim)
     assert isinstance(caught.value, ValueError)
     assert strategy.prepare(Mlp(), optim_wrapper=optim, dispatch_kwargs={"max_iters": 6})[1].max_counts == 6
@@ -207,7 +209,7 @@ def test_an_invalid_run_length_is_rejected(single: Make) -> None:
 
 def test_schedules_without_an_optimizer_are_rejected(single: Make) -> None:
     """Schedules without an optimizer are an error."""
-    with pytest.raises(ConfigValueError, match="but no optim_wrapper was given"):
+    with pytest.raises(ConfigValueError, match="param_scheduler requires an optim_wrapper"):
         single().prepare(Mlp(), param_scheduler=SCHEDULE)
 
 

@@ -403,7 +403,7 @@ def test_a_different_seed_causes_a_warning(single: Make, tmp_path: Path) -> None
     for strategy in (given, drawn):
         strategy.resume(tmp_path / "a")
         assert (strategy.seed, strategy.randomness["seed"]) == (3, 3)
-    assert "WARNING The checkpoint's seed is 3, this run's is 4." in lines[0].text
+    assert "WARNING The seed of the checkpoint is 3 and the seed of this run is 4." in lines[0].text
     assert "WARNING" not in lines[1].text
 
 
@@ -411,7 +411,7 @@ def test_a_different_batch_size_is_logged(single: Make, tmp_path: Path) -> None:
     """The log explains the effect of a different batch size."""
     for size, log in (
         (8, None),
-        (4, "with 8 samples in a rank's micro-batch, this run has 4: iterations are of another size"),
+        (4, "with a micro-batch of 8 samples per rank and this run has 4"),
     ):
         strategy = single()
         strategy.prepare(Mlp(), dispatch_kwargs={"train_micro_batch_size_per_gpu": size})

@@ -136,7 +136,7 @@ def test_a_new_parameter_must_be_listed(make_runner: MakeRunner):
         assert torch.equal(mine[name], parameter)
         assert torch.equal(moments[mine[name]]["exp_avg"], saved[parameter]["exp_avg"])
     log = next(Path(new.log_dir).glob("*.log")).read_text()
-    assert "New parameters begin as they were initialised, without optimizer state: scale." in log
+    assert "New parameters keep their initial values and have no optimizer state: scale." in log
 
 
 @pytest.mark.parametrize(("given", "kind"), [("scale", ConfigTypeError), (["("], ConfigValueError)])

@@ -17,21 +17,21 @@ MakeRunner = Callable[..., Runner]
 def test_a_partial_section_is_refused(make_runner: MakeRunner, missing: str):
     """A section given in part, such as data without a loop, is refused; the message names the missing arguments."""
     group = next(group for group in (TRAINING, VALIDATION, TEST) if missing in group)
-    with pytest.raises(ConfigValueError, match=f"but not {missing}: give all of them or none"):
+    with pytest.raises(ConfigValueError, match=f"given without {missing}. Give all of them or none"):
         make_runner(**{**group, missing: None})
 
 
 def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
     """Parameter schedulers without an optimizer are refused, because they would have nothing to schedule."""
     nothing = dict.fromkeys(TRAINING)
-    with pytest.raises(ConfigValueError, match="no optim_wrapper"):
+    with pytest.raises(ConfigValueError, match="param_scheduler requires an optim_wrapper"):
         make_runner(**nothing, param_scheduler={"type": "ExponentialLR", "gamma": 0.5})
 
 
 @pytest.mark.parametrize("wrong", [3, "true", None, [True]])
 def test_compile_is_true_false_or_a_mapping(make_runner: MakeRunner, wrong: Any):
     """Any other value of ``compile`` is refused in the constructor, not in the first iteration."""
-    with pytest.raises(ConfigTypeError, match="compile is"):
+    with pytest.raises(ConfigTypeError, match="compile must be True, False or a mapping"):
         make_runner(compile=wrong)
 
 

@@ -1,4 +1,4 @@
-"""Train a plain module without deriving from anything."""
+"""Models that train a plain module without a subclass."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["ModelWithLoss", "SupervisedModel"]
 
 @final
 class SupervisedModel(BaseModel):
-    """A plain network with a loss, for batches of (inputs, targets).
+    """A network and a loss function, for batches of (inputs, targets).
 
     Args:
-        network: a module that maps inputs to predictions, its configuration, or a list of modules' configurations
-            that follow each other.
-        loss: what ``loss(predictions, targets)`` computes: a module, its configuration or a function.
+        network: a module that maps inputs to predictions, its configuration, or a list of configurations of modules
+            that are called in sequence.
+        loss: a module, its configuration or a function, called as ``loss(predictions, targets)``.
         data_preprocessor: as in :class:`BaseModel`.
 
-    In validation it returns ``{"preds": ..., "target": ...}``, which the metrics of torchmetrics take.
+    In validation it returns ``{"preds": ..., "target": ...}``, the arguments of the metrics of torchmetrics.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class SupervisedModel(BaseModel):
         self.network = _built_module(network, "network")
         self.loss = MODELS.build(loss) if isinstance(loss, Mapping) else loss
         if not callable(self.loss):
-            raise ConfigTypeError(f"loss must be a module, a function or a mapping with its type, not {loss!r}.")
+            raise ConfigTypeError(f"loss must be a module, its configuration or a function, got {loss!r}.")
 
     def forward(self, inputs: Any, targets: Any = None, mode: str = "tensor") -> Any:  # type: ignore[override]  # narrower
         if isinstance(inputs, list):
             raise TrainingError(
                 f"SupervisedModel got a list of {len(inputs)} inputs instead of a batch. The default collate_fn stacks samples "
-                "that are tensors or arrays: return those from the dataset instead of lists, and leave pseudo_collate out."
+                "that are tensors or arrays: return those from the dataset instead of lists, and do not use pseudo_collate."
             )
         predictions = self.network(inputs)
         if mode == "loss":
@@ -53,15 +53,15 @@ class SupervisedModel(BaseModel):
 
 @final
 class ModelWithLoss(BaseModel):
-    """A module whose output carries its own loss, as those of the transformers library do.
+    """A module whose output contains the loss, like the models of the transformers library.
 
     Batches are mappings (keyword arguments) or tuples (positional arguments).
 
     Args:
         network: a module that returns an object with an attribute ``loss``, or a mapping with the key ``"loss"``; or
             its configuration.
-        target_key: the key of the batch, where it is a mapping, that validation hands on as ``target``.
-        prediction_key: the output's attribute or key that validation hands on as ``preds``.
+        target_key: the key of a batch that validation returns as ``target``, if batches are mappings.
+        prediction_key: the attribute or key of the output that validation returns as ``preds``.
         data_preprocessor: as in :class:`BaseModel`.
     """
 
@@ -83,8 +83,8 @@ class ModelWithLoss(BaseModel):
             loss = _part(output, "loss")
             if not isinstance(loss, Tensor):
                 raise TrainingError(
-                    f"{type(self.network).__name__} returned a {type(output).__name__} with loss={loss!r}. Give it what "
-                    "it computes its loss from (targets in the batch), or use SupervisedModel with a loss of its own."
+                    f"{type(self.network).__name__} returned a {type(output).__name__} with loss={loss!r}. Include the "
+                    "targets in the batch, from which it computes the loss, or use SupervisedModel with a separate loss."
                 )
             return {"loss": loss}
         if mode == "predict":
@@ -99,5 +99,5 @@ def _part(output: Any, name: str) -> Any:
 def _built_module(module: Any, name: str) -> nn.Module:
     built = MODELS.build(module) if isinstance(module, Mapping | list) else module
     if not isinstance(built, nn.Module):
-        raise ConfigTypeError(f"{name} must be a module or a mapping with its type, not {built!r}.")
+        raise ConfigTypeError(f"{name} must be a module or its configuration, got {built!r}.")
     return built

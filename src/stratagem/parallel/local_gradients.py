@@ -37,12 +37,12 @@ class LocalGradients:
         self._averages = True
         self._is_next_averaged = False
         self._last_pass = -1
-        # The replica may have this object as an attribute, which must not become a module of its own.
+        # A weak reference, so that assigning this object to the replica does not register the replica as its own submodule.
         self._replica = weakref.ref(replica)
 
     @classmethod
     def of(cls, replica: DistributedDataParallel) -> LocalGradients:
-        """Return the local gradients of a replica whose forward passes are followed from now on."""
+        """Return the local gradients of a replica, and observe its forward passes from now on."""
         found = cls(replica)
 
         def follow(module: nn.Module, _: Any, output: Any) -> None:
@@ -53,7 +53,7 @@ class LocalGradients:
         return found
 
     def follow(self, output: Any, *, averaged: bool) -> None:
-        """Note the backward passes that reach this output of a forward pass; ``averaged`` unless under ``no_sync``."""
+        """Record the backward passes that reach this output of a forward pass; ``averaged`` unless under ``no_sync``."""
         self._averages = averaged
         self._is_next_averaged = self._is_next_averaged or averaged
         can_be_seen = False
@@ -61,7 +61,7 @@ class LocalGradients:
             if tensor.requires_grad:
                 can_be_seen = True
                 tensor.register_hook(self._note_pass)
-        # The loss may be kept elsewhere, and averaging gradients again does not change them.
+        # The loss may be stored elsewhere; averaging gradients twice does not change them.
         self.missed = self.missed or not can_be_seen
 
     def complete(self) -> None:

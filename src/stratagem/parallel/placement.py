@@ -22,13 +22,13 @@ AnyOptim = BaseOptimWrapper | OptimWrapperDict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """What a placement calls when it needs it, each once: back ends differ in the order.
+    """The steps of preparing a model that a placement calls, each once, in the order that it requires.
 
     Attributes:
         init_and_sync: initializes the weights and broadcasts those of rank 0. Collective.
         init_local: initializes the weights on this rank only.
-        compile: compiles what was asked for.
-        make_optim: makes the optimizers of the model; None where there are none.
+        compile: compiles the model if that was requested.
+        make_optim: builds the optimizers of the model; None if there are none.
     """
 
     init_and_sync: Callable[[nn.Module], nn.Module]
@@ -39,7 +39,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """A model where it trains, and its optimizers where they were asked for."""
+    """A placed model, and its optimizers if they were requested."""
 
     model: nn.Module
     optim: AnyOptim | None = None
@@ -49,11 +49,10 @@ class Placement(ABC):
     """One way to place a model.
 
     Attributes:
-        sharded: whether ranks hold parts of the model: the forward pass is collective, so that all ranks must make as
-            many, and state is read slice by slice.
-        full_state: whether what ranks have in parts is put together on rank 0 for a checkpoint, which else every rank
-            writes its own parts of.
-        has_gradients: whether gradients that wait for their update lie in the parameters' ``grad``.
+        sharded: whether the model is sharded across ranks: the forward pass is collective, so all ranks must make the same
+            number, and state is read shard by shard.
+        full_state: whether sharded state is gathered on rank 0 for a checkpoint; otherwise each rank writes its shards.
+        has_gradients: whether accumulated gradients are in the parameters' ``grad``.
         params_are_master_weights: whether the model's parameters hold the full-precision weights between steps.
         params_accept_writes: whether training continues from values that are written into the parameters.
     """
@@ -65,12 +64,12 @@ class Placement(ABC):
     params_accept_writes: bool = True
 
     def construction(self, world: World) -> AbstractContextManager[object]:
-        """Return the context in which a model is built from its configuration, such as another device."""
+        """Return the context in which a model is built from its configuration, such as the meta device."""
         return NO_CONTEXT
 
     @abstractmethod
     def place(self, model: nn.Module, steps: Steps, world: World) -> Placed:
-        """Initialise, move, wrap and compile ``model`` and make its optimizers, in the order that this back end needs.
+        """Initialize, move, wrap and compile ``model`` and build its optimizers, in the order that this backend requires.
 
         Collective.
         """
@@ -88,13 +87,13 @@ class Placement(ABC):
         """The data-parallel group of this rank: ranks that together process all data; None for all ranks."""
         return None
 
-    def bind(  # noqa: B027 -- nothing to do is the usual case
+    def bind(  # noqa: B027 -- most placements have nothing to do
         self, optim: AnyOptim, model: nn.Module
     ) -> None:
-        """Let optimizers that were built before the model was placed step the placed parameters, or refuse them.
+        """Make optimizers that were built before the model was placed update the placed parameters.
 
         Raises:
-            PlacementError: if they cannot.
+            PlacementError: if that is not possible.
         """
 
     def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
@@ -106,10 +105,10 @@ class Placement(ABC):
         """
         return GradientPolicy(always_set_grad_sync=accumulates)
 
-    def note_restored_gradients(  # noqa: B027 -- nothing to do is the usual case
+    def note_restored_gradients(  # noqa: B027 -- most placements have nothing to do
         self, model: nn.Module
     ) -> None:
-        """Note that a checkpoint restored this rank's gradients of an accumulation window."""
+        """Record that a checkpoint restored this rank's gradients of an accumulation window."""
 
     def global_numel(self, parameter: nn.Parameter) -> int:
         """Return the number of elements of a parameter of the placed model, over all ranks that share it."""
@@ -117,4 +116,4 @@ class Placement(ABC):
 
     @abstractmethod
     def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the model without what :meth:`place` put around it."""
+        """Return the model without the wrappers that :meth:`place` added."""

@@ -1,4 +1,4 @@
-"""The strategy: the one object that owns the training components of a process."""
+"""The interface of all strategies, and what they share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from stratagem.model import unwrap_model
 from stratagem.model.weights import broadcast_weights
 from stratagem.optim import build_param_schedulers
 from stratagem.parallel import AnyOptim
-from stratagem.strategies.prepared import Prepared
+from stratagem.strategies.prepared import Prepared, PreparedComponents
 from stratagem.strategies.setup import building
 from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.setup.environment import set_up_environment
@@ -51,23 +51,23 @@ _LOGGER_KEYS = tuple(inspect.signature(Logger).parameters)
 
 
 class BaseStrategy(ABC):
-    """Sets the environment up; builds, initialises, places, compiles, saves, loads and resumes the components.
+    """Set up the environment, and build, initialize, place, compile, save, load and resume the training components.
 
-    Derive from it, write the four abstract methods and register the class in ``STRATEGIES``; what is here serves them.
+    A subclass implements the four abstract methods and is registered in ``STRATEGIES``; the other methods support them.
 
     Args:
-        work_dir: the folder of the run, created where it is missing.
-        experiment_name: the run's name; the timestamp is added to it.
+        work_dir: the folder of the run, created if it does not exist.
+        experiment_name: the name of the run; the timestamp is appended to it.
         env_kwargs: ``launcher``, ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit`` and ``randomness``
             (``seed``, ``diff_rank_seed``, ``deterministic``).
         log_kwargs: arguments of :meth:`build_logger`.
-        auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the real batch size
-            over the one they were chosen for (``"linear"``, the default), or by the square root of that (``"sqrt"``).
+        auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the ratio of the
+            actual batch size to ``base_batch_size`` (``"linear"``, the default), or by its square root (``"sqrt"``).
 
     Raises:
         WorkDirError: if ``work_dir`` cannot be created or written to.
-        ConfigKeyError: if a key of one of the mappings is unknown.
-        LaunchError: if the launcher named did not start this process.
+        ConfigKeyError: if one of the mappings has an unknown key.
+        LaunchError: if the given launcher did not start this process.
     """
 
     model = Prepared[nn.Module]("Call prepare(model, ...) first.")
@@ -87,7 +87,7 @@ class BaseStrategy(ABC):
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
         self.dispatch_kwargs: dict[str, Any] = {}
-        # The checkpoint from which load_or_resume went on.
+        # The checkpoint that load_or_resume resumed from.
         self.resumed_from: str | None = None
         self._env = set_up_environment(self._env_kwargs)
         with ExitStack() as undo:
@@ -105,32 +105,32 @@ class BaseStrategy(ABC):
 
     @property
     def work_dir(self) -> str:
-        """The folder of the run, absolute."""
+        """The absolute path of the run's folder."""
         return str(self._work_dir)
 
     @property
     def log_dir(self) -> str:
-        """The folder of this start of the run: ``<work_dir>/<timestamp>``."""
+        """The folder of this session of the run: ``<work_dir>/<timestamp>``."""
         return str(self._log_dir)
 
     @property
     def experiment_name(self) -> str:
-        """The run's name with the timestamp, or the timestamp alone."""
+        """The name of the run followed by the timestamp, or only the timestamp."""
         return self._experiment_name
 
     @property
     def world(self) -> World:
-        """What is true of this process in its run."""
+        """The rank, device, launcher and seed of this process."""
         return self._env.world
 
     @property
     def timestamp(self) -> str:
-        """When rank 0 started, in its local time, as ``YYYYmmdd_HHMMSS``; the same on every rank."""
+        """The local time at which rank 0 started, as ``YYYYmmdd_HHMMSS``; the same on all ranks."""
         return self.world.timestamp
 
     @property
     def launcher(self) -> str:
-        """What started this process: ``"pytorch"``, ``"slurm"``, ``"mpi"`` or ``"none"``."""
+        """The launcher of this process: ``"pytorch"``, ``"slurm"``, ``"mpi"`` or ``"none"``."""
         return self.world.launcher
 
     @property
@@ -140,12 +140,12 @@ class BaseStrategy(ABC):
 
     @property
     def rank(self) -> int:
-        """This process's global rank."""
+        """The global rank of this process."""
         return self.world.rank
 
     @property
     def world_size(self) -> int:
-        """How many processes train together."""
+        """The number of processes in the run."""
         return self.world.size
 
     @property
@@ -165,7 +165,7 @@ class BaseStrategy(ABC):
 
     @property
     def collective_forward(self) -> bool:
-        """Whether the forward pass is collective, so that all ranks must make as many, also in an evaluation."""
+        """Whether the forward pass is collective: all ranks must make the same number, in an evaluation too."""
         return False
 
     @property
@@ -184,47 +184,63 @@ class BaseStrategy(ABC):
 
     @property
     def seed(self) -> int:
-        """The seed of the run, the same on every rank; that of the checkpoint after ``resume``."""
+        """The seed of the run, the same on all ranks; after ``resume`` the seed of the checkpoint."""
         return self._seed
 
     @property
     def randomness(self) -> dict[str, Any]:
-        """The settings of randomness with the seed in use: a copy."""
+        """A copy of the randomness settings, with the seed in use."""
         return {**self._env.randomness, "seed": self._seed}
+
+    @property
+    def model_or_none(self) -> nn.Module | None:
+        """The placed model; None before :meth:`prepare`."""
+        return BaseStrategy.model.get(self)
+
+    @property
+    def optim_wrapper_or_none(self) -> AnyOptim | None:
+        """The optimizer wrapper; None if none was prepared."""
+        return BaseStrategy.optim_wrapper.get(self)
+
+    @property
+    def param_schedulers_or_none(self) -> Schedulers | None:
+        """The parameter schedulers; None if none were prepared."""
+        return BaseStrategy.param_schedulers.get(self)
 
     # ---- building -------------------------------------------------------------------------------------------------
 
     def build_model(self, model: nn.Module | Mapping[str, Any]) -> nn.Module:
-        """Return a module as it is; build a mapping through ``MODELS``; see :func:`building.build_model`."""
+        """Return a module unchanged, or build it from a configuration with ``MODELS``; see :func:`building.build_model`."""
         return building.build_model(model)
 
     def compile_model(self, model: nn.Module, compile: bool | Mapping[str, Any] = False) -> nn.Module:  # noqa: A002 -- the contract's
-        """Compile a method of the model in place where asked; see :func:`building.compile_model`."""
+        """Compile a method of the model in place if ``compile`` is set; see :func:`building.compile_model`."""
         if building.compile_model(model, compile):
             self.logger.info("Compiling the model with torch.compile: the first iterations are slow.")
         return model
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
-        """Call the model's ``init_weights`` where it has one; give every rank rank 0's values. Collective."""
+        """Call the model's ``init_weights`` if it has one, and broadcast the weights of rank 0. Collective."""
         self._init_local_model_weights(model)
         broadcast_weights(model)
         return model
 
     def _init_local_model_weights(self, model: nn.Module) -> nn.Module:
-        """Call the model's ``init_weights`` where it has one, on this rank alone."""
+        """Call the model's ``init_weights`` if it has one, on this rank only."""
         init = getattr(model, "init_weights", None)
         if callable(init) and RunLength.parse(self.dispatch_kwargs).init_weights_for_test_or_val:
             init()
         return model
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
-        """Return the optimizer wrapper that stands for it; see :func:`building.build_optim_wrapper`."""
+        """Return an optimizer wrapper, or build it from a configuration; see :func:`building.build_optim_wrapper`."""
         return building.build_optim_wrapper(optim_wrapper, model)
 
     def complete_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Return an optimizer wrapper, or its configuration, with what the strategy's own options say of it: as it is.
+        """Return an optimizer wrapper, or its configuration, completed by the options of the strategy.
 
-        An engine whose configuration has a say in accumulation, clipping or the optimizer lets it stand there.
+        Here it is returned unchanged. An engine whose configuration has options for accumulation, clipping or the optimizer
+        adds them.
         """
         return optim_wrapper
 
@@ -233,46 +249,46 @@ class BaseStrategy(ABC):
     ) -> Schedulers:
         """Return the schedulers: a list, or for several optimizers a dict of lists.
 
-        ``default_args`` (``epoch_length``, ``max_epochs``, ``max_iters``) stand in for what ``dispatch_kwargs`` does
-        not say.
+        ``default_args`` (``epoch_length``, ``max_epochs``, ``max_iters``) are used for values that are missing from
+        ``dispatch_kwargs``.
         """
         known = ("epoch_length", "max_epochs", "max_iters")
         defaults = default_args or {}
         refuse_unknown(defaults, known, "default_args")
-        said = {key: value for key, value in self.dispatch_kwargs.items() if value is not None}
+        given = {key: value for key, value in self.dispatch_kwargs.items() if value is not None}
         return build_param_schedulers(
-            scheduler, optim_wrapper, **{key: said.get(key, defaults.get(key)) for key in known}
+            scheduler, optim_wrapper, **{key: given.get(key, defaults.get(key)) for key in known}
         )
 
     def _scale_lr(self) -> None:
-        """Multiply the learning rates as ``auto_scale_lr`` says; a no-op where it is not enabled.
+        """Scale the learning rates according to ``auto_scale_lr``, if it is enabled.
 
         Raises:
-            StateError: if schedulers were built already: they have stored the learning rates.
-            ConfigValueError: if the batch size of a rank is not known.
+            StateError: if schedulers were already built, which store the learning rates.
+            ConfigValueError: if the batch size of a rank is unknown.
         """
         if self._auto_scale_lr is None:
             return
         wrappers = self.optim_wrapper.each()
-        if BaseStrategy.param_schedulers.get(self) is not None or any(map(building.is_scheduled, wrappers.values())):
+        if self.param_schedulers_or_none is not None or any(map(building.is_scheduled, wrappers.values())):
             raise StateError(
-                "Learning rates are scaled before schedulers are built, since these store the initial values. Give "
-                "param_scheduler as a mapping, or disable auto_scale_lr and give the optimizer the scaled values."
+                "Learning rates must be scaled before schedulers are built, because schedulers store the initial values. Pass "
+                "param_scheduler as a configuration, or disable auto_scale_lr and build the optimizer with scaled values."
             )
         micro_batch = RunLength.parse(self.dispatch_kwargs).train_micro_batch_size_per_gpu
         if micro_batch is None:
             raise ConfigValueError(
-                "auto_scale_lr needs dispatch_kwargs['train_micro_batch_size_per_gpu'], the samples that a rank trains on "
-                "in one iteration."
+                "auto_scale_lr requires dispatch_kwargs['train_micro_batch_size_per_gpu'], the number of samples that a rank "
+                "processes in one iteration."
             )
         for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.dp_size, micro_batch=micro_batch):
             self.logger.info(done)
 
     def build_logger(self, log_level: str | int = "INFO", log_file: str | None = None, **kwargs: Any) -> Logger:
-        """Return the logger of the run; by default its file is ``<log_dir>/<timestamp>.log``, which is appended to.
+        """Return the logger of the run. By default it appends to ``<log_dir>/<timestamp>.log``.
 
         Raises:
-            ConfigKeyError: if there is no such argument of :class:`~stratagem.logging.Logger`.
+            ConfigKeyError: if :class:`~stratagem.logging.Logger` does not have one of the arguments.
         """
         refuse_unknown(kwargs, _LOGGER_KEYS, "log_kwargs")
         settings: dict[str, Any] = {
@@ -284,7 +300,7 @@ class BaseStrategy(ABC):
         }
         return Logger(**settings)
 
-    # ---- the four that a strategy writes ----------------------------------------------------------------------------
+    # ---- the four methods of a strategy ----------------------------------------------------------------------------
 
     @abstractmethod
     def prepare(
@@ -296,10 +312,21 @@ class BaseStrategy(ABC):
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Build, initialise, place, compile and wire the model, its optimizers and their schedulers. Collective.
+        """Build, initialize, place, compile and connect the model, its optimizers and their schedulers. Collective.
 
-        Returns the model alone, or a list of the model, the optimizer wrapper and the schedulers that were asked for.
         A second call returns the same objects.
+
+        Args:
+            model: a module or its configuration.
+            optim_wrapper: an optimizer wrapper, an optimizer or a configuration; None prepares for evaluation.
+            param_scheduler: schedulers or their configurations.
+            compile: True, or the arguments of ``torch.compile``.
+            dispatch_kwargs: the length of the run: ``epoch_length``, ``max_epochs``, ``max_iters``, ``cur_iter``,
+                ``train_micro_batch_size_per_gpu``.
+
+        Returns:
+            The model if nothing else was ever prepared, else a :class:`PreparedComponents`, which unpacks in the order
+            model, optimizer wrapper, schedulers.
         """
 
     @abstractmethod
@@ -312,7 +339,7 @@ class BaseStrategy(ABC):
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        """Load weights alone; return the rest of the checkpoint. Collective."""
+        """Load only the weights; return the rest of the checkpoint. Collective."""
 
     @abstractmethod
     def resume(
@@ -327,8 +354,8 @@ class BaseStrategy(ABC):
     ) -> StateTree:
         """Restore model, optimizers, schedulers and randomness; return the rest of the checkpoint. Collective.
 
-        The checkpoint may lack the parameters and buffers whose names one of the regular expressions ``new_parameters``
-        matches in whole; anything else that differs is an error.
+        The checkpoint may lack parameters and buffers whose full names match one of the regular expressions in
+        ``new_parameters``. Any other difference is an error.
         """
 
     @abstractmethod
@@ -342,28 +369,28 @@ class BaseStrategy(ABC):
         callback: CheckpointCallback | None = None,
         write: CheckpointWriter = save_checkpoint,
     ) -> None:
-        """Publish the state of the run under ``filename``, all of it or nothing. Collective.
+        """Save the state of the run under ``filename`` atomically. Collective.
 
-        ``write`` is called with the state, ``filename`` and the ranks, such as
-        :meth:`BackgroundSaver.save <stratagem.checkpoint.BackgroundSaver.save>` for a run that does not wait.
+        ``write`` is called with the state, ``filename`` and the rank group. Use
+        :meth:`BackgroundSaver.save <stratagem.checkpoint.BackgroundSaver.save>` to save in the background.
         """
 
     # ---- state ----------------------------------------------------------------------------------------------------
 
     def unwrap_model(self) -> nn.Module:
-        """Return the model without what its placement put around it."""
+        """Return the model without the wrappers of its placement."""
         return unwrap_model(self.model)
 
     def model_state_dict(self) -> dict[str, Any]:
-        """Return the bare model's state on the CPU.
+        """Return the state of the unwrapped model on the CPU. Collective.
 
-        Tensors that are spread over ranks are a ``DTensor`` or :class:`~stratagem.checkpoint.ShardedTensorState`, of which
-        ``full_tensor()`` gives the whole. Collective.
+        A tensor that is sharded across ranks is a ``DTensor`` or a :class:`~stratagem.checkpoint.ShardedTensorState`; its
+        ``full_tensor()`` returns the whole tensor.
         """
         return weights_to_cpu(self._model_state())
 
     def _model_state(self) -> StateTree:
-        """Return the bare model's state where it lies."""
+        """Return the state of the unwrapped model on its device."""
         return self.unwrap_model().state_dict()
 
     def _load_model_state(
@@ -374,26 +401,24 @@ class BaseStrategy(ABC):
         revise_keys: Sequence[tuple[str, str]],
         allow_missing: Sequence[str],
     ) -> LoadReport:
-        """Put the bare model's state into place."""
+        """Load the state into the unwrapped model."""
         return load_state_dict(
             self.unwrap_model(), state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
         )
 
     def optim_state_dict(self) -> dict[str, Any]:
-        """Return the optimizer wrapper's state.
+        """Return the state of the optimizer wrapper.
 
         Raises:
             ConfigTypeError: if there is no optimizer wrapper.
         """
-        optim = BaseStrategy.optim_wrapper.get(self)
+        optim = self.optim_wrapper_or_none
         if optim is None:
-            raise ConfigTypeError(
-                "There is no optimizer wrapper, so it has no state. Call prepare(model, optim_wrapper=...)."
-            )
+            raise ConfigTypeError("There is no optimizer wrapper. Call prepare(model, optim_wrapper=...) first.")
         return optim.state_dict()
 
     def scheduler_state_dict(self) -> list[dict[str, Any]] | dict[str, list[dict[str, Any]]]:
-        """Return the schedulers' states: a list, or name -> list for several optimizers."""
+        """Return the states of the schedulers: a list, or a dict of lists by name if there are several optimizers."""
         schedulers = self.param_schedulers
         if isinstance(schedulers, dict):
             return {name: [each.state_dict() for each in some] for name, some in schedulers.items()}
@@ -407,12 +432,12 @@ class BaseStrategy(ABC):
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
         allow_missing: Sequence[str] = (),
     ) -> LoadReport:
-        """Load the bare model's state; differences are logged once, on rank 0.
+        """Load the state of the unwrapped model, and log differences on rank 0.
 
-        With ``strict`` the state may lack what a pattern of ``allow_missing`` names.
+        With ``strict`` only keys that match a regular expression in ``allow_missing`` may be missing.
 
         Raises:
-            CheckpointMismatchError: if no key matches, or with ``strict`` if anything differs.
+            CheckpointMismatchError: if no key matches, or, with ``strict``, if there is a difference.
         """
         report = self._load_model_state(state_dict, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing)
         if not report.exact:
@@ -420,19 +445,18 @@ class BaseStrategy(ABC):
         return report
 
     def load_optim_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load the optimizer wrapper's state, as :meth:`optim_state_dict` gave it."""
+        """Load the state that :meth:`optim_state_dict` returned."""
         self.optim_wrapper.load_state_dict(dict(state_dict))
 
     def load_scheduler_state_dict(self, state_dict: Sequence[Any] | Mapping[str, Sequence[Any]]) -> None:
-        """Load the schedulers' states; they become what was saved, and the log names what that changes.
+        """Load the states of the schedulers, and log which of their options change.
 
         Raises:
-            CheckpointMismatchError: if there are more, fewer or others than this run has, or they belong to other
-                optimizers.
+            CheckpointMismatchError: if the schedulers of this run differ in number, type or optimizer.
         """
         own = self.scheduler_state_dict()
         building.load_schedulers(self.param_schedulers, state_dict)
-        self._say_kept(schedule_differences(self.param_schedulers, own))
+        self._log_restored(schedule_differences(self.param_schedulers, own))
 
     def load_or_resume(
         self,
@@ -443,21 +467,21 @@ class BaseStrategy(ABC):
         resume_param_scheduler: bool = True,
         new_parameters: Sequence[str] = (),
     ) -> StateTree | None:
-        """Load weights, resume, or do nothing, as the two arguments say. Collective.
+        """Load weights, resume, or do nothing. Collective.
 
-        ``resume`` with a path resumes from there; ``True`` from ``load_from`` where that is given, otherwise from the
-        latest checkpoint under ``work_dir``, and where there is none it does nothing. ``load_from`` alone loads the
-        weights. ``callback`` is that of :meth:`load_checkpoint` and :meth:`resume`.
+        If ``resume`` is a path, resume from it. If it is True, resume from ``load_from`` if that is given, else from the
+        latest checkpoint under ``work_dir``, else do nothing. ``load_from`` without ``resume`` loads the weights only.
 
-        With ``resume_param_scheduler=False`` the schedules and the optimizers' options are those of this run, from where
-        the checkpoint stands; moments and other state go on. ``new_parameters`` is that of :meth:`resume`.
+        With ``resume_param_scheduler=False`` schedules and optimizer options come from this run's configuration and continue
+        from the position of the checkpoint; the optimizer state is restored. See :meth:`load_checkpoint` and :meth:`resume`
+        for ``callback`` and ``new_parameters``.
         """
         how = Resuming(
             callback=callback,
             resume_param_scheduler=resume_param_scheduler,
             new_parameters=tuple(new_parameters),
-            optim=BaseStrategy.optim_wrapper.get(self),
-            schedulers=BaseStrategy.param_schedulers.get(self),
+            optim=self.optim_wrapper_or_none,
+            schedulers=self.param_schedulers_or_none,
         )
         if not resume:
             return None if load_from is None else self.load_checkpoint(load_from, callback=callback)
@@ -465,17 +489,17 @@ class BaseStrategy(ABC):
             return how.resume(self, resume)
         return how.resume_latest(self) if load_from is None else how.resume(self, load_from)
 
-    def _say_kept(self, differences: Iterable[str]) -> None:
-        """Say in the log which values of a checkpoint go on in the place of this run's."""
+    def _log_restored(self, differences: Iterable[str]) -> None:
+        """Log which values of the checkpoint replace those of this run's configuration."""
         lines = list(differences)
         if lines:
             self.logger.warning(
-                "These go on as the checkpoint has them:\n  %s\nTo follow the configuration from here on, resume with "
+                "The checkpoint overrides the configuration:\n  %s\nTo use the values of the configuration instead, resume with "
                 "resume_param_scheduler=False.", "\n  ".join(lines),
             )  # fmt: skip
 
     def collect_env(self) -> tuple[dict[str, str], dict[str, Any]]:
-        """Return what this machine is, and how this run uses it."""
+        """Return a description of this machine and software, and the settings of this run."""
         runtime: dict[str, Any] = dict(self._env_kwargs)
         runtime.update(self.randomness)
         runtime["Distributed launcher"] = self.launcher
@@ -484,13 +508,12 @@ class BaseStrategy(ABC):
         return collect_env(), runtime
 
     def _prepared_components(self) -> Any:
-        """Return the model alone, or the list of all that was prepared."""
-        rest = [part.get(self) for part in (BaseStrategy.optim_wrapper, BaseStrategy.param_schedulers)]
-        components = [self.model, *(part for part in rest if part is not None)]
-        return components[0] if len(components) == 1 else components
+        """Return the model, or all components if there are several."""
+        optim, schedulers = self.optim_wrapper_or_none, self.param_schedulers_or_none
+        return self.model if optim is None else PreparedComponents(self.model, optim, schedulers)
 
     def close(self) -> None:
-        """Close the log file, end the process group if this strategy made it, undo process settings. Idempotent."""
+        """Close the log file, destroy the process group if this strategy created it, and undo process settings. Idempotent."""
         self._stop_forwarding()
         self.logger.close()
         self._env.close()

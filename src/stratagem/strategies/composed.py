@@ -1,4 +1,4 @@
-"""Prepare, load, resume and save, written once for every torch-native placement."""
+"""Prepare, load, resume and save with any placement."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = ["ComposedStrategy"]
 
 
 class ComposedStrategy(BaseStrategy):
-    """A strategy made of a placement; a final class chooses which and adds nothing else."""
+    """A strategy that delegates to a placement; subclasses only choose the placement."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -50,26 +50,26 @@ class ComposedStrategy(BaseStrategy):
 
     @abstractmethod
     def _make_placement(self) -> Placement:
-        """Return how this strategy places a model, or refuse to in this environment."""
+        """Return the placement of this strategy, or raise an error if it cannot work in this environment."""
 
     def _require_processes(self) -> None:
-        """Refuse to work in a process that no launcher started.
+        """Require that a launcher started this process.
 
         Raises:
-            LaunchError: if none did.
+            LaunchError: if no launcher did.
         """
         if not is_distributed():
             raise LaunchError(
-                f"{type(self).__name__} needs processes that a launcher started, and this one was started by none. Use "
-                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`; on one process use SingleDeviceStrategy."
+                f"{type(self).__name__} requires a launcher, and no launcher started this process. Use "
+                "`stratagem train CONFIG --nproc N`, `torchrun`, `srun` or `mpirun`, or SingleDeviceStrategy for one process."
             )
 
     def _make_access(self) -> StateAccess:
-        """Return how the state of what this strategy's placement placed is read and written."""
+        """Return how the state of the placed model and its optimizers is read and written."""
         return TorchState()
 
     def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
-        """Return what writes a checkpoint where ``write`` was asked for: an engine may have a form of its own."""
+        """Return the function that writes checkpoints; an engine may replace ``write`` to save its own format."""
         return write
 
     def prepare(
@@ -83,19 +83,19 @@ class ComposedStrategy(BaseStrategy):
     ) -> Any:
         run_length = dispatch_kwargs or {}
         RunLength.parse(run_length)
-        optim_due = optim_wrapper is not None and BaseStrategy.optim_wrapper.get(self) is None
-        schedulers_due = param_scheduler is not None and BaseStrategy.param_schedulers.get(self) is None
-        if schedulers_due and not optim_due and BaseStrategy.optim_wrapper.get(self) is None:
-            raise ConfigValueError("param_scheduler schedules an optimizer's values, but no optim_wrapper was given.")
-        if BaseStrategy.model.get(self) is None:
+        builds_optim = optim_wrapper is not None and self.optim_wrapper_or_none is None
+        builds_schedulers = param_scheduler is not None and self.param_schedulers_or_none is None
+        if builds_schedulers and not builds_optim and self.optim_wrapper_or_none is None:
+            raise ConfigValueError("param_scheduler requires an optim_wrapper, and none was given.")
+        if self.model_or_none is None:
             self.dispatch_kwargs.update(run_length)
             self._place(model, optim_wrapper, compile)
-        elif optim_due or schedulers_due:
-            # Prepared for evaluation first; now it is to be trained.
+        elif builds_optim or builds_schedulers:
+            # The model was prepared for evaluation and is now prepared for training.
             self.dispatch_kwargs.update(run_length)
-            if optim_due:
+            if builds_optim:
                 self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.unwrap_model()))
-        if schedulers_due:
+        if builds_schedulers:
             self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
         return self._prepared_components()
 
@@ -121,7 +121,7 @@ class ComposedStrategy(BaseStrategy):
             self._adopt_optim(placed.optim)
 
     def _adopt_optim(self, optim: AnyOptim) -> None:
-        """Wire an optimizer wrapper to the placed model: gradient exchange, accumulation, learning rates."""
+        """Connect an optimizer wrapper to the placed model: gradient policy, accumulation, learning rates."""
         run_length = RunLength.parse(self.dispatch_kwargs)
         self._placement.bind(optim, self.unwrap_model())
         wrappers = optim.each()
@@ -131,8 +131,8 @@ class ComposedStrategy(BaseStrategy):
             if wrapper.accumulative_counts > 1:
                 if run_length.max_iters is None:
                     raise ConfigValueError(
-                        f"accumulative_counts={wrapper.accumulative_counts} needs dispatch_kwargs['max_iters'], the "
-                        "micro-batches of the run: the last window may be shorter, and is averaged over its own length."
+                        f"accumulative_counts={wrapper.accumulative_counts} requires dispatch_kwargs['max_iters'], the number of "
+                        "micro-batches in the run: the last window may be shorter and is averaged over its own length."
                     )
                 wrapper.initialize_count_status(self.model, run_length.cur_iter, run_length.max_iters)
             wrapper.gradient_policy = policy
@@ -140,7 +140,7 @@ class ComposedStrategy(BaseStrategy):
         try:
             self._scale_lr()
         except StratagemError:
-            # A second prepare must build it anew rather than train with learning rates that were not scaled.
+            # A second prepare must rebuild the wrapper instead of training with learning rates that were not scaled.
             BaseStrategy.optim_wrapper.clear(self)
             raise
 
@@ -200,7 +200,7 @@ class ComposedStrategy(BaseStrategy):
         revise_keys: Sequence[tuple[str, str]] = DEFAULT_REVISE_KEYS,
         callback: CheckpointCallback | None = None,
     ) -> StateTree:
-        self.logger.info("Load checkpoint from %s", mask_text(os.fspath(filename)))
+        self.logger.info("Loading weights from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
         state = get_model_state(checkpoint, filename)
         self.load_model_state_dict(state, strict=strict, revise_keys=revise_keys)
@@ -216,22 +216,22 @@ class ComposedStrategy(BaseStrategy):
         callback: CheckpointCallback | None = None,
         new_parameters: Sequence[str] = (),
     ) -> StateTree:
-        self.logger.info("Resume checkpoint from %s", mask_text(os.fspath(filename)))
+        self.logger.info("Resuming from %s", mask_text(os.fspath(filename)))
         checkpoint = self._read(filename, map_location, callback)
         used = {"state_dict", "buffers", "generators", "window"}
-        if resume_optimizer and BaseStrategy.optim_wrapper.get(self) is not None:
+        if resume_optimizer and self.optim_wrapper_or_none is not None:
             used.add("optimizer")
-        if resume_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
+        if resume_param_scheduler and self.param_schedulers_or_none is not None:
             used.add("param_schedulers")
-        # Before anything is changed.
+        # Check for missing parts before anything is changed.
         state = get_model_state(checkpoint, filename)
         parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
-        # Another model's moments would be applied to this one's parameters.
+        # Strict, since the optimizer state of another model must not be applied to these parameters.
         report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters)
         if report.missing:
             self.logger.warning(
-                "New parameters begin as they were initialised, without optimizer state: %s. All others go on as saved, but "
-                "the losses are another model's.", ", ".join(report.missing),
+                "New parameters keep their initial values and have no optimizer state: %s. All other parameters are restored, "
+                "but losses are not comparable with those of the saved model.", ", ".join(report.missing),
             )  # fmt: skip
         write_per_rank_buffers(checkpoint.get("buffers") or {}, self.unwrap_model(), self.world)
         if "optimizer" in parts:
@@ -239,15 +239,15 @@ class ComposedStrategy(BaseStrategy):
             self._access.load_optim_state(
                 self.optim_wrapper, parts["optimizer"], self.unwrap_model(), allow_missing=new_parameters
             )
-            self._resume_window(checkpoint)
+            self._restore_gradients(checkpoint)
             if resume_param_scheduler:
-                self._say_kept(own.differences(self.optim_wrapper))
+                self._log_restored(own.differences(self.optim_wrapper))
         if "param_schedulers" in parts:
             self.load_scheduler_state_dict(parts["param_schedulers"])
         meta = checkpoint.get("meta") or {}
         self._compare_runs(meta)
         self._resume_accumulation(meta)
-        # Last: nothing after it may draw a random number.
+        # Must be last: nothing after it may draw a random number.
         self._resume_randomness(checkpoint, meta)
         return {key: value for key, value in checkpoint.items() if key not in used}
 
@@ -262,14 +262,14 @@ class ComposedStrategy(BaseStrategy):
         write: CheckpointWriter = save_checkpoint,
     ) -> None:
         parts: StateTree = {}
-        optim = BaseStrategy.optim_wrapper.get(self)
-        # The weights to evaluate with, where an optimizer trains with others.
+        optim = self.optim_wrapper_or_none
+        # A schedule-free optimizer has different weights for training; the checkpoint contains those to evaluate.
         with nullcontext() if optim is None else optim.evaluating():
-            # On every rank: an optimizer whose state is spread over ranks puts it together in a collective.
+            # On all ranks: gathering the sharded state of an optimizer is collective.
             if save_optimizer and optim is not None:
                 parts["optimizer"] = self._access.optim_state(optim, self.unwrap_model())
-                parts.update(self._open_window(optim))
-            if save_param_scheduler and BaseStrategy.param_schedulers.get(self) is not None:
+                parts.update(self._accumulation_part(optim))
+            if save_param_scheduler and self.param_schedulers_or_none is not None:
                 parts["param_schedulers"] = self.scheduler_state_dict()
             buffers = read_per_rank_buffers(self.unwrap_model(), self.world)
             if buffers:
@@ -278,10 +278,12 @@ class ComposedStrategy(BaseStrategy):
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
             finite = self._weights_are_finite()
             if not finite:
-                self.logger.warning("%s holds weights that are not finite: no run will go on from it.", filename)
+                self.logger.warning(
+                    "%s contains NaN or Inf weights: no run will resume from it automatically.", filename
+                )
             rank_group = RankGroup.of()
-            # Each rank makes the tree, for it writes what it holds of sharded tensors; all the rest is the first rank's.
-            # Where the tensors are: the writer moves them to the CPU one at a time.
+            # Each rank builds the tree because it writes its own shards; rank 0 writes everything else. Tensors stay on
+            # their device: the writer moves them to the CPU one at a time.
             parts = {"state_dict": self._model_state(), **parts}
             checkpoint = rank_group.run_checked(lambda: self._tree(parts, {"finite": finite}, extra_ckpt, callback))
             if self._placement.full_state:
@@ -303,15 +305,15 @@ class ComposedStrategy(BaseStrategy):
             callback(checkpoint)
         return checkpoint
 
-    def _open_window(self, optim: AnyOptim) -> StateTree:
-        """Return the part of a checkpoint with the gradients that wait for their update; none where none wait. Collective."""
+    def _accumulation_part(self, optim: AnyOptim) -> StateTree:
+        """Return the checkpoint part with the gradients of an incomplete accumulation window, if there is one. Collective."""
         window = (
             gather_accumulation_state(optim, self.unwrap_model(), self.world) if self._placement.has_gradients else None
         )
         return {} if window is None else {"window": window}
 
-    def _resume_window(self, checkpoint: StateTree) -> None:
-        """Take up the gradients that waited for their update, in the place of any that are there."""
+    def _restore_gradients(self, checkpoint: StateTree) -> None:
+        """Replace all gradients by those of the incomplete accumulation window in the checkpoint."""
         self.optim_wrapper.zero_grad()
         if "window" in checkpoint and self._placement.has_gradients:
             restore_accumulation_state(
@@ -320,7 +322,7 @@ class ComposedStrategy(BaseStrategy):
             self._placement.note_restored_gradients(self.model)
 
     def _weights_are_finite(self) -> bool:
-        """Tell whether every value of the parameters is finite, on every rank. Collective."""
+        """Return whether all parameters are finite on all ranks. Collective."""
         finite = torch.tensor(int(self._access.weights_are_finite(self.unwrap_model())))
         all_reduce(finite, "min")
         return bool(finite.item())
@@ -330,7 +332,7 @@ class ComposedStrategy(BaseStrategy):
             "seed": self.seed,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "stratagem": __version__,
-            # A plain text: torch.load(weights_only=True) refuses the class that torch gives it.
+            # torch.load(weights_only=True) refuses the class of torch.__version__, so it is converted to str.
             "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
@@ -341,7 +343,7 @@ class ComposedStrategy(BaseStrategy):
     def _read(
         self, filename: str | os.PathLike[str], map_location: torch.device | str, callback: CheckpointCallback | None
     ) -> StateTree:
-        # Each rank needs a part of the tensors, which it takes out of those that are mapped into the CPU's memory.
+        # A sharded model needs only its shards, which are copied from the memory-mapped file.
         own = torch.device("cpu") if self._placement.sharded else self.world.device
         device = own if map_location == "default" else map_location
         rank_group = RankGroup.of()
@@ -351,54 +353,54 @@ class ComposedStrategy(BaseStrategy):
         return checkpoint
 
     def _compare_runs(self, meta: Mapping[str, Any]) -> None:
-        """Say in the log what differs from the run that was saved, and what follows from it."""
+        """Log how this run differs from the saved one, and the consequences."""
         size, micro = meta.get("world_size"), meta.get("train_micro_batch_size_per_gpu")
         if size is not None and size != self.world_size:
             self.logger.warning(
-                "The checkpoint was saved by %s ranks, this run has %d: parameters, optimizers and schedules go on equal; "
-                "the global batch and each rank's random numbers differ.", size, self.world_size,
+                "The checkpoint was saved by %s ranks and this run has %d: parameters, optimizers and schedules are restored "
+                "exactly, but the global batch size and the random numbers of each rank differ.", size, self.world_size,
             )  # fmt: skip
         own = self.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
         if None not in (micro, own) and micro != own:
             self.logger.warning(
-                "The checkpoint was saved with %s samples in a rank's micro-batch, this run has %s: iterations are of another "
-                "size, so epochs and schedules by iteration are counted differently.", micro, own,
+                "The checkpoint was saved with a micro-batch of %s samples per rank and this run has %s: epochs have another "
+                "number of iterations, and schedules by iteration advance differently per sample.", micro, own,
             )  # fmt: skip
 
     def _resume_accumulation(self, meta: Mapping[str, Any]) -> None:
-        """Have windows go on where they were: after the micro-batches that the optimizer's state, or else the meta, tells."""
+        """Restore the micro-batch counts from the optimizer state, or from ``meta`` if the optimizer was not restored."""
         run_length = RunLength.parse(self.dispatch_kwargs)
-        optim = BaseStrategy.optim_wrapper.get(self)
+        optim = self.optim_wrapper_or_none
         for wrapper in optim.each().values() if optim is not None else ():
-            # Also a run that accumulates no longer must warn of a window that it cannot finish.
+            # A run that no longer accumulates must also warn if it cannot complete a saved window.
             resumed_alone = wrapper.accumulative_counts == 1 and wrapper.inner_count > 0
             if resumed_alone or (wrapper.accumulative_counts > 1 and run_length.max_iters is not None):
                 done = wrapper.inner_count or int(meta.get("iter", 0))
-                most = -1 if run_length.max_iters is None else run_length.max_iters
-                wrapper.initialize_count_status(self.model, done, most)
+                max_iters = -1 if run_length.max_iters is None else run_length.max_iters
+                wrapper.initialize_count_status(self.model, done, max_iters)
 
     def _resume_randomness(self, checkpoint: StateTree, meta: Mapping[str, Any]) -> None:
-        """Take up the saved seed and this rank's generators where they were."""
+        """Restore the seed and the random generators of this rank."""
         seed = meta.get("seed")
         if isinstance(seed, int) and seed != self._seed:
             if self._env.seed_given:
                 self.logger.warning(
-                    "The checkpoint's seed is %d, this run's is %d. The run goes on with the checkpoint's, since the order "
-                    "of the data hangs on it.", seed, self._seed,
+                    "The seed of the checkpoint is %d and the seed of this run is %d. The run uses the one of the checkpoint, "
+                    "because the data order depends on it.", seed, self._seed,
                 )  # fmt: skip
             self._seed = seed
         generators = checkpoint.get("generators")
         state = generators.get(str(self.rank)) if isinstance(generators, Mapping) else None
         if state is None:
             self.logger.warning(
-                "The checkpoint holds no state of the random generators for rank %d; they go on freshly seeded.",
+                "The checkpoint contains no random generator state for rank %d; its generators are seeded again.",
                 self.rank,
             )
             return
         unknown = restore_generator_state(state)
         if unknown:
             self.logger.warning(
-                "The generators of %s are not those of the checkpoint; they go on freshly seeded.", unknown
+                "The checkpoint contains no random generator state for %s; these generators are seeded again.", unknown
             )
 
 
@@ -406,7 +408,7 @@ def _part(checkpoint: StateTree, key: str, filename: str | os.PathLike[str]) -> 
     if key not in checkpoint:
         argument = "resume_optimizer" if key == "optimizer" else "resume_param_scheduler"
         raise CheckpointMismatchError(
-            f"{os.fspath(filename)} has no {key!r}, so the run cannot go on as it was. Load its weights alone with "
+            f"{os.fspath(filename)} has no {key!r}, so the run cannot be resumed exactly. Load only its weights with "
             f"load_from, or resume with {argument}=False."
         )
     return checkpoint[key]

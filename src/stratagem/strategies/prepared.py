@@ -1,19 +1,23 @@
-"""A descriptor for attributes that are set by ``prepare``."""
+"""What ``prepare`` makes: the attributes that exist afterwards, and its return value."""
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar, final, overload
+from typing import Any, Final, Generic, TypeVar, final, overload
+
+from torch import nn
 
 from stratagem.errors import NotPreparedError
+from stratagem.parallel import AnyOptim
+from stratagem.strategies.state.resuming import Schedulers
 
-__all__ = ["Prepared"]
+__all__ = ["Prepared", "PreparedComponents"]
 
 T = TypeVar("T")
 
 
 @final
 class Prepared(Generic[T]):
-    """An attribute that ``prepare`` sets. Reading it before raises a :class:`NotPreparedError` with a hint."""
+    """An attribute that ``prepare`` sets. Reading it earlier raises a :class:`NotPreparedError` with the hint."""
 
     def __init__(self, hint: str) -> None:
         self._hint = hint
@@ -46,3 +50,22 @@ class Prepared(Generic[T]):
     def clear(self, instance: object) -> None:
         """Remove the value."""
         instance.__dict__.pop(self._name, None)
+
+
+@final
+class PreparedComponents(list[Any]):
+    """The components that a strategy prepared: a list that unpacks in the order model, optimizer wrapper, schedulers.
+
+    The schedulers are an item of the list only if they were prepared.
+
+    Attributes:
+        model: the placed model.
+        optim_wrapper: its optimizer wrapper, or those of several optimizers.
+        param_schedulers: the parameter schedulers; None if none were prepared.
+    """
+
+    def __init__(self, model: nn.Module, optim_wrapper: AnyOptim, param_schedulers: Schedulers | None) -> None:
+        super().__init__([model, optim_wrapper, *([] if param_schedulers is None else [param_schedulers])])
+        self.model: Final = model
+        self.optim_wrapper: Final = optim_wrapper
+        self.param_schedulers: Final = param_schedulers

@@ -1,4 +1,4 @@
-"""Time: the loops that train and evaluate. Nothing is hidden; hooks are called where it says so."""
+"""The loops that train and evaluate, and call the hooks."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["EpochBasedTrainLoop", "IterBasedTrainLoop", "TestLoop", "ValLoop"]
 
 
 def train_iterations(run: Run, batches: Iterator[Any], count: int | None) -> int:
-    """Train on the next ``count`` batches, or on all that are left; return how many there were.
+    """Train on the next ``count`` batches, or on all remaining ones if None; return the number of iterations.
 
-    Stops earlier, between two iterations, where a hook asked for it, or the run was interrupted and the optimizer's
-    window is complete.
+    Stops early, between two iterations, if a hook requests it, or if the run was interrupted and the accumulation window is
+    complete.
     """
     progress, interrupt = run.progress, run.interrupt
     before, after = run.events["before_train_iter"], run.events["after_train_iter"]
@@ -63,13 +63,13 @@ class EpochBasedTrainLoop:
     """Train for a number of epochs, and validate after some of them.
 
     Args:
-        run: what it trains.
-        dataloader: gives the epochs.
-        max_epochs: epochs of the whole run.
-        val_begin: the first epoch, counted from 1, after which to validate.
-        val_interval: validate after every so many epochs, and after the last.
-        dynamic_intervals: pairs (epoch, interval): from that epoch on, counted from 1, the interval is another.
-        val_loop: validates; None where the run has no validation.
+        run: the run to train.
+        dataloader: yields the batches of each epoch.
+        max_epochs: the number of epochs of the whole run.
+        val_begin: the first epoch to validate after, counted from 1.
+        val_interval: the number of epochs between validations; the last epoch is always validated.
+        dynamic_intervals: pairs (epoch, interval) that change the interval from that epoch on, counted from 1.
+        val_loop: the validation loop; None if the run has no validation.
     """
 
     def __init__(
@@ -92,28 +92,28 @@ class EpochBasedTrainLoop:
         run.progress.epoch_length = length = dataloader.length
         if length == 0:
             raise ConfigValueError(
-                "The training data has no batch; is the dataset smaller than a batch with drop_last=True?"
+                "The training data yields no batch. Is the dataset smaller than a batch, with drop_last=True?"
             )
         run.progress.max_iters = None if length is None else max_epochs * length
 
     def run(self) -> None:
-        """Train from where the run stands to its end."""
+        """Train from the current position to the end of the run."""
         run, progress, events = self._run, self._run.progress, self._run.events
         max_epochs = progress.max_epochs or 0
         progress.max_iters = progress.end_of_epochs()
         events.call("before_train", run)
-        # What was saved at the end of an epoch was saved before its validation.
+        # A checkpoint at the end of an epoch is saved before its validation.
         self._validate_if_due()
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
-            # A sampler without end does not end the epoch; its length does.
+            # The length ends the epoch, since an infinite sampler does not.
             length = progress.epoch_length
             left = None if length is None else max(0, length + self.dataloader.slack - progress.batch)
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
             if self._stopped_inside():
                 break
             if progress.batch == 0:
-                raise TrainingError(f"Epoch {progress.epoch + 1}: the training data has no batch to give.")
+                raise TrainingError(f"Epoch {progress.epoch + 1}: the training data yields no batch.")
             events.call("after_train_epoch", run)
             progress.epoch, progress.batch = progress.epoch + 1, 0
             self._validate_if_due()
@@ -135,21 +135,21 @@ class EpochBasedTrainLoop:
 
 @final
 class IterBasedTrainLoop:
-    """Train for a number of iterations, over the data as often as it takes, and validate after some of them.
+    """Train for a number of iterations, repeating the data as needed, and validate after some of them.
 
-    The length is given in iterations, or in updates of the optimizer, for runs whose meaning must not change with the
-    accumulation. Where updates are skipped, a run of so many updates takes more iterations.
+    The length is the number of iterations or, to be independent of gradient accumulation, the number of optimizer updates. A
+    run with skipped updates takes more iterations to make the same number of updates.
 
     Args:
-        run: what it trains.
-        dataloader: gives the data, epoch after epoch or without end.
-        max_iters: iterations of the whole run.
-        val_begin: the first iteration, counted from 1, after which to validate.
-        val_interval: validate after every so many iterations, and after the last.
-        dynamic_intervals: pairs (iteration, interval): from that iteration on the interval is another.
-        max_steps: updates of the optimizer in the whole run, in the place of ``max_iters``.
-        accumulative_counts: iterations of an update; the runner gives it.
-        val_loop: validates; None where the run has no validation.
+        run: the run to train.
+        dataloader: yields batches, one epoch after another or infinitely.
+        max_iters: the number of iterations of the whole run.
+        val_begin: the first iteration to validate after, counted from 1.
+        val_interval: the number of iterations between validations; the last iteration is always validated.
+        dynamic_intervals: pairs (iteration, interval) that change the interval from that iteration on.
+        max_steps: the number of optimizer updates of the whole run, instead of ``max_iters``.
+        accumulative_counts: the number of iterations per update; set by the runner.
+        val_loop: the validation loop; None if the run has no validation.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class IterBasedTrainLoop:
         val_loop: ValLoop | None = None,
     ) -> None:
         if (max_iters is None) == (max_steps is None):
-            raise ConfigValueError("train_cfg: give max_iters or max_steps, how long to train, and not both.")
+            raise ConfigValueError("train_cfg: give either max_iters or max_steps.")
         if max_steps is not None:
             max_iters = _positive("max_steps", max_steps) * accumulative_counts
         self._run = run
@@ -180,11 +180,11 @@ class IterBasedTrainLoop:
         run.progress.epoch_length = dataloader.length
 
     def run(self) -> None:
-        """Train from where the run stands to its end."""
+        """Train from the current position to the end of the run."""
         run, progress, events = self._run, self._run.progress, self._run.events
         events.call("before_train", run)
         events.call("before_train_epoch", run)
-        # What was saved after an iteration was saved before its validation.
+        # A checkpoint after an iteration is saved before its validation.
         self._validate_if_due()
         batches = self.dataloader.batches(progress.epoch, done=progress.batch)
         while (end := self._end()) > progress.iter and not progress.stop_training:
@@ -193,7 +193,7 @@ class IterBasedTrainLoop:
             trained = train_iterations(run, batches, wanted)
             if trained < wanted and not progress.stop_training:
                 if progress.batch == 0:
-                    raise TrainingError("The training data has no batch to give.")
+                    raise TrainingError("The training data yields no batch.")
                 progress.epoch, progress.batch = progress.epoch + 1, 0
                 batches = self.dataloader.batches(progress.epoch)
             else:
@@ -203,7 +203,7 @@ class IterBasedTrainLoop:
         events.call("after_train", run)
 
     def _end(self) -> int:
-        """Return after how many iterations the run ends: later than planned where updates were skipped."""
+        """Return the iteration at which the run ends, which is later than planned if updates were skipped."""
         progress = self._run.progress
         planned = progress.max_iters or 0
         if progress.max_steps is not None and progress.iter >= planned:
@@ -212,7 +212,7 @@ class IterBasedTrainLoop:
         return planned
 
     def _next_validation(self, iteration: int) -> int:
-        """Return after how many iterations the next validation is due, beyond ``iteration``."""
+        """Return the first iteration after ``iteration`` to validate after."""
         following = max(iteration + 1, self._val_begin)
         while following % self._intervals.at(following):
             following += 1
@@ -228,7 +228,7 @@ class IterBasedTrainLoop:
 
 @final
 class _Intervals:
-    """An interval that may change at milestones."""
+    """An interval that changes at milestones."""
 
     def __init__(self, interval: int, dynamic: Sequence[tuple[int, int]] | None) -> None:
         steps = sorted(dynamic or ())
@@ -240,20 +240,20 @@ class _Intervals:
 
 
 def updates_of(run: Run) -> int:
-    """Return how many updates the run's optimizer has made.
+    """Return the number of updates of the run's optimizer.
 
     Raises:
-        ConfigValueError: if there are several optimizers, which do not step together.
+        ConfigValueError: if there are several optimizers.
     """
     if isinstance(run.optim_wrapper, OptimWrapperDict):
         raise ConfigValueError(
-            "train_cfg: max_steps counts the updates of one optimizer, and there are several. Give max_iters."
+            "train_cfg: max_steps requires a single optimizer, and this run has several. Use max_iters."
         )
     return run.optim_wrapper.num_steps_applied
 
 
 class _EvaluationLoop:
-    """What validation and test share."""
+    """The parts that validation and test share."""
 
     mode: str
 
@@ -264,10 +264,10 @@ class _EvaluationLoop:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """Evaluate all of the data; return the metrics, the same on every rank. Collective.
+        """Evaluate all data; return the metrics, which are the same on all ranks. Collective.
 
-        In a training that is interrupted meanwhile it breaks off, without metrics and without a trace: the run that goes
-        on evaluates again.
+        If the training is interrupted meanwhile, the evaluation is aborted without metrics and without side effects; the
+        resumed run repeats it.
         """
         run, events, mode = self._run, self._run.events, self.mode
         stoppable = run.interrupt.active and self._batches_are_equal()
@@ -280,7 +280,7 @@ class _EvaluationLoop:
         if not complete:
             self.evaluator.reset()
             restore_generator_state(generators)
-            run.logger.info("The evaluation was broken off: the run was interrupted.")
+            run.logger.info("The evaluation was aborted because the run was interrupted.")
             return {}
         metrics = self.evaluator.evaluate(group=run.strategy.dp_group, by_batch=self.dataloader.by_batch)
         run.metrics, run.evaluated_batches = metrics, self.dataloader.length
@@ -291,13 +291,13 @@ class _EvaluationLoop:
         return metrics
 
     def _batches_are_equal(self) -> bool:
-        """Tell whether all ranks have as many batches, so that they can ask each other after each. Collective."""
+        """Return whether all ranks have the same number of batches, so that each batch can end with a collective. Collective."""
         streams = isinstance(self.dataloader.dataset, IterableDataset)
         lengths = set(all_gather_object(None if streams else self.dataloader.length))
         return self._run.world_size == 1 or (len(lengths) == 1 and None not in lengths)
 
     def _process_batches(self, *, stoppable: bool) -> bool:
-        """Evaluate all batches; return whether the run let it come to the end."""
+        """Evaluate all batches; return False if the run was interrupted."""
         run, mode = self._run, self.mode
         step = cast("Any", run.model).val_step if mode == "val" else cast("Any", run.model).test_step
         before, after = run.events[f"before_{mode}_iter"], run.events[f"after_{mode}_iter"]
@@ -315,32 +315,32 @@ class _EvaluationLoop:
 
 @final
 class ValLoop(_EvaluationLoop):
-    """Evaluate the validation data."""
+    """Evaluate the model on the validation data."""
 
     mode = "val"
 
 
 @final
 class TestLoop(_EvaluationLoop):
-    """Evaluate the test data."""
+    """Evaluate the model on the test data."""
 
     mode = "test"
-    __test__ = False  # not pytest's
+    __test__ = False  # pytest must not collect it
 
 
 def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
-    """Validate, unless that was done where the run stands; an interrupted run ends here. Collective."""
+    """Validate, unless this position was validated already; an interrupted run stops here. Collective."""
     if val_loop is None or run.progress.validated == run.progress.iter:
         return
     run.interrupt.due_now()
     if not run.is_ending:
         val_loop.run()
     if run.is_ending:
-        # Here, before another iteration: the run that goes on validates first.
+        # Stop before the next iteration: the resumed run validates first.
         run.progress.stop_training = True
 
 
 def _positive(name: str, value: int | None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigValueError(f"{name} is {value!r}; a whole number of at least 1 is due.")
+        raise ConfigValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     return value
