@@ -56,7 +56,7 @@ class Gate:
 
 
 @pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
-def test_what_is_changed_after_the_call_does_not_change_the_file(saver: BackgroundSaver, tmp_path: Path, name: str):
+def test_changes_after_the_call_do_not_affect_the_file(saver: BackgroundSaver, tmp_path: Path, name: str):
     """Tensors and plain values may be changed as soon as the call returns, because they are copied."""
     state = tree(1)
     gate = Gate()
@@ -72,7 +72,7 @@ def test_what_is_changed_after_the_call_does_not_change_the_file(saver: Backgrou
     assert value_of(tmp_path / name) == {1}
 
 
-def test_tensors_of_every_kind_are_copied(saver: BackgroundSaver, tmp_path: Path):
+def test_all_kinds_of_tensors_are_copied(saver: BackgroundSaver, tmp_path: Path):
     """Non-contiguous views, empty tensors, scalars and conjugated tensors are copied correctly."""
     base = torch.arange(12.0).reshape(3, 4)
     tensors = {
@@ -105,7 +105,7 @@ def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Pat
     assert (value_of(tmp_path / "epoch_1"), value_of(tmp_path / "epoch_2")) == ({1}, {2})
 
 
-def test_a_failure_is_told_by_the_next_check(saver: BackgroundSaver, tmp_path: Path):
+def test_a_failure_is_raised_by_the_next_check(saver: BackgroundSaver, tmp_path: Path):
     """The error contains the path, the previous checkpoint is unchanged, and the saver can be used again."""
     saver.save(tree(1), tmp_path / "epoch_1", SINGLE_PROCESS)
     saver.wait()
@@ -123,7 +123,7 @@ def test_a_failure_is_told_by_the_next_check(saver: BackgroundSaver, tmp_path: P
     assert value_of(tmp_path / "epoch_3") == {3}
 
 
-def test_a_check_waits_for_nothing(saver: BackgroundSaver, tmp_path: Path):
+def test_check_does_not_wait(saver: BackgroundSaver, tmp_path: Path):
     """While the thread writes, ``check`` returns immediately."""
     gate = Gate()
     with faults.between(gate):
@@ -134,7 +134,7 @@ def test_a_check_waits_for_nothing(saver: BackgroundSaver, tmp_path: Path):
         saver.wait()
 
 
-def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path: Path):
+def test_an_unsupported_value_is_reported_immediately(saver: BackgroundSaver, tmp_path: Path):
     """A value that cannot be stored raises in the call itself, because flattening needs no disk."""
     with pytest.raises(CheckpointError, match="note"):
         saver.save({"note": object()}, tmp_path / "a", SINGLE_PROCESS)
@@ -142,7 +142,7 @@ def test_what_cannot_be_stored_is_told_at_once(saver: BackgroundSaver, tmp_path:
         saver.save(tree(1), "https://host/a", SINGLE_PROCESS)
 
 
-def test_what_comes_after_a_save_comes_when_it_is_durable(saver: BackgroundSaver, tmp_path: Path):
+def test_the_callback_runs_after_the_checkpoint_is_durable(saver: BackgroundSaver, tmp_path: Path):
     """The pointer and retention find the checkpoint under its name."""
     seen: list[Any] = []
     saver.save(
@@ -155,7 +155,7 @@ def test_what_comes_after_a_save_comes_when_it_is_durable(saver: BackgroundSaver
     assert seen == [tmp_path / "epoch_1"]
 
 
-def test_memory_is_used_again():
+def test_the_buffer_is_reused():
     """The same tensors reuse the buffer; larger ones reallocate it once."""
     staging = Staging()
     first = staging.copy([torch.ones(100), torch.ones(3, dtype=torch.int8)])
@@ -234,7 +234,7 @@ def fail_on_ranks(folder: str) -> tuple[int, str]:
     raise AssertionError("no failure was told")
 
 
-def test_all_ranks_are_told_of_a_failure_after_the_same_step(ranks: Ranks, tmp_path: Path):
+def test_all_ranks_raise_a_failure_after_the_same_step(ranks: Ranks, tmp_path: Path):
     """All ranks raise after the same step, regardless of which one failed, with the path in the message."""
     (first, text), (second, other) = ranks.run(fail_on_ranks, str(tmp_path))
     assert first == second

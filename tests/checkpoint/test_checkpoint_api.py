@@ -14,7 +14,7 @@ from stratagem.errors import CheckpointError, CheckpointMismatchError, Checkpoin
 
 
 @pytest.mark.parametrize("name", ["epoch_1", "epoch_1.pth"])
-def test_a_model_comes_back(tmp_path: Path, name: str) -> None:
+def test_a_model_is_restored(tmp_path: Path, name: str) -> None:
     """A saved model can be loaded into another instance, in both formats, and the whole checkpoint is returned."""
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     checkpoint = MappingProxyType({"state_dict": model.state_dict(), "meta": {"epoch": 1}})
@@ -25,7 +25,7 @@ def test_a_model_comes_back(tmp_path: Path, name: str) -> None:
     assert loaded["meta"] == {"epoch": 1}
 
 
-def test_a_wrapped_model_is_loaded_inside(tmp_path: Path) -> None:
+def test_weights_are_loaded_into_a_wrapped_model(tmp_path: Path) -> None:
     """A wrapped model loads weights that were saved without the wrapper."""
     model = nn.Linear(3, 2)
     save_checkpoint({"state_dict": model.state_dict()}, tmp_path / "c")
@@ -45,7 +45,7 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
     assert torch.allclose(model[0].weight, torch.tensor(before) + 1)
 
 
-def test_a_checkpoint_of_another_model_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_reported(tmp_path: Path) -> None:
     """The first differing keys are listed, and the options are passed on."""
     save_checkpoint({"state_dict": {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}}, tmp_path / "c")
     model = nn.Linear(3, 2)
@@ -57,7 +57,7 @@ def test_a_checkpoint_of_another_model_is_told(tmp_path: Path) -> None:
     assert model.bias.tolist() == [1, 1]
 
 
-def test_a_checkpoint_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_reported(tmp_path: Path) -> None:
     """Loading a missing checkpoint is an error with the path."""
     with pytest.raises(CheckpointNotFoundError, match=r"epoch_9\.pth: there is no such checkpoint"):
         load_checkpoint(nn.Linear(1, 1), tmp_path / "epoch_9.pth")
@@ -67,14 +67,14 @@ def test_a_checkpoint_that_is_missing_is_told(tmp_path: Path) -> None:
     ("checkpoint", "has"),
     [({"meta": {}, "model": 1}, "'meta', 'model'"), ({}, "nothing"), ({"state_dict": 3}, "'state_dict'")],
 )
-def test_a_checkpoint_without_a_model_says_what_it_has(checkpoint: dict[str, object], has: str) -> None:
+def test_a_checkpoint_without_a_model_lists_its_parts(checkpoint: dict[str, object], has: str) -> None:
     """If there is no model state, the error lists the existing parts and masks the URL's secrets."""
     with pytest.raises(CheckpointError, match=f"@host/x.pth has no model state .*; it contains {has}") as caught:
         get_model_state(checkpoint, "https://me:secret@host/x.pth")
     assert "secret" not in str(caught.value)
 
 
-def test_web_addresses_are_not_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_only_urls_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Saving to a read-only URL is an error without its secrets, and creates no folder of that name."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"https://\*\*\*@host/c: checkpoints can be saved only to local paths"):
@@ -83,7 +83,7 @@ def test_web_addresses_are_not_written_to(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("name", ["c", "c.pth"])
-def test_a_folder_that_cannot_be_made_is_an_error_of_ours(tmp_path: Path, name: str) -> None:
+def test_a_folder_that_cannot_be_created_is_a_checkpoint_error(tmp_path: Path, name: str) -> None:
     """A file in place of the parent folder is an error with the path of the checkpoint."""
     (tmp_path / "runs").write_text("x")
     with pytest.raises(CheckpointError, match="could not be written"):

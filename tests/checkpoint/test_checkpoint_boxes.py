@@ -33,7 +33,7 @@ def cut(array: np.ndarray, box: TensorBox) -> np.ndarray:
 
 
 @given(cuts())
-def test_runs_are_the_places_of_the_elements_in_order(case: tuple[tuple[int, ...], TensorBox]) -> None:
+def test_runs_are_the_elements_in_order(case: tuple[tuple[int, ...], TensorBox]) -> None:
     """The concatenated runs are the elements of the box in row-major order."""
     shape, box = case
     places = [place for first, count in box.runs(shape) for place in range(first, first + count)]
@@ -41,7 +41,7 @@ def test_runs_are_the_places_of_the_elements_in_order(case: tuple[tuple[int, ...
 
 
 @given(cuts())
-def test_a_box_of_a_tensor_is_what_numpy_cuts(case: tuple[tuple[int, ...], TensorBox]) -> None:
+def test_a_box_matches_numpy_indexing(case: tuple[tuple[int, ...], TensorBox]) -> None:
     """``of`` returns the same elements as NumPy's indexing, as a view."""
     shape, box = case
     whole = torch.from_numpy(numbers(shape))
@@ -60,13 +60,13 @@ def test_a_box_of_a_tensor_is_what_numpy_cuts(case: tuple[tuple[int, ...], Tenso
         (TensorBox((3, 0), (0, 6)), []),
     ],
 )
-def test_what_lies_in_one_piece_is_one_run(box: TensorBox, runs: list[tuple[int, int]]) -> None:
+def test_contiguous_elements_are_one_run(box: TensorBox, runs: list[tuple[int, int]]) -> None:
     """In a 4 x 6 matrix, whole rows are one run, and parts of rows are one run each."""
     assert list(box.runs((4, 6))) == runs
 
 
 @given(st.data())
-def test_boxes_make_up_a_tensor_if_each_element_is_in_one(data: st.DataObject) -> None:
+def test_boxes_cover_a_tensor_if_each_element_is_in_one_box(data: st.DataObject) -> None:
     """``boxes_cover`` agrees with counting how many boxes contain each element."""
     shape = data.draw(st.lists(st.integers(0, 3), max_size=3).map(tuple))
     starts = st.tuples(*(st.integers(0, 3) for _ in shape))
@@ -82,9 +82,7 @@ def test_boxes_make_up_a_tensor_if_each_element_is_in_one(data: st.DataObject) -
 
 
 @given(cuts(), st.integers(0, 3), st.data())
-def test_a_box_split_in_two_makes_itself_up(
-    case: tuple[tuple[int, ...], TensorBox], dim: int, data: st.DataObject
-) -> None:
+def test_two_halves_cover_a_box(case: tuple[tuple[int, ...], TensorBox], dim: int, data: st.DataObject) -> None:
     """Two halves cover a box; one half alone, or the same half twice, does not."""
     shape, _ = case
     if len(shape) <= dim or 0 in shape:

@@ -22,19 +22,19 @@ def test_equal_checkpoints_do_not_differ() -> None:
     assert differences(tree, other) == []
 
 
-def test_a_tensor_differs_by_its_largest_difference() -> None:
+def test_the_largest_difference_is_reported() -> None:
     """One of four elements differs by 0.5."""
     (found,) = differences({"a": {"x": torch.zeros(4)}}, {"a": {"x": torch.tensor([0.0, 0.5, 0.0, 0.0])}})
     assert (found.key, found.max_abs_diff, found.differing_fraction) == ("a/x", 0.5, 0.25)
 
 
-def test_nan_against_a_number_is_an_infinite_difference() -> None:
+def test_nan_is_an_infinite_difference() -> None:
     """A number that became NaN is an infinite difference, larger than all others."""
     (found,) = differences({"a": {"x": torch.zeros(2)}}, {"a": {"x": torch.tensor([0.0, float("nan")])}})
     assert (found.max_abs_diff, found.differing_fraction) == (float("inf"), 0.5)
 
 
-def test_a_difference_behind_many_equal_numbers_is_found() -> None:
+def test_a_difference_in_the_last_chunk_is_found() -> None:
     """Tensors are compared in chunks, including the last one."""
     one = torch.zeros((1 << 22) + 3, dtype=torch.int8)
     other = one.clone()
@@ -43,7 +43,7 @@ def test_a_difference_behind_many_equal_numbers_is_found() -> None:
     assert (found.max_abs_diff, found.differing_fraction) == (7.0, 1 / len(one))
 
 
-def test_types_and_shapes_are_told() -> None:
+def test_different_dtypes_and_shapes_are_described() -> None:
     """Tensors of different dtype or shape are described instead of compared."""
     first = {"a": {"x": torch.zeros(2), "y": torch.zeros(2)}}
     second = {"a": {"x": torch.zeros(2, dtype=torch.float64), "y": torch.zeros(3)}}
@@ -53,7 +53,7 @@ def test_types_and_shapes_are_told() -> None:
     ]
 
 
-def test_what_only_one_has_is_told_once() -> None:
+def test_what_exists_on_one_side_is_reported_once() -> None:
     """A part, tensor or value that exists on one side only is reported once."""
     first = {"a": {"x": torch.zeros(1), "n": 1}, "p": {}}
     second = {"a": {"n": 1, "m": 2}}
@@ -68,7 +68,7 @@ def test_values_are_compared_by_their_path() -> None:
     assert differences(first, second) == [CheckpointDifference("optimizer/param_groups/0/lr", "0.1", "0.2")]
 
 
-def test_the_versions_that_torch_keeps_are_no_difference() -> None:
+def test_module_versions_are_ignored() -> None:
     """A state dict with module versions equals a plain dict with the same entries."""
     state = nn.Linear(1, 1).state_dict()
     assert differences({"m": state}, {"m": dict(state)}) == []

@@ -35,7 +35,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("name", "form"), [("c.pth", None), ("c", "dcp"), ("c", None), ("c", "pth")])
-def test_a_whole_checkpoint_comes_back_equal(source: Path, tmp_path: Path, name: str, form: str | None) -> None:
+def test_conversion_back_and_forth_changes_nothing(source: Path, tmp_path: Path, name: str, form: str | None) -> None:
     """Conversion to a single file, to torch's DCP format or to a directory, and back, changes nothing."""
     (tmp_path / "there").mkdir()
     there = tmp_path / "there" / name
@@ -46,7 +46,7 @@ def test_a_whole_checkpoint_comes_back_equal(source: Path, tmp_path: Path, name:
     assert list(compare(CheckpointLoader.load_checkpoint(tmp_path / "back"), tree())) == []
 
 
-def test_the_name_tells_the_form(source: Path, tmp_path: Path) -> None:
+def test_the_name_selects_the_target_format(source: Path, tmp_path: Path) -> None:
     """``.pth`` selects a single file, ``.safetensors`` weights, and no extension a directory; ``--to`` overrides it."""
     for name in ("a.pth", "a.safetensors", "a"):
         convert_checkpoint(source, tmp_path / name)
@@ -56,7 +56,7 @@ def test_the_name_tells_the_form(source: Path, tmp_path: Path) -> None:
     assert is_dcp_directory(tmp_path / "d")
 
 
-def test_safetensors_holds_the_weights_alone(source: Path, tmp_path: Path) -> None:
+def test_safetensors_contains_only_the_weights(source: Path, tmp_path: Path) -> None:
     """The names of the omitted parts are returned."""
     assert convert_checkpoint(source, tmp_path / "a.safetensors") == ["optimizer", "meta"]
     weights = load_file(tmp_path / "a.safetensors")
@@ -67,7 +67,7 @@ def test_safetensors_holds_the_weights_alone(source: Path, tmp_path: Path) -> No
     }
 
 
-def test_a_large_model_becomes_several_files_with_an_index(
+def test_a_large_model_is_split_into_files_with_an_index(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the weights exceed the size limit of a file, they are split, and an index lists the file of each tensor."""
@@ -86,7 +86,7 @@ def test_a_small_model_is_one_file_without_an_index(source: Path, tmp_path: Path
     assert [file.name for file in (tmp_path / "hf").iterdir()] == ["model.safetensors"]
 
 
-def test_what_exists_is_not_replaced(source: Path, tmp_path: Path) -> None:
+def test_an_existing_target_is_not_replaced(source: Path, tmp_path: Path) -> None:
     """An existing target is an error and is not changed."""
     (tmp_path / "a.pth").write_text("mine")
     with pytest.raises(CheckpointError, match=r"a\.pth already exists"):
@@ -94,13 +94,13 @@ def test_what_exists_is_not_replaced(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "a.pth").read_text() == "mine"
 
 
-def test_an_unknown_form_is_refused(source: Path, tmp_path: Path) -> None:
+def test_an_unknown_format_is_rejected(source: Path, tmp_path: Path) -> None:
     """The error suggests the most similar format."""
     with pytest.raises(CheckpointError, match="Unknown checkpoint format 'safetensor'.*Did you mean 'safetensors'"):
         convert_checkpoint(source, tmp_path / "x", "safetensor")
 
 
-def test_weights_of_safetensors_become_a_checkpoint(tmp_path: Path) -> None:
+def test_a_safetensors_file_becomes_a_checkpoint(tmp_path: Path) -> None:
     """A safetensors file of another tool becomes a checkpoint whose model can be loaded."""
     save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
     convert_checkpoint(tmp_path / "w.safetensors", tmp_path / "c")

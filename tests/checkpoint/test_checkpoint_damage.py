@@ -39,14 +39,14 @@ def damaged(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "epoch_3"))
 
 
-def test_the_copy_is_sound(damaged: Path) -> None:
+def test_the_copy_can_be_loaded(damaged: Path) -> None:
     """The checkpoint of these tests can be loaded before it is damaged."""
     assert FORMAT.load(damaged)["meta"] == {"epoch": 3, "lr": 0.125, "done": True}
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9, -1])
-def test_a_file_that_was_cut_off_is_named(damaged: Path, name: str, part: float) -> None:
+def test_a_truncated_file_is_named(damaged: Path, name: str, part: float) -> None:
     """A file truncated at any position is reported by name, with exit status 1."""
     data = (damaged / name).read_bytes()
     (damaged / name).write_bytes(data[:-1] if part < 0 else data[: int(part * len(data))])
@@ -56,7 +56,7 @@ def test_a_file_that_was_cut_off_is_named(damaged: Path, name: str, part: float)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_missing_is_named(damaged: Path, name: str) -> None:
+def test_a_missing_file_is_named(damaged: Path, name: str) -> None:
     """A removed file is reported by name."""
     (damaged / name).unlink()
     with pytest.raises(CheckpointDamagedError, match=f"{name} is missing"):
@@ -64,7 +64,7 @@ def test_a_file_that_is_missing_is_named(damaged: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_grew_is_named(damaged: Path, name: str) -> None:
+def test_an_extended_file_is_named(damaged: Path, name: str) -> None:
     """Extra bytes at the end of a file are damage."""
     with (damaged / name).open("ab") as file:
         file.write(b"x")
@@ -72,7 +72,7 @@ def test_a_file_that_grew_is_named(damaged: Path, name: str) -> None:
         FORMAT.load(damaged)
 
 
-def test_a_part_that_is_not_asked_for_is_missed_too(damaged: Path) -> None:
+def test_an_unrequested_part_must_exist(damaged: Path) -> None:
     """A checkpoint with a missing part is rejected even if that part is not requested."""
     (damaged / "optimizer.safetensors").unlink()
     with pytest.raises(CheckpointDamagedError, match="optimizer"):
@@ -116,7 +116,7 @@ def test_a_flipped_bit_of_the_manifest_is_an_error(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "tensor"), [("model", "w"), ("model", "b"), ("optimizer", "state/w/step")])
-def test_a_flipped_bit_of_a_tensor_names_it(damaged: Path, name: str, tensor: str) -> None:
+def test_a_flipped_bit_of_a_tensor_is_reported_by_name(damaged: Path, name: str, tensor: str) -> None:
     """The error for a modified tensor names the file and the tensor."""
     file = damaged / f"{name}.safetensors"
     data = bytearray(file.read_bytes())
@@ -146,14 +146,14 @@ def test_a_flipped_bit_of_a_tensor_names_it(damaged: Path, name: str, tensor: st
         lambda path: (path / "manifest.json").write_bytes(b"\xff\xfe"),
     ],
 )
-def test_what_we_never_write_is_damage(damaged: Path, spoil: Callable[[Path], object]) -> None:
+def test_malformed_files_are_damage(damaged: Path, spoil: Callable[[Path], object]) -> None:
     """Malformed or nonsensical JSON is reported as damage, without other exceptions."""
     spoil(damaged)
     with pytest.raises(CheckpointDamagedError, match=r"\.json"):
         FORMAT.load(damaged)
 
 
-def test_a_tensor_that_the_file_lacks_is_damage(damaged: Path) -> None:
+def test_swapped_files_are_damage(damaged: Path) -> None:
     """Files swapped with others of the same size are detected, even without verification of all bytes."""
     content = (damaged / "model.safetensors").read_bytes().replace(b'"w"', b'"v"')
     (damaged / "model.safetensors").write_bytes(content)
@@ -164,7 +164,7 @@ def test_a_tensor_that_the_file_lacks_is_damage(damaged: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ['{"format": "other", "version": 1}', "{}", "[]", "null", "3"])
-def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) -> None:
+def test_the_manifest_of_another_program_is_reported(damaged: Path, content: str) -> None:
     """A manifest of another program is reported as such, and not as damage."""
     (damaged / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match="was written by another program") as caught:
@@ -173,7 +173,7 @@ def test_the_manifest_of_another_program_is_told(damaged: Path, content: str) ->
     assert caught.value.exit_status == 2
 
 
-def test_a_later_version_names_itself(damaged: Path) -> None:
+def test_a_newer_format_version_is_reported(damaged: Path) -> None:
     """The error for a newer format version contains that version and the version of Stratagem that wrote it."""
     change_manifest(damaged, version=3, stratagem="9.0")
     with pytest.raises(CheckpointError, match=r"has format version 3.* reads version 2.*\(9\.0\)") as caught:
@@ -181,7 +181,7 @@ def test_a_later_version_names_itself(damaged: Path) -> None:
     assert type(caught.value) is CheckpointError
 
 
-def test_a_folder_or_file_that_is_no_checkpoint_is_told(tmp_path: Path) -> None:
+def test_other_folders_and_files_are_reported(tmp_path: Path) -> None:
     """A folder without a manifest, or an unrelated file, is an error that shows what a checkpoint looks like."""
     (tmp_path / "notes").write_text("hello")
     (tmp_path / "empty").mkdir()

@@ -35,7 +35,7 @@ def saved_by_torch(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-def test_what_torch_wrote_is_read(tmp_path: Path) -> None:
+def test_a_directory_written_by_torch_is_read(tmp_path: Path) -> None:
     """Tensors, nested mappings, lists and plain values are restored at their paths."""
     tree = DcpDirectory(saved_by_torch(tmp_path / "d", TREE)).load()
     assert tree["model"]["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -45,12 +45,12 @@ def test_what_torch_wrote_is_read(tmp_path: Path) -> None:
     assert tree["epoch"] == 3
 
 
-def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
+def test_only_requested_parts_are_read(tmp_path: Path) -> None:
     """Only the requested parts are loaded."""
     assert set(DcpDirectory(saved_by_torch(tmp_path / "d", TREE)).load(parts={"model"})) == {"model"}
 
 
-def test_torch_reads_what_we_write(tmp_path: Path) -> None:
+def test_torch_reads_a_directory_written_by_stratagem(tmp_path: Path) -> None:
     """torch.distributed.checkpoint loads the same values from a directory written by Stratagem."""
     save_dcp(TREE, tmp_path / "d")
     back = {"model": {"w": torch.zeros(2, 3)}}
@@ -67,7 +67,7 @@ def save_sharded(path: str) -> None:
     dcp.save({"w": matrix}, checkpoint_id=path)
 
 
-def test_chunks_of_several_ranks_become_one_tensor(ranks: Ranks, tmp_path: Path) -> None:
+def test_chunks_of_several_ranks_are_assembled(ranks: Ranks, tmp_path: Path) -> None:
     """Chunks of three and two rows from two ranks are assembled to one tensor."""
     ranks.run(save_sharded, str(tmp_path / "d"))
     assert DcpDirectory(tmp_path / "d").load()["w"].tolist() == torch.arange(15.0).reshape(5, 3).tolist()
@@ -83,7 +83,7 @@ class Evil:
         return os.mkdir, (self.marker,)
 
 
-def test_a_description_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_metadata_that_would_run_code_is_rejected(tmp_path: Path) -> None:
     """Metadata that refers to anything but torch's classes is an error, and no code is executed."""
     path = saved_by_torch(tmp_path / "d", TREE)
     (path / ".metadata").write_bytes(pickle.dumps(Metadata({}, Evil(tmp_path / "ran"), {})))
@@ -92,7 +92,7 @@ def test_a_description_that_would_run_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_value_that_would_run_code_is_refused(tmp_path: Path) -> None:
+def test_a_value_that_would_run_code_is_rejected(tmp_path: Path) -> None:
     """A pickled object among the values is an error, and no code is executed, because values use weights_only."""
     path = saved_by_torch(tmp_path / "d", {"evil": Evil(tmp_path / "ran"), "w": torch.ones(1)})
     with pytest.raises(CheckpointError, match="evil contains objects that can only be created by executing code"):
@@ -101,7 +101,7 @@ def test_a_value_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 40, 700])
-def test_a_file_that_was_cut_off_is_named(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_file_is_named(tmp_path: Path, keep: int) -> None:
     """A truncated data file is reported as damage, with its name and the value that was read."""
     path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
     (file,) = path.glob("*.distcp")
@@ -119,7 +119,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         DcpDirectory(path).load()
 
 
-def test_a_description_that_was_cut_off_is_damage(tmp_path: Path) -> None:
+def test_truncated_metadata_is_damage(tmp_path: Path) -> None:
     """Truncated metadata is reported as unreadable."""
     path = saved_by_torch(tmp_path / "d", {"w": torch.ones(3)})
     (path / ".metadata").write_bytes((path / ".metadata").read_bytes()[:100])
@@ -127,14 +127,14 @@ def test_a_description_that_was_cut_off_is_damage(tmp_path: Path) -> None:
         DcpDirectory(path)
 
 
-def test_another_folder_is_none(tmp_path: Path) -> None:
+def test_a_folder_without_metadata_is_rejected(tmp_path: Path) -> None:
     """A folder without metadata is rejected."""
     assert not is_dcp_directory(tmp_path)
     with pytest.raises(CheckpointNotFoundError, match=r"it has no \.metadata"):
         DcpDirectory(tmp_path)
 
 
-def test_weights_of_such_a_directory_are_loaded(tmp_path: Path) -> None:
+def test_weights_are_loaded_from_a_dcp_directory(tmp_path: Path) -> None:
     """``load_from`` accepts a DCP directory; its part ``model`` is the model state."""
     model = nn.Linear(3, 2)
     saved_by_torch(tmp_path / "d", {"model": {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}})

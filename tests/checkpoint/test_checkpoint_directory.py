@@ -56,14 +56,14 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
 
 
-def test_the_model_file_serves_other_tools(tmp_path: Path) -> None:
+def test_other_tools_can_read_the_model_file(tmp_path: Path) -> None:
     """The safetensors library alone reads the model file, with the model's own names."""
     FORMAT.save({"state_dict": nn.Sequential(nn.Linear(3, 2)).state_dict()}, tmp_path / "c")
     tensors = load_file(tmp_path / "c" / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"0.weight": (2, 3), "0.bias": (2,)}
 
 
-def test_the_manifest_says_where_the_run_stood(tmp_path: Path) -> None:
+def test_the_manifest_contains_the_position(tmp_path: Path) -> None:
     """The manifest contains the position, file sizes and the version, so that they can be read without loading."""
     FORMAT.save(sample(), tmp_path / "c")
     manifest = read_manifest(tmp_path / "c")
@@ -75,7 +75,7 @@ def test_the_manifest_says_where_the_run_stood(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_type_of_number_comes_back(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_every_dtype_is_restored(dtype: torch.dtype, tmp_path: Path) -> None:
     """Every dtype that safetensors supports is restored bit for bit."""
     size = torch.empty((), dtype=dtype).element_size()
     bits = torch.tensor([0, 1] * (2 * size), dtype=torch.uint8)
@@ -101,7 +101,7 @@ def test_every_type_of_number_comes_back(dtype: torch.dtype, tmp_path: Path) -> 
     ],
     ids=["0-dim", "empty", "empty matrix", "transposed", "strided", "expanded", "view", "conj", "neg", "parameter"],
 )
-def test_every_shape_of_memory_comes_back(tensor: Tensor, tmp_path: Path) -> None:
+def test_every_memory_layout_is_restored(tensor: Tensor, tmp_path: Path) -> None:
     """Scalars, empty tensors and all kinds of views are restored with their values."""
     back = kept(tensor, tmp_path)
     assert back.shape == tensor.shape
@@ -109,13 +109,13 @@ def test_every_shape_of_memory_comes_back(tensor: Tensor, tmp_path: Path) -> Non
     assert back.tolist() == tensor.tolist()
 
 
-def test_a_view_does_not_store_what_it_is_a_view_of(tmp_path: Path) -> None:
+def test_a_view_does_not_store_its_base(tmp_path: Path) -> None:
     """A view of two elements of a large tensor needs the space of two elements."""
     kept(torch.zeros(100_000)[:2], tmp_path)
     assert (tmp_path / "c" / "model.safetensors").stat().st_size < 1000
 
 
-def test_tied_weights_are_there_under_each_name(tmp_path: Path) -> None:
+def test_tied_weights_are_stored_under_each_name(tmp_path: Path) -> None:
     """Weights that share all or part of their memory are each stored completely."""
     whole = torch.arange(4.0)
     FORMAT.save({"state_dict": {"a": whole, "b": whole, "half": whole[2:], "none": whole[:0]}}, tmp_path / "c")
@@ -128,7 +128,7 @@ def test_tied_weights_are_there_under_each_name(tmp_path: Path) -> None:
     }
 
 
-def test_saving_does_not_change_what_is_saved(tmp_path: Path) -> None:
+def test_saving_does_not_change_the_model(tmp_path: Path) -> None:
     """Saving does not move, untie or detach the tensors of the model."""
     weight = nn.Parameter(torch.ones(2, 2))
     state = {"a": weight, "b": weight}
@@ -137,7 +137,7 @@ def test_saving_does_not_change_what_is_saved(tmp_path: Path) -> None:
     assert weight.requires_grad
 
 
-def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
+def test_only_requested_parts_are_read(tmp_path: Path) -> None:
     """Loading only the weights without verification needs no file of the optimizer."""
     FORMAT.save(sample(), tmp_path / "c")
     (tmp_path / "c" / "optimizer.safetensors").unlink()
@@ -145,7 +145,7 @@ def test_only_the_parts_asked_for_are_read(tmp_path: Path) -> None:
     assert list(tree) == ["meta", "state_dict"]
 
 
-def test_tensors_go_to_the_device_asked_for(tmp_path: Path) -> None:
+def test_map_location_selects_the_device(tmp_path: Path) -> None:
     """``map_location``, a string or a device, applies to all tensors."""
     FORMAT.save(sample(), tmp_path / "c")
     for place in ("meta", torch.device("meta")):
@@ -154,7 +154,7 @@ def test_tensors_go_to_the_device_asked_for(tmp_path: Path) -> None:
         assert tree["optimizer"]["state"]["0.weight"]["step"].device.type == "meta"
 
 
-def test_an_empty_checkpoint_comes_back(tmp_path: Path) -> None:
+def test_an_empty_checkpoint_is_restored(tmp_path: Path) -> None:
     """A tree without parts, and empty parts, can be saved and loaded."""
     FORMAT.save({}, tmp_path / "c")
     assert FORMAT.load(tmp_path / "c") == {}
@@ -187,7 +187,7 @@ def test_all_files_have_the_permissions_of_the_user(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("operation", ["write", "fsync"])
 @pytest.mark.parametrize("old", [True, False])
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, operation: str, old: bool) -> None:
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, operation: str, old: bool) -> None:
     """If the disk is full, the old checkpoint is intact, nothing else is left, and the error contains the reason."""
     if old:
         FORMAT.save(sample(), tmp_path / "c")
@@ -204,7 +204,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, operation: str, ol
         assert set(FORMAT.load(tmp_path / "c")) == set(sample())
 
 
-def test_a_refused_value_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_rejected_value_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     """A value that cannot be stored is an error with its part, and nothing is changed."""
     FORMAT.save(sample(), tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"optimizer/a/0 is set"):
@@ -221,7 +221,7 @@ def test_a_refused_value_leaves_what_was_there(tmp_path: Path) -> None:
         (torch.empty(2, device="meta"), "on the meta device"),
     ],
 )
-def test_tensors_that_safetensors_lacks_are_named(tensor: Tensor, kind: str, tmp_path: Path) -> None:
+def test_unsupported_tensors_are_named(tensor: Tensor, kind: str, tmp_path: Path) -> None:
     """A tensor with an unsupported dtype or layout is rejected by its path."""
     with pytest.raises(CheckpointError, match=f"state_dict/x is a tensor .*{kind}"):
         kept(tensor, tmp_path)
@@ -229,7 +229,7 @@ def test_tensors_that_safetensors_lacks_are_named(tensor: Tensor, kind: str, tmp
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", "", ".", "..", ".hidden", "a\\b", "c:d", 1, None])
-def test_parts_stay_inside_of_the_directory(name: Any, tmp_path: Path) -> None:
+def test_parts_stay_inside_the_directory(name: Any, tmp_path: Path) -> None:
     """A part whose name is not a valid file name is rejected before anything is written."""
     with pytest.raises(CheckpointError, match=r"has a part .* Rename it"):
         FORMAT.save({name: {"x": torch.ones(1)}}, tmp_path / "c")
@@ -245,7 +245,7 @@ def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["notes.txt", "manifest.json"])
-def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path, content: str) -> None:
+def test_a_folder_with_other_content_is_not_replaced(tmp_path: Path, content: str) -> None:
     """Saving to a folder with other content is an error, and the content is kept."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / content).write_text('{"format": "somebody else\'s"}')

@@ -56,7 +56,7 @@ def test_damaged_extra_files_are_detected(saved: Path, damage: Callable[[Path], 
         DirectoryFormat().load(saved)
 
 
-def test_a_manifest_that_leads_out_of_the_folder_is_refused(saved: Path) -> None:
+def test_a_manifest_with_a_path_outside_the_folder_is_rejected(saved: Path) -> None:
     """A path that leads out of the directory is rejected, even with a valid digest."""
     manifest = read_manifest(saved)
     del manifest["digest"]

@@ -21,7 +21,7 @@ def saved(path: Path, at: float) -> Path:
     return path
 
 
-def test_the_one_saved_last_is_found(tmp_path: Path) -> None:
+def test_the_checkpoint_saved_last_is_found(tmp_path: Path) -> None:
     """The recorded time decides, and not the name or the order of directory entries."""
     saved(tmp_path / "epoch_10", 100.0)
     newest = saved(tmp_path / "epoch_9", 300.0)
@@ -29,7 +29,7 @@ def test_the_one_saved_last_is_found(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path) == newest
 
 
-def test_saves_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
+def test_consecutive_saves_are_ordered(tmp_path: Path) -> None:
     """The second of two saves is the latest, even if it replaces an older checkpoint."""
     for name in ("b", "a"):
         save_checkpoint({"state_dict": {}}, tmp_path / name)
@@ -38,7 +38,7 @@ def test_saves_one_after_the_other_are_told_apart(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path) == tmp_path / "b"
 
 
-def test_single_files_count_by_their_names(tmp_path: Path) -> None:
+def test_single_files_are_recognized_by_name(tmp_path: Path) -> None:
     """epoch_<n>.pth and iter_<n>.pth are checkpoints; files and folders with similar names are not."""
     newest = saved(tmp_path / "iter_20.pth", 200.0)
     saved(tmp_path / "epoch_1.pth", 100.0)
@@ -49,7 +49,7 @@ def test_single_files_count_by_their_names(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path) == newest
 
 
-def test_both_forms_are_compared(tmp_path: Path) -> None:
+def test_both_formats_are_compared(tmp_path: Path) -> None:
     """A directory and a single file in one folder are compared by time."""
     saved(tmp_path / "epoch_1.pth", 100.0)
     newest = saved(tmp_path / "epoch_2", 200.0)
@@ -58,7 +58,7 @@ def test_both_forms_are_compared(tmp_path: Path) -> None:
     assert find_latest_checkpoint(tmp_path) == tmp_path / "epoch_1.pth"
 
 
-def test_of_files_made_at_once_the_higher_number_is_later(tmp_path: Path) -> None:
+def test_equal_file_times_are_ordered_by_number(tmp_path: Path) -> None:
     """If the file times are equal, 10 is later than 9."""
     saved(tmp_path / "iter_9.pth", 100.0)
     newest = saved(tmp_path / "iter_10.pth", 100.0)
@@ -83,14 +83,14 @@ def test_a_damaged_or_foreign_manifest_is_skipped(tmp_path: Path, manifest: str 
 
 
 @pytest.mark.parametrize("saved_at", [float("nan"), float("inf"), "300", None, True])
-def test_a_time_that_is_none_is_skipped(tmp_path: Path, saved_at: object) -> None:
+def test_an_invalid_time_is_skipped(tmp_path: Path, saved_at: object) -> None:
     """A checkpoint without a valid time in its manifest is skipped."""
     kept = saved(tmp_path / "epoch_1", 100.0)
     change_manifest(saved(tmp_path / "epoch_2", 200.0), saved_at=saved_at)
     assert find_latest_checkpoint(tmp_path) == kept
 
 
-def test_where_there_is_none_there_is_none(tmp_path: Path) -> None:
+def test_other_places_contain_no_checkpoint(tmp_path: Path) -> None:
     """An empty folder, one with other content, a missing one and a file give None instead of an error."""
     assert find_latest_checkpoint(tmp_path) is None
     (tmp_path / "logs").mkdir()
@@ -112,7 +112,7 @@ def test_checkpoints_with_nan_or_inf_are_skipped(tmp_path: Path, suffix: str) ->
     assert (older.fault, older.position) == ("", {"iter": 1})
 
 
-def test_checkpoints_that_a_run_saves_elsewhere_are_found(tmp_path: Path) -> None:
+def test_checkpoints_in_another_folder_of_the_run_are_found(tmp_path: Path) -> None:
     """If ``last_checkpoint`` points to another folder, the newest checkpoint of both folders is found."""
     run, elsewhere = tmp_path / "run", tmp_path / "big" / "run"
     run.mkdir()

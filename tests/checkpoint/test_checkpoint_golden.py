@@ -30,7 +30,7 @@ def equal(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_golden_checkpoint_loads_to_what_was_saved(name: str) -> None:
+def test_a_golden_checkpoint_is_restored(name: str) -> None:
     """A checkpoint that was written once, by one process or by two, is restored with every value and type."""
     assert format_for(GOLDEN / name).verify(GOLDEN / name) > 1000
     found = CheckpointLoader.load_checkpoint(GOLDEN / name)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
-def test_a_kill_while_saving_leaves_whole_checkpoints(tmp_path: Path, suffix: str) -> None:
+def test_a_kill_while_saving_leaves_complete_checkpoints(tmp_path: Path, suffix: str) -> None:
     """After a killed save, the latest checkpoint is complete: the previous one or the new one."""
     script = Path(__file__).with_name("save_sweep.py")
     command = [sys.executable, str(script), str(tmp_path), f"iter_1{suffix}"]

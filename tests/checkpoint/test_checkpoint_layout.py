@@ -22,7 +22,7 @@ SPECS = st.dictionaries(
 
 
 @given(SPECS)
-def test_the_library_reads_what_is_laid_out(specs: dict[str, TensorSpec]) -> None:
+def test_the_library_reads_the_planned_layout(specs: dict[str, TensorSpec]) -> None:
     """The safetensors library reads back the bytes written at the planned offsets, for every dtype and shape."""
     layout = FileLayout.plan(specs)
     file = bytearray(layout.header.ljust(layout.size, b"\x00"))
@@ -42,7 +42,7 @@ def test_a_layout_is_read_as_it_was_planned(specs: dict[str, TensorSpec]) -> Non
     assert (found.specs, found.starts, found.size) == (layout.specs, layout.starts, layout.size)
 
 
-def test_what_the_library_writes_is_read() -> None:
+def test_a_file_written_by_the_library_is_read() -> None:
     """The layout of a file written by safetensors is read correctly."""
     data = save({"a": torch.arange(3), "b": torch.ones(2, 2, dtype=torch.float16)}, {"by": "somebody"})
     header = data[: 8 + int.from_bytes(data[:8], "little")]
@@ -51,7 +51,7 @@ def test_what_the_library_writes_is_read() -> None:
     assert layout.specs["b"] == TensorSpec(torch.float16, (2, 2))
 
 
-def test_every_tensor_is_aligned_to_its_numbers() -> None:
+def test_every_tensor_is_aligned_to_its_item_size() -> None:
     """Every tensor is aligned to its item size, so that a mapped file can be used directly."""
     layout = FileLayout.plan({dtype: TensorSpec(kind, (3,)) for kind, dtype in DTYPES.items()})
     assert all(layout.starts[name] % spec.dtype.itemsize == 0 for name, spec in layout.specs.items())
@@ -65,28 +65,28 @@ def test_chunks_are_in_bytes_of_the_file() -> None:
 
 
 @pytest.mark.parametrize("size", [-1, 1])
-def test_a_file_of_another_size_is_refused(size: int) -> None:
+def test_a_file_of_another_size_is_rejected(size: int) -> None:
     """A header that does not match the file size is damage."""
     layout = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))})
     with pytest.raises(CheckpointDamagedError, match="its tensors have 32 bytes"):
         FileLayout.read(layout.header, layout.size + size)
 
 
-def test_names_that_no_reader_takes_are_refused() -> None:
+def test_a_too_large_header_is_rejected() -> None:
     """A header larger than safetensors supports is not written."""
     name = "x" * 100_000_001
     with pytest.raises(CheckpointError, match=r"header of 10000\d{4} bytes"):
         FileLayout.plan({name: TensorSpec(torch.int64, ())})
 
 
-def test_the_size_of_a_tensor_is_that_of_its_numbers() -> None:
+def test_the_size_of_a_tensor_is_that_of_its_elements() -> None:
     """The size of a tensor is that of its elements, which may be none."""
     assert TensorSpec(torch.float64, (3, 5)).nbytes == math.prod((3, 5, 8))
     assert TensorSpec(torch.float64, (3, 0)).nbytes == 0
     assert TensorSpec(torch.bool, ()).nbytes == 1
 
 
-def test_the_header_is_plain_json_with_spaces_behind() -> None:
+def test_the_header_is_padded_json() -> None:
     """The header is padded JSON as described at https://huggingface.co/docs/safetensors."""
     header = FileLayout.plan({"a": TensorSpec(torch.int64, (4,))}).header
     assert int.from_bytes(header[:8], "little") == len(header) - 8

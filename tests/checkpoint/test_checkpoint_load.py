@@ -35,7 +35,7 @@ def all_ones(module: nn.Module) -> bool:
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
 )
-def test_wrapped_states_fit_the_bare_model(prefix: str) -> None:
+def test_a_wrapped_state_dict_fits_the_unwrapped_model(prefix: str) -> None:
     """A state dict saved inside DDP or torch.compile is loaded completely without any option."""
     model = net()
     report = load_state_dict(model, ones(model, prefix), strict=True)
@@ -53,14 +53,14 @@ class OwnModule(nn.Module):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
-def test_a_part_called_module_is_no_wrapper(prefix: str) -> None:
+def test_a_submodule_called_module_is_not_a_wrapper(prefix: str) -> None:
     """A model with its own submodule ``module`` loads its state dict, wrapped or not."""
     model = OwnModule()
     assert load_state_dict(model, ones(model, prefix), strict=True).exact
     assert all_ones(model)
 
 
-def test_names_that_only_begin_alike_are_kept() -> None:
+def test_similar_prefixes_are_kept() -> None:
     """The default pattern removes ``module.``, but not the beginning of ``modules_list``."""
     model = nn.ModuleDict({"modules_list": nn.Linear(1, 1)})
     assert load_state_dict(model, ones(model), strict=True, revise_keys=DEFAULT_REVISE_KEYS).exact
@@ -83,7 +83,7 @@ def test_a_key_can_be_rewritten_away() -> None:
     assert report.unexpected == ("unused.weight", "unused.bias")
 
 
-def test_two_keys_for_one_name_are_refused() -> None:
+def test_two_keys_for_one_name_are_rejected() -> None:
     """A wrapped and an unwrapped key for the same name are an error, and neither is silently chosen."""
     model = net()
     before = copied(model)
@@ -141,7 +141,7 @@ def test_a_strict_load_that_differs_changes_nothing(change: Any) -> None:
     assert copied(model) == before
 
 
-def test_nothing_in_common_is_an_error_without_strict_too() -> None:
+def test_no_matching_key_is_an_error_even_without_strict() -> None:
     """A checkpoint of a different model is an error that lists keys of both and suggests what to do."""
     model = net()
     before = copied(model)
@@ -159,7 +159,7 @@ def test_a_model_without_state_loads_an_empty_state() -> None:
     assert load_state_dict(nn.ReLU(), {}, strict=True) == LoadReport(matched=0, total=0)
 
 
-def test_something_else_than_a_tensor_changes_nothing() -> None:
+def test_a_value_other_than_a_tensor_is_rejected() -> None:
     """A number where the model has a tensor is an error before anything is loaded."""
     model = net()
     before = copied(model)
@@ -168,7 +168,7 @@ def test_something_else_than_a_tensor_changes_nothing() -> None:
     assert copied(model) == before
 
 
-def test_batch_norms_counter_may_be_missing() -> None:
+def test_the_batch_norm_counter_may_be_missing() -> None:
     """Checkpoints older than ``num_batches_tracked`` can be loaded strictly; the counter is unchanged."""
     model = nn.BatchNorm1d(2)
     state = {key: value for key, value in ones(model).items() if key != "num_batches_tracked"}
@@ -177,7 +177,7 @@ def test_batch_norms_counter_may_be_missing() -> None:
     assert model.num_batches_tracked == 0
 
 
-def test_the_state_given_is_not_changed() -> None:
+def test_the_given_state_dict_is_not_changed() -> None:
     """Loading does not change the caller's dict."""
     model = net()
     state = ones(model, "module.")
@@ -202,7 +202,7 @@ class Renaming(nn.Module):
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_hooks_that_rename_are_believed(strict: bool) -> None:
+def test_keys_renamed_by_hooks_match(strict: bool) -> None:
     """A key that a module's hook renames counts as matched, even if no key matched before."""
     model = Renaming()
     report = load_state_dict(model, {"old": torch.ones(2), "plain": torch.ones(1)}, strict=strict)
@@ -221,7 +221,7 @@ def test_hooks_that_rename_are_believed(strict: bool) -> None:
         ({"plain": torch.ones(3), "old": torch.ones(2)}, True, r"plain \(saved \[3\], model \[1\]\)"),
     ],
 )
-def test_a_model_with_hooks_is_unchanged_too(state: dict[str, Tensor], strict: bool, text: str) -> None:
+def test_a_rejected_load_keeps_a_model_with_hooks_unchanged(state: dict[str, Tensor], strict: bool, text: str) -> None:
     """A rejected load leaves a model with renaming hooks unchanged."""
     model = Renaming()
     with pytest.raises(CheckpointMismatchError, match=text):
@@ -252,7 +252,7 @@ class Versioned(nn.Module):
 
 
 @pytest.mark.parametrize("wrapper", [nn.Identity, nn.DataParallel])
-def test_versions_of_modules_survive(wrapper: type[nn.Module]) -> None:
+def test_module_versions_are_restored(wrapper: type[nn.Module]) -> None:
     """A module does not convert state of its current version, wrapped or not."""
     inner = nn.Sequential(Versioned())
     source = wrapper(inner) if wrapper is nn.DataParallel else inner

@@ -172,7 +172,7 @@ CORPUS: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("harm", CORPUS.values(), ids=CORPUS.keys())
-def test_what_was_made_to_do_harm_is_refused(made: Path, harm: Callable[[Path], None]) -> None:
+def test_a_malicious_checkpoint_is_rejected(made: Path, harm: Callable[[Path], None]) -> None:
     """A malicious checkpoint raises a CheckpointError, touches no other file and cannot exhaust the memory."""
     harm(made)
     tracemalloc.start()
@@ -184,7 +184,7 @@ def test_what_was_made_to_do_harm_is_refused(made: Path, harm: Callable[[Path], 
         tracemalloc.stop()
 
 
-def test_the_corpus_is_refused_for_what_it_changes(made: Path) -> None:
+def test_an_unchanged_rewrite_can_be_loaded(made: Path) -> None:
     """A checkpoint rewritten without a change can be loaded, so these tests do produce valid digests."""
     rewrite(made, "state.json", (made / "state.json").read_bytes())
     with_header(made, lambda header: header)
@@ -192,7 +192,7 @@ def test_the_corpus_is_refused_for_what_it_changes(made: Path) -> None:
     assert FORMAT.load(made)["state_dict"]["a"].tolist() == [0, 1, 2, 3]
 
 
-def test_a_name_cannot_lead_out_of_the_checkpoint(made: Path, tmp_path: Path) -> None:
+def test_a_part_name_cannot_lead_outside_the_directory(made: Path, tmp_path: Path) -> None:
     """Even without verification, a part named like a path reads nothing outside the directory."""
     (tmp_path / "secret.safetensors").write_bytes((made / "model.safetensors").read_bytes())
     parts({"../secret": {"$tensor": "a"}})(made)

@@ -41,7 +41,7 @@ def mutate(data: bytes, other: bytes, changes: list[tuple[str, float, float, byt
 @pytest.mark.parametrize("name", ["", ".pth"])
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(number=st.integers(0, 3), changes=mutations())
-def test_a_mutated_checkpoint_is_refused_or_the_same(
+def test_a_mutated_checkpoint_is_rejected_or_unchanged(
     tmp_path: Path, name: str, number: int, changes: list[tuple[str, float, float, bytes]]
 ) -> None:
     """Random changes to any file give a CheckpointError or the saved state, but never a different state.
@@ -68,7 +68,7 @@ def test_a_mutated_checkpoint_is_refused_or_the_same(
     assert same(found, state(1)) or (name and same(found, state(2)))
 
 
-def test_every_flipped_bit_of_a_single_file_is_damage_or_means_nothing(tmp_path: Path) -> None:
+def test_every_flipped_bit_of_a_single_file_is_damage_or_has_no_effect(tmp_path: Path) -> None:
     """A flipped bit is never another exception, which would keep a run from resuming from an older checkpoint."""
     path = tmp_path / "iter_1.pth"
     save_checkpoint(state(1), path)

@@ -30,7 +30,7 @@ from stratagem.errors import CheckpointMismatchError
         ("my_orig_mod.weight", "my_orig_mod.weight"),
     ],
 )
-def test_wrappers_leave_no_trace_in_names(name: str, bare: str) -> None:
+def test_wrapper_prefixes_are_removed(name: str, bare: str) -> None:
     """Prefixes of DDP, torch.compile and FSDP are removed, but not similar components."""
     assert unwrapped_name(name) == bare
 
@@ -94,7 +94,7 @@ def test_the_order_of_parameters_does_not_matter() -> None:
     assert names == [list(MOMENTS)[::-1]]
 
 
-def test_conversion_leaves_its_arguments_alone() -> None:
+def test_conversion_does_not_change_its_arguments() -> None:
     """Neither direction changes its arguments."""
     net = model()
     optimizer = trained(net, ALL)
@@ -109,7 +109,7 @@ def test_conversion_leaves_its_arguments_alone() -> None:
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_the_implementation_is_that_of_this_run(by_name: bool) -> None:
+def test_the_implementation_of_this_run_is_kept(by_name: bool) -> None:
     """This run's choice of fused or foreach is kept, regardless of the checkpoint's."""
     net = model()
     saved = trained(net, ALL, foreach=True)
@@ -123,7 +123,7 @@ def test_the_implementation_is_that_of_this_run(by_name: bool) -> None:
     assert moments(fresh, net) == MOMENTS
 
 
-def test_torchs_own_state_is_taken_by_index() -> None:
+def test_state_of_torch_is_loaded_by_index() -> None:
     """A state dict saved by torch's optimizer is loaded by index."""
     net = model()
     saved = trained(net, ALL, lr=0.5)
@@ -134,7 +134,7 @@ def test_torchs_own_state_is_taken_by_index() -> None:
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_another_number_of_groups_is_told(by_name: bool) -> None:
+def test_a_different_number_of_groups_is_reported(by_name: bool) -> None:
     """A different number of groups is an error with both numbers and a suggestion."""
     net = model()
     saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
@@ -160,7 +160,7 @@ def test_other_parameters_in_a_group_are_named() -> None:
         optimizer_by_index(state, parameter_names(fresh, net), fresh.param_groups)
 
 
-def test_another_number_of_parameters_by_index_is_told() -> None:
+def test_a_different_number_of_parameters_is_reported() -> None:
     """Without names, the sizes of the groups are compared."""
     net = model()
     saved = trained(net, ALL)

@@ -95,7 +95,7 @@ def test_checkpoints_without_numbers_are_ordered_by_the_clock(tmp_path: Path):
     ],
     ids=repr,
 )
-def test_numbers_that_make_no_sense_make_a_checkpoint_unusable(tmp_path: Path, forged: Any):
+def test_an_invalid_save_order_makes_a_checkpoint_unusable(tmp_path: Path, forged: Any):
     """An invalid save order is listed as a fault; the checkpoint is not resumed from and never removed."""
     kept = save(tmp_path / "iter_1", order=(1, 1), at=100.0)
     for name in ("iter_2", "e_2.pth"):
@@ -110,7 +110,7 @@ def test_numbers_that_make_no_sense_make_a_checkpoint_unusable(tmp_path: Path, f
 
 
 @pytest.mark.parametrize("changes", [{"position": [1]}, {"position": ...}, {"run_id": 5}, {"purpose": "x"}])
-def test_other_facts_of_the_wrong_kind_are_not_taken(tmp_path: Path, changes: dict[str, Any]):
+def test_other_malformed_fields_are_ignored(tmp_path: Path, changes: dict[str, Any]):
     """Other malformed fields in a valid manifest stop neither resuming nor retention."""
     path = save(tmp_path / "iter_1", order=(1, 1))
     change_manifest(path, **changes)
@@ -118,7 +118,7 @@ def test_other_facts_of_the_wrong_kind_are_not_taken(tmp_path: Path, changes: di
     checkpoints_by_run(tmp_path)
 
 
-def test_the_manifest_records_the_numbers(tmp_path: Path):
+def test_the_manifest_contains_the_save_order(tmp_path: Path):
     """The manifest contains the save order next to the run id; a user's own value of that name is ignored."""
     assert read_manifest(save(tmp_path / "iter_1", order=(3, 12)))["save_order"] == {"session": 3, "save": 12}
     save_checkpoint({"state_dict": {}, "meta": {"save_order": "mine"}}, tmp_path / "by_hand")
@@ -126,7 +126,7 @@ def test_the_manifest_records_the_numbers(tmp_path: Path):
     assert find_latest_checkpoint(tmp_path) == tmp_path / "by_hand"
 
 
-def test_a_checkpoint_that_was_copied_from_another_run_is_one_of_another_run(tmp_path: Path):
+def test_a_checkpoint_copied_from_another_run_is_never_removed(tmp_path: Path):
     """A checkpoint copied from another run may be resumed from if it is newer, but is never removed."""
     save(tmp_path / "iter_8", order=(5, 4), at=200.0)
     copied = save(tmp_path / "copied.pt", run="b", order=(9, 9), at=100.0)
@@ -137,7 +137,7 @@ def test_a_checkpoint_that_was_copied_from_another_run_is_one_of_another_run(tmp
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt"])
-def test_finding_reads_no_tensor(tmp_path: Path, suffix: str):
+def test_finding_reads_no_tensors(tmp_path: Path, suffix: str):
     """The metadata of a file with damaged tensors can be read; loading it detects the damage."""
     path = tmp_path / f"e_1{suffix}"
     save_checkpoint({"meta": {"run_id": "a"}, "state_dict": {"w": torch.full((1 << 16,), 7.0)}}, path)
@@ -148,7 +148,7 @@ def test_finding_reads_no_tensor(tmp_path: Path, suffix: str):
     assert find_latest_checkpoint(tmp_path) == path
 
 
-def test_listing_shows_the_order_that_resuming_follows(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_listing_and_resuming_use_the_same_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """`stratagem ckpt ls` starts with the checkpoint that resume=True uses."""
     save(tmp_path / "iter_9", order=(1, 9), at=900.0)
     save(tmp_path / "iter_3", order=(2, 1), at=100.0)

@@ -16,7 +16,7 @@ SPEC = TensorSpec(torch.float32, (4, 2))
 UPPER, LOWER = TensorBox((0, 0), (2, 2)), TensorBox((2, 0), (2, 2))
 
 
-def test_of_replicas_the_first_writes() -> None:
+def test_the_first_of_several_replicas_writes() -> None:
     """Two halves held by four ranks are each written once, by the lower rank."""
     holders = [(rank, (SPEC, (half,))) for rank, half in enumerate([UPPER, LOWER, UPPER, LOWER])]
     assert [(assignment.box, assignment.rank) for assignment in _assign_writers("w", SPEC, holders)] == [
@@ -49,7 +49,7 @@ def test_an_empty_tensor_is_written_by_the_first() -> None:
 
 
 @pytest.mark.parametrize("halves", [[UPPER], [UPPER, TensorBox((1, 0), (3, 2))], [UPPER, TensorBox((2, 0), (3, 2))]])
-def test_gaps_and_overlaps_are_refused(halves: list[TensorBox]) -> None:
+def test_gaps_and_overlaps_are_rejected(halves: list[TensorBox]) -> None:
     """A missing rank or inconsistent sharding is an error."""
     with pytest.raises(
         CheckpointError, match=r"The checkpoint's model/w: the boxes of all ranks.* do not cover a tensor"
@@ -57,7 +57,7 @@ def test_gaps_and_overlaps_are_refused(halves: list[TensorBox]) -> None:
         _assign_writers("model/w", SPEC, [(rank, (SPEC, (half,))) for rank, half in enumerate(halves)])
 
 
-def test_another_shape_on_another_rank_is_named() -> None:
+def test_a_different_shape_on_another_rank_is_reported() -> None:
     """The error contains both shapes and the rank."""
     other = TensorSpec(torch.float64, (4, 2))
     with pytest.raises(
@@ -79,6 +79,6 @@ def plain_on_ranks() -> list[tuple[int, int]]:
     return [(piece.rank, piece.box.numel) for piece in plan.assignments["state_dict"]["a"]]
 
 
-def test_what_is_not_spread_is_the_first_ranks(ranks: Ranks) -> None:
+def test_the_first_rank_writes_unsharded_tensors(ranks: Ranks) -> None:
     """All ranks plan that the first one writes an unsharded tensor."""
     assert ranks.run(plain_on_ranks) == [[(0, 3)]] * 2

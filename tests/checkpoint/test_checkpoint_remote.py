@@ -67,13 +67,13 @@ def test_ranks_save_together(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(save_together, str(tmp_path)) == [True, True]
 
 
-def test_a_staging_folder_that_is_not_shared_is_told() -> None:
+def test_a_staging_folder_that_is_not_shared_is_reported() -> None:
     """A rank that cannot see the staging folder raises an error that says what to set."""
     with pytest.raises(CheckpointError, match="Ranks on several machines need a shared folder"):
         _check_shared(Path("/not/here"))
 
 
-def test_the_staging_folder_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_staging_folder_can_be_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """STRATAGEM_STAGING selects the staging folder, which is empty again afterwards, even after a failure."""
     monkeypatch.setenv("STRATAGEM_STAGING", str(tmp_path / "staging"))
     with pytest.raises(CheckpointError, match="Set STRATAGEM_STAGING to another one"):
@@ -94,7 +94,7 @@ def test_the_latest_is_found() -> None:
     assert find_latest_remote(RUN) == f"{RUN}/iter_3"
 
 
-def test_the_latest_is_found_although_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_is_found_after_the_clock_was_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The latest publication is found even if the clock was set back, under the same or another name."""
     save("iter_9", 1.0)
     monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
@@ -105,7 +105,7 @@ def test_the_latest_is_found_although_the_clock_was_set_back(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("suffix", ["", ".pth"])
-def test_of_a_run_the_latest_is_what_it_saved_last(tmp_path: Path, suffix: str) -> None:
+def test_the_latest_of_a_run_is_what_it_saved_last(tmp_path: Path, suffix: str) -> None:
     """Of a run, the checkpoint saved last is the latest, even if others were uploaded later."""
     orders = {"iter_12": (1, 2), "iter_4": (2, 3), "iter_6": (2, 4), "iter_9": (1, 1)}
     for name, (session, number) in orders.items():
@@ -120,7 +120,7 @@ def test_of_a_run_the_latest_is_what_it_saved_last(tmp_path: Path, suffix: str) 
     assert find_latest_remote(RUN) == f"{RUN}/iter_1"
 
 
-def test_weights_that_are_not_finite_are_not_the_latest() -> None:
+def test_checkpoints_with_nan_or_inf_are_not_the_latest() -> None:
     """Checkpoints with NaN or Inf are skipped, as on a local disk."""
     save("iter_1", 1.0)
     tree = {"meta": {"iter": 2, "finite": False}, "state_dict": {"w": torch.tensor([float("nan")])}}
@@ -128,7 +128,7 @@ def test_weights_that_are_not_finite_are_not_the_latest() -> None:
     assert find_latest_remote(RUN) == f"{RUN}/iter_1"
 
 
-def test_a_file_of_somebody_else_is_read(memory: Any, tmp_path: Path) -> None:
+def test_a_plain_file_is_read(memory: Any, tmp_path: Path) -> None:
     """A plain file at the URL can be loaded, and is downloaded again after a change."""
     for value in (1.0, 2.0):
         torch.save({"w": torch.full((2,), value)}, tmp_path / "w.pth")
@@ -138,13 +138,13 @@ def test_a_file_of_somebody_else_is_read(memory: Any, tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "checkpoints").iterdir())) == 2
 
 
-def test_nothing_there_is_not_found() -> None:
+def test_a_missing_remote_checkpoint_is_not_found() -> None:
     """A URL with nothing published is not found."""
     with pytest.raises(CheckpointNotFoundError, match="memory://runs/one/iter_1: there is no such checkpoint"):
         CheckpointLoader.fetch(f"{RUN}/iter_1")
 
 
-def test_a_file_that_is_too_large_is_refused(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_too_large_file_is_rejected(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The download limit applies to plain files as well."""
     memory.pipe_file("/runs/one/w.pth", bytes(101))
     monkeypatch.setenv("STRATAGEM_DOWNLOAD_LIMIT_GB", "1e-7")
@@ -152,7 +152,7 @@ def test_a_file_that_is_too_large_is_refused(memory: Any, monkeypatch: pytest.Mo
         CheckpointLoader.fetch(f"{RUN}/w.pth")
 
 
-def test_a_failing_place_is_told(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_upload_is_reported(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed upload is an error with the URL, and the older checkpoint stays available."""
     save("iter_3", 1.0)
 

@@ -64,19 +64,19 @@ def test_the_last_are_kept():
     assert names(policy.select_removable([regular(n) for n in range(1, 6)])) == ["epoch_{}1", "epoch_{}2", "epoch_{}3"]
 
 
-def test_all_are_kept_unless_a_number_is_given():
+def test_all_are_kept_by_default():
     """Nothing is removed by default."""
     assert Retention(groups=["epoch_{}"]).select_removable([regular(n) for n in range(1, 6)]) == []
 
 
-def test_every_nth_is_kept_for_good():
+def test_every_nth_is_kept_forever():
     """Every nth checkpoint of the first group only is kept in addition to the last ones."""
     policy = Retention(groups=["epoch_{}", "iter_{}"], last=1, every=2)
     saved = [*(regular(n) for n in range(1, 6)), regular(6, series="iter_{}"), regular(7)]
     assert names(policy.select_removable(saved)) == ["epoch_{}1", "epoch_{}3", "epoch_{}5", "iter_{}6"]
 
 
-def test_what_others_saved_is_not_theirs_to_remove():
+def test_other_groups_are_not_removed():
     """Checkpoints of other groups and without a group are kept."""
     policy = Retention(groups=["epoch_{}"], last=1)
     others = [regular(1, series="iter_{}"), regular(2, series="")]
@@ -107,7 +107,7 @@ def test_each_metric_has_its_best():
     assert names(Retention(groups=["epoch_{}"]).select_removable(saved)) == ["best_acc_1"]
 
 
-def test_what_is_protected_stays():
+def test_protected_checkpoints_are_kept():
     """Protected paths are kept, such as the checkpoint that a run resumed from."""
     policy = Retention(groups=["epoch_{}"], last=1)
     assert policy.select_removable([regular(1), regular(2), regular(3)], {regular(1).path}) == [regular(2)]
@@ -226,7 +226,7 @@ def test_removing_leaves_nothing(tmp_path: Path, suffix: str):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_a_file_of_the_users_is_left(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_folder_with_a_users_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A folder that also contains a user's file is kept, and the file is logged."""
     path = save(tmp_path / "epoch_1")
     (path / "notes.txt").write_text("mine")
@@ -236,7 +236,7 @@ def test_a_folder_with_a_file_of_the_users_is_left(tmp_path: Path, caplog: pytes
     assert "notes.txt" in caplog.text
 
 
-def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_failed_removal_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """A failed removal is logged, and the run continues."""
     path = save(tmp_path / "epoch_1")
     with faults.between(faults.counted(0, faults.failing(30))):
@@ -245,7 +245,7 @@ def test_what_cannot_be_removed_is_told(tmp_path: Path, caplog: pytest.LogCaptur
     assert path.is_dir()
 
 
-def test_a_checkpoint_that_is_being_removed_has_no_name(tmp_path: Path):
+def test_a_partly_removed_checkpoint_has_no_name(tmp_path: Path):
     """A removal killed at any operation leaves the whole checkpoint or nothing under its name."""
     first = save(tmp_path / "epoch_0")
     total = faults.number_of_operations(lambda: remove_checkpoints([first], LOGGER))

@@ -12,7 +12,7 @@ from ranks import scripts_environment
 
 
 @pytest.mark.slow
-def test_ranks_write_the_file_that_one_process_writes(tmp_path: Path) -> None:
+def test_ranks_write_the_same_files_as_one_process(tmp_path: Path) -> None:
     """2, 3 and 4 ranks with any placement write the same bytes, which any number of ranks can read."""
     command = [sys.executable, str(Path(__file__).with_name("sharded_saves.py")), str(tmp_path)]
     ended = subprocess.run(command, check=False, capture_output=True, text=True, env=scripts_environment(), timeout=200)

@@ -31,7 +31,7 @@ def sample() -> dict[str, Any]:
     }
 
 
-def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
+def test_a_single_file_is_restored(tmp_path: Path) -> None:
     """A .pth file is restored with its types and values."""
     FORMAT.save(sample(), tmp_path / "a.pth")
     tree = FORMAT.load(tmp_path / "a.pth")
@@ -41,7 +41,7 @@ def test_a_checkpoint_comes_back(tmp_path: Path) -> None:
     assert tree["optimizer"] == sample()["optimizer"]
 
 
-def test_other_tools_read_it_without_trust(tmp_path: Path) -> None:
+def test_torch_reads_the_file_with_weights_only(tmp_path: Path) -> None:
     """torch.load with weights_only=True reads every file written by Stratagem, even if the state had subclasses."""
     tree = {
         "meta": OrderedDict(loss=np.float64(0.5)),
@@ -56,19 +56,19 @@ def test_other_tools_read_it_without_trust(tmp_path: Path) -> None:
     assert type(loaded["w"]) is torch.Tensor
 
 
-def test_only_some_parts_are_returned(tmp_path: Path) -> None:
+def test_parts_can_be_selected(tmp_path: Path) -> None:
     """``parts`` selects the parts to load."""
     FORMAT.save(sample(), tmp_path / "a.pth")
     assert list(FORMAT.load(tmp_path / "a.pth", parts={"meta"})) == ["meta"]
 
 
-def test_tensors_of_a_file_go_to_the_device_asked_for(tmp_path: Path) -> None:
+def test_map_location_selects_the_device_of_a_single_file(tmp_path: Path) -> None:
     """``map_location`` selects the device of the tensors."""
     FORMAT.save(sample(), tmp_path / "a.pth")
     assert FORMAT.load(tmp_path / "a.pth", map_location="meta")["state_dict"]["w"].is_meta
 
 
-def test_a_bare_state_dict_is_the_model(tmp_path: Path) -> None:
+def test_a_plain_state_dict_is_the_model(tmp_path: Path) -> None:
     """A file that contains a plain state dict is loaded as the model state."""
     state = nn.Linear(2, 1).state_dict()
     torch.save(state, tmp_path / "a.pth")
@@ -76,7 +76,7 @@ def test_a_bare_state_dict_is_the_model(tmp_path: Path) -> None:
     assert list(FORMAT.load(tmp_path / "a.pth")["state_dict"]) == ["weight", "bias"]
 
 
-def test_torchs_old_form_is_read(tmp_path: Path) -> None:
+def test_the_legacy_format_is_read(tmp_path: Path) -> None:
     """Files in torch's legacy format, older than the zip format, can be read."""
     torch.save({"state_dict": {"w": torch.ones(2)}}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     assert FORMAT.load(tmp_path / "a.pth")["state_dict"]["w"].tolist() == [1, 1]
@@ -93,7 +93,7 @@ class Evil:
 
 
 @pytest.mark.parametrize("form", ["zip", "old", "bare pickle"])
-def test_a_file_that_would_run_code_is_refused(tmp_path: Path, form: str) -> None:
+def test_a_file_that_would_run_code_is_rejected(tmp_path: Path, form: str) -> None:
     """A pickle that calls a function is not executed, and the error says what to do."""
     file, proof = tmp_path / "evil.pth", tmp_path / "proof"
     if form == "bare pickle":
@@ -107,7 +107,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, form: str) -> Non
     assert proof.exists()  # the attack works with Python's unpickler
 
 
-def test_a_file_with_objects_says_what_to_do(tmp_path: Path) -> None:
+def test_a_file_with_objects_is_rejected_with_advice(tmp_path: Path) -> None:
     """An intact file that contains objects is rejected as such, and not reported as damaged."""
     torch.save({"meta": Path("x")}, tmp_path / "a.pth")
     with pytest.raises(
@@ -118,7 +118,7 @@ def test_a_file_with_objects_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 4, 30, 300, 0.5, 0.9, -1])
-def test_a_file_that_was_cut_off_is_damaged(tmp_path: Path, length: float) -> None:
+def test_a_truncated_file_is_damaged(tmp_path: Path, length: float) -> None:
     """A truncated file is reported as damaged."""
     file = tmp_path / "a.pth"
     FORMAT.save(sample(), file)
@@ -147,14 +147,14 @@ def test_a_changed_byte_is_never_another_exception(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"hello, world", b"\x80\x02garbage", b"<html>Not found</html>"])
-def test_a_file_of_something_else_is_told(tmp_path: Path, content: bytes) -> None:
+def test_a_file_with_other_content_is_reported(tmp_path: Path, content: bytes) -> None:
     """A file with unrelated content is an error."""
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pth"):
         FORMAT.load(tmp_path / "a.pth")
 
 
-def test_a_file_without_a_dict_is_told(tmp_path: Path) -> None:
+def test_a_file_without_a_dict_is_reported(tmp_path: Path) -> None:
     """A file that contains only a tensor is an error that says so."""
     torch.save(torch.ones(1), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="contains a Tensor; expected a dict"):
@@ -171,7 +171,7 @@ def test_a_missing_file_is_not_found(tmp_path: Path) -> None:
     assert type(caught.value) is CheckpointError
 
 
-def test_a_failed_write_of_a_file_leaves_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the disk is full, the old file is intact and nothing else is left."""
 
     def full_disk(_: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_failed_write_of_a_file_leaves_the_old(tmp_path: Path, monkeypatch: py
     assert files.tree_bytes(tmp_path) == len(before)
 
 
-def test_an_object_is_refused_before_writing(tmp_path: Path) -> None:
+def test_an_object_is_rejected_before_writing(tmp_path: Path) -> None:
     """A value that could not be loaded is rejected with its path, and no file is created."""
     with pytest.raises(CheckpointError, match="meta/where is PosixPath"):
         FORMAT.save({"meta": {"where": Path("/x")}}, tmp_path / "a.pth")
@@ -207,6 +207,6 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     ("name", "single"),
     [("a.pth", True), ("a.pt", True), ("a.ckpt", True), ("a.bin", True), ("a", False), ("a.1", False)],
 )
-def test_the_name_chooses_the_form(name: str, single: bool) -> None:
+def test_the_name_selects_the_format(name: str, single: bool) -> None:
     """Names with torch's extensions are single files, all others directories."""
     assert isinstance(format_for(Path(name)), SingleFileFormat) == single

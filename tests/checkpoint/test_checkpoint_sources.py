@@ -137,7 +137,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_path_is_read_where_it_is(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_are_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A string, a Path, a relative path and a path with ~ all refer to the same file."""
     monkeypatch.chdir(saved.parent)
     monkeypatch.setenv("HOME", str(saved.parent))
@@ -163,7 +163,7 @@ def test_a_missing_path_suggests_similar_names(saved: Path) -> None:
         CheckpointLoader.fetch(saved.with_name("epoch_2.pth").as_uri())
 
 
-def test_files_of_another_host_are_refused() -> None:
+def test_file_urls_of_another_host_are_rejected() -> None:
     """file://data/x.pth, which lacks a slash, is not read as /x.pth."""
     with pytest.raises(CheckpointError, match="names the host 'data'"):
         CheckpointLoader.fetch("file://data/x.pth")
@@ -207,7 +207,7 @@ def test_the_digest_of_the_first_download_is_recorded(site: Site, cache: Path) -
         weights(url)
 
 
-def test_a_copy_without_its_digest_is_fetched_again(site: Site, cache: Path) -> None:
+def test_a_copy_without_a_digest_is_fetched_again(site: Site, cache: Path) -> None:
     """A copy from an interrupted download is not trusted."""
     weights(f"{site.address}/net.pth")
     [name] = kept(cache)
@@ -217,7 +217,7 @@ def test_a_copy_without_its_digest_is_fetched_again(site: Site, cache: Path) -> 
 
 
 @pytest.mark.parametrize("mark", ["", "-0123abcd.pth", "#sha256=01234567"])
-def test_plain_http_needs_the_whole_digest(mark: str) -> None:
+def test_plain_http_needs_the_full_digest(mark: str) -> None:
     """Plain http is only used with a full digest, because a third party could replace the file."""
     with pytest.raises(CheckpointError, match="over plain http, .* Use https"):
         CheckpointLoader.fetch(f"http://files.invalid/net{mark}")
@@ -225,7 +225,7 @@ def test_plain_http_needs_the_whole_digest(mark: str) -> None:
         CheckpointLoader.fetch(f"http://files.invalid/net.pth#sha256={DIGEST}")
 
 
-def test_redirects_stay_with_https() -> None:
+def test_redirects_stay_on_https() -> None:
     """A redirect from https to plain http is an error."""
     handler, request = _SafeRedirects(), urllib.request.Request("https://a.invalid/x?token=secret")
     with pytest.raises(CheckpointError, match="from https to http") as caught:
@@ -274,14 +274,14 @@ def test_a_digest_given_later_is_checked_too(site: Site) -> None:
 
 
 @pytest.mark.parametrize("fragment", ["sha256=", "sha256=xyz", "sha256=abc", "md5=0123456789abcdef", "top"])
-def test_what_would_be_ignored_behind_the_hash_is_refused(site: Site, fragment: str) -> None:
+def test_an_invalid_fragment_is_rejected(site: Site, fragment: str) -> None:
     """A malformed digest is an error instead of being ignored."""
     with pytest.raises(CheckpointError, match="expected sha256= and 8 to 64"):
         CheckpointLoader.fetch(f"{site.address}/net.pth#{fragment}")
     assert site.requests == []
 
 
-def test_a_transfer_that_was_cut_keeps_nothing(site: Site, cache: Path) -> None:
+def test_a_truncated_transfer_keeps_nothing(site: Site, cache: Path) -> None:
     """A truncated transfer is damage, even without a digest."""
     with pytest.raises(CheckpointDamagedError, match=f"received 100 of {len(CONTENT)}"):
         CheckpointLoader.fetch(f"{site.address}/cut.pth")
@@ -292,7 +292,7 @@ def test_a_transfer_that_was_cut_keeps_nothing(site: Site, cache: Path) -> None:
     ("name", "kind", "code"),
     [("missing", CheckpointNotFoundError, 404), ("gone", CheckpointNotFoundError, 410), ("busy", CheckpointError, 503)],
 )
-def test_what_the_server_refuses_is_told(site: Site, cache: Path, name: str, kind: type[Exception], code: int) -> None:
+def test_server_errors_are_reported(site: Site, cache: Path, name: str, kind: type[Exception], code: int) -> None:
     """The error contains the HTTP status; only missing files raise the not-found error."""
     with pytest.raises(CheckpointError, match=rf"/{name}\.pth: the server answered {code}") as caught:
         CheckpointLoader.fetch(f"{site.address}/{name}.pth")
@@ -303,7 +303,7 @@ def test_what_the_server_refuses_is_told(site: Site, cache: Path, name: str, kin
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:9/x.pth", "http:///x.pth", "http://127.0.0.1:port/x.pth", "http://[/x.pth"]
 )
-def test_no_answer_is_an_error_of_ours(address: str, cache: Path) -> None:
+def test_no_response_is_a_checkpoint_error(address: str, cache: Path) -> None:
     """A refused connection and an invalid address are errors with the address."""
     with pytest.raises(CheckpointError, match=r"/x\.pth") as caught:
         CheckpointLoader.fetch(address)
@@ -311,14 +311,14 @@ def test_no_answer_is_an_error_of_ours(address: str, cache: Path) -> None:
     assert kept(cache) == []
 
 
-def test_a_cache_that_cannot_be_made_is_an_error_of_ours(site: Site, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_created_is_a_checkpoint_error(site: Site, tmp_path: Path) -> None:
     """A file in place of the cache folder is an error with its path."""
     (tmp_path / "cache").write_text("x")
     with pytest.raises(CheckpointError, match=r"the download failed: .*cache"):
         CheckpointLoader.fetch(f"{site.address}/net.pth")
 
 
-def test_the_user_of_a_url_logs_in_and_is_shown_nowhere(site: Site, cache: Path) -> None:
+def test_credentials_in_a_url_are_used_and_never_shown(site: Site, cache: Path) -> None:
     """User and password are sent only to that server, and no error contains them."""
     address = site.address.replace("://", "://me:s%20cret@")
     weights(f"{address}/net.pth")
@@ -349,7 +349,7 @@ def test_secrets_in_the_query_are_masked(site: Site) -> None:
     assert "secret" not in str(caught.value)
 
 
-def test_torchvision_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_torchvision_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torchvision, the error for torchvision:// contains the install command."""
     for name in ("torchvision", "torchvision.models"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -402,13 +402,13 @@ def test_a_repository_of_the_hub_is_fetched(hub: Site) -> None:
 @pytest.mark.parametrize(
     "name", ["hf://net", "hf://org/net/../../x.pth", "hf://org/net@", "hf://", "hf://a/b@c d/../x"]
 )
-def test_other_names_of_the_hub_are_refused(name: str) -> None:
+def test_malformed_hub_names_are_rejected(name: str) -> None:
     """Malformed hf:// names are rejected with the expected form."""
     with pytest.raises(CheckpointError, match="expected hf://<organization>/<repository>"):
         CheckpointLoader.fetch(name)
 
 
-def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without timm, the error for timm:// contains the install command."""
     for module in ("timm", "timm.models"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -416,7 +416,7 @@ def test_timm_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) 
         CheckpointLoader.fetch("timm://resnet18")
 
 
-def test_names_of_timm_lead_to_the_hub(hub: Site) -> None:
+def test_timm_names_are_fetched_from_the_hub(hub: Site) -> None:
     """The timm library provides the URL of its weights, and a typo gives the most similar name."""
     pytest.importorskip("timm")
     hub.files["/timm/resnet18.a1_in1k/resolve/main/model.safetensors"] = save({"w": torch.ones(2)})
@@ -428,13 +428,13 @@ def test_names_of_timm_lead_to_the_hub(hub: Site) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["open-mmlab", "openmmlab"])
-def test_an_unknown_name_of_a_collection_gets_the_nearest(scheme: str) -> None:
+def test_an_unknown_weight_name_suggests_a_similar_one(scheme: str) -> None:
     """A typo in the name of published weights gives the most similar name."""
     with pytest.raises(CheckpointNotFoundError, match=r"'vgg16_cafe'\. Did you mean 'vgg16_caffe'"):
         CheckpointLoader.fetch(f"{scheme}://vgg16_cafe")
 
 
-def test_an_unknown_scheme_gets_the_nearest() -> None:
+def test_an_unknown_scheme_suggests_similar_ones() -> None:
     """The error for an unknown scheme suggests similar ones."""
     with pytest.raises(CheckpointError, match=r"htps:///x\.pth: unknown scheme htps://.*'https://'"):
         CheckpointLoader.fetch("htps:///x.pth")
@@ -447,7 +447,7 @@ def own_schemes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_schemes")
-def test_users_serve_schemes_of_their_own(saved: Path, tmp_path: Path) -> None:
+def test_users_can_register_schemes(saved: Path, tmp_path: Path) -> None:
     """A registered function returns the local path; the longest matching prefix decides."""
     CheckpointLoader.register_scheme("zoo://")(lambda _: tmp_path / "other")
     CheckpointLoader.register_scheme(["zoo://a/", "farm://"])(lambda name: saved.parent / name.rpartition("/")[2])
@@ -457,7 +457,7 @@ def test_users_serve_schemes_of_their_own(saved: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("own_schemes")
-def test_a_scheme_is_replaced_only_on_purpose(saved: Path) -> None:
+def test_a_scheme_is_replaced_only_with_force(saved: Path) -> None:
     """Registering an existing prefix is an error, and registers none of the others in the call."""
     with pytest.raises(ConfigValueError, match=r"'https://' is already registered; pass force=True"):
         CheckpointLoader.register_scheme(["new://", "https://"])(lambda _: saved)
@@ -467,7 +467,7 @@ def test_a_scheme_is_replaced_only_on_purpose(saved: Path) -> None:
     assert CheckpointLoader.fetch("https://host/x.pth") == saved
 
 
-def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_can_be_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """STRATAGEM_CACHE has precedence over XDG_CACHE_HOME, which has precedence over the user's cache folder."""
     assert cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("STRATAGEM_CACHE")

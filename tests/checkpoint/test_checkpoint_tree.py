@@ -57,13 +57,13 @@ def through_json(tree: Any) -> Any:
 
 
 @given(TREES)
-def test_every_tree_comes_back_as_it_was(tree: Any) -> None:
+def test_every_tree_is_restored(tree: Any) -> None:
     """Nested containers, numbers, strings, None and tensors are restored with their types and order."""
     assert equal(through_json(tree), tree)
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, -0.0, 5e-324, 0.1])
-def test_floats_that_json_lacks_come_back(number: float) -> None:
+def test_floats_that_json_lacks_are_restored(number: float) -> None:
     """Infinity, NaN and subnormal numbers are restored exactly."""
     assert equal(through_json([number]), [number])
 
@@ -76,7 +76,7 @@ def test_floats_that_json_lacks_come_back(number: float) -> None:
         {"x": {"": torch.tensor(1)}, "x/": torch.tensor(2), "x/'": torch.tensor(3)},
     ],
 )
-def test_tensors_whose_paths_read_alike_are_kept_apart(tree: Any) -> None:
+def test_similar_paths_do_not_collide(tree: Any) -> None:
     """Keys with slashes or of different types never make tensors collide."""
     assert equal(through_json(tree), tree)
 
@@ -112,7 +112,7 @@ class Pair(NamedTuple):
         ({Kind.BEST: 1}, {"best": 1}),
     ],
 )
-def test_subclasses_come_back_plain(special: Any, plain: Any) -> None:
+def test_subclasses_become_plain_types(special: Any, plain: Any) -> None:
     """Enums, NumPy floats, named tuples and ordered dicts are restored as plain types."""
     assert equal(unflatten_tree(*flatten_tree([special])), [plain])
 
@@ -140,20 +140,20 @@ def test_versions_of_modules_are_kept() -> None:
         (object(), "root", "object"),
     ],
 )
-def test_what_needs_pickle_is_refused_by_its_path(tree: Any, path: str, kind: str) -> None:
+def test_unsupported_values_are_rejected_with_their_path(tree: Any, path: str, kind: str) -> None:
     """A value of an unsupported type is rejected with its path and type."""
     with pytest.raises(CheckpointError, match=f"The checkpoint's {path} is {kind} .* without pickle"):
         flatten_tree(tree)
 
 
 @pytest.mark.parametrize("key", [None, (1, 2), math.nan, math.inf, b"x"])
-def test_other_keys_are_refused_by_their_path(key: Any) -> None:
+def test_unsupported_keys_are_rejected_with_their_path(key: Any) -> None:
     """A key that is neither a string nor a finite number is rejected with its path."""
     with pytest.raises(CheckpointError, match="The checkpoint's optimizer/a has the key"):
         flatten_tree({"a": {key: 1}}, where="optimizer")
 
 
-def test_a_tree_that_contains_itself_is_refused() -> None:
+def test_a_tree_that_contains_itself_is_rejected() -> None:
     """A list that contains itself is an error instead of a RecursionError."""
     tree: list[Any] = []
     tree.append(tree)
@@ -164,7 +164,7 @@ def test_a_tree_that_contains_itself_is_refused() -> None:
 @pytest.mark.parametrize(
     "skeleton", [{"$tensor": "x"}, {"$tensor": []}, {"$float": "a"}, {"$float": None}, {"$tuple": 1}, {"$items": [[1]]}]
 )
-def test_json_that_we_never_write_is_damage(skeleton: Any) -> None:
+def test_malformed_json_descriptions_are_damage(skeleton: Any) -> None:
     """A malformed description of a tree is reported as damage."""
     with pytest.raises(CheckpointDamagedError):
         unflatten_tree({}, skeleton)

@@ -57,7 +57,7 @@ def flat_partitions() -> list[dict[str, Any]]:
     ]
 
 
-def test_stretches_of_stages_1_and_2_are_put_together(tmp_path: Path) -> None:
+def test_partitions_of_stages_1_and_2_are_gathered(tmp_path: Path) -> None:
     """Float32 master weights, moments, options and counters are restored by name; buffers come from the model states."""
     tree = read_any(save(tmp_path / "saved", flat_partitions()))
     assert tree["state_dict"]["a"].tolist() == [0, 1, 2]
@@ -70,7 +70,7 @@ def test_stretches_of_stages_1_and_2_are_put_together(tmp_path: Path) -> None:
     assert optimizer["counts"] == {"inner_count": 15, "attempts": 5, "updates": 3, "pending": 0}
 
 
-def test_stripes_of_stage_3_are_put_together(tmp_path: Path) -> None:
+def test_partitions_of_stage_3_are_gathered(tmp_path: Path) -> None:
     """Each parameter is split into equal parts: of three elements, each rank has two, one of them padding."""
     first, second = torch.tensor([0.0, 1, 3, 4]), torch.tensor([2.0, -1, 5, 6])
     parts = [{"fp32_flat_groups": [part], "optimizer_state_dict": base(part * 10)} for part in (first, second)]
@@ -80,7 +80,7 @@ def test_stripes_of_stage_3_are_put_together(tmp_path: Path) -> None:
     assert tree["optimizer"]["state"]["a"]["exp_avg"].tolist() == [0, 10, 20]
 
 
-def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_rank_file_is_an_error(tmp_path: Path) -> None:
     """A missing file of a rank is an error."""
     folder = save(tmp_path / "saved", flat_partitions())
     (folder / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
@@ -88,7 +88,7 @@ def test_a_missing_part_is_an_error(tmp_path: Path) -> None:
         read_any(folder)
 
 
-def test_latest_does_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+def test_latest_cannot_lead_outside_the_folder(tmp_path: Path) -> None:
     """``latest`` may name a subfolder; other paths in it are not followed."""
     save(tmp_path / "saved", flat_partitions())
     other = tmp_path / "other"

@@ -56,7 +56,7 @@ def _write_index(file: Path, metadata: dict[str, Any], names: dict[str, str]) ->
     file.write_text(json.dumps({"metadata": metadata, "weight_map": names}))
 
 
-def test_weights_and_optimizer_are_read_without_the_library(folder: Path) -> None:
+def test_weights_and_optimizer_are_read_without_colossalai(folder: Path) -> None:
     """Weights are read by name, and the optimizer state by index, as it was written."""
     tree = CheckpointLoader.load_checkpoint(folder)
     assert {name: value.tolist() for name, value in tree["state_dict"].items()} == {
@@ -66,7 +66,7 @@ def test_weights_and_optimizer_are_read_without_the_library(folder: Path) -> Non
     assert torch.equal(tree["optimizer"]["state"][1]["exp_avg"], MOMENTS[1]["exp_avg"])
 
 
-def test_only_what_is_wanted_is_read(folder: Path) -> None:
+def test_only_requested_values_are_read(folder: Path) -> None:
     """The weights can be read from a folder whose optimizer is damaged."""
     (folder / "optimizer" / "pytorch_optim-00001.bin").write_bytes(b"")
     assert list(read_any(folder, parts=["state_dict"])) == ["state_dict"]
@@ -74,7 +74,7 @@ def test_only_what_is_wanted_is_read(folder: Path) -> None:
         read_any(folder)
 
 
-def test_mmengines_position_is_taken_over(folder: Path) -> None:
+def test_the_position_of_mmengine_is_read(folder: Path) -> None:
     """The position is read from meta.pth and the folder of schedulers, as MMEngine's strategy writes them."""
     torch.save({"meta": {"epoch": 2, "iter": 40, "mmengine": "0.10"}, "message_hub": {}}, folder / "meta.pth")
     (folder / "scheduler").mkdir()
@@ -86,7 +86,7 @@ def test_mmengines_position_is_taken_over(folder: Path) -> None:
     assert [state["_global_step"] for state in tree["param_schedulers"]] == [40, 41]
 
 
-def test_what_is_kept_around_it_gives_names_and_masters(folder: Path, tmp_path: Path) -> None:
+def test_the_stratagem_checkpoint_adds_names_and_master_weights(folder: Path, tmp_path: Path) -> None:
     """With a Stratagem checkpoint in the folder, the optimizer state is keyed by name and tied names are restored."""
     around = tmp_path / "epoch_1"
     told = {"order": ["a.weight", "a.bias"], "tied": {"b.weight": "a.weight"}}
@@ -116,7 +116,7 @@ def _copy(source: Path, target: Path) -> None:
             there.write_bytes(file.read_bytes())
 
 
-def test_nothing_in_it_is_executed(folder: Path, tmp_path: Path) -> None:
+def test_no_code_in_the_folder_is_executed(folder: Path, tmp_path: Path) -> None:
     """A malicious pickle is rejected in the parameter groups and in the state."""
     for name in ("pytorch_optim_group.bin", "pytorch_optim-00001.bin"):
         whole = (folder / "optimizer" / name).read_bytes()
@@ -128,7 +128,7 @@ def test_nothing_in_it_is_executed(folder: Path, tmp_path: Path) -> None:
         (folder / "optimizer" / name).write_bytes(whole)
 
 
-def test_an_index_that_leads_elsewhere_is_refused(folder: Path) -> None:
+def test_an_index_to_another_folder_is_rejected(folder: Path) -> None:
     """The file of the parameter groups must be in the same folder as its index."""
     index = folder / "optimizer" / "pytorch_optim.bin.index.json"
     content = json.loads(index.read_text())

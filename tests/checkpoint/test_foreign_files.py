@@ -57,7 +57,7 @@ def strategy(tmp_path: Path) -> Iterator[BaseStrategy]:
     made.close()
 
 
-def test_a_run_of_mmengine_goes_on_as_it_would_have_there(strategy: BaseStrategy) -> None:
+def test_a_run_of_mmengine_can_be_resumed(strategy: BaseStrategy) -> None:
     """Resuming from MMEngine's first epoch gives the weights that MMEngine saved after the second."""
     rest = strategy.resume(mmengine(1))
     assert (rest["meta"]["epoch"], rest["meta"]["iter"]) == (1, 3)
@@ -78,7 +78,7 @@ def test_a_run_of_mmengine_goes_on_as_it_would_have_there(strategy: BaseStrategy
     assert strategy.scheduler_state_dict()[0]["_global_step"] == due["param_schedulers"][0]["_global_step"] == 6
 
 
-def test_histories_of_mmengine_are_left_out() -> None:
+def test_histories_of_mmengine_are_ignored() -> None:
     """The message hub and the functions in scheduler states are ignored and never created."""
     tree = SingleFileFormat().load(mmengine(2))
     assert sorted(tree) == ["meta", "optimizer", "param_schedulers", "state_dict"]
@@ -86,7 +86,7 @@ def test_histories_of_mmengine_are_left_out() -> None:
     assert tree["meta"]["mmengine_version"] == "0.10.7"
 
 
-def test_averages_of_mmengine_are_said_to_be_such(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_averaged_weights_of_mmengine_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A warning says that MMEngine stored averaged weights, which must not be resumed from by mistake."""
     average = {f"module.{name}": tensor for name, tensor in PLAIN.state_dict().items()}
     content = {"meta": {"mmengine_version": "0.10.7"}, "state_dict": PLAIN.state_dict(), "ema_state_dict": average}
@@ -108,7 +108,7 @@ def test_weights_of_lightning_are_found_by_their_prefix() -> None:
     assert report.exact
 
 
-def test_position_and_optimizer_of_lightning_are_taken_over() -> None:
+def test_position_and_optimizer_of_lightning_are_read() -> None:
     """Finished epochs and iterations are counted as here, although Lightning counts differently."""
     tree = SingleFileFormat().load(LIGHTNING)
     assert tree["meta"] == {"epoch": 2, "iter": 6, "batch_in_epoch": 0}
@@ -117,7 +117,7 @@ def test_position_and_optimizer_of_lightning_are_taken_over() -> None:
     assert not {"loops", "callbacks", "lr_schedulers"} & set(tree)
 
 
-def test_an_epoch_of_lightning_under_way_is_told(tmp_path: Path) -> None:
+def test_the_position_in_an_epoch_of_lightning_is_read(tmp_path: Path) -> None:
     """A checkpoint in the middle of an epoch records how many of its batches are finished."""
     loop = {
         "epoch_progress": {"current": {"ready": 3, "processed": 2}},
@@ -131,7 +131,7 @@ def test_an_epoch_of_lightning_under_way_is_told(tmp_path: Path) -> None:
     assert tree["meta"] == {"epoch": 2, "iter": 25, "batch_in_epoch": 5}
 
 
-def test_several_optimizers_of_lightning_have_numbers(tmp_path: Path) -> None:
+def test_several_optimizers_of_lightning_are_numbered(tmp_path: Path) -> None:
     """Several optimizers of Lightning are numbered, and the state of a single one is used directly."""
     states = [torch.optim.SGD(PLAIN.parameters(), lr=lr).state_dict() for lr in (0.1, 0.2)]
     torch.save(
@@ -152,7 +152,7 @@ def test_weights_of_scripts_are_found(tmp_path: Path, key: str | None) -> None:
 
 
 @pytest.mark.parametrize("key", ["optimizer", "optimizer_state_dict", "optim", "optimizer_state"])
-def test_optimizers_of_scripts_go_on(tmp_path: Path, key: str) -> None:
+def test_optimizers_of_scripts_are_resumed(tmp_path: Path, key: str) -> None:
     """A script's optimizer state is resumed by index if the parameter groups match."""
     source = make("single", tmp_path / "one")
     model = Network()
@@ -169,14 +169,14 @@ def test_optimizers_of_scripts_go_on(tmp_path: Path, key: str) -> None:
     target.close()
 
 
-def test_two_sets_of_weights_are_not_guessed_between(tmp_path: Path) -> None:
+def test_two_possible_sets_of_weights_are_an_error(tmp_path: Path) -> None:
     """If two entries could be the weights, the error lists both."""
     torch.save({"model": PLAIN.state_dict(), "net": PLAIN.state_dict()}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt: it has weights under 'model' and 'net'"):
         SingleFileFormat().load(tmp_path / "a.pt")
 
 
-def test_objects_beside_the_weights_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_objects_next_to_the_weights_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Arguments that a script saved as an object are skipped, and the log lists them."""
     content = {"model": PLAIN.state_dict(), "args": argparse.Namespace(lr=1), "epoch": 3}
     torch.save(content, tmp_path / "a.pt")
@@ -203,7 +203,7 @@ def test_an_object_among_the_weights_is_named(tmp_path: Path) -> None:
         CheckpointLoader.load_checkpoint(tmp_path / "a.pt")
 
 
-def test_tensors_go_to_the_device_asked_for() -> None:
+def test_map_location_selects_the_device() -> None:
     """``map_location`` applies to weights and moments."""
     tree = SingleFileFormat().load(mmengine(1), map_location="meta")
     assert tree["state_dict"]["layers.0.weight"].is_meta

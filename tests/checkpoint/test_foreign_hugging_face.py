@@ -55,21 +55,21 @@ def test_a_folder_of_weights_is_read(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
-def test_shards_are_put_together(tmp_path: Path, name: str) -> None:
+def test_shards_are_merged(tmp_path: Path, name: str) -> None:
     """Several files with an index are loaded as one checkpoint, by the folder or by the index."""
     index = shards(tmp_path, name)
     check(CheckpointLoader.load_checkpoint(tmp_path))
     check(CheckpointLoader.load_checkpoint(index))
 
 
-def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
+def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
     """If a folder has both, safetensors files are preferred, because they contain only tensors."""
     write(tmp_path / "model.safetensors", STATE)
     write(tmp_path / "pytorch_model.bin", {"other": torch.ones(1)})
     check(read_any(tmp_path))
 
 
-def test_weights_fit_into_a_model(tmp_path: Path) -> None:
+def test_weights_can_be_loaded_into_a_model(tmp_path: Path) -> None:
     """A model can be loaded from a safetensors file with any name."""
     model = nn.Linear(3, 2)
     save_file(model.state_dict(), tmp_path / "adapter.safetensors")
@@ -79,7 +79,7 @@ def test_weights_fit_into_a_model(tmp_path: Path) -> None:
     assert torch.equal(other.weight, model.weight)
 
 
-def test_an_optimizer_beside_the_weights_is_read(tmp_path: Path) -> None:
+def test_an_optimizer_next_to_the_weights_is_read(tmp_path: Path) -> None:
     """A checkpoint of the Trainer includes the state of torch's optimizer."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.25)
@@ -90,7 +90,7 @@ def test_an_optimizer_beside_the_weights_is_read(tmp_path: Path) -> None:
     assert list(read_any(tmp_path, parts={"state_dict"})) == ["state_dict"]
 
 
-def test_an_optimizer_with_objects_does_not_stand_in_the_way(tmp_path: Path) -> None:
+def test_an_optimizer_with_objects_is_skipped(tmp_path: Path) -> None:
     """An optimizer file that contains objects is skipped, and is an error only if it is requested."""
     write(tmp_path / "model.safetensors", STATE)
     torch.save({"state": Path("x"), "param_groups": []}, tmp_path / "optimizer.pt")
@@ -113,7 +113,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../secret.bin", "/etc/x.bin", "sub/x.bin", "model.safetensors.index.json", ".x.bin", 3]
 )
-def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, name: Any) -> None:
+def test_an_index_cannot_lead_outside_its_folder(tmp_path: Path, name: Any) -> None:
     """An index that refers to a file in another folder is rejected."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"w": name}}))
@@ -122,7 +122,7 @@ def test_an_index_does_not_lead_out_of_its_folder(tmp_path: Path, name: Any) -> 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "[" * 100_000])
-def test_an_index_of_something_else_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_index_is_rejected(tmp_path: Path, text: str) -> None:
     """Whatever an index contains, the error is a CheckpointError."""
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(text)
@@ -131,7 +131,7 @@ def test_an_index_of_something_else_is_refused(tmp_path: Path, text: str) -> Non
 
 
 @pytest.mark.parametrize("length", [0, 7, 50, -1])
-def test_a_cut_file_is_damaged(tmp_path: Path, length: int) -> None:
+def test_a_truncated_safetensors_file_is_damaged(tmp_path: Path, length: int) -> None:
     """A truncated safetensors file is reported by name."""
     file = tmp_path / "model.safetensors"
     save_file(STATE, file)
@@ -140,7 +140,7 @@ def test_a_cut_file_is_damaged(tmp_path: Path, length: int) -> None:
         read_any(tmp_path)
 
 
-def test_other_places_are_told(tmp_path: Path) -> None:
+def test_other_folders_are_reported(tmp_path: Path) -> None:
     """A folder without weights, a missing file and pickled objects are errors."""
     with pytest.raises(CheckpointError, match="is not a Stratagem checkpoint"):
         read_any(tmp_path)

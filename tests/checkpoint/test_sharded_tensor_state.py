@@ -49,7 +49,7 @@ def test_a_range_within_a_row_is_one_box() -> None:
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 20), (0, 0), (3, 13), (19, 20)])
-def test_what_was_cut_is_taken_back_as_it_was(start: int, stop: int) -> None:
+def test_a_range_can_be_taken_back(start: int, stop: int) -> None:
     """A range can be taken back from the state of a rank and from the global tensor."""
     whole = torch.randn(4, 5)
     pieces = ShardedTensorState.from_flat_range(whole.flatten()[start:stop], start, whole.shape)
@@ -67,20 +67,20 @@ def test_shards_are_views_of_the_given_memory() -> None:
     assert all(content.eq(7.0).all() for content in pieces.shards.values())
 
 
-def test_a_box_that_the_rank_does_not_have_is_refused() -> None:
+def test_a_box_that_the_rank_does_not_hold_is_rejected() -> None:
     """Taking a box that this rank does not hold is an error."""
     pieces = ShardedTensorState.from_flat_range(torch.zeros(4), 0, (2, 4))
     with pytest.raises(CheckpointMismatchError, match="does not have the box"):
         take_range(pieces, 2, 6)
 
 
-def test_a_content_of_another_shape_is_refused() -> None:
+def test_a_shard_of_another_shape_is_rejected() -> None:
     """The shape of a shard must match its box."""
     with pytest.raises(CheckpointError, match=r"has dtype torch.float32 and shape \[3\]"):
         ShardedTensorState(torch.float32, (4,), {TensorBox((0,), (2,)): torch.zeros(3)})
 
 
-def test_one_process_stores_what_it_has_whole(tmp_path) -> None:
+def test_one_process_stores_complete_shards_as_a_tensor(tmp_path) -> None:
     """Shards that cover the tensor are stored as a tensor."""
     whole = torch.randn(3, 4)
     halves = [

@@ -125,7 +125,7 @@ def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
         assert tree["state_dict"]["w"].tolist() == [1, 2]
 
 
-def test_the_attacks_work_where_they_are_let(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attacks_work_in_pythons_unpickler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's unpickler executes these files, so the attacks in the test above are effective."""
     monkeypatch.chdir(tmp_path)
     for attack in ("a call of os.system", "eval under its old name", "a chain of getattr", "functools.partial"):
@@ -171,7 +171,7 @@ LIES: dict[str, Raw] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_numbers_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
+def test_wrong_sizes_and_offsets_are_rejected(tmp_path: Path, lie: str) -> None:
     """A tensor whose offsets or sizes exceed its storage or the file is reported as damage."""
     data = {"0": struct.pack("<2f", 1, 2)} if "sparse" not in lie else {"0": struct.pack("<q", 1 << 40)}
     path = write(tmp_path / "a.pth", {"state_dict": {"w": LIES[lie]}}, data)
@@ -181,7 +181,7 @@ def test_numbers_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
         SingleFileFormat().load(path)
 
 
-def test_a_container_that_holds_itself_is_refused(tmp_path: Path) -> None:
+def test_a_container_that_contains_itself_is_rejected(tmp_path: Path) -> None:
     """A list that contains itself is an error instead of an endless loop."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor(), "v": Raw(b"]q\x05h\x05a")}})
     with pytest.raises(CheckpointDamagedError, match="state_dict/v.* contains itself"):
@@ -189,7 +189,7 @@ def test_a_container_that_holds_itself_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lists", "tuples", "objects"])
-def test_deep_nesting_is_refused(tmp_path: Path, kind: str) -> None:
+def test_deep_nesting_is_rejected(tmp_path: Path, kind: str) -> None:
     """Twenty thousand nested containers do not overflow the stack."""
     deep = {
         "lists": b"]" * 20_000 + b"a" * 99_999,
@@ -201,7 +201,7 @@ def test_deep_nesting_is_refused(tmp_path: Path, kind: str) -> None:
         SingleFileFormat().load(path)
 
 
-def test_deep_keys_are_refused(tmp_path: Path) -> None:
+def test_deep_keys_are_rejected(tmp_path: Path) -> None:
     """Nested tuples as a key are rejected before they are hashed, which could crash the process."""
     path = write(tmp_path / "a.pth", Raw(b"}" + b")" + b"\x85" * 300_000 + b"Ns"))
     with pytest.raises(CheckpointDamagedError, match="is used as a key"):
@@ -254,7 +254,7 @@ def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:
     assert int(done.stdout) < 60_000, done.stderr  # kilobytes
 
 
-def test_records_that_overlap_are_refused(tmp_path: Path) -> None:
+def test_overlapping_records_are_rejected(tmp_path: Path) -> None:
     """A zip directory that lists the same bytes as several records is rejected."""
     path = overlapping(tmp_path / "a.pth", {"state_dict": {"w": tensor()}}, 2, 8)
     with pytest.raises(CheckpointDamagedError, match="overlap"):
@@ -306,7 +306,7 @@ def test_terminal_codes_in_names_are_not_printed(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 1000
 
 
-def test_torch_refuses_what_we_leave_unread(tmp_path: Path) -> None:
+def test_malicious_entries_are_never_read(tmp_path: Path) -> None:
     """The weights in a malicious file are equal to those in a harmless one, because other entries are not read."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor()}, "x": call("os.system", "true")})
     with pytest.raises(pickle.UnpicklingError):

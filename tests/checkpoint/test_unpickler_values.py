@@ -34,7 +34,7 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_tensors_of_every_type_come_back(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_tensors_of_every_dtype_are_restored(tmp_path: Path, dtype: torch.dtype) -> None:
     """Dtype, shape and every bit of a tensor are restored."""
     tensor = torch.arange(48, dtype=torch.uint8).view(dtype) if dtype != torch.bool else torch.tensor([True, False])
     read = round_trip(tensor, tmp_path)
@@ -57,7 +57,7 @@ def test_views_share_their_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_special_tensors_come_back(tmp_path: Path) -> None:
+def test_special_tensors_are_restored(tmp_path: Path) -> None:
     """Sparse and meta tensors are restored, and parameters become tensors."""
     coo = torch.sparse_coo_tensor([[0, 2], [1, 0]], [3.0, 4.0], (3, 2), check_invariants=True)
     csr = torch.sparse_csr_tensor([0, 1, 2], [1, 0], [5.0, 6.0], (2, 2), check_invariants=True)
@@ -75,7 +75,7 @@ def test_special_tensors_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_plain_values_come_back(tmp_path: Path, protocol: int) -> None:
+def test_plain_values_are_restored(tmp_path: Path, protocol: int) -> None:
     """Numbers, strings, bytes and containers are restored, for every protocol that torch writes."""
     value = {
         "numbers": [0, 255, 65536, -1, 1 << 100, 2.5, math.inf, True, None, 1j],
@@ -91,7 +91,7 @@ def test_plain_values_come_back(tmp_path: Path, protocol: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_numpy_values_come_back(tmp_path: Path, protocol: int) -> None:
+def test_numpy_values_are_restored(tmp_path: Path, protocol: int) -> None:
     """NumPy arrays keep their dtype and byte order; NumPy scalars become Python numbers."""
     arrays = [
         np.arange(6, dtype=">i4").reshape(2, 3),
@@ -111,7 +111,7 @@ def test_numpy_values_come_back(tmp_path: Path, protocol: int) -> None:
     assert [type(number) for number in read["numbers"]] == [float, int, bool]
 
 
-def test_kinds_of_dict_come_back(tmp_path: Path) -> None:
+def test_dict_types_are_restored(tmp_path: Path) -> None:
     """An OrderedDict keeps its order and module versions; Counter and defaultdict become dicts."""
     state = nn.BatchNorm1d(2).state_dict()
     value = [state, collections.Counter(a=2), collections.defaultdict(list, b=[1])]
@@ -142,7 +142,7 @@ LAZY = {
 
 
 @pytest.mark.parametrize("tensor", LAZY.values(), ids=LAZY)
-def test_lazy_conjugates_and_negatives_are_read_right(tmp_path: Path, tensor: torch.Tensor) -> None:
+def test_lazy_conjugates_and_negatives_are_resolved(tmp_path: Path, tensor: torch.Tensor) -> None:
     """A tensor saved with a conjugate or negative flag has the values that torch reads."""
     torch.save({"state_dict": {"w": tensor}}, tmp_path / "a.pth")
     reference = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]["w"].detach()
@@ -171,7 +171,7 @@ def test_a_file_is_written_without_lazy_flags(tmp_path: Path, tensor: torch.Tens
 
 
 @pytest.mark.parametrize("tensor", [LAZY["conjugate"], LAZY["imaginary part of a conjugate"]], ids=["conj", "neg"])
-def test_lazy_numbers_of_a_sparse_tensor_are_read_right(tmp_path: Path, tensor: torch.Tensor) -> None:
+def test_lazy_values_of_a_sparse_tensor_are_resolved(tmp_path: Path, tensor: torch.Tensor) -> None:
     """The values of a sparse tensor may be lazily conjugated or negated, too."""
     sparse = torch.sparse_coo_tensor([[0, 1, 2]], tensor, (3,), check_invariants=True)
     assert torch.equal(round_trip(sparse, tmp_path).to_dense(), sparse.to_dense())
@@ -185,7 +185,7 @@ def with_metadata(metadata: Any, kind: str = "torch.ComplexFloatStorage") -> Raw
     )
 
 
-def test_metadata_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+def test_unknown_metadata_is_rejected(tmp_path: Path) -> None:
     """A tensor with unknown metadata is rejected, and the metadata is not ignored."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": with_metadata({"scaled": True})}}, {"0": bytes(16)})
     with pytest.raises(CheckpointError, match="state_dict/w is a tensor with the unsupported metadata scaled"):
@@ -197,14 +197,14 @@ def test_metadata_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     [with_metadata({"conj": 1}), with_metadata([True]), with_metadata({"conj": True}, "torch.DoubleStorage")],
     ids=["a number as flag", "a list", "a conjugate of real numbers"],
 )
-def test_metadata_that_makes_no_sense_is_damage(tmp_path: Path, tensor: Raw) -> None:
+def test_malformed_metadata_is_damage(tmp_path: Path, tensor: Raw) -> None:
     """Metadata that torch cannot have written is reported as damage."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor}}, {"0": bytes(16)})
     with pytest.raises(CheckpointDamagedError, match="state_dict/w is not a valid"):
         SingleFileFormat().load(path)
 
 
-def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
+def test_quantized_tensors_are_rejected(tmp_path: Path) -> None:
     """A quantized tensor is rejected, because its values need a scale."""
     torch.save({"state_dict": {"w": FakeQuantized()}}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"state_dict/w is an object of torch\._utils\._rebuild_qtensor"):
@@ -226,7 +226,7 @@ class FakeQuantized:
         )
 
 
-def test_arrays_of_other_classes_are_refused(tmp_path: Path) -> None:
+def test_arrays_of_other_classes_are_rejected(tmp_path: Path) -> None:
     """An array of a subclass is rejected, because its values may differ from its memory."""
     with pytest.raises(CheckpointError, match=r"value is an array of the class numpy\.\S*matrix"):
         round_trip(np.ones((1, 2)).view(np.matrix), tmp_path)
@@ -240,12 +240,12 @@ PLAIN = st.recursive(
 
 
 @given(value=PLAIN, protocol=st.sampled_from([2, 3, 4, 5]))
-def test_any_plain_value_comes_back(tmp_path_factory: pytest.TempPathFactory, value: Any, protocol: int) -> None:
+def test_any_plain_value_is_restored(tmp_path_factory: pytest.TempPathFactory, value: Any, protocol: int) -> None:
     """Any plain value is restored."""
     assert round_trip(value, tmp_path_factory.getbasetemp(), pickle_protocol=protocol) == value
 
 
-def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
+def test_only_requested_values_are_read(tmp_path: Path) -> None:
     """Storages of unrequested parts are not read, so damage in them has no effect."""
     path = tmp_path / "a.pth"
     torch.save({"state_dict": {"w": torch.zeros(10)}, "optimizer": {"m": torch.full((1000,), 3.25)}}, path)
@@ -259,7 +259,7 @@ def test_only_what_is_wanted_is_read(tmp_path: Path) -> None:
         SingleFileFormat().verify(path)
 
 
-def test_every_changed_bit_of_a_tensor_is_seen(tmp_path: Path) -> None:
+def test_every_changed_bit_of_a_tensor_is_detected(tmp_path: Path) -> None:
     """A flipped bit in a tensor is always detected, although torch ignores the checksums of its files."""
     path = tmp_path / "a.pth"
     tensor = torch.full((16,), 3.25)
@@ -285,7 +285,7 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
     assert SingleFileFormat().load(tmp_path / "a.pth")["state_dict"]["w"].tolist() == [1, 1, 1]
 
 
-def test_other_zip_files_are_told_apart(tmp_path: Path) -> None:
+def test_other_zip_files_are_reported(tmp_path: Path) -> None:
     """Other zip files, TorchScript programs and files with another byte order are reported as such."""
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(path, "w") as archive:
