@@ -11,7 +11,7 @@ from ranks import Ranks
 
 @pytest.fixture(scope="session")
 def two() -> Iterator[Ranks]:
-    """Two ranks that live as long as the session."""
+    """Two ranks that are shared by the whole session."""
     pool = Ranks(2)
     yield pool
     pool.close()
@@ -19,7 +19,7 @@ def two() -> Iterator[Ranks]:
 
 @pytest.fixture(scope="session")
 def four() -> Iterator[Ranks]:
-    """Four ranks that live as long as the session."""
+    """Four ranks that are shared by the whole session."""
     pool = Ranks(4)
     yield pool
     pool.close()

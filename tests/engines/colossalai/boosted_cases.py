@@ -1,4 +1,4 @@
-"""Runs of the tests of ColossalAI that are made for one question; each runs on every rank."""
+"""ColossalAI test runs that check one behavior each; they run on every rank."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ LOGGER = logging.getLogger(__name__)
 
 
 class WeightedGpt(Gpt):
-    """Its samples count by their first word, so that ranks and micro-batches weigh differently."""
+    """Weights samples by their first word, so that ranks and micro-batches have different weights."""
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
-        """Return the loss with its weight, or what the model itself does."""
+        """Return the loss with its weight, or the model's own output."""
         if mode != "loss":
             return super().forward(words, numbers, mode)
         weights = 1.0 + words[:, 0].float()
@@ -34,12 +34,12 @@ class WeightedGpt(Gpt):
 
 
 class NanGpt(Gpt):
-    """Its loss is NaN on rank 1 in the second iteration."""
+    """Returns a NaN loss on rank 1 in the second iteration."""
 
     seen = 0
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
-        """Return what the model does, but for that loss."""
+        """Return the model's output, with NaN as that loss."""
         outputs = super().forward(words, numbers, mode)
         if mode == "loss":
             self.seen += 1
@@ -49,7 +49,7 @@ class NanGpt(Gpt):
 
 
 def trained_alone(folder: str, *, stop: int, iterations: int = EPOCH, **options: Any) -> dict[str, Any]:
-    """Train in one process, with a horizon of as many iterations."""
+    """Train in one process with schedules for the given number of iterations."""
     model, optim = options.get("model", {"type": Gpt}), options.get("optim", OPTIM)
     strategy = sharded_runs.SingleDeviceStrategy(
         work_dir=folder, env_kwargs={"randomness": {"seed": 0}}, log_kwargs={"log_level": "ERROR"}
@@ -67,7 +67,7 @@ def trained_alone(folder: str, *, stop: int, iterations: int = EPOCH, **options:
 
 
 def with_one_nan(plugin: str, folder: str) -> dict[str, Any]:
-    """Train two updates, of which the second is spoiled on one rank alone."""
+    """Train two steps, the second with a NaN loss on one rank only."""
     optim = {**OPTIM, "accumulative_counts": 1, "nonfinite": "skip"}
     strategy = boosted_runs.prepared(plugin, folder, model={"type": NanGpt}, optim=optim)
     try:
@@ -87,7 +87,7 @@ def with_one_nan(plugin: str, folder: str) -> dict[str, Any]:
 
 
 def overflowing(folder: str) -> dict[str, Any]:
-    """Train in float16 from a scale at which everything overflows, with a schedule by updates."""
+    """Train in float16 from a loss scale at which every step overflows, with a schedule by step."""
     precision = {"type": "fp16", "init_scale": 2.0**32, "hysteresis": 1, "backoff_factor": 2.0**-8}
     strategy = boosted_runs.prepared(
         "zero 1", folder, mixed_precision=precision, optim={**OPTIM, "accumulative_counts": 1}
@@ -107,7 +107,7 @@ def overflowing(folder: str) -> dict[str, Any]:
 
 
 def predicted(plugin: str, folder: str) -> bool:
-    """Predict as many batches as the rank's number tells, one on rank 0."""
+    """Run ``val_step`` once on rank 0 and once more for each higher rank."""
     strategy = boosted_runs.prepared(plugin, folder)
     try:
         strategy.model.eval()
@@ -120,7 +120,7 @@ def predicted(plugin: str, folder: str) -> bool:
 
 
 def saved_in_background(folder: str, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Begin to save, train on, and resume from what was saved; return the state at the save and the one found."""
+    """Start a background save, continue training, and resume from it; return the states at the save and after."""
     strategy = boosted_runs.prepared("zero 1 bf16", folder, **options)
     saver = BackgroundSaver(strategy.logger)
     try:
@@ -137,20 +137,20 @@ def saved_in_background(folder: str, **options: Any) -> tuple[dict[str, Any], di
 
 
 class LargerGpt(Gpt):
-    """It has a parameter more."""
+    """Has one additional parameter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.extra = torch.nn.Parameter(torch.ones(3))
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
-        """Return what the smaller one does, and let the parameter learn."""
+        """Return the small model's output, with the additional parameter in the loss."""
         outputs = super().forward(words, numbers, mode)
         return {"loss": outputs["loss"] + self.extra.sum()} if mode == "loss" else outputs
 
 
 def resumed_with_more(folder: str) -> None:
-    """Resume the small model from the checkpoint of the larger one."""
+    """Resume the small model from a checkpoint of the larger one."""
     larger = boosted_runs.prepared("zero 1", folder, model={"type": LargerGpt})
     try:
         larger.save_checkpoint(f"{folder}/larger")
@@ -169,7 +169,7 @@ def _batch(strategy: Any) -> list[Tensor]:
 
 
 class WithBatchNorm(Gpt):
-    """It normalises over the batch."""
+    """Contains batch normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class WithBatchNorm(Gpt):
 
 
 class OfTwoTypes(Gpt):
-    """One of its parameters is of another type."""
+    """One of its parameters has another dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class OfTwoTypes(Gpt):
 
 
 def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> str:
-    """Return with what error a call is refused, on every rank; nothing where it is not."""
+    """Return the error of a call on every rank, or an empty string if there is none."""
     try:
         function(*arguments, **options)
     except StratagemError as error:
@@ -194,12 +194,12 @@ def refusal(function: Callable[..., Any], *arguments: Any, **options: Any) -> st
 
 
 def only_prepared(folder: str, **options: Any) -> None:
-    """Build and prepare, and train nothing."""
+    """Build and prepare a strategy without training."""
     boosted_runs.prepared("", folder, **options).close()
 
 
 def prepared_twice(folder: str) -> None:
-    """Prepare for an evaluation, then for training."""
+    """Prepare for evaluation and then for training."""
     strategy = boosted_runs.ColossalAIStrategy(work_dir=folder, log_kwargs={"log_level": "ERROR"})
     try:
         strategy.prepare({"type": Gpt})
@@ -211,8 +211,8 @@ def prepared_twice(folder: str) -> None:
 
 
 def with_built_plugin(folder: str, clip_grad: Any) -> bool:
-    """Train with a plugin that was built before, which clips by 0.3."""
-    # The library can be imported once the strategy has been asked for.
+    """Train with a built plugin that clips gradients to a norm of 0.3."""
+    # The library can be imported only after a strategy has been built.
     boosted_runs.prepared("zero 1", folder).close()
     plugins = importlib.import_module("colossalai.booster.plugin")
     plugin = plugins.LowLevelZeroPlugin(precision="fp32", max_norm=0.3, overlap_communication=False)

@@ -1,4 +1,4 @@
-"""The small language model of ``sharded_runs`` under ColossalAI's plugins, and what strategies must agree on."""
+"""The small language model of ``sharded_runs`` with ColossalAI's plugins, and the values to compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stratagem.dist import all_reduce
 from stratagem.strategies import BaseStrategy, ColossalAIStrategy
 from stratagem.train.hooks import ParamSchedulerHook
 
-# Every plugin of the tests by a name: the options of the strategy.
+# The options of the strategy for each named plugin configuration in the tests.
 PLUGINS: Mapping[str, Mapping[str, Any]] = {
     "torch-ddp": {"plugin": "torch-ddp"},
     "zero 1": {"plugin": "lowlevel-zero"},
@@ -43,13 +43,13 @@ PLUGINS: Mapping[str, Mapping[str, Any]] = {
 
 
 class PlannedGpt(Gpt):
-    """A model that says itself how its layers are cut."""
+    """A model with its own tensor parallel plan."""
 
     tp_plan = TP_PLAN
 
 
 def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
-    """Return a strategy of ``PLUGINS`` or of ``sharded_runs`` with model, optimizer and schedule."""
+    """Return a prepared strategy of ``PLUGINS`` or ``sharded_runs``, with a model, an optimizer, and a schedule."""
     if name in sharded_runs.PLACEMENTS:
         return sharded_runs.prepared(name, folder, **options)
     own_model = {"type": PlannedGpt if name.endswith("by plan") else Gpt}
@@ -57,7 +57,7 @@ def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
     compiling, iterations = options.pop("compile", False), options.pop("iterations", EPOCH)
     own = dict(PLUGINS.get(name, {}))
     if "tp 2" in name and not name.endswith("by plan"):
-        # By name: a policy can be written once the library can be imported, which the strategy sees to.
+        # Given by name, because the policy's module can only be imported after the strategy has loaded the library.
         own["plugin"] = {**own["plugin"], "custom_policy": {"type": "policies.GptPolicy"}}
     strategy = ColossalAIStrategy(
         work_dir=folder,
@@ -80,7 +80,7 @@ def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
 
 
 def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
-    """Train iterations ``start`` to ``stop``; return what strategies must agree on: losses are the mean over ranks."""
+    """Train iterations ``start`` to ``stop``; return the values to compare, with losses averaged over ranks."""
     loader = build_dataloader(
         {
             "dataset": Sentences(),
@@ -115,7 +115,7 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
 
 
 def state_of(strategy: Any) -> dict[str, Any]:
-    """Return weights and moments, whole on every rank, and the optimizer's options."""
+    """Return unsharded weights and optimizer states on every rank, and the optimizer's options."""
     model = strategy.unwrap_model()
     optim = strategy._access.optim_state(strategy.optim_wrapper, model)
     return {
@@ -131,14 +131,14 @@ def state_of(strategy: Any) -> dict[str, Any]:
 
 
 def whole(value: Any) -> Any:
-    """Return a copy of a tensor, put together from all ranks where it is spread over them."""
+    """Return a copy of a tensor, gathered from all ranks if it is sharded."""
     if isinstance(value, ShardedTensorState) or hasattr(value, "full_tensor"):
         value = value.full_tensor()
     return torch.as_tensor(value).detach().clone()
 
 
 def trained(name: str, folder: str, stop: int = EPOCH, **options: Any) -> dict[str, Any]:
-    """Train from the beginning."""
+    """Train from the first iteration."""
     strategy = prepared(name, folder, **options)
     try:
         return train(strategy, 0, stop)
@@ -147,7 +147,7 @@ def trained(name: str, folder: str, stop: int = EPOCH, **options: Any) -> dict[s
 
 
 def stopped(name: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
-    """Train to iteration ``at``, save, and go on to the end."""
+    """Train to iteration ``at``, save, and continue to the end."""
     strategy = prepared(name, folder, **options)
     try:
         before = train(strategy, 0, at)
@@ -158,7 +158,7 @@ def stopped(name: str, folder: str, checkpoint: str, at: int, **options: Any) ->
 
 
 def resumed(name: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:
-    """Go on from a checkpoint that was saved at iteration ``at``, to the end; tell also what was found in it."""
+    """Resume a checkpoint of iteration ``at`` and train to the end; return the restored state too."""
     strategy = prepared(name, folder, **options)
     try:
         strategy.resume(checkpoint)
@@ -168,7 +168,7 @@ def resumed(name: str, folder: str, checkpoint: str, at: int, **options: Any) ->
 
 
 def resumed_and_saved(name: str, folder: str, source: Any, target: Any, **options: Any) -> dict[str, Any]:
-    """Resume, save elsewhere, and tell what was found."""
+    """Resume, save to another path, and return the restored state."""
     strategy = prepared(name, folder, **options)
     try:
         strategy.resume(str(source))

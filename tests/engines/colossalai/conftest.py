@@ -1,4 +1,4 @@
-"""What a single process computes."""
+"""The reference run in a single process."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process computes in an epoch of the small language model."""
+    """The results of one process after an epoch of the small language model."""
     return boosted_runs.trained("single", str(tmp_path_factory.mktemp("single")))

@@ -1,4 +1,4 @@
-"""How ColossalAI cuts the layers of the small language model of ``sharded_runs`` for tensor parallelism."""
+"""A ColossalAI policy that shards the small language model of ``sharded_runs`` for tensor parallelism."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _CUT |= {"up": Linear1D_Col, "down": Linear1D_Row}
 
 
 class GptPolicy(Policy):
-    """Rows of what makes heads and features, columns of what brings them together."""
+    """Shards by rows what produces heads and features, and by columns what combines them."""
 
     def config_sanity_check(self) -> None:
-        """There is nothing to check."""
+        """Do nothing, because there is nothing to check."""
 
     def preprocess(self) -> Any:
-        """Return the model as it is."""
+        """Return the model unchanged."""
         return self.model
 
     def module_policy(self) -> dict[Any, Any]:
-        """Return which layers of a block are replaced by spread ones."""
+        """Return the sharded layers that replace the layers of a block."""
         if not self.shard_config.enable_tensor_parallelism:
             return {}
         layers = [SubModuleReplacementDescription(suffix=name, target_module=layer) for name, layer in _CUT.items()]
         return {Block: ModulePolicyDescription(sub_module_replacement=layers)}
 
     def postprocess(self) -> Any:
-        """Return the model as it is."""
+        """Return the model unchanged."""
         return self.model

@@ -1,4 +1,4 @@
-"""A whole run by the command line under ColossalAI: hooks, validation, checkpoints, resuming."""
+"""Complete runs from the command line with ColossalAI: hooks, validation, checkpoints, and resuming."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ default_hooks = dict(checkpoint=dict(interval=1, save_best="accuracy"))
 
 
 def test_a_run_trains_is_resumed_and_goes_on_in_one_process(tmp_path: Path) -> None:
-    """`stratagem train --nproc 2` trains and validates, `--resume` goes on, and one process goes on from that."""
+    """`stratagem train --nproc 2` trains and validates, `--resume` continues, and one process resumes the result."""
     config = _config(tmp_path / "run.py")
     first = _stratagem(tmp_path, "train", str(config), "--nproc", "2")
     assert "grad_norm" in first
@@ -48,7 +48,7 @@ def test_a_run_trains_is_resumed_and_goes_on_in_one_process(tmp_path: Path) -> N
     assert "Epoch(train) [3]" in again
     assert "Epoch(train) [1]" not in again
     last = list_checkpoints(tmp_path / "run")[0]
-    # 20 samples in batches of 4 on 2 ranks: 3 iterations an epoch, the last of which is a window by itself at the end.
+    # 20 samples in batches of 4 on 2 ranks are 3 iterations per epoch; the last of each epoch is its own window.
     assert last.position == {"epoch": 3, "iter": 9}
     assert read_any(last.path)["optimizer"]["counts"]["attempts"] == 5
     plain = _config(tmp_path / "plain.py", strategy="", optimizer="AdamW")
@@ -57,7 +57,7 @@ def test_a_run_trains_is_resumed_and_goes_on_in_one_process(tmp_path: Path) -> N
 
 
 def test_averages_go_with_colossalais_own_form(tmp_path: Path) -> None:
-    """The best checkpoint holds the weights that train and their average, beside the Booster's files; the run goes on."""
+    """The best checkpoint has the training weights and their average next to the Booster's files, and resumes."""
     strategy = 'strategy = dict(type="ColossalAIStrategy", checkpoint_format="colossalai")\n' + AVERAGE
     config = _config(tmp_path / "run.py", strategy=strategy)
     _stratagem(tmp_path, "train", str(config), "--nproc", "2")
@@ -65,7 +65,7 @@ def test_averages_go_with_colossalais_own_form(tmp_path: Path) -> None:
     averages = best["average"]["averages"]
     for name, weight in regular["state_dict"].items():
         assert torch.equal(best["state_dict"][name], weight)
-        # The one update of the first epoch is where the average begins.
+        # The average starts with the only step of the first epoch.
         assert torch.equal(averages[name], weight)
     assert (tmp_path / "run" / "epoch_1" / "model" / "pytorch_model.bin.index.json").is_file()
     again = _stratagem(tmp_path, "train", str(config), "--nproc", "2", "--resume", "--set", "train_cfg.max_epochs=3")
@@ -73,7 +73,7 @@ def test_averages_go_with_colossalais_own_form(tmp_path: Path) -> None:
 
 
 def test_averages_of_rounded_weights_are_refused(tmp_path: Path) -> None:
-    """Under bfloat16 an average would be of what lies in the model, not of what trains."""
+    """With bfloat16, the average would be of the model's rounded weights instead of the master weights."""
     config = _config(tmp_path / "run.py", strategy=STRATEGY + "\n" + AVERAGE)
     said = _stratagem(tmp_path, "train", str(config), "--nproc", "2", status=2)
     assert "EMAHook averages the weights that lie in the model" in said

@@ -1,4 +1,4 @@
-"""The command that compares a user's own configuration under the engine with a single process."""
+"""The parity command compares a user's configuration with the engine to a single process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 
 
 def test_parity_finds_colossalai_equal_to_one_process() -> None:
-    """But for the order of sums; stopped and resumed it is the same to the bit. Without options it is ZeRO 1 in float32."""
+    """With the default ZeRO 1 in float32, results are equal up to the order of sums, and resuming is exact."""
     found = verdicts("colossalai")
     assert found["2 processes, ColossalAI"] == "equal but for the order of sums"
     assert found["2 processes, ColossalAI, stopped and resumed"] == "equal to the bit"

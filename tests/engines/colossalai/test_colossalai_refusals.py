@@ -1,4 +1,4 @@
-"""What ColossalAIStrategy refuses when it is built or prepared, and what it leaves as it was."""
+"""What ColossalAIStrategy refuses when it is built or prepared, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
     ],
 )
 def test_what_cannot_work_is_refused(two: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:
-    """Each refusal comes before training, on every rank, and says what to do instead."""
+    """Each refusal happens before training on every rank and says what to do instead."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.only_prepared, str(tmp_path), **options):
         assert re.search(said, refusal), refusal
 
 
 def test_a_model_that_was_prepared_alone_is_not_trained_later(two: Ranks, tmp_path: Path) -> None:
-    """Model and optimizer are boosted together; the error says to give the optimizer first."""
+    """The model and optimizer are boosted together, so the error says to give the optimizer first."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.prepared_twice, str(tmp_path)):
         assert "Give optim_wrapper to the first prepare" in refusal
 
 
 def test_a_built_plugin_is_taken(two: Ranks, tmp_path: Path) -> None:
-    """It trains, clips by its own max_norm, and another clip_grad is an error that says how to build it."""
+    """A built plugin clips by its own ``max_norm``; a different ``clip_grad`` is an error that says how to build it."""
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad=None))
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad={"max_norm": 0.3}))
     other = {"max_norm": 1.0}
@@ -71,7 +71,7 @@ def test_a_built_plugin_is_taken(two: Ranks, tmp_path: Path) -> None:
 
 
 def test_stand_ins_are_seen_by_nobody_else(tmp_path: Path) -> None:
-    """Once ColossalAI is imported, packages that are not installed are missing as before, and its own are empty."""
+    """After ColossalAI is imported, packages that are not installed still cannot be imported by other code."""
     script = tmp_path / "look.py"
     script.write_text(_LOOK)
     done = subprocess.run(

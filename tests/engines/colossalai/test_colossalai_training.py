@@ -1,4 +1,4 @@
-"""Training through ColossalAI's plugins computes what a single process computes."""
+"""ColossalAI's plugins give the same training results as a single process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sharded_runs import OPTIM
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 
 EXACT = ["torch-ddp", "zero 1", "zero 2", "hybrid", "hybrid tp 2", "hybrid tp 2 by plan"]
-# bfloat16 has 8 bits of mantissa, float16 has 11; losses here are about 3, norms about 0.7.
+# bfloat16 has 8 mantissa bits and float16 has 11; the losses here are about 3 and the norms about 0.7.
 ROUGH = {
     "zero 1 bf16": 0.03,
     "zero 2 bf16": 0.03,
@@ -32,21 +32,21 @@ ROUGH = {
 def test_a_plugin_in_float32_trains_as_one_process_does(
     two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str
 ) -> None:
-    """Losses, norms before clipping, rates, weights and moments are those of one process, to the rounding of float32."""
+    """Losses, norms before clipping, rates, weights, and optimizer states agree up to float32 rounding."""
     for seen in two.run(boosted_runs.trained, plugin, str(tmp_path)):
         _require_equal(seen, single)
 
 
 @pytest.mark.parametrize("plugin", ["zero 1", "zero 2", "hybrid tp 2"])
 def test_four_ranks_train_as_one_process_does(four: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
-    """So do four ranks, also with layers spread over two and replicated over two."""
+    """Four ranks agree too, also with layers sharded over two ranks and replicated over two."""
     for seen in four.run(boosted_runs.trained, plugin, str(tmp_path)):
         _require_equal(seen, single)
 
 
 @pytest.mark.parametrize("plugin", ROUGH)
 def test_low_precision_follows_float32(two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
-    """bfloat16 and float16 compute the same losses as far as their bits go, and every update is taken."""
+    """Losses in bfloat16 and float16 agree within their precision, and every step is taken."""
     for seen in two.run(boosted_runs.trained, plugin, str(tmp_path)):
         assert seen["losses"] == pytest.approx(single["losses"], abs=ROUGH[plugin])
         assert seen["norms"] == pytest.approx(single["norms"], abs=ROUGH[plugin])
@@ -55,7 +55,7 @@ def test_low_precision_follows_float32(two: Ranks, single: dict[str, Any], tmp_p
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2"])
 def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, tmp_path: Path, plugin: str) -> None:
-    """Seven micro-batches in windows of four: the last update is the mean of three, as in one process."""
+    """With seven micro-batches in windows of four, the last step is the mean of three, as in one process."""
     options = {"optim": {**OPTIM, "accumulative_counts": 4}, "stop": 7, "iterations": 7}
     alone = boosted_cases.trained_alone(str(tmp_path / "single"), **options)
     for seen in two.run(boosted_runs.trained, plugin, str(tmp_path / "two"), **options):
@@ -65,17 +65,17 @@ def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, tmp_pa
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid tp 2"])
 def test_micro_batches_count_by_their_weights(two: Ranks, tmp_path: Path, plugin: str) -> None:
-    """Where losses come with weights, the step is the mean over all that was weighed, over ranks and micro-batches."""
+    """The step is the weighted mean over all ranks and micro-batches."""
     options = {"model": {"type": boosted_cases.WeightedGpt}, "stop": 4}
     alone = boosted_cases.trained_alone(str(tmp_path / "single"), **options)
     for seen in two.run(boosted_runs.trained, plugin, str(tmp_path / "two"), **options):
-        # The mean loss of a rank is not that of all: weights and norms are.
+        # The mean loss of one rank is not that of all ranks, but weights and norms are.
         _require_equal(seen, alone, "rates", "norms")
 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1"])
 def test_a_compiled_model_trains_the_same(two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
-    """compile=True compiles what the plugin wraps."""
+    """compile=True compiles the module that the plugin wraps."""
     options = {"compile": {"backend": "aot_eager"}}
     for seen in two.run_within(240, boosted_runs.trained, plugin, str(tmp_path), **options):
         _require_equal(seen, single)
@@ -86,7 +86,7 @@ def test_a_compiled_model_trains_the_same(two: Ranks, single: dict[str, Any], tm
 def test_colossalais_adam_computes_what_torchs_does(
     two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str, optimizer: str
 ) -> None:
-    """The optimizers of ColossalAI whose kernels are replaced on the CPU are AdamW."""
+    """ColossalAI's optimizers whose kernels are replaced on the CPU match AdamW."""
     optim = {**OPTIM, "optimizer": {"type": optimizer, "lr": 0.01, "weight_decay": 0.1}}
     for seen in two.run(boosted_runs.trained, plugin, str(tmp_path), optim=optim):
         assert seen["losses"] == pytest.approx(single["losses"], abs=1e-5)
@@ -94,7 +94,7 @@ def test_colossalais_adam_computes_what_torchs_does(
 
 
 def test_lamb_trains_under_zero_as_its_distributed_form(two: Ranks, tmp_path: Path) -> None:
-    """ColossalAI puts its distributed Lamb in the place of Lamb, which sees whole parameters under ZeRO."""
+    """With ZeRO, ColossalAI replaces Lamb with its distributed version, and losses equal those with DDP."""
     optim = {**OPTIM, "optimizer": {"type": "Lamb", "lr": 0.01, "weight_decay": 0.1, "bias_correction": True}}
     spread = two.run(boosted_runs.trained, "zero 1", str(tmp_path / "zero"), optim=optim)
     replicated = two.run(boosted_runs.trained, "torch-ddp", str(tmp_path / "ddp"), optim=optim)
@@ -103,13 +103,13 @@ def test_lamb_trains_under_zero_as_its_distributed_form(two: Ranks, tmp_path: Pa
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid tp 2", "hybrid zero 1 bf16"])
 def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, tmp_path: Path, plugin: str) -> None:
-    """A loss of NaN on one rank leaves the weights as they are on every rank; it counts as an attempt, not an update."""
+    """A NaN loss on one rank changes no weights on any rank and counts as an attempted step."""
     for seen in two.run(boosted_cases.with_one_nan, plugin, str(tmp_path)):
         assert seen == {"attempts": 2, "updates": 1, "kept": True, "finite": True}
 
 
 def test_float16_skips_what_overflows_and_lowers_its_scale(two: Ranks, tmp_path: Path) -> None:
-    """Overflowed updates count as attempts alone, schedules wait, and the loss scale comes down until updates are made."""
+    """An overflow counts only as an attempted step, schedules wait, and the scale is lowered until a step succeeds."""
     for seen in two.run(boosted_cases.overflowing, str(tmp_path)):
         assert seen["attempts"] == 6
         assert seen["updates"] == seen["attempts"] - seen["skipped"]
@@ -119,15 +119,15 @@ def test_float16_skips_what_overflows_and_lowers_its_scale(two: Ranks, tmp_path:
 
 
 def test_the_learning_rate_is_scaled_by_the_real_batch(two: Ranks, tmp_path: Path) -> None:
-    """auto_scale_lr multiplies by ranks x samples x accumulated micro-batches over what the rate was chosen for."""
+    """auto_scale_lr uses ranks x samples x accumulated micro-batches divided by the base batch size."""
     scaling = {"enable": True, "base_batch_size": 8}
-    # 2 ranks x 4 samples x 2 micro-batches = 16, so twice the rate; the warm-up begins at a tenth.
+    # 2 ranks x 4 samples x 2 micro-batches = 16, which doubles the rate; the warmup starts at a tenth.
     for seen in two.run(boosted_runs.trained, "zero 1", str(tmp_path), stop=2, auto_scale_lr=scaling):
         assert seen["rates"][0] == pytest.approx(0.01 * 2 * 0.1)
 
 
 def test_evaluation_may_differ_in_length_between_ranks(two: Ranks, tmp_path: Path) -> None:
-    """Predictions come in the model's own precision and wait for nobody."""
+    """Predictions have the model's dtype, and no rank waits for another."""
     assert all(two.run(boosted_cases.predicted, "zero 1 bf16", str(tmp_path)))
     assert all(two.run(boosted_cases.predicted, "torch-ddp", str(tmp_path)))
 
@@ -135,7 +135,7 @@ def test_evaluation_may_differ_in_length_between_ranks(two: Ranks, tmp_path: Pat
 @pytest.mark.parametrize("way", ["two forwards", "in turn", "one forward"])
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid"])
 def test_several_backward_passes_count_as_their_sum(two: Ranks, tmp_path: Path, plugin: str, way: str) -> None:
-    """Gradients of every pass before an update are averaged over the ranks."""
+    """The gradients of all backward passes before a step are averaged over the ranks."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "clip_grad": {"max_norm": 0.5}}
     found = two.run(backward_passes.trained, _strategy(plugin), str(tmp_path), way, optim)
     require_equal(found, by_plain_torch(way, max_norm=0.5))
@@ -143,7 +143,7 @@ def test_several_backward_passes_count_as_their_sum(two: Ranks, tmp_path: Path, 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "hybrid"])
 def test_gradients_held_back_in_a_window_are_averaged_before_an_update(two: Ranks, tmp_path: Path, plugin: str) -> None:
-    """A step may call loss.backward() and update when it likes where DistributedDataParallel has the gradients."""
+    """A train_step may call loss.backward() and step at any time, since DistributedDataParallel has the gradients."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 4}
     found = two.run(backward_passes.trained, _strategy(plugin), str(tmp_path), "own window", optim)
     require_equal(found, by_plain_torch("own window", window=2))
@@ -151,7 +151,7 @@ def test_gradients_held_back_in_a_window_are_averaged_before_an_update(two: Rank
 
 @pytest.mark.parametrize(("way", "window"), [("by hand", 1), ("own window", 2), ("two forwards", 3)])
 def test_zero_refuses_an_update_without_reduced_gradients(two: Ranks, tmp_path: Path, way: str, window: int) -> None:
-    """Under ZeRO gradients are reduced by the wrapper's backward alone, in the last pass of a window."""
+    """With ZeRO, only the wrapper's backward reduces gradients, in the last pass of a window."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
     arguments = (_strategy("zero 1"), str(tmp_path), way, optim)
     for refusal in two.run(boosted_cases.refusal, backward_passes.trained, *arguments):
@@ -164,7 +164,7 @@ def test_zero_refuses_an_update_without_reduced_gradients(two: Ranks, tmp_path: 
 def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
     two: Ranks, tmp_path: Path, plugin: str, way: str, window: int
 ) -> None:
-    """Heads that train alternately step as in one process, also in windows of two and after a skipped update."""
+    """Heads that train alternately take the same steps as in one process, also after a skipped step."""
     strategy = _strategy(plugin)
     if plugin == "torch-ddp":
         strategy["plugin"] = {"type": "torch-ddp", "find_unused_parameters": True}

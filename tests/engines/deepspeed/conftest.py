@@ -1,4 +1,4 @@
-"""The run that others are compared with."""
+"""The reference run in a single process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine_runs import go, placed
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process comes to; ``at`` is its checkpoint after 6 iterations, ``end`` the one at the end."""
+    """The results of one process; ``at`` is its checkpoint after 6 iterations, and ``end`` is the last one."""
     folder = tmp_path_factory.mktemp("single")
     first = go(placed("single"), folder, stop=6, save=folder / "at")
     rest = go(placed("single"), folder, start=6, resume=folder / "at", save=folder / "end")
@@ -21,5 +21,5 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The test's own."""
+    """The directory of the test."""
     return tmp_path

@@ -1,4 +1,4 @@
-"""Runs of the small language model under DeepSpeed and the strategies that it is compared with."""
+"""Runs of the small language model with DeepSpeed and with the strategies that it is compared to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FP32: Mapping[str, Mapping[str, Any]] = {
     "ZeRO-0": {"zero_optimization": {"stage": 0}},
     "ZeRO-1": {"zero_optimization": {"stage": 1}},
     "ZeRO-2": {"zero_optimization": {"stage": 2}},
-    # Without a threshold every parameter is cut, also the small ones.
+    # With a threshold of 0 every parameter is sharded, including the small ones.
     "ZeRO-3": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
     "ZeRO-3 kept": {"zero_optimization": {"stage": 3}},
     "ZeRO-2 offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
@@ -44,14 +44,14 @@ OTHERS: Mapping[str, dict[str, Any]] = {
 
 
 def placed(name: str, **options: Any) -> dict[str, Any]:
-    """Return the configuration of a strategy by its name in these tests; ``options`` are added."""
+    """Return the configuration of a strategy by its name in these tests, with ``options`` added."""
     if name in OTHERS:
         return {**OTHERS[name], **options}
     return {"type": "DeepSpeedStrategy", **FP32[name], **options}
 
 
 def allow_float16() -> None:
-    """Let DeepSpeed train in float16 on a CPU without float16 instructions: torch computes the same there, only slower."""
+    """Allow float16 on a CPU without float16 instructions, where torch computes the same results more slowly."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     accelerator = import_module("deepspeed.accelerator").get_accelerator()
     accelerator.is_fp16_supported = lambda: True
@@ -113,7 +113,7 @@ def go(
         changes: other models, optimizers, schedules and so on.
     """
     with warnings.catch_warnings():
-        # DeepSpeed's own, and those that it makes torch give.
+        # Ignore DeepSpeed's warnings and those that it causes in torch.
         warnings.simplefilter("ignore")
         run = prepared(strategy, folder, **changes)
         try:
@@ -182,7 +182,7 @@ def _leaves(node: Any, path: str) -> list[tuple[str, Any]]:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Return the names of what differs in any bit, or is missing on one side."""
+    """Return the names of values that differ in any bit or exist on only one side."""
     return sorted(
         name for name in {*one, *other} if name not in one or name not in other or not _equal(one[name], other[name])
     )

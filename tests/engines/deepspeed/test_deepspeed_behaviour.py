@@ -1,4 +1,4 @@
-"""What surrounds training under DeepSpeed: precision, windows, weights, numbers that are not finite, compilation."""
+"""Precision, accumulation windows, weighted losses, non-finite values, and compilation with DeepSpeed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SOME = ["ZeRO-0", "ZeRO-2", "ZeRO-2 offload", "ZeRO-3", "ZeRO-3 offload"]
 
 
 class Weighed(Gpt):
-    """A model that says how much each micro-batch counts: another number on each rank and in each iteration."""
+    """Returns the weight of each micro-batch, which differs on each rank and in each iteration."""
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
         """Return the loss with its weight."""
@@ -35,7 +35,7 @@ class Weighed(Gpt):
 
 
 class Poisoned(Gpt):
-    """A model whose loss is not finite for one sample, which one rank sees."""
+    """Returns a NaN loss for one sample, which only one rank has."""
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
         """Return the loss, or NaN."""
@@ -46,10 +46,10 @@ class Poisoned(Gpt):
 
 
 class Recomputed(Gpt):
-    """A model that has DeepSpeed compute the activations of its blocks anew."""
+    """Uses DeepSpeed's activation checkpointing for its blocks."""
 
     def forward(self, words: Tensor, numbers: Tensor | None = None, mode: str = "tensor") -> Any:
-        """Return the loss, and whether DeepSpeed moves activations to the CPU meanwhile."""
+        """Return the loss, and whether DeepSpeed moves activations to the CPU."""
         checkpointing = import_module("deepspeed.runtime.activation_checkpointing.checkpointing")
         x = self.words(words[:, :6]) + self.places(self.order) + self.shift.sum(0)
         for block in self.blocks:
@@ -61,7 +61,7 @@ class Recomputed(Gpt):
 
 @pytest.mark.parametrize("name", SOME)
 def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, folder: Path, name: str) -> None:
-    """Eleven micro-batches in windows of four: the third has three, as in one process."""
+    """Of eleven micro-batches in windows of four, the third window has three, as in one process."""
     changes = {"optim": {**OPTIM, "accumulative_counts": 4}, "max_iters": 11, "stop": 11}
     expected = go(placed("single"), folder / "a", save=folder / "one", **changes)
     seen = two.run(go, placed(name), folder / "b", save=folder / "two", **changes)[0]
@@ -75,7 +75,7 @@ def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, folder
 
 @pytest.mark.parametrize("name", SOME)
 def test_weights_of_micro_batches_count_over_all_ranks(two: Ranks, folder: Path, name: str) -> None:
-    """A step is the mean over all that was weighed, under clipping too; each rank weighs otherwise."""
+    """A step is the weighted mean over all ranks, also with gradient clipping."""
     expected = two.run(go, placed("DDP"), folder / "a", model={"type": Weighed})[0]
     seen = two.run(go, placed(name), folder / "b", model={"type": Weighed})[0]
     assert seen["losses"] == pytest.approx(expected["losses"], rel=2e-5)
@@ -84,7 +84,7 @@ def test_weights_of_micro_batches_count_over_all_ranks(two: Ranks, folder: Path,
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2 offload", "ZeRO-3"])
 def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, folder: Path, name: str) -> None:
-    """One rank's loss is NaN: no rank updates, schedules wait, and the next update is as in one process."""
+    """If one rank's loss is NaN, no rank takes the step, schedules wait, and later steps equal those of one process."""
     changes = {"optim": {**OPTIM, "nonfinite": "skip"}, "model": {"type": Poisoned}}
     expected = go(placed("single"), folder / "a", **changes)
     seen = two.run(go, placed(name), folder / "b", **changes)[0]
@@ -97,7 +97,7 @@ def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, folder
 
 
 def test_an_update_that_is_not_finite_stops_the_run_where_wanted(two: Ranks, folder: Path) -> None:
-    """nonfinite="error" raises on every rank before the weights are spoilt."""
+    """nonfinite="error" raises on every rank before the weights are corrupted."""
     changes = {"optim": {**OPTIM, "nonfinite": "error"}, "model": {"type": Poisoned}}
     told = two.run(_error, placed("ZeRO-2"), folder, **changes)
     assert all("norm of the gradients is nan" in said for said in told)
@@ -112,7 +112,7 @@ def _error(*args: Any, **kwargs: Any) -> str:
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-2 offload", "ZeRO-3 offload"])
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_16_bits_resume_exactly(two: Ranks, folder: Path, name: str, kind: str) -> None:
-    """Masters, moments and the loss scale are in the checkpoint: losses go on with the same bits."""
+    """The checkpoint has master weights, optimizer states, and the loss scale, so losses are bit-identical."""
     strategy = placed(name, **{kind: True})
     unbroken = two.run(go, strategy, folder / "a", save=folder / "end")[0]
     first = two.run(go, strategy, folder / "b", stop=6, save=folder / "mid")[0]
@@ -135,22 +135,22 @@ def _refusal_of_float16(folder: Path) -> str:
 
 
 def test_float16_on_a_device_without_it_is_refused_with_what_to_use(two: Ranks, folder: Path) -> None:
-    """DeepSpeed trains in float16 only on CPUs that have instructions for it; the error names bf16 instead."""
+    """DeepSpeed needs CPU instructions for float16; the error suggests bf16."""
     assert "Set bf16=True" in two.run(_refusal_of_float16, folder)[0]
 
 
 def test_an_overflow_counts_as_an_attempt_alone(two: Ranks, single: dict[str, Any], folder: Path) -> None:
-    """float16 begins with too large a scale: no update, and schedules do not advance."""
+    """float16 starts with too large a loss scale, so steps are skipped and schedules do not advance."""
     strategy = placed("ZeRO-2", fp16={"enabled": True, "initial_scale_power": 20, "hysteresis": 1})
     seen = two.run(go, strategy, folder)[0]
     assert seen["attempts"] == 6
     assert 0 < seen["updates"] < 6
-    # The last window's update was made; of two iterations each, those before it moved the schedule.
+    # The last window's step was taken; earlier steps of two iterations each advanced the schedule.
     assert seen["rates"][-1] == single["rates"][2 * (seen["updates"] - 1)]
 
 
 def test_masters_begin_with_the_models_own_weights(two: Ranks, single: dict[str, Any], folder: Path) -> None:
-    """DeepSpeed would begin with weights that were rounded to bfloat16."""
+    """DeepSpeed alone would start with weights rounded to bfloat16."""
     go(placed("single"), folder / "a", stop=0, save=folder / "one")
     for name in ("ZeRO-0", "ZeRO-2", "ZeRO-3"):
         two.run(go, placed(name, bf16=True), folder / "b", stop=0, save=folder / name)
@@ -160,7 +160,7 @@ def test_masters_begin_with_the_models_own_weights(two: Ranks, single: dict[str,
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
 def test_a_compiled_forward_trains_alike(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
-    """compile=True compiles the model's forward under every stage."""
+    """compile=True compiles the model's forward for every ZeRO stage."""
     seen = two.run_within(240.0, go, placed(name), folder, compile={"backend": "aot_eager"}, stop=4)[0]
     assert seen["losses"] == pytest.approx(single["losses"][:4], rel=2e-5)
 
@@ -169,7 +169,7 @@ def test_a_compiled_forward_trains_alike(two: Ranks, single: dict[str, Any], fol
 def test_activations_are_computed_anew_where_the_model_asks(
     two: Ranks, single: dict[str, Any], folder: Path, name: str
 ) -> None:
-    """deepspeed.checkpointing is configured by activation_checkpointing, and the losses are the same."""
+    """The option activation_checkpointing configures deepspeed.checkpointing, and the losses are the same."""
     strategy = placed(name, activation_checkpointing={"partition_activations": True, "cpu_checkpointing": True})
     seen = two.run(go, strategy, folder, model={"type": Recomputed})[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
@@ -181,7 +181,7 @@ def test_activations_are_computed_anew_where_the_model_asks(
 def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
     two: Ranks, folder: Path, name: str, way: str, window: int
 ) -> None:
-    """Heads that train alternately step as in one process, also in windows of two and after a skipped update."""
+    """Heads that train alternately take the same steps as in one process, also after a skipped step."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window, "nonfinite": "skip"}
     require_equal(
         two.run(backward_passes.trained, placed(name), str(folder), way, optim), by_plain_torch(way, window=window)
@@ -192,14 +192,14 @@ def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
 def test_gradients_of_every_micro_batch_are_clipped_where_they_are_offloaded(
     two: Ranks, folder: Path, name: str
 ) -> None:
-    """The norm counts parameters that only the first micro-batch of a window used."""
+    """The norm includes parameters that only the first micro-batch of a window used."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 2, "clip_grad": {"max_norm": 0.1}}
     found = two.run(backward_passes.trained, placed(name), str(folder), "a head each", optim)
     require_equal(found, by_plain_torch("a head each", window=2, max_norm=0.1))
 
 
 def test_unused_parts_keep_their_masters_in_bfloat16(two: Ranks, folder: Path) -> None:
-    """ZeRO 3 in bfloat16 steps as float32 does, but for the rounding of gradients."""
+    """ZeRO 3 in bfloat16 takes the same steps as float32, up to the rounding of gradients."""
     optim = {"optimizer": OPTIMIZERS["SGD"]}
     found = two.run(backward_passes.trained, placed("ZeRO-3", bf16=True), str(folder), "a head each", optim)
     require_equal(found, by_plain_torch("a head each"), tolerance=5e-3)
@@ -211,7 +211,7 @@ def test_unused_parts_keep_their_masters_in_bfloat16(two: Ranks, folder: Path) -
      ("ZeRO-3 offload", "in turn")],
 )  # fmt: skip
 def test_several_backward_passes_count_as_their_sum(two: Ranks, folder: Path, name: str, way: str) -> None:
-    """Where DeepSpeed keeps what it has, the gradients of every pass before an update add up."""
+    """The gradients of all backward passes before a step add up where DeepSpeed supports it."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "clip_grad": {"max_norm": 0.5}}
     require_equal(
         two.run(backward_passes.trained, placed(name), str(folder), way, optim), by_plain_torch(way, max_norm=0.5)
@@ -236,7 +236,7 @@ def test_several_backward_passes_count_as_their_sum(two: Ranks, folder: Path, na
 def test_backward_passes_that_would_be_lost_are_refused(
     two: Ranks, folder: Path, name: str, way: str, window: int, said: str
 ) -> None:
-    """No update is made by the last loss alone; the error says how to write the step."""
+    """A step never uses only the last loss; the error says how to write the training step."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
     for told in two.run(_refusal, placed(name), str(folder), way, optim):
         assert re.search(said, told), told

@@ -1,4 +1,4 @@
-"""One checkpoint: what DeepSpeed saved any strategy resumes, and the other way round."""
+"""DeepSpeed checkpoints in the portable format can be resumed by any strategy, and vice versa."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ranks import Ranks
 pytestmark = pytest.mark.deepspeed
 
 Run = Callable[..., dict[str, Any]]
-# Where it was saved, and where it goes on: each engine and number of ranks on both sides.
+# The strategies that save and resume: each engine and number of ranks on both sides.
 MOVES = [
     ("single", "ZeRO-0 x2"),
     ("single", "ZeRO-2 x2"),
@@ -36,7 +36,7 @@ MOVES = [
 
 @pytest.fixture
 def run(two: Ranks, four: Ranks) -> Run:
-    """Trains where a name such as "ZeRO-3 x4" says."""
+    """Return a function that trains with the strategy and ranks of a name such as "ZeRO-3 x4"."""
 
     def run(name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kind, _, size = name.rpartition(" x")
@@ -52,7 +52,7 @@ def run(two: Ranks, four: Ranks) -> Run:
 def test_a_run_goes_on_elsewhere_as_if_it_had_stayed(
     run: Run, single: dict[str, Any], folder: Path, source: str, target: str
 ) -> None:
-    """Parameters and moments are equal in every bit when it goes on, and losses those of the unbroken run."""
+    """Parameters and optimizer states are bit-identical, and the losses are those of the uninterrupted run."""
     before = run(source, folder / "a", stop=6, save=folder / "saved")
     after = run(target, folder / "b", start=6, resume=folder / "saved", found=folder / "found")
     assert differences(state_in(folder / "saved"), state_in(folder / "found")) == []
@@ -61,21 +61,21 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_stayed(
 
 
 def test_a_checkpoint_in_one_file_is_the_same(run: Run, single: dict[str, Any], folder: Path) -> None:
-    """A name that ends in .pth gives one file, whose tensors are whole."""
+    """A name with the suffix .pth saves one file with unsharded tensors."""
     run("ZeRO-3 x2", folder / "a", stop=6, save=folder / "saved.pth")
     after = run("single", folder / "b", start=6, resume=folder / "saved.pth")
     assert after["losses"] == pytest.approx(single["losses"][6:], rel=5e-5)
 
 
 def test_a_checkpoint_before_the_first_update_goes_on(run: Run, single: dict[str, Any], folder: Path) -> None:
-    """There are no moments yet, and none are missed."""
+    """Before the first step there are no optimizer states, and none are required."""
     run("ZeRO-2 x2", folder / "a", stop=0, save=folder / "saved")
     after = run("ZeRO-3 x2", folder / "b", resume=folder / "saved")
     assert after["losses"] == pytest.approx(single["losses"], rel=5e-5)
 
 
 def test_weights_alone_are_loaded(run: Run, single: dict[str, Any], folder: Path) -> None:
-    """load_from begins a new run with the weights of another."""
+    """load_from starts a new run with the weights of another one."""
     expected = run("single", folder / "a", load=single["at"])
     seen = run("ZeRO-3 x2", folder / "b", load=single["at"])
     assert seen["losses"] == pytest.approx(expected["losses"], rel=5e-5)

@@ -1,4 +1,4 @@
-"""DeepSpeed's own form of checkpoints: written by choice, read by every strategy and by ``ckpt convert``."""
+"""Checkpoints in DeepSpeed's format are saved on request and read by every strategy and ``ckpt convert``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NATIVE = {"checkpoint_format": "deepspeed"}
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 kept", "ZeRO-2 offload"])
 def test_a_folder_of_deepspeed_converts_into_the_portable_form(two: Ranks, folder: Path, name: str) -> None:
-    """It holds the same parameters and moments by name, bit for bit, as the portable form of the same state."""
+    """The result has the same parameters and optimizer states, bit for bit, as the portable format of that state."""
     two.run(go, placed(name), folder / "a", stop=6, save=folder / "portable")
     two.run(
         go, placed(name, **NATIVE), folder / "b", start=6, stop=6, resume=folder / "portable", save=folder / "native"
@@ -31,7 +31,7 @@ def test_a_folder_of_deepspeed_converts_into_the_portable_form(two: Ranks, folde
 def test_a_folder_of_deepspeed_is_resumed_on_other_ranks(
     two: Ranks, four: Ranks, single: dict[str, Any], folder: Path, name: str
 ) -> None:
-    """DeepSpeed itself refuses another number of ranks; here a run goes on, and under other strategies too."""
+    """DeepSpeed itself refuses another number of ranks, but here the run resumes, also with other strategies."""
     two.run(go, placed(name, **NATIVE), folder / "a", stop=6, save=folder / "iter_6")
     seen = four.run(go, placed("ZeRO-3", **NATIVE), folder / "b", start=6, resume=folder / "iter_6")[0]
     alone = go(placed("single"), folder / "c", start=6, resume=folder / "iter_6")
@@ -41,7 +41,7 @@ def test_a_folder_of_deepspeed_is_resumed_on_other_ranks(
 
 @pytest.mark.parametrize(("name", "kind"), [("ZeRO-0", "bf16"), ("ZeRO-2", "bf16"), ("ZeRO-3", "fp16")])
 def test_masters_and_the_loss_scale_are_in_it(two: Ranks, folder: Path, name: str, kind: str) -> None:
-    """A model that trains in 16 bits goes on from its float32 masters, as it does from the portable form."""
+    """A 16-bit model resumes from its float32 master weights, as it does from the portable format."""
     half = placed(name, **{kind: True})
     two.run(go, half, folder / "a", stop=6, save=folder / "portable")
     two.run(go, {**half, **NATIVE}, folder / "b", stop=6, save=folder / "native")
@@ -53,5 +53,5 @@ def test_masters_and_the_loss_scale_are_in_it(two: Ranks, folder: Path, name: st
 
 def _numbers(checkpoint: Path) -> dict[str, Any]:
     state = state_in(checkpoint)
-    # Frozen parameters that stand last in DeepSpeed's only group stand elsewhere in ours, and options in another order.
+    # Frozen parameters at the end of DeepSpeed's only group have another place in ours, and options another order.
     return {name: value for name, value in state.items() if "/params/" not in name}

@@ -1,4 +1,4 @@
-"""The command that compares a user's own configuration under the engine with a single process."""
+"""The parity command compares a user's configuration with the engine to a single process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.deepspeed
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_parity_finds_deepspeed_equal_to_one_process(stage: int) -> None:
-    """But for the order of sums; stopped and resumed it is the same to the bit."""
+    """Results are equal up to the order of sums, and a resumed run is bit-identical."""
     section = f"{{'type': 'DeepSpeedStrategy', 'zero_optimization': {{'stage': {stage}}}}}"
     found = verdicts("deepspeed", "--set", f"strategy={section}")
     assert found["2 processes, DeepSpeed"] == "equal but for the order of sums"

@@ -1,4 +1,4 @@
-"""Whole runs: the Runner, its hooks and loops, with the strategy alone changed."""
+"""Complete runs with the Runner, its hooks, and its loops, in which only the strategy changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.deepspeed
 
 
 class Points(torch.utils.data.Dataset[Any]):
-    """64 points of four numbers, of three classes; one of them may have no number."""
+    """64 points of four numbers in three classes; one of them may be NaN."""
 
     def __init__(self, poison: int | None = None) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -39,7 +39,7 @@ class Points(torch.utils.data.Dataset[Any]):
 
 
 def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, Any]:
-    """Train by a Runner, evaluate after each epoch; return what the log recorded."""
+    """Train with a Runner, evaluate after each epoch, and return the logged values."""
     size = changes.pop("size", 2)
     poison = changes.pop("poison", None)
     loader = {
@@ -71,7 +71,7 @@ def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, 
         "strategy": dict(strategy),
     }
     evaluates = changes.pop("evaluates", False)
-    # Starts within one second share a folder.
+    # Runs that start within the same second share a log directory.
     logged = len(logged_lines(folder))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,13 +92,13 @@ def run(strategy: Mapping[str, Any], folder: Path, **changes: Any) -> dict[str, 
 
 
 def logged_lines(folder: Path) -> list[str]:
-    """Return the lines that all starts of a run have logged, in order."""
+    """Return the logged lines of all starts of a run in order."""
     logs = sorted(folder.glob("*/vis_data/scalars.json"))
     return [line for log in logs for line in log.read_text().splitlines()]
 
 
 def refusal(*args: Any, **kwargs: Any) -> str:
-    """Return the kind and the text of the error with which a run ends, so that the ranks live on."""
+    """Return the type and message of the error that ends a run, so that the ranks stay alive."""
     try:
         run(*args, **kwargs)
     except StratagemError as error:
@@ -108,13 +108,13 @@ def refusal(*args: Any, **kwargs: Any) -> str:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What one process comes to."""
+    """The results of one process."""
     return run(placed("single"), tmp_path_factory.mktemp("alone"), size=1)
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
 def test_a_run_is_that_of_one_process(two: Ranks, alone: dict[str, Any], folder: Path, name: str) -> None:
-    """Losses, norms and the metric of each evaluation are the same; the strategy is all that was changed."""
+    """Losses, norms, and the metrics of each evaluation equal those of one process."""
     seen = two.run(run, placed(name), folder)[0]
     assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert seen["norms"] == pytest.approx(alone["norms"], rel=1e-3)
@@ -125,7 +125,7 @@ def test_a_run_is_that_of_one_process(two: Ranks, alone: dict[str, Any], folder:
 def test_a_run_goes_on_from_its_latest_checkpoint(
     two: Ranks, four: Ranks, alone: dict[str, Any], folder: Path, form: str, name: str
 ) -> None:
-    """resume=True finds it, in either form and under any name, and continues with other ranks and another stage."""
+    """resume=True finds the checkpoint in either format and with any name, and continues on other ranks and stages."""
     hooks = {"logger": {"interval": 1}, "checkpoint": {"async_save": False, "filename_tmpl": name}}
     two.run(
         run,
@@ -154,13 +154,13 @@ def test_a_run_goes_on_from_its_latest_checkpoint(
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
 def test_a_loss_that_is_not_finite_stops_the_run(two: Ranks, folder: Path, name: str) -> None:
-    """On every rank, before the update, with the iteration and the samples."""
+    """Every rank stops before the step with an error that names the iteration and the samples."""
     for said in two.run(refusal, placed(name), folder, poison=9):
         assert re.match(r"TrainingError: Iteration 3 .* gave loss=nan .* 9, .* The update was not made", said)
 
 
 def test_an_average_goes_on_where_the_weights_are_in_the_model(two: Ranks, folder: Path) -> None:
-    """An EMA under stage 2 is that of one process."""
+    """The averaged weights with ZeRO 2 equal those of one process."""
     changes = {"custom_hooks": [{"type": "EMAHook", "momentum": 0.3}]}
     expected = run(placed("single"), folder / "a", size=1, **changes)
     seen = two.run(run, placed("ZeRO-2"), folder / "b", **changes)[0]
@@ -169,14 +169,14 @@ def test_an_average_goes_on_where_the_weights_are_in_the_model(two: Ranks, folde
 
 @pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
 def test_an_average_is_refused_where_they_are_not(two: Ranks, folder: Path, options: dict[str, Any]) -> None:
-    """Stage 3 leaves nothing in the model, and 16 bits round: the error says what to use."""
+    """ZeRO 3 keeps no weights in the model and 16-bit weights are rounded; the error says what to use."""
     told = two.run(refusal, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}])
     assert all("EMAHook averages the weights that lie in the model" in said for said in told)
 
 
 @pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
 def test_a_model_is_evaluated_without_an_optimizer(two: Ranks, folder: Path, options: dict[str, Any]) -> None:
-    """`stratagem test` prepares the model alone, and sees what the training's last evaluation saw."""
+    """`stratagem test` prepares only the model and gives the metrics of the last evaluation in training."""
     strategy = {"type": "DeepSpeedStrategy", **options}
     trained = two.run(run, strategy, folder)[0]
     seen = two.run(run, strategy, folder, load_from=str(folder / "epoch_3"), evaluates=True)[0]
@@ -184,7 +184,7 @@ def test_a_model_is_evaluated_without_an_optimizer(two: Ranks, folder: Path, opt
 
 
 def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
-    """auto_scale_lr counts ranks and samples, as under every strategy."""
+    """auto_scale_lr counts ranks and samples, as with every strategy."""
     changes = {"auto_scale_lr": {"enable": True, "base_batch_size": 32}}
     expected = run(placed("single"), folder / "a", size=1, **changes)
     seen = two.run(run, placed("ZeRO-1"), folder / "b", **changes)[0]
@@ -218,7 +218,7 @@ def test_what_contradicts_the_run_is_refused(
 
 
 def test_accumulation_and_clipping_of_a_deepspeed_file_are_honoured(two: Ranks, folder: Path) -> None:
-    """A file that says them is enough; epochs of 4 iterations in windows of 3 end with a shorter one, as in one process."""
+    """The options can be given in the file alone; the last window of an epoch is shorter, as in one process."""
     optim = {"optimizer": {"type": "AdamW", "lr": 0.05}}
     wrapper = {**optim, "clip_grad": {"max_norm": 0.25}, "accumulative_counts": 3}
     changes = {"train_cfg": {"by_epoch": True, "max_epochs": 2}}
@@ -233,7 +233,7 @@ def test_accumulation_and_clipping_of_a_deepspeed_file_are_honoured(two: Ranks, 
 
 
 def test_deepspeeds_optimizer_section_trains(two: Ranks, alone: dict[str, Any], folder: Path) -> None:
-    """Where optim_wrapper names no optimizer, that of the DeepSpeed configuration is used."""
+    """If optim_wrapper has no optimizer, the one of the DeepSpeed configuration is used."""
     config = {"optimizer": {"type": "AdamW", "params": {"lr": 0.05}}, "zero_optimization": {"stage": 2}}
     seen = two.run(
         run,

@@ -1,4 +1,4 @@
-"""DeepSpeed trains as one process does."""
+"""Training with DeepSpeed gives the same results as training in one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.deepspeed
 
 @pytest.mark.parametrize("name", FP32)
 def test_every_stage_of_zero_trains_as_one_process(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
-    """Losses, gradient norms and learning rates are those of one process, to the rounding of float32."""
+    """Losses, gradient norms, and learning rates equal those of one process up to float32 rounding."""
     seen = two.run(go, placed(name), folder)[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
     assert seen["norms"] == pytest.approx(single["norms"], rel=1e-4)
@@ -25,6 +25,6 @@ def test_every_stage_of_zero_trains_as_one_process(two: Ranks, single: dict[str,
 
 @pytest.mark.parametrize("name", ["ZeRO-1", "ZeRO-3"])
 def test_four_ranks_train_as_one_process(four: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
-    """The number of ranks changes nothing."""
+    """Results do not depend on the number of ranks."""
     seen = four.run(go, placed(name), folder)[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
