@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import importlib
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import stratagem.registry
+from stratagem.registry import Registry
 
 SOURCE = Path(__file__).parents[1] / "src" / "stratagem"
 
@@ -126,6 +133,92 @@ def cycles(source: Path) -> list[str]:
     return circles
 
 
+# A string that names a module of this package, or something in one: "stratagem.x.y", "stratagem.x:Y".
+DOTTED = re.compile(r"(?<![\w./-])stratagem(?:\.\w+)+(?::\w+)?")
+# A string that is the target of an import: "package.module:name", or "module:name" for a module next to the file.
+TARGET = re.compile(r"[a-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def named_targets(name: str, path: Path) -> Iterator[tuple[str, int]]:
+    """Yield every import target that is written as a string in a module, with its line.
+
+    An f-string counts if its values are string constants of the module, such as ``f"{_HERE}.state:DeepSpeedState"``.
+    """
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = dict(string_constants(tree))
+    parts = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            text = joined(node, constants)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in parts:
+            text = node.value
+        else:
+            continue
+        if text is not None and TARGET.fullmatch(text):
+            sibling = f"{name.rpartition('.')[0]}.{text}"
+            is_sibling = "." not in text.partition(":")[0] and (path.parent / f"{text.partition(':')[0]}.py").is_file()
+            yield sibling if is_sibling else text, node.lineno
+        elif text is not None:
+            yield from ((match[0], node.lineno) for match in DOTTED.finditer(text))
+
+
+def string_constants(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Yield the name and value of each top-level assignment of a string."""
+    for node in tree.body:
+        match node:
+            case (
+                ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text)))
+                | ast.AnnAssign(target=ast.Name(id=name), value=ast.Constant(value=str(text)))
+            ):
+                yield name, text
+
+
+def joined(node: ast.JoinedStr, constants: Mapping[str, str]) -> str | None:
+    """Return the value of an f-string if it consists of constants, else None."""
+    text = ""
+    for part in node.values:
+        inner = part.value if isinstance(part, ast.FormattedValue) else part
+        if isinstance(inner, ast.Constant):
+            text += str(inner.value)
+        elif isinstance(inner, ast.Name) and inner.id in constants:
+            text += constants[inner.id]
+        else:
+            return None
+    return text
+
+
+def resolve(target: str) -> Any:
+    """Import what ``"package.module:name"`` or ``"package.module.name"`` names."""
+    module, _, attributes = target.partition(":")
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise
+            continue
+        for part in [*parts[end:], *filter(None, attributes.split("."))]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(f"There is no module {parts[0]}.", name=parts[0])
+
+
+def resolution_error(target: str) -> str | None:
+    """Return why a target cannot be imported; None if it can, or if a package that it needs is not installed."""
+    try:
+        resolve(target)
+    except ImportError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, ImportError) else error
+        package = (cause.name or "").partition(".")[0]
+        if package and package != "stratagem" and importlib.util.find_spec(package) is None:
+            return None
+        return repr(error)
+    except AttributeError as error:
+        return repr(error)
+    return None
+
+
 def test_every_room_has_its_layer() -> None:
     """Every folder and top-level file is listed in the table of layers."""
     rooms = {room(name) for name in modules(SOURCE)} - {""}
@@ -145,6 +238,39 @@ def test_no_import_is_hidden_in_a_function() -> None:
 def test_no_import_cycle() -> None:
     """There are no import cycles."""
     assert cycles(SOURCE) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_import_target_in_a_string_resolves() -> None:
+    """Strings such as ``"stratagem.x:Y"``, which no type checker follows, name modules and names that exist."""
+    targets: dict[str, str] = {}
+    for name, path in modules(SOURCE).items():
+        targets |= {target: f"{path}:{line}" for target, line in named_targets(name, path)}
+    registries = {key: value for key, value in vars(stratagem.registry).items() if isinstance(value, Registry)}
+    for key, registry in registries.items():
+        targets |= dict.fromkeys(registry._builtin_entries.values(), f"registry {key}")
+    assert len(targets) > 100
+    errors = {target: resolution_error(target) for target in targets}
+    assert [f"{targets[target]}: {target}: {error}" for target, error in errors.items() if error] == []
+
+
+def test_an_import_target_that_does_not_exist_is_detected(tmp_path: Path) -> None:
+    """Targets are found in constants, f-strings and next to the file, and a wrong module or name is an error."""
+    (tmp_path / "near.py").touch()
+    path = tmp_path / "file.py"
+    path.write_text(
+        'HERE = "stratagem.utils"\n"stratagem.errors:Nothing"\nf"{HERE}.nowhere:x"\n"near:Thing"\n"see stratagem.errors"\n'
+    )
+    found = [target for target, _ in named_targets("stratagem.room.file", path)]
+    assert sorted(found) == [
+        "stratagem.errors",
+        "stratagem.errors:Nothing",
+        "stratagem.room.near:Thing",
+        "stratagem.utils",
+        "stratagem.utils.nowhere:x",
+    ]
+    assert [target for target in found if resolution_error(target) is None] == ["stratagem.utils", "stratagem.errors"]
+    assert resolution_error("not_installed.module:name") is None
 
 
 @pytest.mark.parametrize(
