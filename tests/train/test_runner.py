@@ -62,7 +62,7 @@ def test_the_data_preprocessor_is_added_to_the_model_configuration(make_runner: 
 
 def test_a_data_preprocessor_for_a_built_model_is_refused(make_runner: MakeRunner):
     """A ``data_preprocessor`` next to an already built model is refused, because it would be ignored."""
-    with pytest.raises(ConfigValueError, match="built already"):
+    with pytest.raises(ConfigValueError, match="is already built"):
         make_runner(model=Toy(), data_preprocessor={"type": "BaseDataPreprocessor"})
 
 
@@ -207,7 +207,7 @@ def test_a_type_that_does_not_build_a_strategy_is_refused(make_runner: MakeRunne
     def make(**arguments: Any) -> dict[str, Any]:
         return arguments
 
-    with pytest.raises(ConfigTypeError, match="dict, which is no strategy"):
+    with pytest.raises(ConfigTypeError, match="dict, which is not a strategy"):
         make_runner(strategy={"type": make})
 
 

@@ -93,7 +93,7 @@ from stratagem.engines.colossalai.import_stubs import import_stubs
 
 PACKAGES = ("peft", "bitsandbytes", "galore_torch", "transformers")
 with import_stubs():
-    # Also while it lasts, for whoever is not of the library.
+    # Code outside the library does not see the stubs within the context either.
     print("nobody" if not any(importlib.util.find_spec(name) for name in PACKAGES) else "somebody")
     from colossalai.booster import Booster
 print([name for name in sys.modules if name.partition(".")[0] in PACKAGES])
