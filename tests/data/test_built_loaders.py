@@ -278,7 +278,7 @@ DESCRIBED: dict[str, Callable[[], Any]] = {
     "11 samples of list in the order of list, the batches divided among 2": (
         lambda: DataLoader(NUMBERS, batch_sampler=[[1]])
     ),
-    "stream Counting of 4 samples, batches of 2, the batches divided among 2 data-parallel ranks, each of which reads all": (
+    "stream Counting of 4 samples, batches of 2, the batches divided among 2 data-parallel ranks; every rank reads all": (
         lambda: DataLoader(Counting(4), 2)
     ),
     "11 samples of list in the order of DistributedSampler, batches of 1, already divided among 2": (

@@ -87,9 +87,9 @@ def test_a_loader_instance_can_be_resumed_at_any_batch() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bounds": [3, 3]}, r"bounds=\[3, 3\] do not rise"),
-        ({"bounds": [1.0], "groups": list("abcabca")}, "bounds part numbers"),
-        ({"groups": [1, 2]}, "groups has 2 values, and the dataset has 7"),
+        ({"bounds": [3, 3]}, r"bounds=\[3, 3\] must be increasing"),
+        ({"bounds": [1.0], "groups": list("abcabca")}, "bounds require numeric groups"),
+        ({"groups": [1, 2]}, "groups has 2 values, but the dataset has 7"),
         ({"groups": "shape"}, "groups='shape': Texts has no attribute"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
@@ -107,7 +107,7 @@ def test_a_sampler_is_rejected() -> None:
         "sampler": {"type": "DefaultSampler"},
         "batch_sampler": {"type": "GroupedBatchSampler", "groups": "lengths"},
     }
-    with pytest.raises(ConfigValueError, match="takes no sampler; give it shuffle"):
+    with pytest.raises(ConfigValueError, match="does not take a sampler; set shuffle"):
         build_dataloader(cfg, seed=0, training=True)
     with pytest.raises(ConfigTypeError, match="drop_lst"):
         build(drop_lst=True)

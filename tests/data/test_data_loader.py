@@ -302,14 +302,14 @@ def test_a_dataloader_of_the_wrong_type_is_shown(dataloader: Any) -> None:
 
 def test_a_dataloader_needs_a_dataset() -> None:
     """The error for a missing dataset lists the existing keys."""
-    with pytest.raises(ConfigValueError, match="needs a dataset; it has 'batch_size', 'datset'"):
+    with pytest.raises(ConfigValueError, match="needs a dataset; its keys are 'batch_size', 'datset'"):
         build_dataloader({"batch_size": 2, "datset": []}, seed=0, training=True)
 
 
 @pytest.mark.parametrize("dataset", [3, None, "digits", {"type": dict, "x": 1}])
 def test_a_dataset_of_the_wrong_type_is_rejected(dataset: Any) -> None:
     """A value that is not a dataset is an error."""
-    with pytest.raises(ConfigTypeError, match="A dataset is a Dataset, a sequence, or a mapping"):
+    with pytest.raises(ConfigTypeError, match="A dataset must be a Dataset, a sequence, or a mapping"):
         build(dataset=dataset)
 
 
@@ -342,9 +342,9 @@ def test_conflicting_options_are_rejected(cfg: dict[str, Any]) -> None:
         ({"num_workers": -1}, ConfigValueError, "num_workers"),
         ({"dataset": Stream(), "shuffle": True}, ConfigValueError, "shuffle"),
         ({"dataset": Stream(), "sampler": [1]}, ConfigValueError, "sampler"),
-        ({"collate_fn": "default_collate"}, ConfigTypeError, "collate_fn is a function or a mapping"),
-        ({"collate_fn": {"type": 3}}, ConfigTypeError, "collate_fn: type=3 is no function"),
-        ({"worker_init_fn": 3}, ConfigTypeError, "worker_init_fn is a function"),
+        ({"collate_fn": "default_collate"}, ConfigTypeError, "collate_fn must be a function or a mapping"),
+        ({"collate_fn": {"type": 3}}, ConfigTypeError, "collate_fn: type=3 is neither a registered function"),
+        ({"worker_init_fn": 3}, ConfigTypeError, "worker_init_fn must be a function"),
     ],
 )
 def test_arguments_that_torch_rejects_are_reported(cfg: dict[str, Any], error: type[Exception], message: str) -> None:

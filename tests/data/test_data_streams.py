@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from stratagem.data import EpochLoader, build_dataloader
-from stratagem.data.streams import draws_numbers
+from stratagem.data.streams import uses_random_numbers
 
 WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]
 Drawn = tuple[int, float, float, float, float]
@@ -235,14 +235,14 @@ def test_only_built_in_datasets_are_known_to_use_no_random_numbers() -> None:
     """Built-in tensor datasets need no seeding; custom datasets may use random numbers at any time."""
     rows = TensorDataset(torch.zeros(3))
     for dataset in (rows, [1], (1,), range(3), torch.zeros(3), np.zeros(3), Subset(rows, [0]), ConcatDataset([rows])):
-        assert not draws_numbers(dataset, None)
-    assert not draws_numbers(StackDataset(rows, rows), torch.utils.data.default_collate)
-    assert not draws_numbers(StackDataset(x=rows), None)
+        assert not uses_random_numbers(dataset, None)
+    assert not uses_random_numbers(StackDataset(rows, rows), torch.utils.data.default_collate)
+    assert not uses_random_numbers(StackDataset(x=rows), None)
     for dataset in (
         Augmented(),
         Subset(Augmented(), [0]),
         ConcatDataset([rows, Augmented()]),
         StackDataset(x=Augmented()),
     ):
-        assert draws_numbers(dataset, None)
-    assert draws_numbers(rows, mixed)
+        assert uses_random_numbers(dataset, None)
+    assert uses_random_numbers(rows, mixed)

@@ -73,10 +73,10 @@ def test_an_epoch_may_be_smaller_than_the_dataset() -> None:
     [
         ([1.0, -2.0], {}, "weight of sample 1 is -2.0"),
         ([float("nan")], {}, "weight of sample 0 is nan"),
-        ([0.0, 0.0], {}, "none of the 2 weights is above 0"),
-        (["heavy"], {}, "a weight is no number"),
+        ([0.0, 0.0], {}, "all 2 weights are 0"),
+        (["heavy"], {}, "a weight is not a number"),
         ([1.0], {"num_samples": 0}, "num_samples is 0"),
-        ([1.0, 0.0], {"num_samples": 2, "replacement": False}, "2 samples are wanted without replacement, and 1 have"),
+        ([1.0, 0.0], {"num_samples": 2, "replacement": False}, "cannot draw 2 samples without replacement, because only 1 have"),
     ],
 )
 def test_invalid_weights_are_rejected(weights: Any, options: Any, message: str) -> None:
@@ -87,7 +87,7 @@ def test_invalid_weights_are_rejected(weights: Any, options: Any, message: str) 
 
 def test_each_sample_needs_one_weight() -> None:
     """Each sample needs exactly one weight."""
-    with pytest.raises(ConfigValueError, match="weights has 2 values, and the dataset has 3 samples"):
+    with pytest.raises(ConfigValueError, match="weights has 2 values, but the dataset has 3 samples"):
         WeightedSampler(range(3), [1.0, 2.0])
     with pytest.raises(ConfigValueError, match="weights='heavy': list has no attribute"):
         WeightedSampler([1], "heavy")

@@ -93,7 +93,7 @@ def test_a_second_sigterm_terminates_a_worker() -> None:
             super().__getitem__(index)
             return super().__getitem__(index)
 
-    with pytest.raises(TrainingError, match="Data worker 1 .* was ended by SIGTERM"):
+    with pytest.raises(TrainingError, match="Data worker 1 .* was killed by SIGTERM"):
         list(build(Twice(signal.SIGTERM)).batches(0))
 
 
@@ -212,7 +212,7 @@ def test_a_killed_worker_is_reported() -> None:
         list(build(Signalled(signal.SIGKILL)).batches(0))
     assert time.monotonic() - begin < 10
     text = str(caught.value)
-    assert re.match(r"Data worker 1 \(process id \d+\) was ended by SIGKILL\. ", text)
+    assert re.match(r"Data worker 1 \(process id \d+\) was killed by SIGKILL\. ", text)
     assert all(word in text for word in ("memory", "/dev/shm", "num_workers=0"))
 
 

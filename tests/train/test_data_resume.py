@@ -213,7 +213,7 @@ def test_inexact_resuming_warns_once_before_training(
     """A stateless stream, a stream with workers, and a custom sampler warn once; exact loaders do not warn."""
     cases = {
         "Bare is a stream without state_dict": loader(dataset=Bare()),
-        "each of num_workers=2 workers iterates a copy": loader(dataset=Numbers(), num_workers=2),
+        "each of num_workers=2 workers iterates over a copy": loader(dataset=Numbers(), num_workers=2),
         "that of its own loader or sampler": loader(sampler=[1, 2, 3, 4]),
     }
     for words, data in cases.items():
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_loader_is_refused(make_runner: MakeRunner) -> N
     """A loader state that this run's loader cannot load is refused."""
     train_until_signal(make_runner(train_dataloader=loader(dataset=Numbers()), custom_hooks=[At(2, interrupt)]))
     runner = make_runner(train_dataloader=loader(), resume=True)
-    with pytest.raises(ValueError, match="state of a data loader, and this run's has no load_state_dict"):
+    with pytest.raises(ValueError, match="state of a data loader, but the loader of this run has no load_state_dict"):
         runner.train()
 
 

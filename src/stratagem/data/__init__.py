@@ -1,4 +1,4 @@
-"""Data in an order that does not depend on ranks, workers or restarts."""
+"""Data loading whose order and random numbers are independent of ranks, workers and restarts."""
 
 from stratagem.data.batches import ConsumedSamples, PositionedBatches
 from stratagem.data.building import build_dataloader

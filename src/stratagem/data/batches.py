@@ -1,4 +1,4 @@
-"""Which samples each batch of an epoch has, from any place in the epoch on."""
+"""Batch samplers that start at any position of an epoch, and the requests that they pass to the data loader."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ ConsumedSamples = tuple[tuple[int, int], ...]
 
 
 def num_samples_in(consumed: ConsumedSamples) -> int:
-    """Return how many samples were taken; the last batches may have been shorter."""
+    """Return the number of consumed samples, an upper bound if the last batch was smaller."""
     return sum(size * batches for size, batches in consumed)
 
 
 def advanced(consumed: ConsumedSamples, size: int, batches: int) -> ConsumedSamples:
-    """Return what is taken when so many batches more are."""
+    """Return the consumed samples after ``batches`` more batches of ``size`` samples."""
     if batches == 0:
         return consumed
     if consumed and consumed[-1][0] == size:
@@ -44,14 +44,14 @@ def advanced(consumed: ConsumedSamples, size: int, batches: int) -> ConsumedSamp
 
 
 class PositionedBatches(Sampler[list[int]]):
-    """Batches of samples whose order is known without being walked through.
+    """Base class of batch samplers with random access.
 
     Attributes:
-        batch_size: samples of a batch of one rank; the last ones may be shorter.
-        rank: this process's.
-        world_size: how many ranks take batches in turn.
-        endless: whether the batches go on without end.
-        by_batch: whether the ranks take turns at whole batches, rather than at samples.
+        batch_size: samples per batch and rank; the last batch may be smaller.
+        rank: the rank of this process.
+        world_size: the number of ranks that share the batches.
+        endless: whether the sequence of batches is infinite.
+        by_batch: whether whole batches, rather than samples, are distributed round-robin over the ranks.
         round_up: whether batches are repeated so that every rank has the same number.
     """
 
@@ -65,33 +65,33 @@ class PositionedBatches(Sampler[list[int]]):
 
     @abstractmethod
     def left(self, epoch: int = 0, consumed: ConsumedSamples = ()) -> int:
-        """Return how many batches of an epoch this rank has after those that were taken; all whole epochs have as many."""
+        """Return the number of batches that this rank has left in an epoch; all complete epochs have the same number."""
 
     @abstractmethod
     def requests_from(self, epoch: int, consumed: ConsumedSamples = ()) -> Iterator[BatchRequest]:
-        """Return this rank's batches of an epoch after those that were taken."""
+        """Yield this rank's remaining batches of an epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose batches the next iteration takes."""
+        """Set the epoch for the next iteration."""
         self._epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        for draw in self.requests_from(self._epoch):
-            yield list(draw.indices)
+        for request in self.requests_from(self._epoch):
+            yield list(request.indices)
 
     def __len__(self) -> int:
-        """Return how many batches this rank has in a whole epoch."""
+        """Return the number of batches that this rank has per epoch."""
         return self.left()
 
 
 @final
 class RankBatches(PositionedBatches):
-    """The samples of a :class:`PositionedSampler`, so many at a time.
+    """The batches of a rank from the samples of a :class:`PositionedSampler`.
 
     Args:
-        sampler: deals them to the ranks.
-        batch_size: samples of a batch.
-        drop_last: whether the last batch of an epoch is left out where it would be shorter.
+        sampler: distributes the samples over the ranks.
+        batch_size: samples per batch.
+        drop_last: whether to drop the last batch of an epoch if it is smaller.
     """
 
     def __init__(self, sampler: PositionedSampler, batch_size: int, *, drop_last: bool) -> None:
@@ -110,30 +110,30 @@ class RankBatches(PositionedBatches):
 
     def requests_from(self, epoch: int, consumed: ConsumedSamples = ()) -> Iterator[BatchRequest]:
         start = num_samples_in(consumed)
-        rank_indices = self.sampler.rank_indices(epoch, start)
+        remaining = self.sampler.rank_indices(epoch, start)
         position = start + self.rank
-        while indices := list(islice(rank_indices, self.batch_size)):
+        while indices := list(islice(remaining, self.batch_size)):
             if self._drop_last and len(indices) < self.batch_size:
                 return
-            following = position + len(indices) * self.world_size
-            # A sample that comes again in the same epoch has another stream.
-            names = range(position, following, self.world_size) if self.sampler.repeats else indices
-            yield BatchRequest(epoch, indices, names)
-            position = following
+            next_position = position + len(indices) * self.world_size
+            # A sample that is repeated within an epoch gets a different stream each time.
+            stream_keys = range(position, next_position, self.world_size) if self.sampler.repeats else indices
+            yield BatchRequest(epoch, indices, stream_keys)
+            position = next_position
 
 
 @final
 class OpaqueBatches:
-    """The batches of a sampler or a batch sampler that is not built in: its position is known only by iterating it.
+    """The batches of a custom sampler or batch sampler, which reaches a position only by iterating to it.
 
-    The ranks take turns: at the samples of a sampler, so that the batches of all ranks together are the batch of one
-    process that is N times as large, or at the batches of a batch sampler.
+    The samples of a sampler, or the batches of a batch sampler, are distributed round-robin over the ranks. With a sampler,
+    the batches of all ranks together form the batch of a single process with N times the batch size.
 
     Args:
-        sampler: yields lists of indices, or single ones if there are no batches.
+        sampler: yields lists of indices, or single indices without batching.
         single: whether it yields single indices.
-        seed: of the random numbers that it draws from the global generators, the same on every rank.
-        share: which part of it this rank takes; None if it yields this rank's part already.
+        seed: the seed of the global generators while it is iterated, the same on every rank.
+        share: the share of this rank; None if the sampler yields only this rank's part.
     """
 
     def __init__(self, sampler: Iterable[Any], *, single: bool, seed: int, share: RankShare | None) -> None:
@@ -147,16 +147,16 @@ class OpaqueBatches:
 
     @property
     def batch_size(self) -> int | None:
-        """Samples of a batch, if the sampler reports it."""
+        """Samples per batch; None if the sampler has no ``batch_size``."""
         return getattr(self.sampler, "batch_size", None)
 
     @property
     def by_batch(self) -> bool:
-        """Whether the ranks take turns at whole batches."""
+        """Whether whole batches are distributed round-robin over the ranks."""
         return self.share is not None and self._divided is None and not self._single
 
     def set_epoch(self, epoch: int) -> None:
-        """Report the epoch to the sampler, and to the one that it takes from, if they have ``set_epoch``."""
+        """Call ``set_epoch`` of the sampler and of its inner sampler, if they have it."""
         self._epoch = epoch
         for part in (self.sampler, getattr(self.sampler, "sampler", None)):
             setter = getattr(part, "set_epoch", None)
@@ -164,14 +164,14 @@ class OpaqueBatches:
                 setter(epoch)
 
     def requests_from(self, epoch: int, done: int) -> Iterator[BatchRequest]:
-        """Yield the batches of an epoch after the first ``done``, which are drawn but not loaded."""
+        """Yield the batches of an epoch after the first ``done``, whose indices are drawn but not loaded."""
         self.set_epoch(epoch)
         for item in islice(self, done, None):
             indices: Sequence[Any] = [item] if self._single else item
             yield BatchRequest(epoch, indices, indices)
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield this rank's batches, or single indices, of the epoch that was set last."""
+        """Yield this rank's batches, or single indices, of the current epoch."""
         keys = (self._seed, self._epoch, "sampler")
         if self.share is None:
             return IsolatedIterator(self.sampler, *keys)
@@ -191,12 +191,12 @@ class OpaqueBatches:
 
 @final
 class EpochBatches(Sampler[Any]):
-    """What a ``DataLoader`` of ours takes its batches from: a stretch of an epoch, chosen before each iteration.
+    """The batch sampler of the data loaders that this package builds: yields the requests set before each iteration.
 
     Args:
-        source: whose batches these are.
-        streamed: whether the dataset takes a :class:`BatchRequest`, or indices.
-        single: whether the loader makes no batches, and takes one index at a time.
+        source: where the requests come from.
+        streamed: whether to yield a :class:`BatchRequest` for a :class:`StreamedDataset`, rather than indices.
+        single: whether the data loader does not batch, and takes one index at a time.
     """
 
     def __init__(self, source: PositionedBatches | OpaqueBatches, *, streamed: bool, single: bool) -> None:
@@ -207,19 +207,19 @@ class EpochBatches(Sampler[Any]):
 
     @property
     def batch_size(self) -> int | None:
-        """Samples of a batch of this rank; None where there are no batches, or nobody says it."""
+        """Samples per batch on this rank; None without batching, or if it is unknown."""
         return None if self.single else self.source.batch_size
 
     def set_requests(self, requests: Iterator[BatchRequest]) -> None:
-        """Have the next iteration take these batches."""
+        """Set the batches of the next iteration."""
         self._pending = requests
 
     def __iter__(self) -> Iterator[Any]:
-        for draw in self._pending:
+        for request in self._pending:
             if self._streamed:
-                yield draw
+                yield request
             else:
-                yield draw.indices[0] if self.single else draw.indices
+                yield request.indices[0] if self.single else request.indices
 
     def __len__(self) -> int:
         return len(self.source)

@@ -1,4 +1,4 @@
-"""Batches that hold samples of one group."""
+"""A batch sampler whose batches contain samples of one group."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ __all__ = ["GroupedBatchSampler"]
 
 @final
 class GroupedBatchSampler(PositionedBatches):
-    """Batches each of which has samples of one group only: images of one shape, texts of about one length.
+    """Yield batches whose samples all belong to one group, such as images of one shape or texts of similar length.
 
-    An epoch's samples are shuffled, those of each group are cut into batches in that order, and the batches are shuffled.
-    A group's last batch may be shorter. The ranks take the batches in turn, so at the same time they may have batches of
-    different groups. After a change of the batch size inside of an epoch, what is left is cut anew.
+    In every epoch, the samples are shuffled, the samples of each group are split into batches in that order, and the
+    batches are shuffled. The last batch of a group may be smaller. Batches are distributed round-robin over the ranks, so
+    ranks may process batches of different groups at the same time. If the batch size changes within an epoch, the
+    remaining samples are split again.
 
     Args:
-        dataset: what is sampled.
-        batch_size: samples of a batch.
-        groups: the group of each sample, a number or a name; or the name of the dataset's attribute or method that has
-            them.
-        bounds: rising numbers between which a group lies, where ``groups`` are measures: ``[1.0]`` parts aspect ratios
-            into those below 1 and the rest, ``[64, 128]`` lengths into three.
-        shuffle: whether each epoch has its own random order; else the batches of the first group come first.
-        drop_last: whether a group's last batch is left out where it would be shorter.
-        seed: of the shuffling, the same on every rank; 0 where not given.
-        round_up: whether batches are repeated so that every rank has as many.
-        rank: this process's rank; that of the process group where not given.
-        world_size: the number of ranks; likewise.
+        dataset: the dataset.
+        batch_size: samples per batch.
+        groups: the group of each sample, a number or a name; or the name of an attribute or method of the dataset.
+        bounds: increasing boundaries that divide ``groups`` into intervals if they are measurements: ``[1.0]`` divides
+            aspect ratios into those below 1 and the rest, ``[64, 128]`` divides lengths into three groups.
+        shuffle: whether to shuffle in every epoch; otherwise the batches are ordered by group.
+        drop_last: whether to drop the last batch of a group if it is smaller.
+        seed: the random seed, the same on every rank; 0 by default.
+        round_up: whether to repeat batches so that every rank has the same number.
+        rank: the rank of this process; by default its rank in the process group.
+        world_size: the number of ranks; by default that of the process group.
 
     Raises:
-        ConfigValueError: if there is not one group for each sample, or the bounds do not rise.
-        ConfigTypeError: if the groups are no sequence of plain values.
+        ConfigValueError: if the number of groups is not the number of samples, or the bounds do not increase.
+        ConfigTypeError: if the groups are not a one-dimensional sequence.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class GroupedBatchSampler(PositionedBatches):
     ) -> None:
         here, size = get_dist_info()
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigValueError(f"GroupedBatchSampler: batch_size is {batch_size!r}; at least 1 is due.")
+            raise ConfigValueError(
+                f"GroupedBatchSampler: batch_size is {batch_size!r}; expected an integer of at least 1."
+            )
         self.batch_size = batch_size
         self.rank = here if rank is None else rank
         self.world_size = size if world_size is None else world_size
@@ -90,18 +92,18 @@ class GroupedBatchSampler(PositionedBatches):
         return int((sizes // self.batch_size if self._drop_last else -(-sizes // self.batch_size)).sum())
 
     def _rest(self, epoch: int, consumed: ConsumedSamples) -> list[NDArray[np.int64]]:
-        """Return the batches of all ranks that are left of an epoch."""
+        """Return the remaining batches of an epoch over all ranks."""
         order = epoch_order(len(self._groups), seed=self._seed, epoch=epoch, shuffle=self._shuffle)
         samples = np.array(order, dtype=np.int64)
         for number, (size, count) in enumerate(consumed):
-            batches = self._cut(samples, size, epoch, number)
+            batches = self._split(samples, size, epoch, number)
             if size == self.batch_size and number == len(consumed) - 1:
                 return batches[count:]
             samples = samples[~np.isin(samples, np.concatenate([samples[:0], *batches[:count]]))]
-        return self._cut(samples, self.batch_size, epoch, len(consumed))
+        return self._split(samples, self.batch_size, epoch, len(consumed))
 
-    def _cut(self, samples: NDArray[np.int64], size: int, epoch: int, number: int) -> list[NDArray[np.int64]]:
-        """Cut samples into batches of one group each; ``number`` counts the cuts of an epoch."""
+    def _split(self, samples: NDArray[np.int64], size: int, epoch: int, number: int) -> list[NDArray[np.int64]]:
+        """Split samples into batches of one group each; ``number`` counts the splits of an epoch."""
         groups = self._groups[samples]
         ends = np.flatnonzero(np.diff(np.sort(groups))) + 1
         batches = [
@@ -111,18 +113,20 @@ class GroupedBatchSampler(PositionedBatches):
         ]
         if self._drop_last:
             batches = [batch for batch in batches if len(batch) == size]
-        # Not the stream of the samples' own order.
+        # A different stream than that of the sample order.
         seed = stream_seed(self._seed, "batches", number)
         return [batches[i] for i in epoch_order(len(batches), seed=seed, epoch=epoch, shuffle=self._shuffle)]
 
 
 def _numbered(values: NDArray[Any], bounds: Sequence[float] | None) -> NDArray[np.int64]:
-    """Return a whole number from 0 on for each sample's group."""
+    """Return the group of each sample as an integer, starting at 0."""
     if bounds is not None:
         edges = np.asarray(bounds, dtype=np.float64)
         if edges.ndim != 1 or not np.all(np.diff(edges) > 0):
-            raise ConfigValueError(f"GroupedBatchSampler: bounds={list(bounds)!r} do not rise.")
+            raise ConfigValueError(f"GroupedBatchSampler: bounds={list(bounds)!r} must be increasing.")
         if not np.issubdtype(values.dtype, np.number):
-            raise ConfigValueError(f"GroupedBatchSampler: bounds part numbers, and the groups are {values.dtype}.")
+            raise ConfigValueError(
+                f"GroupedBatchSampler: bounds require numeric groups, but the groups have dtype {values.dtype}."
+            )
         values = np.searchsorted(edges, values, side="right")
     return np.unique(values, return_inverse=True)[1].astype(np.int64)

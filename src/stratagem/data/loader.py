@@ -1,4 +1,4 @@
-"""Loaders that can begin anywhere in an epoch."""
+"""A data loader that starts at any position of an epoch, and saves its position in checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["EpochLoader"]
 @final
 @dataclass(frozen=True, slots=True)
 class _ResumePoint:
-    """Where the position was taken up last: what of the data was taken before batch ``batch`` of ``epoch``."""
+    """The position of the last resume: the samples consumed before batch ``batch`` of ``epoch``."""
 
     epoch: int
     batch: int
@@ -42,9 +42,9 @@ class _ResumePoint:
 @final
 @dataclass(frozen=True, slots=True)
 class _LoaderState:
-    """The state of a loader that keeps its own position, as it was before batch ``batch`` of ``epoch``.
+    """The state of a stateful loader before batch ``batch`` of ``epoch``.
 
-    ``restored`` tells that it comes from a checkpoint, so that the loader knows nothing of it yet.
+    ``restored`` is True for a state from a checkpoint that has not been loaded into the loader yet.
     """
 
     epoch: int
@@ -55,16 +55,16 @@ class _LoaderState:
 
 @final
 class EpochLoader:
-    """A ``DataLoader`` whose iteration is asked for by epoch and position.
+    """A ``DataLoader`` that is iterated by epoch and position.
 
     Args:
-        loader: any ``DataLoader``. One that :func:`~stratagem.data.build_dataloader` made of a built-in sampler begins
-            anywhere at no cost, one that has ``state_dict`` is restored from its state, and others draw and drop what was
-            seen.
-        world_size: the number of data-parallel ranks that its batches are divided among.
-        seed: of the random numbers that a stream draws, if its batches are divided here; the same on every rank.
-        share: which of the loader's batches this rank takes, if the loader gives all of them on every rank; None if it
-            gives this rank's alone.
+        loader: any ``DataLoader``. If :func:`~stratagem.data.build_dataloader` built it with a built-in sampler, it starts
+            at any position at no cost. A loader with ``state_dict`` is restored from its state. Any other loader skips
+            batches by iterating over them.
+        world_size: the number of data-parallel ranks.
+        seed: the seed of the random numbers of a stream whose batches are divided here; the same on every rank.
+        share: the share of this rank in the batches, if every rank iterates over all of them; None if the loader yields
+            only the batches of this rank.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class EpochLoader:
         self._leftover: Any = None
         batches = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._batches = batches if isinstance(batches, EpochBatches) else None
-        # That of a loader that keeps its own state is its (batch) sampler itself.
+        # In a stateful loader, the (batch) sampler is not wrapped.
         source = self._given = batches if self._batches is None else self._batches.source
         self._source = source if isinstance(source, PositionedBatches) else None
         self._resume_point = _ResumePoint(0, 0, ())
@@ -86,35 +86,35 @@ class EpochLoader:
 
     @property
     def dataset(self) -> Any:
-        """The dataset that is loaded."""
+        """The dataset of the loader."""
         dataset = self.loader.dataset
         return dataset.dataset if isinstance(dataset, StreamedDataset | ResumableStream) else dataset
 
     @property
     def collate(self) -> Callable[[Any], Any] | None:
-        """What makes a batch of samples."""
+        """The collate function."""
         dataset = self.loader.dataset
         return dataset.collate if isinstance(dataset, StreamedDataset) else self.loader.collate_fn
 
     @property
     def batch_size(self) -> int | None:
-        """How many samples a batch of this rank has; None where the loader does not say."""
+        """Samples per batch on this rank; None if it is unknown."""
         batches = self.loader.batch_sampler if self._batches is None else self._batches
         size = self.loader.batch_size if batches is None else getattr(batches, "batch_size", None)
         return size if isinstance(size, int) else None
 
     @property
     def length(self) -> int | None:
-        """How many batches an epoch of this rank has; None for streams and samplers without a length.
+        """The number of batches per epoch on this rank; None for streams and samplers without a length.
 
-        That of a stream is an estimate if several workers read it; see :attr:`slack`.
+        For a stream that several workers read, it is an estimate; see :attr:`slack`.
         """
         total = self._length_of_loader()
         return total if total is None or self.share is None else self.share.count(total)
 
     @property
     def slack(self) -> int:
-        """How many batches more than :attr:`length` an epoch may have: each worker of a stream ends with a short batch."""
+        """The maximum number of batches beyond :attr:`length`: each worker of a stream may end with a smaller batch."""
         total, loader = self._length_of_loader(), self.loader
         if total is None or not isinstance(self.dataset, IterableDataset) or loader.drop_last:
             return 0
@@ -123,13 +123,13 @@ class EpochLoader:
 
     @property
     def by_batch(self) -> bool:
-        """Whether the ranks take turns at whole batches, rather than at samples."""
+        """Whether whole batches, rather than samples, are distributed round-robin over the ranks."""
         given = self._given
         return given.by_batch if isinstance(given, PositionedBatches | OpaqueBatches) else self.share is not None
 
     @property
     def division(self) -> str:
-        """How the data is divided among the data-parallel ranks, as a phrase for the log."""
+        """A phrase for the log: how the data is divided among the data-parallel ranks."""
         order = self._given
         fixed = order.share is None if isinstance(order, OpaqueBatches) else self.share is None
         if self._world_size == 1:
@@ -137,12 +137,12 @@ class EpochLoader:
         ranks = f"{self._world_size} data-parallel ranks"
         if isinstance(order, PositionedBatches) or not fixed:
             unit = "batches" if self.by_batch else "samples"
-            reading = "" if self.share is None else ", each of which reads all of them"
+            reading = "" if self.share is None else "; every rank reads all of them"
             return f"the {unit} divided among {ranks}{reading}"
-        return f"already divided among {ranks}, taken as it is"
+        return f"already divided among {ranks}"
 
     def describe(self) -> str:
-        """Return in one line what the loader gives, in which order, and how it is divided among the ranks."""
+        """Return one line about the dataset, the order of the data and its division among the ranks."""
         dataset, order = self.dataset, self._given
         kind = type(dataset).__name__
         if isinstance(dataset, IterableDataset):
@@ -161,46 +161,46 @@ class EpochLoader:
 
     @property
     def leftover(self) -> Any:
-        """A batch of the last round of the latest epoch, if other ranks had one and this rank did not; else None."""
+        """A batch of the last round of an epoch in which other ranks had one and this rank did not; None otherwise."""
         return self._leftover
 
     @property
     def positioned(self) -> bool:
-        """Whether the place of each sample is known, so that a position is taken up without drawing what came before."""
+        """Whether the loader starts at any position without iterating to it."""
         return self._source is not None
 
     @property
     def resume_warning(self) -> str | None:
-        """Why a run that is stopped inside of an epoch may not go on exactly; None where it does."""
+        """Why a run that stops within an epoch may not resume exactly; None if it does."""
         if self._source is not None or self._stateful is not None:
             return None
         dataset = self.dataset
         if not isinstance(dataset, IterableDataset):
             return (
-                "The order of the training data is that of its own loader or sampler: a run that is stopped inside of an "
-                "epoch draws again what it has seen, to go on behind it, and goes on exactly only if the order is the same "
-                "each time. A sampler of ours, or a loader with state_dict and load_state_dict, goes on without that."
+                "The training data has a custom loader or sampler: a run that resumes within an epoch iterates over the "
+                "batches that it has already seen, and is exact only if their order is the same each time. Use a built-in "
+                "sampler, or a loader with state_dict and load_state_dict, to resume without that."
             )
         name = type(dataset).__name__
         if isinstance(dataset, Stateful) and self.loader.num_workers:
             return (
-                f"{name} has state_dict, but each of num_workers={self.loader.num_workers} workers iterates a copy of it, "
-                "whose state cannot be asked for: a run that is stopped inside of an epoch reads again what it has seen. "
-                "Take num_workers=0, or torchdata's StatefulDataLoader, to go on exactly."
+                f"{name} has state_dict, but each of num_workers={self.loader.num_workers} workers iterates over a copy of "
+                "it, whose state is not accessible: a run that resumes within an epoch reads the samples that it has already "
+                "seen. Use num_workers=0 or torchdata's StatefulDataLoader to resume exactly."
             )
         return (
-            f"{name} is a stream without state_dict and load_state_dict: a run that is stopped inside of an epoch reads "
-            "again what it has seen, and goes on exactly only if the stream is the same each time."
+            f"{name} is a stream without state_dict and load_state_dict: a run that resumes within an epoch reads the "
+            "samples that it has already seen, and is exact only if the stream is the same each time."
         )
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Any]:
-        """Begin an epoch after its first ``done`` batches.
+        """Iterate over an epoch after its first ``done`` batches.
 
         Raises:
-            TrainingError: while iterating, if a data worker died.
+            TrainingError: during the iteration, if a data worker died.
         """
         if isinstance(self.loader.worker_init_fn, WorkerInit):
-            self.loader.worker_init_fn.begin(epoch)
+            self.loader.worker_init_fn.prepare(epoch)
         if self._source is not None and self._batches is not None:
             self._batches.set_requests(self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, done)))
             return self._with_worker_errors(start_workers(self.loader))
@@ -213,52 +213,50 @@ class EpochLoader:
         return islice(self._begin(epoch), done, None)
 
     def indices_of(self, epoch: int, batch: int) -> list[Any]:
-        """Return which samples this rank's batch has, counted from 0: the dataset's indices. Computed when asked.
+        """Return the dataset indices of the samples in a batch of this rank; batches are counted from 0.
 
         Raises:
-            StateError: if the order of the data is not ours, so that nobody knows without drawing it.
+            StateError: if the loader has a custom order, which is known only by iterating over it.
             ConfigValueError: if the epoch has no such batch.
         """
         if self._source is None:
-            raise StateError(
-                "The order of the data is that of its own loader or sampler, so its samples are not known."
-            )
-        for draw in self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, batch)):
-            return list(draw.indices)
+            raise StateError("The data has a custom loader or sampler, so the samples of a batch are unknown.")
+        for request in self._source.requests_from(self._epoch_of(epoch), self.consumed(epoch, batch)):
+            return list(request.indices)
         raise ConfigValueError(f"Epoch {epoch} has no batch {batch}; it has {self.length}.")
 
     # ---- the position, for checkpoints -----------------------------------------------------------------------------
 
     def consumed(self, epoch: int, batch: int) -> ConsumedSamples:
-        """Return what of the data of all ranks is taken before this batch: pairs (samples of a batch, batches).
+        """Return the data that all ranks together consumed before a batch: pairs (samples per batch, batches).
 
-        That does not depend on the number of ranks, so others can go on from it. Data without end is counted from the
-        beginning of the run.
+        It is independent of the number of ranks, so a run can resume with any number. An infinite order is counted from
+        the start of the run.
         """
         if self._source is None:
             return ()
         anchor = self._resume_point
         if self._source.endless:
             length = len(self._source)
-            # An epoch in which the batch size changed may be longer or shorter than the others.
-            passed = max(length - anchor.batch, 0) + (epoch - anchor.epoch - 1) * length
-            batches = batch - anchor.batch if epoch == anchor.epoch else passed + batch
+            # An epoch in which the batch size changed may have more or fewer batches than the others.
+            since = max(length - anchor.batch, 0) + (epoch - anchor.epoch - 1) * length
+            batches = batch - anchor.batch if epoch == anchor.epoch else since + batch
             return advanced(anchor.consumed, self._source.batch_size, batches * self._world_size)
         if epoch == anchor.epoch and batch >= anchor.batch:
             return advanced(anchor.consumed, self._source.batch_size, (batch - anchor.batch) * self._world_size)
         return advanced((), self._source.batch_size, batch * self._world_size)
 
     def resume_at(self, epoch: int, batch: int, consumed: Sequence[Sequence[int]]) -> int:
-        """Take up a position that was saved, perhaps with other ranks or another batch size.
+        """Resume at a saved position, possibly with a different number of ranks or batch size.
 
         Args:
-            epoch: that is under way.
-            batch: of the epoch, in the batches of the run that was saved.
-            consumed: what :meth:`consumed` returned there.
+            epoch: the current epoch.
+            batch: the batch in the epoch, counted in batches of the saved run.
+            consumed: the result of :meth:`consumed` in the saved run.
 
         Returns:
-            The batch of this loader's epoch that comes next. It is such that the epoch ends with its last batch, so what
-            is left of the epoch is what was not taken.
+            The next batch in this loader's epoch, such that the remaining batches are exactly the data that was not
+            consumed.
         """
         if self._source is None:
             return batch
@@ -270,29 +268,29 @@ class EpochLoader:
 
     @property
     def is_stateful(self) -> bool:
-        """Whether the loader or its dataset knows its position itself, so that its state belongs into a checkpoint."""
+        """Whether the loader or its dataset has a state dict, which belongs in checkpoints."""
         return self._stateful is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the loader or dataset that knows its position: after the batch that was given out last.
+        """Return the state of the stateful loader or dataset after the last yielded batch.
 
         Raises:
-            StateError: if it does not keep any.
+            StateError: if neither is stateful.
         """
         if self._stateful is None:
-            raise StateError("The loader has no state of its own; consumed() returns its position.")
+            raise StateError("The data loader has no state_dict; its position is the result of consumed().")
         return self._stateful.state_dict() if self._kept is None else self._kept.state
 
     def load_state_dict(self, state: Mapping[str, Any], *, epoch: int, batch: int) -> None:
-        """Have ``batches(epoch, batch)`` go on from a state.
+        """Make ``batches(epoch, batch)`` continue from a state.
 
         Raises:
-            CheckpointMismatchError: if the loader keeps no state.
+            CheckpointMismatchError: if neither the loader nor its dataset is stateful.
         """
         if self._stateful is None:
             raise CheckpointMismatchError(
-                "The checkpoint holds the state of a data loader, and this run's has no load_state_dict. "
-                "Resume with the loader that it was saved with."
+                "The checkpoint contains the state of a data loader, but the loader of this run has no load_state_dict. "
+                "Resume with the data loader of the saved run."
             )
         self._kept = _LoaderState(epoch, batch, dict(state), restored=True)
 
@@ -300,13 +298,13 @@ class EpochLoader:
         return 0 if self._source is not None and self._source.endless else epoch
 
     def _find_stateful(self) -> Stateful | None:
-        """Return what knows the position where it is not the sampler: the loader, or a stream that no worker copies."""
+        """Return the stateful loader, or a stateful stream in the main process; None if there is neither."""
         if isinstance(self.loader, Stateful):
             return self.loader
         return self.loader.dataset if isinstance(self.loader.dataset, ResumableStream) else None
 
     def _set_epoch_of_parts(self, epoch: int) -> None:
-        """Call ``set_epoch`` of the dataset's stream, the batch sampler and the sampler, of those that have it."""
+        """Call ``set_epoch`` of the iterable dataset, the batch sampler and the sampler, if they have it."""
         batch_sampler = self.loader.batch_sampler
         sampler = self.loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
         stream = self.dataset if isinstance(self.dataset, IterableDataset) else None
@@ -316,9 +314,9 @@ class EpochLoader:
                 setter(epoch)
 
     def _from_state(self, stateful: Stateful, epoch: int, done: int) -> Iterator[Any]:
-        """Yield the batches of a loader that keeps its position; where it stands is remembered if it is left early."""
+        """Yield the batches of a stateful loader; if the iteration is closed early, keep its state."""
         kept, self._kept = self._kept, None
-        # A run that was stopped after an epoch's last batch begins the next one with the state of that place.
+        # A run that stopped after the last batch of an epoch starts the next one with the state at that position.
         known = kept is not None and (kept.restored or (kept.epoch, kept.batch) == (epoch, done))
         if kept is not None and known:
             stateful.load_state_dict(kept.state)
@@ -329,7 +327,7 @@ class EpochLoader:
                 yield batch
             share = self._given.share if isinstance(self._given, OpaqueBatches) else self.share
             if given == 0 and (share is None or share.round_up):
-                # It stood at the end of the epoch before. In evaluation, a rank may have no batch while others do.
+                # The state was at the end of the previous epoch. In evaluation, a rank may have no batch while others do.
                 for batch in self._begin(epoch):
                     given += 1
                     yield batch
@@ -338,22 +336,24 @@ class EpochLoader:
             raise
 
     def _begin(self, epoch: int) -> Iterator[Any]:
-        """Begin an iteration of a loader that is not built here, without changing the model's generators."""
-        # What all ranks read must not depend on the rank.
+        """Start iterating over a custom loader without changing the state of the global generators."""
+        # Data that every rank reads in full must not depend on the rank.
         keys = (torch.initial_seed(), epoch, get_rank()) if self.share is None else (self._seed, epoch)
         if self.loader.generator is not None:
             batches = start_workers(self.loader)
         else:
-            # Torch draws the workers' seed, and with workers perhaps the order, from the global generator: a run that
-            # begins an epoch once more, in its middle, would give its dropout other numbers.
+            # Torch draws the workers' seed, and possibly the order, from the global generator. A run that resumes within an
+            # epoch starts the iteration again, which would change the model's random numbers.
             with isolate_cpu_rng():
                 seed_stream(*keys)
                 batches = start_workers(self.loader)
-        told = self._with_worker_errors(batches)
-        return told if self.share is None else self._divided(IsolatedIterator(told, *keys, "batches"), self.share)
+        checked = self._with_worker_errors(batches)
+        if self.share is None:
+            return checked
+        return self._divided(IsolatedIterator(checked, *keys, "batches"), self.share)
 
     def _divided(self, batches: Iterator[Any], share: RankShare) -> Iterator[Any]:
-        """Yield this rank's batch of each round; every rank reads all of them."""
+        """Yield this rank's batch of each round; every rank reads all batches."""
         self._leftover = None
         compared = False
         while True:
@@ -379,24 +379,24 @@ class EpochLoader:
         return kind.__name__
 
     def _length_of_loader(self) -> int | None:
-        """Return the number of batches that the loader itself gives in an epoch; None if it has no length."""
+        """Return the number of batches that the loader itself yields per epoch; None if it has no length."""
         loader, dataset = self.loader, self.dataset
         if not isinstance(dataset, IterableDataset) or type(loader).__len__ is not DataLoader.__len__:
             return length_of(loader)
-        # Torch's own length makes it warn if a worker's short last batch exceeds it.
+        # Calling torch's __len__ would make it warn if smaller last batches of workers exceed that length.
         samples, size = length_of(dataset), loader.batch_size
         if samples is None or size is None:
             return samples
         return samples // size if loader.drop_last else -(-samples // size)
 
     def _with_worker_errors(self, batches: Iterator[Any]) -> Iterator[Any]:
-        # Torch keeps its processes to itself; without them the error names the process id alone.
+        # _workers is private to torch. Without it, the error contains only the process id.
         with report_dead_workers(getattr(batches, "_workers", ())):
             yield from batches
 
 
 def _keep_own(batches: Iterator[Any], share: RankShare) -> tuple[Any, Any, int]:
-    """Read one round; return this rank's batch, the first one, and how many there were."""
+    """Read one round; return this rank's batch, the first batch, and the number of batches."""
     own = first = None
     count = 0
     for count, batch in enumerate(islice(batches, share.size), 1):

@@ -1,8 +1,7 @@
-"""Which part of a loader's data each data-parallel rank takes, where the order is that of the user's own objects.
+"""Divide the data of custom samplers, datasets and loaders among the data-parallel ranks.
 
-Every rank draws the whole order and keeps its part of it, so all ranks must draw the same one. Random numbers that the
-order is drawn with therefore come from a generator state of its own, which depends on the seed and the epoch alone, and
-the ranks compare what they drew.
+Every rank draws the whole order and keeps its share, so all ranks must draw the same order. Therefore custom samplers run
+with separate generator states that depend only on the seed and the epoch, and the ranks compare the resulting orders.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ from stratagem.errors import ConfigValueError
 
 __all__ = ["IsolatedIterator", "RankItems", "RankShare", "declared_share", "length_of", "require_same_batches"]
 
-# How many items of a sampler without a length the ranks compare.
-_COMPARED = 65_536
-# How deep the ranks look into nested batches, which may refer to themselves.
-_DEPTH = 8
-# They draw the whole order, or the seed of a generator of their own, before the first item.
+# The number of items to compare between ranks if a sampler has no length.
+_COMPARED_ITEMS = 65_536
+# The maximum depth at which nested batches are compared; they may contain reference cycles.
+_MAX_DEPTH = 8
+# Samplers that draw the whole order, or the seed of their own generator, before the first item.
 _TORCH_SAMPLERS = frozenset({RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler})
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """The part of the data that a rank takes: of every ``size`` items in a row, the one at position ``rank``.
+    """The share of a rank in a round-robin distribution: one of every ``size`` consecutive items.
 
     Attributes:
-        rank: this process's data-parallel rank.
+        rank: the data-parallel rank of this process.
         size: the number of data-parallel ranks.
-        round_up: whether the last round is filled up from the beginning of the order, so that all ranks have the same
-            number of items. Training needs that; evaluation must not see an item twice.
+        round_up: whether to pad the last round from the beginning of the order, so that all ranks have the same number of
+            items. Training requires it; evaluation must not see an item twice.
     """
 
     rank: int = 0
@@ -51,16 +50,16 @@ class RankShare:
     round_up: bool = True
 
     def count(self, total: int) -> int:
-        """Return how many of ``total`` items this rank has."""
+        """Return the number of items of this rank out of ``total``."""
         return -(-total // self.size) if self.round_up else len(range(self.rank, total, self.size))
 
 
 def declared_share(part: Any) -> tuple[int, int] | None:
-    """Return the rank and the number of ranks that a sampler, a dataset or a loader is already divided for.
+    """Return the rank and the number of ranks for which a sampler, dataset or loader is already divided.
 
-    These are ``rank`` and ``num_replicas`` (torch), ``world_size`` (MMEngine, this package), ``process_index`` and
-    ``num_processes`` (Accelerate), or what ``split_dataset_by_node`` of Hugging Face ``datasets`` recorded. None if
-    there is nothing of the kind, or if the part is for one process and so yields everything.
+    They are read from the attributes ``rank`` and ``num_replicas`` (torch) or ``world_size`` (MMEngine and this package),
+    ``process_index`` and ``num_processes`` (Accelerate), or from the result of ``split_dataset_by_node`` of Hugging Face
+    ``datasets``. Return None if there are none, or if the number of ranks is 1.
     """
     split = getattr(part, "_distributed", None)
     for owner, size_name, rank_name in (
@@ -77,11 +76,11 @@ def declared_share(part: Any) -> tuple[int, int] | None:
 
 @final
 class IsolatedIterator(Iterator[Any]):
-    """Iterates with states of the global generators that are its own, so that nothing else shifts them, or is shifted.
+    """Iterate with separate states of the global generators, isolated from all other code.
 
     Args:
-        items: what is iterated.
-        keys: identify the stream of random numbers; see :func:`~stratagem.data.stream_seed`.
+        items: the iterable.
+        keys: identify the random stream; see :func:`~stratagem.data.stream_seed`.
     """
 
     def __init__(self, items: Iterable[Any], *keys: object) -> None:
@@ -93,7 +92,7 @@ class IsolatedIterator(Iterator[Any]):
         self.iterator: Iterator[Any] | None = None
 
     def begin(self) -> Iterator[Any]:
-        """Return the iterator over the items, which is made when it is first needed."""
+        """Return the iterator over the items, created on the first call."""
         if self.iterator is None:
             with isolate_cpu_rng(self._numpy):
                 seed_stream(*self._keys)
@@ -117,33 +116,33 @@ class IsolatedIterator(Iterator[Any]):
 
 
 def _draws_with_first_item(items: Any) -> bool:
-    """Return whether a sampler uses the global generators for its first item alone, as all of torch's do."""
+    """Return whether a sampler uses the global generators only for its first item, as torch's samplers do."""
     sampler = items.sampler if type(items) is BatchSampler else items
     return type(sampler) in _TORCH_SAMPLERS
 
 
 @final
 class RankItems(Iterator[Any]):
-    """This rank's share of what a sampler yields in one epoch.
+    """Iterate over this rank's share of the items of a sampler in one epoch.
 
-    With several processes, the first item is requested on all of them together: they compare what they drew, and continue
-    with the order of rank 0 if it differs. Collective then.
+    With several processes, the first item is collective: the ranks compare their orders, and use the order of rank 0 if
+    they differ.
 
     Args:
-        sampler: yields indices, or lists of them.
-        share: which of them this rank takes.
-        keys: identify the random numbers of the epoch; the same on every rank.
+        sampler: yields indices or lists of indices.
+        share: the share of this rank.
+        keys: identify the random stream of the epoch; the same on every rank.
     """
 
     def __init__(self, sampler: Iterable[Any], share: RankShare, *keys: object) -> None:
         self._name = type(sampler).__name__
         length = length_of(sampler)
-        self._length = _COMPARED if length is None else length
+        self._length = _COMPARED_ITEMS if length is None else length
         self._isolated = IsolatedIterator(sampler, *keys)
         self._items: Iterator[Any] = self._isolated
         self._share = share
         self._first: list[Any] = []
-        self._taken = 0
+        self._num_drawn = 0
         self._compared = False
 
     def __next__(self) -> Any:
@@ -151,7 +150,7 @@ class RankItems(Iterator[Any]):
             self._compare()
         size, rank = self._share.size, self._share.rank
         items = list(islice(self._items, size))
-        self._taken += len(items)
+        self._num_drawn += len(items)
         if len(self._first) < size:
             self._first += items[: size - len(self._first)]
         if items and self._share.round_up:
@@ -161,24 +160,24 @@ class RankItems(Iterator[Any]):
         return items[rank]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: that of the sampler's iterator if it has a state, and how many items were drawn."""
+        """Return the position: the state of the sampler's iterator, if it has one, and the number of drawn items."""
         inner = self._isolated.begin()
         return {
             "sampler": inner.state_dict() if isinstance(inner, Stateful) else None,
-            "taken": self._taken,
+            "taken": self._num_drawn,
             "first": list(self._first),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a position."""
         inner = self._isolated.begin()
-        self._taken, self._first = state["taken"], list(state["first"])
+        self._num_drawn, self._first = state["taken"], list(state["first"])
         if isinstance(inner, Stateful) and state["sampler"] is not None:
             inner.load_state_dict(state["sampler"])
             return
         if not self._compared:
             self._compare()
-        for _ in islice(self._items, self._taken):
+        for _ in islice(self._items, self._num_drawn):
             pass
 
     def _compare(self) -> None:
@@ -191,32 +190,32 @@ class RankItems(Iterator[Any]):
             if _differ(_digest_of(state)):
                 inner.load_state_dict(broadcast_object(state))
             return
-        # One more than its length shows whether it ends there.
+        # One more item than its length shows whether it ends there.
         drawn = list(islice(self._isolated, self._length + 1))
         ended = len(drawn) <= self._length
         if _differ(_digest_of([ended, *drawn])):
             if not all(all_gather_object(ended)):
                 raise ConfigValueError(
                     f"{self._name} yields different indices on different ranks and does not end after {self._length} of "
-                    f"them (this rank drew {drawn[:8]} first). Seed its generator identically on all ranks, or give it "
-                    "`num_replicas` and `rank` if each rank is to have a part of its own."
+                    f"them (the first on this rank are {drawn[:8]}). Seed its generator identically on all ranks, or set "
+                    "its attributes `num_replicas` and `rank` if each rank draws a different part."
                 )
             drawn = broadcast_object(drawn)
         self._items = chain(drawn, () if ended else self._isolated)
 
 
 def require_same_batches(name: str, batches: Sequence[Any]) -> None:
-    """Check that all ranks read the same batches, before each keeps its share of them. Collective.
+    """Check that all ranks read the same batches, of which each keeps its share. Collective.
 
     Raises:
-        ConfigValueError: if they differ.
+        ConfigValueError: if the batches differ.
     """
     if get_world_size() > 1 and _differ(_digest_of(list(batches))):
         raise ConfigValueError(
-            f"{name} gives different data on different ranks. By default every rank reads all of it and keeps its share of "
-            "the batches, which needs the same order on all ranks. If each rank reads a part of its own, give the object "
-            "the attributes `num_replicas` (the number of data-parallel ranks) and `rank`; otherwise seed its shuffling "
-            "identically on all ranks."
+            f"{name} yields different data on different ranks. By default, every rank reads all data and keeps its share of "
+            "the batches, which requires the same order on all ranks. If each rank reads a different part, set the "
+            "attributes `num_replicas` (the number of data-parallel ranks) and `rank` of the object; otherwise seed its "
+            "shuffling identically on all ranks."
         )
 
 
@@ -225,7 +224,7 @@ def _differ(digest: str) -> bool:
 
 
 def length_of(part: Any) -> int | None:
-    """Return the length of a sampler, a dataset or a loader; None if it has none."""
+    """Return the length of a sampler, dataset or loader; None if it has no length."""
     try:
         return len(part)
     except (TypeError, NotImplementedError):
@@ -234,14 +233,14 @@ def length_of(part: Any) -> int | None:
 
 def _digest_of(value: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for piece in _pieces_of(value):
-        digest.update(piece)
+    for chunk in _bytes_of(value):
+        digest.update(chunk)
         digest.update(b"\0")
     return digest.hexdigest()
 
 
-def _pieces_of(value: Any, depth: int = 0) -> Iterator[bytes]:
-    """Yield bytes that are the same on every rank for equal values."""
+def _bytes_of(value: Any, depth: int = 0) -> Iterator[bytes]:
+    """Yield bytes that are equal on all ranks for equal values."""
     if isinstance(value, Tensor):
         plain = value.detach().cpu().contiguous()
         yield f"{plain.dtype}{tuple(plain.shape)}".encode()
@@ -250,17 +249,17 @@ def _pieces_of(value: Any, depth: int = 0) -> Iterator[bytes]:
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         yield f"{value.dtype}{value.shape}".encode()
         yield value.tobytes()
-    elif isinstance(value, Mapping | list | tuple) and depth < _DEPTH:
+    elif isinstance(value, Mapping | list | tuple) and depth < _MAX_DEPTH:
         items = chain.from_iterable(value.items()) if isinstance(value, Mapping) else value
         yield f"{type(value).__name__}{len(value)}".encode()
         for item in items:
-            yield from _pieces_of(item, depth + 1)
+            yield from _bytes_of(item, depth + 1)
     elif isinstance(value, bytes):
         yield value
     elif value is None or isinstance(value, int | float | complex | str | np.generic):
         yield repr(value).encode()
     else:
-        # The representation of an object may hold its address.
+        # The repr of an object may contain its address.
         yield type(value).__name__.encode()
-        if hasattr(value, "__dict__") and depth < _DEPTH:
-            yield from _pieces_of(vars(value), depth + 1)
+        if hasattr(value, "__dict__") and depth < _MAX_DEPTH:
+            yield from _bytes_of(vars(value), depth + 1)

@@ -1,7 +1,8 @@
-"""The order of data: a pure function of (seed, epoch, global index), dealt to the ranks in turn.
+"""Samplers whose order is a pure function of (seed, epoch, global position), distributed round-robin over the ranks.
 
-Nothing here depends on workers, restarts or what ran before. Rank ``r`` of ``n`` takes the global positions
-``r, r + n, r + 2n ...``, so the batches of all ranks together are the batch of one process that is ``n`` times as large.
+The order does not depend on workers, restarts or earlier epochs. Rank ``r`` of ``n`` gets the global positions
+``r, r + n, r + 2n, ...``, so the batches of all ranks together form the batch of a single process with ``n`` times the
+batch size.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ __all__ = ["DefaultSampler", "InfiniteSampler", "PositionedSampler", "epoch_orde
 
 
 def epoch_order(length: int, *, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Return the indices of one epoch, in their global order."""
+    """Return the indices of an epoch in global order."""
     if not shuffle:
         return list(range(length))
     generator = torch.Generator().manual_seed(stream_seed(seed, epoch))
@@ -32,19 +33,19 @@ def epoch_order(length: int, *, seed: int, epoch: int, shuffle: bool) -> list[in
 
 
 class PositionedSampler(Sampler[int]):
-    """A sampler whose order is known without being walked through, so that it can be taken up anywhere, by any ranks.
+    """Base class of samplers with random access: they can resume at any position, with any number of ranks.
 
-    A sampler derived from it says how many samples an epoch has and in which order, and has the rest from here.
+    Subclasses implement :attr:`samples` and :meth:`order`.
 
     Args:
-        round_up: whether an epoch is filled up from the beginning of its order so that every rank has as many samples.
-            Training needs that; evaluation must not see a sample twice.
-        rank: this process's rank; that of the process group where not given.
-        world_size: the number of ranks; likewise.
+        round_up: whether to pad an epoch from the beginning of its order, so that every rank has the same number of
+            samples. Training requires it; evaluation must not see a sample twice.
+        rank: the rank of this process; by default its rank in the process group.
+        world_size: the number of ranks; by default that of the process group.
 
     Attributes:
-        endless: whether the order goes on without end, whatever its length says.
-        repeats: whether an epoch may have a sample more than once.
+        endless: whether the order is infinite, regardless of its length.
+        repeats: whether an epoch may contain a sample more than once.
     """
 
     endless: ClassVar[bool] = False
@@ -60,18 +61,18 @@ class PositionedSampler(Sampler[int]):
     @property
     @abstractmethod
     def samples(self) -> int:
-        """How many samples an epoch has over all ranks, without any filling."""
+        """The number of samples per epoch over all ranks, without padding."""
 
     @abstractmethod
     def order(self, epoch: int) -> list[int]:
-        """Return the indices of an epoch in the order of all ranks together: the same whoever asks, and how often."""
+        """Return the indices of an epoch in global order. It must be deterministic and equal on all ranks."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes."""
+        """Set the epoch for the next iteration."""
         self._epoch = epoch
 
     def rank_indices(self, epoch: int, start: int = 0) -> Iterator[int]:
-        """Return this rank's indices after the first ``start`` of the order of all ranks."""
+        """Return this rank's indices from global position ``start`` on."""
         order = self.order(epoch)
         rest = order[start:]
         if self.round_up and rest:
@@ -79,7 +80,7 @@ class PositionedSampler(Sampler[int]):
         return iter(rest[self.rank :: self.world_size])
 
     def left(self, start: int = 0) -> int:
-        """Return how many samples of an epoch this rank has after the first ``start`` of all ranks."""
+        """Return the number of samples of an epoch that this rank has from global position ``start`` on."""
         rest = max(0, self.samples - start)
         return math.ceil(rest / self.world_size) if self.round_up else len(range(self.rank, rest, self.world_size))
 
@@ -87,27 +88,27 @@ class PositionedSampler(Sampler[int]):
         return self.rank_indices(self._epoch)
 
     def __len__(self) -> int:
-        """Return how many samples this rank has in a whole epoch."""
+        """Return the number of samples that this rank has per epoch."""
         return self.left()
 
 
 @final
 class UnpaddedSampler(Sampler[int]):
-    """The samples of torch's ``DistributedSampler`` without those that it repeats to give every rank the same number.
+    """The samples of torch's ``DistributedSampler`` without its padding.
 
     Args:
-        sampler: of this rank.
+        sampler: the sampler of this rank.
     """
 
     def __init__(self, sampler: DistributedSampler[Any]) -> None:
         self.sampler = sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration takes."""
+        """Set the epoch for the next iteration."""
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        # It appends the repeated samples to the order and gives each rank every num_replicas-th sample.
+        # The padding is at the end of the global order, of which each rank has every num_replicas-th sample.
         return islice(iter(self.sampler), len(self))
 
     def __len__(self) -> int:
@@ -117,13 +118,13 @@ class UnpaddedSampler(Sampler[int]):
 
 @final
 class DefaultSampler(PositionedSampler):
-    """Each sample once an epoch, shuffled or in order.
+    """Yield each sample once per epoch, shuffled or in order.
 
     Args:
-        dataset: what is sampled; only its length counts.
-        shuffle: whether each epoch has its own random order.
-        seed: of the shuffling, the same on every rank; 0 where not given.
-        round_up: see :class:`PositionedSampler`; so are ``rank`` and ``world_size``.
+        dataset: the dataset; only its length is used.
+        shuffle: whether to shuffle the samples in every epoch.
+        seed: the random seed, the same on every rank; 0 by default.
+        round_up: see :class:`PositionedSampler`, also for ``rank`` and ``world_size``.
     """
 
     def __init__(
@@ -151,14 +152,14 @@ class DefaultSampler(PositionedSampler):
 
 @final
 class InfiniteSampler(PositionedSampler):
-    """The epochs' orders one after the other without end, for training by iterations.
+    """Pass over the dataset again and again in one infinite order, for iteration-based training.
 
     Args:
-        dataset: what is sampled; only its length counts.
-        shuffle: whether each pass has its own random order.
-        seed: of the shuffling, the same on every rank; 0 where not given.
-        rank: this process's rank; that of the process group where not given.
-        world_size: the number of ranks; likewise.
+        dataset: the dataset; only its length is used.
+        shuffle: whether to shuffle the samples in every pass.
+        seed: the random seed, the same on every rank; 0 by default.
+        rank: the rank of this process; by default its rank in the process group.
+        world_size: the number of ranks; by default that of the process group.
 
     Raises:
         ConfigValueError: if the dataset is empty.
@@ -179,7 +180,7 @@ class InfiniteSampler(PositionedSampler):
         super().__init__(round_up=False, rank=rank, world_size=world_size)
         self._length = len(dataset)
         if self._length == 0:
-            raise ConfigValueError("InfiniteSampler: the dataset is empty, so it has no infinite order.")
+            raise ConfigValueError("InfiniteSampler: the dataset is empty.")
         self._shuffle = shuffle
         self._seed = seed or 0
 
@@ -192,7 +193,7 @@ class InfiniteSampler(PositionedSampler):
         return epoch_order(self._length, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
 
     def rank_indices(self, epoch: int, start: int = 0) -> Iterator[int]:
-        """Yield this rank's indices after the first ``start`` of all passes; the passes are one sequence of epoch 0."""
+        """Yield this rank's indices from global position ``start`` on; all passes together form epoch 0."""
         position = start + self.rank
         while True:
             passes, index = divmod(position, self._length)
@@ -203,5 +204,5 @@ class InfiniteSampler(PositionedSampler):
         return self.rank_indices(0)
 
     def __len__(self) -> int:
-        """Return the length of one pass over all ranks, as configurations written for others expect."""
+        """Return the number of samples of one pass over all ranks, as MMEngine does."""
         return self._length

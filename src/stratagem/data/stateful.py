@@ -1,4 +1,4 @@
-"""Loaders and streams that know where they stand."""
+"""Data loaders and iterable datasets that save their position in a state dict."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ __all__ = ["Stateful", "StatefulStream", "ResumableStream"]
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A loader or a dataset that can say where it stands, as torchdata's ``StatefulDataLoader`` can."""
+    """A data loader or dataset with a state dict, such as torchdata's ``StatefulDataLoader``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands: after the batches that were given out, not those that were fetched ahead."""
+        """Return the position after the batches that were yielded, not counting prefetched ones."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Have the next iteration go on from there."""
+        """Make the next iteration continue from a position."""
 
 
 class StatefulStream(Stateful, Protocol):
-    """A stream of samples that can say where it stands."""
+    """An iterable dataset with a state dict."""
 
     def __iter__(self) -> Iterator[Any]:
-        """Iterate from where it stands."""
+        """Iterate from the current position."""
 
 
 @final
 class ResumableStream(IterableDataset[Any]):
-    """A stream with a state, in the main process, where nothing is fetched ahead.
+    """An iterable dataset with a state dict, in the main process, where nothing is prefetched.
 
-    It adds to the stream's state whether it had come to its end, since a stream may then say that it stands at its
-    beginning.
+    Its state also records whether the dataset was exhausted, because an exhausted dataset may report the same state as a
+    new one.
 
     Args:
-        dataset: the stream.
+        dataset: the iterable dataset.
     """
 
     def __init__(self, dataset: StatefulStream) -> None:
         self.dataset = dataset
         self._ended = False
-        self._give_nothing = False
+        self._skip_epoch = False
 
     def __iter__(self) -> Iterator[Any]:
-        if self._give_nothing:
-            self._give_nothing = False
+        if self._skip_epoch:
+            self._skip_epoch = False
             return
         self._ended = False
         yield from self.dataset
         self._ended = True
 
     def __len__(self) -> int:
-        return len(self.dataset)  # type: ignore[arg-type]  # as TypeError says where it has no length
+        return len(self.dataset)  # type: ignore[arg-type]  # raises TypeError if it has no length
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the stream's state, and whether it has ended."""
+        """Return the state of the dataset, and whether it was exhausted."""
         return {"dataset": self.dataset.state_dict(), "ended": self._ended}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; where the stream had ended, the next iteration is empty, and the one after it begins anew."""
+        """Continue from a state. If the dataset was exhausted, the next iteration is empty and the one after it starts over."""
         self.dataset.load_state_dict(state["dataset"])
-        self._ended = self._give_nothing = state["ended"]
+        self._ended = self._skip_epoch = state["ended"]

@@ -1,8 +1,8 @@
-"""Random numbers of the data: a stream for each sample of each epoch, whoever loads it.
+"""Random numbers for data loading: one stream per sample and epoch, independent of the process that loads the sample.
 
-A dataset draws from the global generators of Python, NumPy and torch. Before it is asked for a sample they are seeded
-from (seed, epoch, sample), so that an augmentation does not depend on the rank or the worker that makes it, nor on what
-was loaded before. In the main process, where dropout draws from the same generators, they get their state back.
+Datasets draw from the global generators of Python, NumPy and torch. Before each sample is loaded, they are seeded from
+(seed, epoch, sample), so augmentations do not depend on the rank, the worker or the previously loaded samples. In the main
+process, where dropout uses the same generators, their state is restored afterwards.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from torch.utils.data import (
 
 from stratagem.data.collate import pseudo_collate
 
-__all__ = ["BatchRequest", "StreamedDataset", "draws_numbers", "isolate_cpu_rng", "seed_stream", "stream_seed"]
+__all__ = ["BatchRequest", "StreamedDataset", "uses_random_numbers", "isolate_cpu_rng", "seed_stream", "stream_seed"]
 
-# The stream of what is done with a whole batch, such as mixing its samples in collate_fn.
+# The stream for operations on a batch, such as mixing its samples in collate_fn.
 _BATCH = "batch"
 
 
 def stream_seed(*keys: object) -> int:
-    """Return a 32-bit seed for the stream that ``keys`` name; streams of different keys are unrelated.
+    """Return a 32-bit seed for the stream identified by ``keys``; streams of different keys are independent.
 
-    Adding seed and epoch, as is often done, gives epoch 1 of seed 0 the order of epoch 0 of seed 1.
+    With the common ``seed + epoch``, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
     """
     return int.from_bytes(_digest(keys, 4), "little")
 
 
 def seed_stream(*keys: object) -> None:
-    """Put the global CPU generators of Python, NumPy and torch at the beginning of the stream that ``keys`` name."""
+    """Seed the global CPU generators of Python, NumPy and torch for the stream identified by ``keys``."""
     digest = _digest(keys, 16)
-    # A part of its own for each: NumPy and torch make the same numbers of the same seed.
+    # Different bytes for each: NumPy and torch generate the same numbers from the same seed.
     random.seed(int.from_bytes(digest[:8], "little"))
     np.random.seed(int.from_bytes(digest[8:12], "little"))
-    # torch.manual_seed also looks for accelerators, which takes a hundred times as long.
+    # torch.manual_seed also seeds accelerators, which takes a hundred times as long.
     torch.default_generator.manual_seed(int.from_bytes(digest[12:], "little"))
 
 
@@ -61,30 +61,30 @@ def _digest(keys: tuple[object, ...], size: int) -> bytes:
 @final
 @dataclass(frozen=True, slots=True)
 class BatchRequest:
-    """A batch that is to be loaded.
+    """A batch to load.
 
     Attributes:
-        epoch: whose streams its samples have.
-        indices: what the dataset is asked for.
-        names: what names each sample's stream within the epoch.
+        epoch: the epoch, a key of the random streams.
+        indices: the dataset indices of the samples.
+        stream_keys: the key of each sample's random stream within the epoch.
     """
 
     epoch: int
     indices: Sequence[Any]
-    names: Sequence[Any]
+    stream_keys: Sequence[Any]
 
 
 @final
 class StreamedDataset(Dataset[Any]):
-    """Loads the batch of a :class:`BatchRequest`, collated, with a stream of random numbers for each of its samples.
+    """Load and collate the batch of a :class:`BatchRequest`, with a random stream for each sample.
 
-    A dataset with ``__getitems__`` loads the batch at once; then it has one stream, which depends on which samples are
-    in the batch.
+    A dataset with ``__getitems__`` loads the whole batch in one call with one stream, which depends on the samples in the
+    batch.
 
     Args:
-        dataset: is asked for samples by index.
-        collate: makes the batch of them; None where samples come as they are, one at a time.
-        seed: of the streams, the same on every rank.
+        dataset: a map-style dataset.
+        collate: the collate function; None to load single samples without collating them.
+        seed: the seed of the streams, the same on every rank.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[Any], Any] | None, seed: int) -> None:
@@ -93,73 +93,73 @@ class StreamedDataset(Dataset[Any]):
         self._seed = seed
         self._at_once = _loads_batches(dataset)
 
-    def __getitem__(self, draw: BatchRequest) -> Any:
-        """Load the only sample of a draw, for loaders that make no batches."""
+    def __getitem__(self, request: BatchRequest) -> Any:
+        """Load a single sample, for data loaders without batching."""
         with isolate_cpu_rng():
-            sample = self._sample(draw.epoch, draw.names[0], draw.indices[0])
+            sample = self._sample(request.epoch, request.stream_keys[0], request.indices[0])
             return sample if self.collate is None else self.collate(sample)
 
-    def __getitems__(self, draw: BatchRequest) -> Any:
-        """Load a batch; torch's loader asks for it so."""
+    def __getitems__(self, request: BatchRequest) -> Any:
+        """Load a batch; called by the fetcher of torch's ``DataLoader``."""
         with isolate_cpu_rng():
-            samples = self._samples(draw)
-            seed_stream(self._seed, draw.epoch, _BATCH, draw.names[0])
+            samples = self._samples(request)
+            seed_stream(self._seed, request.epoch, _BATCH, request.stream_keys[0])
             return samples if self.collate is None else self.collate(samples)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def _samples(self, draw: BatchRequest) -> Any:
+    def _samples(self, request: BatchRequest) -> Any:
         if self._at_once:
-            seed_stream(self._seed, draw.epoch, *draw.names)
-            return self.dataset.__getitems__(list(draw.indices))
-        return [self._sample(draw.epoch, *pair) for pair in zip(draw.names, draw.indices, strict=True)]
+            seed_stream(self._seed, request.epoch, *request.stream_keys)
+            return self.dataset.__getitems__(list(request.indices))
+        return [self._sample(request.epoch, *pair) for pair in zip(request.stream_keys, request.indices, strict=True)]
 
-    def _sample(self, epoch: int, name: Any, index: Any) -> Any:
-        seed_stream(self._seed, epoch, name)
+    def _sample(self, epoch: int, stream_key: Any, index: Any) -> Any:
+        seed_stream(self._seed, epoch, stream_key)
         return self.dataset[index]
 
 
-def draws_numbers(dataset: Any, collate: Callable[[Any], Any] | None) -> bool:
-    """Tell whether loading may draw random numbers; False only for what torch and Python have ready, which does not."""
+def uses_random_numbers(dataset: Any, collate: Callable[[Any], Any] | None) -> bool:
+    """Return whether loading may draw random numbers; False only for types of torch and Python that never do."""
     if collate not in (None, default_collate, pseudo_collate):
         return True
     kind = type(dataset)
     if kind is Subset:
-        return draws_numbers(dataset.dataset, None)
+        return uses_random_numbers(dataset.dataset, None)
     if kind is ConcatDataset:
-        return any(draws_numbers(part, None) for part in dataset.datasets)
+        return any(uses_random_numbers(part, None) for part in dataset.datasets)
     if kind is StackDataset:
         parts = dataset.datasets
-        return any(draws_numbers(part, None) for part in (parts.values() if isinstance(parts, dict) else parts))
+        return any(uses_random_numbers(part, None) for part in (parts.values() if isinstance(parts, dict) else parts))
     return kind not in (TensorDataset, Tensor, np.ndarray, list, tuple, range)
 
 
 def _loads_batches(dataset: Any) -> bool:
-    """Tell whether a dataset gains from being asked for a batch; a subset has the method and may gain nothing."""
+    """Return whether a dataset implements ``__getitems__``; a ``Subset`` always has it, so its dataset is checked."""
     while type(dataset) is Subset:
         dataset = dataset.dataset
     return callable(getattr(dataset, "__getitems__", None))
 
 
-# Takes the draws of datasets in the main process, in the place of NumPy's own.
-_numpy_stand_in = np.random.MT19937(0)
+# Replaces NumPy's global bit generator while a dataset loads samples in the main process.
+_numpy_bit_generator = np.random.MT19937(0)
 
 
 @contextmanager
-def isolate_cpu_rng(stand_in: np.random.MT19937 = _numpy_stand_in) -> Iterator[None]:
-    """Give back the states of the CPU's generators at the end, unless this is a worker, where nothing else draws.
+def isolate_cpu_rng(bit_generator: np.random.MT19937 = _numpy_bit_generator) -> Iterator[None]:
+    """Restore the state of the global CPU generators on exit. In a data worker, where nothing else uses them, do nothing.
 
-    NumPy draws from ``stand_in`` meanwhile.
+    Within the block, NumPy draws from ``bit_generator``.
     """
     if get_worker_info() is not None:
         yield
         return
     python, generator = random.getstate(), torch.default_generator.get_state()
-    # Reading and writing NumPy's state takes 160 us, exchanging the generator 2 us. All that it loses is the second of a
-    # pair of normal numbers, where np.random.randn was asked for one.
+    # Saving and restoring NumPy's state takes 160 us, replacing the bit generator 2 us. It loses only the second of a pair
+    # of normal numbers if np.random.randn returned one of them.
     numpy = get_bit_generator()
-    set_bit_generator(stand_in)
+    set_bit_generator(bit_generator)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Samples drawn by weight."""
+"""A sampler that draws samples by weight."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ __all__ = ["WeightedSampler"]
 
 @final
 class WeightedSampler(PositionedSampler):
-    """Samples in random order, each as often as its weight says, anew in every epoch.
+    """Draw samples in random order with probabilities proportional to their weights, independently in every epoch.
 
-    With replacement each place of an epoch is drawn for itself, so that samples may come several times or never; then
-    each time has random numbers of its own. Without replacement a sample comes at most once, and those of higher weight
-    tend to come first: the keys are those of Efraimidis and Spirakis (2006), "Weighted random sampling with a reservoir".
+    With replacement, each position of an epoch is drawn independently: a sample may occur several times, with different
+    random numbers each time, or not at all. Without replacement, a sample occurs at most once, and samples with higher
+    weights tend to come first (Efraimidis and Spirakis 2006, "Weighted random sampling with a reservoir").
 
     Args:
-        dataset: what is sampled.
-        weights: for each sample, not negative, of any sum; or the name of the dataset's attribute or method that has them.
-        num_samples: of an epoch over all ranks; as many as the dataset has where not given, or, without replacement, as
-            have a weight above 0.
-        replacement: see above.
-        seed: of the drawing, the same on every rank; 0 where not given.
-        round_up: see :class:`PositionedSampler`; so are ``rank`` and ``world_size``.
+        dataset: the dataset.
+        weights: one nonnegative weight per sample, with any sum; or the name of an attribute or method of the dataset.
+        num_samples: the number of samples per epoch over all ranks; by default the size of the dataset or, without
+            replacement, the number of samples with a positive weight.
+        replacement: whether to draw with replacement.
+        seed: the random seed, the same on every rank; 0 by default.
+        round_up: see :class:`PositionedSampler`, also for ``rank`` and ``world_size``.
 
     Raises:
-        ConfigValueError: if a weight is negative or not finite, all are 0, or more samples are wanted than there are.
-        ConfigTypeError: if the weights are no sequence of numbers.
+        ConfigValueError: if a weight is negative, NaN or infinite, all weights are 0, or ``num_samples`` is too large.
+        ConfigTypeError: if the weights are not a sequence of numbers.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class WeightedSampler(PositionedSampler):
         available = len(self._weights) if replacement else int(np.count_nonzero(self._weights))
         self._samples = available if num_samples is None else num_samples
         if self._samples < 1:
-            raise ConfigValueError(f"WeightedSampler: num_samples is {num_samples}; at least 1 is due.")
+            raise ConfigValueError(f"WeightedSampler: num_samples is {num_samples}; it must be at least 1.")
         if not replacement and self._samples > available:
             raise ConfigValueError(
-                f"WeightedSampler: {self._samples} samples are wanted without replacement, and {available} have a weight "
-                "above 0. Ask for fewer, or allow replacement."
+                f"WeightedSampler: cannot draw {self._samples} samples without replacement, because only {available} have a "
+                "positive weight. Reduce num_samples or set replacement=True."
             )
         self.repeats = replacement
         self._seed = seed or 0
@@ -76,17 +76,17 @@ class WeightedSampler(PositionedSampler):
 
     def _with_replacement(self, generator: torch.Generator) -> NDArray[np.int64]:
         ends = np.cumsum(self._weights)
-        places = torch.rand(self._samples, dtype=torch.float64, generator=generator).numpy() * ends[-1]
-        # To the right: a sample without weight ends where the one before it does, and is passed over. A place that
-        # rounding has put at the very end belongs to the last sample that has a weight.
+        positions = torch.rand(self._samples, dtype=torch.float64, generator=generator).numpy() * ends[-1]
+        # side="right" skips samples with weight 0, whose interval is empty. A position that is rounded to the end of the
+        # range belongs to the last sample with a positive weight.
         last = int(np.flatnonzero(self._weights)[-1])
-        order: NDArray[np.int64] = np.minimum(np.searchsorted(ends, places, side="right"), last)
+        order: NDArray[np.int64] = np.minimum(np.searchsorted(ends, positions, side="right"), last)
         return order
 
     def _without_replacement(self, generator: torch.Generator) -> NDArray[np.int64]:
         (weighted,) = np.nonzero(self._weights)
         uniform = torch.rand(len(self._weights), dtype=torch.float64, generator=generator).numpy()[weighted]
-        # The smallest waiting times of independent exponential clocks, whose rates are the weights.
+        # The smallest of independent exponential variables whose rates are the weights.
         waiting = -np.log1p(-uniform) / self._weights[weighted]
         order: NDArray[np.int64] = weighted[np.argsort(waiting, kind="stable")[: self._samples]]
         return order
@@ -96,12 +96,12 @@ def _checked(weights: NDArray[np.generic]) -> NDArray[np.float64]:
     try:
         numbers = weights.astype(np.float64)
     except ValueError as error:
-        raise ConfigValueError(f"WeightedSampler: a weight is no number: {error}.") from error
+        raise ConfigValueError(f"WeightedSampler: a weight is not a number: {error}.") from error
     bad = np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0)))
     if len(bad):
         raise ConfigValueError(
-            f"WeightedSampler: the weight of sample {bad[0]} is {numbers[bad[0]]}; a finite one of at least 0 is due."
+            f"WeightedSampler: the weight of sample {bad[0]} is {numbers[bad[0]]}; it must be finite and nonnegative."
         )
     if not numbers.any():
-        raise ConfigValueError(f"WeightedSampler: none of the {len(numbers)} weights is above 0: nothing can be drawn.")
+        raise ConfigValueError(f"WeightedSampler: all {len(numbers)} weights are 0.")
     return numbers

@@ -1,4 +1,4 @@
-"""End data workers when the process that started them exits or is gone."""
+"""End data workers when their parent process exits or is killed."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from typing import Any, Final, final
 
 __all__ = ["ParentPipe"]
 
-# Finalizers with a priority below 0 run after multiprocessing has ended its daemonic processes, and waited for them.
+# Finalizers with a negative priority run only after multiprocessing has terminated and joined its daemonic processes.
 _BEFORE_DAEMONS_END: Final = 0
 
 
 @final
 class ParentPipe:
-    """A pipe whose write end only this process holds: workers that read from it see its end when this process exits.
+    """A pipe whose write end only the parent process holds: workers that read from it get EOF when the parent exits.
 
-    A process has one pipe, which all lifelines share. At exit ``multiprocessing`` sends its daemonic processes SIGTERM and
-    waits for them without a limit; the pipe is closed just before that. The kernel closes it if the process is killed.
+    A process has one pipe, shared by all instances. At exit, ``multiprocessing`` sends SIGTERM to its daemonic processes and
+    joins them without a timeout; the pipe is closed just before. If the process is killed, the kernel closes it.
 
-    A worker gets the read end when it is forked, or with the lifeline's pickle when it is spawned.
+    A forked worker inherits the read end; a spawned worker receives it with the pickle of the instance.
     """
 
     def __init__(self) -> None:
         self._inherited: int | None = None
 
     def open(self) -> None:
-        """Make the pipe of this process if there is none yet. Call it before workers are started."""
+        """Create the pipe of this process if there is none. Call it before starting workers."""
         _pipe.open()
 
     def exit_with_parent(self) -> bool:
-        """Watch the parent's pipe from a thread that exits at its end; return whether there is a pipe to watch."""
+        """Exit this process at the EOF of the parent's pipe, from a thread; return whether there is such a pipe."""
         source = _pipe.inherited if self._inherited is None else self._inherited
         if source is None:
             return False
-        threading.Thread(target=_exit_at_end, args=(source,), name="stratagem-lifeline", daemon=True).start()
+        threading.Thread(target=_exit_at_eof, args=(source,), name="stratagem-parent-pipe", daemon=True).start()
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        # Other pickles, such as a copy of the loader, are for processes that have no part in the pipe.
-        starting = context.get_spawning_popen() is not None
-        return {"source": reduction.DupFd(_pipe.open()) if starting else None}
+        # Only a process that is being spawned can receive the descriptor; other pickles, such as copies of a loader, cannot.
+        spawning = context.get_spawning_popen() is not None
+        return {"source": reduction.DupFd(_pipe.open()) if spawning else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         source = state["source"]
@@ -52,7 +52,7 @@ class ParentPipe:
 
 
 class _Pipe:
-    """The pipe of this process, and the read end that it inherited from the process that forked it."""
+    """The pipe of this process, and the read end of its parent's pipe if it was forked."""
 
     def __init__(self) -> None:
         self.inherited: int | None = None
@@ -67,14 +67,14 @@ class _Pipe:
 
     def _close(self) -> None:
         ends, self._ends = self._ends or (), None
-        with suppress(ValueError):  # only the main thread may set a handler
-            # Torch's raises an error for each worker that is killed.
+        with suppress(ValueError):  # only the main thread may set signal handlers
+            # Torch's handler raises an error for each worker that is killed.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for end in ends:
             os.close(end)
 
     def after_fork_in_child(self) -> None:
-        """Keep the parent's read end alone: as long as anyone else has the write end, the pipe does not end."""
+        """Keep only the read end of the parent's pipe: readers get EOF once all copies of the write end are closed."""
         if self.inherited is not None:
             os.close(self.inherited)
         self.inherited = None
@@ -89,6 +89,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pipe.after_fork_in_child)
 
 
-def _exit_at_end(source: int) -> None:
+def _exit_at_eof(source: int) -> None:
     os.read(source, 1)
     os._exit(0)

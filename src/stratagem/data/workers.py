@@ -1,4 +1,4 @@
-"""What a data worker does first, and the error that names a worker that died."""
+"""Initialize data workers, and report workers that died."""
 
 from __future__ import annotations
 
@@ -18,64 +18,64 @@ from stratagem.errors import TrainingError
 
 __all__ = ["WorkerInit", "report_dead_workers", "start_workers"]
 
-# How torch tells of a worker that is gone.
-_DEAD = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
+# The message of torch's error about a dead worker.
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? (?P<pids>[\d, ]+)\) (?P<how>[^.]*)")
 
 
 @final
 class WorkerInit:
-    """The ``worker_init_fn`` of the loaders that are built here.
+    """The ``worker_init_fn`` of the data loaders that this package builds.
 
-    A worker leaves signals that reach every process, such as Ctrl-C or a scheduler's SIGTERM, to the main process, which
-    still needs its batches to complete a step and save. It ends when the main process exits or is gone.
+    Workers ignore signals that reach all processes, such as Ctrl-C or a scheduler's SIGTERM: the main process handles them
+    and still needs batches to complete the step and save. Workers exit when the main process exits or is killed.
 
     Args:
-        seed: of the streams of datasets that are iterated; samples by index have streams of their own.
-        rank: this process's.
-        then: is called at the end with the worker's number.
+        seed: the seed of the random streams of iterable datasets; map-style datasets have a stream per sample.
+        rank: the rank of this process.
+        user_init: called last, with the id of the worker.
     """
 
-    def __init__(self, seed: int, rank: int, then: Callable[[int], Any] | None = None) -> None:
-        self.then = then
+    def __init__(self, seed: int, rank: int, user_init: Callable[[int], Any] | None = None) -> None:
+        self.user_init = user_init
         self._epoch = 0
         self._seed = seed
         self._rank = rank
         self._parent_pipe = ParentPipe()
 
-    def begin(self, epoch: int) -> None:
-        """Prepare to start workers that seed their streams for this epoch."""
+    def prepare(self, epoch: int) -> None:
+        """Prepare to start workers for an epoch, which is a key of their random streams."""
         self._epoch = epoch
         self._parent_pipe.open()
 
     def __call__(self, worker: int) -> None:
-        """Set up worker number ``worker``, in its process."""
-        _leave_signals_to_parent(self._parent_pipe)
+        """Initialize a worker in its process."""
+        _ignore_signals(self._parent_pipe)
         seed_stream(self._seed, self._epoch, self._rank, worker)
         info = get_worker_info()
         if info is not None and isinstance(info.dataset, StreamedDataset):
-            # Functions that open files for the worker look for the dataset there. Torch refuses plain assignments.
+            # User functions expect their own dataset in the worker info. Its __setattr__ raises an error.
             object.__setattr__(info, "dataset", info.dataset.dataset)
-        if self.then is not None:
-            self.then(worker)
+        if self.user_init is not None:
+            self.user_init(worker)
 
 
 @final
 class _ChainedWorkerInit:
-    """The ``worker_init_fn`` of a loader that is used as it is: the loader's own, after signals were taken care of."""
+    """The ``worker_init_fn`` of other data loaders: set up signals, then call the loader's own function."""
 
-    def __init__(self, then: Callable[[int], Any] | None) -> None:
-        self._then = then
+    def __init__(self, user_init: Callable[[int], Any] | None) -> None:
+        self._user_init = user_init
         self._parent_pipe = ParentPipe()
         self._parent_pipe.open()
 
     def __call__(self, worker: int) -> None:
-        _leave_signals_to_parent(self._parent_pipe)
-        if self._then is not None:
-            self._then(worker)
+        _ignore_signals(self._parent_pipe)
+        if self._user_init is not None:
+            self._user_init(worker)
 
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Return ``iter(loader)``, whose workers leave signals to this process and end with it. The loader stays as it is."""
+    """Return ``iter(loader)`` with workers that ignore signals and exit with this process. The loader is not changed."""
     own = loader.worker_init_fn
     if isinstance(own, WorkerInit) or not loader.num_workers:
         batches = iter(loader)
@@ -86,39 +86,39 @@ def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
         finally:
             loader.worker_init_fn = own
     for worker in getattr(batches, "_workers", ()):
-        _kill_when_terminated(worker)
+        _terminate_with_sigkill(worker)
     return batches
 
 
-def _leave_signals_to_parent(parent_pipe: ParentPipe) -> None:
+def _ignore_signals(parent_pipe: ParentPipe) -> None:
     if not parent_pipe.exit_with_parent():
-        # Nothing but a signal would end the worker, so torch's handling of signals stays.
+        # Only a signal can end the worker, so keep torch's signal handlers.
         return
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_the_first)
+    signal.signal(signal.SIGTERM, _ignore_once)
 
 
-def _ignore_the_first(number: int, _: FrameType | None) -> None:
-    # A scheduler's SIGTERM comes to all processes at once, and the main process wants to complete its step.
+def _ignore_once(number: int, _: FrameType | None) -> None:
+    # A scheduler sends SIGTERM to all processes at once, but the main process still has to complete its step.
     signal.signal(number, signal.SIG_DFL)
 
 
-def _kill_when_terminated(worker: BaseProcess) -> None:
-    # It ignores the first SIGTERM. Torch terminates a worker that has not ended five seconds after it was told to, and
-    # multiprocessing all that live at exit.
-    started: Any = worker._popen  # type: ignore[attr-defined]  # where both look for it
-    started.terminate = started.kill
+def _terminate_with_sigkill(worker: BaseProcess) -> None:
+    # The worker ignores the first SIGTERM. Torch terminates workers that do not exit within five seconds of a request, and
+    # multiprocessing terminates all that are alive at exit. Both call terminate() of this object.
+    popen: Any = worker._popen  # type: ignore[attr-defined]
+    popen.terminate = popen.kill
 
 
 @contextmanager
 def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
-    """Turn torch's error about a dead data worker into one that says what to do.
+    """Replace torch's error about a dead data worker with one that suggests solutions.
 
-    It may come up anywhere in the main process: on most systems torch raises it as soon as the death is reported.
+    It may be raised anywhere in the main process, because torch raises it in a signal handler on most systems.
 
     Args:
-        workers: the processes in the order of their numbers, where they are known.
+        workers: the worker processes in order, if they are known.
 
     Raises:
         TrainingError: if a worker died.
@@ -126,19 +126,19 @@ def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        told = None if isinstance(error, TrainingError) else _DEAD.search(str(error))
-        if told is None:
+        match = None if isinstance(error, TrainingError) else _DEAD_WORKER.search(str(error))
+        if match is None:
             raise
         dead = [_describe_worker_exit(number, process) for number, process in enumerate(workers) if process.exitcode]
-        what = "; ".join(dead) or f"The data worker with process id {told['pids']} {told['how'].strip()}"
+        what = "; ".join(dead) or f"The data worker with process id {match['pids']} {match['how'].strip()}"
         raise TrainingError(
-            f"{what}. If the system ended it because memory ran out (its log says so), take fewer num_workers, a smaller "
-            "prefetch_factor, or give the container more shared memory (/dev/shm). With num_workers=0 the samples are "
-            "loaded in the main process, whose error shows where it happens."
+            f"{what}. If the kernel log reports that it was out of memory, reduce num_workers or prefetch_factor, or give the "
+            "container more shared memory (/dev/shm). With num_workers=0, samples are loaded in the main process, and an "
+            "error there has a traceback."
         ) from error
 
 
 def _describe_worker_exit(number: int, process: BaseProcess) -> str:
     code = process.exitcode or 0
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
     return f"Data worker {number} (process id {process.pid}) {how}"
