@@ -93,5 +93,5 @@ def test_each_sample_needs_one_weight() -> None:
         WeightedSampler([1], "heavy")
     with pytest.raises(ConfigTypeError, match=r"shape \(1, 2\)"):
         WeightedSampler([1], [[1.0, 2.0]])
-    with pytest.raises(ConfigTypeError, match="one plain value for each sample"):
+    with pytest.raises(ConfigTypeError, match="one value per sample"):
         WeightedSampler([1, 2], [[1.0, 2.0], [3.0]])

@@ -200,7 +200,7 @@ def test_a_hanging_worker_is_killed_when_its_loader_is_deleted(tmp_path: Path) -
 def test_a_copied_or_pickled_worker_function_works(make_copy: Callable[[Any], Any]) -> None:
     """A worker function that was copied or pickled works without the pipe."""
     start = make_copy(build([1, 2, 3]).loader.worker_init_fn)
-    start.begin(0)
+    start.prepare(0)
     loader = DataLoader([1, 2, 3], num_workers=1, collate_fn=list, worker_init_fn=start)
     assert list(loader) == [[1], [2], [3]]
 
@@ -228,7 +228,7 @@ def test_an_exited_worker_is_reported_with_its_exit_code() -> None:
 
 def test_an_asynchronous_worker_failure_is_reported() -> None:
     """A worker failure that torch reports asynchronously is converted to a TrainingError."""
-    message = "worker with process id 12 is killed by signal: Killed. If the system"
+    message = "worker with process id 12 is killed by signal: Killed. If the kernel log"
     with pytest.raises(TrainingError, match=message), report_dead_workers():
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. ")
 

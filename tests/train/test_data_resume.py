@@ -214,7 +214,7 @@ def test_inexact_resuming_warns_once_before_training(
     cases = {
         "Bare is a stream without state_dict": loader(dataset=Bare()),
         "each of num_workers=2 workers iterates over a copy": loader(dataset=Numbers(), num_workers=2),
-        "that of its own loader or sampler": loader(sampler=[1, 2, 3, 4]),
+        "has a custom loader or sampler": loader(sampler=[1, 2, 3, 4]),
     }
     for words, data in cases.items():
         assert warnings_of(make_runner, capfd, data).count(words) == 1
