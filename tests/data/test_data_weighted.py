@@ -76,7 +76,11 @@ def test_an_epoch_may_be_smaller_than_the_dataset() -> None:
         ([0.0, 0.0], {}, "all 2 weights are 0"),
         (["heavy"], {}, "a weight is not a number"),
         ([1.0], {"num_samples": 0}, "num_samples is 0"),
-        ([1.0, 0.0], {"num_samples": 2, "replacement": False}, "cannot draw 2 samples without replacement, because only 1 have"),
+        (
+            [1.0, 0.0],
+            {"num_samples": 2, "replacement": False},
+            "cannot draw 2 samples without replacement, because only 1 have",
+        ),
     ],
 )
 def test_invalid_weights_are_rejected(weights: Any, options: Any, message: str) -> None:
