@@ -288,8 +288,8 @@ def test_a_later_generation_is_greater_regardless_of_the_clock() -> None:
     ahead = Generation("a", 1 << 62, "ffffffff")
     later = Generation.after("a", [ahead])
     assert later > ahead
-    assert Generation.parse(later.folder) == later
-    assert later.folder > ahead.folder
+    assert Generation.parse(later.folder_name) == later
+    assert later.folder_name > ahead.folder_name
     assert Generation.parse("a.g-12-34") is None
 
 

@@ -75,7 +75,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
     previous = [generation for generation in existing if generation.name == name]
     # Later than generations of all names, so that publications in a folder are ordered without a clock.
     generation = Generation.after(name, existing)
-    target = folder.folder(generation.folder)
+    target = folder.subfolder(generation.folder_name)
     try:
         record = _upload(local, target, metadata or {})
     except Exception as error:
@@ -87,7 +87,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
         try:
             _remove(folder, old)
         except Exception as error:  # noqa: BLE001 -- the new generation is safe; the class depends on the file system
-            logger.warning("Could not remove %s/%s, which is superseded: %s", folder.masked_url, old.folder, error)
+            logger.warning("Could not remove %s/%s, which is superseded: %s", folder.masked_url, old.folder_name, error)
             break  # or an older generation could outlive a newer one
     return _describe(folder, generation, record)
 
@@ -113,8 +113,8 @@ def fetch_published(url: str, cache: Path) -> Path:
         if not found:
             raise CheckpointNotFoundError(f"{folder.masked_url}/{name}: nothing is published under this name.")
         ((generation, record),) = found
-        source = folder.folder(generation.folder)
-        copy_folder = cache / f"{hashlib.sha256(source.masked_url.encode()).hexdigest()[:12]}-{generation.folder}"
+        source = folder.subfolder(generation.folder_name)
+        copy_folder = cache / f"{hashlib.sha256(source.masked_url.encode()).hexdigest()[:12]}-{generation.folder_name}"
         copy = copy_folder / name
         try:
             if not _is_complete(copy, record):
@@ -146,7 +146,7 @@ def clean_unpublished(url: str) -> list[str]:
     unpublished = [generation for generation in sorted(_generations(folder)) if generation not in published]
     for generation in unpublished:
         _remove(folder, generation)
-    return [generation.folder for generation in unpublished]
+    return [generation.folder_name for generation in unpublished]
 
 
 def _generations(folder: RemoteFolder) -> list[Generation]:
@@ -159,7 +159,9 @@ def _newest(folder: RemoteFolder) -> Iterator[tuple[Generation, PublicationRecor
     for generation in sorted(_generations(folder), reverse=True):
         if generation.name in latest:
             continue
-        record = PublicationRecord.parse(folder.folder(generation.folder).read(RECORD, _MAX_RECORD_BYTES) or b"")
+        record = PublicationRecord.parse(
+            folder.subfolder(generation.folder_name).read(RECORD, _MAX_RECORD_BYTES) or b""
+        )
         if record is not None:
             latest[generation.name] = generation, record
     yield from sorted(latest.values(), key=lambda found: found[0].stamp)
@@ -239,11 +241,11 @@ def _matches(file: Path, expected: StoredFile) -> bool:
 
 def _remove(folder: RemoteFolder, generation: Generation) -> None:
     """Remove one generation, starting with its record, so that it is ignored from then on."""
-    folder = folder.folder(generation.folder)
-    folder.remove(RECORD)
-    for path in folder.paths():
-        folder.remove(path)
-    folder.remove_empty_folders()
+    generation_folder = folder.subfolder(generation.folder_name)
+    generation_folder.remove(RECORD)
+    for path in generation_folder.paths():
+        generation_folder.remove(path)
+    generation_folder.remove_empty_folders()
 
 
 def _describe(folder: RemoteFolder, generation: Generation, record: PublicationRecord) -> Published:

@@ -48,7 +48,7 @@ class Generation:
         return cls(match["name"], int(match["stamp"], 16), match["tag"]) if match else None
 
     @property
-    def folder(self) -> str:
+    def folder_name(self) -> str:
         """The name of the folder."""
         return f"{self.name}.g-{self.stamp:016x}-{self.tag}"
 

@@ -73,7 +73,7 @@ class RemoteFolder:
             raise CheckpointError(f"fsspec cannot open {mask_text(url)}: {error}.") from error
         return cls(system, path, url)
 
-    def folder(self, name: str) -> Self:
+    def subfolder(self, name: str) -> Self:
         """Return a subfolder."""
         return type(self)(self._system, self._join(name), f"{self.url}/{name}")
 

@@ -1,4 +1,4 @@
-"""Decide which checkpoints of a run are kept, and remove the unlisted."""
+"""Decide which checkpoints of a run are kept, and remove the others."""
 
 from __future__ import annotations
 

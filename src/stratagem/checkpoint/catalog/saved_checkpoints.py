@@ -35,7 +35,7 @@ def checkpoints_of_run(run_id: str, folder: Path) -> list[SavedCheckpoint]:
 def checkpoints_by_run(folder: Path) -> dict[str, list[SavedCheckpoint]]:
     """Return the checkpoints in a folder by run id, oldest first.
 
-    Unreadable checkpoints are left out. See :func:`~stratagem.checkpoint.catalog.order.oldest_first` for the order.
+    Unreadable checkpoints are omitted. See :func:`~stratagem.checkpoint.catalog.order.oldest_first` for the order.
     """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")] if folder.is_dir() else []
     found = [each for entry in entries if (each := inspect_checkpoint(entry)) is not None and _can_be_removed(each)]
@@ -54,6 +54,6 @@ def checkpoints_by_run(folder: Path) -> dict[str, list[SavedCheckpoint]]:
     return by_run
 
 
-def _can_be_removed(candidate: CheckpointInfo) -> bool:
+def _can_be_removed(info: CheckpointInfo) -> bool:
     # A folder in DeepSpeed's format has no manifest, so the files that belong to it are unknown.
-    return not candidate.path.is_dir() or (candidate.path / MANIFEST).is_file()
+    return not info.path.is_dir() or (info.path / MANIFEST).is_file()

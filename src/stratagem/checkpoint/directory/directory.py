@@ -97,8 +97,8 @@ class DirectoryFormat:
     ) -> StateTree:
         """Read the state tree, or only some of its top-level parts.
 
-        CPU tensors are memory-mapped: unused ones are not read, and writing to a tensor does not change the file. The
-        ranks of ``rank_group`` divide the verification among them. Collective over ``rank_group``.
+        CPU tensors are memory-mapped: unused ones are not read, and writing to a tensor does not change the file.
+        Collective over ``rank_group``; each rank verifies a share of the data.
 
         Args:
             path: the checkpoint directory.

@@ -80,15 +80,15 @@ class ColossalAIFolder:
 
 
 def _optimizer(
-    index: Path, device: torch.device | str, stratagem_parts: Mapping[str, Any] | None, names: Sequence[str] | None
+    index: Path, device: torch.device | str, named_state: Mapping[str, Any] | None, names: Sequence[str] | None
 ) -> dict[str, Any]:
     """Return the optimizer state, keyed by name if ``names`` are known, else by index as in torch."""
     state: dict[int, Any] = {}
     for name in shards_of(index):
         state.update(read_torch_file(index.parent / name, device))
-    if stratagem_parts is None or names is None:
+    if named_state is None or names is None:
         return {"state": state, "param_groups": _read(index.parent / _group_file(index), device)}
-    return {**stratagem_parts, "state": {names[number]: slots for number, slots in state.items()}}
+    return {**named_state, "state": {names[number]: slots for number, slots in state.items()}}
 
 
 def _group_file(index: Path) -> str:

@@ -119,7 +119,7 @@ def _rank_files(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 # The optimizer's implementation is chosen again on resume.
-_NOT_OPTIONS: Final = frozenset({"params", "fused", "foreach"})
+_EXCLUDED_OPTIONS: Final = frozenset({"params", "fused", "foreach"})
 
 
 @final
@@ -228,7 +228,7 @@ class _DeepSpeedFiles:
 
     def _master_weights(self) -> dict[str, Tensor]:
         if not self._states:
-            return self._stage0_masters()
+            return self._stage0_master_weights()
         key = "fp32_flat_groups" if self._is_stage3 else "single_partition_of_fp32_groups"
         flat_tensors = [self._part(rank, key) for rank in range(len(self._states))]
         found: dict[str, Tensor] = {}
@@ -236,17 +236,17 @@ class _DeepSpeedFiles:
             found.update(partition.gather([each[index].detach() for each in flat_tensors]))
         return found
 
-    def _stage0_masters(self) -> dict[str, Tensor]:
-        """Return the numbered 16-bit-training master weights of stage 0 by name, if their names can be determined."""
+    def _stage0_master_weights(self) -> dict[str, Tensor]:
+        """Return the master weights of stage 0 by name; empty if their names cannot be determined from their order."""
         state = self._value(self._first, "optimizer")
         groups = (state.get("fp32_groups") if isinstance(state, Mapping) else None) or []
         master_weights = [master_weight.detach() for group in groups for master_weight in group]
         names = self.client_state_parts().get("optimizer", {}).get("trained") or self._parameters_in_order()
         module = self._value(self._first, "module")
-        alike = len(names) == len(master_weights) and all(
+        matches = len(names) == len(master_weights) and all(
             module[name].shape == master_weight.shape for name, master_weight in zip(names, master_weights, strict=True)
         )
-        return dict(zip(names, master_weights, strict=True)) if alike else {}
+        return dict(zip(names, master_weights, strict=True)) if matches else {}
 
     def _parameters_in_order(self) -> list[str]:
         buffers = set(self._value(self._first, "buffer_names") or ())
@@ -268,8 +268,8 @@ class _DeepSpeedFiles:
         for key, first in states[0].items():
             elementwise = isinstance(first, Tensor) and first.ndim == 1 and key not in _PER_TENSOR_STATE
             if elementwise:
-                for name, gather in partition.gather([each[key] for each in states]):
-                    slots.setdefault(name, {})[key] = gather
+                for name, tensor in partition.gather([each[key] for each in states]):
+                    slots.setdefault(name, {})[key] = tensor
             else:
                 for name in partition.shapes:
                     slots.setdefault(name, {})[key] = first
@@ -279,9 +279,9 @@ class _DeepSpeedFiles:
         names = [name for index in group["params"] for name in partitions[index].shapes]
         frozen = self._value(self._first, "frozen_param_shapes") or {}
         if len(self._base(0)["param_groups"]) == 1:
-            # Other programs keep frozen parameters in its only group.
+            # As in other strategies, frozen parameters belong to the group if it is the only one.
             names += [name for name in frozen if name not in names]
-        return {**{key: value for key, value in group.items() if key not in _NOT_OPTIONS}, "params": names}
+        return {**{key: value for key, value in group.items() if key not in _EXCLUDED_OPTIONS}, "params": names}
 
     def _counts(self) -> dict[str, int]:
         steps, skipped = (self._value(self._first, key) or 0 for key in ("global_steps", "skipped_steps"))

@@ -51,7 +51,7 @@ class SingleFileFormat:
         gathered = [gather_tensor(tensor, rank_group) for tensor in tensors.values()]
 
         def write(tensors: Sequence[Tensor], path: Path, rank_group: RankGroup) -> None:
-            on_cpu = (content.to("cpu") for content in tensors)
+            on_cpu = (tensor.to("cpu") for tensor in tensors)
             rank_group.run_on_rank0(
                 lambda: _write(unflatten_tree(dict(zip(names, on_cpu, strict=True)), skeleton), path)
             )
@@ -91,7 +91,7 @@ class SingleFileFormat:
 
 
 def read_meta(path: Path) -> tuple[Mapping[str, Any], frozenset[str]]:
-    """Return the ``meta`` of a file, empty if it has none, and the names of its parts, without reading checkpoint.
+    """Return the ``meta`` of a file, empty if it has none, and the names of its parts, without reading tensors.
 
     Raises:
         CheckpointError: (or a subclass) if the file cannot be read; see :meth:`SingleFileFormat.load`.

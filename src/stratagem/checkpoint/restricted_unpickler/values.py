@@ -80,7 +80,7 @@ class ValueBuilder:
         if not isinstance(node, PickledObject | PickledGlobal | PersistentId | dict | list | tuple | set | frozenset):
             return node
         if isinstance(node, PickledGlobal):
-            return self._name(node, where)
+            return self._global(node, where)
         built = self._built.get(id(node))
         if built is not None:
             return built[1]
@@ -129,7 +129,7 @@ class ValueBuilder:
                 raise CheckpointDamagedError(f"{where} has a {type(name).__name__} as a key.")
             yield name, self._build(value, f"{where}/{printable(name)}")
 
-    def _name(self, node: PickledGlobal, where: str) -> Any:
+    def _global(self, node: PickledGlobal, where: str) -> Any:
         if str(node) in DTYPES:
             return DTYPES[str(node)]
         raise UnsupportedObjectError(f"{where} is {printable(str(node))}, a class or function, which is not imported.")

@@ -14,9 +14,9 @@ __all__ = ["gather_tensor", "gather_tree"]
 
 
 def gather_tree(tree: StateTree, rank_group: RankGroup) -> StateTree:
-    """Return the tree with unsharded CPU tensors on the first rank; other ranks get empty tensors for sharded ones.
+    """Return the tree on the first rank with all tensors unsharded and on the CPU.
 
-    Collective over ``rank_group``: sharded tensors are gathered one at a time.
+    Collective over ``rank_group``: sharded tensors are gathered one at a time. On other ranks they are empty in the result.
 
     Raises:
         CheckpointError: if a value has a type that checkpoints do not support.

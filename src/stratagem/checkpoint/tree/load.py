@@ -277,7 +277,7 @@ def _may_rename_keys(model: nn.Module) -> bool:
 
 
 def weights_to_cpu(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a detached copy of a state dict with all tensors on the CPU; CPU tensors are not copied."""
+    """Return a state dict with all tensors detached and on the CPU; tensors that are already there are not copied."""
     cpu = {key: _to_cpu(value) for key, value in state.items()}
     return with_versions(cpu, module_versions(state))
 

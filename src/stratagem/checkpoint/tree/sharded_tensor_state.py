@@ -80,7 +80,7 @@ class ShardedTensorState:
         return full
 
     def to_cpu(self) -> ShardedTensorState:
-        """Return the same state with shards on the CPU; CPU tensors are not copied."""
+        """Return the same state with its shards on the CPU; shards that are already there are not copied."""
         return ShardedTensorState(self.dtype, self.shape, {box: shard.cpu() for box, shard in self.shards.items()})
 
     def __repr__(self) -> str:
