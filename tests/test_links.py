@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,12 +42,8 @@ def broken_links(file: Path) -> Iterator[str]:
 
 
 def markdown_files() -> list[Path]:
-    """Return all Markdown files under version control."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.md"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [ROOT / name for name in listed.stdout.split()]
+    """Return all Markdown files of the repository."""
+    return [*ROOT.glob("*.md"), *(file for name in ("docs", "examples", "tests") for file in (ROOT / name).rglob("*.md"))]
 
 
 def test_local_links_resolve() -> None:
