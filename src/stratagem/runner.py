@@ -24,8 +24,9 @@ from stratagem.strategies.setup.building import with_preprocessor
 from stratagem.strategies.setup.same_config_check import require_one_config
 from stratagem.train import Hook, Run
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
+from stratagem.train.resume.preemption import save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
-from stratagem.train.resume.session_record import end_interrupted, is_complete, session_record
+from stratagem.train.resume.session_record import is_complete, session_record
 from stratagem.train.resume.source import ResumeSource, restore_data_position
 from stratagem.utils.secrets.values import allow_in_texts
 
@@ -266,7 +267,7 @@ class Runner:
                     with report_dead_workers():
                         self._train_to_the_end(loop)
                 if self.interrupted is not None:
-                    end_interrupted(run, begin, requeue=self._requeue)
+                    save_interrupted(run, begin, requeue=self._requeue)
             run.events.call("after_run", run)
         run.interrupt.raise_heard()
         return self.strategy.model

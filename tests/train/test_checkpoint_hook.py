@@ -101,7 +101,8 @@ def test_load_from_loads_the_weights_and_starts_a_new_run(make_runner: MakeRunne
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"), [({"save_begin": -1}, "save_begin is -1"), ({"filename_tmpl": "last.pth"}, "needs a {}")]
+    ("arguments", "text"),
+    [({"save_begin": -1}, "expected save_begin >= 0, got -1"), ({"filename_tmpl": "last.pth"}, "needs a {}")],
 )
 def test_wrong_arguments_are_refused(arguments: dict, text: str):
     """For example, with a name without a number each checkpoint would overwrite the previous one."""

@@ -20,7 +20,7 @@ from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, read_manifest
 from stratagem.errors import CheckpointError, ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.train import BaseMetric, CheckpointHook
-from stratagem.train.hooks.best_scores import BestScores, greater_is_better
+from stratagem.train.hooks.best_scores import BestScores, infer_rule
 
 MakeRunner = Callable[..., Runner]
 
@@ -175,15 +175,15 @@ def test_the_rule_decides_which_score_is_better(
     ("metric", "greater"),
     [("acc", True), ("coco/bbox_mAP", True), ("top1", True), ("ACCURACY", True), ("loss", False), ("val_loss", False)],
 )
-def test_the_rule_is_inferred_from_the_name(metric: str, *, greater: bool):
-    """The rule is inferred from any part of the metric's name, regardless of case."""
-    assert greater_is_better(metric) is greater
+def test_names_tell_the_rule(metric: str, *, greater: bool):
+    """Capitals do not matter, and part of the name is enough."""
+    assert infer_rule(metric) == ("greater" if greater else "less")
 
 
-def test_an_exact_name_takes_precedence_over_a_part_of_it():
-    """An exact match takes precedence, so 'acc_loss' is a loss if it is listed among the ``less_keys``."""
-    assert not greater_is_better("acc_loss", ["acc"], ["acc_loss"])
-    assert greater_is_better("acc_loss", ["acc"], ["loss"])
+def test_the_same_name_counts_before_a_part_of_it():
+    """'acc_loss' is a loss where the keys say so."""
+    assert infer_rule("acc_loss", ["acc"], ["acc_loss"]) == "less"
+    assert infer_rule("acc_loss", ["acc"], ["loss"]) == "greater"
 
 
 def test_the_best_survives_a_resume(make_runner: MakeRunner):
@@ -215,9 +215,9 @@ def test_validation_outside_of_training_saves_nothing(make_runner: MakeRunner):
 @pytest.mark.parametrize(
     ("hook", "name", "value", "error", "text"),
     [
-        ({"save_best": "accuracy"}, "acc", 0.5, ConfigKeyError, r"no such metric.*acc"),
+        ({"save_best": "accuracy"}, "acc", 0.5, ConfigKeyError, r"did not return this metric.*acc"),
         ({"save_best": "auto"}, "F1", 0.5, ConfigValueError, r"rule='greater' or rule='less'"),
-        ({"save_best": "acc"}, "acc", [0.5], ConfigTypeError, r"a list, not a number"),
+        ({"save_best": "acc"}, "acc", [0.5], ConfigTypeError, r"a list; expected a number"),
     ],
 )
 def test_a_metric_that_cannot_be_compared_is_refused(
@@ -231,15 +231,15 @@ def test_a_metric_that_cannot_be_compared_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"max_keep_ckpts": 0}, ConfigValueError, "max_keep_ckpts is 0"),
-        ({"keep_every": 0}, ConfigValueError, "keep_every is 0"),
-        ({"every_minutes": -1}, ConfigValueError, "every_minutes is -1"),
-        ({"save_best": "acc", "keep_best": 0}, ConfigValueError, "keep_best is 0"),
+        ({"max_keep_ckpts": 0}, ConfigValueError, "expected max_keep_ckpts >= 1, or -1 to keep all, got 0"),
+        ({"keep_every": 0}, ConfigValueError, "expected keep_every > 0, got 0"),
+        ({"every_minutes": -1}, ConfigValueError, "expected every_minutes > 0, got -1"),
+        ({"save_best": "acc", "keep_best": 0}, ConfigValueError, "expected keep_best > 0, got 0"),
         ({"save_best": "acc", "rule": "grater"}, ConfigKeyError, "grater.*greater"),
         ({"save_best": ["acc", "loss"], "rule": ["greater"]}, ConfigValueError, "1 rules for 2 metrics"),
-        ({"save_best": ["auto", "acc"]}, ConfigValueError, "stands alone"),
+        ({"save_best": ["auto", "acc"]}, ConfigValueError, "cannot be combined with other names"),
         ({"save_best": "F1"}, ConfigValueError, "'F1'.*rule="),
-        ({"rule": "less"}, ConfigValueError, "speak of save_best"),
+        ({"rule": "less"}, ConfigValueError, "need save_best"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, error: type[Exception], text: str):
@@ -251,7 +251,7 @@ def test_wrong_arguments_are_refused(arguments: dict, error: type[Exception], te
 def test_only_the_best_scores_are_kept():
     """Only the best ``count`` scores are kept."""
     scores = BestScores("acc", count=2)
-    assert [bool(scores.enter({"acc": score}, number)) for number, score in enumerate((3.0, 1.0, 2.0, 0.5))] == [
+    assert [bool(scores.update({"acc": score}, number)) for number, score in enumerate((3.0, 1.0, 2.0, 0.5))] == [
         True, True, True, False,
     ]  # fmt: skip
     assert scores.state_dict() == {"scores": {"acc": {0: 3.0, 2: 2.0}}}

@@ -81,7 +81,7 @@ def test_a_missing_metric(make_runner: MakeRunner, strict: bool, error: Any):
     if error is None:
         assert epochs_trained(make_runner, [1.0, 2.0], monitor="los", rule="less", strict=strict) == 2
         return
-    with pytest.raises(error, match="'los' is not there. Did you mean 'loss'"):
+    with pytest.raises(error, match="'los' is missing. Did you mean 'loss'"):
         epochs_trained(make_runner, [1.0, 2.0], monitor="los", rule="less", strict=strict)
 
 
@@ -92,17 +92,17 @@ def test_the_rule_is_inferred_from_known_names(make_runner: MakeRunner, name: st
     """The name is matched in any case and at any position."""
     hook, told = EarlyStoppingHook(name), EarlyStoppingHook(name, rule)
     for value in (1.0, 2.0, 3.0, 1.0):
-        assert hook._reason(value) == told._reason(value)
+        assert hook._update(value) == told._update(value)
         assert hook.state_dict() == told.state_dict()
 
 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"monitor": "perplexity"}, "'perplexity' does not tell which values are better"),
+        ({"monitor": "perplexity"}, "from the name 'perplexity' whether greater or smaller"),
         ({"monitor": "loss", "rule": "lesser"}, "Did you mean 'less'"),
-        ({"monitor": "loss", "patience": 0}, "patience is 0"),
-        ({"monitor": "loss", "min_delta": -1.0}, "min_delta is -1.0"),
+        ({"monitor": "loss", "patience": 0}, "expected patience to be an integer >= 1, got 0"),
+        ({"monitor": "loss", "min_delta": -1.0}, "expected min_delta >= 0, got -1.0"),
     ],
 )
 def test_invalid_arguments_are_refused(options: dict[str, Any], text: str):

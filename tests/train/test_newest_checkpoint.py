@@ -431,10 +431,10 @@ def test_a_run_that_saves_to_another_directory_resumes_without_the_pointer(make_
 @pytest.mark.parametrize(
     ("template", "text"),
     [
-        ("latest.pth", "names every checkpoint alike"),
-        ("{epoch}.pth", "cannot be filled with a number: KeyError"),
-        ("{:q}", "cannot be filled with a number: ValueError"),
-        ("epochs/{}.pth", "has a folder in it.*out_dir"),
+        ("latest.pth", "gives every checkpoint the same name"),
+        ("{epoch}.pth", "cannot be formatted with a number: KeyError"),
+        ("{:q}", "cannot be formatted with a number: ValueError"),
+        ("epochs/{}.pth", "contains a folder.*out_dir"),
         (".e_{}", "hidden names"),
     ],
 )

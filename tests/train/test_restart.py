@@ -9,8 +9,8 @@ import pytest
 from manifests import change_manifest
 from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import ProcessIdentity
+from stratagem.train.resume.preemption import requeue_job
 from stratagem.train.resume.relaunch import LaunchIdentity, find_restart_checkpoint
-from stratagem.train.resume.slurm_requeue import requeue_job
 
 # A logger outside the package, because earlier tests may have reconfigured the package's loggers.
 LOGGER = logging.getLogger("test-of-restarts")
@@ -117,7 +117,7 @@ def test_an_unreadable_record_is_ignored(folder: Path, text: str):
 @pytest.mark.parametrize(
     ("environ", "script", "said"),
     [
-        ({}, None, "belongs to no SLURM job"),
+        ({}, None, "does not run in a SLURM job"),
         ({"SLURM_JOB_ID": "7"}, None, "scontrol is not on the PATH"),
         ({"SLURM_JOB_ID": "7"}, "echo Job is pending >&2; exit 1", "failed with status 1: Job is pending"),
     ],

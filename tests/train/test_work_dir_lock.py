@@ -1,4 +1,4 @@
-"""A work directory is locked by one training at a time."""
+"""Tests of the locks of work directories."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOGGER = logging.getLogger("lock")
 HEARTBEAT_S = 0.05
 NAME = ".training.json"
 
-# A process that locks the folder, reports it, and keeps the lock until it is killed.
+# A process that locks a folder, prints a line, and holds the lock until it is killed.
 HOLDER = """
 import logging, sys, time
 from pathlib import Path
@@ -36,16 +36,16 @@ with work_dir_lock(Path(sys.argv[1]), logging.getLogger()):
 
 
 def held_by(folder: Path, **changes: Any) -> None:
-    """Leave a lock file of a different process in a folder."""
+    """Write the lock file of another process into a folder."""
     with work_dir_lock(folder, LOGGER):
-        said = json.loads((folder / NAME).read_text())
-    (folder / NAME).write_text(json.dumps({**said, **changes}))
+        owner = json.loads((folder / NAME).read_text())
+    (folder / NAME).write_text(json.dumps({**owner, **changes}))
 
 
-def test_a_locked_folder_is_rejected(tmp_path: Path):
-    """The error for a locked folder names the owner and a fix; the lock is removed afterwards."""
+def test_a_folder_that_is_held_is_refused(tmp_path: Path):
+    """The error names the owner and what to do; after the context, the lock file is gone."""
     with work_dir_lock(tmp_path, LOGGER):
-        with pytest.raises(WorkDirError, match=r"another training has this folder: this process itself.*--work-dir"):
+        with pytest.raises(WorkDirError, match=r"is locked by another training: this process\..*--work-dir"):
             work_dir_lock(tmp_path, LOGGER).__enter__()
         assert (tmp_path / NAME).is_file()
     assert list(tmp_path.iterdir()) == []
@@ -54,8 +54,8 @@ def test_a_locked_folder_is_rejected(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_second_process_is_rejected_while_the_first_is_running(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """A second process is rejected until the first is killed; it then takes over the folder with a log line."""
+def test_a_second_process_is_refused_while_the_first_lives(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A second process cannot lock the folder until the first is killed; then it takes the lock over with a warning."""
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout is not None
@@ -66,53 +66,55 @@ def test_a_second_process_is_rejected_while_the_first_is_running(tmp_path: Path,
             holder.kill()
     with work_dir_lock(tmp_path, LOGGER):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
-    assert f"took over the folder from process {holder.pid}" in caplog.text
+    assert f"took over the lock of process {holder.pid}" in caplog.text
 
 
-def test_a_reused_pid_does_not_hold_the_lock(tmp_path: Path):
-    """A lock of an earlier process with the same PID, as in restarted containers, is taken over."""
+def test_a_reused_pid_is_not_the_owner(tmp_path: Path):
+    """In a container, a restarted run often has the same PID as the killed one; the start time differs."""
     held_by(tmp_path, started="1")
     with work_dir_lock(tmp_path, LOGGER):
         pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
-def test_an_invalid_lock_file_is_taken_over(tmp_path: Path, text: str):
-    """An invalid lock file, as of a process that was killed immediately, is taken over."""
+def test_an_invalid_lock_file_is_ignored(tmp_path: Path, text: str):
+    """A process that is killed right after creating the file leaves it empty."""
     (tmp_path / NAME).write_text(text)
     with work_dir_lock(tmp_path, LOGGER):
         assert json.loads((tmp_path / NAME).read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_of_a_different_host_without_heartbeats_is_taken_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """The lock of a different host without heartbeats, as after a node failure, is taken over."""
+def test_an_owner_on_another_machine_without_heartbeats_is_considered_dead(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """After the loss of a node, a run restarted on another node waits some heartbeat intervals and takes the lock over."""
     held_by(tmp_path, place="elsewhere", host="node7", pid=12)
     with work_dir_lock(tmp_path, LOGGER, heartbeat_s=HEARTBEAT_S):
         pass
-    assert "took over the folder from process 12 on node7" in caplog.text
+    assert "took over the lock of process 12 on node7" in caplog.text
 
 
-def test_a_lock_of_a_different_host_with_heartbeats_is_respected(tmp_path: Path):
-    """The lock of a different host with heartbeats is respected."""
+def test_an_owner_on_another_machine_with_heartbeats_keeps_the_lock(tmp_path: Path):
+    """A changing modification time shows that the owner is alive."""
     held_by(tmp_path, place="elsewhere", host="node7", pid=12)
-    over = threading.Event()
+    stop = threading.Event()
 
-    def beat() -> None:
-        while not over.wait(HEARTBEAT_S):
+    def send_heartbeats() -> None:
+        while not stop.wait(HEARTBEAT_S):
             os.utime(tmp_path / NAME)
 
-    beats = threading.Thread(target=beat)
-    beats.start()
+    heartbeats = threading.Thread(target=send_heartbeats)
+    heartbeats.start()
     try:
         with pytest.raises(WorkDirError, match=r"process 12 on node7.*remove .*training\.json"):
             work_dir_lock(tmp_path, LOGGER, heartbeat_s=HEARTBEAT_S).__enter__()
     finally:
-        over.set()
-        beats.join()
+        stop.set()
+        heartbeats.join()
 
 
-def test_the_owner_of_a_lock_sends_heartbeats(tmp_path: Path):
-    """The owner of a lock updates the modification time of its file."""
+def test_the_owner_sends_heartbeats(tmp_path: Path):
+    """The modification time of the lock file is updated."""
     with work_dir_lock(tmp_path, LOGGER, heartbeat_s=0.01):
         os.utime(tmp_path / NAME, (0, 0))
         deadline = threading.Event()
@@ -121,7 +123,7 @@ def test_the_owner_of_a_lock_sends_heartbeats(tmp_path: Path):
 
 
 class Inside(Hook):
-    """A hook that starts a second training in the same folder."""
+    """Trains in the same folder within a training."""
 
     def __init__(self, make_runner: MakeRunner) -> None:
         self.make_runner = make_runner
@@ -130,16 +132,16 @@ class Inside(Hook):
         self.make_runner(train_cfg={"max_epochs": 1}).train()
 
 
-def test_a_training_locks_its_folder(make_runner: MakeRunner, tmp_path: Path):
-    """A second training in the same folder is rejected; afterwards, even after an error, the folder is unlocked."""
-    with pytest.raises(WorkDirError, match="another training has this folder"):
+def test_a_training_locks_its_work_dir(make_runner: MakeRunner, tmp_path: Path):
+    """A second training fails; once the first has ended, even with an error, the lock is released."""
+    with pytest.raises(WorkDirError, match="is locked by another training"):
         make_runner(custom_hooks=[Inside(make_runner)], train_cfg={"max_epochs": 1}).train()
     make_runner(train_cfg={"max_epochs": 1}).train()
     assert not (tmp_path / "run" / NAME).exists()
 
 
-def test_a_training_cleans_up_after_a_killed_process(make_runner: MakeRunner, tmp_path: Path):
-    """A training removes incomplete checkpoints of a killed process and restores replaced ones."""
+def test_a_training_cleans_up_what_a_killed_one_left(make_runner: MakeRunner, tmp_path: Path):
+    """An incomplete checkpoint is removed, and one that was being replaced is restored."""
     runner = make_runner(train_cfg={"max_epochs": 1})
     folder = Path(runner.strategy.work_dir)
     half, old = folder / f".epoch_1.tmp-{2**22 + 1}-0123abcd", folder / f".epoch_9.old-{2**22 + 1}-0123abcd"

@@ -3,13 +3,13 @@
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook
 from stratagem.train.hooks.early_stopping import EarlyStoppingHook
+from stratagem.train.hooks.iter_timer import IterTimerHook
 from stratagem.train.hooks.logger import LoggerHook
 from stratagem.train.hooks.nonfinite import NonFiniteHook
 from stratagem.train.hooks.runtime_info import RuntimeInfoHook
 from stratagem.train.hooks.sampler_seed import DistSamplerSeedHook
 from stratagem.train.hooks.schedule import ParamSchedulerHook
 from stratagem.train.hooks.tensorboard import TensorboardHook
-from stratagem.train.hooks.timing import IterTimerHook
 
 __all__ = [
     "CheckpointHook",

@@ -1,11 +1,11 @@
-"""Which validations were the best so far."""
+"""Keep track of the best validation scores of metrics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, final
+from typing import Any, Final, Literal, cast, final
 
 from torch import Tensor
 
@@ -13,50 +13,67 @@ from stratagem.checkpoint import RetentionTag
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.utils import did_you_mean
 
-__all__ = ["GREATER_KEYS", "LESS_KEYS", "BestScores", "greater_is_better"]
+__all__ = ["GREATER_KEYS", "LESS_KEYS", "RULES", "BestScores", "Rule", "infer_rule", "is_better"]
 
-GREATER_KEYS = ("acc", "top", "AR@", "auc", "precision", "mAP", "mDice", "mIoU", "mAcc", "aAcc")
-LESS_KEYS = ("loss",)
-_RULES = {"greater": True, "less": False}
-_AUTO = "auto"
+Rule = Literal["greater", "less"]
+
+GREATER_KEYS: Final = ("acc", "top", "AR@", "auc", "precision", "mAP", "mDice", "mIoU", "mAcc", "aAcc")
+LESS_KEYS: Final = ("loss",)
+RULES: Final = ("greater", "less")
+_AUTO: Final = "auto"
 
 
-def greater_is_better(
-    metric: str, greater_keys: Sequence[str] = GREATER_KEYS, less_keys: Sequence[str] = LESS_KEYS
-) -> bool:
-    """Tell from a metric's name which of its values are better: from the same key, else from one that the name contains.
+def infer_rule(
+    metric: str,
+    greater_keys: Sequence[str] = GREATER_KEYS,
+    less_keys: Sequence[str] = LESS_KEYS,
+    *,
+    owner: str = "CheckpointHook",
+) -> Rule:
+    """Infer from the name of a metric whether greater or smaller values are better.
 
-    Capitals do not matter.
+    A key that equals the name takes precedence over a key that is contained in it. The comparison is case-insensitive.
+
+    Args:
+        metric: the name of the metric.
+        greater_keys: names, or parts of names, of metrics whose greater values are better.
+        less_keys: names, or parts of names, of metrics whose smaller values are better.
+        owner: the class that error messages mention.
 
     Raises:
-        ConfigValueError: if no key fits.
+        ConfigValueError: if no key matches.
     """
     name = metric.lower()
     greater, less = [key.lower() for key in greater_keys], [key.lower() for key in less_keys]
     if name in greater or (name not in less and any(key in name for key in greater)):
-        return True
+        return "greater"
     if name in less or any(key in name for key in less):
-        return False
+        return "less"
     raise ConfigValueError(
-        f"CheckpointHook: whether greater values of {metric!r} are better cannot be told from its name. Say it with "
-        "rule='greater' or rule='less'."
+        f"{owner}: cannot infer from the name {metric!r} whether greater or smaller values are better. Set rule='greater' "
+        "or rule='less'."
     )
+
+
+def is_better(value: float, than: float, rule: Rule, *, by: float = 0.0) -> bool:
+    """Return whether a value is better than another by more than ``by``; NaN is never better."""
+    return value > than + by if rule == "greater" else value < than - by
 
 
 @final
 class BestScores:
-    """The best scores of each of some metrics, and which validation gave them.
+    """The best scores of each monitored metric, and the validations that they come from.
 
     Args:
-        metrics: the names of the metrics; ``"auto"`` for the first that a validation gives.
-        rule: ``"greater"`` or ``"less"``, for all or for each; None to tell it from the names.
-        greater_keys: what in a name says that greater values are better.
-        less_keys: what says that smaller ones are.
-        count: how many are remembered for each.
+        metrics: the names of the metrics; ``"auto"`` for the first one that a validation returns.
+        rule: ``"greater"`` or ``"less"``, for all metrics or for each one; by default inferred from their names.
+        greater_keys: see :func:`infer_rule`.
+        less_keys: see :func:`infer_rule`.
+        count: how many scores are kept per metric.
 
     Raises:
-        ConfigKeyError: if a rule is neither of the two.
-        ConfigValueError: if there are not as many rules as metrics, or a name tells no rule.
+        ConfigKeyError: if a rule is unknown.
+        ConfigValueError: if the number of rules differs from the number of metrics, or a rule cannot be inferred.
     """
 
     def __init__(
@@ -69,94 +86,94 @@ class BestScores:
     ) -> None:
         self._names = [metrics] if isinstance(metrics, str) else list(metrics)
         rules = [rule] * len(self._names) if isinstance(rule, str) or rule is None else list(rule)
-        unknown = [each for each in rules if each is not None and each not in _RULES]
+        unknown = [each for each in rules if each is not None and each not in RULES]
         if unknown:
-            raise ConfigKeyError(
-                f"CheckpointHook: rule={unknown[0]!r} is not known. {did_you_mean(unknown[0], _RULES)}"
-            )
+            raise ConfigKeyError(f"CheckpointHook: unknown rule={unknown[0]!r}. {did_you_mean(unknown[0], RULES)}")
         if len(rules) != len(self._names):
             raise ConfigValueError(
-                f"CheckpointHook: there are {len(rules)} rules for {len(self._names)} metrics in save_best. Give one for "
-                "all, or one for each."
+                f"CheckpointHook: got {len(rules)} rules for {len(self._names)} metrics in save_best. Specify one rule for "
+                "all metrics, or one for each."
             )
         if _AUTO in self._names and len(self._names) > 1:
-            raise ConfigValueError("CheckpointHook: save_best='auto' stands alone: it is the first metric.")
+            raise ConfigValueError(
+                "CheckpointHook: save_best='auto' stands for the first metric and cannot be combined with other names."
+            )
         self._keys = (greater_keys or GREATER_KEYS, less_keys or LESS_KEYS)
-        self._rules = dict(zip(self._names, rules, strict=True))
+        self._given_rules = dict(zip(self._names, rules, strict=True))
         self._count = count
-        self._greater = {name: self._rule_of(name) for name in self._names if name != _AUTO}
+        self._rules: dict[str, Rule] = {name: self._rule_for(name) for name in self._names if name != _AUTO}
         # metric -> number of the validation -> score
         self._scores: dict[str, dict[int, float]] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the scores; empty where there are none."""
+        """Return the scores; an empty dict if there are none."""
         return {"scores": {metric: dict(scores) for metric, scores in self._scores.items()}} if self._scores else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take up scores."""
+        """Restore the scores."""
         for metric, scores in state_dict.get("scores", {}).items():
             for number, score in scores.items():
-                self._remember(RetentionTag(metric=metric, number=number, score=score))
+                self._add(RetentionTag(metric=metric, number=number, score=score))
 
-    def find_again(self, tags: Iterable[RetentionTag]) -> None:
-        """Take up what checkpoints on the disk were saved for."""
-        for tag in tags:
-            if tag.metric:
-                self._remember(tag)
+    def add_saved(self, retention_tags: Iterable[RetentionTag]) -> None:
+        """Add the scores that are recorded in the manifests of saved checkpoints."""
+        for retention_tag in retention_tags:
+            if retention_tag.metric:
+                self._add(retention_tag)
 
-    def enter(self, metrics: Mapping[str, Any], number: int) -> list[RetentionTag]:
-        """Take in a validation's values; return for which metrics it is among the best, in the order of their names.
+    def update(self, metrics: Mapping[str, Any], number: int) -> list[RetentionTag]:
+        """Add the results of a validation; return a tag for each metric whose value is among the best.
 
-        A value that is not finite is not among them.
+        The tags are in the order of the monitored metrics. NaN and Inf are never among the best.
 
         Raises:
-            ConfigKeyError: if a metric is not there.
-            ConfigTypeError: if its value is no number.
+            ConfigKeyError: if a monitored metric is missing.
+            ConfigTypeError: if its value is not a number.
         """
-        found = []
-        for name in self._resolved(metrics):
+        best = []
+        for name in self._resolve_names(metrics):
             score = _number(name, metrics[name])
-            tag = RetentionTag(metric=name, number=number, score=score, greater=self._greater[name])
-            if math.isfinite(score) and self._remember(tag):
-                found.append(tag)
-        return found
+            tag = RetentionTag(metric=name, number=number, score=score, greater=self._rules[name] == "greater")
+            if math.isfinite(score) and self._add(tag):
+                best.append(tag)
+        return best
 
-    def _resolved(self, metrics: Mapping[str, Any]) -> list[str]:
-        """Return the names, with the first metric in the place of ``"auto"`` from the first validation on."""
+    def _resolve_names(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Return the names of the monitored metrics; the first validation determines which metric ``"auto"`` is."""
         if self._names == [_AUTO]:
-            # After a resume it stays the one that it was.
+            # A resumed run keeps the metric of the checkpoint.
             first = next(iter(self._scores or metrics), None)
             if first is None:
-                raise ConfigValueError("CheckpointHook: save_best='auto', but the validation gives no metric.")
-            self._names, self._rules = [first], {first: self._rules[_AUTO]}
-            self._greater = {first: self._rule_of(first)}
+                raise ConfigValueError("CheckpointHook: save_best='auto', but the validation returned no metric.")
+            self._names, self._given_rules = [first], {first: self._given_rules[_AUTO]}
+            self._rules = {first: self._rule_for(first)}
         for name in self._names:
             if name not in metrics:
                 raise ConfigKeyError(
-                    f"CheckpointHook: save_best={name!r}, but the validation gives no such metric. "
+                    f"CheckpointHook: save_best={name!r}, but the validation did not return this metric. "
                     f"{did_you_mean(name, list(metrics))}"
                 )
         return self._names
 
-    def _remember(self, tag: RetentionTag) -> bool:
-        """Take a score in; return whether it is among the best, and better than what that validation gave before."""
+    def _add(self, tag: RetentionTag) -> bool:
+        """Add a score; return whether it is among the best, and better than an earlier score of the same validation."""
         metric = tag.metric
         if metric not in self._names and self._names != [_AUTO]:
             return False
-        greater = self._greater.get(metric, tag.greater)
+        greater = self._rules[metric] == "greater" if metric in self._rules else tag.greater
         scores = dict(self._scores.get(metric, {}))
-        # Where a run went back, validations come again: their checkpoints have the same name.
+        # After a rollback, a validation is repeated, and its checkpoint would have the same name.
         known = scores.pop(tag.number, None)
         if known is not None and not tag.is_better_than(replace(tag, score=known)):
             return False
-        # Of equal ones the earlier is the better.
+        # The sort is stable: of two equal scores, the earlier one ranks first.
         ranked = sorted([*scores.items(), (tag.number, tag.score)], key=lambda item: item[1], reverse=greater)
         self._scores[metric] = dict(ranked[: self._count])
         return tag.number in self._scores[metric]
 
-    def _rule_of(self, name: str) -> bool:
-        rule = self._rules[name]
-        return greater_is_better(name, *self._keys) if rule is None else _RULES[rule]
+    def _rule_for(self, name: str) -> Rule:
+        rule = self._given_rules[name]
+        return infer_rule(name, *self._keys) if rule is None else cast("Rule", rule)
 
 
 def _number(name: str, value: Any) -> float:
@@ -164,6 +181,6 @@ def _number(name: str, value: Any) -> float:
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigTypeError(
-            f"CheckpointHook: save_best={name!r}, but its value is a {type(value).__name__}, not a number to compare."
+            f"CheckpointHook: save_best={name!r}, but its value is a {type(value).__name__}; expected a number."
         )
     return float(value)

@@ -1,4 +1,4 @@
-"""Save the run as it goes on, and keep what is worth it."""
+"""Save checkpoints during training, and remove those that are no longer needed."""
 
 from __future__ import annotations
 
@@ -31,36 +31,42 @@ __all__ = ["CheckpointHook"]
 
 @final
 class CheckpointHook(Hook):
-    """Save after every ``interval`` epochs or iterations, and after the last.
+    """Save a checkpoint every ``interval`` epochs or iterations, and at the end of the training.
 
-    Old checkpoints go once a new one is durable. Only those of this run go, as their manifests say; what else lies in the
-    folder, and what another run or a call of ``run.save_checkpoint`` has saved, stays.
+    Old checkpoints are removed once a new one is durable. Only checkpoints that this hook saved in this run are removed, as
+    recorded in their manifests. Other files, checkpoints of other runs, and those saved by calling ``run.save_checkpoint``
+    are kept.
 
     Args:
-        interval: how often; -1 for never, apart from the last.
-        by_epoch: whether it counts epochs or iterations.
-        save_optimizer: whether the optimizer's state is saved.
-        save_param_scheduler: whether the schedulers' state is saved.
-        out_dir: the folder under which a folder named like the work directory is made; by default the work directory.
-        max_keep_ckpts: how many are kept, the last; -1 for all. What an interruption saved counts among them.
-        save_last: whether to save after the last epoch or iteration, whatever the interval.
-        save_best: a metric, or several: after a validation that is the best so far by one of them, its checkpoint is
-            saved as ``best_<metric>_epoch_<n>``, and the one before it goes. ``"auto"`` is the first metric.
-        rule: whether ``"greater"`` or ``"less"`` values are better, for all metrics or for each; by default told from
-            their names.
-        greater_keys: what in a metric's name says that greater values are better, in the place of
+        interval: the number of epochs or iterations between checkpoints; -1 to only save the last one.
+        by_epoch: whether ``interval`` counts epochs (True) or iterations (False).
+        save_optimizer: whether to save the state of the optimizer.
+        save_param_scheduler: whether to save the state of the schedulers.
+        out_dir: a folder in which a subfolder with the name of the work directory is created for the checkpoints; by
+            default, the work directory itself.
+        max_keep_ckpts: how many of the most recent checkpoints are kept; -1 for all. Those saved when the run was
+            interrupted count as well.
+        save_last: whether to save after the last epoch or iteration, regardless of the interval.
+        save_best: a metric, or a list of metrics. After a validation with the best value so far, the checkpoint is saved as
+            ``best_<metric>_epoch_<n>`` and the previous best one is removed. ``"auto"`` is the first metric that the
+            validation returns.
+        rule: whether ``"greater"`` or ``"less"`` values are better, for all metrics or for each one; by default inferred
+            from their names.
+        greater_keys: names, or parts of names, of metrics whose greater values are better; by default
             :data:`~stratagem.train.hooks.best_scores.GREATER_KEYS`.
-        less_keys: what says that smaller ones are, in the place of :data:`~stratagem.train.hooks.best_scores.LESS_KEYS`.
-        filename_tmpl: the name, with ``{}`` for the number of epochs or iterations done; one that ends in ``.pth``
-            makes single files. By default ``epoch_{}`` or ``iter_{}``. Resuming does not depend on it.
-        published_keys: parts of the last and the best checkpoints that are written to ``<name>-<digest>.pth`` after the
-            training, such as ``"state_dict"``.
-        save_begin: the number of epochs or iterations before which nothing is saved.
-        keep_every: those whose number is a multiple of it are kept for good, beside the last.
-        keep_best: how many are kept for each metric of ``save_best``.
-        every_minutes: save as ``iter_<n>`` too when so much time has passed since the last save.
-        async_save: wait for a copy in memory alone; a thread writes it while the training goes on. It takes as much
-            memory again as what the rank saves. A failure is raised after the iteration in which it is known.
+        less_keys: names, or parts of names, of metrics whose smaller values are better; by default
+            :data:`~stratagem.train.hooks.best_scores.LESS_KEYS`.
+        filename_tmpl: the name of a checkpoint, with ``{}`` for the number of completed epochs or iterations; by default
+            ``epoch_{}`` or ``iter_{}``. A name that ends in ``.pth`` creates single files. Resuming works with any name.
+        published_keys: parts of a checkpoint, such as ``"state_dict"``. At the end of the training, these parts of the last
+            and the best checkpoints are written to ``<name>-<digest>.pth``.
+        save_begin: the first epoch or iteration at which checkpoints are saved.
+        keep_every: checkpoints whose number is a multiple of this are never removed.
+        keep_best: how many checkpoints are kept for each metric in ``save_best``.
+        every_minutes: also save a checkpoint ``iter_<n>`` if this many minutes have passed since the last save.
+        async_save: save in the background: training only waits for a copy in host memory, which a thread writes. This needs
+            as much additional memory as the part of the checkpoint that the rank saves. If a save fails, the error is
+            raised after a later iteration.
     """
 
     priority = Priority.VERY_LOW
@@ -88,24 +94,25 @@ class CheckpointHook(Hook):
         async_save: bool = False,
     ) -> None:
         if save_begin < 0:
-            raise ConfigValueError(f"CheckpointHook: save_begin is {save_begin}; it cannot be negative.")
+            raise ConfigValueError(f"CheckpointHook: expected save_begin >= 0, got {save_begin}.")
         if out_dir is not None and is_url(out_dir):
             raise ConfigValueError(
-                f"CheckpointHook: out_dir={mask_text(os.fspath(out_dir))!r} is a URL, and a run finds and removes checkpoints in "
-                "folders. Save to a folder, and publish what is worth it with strategy.save_checkpoint(url) or save_remote."
+                f"CheckpointHook: out_dir={mask_text(os.fspath(out_dir))!r} is a URL, but a run can only list and remove "
+                "checkpoints in a local folder. Save to a folder, and upload individual checkpoints with "
+                "strategy.save_checkpoint(url) or save_remote."
             )
         template = filename_tmpl or ("epoch_{}" if by_epoch else "iter_{}")
         _check_template(template)
         if max_keep_ckpts == 0 or max_keep_ckpts < -1:
             raise ConfigValueError(
-                f"CheckpointHook: max_keep_ckpts is {max_keep_ckpts}; at least 1, or -1 to keep all, is due."
+                f"CheckpointHook: expected max_keep_ckpts >= 1, or -1 to keep all, got {max_keep_ckpts}."
             )
         for name, count in (("keep_every", keep_every), ("keep_best", keep_best), ("every_minutes", every_minutes)):
             if count is not None and count <= 0:
-                raise ConfigValueError(f"CheckpointHook: {name} is {count}; it must be above 0.")
+                raise ConfigValueError(f"CheckpointHook: expected {name} > 0, got {count}.")
         if not save_best and (rule is not None or greater_keys or less_keys or keep_best != 1):
             raise ConfigValueError(
-                "CheckpointHook: rule, greater_keys, less_keys and keep_best speak of save_best, which is not given."
+                "CheckpointHook: rule, greater_keys, less_keys and keep_best need save_best, which is not set."
             )
         self._interval = interval
         self._by_epoch = by_epoch
@@ -128,8 +135,8 @@ class CheckpointHook(Hook):
         self._async_save = async_save
         self._timer: DistributedTimer | None = None
         self._training = False
-        # What this start went on from, until it has saved a checkpoint from which a run can go on.
-        self._stands_on: set[Path] = set()
+        # The checkpoints that this session resumed from; protected until it has saved a finite one.
+        self._resumed_from: set[Path] = set()
 
     def get_triggered_stages(self) -> list[str]:
         by_iter = not self._by_epoch or self._every_minutes is not None or self._async_save
@@ -154,18 +161,18 @@ class CheckpointHook(Hook):
         self._folder = absolute(self._out_dir) / folder.name if self._out_dir else folder
         if self._out_dir:
             run.work_dir_locks.acquire(self._folder)
-            # Before anything is saved there: what a run saves is found even if it is killed after its first save.
+            # Before the first save, so that its checkpoints are found even if the run is killed right after it.
             RankGroup.of().run_on_rank0(lambda: record_checkpoint_folder(self._folder, Path(run.log_dir)))
         if self._async_save:
             run.checkpoint_writer.write_in_background()
         if self._timer is not None:
-            # From a training that was broken off, as by a roll-back.
+            # It is left from a training that was aborted, for example by a rollback.
             self._timer.finish()
         if self._every_minutes is not None:
             self._timer = DistributedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
-        found = RankGroup.of().run_on_rank0(lambda: self._tidy_at_start(run))
+        saved_tags = RankGroup.of().run_on_rank0(lambda: self._clean_up_at_start(run))
         if self._best is not None:
-            self._best.find_again(found)
+            self._best.add_saved(saved_tags)
         self._training = True
 
     def after_train_epoch(self, run: Run) -> None:
@@ -183,14 +190,18 @@ class CheckpointHook(Hook):
             self._save_regular(run, self._timed_template, done, run.progress.after_this_iteration())
 
     def after_val_epoch(self, run: Run, metrics: Mapping[str, Any] | None = None) -> None:
-        # One outside of a training saves nothing.
+        # A validation that is not part of a training does not save checkpoints.
         if self._best is None or not self._training:
             return
         number, unit = (run.epoch, "epoch") if self._by_epoch else (run.iter, "iter")
-        for retention_tag in self._best.enter(metrics or {}, number):
+        for retention_tag in self._best.update(metrics or {}, number):
             name = f"best_{retention_tag.metric.replace('/', '_')}_{unit}_{number}{self._suffix}"
             run.logger.info(
-                "%s is among the best: %.6g, after %s %d", retention_tag.metric, retention_tag.score, unit, number
+                "%s = %.6g after %s %d is among the best values; saving a checkpoint.",
+                retention_tag.metric,
+                retention_tag.score,
+                unit,
+                number,
             )
             self._save(run, name, run.progress.here(), retention_tag)
 
@@ -212,8 +223,8 @@ class CheckpointHook(Hook):
     def _save(self, run: Run, name: str, position: Position, retention_tag: RetentionTag) -> None:
         path = self._folder / name
 
-        def tidy(rank_group: RankGroup) -> None:
-            rank_group.run_on_rank0(lambda: self._remove_superfluous(run, path))
+        def clean_up(rank_group: RankGroup) -> None:
+            rank_group.run_on_rank0(lambda: self._remove_old(run, path))
 
         run.save_checkpoint(
             path,
@@ -221,27 +232,27 @@ class CheckpointHook(Hook):
             save_optimizer=self._save_optimizer,
             save_param_scheduler=self._save_param_scheduler,
             retention_tag=retention_tag,
-            then=tidy,
+            then=clean_up,
         )
         if self._timer is not None:
             self._timer.restart()
 
-    def _tidy_at_start(self, run: Run) -> list[RetentionTag]:
-        """Do what a run that was killed had no time for; return what the checkpoints on the disk were saved for."""
+    def _clean_up_at_start(self, run: Run) -> list[RetentionTag]:
+        """Remove what a killed run could not remove; return the retention tags of the checkpoints of this run."""
         saved = checkpoints_of_run(run.id, self._folder)
-        # What the run was taken up from may be older than some that are damaged, and the only one that can be used.
-        self._stands_on = {each.path for each in saved if each.iter == run.iter}
-        self._remove_superfluous(run)
+        # The checkpoint that the run resumed from can be the only usable one if newer ones are damaged.
+        self._resumed_from = {each.path for each in saved if each.iter == run.iter}
+        self._remove_old(run)
         return [each.retention_tag for each in saved]
 
-    def _remove_superfluous(self, run: Run, new: Path | None = None) -> None:
-        """Remove what retention does not keep; ``new`` was published just now."""
+    def _remove_old(self, run: Run, new: Path | None = None) -> None:
+        """Remove the checkpoints that the retention rules do not keep; ``new`` is the one that was just published."""
         if self._retention.last is None and self._best is None:
             return
         saved = checkpoints_of_run(run.id, self._folder)
         if any(each.path == new and each.finite for each in saved):
-            self._stands_on = set()
-        protected = self._stands_on if new is None else {new, *self._stands_on}
+            self._resumed_from = set()
+        protected = self._resumed_from if new is None else {new, *self._resumed_from}
         remove_checkpoints([each.path for each in self._retention.select_removable(saved, protected)], run.logger)
 
     def _publish_parts(self, run: Run) -> None:
@@ -253,28 +264,28 @@ class CheckpointHook(Hook):
 
 
 def _check_template(template: str) -> None:
-    """Refuse names of checkpoints that overwrite each other, or that resuming would not find.
+    """Check that a template gives distinct names that can be found when the run resumes.
 
     Raises:
-        ConfigValueError: if it is such a name.
+        ConfigValueError: if it does not.
     """
     try:
         names = template.format(1), template.format(2)
     except (LookupError, ValueError, AttributeError) as error:
         raise ConfigValueError(
-            f"CheckpointHook: filename_tmpl={template!r} cannot be filled with a number: {type(error).__name__}: {error}. "
-            "Write {} for the number, or {:04d} with leading zeros."
+            f"CheckpointHook: filename_tmpl={template!r} cannot be formatted with a number: {type(error).__name__}: {error}. "
+            "Use {} for the number, or {:04d} for leading zeros."
         ) from error
     if names[0] == names[1]:
         raise ConfigValueError(
-            f"CheckpointHook: filename_tmpl={template!r} names every checkpoint alike; it needs a {{}} for the number."
+            f"CheckpointHook: filename_tmpl={template!r} gives every checkpoint the same name; it needs a {{}} for the number."
         )
     if Path(names[0]).name != names[0]:
         raise ConfigValueError(
-            f"CheckpointHook: filename_tmpl={template!r} has a folder in it; it is a name. Choose the folder with out_dir."
+            f"CheckpointHook: filename_tmpl={template!r} contains a folder; it must be a file name. Set the folder with out_dir."
         )
     if names[0].startswith("."):
         raise ConfigValueError(
-            f"CheckpointHook: filename_tmpl={template!r} gives hidden names, which are not taken for checkpoints. Leave the "
-            "dot at its beginning out."
+            f"CheckpointHook: filename_tmpl={template!r} gives hidden names, which are not found as checkpoints. Remove "
+            "the leading dot."
         )

@@ -1,15 +1,15 @@
-"""Stop when a metric gets no better."""
+"""Stop the training when a metric no longer improves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, cast, final
 
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
-from stratagem.train.hooks.metric_rule import is_better, rule_of
+from stratagem.train.hooks.best_scores import RULES, Rule, infer_rule, is_better
 from stratagem.train.run.context import Run
 from stratagem.utils import did_you_mean
 
@@ -18,24 +18,25 @@ __all__ = ["EarlyStoppingHook"]
 
 @final
 class EarlyStoppingHook(Hook):
-    """End the training after a validation whose metric is no better than the best by more than ``min_delta``, so often.
+    """Stop the training if a metric has not improved by more than ``min_delta`` in ``patience`` validations in a row.
 
-    What it has seen is kept in checkpoints: a run that is resumed stops where it would have stopped.
+    The state is saved in checkpoints, so a resumed run stops at the same point as an uninterrupted one.
 
     Args:
-        monitor: the name of the metric, as the validation gives it.
-        rule: whether ``"greater"`` or ``"less"`` values are better; by default as the name tells.
-        min_delta: by how much more than that a value has to be better to count.
-        strict: whether a validation without the metric is an error; else it is warned of and does not count.
-        check_finite: whether a value that is not finite ends the training at once.
-        patience: after how many validations in a row without a better value the training ends.
-        stopping_threshold: a value that is as good as this ends the training at once.
+        monitor: the name of the metric in the results of the validation.
+        rule: whether ``"greater"`` or ``"less"`` values are better; by default inferred from the name.
+        min_delta: how much better than the best value a new value must be to count as an improvement.
+        strict: raise an error if the validation does not return the metric; by default a warning is logged.
+        check_finite: stop immediately if the value is NaN or Inf.
+        patience: the number of validations in a row without an improvement after which the training stops.
+        stopping_threshold: stop immediately if the value is at least as good as this.
 
     Raises:
-        ConfigValueError: if ``patience`` is below 1, ``min_delta`` is negative, or which values are better is not known.
+        ConfigValueError: if ``patience`` is below 1, ``min_delta`` is negative, or the rule is unknown or cannot be
+            inferred.
     """
 
-    # Before CheckpointHook, whose best checkpoint is saved after the same validation and must know of it.
+    # Before CheckpointHook, so that the checkpoint of the best score contains the state after the same validation.
     priority = Priority.LOW
 
     def __init__(
@@ -49,11 +50,11 @@ class EarlyStoppingHook(Hook):
         stopping_threshold: float | None = None,
     ) -> None:
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ConfigValueError(f"EarlyStoppingHook: patience is {patience!r}; a whole number of at least 1 is due.")
+            raise ConfigValueError(f"EarlyStoppingHook: expected patience to be an integer >= 1, got {patience!r}.")
         if not min_delta >= 0:
-            raise ConfigValueError(f"EarlyStoppingHook: min_delta is {min_delta!r}; it cannot be negative.")
+            raise ConfigValueError(f"EarlyStoppingHook: expected min_delta >= 0, got {min_delta!r}.")
         self._monitor = monitor
-        self._rule = rule_of(monitor, rule, who="EarlyStoppingHook")
+        self._rule = _rule(monitor, rule)
         self._min_delta = min_delta
         self._strict = strict
         self._check_finite = check_finite
@@ -66,7 +67,7 @@ class EarlyStoppingHook(Hook):
         return {"monitor": self._monitor, "best": self._best, "waited": self._waited}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        # Another metric's best says nothing of this one.
+        # The best value of a different metric is not comparable.
         if state_dict["monitor"] == self._monitor:
             self._best, self._waited = state_dict["best"], int(state_dict["waited"])
 
@@ -78,18 +79,18 @@ class EarlyStoppingHook(Hook):
         value = self._value(run, metrics or {})
         if value is None:
             return
-        reason = self._reason(value)
+        reason = self._update(value)
         if reason is not None:
             run.progress.stop_training = True
-            run.logger.info("Early stop after epoch %d, iteration %d: %s", run.epoch, run.iter, reason)
+            run.logger.info("Early stopping after epoch %d, iteration %d: %s", run.epoch, run.iter, reason)
 
-    def _reason(self, value: float) -> str | None:
-        """Take in a value; return why the training ends here, or None."""
+    def _update(self, value: float) -> str | None:
+        """Update the state with a value; return the reason to stop the training, or None to continue."""
         if self._check_finite and not math.isfinite(value):
             return f"{self._monitor} is {value}."
         if self._threshold is not None and not is_better(self._threshold, value, self._rule):
             return f"{self._monitor} is {value:g}, as good as stopping_threshold={self._threshold:g}."
-        if self._gains(value):
+        if self._is_improvement(value):
             self._best, self._waited = value, 0
             return None
         self._waited += 1
@@ -97,11 +98,10 @@ class EarlyStoppingHook(Hook):
             return None
         best = "NaN" if self._best is None else f"{self._best:g}"
         return (
-            f"{self._monitor} was not better than {best} by more than {self._min_delta:g} in {self._waited} "
-            "validations."
+            f"{self._monitor} did not improve on {best} by more than {self._min_delta:g} in {self._waited} validations."
         )
 
-    def _gains(self, value: float) -> bool:
+    def _is_improvement(self, value: float) -> bool:
         if self._best is None:
             return not math.isnan(value)
         return is_better(value, self._best, self._rule, by=self._min_delta)
@@ -110,9 +110,19 @@ class EarlyStoppingHook(Hook):
         value = metrics.get(self._monitor)
         if isinstance(value, int | float):
             return float(value)
-        what = "is no number" if self._monitor in metrics else f"is not there. {did_you_mean(self._monitor, metrics)}"
-        message = f"EarlyStoppingHook: the metric {self._monitor!r} {what}"
+        problem = (
+            "is not a number" if self._monitor in metrics else f"is missing. {did_you_mean(self._monitor, metrics)}"
+        )
+        message = f"EarlyStoppingHook: the metric {self._monitor!r} {problem}"
         if self._strict:
             raise TrainingError(message)
         run.logger.warning(message)
         return None
+
+
+def _rule(monitor: str, rule: str | None) -> Rule:
+    if rule is None:
+        return infer_rule(monitor, owner="EarlyStoppingHook")
+    if rule not in RULES:
+        raise ConfigValueError(f"EarlyStoppingHook: unknown rule={rule!r}. {did_you_mean(rule, RULES)}")
+    return cast("Rule", rule)

@@ -20,12 +20,11 @@ from stratagem.strategies import BaseStrategy
 from stratagem.train.hook import Events
 from stratagem.train.run.checkpoint_writer import CheckpointWriter
 from stratagem.train.run.interrupt import Interrupt
-from stratagem.train.run.progress import Position, Progress
+from stratagem.train.run.progress import Position, Progress, StepTimer
 from stratagem.train.run.rank_guard import RankGuard
 from stratagem.train.run.run_history import RunHistory
 from stratagem.train.run.save_counter import SaveCounter
-from stratagem.train.run.step_timer import StepTimer
-from stratagem.train.run.work_dir_locks import WorkDirLocks
+from stratagem.train.run.work_dir_lock import WorkDirLocks
 
 __all__ = ["INTERRUPTED", "Recorder", "Run"]
 

@@ -1,4 +1,4 @@
-"""End a process whose main thread cannot."""
+"""Exit a process whose main thread is blocked, and dump the stacks of its threads."""
 
 from __future__ import annotations
 
@@ -6,32 +6,53 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
+import traceback
+from pathlib import Path
 from typing import NoReturn
 
+from stratagem.storage import write_atomic
 from stratagem.utils import mask_text
 
-__all__ = ["exit_now", "exit_after"]
+__all__ = ["dump_stacks", "exit_after", "exit_now"]
 
 
 def exit_now(status: int, message: str) -> NoReturn:
-    """Say why, end the children, and exit without waiting for any other thread.
+    """Print a message to stderr, kill the child processes, and exit without waiting for other threads.
 
-    An exchange between ranks that waits for one that is gone cannot be broken off from Python.
+    A collective operation that waits for a rank that has exited cannot be interrupted from Python.
     """
     for child in multiprocessing.active_children():
         child.kill()
-    # Not through the log: the main thread may hold its lock.
+    # Bypass the logger: the main thread may hold its lock.
     rank = os.environ.get("RANK")
-    who = "stratagem" if rank is None else f"stratagem (rank {rank})"
+    prefix = "stratagem" if rank is None else f"stratagem (rank {rank})"
     os.write(
-        sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{who}: {mask_text(message)}\n".encode(errors="replace")
+        sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{prefix}: {mask_text(message)}\n".encode(errors="replace")
     )
     os._exit(status)
 
 
 def exit_after(seconds: float, status: int) -> None:
-    """End this process after some time if it has not ended by itself. There is no way back."""
-    message = f"did not end within {seconds:g} s after the error: ended now"
+    """Force this process to exit with ``status`` if it is still running after ``seconds``; cannot be canceled."""
+    message = f"the process was still running {seconds:g} s after the error; exiting now"
     timer = threading.Timer(seconds, exit_now, (status, message))
     timer.daemon = True
     timer.start()
+
+
+def dump_stacks(path: Path, error: BaseException | None = None) -> None:
+    """Write the Python stacks of all threads except the current one to a file.
+
+    Args:
+        path: the file.
+        error: an exception to include, for example because the main thread has already left the failing code.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [time.strftime("%Y-%m-%d %H:%M:%S\n")]
+    if error is not None:
+        parts += ["The error:\n", *traceback.format_exception(error)]
+    for ident, frame in sys._current_frames().items():
+        if ident != threading.get_ident():
+            parts += [f"Thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
+    write_atomic(path, mask_text("".join(parts)))

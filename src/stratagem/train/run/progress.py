@@ -1,4 +1,4 @@
-"""Where a run stands."""
+"""Progress of a run: completed epochs and iterations, and the time that iterations take."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, final
 
-__all__ = ["Position", "Progress"]
+__all__ = ["Position", "Progress", "StepTimer"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """What is done: whole epochs, iterations of the run, batches of the epoch that is under way, validation.
+    """A position in a run: the state of :class:`Progress` that checkpoints contain.
 
-    ``validated`` is after how many iterations the last validation was; -1 where there was none.
+    Attributes:
+        epoch: completed epochs.
+        iter: completed iterations of the run.
+        batch: consumed batches of the current epoch.
+        validated: the number of iterations at the last validation; -1 if there was none.
     """
 
     epoch: int = 0
@@ -23,21 +27,21 @@ class Position:
     validated: int = -1
 
     def in_batches_of(self, new: int, old: int) -> Position:
-        """Return the position for batches of another size over all ranks: the same samples of the epoch are done.
+        """Return the position for a different global batch size, after the same samples of the epoch.
 
-        Where they are no whole number of new batches, those beyond the last whole one are seen again.
+        The number of batches is rounded down, so up to one batch of samples is repeated.
         """
         return replace(self, batch=self.batch * old // new)
 
     def as_meta(self) -> dict[str, int]:
-        """Return it as a checkpoint's ``meta`` has it."""
+        """Return the entries for the ``meta`` of a checkpoint."""
         return {
             "epoch": self.epoch, "iter": self.iter, "batch_in_epoch": self.batch, "validated_iter": self.validated,
         }  # fmt: skip
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> Position:
-        """Read it from a checkpoint's ``meta``; what is missing was not done."""
+        """Read a position from the ``meta`` of a checkpoint; missing entries get the defaults."""
         return cls(
             epoch=int(meta.get("epoch", 0)),
             iter=int(meta.get("iter", 0)),
@@ -49,9 +53,9 @@ class Position:
 @final
 @dataclass(slots=True, kw_only=True)
 class Progress:
-    """Counts what is done while a run goes on. The loop writes it, hooks read it.
+    """Counters and length of a run. The loop updates them; hooks read them.
 
-    During an iteration ``iter`` and ``batch`` do not count it yet, nor does ``epoch`` an epoch before its end.
+    The current iteration is not included in ``iter`` and ``batch`` until its hooks have run; likewise ``epoch``.
     """
 
     epoch: int = 0
@@ -65,27 +69,63 @@ class Progress:
     stop_training: bool = False
 
     def here(self) -> Position:
-        """Return what is done between two iterations."""
+        """Return the current position, between two iterations."""
         return Position(epoch=self.epoch, iter=self.iter, batch=self.batch, validated=self.validated)
 
     def after_this_iteration(self) -> Position:
-        """Return what will be done when the iteration that is under way has ended."""
+        """Return the position after the current iteration."""
         return replace(self.here(), iter=self.iter + 1, batch=self.batch + 1)
 
     def after_this_epoch(self) -> Position:
-        """Return what will be done when the epoch whose last iteration is done has ended."""
+        """Return the position after the current epoch, whose last iteration is complete."""
         return replace(self.here(), epoch=self.epoch + 1, batch=0)
 
     def end_of_epochs(self) -> int | None:
-        """Return how many iterations a run by epochs will have had at its end; None where that is not known.
+        """Return the total number of iterations of a run by epochs, or None if it is unknown.
 
-        Batches that were passed over, or were of another size, are no iterations of the run.
+        It is based on the current position, because skipped batches and a changed batch size change the total.
         """
         if self.max_epochs is None or self.epoch_length is None:
             return None
         return self.iter + (self.max_epochs - self.epoch) * self.epoch_length - self.batch
 
     def move_to(self, position: Position) -> None:
-        """Take up a position that was saved."""
+        """Set the counters to a position, for example that of a checkpoint."""
         self.epoch, self.iter, self.batch = position.epoch, position.iter, position.batch
         self.validated = position.validated
+
+
+@final
+@dataclass(slots=True)
+class StepTimer:
+    """Accumulates the duration of iterations: since the last :meth:`pop_means`, and in total for an estimate of the rest.
+
+    Attributes:
+        started: when the current iteration started to wait for data, in seconds of ``time.perf_counter``.
+        data_seconds: time spent waiting for data.
+        seconds: duration of the iterations, including the time spent waiting for data.
+        count: number of iterations.
+        total_seconds: ``seconds`` before the last :meth:`pop_means`.
+        total_count: ``count`` before the last :meth:`pop_means`.
+    """
+
+    started: float = 0.0
+    data_seconds: float = 0.0
+    seconds: float = 0.0
+    count: int = 0
+    total_seconds: float = 0.0
+    total_count: int = 0
+
+    def pop_means(self) -> tuple[float, float] | None:
+        """Return the mean durations of an iteration and of its wait for data, and reset them; None without iterations."""
+        if self.count == 0:
+            return None
+        means = self.seconds / self.count, self.data_seconds / self.count
+        self.total_seconds += self.seconds
+        self.total_count += self.count
+        self.data_seconds, self.seconds, self.count = 0.0, 0.0, 0
+        return means
+
+    def eta(self, iterations: int) -> float | None:
+        """Return the estimated seconds for a number of further iterations, or None before the first measurement."""
+        return self.total_seconds / self.total_count * iterations if self.total_count else None

@@ -13,8 +13,7 @@ import torch.distributed as torch_dist
 
 from stratagem.distributed import Failure, RankMonitor, barrier, get_world_size
 from stratagem.errors import RankFailedError, StratagemError
-from stratagem.train.run.hard_exit import exit_now
-from stratagem.train.run.thread_dump import dump_stacks
+from stratagem.train.run.hard_exit import dump_stacks, exit_now
 from stratagem.utils import mask_text
 
 __all__ = ["RankGuard", "describe_batch"]

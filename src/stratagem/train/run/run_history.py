@@ -1,4 +1,4 @@
-"""Which session of a run went on from which, from where, and with what changed."""
+"""The history of a run: its sessions, what each one resumed from, and how it ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stratagem.utils import mask_text
 
 __all__ = ["RECORD", "Outcome", "RunHistory", "Session", "read_record"]
 
-# In the folder of each session.
+# The file in the folder of each session.
 RECORD = "start.json"
 _KEY = "lineage"
 
@@ -27,13 +27,13 @@ class Session:
     """One session of a run.
 
     Attributes:
-        name: ``<run's folder>/<time>``, which is also where its log is.
-        epoch: epochs that were done when it began.
-        iter: iterations that were done when it began.
-        checkpoint: from which it went on; None where it began anew.
-        changes: what was changed in the configuration since that checkpoint was saved, a line each.
-        strategy: the class of its strategy.
-        world_size: its ranks.
+        name: ``<work directory>/<timestamp>``, which is also the location of its log.
+        epoch: completed epochs at its start.
+        iter: completed iterations at its start.
+        checkpoint: the checkpoint that it resumed from; None if it started from scratch.
+        changes: the changes of the configuration since that checkpoint was saved, one line each.
+        strategy: the name of the strategy class.
+        world_size: the number of ranks.
         stratagem: the version of this package.
     """
 
@@ -48,12 +48,12 @@ class Session:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return what was written down.
+        """Return the session that a record describes.
 
         Raises:
-            TypeError: if it is no record of a session.
+            TypeError: if it is not the record of a session.
         """
-        # Earlier versions kept secrets.
+        # Earlier versions did not mask secrets.
         changes = tuple(mask_text(str(change)) for change in record.get("changes", ()))
         checkpoint = record.get("checkpoint")
         return cls(**{**record, "changes": changes, "checkpoint": mask_text(checkpoint) if checkpoint else None})
@@ -62,7 +62,7 @@ class Session:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a session ended, where, and when in local time."""
+    """How a session ended, at which position, and at which local time."""
 
     how: str
     epoch: int
@@ -71,41 +71,41 @@ class Outcome:
 
     @classmethod
     def now(cls, how: str, *, epoch: int, iteration: int) -> Self:
-        """Return an outcome of this moment."""
+        """Return an outcome with the current time."""
         return cls(how=how, epoch=epoch, iter=iteration, at=time.strftime("%Y-%m-%d %H:%M:%S"))
 
 
 @final
 class RunHistory:
-    """The sessions that led to where a run is, the present one last."""
+    """The sessions of a run from the first to the current one. Checkpoints contain it."""
 
     def __init__(self, sessions: Sequence[Session] = ()) -> None:
         self.sessions = tuple(sessions)
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any]) -> RunHistory:
-        """Return the one that a checkpoint's ``meta`` holds; without any it is empty."""
+        """Read the history from the ``meta`` of a checkpoint; it is empty if there is none."""
         try:
             return cls([Session.from_record(record) for record in meta.get(_KEY) or ()])
         except (TypeError, AttributeError):
             return cls()
 
     def with_session(self, session: Session) -> RunHistory:
-        """Return the history with a session that goes on from it."""
+        """Return this history with another session at the end."""
         return RunHistory((*self.sessions, session))
 
     def as_meta(self) -> dict[str, Any]:
-        """Return what a checkpoint's ``meta`` keeps of it."""
+        """Return the entry for the ``meta`` of a checkpoint."""
         return {_KEY: [asdict(session) for session in self.sessions]}
 
     def write(self, folder: Path, outcome: Outcome | None = None) -> None:
-        """Keep it in the folder of the present session."""
+        """Write the record of the current session into its folder."""
         record = {**self.as_meta(), "ending": None if outcome is None else asdict(outcome)}
         write_atomic(folder / RECORD, json.dumps(record, indent=1))
 
 
 def read_record(folder: Path) -> tuple[RunHistory, Outcome | None]:
-    """Return the history that the folder of a session keeps, and how the session ended; None where nobody wrote that down.
+    """Read the record of a session: the history up to it, and its outcome, or None if the session did not record one.
 
     Raises:
         CheckpointDamagedError: if the record cannot be read.

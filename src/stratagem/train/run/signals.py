@@ -15,12 +15,12 @@ from typing import final
 
 from stratagem.train.run.hard_exit import exit_now
 
-__all__ = ["JOB_ENDS", "SIGNALS", "SignalListener", "signals"]
+__all__ = ["PREEMPTION_SIGNALS", "SIGNALS", "SignalListener", "signals"]
 
-_ASK = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a SLURM job asks for with `--signal=USR1@seconds`. Windows has none, and a program may use it for something else.
-JOB_ENDS = () if sys.platform == "win32" else (signal.SIGUSR1,)
-SIGNALS = (*_ASK, *JOB_ENDS)
+PREEMPTION_SIGNALS = () if sys.platform == "win32" else (signal.SIGUSR1,)
+SIGNALS = (*_STOP_SIGNALS, *PREEMPTION_SIGNALS)
 # A launcher passes on the signal that the terminal or the scheduler has sent already; that is no second request.
 _SAME_REQUEST_S = 1.0
 # After a second request: how long the main thread may take to clean up before the process ends without that.
@@ -59,7 +59,7 @@ class SignalListener:
         self._over = threading.Event()
         source, sink = os.pipe()
         os.set_blocking(sink, False)
-        taken = [number for number in SIGNALS if number in _ASK or signal.getsignal(number) is signal.SIG_DFL]
+        taken = [number for number in SIGNALS if number in _STOP_SIGNALS or signal.getsignal(number) is signal.SIG_DFL]
         thread = threading.Thread(target=self._hear, args=(source,), name="stratagem-signals", daemon=True)
         thread.start()
         wakeup = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)

@@ -1,4 +1,4 @@
-"""Keep a folder to one training at a time."""
+"""Lock work directories so that only one training uses each of them."""
 
 from __future__ import annotations
 
@@ -10,86 +10,123 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-from stratagem.distributed import ProcessIdentity
+from stratagem.distributed import ProcessIdentity, RankGroup
 from stratagem.errors import WorkDirError
-from stratagem.storage import operations, write_fully
+from stratagem.storage import clean_temporaries, operations, write_fully
 
-__all__ = ["work_dir_lock"]
+__all__ = ["WorkDirLocks", "work_dir_lock"]
 
 _NAME = ".training.json"
-# How often whoever has the folder gives a sign of life, and how many may be missed, for a busy file system.
 _HEARTBEAT_S = 10.0
-_MISSED = 3.5
-# How long data workers and the like may outlive the process that started them.
+# A lock expires after this many heartbeat intervals; more than one, because a busy file system can delay heartbeats.
+_EXPIRY_INTERVALS = 3.5
+# How long to wait for data workers and other child processes that outlive the process that held the lock.
 _ORPHANS_S = 15.0
 _POLL_S = 0.1
 
 
+@final
+class WorkDirLocks:
+    """The work directories that a training has locked. Rank 0 locks them and removes leftovers of killed runs."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._held: set[Path] = set()
+        self._locks = ExitStack()
+
+    @contextmanager
+    def holding(self, folder: Path) -> Iterator[None]:
+        """Lock a directory; release it and all directories locked meanwhile on exit. Collective on entry."""
+        with ExitStack() as locks:
+            self._locks, self._held = locks, set()
+            self.acquire(folder)
+            yield
+
+    def acquire(self, folder: Path) -> None:
+        """Lock another directory, creating it if it does not exist; do nothing if it is already held. Collective.
+
+        Raises:
+            WorkDirError: on every rank, if another training holds the lock.
+        """
+        if folder not in self._held:
+            RankGroup.of().run_on_rank0(lambda: self._lock(folder))
+            self._held.add(folder)
+
+    def _lock(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._locks.enter_context(work_dir_lock(folder, self._logger))
+        cleaned = clean_temporaries(folder)
+        for path in cleaned.removed:
+            self._logger.info("Removed %s, a leftover of a killed run.", path)
+        for path in cleaned.restored:
+            self._logger.warning("Restored %s: a run was killed while replacing it.", path)
+
+
 @contextmanager
 def work_dir_lock(folder: Path, logger: logging.Logger, *, heartbeat_s: float = _HEARTBEAT_S) -> Iterator[None]:
-    """Hold a folder for the length of a block.
+    """Hold the lock of a directory for the duration of the context.
 
-    A file in it names the process that has it, and is locked by ``flock`` where the file system can. What an ended
-    process of this machine left is taken over, with a line in the log. A process on another machine cannot be looked at,
-    so it changes the file's time every ``heartbeat_s`` seconds: where that stands still for three and a half times as long,
-    the process counts as ended.
+    The lock is a file that names its owner; it is also locked with ``flock`` if the file system supports that. If the owner
+    was a process of this machine that has exited, the lock is taken over and a warning is logged. The owner updates the
+    modification time of the file every ``heartbeat_s`` seconds, because processes of other machines cannot be inspected:
+    such an owner is considered dead if the modification time does not change for 3.5 intervals.
 
     Raises:
-        WorkDirError: if another process has the folder, or the file cannot be written.
+        WorkDirError: if another process holds the lock, or the file cannot be written.
     """
     file = folder / _NAME
     descriptor = _acquire(file, logger, heartbeat_s)
-    over = threading.Event()
+    stop = threading.Event()
     heartbeats = threading.Thread(
-        target=_send_heartbeats, args=(descriptor, over, heartbeat_s), name="stratagem-lock", daemon=True
+        target=_send_heartbeats, args=(descriptor, stop, heartbeat_s), name="stratagem-lock", daemon=True
     )
     heartbeats.start()
     try:
         yield
     finally:
-        over.set()
+        stop.set()
         heartbeats.join()
         _release(descriptor, file, logger)
 
 
 def _release(descriptor: int, file: Path, logger: logging.Logger) -> None:
     try:
-        if _is_at(descriptor, file):
-            # While it is still locked: whoever opens it now sees that it is gone, and makes a new one.
+        if _is_same_file(descriptor, file):
+            # Remove it while it is locked: a process that has opened it detects that it is gone and creates a new one.
             operations.remove_file(file)
     except OSError as error:
-        # It must not hide what the block failed with, and when this process has ended it holds nobody up.
-        logger.warning("%s could not be removed: %s", file, error)
+        # Do not hide an error of the block. The leftover file blocks nobody once this process has exited.
+        logger.warning("Could not remove %s: %s", file, error)
     finally:
         operations.close(descriptor)
 
 
 def _acquire(file: Path, logger: logging.Logger, heartbeat_s: float) -> int:
-    """Return a descriptor of the file, locked, with this process's name in it."""
-    end = time.monotonic() + _ORPHANS_S
+    """Return the descriptor of the lock file, which is locked and names this process."""
+    deadline = time.monotonic() + _ORPHANS_S
     while True:
         descriptor = _open(file)
         try:
-            owner = _read(file)
+            owner = _read_owner(file)
             if owner is not None and _is_alive(owner, file, logger, heartbeat_s):
                 raise _in_use(file, owner)
-            if _try_lock(descriptor) and _is_at(descriptor, file) and _read(file) == owner:
-                _write(descriptor)
+            if _try_lock(descriptor) and _is_same_file(descriptor, file) and _read_owner(file) == owner:
+                _write_owner(descriptor)
                 if owner is not None:
-                    logger.warning("%s: took over the folder from %s, which has ended.", file.parent, _describe(owner))
+                    logger.warning("%s: took over the lock of %s, which has exited.", file.parent, _describe(owner))
                 return descriptor
         except BaseException:
             operations.close(descriptor)
             raise
         operations.close(descriptor)
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise WorkDirError(
-                f"{file.parent}: a process that another training has started still holds {file.name}. End it (`fuser "
-                f"{file}` names it), or choose another --work-dir."
+                f"{file.parent}: a child process of an earlier training still holds {file.name}. Terminate it (`fuser "
+                f"{file}` prints its PID), or choose another --work-dir."
             )
         time.sleep(_POLL_S)
 
@@ -99,12 +136,12 @@ def _open(file: Path) -> int:
         try:
             return operations.create_file(file)
         except FileExistsError:
-            with suppress(FileNotFoundError):  # it was removed in between: once more
+            with suppress(FileNotFoundError):  # removed in between: try again
                 return operations.open_file(file)
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock the file; True as well where the file system knows no locks, then the name in it must do."""
+    """Lock the file with ``flock``; return True as well if the file system does not support locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -114,15 +151,15 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Tell whether the file that was opened is still what stands under its name."""
+def _is_same_file(descriptor: int, file: Path) -> bool:
+    """Return whether the path still refers to the file that was opened."""
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except OSError:
         return False
 
 
-def _write(descriptor: int) -> None:
+def _write_owner(descriptor: int) -> None:
     here = ProcessIdentity.here()
     content = {
         "pid": here.pid,
@@ -136,11 +173,11 @@ def _write(descriptor: int) -> None:
     operations.truncate(descriptor, len(data))
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    """Return what the file says of who has the folder; None where it says nothing, as when it was made just now."""
+def _read_owner(file: Path) -> dict[str, Any] | None:
+    """Return the owner as recorded in the file, or None if it has no valid content, for example if it is new."""
     try:
-        said = json.loads(file.read_bytes())
-        return said if isinstance(said, dict) and _process(said) else None
+        owner = json.loads(file.read_bytes())
+        return owner if isinstance(owner, dict) and _process(owner) else None
     except (OSError, ValueError, KeyError):
         return None
 
@@ -153,18 +190,18 @@ def _is_alive(owner: Mapping[str, Any], file: Path, logger: logging.Logger, hear
     process = _process(owner)
     if process.pid_namespace == ProcessIdentity.here().pid_namespace:
         return not process.has_ended()
-    seconds = _MISSED * heartbeat_s
-    logger.info("%s: %s has the folder; waiting %g s for a sign of its life.", file.parent, _describe(owner), seconds)
-    seen, end = _time_of(file), time.monotonic() + seconds
-    while time.monotonic() < end:
-        if _time_of(file) != seen:
+    seconds = _EXPIRY_INTERVALS * heartbeat_s
+    logger.info("%s is locked by %s; waiting %g s for a heartbeat.", file.parent, _describe(owner), seconds)
+    first, deadline = _modified_at(file), time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if _modified_at(file) != first:
             return True
         time.sleep(min(_POLL_S, heartbeat_s))
     return False
 
 
-def _time_of(file: Path) -> int:
-    """Return when the file was changed, as its server knows: network file systems ask it anew when a file is opened."""
+def _modified_at(file: Path) -> int:
+    """Return the modification time. Network file systems only query the server for it when the file is opened."""
     try:
         with file.open("rb") as opened:
             return os.fstat(opened.fileno()).st_mtime_ns
@@ -172,18 +209,18 @@ def _time_of(file: Path) -> int:
         return 0
 
 
-def _send_heartbeats(descriptor: int, over: threading.Event, heartbeat_s: float) -> None:
-    while not over.wait(heartbeat_s):
-        with suppress(OSError):  # one missed beat is no harm, and there may be a next
+def _send_heartbeats(descriptor: int, stop: threading.Event, heartbeat_s: float) -> None:
+    while not stop.wait(heartbeat_s):
+        with suppress(OSError):  # one missed heartbeat is harmless
             os.utime(descriptor)
 
 
 def _in_use(file: Path, owner: Mapping[str, Any]) -> WorkDirError:
-    here = _process(owner) == ProcessIdentity.here()
-    who = "this process itself" if here else _describe(owner)
+    is_own = _process(owner) == ProcessIdentity.here()
+    who = "this process" if is_own else _describe(owner)
     return WorkDirError(
-        f"{file.parent}: another training has this folder: {who}. Wait for its end or end it, or choose another "
-        f"--work-dir. If there is no such process, remove {file}."
+        f"{file.parent} is locked by another training: {who}. Wait until it finishes, terminate it, or choose another "
+        f"--work-dir. If no such process exists, remove {file}."
     )
 
 
