@@ -43,7 +43,10 @@ def broken_links(file: Path) -> Iterator[str]:
 
 def markdown_files() -> list[Path]:
     """Return all Markdown files of the repository."""
-    return [*ROOT.glob("*.md"), *(file for name in ("docs", "examples", "tests") for file in (ROOT / name).rglob("*.md"))]
+    return [
+        *ROOT.glob("*.md"),
+        *(file for name in ("docs", "examples", "tests") for file in (ROOT / name).rglob("*.md")),
+    ]
 
 
 def test_local_links_resolve() -> None:
