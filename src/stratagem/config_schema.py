@@ -1,4 +1,4 @@
-"""What a configuration of a run may say, section by section: the data by which unknown keys are refused."""
+"""The schema of a run's configuration: the sections, and the keys that each of them accepts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _MODEL = Section(registry=MODELS, keys={"data_preprocessor": Section(registry=MO
 _OPTIM_WRAPPER = Section(
     registry=OPTIM_WRAPPERS,
     default_type="OptimWrapper",
-    # A strategy may have its own: then it says so where there is none at all.
+    # Not required here: some strategies create the optimizer themselves. The others report a missing one.
     supplied=frozenset({"optimizer"}),
     keys={
-        # ColossalAI's and DeepSpeed's optimizers call theirs otherwise.
+        # The optimizers of ColossalAI and DeepSpeed call the argument model_params.
         "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"})),
         "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),
         "paramwise_cfg": _FREE,
@@ -44,17 +44,17 @@ _OPTIM_WRAPPER = Section(
 
 
 def _optim_wrapper(value: Any) -> Section:
-    # A constructor of the user's reads the mapping as it likes, such as one wrapper for each name.
+    # A custom constructor may define its own keys, such as one wrapper per name.
     default = "DefaultOptimWrapperConstructor"
-    own = isinstance(value, Mapping) and value.get("constructor", default) != default
-    return Section(keys=_OPTIM_WRAPPER.keys, others=_FREE) if own else _OPTIM_WRAPPER
+    is_custom = isinstance(value, Mapping) and value.get("constructor", default) != default
+    return Section(keys=_OPTIM_WRAPPER.keys, others=_FREE) if is_custom else _OPTIM_WRAPPER
 
 
 _SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"}), keys={"convert_to_iter_based": _FREE})
 
 
 def _is_by_name(value: Any) -> bool:
-    """Tell whether a mapping gives several things a name each; one with plain values is a single thing, misspelled."""
+    """Return whether a mapping contains named configurations; with plain values it is one configuration with a typo."""
     plain = str | int | float | None
     return isinstance(value, Mapping) and "type" not in value and not any(isinstance(v, plain) for v in value.values())
 

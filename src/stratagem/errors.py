@@ -1,7 +1,7 @@
-"""Every error that Stratagem raises on purpose, sorted by who is at fault.
+"""Exceptions raised by Stratagem.
 
-Each class also derives from the built-in class that people already catch for it (``ValueError``, ``KeyError`` ...),
-and carries the exit status of the command line: 2 where the user can mend it, 1 where something failed.
+Each class also derives from the built-in exception that callers would catch (``ValueError``, ``KeyError`` ...), and
+defines the exit status of the command line: 2 for errors that the user can correct, 1 for failures.
 """
 
 from __future__ import annotations
@@ -32,96 +32,96 @@ __all__ = [
 
 
 class StratagemError(Exception):
-    """Base of all errors raised on purpose; its message says what happened, where, and what to do."""
+    """Base class of all exceptions of this package. The message states what happened, where, and what to do."""
 
     exit_status: ClassVar[int] = 1
 
     def __str__(self) -> str:
-        # KeyError would print the repr of its message, and OSError would look for an errno.
+        # KeyError would print the repr of its message, and OSError would expect an errno.
         return str(self.args[0]) if len(self.args) == 1 else super().__str__()
 
 
 class ConfigError(StratagemError):
-    """Something in a configuration, or in an argument given in its place, is wrong."""
+    """A configuration, or an argument that takes the same values, is invalid."""
 
     exit_status = 2
 
 
 class ConfigValueError(ConfigError, ValueError):
-    """A value is outside of what is allowed, or a required one is missing."""
+    """A value is not allowed, or a required value is missing."""
 
 
 class ConfigTypeError(ConfigError, TypeError):
-    """A value has the wrong type, such as a number where a model is due."""
+    """A value has the wrong type, such as a number where a model is expected."""
 
 
 class ConfigKeyError(ConfigError, KeyError):
-    """A name is unknown: a key of a configuration, an entry of a registry, an argument of a target."""
+    """A name is unknown: a configuration key, a registry entry or an argument of a target."""
 
 
 class ConfigFileError(ConfigError, OSError):
-    """A configuration file is missing, unreadable or of an unknown kind."""
+    """A configuration file is missing, cannot be read or has an unknown suffix."""
 
 
 class ConfigParsingError(ConfigError, RuntimeError):
-    """A configuration file was read but its text is not valid."""
+    """The contents of a configuration file are invalid."""
 
 
 class StateError(StratagemError, RuntimeError):
-    """A call came at a time when it cannot be served."""
+    """A method was called in a state that does not allow it."""
 
 
 class NotPreparedError(StateError):
-    """A strategy was asked for what only ``prepare`` builds."""
+    """An attribute that ``prepare`` creates was used before ``prepare`` was called."""
 
 
 class CheckpointError(StratagemError, RuntimeError):
-    """A checkpoint cannot be written, found, read or applied."""
+    """A checkpoint cannot be written, found, read or loaded."""
 
     exit_status = 2
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint at the given place."""
+    """There is no checkpoint at the given path."""
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """A checkpoint is intact but belongs to something else: other keys, shapes or groups."""
+    """A checkpoint is intact but does not fit: its keys, shapes or parameter groups differ."""
 
 
 class CheckpointDamagedError(CheckpointError):
-    """A checkpoint of ours is incomplete or changed: truncated, a file missing, a size that differs."""
+    """A checkpoint is incomplete or was modified: it is truncated, lacks a file or has a file of a different size."""
 
     exit_status = 1
 
 
 class PlacementError(StratagemError, ValueError):
-    """A strategy was asked for something that its placement cannot do."""
+    """A strategy does not support what was requested of it."""
 
     exit_status = 2
 
 
 class LaunchError(StratagemError, ValueError):
-    """The processes of a run were started, or told to start, in a way that cannot work."""
+    """The processes of a run cannot be launched, or cannot form a process group, as configured."""
 
     exit_status = 2
 
 
 class MissingDependencyError(StratagemError, ImportError):
-    """An optional package that a configuration names is not installed."""
+    """An optional package that a configuration requires is not installed."""
 
     exit_status = 2
 
 
 class WorkDirError(StratagemError, OSError):
-    """A work directory cannot be made or written to."""
+    """A work directory cannot be created or written to."""
 
     exit_status = 2
 
 
 class TrainingError(StratagemError, RuntimeError):
-    """Training itself went wrong: a loss that is no tensor, a model without parameters, a dead worker."""
+    """Training failed: the loss is not a tensor, the model has no parameters, a worker process died."""
 
 
 class RankFailedError(StratagemError, RuntimeError):
-    """This rank stops because another one failed, ended or does not answer; nothing is wrong here."""
+    """This rank stops because another rank failed, exited or does not respond; this rank itself is healthy."""

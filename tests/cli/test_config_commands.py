@@ -106,4 +106,4 @@ def test_check_lists_invalid_arguments_of_a_data_file(stratagem: Callable, tmp_p
     checked = stratagem("config", "check", "run.yaml")
     assert checked.status == 2
     for path, line in (("compile.options", 8), ("compile.backend", 9), ("env_cfg.dist_cfg.init_method", 11)):
-        assert f"{path} (run.yaml:{line}): a data file cannot give" in checked.err
+        assert f"{path} (run.yaml:{line}): a data file cannot set" in checked.err

@@ -117,7 +117,7 @@ def test_a_scope_cannot_import_a_package(key, tmp_path, monkeypatch):
 @pytest.mark.parametrize("scope", ["[os]", "3", "{a: os}", "true"])
 def test_a_scope_must_be_a_string(scope):
     """A scope that is not a string is rejected."""
-    with pytest.raises(ConfigTypeError, match="A scope is the name of a package"):
+    with pytest.raises(ConfigTypeError, match="The scope must be the name of a package"):
         MODELS.build(Config.fromstring(f"model: {{type: Identity, _scope_: {scope}}}\n", ".yaml").model)
 
 
@@ -277,7 +277,7 @@ def test_a_python_file_and_the_command_line_may_set_any_option(tmp_path):
 def test_compile_blocks_follows_the_same_rules():
     """``compile_blocks`` follows the same rules as ``compile``."""
     config = Config.fromstring("blocks: {options: {cpp.cxx: [./evil.sh]}}\n", ".yaml")
-    with pytest.raises(ConfigValueError, match="compile_blocks: a data file cannot give 'options'"):
+    with pytest.raises(ConfigValueError, match="compile_blocks: a data file cannot set 'options'"):
         FSDPOptions(compile_blocks=config.blocks)
     FSDPOptions(compile_blocks=Config.fromstring("blocks: {fullgraph: true}\n", ".yaml").blocks)
 
@@ -285,7 +285,7 @@ def test_compile_blocks_follows_the_same_rules():
 def test_a_data_file_cannot_choose_the_rendezvous_address():
     """Ranks send each other pickled objects, so a data file must not choose the rendezvous address."""
     config = Config.fromstring("dist_cfg: {init_method: 'tcp://stranger:29500'}\n", ".yaml")
-    with pytest.raises(ConfigValueError, match="dist_cfg: a data file cannot give 'init_method'"):
+    with pytest.raises(ConfigValueError, match="dist_cfg: a data file cannot set 'init_method'"):
         set_up_environment({"launcher": "none", "dist_cfg": config.dist_cfg})
 
 

@@ -175,7 +175,7 @@ TRANSFORMERS_ATTACKS = [
 @pytest.mark.parametrize("name", ["BertModel", "AutoModel"])
 def test_unlisted_arguments_of_a_pretrained_model_are_rejected(name: str, argument: str) -> None:
     """Only listed arguments are accepted, so an argument that a library adds later is rejected."""
-    with pytest.raises(ConfigValueError, match=r"model(\.\w+)? \(<string>:1\): a data file cannot give"):
+    with pytest.raises(ConfigValueError, match=r"model(\.\w+)? \(<string>:1\): a data file cannot set"):
         build(f"type: transformers.{name}.from_pretrained, pretrained_model_name_or_path: ./evil, {argument}")
 
 
@@ -208,7 +208,7 @@ def test_arguments_from_data_stay_restricted_if_a_program_chooses_the_loader(tmp
     kind = "BertModel.from_pretrained" if by_class else "'transformers.BertModel.from_pretrained'"
     start = "from transformers import BertModel\n" if by_class else ""
     (tmp_path / "run.py").write_text(f"{start}_base_ = 'base.yaml'\nmodel = dict(type={kind})\n")
-    with pytest.raises(ConfigValueError, match="cannot give 'weights_only'"):
+    with pytest.raises(ConfigValueError, match="cannot set 'weights_only'"):
         MODELS.build(Config.fromfile(tmp_path / "run.py").model)
     (tmp_path / "run.py").write_text(
         f"{start}_base_ = 'base.yaml'\nmodel = dict(type={kind}, weights_only=True, use_safetensors=False)\n"
@@ -320,7 +320,7 @@ def test_an_optimizer_that_looks_up_functions_accepts_only_listed_names() -> Non
 
     assert make("gradient_clipping: l2_clip_, palm: true").clipping == "l2_clip_"
     for text in ("gradient_clipping: set_torch", "gradient_clipping: [l2_clip_]", "storage_dtype: load", "palm: x"):
-        with pytest.raises(ConfigValueError, match=r"a data file cannot give .* to heavyball\.SOAP"):
+        with pytest.raises(ConfigValueError, match=r"a data file cannot set .* of heavyball\.SOAP"):
             make(text)
 
 
@@ -347,7 +347,7 @@ def test_functions_that_unpickle_or_compile_accept_nothing_from_data(
     """A Python file may pass its own arguments to such functions, but not those of its YAML base."""
     (tmp_path / "base.yaml").write_text(f"model: {{{arguments}}}\n")
     (tmp_path / "run.py").write_text(f"_base_ = 'base.yaml'\nmodel = dict(type='{target}')\n")
-    with pytest.raises((ConfigValueError, MissingDependencyError), match="a data file cannot give"):
+    with pytest.raises((ConfigValueError, MissingDependencyError), match="a data file cannot set"):
         MODELS.build(Config.fromfile(tmp_path / "run.py").model)
 
 
@@ -491,7 +491,7 @@ def allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_an_allowed_package_does_not_expose_its_imports(name: str) -> None:
     """Imports of an allowed package and private attributes are not accessible."""
-    with pytest.raises(ConfigValueError, match=r"A data file names .*with (a part that begins|'\w+', which)"):
+    with pytest.raises(ConfigValueError, match=r"A data file names .* (has a part that starts|only imports '\w+')"):
         build(f"type: '{name}', command: 'true'")
 
 

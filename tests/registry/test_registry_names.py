@@ -48,7 +48,7 @@ def test_a_class_is_registered_under_one_or_more_names(root):
 def test_a_duplicate_name_is_rejected_unless_forced(root):
     """Registering a name twice is an error that shows the existing entry; ``force`` replaces it."""
     root.register_module("Cat", module=int)
-    with pytest.raises(KeyError, match=r"'Cat' is already registered in animal, for <class 'int'>"):
+    with pytest.raises(KeyError, match=r"'Cat' is already in the animal registry: <class 'int'>"):
         root.register_module("Cat", module=float)
     root.register_module("Cat", module=float, force=True)
     assert root.get("Cat") is float
@@ -63,7 +63,7 @@ def test_invalid_registrations_are_type_errors(root, arguments):
 
 def test_a_name_must_be_a_string(root):
     """Looking up anything but a string is a TypeError."""
-    with pytest.raises(ConfigTypeError, match="is a text, not 3"):
+    with pytest.raises(ConfigTypeError, match="must be a string, got 3"):
         root.get(3)
 
 
@@ -90,7 +90,7 @@ def test_an_empty_parent_passes_on_its_build_function(root):
 def test_scopes_are_unique_among_the_children_of_a_parent(root):
     """A parent cannot have two children with the same scope."""
     Registry("animal", parent=root, scope="aquarium")
-    with pytest.raises(ConfigValueError, match="already has a child of the scope 'aquarium'"):
+    with pytest.raises(ConfigValueError, match="already has a child with the scope 'aquarium'"):
         Registry("animal", parent=root, scope="aquarium")
 
 
@@ -168,7 +168,7 @@ def test_built_in_entries_are_imported_on_first_use(tmp_path, monkeypatch):
     assert len(registry) == 1
     assert "ready_module" not in sys.modules
     assert registry.get("Zebra").__name__ == "Zebra"
-    with pytest.raises(KeyError, match="already registered"):
+    with pytest.raises(KeyError, match="already in the animal registry"):
         registry.register_module("Zebra", module=int)
 
 

@@ -80,7 +80,7 @@ def test_an_unknown_key_suggests_the_closest_name(tmp_path: Path, kwargs: dict[s
     ("kwargs", "message"),
     [
         ({"env_kwargs": {"randomness": 3}}, "env_kwargs: randomness must be a mapping, got 3"),
-        ({"env_kwargs": {"randomness": {"seed": "3"}}}, "seed must be an integer or None, not '3'"),
+        ({"env_kwargs": {"randomness": {"seed": "3"}}}, "seed must be an integer or None, got '3'"),
         ({"auto_scale_lr": True}, "auto_scale_lr must be a mapping .* got True"),
     ],
 )
@@ -111,7 +111,7 @@ def test_the_autotuner_is_enabled_and_restored(single: Make) -> None:
 def test_deterministic_disables_the_autotuner(single: Make) -> None:
     """``deterministic=True`` disables the cuDNN autotuner, and ``close`` restores both."""
     before = torch.backends.cudnn.deterministic
-    with pytest.warns(UserWarning, match="switched off, because deterministic=True"):
+    with pytest.warns(UserWarning, match="disabled because deterministic=True"):
         strategy = single(env={"cudnn_benchmark": True, "randomness": {"seed": 0, "deterministic": True}})
     assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.deterministic

@@ -122,7 +122,7 @@ def test_the_seed_must_be_an_integer(seed: Any) -> None:
 def test_deterministic_disables_the_autotuner_with_a_warning() -> None:
     """``deterministic=True`` disables the cuDNN autotuner and warns."""
     torch.backends.cudnn.benchmark = True
-    with pytest.warns(UserWarning, match=r"autotuner.*switched off"):
+    with pytest.warns(UserWarning, match=r"autotuner.*disabled"):
         set_random_seed(0, deterministic=True)
     assert not torch.backends.cudnn.benchmark
     assert torch.backends.cudnn.deterministic
@@ -188,7 +188,7 @@ def test_the_state_is_a_copy() -> None:
 
 def test_an_unknown_state_is_rejected() -> None:
     """A state in an unknown format is an error that explains how to resume."""
-    with pytest.raises(CheckpointMismatchError, match=r"KeyError: 'python'.*resume without it"):
+    with pytest.raises(CheckpointMismatchError, match=r"KeyError: 'python'.*Resume without it"):
         restore_generator_state({"cuda": 1})
 
 

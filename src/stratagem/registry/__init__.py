@@ -1,4 +1,4 @@
-"""Registries: what configurations can name, and how it is built."""
+"""Registries: map names in configurations to classes and functions, and build objects from them."""
 
 from stratagem.registry.build import build_from_cfg
 from stratagem.registry.builtin import (

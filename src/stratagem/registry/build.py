@@ -1,4 +1,4 @@
-"""Build what a mapping with a ``type`` describes."""
+"""Build objects from mappings with a ``type``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCOPE = "_scope_"
 
 
 class SupportsBuild(Protocol):
-    """What building needs of a registry."""
+    """The methods of a registry that building uses."""
 
     @property
     def name(self) -> str: ...
@@ -35,27 +35,28 @@ class SupportsBuild(Protocol):
 def build_from_cfg(
     cfg: Mapping[str, Any], registry: SupportsBuild, default_args: Mapping[str, Any] | None = None
 ) -> Any:
-    """Call what the ``type`` of ``cfg`` names with the other items of ``cfg`` as arguments.
+    """Call the target that ``type`` names with the other items of ``cfg`` as keyword arguments.
 
-    ``type`` is a name in ``registry``, a class or a function. Only this node is built: arguments that are mappings
-    themselves are handed on as they are. ``_scope_`` names the library whose names go first for this node and all that
-    its target builds. An exception from the target keeps its class and gets a note with the place in the configuration.
+    ``type`` is a name in ``registry``, a class or a function. Nested mappings are not built; they are passed to the target
+    unchanged. ``_scope_`` names the library whose registries are searched first, for this mapping and for everything that
+    the target builds. An exception raised by the target is re-raised with a note on where the mapping is in the
+    configuration.
 
     Args:
-        cfg: What to build; it is not changed.
-        registry: Where ``type`` is looked up.
-        default_args: Arguments, or the ``type``, for what ``cfg`` does not give.
+        cfg: The mapping to build from; it is not modified.
+        registry: The registry in which ``type`` is looked up.
+        default_args: Defaults for items that ``cfg`` does not have, including ``type``.
 
     Raises:
-        ConfigTypeError: if ``cfg`` is not a mapping, or the target does not take an argument or misses one.
-        ConfigKeyError: if there is no ``type`` or its name is unknown.
-        ConfigValueError: if a data file gives an argument that it must not give to this target.
+        ConfigTypeError: if ``cfg`` is not a mapping, has an argument that the target does not accept, or lacks a required
+            argument.
+        ConfigKeyError: if ``type`` is missing or unknown.
+        ConfigValueError: if a data file sets an argument of this target that data files must not set.
     """
     arguments = _arguments(cfg, registry, default_args)
     if "type" not in arguments:
         raise ConfigKeyError(
-            f"{_at(cfg)}a {registry.name} is described by a mapping with the key 'type', "
-            f"and there is none among {list(arguments)}."
+            f"{_at(cfg)}the configuration of the {registry.name} has no key 'type', only {list(arguments)}."
         )
     kind = arguments.pop("type")
     with registry.switch_scope_and_registry(arguments.pop(_SCOPE, None)) as scoped:
@@ -68,13 +69,15 @@ def build_from_cfg(
             arguments = unmark_data(arguments | refuse_data_arguments(target, given, _at(cfg)))
         try:
             with weights_only_loads() if restricted else nullcontext():
-                # Plain names, since some targets keep them, as optimizers do in their state.
+                # Plain str keys: some targets keep them, as optimizers do in their state.
                 return target(**{str(name): value for name, value in arguments.items()})
         except Exception as error:
             position = source_position(cfg)
             error.add_note(f"while building {_name(target)}" + (f" from {position}" if position else ""))
             if restricted:
-                error.add_note("A data file gave a part of this, so files of weights are read without pickle.")
+                error.add_note(
+                    "A data file set a part of this configuration, so weights are loaded with weights_only=True."
+                )
             raise
 
 
@@ -86,7 +89,7 @@ def build_model_from_cfg(cfg: Any, registry: SupportsBuild, default_args: Mappin
 
 
 def build_runner_from_cfg(cfg: Mapping[str, Any], registry: SupportsBuild) -> Any:
-    """Build the runner that ``runner_type`` names (``Runner`` by default) with its ``from_cfg``."""
+    """Build a runner by calling ``from_cfg`` of the class that ``runner_type`` names, ``Runner`` by default."""
     arguments = _arguments(cfg, registry, None)
     with registry.switch_scope_and_registry(arguments.get(_SCOPE)) as scoped:
         return _resolve(arguments.get("runner_type", "Runner"), scoped, cfg).from_cfg(cfg)
@@ -94,10 +97,10 @@ def build_runner_from_cfg(cfg: Mapping[str, Any], registry: SupportsBuild) -> An
 
 def _arguments(cfg: object, registry: SupportsBuild, default_args: Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(cfg, Mapping):
-        raise ConfigTypeError(f"A {registry.name} is described by a mapping with a 'type', not by {cfg!r}.")
+        raise ConfigTypeError(f"The configuration of the {registry.name} must be a mapping with a 'type', got {cfg!r}.")
     if not (default_args is None or isinstance(default_args, Mapping)):
         raise ConfigTypeError(f"default_args must be a mapping or None, not {default_args!r}.")
-    # A dict keeps the key object that it had first, and a key records whether a data file gave the value.
+    # A dict keeps the first of two equal keys, and the class of a key records whether a data file set the value.
     defaults = {key: value for key, value in (default_args or {}).items() if key not in cfg}
     return {key: resolve_all(value) for key, value in {**defaults, **cfg}.items()}
 
@@ -106,7 +109,7 @@ def _resolve(kind: object, registry: SupportsBuild, cfg: Mapping[str, Any]) -> A
     if not isinstance(kind, str):
         if callable(kind):
             return kind
-        raise ConfigTypeError(f"{_at(cfg, 'type')}type must be a name, a class or a function, not {kind!r}.")
+        raise ConfigTypeError(f"{_at(cfg, 'type')}type must be a name, a class or a function, got {kind!r}.")
     target = registry.get(kind)
     if target is None:
         raise ConfigKeyError(
@@ -125,7 +128,9 @@ def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], c
             )
     missing = [name for name in taken.names if name in taken.required and name not in arguments]
     if missing:
-        raise ConfigTypeError(f"{_at(cfg)}{_name(target)} needs {', '.join(map(repr, missing))}, not given here.")
+        raise ConfigTypeError(
+            f"{_at(cfg)}{_name(target)} is missing required arguments: {', '.join(map(repr, missing))}."
+        )
 
 
 def _at(cfg: object, key: str | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Which dotted paths may be imported because a configuration names them."""
+"""The dotted paths in a configuration that may be imported."""
 
 from __future__ import annotations
 
@@ -22,62 +22,64 @@ __all__ = [
 ]
 
 _allowed: set[str] = set()
-# What knows the module that defines it; an instance belongs to the module that made it.
+# Objects whose __module__ is the module that defines them. An instance belongs to the module that created it.
 _IMPORTABLE = (type, FunctionType, BuiltinFunctionType, MethodType)
 
 
 class TargetImportError(ConfigError, RuntimeError):
-    """The module in a dotted path exists, but importing it fails."""
+    """The module of a dotted path exists, but importing it failed."""
 
 
 def allow_packages(*names: str) -> None:
-    """Let data files (YAML, JSON, TOML) name anything callable below these packages or modules by its dotted path.
+    """Allow data files (YAML, JSON, TOML) to name any callable in these packages or modules by its dotted path.
 
-    For the program to call, once, at its start; no file can do it. Whoever writes the data files can then call every
-    function that these packages define, or list in ``__all__``, with arguments of their choice. What their modules
-    import for their own use is out of reach.
+    Call this once when the program starts; a configuration file cannot call it. The authors of data files can then call
+    every function that these packages define, or list in ``__all__``, with any arguments. Objects that the modules only
+    import from elsewhere stay out of reach.
 
     Raises:
-        ConfigValueError: if a name is not that of a package.
+        ConfigValueError: if a name is not a valid package name.
     """
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
-            raise ConfigValueError(f"{name!r} is not the name of a package.")
+            raise ConfigValueError(f"{name!r} is not a valid package name.")
     _allowed.update(names)
 
 
 def allowed_packages() -> frozenset[str]:
-    """Return the packages that data files may name."""
+    """Return the packages whose contents data files may name."""
     return frozenset(_allowed)
 
 
 def is_allowed(key: str) -> bool:
-    """Return whether ``key`` may choose what is imported: a program wrote it, or the program allowed its package."""
+    """Return whether ``key`` may be imported: it does not come from a data file, or its package is allowed."""
     return not isinstance(key, DataName) or is_of_allowed_package(key)
 
 
 def is_of_allowed_package(key: str) -> bool:
-    """Return whether ``key`` is a package that the program allowed data files to name, or something in one."""
+    """Return whether ``key`` names an allowed package or something in one."""
     return any(key == package or key.startswith((f"{package}.", f"{package}:")) for package in _allowed)
 
 
 def import_dotted(key: str, known: Callable[[], Iterable[str]]) -> Callable[..., Any] | None:
-    """Return the class or function with the dotted path ``key``; None if there is none.
+    """Import the class or function with the dotted path ``key``; return None if there is none.
 
-    ``known`` gives the names to suggest in its place.
+    ``known`` returns the names to suggest in error messages.
 
     Raises:
-        ConfigValueError: if a data file wrote ``key``, and its package is not allowed or it leads out of the package.
-        TargetImportError: if the module exists and fails when it is imported.
+        ConfigValueError: if ``key`` comes from a data file and its package is not allowed, or it names an object that its
+            module only imports.
+        TargetImportError: if the module exists but importing it fails.
     """
     if not is_dotted_name(key):
         return None
     if not is_allowed(key):
         near = nearest_names(key, known(), most=1)
         raise ConfigValueError(
-            f"A data file names {str(key)!r}, which is no registered name, and data files cannot choose "
-            f"what is imported. Register it, write the configuration in Python, or let the program call "
-            f"allow_packages({key.partition('.')[0]!r})." + (f" Did you mean {near[0]!r}?" if near else "")
+            f"A data file names {str(key)!r}, which is not a registered name, and data files cannot choose "
+            f"what is imported. Register it, write the configuration in Python, or call "
+            f"allow_packages({key.partition('.')[0]!r}) in the program."
+            + (f" Did you mean {near[0]!r}?" if near else "")
         )
     parts = _parts(key)
     for end in range(len(parts) - 1, 0, -1):
@@ -97,23 +99,25 @@ def _parts(key: str) -> list[str]:
 
 
 def _refuse_reexported(key: str, module: Any, path: list[str]) -> None:
-    """Refuse a data file's name that leads out of the packages that the program allowed.
+    """Reject a name in a data file that leads out of the allowed packages.
 
     Raises:
-        ConfigValueError: if a part of the name is private, or stands for what a module imported for its own use.
+        ConfigValueError: if a part of the name is private, or is an object that a module only imports from elsewhere.
     """
-    reason = "a part that begins with an underscore" if any(part.startswith("_") for part in _parts(key)) else None
+    reason = (
+        "which has a part that starts with an underscore" if any(part.startswith("_") for part in _parts(key)) else None
+    )
     for part in path:
         if not isinstance(module, ModuleType):
             break
         found = getattr(module, part, None)
         if not _is_defined_in_allowed(found, part, module):
-            reason = reason or f"{part!r}, which {module.__name__} only imported from {_defining_module(found)}"
+            reason = reason or f"in which {module.__name__} only imports {part!r} from {_defining_module(found)}"
         module = found
     if reason:
         raise ConfigValueError(
-            f"A data file names {str(key)!r}, with {reason}. A data file reaches what the modules of an allowed package "
-            "define, or list in __all__. Name it there, or write this part of the configuration in Python."
+            f"A data file names {str(key)!r}, {reason}. A data file can name what the modules of an allowed package define "
+            "or list in __all__. Add it to __all__, or write this part of the configuration in Python."
         )
 
 
@@ -133,7 +137,7 @@ def _import_if_there(module: str) -> Any:
     try:
         if importlib.util.find_spec(module) is None:
             return None
-    except (ImportError, ValueError):  # a parent is no package, or is missing
+    except (ImportError, ValueError):  # a parent is not a package, or is missing
         return None
     try:
         return importlib.import_module(module)

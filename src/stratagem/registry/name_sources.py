@@ -1,4 +1,4 @@
-"""Whole families of ready names, found in the libraries that define them, which are imported when first asked."""
+"""Sources of names that a registry finds in installed libraries, which are imported when a name is first looked up."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ __all__ = ["ModelZoo", "NameSource", "PretrainedFactories", "ClassesOf"]
 
 
 class NameSource(ABC):
-    """Names that a registry knows without listing them."""
+    """A set of names that a registry can look up without listing them."""
 
     @abstractmethod
     def find(self, name: str) -> Callable[..., Any] | None:
-        """Return what ``name`` stands for, or None where it is no name of this family."""
+        """Return the class or function called ``name``; None if this source does not have the name."""
 
     @abstractmethod
     def names(self) -> Iterable[str]:
-        """Return the names to choose from in suggestions; may import the library, if it is installed."""
+        """Return the names to suggest in error messages; may import the library."""
 
 
 @final
 class ClassesOf(NameSource):
-    """Every subclass of ``base`` in ``module``, by its name and by its dotted path.
+    """The subclasses of ``base`` in ``module``, by class name and by dotted path.
 
     Args:
-        module: Where to look, such as ``"torch.optim"``.
-        base: What to accept, as ``"module:Class"``.
-        aliases: Further names, each with the name in ``module`` that it stands for.
-        prefix: What every name begins with, such as ``"schedulefree."``; then the library is imported only when it is
-            meant.
+        module: The module to search, such as ``"torch.optim"``.
+        base: The base class, as ``"module:Class"``.
+        aliases: Additional names, each mapped to the name in ``module``.
+        prefix: The prefix of all names, such as ``"schedulefree."``. With a prefix, the module is imported only for names
+            that start with it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class ClassesOf(NameSource):
         self._prefix = prefix
 
     def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the class of this name, or None."""
+        """Return the class called ``name``, or None."""
         if not name.startswith(self._prefix):
             return None
         short = name.removeprefix(f"{self._module}.").removeprefix(self._prefix)
@@ -59,12 +59,12 @@ class ClassesOf(NameSource):
         return found if self._accepts(found) else None
 
     def names(self) -> Iterable[str]:
-        """Return the names of the classes, behind the prefix alone; of a library with one only once it was imported."""
+        """Return the names of the classes, with the prefix; none if there is a prefix and the module is not imported yet."""
         if self._prefix and self._module not in sys.modules:
             return ()
         members = vars(import_module(self._module)).items()
-        own = [name for name, found in members if self._accepts(found) and not name.startswith("_")]
-        return [f"{self._prefix}{name}" for name in (*own, *self._aliases)]
+        classes = [name for name, found in members if self._accepts(found) and not name.startswith("_")]
+        return [f"{self._prefix}{name}" for name in (*classes, *self._aliases)]
 
     def _accepts(self, found: object) -> bool:
         return isinstance(found, type) and issubclass(found, import_object(self._base))
@@ -72,12 +72,12 @@ class ClassesOf(NameSource):
 
 @final
 class PretrainedFactories(NameSource):
-    """Class methods that make a model: ``transformers.AutoModel.from_pretrained``, and the classes themselves.
+    """Model classes and their factory methods, such as ``transformers.AutoModel.from_pretrained``.
 
     Args:
-        module: The library, whose name must stand before the class, so that it is imported only when it is meant.
-        bases: Which classes to accept, each as ``"module:Class"``.
-        methods: Which of their class methods to accept.
+        module: The library. It is the prefix of all names, so that it is imported only for names that start with it.
+        bases: The base classes to accept, each as ``"module:Class"``.
+        methods: The class methods to accept.
     """
 
     def __init__(self, module: str, bases: Sequence[str], methods: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ class PretrainedFactories(NameSource):
         self._methods = frozenset(methods)
 
     def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the class or class method of this name, or None."""
+        """Return the class or class method called ``name``, or None."""
         library, _, rest = name.partition(".")
         class_name, _, method = rest.partition(".")
         if library != self._module or class_name.startswith("_") or not (not method or method in self._methods):
@@ -97,18 +97,18 @@ class PretrainedFactories(NameSource):
         return getattr(found, method, None) if method else found
 
     def names(self) -> Iterable[str]:
-        """Return nothing: there are thousands, and listing them imports each one's module."""
+        """Return no names: there are thousands, and listing them would import the module of each."""
         return ()
 
 
 @final
 class ModelZoo(NameSource):
-    """Models that a library makes from a name: ``timm.resnet18`` is ``timm.create_model("resnet18", ...)``.
+    """Models that a library creates by name: ``timm.resnet18`` calls ``timm.create_model("resnet18", ...)``.
 
     Args:
-        prefix: What stands before the library's own name, with the dot.
-        maker: The function that takes the name first, as ``"module:function"``.
-        list_function: The function that returns all names.
+        prefix: The prefix of all names, including the dot.
+        factory: The function that takes a model name as its first argument, as ``"module:function"``.
+        list_function: The function that returns all model names, as ``"module:function"``.
     """
 
     def __init__(self, prefix: str, factory: str, list_function: str) -> None:
@@ -117,24 +117,24 @@ class ModelZoo(NameSource):
         self._list_function = list_function
 
     def find(self, name: str) -> Callable[..., Any] | None:
-        """Return the function that makes the model of this name, or None if the prefix is different.
+        """Return a function that creates the model called ``name``, or None if there is no such model.
 
         Raises:
-            ConfigValueError: if a data file names a place to load the model from.
+            ConfigValueError: if a name in a data file is a location to load the model from.
         """
         if not name.startswith(self._prefix):
             return None
         model = name.removeprefix(self._prefix)
         if ":" in model and not is_allowed(name):
             raise ConfigValueError(
-                f"A data file names {str(name)!r}, a place from which the library would load a model and its configuration. "
-                "Name a model that the library lists, or write this part of the configuration in Python."
+                f"A data file names {str(name)!r}, a location from which the library would load a model and its "
+                "configuration. Name a model of the library, or write this part of the configuration in Python."
             )
-        # What follows a dot names the weights, as in timm.resnet18.a1_in1k; a colon, a place to load the model from.
+        # After a dot comes the name of the weights, as in timm.resnet18.a1_in1k. A colon marks a location such as hf-hub:name.
         if ":" not in model and model.partition(".")[0] not in import_object(self._list_function)():
             return None
         return partial(import_object(self._factory), model)
 
     def names(self) -> Iterable[str]:
-        """Return all names that the library lists."""
+        """Return the names of all models of the library."""
         return [f"{self._prefix}{name}" for name in import_object(self._list_function)()]

@@ -1,4 +1,4 @@
-"""Names for classes and functions, so that a configuration can say what to build."""
+"""The registry: a mapping from names to the classes and functions that configurations can build."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ T = TypeVar("T", bound=Target)
 
 
 class Registry:
-    """A table of names and what they stand for.
+    """A mapping from names to classes and functions.
 
-    A name is looked up among what was registered, then among the ready names, then in the families, then in the
-    parent. ``scope.name`` looks in the registry of that scope alone, and a dotted path such as
-    ``my_package.models.Net`` is imported, unless a data file wrote it.
+    A name is looked up among the registered entries, then the built-in entries, then the name sources, then in the
+    parent. ``scope.name`` is looked up only in the registry of that scope. A dotted path such as
+    ``my_package.models.Net`` is imported, unless it comes from a data file.
 
     Args:
-        name: What its entries are, in errors: ``"model"``.
-        parent: The registry to look in after this one; this one becomes its child.
-        scope: The name of the library that it belongs to; the caller's top package by default.
-        locations: Modules that register entries when they are imported, which happens when a name is first missing.
-        build_func: Called as ``build_func(cfg, registry=..., default_args=...)`` in place of ``build_from_cfg``; the
-            parent's by default.
-        builtin_entries: Names that are known from the start, each with where to find it: ``"package.module:Class"``.
-        name_sources: Further ready names that need not be listed.
+        name: What the entries are, for error messages, such as ``"model"``.
+        parent: The registry to search after this one. This registry becomes a child of it.
+        scope: The library that the registry belongs to; the caller's top-level package by default.
+        locations: Modules that register entries when they are imported. They are imported when a name is first not found.
+        build_func: Called as ``build_func(cfg, registry=..., default_args=...)`` instead of ``build_from_cfg``. Defaults to
+            that of the parent.
+        builtin_entries: Names and the objects that they refer to, as ``"package.module:Class"``, imported on first use.
+        name_sources: Sources of names that are not listed.
 
     Raises:
-        ConfigValueError: if the parent has a child of this scope already.
+        ConfigValueError: if the parent already has a child with this scope.
     """
 
     def __init__(
@@ -71,27 +71,27 @@ class Registry:
 
     @property
     def name(self) -> str:
-        """What its entries are."""
+        """What the entries are, such as ``"model"``."""
         return self._name
 
     @property
     def scope(self) -> str:
-        """The name of the library that it belongs to."""
+        """The name of the library that the registry belongs to."""
         return self._scope
 
     @property
     def parent(self) -> Registry | None:
-        """The registry that is looked in after this one."""
+        """The registry that is searched after this one."""
         return self._parent
 
     @property
     def children(self) -> Mapping[str, Registry]:
-        """The registries below this one, by scope."""
+        """The child registries, by scope."""
         return dict(self._children)
 
     @property
     def root(self) -> Registry:
-        """The registry at the top, which has no parent."""
+        """The root registry, which has no parent."""
         registry = self
         while registry._parent is not None:
             registry = registry._parent
@@ -99,12 +99,12 @@ class Registry:
 
     @property
     def build_func(self) -> BuildFunction:
-        """What ``build`` calls."""
+        """The function that ``build`` calls."""
         return self._build_func
 
     @property
     def module_dict(self) -> Mapping[str, Target]:
-        """What was registered, by name; without ready names that nobody asked for."""
+        """The registered entries by name, without the built-in entries and those of name sources."""
         return dict(self._entries)
 
     def __len__(self) -> int:
@@ -127,18 +127,19 @@ class Registry:
     def register_module(
         self, name: str | Sequence[str] | None = None, *, force: bool = False, module: T | None = None
     ) -> T | Callable[[T], T]:
-        """Register a class or function, as a decorator or with ``module``; its own name is the default.
+        """Register a class or function, as a decorator or with ``module``. The name defaults to its ``__name__``.
 
-        A registered name goes before a name of a family. With ``force`` it also replaces a registered or ready one.
+        A registered entry takes precedence over the name sources. With ``force``, it also replaces a registered or built-in
+        entry.
 
         Raises:
-            ConfigTypeError: if a name is not a text or the module cannot be called.
-            ConfigKeyError: if a name is taken.
+            ConfigTypeError: if a name is not a string or the module is not callable.
+            ConfigKeyError: if the name is already registered and ``force`` is False.
         """
         if not isinstance(force, bool):
-            raise ConfigTypeError(f"force must be a bool, not {force!r}.")
+            raise ConfigTypeError(f"force must be a bool, got {force!r}.")
         if not (name is None or isinstance(name, str) or _is_names(name)):
-            raise ConfigTypeError(f"A name is a text or a list of texts, not {name!r}.")
+            raise ConfigTypeError(f"The name must be a string or a list of strings, got {name!r}.")
         if module is not None:
             self._register(module, name, force=force)
             return module
@@ -150,15 +151,15 @@ class Registry:
         return decorate
 
     def get(self, key: str) -> Target | None:
-        """Return what a name stands for, or None where it is unknown.
+        """Return the class or function called ``key``, or None if the name is unknown.
 
         Raises:
-            ConfigTypeError: if ``key`` is not a text.
-            MissingDependencyError: if it is known but its library is not installed.
-            ConfigValueError: if a data file wrote a dotted path that the program did not allow.
+            ConfigTypeError: if ``key`` is not a string.
+            MissingDependencyError: if the name is known but its library is not installed.
+            ConfigValueError: if ``key`` is a dotted path from a data file, and its package is not allowed.
         """
         if not isinstance(key, str):
-            raise ConfigTypeError(f"A name in a registry is a text, not {key!r}.")
+            raise ConfigTypeError(f"The name to look up must be a string, got {key!r}.")
         with nullcontext() if is_allowed(key) else without_working_directory():
             found = self._find_in_chain(key)
             if found is None:
@@ -166,27 +167,27 @@ class Registry:
         return import_dotted(key, self.names) if found is None else found
 
     def refused_arguments(self, target: Target, given: Mapping[str, Any]) -> dict[str, str]:
-        """Return the arguments in ``given`` that a data file must not give to ``target``, each with the reason."""
+        """Return the arguments in ``given`` that a data file must not set for ``target``, each with the reason."""
         kind = given.get("type")
         if isinstance(kind, DataName) and is_of_allowed_package(kind):
             return {}
         return refused_arguments(target, given)
 
     def build(self, cfg: Any, *args: Any, **kwargs: Any) -> Any:
-        """Build what ``cfg`` describes; see ``build_from_cfg``."""
+        """Build an object from ``cfg``; see :func:`build_from_cfg`."""
         return self._build_func(cfg, *args, **kwargs, registry=self)
 
     @contextmanager
     def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
-        """Give the registry of ``scope``, or of the scope that holds here; names are looked up there meanwhile.
+        """Yield the registry of ``scope``, or of the current scope if it is None, and make its scope current in the block.
 
         Raises:
             ConfigTypeError: if ``scope`` is not a string.
-            ConfigKeyError: if ``scope`` is given and no library has registries of that name.
-            ConfigValueError: if a data file names the scope of a library that the program did not import.
+            ConfigKeyError: if no registry has the given scope.
+            ConfigValueError: if ``scope`` comes from a data file and the program has not imported that library.
         """
         if not (scope is None or isinstance(scope, str)):
-            raise ConfigTypeError(f"A scope is the name of a package, not {scope!r}.")
+            raise ConfigTypeError(f"The scope must be the name of a package, got {scope!r}.")
         with switch_scope(scope):
             wanted = current_scope()
             registry = self if wanted is None else self._registry_of(wanted, may_import=is_allowed(wanted))
@@ -194,8 +195,8 @@ class Registry:
                 if scope is not None:
                     if not is_allowed(scope):
                         raise ConfigValueError(
-                            f"A data file names the scope {str(scope)!r}, and no {self._name} registry of that scope is "
-                            "imported. Data files cannot choose what is imported: let the program import the package or "
+                            f"A data file names the scope {str(scope)!r}, and no {self._name} registry with that scope is "
+                            "imported. Data files cannot choose what is imported: import the package in the program, or "
                             f"call allow_packages({str(scope)!r})."
                         )
                     known = [item.scope for item in _tree(self.root)]
@@ -206,20 +207,20 @@ class Registry:
             yield registry
 
     def names(self) -> list[str]:
-        """Return all names that can be looked up here and in the parents; libraries of families are imported."""
+        """Return all names known to this registry and its parents. Imports the libraries of the name sources."""
         names: set[str] = set()
         for registry in self._chain():
             names.update(registry._entries, registry._builtin_entries)
             for source in registry._name_sources:
                 try:
                     names.update(source.names())
-                except Exception:  # noqa: BLE001, S112 -- a broken library must not hide the error that asks for names
+                except Exception:  # noqa: BLE001, S112 -- a broken library must not mask the error whose message lists the names
                     continue
         return sorted(names)
 
     @staticmethod
     def split_scope_key(key: str) -> tuple[str | None, str]:
-        """Return the scope before the first dot, or None, and the rest."""
+        """Split a key at the first dot into its scope, None if there is no dot, and the name."""
         scope, dot, name = key.partition(".")
         return (scope, name) if dot else (None, key)
 
@@ -233,14 +234,14 @@ class Registry:
         return next((found for registry in self._chain() if (found := registry._find(key)) is not None), None)
 
     def _find_in_scope(self, key: str) -> Target | None:
-        """Look up ``scope.name`` in the registry of that scope."""
+        """Look up ``scope.name`` in the registry with that scope."""
         scope, name = self.split_scope_key(key)
         registry = None if scope is None else self._registry_of(scope, may_import=is_allowed(key))
-        # A part of a data file's name is one, too.
+        # Part of a name from a data file also comes from the data file.
         return None if registry is None else registry._find(DataName(name) if isinstance(key, DataName) else name)
 
     def _find(self, name: str) -> Target | None:
-        """Look here alone: registered, then what the locations register, then ready names, then families."""
+        """Look up a name in this registry only: registered entries, locations, built-in entries, name sources."""
         if name not in self._entries and self._locations:
             self._import_locations()
         if name in self._entries:
@@ -267,20 +268,20 @@ class Registry:
 
     def _register(self, module: Target, name: str | Sequence[str] | None, *, force: bool) -> None:
         if not callable(module):
-            raise ConfigTypeError(f"{module!r} is neither a class nor a function, so {self._name} cannot register it.")
+            raise ConfigTypeError(f"Cannot add {module!r} to the {self._name} registry: it is not callable.")
         names = [module.__name__] if name is None else [name] if isinstance(name, str) else name
         for key in names:
             if not force and (key in self._entries or key in self._builtin_entries):
                 holder = self._entries.get(key) or self._builtin_entries[key]
                 raise ConfigKeyError(
-                    f"{key!r} is already registered in {self._name}, for {holder}. "
+                    f"{key!r} is already in the {self._name} registry: {holder}. "
                     f"Choose another name, or pass force=True to replace it."
                 )
             self._entries[key] = module
 
     def _add_child(self, child: Registry) -> None:
         if child.scope in self._children:
-            raise ConfigValueError(f"The {self._name} registry already has a child of the scope {child.scope!r}.")
+            raise ConfigValueError(f"The {self._name} registry already has a child with the scope {child.scope!r}.")
         self._children[child.scope] = child
 
 

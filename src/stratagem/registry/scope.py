@@ -1,4 +1,4 @@
-"""The scope in which names are looked up first, such as that of a library with its own registries."""
+"""The current scope: the library whose registries are searched first."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _CURRENT: ContextVar[str | None] = ContextVar("scope", default=None)
 
 
 def current_scope() -> str | None:
-    """Return the scope that holds here; None means that each registry looks in itself first."""
+    """Return the current scope. None means that each registry searches itself first."""
     return _CURRENT.get()
 
 
 @contextmanager
 def switch_scope(scope: str | None) -> Iterator[None]:
-    """Make ``scope`` the one in which registries look first, for as long as the block lasts; None changes nothing."""
+    """Make ``scope`` the current scope inside the block; None leaves it unchanged."""
     if scope is None:
         yield
         return

@@ -1,6 +1,6 @@
-"""Pure helpers: names, imports, versions, paths, seeds and the report of the environment.
+"""Helpers without dependencies on the rest of the package: names, imports, versions, paths, seeds, secrets.
 
-What needs torch is imported when it is first asked for, so that reading a configuration does not wait for torch.
+Helpers that need torch are imported on first use, so that reading a configuration does not import torch.
 """
 
 from typing import Any

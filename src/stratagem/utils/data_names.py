@@ -1,4 +1,4 @@
-"""Strings that remember where they came from: names from data files, and text from the environment."""
+"""String classes that record their origin: names from data files, and strings with values of environment variables."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ __all__ = [
 ]
 
 _DOTTED = re.compile(r"\w+(?:[.:]\w+)+")
-# The values of these keys are looked up in registries, even if they are single words.
+# Keys whose values are looked up in registries, even if they are not dotted.
 _LOOKED_UP = frozenset({"type", "runner_type", "optimizer_type", "strategy", "constructor", "_scope_", "default_scope"})
 
 
 def is_dotted_name(text: str) -> bool:
-    """Return whether ``text`` could be the dotted path of something importable, such as ``os.system``."""
+    """Return whether ``text`` has the form of a dotted import path, such as ``os.system``."""
     return _DOTTED.fullmatch(text) is not None
 
 
 class DataName(str):
-    """A key of a data file, or a text in one that could choose what is imported: a dotted path, a type or a scope.
+    """A key in a data file, or a string in one that could select what is imported: a dotted path, a type or a scope.
 
-    It is a ``str`` in every respect. Registries check its class: they import nothing that it names, unless the program
-    allowed its package, and restrict the arguments whose keys are of this class. The class survives merging, copying
-    and pickling, also of plain dicts, so the rule stays with the value.
+    It behaves like any other ``str``. Registries check for this class: they import nothing that such a string names,
+    unless its package is allowed, and restrict the arguments whose keys have this class. The class is preserved by
+    merging, copying and pickling, also in plain dicts, so the restriction stays with the value.
     """
 
     __slots__ = ()
@@ -41,9 +41,9 @@ class DataName(str):
 
 @final
 class InterpolatedStr(str):
-    """A string into which placeholders put values of the environment; ``template`` is the string with the placeholders.
+    """A string with values of environment variables; ``template`` is the string with the placeholders.
 
-    It is a ``str`` in every respect. What is kept of a configuration shows the template.
+    It behaves like any other ``str``. Saved and displayed configurations contain the template instead.
     """
 
     __slots__ = ("template",)
@@ -61,7 +61,7 @@ class InterpolatedStr(str):
 
 @final
 class InterpolatedDataName(DataName):
-    """A :class:`DataName` that is an :class:`InterpolatedStr` as well."""
+    """A :class:`DataName` that also has the template of an :class:`InterpolatedStr`."""
 
     __slots__ = ("template",)
 
@@ -77,12 +77,12 @@ class InterpolatedDataName(DataName):
 
 
 def template_of(value: object) -> str | None:
-    """Return the template of a string that placeholders filled; None for any other value."""
+    """Return the template of an interpolated string; None for any other value."""
     return value.template if isinstance(value, InterpolatedStr | InterpolatedDataName) else None
 
 
 def mark_data(value: Any, key: object = None) -> Any:
-    """Return a copy of parsed data with its keys and names as ``DataName``; ``key`` is the key of ``value``."""
+    """Return a copy of parsed data in which keys and names are ``DataName``; ``key`` is the key of ``value``."""
     if isinstance(value, str):
         return _as_name(value) if key in _LOOKED_UP or is_dotted_name(value) else value
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ def _as_name(text: str) -> DataName:
 
 
 def unmark_data(value: Any) -> Any:
-    """Return a copy of nested dicts, lists and tuples with plain strings, for a library that may look at classes."""
+    """Return a copy of nested dicts, lists and tuples with plain ``str`` objects, for libraries that check the class."""
     if isinstance(value, DataName | InterpolatedStr):
         return str(value)
     if isinstance(value, dict):
@@ -110,12 +110,12 @@ def unmark_data(value: Any) -> Any:
 
 
 def data_keys(mapping: Mapping[str, Any]) -> set[str]:
-    """Return the keys of a mapping that a data file gave."""
+    """Return the keys of a mapping that come from a data file."""
     return {key for key in mapping if isinstance(key, DataName)}
 
 
 def holds_data(value: object) -> bool:
-    """Return whether a value, or anything nested in it, came from a data file."""
+    """Return whether a value or anything nested in it comes from a data file."""
     if isinstance(value, Mapping):
         return any(holds_data(key) or holds_data(item) for key, item in value.items())
     if isinstance(value, list | tuple | set | frozenset):

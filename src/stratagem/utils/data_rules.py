@@ -1,8 +1,8 @@
-"""Which arguments a data file may give to what loads models, compiles or starts programs.
+"""The arguments that data files may set for targets that load models, compile or start programs.
 
-Each rule lists what is allowed. Any other argument of these targets is refused if a data file gave it: an argument that
-a later version of a library adds is refused until it is listed here. Targets without a rule take any argument, since an
-argument is plain data and no code that is registered here runs what data says.
+Each rule lists the allowed arguments. Every other argument of such a target is rejected if it comes from a data file, so
+arguments that a later version of a library adds are rejected until they are listed here. Targets without a rule accept any
+argument: arguments are plain data, and none of the built-in entries executes data as code.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["is_restricted", "refuse_data_arguments", "refused_arguments", "rules_of", "weights_only_loads"]
 
-# They belong to the mapping, not to the target.
+# Keys of the mapping itself, which are not passed to the target.
 _RESERVED_KEYS: Final = frozenset({"type", "_scope_"})
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class AllowedValues:
-    """The values that an argument may have. ``described`` ends the sentence "It may be ..."."""
+    """The values that an argument may have. ``described`` completes the sentence "It may be ..." in errors."""
 
     described: str
     accept: Callable[[Any], bool]
@@ -40,13 +40,13 @@ class AllowedValues:
 @final
 @dataclass(frozen=True, slots=True)
 class DataRules:
-    """What a data file may give to one kind of target.
+    """The arguments that a data file may set for one kind of target.
 
     Args:
         applies: Returns whether a class or function is of this kind. It imports nothing.
-        allowed: The arguments, each with the values that it may have.
-        fixed: Arguments that are set if the program does not give them.
-        others: The values that every other argument may have; None if there are no others.
+        allowed: The allowed arguments, each with its allowed values.
+        fixed: Arguments to pass if the program does not set them.
+        others: The allowed values of all other arguments; None to reject other arguments.
     """
 
     applies: Callable[[Any], bool]
@@ -56,15 +56,15 @@ class DataRules:
 
 
 def rules_of(target: Any) -> DataRules | None:
-    """Return the rules for a class or function; None if a data file may give it any argument."""
+    """Return the rules for a class or function; None if a data file may set any of its arguments."""
     return next((rules for rules in _RULES if rules.applies(target)), None)
 
 
 def refused_arguments(target: Any, given: Mapping[str, Any]) -> dict[str, str]:
-    """Return the arguments in ``given`` that a data file must not give to ``target``, each with the reason.
+    """Return the arguments in ``given`` that a data file must not set for ``target``, each with the reason.
 
-    If a data file chose the target (the ``type``), that is every argument without a place in its rules, whoever gave
-    it: the origin of a mapping that was taken apart is not known. Else it is those that a data file gave.
+    If a data file chose the target (the ``type``), every argument is checked against the rules, since a program may have
+    rebuilt the mapping and lost the origin of its values. Otherwise only arguments from data files are checked.
     """
     rules = rules_of(target)
     if rules is None:
@@ -75,10 +75,10 @@ def refused_arguments(target: Any, given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse_data_arguments(target: Any, given: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """Refuse arguments that a data file must not give; return further arguments that the target has to be called with.
+    """Raise an error for arguments that a data file must not set; return additional arguments to call the target with.
 
     Raises:
-        ConfigValueError: if there is one.
+        ConfigValueError: if there is such an argument.
     """
     refused = refused_arguments(target, given)
     if refused:
@@ -90,13 +90,13 @@ def refuse_data_arguments(target: Any, given: Mapping[str, Any], where: str = ""
 
 
 def is_restricted(target: Any, given: Mapping[str, Any]) -> bool:
-    """Return whether ``target`` has rules, and a data file chose it or one of its arguments."""
+    """Return whether ``target`` has rules and a data file chose it or set one of its arguments."""
     return rules_of(target) is not None and (isinstance(given.get("type"), DataName) or bool(_given_by_data(given)))
 
 
 @contextmanager
 def weights_only_loads() -> Iterator[None]:
-    """Let ``torch.load`` read nothing but weights in this process, whatever its caller asks for."""
+    """Force ``torch.load`` to use ``weights_only=True`` in this process, regardless of its argument."""
     force, allow = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     before = {name: os.environ.pop(name, None) for name in (force, allow)}
     os.environ[force] = "1"
@@ -117,15 +117,14 @@ def _refusal(name: str, value: Any, rules: DataRules, target: Any) -> str | None
     allowed = rules.allowed.get(name, rules.others)
     title = _title(target)
     if allowed is None:
-        known = f"Allowed there: {', '.join(sorted(rules.allowed))}." if rules.allowed else "Nothing is allowed there."
-        return (
-            f"a data file cannot give {name!r} to {title}. {known} Write this part of the configuration in Python, where "
-            "the program's author decides."
+        known = (
+            f"Allowed: {', '.join(sorted(rules.allowed))}." if rules.allowed else "It may set none of its arguments."
         )
+        return f"a data file cannot set {name!r} of {title}. {known} Write this part of the configuration in Python."
     if not allowed.accept(value):
         near = f" {did_you_mean(value, _BACKENDS)}" if name == "backend" and isinstance(value, str) else ""
         return (
-            f"a data file cannot give {name}={value!r} to {title}. It may be {allowed.described}.{near} Write this part of "
+            f"a data file cannot set {name}={value!r} of {title}. It may be {allowed.described}.{near} Write this part of "
             "the configuration in Python to use another value."
         )
     return None
@@ -157,7 +156,7 @@ def _one_of(*values: object) -> AllowedValues:
 
 
 def _is_listed(value: Any, values: tuple[object, ...]) -> bool:
-    # 1 equals True, but is another value to a library.
+    # 1 equals True, but libraries distinguish them.
     return any(value == each and isinstance(value, type(each)) for each in values)
 
 
@@ -169,7 +168,7 @@ _FLAG: Final = AllowedValues("True or False", lambda value: isinstance(value, bo
 _TEXT: Final = AllowedValues("a string", _is_plain_text)
 _NUMBERS: Final = AllowedValues("a number or a list of numbers", _is_numbers)
 _LABELS: Final = AllowedValues("a mapping of labels", _is_labels)
-# A colon would name a place to download the model from.
+# A colon would mark a location to download the model from.
 _MODEL_NAME: Final = AllowedValues(
     "the name of a model of the library",
     lambda value: isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None,
@@ -178,7 +177,7 @@ _MODEL_NAME: Final = AllowedValues(
 
 # torch.compile ------------------------------------------------------------------------------------------------------
 
-# torch's own backends that neither import another package nor start programs that the configuration chose.
+# Backends of torch that neither import another package nor start programs selected by the configuration.
 _BACKENDS: Final = ("aot_eager", "cudagraphs", "eager", "inductor")
 
 
@@ -188,7 +187,7 @@ def _is_backend(value: Any) -> bool:
     if value in _BACKENDS:
         return True
     dynamo: Any = import_module("torch._dynamo")
-    # A package that announces a backend is imported by its name.
+    # Selecting a backend that a package announces as an entry point imports that package.
     announced = {entry.name for entry in importlib.metadata.entry_points(group="torch_dynamo_backends")}
     if value in announced or value not in dynamo.list_backends(exclude_tags=()):
         return False
@@ -206,7 +205,7 @@ _COMPILE: Final = DataRules(
         "fullgraph": _FLAG,
         "dynamic": AllowedValues("True, False or None", lambda value: value is None or isinstance(value, bool)),
         "disable": _FLAG,
-        "backend": AllowedValues("the name of a backend that torch brings or the program registered", _is_backend),
+        "backend": AllowedValues("the name of a backend of torch or of one that the program registered", _is_backend),
         "target": AllowedValues(
             "the name of a public method of the model",
             lambda value: isinstance(value, str) and value.isidentifier() and not value.startswith("_"),
@@ -217,7 +216,7 @@ _COMPILE: Final = DataRules(
 
 # Process groups -----------------------------------------------------------------------------------------------------
 
-# Ranks exchange pickled objects, so whoever chooses where they meet could send one.
+# Ranks exchange pickled objects, so an attacker who chooses the rendezvous address could send one.
 _PROCESS_GROUP: Final = DataRules(
     lambda target: (
         (getattr(target, "__module__", None), getattr(target, "__name__", None))
@@ -236,7 +235,7 @@ _PROCESS_GROUP: Final = DataRules(
 
 
 def _comes_from(target: Any, *modules: str) -> bool:
-    """Return whether a target is defined in one of the modules or below it, or is a partial call of such a function."""
+    """Return whether a target, or the function of a ``partial``, is defined in or below one of the modules."""
     function = target.func if isinstance(target, partial) else target
     where = getattr(function, "__module__", None)
     return isinstance(where, str) and any(where == module or where.startswith(f"{module}.") for module in modules)
@@ -248,7 +247,7 @@ def _owner(target: Any) -> type | None:
 
 
 def _bases(target: Any) -> set[str]:
-    """Return the names of the classes of transformers that a class, or the class of a class method, is derived from."""
+    """Return the names of the transformers base classes of a class, or of the class that a class method belongs to."""
     owner = _owner(target)
     return set() if owner is None else {base.__name__ for base in owner.__mro__ if _comes_from(base, "transformers")}
 
@@ -267,7 +266,7 @@ def _loads_model(target: Any) -> bool:
 def _makes_model(target: Any) -> bool:
     """Return whether the target is a model of transformers, or a function or class method of the library."""
     if isinstance(target, type):
-        # A class that the program derived from one is the program's.
+        # Not a subclass that the program defines.
         return _comes_from(target, "transformers") and bool(_bases(target) & _MODELS)
     return _comes_from(target, "transformers") or (isinstance(target, types.MethodType) and bool(_bases(target)))
 
@@ -287,7 +286,7 @@ _TRANSFORMERS_MODEL: Final = DataRules(
         **_SOURCE,
         "variant": _TEXT,
         "use_safetensors": _one_of(True),
-        # Other kinds of attention may be downloaded as compiled code.
+        # Other implementations may be downloaded as compiled code.
         "attn_implementation": _one_of("eager", "sdpa", "flex_attention"),
         **dict.fromkeys(("dtype", "torch_dtype"), _DTYPES),
         **dict.fromkeys(
@@ -309,7 +308,7 @@ _TRANSFORMERS_MODEL: Final = DataRules(
         ),
         "problem_type": _one_of("regression", "single_label_classification", "multi_label_classification"),
     },
-    # Without trust_remote_code, transformers asks on the terminal whether code of the repository may run.
+    # If trust_remote_code is not set, transformers asks in the terminal whether to run code of the repository.
     {"use_safetensors": True, "trust_remote_code": False},
 )  # fmt: skip
 _TRANSFORMERS_PART: Final = DataRules(_is_from_pretrained, _SOURCE, {"trust_remote_code": False})
@@ -367,7 +366,7 @@ _TORCHVISION: Final = DataRules(
     },
 )  # fmt: skip
 
-# It looks texts up among all functions of its module of helpers.
+# heavyball looks strings up among all functions of its helper module.
 _HEAVYBALL: Final = DataRules(
     lambda target: _comes_from(target, "heavyball"),
     {
@@ -385,9 +384,9 @@ _HEAVYBALL: Final = DataRules(
 )  # fmt: skip
 
 
-# Nothing at all -----------------------------------------------------------------------------------------------------
+# No arguments allowed -----------------------------------------------------------------------------------------------
 
-# What unpickles, imports, compiles or downloads by an argument: a data file gives it none, even if the program names it.
+# Functions that unpickle, import, compile or download what an argument names. Data files may set none of their arguments.
 _LOADERS: Final = DataRules(
     lambda target: _comes_from(
         target,
@@ -395,7 +394,7 @@ _LOADERS: Final = DataRules(
         "torch.utils.cpp_extension", "torch.distributed.rpc", "torch.utils.model_zoo", "torch._inductor",
     )
 )  # fmt: skip
-# Metrics that load a model by a name or a path.
+# Metrics that load a model by name or path.
 _MODEL_METRICS: Final = DataRules(
     lambda target: _comes_from(
         target,
@@ -407,7 +406,7 @@ _MODEL_METRICS: Final = DataRules(
     )
 )  # fmt: skip
 
-# The first that applies counts.
+# The first rule that applies is used.
 _RULES: Final = (
     _COMPILE, _PROCESS_GROUP, _TRANSFORMERS_MODEL, _TRANSFORMERS_PART, _TRANSFORMERS_OTHER, _TIMM, _TORCHVISION,
     _HEAVYBALL, _LOADERS, _MODEL_METRICS,

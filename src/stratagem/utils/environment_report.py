@@ -1,4 +1,4 @@
-"""Describe the machine and the software that a run uses, for the first lines of its log."""
+"""Report the hardware and software of a run, for the start of its log."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _UNKNOWN = "unknown"
 
 
 def collect_env() -> dict[str, str]:
-    """Return what a report of a problem needs: platform, Python, PyTorch, devices, library versions, CPU and memory.
+    """Return the environment information to include in a bug report: platform, Python, PyTorch, devices, versions, memory.
 
-    It reads no environment variable and imports no library for its version.
+    Environment variables are not read, and libraries are not imported to find their versions.
     """
     report = {
         "stratagem": __version__,
@@ -47,7 +47,7 @@ def collect_env() -> dict[str, str]:
 
 def _describe_cpu() -> str:
     model = platform.processor() or platform.machine()
-    # A container or a scheduler often grants fewer cores than the machine has.
+    # Containers and job schedulers often grant fewer cores than the machine has.
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{model}, {usable} of {os.cpu_count()} cores usable"
 
@@ -55,13 +55,15 @@ def _describe_cpu() -> str:
 def _describe_memory() -> str:
     try:
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
-    except (ValueError, OSError, AttributeError):  # the platform does not tell
+    except (ValueError, OSError, AttributeError):  # not available on this platform
         return _UNKNOWN
 
 
 def _describe_build() -> str:
     lines = [line.strip(" -") for line in torch.__config__.show().splitlines()[1:]]
-    return "; ".join(line for line in lines if not line.startswith("Build settings"))  # 2000 letters of flags
+    return "; ".join(
+        line for line in lines if not line.startswith("Build settings")
+    )  # 2000 characters of compiler flags
 
 
 def _describe_accelerators() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Import objects by name, so that nothing heavy loads before it is used."""
+"""Import modules and objects by name, so that libraries are loaded on first use."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["drop_working_directory", "import_module", "import_object", "without_working_directory"]
 
-# Where libraries and this package come from, even if one of these folders is the working directory.
+# Folders of libraries and of this package. They stay importable even if one of them is the working directory.
 _INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 _INSTALLED.add(Path(__file__).resolve().parents[2])
 
 
 def drop_working_directory() -> None:
-    """Import nothing from the working directory from now on.
+    """Remove the working directory from ``sys.path``.
 
-    ``python -m`` and ``python -c`` put it first on ``sys.path``, where a file could replace any library.
+    ``python -m`` and ``python -c`` put it first, where a file in it could shadow any library.
     """
     try:
         here = Path.cwd().resolve()
-    except OSError:  # it was removed, so nothing can be imported from it
+    except OSError:  # the folder no longer exists, so nothing can be imported from it
         return
     if here not in _INSTALLED:
         sys.path[:] = [entry for entry in sys.path if entry and Path(entry).resolve() != here]
@@ -36,28 +36,28 @@ def drop_working_directory() -> None:
 
 @contextmanager
 def without_working_directory() -> Iterator[None]:
-    """Import nothing from the working directory inside of the block; see ``drop_working_directory``."""
+    """Remove the working directory from ``sys.path`` inside the block; see :func:`drop_working_directory`."""
     before = list(sys.path)
     drop_working_directory()
     kept = list(sys.path)
     try:
         yield
     finally:
-        # At their places again, beside whatever the imports added.
+        # Restore the removed entries and keep what imports have added.
         for index, entry in enumerate(before):
             if entry not in kept:
                 sys.path.insert(index, entry)
 
 
 def import_module(name: str, *, extra: str | None = None) -> ModuleType:
-    """Import a module, or raise an error that says how to install its package.
+    """Import a module; if its package is missing, the error states how to install it.
 
     Args:
         name: The module.
-        extra: The extra of Stratagem that installs it. Such a library is never imported from the working directory.
+        extra: The extra of Stratagem that installs the package. It is then never imported from the working directory.
 
     Raises:
-        MissingDependencyError: if the package, or something that it needs, is missing.
+        MissingDependencyError: if the package or one of its dependencies is not installed.
     """
     loaded = sys.modules.get(name)
     if loaded is not None:
@@ -73,11 +73,11 @@ def import_module(name: str, *, extra: str | None = None) -> ModuleType:
 
 
 def import_object(target: str) -> Any:
-    """Return what ``"package.module:Name"`` stands for; ``Name`` may be dotted.
+    """Import ``"package.module:Name"`` and return the object; ``Name`` may be dotted.
 
     Raises:
         MissingDependencyError: if the module is not installed.
-        ConfigKeyError: if the module has no such name.
+        ConfigKeyError: if the module does not have this name.
     """
     module_name, _, path = target.partition(":")
     found: Any = import_module(module_name)

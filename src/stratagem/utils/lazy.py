@@ -1,4 +1,4 @@
-"""Values that a configuration names and that are only looked at when they are used: imports and masked secrets."""
+"""Values of a configuration that are resolved on use: imports and masked secrets."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["DEFERRED", "LazyObject", "MaskedSecret", "lazy_name", "resolve", "re
 
 @final
 class LazyObject:
-    """A module, or something in it, that has not been imported. Its attributes are lazy objects, too.
+    """A module, or an object in it, that is imported on use. Its attributes are lazy objects, too.
 
     Args:
         module: The module to import.
-        path: The dotted name in it; empty for the module itself.
-        position: Where it is imported, such as ``"config.py:3"``, for errors.
+        path: The dotted name in the module; empty for the module itself.
+        position: The file and line of the import statement, such as ``"config.py:3"``, for errors.
     """
 
-    # Private names, since any public attribute means one of the object that is not there yet.
+    # Private, since every public attribute refers to an attribute of the object to import.
     __slots__ = ("_module", "_path", "_position")
 
     def __init__(self, module: str, path: str = "", position: str = "") -> None:
@@ -37,8 +37,8 @@ class LazyObject:
 
     def __call__(self, *_: object, **__: object) -> Never:
         raise ConfigParsingError(
-            f"{lazy_name(self)} is called, but configurations that import classes only name them. Write "
-            f"dict(type={lazy_name(self)}, ...), or add the line `_base_ = []`, with which imports are executed."
+            f"{lazy_name(self)} is called, but the imports of this configuration are not executed. Write "
+            f"dict(type={lazy_name(self)}, ...), or add the line `_base_ = []` to execute its imports."
         )
 
     def __eq__(self, other: object) -> bool:
@@ -57,13 +57,13 @@ class LazyObject:
 @final
 @dataclass(frozen=True, slots=True)
 class MaskedSecret:
-    """A value that was masked when its configuration was kept. It can be copied, compared and written, but not used.
+    """A value that was masked when its configuration was saved. It can be copied, compared and written, but not used.
 
-    Reading it from a configuration raises. Where it comes from a list, it is no string, and what strings can do raises.
+    Reading it from a configuration raises an error. An item of a list can be read, but using it as a string raises.
 
     Args:
-        text: what the configuration has in its place.
-        path: the key that the secret belongs to.
+        text: the marker in the configuration.
+        path: the key of the secret.
         position: the file and line, for errors.
     """
 
@@ -80,14 +80,14 @@ class MaskedSecret:
         raise self.error()
 
     def error(self) -> ConfigValueError:
-        """Return the error of using it."""
+        """Return the error to raise when the value is used."""
         return ConfigValueError(
-            f"{self.position}: the secret {self.path} was masked when this configuration was kept, so it has no value here. "
-            f"Give it again: --set {self.path}=..., or put an environment variable there: {{{{ $NAME }}}}."
+            f"{self.position}: the secret {self.path} was masked when this configuration was saved and has no value. "
+            f"Set it with --set {self.path}=..., or write an environment variable: {{{{ $NAME }}}}."
         )
 
 
-# The classes of values that must not be handed out before `resolve` saw them.
+# Classes whose values must be passed to `resolve` before use.
 DEFERRED: frozenset[type] = frozenset({LazyObject, MaskedSecret})
 
 
@@ -97,12 +97,12 @@ def lazy_name(lazy: LazyObject) -> str:
 
 
 def resolve(value: Any) -> Any:
-    """Return what a lazy object stands for, importing it now; any other value as it is.
+    """Import a lazy object; return any other value unchanged.
 
     Raises:
-        ConfigValueError: if it is a masked secret.
-        MissingDependencyError: if its module is not installed.
-        ConfigKeyError: if the module has no such name.
+        ConfigValueError: if the value is a masked secret.
+        MissingDependencyError: if the module is not installed.
+        ConfigKeyError: if the module does not have the name.
     """
     if isinstance(value, MaskedSecret):
         raise value.error()
@@ -112,7 +112,7 @@ def resolve(value: Any) -> Any:
         return import_object(f"{value._module}:{value._path}")
     except ConfigKeyError as error:
         if "." not in value._path:
-            # `from package import module` of a module that the package does not import by itself.
+            # `from package import module`, where the package does not import the module.
             try:
                 return import_module(lazy_name(value))
             except ImportError:
@@ -121,9 +121,9 @@ def resolve(value: Any) -> Any:
 
 
 def resolve_all(value: Any) -> Any:
-    """Return ``value`` with the lazy objects in its lists and tuples resolved; dicts in them are kept as they are.
+    """Return ``value`` with the lazy objects in lists and tuples resolved; dicts are left unchanged.
 
-    Strings that placeholders filled become plain ones: what is built needs no placeholders, and ``torch.compile`` wants ``str``.
+    Interpolated strings become plain ``str``, since ``torch.compile`` does not support subclasses.
     """
     if value.__class__ is list:
         return [resolve_all(item) for item in value]

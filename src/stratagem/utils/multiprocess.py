@@ -1,4 +1,4 @@
-"""Set up a process for work with others: start method of workers, threads of OpenCV, OpenMP and MKL."""
+"""Set the start method of worker processes and the number of threads of OpenCV, OpenMP and MKL."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 @final
 @dataclass(frozen=True, slots=True)
 class AppliedSettings:
-    """What ``set_multi_processing`` changed; ``close()``, or the end of a ``with`` block, puts it back.
+    """The settings that ``set_multi_processing`` changed; ``close()`` or leaving a ``with`` block restores them.
 
-    ``notices`` are the sentences that belong into the log: what was changed without being asked, and what was asked
-    but had already been decided.
+    ``notices`` are the messages to log: settings that were changed by default, and requested settings that were already
+    fixed.
     """
 
     notices: tuple[str, ...]
     _undo: ExitStack = field(repr=False)
 
     def close(self) -> None:
-        """Put back what was changed; a second call does nothing."""
+        """Restore the previous settings; a second call does nothing."""
         self._undo.close()
 
     def __enter__(self) -> Self:
@@ -46,27 +46,29 @@ class AppliedSettings:
 def set_multi_processing(
     mp_start_method: str | None = None, opencv_num_threads: int | None = 0, *, distributed: bool = False
 ) -> AppliedSettings:
-    """Set how this process starts workers and how many threads libraries take, each only where it is still open.
+    """Set the start method of worker processes and the number of threads of libraries, unless they are already set.
 
     Args:
-        mp_start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``; None takes ``"fork"`` where there is one.
-            A method that is already fixed stays.
-        opencv_num_threads: Threads of OpenCV in this process, if it is installed; 0 runs it in the calling thread.
-            None, or the variable ``OPENCV_FOR_THREADS_NUM`` in the environment, leaves it alone.
-        distributed: Set ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` to 1 where the environment has none. Processes
-            started from now on read them; torch, in this one, has already chosen its threads.
+        mp_start_method: ``"fork"``, ``"spawn"`` or ``"forkserver"``. None selects ``"fork"`` if the platform supports it.
+            A start method that is already fixed is kept.
+        opencv_num_threads: The number of OpenCV threads in this process, if OpenCV is installed; 0 runs it in the calling
+            thread. None, or the environment variable ``OPENCV_FOR_THREADS_NUM``, leaves the setting unchanged.
+        distributed: Set ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` to 1 unless they are set. This affects processes that
+            are started later; torch has already set its number of threads in this process.
 
     Raises:
-        ConfigValueError: if the platform has no such start method, or the number of threads is negative.
+        ConfigValueError: if the platform does not support the start method, or the number of threads is negative.
     """
     methods = multiprocessing.get_all_start_methods()
     if mp_start_method is not None and mp_start_method not in methods:
         raise ConfigValueError(
-            f"mp_start_method is {mp_start_method!r}, which this platform does not have. "
+            f"mp_start_method is {mp_start_method!r}, which this platform does not support. "
             f"{did_you_mean(mp_start_method, methods)}"
         )
     if opencv_num_threads is not None and opencv_num_threads < 0:
-        raise ConfigValueError(f"opencv_num_threads is {opencv_num_threads}; it must be 0 (no threads) or more.")
+        raise ConfigValueError(
+            f"opencv_num_threads is {opencv_num_threads}; it must be at least 0 (run in the calling thread)."
+        )
     undo = ExitStack()
     notices = _fix_start_method(mp_start_method, undo)
     if opencv_num_threads is not None:
@@ -81,7 +83,7 @@ def _fix_start_method(method: str | None, undo: ExitStack) -> list[str]:
     if fixed:
         if method in (None, fixed):
             return []
-        return [f"The start method of workers stays {fixed!r}, which was fixed before {method!r} was asked for."]
+        return [f"The start method of worker processes stays {fixed!r}: it was fixed before {method!r} was requested."]
     if method is None and "fork" in multiprocessing.get_all_start_methods():
         method = "fork"
     if method is not None:
@@ -100,7 +102,7 @@ def _limit_opencv(threads: int, undo: ExitStack) -> None:
         return
     try:
         cv2 = import_module("cv2")
-    except ImportError:  # not installed, or without the libraries of the system that it needs: nothing to limit
+    except ImportError:  # not installed, or a system library is missing: nothing to limit
         return
     undo.callback(cv2.setNumThreads, cv2.getNumThreads())
     cv2.setNumThreads(threads)
@@ -112,7 +114,7 @@ def _limit_threads(undo: ExitStack) -> list[str]:
         os.environ[name] = "1"
         undo.callback(_drop_variable, name, "1")
     names = " and ".join(missing)
-    why = "so that the processes of this run do not compete for cores; set it in the environment to choose otherwise"
+    why = "so that the processes of this run do not compete for cores; set it in the environment to override this"
     return [f"{names} set to 1, {why}."] if missing else []
 
 

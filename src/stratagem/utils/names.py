@@ -1,4 +1,4 @@
-"""Suggest the nearest known names for one that is not known."""
+"""Suggest the closest known names for an unknown name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["did_you_mean", "nearest_names", "refuse_unknown"]
 
 
 def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
-    """Return at most ``most`` of ``known``, nearest first; empty where nothing is near.
+    """Return at most ``most`` of the ``known`` names, closest first; empty if none is close.
 
-    Case and the difference between ``_`` and ``-`` do not count. Names that one slip of the fingers turns into ``name``
-    (a character dropped, doubled, added, replaced, or two swapped) come first, however short they are.
+    The comparison ignores case and the difference between ``_`` and ``-``. Names that differ from ``name`` by one typo (a
+    character dropped, added or replaced, or two swapped) come first, even if they are short.
     """
     folded: dict[str, str] = {}
     for candidate in known:
@@ -26,22 +26,22 @@ def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Return the sentence that ends an error about ``name``: the nearest names, or else all of a short list."""
+    """Return a sentence for an error about an unknown name: the closest known names, or else the known names."""
     known = sorted(known)
     near = nearest_names(name, known, most)
     if near:
         return f"Did you mean {' or '.join(repr(candidate) for candidate in near)}?"
     if not known:
-        return "None is known here."
+        return "There are no known names."
     shown = ", ".join(known[:20])
     return f"Known: {shown}, ... ({len(known)} in all)." if len(known) > 20 else f"Known: {shown}."
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse keys that nobody reads, each with the nearest one that somebody does.
+    """Raise an error that lists the unknown names, each with the closest known ones.
 
     Raises:
-        ConfigKeyError: if one of ``given`` is not among ``known``; all of them are listed.
+        ConfigKeyError: if one of ``given`` is not among ``known``.
     """
     known = list(known)
     unknown = [name for name in given if name not in known]

@@ -1,4 +1,4 @@
-"""Seed the generators of Python, NumPy and torch, and carry their exact state across a restart."""
+"""Seed the random number generators of Python, NumPy and torch, and save and restore their states."""
 
 from __future__ import annotations
 
@@ -24,30 +24,32 @@ _SEED_LIMIT = 2**32  # what numpy.random.seed accepts
 def set_random_seed(
     seed: int | None = None, *, deterministic: bool = False, diff_rank_seed: bool = False, rank: int | None = None
 ) -> int:
-    """Seed the generators of Python, NumPy and torch (every device), and return the seed that was used.
+    """Seed the random number generators of Python, NumPy and torch (all devices), and return the seed that was used.
 
     Args:
-        seed: From 0 to 2**32 - 1; drawn from the operating system where it is None.
-        deterministic: Let PyTorch refuse operations that have no deterministic form, and switch the cuDNN autotuner
-            off. On CUDA, PyTorch then asks for ``CUBLAS_WORKSPACE_CONFIG=:4096:8`` in the environment.
-        diff_rank_seed: Add the global rank, so that each process draws something else.
-        rank: The global rank; read from ``torch.distributed`` where it is None, and 0 without a process group.
+        seed: An integer from 0 to 2**32 - 1. None draws one from the operating system.
+        deterministic: Make PyTorch raise an error for operations without a deterministic implementation, and disable the
+            cuDNN autotuner. On CUDA, PyTorch then requires the environment variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8``.
+        diff_rank_seed: Add the global rank to the seed, so that each process draws different numbers.
+        rank: The global rank. None reads it from ``torch.distributed``; it is 0 without a process group.
 
     Raises:
-        ConfigValueError: if the seed (with the rank added) is out of range, or if it is None in a process of a group,
-            where each rank would draw its own.
+        ConfigValueError: if the seed (including the rank) is out of range, or if it is None in a process group, where each
+            rank would draw a different one.
         ConfigTypeError: if the seed is not an integer.
     """
     if seed is None:
         seed = _draw_seed()
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ConfigTypeError(f"The seed must be an integer or None, not {seed!r} ({type(seed).__name__}).")
+        raise ConfigTypeError(f"The seed must be an integer or None, got {seed!r} ({type(seed).__name__}).")
     if diff_rank_seed:
         seed += _global_rank() if rank is None else rank
     if not 0 <= seed < _SEED_LIMIT:
-        raise ConfigValueError(f"The seed (with the rank added where asked) is {seed}; it must be from 0 to 2**32 - 1.")
+        raise ConfigValueError(
+            f"The seed (including the rank if diff_rank_seed=True) is {seed}; it must be from 0 to 2**32 - 1."
+        )
     random.seed(seed)
-    np.random.seed(seed)  # transforms of other packages draw from the global generator
+    np.random.seed(seed)  # transforms of other libraries use the global generator
     torch.manual_seed(seed)
     if deterministic:
         _be_deterministic()
@@ -55,12 +57,12 @@ def set_random_seed(
 
 
 def generator_state() -> dict[str, Any]:
-    """Return the state of the global generators: Python, NumPy, torch on the CPU and on every accelerator device.
+    """Return the states of the global generators: Python, NumPy, and torch on the CPU and on every accelerator device.
 
-    The state is made of tensors, lists, numbers and text only, so that it can be stored without pickle.
+    The state consists of tensors, lists, numbers and strings, so it can be stored without pickle.
 
     Raises:
-        StateError: if NumPy's global generator was replaced by another kind than MT19937.
+        StateError: if NumPy's global generator is not MT19937.
     """
     version, internal, next_gauss = random.getstate()
     return {
@@ -72,14 +74,14 @@ def generator_state() -> dict[str, Any]:
 
 
 def restore_generator_state(state: Mapping[str, Any]) -> list[str]:
-    """Put the global generators into the state that ``generator_state`` returned.
+    """Restore the states of the global generators that ``generator_state`` returned.
 
     Returns:
-        The accelerator devices, such as ``cuda:1``, that the state and this machine do not share; their generators
-        were left alone.
+        The accelerator devices, such as ``cuda:1``, that only the state or only this machine has. Their generators are left
+        unchanged.
 
     Raises:
-        CheckpointMismatchError: if the state is not one that ``generator_state`` made.
+        CheckpointMismatchError: if ``generator_state`` did not create the state.
     """
     try:
         version, internal, next_gauss = state["python"]
@@ -89,18 +91,18 @@ def restore_generator_state(state: Mapping[str, Any]) -> list[str]:
         return _restore_accelerators(state["accelerator"])
     except (LookupError, TypeError, ValueError, OverflowError, AttributeError, RuntimeError) as error:
         raise CheckpointMismatchError(
-            f"The state of the random generators cannot be restored ({type(error).__name__}: {error}). "
-            "It was written by another tool or is damaged; resume without it to go on with freshly seeded generators."
+            f"The state of the random number generators cannot be restored ({type(error).__name__}: {error}). "
+            "Another tool wrote it, or it is damaged. Resume without it to continue with newly seeded generators."
         ) from error
 
 
 def _draw_seed() -> int:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ConfigValueError(
-            f"No seed was given on rank {dist.get_rank()} of {dist.get_world_size()}: each rank would draw its own. "
-            "Draw one on rank 0, broadcast it, and give it to every rank."
+            f"No seed was given on rank {dist.get_rank()} of {dist.get_world_size()}: each rank would draw a different one. "
+            "Draw one on rank 0, broadcast it, and pass it on every rank."
         )
-    return secrets.randbits(31)  # half of the range, so that adding a rank stays inside
+    return secrets.randbits(31)  # half of the range, so that the sum with a rank stays in range
 
 
 def _global_rank() -> int:
@@ -110,7 +112,7 @@ def _global_rank() -> int:
 def _be_deterministic() -> None:
     if torch.backends.cudnn.benchmark:
         warnings.warn(
-            "The cuDNN autotuner (torch.backends.cudnn.benchmark) is switched off, because deterministic=True.",
+            "The cuDNN autotuner (torch.backends.cudnn.benchmark) is disabled because deterministic=True.",
             stacklevel=3,
         )
         torch.backends.cudnn.benchmark = False
@@ -122,8 +124,8 @@ def _numpy_state() -> dict[str, Any]:
     state = np.random.get_state(legacy=False)
     if state["bit_generator"] != "MT19937":
         raise StateError(
-            f"NumPy's global generator is {state['bit_generator']}, and only the state of MT19937 can be stored. "
-            "Leave numpy.random's generator as it is, and keep others in numpy.random.Generator objects of your own."
+            f"NumPy's global generator is {state['bit_generator']}, but only the state of MT19937 can be stored. "
+            "Do not replace the global generator; create other generators as numpy.random.Generator objects."
         )
     return {
         "key": torch.from_numpy(state["state"]["key"].astype(np.int64)),
@@ -150,7 +152,7 @@ def _restore_accelerators(states: Mapping[str, Tensor]) -> list[str]:
 
 
 def _accelerator_generators() -> Iterator[tuple[str, ModuleType, int]]:
-    """Yield the name, the module and the index of every accelerator device."""
+    """Yield the name, the torch device module and the index of every accelerator device."""
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:
         return

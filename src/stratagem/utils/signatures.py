@@ -1,4 +1,4 @@
-"""Which arguments a class or function takes, also those that it hands on in ``**kwargs``."""
+"""Find the arguments that a class or function accepts, including those that it forwards as ``**kwargs``."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any, final
 
 __all__ = ["Arguments", "arguments_of"]
 
-# Reading a dict of keyword arguments in these ways takes no other name than the one in the call.
+# Methods that read a single key of the keyword arguments.
 _READING_METHODS = frozenset({"pop", "get", "setdefault"})
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The names that a target takes as keywords. ``open`` means that it may take any other name as well."""
+    """The keyword arguments of a target. ``open`` means that it may accept any other name as well."""
 
     names: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()
     open: bool = False
 
     def accept(self, name: str) -> bool:
-        """Tell whether the target takes an argument of this name."""
+        """Return whether the target accepts an argument with this name."""
         return self.open or name in self.names
 
     def __or__(self, other: Arguments) -> Arguments:
-        """Return what is taken by either; what only the other requires may be given by the code that hands it on."""
+        """Return the arguments that either accepts. Those that ``other`` requires may be supplied by the forwarding code."""
         names = dict.fromkeys((*self.names, *other.names))
         return Arguments(tuple(names), self.required, self.open or other.open)
 
@@ -40,10 +40,10 @@ _NOTHING = Arguments()
 
 
 def arguments_of(target: Callable[..., Any]) -> Arguments:
-    """Return what ``target`` takes.
+    """Return the arguments that ``target`` accepts.
 
-    ``**kwargs`` is followed where the source says where it goes: to the next class's ``__init__``, to a function or
-    class of the module, or into ``kwargs.pop("name")``. Where it cannot be followed, every name is taken.
+    ``**kwargs`` is followed through the source code: to the ``__init__`` of a base class, to a function or class of the
+    module, or to ``kwargs.pop("name")``. If it cannot be followed, any name is accepted.
     """
     return _cached_arguments_of(target) if isinstance(target, Hashable) else _arguments_of(target)
 
@@ -72,7 +72,7 @@ def _arguments_of(target: Callable[..., Any]) -> Arguments:
     return _replace_open(taken, _forwarded(getattr(function, "__func__", function), owner))
 
 
-# Reading sources takes a millisecond, and each class of a configuration is asked for twice: to check it, to build it.
+# Reading source code takes a millisecond, and it is needed twice for each class: to check and to build.
 _cached_arguments_of = functools.lru_cache(maxsize=1024)(_arguments_of)
 
 
@@ -90,7 +90,7 @@ def _replace_open(taken: Arguments, forwarded: Arguments) -> Arguments:
 
 
 def _forwarded_by_class(target: type) -> Arguments:
-    """Return what ``**kwargs`` of a class's constructor may hold."""
+    """Return the arguments that the ``**kwargs`` of a constructor may contain."""
     if type(target).__call__ is not type.__call__:
         return _ANYTHING
     for name in ("__new__", "__init__"):
@@ -107,13 +107,13 @@ def _owner(target: type, name: str, after: type | None = None) -> type:
 
 
 def _forwarded(function: Any, cls: type | None, owner: type | None = None) -> Arguments:
-    """Return what the ``**kwargs`` of a function may hold, by what its source does with them."""
+    """Return the arguments that the ``**kwargs`` of a function may contain, according to its source code."""
     function = getattr(function, "__func__", function)
     if (
         getattr(function, "__module__", None) == "torch.nn.modules.module"
         and function.__qualname__ == "Module.__init__"
     ):
-        return _NOTHING  # takes *args and **kwargs only to refuse them with a better message
+        return _NOTHING  # accepts *args and **kwargs only to raise a better error
     node = _syntax(function)
     if node is None or node.args.kwarg is None:
         return _ANYTHING if node is None else _NOTHING
@@ -129,7 +129,7 @@ def _forwarded(function: Any, cls: type | None, owner: type | None = None) -> Ar
 
 
 def _left_over(taken: Arguments, call: ast.Call) -> Arguments:
-    """Return what can still be given to a call beside the arguments that are written in it."""
+    """Return the arguments that a call still accepts in addition to those written in it."""
     written = {item.arg for item in call.keywords}
     for name, argument in zip(taken.names, call.args, strict=False):
         if isinstance(argument, ast.Starred):
@@ -149,7 +149,7 @@ def _syntax(function: Any) -> ast.FunctionDef | None:
 
 @final
 class _Uses(ast.NodeVisitor):
-    """What a function does with the dict of its keyword arguments."""
+    """Collects how a function uses its ``**kwargs``: the calls and keys, and whether there is any other use."""
 
     def __init__(self, kwargs: str) -> None:
         self.calls: list[ast.Call] = []
@@ -186,7 +186,7 @@ class _Uses(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
-        # `if kwargs: raise ...` refuses what is left: reading kwargs for the message takes nothing.
+        # `if kwargs: raise ...` rejects the remaining arguments; the message may use kwargs.
         if self._is_kwargs(node.test) and isinstance(node.body[-1], ast.Raise):
             for statement in node.orelse:
                 self.visit(statement)
@@ -210,7 +210,7 @@ class _Uses(ast.NodeVisitor):
 
 
 def _callee(called: ast.expr, function: Any, cls: type | None, owner: type | None) -> Arguments:
-    """Return what the called function takes, which is handed ``**kwargs``."""
+    """Return the arguments of the function to which ``**kwargs`` is forwarded."""
     match called:
         case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name) if (
             cls is not None and owner is not None
@@ -233,7 +233,7 @@ def _callee(called: ast.expr, function: Any, cls: type | None, owner: type | Non
 
 
 def _dotted(node: ast.expr) -> Iterator[str]:
-    """Give the names of ``a.b.c``; nothing for any other expression."""
+    """Yield the names of ``a.b.c``; nothing for any other expression."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)

@@ -1,4 +1,4 @@
-"""Mappings that know where in a configuration they were written, so that errors can say it."""
+"""Positions of values in configuration files, for error messages."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ __all__ = ["HasSourcePosition", "source_position"]
 
 
 class HasSourcePosition(ABC):
-    """A mapping that can say where it, or the value of one of its keys, was given."""
+    """A mapping that records where it and its values were set."""
 
     __slots__ = ()
 
     @abstractmethod
     def __source_position__(self, key: str | None = None) -> str:
-        """Return a text such as ``"model.backbone (configs/resnet.py:12)"``, or ``""`` where that is not known."""
+        """Return a position such as ``"model.backbone (configs/resnet.py:12)"``, or ``""`` if it is unknown."""
 
 
 def source_position(value: object, key: str | None = None) -> str:
-    """Return where ``value``, or the value of its ``key``, was given; ``""`` where that is not known."""
+    """Return the position of ``value``, or of the value of its ``key``; ``""`` if it is unknown."""
     return value.__source_position__(key) if isinstance(value, HasSourcePosition) else ""

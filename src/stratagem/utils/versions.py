@@ -16,12 +16,12 @@ _VERSION = re.compile(
 
 
 def digit_version(version: str, length: int = 4) -> tuple[int, ...]:
-    """Return a tuple that orders like the version: ``length`` release numbers, the phase, the phase's number.
+    """Return a tuple that sorts like the version: ``length`` release numbers, then the pre- or post-release phase and its number.
 
-    Local parts (``+cpu``) do not count: ``digit_version("2.13.0+cpu") == digit_version("2.13")``.
+    Local version labels (``+cpu``) are ignored: ``digit_version("2.13.0+cpu") == digit_version("2.13")``.
 
     Raises:
-        ConfigValueError: if the text does not begin with a version.
+        ConfigValueError: if the string does not start with a version.
     """
     match = _VERSION.match(version.strip())
     if match is None:
