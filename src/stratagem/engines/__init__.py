@@ -1,1 +1,1 @@
-"""Engines of others as strategies; each is loaded when it is asked for."""
+"""Strategies for external training engines. Each engine is imported when its strategy is used."""

@@ -21,7 +21,7 @@ class EngineModule(nn.Module):
     Otherwise ``self`` is the model. Attributes that this module does not have are those of the model.
 
     Args:
-        bare: the model.
+        unwrapped: the model.
         holder: the model, or the engine's wrapper around it.
         engine: the name of the engine in error messages.
         training_forward: called for ``self(...)`` in a training step; calls the model.
@@ -30,7 +30,7 @@ class EngineModule(nn.Module):
 
     def __init__(
         self,
-        bare: nn.Module,
+        unwrapped: nn.Module,
         holder: nn.Module,
         *,
         engine: str,
@@ -40,7 +40,7 @@ class EngineModule(nn.Module):
         super().__init__()
         self.holder = holder
         # Not registered as a submodule: the holder is the model, or has it as a submodule.
-        self.__dict__["bare"] = bare
+        self.__dict__["unwrapped"] = unwrapped
         self._engine = engine
         self._training_forward = training_forward
         self._eval_forward = eval_forward
@@ -49,7 +49,7 @@ class EngineModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["bare"], name)
+            return getattr(self.__dict__["unwrapped"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model through the engine."""
@@ -61,25 +61,25 @@ class EngineModule(nn.Module):
         Raises:
             PlacementError: if the step of the model did not call ``self(...)``, so that the engine saw no forward pass.
         """
-        with redirect_forward(self.bare, self) as redirection:
+        with redirect_forward(self.unwrapped, self) as redirection:
             outputs: dict[str, Tensor] = self._model.train_step(data, optim_wrapper=optim_wrapper)
         if not redirection.called:
             raise PlacementError(
-                f"{type(self.bare).__name__}.train_step reached the model's parameters without calling self(...), so "
+                f"{type(self.unwrapped).__name__}.train_step reached the model's parameters without calling self(...), so "
                 f"{self._engine} saw no forward pass. Call self(...) for the forward pass."
             )
         return outputs
 
     def val_step(self, data: Any) -> Any:
         """Return the predictions of the model."""
-        with redirect_forward(self.bare, self._eval_forward):
+        with redirect_forward(self.unwrapped, self._eval_forward):
             return self._model.val_step(data)
 
     def test_step(self, data: Any) -> Any:
         """Return the predictions of the model."""
-        with redirect_forward(self.bare, self._eval_forward):
+        with redirect_forward(self.unwrapped, self._eval_forward):
             return self._model.test_step(data)
 
     @property
     def _model(self) -> Trainable:
-        return cast("Trainable", self.bare)
+        return cast("Trainable", self.unwrapped)

@@ -23,17 +23,20 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"plugin": {"type": "lowlevel-zero", "overlap_communication": True}}, "this run is on the CPU. Leave it out"),
-        ({"plugin": {"type": "lowlevel-zero", "communication_dtype": "float17"}}, "is no type of torch"),
+        ({"plugin": {"type": "lowlevel-zero", "overlap_communication": True}}, "this run is on the CPU. Omit it"),
+        ({"plugin": {"type": "lowlevel-zero", "communication_dtype": "float17"}}, "is not a dtype of torch"),
         ({"plugin": {"type": "hybrid-parallel", "tp_size": 3}}, "tp_size=3 does not divide the 2 processes"),
-        ({"plugin": {"type": "hybrid-parallel", "tp_size": 2}}, "or give custom_policy=...; see docs"),
-        ({"plugin": {"type": "hybrid-parallel", "custom_policy": 3}}, "custom_policy is 3; a Policy"),
-        ({"plugin": 3}, "plugin is a int, with which this strategy cannot train"),
-        ({**ZERO, "optim": {**OPTIM, "type": "AmpOptimWrapper"}}, "Precision is the plugin's: use OptimWrapper and"),
-        ({**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "Lars"}}}, "Lars looks at whole parameters"),
+        ({"plugin": {"type": "hybrid-parallel", "tp_size": 2}}, "or set custom_policy=...; see docs"),
+        ({"plugin": {"type": "hybrid-parallel", "custom_policy": 3}}, "custom_policy must be a Policy.* got 3"),
+        ({"plugin": 3}, "plugin: int is not supported"),
+        (
+            {**ZERO, "optim": {**OPTIM, "type": "AmpOptimWrapper"}},
+            "The plugin sets the precision: use OptimWrapper and",
+        ),
+        ({**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "Lars"}}}, "Lars needs whole parameters"),
         (
             {**ZERO, "optim": {**OPTIM, "optimizer": {**_RATES, "type": "colossalai.FusedAdam"}}},
-            "kernels for CUDA alone",
+            "requires CUDA",
         ),
         (
             {"plugin": {"type": "lowlevel-zero", "max_norm": 1.0}},
@@ -43,9 +46,12 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
             {**ZERO, "mixed_precision": "fp16", "optim": {**OPTIM, "nonfinite": "error"}},
             "would stop at the first overflow",
         ),
-        ({"plugin": "torch-ddp", "model": {"type": boosted_cases.WithBatchNorm}}, "turns BatchNorm into SyncBatchNorm"),
-        ({**ZERO, "model": {"type": boosted_cases.OfTwoTypes}}, "keeps all parameters in one type"),
-        ({**ZERO, "compile": {"target": "train_step"}}, "Compile target='forward'"),
+        (
+            {"plugin": "torch-ddp", "model": {"type": boosted_cases.WithBatchNorm}},
+            "converts BatchNorm to SyncBatchNorm",
+        ),
+        ({**ZERO, "model": {"type": boosted_cases.OfTwoTypes}}, "requires all parameters to have the same dtype"),
+        ({**ZERO, "compile": {"target": "train_step"}}, "Use target='forward'"),
         ({**ZERO, "auto_scale_lr": {"enable": True}}, "base_batch_size must be .* got None"),
     ],
 )
@@ -58,7 +64,7 @@ def test_what_cannot_work_is_refused(two: Ranks, tmp_path: Path, options: dict[s
 def test_a_model_that_was_prepared_alone_is_not_trained_later(two: Ranks, tmp_path: Path) -> None:
     """The model and optimizer are boosted together, so the error says to give the optimizer first."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.prepared_twice, str(tmp_path)):
-        assert "Give optim_wrapper to the first prepare" in refusal
+        assert "Pass optim_wrapper to the first call of prepare()" in refusal
 
 
 def test_a_built_plugin_is_taken(two: Ranks, tmp_path: Path) -> None:

@@ -221,12 +221,12 @@ def test_several_backward_passes_count_as_their_sum(two: Ranks, folder: Path, na
 @pytest.mark.parametrize(
     ("name", "way", "window", "said"),
     [
-        ("ZeRO-1", "two forwards", 1, "keeps the gradients of the last pass alone. Add the losses"),
-        ("ZeRO-2", "in turn", 1, "keeps the gradients of the last pass alone. Add the losses"),
-        ("ZeRO-2 offload", "one forward", 1, "keeps the gradients of the last pass alone. Add the losses"),
-        ("ZeRO-3", "two forwards", 1, "without a forward pass after the first one"),
-        ("ZeRO-3", "two forwards", 2, "without a forward pass after the first one"),
-        ("ZeRO-3", "one forward", 1, "without a forward pass after the first one"),
+        ("ZeRO-1", "two forwards", 1, "keeps only the gradients of the last one. Add the losses"),
+        ("ZeRO-2", "in turn", 1, "keeps only the gradients of the last one. Add the losses"),
+        ("ZeRO-2 offload", "one forward", 1, "keeps only the gradients of the last one. Add the losses"),
+        ("ZeRO-3", "two forwards", 1, "without another forward pass"),
+        ("ZeRO-3", "two forwards", 2, "without another forward pass"),
+        ("ZeRO-3", "one forward", 1, "without another forward pass"),
         ("ZeRO-0", "by hand", 1, r"instead of loss.backward\(\)"),
         ("ZeRO-1", "by hand", 1, r"instead of loss.backward\(\)"),
         ("ZeRO-3 offload", "by hand and wrapper", 1, r"instead of loss.backward\(\)"),

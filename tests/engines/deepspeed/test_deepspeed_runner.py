@@ -196,7 +196,7 @@ def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
     [
         ({"gradient_clipping": 2.0}, {}, r"gradient_clipping=2.0, but .*'max_norm': 1.0"),
         ({"gradient_accumulation_steps": 4}, {"counts": 2}, r"accumulation_steps=4, but .* accumulative_counts=2"),
-        ({"train_micro_batch_size_per_gpu": 3}, {}, "gives a rank 8 samples"),
+        ({"train_micro_batch_size_per_gpu": 3}, {}, "yields 8 samples per rank"),
         ({"train_batch_size": 64}, {}, "8 samples x 1 accumulated x 2 ranks"),
         ({"zero_optimization": {"stage": 1}}, {"type": "Adafactor"}, "Adafactor cannot be used"),
         ({}, {"wrapper": "AmpOptimWrapper"}, r"DeepSpeedStrategy\(bf16"),

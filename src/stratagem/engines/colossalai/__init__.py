@@ -1,1 +1,1 @@
-"""ColossalAI's Booster as a strategy: options, placement, optimizer wrapper and state."""
+"""The strategy for ColossalAI: options, plugins, placement, optimizer wrapper and state."""

@@ -1,12 +1,12 @@
-"""What ColossalAI 0.5.0 has to be told to train on a machine without an accelerator.
+"""Patches that let ColossalAI 0.5.0 train on the CPU.
 
-Its engine works on the CPU, but asks for a device in four places. All are answered from outside, in this process alone:
+The library can train on the CPU, but requires an accelerator in four places. These are patched in the current process:
 
-1. Its class for the CPU has no streams, which ZeRO uses: :class:`HostAccelerator` has streams that do nothing.
-2. ``LowLevelZeroOptimizer`` asserts that the accelerator is a CUDA or NPU one; its other check, that parameters have one
-   type, is kept.
-3. The kernel of CPUAdam and HybridAdam is C++ that builds with CUDA alone: :class:`TorchAdamKernel` does the same in torch.
-4. Communication cannot overlap with computing; see ``overlap_communication`` in :mod:`options <.options>`.
+1. ZeRO uses streams, which the library's CPU accelerator does not have: :class:`HostAccelerator` has streams that do nothing.
+2. ``LowLevelZeroOptimizer`` asserts that the accelerator is CUDA or NPU. Its other check, that all parameters have the same
+   dtype, is kept.
+3. The C++ kernel of CPUAdam and HybridAdam can only be built with CUDA: :class:`TorchAdamKernel` computes the same in torch.
+4. Communication cannot overlap with computation; see ``overlap_communication`` in :mod:`plugins <.plugins>`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ __all__ = ["train_on_cpu"]
 
 
 def train_on_cpu() -> None:
-    """Have ColossalAI train on the CPU in this process. Idempotent."""
+    """Patch ColossalAI in this process to train on the CPU. Idempotent."""
     set_accelerator(HostAccelerator())
-    LowLevelZeroOptimizer._sanity_checks = _require_one_type
+    LowLevelZeroOptimizer._sanity_checks = _require_single_dtype
     CPUAdamLoader.REGISTRY = [TorchAdamExtension]
 
 
 @final
 class _Stream:
-    """A queue of work on a device that has none: everything was done when the call returned."""
+    """A stream of a device on which all work is synchronous."""
 
     def wait_stream(self, stream: Any) -> None:
         """Return at once."""
@@ -47,7 +47,7 @@ class _Stream:
 
 @final
 class HostAccelerator(CpuAccelerator):
-    """ColossalAI's CPU, with one queue in which everything is done at once."""
+    """The CPU as an accelerator of ColossalAI, on which all work is synchronous."""
 
     def current_device(self) -> int:
         return 0
@@ -61,7 +61,7 @@ class HostAccelerator(CpuAccelerator):
     def empty_cache(self) -> None:
         """Return at once: there is no cache."""
 
-    def Stream(self, device: Any = None, priority: int = 0, **kwargs: Any) -> _Stream:  # noqa: N802 -- the library's
+    def Stream(self, device: Any = None, priority: int = 0, **kwargs: Any) -> _Stream:  # noqa: N802 -- the name in ColossalAI
         return _Stream()
 
     def current_stream(self, device: Any = None) -> _Stream:
@@ -86,39 +86,39 @@ class HostAccelerator(CpuAccelerator):
         torch.manual_seed(seed)
 
 
-def _require_one_type(optimizer: Any) -> None:
-    """Do what of ``_sanity_checks`` is about parameters."""
+def _require_single_dtype(optimizer: Any) -> None:
+    """Replace ``_sanity_checks``: perform only its check of the parameters."""
     for group in optimizer.optim.param_groups:
         for parameter in group["params"]:
             if parameter.dtype != optimizer.dtype:
                 raise PlacementError(
-                    f"ColossalAI's ZeRO keeps all parameters in one type, and this model has {optimizer.dtype} and "
-                    f"{parameter.dtype}. Give them one type, or mixed_precision='bf16'."
+                    f"ColossalAI's ZeRO requires all parameters to have the same dtype, but this model has {optimizer.dtype} "
+                    f"and {parameter.dtype}. Cast them to one dtype, or use mixed_precision='bf16'."
                 )
 
 
 @final
 class TorchAdamExtension:
-    """Offers :class:`TorchAdamKernel` to ColossalAI's loader of kernels."""
+    """Provides :class:`TorchAdamKernel` to ColossalAI's kernel loader."""
 
     name = "cpu_adam_torch"
     priority = 0
 
     def is_available(self) -> bool:
-        """Return True: torch is there."""
+        """Return True."""
         return True
 
     def assert_compatible(self) -> None:
-        """Return: every CPU will do."""
+        """Do nothing: every CPU is supported."""
 
     def load(self) -> SimpleNamespace:
-        """Return what the extension module in C++ would be."""
+        """Return an object with the attributes of the C++ extension module."""
         return SimpleNamespace(CPUAdamOptimizer=TorchAdamKernel)
 
 
 @final
 class TorchAdamKernel:
-    """An update of one tensor by Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101); the arguments are the kernel's."""
+    """Updates one tensor by Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), with the arguments of the C++ kernel."""
 
     def __init__(
         self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, adamw_mode: bool
@@ -141,7 +141,7 @@ class TorchAdamKernel:
         exp_avg_sq: Tensor,
         loss_scale: float,
     ) -> None:
-        """Update parameter and moments in place; a positive ``loss_scale`` divides the gradient."""
+        """Update the parameter and its moments in place. The gradient is divided by a positive ``loss_scale``."""
         gradient = gradient.to(exp_avg.dtype)
         if loss_scale > 0:
             gradient = gradient / loss_scale

@@ -1,7 +1,6 @@
-"""Empty stand-ins for packages that ColossalAI imports whether or not what needs them is used.
+"""Stubs for packages that ColossalAI imports but that the supported plugins do not use.
 
-ColossalAI 0.5.0 imports peft, bitsandbytes and galore_torch when its booster is imported, and transformers where it
-saves. None of them does anything for the plugins offered here.
+ColossalAI 0.5.0 imports peft, bitsandbytes and galore_torch together with its booster, and transformers when it saves.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ _PACKAGES: Final = frozenset({"peft", "bitsandbytes", "galore_torch", "transform
 
 @contextmanager
 def import_stubs() -> Iterator[None]:
-    """Let ColossalAI import what is not installed for the length of a block; packages that are installed win.
+    """Inside the ``with`` block, let ColossalAI import stubs for packages that are not installed.
 
-    Other code finds neither the stand-ins nor a trace of them afterwards, whether it imports a package or asks where it
-    is. What the library warns of while it is imported (optional packages, deprecated calls) is not the user's to mend.
+    Other code cannot find the stubs, and they are removed when the block ends. The library's warnings on import, about
+    optional packages and deprecated calls, are suppressed, since users cannot act on them.
     """
     finder = _Finder()
     sys.meta_path.append(finder)
@@ -36,16 +35,16 @@ def import_stubs() -> Iterator[None]:
             yield
     finally:
         sys.meta_path.remove(finder)
-        for name in finder.made:
+        for name in finder.created:
             sys.modules.pop(name, None)
 
 
 @final
 class _Finder(MetaPathFinder, Loader):
-    """Serves modules to ColossalAI alone; it stands last, so it is asked for what nobody else has."""
+    """Finds stubs for imports by ColossalAI. As the last finder, it is only asked for modules that are not installed."""
 
     def __init__(self) -> None:
-        self.made: list[str] = []
+        self.created: list[str] = []
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -55,27 +54,27 @@ class _Finder(MetaPathFinder, Loader):
         return None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        self.made.append(spec.name)
-        return _Empty(spec.name)
+        self.created.append(spec.name)
+        return _Stub(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing to run."""
+        """Do nothing: a stub has no code."""
 
 
 @final
-class _Empty(ModuleType):
-    """A module in which every name is a class of its own without contents, of which nothing is an instance."""
+class _Stub(ModuleType):
+    """A module whose attributes are empty classes, created on access, so that ``isinstance`` checks are False."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        made = type(name, (), {})
-        setattr(self, name, made)
-        return made
+        created = type(name, (), {})
+        setattr(self, name, created)
+        return created
 
 
 def _importer() -> str:
-    """Return the name of the module whose import statement is being served."""
+    """Return the name of the module that contains the current import statement."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(
         ("importlib", "_frozen_importlib")

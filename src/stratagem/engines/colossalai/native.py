@@ -1,4 +1,4 @@
-"""Save in ColossalAI's own form: its Booster writes weights and optimizer, with a checkpoint of ours around them."""
+"""Save checkpoints that contain weights and optimizer state in ColossalAI's own format."""
 
 from __future__ import annotations
 
@@ -22,38 +22,40 @@ __all__ = ["ColossalAIFormatWriter"]
 
 @final
 class ColossalAIFormatWriter:
-    """Writes checkpoints whose folders ``model`` and ``optimizer`` any program with ColossalAI's Booster can load.
+    """Writes checkpoints whose folders ``model`` and ``optimizer`` can be loaded with ColossalAI's Booster.
 
     Args:
-        placement: placed the model.
+        placement: the placement that boosted the model.
     """
 
     def __init__(self, placement: ColossalAIPlacement) -> None:
         self._placement = placement
 
     def __call__(self, checkpoint: StateTree, filename: str | os.PathLike[str], rank_group: RankGroup) -> None:
-        """Publish it; see :func:`~stratagem.checkpoint.save_checkpoint`. Collective.
+        """Write and publish a checkpoint; see :func:`~stratagem.checkpoint.save_checkpoint`. Collective.
 
         Raises:
-            CheckpointError: if the name asks for a single file, or it cannot be written.
+            CheckpointError: if ``filename`` is the name of a single file, or the checkpoint cannot be written.
         """
         if Path(filename).suffix:
             raise CheckpointError(
-                f"{os.fspath(filename)}: ColossalAI's form is a folder. Choose a name without an ending, or "
+                f"{os.fspath(filename)}: checkpoint_format='colossalai' writes a folder. Use a name without a suffix, or "
                 "checkpoint_format='portable'."
             )
-        # The booster writes what lies in the model: rounded parameters, from which masters cannot be made again, or an
-        # average for the length of an evaluation, in whose place a hook has put the weights into the tree.
-        left = () if self._placement.has_masters or self._is_changed(checkpoint["state_dict"]) else ("state_dict",)
-        tree = {key: value for key, value in checkpoint.items() if key not in left}
+        # The booster writes the parameters of the model. Save the state tree as well if they are not the master weights, or
+        # if a hook has write_full the trained weights into the tree because the model temporarily has averaged weights.
+        excluded = (
+            () if self._placement.has_master_weights or self._is_changed(checkpoint["state_dict"]) else ("state_dict",)
+        )
+        tree = {key: value for key, value in checkpoint.items() if key not in excluded}
         with_optimizer = "optimizer" in tree
         if with_optimizer:
             tree["optimizer"] = {**tree["optimizer"], "state": {}}
-        tree[ENGINE_PART] = {ENGINE_ORDER: self._numbered(), TIED: self._tied()}
+        tree[ENGINE_PART] = {ENGINE_ORDER: self._parameter_order(), TIED: self._tied_names()}
 
         def write_extra_files(folder: Path) -> None:
             boosted = self._placement.boosted
-            # Where it saves, the library asks whether the model is one of transformers.
+            # The library imports transformers when it saves.
             with import_stubs():
                 boosted.booster.save_model(boosted.engine, str(folder / "model"), shard=True)
                 if with_optimizer:
@@ -66,21 +68,21 @@ class ColossalAIFormatWriter:
         )
 
     def _is_changed(self, state: Mapping[str, Any]) -> bool:
-        """Tell whether a callback has put parameters of its own into the tree."""
+        """Return whether a callback has replaced parameters in the state tree, such as by averaged weights."""
         return any(isinstance(state.get(shard.name), Tensor) for shard in self._placement.param_shards.values())
 
-    def _numbered(self) -> list[str]:
-        """Return the names of the parameters in the order by which ColossalAI numbers them."""
+    def _parameter_order(self) -> list[str]:
+        """Return the names of the parameters in the order in which ColossalAI numbers them."""
         names = [name for group in self._placement.group_names for name in group]
         optimizer = self._placement.boosted.optimizer
         if type(optimizer) is not LowLevelZeroOptimizer:
             return names
-        # It has left out those that do not learn.
-        learning = {shard.name for shard in self._placement.param_shards.values() if shard.working.requires_grad}
-        return [name for name in names if name in learning]
+        # This optimizer has removed frozen parameters.
+        trainable = {shard.name for shard in self._placement.param_shards.values() if shard.working.requires_grad}
+        return [name for name in names if name in trainable]
 
-    def _tied(self) -> dict[str, str]:
-        """Return the further names of parameters that have several: the booster may write them under one alone."""
+    def _tied_names(self) -> dict[str, str]:
+        """Return the additional names of tied parameters, which the booster may write under only one name."""
         names = self._placement.boosted.model.named_parameters(remove_duplicate=False)
         param_shards = self._placement.param_shards
         return {name: param_shards[parameter].name for name, parameter in names if param_shards[parameter].name != name}

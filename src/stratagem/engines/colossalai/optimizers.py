@@ -1,4 +1,4 @@
-"""ColossalAI's own optimizers, for ``OPTIMIZERS``: by their names there, or as ``colossalai.<name>``."""
+"""ColossalAI's optimizers, which are registered in ``OPTIMIZERS`` under their names and as ``colossalai.<name>``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ with import_stubs():
 
 __all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
 
-# What looks at more than one element of a parameter at a time, or keeps such state. Lamb has a form for ZeRO, which keeps a
-# moment for each element.
+# Optimizers that do not update each element of a parameter independently. Lamb is not listed, because ColossalAI has a
+# distributed version of it, whose moments are elementwise.
 WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
 
 if not torch.accelerator.is_available():
@@ -32,16 +32,16 @@ Lars = library.Lars
 
 
 def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Return an optimizer whose kernels are CUDA's alone; on a machine without, one that says so when it is built."""
+    """Return an optimizer that requires CUDA; without an accelerator, a class that raises an error when it is built."""
     if torch.accelerator.is_available():
         return optimizer
 
-    # With the arguments of the optimizer, which configurations are checked against.
+    # wraps() keeps the signature of the optimizer, against which configurations are checked.
     @wraps(optimizer.__init__)
     def refuse(*_: Any, **__: Any) -> None:
         raise PlacementError(
-            f"ColossalAI's {optimizer.__name__} has kernels for CUDA alone, and this run is on the CPU. Use HybridAdam, or "
-            "torch's AdamW or SGD, which are fused on the CPU too."
+            f"ColossalAI's {optimizer.__name__} requires CUDA, and this run is on the CPU. Use HybridAdam, or torch's AdamW or "
+            "SGD, which have fused implementations for the CPU."
         )
 
     return type(optimizer.__name__, (torch.optim.Optimizer,), {"__init__": refuse})

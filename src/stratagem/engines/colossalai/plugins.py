@@ -1,4 +1,4 @@
-"""Build a plugin of ColossalAI from what a configuration says of it, and tell what a built one does."""
+"""Build plugins of ColossalAI, and determine the properties of a built plugin."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from stratagem.engines.colossalai.tp_plan_policy import PLAN_ATTRIBUTE, TPPlanPo
 from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError
 from stratagem.registry import TASK_UTILS
 
-__all__ = ["PluginTraits", "build_plugin", "traits_of"]
+__all__ = ["PluginTraits", "build_plugin", "plugin_traits"]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginTraits:
-    """What has to be known of a plugin.
+    """The properties of a plugin.
 
     Attributes:
-        tp_size: over how many ranks a layer's arithmetic is spread; they see the same samples.
-        zero_stage: 0 where every rank has the whole optimizer.
+        tp_size: the tensor-parallel size: the number of ranks that a layer is sharded across.
+        zero_stage: the stage of ZeRO; 0 if the optimizer is not sharded.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         clips: whether the plugin clips gradients itself.
-        max_norm: by which norm it does; 0 for none.
+        max_norm: the norm that it clips to; 0 for no clipping.
     """
 
     tp_size: int
@@ -41,11 +41,11 @@ class PluginTraits:
     max_norm: float
 
 
-def traits_of(plugin: Plugin) -> PluginTraits:
-    """Return what has to be known of a built plugin.
+def plugin_traits(plugin: Plugin) -> PluginTraits:
+    """Return the properties of a built plugin.
 
     Raises:
-        PlacementError: if this strategy cannot train with it.
+        PlacementError: if this strategy does not support the plugin or one of its options.
     """
     if isinstance(plugin, TorchDDPPlugin):
         return PluginTraits(tp_size=1, zero_stage=0, precision="fp32", clips=False, max_norm=0.0)
@@ -74,16 +74,16 @@ def traits_of(plugin: Plugin) -> PluginTraits:
             max_norm=plugin.max_norm,
         )
     raise PlacementError(
-        f"plugin is a {type(plugin).__name__}, with which this strategy cannot train. Give a TorchDDPPlugin, a "
-        "LowLevelZeroPlugin or a HybridParallelPlugin; for FSDP use FSDPStrategy."
+        f"plugin: {type(plugin).__name__} is not supported. Use a TorchDDPPlugin, a LowLevelZeroPlugin or a "
+        "HybridParallelPlugin, or FSDPStrategy for FSDP."
     )
 
 
 def _refuse(option: str, chosen: bool) -> None:
     if chosen:
         raise PlacementError(
-            f"The plugin was built with {option}, which this strategy cannot train with. Build it without, or give its "
-            f"options as a mapping: the error for {option} says what to do instead."
+            f"The plugin was built with {option}, which is not supported. Build it without {option}, or pass a mapping of "
+            f"options, for which the error about {option} names an alternative."
         )
 
 
@@ -91,15 +91,15 @@ def build_plugin(spec: PluginSpec, model: nn.Module, device: torch.device) -> Pl
     """Build the plugin on this rank. Collective.
 
     Raises:
-        PlacementError: if it cannot work with this model or on this device.
-        ConfigTypeError: if a policy or a type is none.
+        PlacementError: if the plugin does not support the model or the device.
+        ConfigTypeError: if ``custom_policy`` is not a policy.
+        ConfigValueError: if ``communication_dtype`` is unknown.
     """
     options = dict(spec.options)
     if device.type == "cpu":
         if options.get("overlap_communication"):
             raise PlacementError(
-                "plugin: overlap_communication=True needs a device that computes while the host communicates, and this run is "
-                "on the CPU. Leave it out."
+                "plugin: overlap_communication=True requires an accelerator, and this run is on the CPU. Omit it."
             )
         if spec.kind != "torch-ddp":
             options["overlap_communication"] = False
@@ -114,14 +114,14 @@ def build_plugin(spec: PluginSpec, model: nn.Module, device: torch.device) -> Pl
 def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
-        raise ConfigValueError(f"plugin: communication_dtype={name!r} is no type of torch, such as 'float16'.")
+        raise ConfigValueError(f"plugin: communication_dtype={name!r} is not a dtype of torch, such as 'float16'.")
     return found
 
 
 def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
-    """Return what says how layers are cut: the policy that is given, or the model's plan; None for ColossalAI's own."""
+    """Return the given policy, or one from the model's tensor-parallel plan; None for the built-in one of ColossalAI."""
     if isinstance(policy, Mapping):
-        # Its module may be the first to import the library's layers.
+        # The module of the policy may be the first one to import ColossalAI's layers.
         with import_stubs():
             policy = TASK_UTILS.build(policy)
     if isinstance(policy, type):
@@ -130,17 +130,17 @@ def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
         return policy
     if policy is not None:
         raise ConfigTypeError(
-            f"plugin: custom_policy is {policy!r}; a Policy of colossalai.shardformer, its class, or a mapping with its type "
-            "is due."
+            "plugin: custom_policy must be a Policy of colossalai.shardformer, its class, or a mapping with its type, got "
+            f"{policy!r}."
         )
     if type(model).__module__.startswith("transformers."):
         return None
     plan = getattr(model, PLAN_ATTRIBUTE, None)
     if tp_size > 1 and not plan:
         raise PlacementError(
-            f"plugin: tp_size={tp_size} needs to know how the layers of {type(model).__name__} are cut, and ColossalAI knows it "
-            f"of models of transformers alone. Let the model say it by its attribute {PLAN_ATTRIBUTE!r}, such as "
-            "{'blocks.*.up': 'colwise', 'blocks.*.down': 'rowwise'}, or give custom_policy=...; see "
+            f"plugin: tp_size={tp_size} requires a plan for the layers of {type(model).__name__}: ColossalAI only has plans for "
+            f"models of the transformers library. Define the model's attribute {PLAN_ATTRIBUTE!r}, such as "
+            "{'blocks.*.up': 'colwise', 'blocks.*.down': 'rowwise'}, or set custom_policy=...; see "
             "docs/strategies/colossalai.md."
         )
     return TPPlanPolicy(plan if tp_size > 1 and plan else {})

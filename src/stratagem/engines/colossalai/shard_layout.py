@@ -1,4 +1,4 @@
-"""What this rank has of each parameter: where ColossalAI's optimizers keep weights, gradients and state."""
+"""The shard of each parameter that this rank has, and where ColossalAI's optimizers store its master weights and gradients."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ __all__ = ["ParamShard", "gradients_of", "param_shards"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamShard:
-    """What this rank has of one parameter.
+    """The shard of one parameter that this rank has.
 
-    Tensor parallelism leaves it a box of the whole, ZeRO a range of that box's elements in row-major order.
+    Tensor parallelism assigns a box of the full parameter to the rank, and ZeRO a range of the elements of that box, in
+    row-major order.
 
     Attributes:
-        name: of the parameter in the bare model.
-        working: the parameter itself, in the type that is computed in: this rank's box of it.
-        master: what the optimizer updates: the parameter, or a copy in float32, or a range of one. Its end may be padding.
-        shape: of the whole parameter.
-        box: where ``working`` lies in the whole.
-        start: the first element of ``working`` that ``master`` has.
-        count: how many elements of it ``master`` has.
-        copies: how many ranks have the same as this one.
+        name: the name of the parameter in the unwrapped model.
+        working: the parameter of the model: the box of this rank, in the dtype of the computation.
+        master: the tensor that the optimizer updates: the parameter, a float32 copy, or a range of one, which may end with
+            padding.
+        shape: the shape of the full parameter.
+        box: the position of ``working`` in the full parameter.
+        start: the index in ``working`` of the first element of ``master``.
+        count: the number of elements of ``working`` in ``master``.
+        num_copies: the number of ranks that have the same shard.
     """
 
     name: str
@@ -46,15 +48,15 @@ class ParamShard:
     box: TensorBox
     start: int
     count: int
-    copies: int
+    num_copies: int
 
     @property
     def is_whole(self) -> bool:
-        """Whether this rank has all of it."""
+        """Whether this rank has the full parameter."""
         return self.count == self.shape.numel()
 
-    def pieces(self, values: Tensor) -> ShardedTensorState:
-        """Return what a tensor that is laid out like ``master``, such as a moment, has of the whole. Not a copy."""
+    def to_sharded_state(self, values: Tensor) -> ShardedTensorState:
+        """Return the state of a tensor with the layout of ``master``, such as a moment, without a copy."""
         flat = values.detach().reshape(-1)
         done = 0
         shards: dict[TensorBox, Tensor] = {}
@@ -64,8 +66,11 @@ class ParamShard:
         return ShardedTensorState(values.dtype, self.shape, shards)
 
     @torch.no_grad()
-    def put(self, full: Tensor | ShardedTensorState, into: Tensor) -> None:
-        """Overwrite a tensor that is laid out like ``master`` with its shard of a whole one; only that is read."""
+    def write_full(self, full: Tensor | ShardedTensorState, into: Tensor) -> None:
+        """Copy the shard of this rank from a full tensor into a tensor with the layout of ``master``.
+
+        Only the shard is read from the full tensor.
+        """
         flat = into.detach().view(-1)
         done = 0
         for box in self._boxes():
@@ -74,8 +79,8 @@ class ParamShard:
         flat[done:].zero_()
 
     @torch.no_grad()
-    def put_working(self, full: Tensor | ShardedTensorState) -> None:
-        """Overwrite the parameter that is computed with by its box of a whole tensor."""
+    def write_full_working(self, full: Tensor | ShardedTensorState) -> None:
+        """Copy the box of this rank from a full tensor into the parameter of the model."""
         self.working.copy_(take_box(full, self.box))
 
     def _boxes(self) -> Iterator[TensorBox]:
@@ -86,17 +91,17 @@ class ParamShard:
 
 
 def param_shards(model: nn.Module, engine: OptimizerWrapper | None) -> dict[nn.Parameter, ParamShard]:
-    """Return what this rank has of every parameter of a boosted model; without an optimizer, of its weights alone.
+    """Return the shard of each parameter of a boosted model. Without an optimizer, ``master`` is the parameter.
 
     Raises:
-        PlacementError: if a policy cut a parameter into something that is no box of it.
+        PlacementError: if a policy has sharded a parameter into parts that are not boxes.
     """
     return {parameter: _param_shard(name, parameter, engine) for name, parameter in model.named_parameters()}
 
 
 def _param_shard(name: str, parameter: nn.Parameter, engine: OptimizerWrapper | None) -> ParamShard:
     shape, box, same_box = _box(name, parameter)
-    whole: dict[str, Any] = {"start": 0, "count": parameter.numel(), "copies": same_box, "master": parameter}
+    whole: dict[str, Any] = {"start": 0, "count": parameter.numel(), "num_copies": same_box, "master": parameter}
     if isinstance(engine, LowLevelZeroOptimizer):
         whole.update(_range(parameter, engine, same_box))
     elif isinstance(engine, MixedPrecisionOptimizer):
@@ -105,24 +110,24 @@ def _param_shard(name: str, parameter: nn.Parameter, engine: OptimizerWrapper | 
 
 
 def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int]:
-    """Return the shape of the whole, where this rank's box lies in it, and how many ranks have that box."""
+    """Return the shape of the full parameter, the box of this rank, and the number of ranks with the same box."""
     world = dist.get_world_size()
     if is_customized_distributed_tensor(parameter) or is_padded_tensor(parameter):
         raise PlacementError(
-            f"The policy cuts {name} into interleaved or padded parts, which no other strategy could load. Shard it into "
-            "one block per rank: keep query, key and value apart, and a vocabulary that tp_size and "
-            "make_vocab_size_divisible_by divide."
+            f"The policy shards {name} into interleaved or padded parts, which other strategies could not load. Shard it into "
+            "one block per rank: use separate layers for query, key and value, and a vocabulary size that is divisible by "
+            "tp_size and make_vocab_size_divisible_by."
         )
     if not is_distributed_tensor(parameter):
         return parameter.shape, TensorBox.whole(parameter.shape), world
-    spread: Any = parameter
-    layout = spread.dist_layout
+    sharded: Any = parameter
+    layout = sharded.dist_layout
     start = [0] * parameter.ndim
     ranks = 1
     for dim, axes in layout.sharding_spec.dim_partition_dict.items():
         if len(axes) != 1:
             raise PlacementError(
-                f"The policy cuts {name} along several axes of ranks; tensor parallelism here has one."
+                f"The policy shards {name} along several dimensions of the device mesh, but only one is supported."
             )
         group = layout.device_mesh.get_process_group(axis=axes[0])
         start[dim] = dist.get_rank(group) * parameter.shape[dim]
@@ -131,18 +136,18 @@ def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int
 
 
 def _range(parameter: nn.Parameter, engine: LowLevelZeroOptimizer, same_box: int) -> Mapping[str, Any]:
-    """Return which elements of its box this rank updates under ZeRO: each rank has as many, with padding at the end."""
+    """Return the range of elements that this rank updates under ZeRO. Ranges have equal lengths; the last are padded."""
     master = engine.working_to_master_param.get(id(parameter))
     if master is None:
-        return {}  # it does not learn
+        return {}  # a frozen parameter
     store = engine.pid_to_bucket_store[id(parameter)]
     start = min(store.local_rank * master.numel(), parameter.numel())
     count = min(master.numel(), parameter.numel() - start)
-    return {"master": master, "start": start, "count": count, "copies": same_box // store.world_size}
+    return {"master": master, "start": start, "count": count, "num_copies": same_box // store.world_size}
 
 
 def gradients_of(param_shards: Iterable[ParamShard], engine: OptimizerWrapper) -> list[tuple[ParamShard, Tensor]]:
-    """Return the gradients by which this rank updates its param_shards, themselves, where there are any."""
+    """Return the gradient of each shard that has one. The gradients are not copies."""
     found = []
     for shard in param_shards:
         if isinstance(engine, LowLevelZeroOptimizer) and shard.master is not shard.working:

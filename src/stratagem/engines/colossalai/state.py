@@ -1,4 +1,4 @@
-"""The state of a boosted model and its optimizer, by the bare model's names: each rank gives the param_shards that it has."""
+"""Read and write the state of a boosted model and its optimizer under the names of the unwrapped model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.engines.colossalai.placement import ColossalAIPlacement
 from stratagem.engines.colossalai.shard_layout import ParamShard
-from stratagem.engines.colossalai.wrapper import ColossalAIOptimWrapper
+from stratagem.engines.colossalai.wrapper import BoosterOptimWrapper
 from stratagem.errors import CheckpointError
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
@@ -27,19 +27,19 @@ from stratagem.strategies.state.state_io import StateAccess
 
 __all__ = ["ColossalAIState"]
 
-# A number of the optimizer's own, though it may be a tensor of the shape of a parameter that is a number.
+# Not elementwise, although it may be a tensor with the shape of a scalar parameter.
 _COUNTER: Final = "step"
 
 
 @final
 class ColossalAIState(StateAccess):
-    """Reads and writes the optimizer's masters in the place of the parameters that are computed with.
+    """Reads and writes the master weights of the optimizer instead of the parameters of the model.
 
-    Masters are written as they were, where ColossalAI's own loading makes them anew from the rounded parameters: a run in
-    bfloat16 goes on with the same bits.
+    The exact master weights are restored, so that a bfloat16 run continues with the same bits. ColossalAI's own loading
+    would compute them from the rounded parameters.
 
     Args:
-        placement: placed the model.
+        placement: the placement that boosted the model.
     """
 
     def __init__(self, placement: ColossalAIPlacement) -> None:
@@ -69,9 +69,9 @@ class ColossalAIState(StateAccess):
             here = own[name]
             if isinstance(here, nn.Parameter):
                 shard = self._placement.param_shards[here]
-                shard.put_working(value)
+                shard.write_full_working(value)
                 if shard.master is not shard.working:
-                    shard.put(value, shard.master)
+                    shard.write_full(value, shard.master)
             elif isinstance(here, Tensor):
                 here.copy_(value)
             else:
@@ -81,9 +81,9 @@ class ColossalAIState(StateAccess):
         return report
 
     def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
-        wrapper = _boosted(optim)
+        wrapper = _require_wrapper(optim)
         state = wrapper.state_dict()
-        param_shards = self._parts_of_masters(wrapper)
+        param_shards = self._optimizer_shards(wrapper)
         slots = {
             shard.name: {key: self._stored_slot(key, value, shard) for key, value in state["state"][index].items()}
             for index, shard in enumerate(param_shards)
@@ -95,16 +95,16 @@ class ColossalAIState(StateAccess):
     def load_optim_state(
         self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
-        wrapper = _boosted(optim)
+        wrapper = _require_wrapper(optim)
         names = self._placement.group_names
         require_one_optimizer(state)
         by_index = optimizer_by_index(state, names, wrapper.param_groups, allow_missing=allow_missing)
-        # Those count all parameters of the groups; the optimizer here may have the ones that learn alone.
+        # The saved indices count all parameters of the groups; the boosted optimizer may have only the trainable ones.
         flat = [name for group in names for name in group]
         saved = {flat[index]: slots for index, slots in by_index["state"].items()}
         slots = {
-            index: {key: _own_slot(key, value, shard) for key, value in saved[shard.name].items()}
-            for index, shard in enumerate(self._parts_of_masters(wrapper))
+            index: {key: _slot_for_shard(key, value, shard) for key, value in saved[shard.name].items()}
+            for index, shard in enumerate(self._optimizer_shards(wrapper))
             if shard.name in saved
         }
         groups, first = [], 0
@@ -118,11 +118,11 @@ class ColossalAIState(StateAccess):
         return all_finite(shard.master for shard in self._placement.param_shards.values())
 
     def _entries(self, model: nn.Module) -> Iterator[tuple[str, Any]]:
-        """Yield what the model keeps, parameters as themselves."""
+        """Yield the entries of the state dict, with the parameters themselves as values."""
         if not self._placement.uses_tensor_parallel:
             yield from model.state_dict(keep_vars=True).items()
             return
-        # The library's spread layers would put their parameters together, each time that they are asked for their state.
+        # The state dict of ColossalAI's tensor-parallel layers would gather their parameters.
         yield from model.named_parameters(remove_duplicate=False)
         for prefix, module in model.named_modules(remove_duplicate=False):
             for name, buffer in module.named_buffers(recurse=False):
@@ -132,7 +132,7 @@ class ColossalAIState(StateAccess):
     def _stored(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
             shard = self._placement.param_shards[value]
-            return shard.pieces(shard.master)
+            return shard.to_sharded_state(shard.master)
         return value.detach() if isinstance(value, Tensor) else value
 
     def _whole_shape(self, value: Any) -> Any:
@@ -144,33 +144,33 @@ class ColossalAIState(StateAccess):
         if not isinstance(value, Tensor) or key == _COUNTER or value.numel() == 1 != shard.master.numel():
             return value
         if value.shape == shard.master.shape:
-            return shard.pieces(value)
+            return shard.to_sharded_state(value)
         if shard.is_whole:
             return value
         raise CheckpointError(
             f"The optimizer's {key} of {shard.name} has shape {list(value.shape)}, and this rank has {shard.count} elements of "
-            f"the parameter's {list(shard.shape)}: no other strategy could make sense of it. Use plugin='torch-ddp', or an "
-            "optimizer that works on each element by itself, such as AdamW."
+            f"the parameter's {list(shard.shape)}, so that other strategies could not load it. Use plugin='torch-ddp', or an "
+            "elementwise optimizer such as AdamW."
         )
 
-    def _parts_of_masters(self, wrapper: ColossalAIOptimWrapper) -> list[ParamShard]:
-        """Return the param_shards that the optimizer updates, in its order."""
+    def _optimizer_shards(self, wrapper: BoosterOptimWrapper) -> list[ParamShard]:
+        """Return the shards that the optimizer updates, in its order."""
         of_master = {id(shard.master): shard for shard in self._placement.param_shards.values()}
         return [of_master[id(master)] for group in wrapper.param_groups for master in group["params"]]
 
 
-def _boosted(optim: AnyOptim) -> ColossalAIOptimWrapper:
-    if not isinstance(optim, ColossalAIOptimWrapper):
+def _require_wrapper(optim: AnyOptim) -> BoosterOptimWrapper:
+    if not isinstance(optim, BoosterOptimWrapper):
         raise CheckpointError(f"{type(optim).__name__} is not the optimizer wrapper that ColossalAIStrategy prepared.")
     return optim
 
 
-def _own_slot(key: str, value: Any, shard: ParamShard) -> Any:
-    """Return a value in memory of its own, of a tensor that belongs to each element what this rank has of it."""
+def _slot_for_shard(key: str, value: Any, shard: ParamShard) -> Any:
+    """Return a copy of a value; of an elementwise tensor, only the shard of this rank."""
     if not isinstance(value, Tensor | ShardedTensorState):
         return value
     if key == _COUNTER or (isinstance(value, Tensor) and value.shape != shard.shape):
         return value.clone() if isinstance(value, Tensor) else value
     own = torch.zeros_like(shard.master, dtype=value.dtype)
-    shard.put(value, own)
+    shard.write_full(value, own)
     return own

@@ -1,4 +1,4 @@
-"""Train through ColossalAI's Booster."""
+"""The strategy for ColossalAI."""
 
 from __future__ import annotations
 
@@ -23,25 +23,24 @@ _HERE = "stratagem.engines.colossalai"
 
 @final
 class ColossalAIStrategy(ComposedStrategy):
-    """ColossalAI's Booster: a plugin says how model and optimizer are spread over ranks.
+    """Trains with ColossalAI's Booster. A plugin determines how the model and the optimizer are sharded across ranks.
 
     Args:
-        plugin: ``"lowlevel-zero"`` (ZeRO stage 1), ``"torch-ddp"``, ``"hybrid-parallel"`` (tensor parallel, with ZeRO), a
-            mapping with one of these as ``type`` and the plugin's options, or a plugin that is built.
-        mixed_precision: ``"bf16"`` or ``"fp16"``, float32 where it is not given; or a mapping with that as ``type`` and
-            the options of the loss scale.
-        config: nothing: ColossalAI has no configuration of its own any more.
-        checkpoint_format: ``"portable"``: checkpoints that every strategy resumes; ``"colossalai"``: the Booster writes
-            weights and optimizer in its own form, for its other programs, with the rest of ours around them. Every
-            strategy resumes that too.
-        model_wrapper: MMEngine's name of the only wrapper there is.
-        kwargs: those of :class:`BaseStrategy`.
+        plugin: ``"lowlevel-zero"`` (ZeRO stage 1), ``"torch-ddp"``, ``"hybrid-parallel"`` (tensor parallelism with ZeRO), a
+            mapping with one of these as ``type`` and options of the plugin, or a built plugin.
+        mixed_precision: ``"bf16"`` or ``"fp16"``, or a mapping with one of these as ``type`` and options of the loss scale;
+            float32 by default.
+        checkpoint_format: ``"portable"``, or ``"colossalai"`` to let the Booster write weights and optimizer state in its
+            own format, for other programs. Every strategy can resume from both.
+        config: accepted for MMEngine's configurations, must be empty: ColossalAI has no global configuration.
+        model_wrapper: accepted for MMEngine's configurations, must be MMEngine's default.
+        kwargs: the arguments of :class:`BaseStrategy`.
 
     Raises:
         LaunchError: if no launcher started this process.
         MissingDependencyError: if ColossalAI is not installed.
-        PlacementError: for what ColossalAI or a plugin cannot do here; the message says what to do instead.
-        ConfigError: in one of its kinds, if an option is wrong.
+        PlacementError: if a plugin or an option is not supported; the message names an alternative.
+        ConfigError: or a subclass, if an option is invalid.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class ColossalAIStrategy(ComposedStrategy):
         refuse_other_wrappers(config, model_wrapper)
         if checkpoint_format not in CHECKPOINT_FORMATS:
             raise ConfigValueError(
-                f"checkpoint_format={checkpoint_format!r} is not known. {did_you_mean(checkpoint_format, CHECKPOINT_FORMATS)}"
+                f"Unknown checkpoint_format={checkpoint_format!r}. {did_you_mean(checkpoint_format, CHECKPOINT_FORMATS)}"
             )
         self._native = checkpoint_format == "colossalai"
         self._plugin = parse_plugin(plugin, mixed_precision)
@@ -77,25 +76,25 @@ class ColossalAIStrategy(ComposedStrategy):
             return write
         if write is not save_checkpoint:
             raise CheckpointError(
-                "ColossalAI's own form is written by its Booster while training waits, so not in the background. Set "
-                "async_save=False, or checkpoint_format='portable'."
+                "checkpoint_format='colossalai' cannot be written in the background. Set async_save=False, or "
+                "checkpoint_format='portable'."
             )
         writer: CheckpointWriter = _load("native:ColossalAIFormatWriter")(self._placement)
         return writer
 
 
 def _load(target: str) -> Any:
-    """Return what a module of ours that imports ColossalAI defines.
+    """Import an object from a module of this package that imports ColossalAI.
 
     Raises:
-        MissingDependencyError: if ColossalAI or what it needs is not installed.
+        MissingDependencyError: if ColossalAI or one of its dependencies is not installed.
     """
     try:
         with import_stubs(), without_working_directory():
             return import_object(f"{_HERE}.{target}")
     except MissingDependencyError as error:
         raise MissingDependencyError(
-            f"ColossalAIStrategy needs ColossalAI 0.5.0 in an environment of its own, since it pins old versions of much "
-            f"else ({error}). Install it without them: pip install --no-deps colossalai==0.5.0, and what it really uses: "
-            "pip install einops packaging psutil setuptools tqdm. See docs/strategies/colossalai.md."
+            f"ColossalAIStrategy needs ColossalAI 0.5.0 ({error}). Install it in a separate environment, without its pinned "
+            "dependencies: pip install --no-deps colossalai==0.5.0, and pip install einops packaging psutil setuptools tqdm. "
+            "See docs/strategies/colossalai.md."
         ) from error

@@ -1,4 +1,4 @@
-"""A policy of ColossalAI from a model's own plan of tensor parallelism."""
+"""A ColossalAI policy that follows the tensor-parallel plan of a model."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["PLAN_ATTRIBUTE", "TPPlanPolicy"]
 
-# The same attribute as FSDPStrategy(tp=...) follows.
+# The attribute that FSDPStrategy(tp=...) uses as well.
 PLAN_ATTRIBUTE: Final = "tp_plan"
 _LAYERS: Final = {"colwise": Linear1D_Col, "rowwise": Linear1D_Row}
 
 
 @final
 class TPPlanPolicy(Policy):
-    """Spreads the linear layers that a plan names: pattern of module names -> ``"colwise"`` or ``"rowwise"``.
+    """Shards the linear layers of a plan.
 
     Args:
-        plan: the plan; the model's own attribute ``tp_plan`` has this form.
+        plan: maps patterns of module names to ``"colwise"`` or ``"rowwise"``, like the attribute ``tp_plan`` of a model.
 
     Raises:
-        PlacementError: if it has a style that ColossalAI's layers do not have.
+        PlacementError: if ColossalAI does not support a style of the plan.
     """
 
     def __init__(self, plan: Mapping[str, Any]) -> None:
@@ -40,24 +40,24 @@ class TPPlanPolicy(Policy):
         for pattern, style in plan.items():
             if style not in _LAYERS:
                 raise PlacementError(
-                    f"{PLAN_ATTRIBUTE}: {pattern!r} is {style!r}, and ColossalAI's linear layers are cut 'colwise' or "
-                    "'rowwise'. Use FSDPStrategy(tp=...), or give a custom_policy."
+                    f"{PLAN_ATTRIBUTE}: {pattern!r} has style {style!r}, but ColossalAI's linear layers only support 'colwise' "
+                    "and 'rowwise'. Use FSDPStrategy(tp=...), or set custom_policy."
                 )
         self._plan = dict(plan)
 
     def config_sanity_check(self) -> None:
-        """There is nothing to check."""
+        """Do nothing: there is no configuration."""
 
     def preprocess(self) -> nn.Module:
-        """Return the model as it is."""
+        """Return the model unchanged."""
         model: nn.Module = self.model
         return model
 
     def module_policy(self) -> dict[Any, Any]:
-        """Return which layers are replaced by spread ones, by their full names.
+        """Return the replacements of layers by sharded ones, by the full names of the layers.
 
         Raises:
-            ConfigValueError: if a pattern of the plan fits no module.
+            ConfigValueError: if a pattern of the plan matches no module.
         """
         if not self.shard_config.enable_tensor_parallelism:
             return {}
@@ -67,12 +67,12 @@ class TPPlanPolicy(Policy):
             found = [name for name in named if matches_name(name, pattern)]
             if not found:
                 raise ConfigValueError(
-                    f"{PLAN_ATTRIBUTE}: no module is called {pattern!r}. {did_you_mean(pattern, named)}"
+                    f"{PLAN_ATTRIBUTE}: no module matches {pattern!r}. {did_you_mean(pattern, named)}"
                 )
             layers += [SubModuleReplacementDescription(suffix=name, target_module=_LAYERS[style]) for name in found]
         return {type(self.model): ModulePolicyDescription(sub_module_replacement=layers)}
 
     def postprocess(self) -> nn.Module:
-        """Return the model as it is."""
+        """Return the model unchanged."""
         model: nn.Module = self.model
         return model

@@ -1,4 +1,4 @@
-"""An optimizer that the booster wrapped, under the interface of ours: accumulation, weights of samples, what is skipped."""
+"""The optimizer wrapper for ColossalAI."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from stratagem.optim import AccumulatingOptimWrapper
 from stratagem.optim.gradient_policy import NO_CONTEXT
 from stratagem.optim.gradients import Clipping, scale
 
-__all__ = ["ColossalAIOptimWrapper"]
+__all__ = ["BoosterOptimWrapper"]
 
 logger = logging.getLogger(__name__)
 
 
 @final
-class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
-    """Train through ColossalAI's optimizer: its backward pass, its loss scale, its clipping, its update.
+class BoosterOptimWrapper(AccumulatingOptimWrapper):
+    """Trains with the backward pass, loss scale, clipping and update of ColossalAI's optimizer.
 
     Args:
-        engine: the optimizer as the booster wrapped it.
-        param_shards: what this rank has of each parameter.
-        settings: the wrapper that was configured: accumulation, what to do where gradients are not finite.
-        hold: makes the context of a micro-batch whose gradients are not exchanged yet.
-        clipping: done here, for plugins that do not clip.
-        norm_is_logged: whether the norm of the gradients is computed for the log, since the plugin clips by it.
-        reduces_in_backward: whether the engine reduces gradients in its own backward pass alone, as under ZeRO.
+        engine: the optimizer, wrapped by the booster.
+        param_shards: the shard of each parameter that this rank has.
+        settings: the configured wrapper, whose accumulation and ``nonfinite`` options are adopted.
+        no_sync: returns the context for a micro-batch whose gradients are not reduced yet.
+        clipping: the clipping for plugins that do not clip themselves.
+        norm_is_logged: whether to compute the gradient norm for the log, because the plugin clips.
+        reduces_in_backward: whether the engine only reduces gradients in its own backward pass, as under ZeRO.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
         param_shards: Mapping[nn.Parameter, ParamShard],
         settings: AccumulatingOptimWrapper,
         *,
-        hold: Callable[[], AbstractContextManager[object]],
+        no_sync: Callable[[], AbstractContextManager[object]],
         clipping: Clipping | None,
         norm_is_logged: bool,
         reduces_in_backward: bool,
@@ -52,24 +52,24 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
         super().__init__(engine.optim, accumulative_counts=settings.accumulative_counts, nonfinite=settings.nonfinite)
         self.engine = engine
         self.param_shards = param_shards
-        self._hold = hold
+        self._no_sync = no_sync
         self.clipping = clipping
         self._norm_is_logged = norm_is_logged or clipping is not None or self.nonfinite is not None
-        self._stepped = False
+        self._did_step = False
         self._reduces_in_backward = reduces_in_backward
         self._is_reduced = False
-        self.optimizer.register_step_post_hook(self._note_step)
+        self.optimizer.register_step_post_hook(self._record_step)
         if self.loss_scaler is not None:
             if self.nonfinite == "error":
                 raise ConfigValueError(
-                    'nonfinite="error" would stop at the first overflow, which float16 meets while it looks for its scale. '
-                    "Leave it out, or use mixed_precision='bf16'."
+                    'nonfinite="error" would stop at the first overflow, but overflows are normal in float16 while the loss '
+                    "scale is adjusted. Omit it, or use mixed_precision='bf16'."
                 )
             self.nonfinite = "skip"
 
     @property
     def loss_scaler(self) -> Any | None:
-        """ColossalAI's loss scale, where it computes in float16."""
+        """ColossalAI's loss scale in float16, otherwise None."""
         mixin = _precision_of(self.engine)
         return mixin.grad_scaler if isinstance(mixin, FP16MixedPrecisionMixin) else None
 
@@ -80,12 +80,12 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
             options = dict(guard.begin(loss, kwargs))
             if "gradient" not in kwargs and "gradient" in options:
                 loss = loss * options["gradient"]
-        # ZeRO exchanges gradients in the backward pass, which the context of the forward pass does not reach.
+        # ZeRO reduces gradients in the backward pass, outside of the sync context of the forward pass.
         reduces = self.should_sync()
-        with NO_CONTEXT if reduces else self._hold():
+        with NO_CONTEXT if reduces else self._no_sync():
             self.engine.backward(loss, **kwargs)
-        # ZeRO 2 holds nothing back.
-        self._is_reduced = reduces or self._hold is nullcontext
+        # ZeRO stage 2 reduces gradients in every micro-batch.
+        self._is_reduced = reduces or self._no_sync is nullcontext
         self.inner_count += 1
 
     def step(self, **kwargs: Any) -> None:
@@ -102,12 +102,12 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
         micro_batches = self.pending_micro_batches
         self.window_start = self.inner_count
         self.num_steps_attempted += 1
-        self._stepped = False
-        # What overflowed goes to the engine all the same: it does not step then, and lowers its loss scale.
+        self._did_step = False
+        # On an overflow the engine is still called: it skips the step and lowers its loss scale.
         inspects = self._norm_is_logged or self.weight is not None or self.gradient_policy.guard is not None
         if not inspects or self._settle_gradients(micro_batches) or self.loss_scaler is not None:
             self.engine.step(**kwargs)
-        if self._stepped:
+        if self._did_step:
             self.num_steps_applied += 1
 
     def model_parameters(self) -> list[nn.Parameter]:
@@ -123,7 +123,7 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         scaler = self.loss_scaler
-        # A state without one comes from another precision: the scale starts as configured.
+        # A state from a different precision has no loss scale. The configured one is used then.
         if scaler is not None and "loss_scaler" in state_dict:
             _load_scaler(scaler, state_dict["loss_scaler"])
 
@@ -132,7 +132,7 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
         own = [gradient for _, gradient in gradients]
         if self.weight is not None:
             scale(own, self.weight_factor(micro_batches))
-        # The same on every rank, so that all decide alike.
+        # Equal on all ranks, so that all ranks make the same decision.
         norm = _norm_over_ranks(gradients, own)
         if self._norm_is_logged:
             self.grad_norm = norm if self.loss_scaler is None else norm / self.loss_scaler.scale
@@ -145,31 +145,31 @@ class ColossalAIOptimWrapper(AccumulatingOptimWrapper):
             self.clipping.apply(own, norm)
         return True
 
-    def _note_step(self, *_: Any) -> None:
-        self._stepped = True
+    def _record_step(self, *_: Any) -> None:
+        self._did_step = True
 
 
 def _precision_of(engine: OptimizerWrapper) -> Any:
-    """Return how the engine computes in a small type; None in float32."""
-    # ZeRO's optimizer and the one without ZeRO name it differently.
+    """Return the mixed-precision component of the engine; None in float32."""
+    # The attribute has different names in the optimizers with and without ZeRO.
     return getattr(engine, "mixed_precision_mixin", None) or getattr(engine, "mixed_precision", None)
 
 
 @torch.no_grad()
 def _norm_over_ranks(gradients: list[tuple[ParamShard, Tensor]], own: list[Tensor]) -> Tensor:
-    """Return the norm of all gradients as one vector, of which ranks have param_shards and copies. Collective."""
+    """Return the global gradient norm. Shards that several ranks have are counted once. Collective."""
     device = own[0].device if own else torch.device("cpu")
     squares = torch.zeros((), device=device)
     if own:
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(own, 2.0, dtype=torch.float32)])
-        copies = torch.tensor([float(shard.copies) for shard, _ in gradients], device=device)
-        squares = (norms.square() / copies).sum()
+        num_copies = torch.tensor([float(shard.num_copies) for shard, _ in gradients], device=device)
+        squares = (norms.square() / num_copies).sum()
     all_reduce(squares)
     return squares.sqrt()
 
 
 def _scaler_state(scaler: Any) -> dict[str, Any]:
-    """Return the state of ColossalAI's loss scale in the form of ``torch.amp.GradScaler``, with what it has beside."""
+    """Return the state of ColossalAI's loss scale in the format of ``torch.amp.GradScaler``, with additional keys."""
     return {
         "scale": float(scaler.scale),
         "growth_factor": scaler._growth_factor,

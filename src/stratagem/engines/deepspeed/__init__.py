@@ -1,4 +1,4 @@
-"""DeepSpeed: its options are read without it; what drives it is loaded by name when the strategy is built."""
+"""The strategy for DeepSpeed. The library itself is imported when the strategy is built."""
 
 from stratagem.engines.deepspeed.strategy import DeepSpeedStrategy
 

@@ -1,4 +1,4 @@
-"""DeepSpeed itself, with its traps set aside: what must hold before it is imported, and before it makes an engine."""
+"""Import DeepSpeed, create its engine, and work around its side effects."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stratagem.distributed import World
-from stratagem.engines.deepspeed.scalar_params import as_vectors, broadcast_already
+from stratagem.engines.deepspeed.scalar_params import scalars_as_vectors, skip_broadcast
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.utils import import_module
 
 __all__ = ["configure_checkpointing", "load_deepspeed", "make_engine", "require_dtype"]
 
-# What the arguments of DeepSpeed's function are called in its configurations.
+# Keys in the configuration -> arguments of deepspeed.checkpointing.configure().
 _CHECKPOINTING: Final = {
     "partition_activations": "partition_activations",
     "cpu_checkpointing": "checkpoint_in_cpu",
@@ -33,26 +33,26 @@ _LOGGER: Final = "DeepSpeed"
 
 
 def load_deepspeed(world: World) -> ModuleType:
-    """Import DeepSpeed and let it use the process group that there is.
+    """Import DeepSpeed and initialize it with the existing process group.
 
     Raises:
-        MissingDependencyError: if it is not installed.
+        MissingDependencyError: if DeepSpeed is not installed.
     """
     if world.device.type == "cpu":
-        # Where it looks for an accelerator itself, it may find one that this run does not use.
+        # Otherwise DeepSpeed may detect an accelerator that this run does not use.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # It reads them again and again, and not every launcher sets them.
+    # DeepSpeed reads these variables repeatedly, and some launchers do not set them.
     for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
         os.environ.setdefault(name, str(value))
     deepspeed = import_module("deepspeed", extra="deepspeed")
-    # It would compile an operator for exchange in shared master_weights; where that was ever interrupted, all later runs wait for
-    # the lock that it left.
+    # DeepSpeed would compile an operator for shared-memory communication. If the compilation is ever interrupted, all later
+    # runs wait for the lock that it left behind.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Its notes are many, and on every rank.
+    # DeepSpeed logs many messages on every rank.
     logging.getLogger(_LOGGER).setLevel(logging.WARNING)
-    # It calls functions of torch by names that torch renames, and each rank would say so.
+    # DeepSpeed calls deprecated functions of torch, which would emit warnings on every rank.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    # What it keeps of a process group is that of a strategy before this one.
+    # Remove references to the process group of an earlier strategy.
     deepspeed.utils.groups._release_process_group_references(group=None)
     deepspeed.comm.comm.cdb = None
     deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False, verbose=False)
@@ -63,55 +63,55 @@ def require_dtype(deepspeed: ModuleType, dtype: torch.dtype | None) -> None:
     """Refuse a 16-bit dtype that DeepSpeed does not support on this device.
 
     Raises:
-        ConfigValueError: if it does not. On CPUs, DeepSpeed requires float16 instructions for float16.
+        ConfigValueError: if the dtype is not supported. On CPUs, DeepSpeed requires float16 instructions for float16.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     is_supported = {torch.float16: accelerator.is_fp16_supported, torch.bfloat16: accelerator.is_bf16_supported}
     if dtype in is_supported and not is_supported[dtype]():
         name, other = ("fp16", "bf16") if dtype == torch.float16 else ("bf16", "fp16")
         raise ConfigValueError(
-            f"{name} is enabled, and DeepSpeed does not support {dtype} on this device ({accelerator.device_name()}). "
-            f"Set {other}=True, or leave both out to train in float32."
+            f"{name} is enabled, but DeepSpeed does not support {dtype} on this device ({accelerator.device_name()}). "
+            f"Set {other}=True, or omit both to train in float32."
         )
 
 
 def make_engine(
-    deepspeed: ModuleType, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any], *, cuts_parameters: bool
+    deepspeed: ModuleType, model: nn.Module, optimizer: Optimizer, config: Mapping[str, Any], *, shards_parameters: bool
 ) -> Any:
-    """Return the engine that trains ``model`` with ``optimizer``; it changes both. Collective.
+    """Return an engine that trains ``model`` with ``optimizer``. It modifies both. Collective.
 
-    All ranks have the same weights already.
+    The weights must already be equal on all ranks.
 
     Raises:
-        ConfigValueError: if DeepSpeed refuses the configuration.
+        ConfigValueError: if DeepSpeed rejects the configuration.
     """
-    own = {"log_level": "warning", **config}
+    options = {"log_level": "warning", **config}
     try:
-        with as_vectors(model) if cuts_parameters else broadcast_already(model):
-            engine = deepspeed.initialize(model=model, optimizer=optimizer, config=own, dist_init_required=False)[0]
+        with scalars_as_vectors(model) if shards_parameters else skip_broadcast(model):
+            engine = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)[0]
     except (AssertionError, ValueError) as error:
-        raise ConfigValueError(f"DeepSpeed refuses its configuration: {error}") from error
+        raise ConfigValueError(f"DeepSpeed rejects its configuration: {error}") from error
     _refuse_direct_backward(engine)
     return engine
 
 
 def _refuse_direct_backward(engine: Any) -> None:
-    """Have a backward pass that the engine was not asked for raise: accumulation and loss scaling would not apply to it."""
+    """Make the engine raise an error for backward passes outside of it, which would bypass accumulation and loss scaling."""
     begin = engine._backward_prologue
 
-    def begin_if_asked() -> None:
+    def checked_begin() -> None:
         if not engine._running_engine_backward:
             raise PlacementError(
-                "A backward pass through the model was started without the optimizer wrapper. Under DeepSpeed call "
-                "optim_wrapper.update_params(loss) or optim_wrapper.backward(loss) instead of loss.backward(), and take no "
-                "gradients with torch.autograd.grad."
+                "A backward pass through the model was started without the optimizer wrapper. Under DeepSpeed, call "
+                "optim_wrapper.update_params(loss) or optim_wrapper.backward(loss) instead of loss.backward(), and do not use "
+                "torch.autograd.grad."
             )
         begin()
 
-    engine._backward_prologue = begin_if_asked
+    engine._backward_prologue = checked_begin
 
 
 def configure_checkpointing(deepspeed: ModuleType, options: Mapping[str, Any] | None) -> None:
-    """Set what ``deepspeed.checkpointing.checkpoint`` does in models that call it."""
+    """Configure ``deepspeed.checkpointing.checkpoint`` for models that call it."""
     if options is not None:
         deepspeed.checkpointing.configure(None, **{_CHECKPOINTING[key]: value for key, value in options.items()})

@@ -1,4 +1,4 @@
-"""Which optimizers may step parts of tensors: those that compute element by element."""
+"""Check that an optimizer is elementwise, as ZeRO requires."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ _ELEMENTWISE: Final = frozenset(
     }
 )
 _ONE_BIT: Final = (
-    "it exchanges gradients itself, in one bit and over NCCL or MPI alone, so that its steps are not those of one process. "
+    "it compresses gradients to one bit, so that its steps differ from those of a single process, and requires NCCL or MPI. "
     "Use AdamW, or FusedAdam on accelerators."
 )
 _REASONS: Final = {
-    "Adagrad": "DeepSpeed builds it anew without the options of its groups. Use RMSprop or AdamW, or stage=0.",
-    "Adafactor": "it looks at the rows and columns of whole tensors. Use AdamW, stage=0, or FSDPStrategy.",
-    "Muon": "it looks at whole matrices. Use AdamW, stage=0, or FSDPStrategy.",
-    "LBFGS": "it calls the model several times in an update. Use AdamW.",
-    "SparseAdam": "it needs sparse gradients, and those of parts are dense. Use AdamW, or stage=0.",
-    "FusedLamb": "it looks at the norms of whole tensors. Use stage=0.",
+    "Adagrad": "DeepSpeed builds it again without the options of its groups. Use RMSprop or AdamW, or stage=0.",
+    "Adafactor": "it uses the rows and columns of whole tensors. Use AdamW, stage=0, or FSDPStrategy.",
+    "Muon": "it uses whole matrices. Use AdamW, stage=0, or FSDPStrategy.",
+    "LBFGS": "it calls the model several times per update. Use AdamW.",
+    "SparseAdam": "it needs sparse gradients, but those of shards are dense. Use AdamW, or stage=0.",
+    "FusedLamb": "it uses the norms of whole tensors. Use stage=0.",
     "OnebitAdam": _ONE_BIT,
     "OnebitLamb": _ONE_BIT,
     "ZeroOneAdam": _ONE_BIT,
-    "ZeroRedundancyOptimizer": "DeepSpeed spreads the optimizer's state already. Use the optimizer itself.",
+    "ZeroRedundancyOptimizer": "DeepSpeed already shards the optimizer state. Use the optimizer itself.",
 }
-# Whatever the stage.
+# Rejected at every stage.
 _NEVER: Final = frozenset({"LBFGS", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "ZeroRedundancyOptimizer"})
 
 
 def refuse_by_name(optim_wrapper: Any) -> None:
-    """Refuse a configuration of an optimizer that no stage can have, before it is built.
+    """Reject the configuration of an optimizer that no stage supports, before it is built.
 
     Raises:
-        PlacementError: if it is one of these.
+        PlacementError: if the optimizer is not supported.
     """
     optimizer = optim_wrapper.get("optimizer") if isinstance(optim_wrapper, Mapping) else None
     name = optimizer.get("type") if isinstance(optimizer, Mapping) else None
@@ -62,24 +62,28 @@ def refuse_by_name(optim_wrapper: Any) -> None:
 
 
 def require_elementwise(optimizer: Optimizer, *, stage: int, allow_unknown: bool) -> None:
-    """Refuse an optimizer that would compute other numbers under this stage of ZeRO.
+    """Require that an optimizer computes the same updates under a stage of ZeRO as in a single process.
 
-    From stage 1 on a rank steps parts of tensors, laid out one after another: only arithmetic that looks at each
-    element by itself comes to the same. ``allow_unknown`` lets optimizers pass that are not known here.
+    From stage 1 on, a rank updates parts of tensors in flat buffers, which is only correct for elementwise optimizers.
+
+    Args:
+        optimizer: the optimizer.
+        stage: the stage of ZeRO.
+        allow_unknown: whether to accept optimizers that are not known to be elementwise.
 
     Raises:
-        PlacementError: if it is refused; the message says what to use instead.
+        PlacementError: if the optimizer is not supported; the message names an alternative.
     """
     name = type(optimizer).__name__
     if all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval")):
         raise PlacementError(
-            f"{name} keeps other weights for evaluation than it trains with, and DeepSpeed would train with either. Use "
-            "AdamW, or another strategy."
+            f"{name} uses different weights in evaluation and in training, which DeepSpeed does not support. Use AdamW, or "
+            "another strategy."
         )
     if name in _NEVER or (stage and name in _REASONS):
         raise PlacementError(f"{name} cannot be used with DeepSpeed's stage {stage}: {_REASONS[name]}")
     if stage and name not in _ELEMENTWISE and not allow_unknown:
         raise PlacementError(
-            f"{name} is not known here, and from ZeRO stage 1 on it would step parts of tensors. If it computes element by "
-            "element, say so with config=dict(zero_allow_untested_optimizer=True); else use stage 0."
+            f"{name} is not known to be elementwise, as ZeRO requires from stage 1 on. If it is, set "
+            "config=dict(zero_allow_untested_optimizer=True). Otherwise use stage 0."
         )

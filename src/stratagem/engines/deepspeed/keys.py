@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration may say: what is handed on, and what is refused, with what to write instead."""
+"""The keys of a DeepSpeed configuration: those that are passed to DeepSpeed, and those that are rejected, with reasons."""
 
 from __future__ import annotations
 
@@ -97,65 +97,65 @@ _PLAIN: Final = (
     "comms_logger",
     "disable_python_gc",
 )
-_PARALLEL: Final = "only the data is parallel here: each rank has its own samples. Leave it out."
+_PARALLEL: Final = "only data parallelism is supported. Omit it."
 _REFUSED: Final[Mapping[str, str]] = {
-    "scheduler": "schedules are param_scheduler's, which every strategy follows and checkpoints keep. Move it there.",
-    "amp": "Apex is no longer part of DeepSpeed. Use bf16=dict(enabled=True).",
-    "torch_autocast": "use bf16=dict(enabled=True) or fp16=dict(enabled=True), whose masters checkpoints keep.",
-    "compile": "use the runner's compile=True, which compiles the model's forward.",
-    "managed_gradient_accumulation": "windows are counted by the optimizer wrapper. Leave it out.",
-    "gradient_allreduce_op": "gradients are averaged over ranks, as under every strategy. Leave it out.",
-    "sparse_gradients": "gradients are exchanged dense. Leave it out.",
-    "checkpoint": "use checkpoint_format of DeepSpeedStrategy to choose the form of checkpoints.",
+    "scheduler": "use param_scheduler, which works with every strategy and is saved in checkpoints.",
+    "amp": "DeepSpeed no longer supports Apex. Use bf16=dict(enabled=True).",
+    "torch_autocast": "use bf16=dict(enabled=True) or fp16=dict(enabled=True), whose master weights are saved in checkpoints.",
+    "compile": "use compile=True of the runner, which compiles the model's forward.",
+    "managed_gradient_accumulation": "the optimizer wrapper counts micro-batches. Omit it.",
+    "gradient_allreduce_op": "gradients are averaged over ranks, as with every strategy. Omit it.",
+    "sparse_gradients": "gradients are reduced as dense tensors. Omit it.",
+    "checkpoint": "use checkpoint_format of DeepSpeedStrategy to select the checkpoint format.",
     "dataloader_drop_last": "use drop_last of train_dataloader.",
-    "aio": "it configures offload to NVMe, whose state cannot be read piece by piece. Use device='cpu'.",
-    "data_efficiency": "samples are chosen by the sampler of train_dataloader.",
-    "curriculum_learning": "samples are chosen by the sampler of train_dataloader.",
+    "aio": "it configures offloading to NVMe, which checkpoints do not support. Use device='cpu'.",
+    "data_efficiency": "the sampler of train_dataloader selects the samples. Omit it.",
+    "curriculum_learning": "the sampler of train_dataloader selects the samples. Omit it.",
     "tensorboard": "use the TensorboardHook.",
-    "wandb": "what a run logs goes through the hooks.",
-    "csv_monitor": "what a run logs is in scalars.json of its log folder.",
-    "comet": "what a run logs goes through the hooks.",
+    "wandb": "use the hooks for logging.",
+    "csv_monitor": "logged values are in scalars.json in the log folder. Omit it.",
+    "comet": "use the hooks for logging.",
     "tensor_parallel": _PARALLEL,
     "expert_parallel": _PARALLEL,
     "sequence_parallel_size": _PARALLEL,
     "pipeline": _PARALLEL,
-    "hybrid_engine": "it is for inference between steps. Leave it out.",
-    "elasticity": "runs are restarted by the launcher, and resume on any number of ranks. Leave it out.",
-    "autotuning": "it starts runs of its own. Leave it out.",
-    "compression_training": "it changes the weights outside of the optimizer. Leave it out.",
-    "weight_quantization": "it changes the weights outside of the optimizer. Leave it out.",
-    "disable_allgather": "the weights would differ between ranks. Leave it out.",
+    "hybrid_engine": "it is for inference between steps. Omit it.",
+    "elasticity": "the launcher restarts runs, which can resume on any number of ranks. Omit it.",
+    "autotuning": "it starts separate runs. Omit it.",
+    "compression_training": "it changes weights outside of the optimizer. Omit it.",
+    "weight_quantization": "it changes weights outside of the optimizer. Omit it.",
+    "disable_allgather": "the weights would differ between ranks. Omit it.",
 }
 _REFUSED_INSIDE: Final[Mapping[str, str]] = {
-    "zenflow": "its updates are late, so that they are not those of one process. Leave it out.",
-    "zero_hpz_partition_size": "secondary partitions are not kept in checkpoints. Leave it out.",
-    "zero_quantized_weights": "quantized exchange changes the numbers. Leave it out.",
-    "zero_quantized_nontrainable_weights": "quantized exchange changes the numbers. Leave it out.",
-    "zero_quantized_gradients": "quantized exchange changes the numbers. Leave it out.",
-    "elastic_checkpoint": "checkpoints resume on any number of ranks as they are. Leave it out.",
-    "legacy_stage1": "DeepSpeed removed it. Leave it out.",
-    "cpu_offload": "DeepSpeed renamed it. Use offload_optimizer=dict(device='cpu').",
-    "cpu_offload_params": "DeepSpeed renamed it. Use offload_param=dict(device='cpu').",
-    "nvme_path": "state on NVMe cannot be read piece by piece for checkpoints. Use device='cpu'.",
-    "super_offload": "its state is elsewhere than checkpoints look for it. Leave it out.",
-    "auto_cast": "inputs are cast by inputs_to_half.",
-    "fp16_master_weights_and_grads": "masters are kept in float32. Leave it out.",
-    "bf16_master_weights_and_grads": "masters are kept in float32. Leave it out.",
-    "bf16_optimizer_states": "the optimizer's state is kept in float32. Leave it out.",
-    "immediate_grad_update": "it belongs to an optimizer of DeepSpeed's that is not used here. Leave it out.",
-    "legacy_fusion": "it belongs to an old form of FusedAdam. Leave it out.",
+    "zenflow": "its updates are delayed, so that they differ from those of a single process. Omit it.",
+    "zero_hpz_partition_size": "secondary partitions are not saved in checkpoints. Omit it.",
+    "zero_quantized_weights": "quantized communication changes the results. Omit it.",
+    "zero_quantized_nontrainable_weights": "quantized communication changes the results. Omit it.",
+    "zero_quantized_gradients": "quantized communication changes the results. Omit it.",
+    "elastic_checkpoint": "every checkpoint can be resumed on any number of ranks. Omit it.",
+    "legacy_stage1": "DeepSpeed has removed it. Omit it.",
+    "cpu_offload": "DeepSpeed has renamed it. Use offload_optimizer=dict(device='cpu').",
+    "cpu_offload_params": "DeepSpeed has renamed it. Use offload_param=dict(device='cpu').",
+    "nvme_path": "checkpoints do not support state on NVMe. Use device='cpu'.",
+    "super_offload": "checkpoints do not support its state. Omit it.",
+    "auto_cast": "use inputs_to_half.",
+    "fp16_master_weights_and_grads": "master weights are kept in float32. Omit it.",
+    "bf16_master_weights_and_grads": "master weights are kept in float32. Omit it.",
+    "bf16_optimizer_states": "the optimizer state is kept in float32. Omit it.",
+    "immediate_grad_update": "it belongs to an optimizer of DeepSpeed that is not used here. Omit it.",
+    "legacy_fusion": "it belongs to an old version of FusedAdam. Omit it.",
 }
-# Values that stand for the option not being given.
+# Values that are equivalent to omitting the option.
 _OFF: Final[tuple[Any, ...]] = (None, False, {}, {"enabled": False})
 
 
 def check_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the options without refused ones that are switched off.
+    """Return the options without unsupported ones that are disabled.
 
     Raises:
-        ConfigKeyError: for a key that DeepSpeed does not have, with the nearest that it has.
-        ConfigValueError: for an option that is refused; the message says what to write instead.
-        ConfigTypeError: if a section is no mapping.
+        ConfigKeyError: if DeepSpeed does not have a key; the message suggests the closest one.
+        ConfigValueError: if an option is not supported; the message names an alternative.
+        ConfigTypeError: if a section is not a mapping.
     """
     refuse_unknown(config, (*_PLAIN, *_SECTIONS, *_REFUSED), where)
     kept = {}
@@ -163,24 +163,24 @@ def check_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key in _REFUSED and value in _OFF:
             continue
         if key in _REFUSED:
-            raise ConfigValueError(f"{where}: {key} is not for this strategy: {_REFUSED[key]}")
+            raise ConfigValueError(f"{where}: {key} is not supported: {_REFUSED[key]}")
         kept[key] = _check_section(value, _SECTIONS[key], f"{where}: {key}") if key in _SECTIONS else value
     return kept
 
 
 def _check_section(section: Any, known: tuple[str, ...], where: str) -> dict[str, Any]:
     if not isinstance(section, Mapping):
-        raise ConfigTypeError(f"{where} is {section!r}; a mapping of its options is due.")
+        raise ConfigTypeError(f"{where} must be a mapping of options, got {section!r}.")
     refuse_unknown(section, (*known, *_REFUSED_INSIDE), where)
     kept = {}
     for key, value in section.items():
         if key in _REFUSED_INSIDE and (value in _OFF or (key == "zero_hpz_partition_size" and value == 1)):
             continue
         if key in _REFUSED_INSIDE:
-            raise ConfigValueError(f"{where}: {key} is not for this strategy: {_REFUSED_INSIDE[key]}")
+            raise ConfigValueError(f"{where}: {key} is not supported: {_REFUSED_INSIDE[key]}")
         if key not in known:
             raise ConfigKeyError(f"{where} has no option {key!r}.")
         kept[key] = _check_section(value, _NESTED[key], f"{where}.{key}") if key in _NESTED and value else value
     if section.get("device") == "nvme":
-        raise ConfigValueError(f"{where}: device='nvme' is not for this strategy: {_REFUSED_INSIDE['nvme_path']}")
+        raise ConfigValueError(f"{where}: device='nvme' is not supported: {_REFUSED_INSIDE['nvme_path']}")
     return kept

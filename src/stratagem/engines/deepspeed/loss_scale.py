@@ -1,4 +1,4 @@
-"""The loss scale of DeepSpeed's float16, in the form that torch's ``GradScaler`` keeps."""
+"""Read and write DeepSpeed's loss scale in the state format of ``torch.amp.GradScaler``."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any, Final
 __all__ = ["read_loss_scale", "write_loss_scale"]
 
 _FACTOR: Final = 2.0
-# What torch's form has no place for.
-_OWN: Final = "hysteresis"
+# A key that the format of torch does not have.
+_HYSTERESIS: Final = "hysteresis"
 
 
 def read_loss_scale(optimizer: Any) -> dict[str, Any]:
-    """Return the state of the loss scale; ``optimizer`` is DeepSpeed's, of any stage."""
+    """Return the state of the loss scale of a DeepSpeed optimizer of any stage."""
     scaler = _scaler(optimizer)
     state: dict[str, Any] = {"scale": float(scaler.cur_scale), "growth_factor": _FACTOR, "backoff_factor": 1 / _FACTOR}
     if not _is_dynamic(scaler):
         return {**state, "growth_interval": 1, "_growth_tracker": 0}
-    sound = scaler.cur_iter - scaler.last_overflow_iter - 1
-    state |= {"growth_interval": scaler.scale_window, "_growth_tracker": sound}
-    return state if _hysteresis(scaler) is None else {**state, _OWN: _hysteresis(scaler)}
+    steps_since_overflow = scaler.cur_iter - scaler.last_overflow_iter - 1
+    state |= {"growth_interval": scaler.scale_window, "_growth_tracker": steps_since_overflow}
+    return state if _hysteresis(scaler) is None else {**state, _HYSTERESIS: _hysteresis(scaler)}
 
 
 def write_loss_scale(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Go on with a saved loss scale, of DeepSpeed's or of torch's; one that was chosen to stay as it is stays."""
+    """Restore a loss scale that DeepSpeed or torch has saved. A static loss scale is not changed."""
     scaler = _scaler(optimizer)
     if not _is_dynamic(scaler):
         return
     scaler.cur_scale = float(state["scale"])
-    # Only their difference counts.
+    # Only the difference of the two counters matters.
     scaler.last_overflow_iter = -1
     scaler.cur_iter = int(state["_growth_tracker"])
-    if _OWN in state and _hysteresis(scaler) is not None:
-        scaler.cur_hysteresis = int(state[_OWN])
+    if _HYSTERESIS in state and _hysteresis(scaler) is not None:
+        scaler.cur_hysteresis = int(state[_HYSTERESIS])
 
 
 def _scaler(optimizer: Any) -> Any:
-    # Stage 0 keeps it elsewhere than the others.
+    # Stage 0 stores it in a different attribute.
     config = getattr(optimizer, "loss_scale_config", None)
     return optimizer.loss_scaler if config is None else config
 

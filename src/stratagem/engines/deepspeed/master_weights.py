@@ -1,4 +1,4 @@
-"""Where DeepSpeed keeps what it trains: the part of each parameter that this rank updates, in the engine's own master_weights."""
+"""The master weights in DeepSpeed's engine, and the range of each parameter that this rank updates."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ ShardRanges = dict[nn.Parameter, "ShardRange"]
 @final
 @dataclass(frozen=True, slots=True)
 class ShardRange:
-    """Consecutive elements of a parameter that this rank updates.
+    """The consecutive elements of a parameter that this rank updates.
 
     Attributes:
-        flat: what the optimizer steps; its state has tensors of the same shape.
-        offset: where in ``flat`` the elements are.
-        start: where in the parameter they are.
-        count: how many there are, maybe 0.
+        flat: the tensor that the optimizer updates. Its state consists of tensors of the same shape.
+        offset: the index of the first element in ``flat``.
+        start: the index of the first element in the parameter.
+        count: the number of elements, which may be 0.
     """
 
     flat: Tensor
@@ -42,19 +42,19 @@ class ShardRange:
     count: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return these elements of ``flat``, or of a tensor of its shape: a view."""
+        """Return a view of these elements of ``flat``, or of a tensor with the same shape."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.count]
 
 
 class MasterWeights(ABC):
-    """The master_weights of one kind of DeepSpeed's optimizers.
+    """The master weights and gradients of one type of DeepSpeed optimizer.
 
     Attributes:
-        shard_ranges: for each parameter that is trained, the elements that this rank updates.
-        sharded: whether ranks update different elements; else each has all.
-        groups_empty_between_steps: whether the optimizer's groups are filled by the engine while it steps alone.
+        shard_ranges: for each trainable parameter, the elements that this rank updates.
+        sharded: whether ranks update different elements. Otherwise each rank updates all.
+        groups_empty_between_steps: whether the engine fills the parameter groups of the optimizer only during its step.
         clips: whether the engine clips gradients itself.
-        accumulates_extra_backward: whether a further backward pass after the one that completed a window adds to its gradients.
+        accumulates_extra_backward: whether a backward pass after a complete accumulation window adds to the gradients.
     """
 
     shard_ranges: ShardRanges
@@ -65,30 +65,30 @@ class MasterWeights(ABC):
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """Return this rank's gradients of a complete window, each element once over all ranks where they are sharded."""
+        """Return the gradients of a complete accumulation window on this rank. If sharded, no element is on two ranks."""
 
     @abstractmethod
     def discard_gradients(self) -> None:
-        """Drop the gradients of this window."""
+        """Discard the gradients of the current accumulation window."""
 
     @abstractmethod
     def update_model_params(self) -> None:
-        """Let the weights that compute follow those that are updated, on every rank. Collective."""
+        """Copy the master weights to the parameters of the model, on every rank. Collective."""
 
     def needs_forward(self) -> bool:
-        """Return whether no backward pass may follow before a forward pass."""
+        """Return whether the next backward pass requires a forward pass before it."""
         return False
 
     def complete_gradients(self) -> None:  # noqa: B027 -- nothing to do is the usual case
-        """Put the gradients of a window of several micro-batches where the step reads them."""
+        """Move the gradients of a window of several micro-batches to where the step reads them."""
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Multiply the gradients of a complete window."""
+        """Multiply the gradients of a complete accumulation window by a factor."""
         for gradient in self.gradients():
             gradient.mul_(factor)
 
     def norm(self) -> Tensor:
-        """Return the norm of all gradients. Collective where they are sharded."""
+        """Return the global gradient norm. Collective if the gradients are sharded."""
         parts = [part for part in self.gradients() if part.numel()]
         norm = torch.zeros(()) if not parts else torch.stack(torch._foreach_norm(parts, 2.0)).float().norm()
         if self.sharded:
@@ -98,13 +98,13 @@ class MasterWeights(ABC):
         return norm
 
     def flats(self) -> Iterator[Tensor]:
-        """Yield what the optimizer steps, each once."""
+        """Yield each tensor that the optimizer updates once."""
         yield from {id(shard_range.flat): shard_range.flat for shard_range in self.shard_ranges.values()}.values()
 
 
 @final
 class Stage0Params(MasterWeights):
-    """Stage 0 in the parameters' own type: the optimizer steps the parameters.
+    """Stage 0 in the dtype of the parameters: the optimizer updates the parameters themselves.
 
     Args:
         trained: the parameters of the optimizer.
@@ -112,7 +112,7 @@ class Stage0Params(MasterWeights):
 
     sharded = False
     accumulates_extra_backward = True
-    # DeepSpeed 0.19 would, but fails where a parameter is a single number.
+    # Clipping in DeepSpeed 0.19 fails for scalar parameters.
     clips = False
 
     def __init__(self, trained: list[nn.Parameter]) -> None:
@@ -126,15 +126,15 @@ class Stage0Params(MasterWeights):
             each.grad = None
 
     def update_model_params(self) -> None:
-        """They are the same."""
+        """Do nothing: the parameters are the master weights."""
 
 
 @final
 class Stage0MasterWeights(MasterWeights):
-    """Stage 0 in 16 bits: every rank steps float32 masters of all parameters.
+    """Stage 0 in 16 bits: every rank updates float32 master weights of all parameters.
 
     Args:
-        optimizer: DeepSpeed's.
+        optimizer: the DeepSpeed optimizer.
     """
 
     sharded = False
@@ -162,11 +162,11 @@ class Stage0MasterWeights(MasterWeights):
 
 @final
 class Stage12MasterWeights(MasterWeights):
-    """Stages 1 and 2: the parameters of a group lie one after another, and each rank steps a stretch of them.
+    """Stages 1 and 2: the parameters of a group are concatenated, and each rank updates a range of the result.
 
     Args:
-        optimizer: DeepSpeed's.
-        rank: this process's.
+        optimizer: the DeepSpeed optimizer.
+        rank: the rank of this process.
     """
 
     def __init__(self, optimizer: Any, rank: int) -> None:
@@ -176,11 +176,11 @@ class Stage12MasterWeights(MasterWeights):
             flat = optimizer.single_partition_of_fp32_groups[index]
             begin = rank * optimizer.partition_size[index]
             end = begin + optimizer.partition_size[index]
-            for parameter, place in zip(group, optimizer.round_robin_bit16_offsets[index], strict=True):
-                first, last = max(begin, place), min(end, place + parameter.numel())
+            for parameter, position in zip(group, optimizer.round_robin_bit16_offsets[index], strict=True):
+                first, last = max(begin, position), min(end, position + parameter.numel())
                 count = max(0, last - first)
                 self.shard_ranges[parameter] = ShardRange(
-                    flat, first - begin if count else 0, first - place if count else 0, count
+                    flat, first - begin if count else 0, first - position if count else 0, count
                 )
 
     def gradients(self) -> list[Tensor]:
@@ -189,28 +189,28 @@ class Stage12MasterWeights(MasterWeights):
         return [part for parts in self._optimizer.averaged_gradients.values() for part in parts or ()]
 
     def complete_gradients(self) -> None:
-        # In the last micro-batch DeepSpeed copies those of the parameters that this one used.
+        # In the last micro-batch DeepSpeed only copies the gradients of parameters that this micro-batch used.
         if self._optimizer.cpu_offload:
             self._optimizer._finalize_cpu_offload_gradient_accumulation()
 
     def scale_gradients(self, factor: Tensor) -> None:
         super().scale_gradients(factor)
         if self._optimizer.cpu_offload:
-            _scale_noted_norms(self._optimizer, factor)
+            _scale_stored_norms(self._optimizer, factor)
 
     def discard_gradients(self) -> None:
-        own = self._optimizer
-        own.micro_step_id = -1
-        own.zero_grad(set_to_none=True)
-        for kept in (own.averaged_gradients, own.all_grad_tensors):
-            kept.update(dict.fromkeys(kept))
-        if own.cpu_offload:
-            own._offload_accumulated_param_ids = set()
-            own.reset_cpu_buffers()
-            # A parameter whose first gradient comes in a later micro-batch adds it to what is here.
-            for accumulated in own.accumulated_grads_in_cpu.values():
+        optimizer = self._optimizer
+        optimizer.micro_step_id = -1
+        optimizer.zero_grad(set_to_none=True)
+        for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            gradients.update(dict.fromkeys(gradients))
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+            optimizer.reset_cpu_buffers()
+            # Gradients are added to these buffers, even the first one of a parameter.
+            for accumulated in optimizer.accumulated_grads_in_cpu.values():
                 accumulated.zero_()
-            for flat in own.single_partition_of_fp32_groups:
+            for flat in optimizer.single_partition_of_fp32_groups:
                 flat.grad.zero_()
 
     def update_model_params(self) -> None:
@@ -219,11 +219,11 @@ class Stage12MasterWeights(MasterWeights):
 
 @final
 class Stage3MasterWeights(MasterWeights):
-    """Stage 3: each parameter is cut into equal parts, one a rank.
+    """Stage 3: each parameter is divided into equal parts, one per rank.
 
     Args:
-        optimizer: DeepSpeed's.
-        rank: this process's.
+        optimizer: the DeepSpeed optimizer.
+        rank: the rank of this process.
     """
 
     groups_empty_between_steps = True
@@ -256,20 +256,20 @@ class Stage3MasterWeights(MasterWeights):
     def scale_gradients(self, factor: Tensor) -> None:
         super().scale_gradients(factor)
         if self._optimizer.offload_optimizer:
-            _scale_noted_norms(self._optimizer, factor)
+            _scale_stored_norms(self._optimizer, factor)
 
     def discard_gradients(self) -> None:
-        own = self._optimizer
-        own.zero_grad(set_to_none=True)
-        # All partitions are read in each step, but only a parameter's own backward pass overwrites its partition.
-        own.grad_partitions_flat_buffer.zero_()
-        own._offload_boundary_param_ids = set()
-        if own.offload_optimizer:
-            own.reset_cpu_buffers()
-            for flat in own.fp32_partitioned_groups_flat:
+        optimizer = self._optimizer
+        optimizer.zero_grad(set_to_none=True)
+        # Each step reads all partitions, but a partition is only overwritten if its parameter gets a gradient.
+        optimizer.grad_partitions_flat_buffer.zero_()
+        optimizer._offload_boundary_param_ids = set()
+        if optimizer.offload_optimizer:
+            optimizer.reset_cpu_buffers()
+            for flat in optimizer.fp32_partitioned_groups_flat:
                 flat.grad.zero_()
         else:
-            own.averaged_gradients = {}
+            optimizer.averaged_gradients = {}
 
     def update_model_params(self) -> None:
         self._optimizer.checkpoint_event_prologue()
@@ -278,7 +278,7 @@ class Stage3MasterWeights(MasterWeights):
         self._optimizer.checkpoint_event_epilogue()
 
 
-def _scale_noted_norms(optimizer: Any, factor: Tensor) -> None:
-    """Scale the norms that DeepSpeed noted in the backward pass, by which it clips what it has offloaded."""
-    noted = optimizer.norm_for_param_grads
-    noted.update({key: norm * factor for key, norm in noted.items()})
+def _scale_stored_norms(optimizer: Any, factor: Tensor) -> None:
+    """Scale the norms that DeepSpeed has stored in the backward pass, which it uses to clip offloaded gradients."""
+    stored = optimizer.norm_for_param_grads
+    stored.update({key: norm * factor for key, norm in stored.items()})

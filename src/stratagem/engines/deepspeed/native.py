@@ -1,4 +1,4 @@
-"""Checkpoints in DeepSpeed's own form, for those who go on with other programs."""
+"""Save checkpoints in DeepSpeed's own format, for use with other programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, final
 from stratagem.checkpoint import StateTree, gather_tree
 from stratagem.checkpoint.foreign import DEEPSPEED_STATE
 from stratagem.distributed import RankGroup
-from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper
+from stratagem.engines.deepspeed.wrapper import DeepSpeedEngineOptimWrapper
 from stratagem.errors import CheckpointError, ConfigValueError
 from stratagem.storage import atomic_directory
 from stratagem.utils import absolute
@@ -17,46 +17,46 @@ from stratagem.utils import absolute
 __all__ = ["DeepSpeedFormatWriter"]
 
 _TAG: Final = "state"
-# What DeepSpeed saves itself.
-_ENGINES: Final = frozenset({"state_dict", "optimizer"})
+# The parts that DeepSpeed saves itself.
+_ENGINE_PARTS: Final = frozenset({"state_dict", "optimizer"})
 
 
 @final
 class DeepSpeedFormatWriter:
-    """Writes what :meth:`ComposedStrategy.save_checkpoint` gives: model and optimizer by the engine, all else beside them.
+    """Writes checkpoints whose model and optimizer are saved by the engine; other parts are saved as its client state.
 
     Args:
-        optim: the engine's optimizer wrapper.
-        exclude_frozen_parameters: whether parameters that do not learn are left out.
+        optim: the optimizer wrapper of the engine.
+        exclude_frozen_parameters: whether to exclude frozen parameters.
     """
 
-    def __init__(self, optim: DeepSpeedOptimWrapper, *, exclude_frozen_parameters: bool) -> None:
+    def __init__(self, optim: DeepSpeedEngineOptimWrapper, *, exclude_frozen_parameters: bool) -> None:
         self._optim = optim
         self._exclude = exclude_frozen_parameters
 
     def __call__(self, tree: StateTree, filename: str | os.PathLike[str], rank_group: RankGroup) -> None:
-        """Publish the folder by one rename, when every rank has written its part. Collective.
+        """Write the checkpoint, and publish it by a single rename when every rank has written its part. Collective.
 
         Raises:
-            CheckpointError: on every rank, if it cannot be written.
-            ConfigValueError: if the optimizer's state shall be left out.
+            CheckpointError: on every rank, if the checkpoint cannot be written.
+            ConfigValueError: if the state tree has no optimizer state.
         """
         path = absolute(filename)
         if path.suffix:
             raise CheckpointError(
-                f"{path}: checkpoint_format='deepspeed' writes a folder, and the name is that of a file. Leave {path.suffix} "
-                "out, or use checkpoint_format='portable'."
+                f"{path}: checkpoint_format='deepspeed' writes a folder. Use a name without {path.suffix}, or "
+                "checkpoint_format='portable'."
             )
         if "optimizer" not in tree:
             raise ConfigValueError(
-                "checkpoint_format='deepspeed' always holds the optimizer's state. Set save_optimizer=True, or use "
+                "checkpoint_format='deepspeed' requires the optimizer state. Set save_optimizer=True, or use "
                 "checkpoint_format='portable'."
             )
-        rest = gather_tree({key: value for key, value in tree.items() if key not in _ENGINES}, rank_group)
-        rest["optimizer"] = self._described(tree["optimizer"])
-        with ExitStack() as aside:
-            folder = rank_group.run_on_rank0(lambda: aside.enter_context(atomic_directory(path)))
-            aside.enter_context(self._optim.engines_groups())
+        rest = gather_tree({key: value for key, value in tree.items() if key not in _ENGINE_PARTS}, rank_group)
+        rest["optimizer"] = self._describe_optimizer(tree["optimizer"])
+        with ExitStack() as stack:
+            folder = rank_group.run_on_rank0(lambda: stack.enter_context(atomic_directory(path)))
+            stack.enter_context(self._optim.engine_groups())
             rank_group.run_checked(
                 lambda: self._optim.engine.save_checkpoint(
                     str(folder),
@@ -65,10 +65,10 @@ class DeepSpeedFormatWriter:
                     exclude_frozen_parameters=self._exclude,
                 )
             )
-            rank_group.run_on_rank0(aside.close)
+            rank_group.run_on_rank0(stack.close)
 
-    def _described(self, state: StateTree) -> StateTree:
-        """Return what DeepSpeed does not tell of the optimizer's state: which parameters its numbers stand for."""
+    def _describe_optimizer(self, state: StateTree) -> StateTree:
+        """Return the parameter groups by name and the names of the trained parameters, which DeepSpeed does not save."""
         names = [name for group in state["param_groups"] for name in group["params"]]
         parameters = [each for group in self._optim.groups for each in group.parameters]
         trained = [

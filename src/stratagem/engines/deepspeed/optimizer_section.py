@@ -1,4 +1,4 @@
-"""What a DeepSpeed configuration says of the optimizer, accumulation and clipping, in the form of ours."""
+"""Convert the optimizer, accumulation and clipping options of a DeepSpeed configuration to those of optimizer wrappers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from stratagem.errors import ConfigTypeError, ConfigValueError, PlacementError, 
 from stratagem.optim import BaseOptimWrapper
 from stratagem.optim.gradients import parse_clipping
 
-__all__ = ["as_optimizer", "kernels_explained", "with_accumulation", "with_clipping", "with_optimizer"]
+__all__ = ["as_optimizer", "explain_kernel_errors", "with_accumulation", "with_clipping", "with_optimizer"]
 
-# DeepSpeed's names, which it reads in any case, for what it makes itself.
+# DeepSpeed's case-insensitive names of optimizers that it creates itself.
 _NAMES: Final = {
     "lion": "FusedLion",
     "lamb": "FusedLamb",
@@ -24,16 +24,16 @@ _NAMES: Final = {
 }
 
 _ONE_OPTIMIZER: Final = frozenset({"type", "constructor", "optimizer"})
-# Their kernels are compiled when they are first built.
+# Optimizers whose kernels are compiled when they are first built.
 _COMPILED: Final = ("DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedLion", "FusedLamb")
 
 
 @contextmanager
-def kernels_explained(optim_wrapper: Any) -> Iterator[None]:
-    """Say what to do where a kernel of DeepSpeed's cannot be compiled for the optimizer that is named.
+def explain_kernel_errors(optim_wrapper: Any) -> Iterator[None]:
+    """Inside the ``with`` block, convert errors from compiling a kernel of the configured optimizer to a helpful one.
 
     Raises:
-        PlacementError: then.
+        PlacementError: if a kernel of DeepSpeed cannot be compiled.
     """
     optimizer = optim_wrapper.get("optimizer") if isinstance(optim_wrapper, Mapping) else None
     name = optimizer.get("type") if isinstance(optimizer, Mapping) else None
@@ -44,33 +44,32 @@ def kernels_explained(optim_wrapper: Any) -> Iterator[None]:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PlacementError(
-            f"{name} has a kernel that DeepSpeed compiles when it is first used, and that failed: {reason}. It needs a C++ "
-            "compiler and ninja, and for the fused ones the toolkit of an accelerator. torch's AdamW needs none of them, and "
-            "is fused by itself."
+            f"DeepSpeed could not compile the kernel of {name}: {reason}. This requires a C++ compiler and ninja, and for "
+            "fused optimizers the toolkit of the accelerator. torch's AdamW needs no compilation, and is fused by default."
         ) from error
 
 
 def with_optimizer(optim_wrapper: Any, section: Mapping[str, Any] | None) -> Any:
-    """Return an optimizer wrapper's configuration with the optimizer of DeepSpeed's, where it has none.
+    """Return the configuration of an optimizer wrapper, with the optimizer of the DeepSpeed configuration added.
 
     Raises:
-        ConfigValueError: if both say it.
+        ConfigValueError: if both specify an optimizer.
     """
     if section is None:
         return optim_wrapper
     if not isinstance(optim_wrapper, Mapping) or "optimizer" in optim_wrapper:
         raise ConfigValueError(
-            f"config has an optimizer ({section.get('type')!r}), and optim_wrapper has one too. Leave one of them out: "
-            "optim_wrapper=dict(accumulative_counts=...) takes DeepSpeed's."
+            f"config specifies an optimizer ({section.get('type')!r}), and so does optim_wrapper. Omit one of them: with "
+            "optim_wrapper=dict(accumulative_counts=...), the one in config is used."
         )
     return {**optim_wrapper, "optimizer": as_optimizer(section)}
 
 
 def with_accumulation(optim_wrapper: Any, steps: int | None) -> Any:
-    """Return an optimizer wrapper's configuration with ``gradient_accumulation_steps``, where it does not say them.
+    """Return the configuration of an optimizer wrapper, with ``gradient_accumulation_steps`` added.
 
     Raises:
-        ConfigValueError: if both say another number.
+        ConfigValueError: if the configuration specifies a different number.
     """
     if steps is None or isinstance(optim_wrapper, BaseOptimWrapper):
         return optim_wrapper
@@ -78,10 +77,10 @@ def with_accumulation(optim_wrapper: Any, steps: int | None) -> Any:
 
 
 def with_clipping(optim_wrapper: Any, limit: float | None) -> Any:
-    """Return an optimizer wrapper's configuration with ``gradient_clipping``, where it does not say it.
+    """Return the configuration of an optimizer wrapper, with ``gradient_clipping`` added.
 
     Raises:
-        ConfigValueError: if both say another norm.
+        ConfigValueError: if the configuration specifies a different norm.
     """
     if limit is None or isinstance(optim_wrapper, BaseOptimWrapper):
         return optim_wrapper
@@ -91,34 +90,34 @@ def with_clipping(optim_wrapper: Any, limit: float | None) -> Any:
     return _with(optim_wrapper, "clip_grad", {"max_norm": limit}, "gradient_clipping", limit)
 
 
-def _with(optim_wrapper: Any, key: str, value: Any, option: str, said: object) -> Any:
+def _with(optim_wrapper: Any, key: str, value: Any, option: str, given: object) -> Any:
     section = optim_wrapper if isinstance(optim_wrapper, Mapping) else {"optimizer": optim_wrapper}
     if not _ONE_OPTIMIZER.intersection(section):
-        # Several by name, which are refused elsewhere.
+        # Several optimizers, which are rejected later.
         return optim_wrapper
     if section.get(key) not in (None, value):
         raise ConfigValueError(
-            f"{option}={said!r}, but optim_wrapper has {key}={section[key]!r}. Leave one of them out, or make them equal."
+            f"{option}={given!r}, but optim_wrapper has {key}={section[key]!r}. Omit one of them, or make them equal."
         )
     return {**section, key: value}
 
 
 def as_optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the section as a configuration of an optimizer.
+    """Convert the ``optimizer`` section of a DeepSpeed configuration to the configuration of an optimizer.
 
-    DeepSpeed's ``Adam`` is AdamW unless ``adam_w_mode`` says otherwise, and its kernels are chosen by ``torch_adam=False``.
+    DeepSpeed's ``Adam`` is AdamW unless ``adam_w_mode`` is False. ``torch_adam=False`` selects its own kernels.
 
     Raises:
-        ConfigTypeError: if the section has no type, or its parameters are no mapping.
-        ConfigValueError: if they say what belongs elsewhere.
+        ConfigTypeError: if the section has no type, or its parameters are not a mapping.
+        ConfigValueError: if its parameters contain ``max_grad_norm``.
     """
     kind, options = section.get("type"), section.get("params", {})
     if not isinstance(kind, str) or not isinstance(options, Mapping):
         raise ConfigTypeError(
-            f"config: optimizer is {dict(section)!r}; dict(type='AdamW', params=dict(lr=...)) is due."
+            f"config: optimizer must have the form dict(type='AdamW', params=dict(lr=...)), got {dict(section)!r}."
         )
     if "max_grad_norm" in options:
-        raise ConfigValueError("config: optimizer.params has max_grad_norm. Use gradient_clipping in its place.")
+        raise ConfigValueError("config: optimizer.params has max_grad_norm. Use gradient_clipping instead.")
     rest = dict(options)
     if kind.lower() not in ("adam", "adamw"):
         return {"type": _NAMES.get(kind.lower(), kind), **rest}

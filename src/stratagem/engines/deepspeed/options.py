@@ -1,4 +1,4 @@
-"""What :class:`DeepSpeedStrategy` was asked for, parsed once, without DeepSpeed."""
+"""Parse and validate the options of :class:`DeepSpeedStrategy`, without importing DeepSpeed."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ _OPTIMIZER: Final = "optimizer"
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """A DeepSpeed configuration without what the run itself decides, and what this strategy adds to it.
+    """A parsed DeepSpeed configuration. None means that an option is not specified.
 
     Attributes:
-        config: DeepSpeed's own options; batch sizes, accumulation, clipping and the optimizer are apart.
-        stage: that of ZeRO, from 0 to 3.
-        dtype: what the model computes in; None for the types of its own parameters.
-        micro_batch: samples of a rank in an iteration, where they were given.
-        global_batch: samples of an update over all ranks, where they were given.
-        accumulation: micro-batches of an update, where they were given.
-        clipping: the largest norm of the gradients, where it was given.
-        optimizer: the section of that name, for runs that give no other.
-        half_inputs: which inputs of ``forward`` are cast to ``dtype``: positions and names; None for all that are
-            floating-point.
-        offloads_parameters: whether parameters lie in the CPU's master_weights.
+        config: the options for DeepSpeed, without batch sizes, accumulation, clipping and the optimizer.
+        stage: the stage of ZeRO, from 0 to 3.
+        dtype: the dtype that the model computes in; None for that of its parameters.
+        micro_batch: the number of samples that a rank processes in an iteration.
+        global_batch: the number of samples in an update, over all ranks.
+        accumulation: the number of micro-batches in an update.
+        clipping: the maximum gradient norm.
+        optimizer: the section of this name, used if ``optim_wrapper`` has no optimizer.
+        half_inputs: the positions and names of the inputs of ``forward`` that are cast to ``dtype``; None for all
+            floating-point inputs.
     """
 
     config: Mapping[str, Any]
@@ -60,29 +59,37 @@ class Options:
         *,
         steps_per_print: int = 10**13,
     ) -> Options:
-        """Read a configuration and the arguments that say the same by name; neither is changed.
+        """Parse a configuration and the options that are passed as arguments. Neither is modified.
 
-        ``steps_per_print`` is for configurations that do not say it.
+        Args:
+            config: a mapping, or the path of a JSON file.
+            named: the arguments; None if not specified.
+            inputs_to_half: the inputs that are cast.
+            steps_per_print: the default for configurations that do not specify it.
 
         Raises:
-            ConfigError: in one of its kinds, if the file cannot be read, an option is unknown or refused, or one is
-                given twice with different values.
+            ConfigError: or a subclass, if the file cannot be read, an option is unknown or not supported, or an option is
+                specified twice with different values.
         """
         merged = check_keys(_merged(config, named), "config" if config is not None else "DeepSpeedStrategy")
         zero = merged.get("zero_optimization", {})
         stage = zero.get("stage", 0)
         if isinstance(stage, bool) or stage not in _STAGES:
-            raise ConfigValueError(f"zero_optimization: stage={stage!r}; 0, 1, 2 or 3 is due.")
+            raise ConfigValueError(f"zero_optimization: stage must be 0, 1, 2 or 3, got {stage!r}.")
         dtype = _dtype(merged)
         _refuse_offload(zero, stage)
         if inputs_to_half is not None and dtype is None:
             raise ConfigValueError(
-                "inputs_to_half casts inputs to the type of bf16 or fp16. Enable one, or leave it out."
+                "inputs_to_half casts inputs to bf16 or fp16, but neither is enabled. Enable one, or omit inputs_to_half."
             )
         own = {
-            "micro_batch": _whole(merged.pop("train_micro_batch_size_per_gpu", None), "train_micro_batch_size_per_gpu"),
-            "global_batch": _whole(merged.pop("train_batch_size", None), "train_batch_size"),
-            "accumulation": _whole(merged.pop("gradient_accumulation_steps", None), "gradient_accumulation_steps"),
+            "micro_batch": _positive_int(
+                merged.pop("train_micro_batch_size_per_gpu", None), "train_micro_batch_size_per_gpu"
+            ),
+            "global_batch": _positive_int(merged.pop("train_batch_size", None), "train_batch_size"),
+            "accumulation": _positive_int(
+                merged.pop("gradient_accumulation_steps", None), "gradient_accumulation_steps"
+            ),
             "clipping": _clipping(merged.pop("gradient_clipping", None)),
             _OPTIMIZER: merged.pop(_OPTIMIZER, None),
         }
@@ -96,14 +103,14 @@ class Options:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's state lies in the CPU's master_weights, and it steps there."""
+        """Whether the optimizer state is stored and updated on the CPU."""
         return _device(self.config.get("zero_optimization", {}), "offload_optimizer") == "cpu"
 
     def for_engine(self, *, micro_batch: int, accumulation: int, clipping: float, world_size: int) -> dict[str, Any]:
-        """Return the configuration that DeepSpeed gets: a copy, which it may change.
+        """Return the configuration for DeepSpeed, as a copy that it may modify.
 
         Raises:
-            ConfigValueError: if batch sizes that were given are not those of the run.
+            ConfigValueError: if a specified batch size differs from that of the run.
         """
         self._require_batch(micro_batch, accumulation, world_size)
         config = unmark_data(copy.deepcopy(dict(self.config)))
@@ -112,7 +119,7 @@ class Options:
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": clipping,
-            # Which optimizers step parts of tensors rightly is decided before, by their arithmetic.
+            # require_elementwise() checks the optimizer instead.
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": config.get("zero_force_ds_cpu_optimizer", False),
         }
@@ -120,31 +127,31 @@ class Options:
     def _require_batch(self, micro_batch: int, accumulation: int, world_size: int) -> None:
         if self.micro_batch not in (None, micro_batch):
             raise ConfigValueError(
-                f"train_micro_batch_size_per_gpu={self.micro_batch}, but train_dataloader gives a rank {micro_batch} samples "
-                "in an iteration. Leave it out, or make them equal."
+                f"train_micro_batch_size_per_gpu={self.micro_batch}, but train_dataloader yields {micro_batch} samples per rank "
+                "and iteration. Omit it, or make them equal."
             )
         batch = micro_batch * accumulation * world_size
         if self.global_batch not in (None, batch):
             raise ConfigValueError(
-                f"train_batch_size={self.global_batch}, but the run's is {batch}: {micro_batch} samples x {accumulation} "
-                f"accumulated x {world_size} ranks. Leave it out, or make them equal."
+                f"train_batch_size={self.global_batch}, but that of the run is {batch}: {micro_batch} samples x {accumulation} "
+                f"accumulated x {world_size} ranks. Omit it, or make them equal."
             )
 
 
 def _merged(config: Any, named: Mapping[str, Any]) -> dict[str, Any]:
     merged = _without_auto(_read(config))
-    for key, said in named.items():
-        if said is None:
+    for key, given in named.items():
+        if given is None:
             continue
-        value = {"enabled": said} if key in ("fp16", "bf16") and isinstance(said, bool) else said
+        value = {"enabled": given} if key in ("fp16", "bf16") and isinstance(given, bool) else given
         if key in merged and merged[key] not in ({}, value):
-            raise ConfigValueError(f"{key}={value!r} is given, and config says {key}={merged[key]!r}. Give it once.")
+            raise ConfigValueError(f"{key}={value!r}, but config has {key}={merged[key]!r}. Specify it only once.")
         merged[key] = value
     return copy.deepcopy(merged)
 
 
 def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what another program would fill in."""
+    """Remove values that another program would fill in."""
     return {
         key: _without_auto(value) if isinstance(value, Mapping) else value
         for key, value in config.items()
@@ -158,7 +165,7 @@ def _read(config: Any) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
     if not isinstance(config, str | os.PathLike):
-        raise ConfigTypeError(f"config is {config!r}; a path of a JSON file or a mapping is due.")
+        raise ConfigTypeError(f"config must be the path of a JSON file or a mapping, got {config!r}.")
     path = Path(config)
     try:
         text = path.read_text(encoding="utf-8")
@@ -167,10 +174,10 @@ def _read(config: Any) -> Mapping[str, Any]:
     try:
         read = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path))
     except json.JSONDecodeError as error:
-        raise ConfigParsingError(f"config: {path}, line {error.lineno}: {error.msg}. JSON is due.") from error
+        raise ConfigParsingError(f"config: {path}, line {error.lineno}: invalid JSON: {error.msg}.") from error
     if not isinstance(read, Mapping):
-        raise ConfigTypeError(f"config: {path} holds {read!r}; an object with DeepSpeed's options is due.")
-    # The file is data, whoever names it: its optimizer's type is not imported.
+        raise ConfigTypeError(f"config: {path} must contain an object with DeepSpeed options, got {read!r}.")
+    # The file is data: the type of its optimizer must not be imported from an arbitrary module.
     marked: Mapping[str, Any] = mark_data(read)
     return marked
 
@@ -179,23 +186,23 @@ def _without_duplicates(pairs: list[tuple[str, Any]], path: Path) -> dict[str, A
     read = dict(pairs)
     if len(read) < len(pairs):
         twice = sorted({key for key, _ in pairs if sum(key == other for other, _ in pairs) > 1})
-        raise ConfigParsingError(f"config: {path} has {', '.join(map(repr, twice))} twice. Give it once.")
+        raise ConfigParsingError(f"config: {path} has {', '.join(map(repr, twice))} twice. Specify each key only once.")
     return read
 
 
 def _dtype(merged: Mapping[str, Any]) -> torch.dtype | None:
     on = [key for key in ("bf16", "fp16") if merged.get(key, {}).get("enabled", False)]
     if len(on) > 1:
-        raise ConfigValueError("bf16 and fp16 are both enabled. Choose one.")
+        raise ConfigValueError("bf16 and fp16 are both enabled. Enable only one.")
     return {"bf16": torch.bfloat16, "fp16": torch.float16}[on[0]] if on else None
 
 
 def _refuse_offload(zero: Mapping[str, Any], stage: int) -> None:
     if _device(zero, "offload_optimizer") == "cpu" and stage == 0:
-        raise ConfigValueError("zero_optimization: offload_optimizer needs stage 1, 2 or 3.")
+        raise ConfigValueError("zero_optimization: offload_optimizer requires stage 1, 2 or 3.")
     if _device(zero, "offload_param") == "cpu" and stage < 3:
         raise ConfigValueError(
-            "zero_optimization: offload_param needs stage=3, which alone cuts parameters into parts."
+            "zero_optimization: offload_param requires stage=3, which is the only stage that shards parameters."
         )
 
 
@@ -203,9 +210,9 @@ def _device(zero: Mapping[str, Any], section: str) -> str:
     return str((zero.get(section) or {}).get("device", "none"))
 
 
-def _whole(value: Any, key: str) -> int | None:
+def _positive_int(value: Any, key: str) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ConfigValueError(f"{key} is {value!r}; a whole number from 1 is due.")
+        raise ConfigValueError(f"{key} must be a positive integer, got {value!r}.")
     return value
 
 
@@ -213,13 +220,13 @@ def _clipping(value: Any) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ConfigValueError(f"gradient_clipping is {value!r}; the largest norm is due, or 0 for none.")
+        raise ConfigValueError(f"gradient_clipping must be a maximum norm, or 0 for no clipping, got {value!r}.")
     return float(value) or None
 
 
 def _inputs(inputs_to_half: Any) -> tuple[int | str, ...]:
     if isinstance(inputs_to_half, str) or not all(isinstance(each, int | str) for each in inputs_to_half):
         raise ConfigTypeError(
-            f"inputs_to_half is {inputs_to_half!r}; a list of positions and names of forward's inputs is due."
+            f"inputs_to_half must be a list of positions and names of inputs of forward, got {inputs_to_half!r}."
         )
     return tuple(inputs_to_half)

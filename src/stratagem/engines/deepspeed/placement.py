@@ -1,4 +1,4 @@
-"""A model that DeepSpeed's engine trains: ZeRO's stages 0 to 3."""
+"""Place a model in DeepSpeed's engine, with ZeRO stages 0 to 3."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stratagem.engines.deepspeed.bootstrap import (
     require_dtype,
 )
 from stratagem.engines.deepspeed.elementwise_check import require_elementwise
-from stratagem.engines.deepspeed.inputs import with_inputs_in
+from stratagem.engines.deepspeed.inputs import cast_inputs
 from stratagem.engines.deepspeed.master_weights import (
     MasterWeights,
     Stage0MasterWeights,
@@ -28,7 +28,7 @@ from stratagem.engines.deepspeed.master_weights import (
     Stage12MasterWeights,
 )
 from stratagem.engines.deepspeed.options import Options
-from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper, OriginalGroup, require_plain_wrapper
+from stratagem.engines.deepspeed.wrapper import DeepSpeedEngineOptimWrapper, OriginalGroup, require_plain_wrapper
 from stratagem.engines.engine_module import EngineModule
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.model import is_model_wrapper
@@ -41,20 +41,20 @@ __all__ = ["DeepSpeedPlacement"]
 
 @final
 class DeepSpeedPlacement(Placement):
-    """The model in DeepSpeed's engine, with its optimizer.
+    """Places a model and its optimizer in DeepSpeed's engine.
 
     Args:
-        logger: says what was made.
-        options: what was asked for.
+        logger: logs the ZeRO stage and dtype.
+        options: the options of DeepSpeed.
         world: this process.
-        micro_batch: returns the samples of a rank in an iteration, where they are known.
+        micro_batch: returns the number of samples that a rank processes in an iteration, or None if it is unknown.
 
     Attributes:
-        master_weights: where the engine keeps what it trains; None before it is made, and where nothing trains.
+        master_weights: the master weights in the engine; None before the engine is created, and without an optimizer.
     """
 
     sharded = True
-    # Until the window is complete they are in the engine.
+    # The engine stores them until the accumulation window is complete.
     has_gradients = False
 
     def __init__(
@@ -74,11 +74,11 @@ class DeepSpeedPlacement(Placement):
         model = steps.compile(steps.init_and_sync(model).to(world.device))
         if "train_step" in vars(model):
             raise PlacementError(
-                "compile: target='train_step' cannot be used under DeepSpeed, whose hooks around forward it would leave out. "
-                "Compile target='forward'."
+                "compile: target='train_step' cannot be used under DeepSpeed, because it bypasses the hooks of DeepSpeed around "
+                "forward. Use target='forward'."
             )
         if steps.make_optim is None:
-            return Placed(model=self._driven(self._in_type(model), model))
+            return Placed(model=self._engine_module(self._cast_parameters(model), model))
         settings = require_plain_wrapper(steps.make_optim(model))
         require_elementwise(
             settings.optimizer,
@@ -92,30 +92,30 @@ class DeepSpeedPlacement(Placement):
             model,
             settings.optimizer,
             self._config(settings, world),
-            cuts_parameters=self._options.stage == 3,
+            shards_parameters=self._options.stage == 3,
         )
         configure_checkpointing(self._deepspeed, self._options.config.get("activation_checkpointing"))
         self.master_weights = self._make_master_weights(engine, world)
-        self._put_back(originals)
-        optim = DeepSpeedOptimWrapper(engine, self.master_weights, settings, groups, dtype=self._options.dtype)
+        self._restore_originals(originals)
+        optim = DeepSpeedEngineOptimWrapper(engine, self.master_weights, settings, groups, dtype=self._options.dtype)
         self._logger.info(
             "DeepSpeed trains %s: ZeRO stage %d over %d ranks, %s.",
-            type(model).__name__, self._options.stage, world.size, self._options.dtype or "in the parameters' own type",
+            type(model).__name__, self._options.stage, world.size, self._options.dtype or "in the dtype of the parameters",
         )  # fmt: skip
-        return Placed(model=self._driven(model, engine.forward), optim=optim)
+        return Placed(model=self._engine_module(model, engine.forward), optim=optim)
 
     def bind(self, optim: AnyOptim, model: nn.Module) -> None:
-        if not isinstance(optim, DeepSpeedOptimWrapper):
+        if not isinstance(optim, DeepSpeedEngineOptimWrapper):
             raise PlacementError(
-                "DeepSpeed's engine is made with its optimizer, and this model was prepared without one. Give prepare() the "
-                "optim_wrapper when it is called first."
+                "DeepSpeed's engine is created together with its optimizer, but this model was prepared without one. Pass "
+                "optim_wrapper to the first call of prepare()."
             )
 
     def unwrap(self, model: nn.Module) -> nn.Module:
-        return cast("nn.Module", model.bare) if isinstance(model, EngineModule) else model
+        return cast("nn.Module", model.unwrapped) if isinstance(model, EngineModule) else model
 
     def global_numel(self, parameter: nn.Parameter) -> int:
-        # Stage 3 leaves a parameter nothing between steps but what it notes of it.
+        # Between steps of stage 3 a parameter is empty, and has its size as an attribute.
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
@@ -128,23 +128,25 @@ class DeepSpeedPlacement(Placement):
     def _refuse(self, model: nn.Module) -> None:
         if is_model_wrapper(model):
             raise PlacementError(
-                f"The model is wrapped already, in a {type(model).__name__}; give the strategy the bare model: the engine "
-                "wraps it."
+                f"The model is already wrapped, in a {type(model).__name__}. Pass the model itself: the engine wraps it."
             )
-        odd = {name: each.dtype for name, each in model.named_parameters() if each.dtype != torch.float32}
-        if odd:
-            name, dtype = next(iter(odd.items()))
+        others = {name: each.dtype for name, each in model.named_parameters() if each.dtype != torch.float32}
+        if others:
+            name, dtype = next(iter(others.items()))
             raise PlacementError(
-                f"DeepSpeed keeps float32 masters, and {len(odd)} parameters are of another type: {name!r} is {dtype}. Give "
-                "the model in float32, and choose what it computes in by bf16=dict(enabled=True) or fp16."
+                f"DeepSpeed keeps float32 master weights, but {len(others)} parameters have a different dtype: {name!r} is "
+                f"{dtype}. Build the model in float32, and select the dtype of the computation with bf16=dict(enabled=True) or "
+                "fp16=dict(enabled=True)."
             )
 
-    def _driven(self, model: nn.Module, forward: Callable[..., Any]) -> EngineModule:
-        through = with_inputs_in(self._options.dtype, forward, self._options.half_inputs)
-        return EngineModule(model, model, engine="DeepSpeed", training_forward=through, eval_forward=through)
+    def _engine_module(self, model: nn.Module, forward: Callable[..., Any]) -> EngineModule:
+        forward_with_cast = cast_inputs(self._options.dtype, forward, self._options.half_inputs)
+        return EngineModule(
+            model, model, engine="DeepSpeed", training_forward=forward_with_cast, eval_forward=forward_with_cast
+        )
 
-    def _in_type(self, model: nn.Module) -> nn.Module:
-        """Cast the parameters as the engine would."""
+    def _cast_parameters(self, model: nn.Module) -> nn.Module:
+        """Cast the parameters like the engine does."""
         if self._options.dtype is not None:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(self._options.dtype)
@@ -156,20 +158,20 @@ class DeepSpeedPlacement(Placement):
         if options.accumulation not in (None, accumulation):
             raise ConfigValueError(
                 f"gradient_accumulation_steps={options.accumulation}, but the optimizer wrapper's accumulative_counts is "
-                f"{accumulation}. Give accumulative_counts alone."
+                f"{accumulation}. Specify only accumulative_counts."
             )
         limit = 0.0 if settings.clipping is None else settings.clipping.limit
         if options.clipping not in (None, limit):
             raise ConfigValueError(
-                f"gradient_clipping={options.clipping}, but the optimizer wrapper has clip_grad=dict(max_norm={limit}). Give "
-                "clip_grad alone."
+                f"gradient_clipping={options.clipping}, but the optimizer wrapper has clip_grad=dict(max_norm={limit}). Specify "
+                "only clip_grad."
             )
         micro_batch = self._micro_batch() or options.micro_batch or 1
-        whole = options.stage == 0 and options.dtype is None
+        updates_params = options.stage == 0 and options.dtype is None
         return options.for_engine(
             micro_batch=micro_batch,
             accumulation=accumulation,
-            clipping=limit if Stage0Params.clips or not whole else 0.0,
+            clipping=limit if Stage0Params.clips or not updates_params else 0.0,
             world_size=world.size,
         )
 
@@ -179,20 +181,20 @@ class DeepSpeedPlacement(Placement):
         if self._options.stage:
             return Stage12MasterWeights(engine.optimizer, world.rank)
         if self._options.dtype is not None:
-            # DeepSpeed has made a step without gradients, which counts and decays.
+            # On creation DeepSpeed makes a step without gradients. Remove the state that this has created.
             engine.optimizer.state.clear()
             return Stage0MasterWeights(engine.optimizer)
         return Stage0Params([each for group in engine.optimizer.param_groups for each in group["params"]])
 
     def _originals(self, optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
-        """Keep the weights as they are where the engine begins its masters with rounded ones."""
+        """Return copies of the float32 weights if the engine would initialize its master weights with rounded ones."""
         if self._options.dtype is None:
             return {}
         trained = (each for group in optimizer.param_groups for each in group["params"] if each.requires_grad)
         return {each: each.detach().clone() for each in trained}
 
     @torch.no_grad()
-    def _put_back(self, originals: dict[nn.Parameter, Tensor]) -> None:
+    def _restore_originals(self, originals: dict[nn.Parameter, Tensor]) -> None:
         if not originals or self.master_weights is None:
             return
         for parameter, shard_range in self.master_weights.shard_ranges.items():
@@ -202,11 +204,11 @@ class DeepSpeedPlacement(Placement):
 
 
 def _remove_frozen(optimizer: Optimizer) -> list[OriginalGroup]:
-    """Take what does not learn out of the optimizer, which DeepSpeed cannot have there; return the groups as they were."""
+    """Remove frozen parameters from the optimizer, since DeepSpeed does not support them. Return the original groups."""
     groups = [OriginalGroup(group, tuple(group["params"])) for group in optimizer.param_groups]
     for group in groups:
         group.options["params"] = [each for each in group.parameters if each.requires_grad]
     optimizer.param_groups[:] = [group.options for group in groups if group.options["params"]]
     if not optimizer.param_groups:
-        raise PlacementError("No parameter of the model learns, so there is nothing for DeepSpeed to train.")
+        raise PlacementError("The model has no trainable parameters, so there is nothing to train with DeepSpeed.")
     return groups

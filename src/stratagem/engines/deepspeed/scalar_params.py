@@ -1,4 +1,4 @@
-"""Parameters that are single numbers, which DeepSpeed 0.19 does not know: a tensor of no dimension has no bytes to view."""
+"""Workarounds for DeepSpeed 0.19 while it creates its engine: scalar parameters, and a redundant broadcast."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["as_vectors", "broadcast_already"]
+__all__ = ["scalars_as_vectors", "skip_broadcast"]
 
-# By it DeepSpeed tells parameters that are not equal on all ranks, so that it leaves them alone.
-_NOT_EQUAL = "ds_optim_param"
+# DeepSpeed does not broadcast parameters with this attribute, which marks those that differ between ranks.
+_EXCLUDE_FROM_BROADCAST = "ds_optim_param"
 
 
 @contextmanager
-def broadcast_already(model: nn.Module) -> Iterator[None]:
-    """Keep the engine from sending rank 0's weights again, while it is made."""
+def skip_broadcast(model: nn.Module) -> Iterator[None]:
+    """While the engine is created, prevent it from broadcasting the weights of rank 0 again."""
     parameters = list(model.parameters())
     for parameter in parameters:
-        setattr(parameter, _NOT_EQUAL, True)
+        setattr(parameter, _EXCLUDE_FROM_BROADCAST, True)
     try:
         yield
     finally:
         for parameter in parameters:
-            delattr(parameter, _NOT_EQUAL)
+            delattr(parameter, _EXCLUDE_FROM_BROADCAST)
 
 
 @contextmanager
-def as_vectors(model: nn.Module) -> Iterator[None]:
-    """Let numbers be vectors of one element while stage 3 cuts the parameters; afterwards they are gathered as numbers."""
-    numbers: list[Any] = [parameter for parameter in model.parameters() if parameter.ndim == 0]
-    for number in numbers:
-        number.data = number.data.view(1)
+def scalars_as_vectors(model: nn.Module) -> Iterator[None]:
+    """Give scalar parameters the shape ``(1,)`` while stage 3 shards the parameters; they are gathered as scalars later."""
+    scalars: list[Any] = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    for scalar in scalars:
+        scalar.data = scalar.data.view(1)
     yield
-    for number in numbers:
-        number.ds_shape = torch.Size()
-        if number.numel():
-            number.data = number.data.view(())
+    for scalar in scalars:
+        scalar.ds_shape = torch.Size()
+        if scalar.numel():
+            scalar.data = scalar.data.view(())

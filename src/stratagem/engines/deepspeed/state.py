@@ -1,4 +1,4 @@
-"""How the state of what DeepSpeed trains is read and written: in the engine's own master_weights, under the model's names."""
+"""Read and write the state of a model and its optimizer in DeepSpeed's engine, under the names of the unwrapped model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.engines.deepspeed.master_weights import ShardRange
 from stratagem.engines.deepspeed.placement import DeepSpeedPlacement
-from stratagem.engines.deepspeed.wrapper import DeepSpeedOptimWrapper
+from stratagem.engines.deepspeed.wrapper import DeepSpeedEngineOptimWrapper
 from stratagem.errors import CheckpointMismatchError
 from stratagem.optim import all_finite
 from stratagem.parallel import AnyOptim
@@ -29,16 +29,16 @@ from stratagem.strategies.state.state_io import StateAccess
 
 __all__ = ["DeepSpeedState"]
 
-# What optimizers keep for a tensor as a whole, also where it has one element.
-_OF_THE_WHOLE: Final = frozenset({"step", "mu", "eta", "mu_product"})
+# Optimizer state that is not elementwise, even for tensors with a single element.
+_PER_TENSOR: Final = frozenset({"step", "mu", "eta", "mu_product"})
 
 
 @final
 class DeepSpeedState(StateAccess):
-    """Reads parts of float32 masters and moments where the engine has them, and writes them there.
+    """Reads and writes the float32 master weights and moments in the engine.
 
     Args:
-        placement: knows the engine's master_weights.
+        placement: the placement that created the engine.
     """
 
     def __init__(self, placement: DeepSpeedPlacement) -> None:
@@ -73,7 +73,7 @@ class DeepSpeedState(StateAccess):
         return report
 
     def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
-        own = cast("DeepSpeedOptimWrapper", optim)
+        own = cast("DeepSpeedEngineOptimWrapper", optim)
         parameters = [each for group in own.groups for each in group.parameters]
         index_of = {each: index for index, each in enumerate(parameters)}
         slots = {
@@ -92,7 +92,7 @@ class DeepSpeedState(StateAccess):
     def load_optim_state(
         self, optim: AnyOptim, state: Mapping[str, Any], model: nn.Module, *, allow_missing: Sequence[str]
     ) -> None:
-        own = cast("DeepSpeedOptimWrapper", optim)
+        own = cast("DeepSpeedEngineOptimWrapper", optim)
         require_one_optimizer(state)
         names = _names(own, model)
         by_index = optimizer_by_index(
@@ -107,7 +107,7 @@ class DeepSpeedState(StateAccess):
             kept = own.optimizer.state.get(flat, {})
             if "step" in kept:
                 whole = _counts_in_integers(own.optimizer)
-                kept["step"] = int(kept["step"]) if whole else _as_torchs("step", kept["step"])
+                kept["step"] = int(kept["step"]) if whole else _to_torch_format("step", kept["step"])
         for group, options in zip(own.groups, by_index["param_groups"], strict=True):
             group.options.update({key: value for key, value in options.items() if key not in ("params", "param_names")})
         own.load_counts(state)
@@ -116,7 +116,7 @@ class DeepSpeedState(StateAccess):
         master_weights = self._placement.master_weights
         flats = [] if master_weights is None else [flat.detach() for flat in master_weights.flats()]
         trained = {} if master_weights is None else master_weights.shard_ranges
-        rest = [held_values(each)[0] for each in model.parameters() if each not in trained]
+        rest = [local_values(each)[0] for each in model.parameters() if each not in trained]
         return all_finite([*flats, *rest])
 
     def _read(self, value: Any) -> Any:
@@ -126,40 +126,46 @@ class DeepSpeedState(StateAccess):
         shard_range = None if master_weights is None else master_weights.shard_ranges.get(value)
         shape = whole_shape(value)
         if master_weights is not None and shard_range is not None:
-            return _part(shard_range, shard_range.flat, shape) if master_weights.sharded else shard_range.flat.detach()
-        values, start = held_values(value)
+            return (
+                _shard_state(shard_range, shard_range.flat, shape)
+                if master_weights.sharded
+                else shard_range.flat.detach()
+            )
+        values, start = local_values(value)
         return values if values.shape == shape else ShardedTensorState.from_flat_range(values, start, shape)
 
     def _write(self, parameter: nn.Parameter, value: Tensor | ShardedTensorState) -> None:
         master_weights = self._placement.master_weights
         shard_range = None if master_weights is None else master_weights.shard_ranges.get(parameter)
         if master_weights is None or shard_range is None:
-            target, start = held_values(parameter)
+            target, start = local_values(parameter)
         elif master_weights.sharded:
             target, start = shard_range.of(shard_range.flat), shard_range.start
         else:
             target, start = shard_range.flat.detach(), 0
         target.copy_(take_range(value, start, start + target.numel()).view(target.shape))
 
-    def _slots(self, optim: DeepSpeedOptimWrapper, parameter: nn.Parameter, shard_range: ShardRange) -> dict[str, Any]:
-        """Return a parameter's moments; those of the whole stretch that it shares are each parameter's own."""
+    def _slots(
+        self, optim: DeepSpeedEngineOptimWrapper, parameter: nn.Parameter, shard_range: ShardRange
+    ) -> dict[str, Any]:
+        """Return the optimizer state of a parameter. State that is not elementwise is that of the whole flat tensor."""
         shape = whole_shape(parameter)
         state = optim.optimizer.state.get(shard_range.flat, {})
         return {
-            key: _part(shard_range, value, shape)
+            key: _shard_state(shard_range, value, shape)
             if optim.master_weights.sharded and _is_elementwise(key, value, shard_range.flat.shape)
-            else _as_torchs(key, value)
+            else _to_torch_format(key, value)
             for key, value in state.items()
         }
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the shape of a parameter, of which stage 3 leaves a part in each process."""
+    """Return the full shape of a parameter, of which each process has only a part in stage 3."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def held_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Return what this rank holds of a parameter that no optimizer steps, and where it begins: all of it, or a flat part."""
+def local_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
+    """Return the values that this rank has of a parameter without master weights, and the index of the first one."""
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter.detach(), 0
@@ -167,8 +173,8 @@ def held_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
     return part.detach().view(-1)[: cast("Any", parameter).ds_numel - start], start
 
 
-def _part(shard_range: ShardRange, tensor: Tensor, shape: torch.Size) -> ShardedTensorState:
-    """Return what this rank has of a parameter, from a tensor that lies as what is stepped does."""
+def _shard_state(shard_range: ShardRange, tensor: Tensor, shape: torch.Size) -> ShardedTensorState:
+    """Return the shard of a parameter from a tensor with the layout of ``shard_range.flat``."""
     values = shard_range.of(tensor)
     return (
         ShardedTensorState.from_flat_range(values, shard_range.start, shape)
@@ -178,10 +184,10 @@ def _part(shard_range: ShardRange, tensor: Tensor, shape: torch.Size) -> Sharded
 
 
 def _is_elementwise(key: str, value: Any, shape: torch.Size) -> bool:
-    return key not in _OF_THE_WHOLE and isinstance(value, Tensor | ShardedTensorState) and value.shape == shape
+    return key not in _PER_TENSOR and isinstance(value, Tensor | ShardedTensorState) and value.shape == shape
 
 
-def _names(optim: DeepSpeedOptimWrapper, model: nn.Module) -> list[list[str]]:
+def _names(optim: DeepSpeedEngineOptimWrapper, model: nn.Module) -> list[list[str]]:
     known = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         [known.get(id(each), f"unnamed.{index}.{place}") for place, each in enumerate(group.parameters)]
@@ -204,7 +210,7 @@ def _write_slots(
     owners: Mapping[nn.Parameter, ShardRange],
     saved: Mapping[nn.Parameter, tuple[str, Mapping[str, Any]]],
 ) -> None:
-    """Write the moments of the parameters that lie in one stretch of master_weights; those that have none get zeros."""
+    """Write the moments of all parameters in one flat tensor; parameters without saved moments get zeros."""
     given = {each: slots for each, (_, slots) in saved.items() if slots}
     if not given:
         state.pop(flat, None)
@@ -216,7 +222,7 @@ def _write_slots(
             kept[key] = None
             continue
         if not all(_is_elementwise(key, value, whole_shape(each)) for each, value in values.items()):
-            kept[key] = _agreed(key, {saved[each][0]: value for each, value in values.items()})
+            kept[key] = _require_equal(key, {saved[each][0]: value for each, value in values.items()})
             continue
         dtype = next(iter(values.values())).dtype
         if not isinstance(kept.get(key), Tensor):
@@ -225,31 +231,31 @@ def _write_slots(
         for each, value in values.items():
             shard_range = owners[each]
             part = take_range(value, shard_range.start, shard_range.start + shard_range.count)
-            # One that is stepped whole may have any strides.
+            # A tensor that is not sharded may have any strides.
             target = kept[key] if shard_range.count == kept[key].numel() else shard_range.of(kept[key])
             target.copy_(part.view(target.shape))
 
 
-def _agreed(key: str, values: Mapping[str, Any]) -> Any:
-    """Return the one value that parameters which are stepped together must have."""
+def _require_equal(key: str, values: Mapping[str, Any]) -> Any:
+    """Return the value of a key that must be equal for all parameters in one flat tensor."""
     (first_name, first), *others = values.items()
     for name, value in others:
         if not bool(torch.as_tensor(value == first).all()):
             raise CheckpointMismatchError(
-                f"The optimizer's {key!r} is {_shown(first)} for {first_name!r} and {_shown(value)} for {name!r}, and "
-                "DeepSpeed steps both together. Give them groups of their own with paramwise_cfg, or resume with "
+                f"The optimizer state {key!r} is {_shown(first)} for {first_name!r} and {_shown(value)} for {name!r}, but "
+                "DeepSpeed updates both together. Put them into separate groups with paramwise_cfg, or resume with "
                 "resume_optimizer=False."
             )
     return first.clone() if isinstance(first, Tensor) else first
 
 
 def _counts_in_integers(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer is DeepSpeed's own, whose kernels take the number of steps as an integer."""
+    """Return whether an optimizer belongs to DeepSpeed, whose kernels take the number of steps as an integer."""
     return type(optimizer).__module__.startswith("deepspeed.")
 
 
-def _as_torchs(key: str, value: Any) -> Any:
-    """Return what torch's optimizers keep for it, so that they go on from it."""
+def _to_torch_format(key: str, value: Any) -> Any:
+    """Return a value in the type that torch's optimizers use, so that they can resume from it."""
     return torch.tensor(float(value)) if key == "step" and isinstance(value, int) else value
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine: ZeRO, offload and its own kernels."""
+"""The strategy for DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from stratagem.checkpoint import save_checkpoint
 from stratagem.engines.deepspeed.elementwise_check import refuse_by_name
 from stratagem.engines.deepspeed.optimizer_section import (
-    kernels_explained,
+    explain_kernel_errors,
     with_accumulation,
     with_clipping,
     with_optimizer,
@@ -32,34 +32,35 @@ _HERE: Final = "stratagem.engines.deepspeed"
 
 @final
 class DeepSpeedStrategy(ComposedStrategy):
-    """Trains by DeepSpeed's engine: ZeRO's stages 0 to 3, with the optimizer and the parameters offloaded where wanted.
+    """Trains with DeepSpeed's engine: ZeRO stages 0 to 3, optionally with the optimizer and the parameters offloaded.
 
-    Options may stand in ``config`` or be given by name; those given in both must agree. Values ``"auto"`` count as not
-    given.
+    Options can be specified in ``config`` or as arguments. If they are specified in both, they must be equal. The value
+    ``"auto"`` is ignored.
 
     Args:
-        config: a DeepSpeed configuration: a mapping, or the path of its JSON file.
+        config: a DeepSpeed configuration: a mapping, or the path of a JSON file.
         zero_optimization: ``stage`` and the options of ZeRO.
-        gradient_clipping: the largest norm of the gradients; the same as the wrapper's ``clip_grad=dict(max_norm=...)``.
+        gradient_clipping: the maximum gradient norm, equivalent to ``clip_grad=dict(max_norm=...)`` of the wrapper.
         fp16: True, or the options of float16 and its loss scale.
         bf16: True, or the options of bfloat16.
-        inputs_to_half: which inputs of the model's ``forward`` are cast to its type: positions and names. By default all
-            that are floating-point.
-        amp: Apex's, which DeepSpeed no longer has; refused.
+        inputs_to_half: the positions and names of the inputs of ``forward`` that are cast to float16 or bfloat16; by default
+            all floating-point inputs.
+        amp: options of Apex, which DeepSpeed no longer supports; an error if enabled.
         activation_checkpointing: options of ``deepspeed.checkpointing``, for models that call it.
-        aio: options of NVMe offload; refused.
-        train_micro_batch_size_per_gpu: samples of a rank in an iteration, where they are to be checked.
-        gradient_accumulation_steps: micro-batches of an update; the same as the wrapper's ``accumulative_counts``.
-        steps_per_print: how many updates lie between two lines of DeepSpeed's own log; by default there are none.
-        checkpoint_format: ``"portable"``: any strategy resumes it; or ``"deepspeed"``: folders of DeepSpeed's own form, which
-            other programs read. Both are resumed on any number of ranks and under any stage.
-        exclude_frozen_parameters: whether DeepSpeed's own form leaves out what does not learn.
-        kwargs: those of :class:`BaseStrategy`.
+        aio: options of NVMe offloading, which is not supported; an error unless empty.
+        train_micro_batch_size_per_gpu: the number of samples that a rank processes in an iteration, which is checked.
+        gradient_accumulation_steps: the number of micro-batches in an update, equivalent to ``accumulative_counts`` of the
+            wrapper.
+        steps_per_print: the number of updates between two log lines of DeepSpeed; by default it logs none.
+        checkpoint_format: ``"portable"``, or ``"deepspeed"`` for folders in DeepSpeed's own format, which other programs can
+            read. Both can be resumed on any number of ranks and with any stage.
+        exclude_frozen_parameters: whether to exclude frozen parameters from checkpoints in DeepSpeed's own format.
+        kwargs: the arguments of :class:`BaseStrategy`.
 
     Raises:
         LaunchError: if no launcher started this process.
         MissingDependencyError: if DeepSpeed is not installed.
-        ConfigError: in one of its kinds, if an option is unknown, refused, or given twice with different values.
+        ConfigError: or a subclass, if an option is unknown, not supported, or specified twice with different values.
     """
 
     def __init__(
@@ -94,12 +95,12 @@ class DeepSpeedStrategy(ComposedStrategy):
         }
         if checkpoint_format not in _FORMATS:
             raise ConfigValueError(
-                f"checkpoint_format={checkpoint_format!r} is not known. {did_you_mean(str(checkpoint_format), _FORMATS)}"
+                f"Unknown checkpoint_format={checkpoint_format!r}. {did_you_mean(str(checkpoint_format), _FORMATS)}"
             )
         if exclude_frozen_parameters and checkpoint_format == "portable":
             raise ConfigValueError(
-                "exclude_frozen_parameters is for checkpoint_format='deepspeed': portable checkpoints are whole. Choose that "
-                "form, or leave it out."
+                "exclude_frozen_parameters requires checkpoint_format='deepspeed': portable checkpoints contain all parameters. "
+                "Set checkpoint_format='deepspeed', or omit exclude_frozen_parameters."
             )
         self._is_native = checkpoint_format == "deepspeed"
         self._exclude_frozen = exclude_frozen_parameters
@@ -117,21 +118,21 @@ class DeepSpeedStrategy(ComposedStrategy):
         return placement
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
-        wanted = self.complete_optim_wrapper(optim_wrapper)
-        refuse_by_name(wanted)
-        with kernels_explained(wanted):
-            return super().build_optim_wrapper(wanted, model)
+        completed = self.complete_optim_wrapper(optim_wrapper)
+        refuse_by_name(completed)
+        with explain_kernel_errors(completed):
+            return super().build_optim_wrapper(completed, model)
 
     def complete_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        wanted = with_optimizer(optim_wrapper, self._options.optimizer)
-        return with_clipping(with_accumulation(wanted, self._options.accumulation), self._options.clipping)
+        completed = with_optimizer(optim_wrapper, self._options.optimizer)
+        return with_clipping(with_accumulation(completed, self._options.accumulation), self._options.clipping)
 
     def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
         if not self._is_native:
             return write
         if write is not save_checkpoint:
             raise ConfigValueError(
-                "checkpoint_format='deepspeed' is written by the engine, at once. Set async_save=False in the "
+                "checkpoint_format='deepspeed' cannot be written in the background. Set async_save=False in the "
                 "CheckpointHook, or use checkpoint_format='portable'."
             )
         writer: CheckpointWriter = import_object(f"{_HERE}.native:DeepSpeedFormatWriter")(

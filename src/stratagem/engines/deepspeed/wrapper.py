@@ -1,4 +1,4 @@
-"""The optimizer wrapper of a model that DeepSpeed's engine trains."""
+"""The optimizer wrapper for DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stratagem.engines.deepspeed.master_weights import MasterWeights
 from stratagem.errors import ConfigValueError, PlacementError, StateError
 from stratagem.optim import AccumulatingOptimWrapper, OptimWrapper
 
-__all__ = ["DeepSpeedOptimWrapper", "OriginalGroup", "require_plain_wrapper"]
+__all__ = ["DeepSpeedEngineOptimWrapper", "OriginalGroup", "require_plain_wrapper"]
 
 logger = logging.getLogger(__name__)
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 @final
 @dataclass(frozen=True, slots=True)
 class OriginalGroup:
-    """A group as it was before DeepSpeed put parts in the place of its parameters.
+    """A parameter group as it was before DeepSpeed replaced its parameters by flat tensors.
 
     Attributes:
-        options: the optimizer's own mapping, which schedules change.
-        parameters: the model's, frozen ones among them.
+        options: the mapping of the optimizer itself, which schedules modify.
+        parameters: the parameters of the model, including frozen ones.
     """
 
     options: dict[str, Any]
@@ -36,17 +36,17 @@ class OriginalGroup:
 
 
 @final
-class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
-    """Computes gradients and updates by DeepSpeed's engine: exchange, accumulation, clipping and the loss scale are its own.
+class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
+    """Computes gradients and updates with DeepSpeed's engine, which reduces, accumulates, clips and scales gradients.
 
-    Windows are counted here, so that the last and shorter one is divided by its own length.
+    Accumulation windows are counted here, so that the last one, which may be shorter, is averaged over its length.
 
     Args:
-        engine: DeepSpeed's; it stays an attribute, like ``master_weights`` and ``groups``.
-        master_weights: where the engine keeps gradients and what it updates.
-        settings: the wrapper that was configured; its optimizer is the engine's.
-        groups: the optimizer's groups as they were.
-        dtype: what the model computes in; None for its own types.
+        engine: the DeepSpeed engine.
+        master_weights: the master weights and gradients in the engine.
+        settings: the configured wrapper, whose optimizer the engine uses.
+        groups: the original parameter groups of the optimizer.
+        dtype: the dtype that the model computes in; None for that of its parameters.
     """
 
     def __init__(
@@ -68,24 +68,28 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
         self.master_weights = master_weights
         self.engine = engine
         self.clipping = settings.clipping
-        self._scales = scales
-        # Where DeepSpeed scales the loss itself, it does so in its backward pass.
-        self._scales_here = scales and not master_weights.sharded
-        # Whether the engine reduced the gradients of this window in the last backward pass, and needs its step next.
+        self._uses_loss_scale = scales
+        # From stage 1 on, DeepSpeed scales the loss in its backward pass.
+        self._scales_loss = scales and not master_weights.sharded
+        # Whether the last backward pass reduced the gradients of the window, so that the step comes next.
         self._is_reduced = False
         self._is_cleared = True
-        self._show_flats()
+        self._expose_flats()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups themselves, with those that have nothing to train."""
+        """The parameter groups of the optimizer, including those without trainable parameters."""
         return [group.options for group in self.groups]
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Add the gradient of a loss; of torch's options ``retain_graph`` alone is known to the engine.
+        """Accumulate the gradients of a loss.
+
+        Args:
+            loss: the loss of one micro-batch.
+            kwargs: options of ``Tensor.backward``, of which only ``retain_graph`` is supported.
 
         Raises:
-            PlacementError: for another option, or if DeepSpeed would not add this gradient to those of the window.
+            PlacementError: for other options, or if DeepSpeed would not add these gradients to those of the window.
         """
         self._require_next_pass()
         guard = self.gradient_policy.guard
@@ -93,10 +97,10 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
         if "gradient" in options:
             loss = loss * options.pop("gradient")
         if set(options) - {"retain_graph"}:
-            raise PlacementError(f"DeepSpeed's backward pass does not know {', '.join(sorted(options))}. Leave it out.")
-        if self._scales:
-            # The product with the scale leaves the range of float16.
-            loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_here else 1.0)
+            raise PlacementError(f"DeepSpeed's backward pass has no option {', '.join(sorted(options))}. Omit it.")
+        if self._uses_loss_scale:
+            # In float16 the product with the loss scale would overflow.
+            loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_loss else 1.0)
         if not self.pending_micro_batches and not self._is_cleared:
             self.zero_grad()
         self._is_cleared = False
@@ -108,7 +112,7 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
 
     def step(self, **kwargs: Any) -> None:
         if kwargs:
-            raise PlacementError(f"DeepSpeed's step does not know {', '.join(sorted(kwargs))}. Leave it out.")
+            raise PlacementError(f"DeepSpeed's step has no option {', '.join(sorted(kwargs))}. Omit it.")
         if not self._is_reduced:
             raise StateError(
                 f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes of an "
@@ -122,75 +126,79 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
         self._is_reduced = False
         self.window_start = self.inner_count
         self.num_steps_attempted += 1
-        if not self._admitted(micro_batches):
+        if not self._check_and_clip(micro_batches):
             self.zero_grad()
             return
-        with self.engines_groups():
+        with self.engine_groups():
             self.engine.step()
         if self.engine.was_step_applied():
             self.num_steps_applied += 1
             return
-        # The engine has dropped the gradients.
+        # The engine has discarded the gradients.
         logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.num_steps_applied + 1)
 
     def zero_grad(self, **kwargs: Any) -> None:
-        """Forget the gradients of every parameter."""
+        """Discard the gradients of all parameters."""
         self.master_weights.discard_gradients()
         self._is_reduced = False
         self._is_cleared = True
 
     def state_dict(self) -> dict[str, Any]:
-        scaler = {"loss_scaler": read_loss_scale(self.engine.optimizer)} if self._scales else {}
+        scaler = {"loss_scaler": read_loss_scale(self.engine.optimizer)} if self._uses_loss_scale else {}
         return {**super().state_dict(), **scaler}
 
     def load_counts(self, state_dict: Mapping[str, Any]) -> None:
         super().load_counts(state_dict)
-        if self._scales and "loss_scaler" in state_dict:
+        if self._uses_loss_scale and "loss_scaler" in state_dict:
             write_loss_scale(self.engine.optimizer, state_dict["loss_scaler"])
 
     def _require_next_pass(self) -> None:
-        """Refuse a backward pass whose gradients DeepSpeed would keep instead of those before it, or misplace."""
+        """Reject a backward pass whose gradients DeepSpeed would not add to the previous ones.
+
+        Raises:
+            PlacementError: if this stage does not support another backward pass before the update or forward pass.
+        """
         if not self.master_weights.accumulates_extra_backward and self._is_reduced:
             raise PlacementError(
-                "A second backward pass began before the update, and this stage of DeepSpeed keeps the gradients of the last "
-                "pass alone. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2). To add up "
-                "passes of several forward passes, set accumulative_counts."
+                "A second backward pass began before the update, but this stage of DeepSpeed keeps only the gradients of the "
+                "last one. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2). To accumulate "
+                "over several forward passes, set accumulative_counts."
             )
         if self.master_weights.needs_forward():
             raise PlacementError(
-                "A second backward pass began without a forward pass after the first one, and ZeRO stage 3 frees the "
-                "parameters in each. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2)."
+                "A second backward pass began without another forward pass, but ZeRO stage 3 frees the parameters in each "
+                "backward pass. Add the losses and call backward once: optim_wrapper.update_params(loss_1 + loss_2)."
             )
 
-    def _admitted(self, micro_batches: int) -> bool:
-        """Weigh the window's gradients; tell whether the engine may step with them. Collective."""
+    def _check_and_clip(self, micro_batches: int) -> bool:
+        """Scale, check and clip the gradients of the window. Return whether the engine may step with them. Collective."""
         guard = self.gradient_policy.guard
         if self.weight is not None:
             self.master_weights.scale_gradients(self.weight_factor(micro_batches))
         if self.clipping is None and self.nonfinite is None and guard is None:
             return True
         norm = self.master_weights.norm()
-        self.grad_norm = norm / self.engine.optimizer.loss_scale if self._scales else norm
-        # First, since it says more of what it refuses. An overflow of float16 is the engine's to see: it lowers its scale.
-        if guard is not None and not guard.allows_step([], norm) and not self._scales:
+        self.grad_norm = norm / self.engine.optimizer.loss_scale if self._uses_loss_scale else norm
+        # The guard comes first, because its report is more detailed. The engine handles overflows of float16.
+        if guard is not None and not guard.allows_step([], norm) and not self._uses_loss_scale:
             return False
-        if not self._scales and not self.allows_norm(norm):
+        if not self._uses_loss_scale and not self.allows_norm(norm):
             return False
         if self.clipping is not None and not self.master_weights.clips:
             self.clipping.apply(self.master_weights.gradients(), norm)
         return True
 
     @contextmanager
-    def engines_groups(self) -> Iterator[None]:
-        """Let the groups be as the engine left them, for the length of its step."""
+    def engine_groups(self) -> Iterator[None]:
+        """Inside the ``with`` block, restore the groups to what the engine expects during its step."""
         if self.master_weights.groups_empty_between_steps:
             for group in self.groups:
                 group.options["params"] = []
         yield
-        self._show_flats()
+        self._expose_flats()
 
-    def _show_flats(self) -> None:
-        """Put what is stepped into groups that the engine keeps empty between steps: others ask them for a device."""
+    def _expose_flats(self) -> None:
+        """Put the flat tensors into the groups that the engine keeps empty, since other code reads devices from them."""
         for group in self.groups if self.master_weights.groups_empty_between_steps else ():
             shard_ranges = [
                 self.master_weights.shard_ranges[each]
@@ -201,20 +209,21 @@ class DeepSpeedOptimWrapper(AccumulatingOptimWrapper):
 
 
 def require_plain_wrapper(optim: object) -> OptimWrapper:
-    """Return the wrapper whose settings the engine takes over.
+    """Return the configured wrapper, whose settings the engine adopts.
 
     Raises:
-        PlacementError: if it is another kind, or clips in a way that the engine does not know.
+        PlacementError: if it is not an ``OptimWrapper``.
+        ConfigValueError: if the engine does not support its type of clipping.
     """
     if not isinstance(optim, OptimWrapper):
         raise PlacementError(
-            f"DeepSpeed trains with one optimizer in an OptimWrapper, and this is {type(optim).__name__}. In the place of "
+            f"DeepSpeedStrategy requires an OptimWrapper with a single optimizer, got {type(optim).__name__}. Instead of "
             "AmpOptimWrapper use type='OptimWrapper' with DeepSpeedStrategy(bf16=dict(enabled=True)) or "
-            "fp16=dict(enabled=True); several optimizers need another strategy."
+            "fp16=dict(enabled=True). For several optimizers use a different strategy."
         )
     clipping = optim.clipping
     if clipping is not None and not (clipping.by_norm and clipping.norm_type == 2.0):
         raise ConfigValueError(
-            "DeepSpeed clips by the 2-norm of all gradients alone. Give clip_grad=dict(max_norm=...), or leave it out."
+            "DeepSpeed only clips by the 2-norm of all gradients. Use clip_grad=dict(max_norm=...), or omit it."
         )
     return optim
