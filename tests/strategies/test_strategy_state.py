@@ -667,7 +667,7 @@ def test_a_checkpoint_records_whether_its_weights_are_finite(
         model.layers[2].bias[1] = value
     strategy.save_checkpoint(tmp_path / name)
     assert CheckpointLoader.load_checkpoint(tmp_path / name)["meta"]["finite"] is False
-    assert [line for line in lines.lines if "not finite" in line]
+    assert [line for line in lines.lines if "NaN or Inf weights" in line]
 
 
 def save_with_one_bad_rank(folder: str) -> bool:

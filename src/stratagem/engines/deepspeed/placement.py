@@ -119,7 +119,7 @@ class DeepSpeedPlacement(Placement):
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
-        # EngineOptim tells the engine in each backward pass whether it synchronizes.
+        # DeepSpeedEngineOptimWrapper sets in each backward pass whether the engine reduces gradients.
         return GradientPolicy(sync_context=self._no_context)
 
     def _no_context(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:

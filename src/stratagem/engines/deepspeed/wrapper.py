@@ -135,7 +135,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
             self.num_steps_applied += 1
             return
         # The engine has discarded the gradients.
-        logger.warning("Skipped update %d: the norm of its gradients is not finite.", self.num_steps_applied + 1)
+        logger.warning("Skipped update %d: the gradient norm is NaN or Inf.", self.num_steps_applied + 1)
 
     def zero_grad(self, **kwargs: Any) -> None:
         """Discard the gradients of all parameters."""
