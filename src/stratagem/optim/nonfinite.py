@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from stratagem.distributed import all_reduce
 from stratagem.tensors.dtensor import is_plain, to_local
-from stratagem.utils.torch_private import fused_step_reads_found_inf, mark_nonfinite
+from stratagem.utils.torch_private import fused_step_reads_found_inf, mark_nonfinite, stored_values
 
 __all__ = ["DeferredNonFiniteCheck", "NonFiniteGuard", "SyncNonFiniteCheck", "all_finite", "propagate_nonfinite"]
 
@@ -212,5 +212,5 @@ def _values(tensor: Tensor) -> Tensor:
     """Return the real values of a tensor on this rank: its local shard, stored values if sparse, both parts if complex."""
     part = to_local(tensor.detach())
     if part.is_sparse:
-        part = part._values()
+        part = stored_values(part)
     return torch.view_as_real(part) if part.is_complex() else part

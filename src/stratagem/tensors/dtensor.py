@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stratagem.errors import CheckpointMismatchError
 from stratagem.utils.imports import import_object
+from stratagem.utils.torch_private import local_shape_and_offset
 
 __all__ = [
     "stack_over_ranks",
@@ -58,9 +59,7 @@ def local_box(tensor: Tensor) -> tuple[slice, ...]:
     spread: Any = tensor
     if spread.device_mesh.get_coordinate() is None:
         return (slice(0, 0),) * tensor.ndim
-    shape, offset = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")(
-        tensor.shape, spread.device_mesh, spread.placements
-    )
+    shape, offset = local_shape_and_offset(tensor.shape, spread.device_mesh, spread.placements)
     return tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
 
 

@@ -6,7 +6,7 @@ not somewhere in a training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import distributed as _ddp
 from torch.optim import Optimizer
 
-__all__ = ["backward_pass_id", "fused_step_reads_found_inf", "mark_nonfinite", "replace_call", "tensors_in"]
+from stratagem.utils.imports import import_object
+
+__all__ = [
+    "backward_pass_id",
+    "checkpoint_module",
+    "default_store",
+    "flatten_mesh",
+    "fused_step_reads_found_inf",
+    "initialize_fsdp_root",
+    "load_hook_modules",
+    "local_shape_and_offset",
+    "mark_nonfinite",
+    "operator_schema",
+    "reduce_held_gradients",
+    "replace_call",
+    "storage_id",
+    "stored_values",
+    "tensors_in",
+    "unsharded_class",
+]
 
 
 def replace_call(module: nn.Module, call: Callable[..., Any] | None) -> Callable[..., Any] | None:
@@ -59,3 +78,97 @@ def mark_nonfinite(tensors: list[Tensor], found: Tensor, scale: Tensor) -> None:
     have the device and dtype of the first.
     """
     torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, scale)
+
+
+def stored_values(tensor: Tensor) -> Tensor:
+    """Return the stored values of a sparse tensor, without coalescing it.
+
+    Private: ``Tensor._values``; the public ``values`` requires a coalesced tensor, and coalescing copies.
+    """
+    return tensor._values()
+
+
+def operator_schema(operator: Any) -> Any:
+    """Return the schema of an operator: its name, and for each argument its type and whether it is written.
+
+    Private: ``OpOverload._schema``, the only description of which arguments an operator modifies.
+    """
+    return operator._schema
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return a number that identifies the storage of a tensor, also on the meta device, where the data pointer is 0.
+
+    Private: ``UntypedStorage._cdata``.
+    """
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def load_hook_modules(model: nn.Module) -> list[str]:
+    """Return the modules that define the hooks which run before a state dict is loaded, and may rename its keys.
+
+    Private: ``Module._load_state_dict_pre_hooks``. Hooks can be registered publicly but not listed.
+    """
+    hooks: list[Any] = [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
+    return [str(getattr(hook.hook, "__module__", "")) for hook in hooks]
+
+
+def initialize_fsdp_root(model: nn.Module) -> None:
+    """Make the module that ``fully_shard`` was called on last the root of its FSDP modules.
+
+    Private: ``FSDPModule._get_fsdp_state()._lazy_init()``, which torch calls in the first forward pass. A step that calls a
+    submodule first would otherwise make that the root.
+    """
+    root: Any = model
+    root._get_fsdp_state()._lazy_init()
+
+
+def reduce_held_gradients(model: nn.Module) -> None:
+    """Reduce the gradients that FSDP has accumulated without reducing them. Collective.
+
+    Private: ``FSDPState._root_post_backward_final_callback``, which torch calls at the end of a backward pass.
+    """
+    root: Any = model
+    root._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def unsharded_class(model: nn.Module) -> type:
+    """Return the class that a module had before ``fully_shard`` replaced it by a subclass.
+
+    Private: the layout of ``type(module).__mro__``: the new class, ``FSDPModule``, the original class.
+    """
+    return type(model).__mro__[2]
+
+
+def flatten_mesh(mesh: Any, name: str) -> Any:
+    """Return a one-dimensional view of a device mesh. Collective.
+
+    Private: ``DeviceMesh._flatten``. The group of several dimensions together is only available from it.
+    """
+    return mesh._flatten(name)
+
+
+def local_shape_and_offset(shape: Sequence[int], mesh: Any, placements: Sequence[Any]) -> tuple[Any, Any]:
+    """Return the shape and the offset of the shard of this rank in a tensor.
+
+    Private: ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``.
+    """
+    compute = import_object("torch.distributed.tensor._utils:compute_local_shape_and_global_offset")
+    return compute(shape, mesh, placements)  # type: ignore[no-any-return]  # imported by name
+
+
+def checkpoint_module(module: nn.Module, **options: Any) -> None:
+    """Recompute the activations of a module in the backward pass, without wrapping it.
+
+    Private: ``torch.distributed._composable.checkpoint_activation.checkpoint``. The public wrapper changes parameter names.
+    """
+    import_object("torch.distributed._composable.checkpoint_activation:checkpoint")(module, **options)
+
+
+def default_store() -> Any:
+    """Return the key-value store of the default process group.
+
+    Private: ``torch.distributed.distributed_c10d._get_default_store``.
+    """
+    return import_object("torch.distributed.distributed_c10d:_get_default_store")()

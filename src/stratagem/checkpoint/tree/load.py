@@ -15,6 +15,7 @@ from stratagem.checkpoint.tree.names import matches_any, possible_names, revise_
 from stratagem.checkpoint.tree.sharded_tensor_state import ShardedTensorState
 from stratagem.errors import CheckpointMismatchError
 from stratagem.tensors.dtensor import shard_like
+from stratagem.utils.torch_private import load_hook_modules
 
 __all__ = ["DEFAULT_REVISE_KEYS", "LoadReport", "match_state", "load_state_dict", "weights_to_cpu"]
 
@@ -271,9 +272,8 @@ def _without_counters(missing: Iterable[str]) -> tuple[str, ...]:
 
 def _may_rename_keys(model: nn.Module) -> bool:
     """Return whether modules may rename keys while loading, so that the result is known only afterwards."""
-    hooks: list[Any] = [hook for module in model.modules() for hook in module._load_state_dict_pre_hooks.values()]
     # The hooks of torch's FSDP do not rename keys.
-    return any(not str(getattr(hook.hook, "__module__", "")).startswith(_SHARDING) for hook in hooks)
+    return any(not name.startswith(_SHARDING) for name in load_hook_modules(model))
 
 
 def weights_to_cpu(state: Mapping[str, Any]) -> dict[str, Any]:

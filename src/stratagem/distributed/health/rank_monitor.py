@@ -11,14 +11,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, Self, TypeVar, cast, final
+from typing import Any, Self, TypeVar, final
 
 import torch.distributed as torch_dist
-from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stratagem.distributed.collectives import get_dist_info
 from stratagem.distributed.health.process_identity import ProcessIdentity
 from stratagem.distributed.objects import all_gather_object
+from stratagem.utils.torch_private import default_store
 
 __all__ = ["Failure", "RankMonitor"]
 
@@ -77,7 +78,7 @@ class RankMonitor:
         self.rank, self.size = get_dist_info()
         number, RankMonitor._num_created = RankMonitor._num_created, RankMonitor._num_created + 1
         # A separate connection: on the group's connection, requests would queue behind a blocking wait.
-        store: Store = cast("Any", _get_default_store()).clone()
+        store: Store = default_store().clone()
         store.set_timeout(_STORE_TIMEOUT)
         self._store = PrefixStore(f"monitor/{number}", store)
         self._processes: Mapping[int, ProcessIdentity] = dict(enumerate(all_gather_object(ProcessIdentity.here())))

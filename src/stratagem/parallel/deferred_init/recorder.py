@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
+from stratagem.utils.torch_private import operator_schema, storage_id
+
 __all__ = ["INIT_FUNCTIONS", "OpRecorder"]
 
 # These functions skip meta tensors, because they read values while they draw.
@@ -136,7 +138,7 @@ class OpRecorder:
 
     def is_written(self, tensor: Tensor) -> bool:
         """Return whether an operation that writes to the storage of a meta tensor was recorded."""
-        return tensor.is_meta and _storage_key(tensor) in self._written
+        return tensor.is_meta and storage_id(tensor) in self._written
 
     def record(
         self,
@@ -150,14 +152,14 @@ class OpRecorder:
         uses_rng: bool,
     ) -> None:
         """Record a call, with the tensors that it writes to and those that it creates."""
-        metas = {_storage_key(tensor): _meta_of(tensor) for tensor in written}
+        metas = {storage_id(tensor): _meta_of(tensor) for tensor in written}
         read = [tensor for tensor in tree_iter((args, kwargs)) if _is_meta(tensor)]
         new = [_meta_of(tensor) for tensor in created if _is_meta(tensor)]
         for tensor in (*read, *(tensor for tensor in created if _is_meta(tensor))):
-            self._alive.setdefault(_storage_key(tensor), tensor.detach())
+            self._alive.setdefault(storage_id(tensor), tensor.detach())
         self._written.update(metas, (meta.storage for meta in new))
         overwritten = {key for key, meta in metas.items() if overwrites and meta.covers_storage}
-        uses = Counter(_storage_key(tensor) for tensor in read)
+        uses = Counter(storage_id(tensor) for tensor in read)
         # copy_(a, b) overwrites a and reads b; a.copy_(a) reads a.
         reads = frozenset(key for key, count in uses.items() if count > 1 or key not in metas)
         self._ops.append(
@@ -198,17 +200,17 @@ class _OpMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        inputs = {_storage_key(tensor) for tensor in tree_iter((args, kwargs)) if _is_meta(tensor)}
+        inputs = {storage_id(tensor) for tensor in tree_iter((args, kwargs)) if _is_meta(tensor)}
         written = [tensor for tensor in _written(func, args, kwargs) if _is_meta(tensor)]
-        created = [tensor for tensor in tree_iter(results) if _is_meta(tensor) and _storage_key(tensor) not in inputs]
-        if written or (created and "empty" not in func._schema.name):
+        created = [tensor for tensor in tree_iter(results) if _is_meta(tensor) and storage_id(tensor) not in inputs]
+        if written or (created and "empty" not in operator_schema(func).name):
             self._recorder.record(
                 func,
                 args,
                 kwargs,
                 written=written,
                 created=created,
-                overwrites=func._schema.name in _OVERWRITING,
+                overwrites=operator_schema(func).name in _OVERWRITING,
                 uses_rng=torch.Tag.nondeterministic_seeded in func.tags,
             )
         return results
@@ -269,7 +271,7 @@ def _replay(op: RecordedOp, memory: dict[int, torch.UntypedStorage]) -> None:
 def _by_storage(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
     found: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        found.setdefault(_storage_key(tensor), []).append(tensor)
+        found.setdefault(storage_id(tensor), []).append(tensor)
     return found
 
 
@@ -292,7 +294,7 @@ def _last_uses(ops: list[RecordedOp]) -> list[dict[int, bool]]:
 
 
 def _written(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    for index, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(operator_schema(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from tree_iter(args[index] if index < len(args) else kwargs.get(argument.name))
 
@@ -305,14 +307,9 @@ def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type == "meta"
 
 
-def _storage_key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
-
-
 def _meta_of(tensor: Tensor) -> TensorMeta:
     return TensorMeta(
-        _storage_key(tensor),
+        storage_id(tensor),
         tensor.untyped_storage().nbytes(),
         tensor.dtype,
         tuple(tensor.shape),

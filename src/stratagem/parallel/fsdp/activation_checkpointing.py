@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.parallel.fsdp.wrap_policy import select_modules
-from stratagem.utils.imports import import_object
 from stratagem.utils.names import did_you_mean, refuse_unknown
+from stratagem.utils.torch_private import checkpoint_module
 
 __all__ = ["checkpoint_activations"]
 
@@ -59,9 +59,8 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
         contexts["context_fn"] = functools.partial(
             create_selective_checkpoint_contexts, _saving(_operators(arguments["save_ops"]))
         )
-    checkpoint = import_object("torch.distributed._composable.checkpoint_activation:checkpoint")
     for module in dict.fromkeys(chosen.values()):
-        checkpoint(module, preserve_rng_state=bool(arguments.get("preserve_rng_state", True)), **contexts)
+        checkpoint_module(module, preserve_rng_state=bool(arguments.get("preserve_rng_state", True)), **contexts)
     return list(chosen)
 
 

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from stratagem.distributed import World
 from stratagem.errors import ConfigTypeError, PlacementError
+from stratagem.utils.torch_private import flatten_mesh
 
 __all__ = ["Layout", "Meshes"]
 
@@ -82,5 +83,5 @@ class Meshes:
         shard = mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
         data = None
         if layout.tp > 1:
-            data = (shard._flatten("data") if layout.replicate > 1 else shard).get_group()
+            data = (flatten_mesh(shard, "data") if layout.replicate > 1 else shard).get_group()
         return cls(shard=shard, tp=mesh["tp"], data=data)

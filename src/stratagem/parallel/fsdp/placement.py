@@ -38,6 +38,7 @@ from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps
 from stratagem.tensors.dtensor import is_sharded
 from stratagem.utils import generator_state, restore_generator_state
 from stratagem.utils.names import did_you_mean
+from stratagem.utils.torch_private import initialize_fsdp_root, reduce_held_gradients, unsharded_class
 
 __all__ = ["FSDPPlacement"]
 
@@ -185,7 +186,7 @@ class FSDPPlacement(Placement):
         self._logger.info(
             "Sharded %s across %d ranks (replicate %d, tp %d): %d wrapped modules%s, %d unsharded parameters, %d "
             "checkpointed modules.",
-            type(model).__mro__[2].__name__, self._layout.shard, self._layout.replicate, self._layout.tp, len(blocks),
+            unsharded_class(model).__name__, self._layout.shard, self._layout.replicate, self._layout.tp, len(blocks),
             f" ({_some(list(blocks))})" if blocks else "", len(ignored), len(checkpointed),
         )  # fmt: skip
 
@@ -267,8 +268,7 @@ class FSDPPlacement(Placement):
         if self._sync:
             return
         self._set_grad_sync(model, sync=True)
-        # torch runs this at the end of a backward pass; it reduces the gradients that parameter groups have accumulated.
-        cast("Any", model)._get_fsdp_state()._root_post_backward_final_callback()
+        reduce_held_gradients(model)
         if self._layout.dp_size > 1:
             average_gradients(
                 [each for each in model.parameters() if each.requires_grad and not is_sharded(each)], self.dp_group
@@ -285,7 +285,7 @@ class FSDPPlacement(Placement):
         for path in self._options.forward_methods:
             _register_method(model, path)
         # torch makes the first module that is called the root. Make it the model, even if a step only calls submodules.
-        cast("Any", model)._get_fsdp_state()._lazy_init()
+        initialize_fsdp_root(model)
         if self._weights_missing:
             model.register_load_state_dict_post_hook(self._note_loaded)
         for name in _STEPS:
@@ -307,7 +307,7 @@ class FSDPPlacement(Placement):
                 if "mixed torch.Tensor and DTensor" not in str(error):
                     raise
                 raise PlacementError(
-                    f"{method.__qualname__} used parameters of {type(model).__mro__[2].__name__} that were not gathered: each "
+                    f"{method.__qualname__} used parameters of {unsharded_class(model).__name__} that were not gathered: each "
                     "rank has only its shard of them. Parameters are gathered when a wrapped module is called. Use "
                     "self.submodule(...), or list the method in forward_methods=['submodule.method']."
                 ) from error

@@ -1,0 +1,239 @@
+"""Each private name of torch that the package uses still does what the package expects of it.
+
+If one of these tests fails on a new torch, the name was changed there: adapt ``stratagem/utils/torch_private.py``.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stratagem.utils import torch_private
+
+SOURCE = Path(torch_private.__file__)
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch):
+    """A process group of this process alone."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_replace_call_redirects_before_the_forward_hooks() -> None:
+    """The replacement gets the call, no hook of the module runs, and None restores the usual call."""
+    module, hooks = nn.Linear(1, 1), []
+    module.register_forward_pre_hook(lambda *_: hooks.append("pre"))
+    assert torch_private.replace_call(module, lambda *args: ("replaced", *args)) is None
+    assert module(3) == ("replaced", 3)
+    assert hooks == []
+    assert torch_private.replace_call(module, None) is not None
+    assert isinstance(module(torch.ones(1)), Tensor)
+    assert hooks == ["pre"]
+
+
+def test_tensors_in_finds_tensors_in_containers() -> None:
+    """DDP finds tensors in lists, tuples and dicts, and nothing else."""
+    first, second = torch.ones(1), torch.zeros(2)
+    found = list(torch_private.tensors_in({"a": [first, 3], "b": (second, "text")}))
+    assert [id(each) for each in found] == [id(first), id(second)]
+
+
+def test_backward_pass_id_distinguishes_backward_passes() -> None:
+    """All hooks of one backward pass see the same number, another pass has another, and outside it is -1."""
+    seen: list[int] = []
+    weight = torch.ones(1, requires_grad=True)
+    for _ in range(2):
+        outputs = [weight * 2, weight * 3]
+        for each in outputs:
+            each.register_hook(lambda grad: seen.append(torch_private.backward_pass_id()))
+        sum(outputs).backward()
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert torch_private.backward_pass_id() == -1
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_fused_optimizers_read_found_inf(optimizer: Any) -> None:
+    """An optimizer that is said to read ``found_inf`` makes no update if it is 1."""
+    parameter = nn.Parameter(torch.ones(2))
+    made = optimizer([parameter], lr=0.1, fused=True)
+    assert torch_private.fused_step_reads_found_inf(made)
+    made.found_inf, made.grad_scale = torch.ones(()), None
+    parameter.grad = torch.ones(2)
+    made.step()
+    assert parameter.tolist() == [1.0, 1.0]
+
+
+def test_unfused_optimizers_do_not_claim_to_read_found_inf() -> None:
+    """An optimizer without fused kernels is not said to read ``found_inf``."""
+    assert not torch_private.fused_step_reads_found_inf(torch.optim.RMSprop([nn.Parameter(torch.ones(1))], lr=0.1))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_mark_nonfinite_sets_the_flag_and_scales(value: float) -> None:
+    """The flag becomes 1 for a NaN or Inf only, and finite values are multiplied by the scale."""
+    found, finite = torch.zeros(()), torch.tensor([2.0, 4.0])
+    torch_private.mark_nonfinite([finite], found, torch.tensor(0.5))
+    assert (finite.tolist(), found.item()) == ([1.0, 2.0], 0.0)
+    torch_private.mark_nonfinite([finite, torch.tensor([1.0, value])], found, torch.ones(()))
+    assert found.item() == 1.0
+
+
+def test_stored_values_do_not_coalesce() -> None:
+    """Both values that are stored for one index are returned, not their sum."""
+    sparse = torch.sparse_coo_tensor([[0, 0]], [1.0, 2.0], (3,), check_invariants=True)
+    assert torch_private.stored_values(sparse).tolist() == [1.0, 2.0]
+
+
+def test_operator_schema_names_the_operator_and_its_written_arguments() -> None:
+    """The schema has the operator's name, and marks the argument that an in-place operator writes."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            schemas.append(torch_private.operator_schema(func))
+            return func(*args, **(kwargs or {}))
+
+    schemas: list[Any] = []
+    with Recorder():
+        torch.ones(2).mul_(3)
+    schema = schemas[-1]
+    assert schema.name == "aten::mul_"
+    assert [argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments] == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_storage_id_is_shared_by_views_only(device: str) -> None:
+    """A view has the number of its base, another tensor has a different one, also on the meta device."""
+    base, other = torch.empty(4, device=device), torch.empty(4, device=device)
+    assert torch_private.storage_id(base[1:]) == torch_private.storage_id(base)
+    assert torch_private.storage_id(other) != torch_private.storage_id(base)
+
+
+def test_load_hook_modules_finds_hooks_of_submodules() -> None:
+    """A hook that runs before loading is found, with the module that defines it."""
+    model = nn.Sequential(nn.Linear(1, 1))
+    assert torch_private.load_hook_modules(model) == []
+    model[0].register_load_state_dict_pre_hook(lambda *_: None)
+    assert torch_private.load_hook_modules(model) == [__name__]
+
+
+def test_initialize_fsdp_root_makes_the_whole_model_the_root(one_rank: None) -> None:
+    """A submodule that is called first does not become the root of a model that was initialized."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    fully_shard(model[0])
+    fully_shard(model)
+    torch_private.initialize_fsdp_root(model)
+    model[0](torch.ones(1, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    assert model[1].weight.grad is not None
+
+
+def test_reduce_held_gradients_reduces_what_no_sync_left(one_rank: None) -> None:
+    """Gradients of a backward pass without reduction are in ``grad`` afterwards."""
+    model = nn.Linear(2, 1, bias=False)
+    fully_shard(model)
+    model.set_requires_gradient_sync(False)
+    model(torch.tensor([[1.0, 2.0]])).sum().backward()
+    assert model.weight.grad is None
+    model.set_requires_gradient_sync(True)
+    torch_private.reduce_held_gradients(model)
+    assert model.weight.grad.full_tensor().tolist() == [[1.0, 2.0]]
+
+
+def test_unsharded_class_is_the_class_before_sharding(one_rank: None) -> None:
+    """``fully_shard`` replaces the class of a module, and the original one is found."""
+    model = nn.Linear(2, 2)
+    fully_shard(model)
+    assert isinstance(model, FSDPModule)
+    assert type(model) is not nn.Linear
+    assert torch_private.unsharded_class(model) is nn.Linear
+
+
+def test_flatten_mesh_gives_one_group_for_all_dimensions(one_rank: None) -> None:
+    """The flattened mesh has one dimension with all ranks."""
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    flat = torch_private.flatten_mesh(mesh, "data")
+    assert (flat.ndim, flat.size(), flat.get_group().size()) == (1, 1, 1)
+
+
+def test_local_shape_and_offset_describe_the_shard(one_rank: None) -> None:
+    """On one rank the shard is the whole tensor, at offset 0."""
+    mesh = init_device_mesh("cpu", (1,))
+    shape, offset = torch_private.local_shape_and_offset((5, 3), mesh, [Shard(0)])
+    assert (tuple(shape), tuple(offset)) == ((5, 3), (0, 0))
+
+
+def test_checkpoint_module_recomputes_and_keeps_names() -> None:
+    """The forward pass runs again in the backward pass, gradients are equal, and parameters keep their names."""
+
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x).tanh()
+
+    module = Counting(2, 2)
+    inputs = torch.ones(1, 2, requires_grad=True)
+    module(inputs).sum().backward()
+    expected = module.weight.grad.clone()
+    module.weight.grad, module.calls = None, 0
+    torch_private.checkpoint_module(module)
+    module(inputs).sum().backward()
+    assert module.calls == 2
+    assert torch.equal(module.weight.grad, expected)
+    assert [name for name, _ in module.named_parameters()] == ["weight", "bias"]
+
+
+def test_default_store_is_the_store_of_the_process_group(one_rank: None) -> None:
+    """A value that is set in the store can be read back."""
+    store = torch_private.default_store()
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def test_every_function_has_a_test() -> None:
+    """Each public function of the module is called by a test in this file."""
+    tested = {
+        node.attr
+        for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch_private"
+    }
+    assert set(torch_private.__all__) <= tested
+
+
+def test_private_names_of_torch_are_used_in_one_module() -> None:
+    """No other module reads a private attribute that ``torch_private`` wraps."""
+    wrapped = {
+        "_amp_foreach_non_finite_check_and_unscale_", "_cdata", "_compiled_call_impl", "_current_graph_task_id",
+        "_find_tensors", "_get_default_store", "_get_fsdp_state", "_lazy_init", "_load_state_dict_pre_hooks", "_schema",
+        "_step_supports_amp_scaling", "_values",
+    }  # fmt: skip
+    found = [
+        f"{path.relative_to(SOURCE.parents[1])}:{node.lineno}: {node.attr}"
+        for path in SOURCE.parents[1].rglob("*.py")
+        if path != SOURCE
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr in wrapped
+        # Attributes of our own objects.
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    ]
+    assert found == []
