@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from stratagem.config import Config
-from stratagem.engines.colossalai.clipping import max_norm_of
-from stratagem.engines.colossalai.options import PluginSpec, parse_plugin, refuse_other_wrappers
+from stratagem.engines.colossalai.options import PluginSpec, max_norm_of, parse_plugin, refuse_other_wrappers
 from stratagem.errors import (
     ConfigKeyError,
     ConfigTypeError,

@@ -23,25 +23,25 @@ NATIVE = {"checkpoint_format": "colossalai"}
 
 
 @pytest.mark.parametrize("plugin", boosted_runs.PLUGINS)
-def test_a_resumed_run_goes_on_with_the_same_bits(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_a_resumed_run_is_bit_identical(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """Master weights, optimizer states, loss scale, and losses are bit-identical, also in lower precision."""
     _require_same_run(two, tmp_path, plugin)
 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 2", "zero 1 bf16", "hybrid bf16", "hybrid tp 2"])
-def test_colossalais_own_form_resumes_with_the_same_bits(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_resuming_the_colossalai_format_is_bit_identical(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """A checkpoint that the Booster wrote resumes bit-identically too."""
     _require_same_run(two, tmp_path, plugin, **NATIVE)
 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 1 bf16"])
-def test_an_open_window_is_saved_with_its_gradients(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_an_incomplete_accumulation_window_is_saved_with_its_gradients(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """A run saved within an accumulation window takes the same step as the uninterrupted run."""
     _require_same_run(two, tmp_path, plugin, at=5)
 
 
 @pytest.mark.parametrize("optimizer", ["HybridAdam", "Lamb"])
-def test_colossalais_optimizers_resume_with_the_same_bits(two: Ranks, tmp_path: Path, optimizer: str) -> None:
+def test_resuming_colossalai_optimizers_is_bit_identical(two: Ranks, tmp_path: Path, optimizer: str) -> None:
     """The states of ColossalAI's optimizers are saved by parameter name, like those of torch optimizers."""
     optim = {**OPTIM, "optimizer": {"type": optimizer, "lr": 0.01, "weight_decay": 0.1}}
     _require_same_run(two, tmp_path, "zero 1", optim=optim)
@@ -49,7 +49,7 @@ def test_colossalais_optimizers_resume_with_the_same_bits(two: Ranks, tmp_path: 
 
 @pytest.mark.parametrize("saver", ["zero 1 bf16", "zero 2", "hybrid tp 2", "DDP x2", "FSDP x2"])
 @pytest.mark.parametrize("reader", ["DDP x2", "FSDP x2", "zero 1", "zero 2", "hybrid tp 2"])
-def test_any_strategy_resumes_what_another_saved(two: Ranks, tmp_path: Path, saver: str, reader: str) -> None:
+def test_checkpoints_can_be_resumed_by_any_strategy(two: Ranks, tmp_path: Path, saver: str, reader: str) -> None:
     """Weights, optimizer states, rates, and options are restored exactly; the losses equal those of DDP."""
     ours = boosted_runs.PLUGINS
     if saver not in ours and reader not in ours:
@@ -64,7 +64,9 @@ def test_any_strategy_resumes_what_another_saved(two: Ranks, tmp_path: Path, sav
 
 
 @pytest.mark.parametrize("plugin", ["zero 2 bf16", "hybrid tp 2"])
-def test_two_ranks_four_ranks_and_one_resume_each_other(two: Ranks, four: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_checkpoints_can_be_resumed_on_any_number_of_ranks(
+    two: Ranks, four: Ranks, tmp_path: Path, plugin: str
+) -> None:
     """A checkpoint of two ranks resumes on four ranks, and theirs on one process, bit for bit."""
     saved = two.run(boosted_runs.stopped, plugin, str(tmp_path), str(tmp_path / "two"), AT)[0]["before"]
     for each in four.run(boosted_runs.resumed_and_saved, plugin, str(tmp_path), tmp_path / "two", tmp_path / "four"):
@@ -74,7 +76,7 @@ def test_two_ranks_four_ranks_and_one_resume_each_other(two: Ranks, four: Ranks,
 
 
 @pytest.mark.parametrize("plugin", ["zero 1", "zero 1 bf16", "hybrid tp 2"])
-def test_colossalais_own_form_becomes_ours(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_the_colossalai_format_can_be_converted(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """`stratagem ckpt convert` needs no ColossalAI, and one process resumes from the result."""
     saved = two.run(boosted_runs.stopped, plugin, str(tmp_path), str(tmp_path / "own"), AT, **NATIVE)[0]["before"]
     convert_checkpoint(tmp_path / "own", tmp_path / "ours")
@@ -82,7 +84,7 @@ def test_colossalais_own_form_becomes_ours(two: Ranks, tmp_path: Path, plugin: s
     _require_bits(boosted_runs.resumed("single", str(tmp_path), str(tmp_path / "ours"), AT)["found"], saved)
 
 
-def test_what_the_booster_wrote_alone_becomes_ours(two: Ranks, tmp_path: Path) -> None:
+def test_a_directory_saved_by_the_booster_can_be_converted(two: Ranks, tmp_path: Path) -> None:
     """A directory that another program saved with the Booster converts too; its optimizer state is keyed by index."""
     saved = two.run(boosted_runs.stopped, "torch-ddp", str(tmp_path), str(tmp_path / "own"), AT, **NATIVE)[0]["before"]
     for file in (tmp_path / "own").iterdir():
@@ -99,7 +101,7 @@ def test_what_the_booster_wrote_alone_becomes_ours(two: Ranks, tmp_path: Path) -
     )
 
 
-def test_colossalais_own_form_is_found_checked_and_removed_as_a_whole(two: Ranks, tmp_path: Path) -> None:
+def test_the_colossalai_format_is_listed_verified_and_removed(two: Ranks, tmp_path: Path) -> None:
     """Listing, verifying, and removing checkpoints include the files that the Booster wrote."""
     two.run(boosted_runs.stopped, "zero 1", str(tmp_path), str(tmp_path / "epoch_1"), AT, **NATIVE)
     assert [each.path.name for each in list_checkpoints(tmp_path) if not each.fault] == ["epoch_1"]
@@ -114,26 +116,26 @@ def test_colossalais_own_form_is_found_checked_and_removed_as_a_whole(two: Ranks
     assert not (tmp_path / "epoch_1").exists()
 
 
-def test_colossalais_own_form_is_not_written_in_the_background(two: Ranks, tmp_path: Path) -> None:
+def test_the_colossalai_format_cannot_be_saved_in_the_background(two: Ranks, tmp_path: Path) -> None:
     """The Booster can only save synchronously, and the error names the setting to change."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.saved_in_background, str(tmp_path), **NATIVE):
         assert "Set async_save=False, or checkpoint_format='portable'" in refusal
 
 
-def test_the_portable_form_is_written_in_the_background(two: Ranks, tmp_path: Path) -> None:
+def test_the_portable_format_is_saved_in_the_background(two: Ranks, tmp_path: Path) -> None:
     """A background save holds the state of the step at which it started, although training continues."""
     for before, found in two.run(boosted_cases.saved_in_background, str(tmp_path)):
         _require_bits(found, before)
 
 
-def test_a_single_file_holds_the_whole(two: Ranks, tmp_path: Path) -> None:
+def test_a_single_file_contains_unsharded_tensors(two: Ranks, tmp_path: Path) -> None:
     """A name with the suffix .pth gathers master weights and optimizer states in one torch file."""
     saved = two.run(boosted_runs.stopped, "zero 1 bf16", str(tmp_path), str(tmp_path / "at.pth"), AT)[0]["before"]
     alone = boosted_runs.resumed("single", str(tmp_path), str(tmp_path / "at.pth"), AT)
     _require_bits(alone["found"], saved)
 
 
-def test_weights_of_another_model_are_refused(two: Ranks, tmp_path: Path) -> None:
+def test_weights_of_a_different_model_are_rejected(two: Ranks, tmp_path: Path) -> None:
     """An unexpected parameter is an error that names it, and nothing is loaded."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.resumed_with_more, str(tmp_path)):
         assert "1 unexpected in the checkpoint: extra" in refusal

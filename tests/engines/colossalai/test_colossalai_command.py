@@ -38,7 +38,7 @@ default_hooks = dict(checkpoint=dict(interval=1, save_best="accuracy"))
 """
 
 
-def test_a_run_trains_is_resumed_and_goes_on_in_one_process(tmp_path: Path) -> None:
+def test_a_run_is_resumed_on_two_ranks_and_in_one_process(tmp_path: Path) -> None:
     """`stratagem train --nproc 2` trains and validates, `--resume` continues, and one process resumes the result."""
     config = _config(tmp_path / "run.py")
     first = _stratagem(tmp_path, "train", str(config), "--nproc", "2")
@@ -56,7 +56,7 @@ def test_a_run_trains_is_resumed_and_goes_on_in_one_process(tmp_path: Path) -> N
     assert "Epoch(train) [4]" in goes_on
 
 
-def test_averages_go_with_colossalais_own_form(tmp_path: Path) -> None:
+def test_the_colossalai_format_contains_averaged_weights(tmp_path: Path) -> None:
     """The best checkpoint has the training weights and their average next to the Booster's files, and resumes."""
     strategy = 'strategy = dict(type="ColossalAIStrategy", checkpoint_format="colossalai")\n' + AVERAGE
     config = _config(tmp_path / "run.py", strategy=strategy)
@@ -72,18 +72,18 @@ def test_averages_go_with_colossalais_own_form(tmp_path: Path) -> None:
     assert "Epoch(train) [3]" in again
 
 
-def test_averages_of_rounded_weights_are_refused(tmp_path: Path) -> None:
+def test_averaging_rounded_weights_is_rejected(tmp_path: Path) -> None:
     """With bfloat16, the average would be of the model's rounded weights instead of the master weights."""
     config = _config(tmp_path / "run.py", strategy=STRATEGY + "\n" + AVERAGE)
-    said = _stratagem(tmp_path, "train", str(config), "--nproc", "2", status=2)
-    assert "EMAHook averages the weights that lie in the model" in said
+    message = _stratagem(tmp_path, "train", str(config), "--nproc", "2", status=2)
+    assert "EMAHook averages the weights that lie in the model" in message
 
 
-def test_a_misspelled_option_is_found_before_anything_starts(tmp_path: Path) -> None:
+def test_a_misspelled_option_is_rejected_by_config_check(tmp_path: Path) -> None:
     """`stratagem config check` knows the strategy's options."""
     config = _config(tmp_path / "typo.py", strategy=STRATEGY.replace("mixed_precision", "mixed_precison"))
-    said = _stratagem(tmp_path, "config", "check", str(config), status=2)
-    assert "takes no argument 'mixed_precison'. Did you mean 'mixed_precision'" in said
+    message = _stratagem(tmp_path, "config", "check", str(config), status=2)
+    assert "takes no argument 'mixed_precison'. Did you mean 'mixed_precision'" in message
 
 
 def _config(file: Path, strategy: str = STRATEGY, optimizer: str = "HybridAdam") -> Path:

@@ -9,7 +9,7 @@ from parity_table import verdicts
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 
 
-def test_parity_finds_colossalai_equal_to_one_process() -> None:
+def test_parity_reports_colossalai_as_equal_to_one_process() -> None:
     """With the default ZeRO 1 in float32, results are equal up to the order of sums, and resuming is exact."""
     found = verdicts("colossalai")
     assert found["2 processes, ColossalAI"] == "equal but for the order of sums"

@@ -21,7 +21,7 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"plugin": {"type": "lowlevel-zero", "overlap_communication": True}}, "this run is on the CPU. Omit it"),
         ({"plugin": {"type": "lowlevel-zero", "communication_dtype": "float17"}}, "is not a dtype of torch"),
@@ -55,19 +55,21 @@ _RATES = {"lr": 0.1, "weight_decay": 0.1}
         ({**ZERO, "auto_scale_lr": {"enable": True}}, "base_batch_size must be .* got None"),
     ],
 )
-def test_what_cannot_work_is_refused(two: Ranks, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_unsupported_options_are_rejected_before_training(
+    two: Ranks, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
     """Each refusal happens before training on every rank and says what to do instead."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.only_prepared, str(tmp_path), **options):
-        assert re.search(said, refusal), refusal
+        assert re.search(message, refusal), refusal
 
 
-def test_a_model_that_was_prepared_alone_is_not_trained_later(two: Ranks, tmp_path: Path) -> None:
+def test_a_model_prepared_without_an_optimizer_cannot_be_trained(two: Ranks, tmp_path: Path) -> None:
     """The model and optimizer are boosted together, so the error says to give the optimizer first."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.prepared_twice, str(tmp_path)):
         assert "Pass optim_wrapper to the first call of prepare()" in refusal
 
 
-def test_a_built_plugin_is_taken(two: Ranks, tmp_path: Path) -> None:
+def test_a_built_plugin_is_used(two: Ranks, tmp_path: Path) -> None:
     """A built plugin clips by its own ``max_norm``; a different ``clip_grad`` is an error that says how to build it."""
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad=None))
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad={"max_norm": 0.3}))
@@ -76,7 +78,7 @@ def test_a_built_plugin_is_taken(two: Ranks, tmp_path: Path) -> None:
         assert "clip_grad=dict(max_norm=1) of the optimizer wrapper and max_norm=0.3 of the plugin differ" in refusal
 
 
-def test_stand_ins_are_seen_by_nobody_else(tmp_path: Path) -> None:
+def test_import_stubs_are_invisible_to_other_code(tmp_path: Path) -> None:
     """After ColossalAI is imported, packages that are not installed still cannot be imported by other code."""
     script = tmp_path / "look.py"
     script.write_text(_LOOK)

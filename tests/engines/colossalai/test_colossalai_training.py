@@ -29,7 +29,7 @@ ROUGH = {
 
 
 @pytest.mark.parametrize("plugin", EXACT)
-def test_a_plugin_in_float32_trains_as_one_process_does(
+def test_plugins_in_float32_match_a_single_process(
     two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str
 ) -> None:
     """Losses, norms before clipping, rates, weights, and optimizer states agree up to float32 rounding."""
@@ -38,14 +38,14 @@ def test_a_plugin_in_float32_trains_as_one_process_does(
 
 
 @pytest.mark.parametrize("plugin", ["zero 1", "zero 2", "hybrid tp 2"])
-def test_four_ranks_train_as_one_process_does(four: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
+def test_four_ranks_match_a_single_process(four: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
     """Four ranks agree too, also with layers sharded over two ranks and replicated over two."""
     for seen in four.run(boosted_runs.trained, plugin, str(tmp_path)):
         _require_equal(seen, single)
 
 
 @pytest.mark.parametrize("plugin", ROUGH)
-def test_low_precision_follows_float32(two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
+def test_low_precision_is_close_to_float32(two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str) -> None:
     """Losses in bfloat16 and float16 agree within their precision, and every step is taken."""
     for seen in two.run(boosted_runs.trained, plugin, str(tmp_path)):
         assert seen["losses"] == pytest.approx(single["losses"], abs=ROUGH[plugin])
@@ -54,7 +54,7 @@ def test_low_precision_follows_float32(two: Ranks, single: dict[str, Any], tmp_p
 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2"])
-def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_a_shorter_last_window_is_averaged_over_its_length(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """With seven micro-batches in windows of four, the last step is the mean of three, as in one process."""
     options = {"optim": {**OPTIM, "accumulative_counts": 4}, "stop": 7, "iterations": 7}
     alone = boosted_cases.trained_alone(str(tmp_path / "single"), **options)
@@ -64,7 +64,7 @@ def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, tmp_pa
 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid tp 2"])
-def test_micro_batches_count_by_their_weights(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_micro_batches_are_averaged_by_weight(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """The step is the weighted mean over all ranks and micro-batches."""
     options = {"model": {"type": boosted_cases.WeightedGpt}, "stop": 4}
     alone = boosted_cases.trained_alone(str(tmp_path / "single"), **options)
@@ -83,7 +83,7 @@ def test_a_compiled_model_trains_the_same(two: Ranks, single: dict[str, Any], tm
 
 @pytest.mark.parametrize("optimizer", ["HybridAdam", "CPUAdam"])
 @pytest.mark.parametrize("plugin", ["zero 1", "torch-ddp"])
-def test_colossalais_adam_computes_what_torchs_does(
+def test_colossalai_adam_matches_torch(
     two: Ranks, single: dict[str, Any], tmp_path: Path, plugin: str, optimizer: str
 ) -> None:
     """ColossalAI's optimizers whose kernels are replaced on the CPU match AdamW."""
@@ -93,7 +93,7 @@ def test_colossalais_adam_computes_what_torchs_does(
         assert seen["norms"] == pytest.approx(single["norms"], abs=1e-5)
 
 
-def test_lamb_trains_under_zero_as_its_distributed_form(two: Ranks, tmp_path: Path) -> None:
+def test_lamb_under_zero_matches_ddp(two: Ranks, tmp_path: Path) -> None:
     """With ZeRO, ColossalAI replaces Lamb with its distributed version, and losses equal those with DDP."""
     optim = {**OPTIM, "optimizer": {"type": "Lamb", "lr": 0.01, "weight_decay": 0.1, "bias_correction": True}}
     spread = two.run(boosted_runs.trained, "zero 1", str(tmp_path / "zero"), optim=optim)
@@ -102,13 +102,13 @@ def test_lamb_trains_under_zero_as_its_distributed_form(two: Ranks, tmp_path: Pa
 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid tp 2", "hybrid zero 1 bf16"])
-def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_a_nonfinite_update_is_skipped_on_all_ranks(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """A NaN loss on one rank changes no weights on any rank and counts as an attempted step."""
     for seen in two.run(boosted_cases.with_one_nan, plugin, str(tmp_path)):
         assert seen == {"attempts": 2, "updates": 1, "kept": True, "finite": True}
 
 
-def test_float16_skips_what_overflows_and_lowers_its_scale(two: Ranks, tmp_path: Path) -> None:
+def test_float16_overflows_skip_the_step_and_lower_the_scale(two: Ranks, tmp_path: Path) -> None:
     """An overflow counts only as an attempted step, schedules wait, and the scale is lowered until a step succeeds."""
     for seen in two.run(boosted_cases.overflowing, str(tmp_path)):
         assert seen["attempts"] == 6
@@ -118,7 +118,7 @@ def test_float16_skips_what_overflows_and_lowers_its_scale(two: Ranks, tmp_path:
         assert seen["moved"] == seen["updates"]
 
 
-def test_the_learning_rate_is_scaled_by_the_real_batch(two: Ranks, tmp_path: Path) -> None:
+def test_the_learning_rate_is_scaled_with_the_batch_size(two: Ranks, tmp_path: Path) -> None:
     """auto_scale_lr uses ranks x samples x accumulated micro-batches divided by the base batch size."""
     scaling = {"enable": True, "base_batch_size": 8}
     # 2 ranks x 4 samples x 2 micro-batches = 16, which doubles the rate; the warmup starts at a tenth.
@@ -134,7 +134,7 @@ def test_evaluation_may_differ_in_length_between_ranks(two: Ranks, tmp_path: Pat
 
 @pytest.mark.parametrize("way", ["two forwards", "in turn", "one forward"])
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "hybrid"])
-def test_several_backward_passes_count_as_their_sum(two: Ranks, tmp_path: Path, plugin: str, way: str) -> None:
+def test_gradients_of_several_backward_passes_are_added(two: Ranks, tmp_path: Path, plugin: str, way: str) -> None:
     """The gradients of all backward passes before a step are averaged over the ranks."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "clip_grad": {"max_norm": 0.5}}
     found = two.run(backward_passes.trained, _strategy(plugin), str(tmp_path), way, optim)
@@ -142,7 +142,7 @@ def test_several_backward_passes_count_as_their_sum(two: Ranks, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("plugin", ["torch-ddp", "hybrid"])
-def test_gradients_held_back_in_a_window_are_averaged_before_an_update(two: Ranks, tmp_path: Path, plugin: str) -> None:
+def test_unsynchronized_gradients_are_averaged_before_an_update(two: Ranks, tmp_path: Path, plugin: str) -> None:
     """A train_step may call loss.backward() and step at any time, since DistributedDataParallel has the gradients."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 4}
     found = two.run(backward_passes.trained, _strategy(plugin), str(tmp_path), "own window", optim)
@@ -150,7 +150,7 @@ def test_gradients_held_back_in_a_window_are_averaged_before_an_update(two: Rank
 
 
 @pytest.mark.parametrize(("way", "window"), [("by hand", 1), ("own window", 2), ("two forwards", 3)])
-def test_zero_refuses_an_update_without_reduced_gradients(two: Ranks, tmp_path: Path, way: str, window: int) -> None:
+def test_zero_rejects_an_update_without_reduced_gradients(two: Ranks, tmp_path: Path, way: str, window: int) -> None:
     """With ZeRO, only the wrapper's backward reduces gradients, in the last pass of a window."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
     arguments = (_strategy("zero 1"), str(tmp_path), way, optim)
@@ -161,7 +161,7 @@ def test_zero_refuses_an_update_without_reduced_gradients(two: Ranks, tmp_path: 
 
 @pytest.mark.parametrize(("way", "window"), [("a head each", 1), ("a head each", 2), ("a head each, one NaN", 1)])
 @pytest.mark.parametrize("plugin", ["torch-ddp", "zero 1", "zero 2", "zero 1 offloaded"])
-def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
+def test_unused_parameters_do_not_keep_earlier_gradients(
     two: Ranks, tmp_path: Path, plugin: str, way: str, window: int
 ) -> None:
     """Heads that train alternately take the same steps as in one process, also after a skipped step."""

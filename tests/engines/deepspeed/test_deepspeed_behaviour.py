@@ -60,7 +60,7 @@ class Recomputed(Gpt):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, folder: Path, name: str) -> None:
+def test_a_shorter_last_window_is_averaged_over_its_length(two: Ranks, folder: Path, name: str) -> None:
     """Of eleven micro-batches in windows of four, the third window has three, as in one process."""
     changes = {"optim": {**OPTIM, "accumulative_counts": 4}, "max_iters": 11, "stop": 11}
     expected = go(placed("single"), folder / "a", save=folder / "one", **changes)
@@ -74,7 +74,7 @@ def test_the_last_shorter_window_is_divided_by_its_own_length(two: Ranks, folder
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_weights_of_micro_batches_count_over_all_ranks(two: Ranks, folder: Path, name: str) -> None:
+def test_micro_batches_are_averaged_by_weight(two: Ranks, folder: Path, name: str) -> None:
     """A step is the weighted mean over all ranks, also with gradient clipping."""
     expected = two.run(go, placed("DDP"), folder / "a", model={"type": Weighed})[0]
     seen = two.run(go, placed(name), folder / "b", model={"type": Weighed})[0]
@@ -83,7 +83,7 @@ def test_weights_of_micro_batches_count_over_all_ranks(two: Ranks, folder: Path,
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2 offload", "ZeRO-3"])
-def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, folder: Path, name: str) -> None:
+def test_a_nonfinite_update_is_skipped_on_all_ranks(two: Ranks, folder: Path, name: str) -> None:
     """If one rank's loss is NaN, no rank takes the step, schedules wait, and later steps equal those of one process."""
     changes = {"optim": {**OPTIM, "nonfinite": "skip"}, "model": {"type": Poisoned}}
     expected = go(placed("single"), folder / "a", **changes)
@@ -96,11 +96,11 @@ def test_an_update_that_is_not_finite_is_skipped_on_all_ranks(two: Ranks, folder
     assert [one for one, _ in finite] == pytest.approx([other for _, other in finite], rel=2e-5)
 
 
-def test_an_update_that_is_not_finite_stops_the_run_where_wanted(two: Ranks, folder: Path) -> None:
+def test_a_nonfinite_update_stops_the_run_with_nonfinite_error(two: Ranks, folder: Path) -> None:
     """nonfinite="error" raises on every rank before the weights are corrupted."""
     changes = {"optim": {**OPTIM, "nonfinite": "error"}, "model": {"type": Poisoned}}
-    told = two.run(_error, placed("ZeRO-2"), folder, **changes)
-    assert all("norm of the gradients is nan" in said for said in told)
+    messages = two.run(_error, placed("ZeRO-2"), folder, **changes)
+    assert all("norm of the gradients is nan" in message for message in messages)
 
 
 def _error(*args: Any, **kwargs: Any) -> str:
@@ -134,12 +134,12 @@ def _refusal_of_float16(folder: Path) -> str:
     return str(raised.value)
 
 
-def test_float16_on_a_device_without_it_is_refused_with_what_to_use(two: Ranks, folder: Path) -> None:
+def test_float16_on_an_unsupported_device_is_rejected(two: Ranks, folder: Path) -> None:
     """DeepSpeed needs CPU instructions for float16; the error suggests bf16."""
     assert "Set bf16=True" in two.run(_refusal_of_float16, folder)[0]
 
 
-def test_an_overflow_counts_as_an_attempt_alone(two: Ranks, single: dict[str, Any], folder: Path) -> None:
+def test_an_overflow_only_counts_as_an_attempted_step(two: Ranks, single: dict[str, Any], folder: Path) -> None:
     """float16 starts with too large a loss scale, so steps are skipped and schedules do not advance."""
     strategy = placed("ZeRO-2", fp16={"enabled": True, "initial_scale_power": 20, "hysteresis": 1})
     seen = two.run(go, strategy, folder)[0]
@@ -149,7 +149,7 @@ def test_an_overflow_counts_as_an_attempt_alone(two: Ranks, single: dict[str, An
     assert seen["rates"][-1] == single["rates"][2 * (seen["updates"] - 1)]
 
 
-def test_masters_begin_with_the_models_own_weights(two: Ranks, single: dict[str, Any], folder: Path) -> None:
+def test_master_weights_start_from_the_unrounded_weights(two: Ranks, single: dict[str, Any], folder: Path) -> None:
     """DeepSpeed alone would start with weights rounded to bfloat16."""
     go(placed("single"), folder / "a", stop=0, save=folder / "one")
     for name in ("ZeRO-0", "ZeRO-2", "ZeRO-3"):
@@ -159,16 +159,14 @@ def test_masters_begin_with_the_models_own_weights(two: Ranks, single: dict[str,
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
-def test_a_compiled_forward_trains_alike(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
+def test_a_compiled_model_trains_the_same(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
     """compile=True compiles the model's forward for every ZeRO stage."""
     seen = two.run_within(240.0, go, placed(name), folder, compile={"backend": "aot_eager"}, stop=4)[0]
     assert seen["losses"] == pytest.approx(single["losses"][:4], rel=2e-5)
 
 
 @pytest.mark.parametrize("name", ["ZeRO-1", "ZeRO-3"])
-def test_activations_are_computed_anew_where_the_model_asks(
-    two: Ranks, single: dict[str, Any], folder: Path, name: str
-) -> None:
+def test_activation_checkpointing_is_configured(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
     """The option activation_checkpointing configures deepspeed.checkpointing, and the losses are the same."""
     strategy = placed(name, activation_checkpointing={"partition_activations": True, "cpu_checkpointing": True})
     seen = two.run(go, strategy, folder, model={"type": Recomputed})[0]
@@ -178,7 +176,7 @@ def test_activations_are_computed_anew_where_the_model_asks(
 
 @pytest.mark.parametrize(("way", "window"), [("a head each", 1), ("a head each", 2), ("a head each, one NaN", 1)])
 @pytest.mark.parametrize("name", FP32)
-def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
+def test_unused_parameters_do_not_keep_earlier_gradients(
     two: Ranks, folder: Path, name: str, way: str, window: int
 ) -> None:
     """Heads that train alternately take the same steps as in one process, also after a skipped step."""
@@ -189,16 +187,14 @@ def test_a_part_that_a_step_does_not_use_gets_no_gradient_of_an_earlier_one(
 
 
 @pytest.mark.parametrize("name", ["ZeRO-2 offload", "ZeRO-3 offload"])
-def test_gradients_of_every_micro_batch_are_clipped_where_they_are_offloaded(
-    two: Ranks, folder: Path, name: str
-) -> None:
+def test_offloaded_gradients_of_all_micro_batches_are_clipped(two: Ranks, folder: Path, name: str) -> None:
     """The norm includes parameters that only the first micro-batch of a window used."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": 2, "clip_grad": {"max_norm": 0.1}}
     found = two.run(backward_passes.trained, placed(name), str(folder), "a head each", optim)
     require_equal(found, by_plain_torch("a head each", window=2, max_norm=0.1))
 
 
-def test_unused_parts_keep_their_masters_in_bfloat16(two: Ranks, folder: Path) -> None:
+def test_unused_parameters_keep_their_master_weights_in_bfloat16(two: Ranks, folder: Path) -> None:
     """ZeRO 3 in bfloat16 takes the same steps as float32, up to the rounding of gradients."""
     optim = {"optimizer": OPTIMIZERS["SGD"]}
     found = two.run(backward_passes.trained, placed("ZeRO-3", bf16=True), str(folder), "a head each", optim)
@@ -210,7 +206,7 @@ def test_unused_parts_keep_their_masters_in_bfloat16(two: Ranks, folder: Path) -
     [("ZeRO-0", "two forwards"), ("ZeRO-0", "in turn"), ("ZeRO-0", "one forward"), ("ZeRO-3", "in turn"),
      ("ZeRO-3 offload", "in turn")],
 )  # fmt: skip
-def test_several_backward_passes_count_as_their_sum(two: Ranks, folder: Path, name: str, way: str) -> None:
+def test_gradients_of_several_backward_passes_are_added(two: Ranks, folder: Path, name: str, way: str) -> None:
     """The gradients of all backward passes before a step add up where DeepSpeed supports it."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "clip_grad": {"max_norm": 0.5}}
     require_equal(
@@ -219,7 +215,7 @@ def test_several_backward_passes_count_as_their_sum(two: Ranks, folder: Path, na
 
 
 @pytest.mark.parametrize(
-    ("name", "way", "window", "said"),
+    ("name", "way", "window", "message"),
     [
         ("ZeRO-1", "two forwards", 1, "keeps only the gradients of the last one. Add the losses"),
         ("ZeRO-2", "in turn", 1, "keeps only the gradients of the last one. Add the losses"),
@@ -233,13 +229,13 @@ def test_several_backward_passes_count_as_their_sum(two: Ranks, folder: Path, na
         ("ZeRO-2", "two forwards", 3, r"after 2 of 3 backward passes of an accumulation window"),
     ],
 )
-def test_backward_passes_that_would_be_lost_are_refused(
-    two: Ranks, folder: Path, name: str, way: str, window: int, said: str
+def test_unsupported_backward_passes_are_rejected(
+    two: Ranks, folder: Path, name: str, way: str, window: int, message: str
 ) -> None:
     """A step never uses only the last loss; the error says how to write the training step."""
     optim = {"optimizer": OPTIMIZERS["SGD"], "accumulative_counts": window}
-    for told in two.run(_refusal, placed(name), str(folder), way, optim):
-        assert re.search(said, told), told
+    for error in two.run(_refusal, placed(name), str(folder), way, optim):
+        assert re.search(message, error), error
 
 
 def _refusal(*args: Any) -> str:

@@ -49,7 +49,7 @@ def run(two: Ranks, four: Ranks) -> Run:
 
 
 @pytest.mark.parametrize(("source", "target"), MOVES)
-def test_a_run_goes_on_elsewhere_as_if_it_had_stayed(
+def test_checkpoints_can_be_resumed_by_other_strategies(
     run: Run, single: dict[str, Any], folder: Path, source: str, target: str
 ) -> None:
     """Parameters and optimizer states are bit-identical, and the losses are those of the uninterrupted run."""
@@ -60,21 +60,23 @@ def test_a_run_goes_on_elsewhere_as_if_it_had_stayed(
     assert before["rates"] + after["rates"] == single["rates"]
 
 
-def test_a_checkpoint_in_one_file_is_the_same(run: Run, single: dict[str, Any], folder: Path) -> None:
+def test_a_single_file_contains_the_same_state(run: Run, single: dict[str, Any], folder: Path) -> None:
     """A name with the suffix .pth saves one file with unsharded tensors."""
     run("ZeRO-3 x2", folder / "a", stop=6, save=folder / "saved.pth")
     after = run("single", folder / "b", start=6, resume=folder / "saved.pth")
     assert after["losses"] == pytest.approx(single["losses"][6:], rel=5e-5)
 
 
-def test_a_checkpoint_before_the_first_update_goes_on(run: Run, single: dict[str, Any], folder: Path) -> None:
+def test_a_checkpoint_from_before_the_first_update_can_be_resumed(
+    run: Run, single: dict[str, Any], folder: Path
+) -> None:
     """Before the first step there are no optimizer states, and none are required."""
     run("ZeRO-2 x2", folder / "a", stop=0, save=folder / "saved")
     after = run("ZeRO-3 x2", folder / "b", resume=folder / "saved")
     assert after["losses"] == pytest.approx(single["losses"], rel=5e-5)
 
 
-def test_weights_alone_are_loaded(run: Run, single: dict[str, Any], folder: Path) -> None:
+def test_load_from_loads_only_weights(run: Run, single: dict[str, Any], folder: Path) -> None:
     """load_from starts a new run with the weights of another one."""
     expected = run("single", folder / "a", load=single["at"])
     seen = run("ZeRO-3 x2", folder / "b", load=single["at"])

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.deepspeed
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_parity_finds_deepspeed_equal_to_one_process(stage: int) -> None:
+def test_parity_reports_deepspeed_as_equal_to_one_process(stage: int) -> None:
     """Results are equal up to the order of sums, and a resumed run is bit-identical."""
     section = f"{{'type': 'DeepSpeedStrategy', 'zero_optimization': {{'stage': {stage}}}}}"
     found = verdicts("deepspeed", "--set", f"strategy={section}")

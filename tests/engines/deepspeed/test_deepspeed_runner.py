@@ -113,7 +113,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
-def test_a_run_is_that_of_one_process(two: Ranks, alone: dict[str, Any], folder: Path, name: str) -> None:
+def test_a_run_matches_a_single_process(two: Ranks, alone: dict[str, Any], folder: Path, name: str) -> None:
     """Losses, norms, and the metrics of each evaluation equal those of one process."""
     seen = two.run(run, placed(name), folder)[0]
     assert seen["losses"] == pytest.approx(alone["losses"], rel=1e-4)
@@ -122,7 +122,7 @@ def test_a_run_is_that_of_one_process(two: Ranks, alone: dict[str, Any], folder:
 
 
 @pytest.mark.parametrize(("form", "name"), [("portable", "epoch_{}"), ("deepspeed", "epoch_{}"), ("deepspeed", "e={}")])
-def test_a_run_goes_on_from_its_latest_checkpoint(
+def test_a_run_resumes_from_its_latest_checkpoint(
     two: Ranks, four: Ranks, alone: dict[str, Any], folder: Path, form: str, name: str
 ) -> None:
     """resume=True finds the checkpoint in either format and with any name, and continues on other ranks and stages."""
@@ -153,13 +153,13 @@ def test_a_run_goes_on_from_its_latest_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
-def test_a_loss_that_is_not_finite_stops_the_run(two: Ranks, folder: Path, name: str) -> None:
+def test_a_nonfinite_loss_stops_the_run(two: Ranks, folder: Path, name: str) -> None:
     """Every rank stops before the step with an error that names the iteration and the samples."""
-    for said in two.run(refusal, placed(name), folder, poison=9):
-        assert re.match(r"TrainingError: Iteration 3 .* gave loss=nan .* 9, .* The update was not made", said)
+    for message in two.run(refusal, placed(name), folder, poison=9):
+        assert re.match(r"TrainingError: Iteration 3 .* gave loss=nan .* 9, .* The update was not made", message)
 
 
-def test_an_average_goes_on_where_the_weights_are_in_the_model(two: Ranks, folder: Path) -> None:
+def test_averaged_weights_match_a_single_process(two: Ranks, folder: Path) -> None:
     """The averaged weights with ZeRO 2 equal those of one process."""
     changes = {"custom_hooks": [{"type": "EMAHook", "momentum": 0.3}]}
     expected = run(placed("single"), folder / "a", size=1, **changes)
@@ -168,10 +168,12 @@ def test_an_average_goes_on_where_the_weights_are_in_the_model(two: Ranks, folde
 
 
 @pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
-def test_an_average_is_refused_where_they_are_not(two: Ranks, folder: Path, options: dict[str, Any]) -> None:
+def test_averaging_is_rejected_without_master_weights_in_the_model(
+    two: Ranks, folder: Path, options: dict[str, Any]
+) -> None:
     """ZeRO 3 keeps no weights in the model and 16-bit weights are rounded; the error says what to use."""
-    told = two.run(refusal, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}])
-    assert all("EMAHook averages the weights that lie in the model" in said for said in told)
+    messages = two.run(refusal, {"type": "DeepSpeedStrategy", **options}, folder, custom_hooks=[{"type": "EMAHook"}])
+    assert all("EMAHook averages the weights that lie in the model" in message for message in messages)
 
 
 @pytest.mark.parametrize("options", [{"zero_optimization": {"stage": 3}}, {"bf16": True}])
@@ -183,7 +185,7 @@ def test_a_model_is_evaluated_without_an_optimizer(two: Ranks, folder: Path, opt
     assert seen["accuracy"] == pytest.approx(trained["accuracy"][-1])
 
 
-def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
+def test_learning_rates_are_scaled_with_the_batch_size(two: Ranks, folder: Path) -> None:
     """auto_scale_lr counts ranks and samples, as with every strategy."""
     changes = {"auto_scale_lr": {"enable": True, "base_batch_size": 32}}
     expected = run(placed("single"), folder / "a", size=1, **changes)
@@ -192,7 +194,7 @@ def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "changes", "said"),
+    ("strategy", "changes", "message"),
     [
         ({"gradient_clipping": 2.0}, {}, r"gradient_clipping=2.0, but .*'max_norm': 1.0"),
         ({"gradient_accumulation_steps": 4}, {"counts": 2}, r"accumulation_steps=4, but .* accumulative_counts=2"),
@@ -202,8 +204,8 @@ def test_learning_rates_follow_the_batch(two: Ranks, folder: Path) -> None:
         ({}, {"wrapper": "AmpOptimWrapper"}, r"DeepSpeedStrategy\(bf16"),
     ],
 )
-def test_what_contradicts_the_run_is_refused(
-    two: Ranks, folder: Path, strategy: dict[str, Any], changes: dict[str, Any], said: str
+def test_contradicting_options_are_rejected(
+    two: Ranks, folder: Path, strategy: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     """An option that is given twice with different values is an error that names both."""
     own = {"config": strategy} if "train_batch_size" in strategy else strategy
@@ -213,11 +215,11 @@ def test_what_contradicts_the_run_is_refused(
         "clip_grad": {"max_norm": 1.0},
         "accumulative_counts": changes.get("counts", 1),
     }
-    told = two.run(refusal, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
-    assert all(re.search(said, each) for each in told), told
+    messages = two.run(refusal, {"type": "DeepSpeedStrategy", **own}, folder, optim_wrapper=optim)
+    assert all(re.search(message, each) for each in messages), messages
 
 
-def test_accumulation_and_clipping_of_a_deepspeed_file_are_honoured(two: Ranks, folder: Path) -> None:
+def test_accumulation_and_clipping_in_a_deepspeed_file_are_used(two: Ranks, folder: Path) -> None:
     """The options can be given in the file alone; the last window of an epoch is shorter, as in one process."""
     optim = {"optimizer": {"type": "AdamW", "lr": 0.05}}
     wrapper = {**optim, "clip_grad": {"max_norm": 0.25}, "accumulative_counts": 3}
@@ -232,7 +234,7 @@ def test_accumulation_and_clipping_of_a_deepspeed_file_are_honoured(two: Ranks, 
     assert seen["norms"] == pytest.approx(expected["norms"], rel=1e-3)
 
 
-def test_deepspeeds_optimizer_section_trains(two: Ranks, alone: dict[str, Any], folder: Path) -> None:
+def test_the_optimizer_section_of_deepspeed_is_used(two: Ranks, alone: dict[str, Any], folder: Path) -> None:
     """If optim_wrapper has no optimizer, the one of the DeepSpeed configuration is used."""
     config = {"optimizer": {"type": "AdamW", "params": {"lr": 0.05}}, "zero_optimization": {"stage": 2}}
     seen = two.run(

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.deepspeed
 
 
 @pytest.mark.parametrize("name", FP32)
-def test_every_stage_of_zero_trains_as_one_process(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
+def test_every_zero_stage_matches_a_single_process(two: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
     """Losses, gradient norms, and learning rates equal those of one process up to float32 rounding."""
     seen = two.run(go, placed(name), folder)[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)
@@ -24,7 +24,7 @@ def test_every_stage_of_zero_trains_as_one_process(two: Ranks, single: dict[str,
 
 
 @pytest.mark.parametrize("name", ["ZeRO-1", "ZeRO-3"])
-def test_four_ranks_train_as_one_process(four: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
+def test_four_ranks_match_a_single_process(four: Ranks, single: dict[str, Any], folder: Path, name: str) -> None:
     """Results do not depend on the number of ranks."""
     seen = four.run(go, placed(name), folder)[0]
     assert seen["losses"] == pytest.approx(single["losses"], rel=2e-5)

@@ -21,10 +21,9 @@ from torch.utils._pytree import tree_map
 
 from stratagem.checkpoint import parameter_names
 from stratagem.distributed import World
-from stratagem.engines.colossalai.clipping import max_norm_of
 from stratagem.engines.colossalai.cpu_backend import train_on_cpu
 from stratagem.engines.colossalai.optimizers import WHOLE_PARAMETERS
-from stratagem.engines.colossalai.options import PluginSpec
+from stratagem.engines.colossalai.options import PluginSpec, max_norm_of
 from stratagem.engines.colossalai.plugins import PluginTraits, build_plugin, plugin_traits
 from stratagem.engines.colossalai.shard_layout import ParamShard, param_shards
 from stratagem.engines.colossalai.wrapper import BoosterOptimWrapper

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Final
 
@@ -14,7 +15,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stratagem.distributed import World
-from stratagem.engines.deepspeed.scalar_params import scalars_as_vectors, skip_broadcast
 from stratagem.errors import ConfigValueError, PlacementError
 from stratagem.utils import import_module
 
@@ -30,6 +30,8 @@ _CHECKPOINTING: Final = {
     "profile": "profile",
 }
 _LOGGER: Final = "DeepSpeed"
+# DeepSpeed does not broadcast parameters with this attribute, which marks those that differ between ranks.
+_EXCLUDE_FROM_BROADCAST: Final = "ds_optim_param"
 
 
 def load_deepspeed(world: World) -> ModuleType:
@@ -87,12 +89,41 @@ def make_engine(
     """
     options = {"log_level": "warning", **config}
     try:
-        with scalars_as_vectors(model) if shards_parameters else skip_broadcast(model):
+        with _scalars_as_vectors(model) if shards_parameters else _skip_broadcast(model):
             engine = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)[0]
     except (AssertionError, ValueError) as error:
         raise ConfigValueError(f"DeepSpeed rejects its configuration: {error}") from error
     _refuse_direct_backward(engine)
     return engine
+
+
+@contextmanager
+def _skip_broadcast(model: nn.Module) -> Iterator[None]:
+    """While the engine is created, prevent it from broadcasting the weights of rank 0 again."""
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        setattr(parameter, _EXCLUDE_FROM_BROADCAST, True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            delattr(parameter, _EXCLUDE_FROM_BROADCAST)
+
+
+@contextmanager
+def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
+    """Give scalar parameters the shape ``(1,)`` while stage 3 shards parameters, since DeepSpeed 0.19 cannot shard scalars.
+
+    Afterwards they are gathered as scalars.
+    """
+    scalars: list[Any] = [parameter for parameter in model.parameters() if parameter.ndim == 0]
+    for scalar in scalars:
+        scalar.data = scalar.data.view(1)
+    yield
+    for scalar in scalars:
+        scalar.ds_shape = torch.Size()
+        if scalar.numel():
+            scalar.data = scalar.data.view(())
 
 
 def _refuse_direct_backward(engine: Any) -> None:

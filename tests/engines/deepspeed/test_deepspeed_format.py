@@ -17,7 +17,7 @@ NATIVE = {"checkpoint_format": "deepspeed"}
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 kept", "ZeRO-2 offload"])
-def test_a_folder_of_deepspeed_converts_into_the_portable_form(two: Ranks, folder: Path, name: str) -> None:
+def test_the_deepspeed_format_can_be_converted(two: Ranks, folder: Path, name: str) -> None:
     """The result has the same parameters and optimizer states, bit for bit, as the portable format of that state."""
     two.run(go, placed(name), folder / "a", stop=6, save=folder / "portable")
     two.run(
@@ -28,7 +28,7 @@ def test_a_folder_of_deepspeed_converts_into_the_portable_form(two: Ranks, folde
 
 
 @pytest.mark.parametrize("name", ["ZeRO-0", "ZeRO-2", "ZeRO-3"])
-def test_a_folder_of_deepspeed_is_resumed_on_other_ranks(
+def test_the_deepspeed_format_can_be_resumed_on_other_ranks(
     two: Ranks, four: Ranks, single: dict[str, Any], folder: Path, name: str
 ) -> None:
     """DeepSpeed itself refuses another number of ranks, but here the run resumes, also with other strategies."""
@@ -40,7 +40,9 @@ def test_a_folder_of_deepspeed_is_resumed_on_other_ranks(
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ZeRO-0", "bf16"), ("ZeRO-2", "bf16"), ("ZeRO-3", "fp16")])
-def test_masters_and_the_loss_scale_are_in_it(two: Ranks, folder: Path, name: str, kind: str) -> None:
+def test_the_deepspeed_format_contains_master_weights_and_loss_scale(
+    two: Ranks, folder: Path, name: str, kind: str
+) -> None:
     """A 16-bit model resumes from its float32 master weights, as it does from the portable format."""
     half = placed(name, **{kind: True})
     two.run(go, half, folder / "a", stop=6, save=folder / "portable")
