@@ -65,7 +65,7 @@ def test_two_ranks_train_stop_and_resume(shell: Shell, config: str, tmp_path: Pa
     assert output.splitlines()[-1].endswith("--resume")
     status, output = shell.run("train", config, *ranks, "--resume")
     assert status == 0, output
-    assert f"Going on after epoch {done // 3}, iteration {done}" in output
+    assert f"Resumed after epoch {done // 3}, iteration {done}" in output
     assert "Trained 120 epochs (360 iterations)" in output
 
 

@@ -84,7 +84,7 @@ def test_resume_accepts_a_path(stratagem: Command, config: str, tmp_path: Path):
     """--resume accepts the path of a checkpoint from any run."""
     stratagem("train", config, "--work-dir", "first", "--set", "train_cfg.max_epochs=1")
     done = stratagem("train", config, "--work-dir", "second", "--resume", "first/epoch_1")
-    assert "Going on after epoch 1, iteration 5" in done.out + done.err
+    assert "Resumed after epoch 1, iteration 5" in done.out + done.err
     assert sorted(path.name for path in (tmp_path / "second").glob("epoch_*")) == ["epoch_2"]
 
 

@@ -57,7 +57,7 @@ def test_a_killed_rank_is_reported(shell: Shell, config: str, tmp_path: Path):
     status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("SIGKILL", rank=0))
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 128 + signal.SIGKILL, output
-    assert "(rank 1): error: Stopped after 6 iterations, because rank 0 is gone: process " in output
+    assert "(rank 1): error: Stopped after 6 iterations, because rank 0 exited: process " in output
     assert output.splitlines()[-1] == "stratagem: rank 0 of 2 was ended by SIGKILL."
     assert shell.leftovers() == []
 
@@ -93,8 +93,8 @@ def test_restarted_ranks_give_the_same_results(shell: Shell, config: str, tmp_pa
     for name, process in (("ours", ours), ("torchs", torchs)):
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
-        assert "goes on from its last checkpoint" in output
-        assert "Going on after epoch 2, iteration 6" in output
+        assert "resuming from its last checkpoint" in output
+        assert "Resumed after epoch 2, iteration 6" in output
         assert all(torch.equal(value, whole[key]) for key, value in weights(tmp_path / name / "epoch_12").items())
     assert shell.leftovers() == []
 
@@ -114,4 +114,4 @@ def test_a_slurm_signal_saves_and_requeues(shell: Shell, config: str, tmp_path: 
     assert shell.leftovers() == []
     status, output = shell.run(*words, **job, SLURM_RESTART_COUNT="1")
     assert status == 0, output
-    assert f"Going on after epoch {done // 3}, iteration {done}" in output
+    assert f"Resumed after epoch {done // 3}, iteration {done}" in output

@@ -309,7 +309,7 @@ def test_a_strategy_without_background_saving_is_refused(make_runner: MakeRunner
     """A strategy that cannot save in the background is refused, and the message names the missing argument."""
     runner = make_runner(default_hooks={**QUIET_HOOKS, "checkpoint": {"async_save": True}})
     monkeypatch.setattr(type(runner.strategy), "save_checkpoint", lambda self, filename, **kwargs: None)
-    with pytest.raises(ConfigValueError, match="takes no `write`"):
+    with pytest.raises(ConfigValueError, match="has no argument `write`"):
         runner.train()
 
 

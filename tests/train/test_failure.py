@@ -20,7 +20,7 @@ from stratagem.train.run.rank_guard import RankGuard, describe_batch
         ([torch.zeros(4), torch.zeros(4, dtype=torch.int64)], "[float32[4], int64[4]]"),
         (OrderedDict(inputs=torch.zeros(1), names=["a", "b"]), "{inputs: float32[1], names: [str, str]}"),
         (list(range(10)), f"[{'int, ' * 8}and 2 more]"),
-        (None, "none was drawn"),
+        (None, "no batch was loaded"),
     ],
 )
 def test_a_batch_is_described_without_its_values(batch: Any, told: str):
@@ -32,8 +32,8 @@ def test_a_batch_is_described_without_its_values(batch: Any, told: str):
     ("kind", "told"),
     [
         ("raised", "Stopped after 5 iterations, because rank 3 failed: ValueError: first"),
-        ("died", "Stopped after 5 iterations, because rank 3 is gone: ValueError: first"),
-        ("silent", "Stopped after 5 iterations, because rank 3 waited in vain: ValueError: first"),
+        ("died", "Stopped after 5 iterations, because rank 3 exited: ValueError: first"),
+        ("silent", "Stopped after 5 iterations, because rank 3 timed out: ValueError: first"),
     ],
 )
 def test_the_other_ranks_report_in_one_line_why_they_stop(kind: str, told: str, tmp_path: Path):

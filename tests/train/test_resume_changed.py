@@ -94,7 +94,7 @@ def test_the_log_lists_the_changes_in_the_configuration(make_runner: MakeRunner)
     _, log = train(
         make_runner, train_cfg={"max_epochs": 2}, resume=True, cfg={**cfg, "optim": {"lr": 0.2}, "resume": True}
     )
-    assert "not that of the checkpoint:\n  optim.lr: 0.1 -> 0.2\n" in log
+    assert "differs from that in the checkpoint:\n  optim.lr: 0.1 -> 0.2\n" in log
 
 
 def test_an_equal_configuration_is_not_logged(make_runner: MakeRunner):
@@ -102,7 +102,7 @@ def test_an_equal_configuration_is_not_logged(make_runner: MakeRunner):
     cfg = {"optim": {"lr": 0.1}}
     train(make_runner, train_cfg={"max_epochs": 1}, cfg=cfg)
     _, log = train(make_runner, train_cfg={"max_epochs": 2}, resume=True, cfg=cfg)
-    assert "not that of the checkpoint" not in log
+    assert "differs from that in the checkpoint" not in log
     assert "this configuration" not in log
 
 

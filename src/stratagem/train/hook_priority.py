@@ -1,4 +1,4 @@
-"""The order of hooks: lower numbers are called earlier."""
+"""Priorities of hooks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Priority", "get_priority"]
 
 @final
 class Priority(IntEnum):
-    """The names of the usual places."""
+    """Named priorities; hooks with a lower value are called first."""
 
     HIGHEST = 0
     VERY_HIGH = 10
@@ -27,20 +27,22 @@ class Priority(IntEnum):
 
 
 def get_priority(priority: int | str | Priority) -> int:
-    """Return a priority as a number from 0 to 100; names may be in any case.
+    """Return a priority as an integer from 0 to 100. Names are case-insensitive.
 
     Raises:
         ConfigValueError: if the number is out of range or the name is unknown.
         ConfigTypeError: if it is neither.
     """
     if isinstance(priority, bool) or not isinstance(priority, int | str):
-        raise ConfigTypeError(f"A hook's priority is a number from 0 to 100 or a name, not {priority!r}.")
+        raise ConfigTypeError(
+            f"Expected the priority of a hook to be an integer from 0 to 100 or a name, got {priority!r}."
+        )
     if isinstance(priority, int):
         if not 0 <= priority <= 100:
-            raise ConfigValueError(f"A hook's priority is from 0 to 100, not {int(priority)}.")
+            raise ConfigValueError(f"Expected the priority of a hook to be from 0 to 100, got {int(priority)}.")
         return int(priority)
     try:
         return int(Priority[priority.upper()])
     except KeyError:
         names = [name.name for name in Priority]
-        raise ConfigValueError(f"There is no priority {priority!r}. {did_you_mean(priority, names)}") from None
+        raise ConfigValueError(f"Unknown priority {priority!r}. {did_you_mean(priority, names)}") from None

@@ -1,1 +1,1 @@
-"""Where a run starts from: a checkpoint, a relaunch, a rollback, a requeued job."""
+"""Resuming a run: from a checkpoint, after a relaunch, a rollback or a preemption."""

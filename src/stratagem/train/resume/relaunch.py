@@ -1,4 +1,4 @@
-"""A run that its launcher starts again goes on with its own checkpoints, whatever its configuration says of resuming."""
+"""Detect that the launcher restarted a run, which then resumes from its last checkpoint regardless of its configuration."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ __all__ = ["LaunchIdentity", "find_restart_checkpoint"]
 
 # What tells a process from all others: its id, its PID namespace and its start time.
 Identity = tuple[int, str, str]
-# Beside the checkpoints; the dot keeps it from what people list.
+# In the folder of the checkpoints.
 _RECORD = ".launch.json"
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchIdentity:
-    """What started the processes of a run, as far as it may start them again.
+    """Identifies the launch of a run, to detect restarts by torchrun or SLURM.
 
-    ``agents`` are torchrun's processes, which outlive the ranks that they start; ``job`` is SLURM's number, which a job
-    keeps when it is put back into the queue, and ``restarts`` how often that was. ``process`` is this one.
+    Attributes:
+        process: this process.
+        run_id: the run ID of torchrun; None without torchrun.
+        agents: the processes of torchrun, which outlive the ranks that they start.
+        job: the SLURM job ID, which a requeued job keeps; None without SLURM.
+        restarts: how often SLURM has restarted the job.
     """
 
     process: Identity
@@ -45,7 +49,7 @@ class LaunchIdentity:
         *,
         process: ProcessIdentity | None = None,
     ) -> Self:
-        """Read it from the environment; ``parents`` are the processes that started the ranks, ``process`` is this one."""
+        """Return the identity of the current launch from the environment and the ``parents`` of all ranks."""
         run_id = environ.get("TORCHELASTIC_RUN_ID")
         agents = {_identity(parent) for parent in parents} if run_id is not None else set()
         restarts = environ.get("SLURM_RESTART_COUNT", "")
@@ -59,20 +63,20 @@ class LaunchIdentity:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Return what was written down by an earlier start."""
+        """Return the identity that an earlier launch recorded."""
         process, agents = tuple(record["process"]), tuple(tuple(agent) for agent in record["agents"])
         return cls(**{**record, "process": process, "agents": agents})
 
     @property
     def may_restart(self) -> bool:
-        """Whether there is anything that may start these ranks again."""
+        """Whether the launcher can restart these ranks."""
         return self.run_id is not None or self.job is not None
 
     def continues(self, earlier: LaunchIdentity) -> bool:
-        """Tell whether this is the same launch, now or in a later start.
+        """Return whether this is the same launch as ``earlier``, or a restart of it.
 
-        One of torchrun's agents is still there, or SLURM started the same job once more: a second `srun` of a job, or a
-        rendezvous id that was used before, is no restart.
+        That is the case if one of the torchrun agents is the same, or if SLURM has requeued the job since. A second
+        ``srun`` in a job, or a rendezvous ID that is used again, is not a restart.
         """
         same_agent = (
             self.run_id is not None and self.run_id == earlier.run_id and set(self.agents) & set(earlier.agents)
@@ -82,9 +86,9 @@ class LaunchIdentity:
 
 
 def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: logging.Logger) -> Path | None:
-    """Return the newest checkpoint that earlier starts of this launch saved; None if they saved none, or this is the first.
+    """Return the newest checkpoint that was saved since the first start of this launch; None if there is none.
 
-    The first start records which checkpoints there were before it, in the run's folder; those are not its own, whatever
+    The first start records which checkpoints existed before it in the work directory; these are ignored, regardless of
     their time. Called on rank 0.
     """
     if not launch.may_restart:
@@ -96,22 +100,22 @@ def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: loggin
     again = earlier is not None and launch.continues(earlier)
     write_atomic(record, json.dumps({"launch": asdict(launch), "before": before if again else present}))
     if earlier is None or not again or earlier.process == launch.process:
-        # Not started again: a program may well train twice.
+        # Not a restart: a program can train twice in one process.
         return None
     own = [each for path, each in found.items() if before.get(path) != present[path]]
     latest = next((each.path for each in own if not each.fault), None)
     if latest is None:
-        unusable = f" ({len(own)} that it saved cannot be used)" if own else ""
+        unusable = f" ({len(own)} saved since then are damaged)" if own else ""
         logger.warning(
-            "The launcher started this run again before its first checkpoint%s: it begins as it did.", unusable
+            "The launcher restarted this run before its first usable checkpoint%s: starting as configured.", unusable
         )
     else:
-        logger.warning("The launcher started this run again: it goes on from its last checkpoint, %s", latest)
+        logger.warning("The launcher restarted this run: resuming from its last checkpoint, %s", latest)
     return latest
 
 
 def _version(candidate: CheckpointInfo) -> list[int]:
-    """Return what changes if a checkpoint is replaced under its name."""
+    """Return values that change if a checkpoint is replaced by another one of the same name."""
     facts = candidate.path.stat()
     return [facts.st_ino, facts.st_mtime_ns]
 
@@ -125,5 +129,5 @@ def _read(record: Path) -> tuple[LaunchIdentity | None, dict[str, Any]]:
         written = json.loads(record.read_text(encoding="utf-8"))
         return LaunchIdentity.from_record(written["launch"]), dict(written["before"])
     except (OSError, ValueError, TypeError, KeyError):
-        # There is none, or it is of another version: the run begins as its configuration says.
+        # There is no record, or another version wrote it: the run starts as configured.
         return None, {}

@@ -1,4 +1,4 @@
-"""Go back to an earlier checkpoint without leaving the process."""
+"""Roll a run back to an earlier checkpoint within the same process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, final
 
 from stratagem.errors import TrainingError
-from stratagem.strategies import BaseStrategy
 from stratagem.train.run.context import Run
 from stratagem.train.run.progress import Position
 
@@ -16,16 +15,16 @@ __all__ = ["RollBackError", "roll_back"]
 
 @final
 class RollBackError(TrainingError):
-    """Ends a training loop so that the run goes on from an earlier checkpoint, behind the data that spoiled it.
+    """Requests that the run resumes from an earlier checkpoint and skips the data that caused the problem.
 
-    :class:`~stratagem.Runner` serves it; in a loop without one it is the error that its message says.
+    :class:`~stratagem.Runner` handles it; without a runner it is an ordinary error.
 
     Args:
-        message: what spoiled the run.
-        checkpoint: where to go back to.
-        iteration: the last iteration, counted from 1, whose data is passed over.
-        epoch: the epoch in which to go on.
-        batch: how many batches of it to pass over.
+        message: the reason.
+        checkpoint: the checkpoint to resume from.
+        iteration: the last iteration, counted from 1, whose data is skipped.
+        epoch: the epoch to resume in, counted from 0.
+        batch: the number of batches of this epoch to skip.
     """
 
     def __init__(self, message: str, checkpoint: Path, *, iteration: int, epoch: int, batch: int) -> None:
@@ -37,45 +36,45 @@ class RollBackError(TrainingError):
 
 
 def roll_back(run: Run, request: RollBackError) -> None:
-    """Take up the state of an earlier checkpoint, and the data behind what spoiled the run. Collective.
+    """Restore an earlier checkpoint, and continue with the data after the requested position. Collective.
 
-    Iterations, updates and schedules by them go on with the checkpoint's count: batches that are passed over are none.
-    Schedules by epoch follow the data.
+    The iteration and step counts, and the schedules that depend on them, are those of the checkpoint; skipped batches do
+    not count. Schedules by epoch follow the position in the data.
     """
     if run.bar is not None:
         run.bar.stop()
     run.optim_wrapper.discard_accumulation()
     run.optim_wrapper.zero_grad()
 
-    def tell(checkpoint: dict[str, Any]) -> None:
+    def call_hooks(checkpoint: dict[str, Any]) -> None:
         run.events.call("after_load_checkpoint", run, checkpoint=checkpoint)
 
-    rest = run.strategy.resume(request.checkpoint, callback=tell)
-    # What waited there for its update may be of the data that is passed over.
+    rest = run.strategy.resume(request.checkpoint, callback=call_hooks)
+    # The accumulated gradients in the checkpoint may come from data that is skipped.
     run.optim_wrapper.discard_accumulation()
     run.save_counter.restore(Path(request.checkpoint))
     saved = Position.from_meta(rest.get("meta") or {})
     run.load_hooks(rest)
     run.progress.move_to(replace(saved, epoch=request.epoch, batch=request.batch))
     _follow_epochs(run, request.epoch - saved.epoch)
-    _end_windows(run)
+    _update_run_length(run)
     run.logger.warning(
-        "Rolled back to %s, after %d iterations. The data of %d iterations is passed over: going on in epoch %d after "
+        "Rolled back to %s, after %d iterations. Skipping the data of %d iterations: continuing in epoch %d after "
         "batch %d.", request.checkpoint, saved.iter, request.iteration - saved.iter, request.epoch + 1, request.batch,
     )  # fmt: skip
 
 
 def _follow_epochs(run: Run, epochs: int) -> None:
-    """Move schedules by epoch on over the ends of epochs that were passed over."""
-    schedulers = BaseStrategy.param_schedulers.get(run.strategy) or []
+    """Advance schedules by epoch by the number of skipped ends of epochs."""
+    schedulers = run.param_schedulers or []
     everything = [each for some in schedulers.values() for each in some] if isinstance(schedulers, dict) else schedulers
     for scheduler in everything:
         if epochs and scheduler.unit == "epoch" and not scheduler.need_val_args:
             scheduler.step(epochs)
 
 
-def _end_windows(run: Run) -> None:
-    """Tell optimizers that accumulate when a run by epochs ends now: its last window may be shorter."""
+def _update_run_length(run: Run) -> None:
+    """Update the total number of iterations in the optimizer wrappers: the last accumulation window may be shorter."""
     end = run.progress.end_of_epochs()
     for wrapper in run.optim_wrapper.each().values():
         if end is not None and wrapper.accumulative_counts > 1:

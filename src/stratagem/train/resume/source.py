@@ -1,4 +1,4 @@
-"""From where a run goes on: a checkpoint, the weights of one, or its own last one where its launcher starts it again."""
+"""Restore a run from a checkpoint, or from its last checkpoint if the launcher restarted it."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from stratagem.utils import mask_text
 
 __all__ = ["ResumeSource", "restore_data_position"]
 
-# What says that a run is resumed, and so is never what it was.
+# Keys of the configuration that always differ in a resumed run.
 _RESUMING = ("resume", "load_from", "resume_param_scheduler", "new_parameters")
 
 
 @final
 class ResumeSource:
-    """What a run was asked to go on from, which it takes up once.
+    """The checkpoint that a run resumes from or loads weights from. It is used once.
 
     Args:
-        load_from: a checkpoint whose weights are loaded, or that is resumed where ``resume`` is True.
+        load_from: a checkpoint to load the weights from, or to resume from if ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint of the run, if any), or a path.
-        resume_param_scheduler: whether the checkpoint's schedules and optimizers' options go on.
-        new_parameters: regular expressions for the names of what the checkpoint may lack.
+        resume_param_scheduler: whether to restore the schedules and the options of the optimizers.
+        new_parameters: regular expressions for the names of parameters that may be missing in the checkpoint.
 
     Attributes:
-        changes: what was changed in the configuration since the checkpoint was saved, a line each.
+        changes: the changes of the configuration since the checkpoint was saved, one line each.
 
     Raises:
-        ConfigValueError: if both name a checkpoint, or a pattern is no regular expression.
-        ConfigTypeError: if ``new_parameters`` is no list of texts.
+        ConfigValueError: if both arguments specify a checkpoint, or a pattern is not a regular expression.
+        ConfigTypeError: if ``new_parameters`` is not a list of strings.
     """
 
     def __init__(
@@ -54,9 +54,8 @@ class ResumeSource:
     ) -> None:
         if not isinstance(resume, bool) and load_from is not None:
             raise ConfigValueError(
-                f"resume={mask_text(os.fspath(resume))!r} and load_from={mask_text(os.fspath(load_from))!r} both name a "
-                "checkpoint. "
-                "Give one of them."
+                f"resume={mask_text(os.fspath(resume))!r} and load_from={mask_text(os.fspath(load_from))!r} both specify "
+                "a checkpoint. Set only one of them."
             )
         self.changes: tuple[str, ...] = ()
         self._load_from, self._resume = load_from, resume
@@ -66,50 +65,51 @@ class ResumeSource:
         }
 
     def restore(self, run: Run, config_text: str, *, training: bool, strict: bool = False) -> Mapping[str, Any] | None:
-        """Load or resume as asked, once; return what a run that is resumed has saved beside the strategy's state.
+        """Load or resume the checkpoint; return the rest of the checkpoint if the run resumes, otherwise None.
 
-        Collective. An evaluation resumes without optimizer and schedules, so a training that follows it resumes again.
+        Collective. An evaluation restores neither optimizer nor schedules, so a training after it resumes again.
 
         Args:
-            run: what goes on; its strategy is prepared.
-            config_text: the configuration of now, compared with that of the checkpoint.
-            training: whether it is to be trained.
-            strict: whether a checkpoint of which the weights alone are loaded must have exactly the model's.
+            run: the run, whose strategy is prepared.
+            config_text: the current configuration, which is compared with that of the checkpoint.
+            training: whether the run trains.
+            strict: whether the checkpoint must contain exactly the weights of the model if only weights are loaded.
         """
         load_from, resume = self._load_from, self._resume
         own = _saved_by_this_launch(run) if training else []
         if training or not resume:
             self._load_from, self._resume = None, False
 
-        def tell(checkpoint: dict[str, Any]) -> None:
+        def call_hooks(checkpoint: dict[str, Any]) -> None:
             run.events.call("after_load_checkpoint", run, checkpoint=checkpoint)
 
         def load_or_resume(resume: bool | str | os.PathLike[str]) -> Mapping[str, Any] | None:
-            origin = None if own else load_from
-            return run.strategy.load_or_resume(load_from=origin, resume=resume, callback=tell, **self._how)
+            return run.strategy.load_or_resume(
+                load_from=None if own else load_from, resume=resume, callback=call_hooks, **self._how
+            )
 
         if own:
             rest = resume_newest(own, load_or_resume, run.logger)
         elif strict and load_from is not None and not resume:
-            run.strategy.load_checkpoint(load_from, strict=True, callback=tell)
+            run.strategy.load_checkpoint(load_from, strict=True, callback=call_hooks)
             return None
         else:
             rest = load_or_resume(resume)
         if rest is None or not (own or resume):
             return None
         meta = rest.get("meta") or {}
-        self.changes = _say_changes(run, meta, config_text)
+        self.changes = _log_changes(run, meta, config_text)
         run.history = RunHistory.from_meta(meta)
         run.progress.move_to(Position.from_meta(meta))
         run.load_hooks(rest)
         run.adopt_id(meta)
         run.save_counter.resume_from(run.strategy.resumed_from, meta)
-        run.logger.info("Going on after epoch %d, iteration %d", run.epoch, run.iter)
+        run.logger.info("Resumed after epoch %d, iteration %d", run.epoch, run.iter)
         return rest
 
 
 def restore_data_position(run: Run, rest: Mapping[str, Any], loader: EpochLoader) -> None:
-    """Take up the position in the training data that :meth:`ResumeSource.restore` returned with the rest of a checkpoint."""
+    """Restore the position in the training data from what :meth:`ResumeSource.restore` returned."""
     progress = run.progress
     data = rest.get("data")
     if not isinstance(data, Mapping) or not loader.positioned:
@@ -123,7 +123,8 @@ def restore_data_position(run: Run, rest: Mapping[str, Any], loader: EpochLoader
     world = run.world
     if len(states) != world.size:
         run.logger.warning(
-            "The training data's loaders were saved by %d ranks, and this run has %d: the epoch does not go on exactly.",
+            "The states of the dataloaders were saved by %d ranks, but this run has %d: the rest of the epoch may repeat or "
+            "skip samples.",
             len(states), world.size,
         )  # fmt: skip
     if str(world.rank) in states:
@@ -132,20 +133,20 @@ def restore_data_position(run: Run, rest: Mapping[str, Any], loader: EpochLoader
 
 def _patterns(given: Sequence[str]) -> tuple[str, ...]:
     if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
-        raise ConfigTypeError(f"new_parameters is {given!r}; a list of regular expressions is due.")
+        raise ConfigTypeError(f"Expected new_parameters to be a list of regular expressions, got {given!r}.")
     for pattern in given:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ConfigValueError(f"new_parameters: {pattern!r} is no regular expression: {error}.") from error
+            raise ConfigValueError(f"new_parameters: {pattern!r} is not a regular expression: {error}.") from error
     return tuple(given)
 
 
 def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
-    """Return the checkpoints to resume from if a launcher has started this run again, the newest first. Collective.
+    """Return the checkpoints to resume from if the launcher restarted this run, the newest first. Collective.
 
-    They are those of the run that the earlier start trained: other runs in the folder may have newer ones, by the clock.
-    Empty if this is the first start, or the earlier ones saved none.
+    Only checkpoints of the restarted run are considered: by the clock, other runs in the folder may have newer ones. The
+    list is empty if this is the first launch, or if no checkpoint was saved since then.
     """
     launch = LaunchIdentity.here(all_gather_object(ProcessIdentity.of_parent()))
     folder = Path(run.work_dir)
@@ -159,17 +160,17 @@ def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
     return RankGroup.of().run_on_rank0(find)
 
 
-def _say_changes(run: Run, meta: Mapping[str, Any], config_text: str) -> tuple[str, ...]:
-    """Say in the log which values of the configuration are others than those that the checkpoint was saved under."""
+def _log_changes(run: Run, meta: Mapping[str, Any], config_text: str) -> tuple[str, ...]:
+    """Log which values of the configuration differ from those in the checkpoint; return one line for each."""
     saved = meta.get("cfg")
     changed = changed_values(saved, config_text, ignored=_RESUMING) if isinstance(saved, str) else []
     if changed:
-        run.logger.info("The configuration is not that of the checkpoint:\n  %s", "\n  ".join(changed))
+        run.logger.info("The configuration differs from that in the checkpoint:\n  %s", "\n  ".join(changed))
     return tuple(changed)
 
 
 def _batch_of_this_run(run: Run, meta: Mapping[str, Any]) -> int:
-    """Return how much of the epoch the saved run had done, in the batches of this one."""
+    """Return the consumed part of the epoch as a number of batches of this run."""
     position = Position.from_meta(meta)
     own = run.strategy.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
     old = meta.get("train_micro_batch_size_per_gpu")

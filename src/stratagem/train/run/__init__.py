@@ -1,1 +1,1 @@
-"""The facts and services of a run: progress, history, locks, signals, writing checkpoints, stopping all ranks."""
+"""The state and services of a run: progress, history, locks, signals, writing checkpoints, stopping all ranks."""

@@ -1,4 +1,4 @@
-"""How a run's checkpoints come to the disk: at once, or in the background."""
+"""Write the checkpoints of a run, in the foreground or in the background."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ = ["CheckpointWriter"]
 
 @final
 class CheckpointWriter:
-    """The one way that a run's checkpoints go, whoever asks for one.
+    """Writes all checkpoints of a run.
 
     Attributes:
-        last: the checkpoint that was published last on this machine; None before the first.
+        last: the last checkpoint that was published to a local path; None before the first.
     """
 
     def __init__(self, strategy: BaseStrategy) -> None:
@@ -33,13 +33,13 @@ class CheckpointWriter:
         self._saver: BackgroundSaver | None = None
 
     def save(self, path: str | os.PathLike[str], then: Callable[[RankGroup], None] | None, **arguments: Any) -> None:
-        """Have the strategy save, name the checkpoint in ``<work_dir>/last_checkpoint``, then call ``then``. Collective.
+        """Save a checkpoint, update the pointer ``<work_dir>/last_checkpoint``, and call ``then``. Collective.
 
         Args:
-            path: where to; a checkpoint at a URL is not named there.
+            path: the path of the checkpoint, or a URL, in which case the pointer is not updated.
             then: called with the ranks that saved, once the checkpoint is durable; where that is in the background, by a
                 thread.
-            arguments: those of the strategy's ``save_checkpoint``.
+            arguments: passed to ``save_checkpoint`` of the strategy.
         """
         published = partial(self._published, os.fspath(path) if is_url(path) else absolute(path), then)
         if self._saver is None:
@@ -49,52 +49,52 @@ class CheckpointWriter:
             self._strategy.save_checkpoint(path, write=partial(self._saver.save, then=published), **arguments)
 
     def write_in_background(self) -> None:
-        """Have all that is saved until the end of the training written by a thread; it waits for a copy alone. Collective.
+        """Write checkpoints in a background thread until the end of the training; a save only waits for a copy. Collective.
 
         Raises:
-            ConfigValueError: if the strategy cannot: its ``save_checkpoint`` takes no ``write``.
+            ConfigValueError: if ``save_checkpoint`` of the strategy has no argument ``write``.
         """
         if "write" not in inspect.signature(self._strategy.save_checkpoint).parameters:
             raise ConfigValueError(
-                f"{type(self._strategy).__name__} cannot save in the background: its save_checkpoint takes no `write`, "
-                "which it would call with the state. Set async_save=False, or add it."
+                f"{type(self._strategy).__name__} cannot save in the background: its save_checkpoint has no argument "
+                "`write`, a function that it calls with the state. Add the argument, or set async_save=False."
             )
         if self._saver is None:
             self._saver = BackgroundSaver(self._strategy.logger)
 
     def check(self) -> None:
-        """Raise what a save in the background failed with, as soon as all ranks know. Collective, without a wait.
+        """Raise the error of a failed background save once all ranks know about it. Collective, but does not block.
 
         Raises:
-            CheckpointError: if it failed.
+            CheckpointError: if the save failed.
         """
         if self._saver is not None:
             self._saver.check()
 
     def wait(self) -> None:
-        """Wait until everything is saved. Collective.
+        """Wait until all checkpoints are saved. Collective.
 
         Raises:
-            CheckpointError: if the last save in the background failed.
+            CheckpointError: if the last background save failed.
         """
         if self._saver is not None:
             self._saver.wait()
 
     @contextmanager
     def flushing(self) -> Iterator[None]:
-        """Wait at the end of the block, also where it fails, until all that it saved is on the disk.
+        """Wait at the end of the context, even after an error, until all checkpoints are on disk.
 
         Raises:
-            CheckpointError: if the last save in the background failed; an error of the block's own gets a note of that.
+            CheckpointError: if the last background save failed. An error raised in the context gets a note instead.
         """
         try:
             yield
             self.wait()
         except BaseException as error:
-            # Without asking other ranks: they may be elsewhere.
+            # Do not communicate: the other ranks may not have failed.
             failure = None if self._saver is None else self._saver.settle()
             if failure is not None:
-                error.add_note(f"Besides, the checkpoint under way was not saved: {failure}")
+                error.add_note(f"In addition, the checkpoint in progress was not saved: {failure}")
             raise
         finally:
             if self._saver is not None:
@@ -104,18 +104,18 @@ class CheckpointWriter:
     def _published(self, path: str | Path, then: Callable[[RankGroup], None] | None, rank_group: RankGroup) -> None:
         if isinstance(path, Path):
             self.last = path
-            rank_group.run_on_rank0(lambda: self._tell(path))
+            rank_group.run_on_rank0(lambda: self._announce(path))
         elif rank_group.is_rank0:
-            # last_checkpoint names what is on this machine.
+            # The pointer only refers to local checkpoints.
             self._strategy.logger.info("Saved checkpoint %s", mask_text(path))
         if then is not None:
             then(rank_group)
 
-    def _tell(self, path: Path) -> None:
+    def _announce(self, path: Path) -> None:
         logger, folder = self._strategy.logger, Path(self._strategy.work_dir)
         logger.info("Saved checkpoint %s", path)
         try:
             update_last_checkpoint(path, folder)
         except OSError as error:
-            # The checkpoint is safe, and is found without it.
-            logger.warning("%s: last_checkpoint there could not be made to name %s: %s", folder, path, error)
+            # The checkpoint is saved, and it can be found without the pointer.
+            logger.warning("%s: could not update the pointer last_checkpoint to %s: %s", folder, path, error)

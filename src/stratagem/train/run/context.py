@@ -1,10 +1,10 @@
-"""What loops and hooks know of a run."""
+"""The context of a run, which loops and hooks share."""
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, final
@@ -17,7 +17,6 @@ from stratagem.distributed import RankGroup, World, all_gather_object
 from stratagem.logging import JsonLinesWriter, Logger, TrainingProgress
 from stratagem.parallel import AnyOptim
 from stratagem.strategies import BaseStrategy
-from stratagem.train.hook import Events
 from stratagem.train.run.checkpoint_writer import CheckpointWriter
 from stratagem.train.run.interrupt import Interrupt
 from stratagem.train.run.progress import Position, Progress, StepTimer
@@ -28,44 +27,71 @@ from stratagem.train.run.work_dir_lock import WorkDirLocks
 
 __all__ = ["INTERRUPTED", "Recorder", "Run"]
 
-# The series of what is saved when a run is interrupted.
+# The retention group of the checkpoints that are saved when a run is interrupted.
 INTERRUPTED: Final = "interrupted"
-# The part of a checkpoint that holds the states of hooks.
+# The part of a checkpoint with the states of the hooks.
 _HOOKS: Final = "hooks"
 _FOR_ITSELF: Final = RetentionTag()
 
 
 class Recorder(Protocol):
-    """Keeps the values that a run logs."""
+    """Records the values that a run logs."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take in a mapping of values; ``step`` is the number of iterations done."""
+        """Record a mapping of values; its key ``step`` is the number of completed iterations."""
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Close the recorder."""
+
+
+class StatefulHook(Protocol):
+    """The part of a hook that checkpoints need."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore the state."""
+
+
+class HookEvents(Protocol):
+    """The hooks of a run and their methods by event; see :class:`~stratagem.train.hook.Events`."""
+
+    @property
+    def hooks(self) -> Sequence[StatefulHook]:
+        """The hooks in order of priority."""
+
+    def named(self) -> Mapping[str, StatefulHook]:
+        """Return the hooks by name."""
+
+    def __getitem__(self, event: str) -> tuple[Callable[..., None], ...]:
+        """Return the methods of an event."""
+
+    def call(self, event: str, *args: Any, **kwargs: Any) -> None:
+        """Call the methods of an event."""
 
 
 @final
 class Run:
-    """The facts of a run: its strategy, where it stands, and who listens.
+    """The context of a run: its strategy, progress, hooks and services.
 
     Args:
-        strategy: owns the state.
-        events: the hooks' methods.
-        config_text: the configuration as text, kept with every checkpoint.
+        strategy: the strategy, which owns the state.
+        events: the hooks.
+        config_text: the configuration as text, which is saved in every checkpoint.
 
     Attributes:
-        train_data: what the run trains on; None where it does not train. Its position goes into checkpoints.
-        evaluation_contexts: each makes a context that puts other weights into the model for the length of an evaluation.
+        train_data: the training data, or None if the run does not train. Checkpoints contain its position.
+        evaluation_contexts: functions that return a context in which the model has different weights for evaluation.
         history: the starts that led to here, this one last; kept with every checkpoint.
-        id: tells this run's checkpoints from those of others; a run that is resumed goes on under its own.
+        id: identifies the checkpoints of this run; a resumed run keeps its ID.
         work_dir_locks: the folders that its training has to itself.
         checkpoint_writer: how its checkpoints come to the disk.
-        save_counter: numbers its checkpoints, so that the newest is known without a clock.
-        before_saving: each is called on every rank before a checkpoint is made, and may raise.
+        save_counter: numbers the checkpoints, so that their order does not depend on clocks.
+        before_saving: functions that are called on every rank before each save; they may raise to prevent it.
     """
 
-    def __init__(self, strategy: BaseStrategy, events: Events, *, config_text: str | None = None) -> None:
+    def __init__(self, strategy: BaseStrategy, events: HookEvents, *, config_text: str | None = None) -> None:
         self.strategy = strategy
         self.events = events
         self.progress = Progress()
@@ -86,22 +112,22 @@ class Run:
         self._config_text = config_text
         self.recorders: list[Recorder] = []
 
-    # The strategy's, under the names that hooks use.
+    # Attributes of the strategy under the names that hooks use.
 
     @property
     def model(self) -> nn.Module:
-        """The model as it was placed."""
+        """The placed model."""
         return self.strategy.model
 
     @property
     def optim_wrapper(self) -> AnyOptim:
-        """The optimizer wrapper or wrappers."""
+        """The optimizer wrapper, or the dict of optimizer wrappers."""
         return self.strategy.optim_wrapper
 
     @property
     def param_schedulers(self) -> Any:
-        """The schedulers: a list, a dict of lists, or None where the run has none."""
-        return BaseStrategy.param_schedulers.get(self.strategy)
+        """The schedulers: a list, a dict of lists, or None if the run has none."""
+        return self.strategy.param_schedulers_or_none
 
     @property
     def logger(self) -> Logger:
@@ -110,59 +136,59 @@ class Run:
 
     @property
     def world(self) -> World:
-        """What is true of this process."""
+        """The facts about this process, such as its ranks and its device."""
         return self.strategy.world
 
     @property
     def rank(self) -> int:
-        """This process's global rank."""
+        """The global rank of this process."""
         return self.strategy.rank
 
     @property
     def world_size(self) -> int:
-        """How many processes train together."""
+        """The number of processes of the run."""
         return self.strategy.world_size
 
     @property
     def work_dir(self) -> str:
-        """The folder of the run."""
+        """The work directory."""
         return self.strategy.work_dir
 
     @property
     def log_dir(self) -> str:
-        """The folder of this start of the run."""
+        """The folder of this session."""
         return self.strategy.log_dir
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint that this start of the run published last; None before the first."""
+        """The last checkpoint that this session published; None before the first."""
         return self.checkpoint_writer.last
 
     @property
     def epoch(self) -> int:
-        """Epochs that are done."""
+        """The number of completed epochs."""
         return self.progress.epoch
 
     @property
     def iter(self) -> int:
-        """Iterations that are done."""
+        """The number of completed iterations."""
         return self.progress.iter
 
     @property
     def max_epochs(self) -> int | None:
-        """Epochs of the whole run, where it is counted in them."""
+        """The total number of epochs; None if the length is given in iterations or steps."""
         return self.progress.max_epochs
 
     @property
     def max_iters(self) -> int | None:
-        """Iterations of the whole run."""
+        """The total number of iterations; None if it is unknown."""
         return self.progress.max_iters
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Hold in the model the weights to evaluate for the length of a block, also where it fails."""
+        """Switch the model to its evaluation weights, such as averaged ones, for the duration of the context."""
         with ExitStack() as stack:
-            optim = BaseStrategy.optim_wrapper.get(self.strategy)
+            optim = self.strategy.optim_wrapper_or_none
             if optim is not None:
                 stack.enter_context(optim.evaluating())
             for context in self.evaluation_contexts:
@@ -171,16 +197,16 @@ class Run:
 
     @property
     def is_ending(self) -> bool:
-        """Whether the run was interrupted and may stop here, where no gradients wait for their update."""
+        """Whether the run was interrupted and can stop now: no accumulation window is incomplete."""
         return self.interrupt.received is not None and not self.optim_wrapper.pending_micro_batches
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Hand values to everything that records them: ``<log_dir>/vis_data/scalars.json`` and what hooks added."""
+        """Pass values to all recorders: ``<log_dir>/vis_data/scalars.json`` and those that hooks added."""
         for recorder in self.recorders:
             recorder.write(values)
 
     def record_as_json(self) -> None:
-        """Begin to append records to ``<log_dir>/vis_data/scalars.json``, a JSON object a line. Idempotent."""
+        """Start appending records to ``<log_dir>/vis_data/scalars.json``, one JSON object per line. Idempotent."""
         if any(isinstance(recorder, JsonLinesWriter) for recorder in self.recorders):
             return
         folder = Path(self.log_dir) / "vis_data"
@@ -197,21 +223,21 @@ class Run:
         retention_tag: RetentionTag = _FOR_ITSELF,
         then: Callable[[RankGroup], None] | None = None,
     ) -> None:
-        """Publish the state of the run as it is at ``position``, then name it in ``<work_dir>/last_checkpoint``.
+        """Save the state of the run as a checkpoint, and update the pointer ``<work_dir>/last_checkpoint``.
 
         Collective. With background saves (see :class:`CheckpointWriter`), it returns when the state is copied. A hook that
         calls it needs ``Priority.VERY_LOW``, so that averages and schedules have been updated before.
 
         Args:
-            path: where to.
-            position: where the run stands.
-            save_optimizer: whether the optimizer's state is saved.
-            save_param_scheduler: whether the schedulers' state is saved.
+            path: the path or URL of the checkpoint.
+            position: the position of the run.
+            save_optimizer: whether to save the state of the optimizer.
+            save_param_scheduler: whether to save the state of the schedulers.
             retention_tag: what retention goes by; by default nothing removes the checkpoint.
             then: called with the ranks that saved, once the checkpoint is durable; in the background by a thread.
 
         Raises:
-            CheckpointError: if it, or the one before it, could not be saved.
+            CheckpointError: if this or the previous checkpoint could not be saved.
         """
         for check in self.before_saving:
             check()
@@ -241,13 +267,13 @@ class Run:
         )
 
     def adopt_id(self, meta: Mapping[str, Any]) -> None:
-        """Go on under the id of the run that saved ``meta``, so that its checkpoints are this one's."""
+        """Use the ID of the run that saved ``meta``, so that its checkpoints belong to this run."""
         run_id = meta.get("run_id")
         if isinstance(run_id, str):
             self.id = run_id
 
     def _data_part(self, position: Position) -> dict[str, Any]:
-        """Return what checkpoints keep of the data: where its order stands, and each rank's state of its loader."""
+        """Return the state of the training data: the consumed samples, and the state of the loader on each rank."""
         data = self.train_data
         if data is None:
             return {}
@@ -258,23 +284,23 @@ class Run:
         return {"data": part}
 
     def load_hooks(self, checkpoint: Mapping[str, Any]) -> None:
-        """Give the hooks the state that a checkpoint has for them."""
+        """Restore the states of the hooks from a checkpoint."""
         saved = checkpoint.get(_HOOKS) or {}
         hooks = self.events.named()
         for name, state in saved.items():
             if name in hooks:
                 hooks[name].load_state_dict(state)
-        gone = sorted(set(saved) - set(hooks))
-        if gone:
+        unused = sorted(set(saved) - set(hooks))
+        if unused:
             self.logger.warning(
-                "The checkpoint has the state of hooks that this run does not have: %s", ", ".join(gone)
+                "The checkpoint contains the state of hooks that this run does not have: %s", ", ".join(unused)
             )
-        fresh = sorted(name for name, hook in hooks.items() if hook.state_dict() and name not in saved)
-        if fresh:
-            self.logger.warning("The checkpoint has no state of %s: begun anew here.", ", ".join(fresh))
+        missing = sorted(name for name, hook in hooks.items() if hook.state_dict() and name not in saved)
+        if missing:
+            self.logger.warning("No state for %s in the checkpoint; starting from scratch.", ", ".join(missing))
 
     def close(self) -> None:
-        """Close the files of the run and take its bar from the terminal. Idempotent."""
+        """Close the files of the run and remove its progress bar from the terminal. Idempotent."""
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

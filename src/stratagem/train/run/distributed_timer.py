@@ -1,4 +1,4 @@
-"""What is due by the time that has passed, on all ranks at once."""
+"""A timer that expires on all ranks after the same iteration."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["DistributedTimer"]
 
 @final
 class DistributedTimer:
-    """Tells when so much time has passed, on all ranks after the same iteration.
+    """A timer that expires on all ranks after the same iteration.
 
     Args:
-        seconds: how long it takes.
-        distributed: whether there are other ranks.
+        seconds: the duration.
+        distributed: whether the run has several ranks.
     """
 
     def __init__(self, seconds: float, *, distributed: bool) -> None:
@@ -25,11 +25,11 @@ class DistributedTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Begin to count anew."""
+        """Restart the timer."""
         self._begin = time.monotonic()
 
     def due(self) -> bool:
-        """Tell whether the time has passed for some rank. Collective, without a wait: it tells what was so a call ago."""
+        """Return whether the timer had expired on any rank at the previous call. Collective, but does not block."""
         passed = time.monotonic() - self._begin >= self._seconds
         if self._async_max is None:
             return passed
@@ -38,6 +38,6 @@ class DistributedTimer:
         return due
 
     def finish(self) -> None:
-        """Ask no more. Collective: no exchange may be under way when the ranks part."""
+        """Complete the pending reduction, so that none is in progress when the ranks diverge. Collective."""
         if self._async_max is not None:
             self._async_max.wait()

@@ -1,4 +1,4 @@
-"""Stop between two iterations, all ranks after the same one, when the user or the scheduler asks for it."""
+"""Stop a run on a signal, on all ranks after the same iteration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["Interrupt"]
 
 @final
 class Interrupt:
-    """Whether a signal asks this run to stop: SIGINT, SIGTERM or SIGUSR1 to any of its ranks.
+    """Detects signals to any rank that request this run to stop: SIGINT, SIGTERM or SIGUSR1.
 
     Attributes:
         received: the number of the signal that stopped the run, equal on all ranks; None if none did.
-        active: whether a training is listening, so that there is something to ask.
-        passed_on: whether :meth:`raise_heard` has raised.
+        active: whether a training is in progress that can be interrupted.
+        passed_on: whether :meth:`raise_heard` has raised an exception.
     """
 
     def __init__(self, *, distributed: bool) -> None:
@@ -32,26 +32,26 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear signals while the context lasts. Collective where it ends without an error."""
+        """Handle signals for the duration of the context. Collective on exit, unless an error was raised."""
         self.received = self._heard = None
         self.passed_on = False
         self.active = True
         try:
             with signals.listening():
                 yield
-                # Not in `received`: a signal after the last iteration no longer stops the run.
+                # Do not set `received`: a signal after the last iteration does not stop the run.
                 self._heard = self.received or self._heard_by_now()
         finally:
             self.active = False
 
     def raise_heard(self) -> None:
-        """Pass the signal on to the program around the run, the same one on all ranks.
+        """Raise the exception for the received signal, the same one on all ranks.
 
-        Call it after :meth:`listening` has ended. A signal that came after the last iteration counts as well.
+        Call it after :meth:`listening` has exited. Signals after the last iteration are included.
 
         Raises:
-            KeyboardInterrupt: if SIGINT was heard.
-            SystemExit: with 128 plus its number, if another signal was heard.
+            KeyboardInterrupt: if SIGINT was received.
+            SystemExit: with code 128 plus the signal number, if another signal was received.
         """
         if self._heard is None:
             return
@@ -61,7 +61,7 @@ class Interrupt:
         raise SystemExit(128 + self._heard)
 
     def due(self) -> bool:
-        """Tell whether to stop here. Collective, without a wait: it tells what the ranks knew when it was last called."""
+        """Return whether any rank had received a signal at the previous call. Collective, but does not block."""
         if self.received is not None:
             return True
         if self._async_max is None:
@@ -73,12 +73,12 @@ class Interrupt:
         return self.received is not None
 
     def due_now(self) -> bool:
-        """Tell the same with all that the ranks know now. Collective; every rank waits for the slowest."""
+        """Return whether any rank has received a signal up to now. Collective; waits for the slowest rank."""
         self.received = self.received or self._heard_by_now()
         return self.received is not None
 
     def _heard_by_now(self) -> int | None:
-        """Return the greatest number that a rank has heard; None if none has. Collective."""
+        """Return the largest signal number that any rank has received; None if there is none. Collective."""
         if self._async_max is None:
             return signals.first
         earlier = self._async_max.wait()

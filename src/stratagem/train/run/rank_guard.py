@@ -1,4 +1,4 @@
-"""When one rank fails, stop all of them, and tell the first error once."""
+"""Stop all ranks when one of them fails, and report the first error once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stratagem.utils import mask_text
 
 __all__ = ["RankGuard", "describe_batch"]
 
-# What an exchange says whose other side is gone, and one whose other side does not answer.
+# Parts of the messages of communication errors: the peer has exited, or does not respond.
 _BROKEN = (
     "connection closed",
     "connection reset",
@@ -28,25 +28,25 @@ _BROKEN = (
     "gloo/transport",
 )
 _TIMED_OUT = ("timed out", "timeout")
-# How long to wait for the reason of a broken exchange, for the others to know of a failure, and for the main thread to
-# come out of what it does.
+# How long to wait for the cause of a communication error, until the other ranks know about a failure, and until the main
+# thread raises an error itself.
 _REASON_S, _NEWS_S, _GRACE_S = 2.5, 1.5, 3.0
 _MOST_ENTRIES = 8
-# How an error begins that every rank raises for one of them.
-_QUOTE = re.compile(r"Rank \d+ failed: ")
-_VERBS = {"raised": "failed", "died": "is gone", "silent": "waited in vain", "lost": "is alone"}
+# The beginning of an error that all ranks raise because one of them failed.
+_RELAYED_ERROR = re.compile(r"Rank \d+ failed: ")
+_VERBS = {"raised": "failed", "died": "exited", "silent": "timed out", "lost": "lost the connection"}
 
 
 @final
 class RankGuard:
-    """Ends this rank where another one has failed, and tells the others where this one does.
+    """Stops this rank if another rank fails, and reports failures of this rank to the others.
 
     Args:
-        iteration: returns how many iterations are done.
-        log_dir: a folder, where stacks are written when a rank does not answer.
+        iteration: returns the number of completed iterations.
+        log_dir: the folder for the thread stacks that are written if a rank does not respond.
 
     Attributes:
-        failure: the run's first failure, on whichever rank; None while all goes well.
+        failure: the first failure of the run on any rank; None if there is none.
     """
 
     def __init__(self, iteration: Callable[[], int], log_dir: str) -> None:
@@ -56,11 +56,11 @@ class RankGuard:
 
     @contextmanager
     def monitored(self) -> Iterator[None]:
-        """Watch the other ranks while the context lasts. Collective at its beginning, and at its end where all went well.
+        """Monitor the other ranks for the duration of the context. Collective on entry, and on exit without an error.
 
         Raises:
-            RankFailedError: if an exchange broke off because another rank failed, ended or does not answer. Errors of
-                this rank's own pass through.
+            RankFailedError: if communication failed because another rank failed, exited or does not respond. Other
+                errors of this rank are raised unchanged.
         """
         self.failure = None
         if get_world_size() == 1:
@@ -69,50 +69,52 @@ class RankGuard:
         monitor = RankMonitor(self._iteration, lambda failure: self._stop(monitor, failure))
         try:
             yield
-            # Whoever is ready first must not look like one that is gone.
+            # A rank that finishes first must not be mistaken for one that exited.
             barrier()
         except BaseException as error:
             self.failure = self._settle(monitor, error)
-            if _is_exchange(error):
+            if _is_communication_error(error):
                 raise RankFailedError(self.reason(monitor.rank)) from error
             raise
         finally:
             monitor.close()
 
     def reason(self, rank: int) -> str:
-        """Return why a rank of this number stops, in one line where the failure is another's."""
+        """Return why this rank stops; a single line if another rank failed."""
         failure = self.failure
         if failure is None:
-            return "An exchange between the ranks failed."
+            return "Communication between the ranks failed."
         if failure.rank == rank:
             return failure.text[:1].upper() + failure.text[1:]
         first_line = failure.text.partition("\n")[0]
         return f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: {first_line}"
 
     def _settle(self, monitor: RankMonitor, error: BaseException) -> Failure:
-        """Return what ended the run; where that is this rank's error, all others know of it."""
+        """Return the failure that stops the run; if it is an error of this rank, report it to the others."""
         silent = _is_timeout(error)
-        # Not the first to tell, then: the rank where it happened knows more.
-        follows = _is_exchange(error) or (isinstance(error, StratagemError) and _QUOTE.match(str(error)) is not None)
+        # Wait for the report of the rank where the failure occurred, which has more information.
+        follows = _is_communication_error(error) or (
+            isinstance(error, StratagemError) and _RELAYED_ERROR.match(str(error)) is not None
+        )
         known = monitor.wait_for_failure(_REASON_S) if follows and not silent else monitor.failure
         if known is not None:
             return known
-        if silent or _is_exchange(error):
+        if silent or _is_communication_error(error):
             lines = "\n  ".join(
-                [f"an exchange between the ranks failed: {mask_text(str(error))}", *monitor.heartbeats()]
+                [f"communication between the ranks failed: {mask_text(str(error))}", *monitor.heartbeats()]
             )
-            told = monitor.post(Failure(rank=monitor.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
+            posted = monitor.post(Failure(rank=monitor.rank, kind="silent", text=f"{lines}\n{self._advice()}"))
             dump_stacks(self._stacks_of(monitor.rank), error)
         else:
-            told = monitor.post(
+            posted = monitor.post(
                 Failure(rank=monitor.rank, kind="raised", text=f"{type(error).__name__}: {mask_text(str(error))}")
             )
-        if told.rank == monitor.rank:
+        if posted.rank == monitor.rank:
             monitor.wait_until_known(_NEWS_S)
-        return told
+        return posted
 
     def _stop(self, monitor: RankMonitor, failure: Failure) -> None:
-        """Give the main thread a moment to come upon the failure itself; an exchange may hold it for ever."""
+        """Give the main thread time to fail by itself; exit if it stays blocked in a collective operation."""
         self.failure = failure
         if failure.kind == "silent":
             dump_stacks(self._stacks_of(monitor.rank))
@@ -125,8 +127,8 @@ class RankGuard:
     def _advice(self) -> str:
         stacks = self._stacks_of(0).with_name("stacks_rank*.txt")
         return (
-            f"Where each rank was is in {stacks}. If a rank may take so long, "
-            "give env_cfg=dict(dist_cfg=dict(timeout=<seconds>))."
+            f"The thread stacks of each rank are in {stacks}. If a rank can legitimately take this long, increase "
+            "the timeout: env_cfg=dict(dist_cfg=dict(timeout=<seconds>))."
         )
 
 
@@ -134,27 +136,27 @@ def _is_timeout(error: BaseException) -> bool:
     return _comes_from_torch(error) and any(words in str(error).lower() for words in _TIMED_OUT)
 
 
-def _is_exchange(error: BaseException) -> bool:
-    """Tell whether an error is one of an exchange with other ranks, so that its cause is elsewhere."""
+def _is_communication_error(error: BaseException) -> bool:
+    """Return whether an error is a communication error, so that its cause is on another rank."""
     if isinstance(error, torch_dist.DistError) or _is_timeout(error):
         return True
     return _comes_from_torch(error) and any(words in str(error).lower() for words in _BROKEN)
 
 
 def _comes_from_torch(error: BaseException) -> bool:
-    # gloo's errors are bare RuntimeErrors with the place in its source; a timeout of a data worker is one without.
+    # Errors of gloo are plain RuntimeErrors that mention its source files; a timeout of a data worker does not.
     return isinstance(error, torch_dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
 def describe_batch(batch: Any) -> str:
-    """Return keys, types and shapes of a batch in one line, none of its values."""
+    """Return the keys, types and shapes of a batch in one line, without its values."""
     if isinstance(batch, torch.Tensor):
         return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
     if isinstance(batch, Mapping):
         return "{" + _listed([f"{key}: {describe_batch(value)}" for key, value in batch.items()]) + "}"
     if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
         return f"[{_listed([describe_batch(item) for item in batch[:_MOST_ENTRIES]], len(batch))}]"
-    return "none was drawn" if batch is None else type(batch).__name__
+    return "no batch was loaded" if batch is None else type(batch).__name__
 
 
 def _listed(entries: list[str], count: int | None = None) -> str:

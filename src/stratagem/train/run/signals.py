@@ -1,4 +1,4 @@
-"""Hear the signals that ask a run to stop, while it goes on."""
+"""Handle signals that request a run to stop, without interrupting the current iteration."""
 
 from __future__ import annotations
 
@@ -18,45 +18,46 @@ from stratagem.train.run.hard_exit import exit_now
 __all__ = ["PREEMPTION_SIGNALS", "SIGNALS", "SignalListener", "signals"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What a SLURM job asks for with `--signal=USR1@seconds`. Windows has none, and a program may use it for something else.
+# Sent by SLURM before the end of a job with `--signal=USR1@seconds`. It does not exist on Windows.
 PREEMPTION_SIGNALS = () if sys.platform == "win32" else (signal.SIGUSR1,)
 SIGNALS = (*_STOP_SIGNALS, *PREEMPTION_SIGNALS)
-# A launcher passes on the signal that the terminal or the scheduler has sent already; that is no second request.
+# A launcher forwards a signal that the process has already received from the terminal or the scheduler; a repetition
+# within this time is not a second request.
 _SAME_REQUEST_S = 1.0
-# After a second request: how long the main thread may take to clean up before the process ends without that.
+# How long the main thread may take to clean up after a second signal before the process is forced to exit.
 _SHUTDOWN_GRACE_S = 3.0
 _END = 0  # no signal has this number
 
 
 @final
 class SignalListener:
-    """Remembers the first signal that came to this process; a later one stops it at once.
+    """Stores the first signal that this process receives; a second one stops the process immediately.
 
-    A thread hears them, by way of ``signal.set_wakeup_fd``: Python's own handlers wait for the main thread, and that may
-    be inside of an exchange with a rank that will never answer.
+    A thread receives them through ``signal.set_wakeup_fd``. Python's handlers run in the main thread, which may be blocked
+    in a collective operation with a rank that never responds.
 
     Attributes:
-        first: the number of the first signal; None while there was none, or nothing listens.
-        second: the number of the one that stops at once.
+        first: the number of the first signal; None before the first, and outside of :meth:`listening`.
+        second: the number of the signal that stops the process immediately.
     """
 
     def __init__(self) -> None:
         self.first: int | None = None
         self.second: int | None = None
         self._handlers: dict[int, object] = {}
-        self._over = threading.Event()
+        self._stop = threading.Event()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals while the context lasts; the handlers that were there come back after it.
+        """Handle signals for the duration of the context, and restore the previous handlers afterwards.
 
-        Inside of another such context it changes nothing. Python lets only the main thread listen.
+        A nested context, and a context outside the main thread, where Python cannot install handlers, does nothing.
         """
         if self._handlers or threading.current_thread() is not threading.main_thread():
             yield
             return
         self.first = self.second = None
-        self._over = threading.Event()
+        self._stop = threading.Event()
         source, sink = os.pipe()
         os.set_blocking(sink, False)
         taken = [number for number in SIGNALS if number in _STOP_SIGNALS or signal.getsignal(number) is signal.SIG_DFL]
@@ -69,14 +70,14 @@ class SignalListener:
         finally:
             handlers, self._handlers = self._handlers, {}
             for number, handler in handlers.items():
-                signal.signal(number, handler)  # type: ignore[arg-type]  # what signal.signal gave
+                signal.signal(number, handler)  # type: ignore[arg-type]  # returned by signal.signal
             signal.set_wakeup_fd(wakeup)
-            self._over.set()
+            self._stop.set()
             os.write(sink, bytes([_END]))
             thread.join()
             os.close(source)
             os.close(sink)
-            # A training in another thread reads them too, and is not asked to stop by what an earlier one has answered.
+            # A training in another thread also reads these; a signal that has been handled must not stop it.
             self.first = self.second = None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:
@@ -87,7 +88,7 @@ class SignalListener:
 
     def _hear(self, source: int) -> None:
         since: float | None = None
-        while not self._over.is_set():
+        while not self._stop.is_set():
             for number in os.read(source, 64):
                 if number not in self._handlers or self.second is not None:
                     continue
@@ -96,19 +97,19 @@ class SignalListener:
                 since = since or now
                 if now - since > _SAME_REQUEST_S:
                     self.second = number
-                    threading.Thread(target=self._stop_at_once, args=(number, self._over), daemon=True).start()
+                    threading.Thread(target=self._stop_at_once, args=(number, self._stop), daemon=True).start()
 
     @staticmethod
-    def _stop_at_once(number: int, over: threading.Event) -> None:
-        """Raise KeyboardInterrupt in the main thread; where that does not come out of what it does, end the process."""
+    def _stop_at_once(number: int, stop: threading.Event) -> None:
+        """Raise KeyboardInterrupt in the main thread; force the process to exit if it is blocked."""
         _thread.interrupt_main(signal.Signals(number))
-        if not over.wait(_SHUTDOWN_GRACE_S):
-            exit_now(128 + number, f"signal {number} came a second time: stopped at once")
+        if not stop.wait(_SHUTDOWN_GRACE_S):
+            exit_now(128 + number, f"received a second signal ({number}): exiting immediately")
 
-    def forget_in_child(self) -> None:
-        """Be deaf in a process that was forked from a listening one, which would wake its parent for its own signals.
+    def reset_in_child(self) -> None:
+        """Reset the signal handling in a forked child, which would otherwise write its signals to the pipe of its parent.
 
-        What the terminal or the scheduler sends to all processes of a run, the run answers; only SIGTERM ends the child.
+        Signals to the whole process group are handled by the parent, so the child ignores all of them except SIGTERM.
         """
         if self._handlers:
             handlers, self._handlers = self._handlers, {}
@@ -117,7 +118,7 @@ class SignalListener:
                 signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
 
 
-# One for the process, as its signals are.
+# Signals are received per process, so there is one listener per process.
 signals = SignalListener()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=signals.forget_in_child)
+    os.register_at_fork(after_in_child=signals.reset_in_child)
