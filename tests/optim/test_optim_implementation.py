@@ -63,9 +63,9 @@ def test_the_implementation_can_be_chosen(choice: str, expected: dict[str, bool]
 @pytest.mark.parametrize(
     ("choice", "options", "text"),
     [
-        ("fast", {}, "is not known"),
+        ("fast", {}, "Unknown implementation"),
         ("fused", {}, "RMSprop has no fused"),
-        ("loop", {"foreach": True}, "both say"),
+        ("loop", {"foreach": True}, "conflicts with"),
     ],
 )
 def test_an_invalid_implementation_is_rejected(choice: str, options: dict[str, Any], text: str) -> None:

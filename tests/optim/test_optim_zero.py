@@ -18,5 +18,5 @@ def test_a_single_process_is_rejected() -> None:
         # Importing torch.distributed.optim compiles functions with TorchScript, which causes a warning.
         warnings.simplefilter("ignore", DeprecationWarning)
         zero = import_object("stratagem.optim.zero_redundancy:ZeroRedundancyOptimizer")
-    with pytest.raises(ConfigValueError, match="Use AdamW itself"):
+    with pytest.raises(ConfigValueError, match="Use AdamW in a single"):
         zero([nn.Parameter(torch.zeros(1))], "AdamW", lr=0.1)

@@ -231,7 +231,7 @@ def test_a_state_without_a_description_moves_the_configured_schedule() -> None:
 def test_a_different_type_of_schedule_is_rejected() -> None:
     """A state of a different type of schedule is an error that contains the option to continue."""
     state = LinearLR(optimizer(), end=5).state_dict()
-    with pytest.raises(CheckpointMismatchError, match="'LinearLR', this run's 'StepLR'.*resume_param_scheduler=False"):
+    with pytest.raises(CheckpointMismatchError, match="'LinearLR', that of this run has 'StepLR'.*resume_param_scheduler=False"):
         StepLR(optimizer(), 1).load_state_dict(state)
 
 
@@ -266,11 +266,11 @@ def test_the_unit_can_be_chosen(options: dict[str, object], unit: str) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        (dict(begin=3, end=3), ConfigValueError, "is no range"),
-        (dict(begin=-1), ConfigValueError, "is no range"),
+        (dict(begin=3, end=3), ConfigValueError, "is not a valid range"),
+        (dict(begin=-1), ConfigValueError, "is not a valid range"),
         (dict(last_step=-2), ConfigValueError, "last_step"),
         (dict(by="iters"), ConfigValueError, "'iter'"),
-        (dict(by="epoch", by_epoch=False), ConfigValueError, "contradict"),
+        (dict(by="epoch", by_epoch=False), ConfigValueError, "conflicts with"),
         (dict(gama=0.5), ConfigTypeError, "Did you mean 'gamma'"),
     ],
 )
@@ -301,7 +301,7 @@ def test_an_epoch_schedule_can_be_converted_to_iterations() -> None:
 
 def test_only_epoch_schedules_can_be_converted() -> None:
     """Only epoch-based schedules can be converted, and the length of an epoch must be positive."""
-    with pytest.raises(ConfigValueError, match="only a schedule by epoch"):
+    with pytest.raises(ConfigValueError, match="only an epoch-based scheduler"):
         StepLR.build_iter_from_epoch(optimizer(), 1, by_epoch=False, epoch_length=10)
     with pytest.raises(ConfigValueError, match="epoch_length"):
         StepLR.build_iter_from_epoch(optimizer(), 1, epoch_length=0)

@@ -141,14 +141,14 @@ def test_a_range_with_one_position_reaches_its_end() -> None:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda o: LinearLR(o, start_factor=1.5), "start_factor must be from 0 to 1"),
-        (lambda o: ConstantLR(o, factor=-0.1), "factor must be from 0 to 1"),
+        (lambda o: LinearLR(o, start_factor=1.5), "start_factor must be between 0 and 1"),
+        (lambda o: ConstantLR(o, factor=-0.1), "factor must be between 0 and 1"),
         (lambda o: StepLR(o, 0), "step_size must be positive"),
-        (lambda o: CosineAnnealingLR(o, eta_min=0.1, eta_min_ratio=0.1), "Give one of them"),
-        (lambda o: CosineRestartLR(o, periods=[2]), "needs a floor"),
+        (lambda o: CosineAnnealingLR(o, eta_min=0.1, eta_min_ratio=0.1), "Set only one of them"),
+        (lambda o: CosineRestartLR(o, periods=[2]), "needs a minimum"),
         (lambda o: CosineRestartLR(o, periods=[2, 2], eta_min=0), "same length"),
         (lambda o: OneCycleLR(o, eta_max=1.0, anneal_strategy="cosine"), '"cos" or "linear"'),
-        (lambda o: WarmupStableDecayLR(o, decay=2, shape="square"), "is not known"),
+        (lambda o: WarmupStableDecayLR(o, decay=2, shape="square"), "Unknown shape"),
     ],
 )
 def test_invalid_curves_are_rejected(make: Callable[[Optimizer], ParamScheduler], text: str) -> None:

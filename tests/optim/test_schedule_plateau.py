@@ -107,7 +107,7 @@ def test_invalid_arguments_are_rejected() -> None:
         schedule.step(0.5)  # type: ignore[arg-type]
     with pytest.raises(ConfigKeyError, match="Did you mean 'acuracy'"):
         schedule.step({"acuracy": 0.5})
-    with pytest.raises(ConfigValueError, match="by epoch only"):
+    with pytest.raises(ConfigValueError, match="must be epoch-based"):
         ReduceOnPlateauLR(optimizer(), by_epoch=False)
     with pytest.raises(ConfigValueError, match="factor must be smaller than 1"):
         ReduceOnPlateauLR(optimizer(), factor=1.0)

@@ -1,4 +1,4 @@
-"""Build what a configuration says about optimization."""
+"""Build optimizer wrappers from configurations."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["build_optim_wrapper"]
 
 
 def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> BaseOptimWrapper | OptimWrapperDict:
-    """Return the optimizer wrapper, or several, that a configuration describes for a model.
+    """Build the optimizer wrapper, or an ``OptimWrapperDict``, for a model from a configuration.
 
-    ``constructor`` names what builds it (``DefaultOptimWrapperConstructor`` by default) from the rest of the
-    configuration and ``paramwise_cfg``.
+    ``constructor`` is the type of the constructor (``DefaultOptimWrapperConstructor`` by default), which receives
+    ``paramwise_cfg`` and the rest of the configuration.
 
     Raises:
-        ConfigTypeError: if the configuration is no mapping, or its constructor builds something else.
+        ConfigTypeError: if the configuration is not a mapping, or the constructor returns something else.
     """
     if not isinstance(cfg, Mapping):
         raise ConfigTypeError(f"optim_wrapper must be a mapping, got {type(cfg).__name__}: {cfg!r}.")
@@ -34,5 +34,5 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> BaseOptimWr
     )
     built = constructor(model)
     if not isinstance(built, BaseOptimWrapper | OptimWrapperDict):
-        raise ConfigTypeError(f"The constructor {kind!r} built {built!r}, which is no optimizer wrapper.")
+        raise ConfigTypeError(f"The constructor {kind!r} returned {built!r}, which is not an optimizer wrapper.")
     return built

@@ -1,4 +1,4 @@
-"""Choose how a torch optimizer computes its updates: the fastest way that the device and the parameters allow."""
+"""Select the fastest implementation of a torch optimizer: fused, foreach or a loop over tensors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Implementation = Literal["auto", "fused", "foreach", "loop"]
 # How updates are computed depends on the machine, so these options of a parameter group are not part of a checkpoint.
 IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
 _CHOICES: Final = ("auto", "fused", "foreach", "loop")
-# Where the user says one of these, the choice is made.
+# If the user sets one of these, no implementation is selected.
 _DECIDING_KEYS: Final = ("fused", "foreach", "differentiable", "capturable")
 _FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
-# torch 2.13 has fused kernels of no others for tensors that are sharded over ranks.
+# The only optimizers with fused kernels for DTensor parameters in torch 2.13.
 _FUSED_ON_SHARDS: Final = (Adam, AdamW)
-# Plain SGD is one addition a tensor: on the CPU a fused call costs more than the loop up to about this many tensors
+# Plain SGD does one addition per tensor: on the CPU, a loop is faster than a fused call up to about this many tensors
 # (4 tensors: 51 us fused, 32 us loop; 20 tensors: 70 and 92; torch 2.13).
-_FEW_TENSORS: Final = 10
+_MAX_LOOP_TENSORS: Final = 10
 
 
 def implementation_options(
@@ -38,17 +38,17 @@ def implementation_options(
     implementation: str = "auto",
     sparse_gradients: bool = False,
 ) -> dict[str, bool]:
-    """Return the arguments that make an optimizer of this type compute in the wanted way; empty for its own default.
+    """Return the optimizer arguments that select an implementation; empty for torch's default.
 
-    ``"auto"`` is fused wherever optimizer, devices, dtypes and gradients allow it and it pays, else torch's default
-    (foreach on accelerators, a loop on the CPU), and foreach for parameters that are sharded. What ``options`` already
-    decide is left to them.
+    ``"auto"`` selects fused if the optimizer, devices, dtypes and gradients support it and it is faster; otherwise foreach
+    for ``DTensor`` parameters, and torch's default for others (foreach on accelerators, a loop on the CPU). If ``options``
+    already select an implementation, it is kept.
 
     Raises:
-        ConfigValueError: for another choice, or one that the optimizer does not have or that ``options`` contradict.
+        ConfigValueError: if the implementation is unknown, not supported, or in conflict with ``options``.
     """
     if implementation not in _CHOICES:
-        raise ConfigValueError(f"implementation={implementation!r} is not known. Use one of {', '.join(_CHOICES)}.")
+        raise ConfigValueError(f"Unknown implementation={implementation!r}. Use one of {', '.join(_CHOICES)}.")
     offered = inspect.signature(optimizer_type).parameters
     decided = [key for key in _DECIDING_KEYS if options.get(key) is not None and options[key] is not False]
     decided += [key for key in IMPLEMENTATION_KEYS if options.get(key) is False]
@@ -61,24 +61,23 @@ def implementation_options(
         fused = fused and not _is_faster_in_a_loop(optimizer_type, options, parameters)
         if fused and (not shards or optimizer_type in _FUSED_ON_SHARDS):
             return {"fused": True}
-        # For shards each operation is looked up anew, which takes longer than most of them take: once for all tensors.
+        # Each operation on a DTensor has a large dispatch overhead; foreach dispatches once for all tensors.
         return {"foreach": True} if shards and "foreach" in offered else {}
     if decided:
         raise ConfigValueError(
-            f"implementation={implementation!r} and the optimizer's {', '.join(decided)} both say how updates are "
-            "computed. Give one of them."
+            f"implementation={implementation!r} conflicts with the optimizer's {', '.join(decided)}. Set only one of them."
         )
     if implementation == "loop":
         return {key: False for key in IMPLEMENTATION_KEYS if key in offered}
     if meshes > 1:
         raise ConfigValueError(
-            f"implementation={implementation!r} takes all tensors in one call, and this model's lie on {meshes} meshes of "
-            "ranks, as under tensor parallel. Use implementation='auto'."
+            f"implementation={implementation!r} processes all tensors in one call, but this model's parameters are on {meshes} "
+            "different device meshes, as with tensor parallelism. Use implementation='auto'."
         )
     if shards and implementation == "fused" and optimizer_type not in _FUSED_ON_SHARDS:
         raise ConfigValueError(
-            f"implementation='fused': torch has no fused {getattr(optimizer_type, '__name__', optimizer_type)} for parameters "
-            "that are sharded over ranks. Use implementation='auto'."
+            f"implementation='fused': torch has no fused {getattr(optimizer_type, '__name__', optimizer_type)} for DTensor "
+            "parameters. Use implementation='auto'."
         )
     if implementation not in offered:
         name = getattr(optimizer_type, "__name__", repr(optimizer_type))
@@ -100,6 +99,6 @@ def _is_faster_in_a_loop(
     return (
         optimizer_type is SGD
         and not options.get("momentum")
-        and len(parameters) <= _FEW_TENSORS
+        and len(parameters) <= _MAX_LOOP_TENSORS
         and all(parameter.device.type == "cpu" for parameter in parameters)
     )

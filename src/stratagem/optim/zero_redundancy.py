@@ -1,4 +1,4 @@
-"""An optimizer whose state is spread over the ranks of a replicated model."""
+"""An optimizer whose state is sharded over the ranks of a replicated model (ZeRO stage 1)."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ __all__ = ["ZeroRedundancyOptimizer"]
 
 @final
 class ZeroRedundancyOptimizer(TorchZeroRedundancyOptimizer):
-    """torch's ZeRO stage 1 (arXiv:1910.02054), with the optimizer by name and a state that every rank can save.
+    """torch's ``ZeroRedundancyOptimizer`` (ZeRO stage 1, arXiv:1910.02054) with a state dict on every rank.
 
-    Each rank updates its part of the parameters with the fastest implementation there is, and all exchange them.
+    Each rank updates its shard of the parameters with the fastest implementation and broadcasts it to the others.
 
     Args:
-        params: parameters or groups of them.
-        optimizer_type: the name of the optimizer whose state is spread.
-        options: the arguments of that optimizer, and of torch's ``ZeroRedundancyOptimizer``.
+        params: parameters or parameter groups.
+        optimizer_type: the registered name of the local optimizer.
+        options: arguments of the local optimizer and of torch's ``ZeroRedundancyOptimizer``.
 
     Raises:
-        ConfigValueError: if there is only one process without a process group.
-        ConfigKeyError: if there is no optimizer of that name.
+        ConfigValueError: if there is no process group.
+        ConfigKeyError: if the optimizer is unknown.
     """
 
     def __init__(self, params: Iterable[Any], optimizer_type: str, **options: Any) -> None:
         if not is_distributed():
             raise ConfigValueError(
-                "ZeroRedundancyOptimizer spreads its state over ranks, and there is no process group. "
-                f"Use {optimizer_type} itself in one process, or start several with torchrun."
+                "ZeroRedundancyOptimizer shards its state over the ranks of a process group, but there is none. "
+                f"Use {optimizer_type} in a single process, or start several processes with torchrun."
             )
         optimizer_class: Any = OPTIMIZERS.get(optimizer_type)
         if optimizer_class is None:
             raise ConfigKeyError(
-                f"optimizer_type={optimizer_type!r} is not known. {did_you_mean(optimizer_type, OPTIMIZERS.names())}"
+                f"Unknown optimizer_type={optimizer_type!r}. {did_you_mean(optimizer_type, OPTIMIZERS.names())}"
             )
         groups = list(params)
         options = {**options, **implementation_options(optimizer_class, options, _tensors(groups))}

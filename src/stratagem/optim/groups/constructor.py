@@ -1,4 +1,4 @@
-"""Build an optimizer over groups of parameters with equal options, and the wrapper around it."""
+"""Build an optimizer with parameter groups, and its wrapper."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MULTIPLIED: Final = {"lr_mult": "lr", "decay_mult": "weight_decay"}
 @final
 @dataclass(slots=True)
 class Group:
-    """Parameters with equal options, in the order of the model, with their names."""
+    """Parameters with equal options, in model order, with their names."""
 
     options: dict[str, Any]
     names: list[str] = field(default_factory=list)
@@ -41,17 +41,17 @@ class Group:
 
 @final
 class DefaultOptimWrapperConstructor:
-    """Build the optimizer wrapper that a configuration describes for a model.
+    """Build an optimizer wrapper for a model from a configuration.
 
     Args:
-        optim_wrapper_cfg: ``optimizer`` is a configuration, or a built optimizer; ``type`` names the wrapper
-            (``OptimWrapper`` by default); ``implementation`` says how a torch optimizer computes: ``"auto"`` (the
-            fastest there is), ``"fused"``, ``"foreach"`` or ``"loop"``. All else is for the wrapper.
-        paramwise_cfg: rules for single parameters; see ``ParamwiseRules``.
+        optim_wrapper_cfg: ``optimizer`` is a configuration or an optimizer object; ``type`` is the wrapper
+            (``OptimWrapper`` by default); ``implementation`` selects the implementation of a torch optimizer: ``"auto"``
+            (the fastest one), ``"fused"``, ``"foreach"`` or ``"loop"``. Other keys are arguments of the wrapper.
+        paramwise_cfg: rules per parameter; see ``ParamwiseRules``.
 
     Raises:
-        ConfigTypeError: if one of them is no mapping.
-        ConfigValueError: if there is no ``optimizer``, or rules are given for one that is built.
+        ConfigTypeError: if an argument is not a mapping.
+        ConfigValueError: if ``optimizer`` is missing, or rules are given for an optimizer object.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
@@ -59,7 +59,9 @@ class DefaultOptimWrapperConstructor:
             raise ConfigTypeError(f"optim_wrapper must be a mapping, got {optim_wrapper_cfg!r}.")
         if "optimizer" not in optim_wrapper_cfg:
             near = did_you_mean("optimizer", optim_wrapper_cfg)
-            raise ConfigValueError(f"optim_wrapper has no 'optimizer', only {sorted(optim_wrapper_cfg)}. {near}")
+            raise ConfigValueError(
+                f"optim_wrapper has no 'optimizer'; its keys are {sorted(optim_wrapper_cfg)}. {near}"
+            )
         self._wrapper_options = dict(optim_wrapper_cfg)
         self._optimizer = self._wrapper_options.pop("optimizer")
         self._implementation = self._wrapper_options.pop("implementation", "auto")
@@ -67,32 +69,34 @@ class DefaultOptimWrapperConstructor:
         self._rules = parse_paramwise(paramwise_cfg)
         if isinstance(self._optimizer, Optimizer) and (self._has_rules or "implementation" in optim_wrapper_cfg):
             raise ConfigValueError(
-                "paramwise_cfg and implementation are for an optimizer that is built here; this one is built already: "
-                f"{type(self._optimizer).__name__}. Give its configuration, or leave them out."
+                "paramwise_cfg and implementation require the configuration of an optimizer, but the optimizer is a "
+                f"{type(self._optimizer).__name__} object. Pass its configuration, or remove them."
             )
 
     def __call__(self, model: nn.Module) -> BaseOptimWrapper:
-        """Return the wrapper for the parameters of a model; ``freeze`` switches the gradients of some of them off."""
+        """Return the wrapper for a model; parameters that match ``freeze`` get ``requires_grad=False``."""
         optimizer = self._optimizer
         if not isinstance(optimizer, Optimizer):
             optimizer = self._build_optimizer(unwrap_data_parallel(model))
         wrapper = OPTIM_WRAPPERS.build({"type": "OptimWrapper", **self._wrapper_options, "optimizer": optimizer})
         if not isinstance(wrapper, BaseOptimWrapper):
             raise ConfigTypeError(
-                f"{self._wrapper_options['type']!r} built {wrapper!r}, which is no optimizer wrapper."
+                f"{self._wrapper_options['type']!r} returned {wrapper!r}, which is not an optimizer wrapper."
             )
         return wrapper
 
     def _build_optimizer(self, model: nn.Module) -> Any:
         if not isinstance(self._optimizer, Mapping):
-            raise ConfigTypeError(f"optimizer must be a mapping with a type, or built, got {self._optimizer!r}.")
+            raise ConfigTypeError(
+                f"optimizer must be a mapping with a type or an optimizer object, got {self._optimizer!r}."
+            )
         options = dict(self._optimizer)
         kind = options.get("type")
         target = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
         if not callable(target):
-            return OPTIMIZERS.build(options)  # which says what is wrong
+            return OPTIMIZERS.build(options)  # raises an error
         signature = inspect.signature(target).parameters
-        infos = self._trained(iter_parameters(model))
+        infos = self._freeze(iter_parameters(model))
         groups = group_parameters(infos, self._rules, options, signature)
         if self._has_rules and logger.isEnabledFor(logging.INFO):
             logger.info("%s\n%s", kind, describe_groups(groups))
@@ -101,13 +105,13 @@ class DefaultOptimWrapperConstructor:
             options,
             [parameter for group in groups for parameter in group.parameters],
             implementation=self._implementation,
-            sparse_gradients=any(kind.has_sparse_gradient for kind in {info.kind for info in infos}),
+            sparse_gradients=any(traits.has_sparse_gradient for traits in {info.traits for info in infos}),
         )
         params: Any = [{"params": group.parameters, **group.options} for group in groups]
         return OPTIMIZERS.build(options, default_args={next(iter(signature)): params})
 
-    def _trained(self, infos: list[ParameterInfo]) -> list[ParameterInfo]:
-        """Switch off the gradients of what ``freeze`` names, and return the rest."""
+    def _freeze(self, infos: list[ParameterInfo]) -> list[ParameterInfo]:
+        """Disable the gradients of parameters that match ``freeze``, and return the others."""
         if not self._rules.freeze:
             return infos
         frozen = {info.name for info in infos if any(re.search(each, info.name) for each in self._rules.freeze)}
@@ -124,53 +128,53 @@ def group_parameters(
     options: Mapping[str, Any],
     signature: Mapping[str, inspect.Parameter],
 ) -> list[Group]:
-    """Return the parameters in groups of equal options; the one without options of its own comes first.
+    """Group parameters by their options; the group with the optimizer's default options comes first.
 
-    Parameters without gradients stay in, so that they train once they are switched on.
+    Parameters with ``requires_grad=False`` are included, so that they can be unfrozen later.
 
     Args:
         infos: the parameters.
-        rules: which options they get.
+        rules: the rules for their options.
         options: the configuration of the optimizer, with the base learning rate and weight decay.
-        signature: the arguments of the optimizer.
+        signature: the parameters of the optimizer's constructor.
 
     Raises:
-        ConfigValueError: if there is no parameter, a multiplier has nothing to multiply, or two names of one parameter
+        ConfigValueError: if there are no parameters, a multiplier has no base value, or two names of a shared parameter
             have different options.
-        ConfigKeyError: if a rule sets an option that the optimizer does not have.
+        ConfigKeyError: if a rule sets an unknown option.
     """
     if not infos:
-        raise ConfigValueError("There is no parameter to train. Look at the model, and at freeze in paramwise_cfg.")
+        raise ConfigValueError("There are no parameters to train. Check the model and freeze in paramwise_cfg.")
     depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([info.name for info in infos])
     base = _base_values(options, signature)
     groups: dict[str, Group] = {}
-    # Most parameters of a large model share what decides about them: options are worked out once for each.
-    decided: dict[tuple[str | None, ParameterTraits | None, float], Group] = {}
+    # Most parameters of a large model share the same key, traits and depth, so compute the options once for each.
+    cache: dict[tuple[str | None, ParameterTraits | None, float], Group] = {}
     seen: dict[int, tuple[str, Group]] = {}
-    for name, parameter, kind in infos:
+    for name, parameter, traits in infos:
         key = rules.key_for(name) if rules.custom_keys else None
-        decider = (key, kind if key is None else None, depth.get(name, 1.0))
-        group = decided.get(decider)
+        cache_key = (key, traits if key is None else None, depth.get(name, 1.0))
+        group = cache.get(cache_key)
         if group is None:
-            said = rules.multipliers(kind) if key is None else dict(rules.custom_keys[key])
-            own = _own_options(name, said, decider[2], base, signature)
-            group = decided[decider] = groups.setdefault(repr(sorted(own.items())), Group(own))
+            rule = rules.multipliers(traits) if key is None else dict(rules.custom_keys[key])
+            own = _group_options(name, rule, cache_key[2], base, signature)
+            group = cache[cache_key] = groups.setdefault(repr(sorted(own.items())), Group(own))
         first_name, first_group = seen.setdefault(id(parameter), (name, group))
         if first_name is name:
             group.names.append(name)
             group.parameters.append(parameter)
         elif group is not first_group and not rules.bypass_duplicate:
             raise ConfigValueError(
-                f"{first_name} and {name} are one parameter, but paramwise_cfg gives them different options: "
-                f"{first_group.options} and {group.options}. Give them the same, or bypass_duplicate=True for those of "
-                "the first."
+                f"{first_name} and {name} are the same parameter, but paramwise_cfg sets different options for them: "
+                f"{first_group.options} and {group.options}. Make them equal, or set bypass_duplicate=True to use those of "
+                "the first name."
             )
-    _warn_of_unused_keys(rules, {key for key, _, _ in decided})
+    _warn_of_unused_keys(rules, {key for key, _, _ in cache})
     return sorted((group for group in groups.values() if group.parameters), key=lambda group: bool(group.options))
 
 
 def unwrap_data_parallel(model: nn.Module) -> nn.Module:
-    """Return what torch's replicating wrappers hold, or the model itself: it may have a part called ``module``."""
+    """Return the module inside DDP or DataParallel, or the model itself, which may have an attribute ``module``."""
     if isinstance(model, DistributedDataParallel | DataParallel):
         inner: nn.Module = model.module
         return inner
@@ -178,60 +182,60 @@ def unwrap_data_parallel(model: nn.Module) -> nn.Module:
 
 
 def describe_groups(groups: Sequence[Group]) -> str:
-    """Return a table of what the groups are: options, tensors, elements, and the first of their names."""
-    rows = [("options", "tensors", "elements", "such as")]
+    """Return a table of the groups: options, number of tensors and elements, and first parameter names."""
+    rows = [("options", "tensors", "elements", "parameters")]
     for group in groups:
-        said = ", ".join(f"{key}={value!r}" for key, value in group.options.items()) or "those of the optimizer"
+        options = ", ".join(f"{key}={value!r}" for key, value in group.options.items()) or "optimizer defaults"
         elements = sum(parameter.numel() for parameter in group.parameters)
         shown = ", ".join(group.names[:3]) + (", ..." if len(group.names) > 3 else "")
-        rows.append((said, str(len(group.names)), f"{elements:,}", shown))
+        rows.append((options, str(len(group.names)), f"{elements:,}", shown))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
-        f"  {said:<{widths[0]}}  {tensors:>{widths[1]}}  {elements:>{widths[2]}}  {names}"
-        for said, tensors, elements, names in rows
+        f"  {options:<{widths[0]}}  {tensors:>{widths[1]}}  {elements:>{widths[2]}}  {names}"
+        for options, tensors, elements, names in rows
     )
 
 
 def _warn_of_unused_keys(rules: ParamwiseRules, used: set[str | None]) -> None:
     for key in rules.custom_keys:
         if key not in used:
-            logger.warning("paramwise_cfg: no parameter is decided by custom_keys[%r].", key)
+            logger.warning("paramwise_cfg: custom_keys[%r] does not apply to any parameter.", key)
 
 
 def _base_values(options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Return what multipliers multiply; a learning rate that is not given is the optimizer's default."""
+    """Return the base values of the multipliers; the learning rate defaults to that of the optimizer."""
     base = {key: options[key] for key in _MULTIPLIED.values() if options.get(key) is not None}
     if "lr" not in base and "lr" in signature and signature["lr"].default is not inspect.Parameter.empty:
         base["lr"] = signature["lr"].default
     return base
 
 
-def _own_options(
+def _group_options(
     name: str,
-    said: Mapping[str, Any],
+    rule: Mapping[str, Any],
     depth: float,
     base: Mapping[str, Any],
     signature: Mapping[str, inspect.Parameter],
 ) -> dict[str, Any]:
-    """Return the options of a group that differ from those of the optimizer; ``name`` is its first parameter."""
+    """Return the options of a group that differ from the optimizer's; ``name`` is its first parameter."""
     if depth != 1.0:
-        said = {**said, "lr_mult": said.get("lr_mult", 1.0) * depth}
-    own = {key: value for key, value in said.items() if key not in _MULTIPLIED}
+        rule = {**rule, "lr_mult": rule.get("lr_mult", 1.0) * depth}
+    own = {key: value for key, value in rule.items() if key not in _MULTIPLIED}
     for key in own:
         if key not in signature and not any(item.kind is item.VAR_KEYWORD for item in signature.values()):
             raise ConfigKeyError(
-                f"paramwise_cfg sets {key!r} for {name}, an option that the optimizer does not have. "
+                f"paramwise_cfg sets {key!r} for {name}, but the optimizer has no such option. "
                 f"{did_you_mean(key, [*signature, *_MULTIPLIED])}"
             )
     for multiplier, key in _MULTIPLIED.items():
-        if said.get(multiplier) is None:
+        if rule.get(multiplier) is None:
             continue
         value = own.get(key, base.get(key))
         if value is None:
             raise ConfigValueError(
                 f"paramwise_cfg: {multiplier} of {name} multiplies {key}, which the optimizer's configuration does not "
-                f"give. Add {key}=..."
+                f"set. Add {key}=..."
             )
-        if said[multiplier] != 1.0:
-            own[key] = value * said[multiplier]
+        if rule[multiplier] != 1.0:
+            own[key] = value * rule[multiplier]
     return own

@@ -1,4 +1,4 @@
-"""One optimizer wrapper for each of several parts of a model."""
+"""Build a separate optimizer wrapper for each of several submodules."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ __all__ = ["MultiOptimWrapperConstructor"]
 
 @final
 class MultiOptimWrapperConstructor:
-    """Build an ``OptimWrapperDict`` from configurations by the names of the model's parts.
+    """Build an ``OptimWrapperDict`` from one configuration per submodule.
 
-    ``dict(constructor="MultiOptimWrapperConstructor", generator=dict(optimizer=...), critic=dict(optimizer=...))`` gives
-    ``model.generator`` and ``model.critic`` an optimizer each. A name may be dotted, and each part may have its own
-    ``paramwise_cfg``.
+    ``dict(constructor="MultiOptimWrapperConstructor", generator=dict(optimizer=...), critic=dict(optimizer=...))`` builds
+    one optimizer for ``model.generator`` and one for ``model.critic``. Names may be dotted, and each submodule may have its
+    own ``paramwise_cfg``.
 
     Args:
-        optim_wrapper_cfg: name of a part -> configuration of its wrapper.
-        paramwise_cfg: refused; each part has its own.
+        optim_wrapper_cfg: maps the name of each submodule to the configuration of its wrapper.
+        paramwise_cfg: must be None; set it per submodule.
 
     Raises:
-        ConfigTypeError: if one of the configurations is no mapping.
-        ConfigValueError: if there is none, or ``paramwise_cfg`` is given for all.
+        ConfigTypeError: if a configuration is not a mapping.
+        ConfigValueError: if there is no configuration, or ``paramwise_cfg`` is set.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
         if paramwise_cfg is not None:
-            raise ConfigValueError("Give each part of the model its own paramwise_cfg, next to its optimizer.")
+            raise ConfigValueError(
+                "MultiOptimWrapperConstructor: set paramwise_cfg for each submodule, next to its optimizer."
+            )
         if not optim_wrapper_cfg:
-            raise ConfigValueError("MultiOptimWrapperConstructor needs a configuration for each part of the model.")
+            raise ConfigValueError("MultiOptimWrapperConstructor needs the configuration of at least one submodule.")
         self._constructors: dict[str, DefaultOptimWrapperConstructor] = {}
         for name, cfg in optim_wrapper_cfg.items():
             if not isinstance(cfg, Mapping):
@@ -46,16 +48,16 @@ class MultiOptimWrapperConstructor:
             self._constructors[name] = DefaultOptimWrapperConstructor(rest, cfg.get("paramwise_cfg"))
 
     def __call__(self, model: nn.Module) -> OptimWrapperDict:
-        """Return a wrapper for each part of the model.
+        """Return a wrapper for each configured submodule.
 
         Raises:
-            ConfigKeyError: if the model has no part of a name.
+            ConfigKeyError: if the model has no submodule of a name.
         """
-        parts = dict(unwrap_data_parallel(model).named_modules())
+        submodules = dict(unwrap_data_parallel(model).named_modules())
         wrappers: dict[str, BaseOptimWrapper] = {}
         for name, constructor in self._constructors.items():
-            if name not in parts:
-                known = [part for part in parts if part and "." not in part]
-                raise ConfigKeyError(f"optim_wrapper: the model has no part {name!r}. {did_you_mean(name, known)}")
-            wrappers[name] = constructor(parts[name])
+            if name not in submodules:
+                known = [submodule for submodule in submodules if submodule and "." not in submodule]
+                raise ConfigKeyError(f"optim_wrapper: the model has no submodule {name!r}. {did_you_mean(name, known)}")
+            wrappers[name] = constructor(submodules[name])
         return OptimWrapperDict(**wrappers)

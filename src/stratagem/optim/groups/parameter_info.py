@@ -1,4 +1,4 @@
-"""Every parameter of a model where it stands, with what rules may ask about it."""
+"""List the parameters of a model with the properties that parameter group rules depend on."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _DEFORMABLE: Final = frozenset({"DeformConv2d", "ModulatedDeformConv2d"})
 
 
 class ParameterTraits(NamedTuple):
-    """What a parameter is, the same value for all that are alike.
+    """The properties of a parameter on which rules depend.
 
     Attributes:
-        is_bias: it is called ``bias``.
+        is_bias: its name is ``bias``.
         is_flat: it has one dimension.
-        is_norm: it belongs to a normalisation.
-        is_depth_wise: it belongs to a convolution of each channel on its own.
-        in_deformable: it belongs to a part of a deformable convolution.
-        is_offset: it belongs to the part that computes the offsets of one.
+        is_norm: it belongs to a normalization layer.
+        is_depth_wise: it belongs to a depthwise convolution.
+        in_deformable: it belongs to a submodule of a deformable convolution.
+        is_offset: it belongs to the submodule that computes the offsets of a deformable convolution.
         has_sparse_gradient: it belongs to an embedding with sparse gradients.
     """
 
@@ -38,15 +38,15 @@ class ParameterTraits(NamedTuple):
 
 
 class ParameterInfo(NamedTuple):
-    """One parameter under one of its names."""
+    """A parameter under one of its names."""
 
     name: str
     parameter: Parameter
-    kind: ParameterTraits
+    traits: ParameterTraits
 
 
 class _Type(NamedTuple):
-    """What all modules of one type have in common."""
+    """The properties of a module class."""
 
     is_norm: bool
     is_conv: bool
@@ -55,34 +55,42 @@ class _Type(NamedTuple):
 
 
 def iter_parameters(model: nn.Module) -> list[ParameterInfo]:
-    """Return every parameter under each of its names, a module's own before those of its children."""
-    # A stack and not a recursion, and types looked at once: models of thousands of tensors take milliseconds.
+    """Return every parameter under each of its names, the direct parameters of a module before those of its children."""
+    # Iterative, and with cached module classes, so that models with thousands of tensors take milliseconds.
     infos: list[ParameterInfo] = []
-    waiting: list[tuple[str, nn.Module, bool]] = [("", model, False)]
+    stack: list[tuple[str, nn.Module, bool]] = [("", model, False)]
     types: dict[type[nn.Module], _Type] = {}
-    while waiting:
-        prefix, module, in_deformable = waiting.pop()
-        kind = types.get(type(module)) or types.setdefault(type(module), _type_of(module))
-        # named_parameters() and named_children() hide what is shared.
+    while stack:
+        prefix, module, in_deformable = stack.pop()
+        module_type = types.get(type(module)) or types.setdefault(type(module), _type_of(module))
+        # named_parameters() and named_children() omit duplicates of shared parameters and modules.
         if module._parameters:
-            infos += _direct_parameters(prefix, module, kind, in_deformable=in_deformable)
+            infos += _direct_parameters(prefix, module, module_type, in_deformable=in_deformable)
         if module._modules:
             children = [(name, child) for name, child in module._modules.items() if child is not None]
-            waiting += [(f"{prefix}{name}.", child, kind.is_deformable) for name, child in reversed(children)]
+            stack += [(f"{prefix}{name}.", child, module_type.is_deformable) for name, child in reversed(children)]
     return infos
 
 
-def _direct_parameters(prefix: str, module: nn.Module, kind: _Type, *, in_deformable: bool) -> list[ParameterInfo]:
-    is_depth_wise = kind.is_conv and module.in_channels == module.groups
-    is_offset = in_deformable and kind.is_conv and "conv_offset" in prefix
-    is_sparse = kind.is_embedding and bool(module.sparse)
+def _direct_parameters(
+    prefix: str, module: nn.Module, module_type: _Type, *, in_deformable: bool
+) -> list[ParameterInfo]:
+    is_depth_wise = module_type.is_conv and module.in_channels == module.groups
+    is_offset = in_deformable and module_type.is_conv and "conv_offset" in prefix
+    is_sparse = module_type.is_embedding and bool(module.sparse)
     infos = []
     for name, parameter in module._parameters.items():
         if parameter is not None:
-            found = ParameterTraits(
-                name == "bias", parameter.ndim == 1, kind.is_norm, is_depth_wise, in_deformable, is_offset, is_sparse
+            traits = ParameterTraits(
+                name == "bias",
+                parameter.ndim == 1,
+                module_type.is_norm,
+                is_depth_wise,
+                in_deformable,
+                is_offset,
+                is_sparse,
             )
-            infos.append(ParameterInfo(prefix + name, parameter, found))
+            infos.append(ParameterInfo(prefix + name, parameter, traits))
     return infos
 
 

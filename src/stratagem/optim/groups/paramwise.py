@@ -1,4 +1,4 @@
-"""The rules of ``paramwise_cfg``: which parameters learn slower, decay less, or not at all."""
+"""Parse ``paramwise_cfg``: learning rates, weight decay and freezing per parameter."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Options = dict[str, Any]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerDecay:
-    r"""Smaller learning rates for the layers nearer to the input (arXiv:1801.06146).
+    r"""Layer-wise learning rate decay: smaller learning rates for layers closer to the input (arXiv:1801.06146).
 
     Attributes:
-        rate: the factor from one layer to the one before it.
-        layers: a regular expression whose first group is a layer's number, such as ``r"blocks\.(\d+)\."``.
-        first: regular expressions of what comes before layer 0, such as ``"patch_embed"``. All else comes after the
-            last layer and keeps the whole learning rate.
+        rate: the factor between the learning rates of a layer and the next one.
+        layers: a regular expression whose first group is the index of a layer, such as ``r"blocks\.(\d+)\."``.
+        first: regular expressions for parameters before layer 0, such as ``"patch_embed"``. All other parameters are
+            treated as after the last layer and keep the full learning rate.
     """
 
     rate: float
@@ -34,7 +34,7 @@ class LayerDecay:
     first: Sequence[str] = ()
 
     def multipliers(self, names: Sequence[str]) -> dict[str, float]:
-        """Return the factor of the learning rate for each name.
+        """Return the learning rate multiplier of each name.
 
         Raises:
             ConfigValueError: if no name matches ``layers``.
@@ -54,18 +54,18 @@ class ParamwiseRules:
     """The rules of ``paramwise_cfg``.
 
     Attributes:
-        custom_keys: options by a part of the parameters' names; ``lr_mult`` and ``decay_mult`` multiply, others are
-            set. The longest key that matches decides, and no other rule but ``layer_decay`` applies.
-        match: how a key matches: anywhere in the name, as whole components of it, or as a regular expression.
-        bias_lr_mult: for biases, except those of normalisations and of the offsets of deformable convolutions.
-        bias_decay_mult: for biases, except those of deformable convolutions.
-        norm_decay_mult: for weights and biases of normalisations.
-        dwconv_decay_mult: for depth-wise convolutions.
+        custom_keys: options for parameters whose names match a key; ``lr_mult`` and ``decay_mult`` are multipliers, other
+            options are set. The longest matching key is used, and of the other rules only ``layer_decay`` applies.
+        match: how keys match names: as a substring, as whole components, or as a regular expression.
+        bias_lr_mult: for biases, except in normalization layers and deformable convolutions.
+        bias_decay_mult: for biases, except in normalization layers with ``norm_decay_mult`` and deformable convolutions.
+        norm_decay_mult: for weights and biases of normalization layers.
+        dwconv_decay_mult: for depthwise convolutions.
         dcn_offset_lr_mult: for ``conv_offset`` of deformable convolutions.
-        flat_decay_mult: for all other parameters of one dimension.
-        bypass_duplicate: let the first name of a shared parameter decide, where its names have different options.
-        layer_decay: learning rates that grow with the depth; multiplies what the other rules say.
-        freeze: regular expressions of parameters that are not trained.
+        flat_decay_mult: for all other parameters with one dimension.
+        bypass_duplicate: for a shared parameter whose names have different options, use those of its first name.
+        layer_decay: layer-wise learning rate decay, multiplied with the other rules.
+        freeze: regular expressions for parameters that are not trainable.
     """
 
     custom_keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class ParamwiseRules:
 
     def __post_init__(self) -> None:
         if self.match not in ("substring", "component", "regex"):
-            raise ConfigValueError(f'match={self.match!r} is not known. Use "substring", "component" or "regex".')
+            raise ConfigValueError(f'Unknown match={self.match!r}. Use "substring", "component" or "regex".')
         if not isinstance(self.custom_keys, Mapping):
             raise ConfigTypeError(f"custom_keys must map names to options, got {self.custom_keys!r}.")
         for key, options in self.custom_keys.items():
@@ -92,37 +92,37 @@ class ParamwiseRules:
                 )
 
     def key_for(self, name: str) -> str | None:
-        """Return the custom key that decides about a name: the longest that matches, then the first by name."""
+        """Return the custom key for a name: the longest that matches, and among those the first in sorted order."""
         matching = [key for key in self.custom_keys if _matches(key, name, self.match)]
         return min(matching, key=lambda key: (-len(key), key), default=None)
 
-    def multipliers(self, kind: ParameterTraits) -> Options:
-        """Return the ``lr_mult`` and ``decay_mult`` that the rules for kinds of parameters say."""
+    def multipliers(self, traits: ParameterTraits) -> Options:
+        """Return ``lr_mult`` and ``decay_mult`` by the rules for the type of a parameter."""
         options: Options = {}
-        if kind.is_bias and not (kind.is_norm or kind.in_deformable):
+        if traits.is_bias and not (traits.is_norm or traits.in_deformable):
             options["lr_mult"] = self.bias_lr_mult
-        elif kind.is_offset:
+        elif traits.is_offset:
             options["lr_mult"] = self.dcn_offset_lr_mult
-        decay = self._decay(kind)
+        decay = self._decay(traits)
         return options if decay is None else {**options, "decay_mult": decay}
 
-    def _decay(self, kind: ParameterTraits) -> float | None:
+    def _decay(self, traits: ParameterTraits) -> float | None:
         rules = (
-            (kind.is_norm, self.norm_decay_mult),
-            (kind.is_bias and not kind.in_deformable, self.bias_decay_mult),
-            (kind.is_depth_wise, self.dwconv_decay_mult),
-            (kind.is_flat and not kind.in_deformable, self.flat_decay_mult),
+            (traits.is_norm, self.norm_decay_mult),
+            (traits.is_bias and not traits.in_deformable, self.bias_decay_mult),
+            (traits.is_depth_wise, self.dwconv_decay_mult),
+            (traits.is_flat and not traits.in_deformable, self.flat_decay_mult),
         )
         return next((mult for applies, mult in rules if applies and mult is not None), None)
 
 
 def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
-    """Check what a configuration says about single parameters; the argument stays as it is.
+    """Validate ``paramwise_cfg`` and return its rules. The argument is not modified.
 
     Raises:
-        ConfigTypeError: if it, ``custom_keys`` or an entry of that is no mapping.
-        ConfigKeyError: for an unknown rule.
-        ConfigValueError: for an unknown ``match``, or a ``layer_decay`` that lacks something.
+        ConfigTypeError: if it, ``custom_keys`` or one of its values is not a mapping.
+        ConfigKeyError: if a rule is unknown.
+        ConfigValueError: if ``match`` is unknown, or ``layer_decay`` is incomplete.
     """
     if paramwise_cfg is None:
         return ParamwiseRules()
@@ -152,4 +152,4 @@ def _refuse_unknown(where: str, given: Mapping[str, Any], known: type[Any]) -> N
     names = [item.name for item in fields(known)]
     for key in given:
         if key not in names:
-            raise ConfigKeyError(f"{where}: {key!r} is not known. {did_you_mean(key, names)}")
+            raise ConfigKeyError(f"{where}: unknown key {key!r}. {did_you_mean(key, names)}")

@@ -1,4 +1,4 @@
-"""Schedules of learning rate, momentum and other options: pure curves, bound to the groups of an optimizer."""
+"""Parameter schedulers: change the learning rate, momentum or other options of parameter groups during training."""
 
 from stratagem.optim.schedules.base import FOREVER, ParamScheduler
 from stratagem.optim.schedules.bindings import (

@@ -1,4 +1,4 @@
-"""What every schedule of a parameter group's option shares: range, position, state."""
+"""The base class of parameter schedulers: range, position and state."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ _UNITS: Final = ("epoch", "iter", "step")
 
 
 class ParamScheduler(ABC):
-    """Change one option of every parameter group as a run goes on. Extend it by defining ``transform``.
+    """Change one option of all parameter groups during a run. Subclasses implement ``transform``.
 
-    Positions ``[begin, end)`` of the run are the schedule's range. Before it the schedule changes nothing; from ``end``
-    on it keeps its last transformation. Schedules of the same option of the same optimizer form a chain: each
-    transforms what those that were built before it make of the group's first value.
+    The scheduler is active in the range ``[begin, end)`` of positions. Before it, nothing changes; from ``end`` on, the last
+    transformation stays in effect. Schedulers of the same option of the same optimizer form a chain: each transforms the
+    result of those that were built before it, starting from the group's initial value.
 
     Args:
-        optimizer: the optimizer, or its wrapper.
-        param_name: the option, such as ``lr``, ``weight_decay``, or ``momentum``, which is ``betas[0]`` where an
-            optimizer has that.
+        optimizer: the optimizer or its wrapper.
+        param_name: the option, such as ``lr``, ``weight_decay`` or ``momentum``; ``momentum`` is ``betas[0]`` for optimizers
+            with ``betas``.
         begin: the first position of the range.
-        end: the position after the last of the range.
-        last_step: -1 to start; else the last position, counted from ``begin``, that was run before.
-        by_epoch: whether positions are epochs or iterations (one ``train_step``, one micro-batch).
-        by: the unit by name, with ``"step"`` for updates of the optimizer; ``None`` leaves it to ``by_epoch``.
-        verbose: log each change.
+        end: the end of the range, exclusive.
+        last_step: -1 to start from the beginning; otherwise the last completed position, counted from ``begin``.
+        by_epoch: whether positions count epochs rather than iterations (micro-batches, calls of ``train_step``).
+        by: the unit ``"epoch"``, ``"iter"`` or ``"step"`` (optimizer updates); None to use ``by_epoch``.
+        verbose: whether to log each change.
 
     Attributes:
-        unit: ``"epoch"``, ``"iter"`` or ``"step"``; whoever runs the loop calls ``step`` accordingly.
-        position: positions of the run done so far.
+        unit: ``"epoch"``, ``"iter"`` or ``"step"``: when the training loop calls ``step``.
+        position: the number of completed positions of the run.
         started: whether the range has begun.
 
     Raises:
-        ConfigTypeError: if the optimizer is none.
-        ConfigValueError: if the range is empty, or ``last_step`` or ``by`` is not allowed.
-        ConfigKeyError: if a group does not have the option, or, with ``last_step``, no ``initial_<option>``.
+        ConfigTypeError: if ``optimizer`` is neither an optimizer nor a wrapper.
+        ConfigValueError: if the range is empty, or ``last_step`` or ``by`` is invalid.
+        ConfigKeyError: if a group does not have the option or, with ``last_step``, has no ``initial_<option>``.
     """
 
     need_val_args: ClassVar[bool] = False
-    # Arguments of the constructor that count positions.
+    # Constructor arguments that count positions.
     counted_arguments: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -76,11 +76,11 @@ class ParamScheduler(ABC):
             )
         if not end > begin >= 0:
             raise ConfigValueError(
-                f"{type(self).__name__}: begin={begin}, end={end} is no range. Give end > begin >= 0."
+                f"{type(self).__name__}: begin={begin}, end={end} is not a valid range; it must satisfy end > begin >= 0."
             )
         if not isinstance(last_step, int) or last_step < -1:
             raise ConfigValueError(
-                f"{type(self).__name__}: last_step must be a whole number from -1, got {last_step!r}."
+                f"{type(self).__name__}: last_step must be an integer of at least -1, got {last_step!r}."
             )
         self.optimizer = optimizer
         self.param_name = param_name
@@ -100,72 +100,72 @@ class ParamScheduler(ABC):
 
     @abstractmethod
     def transform(self, value: float, initial: float) -> float:
-        """Return what a group's value becomes at ``last_step``, the position counted from ``begin``.
+        """Return the value of a group at ``last_step``, the position counted from ``begin``.
 
         Args:
-            value: what the schedules before this one make of the group's first value.
-            initial: the group's first value.
+            value: the result of the previous schedulers in the chain.
+            initial: the initial value of the group.
         """
 
     @property
     def last_step(self) -> int:
-        """The present position counted from ``begin``: -1 before the range, and the last of the range after it."""
+        """The current position counted from ``begin``: -1 before the range, and its last position after the range."""
         return self._in_range
 
     def step(self, count: int = 1) -> None:
-        """Go ``count`` positions on and write the values of the new position into the groups."""
+        """Advance by ``count`` positions and set the new values in the parameter groups."""
         self._move_to(self.position + count)
 
     def get_last_value(self) -> list[float]:
-        """Return the present value of each parameter group."""
+        """Return the current value of each parameter group."""
         return self._chain.values()
 
     def describe(self) -> dict[str, Any]:
-        """Return what decides its values beside the position: kind, option, range and unit. Derived classes add theirs."""
+        """Return everything except the position that determines the values. Subclasses add their settings."""
         return {
             "type": type(self).__name__, "param_name": self.param_name,
             "begin": self.begin, "end": self.end, "by": self.unit,
         }  # fmt: skip
 
     def differences(self, state_dict: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return by name what differs in a schedule with this state: its value, and that of this one."""
-        saved, own = flat(state_dict.get("description", {})), flat(self.describe())
+        """Return the settings that differ from a saved state: ``{name: (saved value, own value)}``."""
+        saved, own = flatten_description(state_dict.get("description", {})), flatten_description(self.describe())
         return {name: (saved[name], own.get(name)) for name in saved if saved[name] != own.get(name)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the schedule stands, and what it is."""
+        """Return the position and the settings."""
         return {"_global_step": self.position, "last_step": self.last_step, "description": self.describe()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Become the saved schedule at its position, and write its values into the groups; the argument stays as it is.
+        """Restore the position and the settings, and set the values in the groups. The argument is not modified.
 
-        Its range, unit and settings are the saved ones, whatever this one was built with; a state without them, as
-        other programs write it, leaves them as they are.
+        The saved range, unit and settings replace those of the constructor. A state without them, as other programs write
+        it, restores only the position.
 
         Raises:
-            CheckpointMismatchError: if the state is not one of this kind of schedule.
+            CheckpointMismatchError: if the state is of a different type of scheduler.
         """
         if "_global_step" not in state_dict:
             raise CheckpointMismatchError(
-                f"{type(self).__name__}: the saved state has no position, only {sorted(state_dict)}. "
-                "Is it the state of another schedule?"
+                f"{type(self).__name__}: the saved state has no position; its keys are {sorted(state_dict)}. "
+                "It may be the state of a different scheduler."
             )
         description = state_dict.get("description")
         if description is not None:
-            self._become(description)
+            self._restore_settings(description)
         self.started = False
         self._in_range = -1
         self._move_to(state_dict["_global_step"])
         self._chain.apply()
 
-    def _become(self, description: Mapping[str, Any]) -> None:
-        """Take what a saved schedule was; derived classes take theirs."""
+    def _restore_settings(self, description: Mapping[str, Any]) -> None:
+        """Restore the settings of a saved scheduler. Subclasses extend it."""
         for name in ("type", "param_name"):
             own = self.describe()[name]
             if description[name] != own:
                 raise CheckpointMismatchError(
-                    f"The checkpoint's schedule has {name}={description[name]!r}, this run's {own!r}. Build the same one, "
-                    "or follow the configuration from here on with resume_param_scheduler=False."
+                    f"The scheduler in the checkpoint has {name}={description[name]!r}, that of this run has {own!r}. Build "
+                    "the same scheduler, or set resume_param_scheduler=False to use the configuration from here on."
                 )
         self.begin, self.end, self.unit = description["begin"], description["end"], description["by"]
         self.by_epoch = self.unit == "epoch"
@@ -173,13 +173,13 @@ class ParamScheduler(ABC):
 
     @classmethod
     def in_iterations(cls, options: Mapping[str, Any], epoch_length: int) -> dict[str, Any]:
-        """Return the arguments of a schedule by epoch as those of the same one by iteration.
+        """Convert the arguments of an epoch-based scheduler to those of the equivalent iteration-based scheduler.
 
         Raises:
-            ConfigValueError: if they are not by epoch, or ``epoch_length`` is no positive whole number.
+            ConfigValueError: if they are not epoch-based, or ``epoch_length`` is not a positive integer.
         """
         if unit_of(options.get("by"), by_epoch=options.get("by_epoch", True)) != "epoch":
-            raise ConfigValueError(f"{cls.__name__}: only a schedule by epoch can be converted to iterations.")
+            raise ConfigValueError(f"{cls.__name__}: only an epoch-based scheduler can be converted to iterations.")
         if not isinstance(epoch_length, int) or epoch_length < 1:
             raise ConfigValueError(
                 f"{cls.__name__}: converting to iterations needs epoch_length, the iterations of one epoch; "
@@ -197,7 +197,7 @@ class ParamScheduler(ABC):
     def build_iter_from_epoch(
         cls, optimizer: Optimizer | BaseOptimWrapper, *args: Any, epoch_length: int, **kwargs: Any
     ) -> Self:
-        """Build a schedule that is given in epochs so that it changes at every iteration."""
+        """Build an iteration-based scheduler from arguments in epochs."""
         options = inspect.signature(cls).bind_partial(optimizer, *args, **kwargs).arguments
         del options["optimizer"]
         return cls(optimizer, **cls.in_iterations(options, epoch_length))
@@ -210,13 +210,13 @@ class ParamScheduler(ABC):
             return
         self._in_range = at if at < last else last
         entered, self.started = not self.started, True
-        if self._reshape() or entered:
+        if self._update_shape() or entered:
             self._chain.apply()
             if self.verbose:
                 logger.info("%s: %s %d, %s", type(self).__name__, self.unit, position, self.get_last_value())
 
-    def _reshape(self) -> bool:
-        """Compute what all groups share at the new position; return whether it changed."""
+    def _update_shape(self) -> bool:
+        """Compute the value that all groups share at the new position; return whether it changed."""
         return True
 
     def __repr__(self) -> str:
@@ -226,20 +226,20 @@ class ParamScheduler(ABC):
         )
 
 
-def flat(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a description with what is nested in it at its top, and lists as tuples, so that both forms are equal."""
+def flatten_description(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description without nesting, and with tuples instead of lists, for comparison."""
     values: dict[str, Any] = {}
     for name, value in description.items():
-        values |= flat(value) if isinstance(value, Mapping) else {name: value}
+        values |= flatten_description(value) if isinstance(value, Mapping) else {name: value}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def unit_of(by: str | None, *, by_epoch: bool) -> Unit:
-    """Return the unit that ``by`` names, or else ``by_epoch``."""
+    """Return the unit by ``by``, or by ``by_epoch`` if ``by`` is None."""
     if by is None:
         return "epoch" if by_epoch else "iter"
     if by not in _UNITS:
-        raise ConfigValueError(f"by={by!r} is not known. {did_you_mean(by, _UNITS)}")
+        raise ConfigValueError(f"Unknown by={by!r}. {did_you_mean(by, _UNITS)}")
     if by == "epoch" and not by_epoch:
-        raise ConfigValueError("by='epoch' and by_epoch=False contradict each other. Give one of them.")
+        raise ConfigValueError("by='epoch' conflicts with by_epoch=False. Set only one of them.")
     return cast("Unit", by)

@@ -1,7 +1,7 @@
-"""Every schedule by the names that configurations use: a shape bound to an option of the parameter groups.
+"""The registered schedulers: each binds a curve to an option of the parameter groups.
 
-``...ParamScheduler`` takes the option as ``param_name``, ``...LR`` is for the learning rate, ``...Momentum`` for
-``momentum`` or the first of ``betas``. Their arguments are those of the shape and of ``ParamScheduler``.
+``...ParamScheduler`` schedules the option ``param_name``, ``...LR`` the learning rate, and ``...Momentum`` ``momentum`` or
+``betas[0]``. Their arguments are those of the curve and of ``ParamScheduler``.
 """
 
 from __future__ import annotations
@@ -61,159 +61,159 @@ __all__ = [
 
 @final
 class ConstantParamScheduler(CurveScheduler, settings=Constant):
-    """An option scaled by a constant until the last position of the range."""
+    """Scale an option by a constant until the end of the range."""
 
 
 @final
 class ConstantLR(CurveScheduler, settings=Constant, key="lr"):
-    """The learning rate scaled by a constant until the last position of the range."""
+    """Scale the learning rate by a constant until the end of the range."""
 
 
 @final
 class ConstantMomentum(CurveScheduler, settings=Constant, key="momentum"):
-    """The momentum scaled by a constant until the last position of the range."""
+    """Scale the momentum by a constant until the end of the range."""
 
 
 @final
 class LinearParamScheduler(CurveScheduler, settings=Linear):
-    """An option along a straight line between two factors."""
+    """Scale an option by a factor that changes linearly."""
 
 
 @final
 class LinearLR(CurveScheduler, settings=Linear, key="lr"):
-    """The learning rate along a straight line between two factors."""
+    """Scale the learning rate by a factor that changes linearly."""
 
 
 @final
 class LinearMomentum(CurveScheduler, settings=Linear, key="momentum"):
-    """The momentum along a straight line between two factors."""
+    """Scale the momentum by a factor that changes linearly."""
 
 
 @final
 class StepParamScheduler(CurveScheduler, settings=Step):
-    """An option scaled by ``gamma`` after every ``step_size`` positions."""
+    """Multiply an option by ``gamma`` every ``step_size`` positions."""
 
 
 @final
 class StepLR(CurveScheduler, settings=Step, key="lr"):
-    """The learning rate scaled by ``gamma`` after every ``step_size`` positions."""
+    """Multiply the learning rate by ``gamma`` every ``step_size`` positions."""
 
 
 @final
 class StepMomentum(CurveScheduler, settings=Step, key="momentum"):
-    """The momentum scaled by ``gamma`` after every ``step_size`` positions."""
+    """Multiply the momentum by ``gamma`` every ``step_size`` positions."""
 
 
 @final
 class MultiStepParamScheduler(CurveScheduler, settings=MultiStep):
-    """An option scaled by ``gamma`` at each milestone."""
+    """Multiply an option by ``gamma`` at each milestone."""
 
 
 @final
 class MultiStepLR(CurveScheduler, settings=MultiStep, key="lr"):
-    """The learning rate scaled by ``gamma`` at each milestone."""
+    """Multiply the learning rate by ``gamma`` at each milestone."""
 
 
 @final
 class MultiStepMomentum(CurveScheduler, settings=MultiStep, key="momentum"):
-    """The momentum scaled by ``gamma`` at each milestone."""
+    """Multiply the momentum by ``gamma`` at each milestone."""
 
 
 @final
 class ExponentialParamScheduler(CurveScheduler, settings=Exponential):
-    """An option scaled by ``gamma`` at each position."""
+    """Multiply an option by ``gamma`` at each position."""
 
 
 @final
 class ExponentialLR(CurveScheduler, settings=Exponential, key="lr"):
-    """The learning rate scaled by ``gamma`` at each position."""
+    """Multiply the learning rate by ``gamma`` at each position."""
 
 
 @final
 class ExponentialMomentum(CurveScheduler, settings=Exponential, key="momentum"):
-    """The momentum scaled by ``gamma`` at each position."""
+    """Multiply the momentum by ``gamma`` at each position."""
 
 
 @final
 class CosineAnnealingParamScheduler(CurveScheduler, settings=CosineAnnealing):
-    """An option along half a cosine wave to a floor."""
+    """Anneal an option to a minimum along a cosine curve."""
 
 
 @final
 class CosineAnnealingLR(CurveScheduler, settings=CosineAnnealing, key="lr"):
-    """The learning rate along half a cosine wave to a floor."""
+    """Anneal the learning rate to a minimum along a cosine curve."""
 
 
 @final
 class CosineAnnealingMomentum(CurveScheduler, settings=CosineAnnealing, key="momentum"):
-    """The momentum along half a cosine wave to a floor."""
+    """Anneal the momentum to a minimum along a cosine curve."""
 
 
 @final
 class CosineRestartParamScheduler(CurveScheduler, settings=CosineRestart):
-    """An option along cosine waves that start again."""
+    """Anneal an option along cosine curves with restarts."""
 
 
 @final
 class CosineRestartLR(CurveScheduler, settings=CosineRestart, key="lr"):
-    """The learning rate along cosine waves that start again."""
+    """Anneal the learning rate along cosine curves with restarts."""
 
 
 @final
 class CosineRestartMomentum(CurveScheduler, settings=CosineRestart, key="momentum"):
-    """The momentum along cosine waves that start again."""
+    """Anneal the momentum along cosine curves with restarts."""
 
 
 @final
 class PolyParamScheduler(CurveScheduler, settings=Poly):
-    """An option along a power of a straight line to a floor."""
+    """Decay an option to a minimum polynomially."""
 
 
 @final
 class PolyLR(CurveScheduler, settings=Poly, key="lr"):
-    """The learning rate along a power of a straight line to a floor."""
+    """Decay the learning rate to a minimum polynomially."""
 
 
 @final
 class PolyMomentum(CurveScheduler, settings=Poly, key="momentum"):
-    """The momentum along a power of a straight line to a floor."""
+    """Decay the momentum to a minimum polynomially."""
 
 
 @final
 class OneCycleParamScheduler(CurveScheduler, settings=OneCycle):
-    """An option up to a peak and down again."""
+    """Increase an option to a maximum and decrease it again (1cycle policy)."""
 
 
 @final
 class OneCycleLR(CurveScheduler, settings=OneCycle, key="lr"):
-    """The learning rate up to a peak and down again."""
+    """Increase the learning rate to a maximum and decrease it again (1cycle policy)."""
 
 
 @final
 class WarmupStableDecayParamScheduler(CurveScheduler, settings=WarmupStableDecay):
-    """An option warmed up, held, and decayed to a floor."""
+    """Warm up an option, keep it constant, and decay it to a minimum."""
 
 
 @final
 class WarmupStableDecayLR(CurveScheduler, settings=WarmupStableDecay, key="lr"):
-    """The learning rate warmed up, held, and decayed to a floor."""
+    """Warm up the learning rate, keep it constant, and decay it to a minimum."""
 
 
 @final
 class WarmupStableDecayMomentum(CurveScheduler, settings=WarmupStableDecay, key="momentum"):
-    """The momentum warmed up, held, and decayed to a floor."""
+    """Warm up the momentum, keep it constant, and decay it to a minimum."""
 
 
 @final
 class ReduceOnPlateauParamScheduler(PlateauScheduler, settings=Plateau):
-    """An option made smaller once a metric has stopped getting better."""
+    """Reduce an option when a metric stops improving."""
 
 
 @final
 class ReduceOnPlateauLR(PlateauScheduler, settings=Plateau, key="lr"):
-    """The learning rate made smaller once a metric has stopped getting better."""
+    """Reduce the learning rate when a metric stops improving."""
 
 
 @final
 class ReduceOnPlateauMomentum(PlateauScheduler, settings=Plateau, key="momentum"):
-    """The momentum made smaller once a metric has stopped getting better."""
+    """Reduce the momentum when a metric stops improving."""

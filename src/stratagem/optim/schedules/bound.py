@@ -1,4 +1,4 @@
-"""Make a class of schedules from a shape and the option that it changes, with one signature for both."""
+"""Scheduler classes whose signature combines the fields of a settings dataclass with the common options."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["BoundScheduler", "CurveScheduler"]
 
 
 class BoundScheduler(ParamScheduler, ABC):
-    """A schedule whose arguments are the fields of a dataclass, the options of every schedule, and maybe the key.
+    """A scheduler whose arguments are the fields of a dataclass and those of ``ParamScheduler``.
 
-    A class names the dataclass as ``settings`` and, unless users choose it by ``param_name``, the ``key``. Its
-    signature is made from them, so that help, checks of configurations and errors know every argument.
+    Subclasses specify the dataclass as ``settings``, and ``key`` if the option is fixed instead of ``param_name``. The
+    signature is generated from them, so that help, configuration checks and errors know every argument.
     """
 
     settings_type: ClassVar[type[Any]]
@@ -58,22 +58,22 @@ class BoundScheduler(ParamScheduler, ABC):
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "settings": dataclasses.asdict(self.settings)}
 
-    def _become(self, description: Mapping[str, Any]) -> None:
-        super()._become(description)
+    def _restore_settings(self, description: Mapping[str, Any]) -> None:
+        super()._restore_settings(description)
         self.settings = self.settings_type(**description["settings"])
 
 
 class CurveScheduler(BoundScheduler, ABC):
-    """A schedule that follows a curve."""
+    """A scheduler that follows a curve."""
 
     settings: Curve
-    # Not a number differs from every shape, so the first one counts as a change.
+    # NaN compares unequal to every number, so the first computed shape counts as a change.
     _shape: float = math.nan
 
     def transform(self, value: float, initial: float) -> float:
         return self.settings.apply(self._shape, value, initial)
 
-    def _reshape(self) -> bool:
+    def _update_shape(self) -> bool:
         shape = self.settings.at(self._in_range, self._span)
         changed = shape != self._shape
         self._shape = shape

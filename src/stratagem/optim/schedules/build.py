@@ -1,4 +1,4 @@
-"""From configurations to schedules that are bound to their optimizers."""
+"""Build parameter schedulers from configurations."""
 
 from __future__ import annotations
 
@@ -28,60 +28,60 @@ def build_param_schedulers(
     epoch_length: int | None = None,
     max_steps: int | None = None,
 ) -> ParamSchedulers:
-    """Build the schedules of a run: a list for one optimizer, name to list for an ``OptimWrapperDict``.
+    """Build the schedulers of a run: a list for one optimizer, or a dict of lists for an ``OptimWrapperDict``.
 
-    A mapping keyed by the optimizers' names gives each optimizer its own schedules. In any other form, configurations
-    are built for every optimizer, and a built schedule is kept for the optimizer that it was built on. A schedule
-    without ``end`` ends with the run, in its own unit.
+    A mapping from optimizer names to specifications sets the schedulers of each optimizer. Otherwise, each configuration
+    is built for every optimizer, and a scheduler object is used for the optimizer that it was built on. A scheduler without
+    ``end`` ends with the run, in its own unit.
 
     Args:
-        spec: a built schedule, a configuration, or several of them.
-        optim: the wrapper, or the wrappers.
-        max_epochs: epochs of the run.
-        max_iters: iterations (micro-batches) of the run.
-        epoch_length: iterations of an epoch, for ``convert_to_iter_based=True``.
-        max_steps: updates of the run; by default ``max_iters`` over the micro-batches of an update.
+        spec: a scheduler, a configuration, or a sequence of them.
+        optim: the optimizer wrapper, or an ``OptimWrapperDict``.
+        max_epochs: the epochs of the run.
+        max_iters: the iterations (micro-batches) of the run.
+        epoch_length: the iterations per epoch, for ``convert_to_iter_based=True``.
+        max_steps: the optimizer updates of the run; by default ``max_iters`` divided by the micro-batches per update.
 
     Raises:
-        ConfigTypeError: if an item is neither a schedule nor a configuration.
-        ConfigValueError: if a length is needed and not known, if a built schedule changes an optimizer that is not the
-            run's or that has another name, or if a built schedule is given twice.
-        ConfigKeyError: if a mapping by optimizer names other optimizers.
+        ConfigTypeError: if an item is neither a scheduler nor a configuration.
+        ConfigValueError: if a required length is unknown, or a scheduler object belongs to a different optimizer or is
+            given twice.
+        ConfigKeyError: if a mapping has unknown optimizer names, or one is missing.
     """
-    horizon = {"epoch": max_epochs, "iter": max_iters, "step": max_steps}
+    run_length = {"epoch": max_epochs, "iter": max_iters, "step": max_steps}
     wrappers = dict(optim.items()) if isinstance(optim, OptimWrapperDict) else {"": optim}
     if not isinstance(optim, OptimWrapperDict):
         with all_or_none(optim.optimizer):
             items = _as_list(spec)
             _check_owners({"": items}, wrappers)
-            return [_build_one(item, optim, horizon, epoch_length) for item in items]
+            return [_build_one(item, optim, run_length, epoch_length) for item in items]
     by_name = _by_optimizer(spec, optim)
     _check_owners(by_name, wrappers)
     with ExitStack() as stack:
         for name in optim:
             stack.enter_context(all_or_none(optim[name].optimizer))
         return {
-            name: [_build_one(item, optim[name], horizon, epoch_length) for item in by_name[name]] for name in optim
+            name: [_build_one(item, optim[name], run_length, epoch_length) for item in by_name[name]] for name in optim
         }
 
 
 def _by_optimizer(spec: Any, optim: OptimWrapperDict) -> dict[str, list[Any]]:
-    """Return the schedules and configurations of each optimizer, by its name."""
+    """Return the schedulers and configurations of each optimizer by name."""
     if not isinstance(spec, Mapping) or "type" in spec:
         items = _as_list(spec)
         owners = {id(item): _owner_of(item, dict(optim.items())) for item in items if isinstance(item, ParamScheduler)}
-        foreign = [item for item in items if id(item) in owners and owners[id(item)] is None]
-        if foreign:
-            raise _foreign(foreign[0], "those of this run", None)
+        unowned = [item for item in items if id(item) in owners and owners[id(item)] is None]
+        if unowned:
+            raise _wrong_optimizer(unowned[0], "an optimizer of this run", None)
         return {name: [item for item in items if owners.get(id(item), name) == name] for name in optim}
     for name in spec:
         if name not in optim:
-            raise ConfigKeyError(f"param_scheduler: there is no optimizer {name!r}. {did_you_mean(name, optim)}")
+            raise ConfigKeyError(f"param_scheduler: unknown optimizer {name!r}. {did_you_mean(name, optim)}")
     missing = [name for name in optim if name not in spec]
     if missing:
         raise ConfigKeyError(
-            f"param_scheduler: nothing is said about the optimizer {missing[0]!r}. "
-            f"Give it a schedule, or {missing[0]}=[]."
+            f"param_scheduler: there is no entry for the optimizer {missing[0]!r}. "
+            f"Add a scheduler, or {missing[0]}=[] for none."
         )
     return {name: _as_list(spec[name]) for name in optim}
 
@@ -91,10 +91,10 @@ def _as_list(spec: Any) -> list[Any]:
 
 
 def _check_owners(by_name: Mapping[str, list[Any]], wrappers: Mapping[str, BaseOptimWrapper]) -> None:
-    """Refuse built schedules that another optimizer owns, and those that are given twice: they would advance twice.
+    """Check that each scheduler object belongs to its optimizer and is given only once.
 
     Raises:
-        ConfigValueError: if there is such a schedule.
+        ConfigValueError: if the check fails.
     """
     seen: set[int] = set()
     for name, items in by_name.items():
@@ -103,46 +103,46 @@ def _check_owners(by_name: Mapping[str, list[Any]], wrappers: Mapping[str, BaseO
                 continue
             if not _is_scheduled_by(wrappers[name], item):
                 where = f"the optimizer {name!r}" if name else "the optimizer of this run"
-                raise _foreign(item, where, _owner_of(item, wrappers))
+                raise _wrong_optimizer(item, where, _owner_of(item, wrappers))
             if id(item) in seen:
                 raise ConfigValueError(
-                    f"param_scheduler: {item!r} is given twice, so it would advance twice. Give it once, or build a second one."
+                    f"param_scheduler: {item!r} is given twice, so it would advance twice. Remove one, or build a second one."
                 )
             seen.add(id(item))
 
 
 def _owner_of(schedule: ParamScheduler, wrappers: Mapping[str, BaseOptimWrapper]) -> str | None:
-    """Return the name of the optimizer whose groups a built schedule changes; None if none of them."""
+    """Return the name of the optimizer that a scheduler changes; None if it is none of them."""
     return next((name for name, wrapper in wrappers.items() if _is_scheduled_by(wrapper, schedule)), None)
 
 
 def _is_scheduled_by(wrapper: BaseOptimWrapper, schedule: ParamScheduler) -> bool:
-    """Return whether a schedule changes this optimizer: by its groups, since an engine puts its own optimizer around one."""
+    """Return whether a scheduler changes this optimizer. Compare the groups, because engines wrap the optimizer."""
     return any(changed is group for changed in schedule.optimizer.param_groups for group in wrapper.param_groups)
 
 
-def _foreign(schedule: ParamScheduler, where: str, owner: str | None) -> ConfigValueError:
+def _wrong_optimizer(schedule: ParamScheduler, where: str, owner: str | None) -> ConfigValueError:
     built_on = f"the optimizer {owner!r}" if owner else f"another {type(schedule.optimizer).__name__}"
     return ConfigValueError(
-        f"param_scheduler: {schedule!r} was built on {built_on}, not on {where}, so it would change nothing there. Build it "
-        "on the optimizer that it is for, or give its configuration."
+        f"param_scheduler: {schedule!r} was built on {built_on}, not on {where}, so it would have no effect. Build it on the "
+        "right optimizer, or pass its configuration."
     )
 
 
 def _build_one(
-    item: Any, optim: BaseOptimWrapper, horizon: Mapping[str, int | None], epoch_length: int | None
+    item: Any, optim: BaseOptimWrapper, run_length: Mapping[str, int | None], epoch_length: int | None
 ) -> ParamScheduler:
     if isinstance(item, ParamScheduler):
         return item
     if not isinstance(item, Mapping):
         raise ConfigTypeError(
-            f"A parameter schedule must be built, or a mapping with a type, got {type(item).__name__}: {item!r}. Schedulers "
-            "of torch.optim.lr_scheduler are not supported; stratagem.optim has schedules of the same names."
+            f"A parameter scheduler must be a ParamScheduler or a mapping with a type, got {type(item).__name__}: {item!r}. "
+            "Schedulers of torch.optim.lr_scheduler are not supported; stratagem.optim has schedulers of the same names."
         )
     options = dict(item)
     convert = options.pop("convert_to_iter_based", False)
     if options.get("end") is None:
-        options["end"] = _length_of_run(options, optim, horizon)
+        options["end"] = _length_of_run(options, optim, run_length)
     if convert:
         if epoch_length is None:
             raise ConfigValueError(f"{item!r}: convert_to_iter_based needs epoch_length, the iterations of an epoch.")
@@ -152,24 +152,24 @@ def _build_one(
 
 
 def _scheduler_type(options: Mapping[str, Any]) -> type[ParamScheduler]:
-    """Return the class that a configuration names; the registry says what is wrong where it names none."""
+    """Return the scheduler class of a configuration."""
     named = options.get("type")
     found = PARAM_SCHEDULERS.get(named) if isinstance(named, str) else named
     if isinstance(found, type) and issubclass(found, ParamScheduler):
         return found
-    raise ConfigTypeError(f"convert_to_iter_based is of parameter schedules; type={named!r} is none.")
+    raise ConfigTypeError(f"convert_to_iter_based requires a parameter scheduler, but type={named!r} is not one.")
 
 
-def _length_of_run(options: Mapping[str, Any], optim: BaseOptimWrapper, horizon: Mapping[str, int | None]) -> int:
-    """Return the run's length in the unit of a schedule."""
+def _length_of_run(options: Mapping[str, Any], optim: BaseOptimWrapper, run_length: Mapping[str, int | None]) -> int:
+    """Return the length of the run in the unit of a scheduler."""
     unit = unit_of(options.get("by"), by_epoch=options.get("by_epoch", True))
-    length, max_iters = horizon[unit], horizon["iter"]
+    length, max_iters = run_length[unit], run_length["iter"]
     if unit == "step" and length is None and max_iters is not None:
-        # The last window of a run may be shorter, and is an update too.
+        # The last accumulation window of a run may be shorter, but it is also an update.
         length = -(-max_iters // optim.accumulative_counts)
     if length is None:
         raise ConfigValueError(
-            f"{options!r} has no end, and the length of the run in {unit}s is not known. Give the schedule an end, or "
-            f"the run max_{unit}s."
+            f"{options!r} has no end, and the length of the run in {unit}s is unknown. Set end of the scheduler, or "
+            f"max_{unit}s of the run."
         )
     return length

@@ -1,4 +1,4 @@
-"""All schedules of one option of one optimizer, applied one after the other."""
+"""The chain of all schedulers of one option of one optimizer."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _ATTRIBUTE = "_stratagem_chains"
 
 
 class Link(Protocol):
-    """What a chain needs of a schedule: whether its range has begun, and what it makes of a value."""
+    """The interface of a scheduler in a chain."""
 
     started: bool
 
     def transform(self, value: float, initial: float) -> float:
-        """Return what a value becomes; ``initial`` is the value that the group began the run with."""
+        """Return the transformed value; ``initial`` is the group's value at the start of the run."""
 
 
 @final
 class Chain:
-    """The schedules of one group key, in order of construction.
+    """The schedulers of one parameter group option, in order of construction.
 
-    The value of a group is its first value (``initial_<key>``) after every schedule that has begun. It is computed from
-    there each time, so nothing drifts, and the order of stepping does not matter.
+    The value of a group is its initial value (``initial_<key>``), transformed by all schedulers whose range has begun. It is
+    computed from the initial value each time, so errors do not accumulate, and the order of steps does not matter.
     """
 
     def __init__(self, optimizer: Optimizer, key: str) -> None:
         groups = optimizer.param_groups
         self.initial_key = f"initial_{key}"
         self.links: list[Link] = []
-        # Loading a state replaces the optimizer's list of groups, so it is the optimizer that is kept.
+        # Loading a state replaces the optimizer's list of groups, so keep a reference to the optimizer.
         self._optimizer = optimizer
-        # Momentum is the first beta of the Adam family.
+        # In the Adam family, the momentum is the first beta.
         self._key = "betas" if key == "momentum" and "momentum" not in groups[0] and "betas" in groups[0] else key
         if key == "momentum" and self._key not in groups[0]:
             raise ConfigValueError(
@@ -56,32 +56,32 @@ class Chain:
         self._is_tensor = any(isinstance(group[self._key], Tensor) for group in groups)
 
     def begin(self, *, resumed: bool) -> None:
-        """Remember the present value of each group as its first, where none is known yet.
+        """Record the current value of each group as its initial value, unless it has one.
 
         Raises:
-            ConfigKeyError: if ``resumed`` and a group's first value is not known.
+            ConfigKeyError: if ``resumed`` is True and a group has no initial value.
         """
         for number, group in enumerate(self._optimizer.param_groups):
             if self.initial_key in group:
                 continue
             if resumed:
                 raise ConfigKeyError(
-                    f"last_step is given, but parameter group {number} has no {self.initial_key!r}, the value that the "
-                    "run began with. Set it, or resume from a state_dict."
+                    f"last_step is given, but parameter group {number} has no {self.initial_key!r}, the value at the "
+                    "start of the run. Set it, or resume from a state_dict."
                 )
-            self._remember(group)
+            self._record_initial(group)
 
     def values(self) -> list[float]:
-        """Return the present value of each group."""
+        """Return the current value of each group."""
         return [self._value(group) for group in self._optimizer.param_groups]
 
     def apply(self) -> None:
-        """Write into each group what its schedules make of its first value."""
+        """Set the value of each group from its initial value and its schedulers."""
         for group in self._optimizer.param_groups:
             try:
                 value = initial = group[self.initial_key]
-            except KeyError:  # a group that was added later
-                value = initial = self._remember(group)
+            except KeyError:  # the group was added later
+                value = initial = self._record_initial(group)
             for link in self.links:
                 if link.started:
                     value = link.transform(value, initial)
@@ -95,13 +95,13 @@ class Chain:
     def _value(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][0] if self._key == "betas" else group[self._key])
 
-    def _remember(self, group: dict[str, Any]) -> float:
+    def _record_initial(self, group: dict[str, Any]) -> float:
         group[self.initial_key] = value = self._value(group)
         return value
 
 
 def chain_of(optimizer: Optimizer, key: str) -> Chain:
-    """Return the chain of one option; the optimizer keeps it, so that it lives as long and no longer."""
+    """Return the chain of an option, stored as an attribute of the optimizer so that both have the same lifetime."""
     chains: dict[str, Any] = vars(optimizer).setdefault(_ATTRIBUTE, {})
     if key not in chains:
         chains[key] = Chain(optimizer, key)
@@ -111,9 +111,9 @@ def chain_of(optimizer: Optimizer, key: str) -> Chain:
 
 @contextmanager
 def all_or_none(optimizer: Optimizer) -> Iterator[None]:
-    """Take the schedules that a block built off the optimizer again if the block fails, and give its values back.
+    """If the block raises, remove the schedulers that it built and restore the optimizer's values.
 
-    Otherwise they would count twice once the block is tried again.
+    Otherwise they would still apply when the block is retried.
     """
     chains: dict[str, Chain] = vars(optimizer).setdefault(_ATTRIBUTE, {})
     before = {key: list(chain.links) for key, chain in chains.items()}

@@ -1,7 +1,6 @@
-"""The shapes of schedules as pure functions of the position in their range.
+"""Schedule curves as pure functions of the position in a range.
 
-Position 0 is the first of the range and ``span`` the number of positions, so the last one is ``span - 1``. ``at`` is
-computed once a position, ``apply`` once for each parameter group.
+Positions are 0 to ``span - 1``. ``at`` is computed once per position, ``apply`` once per parameter group.
 """
 
 from __future__ import annotations
@@ -31,26 +30,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Curve(ABC):
-    """A shape; its fields are what a configuration may say about it.
+    """Base class of curves; the fields of a curve are its configuration options.
 
     Attributes:
-        counted: the fields that count positions, so that they grow when a schedule by epoch becomes one by iteration.
+        counted: the fields that count positions, which are multiplied when epochs are converted to iterations.
     """
 
     counted: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def at(self, position: int, span: int) -> float:
-        """Return what ``apply`` needs to know about a position: for most curves a factor."""
+        """Return the ``shape`` argument of ``apply`` for a position, for most curves a factor."""
 
     def apply(self, shape: float, value: float, initial: float) -> float:
-        """Return what a value becomes; ``initial`` is the value that the group began the run with."""
+        """Return the transformed value; ``initial`` is the group's value at the start of the run."""
         del initial
         return value * shape
 
 
 class TowardsFloor(Curve, ABC):
-    """A shape that scales the distance to a floor: ``eta_min``, or ``eta_min_ratio`` of the group's first value."""
+    """A curve that scales the distance to a minimum: ``eta_min``, or ``eta_min_ratio`` times the initial value."""
 
     eta_min: float | None
     eta_min_ratio: float | None
@@ -58,7 +57,7 @@ class TowardsFloor(Curve, ABC):
     def __post_init__(self) -> None:
         if self.eta_min is not None and self.eta_min_ratio is not None:
             raise ConfigValueError(
-                f"eta_min={self.eta_min!r} and eta_min_ratio={self.eta_min_ratio!r} both name the floor. Give one of them."
+                f"eta_min={self.eta_min!r} and eta_min_ratio={self.eta_min_ratio!r} both set the minimum. Set only one of them."
             )
 
     def apply(self, shape: float, value: float, initial: float) -> float:
@@ -69,7 +68,7 @@ class TowardsFloor(Curve, ABC):
 @final
 @dataclass(frozen=True)
 class Constant(Curve):
-    """``factor`` times the value, and the value itself from the last position on."""
+    """``factor`` times the value; the value itself from the last position on."""
 
     factor: float = 1 / 3
 
@@ -83,7 +82,7 @@ class Constant(Curve):
 @final
 @dataclass(frozen=True)
 class Linear(Curve):
-    """A straight line from ``start_factor`` at the first position to ``end_factor`` at the last."""
+    """A factor that changes linearly from ``start_factor`` at the first position to ``end_factor`` at the last."""
 
     start_factor: float = 1 / 3
     end_factor: float = 1.0
@@ -101,7 +100,7 @@ class Linear(Curve):
 @final
 @dataclass(frozen=True)
 class Step(Curve):
-    """``gamma`` times smaller after every ``step_size`` positions."""
+    """Multiplied by ``gamma`` every ``step_size`` positions."""
 
     step_size: int
     gamma: float = 0.1
@@ -118,7 +117,7 @@ class Step(Curve):
 @final
 @dataclass(frozen=True)
 class MultiStep(Curve):
-    """``gamma`` times smaller from each milestone on; one that is given twice counts twice."""
+    """Multiplied by ``gamma`` at each milestone; repeated milestones count repeatedly."""
 
     milestones: Sequence[int]
     gamma: float = 0.1
@@ -140,7 +139,7 @@ class MultiStep(Curve):
 @final
 @dataclass(frozen=True)
 class Exponential(Curve):
-    """``gamma`` times smaller at each position."""
+    """Multiplied by ``gamma`` at each position."""
 
     gamma: float
 
@@ -151,7 +150,7 @@ class Exponential(Curve):
 @final
 @dataclass(frozen=True)
 class CosineAnnealing(TowardsFloor):
-    """Half a cosine wave over ``T_max`` positions, by default the whole range (arXiv:1608.03983, without restarts)."""
+    """Half a cosine period over ``T_max`` positions, by default the whole range (arXiv:1608.03983, without restarts)."""
 
     T_max: int | None = None
     eta_min: float | None = None
@@ -172,7 +171,7 @@ class CosineAnnealing(TowardsFloor):
 @final
 @dataclass(frozen=True)
 class CosineRestart(TowardsFloor):
-    """One half cosine wave after the other, each as long as its period and as high as its weight (arXiv:1608.03983)."""
+    """A sequence of half cosine periods with the lengths ``periods``, scaled by ``restart_weights`` (arXiv:1608.03983)."""
 
     periods: Sequence[int]
     restart_weights: Sequence[float] = (1.0,)
@@ -184,7 +183,7 @@ class CosineRestart(TowardsFloor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eta_min is None and self.eta_min_ratio is None:
-            raise ConfigValueError("A cosine with restarts needs a floor. Give eta_min or eta_min_ratio.")
+            raise ConfigValueError("A cosine schedule with restarts needs a minimum. Set eta_min or eta_min_ratio.")
         if not self.periods or len(self.periods) != len(self.restart_weights):
             raise ConfigValueError(
                 f"periods={list(self.periods)!r} and restart_weights={list(self.restart_weights)!r} must have the "
@@ -206,7 +205,7 @@ class CosineRestart(TowardsFloor):
 @final
 @dataclass(frozen=True)
 class Poly(Curve):
-    """A power of the straight line from the value at the first position to ``eta_min`` at the last."""
+    """Polynomial decay from the value at the first position to ``eta_min`` at the last."""
 
     eta_min: float = 0.0
     power: float = 1.0
@@ -223,10 +222,11 @@ class Poly(Curve):
 @final
 @dataclass(frozen=True)
 class OneCycle(Curve):
-    """Up to ``eta_max`` and down again, whatever the group's own value (arXiv:1708.07120).
+    """Increase to ``eta_max`` and decrease again, regardless of the group's value (1cycle policy, arXiv:1708.07120).
 
-    It begins at ``eta_max / div_factor`` and ends at that divided by ``final_div_factor``. ``pct_start`` is the part of
-    the range that goes up; with ``three_phase`` as much goes down to where it began, and the rest to the end.
+    It starts at ``eta_max / div_factor`` and ends at that value divided by ``final_div_factor``. ``pct_start`` is the
+    fraction of the range in which it increases. With ``three_phase``, it returns to the start value in an equal fraction,
+    and decreases to the end value in the rest.
     """
 
     eta_max: float
@@ -242,7 +242,7 @@ class OneCycle(Curve):
     def __post_init__(self) -> None:
         _require_fraction("pct_start", self.pct_start)
         if self.anneal_strategy not in ("cos", "linear"):
-            raise ConfigValueError(f'anneal_strategy={self.anneal_strategy!r} is not known. Use "cos" or "linear".')
+            raise ConfigValueError(f'Unknown anneal_strategy={self.anneal_strategy!r}. Use "cos" or "linear".')
         if self.total_steps is not None:
             _require_counts("total_steps", [self.total_steps])
 
@@ -277,10 +277,10 @@ class OneCycle(Curve):
 @final
 @dataclass(frozen=True)
 class WarmupStableDecay(TowardsFloor):
-    """A straight warm-up, the value itself, and a decay to the floor at the last position (arXiv:2404.06395).
+    """Linear warm-up, a constant phase, and a decay to the minimum at the last position (arXiv:2404.06395).
 
-    ``decay`` and ``warmup`` count positions. ``shape`` is that of the decay: ``"sqrt"`` is ``1 - sqrt(progress)``
-    (arXiv:2405.18392).
+    ``decay`` and ``warmup`` are numbers of positions. ``shape`` is the shape of the decay: ``"sqrt"`` is
+    ``1 - sqrt(progress)`` (arXiv:2405.18392).
     """
 
     decay: int
@@ -297,7 +297,7 @@ class WarmupStableDecay(TowardsFloor):
         _require_fraction("start_factor", self.start_factor)
         _require_counts("decay", [self.decay])
         if self.shape not in ("linear", "cosine", "sqrt"):
-            raise ConfigValueError(f'shape={self.shape!r} is not known. Use "linear", "cosine" or "sqrt".')
+            raise ConfigValueError(f'Unknown shape={self.shape!r}. Use "linear", "cosine" or "sqrt".')
 
     def at(self, position: int, span: int) -> float:
         if position < self.warmup:
@@ -312,9 +312,9 @@ class WarmupStableDecay(TowardsFloor):
 
 def _require_fraction(name: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
-        raise ConfigValueError(f"{name} must be from 0 to 1, got {value!r}.")
+        raise ConfigValueError(f"{name} must be between 0 and 1, got {value!r}.")
 
 
 def _require_counts(name: str, values: Sequence[int]) -> None:
     if not all(isinstance(value, int) and value > 0 for value in values):
-        raise ConfigValueError(f"{name} must be positive whole numbers, got {values!r}.")
+        raise ConfigValueError(f"{name} must be positive integers, got {values!r}.")

@@ -1,4 +1,4 @@
-"""Make an option smaller when a metric has stopped getting better."""
+"""Reduce an option when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _STATE: Final = ("best", "num_bad_epochs", "cooldown_counter", "reductions")
 @final
 @dataclass(frozen=True)
 class Plateau:
-    """When a metric counts as better, and what happens once it has not been for long.
+    """The settings of a plateau scheduler.
 
     Attributes:
-        monitor: the name of the metric among those of validation.
+        monitor: the name of the validation metric.
         rule: whether ``"less"`` or ``"greater"`` is better.
-        factor: what the value is multiplied by.
-        patience: how many validations without a better metric are borne.
-        threshold: how much better counts, relative to the best (``"rel"``) or as a difference (``"abs"``).
-        cooldown: how many validations after a reduction do not count.
-        min_value: the value is not made smaller than this.
-        eps: a change that is not larger is left out.
+        factor: the multiplier of a reduction.
+        patience: the number of validations without improvement after which the next one reduces the value.
+        threshold: the minimum improvement.
+        threshold_rule: whether ``threshold`` is relative to the best metric (``"rel"``) or a difference (``"abs"``).
+        cooldown: the number of validations to ignore after a reduction.
+        min_value: the lower bound of the value.
+        eps: the minimum change; smaller reductions are skipped.
     """
 
     monitor: str = "loss"
@@ -46,12 +47,12 @@ class Plateau:
         if not self.factor < 1.0:
             raise ConfigValueError(f"factor must be smaller than 1, got {self.factor!r}.")
         if self.rule not in ("less", "greater"):
-            raise ConfigValueError(f'rule={self.rule!r} is not known. Use "less" or "greater".')
+            raise ConfigValueError(f'Unknown rule={self.rule!r}. Use "less" or "greater".')
         if self.threshold_rule not in ("rel", "abs"):
-            raise ConfigValueError(f'threshold_rule={self.threshold_rule!r} is not known. Use "rel" or "abs".')
+            raise ConfigValueError(f'Unknown threshold_rule={self.threshold_rule!r}. Use "rel" or "abs".')
 
     def is_better(self, metric: float, best: float | None) -> bool:
-        """Tell whether a metric is better than the best so far, ``None`` where there is none yet."""
+        """Return whether a metric improves on the best so far, which is None at first."""
         if best is None:
             return True
         sign = 1.0 if self.rule == "greater" else -1.0
@@ -60,7 +61,7 @@ class Plateau:
         return sign * metric > sign * best + self.threshold
 
     def reduced(self, value: float, times: int) -> float:
-        """Return what a value is after this many reductions."""
+        """Return a value after a number of reductions."""
         for _ in range(times):
             smaller = max(value * self.factor, self.min_value)
             if value - smaller <= self.eps:
@@ -70,7 +71,7 @@ class Plateau:
 
 
 class PlateauScheduler(BoundScheduler, ABC):
-    """A schedule that is stepped with the metrics of each validation; its positions count validations."""
+    """A scheduler that is stepped with the metrics of each validation; its positions count validations."""
 
     need_val_args = True
     settings: Plateau
@@ -82,17 +83,17 @@ class PlateauScheduler(BoundScheduler, ABC):
         self.reductions = 0
         super().__init__(*args, **kwargs)
         if self.unit != "epoch":
-            raise ConfigValueError(f"{type(self).__name__} is stepped after validation: it is by epoch only.")
+            raise ConfigValueError(f"{type(self).__name__} is stepped after validation, so it must be epoch-based.")
 
     def transform(self, value: float, initial: float) -> float:
         return self.settings.reduced(value, self.reductions)
 
-    def step(self, metrics: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]  # as people know it
-        """Count a validation and look at its metrics; ``None`` only counts it.
+    def step(self, metrics: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]  # the signature of MMEngine and torch
+        """Advance by one validation with these metrics; with None, only the position advances.
 
         Raises:
-            ConfigTypeError: if the metrics are no mapping.
-            ConfigKeyError: if the monitored one is not among them.
+            ConfigTypeError: if the metrics are not a mapping.
+            ConfigKeyError: if the monitored metric is missing.
         """
         self._move_to(self.position + 1)
         if metrics is None:
@@ -101,9 +102,9 @@ class PlateauScheduler(BoundScheduler, ABC):
             raise ConfigTypeError(f"{type(self).__name__}: metrics must be a mapping, got {metrics!r}.")
         name = self.settings.monitor
         if name not in metrics:
-            raise ConfigKeyError(f"{type(self).__name__}: there is no metric {name!r}. {did_you_mean(name, metrics)}")
+            raise ConfigKeyError(f"{type(self).__name__}: unknown metric {name!r}. {did_you_mean(name, metrics)}")
         if self.begin <= self.position < self.end:
-            self._look_at(float(metrics[name]))
+            self._update(float(metrics[name]))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), **{name: getattr(self, name) for name in _STATE}}
@@ -112,13 +113,14 @@ class PlateauScheduler(BoundScheduler, ABC):
         missing = [name for name in _STATE if name not in state_dict]
         if missing:
             raise CheckpointMismatchError(
-                f"{type(self).__name__}: the saved state has no {', '.join(missing)}. Is it that of another schedule?"
+                f"{type(self).__name__}: the saved state has no {', '.join(missing)}. "
+                "It may be the state of a different scheduler."
             )
         for name in _STATE:
             setattr(self, name, state_dict[name])
         super().load_state_dict(state_dict)
 
-    def _look_at(self, metric: float) -> None:
+    def _update(self, metric: float) -> None:
         if self.settings.is_better(metric, self.best):
             self.best = metric
             self.num_bad_epochs = 0
@@ -133,5 +135,5 @@ class PlateauScheduler(BoundScheduler, ABC):
             self.reductions += 1
             self._chain.apply()
 
-    def _reshape(self) -> bool:
+    def _update_shape(self) -> bool:
         return False

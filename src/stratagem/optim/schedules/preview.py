@@ -1,4 +1,4 @@
-"""What schedules will do over a run, without running it."""
+"""Compute scheduled values over a run without training."""
 
 from __future__ import annotations
 
@@ -22,44 +22,44 @@ def preview_schedules(
     *,
     epoch_length: int | None = None,
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the value of each option at some iterations of a run that starts at its beginning.
+    """Return the values of options at given iterations of a run that starts from the beginning.
 
-    Optimizer and schedules are left as they were. A schedule that waits for metrics shows no change.
+    The optimizer and the schedulers are restored afterwards. Schedulers that depend on metrics are ignored.
 
     Args:
-        optim: the wrapper, whose micro-batches per update say when values may change.
-        schedulers: its schedules.
-        iterations: rising numbers of iterations, counted from 0; an iteration is one micro-batch.
-        epoch_length: iterations of an epoch, needed where a schedule is by epoch.
+        optim: the optimizer wrapper; its number of micro-batches per update determines when values can change.
+        schedulers: the schedulers of the optimizer.
+        iterations: increasing iterations (micro-batches), counted from 0.
+        epoch_length: the iterations per epoch, required for epoch-based schedulers.
 
     Returns:
-        For learning rate, momentum, weight decay and whatever else is scheduled: values of shape
+        The learning rate, momentum, weight decay and all other scheduled options, each with shape
         ``[iterations, groups]``.
 
     Raises:
-        ConfigValueError: if a schedule is by epoch and the length of an epoch is not known.
+        ConfigValueError: if a scheduler is epoch-based and ``epoch_length`` is None.
     """
-    moving = [scheduler for scheduler in schedulers if not scheduler.need_val_args]
-    if epoch_length is None and any(scheduler.unit == "epoch" for scheduler in moving):
-        raise ConfigValueError("A schedule is by epoch: give epoch_length, the iterations of an epoch.")
-    keys = dict.fromkeys(["lr", "momentum", "weight_decay", *(scheduler.param_name for scheduler in moving)])
+    scheduled = [scheduler for scheduler in schedulers if not scheduler.need_val_args]
+    if epoch_length is None and any(scheduler.unit == "epoch" for scheduler in scheduled):
+        raise ConfigValueError("A scheduler is epoch-based, so epoch_length, the iterations per epoch, is required.")
+    keys = dict.fromkeys(["lr", "momentum", "weight_decay", *(scheduler.param_name for scheduler in scheduled)])
     rows: dict[str, list[list[float]]] = {key: [] for key in keys if _has(optim.param_groups[0], key)}
-    states = [scheduler.state_dict() for scheduler in moving]
+    states = [scheduler.state_dict() for scheduler in scheduled]
     try:
         for iteration in iterations:
-            for scheduler in moving:
+            for scheduler in scheduled:
                 position = _position(iteration, scheduler.unit, optim.accumulative_counts, epoch_length or 1)
                 scheduler.load_state_dict({"_global_step": position})
             for key, values in rows.items():
                 values.append([_value(group, key) for group in optim.param_groups])
     finally:
-        for scheduler, state in zip(moving, states, strict=True):
+        for scheduler, state in zip(scheduled, states, strict=True):
             scheduler.load_state_dict(state)
     return {key: np.asarray(values, dtype=np.float64) for key, values in rows.items()}
 
 
 def _position(iteration: int, unit: Unit, accumulative_counts: int, epoch_length: int) -> int:
-    """Return where a schedule stands while an iteration runs: schedules move when the optimizer updates."""
+    """Return the position of a scheduler during an iteration; schedulers advance at optimizer updates."""
     if unit == "epoch":
         return iteration // epoch_length
     updates = iteration // accumulative_counts
