@@ -231,7 +231,9 @@ def test_a_state_without_a_description_moves_the_configured_schedule() -> None:
 def test_a_different_type_of_schedule_is_rejected() -> None:
     """A state of a different type of schedule is an error that contains the option to continue."""
     state = LinearLR(optimizer(), end=5).state_dict()
-    with pytest.raises(CheckpointMismatchError, match="'LinearLR', that of this run has 'StepLR'.*resume_param_scheduler=False"):
+    with pytest.raises(
+        CheckpointMismatchError, match="'LinearLR', that of this run has 'StepLR'.*resume_param_scheduler=False"
+    ):
         StepLR(optimizer(), 1).load_state_dict(state)
 
 
