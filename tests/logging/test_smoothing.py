@@ -127,7 +127,7 @@ def test_reduce_is_called_for_an_empty_window() -> None:
 
 def test_sizes_must_be_positive() -> None:
     """A window size and a ``last`` of zero are rejected."""
-    with pytest.raises(ConfigValueError, match="size 0"):
+    with pytest.raises(ConfigValueError, match="size is 0"):
         ScalarSmoother(0)
     with pytest.raises(ConfigValueError, match="last is 0"):
         window({"loss": 1}).means(last=0)

@@ -77,6 +77,6 @@ def test_a_model_without_sync_batch_norm_is_unchanged() -> None:
 
 
 def test_other_implementations_are_rejected() -> None:
-    """Layers of other libraries must be converted with the functions of those libraries."""
-    with pytest.raises(ConfigValueError, match=r"sync_bn='mmcv' is not known\..*Layers of other libraries"):
+    """Convert layers of other libraries must be converted with the functions of those libraries."""
+    with pytest.raises(ConfigValueError, match=r"Unknown sync_bn='mmcv'\..*Convert layers of other libraries"):
         convert_sync_batchnorm(network(), "mmcv")

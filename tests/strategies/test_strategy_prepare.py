@@ -372,7 +372,7 @@ def test_unsupported_uses_of_ddp_are_rejected(ranks: Ranks, tmp_path: Path) -> N
         assert "target='train_step' cannot be used under DDP" in compiled
         assert "Line has learning parameters of its own (weight)" in childless
         assert "SyncBatchNorm requires an accelerator" in synchronised
-        assert "sync_bn='trch' is not known. Did you mean 'torch'" in unknown
+        assert "Unknown sync_bn='trch'. Did you mean 'torch'" in unknown
         assert wrapped.startswith("The model is wrapped already, in a Replica")
 
 

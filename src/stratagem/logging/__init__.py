@@ -1,4 +1,4 @@
-"""Log lines, smoothed scalars, progress and records of one run."""
+"""Logging for one run: log lines, smoothed scalars, a progress bar and JSON records."""
 
 from stratagem.logging.console import shared_console
 from stratagem.logging.forward import forward_library_logs

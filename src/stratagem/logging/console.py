@@ -1,4 +1,4 @@
-"""The one console of the process: log lines and a live progress bar share it, so they do not tear each other."""
+"""The console of the process, shared by log lines and the progress bar so that their output does not interleave."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["shared_console"]
 
 @functools.cache
 def shared_console() -> Console:
-    """Return the console of this process, on standard error; ask again rather than keep it.
+    """Return the console of this process, which writes to standard error. Do not store it: a forked child has a new one.
 
-    It writes colours only to a terminal, and no line is folded or interpreted as markup by those who write here.
+    Colors are used only on a terminal. Text is not interpreted as markup.
     """
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
-# A data worker that is forked while the bar is drawn would inherit a lock that nobody releases, and hang at its
-# first log line; so a child begins with a console of its own.
+# A data worker that is forked while the progress bar is drawn would inherit a lock that is never released, and block at its
+# first log line. So a child process creates a new console.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=shared_console.cache_clear)

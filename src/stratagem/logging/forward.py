@@ -1,4 +1,4 @@
-"""Bring what parts of the library say into the log of the run."""
+"""Forward the library's log records to the logger of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LIBRARY = "stratagem"
 
 @final
 class _Forwarder(logging.Handler):
-    """Hands records to a run's logger, as long as that exists."""
+    """Passes records to a run's logger while it exists."""
 
     def __init__(self, target: logging.Logger) -> None:
         super().__init__(target.level)
@@ -27,9 +27,9 @@ class _Forwarder(logging.Handler):
 
 
 def forward_library_logs(target: logging.Logger) -> Callable[[], None]:
-    """Hand what modules of the library log to ``target`` from now on; returns a function that ends it. Idempotent.
+    """Forward the log records of the library's modules to ``target``; return a function that stops it. Idempotent.
 
-    Modules below the strategy, such as the parameter groups, know no run: they log under their own names.
+    Modules below the strategy, such as the parameter groups, have no access to the run and use their own loggers.
     """
     library = logging.getLogger(_LIBRARY)
     forwarder = _Forwarder(target)
@@ -42,5 +42,5 @@ def forward_library_logs(target: logging.Logger) -> Callable[[], None]:
             library.removeHandler(forwarder)
             library.setLevel(level)
 
-    # A run that nobody closed must not be listened for after it is gone.
+    # Also stop when the logger of a run that was not closed is garbage collected.
     return weakref.finalize(target, stop)

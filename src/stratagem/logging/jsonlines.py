@@ -1,4 +1,4 @@
-"""Records as JSON lines: one object a line, valid whatever the values are."""
+"""Write records as JSON Lines, one valid JSON object per line for any values."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stratagem.utils import absolute, mask_text
 
 __all__ = ["JsonLinesWriter"]
 
-_DEEPEST = 20  # what lies deeper in a record is an accident
-_LONGEST_INTEGER_BITS = 1024  # Python refuses to write integers of thousands of digits
+_MAX_DEPTH = 20  # deeper nesting in a record is assumed to be a mistake
+_MAX_INTEGER_BITS = 1024  # Python limits the conversion of integers with thousands of digits
 _ENCODE = json.JSONEncoder(allow_nan=False).encode
 
 
 @final
 class JsonLinesWriter:
-    """Appends records to a file, each flushed as one line of ASCII.
+    """Append records to a file as ASCII lines, flushed after each record.
 
-    JSON has no NaN and no infinity: they are written as the texts ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which
-    ``float()`` reads. Tensors and arrays become numbers and lists, and what JSON does not know becomes text. A line
-    that a kill left half written is ended, so that it spoils no later one.
+    NaN and infinities are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which ``float()`` parses.
+    Tensors and arrays are written as numbers and lists, and unsupported values as strings. An incomplete last line, left by
+    a killed process, is terminated first.
 
     Raises:
         WorkDirError: if the file cannot be opened.
@@ -41,21 +41,21 @@ class JsonLinesWriter:
         except OSError as error:
             raise WorkDirError(
                 f"{self.path}: cannot be opened for writing ({error.strerror}). "
-                "Make its directory, or choose another file."
+                "Create its directory, or choose another file."
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record; no value is refused.
+        """Append one record. Values of any type are accepted.
 
         Raises:
-            OSError: if the disk is full or broken.
+            OSError: if writing fails, for example because the disk is full.
             ValueError: if the writer is closed.
         """
         self._file.write(mask_text(_ENCODE(_plain(record))) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file. Idempotent."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -74,14 +74,14 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """Return the value as JSON knows it; ``within`` holds the identities of the values that contain it."""
+    """Return the value as JSON types; ``within`` contains the ids of the enclosing values."""
     if type(value) is float and math.isfinite(value):
-        return value  # nearly all that is recorded
-    if id(value) in within or len(within) >= _DEEPEST:
+        return value  # the common case
+    if id(value) in within or len(within) >= _MAX_DEPTH:
         return _text(value)
     try:
         return _convert(value, (*within, id(value)))
-    except Exception:  # noqa: BLE001 -- a tensor without data, a mapping that fails: no value must end a run
+    except Exception:  # noqa: BLE001 -- a meta tensor or a broken mapping must not abort a run
         return _text(value)
 
 
@@ -91,7 +91,7 @@ def _convert(value: Any, within: tuple[int, ...]) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, int):
-        return int(value) if value.bit_length() <= _LONGEST_INTEGER_BITS else hex(value)
+        return int(value) if value.bit_length() <= _MAX_INTEGER_BITS else hex(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else _name_of(value)
     if isinstance(value, Mapping):
@@ -112,5 +112,5 @@ def _name_of(value: float) -> str:
 def _text(value: Any) -> str:
     try:
         return str(value)
-    except Exception:  # noqa: BLE001 -- a value that cannot even be printed must not end a run
+    except Exception:  # noqa: BLE001 -- a value that cannot be printed must not abort a run
         return f"<{type(value).__name__} that cannot be printed>"

@@ -1,4 +1,4 @@
-"""A logger that knows its rank, and belongs to one run."""
+"""A logger for one rank of one run."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _REMEMBERED_WARNINGS = 1000
 
 @final
 class Logger(logging.Logger):
-    """Writes log lines to the console on rank 0, and to a file.
+    """Write log lines to the console and to a file.
 
-    Ranks above 0 write errors alone to the console. The file is written on rank 0; at level DEBUG, or with
-    ``distributed=True``, each other rank writes ``<stem>_rank<rank><suffix>`` beside it. Every line is flushed.
-    A warning that was already given is dropped. Lines of errors name the file, the function and the line.
+    On ranks other than 0, only errors are written to the console. The file is written on rank 0; at level DEBUG or with
+    ``distributed=True``, every other rank writes ``<stem>_rank<rank><suffix>`` in the same directory. Every line is flushed.
+    Repeated warnings are dropped. Errors include the file, the function and the line.
 
-    It is not registered in the ``logging`` module and passes nothing on: two runs of one process never share one,
-    even under the same name.
+    The logger is not registered in the ``logging`` module and does not propagate, so two runs in one process never share
+    a logger, even with the same name.
 
     Raises:
-        ConfigValueError: if the level is not known, or the rank is negative.
+        ConfigValueError: if the level is unknown, or the rank is negative.
         WorkDirError: if the file cannot be opened.
     """
 
@@ -51,9 +51,9 @@ class Logger(logging.Logger):
     ) -> None:
         level = _parse_level(log_level)
         if file_mode not in ("a", "w"):
-            raise ConfigValueError(f"file_mode is {file_mode!r}; it must be 'a' (append) or 'w' (begin anew).")
+            raise ConfigValueError(f"file_mode is {file_mode!r}; it must be 'a' (append) or 'w' (overwrite).")
         if rank < 0:
-            raise ConfigValueError(f"rank is {rank}; it must be 0 or more.")
+            raise ConfigValueError(f"rank is {rank}; it must be at least 0.")
         super().__init__(name, level)
         self.log_file: Path | None = None
         if log_file is not None:
@@ -63,11 +63,11 @@ class Logger(logging.Logger):
         if console:
             self.addHandler(_ConsoleHandler(level if rank == 0 else max(level, logging.ERROR)))
         if not self.handlers:
-            self.addHandler(logging.NullHandler())  # else the logging module writes warnings to stderr by itself
+            self.addHandler(logging.NullHandler())  # otherwise the logging module writes warnings to stderr
         self.addFilter(_RepeatedWarnings())
 
     def close(self) -> None:
-        """Close the file and write nothing more; a second call does nothing."""
+        """Close the file and discard further records. Idempotent."""
         for handler in list(self.handlers):
             self.removeHandler(handler)
             handler.close()
@@ -76,23 +76,25 @@ class Logger(logging.Logger):
 
 @final
 class _Formatter(logging.Formatter):
-    """``<time> - stratagem - <LEVEL> - <message>``; from ERROR on with path, function and line before the message."""
+    """Format as ``<time> - stratagem - <LEVEL> - <message>``, with path, function and line before the message of errors."""
 
     def __init__(self, time_format: str) -> None:
         super().__init__(f"%(asctime)s - {_LABEL} - %(levelname)s - %(message)s", time_format)
-        self._with_place = logging.Formatter(
+        self._with_location = logging.Formatter(
             f"%(asctime)s - {_LABEL} - %(levelname)s - %(pathname)s - %(funcName)s - %(lineno)d - %(message)s",
             time_format,
         )
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, with its traceback if it has one, without secrets."""
-        return mask_text(self._with_place.format(record) if record.levelno >= logging.ERROR else super().format(record))
+        """Return the line with its traceback, if any, and with secrets masked."""
+        return mask_text(
+            self._with_location.format(record) if record.levelno >= logging.ERROR else super().format(record)
+        )
 
 
 @final
 class _ConsoleHandler(logging.Handler):
-    """Writes lines above a live progress bar if there is one; the name of the level is coloured on a terminal."""
+    """Write lines above a live progress bar, if there is one, and color the level name on a terminal."""
 
     def __init__(self, level: int) -> None:
         super().__init__(level)
@@ -103,7 +105,7 @@ class _ConsoleHandler(logging.Handler):
         try:
             console, text = shared_console(), self.format(record)
             if self._plain:
-                # There is nothing to colour and no bar to write above: 0.3 ms of rendering would be for nothing.
+                # No colors and no progress bar, so skip rendering, which takes 0.3 ms.
                 console.file.write(text + "\n")
                 console.file.flush()
                 return
@@ -111,13 +113,13 @@ class _ConsoleHandler(logging.Handler):
             start = text.index(record.levelname)
             line.stylize(_STYLES.get(record.levelname, ""), start, start + len(record.levelname))
             console.print(line, soft_wrap=True)
-        except Exception:  # noqa: BLE001 -- as every handler of the logging module: a log line never ends a run
+        except Exception:  # noqa: BLE001 -- like the handlers of the logging module: a log line must not abort a run
             self.handleError(record)
 
 
 @final
 class _RepeatedWarnings(logging.Filter):
-    """Drops a warning whose text was given before; after 1000 different ones it starts to forget."""
+    """Drop repeated warnings; the memory is cleared after 1000 different ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ def _parse_level(level: str | int) -> int:
         raise ConfigTypeError(f"log_level must be a name or a number, not {level!r} ({type(level).__name__}).")
     known = logging.getLevelNamesMapping()
     if level.upper() not in known:
-        raise ConfigValueError(f"log_level is {level!r}, which is not a level. {did_you_mean(level, known)}")
+        raise ConfigValueError(f"Unknown log_level {level!r}. {did_you_mean(level, known)}")
     return known[level.upper()]
 
 
@@ -157,7 +159,7 @@ def _open_file(file: Path, mode: str) -> logging.Handler:
         handler = logging.FileHandler(file, mode, encoding="utf-8")
     except OSError as error:
         raise WorkDirError(
-            f"{file}: the log file cannot be opened ({error.strerror}). Make its directory, or choose another file."
+            f"{file}: the log file cannot be opened ({error.strerror}). Create its directory, or choose another file."
         ) from error
     handler.setFormatter(_Formatter(_FILE_TIME))
     return handler

@@ -1,4 +1,4 @@
-"""A live progress bar that costs the training step one assignment."""
+"""A live progress bar whose cost per training step is one assignment."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _UPDATES_PER_SECOND = 4
 
 @final
 class TrainingProgress:
-    """Draws label, bar, iterations, speed, values such as loss and learning rate, time passed and time left.
+    """Show a label, a bar, iterations, speed, values such as the loss, elapsed time and remaining time.
 
-    The loop sets ``completed``; a thread looks at it four times a second. Only on a terminal: where the console is a
-    pipe or a file nothing is drawn and no thread runs. One at a time can be drawn on a console: ``stop()`` this one
-    while another, for instance of the validation, is shown, and ``start()`` it again.
+    The loop sets ``completed``, and a thread draws the bar four times per second. If the console is not a terminal, nothing
+    is drawn and no thread is started. A console shows one bar at a time: ``stop()`` this one while another is shown, such as
+    that of validation, and ``start()`` it again afterwards.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class TrainingProgress:
         unit: str = "it",
         console: Console | None = None,
     ) -> None:
-        #: Iterations done so far; all that the loop has to write.
+        #: The number of completed iterations, set by the loop.
         self.completed = completed
         self._label = label
         self._unit = unit
@@ -44,7 +44,7 @@ class TrainingProgress:
         self._console = shared_console() if console is None else console
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            # It alone gives way on a narrow terminal, where the time left would be cut off otherwise.
+            # Only the bar shrinks on a narrow terminal; otherwise the remaining time would be cut off.
             BarColumn(bar_width=None, table_column=Column(ratio=1)),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}", markup=False),
@@ -59,17 +59,17 @@ class TrainingProgress:
         self._live: Live | None = None
 
     def show(self, values: Mapping[str, float], *, label: str | None = None) -> None:
-        """Take the values to be shown from now on, with a new label where one is given; draws nothing by itself."""
+        """Set the values, and optionally the label, for the next time the bar is drawn."""
         self._values = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if label is not None:
             self._label = label
 
     def start(self) -> None:
-        """Begin to draw, if the console is a terminal; a second call does nothing."""
+        """Start drawing if the console is a terminal. Idempotent."""
         if self._live is not None or not self._console.is_terminal or self._console.is_dumb_terminal:
             return
-        # Standard output and error are not redirected: a data worker forked while the bar is drawn would inherit
-        # the redirection with a lock that nobody releases.
+        # Do not redirect standard output and error: a data worker that is forked while the bar is drawn would inherit the
+        # redirection with a lock that is never released.
         self._live = Live(
             get_renderable=self._render,
             console=self._console,
@@ -81,7 +81,7 @@ class TrainingProgress:
         self._live.start()
 
     def stop(self) -> None:
-        """Remove the bar from the terminal; a second call does nothing."""
+        """Remove the bar from the terminal. Idempotent."""
         if self._live is not None:
             self._live.stop()
             self._live = None

@@ -1,4 +1,4 @@
-"""Models that the loops can train."""
+"""Base classes of models, and operations on models: averaging, normalization layers, preprocessing and unwrapping."""
 
 from stratagem.model.averaging import (
     AveragedModel,

@@ -1,4 +1,4 @@
-"""Averages of a model's weights over the updates of a run, which often generalise better than the last weights."""
+"""Averages of model weights over the updates of a run, which often generalize better than the final weights."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ __all__ = ["AveragedModel", "ExponentialMovingAverage", "MomentumAnnealingEMA", 
 
 
 class AveragedModel(ABC):
-    """The average of a model's weights, by the weights' own names.
+    """The average of a model's weights.
 
-    Build it once the model is placed. The first ``update`` takes the weights as they are, so an average may begin at
-    any time of a run; until then ``apply`` changes nothing. Averages of float16 and bfloat16 weights are float32, since
-    the small steps of an average vanish in shorter types.
+    Build it after the model has been placed on its device. The first ``update`` copies the weights, so averaging may start
+    at any time; until then, ``apply`` does nothing. Averages of float16 and bfloat16 weights are stored as float32, because
+    small changes of an average would be rounded away in half precision.
 
     Args:
-        model: whose parameters are averaged; it is kept, not copied.
-        interval: how many updates lie between two that are averaged.
-        device: where the average lies; by default with each weight.
-        update_buffers: average floating-point buffers too. Otherwise the model's own buffers go with the average.
+        model: the model whose parameters are averaged; it is not copied.
+        interval: average the weights every ``interval`` updates.
+        device: the device of the averages; by default that of each weight.
+        update_buffers: whether to average floating-point buffers as well. Otherwise the model's current buffers are used
+            with the average.
 
     Attributes:
-        averages: each averaged tensor by the name of the weight.
-        steps: how many times ``update`` was called.
+        averages: the averaged tensors by parameter name.
+        steps: the number of calls of ``update``.
 
     Raises:
-        ConfigTypeError: if ``model`` is no module.
-        ConfigValueError: if ``interval`` is no positive whole number.
+        ConfigTypeError: if ``model`` is not a module.
+        ConfigValueError: if ``interval`` is not a positive integer.
     """
 
     def __init__(
@@ -47,9 +48,9 @@ class AveragedModel(ABC):
         update_buffers: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise ConfigTypeError(f"An average is of a torch.nn.Module, got {type(model).__name__}.")
+            raise ConfigTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if not isinstance(interval, int) or interval < 1:
-            raise ConfigValueError(f"interval must be a positive whole number, got {interval!r}.")
+            raise ConfigValueError(f"interval must be a positive integer, got {interval!r}.")
         self.interval = interval
         self.steps = 0
         weights: dict[str, Tensor] = dict(model.named_parameters())
@@ -57,63 +58,63 @@ class AveragedModel(ABC):
             weights.update((name, buffer) for name, buffer in model.named_buffers() if buffer.is_floating_point())
         self.averages = {name: _average_of(weight, device) for name, weight in weights.items()}
         self._whole = list(weights.values())
-        # Kernels over lists of tensors do not know sharded ones: each rank averages the pieces that it has.
+        # The foreach kernels do not support DTensors, so each rank averages its local shards.
         self._weights = [to_local(weight) for weight in self._whole]
         self._values = [to_local(value) for value in self.averages.values()]
-        self._lies_alike = all(
+        self._same_dtype_and_device = all(
             weight.dtype == value.dtype and weight.device == value.device
             for weight, value in zip(self._weights, self._values, strict=True)
         )
-        self._kept: list[Tensor] | None = None
+        self._backup: list[Tensor] | None = None
 
     @abstractmethod
     def share(self) -> float:
-        """Return what share of the average the present weights get, at ``steps``."""
+        """Return the weight of the current parameters in the average at ``steps``."""
 
     def update(self) -> None:
-        """Let the model's present weights enter the average; call it once an update of the optimizer was taken.
+        """Update the average with the model's current weights. Call it after each optimizer update.
 
         Raises:
-            StateError: while the average is applied to the model.
+            StateError: if the average is applied to the model.
         """
-        if self._kept is not None:
+        if self._backup is not None:
             raise StateError(
-                "The average lies in the model, which has no weights of its own now. Call restore() first."
+                "The model currently contains the average instead of its own weights. Call restore() first."
             )
         if self.steps == 0:
             with torch.no_grad():
                 torch._foreach_copy_(self._values, self._weights)
         elif self.steps % self.interval == 0:
             with torch.no_grad():
-                torch._foreach_lerp_(self._values, self._present(), self.share())
+                torch._foreach_lerp_(self._values, self._converted_weights(), self.share())
         self.steps += 1
 
     def apply(self) -> None:
-        """Put the average into the model and keep its own weights aside, which takes memory for one more copy."""
-        if self.steps == 0 or self._kept is not None:
+        """Copy the average into the model and keep a backup of its own weights, which takes memory for one more copy."""
+        if self.steps == 0 or self._backup is not None:
             return
         with torch.no_grad():
-            self._kept = [weight.detach().clone() for weight in self._whole]
+            self._backup = [weight.detach().clone() for weight in self._whole]
             for weight, value in zip(self._whole, self.averages.values(), strict=True):
                 weight.copy_(value)
 
     def restore(self) -> None:
-        """Give the model its own weights back."""
-        if self._kept is None:
+        """Restore the model's own weights."""
+        if self._backup is None:
             return
         with torch.no_grad():
-            for weight, kept in zip(self._whole, self._kept, strict=True):
-                weight.copy_(kept)
-        self._kept = None
+            for weight, backup in zip(self._whole, self._backup, strict=True):
+                weight.copy_(backup)
+        self._backup = None
 
     @property
     def is_applied(self) -> bool:
-        """Whether the average lies in the model now."""
-        return self._kept is not None
+        """Whether the average is applied to the model."""
+        return self._backup is not None
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Hold the average in the model for the length of a block, such as validation."""
+        """Apply the average to the model within a block, for example for validation."""
         self.apply()
         try:
             yield
@@ -121,15 +122,15 @@ class AveragedModel(ABC):
             self.restore()
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Return the model's own weights by name, whether or not the average is applied."""
-        return dict(zip(self.averages, self._whole if self._kept is None else self._kept, strict=True))
+        """Return the model's own weights by name, regardless of whether the average is applied."""
+        return dict(zip(self.averages, self._whole if self._backup is None else self._backup, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``steps`` and ``averages``, the tensors themselves by the names of the weights."""
+        """Return ``steps`` and ``averages``; tensors are not copied."""
         return {"steps": self.steps, "averages": dict(self.averages)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned; the argument stays as it is.
+        """Restore the state from ``state_dict``. The argument is not modified.
 
         Raises:
             CheckpointMismatchError: if names or shapes differ.
@@ -140,23 +141,23 @@ class AveragedModel(ABC):
         ]
         if differing:
             raise CheckpointMismatchError(
-                f"The saved average does not fit this model: {len(differing)} of {len(self.averages)} weights differ, "
-                f"such as {', '.join(differing[:3])}. Build the same model, or leave the average out."
+                f"The saved average does not match this model: {len(differing)} of {len(self.averages)} weights differ, "
+                f"such as {', '.join(differing[:3])}. Build the same model, or resume without the average."
             )
         for name, value in self.averages.items():
             copy_into(value, saved[name])
         self.steps = int(state_dict["steps"])
 
-    def _present(self) -> list[Tensor]:
-        """Return the weights as the average's types and devices need them."""
-        if self._lies_alike:
+    def _converted_weights(self) -> list[Tensor]:
+        """Return the weights with the dtypes and on the devices of the averages."""
+        if self._same_dtype_and_device:
             return self._weights
         return [weight.to(value.device, value.dtype) for weight, value in zip(self._weights, self._values, strict=True)]
 
 
 @final
 class ExponentialMovingAverage(AveragedModel):
-    """``average = (1 - momentum) * average + momentum * weights``. Other arguments: see ``AveragedModel``."""
+    """``average = (1 - momentum) * average + momentum * weights``. See ``AveragedModel`` for the other arguments."""
 
     def __init__(
         self,
@@ -176,9 +177,9 @@ class ExponentialMovingAverage(AveragedModel):
 
 @final
 class MomentumAnnealingEMA(AveragedModel):
-    """An exponential moving average that forgets its beginning faster: its momentum falls as ``gamma/(gamma+steps)``.
+    """An exponential moving average whose momentum decreases from 1 as ``gamma/(gamma+steps)``, but not below ``momentum``.
 
-    It never falls below ``momentum``. Other arguments: see ``AveragedModel``.
+    Early weights are forgotten faster. See ``AveragedModel`` for the other arguments.
     """
 
     def __init__(
@@ -203,7 +204,7 @@ class MomentumAnnealingEMA(AveragedModel):
 
 @final
 class StochasticWeightAverage(AveragedModel):
-    """The mean of all weights that entered (arXiv:1803.05407). Arguments: see ``AveragedModel``."""
+    """The mean of all averaged weights (arXiv:1803.05407). See ``AveragedModel`` for the arguments."""
 
     def share(self) -> float:
         return 1.0 / (self.steps // self.interval + 1)
@@ -217,6 +218,6 @@ def _average_of(weight: Tensor, device: torch.device | str | None) -> Tensor:
 def _require_momentum(momentum: float) -> float:
     if not 0.0 < momentum < 1.0:
         raise ConfigValueError(
-            f"momentum, the share of the present weights, must lie between 0 and 1, got {momentum!r}."
+            f"momentum, the share of the current weights, must be between 0 and 1, got {momentum!r}."
         )
     return momentum

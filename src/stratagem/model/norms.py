@@ -1,4 +1,4 @@
-"""Batch normalisation over all ranks, and back."""
+"""Convert BatchNorm layers to SyncBatchNorm and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class _AnyBatchNorm(_BatchNorm):
-    """Batch normalisation of inputs with any number of dimensions, as SyncBatchNorm takes them."""
+    """Batch normalization of inputs with any number of dimensions, like SyncBatchNorm."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 -- torch's name
         if input.dim() < 2:
@@ -25,30 +25,30 @@ class _AnyBatchNorm(_BatchNorm):
 
 
 def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> nn.Module:
-    """Turn every BatchNorm layer into one whose statistics are those of all ranks.
+    """Replace every BatchNorm layer by SyncBatchNorm, which computes its statistics over all ranks.
 
-    Parameters, buffers and the training mode are kept; the model itself is changed and returned.
+    Parameters, buffers and the training mode are kept. The model is modified in place and returned.
 
     Raises:
         ConfigValueError: if ``implementation`` is not ``"torch"``.
     """
     if implementation != "torch":
         raise ConfigValueError(
-            f"sync_bn={implementation!r} is not known. {did_you_mean(implementation, ['torch'])} "
-            "Layers of other libraries are converted by their own functions before the model is given to the strategy."
+            f"Unknown sync_bn={implementation!r}. {did_you_mean(implementation, ['torch'])} "
+            "Convert layers of other libraries with their own functions before passing the model to the strategy."
         )
     converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return converted
 
 
 def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:
-    """Turn every SyncBatchNorm layer into plain batch normalisation; returns the model and how many there were.
+    """Replace every SyncBatchNorm layer by plain batch normalization; return the model and the number of layers.
 
-    Parameters, buffers and the training mode are kept; the model itself is changed unless it is such a layer.
+    Parameters, buffers and the training mode are kept. The model is modified in place unless it is itself such a layer.
     """
     plain = {layer: _plain(layer) for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)}
     for parent in list(model.modules()):
-        # Not named_children(), which leaves out the second name of a layer that stands twice.
+        # Not named_children(), which omits the second name of a shared layer.
         for name, child in parent._modules.items():
             if isinstance(child, nn.SyncBatchNorm):
                 parent._modules[name] = plain[child]

@@ -1,4 +1,4 @@
-"""Bring a batch to the model's device."""
+"""Move batches to the model's device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _CPU = torch.device("cpu")
 
 
 def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
-    """Return ``data`` with every tensor in it on ``device``.
+    """Move all tensors in ``data`` to ``device``.
 
-    Mappings, lists, tuples and objects with a ``to`` method are followed; anything else is kept as it is.
+    Mappings, lists, tuples and objects with a ``to`` method are supported; anything else is returned unchanged.
     """
     if isinstance(data, Tensor):
         return data if data.device == device else data.to(device, non_blocking=non_blocking)
@@ -34,9 +34,9 @@ def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) ->
 
 
 class BaseDataPreprocessor(nn.Module):
-    """Move a batch to the device where the model is; derive from it to normalise or stack as well.
+    """Move batches to the model's device. Subclass it to normalize or stack the data as well.
 
-    It is a part of the model, so it follows the model to its device.
+    It is a submodule of the model, so it moves to the model's device.
 
     Args:
         non_blocking: whether copies from pinned memory may overlap with computation.
@@ -50,7 +50,7 @@ class BaseDataPreprocessor(nn.Module):
         self.non_blocking = non_blocking
 
     def __call__(self, data: Any, training: bool = False) -> Any:
-        # Each step comes here, and the call of a module is dear where there is nothing to do.
+        # On the hot path: calling a module is expensive if there is nothing to do.
         idle = self.device == _CPU and type(self).forward is BaseDataPreprocessor.forward
         if idle and not (self._forward_hooks or self._forward_pre_hooks):
             return data
@@ -58,11 +58,11 @@ class BaseDataPreprocessor(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BaseDataPreprocessor:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        # What `to`, `cuda`, `cpu` ... do to tensors tells where the model went.
+        # Apply `to`, `cuda`, `cpu`, ... to a tensor to find the new device.
         self.device = fn(torch.empty(0, device=self.device)).device
         return self
 
     def forward(self, data: Any, training: bool = False) -> Any:
-        """Return ``data`` on the model's device. ``training`` tells whether it comes from a training step."""
-        # A model on the CPU gets its data from there; walking through the batch would be all for nothing.
+        """Return ``data`` on the model's device. ``training`` is whether it is called in a training step."""
+        # Data loaders yield CPU tensors, so for a model on the CPU there is nothing to move.
         return data if self.device == _CPU else to_device(data, self.device, non_blocking=self.non_blocking)

@@ -1,4 +1,4 @@
-"""What writes text: a model that goes on with tokens, and what tokens mean."""
+"""Protocols for text generation: language models and tokenizers."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ __all__ = ["TextGenerator", "Tokenizer"]
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Translates between text and the numbers of tokens."""
+    """Converts between text and token ids."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Return the tokens of a text."""
+        """Return the token ids of a text."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens."""
+        """Return the text of token ids."""
 
 
 @runtime_checkable
 class TextGenerator(Protocol):
-    """A language model. The names of the arguments are those of the transformers library."""
+    """A language model. The argument names are those of the transformers library."""
 
     def generate(
         self, tokens: Tensor, *, max_new_tokens: int, do_sample: bool, temperature: float, top_k: int
     ) -> Tensor:
-        """Return sequences, of shape [N, T], with what follows them behind.
+        """Return the sequences followed by the generated tokens.
 
-        It draws from torch's default generator of the tokens' device.
+        Sampling uses torch's default generator of the device of ``tokens``.
 
         Args:
-            tokens: at least one for each sequence.
-            max_new_tokens: how many are added, at most.
-            do_sample: whether they are drawn; else each is the likeliest, and the other arguments mean nothing.
-            temperature: what scores are divided by before softmax.
-            top_k: how many of the likeliest are drawn from; 0 for all.
+            tokens: token ids of shape ``[N, T]`` with ``T >= 1``.
+            max_new_tokens: the maximum number of generated tokens.
+            do_sample: whether to sample; otherwise the most likely token is used, and the following arguments are ignored.
+            temperature: the divisor of the logits before the softmax.
+            top_k: sample from the ``top_k`` most likely tokens; 0 for all tokens.
         """

@@ -1,4 +1,4 @@
-"""Tell modules that wrap a model from the model."""
+"""Recognize and remove the wrappers of a model, such as DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _WRAPPERS = (DistributedDataParallel, DataParallel)
 
 
 def is_model_wrapper(model: nn.Module) -> bool:
-    """Tell whether a module only places another one, which it holds as ``module``."""
+    """Return whether a module is a DDP or DataParallel wrapper, which holds the model as ``module``."""
     return isinstance(model, _WRAPPERS)
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Return the model inside of its wrappers; a model's own attribute called ``module`` is left alone."""
+    """Return the model without its wrappers. A model's own attribute ``module`` is not unwrapped."""
     while isinstance(model, _WRAPPERS):
         model = model.module
     return model

@@ -1,4 +1,4 @@
-"""The initial weights: made by the model, the same on every rank."""
+"""Broadcast the initial weights from rank 0."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _BUCKET_BYTES = 32 * 2**20
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Overwrite parameters and buffers on every rank with rank 0's.
+    """Overwrite the parameters and buffers on every rank with those of rank 0.
 
-    Collective; the models must be alike. Tensors travel in buckets, not one by one.
+    Collective; the models must have the same structure. Tensors are broadcast in buckets.
     """
     if get_world_size() == 1:
         return
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    by_type: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
     for tensor in [*model.parameters(), *model.buffers()]:
-        kinds[tensor.dtype, tensor.device].append(tensor.detach())
-    for tensors in kinds.values():
+        by_type[tensor.dtype, tensor.device].append(tensor.detach())
+    for tensors in by_type.values():
         bucket: list[Tensor] = []
         size = 0
         for tensor in tensors:
