@@ -94,7 +94,7 @@ def operations_of_a_save(place: Path) -> list[str]:
 
 def sweep(folder: Path, *, background: bool) -> dict[str, Any]:
     """Kill a child at every operation of a save that replaces the only checkpoint."""
-    told: dict[str, Any] = {"killed": 0, "lost": [], "most": 0, "after_next_start": set(), "status": set()}
+    results: dict[str, Any] = {"killed": 0, "lost": [], "most": 0, "after_next_start": set(), "status": set()}
     for number, operation in enumerate(operations_of_a_save(folder / "count")):
         # "Before one operation" is the same as "after the previous one".
         for moment in ("before", "half-way") if operation == "write" else ("before",):
@@ -102,8 +102,8 @@ def sweep(folder: Path, *, background: bool) -> dict[str, Any]:
             place.mkdir()
             save(place, 1, background=False)
             act = faults.counted(number, faults.dying(moment))
-            told["status"].add(status_of_child(lambda place=place: save(place, 2, background=background), act))
-            told["killed"] += 1
+            results["status"].add(status_of_child(lambda place=place: save(place, 2, background=background), act))
+            results["killed"] += 1
             latest = find_latest_checkpoint(place)
             found = (
                 CheckpointLoader.load_checkpoint(latest)
@@ -111,12 +111,14 @@ def sweep(folder: Path, *, background: bool) -> dict[str, Any]:
                 else {"meta": {"iter": 0}, "state_dict": {"x": torch.zeros(1)}}
             )
             if set(found["state_dict"]["x"].tolist()) != {found["meta"]["iter"]} or found["meta"]["iter"] < 1:
-                told["lost"].append([number, moment])
-            told["most"] = max(told["most"], len(checkpoints_of_run("me", place)))
+                results["lost"].append([number, moment])
+            results["most"] = max(results["most"], len(checkpoints_of_run("me", place)))
             clean_temporaries(place)
             tidy(place, latest or place)
-            told["after_next_start"].add(len([entry for entry in place.iterdir() if entry.name != "last_checkpoint"]))
-    return {**told, "after_next_start": sorted(told["after_next_start"]), "status": sorted(told["status"])}
+            results["after_next_start"].add(
+                len([entry for entry in place.iterdir() if entry.name != "last_checkpoint"])
+            )
+    return {**results, "after_next_start": sorted(results["after_next_start"]), "status": sorted(results["status"])}
 
 
 if __name__ == "__main__":

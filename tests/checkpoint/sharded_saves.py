@@ -63,11 +63,11 @@ def be_rank(rank: int, size: int, folder: Path) -> list[str]:
         if torch.Size(shape).numel() != size:
             continue
         mesh = init_device_mesh("cpu", shape)
-        spread = {
+        sharded = {
             key: distribute_tensor(tensor, mesh, possible(tensor, placements, size)) for key, tensor in WHOLE.items()
         }
         path = folder / name.replace(" ", "-").replace(",", "")
-        DirectoryFormat().save({"state_dict": spread}, path, rank_group)
+        DirectoryFormat().save({"state_dict": sharded}, path, rank_group)
         loaded = DirectoryFormat().load(path, rank_group=rank_group)["state_dict"]
         wrong += [f"{name}: {key} is read as another" for key in WHOLE if not torch.equal(loaded[key], WHOLE[key])]
         if (
@@ -100,8 +100,8 @@ def on_ranks(size: int, folder: Path) -> list[str]:
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
-    told = [(folder / f"wrong-{rank}").read_text() for rank in range(size)]
-    return [f"{size} ranks, rank {rank}: {text}" for rank, text in enumerate(told) if text]
+    failures = [(folder / f"wrong-{rank}").read_text() for rank in range(size)]
+    return [f"{size} ranks, rank {rank}: {text}" for rank, text in enumerate(failures) if text]
 
 
 if __name__ == "__main__":

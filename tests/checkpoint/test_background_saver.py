@@ -181,24 +181,24 @@ def save_on_ranks(folder: str) -> list[Any]:
 
     rank_group = RankGroup.of()
     mesh = init_device_mesh("cpu", (rank_group.size,))
-    spread = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
+    sharded = distribute_tensor(torch.arange(6.0), mesh, [Shard(0)])
     saver = BackgroundSaver(LOGGER)
-    told = []
+    gathered_ranks = []
     for name in ("a", "b.pth"):
         plain = torch.ones(3)
-        state = {"state_dict": {"spread": spread.clone(), "plain": plain}, "meta": {"iter": 1}}
+        state = {"state_dict": {"sharded": sharded.clone(), "plain": plain}, "meta": {"iter": 1}}
         saver.save(
             state,
             f"{folder}/{name}",
             rank_group,
-            then=lambda rank_group: told.append(rank_group.gather(rank_group.rank)),
+            then=lambda rank_group: gathered_ranks.append(rank_group.gather(rank_group.rank)),
         )
         plain.zero_()
-        state["state_dict"]["spread"].to_local().zero_()
+        state["state_dict"]["sharded"].to_local().zero_()
         while saver._task is not None:
             saver.check()
     saver.close()
-    return told
+    return gathered_ranks
 
 
 def test_ranks_save_together(ranks: Ranks, tmp_path: Path):
@@ -206,7 +206,7 @@ def test_ranks_save_together(ranks: Ranks, tmp_path: Path):
     assert ranks.run(save_on_ranks, str(tmp_path)) == [[[0, 1], [0, 1]]] * 2
     for name in ("a", "b.pth"):
         state = CheckpointLoader.load_checkpoint(tmp_path / name)["state_dict"]
-        assert state["spread"].tolist() == [0, 1, 2, 3, 4, 5]
+        assert state["sharded"].tolist() == [0, 1, 2, 3, 4, 5]
         assert state["plain"].tolist() == [1, 1, 1]
 
 
@@ -231,15 +231,15 @@ def fail_on_ranks(folder: str) -> tuple[int, str]:
         except CheckpointError as error:
             saver.close()
             return checks, str(error)
-    raise AssertionError("no failure was told")
+    raise AssertionError("no failure was raised")
 
 
 def test_all_ranks_raise_a_failure_after_the_same_step(ranks: Ranks, tmp_path: Path):
     """All ranks raise after the same step, regardless of which one failed, with the path in the message."""
     (first, text), (second, other) = ranks.run(fail_on_ranks, str(tmp_path))
     assert first == second
-    for told in (text, other):
-        assert "epoch_1: the checkpoint could not be written" in told
-        assert "No space left" in told
+    for message in (text, other):
+        assert "epoch_1: the checkpoint could not be written" in message
+        assert "No space left" in message
     assert "Rank 0 failed" in other
     assert find_latest_checkpoint(tmp_path) is None

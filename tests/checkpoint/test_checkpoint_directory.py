@@ -69,7 +69,7 @@ def test_the_manifest_contains_the_position(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "c")
     assert manifest["position"] == {"epoch": 3, "iter": 12}
     assert manifest["stratagem"] == "1.2.3"
-    sizes = {name: said["bytes"] for name, said in manifest["files"].items()}
+    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
     names = ("state.json", "model.safetensors", "optimizer.safetensors")
     assert sizes == {name: (tmp_path / "c" / name).stat().st_size for name in names}
 

@@ -42,17 +42,17 @@ def test_extra_files_are_published_with_the_checkpoint(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda file: file.unlink(), "is missing; the checkpoint is incomplete"),
         (lambda file: file.write_bytes(b"weight"), "has 6 bytes, but 7 were written"),
         (lambda file: file.write_bytes(b"wEights"), "is corrupted: its digest does not match"),
     ],
 )
-def test_damaged_extra_files_are_detected(saved: Path, damage: Callable[[Path], None], said: str) -> None:
+def test_damaged_extra_files_are_detected(saved: Path, damage: Callable[[Path], None], message: str) -> None:
     """A missing, truncated or modified extra file is reported as damage by name."""
     damage(saved / "engine" / "deep" / "weights.bin")
-    with pytest.raises(CheckpointDamagedError, match=rf"weights\.bin {said}"):
+    with pytest.raises(CheckpointDamagedError, match=rf"weights\.bin {message}"):
         DirectoryFormat().load(saved)
 
 

@@ -79,7 +79,7 @@ def sparse(name: str) -> Callable[[Path], None]:
     return grow
 
 
-def piece(number: int, start: list[Any], shape: list[Any]) -> Callable[[Path], None]:
+def box(number: int, start: list[Any], shape: list[Any]) -> Callable[[Path], None]:
     """Return a function that replaces a box of the tensor ``a`` in the manifest."""
 
     def change(manifest: Manifest) -> None:
@@ -114,15 +114,15 @@ CORPUS: dict[str, Callable[[Path], None]] = {
     "a manifest of a tebibyte": sparse("manifest.json"),
     "a state of a tebibyte": sparse("state.json"),
     "a negative offset": offsets(-16, 0),
-    "an offset behind the end": offsets(1 << 40, (1 << 40) + 16),
-    "an offset that is no number": offsets("0", "16"),
+    "an offset beyond the end": offsets(1 << 40, (1 << 40) + 16),
+    "an offset that is not a number": offsets("0", "16"),
     "overlapping tensors": offsets(16, 32),
     "half-overlapping tensors": offsets(8, 24),
     "a gap": lambda path: with_header(path, lambda header: header.pop("b")),
-    "an end before the beginning": offsets(16, 0),
+    "an end before the start": offsets(16, 0),
     "a negative size": another_shape(-4),
     "sizes whose product wraps around": another_shape(1 << 32, 1 << 32),
-    "a size that is no number": another_shape("4"),
+    "a size that is not a number": another_shape("4"),
     "a size that is a fraction": another_shape(4.0),
     "an unknown dtype": lambda path: with_header(path, lambda header: header["a"].update(dtype="O8")),
     "a tensor named twice": lambda path: with_header(
@@ -131,20 +131,20 @@ CORPUS: dict[str, Callable[[Path], None]] = {
     ),
     "a deep header": lambda path: with_header(path, b"[" * 100_000),
     "a header that is a list": lambda path: with_header(path, b"[]"),
-    "a header that is no text": lambda path: with_header(path, b"\xff" * 8),
+    "a header that is not text": lambda path: with_header(path, b"\xff" * 8),
     "a deep state": lambda path: rewrite(path, "state.json", b'{"a":' * 100_000),
     "a state named twice": lambda path: rewrite(path, "state.json", b'{"meta":1,"meta":2}'),
     "a state that is a list": lambda path: rewrite(path, "state.json", b"[]"),
-    "a number that JSON lacks": lambda path: rewrite(path, "state.json", b'{"meta":NaN}'),
+    "a number that is not valid JSON": lambda path: rewrite(path, "state.json", b'{"meta":NaN}'),
     "a number with too many digits": lambda path: rewrite(path, "state.json", b'{"meta":' + b"9" * 100_000 + b"}"),
-    "a float of a list": parts({"meta": {"$float": []}}),
+    "a float that is a list": parts({"meta": {"$float": []}}),
     "a float too large": parts({"meta": {"$float": 10**400}}),
     "a set of lists": parts({"meta": {"$set": [[]]}}),
     "a key that is a list": parts({"meta": {"$items": [[[], 1]]}}),
-    "items that are no pairs": parts({"meta": {"$items": [1]}}),
+    "items that are not pairs": parts({"meta": {"$items": [1]}}),
     "versions of nothing": parts({"meta": {"$versioned": 1}}),
-    "versions that are no dict": parts({"meta": {"$versioned": [1, 2]}}),
-    "a tensor that is not there": parts({"state_dict": {"$tensor": "c"}}),
+    "versions that are not a dict": parts({"meta": {"$versioned": [1, 2]}}),
+    "a missing tensor": parts({"state_dict": {"$tensor": "c"}}),
     "a tensor whose name is a list": parts({"state_dict": {"$tensor": []}}),
     "a path as a file": lambda path: with_manifest(path, lambda m: m["files"].update({"../x": {"bytes": 1}})),
     "an absolute path as a file": lambda path: with_manifest(
@@ -153,21 +153,21 @@ CORPUS: dict[str, Callable[[Path], None]] = {
     "a path as a part": lambda path: with_manifest(path, lambda m: m["tensors"].update({"../x": {}})),
     "a part without a file": lambda path: with_manifest(path, lambda m: m["tensors"].update(more={})),
     "a file of a negative size": lambda path: with_manifest(path, lambda m: m["files"]["state.json"].update(bytes=-1)),
-    "a size that is true": lambda path: with_manifest(path, lambda m: m["files"]["state.json"].update(bytes=True)),
+    "a size that is True": lambda path: with_manifest(path, lambda m: m["files"]["state.json"].update(bytes=True)),
     "a file without a digest": lambda path: with_manifest(path, lambda m: m["files"]["state.json"].pop("digest")),
     "a part that is a list": lambda path: with_manifest(path, lambda m: m["tensors"].update(state_dict=[])),
     "a tensor that is a list": lambda path: with_manifest(path, lambda m: m["tensors"]["state_dict"].update(a=[])),
-    "a tensor without pieces": lambda path: with_manifest(
+    "a tensor without a list of boxes": lambda path: with_manifest(
         path, lambda m: m["tensors"]["state_dict"]["a"].pop("pieces")
     ),
-    "no pieces": lambda path: with_manifest(path, lambda m: m["tensors"]["state_dict"]["a"].update(pieces=[])),
-    "half of the pieces": piece(0, [0], [2]),
-    "a piece twice": piece(1, [0], [4]),
-    "a piece outside": piece(0, [1], [4]),
-    "a negative piece": piece(0, [-1], [4]),
-    "a piece of other dimensions": piece(0, [0, 0], [2, 2]),
-    "a piece of everything": piece(0, [0], [1 << 62]),
-    "a piece of text": piece(0, ["0"], ["4"]),
+    "no boxes": lambda path: with_manifest(path, lambda m: m["tensors"]["state_dict"]["a"].update(pieces=[])),
+    "half of the boxes": box(0, [0], [2]),
+    "a duplicate box": box(1, [0], [4]),
+    "a box outside the tensor": box(0, [1], [4]),
+    "a negative box": box(0, [-1], [4]),
+    "a box with other dimensions": box(0, [0, 0], [2, 2]),
+    "a huge box": box(0, [0], [1 << 62]),
+    "a box of strings": box(0, ["0"], ["4"]),
 }
 
 

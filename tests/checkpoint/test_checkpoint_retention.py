@@ -303,11 +303,11 @@ def test_a_run_that_keeps_one_always_has_one(tmp_path: Path, *, background: bool
     command = [sys.executable, "-W", "error", str(script), str(tmp_path), *(["background"] if background else [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert told["killed"] > 40
-    assert told["status"] == [-signal.SIGKILL]
+    results = json.loads(done.stdout)
+    assert results["killed"] > 40
+    assert results["status"] == [-signal.SIGKILL]
     # There were two checkpoints before; the one that is found is complete and not older.
-    assert told["lost"] == []
+    assert results["lost"] == []
     # The killed one, and one more that was not removed in time.
-    assert told["most"] == 2
-    assert told["after_next_start"] == [1]
+    assert results["most"] == 2
+    assert results["after_next_start"] == [1]

@@ -89,17 +89,17 @@ def test_the_position_of_mmengine_is_read(folder: Path) -> None:
 def test_the_stratagem_checkpoint_adds_names_and_master_weights(folder: Path, tmp_path: Path) -> None:
     """With a Stratagem checkpoint in the folder, the optimizer state is keyed by name and tied names are restored."""
     around = tmp_path / "epoch_1"
-    told = {"order": ["a.weight", "a.bias"], "tied": {"b.weight": "a.weight"}}
-    ours = {
+    engine_part = {"order": ["a.weight", "a.bias"], "tied": {"b.weight": "a.weight"}}
+    stratagem_parts = {
         "optimizer": {
             "state": {},
             "param_groups": [{"lr": 0.2, "params": ["a.weight", "a.bias"]}],
             "counts": {"updates": 3},
         },
-        "colossalai": told,
+        "colossalai": engine_part,
         "meta": {"iter": 6},
     }
-    DirectoryFormat().save(ours, around, write_extra_files=lambda aside: _copy(folder, aside))
+    DirectoryFormat().save(stratagem_parts, around, write_extra_files=lambda temporary: _copy(folder, temporary))
     convert_checkpoint(around, tmp_path / "converted")
     tree = CheckpointLoader.load_checkpoint(tmp_path / "converted")
     assert sorted(tree) == ["meta", "optimizer", "state_dict"]

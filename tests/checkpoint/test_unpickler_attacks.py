@@ -103,7 +103,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("guarded")
 @pytest.mark.parametrize("attack", attacks())
-@pytest.mark.parametrize("place", ["the root", "the weights", "a weight", "beside the weights"])
+@pytest.mark.parametrize("place", ["the root", "the weights", "a weight", "next to the weights"])
 def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
     """A malicious file is rejected, or only its valid weights are read, whatever it contains."""
     evil = attacks()[attack]
@@ -111,7 +111,7 @@ def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
         "the root": evil,
         "the weights": {"state_dict": evil},
         "a weight": {"state_dict": {"w": tensor(), "v": evil}},
-        "beside the weights": {"state_dict": {"w": tensor()}, "optimizer": evil, "args": evil},
+        "next to the weights": {"state_dict": {"w": tensor()}, "optimizer": evil, "args": evil},
     }[place]
     path = write(tmp_path / "evil.pth", root)
     try:
@@ -121,7 +121,7 @@ def test_nothing_is_executed(tmp_path: Path, attack: str, place: str) -> None:
         return
     # If the file is not rejected, the result contains no objects.
     flatten_tree(tree)
-    if place == "beside the weights":
+    if place == "next to the weights":
         assert tree["state_dict"]["w"].tolist() == [1, 2]
 
 
@@ -135,30 +135,30 @@ def test_the_attacks_work_in_pythons_unpickler(tmp_path: Path, monkeypatch: pyte
         proof.rmdir() if proof.is_dir() else proof.unlink()
 
 
-LIES: dict[str, Raw] = {
+INVALID_TENSORS: dict[str, Raw] = {
     "a negative size": tensor(size=(-1,)),
     "a negative offset": tensor(offset=-1),
     "a negative stride": tensor(stride=(-1,)),
-    "an offset behind the end": tensor(offset=3, size=(0,)),
-    "a size behind the end": tensor(size=(3,)),
-    "a stride behind the end": tensor(stride=(2,)),
+    "an offset beyond the end": tensor(offset=3, size=(0,)),
+    "a size beyond the end": tensor(size=(3,)),
+    "a stride beyond the end": tensor(stride=(2,)),
     "a huge size": tensor(size=(1 << 80,)),
-    "a huge size of nothing": tensor(size=(0, 1 << 61, 1 << 61), stride=(1, 1, 1)),
+    "a huge size without elements": tensor(size=(0, 1 << 61, 1 << 61), stride=(1, 1, 1)),
     "a huge stride": tensor(stride=(1 << 62,)),
     "sizes that overflow": tensor(size=(1 << 33, 1 << 33), stride=(0, 0)),
-    "few bytes spread over many": tensor(size=(1 << 40,), stride=(0,)),
-    "a truth value as size": tensor(size=(True,)),
+    "few bytes expanded to many": tensor(size=(1 << 40,), stride=(0,)),
+    "a bool as size": tensor(size=(True,)),
     "a float as offset": tensor(offset=Raw(b"G" + struct.pack(">d", 0.0))),
     "more strides than sizes": tensor(stride=(1, 1)),
     "too many dimensions": tensor(size=(1,) * 65, stride=(1,) * 65),
-    "an unending size": tensor(size=(1 << 20_000,)),
-    "less memory than said": tensor(numel=1),
-    "more memory than there is": tensor(size=(1 << 40,), numel=1 << 40),
-    "memory that is not there": tensor(key="7"),
-    "memory outside of the folder": tensor(key="../data.pkl"),
-    "a key that is no text": tensor(key=0),
+    "an extremely long size": tensor(size=(1 << 20_000,)),
+    "less memory than declared": tensor(numel=1),
+    "more memory than the file has": tensor(size=(1 << 40,), numel=1 << 40),
+    "missing memory": tensor(key="7"),
+    "memory outside the folder": tensor(key="../data.pkl"),
+    "a key that is not a string": tensor(key=0),
     "a negative length": tensor(numel=-2, size=(0,)),
-    "a sparse tensor that leaves itself": call(
+    "a sparse tensor with indices out of range": call(
         "torch._utils._rebuild_sparse_tensor",
         call("torch.serialization._get_layout", "torch.sparse_coo"),
         (
@@ -170,11 +170,11 @@ LIES: dict[str, Raw] = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_wrong_sizes_and_offsets_are_rejected(tmp_path: Path, lie: str) -> None:
+@pytest.mark.parametrize("case", INVALID_TENSORS)
+def test_wrong_sizes_and_offsets_are_rejected(tmp_path: Path, case: str) -> None:
     """A tensor whose offsets or sizes exceed its storage or the file is reported as damage."""
-    data = {"0": struct.pack("<2f", 1, 2)} if "sparse" not in lie else {"0": struct.pack("<q", 1 << 40)}
-    path = write(tmp_path / "a.pth", {"state_dict": {"w": LIES[lie]}}, data)
+    data = {"0": struct.pack("<2f", 1, 2)} if "sparse" not in case else {"0": struct.pack("<q", 1 << 40)}
+    path = write(tmp_path / "a.pth", {"state_dict": {"w": INVALID_TENSORS[case]}}, data)
     with pytest.raises(
         CheckpointDamagedError, match=r"a\.pth cannot be read: .*(state_dict/w|tensor storage|no record)"
     ):
@@ -217,12 +217,12 @@ def test_shared_lists_are_read_once(tmp_path: Path) -> None:
 
 
 BOMBS = {
-    "a huge place in the memory": b"Nr\xff\xff\xff\x7f.",
-    "a text of which nothing follows": b"\x8d" + struct.pack("<Q", 1 << 40) + b".",
-    "bytes of which nothing follow": b"\x8e" + struct.pack("<Q", 1 << 62) + b".",
-    "a bytearray of which nothing follows": b"\x96" + struct.pack("<Q", 1 << 40) + b".",
-    "a number of which nothing follows": b"\x8b\xff\xff\xff\x7f.",
-    "a number of negative length": b"\x8b\xff\xff\xff\xff.",
+    "a huge memo index": b"Nr\xff\xff\xff\x7f.",
+    "a string without data": b"\x8d" + struct.pack("<Q", 1 << 40) + b".",
+    "bytes without data": b"\x8e" + struct.pack("<Q", 1 << 62) + b".",
+    "a bytearray without data": b"\x96" + struct.pack("<Q", 1 << 40) + b".",
+    "an integer without data": b"\x8b\xff\xff\xff\x7f.",
+    "an integer of negative length": b"\x8b\xff\xff\xff\xff.",
     "a frame longer than the file": b"\x95" + struct.pack("<Q", 1 << 60) + b"N.",
 }
 _PROBE = """
@@ -246,8 +246,8 @@ def test_memory_is_bounded_by_the_file(tmp_path: Path) -> None:
     """Files that claim gigabytes are rejected with less than 60 MB of memory."""
     for index, bomb in enumerate(BOMBS.values()):
         write(tmp_path / f"{index}.pth", b"\x80\x04" + bomb)
-    for index, lie in enumerate(LIES.values()):
-        write(tmp_path / f"lie {index}.pth", {"state_dict": {"w": lie}})
+    for index, case in enumerate(INVALID_TENSORS.values()):
+        write(tmp_path / f"case {index}.pth", {"state_dict": {"w": case}})
     copies = {"state_dict": {str(i): tensor(size=(1 << 20,), key=str(i), numel=1 << 20) for i in range(500)}}
     overlapping(tmp_path / "overlap.pth", copies, 500, 4 << 20)
     done = subprocess.run([sys.executable, "-c", _PROBE, str(tmp_path)], capture_output=True, text=True, check=True)
