@@ -78,7 +78,7 @@ def test_a_missing_configuration(stratagem: Command):
         ("launcher=torchrum", ("'torchrum'", "pytorch")),
         ("log_level=LOUD", ("'LOUD'",)),
         ("load_form=x", ("'load_form'", "'load_from'")),
-        ("just_a_word", ("'just_a_word' is no override", "key=value")),
+        ("just_a_word", ("'just_a_word' is not an override", "key=value")),
         ("model.network.0.in_features=[2", ("']'", "'[2'")),
     ],
 )

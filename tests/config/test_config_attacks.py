@@ -493,7 +493,7 @@ def test_a_data_file_can_only_inherit_from_data_below_its_folder(tmp_path, base)
     (tmp_path / "outside.yaml").write_text("secret: 1\n")
     (folder / "run.py").write_text("raise SystemExit('ran')\n")
     (folder / "top.yaml").write_text(f"_base_: {base}\n")
-    with pytest.raises(ConfigValueError, match=r"cannot be based on the program|lies outside of"):
+    with pytest.raises(ConfigValueError, match=r"is a program that would be executed|is outside"):
         Config.fromfile(folder / "top.yaml")
 
 
@@ -504,7 +504,7 @@ def test_a_symbolic_link_cannot_leave_the_folder(tmp_path):
     (tmp_path / "outside.yaml").write_text("secret: 1\n")
     (folder / "link.yaml").symlink_to(tmp_path / "outside.yaml")
     (folder / "top.yaml").write_text("_base_: link.yaml\n")
-    with pytest.raises(ConfigValueError, match="lies outside of"):
+    with pytest.raises(ConfigValueError, match="is outside"):
         Config.fromfile(folder / "top.yaml")
 
 
@@ -549,10 +549,10 @@ def test_fromdata_reads_only_data(tmp_path, monkeypatch):
     """``fromdata`` rejects programs and does not read environment variables."""
     monkeypatch.setenv("TOKEN", "secret")
     (tmp_path / "run.py").write_text("raise SystemExit('ran')\n")
-    with pytest.raises(ConfigValueError, match="is a program and would run"):
+    with pytest.raises(ConfigValueError, match="is a program that would be executed"):
         Config.fromdata(tmp_path / "run.py")
     (tmp_path / "run.yaml").write_text("x: 1\nname: '{{ $TOKEN }}'\n")
-    with pytest.raises(ConfigValueError, match=r"run.yaml:2: environment variables are not read here"):
+    with pytest.raises(ConfigValueError, match=r"run.yaml:2: this file must not read environment variables"):
         Config.fromdata(tmp_path / "run.yaml")
     with pytest.raises(ConfigValueError, match="environment variables"):
         Config.fromfile(tmp_path / "run.yaml", use_environment_variables=False)

@@ -162,5 +162,5 @@ def test_a_shared_base_with_a_changed_value_is_a_conflict(tmp_path: Path, change
     (tmp_path / "a.py").write_text(f"_base_ = 'base.py'\n{change}\n")
     (tmp_path / "b.py").write_text("_base_ = 'base.py'\nb = 2\n")
     (tmp_path / "run.py").write_text("_base_ = ['a.py', 'b.py']\n")
-    with pytest.raises(ConfigKeyError, match="two bases give the key 'lr'"):
+    with pytest.raises(ConfigKeyError, match="two bases set the key 'lr'"):
         Config.fromfile(tmp_path / "run.py")

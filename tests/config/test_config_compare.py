@@ -15,10 +15,10 @@ def test_each_changed_value_is_reported(suffixes: tuple[str, str]):
     assert changed_values(*texts) == [
         "model.widths.1: 16 -> 32",
         "optim.lr: 0.1 -> 0.05",
-        "hooks: [] -> (not there)",
-        "name: None -> (not there)",
-        "model.widths.2: (not there) -> 64",
-        "hooks.0.type: (not there) -> 'A'",
+        "hooks: [] -> (not set)",
+        "name: None -> (not set)",
+        "model.widths.2: (not set) -> 64",
+        "hooks.0.type: (not set) -> 'A'",
     ]
     assert changed_values(*texts, ignored=("model", "hooks", "name")) == ["optim.lr: 0.1 -> 0.05"]
 

@@ -81,7 +81,7 @@ def test_explain_writes_one_line_per_change(config):
         ["run.py:3", "replaced", "5"],
     ]
     config.model.depth = 1
-    assert explain(config, "model.depth").splitlines()[-1] == "  the program set it afterwards"
+    assert explain(config, "model.depth").splitlines()[-1] == "  the program changed it later"
 
 
 def test_explaining_an_unknown_path_suggests_the_closest_key(config):

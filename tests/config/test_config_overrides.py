@@ -75,7 +75,7 @@ def test_list_items_cannot_be_set_without_list_keys():
 
 def test_overriding_below_a_number_is_rejected():
     """Setting a key below a value that is not a container is a TypeError."""
-    with pytest.raises(TypeError, match="model is a dict here and a int"):
+    with pytest.raises(TypeError, match="model is a dict here, but a int"):
         Config({"model": 3}).merge_from_dict({"model.depth": 1})
 
 

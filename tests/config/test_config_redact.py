@@ -154,7 +154,7 @@ def test_changes_of_secrets_are_not_reported():
     old = "a = dict(password='old1', url='https://me:pw@h/1', word='w0rd', lr=1)\n"
     new = show(Config({"a": {"password": "new1", "url": "https://you:pw2@h/1", "lr": 2}})) + ""
     new = new.replace("lr=2", "word='{{ $WORD }}', lr=2")
-    assert changed_values(old, new) == ["a.word: (a value that is not shown) -> '{{ $WORD }}'", "a.lr: 1 -> 2"]
+    assert changed_values(old, new) == ["a.word: (hidden) -> '{{ $WORD }}'", "a.lr: 1 -> 2"]
 
 
 def test_check_reports_masked_secrets_before_anything_is_built():

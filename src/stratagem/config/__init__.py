@@ -1,4 +1,4 @@
-"""Configurations: read, merge, override, write, and know where each value comes from."""
+"""Configurations: read, merge, override, check and write them, and find where a value was set."""
 
 from stratagem.config.check import FREE_KEY, Problem, Rule, Section, check, require
 from stratagem.config.compare import changed_values

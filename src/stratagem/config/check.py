@@ -1,7 +1,6 @@
-"""Refuse a configuration with a key or an argument that nobody reads, before anything is built.
+"""Check a configuration for unknown keys and arguments before anything is built.
 
-What is known is data: the caller gives, for each key, a ``Section`` that says what may stand there. This module knows
-no section and no registry of its own.
+The caller passes a schema: a ``Section`` for each top-level key. This module defines no sections and no registries.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ from stratagem.utils.signatures import Arguments, arguments_of
 
 __all__ = ["FREE_KEY", "SupportsLookup", "Problem", "Rule", "Section", "check", "require"]
 
-# The one section that carries values which nobody reads: texts to refer to, anchors of a YAML file, notes.
+# The section for values that are not checked: YAML anchors, values to reference elsewhere, notes.
 FREE_KEY = "vars"
-# Read by whatever builds a mapping with a type.
+# Keys of every mapping with a type; not arguments of its target.
 _BUILD_KEYS = frozenset({"type", "_scope_"})
 
 
 class SupportsLookup(Protocol):
-    """What checking needs of a registry."""
+    """The methods of a registry that checking uses."""
 
     @property
     def name(self) -> str: ...
@@ -42,17 +41,17 @@ class SupportsLookup(Protocol):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """What may stand at one place of a configuration. Without any field, anything may.
+    """The schema of one value of a configuration. Without any field, the value can be anything.
 
     Args:
-        registry: A mapping here is built by it, and a list is one of such mappings.
-        target: A mapping here is the arguments of this ``"module:name"``.
-        default_type: The ``type`` of a mapping that gives none.
-        by_name: A text here is a name in the registry.
-        supplied: Arguments that the program gives.
-        partial: The target is a function that is called later, with the arguments that are missing here.
-        keys: Further keys of a mapping here, and what may stand below each; also of arguments of the target.
-        others: What may stand below any other key; None if there is none.
+        registry: The registry that builds the value, which is a mapping or a list of mappings.
+        target: The ``"module:name"`` whose arguments the value is, as a mapping.
+        default_type: The ``type`` of a mapping that has none.
+        by_name: Whether the value can also be the name of a registry entry.
+        supplied: Arguments that the program passes.
+        partial: Whether the target is a function that is called later, with the arguments that are missing here.
+        keys: The schemas of further keys of the mapping, and of arguments of the target.
+        others: The schema of all other keys; None to reject other keys.
     """
 
     registry: SupportsLookup | None = None
@@ -66,18 +65,18 @@ class Section:
 
     @property
     def accepts_anything(self) -> bool:
-        """Whether nothing is known of what stands here."""
+        """Whether any value is valid."""
         return self.registry is None and self.target is None and not self.keys and self.others is None
 
 
-# A section, or a function that chooses one by what stands there.
+# A section, or a function that returns the section for a value.
 Rule = Section | Callable[[Any], Section]
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong: at which path, given where, and what to do."""
+    """A problem in a configuration: the path of the value, where it was set, and what to do."""
 
     path: str
     origin: Origin | None
@@ -88,17 +87,17 @@ class Problem:
 
 
 def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = None) -> list[Problem]:
-    """Return all problems of a configuration, in its order; empty if there is none.
+    """Return all problems of a configuration, in the order of its keys.
 
-    A problem is a top-level key that no section has, a key that nothing in its section reads, a ``type`` that is not
-    registered, and an argument that the target of a ``type`` does not take or misses. Targets are imported for that,
-    nothing is built. A mapping deep in the arguments of a target may be meant for code that is not known here: it is
-    checked as far as the registry of its section knows its ``type``, and only what looks like a slip is a problem.
+    Problems are unknown top-level keys, unknown keys within a section, a ``type`` that is not registered, and unknown or
+    missing arguments of the target of a ``type``. Targets are imported, but nothing is built. Nested mappings in the
+    arguments of a target can be meant for other code: they are checked only if the registry of their section has their
+    ``type``, and only likely typos are reported.
 
     Args:
-        config: What to check.
-        sections: What may stand below each top-level key.
-        scope: The library whose names go first.
+        config: The configuration to check.
+        sections: The schema of each top-level key.
+        scope: The library whose registries are searched first.
     """
     imports = Section(keys=dict.fromkeys(IMPORT_KEYS, Section()))
     top = Section(keys={**sections, FREE_KEY: Section(), CUSTOM_IMPORTS: imports})
@@ -106,7 +105,7 @@ def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = N
 
 
 def require(config: Config, sections: Mapping[str, Rule], *, scope: str | None = None) -> None:
-    """Check a configuration and refuse it with all its problems at once; see ``check``.
+    """Check a configuration with :func:`check` and raise an error that lists all problems.
 
     Raises:
         ConfigKeyError: if there is a problem.
@@ -121,7 +120,7 @@ def require(config: Config, sections: Mapping[str, Rule], *, scope: str | None =
 
 @final
 class _Check:
-    """A walk through one configuration."""
+    """Visits the values of one configuration and yields their problems."""
 
     def __init__(self, config: Config, scope: str | None) -> None:
         self._config = config
@@ -140,7 +139,7 @@ class _Check:
             yield from self._named(value, section.registry, self._scope, path)[1]
 
     def mapping(self, node: Mapping[str, Any], section: Section, path: KeyPath) -> Iterator[Problem]:
-        """Check a mapping and all below it."""
+        """Check a mapping and everything nested in it."""
         target = None
         if section.target is not None:
             target = import_object(section.target)
@@ -167,7 +166,9 @@ class _Check:
             yield self._problem((*path, key), reason)
         missing = sorted(taken.required - node.keys() - section.supplied)
         if missing and not section.partial:
-            yield self._problem(path, f"{_title(target)} needs {', '.join(map(repr, missing))}, not given here.")
+            yield self._problem(
+                path, f"{_title(target)} is missing required arguments: {', '.join(map(repr, missing))}."
+            )
 
     def _below(self, node: Mapping[str, Any], key: str, rule: Rule, path: KeyPath) -> Iterator[Problem]:
         try:
@@ -178,7 +179,7 @@ class _Check:
             yield from self.value(value, rule, path)
 
     def _argument(self, node: Any, key: str | int, registry: SupportsLookup | None, path: KeyPath) -> Iterator[Problem]:
-        """Check mappings in an argument, of which it is not sure that this registry builds them."""
+        """Check the mappings nested in an argument, which this registry may or may not build."""
         try:
             value = node[key]
         except StratagemError as error:
@@ -204,8 +205,8 @@ class _Check:
             yield self._problem((*path, key), str(error))
             return
         if key != "type":
-            if target is not None:  # a name that is known stands there, so this key was meant to be the type
-                yield self._problem((*path, key), f"nobody reads the key {key!r}. Did you mean 'type'?")
+            if target is not None:  # the value is a registered name, so the key is a typo of 'type'
+                yield self._problem((*path, key), f"unknown key {key!r}. Did you mean 'type'?")
             return
         taken = Arguments(open=True) if target is None else arguments_of(target)
         for key, reason in (registry.refused_arguments(target, node) if target is not None else {}).items():
@@ -223,7 +224,7 @@ class _Check:
             return None, [self._problem((*path, "type"), str(error))]
         if kind is None:
             near = nearest_names("type", [str(key) for key in node])
-            hint = f" Did you mean it by {near[0]!r}?" if near else ""
+            hint = f" Is {near[0]!r} a typo?" if near else ""
             return None, [self._problem(path, f"the key 'type', which names a {registry.name}, is missing.{hint}")]
         return self._named(kind, registry, node.get("_scope_", self._scope), (*path, "type"))
 
@@ -236,7 +237,7 @@ class _Check:
             return None, [self._problem(path, str(error))]
         if target is None:
             suggestion = did_you_mean(str(kind), registry.names())
-            return None, [self._problem(path, f"{kind!r} is no registered {registry.name}. {suggestion}")]
+            return None, [self._problem(path, f"{kind!r} is not in the {registry.name} registry. {suggestion}")]
         return target, []
 
     def _unknown(self, key: str, section: Section, taken: Arguments, path: KeyPath, target: Any) -> Problem:
@@ -245,9 +246,9 @@ class _Check:
         if target is not None:
             return self._problem(path, f"{_title(target)} takes no argument {key!r}. {suggestion}")
         if len(path) > 1:
-            return self._problem(path, f"nobody reads the key {key!r}. {suggestion}")
+            return self._problem(path, f"unknown key {key!r}. {suggestion}")
         return self._problem(
-            path, f"nobody reads the key {key!r}. {suggestion} Values for yourself go below {FREE_KEY!r}."
+            path, f"unknown key {key!r}. {suggestion} Put values of your own in the section {FREE_KEY!r}."
         )
 
     def _problem(self, path: KeyPath, message: str) -> Problem:

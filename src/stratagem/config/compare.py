@@ -1,4 +1,4 @@
-"""Which values differ between two configurations that are texts, without running what they say."""
+"""Compare the values of two saved configurations without executing them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _WIDTH = 60
 def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) -> list[str]:
     """Return a line for each value that differs between two merged configurations: ``a.b: 1 -> 2``.
 
-    Each is Python or YAML as Stratagem writes it. Python is parsed, not run, so a text may come from a checkpoint.
-    Nothing is reported for a text that is neither. Secrets are masked before values are compared, so no change of one is
-    reported, and a value is not shown where the other one is a placeholder.
+    Each configuration is Python or YAML as Stratagem writes it. Python is parsed but not executed, so the text may come from
+    a checkpoint. If a text is neither, the result is empty. Secrets are masked before the comparison, so a changed secret is
+    not reported, and a value is hidden if the other one is a placeholder.
 
     Args:
-        first: the earlier one.
-        second: the later one.
-        ignored: keys at the top that are not compared.
+        first: The text of the earlier configuration.
+        second: The text of the later configuration.
+        ignored: Top-level keys that are not compared.
     """
     old, new = _values(first), _values(second)
     if old is None or new is None:
@@ -36,12 +36,12 @@ def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) ->
     for path in dict.fromkeys([*old, *new]):
         was, now = old.get(path), new.get(path)
         if was != now and path[0] not in ignored:
-            lines.append(f"{path_text(path)}: {_short(was, beside=now)} -> {_short(now, beside=was)}")
+            lines.append(f"{path_text(path)}: {_short(was, other=now)} -> {_short(now, other=was)}")
     return lines
 
 
 def _values(text: str) -> dict[KeyPath, str] | None:
-    """Return the values of a text as Python expressions, by path; None if it cannot be read."""
+    """Return the values in a text as Python expressions, by path; None if the text cannot be parsed."""
     tree = _tree(text)
     if tree is None or not all(_is_assignment(statement) for statement in tree.body):
         return None
@@ -56,7 +56,7 @@ def _tree(text: str) -> ast.Module | None:
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        pass  # then it is YAML, or nothing that was written here
+        pass  # YAML, or not written by Stratagem
     try:
         data = language_of(".yaml").parse(text, "configuration")
         return ast.parse(python_text(data)) if isinstance(data, dict) else None
@@ -73,7 +73,7 @@ def _is_assignment(statement: ast.stmt) -> bool:
 def _leaves(node: ast.expr, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
     below = _below(node)
     if not below:
-        # An earlier version kept secrets.
+        # Earlier versions did not mask secrets.
         is_text = isinstance(node, ast.Constant) and isinstance(node.value, str | bytes)
         yield path, repr(redacted(ast.literal_eval(node), path)) if is_text else ast.unparse(node)
     for key, inner in below:
@@ -81,7 +81,7 @@ def _leaves(node: ast.expr, path: KeyPath) -> Iterator[tuple[KeyPath, str]]:
 
 
 def _below(node: ast.expr) -> list[tuple[str | int, ast.expr]]:
-    """Return what a dict or a list holds; nothing for an empty one or another value."""
+    """Return the keys and values of a dict or list; an empty list for any other value."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
         return [(str(keyword.arg), keyword.value) for keyword in node.keywords]
     if isinstance(node, ast.Dict):
@@ -96,9 +96,9 @@ def _key(node: ast.expr) -> str:
     return str(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)
 
 
-def _short(text: str | None, *, beside: str | None) -> str:
+def _short(text: str | None, *, other: str | None) -> str:
     if text is None:
-        return "(not there)"
-    if "{{ $" in (beside or "") and "{{ $" not in text:
-        return "(a value that is not shown)"
+        return "(not set)"
+    if "{{ $" in (other or "") and "{{ $" not in text:
+        return "(hidden)"
     return text if len(text) <= _WIDTH else f"{text[:_WIDTH]}..."

@@ -1,4 +1,4 @@
-"""The configuration that a run is made from."""
+"""The configuration of a run."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["Config"]
 
 @final
 class Config(MutableMapping[str, Any], HasSourcePosition):
-    """A mapping of sections, read from a file or made from a dict, that knows where each value was given.
+    """A configuration, read from a file or created from a dict, that records where each value was set.
 
-    Keys are attributes too: ``config.model.depth``. A ``.py`` file is a program and runs when it is loaded; YAML, JSON
-    and TOML files are data and never run code.
+    Keys are available as attributes: ``config.model.depth``. A ``.py`` file is a program that is executed when it is
+    loaded; YAML, JSON and TOML files are data and never execute code.
 
     Args:
-        data: The sections; copied.
-        filename: The file that ``data`` stands for.
+        data: The sections; they are copied.
+        filename: The file that ``data`` was read from.
     """
 
-    # The instance's __dict__ is that of the ConfigDict inside, so that reading a key costs the same.
+    # The instance shares its __dict__ with the ConfigDict, so that attribute access is as fast.
     __slots__ = ("__dict__", "_data", "_filename", "_history")
 
     _data: ConfigDict
@@ -45,7 +45,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     def __init__(self, data: Mapping[str, Any] | None = None, filename: str | Path | None = None) -> None:
         if data is not None and not isinstance(data, Mapping):
-            raise ConfigTypeError(f"Config is made from a mapping, not from {type(data).__name__} ({data!r}).")
+            raise ConfigTypeError(f"Config expects a mapping, got {type(data).__name__} ({data!r}).")
         name = None if filename is None else str(filename)
         sections = as_plain(data._data if isinstance(data, Config) else dict(data or {}))
         layers = (Source(name or "Config(...)", sections),) if sections else ()
@@ -61,33 +61,35 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         lazy_import: bool | None = None,
         root: str | Path | None = None,
     ) -> Config:
-        """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file with the files that it is based on.
+        """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file and the base files that it names.
 
-        A ``.py`` file is executed. Where it says ``custom_imports=dict(imports=["my_model"])``, those modules are
-        imported, so that what they register is there; the folder of the file is put first on ``sys.path`` for that and
-        stays there, for worker processes that import the same modules when they unpickle.
+        A ``.py`` file is executed. If it contains ``custom_imports=dict(imports=["my_model"])``, these modules are imported
+        so that they register their classes. For this, the folder of the file is put first on ``sys.path``; it stays there
+        for worker processes, which import the same modules when they unpickle objects.
 
-        The other files are data: they never run code, cannot be based on a ``.py`` file or on a file outside of
-        ``root``, and what they name as ``type`` is a registered name or is in a package that the program allowed
-        (``stratagem.registry.allow_packages``). They give only listed arguments to what loads models, compiles or
-        connects. That applies to each value of a data file, also if a Python file is based on it. SECURITY.md lists
-        what a data file can reach.
+        The other files are data: they never execute code and cannot have a ``.py`` file or a file outside ``root`` as a
+        base. A ``type`` in them must be a registered name or belong to a package that the program allows with
+        :func:`stratagem.registry.allow_packages`. They can set only listed arguments of targets that load models, compile or
+        connect. The same holds for values of a data file that is the base of a Python file. SECURITY.md lists what a data
+        file can do.
 
         Args:
-            filename: The file.
-            import_custom_modules: Do what ``custom_imports`` says.
-            use_environment_variables: Let placeholders read environment variables; without it they are refused.
-            lazy_import: Whether a Python file is a pure-Python configuration, whose imports only name things. None to
-                find out: it has ``with read_base():``, or imports what Python does not bring and has no ``_base_``.
-            root: The folder that the bases of data files must lie in. The working directory by default if the file
-                lies in it, else the folder of the file.
+            filename: The file to read.
+            import_custom_modules: Whether to import the modules in ``custom_imports``.
+            use_environment_variables: Whether placeholders may read environment variables; if False, such placeholders
+                raise an error.
+            lazy_import: Whether a Python file is a pure-Python configuration, in which imported names are not imported until
+                they are used. None detects it: the file has ``with read_base():``, or it imports third-party modules and has
+                no ``_base_``.
+            root: The folder that must contain the bases of data files. Defaults to the working directory if it contains the
+                file, else to the folder of the file.
 
         Raises:
-            ConfigFileError: if a file cannot be read or is of another kind.
-            ConfigParsingError: if a text is not valid, with its line.
-            ConfigKeyError: if two bases give the same key, or an environment variable is needed and not set.
-            ConfigTypeError: if a dict is laid on something that is none.
-            ConfigValueError: if a data file is based on what it must not reach.
+            ConfigFileError: if a file cannot be read or has an unknown suffix.
+            ConfigParsingError: if a file is invalid; the error includes the line.
+            ConfigKeyError: if two bases set the same key, or a required environment variable is not set.
+            ConfigTypeError: if a dict is merged into a value that is not a dict.
+            ConfigValueError: if a data file has a base that it must not have.
         """
         path = Path(filename).expanduser()
         reader = Reader(Path(root) if root else _default_root(path), lazy_import, use_environment_variables)
@@ -95,13 +97,13 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     @classmethod
     def fromdata(cls, filename: str | Path, *, root: str | Path | None = None) -> Config:
-        """Read a YAML, JSON or TOML file that someone else wrote, such as one of an archive or a hub.
+        """Read an untrusted YAML, JSON or TOML file, such as one from an archive or a model hub.
 
-        A ``.py`` file is refused, since it would run, and so are placeholders for environment variables, whose values
-        would end up in logs. Its bases lie in ``root``, by default the file's own folder.
+        A ``.py`` file raises an error, since it would be executed, and so do placeholders for environment variables, whose
+        values could appear in logs. The bases must be in ``root``, which defaults to the folder of the file.
 
         Raises:
-            ConfigError: in one of its kinds, as ``fromfile`` does.
+            ConfigError: as in :meth:`fromfile`.
         """
         path = Path(filename).expanduser()
         reader = Reader(Path(root) if root else path.parent, environment=False, programs=False)
@@ -109,11 +111,11 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     @classmethod
     def fromstring(cls, text: str, suffix: str) -> Config:
-        """Read a text in the language of a file with this suffix. Paths in it start from the working directory.
+        """Read a string in the language of ``suffix``. Paths in it are relative to the working directory.
 
         Raises:
-            ConfigFileError: if the suffix is not one that ``fromfile`` reads.
-            ConfigParsingError: if the text is not valid, with its line.
+            ConfigFileError: if the suffix is not one that :meth:`fromfile` reads.
+            ConfigParsingError: if the text is invalid; the error includes the line.
         """
         return cls._load(Reader(Path()).read_text(text, suffix, "<string>"), None, import_modules=True)
 
@@ -129,7 +131,9 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
     def _become(self, sections: Mapping[str, Any], layers: Layers, filename: str | None) -> None:
         history = History(layers)
         for key in _RESERVED.intersection(sections):
-            raise ConfigKeyError(f"{history.position((key,))}: every Config has an attribute {key!r}. Rename the key.")
+            raise ConfigKeyError(
+                f"{history.position((key,))}: {key!r} is the name of an attribute of Config. Rename the key."
+            )
         self._adopt(ConfigDict.with_positions(sections, history), history, filename)
 
     def _adopt(self, data: ConfigDict, history: History, filename: str | None) -> None:
@@ -140,28 +144,28 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     @property
     def filename(self) -> str | None:
-        """The file that was loaded; None where there was none."""
+        """The file that was loaded; None if there is none."""
         return self._filename
 
     @property
     def is_data(self) -> bool:
-        """Whether all files that it was read from are data, so that a dump of it should be one too, not a program."""
+        """Whether all files that were read are data files. If so, dump the configuration as data, not as a program."""
         suffixes = {layer.suffix for layer in self._history.layers if layer.suffix}
         return bool(suffixes) and suffixes <= DATA_SUFFIXES
 
     @property
     def text(self) -> str:
-        """The text of the files, those of bases first."""
+        """The contents of the files that were read, bases first."""
         return "\n".join(f"{layer.name}\n{layer.text}" for layer in self._history.layers if layer.text)
 
     @property
     def env_variables(self) -> dict[str, str]:
-        """The environment variables that placeholders used, with the values that they had."""
+        """The environment variables that placeholders read, with their values at that time."""
         return {name: value for layer in self._history.layers for name, value in layer.environment.items()}
 
     @property
     def pretty_text(self) -> str:
-        """The configuration as Python, with everything merged; placeholders and secrets as in :meth:`dump`."""
+        """The merged configuration as Python; placeholders and secrets are written as by :meth:`dump`."""
         return python_text(redacted(self.to_dict()))
 
     def __getitem__(self, key: str) -> Any:
@@ -169,7 +173,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     def __setitem__(self, key: str, value: Any) -> None:
         if key in _RESERVED:
-            raise ConfigKeyError(f"Every Config has an attribute {key!r}. Choose another key.")
+            raise ConfigKeyError(f"{key!r} is the name of an attribute of Config. Choose another key.")
         self._data[key] = value
 
     def __delitem__(self, key: str) -> None:
@@ -219,37 +223,38 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         return _revive(data, self._history, self._filename)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the same as plain dicts, lists and tuples, all of them copies; lazy objects as their dotted names."""
+        """Return a deep copy made of plain dicts, lists and tuples, with lazy objects as dotted names."""
         return self._data.to_dict()
 
     def merge_from_dict(
         self, options: Mapping[str, Any], *, allow_list_keys: bool = True, source: str = "--set"
     ) -> None:
-        """Lay values over this configuration, in place: ``{"model.layers.0.depth": 3}``.
+        """Merge values into this configuration, in place, such as ``{"model.layers.0.depth": 3}``.
 
         Args:
-            options: Values by dotted keys; a dict as value is merged, key by key.
-            allow_list_keys: A key of digits means an item of a list.
-            source: What ``where`` and errors call the origin of these values.
+            options: Values by dotted key. A dict is merged key by key.
+            allow_list_keys: Whether a key of digits selects an item of a list.
+            source: The origin of these values, as reported by ``where`` and in errors.
 
         Raises:
-            ConfigKeyError: if an index is outside of its list.
-            ConfigTypeError: if a key lies below a value that has no keys.
+            ConfigKeyError: if a list index is out of range.
+            ConfigTypeError: if a key is set in a value that is not a dict.
         """
         layer = Source(source, nest(options), list_keys=allow_list_keys)
         sections = merge(layer.data, as_plain(self._data), list_keys=allow_list_keys)
         self._become(sections, (*self._history.layers, layer), self._filename)
 
     def dump(self, path: str | Path | None = None) -> str:
-        """Write the merged configuration to a file, in the language that its suffix names, and return the text.
+        """Write the merged configuration to a file, in the language of its suffix, and return the text.
 
-        Without a path the text is in the language of the file that was loaded, else in Python. Strings that placeholders
-        filled are written as the placeholders. Strings under the name of a secret, user information and signatures of URLs are
-        written as ``{{ $SECRET:<path> }}``: that loads, and fails when it is used. ``to_dict`` returns the values themselves.
+        Without a path, the text is in the language of the file that was loaded, or in Python if there is none. Interpolated
+        strings are written with their placeholders. Secrets, which are recognized by their keys, and credentials and
+        signatures in URLs are written as ``{{ $SECRET:<path> }}``, which can be loaded but raises an error when it is used.
+        :meth:`to_dict` returns the actual values.
 
         Raises:
             ConfigFileError: if the suffix is unknown or the file cannot be written.
-            ConfigValueError: if a value cannot be said in that language.
+            ConfigValueError: if the language cannot represent a value.
         """
         suffix = Path(path if path is not None else self._filename or "config.py").suffix
         text = text_of(redacted(self.to_dict()), suffix)
@@ -261,10 +266,10 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         return text
 
     def where(self, path: str) -> Origin | None:
-        """Return which file and line, or which override, gave the value at a dotted path; None if there is no value.
+        """Return the file and line, or the override, that set the value at a dotted path; None if there is no value.
 
-        A dict was given where it was first written, or replaced as a whole; what was merged into it later has origins
-        of its own.
+        The origin of a dict is where it was first set or last replaced. Values that were merged into it later have their own
+        origins.
         """
         keys = parse_path(path)
         value = _at(self._data, keys)
@@ -276,12 +281,12 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         return change.origin
 
     def explain(self, path: str) -> list[Change]:
-        """Return what gave, changed or removed the value at a dotted path, in the order in which it happened."""
+        """Return the changes that set, replaced or removed the value at a dotted path, in order."""
         return self._history.changes(parse_path(path))
 
     @staticmethod
     def diff(first: Config | str | Path, second: Config | str | Path) -> str:
-        """Return the lines that differ between two configurations, each given as it is or as a file; empty if none."""
+        """Return a unified diff of two configurations, each given as a ``Config`` or a file; empty if they are equal."""
         old, new = (item if isinstance(item, Config) else Config.fromfile(item) for item in (first, second))
         lines = difflib.unified_diff(
             old.pretty_text.splitlines(),
@@ -293,7 +298,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         return "\n".join(lines)
 
 
-# Attributes that a key of the same name would hide.
+# Attributes that a key with the same name would shadow.
 _RESERVED = frozenset(dir(Config))
 _MISSING = object()
 
@@ -310,7 +315,7 @@ def _at(node: Any, keys: KeyPath) -> Any:
 
 
 def _same(value: Any, given: Any) -> bool:
-    """Tell whether a value is still what a layer gave; dicts always count as that, since other layers add to them."""
+    """Return whether a value is still the one that a layer set; True for dicts, since later layers merge into them."""
     if isinstance(value, dict):
         return isinstance(given, Mapping)
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Say in words where a value comes from."""
+"""Show a configuration, and describe where a value was set."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _WIDTH = 60
 def show(config: Config, suffix: str = ".py") -> str:
     """Return the merged configuration in the language of ``suffix``: ``.py``, ``.yaml``, ``.json`` or ``.toml``.
 
-    Placeholders for environment variables are shown as placeholders, and secrets as ``{{ $SECRET:<path> }}``.
+    Placeholders for environment variables are not replaced, and secrets are shown as ``{{ $SECRET:<path> }}``.
 
     Raises:
-        ConfigFileError: for another suffix.
-        ConfigValueError: if a value cannot be said in that language.
+        ConfigFileError: if the suffix is unknown.
+        ConfigValueError: if the language cannot represent a value.
     """
     return text_of(redacted(config.to_dict()), suffix)
 
 
 def explain(config: Config, path: str) -> str:
-    """Return a line for each file or override that gave or changed the value at a dotted path, in order.
+    """Return a line for each file or override that set, changed or removed the value at a dotted path, in order.
 
-    Values are shown as :func:`show` does.
+    Values are formatted as by :func:`show`.
 
     Raises:
-        ConfigKeyError: if there is no such value and never was.
+        ConfigKeyError: if the value was never set.
     """
     changes = config.explain(path)
     origin = config.where(path)
@@ -44,12 +44,12 @@ def explain(config: Config, path: str) -> str:
     widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
     lines = [f"  {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip() for row in rows]
     if origin is not None and origin.path == "the program":
-        lines.append("  the program set it afterwards")
+        lines.append("  the program changed it later")
     return "\n".join([path, *lines])
 
 
 def _refuse(config: Config, path: str) -> None:
-    """Walk down until a key is missing, which raises with the nearest one."""
+    """Look up each key of a path; the lookup of the missing key raises an error with the closest one."""
     node: object = config
     for key in path.split("."):
         if isinstance(node, list | tuple) and key.isdigit() and int(key) < len(node):
@@ -57,7 +57,7 @@ def _refuse(config: Config, path: str) -> None:
         elif isinstance(node, Config | dict):
             node = node[key]
         else:
-            raise ConfigKeyError(f"{path}: nothing lies below {key!r} there.")
+            raise ConfigKeyError(f"{path}: there is no value at {key!r}.")
 
 
 def _short(change: Change, path: KeyPath) -> str:

@@ -1,4 +1,4 @@
-"""Which file and line gave a value, and which changed it before: found by replaying the layers when asked."""
+"""Find which files and lines set or changed a value, by replaying the layers of a configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Change", "ChangeKind", "History"]
 
 
 class ChangeKind(StrEnum):
-    """What a layer did to a value."""
+    """How a layer changed a value."""
 
     SET = "set"
     REPLACED = "replaced"
@@ -27,7 +27,7 @@ class ChangeKind(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One layer's say in a value. ``value`` is what the layer says, which is only a part of a dict merged into."""
+    """A change of a value by one layer. ``value`` is the value in the layer, which is a part of the dict if merged."""
 
     origin: Origin
     kind: ChangeKind
@@ -37,12 +37,12 @@ class Change:
 @final
 @dataclass(frozen=True, slots=True)
 class History:
-    """The layers of one configuration in the order in which they were merged."""
+    """The layers of a configuration, in the order in which they were merged."""
 
     layers: tuple[Source, ...]
 
     def changes(self, path: KeyPath) -> list[Change]:
-        """Return what each layer did to the value at ``path``, in order."""
+        """Return the change of the value at ``path`` by each layer, in order."""
         changes: list[Change] = []
         for layer in self.layers:
             found = _layer_value(layer, path)
@@ -58,12 +58,12 @@ class History:
         return changes
 
     def last(self, path: KeyPath) -> Change | None:
-        """Return the change that gave the value at ``path`` as a whole; None where no layer gives it."""
+        """Return the last change that set or replaced the value at ``path``; None if no layer sets it."""
         whole = [change for change in self.changes(path) if change.kind is not ChangeKind.MERGED]
         return whole[-1] if whole and whole[-1].kind is not ChangeKind.REMOVED else None
 
     def position(self, path: KeyPath) -> str:
-        """Return ``"model.depth (config.py:12)"``; for a path that no layer gives, the place of its parent."""
+        """Return a position such as ``"model.depth (config.py:12)"``; that of the parent if no layer sets the path."""
         for end in range(len(path), 0, -1):
             change = self.last(path[:end])
             if change is not None:
@@ -77,7 +77,7 @@ _NOTHING = object()
 @final
 @dataclass(frozen=True, slots=True)
 class _LayerValue:
-    """What one layer says at a path: a value or ``_NOTHING``, and whether it replaces what is below."""
+    """The value of one layer at a path, or ``_NOTHING``, and whether it replaces the value of earlier layers."""
 
     origin: Origin
     value: Any

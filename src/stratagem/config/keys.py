@@ -8,10 +8,10 @@ KeyPath = tuple[str | int, ...]
 
 
 def path_text(path: KeyPath) -> str:
-    """Return a path of keys and list indices as people write it: ``model.layers.0.depth``."""
+    """Return the dotted form of a path of keys and list indices, such as ``model.layers.0.depth``."""
     return ".".join(map(str, path))
 
 
 def parse_path(text: str) -> KeyPath:
-    """Return the keys and list indices of a path such as ``model.layers.0.depth``."""
+    """Return the keys and list indices of a dotted path such as ``model.layers.0.depth``."""
     return tuple(int(key) if key.isdigit() else key for key in text.split("."))

@@ -1,4 +1,4 @@
-"""How one configuration is laid over another. Pure: nothing that is given is changed."""
+"""Merge configurations. The functions do not modify their arguments."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _MISSING = object()
 @final
 @dataclass(frozen=True, slots=True)
 class BaseEdits:
-    """The changes that a file made in the values of its base.
+    """The changes that a file makes to the values of its base.
 
     Attributes:
-        changes: what must be merged over the base.
-        removed: top-level keys that the base loses first.
+        changes: The values to merge into the base.
+        removed: The top-level keys to remove from the base first.
     """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
@@ -38,19 +38,19 @@ NO_EDITS: Final = BaseEdits()
 
 
 def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: KeyPath = ()) -> Any:
-    """Return ``base`` with ``over`` laid on it.
+    """Return ``over`` merged into ``base``.
 
-    A dict on a dict merges, key by key. A dict with ``_delete_=True`` replaces what is below it, and anything else
-    replaces too. With ``list_keys``, a dict whose keys are digits changes those items of a list.
+    Dicts are merged key by key. A dict with ``_delete_=True`` and any other value replace the value in ``base``. With
+    ``list_keys``, a dict whose keys are digits updates these items of a list.
 
     Raises:
-        ConfigTypeError: if a dict lies on something that is there and is not a dict.
-        ConfigKeyError: if an index is outside of its list.
+        ConfigTypeError: if a dict would be merged into a value that is not a dict.
+        ConfigKeyError: if a list index is out of range.
     """
     if list_keys and isinstance(base, list | tuple):
         return _merge_items(over, base, path)
     merged = dict(base)
-    # A dict keeps the key object that it had first, but a key also records whether a data file gave the value.
+    # A dict keeps the first of two equal keys, but the class of a key records whether a data file set the value.
     keys = {key: key for key in base}
     for key, value in over.items():
         lower, keys[key] = keys.get(key), key
@@ -64,8 +64,8 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
                 keys[key] = lower
         else:
             raise ConfigTypeError(
-                f"{path_text((*path, key))} is a dict here and a {type(merged[key]).__name__} "
-                f"({'***' if is_secret_name(str(key)) else _short(merged[key])}) in what it is laid on. "
+                f"{path_text((*path, key))} is a dict here, but a {type(merged[key]).__name__} "
+                f"({'***' if is_secret_name(str(key)) else _short(merged[key])}) in the base. "
                 f"Add {DELETE}=True to replace it."
             )
     merged.pop(DELETE, None)
@@ -73,16 +73,16 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
 
 
 def without_delete_keys(value: Any) -> Any:
-    """Return a copy of nested dicts without their ``_delete_`` marks, which have nothing to delete there."""
+    """Return a copy of nested dicts without the ``_delete_`` keys."""
     if isinstance(value, Mapping):
         return {key: without_delete_keys(item) for key, item in value.items() if key != DELETE}
     return value
 
 
 def difference(new: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what must be merged over ``base`` to get ``new``, in which no top-level key of ``base`` is missing.
+    """Return the dict that gives ``new`` when it is merged into ``base``. ``new`` has all top-level keys of ``base``.
 
-    A program made the change: a value that replaces one of a data file is the program's.
+    The changes are those of a program, so the keys of replaced values are no longer marked as those of a data file.
     """
     changes: dict[str, Any] = {}
     for key, value in new.items():
@@ -103,13 +103,13 @@ def _plain(key: Any) -> Any:
 
 
 def edits_of(edited: Mapping[str, Any], base: Mapping[str, Any]) -> BaseEdits:
-    """Return the edits that make ``edited`` of ``base``."""
+    """Return the edits that turn ``base`` into ``edited``."""
     removed = frozenset(base.keys() - edited.keys())
     return BaseEdits(difference(edited, {key: base[key] for key in base if key not in removed}), removed)
 
 
 def is_same(one: Any, other: Any) -> bool:
-    """Return whether two values are equal and of equal types, also inside of lists: 1, 1.0 and True differ."""
+    """Return whether two values have equal types and values, also in nested containers: 1, 1.0 and True differ."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Mapping):
@@ -118,21 +118,21 @@ def is_same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(is_same, one, other))
     try:
         return one is other or bool(one == other)
-    except (TypeError, ValueError, RuntimeError):  # arrays and tensors, which compare element by element
+    except (TypeError, ValueError, RuntimeError):  # arrays and tensors compare elementwise
         return False
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested dicts for keys with dots: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
+    """Return nested dicts for dotted keys: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
     nested: dict[str, Any] = {}
     for key, value in dotted.items():
-        # The parts of a key that a data file gave are keys of that file too.
+        # The parts of a key from a data file are also marked as keys of a data file.
         *parents, last = map(DataName if isinstance(key, DataName) else str, str(key).split("."))
         node = nested
         for name in parents:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
-                raise ConfigTypeError(f"{key} is given together with a value for {name!r} as a whole.")
+                raise ConfigTypeError(f"{key} conflicts with a value for {name!r}, which is not a dict.")
         node[last] = value
     return nested
 

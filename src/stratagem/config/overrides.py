@@ -1,4 +1,4 @@
-"""Read ``key=value`` as it is written on a command line. Values are parsed, never evaluated."""
+"""Parse ``key=value`` overrides of the command line. Values are parsed, never evaluated."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """Return ``{"a.b": 1, "c.0.d": "x"}`` for ``["a.b=1", "c.0.d=x"]``; of a repeated key the last value counts.
+    """Return ``{"a.b": 1, "c.0.d": "x"}`` for ``["a.b=1", "c.0.d=x"]``. The last value of a repeated key is used.
 
-    A value is an int, float, ``true``/``false``, ``none``, a list ``[1,2]`` or ``1,2``, a tuple ``(1,2)``, a dict
-    ``{a: 1}``, or else text; quotes keep text as it is: ``name='1'``.
+    A value is an int, a float, ``true``/``false``, ``none``, a list ``[1,2]`` or ``1,2``, a tuple ``(1,2)``, a dict
+    ``{a: 1}``, or otherwise a string. Quoted values are always strings: ``name='1'``.
 
     Raises:
-        ConfigParsingError: if there is no ``=``, no key, or a bracket or quote is left open.
+        ConfigParsingError: if the ``=`` or the key is missing, or a bracket or quote is not closed.
     """
     overrides: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not all(part.strip() for part in key.split(".")):
-            raise ConfigParsingError(f"{pair!r} is no override. Write it as key=value, such as model.depth=50.")
+            raise ConfigParsingError(f"{pair!r} is not an override. Write key=value, such as model.depth=50.")
         if is_secret_name(key.strip()):
             remember_secret(text.strip().strip("'\""))
         overrides[key.strip()] = parse_value(text)
@@ -39,10 +39,10 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Return the value that ``text`` spells; see ``parse_overrides``.
+    """Return the value that ``text`` represents; see :func:`parse_overrides`.
 
     Raises:
-        ConfigParsingError: if a bracket or a quote is left open.
+        ConfigParsingError: if a bracket or quote is not closed.
     """
     reader = _Reader(text)
     try:
@@ -54,14 +54,14 @@ def parse_value(text: str) -> Any:
 
 @final
 class _Reader:
-    """A reader of one value, from left to right."""
+    """A recursive descent parser for one value."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._at = 0
 
     def items(self, closing: str) -> list[Any]:
-        """Read values separated by commas up to ``closing``, which is read too; up to the end where it is empty."""
+        """Parse comma-separated values up to and including ``closing``, or up to the end if it is empty."""
         items: list[Any] = []
         while not self._ends(closing):
             items.append(self._value(stops="," + closing))
@@ -73,7 +73,7 @@ class _Reader:
         while not self._ends("}"):
             key = self._value(stops=":}")
             if self._peek() != ":":
-                raise self._error("A dict is written {key: value}")
+                raise self._error("A dict must be written as {key: value}")
             self._at += 1
             pairs[key] = self._value(stops=",}")
             self._comma("}")
@@ -107,7 +107,7 @@ class _Reader:
         if following == ",":
             self._at += 1
         elif following != closing:
-            raise self._error(f"Expected ',' or {closing!r}" if closing else "Text follows a closed value")
+            raise self._error(f"Expected ',' or {closing!r}" if closing else "Unexpected text after the value")
 
     def _ends(self, closing: str) -> bool:
         if self._peek() != closing:
@@ -118,7 +118,7 @@ class _Reader:
         return True
 
     def _peek(self) -> str:
-        """Return the next character that is no space, ``""`` at the end."""
+        """Skip whitespace and return the next character, ``""`` at the end."""
         while self._at < len(self._text) and self._text[self._at].isspace():
             self._at += 1
         return self._text[self._at] if self._at < len(self._text) else ""
@@ -128,7 +128,7 @@ class _Reader:
 
 
 def parse_scalar(word: str) -> Any:
-    """Return the int, float, bool or None that a word spells, or else the word."""
+    """Return the int, float, bool or None that a word represents, or else the word."""
     if word.lower() in _WORDS:
         return _WORDS[word.lower()]
     if _INTEGER.fullmatch(word):

@@ -1,4 +1,4 @@
-"""What is kept or shown of a configuration: placeholders as placeholders, and no secrets."""
+"""Redact configurations before they are saved or displayed: restore placeholders and mask secrets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stratagem.utils.secrets.values import known_secrets, remember_secret, repla
 __all__ = ["redacted", "remember_secrets"]
 
 _PLACEHOLDER = re.compile(r"\{\{\s*+\$\s*+(?P<variable>\w++)[^{}]*+\}\}")
-# Stand for placeholders while the rest of a template is masked: of a plane of Unicode that texts do not use.
+# Stand in for placeholders while the rest of a template is masked; from the private use area of Unicode.
 _STAND_IN = re.compile(r"[\U000F0000-\U000FFFFD]")
 _FIRST_STAND_IN = 0xF0000
 _MARKER = "{{ $SECRET:"
@@ -28,24 +28,24 @@ _AS_THEY_ARE = (bool, float, type(None), type, FunctionType, BuiltinFunctionType
 
 
 def redacted(value: Any, path: KeyPath = ()) -> Any:
-    """Return a copy of plain data that may be kept and shown.
+    """Return a redacted copy of plain data, which is safe to save and display.
 
-    Strings that placeholders filled become their placeholders again. Strings under the name of a secret (see
-    :mod:`stratagem.utils.secrets.names`), user information and signatures of URLs, and secrets that are known from elsewhere
-    become ``{{ $SECRET:<path> }}``, which loads and fails when it is used. What is masked is remembered, so that
-    :func:`~stratagem.utils.mask_text` finds it in other texts.
+    Interpolated strings are replaced by their templates. Strings whose key is the name of a secret (see
+    :mod:`stratagem.utils.secrets.names`), credentials and signatures in URLs, and other known secrets are replaced by
+    ``{{ $SECRET:<path> }}``, which can be loaded but raises an error when it is used. Masked values are remembered, so that
+    :func:`~stratagem.utils.mask_text` also masks them elsewhere.
 
     Args:
-        value: the data, of dicts, lists and tuples.
-        path: where it is in the configuration.
+        value: The data: dicts, lists and tuples.
+        path: The path of the data in the configuration.
     """
-    # First, since a secret may be in another value before the one that tells that it is a secret.
+    # First, since a secret may also occur in a value that comes before the key that identifies it.
     remember_secrets(value, path)
     return _Redactor(known_secrets()).value(value, path, _secrecy_at(path))
 
 
 def remember_secrets(value: Any, path: KeyPath = ()) -> None:
-    """Have :func:`~stratagem.utils.mask_text` find the secrets of this data in texts from now on."""
+    """Remember the secrets in this data, so that :func:`~stratagem.utils.mask_text` masks them from now on."""
     _Redactor({}).value(value, path, _secrecy_at(path))
 
 
@@ -57,7 +57,7 @@ def _secrecy_at(path: KeyPath) -> str:
 
 
 def _secrecy(key: object, inherited: str) -> str:
-    """Return ``"all"`` below the name of a secret, ``"strings"`` below one that also means other things, or ``""``."""
+    """Return what to mask below a key: ``"all"`` values, ``"strings"`` if the name is ambiguous, or ``""`` for nothing."""
     if key == "type":
         return ""
     if isinstance(key, str) and is_strongly_secret_name(key):
@@ -68,7 +68,7 @@ def _secrecy(key: object, inherited: str) -> str:
 @final
 @dataclass(frozen=True, slots=True)
 class _Redactor:
-    """A walk through data. ``known`` are the secrets to replace wherever they are."""
+    """Redacts nested data. ``known`` are secrets to replace wherever they occur."""
 
     known: Mapping[str, str]
 
@@ -76,7 +76,7 @@ class _Redactor:
         if isinstance(value, str):
             return self._text(value, path, secrecy)
         if isinstance(value, Mapping):
-            # One with a type describes an object, such as the embedding of a token.
+            # A mapping with a type describes an object, such as a token embedding.
             below = "" if secrecy == "strings" and "type" in value else secrecy
             return {
                 self._text(key, path, "") if isinstance(key, str) else key: self.value(
@@ -100,7 +100,7 @@ class _Redactor:
             return self._masked(str(value), path) if str(value) in self.known else value
         if isinstance(value, _AS_THEY_ARE):
             return value
-        # It would be written as the text that it prints as.
+        # Other objects are written as str(value).
         text = str(value)
         masked = mask_text(text)
         return value if masked == text else masked
@@ -119,12 +119,12 @@ class _Redactor:
             return masked_marker(path)
         if template.startswith(_MARKER):
             return template
-        # Without a default: under the name of a secret that is one, too.
+        # Without its default, which is also a secret under the name of a secret.
         is_set = template == value or alone["variable"] in os.environ
         return f"{{{{ ${alone['variable']} }}}}" if is_set else masked_marker(path)
 
     def _masked(self, text: str, path: KeyPath) -> str:
-        """Return a text without the secrets in it, its placeholders as they are."""
+        """Return a text with its secrets masked and its placeholders unchanged."""
         placeholders: list[str] = []
 
         def stand_in(match: re.Match[str]) -> str:
@@ -134,12 +134,12 @@ class _Redactor:
         text = _PLACEHOLDER.sub(stand_in, text)
         marker = masked_marker(path)
         masked = mask_urls(text, lambda part: _url_part(part, marker))
-        # A variable in a URL would be refused in a data file.
+        # A data file must not put an environment variable into a URL.
         in_url = "://" in text
         masked = replace_known_secrets(
             masked, lambda name: f"{{{{ ${name} }}}}" if name in os.environ and not in_url else marker, self.known
         )
-        # Last: a known secret may be shown as its variable.
+        # Last, since a known secret may be replaced by its variable.
         masked = mask_tokens(masked, marker)
         for index, placeholder in enumerate(placeholders):
             masked = masked.replace(chr(_FIRST_STAND_IN + index), placeholder)
@@ -147,7 +147,7 @@ class _Redactor:
 
 
 def _url_part(part: str, marker: str) -> str:
-    """Return what replaces the user information or a secret of a URL: itself where the secret is a placeholder."""
+    """Return the replacement for credentials or a secret in a URL; unchanged if the secret is a placeholder."""
     secret = part.partition(":")[2] or part
     if _STAND_IN.fullmatch(secret):
         return part

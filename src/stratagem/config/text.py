@@ -20,11 +20,11 @@ _WIDTH = 100
 def text_of(data: Mapping[str, Any], suffix: str) -> str:
     """Return ``data`` in the language of ``suffix``: ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml``.
 
-    Classes and functions are written as their dotted names; other objects as their ``repr``, which is a text.
+    Classes and functions are written as dotted names, and other objects as the string ``str(value)``.
 
     Raises:
-        ConfigFileError: for another suffix.
-        ConfigValueError: if TOML cannot hold a value, which is so for ``None``.
+        ConfigFileError: if the suffix is unknown.
+        ConfigValueError: if the language cannot represent a value, such as ``None`` in TOML.
     """
     if suffix == ".py":
         return python_text(data)
@@ -34,17 +34,19 @@ def text_of(data: Mapping[str, Any], suffix: str) -> str:
 
 
 def python_text(data: Mapping[str, Any]) -> str:
-    """Return assignments, one for each top-level key, which give ``data`` when they are executed."""
+    """Return Python code that defines ``data``, with one assignment for each top-level key."""
     lines = []
     for key, value in data.items():
         if not key.isidentifier():
-            raise ConfigValueError(f"The key {key!r} is no Python name. Write this configuration as .yaml or .json.")
+            raise ConfigValueError(
+                f"The key {key!r} is not a Python identifier. Write this configuration as .yaml or .json."
+            )
         lines.append(f"{key} = {_python(value, 0, len(key) + 3)}")
     return "\n".join(lines) + "\n"
 
 
 def _python(value: Any, indent: int, taken: int) -> str:
-    """Return an expression: on one line where it fits after ``taken`` characters, else an item a line."""
+    """Return an expression, on one line if it fits after ``taken`` characters, else with one item per line."""
     flat = _python_flat(value)
     if len(flat) + taken <= _WIDTH or not isinstance(value, dict | list | tuple) or not value:
         return flat

@@ -1,1 +1,1 @@
-"""Read configuration files: Python, YAML, JSON and TOML, with their bases and placeholders."""
+"""Read configuration files in Python, YAML, JSON and TOML, with their bases and placeholders."""

@@ -1,4 +1,4 @@
-"""Import the modules that a Python configuration names, so that what they register is known."""
+"""Import the modules that a Python configuration lists in ``custom_imports``, so that they register their classes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ IMPORT_KEYS = ("imports", "allow_failed_imports")
 
 
 def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] | None) -> None:
-    """Import what ``custom_imports`` of the merged layers lists.
+    """Import the modules listed in ``custom_imports`` of the merged layers.
 
-    The folders of the files that say ``custom_imports`` and of the outermost file go to the front of ``sys.path``, as
-    Python does with the folder of a script, and stay there: worker processes unpickle objects of these modules later.
+    The folders of the files with ``custom_imports`` and of the outermost file are put first on ``sys.path``, as Python does
+    with the folder of a script. They stay there, since worker processes unpickle objects of these modules later.
 
     Raises:
         MissingDependencyError: if a module cannot be imported and ``allow_failed_imports`` is not True.
-        ConfigTypeError: if ``wanted`` is not of the form ``dict(imports=[...])``.
-        ConfigKeyError: if it has another key.
+        ConfigTypeError: if ``wanted`` does not have the form ``dict(imports=[...])``.
+        ConfigKeyError: if it has an unknown key.
     """
     if wanted is None:
         return
@@ -47,7 +47,7 @@ def import_custom_modules(layers: tuple[Source, ...], wanted: Mapping[str, Any] 
 
 
 def add_sibling_folders_to_path(layers: tuple[Source, ...]) -> None:
-    """Put the folders of pure-Python configurations that name modules beside them on ``sys.path``, where they stay."""
+    """Add the folders of pure-Python configurations that import modules from their own folder to ``sys.path``."""
     for layer in layers:
         if any((layer.folder / f"{name}.py").is_file() or (layer.folder / name).is_dir() for name in layer.modules):
             _put_on_path(layer.folder)
@@ -61,12 +61,12 @@ def _put_on_path(folder: Path) -> None:
 
 def _parse(wanted: object) -> tuple[list[str], bool]:
     if not isinstance(wanted, Mapping):
-        raise ConfigTypeError(f"{CUSTOM_IMPORTS} must be dict(imports=[...]), not {wanted!r}.")
+        raise ConfigTypeError(f"{CUSTOM_IMPORTS} must be dict(imports=[...]), got {wanted!r}.")
     for key in wanted:
         if key not in IMPORT_KEYS:
             raise ConfigKeyError(f"{CUSTOM_IMPORTS} has no key {key!r}. {did_you_mean(str(key), IMPORT_KEYS)}")
     modules = wanted.get("imports", [])
     modules = [modules] if isinstance(modules, str) else modules
     if not isinstance(modules, list | tuple) or not all(isinstance(module, str) for module in modules):
-        raise ConfigTypeError(f"{CUSTOM_IMPORTS}.imports must be a list of module names, not {modules!r}.")
+        raise ConfigTypeError(f"{CUSTOM_IMPORTS}.imports must be a list of module names, got {modules!r}.")
     return list(modules), wanted.get("allow_failed_imports", False) is True

@@ -1,4 +1,4 @@
-"""Read YAML, JSON and TOML as data, whoever wrote them: no code runs, nothing is built, nothing is imported."""
+"""Read YAML, JSON and TOML as untrusted data: nothing is executed, built or imported."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from stratagem.utils.data_names import mark_data
 
 __all__ = ["read_data"]
 
-# With this, transformers downloads Python files and runs them.
+# This argument makes transformers download and execute Python files.
 _REMOTE_CODE = "trust_remote_code"
 
 
 def read_data(
     text: str, suffix: str, name: str, load_bases: Callable[[object], BaseValues], *, environment: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what a data file says, and the environment variables that it used.
+    """Return the values of a data file and the environment variables that it reads.
 
-    Keys, types, scopes and texts that look like dotted paths are returned as ``DataName``, by which registries know
-    that the program did not write them.
+    Keys, types, scopes and strings that look like dotted paths are returned as ``DataName``, so that registries can
+    distinguish them from strings of the program.
 
     Args:
-        text: The file's text.
-        suffix: Its language.
-        name: The file, for errors.
-        load_bases: Called with the value of ``_base_``; returns the merged bases when called.
+        text: The contents of the file.
+        suffix: The suffix of the language.
+        name: The name of the file, for errors.
+        load_bases: Called with the value of ``_base_``; returns a function that returns the merged bases.
         environment: Whether the file may read environment variables.
 
     Raises:
-        ConfigParsingError: if the text is not valid, repeats a key, or is large or deep beyond reason.
-        ConfigTypeError: if its outermost value is not a mapping with texts as keys.
+        ConfigParsingError: if the text is invalid, repeats a key, or exceeds the limits on depth and size.
+        ConfigTypeError: if the top-level value is not a mapping with strings as keys.
     """
     placeholders = Placeholders(text, suffix, name, environment=environment)
     data = _parse(placeholders.text, suffix, name)
@@ -48,13 +48,13 @@ def _parse(text: str, suffix: str, name: str) -> dict[str, Any]:
     try:
         data = language_of(suffix).parse(text, name)
     except RecursionError as error:
-        raise ConfigParsingError(f"{name} is nested too deeply to be a configuration.") from error
-    except ValueError as error:  # such as an integer of more digits than Python converts
-        raise ConfigParsingError(f"{name} holds a value that cannot be read: {error}.") from error
+        raise ConfigParsingError(f"{name} is nested too deeply.") from error
+    except ValueError as error:  # such as an integer with more digits than Python converts
+        raise ConfigParsingError(f"{name} contains an invalid value: {error}.") from error
     if data is None:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigTypeError(f"{name} must hold a mapping of names to values, not {_short(data)}.")
+        raise ConfigTypeError(f"{name} must contain a mapping with strings as keys, got {_short(data)}.")
     return data
 
 
@@ -62,7 +62,7 @@ def _refuse_remote_code(value: Any, name: str) -> None:
     if isinstance(value, dict):
         if value.get(_REMOTE_CODE):
             raise ConfigParsingError(
-                f"{name}: a data file cannot ask for {_REMOTE_CODE}. Remove it, or write it in a .py file."
+                f"{name}: a data file cannot set {_REMOTE_CODE}. Remove it, or set it in a .py file."
             )
         value = list(value.values())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The languages of data files, each in a module with ``parse``, ``lines`` and ``write``."""
+"""The languages of data files. Each is a module with the functions ``parse``, ``lines`` and ``write``."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from stratagem.utils import import_module
 
 __all__ = ["DATA_SUFFIXES", "Language", "language_of"]
 
-# By name: YAML and TOML load libraries that most programs do without.
+# Imported on first use, since most programs need only one of the parsers.
 _MODULES = {
     ".json": "stratagem.config.reading.json_files",
     ".toml": "stratagem.config.reading.toml_files",
     ".yaml": "stratagem.config.reading.yaml_files",
     ".yml": "stratagem.config.reading.yaml_files",
 }
-# The files that are data: reading one never runs code, whoever wrote it.
+# The suffixes of data files. Reading such a file never executes code.
 DATA_SUFFIXES = frozenset(_MODULES)
 
 
 class Language(Protocol):
-    """What is known of a language."""
+    """The functions of a language module."""
 
     def parse(self, text: str, name: str) -> Any:
-        """Return the values in a text; ``name`` stands for it in errors."""
+        """Return the values in a text; ``name`` is the file name for errors."""
 
     def lines(self, text: str) -> dict[KeyPath, int]:
-        """Return the line of each value."""
+        """Return the line of each value, by path."""
 
     def write(self, data: Mapping[str, Any]) -> str:
-        """Return a text for plain data."""
+        """Return plain data in this language."""
 
 
 def language_of(suffix: str) -> Language:
-    """Return the language of data files with this suffix, which is one of ``DATA_SUFFIXES``."""
+    """Return the language for a suffix, which must be in ``DATA_SUFFIXES``."""
     return cast("Language", import_module(_MODULES[suffix]))

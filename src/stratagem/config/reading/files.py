@@ -1,4 +1,4 @@
-"""Read a configuration file with everything that it is based on."""
+"""Read a configuration file and its bases."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Reader:
     """Reads files and their bases into layers.
 
     Args:
-        root: The folder that the bases of data files must lie in.
-        lazy: Whether Python files are pure-Python configurations; None to find out for each.
+        root: The folder that must contain the bases of data files.
+        lazy: Whether Python files are pure-Python configurations; None detects it for each file.
         environment: Whether placeholders may read environment variables.
-        programs: Whether Python files may be read, which runs them.
-        chain: The files that led to the one to read, outermost first.
-        seen: The files that were read, with their layers: one that is reached by two ways is read once.
+        programs: Whether Python files may be read, which executes them.
+        chain: The chain of files through which a file is a base, outermost first.
+        seen: The layers of the files that have been read, so that a file with two dependents is read once.
     """
 
     root: Path
@@ -64,20 +64,20 @@ class Reader:
         """Return the layers of a file, those of its bases first.
 
         Raises:
-            ConfigFileError: if a file cannot be read, or is of another kind than .py, .yaml, .yml, .json, .toml.
-            ConfigParsingError: if a text is not valid, or files are based on each other in a circle.
-            ConfigKeyError: if two bases of a file give the same key.
-            ConfigValueError: if a data file is based on a program, or on a file outside of ``root``.
+            ConfigFileError: if a file cannot be read, or its suffix is not .py, .yaml, .yml, .json or .toml.
+            ConfigParsingError: if a file is invalid, or the bases form a cycle.
+            ConfigKeyError: if two bases of a file set the same key.
+            ConfigValueError: if a base of a data file is a program or is outside ``root``.
         """
         if path in self.chain:
             circle = " -> ".join(map(str, (*self.chain[self.chain.index(path) :], path)))
-            raise ConfigParsingError(f"Configuration files are based on each other in a circle: {circle}.")
+            raise ConfigParsingError(f"The bases of the configuration files form a cycle: {circle}.")
         if path in self.seen:
             return self.seen[path]
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigParsingError(f"{path} is not a text in UTF-8.") from error
+            raise ConfigParsingError(f"{path} is not UTF-8 text.") from error
         except OSError as error:
             led = f" It is a base of {self.chain[-1]}." if self.chain else ""
             raise ConfigFileError(f"{path} cannot be read: {error.strerror or error}.{led}") from error
@@ -85,12 +85,12 @@ class Reader:
         return self.seen[path]
 
     def read_text(self, text: str, suffix: str, name: str) -> Layers:
-        """Return the layers of a text in the language of ``suffix``; ``name`` stands for it in errors."""
+        """Return the layers of a text in the language of ``suffix``; ``name`` is the file name for errors."""
         if suffix not in SUFFIXES:
-            raise ConfigFileError(f"{name} has the suffix {suffix!r}. A configuration is one of {sorted(SUFFIXES)}.")
+            raise ConfigFileError(f"{name} has the suffix {suffix!r}. Supported suffixes: {sorted(SUFFIXES)}.")
         if suffix == ".py" and not self.programs:
             raise ConfigValueError(
-                f"{name} is a program and would run. Only data is read here: {sorted(DATA_SUFFIXES)}."
+                f"{name} is a program that would be executed. Only data files are allowed here: {sorted(DATA_SUFFIXES)}."
             )
         bases = _Bases(replace(self, chain=(*self.chain, Path(name))), name, suffix)
         if suffix == ".py":
@@ -105,11 +105,11 @@ class Reader:
 
 
 def merge_layers(layers: Layers) -> dict[str, Any]:
-    """Return what the layers say together, the last one above all others.
+    """Merge the layers; later layers override earlier ones.
 
     Raises:
-        ConfigTypeError: if a dict lies on something else; with the file.
-        ConfigKeyError: if an index is outside of its list.
+        ConfigTypeError: if a dict would be merged into a value that is not a dict; the error includes the file.
+        ConfigKeyError: if a list index is out of range.
     """
     data: dict[str, Any] = {}
     for layer in layers:
@@ -122,7 +122,7 @@ def merge_layers(layers: Layers) -> dict[str, Any]:
 
 @final
 class _Bases:
-    """The bases of one file, loaded when the file was read far enough to name them."""
+    """The bases of one file, which are loaded once the file has been read far enough to know them."""
 
     def __init__(self, reader: Reader, name: str, suffix: str) -> None:
         self.layers: Layers = ()
@@ -131,17 +131,17 @@ class _Bases:
         self._suffix = suffix
 
     def load(self, wanted: Any) -> BaseValues:
-        """Load what ``_base_`` says, or the imports below ``read_base``; return what gives the merged values."""
+        """Load the files in ``_base_`` or in the ``read_base`` block; return a function that returns their merged values."""
         bases = wanted if isinstance(wanted, list | tuple) else [wanted]
         if not all(isinstance(base, str | BaseImport) for base in bases):
-            raise ConfigTypeError(f"{self._name}: {BASE} must be a path or a list of paths, not {wanted!r}.")
+            raise ConfigTypeError(f"{self._name}: {BASE} must be a path or a list of paths, got {wanted!r}.")
         loaded = [self._load_one(base) for base in bases]
         self._refuse_repeated(loaded)
         self.layers = _each_once(layer for layers in loaded for layer in layers)
         return functools.cache(lambda: merge_layers(self.layers))
 
     def edit(self, edits: BaseEdits, text: str) -> None:
-        """Apply the changes that the file, whose text is given, made in the values of its bases."""
+        """Apply the changes that the file with this ``text`` makes to the values of its bases."""
         if edits.removed:
             self.layers = tuple(replace(layer, data=_without(layer.data, edits.removed)) for layer in self.layers)
         if edits.changes:
@@ -155,25 +155,25 @@ class _Bases:
         if separator:
             layers = self._reader.read_file(self._in_package(package, inside))
             if self._suffix in DATA_SUFFIXES:
-                # Registries import the package of a scope, unless a data file chose it.
+                # Registries import the package of a scope unless the scope comes from a data file.
                 package = DataName(package)
             return tuple(replace(layer, data=_scoped(layer.data, package)) for layer in layers)
         return self._reader.read_file(self._beside(base))
 
     def _beside(self, base: str) -> Path:
-        # normpath and not resolve: errors show the names that people wrote, and a linked folder keeps its neighbours.
+        # normpath instead of resolve: errors show the paths as written, and relative paths from a symlinked folder work.
         folder = Path() if self._name.startswith("<") else Path(self._name).parent
         path = Path(os.path.normpath(folder / Path(base).expanduser()))
         if self._suffix in DATA_SUFFIXES:
             if path.suffix not in DATA_SUFFIXES:
                 raise ConfigValueError(
-                    f"{self._name} is data and cannot be based on the program {base!r}, which would run. "
-                    f"Write the outer file in Python."
+                    f"{self._name} is a data file, and its base {base!r} is a program that would be executed. "
+                    f"Write {self._name} in Python instead."
                 )
             if not path.resolve().is_relative_to(self._reader.root.resolve()):
                 raise ConfigValueError(
-                    f"{self._name} is based on {base!r}, which lies outside of {self._reader.root.resolve()}. "
-                    f"To allow that, name the folder that holds both: Config.fromfile(path, root=folder)."
+                    f"The base {base!r} of {self._name} is outside {self._reader.root.resolve()}. "
+                    f"To allow it, pass a folder that contains both: Config.fromfile(path, root=folder)."
                 )
         return path
 
@@ -183,7 +183,9 @@ class _Bases:
             path = Path(os.path.normpath(place / inside))
             if path.is_file() and path.is_relative_to(folder):
                 if self._suffix in DATA_SUFFIXES and path.suffix not in DATA_SUFFIXES:
-                    raise ConfigValueError(f"{self._name} is data and cannot be based on the program {path}.")
+                    raise ConfigValueError(
+                        f"{self._name} is a data file, and its base {path} is a program that would be executed."
+                    )
                 return path
         raise ConfigFileError(f"{self._name}: the package {package} has no configuration {inside!r} in {folder}.")
 
@@ -191,11 +193,11 @@ class _Bases:
         given: dict[str, Layers] = {}
         for layers in loaded:
             for key in {key for layer in layers for key in layer.data}:
-                # One file may be reached by two ways.
+                # Two bases may share a base.
                 if key in given and not _give_alike(given[key], layers, key):
                     raise ConfigKeyError(
-                        f"{self._name}: two bases give the key {key!r}: {_origin(given[key], key)} and "
-                        f"{_origin(layers, key)}. Keep it in one of them."
+                        f"{self._name}: two bases set the key {key!r}: {_origin(given[key], key)} and "
+                        f"{_origin(layers, key)}. Keep only one of them."
                     )
                 given[key] = layers
 
@@ -205,7 +207,7 @@ def _each_once(layers: Iterable[Source]) -> Layers:
 
 
 def _give_alike(these: Layers, those: Layers, key: str) -> bool:
-    """Return whether the same files give a key in both, with the same values."""
+    """Return whether the same files set a key in both, to the same values."""
     one, other = ([layer for layer in layers if key in layer.data] for layers in (these, those))
     return len(one) == len(other) and all(
         first is second or (first.name == second.name and is_same(first.data[key], second.data[key]))
@@ -220,20 +222,20 @@ def _without(data: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
 def _package_folder(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    except ValueError:  # a module without a specification, such as __main__
+    except ValueError:  # a module without a spec, such as __main__
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise MissingDependencyError(f"The package {package!r} is not installed; a base configuration lies in it.")
+        raise MissingDependencyError(f"The package {package!r}, which contains a base configuration, is not installed.")
     return Path(spec.submodule_search_locations[0])
 
 
 def _select(layers: Layers, wanted: BaseImport, name: str) -> Layers:
-    """Return the layers with only the imported names, under their aliases."""
+    """Return the layers with only the imported keys, renamed to their aliases."""
     if wanted.names is None:
         return layers
     for key in wanted.names:
         if not any(key in layer.data for layer in layers):
-            raise ConfigKeyError(f"{name}:{wanted.line}: {layers[-1].name} gives no {key!r}.")
+            raise ConfigKeyError(f"{name}:{wanted.line}: {layers[-1].name} has no key {key!r}.")
     return tuple(
         replace(layer, data={alias: layer.data[key] for key, alias in wanted.names.items() if key in layer.data})
         for layer in layers
@@ -241,7 +243,7 @@ def _select(layers: Layers, wanted: BaseImport, name: str) -> Layers:
 
 
 def _scoped(data: Any, scope: str) -> Any:
-    """Return data in which every dict with a ``type`` says in which library's registries to look."""
+    """Return data in which every dict with a ``type`` has the ``_scope_`` of a library."""
     if isinstance(data, dict):
         scoped = {key: _scoped(value, scope) for key, value in data.items()}
         return {**scoped, "_scope_": scope} if "type" in data else scoped
@@ -257,12 +259,12 @@ def _refuse_imports(source: Source) -> None:
     if CUSTOM_IMPORTS in source.data:
         where = Origin(source.name, line_of(source, (CUSTOM_IMPORTS,)))
         raise ConfigParsingError(
-            f"{where}: a data file cannot import modules. Remove {CUSTOM_IMPORTS}, or say it in a .py file."
+            f"{where}: a data file cannot import modules. Remove {CUSTOM_IMPORTS}, or set it in a .py file."
         )
 
 
 def _without_deprecation(source: Source) -> Source:
-    """Warn of a file that says that it was replaced: ``_deprecation_ = dict(expected=..., reference=...)``."""
+    """Warn if a file is deprecated: ``_deprecation_ = dict(expected=..., reference=...)``. Return it without that key."""
     notice = source.data.get(DEPRECATION)
     if notice is None:
         return source

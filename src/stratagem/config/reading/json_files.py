@@ -1,4 +1,4 @@
-"""JSON: its values, and the line of each."""
+"""Parse and write JSON, and find the line of each value."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["lines", "parse", "write"]
 
 
 def parse(text: str, name: str) -> Any:
-    """Return the values in a text; a repeated key is refused."""
+    """Return the values in a text. A repeated key raises an error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
         if len(data) < len(pairs):
             repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise ConfigParsingError(f"{name} gives the key {repeated!r} twice in one mapping. Keep one of them.")
+            raise ConfigParsingError(f"{name} has the key {repeated!r} twice in one mapping. Keep only one of them.")
         return data
 
     try:
@@ -40,7 +40,7 @@ def lines(text: str) -> dict[KeyPath, int]:
     """Return the line of each value in a valid text."""
     found: dict[KeyPath, int] = {}
     path: list[str | int] = []
-    kinds: list[str] = []  # of the containers around, each "{" or "["
+    kinds: list[str] = []  # the open containers, each "{" or "["
     number, expects_key = 1, False
     for piece in _JSON_TOKEN.findall(text):
         if piece == "\n":

@@ -1,4 +1,4 @@
-"""Pure-Python configurations: imports name classes, and ``with read_base():`` names bases; nothing is imported."""
+"""Pure-Python configurations, whose imports are not executed: imported names become lazy objects."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = [
     "extract_imports",
 ]
 
-# Only a text with an import statement is worth a syntax tree.
+# A file without import statements need not be parsed into a syntax tree.
 HAS_IMPORT = re.compile(r"^\s*(?:import|from)\s", re.MULTILINE)
 
 LazyImports = dict[str, LazyObject]
 
 
 def imported_names(tree: ast.Module) -> set[str]:
-    """Return the names that the imports at the top level of a file give, none of which is a key."""
+    """Return the names defined by the top-level imports of a file; they are not keys of the configuration."""
     imports = [item for item in tree.body if isinstance(item, ast.Import | ast.ImportFrom)]
     return {alias.asname or alias.name.partition(".")[0] for item in imports for alias in item.names}
 
@@ -38,7 +38,7 @@ def imported_names(tree: ast.Module) -> set[str]:
 @final
 @dataclass(frozen=True, slots=True)
 class BaseImport:
-    """One ``from .module import names`` below ``read_base``; ``names`` is None for ``*``, else wanted name to alias."""
+    """A ``from .module import names`` in a ``read_base`` block. ``names`` maps each name to its alias; None means ``*``."""
 
     module: str
     level: int
@@ -47,9 +47,9 @@ class BaseImport:
 
 
 def is_lazy(tree: ast.Module, name: str) -> bool:
-    """Tell whether a file is a pure-Python configuration: it has ``read_base``, or imports what Python does not bring.
+    """Return whether a file is a pure-Python configuration: it uses ``read_base`` or imports third-party modules.
 
-    A file with ``_base_`` is none: its imports are executed.
+    The imports of a file with ``_base_`` are executed, so it is not one.
 
     Raises:
         ConfigParsingError: if it has both ``_base_`` and ``read_base``.
@@ -66,10 +66,10 @@ def is_lazy(tree: ast.Module, name: str) -> bool:
 
 
 def extract_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
-    """Remove ``with read_base():`` from the tree and return what stands in it.
+    """Remove the ``with read_base():`` blocks from the tree and return their imports.
 
     Raises:
-        ConfigParsingError: if something else than ``from module import names`` stands in it.
+        ConfigParsingError: if a block contains other statements than ``from module import names``.
     """
     imports = []
     kept: list[ast.stmt] = []
@@ -80,7 +80,7 @@ def extract_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
         for line in statement.body:
             if not isinstance(line, ast.ImportFrom):
                 raise ConfigParsingError(
-                    f"{name}:{line.lineno}: below read_base() stands `from .base import *` and nothing else."
+                    f"{name}:{line.lineno}: a read_base() block can contain only imports such as `from .base import *`."
                 )
             everything = line.names[0].name == "*"
             names = None if everything else {item.name: item.asname or item.name for item in line.names}
@@ -90,10 +90,10 @@ def extract_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
 
 
 def extract_imports(tree: ast.Module, name: str) -> LazyImports:
-    """Remove imports of what Python does not bring from the tree, and return a lazy object for each name.
+    """Remove the imports of third-party modules from the tree, and return a lazy object for each imported name.
 
     Raises:
-        ConfigParsingError: for a relative import outside of ``read_base``, and for ``import *``.
+        ConfigParsingError: for a relative import outside ``read_base``, and for ``import *``.
     """
     extractor = _ImportExtractor(name)
     extractor.visit(tree)
@@ -102,13 +102,13 @@ def extract_imports(tree: ast.Module, name: str) -> LazyImports:
 
 
 def locate_base(wanted: BaseImport, name: str, find_package: Callable[[str], Path]) -> Path:
-    """Return the file that a base import means.
+    """Return the file that a base import refers to.
 
     Raises:
-        ConfigParsingError: if no module is named.
+        ConfigParsingError: if the import names no module.
     """
     if not wanted.module:
-        raise ConfigParsingError(f"{name}:{wanted.line}: name the file: `from .base import *`.")
+        raise ConfigParsingError(f"{name}:{wanted.line}: name the base file, as in `from .base import *`.")
     parts = wanted.module.split(".")
     if wanted.level:
         folder = Path(name).parent
@@ -121,7 +121,7 @@ def locate_base(wanted: BaseImport, name: str, find_package: Callable[[str], Pat
 
 @final
 class _ImportExtractor(ast.NodeTransformer):
-    """Replaces imports by nothing and remembers what they name; functions keep theirs, they run later or never."""
+    """Removes imports and collects the imported names. Imports inside functions are kept, since they are executed later."""
 
     def __init__(self, name: str) -> None:
         self.imports: LazyImports = {}
@@ -142,10 +142,12 @@ class _ImportExtractor(ast.NodeTransformer):
         if not _is_third_party(node):
             return node
         if node.level:
-            raise ConfigParsingError(f"{self._at(node)}: a relative import stands below `with read_base():`.")
+            raise ConfigParsingError(
+                f"{self._at(node)}: a relative import is only allowed in a `with read_base():` block."
+            )
         for item in node.names:
             if item.name == "*":
-                raise ConfigParsingError(f"{self._at(node)}: name what to import from {node.module}, instead of *.")
+                raise ConfigParsingError(f"{self._at(node)}: list the names to import from {node.module} instead of *.")
             self.imports[item.asname or item.name] = LazyObject(node.module or "", item.name, self._at(node))
         return ast.Pass()
 

@@ -1,4 +1,4 @@
-"""Refuse data that is deep or large beyond reason."""
+"""Limits on the depth and size of data files."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from stratagem.errors import ConfigParsingError
 __all__ = ["children_of_data", "check_size_limits"]
 
 
-# Beyond what any configuration needs; what lies above is an attack or a mistake.
+# More than any configuration needs; larger data is an attack or a mistake.
 MAX_DEPTH = 100
 MAX_VALUES = 1_000_000
 
 
 def check_size_limits(root: Any, children: Callable[[Any], Iterable[Any]], name: str) -> None:
-    """Refuse a tree that is too deep or too large when written out, as one of aliases to aliases is.
+    """Raise an error if a tree is too deep or too large. Each use of a YAML alias counts.
 
     Raises:
-        ConfigParsingError: if it is.
+        ConfigParsingError: if the tree exceeds a limit.
     """
     pending = [(root, 1)]
     values = 0
@@ -27,14 +27,14 @@ def check_size_limits(root: Any, children: Callable[[Any], Iterable[Any]], name:
         node, depth = pending.pop()
         values += 1
         if depth > MAX_DEPTH:
-            raise ConfigParsingError(f"{name} is nested too deeply for a configuration: more than {MAX_DEPTH} levels.")
+            raise ConfigParsingError(f"{name} is nested too deeply: more than {MAX_DEPTH} levels.")
         if values > MAX_VALUES:
-            raise ConfigParsingError(f"{name} stands for more than {MAX_VALUES} values, too many for a configuration.")
+            raise ConfigParsingError(f"{name} has more than {MAX_VALUES} values, including repeated aliases.")
         pending.extend((child, depth + 1) for child in children(node))
 
 
 def children_of_data(value: Any) -> Iterable[Any]:
-    """Return the values in a dict or a list; nothing for any other value."""
+    """Return the values of a dict or a list; an empty iterable for any other value."""
     if isinstance(value, dict):
         return value.values()
     return value if isinstance(value, list) else ()

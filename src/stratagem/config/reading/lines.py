@@ -1,4 +1,4 @@
-"""Find the line on which each value of a file is written. Slow next to reading it, so done when first asked."""
+"""Find the line of each value in a file. This is slower than reading the file, so it is done on demand."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Lines = dict[KeyPath, int]
 
 
 def line_of(source: Source, path: KeyPath) -> int | None:
-    """Return the line of the value at ``path``, or of the nearest parent that is written out; None if unknown."""
+    """Return the line of the value at ``path``, or of its closest parent in the file; None if it is unknown."""
     lines = _lines(source.text, source.suffix)
     below = len(source.written_below)
     path = (*source.written_below, *path)
     for end in range(len(path), below, -1):
         if path[:end] in lines:
             return lines[path[:end]]
-    # An edit may only name a part of the value that it changes.
+    # An edit of a base may set only a part of the value.
     inside = [line for key, line in lines.items() if below and key[: len(path)] == path]
     return min(inside, default=lines.get(source.written_below) if below else None)
 
 
 @functools.lru_cache(maxsize=64)
 def _lines(text: str, suffix: str) -> Lines:
-    # As it was parsed: a placeholder outside of quotes is not a value in any language.
+    # With identifiers instead of placeholders, which no language can parse outside quotes.
     text = Placeholders(text, suffix, "").text
     if suffix == ".py":
         return _python_lines(text)
@@ -64,7 +64,7 @@ def _python_lines(text: str) -> Lines:
             case ast.Delete(targets=targets):
                 lines.update((_target_path(target), statement.lineno) for target in targets)
             case ast.Expr(value=ast.Call(func=ast.Attribute(value=target))):
-                # A method that changes its object, such as append.
+                # A method that modifies its object, such as append.
                 lines.setdefault(_target_path(target), statement.lineno)
     lines.pop((), None)
     return lines
@@ -100,7 +100,7 @@ def _children_lines(node: ast.expr, path: KeyPath, named: dict[str, ast.expr]) -
 
 
 def _named(target: ast.expr, value: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-    """Give the names of ``a`` or ``a, b`` with what each is assigned."""
+    """Yield the names in an assignment target ``a`` or ``a, b``, each with the expression assigned to it."""
     match target, value:
         case ast.Name(id=name), _:
             yield name, value

@@ -1,9 +1,10 @@
-"""``{{ fileDirname }}``, ``{{ $NAME:default }}`` and ``{{ _base_.key }}`` in the text of a configuration.
+"""Placeholders in configuration files: ``{{ fileDirname }}``, ``{{ $NAME:default }}`` and ``{{ _base_.key }}``.
 
-``{{ $SECRET:key }}`` is what a kept configuration has in the place of a secret: it loads, and fails when it is used.
+A saved configuration contains ``{{ $SECRET:key }}`` instead of a secret. It can be loaded but raises an error when it is
+used.
 
-Values are never pasted into the text, where a quote or a backslash in them would change its meaning. A placeholder
-becomes a word that every language reads as it is, and the word becomes the value after the text was parsed.
+Values are not substituted in the text, where a quote or a backslash in a value would change its meaning. Each placeholder is
+replaced by an identifier that is valid in every language, and the identifier by the value after the text is parsed.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["BaseValues", "Placeholders", "masked_marker"]
 
 BaseValues = Callable[[], Mapping[str, Any]]
 
-# Possessive repeats (`*+`), since a text of a million blanks must not take hours.
+# Possessive quantifiers (`*+`), so that matching takes linear time, also for a text of a million spaces.
 _PLACEHOLDER = re.compile(
     r"""\{\{\s*+(?:
         (?P<file>fileDirname|fileBasenameNoExtension|fileBasename|fileExtname)
@@ -38,9 +39,9 @@ _PLACEHOLDER = re.compile(
 )
 # The variable of a placeholder that stands for a masked secret; its "default" is the key of the secret.
 _MASKED = "SECRET"
-# A default with such characters cannot be written in every language as it is.
+# A default with these characters cannot be written unescaped in every language.
 _AWKWARD = re.compile(r"""['"\\]|[^ -~]""")
-# Quoted text, in languages where a word must stand in quotes to be a value; YAML and Python can read a bare one.
+# Quoted strings, in languages that require quotes around strings. YAML and Python can parse a bare identifier.
 _QUOTED = {
     ".json": re.compile(r'"(?:\\.|[^"\\\n])*"'),
     ".toml": re.compile(r'\"\"\".*?\"\"\"|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'|\#[^\n]*', re.DOTALL),
@@ -48,23 +49,23 @@ _QUOTED = {
 
 
 def masked_marker(path: KeyPath) -> str:
-    """Return what stands in a kept configuration for the secret at a path."""
+    """Return the marker that replaces the secret at a path in a saved configuration."""
     key = re.sub(r"[^-\w./ ]", "_", path_text(path))
     return f"{{{{ ${_MASKED}:{key} }}}}"
 
 
 @final
 class Placeholders:
-    """The placeholders of one text. ``text`` is the text with a word in place of each.
+    """The placeholders of one text. The attribute ``text`` is the text with an identifier instead of each.
 
     Args:
-        text: What was read.
-        suffix: Its language.
-        name: The file, which the ``file...`` placeholders tell of.
-        environment: Whether it may read environment variables.
+        text: The contents of the file.
+        suffix: The suffix of the language.
+        name: The file name, to which the ``file...`` placeholders refer.
+        environment: Whether placeholders may read environment variables.
     """
 
-    # What was read from the environment, in whichever file.
+    # The values that were read from the environment, by any file.
     _read: ClassVar[set[str]] = set()
 
     def __init__(self, text: str, suffix: str, name: str, *, environment: bool = True) -> None:
@@ -76,34 +77,34 @@ class Placeholders:
         self._stem = "placeholder_"
         while self._stem in text:
             self._stem += "_"
-        self._word = re.compile(rf"{self._stem}\d+_")
+        self._identifier = re.compile(rf"{self._stem}\d+_")
         self.text = self._mark(text, suffix) if "{{" in text else text
 
     def __bool__(self) -> bool:
         return bool(self._matches)
 
     def reads_base(self, text: str) -> bool:
-        """Return whether ``text`` holds the word of a placeholder that stands for a value of the base."""
-        return any(self._match(word[0])["base"] for word in self._word.finditer(text))
+        """Return whether ``text`` contains the identifier of a ``{{ _base_.key }}`` placeholder."""
+        return any(self._match(identifier[0])["base"] for identifier in self._identifier.finditer(text))
 
-    def is_word(self, text: str) -> bool:
-        """Return whether ``text`` is the word of one placeholder and nothing else."""
-        return self._word.fullmatch(text) is not None
+    def is_identifier(self, text: str) -> bool:
+        """Return whether ``text`` is exactly the identifier of a placeholder."""
+        return self._identifier.fullmatch(text) is not None
 
-    def has_word(self, text: str) -> bool:
-        """Return whether the word of a placeholder is in ``text``."""
-        return bool(self._matches) and self._word.search(text) is not None
+    def has_identifier(self, text: str) -> bool:
+        """Return whether ``text`` contains the identifier of a placeholder."""
+        return bool(self._matches) and self._identifier.search(text) is not None
 
-    def value(self, word: str, base: BaseValues, *, bare: bool) -> Any:
-        """Return the value of a placeholder. One outside of quotes is a number, a bool or None if it looks like one.
+    def value(self, identifier: str, base: BaseValues, *, bare: bool) -> Any:
+        """Return the value of a placeholder. Outside quotes (``bare``), it is parsed as a number, a bool or None if possible.
 
         A string from the environment is an :class:`InterpolatedStr`, and a masked secret is a :class:`MaskedSecret`.
 
         Raises:
-            ConfigKeyError: if a variable is not set and has no default, or the base has no such key.
+            ConfigKeyError: if a variable is not set and has no default, or the base does not have the key.
             ConfigValueError: if environment variables may not be read.
         """
-        match = self._match(word)
+        match = self._match(identifier)
         if match["base"]:
             return self._base_value(match["base"], base)
         if match["file"]:
@@ -117,29 +118,29 @@ class Placeholders:
         return InterpolatedStr(value, template) if isinstance(value, str) and template is not None else value
 
     def fill(self, text: str, base: BaseValues) -> Any:
-        """Return ``text`` with the values in place of the words.
+        """Return ``text`` with the identifiers replaced by their values.
 
-        With a string from the environment in it, it is an :class:`InterpolatedStr`; with a masked secret in it, a
-        :class:`MaskedSecret`.
+        The result is an :class:`InterpolatedStr` if it contains values of environment variables, and a
+        :class:`MaskedSecret` if it contains a masked secret.
         """
-        values = {word: self.value(word, base, bare=False) for word in self._word.findall(text)}
+        values = {identifier: self.value(identifier, base, bare=False) for identifier in self._identifier.findall(text)}
         if not values:
             return text
-        template = self._word.sub(lambda word: self._shown(word[0], values[word[0]]), text)
+        template = self._identifier.sub(lambda identifier: self._shown(identifier[0], values[identifier[0]]), text)
         masked = [value for value in values.values() if isinstance(value, MaskedSecret)]
         if masked:
             return MaskedSecret(template, masked[0].path, masked[0].position)
-        filled = self._word.sub(lambda word: str(values[word[0]]), text)
+        filled = self._identifier.sub(lambda identifier: str(values[identifier[0]]), text)
         return InterpolatedStr(filled, template) if template != filled else filled
 
     def fill_data(self, data: Any, base: BaseValues, path: KeyPath = ()) -> Any:
-        """Return parsed data with values in place of words; a string that is one word becomes the value itself.
+        """Return parsed data with the identifiers replaced. A string that is one identifier becomes the value itself.
 
         Raises:
-            ConfigValueError: if a value of the environment is a part of a URL; with file, line and key.
+            ConfigValueError: if a URL contains the value of an environment variable.
         """
         if isinstance(data, str):
-            if self.is_word(data):
+            if self.is_identifier(data):
                 return self.value(data, base, bare=data in self._bare)
             value = self.fill(data, base)
             self._refuse_in_url(data, value, base, path)
@@ -155,38 +156,38 @@ class Placeholders:
         return value.text if isinstance(value, MaskedSecret) else value
 
     def _refuse_in_url(self, text: str, value: Any, base: BaseValues, path: KeyPath) -> None:
-        """Refuse to send what the environment holds to a host that a data file names."""
+        """Raise an error if a data file puts the value of an environment variable into a URL, which would send it to a host."""
         if not isinstance(value, str):
             return
-        # As lenient as those that open URLs.
+        # As lenient as libraries that open URLs.
         if "://" not in "".join(value.split()).replace("\\", "/"):
             return
-        for word in self._word.findall(text):
-            match = self._match(word)
-            from_base = match["base"] and _is_of_environment(self.value(word, base, bare=False), self._read)
+        for identifier in self._identifier.findall(text):
+            match = self._match(identifier)
+            from_base = match["base"] and _is_of_environment(self.value(identifier, base, bare=False), self._read)
             if from_base or (match["variable"] and not _is_masked(match)):
                 raise ConfigValueError(
                     f"{self._where(match)}: {path_text(path)} puts {match[0]} into a URL. A data file must not send values of "
-                    "the environment to a host that it names. Give the URL as a whole in an environment variable, in a .py "
+                    "environment variables to a host of its choice. Set the whole URL with an environment variable, in a .py "
                     "file or with --set."
                 )
 
-    def _match(self, word: str) -> re.Match[str]:
-        return self._matches[int(word.removeprefix(self._stem).rstrip("_"))]
+    def _match(self, identifier: str) -> re.Match[str]:
+        return self._matches[int(identifier.removeprefix(self._stem).rstrip("_"))]
 
-    def _shown(self, word: str, value: Any) -> str:
-        """Return what a template has for a placeholder: itself for one of the environment, else its value."""
+    def _shown(self, identifier: str, value: Any) -> str:
+        """Return the text of a placeholder in a template: the placeholder of an environment variable, or else the value."""
         template = template_of(value)
         if template is not None:
             return template
-        match = self._match(word)
+        match = self._match(identifier)
         if isinstance(value, MaskedSecret):
             return value.text
         own = self._template(match) if match["variable"] else None
         return str(value) if own is None else own
 
     def _template(self, match: re.Match[str]) -> str | None:
-        """Return the placeholder of a variable in one form; None where its value is written out in the file."""
+        """Return the placeholder of a variable in normal form; None if its default, which is in the file, is to be used."""
         name, default = match["variable"], _default(match)
         if match["default"] is None:
             return f"{{{{ ${name} }}}}"
@@ -199,18 +200,18 @@ class Placeholders:
         spans = [match.span() for match in quoted.finditer(text)] if quoted else []
 
         def mark(match: re.Match[str]) -> str:
-            word = f"{self._stem}{len(self._matches)}_"
+            identifier = f"{self._stem}{len(self._matches)}_"
             self._matches.append(match)
             before, after = text[: match.start()][-1:], text[match.end() :][:1]
             if not (before == after and before in {"'", '"'}):
-                self._bare.add(word)
+                self._bare.add(identifier)
             outside = quoted and not any(start < match.start() < end for start, end in spans)
-            return f'"{word}"' if outside else word
+            return f'"{identifier}"' if outside else identifier
 
         return _PLACEHOLDER.sub(mark, text)
 
     def _file(self, key: str) -> str:
-        path = Path(os.path.abspath(self._name))  # noqa: PTH100 -- keeps links, as people wrote the path
+        path = Path(os.path.abspath(self._name))  # noqa: PTH100 -- does not resolve symbolic links
         match key:
             case "fileDirname":
                 return path.parent.as_posix()
@@ -222,7 +223,9 @@ class Placeholders:
 
     def _variable(self, match: re.Match[str]) -> str:
         if not self._may_read:
-            raise ConfigValueError(f"{self._where(match)}: environment variables are not read here, such as this one.")
+            raise ConfigValueError(
+                f"{self._where(match)}: this file must not read environment variables, such as {match['variable']}."
+            )
         name = match["variable"]
         if name not in os.environ and is_secret_name(name):
             remember_secret(_default(match))
@@ -257,7 +260,7 @@ def _is_masked(match: re.Match[str]) -> bool:
 
 
 def _is_of_environment(value: Any, read: set[str]) -> bool:
-    """Return whether a value of the base has something in it that was read from the environment."""
+    """Return whether a value of the base contains a value of an environment variable."""
     if isinstance(value, Mapping):
         return any(_is_of_environment(item, read) for item in value.values())
     if isinstance(value, list | tuple):

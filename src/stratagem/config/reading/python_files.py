@@ -1,4 +1,4 @@
-"""Run a Python configuration and take its top-level names. Only ``.py`` files come here."""
+"""Execute a Python configuration and collect its top-level names."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from stratagem.utils.lazy import lazy_name, resolve
 
 __all__ = ["LoadBases", "PythonFile", "read_python"]
 
-# Given the value of `_base_`, or the imports below read_base, load them; the result gives their merged values.
+# Loads the files in `_base_` or the imports of a read_base block; returns a function that returns their merged values.
 LoadBases = Callable[[object], BaseValues]
 
 T = TypeVar("T")
 
 _NOT_KEYS = (FunctionType, BuiltinFunctionType, ModuleType, type)
-# Not where it is assigned, and not the folder of that name in a path.
+# Neither an assignment to _base_, nor a folder of this name in a path.
 _READS_BASE = re.compile(r"(?<![/\w'\"])_base_(?![/\w])(?!\s*=[^=])")
 _BASE_VALUES = "_base_values_"
 
@@ -33,10 +33,13 @@ _BASE_VALUES = "_base_values_"
 @final
 @dataclass(frozen=True, slots=True)
 class PythonFile:
-    """The contents of one Python configuration, before it is merged over its base.
+    """The contents of one Python configuration, before it is merged into its base.
 
-    ``environment`` are the variables that placeholders used, ``modules`` the top packages that a pure-Python
-    configuration names without importing them, ``base_edits`` the changes that the program made in ``_base_`` itself.
+    Attributes:
+        data: The top-level values.
+        environment: The environment variables that placeholders read.
+        modules: The top-level packages that a pure-Python configuration imports lazily.
+        base_edits: The changes that the program made to ``_base_``.
     """
 
     data: dict[str, Any]
@@ -48,21 +51,21 @@ class PythonFile:
 def read_python(
     text: str, name: str, load_bases: LoadBases, *, lazy: bool | None = None, environment: bool = True
 ) -> PythonFile:
-    """Execute ``text`` and take its public names that hold values; modules, classes and functions are no keys.
+    """Execute ``text`` and return its public names, except for modules, classes and functions.
 
     Args:
         text: The program.
-        name: The file, for errors.
-        load_bases: Loads what the file is based on.
-        lazy: Whether it is a pure-Python configuration; None to find out.
-        environment: Whether its placeholders may read environment variables.
+        name: The name of the file, for errors.
+        load_bases: Loads the bases of the file.
+        lazy: Whether the file is a pure-Python configuration; None detects it.
+        environment: Whether placeholders may read environment variables.
 
     Raises:
-        ConfigParsingError: if it is not valid Python, or fails when it is executed; with the line.
+        ConfigParsingError: if the text is not valid Python or its execution fails; the error includes the line.
     """
     placeholders = Placeholders(text, ".py", name, environment=environment)
     if not (placeholders or lazy or _READS_BASE.search(text) or HAS_IMPORT.search(text)):
-        # Most files need no syntax tree, which would cost more than all the rest.
+        # Most files need no syntax tree. Building it would take longer than all other steps together.
         namespace = _run(_compile(text, name), name, {})
         load_bases(namespace.get("_base_", []))
         return PythonFile(_values(namespace))
@@ -148,7 +151,7 @@ def _values(namespace: dict[str, Any], but: frozenset[str] | set[str] = frozense
 
 
 def _literal_bases(tree: ast.Module, name: str) -> Any:
-    """Return the value of ``_base_``, which is needed before the file is executed."""
+    """Return the literal value of ``_base_``, which is needed before the file is executed."""
     for statement in tree.body:
         match statement:
             case ast.Assign(targets=[ast.Name(id="_base_")], value=value):
@@ -156,70 +159,74 @@ def _literal_bases(tree: ast.Module, name: str) -> Any:
                     return ast.literal_eval(value)
                 except ValueError as error:
                     raise ConfigParsingError(
-                        f"{name}:{statement.lineno}: _base_ must be plain text, since this file reads its base."
+                        f"{name}:{statement.lineno}: _base_ must be a literal string or list, since this file reads values of "
+                        "its base."
                     ) from error
-    raise ConfigParsingError(f"{name} reads values of its base and has no _base_.")
+    raise ConfigParsingError(f"{name} reads values of its base but does not define _base_.")
 
 
 @final
 class _Reader(ast.NodeTransformer):
-    """Finds placeholders and ``_base_.key`` in a syntax tree and makes names of them, which ``values`` then gives."""
+    """Replaces placeholders and ``_base_`` in a syntax tree by names; :meth:`values` returns the values of the names."""
 
     def __init__(self, placeholders: Placeholders) -> None:
         self.reads_base = False
         self._placeholders = placeholders
-        self._words: dict[str, bool] = {}
-        # Name -> a text that holds placeholders among other characters.
+        self._identifiers: dict[str, bool] = {}
+        # Name -> a string that contains identifiers and other characters.
         self._named: dict[str, str] = {}
-        # Those inside of f-strings, where a name could not stand.
+        # Strings inside f-strings, where a name cannot be inserted.
         self._texts: list[ast.Constant] = []
 
     def values(self, base: BaseValues) -> dict[str, Any]:
-        """Return the values of the names that were put into the tree; that of ``_base_`` is a copy, which may be edited."""
+        """Return the values of the inserted names. The value of ``_base_`` is a copy, which the program may edit."""
         values = self._placeholder_values(base)
         return {**values, _BASE_VALUES: ConfigDict(base())} if self.reads_base else values
 
     def move_to(self, given: dict[str, Any], base: BaseValues) -> bool:
-        """Put into ``given`` what placeholders stand for after the program edited ``_base_``; return whether that differs.
+        """Update ``given`` with the values of placeholders after the program edited ``_base_``; return whether any changed.
 
-        A placeholder is a value of the base as it is in the end, wherever the placeholder is in the file. Then ``_base_``
-        is as before the edits again, for another run.
+        A placeholder always has the final value of the base, wherever it is in the file. If a value changed, ``_base_`` is
+        reset to its state before the edits, so that the program can be executed again.
         """
         edited = as_plain(given[_BASE_VALUES])
         values = self._placeholder_values(lambda: edited)
-        if all(is_same(value, given[word]) for word, value in values.items()):
+        if all(is_same(value, given[identifier]) for identifier, value in values.items()):
             return False
         given.update({**values, _BASE_VALUES: ConfigDict(base())})
         return True
 
     def _placeholder_values(self, base: BaseValues) -> dict[str, Any]:
-        values = {word: self._placeholders.value(word, base, bare=bare) for word, bare in self._words.items()}
+        values = {
+            identifier: self._placeholders.value(identifier, base, bare=bare)
+            for identifier, bare in self._identifiers.items()
+        }
         return values | {name: self._placeholders.fill(text, base) for name, text in self._named.items()}
 
     def fill(self, base: BaseValues) -> None:
-        """Put values into the texts of f-strings.
+        """Replace the identifiers inside f-strings by their values.
 
         Raises:
-            ConfigValueError: if one holds a masked secret.
+            ConfigValueError: if a value is a masked secret.
         """
         for constant in self._texts:
             constant.value = str(resolve(self._placeholders.fill(str(constant.value), base)))
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        if self._placeholders.is_word(node.id):
+        if self._placeholders.is_identifier(node.id):
             self._note_base(node.id)
-            self._words[node.id] = True
+            self._identifiers[node.id] = True
         elif node.id == "_base_" and not isinstance(node.ctx, ast.Store):
             self.reads_base = True
             node.id = _BASE_VALUES
         return node
 
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
-        if not isinstance(node.value, str) or not self._placeholders.has_word(node.value):
+        if not isinstance(node.value, str) or not self._placeholders.has_identifier(node.value):
             return node
         self._note_base(node.value)
-        if self._placeholders.is_word(node.value):
-            self._words.setdefault(node.value, False)
+        if self._placeholders.is_identifier(node.value):
+            self._identifiers.setdefault(node.value, False)
             return ast.copy_location(ast.Name(node.value, ast.Load()), node)
         name = f"_filled_text_{len(self._named)}_"
         self._named[name] = node.value
@@ -235,5 +242,5 @@ class _Reader(ast.NodeTransformer):
         return node
 
     def _note_base(self, text: str) -> None:
-        # Not from the text of the file: a placeholder in a comment reads nothing.
+        # Checked here instead of in the text of the file, where a comment can contain a placeholder.
         self.reads_base = self.reads_base or self._placeholders.reads_base(text)

@@ -1,4 +1,4 @@
-"""The marker with which a pure-Python configuration says what it is based on."""
+"""The context manager that marks the bases of a pure-Python configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["read_base"]
 def read_base() -> Iterator[None]:
     """Mark the imports in the block as bases of this configuration.
 
-    ``Config.fromfile`` reads ``from .base import *`` below it from the file ``base.py``. In a module that is imported
-    normally it marks nothing and they are plain imports, so that editors and type checkers understand the file.
+    For ``from .base import *`` in the block, ``Config.fromfile`` reads the file ``base.py``. When the file is imported as a
+    module, the block has no effect and the imports are executed, so that editors and type checkers understand the file.
     """
     yield

@@ -1,4 +1,4 @@
-"""What was read: one layer of a configuration, with the text that it came from."""
+"""The layers of a configuration, and the positions of values in files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Origin", "Source"]
 @final
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a value was given: a file and its line (from 1), or a word such as ``--set`` and no line."""
+    """Where a value was set: a file and a line number (from 1), or a source such as ``--set`` without a line."""
 
     path: str
     line: int | None = None
@@ -27,12 +27,17 @@ class Origin:
 @final
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One layer: what a file (or the command line) says by itself, before anything is merged.
+    """A layer of a configuration: the values of one file, or of the command line, before layers are merged.
 
-    ``suffix`` names the language of ``text`` (``".py"``, ``".yaml"`` ...) and is empty for a layer without a file,
-    such as overrides. ``list_keys`` tells that keys of digits mean items of lists. ``environment`` are the variables
-    that placeholders used, ``modules`` the top packages that a pure-Python configuration names without importing them.
-    ``written_below`` is the path in ``text`` below which the values are, as ``_base_`` is for edits of a base.
+    Attributes:
+        name: The file, or the source of values without a file, such as ``--set``.
+        data: The values.
+        text: The contents of the file.
+        suffix: The suffix of the language of ``text``, such as ``".yaml"``; empty for a layer without a file.
+        list_keys: Whether keys of digits select items of lists.
+        environment: The environment variables that placeholders read.
+        modules: The top-level packages that a pure-Python configuration imports lazily.
+        written_below: The path in ``text`` that contains the values, such as ``_base_`` for edits of a base.
     """
 
     name: str
@@ -46,5 +51,5 @@ class Source:
 
     @property
     def folder(self) -> Path:
-        """The folder that relative paths in this layer start from."""
+        """The folder that relative paths in this layer refer to."""
         return Path(self.name).parent if self.suffix and not self.name.startswith("<") else Path()

@@ -1,4 +1,4 @@
-"""TOML: its values, the line of each, and how it is written."""
+"""Parse and write TOML, and find the line of each value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TOML_PART = re.compile(r"""[\w-]+|"[^"]*"|'[^']*'""")
 
 
 def lines(text: str) -> dict[KeyPath, int]:
-    """Lines of tables and of keys at the start of a line; inline tables count as the line that they begin on."""
+    """Return the lines of tables and of keys at the start of a line. Values in inline tables have no lines of their own."""
     found: dict[KeyPath, int] = {}
     table: KeyPath = ()
     counts: dict[KeyPath, int] = {}
@@ -56,7 +56,7 @@ def write(data: Mapping[str, Any]) -> str:
     """Return plain data as TOML.
 
     Raises:
-        ConfigValueError: if a value is ``None``, which TOML cannot say.
+        ConfigValueError: if a value is ``None``, which TOML cannot represent.
     """
     return "\n".join(_toml_table(data, ())) + "\n"
 
@@ -74,7 +74,9 @@ def _toml_table(data: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]
 
 def _toml_value(value: Any, path: tuple[str, ...]) -> str:
     if value is None:
-        raise ConfigValueError(f"{'.'.join(path)} is None, which TOML cannot say. Write .yaml, .json or .py instead.")
+        raise ConfigValueError(
+            f"{'.'.join(path)} is None, which TOML cannot represent. Write .yaml, .json or .py instead."
+        )
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item, path) for item in value)}]"
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""YAML: its values, the line of each, and how it is written."""
+"""Parse and write YAML, and find the line of each value."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["parse", "lines", "write"]
 
 
 def parse(text: str, name: str) -> Any:
-    """Return the values in a text; only plain data, with no key repeated."""
+    """Return the values in a text. Only plain data is accepted, and a repeated key raises an error."""
     try:
         loader = _Loader(text)
-    except yaml.YAMLError as error:  # a character that no text has
+    except yaml.YAMLError as error:  # an invalid character
         raise ConfigParsingError(f"{name} is not valid YAML: {error}.") from error
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        # Before anything is constructed: an alias is one node here, and as many values as it is repeated afterwards.
+        # Before construction: here an alias is a reference to one node, not a copy of its values.
         check_size_limits(node, _node_children, name)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -40,7 +40,7 @@ def parse(text: str, name: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with only the types that JSON has, too; it also refuses repeated keys."""
+    """The safe loader, restricted to the types of JSON. Repeated keys raise an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[object] = set()
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
             key = (key_node.tag, key_node.value) if isinstance(key_node, yaml.ScalarNode) else None
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key_node.value!r} is given twice in one mapping",
+                    problem=f"the key {key_node.value!r} occurs twice in one mapping",
                     problem_mark=key_node.start_mark,
                 )
             if key is not None:
@@ -56,14 +56,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
-        """Read 0x10 and 0o20, and 010 as ten, which YAML 1.1 takes for eight."""
+        """Read integers as in YAML 1.2: 0x10, 0o20, and 010 as ten, which is eight in YAML 1.1."""
         text = node.value.lower()
         return int(text, 16 if "x" in text else 8 if "o" in text else 10)
 
     def refuse_tag(self, node: yaml.Node) -> Any:
-        """Refuse a type that is not plain data, such as ``!!python/object``."""
+        """Raise an error for a tag that is not plain data, such as ``!!python/object``."""
         raise yaml.constructor.ConstructorError(
-            problem=f"the tag {node.tag} asks for more than plain data, which is never given",
+            problem=f"the tag {node.tag} is not allowed; a configuration is plain data",
             problem_mark=node.start_mark,
         )
 
@@ -74,7 +74,7 @@ _Loader.yaml_constructors = {
 }
 _Loader.add_constructor(None, _Loader.refuse_tag)
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
-# YAML 1.1 reads 1e-3 as a text, 12:30 as a number of minutes and 2026-01-01 as a date; numbers as in YAML 1.2 instead.
+# Numbers as in YAML 1.2. YAML 1.1 reads 1e-3 as a string, 12:30 as a base-60 integer and 2026-01-01 as a date.
 _IMPLICIT = {
     "tag:yaml.org,2002:int": r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+",
     "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
@@ -89,7 +89,7 @@ for _tag, _pattern in _IMPLICIT.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list("-+.0123456789"))
 
 
-# Programs dump configurations with the library's own functions, for which a key of a data file is a text, too.
+# Programs dump configurations with yaml.dump, which must write a key of a data file as a string.
 for _dumper in (yaml.SafeDumper, yaml.Dumper):
     _dumper.add_representer(DataName, lambda dumper, name: dumper.represent_str(str(name)))
 
@@ -122,16 +122,16 @@ _WIDTH, _ENDLESS = 100, 1 << 30
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper without anchors, which nobody expects in a configuration."""
+    """The safe dumper without anchors and aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def write(data: Any) -> str:
-    """Return plain data as YAML, keys in their order."""
+    """Return plain data as YAML, without sorting the keys."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_WIDTH)
-    # A line break within a placeholder would hide it.
+    # A placeholder with a line break in it would not be recognized.
     return (
         yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=_ENDLESS) if "{{" in text else text
     )
