@@ -59,7 +59,7 @@ def loaders(length: int, piece: Piece, **options: Any) -> list[EpochLoader]:
 Read = Callable[[EpochLoader, int, int], list[Sequence[int]]]
 
 
-def told(loader: EpochLoader, first: int, count: int) -> list[Sequence[int]]:
+def indices_of_batches(loader: EpochLoader, first: int, count: int) -> list[Sequence[int]]:
     """Return the samples of batches without loading them."""
     return [loader.indices_of(EPOCH, batch) for batch in range(first, first + count)]
 
@@ -70,7 +70,9 @@ def loaded(loader: EpochLoader, first: int, count: int) -> list[Sequence[int]]:
     return [next(batches) for _ in range(count)]
 
 
-def train(length: int, pieces: list[Piece], read: Read = told, **options: Any) -> list[list[list[Sequence[int]]]]:
+def train(
+    length: int, pieces: list[Piece], read: Read = indices_of_batches, **options: Any
+) -> list[list[list[Sequence[int]]]]:
     """Train one epoch in pieces, the last one to the end; return all ranks' batches for each step of each piece."""
     batch, taken = 0, ()
     steps = []
@@ -214,7 +216,7 @@ def test_real_workers_give_each_sample_once_over_restarts(drop_last: bool) -> No
     pieces = [Piece(2, 3, 2, workers=2), Piece(1, 4, 2), Piece(3, 1, 1, workers=1), Piece(2, 2, 0)]
     options = {"drop_last": drop_last, "collate_fn": list}
     steps = train(41, pieces, loaded, **options)
-    assert steps == train(41, pieces, told, **options)
+    assert steps == train(41, pieces, indices_of_batches, **options)
     seen = [index for piece in steps for step in piece for index in in_global_order(step)]
     order = epoch_order(41, seed=SEED, epoch=EPOCH, shuffle=True)
     # 12, 8 and 3 samples leave 18: four steps of 2 x 2, and the last two unless they are dropped.

@@ -55,7 +55,7 @@ def build(dataset: Any = None, *, rank: int = 0, ranks: int = 1, seed: int = 3, 
     return build_dataloader(cfg, seed=seed, rank=rank, world_size=ranks, training=True)
 
 
-def drawn(loader: EpochLoader, epoch: int = 0, done: int = 0) -> dict[Any, Any]:
+def samples_of(loader: EpochLoader, epoch: int = 0, done: int = 0) -> dict[Any, Any]:
     """Return each sample of an epoch by its index."""
     return {sample[0]: sample for batch in loader.batches(epoch, done) for sample in batch}
 
@@ -63,13 +63,13 @@ def drawn(loader: EpochLoader, epoch: int = 0, done: int = 0) -> dict[Any, Any]:
 @pytest.mark.slow
 def test_a_sample_does_not_depend_on_how_it_is_loaded() -> None:
     """A sample has the same bits for any number of workers and ranks, any batch size, and after a resume."""
-    whole = drawn(build(), 4)
+    whole = samples_of(build(), 4)
     assert len({sample[1:] for sample in whole.values()}) == 12
     for workers in (1, 2):
-        assert drawn(build(num_workers=workers), 4) == whole
-    assert drawn(build(num_workers=2, batch_size=5), 4) == whole
-    assert drawn(build(rank=0, ranks=2), 4) | drawn(build(rank=1, ranks=2, num_workers=1), 4) == whole
-    rest = drawn(build(num_workers=2), 4, done=4)
+        assert samples_of(build(num_workers=workers), 4) == whole
+    assert samples_of(build(num_workers=2, batch_size=5), 4) == whole
+    assert samples_of(build(rank=0, ranks=2), 4) | samples_of(build(rank=1, ranks=2, num_workers=1), 4) == whole
+    rest = samples_of(build(num_workers=2), 4, done=4)
     assert len(rest) == 4
     assert rest.items() <= whole.items()
 
@@ -77,15 +77,15 @@ def test_a_sample_does_not_depend_on_how_it_is_loaded() -> None:
 def test_epochs_and_seeds_have_different_random_numbers() -> None:
     """Each epoch and seed has different random numbers, which are reproducible."""
     loader = build()
-    first, second = drawn(loader, 0), drawn(loader, 1)
+    first, second = samples_of(loader, 0), samples_of(loader, 1)
     assert not {sample[1:] for sample in first.values()} & {sample[1:] for sample in second.values()}
-    assert drawn(loader, 0) == first
-    assert not {s[1:] for s in drawn(build(seed=4)).values()} & {s[1:] for s in first.values()}
+    assert samples_of(loader, 0) == first
+    assert not {s[1:] for s in samples_of(build(seed=4)).values()} & {s[1:] for s in first.values()}
 
 
 def test_the_generators_produce_unrelated_numbers() -> None:
     """NumPy and torch get different seeds, because equal seeds would give equal numbers."""
-    for _, python, numpy, _, torchs in drawn(build()).values():
+    for _, python, numpy, _, torchs in samples_of(build()).values():
         # A torch float32 has 24 bits, all of which would be equal.
         assert abs(python - numpy) > 1e-6
         assert abs(numpy - torchs) > 1e-6
@@ -96,7 +96,7 @@ def test_persistent_workers_augment_each_epoch_differently() -> None:
     """With ``persistent_workers``, each epoch has different random numbers."""
     loader = build(num_workers=2, persistent_workers=True)
     for epoch in (0, 1, 0):
-        assert drawn(loader, epoch) == drawn(build(), epoch)
+        assert samples_of(loader, epoch) == samples_of(build(), epoch)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -119,7 +119,7 @@ def test_a_dataset_that_loads_whole_batches_is_reproducible(workers: int) -> Non
 def test_a_subset_has_random_numbers_for_each_sample() -> None:
     """A subset, whose ``__getitems__`` loads single samples, has random numbers for each sample."""
     part = Subset(Augmented(), range(4, 10))
-    assert drawn(build(part, batch_size=5)) == drawn(build(part, batch_size=2))
+    assert samples_of(build(part, batch_size=5)) == samples_of(build(part, batch_size=2))
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -128,7 +128,7 @@ def test_samples_without_batches_are_the_same(workers: int) -> None:
     single = build_dataloader(
         {"dataset": Augmented(), "batch_size": None, "num_workers": workers}, seed=3, training=True
     )
-    assert {sample[0]: tuple(sample) for sample in single.batches(4)} == drawn(build(), 4)
+    assert {sample[0]: tuple(sample) for sample in single.batches(4)} == samples_of(build(), 4)
 
 
 def test_a_repeated_sample_has_different_random_numbers() -> None:
@@ -150,7 +150,7 @@ def test_a_repeated_sample_has_different_random_numbers() -> None:
 def test_loading_does_not_affect_the_global_generators() -> None:
     """Loading does not affect the global generators, and the model does not affect the data."""
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), np.random.get_state()[2], random.getstate()
-    whole = drawn(build(collate_fn=mixed))
+    whole = samples_of(build(collate_fn=mixed))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (np.random.get_state()[1].tolist(), np.random.get_state()[2], random.getstate()) == states[1:]
     other = {}
@@ -196,7 +196,7 @@ def test_a_custom_worker_function_can_access_the_dataset() -> None:
     """A custom worker function receives the worker ID and can access the dataset; its seed has no effect."""
     loader = build(OfWorker(), num_workers=2, worker_init_fn=name_worker)
     assert list(loader.batches(0))[:2] == [["worker 0", "worker 0"], ["worker 1", "worker 1"]]
-    assert drawn(build(num_workers=2, worker_init_fn=name_worker)) == drawn(build())
+    assert samples_of(build(num_workers=2, worker_init_fn=name_worker)) == samples_of(build())
 
 
 class Stream(IterableDataset):

@@ -48,7 +48,7 @@ def test_a_backend_for_each_device(alone: pytest.MonkeyPatch) -> None:
     assert is_distributed()
 
 
-def test_an_existing_group_is_kept(alone: pytest.MonkeyPatch) -> None:
+def test_an_existing_group_is_reused(alone: pytest.MonkeyPatch) -> None:
     """A second call keeps the existing group and returns its information."""
     init_dist("pytorch", timeout=timedelta(seconds=7))
     group = torch_dist.group.WORLD
@@ -81,8 +81,8 @@ def test_a_port_in_use(alone: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         alone.setenv("MASTER_PORT", str(port))
-        told = rf"(?s)Rank 0 of 1 could not join .*127\.0\.0\.1:{port}.*port {port} is in use.*Set MASTER_PORT"
-        with pytest.raises(LaunchError, match=told):
+        message = rf"(?s)Rank 0 of 1 could not join .*127\.0\.0\.1:{port}.*port {port} is in use.*Set MASTER_PORT"
+        with pytest.raises(LaunchError, match=message):
             init_dist("pytorch", timeout=5)
     assert not is_distributed()
 

@@ -55,7 +55,7 @@ def test_the_launcher_is_inferred_from_its_variables(environ: dict[str, str], la
         {"OMPI_COMM_WORLD_SIZE": "4"},
     ],
 )
-def test_stray_variables_are_not_a_launch(environ: dict[str, str]) -> None:
+def test_incomplete_variables_are_not_a_launch(environ: dict[str, str]) -> None:
     """A WORLD_SIZE set by a container platform, or a shell in a SLURM allocation, is not a distributed launch."""
     assert infer_launcher(environ) == "none"
 

@@ -38,26 +38,26 @@ def test_all_ranks_are_present() -> None:
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 2)])
 def test_different_world_sizes(sizes: tuple[int, int]) -> None:
     """Ranks with different world sizes all get an error with both sizes and the option to set."""
-    told = call([(0, sizes[0]), (1, sizes[1])])
-    assert told[0] == told[1]
-    assert f"Rank 0 has world size {sizes[0]}, and rank 1 has world size {sizes[1]}" in (told[0] or "")
-    assert "--nnodes" in (told[0] or "")
+    outcomes = call([(0, sizes[0]), (1, sizes[1])])
+    assert outcomes[0] == outcomes[1]
+    assert f"Rank 0 has world size {sizes[0]}, and rank 1 has world size {sizes[1]}" in (outcomes[0] or "")
+    assert "--nnodes" in (outcomes[0] or "")
 
 
 def test_two_processes_with_the_same_rank() -> None:
     """If two processes have the same rank, all ranks get an error."""
-    told = call([(0, 3), (1, 3), (1, 3)])
-    assert all("Two processes were started as rank 1." in (text or "") for text in told)
+    outcomes = call([(0, 3), (1, 3), (1, 3)])
+    assert all("Two processes were started as rank 1." in (text or "") for text in outcomes)
 
 
 def test_missing_ranks() -> None:
     """If ranks are missing, the others get an error that lists them."""
-    told = call([(0, 4), (2, 4)], seconds=0.5)
-    assert "2 of 4 ranks did not join within 0.5 s: 1, 3." in (told[0] or "")
+    outcomes = call([(0, 4), (2, 4)], seconds=0.5)
+    assert "2 of 4 ranks did not join within 0.5 s: 1, 3." in (outcomes[0] or "")
 
 
 def test_a_missing_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     """If rank 0 is missing, the others get an error that names it."""
     monkeypatch.setattr("stratagem.distributed.rendezvous.membership_check._LINGER_S", 0.0)
-    (told,) = call([(1, 2)], seconds=0.3)
-    assert "rank 0 did not join within 0.3 s" in (told or "")
+    (outcomes,) = call([(1, 2)], seconds=0.3)
+    assert "rank 0 did not join within 0.3 s" in (outcomes or "")

@@ -21,16 +21,16 @@ def open_things() -> Iterator[ExitStack]:
         yield stack
 
 
-def post(stack: ExitStack, job: str, port: int) -> PortAnnouncer:
+def announce(stack: ExitStack, job: str, port: int) -> PortAnnouncer:
     """Start a server for port discovery."""
-    signpost = PortAnnouncer(job, HERE, port)
-    stack.callback(signpost.close)
-    return signpost
+    announcer = PortAnnouncer(job, HERE, port)
+    stack.callback(announcer.close)
+    return announcer
 
 
 def test_ranks_discover_the_port(open_things: ExitStack) -> None:
     """Every rank that knows the job name discovers the port."""
-    post(open_things, "job 1", 4711)
+    announce(open_things, "job 1", 4711)
     assert [discover_port("job 1", HERE, 5) for _ in range(3)] == [4711] * 3
 
 
@@ -39,7 +39,7 @@ def test_jobs_with_the_same_candidate_port_do_not_collide(
 ) -> None:
     """If two jobs have the same candidate port, the second uses its next one, and their ranks are not mixed up."""
     monkeypatch.setattr("stratagem.distributed.rendezvous.port_discovery.job_ports", lambda job: job_ports("either"))
-    first, second = post(open_things, "job 1", 1111), post(open_things, "job 12", 2222)
+    first, second = announce(open_things, "job 1", 1111), announce(open_things, "job 12", 2222)
     assert first.port != second.port
     assert discover_port("job 12", HERE, 5) == 2222
     assert discover_port("job 1", HERE, 5) == 1111
@@ -49,8 +49,8 @@ def test_other_programs_on_a_port_are_skipped(open_things: ExitStack, monkeypatc
     """A program that accepts connections on a candidate port and does not respond is skipped after a timeout."""
     monkeypatch.setattr("stratagem.distributed.rendezvous.port_discovery._PROBE_S", 0.1)
     open_things.enter_context(socket.create_server((HERE, job_ports("job 3")[0])))
-    signpost = post(open_things, "job 3", 3333)
-    assert signpost.port == job_ports("job 3")[1]
+    announcer = announce(open_things, "job 3", 3333)
+    assert announcer.port == job_ports("job 3")[1]
     assert discover_port("job 3", HERE, 5) == 3333
 
 
@@ -72,10 +72,10 @@ def test_no_free_port(open_things: ExitStack) -> None:
 
 def test_close_releases_the_port() -> None:
     """Closing releases the port and is idempotent."""
-    signpost = PortAnnouncer("job 6", HERE, 6666)
-    port = signpost.port
-    signpost.close()
-    signpost.close()
+    announcer = PortAnnouncer("job 6", HERE, 6666)
+    port = announcer.port
+    announcer.close()
+    announcer.close()
     socket.create_server((HERE, port)).close()
 
 

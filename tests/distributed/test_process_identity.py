@@ -16,13 +16,13 @@ def test_a_running_process_has_not_exited():
 def test_a_zombie_process_has_exited():
     """A killed process counts as exited while it is a zombie that still has its PID."""
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    peer = ProcessIdentity.of(process.pid)
-    assert not peer.has_ended()
+    identity = ProcessIdentity.of(process.pid)
+    assert not identity.has_ended()
     process.kill()
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-    assert peer.has_ended()
+    assert identity.has_ended()
     process.wait()
-    assert peer.has_ended()
+    assert identity.has_ended()
 
 
 def test_a_reused_pid_means_the_process_has_exited():

@@ -56,18 +56,18 @@ def fail_on(method: str, failing: int, error: Exception) -> tuple[type, str, lis
 )
 def test_an_error_on_one_rank_is_raised_on_all_ranks(ranks: Ranks, method: str, failing: int) -> None:
     """The failing rank raises its own error; the others raise the same class, with the rank and the message."""
-    told = ranks.run(fail_on, method, failing, CheckpointDamagedError("file x is cut off"))
-    assert told[failing] == (CheckpointDamagedError, "file x is cut off", [0, 1])
+    errors = ranks.run(fail_on, method, failing, CheckpointDamagedError("file x is cut off"))
+    assert errors[failing] == (CheckpointDamagedError, "file x is cut off", [0, 1])
     quoted = f"Rank {failing} failed: CheckpointDamagedError: file x is cut off"
-    assert told[1 - failing] == (CheckpointDamagedError, quoted, [0, 1])
+    assert errors[1 - failing] == (CheckpointDamagedError, quoted, [0, 1])
 
 
 @pytest.mark.parametrize(("error", "kind"), [(KeyError("k"), StratagemError), (WorkDirError("w"), WorkDirError)])
 def test_other_exceptions_are_quoted(ranks: Ranks, error: Exception, kind: type) -> None:
     """Other exceptions are quoted in an error of this package, because ranks may not know their classes."""
-    told = ranks.run(fail_on, "run_all", 1, error)
-    assert told[1][0] is type(error)
-    assert told[0][:2] == (kind, f"Rank 1 failed: {type(error).__name__}: {error}")
+    errors = ranks.run(fail_on, "run_all", 1, error)
+    assert errors[1][0] is type(error)
+    assert errors[0][:2] == (kind, f"Rank 1 failed: {type(error).__name__}: {error}")
 
 
 def die_on_one() -> None:

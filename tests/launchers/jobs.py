@@ -55,14 +55,14 @@ def miss(reason: str) -> None:
 
 def environment(**more: str) -> dict[str, str]:
     """Return the environment of a user's shell in which the package can be imported, regardless of the test runner."""
-    kept = {
+    inherited = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(_FOREIGN) and name not in _FOREIGN_NAMES
     }
     source = str(Path(package.__file__).parents[1])
-    path = os.pathsep.join(filter(None, (source, kept.get("PYTHONPATH"))))
-    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **more}
+    path = os.pathsep.join(filter(None, (source, inherited.get("PYTHONPATH"))))
+    return {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **more}
 
 
 def train(work_dir: str, *more: str) -> list[str]:

@@ -104,7 +104,7 @@ def test_a_mapping_must_contain_exactly_the_optimizers() -> None:
         build_param_schedulers(dict(generator=[]), two())
 
 
-def test_built_schedules_are_kept() -> None:
+def test_scheduler_objects_are_used_unchanged() -> None:
     """Schedule instances are kept."""
     optim = wrapper()
     built = LinearLR(optim, end=3)

@@ -78,11 +78,11 @@ class EpochLoader:
         batches = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._batches = batches if isinstance(batches, EpochBatches) else None
         # In a stateful loader, the (batch) sampler is not wrapped.
-        source = self._given = batches if self._batches is None else self._batches.source
+        source = self._order = batches if self._batches is None else self._batches.source
         self._source = source if isinstance(source, PositionedBatches) else None
         self._resume_point = _ResumePoint(0, 0, ())
         self._stateful = self._find_stateful()
-        self._kept: _LoaderState | None = None
+        self._saved_state: _LoaderState | None = None
 
     @property
     def dataset(self) -> Any:
@@ -124,13 +124,13 @@ class EpochLoader:
     @property
     def by_batch(self) -> bool:
         """Whether whole batches, rather than samples, are distributed round-robin over the ranks."""
-        given = self._given
+        given = self._order
         return given.by_batch if isinstance(given, PositionedBatches | OpaqueBatches) else self.share is not None
 
     @property
     def division(self) -> str:
         """A phrase for the log: how the data is divided among the data-parallel ranks."""
-        order = self._given
+        order = self._order
         fixed = order.share is None if isinstance(order, OpaqueBatches) else self.share is None
         if self._world_size == 1:
             return "for one data-parallel rank"
@@ -143,7 +143,7 @@ class EpochLoader:
 
     def describe(self) -> str:
         """Return one line about the dataset, the order of the data and its division among the ranks."""
-        dataset, order = self.dataset, self._given
+        dataset, order = self.dataset, self._order
         kind = type(dataset).__name__
         if isinstance(dataset, IterableDataset):
             samples = length_of(dataset)
@@ -279,7 +279,7 @@ class EpochLoader:
         """
         if self._stateful is None:
             raise StateError("The data loader has no state_dict; its position is the result of consumed().")
-        return self._stateful.state_dict() if self._kept is None else self._kept.state
+        return self._stateful.state_dict() if self._saved_state is None else self._saved_state.state
 
     def load_state_dict(self, state: Mapping[str, Any], *, epoch: int, batch: int) -> None:
         """Make ``batches(epoch, batch)`` continue from a state.
@@ -292,7 +292,7 @@ class EpochLoader:
                 "The checkpoint contains the state of a data loader, but the loader of this run has no load_state_dict. "
                 "Resume with the data loader of the saved run."
             )
-        self._kept = _LoaderState(epoch, batch, dict(state), restored=True)
+        self._saved_state = _LoaderState(epoch, batch, dict(state), restored=True)
 
     def _epoch_of(self, epoch: int) -> int:
         return 0 if self._source is not None and self._source.endless else epoch
@@ -315,24 +315,24 @@ class EpochLoader:
 
     def _from_state(self, stateful: Stateful, epoch: int, done: int) -> Iterator[Any]:
         """Yield the batches of a stateful loader; if the iteration is closed early, keep its state."""
-        kept, self._kept = self._kept, None
+        saved, self._saved_state = self._saved_state, None
         # A run that stopped after the last batch of an epoch starts the next one with the state at that position.
-        known = kept is not None and (kept.restored or (kept.epoch, kept.batch) == (epoch, done))
-        if kept is not None and known:
-            stateful.load_state_dict(kept.state)
+        usable = saved is not None and (saved.restored or (saved.epoch, saved.batch) == (epoch, done))
+        if saved is not None and usable:
+            stateful.load_state_dict(saved.state)
         given = done
         try:
-            for batch in islice(self._begin(epoch), 0 if known else done, None):
+            for batch in islice(self._begin(epoch), 0 if usable else done, None):
                 given += 1
                 yield batch
-            share = self._given.share if isinstance(self._given, OpaqueBatches) else self.share
+            share = self._order.share if isinstance(self._order, OpaqueBatches) else self.share
             if given == 0 and (share is None or share.round_up):
                 # The state was at the end of the previous epoch. In evaluation, a rank may have no batch while others do.
                 for batch in self._begin(epoch):
                     given += 1
                     yield batch
         except GeneratorExit:
-            self._kept = _LoaderState(epoch, given, stateful.state_dict(), restored=False)
+            self._saved_state = _LoaderState(epoch, given, stateful.state_dict(), restored=False)
             raise
 
     def _begin(self, epoch: int) -> Iterator[Any]:
