@@ -1,6 +1,7 @@
-"""Stratagem: a PyTorch training engine in which the strategy is all that changes with the machine.
+"""Stratagem: a PyTorch training engine in which only the strategy changes with the hardware.
 
-Everything is imported when it is first asked for, so that ``import stratagem`` costs next to nothing.
+The names in ``__all__`` are those that users call or subclass. They are imported on first use, so ``import stratagem`` is fast.
+Other modules can be imported too, but they may change between minor versions.
 """
 
 from importlib import import_module
@@ -9,29 +10,63 @@ from typing import Any
 from stratagem._version import __version__
 
 _HOME = {
+    "AmpOptimWrapper": "stratagem.optim",
+    "BaseMetric": "stratagem.train",
     "BaseModel": "stratagem.model",
     "BaseStrategy": "stratagem.strategies",
     "ColossalAIStrategy": "stratagem.strategies",
     "Config": "stratagem.config",
     "ConfigDict": "stratagem.config",
+    "DATASETS": "stratagem.registry",
     "DDPStrategy": "stratagem.strategies",
     "DeepSpeedStrategy": "stratagem.strategies",
     "FSDPStrategy": "stratagem.strategies",
+    "FUNCTIONS": "stratagem.registry",
+    "HOOKS": "stratagem.registry",
+    "Hook": "stratagem.train",
+    "METRICS": "stratagem.registry",
+    "MODELS": "stratagem.registry",
+    "ModelWithLoss": "stratagem.model",
+    "OptimWrapper": "stratagem.optim",
+    "OptimWrapperDict": "stratagem.optim",
+    "Run": "stratagem.train",
     "Runner": "stratagem.runner",
     "SingleDeviceStrategy": "stratagem.strategies",
+    "StratagemError": "stratagem.errors",
+    "SupervisedModel": "stratagem.model",
+    "allow_packages": "stratagem.registry",
+    "load_checkpoint": "stratagem.checkpoint",
+    "save_checkpoint": "stratagem.checkpoint",
 }
 
 __all__ = [
+    "AmpOptimWrapper",
+    "BaseMetric",
     "BaseModel",
     "BaseStrategy",
     "ColossalAIStrategy",
     "Config",
     "ConfigDict",
+    "DATASETS",
     "DDPStrategy",
     "DeepSpeedStrategy",
     "FSDPStrategy",
+    "FUNCTIONS",
+    "HOOKS",
+    "Hook",
+    "METRICS",
+    "MODELS",
+    "ModelWithLoss",
+    "OptimWrapper",
+    "OptimWrapperDict",
+    "Run",
     "Runner",
     "SingleDeviceStrategy",
+    "StratagemError",
+    "SupervisedModel",
+    "allow_packages",
+    "load_checkpoint",
+    "save_checkpoint",
     "__version__",
 ]
 

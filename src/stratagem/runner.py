@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,13 +17,14 @@ from stratagem.config.text import text_of
 from stratagem.config_schema import SECTIONS
 from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
+from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.registry import switch_scope
 from stratagem.storage import write_atomic
 from stratagem.strategies import BaseStrategy
 from stratagem.strategies.choice import choose_strategy
 from stratagem.strategies.setup.building import with_preprocessor
 from stratagem.strategies.setup.same_config_check import require_one_config
-from stratagem.train import Hook, Run
+from stratagem.train import BaseMetric, Evaluator, Hook, Run, TestLoop, ValLoop
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.resume.preemption import save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
@@ -41,11 +43,58 @@ _ARGUMENTS = (
     "requeue",
 )  # fmt: skip
 
-_TRAIN = ("train_dataloader", "train_cfg", "optim_wrapper")
-_VAL = ("val_dataloader", "val_cfg", "val_evaluator")
-_TEST = ("test_dataloader", "test_cfg", "test_evaluator")
-
 _DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
+
+DataLoaderSpec = DataLoader[Any] | Mapping[str, Any]
+EvaluatorSpec = Evaluator | BaseMetric | Mapping[str, Any] | Sequence[BaseMetric | Mapping[str, Any]]
+
+Third = TypeVar("Third")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Phase(Generic[Third]):
+    """The three arguments that training, validation or the test needs: all of them are given or none.
+
+    Attributes:
+        mode: ``"train"``, ``"val"`` or ``"test"``.
+        dataloader: the data, or its configuration.
+        cfg: the arguments of the loop.
+        third: the optimizer wrapper of the training, or the evaluator.
+        third_name: the argument that ``third`` is.
+
+    Raises:
+        ConfigValueError: if only some of them are given.
+    """
+
+    mode: str
+    dataloader: DataLoaderSpec | None
+    cfg: Mapping[str, Any] | None
+    third: Third | None
+    third_name: str
+
+    def __post_init__(self) -> None:
+        arguments = {
+            f"{self.mode}_dataloader": self.dataloader,
+            f"{self.mode}_cfg": self.cfg,
+            self.third_name: self.third,
+        }
+        missing = [name for name, value in arguments.items() if value is None]
+        if missing and len(missing) < len(arguments):
+            given = [name for name in arguments if name not in missing]
+            raise ConfigValueError(f"{', '.join(given)} given without {', '.join(missing)}. Give all of them or none.")
+
+    def required(self, what: str) -> tuple[DataLoaderSpec, Mapping[str, Any], Third]:
+        """Return the three arguments.
+
+        Raises:
+            StateError: if they were not given.
+        """
+        if self.dataloader is None or self.cfg is None or self.third is None:
+            raise StateError(
+                f"{what} requires {self.mode}_dataloader, {self.mode}_cfg and {self.third_name}, which were not given."
+            )
+        return self.dataloader, self.cfg, self.third
 
 
 @final
@@ -96,15 +145,15 @@ class Runner:
         work_dir: str | os.PathLike[str] | None = None,
         *,
         experiment_name: str | None = None,
-        train_dataloader: DataLoader[Any] | Mapping[str, Any] | None = None,
-        optim_wrapper: Any = None,
-        param_scheduler: Any = None,
+        train_dataloader: DataLoaderSpec | None = None,
+        optim_wrapper: OptimSpec | None = None,
+        param_scheduler: SchedulerSpec | None = None,
         train_cfg: Mapping[str, Any] | None = None,
-        val_dataloader: DataLoader[Any] | Mapping[str, Any] | None = None,
-        val_evaluator: Any = None,
+        val_dataloader: DataLoaderSpec | None = None,
+        val_evaluator: EvaluatorSpec | None = None,
         val_cfg: Mapping[str, Any] | None = None,
-        test_dataloader: DataLoader[Any] | Mapping[str, Any] | None = None,
-        test_evaluator: Any = None,
+        test_dataloader: DataLoaderSpec | None = None,
+        test_evaluator: EvaluatorSpec | None = None,
         test_cfg: Mapping[str, Any] | None = None,
         strategy: BaseStrategy | Mapping[str, Any] | str | None = None,
         auto_scale_lr: Mapping[str, Any] | None = None,
@@ -124,13 +173,15 @@ class Runner:
         requeue: bool = False,
         cfg: Config | Mapping[str, Any] | None = None,
     ) -> None:
-        self._parts: dict[str, Any] = {
-            "train_dataloader": train_dataloader, "train_cfg": train_cfg, "optim_wrapper": optim_wrapper,
-            "val_dataloader": val_dataloader, "val_cfg": val_cfg, "val_evaluator": val_evaluator,
-            "test_dataloader": test_dataloader, "test_cfg": test_cfg, "test_evaluator": test_evaluator,
-        }  # fmt: skip
-        for group in (_TRAIN, _VAL, _TEST):
-            self._refuse_half(group)
+        self._train: _Phase[OptimSpec] = _Phase(
+            mode="train", dataloader=train_dataloader, cfg=train_cfg, third=optim_wrapper, third_name="optim_wrapper"
+        )
+        self._val: _Phase[EvaluatorSpec] = _Phase(
+            mode="val", dataloader=val_dataloader, cfg=val_cfg, third=val_evaluator, third_name="val_evaluator"
+        )
+        self._test: _Phase[EvaluatorSpec] = _Phase(
+            mode="test", dataloader=test_dataloader, cfg=test_cfg, third=test_evaluator, third_name="test_evaluator"
+        )
         if param_scheduler is not None and optim_wrapper is None:
             raise ConfigValueError("param_scheduler requires an optim_wrapper, and none was given.")
         if not isinstance(compile, bool | Mapping):
@@ -201,18 +252,17 @@ class Runner:
         Raises:
             StateError: if the arguments for training are missing.
         """
-        if self._parts["train_cfg"] is None:
-            raise StateError(f"Training requires {', '.join(_TRAIN)}, which were not given.")
+        _, train_cfg, optim_spec = self._train.required("Training")
         run, strategy = self.run, self.strategy
         with switch_scope(self._scope):
-            val_loop = self._evaluation_loop("val") if self._parts["val_cfg"] is not None else None
+            val_loop = None if self._val.cfg is None else self._evaluation_loop(self._val)
             loader = self._training_data()
             _require_samples(loader, strategy.dp_size)
-            optim_wrapper = strategy.complete_optim_wrapper(self._parts["optim_wrapper"])
-            loop = build_train_loop(self._parts["train_cfg"], run, loader, val_loop, optim_wrapper=optim_wrapper)
+            optim_wrapper = strategy.complete_optim_wrapper(optim_spec)
+            loop = build_train_loop(train_cfg, run, loader, val_loop, optim_wrapper=optim_wrapper)
             strategy.prepare(
                 self._model,
-                optim_wrapper=self._parts["optim_wrapper"],
+                optim_wrapper=optim_spec,
                 param_scheduler=self._param_scheduler,
                 compile=self._compile,
                 dispatch_kwargs={
@@ -226,7 +276,7 @@ class Runner:
             rest = self._resume_source.restore(run, self._config_text(), training=True)
             if strategy.seed != seed:
                 # The data order depends on the seed, and the checkpoint has a different one.
-                loop.dataloader = loader = self._loader("train")
+                loop.dataloader = loader = self._loader(self._train)
             run.train_data = loader
             if rest is not None:
                 restore_data_position(run, rest, loader)
@@ -288,7 +338,7 @@ class Runner:
     def val(self) -> dict[str, Any]:
         """Evaluate the model on the validation data; return the metrics. Collective."""
         with self.run.guard.monitored():
-            return self._evaluate("val")
+            return self._evaluate(self._val)
 
     def test(self, *, strict: bool = False) -> dict[str, Any]:
         """Evaluate the model on the test data; return the metrics. Collective.
@@ -297,20 +347,18 @@ class Runner:
             strict: whether the weights in ``load_from`` must match those of the model exactly.
         """
         with self.run.guard.monitored():
-            return self._evaluate("test", strict=strict)
+            return self._evaluate(self._test, strict=strict)
 
     def close(self) -> None:
         """Close files, and destroy the process group if the strategy created it. Idempotent."""
         self.run.close()
         self.strategy.close()
 
-    def _evaluate(self, mode: str, *, strict: bool = False) -> dict[str, Any]:
-        if self._parts[f"{mode}_cfg"] is None:
-            names = _VAL if mode == "val" else _TEST
-            raise StateError(f"Evaluation requires {', '.join(names)}, which were not given.")
+    def _evaluate(self, phase: _Phase[EvaluatorSpec], *, strict: bool = False) -> dict[str, Any]:
+        phase.required("Evaluation")
         self._require_one_config()
         with switch_scope(self._scope):
-            loop = self._evaluation_loop(mode)
+            loop = self._evaluation_loop(phase)
             self.strategy.prepare(self._model, compile=self._compile)
             self._resume_source.restore(self.run, self._config_text(), training=False, strict=strict)
         self.run.events.call("before_run", self.run)
@@ -323,14 +371,15 @@ class Runner:
         """Return the training loader; if it was used before, it keeps its position."""
         if self.run.train_data is not None:
             return self.run.train_data
-        loader = self._loader("train")
+        loader = self._loader(self._train)
         if loader.resume_warning is not None:
             self.strategy.logger.warning("%s", loader.resume_warning)
         return loader
 
-    def _loader(self, mode: str) -> EpochLoader:
+    def _loader(self, phase: _Phase[Any]) -> EpochLoader:
+        mode = phase.mode
         loader = build_dataloader(
-            self._parts[f"{mode}_dataloader"],
+            phase.required(_DATA_NAMES[mode])[0],
             seed=self.strategy.seed,
             rank=self.strategy.dp_rank,
             world_size=self.strategy.dp_size,
@@ -342,16 +391,10 @@ class Runner:
             self._described[mode] = description
         return loader
 
-    def _evaluation_loop(self, mode: str) -> Any:
-        return build_evaluation_loop(
-            self._parts[f"{mode}_cfg"], mode, self.run, self._loader(mode), self._parts[f"{mode}_evaluator"]
-        )
-
-    def _refuse_half(self, group: Sequence[str]) -> None:
-        missing = [name for name in group if self._parts[name] is None]
-        if missing and len(missing) < len(group):
-            given = [name for name in group if name not in missing]
-            raise ConfigValueError(f"{', '.join(given)} given without {', '.join(missing)}. Give all of them or none.")
+    def _evaluation_loop(self, phase: _Phase[EvaluatorSpec]) -> ValLoop | TestLoop:
+        _, cfg, evaluator = phase.required("Evaluation")
+        loop: ValLoop | TestLoop = build_evaluation_loop(cfg, phase.mode, self.run, self._loader(phase), evaluator)
+        return loop
 
     def _keep_config(self) -> None:
         """Write the merged configuration to the folder of the run, on rank 0; never over the file that it was read from."""

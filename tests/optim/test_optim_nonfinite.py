@@ -66,6 +66,19 @@ def test_sparse_gradients_are_checked():
     assert watch.nonfinite_params == ("first",)
 
 
+def test_gradients_are_checked_with_float64_as_the_default_dtype():
+    """A default dtype of float64 does not break the check, whose kernel requires a float32 flag."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        parameter = nn.Parameter(torch.ones(2))
+        check = watched(parameter)
+        assert check.allows_step([torch.ones(2)], None)
+        assert not check.allows_step([torch.tensor([1.0, math.nan])], None)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_gradients_may_become_sparse():
     """The gradients of an embedding are checked even if they change between dense and sparse."""
     embedding, other = nn.Embedding(5, 2), nn.Parameter(torch.ones(2))

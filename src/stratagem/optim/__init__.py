@@ -47,6 +47,7 @@ from stratagem.optim.schedules import (
     build_param_schedulers,
     preview_schedules,
 )
+from stratagem.optim.specs import OptimSpec, SchedulerSpec
 
 __all__ = [
     "AccumulatingOptimWrapper",
@@ -55,6 +56,8 @@ __all__ = [
     "DeferredNonFiniteCheck",
     "DefaultOptimWrapperConstructor",
     "MultiOptimWrapperConstructor",
+    "OptimSpec",
+    "SchedulerSpec",
     "OptimWrapper",
     "OptimWrapperDict",
     "ParamScheduler",

@@ -169,8 +169,9 @@ class _Flag:
     def __init__(self, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         device = parameters[0].device
-        self.found = torch.zeros((), device=device)
-        self._one = torch.ones((), device=device)
+        # float32 whatever the default dtype: the kernel takes no other.
+        self.found = torch.zeros((), dtype=torch.float32, device=device)
+        self._one = torch.ones((), dtype=torch.float32, device=device)
         # Checked once for the parameters, since checking each gradient in every update is slow; gradients have the same kind.
         kinds = {(is_plain(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters}
         self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
@@ -187,7 +188,7 @@ class _Flag:
             return
         parts = list(map(_values, gradients))
         for device, dtype in {(part.device, part.dtype) for part in parts}:
-            flag = torch.zeros((), device=device)
+            flag = torch.zeros((), dtype=torch.float32, device=device)
             alike = [part for part in parts if (part.device, part.dtype) == (device, dtype)]
             mark_nonfinite(alike, flag, torch.ones_like(flag))
             self._set(flag)

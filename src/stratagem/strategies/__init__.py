@@ -11,6 +11,7 @@ from stratagem.strategies.base import BaseStrategy
 from stratagem.strategies.composed import ComposedStrategy
 from stratagem.strategies.ddp import DDPStrategy
 from stratagem.strategies.fsdp import FSDPStrategy
+from stratagem.strategies.prepared import PreparedComponents
 from stratagem.strategies.single import SingleDeviceStrategy
 
 _ENGINE_STRATEGIES = {
@@ -25,6 +26,7 @@ __all__ = [
     "DeepSpeedStrategy",
     "ColossalAIStrategy",
     "FSDPStrategy",
+    "PreparedComponents",
     "SingleDeviceStrategy",
 ]
 

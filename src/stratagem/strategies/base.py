@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from stratagem.errors import (
 from stratagem.logging import Logger, forward_library_logs
 from stratagem.model import unwrap_model
 from stratagem.model.weights import broadcast_weights
-from stratagem.optim import build_param_schedulers
+from stratagem.optim import OptimSpec, SchedulerSpec, build_param_schedulers
 from stratagem.parallel import AnyOptim
 from stratagem.strategies.prepared import Prepared, PreparedComponents
 from stratagem.strategies.setup import building
@@ -232,7 +232,7 @@ class BaseStrategy(ABC):
             init()
         return model
 
-    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> AnyOptim:
+    def build_optim_wrapper(self, optim_wrapper: OptimSpec, model: nn.Module | None = None) -> AnyOptim:
         """Return an optimizer wrapper, or build it from a configuration; see :func:`building.build_optim_wrapper`."""
         return building.build_optim_wrapper(optim_wrapper, model)
 
@@ -245,7 +245,7 @@ class BaseStrategy(ABC):
         return optim_wrapper
 
     def build_param_scheduler(
-        self, scheduler: Any, optim_wrapper: AnyOptim, default_args: Mapping[str, Any] | None = None
+        self, scheduler: SchedulerSpec, optim_wrapper: AnyOptim, default_args: Mapping[str, Any] | None = None
     ) -> Schedulers:
         """Return the schedulers: a list, or for several optimizers a dict of lists.
 
@@ -302,13 +302,35 @@ class BaseStrategy(ABC):
 
     # ---- the four methods of a strategy ----------------------------------------------------------------------------
 
+    @overload
+    def prepare(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        *,
+        optim_wrapper: OptimSpec,
+        param_scheduler: SchedulerSpec | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        dispatch_kwargs: Mapping[str, Any] | None = None,
+    ) -> PreparedComponents: ...
+
+    @overload
+    def prepare(
+        self,
+        model: nn.Module | Mapping[str, Any],
+        *,
+        optim_wrapper: OptimSpec | None = None,
+        param_scheduler: SchedulerSpec | None = None,
+        compile: bool | Mapping[str, Any] = False,
+        dispatch_kwargs: Mapping[str, Any] | None = None,
+    ) -> Any: ...
+
     @abstractmethod
     def prepare(
         self,
         model: nn.Module | Mapping[str, Any],
         *,
-        optim_wrapper: Any = None,
-        param_scheduler: Any = None,
+        optim_wrapper: OptimSpec | None = None,
+        param_scheduler: SchedulerSpec | None = None,
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
@@ -508,7 +530,7 @@ class BaseStrategy(ABC):
         return collect_env(), runtime
 
     def _prepared_components(self) -> Any:
-        """Return the model, or all components if there are several."""
+        """Return the model, or a :class:`PreparedComponents` if there is an optimizer wrapper."""
         optim, schedulers = self.optim_wrapper_or_none, self.param_schedulers_or_none
         return self.model if optim is None else PreparedComponents(self.model, optim, schedulers)
 

@@ -25,6 +25,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.distributed import RankGroup, all_gather_object, all_reduce, is_distributed
 from stratagem.errors import CheckpointMismatchError, ConfigValueError, LaunchError, StratagemError
+from stratagem.optim import OptimSpec, SchedulerSpec
 from stratagem.parallel import AnyOptim, Placement, Steps
 from stratagem.strategies.base import BaseStrategy, CheckpointCallback, CheckpointWriter
 from stratagem.strategies.setup.run_length import RunLength
@@ -76,33 +77,34 @@ class ComposedStrategy(BaseStrategy):
         self,
         model: nn.Module | Mapping[str, Any],
         *,
-        optim_wrapper: Any = None,
-        param_scheduler: Any = None,
+        optim_wrapper: OptimSpec | None = None,
+        param_scheduler: SchedulerSpec | None = None,
         compile: bool | Mapping[str, Any] = False,  # noqa: A002 -- the contract's name
         dispatch_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         run_length = dispatch_kwargs or {}
         RunLength.parse(run_length)
-        builds_optim = optim_wrapper is not None and self.optim_wrapper_or_none is None
-        builds_schedulers = param_scheduler is not None and self.param_schedulers_or_none is None
-        if builds_schedulers and not builds_optim and self.optim_wrapper_or_none is None:
+        if self.param_schedulers_or_none is not None:
+            param_scheduler = None
+        if param_scheduler is not None and optim_wrapper is None and self.optim_wrapper_or_none is None:
             raise ConfigValueError("param_scheduler requires an optim_wrapper, and none was given.")
         if self.model_or_none is None:
             self.dispatch_kwargs.update(run_length)
             self._place(model, optim_wrapper, compile)
-        elif builds_optim or builds_schedulers:
+        elif optim_wrapper is not None and self.optim_wrapper_or_none is None:
             # The model was prepared for evaluation and is now prepared for training.
             self.dispatch_kwargs.update(run_length)
-            if builds_optim:
-                self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.unwrap_model()))
-        if builds_schedulers:
+            self._adopt_optim(self.build_optim_wrapper(optim_wrapper, self.unwrap_model()))
+        elif param_scheduler is not None:
+            self.dispatch_kwargs.update(run_length)
+        if param_scheduler is not None:
             self.param_schedulers = self.build_param_scheduler(param_scheduler, self.optim_wrapper)
         return self._prepared_components()
 
     def _place(
         self,
         model: nn.Module | Mapping[str, Any],
-        optim_wrapper: Any,
+        optim_wrapper: OptimSpec | None,
         compile: bool | Mapping[str, Any],  # noqa: A002
     ) -> None:
         with self._placement.construction(self.world):
