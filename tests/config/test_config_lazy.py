@@ -125,7 +125,7 @@ def test_a_key_in_two_pure_python_bases_is_rejected(tmp_path):
     ("text", "problem"),
     [
         ("_base_ = 'a.py'\nwith read_base():\n    from .a import *\n", "both _base_ and read_base"),
-        ("with read_base():\n    import a\n", "<string>:2: a read_base() block can contain"),
+        ("with read_base():\n    import a\n", "<string>:2: a read_base"),
         ("from .a import b\n", "<string>:1: a relative import"),
         ("from torch.optim import *\n", "<string>:1: list the names to import"),
         ("import torch\nx = torch.zeros(3)\n", "torch.zeros is called"),

@@ -76,7 +76,7 @@ Rule = Section | Callable[[Any], Section]
 @final
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem in a configuration: the path of the value, where it was set, and what to do."""
+    """A problem in a configuration: the path of the value, its origin, and what to do."""
 
     path: str
     origin: Origin | None
@@ -247,9 +247,7 @@ class _Check:
             return self._problem(path, f"{_title(target)} takes no argument {key!r}. {suggestion}")
         if len(path) > 1:
             return self._problem(path, f"unknown key {key!r}. {suggestion}")
-        return self._problem(
-            path, f"unknown key {key!r}. {suggestion} Put values of your own in the section {FREE_KEY!r}."
-        )
+        return self._problem(path, f"unknown key {key!r}. {suggestion} Put other values in the section {FREE_KEY!r}.")
 
     def _problem(self, path: KeyPath, message: str) -> Problem:
         origin = next(

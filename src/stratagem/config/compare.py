@@ -20,8 +20,8 @@ _WIDTH = 60
 def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) -> list[str]:
     """Return a line for each value that differs between two merged configurations: ``a.b: 1 -> 2``.
 
-    Each configuration is Python or YAML as Stratagem writes it. Python is parsed but not executed, so the text may come from
-    a checkpoint. If a text is neither, the result is empty. Secrets are masked before the comparison, so a changed secret is
+    Each configuration is Python or YAML as Stratagem writes it. Python is parsed but not executed, so it may come from
+    a checkpoint. If one of them is neither, the result is empty. Secrets are masked before the comparison, so a changed secret is
     not reported, and a value is hidden if the other one is a placeholder.
 
     Args:
@@ -41,7 +41,7 @@ def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) ->
 
 
 def _values(text: str) -> dict[KeyPath, str] | None:
-    """Return the values in a text as Python expressions, by path; None if the text cannot be parsed."""
+    """Return the values of a configuration as Python expressions, by path; None if it cannot be parsed."""
     tree = _tree(text)
     if tree is None or not all(_is_assignment(statement) for statement in tree.body):
         return None

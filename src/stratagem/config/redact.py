@@ -20,7 +20,7 @@ from stratagem.utils.secrets.values import known_secrets, remember_secret, repla
 __all__ = ["redacted", "remember_secrets"]
 
 _PLACEHOLDER = re.compile(r"\{\{\s*+\$\s*+(?P<variable>\w++)[^{}]*+\}\}")
-# Stand in for placeholders while the rest of a template is masked; from the private use area of Unicode.
+# Private-use Unicode characters that replace placeholders while the rest of a template is masked.
 _STAND_IN = re.compile(r"[\U000F0000-\U000FFFFD]")
 _FIRST_STAND_IN = 0xF0000
 _MARKER = "{{ $SECRET:"
@@ -124,7 +124,7 @@ class _Redactor:
         return f"{{{{ ${alone['variable']} }}}}" if is_set else masked_marker(path)
 
     def _masked(self, text: str, path: KeyPath) -> str:
-        """Return a text with its secrets masked and its placeholders unchanged."""
+        """Return ``text`` with its secrets masked and its placeholders unchanged."""
         placeholders: list[str] = []
 
         def stand_in(match: re.Match[str]) -> str:

@@ -69,7 +69,7 @@ def build_from_cfg(
             arguments = unmark_data(arguments | refuse_data_arguments(target, given, _at(cfg)))
         try:
             with weights_only_loads() if restricted else nullcontext():
-                # Plain str keys: some targets keep them, as optimizers do in their state.
+                # Plain str keys, since some targets store them, as optimizers do in their state.
                 return target(**{str(name): value for name, value in arguments.items()})
         except Exception as error:
             position = source_position(cfg)

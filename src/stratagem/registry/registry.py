@@ -33,7 +33,7 @@ class Registry:
     ``my_package.models.Net`` is imported, unless it comes from a data file.
 
     Args:
-        name: What the entries are, for error messages, such as ``"model"``.
+        name: The kind of the entries, for error messages, such as ``"model"``.
         parent: The registry to search after this one. This registry becomes a child of it.
         scope: The library that the registry belongs to; the caller's top-level package by default.
         locations: Modules that register entries when they are imported. They are imported when a name is first not found.
@@ -71,7 +71,7 @@ class Registry:
 
     @property
     def name(self) -> str:
-        """What the entries are, such as ``"model"``."""
+        """The kind of the entries, such as ``"model"``."""
         return self._name
 
     @property

@@ -216,7 +216,7 @@ _COMPILE: Final = DataRules(
 
 # Process groups -----------------------------------------------------------------------------------------------------
 
-# Ranks exchange pickled objects, so an attacker who chooses the rendezvous address could send one.
+# Ranks send each other pickled objects, so an attacker who chooses the rendezvous address could send one.
 _PROCESS_GROUP: Final = DataRules(
     lambda target: (
         (getattr(target, "__module__", None), getattr(target, "__name__", None))

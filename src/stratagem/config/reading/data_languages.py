@@ -25,7 +25,7 @@ class Language(Protocol):
     """The functions of a language module."""
 
     def parse(self, text: str, name: str) -> Any:
-        """Return the values in a text; ``name`` is the file name for errors."""
+        """Parse ``text`` and return its value; ``name`` is the file name for errors."""
 
     def lines(self, text: str) -> dict[KeyPath, int]:
         """Return the line of each value, by path."""

@@ -85,7 +85,7 @@ class Reader:
         return self.seen[path]
 
     def read_text(self, text: str, suffix: str, name: str) -> Layers:
-        """Return the layers of a text in the language of ``suffix``; ``name`` is the file name for errors."""
+        """Return the layers of ``text``, which is in the language of ``suffix``; ``name`` is the file name for errors."""
         if suffix not in SUFFIXES:
             raise ConfigFileError(f"{name} has the suffix {suffix!r}. Supported suffixes: {sorted(SUFFIXES)}.")
         if suffix == ".py" and not self.programs:

@@ -16,7 +16,7 @@ __all__ = ["lines", "parse", "write"]
 
 
 def parse(text: str, name: str) -> Any:
-    """Return the values in a text. A repeated key raises an error."""
+    """Parse ``text`` and return its value. A repeated key raises an error."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         data = dict(pairs)
@@ -37,7 +37,7 @@ _JSON_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|[{}\[\],:\n]|[^\s{}\[\],:"]+')
 
 
 def lines(text: str) -> dict[KeyPath, int]:
-    """Return the line of each value in a valid text."""
+    """Return the line of each value in ``text``, which must be valid."""
     found: dict[KeyPath, int] = {}
     path: list[str | int] = []
     kinds: list[str] = []  # the open containers, each "{" or "["

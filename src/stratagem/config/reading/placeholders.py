@@ -28,7 +28,7 @@ __all__ = ["BaseValues", "Placeholders", "masked_marker"]
 
 BaseValues = Callable[[], Mapping[str, Any]]
 
-# Possessive quantifiers (`*+`), so that matching takes linear time, also for a text of a million spaces.
+# Possessive quantifiers (`*+`), so that matching takes linear time, even for a million spaces.
 _PLACEHOLDER = re.compile(
     r"""\{\{\s*+(?:
         (?P<file>fileDirname|fileBasenameNoExtension|fileBasename|fileExtname)

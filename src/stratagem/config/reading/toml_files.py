@@ -17,7 +17,7 @@ __all__ = ["parse", "lines", "write"]
 
 
 def parse(text: str, name: str) -> Any:
-    """Return the values in a text."""
+    """Parse ``text`` and return its value."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -32,7 +32,7 @@ _TOML_PART = re.compile(r"""[\w-]+|"[^"]*"|'[^']*'""")
 
 
 def lines(text: str) -> dict[KeyPath, int]:
-    """Return the lines of tables and of keys at the start of a line. Values in inline tables have no lines of their own."""
+    """Return the lines of tables and of keys at the start of a line. Values in inline tables have no line."""
     found: dict[KeyPath, int] = {}
     table: KeyPath = ()
     counts: dict[KeyPath, int] = {}

@@ -17,7 +17,7 @@ __all__ = ["parse", "lines", "write"]
 
 
 def parse(text: str, name: str) -> Any:
-    """Return the values in a text. Only plain data is accepted, and a repeated key raises an error."""
+    """Parse ``text`` and return its value. Only plain data is accepted, and a repeated key raises an error."""
     try:
         loader = _Loader(text)
     except yaml.YAMLError as error:  # an invalid character
@@ -101,7 +101,7 @@ def _node_children(node: yaml.Node) -> Iterable[yaml.Node]:
 
 
 def lines(text: str) -> dict[KeyPath, int]:
-    """Return the line of each value in a valid text."""
+    """Return the line of each value in ``text``, which must be valid."""
     found: dict[KeyPath, int] = {}
     stack: list[tuple[Any, KeyPath]] = [(yaml.compose(text, Loader=yaml.SafeLoader), ())]
     while stack:

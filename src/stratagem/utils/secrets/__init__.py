@@ -1,1 +1,1 @@
-"""Recognize secrets by name and value, and mask them in everything that is printed or stored."""
+"""Recognize secrets by name and value, and mask them in everything that is displayed or saved."""

@@ -1,8 +1,8 @@
-"""Keep secrets out of what is printed and stored.
+"""Mask secrets in everything that is displayed or saved.
 
-The rule of names is that of :mod:`stratagem.utils.secrets.names`. In texts, three more things are masked: user information
-and signatures of URLs, what is assigned to the name of a secret, and the secrets that :mod:`stratagem.utils.secrets.values`
-knows, wherever they are. All of it takes time linear in the length of the text.
+In mappings, secrets are recognized by their keys; see :mod:`stratagem.utils.secrets.names`. In texts, these are masked:
+credentials and signatures in URLs, values that are assigned to the name of a secret, well-known forms of tokens, and the
+secrets that :mod:`stratagem.utils.secrets.values` has recorded. The time is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stratagem.utils.secrets.values import remember_secret, replace_known_secret
 __all__ = ["mask_secrets", "mask_text", "mask_tokens", "mask_urls"]
 
 _MASK = "***"
-# The last @ before the path. A password with a slash in it is no valid URL, but people write it.
+# Up to the last @ before the path. A slash in a password is not valid in a URL, but it occurs in practice.
 _USER_INFO = re.compile(
     r"://(?P<info>[^\s/?#@:\[\"'<>]{0,512}:(?!\d{0,5}(?:[/?#\s\"'<>]|$))[^\s@\"'<>]{0,128}(?=@)"
     r"|[^\s/?#\"'<>]{1,2048}(?=@))(?P<more>(?:@[^\s/?#@\"'<>]{0,512}(?=@))*)@"
@@ -36,9 +36,9 @@ _HEADER = re.compile(
     r"|\bbearer[ ])(?P<value>(?=[^\s\"',;\\]*[\d=])[^\s\"',;\\]{8,})",
     re.IGNORECASE,
 )
-# Something like this is in every name of a secret: most texts need no closer look.
+# Every name of a secret matches this, so most texts need no further search.
 _HINT = re.compile("pass|secret|cred|token|auth|key|cookie|bearer|dsn|jwt|pw|connection|uid", re.IGNORECASE)
-# Tokens that their first letters tell.
+# Tokens with a well-known prefix.
 _TOKEN = re.compile(
     r"(?<![\w-])(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{10,}"
     r"|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|sk-(?=[\w-]*\d)[\w-]{20,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})"
@@ -48,15 +48,16 @@ _PLAIN_WORDS = frozenset({"none", "true", "false", "null", "", _MASK})
 
 
 def mask_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy that can be logged: strings under the name of a secret are replaced by ``***``, others masked as texts.
+    """Return a copy that is safe to log: strings under the name of a secret become ``***``, others are masked as texts.
 
-    A mapping under such a name is masked as a whole, numbers too, unless it has a ``type`` and so describes an object.
+    All values of a mapping under such a name are masked, including numbers, unless the name is ambiguous and the mapping has
+    a ``type``, so that it describes an object.
     """
     return {name: _mask(value, _secrecy(name, "")) for name, value in values.items()}
 
 
 def mask_text(text: str) -> str:
-    """Return the text without the secrets in it, each replaced by ``***``."""
+    """Return the text with each secret replaced by ``***``."""
     text = mask_tokens(replace_known_secrets(text, lambda _: _MASK), _MASK)
     if "://" in text or "=" in text or "%3" in text:
         text = mask_urls(text, lambda _: _MASK)
@@ -66,18 +67,18 @@ def mask_text(text: str) -> str:
 
 
 def mask_tokens(text: str, mask: str) -> str:
-    """Return the text with private keys, the values of authorizing headers, and well-known forms of tokens masked."""
+    """Return the text with private keys, the values of authorization headers and well-known forms of tokens masked."""
     if _HINT.search(text):
         text = _HEADER.sub(lambda match: match["name"] + mask, text)
     return _TOKEN.sub(lambda _: mask, text)
 
 
 def mask_urls(text: str, mask: Callable[[str], str]) -> str:
-    """Return the text with the user information, and secrets in the query, of every URL in it masked.
+    """Return the text with the credentials and the secret query parameters of all URLs masked.
 
     Args:
-        text: a URL, or any text with URLs in it.
-        mask: returns what replaces a part of a URL, which may be the part itself.
+        text: A URL, or any text that contains URLs.
+        mask: Returns the replacement for a part of a URL, which can be the part itself.
     """
     if "://" in text and "@" in text:
         text = _USER_INFO.sub(lambda match: f"://{mask(match['info'] + match['more'])}@", text)
@@ -94,7 +95,7 @@ def mask_urls(text: str, mask: Callable[[str], str]) -> str:
 
 def _masked_assignment(match: re.Match[str]) -> str:
     value = match["bare"] if match["quoted"] is None else match["quoted"]
-    if not is_secret_name(match["name"]) or _is_no_secret(value):
+    if not is_secret_name(match["name"]) or _is_plain_value(value):
         return match[0]
     if match["quoted"] is not None:
         return f"{match['name']}{match['middle']}{match['quote']}{_MASK}{match['end']}"
@@ -104,8 +105,8 @@ def _masked_assignment(match: re.Match[str]) -> str:
     return f"{match['name']}{match['middle']}{_MASK}"
 
 
-def _is_no_secret(value: str) -> bool:
-    """Return whether a value in a text is a number, a placeholder, or a word such as None."""
+def _is_plain_value(value: str) -> bool:
+    """Return whether a value is not a secret: a number, a placeholder, or a word such as None."""
     if value.lower().strip(".:") in _PLAIN_WORDS or value.startswith("{{") or is_special_token(value):
         return True
     try:
@@ -116,7 +117,7 @@ def _is_no_secret(value: str) -> bool:
 
 
 def _secrecy(name: object, inherited: str) -> str:
-    """Return ``"all"`` below the name of a secret, ``"strings"`` below one that also means other things, or ``""``."""
+    """Return what to mask below a key: ``"all"`` values, ``"strings"`` if the name is ambiguous, or ``""`` for nothing."""
     if name == "type":
         return ""
     if is_strongly_secret_name(str(name)):

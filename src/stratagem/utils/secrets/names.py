@@ -1,4 +1,4 @@
-"""Which names are those of secrets."""
+"""Recognize the names of secrets, such as ``password`` and ``api_key``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _each(words: str) -> frozenset[str]:
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
-# Wherever such a word is in a name, its value is a secret, unless the last word says that it is something about one.
+# A name with one of these words is that of a secret, unless its last word is in _ABOUT_A_SECRET.
 _STRONG = _each(
     "password passwords passwd passphrase passphrases passcode secret secrets credential credentials creds apikey apikeys "
     "accesskey secretkey privatekey authtoken accesstoken apitoken bearertoken clientsecret sshpass"
@@ -24,7 +24,7 @@ _ABOUT_A_SECRET = _each(
     "file files path paths dir directory folder url name names length len dim size type kind manager policy field env var "
     "variable provider store helper min max count num rules regex pattern required enabled"
 )
-# As the last word of a name.
+# These words make the name that of a secret if they are its last word.
 _LAST = _each("token auth authorization cookie cookies bearer dsn jwt pw")
 _PAIRS = frozenset(
     f"{first} {last}"
@@ -41,9 +41,9 @@ _PAIRS = frozenset(
     for first in firsts.split()
 )
 _TRIPLES = frozenset({"access key id", "secret access key"})
-# After the name of a secret, these words do not change what it is.
+# These words can follow the name of a secret.
 _TRAILING = _each("value string str text plain b64 base64 hex encoded header old new raw prod dev test")
-# With these before it, a token is one of text, of images or the like.
+# After one of these words, "token" means a token of a model, not a secret.
 _TOKENS_OF_A_MODEL = _each(
     "pad eos bos mask masked cls sep unk oov num max min special start end stop begin image img video audio speech text prompt "
     "class register query key value first last next prev previous current per add new extra target source src tgt input "
@@ -58,9 +58,9 @@ _TOKENS_OF_A_MODEL = _each(
 def is_secret_name(name: str) -> bool:
     """Return whether a string under this name is a secret.
 
-    A name is split into words (``snake_case``, ``camelCase``, ``kebab-case``, dots and digits), and whole words count:
-    ``password``, ``api_key`` and ``clientSecret`` are names of secrets; ``tokenizer``, ``pad_token``, ``key_padding`` and
-    ``bypass`` are not.
+    The name is split into words (``snake_case``, ``camelCase``, ``kebab-case``, dots and digits), and only whole words are
+    compared: ``password``, ``api_key`` and ``clientSecret`` are names of secrets; ``tokenizer``, ``pad_token``,
+    ``key_padding`` and ``bypass`` are not.
     """
     words = _words(name)
     if not words or words[-1] in _ABOUT_A_SECRET:
@@ -80,7 +80,7 @@ def is_secret_name(name: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def is_strongly_secret_name(name: str) -> bool:
-    """Return whether everything under this name is secret, such as all values of ``credentials``."""
+    """Return whether all values under this name are secret, as those of ``credentials``."""
     words = _words(name)
     return bool(words) and words[-1] not in _ABOUT_A_SECRET and _has_strong_word(words)
 
@@ -94,9 +94,9 @@ _PARAMETERS = frozenset({"awsaccesskeyid", "googleaccessid", "key-pair-id", "cod
 
 @functools.lru_cache(maxsize=4096)
 def is_secret_parameter(name: str) -> bool:
-    """Return whether a parameter of this name in the query of a URL is a secret or a signature.
+    """Return whether a query parameter of a URL with this name is a secret or a signature.
 
-    URLs are signed, so this is stricter than :func:`is_secret_name`: ``?key=...`` and ``?sig=...`` count as well.
+    More names match than with :func:`is_secret_name`, such as ``?key=...`` and ``?sig=...``, since URLs can be signed.
     """
     if name.lower() in _PARAMETERS or is_secret_name(name):
         return True
@@ -108,12 +108,12 @@ _SPECIAL_TOKEN = re.compile(r"<[^<>\s]{0,40}>|\[[A-Z0-9_]{1,40}\]")
 
 
 def is_special_token(value: str) -> bool:
-    """Return whether a string is a token of a tokenizer, such as ``<pad>`` or ``[CLS]``, and so is not a secret."""
+    """Return whether a string is a special token of a tokenizer, such as ``<pad>`` or ``[CLS]``, which is not a secret."""
     return _SPECIAL_TOKEN.fullmatch(value) is not None
 
 
 def _words(name: str) -> list[str]:
-    """Return the words of the last part of a dotted name in small letters, without numbers at the end."""
+    """Return the lowercase words of the last part of a dotted name, without trailing numbers."""
     words = [word.lower() for word in _WORD.findall(name.rpartition(".")[2] or name)]
     while words and words[-1].isdigit():
         words.pop()

@@ -1,4 +1,4 @@
-"""The secrets that this process has come upon, so that they can be found wherever they appear in a text."""
+"""Record the secrets that this process has encountered, and replace them wherever they occur in texts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["allow_in_texts", "known_secrets", "remember_placeholder", "remember_
 _MOST = 500
 _SHORTEST, _SHORTEST_WORD = 6, 8
 _SHORTEST_PLACEHOLDER, _LONG_PLACEHOLDER = 8, 20
-# A value shorter than this is only found between other characters than letters and digits.
+# Shorter values are only matched if they are not next to letters or digits.
 _LONG = 12
 _SHORTEST_LINE = 16
-# How much of a long secret must be there where it was cut off.
+# The minimum length of the prefix of a truncated secret that is matched.
 _CUT = 6
 
 
@@ -27,22 +27,22 @@ def _each(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Values that people give to secrets where there is none, and that texts contain for other reasons.
+# Common default values of secrets, which also occur in texts for other reasons.
 _COMMON = _each(
     "password passphrase secret anonymous default disabled changeme required undefined production development localhost "
     "training validation"
 )
 
-# value -> the environment variable that it came from, "" for none. The oldest are forgotten first.
+# Secret -> the environment variable that it came from, or "". The oldest entries are evicted first.
 _secrets: dict[str, str] = {}
 _placeholders: dict[str, str] = {}
 _allowed: dict[str, None] = {}
-# The environment, and the secrets that were found with it; empty when something was remembered since.
+# The environment and the secrets found in it. Cleared when a value is added.
 _cache: list[tuple[dict[object, object], dict[str, str]]] = []
 
 
 def remember_secret(value: str, variable: str = "") -> None:
-    """Mask this value in texts from now on. Values that are too short or too common to be found in texts are ignored."""
+    """Mask this value in texts from now on. Values that are too short or too common are ignored."""
     if _can_be_found(value):
         _remember(_secrets, value, variable)
 
@@ -50,7 +50,7 @@ def remember_secret(value: str, variable: str = "") -> None:
 def remember_placeholder(value: str, variable: str) -> None:
     """Mask the value of an environment variable that a configuration reads, unless it is clearly not a secret.
 
-    Numbers, paths, URLs, and short or simple words are not: texts would become unreadable without them.
+    Numbers, paths, URLs and short or simple words are not masked, since texts would be unreadable without them.
     """
     if is_secret_name(variable):
         if not _is_path(value):
@@ -60,13 +60,13 @@ def remember_placeholder(value: str, variable: str) -> None:
 
 
 def allow_in_texts(text: str) -> None:
-    """Do not mask what is a part of this text, such as the folder of the run, unless it is known to be a secret."""
+    """Do not mask values that are a part of this text, such as the folder of the run, unless they are known secrets."""
     _remember(_allowed, text, None)
 
 
 def known_secrets() -> Mapping[str, str]:
-    """Return the secrets, each with the environment variable that it came from, or ``""``."""
-    # Compared as a whole, since texts are masked more often than variables are set.
+    """Return the known secrets, each with the environment variable that it came from, or ``""``."""
+    # Compare the whole environment, since texts are masked more often than variables are set.
     environment = getattr(os.environ, "_data", None)
     cached = next(iter(_cache), None)  # another thread may clear it
     if cached is not None and environment is not None and cached[0] == environment:
@@ -93,25 +93,25 @@ def _find_secrets() -> dict[str, str]:
 
 
 def replace_known_secrets(text: str, replacement: Callable[[str], str], known: Mapping[str, str] | None = None) -> str:
-    """Return a text in which every known secret is replaced, as it is and as URLs, JSON and Python write it.
+    """Return ``text`` with every known secret replaced, also in the escaped forms of URLs, JSON and Python.
 
     Args:
-        text: any text.
-        replacement: returns what replaces a secret, given the environment variable that it came from, or ``""``.
-        known: what :func:`known_secrets` returned, for many texts at once.
+        text: Any text.
+        replacement: Returns the replacement of a secret, given the environment variable that it came from, or ``""``.
+        known: The result of :func:`known_secrets`, to compute it once for many texts.
     """
     known = known_secrets() if known is None else known
     if not known:
         return text
     pattern, forms = _pattern(tuple(known))
-    # A secret that was cut off is none of the forms.
+    # A truncated secret is not one of the forms.
     return pattern.sub(lambda match: replacement(known.get(forms.get(match[0], ""), "")), text)
 
 
 def _remember(memory: dict[str, str] | dict[str, None], value: str, variable: str | None) -> None:
     _cache.clear()
     memory.pop(value, None)
-    memory[value] = variable  # type: ignore[assignment]  # each has values of one kind
+    memory[value] = variable  # type: ignore[assignment]  # values of one type per dict
     while len(memory) > _MOST:
         del memory[next(iter(memory))]
 
@@ -132,14 +132,14 @@ def _looks_random(value: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _is_path(value: str) -> bool:
     try:
-        return value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111 -- no path yet
+        return value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))  # noqa: PTH110, PTH111 -- the value may not be a path
     except ValueError:
         return False
 
 
 @functools.lru_cache(maxsize=16)
 def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
-    """Return a pattern of all forms of the values, and the value that each form is one of."""
+    """Return a pattern that matches all forms of the values, and the value of each form."""
     forms: dict[str, str] = {}
     for value in values:
         for form in _forms(value):
@@ -148,7 +148,7 @@ def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     for form in sorted(forms, key=len, reverse=True):
         escaped = re.escape(form)
         written.append(escaped if len(form) >= _LONG else rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
-    # Messages cut long values off, and a part of a secret is one, too.
+    # Messages truncate long values, and a part of a secret must be masked as well.
     written += [rf"{re.escape(form[:_CUT])}\S{{0,{len(form)}}}(?=\.\.\.)" for form in forms if len(form) >= _LONG]
     return re.compile("|".join(written)), forms
 
