@@ -203,7 +203,7 @@ def test_a_checkpoint_without_an_average_can_be_tested(make_runner: MakeRunner, 
 def test_resuming_without_an_average_is_an_error_unless_strict_load_is_false(make_runner: MakeRunner):
     """With ``strict_load=False`` a new average starts at the resumed iteration."""
     make_runner(train_cfg={"max_iters": 2}, default_hooks=SAVING).train()
-    with pytest.raises(CheckpointMismatchError, match=r"holds no average.*strict_load=False"):
+    with pytest.raises(CheckpointMismatchError, match=r"contains no averaged weights.*strict_load=False"):
         make_runner(custom_hooks=[EMAHook()], resume=True, train_cfg={"max_iters": 5}).train()
     hook = EMAHook(strict_load=False)
     make_runner(custom_hooks=[hook], resume=True, train_cfg={"max_iters": 5}).train()
@@ -223,8 +223,8 @@ def test_a_second_call_of_train_keeps_the_average(make_runner: MakeRunner):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"begin_iter": 3, "begin_epoch": 1}, "give one of them"),
-        ({"begin_iter": -1}, "both are from 0"),
+        ({"begin_iter": 3, "begin_epoch": 1}, "set only one"),
+        ({"begin_iter": -1}, "expected begin_iter >= 0"),
     ],
 )
 def test_the_start_is_given_only_once(arguments: dict, message: str):
@@ -248,7 +248,7 @@ def test_two_averages_are_refused(make_runner: MakeRunner):
 
 def test_a_type_that_does_not_build_an_average_is_refused(make_runner: MakeRunner):
     """A type that builds another object, such as a ``dict``, is refused."""
-    with pytest.raises(ConfigTypeError, match="made a dict, which is no AveragedModel"):
+    with pytest.raises(ConfigTypeError, match="made a dict, which is not an AveragedModel"):
         make_runner(custom_hooks=[EMAHook({"type": dict})]).train()
 
 

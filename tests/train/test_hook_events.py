@@ -72,8 +72,8 @@ def test_a_priority_is_a_name_in_any_case_or_a_number(given: object, number: int
 @pytest.mark.parametrize(
     ("given", "error", "text"),
     [
-        (101, ConfigValueError, "0 to 100, not 101"),
-        (-1, ConfigValueError, "0 to 100, not -1"),
+        (101, ConfigValueError, "from 0 to 100, got 101"),
+        (-1, ConfigValueError, "from 0 to 100, got -1"),
         ("higher", ConfigValueError, "'HIGHEST'|'HIGH'"),
         (1.5, ConfigTypeError, "1.5"),
         (True, ConfigTypeError, "True"),
@@ -104,7 +104,7 @@ def test_none_removes_a_default_hook():
 
 def test_default_hooks_keep_their_type_when_only_arguments_are_given():
     """``default_hooks=dict(logger=dict(interval=7))`` only changes the interval."""
-    with pytest.raises(ConfigValueError, match="interval is 0"):
+    with pytest.raises(ConfigValueError, match="expected interval >= 1, got 0"):
         build_events({"logger": {"interval": 0}}, None)
 
 
@@ -124,13 +124,13 @@ def test_an_unknown_default_hook_is_refused_with_the_closest_name():
 @pytest.mark.parametrize("wrong", ["Recorder", 3, Recorder, object()])
 def test_other_objects_are_not_hooks(wrong: object):
     """A class or a name alone is not a hook."""
-    with pytest.raises(ConfigTypeError, match="derived from stratagem"):
+    with pytest.raises(ConfigTypeError, match="Expected a subclass of stratagem"):
         build_events(None, [wrong])
 
 
 def test_a_type_that_does_not_build_a_hook_is_refused():
     """The ``type`` of a hook's configuration must build a hook."""
-    with pytest.raises(ConfigTypeError, match="derived from stratagem"):
+    with pytest.raises(ConfigTypeError, match="Expected a subclass of stratagem"):
         build_events(None, [{"type": dict}])
 
 

@@ -221,7 +221,7 @@ def test_a_train_cfg_without_a_length_is_refused(make_runner: MakeRunner, by_epo
 
 def test_a_train_cfg_that_is_not_a_mapping_is_refused(make_runner: MakeRunner):
     """A ``train_cfg`` that is not a mapping is refused, and the message shows the value."""
-    with pytest.raises(ConfigTypeError, match="train_cfg is 3"):
+    with pytest.raises(ConfigTypeError, match="Expected train_cfg to be a mapping, got 3"):
         make_runner(train_cfg=3).train()
 
 

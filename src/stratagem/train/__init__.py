@@ -1,4 +1,4 @@
-"""Time: loops, hooks, evaluation."""
+"""Loops, hooks and evaluation."""
 
 from stratagem.train.evaluation.evaluator import BaseMetric, Evaluator
 from stratagem.train.hook import EVENTS, Events, Hook

@@ -1,4 +1,4 @@
-"""Hooks, loops and evaluators from their configurations."""
+"""Build hooks, loops and evaluators from configurations."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ _DEFAULT_HOOKS: dict[str, dict[str, Any]] = {
 def build_events(
     default_hooks: Mapping[str, Any] | None, custom_hooks: Sequence[Hook | Mapping[str, Any]] | None
 ) -> Events:
-    """Build the hooks: the default ones as ``default_hooks`` changes them (None removes one), then the custom ones.
+    """Build the default hooks with the changes in ``default_hooks`` (None removes a hook), and the custom hooks.
 
     Raises:
-        ConfigKeyError: if ``default_hooks`` names one that does not exist.
-        ConfigTypeError: if an item is neither a hook nor a mapping with its type.
+        ConfigKeyError: if ``default_hooks`` contains an unknown name.
+        ConfigTypeError: if an item is neither a hook nor a mapping with a ``type``.
     """
     changes = default_hooks or {}
-    refuse_unknown(changes, _DEFAULT_HOOKS, "default_hooks (hooks of your own go into custom_hooks)")
+    refuse_unknown(changes, _DEFAULT_HOOKS, "default_hooks (use custom_hooks for other hooks)")
     hooks = []
     for name, default in _DEFAULT_HOOKS.items():
         wanted = changes.get(name, default)
         if wanted is None:
             continue
         if isinstance(wanted, Mapping):
-            # The defaults are arguments of the default type; another has its own.
+            # The default arguments only apply to the default type.
             wanted = {**default, **wanted} if wanted.get("type", default["type"]) == default["type"] else wanted
         hooks.append(_build_hook(wanted))
     return Events([*hooks, *(_build_hook(hook) for hook in custom_hooks or ())])
@@ -60,18 +60,18 @@ def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
     else:
         built = hook
     if not isinstance(built, Hook):
-        raise ConfigTypeError(f"A hook is derived from stratagem.train.Hook, or a mapping with its type, not {hook!r}.")
+        raise ConfigTypeError(f"Expected a subclass of stratagem.train.Hook or a mapping with its type, got {hook!r}.")
     return built
 
 
 def build_train_loop(
     train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLoader, val_loop: Any, *, optim_wrapper: Any = None
 ) -> Any:
-    """Build the training loop: the ``type`` named, else by ``by_epoch``, else by which length is given.
+    """Build the training loop: of the given ``type``, or as determined by ``by_epoch`` or the given length.
 
     Raises:
         ConfigTypeError: if ``train_cfg`` is not a mapping.
-        ConfigValueError: if it does not say how long to train.
+        ConfigValueError: if the length of the training is missing.
     """
     cfg = loop_arguments(train_cfg)
     defaults = {"run": run, "dataloader": dataloader, "val_loop": val_loop}
@@ -81,18 +81,18 @@ def build_train_loop(
 
 
 def accumulation_of(optim_wrapper: Any) -> int:
-    """Return how many iterations an update takes, from an optimizer wrapper, an optimizer or a configuration."""
+    """Return ``accumulative_counts`` of an optimizer wrapper, an optimizer or a configuration."""
     if isinstance(optim_wrapper, Mapping):
         return int(optim_wrapper.get("accumulative_counts", 1))
     return optim_wrapper.accumulative_counts if isinstance(optim_wrapper, BaseOptimWrapper) else 1
 
 
 def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the training loop's configuration with its ``type``: the one named, or what ``by_epoch`` stands for.
+    """Return the configuration of the training loop with its ``type``, by default determined by ``by_epoch``.
 
     Raises:
         ConfigTypeError: if ``train_cfg`` is not a mapping.
-        ConfigValueError: if it does not say how long to train.
+        ConfigValueError: if the length of the training is missing.
     """
     cfg = _mapping(train_cfg, "train_cfg")
     if "type" not in cfg:
@@ -100,14 +100,14 @@ def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
         lengths = ("max_epochs",) if by_epoch else ("max_iters", "max_steps")
         if not any(length in cfg for length in lengths):
             raise ConfigValueError(
-                f"train_cfg says by_epoch={by_epoch} but not {' or '.join(lengths)}, how long to train."
+                f"train_cfg has by_epoch={by_epoch}, but the length is missing: set {' or '.join(lengths)}."
             )
         cfg["type"] = "EpochBasedTrainLoop" if by_epoch else "IterBasedTrainLoop"
     return cfg
 
 
 def build_evaluation_loop(cfg: Mapping[str, Any], mode: str, run: Run, dataloader: EpochLoader, evaluator: Any) -> Any:
-    """Build the loop of a validation (``mode="val"``) or a test (``"test"``)."""
+    """Build the loop for validation (``mode="val"``) or test (``"test"``)."""
     arguments = {"type": "ValLoop" if mode == "val" else "TestLoop", **_mapping(cfg, f"{mode}_cfg")}
     defaults = {"run": run, "dataloader": dataloader, "evaluator": _build_evaluator(evaluator, run)}
     return LOOPS.build(arguments, default_args=defaults)
@@ -124,5 +124,5 @@ def _build_evaluator(evaluator: Any, run: Run) -> Evaluator:
 
 def _mapping(cfg: Any, name: str) -> dict[str, Any]:
     if not isinstance(cfg, Mapping):
-        raise ConfigTypeError(f"{name} is {cfg!r}; a mapping is due.")
+        raise ConfigTypeError(f"Expected {name} to be a mapping, got {cfg!r}.")
     return dict(cfg)

@@ -1,4 +1,4 @@
-"""The hooks that come with Stratagem."""
+"""Built-in hooks."""
 
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook

@@ -1,4 +1,4 @@
-"""Average the weights as the run goes on, and evaluate the average."""
+"""Average the weights during training, and use the average for evaluation."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ __all__ = ["EMAHook"]
 
 @final
 class EMAHook(Hook):
-    """Average the weights over the optimizer's updates; validation and test see the average.
+    """Average the weights over the steps of the optimizer; validation and test use the average.
 
-    After each iteration in which the optimizer updated the weights, they enter the average; an iteration whose update
-    was skipped, or is yet to come, changes nothing. Checkpoints keep the weights that train in ``state_dict``, and the
-    average in ``average``, under the same names. A run that is resumed goes on averaging; ``load_from`` begins a new
-    average when it trains, and evaluates that of the checkpoint, where there is one, when it does not.
+    The average is updated after each iteration in which the optimizer updated the weights, but not if the step was skipped
+    or the accumulation window is incomplete. Checkpoints contain the trained weights in ``state_dict`` and the average in
+    ``average``, with the same names. A resumed run continues the average. With ``load_from``, a training starts a new
+    average, and an evaluation uses the average in the checkpoint, if there is one.
 
     Args:
         ema_type: ``"ExponentialMovingAverage"``, ``"MomentumAnnealingEMA"`` or ``"StochasticWeightAverage"``, or a
-            mapping with its name as ``type`` and its arguments.
-        momentum: the share of the present weights; by default that of ``ema_type``. Likewise ``gamma``.
-        gamma: for ``MomentumAnnealingEMA``.
-        interval: how many updates (or epochs) lie between two that are averaged.
-        device: where the average lies; by default with each weight.
-        update_buffers: average floating-point buffers too.
-        begin_iter: the iteration, counted from 1, with which averaging begins.
-        begin_epoch: the epoch, counted from 1, with which averaging begins.
-        by_epoch: take the weights at the end of each epoch, rather than after each update.
-        strict_load: whether resuming from a checkpoint without an average is an error; else a new one begins there.
+            mapping with the name as ``type`` and its arguments.
+        momentum: the weight of the current weights in the average; by default that of ``ema_type``.
+        gamma: an argument of ``MomentumAnnealingEMA``.
+        interval: update the average every ``interval`` steps (or epochs).
+        device: the device of the average; by default that of each weight.
+        update_buffers: also average floating-point buffers.
+        begin_iter: the first iteration, counted from 1, after which the average is updated.
+        begin_epoch: the first epoch, counted from 1, in which the average is updated.
+        by_epoch: update the average at the end of each epoch instead of after each step.
+        strict_load: whether resuming from a checkpoint without an average is an error; otherwise a new average is started.
 
     Raises:
-        ConfigValueError: if both ``begin_iter`` and ``begin_epoch`` are given, or one is negative.
-        PlacementError: when the run begins, if the strategy keeps the weights elsewhere than in the model.
+        ConfigValueError: if both ``begin_iter`` and ``begin_epoch`` are given, or one of them is negative.
+        PlacementError: at the start of the run, if the parameters of the model are not the master weights.
     """
 
     priority = Priority.NORMAL
@@ -65,9 +65,13 @@ class EMAHook(Hook):
         strict_load: bool = True,
     ) -> None:
         if begin_iter < 0 or begin_epoch < 0:
-            raise ConfigValueError(f"EMAHook: begin_iter={begin_iter}, begin_epoch={begin_epoch}; both are from 0.")
+            raise ConfigValueError(
+                f"EMAHook: expected begin_iter >= 0 and begin_epoch >= 0, got {begin_iter} and {begin_epoch}."
+            )
         if begin_iter and begin_epoch:
-            raise ConfigValueError(f"EMAHook: begin_iter={begin_iter} and begin_epoch={begin_epoch}: give one of them.")
+            raise ConfigValueError(
+                f"EMAHook: begin_iter={begin_iter} and begin_epoch={begin_epoch} are both set; set only one."
+            )
         given = {"momentum": momentum, "gamma": gamma, "device": device}
         self._average_cfg: dict[str, Any] = {
             "interval": interval,
@@ -83,7 +87,7 @@ class EMAHook(Hook):
         self._built: AveragedModel | None = None
         self._updates = 0
         self._saved: Mapping[str, Any] | None = None
-        self._lacks_average = False
+        self._average_missing = False
 
     def get_triggered_stages(self) -> list[str]:
         events = ["after_load_checkpoint", "before_run", "before_train", "before_save_checkpoint"]
@@ -91,29 +95,29 @@ class EMAHook(Hook):
 
     @property
     def average(self) -> AveragedModel:
-        """The average, once the run began.
+        """The averaged model; available once the run has started.
 
         Raises:
-            StateError: before that.
+            StateError: if the run has not started.
         """
         if self._built is None:
-            raise StateError("There is no average before the run began: it needs the model where it was placed.")
+            raise StateError("The average is not available before the run starts, because it needs the placed model.")
         return self._built
 
     def after_load_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
-        # There may be no average yet to load it into.
+        # Store it: the average may not exist yet.
         self._saved = checkpoint.get(AVERAGE_PART)
-        self._lacks_average = self._saved is None
+        self._average_missing = self._saved is None
 
     def before_run(self, run: Run) -> None:
         if sum(isinstance(hook, EMAHook) for hook in run.events.hooks) > 1:
             raise ConfigValueError(
-                "There are two EMAHooks, and a validation can see but one average. Give one of them."
+                "There are several EMAHooks, but an evaluation can only use one average. Keep one of them."
             )
         if not run.strategy.params_are_master_weights:
             raise PlacementError(
-                f"EMAHook averages the weights that lie in the model, and under {type(run.strategy).__name__} with these "
-                "options they lie elsewhere, or are rounded there. Use FSDPStrategy, or ZeRO stage 0, 1 or 2 in float32."
+                f"EMAHook needs the master weights in the model, but {type(run.strategy).__name__} with these options "
+                "stores them elsewhere. Use FSDPStrategy, or ZeRO stage 0, 1 or 2 in float32."
             )
         model = run.strategy.unwrap_model()
         if model is not self._model:
@@ -131,9 +135,9 @@ class EMAHook(Hook):
             )
         if run.iter == 0:
             self.average.steps = self._updates = 0
-        elif self._lacks_average:
-            self._accept_lack(run)
-        self._lacks_average = False
+        elif self._average_missing:
+            self._start_without_saved(run)
+        self._average_missing = False
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         updates = _updates(run.optim_wrapper)
@@ -150,7 +154,7 @@ class EMAHook(Hook):
 
     def before_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         average = self.average
-        # What has not begun is nobody's average.
+        # An average without updates has no meaning.
         averages = weights_to_cpu(average.averages) if average.steps else {}
         checkpoint[AVERAGE_PART] = {"steps": average.steps, "averages": averages, "updates": self._updates}
         if average.is_applied:
@@ -160,7 +164,7 @@ class EMAHook(Hook):
         built = MODELS.build(self._average_cfg, default_args={"model": model})
         if not isinstance(built, AveragedModel):
             raise ConfigTypeError(
-                f"EMAHook: ema_type={self._average_cfg['type']!r} made a {type(built).__name__}, which is no AveragedModel."
+                f"EMAHook: ema_type={self._average_cfg['type']!r} made a {type(built).__name__}, which is not an AveragedModel."
             )
         return built
 
@@ -168,29 +172,29 @@ class EMAHook(Hook):
         if saved["steps"]:
             averages = saved["averages"]
             if not self._strict_load:
-                # Weights that the saved average lacks are new to the model: their average begins with them.
+                # Weights that are missing in the saved average are new in the model; their average starts with them.
                 averages = {**self.average.averages, **averages}
             self.average.load_state_dict({**saved, "averages": averages})
         else:
             self.average.steps = 0
         self._updates = int(saved["updates"])
 
-    def _accept_lack(self, run: Run) -> None:
+    def _start_without_saved(self, run: Run) -> None:
         if self._strict_load:
             raise CheckpointMismatchError(
-                "The checkpoint holds no average of the weights, so the run cannot go on as it was. Begin a new average "
-                "here with EMAHook(strict_load=False)."
+                "The checkpoint contains no averaged weights, so the average cannot be resumed. Set "
+                "EMAHook(strict_load=False) to start a new average."
             )
-        run.logger.warning("The checkpoint holds no average of the weights; a new one begins here.")
+        run.logger.warning("No averaged weights in the checkpoint; starting a new average.")
         self.average.steps, self._updates = 0, _updates(run.optim_wrapper)
 
     def _has_begun(self, run: Run) -> bool:
-        # The iteration and the epoch that are under way are not counted yet.
+        # The counters do not include the current iteration and epoch.
         return run.progress.iter + 1 >= self._begin_iter and run.progress.epoch + 1 >= self._begin_epoch
 
 
 def _updates(optim: AnyOptim) -> int:
-    """Return how many updates were taken, by all optimizers."""
+    """Return the total number of applied steps of all optimizers."""
     if isinstance(optim, OptimWrapperDict):
         return sum(wrapper.num_steps_applied for wrapper in optim.values())
     return optim.num_steps_applied

@@ -1,4 +1,4 @@
-"""Time the iterations."""
+"""Measure the duration of iterations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["IterTimerHook"]
 
 @final
 class IterTimerHook(Hook):
-    """Adds up how long iterations take, and how long they wait for data; ``run.step_timer`` holds the sums."""
+    """Measure how long iterations take and how long they wait for data; updates ``run.step_timer``."""
 
     priority = Priority.NORMAL
 
@@ -33,5 +33,5 @@ class IterTimerHook(Hook):
         timer.started = now
 
     def after_val(self, run: Run) -> None:
-        # Validation is not part of any training iteration.
+        # Exclude the validation from the next iteration.
         run.step_timer.started = perf_counter()

@@ -1,4 +1,4 @@
-"""What the log says of an iteration or an evaluation, as text."""
+"""Format the log lines of iterations and evaluations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["bar_label", "evaluation_line", "train_line", "train_place"]
 
 
 def train_place(progress: Progress, updates: int | None = None) -> str:
-    """Return where the iteration that ends now stands: ``Epoch(train) [2][ 50/125]`` or ``Iter(train) [ 50/1000]``.
+    """Return the position of the current iteration: ``Epoch(train) [2][ 50/125]`` or ``Iter(train) [ 50/1000]``.
 
-    ``updates`` of the optimizer are named beside it where they are another number than the iterations.
+    ``updates``, the number of optimizer steps, is appended if it is given.
     """
     place = _place(progress)
     if updates is None:
@@ -33,7 +33,7 @@ def _place(progress: Progress) -> str:
 
 
 def bar_label(progress: Progress) -> str:
-    """Return what stands before the bar of the training, which counts the iterations itself: ``epoch 2/5``."""
+    """Return the label of the progress bar: ``epoch 2/5``. The bar itself shows the iterations."""
     return "train" if progress.max_epochs is None else f"epoch {progress.epoch + 1}/{progress.max_epochs}"
 
 
@@ -46,9 +46,9 @@ def train_line(
     left_s: float | None,
     memory_mb: int | None,
 ) -> str:
-    """Return the line of a training iteration.
+    """Return the log line of a training iteration.
 
-    ``rates`` are learning rates by name, ``seconds`` the times of an iteration and of its waiting for data.
+    ``rates`` are learning rates by name; ``seconds`` are the durations of an iteration and of its wait for data.
     """
     parts = [place, *(f"{name}: {value:.4e}" for name, value in rates.items())]
     if left_s is not None:
@@ -62,7 +62,7 @@ def train_line(
 
 
 def evaluation_line(mode: str, progress: Progress, batches: int | None, metrics: Mapping[str, Any]) -> str:
-    """Return the line of a whole validation or test: ``Epoch(val) [2][8/8]    accuracy: 0.9810``."""
+    """Return the log line of a complete validation or test: ``Epoch(val) [2][8/8]    accuracy: 0.9810``."""
     by_iter = progress.max_epochs is None and progress.max_iters is not None
     unit, place = ("Iter", f"[{progress.iter}]") if by_iter else ("Epoch", f"[{progress.epoch}]")
     where = (

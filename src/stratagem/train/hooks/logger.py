@@ -1,4 +1,4 @@
-"""Tell how the run goes: lines for people, records for programs, a bar on a terminal."""
+"""Log the training: log lines, records for other programs, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -20,32 +20,33 @@ __all__ = ["LoggerHook"]
 
 @final
 class LoggerHook(Hook):
-    """Write a line every ``interval`` iterations, and one for each evaluation.
+    """Log a line every ``interval`` iterations, and one for each evaluation.
 
-    Between the lines values stay on the device, by reference. At a line each value is averaged over the iterations of the
-    window that have it, then over the ranks that have it, by name: one copy to the host and one small all-reduce for all
-    of them. Where ranks have different names, as when a loss exists for some samples only, these are gathered as well.
+    Between log lines, only references to the values are stored, and the values stay on the device. For a log line, each
+    value is averaged over the iterations of the smoothing window and over the ranks that have it; this takes one copy to
+    the host and one small all-reduce for all values. If the names differ between ranks, for example because a loss only
+    exists for some samples, the names are gathered first.
 
     Args:
-        interval: iterations between two lines.
-        ignore_last: whether the shorter rest of an epoch gets no line of its own.
-        window_size: over how many iterations values are averaged; by default over those since the last line.
+        interval: the number of iterations between log lines.
+        ignore_last: do not log an additional line at the end of an epoch whose length is not a multiple of ``interval``.
+        window_size: the number of iterations that values are averaged over; by default those since the last line.
     """
 
     priority = Priority.BELOW_NORMAL
 
     def __init__(self, interval: int = 10, *, ignore_last: bool = True, window_size: int | None = None) -> None:
         if interval < 1:
-            raise ConfigValueError(f"LoggerHook: interval is {interval}; at least 1 is due.")
+            raise ConfigValueError(f"LoggerHook: expected interval >= 1, got {interval}.")
         self._interval = interval
         self._ignore_last = ignore_last
-        self._window = ScalarSmoother(interval if window_size is None else window_size)
+        self._smoothing = ScalarSmoother(interval if window_size is None else window_size)
         self._clear_at_line = window_size is None
-        self._append = self._window.append
+        self._append = self._smoothing.append
 
     @property
     def interval(self) -> int:
-        """Iterations between two lines."""
+        """The number of iterations between log lines."""
         return self._interval
 
     def before_run(self, run: Run) -> None:
@@ -67,9 +68,9 @@ class LoggerHook(Hook):
             self._log_iteration(run)
 
     def _log_iteration(self, run: Run) -> None:
-        values = self._window.means(reduce=_mean_over_ranks)
+        values = self._smoothing.means(reduce=_mean_over_ranks)
         if self._clear_at_line:
-            self._window.clear()
+            self._smoothing.clear()
         values = {**values, **_gradient_norms(run)}
         rates = _learning_rates(run)
         seconds = run.step_timer.pop_means()
@@ -123,12 +124,12 @@ class LoggerHook(Hook):
 
 
 def _learning_rates(run: Run) -> dict[str, float]:
-    """Return the learning rate of each optimizer's first group, as the optimizer uses it."""
+    """Return the current learning rate of the first parameter group of each optimizer."""
     return {name: rates[0] for name, rates in run.optim_wrapper.get_lr().items() if rates}
 
 
 def _updates(run: Run) -> int | None:
-    """Return the updates of the optimizer where iterations do not say them: under accumulation, or as a run's length."""
+    """Return the number of optimizer steps if it differs from the iterations or determines the length; otherwise None."""
     optim = run.optim_wrapper
     if isinstance(optim, OptimWrapperDict) or (optim.accumulative_counts == 1 and run.progress.max_steps is None):
         return None
@@ -136,7 +137,7 @@ def _updates(run: Run) -> int | None:
 
 
 def _gradient_norms(run: Run) -> dict[str, float]:
-    """Return the norms that clipping computed, where it did."""
+    """Return the gradient norms that clipping computed, if any."""
     optim = run.optim_wrapper
     wrappers = (
         {f"{name}.grad_norm": wrapper for name, wrapper in optim.items()}
@@ -150,5 +151,5 @@ def _gradient_norms(run: Run) -> dict[str, float]:
 
 
 def _memory_mb(device: torch.device) -> int | None:
-    """Return the most memory that tensors took on an accelerator, in MiB; None on the CPU."""
+    """Return the peak memory of tensors on an accelerator in MiB; None on the CPU."""
     return None if device.type == "cpu" else int(torch.accelerator.max_memory_allocated(device) / 2**20)

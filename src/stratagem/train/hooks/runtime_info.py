@@ -1,4 +1,4 @@
-"""Say what runs, where and with what."""
+"""Log the environment of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["RuntimeInfoHook"]
 
 @final
 class RuntimeInfoHook(Hook):
-    """Log the run's placement and size, and keep the whole report as ``<log_dir>/environment.json``."""
+    """Log the placement and size of the model, and write an environment report to ``<log_dir>/environment.json``."""
 
     priority = Priority.VERY_HIGH
 
@@ -31,13 +31,13 @@ class RuntimeInfoHook(Hook):
         }
         write_atomic(Path(run.log_dir) / "environment.json", json.dumps(report, indent=2) + "\n")
         sizes = {parameter: run.strategy.global_numel(parameter) for parameter in run.model.parameters()}
-        learning = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
+        trainable = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
         run.logger.info(
             "%s: %d process(es) on %s, launcher %s, seed %d",
             type(run.strategy).__name__, run.world_size, run.world.device, run.world.launcher, run.strategy.seed,
         )  # fmt: skip
         run.logger.info(
-            "Model %s: %s parameters, %s of them learning",
-            type(run.strategy.unwrap_model()).__name__, f"{sum(sizes.values()):,}", f"{learning:,}",
+            "Model %s: %s parameters, %s of them trainable",
+            type(run.strategy.unwrap_model()).__name__, f"{sum(sizes.values()):,}", f"{trainable:,}",
         )  # fmt: skip
-        run.logger.info("Logs and the environment report: %s", run.log_dir)
+        run.logger.info("Logs and environment report: %s", run.log_dir)

@@ -1,4 +1,4 @@
-"""For configurations that name it."""
+"""A hook for compatibility with MMEngine configurations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["DistSamplerSeedHook"]
 
 @final
 class DistSamplerSeedHook(Hook):
-    """Nothing is left to do for it: the loops tell the loader each epoch, and the loader its sampler.
+    """Does nothing: the loops pass the epoch to the dataloader, which passes it to the sampler.
 
-    It exists so that configurations that name it go on working.
+    It exists so that configurations that contain it keep working.
     """

@@ -1,4 +1,4 @@
-"""Move the schedules on."""
+"""Advance the parameter schedules."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from stratagem.train.hook import Hook
 from stratagem.train.hook_priority import Priority
 from stratagem.train.run.context import Run
 
-__all__ = ["ParamSchedulerHook", "refuse_epochs_without_end"]
+__all__ = ["ParamSchedulerHook", "check_epoch_schedules"]
 
 
 @final
 @dataclass(slots=True)
-class _Follower:
-    """The schedules of one optimizer that follow its updates, and what of it they have seen.
+class _ScheduledOptimizer:
+    """The schedules of one optimizer that advance with its steps, and its counters at the last advance.
 
-    ``since`` is after how many iterations of the run the optimizer's last window was complete.
+    ``since`` is the number of iterations of the run at the end of the last accumulation window.
     """
 
     name: str
@@ -31,8 +31,8 @@ class _Follower:
     updates: int
     since: int
 
-    def follow(self, done: int) -> None:
-        """Advance, after ``done`` iterations of the run, by what the last update consumed; a skipped one advances nothing."""
+    def advance(self, done: int) -> None:
+        """Advance the schedules by the last step, which ended after ``done`` iterations; a skipped step does not count."""
         updates = self.optim.num_steps_applied
         if updates != self.updates:
             for scheduler in self.by_iter:
@@ -44,40 +44,40 @@ class _Follower:
         self.since = done
 
 
-def refuse_epochs_without_end(schedulers: Sequence[ParamScheduler], max_epochs: int | None) -> None:
-    """Refuse schedules by epoch where the run counts iterations.
+def check_epoch_schedules(schedulers: Sequence[ParamScheduler], max_epochs: int | None) -> None:
+    """Check that there are no schedules by epoch in a run by iterations.
 
     Raises:
-        ConfigValueError: if there is such a schedule.
+        ConfigValueError: if there is one.
     """
     by_epoch = [each for each in schedulers if each.unit == "epoch" and not each.need_val_args]
     if by_epoch and max_epochs is None:
         raise ConfigValueError(
-            f"{type(by_epoch[0]).__name__} counts epochs, but this run counts iterations, so it would never move. "
-            "Give by_epoch=False, or convert_to_iter_based=True."
+            f"{type(by_epoch[0]).__name__} counts epochs, but this run counts iterations, so it would never advance. "
+            "Set by_epoch=False or convert_to_iter_based=True."
         )
 
 
 @final
 class ParamSchedulerHook(Hook):
-    """Schedules by iteration and by step advance with the optimizer's updates, those by epoch after each epoch.
+    """Advance schedules by iteration and by step with the steps of the optimizer, and schedules by epoch after each epoch.
 
-    An update over several micro-batches advances a schedule by iteration by all of them, so its curve over the run does
-    not depend on accumulation, and nothing changes between updates. Schedules that look at metrics advance after each
-    validation.
+    A step advances a schedule by iteration by the number of its micro-batches. Its curve over the run therefore does not
+    depend on gradient accumulation, and values do not change between steps. Schedules that depend on metrics advance after
+    each validation.
     """
 
     priority = Priority.LOW
 
     def __init__(self) -> None:
-        self._followers: list[_Follower] = []
+        self._optimizers: list[_ScheduledOptimizer] = []
         self._since: Mapping[str, int] = {}
         self._by_epoch: list[ParamScheduler] = []
         self._on_metrics: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
-        # Iterations that have not advanced a schedule yet: an optimizer may step when its model's step says so.
-        return {"since": {each.name: each.since for each in self._followers}} if self._followers else {}
+        # It cannot be derived from the iteration, because the model decides when an optimizer steps.
+        return {"since": {each.name: each.since for each in self._optimizers}} if self._optimizers else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._since = state_dict["since"]
@@ -92,15 +92,15 @@ class ParamSchedulerHook(Hook):
         everything = [scheduler for _, some in by_optim.values() for scheduler in some]
         self._on_metrics = [scheduler for scheduler in everything if scheduler.need_val_args]
         self._by_epoch = [each for each in everything if each.unit == "epoch" and not each.need_val_args]
-        followers = [_follower(name, *pair, run.iter, self._since) for name, pair in by_optim.items()]
-        self._followers = [each for each in followers if each.by_iter or each.by_step]
+        optimizers = [_scheduled_optimizer(name, *pair, run.iter, self._since) for name, pair in by_optim.items()]
+        self._optimizers = [each for each in optimizers if each.by_iter or each.by_step]
         self._since = {}
-        refuse_epochs_without_end(self._by_epoch, run.max_epochs)
+        check_epoch_schedules(self._by_epoch, run.max_epochs)
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        for follower in self._followers:
-            if follower.optim.num_steps_attempted != follower.attempts:
-                follower.follow(run.progress.iter + 1)
+        for scheduled in self._optimizers:
+            if scheduled.optim.num_steps_attempted != scheduled.attempts:
+                scheduled.advance(run.progress.iter + 1)
 
     def after_train_epoch(self, run: Run) -> None:
         for scheduler in self._by_epoch:
@@ -111,20 +111,20 @@ class ParamSchedulerHook(Hook):
             scheduler.step(metrics)
 
     def after_train(self, run: Run) -> None:
-        # A validation that is asked for after the training moves nothing.
+        # A validation after the training does not advance schedules.
         self._on_metrics = []
 
 
-def _follower(
+def _scheduled_optimizer(
     name: str, optim: BaseOptimWrapper, schedulers: Sequence[ParamScheduler], done: int, since: Mapping[str, int]
-) -> _Follower:
-    return _Follower(
+) -> _ScheduledOptimizer:
+    return _ScheduledOptimizer(
         name=name,
         optim=optim,
         by_iter=tuple(each for each in schedulers if each.unit == "iter"),
         by_step=tuple(each for each in schedulers if each.unit == "step"),
         attempts=optim.num_steps_attempted,
         updates=optim.num_steps_applied,
-        # Where nobody has kept it, whole windows since the run's beginning tell.
+        # If it was not saved, assume complete windows since the beginning of the run.
         since=since.get(name, done - done % optim.accumulative_counts),
     )

@@ -1,4 +1,4 @@
-"""Show a run in TensorBoard."""
+"""Write scalars for TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stratagem.utils import import_module
 
 __all__ = ["TensorboardHook"]
 
-_PLACES = ("epoch", "iter", "step")
+_POSITION_KEYS = ("epoch", "iter", "step")
 
 
 @final
 class TensorboardHook(Hook):
-    """Write what the log records as TensorBoard's scalars, on rank 0; ``pip install stratagem[tensorboard]``.
+    """Write the recorded values as TensorBoard scalars on rank 0. Needs ``pip install stratagem[tensorboard]``.
 
-    Look at them with ``tensorboard --logdir <work_dir>``.
+    View them with ``tensorboard --logdir <work_dir>``.
 
     Args:
-        folder: where the event files go; by default ``<log_dir>/tensorboard``.
+        folder: the folder for the event files; by default ``<log_dir>/tensorboard``.
 
     Raises:
         MissingDependencyError: if TensorBoard is not installed.
@@ -45,7 +45,7 @@ class TensorboardHook(Hook):
 
 @final
 class _TensorboardRecorder:
-    """Writes records to an event file; those of an evaluation under its mode."""
+    """Writes records to an event file; the names of the scalars start with the mode, such as ``train/``."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
@@ -53,7 +53,7 @@ class _TensorboardRecorder:
     def write(self, record: Mapping[str, Any]) -> None:
         prefix = record.get("mode", "train")
         for name, value in record.items():
-            if isinstance(value, Real) and name not in _PLACES:
+            if isinstance(value, Real) and name not in _POSITION_KEYS:
                 self._writer.add_scalar(f"{prefix}/{name}", value, record["step"])
 
     def close(self) -> None:

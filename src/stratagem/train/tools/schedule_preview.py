@@ -19,7 +19,7 @@ from stratagem.parallel import AnyOptim
 from stratagem.strategies.setup.auto_scale import AutoScale
 from stratagem.strategies.setup.building import build_model, build_optim_wrapper
 from stratagem.train.building import accumulation_of, loop_arguments
-from stratagem.train.hooks.schedule import refuse_epochs_without_end
+from stratagem.train.hooks.schedule import check_epoch_schedules
 from stratagem.train.tools.preserve_state import isolate_rng
 
 __all__ = ["Course", "RunPreview", "preview_run"]
@@ -126,7 +126,7 @@ def preview_run(
     wrappers = optim.each()
     schedulers = built if isinstance(built, dict) else {"": built}
     everything = [each for some in schedulers.values() for each in some]
-    refuse_epochs_without_end(everything, max_epochs)
+    check_epoch_schedules(everything, max_epochs)
     iterations = _iterations(max_iters, everything, loader.length or 1)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     courses: list[Course] = []
