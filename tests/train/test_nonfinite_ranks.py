@@ -17,7 +17,7 @@ def test_all_ranks_stop_when_one_has_a_nonfinite_value(ranks: Ranks, tmp_path: P
     for each in (first, second):
         assert "TrainingError: Iteration 3 (epoch 1, batch 3)" in each["error"]
         if how != "gradient":
-            assert f"gave loss={how} on rank 1." in each["error"]
+            assert f"returned loss={how} on rank 1." in each["error"]
         assert each["unchanged"]
         assert each["updates"] == (2 if check == "step" else 3)
     assert first["error"] == second["error"]
@@ -43,7 +43,7 @@ def test_all_ranks_roll_back_and_give_up_together(ranks: Ranks, tmp_path: Path):
     }
     first, second = ranks.run(train_spoiled, str(tmp_path), {3: "nan"}, rank=1, hooks=hooks)
     for each in (first, second):
-        assert "rolled back 2 times already" in each["error"]
+        assert "already been rolled back 2 times" in each["error"]
         # Two iterations, then three attempts at the third one on different data.
         assert [row[:2] for row in each["iterations"]] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
     assert first["error"] == second["error"]

@@ -156,7 +156,7 @@ def test_a_run_resumes_from_its_latest_checkpoint(
 def test_a_nonfinite_loss_stops_the_run(two: Ranks, folder: Path, name: str) -> None:
     """Every rank stops before the step with an error that names the iteration and the samples."""
     for message in two.run(refusal, placed(name), folder, poison=9):
-        assert re.match(r"TrainingError: Iteration 3 .* gave loss=nan .* 9, .* The update was not made", message)
+        assert re.match(r"TrainingError: Iteration 3 .* returned loss=nan .* 9, .* The step was not applied", message)
 
 
 def test_averaged_weights_match_a_single_process(two: Ranks, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""See numbers that are not finite where they arise, and do what was chosen."""
+"""Detect NaN and Inf in losses and gradients, and stop, skip the step or roll back."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ __all__ = ["NonFiniteHook"]
 
 _POLICIES: Final = ("stop", "skip", "rollback")
 _CHECKS: Final = ("step", "interval")
-# How often float16 may halve its scale in a row: from 2**16, with which it begins, down to 2**-9.
+# How often float16 training may halve its loss scale in a row: from the initial 2**16 to 2**-9.
 _SCALE_SEARCH: Final = 25
 
 
 @final
 @dataclass(slots=True)
-class _Watched:
-    """An optimizer whose updates are followed, and how it stood when they were last looked at.
+class _GuardedOptimizer:
+    """An optimizer whose steps are checked, and its counters at the last check.
 
-    ``ends`` says for each update since then how many of the recent iterations had gone by.
+    ``ends`` contains, for each step since then, the number of recent iterations up to that step.
     """
 
     name: str
@@ -49,28 +49,29 @@ class _Watched:
 
 @final
 class NonFiniteHook(Hook):
-    """See a loss or a gradient that is not finite at the update that it would spoil, and act on all ranks together.
+    """Detect NaN or Inf in losses and gradients, and take the same action on all ranks.
 
-    With ``check="step"`` each update is looked at before it is made: a bad one is never made, and neither schedules nor
-    averages advance. On an accelerator that waits for the device once an update. With ``check="interval"`` nothing
-    waits: what was seen on the device is read where the log reads its values, before a checkpoint, and at the end.
-    Fused optimizers change nothing from the first bad update on, so that the weights are the same as with ``"step"``;
-    others have carried the values into the weights by then, and only a checkpoint helps.
+    With ``check="step"``, every step is checked before it is applied, so a bad step never changes the weights, and neither
+    schedules nor averages advance. On an accelerator, this synchronizes with the device once per step. With
+    ``check="interval"``, nothing is synchronized: the results of the checks stay on the device and are read when a log line
+    is written, before a checkpoint is saved, and at the end. Fused optimizers skip all steps from the first bad one on, so
+    the weights are the same as with ``"step"``. Other optimizers have already applied the bad step by then, and only a
+    rollback to a checkpoint helps.
 
-    A wrapper that skips such updates by itself, as float16 does while it looks for its loss scale, is let alone until
-    it has skipped 25 in a row.
+    Optimizer wrappers that skip bad steps on their own, as float16 training does while it searches for the loss scale, are
+    not stopped until they have skipped 25 steps in a row.
 
     Args:
-        policy: ``"stop"`` with an error that names iteration, ranks, losses or gradients, and samples; ``"skip"`` the
-            update; or ``"rollback"``: go on from the last good checkpoint, behind the data that was seen since.
-        check: ``"step"`` or ``"interval"``; by default at each step on the CPU, and at intervals on accelerators
-            unless the policy is to skip.
-        interval: how many iterations lie between two looks; by default those between two lines of the log.
-        max_skips: how many updates in a row may be skipped before the run stops.
-        max_rollbacks: how often the run may go back before it stops.
+        policy: ``"stop"`` raises an error with the iteration, the ranks, the losses or gradients, and the samples;
+            ``"skip"`` skips the step; ``"rollback"`` resumes from the last good checkpoint and skips the data since then.
+        check: ``"step"`` or ``"interval"``; by default ``"step"`` on the CPU and with ``policy="skip"``, otherwise
+            ``"interval"``.
+        interval: the number of iterations between checks; by default the interval of the log lines.
+        max_skips: the maximum number of steps to skip in a row before the run stops.
+        max_rollbacks: the maximum number of rollbacks before the run stops.
 
     Raises:
-        ConfigValueError: if an argument is not one of these, or updates are to be skipped that are looked at too late.
+        ConfigValueError: if an argument is invalid, or ``policy="skip"`` is combined with ``check="interval"``.
     """
 
     priority = Priority.LOW
@@ -86,13 +87,13 @@ class NonFiniteHook(Hook):
     ) -> None:
         for name, value, known in (("policy", policy, _POLICIES), ("check", check or "step", _CHECKS)):
             if value not in known:
-                raise ConfigValueError(f"NonFiniteHook: {name}={value!r} is not known. {did_you_mean(value, known)}")
+                raise ConfigValueError(f"NonFiniteHook: unknown {name}={value!r}. {did_you_mean(value, known)}")
         for name, number in (("interval", interval), ("max_skips", max_skips), ("max_rollbacks", max_rollbacks)):
             if number is not None and (not isinstance(number, int) or number < 1):
-                raise ConfigValueError(f"NonFiniteHook: {name} is {number!r}; a whole number of at least 1 is due.")
+                raise ConfigValueError(f"NonFiniteHook: expected {name} to be an integer >= 1, got {number!r}.")
         if policy == "skip" and check == "interval":
             raise ConfigValueError(
-                'NonFiniteHook: policy="skip" decides before each update, so it goes with check="step". Choose that, or '
+                'NonFiniteHook: policy="skip" needs check="step", because it decides before each step. Use that, or '
                 'policy="rollback".'
             )
         self._policy = policy
@@ -102,10 +103,10 @@ class NonFiniteHook(Hook):
         self._max_rollbacks = max_rollbacks
         self._skipped = 0
         self._rollbacks = 0
-        self._watched: list[_Watched] = []
-        # The fields of a Batch, which is made where it is needed: a plain tuple costs an iteration no call.
+        self._guarded: list[_GuardedOptimizer] = []
+        # The fields of a Batch. A plain tuple avoids a function call per iteration.
         self._recent: list[tuple[int, int, int, Any]] = []
-        self._look_every: int | None = None
+        self._check_interval: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self._skipped} if self._skipped else {}
@@ -116,106 +117,113 @@ class NonFiniteHook(Hook):
     def before_train(self, run: Run) -> None:
         self._detach(run)
         deferred = self._is_deferred(run)
-        self._look_every = (self._interval or _log_interval(run)) if deferred else None
+        self._check_interval = (self._interval or _log_interval(run)) if deferred else None
         names = {id(parameter): name for name, parameter in run.strategy.unwrap_model().named_parameters()}
         for name, wrapper in run.optim_wrapper.each().items():
             if not isinstance(wrapper, AccumulatingOptimWrapper):
-                run.logger.info("Gradients under %s are not looked at: it has no watch.", type(wrapper).__name__)
-            elif wrapper.nonfinite != "error":  # which says so by itself
-                self._watched.append(_watch(name, wrapper, names, deferred=deferred, synchronized=run.world_size > 1))
+                run.logger.info(
+                    "The gradients of %s are not checked for NaN and Inf: it does not support the check.",
+                    type(wrapper).__name__,
+                )
+            elif wrapper.nonfinite != "error":  # such a wrapper raises the error itself
+                self._guarded.append(_watch(name, wrapper, names, deferred=deferred, synchronized=run.world_size > 1))
         if deferred:
-            run.before_saving.append(self._look_now)
+            run.before_saving.append(self._check_now)
             self._run = run
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         progress = run.progress
         self._recent.append((progress.iter, progress.epoch, batch_idx, outputs))
         moved = False
-        for each in self._watched:
+        for each in self._guarded:
             optim = each.optim
             if optim.num_steps_attempted != each.attempts:
                 each.attempts, moved = optim.num_steps_attempted, True
-                if self._look_every is not None:
+                if self._check_interval is not None:
                     each.ends.append(len(self._recent))
                 if optim.num_steps_applied == each.updates:
-                    self._refused(run, each)
+                    self._handle_skipped(run, each)
                 else:
                     each.updates, each.skipped = optim.num_steps_applied, 0
-        if self._look_every is None:
+        if self._check_interval is None:
             if moved:
                 self._recent.clear()
-        elif (progress.iter + 1) % self._look_every == 0:
-            self._look(run)
+        elif (progress.iter + 1) % self._check_interval == 0:
+            self._read_checks(run)
 
     def after_train(self, run: Run) -> None:
-        self._look(run)
+        self._read_checks(run)
         self._detach(run)
 
-    def _refused(self, run: Run, each: _Watched) -> None:
-        """Act on an update that was not made. Collective."""
+    def _handle_skipped(self, run: Run, each: _GuardedOptimizer) -> None:
+        """Act on a step that was not applied. Collective."""
         nonfinite_params = each.watch.nonfinite_params if isinstance(each.watch, SyncNonFiniteCheck) else ()
         report = NonFiniteReport.gather(run, _batches(self._recent), nonfinite_params)
         each.skipped += 1
         self._skipped += 1
         run.record(report.record())
         which = f" of {each.name}" if each.name else ""
-        said = f"{report.describe()} The update{which} was not made."
+        message = f"{report.describe()} The step{which} was not applied."
         if each.optim.nonfinite == "skip":
             if each.skipped < _SCALE_SEARCH:
-                run.logger.info("%s It is skipped; float16 lowers its loss scale.", said)
+                run.logger.info("%s It is skipped, and the float16 loss scale is reduced.", message)
                 return
-            said += f" So were the {each.skipped - 1} before it."
+            message += f" The {each.skipped - 1} previous steps were not applied either."
         elif self._policy == "skip":
             nan_buffers = _buffers_with_nan(run)
             if each.skipped < self._max_skips and not nan_buffers:
-                run.logger.warning("%s It is skipped: %d in all.", said, self._skipped)
+                run.logger.warning("%s It is skipped; %d skipped in total.", message, self._skipped)
                 return
             if nan_buffers:
-                said += f" It cannot be skipped: the forward has carried NaN into the buffers {', '.join(nan_buffers)}."
+                message += (
+                    f" It cannot be skipped: the forward pass wrote NaN into the buffers {', '.join(nan_buffers)}."
+                )
             else:
-                said += f" It is number {each.skipped} in a row, and max_skips={self._max_skips}."
-        self._give_up(run, report, said)
+                message += f" It is number {each.skipped} in a row, and max_skips={self._max_skips}."
+        self._stop_or_roll_back(run, report, message)
 
-    def _look_now(self) -> None:
-        self._look(self._run)
+    def _check_now(self) -> None:
+        self._read_checks(self._run)
 
-    def _look(self, run: Run) -> None:
-        """Read what deferred watches have seen since the last look, and act on it. Collective."""
-        for each in self._watched:
+    def _read_checks(self, run: Run) -> None:
+        """Read the results of the deferred checks since the last time, and act on them. Collective."""
+        for each in self._guarded:
             watch = each.watch
             if isinstance(watch, DeferredNonFiniteCheck) and (first := watch.first_nonfinite()) is not None:
                 recent = self._recent[each.ends[first - 1] if first else 0 : each.ends[first]]
                 report = NonFiniteReport.gather(run, _batches(recent), ())
                 run.record(report.record())
-                kept = "are those of before it" if watch.protects else "may hold it by now"
-                self._give_up(run, report, f"{report.describe()} It was seen after the fact; the weights {kept}.")
-        self._forget()
+                weights = "were not changed by it" if watch.protects else "may already contain it"
+                self._stop_or_roll_back(
+                    run, report, f"{report.describe()} It was detected later; the weights {weights}."
+                )
+        self._drop_completed()
 
-    def _forget(self) -> None:
-        """Keep of the recent iterations only those that wait for their update."""
-        done = min((each.ends[-1] for each in self._watched if each.ends), default=0)
+    def _drop_completed(self) -> None:
+        """Discard the recent iterations except those of the incomplete accumulation window."""
+        done = min((each.ends[-1] for each in self._guarded if each.ends), default=0)
         del self._recent[:done]
-        for each in self._watched:
+        for each in self._guarded:
             each.ends.clear()
 
-    def _give_up(self, run: Run, report: NonFiniteReport, said: str) -> None:
-        """Stop, or go back where that is wanted and possible."""
-        # What is being written may be it, and what it replaces goes then.
+    def _stop_or_roll_back(self, run: Run, report: NonFiniteReport, message: str) -> None:
+        """Raise an error that stops the run, or one that requests a rollback. Collective."""
+        # The checkpoint that is being written may be the newest good one, and older ones are removed after it.
         run.checkpoint_writer.wait()
         good = broadcast_object(run.save_counter.newest_good(run.id) if run.rank == 0 else None)
         if self._policy != "rollback":
-            raise TrainingError(f"{said} {_advice(good)}")
+            raise TrainingError(f"{message} {_advice(good)}")
         if good is None:
             raise TrainingError(
-                f"{said} There is no checkpoint to roll back to. Save one earlier, or use policy='skip'."
+                f"{message} There is no checkpoint to roll back to. Save one earlier, or use policy='skip'."
             )
         if self._rollbacks >= self._max_rollbacks:
             raise TrainingError(
-                f"{said} The run was rolled back {self._rollbacks} times already, and max_rollbacks="
+                f"{message} The run has already been rolled back {self._rollbacks} times, and max_rollbacks="
                 f"{self._max_rollbacks}. {_advice(good)}"
             )
         self._rollbacks += 1
-        raise RollBackError(said, good, iteration=report.last, epoch=report.epoch - 1, batch=report.batch)
+        raise RollBackError(message, good, iteration=report.last, epoch=report.epoch - 1, batch=report.batch)
 
     def _is_deferred(self, run: Run) -> bool:
         if self._check is not None:
@@ -223,20 +231,20 @@ class NonFiniteHook(Hook):
         return run.world.device.type != "cpu" and self._policy != "skip"
 
     def _detach(self, run: Run) -> None:
-        for each in self._watched:
+        for each in self._guarded:
             each.optim.gradient_policy = replace(each.optim.gradient_policy, guard=None)
             if isinstance(each.watch, DeferredNonFiniteCheck):
                 each.watch.end()
-        self._watched = []
+        self._guarded = []
         self._recent.clear()
-        if self._look_now in run.before_saving:
-            run.before_saving.remove(self._look_now)
+        if self._check_now in run.before_saving:
+            run.before_saving.remove(self._check_now)
 
 
 def _watch(
     name: str, optim: AccumulatingOptimWrapper, names: Mapping[int, str], *, deferred: bool, synchronized: bool
-) -> _Watched:
-    # One that skips by itself waits for the device anyway.
+) -> _GuardedOptimizer:
+    # A wrapper that skips steps on its own synchronizes with the device anyway.
     later = deferred and optim.nonfinite is None
     watch = (
         DeferredNonFiniteCheck(optim.optimizer)
@@ -244,7 +252,7 @@ def _watch(
         else SyncNonFiniteCheck(optim.optimizer, names, synchronized=synchronized)
     )
     optim.gradient_policy = replace(optim.gradient_policy, guard=watch)
-    return _Watched(name, optim, watch, optim.num_steps_attempted, optim.num_steps_applied)
+    return _GuardedOptimizer(name, optim, watch, optim.num_steps_attempted, optim.num_steps_applied)
 
 
 def _batches(recent: Iterable[tuple[int, int, int, Any]]) -> list[Batch]:
@@ -252,21 +260,21 @@ def _batches(recent: Iterable[tuple[int, int, int, Any]]) -> list[Batch]:
 
 
 def _log_interval(run: Run) -> int:
-    """Return how many iterations lie between two lines of the log: there values are read anyway."""
+    """Return the interval of the log lines, which read values from the device anyway."""
     intervals = [hook.interval for hook in run.events.hooks if isinstance(hook, LoggerHook)]
     return min(intervals, default=LoggerHook().interval)
 
 
 def _buffers_with_nan(run: Run) -> list[str]:
-    """Return the buffers that have a NaN on some rank; an infinity may be meant, as in a mask. Collective."""
+    """Return the buffers with NaN on any rank. Inf is not included: it can be intended, as in a mask. Collective."""
     buffers = run.strategy.unwrap_model().named_buffers()
     found = [name for name, buffer in buffers if buffer.is_floating_point() and bool(buffer.isnan().any())]
     return sorted({name for names in all_gather_object(found) for name in names})
 
 
 def _advice(good: Path | None) -> str:
-    goes_on = "There is no good checkpoint yet." if good is None else f"The last good checkpoint is {good}."
+    checkpoint = "There is no good checkpoint yet." if good is None else f"The last good checkpoint is {good}."
     return (
-        f"{goes_on} Look for a division by zero or a logarithm in the loss, lower the learning rate, or go on without "
-        "such updates: default_hooks=dict(nonfinite=dict(policy='skip'))."
+        f"{checkpoint} Look for a division by zero or a logarithm in the loss, reduce the learning rate, or skip such steps: "
+        " default_hooks=dict(nonfinite=dict(policy='skip'))."
     )

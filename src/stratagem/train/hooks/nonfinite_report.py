@@ -1,4 +1,4 @@
-"""What is known of numbers that are not finite: where they were seen, on which ranks, from which samples."""
+"""Report NaN and Inf in a training step: iterations, ranks, values and samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_NAMES = 5
 
 
 class Batch(NamedTuple):
-    """An iteration whose update is looked at: its place, and what its training step returned, by reference."""
+    """An iteration whose step is checked: its position, and a reference to the outputs of its training step."""
 
     iteration: int
     epoch: int
@@ -29,17 +29,17 @@ class Batch(NamedTuple):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NonFiniteReport:
-    """Numbers that were not finite, equal on every rank.
+    """A report of NaN or Inf in one step, the same on every rank.
 
     Attributes:
-        first: the first iteration, counted from 1, that they may come from.
-        last: the last of them.
-        epoch: the epoch of the last, counted from 1.
-        batch: its batch of the epoch, counted from 1.
-        values: what was not finite of what training steps returned, by rank and name.
-        samples: the dataset's indices of the batches, by rank; None where the order of the data is not known.
-        parameters: the names of those whose gradients were not finite, the nearest to the loss among the first; of what
-            all ranks had exchanged.
+        first: the first iteration, counted from 1, that contributed to the step.
+        last: the last iteration that contributed to the step.
+        epoch: the epoch of the last iteration, counted from 1.
+        batch: the batch of the last iteration in its epoch, counted from 1.
+        values: the outputs of the training step that are NaN or Inf, by rank and name.
+        samples: the dataset indices of the samples, by rank; None if the order of the data is unknown.
+        parameters: the names of the parameters whose synchronized gradients contain NaN or Inf, roughly from the loss to
+            the inputs.
     """
 
     first: int
@@ -52,9 +52,9 @@ class NonFiniteReport:
 
     @classmethod
     def gather(cls, run: Run, batches: Sequence[Batch], parameters: tuple[str, ...]) -> NonFiniteReport:
-        """Put together what each rank knows of the iterations of one update. Collective."""
+        """Create the report for the iterations of one step from the outputs on all ranks. Collective."""
         here = [(batch, bad) for batch in batches if (bad := _nonfinite(batch.outputs))]
-        # A rank whose losses are sound knows no better than all of the batches.
+        # If all losses on this rank are finite, any of its batches can be the cause.
         suspects = [batch for batch, _ in here] or list(batches)
         values = {name: value for _, bad in here for name, value in bad.items()}
         gathered = all_gather_object((values, _samples(run, suspects)))
@@ -70,13 +70,13 @@ class NonFiniteReport:
         )
 
     def describe(self) -> str:
-        """Return where it was, what was not finite, and the samples, as sentences."""
+        """Return the position, the values and the samples as sentences."""
         where = f"Iteration {self.last}" if self.first == self.last else f"Iterations {self.first} to {self.last}"
         place = f"{where} (epoch {self.epoch}, batch {self.batch})"
         return f"{place}: {self._what()} {self._which()}"
 
     def record(self) -> dict[str, Any]:
-        """Return it as a record of the log."""
+        """Return the record for the log."""
         values = {name: value for bad in self.values.values() for name, value in bad.items()}
         return {
             **values, "mode": "nonfinite", "epoch": self.epoch, "iter": self.last, "step": self.last,
@@ -90,22 +90,22 @@ class NonFiniteReport:
                 f"{', '.join(f'{name}={value}' for name, value in bad.items())} on rank {rank}"
                 for rank, bad in self.values.items()
             )
-            return f"the training step gave {shown}."
+            return f"the training step returned {shown}."
         if not self.parameters:
-            return "the losses are finite, but gradients are not."
+            return "the losses are finite, but the gradients contain NaN or Inf."
         shown = _shortened(self.parameters)
         count = len(self.parameters)
-        return f"the losses are finite, but the gradients of {count} parameter(s) are not, from the loss on: {shown}."
+        return f"the losses are finite, but the gradients of {count} parameter(s) contain NaN or Inf: {shown}."
 
     def _which(self) -> str:
         if all(indices is None for indices in self.samples.values()):
-            return "Which samples these were is not known: the order of the data is its loader's own."
+            return "The samples are unknown, because the dataloader determines the order of the data."
         shown = "; ".join(f"rank {rank} {indices}" for rank, indices in self.samples.items())
-        return f"The batch's samples, by their index in the dataset: {shown}."
+        return f"Dataset indices of the samples in the batch: {shown}."
 
 
 def _nonfinite(outputs: Any) -> dict[str, float]:
-    """Return the scalars of a training step that are not finite; waits for the device."""
+    """Return the scalars in the outputs of a training step that are NaN or Inf. Synchronizes with the device."""
     if not isinstance(outputs, Mapping):
         return {}
     numbers = {name: _number(value) for name, value in outputs.items()}
