@@ -316,14 +316,14 @@ def separately() -> dict[str, Any]:
 
     placement, placed = place(model, make_optim, separate=True)
     placed.model.train_step(torch.tensor([of_rank(1.0, 3.0)]), placed.optim)
-    bare = placement.unwrap(placed.model)
+    unwrapped = placement.unwrap(placed.model)
     placed.model.eval()
     return {
         "kinds": {
             name: type(child).__name__ for name, child in placed.model.named_children() if name != "data_preprocessor"
         },
-        "bare": bare is model and list(bare.state_dict()) == names,
-        "bare of one": placement.unwrap(placed.model.maker) is model.maker,
+        "unwrapped": unwrapped is model and list(unwrapped.state_dict()) == names,
+        "unwrapped of one": placement.unwrap(placed.model.maker) is model.maker,
         "values": [model.maker.scale.item(), model.judge.scale.item(), model.fixed.scale.item()],
         "training": [module.training for module in (model.maker, model.judge, model.fixed)],
         "is a model": isinstance(placed.model, Adversaries),
@@ -334,8 +334,8 @@ def test_alternately_trained_parts_are_wrapped_separately(ranks: Ranks) -> None:
     """Each part is wrapped separately, the frozen part is not wrapped, and parameter names do not change."""
     expected = {
         "kinds": {"maker": "Replica", "judge": "Replica", "fixed": "Scale"},
-        "bare": True,
-        "bare of one": True,
+        "unwrapped": True,
+        "unwrapped of one": True,
         "values": [0.0, 1.0, 5.0],
         "training": [False, False, False],
         "is a model": True,
@@ -350,8 +350,8 @@ def facts() -> dict[str, Any]:
     placement, placed = place(model, lambda module: made_of.append(module) or sgd(module), find_unused_parameters=True)
     return {
         "scale": model.scale.item(),
-        "optimizer of the bare model": made_of == [model],
-        "bare": placement.unwrap(placed.model) is model,
+        "optimizer of the unwrapped model": made_of == [model],
+        "unwrapped": placement.unwrap(placed.model) is model,
         "attribute": placed.model.steps,
         "option": placed.model.find_unused_parameters,
     }
@@ -361,8 +361,8 @@ def test_a_placed_model(ranks: Ranks) -> None:
     """Ranks start with the weights of rank 0, the optimizer has the original names, and options are passed to DDP."""
     expected = {
         "scale": 4.0,
-        "optimizer of the bare model": True,
-        "bare": True,
+        "optimizer of the unwrapped model": True,
+        "unwrapped": True,
         "attribute": 0,
         "option": True,
     }

@@ -43,7 +43,7 @@ class ColossalAIFormatWriter:
                 "checkpoint_format='portable'."
             )
         # The booster writes the parameters of the model. Save the state tree as well if they are not the master weights, or
-        # if a hook has write_full the trained weights into the tree because the model temporarily has averaged weights.
+        # if a hook has put the trained weights into the tree because the model temporarily has averaged weights.
         excluded = (
             () if self._placement.has_master_weights or self._is_changed(checkpoint["state_dict"]) else ("state_dict",)
         )

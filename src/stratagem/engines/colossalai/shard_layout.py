@@ -51,7 +51,7 @@ class ParamShard:
     num_copies: int
 
     @property
-    def is_whole(self) -> bool:
+    def is_full(self) -> bool:
         """Whether this rank has the full parameter."""
         return self.count == self.shape.numel()
 

@@ -58,7 +58,7 @@ class ColossalAIState(StateAccess):
         allow_missing: Sequence[str],
     ) -> LoadReport:
         own = dict(self._entries(model))
-        shapes = {name: self._whole_shape(value) for name, value in own.items()}
+        shapes = {name: self._full_shape(value) for name, value in own.items()}
         report, fitting = match_state(
             model, shapes, state, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
         )
@@ -135,7 +135,7 @@ class ColossalAIState(StateAccess):
             return shard.to_sharded_state(shard.master)
         return value.detach() if isinstance(value, Tensor) else value
 
-    def _whole_shape(self, value: Any) -> Any:
+    def _full_shape(self, value: Any) -> Any:
         if isinstance(value, nn.Parameter):
             return torch.empty(self._placement.param_shards[value].shape, device="meta")
         return value
@@ -145,7 +145,7 @@ class ColossalAIState(StateAccess):
             return value
         if value.shape == shard.master.shape:
             return shard.to_sharded_state(value)
-        if shard.is_whole:
+        if shard.is_full:
             return value
         raise CheckpointError(
             f"The optimizer's {key} of {shard.name} has shape {list(value.shape)}, and this rank has {shard.count} elements of "

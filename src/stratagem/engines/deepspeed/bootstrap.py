@@ -62,7 +62,7 @@ def load_deepspeed(world: World) -> ModuleType:
 
 
 def require_dtype(deepspeed: ModuleType, dtype: torch.dtype | None) -> None:
-    """Refuse a 16-bit dtype that DeepSpeed does not support on this device.
+    """Reject a 16-bit dtype that DeepSpeed does not support on this device.
 
     Raises:
         ConfigValueError: if the dtype is not supported. On CPUs, DeepSpeed requires float16 instructions for float16.

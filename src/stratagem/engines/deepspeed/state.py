@@ -58,9 +58,9 @@ class DeepSpeedState(StateAccess):
     ) -> LoadReport:
         own = model.state_dict(keep_vars=True)
         parameters = {name: value for name, value in own.items() if isinstance(value, nn.Parameter)}
-        whole = {name: torch.empty(whole_shape(each), device="meta") for name, each in parameters.items()}
+        full_shapes = {name: torch.empty(full_shape(each), device="meta") for name, each in parameters.items()}
         report, values = match_state(
-            model, {**own, **whole}, state, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
+            model, {**own, **full_shapes}, state, strict=strict, revise_keys=revise_keys, allow_missing=allow_missing
         )
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -104,10 +104,12 @@ class DeepSpeedState(StateAccess):
         for flat, owners in _by_flat(own.master_weights.shard_ranges):
             slots = {each: saved[each] for each in owners}
             _write_slots(own.optimizer.state, flat, owners, slots)
-            kept = own.optimizer.state.get(flat, {})
-            if "step" in kept:
-                whole = _counts_in_integers(own.optimizer)
-                kept["step"] = int(kept["step"]) if whole else _to_torch_format("step", kept["step"])
+            flat_slots = own.optimizer.state.get(flat, {})
+            if "step" in flat_slots:
+                is_integer = _counts_steps_as_int(own.optimizer)
+                flat_slots["step"] = (
+                    int(flat_slots["step"]) if is_integer else _to_torch_format("step", flat_slots["step"])
+                )
         for group, options in zip(own.groups, by_index["param_groups"], strict=True):
             group.options.update({key: value for key, value in options.items() if key not in ("params", "param_names")})
         own.load_counts(state)
@@ -124,7 +126,7 @@ class DeepSpeedState(StateAccess):
             return value.detach() if isinstance(value, Tensor) else value
         master_weights = self._placement.master_weights
         shard_range = None if master_weights is None else master_weights.shard_ranges.get(value)
-        shape = whole_shape(value)
+        shape = full_shape(value)
         if master_weights is not None and shard_range is not None:
             return (
                 _shard_state(shard_range, shard_range.flat, shape)
@@ -149,7 +151,7 @@ class DeepSpeedState(StateAccess):
         self, optim: DeepSpeedEngineOptimWrapper, parameter: nn.Parameter, shard_range: ShardRange
     ) -> dict[str, Any]:
         """Return the optimizer state of a parameter. State that is not elementwise is that of the whole flat tensor."""
-        shape = whole_shape(parameter)
+        shape = full_shape(parameter)
         state = optim.optimizer.state.get(shard_range.flat, {})
         return {
             key: _shard_state(shard_range, value, shape)
@@ -159,7 +161,7 @@ class DeepSpeedState(StateAccess):
         }
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def full_shape(parameter: nn.Parameter) -> torch.Size:
     """Return the full shape of a parameter, of which each process has only a part in stage 3."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -215,24 +217,26 @@ def _write_slots(
     if not given:
         state.pop(flat, None)
         return
-    kept = state.setdefault(flat, {})
+    flat_slots = state.setdefault(flat, {})
     for key in dict.fromkeys(key for slots in given.values() for key in slots):
         values = {each: slots[key] for each, slots in given.items() if slots.get(key) is not None}
         if not values:
-            kept[key] = None
+            flat_slots[key] = None
             continue
-        if not all(_is_elementwise(key, value, whole_shape(each)) for each, value in values.items()):
-            kept[key] = _require_equal(key, {saved[each][0]: value for each, value in values.items()})
+        if not all(_is_elementwise(key, value, full_shape(each)) for each, value in values.items()):
+            flat_slots[key] = _require_equal(key, {saved[each][0]: value for each, value in values.items()})
             continue
         dtype = next(iter(values.values())).dtype
-        if not isinstance(kept.get(key), Tensor):
-            kept[key] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
-        kept[key].zero_()
+        if not isinstance(flat_slots.get(key), Tensor):
+            flat_slots[key] = torch.zeros_like(flat, dtype=dtype, requires_grad=False)
+        flat_slots[key].zero_()
         for each, value in values.items():
             shard_range = owners[each]
             part = take_range(value, shard_range.start, shard_range.start + shard_range.count)
             # A tensor that is not sharded may have any strides.
-            target = kept[key] if shard_range.count == kept[key].numel() else shard_range.of(kept[key])
+            target = (
+                flat_slots[key] if shard_range.count == flat_slots[key].numel() else shard_range.of(flat_slots[key])
+            )
             target.copy_(part.view(target.shape))
 
 
@@ -249,7 +253,7 @@ def _require_equal(key: str, values: Mapping[str, Any]) -> Any:
     return first.clone() if isinstance(first, Tensor) else first
 
 
-def _counts_in_integers(optimizer: Optimizer) -> bool:
+def _counts_steps_as_int(optimizer: Optimizer) -> bool:
     """Return whether an optimizer belongs to DeepSpeed, whose kernels take the number of steps as an integer."""
     return type(optimizer).__module__.startswith("deepspeed.")
 

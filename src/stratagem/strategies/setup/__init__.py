@@ -1,1 +1,1 @@
-"""What a strategy does before ``prepare``: set up the process, and build components from configurations."""
+"""Setting up a strategy: the process environment, and building components from configurations."""
