@@ -88,7 +88,9 @@ def refusal(folder: str) -> str:
 def test_passes_with_different_parameters_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
     """Passes that reach different parameters are an error that suggests adding the losses."""
     for told in ranks.run(refusal, str(tmp_path)):
-        assert "LossOfEachHead.train_step began a backward pass before DDP had the gradients of all parameters" in told
+        assert (
+            "LossOfEachHead.train_step started a backward pass before DDP had the gradients of all parameters" in told
+        )
         assert "optim_wrapper.update_params(loss_1 + loss_2)" in told
 
 

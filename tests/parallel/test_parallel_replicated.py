@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -289,7 +290,9 @@ def accumulated(separate: bool) -> list[list[float]]:
 
     placement, placed = place(model, make_optim, separate=separate)
     for wrapper in placed.optim.values() if separate else [placed.optim]:
-        wrapper.gradient_policy = placement.gradient_policy(placed.model, accumulates=False)
+        # Without completion before updates, which would average the gradients of all parts at each update of one.
+        policy = placement.gradient_policy(placed.model, accumulates=False)
+        wrapper.gradient_policy = dataclasses.replace(policy, complete=None)
     seen = []
     for batch in of_rank((1.0, 2.0), (3.0, 6.0)):
         placed.model.train_step(torch.tensor([batch]), placed.optim)
