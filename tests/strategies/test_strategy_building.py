@@ -341,8 +341,8 @@ def test_default_args_replace_missing_values(single: Make) -> None:
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        ({"type": "LinearLR"}, ValueError, "the run max_epochs"),
-        ({"type": "LinearLR", "by_epoch": False}, ValueError, "the run max_iters"),
+        ({"type": "LinearLR"}, ValueError, "max_epochs of the run"),
+        ({"type": "LinearLR", "by_epoch": False}, ValueError, "max_iters of the run"),
         ({"type": "LinearLR", "end": 3, "convert_to_iter_based": True}, ValueError, "needs epoch_length"),
         (3, TypeError, "got int: 3"),
         ([None], TypeError, "got NoneType: None"),
@@ -373,7 +373,7 @@ def test_an_invalid_list_of_schedules_does_not_change_the_optimizer(single: Make
 
 def test_schedulers_for_an_unknown_optimizer_are_rejected(single: Make) -> None:
     """A misspelled optimizer name is an error with the closest name."""
-    with pytest.raises(ConfigKeyError, match=r"no optimizer 'frist'. Did you mean 'first'"):
+    with pytest.raises(ConfigKeyError, match=r"unknown optimizer 'frist'. Did you mean 'first'"):
         scheduled(single, {"frist": [], "second": []}, two())
 
 

@@ -370,10 +370,10 @@ def test_unsupported_uses_of_ddp_are_rejected(ranks: Ranks, tmp_path: Path) -> N
         around, compiled, childless, synchronised, unknown, wrapped = errors
         assert around.startswith("Direct.train_step reached the model's parameters without calling self(...)")
         assert "target='train_step' cannot be used under DDP" in compiled
-        assert "Line has learning parameters of its own (weight)" in childless
+        assert "Line has trainable parameters outside of them (weight)" in childless
         assert "SyncBatchNorm requires an accelerator" in synchronised
         assert "Unknown sync_bn='trch'. Did you mean 'torch'" in unknown
-        assert wrapped.startswith("The model is wrapped already, in a Replica")
+        assert wrapped.startswith("The model is already wrapped, in a Replica")
 
 
 def options_on_a_rank(folder: str) -> list[Any]:
