@@ -83,13 +83,13 @@ def test_keyword_arguments_are_resolved_through_calls(target, names):
     taken = arguments_of(target)
     assert set(taken.names) == names
     assert not taken.open
-    assert not taken.accept("anything")
+    assert not taken.accepts("anything")
 
 
 @pytest.mark.parametrize("target", [Keeping, unknown, dict])
 def test_unresolvable_targets_accept_any_argument(target):
     """If kwargs are stored or the source is not Python, every argument is accepted."""
-    assert arguments_of(target).accept("anything")
+    assert arguments_of(target).accepts("anything")
 
 
 def test_required_arguments_are_those_of_the_target():
@@ -103,9 +103,9 @@ def test_layers_and_metrics_are_resolved():
     import torch
     import torchmetrics
 
-    assert not arguments_of(torch.nn.LSTM).accept("mode")
-    assert arguments_of(torch.nn.LSTM).accept("hidden_size")
+    assert not arguments_of(torch.nn.LSTM).accepts("mode")
+    assert arguments_of(torch.nn.LSTM).accepts("hidden_size")
     accuracy = arguments_of(torchmetrics.Accuracy)
-    assert accuracy.accept("num_classes")
-    assert accuracy.accept("sync_on_compute")
-    assert not accuracy.accept("num_clases")
+    assert accuracy.accepts("num_classes")
+    assert accuracy.accepts("sync_on_compute")
+    assert not accuracy.accepts("num_clases")

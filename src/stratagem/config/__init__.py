@@ -7,7 +7,7 @@ from stratagem.config.explain import explain, show
 from stratagem.config.history import Change, ChangeKind
 from stratagem.config.node import ConfigDict
 from stratagem.config.overrides import parse_overrides
-from stratagem.config.reading.read_base import read_base
+from stratagem.config.reading.lazy import read_base
 from stratagem.config.reading.source import Origin
 
 __all__ = [

@@ -155,7 +155,7 @@ class _Check:
                 yield from self._below(node, key, section.keys[key], below)
             elif target is not None and key in _BUILD_KEYS:
                 continue
-            elif target is not None and taken.accept(key):
+            elif target is not None and taken.accepts(key):
                 yield from self._argument(node, key, section.registry, below)
             elif section.others is not None:
                 yield from self._below(node, key, section.others, below)
@@ -212,7 +212,7 @@ class _Check:
         for key, reason in (registry.refused_arguments(target, node) if target is not None else {}).items():
             yield self._problem((*path, key), reason)
         for key in node:
-            if not (key in _BUILD_KEYS or taken.accept(key)) and set(nearest_names(key, taken.names)) - node.keys():
+            if not (key in _BUILD_KEYS or taken.accepts(key)) and set(nearest_names(key, taken.names)) - node.keys():
                 yield self._unknown(key, Section(), taken, (*path, key), target)
 
     def _target(

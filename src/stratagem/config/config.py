@@ -49,7 +49,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         name = None if filename is None else str(filename)
         sections = as_plain(data._data if isinstance(data, Config) else dict(data or {}))
         layers = (Source(name or "Config(...)", sections),) if sections else ()
-        self._become(sections, layers, name)
+        self._set_sections(sections, layers, name)
 
     @classmethod
     def fromfile(
@@ -122,21 +122,21 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
     @classmethod
     def _load(cls, layers: Layers, filename: str | None, *, import_modules: bool) -> Config:
         config = cls.__new__(cls)
-        config._become(merge_layers(layers), layers, filename)
+        config._set_sections(merge_layers(layers), layers, filename)
         add_sibling_folders_to_path(layers)
         if import_modules:
             import_custom_modules(layers, config._data.get("custom_imports"))
         return config
 
-    def _become(self, sections: Mapping[str, Any], layers: Layers, filename: str | None) -> None:
+    def _set_sections(self, sections: Mapping[str, Any], layers: Layers, filename: str | None) -> None:
         history = History(layers)
         for key in _RESERVED.intersection(sections):
             raise ConfigKeyError(
                 f"{history.position((key,))}: {key!r} is the name of an attribute of Config. Rename the key."
             )
-        self._adopt(ConfigDict.with_positions(sections, history), history, filename)
+        self._set_fields(ConfigDict.with_positions(sections, history), history, filename)
 
-    def _adopt(self, data: ConfigDict, history: History, filename: str | None) -> None:
+    def _set_fields(self, data: ConfigDict, history: History, filename: str | None) -> None:
         object.__setattr__(self, "_data", data)
         object.__setattr__(self, "_history", history)
         object.__setattr__(self, "_filename", filename)
@@ -217,10 +217,10 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         return self._with(copy.deepcopy(self._data, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (self._data, self._history, self._filename)
+        return _rebuild, (self._data, self._history, self._filename)
 
     def _with(self, data: ConfigDict) -> Config:
-        return _revive(data, self._history, self._filename)
+        return _rebuild(data, self._history, self._filename)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a deep copy made of plain dicts, lists and tuples, with lazy objects as dotted names."""
@@ -242,7 +242,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         """
         layer = Source(source, nest(options), list_keys=allow_list_keys)
         sections = merge(layer.data, as_plain(self._data), list_keys=allow_list_keys)
-        self._become(sections, (*self._history.layers, layer), self._filename)
+        self._set_sections(sections, (*self._history.layers, layer), self._filename)
 
     def dump(self, path: str | Path | None = None) -> str:
         """Write the merged configuration to a file, in the language of its suffix, and return the text.
@@ -276,7 +276,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         if value is _MISSING:
             return None
         change = self._history.last(keys)
-        if change is None or not _same(value, change.value):
+        if change is None or not _is_unchanged(value, change.value):
             return Origin("the program")
         return change.origin
 
@@ -314,7 +314,7 @@ def _at(node: Any, keys: KeyPath) -> Any:
     return node
 
 
-def _same(value: Any, given: Any) -> bool:
+def _is_unchanged(value: Any, given: Any) -> bool:
     """Return whether a value is still the one that a layer set; True for dicts, since later layers merge into them."""
     if isinstance(value, dict):
         return isinstance(given, Mapping)
@@ -322,7 +322,7 @@ def _same(value: Any, given: Any) -> bool:
         return (
             isinstance(given, list | tuple)
             and len(value) == len(given)
-            and all(_same(item, was) for item, was in zip(value, given, strict=True))
+            and all(_is_unchanged(item, was) for item, was in zip(value, given, strict=True))
         )
     return value is given or (isinstance(value, str | int | float) and type(value) is type(given) and value == given)
 
@@ -332,7 +332,7 @@ def _default_root(path: Path) -> Path:
     return here if path.resolve().is_relative_to(here) else path.parent
 
 
-def _revive(data: ConfigDict, history: History, filename: str | None) -> Config:
+def _rebuild(data: ConfigDict, history: History, filename: str | None) -> Config:
     config = Config.__new__(Config)
-    config._adopt(data, history, filename)
+    config._set_fields(data, history, filename)
     return config

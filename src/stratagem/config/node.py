@@ -188,18 +188,18 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
 
     def copy(self) -> ConfigDict:
         """Return a shallow copy; nested dicts are shared."""
-        return _revive(dict(self.raw_items()), self._owner, self._path)
+        return _rebuild(dict(self.raw_items()), self._owner, self._path)
 
     __copy__ = copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ConfigDict:
-        copied = _revive({}, self._owner, self._path)
+        copied = _rebuild({}, self._owner, self._path)
         memo[id(self)] = copied
         copied.update({key: deepcopy(value, memo) for key, value in self.raw_items()})
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _revive, (dict(self.raw_items()), self._owner, self._path)
+        return _rebuild, (dict(self.raw_items()), self._owner, self._path)
 
     def __dir__(self) -> Iterator[str]:
         yield from super().__dir__()
@@ -280,7 +280,7 @@ def _suggest(key: object, known: Iterable[object]) -> str:
     return did_you_mean(str(key), [name for name in known if isinstance(name, str)])
 
 
-def _revive(data: dict[str, Any], owner: PositionLookup | None, path: KeyPath) -> ConfigDict:
+def _rebuild(data: dict[str, Any], owner: PositionLookup | None, path: KeyPath) -> ConfigDict:
     """Create a ConfigDict from values that are already converted."""
     node = ConfigDict()
     object.__setattr__(node, "_owner", owner)

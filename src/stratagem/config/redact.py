@@ -24,7 +24,7 @@ _PLACEHOLDER = re.compile(r"\{\{\s*+\$\s*+(?P<variable>\w++)[^{}]*+\}\}")
 _STAND_IN = re.compile(r"[\U000F0000-\U000FFFFD]")
 _FIRST_STAND_IN = 0xF0000
 _MARKER = "{{ $SECRET:"
-_AS_THEY_ARE = (bool, float, type(None), type, FunctionType, BuiltinFunctionType, LazyObject, MaskedSecret)
+_UNCHANGED_TYPES = (bool, float, type(None), type, FunctionType, BuiltinFunctionType, LazyObject, MaskedSecret)
 
 
 def redacted(value: Any, path: KeyPath = ()) -> Any:
@@ -98,7 +98,7 @@ class _Redactor:
             return value if shown == text else shown
         if isinstance(value, int) and not isinstance(value, bool):
             return self._masked(str(value), path) if str(value) in self.known else value
-        if isinstance(value, _AS_THEY_ARE):
+        if isinstance(value, _UNCHANGED_TYPES):
             return value
         # Other objects are written as str(value).
         text = str(value)

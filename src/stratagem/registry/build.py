@@ -122,7 +122,7 @@ def _resolve(kind: object, registry: SupportsBuild, cfg: Mapping[str, Any]) -> A
 def _check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], cfg: Mapping[str, Any]) -> None:
     taken = arguments_of(target)
     for name in arguments:
-        if not taken.accept(name):
+        if not taken.accepts(name):
             raise ConfigTypeError(
                 f"{_at(cfg, name)}{_name(target)} takes no argument {name!r}. {did_you_mean(name, taken.names)}"
             )

@@ -138,7 +138,7 @@ class Registry:
         """
         if not isinstance(force, bool):
             raise ConfigTypeError(f"force must be a bool, got {force!r}.")
-        if not (name is None or isinstance(name, str) or _is_names(name)):
+        if not (name is None or isinstance(name, str) or _is_name_list(name)):
             raise ConfigTypeError(f"The name must be a string or a list of strings, got {name!r}.")
         if module is not None:
             self._register(module, name, force=force)
@@ -199,7 +199,7 @@ class Registry:
                             "imported. Data files cannot choose what is imported: import the package in the program, or "
                             f"call allow_packages({str(scope)!r})."
                         )
-                    known = [item.scope for item in _tree(self.root)]
+                    known = [item.scope for item in _subtree(self.root)]
                     raise ConfigKeyError(
                         f"No {self._name} registry has the scope {scope!r}. {did_you_mean(scope, known)}"
                     )
@@ -258,7 +258,7 @@ class Registry:
 
     def _registry_of(self, scope: str, *, may_import: bool) -> Registry | None:
         def search() -> Registry | None:
-            return next((registry for registry in _tree(self.root) if registry.scope == scope), None)
+            return next((registry for registry in _subtree(self.root) if registry.scope == scope), None)
 
         found = search()
         if found is None and may_import and _has_registries(scope):
@@ -285,10 +285,10 @@ class Registry:
         self._children[child.scope] = child
 
 
-def _tree(registry: Registry) -> Iterator[Registry]:
+def _subtree(registry: Registry) -> Iterator[Registry]:
     yield registry
     for child in registry.children.values():
-        yield from _tree(child)
+        yield from _subtree(child)
 
 
 def _has_registries(package: str) -> bool:
@@ -297,7 +297,7 @@ def _has_registries(package: str) -> bool:
     return is_package and importlib.util.find_spec(f"{package}.registry") is not None
 
 
-def _is_names(name: object) -> bool:
+def _is_name_list(name: object) -> bool:
     return isinstance(name, Sequence) and all(isinstance(item, str) for item in name)
 
 

@@ -69,8 +69,8 @@ def refused_arguments(target: Any, given: Mapping[str, Any]) -> dict[str, str]:
     rules = rules_of(target)
     if rules is None:
         return {}
-    suspects = given.keys() if isinstance(given.get("type"), DataName) else _given_by_data(given)
-    refused = {name: _refusal(name, given[name], rules, target) for name in given if name in suspects}
+    suspects = given.keys() if isinstance(given.get("type"), DataName) else _names_from_data(given)
+    refused = {name: _rejection_reason(name, given[name], rules, target) for name in given if name in suspects}
     return {name: reason for name, reason in refused.items() if reason and name not in _RESERVED_KEYS}
 
 
@@ -91,7 +91,7 @@ def refuse_data_arguments(target: Any, given: Mapping[str, Any], where: str = ""
 
 def is_restricted(target: Any, given: Mapping[str, Any]) -> bool:
     """Return whether ``target`` has rules and a data file chose it or set one of its arguments."""
-    return rules_of(target) is not None and (isinstance(given.get("type"), DataName) or bool(_given_by_data(given)))
+    return rules_of(target) is not None and (isinstance(given.get("type"), DataName) or bool(_names_from_data(given)))
 
 
 @contextmanager
@@ -107,13 +107,13 @@ def weights_only_loads() -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _given_by_data(given: Mapping[str, Any]) -> set[str]:
+def _names_from_data(given: Mapping[str, Any]) -> set[str]:
     return data_keys(given) | {
         name for name, value in given.items() if name not in _RESERVED_KEYS and holds_data(value)
     }
 
 
-def _refusal(name: str, value: Any, rules: DataRules, target: Any) -> str | None:
+def _rejection_reason(name: str, value: Any, rules: DataRules, target: Any) -> str | None:
     allowed = rules.allowed.get(name, rules.others)
     title = _title(target)
     if allowed is None:

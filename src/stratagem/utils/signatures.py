@@ -19,13 +19,13 @@ _READING_METHODS = frozenset({"pop", "get", "setdefault"})
 @final
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The keyword arguments of a target. ``open`` means that it may accept any other name as well."""
+    """The keyword arguments of a target. ``open`` means that the target may accept any other name."""
 
     names: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()
     open: bool = False
 
-    def accept(self, name: str) -> bool:
+    def accepts(self, name: str) -> bool:
         """Return whether the target accepts an argument with this name."""
         return self.open or name in self.names
 
@@ -62,21 +62,21 @@ def _arguments_of(target: Callable[..., Any]) -> Arguments:
         parameters = list(inspect.signature(target).parameters.values())
     except (TypeError, ValueError):
         return _ANYTHING
-    taken = _own(parameters)
+    taken = _declared(parameters)
     if not taken.open:
         return taken
     if isinstance(target, type):
-        return _replace_open(taken, _forwarded_by_class(target))
+        return _with_forwarded(taken, _forwarded_by_class(target))
     function = inspect.unwrap(target)
     owner = type(target.__self__) if inspect.ismethod(target) and not isinstance(target.__self__, type) else None
-    return _replace_open(taken, _forwarded(getattr(function, "__func__", function), owner))
+    return _with_forwarded(taken, _forwarded(getattr(function, "__func__", function), owner))
 
 
 # Reading source code takes a millisecond, and it is needed twice for each class: to check and to build.
 _cached_arguments_of = functools.lru_cache(maxsize=1024)(_arguments_of)
 
 
-def _own(parameters: list[inspect.Parameter]) -> Arguments:
+def _declared(parameters: list[inspect.Parameter]) -> Arguments:
     named = [item for item in parameters if item.kind in {item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY}]
     return Arguments(
         tuple(item.name for item in named),
@@ -85,7 +85,7 @@ def _own(parameters: list[inspect.Parameter]) -> Arguments:
     )
 
 
-def _replace_open(taken: Arguments, forwarded: Arguments) -> Arguments:
+def _with_forwarded(taken: Arguments, forwarded: Arguments) -> Arguments:
     return Arguments(taken.names, taken.required) | forwarded
 
 
@@ -117,18 +117,18 @@ def _forwarded(function: Any, cls: type | None, owner: type | None = None) -> Ar
     node = _syntax(function)
     if node is None or node.args.kwarg is None:
         return _ANYTHING if node is None else _NOTHING
-    uses = _Uses(node.args.kwarg.arg)
+    uses = _KwargsUses(node.args.kwarg.arg)
     for statement in node.body:
         uses.visit(statement)
-    if uses.elsewhere:
+    if uses.has_other_uses:
         return _ANYTHING
     taken = Arguments(tuple(uses.names))
     for call in uses.calls:
-        taken |= _left_over(_callee(call.func, function, cls, owner), call)
+        taken |= _remaining(_arguments_of_callee(call.func, function, cls, owner), call)
     return taken
 
 
-def _left_over(taken: Arguments, call: ast.Call) -> Arguments:
+def _remaining(taken: Arguments, call: ast.Call) -> Arguments:
     """Return the arguments that a call still accepts in addition to those written in it."""
     written = {item.arg for item in call.keywords}
     for name, argument in zip(taken.names, call.args, strict=False):
@@ -148,13 +148,13 @@ def _syntax(function: Any) -> ast.FunctionDef | None:
 
 
 @final
-class _Uses(ast.NodeVisitor):
+class _KwargsUses(ast.NodeVisitor):
     """Collects how a function uses its ``**kwargs``: the calls and keys, and whether there is any other use."""
 
     def __init__(self, kwargs: str) -> None:
         self.calls: list[ast.Call] = []
         self.names: list[str] = []
-        self.elsewhere = False
+        self.has_other_uses = False
         self._kwargs = kwargs
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -195,13 +195,13 @@ class _Uses(ast.NodeVisitor):
 
     def visit_Name(self, node: ast.Name) -> None:
         if node.id == self._kwargs:
-            self.elsewhere = True
+            self.has_other_uses = True
 
     def _method(self, node: ast.Call, method: str) -> None:
         if method in _READING_METHODS and node.args and isinstance(node.args[0], ast.Constant):
             self.names.append(str(node.args[0].value))
         elif method != "update":
-            self.elsewhere = True
+            self.has_other_uses = True
         for child in (*node.args, *(item.value for item in node.keywords)):
             self.visit(child)
 
@@ -209,7 +209,7 @@ class _Uses(ast.NodeVisitor):
         return isinstance(node, ast.Name) and node.id == self._kwargs
 
 
-def _callee(called: ast.expr, function: Any, cls: type | None, owner: type | None) -> Arguments:
+def _arguments_of_callee(called: ast.expr, function: Any, cls: type | None, owner: type | None) -> Arguments:
     """Return the arguments of the function to which ``**kwargs`` is forwarded."""
     match called:
         case ast.Attribute(value=ast.Call(func=ast.Name(id="super")), attr=name) if (
@@ -221,10 +221,10 @@ def _callee(called: ast.expr, function: Any, cls: type | None, owner: type | Non
             method = vars(following)[name]
             method = getattr(method, "__func__", method)
             try:
-                taken = _own(list(inspect.signature(method).parameters.values())[1:])
+                taken = _declared(list(inspect.signature(method).parameters.values())[1:])
             except (TypeError, ValueError):
                 return _ANYTHING
-            return _replace_open(taken, _forwarded(method, cls, following)) if taken.open else taken
+            return _with_forwarded(taken, _forwarded(method, cls, following)) if taken.open else taken
     names = list(_dotted(called))
     found: Any = getattr(function, "__globals__", {}).get(names[0]) if names else None
     for name in names[1:]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -16,17 +17,28 @@ from stratagem.utils.lazy import LazyObject
 __all__ = [
     "BaseImport",
     "LazyImports",
+    "extract_base_imports",
+    "extract_imports",
     "imported_names",
     "is_lazy",
     "locate_base",
-    "extract_base_imports",
-    "extract_imports",
+    "read_base",
 ]
 
 # A file without import statements need not be parsed into a syntax tree.
 HAS_IMPORT = re.compile(r"^\s*(?:import|from)\s", re.MULTILINE)
 
 LazyImports = dict[str, LazyObject]
+
+
+@contextmanager
+def read_base() -> Iterator[None]:
+    """Mark the imports in the block as bases of this configuration.
+
+    For ``from .base import *`` in the block, ``Config.fromfile`` reads the file ``base.py``. When the file is imported as a
+    module, the block has no effect and the imports are executed, so that editors and type checkers understand the file.
+    """
+    yield
 
 
 def imported_names(tree: ast.Module) -> set[str]:

@@ -40,7 +40,7 @@ _PLACEHOLDER = re.compile(
 # The variable of a placeholder that stands for a masked secret; its "default" is the key of the secret.
 _MASKED = "SECRET"
 # A default with these characters cannot be written unescaped in every language.
-_AWKWARD = re.compile(r"""['"\\]|[^ -~]""")
+_NEEDS_ESCAPING = re.compile(r"""['"\\]|[^ -~]""")
 # Quoted strings, in languages that require quotes around strings. YAML and Python can parse a bare identifier.
 _QUOTED = {
     ".json": re.compile(r'"(?:\\.|[^"\\\n])*"'),
@@ -70,7 +70,7 @@ class Placeholders:
 
     def __init__(self, text: str, suffix: str, name: str, *, environment: bool = True) -> None:
         self.environment: dict[str, str] = {}
-        self._may_read = environment
+        self._may_read_environment = environment
         self._name = name
         self._matches: list[re.Match[str]] = []
         self._bare: set[str] = set()
@@ -126,7 +126,9 @@ class Placeholders:
         values = {identifier: self.value(identifier, base, bare=False) for identifier in self._identifier.findall(text)}
         if not values:
             return text
-        template = self._identifier.sub(lambda identifier: self._shown(identifier[0], values[identifier[0]]), text)
+        template = self._identifier.sub(
+            lambda identifier: self._template_text(identifier[0], values[identifier[0]]), text
+        )
         masked = [value for value in values.values() if isinstance(value, MaskedSecret)]
         if masked:
             return MaskedSecret(template, masked[0].path, masked[0].position)
@@ -175,7 +177,7 @@ class Placeholders:
     def _match(self, identifier: str) -> re.Match[str]:
         return self._matches[int(identifier.removeprefix(self._stem).rstrip("_"))]
 
-    def _shown(self, identifier: str, value: Any) -> str:
+    def _template_text(self, identifier: str, value: Any) -> str:
         """Return the text of a placeholder in a template: the placeholder of an environment variable, or else the value."""
         template = template_of(value)
         if template is not None:
@@ -191,7 +193,7 @@ class Placeholders:
         name, default = match["variable"], _default(match)
         if match["default"] is None:
             return f"{{{{ ${name} }}}}"
-        if is_secret_name(name) or _AWKWARD.search(default):
+        if is_secret_name(name) or _NEEDS_ESCAPING.search(default):
             return f"{{{{ ${name} }}}}" if name in os.environ else None
         return f"{{{{ ${name}:{default} }}}}"
 
@@ -222,7 +224,7 @@ class Placeholders:
         return path.suffix
 
     def _variable(self, match: re.Match[str]) -> str:
-        if not self._may_read:
+        if not self._may_read_environment:
             raise ConfigValueError(
                 f"{self._where(match)}: this file must not read environment variables, such as {match['variable']}."
             )

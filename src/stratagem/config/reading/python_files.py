@@ -83,10 +83,10 @@ def _read_eager(tree: ast.Module, name: str, load_bases: LoadBases, placeholders
     if reader.reads_base:
         base = load_bases(placeholders.fill_data(_literal_bases(tree, name), dict))
     given = reader.values(base)
-    reader.fill(base)
+    reader.fill_f_strings(base)
     code = _compile(tree, name)
     namespace = _run(code, name, dict(given))
-    if reader.reads_base and reader.move_to(given, base):
+    if reader.reads_base and reader.update_base_values(given, base):
         namespace = _run(code, name, dict(given))
     edits = NO_EDITS
     if reader.reads_base:
@@ -104,7 +104,7 @@ def _read_lazy(tree: ast.Module, name: str, load_bases: LoadBases, placeholders:
     reader = _Reader(placeholders)
     reader.visit(tree)
     given = imports | reader.values(base)
-    reader.fill(base)
+    reader.fill_f_strings(base)
     inherited = ConfigDict(base())
     namespace = _run(_compile(tree, name), name, {**given, **dict(inherited.raw_items())})
     deleted = BaseEdits(removed=frozenset(inherited.keys() - namespace.keys()))
@@ -183,7 +183,7 @@ class _Reader(ast.NodeTransformer):
         values = self._placeholder_values(base)
         return {**values, _BASE_VALUES: ConfigDict(base())} if self.reads_base else values
 
-    def move_to(self, given: dict[str, Any], base: BaseValues) -> bool:
+    def update_base_values(self, given: dict[str, Any], base: BaseValues) -> bool:
         """Update ``given`` with the values of placeholders after the program edited ``_base_``; return whether any changed.
 
         A placeholder always has the final value of the base, wherever it is in the file. If a value changed, ``_base_`` is
@@ -203,7 +203,7 @@ class _Reader(ast.NodeTransformer):
         }
         return values | {name: self._placeholders.fill(text, base) for name, text in self._named.items()}
 
-    def fill(self, base: BaseValues) -> None:
+    def fill_f_strings(self, base: BaseValues) -> None:
         """Replace the identifiers inside f-strings by their values.
 
         Raises:
@@ -214,7 +214,7 @@ class _Reader(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         if self._placeholders.is_identifier(node.id):
-            self._note_base(node.id)
+            self._record_base_use(node.id)
             self._identifiers[node.id] = True
         elif node.id == "_base_" and not isinstance(node.ctx, ast.Store):
             self.reads_base = True
@@ -224,7 +224,7 @@ class _Reader(ast.NodeTransformer):
     def visit_Constant(self, node: ast.Constant) -> ast.expr:
         if not isinstance(node.value, str) or not self._placeholders.has_identifier(node.value):
             return node
-        self._note_base(node.value)
+        self._record_base_use(node.value)
         if self._placeholders.is_identifier(node.value):
             self._identifiers.setdefault(node.value, False)
             return ast.copy_location(ast.Name(node.value, ast.Load()), node)
@@ -235,12 +235,12 @@ class _Reader(ast.NodeTransformer):
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         for part in node.values:
             if isinstance(part, ast.Constant):
-                self._note_base(str(part.value))
+                self._record_base_use(str(part.value))
                 self._texts.append(part)
             else:
                 self.visit(part)
         return node
 
-    def _note_base(self, text: str) -> None:
+    def _record_base_use(self, text: str) -> None:
         # Checked here instead of in the text of the file, where a comment can contain a placeholder.
         self.reads_base = self.reads_base or self._placeholders.reads_base(text)

@@ -8,24 +8,24 @@ import re
 __all__ = ["is_secret_name", "is_secret_parameter", "is_special_token", "is_strongly_secret_name"]
 
 
-def _each(words: str) -> frozenset[str]:
+def _words_in(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
 # A name with one of these words is that of a secret, unless its last word is in _ABOUT_A_SECRET.
-_STRONG = _each(
+_STRONG = _words_in(
     "password passwords passwd passphrase passphrases passcode secret secrets credential credentials creds apikey apikeys "
     "accesskey secretkey privatekey authtoken accesstoken apitoken bearertoken clientsecret sshpass"
 )
 _STRONG_ENDINGS = ("password", "passwd", "passphrase")
-_ABOUT_A_SECRET = _each(
+_ABOUT_A_SECRET = _words_in(
     "file files path paths dir directory folder url name names length len dim size type kind manager policy field env var "
     "variable provider store helper min max count num rules regex pattern required enabled"
 )
 # These words make the name that of a secret if they are its last word.
-_LAST = _each("token auth authorization cookie cookies bearer dsn jwt pw")
+_LAST = _words_in("token auth authorization cookie cookies bearer dsn jwt pw")
 _PAIRS = frozenset(
     f"{first} {last}"
     for last, firsts in {
@@ -42,9 +42,9 @@ _PAIRS = frozenset(
 )
 _TRIPLES = frozenset({"access key id", "secret access key"})
 # These words can follow the name of a secret.
-_TRAILING = _each("value string str text plain b64 base64 hex encoded header old new raw prod dev test")
+_TRAILING = _words_in("value string str text plain b64 base64 hex encoded header old new raw prod dev test")
 # After one of these words, "token" means a token of a model, not a secret.
-_TOKENS_OF_A_MODEL = _each(
+_TOKENS_OF_A_MODEL = _words_in(
     "pad eos bos mask masked cls sep unk oov num max min special start end stop begin image img video audio speech text prompt "
     "class register query key value first last next prev previous current per add new extra target source src tgt input "
     "output decoder encoder eot sot eod eom bom boi eoi fim prefix suffix middle blank space newline separator delimiter word "
@@ -85,7 +85,7 @@ def is_strongly_secret_name(name: str) -> bool:
     return bool(words) and words[-1] not in _ABOUT_A_SECRET and _has_strong_word(words)
 
 
-_PARAMETER_WORDS = _each(
+_PARAMETER_WORDS = _words_in(
     "sig signature hmac key apikey token secret password passwd passphrase pass pwd pw auth authorization credential "
     "credentials jwt policy ticket session sessionid sas"
 )

@@ -13,22 +13,22 @@ from stratagem.utils.secrets.names import is_secret_name
 
 __all__ = ["allow_in_texts", "known_secrets", "remember_placeholder", "remember_secret", "replace_known_secrets"]
 
-_MOST = 500
-_SHORTEST, _SHORTEST_WORD = 6, 8
-_SHORTEST_PLACEHOLDER, _LONG_PLACEHOLDER = 8, 20
+_MAX_ENTRIES = 500
+_MIN_LENGTH, _MIN_WORD_LENGTH = 6, 8
+_MIN_PLACEHOLDER_LENGTH, _LONG_PLACEHOLDER_LENGTH = 8, 20
 # Shorter values are only matched if they are not next to letters or digits.
-_LONG = 12
-_SHORTEST_LINE = 16
+_LONG_LENGTH = 12
+_MIN_LINE_LENGTH = 16
 # The minimum length of the prefix of a truncated secret that is matched.
-_CUT = 6
+_MIN_PREFIX_LENGTH = 6
 
 
-def _each(words: str) -> frozenset[str]:
+def _words_in(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
 # Common default values of secrets, which also occur in texts for other reasons.
-_COMMON = _each(
+_COMMON = _words_in(
     "password passphrase secret anonymous default disabled changeme required undefined production development localhost "
     "training validation"
 )
@@ -55,7 +55,7 @@ def remember_placeholder(value: str, variable: str) -> None:
     if is_secret_name(variable):
         if not _is_path(value):
             remember_secret(value, variable)
-    elif len(value) >= _SHORTEST_PLACEHOLDER and not any(map(str.isspace, value)) and _looks_random(value):
+    elif len(value) >= _MIN_PLACEHOLDER_LENGTH and not any(map(str.isspace, value)) and _looks_random(value):
         _remember(_placeholders, value, variable)
 
 
@@ -112,21 +112,21 @@ def _remember(memory: dict[str, str] | dict[str, None], value: str, variable: st
     _cache.clear()
     memory.pop(value, None)
     memory[value] = variable  # type: ignore[assignment]  # values of one type per dict
-    while len(memory) > _MOST:
+    while len(memory) > _MAX_ENTRIES:
         del memory[next(iter(memory))]
 
 
 def _can_be_found(value: str) -> bool:
     if value.lower() in _COMMON:
         return False
-    return len(value) >= (_SHORTEST_WORD if value.isalpha() else _SHORTEST) and len(set(value)) > 2
+    return len(value) >= (_MIN_WORD_LENGTH if value.isalpha() else _MIN_LENGTH) and len(set(value)) > 2
 
 
 def _looks_random(value: str) -> bool:
     if "://" in value or value.startswith(("/", "./", "../", "~")):
         return False
     has_digit, has_letter = any(map(str.isdigit, value)), any(map(str.isalpha, value))
-    return has_letter and (has_digit or len(value) >= _LONG_PLACEHOLDER)
+    return has_letter and (has_digit or len(value) >= _LONG_PLACEHOLDER_LENGTH)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -147,15 +147,19 @@ def _pattern(values: tuple[str, ...]) -> tuple[re.Pattern[str], dict[str, str]]:
     written = []
     for form in sorted(forms, key=len, reverse=True):
         escaped = re.escape(form)
-        written.append(escaped if len(form) >= _LONG else rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
+        written.append(escaped if len(form) >= _LONG_LENGTH else rf"(?<![A-Za-z0-9]){escaped}(?![A-Za-z0-9])")
     # Messages truncate long values, and a part of a secret must be masked as well.
-    written += [rf"{re.escape(form[:_CUT])}\S{{0,{len(form)}}}(?=\.\.\.)" for form in forms if len(form) >= _LONG]
+    written += [
+        rf"{re.escape(form[:_MIN_PREFIX_LENGTH])}\S{{0,{len(form)}}}(?=\.\.\.)"
+        for form in forms
+        if len(form) >= _LONG_LENGTH
+    ]
     return re.compile("|".join(written)), forms
 
 
 def _forms(value: str) -> set[str]:
     lines = {line.strip() for line in value.splitlines()} if "\n" in value else set()
-    texts = {value, *(line for line in lines if len(line) >= _SHORTEST_LINE)}
+    texts = {value, *(line for line in lines if len(line) >= _MIN_LINE_LENGTH)}
     forms = set()
     for text in texts:
         forms |= {
