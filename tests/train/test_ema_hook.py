@@ -242,7 +242,7 @@ def test_epochs_are_refused_in_a_run_by_iteration(make_runner: MakeRunner, argum
 
 def test_two_averages_are_refused(make_runner: MakeRunner):
     """Two averages are refused, because a validation can use only one."""
-    with pytest.raises(ConfigValueError, match="two EMAHooks"):
+    with pytest.raises(ConfigValueError, match="several EMAHooks"):
         make_runner(custom_hooks=[EMAHook(), EMAHook()]).train()
 
 
@@ -254,7 +254,7 @@ def test_a_type_that_does_not_build_an_average_is_refused(make_runner: MakeRunne
 
 def test_the_average_does_not_exist_before_the_run():
     """Before the run, the average does not exist, because the model is not placed on its device yet."""
-    with pytest.raises(StateError, match="before the run began"):
+    with pytest.raises(StateError, match="before the run starts"):
         EMAHook().average  # noqa: B018
 
 

@@ -215,7 +215,7 @@ def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
 def test_a_train_cfg_without_a_length_is_refused(make_runner: MakeRunner, by_epoch: bool, missing: str):
     """A ``train_cfg`` without a length is refused, and the message names the missing key."""
     runner = make_runner(train_cfg={"by_epoch": by_epoch})
-    with pytest.raises(ConfigValueError, match=f"not {missing}"):
+    with pytest.raises(ConfigValueError, match=f"the length is missing: set {missing}"):
         runner.train()
 
 

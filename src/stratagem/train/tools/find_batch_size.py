@@ -1,4 +1,4 @@
-"""Find the largest batch by trying, and leave the training as it was."""
+"""Find the largest batch size that fits into memory."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ __all__ = ["BatchSearch", "BatchTrial", "find_batch_size"]
 _CPU_LIMIT = 1024
 _WARM_UP = 2
 _ROUNDS = 3
-# What is as good as the highest throughput.
+# The fraction of the highest throughput that counts as good.
 _GOOD = 0.9
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchTrial:
-    """A batch size that was tried.
+    """The measurement of one batch size.
 
     Attributes:
-        batch_size: samples of an iteration.
-        seconds: the time of an iteration without loading of data; None where memory was not enough.
-        memory: the most bytes that tensors took on the accelerator; None without one.
+        batch_size: the number of samples per iteration.
+        seconds: the duration of an iteration without data loading; None if it ran out of memory.
+        memory: the peak memory of tensors on the accelerator in bytes; None on the CPU.
     """
 
     batch_size: int
@@ -45,20 +45,20 @@ class BatchTrial:
 
     @property
     def throughput(self) -> float:
-        """Samples in a second; 0 where memory was not enough."""
+        """Samples per second; 0 if it ran out of memory."""
         return 0.0 if self.seconds is None else self.batch_size / self.seconds
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSearch:
-    """What a search for the largest batch saw.
+    """The result of a search for the largest batch size.
 
     Attributes:
-        trials: by batch size, rising.
-        limit: the largest size that was to be tried.
-        largest: the largest that fits; None where not even the smallest did.
-        knee: the smallest size with nine tenths of the highest throughput; None where nothing fits.
+        trials: the measurements in ascending order of the batch size.
+        limit: the largest batch size that may be tried.
+        largest: the largest batch size that fits; None if none does.
+        knee: the smallest batch size with at least 90 % of the highest throughput; None if none fits.
     """
 
     trials: tuple[BatchTrial, ...]
@@ -68,38 +68,38 @@ class BatchSearch:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether memory was what ended the search, and not the limit."""
+        """Whether memory, and not the limit, ended the search."""
         return any(trial.seconds is None for trial in self.trials)
 
 
 def find_batch_size(
     strategy: BaseStrategy, dataloader: EpochLoader, *, limit: int | None = None, steps: int = 3
 ) -> BatchSearch:
-    """Double the batch until memory is not enough, close in on the largest that fits, and time each.
+    """Double the batch size until memory is exhausted, search for the largest one that fits, and time each.
 
-    Memory errors are reliable on accelerators only. On the CPU the operating system swaps, or ends the process, before
-    there is one, so the search ends at ``limit`` and the throughput is what it can tell. Weights, optimizer and
-    generators are left as they were.
+    Out-of-memory errors are only reliable on accelerators. On the CPU, the operating system swaps or kills the process
+    first, so the search stops at ``limit`` and only measures the throughput. Weights, optimizer and random states are
+    restored afterwards.
 
     Args:
-        strategy: prepared with a model and an optimizer, in one process.
-        dataloader: gives the dataset and how samples become a batch.
-        limit: the largest size to try; by default 1,024 on the CPU and none on accelerators. It is never more than the
-            dataset has.
-        steps: iterations of each of the three timings of which the shortest counts, at least one window of the optimizer.
+        strategy: prepared with a model and an optimizer, in a single process.
+        dataloader: provides the dataset and the collate function.
+        limit: the largest batch size to try; by default 1,024 on the CPU, and unlimited on accelerators. The size of the
+            dataset is always a limit.
+        steps: the number of iterations in each of the three timings, at least one accumulation window. The fastest counts.
 
     Raises:
-        PlacementError: in several processes, where one that has no memory left would leave the others waiting.
-        ConfigValueError: if a number is not positive, the dataset is empty, or the loader does not batch by a size.
-        ConfigTypeError: if the dataset cannot be asked for single samples.
+        PlacementError: if there are several processes: a rank that runs out of memory would block the others.
+        ConfigValueError: if a number is not positive, the dataset is empty, or the dataloader has no batch size.
+        ConfigTypeError: if single samples of the dataset cannot be accessed.
     """
     if strategy.world_size > 1:
         raise PlacementError(
-            f"The batch size is searched for in one process, and there are {strategy.world_size}. It is that of a rank."
+            f"The search for the batch size needs a single process, but there are {strategy.world_size}. Its result is per rank."
         )
     for name, value in {"limit": limit, "steps": steps}.items():
         if value is not None and value < 1:
-            raise ConfigValueError(f"{name} is {value!r}; a whole number of at least 1 is due.")
+            raise ConfigValueError(f"Expected {name} to be an integer >= 1, got {value!r}.")
     on_cpu = strategy.world.device.type == "cpu"
     limit = _CPU_LIMIT if limit is None and on_cpu else limit
     limit = _available(dataloader, limit)
@@ -124,7 +124,7 @@ def find_batch_size(
 
 
 def _largest(fits: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number up to ``limit`` that fits, 0 where none does: doubling, then bisection."""
+    """Return the largest number up to ``limit`` that fits, or 0 if none does, by doubling and then bisection."""
     low, size = 0, 1
     while fits(size):
         if size == limit:
@@ -138,14 +138,14 @@ def _largest(fits: Callable[[int], bool], limit: int) -> int:
 
 
 def _available(dataloader: EpochLoader, limit: int | None) -> int:
-    """Return how many samples a batch may have."""
+    """Return the maximum batch size."""
     if dataloader.batch_size is None:
-        raise ConfigValueError("The dataloader does not make batches of a size, so there is none to search for.")
+        raise ConfigValueError("The dataloader has no batch size, so it cannot be searched for.")
     try:
         length = len(dataloader.dataset)
     except TypeError:
         if limit is None:
-            raise ConfigValueError("The data has no length: give limit, the largest batch to try.") from None
+            raise ConfigValueError("The dataset has no length: set limit, the largest batch size to try.") from None
         return limit
     if length == 0:
         raise ConfigValueError("The dataset is empty.")
@@ -160,7 +160,9 @@ def _batch(dataloader: EpochLoader, size: int, seed: int) -> Any:
         order = epoch_order(len(dataset), seed=seed, epoch=0, shuffle=True)
         samples = [dataset[index] for index in order[:size]]
     else:
-        raise ConfigTypeError(f"{type(dataset).__name__} gives no single samples, so no batch can be made of them.")
+        raise ConfigTypeError(
+            f"{type(dataset).__name__} does not provide access to single samples, so no batch can be created."
+        )
     return samples if dataloader.collate is None else dataloader.collate(samples)
 
 
@@ -170,7 +172,7 @@ def _try(strategy: BaseStrategy, batch: Any, size: int, steps: int) -> BatchTria
     try:
         if accelerator:
             torch.accelerator.reset_peak_memory_stats()
-        # The first steps allocate the optimizer's state, choose kernels and compile.
+        # Warm-up: the first steps allocate the optimizer state, select kernels and compile.
         for _ in range(max(_WARM_UP, steps)):
             step(batch, optim_wrapper=optim)
         times = [_now(accelerator=accelerator)]
@@ -178,7 +180,7 @@ def _try(strategy: BaseStrategy, batch: Any, size: int, steps: int) -> BatchTria
             for _ in range(steps):
                 step(batch, optim_wrapper=optim)
             times.append(_now(accelerator=accelerator))
-        # The shortest is the one that other processes disturbed least.
+        # The shortest time is the least disturbed by other processes.
         seconds = min(later - earlier for earlier, later in pairwise(times)) / steps
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
@@ -201,5 +203,5 @@ def _now(*, accelerator: bool) -> float:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch has no class of its own for the CPU's allocator.
+    # The CPU allocator of torch raises a plain RuntimeError.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""Find a learning rate by trying many, and leave the training as it was."""
+"""Find a learning rate with a range test."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from stratagem.utils import did_you_mean
 
 __all__ = ["LearningRateSweep", "find_learning_rate"]
 
-# How many windows of an optimizer may go by without its step before it is taken to have none.
+# The number of accumulation windows without a step after which the optimizer is considered unused.
 _PATIENCE = 100
-# A descent that is seen in fewer points than these is noise.
+# The minimum number of points of a descent; fewer are considered noise.
 _FEWEST = 5
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearningRateSweep:
-    """What a learning-rate range test saw.
+    """The result of a learning-rate range test.
 
     Attributes:
-        rates: the learning rate of each of the optimizer's steps, rising.
-        losses: the mean loss of each step's micro-batches over all ranks, before the step.
-        smoothed: the same without noise; not shifted against it.
-        diverged: whether the loss grew beyond bounds before the last rate was reached.
-        steepest: the rate at which the loss fell fastest; None where it did not fall.
-        least: the rate at which it was least; None where it did not fall.
+        rates: the learning rate of each step, in ascending order.
+        losses: the loss before each step: the mean over its micro-batches and all ranks.
+        smoothed: the losses, smoothed symmetrically.
+        diverged: whether the loss diverged before the last rate was reached.
+        steepest: the rate at which the loss decreased fastest; None if it did not decrease.
+        least: the rate with the minimum loss; None if it did not decrease.
     """
 
     rates: NDArray[np.float64]
@@ -52,7 +52,7 @@ class LearningRateSweep:
 
     @property
     def below_minimum(self) -> float | None:
-        """A tenth of the rate at which the loss was least; None where it did not fall."""
+        """One tenth of the rate with the minimum loss; None if the loss did not decrease."""
         return None if self.least is None else self.least / 10.0
 
 
@@ -68,28 +68,28 @@ def find_learning_rate(
     loss: str = "loss",
     optimizer: str | None = None,
 ) -> LearningRateSweep:
-    """Train for some steps while the learning rate grows exponentially, and return how the loss went. Collective.
+    """Train for some steps with an exponentially increasing learning rate, and return the losses. Collective.
 
     The range test of Smith 2015, "Cyclical Learning Rates for Training Neural Networks" (arXiv:1506.01186), section 3.3,
-    with an exponential sweep. It stops early where the smoothed loss is worse than at the beginning and ``divergence``
-    times the least, or where a loss is not finite. Parameter groups keep their ratios: the rate that is swept stands for
-    the optimizer's own ``lr``. Weights, optimizer and generators are left as they were.
+    with an exponential sweep. It stops early if the smoothed loss exceeds both the initial loss and ``divergence`` times
+    the minimum, or if a loss is NaN or Inf. Parameter groups keep their ratios to the ``lr`` of the optimizer, which is
+    swept. Weights, optimizer and random states are restored afterwards.
 
     Args:
-        strategy: prepared with a model and an optimizer; schedules that it has stay where they are.
-        dataloader: the training data, from its first epoch on and as often as it takes.
+        strategy: prepared with a model and an optimizer; its schedules do not advance.
+        dataloader: the training data, repeated as often as needed.
         low: the first rate.
         high: the last rate.
-        steps: how many rates, and optimizer's steps.
-        smoothing: how much of the mean stays at each point, in [0, 1).
-        divergence: how many times the least loss is too much.
-        loss: the name of the loss among what ``train_step`` returns.
-        optimizer: of several optimizers, the one whose rate is swept; the others keep theirs.
+        steps: the number of rates and of optimizer steps.
+        smoothing: the decay of the moving average, in [0, 1).
+        divergence: the multiple of the minimum loss that counts as diverged.
+        loss: the name of the loss in the outputs of ``train_step``.
+        optimizer: the name of the optimizer whose rate is swept, if there are several; the others keep theirs.
 
     Raises:
         ConfigValueError: if a number is out of range, or the optimizer has no learning rate.
-        ConfigKeyError: if there is no such optimizer or loss.
-        TrainingError: if the first step fails, or the data has no batch to give.
+        ConfigKeyError: if the optimizer or the loss does not exist.
+        TrainingError: if the first step fails, or the data has no batches.
     """
     if not 0.0 < low < high:
         raise ConfigValueError(f"The learning rate grows from low={low!r} to high={high!r}: give 0 < low < high.")
@@ -106,31 +106,31 @@ def find_learning_rate(
         strategy.model.train()
         batches = _endless(dataloader)
         ratios = _ratios(wrapper)
-        watch = _Watch(smoothing, divergence)
+        check = _DivergenceCheck(smoothing, divergence)
         for rate in rates:
             _set_rates(wrapper, rate * ratios)
             try:
                 value = _one_step(strategy, wrapper, batches, loss)
             except TrainingError:
-                # A wrapper that refuses gradients which are not finite, as this sweep provokes them.
+                # The wrapper raises an error for NaN or Inf in the gradients, which are expected at high rates.
                 if not losses:
                     raise
-                watch.diverged = True
+                check.diverged = True
                 break
             if not np.isfinite(value):
-                watch.diverged = True
+                check.diverged = True
                 break
             losses.append(value)
-            if watch.sees(value):
+            if check.update(value):
                 break
     if not losses:
         raise TrainingError(f"The loss is not finite at the smallest learning rate, {low:g}. Is the data sound?")
-    return _evaluated(rates[: len(losses)], np.asarray(losses), smoothing, diverged=watch.diverged)
+    return _evaluated(rates[: len(losses)], np.asarray(losses), smoothing, diverged=check.diverged)
 
 
 @final
-class _Watch:
-    """Follows the loss and tells when it is beyond bounds."""
+class _DivergenceCheck:
+    """Detects that the loss diverges."""
 
     def __init__(self, smoothing: float, divergence: float) -> None:
         self.diverged = False
@@ -139,7 +139,7 @@ class _Watch:
         self._losses: list[float] = []
         self._least = np.inf
 
-    def sees(self, value: float) -> bool:
+    def update(self, value: float) -> bool:
         self._losses.append(value)
         present = float(_mean_of_past(np.asarray(self._losses), self._smoothing)[-1])
         self._least = min(self._least, present)
@@ -170,12 +170,12 @@ def _evaluated(
 
 
 def _smoothed(values: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
-    """Return means over past and future: those of the past alone would move every feature to a higher rate."""
+    """Smooth in both directions: smoothing only over the past would shift all features to higher rates."""
     return _mean_of_past(_mean_of_past(values, smoothing)[::-1], smoothing)[::-1]
 
 
 def _mean_of_past(values: NDArray[np.float64], smoothing: float) -> NDArray[np.float64]:
-    """Return exponential moving means, each over what there is so far."""
+    """Return the exponential moving averages of the values so far."""
     means, total, weight = np.empty(len(values)), 0.0, 0.0
     for number, value in enumerate(values):
         total = smoothing * total + value
@@ -188,7 +188,7 @@ def _wrapper(strategy: BaseStrategy, name: str | None) -> BaseOptimWrapper:
     optim = strategy.optim_wrapper
     if not isinstance(optim, OptimWrapperDict):
         if name is not None:
-            raise ConfigKeyError(f"There is one optimizer and it has no name, so it cannot be {name!r}.")
+            raise ConfigKeyError(f"Got optimizer={name!r}, but there is only one optimizer, which has no name.")
         return optim
     if name is None:
         raise ConfigValueError(f"There are several optimizers: say whose rate to find, one of {', '.join(optim)}.")
@@ -218,7 +218,7 @@ def _endless(dataloader: EpochLoader) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise TrainingError("The training data has no batch to give.")
+            raise TrainingError("The training data has no batches.")
 
 
 def _one_step(strategy: BaseStrategy, wrapper: BaseOptimWrapper, batches: Iterator[Any], loss: str) -> float:

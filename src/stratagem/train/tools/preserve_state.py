@@ -1,4 +1,4 @@
-"""Try something out, and leave everything as it was."""
+"""Restore the state of a training after a trial."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["isolate_rng", "preserve_training_state"]
 
 @contextmanager
 def isolate_rng() -> Iterator[None]:
-    """Give back the state of Python's, NumPy's and torch's generators at the end."""
+    """Restore the random states of Python, NumPy and torch on exit."""
     state = generator_state()
     try:
         yield
@@ -29,18 +29,18 @@ def isolate_rng() -> Iterator[None]:
 
 @contextmanager
 def preserve_training_state(strategy: BaseStrategy, dataloader: EpochLoader) -> Iterator[None]:
-    """Give back parameters, buffers, modes, optimizer state and every generator at the end.
+    """Restore parameters, buffers, training modes, optimizer state and random states on exit.
 
-    Weights are kept in the CPU's memory, so the device has the room that a training would find. Gradients of an
-    unfinished accumulation window are dropped. What a model keeps outside of its parameters and buffers is its own.
+    The copies of the weights are in host memory, so they do not take device memory. Gradients of an incomplete
+    accumulation window are discarded. Other state of the model is not restored.
 
     Raises:
-        PlacementError: if the strategy keeps the weights elsewhere than in the model.
+        PlacementError: if the master weights are not in the model.
     """
     if not strategy.params_accept_writes:
         raise PlacementError(
-            f"What trains here is undone afterwards, and {type(strategy).__name__} keeps weights where that cannot be done. "
-            "Look for the value under another strategy, such as DDPStrategy or FSDPStrategy."
+            f"The weights must be restored after the trial, but {type(strategy).__name__} stores them where this is not "
+            "possible. Use another strategy for the search, such as DDPStrategy or FSDPStrategy."
         )
     model, optim = strategy.model, strategy.optim_wrapper
     optim.discard_accumulation()

@@ -1,4 +1,4 @@
-"""What learning rates and other options will be over a run, without training it."""
+"""Preview the learning rates and other scheduled options of a run without training."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from stratagem.train.tools.preserve_state import isolate_rng
 
 __all__ = ["Course", "RunPreview", "preview_run"]
 
-# More than a drawing has columns.
+# More points than a plot has columns.
 _POINTS = 2000
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """How an option goes for those parameter groups whose values are the same at all times.
+    """The values of an option over a run, for parameter groups that always have the same values.
 
     Attributes:
-        optimizer: the optimizer's name; empty where there is one.
+        optimizer: the name of the optimizer; empty if there is only one.
         key: the option, such as ``lr``.
         parameters: the names of the parameters.
         whole: whether these are all parameters of the optimizer.
-        values: at each of the preview's iterations.
+        values: the value at each iteration of the preview.
     """
 
     optimizer: str
@@ -49,7 +49,7 @@ class Course:
 
     @property
     def changes(self) -> bool:
-        """Whether the value is not the same at all times."""
+        """Whether the value changes during the run."""
         return bool((self.values != self.values[0]).any())
 
 
@@ -59,13 +59,13 @@ class RunPreview:
     """The options of every optimizer over a run.
 
     Attributes:
-        iterations: rising numbers of iterations (micro-batches), counted from 0, at which values are given.
-        max_iters: iterations of the run.
-        epoch_length: iterations of an epoch; None where the data has no length.
+        iterations: the iterations (micro-batches) of the values, counted from 0, in ascending order.
+        max_iters: the total number of iterations.
+        epoch_length: the number of iterations of an epoch; None if the data has no length.
         accumulative_counts: iterations of an optimizer's step, by optimizer.
-        courses: what the options will be.
+        courses: the values of the options.
         on_metrics: schedules that wait for metrics as (optimizer, key, name of the class); they show no change.
-        scaling: what ``auto_scale_lr`` did, as sentences; none where it is not enabled.
+        scaling: sentences about the effect of ``auto_scale_lr``; empty if it is not enabled.
     """
 
     iterations: NDArray[np.int64]
@@ -87,13 +87,13 @@ def preview_run(
     auto_scale_lr: Mapping[str, Any] | None = None,
     world_size: int = 1,
 ) -> RunPreview:
-    """Return what each option will be over a run that these parts of a configuration describe.
+    """Return the values of the scheduled options over a run.
 
-    Nothing is trained and nothing written. The model is built on the meta device, which takes no memory, or on the CPU
-    where it cannot be; the dataset is built for its length. Random generators are left as they were.
+    Nothing is trained or written. The model is built on the meta device, which takes no memory, or on the CPU if that is
+    not possible; the dataset is built to get its length. Random states are restored.
 
     Args:
-        model: as for :class:`~stratagem.Runner`, and likewise the others.
+        model: see :class:`~stratagem.Runner`; likewise the other arguments.
         optim_wrapper: the configuration of what is scheduled; what is built already would be changed.
         train_dataloader: says how many iterations an epoch has.
         train_cfg: says how long the run is.
@@ -102,7 +102,7 @@ def preview_run(
         world_size: the processes that the run would have; they share the dataset's samples.
 
     Raises:
-        ConfigError: in one of its kinds, if the parts cannot be built or the length of the run is not known.
+        ConfigError: (or a subclass) if a component cannot be built or the length of the run is unknown.
     """
     if not isinstance(optim_wrapper, Mapping):
         raise ConfigTypeError(
