@@ -411,7 +411,7 @@ def test_a_dataset_without_a_length_can_have_a_limit(make_runner: MakeRunner):
 def test_invalid_search_numbers_are_rejected(make_runner: MakeRunner, arguments: dict[str, int]):
     """A batch size or a number of steps below 1 is an error."""
     strategy, data = prepared(make_runner)
-    with pytest.raises(ConfigValueError, match="at least 1"):
+    with pytest.raises(ConfigValueError, match="integer >= 1"):
         find_batch_size(strategy, data, **arguments)
 
 
@@ -438,7 +438,7 @@ def _sweep_on_a_rank(folder: str) -> tuple[list[float], bool]:
         loop = runner.prepare()
         before = state(runner.strategy)
         found = find_learning_rate(runner.strategy, loop.dataloader, low=1e-3, high=1e-2, steps=5)
-        with pytest.raises(PlacementError, match="one process, and there are 2"):
+        with pytest.raises(PlacementError, match="single process, but there are 2"):
             find_batch_size(runner.strategy, loop.dataloader)
         return found.losses.tolist(), equal(before, state(runner.strategy))
     finally:
