@@ -16,7 +16,7 @@ from stratagem.storage import write_atomic
 
 __all__ = ["LaunchIdentity", "find_restart_checkpoint"]
 
-# What tells a process from all others: its id, its PID namespace and its start time.
+# Identifies a process: its ID, its PID namespace and its start time.
 Identity = tuple[int, str, str]
 # In the folder of the checkpoints.
 _RECORD = ".launch.json"

@@ -99,7 +99,7 @@ def _release(descriptor: int, file: Path, logger: logging.Logger) -> None:
             # Remove it while it is locked: a process that has opened it detects that it is gone and creates a new one.
             operations.remove_file(file)
     except OSError as error:
-        # Do not hide an error of the block. The leftover file blocks nobody once this process has exited.
+        # Do not hide an error of the block. The leftover file is harmless once this process has exited.
         logger.warning("Could not remove %s: %s", file, error)
     finally:
         operations.close(descriptor)

@@ -151,12 +151,12 @@ class _DivergenceCheck:
 def _evaluated(
     rates: NDArray[np.float64], losses: NDArray[np.float64], smoothing: float, *, diverged: bool
 ) -> LearningRateSweep:
-    # What is worse than the beginning is as bad, or a loss that explodes would be felt at the rates before it.
+    # Clip at the initial loss, so that the smoothing does not spread an exploding loss to lower rates.
     bounded = _smoothed(np.minimum(losses, losses[:_FEWEST].max()), smoothing)
     valley = int(bounded.argmin())
     steepest = least = None
     if valley + 1 >= _FEWEST:
-        # The rates are evenly spaced in their logarithm, so differences of neighbours are as good as slopes.
+        # The rates are evenly spaced in their logarithm, so differences of neighbors are proportional to slopes.
         rise = bounded[2 : valley + 1] - bounded[: valley - 1]
         steepest, least = float(rates[1 + rise.argmin()]), float(rates[valley])
     return LearningRateSweep(
@@ -191,7 +191,7 @@ def _wrapper(strategy: BaseStrategy, name: str | None) -> BaseOptimWrapper:
             raise ConfigKeyError(f"Got optimizer={name!r}, but there is only one optimizer, which has no name.")
         return optim
     if name is None:
-        raise ConfigValueError(f"There are several optimizers: say whose rate to find, one of {', '.join(optim)}.")
+        raise ConfigValueError(f"There are several optimizers: set optimizer to one of {', '.join(optim)}.")
     return optim[name]
 
 

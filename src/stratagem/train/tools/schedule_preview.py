@@ -95,8 +95,8 @@ def preview_run(
     Args:
         model: see :class:`~stratagem.Runner`; likewise the other arguments.
         optim_wrapper: the configuration of what is scheduled; what is built already would be changed.
-        train_dataloader: says how many iterations an epoch has.
-        train_cfg: says how long the run is.
+        train_dataloader: determines the number of iterations of an epoch.
+        train_cfg: determines the length of the run.
         param_scheduler: the schedules; None for none.
         auto_scale_lr: as for a strategy.
         world_size: the processes that the run would have; they share the dataset's samples.
@@ -114,7 +114,7 @@ def preview_run(
         module, optim = _build(model, optim_wrapper)
     scale = AutoScale.parse(auto_scale_lr)
     if scale is not None and loader.batch_size is None:
-        raise ConfigValueError("auto_scale_lr needs the batch size, and the train_dataloader does not say it.")
+        raise ConfigValueError("auto_scale_lr needs the batch size, but the train_dataloader has none.")
     scaling = [] if scale is None else scale.apply(optim, world_size=world_size, micro_batch=loader.batch_size or 1)
     built = build_param_schedulers(
         [] if param_scheduler is None else param_scheduler,

@@ -1,4 +1,4 @@
-"""Write down what a training computes, step by step, and find where two of them first differ."""
+"""Record the results of a training after each step, and find the first difference between two trainings."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ class Comparison:
 @final
 @dataclass(frozen=True, slots=True)
 class BatchDependence:
-    """What of a model makes its numbers depend on how a batch is cut.
+    """Properties of a model that make its results depend on how a batch is split.
 
     Attributes:
         uses_rng: whether a training step uses_rng random numbers from torch's generator, as dropout does.
-        num_batch_norms: how many layers normalise over the batch that they see.
+        num_batch_norms: how many layers normalize over the local batch.
     """
 
     uses_rng: bool
