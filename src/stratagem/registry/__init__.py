@@ -29,8 +29,7 @@ from stratagem.registry.builtin import (
 )
 from stratagem.registry.import_policy import allow_packages, allowed_packages
 from stratagem.registry.name_sources import ClassesOf, ModelZoo, NameSource, PretrainedFactories
-from stratagem.registry.registry import Registry
-from stratagem.registry.scope import current_scope, switch_scope
+from stratagem.registry.registry import Registry, current_scope, switch_scope
 
 __all__ = [
     "DATASETS",

@@ -99,7 +99,7 @@ def _parts(key: str) -> list[str]:
 
 
 def _refuse_reexported(key: str, module: Any, path: list[str]) -> None:
-    """Reject a name in a data file that leads out of the allowed packages.
+    """Reject a name in a data file that refers to an object outside the allowed packages.
 
     Raises:
         ConfigValueError: if a part of the name is private, or is an object that a module only imports from elsewhere.

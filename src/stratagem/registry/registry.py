@@ -6,23 +6,45 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import Any, TypeVar, overload
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.registry.build import build_from_cfg
 from stratagem.registry.import_policy import import_dotted, is_allowed, is_of_allowed_package
 from stratagem.registry.name_sources import NameSource
-from stratagem.registry.scope import current_scope, switch_scope
 from stratagem.utils import did_you_mean, import_module, import_object
 from stratagem.utils.data_names import DataName
 from stratagem.utils.data_rules import refused_arguments
 from stratagem.utils.imports import without_working_directory
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "current_scope", "switch_scope"]
 
 Target = Callable[..., Any]
 BuildFunction = Callable[..., Any]
 T = TypeVar("T", bound=Target)
+
+
+# The scope whose registries are searched first.
+_CURRENT_SCOPE: ContextVar[str | None] = ContextVar("scope", default=None)
+
+
+def current_scope() -> str | None:
+    """Return the current scope. None means that each registry searches itself first."""
+    return _CURRENT_SCOPE.get()
+
+
+@contextmanager
+def switch_scope(scope: str | None) -> Iterator[None]:
+    """Make ``scope`` the current scope inside the block; None leaves it unchanged."""
+    if scope is None:
+        yield
+        return
+    token = _CURRENT_SCOPE.set(scope)
+    try:
+        yield
+    finally:
+        _CURRENT_SCOPE.reset(token)
 
 
 class Registry:
