@@ -72,7 +72,7 @@ def test_a_missing_configuration(stratagem: Command):
         ("train_dataloader.dataset.type=CornerSample", ("'CornerSample'", "'CornerSamples'")),
         ("train_dataloader.batch_sise=3", ("batch_sise",)),
         ("default_hooks.loger=None", ("'loger'", "'logger'")),
-        ("custom_hooks=[3]", ("A hook is", "3")),
+        ("custom_hooks=[3]", ("stratagem.train.Hook", "3")),
         ("strategy=5", ("strategy", "5")),
         ("val_evaluator=5", ("A metric is", "5")),
         ("launcher=torchrum", ("'torchrum'", "pytorch")),

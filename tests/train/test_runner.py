@@ -37,7 +37,7 @@ def test_compile_is_true_false_or_a_mapping(make_runner: MakeRunner, wrong: Any)
 
 def test_a_path_to_resume_and_one_to_load_from_are_refused(make_runner: MakeRunner):
     """Giving both ``resume`` and ``load_from`` a path is ambiguous and is refused."""
-    with pytest.raises(ConfigValueError, match=r"resume='a' and load_from='b'.*Give one"):
+    with pytest.raises(ConfigValueError, match=r"resume='a' and load_from='b'.*Set only one"):
         make_runner(resume="a", load_from="b")
 
 
