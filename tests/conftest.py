@@ -12,11 +12,18 @@ from ranks import Ranks, seed_generators
 from stratagem.utils.secrets import values as secret_values
 
 # Generate the same examples in every run, without a database in the working directory.
-hypothesis.settings.register_profile("stratagem", derandomize=True, deadline=None, database=None)
-hypothesis.settings.load_profile("stratagem")
+hypothesis.settings.register_profile("full", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("fast", hypothesis.settings.get_profile("full"), max_examples=5)
+hypothesis.settings.load_profile("full")
 torch.set_num_threads(1)
 # Collected only if selected by marker: real launchers, and engines that need separate environments.
 ELSEWHERE = ("launchers", "deepspeed", "colossalai")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Generate fewer examples if slow tests are deselected (``make test-fast``)."""
+    if "not slow" in config.option.markexpr:
+        hypothesis.settings.load_profile("fast")
 
 
 @pytest.hookimpl(tryfirst=True)

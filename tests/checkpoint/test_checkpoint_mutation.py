@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from properties import examples
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
 from stratagem.errors import CheckpointDamagedError, CheckpointError
 from sweeps.trial import same, state
@@ -39,7 +40,7 @@ def mutate(data: bytes, other: bytes, changes: list[tuple[str, float, float, byt
 
 
 @pytest.mark.parametrize("name", ["", ".pth"])
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(number=st.integers(0, 3), changes=mutations())
 def test_a_mutated_checkpoint_is_rejected_or_unchanged(
     tmp_path: Path, name: str, number: int, changes: list[tuple[str, float, float, bytes]]

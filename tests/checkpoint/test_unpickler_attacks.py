@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pickles import Raw, build, call, encode, name, new, overlapping, pickle_of, storage, tensor, write
 
+from properties import examples
 from stratagem.checkpoint import CheckpointLoader, SingleFileFormat, flatten_tree
 from stratagem.checkpoint.restricted_unpickler import ValueBuilder, read_pickle
 from stratagem.errors import CheckpointDamagedError, CheckpointError
@@ -230,6 +231,7 @@ import resource, sys
 from pathlib import Path
 from stratagem.checkpoint import SingleFileFormat
 from stratagem.checkpoint.restricted_unpickler import ValueBuilder, read_pickle
+from properties import examples
 from stratagem.errors import CheckpointError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
@@ -280,7 +282,7 @@ class NoMemory:
     cut=st.integers(0, len(REAL) - 1),
     gap=st.sampled_from([0, 1, 7]),
 )
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 def test_a_changed_pickle_is_never_another_exception(changes: list[tuple[int, int]], cut: int, gap: int) -> None:
     """Bytes changed in or removed from a real pickle give values or a CheckpointError, and no other exception."""
     data = bytearray(REAL)

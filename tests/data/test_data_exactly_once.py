@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from properties import examples
 from stratagem.data import EpochLoader, build_dataloader, epoch_order
 
 SEED, EPOCH = 5, 3
@@ -103,7 +104,7 @@ lengths = st.integers(1, 60)
 restarts = st.lists(st.builds(Piece, st.integers(1, 5), st.integers(1, 7), st.integers(0, 9)), min_size=1, max_size=6)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=examples(1500), deadline=None)
 @given(lengths, restarts, st.booleans(), st.booleans())
 def test_any_restarts_give_each_sample_once_in_order(
     length: int, pieces: list[Piece], shuffle: bool, drop_last: bool
@@ -123,7 +124,7 @@ def test_any_restarts_give_each_sample_once_in_order(
     assert all(len({len(batch) for batch in step}) == 1 for step in steps)
 
 
-@settings(max_examples=700, deadline=None)
+@settings(max_examples=examples(700), deadline=None)
 @given(lengths, restarts, st.booleans(), st.booleans())
 def test_grouped_batches_give_each_sample_once_over_any_restarts(
     length: int, pieces: list[Piece], shuffle: bool, drop_last: bool
@@ -145,7 +146,7 @@ def test_grouped_batches_give_each_sample_once_over_any_restarts(
         assert {index for batch in batches for index in batch} == set(range(length))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(lengths, restarts)
 def test_grouped_batches_keep_their_order_if_only_the_ranks_change(length: int, pieces: list[Piece]) -> None:
     """The ranks take the same batches in turn, for any number of ranks."""
@@ -158,7 +159,7 @@ def test_grouped_batches_keep_their_order_if_only_the_ranks_change(length: int, 
     assert batches[: len(whole)] == [step[0] for step in whole]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.integers(1, 30), restarts)
 def test_a_weighted_order_can_be_resumed(length: int, pieces: list[Piece]) -> None:
     """With replacement, the pieces of an epoch give the same sequence of draws."""
@@ -169,7 +170,7 @@ def test_a_weighted_order_can_be_resumed(length: int, pieces: list[Piece]) -> No
     assert seen[:40] == [step[0][0] for step in whole]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(st.integers(1, 20), restarts)
 def test_infinite_data_can_be_resumed(length: int, pieces: list[Piece]) -> None:
     """Successive passes form one sequence for any number of ranks."""
@@ -226,7 +227,7 @@ def test_real_workers_give_each_sample_once_over_restarts(drop_last: bool) -> No
 def test_samples_can_only_be_computed_for_built_in_samplers() -> None:
     """Samples of a custom sampler cannot be computed; the error for a missing batch contains the number of batches."""
     own = build_dataloader({"dataset": Numbers(4), "sampler": [3, 1]}, seed=0, training=True)
-    with pytest.raises(RuntimeError, match="not known"):
+    with pytest.raises(RuntimeError, match="are unknown"):
         own.indices_of(0, 0)
     (ours,) = loaders(4, Piece(1, 2, 0))
     with pytest.raises(ValueError, match="Epoch 1 has no batch 2; it has 2"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from properties import examples
 from stratagem.optim import (
     CosineRestartLR,
     ExponentialLR,
@@ -46,7 +47,7 @@ def build(chain: list[tuple[Callable[..., ParamScheduler], int, int]]) -> tuple[
     return optim, [make(optim, begin, begin + length) for make, begin, length in chain]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(gradients=st.lists(st.integers(-8, 8), min_size=1, max_size=12), counts=st.integers(1, 5))
 def test_every_update_uses_the_mean_gradient_of_its_window(gradients: list[int], counts: int) -> None:
     """Every update uses the mean gradient of its window, for any length of the run, including the last window."""
@@ -63,7 +64,7 @@ def test_every_update_uses_the_mean_gradient_of_its_window(gradients: list[int],
     assert wrapper.num_steps_applied == math.ceil(len(gradients) / counts)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(chain=chains, stop=st.integers(0, 20))
 def test_a_chain_can_be_resumed_at_any_position(
     chain: list[tuple[Callable[..., ParamScheduler], int, int]], stop: int
@@ -82,7 +83,7 @@ def test_a_chain_can_be_resumed_at_any_position(
             schedule.step()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(chain=chains, jumps=st.lists(st.integers(0, 5), max_size=6))
 def test_a_step_of_several_positions_equals_single_steps(
     chain: list[tuple[Callable[..., ParamScheduler], int, int]], jumps: list[int]
