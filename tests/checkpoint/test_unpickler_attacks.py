@@ -231,7 +231,6 @@ import resource, sys
 from pathlib import Path
 from stratagem.checkpoint import SingleFileFormat
 from stratagem.checkpoint.restricted_unpickler import ValueBuilder, read_pickle
-from properties import examples
 from stratagem.errors import CheckpointError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sorted(Path(sys.argv[1]).iterdir()):
