@@ -80,7 +80,7 @@ test-wheel: ## Build the wheel, install it into a clean environment, and train w
 	@set -e; for python in $(WHEEL_PYTHONS); do tests/packaging/try_wheel.sh $$python; done
 
 faults: setup ## Inject every fault into every way of saving (15 minutes).
-	PYTHONPATH=src:tests $(BIN)/python tests/fault_sweep.py
+	PYTHONPATH=src:. $(BIN)/python tests/support/fault_sweep.py
 
 check: setup ## Check format, lint, types, spelling, links and the layers of the architecture.
 	$(BIN)/ruff format --check .

@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 import torch
 
-from ranks import Ranks, seed_generators
 from stratagem.utils.secrets import values as secret_values
+from tests.support.ranks import Ranks, seed_generators
 
 # Generate the same examples in every run, without a database in the working directory.
 hypothesis.settings.register_profile("full", derandomize=True, deadline=None, database=None)

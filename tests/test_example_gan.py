@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ranks import Ranks
 from stratagem import Config, Runner
+from tests.support.ranks import Ranks
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "gan"
 

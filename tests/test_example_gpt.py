@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from ranks import Ranks
 from stratagem import Config, Runner
 from stratagem.cli.main import main
 from stratagem.errors import ConfigValueError
@@ -18,6 +17,7 @@ from stratagem.model import BaseModel
 from stratagem.registry import DATASETS, FUNCTIONS, MODELS, TOKENIZERS
 from stratagem.strategies.setup.building import build_optim_wrapper
 from stratagem.train import Hook
+from tests.support.ranks import Ranks
 
 CONFIG = Path(__file__).parents[1] / "examples" / "gpt" / "config.py"
 SMALL = {"model.width": 64, "model.blocks": 2, "log_level": "ERROR", "train_cfg.val_interval": 1000}

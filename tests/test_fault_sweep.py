@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ranks import scripts_environment
+from tests.support.ranks import scripts_environment
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).with_name("fault_sweep.py")
+SCRIPT = Path(__file__).parent / "support" / "fault_sweep.py"
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_lost_checkpoint_is_reported(tmp_path: Path) -> None:
         "import runpy, sys\n"
         "from stratagem.storage import atomic, operations\n"
         "operations.fsync = lambda descriptor: None\n"
-        "import power_loss\n"
+        "from tests.support import power_loss\n"
         "power_loss.Recording._fsync = lambda *arguments: None\n"
         f"sys.argv = ['', 'power', '--every', '31']\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from faults import between
-from power_loss import HALF, WHOLE, Recording
 from stratagem.storage import operations, write_fully
+from tests.support.faults import between
+from tests.support.power_loss import HALF, WHOLE, Recording
 
 
 def record(folder: Path, work: Callable[[Path], None]) -> Recording:

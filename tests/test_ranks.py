@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from ranks import RankError, Ranks
 from stratagem.dist import get_dist_info, is_distributed
+from tests.support.ranks import RankError, Ranks
 
 
 def facts(*args: object, **kwargs: object) -> tuple[object, ...]:

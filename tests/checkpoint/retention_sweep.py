@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import faults
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from stratagem.checkpoint import (
     BackgroundSaver,
     CheckpointLoader,
@@ -30,6 +29,7 @@ from stratagem.checkpoint import (
 )
 from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.storage import clean_temporaries
+from tests.support import faults
 
 LOGGER = logging.getLogger("sweep")
 POLICY = Retention(groups=("iter_{}",), last=1)

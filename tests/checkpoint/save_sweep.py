@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from faults import MOMENTS, counted, dying, in_child, number_of_operations
 from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, save_checkpoint
+from tests.support.faults import MOMENTS, counted, dying, in_child, number_of_operations
 
 
 def state(value: int) -> dict[str, Any]:

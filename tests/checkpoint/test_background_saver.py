@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-import faults
-from ranks import Ranks
 from stratagem.checkpoint import BackgroundSaver, CheckpointLoader, find_latest_checkpoint
 from stratagem.checkpoint.staging import Staging
 from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError
+from tests.support import faults
+from tests.support.ranks import Ranks
 
 LOGGER = logging.getLogger("saver")
 

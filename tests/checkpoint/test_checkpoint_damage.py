@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from manifests import change_manifest
 from stratagem.checkpoint import DirectoryFormat
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from tests.support.manifests import change_manifest
 
 FORMAT = DirectoryFormat()
 FILES = ["manifest.json", "state.json", "model.safetensors", "optimizer.safetensors"]

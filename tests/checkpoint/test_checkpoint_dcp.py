@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from ranks import Ranks
 from stratagem.checkpoint import load_checkpoint
 from stratagem.checkpoint.formats.dcp import DcpDirectory, is_dcp_directory, save_dcp
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError
+from tests.support.ranks import Ranks
 
 TREE = {
     "model": {"w": torch.arange(6.0).reshape(2, 3), "half": torch.tensor([1.5], dtype=torch.bfloat16)},

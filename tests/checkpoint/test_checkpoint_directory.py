@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from faults import between, failing, passing
 from stratagem.checkpoint import DirectoryFormat, read_manifest
 from stratagem.errors import CheckpointError
+from tests.support.faults import between, failing, passing
 
 FORMAT = DirectoryFormat()
 DTYPES = [

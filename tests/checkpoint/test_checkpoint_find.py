@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from manifests import change_manifest
 from stratagem.checkpoint import find_latest_checkpoint, list_checkpoints, save_checkpoint, update_last_checkpoint
+from tests.support.manifests import change_manifest
 
 
 def saved(path: Path, at: float) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import scripts_environment
+from tests.support.ranks import scripts_environment
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from blake3 import blake3
 
-from manifests import seal
 from stratagem.checkpoint import DirectoryFormat
 from stratagem.errors import CheckpointError
+from tests.support.manifests import seal
 
 FORMAT = DirectoryFormat()
 Manifest = dict[str, Any]

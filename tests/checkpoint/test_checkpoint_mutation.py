@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from properties import examples
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
 from stratagem.errors import CheckpointDamagedError, CheckpointError
-from sweeps.trial import same, state
+from tests.support.properties import examples
+from tests.support.sweeps.trial import same, state
 
 
 @st.composite

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from manifests import change_manifest
 from stratagem.checkpoint import (
     checkpoints_by_run,
     checkpoints_of_run,
@@ -19,6 +18,7 @@ from stratagem.checkpoint import (
     save_checkpoint,
 )
 from stratagem.cli.ckpt.listing import list_checkpoints as print_checkpoints
+from tests.support.manifests import change_manifest
 
 
 def save(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ranks import Ranks
 from stratagem.checkpoint.directory.tensor_layout import TensorSpec
 from stratagem.checkpoint.directory.write_plan import _assign_writers, make_write_plan
 from stratagem.checkpoint.tree.boxes import TensorBox
 from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointError
+from tests.support.ranks import Ranks
 
 SPEC = TensorSpec(torch.float32, (4, 2))
 UPPER, LOWER = TensorBox((0, 0), (2, 2)), TensorBox((2, 0), (2, 2))

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from faulty_places import register
-from ranks import Ranks
 from stratagem.checkpoint import CheckpointLoader, find_latest_remote, save_checkpoint, save_remote
 from stratagem.checkpoint.remote.checkpoint_urls import _check_shared
 from stratagem.dist import RankGroup
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
+from tests.support.faulty_places import register
+from tests.support.ranks import Ranks
 
 fsspec = pytest.importorskip("fsspec")
 RUN = "memory://runs/one"

@@ -16,7 +16,6 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-import faults
 from stratagem.checkpoint import (
     CheckpointLoader,
     Retention,
@@ -30,6 +29,7 @@ from stratagem.checkpoint import (
     update_last_checkpoint,
 )
 from stratagem.errors import ConfigKeyError
+from tests.support import faults
 
 LOGGER = logging.getLogger("retention")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import scripts_environment
+from tests.support.ranks import scripts_environment
 
 
 @pytest.mark.slow

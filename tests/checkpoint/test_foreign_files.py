@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from small_runs import make, train
 from stratagem.checkpoint import CheckpointLoader, SingleFileFormat, load_checkpoint
 from stratagem.errors import CheckpointError, CheckpointMismatchError
 from stratagem.model import BaseModel
 from stratagem.strategies import BaseStrategy
+from tests.support.small_runs import make, train
 
 FILES = Path(__file__).parent / "files"
 LIGHTNING = FILES / "lightning_2.6.6_accumulate_2.ckpt"

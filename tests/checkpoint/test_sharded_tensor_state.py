@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranks import Ranks
 from stratagem.checkpoint import (
     BackgroundSaver,
     ShardedTensorState,
@@ -23,6 +22,7 @@ from stratagem.checkpoint import (
 from stratagem.checkpoint.tree.boxes import boxes_of_range
 from stratagem.dist import RankGroup
 from stratagem.errors import CheckpointError, CheckpointMismatchError
+from tests.support.ranks import Ranks
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4)
 

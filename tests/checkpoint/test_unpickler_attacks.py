@@ -18,12 +18,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pickles import Raw, build, call, encode, name, new, overlapping, pickle_of, storage, tensor, write
 
-from properties import examples
 from stratagem.checkpoint import CheckpointLoader, SingleFileFormat, flatten_tree
 from stratagem.checkpoint.restricted_unpickler import ValueBuilder, read_pickle
 from stratagem.errors import CheckpointDamagedError, CheckpointError
+from tests.checkpoint.pickles import Raw, build, call, encode, name, new, overlapping, pickle_of, storage, tensor, write
+from tests.support.properties import examples
 
 PROOF = "executed"
 FILES = Path(__file__).parent / "files"

@@ -13,11 +13,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pickles import Raw, call, storage, write
 from torch import nn
 
 from stratagem.checkpoint import SingleFileFormat
 from stratagem.errors import CheckpointDamagedError, CheckpointError
+from tests.checkpoint.pickles import Raw, call, storage, write
 
 
 def round_trip(value: Any, path: Path, **kwargs: Any) -> Any:

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from shell import Shell
 
 from stratagem.cli.main import main
+from tests.cli.shell import Shell
 
 CONFIG = Path(__file__).with_name("toy_config.py")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from shell import Shell
 
 from stratagem.checkpoint import CheckpointLoader
+from tests.cli.shell import Shell
 
 pytestmark = pytest.mark.slow
 

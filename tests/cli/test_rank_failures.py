@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from shell import Shell
 
 from stratagem.checkpoint import CheckpointLoader
+from tests.cli.shell import Shell
 
 pytestmark = pytest.mark.slow
 

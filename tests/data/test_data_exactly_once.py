@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from properties import examples
 from stratagem.data import EpochLoader, build_dataloader, epoch_order
+from tests.support.properties import examples
 
 SEED, EPOCH = 5, 3
 

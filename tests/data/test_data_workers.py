@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from ranks import scripts_environment
 from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import TrainingError
+from tests.support.ranks import scripts_environment
 
 pytestmark = pytest.mark.slow
 

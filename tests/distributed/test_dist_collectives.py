@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-from ranks import Ranks
 from stratagem import dist
 from stratagem.errors import ConfigTypeError, ConfigValueError, LaunchError
+from tests.support.ranks import Ranks
 
 OPS = ("sum", "mean", "product", "min", "max", "band", "bor", "bxor")
 

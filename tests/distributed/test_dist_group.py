@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
-from ranks import Ranks
 from stratagem.dist import barrier, close_dist, get_backend, init_dist, is_distributed
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, LaunchError
+from tests.support.ranks import Ranks
 
 
 @pytest.fixture

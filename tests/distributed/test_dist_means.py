@@ -7,9 +7,9 @@ import math
 import pytest
 from torch.distributed import get_rank, group
 
-from ranks import Ranks
 from stratagem.dist import all_gather_object, mean_by_name
 from stratagem.logging import ScalarSmoother
+from tests.support.ranks import Ranks
 
 MANY = 130
 

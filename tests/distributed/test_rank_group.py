@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from ranks import RankError, Ranks
 from stratagem.dist import SINGLE_PROCESS, RankGroup
 from stratagem.errors import CheckpointDamagedError, StratagemError, WorkDirError
+from tests.support.ranks import RankError, Ranks
 
 
 def test_a_single_process_passes_results_through() -> None:

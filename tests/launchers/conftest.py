@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import STRATAGEM, Jobs, facts, jobs_in, train
-from slurm import Slurm, running_slurm
+
+from tests.launchers.jobs import STRATAGEM, Jobs, facts, jobs_in, train
+from tests.launchers.slurm import Slurm, running_slurm
 
 
 @pytest.fixture

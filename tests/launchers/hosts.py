@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from jobs import miss, need
+from tests.launchers.jobs import miss, need
 
 
 @dataclass(frozen=True)

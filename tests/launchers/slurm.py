@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import environment, miss, need, wait_until
+from tests.launchers.jobs import environment, miss, need, wait_until
 
 # cred_expire: a requeued job only restarts after the credential of its first start has expired.
 _CONF = """\

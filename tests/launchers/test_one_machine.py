@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CONFIG, HERE, PYTHON, STRATAGEM, Jobs, facts, miss, need, records, train
-from slurm import Slurm
+
+from tests.launchers.jobs import CONFIG, HERE, PYTHON, STRATAGEM, Jobs, facts, miss, need, records, train
+from tests.launchers.slurm import Slurm
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 

@@ -12,7 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import CONFIG, PYTHON, STRATAGEM, Jobs, check_continued, facts, jobs_in, miss, records, wait_until
+
+from tests.launchers.jobs import (
+    CONFIG,
+    PYTHON,
+    STRATAGEM,
+    Jobs,
+    check_continued,
+    facts,
+    jobs_in,
+    miss,
+    records,
+    wait_until,
+)
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import STRATAGEM, Jobs, check_continued, facts, records, train, wait_until
-from slurm import Slurm
+
+from tests.launchers.jobs import STRATAGEM, Jobs, check_continued, facts, records, train, wait_until
+from tests.launchers.slurm import Slurm
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 

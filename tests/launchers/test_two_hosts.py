@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hosts import Host, Hosts, two_hosts
-from jobs import PYTHON, STRATAGEM, Job, Jobs, facts, need, records, train, wait_until
+
+from tests.launchers.hosts import Host, Hosts, two_hosts
+from tests.launchers.jobs import PYTHON, STRATAGEM, Job, Jobs, facts, need, records, train, wait_until
 
 pytestmark = [pytest.mark.launchers, pytest.mark.timeout(900)]
 

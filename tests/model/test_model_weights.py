@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ranks import Ranks
 from stratagem.dist import get_rank
 from stratagem.model import weights
 from stratagem.model.weights import broadcast_weights
+from tests.support.ranks import Ranks
 
 
 class Mixed(nn.Module):

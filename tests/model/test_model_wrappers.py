@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ranks import Ranks
 from stratagem.model import is_model_wrapper, unwrap_model
+from tests.support.ranks import Ranks
 
 
 class Holder(nn.Module):

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from properties import examples
 from stratagem.optim import (
     CosineRestartLR,
     ExponentialLR,
@@ -25,6 +24,7 @@ from stratagem.optim import (
     PolyLR,
     WarmupStableDecayLR,
 )
+from tests.support.properties import examples
 
 BUILDERS: list[Callable[[Optimizer, int, int], ParamScheduler]] = [
     lambda o, begin, end: LinearLR(o, start_factor=0.25, begin=begin, end=end),

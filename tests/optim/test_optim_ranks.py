@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from ranks import Ranks, seed_generators
 from stratagem.dist import get_rank
 from stratagem.model import BaseModel
 from stratagem.strategies import DDPStrategy
+from tests.support.ranks import Ranks, seed_generators
 
 # The number of samples in each micro-batch of a step, for each rank.
 SIZES = ((3, 1), (2, 5))

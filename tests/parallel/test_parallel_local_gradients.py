@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import backward_passes
-from backward_passes import OPTIMIZERS, SUMS, by_plain_torch, require_equal
-from ranks import Ranks
 from stratagem.dist import get_rank
 from stratagem.errors import PlacementError
 from stratagem.model import BaseModel
 from stratagem.optim import OptimWrapper, OptimWrapperDict
 from stratagem.strategies import DDPStrategy
+from tests.support import backward_passes
+from tests.support.backward_passes import OPTIMIZERS, SUMS, by_plain_torch, require_equal
+from tests.support.ranks import Ranks
 
 DDP: dict[str, Any] = {"type": "DDPStrategy"}
 UNUSED = {**DDP, "find_unused_parameters": True}

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ranks import Ranks
 from stratagem.dist import World, get_rank, get_world_size
 from stratagem.errors import ConfigKeyError, ConfigValueError, PlacementError
 from stratagem.model import BaseModel
 from stratagem.optim import OptimWrapper, OptimWrapperDict
 from stratagem.parallel import DDP_OPTIONS, Placed, Replica, Replicated, Steps
+from tests.support.ranks import Ranks
 
 LOGGER = logging.getLogger("stratagem.test")
 

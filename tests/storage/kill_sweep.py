@@ -13,8 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from faults import MOMENTS, counted, dying, in_child, number_of_operations
 from stratagem.storage import atomic_directory, clean_temporaries, operations, write_atomic
+from tests.support.faults import MOMENTS, counted, dying, in_child, number_of_operations
 
 
 def write(target: Path, content: str, *, directory: bool) -> None:

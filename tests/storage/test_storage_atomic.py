@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from faults import between, counted, failing, number_of_operations
-from ranks import scripts_environment
 from stratagem.errors import WorkDirError
 from stratagem.storage import atomic, atomic_directory, atomic_file, operations, write_atomic
+from tests.support.faults import between, counted, failing, number_of_operations
+from tests.support.ranks import scripts_environment
 
 
 def sweep(folder: Path, **options: bool) -> list[dict[str, Any]]:

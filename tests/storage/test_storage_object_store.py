@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from faulty_places import Dead, Faulty, register
 from stratagem.errors import CheckpointDamagedError, CheckpointError, CheckpointNotFoundError, MissingDependencyError
 from stratagem.storage import (
     clean_unpublished,
@@ -22,6 +21,7 @@ from stratagem.storage import (
     remove_published,
 )
 from stratagem.storage.publication import Generation, PublicationRecord, StoredFile
+from tests.support.faulty_places import Dead, Faulty, register
 
 register()
 

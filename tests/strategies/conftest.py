@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from small_runs import make
 from stratagem.strategies import BaseStrategy
+from tests.support.small_runs import make
 
 
 @pytest.fixture

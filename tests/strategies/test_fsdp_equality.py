@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import sharded_runs
-from ranks import Ranks
-from sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, PLACEMENTS, Gpt, Sentences, resumed, stopped, trained
+from tests.support import sharded_runs
+from tests.support.ranks import Ranks
+from tests.support.sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, PLACEMENTS, Gpt, Sentences, resumed, stopped, trained
 
 # Sums of float32 products are computed in a different order. A loss of about 3, the mean over 48 words, may differ by
 # sqrt(48) x 2**-24 x 3 = 1.2e-6. Gradients sum 16 to 64 products, and an AdamW update differs by at most the learning

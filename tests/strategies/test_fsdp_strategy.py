@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ranks import Ranks
-from sharded_runs import OPTIM, TP_PLAN, Gpt, prepared
-from small_runs import Mlp, batch
 from stratagem.dist import get_rank
 from stratagem.errors import LaunchError, StratagemError
 from stratagem.model import BaseModel
 from stratagem.optim import OptimWrapper
 from stratagem.registry import STRATEGIES
 from stratagem.strategies import DDPStrategy, FSDPStrategy
+from tests.support.ranks import Ranks
+from tests.support.sharded_runs import OPTIM, TP_PLAN, Gpt, prepared
+from tests.support.small_runs import Mlp, batch
 
 
 def make(folder: str, **options: Any) -> FSDPStrategy:

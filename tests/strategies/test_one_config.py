@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from ranks import Ranks
 from stratagem.errors import LaunchError
 from stratagem.strategies.setup.same_config_check import require_one_config
+from tests.support.ranks import Ranks
 
 
 def compare(texts: list[str]) -> str | None:

@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from ranks import Ranks
-from small_runs import Line, Lines, Mlp, batch, digest, make
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.optim import (
     ConstantLR,
@@ -23,6 +21,8 @@ from stratagem.optim import (
 )
 from stratagem.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from stratagem.strategies import BaseStrategy
+from tests.support.ranks import Ranks
+from tests.support.small_runs import Line, Lines, Mlp, batch, digest, make
 
 Make = Callable[..., BaseStrategy]
 

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-from ranks import Ranks
-from small_runs import Lines, make
 from stratagem.dist import World, is_distributed
 from stratagem.errors import (
     ConfigKeyError,
@@ -28,6 +26,8 @@ from stratagem.errors import (
 )
 from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy
 from stratagem.strategies.setup import environment
+from tests.support.ranks import Ranks
+from tests.support.small_runs import Lines, make
 
 Make = Callable[..., BaseStrategy]
 

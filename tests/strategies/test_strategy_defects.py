@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from ranks import Ranks
-from small_runs import Line, Mlp, make, train
 from stratagem.data import build_dataloader
 from stratagem.errors import PlacementError
 from stratagem.model import BaseModel
 from stratagem.optim import ConstantLR, OptimWrapper
 from stratagem.strategies import BaseStrategy
+from tests.support.ranks import Ranks
+from tests.support.small_runs import Line, Mlp, make, train
 
 Make = Callable[..., BaseStrategy]
 

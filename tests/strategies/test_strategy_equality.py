@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ranks import Ranks
-from small_runs import digest, make
 from stratagem.data import build_dataloader
 from stratagem.model import BaseModel, SupervisedModel
 from stratagem.strategies import BaseStrategy
 from stratagem.train.hooks import ParamSchedulerHook
+from tests.support.ranks import Ranks
+from tests.support.small_runs import digest, make
 
 # Both runs sum the same float32 products in a different order. A sum of n terms may then differ by about n roundings
 # of 2**-24 = 6e-8 relative to its size. Here, n is at most 16 samples x 64 pixels, and roundings mostly cancel:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from ranks import Ranks
-from small_runs import Line, Lines, Mlp, batch, digest, make, train
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, NotPreparedError, PlacementError
 from stratagem.model import BaseModel
 from stratagem.optim import ConstantLR, OptimWrapper, OptimWrapperDict
 from stratagem.strategies import BaseStrategy
+from tests.support.ranks import Ranks
+from tests.support.small_runs import Line, Lines, Mlp, batch, digest, make, train
 
 Make = Callable[..., BaseStrategy]
 

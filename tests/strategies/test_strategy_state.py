@@ -16,8 +16,6 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from ranks import Ranks
-from small_runs import Line, Lines, Mlp, batch, digest, make, train
 from stratagem.checkpoint import CheckpointLoader, save_checkpoint
 from stratagem.errors import (
     CheckpointDamagedError,
@@ -30,6 +28,8 @@ from stratagem.errors import (
 from stratagem.model import BaseModel
 from stratagem.optim import OptimWrapper
 from stratagem.strategies import BaseStrategy
+from tests.support.ranks import Ranks
+from tests.support.small_runs import Line, Lines, Mlp, batch, digest, make, train
 
 Make = Callable[..., BaseStrategy]
 

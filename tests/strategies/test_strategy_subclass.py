@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from small_runs import Line, train
 from stratagem.registry import STRATEGIES
 from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy
+from tests.support.small_runs import Line, train
 
 
 class PlainStrategy(BaseStrategy):

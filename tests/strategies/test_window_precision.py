@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ranks import Ranks
 from stratagem.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from stratagem.strategies import DDPStrategy, SingleDeviceStrategy
+from tests.support.ranks import Ranks
 
 PRECISIONS = ["float32", "bfloat16", "float16", "float16 by 8"]
 

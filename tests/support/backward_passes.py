@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ranks import seed_generators
 from stratagem.dist import get_rank, get_world_size
 from stratagem.model import BaseModel
 from stratagem.registry import STRATEGIES
+from tests.support.ranks import seed_generators
 
 ITERATIONS = 5
 BATCH = 8

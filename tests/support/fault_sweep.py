@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sweeps.damage import damages
-from sweeps.errors import errors
-from sweeps.kills import kills
-from sweeps.power import power_losses
-from sweeps.rank_kills import rank_kills
-from sweeps.runs import run_kills
-from sweeps.trial import Trial
+from tests.support.sweeps.damage import damages
+from tests.support.sweeps.errors import errors
+from tests.support.sweeps.kills import kills
+from tests.support.sweeps.power import power_losses
+from tests.support.sweeps.rank_kills import rank_kills
+from tests.support.sweeps.runs import run_kills
+from tests.support.sweeps.trial import Trial
 
 SWEEPS = {
     "kills": kills,

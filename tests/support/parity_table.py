@@ -9,7 +9,7 @@ from pathlib import Path
 
 import stratagem as package
 
-CONFIG = Path(__file__).parent / "cli" / "toy_config.py"
+CONFIG = Path(__file__).parents[1] / "cli" / "toy_config.py"
 
 
 def verdicts(strategy: str, *further: str) -> dict[str, str]:

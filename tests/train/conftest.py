@@ -3,9 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import settings
 
 from stratagem import BaseStrategy, Runner
+from tests.train.toys import settings
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from toys import VALIDATION, Samples, loader
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.checkpoint.convert.compare import compare
 from stratagem.model import BaseModel
 from stratagem.train import Hook
+from tests.train.toys import VALIDATION, Samples, loader
 
 How = Literal["SIGTERM", "hook", "model", "validation", "stop", "SIGKILL"]
 

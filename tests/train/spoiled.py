@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from toys import EPOCH, Recorder, Toy, settings
 
 from stratagem import Runner
 from stratagem.train import Hook
+from tests.train.toys import EPOCH, Recorder, Toy, settings
 
 
 class Spoiled(Toy):

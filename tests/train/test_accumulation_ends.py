@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from toys import EPOCH, VALIDATION, At, Recorder, settings, stop, train_until_signal
 
-from ranks import Ranks
 from stratagem import Runner
+from tests.support.ranks import Ranks
+from tests.train.toys import EPOCH, VALIDATION, At, Recorder, settings, stop, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 OPTIM = {

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from test_train_schedules import Poison
-from toys import At, Recorder, stop
 
 from stratagem import Runner
 from stratagem.train import EMAHook, Hook
+from tests.train.toys import At, Recorder, stop
 
 MakeRunner = Callable[..., Runner]
 EXAMPLE = Path(__file__).parents[2] / "examples" / "mnist"

@@ -3,12 +3,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import EPOCH, QUIET_HOOKS, Recorder
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.errors import ConfigValueError
 from stratagem.train import CheckpointHook, Hook
+from tests.train.toys import EPOCH, QUIET_HOOKS, Recorder
 
 MakeRunner = Callable[..., Runner]
 

@@ -12,15 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from toys import EPOCH, QUIET_HOOKS, TRAINING, VALIDATION, At, Toy, loader, settings, stop, train_until_signal
 
-import faults
-from ranks import Ranks
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader, find_latest_checkpoint, read_manifest
 from stratagem.errors import CheckpointError, ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.train import BaseMetric, CheckpointHook
 from stratagem.train.hooks.best_scores import BestScores, infer_rule
+from tests.support import faults
+from tests.support.ranks import Ranks
+from tests.train.toys import (
+    EPOCH,
+    QUIET_HOOKS,
+    TRAINING,
+    VALIDATION,
+    At,
+    Toy,
+    loader,
+    settings,
+    stop,
+    train_until_signal,
+)
 
 MakeRunner = Callable[..., Runner]
 

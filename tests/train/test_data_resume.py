@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, Samples, loader, settings, train_until_signal
 
 from stratagem import Runner
+from tests.train.toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, Samples, loader, settings, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 WORKERS = [0, pytest.param(2, marks=pytest.mark.slow)]

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_runs import Drawn, Stop, differences, in_pieces, lines_of, trace_of, train, weights_of, whole
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ranks import Ranks
-from small_runs import Lines, Mlp, make
 from stratagem.checkpoint import CheckpointLoader, flatten_tree
+from tests.support.ranks import Ranks
+from tests.support.small_runs import Lines, Mlp, make
+from tests.train.drawn_runs import Drawn, Stop, differences, in_pieces, lines_of, trace_of, train, weights_of, whole
 
 HOWS = ("SIGTERM", "hook", "model", "validation", "stop")
 

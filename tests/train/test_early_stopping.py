@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from test_train_schedules import Scripted
-from toys import EPOCH, VALIDATION, At, Recorder, train_until_signal
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.train import EarlyStoppingHook
+from tests.train.toys import EPOCH, VALIDATION, At, Recorder, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 from torchmetrics.classification import MulticlassAccuracy, MulticlassRecall
-from toys import TEST, VALIDATION, EventLog, Samples, Toy, loader
 
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
 from stratagem.train import BaseMetric, Evaluator
+from tests.train.toys import TEST, VALIDATION, EventLog, Samples, Toy, loader
 
 # Three of four samples are correct: 0, 1 and 2; the fourth is predicted as 1.
 OUTPUTS = {"preds": torch.eye(3)[[0, 1, 2, 1]], "target": torch.tensor([0, 1, 2, 2])}

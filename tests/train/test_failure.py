@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from ranks import Ranks
 from stratagem.dist import Failure, RankGroup, all_reduce, get_rank
 from stratagem.errors import TrainingError
 from stratagem.train.run.rank_guard import RankGuard, describe_batch
+from tests.support.ranks import Ranks
 
 
 @pytest.mark.parametrize(

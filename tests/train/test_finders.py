@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import Samples, Toy, loader, settings
 
 from stratagem import Runner
 from stratagem.errors import ConfigKeyError, ConfigValueError, PlacementError, TrainingError
 from stratagem.model import BaseModel
 from stratagem.train.tools import find_batch_size, find_learning_rate
 from stratagem.train.tools.find_batch_size import _largest
+from tests.train.toys import Samples, Toy, loader, settings
 
 MakeRunner = Callable[..., Runner]
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import QUIET_HOOKS, Recorder, Samples, loader, settings
 
-from ranks import Ranks
 from stratagem.errors import ConfigValueError
 from stratagem.model import BaseModel
 from stratagem.runner import Runner
 from stratagem.train import BaseMetric
+from tests.support.ranks import Ranks
+from tests.train.toys import QUIET_HOOKS, Recorder, Samples, loader, settings
 
 # Of 5 samples, one rank has 3 in batches of 2 and 1, and the other rank has 2 in one batch.
 VALIDATION = 5

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import Samples, Toy
 
 from stratagem import SingleDeviceStrategy
+from tests.train.toys import Samples, Toy
 
 
 def train(strategy: SingleDeviceStrategy, batches: list, *, until: int, done: int = 0) -> list[float]:

@@ -1,9 +1,9 @@
 import pytest
-from toys import Recorder
 
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.train import EVENTS, Events, Hook, IterTimerHook, LoggerHook, Priority, get_priority
 from stratagem.train.building import build_events
+from tests.train.toys import Recorder
 
 
 class Named(Hook):

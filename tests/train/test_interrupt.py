@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toys import EPOCH, VALIDATION, At, EventLog, Recorder, stop, train_until_signal
 
-from ranks import Ranks
 from stratagem import Runner
 from stratagem.checkpoint import find_latest_checkpoint
 from stratagem.dist import AsyncMaxReduce, get_rank
@@ -17,6 +15,8 @@ from stratagem.train import Hook
 from stratagem.train.run.interrupt import Interrupt
 from stratagem.train.run.run_history import read_record
 from stratagem.train.run.signals import signals
+from tests.support.ranks import Ranks
+from tests.train.toys import EPOCH, VALIDATION, At, EventLog, Recorder, stop, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 

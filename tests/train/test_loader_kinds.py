@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loader_kinds import KINDS, PACKAGES, Counted, UndeclaredStream, run
 
-from ranks import RankError, Ranks, seed_generators
 from stratagem.train import Hook
+from tests.support.ranks import RankError, Ranks, seed_generators
+from tests.train.loader_kinds import KINDS, PACKAGES, Counted, UndeclaredStream, run
 
 TRAINED, VALIDATED = 12, 11
 

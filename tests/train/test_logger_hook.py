@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from toys import QUIET_HOOKS, VALIDATION, At, EventLog, Toy
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError
 from stratagem.train import LoggerHook
+from tests.train.toys import QUIET_HOOKS, VALIDATION, At, EventLog, Toy
 
 MakeRunner = Callable[..., Runner]
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from toys import At, Recorder, Toy, loader, train_until_signal
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError
+from tests.train.toys import At, Recorder, Toy, loader, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from test_train_schedules import PLATEAU, Scripted
-from toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, loader, stop, train_until_signal
 
 from stratagem import Runner
+from tests.train.toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, loader, stop, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 

@@ -10,10 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_checkpoint_keeping import scored
-from toys import QUIET_HOOKS, At, loader, settings, stop
 
-from manifests import change_manifest
-from ranks import Ranks
 from stratagem import Runner
 from stratagem.checkpoint import (
     SaveOrder,
@@ -27,6 +24,9 @@ from stratagem.checkpoint import (
 from stratagem.errors import CheckpointDamagedError, ConfigValueError, TrainingError
 from stratagem.train import CheckpointHook, Hook
 from stratagem.train.resume.rollback import RollBackError
+from tests.support.manifests import change_manifest
+from tests.support.ranks import Ranks
+from tests.train.toys import QUIET_HOOKS, At, loader, settings, stop
 
 MakeRunner = Callable[..., Runner]
 FUTURE = 4e9

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from spoiled import EPOCH, Spoil, spoiled_settings
 from torch import nn
-from toys import At, Recorder, loader
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.train import EMAHook, Hook, NonFiniteHook
+from tests.train.spoiled import EPOCH, Spoil, spoiled_settings
+from tests.train.toys import At, Recorder, loader
 
 ADAGRAD = {"optimizer": {"type": "Adagrad", "lr": 0.1, "fused": False, "foreach": True}}
 

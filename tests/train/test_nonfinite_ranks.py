@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from spoiled import train_spoiled
 
-from ranks import Ranks
+from tests.support.ranks import Ranks
+from tests.train.spoiled import train_spoiled
 
 
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from toys import Samples, Toy, loader
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.train.tools.schedule_preview import RunPreview, preview_run
+from tests.train.toys import Samples, Toy, loader
 
 # 13 samples in batches of 2 are 7 iterations; 3 epochs are 21 iterations.
 PARTS: Mapping[str, Any] = {

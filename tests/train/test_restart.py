@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from manifests import change_manifest
 from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import ProcessIdentity
 from stratagem.train.resume.preemption import requeue_job
 from stratagem.train.resume.relaunch import LaunchIdentity, find_restart_checkpoint
+from tests.support.manifests import change_manifest
 
 # A logger outside the package, because earlier tests may have reconfigured the package's loggers.
 LOGGER = logging.getLogger("test-of-restarts")

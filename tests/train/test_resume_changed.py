@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from toys import EPOCH, QUIET_HOOKS, Recorder, Toy
 
 from stratagem import Runner
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
+from tests.train.toys import EPOCH, QUIET_HOOKS, Recorder, Toy
 
 MakeRunner = Callable[..., Runner]
 

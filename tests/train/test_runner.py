@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from toys import QUIET_HOOKS, TEST, TRAINING, VALIDATION, At, Recorder, Samples, Toy, loader, settings
 
 from stratagem import Config, DDPStrategy, Runner, SingleDeviceStrategy
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError, LaunchError, StateError
+from tests.train.toys import QUIET_HOOKS, TEST, TRAINING, VALIDATION, At, Recorder, Samples, Toy, loader, settings
 
 MakeRunner = Callable[..., Runner]
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import Optimizer
-from toys import EPOCH, QUIET_HOOKS, VALIDATION, At, Recorder, train_until_signal
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.train import EMAHook, Hook
+from tests.train.toys import EPOCH, QUIET_HOOKS, VALIDATION, At, Recorder, train_until_signal
 
 MakeRunner = Callable[..., Runner]
 NAME = "layers.0.weight"

@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader, IterableDataset
-from toys import EPOCH, VALIDATION, At, EventLog, Recorder, loader, settings, stop
 
 from stratagem import Runner
 from stratagem.errors import ConfigTypeError, ConfigValueError, TrainingError
+from tests.train.toys import EPOCH, VALIDATION, At, EventLog, Recorder, loader, settings, stop
 
 MakeRunner = Callable[..., Runner]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics.classification import BinaryAUROC
-from toys import QUIET_HOOKS, VALIDATION, At, Recorder, Toy, loader, settings, train_until_signal
 
-from ranks import Ranks
 from stratagem import Runner
 from stratagem.dist import get_rank
 from stratagem.train import BaseMetric, Evaluator
+from tests.support.ranks import Ranks
+from tests.train.toys import QUIET_HOOKS, VALIDATION, At, Recorder, Toy, loader, settings, train_until_signal
 
 # The 13 samples are split into 7 and 7, so each rank has 4 batches of at most 2 per epoch.
 EPOCH = 4

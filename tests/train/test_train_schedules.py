@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from toys import EPOCH, VALIDATION, At, Recorder, Toy
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError
 from stratagem.optim import OptimWrapper, OptimWrapperDict
 from stratagem.train import BaseMetric, Hook
+from tests.train.toys import EPOCH, VALIDATION, At, Recorder, Toy
 
 MakeRunner = Callable[..., Runner]
 # The initial learning rate is 1, so each rate is the product of the schedules' factors.

@@ -7,15 +7,15 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import boosted_runs
 import torch
 from torch import Tensor
 
-import sharded_runs
-from sharded_runs import EPOCH, OPTIM, SCHEDULE, Gpt, Sentences
 from stratagem.checkpoint import BackgroundSaver
 from stratagem.dist import get_rank
 from stratagem.errors import StratagemError
+from tests.engines.colossalai import boosted_runs
+from tests.support import sharded_runs
+from tests.support.sharded_runs import EPOCH, OPTIM, SCHEDULE, Gpt, Sentences
 
 LOGGER = logging.getLogger(__name__)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-import sharded_runs
-from sharded_runs import EPOCH, GLOBAL_BATCH, SCHEDULE, TP_PLAN, Gpt, Sentences
 from stratagem.checkpoint import ShardedTensorState
 from stratagem.data import build_dataloader
 from stratagem.dist import all_reduce
 from stratagem.strategies import BaseStrategy, ColossalAIStrategy
 from stratagem.train.hooks import ParamSchedulerHook
+from tests.support import sharded_runs
+from tests.support.sharded_runs import EPOCH, GLOBAL_BATCH, SCHEDULE, TP_PLAN, Gpt, Sentences
 
 # The options of the strategy for each named plugin configuration in the tests.
 PLUGINS: Mapping[str, Mapping[str, Any]] = {

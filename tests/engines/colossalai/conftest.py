@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import boosted_runs
 import pytest
+
+from tests.engines.colossalai import boosted_runs
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from colossalai.shardformer.policies.base_policy import (
     SubModuleReplacementDescription,
 )
 
-from sharded_runs import Block
+from tests.support.sharded_runs import Block
 
 _CUT = {"query": Linear1D_Col, "key": Linear1D_Col, "value": Linear1D_Col, "out": Linear1D_Row}
 _CUT |= {"up": Linear1D_Col, "down": Linear1D_Row}

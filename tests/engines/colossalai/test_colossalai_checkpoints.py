@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import boosted_cases
-import boosted_runs
 import pytest
 import torch
 
-from ranks import Ranks
-from sharded_runs import EPOCH, OPTIM
 from stratagem.checkpoint import CheckpointLoader, list_checkpoints, remove_checkpoints, verify_checkpoint
 from stratagem.checkpoint.convert.convert import convert_checkpoint
 from stratagem.errors import CheckpointDamagedError
+from tests.engines.colossalai import boosted_cases, boosted_runs
+from tests.support.ranks import Ranks
+from tests.support.sharded_runs import EPOCH, OPTIM
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import scripts_environment
 from stratagem.checkpoint import list_checkpoints, read_any
+from tests.support.ranks import scripts_environment
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parity_table import verdicts
+from tests.support.parity_table import verdicts
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 

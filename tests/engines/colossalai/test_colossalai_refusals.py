@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import boosted_cases
 import pytest
 
-from ranks import Ranks, scripts_environment
-from sharded_runs import OPTIM
+from tests.engines.colossalai import boosted_cases
+from tests.support.ranks import Ranks, scripts_environment
+from tests.support.sharded_runs import OPTIM
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 

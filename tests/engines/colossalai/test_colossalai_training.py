@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import boosted_cases
-import boosted_runs
 import pytest
 import torch
 
-import backward_passes
-from backward_passes import OPTIMIZERS, by_plain_torch, require_equal
-from ranks import Ranks
-from sharded_runs import OPTIM
+from tests.engines.colossalai import boosted_cases, boosted_runs
+from tests.support import backward_passes
+from tests.support.backward_passes import OPTIMIZERS, by_plain_torch, require_equal
+from tests.support.ranks import Ranks
+from tests.support.sharded_runs import OPTIM
 
 pytestmark = [pytest.mark.colossalai, pytest.mark.slow]
 

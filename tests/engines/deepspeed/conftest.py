@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import go, placed
+
+from tests.engines.deepspeed.engine_runs import go, placed
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences, _Run
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.data import build_dataloader
 from stratagem.dist import all_reduce
@@ -18,6 +17,7 @@ from stratagem.registry import STRATEGIES
 from stratagem.strategies import BaseStrategy
 from stratagem.train.hooks import ParamSchedulerHook
 from stratagem.utils import import_module
+from tests.support.sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences, _Run
 
 FP32: Mapping[str, Mapping[str, Any]] = {
     "ZeRO-0": {"zero_optimization": {"stage": 0}},

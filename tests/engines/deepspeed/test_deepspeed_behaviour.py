@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import FP32, differences, go, placed, state_in
 from torch import Tensor
 
-import backward_passes
-from backward_passes import OPTIMIZERS, by_plain_torch, require_equal
-from ranks import Ranks
-from sharded_runs import OPTIM, Gpt
 from stratagem.errors import ConfigValueError, StratagemError, TrainingError
 from stratagem.registry import STRATEGIES
 from stratagem.utils import import_module
+from tests.engines.deepspeed.engine_runs import FP32, differences, go, placed, state_in
+from tests.support import backward_passes
+from tests.support.backward_passes import OPTIMIZERS, by_plain_torch, require_equal
+from tests.support.ranks import Ranks
+from tests.support.sharded_runs import OPTIM, Gpt
 
 pytestmark = pytest.mark.deepspeed
 

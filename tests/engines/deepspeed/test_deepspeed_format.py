@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import differences, go, placed, state_in
 
-from ranks import Ranks
 from stratagem.checkpoint.convert.convert import convert_checkpoint
+from tests.engines.deepspeed.engine_runs import differences, go, placed, state_in
+from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.deepspeed
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import placed
 
-from ranks import Ranks
 from stratagem import Runner
 from stratagem.checkpoint import SaveOrder, list_checkpoints
 from stratagem.errors import StratagemError
+from tests.engines.deepspeed.engine_runs import placed
+from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.deepspeed
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import FP32, go, placed
 
-from ranks import Ranks
+from tests.engines.deepspeed.engine_runs import FP32, go, placed
+from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.deepspeed
 

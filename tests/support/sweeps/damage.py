@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from stratagem.checkpoint import save_checkpoint
-from sweeps.trial import Lost, Trial, expect, recover, state
+from tests.support.sweeps.trial import Lost, Trial, expect, recover, state
 
 # The number of bit flips per file, evenly spaced; every byte if the file has fewer.
 _FLIPS = 150

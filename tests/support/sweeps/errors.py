@@ -10,10 +10,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from faults import Act, between, counted, failing, number_of_operations
 from stratagem.errors import CheckpointError
-from sweeps.savings import SAVINGS, Saving
-from sweeps.trial import Lost, Trial, end_this_process, expect, recover
+from tests.support.faults import Act, between, counted, failing, number_of_operations
+from tests.support.sweeps.savings import SAVINGS, Saving
+from tests.support.sweeps.trial import Lost, Trial, end_this_process, expect, recover
 
 CODES = (errno.ENOSPC, errno.EIO)
 # Operations that need space. Files can still be removed from a full disk.

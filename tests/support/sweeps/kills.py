@@ -7,9 +7,9 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from faults import MOMENTS, counted, dying, in_child, number_of_operations
-from sweeps.savings import SAVINGS, Saving
-from sweeps.trial import Lost, Trial, expect, recover
+from tests.support.faults import MOMENTS, counted, dying, in_child, number_of_operations
+from tests.support.sweeps.savings import SAVINGS, Saving
+from tests.support.sweeps.trial import Lost, Trial, expect, recover
 
 
 def kills(folder: Path) -> Iterator[Trial]:

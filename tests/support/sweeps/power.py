@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from faults import between
-from power_loss import DROPPED, HALF, WHOLE, Recording
-from sweeps.savings import SAVINGS, Saving
-from sweeps.trial import Trial, expect, recover
+from tests.support.faults import between
+from tests.support.power_loss import DROPPED, HALF, WHOLE, Recording
+from tests.support.sweeps.savings import SAVINGS, Saving
+from tests.support.sweeps.trial import Trial, expect, recover
 
 # The number of random subsets of the pending changes, in addition to none, all, all but one, and each one.
 _SAMPLES = 4

@@ -14,11 +14,11 @@ import torch.distributed as torch_dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from faults import MOMENTS, between, counted, dying
 from stratagem.checkpoint import save_checkpoint
 from stratagem.dist import RankGroup
 from stratagem.errors import StratagemError
-from sweeps.trial import Lost, Trial, expect, recover, state
+from tests.support.faults import MOMENTS, between, counted, dying
+from tests.support.sweeps.trial import Lost, Trial, expect, recover, state
 
 # The time in which the other ranks must notice. They are notified immediately; a hang would take a minute.
 _SECONDS = 20.0

@@ -14,11 +14,11 @@ from typing import Any, final
 import torch
 from torch.utils.data import TensorDataset
 
-from faults import MOMENTS, counted, dying, in_child, number_of_operations, passing
-from small_runs import Mlp, digest
 from stratagem import Runner
 from stratagem.train import Hook
-from sweeps.trial import Lost, Trial
+from tests.support.faults import MOMENTS, counted, dying, in_child, number_of_operations, passing
+from tests.support.small_runs import Mlp, digest
+from tests.support.sweeps.trial import Lost, Trial
 
 
 @final

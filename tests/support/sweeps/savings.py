@@ -9,7 +9,7 @@ from typing import final
 
 from stratagem.checkpoint import save_checkpoint
 from stratagem.storage import operations
-from sweeps.trial import state
+from tests.support.sweeps.trial import state
 
 
 @final

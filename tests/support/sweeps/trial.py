@@ -10,10 +10,10 @@ from typing import Any, final
 
 import torch
 
-from power_loss import NOBODY
 from stratagem.checkpoint import CheckpointLoader, list_checkpoints
 from stratagem.errors import CheckpointDamagedError
 from stratagem.storage import clean_temporaries
+from tests.support.power_loss import NOBODY
 
 
 class Lost(Exception):  # noqa: N818 -- named after the outcome in the report
