@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_schedules import Poison
 
 from stratagem import Runner
 from stratagem.train import EMAHook, Hook
+from tests.train.test_train_schedules import Poison
 from tests.train.toys import At, Recorder, stop
 
 MakeRunner = Callable[..., Runner]

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train_schedules import Scripted
 
 from stratagem import Runner
 from stratagem.errors import ConfigValueError, TrainingError
 from stratagem.train import EarlyStoppingHook
+from tests.train.test_train_schedules import Scripted
 from tests.train.toys import EPOCH, VALIDATION, At, Recorder, train_until_signal
 
 MakeRunner = Callable[..., Runner]

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_schedules import Poison
 
 from stratagem import Runner
 from stratagem.checkpoint import CheckpointLoader
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError, StateError
 from stratagem.train import EMAHook, Hook
 from tests.support.ranks import Ranks
+from tests.train.test_train_schedules import Poison
 from tests.train.toys import EPOCH, QUIET_HOOKS, TEST, VALIDATION, At, Recorder, settings, train_until_signal
 
 MakeRunner = Callable[..., Runner]

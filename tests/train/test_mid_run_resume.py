@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_train_schedules import PLATEAU, Scripted
 
 from stratagem import Runner
+from tests.train.test_train_schedules import PLATEAU, Scripted
 from tests.train.toys import EPOCH, SAMPLES, VALIDATION, At, Recorder, loader, stop, train_until_signal
 
 MakeRunner = Callable[..., Runner]

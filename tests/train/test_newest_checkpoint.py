@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint_keeping import scored
 
 from stratagem import Runner
 from stratagem.checkpoint import (
@@ -26,6 +25,7 @@ from stratagem.train import CheckpointHook, Hook
 from stratagem.train.resume.rollback import RollBackError
 from tests.support.manifests import change_manifest
 from tests.support.ranks import Ranks
+from tests.train.test_checkpoint_keeping import scored
 from tests.train.toys import QUIET_HOOKS, At, loader, settings, stop
 
 MakeRunner = Callable[..., Runner]
