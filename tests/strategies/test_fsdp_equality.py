@@ -110,7 +110,7 @@ def changed(placement: str, folder: str, changes: Mapping[str, Any]) -> dict[str
         },
         {"initial_weights": "per_rank"},
         {"initial_weights": "whole"},
-        {"wrap_policy": "sharded_runs.Block", "state": "full"},
+        {"wrap_policy": "tests.support.sharded_runs.Block", "state": "full"},
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -95,7 +95,7 @@ def test_the_order_of_preparation(single: Make, monkeypatch: Any) -> None:
             strategy, name, lambda *args, method=method, name=name: (order.append(name), method(*args))[1]
         )
     strategy.prepare(
-        {"type": "small_runs.Mlp"},
+        {"type": "tests.support.small_runs.Mlp"},
         optim_wrapper=OPTIM,
         param_scheduler=SCHEDULE,
         dispatch_kwargs={"train_micro_batch_size_per_gpu": 1},
