@@ -62,7 +62,7 @@ def test_ls_of_an_empty_folder_is_an_error(stratagem: Command, tmp_path: Path) -
     """`ckpt ls` on a folder without checkpoints exits with 2."""
     listed = stratagem("ckpt", "ls", tmp_path)
     assert (listed.status, listed.out) == (2, "")
-    assert "there is no checkpoint in it" in listed.err
+    assert "No checkpoint found in" in listed.err
 
 
 def test_show_prints_parts_and_position(stratagem: Command, run: Path) -> None:
@@ -90,7 +90,7 @@ def test_verify_checks_all_checkpoints_in_a_folder(stratagem: Command, run: Path
     """`ckpt verify` lists intact checkpoints with their size and exits with 0."""
     verified = stratagem("ckpt", "verify", run)
     assert verified.status == 0
-    assert [line.split()[0] for line in verified.out.splitlines()] == ["sound", "sound"]
+    assert [line.split()[0] for line in verified.out.splitlines()] == ["ok", "ok"]
 
 
 def test_verify_names_the_damaged_tensor(stratagem: Command, run: Path) -> None:
@@ -99,18 +99,18 @@ def test_verify_names_the_damaged_tensor(stratagem: Command, run: Path) -> None:
     verified = stratagem("ckpt", "verify", run)
     assert verified.status == 1
     assert "model.safetensors: the tensor 'w' is corrupted" in verified.out
-    assert "sound    " in verified.out
-    assert "1 of 2 cannot be used" in verified.err
+    assert "ok       " in verified.out
+    assert "1 of 2 checkpoints are damaged" in verified.err
 
 
 def test_diff_prints_differences(stratagem: Command, run: Path) -> None:
     """`ckpt diff` prints each difference and exits with 1; without differences it exits with 0."""
     different = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2")
     assert different.status == 1
-    assert "up to 1 in 100.0% of its numbers" in different.out
+    assert "up to 1 in 100.0% of the elements" in different.out
     assert "meta/iter" in different.out
     only = stratagem("ckpt", "diff", run / "epoch_1", run / "epoch_2", "--part", "average")
-    assert (only.status, only.out) == (0, "They are equal.\n")
+    assert (only.status, only.out) == (0, "No differences.\n")
 
 
 def test_diff_of_an_unknown_part_is_rejected(stratagem: Command, run: Path) -> None:
@@ -155,7 +155,7 @@ def test_consolidate_without_an_average_is_rejected(stratagem: Command, run: Pat
     save_checkpoint({"state_dict": {"w": torch.ones(1)}}, run / "plain")
     refused = stratagem("ckpt", "consolidate", run / "plain", tmp_path / "a.safetensors", "--averaged")
     assert refused.status == 2
-    assert "holds no averaged weights" in refused.err
+    assert "has no averaged weights" in refused.err
     assert not (tmp_path / "a.safetensors").exists()
 
 
@@ -179,14 +179,14 @@ def test_prune_keeps_the_last_and_manual_checkpoints(stratagem: Command, tmp_pat
     pruned = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 2, "--keep-every", 2, "--yes")
     assert pruned.status == 0
     assert left_in(tmp_path / "run") == {"epoch_2", "epoch_4", "epoch_5", "mine"}
-    assert "Removed 2." in pruned.out
+    assert "Removed 2 checkpoints." in pruned.out
 
 
 def test_prune_asks_for_confirmation(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--dry-run removes nothing, and without --yes the command asks for confirmation."""
     keeping(tmp_path / "run", 3)
     tried = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1, "--dry-run")
-    assert "2 would be removed" in tried.out
+    assert "Would remove 2 checkpoints" in tried.out
     monkeypatch.setattr("typer.confirm", lambda _: False)
     stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1)
     assert left_in(tmp_path / "run") == {"epoch_1", "epoch_2", "epoch_3", "mine"}
@@ -203,4 +203,4 @@ def test_prune_does_not_count_a_damaged_checkpoint(stratagem: Command, tmp_path:
 
 def test_prune_of_an_empty_folder_is_an_error(stratagem: Command, tmp_path: Path) -> None:
     """`ckpt prune` on a folder without checkpoints of a run exits with 2."""
-    assert "no run has saved a checkpoint" in stratagem("ckpt", "prune", tmp_path, "--keep-last", 1).err
+    assert "No checkpoint of a run found in" in stratagem("ckpt", "prune", tmp_path, "--keep-last", 1).err

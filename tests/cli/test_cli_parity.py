@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import stratagem as package
-from stratagem.cli.parity.command import Found, train_variant
-from stratagem.cli.parity.variants import Trial, Variant, variants
+from stratagem.cli.parity.command import ParityReport, train_variant
+from stratagem.cli.parity.variants import ParitySettings, Variant, variants
 from stratagem.config import Config
 from stratagem.train.tools.trace_comparison import BatchDependence, Comparison, StepDifference, compare_traces
 
@@ -35,11 +35,11 @@ def test_one_process_is_equal_to_itself_and_after_resuming(stratagem: Command, c
     done = stratagem("parity", config, *SMALL, "--nproc", "1")
     assert done.status == 0, done.err
     assert rows(done.out) == {
-        "one process": "what the others are compared with",
-        "one process, again": "equal to the bit",
-        "one process, stopped and resumed": "equal to the bit",
+        "one process": "reference",
+        "one process, again": "bitwise identical",
+        "one process, stopped and resumed": "bitwise identical",
     }
-    assert "Left out, since they count what a cut changes: param_scheduler." in done.out
+    assert "Disabled, because they depend on how the batch is divided: param_scheduler." in done.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -49,9 +49,9 @@ def test_ranks_and_accumulation_are_equal_up_to_rounding(stratagem: Command, con
     done = stratagem("parity", config, *SMALL, "--eval-layers")
     assert done.status == 0, done.err
     found = rows(done.out)
-    assert found["one process, 2 micro-batches a step"] == "equal but for the order of sums"
-    assert found["2 processes, DDP"] == "equal but for the order of sums"
-    assert found["2 processes, DDP, stopped and resumed"] == "equal to the bit"
+    assert found["one process, 2 micro-batches per step"] == "equal up to rounding"
+    assert found["2 processes, DDP"] == "equal up to rounding"
+    assert found["2 processes, DDP, stopped and resumed"] == "bitwise identical"
     assert "4 steps of 4 samples" in done.out
     assert list(tmp_path.iterdir()) == []
 
@@ -62,14 +62,14 @@ def test_sharded_training_is_equal(stratagem: Command, config: str):
     done = stratagem("parity", config, *SMALL, "--eval-layers", "--strategy", "fsdp")
     assert done.status == 0, done.err
     found = rows(done.out)
-    assert found["2 processes, FSDP"] == "equal but for the order of sums"
-    assert found["2 processes, FSDP, stopped and resumed"] == "equal to the bit"
+    assert found["2 processes, FSDP"] == "equal up to rounding"
+    assert found["2 processes, FSDP, stopped and resumed"] == "bitwise identical"
     assert "2 processes, DDP" not in found
 
 
 @pytest.mark.parametrize(
     ("names", "text"),
-    [("dpp", "Did you mean 'ddp'"), ("ddp,single", "one process is what all others are compared with")],
+    [("dpp", "Did you mean 'ddp'"), ("ddp,single", "SingleDeviceStrategy is always included as the reference")],
 )
 def test_an_invalid_strategy(stratagem: Command, config: str, names: str, text: str):
     """An unknown strategy is rejected before any training."""
@@ -80,26 +80,26 @@ def test_an_invalid_strategy(stratagem: Command, config: str, names: str, text: 
 
 def test_dropout_explains_a_difference(tmp_path: Path):
     """Dropout explains a difference between ranks, but not a difference where results must be bit-identical."""
-    trial = Trial(steps=2, nproc=2, eval_layers=False, tolerance=1e-4)
+    settings = ParitySettings(steps=2, nproc=2, eval_layers=False, tolerance=1e-4)
     listed = {each.key: each for each in variants(2, accumulates=True)}
-    batch_dependence = train_variant(Config.fromfile(CONFIG), listed["one"], trial, tmp_path)
+    batch_dependence = train_variant(Config.fromfile(CONFIG), listed["one"], settings, tmp_path)
     assert batch_dependence == BatchDependence(uses_rng=True, num_batch_norms=0)
     large = StepDifference(1, "network.0.weight", 0.1, 0.5)
-    found = Found({key: Comparison(large, large) for key in listed}, batch_dependence)
+    found = ParityReport({key: Comparison(large, large) for key in listed}, batch_dependence)
     verdicts = {key: found.verdict(each, tolerance=1e-4) for key, each in listed.items() if each.against}
     assert verdicts.pop("ranks_DDPStrategy") == verdicts.pop("accumulated") == "not comparable"
     assert set(verdicts.values()) == {"DIFFERENT"}
 
 
-def accumulated(config: Config, folder: Path) -> tuple[Variant, Found]:
+def accumulated(config: Config, folder: Path) -> tuple[Variant, ParityReport]:
     """Train in one process with one and with two micro-batches per step, and compare."""
     config["train_dataloader"]["batch_size"] = 2
-    trial = Trial(steps=3, nproc=2, eval_layers=False, tolerance=1e-4)
+    settings = ParitySettings(steps=3, nproc=2, eval_layers=False, tolerance=1e-4)
     listed = {each.key: each for each in variants(2, accumulates=True)}
-    batch_dependence = train_variant(config, listed["one"], trial, folder)
-    train_variant(config, listed["accumulated"], trial, folder)
+    batch_dependence = train_variant(config, listed["one"], settings, folder)
+    train_variant(config, listed["accumulated"], settings, folder)
     compared = compare_traces(folder / "one", folder / "accumulated", 3)
-    return listed["accumulated"], Found({"accumulated": compared}, batch_dependence)
+    return listed["accumulated"], ParityReport({"accumulated": compared}, batch_dependence)
 
 
 def test_batch_normalization_explains_a_difference(tmp_path: Path):

@@ -58,7 +58,7 @@ def test_diff_compares_two_files(stratagem: Callable, family: Path) -> None:  # 
     assert different.status == 0
     assert "0.1" in different.out
     assert "0.2" in different.out
-    assert stratagem("config", "diff", family, family).out == "No difference.\n"
+    assert stratagem("config", "diff", family, family).out == "No differences.\n"
 
 
 def test_check_lists_all_problems(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]

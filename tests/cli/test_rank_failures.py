@@ -58,7 +58,7 @@ def test_a_killed_rank_is_reported(shell: Shell, config: str, tmp_path: Path):
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 128 + signal.SIGKILL, output
     assert "(rank 1): error: Stopped after 6 iterations, because rank 0 exited: process " in output
-    assert output.splitlines()[-1] == "stratagem: rank 0 of 2 was ended by SIGKILL."
+    assert output.splitlines()[-1] == "stratagem: rank 0 of 2 was killed by SIGKILL."
     assert shell.leftovers() == []
 
 

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command-line interface: its commands, their output, and the launchers that start several processes."""

@@ -1,4 +1,4 @@
-"""The commands."""
+"""Declare the commands and their options. Implementations are imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -25,33 +25,40 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A .py, .yaml, .json or .toml configuration.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="The configuration file: .py, .yaml, .json or .toml.")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a value: --set optim_wrapper.optimizer.lr=0.01"),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a value, as in --set optim_wrapper.optimizer.lr=0.01."),
 ]
 WorkDir = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="The folder of the run. By default the configuration's, or work_dirs/<its name>."),
+    typer.Option(
+        metavar="DIR", help="The folder of the run. Default: work_dir of CONFIG, or work_dirs/<name of CONFIG>."
+    ),
 ]
 Nproc = Annotated[
     int | None,
     typer.Option(
-        metavar="N", min=1, help="Start this many processes: on this machine by torchrun's launcher, or by Ray."
+        metavar="N", min=1, help="Start N processes on this machine, or on a Ray cluster with --launcher ray."
     ),
 ]
 Launcher = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="What started the processes: none, pytorch, slurm or mpi; inferred by default. Or ray, to start them.",
+        help="The launcher of this process: none, pytorch, slurm or mpi. Default: inferred from the environment. With "
+        "--nproc, ray starts the processes on a Ray cluster.",
     ),
 ]
 Strategy = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, deepspeed, colossalai, or a class's name."),
+    typer.Option(metavar="NAME", help="The strategy: single, ddp, fsdp, deepspeed, colossalai, or a class name."),
 ]
-Out = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw to this file too; needs stratagem[plot].")]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE.png", help="Also save the chart to this file. Requires stratagem[plot].")
+]
 
 
 def _print_version(value: bool) -> None:
@@ -78,24 +85,24 @@ def train(
         str | None,
         typer.Option(
             metavar="[PATH]",
-            help="Go on from a checkpoint; without a path from the latest in the folder of the run, if there is one.",
+            help="Resume from a checkpoint. Without PATH, resume from the latest one of the run, if any.",
         ),
     ] = None,
     load_from: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Begin with the weights of a checkpoint.")
+        str | None, typer.Option(metavar="PATH", help="Initialize the model with the weights of a checkpoint.")
     ] = None,
     nproc: Nproc = None,
     max_restarts: Annotated[
         int,
-        typer.Option(metavar="K", min=0, help="With --nproc: start the ranks again, up to K times, when one fails."),
+        typer.Option(metavar="K", min=0, help="With --nproc: if a rank fails, restart all ranks, at most K times."),
     ] = 0,
     launcher: Launcher = None,
     strategy: Strategy = None,
     traceback: Traceback = False,
 ) -> None:
-    """Train what CONFIG describes.
+    """Train the model of CONFIG.
 
-    Interrupt it with Ctrl-C and it saves a checkpoint; --resume goes on from there. A second Ctrl-C stops at once.
+    Ctrl-C saves a checkpoint and exits; --resume continues from it. A second Ctrl-C exits immediately.
     """
     options = RunOptions(
         config=config,
@@ -112,9 +119,7 @@ def train(
 @app.command()
 def test(
     config: ConfigFile,
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint whose weights are evaluated.")
-    ],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint to evaluate.")],
     overrides: Overrides = None,
     work_dir: WorkDir = None,
     nproc: Nproc = None,
@@ -138,23 +143,25 @@ def test(
 def sample(
     config: ConfigFile,
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint, or the folder of a run for its latest.")
+        str, typer.Argument(metavar="CHECKPOINT", help="The checkpoint, or the folder of a run to use its latest one.")
     ],
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to go on with.")],
-    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="How many tokens to add.")] = 300,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="The text to continue.")],
+    tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The number of tokens to generate.")] = 300,
     temperature: Annotated[
-        float, typer.Option(metavar="T", min=0.0, help="Below 1 for likelier tokens; 0 for always the likeliest.")
+        float,
+        typer.Option(metavar="T", min=0.0, help="The sampling temperature. 0 always chooses the most likely token."),
     ] = 0.8,
     top_k: Annotated[
-        int, typer.Option(metavar="K", min=0, help="Draw from the K likeliest tokens; 0 draws from all.")
+        int, typer.Option(metavar="K", min=0, help="Sample from the K most likely tokens. 0 samples from all.")
     ] = 0,
-    seed: Annotated[int, typer.Option(metavar="S", min=0, help="Of the random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="S", min=0, help="The random seed.")] = 0,
     overrides: Overrides = None,
     traceback: Traceback = False,
 ) -> None:
-    """Print how the language model of CONFIG goes on with a text, with the weights of CHECKPOINT.
+    """Generate text with the language model of CONFIG and the weights of CHECKPOINT.
 
-    Its model has generate(...), and `tokenizer` of CONFIG names a class with encode and decode. Nothing is written.
+    The model must have a generate() method, and `tokenizer` in CONFIG must name a class with encode() and decode().
+    Writes no files.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
     request = lazy_command("stratagem.cli.sample:Request")(
@@ -170,13 +177,13 @@ def schedule(
     out: Out = None,
     nproc: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Draw the run that this many processes would train; none is started."),
+        typer.Option(metavar="N", min=1, help="Draw the schedules for a run with N processes. No process is started."),
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Draw learning rate, momentum and weight decay over the run of CONFIG, without training.
+    """Draw the learning rate, momentum and weight decay of CONFIG over the run, without training.
 
-    The learning rate is drawn always, the others where a schedule changes them. Nothing is written but FILE.
+    Momentum and weight decay are drawn only if a schedule changes them. Writes no files except FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
     lazy_command("stratagem.cli.schedule:schedule")(options, out=out)
@@ -186,72 +193,74 @@ def schedule(
 def parity(
     config: ConfigFile,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(metavar="K", min=2, help="How many steps of the optimizer are trained.")] = 6,
-    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Over how many processes a batch is cut.")] = 2,
+    steps: Annotated[int, typer.Option(metavar="K", min=2, help="The number of optimizer steps.")] = 6,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="The number of processes that share a batch.")] = 2,
     eval_layers: Annotated[
-        bool, typer.Option("--eval-layers", help="Train with dropout and batch normalisation in evaluation.")
+        bool, typer.Option("--eval-layers", help="Put dropout and batch normalization in evaluation mode.")
     ] = False,
     tolerance: Annotated[
-        float, typer.Option(metavar="X", help="The largest relative difference that is taken for rounding.")
+        float, typer.Option(metavar="X", help="The largest relative difference that counts as rounding.")
     ] = 1e-4,
     strategies: Annotated[
         str,
-        typer.Option("--strategy", metavar="NAMES", help="What trains in N processes: ddp,fsdp,deepspeed,colossalai."),
+        typer.Option(
+            "--strategy", metavar="NAMES", help="The strategies to run in N processes: ddp,fsdp,deepspeed,colossalai."
+        ),
     ] = "ddp",
     record: Annotated[Path | None, typer.Option(hidden=True)] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Train some steps of CONFIG in ways that should come to the same, and show where two first differ.
+    """Train a few steps of CONFIG in several equivalent ways, and show where the results first differ.
 
-    In one process, again, stopped and resumed, with accumulation, in N processes: the same samples in each step. Exits
-    with 1 where a difference is not explained. Nothing is written.
+    The variants process the same samples in each step: in one process, repeated, stopped and resumed, with gradient
+    accumulation, and in N processes. Exits with status 1 if a difference is unexplained. Writes no files.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
-    trial = lazy_command("stratagem.cli.parity.variants:Trial")(
+    settings = lazy_command("stratagem.cli.parity.variants:ParitySettings")(
         steps=steps,
         nproc=nproc,
         eval_layers=eval_layers,
         tolerance=tolerance,
-        strategies=lazy_command("stratagem.cli.parity.variants:strategies_of")(strategies),
+        strategies=lazy_command("stratagem.cli.parity.variants:parse_strategies")(strategies),
     )
-    lazy_command("stratagem.cli.parity.command:parity")(options, trial, record=record)
+    lazy_command("stratagem.cli.parity.command:parity")(options, settings, record=record)
 
 
 @app.command()
 def submit(
     config: ConfigFile,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="On how many nodes it runs.")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="The number of nodes.")] = 1,
     gpus_per_node: Annotated[
-        int, typer.Option(metavar="G", min=0, help="Accelerators of each node, with a rank for each; 0 for the CPU.")
+        int, typer.Option(metavar="G", min=0, help="Accelerators per node, with one rank each. 0 trains on the CPU.")
     ] = 0,
-    time: Annotated[str, typer.Option(metavar="T", help="How long it may run, such as 12:00:00 or 2-00.")] = "1:00:00",
+    time: Annotated[str, typer.Option(metavar="T", help="The time limit, such as 12:00:00 or 2-00.")] = "1:00:00",
     overrides: Overrides = None,
     work_dir: WorkDir = None,
     strategy: Strategy = None,
     tasks_per_node: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Ranks on each node; by default one for each accelerator.")
+        int | None, typer.Option(metavar="N", min=1, help="Ranks per node. Default: one per accelerator.")
     ] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(metavar="N", min=1, help="Cores for each rank.")] = None,
-    partition: Annotated[str | None, typer.Option(metavar="NAME", help="SLURM's partition.")] = None,
-    account: Annotated[str | None, typer.Option(metavar="NAME", help="The account that pays for it.")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU cores per rank.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="The SLURM partition.")] = None,
+    account: Annotated[str | None, typer.Option(metavar="NAME", help="The SLURM account.")] = None,
     save_before: Annotated[
         int,
-        typer.Option(metavar="SECONDS", min=1, help="How long before the end of the time it saves and is requeued."),
+        typer.Option(metavar="SECONDS", min=1, help="Save and requeue the job this long before the time limit."),
     ] = 120,
-    further: Annotated[
+    sbatch: Annotated[
         list[str] | None,
-        typer.Option("--sbatch", metavar="OPTION", help="A further option of sbatch: --sbatch=--qos=long"),
+        typer.Option("--sbatch", metavar="OPTION", help="An additional option of sbatch, as in --sbatch=--qos=long."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the script goes; by default into the folder of the run.")
+        Path | None, typer.Option(metavar="FILE", help="The path of the script. Default: in the folder of the run.")
     ] = None,
-    now: Annotated[bool, typer.Option("--now", help="Submit it, too.")] = False,
-    show: Annotated[bool, typer.Option("--print", help="Print the script, and write and submit nothing.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Also submit the script.")] = False,
+    show: Annotated[bool, typer.Option("--print", help="Print the script instead of writing it.")] = False,
     traceback: Traceback = False,
 ) -> None:
     """Write a SLURM batch script that trains CONFIG.
 
-    The job saves a checkpoint before its time is over or it is preempted, is requeued, and goes on from there.
+    Before the time limit or a preemption, the job saves a checkpoint and is requeued. It then resumes from there.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), work_dir=work_dir, strategy=strategy)
     allocation = lazy_command("stratagem.cli.submit:Allocation")(
@@ -263,29 +272,30 @@ def submit(
         partition=partition,
         account=account,
         save_before_s=save_before,
-        further=tuple(further or ()),
+        extra_options=tuple(sbatch or ()),
     )
     lazy_command("stratagem.cli.submit:submit")(options, allocation, out=out, now=now, show=show)
 
 
 @app.command()
 def env(traceback: Traceback = False) -> None:
-    """Print what this machine and its installation are, for bug reports."""
+    """Print the versions and hardware of this machine, for bug reports."""
     lazy_command("stratagem.cli.env:print_environment")()
 
 
 @app.command()
 def doctor(
     work_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="The folder that runs would write to.", show_default=False)
+        Path,
+        typer.Option(metavar="DIR", help="The folder to check for writing. Default: work_dirs.", show_default=False),
     ] = Path("work_dirs"),
-    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="How many ranks try an all-reduce.")] = 2,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="The number of ranks that run an all-reduce.")] = 2,
     traceback: Traceback = False,
 ) -> None:
-    """Examine this machine for training, and say what to do about what is found.
+    """Check whether this machine is ready for training, and suggest how to fix problems.
 
-    Started by srun, mpirun or torchrun it examines their ranks instead of two of its own, across hosts. The exit status
-    is 1 where there is a problem.
+    Under srun, mpirun or torchrun, the command checks the ranks of that launch on all hosts instead of starting its
+    own. Exits with status 1 if there is a problem.
     """
     lazy_command("stratagem.cli.doctor.command:doctor")(work_dir, nproc=nproc)
 
@@ -293,7 +303,7 @@ def doctor(
 app.add_typer(ckpt_app, name="ckpt")
 app.add_typer(runs_app, name="runs")
 
-find_app = typer.Typer(help="Find a learning rate or a batch size by trying, without a trace.", no_args_is_help=True)
+find_app = typer.Typer(help="Find a learning rate or a batch size by short trial runs.", no_args_is_help=True)
 app.add_typer(find_app, name="find")
 
 
@@ -303,10 +313,11 @@ def lr(
     overrides: Overrides = None,
     low: Annotated[float, typer.Option("--min", metavar="LR", help="The first learning rate.")] = 1e-7,
     high: Annotated[float, typer.Option("--max", metavar="LR", help="The last learning rate.")] = 10.0,
-    steps: Annotated[int, typer.Option(metavar="N", help="Over how many steps of the optimizer it grows.")] = 100,
-    loss: Annotated[str, typer.Option(metavar="NAME", help="The loss among what the model logs.")] = "loss",
+    steps: Annotated[int, typer.Option(metavar="N", help="The number of optimizer steps.")] = 100,
+    loss: Annotated[str, typer.Option(metavar="NAME", help="The logged value to use as the loss.")] = "loss",
     optimizer: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of several optimizers, the one whose rate to find.")
+        str | None,
+        typer.Option(metavar="NAME", help="The optimizer whose learning rate to find, if there are several."),
     ] = None,
     out: Out = None,
     nproc: Nproc = None,
@@ -314,9 +325,9 @@ def lr(
     strategy: Strategy = None,
     traceback: Traceback = False,
 ) -> None:
-    """Train CONFIG for some steps with a growing learning rate, and show how the loss goes.
+    """Run a learning-rate range test: train CONFIG with an increasing learning rate, and plot the loss.
 
-    It stops where the loss diverges, and suggests rates. Nothing is written but FILE.
+    Stops when the loss diverges, and suggests learning rates. Writes no files except FILE.
     """
     options = RunOptions(
         config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
@@ -331,22 +342,25 @@ def batch(
     overrides: Overrides = None,
     limit: Annotated[
         int | None,
-        typer.Option("--max-batch", metavar="N", min=1, help="The largest to try; 1024 on the CPU by default."),
+        typer.Option(
+            "--max-batch", metavar="N", min=1, help="The largest batch size to try. Default on the CPU: 1024."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="How many iterations are timed at once.")] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="The number of iterations per timing.")] = 3,
     out: Out = None,
     strategy: Strategy = None,
     traceback: Traceback = False,
 ) -> None:
-    """Double the batch of CONFIG until memory is not enough, and show how fast each size trains.
+    """Double the batch size of CONFIG until memory runs out, and show the throughput of each size.
 
-    Nothing is written but FILE. On the CPU memory errors do not come reliably: there it measures up to --max-batch.
+    The CPU has no reliable out-of-memory errors, so sizes up to --max-batch are measured there. Writes no files except
+    FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
     lazy_command("stratagem.cli.find:batch_size")(options, limit=limit, steps=steps, out=out)
 
 
-config_app = typer.Typer(help="Look at configurations and check them, without training.", no_args_is_help=True)
+config_app = typer.Typer(help="Print, compare and check configurations without training.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 
 
@@ -357,7 +371,7 @@ def show(
     form: Annotated[str, typer.Option("--as", metavar="FORM", help="python, yaml, json or toml.")] = "python",
     traceback: Traceback = False,
 ) -> None:
-    """Print CONFIG with its bases and overrides merged."""
+    """Print CONFIG after merging its bases and overrides."""
     lazy_command("stratagem.cli.configs:show")(RunOptions(config=config, overrides=tuple(overrides or ())), form)
 
 
@@ -368,21 +382,21 @@ def explain(
     overrides: Overrides = None,
     traceback: Traceback = False,
 ) -> None:
-    """Print each file and line that gave or changed a value of CONFIG, in order."""
+    """Print each file and line that set a value of CONFIG, in order."""
     lazy_command("stratagem.cli.configs:explain")(RunOptions(config=config, overrides=tuple(overrides or ())), path)
 
 
 @config_app.command()
 def diff(
-    first: Annotated[Path, typer.Argument(metavar="A", help="A configuration, or one that a run kept.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    first: Annotated[Path, typer.Argument(metavar="A", help="A configuration file, or the copy that a run saved.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The configuration file to compare it with.")],
     traceback: Traceback = False,
 ) -> None:
-    """Print what differs between two merged configurations."""
+    """Print the differences between two configurations after merging their bases."""
     lazy_command("stratagem.cli.configs:diff")(first, second)
 
 
 @config_app.command()
 def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
-    """Check every key and argument of CONFIG as training would, and list all problems."""
+    """Check every key and argument of CONFIG without training, and list all problems."""
     lazy_command("stratagem.cli.configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))

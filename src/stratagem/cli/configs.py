@@ -1,4 +1,4 @@
-"""``stratagem config``: look at configurations without building anything."""
+"""Implement ``stratagem config``: print, compare and check configurations without building anything."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ _SUFFIXES = {"python": ".py", "yaml": ".yaml", "json": ".json", "toml": ".toml"}
 
 
 def show(options: RunOptions, form: str) -> None:
-    """Print the merged configuration, coloured on a terminal.
+    """Print the merged configuration as Python, YAML, JSON or TOML, with syntax highlighting on a terminal.
 
     Raises:
-        ConfigValueError: if there is no such form.
+        ConfigValueError: if ``form`` is unknown.
     """
     if form not in _SUFFIXES:
-        raise ConfigValueError(f"--as {form}: there is no such form. {did_you_mean(form, _SUFFIXES)}")
+        raise ConfigValueError(f"--as {form}: unknown format. {did_you_mean(form, _SUFFIXES)}")
     _print(text_of(_read(options), _SUFFIXES[form]), form)
 
 
 def explain(options: RunOptions, path: str) -> None:
-    """Print where a value comes from."""
+    """Print each file and line that set a value."""
     typer.echo(explain_value(_read(options), path))
 
 
 def diff(first: Path, second: Path) -> None:
-    """Print what differs between two configurations."""
+    """Print the differences between two configurations."""
     found = Config.diff(first, second)
-    _print(found, "diff") if found else typer.echo("No difference.")
+    _print(found, "diff") if found else typer.echo("No differences.")
 
 
 def check(options: RunOptions) -> None:
-    """Refuse a configuration with any key or argument that nobody reads; say so where there is none.
+    """Check that every key and argument of a configuration is known.
 
     Raises:
-        ConfigKeyError: with all problems.
+        ConfigKeyError: with all problems, if there are any.
     """
     config = _read(options)
     require(config, SECTIONS, scope=config.get("default_scope"))
-    typer.echo(f"{options.config}: every key and argument is known.")
+    typer.echo(f"{options.config}: all keys and arguments are valid.")
 
 
 def _read(options: RunOptions) -> Config:

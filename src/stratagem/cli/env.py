@@ -1,4 +1,4 @@
-"""``stratagem env``."""
+"""Implement ``stratagem env``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["print_environment"]
 
 
 def print_environment() -> None:
-    """Print the environment report, a line for each fact."""
+    """Print the environment report, one fact per line."""
     report = collect_env()
     width = max(map(len, report))
     for name, value in report.items():

@@ -13,7 +13,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from stratagem.cli.launch.processes import launch_again
+from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.cli.plot.braille import print_chart
 from stratagem.cli.plot.charts import Chart, Line, Mark, Panel, wants_log_scale
@@ -50,7 +50,7 @@ def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> Non
     """Print how the loss goes while the learning rate grows, and which rates that suggests."""
     config = read_config(options)
     if options.nproc is not None:
-        launch_again(options.nproc, by=options.launcher)
+        launch_ranks(options.nproc, by=options.launcher)
         return
     with _trial(config) as (strategy, dataloader):
         found = find_learning_rate(

@@ -1,4 +1,4 @@
-"""The option and the import that all groups of commands share."""
+"""Import the implementation of a command when it runs; the ``--traceback`` option that all commands share."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from stratagem.utils import import_object
 
 __all__ = ["Traceback", "lazy_command"]
 
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show the full traceback of an error.")]
 
 
 def lazy_command(target: str) -> Any:
     """Import and return the implementation of a command, given as ``module:name``.
 
-    Called inside the command, so that ``--help`` and ``config show`` do not wait for torch.
+    Commands call this when they run, so that ``--help`` does not import torch.
     """
     return import_object(target)

@@ -1,4 +1,4 @@
-"""The entry point: run a command, and turn errors into one clear message and an exit status."""
+"""The entry point of the command line: run a command, and report an error as one message and an exit status."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from stratagem.cli.app import app
-from stratagem.cli.launch.child_status import claim_telling, restart_notice
+from stratagem.cli.launch.child_status import claim_error_report, restart_notice
 from stratagem.errors import RankFailedError, StratagemError
 from stratagem.utils import mask_text
 
@@ -16,17 +16,21 @@ __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 where all went well, 2 for what the user can mend, 1 for a failure."""
+    """Run a command and exit with status 0 on success, 2 for errors that the user can correct, or 1 for other failures.
+
+    Args:
+        arguments: the command line without the program name; ``sys.argv[1:]`` if None.
+    """
     words = spell_out_resume(list(sys.argv[1:] if arguments is None else arguments))
     try:
         app(words, prog_name="stratagem")
-    except Exception as error:  # noqa: BLE001 -- the outermost place: every error becomes a message here
-        _tell(error, whole="--traceback" in words)
+    except Exception as error:  # noqa: BLE001 -- the outermost level, where every error becomes a message
+        _report_error(error, with_traceback="--traceback" in words)
         raise SystemExit(getattr(error, "exit_status", 1)) from None
 
 
 def spell_out_resume(words: list[str]) -> list[str]:
-    """Give ``--resume`` the value ``auto`` where none follows it: typer has no options whose value may be left out."""
+    """Replace ``--resume`` without a path by ``--resume=auto``, because typer has no options with an optional value."""
     spelled: list[str] = []
     for word, following in zip(words, [*words, None][1:], strict=True):
         bare = word == "--resume" and (following is None or following.startswith("-") or _is_config(following))
@@ -35,12 +39,12 @@ def spell_out_resume(words: list[str]) -> list[str]:
 
 
 def _is_config(word: str) -> bool:
-    """Tell whether a word names a configuration, so that `train --resume CONFIG` means what it looks like."""
+    """Return whether a word is a configuration file, which is not the path of ``train --resume CONFIG``."""
     return word.endswith((".py", ".yaml", ".yml", ".json", ".toml"))
 
 
-def _tell(error: Exception, *, whole: bool) -> None:
-    if whole:
+def _report_error(error: Exception, *, with_traceback: bool) -> None:
+    if with_traceback:
         print(mask_text("".join(traceback.format_exception(error))), end="", file=sys.stderr)  # noqa: T201 -- the command line
     rank = os.environ.get("RANK")
     who = "stratagem" if rank is None else f"stratagem (rank {rank})"
@@ -49,9 +53,10 @@ def _tell(error: Exception, *, whole: bool) -> None:
         message = f"{who}: error: {error}{notes}"
     else:
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if whole else f"\n  at {frame.filename}:{frame.lineno} in {frame.name}; --traceback shows all of it."
+        where = f"\n  at {frame.filename}:{frame.lineno} in {frame.name}. Use --traceback to show the full traceback."
+        where = "" if with_traceback else where
         message = f"{who}: {type(error).__name__}: {error}{notes}{where}"
     message = mask_text(message)
-    if isinstance(error, RankFailedError) or claim_telling(message, getattr(error, "exit_status", 1)):
+    if isinstance(error, RankFailedError) or claim_error_report(message, getattr(error, "exit_status", 1)):
         notice = restart_notice()
         print(message if notice is None else f"{message}\n{notice}", file=sys.stderr)  # noqa: T201 -- the command line

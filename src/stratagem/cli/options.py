@@ -1,4 +1,4 @@
-"""What the commands that run a configuration have in common."""
+"""Options shared by the commands that run a configuration, and how they change it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ __all__ = ["RunOptions", "read_config", "read_file", "strategy_name", "with_stra
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """The options that say which configuration runs, where and how."""
+    """The command-line options that select a configuration, change it, and choose where it runs.
+
+    Raises:
+        LaunchError: if ``nproc``, ``launcher`` and ``max_restarts`` conflict.
+    """
 
     config: Path
     overrides: tuple[str, ...] = ()
@@ -33,23 +37,23 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.max_restarts and self.nproc is None:
             raise LaunchError(
-                f"--max-restarts {self.max_restarts} is for the ranks that --nproc starts; give --nproc N too. torchrun, which "
-                "starts ranks by itself, has an option of that name."
+                f"--max-restarts {self.max_restarts} requires --nproc N, which starts the ranks. If torchrun starts them, use "
+                "its own --max-restarts."
             )
         if self.max_restarts and self.launcher == "ray":
             raise LaunchError(
-                "--max-restarts starts ranks of this machine again, and --launcher ray starts them on a cluster. Leave it out, "
-                "and have Ray's job run the command again: it goes on from the last checkpoint with --resume."
+                "--max-restarts cannot be combined with --launcher ray: only ranks on this machine are restarted. Omit it, and "
+                "run the command again with --resume after a failure."
             )
         if self.nproc is not None and self.launcher not in (None, "pytorch", "ray"):
             raise LaunchError(
-                f"--nproc {self.nproc} starts processes by torchrun's launcher or by Ray, but --launcher says "
-                f"{self.launcher!r}. Leave one of them out."
+                f"--nproc {self.nproc} cannot be combined with --launcher {self.launcher!r}: it starts processes on this "
+                "machine (pytorch) or on Ray (ray). Omit one of them."
             )
 
 
 def read_file(path: Path) -> Config:
-    """Read a configuration. For one that is data, this process no longer imports anything from the working directory.
+    """Read a configuration file. For a data file (not Python), also stop importing from the working directory.
 
     Raises:
         ConfigError: or a subclass, if it cannot be read.
@@ -60,14 +64,14 @@ def read_file(path: Path) -> Config:
 
 
 def read_config(options: RunOptions) -> Config:
-    """Read the configuration and lay the command line's values over it.
+    """Read the configuration and apply the options of the command line.
 
     Raises:
-        ConfigError: in one of its kinds, if it cannot be read or a value cannot be set.
+        ConfigError: or a subclass, if the file cannot be read or a value cannot be set.
     """
     config = read_file(options.config)
     config.merge_from_dict(parse_overrides(options.overrides))
-    # For the errors from here on.
+    # Error messages from here on mask the secrets.
     remember_secrets(config.to_dict())
     if options.work_dir is not None:
         config.merge_from_dict({"work_dir": str(options.work_dir)}, source="--work-dir")
@@ -80,22 +84,22 @@ def read_config(options: RunOptions) -> Config:
     return config
 
 
-def with_strategy(section: object, kind: str) -> dict[str, object]:
-    """Return the section of a strategy: options stay where they are for the same one, or for none that is named."""
-    if isinstance(section, dict) and section.get("type", kind) == kind:
-        return {**section, "type": kind}
-    return {"type": kind}
+def with_strategy(section: object, class_name: str) -> dict[str, object]:
+    """Return the strategy section for a class; keep the options unless they belong to a different class."""
+    if isinstance(section, dict) and section.get("type", class_name) == class_name:
+        return {**section, "type": class_name}
+    return {"type": class_name}
 
 
 def strategy_name(name: str) -> str:
-    """Return the class of a strategy that is named short (``fsdp``) or in full.
+    """Return the class name of a strategy, given its short name (such as ``fsdp``) or its class name.
 
     Raises:
-        ConfigValueError: if there is none.
+        ConfigValueError: if the name is unknown.
     """
     known = STRATEGIES.names()
-    short = {kind.removesuffix("Strategy").removesuffix("Device").lower(): kind for kind in known}
-    kind = name if name in known else short.get(name.lower())
-    if kind is None:
-        raise ConfigValueError(f"--strategy {name}: there is no such strategy. {did_you_mean(name, [*short, *known])}")
-    return kind
+    short = {each.removesuffix("Strategy").removesuffix("Device").lower(): each for each in known}
+    class_name = name if name in known else short.get(name.lower())
+    if class_name is None:
+        raise ConfigValueError(f"--strategy {name}: unknown strategy. {did_you_mean(name, [*short, *known])}")
+    return class_name

@@ -1,4 +1,4 @@
-"""``stratagem runs ls`` and ``show``."""
+"""Implement ``stratagem runs ls`` and ``stratagem runs show``."""
 
 from __future__ import annotations
 
@@ -14,58 +14,72 @@ from stratagem.errors import CheckpointNotFoundError
 from stratagem.train.run.run_history import RECORD, RunHistory, Session, read_record
 from stratagem.utils import is_url, mask_text
 
-__all__ = ["list_starts", "show_lineage"]
+__all__ = ["list_sessions", "show_sessions"]
 
 
-def list_starts(folder: Path) -> None:
-    """Print a table of the sessions in the folder of a run, or in the folders of several."""
+def list_sessions(folder: Path) -> None:
+    """Print a table of the sessions of the runs in a folder.
+
+    Args:
+        folder: the folder of a run, or a folder that contains several of them.
+
+    Raises:
+        CheckpointNotFoundError: if there are no sessions.
+    """
     records = sorted([*folder.glob(f"*/{RECORD}"), *folder.glob(f"*/*/{RECORD}")])
     if not records:
-        raise CheckpointNotFoundError(f"{folder}: no run was started in it, nor in the folders in it.")
+        raise CheckpointNotFoundError(f"No run found in {folder} or its subfolders.")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("start", "went on from", "began at", "ended at", "how it ended", "changes"):
+    for heading in ("session", "resumed from", "started at", "ended at", "outcome", "changes"):
         table.add_column(heading, overflow="fold")
     for record in records:
         history, outcome = read_record(record.parent)
         session = history.sessions[-1]
-        before = "" if session.checkpoint is None else Path(session.checkpoint).name
+        source = "" if session.checkpoint is None else Path(session.checkpoint).name
         if len(history.sessions) > 1:
-            before += f" of {history.sessions[-2].name}"
-        reached = "" if outcome is None else _place(outcome.epoch, outcome.iter)
-        how = "killed, or still running" if outcome is None else mask_text(outcome.how)
-        began = _place(session.epoch, session.iter)
-        table.add_row(session.name, before, began, reached, how, str(len(session.changes) or ""))
+            source += f" of {history.sessions[-2].name}"
+        reached = "" if outcome is None else _position(outcome.epoch, outcome.iter)
+        how = "killed or still running" if outcome is None else mask_text(outcome.how)
+        began = _position(session.epoch, session.iter)
+        table.add_row(session.name, source, began, reached, how, str(len(session.changes) or ""))
     Console(markup=False, highlight=False).print(table)
 
 
-def show_lineage(place: str) -> None:
-    """Print the sessions that led to a checkpoint, or to the session whose folder it is."""
-    if not is_url(place) and (Path(place) / RECORD).is_file():
-        history, outcome = read_record(Path(place))
+def show_sessions(path: str) -> None:
+    """Print the sessions that led to a checkpoint or to a session.
+
+    Args:
+        path: a checkpoint, or the folder of a session.
+
+    Raises:
+        CheckpointNotFoundError: if the checkpoint has no history.
+    """
+    if not is_url(path) and (Path(path) / RECORD).is_file():
+        history, outcome = read_record(Path(path))
     else:
-        with open_checkpoint(place if is_url(place) else Path(place)) as tree:
+        with open_checkpoint(path if is_url(path) else Path(path)) as tree:
             meta = tree.get("meta")
             history, outcome = RunHistory.from_meta(meta if isinstance(meta, Mapping) else {}), None
     if not history.sessions:
         raise CheckpointNotFoundError(
-            f"{mask_text(place)} does not say which starts led to it: it was not saved by a run of `stratagem train`."
+            f"{mask_text(path)} has no history of sessions: it was not saved by a run of `stratagem train`."
         )
     for session in history.sessions:
-        _tell(session)
+        _print_session(session)
     if outcome is not None:
-        typer.echo(f"  {mask_text(outcome.how)}, at {_place(outcome.epoch, outcome.iter)}, {outcome.at}")
+        typer.echo(f"  {mask_text(outcome.how)} at {_position(outcome.epoch, outcome.iter)}, {outcome.at}")
 
 
-def _tell(session: Session) -> None:
+def _print_session(session: Session) -> None:
     ranks = "1 rank" if session.world_size == 1 else f"{session.world_size} ranks"
     typer.echo(f"{session.name}  {session.strategy}, {ranks}, stratagem {session.stratagem}")
     if session.checkpoint is None:
-        typer.echo("  began anew")
+        typer.echo("  started from scratch")
     else:
-        typer.echo(f"  went on from {mask_text(session.checkpoint)}, at {_place(session.epoch, session.iter)}")
+        typer.echo(f"  resumed from {mask_text(session.checkpoint)} at {_position(session.epoch, session.iter)}")
     for change in session.changes:
         typer.echo(f"  changed: {mask_text(change)}")
 
 
-def _place(epoch: int, iteration: int) -> str:
+def _position(epoch: int, iteration: int) -> str:
     return f"epoch {epoch}, iteration {iteration}"

@@ -1,4 +1,4 @@
-"""``stratagem runs``: which start of a run went on from which."""
+"""Declare the commands of ``stratagem runs``, which print the sessions of runs."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from stratagem.cli.lazy_command import Traceback, lazy_command
 
 __all__ = ["runs_app"]
 
-runs_app = typer.Typer(help="See which start of a run went on from which, and what was changed.", no_args_is_help=True)
+runs_app = typer.Typer(help="Show the sessions of runs: each start and resume, and what changed.", no_args_is_help=True)
 
 
 @runs_app.command("ls")
 def list_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a run, or of several.")] = Path(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of one run, or of several runs.")] = Path(
         "work_dirs"
     ),
     traceback: Traceback = False,
 ) -> None:
-    """List the starts of the runs under FOLDER, the oldest first: from where each went on, and how it ended."""
-    lazy_command("stratagem.cli.runs:list_starts")(folder)
+    """List the sessions of the runs under FOLDER, oldest first, with the checkpoint each resumed from and its outcome."""
+    lazy_command("stratagem.cli.runs:list_sessions")(folder)
 
 
 @runs_app.command()
 def show(
-    place: Annotated[str, typer.Argument(metavar="PLACE", help="A checkpoint, or the folder of a start.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or the folder of a session.")],
     traceback: Traceback = False,
 ) -> None:
-    """Show all starts that led to PLACE, with the changes of the configuration between them."""
-    lazy_command("stratagem.cli.runs:show_lineage")(place)
+    """Show all sessions that led to PATH, with the changes of the configuration between them."""
+    lazy_command("stratagem.cli.runs:show_sessions")(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from stratagem.cli.launch.processes import launch_again
+from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.runner import Runner
 
@@ -15,7 +15,7 @@ def test(options: RunOptions, *, checkpoint: str) -> None:
     """Evaluate a checkpoint's weights on the test data and print the metrics."""
     config = read_config(options)
     if options.nproc is not None:
-        launch_again(options.nproc, by=options.launcher)
+        launch_ranks(options.nproc, by=options.launcher)
         return
     config.merge_from_dict({"load_from": checkpoint, "resume": False}, source="CHECKPOINT")
     runner = Runner.from_cfg(config)

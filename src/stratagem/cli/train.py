@@ -14,7 +14,7 @@ from pathlib import Path
 import typer
 
 from stratagem.cli.launch.child_status import NPROC_VARIABLE, RESTARTS_VARIABLE
-from stratagem.cli.launch.processes import launch_again
+from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
 from stratagem.config import Config
 from stratagem.distributed import infer_launcher
@@ -42,7 +42,7 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
     if options.nproc is not None:
         # Told here, once, before any process is started.
         read_config(options)
-        launch_again(options.nproc, by=options.launcher, max_restarts=options.max_restarts)
+        launch_ranks(options.nproc, by=options.launcher, max_restarts=options.max_restarts)
         return
     # From here on a signal asks to stop, also while the ranks still meet.
     with signals.listening():

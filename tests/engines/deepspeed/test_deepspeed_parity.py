@@ -11,8 +11,8 @@ pytestmark = pytest.mark.deepspeed
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_parity_reports_deepspeed_as_equal_to_one_process(stage: int) -> None:
-    """Results are equal up to the order of sums, and a resumed run is bit-identical."""
+    """Results are equal up to rounding, and a resumed run is bit-identical."""
     section = f"{{'type': 'DeepSpeedStrategy', 'zero_optimization': {{'stage': {stage}}}}}"
     found = verdicts("deepspeed", "--set", f"strategy={section}")
-    assert found["2 processes, DeepSpeed"] == "equal but for the order of sums"
-    assert found["2 processes, DeepSpeed, stopped and resumed"] == "equal to the bit"
+    assert found["2 processes, DeepSpeed"] == "equal up to rounding"
+    assert found["2 processes, DeepSpeed, stopped and resumed"] == "bitwise identical"

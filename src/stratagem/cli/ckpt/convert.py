@@ -1,4 +1,4 @@
-"""``stratagem ckpt convert`` and ``consolidate``."""
+"""Implement ``stratagem ckpt convert`` and ``stratagem ckpt consolidate``."""
 
 from __future__ import annotations
 
@@ -20,20 +20,24 @@ __all__ = ["consolidate", "convert"]
 
 
 def convert(source: str, target: Path, form: str | None) -> None:
-    """Write ``source`` in another form, and say what it left out."""
+    """Convert ``source`` to another format, and print which parts that format cannot store."""
     with shared_console().status(f"Converting {mask_text(source)} ..."):
         left_out = convert_checkpoint(source if is_url(source) else Path(source), target, form)
     typer.echo(f"Wrote {target} ({decimal(tree_bytes(target))}).")
     if left_out:
-        typer.echo(f"This form holds weights alone; left out: {', '.join(left_out)}.")
+        typer.echo(f"This format stores only weights; left out: {', '.join(left_out)}.")
 
 
 def consolidate(source: str, target: Path, *, averaged: bool) -> None:
-    """Write the weights of ``source`` into one file of safetensors."""
+    """Write the weights of ``source`` into a single safetensors file.
+
+    Raises:
+        CheckpointError: if ``target`` exists or has another suffix, or if averaged weights are requested and missing.
+    """
     if target.suffix != ".safetensors":
-        raise CheckpointError(f"{target} is to be one file of safetensors: give it a name that ends in .safetensors.")
+        raise CheckpointError(f"The target is a safetensors file, but {target} does not end in .safetensors.")
     if target.exists():
-        raise CheckpointError(f"{target} exists already; name another target, or remove it first.")
+        raise CheckpointError(f"{target} already exists. Choose another target, or remove it first.")
     with (
         shared_console().status(f"Reading {mask_text(source)} ..."),
         open_checkpoint(source if is_url(source) else Path(source)) as tree,
@@ -51,6 +55,7 @@ def _weights(tree: StateTree, source: str, *, averaged: bool) -> dict[str, Tenso
     averages = average.get("averages") if isinstance(average, Mapping) else None
     if not averages:
         raise CheckpointError(
-            f"{mask_text(source)} holds no averaged weights ({AVERAGE_PART}): the run had no EMAHook, or it had not begun."
+            f"{mask_text(source)} has no averaged weights ({AVERAGE_PART}): the run had no EMAHook, or averaging had not "
+            "started."
         )
     return {**weights, **averages}

@@ -1,4 +1,4 @@
-"""``stratagem ckpt ls`` and ``verify``."""
+"""Implement ``stratagem ckpt ls`` and ``stratagem ckpt verify``."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ __all__ = ["list_checkpoints", "verify"]
 
 
 def list_checkpoints(folder: Path) -> None:
-    """Print a table of the checkpoints in a folder, or in the folders in it."""
+    """Print a table of the checkpoints in a folder and its subfolders.
+
+    Raises:
+        CheckpointNotFoundError: if there are none.
+    """
     found = list(_under(folder))
     if not found:
-        raise CheckpointNotFoundError(f"{folder}: there is no checkpoint in it, nor in the folders in it.")
+        raise CheckpointNotFoundError(f"No checkpoint found in {folder} or its subfolders.")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("checkpoint", "epoch", "iter", "saved", "size", "state"):
         numeric = heading in ("epoch", "iter", "size")
@@ -41,7 +45,12 @@ def list_checkpoints(folder: Path) -> None:
 
 
 def verify(paths: Sequence[Path]) -> None:
-    """Read every byte of checkpoints, say of each whether it is sound, and exit with 1 if one is not."""
+    """Read checkpoints completely and print whether each is intact.
+
+    Raises:
+        CheckpointNotFoundError: if a path does not exist.
+        typer.Exit: with status 1, if a checkpoint is damaged.
+    """
     checkpoints = [each for path in paths for each in _checkpoints_at(path)]
     damaged = 0
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -55,17 +64,17 @@ def verify(paths: Sequence[Path]) -> None:
                 damaged += 1
                 typer.echo(f"DAMAGED  {path}\n         {error}")
             else:
-                typer.echo(f"sound    {path}  ({decimal(size)}, {time.perf_counter() - begin:.1f} s)")
+                typer.echo(f"ok       {path}  ({decimal(size)}, {time.perf_counter() - begin:.1f} s)")
             progress.advance(task)
     if damaged:
-        typer.echo(f"{damaged} of {len(checkpoints)} cannot be used.", err=True)
+        typer.echo(f"{damaged} of {len(checkpoints)} checkpoints are damaged.", err=True)
         raise typer.Exit(1)
 
 
 def _checkpoints_at(path: Path) -> list[Path]:
-    """Return the checkpoint itself, or those in a folder of checkpoints."""
+    """Return the checkpoints in a folder, or the path itself if it is a checkpoint."""
     if not path.exists():
-        raise CheckpointNotFoundError(f"{path}: there is no such checkpoint.")
+        raise CheckpointNotFoundError(f"Checkpoint not found: {path}")
     inside = [candidate.path for candidate in _under(path)] if path.is_dir() else []
     return inside or [path]
 

@@ -1,4 +1,4 @@
-"""``stratagem ckpt prune``."""
+"""Implement ``stratagem ckpt prune``."""
 
 from __future__ import annotations
 
@@ -21,15 +21,23 @@ __all__ = ["prune"]
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | None, ask: bool, dry_run: bool) -> None:
-    """Remove what is not to be kept of each run's checkpoints in a folder, after it was named.
+    """Print the checkpoints of a folder that the retention options do not keep, and remove them.
+
+    Args:
+        folder: the folder of one or more runs.
+        keep_last: number of latest checkpoints to keep per run.
+        keep_best: number of best checkpoints to keep per metric.
+        keep_every: keep checkpoints whose number is a multiple of this.
+        ask: whether to ask for confirmation.
+        dry_run: whether to only print.
 
     Raises:
-        CheckpointNotFoundError: if no run saved a checkpoint there.
-        WorkDirError: if a training has the folder.
+        CheckpointNotFoundError: if the folder contains no checkpoint of a run.
+        WorkDirError: if a training run is using the folder.
     """
     runs = checkpoints_by_run(folder)
     if not runs:
-        raise CheckpointNotFoundError(f"{folder}: no run has saved a checkpoint in it.")
+        raise CheckpointNotFoundError(f"No checkpoint of a run found in {folder}.")
     logger = logging.getLogger("stratagem.cli")
     with work_dir_lock(folder, logger):
         superfluous = [
@@ -38,7 +46,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
             for each in _superfluous(saved, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         ]
         if not superfluous:
-            typer.echo("Nothing is to be removed.")
+            typer.echo("There are no checkpoints to remove.")
             return
         total = 0
         for each in superfluous:
@@ -46,35 +54,35 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
             total += size
             typer.echo(f"{each.path}  {decimal(size)}")
         if dry_run:
-            typer.echo(f"{len(superfluous)} would be removed, {decimal(total)}.")
-        elif not ask or typer.confirm(f"Remove these {len(superfluous)}, {decimal(total)}?"):
+            typer.echo(f"Would remove {len(superfluous)} checkpoints ({decimal(total)}).")
+        elif not ask or typer.confirm(f"Remove these {len(superfluous)} checkpoints ({decimal(total)})?"):
             remove_checkpoints([each.path for each in superfluous], logger)
-            typer.echo(f"Removed {sum(not each.path.exists() for each in superfluous)}.")
+            typer.echo(f"Removed {sum(not each.path.exists() for each in superfluous)} checkpoints.")
 
 
 def _superfluous(
     saved: Sequence[SavedCheckpoint], *, keep_last: int, keep_best: int, keep_every: int | None
 ) -> list[SavedCheckpoint]:
-    # What an interruption saved is counted with the others, and has no numbers of its own to keep for good.
-    series = sorted(
+    # Checkpoints of interruptions come last: the numbers that `keep_every` refers to are those of the first group.
+    groups = sorted(
         {each.retention_tag.group for each in saved if each.retention_tag.group}, key=lambda name: name == INTERRUPTED
     )
-    retention = Retention(groups=series, last=keep_last, every=keep_every, best=keep_best)
-    return retention.select_removable(_with_damage_told(saved, keep_last))
+    retention = Retention(groups=groups, last=keep_last, every=keep_every, best=keep_best)
+    return retention.select_removable(_with_damaged_marked(saved, keep_last))
 
 
-def _with_damage_told(saved: Sequence[SavedCheckpoint], keep_last: int) -> list[SavedCheckpoint]:
-    """Read the last ones until so many are sound; those that are damaged count as unusable."""
-    told: list[SavedCheckpoint] = []
-    sound = 0
+def _with_damaged_marked(saved: Sequence[SavedCheckpoint], keep_last: int) -> list[SavedCheckpoint]:
+    """Verify checkpoints from the latest on until ``keep_last`` are intact; return all, with damaged ones unusable."""
+    marked: list[SavedCheckpoint] = []
+    intact = 0
     with shared_console().status("Reading the checkpoints that would be kept ..."):
         for each in reversed(saved):
-            if sound < keep_last and each.finite and not each.retention_tag.metric:
+            if intact < keep_last and each.finite and not each.retention_tag.metric:
                 try:
                     format_for(each.path).verify(each.path)
-                    sound += 1
+                    intact += 1
                 except CheckpointError as error:
-                    typer.echo(f"{each.path} is damaged and does not count: {error}", err=True)
-                    each = replace(each, finite=False)  # noqa: PLW2901 -- the same checkpoint, better known
-            told.append(each)
-    return told[::-1]
+                    typer.echo(f"{each.path} is damaged and does not count as kept: {error}", err=True)
+                    each = replace(each, finite=False)  # noqa: PLW2901 -- the same checkpoint, marked unusable
+            marked.append(each)
+    return marked[::-1]

@@ -1,4 +1,4 @@
-"""``stratagem ckpt show`` and ``diff``."""
+"""Implement ``stratagem ckpt show`` and ``stratagem ckpt diff``."""
 
 from __future__ import annotations
 
@@ -21,20 +21,25 @@ from stratagem.utils import did_you_mean, is_url, mask_text
 
 __all__ = ["diff", "show"]
 
-# The meta's longer texts have an option of their own.
+# Metadata that only --config prints, because it is long.
 _LONG = {"cfg", "config"}
-_AT_ONCE = 1 << 22
+# The number of elements that are converted to float64 at a time.
+_CHUNK = 1 << 22
 
 
 def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
-    """Print what a checkpoint holds, or the configuration in it."""
+    """Print the contents of a checkpoint, or only the configuration in it.
+
+    Raises:
+        CheckpointError: if the configuration is requested and the checkpoint has none.
+    """
     with open_checkpoint(_place(checkpoint)) as tree:
         meta = tree.get("meta")
         meta = meta if isinstance(meta, Mapping) else {}
         if config:
             if not meta.get("cfg"):
-                raise CheckpointError(f"{mask_text(checkpoint)} holds no configuration (meta has no 'cfg').")
-            # An earlier version kept secrets.
+                raise CheckpointError(f"{mask_text(checkpoint)} contains no configuration (meta has no 'cfg').")
+            # Checkpoints of earlier versions may contain secrets.
             typer.echo(mask_text(str(meta["cfg"])))
             return
         console = Console(markup=False, highlight=False)
@@ -45,15 +50,25 @@ def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
 
 
 def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
-    """Print the differences of two checkpoints, and exit with 1 if there are any."""
+    """Print the differences between two checkpoints.
+
+    Args:
+        first: path or URL.
+        second: path or URL.
+        parts: the parts to compare; all if empty.
+
+    Raises:
+        CheckpointError: if neither checkpoint has one of ``parts``.
+        typer.Exit: with status 1, if they differ.
+    """
     with open_checkpoint(_place(first)) as one, open_checkpoint(_place(second)) as other:
         for name in parts:
             if name not in one and name not in other:
-                raise CheckpointError(f"Neither has a part {name!r}. {did_you_mean(name, [*one, *other])}")
+                raise CheckpointError(f"Neither checkpoint has a part {name!r}. {did_you_mean(name, [*one, *other])}")
         chosen = [{name: part for name, part in tree.items() if not parts or name in parts} for tree in (one, other)]
         differences = list(compare(*chosen))
     if not differences:
-        typer.echo("They are equal.")
+        typer.echo("No differences.")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("where", "first", "second", "difference"):
@@ -61,7 +76,7 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
     for difference in differences:
         table.add_row(difference.key, _short(difference.first), _short(difference.second), _extent(difference))
     Console(markup=False, highlight=False).print(table)
-    typer.echo(f"{len(differences)} differ.")
+    typer.echo(f"{len(differences)} differences." if len(differences) > 1 else "1 difference.")
     raise typer.Exit(1)
 
 
@@ -72,7 +87,7 @@ def _place(checkpoint: str) -> str | Path:
 def _extent(difference: CheckpointDifference) -> str:
     if difference.max_abs_diff is None:
         return "only in the second" if not difference.first else "only in the first" if not difference.second else ""
-    return f"up to {difference.max_abs_diff:.3g} in {difference.differing_fraction:.1%} of its numbers"
+    return f"up to {difference.max_abs_diff:.3g} in {difference.differing_fraction:.1%} of the elements"
 
 
 def _facts(meta: Mapping[str, Any]) -> Table:
@@ -85,7 +100,7 @@ def _facts(meta: Mapping[str, Any]) -> Table:
 
 def _parts(tree: StateTree) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("part", "tensors", "numbers", "size"):
+    for heading in ("part", "tensors", "elements", "size"):
         table.add_column(heading, justify="left" if heading == "part" else "right")
     for name, part in tree.items():
         tensors = flatten_tree(part, where=name)[0].values()
@@ -96,7 +111,7 @@ def _parts(tree: StateTree) -> Table:
 
 def _tensors(tree: StateTree) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("tensor", "type", "shape", "smallest", "largest", "not finite"):
+    for heading in ("tensor", "dtype", "shape", "min", "max", "NaN or Inf"):
         table.add_column(heading, overflow="fold")
     for name, part in tree.items():
         for key, tensor in flatten_tree(part, where=name)[0].items():
@@ -106,19 +121,19 @@ def _tensors(tree: StateTree) -> Table:
 
 
 def _range(tensor: Tensor) -> tuple[str, str, str]:
-    """Return the smallest and largest finite number, and how many are not finite, as text."""
+    """Return the smallest and largest finite value and the number of NaN or Inf values, as strings."""
     if tensor.numel() == 0 or tensor.is_complex() or tensor.dtype == torch.bool:
         return "", "", ""
-    low, high, bad = float("inf"), float("-inf"), 0
+    low, high, nonfinite = float("inf"), float("-inf"), 0
     flat = tensor.reshape(-1)
-    for begin in range(0, len(flat), _AT_ONCE):
-        chunk = flat[begin : begin + _AT_ONCE].to(torch.float64)
+    for begin in range(0, len(flat), _CHUNK):
+        chunk = flat[begin : begin + _CHUNK].to(torch.float64)
         finite = chunk[chunk.isfinite()]
-        bad += len(chunk) - len(finite)
+        nonfinite += len(chunk) - len(finite)
         if len(finite):
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
     shown = ("", "") if low > high else (f"{low:.6g}", f"{high:.6g}")
-    return *shown, str(bad) if bad else ""
+    return *shown, str(nonfinite) if nonfinite else ""
 
 
 def _short(text: str, most: int = 100) -> str:

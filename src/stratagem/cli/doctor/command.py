@@ -14,7 +14,7 @@ from stratagem.cli.doctor.finding import Finding, Verdict
 from stratagem.cli.doctor.folder import examine_folder
 from stratagem.cli.doctor.machine import examine_machine
 from stratagem.cli.doctor.ranks import examine_ranks, read_findings
-from stratagem.cli.launch.processes import launch_here
+from stratagem.cli.launch.processes import launch_locally
 from stratagem.distributed import infer_launcher, read_launch
 
 __all__ = ["doctor"]
@@ -42,7 +42,7 @@ def _examine_here(nproc: int) -> list[Finding]:
     with tempfile.TemporaryDirectory(prefix="stratagem-doctor-") as folder:
         file = Path(folder) / "findings.json"
         try:
-            launch_here(nproc, ("-m", "stratagem.cli.doctor.ranks", str(file)))
+            launch_locally(nproc, ("-m", "stratagem.cli.doctor.ranks", str(file)))
         except typer.Exit as ended:
             advice = "What they said stands above. Look at the limits of processes and memory, too: ulimit -a."
             found = f"{nproc} ranks on this machine ended with status {ended.exit_code}"

@@ -1,1 +1,1 @@
-"""Start a command in several processes."""
+"""Run the current command as several ranks, on this machine or on a Ray cluster."""

@@ -1,4 +1,4 @@
-"""What the ranks of ``--nproc`` and the process that started them know of each other."""
+"""Pass errors and exit statuses from the ranks of ``--nproc`` to the process that started them."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["NPROC_VARIABLE", "RESTARTS_VARIABLE", "STATUS_KEY", "claim_telling", "restart_notice"]
+__all__ = ["NPROC_VARIABLE", "RESTARTS_VARIABLE", "STATUS_KEY", "claim_error_report", "restart_notice"]
 
-# Tell ranks that `--nproc` started them, how many there are, and how often they may be started again.
+# Set for the ranks of `--nproc`: the number of ranks, and the maximum number of restarts.
 NPROC_VARIABLE = "STRATAGEM_NPROC"
 RESTARTS_VARIABLE = "STRATAGEM_MAX_RESTARTS"
-# The status that belongs to an error which a rank has told.
+# The key of the exit status in a rank's error file.
 STATUS_KEY = "stratagem_status"
-_CLAIM = "told"
+# The file that the first rank with an error creates; the other ranks then print nothing.
+_CLAIM = "reported"
 
 
-def claim_telling(message: str, status: int, environ: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this rank is the one to tell the error that ends it: a mistake of all ranks is told by the first.
+def claim_error_report(message: str, status: int, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this rank should print its error: True for the first rank of ``--nproc`` that calls this.
 
-    Where ``--nproc`` started the rank, the process that did so comes to know that it need not tell anything itself, and
-    the exit ``status`` that the error has: it may end this rank before that has ended by itself.
+    Under ``--nproc``, also record ``message`` and the exit ``status`` for the launcher. The launcher then exits with this
+    status and prints nothing itself. It may terminate this rank before the rank exits on its own.
     """
     file = environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None or NPROC_VARIABLE not in environ:
         return True
-    # The first two keys are what the launcher reads to find the rank that failed first.
+    # torchrun's launcher reads the first two keys to find the rank that failed first.
     Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), STATUS_KEY: status}))
     try:
-        # The launcher has a folder for each start, and in it one for each rank.
+        # The launcher creates one folder per attempt, and in it one per rank.
         (Path(file).parents[1] / _CLAIM).touch(exist_ok=False)
     except FileExistsError:
         return False
@@ -38,6 +39,6 @@ def claim_telling(message: str, status: int, environ: Mapping[str, str] = os.env
 
 
 def restart_notice(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the sentence that says that the launcher starts the ranks again; None where it does not."""
+    """Return a message if the launcher will restart the ranks, else None."""
     most, done = (int(environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return f"The ranks are started again (restart {done + 1} of {most})." if done < most else None
+    return f"Restarting all ranks (restart {done + 1} of {most})." if done < most else None

@@ -1,4 +1,4 @@
-"""Start the same command in several processes: on this machine by torchrun's own launcher, or by Ray."""
+"""Run the current command as several ranks: on this machine with torchrun's launcher, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -20,58 +20,59 @@ from stratagem.cli.launch.on_ray import launch_on_ray
 from stratagem.distributed import infer_launcher
 from stratagem.errors import LaunchError
 
-__all__ = ["launch_again", "launch_here"]
+__all__ = ["launch_ranks", "launch_locally"]
 
 # How long ranks may take to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
 _MONITOR_S = 0.1
-_STARTING = ("--nproc", "--launcher", "--max-restarts")
-_PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+_LAUNCH_OPTIONS = ("--nproc", "--launcher", "--max-restarts")
+_FORWARDED_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 
-def launch_again(nproc: int, *, by: str | None, max_restarts: int = 0) -> None:
-    """Run this process's command line as ``nproc`` ranks; return when all have ended well.
+def launch_ranks(nproc: int, *, by: str | None, max_restarts: int = 0) -> None:
+    """Run the command line of this process as ``nproc`` ranks, and wait until all have succeeded.
 
-    ``by`` is ``"ray"`` for the hosts of a Ray cluster; else the ranks run on this machine, and are started again when one
-    fails, up to ``max_restarts`` times.
+    Args:
+        nproc: number of ranks.
+        by: ``"ray"`` to run on a Ray cluster; otherwise the ranks run on this machine.
+        max_restarts: how often all ranks are restarted if one fails; unused on Ray.
 
     Raises:
-        LaunchError: if this process is itself one of several, or the ranks cannot be started.
+        LaunchError: if this process is itself a rank of a launcher, or the ranks cannot be started.
         typer.Exit: with the exit status of the first rank that failed.
     """
     launcher = infer_launcher()
     if launcher != "none":
         raise LaunchError(
-            f"--nproc {nproc}: this process was itself started by a launcher ({launcher}). Leave --nproc out there, "
-            "and let the launcher start the processes."
+            f"--nproc {nproc}: this process was already started by a launcher ({launcher}). Omit --nproc, and let the "
+            "launcher start the processes."
         )
-    arguments = ("-m", "stratagem", *_of_ranks(sys.argv[1:]))
+    arguments = ("-m", "stratagem", *_without_launch_options(sys.argv[1:]))
     if by == "ray":
         launch_on_ray(nproc, arguments)
     else:
-        launch_here(nproc, arguments, max_restarts=max_restarts)
+        launch_locally(nproc, arguments, max_restarts=max_restarts)
 
 
-def launch_here(nproc: int, arguments: Sequence[str], *, max_restarts: int = 0) -> None:
-    """Run Python with ``arguments`` as ``nproc`` ranks on this machine; return when all have ended well.
+def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 0) -> None:
+    """Run Python with ``arguments`` as ``nproc`` ranks on this machine, and wait until all have succeeded.
 
-    When a rank fails, all are started again, up to ``max_restarts`` times. Signals are passed on to the ranks, and SIGINT,
-    SIGTERM and SIGUSR1 give them time to save. The ranks meet through a file and on the loopback interface: nothing
-    listens beyond this machine.
+    If a rank fails, all are restarted, at most ``max_restarts`` times. Signals are forwarded to the ranks, which have
+    time to save a checkpoint. The rendezvous uses a file and the loopback interface, so no port is open to other hosts.
 
     Raises:
         typer.Exit: with the exit status of the first rank that failed.
     """
-    # The workers make a store of their own, which listens on loopback; the agent's would listen everywhere.
+    # The workers create their own store on the loopback interface. The agent's store would listen on all interfaces.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[NPROC_VARIABLE] = str(nproc)
     if max_restarts:
         os.environ[RESTARTS_VARIABLE] = str(max_restarts)
-    # When rank 0 dies the others lose its store; torch would print its own stacks of that above our message.
+    # If rank 0 dies, the others lose its store, and torch would print C++ stack traces above our message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # It would report on our ranks' errors and signals a second time.
+    # torch would report the errors and signals of the ranks a second time.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    # Each rank computes with its share of the cores, unless the user has chosen.
+    # Divide the cores among the ranks unless the user has set the number of threads.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
         config = LaunchConfig(
@@ -87,32 +88,32 @@ def launch_here(nproc: int, arguments: Sequence[str], *, max_restarts: int = 0) 
             monitor_interval=_MONITOR_S,
             shutdown_timeout=_GRACE_S,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
-            signals_to_handle=",".join(_PASSED_ON),
+            signals_to_handle=",".join(_FORWARDED_SIGNALS),
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            told = failure.error_file_data.get(STATUS_KEY)
-            if told is not None:
-                raise typer.Exit(told) from error
+            reported = failure.error_file_data.get(STATUS_KEY)
+            if reported is not None:
+                raise typer.Exit(reported) from error
             status = failure.exitcode
-            ended = f"ended with status {status}" if status > 0 else f"was ended by {failure.signal_name()}"
-            typer.echo(f"stratagem: rank {rank} of {nproc} {ended}.", err=True)
+            cause = f"exited with status {status}" if status > 0 else f"was killed by {failure.signal_name()}"
+            typer.echo(f"stratagem: rank {rank} of {nproc} {cause}.", err=True)
             raise typer.Exit(status if status > 0 else 128 - status) from error
         except SignalException as error:
             raise typer.Exit(128 + int(error.sigval)) from error
 
 
-def _of_ranks(arguments: list[str]) -> list[str]:
-    """Return the command line of a rank: without what says how the ranks are started."""
+def _without_launch_options(arguments: list[str]) -> list[str]:
+    """Return the arguments of a rank: those of this process without the options that start ranks."""
     kept: list[str] = []
     skip = False
     for argument in arguments:
         if skip:
             skip = False
-        elif argument in _STARTING:
+        elif argument in _LAUNCH_OPTIONS:
             skip = True
-        elif argument.partition("=")[0] not in _STARTING:
+        elif argument.partition("=")[0] not in _LAUNCH_OPTIONS:
             kept.append(argument)
     return kept

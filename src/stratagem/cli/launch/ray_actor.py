@@ -1,4 +1,4 @@
-"""What lives in Ray's own processes: apart from the rest, so that they need not load torch."""
+"""The Ray actor that runs one rank. A module of its own, so that Ray's worker processes do not import torch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import final
 
 from stratagem.utils import import_module
 
-__all__ = ["RankActor", "Seat"]
+__all__ = ["ActorLocation", "RankActor"]
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Seat:
-    """Where Ray has put an actor: its host's name in the cluster, and the address by which others reach it."""
+class ActorLocation:
+    """The host of an actor: its node ID in the Ray cluster, and its IP address."""
 
     node: str
     address: str
@@ -26,22 +26,25 @@ class Seat:
 
 @final
 class RankActor:
-    """Lives on the host where a rank runs, and runs it as a process of its own: signals and threads are not Ray's there.
+    """Run one rank in a subprocess, so that Ray's signal handlers and threads do not affect it.
 
-    Ray calls it, two calls at a time, so that a signal reaches a rank that runs.
+    Ray may run two calls at the same time, so that :meth:`signal` works during :meth:`run`.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
-    def seat(self) -> Seat:
-        """Say where this is."""
+    def location(self) -> ActorLocation:
+        """Return the host of this actor."""
         ray = import_module("ray")
-        return Seat(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
+        return ActorLocation(ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address())
 
     def run(self, arguments: Sequence[str], environ: Mapping[str, str], folder: str) -> tuple[int, str]:
-        """Run Python with ``arguments``; return the status and what was printed. Errors and logs go to Ray's log."""
-        # Ray's threads block SIGINT, and a process inherits that: Ctrl-C would never reach it.
+        """Run Python with ``arguments``; return the exit status and the standard output.
+
+        Standard error goes to Ray's log.
+        """
+        # Ray's threads block SIGINT, and the subprocess would inherit that and ignore Ctrl-C.
         before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
         try:
             self._process = subprocess.Popen(  # noqa: S603 -- the command line of the user
@@ -57,6 +60,6 @@ class RankActor:
         return self._process.returncode, printed
 
     def signal(self, number: int) -> None:
-        """Send a signal to the rank, if it runs."""
+        """Send a signal to the rank if it is running."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)

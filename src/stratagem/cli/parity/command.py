@@ -1,4 +1,4 @@
-"""``stratagem parity``: train a few steps in several ways that should come to the same, and say where they do not."""
+"""Implement ``stratagem parity``: train the variants, compare them, and print a table of the differences."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from stratagem.cli.launch.processes import launch_again
+from stratagem.cli.launch.processes import launch_ranks
 from stratagem.cli.options import RunOptions, read_config
-from stratagem.cli.parity.variants import Trial, Variant, cut_config, variants_of, windows_of
+from stratagem.cli.parity.variants import ParitySettings, Variant, accumulation_count, variant_config, variants_for
 from stratagem.config import Config, require
 from stratagem.config_schema import SECTIONS
 from stratagem.data import build_dataloader
@@ -27,15 +27,20 @@ from stratagem.registry import switch_scope
 from stratagem.runner import Runner
 from stratagem.train.tools.trace_comparison import BatchDependence, Comparison, StepRecorder, compare_traces
 
-__all__ = ["Found", "parity", "train_variant"]
+__all__ = ["ParityReport", "parity", "train_variant"]
 
 _NEEDED = ("model", "train_dataloader", "optim_wrapper")
 
 
 @final
 @dataclass(slots=True)
-class Found:
-    """What the variants came to: by key, how each compares, and what of the model may explain it."""
+class ParityReport:
+    """The results of all variants.
+
+    Attributes:
+        comparisons: how each variant differs from its reference, by the key of the variant.
+        batch_dependence: the layers of the model whose results depend on how the batch is divided.
+    """
 
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     batch_dependence: BatchDependence = field(
@@ -43,79 +48,87 @@ class Found:
     )
 
     def verdict(self, variant: Variant, *, tolerance: float) -> str:
-        """Return in words how a variant compares; ``"DIFFERENT"`` where nothing explains it."""
+        """Return the result of a variant for the table; ``"DIFFERENT"`` if the difference is unexplained."""
         if variant.against is None:
-            return "what the others are compared with"
+            return "reference"
         most = self.comparisons[variant.key].most
         if most is None:
-            return "equal to the bit"
+            return "bitwise identical"
         if not variant.exact and most.relative <= tolerance:
-            return "equal but for the order of sums"
+            return "equal up to rounding"
         if not variant.exact and (self.batch_dependence.uses_rng or self.batch_dependence.num_batch_norms > 0):
             return "not comparable"
         return "DIFFERENT"
 
 
-def parity(options: RunOptions, trial: Trial, *, record: Path | None) -> None:
-    """Train the variants and print how they compare; with ``record`` train those of several processes alone.
+def parity(options: RunOptions, settings: ParitySettings, *, record: Path | None) -> None:
+    """Train all variants and print how they compare.
+
+    Args:
+        options: the configuration.
+        settings: the settings of the comparison.
+        record: if given, this process only trains the variants with several processes, and records them in this folder.
 
     Raises:
-        ConfigError: in one of its kinds, if the configuration does not describe a training that can be cut so.
-        typer.Exit: with 1, if a variant differs and nothing explains it.
+        ConfigError: or a subclass, if the configuration is invalid or its batches cannot be divided.
+        TrainingError: if training in several processes fails.
+        typer.Exit: with status 1, if a difference is unexplained.
     """
     config = read_config(options)
     if record is not None:
         if infer_launcher() == "none":
-            launch_again(trial.nproc, by=None)
+            launch_ranks(settings.nproc, by=None)
         else:
-            _train_in_one_group(config, trial, record)
+            _train_in_one_group(config, settings, record)
         return
     require(config, SECTIONS, scope=config.get("default_scope"))
-    steps = _steps(config, trial)
-    trial = replace(trial, steps=steps)
+    steps = _steps(config, settings)
+    settings = replace(settings, steps=steps)
     with tempfile.TemporaryDirectory(prefix="stratagem-parity-") as folder:
-        found = _compare(options, config, trial, Path(folder))
-    _show(options, config, trial, found)
-    if "DIFFERENT" in _verdicts(config, trial, found):
+        report = _compare(options, config, settings, Path(folder))
+    _show(options, config, settings, report)
+    if "DIFFERENT" in _verdicts(config, settings, report):
         raise typer.Exit(1)
 
 
-def _train_in_one_group(config: Config, trial: Trial, folder: Path) -> None:
-    """Train the variants of several processes as one of their ranks."""
-    # Made here, and so not made and ended with each of the runs.
+def _train_in_one_group(config: Config, settings: ParitySettings, folder: Path) -> None:
+    """Train the variants with several processes, as one of their ranks. Collective."""
+    # All variants share one process group, which the individual runs neither create nor destroy.
     init_dist(**(config.get("env_cfg") or {}).get("dist_cfg", {}))
     try:
-        for variant in variants_of(config, trial):
+        for variant in variants_for(config, settings):
             if variant.nproc > 1:
-                train_variant(config, variant, trial, folder)
+                train_variant(config, variant, settings, folder)
     finally:
         close_dist()
 
 
-def _compare(options: RunOptions, config: Config, trial: Trial, folder: Path) -> Found:
-    found = Found()
-    for variant in variants_of(config, trial):
+def _compare(options: RunOptions, config: Config, settings: ParitySettings, folder: Path) -> ParityReport:
+    report = ParityReport()
+    for variant in variants_for(config, settings):
         if variant.nproc == 1:
-            batch_dependence = train_variant(config, variant, trial, folder)
-            found.batch_dependence = batch_dependence if variant.against is None else found.batch_dependence
+            batch_dependence = train_variant(config, variant, settings, folder)
+            report.batch_dependence = batch_dependence if variant.against is None else report.batch_dependence
         elif not (folder / variant.key).exists():
-            _train_in_processes(options, replace(trial, strategies=(variant.strategy,)), folder)
+            _train_in_processes(options, replace(settings, strategies=(variant.strategy,)), folder)
         if variant.against is not None:
-            found.comparisons[variant.key] = compare_traces(folder / variant.against, folder / variant.key, trial.steps)
-    return found
+            report.comparisons[variant.key] = compare_traces(
+                folder / variant.against, folder / variant.key, settings.steps
+            )
+    return report
 
 
-def train_variant(config: Config, variant: Variant, trial: Trial, folder: Path) -> BatchDependence:
-    """Train one variant here, and leave its steps in a folder of its name."""
-    half = trial.steps // 2
+def train_variant(config: Config, variant: Variant, settings: ParitySettings, folder: Path) -> BatchDependence:
+    """Train one variant in this process, and record its steps in a subfolder of ``folder`` named after its key."""
+    half = settings.steps // 2
     recorder = StepRecorder(
-        folder / variant.key, eval_layers=trial.eval_layers, stop_after=half if variant.resumed else None
+        folder / variant.key, eval_layers=settings.eval_layers, stop_after=half if variant.resumed else None
     )
-    batch_dependence = _run(cut_config(config, variant, trial, folder), recorder)
+    batch_dependence = _run(variant_config(config, variant, settings, folder), recorder)
     if variant.resumed:
-        again = cut_config(config, variant, trial, folder)
+        again = variant_config(config, variant, settings, folder)
         again["resume"] = True
-        _run(again, StepRecorder(folder / variant.key, eval_layers=trial.eval_layers))
+        _run(again, StepRecorder(folder / variant.key, eval_layers=settings.eval_layers))
     return batch_dependence
 
 
@@ -130,109 +143,118 @@ def _run(config: Config, recorder: StepRecorder) -> BatchDependence:
     return recorder.batch_dependence
 
 
-def _train_in_processes(options: RunOptions, trial: Trial, folder: Path) -> None:
-    """Train the variants of a strategy in several processes by this very command.
+def _train_in_processes(options: RunOptions, settings: ParitySettings, folder: Path) -> None:
+    """Train the variants of a strategy in several processes, by running this command with ``--record``.
 
     Raises:
-        TrainingError: with what it said, if it failed.
+        TrainingError: with its error output, if the command fails.
     """
     words = [sys.executable, "-m", "stratagem", "parity", str(options.config), "--record", str(folder)]
-    words += ["--steps", str(trial.steps), "--nproc", str(trial.nproc), "--strategy", ",".join(trial.strategies)]
+    words += [
+        "--steps",
+        str(settings.steps),
+        "--nproc",
+        str(settings.nproc),
+        "--strategy",
+        ",".join(settings.strategies),
+    ]
     words += [word for override in options.overrides for word in ("--set", override)]
-    words += ["--eval-layers"] if trial.eval_layers else []
-    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 -- this very program
+    words += ["--eval-layers"] if settings.eval_layers else []
+    done = subprocess.run(words, capture_output=True, text=True, check=False)  # noqa: S603 -- this program
     if done.returncode:
-        under = ", ".join(trial.strategies)
-        raise TrainingError(f"Training in {trial.nproc} processes under {under} failed:\n{done.stderr.strip()}")
+        names = ", ".join(settings.strategies)
+        raise TrainingError(f"Training in {settings.nproc} processes with {names} failed:\n{done.stderr.strip()}")
 
 
-def _verdicts(config: Config, trial: Trial, found: Found) -> set[str]:
-    return {found.verdict(variant, tolerance=trial.tolerance) for variant in variants_of(config, trial)}
+def _verdicts(config: Config, settings: ParitySettings, report: ParityReport) -> set[str]:
+    return {report.verdict(variant, tolerance=settings.tolerance) for variant in variants_for(config, settings)}
 
 
-def _steps(config: Config, trial: Trial) -> int:
-    """Return how many steps can be trained before an epoch ends, at most those asked for.
+def _steps(config: Config, settings: ParitySettings) -> int:
+    """Return the number of steps to train: the requested number, or fewer if the epoch is shorter.
 
     Raises:
-        ConfigKeyError: if the configuration does not describe a training.
-        ConfigValueError: if the batch cannot be cut, or the data has too few samples.
+        ConfigKeyError: if the configuration lacks a section that training needs.
+        ConfigValueError: if the batch size is not a number, or the dataset has too few samples for two steps.
     """
-    _refuse_other(config)
+    _require_mappings(config)
     loader = config["train_dataloader"]
     size = loader.get("batch_size")
     if not isinstance(size, int):
         raise ConfigValueError(
-            f"train_dataloader has batch_size={size!r}; to cut the batch in other ways it must be a number."
+            f"train_dataloader has batch_size={size!r}; it must be a number, so that the batch can be divided."
         )
     with switch_scope(config.get("default_scope")):
         dataset = build_dataloader(copy.deepcopy(loader), seed=0, training=True).dataset
     if not isinstance(dataset, Sized):
-        return trial.steps
-    whole = len(dataset) // (size * trial.nproc * windows_of(config))
-    # One before the stop and one after it.
+        return settings.steps
+    whole = len(dataset) // (size * settings.nproc * accumulation_count(config))
+    # The resumed variants train at least one step before the stop and one after it.
     if whole < 2:
+        needed = 2 * settings.nproc * size * accumulation_count(config)
         raise ConfigValueError(
-            f"The dataset has {len(dataset)} samples, and two steps of {trial.nproc} x {size} x {windows_of(config)} take "
-            "more. Give a smaller batch: --set train_dataloader.batch_size=1"
+            f"The dataset has {len(dataset)} samples, but two steps in {settings.nproc} processes need {needed}. Use a smaller "
+            "batch: --set train_dataloader.batch_size=1"
         )
-    return min(trial.steps, whole)
+    return min(settings.steps, whole)
 
 
-def _refuse_other(config: Config) -> None:
+def _require_mappings(config: Config) -> None:
     name = config.filename or "The configuration"
     missing = [key for key in _NEEDED if config.get(key) is None]
     if missing:
-        raise ConfigKeyError(f"{name} has no {', '.join(missing)}: there is no training to compare.")
+        raise ConfigKeyError(f"{name} has no {', '.join(missing)}, which parity requires.")
     built = [key for key in _NEEDED if not isinstance(config[key], Mapping)]
     if built:
         raise ConfigValueError(
-            f"{name}: {', '.join(built)} is built already, and every training needs one of its own. Give a mapping."
+            f"{name}: {', '.join(built)} must be a mapping with a type, because each variant builds its own object."
         )
 
 
-def _show(options: RunOptions, config: Config, trial: Trial, found: Found) -> None:
-    size = config["train_dataloader"]["batch_size"] * trial.nproc * windows_of(config)
-    table = Table(title=f"{options.config}: {trial.steps} steps of {size} samples", title_justify="left")
-    for column in ("training", "result", "first difference", "largest difference"):
+def _show(options: RunOptions, config: Config, settings: ParitySettings, report: ParityReport) -> None:
+    size = config["train_dataloader"]["batch_size"] * settings.nproc * accumulation_count(config)
+    table = Table(title=f"{options.config}: {settings.steps} steps of {size} samples", title_justify="left")
+    for column in ("variant", "result", "first difference", "largest difference"):
         table.add_column(column, overflow="fold")
-    for variant in variants_of(config, trial):
-        compared = found.comparisons.get(variant.key, Comparison(None, None))
+    for variant in variants_for(config, settings):
+        compared = report.comparisons.get(variant.key, Comparison(None, None))
         ends = [each.describe() if each is not None else "" for each in (compared.first, compared.most)]
-        table.add_row(variant.name, found.verdict(variant, tolerance=trial.tolerance), *ends)
+        table.add_row(variant.name, report.verdict(variant, tolerance=settings.tolerance), *ends)
     Console().print(table)
-    for note in _notes(config, trial, found):
+    for note in _notes(config, settings, report):
         typer.echo(note)
 
 
-def _notes(config: Config, trial: Trial, found: Found) -> list[str]:
-    """Return what explains the results, and what was not compared."""
-    verdicts = _verdicts(config, trial, found)
+def _notes(config: Config, settings: ParitySettings, report: ParityReport) -> list[str]:
+    """Return explanations of the results, and what was not compared."""
+    verdicts = _verdicts(config, settings, report)
     notes = []
-    if "equal but for the order of sums" in verdicts:
+    if "equal up to rounding" in verdicts:
         notes.append(
-            f"Sums over another cut of the batch round otherwise; up to {trial.tolerance:g} of a value's size is taken for "
-            "that (--tolerance)."
+            "Dividing the batch differently changes the order of sums and thus the rounding. Relative differences up to "
+            f"{settings.tolerance:g} count as rounding (--tolerance)."
         )
     if "not comparable" in verdicts:
         causes = [
-            *(["draws random numbers, as dropout does"] if found.batch_dependence.uses_rng else []),
+            *(["draws random numbers (as in dropout)"] if report.batch_dependence.uses_rng else []),
             *(
-                [f"normalises over the batch in {found.batch_dependence.num_batch_norms} layers"]
-                if found.batch_dependence.num_batch_norms
+                [f"normalizes over the batch in {report.batch_dependence.num_batch_norms} layers"]
+                if report.batch_dependence.num_batch_norms
                 else []
             ),
         ]
         notes.append(
-            f"A training step of this model {' and '.join(causes)}: another cut of the batch gives other numbers, rightly. "
-            "--eval-layers puts dropout and batch normalisation into evaluation and compares the rest."
+            f"A training step of this model {' and '.join(causes)}, so the results legitimately depend on how the batch is "
+            "divided. Use --eval-layers to put dropout and batch normalization in evaluation mode and compare the rest."
         )
     if "DIFFERENT" in verdicts:
-        notes.append("DIFFERENT is not explained by rounding or by layers that look at the batch.")
+        notes.append("DIFFERENT: neither rounding nor layers that depend on the batch explain the difference.")
     if "optimizer" not in config["optim_wrapper"]:
         notes.append(
-            "Accumulation was not compared: the configuration does not say it at optim_wrapper.accumulative_counts."
+            "Gradient accumulation was not compared: the configuration has no optim_wrapper.optimizer, for which "
+            "optim_wrapper.accumulative_counts could be set."
         )
     left_out = [key for key in ("param_scheduler", "auto_scale_lr") if config.get(key) is not None]
     if left_out:
-        notes.append(f"Left out, since they count what a cut changes: {', '.join(left_out)}.")
+        notes.append(f"Disabled, because they depend on how the batch is divided: {', '.join(left_out)}.")
     return notes

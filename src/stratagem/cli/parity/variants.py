@@ -1,4 +1,4 @@
-"""The ways in which ``stratagem parity`` trains the same steps, and their configurations."""
+"""The variants that ``stratagem parity`` trains, and their configurations."""
 
 from __future__ import annotations
 
@@ -13,16 +13,23 @@ from stratagem.config import Config
 from stratagem.errors import ConfigValueError
 from stratagem.train.building import accumulation_of
 
-__all__ = ["Trial", "Variant", "cut_config", "strategies_of", "variants", "variants_of", "windows_of"]
+__all__ = [
+    "ParitySettings",
+    "Variant",
+    "variant_config",
+    "parse_strategies",
+    "variants",
+    "variants_for",
+    "accumulation_count",
+]
 
-# What plays no part, or counts in units that another cut of the batch changes.
-_LEFT_OUT = (
+# Sections that the comparison does not need, or that depend on how the batch is divided.
+_REMOVED = (
     "param_scheduler", "auto_scale_lr", "resume", "val_dataloader", "val_cfg", "val_evaluator",
     "test_dataloader", "test_cfg", "test_evaluator",
 )  # fmt: skip
-# How engines train where the configuration says nothing of them: with the parameters cut, and in full precision, which is
-# what can be compared.
-_PLAIN: Final[Mapping[str, Mapping[str, Any]]] = {
+# Default options of engines: sharded training in float32, which can be compared with the other variants.
+_ENGINE_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "DeepSpeedStrategy": {"zero_optimization": {"stage": 2}},
     "ColossalAIStrategy": {"plugin": {"type": "LowLevelZeroPlugin", "stage": 1, "precision": "fp32"}},
 }
@@ -31,8 +38,16 @@ _QUIET = dict.fromkeys(("runtime_info", "logger", "checkpoint"))
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """The options of ``parity``; ``strategies`` are those that train in several processes."""
+class ParitySettings:
+    """The options of ``stratagem parity``.
+
+    Attributes:
+        steps: number of optimizer steps.
+        nproc: number of processes of the distributed variants.
+        eval_layers: whether dropout and batch normalization are in evaluation mode.
+        tolerance: the largest relative difference that counts as rounding.
+        strategies: class names of the strategies that train in ``nproc`` processes.
+    """
 
     steps: int
     nproc: int
@@ -47,14 +62,14 @@ class Variant:
     """One way to train the same steps.
 
     Attributes:
-        key: the name of its folder.
-        name: what it is called.
-        against: the key of the variant with which it is compared; None for the first.
-        exact: whether every bit must be equal, or sums may be rounded otherwise.
-        nproc: how many processes train; each takes its part of the batch.
-        micro_batches: into how many micro-batches the batch is cut beyond what the configuration does.
-        resumed: whether it is stopped half-way and resumed.
-        strategy: what places the model, as the configuration's section says it, or else as :data:`_PLAIN` does.
+        key: the name of the folder with its recorded steps.
+        name: the name in the table.
+        against: the key of the variant that it is compared with; None for the reference.
+        exact: whether the results must be bitwise identical; otherwise rounding differences are allowed.
+        nproc: number of processes, which share the batch.
+        micro_batches: number of micro-batches per micro-batch of the configuration.
+        resumed: whether the run is stopped halfway and resumed.
+        strategy: class name of the strategy.
     """
 
     key: str
@@ -68,14 +83,20 @@ class Variant:
 
 
 def variants(nproc: int, *, accumulates: bool, strategies: Sequence[str] = ("DDPStrategy",)) -> list[Variant]:
-    """Return the ways to train, in order; each is compared with one before it."""
+    """Return the variants in order; each is compared with an earlier one.
+
+    Args:
+        nproc: number of processes of the distributed variants.
+        accumulates: whether to include gradient accumulation.
+        strategies: class names of the strategies of the distributed variants.
+    """
     listed = [
         Variant(key="one", name="one process"),
         Variant(key="again", name="one process, again", against="one"),
         Variant(key="resumed", name="one process, stopped and resumed", against="one", resumed=True),
     ]
     if accumulates and nproc > 1:
-        name = f"one process, {nproc} micro-batches a step"
+        name = f"one process, {nproc} micro-batches per step"
         listed.append(Variant(key="accumulated", name=name, against="one", exact=False, micro_batches=nproc))
     for strategy in strategies if nproc > 1 else ():
         key, name = f"ranks_{strategy}", f"{nproc} processes, {strategy.removesuffix('Strategy')}"
@@ -93,48 +114,52 @@ def variants(nproc: int, *, accumulates: bool, strategies: Sequence[str] = ("DDP
     return listed
 
 
-def strategies_of(listed: str) -> tuple[str, ...]:
-    """Return the strategies that the command line names, parted by commas.
+def parse_strategies(listed: str) -> tuple[str, ...]:
+    """Return the class names of strategies, given a comma-separated list of names.
 
     Raises:
-        ConfigValueError: if there is no such strategy, or it trains in one process alone.
+        ConfigValueError: if a strategy is unknown or does not support several processes.
     """
     names = tuple(dict.fromkeys(strategy_name(name.strip()) for name in listed.split(",")))
     if "SingleDeviceStrategy" in names:
         raise ConfigValueError(
-            f"--strategy {listed}: one process is what all others are compared with. Name those that train in several."
+            f"--strategy {listed}: SingleDeviceStrategy is always included as the reference. List only strategies for "
+            "several processes."
         )
     return names
 
 
-def variants_of(config: Config, trial: Trial) -> list[Variant]:
-    """Return the ways to train a configuration."""
+def variants_for(config: Config, settings: ParitySettings) -> list[Variant]:
+    """Return the variants for a configuration, without accumulation if it has several optimizers."""
     accumulates = "optimizer" in config["optim_wrapper"]
-    return variants(trial.nproc, accumulates=accumulates, strategies=trial.strategies)
+    return variants(settings.nproc, accumulates=accumulates, strategies=settings.strategies)
 
 
-def cut_config(config: Config, variant: Variant, trial: Trial, folder: Path) -> Config:
-    """Return the configuration of a variant: the same samples a step, otherwise cut."""
-    cut = copy.deepcopy(config)
-    for key in _LEFT_OUT:
-        cut.pop(key, None)
-    windows = windows_of(config)
-    cut["work_dir"] = str(folder / f"{variant.key}_run")
-    cut["strategy"] = {**_PLAIN.get(variant.strategy, {}), **with_strategy(config.get("strategy"), variant.strategy)}
-    cut["train_cfg"] = {"by_epoch": False, "max_iters": trial.steps * windows * variant.micro_batches}
-    cut["default_hooks"] = {**(config.get("default_hooks") or {}), **_QUIET}
-    cut["randomness"] = {"seed": 0, **(config.get("randomness") or {}), "diff_rank_seed": False}
-    cut["log_level"] = "ERROR"
-    share = trial.nproc // (variant.nproc * variant.micro_batches)
-    cut.merge_from_dict(
-        {"train_dataloader.batch_size": config["train_dataloader"]["batch_size"] * share}, source="parity"
-    )
+def variant_config(config: Config, variant: Variant, settings: ParitySettings, folder: Path) -> Config:
+    """Return the configuration of a variant, whose steps process the same samples as those of all other variants."""
+    result = copy.deepcopy(config)
+    for key in _REMOVED:
+        result.pop(key, None)
+    accumulative_counts = accumulation_count(config)
+    result["work_dir"] = str(folder / f"{variant.key}_run")
+    result["strategy"] = {
+        **_ENGINE_DEFAULTS.get(variant.strategy, {}),
+        **with_strategy(config.get("strategy"), variant.strategy),
+    }
+    max_iters = settings.steps * accumulative_counts * variant.micro_batches
+    result["train_cfg"] = {"by_epoch": False, "max_iters": max_iters}
+    result["default_hooks"] = {**(config.get("default_hooks") or {}), **_QUIET}
+    result["randomness"] = {"seed": 0, **(config.get("randomness") or {}), "diff_rank_seed": False}
+    result["log_level"] = "ERROR"
+    factor = settings.nproc // (variant.nproc * variant.micro_batches)
+    batch_size = config["train_dataloader"]["batch_size"] * factor
+    result.merge_from_dict({"train_dataloader.batch_size": batch_size}, source="parity")
     if variant.micro_batches > 1:
-        counts = {"optim_wrapper.accumulative_counts": windows * variant.micro_batches}
-        cut.merge_from_dict(counts, source="parity")
-    return cut
+        counts = {"optim_wrapper.accumulative_counts": accumulative_counts * variant.micro_batches}
+        result.merge_from_dict(counts, source="parity")
+    return result
 
 
-def windows_of(config: Config) -> int:
-    """Return the micro-batches of an update as configured."""
+def accumulation_count(config: Config) -> int:
+    """Return the configured number of micro-batches per optimizer step."""
     return accumulation_of(config["optim_wrapper"])

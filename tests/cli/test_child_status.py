@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from stratagem.cli.launch.child_status import NPROC_VARIABLE, STATUS_KEY, claim_telling, restart_notice
+from stratagem.cli.launch.child_status import NPROC_VARIABLE, STATUS_KEY, claim_error_report, restart_notice
 
 
 def rank(folder: Path, number: int, attempt: int = 0) -> dict[str, str]:
@@ -18,28 +18,28 @@ def rank(folder: Path, number: int, attempt: int = 0) -> dict[str, str]:
 def test_a_common_error_is_reported_once(tmp_path: Path):
     """The first rank reports an error that all ranks have; all ranks write their exit code for the launcher."""
     environments = [rank(tmp_path, 0), rank(tmp_path, 1)]
-    assert [claim_telling("a typo", 2, environ) for environ in environments] == [True, False]
+    assert [claim_error_report("a typo", 2, environ) for environ in environments] == [True, False]
     for environ in environments:
         assert json.loads(Path(environ["TORCHELASTIC_ERROR_FILE"]).read_text())[STATUS_KEY] == 2
 
 
 def test_restarted_ranks_report_errors_again(tmp_path: Path):
     """After a restart, ranks report errors again."""
-    assert claim_telling("first", 1, rank(tmp_path, 0))
-    assert claim_telling("second", 1, rank(tmp_path, 0, attempt=1))
+    assert claim_error_report("first", 1, rank(tmp_path, 0))
+    assert claim_error_report("second", 1, rank(tmp_path, 0, attempt=1))
 
 
 def test_a_single_process_reports_its_error():
     """A single process, or a rank of torchrun, reports its error itself."""
-    assert claim_telling("a typo", 2, {})
-    assert claim_telling("a typo", 2, {"TORCHELASTIC_ERROR_FILE": "/nowhere"})
+    assert claim_error_report("a typo", 2, {})
+    assert claim_error_report("a typo", 2, {"TORCHELASTIC_ERROR_FILE": "/nowhere"})
 
 
 @pytest.mark.parametrize(
-    ("most", "done", "told"),
-    [("3", "1", "The ranks are started again (restart 2 of 3)."), ("3", "3", None), ("0", "0", None)],
+    ("most", "done", "notice"),
+    [("3", "1", "Restarting all ranks (restart 2 of 3)."), ("3", "3", None), ("0", "0", None)],
 )
-def test_a_restart_is_announced(most: str, done: str, told: str | None):
+def test_a_restart_is_announced(most: str, done: str, notice: str | None):
     """A restart is announced unless the limit has been reached."""
-    assert restart_notice({"TORCHELASTIC_MAX_RESTARTS": most, "TORCHELASTIC_RESTART_COUNT": done}) == told
+    assert restart_notice({"TORCHELASTIC_MAX_RESTARTS": most, "TORCHELASTIC_RESTART_COUNT": done}) == notice
     assert restart_notice({}) is None
