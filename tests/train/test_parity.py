@@ -37,7 +37,7 @@ def test_the_first_and_the_largest_difference_are_reported(tmp_path: Path):
     found = compare_traces(one, other, 2)
     assert found.first == StepDifference(1, "b", 0.5, 0.25)
     assert found.most == StepDifference(2, "a", 1.0, 0.5)
-    assert found.most.describe() == "step 2: a by 1.0e+00 (5.0e-01 of its size)"
+    assert found.most.describe() == "step 2: a differs by 1.0e+00 (relative 5.0e-01)"
 
 
 def test_a_number_and_nan_differ_by_the_maximum(tmp_path: Path):

@@ -155,11 +155,11 @@ def test_a_run_of_unknown_length_is_refused():
         def __iter__(self) -> Any:
             return iter(Samples())
 
-    with pytest.raises(ConfigValueError, match="Give train_cfg max_iters"):
+    with pytest.raises(ConfigValueError, match="Set max_iters in train_cfg"):
         shown(train_dataloader=loader(dataset=Stream()))
 
 
 def test_a_built_optimizer_is_refused():
     """A built optimizer is refused, because its schedules would never be stepped."""
-    with pytest.raises(ConfigTypeError, match="give its configuration, not SGD"):
+    with pytest.raises(ConfigTypeError, match="must be a configuration, got SGD"):
         shown(optim_wrapper=torch.optim.SGD(Toy().parameters(), lr=1.0))

@@ -79,7 +79,7 @@ class AveragedModel(ABC):
         """
         if self._backup is not None:
             raise StateError(
-                "The model currently contains the average instead of its own weights. Call restore() first."
+                "The model currently contains the average instead of its training weights. Call restore() first."
             )
         if self.steps == 0:
             with torch.no_grad():
@@ -90,7 +90,7 @@ class AveragedModel(ABC):
         self.steps += 1
 
     def apply(self) -> None:
-        """Copy the average into the model and keep a backup of its own weights, which takes memory for one more copy."""
+        """Copy the average into the model, and back up the training weights, which requires memory for one more copy."""
         if self.steps == 0 or self._backup is not None:
             return
         with torch.no_grad():
@@ -99,7 +99,7 @@ class AveragedModel(ABC):
                 weight.copy_(value)
 
     def restore(self) -> None:
-        """Restore the model's own weights."""
+        """Restore the training weights."""
         if self._backup is None:
             return
         with torch.no_grad():
@@ -122,7 +122,7 @@ class AveragedModel(ABC):
             self.restore()
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Return the model's own weights by name, regardless of whether the average is applied."""
+        """Return the training weights by name, regardless of whether the average is applied."""
         return dict(zip(self.averages, self._whole if self._backup is None else self._backup, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
@@ -218,6 +218,6 @@ def _average_of(weight: Tensor, device: torch.device | str | None) -> Tensor:
 def _require_momentum(momentum: float) -> float:
     if not 0.0 < momentum < 1.0:
         raise ConfigValueError(
-            f"momentum, the share of the current weights, must be between 0 and 1, got {momentum!r}."
+            f"momentum is the weight of the current parameters; it must be between 0 and 1, got {momentum!r}."
         )
     return momentum

@@ -25,9 +25,9 @@ class _AnyBatchNorm(_BatchNorm):
 
 
 def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> nn.Module:
-    """Replace every BatchNorm layer by SyncBatchNorm, which computes its statistics over all ranks.
+    """Replace every BatchNorm layer with SyncBatchNorm, which computes its statistics over all ranks.
 
-    Parameters, buffers and the training mode are kept. The model is modified in place and returned.
+    Parameters, buffers and the training mode are preserved. The model is modified in place and returned.
 
     Raises:
         ConfigValueError: if ``implementation`` is not ``"torch"``.
@@ -42,9 +42,10 @@ def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> n
 
 
 def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:
-    """Replace every SyncBatchNorm layer by plain batch normalization; return the model and the number of layers.
+    """Replace every SyncBatchNorm layer with plain batch normalization; return the model and the number of layers.
 
-    Parameters, buffers and the training mode are kept. The model is modified in place unless it is itself such a layer.
+    Parameters, buffers and the training mode are preserved. The model is modified in place unless it is itself such a
+    layer.
     """
     plain = {layer: _plain(layer) for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)}
     for parent in list(model.modules()):

@@ -15,10 +15,10 @@ class Tokenizer(Protocol):
     """Converts between text and token ids."""
 
     def encode(self, text: str) -> Sequence[int]:
-        """Return the token ids of a text."""
+        """Return the token ids of a string."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of token ids."""
+        """Return the string that the token ids represent."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Optimizers and what surrounds them: wrappers, groups of parameters, schedules."""
+"""Optimizer wrappers, parameter groups, gradient checks and parameter schedulers."""
 
 from stratagem.optim.amp import AmpOptimWrapper
 from stratagem.optim.base import BaseOptimWrapper

@@ -138,7 +138,7 @@ class BaseOptimWrapper(ABC):
         """Switch the parameters to the weights to evaluate and save inside a ``with`` block.
 
         The weights to train are restored with the same bits afterwards. ``eval`` followed by ``train`` does not
-        guarantee that: each computes its weights from the other's.
+        guarantee that: each computes its weights from those of the other mode.
         """
         if not _is_schedule_free(self.optimizer) or self._training_weights is not None:
             yield

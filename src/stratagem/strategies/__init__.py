@@ -1,4 +1,4 @@
-"""The strategies. Replacing one by another changes where a run executes and nothing else.
+"""Strategies: where and how a run executes. Replacing one with another changes nothing else in a configuration.
 
 The strategies for engines are defined in :mod:`stratagem.engines`, which depends on this package. They can be imported from
 here as well and are loaded on first use.

@@ -1,4 +1,4 @@
-"""Loops, hooks and evaluation."""
+"""Training, validation and test loops, the hooks that extend them, and the state of a run."""
 
 from stratagem.train.evaluation.evaluator import BaseMetric, Evaluator
 from stratagem.train.hook import EVENTS, Events, Hook

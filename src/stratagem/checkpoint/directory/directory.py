@@ -1,8 +1,8 @@
 """Save and load a checkpoint as a directory of safetensors and JSON files, without pickle.
 
-``model.safetensors`` holds the model state under the model's own names, as other tools expect it. Every other part with
-tensors has a safetensors file of its own. ``state.json`` holds everything else; ``manifest.json`` holds the format version
-and the size and digests of every file. See ``docs/checkpoint-format.md`` for the specification.
+``model.safetensors`` holds the model state under the names of the model's state dict, as other tools expect it. Every other
+part with tensors has a separate safetensors file. ``state.json`` holds everything else; ``manifest.json`` holds the format
+version and the size and digests of every file. See ``docs/checkpoint-format.md`` for the specification.
 
 Each rank writes its boxes of sharded tensors directly to their offsets in a shared file, and loading maps the file. Nothing
 is gathered, and the files do not depend on the number of ranks.

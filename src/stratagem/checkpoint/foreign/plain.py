@@ -24,7 +24,7 @@ def plain_parts(checkpoint: LazyCheckpoint) -> Parts:
         models = [key for key in _MODEL if is_state_dict(root.get(key))]
         if not models and is_state_dict(checkpoint.root):
             return {"state_dict": lambda: checkpoint.read(checkpoint.root, "state_dict")}
-        # The entry may be a pickled module instead of a state dict; reading it raises an error that says so.
+        # The entry may be a pickled module instead of a state dict; reading it raises an error with this explanation.
         models = models or [key for key in _MODEL if isinstance(root.get(key), PickledObject)]
         if len(models) > 1:
             raise CheckpointError(

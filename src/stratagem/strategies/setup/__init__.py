@@ -1,1 +1,1 @@
-"""Setting up a strategy: the process environment, and building components from configurations."""
+"""Set up a strategy: initialize the process environment, and build components from configurations."""

@@ -1,1 +1,1 @@
-"""Saving, loading and resuming the state of a strategy."""
+"""Save, load and resume the state of a strategy."""

@@ -1,4 +1,4 @@
-"""Measure predictions."""
+"""Evaluate predictions with metrics, over the results of all ranks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ __all__ = ["BaseMetric", "Evaluator"]
 
 
 class BaseMetric(ABC):
-    """A metric that is computed from all results at once: write :meth:`process` and :meth:`compute_metrics`.
+    """Base class of metrics that are computed from all results at once.
+
+    Subclasses implement :meth:`process` and :meth:`compute_metrics`.
 
     Args:
-        prefix: put before the names of its values, with a slash.
+        prefix: the prefix of the names of the values, as in ``<prefix>/<name>``. None selects ``default_prefix``.
 
     Attributes:
-        process_group: the ranks that have all results together, if the remaining ranks have the same ones; None for all.
-        batch_ends: how many results there were after each batch, if the ranks take turns at whole batches; None if they
-            take turns at samples. Both are set before :meth:`evaluate` is called.
+        process_group: the ranks whose results are gathered, if the other ranks have copies of the same results; None for
+            all ranks. Set before :meth:`evaluate` is called, like ``batch_ends``.
+        batch_ends: the number of results after each batch, if whole batches are distributed to the ranks in turn; None if
+            samples are.
     """
 
     default_prefix: str | None = None
@@ -41,22 +44,22 @@ class BaseMetric(ABC):
 
     @abstractmethod
     def process(self, data_batch: Any, data_samples: Any) -> None:
-        """Append to ``self.results`` what is needed of one batch: usually one item per sample, but any number is kept."""
+        """Append the results of one batch to ``self.results``: usually one item per sample, but any number is allowed."""
 
     @abstractmethod
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return the values, from all results of all ranks. Called on rank 0.
+        """Return the values by name, computed from the results of all ranks. Called on rank 0.
 
-        The results are in the order of the samples if there is one per sample, or if the ranks take turns at whole
-        batches.
+        The results are in the order of the samples if there is one per sample, or if whole batches are distributed to the
+        ranks in turn.
         """
 
     def evaluate(self, size: int | None = None) -> dict[str, float]:
         """Return the values on every rank and discard the results. Collective.
 
         Args:
-            size: how many results to keep, for callers whose own sampler repeats samples at the end. The loops keep all:
-                no sampler repeats samples in an evaluation.
+            size: use only this number of results, for callers whose sampler repeats samples at the end. The loops use
+                all results: built-in samplers do not repeat samples in an evaluation.
         """
         gathered = gather_object(_in_batches(self.results, self.batch_ends), 0, self.process_group)
         results = None if gathered is None else list(chain.from_iterable(_in_turn(gathered)))[:size]
@@ -68,15 +71,15 @@ class BaseMetric(ABC):
 
 @final
 class Evaluator:
-    """Feeds predictions to metrics: those of torchmetrics, and those derived from :class:`BaseMetric`.
+    """Updates metrics with predictions. Supports metrics of torchmetrics and subclasses of :class:`BaseMetric`.
 
-    A metric of torchmetrics is given what the model's ``val_step`` returned: a mapping with ``preds`` and ``target``,
-    or a tuple of them in the order of its ``update``.
+    For a metric of torchmetrics, the model's ``val_step`` must return a mapping with ``preds`` and ``target``, or a tuple of
+    the arguments of the metric's ``update``.
 
     Args:
-        metrics: a metric, its configuration, a list of them, or a mapping from the name of the value to one of them. A
-            metric of torchmetrics without a name is called by its class in small letters.
-        device: where the metrics of torchmetrics count.
+        metrics: a metric, its configuration, a list of them, or a mapping from names to them. The default name of a metric
+            of torchmetrics is its class name in lowercase.
+        device: the device of the metrics of torchmetrics.
     """
 
     def __init__(self, metrics: Any, *, device: torch.device | None = None) -> None:
@@ -84,7 +87,7 @@ class Evaluator:
         self._batch_ends: defaultdict[str, list[int]] = defaultdict(list)
 
     def process(self, data_batch: Any, outputs: Any) -> None:
-        """Take in one batch and what the model made of it."""
+        """Update all metrics with a batch and the outputs of the model."""
         for name, metric in self._metrics.items():
             if isinstance(metric, BaseMetric):
                 metric.process(data_batch, outputs)
@@ -93,7 +96,7 @@ class Evaluator:
                 _update(metric, outputs)
 
     def reset(self) -> None:
-        """Forget what was taken in."""
+        """Discard all results."""
         self._batch_ends.clear()
         for metric in self._metrics.values():
             if isinstance(metric, BaseMetric):
@@ -104,12 +107,15 @@ class Evaluator:
     def evaluate(
         self, size: int | None = None, *, group: ProcessGroup | None = None, by_batch: bool = False
     ) -> dict[str, float]:
-        """Return all values, over everything that was processed on all ranks, and reset. Collective.
+        """Return the values of all metrics over the results of all ranks, and reset. Collective.
 
         Args:
             size: see :meth:`BaseMetric.evaluate`.
-            group: the ranks that saw all samples together, if the remaining ranks saw the same ones; None for all ranks.
-            by_batch: whether the ranks took turns at whole batches, rather than at samples.
+            group: the ranks whose results are combined, if the other ranks processed the same samples; None for all ranks.
+            by_batch: whether whole batches, rather than samples, were distributed to the ranks in turn.
+
+        Raises:
+            ConfigValueError: if two metrics return values with the same name.
         """
         values: dict[str, float] = {}
         ends, self._batch_ends = self._batch_ends, defaultdict(list)
@@ -117,23 +123,23 @@ class Evaluator:
             for key, value in _values(name, metric, size, group, ends[name] if by_batch else None).items():
                 if key in values:
                     raise ConfigValueError(
-                        f"Two metrics give a value called {key!r}. Give one of them a prefix or a name."
+                        f"Two metrics return a value named {key!r}. Give one of them a prefix or a name."
                     )
                 values[key] = value
         return values
 
 
 def _in_batches(results: list[Any], ends: Sequence[int] | None) -> list[list[Any]]:
-    """Split results by batch; without the ends of the batches, into single ones."""
+    """Split results by batch, or into single results if ``ends`` is None."""
     if ends is None:
         return [[result] for result in results]
-    # What a metric adds after the last batch belongs to it.
+    # Results that a metric adds after the last batch are part of that batch.
     starts = [0, *ends[:-1]]
     return [results[start:end] for start, end in pairwise([*starts, len(results)])]
 
 
 def _in_turn(of_ranks: Sequence[Sequence[list[Any]]]) -> Iterator[list[Any]]:
-    """Yield the first item of each rank, then the second of each, and so on."""
+    """Yield the first item of each rank, then the second item of each rank, and so on."""
     for round_ in zip_longest(*of_ranks, fillvalue=[]):
         yield from round_
 
@@ -141,7 +147,7 @@ def _in_turn(of_ranks: Sequence[Sequence[list[Any]]]) -> Iterator[list[Any]]:
 def _named(metrics: Any) -> dict[str, Any]:
     if isinstance(metrics, Mapping) and "type" not in metrics:
         if not metrics:
-            raise ConfigValueError("The evaluator has no metric.")
+            raise ConfigValueError("The evaluator has no metrics: its mapping of metrics is empty.")
         return {name: _build(metric) for name, metric in metrics.items()}
     listed = metrics if isinstance(metrics, Sequence) and not isinstance(metrics, str) else [metrics]
     named: dict[str, Any] = {}
@@ -150,7 +156,7 @@ def _named(metrics: Any) -> dict[str, Any]:
         name = _name_of(item, metric)
         if name in named:
             raise ConfigValueError(
-                f"Two metrics are called {name!r}. Give them names: dict(first=dict(type=...), second=dict(type=...))."
+                f"Two metrics have the name {name!r}. Give each a name: dict(first=dict(type=...), second=dict(type=...))."
             )
         named[name] = metric
     return named
@@ -160,7 +166,7 @@ def _build(metric: Any) -> Any:
     built = METRICS.build(metric) if isinstance(metric, Mapping) else metric
     if not isinstance(built, BaseMetric) and not all(callable(getattr(built, method, None)) for method in _METHODS):
         raise ConfigTypeError(
-            f"A metric is one of torchmetrics, one derived from BaseMetric, or a mapping with its type, not {metric!r}."
+            f"Expected a metric of torchmetrics, a subclass of BaseMetric, or a mapping with a type, got {metric!r}."
         )
     return built
 
@@ -170,7 +176,7 @@ _METHODS = ("update", "compute", "reset")
 
 def _name_of(item: Any, metric: Any) -> str:
     kind = item.get("type") if isinstance(item, Mapping) else None
-    # As configured: `Accuracy(task="multiclass")` makes a MulticlassAccuracy.
+    # Prefer the configured name: `Accuracy(task="multiclass")` creates a MulticlassAccuracy.
     return (kind.rpartition(".")[2] if isinstance(kind, str) else type(metric).__name__).lower()
 
 
@@ -185,8 +191,8 @@ def _update(metric: Any, outputs: Any) -> None:
         metric.update(*outputs)
     else:
         raise TrainingError(
-            f"{type(metric).__name__} needs predictions and targets, and val_step returned a {type(outputs).__name__}. "
-            "Return {'preds': ..., 'target': ...}, or derive a metric from BaseMetric."
+            f"{type(metric).__name__} needs predictions and targets, but val_step returned a {type(outputs).__name__}. "
+            "Return {'preds': ..., 'target': ...}, or implement a subclass of BaseMetric."
         )
 
 
@@ -207,9 +213,9 @@ def _values(
 
 
 def _fill_empty_lists(metric: Any, group: ProcessGroup | None) -> None:
-    """Give a rank that saw no batch empty tensors in the lists that the ranks concatenate. Collective.
+    """Add an empty tensor to list states that are empty on this rank but not on every rank. Collective.
 
-    Torchmetrics gathers the tensors that a rank has, so a rank with none would not take part.
+    Torchmetrics gathers the tensors in these lists, so a rank that processed no batch would not join the collective.
     """
     if get_world_size(group) == 1 or not isinstance(metric, nn.Module):
         return

@@ -1,4 +1,4 @@
-"""The same number of forward passes on every rank, if a forward pass is collective."""
+"""Make every rank run the same number of forward passes, for models whose forward pass is collective."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _END = object()
 
 
 def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
-    """Yield this rank's batches of an evaluation; the caller makes a forward pass for each before it requests the next.
+    """Yield the evaluation batches of this rank. Run a forward pass on each before requesting the next.
 
-    If a forward pass is collective, a rank that has no data left makes the passes that other ranks need from it, with a
-    batch that it or another rank had before; their results are discarded. Collective then.
+    If the forward pass is collective, a rank that runs out of batches continues to run forward passes on an earlier batch
+    until all ranks have finished, and discards the results. In that case, this function is collective as well.
 
     Args:
-        run: its strategy decides whether a forward pass is collective.
-        loader: where the data come from.
-        step: makes a forward pass of a batch.
+        run: the run; its strategy defines whether a forward pass is collective.
+        loader: the evaluation data.
+        step: runs a forward pass on a batch.
     """
     batches = loader.batches(0)
     if not run.strategy.collective_forward:
         yield from batches
     elif loader.share is not None:
-        # Every rank reads all batches, and so sees at the end whether it lacks one.
+        # Every rank reads all batches, so it knows at the end whether the other ranks had one more.
         yield from batches
         if loader.leftover is not None:
             step(loader.leftover)
@@ -42,7 +42,7 @@ def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]
 
 
 def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], Any]) -> Iterator[Any]:
-    """Yield the batches of a loader of known length, and make the passes that the longest one needs."""
+    """Yield the batches of a loader of known length, then pad to the number of batches of the longest loader."""
     max_num_batches = torch.tensor(loader.length)
     all_reduce(max_num_batches, "max")
     num_batches = 0
@@ -59,7 +59,7 @@ def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], 
 
 
 def _asking_each_time(batches: Iterator[Any], step: Callable[[Any], Any]) -> Iterator[Any]:
-    """Yield the batches of a loader of unknown length, and make passes as long as any rank has a batch."""
+    """Yield the batches of a loader of unknown length, then run padding passes until no rank has a batch left."""
     last: Any = _END
     while True:
         batch = next(batches, _END)
@@ -68,7 +68,7 @@ def _asking_each_time(batches: Iterator[Any], step: Callable[[Any], Any]) -> Ite
         if not having:
             return
         if not all(map(any, ranks)):
-            # Some rank never had a batch.
+            # Some ranks have had no batch: send them one of another rank.
             borrowed = broadcast_object(batch if batch is not _END else None, having[0])
             last = borrowed if last is _END else last
         if batch is _END:

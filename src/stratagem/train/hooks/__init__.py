@@ -1,4 +1,4 @@
-"""Built-in hooks."""
+"""The built-in hooks: checkpoints, logging, schedules, weight averaging, NaN checks and early stopping."""
 
 from stratagem.train.hooks.averaging import EMAHook
 from stratagem.train.hooks.checkpoint import CheckpointHook

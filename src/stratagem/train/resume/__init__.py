@@ -1,1 +1,1 @@
-"""Resuming a run: from a checkpoint, after a relaunch, a rollback or a preemption."""
+"""Resume a run from a checkpoint, after a relaunch, a rollback or a preemption."""

@@ -83,10 +83,10 @@ class Run:
     Attributes:
         train_data: the training data, or None if the run does not train. Checkpoints contain its position.
         evaluation_contexts: functions that return a context in which the model has different weights for evaluation.
-        history: the starts that led to here, this one last; kept with every checkpoint.
+        history: the sessions of the run, the current one last; saved in every checkpoint.
         id: identifies the checkpoints of this run; a resumed run keeps its ID.
-        work_dir_locks: the folders that its training has to itself.
-        checkpoint_writer: how its checkpoints come to the disk.
+        work_dir_locks: the directories that the run has locked.
+        checkpoint_writer: saves the checkpoints of the run.
         save_counter: numbers the checkpoints, so that their order does not depend on clocks.
         before_saving: functions that are called on every rank before each save; they may raise to prevent it.
     """

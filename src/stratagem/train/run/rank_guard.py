@@ -114,7 +114,7 @@ class RankGuard:
         return posted
 
     def _stop(self, monitor: RankMonitor, failure: Failure) -> None:
-        """Give the main thread time to fail by itself; exit if it stays blocked in a collective operation."""
+        """Wait for the main thread to raise an error; exit if it stays blocked in a collective operation."""
         self.failure = failure
         if failure.kind == "silent":
             dump_stacks(self._stacks_of(monitor.rank))

@@ -1,4 +1,4 @@
-"""The numbers by which the newest of a run's checkpoints is known without a clock."""
+"""Number the checkpoints of a run, so that the newest one is known without relying on clocks."""
 
 from __future__ import annotations
 
@@ -23,53 +23,54 @@ __all__ = ["SaveCounter"]
 
 @final
 class SaveCounter:
-    """Numbers what a run saves: by session, and by save within the session.
+    """Assigns each save of a run a session number and a number within the session.
 
-    A session is one training in one process. Its number is assigned at its first save, as one more than the largest that
-    the manifests in the folders of the run record. The training has those folders to itself, so no other process takes the
-    same number, and a session that saves nothing leaves no trace.
+    A session is one training in one process. Its number is assigned at its first save: one more than the largest session
+    number in the manifests of the run. The run holds a lock on these directories, so no other process assigns the same
+    number. A session without saves gets no number.
 
     Args:
-        work_dir: the folder of the run.
+        work_dir: the work directory of the run.
     """
 
     def __init__(self, work_dir: str | os.PathLike[str]) -> None:
         self._work_dir = Path(work_dir)
         self._session = 0
         self._save = 0
-        # The session of this run that came before, as far as this process knows.
+        # The largest known number of an earlier session of this run.
         self._before = 0
         self._searched: set[str] = set()
-        # Session -> the saves that this process numbered in it.
+        # The saves that this process numbered, by session.
         self._own: dict[int, range] = {}
-        # Where the state of the run comes from: a checkpoint, and what was saved since it was restored.
+        # The checkpoint that was restored last, and the number of saves of this process before that.
         self._base: Path | None = None
         self._saved_before = 0
 
     def begin_session(self) -> None:
-        """Begin a new session: another process may have trained in the folder since the last one."""
+        """Begin a new session. Another process may have trained in the directory since the previous one."""
         self._before = max(self._before, self._session)
         self._session = 0
         self._searched.clear()
 
     def resume_from(self, checkpoint: str | None, meta: Mapping[str, Any]) -> None:
-        """Number what follows after a checkpoint that was resumed, wherever it is stored."""
-        # Without a readable number, it is older than whatever this process saves.
+        """Set the restored checkpoint of a resumed run, and number later saves after it."""
+        # A checkpoint without a valid number is considered older than all saves of this process.
         with suppress(ValueError):
             order = SaveOrder.from_meta(meta.get(SAVE_ORDER))
             self._before = max(self._before, order.session if order is not None else 0)
         self.restore(None if checkpoint is None or is_url(checkpoint) else Path(checkpoint))
 
     def restore(self, checkpoint: Path | None) -> None:
-        """Note that the run has the state of a checkpoint now; what it saved before is not part of its history."""
+        """Record that the state of a checkpoint was restored. Earlier saves no longer lead to the current state."""
         self._base = checkpoint
         self._saved_before = self._save
 
     def next(self, path: str | os.PathLike[str]) -> SaveOrder:
-        """Return the number of the save that is requested now. Collective.
+        """Return the number of the next save. Collective.
 
         Args:
-            path: where it will be stored; a folder that is new to the session is searched for larger numbers.
+            path: the path or URL of the checkpoint. The first save to a directory in a session searches it for larger
+                session numbers.
         """
         remote = is_url(path)
         folder = os.fspath(path).rstrip("/").rpartition("/")[0] if remote else str(absolute(path).parent)
@@ -82,10 +83,10 @@ class SaveCounter:
         return SaveOrder(self._session, self._save)
 
     def newest_good(self, run_id: str) -> Path | None:
-        """Return the newest usable checkpoint that led to where the run is, or None.
+        """Return the newest valid checkpoint that leads to the current state of the run, or None. Call it on rank 0.
 
-        That is one that the run saved since it was resumed or rolled back, else the one that was restored then. What the
-        folder holds beside those is another run's, or was left behind. Called on rank 0.
+        This is the newest one that the run saved since it was resumed or rolled back, or else the one that was restored.
+        All other checkpoints in the work directory are from other runs or from discarded steps.
         """
         for found in list_checkpoints(self._work_dir):
             if found.run_id == run_id and self._is_own(found.order, self._saved_before) and not found.fault:
@@ -104,5 +105,5 @@ class SaveCounter:
         return max(self._session, self._before + 1, SaveOrder.next_session(others))
 
     def _is_own(self, order: SaveOrder | None, after: int = 0) -> bool:
-        """Return whether this process numbered a save, after as many as ``after``."""
+        """Return whether this process numbered a save, with a number above ``after``."""
         return order is not None and order.save > after and order.save in self._own.get(order.session, ())

@@ -25,7 +25,7 @@ __all__ = ["LearningRateSweep", "find_learning_rate"]
 
 # The number of accumulation windows without a step after which the optimizer is considered unused.
 _PATIENCE = 100
-# The minimum number of points of a descent; fewer are considered noise.
+# The minimum number of points in a decrease of the loss; fewer are considered noise.
 _FEWEST = 5
 
 
@@ -92,12 +92,12 @@ def find_learning_rate(
         TrainingError: if the first step fails, or the data has no batches.
     """
     if not 0.0 < low < high:
-        raise ConfigValueError(f"The learning rate grows from low={low!r} to high={high!r}: give 0 < low < high.")
+        raise ConfigValueError(f"Expected 0 < low < high, got low={low!r} and high={high!r}.")
     if steps < _FEWEST:
-        raise ConfigValueError(f"steps={steps}: a sweep takes at least {_FEWEST}.")
+        raise ConfigValueError(f"steps={steps} is too small: a range test needs at least {_FEWEST} steps.")
     if not 0.0 <= smoothing < 1.0 or divergence <= 1.0:
         raise ConfigValueError(
-            f"smoothing={smoothing!r} must be at least 0 and below 1, divergence={divergence!r} above 1."
+            f"Expected 0 <= smoothing < 1 and divergence > 1, got smoothing={smoothing!r} and divergence={divergence!r}."
         )
     wrapper = _wrapper(strategy, optimizer)
     rates = np.geomspace(low, high, steps)
@@ -124,13 +124,15 @@ def find_learning_rate(
             if check.update(value):
                 break
     if not losses:
-        raise TrainingError(f"The loss is not finite at the smallest learning rate, {low:g}. Is the data sound?")
+        raise TrainingError(
+            f"The loss is NaN or Inf at the smallest learning rate, {low:g}. Check the data for invalid values."
+        )
     return _evaluated(rates[: len(losses)], np.asarray(losses), smoothing, diverged=check.diverged)
 
 
 @final
 class _DivergenceCheck:
-    """Detects that the loss diverges."""
+    """Detects whether the loss diverges."""
 
     def __init__(self, smoothing: float, divergence: float) -> None:
         self.diverged = False
@@ -196,10 +198,10 @@ def _wrapper(strategy: BaseStrategy, name: str | None) -> BaseOptimWrapper:
 
 
 def _ratios(wrapper: BaseOptimWrapper) -> NDArray[np.float64]:
-    """Return what each group's first learning rate is to the optimizer's own, as configurations give it."""
+    """Return the ratio of each group's initial learning rate to the optimizer's default ``lr``."""
     own = wrapper.defaults.get("lr")
     if own is None or not float(own) > 0.0:
-        raise ConfigValueError(f"{type(wrapper.optimizer).__name__} has lr={own!r}; a positive one is due.")
+        raise ConfigValueError(f"{type(wrapper.optimizer).__name__}: expected a positive lr, got {own!r}.")
     return np.asarray([float(group.get("initial_lr", group["lr"])) / float(own) for group in wrapper.param_groups])
 
 
@@ -222,17 +224,19 @@ def _endless(dataloader: EpochLoader) -> Iterator[Any]:
 
 
 def _one_step(strategy: BaseStrategy, wrapper: BaseOptimWrapper, batches: Iterator[Any], loss: str) -> float:
-    """Train until the optimizer has had a step, or has skipped one; return the mean loss over its window and all ranks."""
+    """Train until the optimizer applies or skips a step; return the mean loss over the micro-batches and all ranks."""
     step = cast("Trainable", strategy.model).train_step
     attempts = wrapper.num_steps_attempted
     values: list[Tensor] = []
     while wrapper.num_steps_attempted == attempts:
         if len(values) >= _PATIENCE * wrapper.accumulative_counts:
-            raise TrainingError(f"{len(values)} iterations went by and the optimizer was not stepped once.")
+            raise TrainingError(
+                f"The optimizer was not stepped in {len(values)} iterations. Check that train_step updates it."
+            )
         outputs: Any = step(next(batches), optim_wrapper=strategy.optim_wrapper)
         if not isinstance(outputs, Mapping) or loss not in outputs:
             known = list(outputs) if isinstance(outputs, Mapping) else []
-            raise ConfigKeyError(f"train_step returned no {loss!r}. {did_you_mean(loss, known)}")
+            raise ConfigKeyError(f"The outputs of train_step have no {loss!r}. {did_you_mean(loss, known)}")
         values.append(torch.as_tensor(outputs[loss], device=strategy.world.device).detach().float().mean())
     mean = torch.stack(values).mean()
     all_reduce(mean)

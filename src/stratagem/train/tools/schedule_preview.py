@@ -24,7 +24,7 @@ from stratagem.train.tools.preserve_state import isolate_rng
 
 __all__ = ["Course", "RunPreview", "preview_run"]
 
-# More points than a plot has columns.
+# The number of evenly spaced points; more than the columns of a plot.
 _POINTS = 2000
 
 
@@ -62,10 +62,10 @@ class RunPreview:
         iterations: the iterations (micro-batches) of the values, counted from 0, in ascending order.
         max_iters: the total number of iterations.
         epoch_length: the number of iterations of an epoch; None if the data has no length.
-        accumulative_counts: iterations of an optimizer's step, by optimizer.
+        accumulative_counts: the number of iterations per optimizer step, by optimizer.
         courses: the values of the options.
-        on_metrics: schedules that wait for metrics as (optimizer, key, name of the class); they show no change.
-        scaling: sentences about the effect of ``auto_scale_lr``; empty if it is not enabled.
+        on_metrics: schedules that depend on metrics, as (optimizer, key, class name); their values are constant in a preview.
+        scaling: sentences that describe the effect of ``auto_scale_lr``; empty if it is not enabled.
     """
 
     iterations: NDArray[np.int64]
@@ -93,20 +93,20 @@ def preview_run(
     not possible; the dataset is built to get its length. Random states are restored.
 
     Args:
-        model: see :class:`~stratagem.Runner`; likewise the other arguments.
-        optim_wrapper: the configuration of what is scheduled; what is built already would be changed.
+        model: a model or its configuration, as for :class:`~stratagem.Runner`; likewise the other arguments.
+        optim_wrapper: the configuration of the optimizer wrapper. A built one is rejected, since it would be modified.
         train_dataloader: determines the number of iterations of an epoch.
         train_cfg: determines the length of the run.
         param_scheduler: the schedules; None for none.
         auto_scale_lr: as for a strategy.
-        world_size: the processes that the run would have; they share the dataset's samples.
+        world_size: the number of processes of the run, which share the samples of the dataset.
 
     Raises:
         ConfigError: (or a subclass) if a component cannot be built or the length of the run is unknown.
     """
     if not isinstance(optim_wrapper, Mapping):
         raise ConfigTypeError(
-            f"A preview changes the optimizer that it looks at: give its configuration, not {type(optim_wrapper).__name__}."
+            f"A preview modifies the optimizer, so optim_wrapper must be a configuration, got {type(optim_wrapper).__name__}."
         )
     with isolate_rng():
         loader = build_dataloader(train_dataloader, seed=0, world_size=world_size, training=True)
@@ -150,7 +150,7 @@ def preview_run(
 
 
 def _length(train_cfg: Mapping[str, Any], epoch_length: int | None, accumulation: int) -> tuple[int | None, int]:
-    """Return the epochs of the run, None where it counts iterations, and its iterations."""
+    """Return the number of epochs (None if the run is not measured in epochs) and of iterations."""
     cfg = loop_arguments(train_cfg)
     max_epochs, max_iters = cfg.get("max_epochs"), cfg.get("max_iters")
     if max_epochs is not None and epoch_length is not None:
@@ -159,8 +159,8 @@ def _length(train_cfg: Mapping[str, Any], epoch_length: int | None, accumulation
         max_iters = cfg["max_steps"] * accumulation
     if not isinstance(max_iters, int) or max_iters < 1:
         raise ConfigValueError(
-            f"The length of the run in iterations is not known: train_cfg={cfg!r}, an epoch of {epoch_length} iterations. "
-            "Give train_cfg max_iters, or data with a length and max_epochs."
+            f"The number of iterations of the run is unknown: train_cfg is {cfg!r}, and the epoch length is {epoch_length}. "
+            "Set max_iters in train_cfg, or set max_epochs and use data with a length."
         )
     return max_epochs, max_iters
 
@@ -171,14 +171,14 @@ def _build(model: nn.Module | Mapping[str, Any], optim_wrapper: Mapping[str, Any
             module = build_model(model)
             return module, build_optim_wrapper(optim_wrapper, module)
     except (RuntimeError, TypeError, ValueError):
-        # What looks at its weights, or wants a device that computes, cannot be on meta. If that was not the reason, the
-        # same error comes again.
+        # A model that reads its weights during construction cannot be built on the meta device. Any other error is raised
+        # again here.
         module = build_model(model)
         return module, build_optim_wrapper(optim_wrapper, module)
 
 
 def _iterations(max_iters: int, schedulers: Sequence[ParamScheduler], epoch_length: int) -> NDArray[np.int64]:
-    """Return evenly spread iterations, and those around which schedules begin and end."""
+    """Return evenly spaced iterations, and those around the begin and end of each schedule."""
     spread = np.linspace(0, max_iters - 1, min(max_iters, _POINTS)).round().astype(np.int64)
     edges = np.asarray([edge for each in schedulers for edge in _edges(each, epoch_length)], dtype=np.int64)
     return np.unique(np.concatenate([spread, edges[(edges >= 0) & (edges < max_iters)]]))
@@ -187,7 +187,7 @@ def _iterations(max_iters: int, schedulers: Sequence[ParamScheduler], epoch_leng
 def _edges(scheduler: ParamScheduler, epoch_length: int) -> Iterator[int]:
     unit = {"epoch": epoch_length, "iter": 1}.get(scheduler.unit)
     if unit is None:
-        # Steps have as many iterations as the wrapper accumulates; a built schedule knows only its optimizer.
+        # The unit is optimizer steps. A schedule that was passed as an object may refer to a plain torch optimizer.
         unit = getattr(scheduler.optimizer, "accumulative_counts", 1)
     for position in (scheduler.begin, scheduler.end - 1, scheduler.end):
         yield from (position * unit - 1, position * unit)
@@ -199,10 +199,9 @@ def _courses(
     shown: Mapping[str, NDArray[np.float64]],
     names: Mapping[int, str],
 ) -> Iterator[Course]:
-    """Yield each option's courses: groups that always have equal values share one."""
+    """Yield the courses of each option. Parameter groups that always have equal values share one."""
     groups = [
-        tuple(names.get(id(each), "a parameter without a name") for each in group["params"])
-        for group in wrapper.param_groups
+        tuple(names.get(id(each), "an unnamed parameter") for each in group["params"]) for group in wrapper.param_groups
     ]
     for key, values in shown.items():
         alike: dict[bytes, list[int]] = {}

@@ -1,4 +1,4 @@
-"""Record the results of a training after each step, and find the first difference between two trainings."""
+"""Record a trace of a run, its loss and state after each step, and compare the traces of two runs."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _LOSS = "the loss"
 @final
 @dataclass(frozen=True, slots=True)
 class StepDifference:
-    """By how much something differs after a step, counted from 1; 0 is before the first.
+    """The largest difference between two runs after a step.
 
     Attributes:
-        step: the step.
-        name: the loss, or the parameter or buffer that differs most.
-        size: the largest difference of its values.
-        relative: that over the largest of its values.
+        step: the number of the step, from 1; 0 is the initial state.
+        name: the parameter or buffer that differs most, or ``"the loss"``.
+        size: the maximum absolute difference between its values.
+        relative: ``size`` divided by the maximum absolute value of the reference.
     """
 
     step: int
@@ -44,14 +44,14 @@ class StepDifference:
     relative: float
 
     def describe(self) -> str:
-        """Return it in words."""
-        return f"step {self.step}: {self.name} by {self.size:.1e} ({self.relative:.1e} of its size)"
+        """Return a description of the difference."""
+        return f"step {self.step}: {self.name} differs by {self.size:.1e} (relative {self.relative:.1e})"
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """How two trainings differ: where first, and where most. None where every bit is equal."""
+    """The first and the largest (relative) difference between two runs; None if the runs are identical."""
 
     first: StepDifference | None
     most: StepDifference | None
@@ -63,8 +63,8 @@ class BatchDependence:
     """Properties of a model that make its results depend on how a batch is split.
 
     Attributes:
-        uses_rng: whether a training step uses_rng random numbers from torch's generator, as dropout does.
-        num_batch_norms: how many layers normalize over the local batch.
+        uses_rng: whether a training step uses random numbers from torch's generators, as dropout does.
+        num_batch_norms: the number of layers that normalize over the local batch.
     """
 
     uses_rng: bool
@@ -73,17 +73,20 @@ class BatchDependence:
 
 @final
 class StepRecorder(Hook):
-    """Keep losses, parameters and buffers after each update in a folder, one file a step.
+    """Save the loss, parameters and buffers after each optimizer step, in one file per step.
 
-    The loss of a step is the mean over its micro-batches and all ranks, where the model says it.
+    The loss of a step is the mean over its micro-batches and all ranks; NaN if ``train_step`` does not return a ``loss``.
 
     Args:
-        folder: where the files go.
-        eval_layers: whether dropout and batch normalisation are put into evaluation before each iteration.
-        stop_after: the number of steps after which a checkpoint is made in the folder of the run, and the run ends.
+        folder: the directory of the files.
+        eval_layers: whether to set dropout and batch normalization layers to evaluation mode before each iteration.
+        stop_after: save a checkpoint in the work directory after this number of steps, and stop the run.
+
+    Attributes:
+        batch_dependence: whether the results depend on how a batch is split, as observed so far.
     """
 
-    # Before hooks that act on what an update left.
+    # Run before hooks that change the state after an update.
     priority = Priority.VERY_HIGH
 
     def __init__(self, folder: Path, *, eval_layers: bool = False, stop_after: int | None = None) -> None:
@@ -137,10 +140,10 @@ class StepRecorder(Hook):
 
 
 def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:
-    """Compare what two trainings left in their folders, after each of so many steps.
+    """Compare the traces that two runs recorded, from the initial state to step ``steps``.
 
     Raises:
-        TrainingError: if one of them has fewer.
+        TrainingError: if a trace has fewer steps, or the models have different parameters or buffers.
     """
     first = most = None
     for step in range(steps + 1):
@@ -152,11 +155,10 @@ def compare_traces(reference: Path, other: Path, steps: int) -> Comparison:
 
 
 def _compare_step(step: int, one: StateTree, other: StateTree) -> StepDifference | None:
-    """Return what differs most after a step; None where nothing does."""
+    """Return the largest relative difference after a step; None if there is no difference."""
     if one["state"].keys() != other["state"].keys():
-        raise TrainingError(
-            f"The two models have other parameters: {sorted(one['state'].keys() ^ other['state'].keys())}."
-        )
+        differing = sorted(one["state"].keys() ^ other["state"].keys())
+        raise TrainingError(f"The models have different parameters or buffers; only one of them has {differing}.")
     pairs = {name: (value, other["state"][name]) for name, value in one["state"].items()}
     pairs[_LOSS] = (torch.tensor(one["loss"]), torch.tensor(other["loss"]))
     found = [_difference(step, name, *pair) for name, pair in pairs.items() if not _equal(*pair)]
@@ -178,7 +180,7 @@ def _difference(step: int, name: str, one: Tensor, other: Tensor) -> StepDiffere
 def _read(folder: Path, step: int) -> StateTree:
     file = _file(folder, step)
     if not file.is_file():
-        raise TrainingError(f"The training {folder.name!r} ended before step {step}; was an update skipped?")
+        raise TrainingError(f"The run {folder.name!r} ended before step {step}. Check whether an update was skipped.")
     return CheckpointLoader.load_checkpoint(file)
 
 
@@ -187,11 +189,11 @@ def _file(folder: Path, step: int) -> Path:
 
 
 def _generators() -> list[Tensor]:
-    """Return the state of torch's generators."""
+    """Return the states of torch's generators."""
     state = generator_state()
     return [state["torch"], *state["accelerator"].values()]
 
 
 def _steps(run: Run) -> int:
-    """Return how many updates there were, by all optimizers."""
+    """Return the number of applied steps, summed over all optimizers."""
     return sum(wrapper.num_steps_applied for wrapper in run.optim_wrapper.each().values())
