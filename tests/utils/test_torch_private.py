@@ -34,14 +34,14 @@ def one_rank(monkeypatch: pytest.MonkeyPatch):
     dist.destroy_process_group()
 
 
-def test_replace_call_redirects_before_the_forward_hooks() -> None:
-    """The replacement gets the call, no hook of the module runs, and None restores the usual call."""
+def test_the_call_attribute_redirects_before_the_forward_hooks() -> None:
+    """A function in the attribute gets the call and no hook of the module runs; None restores the usual call."""
     module, hooks = nn.Linear(1, 1), []
     module.register_forward_pre_hook(lambda *_: hooks.append("pre"))
-    assert torch_private.replace_call(module, lambda *args: ("replaced", *args)) is None
-    assert module(3) == ("replaced", 3)
+    module.__dict__[torch_private.CALL_ATTRIBUTE] = lambda *args: ("redirected", *args)
+    assert module(3) == ("redirected", 3)
     assert hooks == []
-    assert torch_private.replace_call(module, None) is not None
+    module.__dict__[torch_private.CALL_ATTRIBUTE] = None
     assert isinstance(module(torch.ones(1)), Tensor)
     assert hooks == ["pre"]
 
@@ -209,8 +209,8 @@ def test_default_store_is_the_store_of_the_process_group(one_rank: None) -> None
     assert store.get("key") == b"value"
 
 
-def test_every_function_has_a_test() -> None:
-    """Each public function of the module is called by a test in this file."""
+def test_every_name_has_a_test() -> None:
+    """Each public name of the module is used by a test in this file."""
     tested = {
         node.attr
         for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))

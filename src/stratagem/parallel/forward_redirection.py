@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import nn
 
-from stratagem.utils.torch_private import replace_call
+from stratagem.utils.torch_private import CALL_ATTRIBUTE
 
 __all__ = ["redirect_forward"]
 
@@ -27,28 +27,29 @@ class redirect_forward:  # noqa: N801 -- a context manager, used like a function
         called: whether ``module(...)`` was called in the block.
     """
 
-    __slots__ = ("_module", "_original", "_redirected", "called")
+    __slots__ = ("_attributes", "_original", "_redirected", "called")
 
     def __init__(self, module: nn.Module, target: Callable[..., Any]) -> None:
         self.called = False
-        self._module = module
-        self._original: Callable[..., Any] | None = None
+        # Written directly: ``Module.__setattr__`` checks for parameters, modules and buffers in each call.
+        attributes = self._attributes = module.__dict__
+        original = self._original = attributes.get(CALL_ATTRIBUTE)
 
         def redirected(*args: Any, **kwargs: Any) -> Any:
             self.called = True
-            replace_call(module, self._original)
+            attributes[CALL_ATTRIBUTE] = original
             try:
                 return target(*args, **kwargs)
             finally:
-                replace_call(module, redirected)
+                attributes[CALL_ATTRIBUTE] = redirected
 
         self._redirected = redirected
 
     def __enter__(self) -> redirect_forward:
-        self._original = replace_call(self._module, self._redirected)
+        self._attributes[CALL_ATTRIBUTE] = self._redirected
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        replace_call(self._module, self._original)
+        self._attributes[CALL_ATTRIBUTE] = self._original

@@ -1,13 +1,13 @@
 """All private names of torch that this package uses, each with the reason; a new torch may change any of them.
 
-``tests/utils/test_torch_private.py`` has one test for each, so that a change in torch fails there with a clear message and
-not somewhere in a training.
+``tests/utils/test_torch_private.py`` has a test for each, so that a change in torch fails there with a clear message and not
+somewhere in a training. What each step calls is an alias rather than a function, which would cost a call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from stratagem.utils.imports import import_object
 
 __all__ = [
+    "CALL_ATTRIBUTE",
     "backward_pass_id",
     "checkpoint_module",
     "default_store",
@@ -28,7 +29,6 @@ __all__ = [
     "mark_nonfinite",
     "operator_schema",
     "reduce_held_gradients",
-    "replace_call",
     "storage_id",
     "stored_values",
     "tensors_in",
@@ -36,31 +36,21 @@ __all__ = [
 ]
 
 
-def replace_call(module: nn.Module, call: Callable[..., Any] | None) -> Callable[..., Any] | None:
-    """Replace what ``module(...)`` calls, None for the usual call; return what it called before.
+# The instance attribute that replaces what ``module(...)`` calls, and which ``Module.compile`` sets; None or absent for the usual
+# call. It is the only place where a call can be redirected before the forward hooks of the module.
+CALL_ATTRIBUTE: Final = "_compiled_call_impl"
 
-    Private: ``Module._compiled_call_impl``, which ``Module.compile`` sets. It is the only place where a call can be
-    redirected before the forward hooks of the module.
-    """
-    before: Callable[..., Any] | None = module._compiled_call_impl
-    module._compiled_call_impl = call
-    return before
+# tensors_in(output) returns the tensors in the output of a forward pass, as DistributedDataParallel finds them: only these
+# are part of its reduction.
+tensors_in: Callable[[Any], Iterable[Tensor]] = _ddp._find_tensors
 
+# backward_pass_id() returns the number of the backward pass that calls it from a hook, -1 outside of one. No public function
+# distinguishes two backward passes.
+backward_pass_id: Callable[[], int] = torch._C._current_graph_task_id
 
-def tensors_in(output: Any) -> Iterable[Tensor]:
-    """Return the tensors in the output of a forward pass, as ``DistributedDataParallel`` finds them.
-
-    Private: ``torch.nn.parallel.distributed._find_tensors``. Only the tensors that DDP finds are part of its reduction.
-    """
-    return _ddp._find_tensors(output)  # type: ignore[no-any-return]  # untyped in torch
-
-
-def backward_pass_id() -> int:
-    """Return the number of the backward pass that calls this from a hook, -1 outside of one.
-
-    Private: ``torch._C._current_graph_task_id``. No public function distinguishes two backward passes.
-    """
-    return torch._C._current_graph_task_id()
+# mark_nonfinite(tensors, found, scale) sets ``found`` to 1 if a value is NaN or Inf, and multiplies the tensors by ``scale``,
+# in one pass on the device. It is the kernel of torch's GradScaler. All tensors must have the device and dtype of the first.
+mark_nonfinite: Callable[[list[Tensor], Tensor, Tensor], None] = torch._amp_foreach_non_finite_check_and_unscale_
 
 
 def fused_step_reads_found_inf(optimizer: Optimizer) -> bool:
@@ -69,15 +59,6 @@ def fused_step_reads_found_inf(optimizer: Optimizer) -> bool:
     Private: ``Optimizer._step_supports_amp_scaling``, which torch's ``GradScaler`` reads for the same purpose.
     """
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
-
-
-def mark_nonfinite(tensors: list[Tensor], found: Tensor, scale: Tensor) -> None:
-    """Set ``found`` to 1 if a value is NaN or Inf, and multiply the tensors by ``scale``, in one pass on the device.
-
-    Private: ``torch._amp_foreach_non_finite_check_and_unscale_``, the kernel of torch's ``GradScaler``. All tensors must
-    have the device and dtype of the first.
-    """
-    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, scale)
 
 
 def stored_values(tensor: Tensor) -> Tensor:
