@@ -13,9 +13,9 @@ import pytest
 
 import stratagem as package
 from stratagem.cli.doctor.finding import Finding, Verdict
-from stratagem.cli.doctor.folder import examine_folder
-from stratagem.cli.doctor.machine import examine_machine, judge_open_files, judge_version
-from stratagem.cli.doctor.ranks import RankFacts, judge_clocks, judge_versions, merge_findings
+from stratagem.cli.doctor.folder import check_folder
+from stratagem.cli.doctor.machine import check_machine, check_open_files, check_requirement
+from stratagem.cli.doctor.ranks import RankFacts, check_clocks, check_versions, merge_findings
 
 
 def rank(
@@ -38,30 +38,30 @@ def test_a_machine_that_can_train(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for subject in ("versions", "devices", "back ends", "open files", "file system", "all-reduce", "clocks"):
+    for subject in ("versions", "devices", "backends", "open files", "file system", "all-reduce", "clocks"):
         assert subject in done.stdout
     assert "2 ranks, gloo on cpu: 4 MiB in" in done.stdout
-    assert "0 problem" in done.stdout
+    assert "problem: 0" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_problem_sets_the_exit_code(stratagem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """If the folder is not writable, the exit code is 1, and the output suggests what to do."""
-    monkeypatch.setattr("stratagem.cli.doctor.command._examine_here", lambda nproc: [])
+    monkeypatch.setattr("stratagem.cli.doctor.command._check_local_ranks", lambda nproc: [])
     outcome = stratagem("doctor", "--work-dir", "/proc/run")
     assert outcome.status == 1
-    assert "Give another folder: --work-dir." in outcome.out
-    assert "1 problem" in outcome.out
+    assert "Choose a different folder: --work-dir." in outcome.out
+    assert "problem: 1" in outcome.out
 
 
 def test_this_machine_has_no_problems() -> None:
     """The machine that runs the tests has the required versions."""
-    assert not [finding for finding in examine_machine() if finding.verdict is Verdict.PROBLEM]
+    assert not [finding for finding in check_machine() if finding.verdict is Verdict.PROBLEM]
 
 
 def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     """For a folder that does not exist yet, the closest existing parent is checked and not modified."""
-    findings = examine_folder(tmp_path / "a" / "b")
+    findings = check_folder(tmp_path / "a" / "b")
     assert "sync and rename work" in findings[1].found
     assert list(tmp_path.iterdir()) == []
 
@@ -69,44 +69,44 @@ def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("installed", "verdict", "advice"),
     [
-        ("2.13.0+cpu", Verdict.GOOD, ""),
+        ("2.13.0+cpu", Verdict.OK, ""),
         ("2.9.1", Verdict.PROBLEM, "pip install --upgrade 'torch>=2.10'"),
         (None, Verdict.PROBLEM, "pip install 'torch>=2.10'"),
     ],
 )
 def test_versions(installed: str | None, verdict: Verdict, advice: str) -> None:
     """Version 2.9 is older than 2.10, and the advice is a command."""
-    finding = judge_version("torch", installed, "2.10")
+    finding = check_requirement("torch", installed, "2.10")
     assert (finding.verdict, finding.advice) == (verdict, advice)
 
 
 @pytest.mark.parametrize(
     ("soft", "hard", "verdict"),
-    [(1024, 4096, Verdict.GOOD), (1024, -1, Verdict.GOOD), (1024, 1024, Verdict.NOTE), (-1, -1, Verdict.GOOD)],
+    [(1024, 4096, Verdict.OK), (1024, -1, Verdict.OK), (1024, 1024, Verdict.WARNING), (-1, -1, Verdict.OK)],
 )
 def test_open_files(soft: int, hard: int, verdict: Verdict) -> None:
     """A run raises the soft limit of open files up to the hard limit."""
-    assert judge_open_files(soft, hard).verdict is verdict
+    assert check_open_files(soft, hard).verdict is verdict
 
 
 def test_hosts_with_different_versions() -> None:
     """Hosts with different versions are reported with both versions."""
-    finding = judge_versions([rank(0), rank(1), rank(2, host="b", versions=("torch 2.12",))])
+    finding = check_versions([rank(0), rank(1), rank(2, host="b", versions=("torch 2.12",))])
     assert finding.verdict is Verdict.PROBLEM
     assert finding.found == "rank 0 on a: torch 2.13; rank 2 on b: torch 2.12"
-    assert judge_versions([rank(0), rank(1, host="b")]).found == "equal on 2 ranks of 2 host(s)"
+    assert check_versions([rank(0), rank(1, host="b")]).found == "equal on 2 ranks on 2 host(s)"
 
 
 def test_different_clocks() -> None:
     """A clock difference of a second or more is reported with the hosts; smaller ones may be caused by the barrier."""
-    finding = judge_clocks([rank(0), rank(1, host="b", clock=97.5), rank(2, host="c", clock=100.1)])
-    assert finding.verdict is Verdict.NOTE
+    finding = check_clocks([rank(0), rank(1, host="b", clock=97.5), rank(2, host="c", clock=100.1)])
+    assert finding.verdict is Verdict.WARNING
     assert finding.found == "rank 2 on c is 2.6 s ahead of rank 1 on b"
-    assert judge_clocks([rank(0), rank(1, clock=100.25)]).found == "within 250.0 ms of each other"
+    assert check_clocks([rank(0), rank(1, clock=100.25)]).found == "within 250.0 ms of each other"
 
 
 def test_problems_of_other_hosts_are_merged() -> None:
     """Problems of other hosts are reported once, with the name of the host."""
-    good, bad = Finding.good("devices", "cpu"), Finding.problem("file system", "read-only", "Mount it.")
-    merged = merge_findings(["a", "b", "b"], [[good], [good, bad], [good, bad]])
-    assert merged == [good, Finding.problem("file system on b", "read-only", "Mount it.")]
+    fine, bad = Finding.ok("devices", "cpu"), Finding.problem("file system", "read-only", "Mount it.")
+    merged = merge_findings(["a", "b", "b"], [[fine], [fine, bad], [fine, bad]])
+    assert merged == [fine, Finding.problem("file system on b", "read-only", "Mount it.")]

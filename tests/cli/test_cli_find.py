@@ -18,7 +18,7 @@ def test_a_sweep_plots_the_loss_and_suggests_rates(stratagem: Command, config: s
     assert lines[1].startswith("30 of 30 optimizer steps")
     assert any(line.startswith("loss  ● smoothed  ● each step  ● steepest descent") for line in lines)
     rows = lines[lines.index("Learning rates") + 1 :]
-    assert [row.split("  ")[1] for row in rows[:3]] == ["least loss", "steepest descent", "a decade below the minimum"]
+    assert [row.split("  ")[1] for row in rows[:3]] == ["lowest loss", "steepest descent", "minimum / 10"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -67,8 +67,8 @@ def test_batch_sizes_are_measured_up_to_the_limit(stratagem: Command, config: st
     lines = done.out.splitlines()
     table = lines[next(number for number, line in enumerate(lines) if "ms/iteration" in line) + 1 :]
     assert [int(row.split()[0]) for row in table[:4]] == [1, 2, 4, 6]
-    assert "Batches up to 6, the largest that was to be tried, fit." in done.out
-    assert "On the CPU the largest batch cannot be found" in done.out
+    assert "All batch sizes up to the limit of 6 fit." in done.out
+    assert "cannot be determined on the CPU" in done.out
     assert "The knee is at" in lines[-1]
     assert list(tmp_path.iterdir()) == []
 

@@ -101,12 +101,12 @@ def test_the_seed_determines_the_samples(stratagem: Command, written: tuple[str,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer": None}, "letters.py names no tokenizer, so what the tokens of its model mean is not known."),
-        ({"tokenizer": {"type": "Mute"}}, "tokenizer: Mute has no methods encode and decode"),
+        ({"tokenizer": None}, "letters.py has no tokenizer. Register a class"),
+        ({"tokenizer": {"type": "Mute"}}, "tokenizer: Mute is not a tokenizer"),
         ({"model": {"type": "SupervisedModel", "network": {"type": "ReLU"}, "loss": {"type": "MSELoss"}}}, (
-            "SupervisedModel has no method generate(tokens, *, max_new_tokens, do_sample, temperature, top_k)"
+            "SupervisedModel cannot generate text: it has no method generate(tokens, *, max_new_tokens, do_sample,"
         )),
-        ({"model": None}, "letters.py names no model"),
+        ({"model": None}, "letters.py has no model"),
         ({"tokeniser": {"type": "Letters"}}, "'tokenizer'"),
     ],
     ids=["no tokenizer", "no methods", "no text", "no model", "misspelled"],
@@ -131,7 +131,7 @@ def test_an_empty_prompt_and_a_missing_checkpoint_are_rejected(
     """A prompt without tokens and a missing checkpoint are errors."""
     config, run = written
     empty = stratagem("sample", config, run, "--prompt", "")
-    assert (empty.status, "--prompt '' has no token" in empty.err) == (2, True)
+    assert (empty.status, "--prompt '' has no tokens" in empty.err) == (2, True)
     missing = stratagem("sample", config, f"{run}/iter_2", "--prompt", "a")
     assert (missing.status, "iter_2: there is no such checkpoint" in missing.err) == (2, True)
     (tmp_path / "other").mkdir()

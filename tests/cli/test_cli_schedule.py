@@ -62,13 +62,13 @@ def test_scaled_rates_are_plotted(stratagem: Command, config: str):
 def test_a_schedule_that_depends_on_metrics_is_constant(stratagem: Command, config: str):
     """A schedule that depends on metrics is plotted as constant, with a note."""
     done = stratagem("schedule", config, "--set", "param_scheduler=[{type: ReduceOnPlateauLR}]")
-    assert "ReduceOnPlateauLR follows the metrics of validation" in done.out
+    assert "ReduceOnPlateauLR depends on validation metrics" in done.out
 
 
 @pytest.mark.parametrize(
     ("override", "texts"),
     [
-        ("train_cfg=None", ("no train_cfg", "no training to look at")),
+        ("train_cfg=None", ("no train_cfg", "which training requires")),
         ("param_scheduler.0.type=LinerLR", ("'LinerLR'", "'LinearLR'")),
         ("param_schedulers=[]", ("'param_schedulers'", "'param_scheduler'")),
     ],
@@ -86,7 +86,7 @@ def test_a_plot_is_written_on_request(stratagem: Command, config: str, tmp_path:
     pytest.importorskip("matplotlib")
     done = stratagem("schedule", config, "--out", "drawn.png")
     assert done.status == 0, done.err
-    assert done.out.splitlines()[-1] == "Drawn to drawn.png"
+    assert done.out.splitlines()[-1] == "Saved the chart to drawn.png"
     assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
 

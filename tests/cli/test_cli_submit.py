@@ -70,23 +70,25 @@ def test_submitting_without_slurm(stratagem: Callable[..., Any], config: str, mo
     monkeypatch.setenv("PATH", "/nowhere")
     outcome = stratagem("submit", config, "--now")
     assert outcome.status == 2
-    assert "there is no sbatch here" in outcome.err
+    assert "sbatch is not installed" in outcome.err
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "expected"),
     [
         ("--time", "soon", "days-hours"),
-        ("--time", "2", "is 120 s, and the ranks are told to save 120 s before"),
-        ("--partition", "big\n#SBATCH --uid=0", "cannot stand in a batch script"),
+        ("--time", "2", "is 120 s, but the ranks start saving 120 s before"),
+        ("--partition", "big\n#SBATCH --uid=0", "is not allowed in a batch script"),
         ("--sbatch", "qos=long", "--sbatch=--qos=long"),
     ],
 )
-def test_invalid_slurm_options(stratagem: Callable[..., Any], config: str, option: str, value: str, told: str) -> None:
+def test_invalid_slurm_options(
+    stratagem: Callable[..., Any], config: str, option: str, value: str, expected: str
+) -> None:
     """Invalid SLURM options are errors with a suggestion."""
     outcome = stratagem("submit", config, f"{option}={value}", "--print")
     assert outcome.status == 2
-    assert told in outcome.err
+    assert expected in outcome.err
 
 
 @given(st.integers(0, 60), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))

@@ -27,7 +27,7 @@ def test_training_ends_with_a_summary(stratagem: Command, config: str, tmp_path:
     assert rows["checkpoint"] == "run/epoch_2"
     assert rows["test"] == f"stratagem test {config} run/epoch_2 --work-dir run"
     longer = "--set train_cfg.max_epochs=4 --set resume_param_scheduler=False"
-    assert summary[-1] == f"  train on    stratagem train {config} {longer} --work-dir run --resume"
+    assert summary[-1] == f"  extend      stratagem train {config} {longer} --work-dir run --resume"
     assert (tmp_path / "run" / "toy_config.py").is_file()
 
 

@@ -1,4 +1,4 @@
-"""``stratagem find``: search for a learning rate or a batch size, and leave no trace of it."""
+"""Implement ``stratagem find``: search for a learning rate or a batch size with trial runs that write no files."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from stratagem.train.tools import BatchSearch, LearningRateSweep, find_batch_siz
 
 __all__ = ["Sweep", "batch_size", "learning_rate"]
 
-# What plays no part in the training that is tried, or would move the rates that are.
-_LEFT_OUT = (
+# Sections that a trial run does not need, or that would change its learning rates.
+_REMOVED = (
     "param_scheduler", "custom_hooks", "val_dataloader", "val_cfg", "val_evaluator",
     "test_dataloader", "test_cfg", "test_evaluator",
 )  # fmt: skip
@@ -37,7 +37,15 @@ _MEBIBYTE = 2**20
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """The options of ``find lr``."""
+    """The options of ``stratagem find lr``.
+
+    Attributes:
+        low: the first learning rate.
+        high: the last learning rate.
+        steps: number of optimizer steps.
+        loss: name of the logged value that is used as the loss.
+        optimizer: name of the optimizer, if there are several.
+    """
 
     low: float
     high: float
@@ -47,12 +55,17 @@ class Sweep:
 
 
 def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> None:
-    """Print how the loss goes while the learning rate grows, and which rates that suggests."""
+    """Plot the loss over an increasing learning rate, and print the suggested learning rates.
+
+    Raises:
+        ConfigError: or a subclass, if the configuration or an option is invalid.
+        typer.Exit: with the exit status of the first rank that failed, if ``--nproc`` started ranks.
+    """
     config = read_config(options)
     if options.nproc is not None:
         launch_ranks(options.nproc, by=options.launcher)
         return
-    with _trial(config) as (strategy, dataloader):
+    with _temporary_run(config) as (strategy, dataloader):
         found = find_learning_rate(
             strategy,
             dataloader,
@@ -68,8 +81,18 @@ def learning_rate(options: RunOptions, sweep: Sweep, *, out: Path | None) -> Non
 
 
 def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path | None) -> None:
-    """Print how many samples a second each batch size trains, and the largest that fits."""
-    with _trial(read_config(options)) as (strategy, dataloader):
+    """Plot the throughput over the batch size, and print the largest batch size that fits.
+
+    Args:
+        options: the configuration.
+        limit: the largest batch size to try; None for no limit on accelerators and 1024 on the CPU.
+        steps: number of iterations per timing.
+        out: the PNG file to write, if any.
+
+    Raises:
+        ConfigError: or a subclass, if the configuration or an option is invalid.
+    """
+    with _temporary_run(read_config(options)) as (strategy, dataloader):
         found = find_batch_size(strategy, dataloader, limit=limit, steps=steps)
         on_cpu = strategy.world.device.type == "cpu"
         if found.largest is not None:
@@ -79,11 +102,11 @@ def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path 
 
 
 @contextmanager
-def _trial(config: Config) -> Iterator[tuple[BaseStrategy, EpochLoader]]:
-    """Prepare the configuration's training in a temporary folder; it is gone afterwards."""
+def _temporary_run(config: Config) -> Iterator[tuple[BaseStrategy, EpochLoader]]:
+    """Prepare a training run of the configuration in a temporary folder, which is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="stratagem-find-") as folder:
         changes: dict[str, Any] = {"work_dir": folder, "resume": False, "log_level": "WARNING"}
-        changes |= {key: None for key in _LEFT_OUT if key in config}
+        changes |= {key: None for key in _REMOVED if key in config}
         section = config.get("strategy")
         if isinstance(section, Mapping) and "work_dir" in section:
             changes["strategy.work_dir"] = folder
@@ -101,7 +124,7 @@ def _show(chart: Chart, out: Path | None) -> None:
         write_png(chart, out)
     print_chart(chart, Console())
     if out is not None:
-        typer.echo(f"Drawn to {out}")
+        typer.echo(f"Saved the chart to {out}")
 
 
 def _loss_chart(name: str, found: LearningRateSweep, sweep: Sweep) -> Chart:
@@ -110,10 +133,10 @@ def _loss_chart(name: str, found: LearningRateSweep, sweep: Sweep) -> Chart:
         Line(label="smoothed", x=found.rates, y=found.smoothed),
         Line(label="each step", x=found.rates, y=found.losses, faint=True),
     )
-    how = "stopped where the loss diverged" if found.diverged else "to the end"
+    outcome = "stopped because the loss diverged" if found.diverged else "completed"
     return Chart(
         title=f"{name}: learning-rate range test",
-        subtitle=f"{len(found.rates)} of {sweep.steps} optimizer steps, {how}",
+        subtitle=f"{len(found.rates)} of {sweep.steps} optimizer steps, {outcome}",
         x_label="learning rate",
         x_range=(float(found.rates[0]), float(found.rates[-1])),
         panels=(Panel(label=sweep.loss, lines=lines, marks=marks),),
@@ -122,20 +145,22 @@ def _loss_chart(name: str, found: LearningRateSweep, sweep: Sweep) -> Chart:
 
 
 def _suggestions(found: LearningRateSweep) -> dict[str, float]:
-    named = {"steepest descent": found.steepest, "a decade below the minimum": found.below_minimum}
+    named = {"steepest descent": found.steepest, "minimum / 10": found.below_minimum}
     return {label: rate for label, rate in named.items() if rate is not None}
 
 
 def _table_of_rates(found: LearningRateSweep) -> str:
     if found.least is None:
-        return "The loss did not fall at any rate, so none is suggested. Try a smaller --min, or more --steps."
+        return (
+            "The loss did not decrease at any learning rate, so none is suggested. Try a smaller --min or more --steps."
+        )
     rows = {}
-    for label, rate in {"least loss": found.least, **_suggestions(found)}.items():
+    for label, rate in {"lowest loss": found.least, **_suggestions(found)}.items():
         at = int(np.abs(np.log(found.rates / rate)).argmin())
         rows[label] = f"{rate:.2e}  smoothed loss {found.smoothed[at]:.4g}"
     width = max(map(len, rows))
     lines = [f"  {label:<{width}}  {value}" for label, value in rows.items()]
-    lines.append("The suggested rates are where to begin; which of them trains best, only training tells.")
+    lines.append("The suggestions are starting points; compare them in full training runs.")
     return "\n".join(["Learning rates", *lines])
 
 
@@ -149,8 +174,8 @@ def _throughput_chart(name: str, found: BatchSearch) -> Chart:
     marks = () if found.knee is None else (Mark(label=f"knee: {found.knee} samples", x=found.knee),)
     return Chart(
         title=f"{name}: throughput by batch size",
-        subtitle="without the loading of data",
-        x_label="samples in a batch",
+        subtitle="excluding data loading",
+        x_label="batch size",
         x_range=(1.0, float(max(2, fitting[-1].batch_size))),
         panels=(Panel(label="samples/s", lines=(line,), marks=marks, log=wants_log_scale((line,))),),
         log_x=True,
@@ -171,21 +196,21 @@ def _table_of_sizes(found: BatchSearch) -> str:
 
 def _verdict(found: BatchSearch, *, on_cpu: bool) -> str:
     if found.largest is None:
-        return "Memory is not enough for a batch of one sample."
+        return "Out of memory with a batch of one sample."
     lines = []
     if found.out_of_memory:
         lines.append(
-            f"The largest batch that fits is {found.largest}. Leave some room: memory is fragmented in a long run, and "
+            f"The largest batch size that fits is {found.largest}. Leave some headroom: memory fragments in long runs, and "
             "other batches may need more."
         )
     else:
-        lines.append(f"Batches up to {found.limit}, the largest that was to be tried, fit.")
+        lines.append(f"All batch sizes up to the limit of {found.limit} fit.")
     if on_cpu:
         lines.append(
-            "On the CPU the largest batch cannot be found: the system swaps, or ends the process, before there is an "
-            "error to search for. What it can tell is how long each size takes."
+            "The largest batch size cannot be determined on the CPU: the system swaps or kills the process instead of "
+            "raising an out-of-memory error. Only the throughput is measured."
         )
     lines.append(
-        f"The knee is at {found.knee}: the smallest batch that was tried with nine tenths of the highest throughput."
+        f"The knee is at {found.knee}: the smallest batch size tried that reaches 90 % of the highest throughput."
     )
     return "\n".join(lines)

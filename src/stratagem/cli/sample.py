@@ -1,4 +1,4 @@
-"""``stratagem sample``."""
+"""Implement ``stratagem sample``: generate text with the language model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["Request", "sample"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is to be written.
+    """The options of ``stratagem sample``.
 
     Attributes:
-        prompt: the text to go on with.
-        tokens: how many tokens are added.
-        temperature: below 1 for likelier tokens, above for rarer ones; 0 for always the likeliest.
-        top_k: how many of the likeliest tokens are drawn from; 0 for all.
-        seed: of the random numbers.
+        prompt: the text to continue.
+        tokens: number of tokens to generate.
+        temperature: sampling temperature; 0 always chooses the most likely token.
+        top_k: number of most likely tokens to sample from; 0 for all.
+        seed: the random seed.
     """
 
     prompt: str
@@ -45,51 +45,51 @@ class Request:
 
 
 def sample(options: RunOptions, request: Request, *, checkpoint: str) -> None:
-    """Print the prompt and how the model of a checkpoint goes on. Writes nothing.
+    """Print the prompt and its continuation by the model of a checkpoint. Writes no files.
 
-    One process is enough, whatever strategy and however many processes saved the checkpoint.
+    Runs in one process, independent of the strategy and the number of processes that saved the checkpoint.
 
     Args:
-        options: which configuration.
-        request: what is to be written.
-        checkpoint: its place, or the folder of a run for the latest there.
+        options: the configuration.
+        request: the prompt and the sampling options.
+        checkpoint: path or URL of the checkpoint, or the folder of a run to use its latest one.
 
     Raises:
-        ConfigKeyError: if the configuration names no model or no tokenizer.
-        ConfigTypeError: if the model writes no text, or the tokenizer is none.
-        ConfigValueError: if the prompt is empty, or the tokenizer does not know what stands in it.
-        CheckpointError: in one of its kinds, if the checkpoint cannot be read or is another model's.
+        ConfigKeyError: if the configuration has no model or no tokenizer.
+        ConfigTypeError: if the model cannot generate text, or the tokenizer lacks a method.
+        ConfigValueError: if the prompt has no tokens.
+        CheckpointError: or a subclass, if the checkpoint cannot be read or belongs to a different model.
     """
     config = read_config(options)
-    # One process writes, whatever trained; options of a strategy that only the training names would be nobody's here.
+    # Sampling always uses SingleDeviceStrategy, which does not accept the options of the training strategy.
     config.pop("strategy", None)
     require(config, SECTIONS, scope=config.get("default_scope"))
     with switch_scope(config.get("default_scope")):
         tokenizer = _tokenizer(config)
         prompt = list(tokenizer.encode(request.prompt))
         if not prompt:
-            raise ConfigValueError(f"--prompt {request.prompt!r} has no token, and a model goes on with at least one.")
-        tokens = _written(config, prompt, request, checkpoint)
+            raise ConfigValueError(f"--prompt {request.prompt!r} has no tokens; at least one is required.")
+        tokens = _generate(config, prompt, request, checkpoint)
     typer.echo(tokenizer.decode(tokens))
 
 
 def _tokenizer(config: Config) -> Tokenizer:
     if not isinstance(config.get("tokenizer"), Mapping):
         raise ConfigKeyError(
-            f"{config.filename} names no tokenizer, so what the tokens of its model mean is not known. Register a class "
-            "with encode and decode in TOKENIZERS, and write tokenizer = dict(type=<its name>)."
+            f"{config.filename} has no tokenizer. Register a class with encode() and decode() in TOKENIZERS, and set "
+            "tokenizer = dict(type=<its name>)."
         )
     tokenizer = TOKENIZERS.build(config["tokenizer"])
     if not isinstance(tokenizer, Tokenizer):
         raise ConfigTypeError(
-            f"tokenizer: {type(tokenizer).__name__} has no methods encode and decode, so it is no tokenizer."
+            f"tokenizer: {type(tokenizer).__name__} is not a tokenizer: it must have the methods encode() and decode()."
         )
     return tokenizer
 
 
-def _written(config: Config, prompt: list[int], request: Request, checkpoint: str) -> list[int]:
-    """Return the prompt's tokens and those that follow."""
-    # Of a folder that is no run's, and of an address, nothing is found.
+def _generate(config: Config, prompt: list[int], request: Request, checkpoint: str) -> list[int]:
+    """Return the tokens of the prompt, followed by the generated tokens."""
+    # The search finds nothing if the path is itself a checkpoint.
     path = checkpoint if is_url(checkpoint) else find_latest_checkpoint(checkpoint) or checkpoint
     with tempfile.TemporaryDirectory(prefix="stratagem-sample-") as folder:
         strategy = SingleDeviceStrategy(
@@ -101,16 +101,16 @@ def _written(config: Config, prompt: list[int], request: Request, checkpoint: st
             model = _prepare(strategy, config)
             strategy.load_checkpoint(path, strict=True)
             strategy.model.eval()
-            # Building the model drew from the same generators.
+            # Building the model has advanced the random number generators.
             set_random_seed(request.seed)
-            written = model.generate(
+            generated = model.generate(
                 torch.tensor([prompt], device=strategy.world.device),
                 max_new_tokens=request.tokens,
                 do_sample=request.temperature > 0,
                 temperature=request.temperature or 1.0,
                 top_k=request.top_k,
             )
-            tokens: list[int] = written[0].tolist()
+            tokens: list[int] = generated[0].tolist()
         finally:
             strategy.close()
     return tokens
@@ -118,8 +118,8 @@ def _written(config: Config, prompt: list[int], request: Request, checkpoint: st
 
 def _prepare(strategy: SingleDeviceStrategy, config: Config) -> TextGenerator:
     if config.get("model") is None:
-        raise ConfigKeyError(f"{config.filename} names no model: there is nothing to sample from.")
-    # A checkpoint follows.
+        raise ConfigKeyError(f"{config.filename} has no model to sample from.")
+    # The checkpoint replaces the weights, so there is no need to initialize them.
     strategy.prepare(
         with_preprocessor(config["model"], config.get("data_preprocessor")),
         dispatch_kwargs={"init_weights_for_test_or_val": False},
@@ -127,7 +127,7 @@ def _prepare(strategy: SingleDeviceStrategy, config: Config) -> TextGenerator:
     model = strategy.unwrap_model()
     if not isinstance(model, TextGenerator):
         raise ConfigTypeError(
-            f"{type(model).__name__} has no method generate(tokens, *, max_new_tokens, do_sample, temperature, top_k), so it "
-            "writes no text. See stratagem.model.TextGenerator."
+            f"{type(model).__name__} cannot generate text: it has no method generate(tokens, *, max_new_tokens, do_sample, "
+            "temperature, top_k). See stratagem.model.TextGenerator."
         )
     return model

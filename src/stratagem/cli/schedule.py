@@ -1,4 +1,4 @@
-"""``stratagem schedule``: draw what the schedules of a configuration will do."""
+"""Implement ``stratagem schedule``: plot the scheduled options of a run without training."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ _LABELS = {"lr": "learning rate", "weight_decay": "weight decay"}
 
 
 def schedule(options: RunOptions, *, out: Path | None) -> None:
-    """Print a drawing of the run's learning rate and whatever else changes; write it to a file where asked.
+    """Plot the learning rate of a run, and all other options that a schedule changes.
+
+    Args:
+        options: the configuration; ``nproc`` is the number of processes of the run.
+        out: the PNG file to write, if any.
 
     Raises:
-        ConfigKeyError: if the configuration does not describe a training, or has a key that nobody reads.
-        MissingDependencyError: if a file is asked for and matplotlib is not installed.
+        ConfigKeyError: if the configuration lacks a section that training needs, or has an unknown key.
+        MissingDependencyError: if ``out`` is given and matplotlib is not installed.
     """
     config = read_config(options)
     require(config, SECTIONS, scope=config.get("default_scope"))
@@ -39,15 +43,19 @@ def schedule(options: RunOptions, *, out: Path | None) -> None:
         write_png(chart, out)
     print_chart(chart, Console())
     if out is not None:
-        typer.echo(f"Drawn to {out}")
+        typer.echo(f"Saved the chart to {out}")
 
 
 def preview(config: Config, *, world_size: int) -> RunPreview:
-    """Return what the options of a configuration's run will be."""
+    """Return the scheduled options of a configuration over its run.
+
+    Raises:
+        ConfigKeyError: if the configuration lacks a section that training needs.
+    """
     missing = [key for key in _NEEDED if config.get(key) is None]
     if missing:
         raise ConfigKeyError(
-            f"{config.filename or 'The configuration'} has no {', '.join(missing)}: there is no training to look at."
+            f"{config.filename or 'The configuration'} has no {', '.join(missing)}, which training requires."
         )
     with switch_scope(config.get("default_scope")):
         return preview_run(
@@ -62,7 +70,7 @@ def preview(config: Config, *, world_size: int) -> RunPreview:
 
 
 def draw(name: str, shown: RunPreview, *, world_size: int) -> Chart:
-    """Return a panel for each optimizer's learning rate and for every other option that a schedule changes."""
+    """Return a chart with one panel per learning rate and per other option that a schedule changes."""
     by_option: dict[tuple[str, str], list[Course]] = {}
     for course in shown.courses:
         by_option.setdefault((course.optimizer, course.key), []).append(course)
@@ -72,14 +80,14 @@ def draw(name: str, shown: RunPreview, *, world_size: int) -> Chart:
         for option, courses in by_option.items()
         if option[1] == "lr" or option in waiting or any(course.changes for course in courses)
     }
-    resting = {option: courses for option, courses in by_option.items() if option not in drawn}
+    constant = {option: courses for option, courses in by_option.items() if option not in drawn}
     return Chart(
         title=name,
         subtitle=_length(shown, world_size),
         x_label=_unit(shown),
         x_range=(0, shown.max_iters),
         panels=tuple(_panel(option, courses, shown) for option, courses in drawn.items()),
-        notes=tuple(_notes(shown, resting)),
+        notes=tuple(_notes(shown, constant)),
         epoch_length=shown.epoch_length,
     )
 
@@ -118,13 +126,13 @@ def _unit(shown: RunPreview) -> str:
     return f"iteration (micro-batch; optimizer step {steps})"
 
 
-def _notes(shown: RunPreview, resting: dict[tuple[str, str], list[Course]]) -> Iterator[str]:
+def _notes(shown: RunPreview, constant: dict[tuple[str, str], list[Course]]) -> Iterator[str]:
     yield from shown.scaling
     for optimizer, key, kind in shown.on_metrics:
-        yield f"{kind} follows the metrics of validation, which are not known: {_name(optimizer, key)} is drawn without it."
-    constant = [
+        yield f"{kind} depends on validation metrics, so {_name(optimizer, key)} is plotted without it."
+    values = [
         f"{_name(*option)} {' or '.join(dict.fromkeys(f'{course.values[0]:g}' for course in courses))}"
-        for option, courses in resting.items()
+        for option, courses in constant.items()
     ]
-    if constant:
-        yield f"Constant: {', '.join(constant)}."
+    if values:
+        yield f"Constant: {', '.join(values)}."

@@ -1,4 +1,4 @@
-"""``stratagem submit``: a batch script for SLURM that saves before it is stopped, and goes on when it is started again."""
+"""Implement ``stratagem submit``: write a SLURM batch script whose job saves before its time limit and then resumes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from stratagem.storage import write_atomic
 
 __all__ = ["Allocation", "batch_script", "submit"]
 
-# The forms of https://slurm.schedmd.com/sbatch.html#OPT_time.
+# The formats of https://slurm.schedmd.com/sbatch.html#OPT_time.
 _TIME = re.compile(
     r"(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?|(?P<hours>\d+):(?P<min>\d+):(?P<sec>\d+)"
     r"|(?P<minutes>\d+)(?::(?P<seconds>\d+))?"
 )
-# What may stand in a line of a script without being taken for anything else.
+# An option that is safe to write into a #SBATCH line without quoting.
 _WORD = re.compile(r"[\w.,:@%+=/\[\]*-]+")
 _SUBMIT_TIMEOUT_S = 60.0
 
@@ -36,19 +36,19 @@ _SCRIPT = """\
 #!/bin/bash
 {directives}
 
-# SLURM sends USR1 to this shell {save_before_s} s before the time is over, and on preemption where the site is set so.
-# The ranks then get TERM: they save a checkpoint, end with status 143, and the job is put into the queue again.
-again=no
-trap 'again=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' USR1
-# A TERM for the whole job reaches the ranks by itself; this shell stays to hear how they end.
+# SLURM sends USR1 to this shell {save_before_s} s before the time limit, and on preemption if the site is configured so.
+# The shell then sends TERM to the ranks. They save a checkpoint and exit with status 143, and the job is requeued.
+requeue=no
+trap 'requeue=yes; scancel --quiet --signal=TERM "$SLURM_JOB_ID"' USR1
+# SLURM also sends a TERM for the whole job to the ranks. This shell ignores it and waits for their exit status.
 trap : TERM
 {exports}
 srun {command} &
 step=$!
 wait "$step"; status=$?
-# A signal ends `wait` before the step has ended.
+# A signal interrupts `wait` before the step has finished.
 while kill -0 "$step" 2>/dev/null; do wait "$step"; status=$?; done
-if [ "$again" = yes ] && [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+if [ "$requeue" = yes ] && [ "$status" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$status"
 """
 
@@ -56,15 +56,22 @@ exit "$status"
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """What a job asks SLURM for. ``time`` is in one of SLURM's forms, such as ``"12:00:00"`` or ``"2-00"``.
+    """The resources that a job requests from SLURM.
 
-    Args:
-        tasks_per_node: ranks on each node; one for each of its accelerators where not given.
-        save_before_s: how many seconds before the end of ``time`` the ranks are told to save.
-        further: options of ``sbatch``, such as ``"--constraint=a100"``.
+    Attributes:
+        nodes: number of nodes.
+        gpus_per_node: number of accelerators per node; 0 for the CPU.
+        time: the time limit in one of SLURM's formats, such as ``"12:00:00"`` or ``"2-00"``.
+        tasks_per_node: ranks per node; one per accelerator if None.
+        cpus_per_task: CPU cores per rank.
+        partition: the partition.
+        account: the account.
+        save_before_s: how many seconds before the time limit the ranks save.
+        extra_options: additional options of ``sbatch``, such as ``"--constraint=a100"``.
 
     Raises:
-        ConfigValueError: if a value cannot stand in a batch script, or the time is too short to save in.
+        ConfigValueError: if ``time`` has an invalid format or is not longer than ``save_before_s``, or if an extra option
+            does not start with ``--``.
     """
 
     nodes: int
@@ -75,36 +82,36 @@ class Allocation:
     partition: str | None = None
     account: str | None = None
     save_before_s: int = 120
-    further: tuple[str, ...] = ()
+    extra_options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         seconds = seconds_of(self.time)
         if seconds <= self.save_before_s:
             raise ConfigValueError(
-                f"--time {self.time} is {seconds} s, and the ranks are told to save {self.save_before_s} s before its end. "
-                "Ask for more time, or give --save-before."
+                f"--time {self.time} is {seconds} s, but the ranks start saving {self.save_before_s} s before the time limit. "
+                "Increase --time, or reduce --save-before."
             )
-        for option in self.further:
+        for option in self.extra_options:
             if not option.startswith("--"):
-                raise ConfigValueError(f"--sbatch {option}: an option of sbatch is due, such as --sbatch=--qos=long.")
+                raise ConfigValueError(f"--sbatch {option}: expected an option of sbatch, as in --sbatch=--qos=long.")
 
     @property
     def ranks_per_node(self) -> int:
-        """How many ranks each node runs."""
+        """The number of ranks per node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
 
 def seconds_of(time: str) -> int:
-    """Return a time limit of SLURM in seconds.
+    """Convert a SLURM time limit to seconds.
 
     Raises:
-        ConfigValueError: if it has none of SLURM's forms.
+        ConfigValueError: if ``time`` has none of SLURM's formats.
     """
     match = _TIME.fullmatch(time.strip())
     if match is None:
         raise ConfigValueError(
-            f"--time {time}: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or "
-            "days-hours:minutes:seconds are due."
+            f"--time {time}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or "
+            "days-hours:minutes:seconds."
         )
     units = {
         "days": 86_400,
@@ -121,11 +128,18 @@ def seconds_of(time: str) -> int:
 
 
 def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now: bool, show: bool) -> None:
-    """Check the configuration and write the batch script that trains it; show or submit it if asked to.
+    """Check the configuration, and write the batch script of its training.
+
+    Args:
+        options: the configuration.
+        allocation: the resources of the job.
+        out: the path of the script; in the folder of the run if None.
+        now: whether to submit the script.
+        show: whether to only print the script.
 
     Raises:
-        ConfigError: in one of its kinds, if the configuration would be refused when the job starts.
-        LaunchError: if ``sbatch`` is not there or refuses the script.
+        ConfigError: or a subclass, if the configuration is invalid, or if ``--set`` contains a secret.
+        LaunchError: if ``sbatch`` is not installed or rejects the script.
     """
     config = read_config(options)
     require(config, SECTIONS, scope=config.get("default_scope"))
@@ -137,18 +151,18 @@ def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now
         return
     file = out or work_dir / f"{options.config.stem}.sbatch"
     file.parent.mkdir(parents=True, exist_ok=True)
-    # SLURM does not make the folder of its log.
+    # SLURM does not create the folder of its log.
     work_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(file, script)
     typer.echo(f"Wrote {file}")
-    typer.echo(_sbatch(file) if now else f"Submit it: {shlex.join(['sbatch', str(file)])}")
+    typer.echo(_sbatch(file) if now else f"Submit it with: {shlex.join(['sbatch', str(file)])}")
 
 
 def _refuse_secrets(overrides: tuple[str, ...]) -> None:
-    """Refuse to write a secret of the command line into a file.
+    """Refuse to write a secret from the command line to a file.
 
     Raises:
-        ConfigValueError: if ``--set`` gives one; it names the key.
+        ConfigValueError: if a value of ``--set`` contains a secret. The message contains only the key.
     """
     for key, value in parse_overrides(overrides).items():
         if redacted(value, parse_path(key)) != value:
@@ -159,12 +173,12 @@ def _refuse_secrets(overrides: tuple[str, ...]) -> None:
 
 
 def batch_script(options: RunOptions, allocation: Allocation, work_dir: Path) -> str:
-    """Return the batch script of a training.
+    """Return the batch script of a training run.
 
     Raises:
-        ConfigValueError: if a value cannot stand in it.
+        ConfigValueError: if an option contains characters that are not allowed in the script.
     """
-    asked = {
+    requested = {
         "job-name": options.config.stem,
         "nodes": allocation.nodes,
         "ntasks-per-node": allocation.ranks_per_node,
@@ -175,28 +189,26 @@ def batch_script(options: RunOptions, allocation: Allocation, work_dir: Path) ->
         "account": allocation.account,
         "chdir": Path.cwd(),
         "output": work_dir / "slurm-%j.out",
-        # A job that was requeued writes on where it stopped.
+        # A requeued job appends to its log.
         "open-mode": "append",
         "signal": f"B:USR1@{allocation.save_before_s}",
     }
-    lines = [f"--{name}={value}" for name, value in asked.items() if value is not None]
-    lines += ["--requeue", *allocation.further]
+    lines = [f"--{name}={value}" for name, value in requested.items() if value is not None]
+    lines += ["--requeue", *allocation.extra_options]
     for line in lines:
         if not _WORD.fullmatch(line):
-            raise ConfigValueError(
-                f"{line!r} cannot stand in a batch script: write it without blanks and special signs."
-            )
-    # Since SLURM 22.05 steps do not take this from the job.
+            raise ConfigValueError(f"{line!r} is not allowed in a batch script: remove spaces and special characters.")
+    # Since SLURM 22.05, srun does not inherit --cpus-per-task from the job.
     exports = "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK\n" if allocation.cpus_per_task else ""
     return _SCRIPT.format(
         directives="\n".join(f"#SBATCH {line}" for line in lines),
         save_before_s=allocation.save_before_s,
         exports=exports,
-        command=shlex.join(_train(options, work_dir)),
+        command=shlex.join(_train_command(options, work_dir)),
     )
 
 
-def _train(options: RunOptions, work_dir: Path) -> list[str]:
+def _train_command(options: RunOptions, work_dir: Path) -> list[str]:
     words = [sys.executable, "-m", "stratagem", "train", str(options.config.absolute())]
     for override in options.overrides:
         words += ["--set", override]
@@ -209,10 +221,10 @@ def _train(options: RunOptions, work_dir: Path) -> list[str]:
 def _sbatch(file: Path) -> str:
     program = shutil.which("sbatch")
     if program is None:
-        raise LaunchError(f"--now: there is no sbatch here. Submit {file} where SLURM is.")
-    done = subprocess.run(  # noqa: S603 -- a fixed command, found on the path
+        raise LaunchError(f"--now: sbatch is not installed on this machine. Submit {file} on a SLURM login node.")
+    done = subprocess.run(  # noqa: S603 -- a fixed command from PATH
         [program, str(file)], capture_output=True, text=True, timeout=_SUBMIT_TIMEOUT_S, check=False
     )
     if done.returncode != 0:
-        raise LaunchError(f"sbatch refused {file}: {done.stderr.strip()}")
+        raise LaunchError(f"sbatch rejected {file}: {done.stderr.strip()}")
     return done.stdout.strip()

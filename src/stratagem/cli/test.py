@@ -1,4 +1,4 @@
-"""``stratagem test``."""
+"""Implement ``stratagem test``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ __all__ = ["test"]
 
 
 def test(options: RunOptions, *, checkpoint: str) -> None:
-    """Evaluate a checkpoint's weights on the test data and print the metrics."""
+    """Evaluate the weights of a checkpoint on the test data, and print the metrics on rank 0.
+
+    Raises:
+        ConfigError: or a subclass, if the configuration is invalid.
+        CheckpointError: or a subclass, if the checkpoint cannot be loaded.
+        typer.Exit: with the exit status of the first rank that failed, if ``--nproc`` started ranks.
+    """
     config = read_config(options)
     if options.nproc is not None:
         launch_ranks(options.nproc, by=options.launcher)

@@ -1,4 +1,4 @@
-"""``stratagem train``."""
+"""Implement ``stratagem train``."""
 
 from __future__ import annotations
 
@@ -26,37 +26,43 @@ from stratagem.utils import mask_text
 
 __all__ = ["train"]
 
-# How long a rank that failed may take to close what it has open.
+# How long a failed rank may take to shut down before it is terminated.
 _SHUTDOWN_GRACE_S = 10.0
-# Said for one start of a run; the next one goes on as it was saved.
-_OWN_SCHEDULES = "resume_param_scheduler"
+# This option applies only to the session that it is given for, so suggested commands omit it.
+_RESUME_SCHEDULES = "resume_param_scheduler"
 
 
 def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> None:
-    """Train, here or in processes that are started for it, and say how it ended.
+    """Train in this process, or in the ranks that ``--nproc`` starts, and print a summary on rank 0.
+
+    Args:
+        options: the configuration, and where to run it.
+        resume: the checkpoint to resume from, ``"auto"`` for the latest one of the run, or None.
+        load_from: the checkpoint whose weights initialize the model, or None.
 
     Raises:
-        typer.Exit: with 128 plus the signal's number, if the training was interrupted.
-        RankFailedError: if another rank failed, which tells its error itself.
+        typer.Exit: with 128 plus the number of the signal that interrupted the training, or with the exit status of the
+            first rank that failed.
+        RankFailedError: if a different rank failed. That rank prints its own error.
     """
     if options.nproc is not None:
-        # Told here, once, before any process is started.
+        # Report errors in the configuration once, before starting any process.
         read_config(options)
         launch_ranks(options.nproc, by=options.launcher, max_restarts=options.max_restarts)
         return
-    # From here on a signal asks to stop, also while the ranks still meet.
+    # From here on, a signal requests a stop, even during the rendezvous.
     with signals.listening():
         try:
             interrupted = _train(options, resume=resume, load_from=load_from)
         except KeyboardInterrupt:
-            typer.echo("Stopped at once by a second signal; the last published checkpoint is whole.", err=True)
+            typer.echo("Stopped immediately by a second signal. The last saved checkpoint is intact.", err=True)
             interrupted = signals.second or signal.SIGINT
     if interrupted is not None:
         raise typer.Exit(128 + interrupted)
 
 
 def _train(options: RunOptions, *, resume: str | None, load_from: str | None) -> int | None:
-    """Return the number of the signal that ended the run; None where none did."""
+    """Train in this process. Return the number of the signal that interrupted the run, or None."""
     config = read_config(options)
     if resume is not None:
         config.merge_from_dict({"resume": True if resume == "auto" else resume}, source="--resume")
@@ -67,15 +73,15 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
     try:
         _train_until_stopped(runner)
         if runner.strategy.rank == 0:
-            # It names the command to continue with, and so what was given by --set.
+            # The suggested commands contain the values of --set, which may be secrets.
             typer.echo(mask_text(_summary(runner, config, options, time.monotonic() - began)))
     except BaseException as error:
         if runner.strategy.world_size > 1:
-            # Ending the group can wait for a rank that does not answer.
+            # Destroying the process group can block if another rank does not respond.
             exit_after(_SHUTDOWN_GRACE_S, getattr(error, "exit_status", 1))
         failure, rank = runner.run.guard.failure, runner.strategy.rank
         if isinstance(error, Exception) and failure is not None and failure.rank != rank:
-            # That rank tells the error, once for all.
+            # The failed rank prints the error.
             raise RankFailedError(runner.run.guard.reason(rank)) from error
         raise
     finally:
@@ -84,7 +90,7 @@ def _train(options: RunOptions, *, resume: str | None, load_from: str | None) ->
 
 
 def _train_until_stopped(runner: Runner) -> None:
-    """Train to the end, or until a signal has stopped the run and it is saved."""
+    """Train until the run is complete, or until a signal has stopped it and a checkpoint is saved."""
     try:
         runner.train()
     except (KeyboardInterrupt, SystemExit):
@@ -94,21 +100,21 @@ def _train_until_stopped(runner: Runner) -> None:
 
 def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float) -> str:
     run = runner.run
-    options = replace(options, overrides=_without(options.overrides, _OWN_SCHEDULES))
+    options = replace(options, overrides=_without(options.overrides, _RESUME_SCHEDULES))
     if runner.interrupted is not None:
         lines = [f"Interrupted after {run.iter} of {run.max_iters} iterations."]
-        again = _command(options, "--resume")
-        how = "continue"
+        next_command = _command(options, "--resume")
+        label = "continue"
     else:
-        lines = [f"Trained {_length(runner)}; this start took {timedelta(seconds=round(seconds))}."]
+        lines = [f"Trained {_length(runner)}; this session took {timedelta(seconds=round(seconds))}."]
         key, length = ("max_epochs", run.max_epochs) if run.max_epochs else ("max_iters", run.max_iters or 0)
         key = f"train_cfg.{key}"
         longer = (*_without(options.overrides, key), f"{key}={length * 2}")
-        # Schedules that were saved have ended.
+        # The saved schedules have reached their end, so an extended run uses those of the configuration.
         scheduled = config.get("param_scheduler") is not None
-        longer = (*longer, f"{_OWN_SCHEDULES}=False") if scheduled else longer
-        again = _command(replace(options, overrides=longer), "--resume")
-        how = "train on"
+        longer = (*longer, f"{_RESUME_SCHEDULES}=False") if scheduled else longer
+        next_command = _command(replace(options, overrides=longer), "--resume")
+        label = "extend"
     rows = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in run.metrics.items()}
     checkpoint = runner.latest_checkpoint()
     if checkpoint is not None:
@@ -116,10 +122,10 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         if config.get("test_cfg") is not None:
             rows["test"] = _command(options, command="test", after=(_near(checkpoint),))
         if config.get("tokenizer") is not None:
-            # One process writes, however many trained.
+            # Sampling uses one process, so the command has no options of the launcher.
             rows["sample"] = f"{shlex.join(_words(options, 'sample', _near(checkpoint)))} --prompt TEXT"
     rows["logs"] = _near(Path(run.log_dir))
-    rows[how] = again
+    rows[label] = next_command
     width = max(map(len, rows))
     return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
 
@@ -139,13 +145,20 @@ def _count(number: int, unit: str) -> str:
 
 
 def _near(path: Path) -> str:
-    """Return a path as it is shortest to type."""
+    """Return the path relative to the working directory if it is inside, else unchanged."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
-def _command(options: RunOptions, *further: str, command: str = "train", after: tuple[str, ...] = ()) -> str:
-    """Return the command that runs this configuration again, as it was called."""
+def _command(options: RunOptions, *flags: str, command: str = "train", after: tuple[str, ...] = ()) -> str:
+    """Return a command for this configuration with the options of this one.
+
+    Args:
+        options: the options of this command.
+        flags: words to append unquoted.
+        command: the name of the command.
+        after: positional arguments after the configuration.
+    """
     words = _words(options, command, *after)
     if options.work_dir is not None:
         words += ["--work-dir", str(options.work_dir)]
@@ -160,11 +173,11 @@ def _command(options: RunOptions, *further: str, command: str = "train", after: 
     restarts = os.environ.get(RESTARTS_VARIABLE)
     if restarts is not None:
         words += ["--max-restarts", restarts]
-    return " ".join([shlex.join(words), *further])
+    return " ".join([shlex.join(words), *flags])
 
 
 def _words(options: RunOptions, command: str, *after: str) -> list[str]:
-    """Return the words of a command on this configuration, with the values that were set."""
+    """Return the words of a command for this configuration, including all ``--set`` options."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         called = ["python", "-m", "stratagem"]

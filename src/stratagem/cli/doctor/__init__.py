@@ -1,1 +1,1 @@
-"""``stratagem doctor``: does this machine have what a training needs, and if not, what to do about it."""
+"""``stratagem doctor``: check whether this machine is ready for training, and suggest how to fix problems."""

@@ -1,4 +1,4 @@
-"""What an examination found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -10,17 +10,24 @@ __all__ = ["Finding", "Verdict"]
 
 
 class Verdict(Enum):
-    """How a finding is to be taken."""
+    """The severity of a finding."""
 
-    GOOD = "good"
-    NOTE = "note"
+    OK = "ok"
+    WARNING = "warning"
     PROBLEM = "problem"
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was looked at: what it is, what was found, and for all but a good one what to do about it."""
+    """The result of a check.
+
+    Attributes:
+        subject: what was checked.
+        verdict: the severity.
+        found: the observed values.
+        advice: how to fix it; empty if the verdict is ``OK``.
+    """
 
     subject: str
     verdict: Verdict
@@ -28,16 +35,16 @@ class Finding:
     advice: str = ""
 
     @classmethod
-    def good(cls, subject: str, found: str) -> Finding:
-        """Say that all is well."""
-        return cls(subject=subject, verdict=Verdict.GOOD, found=found)
+    def ok(cls, subject: str, found: str) -> Finding:
+        """Return a finding that needs no action."""
+        return cls(subject=subject, verdict=Verdict.OK, found=found)
 
     @classmethod
-    def note(cls, subject: str, found: str, advice: str) -> Finding:
-        """Say what may be meant so, but costs something."""
-        return cls(subject=subject, verdict=Verdict.NOTE, found=found, advice=advice)
+    def warning(cls, subject: str, found: str, advice: str) -> Finding:
+        """Return a finding that may be intended but has a cost, such as a slow file system."""
+        return cls(subject=subject, verdict=Verdict.WARNING, found=found, advice=advice)
 
     @classmethod
     def problem(cls, subject: str, found: str, advice: str) -> Finding:
-        """Say what will not work."""
+        """Return a finding that prevents training."""
         return cls(subject=subject, verdict=Verdict.PROBLEM, found=found, advice=advice)

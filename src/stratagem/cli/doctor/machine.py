@@ -1,4 +1,4 @@
-"""Examine what this process sees by itself: versions, devices, back ends, limits."""
+"""Check the versions, devices, communication backends and resource limits of this process."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ from stratagem.utils import digit_version
 if sys.platform != "win32":
     import resource
 
-__all__ = ["examine_machine", "judge_open_files", "judge_version"]
+__all__ = ["check_machine", "check_open_files", "check_requirement"]
 
-_OPEN_FILES = 4096  # what runs raise the soft limit to
-_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- where torch puts the batches of data workers
+_OPEN_FILES = 4096  # the soft limit that runs set
+_SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- torch stores the batches of data workers there
 _SHARED_BYTES = 2**30
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\d.]+)$")
 
 
-def examine_machine() -> list[Finding]:
-    """Return the findings about versions, devices, back ends and limits."""
+def check_machine() -> list[Finding]:
+    """Return the findings about versions, devices, backends and limits."""
     return [*_versions(), *_devices(), _backends(), *_limits()]
 
 
 def _versions() -> list[Finding]:
     own = f"stratagem {__version__}, Python {platform.python_version()}"
     if _installed("stratagem") is None:
-        advice = "What it requires is not known: install it with `pip install -e .` in its folder."
-        return [Finding.note("versions", f"{own}; it is not installed, but runs from its source", advice)]
+        advice = "Its requirements cannot be checked. Run `pip install -e .` in its folder."
+        return [Finding.warning("versions", f"{own}, not installed (imported from source)", advice)]
     matches = [_REQUIREMENT.match(requirement) for requirement in importlib.metadata.requires("stratagem") or ()]
-    required = [judge_version(match["name"], _installed(match["name"]), match["least"]) for match in matches if match]
-    return [Finding.good("versions", own), *required]
+    required = [
+        check_requirement(match["name"], _installed(match["name"]), match["least"]) for match in matches if match
+    ]
+    return [Finding.ok("versions", own), *required]
 
 
 def _installed(name: str) -> str | None:
@@ -50,24 +52,24 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def judge_version(name: str, installed: str | None, least: str) -> Finding:
-    """Compare the installed version of a library with the least that is needed."""
+def check_requirement(name: str, installed: str | None, least: str) -> Finding:
+    """Compare the installed version of a library with the minimum version."""
     if installed is None:
         return Finding.problem("versions", f"{name} is not installed", f"pip install '{name}>={least}'")
     if digit_version(installed) < digit_version(least):
         return Finding.problem(
             "versions", f"{name} {installed}, older than {least}", f"pip install --upgrade '{name}>={least}'"
         )
-    return Finding.good("versions", f"{name} {installed}")
+    return Finding.ok("versions", f"{name} {installed}")
 
 
 def _devices() -> list[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     kind = torch.accelerator.current_accelerator(check_available=True)
     if kind is None:
-        built = "CPU only" if not torch.backends.cuda.is_built() else "with CUDA, which finds no device"
-        advice = "If there is an accelerator: look at its driver, and install the build of torch that serves it."
-        return [Finding.note("devices", f"no accelerator; {cores} cores (torch is built {built})", advice)]
+        build = "a CPU build" if not torch.backends.cuda.is_built() else "a CUDA build, which finds no device"
+        advice = "If this machine has an accelerator, check its driver, and install a build of torch that supports it."
+        return [Finding.warning("devices", f"no accelerator; {cores} CPU cores (torch is {build})", advice)]
     return [_try_device(torch.device(kind.type, index)) for index in range(torch.accelerator.device_count())]
 
 
@@ -75,54 +77,60 @@ def _try_device(device: torch.device) -> Finding:
     try:
         total = float(torch.ones(64, 64, device=device).matmul(torch.ones(64, 64, device=device)).sum().item())
     except RuntimeError as error:
-        advice = "Another process may hold it, or its driver does not fit this build of torch."
+        advice = "Another process may be using it, or its driver does not match this build of torch."
         return Finding.problem("devices", f"{device}: {error}", advice)
     if total != 64.0**3:
-        return Finding.problem("devices", f"{device} computes wrongly: {total} for {64**3}", "Have it examined.")
-    return Finding.good("devices", f"{device} computes")
+        found = f"{device} gives a wrong result: {total} instead of {64**3}"
+        return Finding.problem("devices", found, "Check the hardware and its driver.")
+    return Finding.ok("devices", f"{device} works")
 
 
 def _backends() -> Finding:
     if not torch_dist.is_available():
         return Finding.problem(
-            "back ends", "torch is built without torch.distributed", "Install another build of torch."
+            "backends", "torch is built without torch.distributed", "Install a different build of torch."
         )
-    there = {
+    available = {
         "gloo": torch_dist.is_gloo_available(),
         "nccl": torch_dist.is_nccl_available(),
         "mpi": torch_dist.is_mpi_available(),
         "ucc": torch_dist.is_ucc_available(),
     }
-    names = ", ".join(name for name, available in there.items() if available)
+    names = ", ".join(name for name, is_available in available.items() if is_available)
     kind = torch.accelerator.current_accelerator(check_available=True)
-    if kind is not None and kind.type == "cuda" and not there["nccl"]:
+    if kind is not None and kind.type == "cuda" and not available["nccl"]:
         return Finding.problem(
-            "back ends", f"{names}; none for {kind.type}", "Install a build of torch with NCCL, or train on one device."
+            "backends", f"{names}; none for {kind.type}", "Install a build of torch with NCCL, or train on one device."
         )
-    if not there["gloo"]:
-        return Finding.problem("back ends", f"{names or 'none'}; no gloo", "Install a build of torch with gloo.")
-    return Finding.good("back ends", names)
+    if not available["gloo"]:
+        return Finding.problem("backends", f"{names or 'none'}; no gloo", "Install a build of torch with gloo.")
+    return Finding.ok("backends", names)
 
 
 def _limits() -> list[Finding]:
     findings = []
     if sys.platform != "win32":
-        findings.append(judge_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)))
+        findings.append(check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)))
     if _SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(_SHARED_MEMORY).free
         found = f"{free / 2**30:.1f} GiB free in {_SHARED_MEMORY}"
-        advice = "Data workers hand batches over there. Start the container with more: --shm-size=8g or --ipc=host."
+        advice = "Data workers need it to pass batches. Start the container with --shm-size=8g or --ipc=host."
         enough = free >= _SHARED_BYTES
         findings.append(
-            Finding.good("shared memory", found) if enough else Finding.note("shared memory", found, advice)
+            Finding.ok("shared memory", found) if enough else Finding.warning("shared memory", found, advice)
         )
     return findings
 
 
-def judge_open_files(soft: int, hard: int) -> Finding:
-    """Say whether as many files can be open as data workers and many shards need; -1 stands for no limit."""
-    found = f"{'no' if soft < 0 else soft} soft limit, {'no' if hard < 0 else hard} hard limit"
+def check_open_files(soft: int, hard: int) -> Finding:
+    """Check whether the limit of open files is sufficient for data workers and sharded checkpoints.
+
+    Args:
+        soft: the soft limit; negative if unlimited.
+        hard: the hard limit; negative if unlimited.
+    """
+    found = f"soft limit {'none' if soft < 0 else soft}, hard limit {'none' if hard < 0 else hard}"
     if 0 <= hard < _OPEN_FILES:
-        advice = f"Have the administrator raise it to {_OPEN_FILES} or more: ulimit -Hn, /etc/security/limits.conf."
-        return Finding.note("open files", found, advice)
-    return Finding.good("open files", found)
+        advice = f"Raise the hard limit to at least {_OPEN_FILES}: ulimit -Hn, /etc/security/limits.conf."
+        return Finding.warning("open files", found, advice)
+    return Finding.ok("open files", found)

@@ -1,4 +1,4 @@
-"""Examine several ranks together: do they meet, add up, run the same versions, and read the same time."""
+"""Check several ranks together: the rendezvous, an all-reduce, their versions and their clocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from stratagem.distributed import (
     pick_device,
 )
 
-__all__ = ["RankFacts", "examine_ranks", "judge_clocks", "judge_versions", "merge_findings", "read_findings"]
+__all__ = ["RankFacts", "check_ranks", "check_clocks", "check_versions", "merge_findings", "read_findings"]
 
 _TIMEOUT_S = 60.0
 _ELEMENTS = 2**20
@@ -40,7 +40,14 @@ _SKEW_S = 1.0
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankFacts:
-    """What one rank says of itself; ``clock`` is its time of day right after a barrier, in seconds."""
+    """Facts about one rank.
+
+    Attributes:
+        rank: its number.
+        host: the name of its host.
+        versions: the versions of its libraries.
+        clock: its time in seconds since the epoch, right after a barrier.
+    """
 
     rank: int
     host: str
@@ -48,41 +55,47 @@ class RankFacts:
     clock: float
 
 
-def examine_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
-    """Return what the ranks of this launch find out together, the same on each. Collective.
+def check_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
+    """Check the ranks of this launch, and return the same findings on all of them. Collective.
 
-    ``local`` is what each found alone: of that come rank 0's findings, and from other hosts what is not good.
+    Args:
+        local: the findings of this rank. The result contains those of rank 0, and warnings and problems of other hosts.
 
     Raises:
-        LaunchError: if they cannot meet.
+        LaunchError: if the rendezvous fails.
     """
     launch = init_dist(timeout=_TIMEOUT_S)
     try:
-        reduced = _time_all_reduce(launch.rank, launch.size, pick_device(launch.local_rank))
+        all_reduce_finding = _time_all_reduce(launch.rank, launch.size, pick_device(launch.local_rank))
         barrier()
         versions = (f"stratagem {__version__}", f"torch {torch.__version__}", f"Python {platform.python_version()}")
         own = RankFacts(rank=launch.rank, host=socket.gethostname(), versions=versions, clock=time.time())
         facts = all_gather_object(own)
         findings = all_gather_object(list(local))
-        # The times differ; what rank 0 measured is said everywhere.
-        reduced = broadcast_object(reduced)
+        # The measured times differ between ranks, so all use the finding of rank 0.
+        all_reduce_finding = broadcast_object(all_reduce_finding)
     finally:
         close_dist()
     return [
         *merge_findings([each.host for each in facts], findings),
-        reduced,
-        judge_versions(facts),
-        judge_clocks(facts),
+        all_reduce_finding,
+        check_versions(facts),
+        check_clocks(facts),
     ]
 
 
 def merge_findings(hosts: Sequence[str], findings: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Return rank 0's findings, and once for each other host those that are not good, with its name."""
+    """Return the findings of rank 0, followed by the warnings and problems of other hosts, once per host.
+
+    Args:
+        hosts: the host of each rank.
+        findings: the findings of each rank.
+    """
     merged = list(findings[0])
     for host, found in zip(hosts, findings, strict=True):
         if host != hosts[0]:
             named = (replace(each, subject=f"{each.subject} on {host}") for each in found)
-            merged += [each for each in named if each.verdict is not Verdict.GOOD and each not in merged]
+            merged += [each for each in named if each.verdict is not Verdict.OK and each not in merged]
     return merged
 
 
@@ -94,50 +107,50 @@ def _time_all_reduce(rank: int, size: int, device: torch.device) -> Finding:
         all_reduce(values)
         total = float(values[-1].item())
         times.append(time.perf_counter() - began)
-    # The first one makes connections.
+    # The first all-reduce also creates connections.
     seconds = statistics.median(times[1:])
     rate = 4 * _ELEMENTS / seconds / 2**20
     found = f"{size} ranks, {get_backend()} on {device.type}: 4 MiB in {1e3 * seconds:.1f} ms ({rate:.0f} MiB/s)"
     if total != size * (size - 1) / 2:
         return Finding.problem(
-            "all-reduce", f"{found}; the sum is {total}", "The back end computes wrongly: try another."
+            "all-reduce", f"{found}; wrong sum {total}", "The backend gives a wrong result. Use a different one."
         )
-    return Finding.good("all-reduce", found)
+    return Finding.ok("all-reduce", found)
 
 
-def judge_versions(facts: Sequence[RankFacts]) -> Finding:
-    """Say whether all ranks run the same versions."""
+def check_versions(facts: Sequence[RankFacts]) -> Finding:
+    """Check whether all ranks use the same versions."""
     for other in facts:
         if other.versions != facts[0].versions:
             first, second = (
                 f"rank {each.rank} on {each.host}: {', '.join(each.versions)}" for each in (facts[0], other)
             )
-            return Finding.problem("ranks' versions", f"{first}; {second}", "Install the same versions on every host.")
+            return Finding.problem("rank versions", f"{first}; {second}", "Install the same versions on all hosts.")
     hosts = len({each.host for each in facts})
-    return Finding.good("ranks' versions", f"equal on {len(facts)} ranks of {hosts} host(s)")
+    return Finding.ok("rank versions", f"equal on {len(facts)} ranks on {hosts} host(s)")
 
 
-def judge_clocks(facts: Sequence[RankFacts]) -> Finding:
-    """Say whether the hosts' clocks agree; what a barrier takes to let go of all ranks is part of the difference."""
+def check_clocks(facts: Sequence[RankFacts]) -> Finding:
+    """Check whether the clocks of the hosts agree. The measured difference includes the delays of the barrier."""
     first, last = min(facts, key=lambda each: each.clock), max(facts, key=lambda each: each.clock)
     skew = last.clock - first.clock
     found = f"within {1e3 * skew:.1f} ms of each other"
     if skew > _SKEW_S:
-        return Finding.note(
+        return Finding.warning(
             "clocks",
             f"rank {last.rank} on {last.host} is {skew:.1f} s ahead of rank {first.rank} on {first.host}",
-            "Set the hosts' clocks by NTP: logs and file times cannot be compared.",
+            "Synchronize the clocks with NTP; otherwise timestamps of logs and files cannot be compared.",
         )
-    return Finding.good("clocks", found)
+    return Finding.ok("clocks", found)
 
 
 def read_findings(file: Path) -> list[Finding]:
-    """Return the findings that rank 0 has written to a file."""
+    """Read the findings that rank 0 wrote to a file."""
     return [Finding(**{**row, "verdict": Verdict(row["verdict"])}) for row in json.loads(file.read_text())]
 
 
 def _main(file: Path) -> None:
-    findings = examine_ranks()
+    findings = check_ranks()
     if os.environ["RANK"] == "0":
         rows = [{**asdict(finding), "verdict": finding.verdict.value} for finding in findings]
         file.write_text(json.dumps(rows))

@@ -1,1 +1,1 @@
-"""Charts in the terminal and as PNG files."""
+"""Draw line charts in the terminal and as PNG files."""

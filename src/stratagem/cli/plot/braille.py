@@ -1,4 +1,4 @@
-"""Draw a chart in the terminal, with the eight dots of braille characters."""
+"""Draw a chart in the terminal with braille characters, which have 2 x 4 dots each."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from stratagem.cli.plot.charts import Chart, Panel
 
 __all__ = ["print_chart"]
 
-_COLOURS = ("blue", "red", "green", "magenta", "yellow", "cyan")
+_COLORS = ("blue", "red", "green", "magenta", "yellow", "cyan")
 _FAINT = "bright_black"
-# Odd, so that there is a row in the middle.
+# The number of rows; odd, so that one of them is in the middle.
 _HEIGHT = 11
+# The width of the labels of the y axis.
 _AXIS = 10
-_WIDEST = 110
+_MAX_WIDTH = 110
 _BLANK = 0x2800
-# The bit of each of a character's dots: four rows of two.
+# The bits of the dots of a braille character, by row and column.
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _MARK = "┊"
 
 
 def print_chart(chart: Chart, console: Console) -> None:
-    """Print title, panels with their legends, axis and notes, as wide as the console."""
-    width = max(20, min(console.width, _WIDEST) - _AXIS - 3)
+    """Print the title, the panels with their legends, the x axis and the notes. Uses up to 110 columns of the console."""
+    width = max(20, min(console.width, _MAX_WIDTH) - _AXIS - 3)
     lines = [Text(chart.title, style="bold")]
     if chart.subtitle:
         lines.append(Text(chart.subtitle, style=_FAINT))
@@ -44,20 +45,22 @@ def print_chart(chart: Chart, console: Console) -> None:
 def _panel(panel: Panel, width: int, low: float, high: float, *, log_x: bool) -> Iterator[Text]:
     columns = _spaced(low, high, 2 * width, log=log_x)
     curves = [np.interp(columns, line.x, line.y) for line in panel.lines]
-    # What is faint does not decide what is seen: single losses of a sweep that diverges would flatten the rest.
-    seen = [curve for curve, line in zip(curves, panel.lines, strict=True) if not line.faint]
-    bottom, top = _y_range(np.concatenate(seen), log=panel.log)
+    # Faint lines do not affect the range of the axis: outliers of a diverging sweep would flatten all other lines.
+    strong = [curve for curve, line in zip(curves, panel.lines, strict=True) if not line.faint]
+    bottom, top = _y_range(np.concatenate(strong), log=panel.log)
     bits = np.zeros((_HEIGHT, width), dtype=np.int64)
     styles = np.full((_HEIGHT, width), "", dtype=object)
     names = _legend(panel)
-    # Strong lines over faint ones, and the first of equal ones on top.
+    # Draw faint lines first and the first line last, so that it is on top.
     order = sorted(range(len(curves)), key=lambda number: (not panel.lines[number].faint, -number))
     for number in order:
         _plot(bits, styles, _rows(curves[number], bottom, top, log=panel.log), names[number][1])
     yield _join(
         [Text(panel.label, style="bold"), *(Text(f"● {label}", style=style) for label, style in names if label)]
     )
-    marks = {int(_place(mark.x, low, high, log=log_x) * (width - 1)): number for number, mark in enumerate(panel.marks)}
+    marks = {
+        int(_position(mark.x, low, high, log=log_x) * (width - 1)): number for number, mark in enumerate(panel.marks)
+    }
     labels = {row: _value_at(row, bottom, top, log=panel.log) for row in (0, _HEIGHT // 2, _HEIGHT - 1)}
     for row in range(_HEIGHT):
         text = Text(f"{labels.get(row, ''):>{_AXIS}} ┤" if row in labels else " " * _AXIS + " │", style=_FAINT)
@@ -73,8 +76,8 @@ def _panel(panel: Panel, width: int, low: float, high: float, *, log_x: bool) ->
 
 
 def _legend(panel: Panel) -> list[tuple[str, str]]:
-    """Return label and colour of the lines, then of the marks."""
-    strong = iter(_COLOURS * (len(panel.lines) + len(panel.marks)))
+    """Return the labels and colors of the lines, followed by those of the marks."""
+    strong = iter(_COLORS * (len(panel.lines) + len(panel.marks)))
     return [
         *((line.label, _FAINT if line.faint else next(strong)) for line in panel.lines),
         *((mark.label, next(strong)) for mark in panel.marks),
@@ -82,7 +85,7 @@ def _legend(panel: Panel) -> list[tuple[str, str]]:
 
 
 def _plot(bits: NDArray[np.int64], styles: NDArray[np.object_], rows: NDArray[np.int64], style: str) -> None:
-    """Set the dots of a curve, joining each to the one before it."""
+    """Set the dots of a curve, connecting each point to the previous one."""
     before = rows[0]
     for column, row in enumerate(rows):
         for each in range(min(before, row), max(before, row) + 1):
@@ -92,8 +95,8 @@ def _plot(bits: NDArray[np.int64], styles: NDArray[np.object_], rows: NDArray[np
 
 
 def _rows(curve: NDArray[np.float64], bottom: float, top: float, *, log: bool) -> NDArray[np.int64]:
-    place = _place(curve, bottom, top, log=log)
-    return np.rint((1.0 - np.clip(place, 0.0, 1.0)) * (4 * _HEIGHT - 1)).astype(np.int64)
+    position = _position(curve, bottom, top, log=log)
+    return np.rint((1.0 - np.clip(position, 0.0, 1.0)) * (4 * _HEIGHT - 1)).astype(np.int64)
 
 
 def _y_range(values: NDArray[np.float64], *, log: bool) -> tuple[float, float]:
@@ -104,12 +107,12 @@ def _y_range(values: NDArray[np.float64], *, log: bool) -> tuple[float, float]:
         return bottom, top
     if bottom == 0.0:
         return 0.0, 1.0
-    # A flat line lies in the middle.
+    # Center a constant line.
     return (bottom / 2, top * 2) if log else (bottom - abs(bottom) / 2, top + abs(top) / 2)
 
 
-def _place(value: NDArray[np.float64] | float, low: float, high: float, *, log: bool) -> NDArray[np.float64]:
-    """Return where between low (0) and high (1) a value lies."""
+def _position(value: NDArray[np.float64] | float, low: float, high: float, *, log: bool) -> NDArray[np.float64]:
+    """Return the position of a value on an axis from ``low`` (0) to ``high`` (1)."""
     if log:
         return np.asarray(np.log(np.maximum(value, low) / low) / np.log(high / low))
     return np.asarray((np.asarray(value) - low) / (high - low))
@@ -120,29 +123,29 @@ def _spaced(low: float, high: float, count: int, *, log: bool) -> NDArray[np.flo
 
 
 def _value_at(row: int, bottom: float, top: float, *, log: bool) -> str:
-    share = 1.0 - row / (_HEIGHT - 1)
-    value = bottom * (top / bottom) ** share if log else bottom + (top - bottom) * share
+    fraction = 1.0 - row / (_HEIGHT - 1)
+    value = bottom * (top / bottom) ** fraction if log else bottom + (top - bottom) * fraction
     return f"{value:.3g}"
 
 
 def _x_axis(chart: Chart, width: int, low: float, high: float) -> Iterator[Text]:
     yield Text(" " * _AXIS + " └" + "─" * width, style=_FAINT)
-    places = [0.0, 0.25, 0.5, 0.75, 1.0] if width >= 60 else [0.0, 0.5, 1.0]
-    values = [low * (high / low) ** each if chart.log_x else low + (high - low) * each for each in places]
+    positions = [0.0, 0.25, 0.5, 0.75, 1.0] if width >= 60 else [0.0, 0.5, 1.0]
+    values = [low * (high / low) ** each if chart.log_x else low + (high - low) * each for each in positions]
     short = chart.x_label if len(chart.x_label) <= _AXIS else ""
-    yield _ticks(places, [f"{each:.3g}" if chart.log_x else f"{each:,.0f}" for each in values], width, short)
+    yield _ticks(positions, [f"{each:.3g}" if chart.log_x else f"{each:,.0f}" for each in values], width, short)
     if not short:
         yield Text(" " * (_AXIS + 2) + chart.x_label, style=_FAINT)
     if chart.epoch_length is not None:
         length = chart.epoch_length
-        yield _ticks(places, [f"{each / length:.3g}" for each in values], width, "epoch")
+        yield _ticks(positions, [f"{each / length:.3g}" for each in values], width, "epoch")
 
 
-def _ticks(places: list[float], labels: list[str], width: int, name: str) -> Text:
-    """Return the labels under their places, and left of them what they count."""
+def _ticks(positions: list[float], labels: list[str], width: int, name: str) -> Text:
+    """Return a row of tick labels at their positions (0 to 1), after the name of the unit."""
     cells = [*f"{name:>{_AXIS}}  ", *" " * width]
-    for place, label in zip(places, labels, strict=True):
-        start = _AXIS + 2 + round(place * (width - 1)) - round(place * (len(label) - 1))
+    for position, label in zip(positions, labels, strict=True):
+        start = _AXIS + 2 + round(position * (width - 1)) - round(position * (len(label) - 1))
         cells[start : start + len(label)] = label
     return Text("".join(cells).rstrip(), style=_FAINT)
 

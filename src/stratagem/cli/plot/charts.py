@@ -1,4 +1,4 @@
-"""What a drawing shows, whatever it is drawn with."""
+"""The contents of a chart, independent of how it is drawn."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 __all__ = ["Chart", "Line", "Mark", "Panel", "wants_log_scale"]
 
-# A tenth of the values is smaller than the largest by this factor: they could not be told from zero.
-_LOG_FROM = 50.0
+# Use a logarithmic scale if 10 % of the values are smaller than the maximum by at least this factor.
+_MIN_LOG_RATIO = 50.0
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """A line of equally many x and y; a faint one stays in the background."""
+    """A line through the points (x, y). A faint line is drawn in the background."""
 
     label: str
     x: NDArray[Any]
@@ -28,7 +28,7 @@ class Line:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """An upright line at some x, with what it means."""
+    """A labeled vertical line at ``x``."""
 
     label: str
     x: float
@@ -37,7 +37,14 @@ class Mark:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Lines over the chart's x axis, with an axis of their own."""
+    """Lines with a common y axis.
+
+    Attributes:
+        label: the name of the y axis.
+        lines: the lines.
+        marks: vertical lines.
+        log: whether the y axis is logarithmic.
+    """
 
     label: str
     lines: tuple[Line, ...]
@@ -48,17 +55,17 @@ class Panel:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chart:
-    """Panels below each other that share the x axis.
+    """A column of panels with a common x axis.
 
     Attributes:
-        title: what is shown.
-        x_label: what the x axis counts, with its unit.
-        x_range: where the x axis begins and ends.
-        panels: from top to bottom.
-        subtitle: facts in a line below the title.
-        notes: sentences below the drawing.
+        title: the title.
+        x_label: the name and unit of the x axis.
+        x_range: the first and last value of the x axis.
+        panels: the panels from top to bottom.
+        subtitle: a line below the title.
+        notes: sentences below the chart.
         log_x: whether the x axis is logarithmic.
-        epoch_length: how much of the x axis is an epoch; None where there are none.
+        epoch_length: the length of an epoch in units of the x axis, or None to show no epochs.
     """
 
     title: str
@@ -72,6 +79,6 @@ class Chart:
 
 
 def wants_log_scale(lines: tuple[Line, ...]) -> bool:
-    """Tell whether the lines can be read on a logarithmic scale only: long stretches are near to zero and not zero."""
+    """Return whether the lines need a logarithmic scale: all values are positive, and many are close to zero."""
     values = np.concatenate([line.y for line in lines])
-    return bool(values.min() > 0 and np.quantile(values, 0.1) * _LOG_FROM <= values.max())
+    return bool(values.min() > 0 and np.quantile(values, 0.1) * _MIN_LOG_RATIO <= values.max())

@@ -14,8 +14,8 @@ from stratagem.utils import import_module
 
 __all__ = ["write_png"]
 
-# The colours of Okabe and Ito, which people with any colour vision can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The palette of Okabe and Ito, which is safe for all types of color blindness.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY = "#6b7280"
 _NOTE_WIDTH = 125
 _STYLE = {
@@ -30,20 +30,20 @@ _STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e5e7eb",
     "grid.linewidth": 0.8,
-    # Names of files and parameters are no formulas.
+    # Names of files and parameters may contain "$", which is not a formula here.
     "text.parse_math": False,
 }
 
 
 def write_png(chart: Chart, path: Path) -> None:
-    """Draw the chart and write it to ``path``, all of it or nothing.
+    """Draw the chart and write it to ``path`` atomically.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
         ConfigFileError: if the file cannot be written.
     """
     matplotlib = import_module("matplotlib", extra="plot")
-    # Not pyplot: a window system and its state have no part in this.
+    # pyplot would require a GUI backend and keep global state.
     figures = import_module("matplotlib.figure", extra="plot")
     with matplotlib.rc_context(_STYLE):
         count = len(chart.panels)
@@ -51,7 +51,7 @@ def write_png(chart: Chart, path: Path) -> None:
         figure = figures.Figure(figsize=(9, height), dpi=150, layout="constrained")
         axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
         for number, (panel, axis) in enumerate(zip(chart.panels, axes, strict=True)):
-            _draw(axis, panel, colour=number)
+            _draw(axis, panel, color=number)
         if chart.log_x:
             axes[-1].set_xscale("log")
             _plain_numbers(axes[-1].xaxis)
@@ -68,12 +68,12 @@ def write_png(chart: Chart, path: Path) -> None:
         write_atomic(path, buffer.getvalue())
     except OSError as error:
         raise ConfigFileError(
-            f"{path} cannot be written: {error.strerror or error}. Give --out another path."
+            f"{path} cannot be written: {error.strerror or error}. Choose a different path with --out."
         ) from error
 
 
 def _widened(low: float, high: float, *, log: bool) -> tuple[float, float]:
-    """Return a little more than a range, so that what lies at its ends is seen whole."""
+    """Widen a range by 1 % on both sides, so that points at its ends are fully visible."""
     if log:
         factor = (high / low) ** 0.01
         return low / factor, high * factor
@@ -81,27 +81,27 @@ def _widened(low: float, high: float, *, log: bool) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _draw(axis: Any, panel: Panel, *, colour: int) -> None:
-    # A panel with one line has a colour of its own; several lines share the colours.
-    shift = colour if len(panel.lines) == 1 else 0
+def _draw(axis: Any, panel: Panel, *, color: int) -> None:
+    # Panels with a single line differ in color. Within a panel with several lines, the lines differ.
+    shift = color if len(panel.lines) == 1 else 0
     strong = 0
     for line in panel.lines:
-        shown = _GREY if line.faint else _COLOURS[(strong + shift) % len(_COLOURS)]
+        shown = _GREY if line.faint else _COLORS[(strong + shift) % len(_COLORS)]
         strong += not line.faint
         axis.plot(
             line.x, line.y, label=line.label, color=shown,
             linewidth=1.0 if line.faint else 2.0, alpha=0.45 if line.faint else 1.0, solid_joinstyle="round",
         )  # fmt: skip
     for number, mark in enumerate(panel.marks):
-        axis.axvline(mark.x, label=mark.label, color=_COLOURS[number + 1], linestyle=("--", ":")[number % 2])
+        axis.axvline(mark.x, label=mark.label, color=_COLORS[number + 1], linestyle=("--", ":")[number % 2])
     if panel.log:
         axis.set_yscale("log")
         _plain_numbers(axis.yaxis)
     if any(line.faint for line in panel.lines):
-        # What is faint may go beyond the drawing, or a single step would flatten the rest.
+        # Faint lines may exceed the range of the axis, because outliers would flatten all other lines.
         values = [value for line in panel.lines if not line.faint for value in line.y]
-        room = 0.4 * (max(values) - min(values)) or 1.0
-        axis.set_ylim(min(values) - room, max(values) + room)
+        margin = 0.4 * (max(values) - min(values)) or 1.0
+        axis.set_ylim(min(values) - margin, max(values) + margin)
     axis.set_ylabel(panel.label)
     axis.grid(visible=True)
     if len(panel.lines) + len(panel.marks) > 1 or panel.lines[0].label:
@@ -109,7 +109,7 @@ def _draw(axis: Any, panel: Panel, *, colour: int) -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Write 0.001 at the ticks of a logarithmic axis; its own labels are formulas."""
+    """Label the ticks of a logarithmic axis with plain numbers, such as 0.001, instead of powers of 10."""
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter("")
 
