@@ -43,7 +43,8 @@ class ParentPipe:
 
     def __getstate__(self) -> dict[str, Any]:
         # Only a process that is being spawned can receive the descriptor; other pickles, such as copies of a loader, cannot.
-        spawning = context.get_spawning_popen() is not None
+        # Windows cannot pass descriptors; there, torch's workers exit when their parent does.
+        spawning = context.get_spawning_popen() is not None and hasattr(reduction, "DupFd")
         return {"source": reduction.DupFd(_pipe.open()) if spawning else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,7 +70,8 @@ class _Pipe:
         ends, self._ends = self._ends or (), None
         with suppress(ValueError):  # only the main thread may set signal handlers
             # Torch's handler raises an error for each worker that is killed.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for end in ends:
             os.close(end)
 

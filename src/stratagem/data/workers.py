@@ -94,8 +94,9 @@ def _ignore_signals(parent_pipe: ParentPipe) -> None:
     if not parent_pipe.exit_with_parent():
         # Only a signal can end the worker, so keep torch's signal handlers.
         return
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _ignore_once)
 
 

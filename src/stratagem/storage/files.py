@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +21,8 @@ __all__ = [
     "fsync_file",
     "fsync_tree",
     "closing_descriptor",
+    "open_for_reading",
+    "read_at",
     "read_bytes",
     "remove",
     "tree_bytes",
@@ -28,11 +32,29 @@ __all__ = [
 
 # Some network and user-space file systems cannot sync a directory.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
+# For platforms that cannot read at an offset without moving the position, which threads share.
+_POSITION_LOCK = threading.Lock()
 
 
 def read_bytes(path: Path) -> bytes:
     """Return the content of a file."""
     return path.read_bytes()
+
+
+def open_for_reading(path: Path) -> int:
+    """Open an existing file; return a descriptor for reading."""
+    return os.open(path, os.O_RDONLY | operations.OPEN_FLAGS)
+
+
+def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Read from ``offset`` into a buffer; return the number of bytes read, which is less than its size at the end."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    with _POSITION_LOCK:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -83,6 +105,8 @@ def fsync_file(path: Path) -> None:
 
 def fsync_directory(path: Path) -> None:
     """Sync the entries of a directory to the disk; does nothing if the file system does not support it."""
+    if sys.platform == "win32":  # cannot open a directory, and has no call to sync its entries
+        return
     try:
         fsync_file(path)
     except OSError as error:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import sys
+import threading
 from pathlib import Path
 
 __all__ = [
@@ -28,6 +29,10 @@ __all__ = [
 ]
 
 _AT_FDCWD = -100  # relative paths start at the working directory; from linux/fcntl.h
+# Windows has no O_CLOEXEC, because its descriptors are not inherited, and translates line ends without O_BINARY.
+OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+# For platforms that cannot write at an offset without moving the position, which threads share.
+_POSITION_LOCK = threading.Lock()
 _RENAME_EXCHANGE = 2  # from linux/fs.h
 # The kernel, the C library, a sandbox or the file system does not support the call.
 _UNSUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM}
@@ -40,22 +45,27 @@ def create_folder(path: Path) -> None:
 
 def create_file(path: Path) -> int:
     """Create an empty file, which must not exist; return a descriptor for writing."""
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, 0o666)
 
 
 def open_file(path: Path) -> int:
     """Open an existing file; return a descriptor for writing."""
-    return os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    return os.open(path, os.O_WRONLY | OPEN_FLAGS)
 
 
 def open_folder(path: Path) -> int:
     """Open a folder or file; return a descriptor for syncing it."""
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    # Windows can only sync files that are opened for writing.
+    return os.open(path, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | OPEN_FLAGS)
 
 
 def write(descriptor: int, data: bytes | memoryview, offset: int) -> int:
     """Write data at ``offset``; return the number of bytes written, which may be less than all."""
-    return os.pwrite(descriptor, data, offset)
+    if hasattr(os, "pwrite"):
+        return os.pwrite(descriptor, data, offset)
+    with _POSITION_LOCK:
+        os.lseek(descriptor, offset, os.SEEK_SET)
+        return os.write(descriptor, data)
 
 
 def truncate(descriptor: int, size: int) -> None:

@@ -11,6 +11,7 @@ from typing import final
 from stratagem.storage import operations
 from stratagem.storage.files import fsync_directory, remove
 from stratagem.storage.temporary import TemporaryName
+from stratagem.utils.processes import process_exists
 
 __all__ = ["CleanupResult", "clean_temporaries"]
 
@@ -52,22 +53,12 @@ def clean_temporaries(parent: Path) -> CleanupResult:
 
 
 def _is_stale(path: Path, name: TemporaryName) -> bool:
-    if not _is_alive(name.pid):
+    if not process_exists(name.pid):
         return True
     # In containers, a restarted process often reuses a process id: then the file is older than the process.
     # Compare the change time, which a rename sets; old content may have been written long before.
     started = _start_time(name.pid)
     return started is not None and path.lstat().st_ctime < started - _CLOCK_SLACK_S
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _start_time(pid: int) -> float | None:

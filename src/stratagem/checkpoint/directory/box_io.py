@@ -16,7 +16,14 @@ from stratagem.checkpoint.directory.integrity import Digest
 from stratagem.checkpoint.directory.tensor_layout import FileLayout
 from stratagem.checkpoint.tree.boxes import TensorBox
 from stratagem.errors import CheckpointDamagedError
-from stratagem.storage import begin_writeback, closing_descriptor, operations, write_fully
+from stratagem.storage import (
+    begin_writeback,
+    closing_descriptor,
+    open_for_reading,
+    operations,
+    read_at,
+    write_fully,
+)
 
 __all__ = ["WrittenBox", "verify_boxes", "create_file", "digest_of_tensor", "write_boxes"]
 
@@ -82,7 +89,7 @@ def verify_boxes(file: Path, layout: FileLayout, boxes: Sequence[WrittenBox]) ->
         CheckpointDamagedError: if a digest differs or the file cannot be read; names the tensor.
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = open_for_reading(file)
         try:
             _compare(file, descriptor, layout, boxes)
         finally:
@@ -114,7 +121,7 @@ def _digest_in_file(descriptor: int, layout: FileLayout, written_box: WrittenBox
     buffer = memoryview(bytearray(min(_READ_AT_ONCE, max(1, layout.specs[written_box.name].nbytes))))
     for offset, length in layout.chunks(written_box.name, written_box.box.runs(layout.specs[written_box.name].shape)):
         for begin, size in _split_range(offset, length, len(buffer)):
-            count = os.preadv(descriptor, [buffer[:size]], begin)
+            count = read_at(descriptor, buffer[:size], begin)
             digest.update(buffer[:count])
     return digest.text()
 

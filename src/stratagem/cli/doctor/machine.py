@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -17,8 +16,12 @@ from stratagem._version import __version__
 from stratagem.cli.doctor.finding import Finding
 from stratagem.utils import digit_version
 
-if sys.platform != "win32":
+try:
     import resource
+except ImportError:  # Windows
+    _HAS_RESOURCE = False
+else:
+    _HAS_RESOURCE = True
 
 __all__ = ["check_machine", "check_open_files", "check_requirement"]
 
@@ -109,7 +112,7 @@ def _backends() -> Finding:
 
 def _limits() -> list[Finding]:
     findings = []
-    if sys.platform != "win32":
+    if _HAS_RESOURCE:
         findings.append(check_open_files(*resource.getrlimit(resource.RLIMIT_NOFILE)))
     if _SHARED_MEMORY.is_dir():
         free = shutil.disk_usage(_SHARED_MEMORY).free

@@ -164,7 +164,9 @@ def _forwarding_signals(actors: Sequence[Any]) -> Iterator[None]:
         for actor in actors:
             actor.signal.remote(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    # Windows has no SIGUSR1.
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield
     finally:

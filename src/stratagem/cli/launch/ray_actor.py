@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import final
 
@@ -44,9 +45,7 @@ class RankActor:
 
         Standard error goes to Ray's log.
         """
-        # Ray's threads block SIGINT, and the subprocess would inherit that and ignore Ctrl-C.
-        before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        try:
+        with _unblocked_signals():
             self._process = subprocess.Popen(  # noqa: S603 -- the command line of the user
                 [sys.executable, *arguments],
                 env={**os.environ, **environ},
@@ -54,8 +53,6 @@ class RankActor:
                 stdout=subprocess.PIPE,
                 text=True,
             )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         printed, _ = self._process.communicate()
         return self._process.returncode, printed
 
@@ -63,3 +60,19 @@ class RankActor:
         """Send a signal to the rank if it is running."""
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
+
+
+@contextmanager
+def _unblocked_signals() -> Iterator[None]:
+    """Unblock all signals in this thread, for processes that are started in the context.
+
+    Ray's threads block SIGINT, and a subprocess would inherit that and ignore Ctrl-C. Windows cannot block signals.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
+from stratagem.utils.processes import process_exists
+
 __all__ = ["ProcessIdentity"]
 
 
@@ -67,15 +69,5 @@ def _stat_of(pid: int) -> tuple[str, str]:
     except OSError:
         if Path("/proc/self/stat").exists():
             return "X", ""
-        return _state_without_proc(pid), ""
+        return "R" if process_exists(pid) else "X", ""
     return fields[0], fields[19]
-
-
-def _state_without_proc(pid: int) -> str:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "X"
-    except PermissionError:
-        pass
-    return "R"

@@ -7,10 +7,14 @@ import socket
 import struct
 import sys
 
-if sys.platform == "linux":
-    import fcntl
-
 from stratagem.errors import LaunchError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    _HAS_FCNTL = False
+else:
+    _HAS_FCNTL = True
 
 __all__ = ["address_towards", "interface_of", "is_loopback", "is_own", "resolve"]
 
@@ -68,7 +72,7 @@ def address_towards(address: str) -> str | None:
 
 def interface_of(address: str) -> str | None:
     """Return the name of the interface with an IPv4 address; None if it is not known."""
-    if sys.platform != "linux" or ":" in address:
+    if sys.platform != "linux" or not _HAS_FCNTL or ":" in address:
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -28,8 +27,12 @@ from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.utils import refuse_unknown, set_multi_processing, set_random_seed
 from stratagem.utils.data_rules import refuse_data_arguments
 
-if sys.platform != "win32":
+try:
     import resource
+except ImportError:  # Windows
+    _HAS_RESOURCE = False
+else:
+    _HAS_RESOURCE = True
 
 __all__ = ["Environment", "set_up_environment"]
 
@@ -144,7 +147,7 @@ def _raise_open_files(limit: int, undo: ExitStack) -> None:
     """Raise the soft limit on open files: data workers and many shards need more than the usual 1,024."""
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise ConfigValueError(f"env_kwargs: resource_limit must be a number of open files, got {limit!r}.")
-    if sys.platform == "win32":
+    if not _HAS_RESOURCE:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:

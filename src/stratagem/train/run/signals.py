@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ __all__ = ["PREEMPTION_SIGNALS", "SIGNALS", "SignalListener", "signals"]
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Sent by SLURM before the end of a job with `--signal=USR1@seconds`. It does not exist on Windows.
-PREEMPTION_SIGNALS = () if sys.platform == "win32" else (signal.SIGUSR1,)
+PREEMPTION_SIGNALS = (signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()
 SIGNALS = (*_STOP_SIGNALS, *PREEMPTION_SIGNALS)
 # A launcher forwards a signal that the process has already received from the terminal or the scheduler; a repetition
 # within this time is not a second request.
@@ -59,7 +58,8 @@ class SignalListener:
         self.first = self.second = None
         self._stop = threading.Event()
         source, sink = os.pipe()
-        os.set_blocking(sink, False)
+        if hasattr(os, "set_blocking"):  # Windows does not need it, and has it since Python 3.12
+            os.set_blocking(sink, False)
         taken = [number for number in SIGNALS if number in _STOP_SIGNALS or signal.getsignal(number) is signal.SIG_DFL]
         thread = threading.Thread(target=self._hear, args=(source,), name="stratagem-signals", daemon=True)
         thread.start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -17,6 +16,13 @@ from typing import Any, final
 from stratagem.distributed import ProcessIdentity, RankGroup
 from stratagem.errors import WorkDirError
 from stratagem.storage import clean_temporaries, operations, write_fully
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    _HAS_FCNTL = False
+else:
+    _HAS_FCNTL = True
 
 __all__ = ["WorkDirLocks", "work_dir_lock"]
 
@@ -70,10 +76,11 @@ class WorkDirLocks:
 def work_dir_lock(folder: Path, logger: logging.Logger, *, heartbeat_s: float = _HEARTBEAT_S) -> Iterator[None]:
     """Hold the lock of a directory for the duration of the context.
 
-    The lock is a file that names its owner; it is also locked with ``flock`` if the file system supports that. If the owner
+    The lock is a file that names its owner; it is also locked with ``flock`` if the system supports that. If the owner
     was a process of this machine that has exited, the lock is taken over and a warning is logged. The owner updates the
     modification time of the file every ``heartbeat_s`` seconds, because processes of other machines cannot be inspected:
-    such an owner is considered dead if the modification time does not change for 3.5 intervals.
+    such an owner is considered dead if the modification time does not change for 3.5 intervals. Without ``flock``, two
+    trainings that start at the same moment may both get the lock.
 
     Raises:
         WorkDirError: if another process holds the lock, or the file cannot be written.
@@ -82,7 +89,10 @@ def work_dir_lock(folder: Path, logger: logging.Logger, *, heartbeat_s: float = 
     descriptor = _acquire(file, logger, heartbeat_s)
     stop = threading.Event()
     heartbeats = threading.Thread(
-        target=_send_heartbeats, args=(descriptor, stop, heartbeat_s), name="stratagem-lock", daemon=True
+        target=_send_heartbeats,
+        args=(descriptor if os.utime in os.supports_fd else file, stop, heartbeat_s),
+        name="stratagem-lock",
+        daemon=True,
     )
     heartbeats.start()
     try:
@@ -94,15 +104,17 @@ def work_dir_lock(folder: Path, logger: logging.Logger, *, heartbeat_s: float = 
 
 
 def _release(descriptor: int, file: Path, logger: logging.Logger) -> None:
-    try:
-        if _is_same_file(descriptor, file):
-            # Remove it while it is locked: a process that has opened it detects that it is gone and creates a new one.
-            operations.remove_file(file)
-    except OSError as error:
-        # Do not hide an error of the block. The leftover file is harmless once this process has exited.
-        logger.warning("Could not remove %s: %s", file, error)
-    finally:
-        operations.close(descriptor)
+    with ExitStack() as closing:
+        closing.callback(operations.close, descriptor)
+        try:
+            if _is_same_file(descriptor, file):
+                if not _HAS_FCNTL:  # Windows cannot remove an open file
+                    closing.close()
+                # Remove it while it is locked: a process that has opened it detects that it is gone and creates a new one.
+                operations.remove_file(file)
+        except OSError as error:
+            # Do not hide an error of the block. The leftover file is harmless once this process has exited.
+            logger.warning("Could not remove %s: %s", file, error)
 
 
 def _acquire(file: Path, logger: logging.Logger, heartbeat_s: float) -> int:
@@ -141,7 +153,9 @@ def _open(file: Path) -> int:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock the file with ``flock``; return True as well if the file system does not support locks."""
+    """Lock the file with ``flock``; return True as well if the platform or the file system does not support locks."""
+    if not _HAS_FCNTL:
+        return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -209,10 +223,10 @@ def _modified_at(file: Path) -> int:
         return 0
 
 
-def _send_heartbeats(descriptor: int, stop: threading.Event, heartbeat_s: float) -> None:
+def _send_heartbeats(file: int | Path, stop: threading.Event, heartbeat_s: float) -> None:
     while not stop.wait(heartbeat_s):
         with suppress(OSError):  # one missed heartbeat is harmless
-            os.utime(descriptor)
+            os.utime(file)
 
 
 def _in_use(file: Path, owner: Mapping[str, Any]) -> WorkDirError:

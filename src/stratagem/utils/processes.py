@@ -1,0 +1,45 @@
+"""Check whether a process of this machine exists."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+__all__ = ["process_exists"]
+
+_SYNCHRONIZE = 0x00100000  # from winnt.h
+_ERROR_INVALID_PARAMETER = 87  # from winerror.h; OpenProcess fails with it if there is no such process
+_WAIT_OBJECT_0 = 0  # from winbase.h; a process is signaled once it has exited
+
+
+def process_exists(pid: int) -> bool:
+    """Return whether a process with this id exists; also True if the system does not allow to check it."""
+    if sys.platform == "win32":
+        # os.kill(pid, 0) would send Ctrl-C to the process.
+        return _exists_on_windows(pid)
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _exists_on_windows(pid: int) -> bool:
+    """Return whether a process is running.
+
+    See https://learn.microsoft.com/windows/win32/api/processthreadsapi/nf-processthreadsapi-openprocess.
+    """
+    kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined]  # only on Windows
+    kernel32.OpenProcess.restype = ctypes.c_void_p
+    kernel32.WaitForSingleObject.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+    kernel32.CloseHandle.argtypes = (ctypes.c_void_p,)
+    handle = kernel32.OpenProcess(_SYNCHRONIZE, False, ctypes.c_uint32(pid))
+    if not handle:
+        return bool(ctypes.get_last_error() != _ERROR_INVALID_PARAMETER)  # type: ignore[attr-defined]  # only on Windows
+    try:
+        return bool(kernel32.WaitForSingleObject(handle, 0) != _WAIT_OBJECT_0)
+    finally:
+        kernel32.CloseHandle(handle)
