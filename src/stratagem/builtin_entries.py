@@ -45,7 +45,7 @@ OPTIMIZERS: Final[Mapping[str, str]] = {
 OPTIM_WRAPPERS: Final[Mapping[str, str]] = {
     "OptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "AmpOptimWrapper": "stratagem.optim.amp:AmpOptimWrapper",
-    # MMEngine's names. The strategy replaces the wrapper by that of the engine.
+    # MMEngine's names. The strategy replaces the wrapper with that of the engine.
     "ColossalAIOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "DeepSpeedOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
 }

@@ -54,14 +54,14 @@ Third = TypeVar("Third")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Phase(Generic[Third]):
-    """The three arguments that training, validation or the test needs: all of them are given or none.
+    """The three arguments that training, validation or testing requires. Either all of them or none must be given.
 
     Attributes:
         mode: ``"train"``, ``"val"`` or ``"test"``.
         dataloader: the data, or its configuration.
         cfg: the arguments of the loop.
         third: the optimizer wrapper of the training, or the evaluator.
-        third_name: the argument that ``third`` is.
+        third_name: the name of the third argument.
 
     Raises:
         ConfigValueError: if only some of them are given.
@@ -397,7 +397,7 @@ class Runner:
         return loop
 
     def _keep_config(self) -> None:
-        """Write the merged configuration to the folder of the run, on rank 0; never over the file that it was read from."""
+        """Write the merged configuration to the work directory, on rank 0. Never overwrite the file that it was read from."""
         if self.strategy.rank != 0 or not len(self.cfg):
             return
         folder, suffix, text = Path(self.strategy.work_dir), self._config_suffix(), self._config_text()
@@ -415,11 +415,11 @@ class Runner:
         require_one_config(every_value, self._config_text() if len(self.cfg) else "")
 
     def _config_text(self) -> str:
-        """Return the merged configuration as it is stored: with placeholders, and with secrets masked."""
+        """Return the text of the merged configuration to store, with placeholders and with secrets masked."""
         return show(self.cfg, self._config_suffix())
 
     def _config_suffix(self) -> str:
-        """Return the suffix of the stored configuration. Data stays data: as Python, loading it again would execute it."""
+        """Return the suffix of the stored configuration. A data file is not stored as Python, which loading would execute."""
         return ".yaml" if self.cfg.is_data else ".py"
 
 

@@ -2,7 +2,7 @@
 
     to device -> forward (gradient synchronization, autocast) -> backward -> guard -> clip -> optimizer -> zero
 
-These three functions are the reference: anything that runs a step in another way must produce the same bits. They are
+These three functions are the reference: anything that runs a step in another way must produce the same bits. There are
 three because each is also an entry point: a model may override ``train_step`` (:func:`train_step` is the default) and
 call ``optim_wrapper.update_params`` (:func:`update_params`), or, with several optimizers, ``backward`` and ``step``
 (:func:`apply_gradients`) itself. An engine replaces ``backward`` and ``step``.
@@ -60,9 +60,9 @@ def update_params(
     Args:
         optim: the optimizer wrapper.
         loss: a scalar, the mean over the micro-batch.
-        weight: how much this micro-batch counts in the step, such as its number of samples or tokens. If every
+        weight: the weight of this micro-batch in the step, such as its number of samples or tokens. If every
             micro-batch of a step on every rank has a weight, the gradient of the step is that of
-            ``sum(loss * weight) / sum(weight)``; without weights all micro-batches count the same.
+            ``sum(loss * weight) / sum(weight)``; without weights, all micro-batches are weighted equally.
         step_kwargs: passed to ``step``.
         zero_kwargs: passed to ``zero_grad``.
     """
@@ -163,8 +163,8 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
     """Return the loss to differentiate, its weight and the values to log.
 
     The loss is the sum of the entries whose name contains "loss", each a tensor (its mean counts) or a list of tensors
-    (the sum of their means). The entry ``weight``, such as a number of samples or tokens, is how much this micro-batch
-    counts in its accumulation window; without it all micro-batches count the same.
+    (the sum of their means). The entry ``weight``, such as a number of samples or tokens, is the weight of this
+    micro-batch in its accumulation window; without it, all micro-batches are weighted equally.
 
     Raises:
         TrainingError: if there is no loss, or an entry is neither a tensor nor a list of tensors.
@@ -210,5 +210,5 @@ def _mean(name: str, value: Any) -> Tensor:
 def _tensor_mean(value: Tensor) -> Tensor:
     if value.ndim == 0:
         return value
-    # torch computes no mean of integers, such as counts.
+    # torch.mean does not support integers, such as counts.
     return value.mean() if value.is_floating_point() or value.is_complex() else value.mean(dtype=torch.float32)

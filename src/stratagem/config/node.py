@@ -210,7 +210,7 @@ class ConfigDict(dict[str, Any], HasSourcePosition):
         return cast("dict[str, Any]", as_plain(self, keep_lazy=False))
 
     def _mark_key(self, key: str) -> None:
-        """Replace an existing key by the given ``DataName``, since a dict would keep the first of two equal keys."""
+        """Replace an existing key with the given ``DataName``, since a dict would keep the first of two equal keys."""
         if isinstance(key, DataName) and key in self:
             marked = {key if name == key else name: value for name, value in self.raw_items()}
             super().clear()

@@ -152,7 +152,7 @@ class DefaultSampler(PositionedSampler):
 
 @final
 class InfiniteSampler(PositionedSampler):
-    """Pass over the dataset again and again in one infinite order, for iteration-based training.
+    """Iterate over the dataset indefinitely in one order, for iteration-based training.
 
     Args:
         dataset: the dataset; only its length is used.

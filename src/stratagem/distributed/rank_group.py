@@ -1,4 +1,4 @@
-"""Run operations on a group of ranks so that all of them learn about a failure."""
+"""Run operations on a group of ranks, so that an error on one rank is raised on all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Automatic mixed precision: the forward pass in bfloat16 or float16, the parameters in their own dtype."""
+"""Automatic mixed precision: run the forward pass in bfloat16 or float16, and keep the dtype of the parameters."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # A state without one was saved in another precision: the scale starts as configured.
+        # A state without a scaler was saved in a different precision; the scale starts as configured.
         if self.grad_scaler is not None and "loss_scaler" in state_dict:
             self.grad_scaler.load_state_dict(dict(state_dict["loss_scaler"]))
 

@@ -29,7 +29,7 @@ _TRAINING_WEIGHT: Final = "training_weight"
 
 
 class BaseOptimWrapper(ABC):
-    """Train with an optimizer through the same calls, whatever the precision or the engine.
+    """Base class of optimizer wrappers, whose methods are the same for every precision and engine.
 
     Attributes:
         optimizer: the wrapped optimizer.
@@ -72,9 +72,9 @@ class BaseOptimWrapper(ABC):
 
         Args:
             loss: a scalar, the mean over the micro-batch.
-            weight: how much this micro-batch counts in the step, such as its number of samples or tokens. If every
+            weight: the weight of this micro-batch in the step, such as its number of samples or tokens. If every
                 micro-batch of a step on every rank has a weight, the gradient of the step is that of
-                ``sum(loss * weight) / sum(weight)``; without weights all micro-batches count the same.
+                ``sum(loss * weight) / sum(weight)``; without weights, all micro-batches are weighted equally.
             step_kwargs: passed to ``step``.
             zero_kwargs: passed to ``zero_grad``.
         """

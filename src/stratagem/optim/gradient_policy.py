@@ -1,4 +1,4 @@
-"""What surrounds the gradients of one optimizer: synchronization across ranks, and the check before an update."""
+"""How the gradients of an optimizer are synchronized across ranks, and checked before an update."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class _Flag:
     def __init__(self, optimizer: Optimizer) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         device = parameters[0].device
-        # float32 whatever the default dtype: the kernel takes no other.
+        # The kernel requires float32, regardless of the default dtype.
         self.found = torch.zeros((), dtype=torch.float32, device=device)
         self._one = torch.ones((), dtype=torch.float32, device=device)
         # Checked once for the parameters, since checking each gradient in every update is slow; gradients have the same kind.

@@ -1,6 +1,6 @@
 """The wrapper around a torch optimizer: gradient accumulation, weights of micro-batches, clipping.
 
-:mod:`stratagem.step` has the order of a step; here is the arithmetic of its stages.
+:mod:`stratagem.step` defines the order of a step; this module implements its stages.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.window_start = 0
         self.weight: float | Tensor | None = None
         self._num_weighted = 0
-        # Of the loaded state; None if it does not contain it.
+        # The number of pending micro-batches in the loaded state; None if the state does not contain it.
         self._saved_pending: int | None = None
         self._has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
 

@@ -85,7 +85,7 @@ class OptimWrapperDict:
         return sum(wrapper.pending_micro_batches for wrapper in self.optim_wrappers.values())
 
     def discard_accumulation(self) -> int:
-        """Discard the incomplete window of each wrapper; return their number of micro-batches in all."""
+        """Discard the incomplete window of each wrapper; return the total number of their micro-batches."""
         return sum(wrapper.discard_accumulation() for wrapper in self.optim_wrappers.values())
 
     @property

@@ -1,4 +1,4 @@
-"""Redirect a model's calls of itself, such as to the wrapper around it."""
+"""Redirect the calls of a model, for example to the wrapper around it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["redirect_forward"]
 class redirect_forward:  # noqa: N801 -- a context manager, used like a function
     """Inside the ``with`` block ``module(...)`` calls ``target``; calls of ``module(...)`` by the target are not redirected.
 
-    A model's own ``train_step`` can then call ``self(...)`` and so go through what is wrapped around the model.
+    The ``train_step`` of a model can then call ``self(...)`` to run the wrapper around the model.
 
     Args:
         module: the model.
-        target: called in its place, such as a ``DistributedDataParallel`` around the model.
+        target: called instead, such as a ``DistributedDataParallel`` around the model.
 
     Attributes:
         called: whether ``module(...)`` was called in the block.

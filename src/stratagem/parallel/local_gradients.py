@@ -28,7 +28,7 @@ class LocalGradients:
 
     Attributes:
         held: whether gradients were held back on purpose (``no_sync``); the next averaging pass includes them.
-        missed: whether a pass was not averaged although its forward pass asked for it.
+        missed: whether a backward pass was not averaged although it was not under ``no_sync``.
     """
 
     def __init__(self, replica: DistributedDataParallel) -> None:
@@ -65,7 +65,7 @@ class LocalGradients:
         self.missed = self.missed or not can_be_seen
 
     def complete(self) -> None:
-        """Average the gradients of all parameters if some are this rank's alone. Collective.
+        """Average the gradients of all parameters if some have not been averaged. Collective.
 
         The mean is linear, so sums of averaged and local gradients become the mean of the ranks' sums. A parameter that
         only some ranks used has a zero gradient on the others; one that no rank used has none.

@@ -49,8 +49,8 @@ class Placement(ABC):
     """One way to place a model.
 
     Attributes:
-        sharded: whether the model is sharded across ranks: the forward pass is collective, so all ranks must make the same
-            number, and state is read shard by shard.
+        sharded: whether the model is sharded across ranks: the forward pass is then collective, so all ranks must run the
+            same number of forward passes, and state is read shard by shard.
         full_state: whether sharded state is gathered on rank 0 for a checkpoint; otherwise each rank writes its shards.
         has_gradients: whether accumulated gradients are in the parameters' ``grad``.
         params_are_master_weights: whether the model's parameters hold the full-precision weights between steps.

@@ -315,7 +315,7 @@ class ComposedStrategy(BaseStrategy):
         return {} if window is None else {"window": window}
 
     def _restore_gradients(self, checkpoint: StateTree) -> None:
-        """Replace all gradients by those of the incomplete accumulation window in the checkpoint."""
+        """Replace all gradients with those of the incomplete accumulation window in the checkpoint."""
         self.optim_wrapper.zero_grad()
         if "window" in checkpoint and self._placement.has_gradients:
             restore_accumulation_state(
@@ -365,8 +365,8 @@ class ComposedStrategy(BaseStrategy):
         own = self.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
         if None not in (micro, own) and micro != own:
             self.logger.warning(
-                "The checkpoint was saved with a micro-batch of %s samples per rank and this run has %s: epochs have another "
-                "number of iterations, and schedules by iteration advance differently per sample.", micro, own,
+                "The checkpoint was saved with a micro-batch of %s samples per rank and this run has %s: epochs have a "
+                "different number of iterations, and schedules by iteration advance differently per sample.", micro, own,
             )  # fmt: skip
 
     def _resume_accumulation(self, meta: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What ``prepare`` makes: the attributes that exist afterwards, and its return value."""
+"""The results of ``prepare``: the attributes that it sets, and its return value."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
 def build_train_loop(
     train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLoader, val_loop: Any, *, optim_wrapper: Any = None
 ) -> Any:
-    """Build the training loop: of the given ``type``, or as determined by ``by_epoch`` or the given length.
+    """Build the training loop. Its type is ``type``, or is determined by ``by_epoch`` or by the given length.
 
     Raises:
         ConfigTypeError: if ``train_cfg`` is not a mapping.

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 
-# The instance attribute that replaces what ``module(...)`` calls, and which ``Module.compile`` sets; None or absent for the usual
-# call. It is the only place where a call can be redirected before the forward hooks of the module.
+# The instance attribute that replaces what ``module(...)`` calls, and that ``Module.compile`` sets; None or absent by default.
+# It is the only place where a call can be redirected before the forward hooks of the module.
 CALL_ATTRIBUTE: Final = "_compiled_call_impl"
 
 # tensors_in(output) returns the tensors in the output of a forward pass, as DistributedDataParallel finds them: only these
@@ -115,7 +115,7 @@ def reduce_held_gradients(model: nn.Module) -> None:
 
 
 def unsharded_class(model: nn.Module) -> type:
-    """Return the class that a module had before ``fully_shard`` replaced it by a subclass.
+    """Return the class that a module had before ``fully_shard`` replaced it with a subclass.
 
     Private: the layout of ``type(module).__mro__``: the new class, ``FSDPModule``, the original class.
     """

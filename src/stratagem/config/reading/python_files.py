@@ -167,7 +167,7 @@ def _literal_bases(tree: ast.Module, name: str) -> Any:
 
 @final
 class _Reader(ast.NodeTransformer):
-    """Replaces placeholders and ``_base_`` in a syntax tree by names; :meth:`values` returns the values of the names."""
+    """Replaces placeholders and ``_base_`` in a syntax tree with names; :meth:`values` returns the values of the names."""
 
     def __init__(self, placeholders: Placeholders) -> None:
         self.reads_base = False
@@ -204,7 +204,7 @@ class _Reader(ast.NodeTransformer):
         return values | {name: self._placeholders.fill(text, base) for name, text in self._named.items()}
 
     def fill_f_strings(self, base: BaseValues) -> None:
-        """Replace the identifiers inside f-strings by their values.
+        """Replace the identifiers inside f-strings with their values.
 
         Raises:
             ConfigValueError: if a value is a masked secret.

@@ -1,4 +1,4 @@
-"""Monitor the other ranks from a thread, so that every rank learns about a failed rank, even while it blocks."""
+"""Monitor the other ranks from a thread, so that every rank detects a failed rank, even while it is blocked."""
 
 from __future__ import annotations
 

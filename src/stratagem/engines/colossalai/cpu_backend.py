@@ -4,7 +4,7 @@ The library can train on the CPU, but requires an accelerator in four places. Th
 
 1. ZeRO uses streams, which the library's CPU accelerator does not have: :class:`HostAccelerator` has streams that do nothing.
 2. ``LowLevelZeroOptimizer`` asserts that the accelerator is CUDA or NPU. Its other check, that all parameters have the same
-   dtype, is kept.
+   dtype, is preserved.
 3. The C++ kernel of CPUAdam and HybridAdam can only be built with CUDA: :class:`TorchAdamKernel` computes the same in torch.
 4. Communication cannot overlap with computation; see ``overlap_communication`` in :mod:`plugins <.plugins>`.
 """
@@ -59,7 +59,7 @@ class HostAccelerator(CpuAccelerator):
         """Return at once."""
 
     def empty_cache(self) -> None:
-        """Return at once: there is no cache."""
+        """Do nothing: there is no cache."""
 
     def Stream(self, device: Any = None, priority: int = 0, **kwargs: Any) -> _Stream:  # noqa: N802 -- the name in ColossalAI
         return _Stream()

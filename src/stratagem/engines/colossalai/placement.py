@@ -249,7 +249,7 @@ def _settings(built: AnyOptim) -> OptimWrapper:
     instead = {
         "AmpOptimWrapper": "The plugin sets the precision: use OptimWrapper and ColossalAIStrategy(mixed_precision='bf16')",
         "OptimWrapperDict": "ColossalAI supports a single optimizer. Use DDPStrategy for a model with several",
-    }.get(type(built).__name__, "Use OptimWrapper, which the strategy replaces by a wrapper for ColossalAI")
+    }.get(type(built).__name__, "Use OptimWrapper, which the strategy replaces with a wrapper for ColossalAI")
     raise PlacementError(f"ColossalAIStrategy cannot train with a {type(built).__name__}. {instead}.")
 
 

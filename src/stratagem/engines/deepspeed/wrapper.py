@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 @final
 @dataclass(frozen=True, slots=True)
 class OriginalGroup:
-    """A parameter group as it was before DeepSpeed replaced its parameters by flat tensors.
+    """A parameter group as it was before DeepSpeed replaced its parameters with flat tensors.
 
     Attributes:
         options: the mapping of the optimizer itself, which schedules modify.

@@ -1,4 +1,4 @@
-"""Give the shards of a model the initial values that a single process would give it."""
+"""Initialize the shards of a model with the same values that a single process would compute."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def move_to_meta(model: nn.Module) -> dict[str, Tensor]:
-    """Replace each tensor of a model by a meta tensor of the same shape; return the original tensors by name."""
+    """Replace each tensor of a model with a meta tensor of the same shape; return the original tensors by name."""
     originals = {name: tensor for name, tensor in named_tensors(model).items() if not tensor.is_meta}
     replaced: dict[int, Tensor] = {}
     for module in model.modules():

@@ -326,7 +326,7 @@ class FSDPPlacement(Placement):
     # ---- optimizers -------------------------------------------------------------------------------------------------
 
     def _bind(self, wrapper: BaseOptimWrapper, now: Mapping[str, nn.Parameter]) -> None:
-        """Replace the original parameters in an optimizer by the sharded ones."""
+        """Replace the original parameters in an optimizer with the sharded ones."""
         optimizer = wrapper.optimizer
         if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
             raise PlacementError(

@@ -179,7 +179,7 @@ class NonFiniteHook(Hook):
                     f" It cannot be skipped: the forward pass wrote NaN into the buffers {', '.join(nan_buffers)}."
                 )
             else:
-                message += f" It is number {each.skipped} in a row, and max_skips={self._max_skips}."
+                message += f" It is skip number {each.skipped} in a row, and max_skips={self._max_skips}."
         self._stop_or_roll_back(run, report, message)
 
     def _check_now(self) -> None:
@@ -193,7 +193,7 @@ class NonFiniteHook(Hook):
                 recent = self._recent[each.ends[first - 1] if first else 0 : each.ends[first]]
                 report = NonFiniteReport.gather(run, _batches(recent), ())
                 run.record(report.record())
-                weights = "were not changed by it" if watch.protects else "may already contain it"
+                weights = "were not changed by this step" if watch.protects else "may already contain NaN or Inf"
                 self._stop_or_roll_back(
                     run, report, f"{report.describe()} It was detected later; the weights {weights}."
                 )

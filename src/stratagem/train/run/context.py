@@ -31,7 +31,7 @@ __all__ = ["INTERRUPTED", "Recorder", "Run"]
 INTERRUPTED: Final = "interrupted"
 # The part of a checkpoint with the states of the hooks.
 _HOOKS: Final = "hooks"
-_FOR_ITSELF: Final = RetentionTag()
+_NEVER_REMOVED: Final = RetentionTag()
 
 
 class Recorder(Protocol):
@@ -220,7 +220,7 @@ class Run:
         *,
         save_optimizer: bool = True,
         save_param_scheduler: bool = True,
-        retention_tag: RetentionTag = _FOR_ITSELF,
+        retention_tag: RetentionTag = _NEVER_REMOVED,
         then: Callable[[RankGroup], None] | None = None,
     ) -> None:
         """Save the state of the run as a checkpoint, and update the pointer ``<work_dir>/last_checkpoint``.
@@ -233,7 +233,7 @@ class Run:
             position: the position of the run.
             save_optimizer: whether to save the state of the optimizer.
             save_param_scheduler: whether to save the state of the schedulers.
-            retention_tag: what retention goes by; by default nothing removes the checkpoint.
+            retention_tag: determines when the checkpoint is removed; by default, it is never removed.
             then: called with the ranks that saved, once the checkpoint is durable; in the background by a thread.
 
         Raises:
