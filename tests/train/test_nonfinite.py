@@ -213,7 +213,9 @@ def test_interval_checks_keep_the_weights_of_fused_optimizers(spoiled: Make):
     """The check reads at iteration 10, but no step since iteration 3 has changed the weights."""
     hooks = {"nonfinite": {"check": "interval", "interval": 10}}
     runner, recorder, spoiler = spoiled({3: "nan"}, hooks=hooks)
-    with pytest.raises(TrainingError, match="Iteration 3 .*loss=nan on rank 0.*the weights were not changed by this step"):
+    with pytest.raises(
+        TrainingError, match="Iteration 3 .*loss=nan on rank 0.*the weights were not changed by this step"
+    ):
         runner.train()
     assert len(recorder.rows) == 10
     assert_equal(weights_of(runner), spoiler.weights[2])
