@@ -158,9 +158,9 @@ def sample(
     overrides: Overrides = None,
     traceback: Traceback = False,
 ) -> None:
-    """Generate text with the language model of CONFIG and the weights of CHECKPOINT.
+    """Generate text with the model of CHECKPOINT.
 
-    The model must have a generate() method, and `tokenizer` in CONFIG must name a class with encode() and decode().
+    The model of CONFIG must have a generate() method, and `tokenizer` must name a class with encode() and decode().
     Writes no files.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
@@ -177,13 +177,14 @@ def schedule(
     out: Out = None,
     nproc: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Draw the schedules for a run with N processes. No process is started."),
+        typer.Option(metavar="N", min=1, help="Plot the schedules of a run with N processes. No process is started."),
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Draw the learning rate, momentum and weight decay of CONFIG over the run, without training.
+    """Plot the schedules of CONFIG without training.
 
-    Momentum and weight decay are drawn only if a schedule changes them. Writes no files except FILE.
+    Plots the learning rate of each optimizer, and momentum and weight decay if a schedule changes them. Writes no files
+    except FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), nproc=nproc)
     lazy_command("stratagem.cli.schedule:schedule")(options, out=out)
@@ -210,10 +211,11 @@ def parity(
     record: Annotated[Path | None, typer.Option(hidden=True)] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Train a few steps of CONFIG in several equivalent ways, and show where the results first differ.
+    """Compare the results of several ways to train CONFIG.
 
-    The variants process the same samples in each step: in one process, repeated, stopped and resumed, with gradient
-    accumulation, and in N processes. Exits with status 1 if a difference is unexplained. Writes no files.
+    Trains a few steps in one process, the same again, stopped and resumed, with gradient accumulation, and in N
+    processes. All variants process the same samples in each step. Shows where two of them first differ, and exits with
+    status 1 if a difference is unexplained. Writes no files.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
     settings = lazy_command("stratagem.cli.parity.variants:ParitySettings")(
@@ -279,7 +281,7 @@ def submit(
 
 @app.command()
 def env(traceback: Traceback = False) -> None:
-    """Print the versions and hardware of this machine, for bug reports."""
+    """Print versions and hardware for bug reports."""
     lazy_command("stratagem.cli.env:print_environment")()
 
 
@@ -287,15 +289,15 @@ def env(traceback: Traceback = False) -> None:
 def doctor(
     work_dir: Annotated[
         Path,
-        typer.Option(metavar="DIR", help="The folder to check for writing. Default: work_dirs.", show_default=False),
+        typer.Option(metavar="DIR", help="The folder that runs will write to. Default: work_dirs.", show_default=False),
     ] = Path("work_dirs"),
     nproc: Annotated[int, typer.Option(metavar="N", min=1, help="The number of ranks that run an all-reduce.")] = 2,
     traceback: Traceback = False,
 ) -> None:
-    """Check whether this machine is ready for training, and suggest how to fix problems.
+    """Check whether this machine is ready for training.
 
-    Under srun, mpirun or torchrun, the command checks the ranks of that launch on all hosts instead of starting its
-    own. Exits with status 1 if there is a problem.
+    Prints a table with advice on how to fix problems. Under srun, mpirun or torchrun, the command checks the ranks of
+    that launch on all hosts instead of starting its own. Exits with status 1 if there is a problem.
     """
     lazy_command("stratagem.cli.doctor.command:doctor")(work_dir, nproc=nproc)
 
@@ -325,9 +327,10 @@ def lr(
     strategy: Strategy = None,
     traceback: Traceback = False,
 ) -> None:
-    """Run a learning-rate range test: train CONFIG with an increasing learning rate, and plot the loss.
+    """Run a learning-rate range test of CONFIG.
 
-    Stops when the loss diverges, and suggests learning rates. Writes no files except FILE.
+    Trains with an increasing learning rate and plots the loss. Stops when the loss diverges, and suggests learning
+    rates. Writes no files except FILE.
     """
     options = RunOptions(
         config=config, overrides=tuple(overrides or ()), launcher=launcher, strategy=strategy, nproc=nproc
@@ -351,10 +354,10 @@ def batch(
     strategy: Strategy = None,
     traceback: Traceback = False,
 ) -> None:
-    """Double the batch size of CONFIG until memory runs out, and show the throughput of each size.
+    """Find the largest batch size of CONFIG that fits into memory.
 
-    The CPU has no reliable out-of-memory errors, so sizes up to --max-batch are measured there. Writes no files except
-    FILE.
+    Doubles the batch size until memory runs out, and plots the throughput of each size. The CPU has no reliable
+    out-of-memory errors, so sizes up to --max-batch are measured there. Writes no files except FILE.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()), strategy=strategy)
     lazy_command("stratagem.cli.find:batch_size")(options, limit=limit, steps=steps, out=out)
@@ -392,11 +395,11 @@ def diff(
     second: Annotated[Path, typer.Argument(metavar="B", help="The configuration file to compare it with.")],
     traceback: Traceback = False,
 ) -> None:
-    """Print the differences between two configurations after merging their bases."""
+    """Print the differences between two merged configurations."""
     lazy_command("stratagem.cli.configs:diff")(first, second)
 
 
 @config_app.command()
 def check(config: ConfigFile, overrides: Overrides = None, traceback: Traceback = False) -> None:
-    """Check every key and argument of CONFIG without training, and list all problems."""
+    """Check all keys and arguments of CONFIG without training."""
     lazy_command("stratagem.cli.configs:check")(RunOptions(config=config, overrides=tuple(overrides or ())))

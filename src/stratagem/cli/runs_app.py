@@ -11,7 +11,7 @@ from stratagem.cli.lazy_command import Traceback, lazy_command
 
 __all__ = ["runs_app"]
 
-runs_app = typer.Typer(help="Show the sessions of runs: each start and resume, and what changed.", no_args_is_help=True)
+runs_app = typer.Typer(help="Show the history of runs: when and how they resumed.", no_args_is_help=True)
 
 
 @runs_app.command("ls")
@@ -21,7 +21,10 @@ def list_(
     ),
     traceback: Traceback = False,
 ) -> None:
-    """List the sessions of the runs under FOLDER, oldest first, with the checkpoint each resumed from and its outcome."""
+    """List the sessions of the runs under FOLDER, oldest first.
+
+    Prints the checkpoint that each session resumed from, and how it ended.
+    """
     lazy_command("stratagem.cli.runs:list_sessions")(folder)
 
 
@@ -30,5 +33,8 @@ def show(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint, or the folder of a session.")],
     traceback: Traceback = False,
 ) -> None:
-    """Show all sessions that led to PATH, with the changes of the configuration between them."""
+    """Show all sessions that led to PATH.
+
+    Prints the changes of the configuration between them.
+    """
     lazy_command("stratagem.cli.runs:show_sessions")(path)

@@ -69,12 +69,12 @@ def preview(config: Config, *, world_size: int) -> RunPreview:
         )
 
 
-def draw(name: str, shown: RunPreview, *, world_size: int) -> Chart:
+def draw(name: str, run_preview: RunPreview, *, world_size: int) -> Chart:
     """Return a chart with one panel per learning rate and per other option that a schedule changes."""
     by_option: dict[tuple[str, str], list[Course]] = {}
-    for course in shown.courses:
+    for course in run_preview.courses:
         by_option.setdefault((course.optimizer, course.key), []).append(course)
-    waiting = {(optimizer, key) for optimizer, key, _ in shown.on_metrics}
+    waiting = {(optimizer, key) for optimizer, key, _ in run_preview.on_metrics}
     drawn = {
         option: courses
         for option, courses in by_option.items()
@@ -83,17 +83,17 @@ def draw(name: str, shown: RunPreview, *, world_size: int) -> Chart:
     constant = {option: courses for option, courses in by_option.items() if option not in drawn}
     return Chart(
         title=name,
-        subtitle=_length(shown, world_size),
-        x_label=_unit(shown),
-        x_range=(0, shown.max_iters),
-        panels=tuple(_panel(option, courses, shown) for option, courses in drawn.items()),
-        notes=tuple(_notes(shown, constant)),
-        epoch_length=shown.epoch_length,
+        subtitle=_length(run_preview, world_size),
+        x_label=_unit(run_preview),
+        x_range=(0, run_preview.max_iters),
+        panels=tuple(_panel(option, courses, run_preview) for option, courses in drawn.items()),
+        notes=tuple(_notes(run_preview, constant)),
+        epoch_length=run_preview.epoch_length,
     )
 
 
-def _panel(option: tuple[str, str], courses: list[Course], shown: RunPreview) -> Panel:
-    lines = tuple(Line(label=_label(course), x=shown.iterations, y=course.values) for course in courses)
+def _panel(option: tuple[str, str], courses: list[Course], run_preview: RunPreview) -> Panel:
+    lines = tuple(Line(label=_label(course), x=run_preview.iterations, y=course.values) for course in courses)
     return Panel(label=_name(*option), lines=lines, log=wants_log_scale(lines))
 
 
@@ -109,26 +109,26 @@ def _name(optimizer: str, key: str) -> str:
     return f"{optimizer}: {name}" if optimizer else name
 
 
-def _length(shown: RunPreview, world_size: int) -> str:
-    parts = [f"{shown.max_iters:,} iterations"]
-    if shown.epoch_length is not None:
-        parts.append(f"{shown.max_iters / shown.epoch_length:.4g} epochs of {shown.epoch_length:,}")
+def _length(run_preview: RunPreview, world_size: int) -> str:
+    parts = [f"{run_preview.max_iters:,} iterations"]
+    if run_preview.epoch_length is not None:
+        parts.append(f"{run_preview.max_iters / run_preview.epoch_length:.4g} epochs of {run_preview.epoch_length:,}")
     if world_size > 1:
         parts.append(f"{world_size} processes")
     return ", ".join(parts)
 
 
-def _unit(shown: RunPreview) -> str:
-    counts = {name: count for name, count in shown.accumulative_counts.items() if count > 1}
+def _unit(run_preview: RunPreview) -> str:
+    counts = {name: count for name, count in run_preview.accumulative_counts.items() if count > 1}
     if not counts:
         return "iteration"
     steps = ", ".join(f"{name + ' ' if name else ''}every {count}" for name, count in counts.items())
     return f"iteration (micro-batch; optimizer step {steps})"
 
 
-def _notes(shown: RunPreview, constant: dict[tuple[str, str], list[Course]]) -> Iterator[str]:
-    yield from shown.scaling
-    for optimizer, key, kind in shown.on_metrics:
+def _notes(run_preview: RunPreview, constant: dict[tuple[str, str], list[Course]]) -> Iterator[str]:
+    yield from run_preview.scaling
+    for optimizer, key, kind in run_preview.on_metrics:
         yield f"{kind} depends on validation metrics, so {_name(optimizer, key)} is plotted without it."
     values = [
         f"{_name(*option)} {' or '.join(dict.fromkeys(f'{course.values[0]:g}' for course in courses))}"

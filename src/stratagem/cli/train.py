@@ -118,13 +118,15 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
     rows = {name: f"{value:.4f}" if isinstance(value, float) else str(value) for name, value in run.metrics.items()}
     checkpoint = runner.latest_checkpoint()
     if checkpoint is not None:
-        rows["checkpoint"] = _near(checkpoint)
+        rows["checkpoint"] = _relative_path(checkpoint)
         if config.get("test_cfg") is not None:
-            rows["test"] = _command(options, command="test", after=(_near(checkpoint),))
+            rows["test"] = _command(options, command="test", after=(_relative_path(checkpoint),))
         if config.get("tokenizer") is not None:
             # Sampling uses one process, so the command has no options of the launcher.
-            rows["sample"] = f"{shlex.join(_words(options, 'sample', _near(checkpoint)))} --prompt TEXT"
-    rows["logs"] = _near(Path(run.log_dir))
+            rows["sample"] = (
+                f"{shlex.join(_command_words(options, 'sample', _relative_path(checkpoint)))} --prompt TEXT"
+            )
+    rows["logs"] = _relative_path(Path(run.log_dir))
     rows[label] = next_command
     width = max(map(len, rows))
     return "\n".join([*lines, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
@@ -144,7 +146,7 @@ def _count(number: int, unit: str) -> str:
     return f"{number} {unit}" if number == 1 else f"{number} {unit}s"
 
 
-def _near(path: Path) -> str:
+def _relative_path(path: Path) -> str:
     """Return the path relative to the working directory if it is inside, else unchanged."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
@@ -159,7 +161,7 @@ def _command(options: RunOptions, *flags: str, command: str = "train", after: tu
         command: the name of the command.
         after: positional arguments after the configuration.
     """
-    words = _words(options, command, *after)
+    words = _command_words(options, command, *after)
     if options.work_dir is not None:
         words += ["--work-dir", str(options.work_dir)]
     launcher = "ray" if infer_launcher() == "ray" else options.launcher
@@ -176,12 +178,14 @@ def _command(options: RunOptions, *flags: str, command: str = "train", after: tu
     return " ".join([shlex.join(words), *flags])
 
 
-def _words(options: RunOptions, command: str, *after: str) -> list[str]:
+def _command_words(options: RunOptions, command: str, *after: str) -> list[str]:
     """Return the words of a command for this configuration, including all ``--set`` options."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         called = ["python", "-m", "stratagem"]
     else:
-        called = [_near(program)] if program.name == "stratagem" and program.parent.name == "bin" else ["stratagem"]
+        called = (
+            [_relative_path(program)] if program.name == "stratagem" and program.parent.name == "bin" else ["stratagem"]
+        )
     overrides = (word for override in options.overrides for word in ("--set", override))
     return [*called, command, str(options.config), *after, *overrides]

@@ -11,9 +11,7 @@ from stratagem.cli.lazy_command import Traceback, lazy_command
 
 __all__ = ["ckpt_app"]
 
-ckpt_app = typer.Typer(
-    help="Inspect, verify, compare, convert and prune checkpoints, without model code.", no_args_is_help=True
-)
+ckpt_app = typer.Typer(help="Inspect, convert and prune checkpoints without model code.", no_args_is_help=True)
 
 Source = Annotated[
     str,
@@ -31,9 +29,9 @@ def list_(
     ),
     traceback: Traceback = False,
 ) -> None:
-    """List the checkpoints under FOLDER, newest first, with epoch, iteration, size and state.
+    """List the checkpoints under FOLDER, newest first.
 
-    Reads only the manifests; `verify` reads all files.
+    Prints the epoch, iteration, size and state of each. Reads only the manifests; `verify` reads all files.
     """
     lazy_command("stratagem.cli.ckpt.listing:list_checkpoints")(folder)
 
@@ -47,7 +45,7 @@ def show(
     config: Annotated[bool, typer.Option("--config", help="Print the configuration of the training run.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Show the contents of CKPT: its parts with their sizes, and the metadata of the run that saved it."""
+    """Show the parts of CKPT, their sizes, and its metadata."""
     lazy_command("stratagem.cli.ckpt.show:show")(checkpoint, tensors=tensors, config=config)
 
 
@@ -56,7 +54,10 @@ def verify(
     paths: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoints, or folders of checkpoints.")],
     traceback: Traceback = False,
 ) -> None:
-    """Read checkpoints completely and compare their digests. Exits with status 1 if one is damaged."""
+    """Verify the digests of all files of checkpoints.
+
+    Exits with status 1 if a checkpoint is damaged.
+    """
     lazy_command("stratagem.cli.ckpt.listing:verify")(paths)
 
 
@@ -69,7 +70,10 @@ def diff(
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Print each value and tensor that differs between two checkpoints. Exits with status 1 if any differs."""
+    """Print the differences between two checkpoints.
+
+    Exits with status 1 if a value or tensor differs.
+    """
     lazy_command("stratagem.cli.ckpt.show:diff")(first, second, parts=tuple(part or ()))
 
 
@@ -82,8 +86,8 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
-            help="stratagem, pth, safetensors, huggingface or dcp. Default: per the suffix of TARGET (.pth or "
-            ".safetensors; stratagem if it has none).",
+            help="stratagem, pth, safetensors, huggingface or dcp. Default: by the suffix of TARGET (.pth or "
+            ".safetensors), or stratagem if it has none.",
         ),
     ] = None,
     traceback: Traceback = False,
@@ -105,10 +109,10 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be removed, and remove nothing.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Remove old checkpoints of the runs in FOLDER, by the same rules as CheckpointHook.
+    """Remove old checkpoints of the runs in FOLDER.
 
-    The latest checkpoints are verified first: damaged ones do not count as kept. Checkpoints that no hook saved are
-    never removed.
+    Applies the retention rules of CheckpointHook. The latest checkpoints are verified first: damaged ones do not count
+    as kept. Checkpoints that were saved manually are never removed.
     """
     lazy_command("stratagem.cli.ckpt.prune:prune")(
         folder, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every, ask=not yes, dry_run=dry_run
@@ -124,5 +128,5 @@ def consolidate(
     ] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Write only the weights of CKPT into a single safetensors file."""
+    """Write the weights of CKPT into one safetensors file."""
     lazy_command("stratagem.cli.ckpt.convert:consolidate")(source, target, averaged=averaged)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from stratagem.checkpoint import CheckpointInfo, format_for
-from stratagem.checkpoint import list_checkpoints as found_in
+from stratagem.checkpoint import list_checkpoints as list_in
 from stratagem.errors import CheckpointError, CheckpointNotFoundError
 from stratagem.logging.console import shared_console
 from stratagem.storage import tree_bytes
@@ -27,7 +27,7 @@ def list_checkpoints(folder: Path) -> None:
     Raises:
         CheckpointNotFoundError: if there are none.
     """
-    found = list(_under(folder))
+    found = list(_checkpoints_under(folder))
     if not found:
         raise CheckpointNotFoundError(f"No checkpoint found in {folder} or its subfolders.")
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -75,12 +75,12 @@ def _checkpoints_at(path: Path) -> list[Path]:
     """Return the checkpoints in a folder, or the path itself if it is a checkpoint."""
     if not path.exists():
         raise CheckpointNotFoundError(f"Checkpoint not found: {path}")
-    inside = [candidate.path for candidate in _under(path)] if path.is_dir() else []
+    inside = [candidate.path for candidate in _checkpoints_under(path)] if path.is_dir() else []
     return inside or [path]
 
 
-def _under(folder: Path) -> Iterator[CheckpointInfo]:
-    yield from found_in(folder)
+def _checkpoints_under(folder: Path) -> Iterator[CheckpointInfo]:
+    yield from list_in(folder)
     for inner in sorted(folder.iterdir()) if folder.is_dir() else ():
         if inner.is_dir() and not inner.name.startswith("."):
-            yield from found_in(inner)
+            yield from list_in(inner)

@@ -40,27 +40,27 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
         raise CheckpointNotFoundError(f"No checkpoint of a run found in {folder}.")
     logger = logging.getLogger("stratagem.cli")
     with work_dir_lock(folder, logger):
-        superfluous = [
+        removable = [
             each
             for saved in runs.values()
-            for each in _superfluous(saved, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
+            for each in _select_removable(saved, keep_last=keep_last, keep_best=keep_best, keep_every=keep_every)
         ]
-        if not superfluous:
+        if not removable:
             typer.echo("There are no checkpoints to remove.")
             return
         total = 0
-        for each in superfluous:
+        for each in removable:
             size = tree_bytes(each.path)
             total += size
             typer.echo(f"{each.path}  {decimal(size)}")
         if dry_run:
-            typer.echo(f"Would remove {len(superfluous)} checkpoints ({decimal(total)}).")
-        elif not ask or typer.confirm(f"Remove these {len(superfluous)} checkpoints ({decimal(total)})?"):
-            remove_checkpoints([each.path for each in superfluous], logger)
-            typer.echo(f"Removed {sum(not each.path.exists() for each in superfluous)} checkpoints.")
+            typer.echo(f"Would remove {len(removable)} checkpoints ({decimal(total)}).")
+        elif not ask or typer.confirm(f"Remove these {len(removable)} checkpoints ({decimal(total)})?"):
+            remove_checkpoints([each.path for each in removable], logger)
+            typer.echo(f"Removed {sum(not each.path.exists() for each in removable)} checkpoints.")
 
 
-def _superfluous(
+def _select_removable(
     saved: Sequence[SavedCheckpoint], *, keep_last: int, keep_best: int, keep_every: int | None
 ) -> list[SavedCheckpoint]:
     # Checkpoints of interruptions come last: the numbers that `keep_every` refers to are those of the first group.

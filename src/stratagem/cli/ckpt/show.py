@@ -33,7 +33,7 @@ def show(checkpoint: str, *, tensors: bool, config: bool) -> None:
     Raises:
         CheckpointError: if the configuration is requested and the checkpoint has none.
     """
-    with open_checkpoint(_place(checkpoint)) as tree:
+    with open_checkpoint(_path_or_url(checkpoint)) as tree:
         meta = tree.get("meta")
         meta = meta if isinstance(meta, Mapping) else {}
         if config:
@@ -61,7 +61,7 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
         CheckpointError: if neither checkpoint has one of ``parts``.
         typer.Exit: with status 1, if they differ.
     """
-    with open_checkpoint(_place(first)) as one, open_checkpoint(_place(second)) as other:
+    with open_checkpoint(_path_or_url(first)) as one, open_checkpoint(_path_or_url(second)) as other:
         for name in parts:
             if name not in one and name not in other:
                 raise CheckpointError(f"Neither checkpoint has a part {name!r}. {did_you_mean(name, [*one, *other])}")
@@ -74,17 +74,19 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
     for heading in ("where", "first", "second", "difference"):
         table.add_column(heading, overflow="fold")
     for difference in differences:
-        table.add_row(difference.key, _short(difference.first), _short(difference.second), _extent(difference))
+        table.add_row(
+            difference.key, _short(difference.first), _short(difference.second), _describe_difference(difference)
+        )
     Console(markup=False, highlight=False).print(table)
     typer.echo(f"{len(differences)} differences." if len(differences) > 1 else "1 difference.")
     raise typer.Exit(1)
 
 
-def _place(checkpoint: str) -> str | Path:
+def _path_or_url(checkpoint: str) -> str | Path:
     return checkpoint if is_url(checkpoint) else Path(checkpoint)
 
 
-def _extent(difference: CheckpointDifference) -> str:
+def _describe_difference(difference: CheckpointDifference) -> str:
     if difference.max_abs_diff is None:
         return "only in the second" if not difference.first else "only in the first" if not difference.second else ""
     return f"up to {difference.max_abs_diff:.3g} in {difference.differing_fraction:.1%} of the elements"
