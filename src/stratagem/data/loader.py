@@ -59,8 +59,8 @@ class EpochLoader:
 
     Args:
         loader: any ``DataLoader``. If :func:`~stratagem.data.build_dataloader` built it with a built-in sampler, it starts
-            at any position at no cost. A loader with ``state_dict`` is restored from its state. Any other loader skips
-            batches by iterating over them.
+            at any position without iterating to it. A loader with ``state_dict`` is restored from its state. Any other
+            loader skips batches by iterating over them.
         world_size: the number of data-parallel ranks.
         seed: the seed of the random numbers of a stream whose batches are divided here; the same on every rank.
         share: the share of this rank in the batches, if every rank iterates over all of them; None if the loader yields

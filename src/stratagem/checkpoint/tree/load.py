@@ -75,8 +75,8 @@ def load_state_dict(
     the patterns in ``allow_missing`` may be missing in ``state``.
 
     Raises:
-        CheckpointMismatchError: if no key matches, two keys become the same, a value is not a tensor where the model has
-            one, or, with ``strict``, anything differs. The model is unchanged then.
+        CheckpointMismatchError: if no key matches, two keys become the same, a value is not a tensor but that of the
+            model is, or, with ``strict``, anything differs. The model is unchanged then.
     """
     own = model.state_dict()
     matched, shape_mismatches = _match(state, own, revise_keys)

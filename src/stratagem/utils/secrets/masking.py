@@ -1,6 +1,6 @@
 """Mask secrets in everything that is displayed or saved.
 
-In mappings, secrets are recognized by their keys; see :mod:`stratagem.utils.secrets.names`. In texts, these are masked:
+In mappings, secrets are recognized by their keys; see :mod:`stratagem.utils.secrets.names`. In strings, these are masked:
 credentials and signatures in URLs, values that are assigned to the name of a secret, well-known forms of tokens, and the
 secrets that :mod:`stratagem.utils.secrets.values` has recorded. The time is linear in the length of the text.
 """
@@ -36,7 +36,7 @@ _HEADER = re.compile(
     r"|\bbearer[ ])(?P<value>(?=[^\s\"',;\\]*[\d=])[^\s\"',;\\]{8,})",
     re.IGNORECASE,
 )
-# Every name of a secret matches this, so most texts need no further search.
+# Every name of a secret matches this, so most strings need no further search.
 _HINT = re.compile("pass|secret|cred|token|auth|key|cookie|bearer|dsn|jwt|pw|connection|uid", re.IGNORECASE)
 # Tokens with a well-known prefix.
 _TOKEN = re.compile(
@@ -48,16 +48,16 @@ _PLAIN_WORDS = frozenset({"none", "true", "false", "null", "", _MASK})
 
 
 def mask_secrets(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy that is safe to log: strings under the name of a secret become ``***``, others are masked as texts.
+    """Return a copy that is safe to log, in which strings under the name of a secret become ``***``.
 
-    All values of a mapping under such a name are masked, including numbers, unless the name is ambiguous and the mapping has
-    a ``type``, so that it describes an object.
+    Other strings are masked by :func:`mask_text`. All values under such a name are masked, including numbers,
+    unless the name is ambiguous and the mapping has a ``type``, so that it describes an object.
     """
     return {name: _mask(value, _secrecy(name, "")) for name, value in values.items()}
 
 
 def mask_text(text: str) -> str:
-    """Return the text with each secret replaced by ``***``."""
+    """Return ``text`` with each secret replaced by ``***``."""
     text = mask_tokens(replace_known_secrets(text, lambda _: _MASK), _MASK)
     if "://" in text or "=" in text or "%3" in text:
         text = mask_urls(text, lambda _: _MASK)

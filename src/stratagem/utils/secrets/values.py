@@ -1,4 +1,4 @@
-"""Record the secrets that this process has encountered, and replace them wherever they occur in texts."""
+"""Record the secrets that this process has encountered, and replace all their occurrences in strings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _words_in(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
-# Common default values of secrets, which also occur in texts for other reasons.
+# Common default values of secrets, which also occur in strings that contain no secrets.
 _COMMON = _words_in(
     "password passphrase secret anonymous default disabled changeme required undefined production development localhost "
     "training validation"
@@ -42,7 +42,7 @@ _cache: list[tuple[dict[object, object], dict[str, str]]] = []
 
 
 def remember_secret(value: str, variable: str = "") -> None:
-    """Mask this value in texts from now on. Values that are too short or too common are ignored."""
+    """Record a secret to mask in strings. Values that are too short or too common are ignored."""
     if _can_be_found(value):
         _remember(_secrets, value, variable)
 
@@ -50,7 +50,7 @@ def remember_secret(value: str, variable: str = "") -> None:
 def remember_placeholder(value: str, variable: str) -> None:
     """Mask the value of an environment variable that a configuration reads, unless it is clearly not a secret.
 
-    Numbers, paths, URLs and short or simple words are not masked, since texts would be unreadable without them.
+    Numbers, paths, URLs and short or simple words are not masked, since messages would be unreadable without them.
     """
     if is_secret_name(variable):
         if not _is_path(value):
@@ -66,7 +66,7 @@ def allow_in_texts(text: str) -> None:
 
 def known_secrets() -> Mapping[str, str]:
     """Return the known secrets, each with the environment variable that it came from, or ``""``."""
-    # Compare the whole environment, since texts are masked more often than variables are set.
+    # Compare the whole environment, since strings are masked more often than variables are set.
     environment = getattr(os.environ, "_data", None)
     cached = next(iter(_cache), None)  # another thread may clear it
     if cached is not None and environment is not None and cached[0] == environment:
@@ -98,7 +98,7 @@ def replace_known_secrets(text: str, replacement: Callable[[str], str], known: M
     Args:
         text: Any text.
         replacement: Returns the replacement of a secret, given the environment variable that it came from, or ``""``.
-        known: The result of :func:`known_secrets`, to compute it once for many texts.
+        known: The result of :func:`known_secrets`, to compute it once for many strings.
     """
     known = known_secrets() if known is None else known
     if not known:
