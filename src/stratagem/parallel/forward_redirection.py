@@ -31,7 +31,7 @@ class redirect_forward:  # noqa: N801 -- a context manager, used like a function
 
     def __init__(self, module: nn.Module, target: Callable[..., Any]) -> None:
         self.called = False
-        # Written directly: ``Module.__setattr__`` checks for parameters, modules and buffers in each call.
+        # Bypass ``Module.__setattr__``, which checks for parameters, modules and buffers in each call.
         attributes = self._attributes = module.__dict__
         original = self._original = attributes.get(CALL_ATTRIBUTE)
 

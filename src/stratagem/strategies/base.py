@@ -165,7 +165,7 @@ class BaseStrategy(ABC):
 
     @property
     def collective_forward(self) -> bool:
-        """Whether the forward pass is collective, so that all ranks must run the same number, also in evaluation."""
+        """Whether the forward pass is collective, so that all ranks must run the same number of passes, also in evaluation."""
         return False
 
     @property

@@ -14,7 +14,7 @@ _WAIT_OBJECT_0 = 0  # from winbase.h; a process is signaled once it has exited
 
 
 def process_exists(pid: int) -> bool:
-    """Return whether a process with this id exists; also True if the system does not allow to check it."""
+    """Return whether a process with this id exists; also True if this cannot be checked."""
     if sys.platform == "win32":
         # os.kill(pid, 0) would send Ctrl-C to the process.
         return _exists_on_windows(pid)
