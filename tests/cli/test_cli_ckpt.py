@@ -159,7 +159,7 @@ def test_consolidate_without_an_average_is_rejected(stratagem: Command, run: Pat
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def keeping(folder: Path, epochs: int) -> None:
+def save_run(folder: Path, epochs: int) -> None:
     """Save one checkpoint per epoch like a run, and one by hand."""
     for epoch in range(1, epochs + 1):
         purpose = {"series": "epoch_{}", "number": epoch}
@@ -168,37 +168,37 @@ def keeping(folder: Path, epochs: int) -> None:
     save_checkpoint({"state_dict": {"w": torch.ones(1)}, "meta": {"iter": 1}}, folder / "mine")
 
 
-def left_in(folder: Path) -> set[str]:
+def entries_of(folder: Path) -> set[str]:
     """Return the visible names in a folder."""
     return {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
 
 
 def test_prune_keeps_the_last_and_manual_checkpoints(stratagem: Command, tmp_path: Path) -> None:
     """`ckpt prune` removes the other checkpoints of the run, lists them, and keeps those saved by hand."""
-    keeping(tmp_path / "run", 5)
+    save_run(tmp_path / "run", 5)
     pruned = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 2, "--keep-every", 2, "--yes")
     assert pruned.status == 0
-    assert left_in(tmp_path / "run") == {"epoch_2", "epoch_4", "epoch_5", "mine"}
+    assert entries_of(tmp_path / "run") == {"epoch_2", "epoch_4", "epoch_5", "mine"}
     assert "Removed 2 checkpoints." in pruned.out
 
 
 def test_prune_asks_for_confirmation(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--dry-run removes nothing, and without --yes the command asks for confirmation."""
-    keeping(tmp_path / "run", 3)
+    save_run(tmp_path / "run", 3)
     tried = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1, "--dry-run")
     assert "Would remove 2 checkpoints" in tried.out
     monkeypatch.setattr("typer.confirm", lambda _: False)
     stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1)
-    assert left_in(tmp_path / "run") == {"epoch_1", "epoch_2", "epoch_3", "mine"}
+    assert entries_of(tmp_path / "run") == {"epoch_1", "epoch_2", "epoch_3", "mine"}
 
 
 def test_prune_does_not_count_a_damaged_checkpoint(stratagem: Command, tmp_path: Path) -> None:
     """A damaged checkpoint does not count as one of the last, so the last intact one is kept."""
-    keeping(tmp_path / "run", 3)
+    save_run(tmp_path / "run", 3)
     damage(tmp_path / "run" / "epoch_3")
     pruned = stratagem("ckpt", "prune", tmp_path / "run", "--keep-last", 1, "--yes")
     assert "epoch_3 is damaged and does not count" in pruned.err
-    assert left_in(tmp_path / "run") == {"epoch_2", "epoch_3", "mine"}
+    assert entries_of(tmp_path / "run") == {"epoch_2", "epoch_3", "mine"}
 
 
 def test_prune_of_an_empty_folder_is_an_error(stratagem: Command, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ Command = Callable[..., Any]
 
 
 @pytest.fixture
-def twice(stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+def session_folders(stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders of two sessions: the second resumes the first for one more epoch with a different weight decay."""
     times = iter(["20260101_000000", "20260102_000000"])
     monkeypatch.setattr("time.strftime", lambda _format, *_: next(times, "20260103_000000"))
@@ -25,9 +25,9 @@ def twice(stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.M
     return sorted(record.parent for record in (tmp_path / "run").glob(f"*/{RECORD}"))
 
 
-def test_the_second_session_records_the_first(twice: list[Path]) -> None:
+def test_the_second_session_records_the_first(session_folders: list[Path]) -> None:
     """A session records the checkpoint, the position, and the changes in the configuration."""
-    history, outcome = read_record(twice[1])
+    history, outcome = read_record(session_folders[1])
     first, second = history.sessions
     assert (first.checkpoint, first.iter) == (None, 0)
     assert second.checkpoint is not None
@@ -38,24 +38,24 @@ def test_the_second_session_records_the_first(twice: list[Path]) -> None:
     assert (outcome.how, outcome.epoch, outcome.iter) == ("complete", 2, 10)
 
 
-def test_ls_lists_the_sessions(stratagem: Command, twice: list[Path]) -> None:
+def test_ls_lists_the_sessions(stratagem: Command, session_folders: list[Path]) -> None:
     """`runs ls` prints the checkpoint that each session resumed from, and how it ended."""
     listed = stratagem("runs", "ls", "run")
     lines = listed.out.splitlines()
     assert listed.status == 0
     assert len(lines) == 3
     assert "complete" in lines[1]
-    assert f"epoch_1 of {twice[0].parent.name}/{twice[0].name}" in lines[2]
+    assert f"epoch_1 of {session_folders[0].parent.name}/{session_folders[0].name}" in lines[2]
 
 
-def test_a_killed_session_is_listed(stratagem: Command, twice: list[Path]) -> None:
+def test_a_killed_session_is_listed(stratagem: Command, session_folders: list[Path]) -> None:
     """A session without an outcome was killed or is still running."""
-    file = twice[1] / RECORD
+    file = session_folders[1] / RECORD
     file.write_text(json.dumps({**json.loads(file.read_text()), "ending": None}))
     assert "killed or still running" in stratagem("runs", "ls", "run").out
 
 
-def test_show_prints_the_history_of_a_checkpoint(stratagem: Command, twice: list[Path]) -> None:
+def test_show_prints_the_history_of_a_checkpoint(stratagem: Command, session_folders: list[Path]) -> None:
     """`runs show` prints every session that led to a checkpoint, with the changes."""
     shown = stratagem("runs", "show", "run/epoch_2")
     assert shown.status == 0
@@ -63,7 +63,7 @@ def test_show_prints_the_history_of_a_checkpoint(stratagem: Command, twice: list
     assert "started from scratch" in shown.out
     assert "resumed from" in shown.out
     assert "changed:" in shown.out
-    assert "complete at epoch 2, iteration 10" in stratagem("runs", "show", twice[1]).out
+    assert "complete at epoch 2, iteration 10" in stratagem("runs", "show", session_folders[1]).out
 
 
 def test_a_missing_history_is_an_error(stratagem: Command, tmp_path: Path) -> None:

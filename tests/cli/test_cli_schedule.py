@@ -84,19 +84,19 @@ def test_an_invalid_configuration(stratagem: Command, config: str, override: str
 def test_a_plot_is_written_on_request(stratagem: Command, config: str, tmp_path: Path):
     """`--out` writes a PNG and nothing else."""
     pytest.importorskip("matplotlib")
-    done = stratagem("schedule", config, "--out", "drawn.png")
+    done = stratagem("schedule", config, "--out", "chart.png")
     assert done.status == 0, done.err
-    assert done.out.splitlines()[-1] == "Saved the chart to drawn.png"
-    assert [path.name for path in tmp_path.iterdir()] == ["drawn.png"]
-    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+    assert done.out.splitlines()[-1] == "Saved the chart to chart.png"
+    assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_unwritable_path(stratagem: Command, config: str):
     """The error for a path that is not writable contains it and what to do."""
     pytest.importorskip("matplotlib")
-    done = stratagem("schedule", config, "--out", "not/there/drawn.png")
+    done = stratagem("schedule", config, "--out", "missing/folder/chart.png")
     assert done.status == 2
-    assert "not/there" in done.err
+    assert "missing/folder" in done.err
 
 
 def test_a_missing_matplotlib_is_reported(
@@ -105,7 +105,7 @@ def test_a_missing_matplotlib_is_reported(
     """Without matplotlib, `--out` is an error with the install command; the terminal plot still works."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert stratagem("schedule", config).status == 0
-    done = stratagem("schedule", config, "--out", "drawn.png")
+    done = stratagem("schedule", config, "--out", "chart.png")
     assert done.status == 2
     assert "pip install stratagem[plot]" in done.err
     assert list(tmp_path.iterdir()) == []

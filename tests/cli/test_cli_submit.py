@@ -17,8 +17,8 @@ from stratagem.errors import ConfigValueError
 
 def test_options_are_written_to_the_script(stratagem: Callable[..., Any], config: str) -> None:
     """The script contains the nodes, one rank per accelerator, the time, and the options to save and requeue."""
-    asked = ("--nodes", 2, "--gpus-per-node", 8, "--time", "2-00", "--partition", "big", "--sbatch", "--qos=long")
-    outcome = stratagem("submit", config, *asked, "--set", "vars.note=a b", "--print")
+    options = ("--nodes", 2, "--gpus-per-node", 8, "--time", "2-00", "--partition", "big", "--sbatch", "--qos=long")
+    outcome = stratagem("submit", config, *options, "--set", "vars.note=a b", "--print")
     assert outcome.status == 0, outcome.err
     directives = set(re.findall(r"^#SBATCH (.*)$", outcome.out, re.M))
     assert {"--nodes=2", "--gpus-per-node=8", "--ntasks-per-node=8", "--time=2-00"} < directives

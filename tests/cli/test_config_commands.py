@@ -43,11 +43,11 @@ def test_show_rejects_an_unknown_format(stratagem: Callable, family: Path) -> No
 
 def test_explain_lists_every_file_and_line(stratagem: Callable, family: Path) -> None:  # type: ignore[type-arg]
     """`config explain` prints the line of the base, the line of the child and the override, in order."""
-    told = stratagem(
+    explained = stratagem(
         "config", "explain", family, "optim_wrapper.optimizer.lr", "--set", "optim_wrapper.optimizer.lr=0.3"
     )
-    lines = told.out.splitlines()
-    assert told.status == 0
+    lines = explained.out.splitlines()
+    assert explained.status == 0
     assert ["base.py:1" in lines[1], "child.py:3" in lines[2], "--set" in lines[3]] == [True] * 3
     assert [line.rstrip().rsplit(" ", 1)[1] for line in lines[1:]] == ["0.1", "0.2", "0.3"]
 

@@ -16,15 +16,17 @@ from stratagem.utils.secrets import values as secret_values
 Command = Callable[..., Any]
 
 TOY = Path(__file__).with_name("toy_config.py").as_posix()
-PLACES = (
+LOCATIONS = (
     "password", "api_key", "list", "credentials", "camel", "user_info", "signature", "credential", "query", "user_info_in_list",
     "placeholder", "part", "data", "computed", "environment", "assigned", "url_in_error", "header", "override", "override_url",
 )  # fmt: skip
 # The secrets have no common parts, and some contain characters that URLs, JSON and Python escape.
-SECRETS = {place: f"{index:02}x{hash_:08x}{odd}" for index, (place, hash_, odd) in enumerate(
-    (place, (7919 * (number + 3) ** 5) % 2**32, "é/+'\"%"[number % 7 :][:2] if place in {"password", "placeholder"} else "zq")
-    for number, place in enumerate(PLACES)
-)}  # fmt: skip
+SPECIAL = {"password", "placeholder"}
+SECRETS = {
+    location: f"{number:02}x{(7919 * (number + 3) ** 5) % 2**32:08x}"
+    + ("é/+'\"%"[number % 7 :][:2] if location in SPECIAL else "zq")
+    for number, location in enumerate(LOCATIONS)
+}
 IN_ENVIRONMENT = {
     "MY_SETTING": "placeholder", "PART_OF_IT": "part", "FROM_DATA": "data", "HF_TOKEN": "computed", "WANDB_API_KEY": "environment"
 }  # fmt: skip
@@ -98,8 +100,8 @@ def secret_run(stratagem: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (source / "run.py").write_text(CONFIG)
     (source / "base.yaml").write_text(BASE)
     (source / "leaking_hook.py").write_text(HOOK)
-    for variable, place in IN_ENVIRONMENT.items():
-        monkeypatch.setenv(variable, SECRETS[place])
+    for variable, location in IN_ENVIRONMENT.items():
+        monkeypatch.setenv(variable, SECRETS[location])
 
     def run(*words: object, status: int = 0) -> str:
         for memory in (secret_values._secrets, secret_values._placeholders, secret_values._allowed):
@@ -125,11 +127,11 @@ def forms(secret: str) -> set[bytes]:
     return {form.encode() for form in written}
 
 
-def found_in(data: bytes, place: str) -> Iterator[str]:
+def found_in(data: bytes, location: str) -> Iterator[str]:
     """Yield one line for each secret in ``data``."""
     for name, secret in SECRETS.items():
         if any(form in data for form in forms(secret)):
-            yield f"{name} in {place}"
+            yield f"{name} in {location}"
 
 
 def found_in_files(folder: Path) -> Iterator[str]:
@@ -142,7 +144,7 @@ def found_in_files(folder: Path) -> Iterator[str]:
                     yield from found_in(archive.read(name), f"{file}:{name}")
 
 
-def printed_by_commands(run: Callable[..., str], start: str) -> Mapping[str, str]:
+def printed_by_commands(run: Callable[..., str], session: str) -> Mapping[str, str]:
     """Return the output of each command that inspects the run."""
     source = ("source/run.py", *OVERRIDES[:4])
     commands: dict[str, tuple[object, ...]] = {
@@ -165,7 +167,7 @@ def printed_by_commands(run: Callable[..., str], start: str) -> Mapping[str, str
         "config check": ("config", "check", *source),
         "config diff": ("config", "diff", "run/run.py", "source/run.py"),
         "runs ls": ("runs", "ls", "run"),
-        "runs show": ("runs", "show", start),
+        "runs show": ("runs", "show", session),
         "runs show of a checkpoint": ("runs", "show", "run/epoch_2"),
         "ckpt show": ("ckpt", "show", "run/epoch_2"),
         "ckpt show --config": ("ckpt", "show", "run/epoch_2", "--config"),
@@ -189,8 +191,8 @@ def test_no_secret_is_saved_or_printed(
     single = ("--set", "default_hooks.checkpoint.filename_tmpl=epoch_{}.pth", "--work-dir", "single")
     printed["single files"] = secret_run("train", "source/run.py", *OVERRIDES[:4], *single)
     printed["resume"] = secret_run("train", "source/run.py", *OVERRIDES, "--resume")
-    start = next(path.parent for path in (tmp_path / "run").glob("*/start.json"))
-    printed |= printed_by_commands(secret_run, str(start))
+    session = next(path.parent for path in (tmp_path / "run").glob("*/start.json"))
+    printed |= printed_by_commands(secret_run, str(session))
     hits = [hit for command, text in printed.items() for hit in found_in(text.encode(), command)]
     hits += [hit for folder in ("run", "single") for hit in found_in_files(tmp_path / folder)]
     assert hits == []
@@ -203,8 +205,8 @@ def test_a_resumed_run_reports_no_changed_secrets(secret_run: Callable[..., str]
     """Masked secrets are not reported as changes when a run resumes."""
     secret_run("train", "source/run.py", *OVERRIDES, "--set", "train_cfg.max_epochs=1")
     secret_run("train", "source/run.py", *OVERRIDES, "--resume")
-    starts = [json.loads(file.read_text())["lineage"][-1] for file in (tmp_path / "run").glob("*/start.json")]
-    changes = [change for start in starts for change in start["changes"]]
+    sessions = [json.loads(file.read_text())["lineage"][-1] for file in (tmp_path / "run").glob("*/start.json")]
+    changes = [change for session in sessions for change in session["changes"]]
     assert changes == ["train_cfg.max_epochs: 1 -> 2"]
 
 
