@@ -25,6 +25,9 @@ from stratagem.data import EpochLoader, build_dataloader, report_dead_workers
 from stratagem.errors import TrainingError
 from tests.support.ranks import scripts_environment
 
+if sys.platform == "win32":
+    pytest.skip("these tests fork workers and send signals", allow_module_level=True)
+
 pytestmark = pytest.mark.slow
 
 

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,9 @@ from stratagem.strategies import BaseStrategy, DDPStrategy, SingleDeviceStrategy
 from stratagem.strategies.setup import environment
 from tests.support.ranks import Ranks
 from tests.support.small_runs import Lines, make
+
+UNLIMITED = environment.resource.RLIM_INFINITY if environment._HAS_RESOURCE else -1
+needs_resource = pytest.mark.skipif(not environment._HAS_RESOURCE, reason="Windows has no limits on resources")
 
 Make = Callable[..., BaseStrategy]
 
@@ -137,13 +139,14 @@ def test_one_process_keeps_its_threads(single: Make, monkeypatch: pytest.MonkeyP
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+@needs_resource
 @pytest.mark.parametrize(
     ("asked", "soft", "hard", "expected"),
     [
         (4096, 1024, 8192, 4096),
         (4096, 1024, 2048, 2048),
         (512, 1024, 8192, 1024),
-        (4096, 1024, resource.RLIM_INFINITY, 4096),
+        (4096, 1024, UNLIMITED, 4096),
     ],
 )
 def test_the_limit_of_open_files_is_raised(
@@ -159,10 +162,10 @@ def test_the_limit_of_open_files_is_raised(
     assert limits[-1] == (soft, hard)
 
 
+@needs_resource
 def test_an_unlimited_number_of_open_files_is_kept(single: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """An unlimited number of open files, which may be represented by -1, is not lowered."""
-    no_limit = resource.RLIM_INFINITY
-    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (no_limit, no_limit))
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (UNLIMITED, UNLIMITED))
     monkeypatch.setattr(environment.resource, "setrlimit", lambda _, pair: pytest.fail(f"set to {pair}"))
     single()
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from stratagem.train.run.run_history import read_record
 from stratagem.train.run.signals import signals
 from tests.support.ranks import Ranks
 from tests.train.toys import EPOCH, VALIDATION, At, EventLog, Recorder, stop, train_until_signal
+
+if sys.platform == "win32":
+    pytest.skip("on Windows, os.kill terminates the process", allow_module_level=True)
 
 MakeRunner = Callable[..., Runner]
 
