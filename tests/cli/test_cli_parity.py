@@ -130,7 +130,7 @@ def test_a_summed_loss_is_detected(tmp_path: Path):
 
 def test_a_nondeterministic_training_is_detected(stratagem: Command, config: str):
     """A training that is not reproducible, because its data changes, is detected."""
-    done = stratagem("parity", config, *SMALL, "--nproc", "1", "--set", "train_dataloader.dataset.type=RestlessSamples")
+    done = stratagem("parity", config, *SMALL, "--nproc", "1", "--set", "train_dataloader.dataset.type=ChangingSamples")
     assert done.status == 1
     assert rows(done.out)["one process, again"] == "DIFFERENT"
 

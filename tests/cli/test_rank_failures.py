@@ -22,14 +22,14 @@ SOON_S = 60
 RARE = ("--set", "default_hooks.checkpoint.interval=-1")
 
 
-def misbehaving(how: str, rank: int = 1) -> tuple[str, ...]:
+def failing(how: str, rank: int = 1) -> tuple[str, ...]:
     """Return the options that make a rank fail in iteration 7."""
-    return ("--set", f"custom_hooks=[{{'type': 'Misbehave', 'how': '{how}', 'rank': {rank}}}]")
+    return ("--set", f"custom_hooks=[{{'type': 'FailOnce', 'how': '{how}', 'rank': {rank}}}]")
 
 
 def seconds_since_then(folder: Path) -> float:
     """Return the seconds since the rank failed."""
-    return time.time() - (folder / "misbehaved").stat().st_mtime
+    return time.time() - (folder / "failed").stat().st_mtime
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -39,22 +39,22 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_the_error_of_a_rank_is_printed_once(shell: Shell, config: str, tmp_path: Path):
     """The error is printed once with rank, iteration and batch; the other rank prints why it stops."""
-    status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("raise"))
+    status, output = shell.run("train", config, "--nproc", "2", *RUN, *failing("raise"))
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 1, output
-    told = [line for line in output.splitlines() if "INFO" not in line]
-    assert told[0] == "stratagem (rank 1): ValueError: the data of this rank are bad"
-    assert told[1] == "  In iteration 7, epoch 3; the batch: [float32[4, 2], int64[4]]"
-    others = [line for line in told if "rank 0" in line]
+    lines = [line for line in output.splitlines() if "INFO" not in line]
+    assert lines[0] == "stratagem (rank 1): ValueError: bad data on this rank"
+    assert lines[1] == "  In iteration 7, epoch 3; the batch: [float32[4, 2], int64[4]]"
+    others = [line for line in lines if "rank 0" in line]
     assert len(others) == 1
-    assert "Stopped after 6 iterations, because rank 1 failed: ValueError: the data of this rank are bad" in others[0]
+    assert "Stopped after 6 iterations, because rank 1 failed: ValueError: bad data on this rank" in others[0]
     assert "Traceback" not in output
     assert shell.leftovers() == []
 
 
 def test_a_killed_rank_is_reported(shell: Shell, config: str, tmp_path: Path):
     """If rank 0 with the store is killed, the other rank reports it, and the exit code contains the signal."""
-    status, output = shell.run("train", config, "--nproc", "2", *RUN, *misbehaving("SIGKILL", rank=0))
+    status, output = shell.run("train", config, "--nproc", "2", *RUN, *failing("SIGKILL", rank=0))
     assert seconds_since_then(tmp_path) < SOON_S
     assert status == 128 + signal.SIGKILL, output
     assert "(rank 1): error: Stopped after 6 iterations, because rank 0 exited: process " in output
@@ -65,7 +65,7 @@ def test_a_killed_rank_is_reported(shell: Shell, config: str, tmp_path: Path):
 def test_a_hanging_rank_times_out(shell: Shell, config: str, tmp_path: Path):
     """After the timeout, the stacks of all running ranks are written, including the line of the hanging rank."""
     status, output = shell.run(
-        "train", config, "--nproc", "2", *RUN, *misbehaving("hang"), "--set", "env_cfg.dist_cfg.timeout=3"
+        "train", config, "--nproc", "2", *RUN, *failing("hang"), "--set", "env_cfg.dist_cfg.timeout=3"
     )
     assert status == 1, output
     assert "Timed out waiting 3000ms" in output
@@ -85,17 +85,17 @@ def test_restarted_ranks_give_the_same_results(shell: Shell, config: str, tmp_pa
     """With --max-restarts and torchrun, restarted ranks give bit-identical results to an uninterrupted run."""
     status, output = shell.run("train", config, "--nproc", "2", *RUN)
     assert status == 0, output
-    whole = weights(tmp_path / "run" / "epoch_12")
-    ours = shell.start(
-        "train", config, "--nproc", "2", "--max-restarts", "1", *RUN[:-1], "ours", *misbehaving("SIGKILL")
+    expected = weights(tmp_path / "run" / "epoch_12")
+    by_nproc = shell.start(
+        "train", config, "--nproc", "2", "--max-restarts", "1", *RUN[:-1], "by_nproc", *failing("SIGKILL")
     )
-    torchs = shell.start("train", config, *RUN[:-1], "torchs", *misbehaving("SIGKILL"), launch=TORCHRUN)
-    for name, process in (("ours", ours), ("torchs", torchs)):
+    by_torchrun = shell.start("train", config, *RUN[:-1], "by_torchrun", *failing("SIGKILL"), launch=TORCHRUN)
+    for name, process in (("by_nproc", by_nproc), ("by_torchrun", by_torchrun)):
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
         assert "resuming from its last checkpoint" in output
         assert "Resumed after epoch 2, iteration 6" in output
-        assert all(torch.equal(value, whole[key]) for key, value in weights(tmp_path / name / "epoch_12").items())
+        assert all(torch.equal(value, expected[key]) for key, value in weights(tmp_path / name / "epoch_12").items())
     assert shell.leftovers() == []
 
 
@@ -103,14 +103,14 @@ def test_a_slurm_signal_saves_and_requeues(shell: Shell, config: str, tmp_path: 
     """SIGUSR1 to the launcher saves on all ranks and requeues the job, which then resumes automatically."""
     program = tmp_path / "bin" / "scontrol"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/requests\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     job = {"SLURM_JOB_ID": "7", "PATH": f"{program.parent}:{shell.environment['PATH']}"}
     words = ("train", config, "--nproc", "2", *RUN, "--set", "train_cfg.max_epochs=80", "--set", "requeue=True", *RARE)
     status, output = shell.signal(signal.SIGUSR1, *words, **job)
     assert status == 128 + signal.SIGUSR1, output
     done = int(output.split("Interrupted after ")[1].split()[0])
-    assert (tmp_path / "asked").read_text() == "requeue 7\n"
+    assert (tmp_path / "requests").read_text() == "requeue 7\n"
     assert shell.leftovers() == []
     status, output = shell.run(*words, **job, SLURM_RESTART_COUNT="1")
     assert status == 0, output

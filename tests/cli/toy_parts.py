@@ -30,15 +30,15 @@ class CornerSamples(Dataset):
 
 
 @DATASETS.register_module()
-class RestlessSamples(CornerSamples):
-    """The same points, which move each time one of them is read."""
+class ChangingSamples(CornerSamples):
+    """The same points, but every access changes them, so that training is not reproducible."""
 
-    moved = 0.0
+    offset = 0.0
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         point, quarter = super().__getitem__(index)
-        type(self).moved += 0.01
-        return point + self.moved, quarter
+        type(self).offset += 0.01
+        return point + self.offset, quarter
 
 
 @HOOKS.register_module()
@@ -54,7 +54,7 @@ class PressCtrlC(Hook):
 
 
 @HOOKS.register_module()
-class Misbehave(Hook):
+class FailOnce(Hook):
     """A hook that makes one rank fail after an iteration, counted from 1, in the first start only."""
 
     def __init__(self, how: str, rank: int = 1, after: int = 7) -> None:
@@ -65,9 +65,9 @@ class Misbehave(Hook):
     def before_train_iter(self, run: Any, batch_idx: int, data_batch: Any = None) -> None:
         if run.iter + 1 != self.after or run.rank != self.rank or os.environ.get("TORCHELASTIC_RESTART_COUNT") != "0":
             return
-        Path("misbehaved").touch()
+        Path("failed").touch()
         if self.how == "raise":
-            raise ValueError("the data of this rank are bad")
+            raise ValueError("bad data on this rank")
         while self.how == "hang":
             time.sleep(0.1)
         os.kill(os.getpid(), getattr(signal, self.how))
