@@ -54,7 +54,7 @@ _SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"})
 
 
 def _is_by_name(value: Any) -> bool:
-    """Return whether a mapping contains named configurations; with plain values it is one configuration with a typo."""
+    """Return whether a mapping contains named configurations; a mapping with plain values is one, misspelled."""
     plain = str | int | float | None
     return isinstance(value, Mapping) and "type" not in value and not any(isinstance(v, plain) for v in value.values())
 

@@ -24,7 +24,16 @@ from stratagem.strategies import BaseStrategy
 from stratagem.strategies.choice import choose_strategy
 from stratagem.strategies.setup.building import with_preprocessor
 from stratagem.strategies.setup.same_config_check import require_one_config
-from stratagem.train import BaseMetric, Evaluator, Hook, Run, TestLoop, ValLoop
+from stratagem.train import (
+    BaseMetric,
+    EpochBasedTrainLoop,
+    Evaluator,
+    Hook,
+    IterBasedTrainLoop,
+    Run,
+    TestLoop,
+    ValLoop,
+)
 from stratagem.train.building import build_evaluation_loop, build_events, build_train_loop
 from stratagem.train.resume.preemption import save_interrupted
 from stratagem.train.resume.rollback import RollBackError, roll_back
@@ -47,6 +56,7 @@ _DATA_NAMES = {"train": "Training", "val": "Validation", "test": "Test"}
 
 DataLoaderSpec = DataLoader[Any] | Mapping[str, Any]
 EvaluatorSpec = Evaluator | BaseMetric | Mapping[str, Any] | Sequence[BaseMetric | Mapping[str, Any]]
+TrainLoop = EpochBasedTrainLoop | IterBasedTrainLoop
 
 Third = TypeVar("Third")
 
@@ -246,7 +256,7 @@ class Runner:
         """Return the checkpoint that this run saved last, or the latest in its folder; None if there is none."""
         return self.run.last_checkpoint or find_latest_checkpoint(self.strategy.work_dir)
 
-    def prepare(self) -> Any:
+    def prepare(self) -> TrainLoop:
         """Build everything for training and resume if configured, without training; return the loop. Collective.
 
         Raises:
@@ -259,7 +269,7 @@ class Runner:
             loader = self._training_data()
             _require_samples(loader, strategy.dp_size)
             optim_wrapper = strategy.complete_optim_wrapper(optim_spec)
-            loop = build_train_loop(train_cfg, run, loader, val_loop, optim_wrapper=optim_wrapper)
+            loop: TrainLoop = build_train_loop(train_cfg, run, loader, val_loop, optim_wrapper=optim_wrapper)
             strategy.prepare(
                 self._model,
                 optim_wrapper=optim_spec,
@@ -322,7 +332,7 @@ class Runner:
         run.interrupt.raise_heard()
         return self.strategy.model
 
-    def _train_to_the_end(self, loop: Any) -> None:
+    def _train_to_the_end(self, loop: TrainLoop) -> None:
         run = self.run
         while True:
             try:

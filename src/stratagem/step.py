@@ -1,11 +1,11 @@
 """One training step, from a batch on the host to updated parameters, in the order in which it happens.
 
-    to device -> forward (gradient synchronization, autocast) -> backward -> guard -> clip -> optimizer -> zero
+    to device -> forward -> backward -> synchronize the rest -> unscale -> guard -> clip -> optimizer -> zero
 
-These three functions are the reference: anything that runs a step in another way must produce the same bits. There are
-three because each is also an entry point: a model may override ``train_step`` (:func:`train_step` is the default) and
-call ``optim_wrapper.update_params`` (:func:`update_params`), or, with several optimizers, ``backward`` and ``step``
-(:func:`apply_gradients`) itself. An engine replaces ``backward`` and ``step``.
+These three functions are the reference: any other way to run a step must produce the same bits. There are three because
+each is an entry point. :func:`train_step` is the method of ``BaseModel`` that a model may override. :func:`update_params`
+and :func:`apply_gradients` are the methods ``update_params`` and ``step`` of the optimizer wrappers; a model with several
+optimizers calls ``backward`` and ``step`` itself, and an engine replaces them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["apply_gradients", "call_forward", "parse_losses", "train_step", "upd
 _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 
 
-def train_step(model: Any, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
+def train_step(model: Any, data: Any, optim_wrapper: AccumulatingOptim) -> dict[str, Tensor]:
     """Train on one micro-batch: compute the losses and their gradients and, at the end of a window, update.
 
     A model that overrides this must reach its parameters by calling ``self(...)``: strategies wrap that call.
@@ -39,9 +39,10 @@ def train_step(model: Any, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
         The values to log, detached and still on the device: first ``loss``, the sum of the entries whose name contains
         "loss", then every entry of another name.
     """
-    with optim_wrapper.optim_context(model):  # whether gradients are synchronized; autocast
+    # The context is autocast, and decides whether the backward pass synchronizes gradients across ranks.
+    with optim_wrapper.optim_context(model):
         batch = model.data_preprocessor(data, True)  # to the device
-        losses = call_forward(model, batch, "loss")
+        losses = call_forward(model, batch, "loss")  # under DDP and engines, redirected to the wrapper of the model
     loss, weight, log_vars = parse_losses(losses)
     optim_wrapper.update_params(loss, weight=weight)
     return log_vars
@@ -68,12 +69,15 @@ def update_params(
     """
     optim.backward(optim.scale_loss(loss) if weight is None else optim.weigh_loss(loss, weight))
     if optim.should_update():
-        optim.step(**(step_kwargs or _NO_OPTIONS))
-        optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))
+        optim.step(**(step_kwargs or _NO_OPTIONS))  # apply_gradients
+        optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))  # also if the guard refused the update
 
 
 def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
-    """Update the parameters with the accumulated gradients, unless the guard refuses the update.
+    """Update the parameters with the accumulated gradients, unless one of them is NaN or Inf.
+
+    The guard of the gradient policy belongs to a run: it also starts the backward pass (``guard.begin``), so that a bad loss
+    reaches all gradients. ``allows_norm`` is the option ``nonfinite`` of the wrapper, which works without a run.
 
     Args:
         optim: the optimizer wrapper.
@@ -88,19 +92,21 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
     if scaler is not None:
         scaler.unscale_(optim.optimizer)
     allowed = True
+    # inspects_grads: clipping or the option nonfinite is set.
     if optim.inspects_grads or optim.weight is not None or policy.guard is not None:
-        grads = optim.weighted_grads(micro_batches)
+        grads = optim.collect_grads(micro_batches)
         norm = optim.compute_grad_norm(grads) if optim.needs_grad_norm else None
-        # The guard is asked first because its report names the parameters.
+        # The guard comes first because its report names the parameters.
         allowed = policy.guard is None or policy.guard.allows_step(grads, norm)
         allowed = allowed and (norm is None or optim.allows_norm(norm))
         if allowed and clipping is not None:
             clipping.apply(grads, norm)
     if allowed:
+        # Not scaler.step: the gradients are unscaled and checked.
         optim.optimizer.step(**kwargs)
         optim.num_steps_applied += 1
     if scaler is not None:
-        scaler.update(optim.fixed_scale)
+        scaler.update(optim.fixed_scale)  # None: dynamic scaling
 
 
 class AccumulatingOptim(Protocol):
@@ -122,6 +128,9 @@ class AccumulatingOptim(Protocol):
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
         """Return the context of the forward pass."""
 
+    def update_params(self, loss: Tensor, *, weight: float | Tensor | None = None) -> None:
+        """Compute the gradients of one micro-batch and, at the end of a window, update."""
+
     def scale_loss(self, loss: Tensor) -> Tensor:
         """Return the loss divided by the length of its window."""
 
@@ -140,7 +149,7 @@ class AccumulatingOptim(Protocol):
     def zero_grad(self, **kwargs: Any) -> None:
         """Discard the gradients."""
 
-    def weighted_grads(self, micro_batches: int) -> list[Tensor]:
+    def collect_grads(self, micro_batches: int) -> list[Tensor]:
         """Return the gradients, divided by the sum of the weights if there are any."""
 
     def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:

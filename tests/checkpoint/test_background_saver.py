@@ -101,7 +101,7 @@ def test_a_second_save_waits_for_the_first(saver: BackgroundSaver, tmp_path: Pat
         assert (tmp_path / "epoch_1").is_dir()
         saver.wait()
         timer.join()
-    assert "epoch_2 waits" in caplog.text
+    assert "Waiting for the previous checkpoint" in caplog.text
     assert (value_of(tmp_path / "epoch_1"), value_of(tmp_path / "epoch_2")) == ({1}, {2})
 
 

@@ -246,10 +246,10 @@ def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["notes.txt", "manifest.json"])
 def test_a_folder_with_other_content_is_not_replaced(tmp_path: Path, content: str) -> None:
-    """Saving to a folder with other content is an error, and the content is kept."""
+    """Saving to a folder that contains other files is an error, and the content is kept."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / content).write_text('{"format": "somebody else\'s"}')
-    with pytest.raises(CheckpointError, match=r"work is a folder with other content"):
+    with pytest.raises(CheckpointError, match=r"work is a folder that contains other files"):
         FORMAT.save(sample(), tmp_path / "work")
     assert [entry.name for entry in (tmp_path / "work").iterdir()] == [content]
 

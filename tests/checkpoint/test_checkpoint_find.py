@@ -91,7 +91,7 @@ def test_an_invalid_time_is_skipped(tmp_path: Path, saved_at: object) -> None:
 
 
 def test_other_places_contain_no_checkpoint(tmp_path: Path) -> None:
-    """An empty folder, one with other content, a missing one and a file give None instead of an error."""
+    """An empty folder, one that contains other files, a missing one and a file give None instead of an error."""
     assert find_latest_checkpoint(tmp_path) is None
     (tmp_path / "logs").mkdir()
     (tmp_path / "notes.txt").write_text("x")

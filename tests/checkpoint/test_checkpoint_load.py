@@ -104,7 +104,7 @@ def test_differences_are_reported_and_the_rest_is_loaded() -> None:
     assert report.describe().splitlines() == [
         "The model and loaded state dict do not match exactly:",
         "  2 of the model's 4 keys were found.",
-        "  1 missing in the checkpoint: 1.weight",
+        "  1 missing from the checkpoint: 1.weight",
         "  1 unexpected in the checkpoint: head",
         "  1 with a different shape: 1.bias (saved [7], model [1])",
     ]
@@ -116,7 +116,7 @@ def test_the_first_differing_keys_and_their_number_are_shown() -> None:
     """Only the first ten of many keys are listed, with the number of the others."""
     report = LoadReport(matched=1, total=26, missing=tuple(f"layer.{index}" for index in range(25)))
     text = report.describe()
-    assert "25 missing in the checkpoint: layer.0, layer.1," in text
+    assert "25 missing from the checkpoint: layer.0, layer.1," in text
     assert "layer.9, ... (15 more)" in text
     assert "layer.10" not in text
     assert not report.exact
@@ -215,7 +215,7 @@ def test_keys_renamed_by_hooks_match(strict: bool) -> None:
 @pytest.mark.parametrize(
     ("state", "strict", "text"),
     [
-        ({"old": torch.ones(2)}, True, "1 missing in the checkpoint: plain"),
+        ({"old": torch.ones(2)}, True, "1 missing from the checkpoint: plain"),
         ({"other": torch.ones(2)}, False, "No key"),
         ({"old": torch.ones(7), "plain": torch.ones(1)}, False, "size mismatch"),
         ({"plain": torch.ones(3), "old": torch.ones(2)}, True, r"plain \(saved \[3\], model \[1\]\)"),

@@ -111,7 +111,7 @@ def test_a_file_with_objects_is_rejected_with_advice(tmp_path: Path) -> None:
     """An intact file that contains objects is rejected as such, and not reported as damaged."""
     torch.save({"meta": Path("x")}, tmp_path / "a.pth")
     with pytest.raises(
-        CheckpointError, match=r"a\.pth: meta is an object of pathlib\.PosixPath, .* If you trust"
+        CheckpointError, match=r"a\.pth: meta is an object of type pathlib\.PosixPath, .* If you trust"
     ) as caught:
         FORMAT.load(tmp_path / "a.pth")
     assert type(caught.value) is CheckpointError

@@ -183,8 +183,8 @@ def test_objects_next_to_the_weights_are_skipped(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.INFO, "stratagem"):
         tree = SingleFileFormat().load(tmp_path / "a.pt")
     assert sorted(tree) == ["epoch", "state_dict"]
-    assert "Skipped in the checkpoint: 'args'. args is an object of argparse.Namespace" in caplog.text
-    with pytest.raises(CheckpointError, match="args is an object of argparse.Namespace"):
+    assert "Skipped in the checkpoint: 'args'. args is an object of type argparse.Namespace" in caplog.text
+    with pytest.raises(CheckpointError, match="args is an object of type argparse.Namespace"):
         SingleFileFormat().load(tmp_path / "a.pt", parts={"args"})
 
 
@@ -192,14 +192,14 @@ def test_objects_next_to_the_weights_are_skipped(tmp_path: Path, caplog: pytest.
 def test_a_pickled_model_says_how_to_convert_it(tmp_path: Path, whole: bool) -> None:
     """A pickled module is an error with its class and how to convert it if the file is trusted."""
     torch.save(PLAIN if whole else {"model": PLAIN, "epoch": 3}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"object of torch\.nn\.modules\.linear\.Linear.*If you trust"):
+    with pytest.raises(CheckpointError, match=r"object of type torch\.nn\.modules\.linear\.Linear.*If you trust"):
         load_checkpoint(nn.Linear(2, 1), tmp_path / "a.pt")
 
 
 def test_an_object_among_the_weights_is_named(tmp_path: Path) -> None:
     """Weights that contain an object are rejected with the key."""
     torch.save({"state_dict": {**PLAIN.state_dict(), "extra": Path("x")}}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a\.pt: state_dict/extra is an object of pathlib\.PosixPath"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: state_dict/extra is an object of type pathlib\.PosixPath"):
         CheckpointLoader.load_checkpoint(tmp_path / "a.pt")
 
 

@@ -95,7 +95,7 @@ def test_an_optimizer_with_objects_is_skipped(tmp_path: Path) -> None:
     write(tmp_path / "model.safetensors", STATE)
     torch.save({"state": Path("x"), "param_groups": []}, tmp_path / "optimizer.pt")
     check(read_any(tmp_path))
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt: root/state is an object of pathlib\.PosixPath"):
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: root/state is an object of type pathlib\.PosixPath"):
         read_any(tmp_path, parts={"optimizer"})
 
 

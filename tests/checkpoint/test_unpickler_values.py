@@ -207,7 +207,7 @@ def test_malformed_metadata_is_damage(tmp_path: Path, tensor: Raw) -> None:
 def test_quantized_tensors_are_rejected(tmp_path: Path) -> None:
     """A quantized tensor is rejected, because its values need a scale."""
     torch.save({"state_dict": {"w": FakeQuantized()}}, tmp_path / "a.pth")
-    with pytest.raises(CheckpointError, match=r"state_dict/w is an object of torch\._utils\._rebuild_qtensor"):
+    with pytest.raises(CheckpointError, match=r"state_dict/w is an object of type torch\._utils\._rebuild_qtensor"):
         SingleFileFormat().load(tmp_path / "a.pth")
 
 

@@ -67,7 +67,7 @@ def test_a_missing_configuration(stratagem: Command):
         ("param_scheduler=5", ("schedule", "5")),
         ("param_scheduler.0.type=LinerLR", ("'LinerLR'", "'LinearLR'")),
         ("param_scheduler.3.type=LinearLR", ("param_scheduler.3", "1 item")),
-        ("train_cfg.max_epochs=0", ("max_epochs must be an integer of at least 1, got 0",)),
+        ("train_cfg.max_epochs=0", ("max_epochs must be a positive integer, got 0",)),
         ("train_cfg.max_epoch=3", ("'max_epoch'", "'max_epochs'")),
         ("train_dataloader.dataset.type=CornerSample", ("'CornerSample'", "'CornerSamples'")),
         ("train_dataloader.batch_sise=3", ("batch_sise",)),

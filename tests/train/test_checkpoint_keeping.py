@@ -215,7 +215,7 @@ def test_the_best_score_is_restored_from_the_manifest(make_runner: MakeRunner, t
 
 
 def test_validation_outside_of_training_saves_nothing(make_runner: MakeRunner):
-    """``runner.val()`` outside of training saves no best checkpoint."""
+    """``runner.val()`` outside training saves no best checkpoint."""
     hook = {"save_best": "acc", "interval": -1, "save_last": False}
     runner = train(make_runner, hook, 1, **scored(0.5, 0.9))
     assert names(runner) == {"best_acc_epoch_1"}

@@ -120,9 +120,9 @@ def test_a_new_parameter_must_be_listed(make_runner: MakeRunner):
     first = make_runner(optim_wrapper=adam, default_hooks=SAVING, train_cfg={"max_epochs": 1})
     first.train()
     more = {"model": Taller(), "optim_wrapper": adam, "default_hooks": SAVING, "train_cfg": {"max_epochs": 2}}
-    with pytest.raises(CheckpointMismatchError, match="1 missing in the checkpoint: scale"):
+    with pytest.raises(CheckpointMismatchError, match="1 missing from the checkpoint: scale"):
         make_runner(**more, resume=True).prepare()
-    with pytest.raises(CheckpointMismatchError, match="1 missing in the checkpoint: scale"):
+    with pytest.raises(CheckpointMismatchError, match="1 missing from the checkpoint: scale"):
         make_runner(**more, resume=True, new_parameters=["sca"]).prepare()
     second = make_runner(**more, resume=True, new_parameters=["sc.*"], log_level="INFO")
     second.prepare()

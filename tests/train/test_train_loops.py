@@ -199,7 +199,7 @@ def test_a_stop_at_the_last_batch_of_an_epoch_ends_the_epoch(make_runner: MakeRu
 def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: object):
     """Any other length is refused, and the message names the key and the value."""
     runner = make_runner(train_cfg={name: value})
-    with pytest.raises(ConfigValueError, match=f"{name} must be an integer of at least 1, got {value!r}"):
+    with pytest.raises(ConfigValueError, match=f"{name} must be a positive integer, got {value!r}"):
         runner.train()
 
 
@@ -207,7 +207,7 @@ def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: o
 def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
     """An interval of zero, which would divide by zero during the run, is refused."""
     runner = make_runner(train_cfg={"max_epochs": 2, key: 0})
-    with pytest.raises(ConfigValueError, match=f"{key} must be an integer of at least 1, got 0"):
+    with pytest.raises(ConfigValueError, match=f"{key} must be a positive integer, got 0"):
         runner.train()
 
 

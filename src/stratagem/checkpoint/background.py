@@ -66,7 +66,9 @@ class BackgroundSaver:
             CheckpointError: if a value cannot be stored, or the previous save failed.
         """
         if self._task is not None and not self._task.done():
-            self._logger.info("%s waits until the previous checkpoint is written.", os.fspath(filename))
+            self._logger.info(
+                "Waiting for the previous checkpoint to be written before saving %s.", os.fspath(filename)
+            )
         self.wait()
         check_writable(filename)
         staged = format_for(Path(filename)).stage(checkpoint, rank_group)

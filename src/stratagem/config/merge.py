@@ -80,9 +80,9 @@ def without_delete_keys(value: Any) -> Any:
 
 
 def difference(new: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the dict that gives ``new`` when it is merged into ``base``. ``new`` has all top-level keys of ``base``.
+    """Return the dict that, when merged into ``base``, yields ``new``. ``new`` has all top-level keys of ``base``.
 
-    The changes are those of a program, so the keys of replaced values are no longer marked as those of a data file.
+    The changes come from code, so replaced values are no longer marked as coming from a data file.
     """
     changes: dict[str, Any] = {}
     for key, value in new.items():

@@ -128,7 +128,7 @@ class _Reader:
 
 
 def parse_scalar(word: str) -> Any:
-    """Return the int, float, bool or None that a word represents, or else the word."""
+    """Return the int, float, bool or None that a word represents, or the word itself."""
     if word.lower() in _WORDS:
         return _WORDS[word.lower()]
     if _INTEGER.fullmatch(word):

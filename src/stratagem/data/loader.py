@@ -171,7 +171,7 @@ class EpochLoader:
 
     @property
     def resume_warning(self) -> str | None:
-        """The reason why a run that stops within an epoch may not resume exactly; None if it resumes exactly."""
+        """Why a run that stops within an epoch may not resume exactly; None if it resumes exactly."""
         if self._source is not None or self._stateful is not None:
             return None
         dataset = self.dataset

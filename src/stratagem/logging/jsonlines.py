@@ -1,4 +1,4 @@
-"""Write records as JSON Lines, one valid JSON object per line for any values."""
+"""Write records as JSON Lines, one object per line, valid JSON whatever the values are."""
 
 from __future__ import annotations
 

@@ -44,10 +44,10 @@ class ScalarSmoother:
         """Return the mean of each name over the iterations in which it was a scalar, sorted by name.
 
         Numbers and single-element tensors are scalars; all other values (strings, predictions, complex numbers) are
-        ignored. The tensors of a device are transferred in one copy, which synchronizes with the device.
+        ignored. All tensors on a device are transferred in one copy, which synchronizes with the device.
 
         Args:
-            last: use only this number of most recent iterations.
+            last: the number of most recent iterations to average over.
             reduce: called once with the means by name, even if there are none; its result is returned. With
                 :func:`~stratagem.distributed.mean_by_name`, the means are averaged over the ranks, and this method is
                 collective: every rank must call it, regardless of its names.

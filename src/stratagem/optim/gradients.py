@@ -92,7 +92,7 @@ def parse_nonfinite(policy: str | None, clipping: Clipping | None) -> NonFinite 
     if policy is None:
         return "error" if clipping is not None and clipping.error_if_nonfinite else None
     if policy not in ("error", "skip"):
-        raise ConfigValueError(f'nonfinite={policy!r} is not known. Use "error", "skip", or None to not check.')
+        raise ConfigValueError(f'nonfinite={policy!r} is not known. Use "error", "skip", or None to disable the check.')
     return cast("NonFinite", policy)
 
 

@@ -201,7 +201,7 @@ class _Flag:
             # Multiplying by 1 keeps the bits.
             mark_nonfinite(gradients, self.found, self._one)
         except RuntimeError:
-            # Sparse gradients, which the parameters do not show, or a group that was added later on another device.
+            # The gradients are sparse, which the parameters do not show, or a group on another device was added later.
             self._alike = False
         return self._alike
 

@@ -51,7 +51,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         accumulative_counts: micro-batches per update.
         clip_grad: ``dict(max_norm=..., norm_type=2.0)``, or ``dict(type="value", clip_value=...)``.
         nonfinite: what to do if the norm of the gradients is NaN or Inf: ``"error"``, ``"skip"`` the update, or ``None``
-            to not check. The check synchronizes with the device once per update.
+            to disable the check. The check synchronizes with the device once per update.
 
     Attributes:
         grad_norm: the norm before clipping in the last step, on its device; ``None`` if none is computed.
@@ -76,9 +76,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     ) -> None:
         super().__init__(optimizer)
         if not isinstance(accumulative_counts, int) or accumulative_counts < 1:
-            raise ConfigValueError(
-                f"accumulative_counts must be an integer of at least 1, got {accumulative_counts!r}."
-            )
+            raise ConfigValueError(f"accumulative_counts must be a positive integer, got {accumulative_counts!r}.")
         self.accumulative_counts = accumulative_counts
         self.max_counts = -1
         self.grad_norm: Tensor | None = None
@@ -95,7 +93,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self._saved_pending: int | None = None
         self._has_own_zero_grad = type(optimizer).zero_grad is not Optimizer.zero_grad
 
-    update_params = update_params
+    update_params = update_params  # the function of stratagem.step, bound as a method
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         if self.grad_scaler is not None:
@@ -104,7 +102,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         loss.backward(**(kwargs if guard is None else guard.begin(loss, kwargs)))
         self.inner_count += 1
 
-    step = apply_gradients
+    step = apply_gradients  # the function of stratagem.step, bound as a method
 
     def zero_grad(self, **kwargs: Any) -> None:
         if kwargs or self._has_own_zero_grad:
@@ -204,7 +202,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.window_start = self.inner_count
         self.reset_weights()
 
-    def weighted_grads(self, micro_batches: int) -> list[Tensor]:
+    def collect_grads(self, micro_batches: int) -> list[Tensor]:
         """Return the gradients of the window, divided in place by the sum of the weights if there are any."""
         grads = [
             grad

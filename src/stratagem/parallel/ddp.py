@@ -173,7 +173,7 @@ class Replicated(Placement):
         model = steps.compile(model.to(world.device))
         if "train_step" in vars(model):
             raise PlacementError(
-                "compile: target='train_step' cannot be used under DDP, because it bypasses the hooks of DDP around forward. Use "
+                "compile: target='train_step' cannot be used under DDP, because it bypasses DDP's forward hooks. Use "
                 "target='forward'."
             )
         # On the unwrapped model: the rules for parameter groups refer to its parameter names.

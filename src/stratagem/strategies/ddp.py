@@ -12,7 +12,7 @@ from stratagem.utils import did_you_mean
 
 __all__ = ["DDPStrategy"]
 
-# The names of the two ways to wrap in configurations.
+# The names that configurations may use for each of the two wrapping modes.
 _WHOLE = ("whole", "MMDistributedDataParallel", "DistributedDataParallel")
 _SEPARATE = ("separate", "MMSeparateDistributedDataParallel")
 

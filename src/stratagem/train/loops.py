@@ -342,5 +342,5 @@ def _validate_once(run: Run, val_loop: ValLoop | None) -> None:
 
 def _positive(name: str, value: int | None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        raise ConfigValueError(f"{name} must be a positive integer, got {value!r}.")
     return value

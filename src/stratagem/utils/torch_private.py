@@ -1,7 +1,7 @@
-"""All private names of torch that this package uses, each with the reason; a new torch may change any of them.
+"""All private names of torch that this package uses, each with the reason. Any torch release may change them.
 
-``tests/utils/test_torch_private.py`` has a test for each, so that a change in torch fails there with a clear message and not
-somewhere in a training. What each step calls is an alias rather than a function, which would cost a call.
+``tests/utils/test_torch_private.py`` has a test for each, so that a change in torch fails there with a clear message rather
+than in the middle of a run. What each step calls is an alias rather than a function, which would cost a call.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ CALL_ATTRIBUTE: Final = "_compiled_call_impl"
 # are part of its reduction.
 tensors_in: Callable[[Any], Iterable[Tensor]] = _ddp._find_tensors
 
-# backward_pass_id() returns the number of the backward pass that calls it from a hook, -1 outside of one. No public function
+# backward_pass_id() returns the number of the backward pass that calls it from a hook, -1 outside one. No public function
 # distinguishes two backward passes.
 backward_pass_id: Callable[[], int] = torch._C._current_graph_task_id
 

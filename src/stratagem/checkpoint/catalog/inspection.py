@@ -33,11 +33,11 @@ class CheckpointInfo:
         path: path of the checkpoint.
         saved_at: time of the save in seconds since the epoch; for a single file, its modification time.
         number: the epoch or iteration in its name, else its recorded iteration; 0 if neither is known.
-        fault: the reason why a run cannot resume from it, if it shows without reading tensors; empty if there is none.
+        fault: why a run cannot resume from it, if it shows without reading tensors; empty if there is none.
         position: the number of finished epochs and iterations, if recorded.
         run_id: the id of the run that saved it, if recorded.
         order: its position among the checkpoints of the run, if recorded.
-        retention_tag: the reason why it was saved.
+        retention_tag: why it was saved.
         finite: False if its weights contained NaN or Inf when it was saved.
     """
 

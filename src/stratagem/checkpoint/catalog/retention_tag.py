@@ -1,4 +1,4 @@
-"""The reason why a checkpoint was saved, which decides how long it is kept."""
+"""Why a checkpoint was saved, which determines how long it is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIELDS = {
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionTag:
-    """The reason why a checkpoint was saved.
+    """Why a checkpoint was saved.
 
     Attributes:
         group: the group of checkpoints in which a newer one replaces an older one; empty if it belongs to no group.

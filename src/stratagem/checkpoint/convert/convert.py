@@ -87,7 +87,7 @@ def _without_secrets(tree: StateTree) -> StateTree:
 
 @contextmanager
 def open_checkpoint(source: str | Path) -> Iterator[StateTree]:
-    """Yield the state tree of a checkpoint in any format, with its tensors in files if the format allows it."""
+    """Yield the state tree of a checkpoint in any format, with file-backed tensors if the format supports it."""
     if isinstance(source, Path) and is_dcp_directory(source):
         with tempfile.TemporaryDirectory(prefix="stratagem-") as folder:
             yield DcpDirectory(source).load(allocate=_FileAllocator(Path(folder)))
@@ -97,7 +97,7 @@ def open_checkpoint(source: str | Path) -> Iterator[StateTree]:
 
 @final
 class _FileAllocator:
-    """Allocate tensors whose memory is a file in ``folder``."""
+    """Allocate tensors backed by files in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

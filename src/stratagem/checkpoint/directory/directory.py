@@ -66,7 +66,7 @@ class DirectoryFormat:
 
         Raises:
             CheckpointError: on every rank, if a value cannot be stored, the file system reports an error, or ``path`` is a
-                directory with other content. ``path`` is unchanged then.
+                directory that contains other files. In that case ``path`` is unchanged.
         """
         write_snapshot(take_snapshot(tree, rank_group), path, rank_group, write_extra_files=write_extra_files)
 

@@ -187,7 +187,7 @@ def check_replaceable(path: Path) -> None:
     """Check that ``path`` may be replaced by a checkpoint: it is free, an empty directory, or a checkpoint itself.
 
     Raises:
-        CheckpointError: if ``path`` is a directory with other content. Damaged checkpoints may be replaced.
+        CheckpointError: if ``path`` is a directory that contains other files. Damaged checkpoints may be replaced.
     """
     if not path.is_dir() or not any(path.iterdir()):
         return
@@ -201,7 +201,7 @@ def check_replaceable(path: Path) -> None:
         is_checkpoint = (path / STATE).is_file()
     if not is_checkpoint:
         raise CheckpointError(
-            f"{path} is a folder with other content, which saving a checkpoint would replace. Choose a name inside it, "
+            f"{path} is a folder that contains other files, which saving a checkpoint would overwrite. Choose a name inside it, "
             f"such as {path / 'checkpoint'}."
         )
 

@@ -118,7 +118,7 @@ class ValueBuilder:
         if builder is None:
             kind = printable(node.qualified_name)
             raise UnsupportedObjectError(
-                f"{where} is an object of {kind}, which can only be created by executing code."
+                f"{where} is an object of type {kind}, which can only be created by executing code."
             )
         return builder(self, node, where)
 

@@ -46,7 +46,7 @@ class LoadReport:
         lines = ["The model and loaded state dict do not match exactly:"]
         lines.append(f"  {self.matched} of the model's {self.total} keys were found.")
         if self.missing:
-            lines.append(f"  {len(self.missing)} missing in the checkpoint: {_shorten_list(self.missing)}")
+            lines.append(f"  {len(self.missing)} missing from the checkpoint: {_shorten_list(self.missing)}")
         if self.unexpected:
             lines.append(f"  {len(self.unexpected)} unexpected in the checkpoint: {_shorten_list(self.unexpected)}")
         if self.shape_mismatches:
@@ -72,7 +72,7 @@ def load_state_dict(
 
     Keys are first rewritten by ``revise_keys``. If the model does not have a rewritten key, prefixes added by wrappers are
     removed from it. Tensors with a different shape are skipped and reported. With ``strict``, keys that fully match one of
-    the patterns in ``allow_missing`` may be missing in ``state``.
+    the patterns in ``allow_missing`` may be missing from ``state``.
 
     Raises:
         CheckpointMismatchError: if no key matches, two keys become the same, a value is not a tensor but that of the

@@ -99,7 +99,7 @@ def optimizer_by_index(
         state: the result of :func:`optimizer_by_name`, or a state dict of torch, whose indices are kept.
         names: the parameter names of the optimizer to load into, one list for each group.
         current: the parameter groups of the optimizer to load into.
-        allow_missing: patterns of parameter names that may be missing in ``state``. They start without state, and groups
+        allow_missing: patterns of parameter names that may be missing from ``state``. They start without state, and groups
             that consist of them keep their own options.
 
     Raises:

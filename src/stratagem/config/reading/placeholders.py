@@ -4,7 +4,7 @@ A saved configuration contains ``{{ $SECRET:key }}`` instead of a secret. It can
 used.
 
 Values are not substituted in the text, where a quote or a backslash in a value would change its meaning. Each placeholder is
-replaced by an identifier that is valid in every language, and the identifier by the value after the text is parsed.
+replaced with an identifier that is valid in every language, and the identifier by the value after the text is parsed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def masked_marker(path: KeyPath) -> str:
 
 @final
 class Placeholders:
-    """The placeholders of one text. The attribute ``text`` is the text with an identifier instead of each.
+    """The placeholders in a text. In the attribute ``text``, each placeholder is replaced with an identifier.
 
     Args:
         text: The contents of the file.

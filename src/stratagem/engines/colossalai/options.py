@@ -176,7 +176,7 @@ def _with_precision(spec: PluginSpec, mixed_precision: Any) -> PluginSpec:
 
     Raises:
         ConfigTypeError: if ``mixed_precision`` is neither a name nor a mapping.
-        ConfigValueError: if the precision is unknown, or that of the plugin and ``mixed_precision`` differ.
+        ConfigValueError: if the precision is unknown, or conflicts between the plugin and ``mixed_precision``.
         PlacementError: if the plugin does not support the precision.
     """
     name, scaler = _parse_precision(mixed_precision)
@@ -233,7 +233,7 @@ def refuse_other_wrappers(config: Any, model_wrapper: Any) -> None:
     """
     if config:
         raise PlacementError(
-            f"config={config!r} has no effect: ColossalAI has no global configuration since version 0.4. Set options of the "
+            f"config={config!r} has no effect: ColossalAI has had no global configuration since version 0.4. Set options of the "
             "plugin instead: plugin=dict(type='lowlevel-zero', stage=2)."
         )
     name = model_wrapper.get("type") if isinstance(model_wrapper, Mapping) else model_wrapper

@@ -149,7 +149,7 @@ class ColossalAIState(StateAccess):
             return value
         raise CheckpointError(
             f"The optimizer's {key} of {shard.name} has shape {list(value.shape)}, and this rank has {shard.count} elements of "
-            f"the parameter's {list(shard.shape)}, so that other strategies could not load it. Use plugin='torch-ddp', or an "
+            f"the parameter's {list(shard.shape)}, so other strategies cannot load it. Use plugin='torch-ddp', or an "
             "elementwise optimizer such as AdamW."
         )
 

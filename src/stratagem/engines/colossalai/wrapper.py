@@ -80,7 +80,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
             options = dict(guard.begin(loss, kwargs))
             if "gradient" not in kwargs and "gradient" in options:
                 loss = loss * options["gradient"]
-        # ZeRO reduces gradients in the backward pass, outside of the sync context of the forward pass.
+        # ZeRO reduces gradients in the backward pass, outside the sync context of the forward pass.
         reduces = self.should_sync()
         with NO_CONTEXT if reduces else self._no_sync():
             self.engine.backward(loss, **kwargs)

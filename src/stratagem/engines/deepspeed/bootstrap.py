@@ -127,7 +127,7 @@ def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_direct_backward(engine: Any) -> None:
-    """Make the engine raise an error for backward passes outside of it, which would bypass accumulation and loss scaling."""
+    """Make the engine reject backward passes that do not go through it, which would bypass accumulation and loss scaling."""
     begin = engine._backward_prologue
 
     def checked_begin() -> None:

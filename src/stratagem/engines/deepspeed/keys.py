@@ -122,8 +122,8 @@ _REFUSED: Final[Mapping[str, str]] = {
     "hybrid_engine": "it is for inference between steps. Omit it.",
     "elasticity": "the launcher restarts runs, which can resume on any number of ranks. Omit it.",
     "autotuning": "it starts separate runs. Omit it.",
-    "compression_training": "it changes weights outside of the optimizer. Omit it.",
-    "weight_quantization": "it changes weights outside of the optimizer. Omit it.",
+    "compression_training": "it changes weights outside the optimizer. Omit it.",
+    "weight_quantization": "it changes weights outside the optimizer. Omit it.",
     "disable_allgather": "the weights would differ between ranks. Omit it.",
 }
 _REFUSED_INSIDE: Final[Mapping[str, str]] = {

@@ -148,7 +148,7 @@ def group_parameters(
     depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([info.name for info in infos])
     base = _base_values(options, signature)
     groups: dict[str, Group] = {}
-    # Most parameters of a large model share the same key, traits and depth, so compute the options once for each.
+    # Most parameters of a large model share the same key, traits and depth, so compute the options once per combination.
     cache: dict[tuple[str | None, ParameterTraits | None, float], Group] = {}
     seen: dict[int, tuple[str, Group]] = {}
     for name, parameter, traits in infos:

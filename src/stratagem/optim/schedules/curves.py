@@ -100,7 +100,7 @@ class Linear(Curve):
 @final
 @dataclass(frozen=True)
 class Step(Curve):
-    """Multiplied by ``gamma`` every ``step_size`` positions."""
+    """Multiply the value by ``gamma`` every ``step_size`` positions."""
 
     step_size: int
     gamma: float = 0.1
@@ -117,7 +117,7 @@ class Step(Curve):
 @final
 @dataclass(frozen=True)
 class MultiStep(Curve):
-    """Multiplied by ``gamma`` at each milestone; repeated milestones count repeatedly."""
+    """Multiply the value by ``gamma`` at each milestone; a milestone that is listed twice applies twice."""
 
     milestones: Sequence[int]
     gamma: float = 0.1
@@ -139,7 +139,7 @@ class MultiStep(Curve):
 @final
 @dataclass(frozen=True)
 class Exponential(Curve):
-    """Multiplied by ``gamma`` at each position."""
+    """Multiply the value by ``gamma`` at each position."""
 
     gamma: float
 

@@ -176,7 +176,7 @@ class OpRecorder:
         )
 
     def _needed(self, wanted: set[int], *, uses_rng: bool) -> list[RecordedOp]:
-        """Return, in order, the operations that storages depend on, and with ``uses_rng`` all that draw random numbers."""
+        """Return the recorded operations that the ``wanted`` storages depend on, with ``uses_rng`` also all that use the RNG."""
         live = set(wanted)
         needed = []
         for op in reversed(self._ops):

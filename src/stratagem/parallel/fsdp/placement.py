@@ -198,7 +198,7 @@ class FSDPPlacement(Placement):
             ties = tied_outside(model, block)
             if ties:
                 raise PlacementError(
-                    f"wrap_policy selects {name!r}, which shares a weight with {ties[0]!r} outside of it: the weight would be "
+                    f"wrap_policy selects {name!r}, which shares a weight with {ties[0]!r} outside it: the weight would be "
                     "sharded twice and no longer be tied. Exclude one of them, or select the module that contains both."
                 )
         return blocks
@@ -279,7 +279,7 @@ class FSDPPlacement(Placement):
     def _guard(self, model: nn.Module) -> None:
         if "train_step" in vars(model):
             raise PlacementError(
-                "compile: target='train_step' cannot be used under FSDP, because it bypasses the hooks of FSDP around forward. "
+                "compile: target='train_step' cannot be used under FSDP, because it bypasses FSDP's forward hooks. "
                 "Use target='forward', or compile_blocks=True."
             )
         for path in self._options.forward_methods:

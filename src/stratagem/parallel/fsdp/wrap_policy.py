@@ -124,7 +124,7 @@ def matches_name(name: str, pattern: str) -> bool:
 
 
 def _by_size(model: nn.Module, named: Mapping[str, nn.Module], min_params: int, what: str) -> list[str]:
-    """Select modules, innermost first, with at least ``min_params`` parameters outside of already selected modules."""
+    """Select modules, innermost first, with at least ``min_params`` parameters outside already selected modules."""
     if isinstance(min_params, bool) or not isinstance(min_params, int) or min_params < 1:
         raise ConfigTypeError(f"{what}: min_params must be a number of parameters, got {min_params!r}.")
     chosen: list[str] = []

@@ -172,7 +172,7 @@ class EMAHook(Hook):
         if saved["steps"]:
             averages = saved["averages"]
             if not self._strict_load:
-                # Weights that are missing in the saved average are new in the model; their average starts with them.
+                # Weights missing from the saved average are new to the model; their average starts at their current values.
                 averages = {**self.average.averages, **averages}
             self.average.load_state_dict({**saved, "averages": averages})
         else:

@@ -144,7 +144,7 @@ class BestScores:
             # A resumed run keeps the metric of the checkpoint.
             first = next(iter(self._scores or metrics), None)
             if first is None:
-                raise ConfigValueError("CheckpointHook: save_best='auto', but the validation returned no metric.")
+                raise ConfigValueError("CheckpointHook: save_best='auto', but validation returned no metrics.")
             self._names, self._given_rules = [first], {first: self._given_rules[_AUTO]}
             self._rules = {first: self._rule_for(first)}
         for name in self._names:

@@ -46,7 +46,7 @@ def save_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
 def requeue_job(logger: logging.Logger, environ: Mapping[str, str] = os.environ) -> bool:
     """Requeue the SLURM job of this process under the same job ID; return whether it succeeded.
 
-    The checkpoint is already saved at this point, so a failure is logged with what to do instead of raised.
+    The checkpoint is already saved at this point, so a failure is logged, with instructions, rather than raised.
     """
     job = environ.get("SLURM_JOB_ID")
     if job is None:

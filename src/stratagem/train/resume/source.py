@@ -34,7 +34,7 @@ class ResumeSource:
         load_from: a checkpoint to load the weights from, or to resume from if ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint of the run, if any), or a path.
         resume_param_scheduler: whether to restore the schedules and the options of the optimizers.
-        new_parameters: regular expressions for the names of parameters that may be missing in the checkpoint.
+        new_parameters: regular expressions for the names of parameters that may be missing from the checkpoint.
 
     Attributes:
         changes: the changes of the configuration since the checkpoint was saved, one line each.

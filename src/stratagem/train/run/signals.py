@@ -36,7 +36,7 @@ class SignalListener:
     in a collective operation with a rank that never responds.
 
     Attributes:
-        first: the number of the first signal; None before the first, and outside of :meth:`listening`.
+        first: the number of the first signal; None before the first, and outside :meth:`listening`.
         second: the number of the signal that stops the process immediately.
     """
 
