@@ -102,7 +102,7 @@ def _not_a_dict_message(root: Any) -> str:
     if root.qualified_name.startswith("torch._utils._rebuild"):
         return "it contains a Tensor; expected a dict."
     return (
-        f"it contains an object of {printable(root.qualified_name)}, perhaps a whole model instead of its state dict. No code "
+        f"it contains an object of type {printable(root.qualified_name)}, perhaps a whole model instead of its state dict. No code "
         "from it was executed. If you trust it, convert it in an environment where that class is installed: "
         "torch.save(torch.load(path, weights_only=False).state_dict(), 'weights.pth')."
     )
