@@ -129,5 +129,5 @@ def refused(folder: str) -> str:
 def test_fewer_samples_than_ranks_are_refused(ranks: Ranks, tmp_path: Path) -> None:
     """One rank would have no training data."""
     for error in ranks.run(refused, str(tmp_path)):
-        assert error.startswith("The training data has 1 samples, and 2 ranks are to have samples of their own.")
+        assert error.startswith("The training data has 1 samples for 2 data-parallel ranks.")
     assert len(Samples(1)) == 1
