@@ -28,7 +28,7 @@ __all__ = ["load_checkpoint", "get_model_state", "check_writable", "save_checkpo
 def save_checkpoint(
     checkpoint: Mapping[str, Any], filename: str | os.PathLike[str], rank_group: RankGroup = SINGLE_PROCESS
 ) -> None:
-    """Save a state tree so that ``filename`` holds either all of it or its previous content.
+    """Save a state tree so that ``filename`` holds either all of it or its previous contents.
 
     A name that ends in ``.pth`` (or ``.pt``, ``.ckpt``, ``.bin``) is written as a single file in torch's format, any other
     name as a directory of safetensors and JSON files. For a URL that fsspec can open (``s3://bucket/run/epoch_3``), the
@@ -60,7 +60,7 @@ def write_to(
 
 
 def check_writable(filename: str | os.PathLike[str]) -> None:
-    """Check that checkpoints can be saved to ``filename``: every path is accepted, and URLs that fsspec can write to.
+    """Check that checkpoints can be saved to ``filename``: any path is accepted, and any URL that fsspec can write to.
 
     Raises:
         CheckpointError: if the URL is read-only or its scheme is unknown.

@@ -108,7 +108,7 @@ class BackgroundSaver:
             raise failure
 
     def settle(self) -> BaseException | None:
-        """Wait until this rank has finished writing and return its error, if any. For a run that ends with an error."""
+        """Wait until this rank has finished writing and return its error, if any. Call it when a run ends with an error."""
         task, self._task = self._task, None
         return None if task is None else task.exception()
 
@@ -128,7 +128,7 @@ def _write(
         write_to(filename, lambda path: write(tensors, path, rank_group), rank_group)
     except CheckpointError:
         raise
-    except Exception as error:  # any error must name the checkpoint that is missing
+    except Exception as error:  # Any error must name the missing checkpoint.
         raise save_error(Path(filename), error) from error
     if then is not None:
         then(rank_group)

@@ -82,7 +82,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
                 they are used. None detects it: the file has ``with read_base():``, or it imports third-party modules and has
                 no ``_base_``.
             root: The folder that must contain the bases of data files. Defaults to the working directory if it contains the
-                file, else to the folder of the file.
+                file, otherwise to the folder of the file.
 
         Raises:
             ConfigFileError: if a file cannot be read or has an unknown suffix.

@@ -16,16 +16,16 @@ __all__ = ["EngineModule"]
 
 @final
 class EngineModule(nn.Module):
-    """Runs the ``train_step``, ``val_step`` and ``test_step`` of a model; their calls of ``self(...)`` go to the engine.
+    """Runs the ``train_step``, ``val_step`` and ``test_step`` of a model; their calls to ``self(...)`` go to the engine.
 
-    Otherwise ``self`` is the model. Attributes that this module does not have are those of the model.
+    Otherwise ``self`` is the model. Attributes that this module lacks are looked up on the model.
 
     Args:
         unwrapped: the model.
         holder: the model, or the engine's wrapper around it.
         engine: the name of the engine in error messages.
         training_forward: called for ``self(...)`` in a training step; calls the model.
-        eval_forward: called for ``self(...)`` in an evaluation; calls the model.
+        eval_forward: called for ``self(...)`` in an evaluation step; calls the model.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class EngineModule(nn.Module):
         return outputs
 
     def val_step(self, data: Any) -> Any:
-        """Return the predictions of the model."""
+        """Return the model's predictions."""
         with redirect_forward(self.unwrapped, self._eval_forward):
             return self._model.val_step(data)
 
     def test_step(self, data: Any) -> Any:
-        """Return the predictions of the model."""
+        """Return the model's predictions."""
         with redirect_forward(self.unwrapped, self._eval_forward):
             return self._model.test_step(data)
 

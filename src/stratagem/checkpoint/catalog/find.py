@@ -49,7 +49,7 @@ def update_last_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Write the path of ``checkpoint`` to the file ``last_checkpoint`` in ``folder``: only its name if it is in ``folder``.
 
     Raises:
-        OSError: if the file cannot be written; its old content is kept.
+        OSError: if the file cannot be written; its old contents are kept.
     """
     name = checkpoint.name if checkpoint.parent == folder else str(checkpoint)
     write_atomic(folder / POINTER, f"{name}\n")

@@ -32,8 +32,8 @@ class CheckpointInfo:
     Attributes:
         path: path of the checkpoint.
         saved_at: time of the save in seconds since the epoch; for a single file, its modification time.
-        number: the epoch or iteration in its name, else its recorded iteration; 0 if neither is known.
-        fault: why a run cannot resume from it, if it shows without reading tensors; empty if there is none.
+        number: the epoch or iteration in its name, otherwise its recorded iteration; 0 if neither is known.
+        fault: why a run cannot resume from it, as far as this is known without reading tensors; empty if there is no reason.
         position: the number of finished epochs and iterations, if recorded.
         run_id: the id of the run that saved it, if recorded.
         order: its position among the checkpoints of the run, if recorded.
@@ -55,7 +55,7 @@ class CheckpointInfo:
 def inspect_checkpoint(path: Path) -> CheckpointInfo | None:
     """Return the facts that a file or directory records; None if it is not a checkpoint saved by a run or a strategy.
 
-    The content decides: a manifest, or the ``meta`` of a single file or of a directory in DeepSpeed's format. In
+    The contents decide: a manifest, or the ``meta`` of a single file or of a directory in DeepSpeed's format. In
     addition, everything named ``epoch_<n>`` or ``iter_<n>``, with or without ``.pth``, counts as a checkpoint. Files
     written because of ``published_keys`` do not count.
     """
@@ -124,7 +124,7 @@ def _inspect_file(path: Path, number: int | None) -> CheckpointInfo | None:
 
 def _inspect_blank(path: Path) -> CheckpointInfo | None:
     """Return a fault for a file that is empty or starts with zeros, as after a system crash; None for any other file."""
-    if path.suffix == ".bin":  # may be any kind of data
+    if path.suffix == ".bin":  # The file may contain any kind of data.
         return None
     with path.open("rb") as file:
         beginning = file.read(64)

@@ -62,7 +62,7 @@ def _count(value: Any) -> int | None:
 
 
 class HasSaveTime(Protocol):
-    """A checkpoint with the facts that determine when it was saved."""
+    """A checkpoint with the attributes that determine when it was saved."""
 
     @property
     def run_id(self) -> str | None:
@@ -78,7 +78,7 @@ class HasSaveTime(Protocol):
 
     @property
     def number(self) -> int:
-        """Its epoch or iteration; decides between equal times."""
+        """Its epoch or iteration, used to break ties between equal times."""
 
     @property
     def path(self) -> Path:

@@ -21,7 +21,7 @@ __all__ = ["Retention", "remove_checkpoints"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How many checkpoints of a run are kept.
+    """The number of a run's checkpoints to keep.
 
     Attributes:
         groups: the groups of regular checkpoints that share the limit ``last``.
@@ -40,7 +40,7 @@ class Retention:
     ) -> list[SavedCheckpoint]:
         """Return the checkpoints that are not kept, given those of a run, oldest first.
 
-        A checkpoint with NaN or Inf in its weights does not count towards ``last``, because the run cannot resume from
+        A checkpoint with NaN or Inf in its weights does not count toward ``last``, because the run cannot resume from
         it; it becomes removable after the next finite one. Paths in ``protected`` are never returned.
         """
         listed = list(saved)

@@ -1,4 +1,4 @@
-"""Why a checkpoint was saved, which determines how long it is kept."""
+"""The reason for saving a checkpoint, which determines how long it is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIELDS = {
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetentionTag:
-    """Why a checkpoint was saved.
+    """The reason for saving a checkpoint.
 
     Attributes:
         group: the group of checkpoints in which a newer one replaces an older one; empty if it belongs to no group.

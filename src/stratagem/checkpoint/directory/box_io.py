@@ -86,7 +86,7 @@ def verify_boxes(file: Path, layout: FileLayout, boxes: Sequence[WrittenBox]) ->
     """Compare boxes in a file with their digests.
 
     Raises:
-        CheckpointDamagedError: if a digest differs or the file cannot be read; names the tensor.
+        CheckpointDamagedError: if a digest differs or the file cannot be read; the message names the tensor.
     """
     try:
         descriptor = open_for_reading(file)

@@ -131,7 +131,7 @@ def write_snapshot(
     """Write a snapshot to a temporary directory, sync it, and publish it by one rename. Collective over ``rank_group``.
 
     Raises:
-        CheckpointError: on every rank, if the file system reports an error on any of them; ``path`` is unchanged then.
+        CheckpointError: on every rank, if the file system reports an error on any of them; in that case ``path`` is unchanged.
     """
     rank_group.run_on_rank0(lambda: _check_target(snapshot, path))
     try:

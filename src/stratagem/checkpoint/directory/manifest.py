@@ -84,7 +84,7 @@ def make_manifest(
     tensors: Mapping[str, Mapping[str, Any]],
     extra_files: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> bytes:
-    """Return the content of a manifest file.
+    """Return the contents of a manifest file.
 
     Args:
         meta: the tree's ``meta``, which provides the position, the run id, the save order and the retention tag.
@@ -113,11 +113,11 @@ def make_manifest(
 
 
 def _save_order(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``save_order`` field; empty for a checkpoint that was saved without a run."""
+    """Return the ``save_order`` field; empty for a checkpoint that was saved outside a run."""
     try:
         order = SaveOrder.from_meta(meta.get(SAVE_ORDER))
     except ValueError:
-        # The user stores a different value under this key.
+        # The user stores a value of their own under this key.
         return {}
     return {} if order is None else {SAVE_ORDER: order.as_meta()}
 
@@ -172,7 +172,7 @@ def _sizes(numbers: Any) -> tuple[int, ...]:
 
 
 def read_json_file(file: Path) -> bytes:
-    """Return the content of a JSON file.
+    """Return the contents of a JSON file.
 
     Raises:
         OSError: if the file cannot be read.
@@ -184,7 +184,7 @@ def read_json_file(file: Path) -> bytes:
 
 
 def check_replaceable(path: Path) -> None:
-    """Check that ``path`` may be replaced by a checkpoint: it is free, an empty directory, or a checkpoint itself.
+    """Check that ``path`` may be replaced by a checkpoint: it does not exist, is empty, or is a checkpoint.
 
     Raises:
         CheckpointError: if ``path`` is a directory that contains other files. Damaged checkpoints may be replaced.

@@ -39,7 +39,7 @@ class Snapshot:
     local_boxes: Mapping[tuple[str, str, TensorBox], Tensor]
 
     def boxes_of(self, part: str) -> Iterator[tuple[str, TensorBox, Tensor]]:
-        """Yield (tensor name, box, values) of what this rank writes to the file of ``part``."""
+        """Yield (tensor name, box, values) for each box that this rank writes to the file of ``part``."""
         for (of, name, box), content in self.local_boxes.items():
             if of == part:
                 yield name, box, content
@@ -49,7 +49,7 @@ def take_snapshot(tree: StateTree, rank_group: RankGroup) -> Snapshot:
     """Flatten a state tree without copying tensors. Collective: the trees of all ranks must have the same structure.
 
     Raises:
-        CheckpointError: if a value cannot be stored; names its path.
+        CheckpointError: if a value cannot be stored; the message contains its path.
     """
     split = rank_group.run_checked(lambda: _flatten_parts(tree))
     tensors = {name: own for name, (own, _) in split.items()}

@@ -26,7 +26,7 @@ def verify_checkpoint(path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> int
     Raises:
         CheckpointNotFoundError: if the directory does not exist.
         CheckpointError: if the directory is not a Stratagem checkpoint.
-        CheckpointDamagedError: if a file is missing, truncated or modified; names the file and the tensor.
+        CheckpointDamagedError: if a file is missing, truncated or modified; the message names the file and the tensor.
     """
     return rank_group.run_all(lambda: _verify_share(path, rank_group))[0]
 
@@ -72,7 +72,7 @@ def _check_size(file: Path, size: int) -> None:
 
 
 def _check_digest(file: Path, entry: Mapping[str, Any]) -> bytes:
-    """Read the start of a file, as many bytes as ``entry`` specifies, and check its digest."""
+    """Check the digest of the first bytes of a file; ``entry`` specifies how many."""
     if entry["bytes"] > MAX_JSON_BYTES:
         raise CheckpointDamagedError(f"{file} cannot be read: the manifest lists {entry['bytes']} bytes of JSON.")
     try:

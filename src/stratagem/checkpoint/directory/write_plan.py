@@ -34,7 +34,7 @@ class BoxAssignment:
 @final
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """How the tensors of a state tree are written to files.
+    """The assignment of a state tree's tensors to files and writers.
 
     Attributes:
         layouts: part -> the layout of its file; parts without tensors have none.

@@ -64,7 +64,7 @@ class ColossalAIFolder:
             stratagem_parts: the parts of the Stratagem checkpoint in the same folder, if there is one.
 
         Raises:
-            CheckpointError: if the folder has other content.
+            CheckpointError: if the folder contains something else.
             CheckpointDamagedError: if a file is missing or cannot be read.
         """
         tree = dict(stratagem_parts) if stratagem_parts is not None else _read_position(path, map_location)
@@ -82,7 +82,7 @@ class ColossalAIFolder:
 def _optimizer(
     index: Path, device: torch.device | str, named_state: Mapping[str, Any] | None, names: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Return the optimizer state, keyed by name if ``names`` are known, else by index as in torch."""
+    """Return the optimizer state, keyed by name if ``names`` are known, otherwise by index as in torch."""
     state: dict[int, Any] = {}
     for name in shards_of(index):
         state.update(read_torch_file(index.parent / name, device))
@@ -102,7 +102,7 @@ def _group_file(index: Path) -> str:
 
 
 def _read(file: Path, device: torch.device | str) -> Any:
-    """Return the content of a file, which need not be a mapping."""
+    """Return the contents of a file, which need not be a mapping."""
     if not file.is_file():
         raise CheckpointDamagedError(f"{file} is missing; the checkpoint is incomplete.")
     with TorchArchive(file) as archive:
@@ -110,7 +110,7 @@ def _read(file: Path, device: torch.device | str) -> Any:
 
 
 def _read_position(path: Path, device: torch.device | str) -> dict[str, Any]:
-    """Read the parts that MMEngine's strategy adds: the position of the run and of its schedulers."""
+    """Read the parts that MMEngine's strategy adds: the positions of the run and its schedulers."""
     tree: dict[str, Any] = {}
     if (path / _META).is_file():
         with open_torch_file(path / _META, device) as checkpoint:

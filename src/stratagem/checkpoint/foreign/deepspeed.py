@@ -2,7 +2,7 @@
 
 A folder contains the file ``latest``, which names a subfolder. There, ``mp_rank_00_model_states.pt`` holds the model and
 the client state. From ZeRO stage 1 on, each rank's ``*zero_pp_rank_<r>_mp_rank_00_optim_states.pt`` holds its partition
-of the float32 master weights and of the optimizer state. In stage 3, each rank also has its own model states.
+of the float32 master weights and the optimizer state. In stage 3, each rank also has its own model states.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def _with_names(client_state: Mapping[str, Any], state: Mapping[str, Any]) -> di
 
 
 def _attributes(node: Any) -> Mapping[Any, Any]:
-    """Return the attributes of an object that is not created."""
+    """Return the attributes of a pickled object without creating the object."""
     return (mapping_items(node.state) or {}) if isinstance(node, PickledObject) else {}
 
 

@@ -1,6 +1,6 @@
 """Read checkpoints of MMEngine: ``meta``, ``state_dict``, ``optimizer``, ``param_schedulers``, ``message_hub``.
 
-Weights, optimizer state, and the position of the run and of its schedulers are converted. MMEngine's scheduler state also
+Weights, optimizer state, and the positions of the run and its schedulers are converted. MMEngine's scheduler state also
 contains the curve, for OneCycleLR even a function; here the curve belongs to the configuration. The message hub contains
 log histories as objects and is ignored.
 """

@@ -36,7 +36,7 @@ def open_torch_file(path: Path, device: torch.device | str) -> Iterator[LazyChec
 
     Raises:
         CheckpointNotFoundError: if the file does not exist.
-        CheckpointError: if the file has other content, or a part that is read contains objects. Errors name the file.
+        CheckpointError: if the file contains something else, or a part that is read contains objects. Errors name the file.
         CheckpointDamagedError: if the file cannot be read.
     """
     with _errors_with_path(path):
@@ -54,7 +54,7 @@ def verify_torch_file(path: Path) -> int:
 
     Raises:
         CheckpointNotFoundError: if the file does not exist.
-        CheckpointError: if the file has other content.
+        CheckpointError: if the file contains something else.
         CheckpointDamagedError: if the file is corrupted.
     """
     with _errors_with_path(path):
@@ -80,7 +80,7 @@ def _errors_with_path(path: Path) -> Iterator[None]:
 
 
 def read_torch_file(path: Path, device: torch.device | str) -> Any:
-    """Return the whole content of a file; raises the errors of :func:`open_torch_file`."""
+    """Return the entire contents of a file; raises the errors of :func:`open_torch_file`."""
     with open_torch_file(path, device) as checkpoint:
         return checkpoint.read(checkpoint.root, "root")
 
@@ -102,8 +102,8 @@ def _not_a_dict_message(root: Any) -> str:
     if root.qualified_name.startswith("torch._utils._rebuild"):
         return "it contains a Tensor; expected a dict."
     return (
-        f"it contains an object of type {printable(root.qualified_name)}, perhaps a whole model instead of its state dict. No code "
-        "from it was executed. If you trust it, convert it in an environment where that class is installed: "
+        f"it contains an object of type {printable(root.qualified_name)}, perhaps a whole model instead of its state dict. "
+        "No code from it was executed. If you trust it, convert it in an environment where that class is installed: "
         "torch.save(torch.load(path, weights_only=False).state_dict(), 'weights.pth')."
     )
 
@@ -129,7 +129,7 @@ def _read_legacy(path: Path, device: torch.device | str) -> Any:
             "it is not a checkpoint, or a file in torch's legacy format (before 1.6) that contains objects, which is not "
             f"supported: {_first_line(error)} If you trust it, save it again with a recent torch version."
         ) from error
-    except Exception as error:  # the class depends on where the file is damaged
+    except Exception as error:  # The error class depends on where the file is damaged.
         raise CheckpointDamagedError(_first_line(error)) from error
 
 

@@ -19,7 +19,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 class ZeroPartition(ABC):
-    """How the parameters of a group are partitioned across ranks.
+    """The partitioning of a group's parameters across ranks.
 
     Attributes:
         shapes: parameter name -> shape, in order.
@@ -29,7 +29,7 @@ class ZeroPartition(ABC):
 
     @abstractmethod
     def gather(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) of each parameter, given the partitions of all ranks in order.
+        """Yield (name, tensor) for each parameter, given the partitions of all ranks in order.
 
         Raises:
             CheckpointDamagedError: if the partitions are too short.

@@ -23,7 +23,7 @@ class CheckpointFormat(Protocol):
     """A file format for state trees."""
 
     def save(self, tree: StateTree, path: Path, rank_group: RankGroup = SINGLE_PROCESS) -> None:
-        """Write ``tree`` so that ``path`` holds either all of it or its previous content. Collective over ``rank_group``."""
+        """Write ``tree`` so that ``path`` holds either all of it or its previous contents. Collective over ``rank_group``."""
 
     def stage(self, tree: StateTree, rank_group: RankGroup = SINGLE_PROCESS) -> StagedState:
         """Flatten ``tree`` to write it later; tensors are not copied. Collective over ``rank_group``."""
@@ -44,5 +44,5 @@ class CheckpointFormat(Protocol):
 
 
 def format_for(path: Path) -> CheckpointFormat:
-    """Return the single-file format for names that end in ``.pth``, ``.pt``, ``.ckpt`` or ``.bin``, else the directory."""
+    """Return the single-file format for names that end in ``.pth``, ``.pt``, ``.ckpt`` or ``.bin``, otherwise the directory."""
     return SingleFileFormat() if path.suffix in SINGLE_FILES else DirectoryFormat()

@@ -136,7 +136,7 @@ class DcpDirectory:
             raise CheckpointError(
                 f"{file}: {name} contains objects that can only be created by executing code from the file; it is not read."
             ) from error
-        except Exception as error:  # the class depends on where the file is damaged
+        except Exception as error:  # The error class depends on where the file is damaged.
             raise CheckpointDamagedError(f"{file} cannot be read at {name}: {error}") from error
 
 
@@ -174,7 +174,7 @@ def _read_metadata(file: Path) -> Any:
         read = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    except Exception as error:  # the class depends on where the file is damaged
+    except Exception as error:  # The error class depends on where the file is damaged.
         raise CheckpointDamagedError(f"{file} cannot be read: {error}") from error
     if not isinstance(read, metadata.Metadata):
         raise CheckpointError(f"{file} is not metadata of torch.distributed.checkpoint.")

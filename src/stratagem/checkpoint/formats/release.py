@@ -17,7 +17,7 @@ from stratagem.utils import did_you_mean
 
 __all__ = ["is_released", "release_checkpoint"]
 
-# The key in the meta of a released file; the rest of its meta is that of the checkpoint.
+# The key in the meta of a released file; the rest of its meta is copied from the checkpoint.
 _RELEASED: Final = "released_from"
 _NAME: Final = re.compile(r".+-[0-9a-f]{8}\.pth")
 

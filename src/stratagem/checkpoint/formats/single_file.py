@@ -34,7 +34,7 @@ class SingleFileFormat:
         Collective over ``rank_group``: sharded tensors are gathered on the first rank, one at a time.
 
         Raises:
-            CheckpointError: if a value cannot be stored, or the file system reports an error; ``path`` is unchanged then.
+            CheckpointError: if a value cannot be stored, or the file system reports an error; in that case ``path`` is unchanged.
         """
         staged = self.stage(tree, rank_group)
         staged.write(staged.tensors, path, rank_group)

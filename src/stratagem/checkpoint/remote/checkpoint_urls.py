@@ -71,7 +71,7 @@ def _upload(local: Path, url: str) -> None:
         publish(local, url, _metadata(local))
     except StratagemError:
         raise
-    except Exception as error:  # the class depends on the file system
+    except Exception as error:  # The error class depends on the file system.
         notes = " ".join(getattr(error, "__notes__", ()))
         raise CheckpointError(
             f"{mask_text(url)}: the checkpoint could not be uploaded: {error}. {notes}".rstrip()
@@ -108,7 +108,7 @@ def remote_save_orders(url: str) -> list[SaveOrder]:
         return [each.order for each in _remote_checkpoints(url) if each.order is not None]
     except StratagemError:
         raise
-    except Exception as error:  # the class depends on the file system
+    except Exception as error:  # The error class depends on the file system.
         raise CheckpointError(f"{mask_text(url)} cannot be read: {error}.") from error
 
 
@@ -148,7 +148,7 @@ def fetch_remote(url: str, cache: Path) -> Path:
 
     Raises:
         CheckpointNotFoundError: if neither exists.
-        CheckpointDamagedError: if the data does not match what was published.
+        CheckpointDamagedError: if the data does not match the published digests.
         CheckpointError: if the file is too large, or the file system reports an error.
     """
     try:
@@ -158,7 +158,7 @@ def fetch_remote(url: str, cache: Path) -> Path:
             return _fetch_file(url, cache)
     except StratagemError:
         raise
-    except Exception as error:  # the class depends on the file system
+    except Exception as error:  # The error class depends on the file system.
         raise CheckpointError(f"{mask_text(url)} cannot be read: {error}.") from error
 
 

@@ -1,6 +1,6 @@
 """Download files over http and https once, and compare the cached copy with its digest on each use.
 
-The expected digest is given by ``#sha256=`` in the URL, or its first digits by the end of the file name. Otherwise, the
+The URL contains the expected digest after ``#sha256=``, or its first digits at the end of the file name. Otherwise, the
 digest of the first download is recorded next to the copy. Over plain http, where a third party could replace the file, the
 full digest is required.
 """
@@ -90,7 +90,7 @@ def download_limit_bytes() -> int:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
-    """A parsed URL: ``address`` has no user and fragment; ``masked_url`` has no secrets."""
+    """A parsed URL: ``address`` has neither user nor fragment; ``masked_url`` has no secrets."""
 
     address: str
     masked_url: str

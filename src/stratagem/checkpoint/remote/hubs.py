@@ -29,7 +29,7 @@ _INDEX = ".index.json"
 def fetch_hugging_face(url: str, cache: Path) -> Path:
     """Fetch ``hf://organization/repository[@revision][/file]``; without a file, a folder with the weights.
 
-    If the revision is a commit, the file never changes; ``main``, the default, stays as it was at the first download.
+    If the revision is a commit, the file never changes; for ``main``, the default, the first download is reused.
     ``HF_TOKEN`` gives access to private repositories, and ``HF_ENDPOINT`` selects a mirror. Write a slash in a revision as
     ``%2F``.
 

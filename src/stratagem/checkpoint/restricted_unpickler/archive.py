@@ -83,7 +83,7 @@ class TorchArchive:
         """Compare every record with its checksum.
 
         Raises:
-            CheckpointDamagedError: if a checksum differs; names the record.
+            CheckpointDamagedError: if a checksum differs; the message names the record.
         """
         buffer = bytearray(_CHUNK_BYTES)
         for info in self._records.values():
@@ -125,7 +125,7 @@ class TorchArchive:
         found = [name.removesuffix("/data.pkl") for name in self._records if name.endswith("/data.pkl")]
         found = [prefix for prefix in found if "/" not in prefix]
         if len(found) != 1:
-            # Other records identify a file of torch in which a name is corrupted, as opposed to any other zip file.
+            # Other records distinguish a torch file with a corrupted name from any other zip file.
             if any(name.endswith(("/version", "/byteorder", "/serialization_id")) for name in self._records):
                 raise CheckpointDamagedError("its zip directory does not contain exactly one data.pkl.")
             raise CheckpointError(

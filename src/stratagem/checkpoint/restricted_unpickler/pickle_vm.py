@@ -1,7 +1,7 @@
 """Interpret a pickle without executing it.
 
 A pickle is a program for a stack machine. This implementation has no operation that imports or calls anything: where
-Python would create an object, it creates a :class:`PickledObject` that records the call. So no list of forbidden names is
+Python would create an object, it creates a :class:`PickledObject` that records the call. Therefore, no list of forbidden names is
 needed. It supports the operations of protocols 2 to 5 (https://docs.python.org/3/library/pickletools.html) except those
 that torch never writes: text encodings, extension codes and out-of-band buffers.
 
@@ -26,7 +26,7 @@ _SCALARS = (str, bytes, int, float, type(None), PickledGlobal, PersistentId, Pic
 
 
 def read_pickle(data: bytes) -> Any:
-    """Return the content of a pickle: plain values, and a :class:`PickledObject` for each object.
+    """Return the contents of a pickle: plain values, and a :class:`PickledObject` for each object.
 
     Raises:
         CheckpointDamagedError: if the pickle is incomplete or uses unsupported operations.
@@ -164,7 +164,7 @@ def _signed_int(data: bytes) -> int:
 
 def _push(read: Callable[[_PickleVM], Any]) -> Callable[[_PickleVM], None]:
     def push(vm: _PickleVM) -> None:
-        value = read(vm)  # first, because reading may pop the stack to an earlier mark
+        value = read(vm)  # Read first, because reading may pop the stack to an earlier mark.
         vm.stack.append(value)
 
     return push

@@ -138,7 +138,7 @@ class ValueBuilder:
 
     def dictionary(self, node: PickledObject, where: str) -> dict[Any, Any]:
         entries: OrderedDict[Any, Any] = OrderedDict()
-        # The first argument is a function for a defaultdict, and the initial content for other types.
+        # The first argument is a function for a defaultdict, and the initial contents for other types.
         if node.args and node.qualified_name != "collections.defaultdict":
             (given,) = self._build(node.args, where)
             entries.update(given)
@@ -159,7 +159,7 @@ class ValueBuilder:
 
     def bytes_value(self, node: PickledObject, where: str) -> bytes:
         if not node.args:
-            return b""  # Python 3 writes empty bytes as a call of bytes()
+            return b""  # Python 3 writes empty bytes as a call to bytes().
         text, encoding = self._build(node.args, where)
         if encoding not in {"latin1", "latin-1"}:
             raise ValueError(f"its encoding is {encoding!r}")
@@ -314,7 +314,7 @@ def is_tensor(node: Any) -> bool:
 
 
 def mapping_items(node: Any) -> dict[Any, Any] | None:
-    """Return key -> node of a dict or of the placeholder of one, else None. No values are built."""
+    """Return the key -> node mapping of a dict or its placeholder, otherwise None. No values are built."""
     if isinstance(node, dict):
         return dict(node)
     if isinstance(node, PickledObject) and node.qualified_name in _DICTS:

@@ -1,7 +1,7 @@
 """Flatten a state tree of nested dicts and lists to tensors and JSON, and restore it.
 
-A state tree contains tensors, numbers, strings, None, lists, tuples, dicts, and sets of integers or strings. A training
-state needs nothing else, and other types could not be loaded without executing code from the file. Instances of subclasses
+A state tree contains tensors, numbers, strings, None, lists, tuples, dicts, and sets of integers or strings. The state
+of a run needs nothing else, and other types could not be loaded without executing code from the file. Instances of subclasses
 are restored as the plain types.
 """
 
@@ -43,7 +43,7 @@ def flatten_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]
     ``where`` is the name of the root in error messages.
 
     Raises:
-        CheckpointError: if a value has an unsupported type; names its path.
+        CheckpointError: if a value has an unsupported type; the message contains its path.
     """
     stored, skeleton = flatten_state(tree, where=where)
     for name, tensor in stored.items():
@@ -55,10 +55,10 @@ def flatten_tree(tree: Any, *, where: str = "") -> tuple[dict[str, Tensor], Any]
 
 
 def flatten_state(tree: Any, *, where: str = "") -> tuple[dict[str, StoredTensor], Any]:
-    """Flatten like :func:`flatten_tree` a tree that may contain :class:`ShardedTensorState`.
+    """Flatten a tree that may contain :class:`ShardedTensorState`, like :func:`flatten_tree`.
 
     Raises:
-        CheckpointError: if a value has an unsupported type; names its path.
+        CheckpointError: if a value has an unsupported type; the message contains its path.
     """
     tensors: dict[str, StoredTensor] = {}
     try:

@@ -28,7 +28,7 @@ ShapeMismatches = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """How the keys of a checkpoint and a model match; ``shape_mismatches`` holds (key, saved shape, model shape)."""
+    """The result of matching the keys of a checkpoint and a model; ``shape_mismatches`` holds (key, saved shape, model shape)."""
 
     matched: int
     total: int
@@ -75,8 +75,8 @@ def load_state_dict(
     the patterns in ``allow_missing`` may be missing from ``state``.
 
     Raises:
-        CheckpointMismatchError: if no key matches, two keys become the same, a value is not a tensor but that of the
-            model is, or, with ``strict``, anything differs. The model is unchanged then.
+        CheckpointMismatchError: if no key matches, two keys become the same, a value is not a tensor while the
+            model's is, or, with ``strict``, anything differs. In that case the model is unchanged.
     """
     own = model.state_dict()
     matched, shape_mismatches = _match(state, own, revise_keys)
@@ -101,7 +101,7 @@ def match_state(
     revise_keys: Sequence[tuple[str, str]],
     allow_missing: Sequence[str],
 ) -> tuple[LoadReport, dict[str, Any]]:
-    """Return a report of how ``state`` matches, and its values by the model's names, without loading them.
+    """Return a report on how ``state`` matches, and its values keyed by the model's names, without loading them.
 
     Args:
         model: the model that the state belongs to.
@@ -132,7 +132,7 @@ def _match(
     revise_keys: Sequence[tuple[str, str]],
     types: tuple[type, ...] = (Tensor,),
 ) -> tuple[dict[str, Any], ShapeMismatches]:
-    """Return the values by model key, without those of a different shape, and a list of the latter."""
+    """Return the values by model key, without those of a different shape, and a list of the omitted ones."""
     names = _model_names(state, own, revise_keys)
     _check_types(state, names, own, types)
     shape_mismatches = tuple(
@@ -229,7 +229,7 @@ def _find_name(key: str, revised: str, own: Collection[str]) -> str:
 def _model_versions(
     state: Mapping[str, Any], own: Mapping[str, Any], revise_keys: Sequence[tuple[str, str]]
 ) -> dict[str, Any] | None:
-    """Return the module versions in ``state`` by the model's module names."""
+    """Return the module versions in ``state``, keyed by the model's module names."""
     versions = module_versions(state)
     if versions is None:
         return None
@@ -261,7 +261,7 @@ def _has_other_shape(value: Any, own: Any) -> bool:
 
 
 def _as_placed(value: Any, own: Any) -> Any:
-    """Return a tensor placed like the model's; for a sharded one, only this rank's part is read."""
+    """Return the tensor with the placement of the model's tensor; if it is sharded, only this rank's part is read."""
     return shard_like(value, own) if isinstance(value, Tensor) and isinstance(own, Tensor) else value
 
 

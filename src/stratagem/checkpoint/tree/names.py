@@ -64,7 +64,7 @@ def matches_any(name: str, patterns: Iterable[str]) -> bool:
 
 
 def parameter_names(optimizer: Optimizer, model: nn.Module) -> list[list[str]]:
-    """Return the names of the optimizer's parameters, a list for each of its groups.
+    """Return the names of the optimizer's parameters, one list per group.
 
     Parameters that do not belong to the model are named by position: ``unnamed.<group>.<position>``.
     """

@@ -5,7 +5,7 @@ The library can train on the CPU, but requires an accelerator in four places. Th
 1. ZeRO uses streams, which the library's CPU accelerator does not have: :class:`HostAccelerator` has streams that do nothing.
 2. ``LowLevelZeroOptimizer`` asserts that the accelerator is CUDA or NPU. Its other check, that all parameters have the same
    dtype, is preserved.
-3. The C++ kernel of CPUAdam and HybridAdam can only be built with CUDA: :class:`TorchAdamKernel` computes the same in torch.
+3. The C++ kernel of CPUAdam and HybridAdam can only be built with CUDA: :class:`TorchAdamKernel` does the same in torch.
 4. Communication cannot overlap with computation; see ``overlap_communication`` in :mod:`plugins <.plugins>`.
 """
 
@@ -39,10 +39,10 @@ class _Stream:
     """A stream of a device on which all work is synchronous."""
 
     def wait_stream(self, stream: Any) -> None:
-        """Return at once."""
+        """Return immediately."""
 
     def synchronize(self) -> None:
-        """Return at once."""
+        """Return immediately."""
 
 
 @final
@@ -56,7 +56,7 @@ class HostAccelerator(CpuAccelerator):
         return 1
 
     def synchronize(self, device: Any = None) -> None:
-        """Return at once."""
+        """Return immediately."""
 
     def empty_cache(self) -> None:
         """Do nothing: there is no cache."""
@@ -87,7 +87,7 @@ class HostAccelerator(CpuAccelerator):
 
 
 def _require_single_dtype(optimizer: Any) -> None:
-    """Replace ``_sanity_checks``: perform only its check of the parameters."""
+    """Replace ``_sanity_checks``: check only the parameters."""
     for group in optimizer.optim.param_groups:
         for parameter in group["params"]:
             if parameter.dtype != optimizer.dtype:
@@ -99,7 +99,7 @@ def _require_single_dtype(optimizer: Any) -> None:
 
 @final
 class TorchAdamExtension:
-    """Provides :class:`TorchAdamKernel` to ColossalAI's kernel loader."""
+    """Provide :class:`TorchAdamKernel` to ColossalAI's kernel loader."""
 
     name = "cpu_adam_torch"
     priority = 0
@@ -118,7 +118,7 @@ class TorchAdamExtension:
 
 @final
 class TorchAdamKernel:
-    """Updates one tensor by Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), with the arguments of the C++ kernel."""
+    """Update one tensor with Adam (arXiv:1412.6980) or AdamW (arXiv:1711.05101), with the arguments of the C++ kernel."""
 
     def __init__(
         self, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, adamw_mode: bool

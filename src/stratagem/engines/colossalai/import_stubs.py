@@ -24,8 +24,8 @@ _PACKAGES: Final = frozenset({"peft", "bitsandbytes", "galore_torch", "transform
 def import_stubs() -> Iterator[None]:
     """Inside the ``with`` block, let ColossalAI import stubs for packages that are not installed.
 
-    Other code cannot find the stubs, and they are removed when the block ends. The library's warnings on import, about
-    optional packages and deprecated calls, are suppressed, since users cannot act on them.
+    Other code cannot find the stubs, and they are removed when the block ends. The library's import-time warnings about
+    optional packages and deprecated calls are suppressed, because users cannot act on them.
     """
     finder = _Finder()
     sys.meta_path.append(finder)
@@ -41,7 +41,7 @@ def import_stubs() -> Iterator[None]:
 
 @final
 class _Finder(MetaPathFinder, Loader):
-    """Finds stubs for imports by ColossalAI. As the last finder, it is only asked for modules that are not installed."""
+    """Find stubs for ColossalAI's imports. As the last finder, it is only asked for modules that are not installed."""
 
     def __init__(self) -> None:
         self.created: list[str] = []

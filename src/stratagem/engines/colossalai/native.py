@@ -22,7 +22,7 @@ __all__ = ["ColossalAIFormatWriter"]
 
 @final
 class ColossalAIFormatWriter:
-    """Writes checkpoints whose folders ``model`` and ``optimizer`` can be loaded with ColossalAI's Booster.
+    """Write checkpoints whose folders ``model`` and ``optimizer`` can be loaded with ColossalAI's Booster.
 
     Args:
         placement: the placement that boosted the model.
@@ -42,8 +42,8 @@ class ColossalAIFormatWriter:
                 f"{os.fspath(filename)}: checkpoint_format='colossalai' writes a folder. Use a name without a suffix, or "
                 "checkpoint_format='portable'."
             )
-        # The booster writes the parameters of the model. Save the state tree as well if they are not the master weights, or
-        # if a hook has put the trained weights into the tree because the model temporarily has averaged weights.
+        # The booster writes the model's parameters. Save the state tree as well if they are not the master weights, or
+        # if a hook has put the training weights into the tree because the model temporarily holds averaged weights.
         excluded = (
             () if self._placement.has_master_weights or self._is_changed(checkpoint["state_dict"]) else ("state_dict",)
         )
@@ -68,7 +68,7 @@ class ColossalAIFormatWriter:
         )
 
     def _is_changed(self, state: Mapping[str, Any]) -> bool:
-        """Return whether a callback has replaced parameters in the state tree, such as by averaged weights."""
+        """Return whether a callback has replaced parameters in the state tree, for example with averaged weights."""
         return any(isinstance(state.get(shard.name), Tensor) for shard in self._placement.param_shards.values())
 
     def _parameter_order(self) -> list[str]:
@@ -77,7 +77,7 @@ class ColossalAIFormatWriter:
         optimizer = self._placement.boosted.optimizer
         if type(optimizer) is not LowLevelZeroOptimizer:
             return names
-        # This optimizer has removed frozen parameters.
+        # This optimizer removed the frozen parameters.
         trainable = {shard.name for shard in self._placement.param_shards.values() if shard.working.requires_grad}
         return [name for name in names if name in trainable]
 

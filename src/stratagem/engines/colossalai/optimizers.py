@@ -15,8 +15,8 @@ with import_stubs():
 
 __all__ = ["CAME", "WHOLE_PARAMETERS", "CPUAdam", "FusedAdam", "FusedLAMB", "FusedSGD", "HybridAdam", "Lamb", "Lars"]
 
-# Optimizers that do not update each element of a parameter independently. Lamb is not listed, because ColossalAI has a
-# distributed version of it, whose moments are elementwise.
+# Optimizers that do not update each element of a parameter independently. Lamb is not listed because ColossalAI has a
+# distributed version whose moments are elementwise.
 WHOLE_PARAMETERS: Final = frozenset({"Adafactor", "CAME", "Lars", "LBFGS", "Muon", "SparseAdam"})
 
 if not torch.accelerator.is_available():
@@ -36,7 +36,7 @@ def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.opti
     if torch.accelerator.is_available():
         return optimizer
 
-    # wraps() keeps the signature of the optimizer, against which configurations are checked.
+    # wraps() keeps the optimizer's signature, which configurations are checked against.
     @wraps(optimizer.__init__)
     def refuse(*_: Any, **__: Any) -> None:
         raise PlacementError(

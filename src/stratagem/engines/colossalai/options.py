@@ -28,7 +28,7 @@ _NO_GEMINI: Final = (
     "Gemini requires a CUDA device, between which and the host it moves chunks of parameters, and is not tested with this "
     "strategy. Use plugin='lowlevel-zero', or FSDPStrategy(cpu_offload=True)."
 )
-# Plugins of ColossalAI that this strategy does not support.
+# ColossalAI plugins that this strategy does not support.
 _UNSUPPORTED: Final = {
     **dict.fromkeys(("torch-fsdp", "TorchFSDPPlugin"), _NO_FSDP),
     **dict.fromkeys(("gemini", "GeminiPlugin"), _NO_GEMINI),
@@ -63,7 +63,7 @@ _SEQUENCE: Final = (
     "Sequence parallelism works only in ColossalAI's own models, where ranks process parts of one sample. Omit it."
 )
 _FP8: Final = "It needs 8-bit kernels, which only CUDA devices have. Omit it."
-# Options of plugins that this strategy does not support, with the reasons. Values in _HARMLESS are ignored.
+# Plugin options that this strategy does not support, with the reasons. Values in _HARMLESS are ignored.
 _REFUSED: Final = {
     **dict.fromkeys(
         (
@@ -81,13 +81,13 @@ _REFUSED: Final = {
 }  # fmt: skip
 _HARMLESS: Final = {"pp_size": 1, "sp_size": 1, "pp_style": "1f1b", "num_model_chunks": 1, "extra_dp_size": 1}
 _PRECISIONS: Final = ("fp32", "bf16", "fp16")
-_WRAPPER: Final = "CollosalAIModelWrapper"  # the spelling of MMEngine
+_WRAPPER: Final = "CollosalAIModelWrapper"  # MMEngine's spelling
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class PluginSpec:
-    """The kind and the options of a plugin that is not built yet."""
+    """The kind and the options of a plugin that has not been built yet."""
 
     kind: str
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -118,7 +118,7 @@ def parse_plugin(plugin: Any, mixed_precision: Any) -> Any:
     Raises:
         ConfigTypeError: if ``plugin`` or ``mixed_precision`` has a wrong type.
         ConfigValueError: if the plugin is unknown, or its precision and ``mixed_precision`` differ.
-        ConfigKeyError: if the plugin has no such option.
+        ConfigKeyError: if the plugin does not have an option.
         PlacementError: if a plugin or an option is not supported; the message names an alternative.
     """
     if not isinstance(plugin, str | Mapping):
@@ -226,7 +226,7 @@ def _parse_precision(mixed_precision: Any) -> tuple[str | None, dict[str, Any]]:
 
 
 def refuse_other_wrappers(config: Any, model_wrapper: Any) -> None:
-    """Reject values of MMEngine's arguments ``config`` and ``model_wrapper`` that would have no effect.
+    """Reject values for MMEngine's arguments ``config`` and ``model_wrapper`` that would have no effect.
 
     Raises:
         PlacementError: if ``config`` is not empty, or ``model_wrapper`` is not MMEngine's default.
@@ -243,10 +243,10 @@ def refuse_other_wrappers(config: Any, model_wrapper: Any) -> None:
 
 
 def max_norm_of(clipping: Clipping | None, plugin_max_norm: float) -> float:
-    """Return the maximum gradient norm, from the options of the optimizer wrapper and of the plugin; 0 for no clipping.
+    """Return the maximum gradient norm from the options of the optimizer wrapper and the plugin; 0 for no clipping.
 
     Raises:
-        PlacementError: if plugins do not support the type of clipping of the optimizer wrapper.
+        PlacementError: if plugins do not support the optimizer wrapper's type of clipping.
         ConfigValueError: if the two options differ.
     """
     if clipping is None:

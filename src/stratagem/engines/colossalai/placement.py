@@ -53,7 +53,7 @@ class BoostedModel:
 
 @final
 class ColossalAIPlacement(Placement):
-    """Places a model with a plugin of ColossalAI.
+    """Place a model with a ColossalAI plugin.
 
     Args:
         plugin: the specification of a plugin, or a built plugin.
@@ -71,7 +71,7 @@ class ColossalAIPlacement(Placement):
     def __init__(self, plugin: PluginSpec | Plugin, world: World) -> None:
         # ColossalAI's logger is verbose and writes to the terminal directly.
         get_dist_logger().set_level("WARNING")
-        # ColossalAI uses collectives and storages of torch that are deprecated.
+        # ColossalAI uses deprecated torch collectives and storages.
         warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning, module=r"colossalai\.")
         if world.device.type == "cpu":
@@ -103,7 +103,7 @@ class ColossalAIPlacement(Placement):
 
     @property
     def param_shards(self) -> dict[nn.Parameter, ParamShard]:
-        """The shard of each parameter that this rank has."""
+        """This rank's shard of each parameter."""
         if self._param_shards is None:
             raise NotPreparedError(_NO_MODEL)
         return self._param_shards
@@ -135,12 +135,12 @@ class ColossalAIPlacement(Placement):
             self.group_names = parameter_names(settings.optimizer, model)
         booster = Booster(plugin=plugin)
         with warnings.catch_warnings():
-            # ColossalAI uses deprecated options of torch.
+            # ColossalAI uses deprecated torch options.
             warnings.simplefilter("ignore")
             engine, optimizer, *_ = booster.boost(model, None if settings is None else settings.optimizer)
         self._boosted_model = BoostedModel(booster, model, engine, optimizer)
         self._param_shards = param_shards(model, optimizer)
-        # Hooks that read or write the weights of the model need complete master weights there.
+        # Hooks that read or write the model's weights need complete master weights there.
         self.params_are_master_weights = not self.has_master_weights and not self.uses_tensor_parallel
         self.params_accept_writes = all(shard.master is shard.working for shard in self._param_shards.values())
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
@@ -148,7 +148,7 @@ class ColossalAIPlacement(Placement):
         if settings is None:
             return Placed(model=_engine_module(engine, model))
         if traits.zero_stage < 2:
-            # With stage 2 each rank keeps only its shard of the gradients, so they are reduced in each micro-batch.
+            # In stage 2, each rank keeps only its shard of the gradients, so they are reduced in each micro-batch.
             self._no_sync = partial(booster.no_sync, engine, optimizer)
             # Gradients in float16 are scaled, and those of tensor-parallel layers are sharded, so they are not saved.
             self.has_gradients = traits.precision != "fp16" and traits.tp_size == 1
@@ -168,7 +168,7 @@ class ColossalAIPlacement(Placement):
     def _build(
         self, model: nn.Module, settings: AccumulatingOptimWrapper | None, world: World
     ) -> tuple[Plugin, PluginTraits]:
-        """Return the plugin, with the clipping of the optimizer wrapper, and its properties."""
+        """Return the plugin, configured with the optimizer wrapper's clipping, and its properties."""
         clipping = None if settings is None else settings.clipping
         if isinstance(self._plugin, PluginSpec):
             spec = self._plugin
@@ -227,7 +227,7 @@ def _engine_module(engine: ModelWrapper, unwrapped: nn.Module) -> EngineModule:
 
     Evaluation then needs no communication between replicas, so ranks may have different numbers of batches.
     """
-    # Casts floating-point inputs to the dtype of the plugin.
+    # Casts floating-point inputs to the plugin's dtype.
     convert = getattr(engine, "convert_fn", None)
 
     def evaluate(*args: Any, **kwargs: Any) -> Any:
@@ -239,7 +239,7 @@ def _engine_module(engine: ModelWrapper, unwrapped: nn.Module) -> EngineModule:
 
 
 def _settings(built: AnyOptim) -> OptimWrapper:
-    """Return the configured wrapper, whose settings the wrapper for ColossalAI adopts.
+    """Return the configured wrapper, whose settings ColossalAI's wrapper adopts.
 
     Raises:
         PlacementError: if it is not an ``OptimWrapper``.

@@ -1,4 +1,4 @@
-"""Build plugins of ColossalAI, and determine the properties of a built plugin."""
+"""Build ColossalAI plugins, and determine the properties of a built plugin."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _policy(policy: Any, model: nn.Module, tp_size: int) -> Policy | None:
-    """Return the given policy, or one from the model's tensor-parallel plan; None for the built-in one of ColossalAI."""
+    """Return the given policy, or one built from the model's tensor-parallel plan; None for ColossalAI's built-in policy."""
     if isinstance(policy, Mapping):
-        # The module of the policy may be the first one to import ColossalAI's layers.
+        # The policy's module may be the first one to import ColossalAI's layers.
         with import_stubs():
             policy = TASK_UTILS.build(policy)
     if isinstance(policy, type):

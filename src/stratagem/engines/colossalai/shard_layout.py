@@ -1,4 +1,4 @@
-"""The shard of each parameter that this rank has, and where ColossalAI's optimizers store its master weights and gradients."""
+"""This rank's shard of each parameter, and where ColossalAI's optimizers store its master weights and gradients."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["ParamShard", "gradients_of", "param_shards"]
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamShard:
-    """The shard of one parameter that this rank has.
+    """This rank's shard of one parameter.
 
     Tensor parallelism assigns a box of the full parameter to the rank, and ZeRO a range of the elements of that box, in
     row-major order.
 
     Attributes:
         name: the name of the parameter in the unwrapped model.
-        working: the parameter of the model: the box of this rank, in the dtype of the computation.
+        working: the model's parameter: this rank's box, in the dtype used for computation.
         master: the tensor that the optimizer updates: the parameter, a float32 copy, or a range of one, which may end with
             padding.
         shape: the shape of the full parameter.
@@ -67,7 +67,7 @@ class ParamShard:
 
     @torch.no_grad()
     def write_full(self, full: Tensor | ShardedTensorState, into: Tensor) -> None:
-        """Copy the shard of this rank from a full tensor into a tensor with the layout of ``master``.
+        """Copy this rank's shard of a full tensor into a tensor with the layout of ``master``.
 
         Only the shard is read from the full tensor.
         """
@@ -80,7 +80,7 @@ class ParamShard:
 
     @torch.no_grad()
     def write_full_working(self, full: Tensor | ShardedTensorState) -> None:
-        """Copy the box of this rank from a full tensor into the parameter of the model."""
+        """Copy this rank's box of a full tensor into the model's parameter."""
         self.working.copy_(take_box(full, self.box))
 
     def _boxes(self) -> Iterator[TensorBox]:
@@ -110,7 +110,7 @@ def _param_shard(name: str, parameter: nn.Parameter, engine: OptimizerWrapper | 
 
 
 def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int]:
-    """Return the shape of the full parameter, the box of this rank, and the number of ranks with the same box."""
+    """Return the shape of the full parameter, this rank's box, and the number of ranks with the same box."""
     world = dist.get_world_size()
     if is_customized_distributed_tensor(parameter) or is_padded_tensor(parameter):
         raise PlacementError(
@@ -136,10 +136,10 @@ def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int
 
 
 def _range(parameter: nn.Parameter, engine: LowLevelZeroOptimizer, same_box: int) -> Mapping[str, Any]:
-    """Return the range of elements that this rank updates under ZeRO. Ranges have equal lengths; the last are padded."""
+    """Return the range of elements that this rank updates under ZeRO. Ranges have equal lengths; the last ones are padded."""
     master = engine.working_to_master_param.get(id(parameter))
     if master is None:
-        return {}  # a frozen parameter
+        return {}  # The parameter is frozen.
     store = engine.pid_to_bucket_store[id(parameter)]
     start = min(store.local_rank * master.numel(), parameter.numel())
     count = min(master.numel(), parameter.numel() - start)
@@ -147,7 +147,7 @@ def _range(parameter: nn.Parameter, engine: LowLevelZeroOptimizer, same_box: int
 
 
 def gradients_of(param_shards: Iterable[ParamShard], engine: OptimizerWrapper) -> list[tuple[ParamShard, Tensor]]:
-    """Return the gradient of each shard that has one. The gradients are not copies."""
+    """Return the gradient of each shard that has one, without copying it."""
     found = []
     for shard in param_shards:
         if isinstance(engine, LowLevelZeroOptimizer) and shard.master is not shard.working:

@@ -33,7 +33,7 @@ _COUNTER: Final = "step"
 
 @final
 class ColossalAIState(StateAccess):
-    """Reads and writes the master weights of the optimizer instead of the parameters of the model.
+    """Read and write the optimizer's master weights instead of the model's parameters.
 
     The exact master weights are restored, so that a bfloat16 run continues with the same bits. ColossalAI's own loading
     would compute them from the rounded parameters.
@@ -122,7 +122,7 @@ class ColossalAIState(StateAccess):
         if not self._placement.uses_tensor_parallel:
             yield from model.state_dict(keep_vars=True).items()
             return
-        # The state dict of ColossalAI's tensor-parallel layers would gather their parameters.
+        # The state_dict() of ColossalAI's tensor-parallel layers would gather their parameters.
         yield from model.named_parameters(remove_duplicate=False)
         for prefix, module in model.named_modules(remove_duplicate=False):
             for name, buffer in module.named_buffers(recurse=False):
@@ -166,7 +166,7 @@ def _require_wrapper(optim: AnyOptim) -> BoosterOptimWrapper:
 
 
 def _slot_for_shard(key: str, value: Any, shard: ParamShard) -> Any:
-    """Return a copy of a value; of an elementwise tensor, only the shard of this rank."""
+    """Return a copy of a value; for an elementwise tensor, only this rank's shard."""
     if not isinstance(value, Tensor | ShardedTensorState):
         return value
     if key == _COUNTER or (isinstance(value, Tensor) and value.shape != shard.shape):

@@ -23,7 +23,7 @@ _HERE = "stratagem.engines.colossalai"
 
 @final
 class ColossalAIStrategy(ComposedStrategy):
-    """Trains with ColossalAI's Booster. A plugin determines how the model and the optimizer are sharded across ranks.
+    """Train with ColossalAI's Booster. A plugin determines how the model and the optimizer are sharded across ranks.
 
     Args:
         plugin: ``"lowlevel-zero"`` (ZeRO stage 1), ``"torch-ddp"``, ``"hybrid-parallel"`` (tensor parallelism with ZeRO), a
@@ -32,8 +32,8 @@ class ColossalAIStrategy(ComposedStrategy):
             float32 by default.
         checkpoint_format: ``"portable"``, or ``"colossalai"`` to let the Booster write weights and optimizer state in its
             own format, for other programs. Every strategy can resume from both.
-        config: accepted for MMEngine's configurations, must be empty: ColossalAI has no global configuration.
-        model_wrapper: accepted for MMEngine's configurations, must be MMEngine's default.
+        config: accepted for MMEngine's configurations; must be empty, because ColossalAI has no global configuration.
+        model_wrapper: accepted for MMEngine's configurations; must be MMEngine's default.
         kwargs: the arguments of :class:`BaseStrategy`.
 
     Raises:

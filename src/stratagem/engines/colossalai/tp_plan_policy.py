@@ -26,7 +26,7 @@ _LAYERS: Final = {"colwise": Linear1D_Col, "rowwise": Linear1D_Row}
 
 @final
 class TPPlanPolicy(Policy):
-    """Shards the linear layers of a plan.
+    """Shard the linear layers of a plan.
 
     Args:
         plan: maps patterns of module names to ``"colwise"`` or ``"rowwise"``, like the attribute ``tp_plan`` of a model.
@@ -54,7 +54,7 @@ class TPPlanPolicy(Policy):
         return model
 
     def module_policy(self) -> dict[Any, Any]:
-        """Return the replacements of layers by sharded ones, by the full names of the layers.
+        """Return the sharded replacement for each layer, keyed by the layer's full name.
 
         Raises:
             ConfigValueError: if a pattern of the plan matches no module.

@@ -26,15 +26,15 @@ logger = logging.getLogger(__name__)
 
 @final
 class BoosterOptimWrapper(AccumulatingOptimWrapper):
-    """Trains with the backward pass, loss scale, clipping and update of ColossalAI's optimizer.
+    """Train with the backward pass, loss scaling, clipping and update of ColossalAI's optimizer.
 
     Args:
         engine: the optimizer, wrapped by the booster.
-        param_shards: the shard of each parameter that this rank has.
+        param_shards: this rank's shard of each parameter.
         settings: the configured wrapper, whose accumulation and ``nonfinite`` options are adopted.
-        no_sync: returns the context for a micro-batch whose gradients are not reduced yet.
+        no_sync: returns the context manager for a micro-batch whose gradients are not reduced yet.
         clipping: the clipping for plugins that do not clip themselves.
-        norm_is_logged: whether to compute the gradient norm for the log, because the plugin clips.
+        norm_is_logged: whether to compute the gradient norm for the log because the plugin clips.
         reduces_in_backward: whether the engine only reduces gradients in its own backward pass, as under ZeRO.
     """
 
@@ -103,7 +103,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
         self.window_start = self.inner_count
         self.num_steps_attempted += 1
         self._did_step = False
-        # On an overflow the engine is still called: it skips the step and lowers its loss scale.
+        # The engine is still called on an overflow: it skips the step and lowers its loss scale.
         inspects = self._norm_is_logged or self.weight is not None or self.gradient_policy.guard is not None
         if not inspects or self._settle_gradients(micro_batches) or self.loss_scaler is not None:
             self.engine.step(**kwargs)
@@ -123,7 +123,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         scaler = self.loss_scaler
-        # A state from a different precision has no loss scale. The configured one is used then.
+        # A state from a different precision has no loss scale. In that case the configured one is used.
         if scaler is not None and "loss_scaler" in state_dict:
             _load_scaler(scaler, state_dict["loss_scaler"])
 
@@ -132,7 +132,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
         own = [gradient for _, gradient in gradients]
         if self.weight is not None:
             scale(own, self.weight_factor(micro_batches))
-        # Equal on all ranks, so that all ranks make the same decision.
+        # The value is equal on all ranks, so they all make the same decision.
         norm = _norm_over_ranks(gradients, own)
         if self._norm_is_logged:
             self.grad_norm = norm if self.loss_scaler is None else norm / self.loss_scaler.scale
@@ -157,7 +157,7 @@ def _precision_of(engine: OptimizerWrapper) -> Any:
 
 @torch.no_grad()
 def _norm_over_ranks(gradients: list[tuple[ParamShard, Tensor]], own: list[Tensor]) -> Tensor:
-    """Return the global gradient norm. Shards that several ranks have are counted once. Collective."""
+    """Return the global gradient norm. Shards held by several ranks are counted once. Collective."""
     device = own[0].device if own else torch.device("cpu")
     squares = torch.zeros((), device=device)
     if own:

@@ -20,7 +20,7 @@ from stratagem.utils import import_module
 
 __all__ = ["configure_checkpointing", "load_deepspeed", "make_engine", "require_dtype"]
 
-# Keys in the configuration -> arguments of deepspeed.checkpointing.configure().
+# Configuration keys -> arguments of deepspeed.checkpointing.configure().
 _CHECKPOINTING: Final = {
     "partition_activations": "partition_activations",
     "cpu_checkpointing": "checkpoint_in_cpu",
@@ -114,7 +114,7 @@ def _skip_broadcast(model: nn.Module) -> Iterator[None]:
 def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
     """Give scalar parameters the shape ``(1,)`` while stage 3 shards parameters, since DeepSpeed 0.19 cannot shard scalars.
 
-    Afterwards they are gathered as scalars.
+    Afterwards, gathering them returns scalars.
     """
     scalars: list[Any] = [parameter for parameter in model.parameters() if parameter.ndim == 0]
     for scalar in scalars:

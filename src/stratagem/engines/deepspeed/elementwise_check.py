@@ -62,13 +62,13 @@ def refuse_by_name(optim_wrapper: Any) -> None:
 
 
 def require_elementwise(optimizer: Optimizer, *, stage: int, allow_unknown: bool) -> None:
-    """Require that an optimizer computes the same updates under a stage of ZeRO as in a single process.
+    """Require that an optimizer computes the same updates under a ZeRO stage as in a single process.
 
     From stage 1 on, a rank updates parts of tensors in flat buffers, which is only correct for elementwise optimizers.
 
     Args:
         optimizer: the optimizer.
-        stage: the stage of ZeRO.
+        stage: the ZeRO stage.
         allow_unknown: whether to accept optimizers that are not known to be elementwise.
 
     Raises:

@@ -17,7 +17,7 @@ def cast_inputs(
     """Return a function that casts floating-point inputs to a dtype and calls ``forward``.
 
     Args:
-        dtype: the dtype; None to return ``forward`` itself.
+        dtype: the dtype to cast to; None to return ``forward`` itself.
         forward: the function to call.
         selected: the positions and names of the inputs to cast; None for all.
     """

@@ -8,12 +8,12 @@ from typing import Any, Final
 __all__ = ["read_loss_scale", "write_loss_scale"]
 
 _FACTOR: Final = 2.0
-# A key that the format of torch does not have.
+# A key that torch's format does not have.
 _HYSTERESIS: Final = "hysteresis"
 
 
 def read_loss_scale(optimizer: Any) -> dict[str, Any]:
-    """Return the state of the loss scale of a DeepSpeed optimizer of any stage."""
+    """Return the loss-scale state of a DeepSpeed optimizer, in any stage."""
     scaler = _scaler(optimizer)
     state: dict[str, Any] = {"scale": float(scaler.cur_scale), "growth_factor": _FACTOR, "backoff_factor": 1 / _FACTOR}
     if not _is_dynamic(scaler):
@@ -24,7 +24,7 @@ def read_loss_scale(optimizer: Any) -> dict[str, Any]:
 
 
 def write_loss_scale(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Restore a loss scale that DeepSpeed or torch has saved. A static loss scale is not changed."""
+    """Restore a loss scale saved by DeepSpeed or torch. A static loss scale is not changed."""
     scaler = _scaler(optimizer)
     if not _is_dynamic(scaler):
         return
@@ -37,7 +37,7 @@ def write_loss_scale(optimizer: Any, state: Mapping[str, Any]) -> None:
 
 
 def _scaler(optimizer: Any) -> Any:
-    # Stage 0 stores it in a different attribute.
+    # Stage 0 stores the value in a different attribute.
     config = getattr(optimizer, "loss_scale_config", None)
     return optimizer.loss_scaler if config is None else config
 

@@ -42,17 +42,17 @@ class ShardRange:
     count: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return a view of these elements of ``flat``, or of a tensor with the same shape."""
+        """Return a view of these elements in ``flat`` or in a tensor with the same shape."""
         return tensor.detach().view(-1)[self.offset : self.offset + self.count]
 
 
 class MasterWeights(ABC):
-    """The master weights and gradients of one type of DeepSpeed optimizer.
+    """The master weights and gradients in one type of DeepSpeed optimizer.
 
     Attributes:
         shard_ranges: for each trainable parameter, the elements that this rank updates.
-        sharded: whether ranks update different elements. Otherwise each rank updates all.
-        groups_empty_between_steps: whether the engine fills the parameter groups of the optimizer only during its step.
+        sharded: whether ranks update different elements. Otherwise, each rank updates all elements.
+        groups_empty_between_steps: whether the engine fills the optimizer's parameter groups only during its step.
         clips: whether the engine clips gradients itself.
         accumulates_extra_backward: whether a backward pass after a complete accumulation window adds to the gradients.
     """
@@ -73,14 +73,14 @@ class MasterWeights(ABC):
 
     @abstractmethod
     def update_model_params(self) -> None:
-        """Copy the master weights to the parameters of the model, on every rank. Collective."""
+        """Copy the master weights to the model's parameters on every rank. Collective."""
 
     def needs_forward(self) -> bool:
         """Return whether the next backward pass requires a forward pass before it."""
         return False
 
     def complete_gradients(self) -> None:  # noqa: B027 -- nothing to do is the usual case
-        """Move the gradients of a window of several micro-batches to where the step reads them."""
+        """Move the gradients accumulated over several micro-batches to where the step reads them."""
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply the gradients of a complete accumulation window by a factor."""
@@ -98,7 +98,7 @@ class MasterWeights(ABC):
         return norm
 
     def flats(self) -> Iterator[Tensor]:
-        """Yield each tensor that the optimizer updates once."""
+        """Yield each tensor that the optimizer updates, once."""
         yield from {id(shard_range.flat): shard_range.flat for shard_range in self.shard_ranges.values()}.values()
 
 
@@ -107,7 +107,7 @@ class Stage0Params(MasterWeights):
     """Stage 0 in the dtype of the parameters: the optimizer updates the parameters themselves.
 
     Args:
-        trained: the parameters of the optimizer.
+        trained: the optimizer's parameters.
     """
 
     sharded = False
@@ -189,7 +189,7 @@ class Stage12MasterWeights(MasterWeights):
         return [part for parts in self._optimizer.averaged_gradients.values() for part in parts or ()]
 
     def complete_gradients(self) -> None:
-        # In the last micro-batch DeepSpeed only copies the gradients of parameters that this micro-batch used.
+        # In the last micro-batch, DeepSpeed only copies the gradients of parameters that this micro-batch used.
         if self._optimizer.cpu_offload:
             self._optimizer._finalize_cpu_offload_gradient_accumulation()
 
@@ -279,6 +279,6 @@ class Stage3MasterWeights(MasterWeights):
 
 
 def _scale_stored_norms(optimizer: Any, factor: Tensor) -> None:
-    """Scale the norms that DeepSpeed has stored in the backward pass, which it uses to clip offloaded gradients."""
+    """Scale the norms that DeepSpeed stored in the backward pass and uses to clip offloaded gradients."""
     stored = optimizer.norm_for_param_grads
     stored.update({key: norm * factor for key, norm in stored.items()})

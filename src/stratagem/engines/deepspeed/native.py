@@ -23,10 +23,10 @@ _ENGINE_PARTS: Final = frozenset({"state_dict", "optimizer"})
 
 @final
 class DeepSpeedFormatWriter:
-    """Writes checkpoints whose model and optimizer are saved by the engine; other parts are saved as its client state.
+    """Write checkpoints whose model and optimizer are saved by the engine; other parts are saved as its client state.
 
     Args:
-        optim: the optimizer wrapper of the engine.
+        optim: the engine's optimizer wrapper.
         exclude_frozen_parameters: whether to exclude frozen parameters.
     """
 
@@ -35,7 +35,7 @@ class DeepSpeedFormatWriter:
         self._exclude = exclude_frozen_parameters
 
     def __call__(self, tree: StateTree, filename: str | os.PathLike[str], rank_group: RankGroup) -> None:
-        """Write the checkpoint, and publish it by a single rename when every rank has written its part. Collective.
+        """Write the checkpoint, and publish it by a single rename once every rank has written its part. Collective.
 
         Raises:
             CheckpointError: on every rank, if the checkpoint cannot be written.
@@ -68,7 +68,7 @@ class DeepSpeedFormatWriter:
             rank_group.run_on_rank0(stack.close)
 
     def _describe_optimizer(self, state: StateTree) -> StateTree:
-        """Return the parameter groups by name and the names of the trained parameters, which DeepSpeed does not save."""
+        """Return the parameter groups, with names for parameters, and the trained parameters' names; DeepSpeed saves neither."""
         names = [name for group in state["param_groups"] for name in group["params"]]
         parameters = [each for group in self._optim.groups for each in group.parameters]
         trained = [

@@ -1,4 +1,4 @@
-"""Convert the optimizer, accumulation and clipping options of a DeepSpeed configuration to those of optimizer wrappers."""
+"""Convert the optimizer, accumulation and clipping options of a DeepSpeed configuration to optimizer wrapper options."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COMPILED: Final = ("DeepSpeedCPUAdam", "DeepSpeedCPULion", "FusedAdam", "FusedL
 
 @contextmanager
 def explain_kernel_errors(optim_wrapper: Any) -> Iterator[None]:
-    """Inside the ``with`` block, convert errors from compiling a kernel of the configured optimizer to a helpful one.
+    """Inside the ``with`` block, convert errors from compiling the configured optimizer's kernels to a helpful error.
 
     Raises:
         PlacementError: if a kernel of DeepSpeed cannot be compiled.
@@ -50,7 +50,7 @@ def explain_kernel_errors(optim_wrapper: Any) -> Iterator[None]:
 
 
 def with_optimizer(optim_wrapper: Any, section: Mapping[str, Any] | None) -> Any:
-    """Return the configuration of an optimizer wrapper, with the optimizer of the DeepSpeed configuration added.
+    """Return an optimizer wrapper's configuration with the optimizer from the DeepSpeed configuration added.
 
     Raises:
         ConfigValueError: if both specify an optimizer.
@@ -66,7 +66,7 @@ def with_optimizer(optim_wrapper: Any, section: Mapping[str, Any] | None) -> Any
 
 
 def with_accumulation(optim_wrapper: Any, steps: int | None) -> Any:
-    """Return the configuration of an optimizer wrapper, with ``gradient_accumulation_steps`` added.
+    """Return an optimizer wrapper's configuration with ``gradient_accumulation_steps`` added.
 
     Raises:
         ConfigValueError: if the configuration specifies a different number.
@@ -77,7 +77,7 @@ def with_accumulation(optim_wrapper: Any, steps: int | None) -> Any:
 
 
 def with_clipping(optim_wrapper: Any, limit: float | None) -> Any:
-    """Return the configuration of an optimizer wrapper, with ``gradient_clipping`` added.
+    """Return an optimizer wrapper's configuration with ``gradient_clipping`` added.
 
     Raises:
         ConfigValueError: if the configuration specifies a different norm.
@@ -103,7 +103,7 @@ def _with(optim_wrapper: Any, key: str, value: Any, option: str, given: object) 
 
 
 def as_optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert the ``optimizer`` section of a DeepSpeed configuration to the configuration of an optimizer.
+    """Convert the ``optimizer`` section of a DeepSpeed configuration to an optimizer configuration.
 
     DeepSpeed's ``Adam`` is AdamW unless ``adam_w_mode`` is False. ``torch_adam=False`` selects its own kernels.
 

@@ -29,8 +29,8 @@ class Options:
 
     Attributes:
         config: the options for DeepSpeed, without batch sizes, accumulation, clipping and the optimizer.
-        stage: the stage of ZeRO, from 0 to 3.
-        dtype: the dtype that the model computes in; None for that of its parameters.
+        stage: the ZeRO stage, from 0 to 3.
+        dtype: the dtype that the model computes in; None for the dtype of its parameters.
         micro_batch: the number of samples that a rank processes in an iteration.
         global_batch: the number of samples in an update, over all ranks.
         accumulation: the number of micro-batches in an update.
@@ -110,7 +110,7 @@ class Options:
         """Return the configuration for DeepSpeed, as a copy that it may modify.
 
         Raises:
-            ConfigValueError: if a specified batch size differs from that of the run.
+            ConfigValueError: if a specified batch size differs from the run's batch size.
         """
         self._require_batch(micro_batch, accumulation, world_size)
         config = unmark_data(copy.deepcopy(dict(self.config)))

@@ -41,11 +41,11 @@ __all__ = ["DeepSpeedPlacement"]
 
 @final
 class DeepSpeedPlacement(Placement):
-    """Places a model and its optimizer in DeepSpeed's engine.
+    """Place a model and its optimizer in DeepSpeed's engine.
 
     Args:
         logger: logs the ZeRO stage and dtype.
-        options: the options of DeepSpeed.
+        options: DeepSpeed's options.
         world: this process.
         micro_batch: returns the number of samples that a rank processes in an iteration, or None if it is unknown.
 
@@ -115,7 +115,7 @@ class DeepSpeedPlacement(Placement):
         return cast("nn.Module", model.unwrapped) if isinstance(model, EngineModule) else model
 
     def global_numel(self, parameter: nn.Parameter) -> int:
-        # Between steps of stage 3 a parameter is empty, and has its size as an attribute.
+        # Between stage-3 steps, a parameter is empty and stores its size in an attribute.
         return int(getattr(parameter, "ds_numel", parameter.numel()))
 
     def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
@@ -146,7 +146,7 @@ class DeepSpeedPlacement(Placement):
         )
 
     def _cast_parameters(self, model: nn.Module) -> nn.Module:
-        """Cast the parameters like the engine does."""
+        """Cast the parameters as the engine does."""
         if self._options.dtype is not None:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(self._options.dtype)
@@ -181,13 +181,13 @@ class DeepSpeedPlacement(Placement):
         if self._options.stage:
             return Stage12MasterWeights(engine.optimizer, world.rank)
         if self._options.dtype is not None:
-            # On creation DeepSpeed makes a step without gradients. Remove the state that this has created.
+            # On creation, DeepSpeed performs a step without gradients. Remove the state that this step created.
             engine.optimizer.state.clear()
             return Stage0MasterWeights(engine.optimizer)
         return Stage0Params([each for group in engine.optimizer.param_groups for each in group["params"]])
 
     def _originals(self, optimizer: Optimizer) -> dict[nn.Parameter, Tensor]:
-        """Return copies of the float32 weights if the engine would initialize its master weights with rounded ones."""
+        """Return copies of the float32 weights if the engine would initialize its master weights from rounded ones."""
         if self._options.dtype is None:
             return {}
         trained = (each for group in optimizer.param_groups for each in group["params"] if each.requires_grad)

@@ -35,7 +35,7 @@ _PER_TENSOR: Final = frozenset({"step", "mu", "eta", "mu_product"})
 
 @final
 class DeepSpeedState(StateAccess):
-    """Reads and writes the float32 master weights and moments in the engine.
+    """Read and write the engine's float32 master weights and moments.
 
     Args:
         placement: the placement that created the engine.
@@ -150,7 +150,7 @@ class DeepSpeedState(StateAccess):
     def _slots(
         self, optim: DeepSpeedEngineOptimWrapper, parameter: nn.Parameter, shard_range: ShardRange
     ) -> dict[str, Any]:
-        """Return the optimizer state of a parameter. State that is not elementwise is that of the whole flat tensor."""
+        """Return the optimizer state of a parameter. State that is not elementwise belongs to the whole flat tensor."""
         shape = full_shape(parameter)
         state = optim.optimizer.state.get(shard_range.flat, {})
         return {
@@ -162,12 +162,12 @@ class DeepSpeedState(StateAccess):
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return the full shape of a parameter, of which each process has only a part in stage 3."""
+    """Return a parameter's full shape; in stage 3, each process holds only a part of it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def local_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
-    """Return the values that this rank has of a parameter without master weights, and the index of the first one."""
+    """Return this rank's values of a parameter without master weights, and the index of the first one."""
     part = getattr(parameter, "ds_tensor", None)
     if part is None:
         return parameter.detach(), 0
@@ -176,7 +176,7 @@ def local_values(parameter: nn.Parameter) -> tuple[Tensor, int]:
 
 
 def _shard_state(shard_range: ShardRange, tensor: Tensor, shape: torch.Size) -> ShardedTensorState:
-    """Return the shard of a parameter from a tensor with the layout of ``shard_range.flat``."""
+    """Return a parameter's shard from a tensor with the layout of ``shard_range.flat``."""
     values = shard_range.of(tensor)
     return (
         ShardedTensorState.from_flat_range(values, shard_range.start, shape)
@@ -233,7 +233,7 @@ def _write_slots(
         for each, value in values.items():
             shard_range = owners[each]
             part = take_range(value, shard_range.start, shard_range.start + shard_range.count)
-            # A tensor that is not sharded may have any strides.
+            # An unsharded tensor may have any strides.
             target = (
                 flat_slots[key] if shard_range.count == flat_slots[key].numel() else shard_range.of(flat_slots[key])
             )
@@ -259,7 +259,7 @@ def _counts_steps_as_int(optimizer: Optimizer) -> bool:
 
 
 def _to_torch_format(key: str, value: Any) -> Any:
-    """Return a value in the type that torch's optimizers use, so that they can resume from it."""
+    """Return a value with the type that torch's optimizers use, so that they can resume from it."""
     return torch.tensor(float(value)) if key == "step" and isinstance(value, int) else value
 
 

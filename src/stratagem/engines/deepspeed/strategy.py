@@ -32,14 +32,14 @@ _HERE: Final = "stratagem.engines.deepspeed"
 
 @final
 class DeepSpeedStrategy(ComposedStrategy):
-    """Trains with DeepSpeed's engine: ZeRO stages 0 to 3, optionally with the optimizer and the parameters offloaded.
+    """Train with DeepSpeed's engine: ZeRO stages 0 to 3, optionally with the optimizer and the parameters offloaded.
 
     Options can be specified in ``config`` or as arguments. If they are specified in both, they must be equal. The value
     ``"auto"`` is ignored.
 
     Args:
         config: a DeepSpeed configuration: a mapping, or the path of a JSON file.
-        zero_optimization: ``stage`` and the options of ZeRO.
+        zero_optimization: ``stage`` and other ZeRO options.
         gradient_clipping: the maximum gradient norm, equivalent to ``clip_grad=dict(max_norm=...)`` of the wrapper.
         fp16: True, or the options of float16 and its loss scale.
         bf16: True, or the options of bfloat16.
@@ -47,7 +47,7 @@ class DeepSpeedStrategy(ComposedStrategy):
             all floating-point inputs.
         amp: options of Apex, which DeepSpeed no longer supports; an error if enabled.
         activation_checkpointing: options of ``deepspeed.checkpointing``, for models that call it.
-        aio: options of NVMe offloading, which is not supported; an error unless empty.
+        aio: options of NVMe offloading, which is not supported; a nonempty value is an error.
         train_micro_batch_size_per_gpu: the number of samples that a rank processes in an iteration, which is checked.
         gradient_accumulation_steps: the number of micro-batches in an update, equivalent to ``accumulative_counts`` of the
             wrapper.

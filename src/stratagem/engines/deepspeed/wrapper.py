@@ -27,8 +27,8 @@ class OriginalGroup:
     """A parameter group as it was before DeepSpeed replaced its parameters with flat tensors.
 
     Attributes:
-        options: the mapping of the optimizer itself, which schedules modify.
-        parameters: the parameters of the model, including frozen ones.
+        options: the optimizer's own mapping, which schedules modify.
+        parameters: the model's parameters, including frozen ones.
     """
 
     options: dict[str, Any]
@@ -37,16 +37,16 @@ class OriginalGroup:
 
 @final
 class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
-    """Computes gradients and updates with DeepSpeed's engine, which reduces, accumulates, clips and scales gradients.
+    """Compute gradients and updates with DeepSpeed's engine, which reduces, accumulates, clips and scales gradients.
 
-    Accumulation windows are counted here, so that the last one, which may be shorter, is averaged over its length.
+    Accumulation windows are counted here, so that the last one, which may be shorter, is averaged over its actual length.
 
     Args:
         engine: the DeepSpeed engine.
         master_weights: the master weights and gradients in the engine.
         settings: the configured wrapper, whose optimizer the engine uses.
         groups: the original parameter groups of the optimizer.
-        dtype: the dtype that the model computes in; None for that of its parameters.
+        dtype: the dtype that the model computes in; None for the dtype of its parameters.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the optimizer, including those without trainable parameters."""
+        """The optimizer's parameter groups, including those without trainable parameters."""
         return [group.options for group in self.groups]
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
@@ -89,7 +89,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
             kwargs: options of ``Tensor.backward``, of which only ``retain_graph`` is supported.
 
         Raises:
-            PlacementError: for other options, or if DeepSpeed would not add these gradients to those of the window.
+            PlacementError: for other options, or if DeepSpeed would not add these gradients to the accumulated ones.
         """
         self._require_next_pass()
         guard = self.gradient_policy.guard
@@ -99,7 +99,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         if set(options) - {"retain_graph"}:
             raise PlacementError(f"DeepSpeed's backward pass has no option {', '.join(sorted(options))}. Omit it.")
         if self._uses_loss_scale:
-            # In float16 the product with the loss scale would overflow.
+            # In float16, the product with the loss scale would overflow.
             loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_loss else 1.0)
         if not self.pending_micro_batches and not self._is_cleared:
             self.zero_grad()
@@ -179,7 +179,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
             return True
         norm = self.master_weights.norm()
         self.grad_norm = norm / self.engine.optimizer.loss_scale if self._uses_loss_scale else norm
-        # The guard comes first, because its report is more detailed. The engine handles overflows of float16.
+        # The guard comes first because its report is more detailed. The engine handles float16 overflows.
         if guard is not None and not guard.allows_step([], norm) and not self._uses_loss_scale:
             return False
         if not self._uses_loss_scale and not self.allows_norm(norm):
@@ -198,7 +198,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         self._expose_flats()
 
     def _expose_flats(self) -> None:
-        """Put the flat tensors into the groups that the engine keeps empty, since other code reads devices from them."""
+        """Put the flat tensors into the groups that the engine keeps empty, because other code reads devices from the groups."""
         for group in self.groups if self.master_weights.groups_empty_between_steps else ():
             shard_ranges = [
                 self.master_weights.shard_ranges[each]
