@@ -1,6 +1,6 @@
 """Stratagem: a PyTorch training engine in which only the strategy changes with the hardware.
 
-The names in ``__all__`` are those that users call or subclass. They are imported on first use, so ``import stratagem`` is fast.
+``__all__`` lists the names that users call or subclass. They are imported on first use, so ``import stratagem`` is fast.
 Other modules can be imported too, but they may change between minor versions.
 """
 

@@ -1,4 +1,4 @@
-"""``python -m stratagem``."""
+"""The entry point of ``python -m stratagem``."""
 
 from stratagem.cli.main import main
 

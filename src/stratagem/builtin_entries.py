@@ -1,4 +1,4 @@
-"""The built-in entries of the registries: for each registry, its names and the ``"module:name"`` that each stands for.
+"""The built-in entries of the registries: for each registry, its names and the ``"module:name"`` strings that they refer to.
 
 Entries are strings, so this table imports nothing; a registry imports an entry when it is first looked up. Register a new
 hook, loop, strategy and so on by adding it here.
@@ -27,7 +27,7 @@ MODELS: Final[Mapping[str, str]] = {
 }
 
 OPTIMIZERS: Final[Mapping[str, str]] = {
-    # Not torch's own class: importing it imports the TorchScript compiler.
+    # Not torch's class, because importing it imports the TorchScript compiler.
     "ZeroRedundancyOptimizer": "stratagem.optim.zero_redundancy:ZeroRedundancyOptimizer",
     "DeepSpeedCPUAdam": "deepspeed.ops.adam:DeepSpeedCPUAdam",
     "DeepSpeedCPULion": "deepspeed.ops.lion:DeepSpeedCPULion",
@@ -45,7 +45,7 @@ OPTIMIZERS: Final[Mapping[str, str]] = {
 OPTIM_WRAPPERS: Final[Mapping[str, str]] = {
     "OptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "AmpOptimWrapper": "stratagem.optim.amp:AmpOptimWrapper",
-    # MMEngine's names. The strategy replaces the wrapper with that of the engine.
+    # MMEngine's names. The strategy replaces this wrapper with the engine's wrapper.
     "ColossalAIOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "DeepSpeedOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
 }

@@ -1,4 +1,4 @@
-"""The schema of a run's configuration: the sections, and the keys that each of them accepts."""
+"""The schema of a run's configuration: its sections and the keys that each section accepts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OPTIM_WRAPPER = Section(
     # Not required here: some strategies create the optimizer themselves. The others report a missing one.
     supplied=frozenset({"optimizer"}),
     keys={
-        # The optimizers of ColossalAI and DeepSpeed call the argument model_params.
+        # The ColossalAI and DeepSpeed optimizers name this argument model_params.
         "optimizer": Section(registry=OPTIMIZERS, supplied=frozenset({"params", "model_params"})),
         "constructor": Section(registry=OPTIM_WRAPPER_CONSTRUCTORS, by_name=True),
         "paramwise_cfg": _FREE,
@@ -54,7 +54,7 @@ _SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"})
 
 
 def _is_by_name(value: Any) -> bool:
-    """Return whether a mapping contains named configurations; a mapping with plain values is one, misspelled."""
+    """Return whether a mapping contains named configurations. If it has plain values, it is one misspelled configuration."""
     plain = str | int | float | None
     return isinstance(value, Mapping) and "type" not in value and not any(isinstance(v, plain) for v in value.values())
 

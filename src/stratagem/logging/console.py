@@ -20,6 +20,6 @@ def shared_console() -> Console:
 
 
 # A data worker that is forked while the progress bar is drawn would inherit a lock that is never released, and block at its
-# first log line. So a child process creates a new console.
+# first log line. Therefore, a child process creates a new console.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=shared_console.cache_clear)

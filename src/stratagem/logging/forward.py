@@ -14,7 +14,7 @@ _LIBRARY = "stratagem"
 
 @final
 class _Forwarder(logging.Handler):
-    """Passes records to a run's logger while it exists."""
+    """Passes records to a run's logger for as long as the logger exists."""
 
     def __init__(self, target: logging.Logger) -> None:
         super().__init__(target.level)

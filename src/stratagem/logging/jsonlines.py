@@ -1,4 +1,4 @@
-"""Write records as JSON Lines, one object per line, valid JSON whatever the values are."""
+"""Write records as JSON Lines, one object per line, always valid JSON regardless of the values."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def _plain(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """Return the value as JSON types; ``within`` contains the ids of the enclosing values."""
+    """Convert the value to JSON types; ``within`` contains the ids of the enclosing values."""
     if type(value) is float and math.isfinite(value):
         return value  # the common case
     if id(value) in within or len(within) >= _MAX_DEPTH:

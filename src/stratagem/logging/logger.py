@@ -119,7 +119,7 @@ class _ConsoleHandler(logging.Handler):
 
 @final
 class _RepeatedWarnings(logging.Filter):
-    """Drop repeated warnings; the memory is cleared after 1000 different ones."""
+    """Drop repeated warnings; the record of past warnings is cleared after 1000 distinct ones."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,8 +23,8 @@ class TrainingProgress:
     """Show a label, a bar, iterations, speed, values such as the loss, elapsed time and remaining time.
 
     The loop sets ``completed``, and a thread draws the bar four times per second. If the console is not a terminal, nothing
-    is drawn and no thread is started. A console shows one bar at a time: ``stop()`` this one while another is shown, such as
-    that of validation, and ``start()`` it again afterwards.
+    is drawn and no thread is started. A console shows one bar at a time: call ``stop()`` before another one is shown, such as
+    the validation bar, and ``start()`` afterwards.
     """
 
     def __init__(

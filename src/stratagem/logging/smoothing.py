@@ -48,7 +48,7 @@ class ScalarSmoother:
 
         Args:
             last: the number of most recent iterations to average over.
-            reduce: called once with the means by name, even if there are none; its result is returned. With
+            reduce: called once with a mapping from names to means, which may be empty; its result is returned. With
                 :func:`~stratagem.distributed.mean_by_name`, the means are averaged over the ranks, and this method is
                 collective: every rank must call it, regardless of its names.
 
@@ -73,7 +73,7 @@ class ScalarSmoother:
 
 
 def _fetch_uniform(by_name: Mapping[str, list[Any]]) -> list[float] | None:
-    """Return all values as Python numbers with one copy; None unless all are scalar tensors of one device and dtype."""
+    """Return all values as Python numbers with one copy; None unless all are scalar tensors with the same device and dtype."""
     flat = [value for values in by_name.values() for value in values]
     try:
         # This is the common case, and checking each value in more detail takes as long as the copy.

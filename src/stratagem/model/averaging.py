@@ -26,12 +26,12 @@ class AveragedModel(ABC):
     Args:
         model: the model whose parameters are averaged; it is not copied.
         interval: average the weights every ``interval`` updates.
-        device: the device of the averages; by default that of each weight.
+        device: the device of the averages; by default, the device of each weight.
         update_buffers: whether to average floating-point buffers as well. Otherwise the model's current buffers are used
             with the average.
 
     Attributes:
-        averages: the averaged tensors by parameter name.
+        averages: a mapping from parameter names to averaged tensors.
         steps: the number of calls of ``update``.
 
     Raises:
@@ -109,7 +109,7 @@ class AveragedModel(ABC):
 
     @property
     def is_applied(self) -> bool:
-        """Whether the average is applied to the model."""
+        """Whether the average is currently applied to the model."""
         return self._backup is not None
 
     @contextmanager
@@ -122,7 +122,7 @@ class AveragedModel(ABC):
             self.restore()
 
     def own_weights(self) -> dict[str, Tensor]:
-        """Return the training weights by name, regardless of whether the average is applied."""
+        """Return a mapping from names to training weights, regardless of whether the average is applied."""
         return dict(zip(self.averages, self._whole if self._backup is None else self._backup, strict=True))
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class _AnyBatchNorm(_BatchNorm):
-    """Batch normalization of inputs with any number of dimensions, like SyncBatchNorm."""
+    """Batch normalization that accepts inputs with any number of dimensions, like SyncBatchNorm."""
 
     def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002 -- torch's name
         if input.dim() < 2:

@@ -63,6 +63,6 @@ class BaseDataPreprocessor(nn.Module):
         return self
 
     def forward(self, data: Any, training: bool = False) -> Any:
-        """Return ``data`` on the model's device. ``training`` is whether it is called in a training step."""
+        """Return ``data`` on the model's device. ``training`` specifies whether this is a training step."""
         # Data loaders yield CPU tensors, so for a model on the CPU there is nothing to move.
         return data if self.device == _CPU else to_device(data, self.device, non_blocking=self.non_blocking)

@@ -15,7 +15,7 @@ _BUCKET_BYTES = 32 * 2**20
 
 
 def broadcast_weights(model: nn.Module) -> None:
-    """Overwrite the parameters and buffers on every rank with those of rank 0.
+    """Overwrite the parameters and buffers on every rank with the values from rank 0.
 
     Collective; the models must have the same structure. Tensors are broadcast in buckets.
     """

@@ -86,7 +86,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
 
     @property
     def loss_scaler(self) -> GradScaler | None:
-        """The scaler of the loss in float16; None in bfloat16."""
+        """The loss scaler for float16; None for bfloat16."""
         return self.grad_scaler
 
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
@@ -111,7 +111,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
 
 @final
 class _Nested:
-    """Two nested contexts. A class, since ``ExitStack`` costs more calls in each step."""
+    """Two nested context managers; a class, because ``ExitStack`` makes more calls per step."""
 
     def __init__(self, outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> None:
         self._outer = outer
@@ -149,7 +149,7 @@ def _parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dty
 
 
 def _parse_loss_scale(loss_scale: str | float | Mapping[str, Any]) -> tuple[float | None, dict[str, Any]]:
-    """Return the scale if it is constant, else None, and the arguments of the scaler."""
+    """Return the constant scale (None if it is dynamic) and the arguments of the scaler."""
     if loss_scale == "dynamic":
         return None, {}
     if isinstance(loss_scale, int | float) and not isinstance(loss_scale, bool):

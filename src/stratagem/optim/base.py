@@ -22,9 +22,9 @@ from stratagem.optim.implementation import IMPLEMENTATION_KEYS
 
 __all__ = ["BaseOptimWrapper", "momentum_of"]
 
-# The attributes that a saved state contains, by their keys there.
+# The keys of a saved state, and the attributes that they store.
 _COUNTS: Final = {"inner_count": "inner_count", "attempts": "num_steps_attempted", "updates": "num_steps_applied"}
-# The key of the weight that a schedule-free optimizer trains; the model's state contains the one to evaluate.
+# The key of the training weights of a schedule-free optimizer; the model's state contains the evaluation weights.
 _TRAINING_WEIGHT: Final = "training_weight"
 
 
@@ -73,7 +73,7 @@ class BaseOptimWrapper(ABC):
         Args:
             loss: a scalar, the mean over the micro-batch.
             weight: the weight of this micro-batch in the step, such as its number of samples or tokens. If every
-                micro-batch of a step on every rank has a weight, the gradient of the step is that of
+                micro-batch of a step on every rank has a weight, the gradient of the step equals the gradient of
                 ``sum(loss * weight) / sum(weight)``; without weights, all micro-batches are weighted equally.
             step_kwargs: passed to ``step``.
             zero_kwargs: passed to ``zero_grad``.
@@ -113,32 +113,32 @@ class BaseOptimWrapper(ABC):
 
     @property
     def loss_scale(self) -> float | None:
-        """The factor of the gradients until the update; None without a loss scaler. Synchronizes with the device."""
+        """The factor that gradients are scaled by until the update; None without a loss scaler. Synchronizes with the device."""
         return None
 
     @property
     @abstractmethod
     def pending_micro_batches(self) -> int:
-        """The number of micro-batches in the current window that no update has used yet."""
+        """The number of micro-batches in the current window whose gradients have not been applied yet."""
 
     @abstractmethod
     def discard_accumulation(self) -> int:
-        """Discard the gradients of an incomplete window, as at an early stop; return its number of micro-batches."""
+        """Discard the gradients of an incomplete window, for example at an early stop; return its number of micro-batches."""
 
     def train(self) -> None:
-        """Switch the parameters to the weights to train; only schedule-free optimizers have other weights to evaluate."""
+        """Switch the parameters to the training weights. Only schedule-free optimizers have separate evaluation weights."""
         _switch(self.optimizer, "train")
 
     def eval(self) -> None:
-        """Switch the parameters to the weights to evaluate and save; call ``train`` before the next update."""
+        """Switch the parameters to the evaluation weights, which are also saved; call ``train`` before the next update."""
         _switch(self.optimizer, "eval")
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch the parameters to the weights to evaluate and save inside a ``with`` block.
+        """Switch the parameters to the evaluation weights inside a ``with`` block.
 
-        The weights to train are restored with the same bits afterwards. ``eval`` followed by ``train`` does not
-        guarantee that: each computes its weights from those of the other mode.
+        The training weights are restored bit for bit afterwards. ``eval`` followed by ``train`` does not
+        guarantee that: each computes its weights from the weights of the other mode.
         """
         if not _is_schedule_free(self.optimizer) or self._training_weights is not None:
             yield
@@ -167,7 +167,7 @@ class BaseOptimWrapper(ABC):
         return {"lr": [group["lr"] for group in self.param_groups]}
 
     def get_momentum(self) -> dict[str, list[float]]:
-        """Return ``{"momentum": [...]}`` per group: ``momentum``, else the first of ``betas``, else 0."""
+        """Return ``{"momentum": [...]}`` per group: ``momentum``, or the first of ``betas``, or 0 if there is neither."""
         return {"momentum": [momentum_of(group) for group in self.param_groups]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class BaseOptimWrapper(ABC):
         """Restore what ``state_dict`` returned. Tensors are not copied, as in torch.
 
         The state of an optimizer without a wrapper is accepted too. ``fused`` and ``foreach`` keep their values in this
-        process. Load the model's state first: the parameters of a schedule-free optimizer become the weights to train.
+        process. Load the model's state first: the parameters of a schedule-free optimizer become the training weights.
 
         Raises:
             CheckpointMismatchError: if the groups or their sizes differ.
@@ -232,7 +232,7 @@ class BaseOptimWrapper(ABC):
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _restore(self, weights: Mapping[int, Tensor]) -> None:
-        """Copy the weights to train into the parameters, given by running index."""
+        """Copy the training weights, given by parameter index, into the parameters."""
         parameters = self._parameters() if weights else []
         with torch.no_grad():
             for index, weight in weights.items():
@@ -252,7 +252,7 @@ def _switch(optimizer: Optimizer, mode: str) -> None:
 
 
 def momentum_of(group: Mapping[str, Any]) -> float:
-    """Return the momentum of a group: ``momentum``, else the first of ``betas``, else 0."""
+    """Return the momentum of a group: ``momentum``, or the first of ``betas``, or 0 if there is neither."""
     if "momentum" in group:
         return group["momentum"]  # type: ignore[no-any-return]  # groups are untyped
     return group["betas"][0] if "betas" in group else 0.0

@@ -1,4 +1,4 @@
-"""How the gradients of an optimizer are synchronized across ranks, and checked before an update."""
+"""The policy for synchronizing gradients across ranks and checking them before an update."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _nothing_pending() -> None:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GradientPolicy:
-    """How the gradients of one optimizer are synchronized and checked.
+    """The policy for synchronizing and checking the gradients of one optimizer.
 
     The strategy hands it to the optimizer wrapper when the model is placed; a run adds the guard with
     ``dataclasses.replace``.
@@ -43,9 +43,9 @@ class GradientPolicy:
         always_set_grad_sync: whether ``sync_context`` is also entered in windows of a single micro-batch, since another
             optimizer of the same model may have switched synchronization off.
         complete: called before each update to average gradients that a backward pass left on this rank. Collective.
-            None if no pass leaves any.
-        discard_pending: called when an accumulation window is discarded, for gradients that wait for synchronization
-            outside the parameters' ``grad``.
+            None if no pass leaves local gradients.
+        discard_pending: called when an accumulation window is discarded, for gradients that are stored for later
+            synchronization outside the parameters' ``grad``.
         guard: checks losses and gradients for NaN and Inf and may refuse an update; None checks nothing.
     """
 

@@ -31,7 +31,7 @@ _LIMIT_KEY: Final = {"norm": "max_norm", "value": "clip_value"}
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clipping:
-    """The limit of the gradients: for the norm of all of them, or for each value."""
+    """A limit on the norm of all gradients, or on each gradient value."""
 
     by_norm: bool
     limit: float

@@ -48,7 +48,7 @@ class SyncNonFiniteCheck:
 
     Args:
         optimizer: the optimizer whose gradients are checked.
-        names: the name of each parameter by its ``id``.
+        names: maps the ``id`` of each parameter to its name.
         synchronized: whether gradients are synchronized with other ranks, which see a bad loss through them.
 
     Attributes:
@@ -89,8 +89,8 @@ class SyncNonFiniteCheck:
 class DeferredNonFiniteCheck:
     """Allows every update and records which gradients were NaN or Inf, without synchronizing with the device.
 
-    If the optimizer's fused kernels accept ``found_inf``, they change nothing from the first bad update on, so the weights
-    keep their last good values. Otherwise NaN and Inf reach the weights, until :meth:`first_nonfinite` is called.
+    If the optimizer's fused kernels accept ``found_inf``, the kernels skip all updates from the first bad one on, so the
+    weights keep their last good values. Otherwise NaN and Inf reach the weights, until :meth:`first_nonfinite` is called.
 
     Args:
         optimizer: the optimizer whose gradients are checked.
@@ -172,7 +172,8 @@ class _Flag:
         # The kernel requires float32, regardless of the default dtype.
         self.found = torch.zeros((), dtype=torch.float32, device=device)
         self._one = torch.ones((), dtype=torch.float32, device=device)
-        # Checked once for the parameters, since checking each gradient in every update is slow; gradients have the same kind.
+        # Checked once for the parameters, since checking each gradient in every update is slow; the gradients are assumed to be
+        # of the same kind.
         kinds = {(is_plain(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters}
         self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
 
@@ -201,7 +202,7 @@ class _Flag:
             # Multiplying by 1 keeps the bits.
             mark_nonfinite(gradients, self.found, self._one)
         except RuntimeError:
-            # The gradients are sparse, which the parameters do not show, or a group on another device was added later.
+            # The gradients are sparse, which cannot be seen from the parameters, or a group on another device was added later.
             self._alike = False
         return self._alike
 

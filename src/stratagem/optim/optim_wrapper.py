@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 class AccumulatingOptimWrapper(BaseOptimWrapper):
     """Gradient accumulation, for all precisions. Windows are counted from the first micro-batch of the run.
 
-    A window may extend over the end of an epoch and over a validation. The last window of a run may be shorter, and so
+    A window may continue across the end of an epoch or a validation. The last window of a run may be shorter, and so
     may one that starts in the middle because the gradients of its first part are lost; each is averaged over its own
     length. If a hook stops a run inside a window, the loop calls ``discard_accumulation``, so the weights are those of
     the last update. A run that is interrupted completes its window first. A strategy saves the gradients of an
@@ -56,7 +56,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     Attributes:
         grad_norm: the norm before clipping in the last step, on its device; ``None`` if none is computed.
         max_counts: micro-batches of the whole run, -1 if unknown.
-        clipping: how gradients are clipped; None if they are not.
+        clipping: the clipping policy; None if gradients are not clipped.
         nonfinite: what this wrapper does if the norm of the gradients is NaN or Inf; ``"skip"`` with float16.
         grad_scaler: scales the loss in float16; None in all other precisions.
         fixed_scale: the loss scale if it is constant.
@@ -108,7 +108,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         if kwargs or self._has_own_zero_grad:
             self.optimizer.zero_grad(**kwargs)
             return
-        # Equal to torch's zero_grad(), which makes 40 to 60 calls to record it for the profiler.
+        # Equivalent to torch's zero_grad(), which makes 40 to 60 calls to record it for the profiler.
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None

@@ -57,18 +57,18 @@ class OptimWrapperDict:
             wrapper.zero_grad(**kwargs)
 
     def train(self) -> None:
-        """Switch the parameters of all optimizers to the weights to train."""
+        """Switch the parameters of all optimizers to the training weights."""
         for wrapper in self.optim_wrappers.values():
             wrapper.train()
 
     def eval(self) -> None:
-        """Switch the parameters of all optimizers to the weights to evaluate and save."""
+        """Switch the parameters of all optimizers to the evaluation weights, which are also saved."""
         for wrapper in self.optim_wrappers.values():
             wrapper.eval()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch the parameters of all optimizers to the weights to evaluate inside a ``with`` block."""
+        """Switch the parameters of all optimizers to the evaluation weights inside a ``with`` block."""
         with ExitStack() as stack:
             for wrapper in self.optim_wrappers.values():
                 stack.enter_context(wrapper.evaluating())
@@ -85,17 +85,17 @@ class OptimWrapperDict:
         return sum(wrapper.pending_micro_batches for wrapper in self.optim_wrappers.values())
 
     def discard_accumulation(self) -> int:
-        """Discard the incomplete window of each wrapper; return the total number of their micro-batches."""
+        """Discard the incomplete window of each wrapper; return the total number of discarded micro-batches."""
         return sum(wrapper.discard_accumulation() for wrapper in self.optim_wrappers.values())
 
     @property
     def param_groups(self) -> dict[str, list[dict[str, Any]]]:
-        """The parameter groups of each optimizer by name."""
+        """A mapping from optimizer names to parameter groups."""
         return {name: wrapper.param_groups for name, wrapper in self.optim_wrappers.items()}
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The default options of each optimizer by name."""
+        """A mapping from optimizer names to default options."""
         return {name: wrapper.defaults for name, wrapper in self.optim_wrappers.items()}
 
     def get_lr(self) -> dict[str, list[float]]:
@@ -107,11 +107,11 @@ class OptimWrapperDict:
         return {f"{name}.{key}": values for name, one in self.items() for key, values in one.get_momentum().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each wrapper by name."""
+        """Return a mapping from wrapper names to their states."""
         return {name: wrapper.state_dict() for name, wrapper in self.optim_wrappers.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore each wrapper by name, without changing the argument.
+        """Restore the state of each wrapper. The argument is not modified.
 
         Raises:
             CheckpointMismatchError: if the names differ.
@@ -125,11 +125,11 @@ class OptimWrapperDict:
             self.optim_wrappers[name].load_state_dict(state)
 
     def each(self) -> Mapping[str, BaseOptimWrapper]:
-        """Return the wrappers by name; a single wrapper returns ``{"": self}``."""
+        """Return a mapping from names to wrappers; a single wrapper returns ``{"": self}``."""
         return self.optim_wrappers
 
     def items(self) -> ItemsView[str, BaseOptimWrapper]:
-        """Return the names with their wrappers."""
+        """Return the pairs of names and wrappers."""
         return self.optim_wrappers.items()
 
     def keys(self) -> KeysView[str]:

@@ -13,7 +13,7 @@ from stratagem.optim.schedules.base import ParamScheduler
 
 __all__ = ["OptimSpec", "SchedulerSpec"]
 
-# An optimizer wrapper, wrappers by name, an optimizer, or the configuration of one of them.
+# An optimizer wrapper, a mapping from names to wrappers, an optimizer, or the configuration of one of them.
 OptimSpec = BaseOptimWrapper | OptimWrapperDict | Optimizer | Mapping[str, Any]
-# A scheduler, several of them, schedulers by the name of their optimizer, or configurations of them.
+# A scheduler, several schedulers, a mapping from optimizer names to schedulers, or configurations of these.
 SchedulerSpec = ParamScheduler | Mapping[str, Any] | Sequence[ParamScheduler | Mapping[str, Any]]

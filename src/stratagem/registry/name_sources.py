@@ -97,7 +97,7 @@ class PretrainedFactories(NameSource):
         return getattr(found, method, None) if method else found
 
     def names(self) -> Iterable[str]:
-        """Return no names: there are thousands, and listing them would import the module of each."""
+        """Return no names: there are thousands, and listing them would import every module."""
         return ()
 
 

@@ -58,9 +58,10 @@ class Registry:
         name: The kind of the entries, for error messages, such as ``"model"``.
         parent: The registry to search after this one. This registry becomes a child of it.
         scope: The library that the registry belongs to; the caller's top-level package by default.
-        locations: Modules that register entries when they are imported. They are imported when a name is first not found.
-        build_func: Called as ``build_func(cfg, registry=..., default_args=...)`` instead of ``build_from_cfg``. Defaults to
-            that of the parent.
+        locations: Modules that register entries when they are imported. They are imported the first time that a name is not
+            found.
+        build_func: Called as ``build_func(cfg, registry=..., default_args=...)`` instead of ``build_from_cfg``. Defaults to the
+            parent's ``build_func``.
         builtin_entries: Names and the objects that they refer to, as ``"package.module:Class"``, imported on first use.
         name_sources: Sources of names that are not listed.
 
@@ -108,7 +109,7 @@ class Registry:
 
     @property
     def children(self) -> Mapping[str, Registry]:
-        """The child registries, by scope."""
+        """A mapping from scopes to child registries."""
         return dict(self._children)
 
     @property
@@ -126,7 +127,7 @@ class Registry:
 
     @property
     def module_dict(self) -> Mapping[str, Target]:
-        """The registered entries by name, without the built-in entries and those of name sources."""
+        """A mapping from names to registered entries, without built-in entries and name sources."""
         return dict(self._entries)
 
     def __len__(self) -> int:

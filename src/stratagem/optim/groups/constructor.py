@@ -32,7 +32,7 @@ _MULTIPLIED: Final = {"lr_mult": "lr", "decay_mult": "weight_decay"}
 @final
 @dataclass(slots=True)
 class Group:
-    """Parameters with equal options, in model order, with their names."""
+    """Parameters with the same options, in model order, and their names."""
 
     options: dict[str, Any]
     names: list[str] = field(default_factory=list)

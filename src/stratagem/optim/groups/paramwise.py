@@ -25,8 +25,8 @@ class LayerDecay:
     Attributes:
         rate: the factor between the learning rates of a layer and the next one.
         layers: a regular expression whose first group is the index of a layer, such as ``r"blocks\.(\d+)\."``.
-        first: regular expressions for parameters before layer 0, such as ``"patch_embed"``. All other parameters are
-            treated as after the last layer and keep the full learning rate.
+        first: regular expressions for parameters before layer 0, such as ``"patch_embed"``. All other parameters are treated as
+            if they came after the last layer, and keep the full learning rate.
     """
 
     rate: float
@@ -51,19 +51,21 @@ class LayerDecay:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamwiseRules:
-    """The rules of ``paramwise_cfg``.
+    """The rules in ``paramwise_cfg``.
 
     Attributes:
         custom_keys: options for parameters whose names match a key; ``lr_mult`` and ``decay_mult`` are multipliers, other
-            options are set. The longest matching key is used, and of the other rules only ``layer_decay`` applies.
-        match: how keys match names: as a substring, as whole components, or as a regular expression.
-        bias_lr_mult: for biases, except in normalization layers and deformable convolutions.
-        bias_decay_mult: for biases, except in normalization layers with ``norm_decay_mult`` and deformable convolutions.
-        norm_decay_mult: for weights and biases of normalization layers.
-        dwconv_decay_mult: for depthwise convolutions.
-        dcn_offset_lr_mult: for ``conv_offset`` of deformable convolutions.
-        flat_decay_mult: for all other parameters with one dimension.
-        bypass_duplicate: for a shared parameter whose names have different options, use those of its first name.
+            options are set. The longest matching key is used. Of the other rules, only ``layer_decay`` applies to such a
+            parameter.
+        match: the way in which keys match names: as a substring, as whole components, or as a regular expression.
+        bias_lr_mult: the learning rate multiplier for biases, except in normalization layers and deformable convolutions.
+        bias_decay_mult: the weight decay multiplier for biases, except in normalization layers with ``norm_decay_mult`` and
+            deformable convolutions.
+        norm_decay_mult: the weight decay multiplier for weights and biases of normalization layers.
+        dwconv_decay_mult: the weight decay multiplier for depthwise convolutions.
+        dcn_offset_lr_mult: the learning rate multiplier for ``conv_offset`` of deformable convolutions.
+        flat_decay_mult: the weight decay multiplier for all other parameters with one dimension.
+        bypass_duplicate: for a shared parameter whose names have different options, use the options of its first name.
         layer_decay: layer-wise learning rate decay, multiplied with the other rules.
         freeze: regular expressions for parameters that are not trainable.
     """
@@ -97,7 +99,7 @@ class ParamwiseRules:
         return min(matching, key=lambda key: (-len(key), key), default=None)
 
     def multipliers(self, traits: ParameterTraits) -> Options:
-        """Return ``lr_mult`` and ``decay_mult`` by the rules for the type of a parameter."""
+        """Return ``lr_mult`` and ``decay_mult`` according to the rules for a parameter's type."""
         options: Options = {}
         if traits.is_bias and not (traits.is_norm or traits.in_deformable):
             options["lr_mult"] = self.bias_lr_mult

@@ -128,7 +128,7 @@ class ParamScheduler(ABC):
         }  # fmt: skip
 
     def differences(self, state_dict: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Return the settings that differ from a saved state: ``{name: (saved value, own value)}``."""
+        """Return the settings that differ from a saved state: ``{name: (saved value, current value)}``."""
         saved, own = flatten_description(state_dict.get("description", {})), flatten_description(self.describe())
         return {name: (saved[name], own.get(name)) for name in saved if saved[name] != own.get(name)}
 
@@ -139,11 +139,11 @@ class ParamScheduler(ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the position and the settings, and set the values in the groups. The argument is not modified.
 
-        The saved range, unit and settings replace those of the constructor. A state without them, as other programs write
-        it, restores only the position.
+        The saved range, unit and settings replace those of the constructor. A state without them, such as one written by
+        another program, restores only the position.
 
         Raises:
-            CheckpointMismatchError: if the state is of a different type of scheduler.
+            CheckpointMismatchError: if the state belongs to a different type of scheduler.
         """
         if "_global_step" not in state_dict:
             raise CheckpointMismatchError(
@@ -173,7 +173,7 @@ class ParamScheduler(ABC):
 
     @classmethod
     def in_iterations(cls, options: Mapping[str, Any], epoch_length: int) -> dict[str, Any]:
-        """Convert the arguments of an epoch-based scheduler to those of the equivalent iteration-based scheduler.
+        """Convert the arguments of an epoch-based scheduler to arguments of the equivalent iteration-based one.
 
         Raises:
             ConfigValueError: if they are not epoch-based, or ``epoch_length`` is not a positive integer.
@@ -235,7 +235,7 @@ def flatten_description(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unit_of(by: str | None, *, by_epoch: bool) -> Unit:
-    """Return the unit by ``by``, or by ``by_epoch`` if ``by`` is None."""
+    """Return the unit that ``by`` specifies, or ``by_epoch`` if ``by`` is None."""
     if by is None:
         return "epoch" if by_epoch else "iter"
     if by not in _UNITS:

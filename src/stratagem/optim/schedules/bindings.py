@@ -1,7 +1,7 @@
 """The registered schedulers: each binds a curve to an option of the parameter groups.
 
 ``...ParamScheduler`` schedules the option ``param_name``, ``...LR`` the learning rate, and ``...Momentum`` ``momentum`` or
-``betas[0]``. Their arguments are those of the curve and of ``ParamScheduler``.
+``betas[0]``. They accept the arguments of the curve and of ``ParamScheduler``.
 """
 
 from __future__ import annotations

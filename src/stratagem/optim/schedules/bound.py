@@ -18,7 +18,7 @@ __all__ = ["BoundScheduler", "CurveScheduler"]
 
 
 class BoundScheduler(ParamScheduler, ABC):
-    """A scheduler whose arguments are the fields of a dataclass and those of ``ParamScheduler``.
+    """A scheduler that accepts the fields of a dataclass and the arguments of ``ParamScheduler``.
 
     Subclasses specify the dataclass as ``settings``, and ``key`` if the option is fixed instead of ``param_name``. The
     signature is generated from them, so that help, configuration checks and errors know every argument.

@@ -66,7 +66,7 @@ def build_param_schedulers(
 
 
 def _by_optimizer(spec: Any, optim: OptimWrapperDict) -> dict[str, list[Any]]:
-    """Return the schedulers and configurations of each optimizer by name."""
+    """Return a mapping from optimizer names to their schedulers and configurations."""
     if not isinstance(spec, Mapping) or "type" in spec:
         items = _as_list(spec)
         owners = {id(item): _owner_of(item, dict(optim.items())) for item in items if isinstance(item, ParamScheduler)}
@@ -112,7 +112,7 @@ def _check_owners(by_name: Mapping[str, list[Any]], wrappers: Mapping[str, BaseO
 
 
 def _owner_of(schedule: ParamScheduler, wrappers: Mapping[str, BaseOptimWrapper]) -> str | None:
-    """Return the name of the optimizer that a scheduler changes; None if it is none of them."""
+    """Return the name of the optimizer that a scheduler changes; None if it changes none of them."""
     return next((name for name, wrapper in wrappers.items() if _is_scheduled_by(wrapper, schedule)), None)
 
 

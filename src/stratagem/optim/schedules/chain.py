@@ -1,4 +1,4 @@
-"""The chain of all schedulers of one option of one optimizer."""
+"""Chains of the schedulers that change the same option of an optimizer."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class TowardsFloor(Curve, ABC):
 @final
 @dataclass(frozen=True)
 class Constant(Curve):
-    """``factor`` times the value; the value itself from the last position on."""
+    """``factor`` times the value before the last position; the unscaled value from the last position on."""
 
     factor: float = 1 / 3
 
@@ -225,8 +225,8 @@ class OneCycle(Curve):
     """Increase to ``eta_max`` and decrease again, regardless of the group's value (1cycle policy, arXiv:1708.07120).
 
     It starts at ``eta_max / div_factor`` and ends at that value divided by ``final_div_factor``. ``pct_start`` is the
-    fraction of the range in which it increases. With ``three_phase``, it returns to the start value in an equal fraction,
-    and decreases to the end value in the rest.
+    fraction of the range in which it increases. With ``three_phase``, it returns to the start value over an equal fraction of
+    the range, and decreases to the end value over the remainder.
     """
 
     eta_max: float
