@@ -64,13 +64,13 @@ Third = TypeVar("Third")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Phase(Generic[Third]):
-    """The three arguments that training, validation or testing requires. Either all of them or none must be given.
+    """The three arguments that training, validation or testing requires. Either all or none of them must be given.
 
     Attributes:
         mode: ``"train"``, ``"val"`` or ``"test"``.
         dataloader: the data, or its configuration.
         cfg: the arguments of the loop.
-        third: the optimizer wrapper of the training, or the evaluator.
+        third: the optimizer wrapper for training, or the evaluator for validation and testing.
         third_name: the name of the third argument.
 
     Raises:
@@ -113,8 +113,8 @@ class Runner:
 
     Args:
         model: a module or its configuration.
-        work_dir: the folder of the run; by default ``work_dirs``.
-        experiment_name: the name of the run; by default that of the configuration file.
+        work_dir: the folder of the run; ``work_dirs`` by default.
+        experiment_name: the name of the run; by default, the name of the configuration file.
         train_dataloader: a ``DataLoader`` or its configuration.
         optim_wrapper: an optimizer wrapper, an optimizer, or a configuration of one.
         param_scheduler: parameter schedulers or their configurations.
@@ -122,14 +122,14 @@ class Runner:
         val_dataloader: as ``train_dataloader``, for validation.
         val_evaluator: metrics, their configurations, or an evaluator.
         val_cfg: the arguments of the validation loop; may be empty.
-        test_dataloader: as ``train_dataloader``, for the test.
+        test_dataloader: as ``train_dataloader``, for testing.
         test_evaluator: metrics, their configurations, or an evaluator.
         test_cfg: the arguments of the test loop; may be empty.
         strategy: a strategy or its configuration; by default a single device, or DDP if a launcher started the process.
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
         default_hooks: changes to the default hooks by name; None removes a hook.
         custom_hooks: additional hooks or their configurations.
-        data_preprocessor: used in the configuration of the model if that has none.
+        data_preprocessor: added to the model's configuration if it has none.
         load_from: a checkpoint whose weights are loaded, or which is resumed if ``resume`` is True.
         resume: False, a path, or True to resume from ``load_from`` or from the latest checkpoint under ``work_dir``.
         resume_param_scheduler: whether a resumed run uses the schedules and optimizer options (learning rate, weight decay
@@ -201,7 +201,7 @@ class Runner:
         if not isinstance(requeue, bool):
             raise ConfigTypeError(f"requeue must be True or False, got {requeue!r}.")
         for name in (work_dir, experiment_name):
-            # The value is part of folder names and logs, so it is never masked, whichever variable it came from.
+            # The value is part of folder names and logs, so it is never masked, regardless of the variable that it came from.
             if name is not None:
                 allow_in_texts(os.fspath(name))
         self._resume_source = ResumeSource(
@@ -249,7 +249,7 @@ class Runner:
 
     @property
     def interrupted(self) -> int | None:
-        """The number of the signal that stopped the last training early; None if no signal did."""
+        """The number of the signal that stopped the last call of ``train()`` early; None if no signal did."""
         return self.run.interrupt.received
 
     def latest_checkpoint(self) -> Path | None:
@@ -315,7 +315,7 @@ class Runner:
         ):
             run.save_counter.begin_session()
             loop = self.prepare()
-            # Not earlier: a run that cannot start must not replace the configuration of an earlier one.
+            # Not earlier: a run that cannot start must not replace the configuration of an earlier run.
             self._keep_config()
             run.events.call("before_run", run)
             if is_complete(run):
@@ -354,7 +354,7 @@ class Runner:
         """Evaluate the model on the test data; return the metrics. Collective.
 
         Args:
-            strict: whether the weights in ``load_from`` must match those of the model exactly.
+            strict: whether the weights in ``load_from`` must match the model's weights exactly.
         """
         with self.run.guard.monitored():
             return self._evaluate(self._test, strict=strict)

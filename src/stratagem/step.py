@@ -36,8 +36,8 @@ def train_step(model: Any, data: Any, optim_wrapper: AccumulatingOptim) -> dict[
         optim_wrapper: the optimizer wrapper of the whole model.
 
     Returns:
-        The values to log, detached and still on the device: first ``loss``, the sum of the entries whose name contains
-        "loss", then every entry of another name.
+        The values to log, detached and still on the device: ``loss``, the sum of the entries whose names contain "loss",
+        followed by every other entry.
     """
     # The context is autocast, and decides whether the backward pass synchronizes gradients across ranks.
     with optim_wrapper.optim_context(model):
@@ -62,7 +62,7 @@ def update_params(
         optim: the optimizer wrapper.
         loss: a scalar, the mean over the micro-batch.
         weight: the weight of this micro-batch in the step, such as its number of samples or tokens. If every
-            micro-batch of a step on every rank has a weight, the gradient of the step is that of
+            micro-batch of a step on every rank has a weight, the gradient of the step equals the gradient of
             ``sum(loss * weight) / sum(weight)``; without weights, all micro-batches are weighted equally.
         step_kwargs: passed to ``step``.
         zero_kwargs: passed to ``zero_grad``.
@@ -171,7 +171,7 @@ def call_forward(model: nn.Module, data: Any, mode: str) -> Any:
 def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | None, dict[str, Tensor]]:
     """Return the loss to differentiate, its weight and the values to log.
 
-    The loss is the sum of the entries whose name contains "loss", each a tensor (its mean counts) or a list of tensors
+    The loss is the sum of the entries whose names contain "loss", each a tensor (its mean counts) or a list of tensors
     (the sum of their means). The entry ``weight``, such as a number of samples or tokens, is the weight of this
     micro-batch in its accumulation window; without it, all micro-batches are weighted equally.
 

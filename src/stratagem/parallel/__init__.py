@@ -1,4 +1,4 @@
-"""Placements: how a model and its gradients are distributed over devices and ranks."""
+"""Placements, which distribute a model and its gradients over devices and ranks."""
 
 from stratagem.parallel.ddp import DDP_OPTIONS, Replica, Replicated
 from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps

@@ -34,7 +34,7 @@ _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in DDP_OPTIONS 
 # DistributedDataParallel reports unused parameters by their index among the trainable ones.
 _UNUSED = re.compile(r"indices which did not receive grad for rank \d+: ((?:\d+ ?)+)")
 _MOST_NAMES = 8
-# Errors of the reducer if a second backward pass starts before it has all gradients of the first.
+# Errors that the reducer raises if a second backward pass starts before all gradients of the first have arrived.
 _TWO_PASSES = ("mark a variable ready only once", "undefined, but still allreduced")
 
 
@@ -43,7 +43,7 @@ class Replica(DistributedDataParallel):
     """A ``DistributedDataParallel`` that trains with the ``train_step`` of its model.
 
     In the step, calls of ``self(...)`` go through ``DistributedDataParallel``, so gradients are synchronized. Otherwise
-    ``self`` is the model. Attributes that the replica does not have are those of the model.
+    ``self`` is the model. Attributes that the replica does not have are looked up in the model.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
@@ -148,8 +148,8 @@ class Replicated(Placement):
         self._logger = logger
         self._sync_bn = sync_bn
         self._separate = separate
-        # Buffers that all ranks update equally, or from their own samples like BatchNorm, need no broadcast in each forward
-        # pass, which would be one more collective.
+        # No broadcast in each forward pass, which would be one more collective: either all ranks update buffers equally, or
+        # each rank updates them from its own samples, like BatchNorm.
         self._options = dict(options)
         if _SYNC_BUFFERS not in options:
             self._options[_SYNC_BUFFERS] = self._options.pop("broadcast_buffers", False)
@@ -221,7 +221,7 @@ class Replicated(Placement):
     def _sync_context(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         if sync:
             return NO_CONTEXT
-        # The step of a model passes the model, not the replica around it.
+        # The model's step passes the model itself, not the replica that wraps it.
         wrapped = self._replicas.get(model, model)
         if isinstance(wrapped, DistributedDataParallel):
             return cast("AbstractContextManager[object]", wrapped.no_sync())

@@ -1,4 +1,4 @@
-"""Redirect the calls of a model, for example to the wrapper around it."""
+"""Redirect calls to a model, for example to the wrapper around it."""
 
 from __future__ import annotations
 

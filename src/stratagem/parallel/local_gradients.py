@@ -20,7 +20,7 @@ __all__ = ["LocalGradients", "average_gradients"]
 class LocalGradients:
     """Detects backward passes whose gradients DDP does not average, and averages those gradients before the update.
 
-    DDP averages once after each forward pass: in the next backward pass. Gradients of any further pass, as when a step
+    DDP averages once after each forward pass: in the next backward pass. Gradients of any further pass, for example when a step
     calls ``backward`` for each of two losses, are only added on each rank.
 
     Args:
@@ -42,7 +42,7 @@ class LocalGradients:
 
     @classmethod
     def of(cls, replica: DistributedDataParallel) -> LocalGradients:
-        """Return the local gradients of a replica, and observe its forward passes from now on."""
+        """Return the local-gradient tracker of a replica, which observes its forward passes from now on."""
         found = cls(replica)
 
         def follow(module: nn.Module, _: Any, output: Any) -> None:
@@ -67,8 +67,8 @@ class LocalGradients:
     def complete(self) -> None:
         """Average the gradients of all parameters if some have not been averaged. Collective.
 
-        The mean is linear, so sums of averaged and local gradients become the mean of the ranks' sums. A parameter that
-        only some ranks used has a zero gradient on the others; one that no rank used has none.
+        The mean is linear, so averaging the sum of averaged and local gradients yields the mean of the ranks' total gradients.
+        A parameter that only some ranks used has a zero gradient on the others; one that no rank used has none.
         """
         if not (self.held or self.missed):
             return

@@ -1,4 +1,4 @@
-"""How a model is placed on one or more devices: the only axis on which strategies differ."""
+"""Placements of a model on one or more devices; strategies differ only in their placement."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ AnyOptim = BaseOptimWrapper | OptimWrapperDict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """The steps of preparing a model that a placement calls, each once, in the order that it requires.
+    """The steps of preparing a model. A placement calls each step once, in the order that it requires.
 
     Attributes:
-        init_and_sync: initializes the weights and broadcasts those of rank 0. Collective.
+        init_and_sync: initializes the weights and broadcasts them from rank 0. Collective.
         init_local: initializes the weights on this rank only.
-        compile: compiles the model if that was requested.
+        compile: compiles the model if requested.
         make_optim: builds the optimizers of the model; None if there are none.
     """
 

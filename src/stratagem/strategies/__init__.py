@@ -1,4 +1,4 @@
-"""Strategies: where and how a run executes. Replacing one with another changes nothing else in a configuration.
+"""Strategies, which determine where and how a run executes. Replacing one with another changes nothing else in a configuration.
 
 The strategies for engines are defined in :mod:`stratagem.engines`, which depends on this package. They can be imported from
 here as well and are loaded on first use.

@@ -1,4 +1,4 @@
-"""The interface of all strategies, and what they share."""
+"""The interface of all strategies, and the methods that they share."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class BaseStrategy(ABC):
         return model
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
-        """Call the model's ``init_weights`` if it has one, and broadcast the weights of rank 0. Collective."""
+        """Call the model's ``init_weights`` if it has one, and broadcast the weights from rank 0. Collective."""
         self._init_local_model_weights(model)
         broadcast_weights(model)
         return model
@@ -237,10 +237,10 @@ class BaseStrategy(ABC):
         return building.build_optim_wrapper(optim_wrapper, model)
 
     def complete_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        """Return an optimizer wrapper, or its configuration, completed by the options of the strategy.
+        """Return an optimizer wrapper, or its configuration, completed with the strategy's options.
 
-        Here it is returned unchanged. An engine whose configuration has options for accumulation, clipping or the optimizer
-        adds them.
+        This implementation returns it unchanged. An engine whose configuration has options for accumulation, clipping or the
+        optimizer adds them.
         """
         return optim_wrapper
 
@@ -264,7 +264,7 @@ class BaseStrategy(ABC):
         """Scale the learning rates according to ``auto_scale_lr``, if it is enabled.
 
         Raises:
-            StateError: if schedulers were already built, which store the learning rates.
+            StateError: if schedulers, which store the learning rates, were already built.
             ConfigValueError: if the batch size of a rank is unknown.
         """
         if self._auto_scale_lr is None:
@@ -347,7 +347,7 @@ class BaseStrategy(ABC):
                 ``train_micro_batch_size_per_gpu``.
 
         Returns:
-            The model if nothing else was ever prepared, else a :class:`PreparedComponents`, which unpacks in the order
+            The model if only a model has been prepared; otherwise, a :class:`PreparedComponents`, which unpacks in the order
             model, optimizer wrapper, schedulers.
         """
 
@@ -374,7 +374,7 @@ class BaseStrategy(ABC):
         callback: CheckpointCallback | None = None,
         new_parameters: Sequence[str] = (),
     ) -> StateTree:
-        """Restore model, optimizers, schedulers and randomness; return the rest of the checkpoint. Collective.
+        """Restore the model, optimizers, schedulers and random states; return the rest of the checkpoint. Collective.
 
         The checkpoint may lack parameters and buffers whose full names match one of the regular expressions in
         ``new_parameters``. Any other difference is an error.
@@ -491,8 +491,9 @@ class BaseStrategy(ABC):
     ) -> StateTree | None:
         """Load weights, resume, or do nothing. Collective.
 
-        If ``resume`` is a path, resume from it. If it is True, resume from ``load_from`` if that is given, else from the
-        latest checkpoint under ``work_dir``, else do nothing. ``load_from`` without ``resume`` loads the weights only.
+        If ``resume`` is a path, resume from it. If it is True, resume from ``load_from`` if it is given, otherwise from the
+        latest checkpoint under ``work_dir``; without either, do nothing. ``load_from`` without ``resume`` loads the weights
+        only.
 
         With ``resume_param_scheduler=False`` schedules and optimizer options come from this run's configuration and continue
         from the position of the checkpoint; the optimizer state is restored. See :meth:`load_checkpoint` and :meth:`resume`

@@ -66,7 +66,7 @@ class ComposedStrategy(BaseStrategy):
             )
 
     def _make_access(self) -> StateAccess:
-        """Return how the state of the placed model and its optimizers is read and written."""
+        """Return the object that reads and writes the state of the placed model and its optimizers."""
         return TorchState()
 
     def _writer(self, write: CheckpointWriter) -> CheckpointWriter:
@@ -225,7 +225,7 @@ class ComposedStrategy(BaseStrategy):
             used.add("optimizer")
         if resume_param_scheduler and self.param_schedulers_or_none is not None:
             used.add("param_schedulers")
-        # Check for missing parts before anything is changed.
+        # Check for missing parts before changing anything.
         state = get_model_state(checkpoint, filename)
         parts = {key: _part(checkpoint, key, filename) for key in used & {"optimizer", "param_schedulers"}}
         # Strict, since the optimizer state of another model must not be applied to these parameters.
@@ -265,7 +265,7 @@ class ComposedStrategy(BaseStrategy):
     ) -> None:
         parts: StateTree = {}
         optim = self.optim_wrapper_or_none
-        # A schedule-free optimizer has different weights for training; the checkpoint contains those to evaluate.
+        # A schedule-free optimizer has separate training weights; the checkpoint contains the evaluation weights.
         with nullcontext() if optim is None else optim.evaluating():
             # On all ranks: gathering the sharded state of an optimizer is collective.
             if save_optimizer and optim is not None:

@@ -23,7 +23,7 @@ _STATES = ("sharded", "full")
 class FSDPStrategy(ComposedStrategy):
     """Trains with PyTorch's ``fully_shard``: parameters, gradients and the optimizer state are sharded across ranks.
 
-    The parameters of a wrapped module are gathered while it is used.
+    The parameters of a wrapped module are gathered only while the module is in use.
 
     Args:
         wrap_policy: the modules to wrap, each of which is gathered separately. By default the items of every
@@ -39,21 +39,21 @@ class FSDPStrategy(ComposedStrategy):
         tp_plan: maps patterns of module names to ``"colwise"``, ``"rowwise"`` etc., see
             :data:`~stratagem.parallel.fsdp.tensor_parallel.STYLES`; by default the model's attribute ``tp_plan``.
         cpu_offload: whether shards, gradients and the optimizer state are stored in CPU memory.
-        forward_prefetch: how many wrapped modules ahead parameters are gathered in the forward pass; 0 for the default
-            of torch.
+        forward_prefetch: the number of wrapped modules whose parameters are gathered ahead in the forward pass; 0 for torch's
+            default.
         backward_prefetch: the same for the backward pass.
         ignored: patterns of modules or parameters that are not sharded; their gradients are averaged.
         activation_checkpointing: True for the wrapped modules, a policy like ``wrap_policy``, or a mapping with
             ``policy``, ``save_ops`` and ``preserve_rng_state``.
         compile_blocks: True, or arguments of ``torch.compile``, to compile each wrapped module separately.
-        initial_weights: which ranks compute the initial weights; the values are always those of a single process.
+        initial_weights: the ranks that compute the initial weights; the values always equal those of a single-process run.
             ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every rank computes all of them and keeps its
             shard. ``"whole"``: every process first builds the whole model.
         skip_init_weights: whether to leave the weights uninitialized, because a checkpoint will be loaded.
         forward_methods: methods other than ``forward`` that use parameters, such as ``"decoder.generate"``.
         sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
         state: ``"sharded"``: all ranks write checkpoints; ``"full"``: rank 0 gathers and writes them.
-        model_wrapper: options under the names of MMEngine's ``MMFullyShardedDataParallel``.
+        model_wrapper: options with the names used by MMEngine's ``MMFullyShardedDataParallel``.
         state_dict_cfg: MMEngine's name for ``state``.
         kwargs: the arguments of :class:`BaseStrategy`.
 

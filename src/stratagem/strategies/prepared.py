@@ -60,7 +60,7 @@ class PreparedComponents(list[Any]):
 
     Attributes:
         model: the placed model.
-        optim_wrapper: its optimizer wrapper, or those of several optimizers.
+        optim_wrapper: its optimizer wrapper, or an ``OptimWrapperDict`` for several optimizers.
         param_schedulers: the parameter schedulers; None if none were prepared.
     """
 

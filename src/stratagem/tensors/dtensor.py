@@ -70,7 +70,7 @@ def local_slice(full: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def shard_like(full: Tensor, like: Tensor, *, copy: bool = False) -> Tensor:
-    """Return a full tensor sharded like ``like``, with its own dtype; unchanged if ``like`` is not a ``DTensor``.
+    """Return a full tensor sharded like ``like``, keeping its own dtype; unchanged if ``like`` is not a ``DTensor``.
 
     Each rank reads only its own part of ``full``. If ``like`` is on the same device, the shard is a view of ``full`` unless
     ``copy`` is True. Not collective.

@@ -67,11 +67,11 @@ def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
 def build_train_loop(
     train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLoader, val_loop: Any, *, optim_wrapper: Any = None
 ) -> Any:
-    """Build the training loop. Its type is ``type``, or is determined by ``by_epoch`` or by the given length.
+    """Build the training loop. ``type`` specifies its type; by default, ``by_epoch`` or the given length determines it.
 
     Raises:
         ConfigTypeError: if ``train_cfg`` is not a mapping.
-        ConfigValueError: if the length of the training is missing.
+        ConfigValueError: if the length of the run is missing.
     """
     cfg = loop_arguments(train_cfg)
     defaults = {"run": run, "dataloader": dataloader, "val_loop": val_loop}
@@ -92,7 +92,7 @@ def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ConfigTypeError: if ``train_cfg`` is not a mapping.
-        ConfigValueError: if the length of the training is missing.
+        ConfigValueError: if the length of the run is missing.
     """
     cfg = _mapping(train_cfg, "train_cfg")
     if "type" not in cfg:
@@ -107,7 +107,7 @@ def loop_arguments(train_cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_evaluation_loop(cfg: Mapping[str, Any], mode: str, run: Run, dataloader: EpochLoader, evaluator: Any) -> Any:
-    """Build the loop for validation (``mode="val"``) or test (``"test"``)."""
+    """Build the loop for validation (``mode="val"``) or testing (``mode="test"``)."""
     arguments = {"type": "ValLoop" if mode == "val" else "TestLoop", **_mapping(cfg, f"{mode}_cfg")}
     defaults = {"run": run, "dataloader": dataloader, "evaluator": _build_evaluator(evaluator, run)}
     return LOOPS.build(arguments, default_args=defaults)

@@ -40,8 +40,8 @@ class Hook:
     """Base class of hooks. Override the methods of the events that you need; only overridden methods are called.
 
     The first argument of every method is the :class:`~stratagem.train.run.context.Run`. ``batch_idx`` is the index of the
-    batch in the epoch. ``run.iter`` and ``run.epoch`` are the completed iterations and epochs, so they do not include the
-    current ones.
+    batch in the epoch. ``run.iter`` and ``run.epoch`` count completed iterations and epochs, so they do not include the current
+    ones.
     """
 
     priority: int | str | Priority = Priority.NORMAL
@@ -150,7 +150,7 @@ class Hook:
         """Restore what :meth:`state_dict` returned. Called on every rank when a run resumes."""
 
     def get_triggered_stages(self) -> list[str]:
-        """Return the events whose methods are called: by default, those that the class overrides.
+        """Return the events whose methods are called: by default, the events that the class overrides.
 
         A hook that does not need all of them can return fewer, which saves the calls.
         """
@@ -193,7 +193,7 @@ def _shared_method(event: str) -> str | None:
 
 @final
 class Events:
-    """The methods of all hooks by event, in order of priority; looked up once.
+    """Maps events to the methods of all hooks, in order of priority; methods are looked up once.
 
     Args:
         hooks: the hooks. Hooks with equal priority are called in this order.
@@ -207,7 +207,7 @@ class Events:
         }
 
     def named(self) -> dict[str, Hook]:
-        """Return the hooks by name: the class name, with a number from the second hook of the same class on."""
+        """Return a mapping from names to hooks. A name is the class name, with a number from the second hook of that class on."""
         named: dict[str, Hook] = {}
         for hook in self.hooks:
             kind = type(hook).__name__

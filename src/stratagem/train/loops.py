@@ -66,7 +66,7 @@ class EpochBasedTrainLoop:
         run: the run to train.
         dataloader: yields the batches of each epoch.
         max_epochs: the number of epochs of the whole run.
-        val_begin: the first epoch to validate after, counted from 1.
+        val_begin: the first epoch that is followed by a validation, counted from 1.
         val_interval: the number of epochs between validations; the last epoch is always validated.
         dynamic_intervals: pairs (epoch, interval) that change the interval from that epoch on, counted from 1.
         val_loop: the validation loop; None if the run has no validation.
@@ -106,7 +106,7 @@ class EpochBasedTrainLoop:
         self._validate_if_due()
         while progress.epoch < max_epochs and not progress.stop_training:
             events.call("before_train_epoch", run)
-            # The length ends the epoch, since an infinite sampler does not.
+            # The configured length ends the epoch, since an infinite sampler does not.
             length = progress.epoch_length
             left = None if length is None else max(0, length + self.dataloader.slack - progress.batch)
             train_iterations(run, self.dataloader.batches(progress.epoch, done=progress.batch), left)
@@ -144,7 +144,7 @@ class IterBasedTrainLoop:
         run: the run to train.
         dataloader: yields batches, one epoch after another or infinitely.
         max_iters: the number of iterations of the whole run.
-        val_begin: the first iteration to validate after, counted from 1.
+        val_begin: the first iteration that is followed by a validation, counted from 1.
         val_interval: the number of iterations between validations; the last iteration is always validated.
         dynamic_intervals: pairs (iteration, interval) that change the interval from that iteration on.
         max_steps: the number of optimizer updates of the whole run, instead of ``max_iters``.
@@ -212,7 +212,7 @@ class IterBasedTrainLoop:
         return planned
 
     def _next_validation(self, iteration: int) -> int:
-        """Return the first iteration after ``iteration`` to validate after."""
+        """Return the first iteration after ``iteration`` that is followed by a validation."""
         following = max(iteration + 1, self._val_begin)
         while following % self._intervals.at(following):
             following += 1
@@ -253,7 +253,7 @@ def updates_of(run: Run) -> int:
 
 
 class _EvaluationLoop:
-    """The parts that validation and test share."""
+    """The code that the validation and test loops share."""
 
     mode: str
 
@@ -266,7 +266,7 @@ class _EvaluationLoop:
     def run(self) -> dict[str, Any]:
         """Evaluate all data; return the metrics, which are the same on all ranks. Collective.
 
-        If the training is interrupted meanwhile, the evaluation is aborted without metrics and without side effects; the
+        If training is interrupted meanwhile, the evaluation is aborted without metrics and without side effects; the
         resumed run repeats it.
         """
         run, events, mode = self._run, self._run.events, self.mode

@@ -266,7 +266,7 @@ def _loads_model(target: Any) -> bool:
 def _makes_model(target: Any) -> bool:
     """Return whether the target is a model of transformers, or a function or class method of the library."""
     if isinstance(target, type):
-        # Not a subclass that the program defines.
+        # Exclude subclasses that the program defines.
         return _comes_from(target, "transformers") and bool(_bases(target) & _MODELS)
     return _comes_from(target, "transformers") or (isinstance(target, types.MethodType) and bool(_bases(target)))
 
@@ -366,7 +366,7 @@ _TORCHVISION: Final = DataRules(
     },
 )  # fmt: skip
 
-# heavyball looks strings up among all functions of its helper module.
+# heavyball looks up strings among all functions of its helper module.
 _HEAVYBALL: Final = DataRules(
     lambda target: _comes_from(target, "heavyball"),
     {
@@ -386,7 +386,7 @@ _HEAVYBALL: Final = DataRules(
 
 # No arguments allowed -----------------------------------------------------------------------------------------------
 
-# Functions that unpickle, import, compile or download what an argument names. Data files may set none of their arguments.
+# Functions that unpickle, import, compile or download whatever an argument names. Data files may set none of their arguments.
 _LOADERS: Final = DataRules(
     lambda target: _comes_from(
         target,

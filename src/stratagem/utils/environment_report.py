@@ -63,7 +63,7 @@ def _describe_build() -> str:
     lines = [line.strip(" -") for line in torch.__config__.show().splitlines()[1:]]
     return "; ".join(
         line for line in lines if not line.startswith("Build settings")
-    )  # 2000 characters of compiler flags
+    )  # omitted: about 2000 characters of compiler flags
 
 
 def _describe_accelerators() -> dict[str, str]:

@@ -16,7 +16,7 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["drop_working_directory", "import_module", "import_object", "without_working_directory"]
 
-# Folders of libraries and of this package. They stay importable even if one of them is the working directory.
+# The folders that contain libraries and this package. They stay importable even if one of them is the working directory.
 _INSTALLED = {Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
 _INSTALLED.add(Path(__file__).resolve().parents[2])
 
@@ -24,7 +24,7 @@ _INSTALLED.add(Path(__file__).resolve().parents[2])
 def drop_working_directory() -> None:
     """Remove the working directory from ``sys.path``.
 
-    ``python -m`` and ``python -c`` put it first, where a file in it could shadow any library.
+    ``python -m`` and ``python -c`` put it first, so that a file in it could shadow any library.
     """
     try:
         here = Path.cwd().resolve()

@@ -26,7 +26,7 @@ def nearest_names(name: str, known: Iterable[str], most: int = 3) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], most: int = 3) -> str:
-    """Return a sentence for an error about an unknown name: the closest known names, or else the known names."""
+    """Return a sentence for an error about an unknown name: the closest known names or, if there are none, all known names."""
     known = sorted(known)
     near = nearest_names(name, known, most)
     if near:

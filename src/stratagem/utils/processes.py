@@ -1,4 +1,4 @@
-"""Check whether a process of this machine exists."""
+"""Check whether a process exists on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WAIT_OBJECT_0 = 0  # from winbase.h; a process is signaled once it has exited
 
 
 def process_exists(pid: int) -> bool:
-    """Return whether a process with this id exists; also True if this cannot be checked."""
+    """Return whether a process with this ID exists; True if this cannot be checked."""
     if sys.platform == "win32":
         # os.kill(pid, 0) would send Ctrl-C to the process.
         return _exists_on_windows(pid)

@@ -19,7 +19,7 @@ _READING_METHODS = frozenset({"pop", "get", "setdefault"})
 @final
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The keyword arguments of a target. ``open`` means that the target may accept any other name."""
+    """The keyword arguments of a target. ``open`` specifies whether the target may accept any other name."""
 
     names: tuple[str, ...] = ()
     required: frozenset[str] = frozenset()

@@ -1,7 +1,8 @@
 """All private names of torch that this package uses, each with the reason. Any torch release may change them.
 
 ``tests/utils/test_torch_private.py`` has a test for each, so that a change in torch fails there with a clear message rather
-than in the middle of a run. What each step calls is an alias rather than a function, which would cost a call.
+than in the middle of a run. Names that are called in each step are aliases rather than wrapper functions, to avoid an
+additional call.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def initialize_fsdp_root(model: nn.Module) -> None:
     """Make the module that ``fully_shard`` was called on last the root of its FSDP modules.
 
     Private: ``FSDPModule._get_fsdp_state()._lazy_init()``, which torch calls in the first forward pass. A step that calls a
-    submodule first would otherwise make that the root.
+    submodule first would otherwise make the submodule the root.
     """
     root: Any = model
     root._get_fsdp_state()._lazy_init()
@@ -125,7 +126,7 @@ def unsharded_class(model: nn.Module) -> type:
 def flatten_mesh(mesh: Any, name: str) -> Any:
     """Return a one-dimensional view of a device mesh. Collective.
 
-    Private: ``DeviceMesh._flatten``. The group of several dimensions together is only available from it.
+    Private: ``DeviceMesh._flatten``. No other function returns the group of several dimensions combined.
     """
     return mesh._flatten(name)
 

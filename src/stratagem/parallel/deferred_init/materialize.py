@@ -26,14 +26,14 @@ _CHUNK_BYTES: Final = 32 * 2**20
 
 @final
 class InitialWeights:
-    """Builds a model on the meta device and materializes its initial values into the shards.
+    """Builds a model on the meta device, and computes its initial values in its shards.
 
     Values are computed tensor by tensor, in the order in which the model initializes them and with the random numbers of a
     single process. No process ever holds the whole model, except with ``"whole"``.
 
     Args:
         world: this process.
-        source: which ranks compute the values. ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every rank
+        source: the ranks that compute the values. ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every rank
             computes all values and keeps its shard, without communication. ``"whole"``: every process builds the whole
             model directly, and rank 0 broadcasts its values; for models that read values while they are built.
     """
@@ -80,7 +80,7 @@ class InitialWeights:
             init(model)
 
     def detach_storage(self, model: nn.Module) -> dict[str, Tensor]:
-        """Move the model to the meta device and keep the values that it has; shared tensors stay shared.
+        """Move the model to the meta device and keep its current values; shared tensors stay shared.
 
         Returns the meta tensors by name, to pass to :meth:`materialize_into`.
         """
@@ -135,7 +135,7 @@ class InitialWeights:
 
 @torch.no_grad()
 def _receive(target: Tensor, values: Tensor | None) -> None:
-    """Broadcast the values of rank 0 in chunks of rows; each rank keeps its shard. Collective.
+    """Broadcast the values from rank 0 in chunks of rows; each rank keeps its shard. Collective.
 
     Args:
         target: the tensor to write to, sharded or not.

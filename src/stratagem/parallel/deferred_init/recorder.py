@@ -5,8 +5,8 @@ would have written a value, in order. Replayed in memory, from the same state of
 produce the same values, bit for bit. A tensor is yielded and freed as soon as no later operation reads or changes it, so
 that only the tensors in progress need memory.
 
-The idea is that of "deferred initialization" (torchdistx, 2022). In contrast to it, only the operations that the requested
-tensors depend on are replayed, and every operation that draws random numbers, so that the generators end in the same state.
+This follows "deferred initialization" in torchdistx (2022), with one difference: only the operations that the requested
+tensors depend on are replayed, and all operations that draw random numbers, so that the generators end in the same state.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class OpRecorder:
         overwrites: bool,
         uses_rng: bool,
     ) -> None:
-        """Record a call, with the tensors that it writes to and those that it creates."""
+        """Record a call, the tensors that it writes to, and the tensors that it creates."""
         metas = {storage_id(tensor): _meta_of(tensor) for tensor in written}
         read = [tensor for tensor in tree_iter((args, kwargs)) if _is_meta(tensor)]
         new = [_meta_of(tensor) for tensor in created if _is_meta(tensor)]
@@ -176,7 +176,7 @@ class OpRecorder:
         )
 
     def _needed(self, wanted: set[int], *, uses_rng: bool) -> list[RecordedOp]:
-        """Return the recorded operations that the ``wanted`` storages depend on, with ``uses_rng`` also all that use the RNG."""
+        """Return the recorded operations that the ``wanted`` storages depend on; with ``uses_rng``, also all that use the RNG."""
         live = set(wanted)
         needed = []
         for op in reversed(self._ops):
@@ -191,7 +191,7 @@ class OpRecorder:
 
 @final
 class _OpMode(TorchDispatchMode):
-    """Records the operators of torch."""
+    """Records torch operators."""
 
     def __init__(self, recorder: OpRecorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
@@ -276,7 +276,7 @@ def _by_storage(tensors: Iterable[Tensor]) -> dict[int, list[Tensor]]:
 
 
 def _last_uses(ops: list[RecordedOp]) -> list[dict[int, bool]]:
-    """Return for each operation the storages whose values are not needed after it, and whether they are complete then.
+    """For each operation, return the storages whose values are not needed after it, and whether they are complete.
 
     A storage that a later operation overwrites or creates again is not complete.
     """

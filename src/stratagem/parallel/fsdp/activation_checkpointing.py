@@ -37,7 +37,7 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
         options: True for the modules that ``default_policy`` selects; a policy for
             :func:`~stratagem.parallel.fsdp.wrap_policy.select_modules`; or a mapping with ``policy`` and
 
-            - ``save_ops``: operators whose results are stored nevertheless: names such as ``"mm"``, or ``"costly"`` for
+            - ``save_ops``: operators whose results are still stored: names such as ``"mm"``, or ``"costly"`` for
               matrix multiplications and attention;
             - ``preserve_rng_state``: whether dropout draws the same random numbers when it is recomputed (default True).
         default_policy: the policy by which the model is wrapped.

@@ -32,7 +32,7 @@ Reshard = bool | int | None
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
-    """The dtypes that a sharded model computes in. Sharded parameters and the optimizer state keep their dtype.
+    """The dtypes in which a sharded model computes. Sharded parameters and the optimizer state keep their dtype.
 
     Attributes:
         param_dtype: the dtype of gathered parameters and of the computation; None for the dtype of the parameters.
@@ -81,7 +81,7 @@ def _dtype(key: str, value: Any) -> torch.dtype | None:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FSDPOptions:
-    """How a model is sharded; see :class:`~stratagem.strategies.FSDPStrategy` for the options."""
+    """The sharding configuration of a model; see :class:`~stratagem.strategies.FSDPStrategy` for the options."""
 
     wrap_policy: Any = None
     reshard_after_forward: Reshard | Mapping[str, Reshard] = None

@@ -176,7 +176,7 @@ class FSDPPlacement(Placement):
             else OffloadPolicy(),
             "ignored_params": set(ignored.values()),
         }
-        # Innermost first: the parameters of a nested block belong to it, not to the block around it.
+        # Innermost first: the parameters of a nested block belong to the nested block, not to the block around it.
         for name, block in sorted(blocks.items(), key=lambda item: -item[0].count(".")):
             fully_shard(
                 block, reshard_after_forward=_reshard(options.reshard_of(name), self._layout.shard), **arguments
@@ -213,7 +213,7 @@ class FSDPPlacement(Placement):
             block.compile(**({} if options is True else options))
 
     def _prefetch(self, blocks: Sequence[nn.Module]) -> None:
-        """Make each block prefetch the parameters of the next ones while it computes."""
+        """Make each block prefetch the parameters of the next blocks while it computes."""
         ahead, behind = self._options.forward_prefetch, self._options.backward_prefetch
         sharded = cast("Sequence[FSDPModule]", blocks)
         for index, block in enumerate(sharded):
@@ -232,7 +232,7 @@ class FSDPPlacement(Placement):
 
     def _materialize(self, model: nn.Module, metas: Mapping[str, Tensor]) -> None:
         own = generator_state()
-        # Training then continues with the random numbers that follow those of the weights, like in a single process.
+        # Training then continues with the random numbers that follow those drawn for the weights, as in a single process.
         restore_generator_state(broadcast_object(own))
         self._weights.materialize_into(model, metas, parameters=not self._options.skip_init_weights)
         restore_generator_state(own if self._diff_rank_rng else broadcast_object(generator_state()))
@@ -387,7 +387,7 @@ def _sharded_modules(model: nn.Module) -> Iterator[FSDPModule]:
 
 @contextmanager
 def _swapping_parameters() -> Iterator[None]:
-    """Keep parameters the same objects when they are moved off the meta device, so that tied parameters stay tied."""
+    """Preserve the identity of parameters when they are moved off the meta device, so that tied parameters stay tied."""
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:

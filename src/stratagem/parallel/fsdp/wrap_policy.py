@@ -1,4 +1,4 @@
-"""Select submodules of a model by class, by name, by size, or with a function."""
+"""Select submodules of a model by class, name or size, or with a function."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _by_function(named: Mapping[str, nn.Module], function: Callable[..., Any], w
 
 
 def tied_outside(model: nn.Module, module: nn.Module) -> list[str]:
-    """Return the parameters of ``module`` that are shared with other modules of ``model``, by their names there."""
+    """Return the parameters of ``module`` that other modules of ``model`` share, keyed by their names in those modules."""
     inside = {id(part) for part in module.modules()}
     own = {id(parameter) for parameter in module.parameters()}
     return [

@@ -20,7 +20,7 @@ _RULES = ("linear", "sqrt")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoScale:
-    """How learning rates are scaled with the batch size.
+    """The rule that scales learning rates with the batch size.
 
     Attributes:
         base_batch: the global batch size that the learning rates were chosen for.

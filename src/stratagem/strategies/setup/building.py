@@ -160,7 +160,7 @@ def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int, rul
     """Multiply every learning rate by a factor that depends on the batch size, and return the factor.
 
     With ``"linear"`` the factor is ``real_batch / base_batch``, the rule of Goyal et al. 2017, "Accurate, Large Minibatch
-    SGD" (arXiv:1706.02677), section 2.1. With ``"sqrt"`` it is the square root of that: the rule of Krizhevsky 2014
+    SGD" (arXiv:1706.02677), section 2.1. With ``"sqrt"`` it is the square root of this ratio, the rule of Krizhevsky 2014
     (arXiv:1404.5997), section 5, which suits adaptive optimizers such as Adam (Malladi et al. 2022, arXiv:2205.10287).
     """
     factor = real_batch / base_batch

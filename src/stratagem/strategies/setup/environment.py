@@ -44,7 +44,7 @@ _MP_KEYS = ("mp_start_method", "opencv_num_threads")
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Environment:
-    """The environment of a process, and how to restore the previous one.
+    """The environment of a process, which can be restored to its previous state.
 
     Attributes:
         world: the rank, device and seed of this process.
@@ -114,7 +114,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
             randomness=MappingProxyType({**randomness, "seed": seed}),
             notices=settings.notices if stray is None else (*settings.notices, stray),
             seed_given=given is not None,
-            # From here on, close() restores the settings. Before, any error does.
+            # From here on, close() restores the settings. Before this point, any error does.
             _undo=undo.pop_all(),
         )
 

@@ -49,10 +49,10 @@ def restore_accumulation_state(
     in the window and it now trains without a loss scale.
 
     Args:
-        optim: the optimizer wrapper, or those of several optimizers.
+        optim: the optimizer wrapper, or an ``OptimWrapperDict`` for several optimizers.
         window: the value that :func:`gather_accumulation_state` returned.
-        optim_state: the optimizer part of the same checkpoint. It has the loss scale that the gradients were computed
-            with; if the current scale differs, they are multiplied by the ratio.
+        optim_state: the optimizer part of the same checkpoint. It contains the loss scale with which the gradients were
+            computed; if the current scale differs, they are multiplied by the ratio.
         model: the unwrapped model.
         world: this process in the run.
     """

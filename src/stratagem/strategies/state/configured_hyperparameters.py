@@ -1,4 +1,4 @@
-"""Compare the configured options of optimizers and schedules with those in a checkpoint, and restore them."""
+"""Compare the configured options of optimizers and schedules with those in a checkpoint, and restore the configured ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FIRST: Final = "initial_"
 
 @final
 class ConfiguredHyperparameters:
-    """Stores the configured options of the parameter groups while those of a checkpoint are loaded.
+    """Stores the configured options of the parameter groups while a checkpoint's options are loaded.
 
     Args:
         optim: the optimizer wrapper, after its schedules were built and before a checkpoint is loaded.
@@ -38,7 +38,7 @@ class ConfiguredHyperparameters:
                 lines += [
                     f"{which}: {key.removeprefix(_FIRST)}={loaded[key]} (this configuration: {own[key]})"
                     for key in own
-                    # For a scheduled option compare the initial value, from which the schedule computes the current one.
+                    # For a scheduled option, compare the initial value, from which the schedule computes the current one.
                     if key in loaded and loaded[key] != own[key] and f"{_FIRST}{key}" not in own
                 ]
         return lines

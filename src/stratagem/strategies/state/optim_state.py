@@ -17,7 +17,7 @@ __all__ = ["read_optim", "require_one_optimizer", "write_optim"]
 
 
 def read_optim(optim: AnyOptim, model: nn.Module) -> dict[str, Any]:
-    """Return the optimizer state by parameter name; for several optimizers, a dict of optimizer names to states."""
+    """Return the optimizer state, keyed by parameter name; for several optimizers, a dict from optimizer names to states."""
     if isinstance(optim, OptimWrapperDict):
         return {name: read_optim(wrapper, model) for name, wrapper in optim.items()}
     return optimizer_by_name(optim.state_dict(), parameter_names(optim.optimizer, model))

@@ -15,9 +15,9 @@ __all__ = ["read_per_rank_buffers", "write_per_rank_buffers"]
 
 
 def read_per_rank_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Return the buffers that differ between ranks as tensors with one row per rank; each rank has its row. Collective.
+    """Return the buffers that differ between ranks as tensors with one row per rank; each rank holds its own row. Collective.
 
-    The model state in a checkpoint contains those of rank 0.
+    The model state in a checkpoint contains the buffers of rank 0.
     """
     if world.size == 1:
         return {}
@@ -32,7 +32,7 @@ def read_per_rank_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: World) -> None:
-    """Restore the buffers of this rank. If the number of ranks has changed, all ranks keep those of rank 0."""
+    """Restore the buffers of this rank. If the number of ranks has changed, all ranks keep the buffers of rank 0."""
     buffers = dict(_kept_buffers(model))
     for name, rows in saved.items():
         if len(rows) == world.size:

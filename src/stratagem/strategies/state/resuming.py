@@ -36,7 +36,7 @@ class Resumable(Protocol):
 
     @property
     def resume(self) -> Callable[..., StateTree]:
-        """Restores everything from a checkpoint."""
+        """Restore everything from a checkpoint."""
 
 
 @final
@@ -52,7 +52,7 @@ class Resuming:
 
     def resume(self, strategy: Resumable, filename: str | os.PathLike[str]) -> StateTree:
         """Resume; with ``resume_param_scheduler=False``, keep the configured schedules and options. Collective."""
-        # Omitted if empty, since custom strategies may not have the argument.
+        # Omit it if empty, since custom strategies may not accept the argument.
         new: dict[str, Any] = {"new_parameters": self.new_parameters} if self.new_parameters else {}
         if self.resume_param_scheduler or self.optim is None:
             rest = strategy.resume(filename, callback=self.callback, **new)
@@ -80,7 +80,7 @@ class Resuming:
         Raises:
             CheckpointDamagedError: if there are checkpoints, but none is readable.
         """
-        # The list of rank 0, so that all ranks resume from the same checkpoint.
+        # Use the list of rank 0, so that all ranks resume from the same checkpoint.
         found = RankGroup.of().run_on_rank0(lambda: list_checkpoints(strategy.work_dir))
         if not found:
             strategy.logger.info("Found no checkpoint under %s; starting from scratch.", strategy.work_dir)

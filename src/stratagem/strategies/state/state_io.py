@@ -1,4 +1,4 @@
-"""Read the state of a placed model and its optimizers for a checkpoint, and write it from one."""
+"""Read the state of a placed model and its optimizers for a checkpoint, and load it from a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class StateAccess(ABC):
     """Reads and writes state under the names of the unwrapped model, so that any strategy can resume from its checkpoints.
 
     A sharded tensor is represented by a ``DTensor`` or a :class:`~stratagem.checkpoint.ShardedTensorState` with the shard of
-    this rank. Reading neither gathers nor copies tensors. State to be loaded consists of full tensors that are
-    memory-mapped, of which each rank reads what it needs.
+    this rank. Reading neither gathers nor copies tensors. State to be loaded consists of memory-mapped full tensors; each rank
+    reads only the parts that it needs.
     """
 
     @abstractmethod
     def model_state(self, model: nn.Module) -> StateTree:
-        """Return parameters and buffers by name, with the master weights of low-precision parameters. Collective."""
+        """Return a dict of parameters and buffers, with the master weights of low-precision parameters. Collective."""
 
     @abstractmethod
     def load_model_state(
@@ -46,7 +46,7 @@ class StateAccess(ABC):
 
     @abstractmethod
     def optim_state(self, optim: AnyOptim, model: nn.Module) -> StateTree:
-        """Return the optimizer state by parameter name. Collective."""
+        """Return the optimizer state, keyed by parameter name. Collective."""
 
     @abstractmethod
     def load_optim_state(

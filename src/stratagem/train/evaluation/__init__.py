@@ -1,1 +1,1 @@
-"""Validation and test metrics, also when ranks have different numbers of batches."""
+"""Validation and test metrics, including for ranks with different numbers of batches."""

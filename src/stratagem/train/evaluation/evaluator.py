@@ -1,4 +1,4 @@
-"""Evaluate predictions with metrics, over the results of all ranks."""
+"""Evaluate predictions with metrics computed over the results of all ranks."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class BaseMetric(ABC):
     Subclasses implement :meth:`process` and :meth:`compute_metrics`.
 
     Args:
-        prefix: the prefix of the names of the values, as in ``<prefix>/<name>``. None selects ``default_prefix``.
+        prefix: the prefix of metric names, as in ``<prefix>/<name>``. None selects ``default_prefix``.
 
     Attributes:
         process_group: the ranks whose results are gathered, if the other ranks have copies of the same results; None for
             all ranks. Set before :meth:`evaluate` is called, like ``batch_ends``.
         batch_ends: the number of results after each batch, if whole batches are distributed to the ranks in turn; None if
-            samples are.
+            samples are distributed.
     """
 
     default_prefix: str | None = None
@@ -48,18 +48,18 @@ class BaseMetric(ABC):
 
     @abstractmethod
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """Return the values by name, computed from the results of all ranks. Called on rank 0.
+        """Return a mapping from names to values, computed from the results of all ranks. Called on rank 0.
 
         The results are in the order of the samples if there is one per sample, or if whole batches are distributed to the
         ranks in turn.
         """
 
     def evaluate(self, size: int | None = None) -> dict[str, float]:
-        """Return the values on every rank and discard the results. Collective.
+        """Return the metric values on every rank and discard the results. Collective.
 
         Args:
             size: use only this number of results, for callers whose sampler repeats samples at the end. The loops use
-                all results: built-in samplers do not repeat samples in an evaluation.
+                all results: built-in samplers do not repeat samples during evaluation.
         """
         gathered = gather_object(_in_batches(self.results, self.batch_ends), 0, self.process_group)
         results = None if gathered is None else list(chain.from_iterable(_in_turn(gathered)))[:size]
@@ -74,12 +74,12 @@ class Evaluator:
     """Updates metrics with predictions. Supports metrics of torchmetrics and subclasses of :class:`BaseMetric`.
 
     For a metric of torchmetrics, the model's ``val_step`` must return a mapping with ``preds`` and ``target``, or a tuple of
-    the arguments of the metric's ``update``.
+    arguments for the metric's ``update``.
 
     Args:
         metrics: a metric, its configuration, a list of them, or a mapping from names to them. The default name of a metric
             of torchmetrics is its class name in lowercase.
-        device: the device of the metrics of torchmetrics.
+        device: the device for torchmetrics metrics.
     """
 
     def __init__(self, metrics: Any, *, device: torch.device | None = None) -> None:

@@ -31,7 +31,7 @@ def pad_forward_passes(run: Run, loader: EpochLoader, step: Callable[[Any], Any]
     if not run.strategy.collective_forward:
         yield from batches
     elif loader.share is not None:
-        # Every rank reads all batches, so it knows at the end whether the other ranks had one more.
+        # Every rank reads all batches, so it knows at the end whether the other ranks had another batch.
         yield from batches
         if loader.leftover is not None:
             step(loader.leftover)
@@ -59,7 +59,7 @@ def _counted(batches: Iterator[Any], loader: EpochLoader, step: Callable[[Any], 
 
 
 def _asking_each_time(batches: Iterator[Any], step: Callable[[Any], Any]) -> Iterator[Any]:
-    """Yield the batches of a loader of unknown length, then run padding passes until no rank has a batch left."""
+    """Yield the batches of a loader of unknown length, then run padding passes until all ranks have run out of batches."""
     last: Any = _END
     while True:
         batch = next(batches, _END)
@@ -68,7 +68,7 @@ def _asking_each_time(batches: Iterator[Any], step: Callable[[Any], Any]) -> Ite
         if not having:
             return
         if not all(map(any, ranks)):
-            # Some ranks have had no batch: send them one of another rank.
+            # Some ranks have had no batch: send them a batch from another rank.
             borrowed = broadcast_object(batch if batch is not _END else None, having[0])
             last = borrowed if last is _END else last
         if batch is _END:

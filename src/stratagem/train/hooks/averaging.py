@@ -27,16 +27,16 @@ class EMAHook(Hook):
 
     The average is updated after each iteration in which the optimizer updated the weights, but not if the step was skipped
     or the accumulation window is incomplete. Checkpoints contain the trained weights in ``state_dict`` and the average in
-    ``average``, with the same names. A resumed run continues the average. With ``load_from``, a training starts a new
-    average, and an evaluation uses the average in the checkpoint, if there is one.
+    ``average``, with the same names. A resumed run continues the average. With ``load_from``, training starts a new average,
+    and evaluation uses the average in the checkpoint, if there is one.
 
     Args:
         ema_type: ``"ExponentialMovingAverage"``, ``"MomentumAnnealingEMA"`` or ``"StochasticWeightAverage"``, or a
             mapping with the name as ``type`` and its arguments.
-        momentum: the weight of the current weights in the average; by default that of ``ema_type``.
+        momentum: the weight of the current weights in the average; by default, the value of ``ema_type``.
         gamma: an argument of ``MomentumAnnealingEMA``.
         interval: update the average every ``interval`` steps (or epochs).
-        device: the device of the average; by default that of each weight.
+        device: the device of the average; by default, the device of each weight.
         update_buffers: also average floating-point buffers.
         begin_iter: the first iteration, counted from 1, after which the average is updated.
         begin_epoch: the first epoch, counted from 1, in which the average is updated.
@@ -105,7 +105,7 @@ class EMAHook(Hook):
         return self._built
 
     def after_load_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
-        # Store it: the average may not exist yet.
+        # Store the state, because the average may not exist yet.
         self._saved = checkpoint.get(AVERAGE_PART)
         self._average_missing = self._saved is None
 

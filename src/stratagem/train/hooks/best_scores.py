@@ -62,14 +62,14 @@ def is_better(value: float, than: float, rule: Rule, *, by: float = 0.0) -> bool
 
 @final
 class BestScores:
-    """The best scores of each monitored metric, and the validations that they come from.
+    """The best scores of each monitored metric, and the validations in which they were reached.
 
     Args:
         metrics: the names of the metrics; ``"auto"`` for the first one that a validation returns.
         rule: ``"greater"`` or ``"less"``, for all metrics or for each one; by default inferred from their names.
         greater_keys: see :func:`infer_rule`.
         less_keys: see :func:`infer_rule`.
-        count: how many scores are kept per metric.
+        count: the number of scores to keep per metric.
 
     Raises:
         ConfigKeyError: if a rule is unknown.
@@ -139,7 +139,7 @@ class BestScores:
         return best
 
     def _resolve_names(self, metrics: Mapping[str, Any]) -> list[str]:
-        """Return the names of the monitored metrics; the first validation determines which metric ``"auto"`` is."""
+        """Return the names of the monitored metrics; the first validation determines the metric for ``"auto"``."""
         if self._names == [_AUTO]:
             # A resumed run keeps the metric of the checkpoint.
             first = next(iter(self._scores or metrics), None)

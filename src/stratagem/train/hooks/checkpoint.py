@@ -31,7 +31,7 @@ __all__ = ["CheckpointHook"]
 
 @final
 class CheckpointHook(Hook):
-    """Save a checkpoint every ``interval`` epochs or iterations, and at the end of the training.
+    """Save a checkpoint every ``interval`` epochs or iterations, and at the end of training.
 
     Old checkpoints are removed once a new one is durable. Only checkpoints that this hook saved in this run are removed, as
     recorded in their manifests. Other files, checkpoints of other runs, and those saved by calling ``run.save_checkpoint``
@@ -44,7 +44,7 @@ class CheckpointHook(Hook):
         save_param_scheduler: whether to save the state of the schedulers.
         out_dir: a folder in which a subfolder with the name of the work directory is created for the checkpoints; by
             default, the work directory itself.
-        max_keep_ckpts: how many of the most recent checkpoints are kept; -1 for all. Those saved when the run was
+        max_keep_ckpts: the number of most recent checkpoints to keep; -1 for all. Those saved when the run was
             interrupted count as well.
         save_last: whether to save after the last epoch or iteration, regardless of the interval.
         save_best: a metric, or a list of metrics. After a validation with the best value so far, the checkpoint is saved as
@@ -58,11 +58,11 @@ class CheckpointHook(Hook):
             :data:`~stratagem.train.hooks.best_scores.LESS_KEYS`.
         filename_tmpl: the name of a checkpoint, with ``{}`` for the number of completed epochs or iterations; by default
             ``epoch_{}`` or ``iter_{}``. A name that ends in ``.pth`` creates single files. Resuming works with any name.
-        published_keys: parts of a checkpoint, such as ``"state_dict"``. At the end of the training, these parts of the last
+        published_keys: parts of a checkpoint, such as ``"state_dict"``. At the end of training, these parts of the last
             and the best checkpoints are written to ``<name>-<digest>.pth``.
         save_begin: the first epoch or iteration at which checkpoints are saved.
         keep_every: checkpoints whose number is a multiple of this are never removed.
-        keep_best: how many checkpoints are kept for each metric in ``save_best``.
+        keep_best: the number of checkpoints to keep for each metric in ``save_best``.
         every_minutes: also save a checkpoint ``iter_<n>`` if this many minutes have passed since the last save.
         async_save: save in the background: training only waits for a copy in host memory, which a thread writes. This needs
             as much additional memory as the part of the checkpoint that the rank saves. If a save fails, the error is
@@ -166,7 +166,7 @@ class CheckpointHook(Hook):
         if self._async_save:
             run.checkpoint_writer.write_in_background()
         if self._timer is not None:
-            # It is left from a training that was aborted, for example by a rollback.
+            # It is left over from an aborted run of the loop, for example before a rollback.
             self._timer.finish()
         if self._every_minutes is not None:
             self._timer = DistributedTimer(60 * self._every_minutes, distributed=run.world_size > 1)
@@ -190,7 +190,7 @@ class CheckpointHook(Hook):
             self._save_regular(run, self._timed_template, done, run.progress.after_this_iteration())
 
     def after_val_epoch(self, run: Run, metrics: Mapping[str, Any] | None = None) -> None:
-        # A validation that is not part of a training does not save checkpoints.
+        # A validation outside of training does not save checkpoints.
         if self._best is None or not self._training:
             return
         number, unit = (run.epoch, "epoch") if self._by_epoch else (run.iter, "iter")
@@ -264,7 +264,7 @@ class CheckpointHook(Hook):
 
 
 def _check_template(template: str) -> None:
-    """Check that a template gives distinct names that can be found when the run resumes.
+    """Check that a template yields distinct names that can be found when the run resumes.
 
     Raises:
         ConfigValueError: if it does not.

@@ -1,4 +1,4 @@
-"""Stop the training when a metric no longer improves."""
+"""Stop training when a metric no longer improves."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["EarlyStoppingHook"]
 
 @final
 class EarlyStoppingHook(Hook):
-    """Stop the training if a metric has not improved by more than ``min_delta`` in ``patience`` validations in a row.
+    """Stop training if a metric has not improved by more than ``min_delta`` in ``patience`` validations in a row.
 
     The state is saved in checkpoints, so a resumed run stops at the same point as an uninterrupted one.
 
     Args:
-        monitor: the name of the metric in the results of the validation.
+        monitor: the name of the metric in the validation results.
         rule: whether ``"greater"`` or ``"less"`` values are better; by default inferred from the name.
         min_delta: how much better than the best value a new value must be to count as an improvement.
         strict: raise an error if the validation does not return the metric; by default a warning is logged.
         check_finite: stop immediately if the value is NaN or Inf.
-        patience: the number of validations in a row without an improvement after which the training stops.
+        patience: the number of validations in a row without an improvement after which training stops.
         stopping_threshold: stop immediately if the value is at least as good as this.
 
     Raises:
@@ -85,7 +85,7 @@ class EarlyStoppingHook(Hook):
             run.logger.info("Early stopping after epoch %d, iteration %d: %s", run.epoch, run.iter, reason)
 
     def _update(self, value: float) -> str | None:
-        """Update the state with a value; return the reason to stop the training, or None to continue."""
+        """Update the state with a value; return the reason for stopping, or None to continue."""
         if self._check_finite and not math.isfinite(value):
             return f"{self._monitor} is {value}."
         if self._threshold is not None and not is_better(self._threshold, value, self._rule):

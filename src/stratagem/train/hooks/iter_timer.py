@@ -33,5 +33,5 @@ class IterTimerHook(Hook):
         timer.started = now
 
     def after_val(self, run: Run) -> None:
-        # Exclude the validation from the next iteration.
+        # Exclude the validation time from the next iteration.
         run.step_timer.started = perf_counter()

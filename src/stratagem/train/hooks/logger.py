@@ -1,4 +1,4 @@
-"""Log the training: log lines, records for other programs, and a progress bar on a terminal."""
+"""Log training progress: log lines, records for other programs, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["LoggerHook"]
 class LoggerHook(Hook):
     """Log a line every ``interval`` iterations, and one for each evaluation.
 
-    Between log lines, only references to the values are stored, and the values stay on the device. For a log line, each
+    Between log lines, only references to the values are stored, and the values stay on the device. For each log line, each
     value is averaged over the iterations of the smoothing window and over the ranks that have it; this takes one copy to
     the host and one small all-reduce for all values. If the names differ between ranks, for example because a loss only
     exists for some samples, the names are gathered first.
@@ -30,7 +30,7 @@ class LoggerHook(Hook):
     Args:
         interval: the number of iterations between log lines.
         ignore_last: do not log an additional line at the end of an epoch whose length is not a multiple of ``interval``.
-        window_size: the number of iterations that values are averaged over; by default those since the last line.
+        window_size: the number of iterations over which values are averaged; by default, all iterations since the last line.
     """
 
     priority = Priority.BELOW_NORMAL

@@ -26,7 +26,7 @@ __all__ = ["NonFiniteHook"]
 
 _POLICIES: Final = ("stop", "skip", "rollback")
 _CHECKS: Final = ("step", "interval")
-# How often float16 training may halve its loss scale in a row: from the initial 2**16 to 2**-9.
+# The number of times that float16 training may halve its loss scale in a row: from the initial 2**16 to 2**-9.
 _SCALE_SEARCH: Final = 25
 
 
@@ -208,7 +208,7 @@ class NonFiniteHook(Hook):
 
     def _stop_or_roll_back(self, run: Run, report: NonFiniteReport, message: str) -> None:
         """Raise an error that stops the run, or one that requests a rollback. Collective."""
-        # The checkpoint that is being written may be the newest good one, and older ones are removed after it.
+        # The checkpoint that is being written may be the newest good one, and older ones are removed once it is complete.
         run.checkpoint_writer.wait()
         good = broadcast_object(run.save_counter.newest_good(run.id) if run.rank == 0 else None)
         if self._policy != "rollback":

@@ -36,8 +36,8 @@ class NonFiniteReport:
         last: the last iteration that contributed to the step.
         epoch: the epoch of the last iteration, counted from 1.
         batch: the batch of the last iteration in its epoch, counted from 1.
-        values: the outputs of the training step that are NaN or Inf, by rank and name.
-        samples: the dataset indices of the samples, by rank; None if the order of the data is unknown.
+        values: the outputs of the training step that are NaN or Inf, keyed by rank and name.
+        samples: the dataset indices of the samples, keyed by rank; None if the order of the data is unknown.
         parameters: the names of the parameters whose synchronized gradients contain NaN or Inf, roughly from the loss to
             the inputs.
     """

@@ -45,10 +45,10 @@ class _ScheduledOptimizer:
 
 
 def check_epoch_schedules(schedulers: Sequence[ParamScheduler], max_epochs: int | None) -> None:
-    """Check that there are no schedules by epoch in a run by iterations.
+    """Check that a run measured in iterations has no epoch-based schedules.
 
     Raises:
-        ConfigValueError: if there is one.
+        ConfigValueError: if it has one.
     """
     by_epoch = [each for each in schedulers if each.unit == "epoch" and not each.need_val_args]
     if by_epoch and max_epochs is None:
@@ -60,11 +60,11 @@ def check_epoch_schedules(schedulers: Sequence[ParamScheduler], max_epochs: int 
 
 @final
 class ParamSchedulerHook(Hook):
-    """Advance schedules by iteration and by step with the steps of the optimizer, and schedules by epoch after each epoch.
+    """Advance iteration-based and step-based schedules with each optimizer step, and epoch-based schedules after each epoch.
 
-    A step advances a schedule by iteration by the number of its micro-batches. Its curve over the run therefore does not
-    depend on gradient accumulation, and values do not change between steps. Schedules that depend on metrics advance after
-    each validation.
+    A step advances an iteration-based schedule by the number of micro-batches in the step. Its curve over the run therefore
+    does not depend on gradient accumulation, and values do not change between steps. Schedules that depend on metrics advance
+    after each validation.
     """
 
     priority = Priority.LOW
@@ -111,7 +111,7 @@ class ParamSchedulerHook(Hook):
             scheduler.step(metrics)
 
     def after_train(self, run: Run) -> None:
-        # A validation after the training does not advance schedules.
+        # A validation after training does not advance schedules.
         self._on_metrics = []
 
 

@@ -24,7 +24,7 @@ def save_interrupted(run: Run, begin: int, *, requeue: bool) -> None:
 
     Args:
         run: the interrupted run.
-        begin: the number of iterations that were complete when this session started.
+        begin: the number of completed iterations when this session started.
         requeue: whether to requeue the SLURM job if the signal announced its end.
 
     Raises:

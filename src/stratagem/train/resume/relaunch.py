@@ -32,7 +32,7 @@ class LaunchIdentity:
         run_id: the run ID of torchrun; None without torchrun.
         agents: the processes of torchrun, which outlive the ranks that they start.
         job: the SLURM job ID, which a requeued job keeps; None without SLURM.
-        restarts: how often SLURM has restarted the job.
+        restarts: the number of times that SLURM has restarted the job.
     """
 
     process: Identity
@@ -88,8 +88,8 @@ class LaunchIdentity:
 def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: logging.Logger) -> Path | None:
     """Return the newest checkpoint that was saved since the first start of this launch; None if there is none.
 
-    The first start records which checkpoints existed before it in the work directory; these are ignored, regardless of
-    their time. Called on rank 0.
+    The first start records which checkpoints existed before it in the work directory; these are ignored, regardless of their
+    timestamps. Called on rank 0.
     """
     if not launch.may_restart:
         return None
@@ -100,7 +100,7 @@ def find_restart_checkpoint(folder: Path, launch: LaunchIdentity, logger: loggin
     again = earlier is not None and launch.continues(earlier)
     write_atomic(record, json.dumps({"launch": asdict(launch), "before": before if again else present}))
     if earlier is None or not again or earlier.process == launch.process:
-        # Not a restart: a program can train twice in one process.
+        # Not a restart: a program may train twice in one process.
         return None
     own = [each for path, each in found.items() if before.get(path) != present[path]]
     latest = next((each.path for each in own if not each.fault), None)
@@ -129,5 +129,5 @@ def _read(record: Path) -> tuple[LaunchIdentity | None, dict[str, Any]]:
         written = json.loads(record.read_text(encoding="utf-8"))
         return LaunchIdentity.from_record(written["launch"]), dict(written["before"])
     except (OSError, ValueError, TypeError, KeyError):
-        # There is no record, or another version wrote it: the run starts as configured.
+        # There is no record, or a different version wrote it, so the run starts as configured.
         return None, {}

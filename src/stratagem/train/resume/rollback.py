@@ -38,8 +38,8 @@ class RollBackError(TrainingError):
 def roll_back(run: Run, request: RollBackError) -> None:
     """Restore an earlier checkpoint, and continue with the data after the requested position. Collective.
 
-    The iteration and step counts, and the schedules that depend on them, are those of the checkpoint; skipped batches do
-    not count. Schedules by epoch follow the position in the data.
+    The iteration and step counts, and the schedules that depend on them, are restored from the checkpoint; skipped batches do
+    not count. Epoch-based schedules follow the position in the data.
     """
     if run.bar is not None:
         run.bar.stop()
@@ -65,7 +65,7 @@ def roll_back(run: Run, request: RollBackError) -> None:
 
 
 def _follow_epochs(run: Run, epochs: int) -> None:
-    """Advance schedules by epoch by the number of skipped ends of epochs."""
+    """Advance epoch-based schedules by the number of epoch ends that were skipped."""
     schedulers = run.param_schedulers or []
     everything = [each for some in schedulers.values() for each in some] if isinstance(schedulers, dict) else schedulers
     for scheduler in everything:

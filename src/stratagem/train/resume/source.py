@@ -67,11 +67,11 @@ class ResumeSource:
     def restore(self, run: Run, config_text: str, *, training: bool, strict: bool = False) -> Mapping[str, Any] | None:
         """Load or resume the checkpoint; return the rest of the checkpoint if the run resumes, otherwise None.
 
-        Collective. An evaluation restores neither optimizer nor schedules, so a training after it resumes again.
+        Collective. Evaluation restores neither the optimizer nor the schedules, so training after it resumes again.
 
         Args:
             run: the run, whose strategy is prepared.
-            config_text: the current configuration, which is compared with that of the checkpoint.
+            config_text: the current configuration, which is compared with the one in the checkpoint.
             training: whether the run trains.
             strict: whether the checkpoint must contain exactly the weights of the model if only weights are loaded.
         """
@@ -109,7 +109,7 @@ class ResumeSource:
 
 
 def restore_data_position(run: Run, rest: Mapping[str, Any], loader: EpochLoader) -> None:
-    """Restore the position in the training data from what :meth:`ResumeSource.restore` returned."""
+    """Restore the position in the training data from the checkpoint that :meth:`ResumeSource.restore` returned."""
     progress = run.progress
     data = rest.get("data")
     if not isinstance(data, Mapping) or not loader.positioned:
@@ -145,7 +145,7 @@ def _patterns(given: Sequence[str]) -> tuple[str, ...]:
 def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
     """Return the checkpoints to resume from if the launcher restarted this run, the newest first. Collective.
 
-    Only checkpoints of the restarted run are considered: by the clock, other runs in the folder may have newer ones. The
+    Only checkpoints of the restarted run are considered: other runs in the folder may have saved newer ones. The
     list is empty if this is the first launch, or if no checkpoint was saved since then.
     """
     launch = LaunchIdentity.here(all_gather_object(ProcessIdentity.of_parent()))
@@ -161,7 +161,7 @@ def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
 
 
 def _log_changes(run: Run, meta: Mapping[str, Any], config_text: str) -> tuple[str, ...]:
-    """Log which values of the configuration differ from those in the checkpoint; return one line for each."""
+    """Log which values of the configuration differ from those in the checkpoint; return one line per value."""
     saved = meta.get("cfg")
     changed = changed_values(saved, config_text, ignored=_RESUMING) if isinstance(saved, str) else []
     if changed:

@@ -37,8 +37,7 @@ class CheckpointWriter:
 
         Args:
             path: the path of the checkpoint, or a URL, in which case the pointer is not updated.
-            then: called with the ranks that saved, once the checkpoint is durable; where that is in the background, by a
-                thread.
+            then: called with the ranks that saved, once the checkpoint is durable; for a background save, called in its thread.
             arguments: passed to ``save_checkpoint`` of the strategy.
         """
         published = partial(self._published, os.fspath(path) if is_url(path) else absolute(path), then)
@@ -49,7 +48,7 @@ class CheckpointWriter:
             self._strategy.save_checkpoint(path, write=partial(self._saver.save, then=published), **arguments)
 
     def write_in_background(self) -> None:
-        """Write checkpoints in a background thread until the end of the training; a save only waits for a copy. Collective.
+        """Write checkpoints in a background thread until the end of training; a save only waits for a copy. Collective.
 
         Raises:
             ConfigValueError: if ``save_checkpoint`` of the strategy has no argument ``write``.

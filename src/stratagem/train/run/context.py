@@ -29,7 +29,7 @@ __all__ = ["INTERRUPTED", "Recorder", "Run"]
 
 # The retention group of the checkpoints that are saved when a run is interrupted.
 INTERRUPTED: Final = "interrupted"
-# The part of a checkpoint with the states of the hooks.
+# The part of a checkpoint that contains the states of the hooks.
 _HOOKS: Final = "hooks"
 _NEVER_REMOVED: Final = RetentionTag()
 
@@ -62,7 +62,7 @@ class HookEvents(Protocol):
         """The hooks in order of priority."""
 
     def named(self) -> Mapping[str, StatefulHook]:
-        """Return the hooks by name."""
+        """Return a mapping from names to hooks."""
 
     def __getitem__(self, event: str) -> tuple[Callable[..., None], ...]:
         """Return the methods of an event."""
@@ -136,7 +136,7 @@ class Run:
 
     @property
     def world(self) -> World:
-        """The facts about this process, such as its ranks and its device."""
+        """The properties of this process, such as its ranks and device."""
         return self.strategy.world
 
     @property
@@ -226,7 +226,7 @@ class Run:
         """Save the state of the run as a checkpoint, and update the pointer ``<work_dir>/last_checkpoint``.
 
         Collective. With background saves (see :class:`CheckpointWriter`), it returns when the state is copied. A hook that
-        calls it needs ``Priority.VERY_LOW``, so that averages and schedules have been updated before.
+        calls it needs ``Priority.VERY_LOW``, so that averages and schedules are updated first.
 
         Args:
             path: the path or URL of the checkpoint.
@@ -234,7 +234,7 @@ class Run:
             save_optimizer: whether to save the state of the optimizer.
             save_param_scheduler: whether to save the state of the schedulers.
             retention_tag: determines when the checkpoint is removed; by default, it is never removed.
-            then: called with the ranks that saved, once the checkpoint is durable; in the background by a thread.
+            then: called with the ranks that saved, once the checkpoint is durable; for a background save, called in its thread.
 
         Raises:
             CheckpointError: if this or the previous checkpoint could not be saved.

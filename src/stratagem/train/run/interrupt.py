@@ -18,8 +18,8 @@ class Interrupt:
     """Detects signals to any rank that request this run to stop: SIGINT, SIGTERM or SIGUSR1.
 
     Attributes:
-        received: the number of the signal that stopped the run, equal on all ranks; None if none did.
-        active: whether a training is in progress that can be interrupted.
+        received: the number of the signal that stopped the run, equal on all ranks; None if no signal did.
+        active: whether training is in progress and can be interrupted.
         passed_on: whether :meth:`raise_heard` has raised an exception.
     """
 

@@ -81,7 +81,7 @@ class Progress:
         return replace(self.here(), epoch=self.epoch + 1, batch=0)
 
     def end_of_epochs(self) -> int | None:
-        """Return the total number of iterations of a run by epochs, or None if it is unknown.
+        """Return the total number of iterations of a run measured in epochs, or None if it is unknown.
 
         It is based on the current position, because skipped batches and a changed batch size change the total.
         """
@@ -90,7 +90,7 @@ class Progress:
         return self.iter + (self.max_epochs - self.epoch) * self.epoch_length - self.batch
 
     def move_to(self, position: Position) -> None:
-        """Set the counters to a position, for example that of a checkpoint."""
+        """Set the counters to a position, for example the position in a checkpoint."""
         self.epoch, self.iter, self.batch = position.epoch, position.iter, position.batch
         self.validated = position.validated
 
@@ -117,7 +117,7 @@ class StepTimer:
     total_count: int = 0
 
     def pop_means(self) -> tuple[float, float] | None:
-        """Return the mean durations of an iteration and of its wait for data, and reset them; None without iterations."""
+        """Return the mean duration and the mean data wait of an iteration, and reset them; None without iterations."""
         if self.count == 0:
             return None
         means = self.seconds / self.count, self.data_seconds / self.count

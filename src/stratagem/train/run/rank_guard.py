@@ -80,7 +80,7 @@ class RankGuard:
             monitor.close()
 
     def reason(self, rank: int) -> str:
-        """Return why this rank stops; a single line if another rank failed."""
+        """Return the reason for stopping this rank; a single line if another rank failed."""
         failure = self.failure
         if failure is None:
             return "Communication between the ranks failed."
@@ -144,7 +144,7 @@ def _is_communication_error(error: BaseException) -> bool:
 
 
 def _comes_from_torch(error: BaseException) -> bool:
-    # Errors of gloo are plain RuntimeErrors that mention its source files; a timeout of a data worker does not.
+    # Gloo errors are plain RuntimeErrors that mention its source files; a timeout of a data worker does not.
     return isinstance(error, torch_dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 

@@ -1,4 +1,4 @@
-"""The history of a run: its sessions, what each one resumed from, and how it ended."""
+"""The history of a run: its sessions, the checkpoint that each one resumed from, and its outcome."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Session:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """How a session ended, at which position, and at which local time."""
+    """The outcome of a session, with the position and the local time at which it ended."""
 
     how: str
     epoch: int

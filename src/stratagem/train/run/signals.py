@@ -23,7 +23,7 @@ SIGNALS = (*_STOP_SIGNALS, *PREEMPTION_SIGNALS)
 # A launcher forwards a signal that the process has already received from the terminal or the scheduler; a repetition
 # within this time is not a second request.
 _SAME_REQUEST_S = 1.0
-# How long the main thread may take to clean up after a second signal before the process is forced to exit.
+# The time that the main thread may take to clean up after a second signal before the process is forced to exit.
 _SHUTDOWN_GRACE_S = 3.0
 _END = 0  # no signal has this number
 
@@ -77,7 +77,8 @@ class SignalListener:
             thread.join()
             os.close(source)
             os.close(sink)
-            # A training in another thread also reads these; a signal that has been handled must not stop it.
+            # Another run that is training in a different thread also reads these; a signal that has been handled must not stop
+            # it.
             self.first = self.second = None
 
     def _in_main_thread(self, number: int, frame: FrameType | None) -> None:

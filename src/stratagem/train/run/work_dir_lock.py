@@ -1,4 +1,4 @@
-"""Lock work directories so that only one training uses each of them."""
+"""Lock work directories so that only one run uses each of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _POLL_S = 0.1
 
 @final
 class WorkDirLocks:
-    """The work directories that a training has locked. Rank 0 locks them and removes leftovers of killed runs."""
+    """The work directories that a run has locked. Rank 0 locks them and removes leftovers of killed runs."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
@@ -56,7 +56,7 @@ class WorkDirLocks:
         """Lock another directory, creating it if it does not exist; do nothing if it is already held. Collective.
 
         Raises:
-            WorkDirError: on every rank, if another training holds the lock.
+            WorkDirError: on every rank, if another run holds the lock.
         """
         if folder not in self._held:
             RankGroup.of().run_on_rank0(lambda: self._lock(folder))
@@ -79,8 +79,8 @@ def work_dir_lock(folder: Path, logger: logging.Logger, *, heartbeat_s: float = 
     The lock is a file that names its owner; it is also locked with ``flock`` if the system supports that. If the owner
     was a process of this machine that has exited, the lock is taken over and a warning is logged. The owner updates the
     modification time of the file every ``heartbeat_s`` seconds, because processes of other machines cannot be inspected:
-    such an owner is considered dead if the modification time does not change for 3.5 intervals. Without ``flock``, two
-    trainings that start at the same moment may both get the lock.
+    such an owner is considered dead if the modification time does not change for 3.5 intervals. Without ``flock``, two runs
+    that start at the same moment may both acquire the lock.
 
     Raises:
         WorkDirError: if another process holds the lock, or the file cannot be written.
@@ -188,7 +188,7 @@ def _write_owner(descriptor: int) -> None:
 
 
 def _read_owner(file: Path) -> dict[str, Any] | None:
-    """Return the owner as recorded in the file, or None if it has no valid content, for example if it is new."""
+    """Return the owner as recorded in the file, or None if its contents are invalid, for example because it is new."""
     try:
         owner = json.loads(file.read_bytes())
         return owner if isinstance(owner, dict) and _process(owner) else None

@@ -24,7 +24,7 @@ __all__ = ["BatchSearch", "BatchTrial", "find_batch_size"]
 _CPU_LIMIT = 1024
 _WARM_UP = 2
 _ROUNDS = 3
-# The fraction of the highest throughput that counts as good.
+# The fraction of the highest throughput that is considered good.
 _GOOD = 0.9
 
 
@@ -68,7 +68,7 @@ class BatchSearch:
 
     @property
     def out_of_memory(self) -> bool:
-        """Whether memory, and not the limit, ended the search."""
+        """Whether memory, rather than the limit, ended the search."""
         return any(trial.seconds is None for trial in self.trials)
 
 
@@ -86,7 +86,8 @@ def find_batch_size(
         dataloader: provides the dataset and the collate function.
         limit: the largest batch size to try; by default 1,024 on the CPU, and unlimited on accelerators. The size of the
             dataset is always a limit.
-        steps: the number of iterations in each of the three timings, at least one accumulation window. The fastest counts.
+        steps: the number of iterations in each of the three timings, at least one accumulation window. The fastest timing is
+            used.
 
     Raises:
         PlacementError: if there are several processes: a rank that runs out of memory would block the others.

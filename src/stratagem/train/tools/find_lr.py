@@ -84,7 +84,7 @@ def find_learning_rate(
         smoothing: the decay of the moving average, in [0, 1).
         divergence: the multiple of the minimum loss that counts as diverged.
         loss: the name of the loss in the outputs of ``train_step``.
-        optimizer: the name of the optimizer whose rate is swept, if there are several; the others keep theirs.
+        optimizer: the name of the optimizer whose rate is swept, if there are several; the other optimizers keep their rates.
 
     Raises:
         ConfigValueError: if a number is out of range, or the optimizer has no learning rate.
@@ -158,7 +158,7 @@ def _evaluated(
     valley = int(bounded.argmin())
     steepest = least = None
     if valley + 1 >= _FEWEST:
-        # The rates are evenly spaced in their logarithm, so differences of neighbors are proportional to slopes.
+        # The rates are evenly spaced in their logarithm, so differences between neighbors are proportional to slopes.
         rise = bounded[2 : valley + 1] - bounded[: valley - 1]
         steepest, least = float(rates[1 + rise.argmin()]), float(rates[valley])
     return LearningRateSweep(

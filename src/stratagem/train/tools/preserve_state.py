@@ -1,4 +1,4 @@
-"""Restore the state of a training after a trial."""
+"""Restore the training state after a trial."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def preserve_training_state(strategy: BaseStrategy, dataloader: EpochLoader) -> 
     accumulation window are discarded. Other state of the model is not restored.
 
     Raises:
-        PlacementError: if the master weights are not in the model.
+        PlacementError: if the model does not hold the master weights.
     """
     if not strategy.params_accept_writes:
         raise PlacementError(

@@ -37,7 +37,7 @@ class Course:
         optimizer: the name of the optimizer; empty if there is only one.
         key: the option, such as ``lr``.
         parameters: the names of the parameters.
-        whole: whether these are all parameters of the optimizer.
+        whole: whether the group contains all parameters of the optimizer.
         values: the value at each iteration of the preview.
     """
 
@@ -56,13 +56,13 @@ class Course:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPreview:
-    """The options of every optimizer over a run.
+    """The values of every optimizer's options over a run.
 
     Attributes:
         iterations: the iterations (micro-batches) of the values, counted from 0, in ascending order.
         max_iters: the total number of iterations.
         epoch_length: the number of iterations of an epoch; None if the data has no length.
-        accumulative_counts: the number of iterations per optimizer step, by optimizer.
+        accumulative_counts: a mapping from optimizer names to the number of iterations per optimizer step.
         courses: the values of the options.
         on_metrics: schedules that depend on metrics, as (optimizer, key, class name); their values are constant in a preview.
         scaling: sentences that describe the effect of ``auto_scale_lr``; empty if it is not enabled.
@@ -178,7 +178,7 @@ def _build(model: nn.Module | Mapping[str, Any], optim_wrapper: Mapping[str, Any
 
 
 def _iterations(max_iters: int, schedulers: Sequence[ParamScheduler], epoch_length: int) -> NDArray[np.int64]:
-    """Return evenly spaced iterations, and those around the begin and end of each schedule."""
+    """Return evenly spaced iterations, and the iterations around the beginning and end of each schedule."""
     spread = np.linspace(0, max_iters - 1, min(max_iters, _POINTS)).round().astype(np.int64)
     edges = np.asarray([edge for each in schedulers for edge in _edges(each, epoch_length)], dtype=np.int64)
     return np.unique(np.concatenate([spread, edges[(edges >= 0) & (edges < max_iters)]]))

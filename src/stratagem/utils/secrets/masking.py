@@ -36,7 +36,7 @@ _HEADER = re.compile(
     r"|\bbearer[ ])(?P<value>(?=[^\s\"',;\\]*[\d=])[^\s\"',;\\]{8,})",
     re.IGNORECASE,
 )
-# Every name of a secret matches this, so most strings need no further search.
+# Every secret's name matches this pattern, so strings without a match need no further search.
 _HINT = re.compile("pass|secret|cred|token|auth|key|cookie|bearer|dsn|jwt|pw|connection|uid", re.IGNORECASE)
 # Tokens with a well-known prefix.
 _TOKEN = re.compile(

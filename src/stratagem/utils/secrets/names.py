@@ -14,7 +14,7 @@ def _words_in(words: str) -> frozenset[str]:
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 
-# A name with one of these words is that of a secret, unless its last word is in _ABOUT_A_SECRET.
+# A name that contains one of these words refers to a secret, unless its last word is in _ABOUT_A_SECRET.
 _STRONG = _words_in(
     "password passwords passwd passphrase passphrases passcode secret secrets credential credentials creds apikey apikeys "
     "accesskey secretkey privatekey authtoken accesstoken apitoken bearertoken clientsecret sshpass"
@@ -24,7 +24,7 @@ _ABOUT_A_SECRET = _words_in(
     "file files path paths dir directory folder url name names length len dim size type kind manager policy field env var "
     "variable provider store helper min max count num rules regex pattern required enabled"
 )
-# These words make the name that of a secret if they are its last word.
+# A name refers to a secret if its last word is one of these.
 _LAST = _words_in("token auth authorization cookie cookies bearer dsn jwt pw")
 _PAIRS = frozenset(
     f"{first} {last}"
@@ -43,7 +43,7 @@ _PAIRS = frozenset(
 _TRIPLES = frozenset({"access key id", "secret access key"})
 # These words can follow the name of a secret.
 _TRAILING = _words_in("value string str text plain b64 base64 hex encoded header old new raw prod dev test")
-# After one of these words, "token" means a token of a model, not a secret.
+# After one of these words, "token" means a model's token, not a secret.
 _TOKENS_OF_A_MODEL = _words_in(
     "pad eos bos mask masked cls sep unk oov num max min special start end stop begin image img video audio speech text prompt "
     "class register query key value first last next prev previous current per add new extra target source src tgt input "
@@ -80,7 +80,7 @@ def is_secret_name(name: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def is_strongly_secret_name(name: str) -> bool:
-    """Return whether all values under this name are secret, as those of ``credentials``."""
+    """Return whether all values under this name are secret, as under ``credentials``."""
     words = _words(name)
     return bool(words) and words[-1] not in _ABOUT_A_SECRET and _has_strong_word(words)
 
