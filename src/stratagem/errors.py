@@ -124,4 +124,4 @@ class TrainingError(StratagemError, RuntimeError):
 
 
 class RankFailedError(StratagemError, RuntimeError):
-    """This rank stops because another rank failed, exited or does not respond; this rank itself is healthy."""
+    """This rank stops because another rank failed, exited or stopped responding; this rank is healthy."""

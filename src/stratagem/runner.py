@@ -43,7 +43,7 @@ from stratagem.utils.secrets.values import allow_in_texts
 
 __all__ = ["Runner"]
 
-# The sections of a configuration that are arguments of the runner; config_schema.py has the other top-level keys.
+# The sections of a configuration that are arguments of the runner; config_schema.py lists the other top-level keys.
 _ARGUMENTS = (
     "model", "work_dir", "experiment_name", "train_dataloader", "optim_wrapper", "param_scheduler", "train_cfg",
     "val_dataloader", "val_evaluator", "val_cfg", "test_dataloader", "test_evaluator", "test_cfg", "strategy",
@@ -127,7 +127,7 @@ class Runner:
         test_cfg: the arguments of the test loop; may be empty.
         strategy: a strategy or its configuration; by default a single device, or DDP if a launcher started the process.
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
-        default_hooks: changes to the default hooks by name; None removes a hook.
+        default_hooks: maps names of default hooks to their changes; None removes a hook.
         custom_hooks: additional hooks or their configurations.
         data_preprocessor: added to the model's configuration if it has none.
         load_from: a checkpoint whose weights are loaded, or which is resumed if ``resume`` is True.

@@ -41,7 +41,7 @@ class ScalarSmoother:
     def means(
         self, *, last: int | None = None, reduce: Callable[[dict[str, float]], dict[str, float]] | None = None
     ) -> dict[str, float]:
-        """Return the mean of each name over the iterations in which it was a scalar, sorted by name.
+        """Return the mean of each value over the iterations in which it was a scalar, as a dict sorted by name.
 
         Numbers and single-element tensors are scalars; all other values (strings, predictions, complex numbers) are
         ignored. All tensors on a device are transferred in one copy, which synchronizes with the device.

@@ -157,7 +157,7 @@ class AveragedModel(ABC):
 
 @final
 class ExponentialMovingAverage(AveragedModel):
-    """``average = (1 - momentum) * average + momentum * weights``. See ``AveragedModel`` for the other arguments."""
+    """Compute ``average = (1 - momentum) * average + momentum * weights``. See ``AveragedModel`` for the other arguments."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class ExponentialMovingAverage(AveragedModel):
 class MomentumAnnealingEMA(AveragedModel):
     """An exponential moving average whose momentum decreases from 1 as ``gamma/(gamma+steps)``, but not below ``momentum``.
 
-    Early weights are forgotten faster. See ``AveragedModel`` for the other arguments.
+    Early weights lose their influence faster. See ``AveragedModel`` for the other arguments.
     """
 
     def __init__(

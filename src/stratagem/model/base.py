@@ -69,5 +69,5 @@ class BaseModel(nn.Module, ABC):
         return call_forward(self, self.data_preprocessor(data, False), "predict")
 
     def test_step(self, data: Any) -> Any:
-        """Return the predictions for one batch; the same as in validation."""
+        """Return the predictions for one batch; by default, the same as ``val_step``."""
         return self.val_step(data)

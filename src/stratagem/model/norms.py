@@ -44,8 +44,8 @@ def convert_sync_batchnorm(model: nn.Module, implementation: str = "torch") -> n
 def revert_sync_batchnorm(model: nn.Module) -> tuple[nn.Module, int]:
     """Replace every SyncBatchNorm layer with plain batch normalization; return the model and the number of layers.
 
-    Parameters, buffers and the training mode are preserved. The model is modified in place unless it is itself such a
-    layer.
+    Parameters, buffers and the training mode are preserved. The model is modified in place unless the model itself is a
+    SyncBatchNorm layer.
     """
     plain = {layer: _plain(layer) for layer in model.modules() if isinstance(layer, nn.SyncBatchNorm)}
     for parent in list(model.modules()):

@@ -24,7 +24,7 @@ class SupervisedModel(BaseModel):
         loss: a module, its configuration or a function, called as ``loss(predictions, targets)``.
         data_preprocessor: as in :class:`BaseModel`.
 
-    In validation it returns ``{"preds": ..., "target": ...}``, the arguments of the metrics of torchmetrics.
+    In validation it returns ``{"preds": ..., "target": ...}``, the arguments that torchmetrics metrics expect.
     """
 
     def __init__(

@@ -23,14 +23,14 @@ class Tokenizer(Protocol):
 
 @runtime_checkable
 class TextGenerator(Protocol):
-    """A language model. The argument names are those of the transformers library."""
+    """A language model. The argument names follow the transformers library."""
 
     def generate(
         self, tokens: Tensor, *, max_new_tokens: int, do_sample: bool, temperature: float, top_k: int
     ) -> Tensor:
         """Return the sequences followed by the generated tokens.
 
-        Sampling uses torch's default generator of the device of ``tokens``.
+        Sampling uses torch's default generator for the device on which ``tokens`` is stored.
 
         Args:
             tokens: token ids of shape ``[N, T]`` with ``T >= 1``.

@@ -1,4 +1,4 @@
-"""Recognize and remove the wrappers of a model, such as DistributedDataParallel."""
+"""Recognize and remove model wrappers, such as DistributedDataParallel."""
 
 from __future__ import annotations
 

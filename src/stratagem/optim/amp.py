@@ -34,9 +34,8 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
     """Run the forward pass under autocast; with float16, scale the loss so that small gradients do not underflow.
 
     All devices that autocast supports can be used, including the CPU. bfloat16 has the range of float32 and needs no
-    loss scale. An update whose gradients overflow is skipped: it counts in ``num_steps_attempted`` but not in
-    ``num_steps_applied``, so schedules and averages do not advance. Detecting it synchronizes with the device in each
-    float16 update.
+    loss scale. An update whose gradients overflow is skipped: ``num_steps_attempted`` includes it, but ``num_steps_applied``
+    does not, so schedules and averages do not advance. Detecting it synchronizes with the device in each float16 update.
 
     Args:
         optimizer: updates the parameters.

@@ -56,7 +56,7 @@ class BaseOptimWrapper(ABC):
         self.train()
 
     def each(self) -> Mapping[str, BaseOptimWrapper]:
-        """Return ``{"": self}``; an ``OptimWrapperDict`` returns its wrappers by name."""
+        """Return ``{"": self}``; an ``OptimWrapperDict`` returns a mapping from names to wrappers."""
         return {"": self}
 
     @abstractmethod
@@ -89,7 +89,7 @@ class BaseOptimWrapper(ABC):
 
     @abstractmethod
     def zero_grad(self, **kwargs: Any) -> None:
-        """Discard the gradients of all parameters of the optimizer."""
+        """Discard the gradients of all parameters in the optimizer."""
 
     @abstractmethod
     def optim_context(self, model: nn.Module) -> AbstractContextManager[object]:
@@ -154,7 +154,7 @@ class BaseOptimWrapper(ABC):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The parameter groups of the optimizer, not copies."""
+        """The optimizer's parameter groups, which are not copied."""
         return self.optimizer.param_groups
 
     @property
@@ -171,7 +171,7 @@ class BaseOptimWrapper(ABC):
         return {"momentum": [momentum_of(group) for group in self.param_groups]}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer, with the counts of this wrapper under ``counts``."""
+        """Return the optimizer's state, with this wrapper's counts under ``counts``."""
         state = self.optimizer.state_dict()
         if self._training_weights is not None:
             weights = self._training_weights
@@ -182,7 +182,7 @@ class BaseOptimWrapper(ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what ``state_dict`` returned. Tensors are not copied, as in torch.
 
-        The state of an optimizer without a wrapper is accepted too. ``fused`` and ``foreach`` keep their values in this
+        The state of an unwrapped optimizer is also accepted. ``fused`` and ``foreach`` keep their values in this
         process. Load the model's state first: the parameters of a schedule-free optimizer become the training weights.
 
         Raises:

@@ -17,7 +17,7 @@ __all__ = ["IMPLEMENTATION_KEYS", "Implementation", "implementation_options"]
 
 Implementation = Literal["auto", "fused", "foreach", "loop"]
 
-# How updates are computed depends on the machine, so these options of a parameter group are not part of a checkpoint.
+# The implementation depends on the machine, so these parameter group options are not saved in checkpoints.
 IMPLEMENTATION_KEYS: Final = ("fused", "foreach")
 _CHOICES: Final = ("auto", "fused", "foreach", "loop")
 # If the user sets one of these, no implementation is selected.

@@ -42,9 +42,9 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
 
     A window may continue across the end of an epoch or a validation. The last window of a run may be shorter, and so
     may one that starts in the middle because the gradients of its first part are lost; each is averaged over its own
-    length. If a hook stops a run inside a window, the loop calls ``discard_accumulation``, so the weights are those of
-    the last update. A run that is interrupted completes its window first. A strategy saves the gradients of an
-    incomplete window in its checkpoints and restores them.
+    length. If a hook stops a run inside a window, the loop calls ``discard_accumulation``, so the weights remain as they were
+    after the last update. A run that is interrupted completes its window first. A strategy saves the gradients of an incomplete
+    window in its checkpoints and restores them.
 
     Args:
         optimizer: updates the parameters.

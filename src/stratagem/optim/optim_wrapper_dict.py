@@ -1,4 +1,4 @@
-"""Several optimizers in one run, each in its own wrapper, such as those of a generator and a discriminator."""
+"""Several optimizers in one run, each in its own wrapper, such as the optimizers for a generator and a discriminator."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["OptimWrapperDict"]
 class OptimWrapperDict:
     """A mapping from names to wrappers. A model's ``train_step`` accesses each wrapper by its name.
 
-    One iteration is one ``train_step``, regardless of which optimizers it steps and how often. Each wrapper counts its
+    One iteration is one ``train_step``, regardless of the number of optimizer steps in it. Each wrapper counts its
     own micro-batches and updates.
 
     Raises:

@@ -87,7 +87,7 @@ class Replica(DistributedDataParallel):
         """Train on one micro-batch; see the model's ``train_step``.
 
         Raises:
-            PlacementError: if the step of the model did not call ``self(...)``, so that gradients would differ between
+            PlacementError: if the model's step did not call ``self(...)``, so that gradients would differ between
                 ranks, or if several of its backward passes reach different parameters.
         """
         try:
@@ -114,17 +114,17 @@ class Replica(DistributedDataParallel):
         return outputs
 
     def val_step(self, data: Any) -> Any:
-        """Return the predictions of the model. Not collective, so ranks may have different numbers of batches."""
+        """Return the model's predictions. Not collective, so ranks may have different numbers of batches."""
         return cast("Trainable", self.module).val_step(data)
 
     def test_step(self, data: Any) -> Any:
-        """Return the predictions of the model. Not collective."""
+        """Return the model's predictions. Not collective."""
         return cast("Trainable", self.module).test_step(data)
 
 
 @final
 class Replicated(Placement):
-    """A replica of the model on each rank.
+    """Places a replica of the model on each rank.
 
     Args:
         logger: logs conversions of layers.
@@ -196,7 +196,8 @@ class Replicated(Placement):
                 f"model_wrapper='separate' wraps each child module, but {type(model).__name__} has trainable parameters "
                 f"outside of them ({', '.join(own[:5])}). Move them into a child module, or their gradients are not synchronized."
             )
-        # A second view of the model has the replicas as its children. The model itself keeps its children and parameter names.
+        # A second view of the model contains the replicas as children. The original model keeps its children and parameter
+        # names.
         view = copy.copy(model)
         view.__dict__["_modules"] = {name: self._wrap(child, world) for name, child in model.named_children()}
         self._views[view] = model

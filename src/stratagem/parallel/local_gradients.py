@@ -68,7 +68,8 @@ class LocalGradients:
         """Average the gradients of all parameters if some have not been averaged. Collective.
 
         The mean is linear, so averaging the sum of averaged and local gradients yields the mean of the ranks' total gradients.
-        A parameter that only some ranks used has a zero gradient on the others; one that no rank used has none.
+        A parameter that only some ranks used has a zero gradient on the other ranks; a parameter that no rank used has no
+        gradient.
         """
         if not (self.held or self.missed):
             return
@@ -95,7 +96,7 @@ class LocalGradients:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
-    """Average gradients over a group; a parameter without a gradient counts as zero, and keeps none if no rank has one.
+    """Average gradients over a group. A missing gradient counts as zero, but stays missing if no rank has one.
 
     Collective, with the same parameters on every rank.
     """

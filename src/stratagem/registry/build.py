@@ -35,7 +35,7 @@ class SupportsBuild(Protocol):
 def build_from_cfg(
     cfg: Mapping[str, Any], registry: SupportsBuild, default_args: Mapping[str, Any] | None = None
 ) -> Any:
-    """Call the target that ``type`` names with the other items of ``cfg`` as keyword arguments.
+    """Call the target specified by ``type``, with the other items of ``cfg`` as keyword arguments.
 
     ``type`` is a name in ``registry``, a class or a function. Nested mappings are not built; they are passed to the target
     unchanged. ``_scope_`` names the library whose registries are searched first, for this mapping and for everything that

@@ -1,4 +1,4 @@
-"""The registries of this package, with their built-in entries and the libraries whose classes they find by name."""
+"""The registries of this package, with their built-in entries and the libraries that they search for classes."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class PretrainedFactories(NameSource):
 
 @final
 class ModelZoo(NameSource):
-    """Models that a library creates by name: ``timm.resnet18`` calls ``timm.create_model("resnet18", ...)``.
+    """Models that a library creates from their names: ``timm.resnet18`` calls ``timm.create_model("resnet18", ...)``.
 
     Args:
         prefix: The prefix of all names, including the dot.

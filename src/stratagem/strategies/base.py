@@ -184,7 +184,7 @@ class BaseStrategy(ABC):
 
     @property
     def seed(self) -> int:
-        """The seed of the run, the same on all ranks; after ``resume`` the seed of the checkpoint."""
+        """The seed of the run, the same on all ranks; after ``resume``, the checkpoint's seed."""
         return self._seed
 
     @property
@@ -429,7 +429,7 @@ class BaseStrategy(ABC):
         )
 
     def optim_state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer wrapper.
+        """Return the optimizer wrapper's state.
 
         Raises:
             ConfigTypeError: if there is no optimizer wrapper.
@@ -440,7 +440,7 @@ class BaseStrategy(ABC):
         return optim.state_dict()
 
     def scheduler_state_dict(self) -> list[dict[str, Any]] | dict[str, list[dict[str, Any]]]:
-        """Return the states of the schedulers: a list, or a dict of lists by name if there are several optimizers."""
+        """Return the states of the schedulers: a list, or for several optimizers a dict of lists keyed by name."""
         schedulers = self.param_schedulers
         if isinstance(schedulers, dict):
             return {name: [each.state_dict() for each in some] for name, some in schedulers.items()}
@@ -513,7 +513,7 @@ class BaseStrategy(ABC):
         return how.resume_latest(self) if load_from is None else how.resume(self, load_from)
 
     def _log_restored(self, differences: Iterable[str]) -> None:
-        """Log which values of the checkpoint replace those of this run's configuration."""
+        """Log which values in the checkpoint replace values in this run's configuration."""
         lines = list(differences)
         if lines:
             self.logger.warning(

@@ -34,7 +34,7 @@ def choose_strategy(
         work_dir: the work directory of the run; ``work_dirs`` by default.
         experiment_name: the name of the run.
         env_cfg: further ``env_kwargs`` of the strategy.
-        randomness: the seed and the other settings of randomness.
+        randomness: the seed and the other randomness settings.
         auto_scale_lr: how learning rates are scaled with the batch size.
         log_level: the level of the logger.
 

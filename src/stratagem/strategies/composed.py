@@ -315,7 +315,7 @@ class ComposedStrategy(BaseStrategy):
         return {} if window is None else {"window": window}
 
     def _restore_gradients(self, checkpoint: StateTree) -> None:
-        """Replace all gradients with those of the incomplete accumulation window in the checkpoint."""
+        """Replace all gradients with the gradients of the incomplete accumulation window in the checkpoint."""
         self.optim_wrapper.zero_grad()
         if "window" in checkpoint and self._placement.has_gradients:
             restore_accumulation_state(
@@ -355,7 +355,7 @@ class ComposedStrategy(BaseStrategy):
         return checkpoint
 
     def _compare_runs(self, meta: Mapping[str, Any]) -> None:
-        """Log how this run differs from the saved one, and the consequences."""
+        """Log the differences between this run and the saved run, and their consequences."""
         size, micro = meta.get("world_size"), meta.get("train_micro_batch_size_per_gpu")
         if size is not None and size != self.world_size:
             self.logger.warning(

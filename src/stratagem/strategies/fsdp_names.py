@@ -37,7 +37,7 @@ _KNOWN: Final = ("auto_wrap_policy", "sharding_strategy", "cpu_offload", *_SAME,
 
 
 def from_model_wrapper(model_wrapper: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``options`` updated with those in ``model_wrapper``, which have MMEngine's names.
+    """Return ``options`` updated with the options in ``model_wrapper``, which use MMEngine's names.
 
     Raises:
         ConfigTypeError: if ``model_wrapper`` is not a mapping.

@@ -61,9 +61,8 @@ def _describe_memory() -> str:
 
 def _describe_build() -> str:
     lines = [line.strip(" -") for line in torch.__config__.show().splitlines()[1:]]
-    return "; ".join(
-        line for line in lines if not line.startswith("Build settings")
-    )  # omitted: about 2000 characters of compiler flags
+    # Omit the build settings, which are about 2000 characters of compiler flags.
+    return "; ".join(line for line in lines if not line.startswith("Build settings"))
 
 
 def _describe_accelerators() -> dict[str, str]:

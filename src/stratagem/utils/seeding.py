@@ -27,7 +27,7 @@ def set_random_seed(
     """Seed the random number generators of Python, NumPy and torch (all devices), and return the seed that was used.
 
     Args:
-        seed: An integer from 0 to 2**32 - 1. None draws one from the operating system.
+        seed: An integer from 0 to 2**32 - 1. If None, the seed is drawn from the operating system.
         deterministic: Make PyTorch raise an error for operations without a deterministic implementation, and disable the
             cuDNN autotuner. On CUDA, PyTorch then requires the environment variable ``CUBLAS_WORKSPACE_CONFIG=:4096:8``.
         diff_rank_seed: Add the global rank to the seed, so that each process draws different numbers.

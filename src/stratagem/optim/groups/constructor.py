@@ -111,7 +111,7 @@ class DefaultOptimWrapperConstructor:
         return OPTIMIZERS.build(options, default_args={next(iter(signature)): params})
 
     def _freeze(self, infos: list[ParameterInfo]) -> list[ParameterInfo]:
-        """Disable the gradients of parameters that match ``freeze``, and return the others."""
+        """Disable the gradients of parameters that match ``freeze``, and return the remaining parameters."""
         if not self._rules.freeze:
             return infos
         frozen = {info.name for info in infos if any(re.search(each, info.name) for each in self._rules.freeze)}
@@ -203,7 +203,7 @@ def _warn_of_unused_keys(rules: ParamwiseRules, used: set[str | None]) -> None:
 
 
 def _base_values(options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
-    """Return the base values of the multipliers; the learning rate defaults to that of the optimizer."""
+    """Return the base values of the multipliers; the learning rate defaults to the optimizer's learning rate."""
     base = {key: options[key] for key in _MULTIPLIED.values() if options.get(key) is not None}
     if "lr" not in base and "lr" in signature and signature["lr"].default is not inspect.Parameter.empty:
         base["lr"] = signature["lr"].default

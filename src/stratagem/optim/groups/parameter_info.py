@@ -38,7 +38,7 @@ class ParameterTraits(NamedTuple):
 
 
 class ParameterInfo(NamedTuple):
-    """A parameter under one of its names."""
+    """A parameter, with one of its names and its traits."""
 
     name: str
     parameter: Parameter
@@ -55,7 +55,7 @@ class _Type(NamedTuple):
 
 
 def iter_parameters(model: nn.Module) -> list[ParameterInfo]:
-    """Return every parameter under each of its names, the direct parameters of a module before those of its children."""
+    """Return every parameter under each of its names, with a module's direct parameters before its children's parameters."""
     # Iterative, and with cached module classes, so that models with thousands of tensors take milliseconds.
     infos: list[ParameterInfo] = []
     stack: list[tuple[str, nn.Module, bool]] = [("", model, False)]

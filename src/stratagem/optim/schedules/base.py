@@ -29,8 +29,8 @@ class ParamScheduler(ABC):
     """Change one option of all parameter groups during a run. Subclasses implement ``transform``.
 
     The scheduler is active in the range ``[begin, end)`` of positions. Before it, nothing changes; from ``end`` on, the last
-    transformation stays in effect. Schedulers of the same option of the same optimizer form a chain: each transforms the
-    result of those that were built before it, starting from the group's initial value.
+    transformation stays in effect. Schedulers of the same option of the same optimizer form a chain: each transforms the result
+    of the schedulers that were built before it, starting from the group's initial value.
 
     Args:
         optimizer: the optimizer or its wrapper.
@@ -139,7 +139,7 @@ class ParamScheduler(ABC):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the position and the settings, and set the values in the groups. The argument is not modified.
 
-        The saved range, unit and settings replace those of the constructor. A state without them, such as one written by
+        The saved range, unit and settings replace the constructor's values. A state without them, such as one written by
         another program, restores only the position.
 
         Raises:

@@ -82,7 +82,7 @@ class InitialWeights:
     def detach_storage(self, model: nn.Module) -> dict[str, Tensor]:
         """Move the model to the meta device and keep its current values; shared tensors stay shared.
 
-        Returns the meta tensors by name, to pass to :meth:`materialize_into`.
+        Returns a mapping from names to meta tensors, to pass to :meth:`materialize_into`.
         """
         self._detached = move_to_meta(model)
         # Detached copies, because the tensors themselves may be given memory in place.
@@ -166,7 +166,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def move_to_meta(model: nn.Module) -> dict[str, Tensor]:
-    """Replace each tensor of a model with a meta tensor of the same shape; return the original tensors by name."""
+    """Replace each tensor of a model with a meta tensor of the same shape; return the original tensors, keyed by name."""
     originals = {name: tensor for name, tensor in named_tensors(model).items() if not tensor.is_meta}
     replaced: dict[int, Tensor] = {}
     for module in model.modules():

@@ -110,8 +110,8 @@ class OpRecorder:
 
         Args:
             wanted: meta tensors.
-            uses_rng: whether to replay all operations that draw random numbers, also those that no tensor depends on, so
-                that the generators end in the state that direct initialization would leave them in.
+            uses_rng: whether to replay all operations that draw random numbers, including operations that no tensor depends on,
+                so that the generators end in the state that direct initialization would leave them in.
         """
         targets = _by_storage(wanted)
         ops = self._needed(set(targets), uses_rng=uses_rng)

@@ -152,7 +152,7 @@ class FSDPOptions:
                 )
 
     def ignored_parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """Return the parameters that are not sharded: those that ``ignored`` matches, and scalars.
+        """Return the parameters that are not sharded: scalars, and parameters that match ``ignored``.
 
         Raises:
             ConfigValueError: if a pattern matches neither a module nor a parameter.

@@ -44,8 +44,8 @@ def apply_plan(model: nn.Module, plan: Mapping[str, Any] | None, mesh: DeviceMes
 
     Args:
         model: modified in place. Its attribute ``tp_plan`` is used if ``plan`` is None.
-        plan: maps patterns of module names to a key of :data:`STYLES`, or to a ``ParallelStyle`` of torch. In a pattern,
-            ``*`` matches one component of a name, as in ``"layers.*.mlp.up"``.
+        plan: maps patterns of module names to a key of :data:`STYLES`, or to one of torch's ``ParallelStyle`` objects. In a
+            pattern, ``*`` matches one component of a name, as in ``"layers.*.mlp.up"``.
         mesh: the ranks to shard across. They must process the same samples.
 
     Raises:

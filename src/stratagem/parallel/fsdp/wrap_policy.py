@@ -20,7 +20,7 @@ _CONTAINERS: Final = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.Paramet
 
 
 def select_modules(model: nn.Module, policy: Any, what: str) -> dict[str, nn.Module]:
-    """Return the submodules of ``model`` that a policy selects, by name, in the order of the model.
+    """Return a mapping from names to the submodules of ``model`` that a policy selects, in model order.
 
     Args:
         model: is never selected itself.

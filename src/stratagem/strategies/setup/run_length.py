@@ -22,7 +22,7 @@ class RunLength:
         max_epochs: the number of epochs in the run.
         max_iters: the number of iterations in the run.
         train_micro_batch_size_per_gpu: the number of samples that a rank trains on in one iteration.
-        init_weights_for_test_or_val: whether ``init_weights()`` of the model is called.
+        init_weights_for_test_or_val: whether the model's ``init_weights()`` is called.
         cur_iter: the number of completed iterations when training begins.
     """
 

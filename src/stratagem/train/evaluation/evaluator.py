@@ -71,14 +71,14 @@ class BaseMetric(ABC):
 
 @final
 class Evaluator:
-    """Updates metrics with predictions. Supports metrics of torchmetrics and subclasses of :class:`BaseMetric`.
+    """Updates metrics with predictions. Supports torchmetrics metrics and subclasses of :class:`BaseMetric`.
 
-    For a metric of torchmetrics, the model's ``val_step`` must return a mapping with ``preds`` and ``target``, or a tuple of
+    For a torchmetrics metric, the model's ``val_step`` must return a mapping with ``preds`` and ``target``, or a tuple of
     arguments for the metric's ``update``.
 
     Args:
-        metrics: a metric, its configuration, a list of them, or a mapping from names to them. The default name of a metric
-            of torchmetrics is its class name in lowercase.
+        metrics: a metric, its configuration, a list of them, or a mapping from names to them. The default name of a
+            torchmetrics metric is its class name in lowercase.
         device: the device for torchmetrics metrics.
     """
 

@@ -23,7 +23,7 @@ __all__ = ["EMAHook"]
 
 @final
 class EMAHook(Hook):
-    """Average the weights over the steps of the optimizer; validation and test use the average.
+    """Average the weights over the optimizer steps, and use the average for validation and testing.
 
     The average is updated after each iteration in which the optimizer updated the weights, but not if the step was skipped
     or the accumulation window is incomplete. Checkpoints contain the trained weights in ``state_dict`` and the average in

@@ -33,7 +33,7 @@ def _place(progress: Progress) -> str:
 
 
 def bar_label(progress: Progress) -> str:
-    """Return the label of the progress bar: ``epoch 2/5``. The bar itself shows the iterations."""
+    """Return the label of the progress bar: ``epoch 2/5``. The bar shows the iterations."""
     return "train" if progress.max_epochs is None else f"epoch {progress.epoch + 1}/{progress.max_epochs}"
 
 
@@ -48,7 +48,7 @@ def train_line(
 ) -> str:
     """Return the log line of a training iteration.
 
-    ``rates`` are learning rates by name; ``seconds`` are the durations of an iteration and of its wait for data.
+    ``rates`` maps names to learning rates. ``seconds`` contains the duration of an iteration and the time it waited for data.
     """
     parts = [place, *(f"{name}: {value:.4e}" for name, value in rates.items())]
     if left_s is not None:

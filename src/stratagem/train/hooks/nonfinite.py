@@ -200,7 +200,7 @@ class NonFiniteHook(Hook):
         self._drop_completed()
 
     def _drop_completed(self) -> None:
-        """Discard the recent iterations except those of the incomplete accumulation window."""
+        """Discard the recent iterations, except the ones in the incomplete accumulation window."""
         done = min((each.ends[-1] for each in self._guarded if each.ends), default=0)
         del self._recent[:done]
         for each in self._guarded:

@@ -56,7 +56,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def is_complete(run: Run) -> bool:
-    """Return whether a run has been trained for its full length."""
+    """Return whether a run has reached its full length."""
     progress = run.progress
     if progress.max_epochs is not None:
         return progress.epoch >= progress.max_epochs

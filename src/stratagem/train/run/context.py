@@ -201,7 +201,7 @@ class Run:
         return self.interrupt.received is not None and not self.optim_wrapper.pending_micro_batches
 
     def record(self, values: Mapping[str, Any]) -> None:
-        """Pass values to all recorders: ``<log_dir>/vis_data/scalars.json`` and those that hooks added."""
+        """Pass values to all recorders: ``<log_dir>/vis_data/scalars.json`` and the recorders that hooks added."""
         for recorder in self.recorders:
             recorder.write(values)
 

@@ -55,7 +55,7 @@ class Position:
 class Progress:
     """Counters and length of a run. The loop updates them; hooks read them.
 
-    The current iteration is not included in ``iter`` and ``batch`` until its hooks have run; likewise ``epoch``.
+    The current iteration is not included in ``iter`` and ``batch`` until its hooks have run. The same applies to ``epoch``.
     """
 
     epoch: int = 0

@@ -28,8 +28,8 @@ _BROKEN = (
     "gloo/transport",
 )
 _TIMED_OUT = ("timed out", "timeout")
-# How long to wait for the cause of a communication error, until the other ranks know about a failure, and until the main
-# thread raises an error itself.
+# The times to wait for the cause of a communication error, for the other ranks to know about a failure, and for the main thread
+# to raise an error.
 _REASON_S, _NEWS_S, _GRACE_S = 2.5, 1.5, 3.0
 _MOST_ENTRIES = 8
 # The beginning of an error that all ranks raise because one of them failed.
@@ -39,7 +39,7 @@ _VERBS = {"raised": "failed", "died": "exited", "silent": "timed out", "lost": "
 
 @final
 class RankGuard:
-    """Stops this rank if another rank fails, and reports failures of this rank to the others.
+    """Stops this rank if another rank fails, and reports failures of this rank to the other ranks.
 
     Args:
         iteration: returns the number of completed iterations.
@@ -90,7 +90,7 @@ class RankGuard:
         return f"Stopped after {self._iteration()} iterations, because rank {failure.rank} {_VERBS[failure.kind]}: {first_line}"
 
     def _settle(self, monitor: RankMonitor, error: BaseException) -> Failure:
-        """Return the failure that stops the run; if it is an error of this rank, report it to the others."""
+        """Return the failure that stops the run; if it is an error of this rank, report it to the other ranks."""
         silent = _is_timeout(error)
         # Wait for the report of the rank where the failure occurred, which has more information.
         follows = _is_communication_error(error) or (

@@ -90,7 +90,7 @@ def find_batch_size(
             used.
 
     Raises:
-        PlacementError: if there are several processes: a rank that runs out of memory would block the others.
+        PlacementError: if there are several processes: a rank that runs out of memory would block the other ranks.
         ConfigValueError: if a number is not positive, the dataset is empty, or the dataloader has no batch size.
         ConfigTypeError: if single samples of the dataset cannot be accessed.
     """

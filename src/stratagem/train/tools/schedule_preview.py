@@ -93,7 +93,7 @@ def preview_run(
     not possible; the dataset is built to get its length. Random states are restored.
 
     Args:
-        model: a model or its configuration, as for :class:`~stratagem.Runner`; likewise the other arguments.
+        model: a model or its configuration. This and the following arguments are as for :class:`~stratagem.Runner`.
         optim_wrapper: the configuration of the optimizer wrapper. A built one is rejected, since it would be modified.
         train_dataloader: determines the number of iterations of an epoch.
         train_cfg: determines the length of the run.

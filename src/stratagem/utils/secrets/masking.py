@@ -78,7 +78,7 @@ def mask_urls(text: str, mask: Callable[[str], str]) -> str:
 
     Args:
         text: A URL, or any text that contains URLs.
-        mask: Returns the replacement for a part of a URL, which can be the part itself.
+        mask: Returns the replacement for a part of a URL, which may be the unchanged part.
     """
     if "://" in text and "@" in text:
         text = _USER_INFO.sub(lambda match: f"://{mask(match['info'] + match['more'])}@", text)
