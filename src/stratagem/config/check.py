@@ -41,15 +41,15 @@ class SupportsLookup(Protocol):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """The schema of one value of a configuration. Without any field, the value can be anything.
+    """The schema of one value in a configuration. If no field is set, any value is valid.
 
     Args:
         registry: The registry that builds the value, which is a mapping or a list of mappings.
-        target: The ``"module:name"`` whose arguments the value is, as a mapping.
-        default_type: The ``type`` of a mapping that has none.
+        target: The ``"module:name"`` whose arguments the value contains, as a mapping.
+        default_type: The ``type`` used for a mapping without one.
         by_name: Whether the value can also be the name of a registry entry.
         supplied: Arguments that the program passes.
-        partial: Whether the target is a function that is called later, with the arguments that are missing here.
+        partial: Whether the target is a function that is called later with the missing arguments.
         keys: The schemas of further keys of the mapping, and of arguments of the target.
         others: The schema of all other keys; None to reject other keys.
     """
@@ -76,7 +76,7 @@ Rule = Section | Callable[[Any], Section]
 @final
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A problem in a configuration: the path of the value, its origin, and what to do."""
+    """A problem in a configuration: the path of the value, its origin, and the suggested fix."""
 
     path: str
     origin: Origin | None
@@ -91,7 +91,7 @@ def check(config: Config, sections: Mapping[str, Rule], *, scope: str | None = N
 
     Problems are unknown top-level keys, unknown keys within a section, a ``type`` that is not registered, and unknown or
     missing arguments of the target of a ``type``. Targets are imported, but nothing is built. Nested mappings in the
-    arguments of a target can be meant for other code: they are checked only if the registry of their section has their
+    arguments of a target may be intended for other code: they are checked only if the registry of their section has their
     ``type``, and only likely typos are reported.
 
     Args:
@@ -173,7 +173,7 @@ class _Check:
     def _below(self, node: Mapping[str, Any], key: str, rule: Rule, path: KeyPath) -> Iterator[Problem]:
         try:
             value = node[key]
-        except StratagemError as error:  # a lazy object that cannot be imported
+        except StratagemError as error:  # This is a lazy object that cannot be imported.
             yield self._problem(path, str(error))
         else:
             yield from self.value(value, rule, path)
@@ -205,7 +205,7 @@ class _Check:
             yield self._problem((*path, key), str(error))
             return
         if key != "type":
-            if target is not None:  # the value is a registered name, so the key is a typo of 'type'
+            if target is not None:  # The value is a registered name, so the key is a typo of 'type'.
                 yield self._problem((*path, key), f"unknown key {key!r}. Did you mean 'type'?")
             return
         taken = Arguments(open=True) if target is None else arguments_of(target)

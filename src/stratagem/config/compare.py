@@ -20,9 +20,9 @@ _WIDTH = 60
 def changed_values(first: str, second: str, *, ignored: Collection[str] = ()) -> list[str]:
     """Return a line for each value that differs between two merged configurations: ``a.b: 1 -> 2``.
 
-    Each configuration is Python or YAML as Stratagem writes it. Python is parsed but not executed, so it may come from
-    a checkpoint. If one of them is neither, the result is empty. Secrets are masked before the comparison, so a changed secret is
-    not reported, and a value is hidden if the other one is a placeholder.
+    Each configuration is Python or YAML text written by Stratagem. Python is parsed but not executed, so it may come from a
+    checkpoint. If either is in a different format, the result is empty. Secrets are masked before the comparison, so a
+    changed secret is not reported, and a value is hidden if the other one is a placeholder.
 
     Args:
         first: The text of the earlier configuration.
@@ -56,7 +56,7 @@ def _tree(text: str) -> ast.Module | None:
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        pass  # YAML, or not written by Stratagem
+        pass  # The text is YAML, or Stratagem did not write it.
     try:
         data = language_of(".yaml").parse(text, "configuration")
         return ast.parse(python_text(data)) if isinstance(data, dict) else None

@@ -69,9 +69,9 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
         The other files are data: they never execute code and cannot have a ``.py`` file or a file outside ``root`` as a
         base. A ``type`` in them must be a registered name or belong to a package that the program allows with
-        :func:`stratagem.registry.allow_packages`. They can set only listed arguments of targets that load models, compile or
-        connect. The same holds for values of a data file that is the base of a Python file. SECURITY.md lists what a data
-        file can do.
+        :func:`stratagem.registry.allow_packages`. Of targets that load models, compile code or open connections, they can
+        set only listed arguments. The same holds for values of a data file that is the base of a Python file. SECURITY.md
+        lists what a data file can do.
 
         Args:
             filename: The file to read.
@@ -149,7 +149,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     @property
     def is_data(self) -> bool:
-        """Whether all files that were read are data files. If so, dump the configuration as data, not as a program."""
+        """Whether all files that were read are data files, so that the configuration is dumped as data instead of a program."""
         suffixes = {layer.suffix for layer in self._history.layers if layer.suffix}
         return bool(suffixes) and suffixes <= DATA_SUFFIXES
 
@@ -165,7 +165,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     @property
     def pretty_text(self) -> str:
-        """The merged configuration as Python; placeholders and secrets are written as by :meth:`dump`."""
+        """The merged configuration as Python; placeholders and secrets are written as in :meth:`dump`."""
         return python_text(redacted(self.to_dict()))
 
     def __getitem__(self, key: str) -> Any:
@@ -233,7 +233,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
         Args:
             options: Values by dotted key. A dict is merged key by key.
-            allow_list_keys: Whether a key of digits selects an item of a list.
+            allow_list_keys: Whether a numeric key selects a list item.
             source: The origin of these values, as reported by ``where`` and in errors.
 
         Raises:

@@ -30,7 +30,7 @@ def show(config: Config, suffix: str = ".py") -> str:
 def explain(config: Config, path: str) -> str:
     """Return a line for each file or override that set, changed or removed the value at a dotted path, in order.
 
-    Values are formatted as by :func:`show`.
+    Values are formatted as in :func:`show`.
 
     Raises:
         ConfigKeyError: if the value was never set.

@@ -16,7 +16,7 @@ __all__ = ["Change", "ChangeKind", "History"]
 
 
 class ChangeKind(StrEnum):
-    """How a layer changed a value."""
+    """The kind of change that a layer made to a value."""
 
     SET = "set"
     REPLACED = "replaced"
@@ -27,7 +27,7 @@ class ChangeKind(StrEnum):
 @final
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of a value by one layer. ``value`` is the value in the layer, which is a part of the dict if merged."""
+    """A change of a value by one layer. ``value`` is the layer's value; if merged, it is part of a dict."""
 
     origin: Origin
     kind: ChangeKind
@@ -63,7 +63,7 @@ class History:
         return whole[-1] if whole and whole[-1].kind is not ChangeKind.REMOVED else None
 
     def position(self, path: KeyPath) -> str:
-        """Return a position such as ``"model.depth (config.py:12)"``; that of the parent if no layer sets the path."""
+        """Return a position such as ``"model.depth (config.py:12)"``; the parent's position if no layer sets the path."""
         for end in range(len(path), 0, -1):
             change = self.last(path[:end])
             if change is not None:

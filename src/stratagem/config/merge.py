@@ -41,7 +41,7 @@ def merge(over: Mapping[str, Any], base: Any, *, list_keys: bool = False, path: 
     """Return ``over`` merged into ``base``.
 
     Dicts are merged key by key. A dict with ``_delete_=True`` and any other value replace the value in ``base``. With
-    ``list_keys``, a dict whose keys are digits updates these items of a list.
+    ``list_keys``, a dict with numeric keys updates these items of a list.
 
     Raises:
         ConfigTypeError: if a dict would be merged into a value that is not a dict.
@@ -118,7 +118,7 @@ def is_same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(is_same, one, other))
     try:
         return one is other or bool(one == other)
-    except (TypeError, ValueError, RuntimeError):  # arrays and tensors compare elementwise
+    except (TypeError, ValueError, RuntimeError):  # Arrays and tensors compare elementwise.
         return False
 
 
@@ -126,7 +126,7 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested dicts for dotted keys: ``{"a.b": 1}`` becomes ``{"a": {"b": 1}}``."""
     nested: dict[str, Any] = {}
     for key, value in dotted.items():
-        # The parts of a key from a data file are also marked as keys of a data file.
+        # The parts of a key from a data file are also marked as coming from a data file.
         *parents, last = map(DataName if isinstance(key, DataName) else str, str(key).split("."))
         node = nested
         for name in parents:

@@ -1,4 +1,4 @@
-"""Parse ``key=value`` overrides of the command line. Values are parsed, never evaluated."""
+"""Parse ``key=value`` overrides from the command line. Values are parsed, never evaluated."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class _Reader:
         return True
 
     def _peek(self) -> str:
-        """Skip whitespace and return the next character, ``""`` at the end."""
+        """Skip whitespace and return the next character, or ``""`` at the end."""
         while self._at < len(self._text) and self._text[self._at].isspace():
             self._at += 1
         return self._text[self._at] if self._at < len(self._text) else ""

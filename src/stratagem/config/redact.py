@@ -39,7 +39,7 @@ def redacted(value: Any, path: KeyPath = ()) -> Any:
         value: The data: dicts, lists and tuples.
         path: The path of the data in the configuration.
     """
-    # First, since a secret may also occur in a value that comes before the key that identifies it.
+    # Collect secrets first, since a secret may also occur in a value before the key that identifies it.
     remember_secrets(value, path)
     return _Redactor(known_secrets()).value(value, path, _secrecy_at(path))
 
@@ -119,7 +119,7 @@ class _Redactor:
             return masked_marker(path)
         if template.startswith(_MARKER):
             return template
-        # Without its default, which is also a secret under the name of a secret.
+        # Omit the default: under the name of a secret, it is also a secret.
         is_set = template == value or alone["variable"] in os.environ
         return f"{{{{ ${alone['variable']} }}}}" if is_set else masked_marker(path)
 
@@ -139,7 +139,7 @@ class _Redactor:
         masked = replace_known_secrets(
             masked, lambda name: f"{{{{ ${name} }}}}" if name in os.environ and not in_url else marker, self.known
         )
-        # Last, since a known secret may be replaced by its variable.
+        # Do this last, since a known secret may be replaced by its variable.
         masked = mask_tokens(masked, marker)
         for index, placeholder in enumerate(placeholders):
             masked = masked.replace(chr(_FIRST_STAND_IN + index), placeholder)

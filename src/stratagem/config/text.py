@@ -46,7 +46,7 @@ def python_text(data: Mapping[str, Any]) -> str:
 
 
 def _python(value: Any, indent: int, taken: int) -> str:
-    """Return an expression, on one line if it fits after ``taken`` characters, else with one item per line."""
+    """Return an expression, on one line if it fits after ``taken`` characters, otherwise with one item per line."""
     flat = _python_flat(value)
     if len(flat) + taken <= _WIDTH or not isinstance(value, dict | list | tuple) or not value:
         return flat

@@ -30,7 +30,7 @@ ConsumedSamples = tuple[tuple[int, int], ...]
 
 
 def num_samples_in(consumed: ConsumedSamples) -> int:
-    """Return the number of consumed samples, an upper bound if the last batch was smaller."""
+    """Return the number of consumed samples; an upper bound if the last batch was smaller."""
     return sum(size * batches for size, batches in consumed)
 
 
@@ -65,7 +65,7 @@ class PositionedBatches(Sampler[list[int]]):
 
     @abstractmethod
     def left(self, epoch: int = 0, consumed: ConsumedSamples = ()) -> int:
-        """Return the number of batches that this rank has left in an epoch; all complete epochs have the same number."""
+        """Return this rank's number of remaining batches in an epoch; all complete epochs have the same number."""
 
     @abstractmethod
     def requests_from(self, epoch: int, consumed: ConsumedSamples = ()) -> Iterator[BatchRequest]:
@@ -80,18 +80,18 @@ class PositionedBatches(Sampler[list[int]]):
             yield list(request.indices)
 
     def __len__(self) -> int:
-        """Return the number of batches that this rank has per epoch."""
+        """Return this rank's number of batches per epoch."""
         return self.left()
 
 
 @final
 class RankBatches(PositionedBatches):
-    """The batches of a rank from the samples of a :class:`PositionedSampler`.
+    """A rank's batches, formed from the samples of a :class:`PositionedSampler`.
 
     Args:
         sampler: distributes the samples over the ranks.
         batch_size: samples per batch.
-        drop_last: whether to drop the last batch of an epoch if it is smaller.
+        drop_last: whether to drop the last batch of an epoch if it is smaller than ``batch_size``.
     """
 
     def __init__(self, sampler: PositionedSampler, batch_size: int, *, drop_last: bool) -> None:
@@ -133,7 +133,7 @@ class OpaqueBatches:
         sampler: yields lists of indices, or single indices without batching.
         single: whether it yields single indices.
         seed: the seed of the global generators while it is iterated, the same on every rank.
-        share: the share of this rank; None if the sampler yields only this rank's part.
+        share: this rank's share; None if the sampler yields only this rank's items.
     """
 
     def __init__(self, sampler: Iterable[Any], *, single: bool, seed: int, share: RankShare | None) -> None:
@@ -156,7 +156,7 @@ class OpaqueBatches:
         return self.share is not None and self._divided is None and not self._single
 
     def set_epoch(self, epoch: int) -> None:
-        """Call ``set_epoch`` of the sampler and of its inner sampler, if they have it."""
+        """Call ``set_epoch`` on the sampler and its inner sampler, if they have that method."""
         self._epoch = epoch
         for part in (self.sampler, getattr(self.sampler, "sampler", None)):
             setter = getattr(part, "set_epoch", None)
@@ -164,7 +164,7 @@ class OpaqueBatches:
                 setter(epoch)
 
     def requests_from(self, epoch: int, done: int) -> Iterator[BatchRequest]:
-        """Yield the batches of an epoch after the first ``done``, whose indices are drawn but not loaded."""
+        """Yield an epoch's batches after the first ``done``; the indices of skipped batches are drawn but not loaded."""
         self.set_epoch(epoch)
         for item in islice(self, done, None):
             indices: Sequence[Any] = [item] if self._single else item
@@ -194,9 +194,9 @@ class EpochBatches(Sampler[Any]):
     """The batch sampler of the data loaders that this package builds: yields the requests set before each iteration.
 
     Args:
-        source: where the requests come from.
+        source: the batch sampler that provides the requests.
         streamed: whether to yield a :class:`BatchRequest` for a :class:`StreamedDataset`, rather than indices.
-        single: whether the data loader does not batch, and takes one index at a time.
+        single: whether the data loader takes one index at a time instead of batching.
     """
 
     def __init__(self, source: PositionedBatches | OpaqueBatches, *, streamed: bool, single: bool) -> None:

@@ -46,7 +46,7 @@ def build_dataloader(
     """Build a data loader from a configuration or a ``DataLoader``, and divide its data among the data-parallel ranks.
 
     A ``DataLoader`` with torch's sequential or random sampler is rebuilt with the equivalent built-in sampler, which can
-    resume at any position. A ``DataLoader`` with a built-in sampler or an iterable dataset is rebuilt as well. Any other
+    resume at any position. A ``DataLoader`` with a built-in sampler or an iterable dataset is rebuilt as well. Any other loader
     keeps its type, sampler, batch sampler and generator. The samples of a sampler, or the batches of a batch sampler, are
     distributed round-robin over the ranks. Iterable datasets, and loaders with a custom ``__iter__``, are read in full on
     every rank, and their batches are distributed round-robin. Objects that are already divided for these ranks
@@ -54,7 +54,7 @@ def build_dataloader(
 
     A mapping contains the arguments of ``torch.utils.data.DataLoader``, where ``dataset``, ``sampler``, ``batch_sampler``,
     ``collate_fn`` and ``worker_init_fn`` are objects or configurations. The default sampler is :class:`DefaultSampler`,
-    with ``shuffle=True`` in training; the default ``collate_fn`` is ``default_collate``. In training, all ranks have the
+    with ``shuffle=True`` during training; the default ``collate_fn`` is ``default_collate``. In training, all ranks have the
     same number of batches: up to one sample, or one batch, per rank is repeated at the end of an epoch. In evaluation,
     nothing is repeated.
 
@@ -63,7 +63,7 @@ def build_dataloader(
 
     Args:
         dataloader: a configuration or a ``DataLoader``.
-        seed: the seed of the order and of random numbers, the same on every rank.
+        seed: the seed of the order and the random numbers; the same on every rank.
         rank: the data-parallel rank of this process.
         world_size: the number of data-parallel ranks.
         training: whether the loader is for training rather than evaluation.
@@ -93,7 +93,7 @@ def build_dataloader(
     if cfg.get("generator") is None:
         cfg["generator"] = torch.Generator().manual_seed(stream_seed(seed, stream_rank))
     single = cfg.get("batch_size", 1) is None and cfg.get("batch_sampler") is None
-    # Without batching there is nothing to collate.
+    # Without batching, there is nothing to collate.
     if "collate_fn" in cfg or not single:
         cfg["collate_fn"] = _build_function(cfg.get("collate_fn", default_collate), "collate_fn")
     user_init = cfg.get("worker_init_fn")
@@ -118,7 +118,7 @@ def build_dataloader(
 
 
 def _take_loader(loader: DataLoader[Any], seed: int, share: RankShare) -> EpochLoader:
-    """Return a loader for a ``DataLoader`` that keeps its own order."""
+    """Return a loader that wraps a ``DataLoader`` and keeps its order."""
     parts = (loader, loader.dataset) if isinstance(loader.dataset, IterableDataset) else (loader,)
     divided = [_is_divided(part, share) for part in parts]
     is_stateful = isinstance(loader, Stateful)
@@ -197,7 +197,7 @@ def _is_plain(loader: DataLoader[Any]) -> bool:
 
 
 def _arguments_of(loader: DataLoader[Any]) -> dict[str, Any]:
-    """Return the arguments to rebuild a loader."""
+    """Return the arguments for rebuilding a loader."""
     names = (
         "dataset", "num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
         "prefetch_factor", "persistent_workers", "in_order",
@@ -219,7 +219,7 @@ def _build_dataset(dataset: Any) -> Any:
         raise ConfigTypeError(f"A dataset must be a Dataset, a sequence, or a mapping with a type, got {built!r}.")
     if not isinstance(dataset, Mapping):
         return built
-    # Datasets in the style of MMEngine may load their annotations lazily.
+    # MMEngine-style datasets may load their annotations lazily.
     full_init = getattr(built, "full_init", None)
     if callable(full_init):
         full_init()
@@ -229,7 +229,7 @@ def _build_dataset(dataset: Any) -> Any:
 def _take_source(
     cfg: dict[str, Any], dataset: Any, *, seed: int, training: bool, share: RankShare
 ) -> PositionedBatches | OpaqueBatches:
-    """Return the source of the batches, and remove DataLoader's sampling arguments from ``cfg``."""
+    """Return the source of batches, and remove the DataLoader's sampling arguments from ``cfg``."""
     sampler, batch_sampler, shuffle = (cfg.pop(name, None) for name in ("sampler", "batch_sampler", "shuffle"))
     ranks = {"rank": share.rank, "world_size": share.size}
     if sampler is not None and shuffle is not None:
@@ -281,7 +281,7 @@ def _source_of(batch_sampler: Any, seed: int, share: RankShare) -> PositionedBat
 def _for_rank_share(sampler: _Positioned, share: RankShare) -> _Positioned:
     """Return a copy of a built-in sampler for these ranks; it may have been built before the ranks were known.
 
-    In evaluation, it does not round up.
+    The copy does not round up during evaluation.
     """
     if share.size == 1 and (share.round_up or not sampler.round_up):
         return sampler

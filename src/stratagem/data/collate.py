@@ -13,7 +13,7 @@ __all__ = ["pseudo_collate"]
 def pseudo_collate(samples: Sequence[Any]) -> Any:
     """Group the fields of samples into lists, without stacking tensors.
 
-    Samples that are tuples or lists give a list with one list of values per field, mappings give a dict of lists, and any
+    Samples that are tuples or lists yield a list with one list of values per field, mappings yield a dict of lists, and any
     other samples are returned as a list. Samples may have different shapes; the model's data preprocessor can stack them.
     For equal shapes, use ``torch.utils.data.default_collate``.
 

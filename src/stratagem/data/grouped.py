@@ -32,7 +32,7 @@ class GroupedBatchSampler(PositionedBatches):
     Args:
         dataset: the dataset.
         batch_size: samples per batch.
-        groups: the group of each sample, a number or a name; or the name of an attribute or method of the dataset.
+        groups: the group of each sample, a number or a name; or the name of a dataset attribute or method.
         bounds: increasing boundaries that divide ``groups`` into intervals if they are measurements: ``[1.0]`` divides
             aspect ratios into those below 1 and the rest, ``[64, 128]`` divides lengths into three groups.
         shuffle: whether to shuffle in every epoch; otherwise the batches are ordered by group.
@@ -40,10 +40,10 @@ class GroupedBatchSampler(PositionedBatches):
         seed: the random seed, the same on every rank; 0 by default.
         round_up: whether to repeat batches so that every rank has the same number.
         rank: the rank of this process; by default its rank in the process group.
-        world_size: the number of ranks; by default that of the process group.
+        world_size: the number of ranks; by default the size of the process group.
 
     Raises:
-        ConfigValueError: if the number of groups is not the number of samples, or the bounds do not increase.
+        ConfigValueError: if the number of groups differs from the number of samples, or the bounds do not increase.
         ConfigTypeError: if the groups are not a one-dimensional sequence.
     """
 
@@ -113,7 +113,7 @@ class GroupedBatchSampler(PositionedBatches):
         ]
         if self._drop_last:
             batches = [batch for batch in batches if len(batch) == size]
-        # A different stream than that of the sample order.
+        # This stream differs from the one that determines the sample order.
         seed = stream_seed(self._seed, "batches", number)
         return [batches[i] for i in epoch_order(len(batches), seed=seed, epoch=epoch, shuffle=self._shuffle)]
 

@@ -32,7 +32,7 @@ __all__ = ["EpochLoader"]
 @final
 @dataclass(frozen=True, slots=True)
 class _ResumePoint:
-    """The position of the last resume: the samples consumed before batch ``batch`` of ``epoch``."""
+    """The position of the last resume, with the samples consumed before batch ``batch`` of ``epoch``."""
 
     epoch: int
     batch: int
@@ -63,7 +63,7 @@ class EpochLoader:
             loader skips batches by iterating over them.
         world_size: the number of data-parallel ranks.
         seed: the seed of the random numbers of a stream whose batches are divided here; the same on every rank.
-        share: the share of this rank in the batches, if every rank iterates over all of them; None if the loader yields
+        share: this rank's share of the batches, if every rank iterates over all of them; None if the loader yields
             only the batches of this rank.
     """
 
@@ -77,7 +77,7 @@ class EpochLoader:
         self._leftover: Any = None
         batches = loader.batch_sampler if loader.batch_sampler is not None else loader.sampler
         self._batches = batches if isinstance(batches, EpochBatches) else None
-        # In a stateful loader, the (batch) sampler is not wrapped.
+        # The (batch) sampler of a stateful loader is not wrapped.
         source = self._order = batches if self._batches is None else self._batches.source
         self._source = source if isinstance(source, PositionedBatches) else None
         self._resume_point = _ResumePoint(0, 0, ())
@@ -107,14 +107,14 @@ class EpochLoader:
     def length(self) -> int | None:
         """The number of batches per epoch on this rank; None for streams and samplers without a length.
 
-        For a stream that several workers read, it is an estimate; see :attr:`slack`.
+        If several workers read a stream, this is an estimate; see :attr:`slack`.
         """
         total = self._length_of_loader()
         return total if total is None or self.share is None else self.share.count(total)
 
     @property
     def slack(self) -> int:
-        """The maximum number of batches beyond :attr:`length`: each worker of a stream may end with a smaller batch."""
+        """The maximum number of batches beyond :attr:`length`: each worker's part of a stream may end with a smaller batch."""
         total, loader = self._length_of_loader(), self.loader
         if total is None or not isinstance(self.dataset, IterableDataset) or loader.drop_last:
             return 0
@@ -161,7 +161,7 @@ class EpochLoader:
 
     @property
     def leftover(self) -> Any:
-        """A batch of the last round of an epoch in which other ranks had one and this rank did not; None otherwise."""
+        """A batch from the last round of an epoch if other ranks had a batch in it and this rank did not; None otherwise."""
         return self._leftover
 
     @property
@@ -171,7 +171,7 @@ class EpochLoader:
 
     @property
     def resume_warning(self) -> str | None:
-        """Why a run that stops within an epoch may not resume exactly; None if it resumes exactly."""
+        """The reason that a run stopped within an epoch may not resume exactly; None if it resumes exactly."""
         if self._source is not None or self._stateful is not None:
             return None
         dataset = self.dataset
@@ -194,7 +194,7 @@ class EpochLoader:
         )
 
     def batches(self, epoch: int, done: int = 0) -> Iterator[Any]:
-        """Iterate over an epoch after its first ``done`` batches.
+        """Iterate over an epoch, starting after its first ``done`` batches.
 
         Raises:
             TrainingError: during the iteration, if a data worker died.
@@ -213,11 +213,11 @@ class EpochLoader:
         return islice(self._begin(epoch), done, None)
 
     def indices_of(self, epoch: int, batch: int) -> list[Any]:
-        """Return the dataset indices of the samples in a batch of this rank; batches are counted from 0.
+        """Return the dataset indices of the samples in one of this rank's batches; batches are counted from 0.
 
         Raises:
             StateError: if the loader has a custom order, which is known only by iterating over it.
-            ConfigValueError: if the epoch has no such batch.
+            ConfigValueError: if the batch is beyond the end of the epoch.
         """
         if self._source is None:
             raise StateError("The data has a custom loader or sampler, so the samples of a batch are unknown.")
@@ -238,7 +238,7 @@ class EpochLoader:
         anchor = self._resume_point
         if self._source.endless:
             length = len(self._source)
-            # An epoch in which the batch size changed may have more or fewer batches than the others.
+            # An epoch during which the batch size changed may have more or fewer batches than others.
             since = max(length - anchor.batch, 0) + (epoch - anchor.epoch - 1) * length
             batches = batch - anchor.batch if epoch == anchor.epoch else since + batch
             return advanced(anchor.consumed, self._source.batch_size, batches * self._world_size)
@@ -304,7 +304,7 @@ class EpochLoader:
         return self.loader.dataset if isinstance(self.loader.dataset, ResumableStream) else None
 
     def _set_epoch_of_parts(self, epoch: int) -> None:
-        """Call ``set_epoch`` of the iterable dataset, the batch sampler and the sampler, if they have it."""
+        """Call ``set_epoch`` on the iterable dataset, the batch sampler and the sampler, if they have that method."""
         batch_sampler = self.loader.batch_sampler
         sampler = self.loader.sampler if batch_sampler is None else getattr(batch_sampler, "sampler", None)
         stream = self.dataset if isinstance(self.dataset, IterableDataset) else None
@@ -327,7 +327,7 @@ class EpochLoader:
                 yield batch
             share = self._order.share if isinstance(self._order, OpaqueBatches) else self.share
             if given == 0 and (share is None or share.round_up):
-                # The state was at the end of the previous epoch. In evaluation, a rank may have no batch while others do.
+                # The state was at the end of the previous epoch. During evaluation, a rank may have no batch while others do.
                 for batch in self._begin(epoch):
                     given += 1
                     yield batch
@@ -396,7 +396,7 @@ class EpochLoader:
 
 
 def _keep_own(batches: Iterator[Any], share: RankShare) -> tuple[Any, Any, int]:
-    """Read one round; return this rank's batch, the first batch, and the number of batches."""
+    """Read one round and return this rank's batch, the first batch, and the number of batches."""
     own = first = None
     count = 0
     for count, batch in enumerate(islice(batches, share.size), 1):

@@ -36,7 +36,7 @@ _TORCH_SAMPLERS = frozenset({RandomSampler, SequentialSampler, SubsetRandomSampl
 @final
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """The share of a rank in a round-robin distribution: one of every ``size`` consecutive items.
+    """A rank's share of a round-robin distribution: one of every ``size`` consecutive items.
 
     Attributes:
         rank: the data-parallel rank of this process.
@@ -50,7 +50,7 @@ class RankShare:
     round_up: bool = True
 
     def count(self, total: int) -> int:
-        """Return the number of items of this rank out of ``total``."""
+        """Return this rank's number of items out of ``total``."""
         return -(-total // self.size) if self.round_up else len(range(self.rank, total, self.size))
 
 
@@ -59,7 +59,7 @@ def declared_share(part: Any) -> tuple[int, int] | None:
 
     They are read from the attributes ``rank`` and ``num_replicas`` (torch) or ``world_size`` (MMEngine and this package),
     ``process_index`` and ``num_processes`` (Accelerate), or from the result of ``split_dataset_by_node`` of Hugging Face
-    ``datasets``. Return None if there are none, or if the number of ranks is 1.
+    ``datasets``. Returns None if there are no such attributes or the number of ranks is 1.
     """
     split = getattr(part, "_distributed", None)
     for owner, size_name, rank_name in (
@@ -130,8 +130,8 @@ class RankItems(Iterator[Any]):
 
     Args:
         sampler: yields indices or lists of indices.
-        share: the share of this rank.
-        keys: identify the random stream of the epoch; the same on every rank.
+        share: this rank's share.
+        keys: identify the epoch's random stream; the same on every rank.
     """
 
     def __init__(self, sampler: Iterable[Any], share: RankShare, *keys: object) -> None:
@@ -160,7 +160,7 @@ class RankItems(Iterator[Any]):
         return items[rank]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position: the state of the sampler's iterator, if it has one, and the number of drawn items."""
+        """Return the position: the number of drawn items, and the state of the sampler's iterator if it has one."""
         inner = self._isolated.begin()
         return {
             "sampler": inner.state_dict() if isinstance(inner, Stateful) else None,
@@ -190,7 +190,7 @@ class RankItems(Iterator[Any]):
             if _differ(_digest_of(state)):
                 inner.load_state_dict(broadcast_object(state))
             return
-        # One more item than its length shows whether it ends there.
+        # Drawing one more item than the length shows whether the sampler ends there.
         drawn = list(islice(self._isolated, self._length + 1))
         ended = len(drawn) <= self._length
         if _differ(_digest_of([ended, *drawn])):
@@ -205,7 +205,7 @@ class RankItems(Iterator[Any]):
 
 
 def require_same_batches(name: str, batches: Sequence[Any]) -> None:
-    """Check that all ranks read the same batches, of which each keeps its share. Collective.
+    """Check that all ranks read the same batches before each keeps its share. Collective.
 
     Raises:
         ConfigValueError: if the batches differ.

@@ -23,7 +23,7 @@ def per_sample_values(values: Any, dataset: Sized, argument: str) -> NDArray[Any
         argument: the name of the argument in error messages.
 
     Raises:
-        ConfigValueError: if the dataset has no such attribute, or the number of values is not the number of samples.
+        ConfigValueError: if the dataset has no such attribute, or the number of values differs from the number of samples.
         ConfigTypeError: if the values are not a one-dimensional sequence.
     """
     found = values

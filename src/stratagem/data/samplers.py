@@ -41,7 +41,7 @@ class PositionedSampler(Sampler[int]):
         round_up: whether to pad an epoch from the beginning of its order, so that every rank has the same number of
             samples. Training requires it; evaluation must not see a sample twice.
         rank: the rank of this process; by default its rank in the process group.
-        world_size: the number of ranks; by default that of the process group.
+        world_size: the number of ranks; by default the size of the process group.
 
     Attributes:
         endless: whether the order is infinite, regardless of its length.
@@ -72,7 +72,7 @@ class PositionedSampler(Sampler[int]):
         self._epoch = epoch
 
     def rank_indices(self, epoch: int, start: int = 0) -> Iterator[int]:
-        """Return this rank's indices from global position ``start`` on."""
+        """Return this rank's indices, starting at global position ``start``."""
         order = self.order(epoch)
         rest = order[start:]
         if self.round_up and rest:
@@ -80,7 +80,7 @@ class PositionedSampler(Sampler[int]):
         return iter(rest[self.rank :: self.world_size])
 
     def left(self, start: int = 0) -> int:
-        """Return the number of samples of an epoch that this rank has from global position ``start`` on."""
+        """Return this rank's number of samples in an epoch, starting at global position ``start``."""
         rest = max(0, self.samples - start)
         return math.ceil(rest / self.world_size) if self.round_up else len(range(self.rank, rest, self.world_size))
 
@@ -88,7 +88,7 @@ class PositionedSampler(Sampler[int]):
         return self.rank_indices(self._epoch)
 
     def __len__(self) -> int:
-        """Return the number of samples that this rank has per epoch."""
+        """Return this rank's number of samples per epoch."""
         return self.left()
 
 
@@ -97,7 +97,7 @@ class UnpaddedSampler(Sampler[int]):
     """The samples of torch's ``DistributedSampler`` without its padding.
 
     Args:
-        sampler: the sampler of this rank.
+        sampler: this rank's sampler.
     """
 
     def __init__(self, sampler: DistributedSampler[Any]) -> None:
@@ -108,7 +108,7 @@ class UnpaddedSampler(Sampler[int]):
         self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        # The padding is at the end of the global order, of which each rank has every num_replicas-th sample.
+        # The padding is at the end of the global order, from which each rank takes every num_replicas-th sample.
         return islice(iter(self.sampler), len(self))
 
     def __len__(self) -> int:
@@ -159,7 +159,7 @@ class InfiniteSampler(PositionedSampler):
         shuffle: whether to shuffle the samples in every pass.
         seed: the random seed, the same on every rank; 0 by default.
         rank: the rank of this process; by default its rank in the process group.
-        world_size: the number of ranks; by default that of the process group.
+        world_size: the number of ranks; by default the size of the process group.
 
     Raises:
         ConfigValueError: if the dataset is empty.
@@ -193,7 +193,7 @@ class InfiniteSampler(PositionedSampler):
         return epoch_order(self._length, seed=self._seed, epoch=epoch, shuffle=self._shuffle)
 
     def rank_indices(self, epoch: int, start: int = 0) -> Iterator[int]:
-        """Yield this rank's indices from global position ``start`` on; all passes together form epoch 0."""
+        """Yield this rank's indices, starting at global position ``start``; all passes together form epoch 0."""
         position = start + self.rank
         while True:
             passes, index = divmod(position, self._length)
@@ -204,5 +204,5 @@ class InfiniteSampler(PositionedSampler):
         return self.rank_indices(0)
 
     def __len__(self) -> int:
-        """Return the number of samples of one pass over all ranks, as MMEngine does."""
+        """Return the number of samples in one pass over all ranks, as MMEngine does."""
         return self._length

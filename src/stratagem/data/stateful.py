@@ -15,10 +15,10 @@ class Stateful(Protocol):
     """A data loader or dataset with a state dict, such as torchdata's ``StatefulDataLoader``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position after the batches that were yielded, not counting prefetched ones."""
+        """Return the position after the last yielded batch; prefetched batches are not counted."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Make the next iteration continue from a position."""
+        """Restore a position, from which the next iteration continues."""
 
 
 class StatefulStream(Stateful, Protocol):

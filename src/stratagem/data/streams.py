@@ -32,14 +32,14 @@ from stratagem.data.collate import pseudo_collate
 
 __all__ = ["BatchRequest", "StreamedDataset", "uses_random_numbers", "isolate_cpu_rng", "seed_stream", "stream_seed"]
 
-# The stream for operations on a batch, such as mixing its samples in collate_fn.
+# The stream for operations on a whole batch, such as mixing its samples in collate_fn.
 _BATCH = "batch"
 
 
 def stream_seed(*keys: object) -> int:
     """Return a 32-bit seed for the stream identified by ``keys``; streams of different keys are independent.
 
-    With the common ``seed + epoch``, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
+    With the common scheme ``seed + epoch``, epoch 1 of seed 0 would have the same order as epoch 0 of seed 1.
     """
     return int.from_bytes(_digest(keys, 4), "little")
 
@@ -47,7 +47,7 @@ def stream_seed(*keys: object) -> int:
 def seed_stream(*keys: object) -> None:
     """Seed the global CPU generators of Python, NumPy and torch for the stream identified by ``keys``."""
     digest = _digest(keys, 16)
-    # Different bytes for each: NumPy and torch generate the same numbers from the same seed.
+    # Use different bytes for each: NumPy and torch generate the same numbers from the same seed.
     random.seed(int.from_bytes(digest[:8], "little"))
     np.random.seed(int.from_bytes(digest[8:12], "little"))
     # torch.manual_seed also seeds accelerators, which takes a hundred times as long.
@@ -121,7 +121,7 @@ class StreamedDataset(Dataset[Any]):
 
 
 def uses_random_numbers(dataset: Any, collate: Callable[[Any], Any] | None) -> bool:
-    """Return whether loading may draw random numbers; False only for types of torch and Python that never do."""
+    """Return whether loading may draw random numbers; False only for torch and Python types that never do."""
     if collate not in (None, default_collate, pseudo_collate):
         return True
     kind = type(dataset)

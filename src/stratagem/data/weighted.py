@@ -27,7 +27,7 @@ class WeightedSampler(PositionedSampler):
 
     Args:
         dataset: the dataset.
-        weights: one nonnegative weight per sample, with any sum; or the name of an attribute or method of the dataset.
+        weights: one nonnegative weight per sample, with any sum; or the name of a dataset attribute or method.
         num_samples: the number of samples per epoch over all ranks; by default the size of the dataset or, without
             replacement, the number of samples with a positive weight.
         replacement: whether to draw with replacement.
@@ -77,7 +77,7 @@ class WeightedSampler(PositionedSampler):
     def _with_replacement(self, generator: torch.Generator) -> NDArray[np.int64]:
         ends = np.cumsum(self._weights)
         positions = torch.rand(self._samples, dtype=torch.float64, generator=generator).numpy() * ends[-1]
-        # side="right" skips samples with weight 0, whose interval is empty. A position that is rounded to the end of the
+        # side="right" skips samples with weight 0, whose interval is empty. A position that is rounded up to the end of the
         # range belongs to the last sample with a positive weight.
         last = int(np.flatnonzero(self._weights)[-1])
         order: NDArray[np.int64] = np.minimum(np.searchsorted(ends, positions, side="right"), last)
@@ -86,7 +86,7 @@ class WeightedSampler(PositionedSampler):
     def _without_replacement(self, generator: torch.Generator) -> NDArray[np.int64]:
         (weighted,) = np.nonzero(self._weights)
         uniform = torch.rand(len(self._weights), dtype=torch.float64, generator=generator).numpy()[weighted]
-        # The smallest of independent exponential variables whose rates are the weights.
+        # Select the smallest of independent exponential variables whose rates are the weights.
         waiting = -np.log1p(-uniform) / self._weights[weighted]
         order: NDArray[np.int64] = weighted[np.argsort(waiting, kind="stable")[: self._samples]]
         return order

@@ -23,7 +23,7 @@ class ParentPipe:
     A process has one pipe, shared by all instances. At exit, ``multiprocessing`` sends SIGTERM to its daemonic processes and
     joins them without a timeout; the pipe is closed just before. If the process is killed, the kernel closes it.
 
-    A forked worker inherits the read end; a spawned worker receives it with the pickle of the instance.
+    A forked worker inherits the read end; a spawned worker receives it with the pickled instance.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class ParentPipe:
         _pipe.open()
 
     def exit_with_parent(self) -> bool:
-        """Exit this process at the EOF of the parent's pipe, from a thread; return whether there is such a pipe."""
+        """Start a thread that exits this process at EOF on the parent's pipe; return whether there is such a pipe."""
         source = _pipe.inherited if self._inherited is None else self._inherited
         if source is None:
             return False
@@ -68,8 +68,8 @@ class _Pipe:
 
     def _close(self) -> None:
         ends, self._ends = self._ends or (), None
-        with suppress(ValueError):  # only the main thread may set signal handlers
-            # Torch's handler raises an error for each worker that is killed.
+        with suppress(ValueError):  # Only the main thread may set signal handlers.
+            # Torch's handler raises an error for each killed worker.
             if hasattr(signal, "SIGCHLD"):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for end in ends:

@@ -30,7 +30,7 @@ class WorkerInit:
     and still needs batches to complete the step and save. Workers exit when the main process exits or is killed.
 
     Args:
-        seed: the seed of the random streams of iterable datasets; map-style datasets have a stream per sample.
+        seed: the seed for the random streams of iterable datasets; map-style datasets have a stream per sample.
         rank: the rank of this process.
         user_init: called last, with the id of the worker.
     """
@@ -107,16 +107,16 @@ def _ignore_once(number: int, _: FrameType | None) -> None:
 
 def _terminate_with_sigkill(worker: BaseProcess) -> None:
     # The worker ignores the first SIGTERM. Torch terminates workers that do not exit within five seconds of a request, and
-    # multiprocessing terminates all that are alive at exit. Both call terminate() of this object.
+    # multiprocessing terminates all that are alive at exit. Both call this object's terminate().
     popen: Any = worker._popen  # type: ignore[attr-defined]
     popen.terminate = popen.kill
 
 
 @contextmanager
 def report_dead_workers(workers: Sequence[BaseProcess] = ()) -> Iterator[None]:
-    """Replace torch's error about a dead data worker with one that suggests solutions.
+    """Replace torch's error about a dead data worker with an error that suggests solutions.
 
-    It may be raised anywhere in the main process, because torch raises it in a signal handler on most systems.
+    Torch's error may occur anywhere in the main process, because torch raises it in a signal handler on most systems.
 
     Args:
         workers: the worker processes in order, if they are known.

@@ -28,7 +28,7 @@ class AsyncMaxReduce:
 
     @property
     def pending(self) -> bool:
-        """Whether a reduction was started whose result has not been read."""
+        """Whether a reduction has been started but its result has not been read."""
         return self._work is not None
 
     def start(self, number: int) -> None:

@@ -1,6 +1,6 @@
-"""Collectives on tensors. In a single process they return immediately and change nothing.
+"""Collectives on tensors. In a single process, they return immediately and change nothing.
 
-Tensors may be on any device: they are moved to one that the group's backend supports, and results are moved back.
+Tensors may be on any device: they are moved to a device that the group's backend supports, and results are moved back.
 Ranks are relative to the given group.
 """
 
@@ -49,7 +49,7 @@ _OPS = {
 
 
 def is_distributed() -> bool:
-    """Return whether a process group is initialized, even of one process."""
+    """Return whether a process group is initialized, even if it has only one process."""
     return torch_dist.is_available() and torch_dist.is_initialized()
 
 

@@ -1,4 +1,4 @@
-"""Average named values over ranks, which may have different names."""
+"""Average named values over ranks, whose sets of names may differ."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FIRST_VALUES: Final = 48
 def mean_by_name(values: Mapping[str, float], group: Group | None = None) -> dict[str, float]:
     """Return the mean of each value over the ranks that have it, sorted by name and equal on all ranks.
 
-    Collective; ranks may have different names and different numbers of them. With the same names on all ranks it takes
+    Collective; ranks may have different names and different numbers of names. With the same names on all ranks, it takes
     one all-reduce, or two for more than 48 names; otherwise an all-gather of the names and values follows.
     """
     names = sorted(values)

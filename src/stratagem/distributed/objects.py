@@ -1,6 +1,6 @@
 """Collectives on picklable objects. The ranks of a run trust each other, so objects are unpickled.
 
-In a single process they return immediately. Ranks are relative to the given group.
+In a single process, they return immediately. Ranks are relative to the given group.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _ABSENT = object()
 
 
 def broadcast_object_list(data: list[Any], src: int = 0, group: Group | None = None) -> None:
-    """Overwrite the items of ``data`` on every rank with those of rank ``src``. Collective; lists must have equal lengths."""
+    """Overwrite the items of ``data`` on every rank with rank ``src``'s items. Collective; lists must have equal lengths."""
     _check_rank(src, group)
     if get_world_size(group) > 1:
         torch_dist.broadcast_object_list(data, group=group, group_src=src)
 
 
 def broadcast_object(data: T, src: int = 0, group: Group | None = None) -> T:
-    """Return the object of rank ``src`` on every rank. Collective."""
+    """Return rank ``src``'s object on every rank. Collective."""
     box: list[T] = [data]
     broadcast_object_list(box, src, group)
     return box[0]

@@ -15,7 +15,7 @@ from stratagem.errors import StratagemError, TrainingError
 __all__ = ["SINGLE_PROCESS", "RankGroup"]
 
 T = TypeVar("T")
-# The class of an error and its message.
+# An error's class and its message.
 _Failure = tuple[type[StratagemError], str]
 
 
@@ -24,7 +24,7 @@ _Failure = tuple[type[StratagemError], str]
 class RankGroup:
     """The ranks of a process group. All methods are collective: every rank calls them, in the same order.
 
-    If the operation fails on one rank, every rank raises: the failing rank its own error, the others an error of the
+    If the operation fails on one rank, every rank raises: the failing rank raises its own error, the others an error of the
     same class that quotes it. No rank is left waiting, and the error can be handled in the same way on every rank.
 
     Attributes:
@@ -39,7 +39,7 @@ class RankGroup:
 
     @classmethod
     def of(cls, group: Group | None = None) -> RankGroup:
-        """Return the ranks of a process group, by default of the default group."""
+        """Return the ranks of a process group; by default, the default group."""
         return cls(get_rank(group), get_world_size(group), group)
 
     def dedicated_group(self) -> RankGroup:
@@ -118,6 +118,6 @@ def _raise(error: Exception | None, failures: list[_Failure | None]) -> None:
 
 
 def _error_class(error: Exception) -> type[StratagemError]:
-    """Return the most specific base class in ``stratagem.errors``: every rank has it, and it takes only a message."""
+    """Return the most specific base class in ``stratagem.errors``: every rank has it, and it only takes a message."""
     own = (kind for kind in type(error).__mro__ if kind.__module__ == StratagemError.__module__)
     return next(own, StratagemError)

@@ -29,7 +29,7 @@ class World:
 
     @property
     def distributed(self) -> bool:
-        """Whether a launcher started this process, even as the only one."""
+        """Whether a launcher started this process, even as the only rank."""
         return self.launcher != "none"
 
     @property

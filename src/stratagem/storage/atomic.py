@@ -1,13 +1,13 @@
-"""Publish files and directories atomically: readers see the old content or the new, never a mixture.
+"""Publish files and directories atomically: readers see either the old or the new contents, never a mixture.
 
-New content is written under a temporary name in the same directory, because a move between directories may be a copy.
-All its files and directories are synced, one rename publishes it, and the parent directory is synced. If the process is
+New contents are written under a temporary name in the same directory, because a move between directories may be a copy.
+All files and directories are synced, one rename publishes them, and the parent directory is synced. If the process is
 killed, it leaves:
 
 ==============================================  =====================  ========================================
 killed                                          at the path            left for ``clean_temporaries``
 ==============================================  =====================  ========================================
-while the new content is written or synced      the old, or nothing    a part of the new content
+while the new contents are written or synced    the old, or nothing    a part of the new contents
 after the rename                                the new                nothing, or the old directory
 between the two renames that replace a          nothing                the old directory, which is restored,
 directory without ``renameat2``                                        and the new one
@@ -41,7 +41,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 
     Raises:
         WorkDirError: if no file can be created in the parent directory.
-        OSError: if writing fails for another reason; a note names the target. The old content is unchanged.
+        OSError: if writing fails for another reason; a note names the target. The old contents are unchanged.
     """
     with atomic_file(path) as temporary:
         write_bytes(temporary, data.encode() if isinstance(data, str) else data)
@@ -51,7 +51,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | str) -> None:
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary file to write to; it becomes ``path`` when the context exits without an exception.
 
-    On an exception, it is removed and the old content is unchanged. A symbolic link at ``path`` is replaced.
+    On an exception, it is removed and the old contents are unchanged. A symbolic link at ``path`` is replaced.
 
     Raises:
         WorkDirError: if no file can be created in the parent directory.
@@ -88,7 +88,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         old = _publish_directory(temporary, target)
     _make_durable(target)
     if old is not None:
-        with suppress(OSError):  # the new content is in place; clean_temporaries removes the rest of the old
+        with suppress(OSError):  # The new contents are in place; clean_temporaries removes the rest of the old ones.
             remove(old)
 
 
@@ -128,7 +128,7 @@ def _create_file(path: Path) -> None:
 
 
 def _publish_directory(temporary: Path, target: Path) -> Path | None:
-    """Rename ``temporary`` to ``target``; return the new path of the content that it replaced, or None."""
+    """Rename ``temporary`` to ``target``; return the new path of the directory that it replaced, or None."""
     if not target.exists() and not target.is_symlink():
         operations.rename(temporary, target)
         return None
@@ -154,7 +154,7 @@ def _make_durable(target: Path) -> None:
 
 def _describe(target: Path, temporary: Path) -> str:
     written, free = "an unknown number of", "an unknown number of"
-    with suppress(OSError):  # a failure here must not hide the error that is described
+    with suppress(OSError):  # A failure here must not hide the original error.
         written = str(tree_bytes(temporary))
         free = str(shutil.disk_usage(target.parent).free)
     return f"While writing {target}: {written} bytes were written, {free} bytes are free."

@@ -37,7 +37,7 @@ _POSITION_LOCK = threading.Lock()
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file."""
+    """Return the contents of a file."""
     return path.read_bytes()
 
 
@@ -47,7 +47,7 @@ def open_for_reading(path: Path) -> int:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read from ``offset`` into a buffer; return the number of bytes read, which is less than its size at the end."""
+    """Read from ``offset`` into a buffer; return the number of bytes read, which is smaller at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], offset)
     with _POSITION_LOCK:
@@ -90,7 +90,7 @@ def begin_writeback(descriptor: int) -> None:
 
 @contextmanager
 def closing_descriptor(descriptor: int) -> Iterator[int]:
-    """Close the descriptor when the context exits, also on an exception."""
+    """Close the descriptor when the context exits, even on an exception."""
     try:
         yield descriptor
     finally:
@@ -98,14 +98,14 @@ def closing_descriptor(descriptor: int) -> Iterator[int]:
 
 
 def fsync_file(path: Path) -> None:
-    """Sync the content of a file to the disk."""
+    """Sync the contents of a file to the disk."""
     with closing_descriptor(operations.open_folder(path)) as descriptor:
         operations.fsync(descriptor)
 
 
 def fsync_directory(path: Path) -> None:
     """Sync the entries of a directory to the disk; does nothing if the file system does not support it."""
-    if sys.platform == "win32":  # cannot open a directory, and has no call to sync its entries
+    if sys.platform == "win32":  # Windows cannot open a directory and has no call to sync its entries.
         return
     try:
         fsync_file(path)

@@ -1,10 +1,10 @@
 """Publish files atomically to file systems without a rename, such as object stores.
 
 Each publication writes its files to a new folder (a :class:`Generation`), and then a record that makes it visible. Nothing
-is overwritten, so either the old or the new content is visible at any time:
+is overwritten, so either the old or the new contents are visible at any time:
 
 ====================================  ==================  ===================================================
-killed or failed                      visible content     left behind
+killed or failed                      visible contents    left behind
 ====================================  ==================  ===================================================
 while files are written               old, or nothing     files without a record, which are ignored
 while the record is written           old, or nothing     the same; an incomplete record is ignored
@@ -12,7 +12,7 @@ after the record is written           new                 older generations, whi
 ====================================  ==================  ===================================================
 
 The next publication under the same name, or :func:`clean_unpublished`, removes what is left behind. Removal starts with the
-oldest generation and with its record, so that old content never becomes visible again.
+oldest generation and with its record, so that old contents never become visible again.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ class Published:
 
 
 def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) -> Published:
-    """Publish a local file or folder at ``url``; it replaces what was published there before.
+    """Publish a local file or folder at ``url``; it replaces the previous publication.
 
-    Only one process may publish under a name at a time; otherwise, the one that started last wins.
+    Only one process may publish under a name at a time; otherwise, the process that started last wins.
 
     Args:
         local: the file or folder.
@@ -68,7 +68,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
     Raises:
         MissingDependencyError: if the package for the file system is not installed.
         ValueError: if a file has an unsupported name.
-        OSError: or an error of the file system's library, if the upload fails. What was published before stays available.
+        OSError: or an error of the file system's library, if the upload fails. The previous publication stays available.
     """
     folder, name = RemoteFolder.parent_of(url)
     existing = _generations(folder)
@@ -80,7 +80,7 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
         record = _upload(local, target, metadata or {})
     except Exception as error:
         error.add_note(f"While publishing {target.masked_url}; what was published as {name} before is unchanged.")
-        with suppress(Exception):  # the file system is failing; a later publication cleans up
+        with suppress(Exception):  # The file system is failing; a later publication cleans up.
             _remove(folder, generation)
         raise
     for old in sorted(previous):
@@ -88,12 +88,12 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
             _remove(folder, old)
         except Exception as error:  # noqa: BLE001 -- the new generation is safe; the class depends on the file system
             logger.warning("Could not remove %s/%s, which is superseded: %s", folder.masked_url, old.folder_name, error)
-            break  # or an older generation could outlive a newer one
+            break  # Otherwise, an older generation could outlive a newer one.
     return _describe(folder, generation, record)
 
 
 def list_published(url: str) -> list[Published]:
-    """Return what is published in the folder at ``url``, latest last; empty if the folder does not exist."""
+    """Return the publications in the folder at ``url``, latest last; empty if the folder does not exist."""
     folder = RemoteFolder.at(url.rstrip("/"))
     return [_describe(folder, generation, record) for generation, record in _newest(folder)]
 
@@ -122,13 +122,13 @@ def fetch_published(url: str, cache: Path) -> Path:
         except FileNotFoundError as error:
             if attempt == _MAX_ATTEMPTS - 1:
                 raise CheckpointDamagedError(f"{source.masked_url}: a file is missing: {error}.") from error
-            continue  # it was replaced in the meantime; look again
+            continue  # It was replaced in the meantime; look again.
         return copy
     raise AssertionError("the last attempt returns or raises")
 
 
 def remove_published(url: str) -> None:
-    """Remove what is published at ``url`` and everything left behind under its name; does nothing if there is nothing."""
+    """Remove the publication at ``url`` and everything left behind under its name; do nothing if there is nothing."""
     folder, name = RemoteFolder.parent_of(url)
     for generation in sorted(_generations(folder)):
         if generation.name == name:
@@ -136,7 +136,7 @@ def remove_published(url: str) -> None:
 
 
 def clean_unpublished(url: str) -> list[str]:
-    """Remove what interrupted publications left in the folder at ``url``; return the names of the removed folders.
+    """Remove files that interrupted publications left in the folder at ``url``; return the names of the removed folders.
 
     Other files are not touched. Call this only if a single run uses the folder, because a publication in progress cannot be
     distinguished from an interrupted one.
@@ -201,7 +201,7 @@ def _upload_file(file: Path, target: RemoteFolder, path: str) -> StoredFile:
 
 def _download(source: RemoteFolder, record: PublicationRecord, copy_folder: Path, name: str) -> None:
     copy_folder.parent.mkdir(parents=True, exist_ok=True)
-    # A modified copy is replaced atomically, because another process may be reading the one that it has downloaded.
+    # A modified copy is replaced atomically, because another process may be reading its own download.
     with atomic_directory(copy_folder) as temporary:
         root = temporary / name if record.is_folder else temporary
         root.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ __all__ = [
     "write",
 ]
 
-_AT_FDCWD = -100  # relative paths start at the working directory; from linux/fcntl.h
+_AT_FDCWD = -100  # Relative paths start at the working directory; from linux/fcntl.h.
 # Windows has no O_CLOEXEC, because its descriptors are not inherited, and translates line ends without O_BINARY.
 OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 # For platforms that cannot write at an offset without moving the position, which threads share.
@@ -60,7 +60,7 @@ def open_folder(path: Path) -> int:
 
 
 def write(descriptor: int, data: bytes | memoryview, offset: int) -> int:
-    """Write data at ``offset``; return the number of bytes written, which may be less than all."""
+    """Write data at ``offset``; return the number of bytes written, which may be less than the length of the data."""
     if hasattr(os, "pwrite"):
         return os.pwrite(descriptor, data, offset)
     with _POSITION_LOCK:

@@ -43,7 +43,7 @@ class Generation:
 
     @classmethod
     def parse(cls, folder: str) -> Self | None:
-        """Parse a folder name; return None if it is not that of a generation."""
+        """Parse a folder name; return None if it does not name a generation."""
         match = _GENERATION.fullmatch(folder)
         return cls(match["name"], int(match["stamp"], 16), match["tag"]) if match else None
 
@@ -65,7 +65,7 @@ class StoredFile:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicationRecord:
-    """What was published: the files of a folder by their relative path, or a single file.
+    """The published files: those in a folder, keyed by relative path, or a single file.
 
     ``metadata`` holds the publisher's plain JSON values; it may be empty.
     """

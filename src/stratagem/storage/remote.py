@@ -24,7 +24,7 @@ def is_remote_scheme(scheme: str) -> bool:
     except (MissingDependencyError, ValueError):
         return False
     except ImportError:
-        return True  # a known scheme whose package is not installed
+        return True  # The scheme is known, but its package is not installed.
     return True
 
 
@@ -109,11 +109,11 @@ class RemoteFolder:
             yield file
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a small file, on an object store with a single request."""
+        """Write a small file; on an object store, with a single request."""
         self._system.pipe_file(self._join(path), data)
 
     def read(self, path: str, max_bytes: int) -> bytes | None:
-        """Return the content of a small file, or None if it does not exist or has more than ``max_bytes`` bytes."""
+        """Return the contents of a small file, or None if it does not exist or has more than ``max_bytes`` bytes."""
         self._system.invalidate_cache()
         try:
             if self.size(path) > max_bytes:
@@ -128,7 +128,7 @@ class RemoteFolder:
         return int(self._system.info(self._join(path))["size"])
 
     def version(self, path: str) -> str:
-        """Return a token that changes when the content of a file changes, as far as the file system can tell."""
+        """Return a token that changes when a file's contents change, as far as the file system can tell."""
         self._system.invalidate_cache()
         return str(self._system.ukey(self._join(path)))
 

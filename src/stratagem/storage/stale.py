@@ -15,22 +15,24 @@ from stratagem.utils.processes import process_exists
 
 __all__ = ["CleanupResult", "clean_temporaries"]
 
-_CLOCK_SLACK_S = 2.0  # a process's start time has the resolution of ticks, a file's time that of its file system
+_CLOCK_SLACK_S = (
+    2.0  # Start times of processes are in clock ticks; the resolution of file times depends on the file system.
+)
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CleanupResult:
-    """The paths that ``clean_temporaries`` removed, and those whose old content it restored."""
+    """The paths that ``clean_temporaries`` removed, and those whose old contents it restored."""
 
     removed: tuple[Path, ...]
     restored: tuple[Path, ...]
 
 
 def clean_temporaries(parent: Path) -> CleanupResult:
-    """Remove what killed processes left in a directory, and restore old content that was not replaced.
+    """Remove temporary files that killed processes left in a directory, and restore old contents that were not replaced.
 
-    Only temporary names made by this package are touched, and not those of processes that are alive on this machine.
+    Only temporary names made by this package are touched, except those of processes that are alive on this machine.
     Processes on other machines cannot be checked and count as dead, so call this only if a single run uses the directory.
 
     Raises:
@@ -56,7 +58,7 @@ def _is_stale(path: Path, name: TemporaryName) -> bool:
     if not process_exists(name.pid):
         return True
     # In containers, a restarted process often reuses a process id: then the file is older than the process.
-    # Compare the change time, which a rename sets; old content may have been written long before.
+    # Compare the change time, which a rename sets; old contents may have been written long before.
     started = _start_time(name.pid)
     return started is not None and path.lstat().st_ctime < started - _CLOCK_SLACK_S
 

@@ -19,7 +19,7 @@ _NAME = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}"
 class TemporaryName:
     """A parsed temporary name.
 
-    ``is_old_content`` is True for previously published content that was moved away, and False for new content that is not
+    ``is_old_content`` is True for previously published contents that were moved away, and False for new contents that are not
     yet published.
     """
 
@@ -37,12 +37,12 @@ class TemporaryName:
 
 
 def temporary_path(target: Path) -> Path:
-    """Return a new path next to ``target`` for incomplete content: ``.<name>.tmp-<pid>-<random>``."""
+    """Return a new path next to ``target`` for incomplete contents: ``.<name>.tmp-<pid>-<random>``."""
     return _sibling(target, "tmp")
 
 
 def old_content_path(target: Path) -> Path:
-    """Return a new path next to ``target`` for its old content: ``.<name>.old-<pid>-<random>``."""
+    """Return a new path next to ``target`` for its old contents: ``.<name>.old-<pid>-<random>``."""
     return _sibling(target, "old")
 
 

@@ -22,7 +22,7 @@ def read_data(
     """Return the values of a data file and the environment variables that it reads.
 
     Keys, types, scopes and strings that look like dotted paths are returned as ``DataName``, so that registries can
-    distinguish them from strings of the program.
+    distinguish them from strings in programs.
 
     Args:
         text: The contents of the file.
@@ -49,7 +49,7 @@ def _parse(text: str, suffix: str, name: str) -> dict[str, Any]:
         data = language_of(suffix).parse(text, name)
     except RecursionError as error:
         raise ConfigParsingError(f"{name} is nested too deeply.") from error
-    except ValueError as error:  # such as an integer with more digits than Python converts
+    except ValueError as error:  # For example, an integer with more digits than Python converts.
         raise ConfigParsingError(f"{name} contains an invalid value: {error}.") from error
     if data is None:
         return {}

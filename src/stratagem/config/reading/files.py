@@ -49,7 +49,7 @@ class Reader:
         lazy: Whether Python files are pure-Python configurations; None detects it for each file.
         environment: Whether placeholders may read environment variables.
         programs: Whether Python files may be read, which executes them.
-        chain: The chain of files through which a file is a base, outermost first.
+        chain: The files that led to the current file through their bases, outermost first.
         seen: The layers of the files that have been read, so that a file with two dependents is read once.
     """
 
@@ -61,7 +61,7 @@ class Reader:
     seen: dict[Path, Layers] = field(default_factory=dict)
 
     def read_file(self, path: Path) -> Layers:
-        """Return the layers of a file, those of its bases first.
+        """Return a file's layers, preceded by the layers of its bases.
 
         Raises:
             ConfigFileError: if a file cannot be read, or its suffix is not .py, .yaml, .yml, .json or .toml.
@@ -222,7 +222,7 @@ def _without(data: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
 def _package_folder(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    except ValueError:  # a module without a spec, such as __main__
+    except ValueError:  # A module without a spec, such as __main__.
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise MissingDependencyError(f"The package {package!r}, which contains a base configuration, is not installed.")

@@ -40,7 +40,7 @@ def lines(text: str) -> dict[KeyPath, int]:
     """Return the line of each value in ``text``, which must be valid."""
     found: dict[KeyPath, int] = {}
     path: list[str | int] = []
-    kinds: list[str] = []  # the open containers, each "{" or "["
+    kinds: list[str] = []  # The open containers, each "{" or "[".
     number, expects_key = 1, False
     for piece in _JSON_TOKEN.findall(text):
         if piece == "\n":

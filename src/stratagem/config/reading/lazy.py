@@ -61,7 +61,7 @@ class BaseImport:
 def is_lazy(tree: ast.Module, name: str) -> bool:
     """Return whether a file is a pure-Python configuration: it uses ``read_base`` or imports third-party modules.
 
-    The imports of a file with ``_base_`` are executed, so it is not one.
+    The imports of a file with ``_base_`` are executed, so such a file is not a pure-Python configuration.
 
     Raises:
         ConfigParsingError: if it has both ``_base_`` and ``read_base``.
@@ -81,7 +81,7 @@ def extract_base_imports(tree: ast.Module, name: str) -> list[BaseImport]:
     """Remove the ``with read_base():`` blocks from the tree and return their imports.
 
     Raises:
-        ConfigParsingError: if a block contains other statements than ``from module import names``.
+        ConfigParsingError: if a block contains statements other than ``from module import names``.
     """
     imports = []
     kept: list[ast.stmt] = []
@@ -117,7 +117,7 @@ def locate_base(wanted: BaseImport, name: str, find_package: Callable[[str], Pat
     """Return the file that a base import refers to.
 
     Raises:
-        ConfigParsingError: if the import names no module.
+        ConfigParsingError: if the import does not name a module.
     """
     if not wanted.module:
         raise ConfigParsingError(f"{name}:{wanted.line}: name the base file, as in `from .base import *`.")

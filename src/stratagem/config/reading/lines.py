@@ -31,7 +31,7 @@ def line_of(source: Source, path: KeyPath) -> int | None:
 
 @functools.lru_cache(maxsize=64)
 def _lines(text: str, suffix: str) -> Lines:
-    # With identifiers instead of placeholders, which no language can parse outside quotes.
+    # Placeholders, which no language can parse outside quotes, are replaced with identifiers.
     text = Placeholders(text, suffix, "").text
     if suffix == ".py":
         return _python_lines(text)

@@ -4,7 +4,8 @@ A saved configuration contains ``{{ $SECRET:key }}`` instead of a secret. It can
 used.
 
 Values are not substituted in the text, where a quote or a backslash in a value would change its meaning. Each placeholder is
-replaced with an identifier that is valid in every language, and the identifier by the value after the text is parsed.
+replaced with an identifier that is valid in every language, and the identifier is replaced with the value after the text is
+parsed.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ class Placeholders:
         return InterpolatedStr(filled, template) if template != filled else filled
 
     def fill_data(self, data: Any, base: BaseValues, path: KeyPath = ()) -> Any:
-        """Return parsed data with the identifiers replaced. A string that is one identifier becomes the value itself.
+        """Return parsed data with the identifiers replaced. A string that consists of one identifier becomes the value itself.
 
         Raises:
             ConfigValueError: if a URL contains the value of an environment variable.
@@ -161,7 +162,7 @@ class Placeholders:
         """Raise an error if a data file puts the value of an environment variable into a URL, which would send it to a host."""
         if not isinstance(value, str):
             return
-        # As lenient as libraries that open URLs.
+        # Match as leniently as the libraries that open URLs.
         if "://" not in "".join(value.split()).replace("\\", "/"):
             return
         for identifier in self._identifier.findall(text):
@@ -178,7 +179,7 @@ class Placeholders:
         return self._matches[int(identifier.removeprefix(self._stem).rstrip("_"))]
 
     def _template_text(self, identifier: str, value: Any) -> str:
-        """Return the text of a placeholder in a template: the placeholder of an environment variable, or else the value."""
+        """Return the text of a placeholder in a template: the placeholder of an environment variable, otherwise the value."""
         template = template_of(value)
         if template is not None:
             return template
@@ -189,7 +190,7 @@ class Placeholders:
         return str(value) if own is None else own
 
     def _template(self, match: re.Match[str]) -> str | None:
-        """Return the placeholder of a variable in normal form; None if its default, which is in the file, is to be used."""
+        """Return the placeholder of a variable in normal form; None if its default from the file should be used."""
         name, default = match["variable"], _default(match)
         if match["default"] is None:
             return f"{{{{ ${name} }}}}"
@@ -262,7 +263,7 @@ def _is_masked(match: re.Match[str]) -> bool:
 
 
 def _is_of_environment(value: Any, read: set[str]) -> bool:
-    """Return whether a value of the base contains a value of an environment variable."""
+    """Return whether a base's value contains the value of an environment variable."""
     if isinstance(value, Mapping):
         return any(_is_of_environment(item, read) for item in value.values())
     if isinstance(value, list | tuple):

@@ -25,7 +25,7 @@ LoadBases = Callable[[object], BaseValues]
 T = TypeVar("T")
 
 _NOT_KEYS = (FunctionType, BuiltinFunctionType, ModuleType, type)
-# Neither an assignment to _base_, nor a folder of this name in a path.
+# Matches _base_, but neither an assignment to it nor a folder of this name in a path.
 _READS_BASE = re.compile(r"(?<![/\w'\"])_base_(?![/\w])(?!\s*=[^=])")
 _BASE_VALUES = "_base_values_"
 
@@ -61,7 +61,7 @@ def read_python(
         environment: Whether placeholders may read environment variables.
 
     Raises:
-        ConfigParsingError: if the text is not valid Python or its execution fails; the error includes the line.
+        ConfigParsingError: if the text is not valid Python or fails to execute; the error includes the line.
     """
     placeholders = Placeholders(text, ".py", name, environment=environment)
     if not (placeholders or lazy or _READS_BASE.search(text) or HAS_IMPORT.search(text)):

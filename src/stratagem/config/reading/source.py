@@ -15,7 +15,7 @@ __all__ = ["Origin", "Source"]
 @final
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a value was set: a file and a line number (from 1), or a source such as ``--set`` without a line."""
+    """The place where a value was set: a file and a line number (from 1), or a source such as ``--set`` without a line."""
 
     path: str
     line: int | None = None
@@ -34,7 +34,7 @@ class Source:
         data: The values.
         text: The contents of the file.
         suffix: The suffix of the language of ``text``, such as ``".yaml"``; empty for a layer without a file.
-        list_keys: Whether keys of digits select items of lists.
+        list_keys: Whether numeric keys select list items.
         environment: The environment variables that placeholders read.
         modules: The top-level packages that a pure-Python configuration imports lazily.
         written_below: The path in ``text`` that contains the values, such as ``_base_`` for edits of a base.

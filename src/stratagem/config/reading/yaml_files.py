@@ -20,13 +20,13 @@ def parse(text: str, name: str) -> Any:
     """Parse ``text`` and return its value. Only plain data is accepted, and a repeated key raises an error."""
     try:
         loader = _Loader(text)
-    except yaml.YAMLError as error:  # an invalid character
+    except yaml.YAMLError as error:  # The text contains an invalid character.
         raise ConfigParsingError(f"{name} is not valid YAML: {error}.") from error
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        # Before construction: here an alias is a reference to one node, not a copy of its values.
+        # Check before construction, while an alias is still a reference to one node and not a copy of its values.
         check_size_limits(node, _node_children, name)
         return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
@@ -56,7 +56,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
-        """Read integers as in YAML 1.2: 0x10, 0o20, and 010 as ten, which is eight in YAML 1.1."""
+        """Read integers as in YAML 1.2: 0x10, 0o20, and 010, which means ten here but eight in YAML 1.1."""
         text = node.value.lower()
         return int(text, 16 if "x" in text else 8 if "o" in text else 10)
 

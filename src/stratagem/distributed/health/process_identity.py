@@ -1,4 +1,4 @@
-"""Identify a process of this machine uniquely, and check whether it is still running."""
+"""Identify a process on this machine uniquely, and check whether it is still running."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["ProcessIdentity"]
 @final
 @dataclass(frozen=True, slots=True)
 class ProcessIdentity:
-    """A process of a rank.
+    """The identity of a rank's process.
 
     Attributes:
         pid: the process id.
         pid_namespace: the boot and the PID namespace in which ``pid`` is valid.
-        start_time: when the process started, which distinguishes it from a later process with the same id.
+        start_time: the start time of the process, which distinguishes it from a later process with the same id.
     """
 
     pid: int
@@ -44,7 +44,7 @@ class ProcessIdentity:
         return cls(pid, _pid_namespace(), _stat_of(pid)[1])
 
     def has_ended(self) -> bool:
-        """Return whether the process is known to have ended: False for one on another machine or in another container."""
+        """Return whether the process is known to have ended: False for a process on another machine or in another container."""
         if self.pid_namespace != _pid_namespace():
             return False
         state, start_time = _stat_of(self.pid)

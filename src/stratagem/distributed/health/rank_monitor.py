@@ -27,7 +27,7 @@ _POLL_S = 0.5
 # With more ranks, each polls less often: the store serves about ten thousand requests per second.
 _RANKS_AT_FULL_RATE = 256
 _STORE_TIMEOUT = timedelta(seconds=5)
-# After this many failed attempts in a row, the process that serves the store is considered gone.
+# After this many failed attempts in a row, the process that serves the store is considered dead.
 _ATTEMPTS = 2
 _RESPONSE_S = 5.0
 
@@ -77,7 +77,7 @@ class RankMonitor:
     def __init__(self, iteration: Callable[[], int], on_failure: Callable[[Failure], None]) -> None:
         self.rank, self.size = get_dist_info()
         number, RankMonitor._num_created = RankMonitor._num_created, RankMonitor._num_created + 1
-        # A separate connection: on the group's connection, requests would queue behind a blocking wait.
+        # Use a separate connection: on the group's connection, requests would queue behind a blocking wait.
         store: Store = default_store().clone()
         store.set_timeout(_STORE_TIMEOUT)
         self._store = PrefixStore(f"monitor/{number}", store)
@@ -97,7 +97,7 @@ class RankMonitor:
 
     @property
     def failure(self) -> Failure | None:
-        """The first failure of the run that this rank knows of."""
+        """The run's first failure that this rank knows of."""
         return self._failure
 
     def close(self) -> None:
@@ -106,20 +106,20 @@ class RankMonitor:
         self._thread.join(2 * self._poll_s)
 
     def wait_closed(self, seconds: float) -> bool:
-        """Wait until the monitor is closed or the time is up; return whether it is closed."""
+        """Wait until the monitor is closed or the timeout expires; return whether it is closed."""
         return self._closed.wait(seconds)
 
     def wait_for_failure(self, seconds: float) -> Failure | None:
-        """Wait until a failure is known, and return it; None if there is none by then."""
+        """Wait until a failure is known, and return it; None if the timeout expires first."""
         self._failure_known.wait(seconds)
         return self._failure
 
     def post(self, failure: Failure) -> Failure:
-        """Report a failure to all ranks; return the one that was reported first, which may be a different one."""
+        """Report a failure to all ranks; return the first reported failure, which may be a different one."""
         try:
             first = Failure.from_json(self._request(lambda: self._store.compare_set("failure", "", failure.as_json())))
         except (RuntimeError, torch_dist.DistError):
-            # The store is gone with its process; the other ranks detect that on their own.
+            # The store ended with its process; the other ranks detect that on their own.
             first = failure
         self._failure = self._failure or first
         if first.rank != self.rank:
@@ -127,7 +127,7 @@ class RankMonitor:
         return first
 
     def wait_until_known(self, seconds: float) -> None:
-        """Wait until all other ranks know of the failure: the store may end together with this process."""
+        """Wait until all other ranks know of the failure, because the store may end together with this process."""
         end = time.monotonic() + seconds
         try:
             while time.monotonic() < end and self._request(lambda: self._store.add("known", 0)) < self.size - 1:
@@ -237,5 +237,5 @@ class RankMonitor:
         if self._acknowledged:
             return
         self._acknowledged = True
-        with suppress(RuntimeError, torch_dist.DistError):  # the store may be gone with its process
+        with suppress(RuntimeError, torch_dist.DistError):  # The store may have ended with its process.
             self._request(lambda: self._store.add("known", 1))

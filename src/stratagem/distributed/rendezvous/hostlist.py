@@ -16,7 +16,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def expand_hostlist(nodelist: str) -> list[str]:
-    """Return the hosts of a SLURM host list: ``"n[08-10],b7"`` gives ``["n08", "n09", "n10", "b7"]``.
+    """Return the hosts of a SLURM host list: ``"n[08-10],b7"`` becomes ``["n08", "n09", "n10", "b7"]``.
 
     See ``show hostnames`` in https://slurm.schedmd.com/scontrol.html. Leading zeros are part of the name, and several
     brackets in one name expand to every combination, the last one varying fastest.

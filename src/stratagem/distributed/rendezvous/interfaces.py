@@ -18,8 +18,8 @@ else:
 
 __all__ = ["address_towards", "interface_of", "is_loopback", "is_own", "resolve"]
 
-_SIOCGIFADDR = 0x8915  # from linux/sockios.h
-_ANY_PORT = 9  # connecting a datagram socket sends nothing
+_SIOCGIFADDR = 0x8915  # From linux/sockios.h.
+_ANY_PORT = 9  # Connecting a datagram socket sends nothing.
 
 
 def is_loopback(host: str) -> bool:
@@ -31,7 +31,7 @@ def is_loopback(host: str) -> bool:
 
 
 def resolve(host: str) -> str:
-    """Return an address of a host, IPv4 if it has one.
+    """Return a host's address, preferring IPv4.
 
     Raises:
         LaunchError: if the name does not resolve on this machine.
@@ -79,7 +79,7 @@ def interface_of(address: str) -> str | None:
             request = struct.pack("256s", name.encode()[:15])
             try:
                 answer = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-            except OSError:  # the interface has no IPv4 address
+            except OSError:  # The interface has no IPv4 address.
                 continue
             # struct ifreq: a name of 16 bytes, 4 bytes for the family and the port, then the address.
             if socket.inet_ntoa(answer[20:24]) == address:

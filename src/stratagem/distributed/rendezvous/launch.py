@@ -35,9 +35,9 @@ _REQUIRED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """The ranks of this process and the address of rank 0, as set by a launcher.
+    """This process's ranks and the address of rank 0, as set by a launcher.
 
-    If no port is set, ``master_port`` is None, and the ranks find the port of rank 0 by their common ``job`` name.
+    If no port is set, ``master_port`` is None, and the ranks find rank 0's port through their common ``job`` name.
     """
 
     launcher: str
@@ -56,7 +56,7 @@ class Launch:
 
     @property
     def address(self) -> str:
-        """The address of rank 0, for messages."""
+        """The address of rank 0, formatted for messages."""
         return f"{self.master_addr}:{self.master_port}" if self.master_port is not None else self.master_addr
 
 
@@ -160,7 +160,7 @@ def _read_slurm(environ: Mapping[str, str]) -> Launch:
 
 
 def _tasks_on_node(environ: Mapping[str, str]) -> int | None:
-    """Return the number of tasks of the step on this node: its entry in a list such as ``"2(x3),1"``."""
+    """Return the step's number of tasks on this node: the entry in a list such as ``"2(x3),1"``."""
     listed = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     if not listed:
         return None
@@ -204,7 +204,7 @@ def _read_mpi(environ: Mapping[str, str]) -> Launch:
 
 
 def _host_of_mpirun(environ: Mapping[str, str]) -> str | None:
-    """Return the first address of the host of mpirun, which runs rank 0 by default."""
+    """Return the first address of mpirun's host, which runs rank 0 by default."""
     # For example "1429733376.0;tcp://192.168.0.2,10.0.0.2:46591;tcp6://[fd00::2]:38709".
     match = re.search(r";tcp://([0-9.]+)", environ.get("OMPI_MCA_orte_hnp_uri", ""))
     return match[1] if match else None

@@ -14,7 +14,7 @@ from stratagem.errors import LaunchError
 __all__ = ["check_membership"]
 
 _PAUSE_S = 0.02
-# How long rank 0, which may serve the store, waits for the other ranks to read the error before it exits.
+# The time for which rank 0, which may serve the store, waits for the other ranks to read the error before it exits.
 _LINGER_S = 5.0
 _MAX_LISTED = 8
 

@@ -46,7 +46,7 @@ class PortAnnouncer:
 
     @property
     def port(self) -> int:
-        """The port on which it listens."""
+        """The port that this announcer listens on."""
         port: int = self._listener.getsockname()[1]
         return port
 
@@ -55,7 +55,7 @@ class PortAnnouncer:
         try:
             # close() alone would not wake the thread.
             self._listener.shutdown(socket.SHUT_RDWR)
-        except OSError:  # already closed
+        except OSError:  # The listener is already closed.
             return
         self._thread.join()
         self._listener.close()
@@ -64,18 +64,18 @@ class PortAnnouncer:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed
+            except OSError:  # The listener is closed.
                 return
             with connection:
                 try:
                     connection.settimeout(_PROBE_S)
                     connection.sendall(self._response)
-                except OSError:  # the client has disconnected
+                except OSError:  # The client has disconnected.
                     continue
 
 
 def discover_port(job: str, address: str, timeout_s: float) -> int:
-    """Return the port of the store of ``job`` on the host of rank 0, waiting until rank 0 announces it.
+    """Return the port of ``job``'s store on rank 0's host, waiting until rank 0 announces it.
 
     Raises:
         LaunchError: if rank 0 does not announce it in time.
@@ -103,7 +103,7 @@ def _listen(job: str, address: str) -> socket.socket:
     for port in job_ports(job):
         try:
             return socket.create_server((address, port), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
-        except OSError:  # the port is in use
+        except OSError:  # The port is in use.
             continue
     raise LaunchError(
         f"None of the {_NUM_CANDIDATES} ports of {job} is free on {address}: {', '.join(map(str, job_ports(job)))}. "

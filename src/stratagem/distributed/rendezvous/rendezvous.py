@@ -44,7 +44,7 @@ def rendezvous(launch: Launch, limit: timedelta) -> Store:
     """Return the store that connects the ranks, once all of them have joined. Collective.
 
     Raises:
-        LaunchError: if the ranks cannot connect, or were started with different world sizes or equal ranks.
+        LaunchError: if the ranks cannot connect, or were started with different world sizes or duplicate ranks.
     """
     with ExitStack() as until_joined:
         if launch not in _stores:
@@ -58,9 +58,9 @@ def rendezvous(launch: Launch, limit: timedelta) -> Store:
 
 
 def _start_id(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
-    """Return an identifier for this start of torchrun's ranks among those that used the same store.
+    """Return an identifier that distinguishes this start of torchrun's ranks from others that used the same store.
 
-    After a membership change, torchrun restarts the ranks with the same restart count and another world size. Other
+    After a membership change, torchrun restarts the ranks with the same restart count and a different world size. Other
     launchers start ranks once; the size is left out for them, so that ranks with different sizes connect and report it.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:

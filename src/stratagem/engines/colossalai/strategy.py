@@ -23,7 +23,7 @@ _HERE = "stratagem.engines.colossalai"
 
 @final
 class ColossalAIStrategy(ComposedStrategy):
-    """Train with ColossalAI's Booster. A plugin determines how the model and the optimizer are sharded across ranks.
+    """Trains with ColossalAI's Booster. A plugin determines how the model and the optimizer are sharded across ranks.
 
     Args:
         plugin: ``"lowlevel-zero"`` (ZeRO stage 1), ``"torch-ddp"``, ``"hybrid-parallel"`` (tensor parallelism with ZeRO), a

@@ -32,7 +32,7 @@ _HERE: Final = "stratagem.engines.deepspeed"
 
 @final
 class DeepSpeedStrategy(ComposedStrategy):
-    """Train with DeepSpeed's engine: ZeRO stages 0 to 3, optionally with the optimizer and the parameters offloaded.
+    """Trains with DeepSpeed's engine: ZeRO stages 0 to 3, optionally with the optimizer and the parameters offloaded.
 
     Options can be specified in ``config`` or as arguments. If they are specified in both, they must be equal. The value
     ``"auto"`` is ignored.
