@@ -10,7 +10,7 @@ __all__ = ["print_environment"]
 
 
 def print_environment() -> None:
-    """Print the environment report, one fact per line."""
+    """Print the environment report, one property per line."""
     report = collect_env()
     width = max(map(len, report))
     for name, value in report.items():

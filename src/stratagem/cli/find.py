@@ -42,9 +42,9 @@ class Sweep:
     Attributes:
         low: the first learning rate.
         high: the last learning rate.
-        steps: number of optimizer steps.
-        loss: name of the logged value that is used as the loss.
-        optimizer: name of the optimizer, if there are several.
+        steps: the number of optimizer steps.
+        loss: the name of the logged value that is used as the loss.
+        optimizer: the name of the optimizer, if there are several.
     """
 
     low: float
@@ -86,7 +86,7 @@ def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path 
     Args:
         options: the configuration.
         limit: the largest batch size to try; None for no limit on accelerators and 1024 on the CPU.
-        steps: number of iterations per timing.
+        steps: the number of iterations per measurement.
         out: the PNG file to write, if any.
 
     Raises:
@@ -103,7 +103,7 @@ def batch_size(options: RunOptions, *, limit: int | None, steps: int, out: Path 
 
 @contextmanager
 def _temporary_run(config: Config) -> Iterator[tuple[BaseStrategy, EpochLoader]]:
-    """Prepare a training run of the configuration in a temporary folder, which is removed at the end."""
+    """Prepare a training run for the configuration in a temporary folder, which is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="stratagem-find-") as folder:
         changes: dict[str, Any] = {"work_dir": folder, "resume": False, "log_level": "WARNING"}
         changes |= {key: None for key in _REMOVED if key in config}

@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def spell_out_resume(words: list[str]) -> list[str]:
-    """Replace ``--resume`` without a path by ``--resume=auto``, because typer has no options with an optional value."""
+    """Replace ``--resume`` without a path with ``--resume=auto``, because typer has no options with an optional value."""
     spelled: list[str] = []
     for word, following in zip(words, [*words, None][1:], strict=True):
         bare = word == "--resume" and (following is None or following.startswith("-") or _is_config(following))
@@ -39,7 +39,7 @@ def spell_out_resume(words: list[str]) -> list[str]:
 
 
 def _is_config(word: str) -> bool:
-    """Return whether a word is a configuration file, which is not the path of ``train --resume CONFIG``."""
+    """Return whether a word is a configuration file, so that ``train --resume CONFIG`` does not take it as the checkpoint."""
     return word.endswith((".py", ".yaml", ".yml", ".json", ".toml"))
 
 

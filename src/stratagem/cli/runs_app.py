@@ -35,6 +35,6 @@ def show(
 ) -> None:
     """Show all sessions that led to PATH.
 
-    Prints the changes of the configuration between them.
+    Prints the configuration changes between them.
     """
     lazy_command("stratagem.cli.runs:show_sessions")(path)

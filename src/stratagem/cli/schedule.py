@@ -29,7 +29,7 @@ def schedule(options: RunOptions, *, out: Path | None) -> None:
     """Plot the learning rate of a run, and all other options that a schedule changes.
 
     Args:
-        options: the configuration; ``nproc`` is the number of processes of the run.
+        options: the configuration; ``nproc`` is the run's number of processes.
         out: the PNG file to write, if any.
 
     Raises:
@@ -47,7 +47,7 @@ def schedule(options: RunOptions, *, out: Path | None) -> None:
 
 
 def preview(config: Config, *, world_size: int) -> RunPreview:
-    """Return the scheduled options of a configuration over its run.
+    """Return the values of a configuration's scheduled options over the run.
 
     Raises:
         ConfigKeyError: if the configuration lacks a section that training needs.
@@ -70,7 +70,7 @@ def preview(config: Config, *, world_size: int) -> RunPreview:
 
 
 def draw(name: str, run_preview: RunPreview, *, world_size: int) -> Chart:
-    """Return a chart with one panel per learning rate and per other option that a schedule changes."""
+    """Return a chart with one panel for each learning rate and each other option that a schedule changes."""
     by_option: dict[tuple[str, str], list[Course]] = {}
     for course in run_preview.courses:
         by_option.setdefault((course.optimizer, course.key), []).append(course)

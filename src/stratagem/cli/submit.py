@@ -59,14 +59,14 @@ class Allocation:
     """The resources that a job requests from SLURM.
 
     Attributes:
-        nodes: number of nodes.
-        gpus_per_node: number of accelerators per node; 0 for the CPU.
+        nodes: the number of nodes.
+        gpus_per_node: the number of accelerators per node; 0 for the CPU.
         time: the time limit in one of SLURM's formats, such as ``"12:00:00"`` or ``"2-00"``.
-        tasks_per_node: ranks per node; one per accelerator if None.
-        cpus_per_task: CPU cores per rank.
+        tasks_per_node: the number of ranks per node; one per accelerator if None.
+        cpus_per_task: the number of CPU cores per rank.
         partition: the partition.
         account: the account.
-        save_before_s: how many seconds before the time limit the ranks save.
+        save_before_s: the number of seconds before the time limit at which the ranks save.
         extra_options: additional options of ``sbatch``, such as ``"--constraint=a100"``.
 
     Raises:
@@ -105,7 +105,7 @@ def seconds_of(time: str) -> int:
     """Convert a SLURM time limit to seconds.
 
     Raises:
-        ConfigValueError: if ``time`` has none of SLURM's formats.
+        ConfigValueError: if ``time`` is not in one of SLURM's formats.
     """
     match = _TIME.fullmatch(time.strip())
     if match is None:
@@ -128,12 +128,12 @@ def seconds_of(time: str) -> int:
 
 
 def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now: bool, show: bool) -> None:
-    """Check the configuration, and write the batch script of its training.
+    """Check the configuration, and write the batch script that trains it.
 
     Args:
         options: the configuration.
         allocation: the resources of the job.
-        out: the path of the script; in the folder of the run if None.
+        out: the path of the script; if None, it is written to the run's folder.
         now: whether to submit the script.
         show: whether to only print the script.
 

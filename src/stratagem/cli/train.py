@@ -26,7 +26,7 @@ from stratagem.utils import mask_text
 
 __all__ = ["train"]
 
-# How long a failed rank may take to shut down before it is terminated.
+# The time that a failed rank has to shut down before it is terminated.
 _SHUTDOWN_GRACE_S = 10.0
 # This option applies only to the session that it is given for, so suggested commands omit it.
 _RESUME_SCHEDULES = "resume_param_scheduler"
@@ -41,9 +41,9 @@ def train(options: RunOptions, *, resume: str | None, load_from: str | None) -> 
         load_from: the checkpoint whose weights initialize the model, or None.
 
     Raises:
-        typer.Exit: with 128 plus the number of the signal that interrupted the training, or with the exit status of the
+        typer.Exit: with 128 plus the number of the signal that interrupted the run, or with the exit status of the
             first rank that failed.
-        RankFailedError: if a different rank failed. That rank prints its own error.
+        RankFailedError: if a different rank failed. The failed rank prints its own error.
     """
     if options.nproc is not None:
         # Report errors in the configuration once, before starting any process.
@@ -110,7 +110,7 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         key, length = ("max_epochs", run.max_epochs) if run.max_epochs else ("max_iters", run.max_iters or 0)
         key = f"train_cfg.{key}"
         longer = (*_without(options.overrides, key), f"{key}={length * 2}")
-        # The saved schedules have reached their end, so an extended run uses those of the configuration.
+        # The saved schedules have reached their end, so an extended run uses the configured schedules.
         scheduled = config.get("param_scheduler") is not None
         longer = (*longer, f"{_RESUME_SCHEDULES}=False") if scheduled else longer
         next_command = _command(replace(options, overrides=longer), "--resume")
@@ -122,7 +122,7 @@ def _summary(runner: Runner, config: Config, options: RunOptions, seconds: float
         if config.get("test_cfg") is not None:
             rows["test"] = _command(options, command="test", after=(_relative_path(checkpoint),))
         if config.get("tokenizer") is not None:
-            # Sampling uses one process, so the command has no options of the launcher.
+            # Sampling uses one process, so the command has no launcher options.
             rows["sample"] = (
                 f"{shlex.join(_command_words(options, 'sample', _relative_path(checkpoint)))} --prompt TEXT"
             )
@@ -147,13 +147,13 @@ def _count(number: int, unit: str) -> str:
 
 
 def _relative_path(path: Path) -> str:
-    """Return the path relative to the working directory if it is inside, else unchanged."""
+    """Return the path relative to the working directory if it is inside it, otherwise unchanged."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def _command(options: RunOptions, *flags: str, command: str = "train", after: tuple[str, ...] = ()) -> str:
-    """Return a command for this configuration with the options of this one.
+    """Return a command for this configuration with this command's options.
 
     Args:
         options: the options of this command.

@@ -69,7 +69,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
         The other files are data: they never execute code and cannot have a ``.py`` file or a file outside ``root`` as a
         base. A ``type`` in them must be a registered name or belong to a package that the program allows with
-        :func:`stratagem.registry.allow_packages`. Of targets that load models, compile code or open connections, they can
+        :func:`stratagem.registry.allow_packages`. For targets that load models, compile code or open connections, they can
         set only listed arguments. The same holds for values of a data file that is the base of a Python file. SECURITY.md
         lists what a data file can do.
 
@@ -149,7 +149,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
 
     @property
     def is_data(self) -> bool:
-        """Whether all files that were read are data files, so that the configuration is dumped as data instead of a program."""
+        """Whether all files that were read are data files; if so, dump the configuration as data, not as a program."""
         suffixes = {layer.suffix for layer in self._history.layers if layer.suffix}
         return bool(suffixes) and suffixes <= DATA_SUFFIXES
 

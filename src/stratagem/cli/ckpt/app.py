@@ -111,7 +111,7 @@ def prune(
 ) -> None:
     """Remove old checkpoints of the runs in FOLDER.
 
-    Applies the retention rules of CheckpointHook. The latest checkpoints are verified first: damaged ones do not count
+    Applies the retention rules of CheckpointHook. The latest checkpoints are verified first: damaged checkpoints do not count
     as kept. Checkpoints that were saved manually are never removed.
     """
     lazy_command("stratagem.cli.ckpt.prune:prune")(

@@ -32,7 +32,7 @@ def consolidate(source: str, target: Path, *, averaged: bool) -> None:
     """Write the weights of ``source`` into a single safetensors file.
 
     Raises:
-        CheckpointError: if ``target`` exists or has another suffix, or if averaged weights are requested and missing.
+        CheckpointError: if ``target`` exists or has another suffix, or if averaged weights are requested but missing.
     """
     if target.suffix != ".safetensors":
         raise CheckpointError(f"The target is a safetensors file, but {target} does not end in .safetensors.")

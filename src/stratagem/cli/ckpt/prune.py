@@ -21,15 +21,15 @@ __all__ = ["prune"]
 
 
 def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | None, ask: bool, dry_run: bool) -> None:
-    """Print the checkpoints of a folder that the retention options do not keep, and remove them.
+    """Print the checkpoints in a folder that the retention options do not keep, and remove them.
 
     Args:
         folder: the folder of one or more runs.
-        keep_last: number of latest checkpoints to keep per run.
-        keep_best: number of best checkpoints to keep per metric.
+        keep_last: the number of latest checkpoints to keep per run.
+        keep_best: the number of best checkpoints to keep per metric.
         keep_every: keep checkpoints whose number is a multiple of this.
         ask: whether to ask for confirmation.
-        dry_run: whether to only print.
+        dry_run: whether to only print the checkpoints.
 
     Raises:
         CheckpointNotFoundError: if the folder contains no checkpoint of a run.
@@ -63,7 +63,7 @@ def prune(folder: Path, *, keep_last: int, keep_best: int, keep_every: int | Non
 def _select_removable(
     saved: Sequence[SavedCheckpoint], *, keep_last: int, keep_best: int, keep_every: int | None
 ) -> list[SavedCheckpoint]:
-    # Checkpoints of interruptions come last: the numbers that `keep_every` refers to are those of the first group.
+    # Checkpoints of interruptions come last, because `keep_every` refers to the numbers in the first group.
     groups = sorted(
         {each.retention_tag.group for each in saved if each.retention_tag.group}, key=lambda name: name == INTERRUPTED
     )
@@ -72,7 +72,7 @@ def _select_removable(
 
 
 def _with_damaged_marked(saved: Sequence[SavedCheckpoint], keep_last: int) -> list[SavedCheckpoint]:
-    """Verify checkpoints from the latest on until ``keep_last`` are intact; return all, with damaged ones unusable."""
+    """Verify checkpoints, latest first, until ``keep_last`` are intact; return all, with damaged ones marked as unusable."""
     marked: list[SavedCheckpoint] = []
     intact = 0
     with shared_console().status("Reading the checkpoints that would be kept ..."):

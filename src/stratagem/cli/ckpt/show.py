@@ -53,8 +53,8 @@ def diff(first: str, second: str, *, parts: Sequence[str]) -> None:
     """Print the differences between two checkpoints.
 
     Args:
-        first: path or URL.
-        second: path or URL.
+        first: the path or URL of the first checkpoint.
+        second: the path or URL of the second checkpoint.
         parts: the parts to compare; all if empty.
 
     Raises:

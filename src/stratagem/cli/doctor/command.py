@@ -27,7 +27,7 @@ def doctor(work_dir: Path, *, nproc: int) -> None:
 
     Args:
         work_dir: the folder that runs will write to.
-        nproc: number of ranks to start, if no launcher started this process.
+        nproc: the number of ranks to start, if no launcher started this process.
 
     Raises:
         typer.Exit: with status 1, if there is a problem.
@@ -58,7 +58,7 @@ def _print(findings: list[Finding]) -> None:
     table = Table("", "check", "result", "advice", box=None, pad_edge=False)
     for finding in findings:
         color = _COLORS[finding.verdict]
-        # Text objects, because rich would interpret brackets in error messages as markup.
+        # Use Text objects, because rich would interpret brackets in error messages as markup.
         table.add_row(Text(finding.verdict.value, color), *map(Text, (finding.subject, finding.found, finding.advice)))
     Console().print(table)
     counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}

@@ -23,7 +23,7 @@ class Finding:
     """The result of a check.
 
     Attributes:
-        subject: what was checked.
+        subject: the subject of the check.
         verdict: the severity.
         found: the observed values.
         advice: how to fix it; empty if the verdict is ``OK``.

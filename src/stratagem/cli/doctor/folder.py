@@ -42,7 +42,7 @@ def _check_free_space(folder: Path) -> Finding:
 
 
 def _check_atomic_save(folder: Path) -> Finding:
-    """Save like a checkpoint: sync a file in a new folder, rename the folder, and sync its parent."""
+    """Perform the steps of saving a checkpoint: sync a file in a new folder, rename the folder, and sync its parent."""
     new, published = folder / "new", folder / "published"
     began = time.monotonic()
     new.mkdir()

@@ -25,7 +25,7 @@ else:
 
 __all__ = ["check_machine", "check_open_files", "check_requirement"]
 
-_OPEN_FILES = 4096  # the soft limit that runs set
+_OPEN_FILES = 4096  # The soft limit that runs set.
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 -- torch stores the batches of data workers there
 _SHARED_BYTES = 2**30
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*>=\s*(?P<least>[\d.]+)$")
@@ -126,7 +126,7 @@ def _limits() -> list[Finding]:
 
 
 def check_open_files(soft: int, hard: int) -> Finding:
-    """Check whether the limit of open files is sufficient for data workers and sharded checkpoints.
+    """Check whether the limit on open files is sufficient for data workers and sharded checkpoints.
 
     Args:
         soft: the soft limit; negative if unlimited.

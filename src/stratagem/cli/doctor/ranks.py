@@ -59,7 +59,7 @@ def check_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
     """Check the ranks of this launch, and return the same findings on all of them. Collective.
 
     Args:
-        local: the findings of this rank. The result contains those of rank 0, and warnings and problems of other hosts.
+        local: this rank's findings. The result contains rank 0's findings, and warnings and problems on other hosts.
 
     Raises:
         LaunchError: if the rendezvous fails.
@@ -72,7 +72,7 @@ def check_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
         own = RankFacts(rank=launch.rank, host=socket.gethostname(), versions=versions, clock=time.time())
         facts = all_gather_object(own)
         findings = all_gather_object(list(local))
-        # The measured times differ between ranks, so all use the finding of rank 0.
+        # The measured times differ between ranks, so all ranks use rank 0's finding.
         all_reduce_finding = broadcast_object(all_reduce_finding)
     finally:
         close_dist()
@@ -85,7 +85,7 @@ def check_ranks(local: Sequence[Finding] = ()) -> list[Finding]:
 
 
 def merge_findings(hosts: Sequence[str], findings: Sequence[Sequence[Finding]]) -> list[Finding]:
-    """Return the findings of rank 0, followed by the warnings and problems of other hosts, once per host.
+    """Return rank 0's findings, followed by the warnings and problems on other hosts, once per host.
 
     Args:
         hosts: the host of each rank.

@@ -31,7 +31,7 @@ def claim_error_report(message: str, status: int, environ: Mapping[str, str] = o
     # torchrun's launcher reads the first two keys to find the rank that failed first.
     Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time()), STATUS_KEY: status}))
     try:
-        # The launcher creates one folder per attempt, and in it one per rank.
+        # The launcher creates one folder per attempt, and a subfolder per rank in it.
         (Path(file).parents[1] / _CLAIM).touch(exist_ok=False)
     except FileExistsError:
         return False
@@ -39,6 +39,6 @@ def claim_error_report(message: str, status: int, environ: Mapping[str, str] = o
 
 
 def restart_notice(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a message if the launcher will restart the ranks, else None."""
+    """Return a message if the launcher will restart the ranks, otherwise None."""
     most, done = (int(environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     return f"Restarting all ranks (restart {done + 1} of {most})." if done < most else None

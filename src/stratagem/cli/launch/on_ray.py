@@ -24,14 +24,14 @@ from stratagem.utils import import_module
 
 __all__ = ["launch_on_ray", "rank_environments"]
 
-# How long to wait for resources; an autoscaling cluster may have to start hosts first.
+# The time to wait for resources; an autoscaling cluster may have to start hosts first.
 _WAIT_FOR_HOSTS_S = 900
-# How long the other ranks may take to save and exit after a rank has failed.
+# The time that the other ranks have to save and exit after a rank has failed.
 _GRACE_S = 600
 _POLL_S = 0.5
 _PROBE_S = 10.0
 _ADVICE = "Start one (`ray start --head`), or set RAY_ADDRESS to a running cluster."
-# Environment variables that are forwarded to the ranks. All others are those of the rank's host.
+# Environment variables that are forwarded to the ranks. All others come from the rank's host.
 _FORWARDED = ("PYTHONPATH", "OMP_NUM_THREADS", "NO_COLOR")
 
 

@@ -22,7 +22,7 @@ from stratagem.errors import LaunchError
 
 __all__ = ["launch_ranks", "launch_locally"]
 
-# How long ranks may take to save a checkpoint after a signal before they are killed.
+# The time that ranks have to save a checkpoint after a signal before they are killed.
 _GRACE_S = 600
 _MONITOR_S = 0.1
 _LAUNCH_OPTIONS = ("--nproc", "--launcher", "--max-restarts")
@@ -33,9 +33,9 @@ def launch_ranks(nproc: int, *, by: str | None, max_restarts: int = 0) -> None:
     """Run the command line of this process as ``nproc`` ranks, and wait until all have succeeded.
 
     Args:
-        nproc: number of ranks.
+        nproc: the number of ranks.
         by: ``"ray"`` to run on a Ray cluster; otherwise the ranks run on this machine.
-        max_restarts: how often all ranks are restarted if one fails; unused on Ray.
+        max_restarts: the maximum number of times that all ranks are restarted if one fails; unused on Ray.
 
     Raises:
         LaunchError: if this process is itself a rank of a launcher, or the ranks cannot be started.

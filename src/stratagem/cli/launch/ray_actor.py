@@ -1,4 +1,4 @@
-"""The Ray actor that runs one rank. A module of its own, so that Ray's worker processes do not import torch."""
+"""The Ray actor that runs one rank. It is a separate module so that Ray's worker processes do not import torch."""
 
 from __future__ import annotations
 

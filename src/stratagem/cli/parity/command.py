@@ -38,7 +38,7 @@ class ParityReport:
     """The results of all variants.
 
     Attributes:
-        comparisons: how each variant differs from its reference, by the key of the variant.
+        comparisons: the differences between each variant and its reference, keyed by variant.
         batch_dependence: the layers of the model whose results depend on how the batch is divided.
     """
 

@@ -42,11 +42,11 @@ class ParitySettings:
     """The options of ``stratagem parity``.
 
     Attributes:
-        steps: number of optimizer steps.
-        nproc: number of processes of the distributed variants.
+        steps: the number of optimizer steps.
+        nproc: the number of processes in the distributed variants.
         eval_layers: whether dropout and batch normalization are in evaluation mode.
         tolerance: the largest relative difference that counts as rounding.
-        strategies: class names of the strategies that train in ``nproc`` processes.
+        strategies: the class names of the strategies that train in ``nproc`` processes.
     """
 
     steps: int
@@ -66,10 +66,10 @@ class Variant:
         name: the name in the table.
         against: the key of the variant that it is compared with; None for the reference.
         exact: whether the results must be bitwise identical; otherwise rounding differences are allowed.
-        nproc: number of processes, which share the batch.
-        micro_batches: number of micro-batches per micro-batch of the configuration.
+        nproc: the number of processes, which share the batch.
+        micro_batches: the number of micro-batches per micro-batch of the configuration.
         resumed: whether the run is stopped halfway and resumed.
-        strategy: class name of the strategy.
+        strategy: the class name of the strategy.
     """
 
     key: str
@@ -86,9 +86,9 @@ def variants(nproc: int, *, accumulates: bool, strategies: Sequence[str] = ("DDP
     """Return the variants in order; each is compared with an earlier one.
 
     Args:
-        nproc: number of processes of the distributed variants.
+        nproc: the number of processes in the distributed variants.
         accumulates: whether to include gradient accumulation.
-        strategies: class names of the strategies of the distributed variants.
+        strategies: the class names of the strategies of the distributed variants.
     """
     listed = [
         Variant(key="one", name="one process"),
@@ -136,7 +136,7 @@ def variants_for(config: Config, settings: ParitySettings) -> list[Variant]:
 
 
 def variant_config(config: Config, variant: Variant, settings: ParitySettings, folder: Path) -> Config:
-    """Return the configuration of a variant, whose steps process the same samples as those of all other variants."""
+    """Return the configuration of a variant, whose steps process the same samples as in all other variants."""
     result = copy.deepcopy(config)
     for key in _REMOVED:
         result.pop(key, None)

@@ -21,7 +21,7 @@ _HEIGHT = 11
 _AXIS = 10
 _MAX_WIDTH = 110
 _BLANK = 0x2800
-# The bits of the dots of a braille character, by row and column.
+# The bit of each dot in a braille character, by row and column.
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _MARK = "┊"
 
@@ -76,7 +76,7 @@ def _panel(panel: Panel, width: int, low: float, high: float, *, log_x: bool) ->
 
 
 def _legend(panel: Panel) -> list[tuple[str, str]]:
-    """Return the labels and colors of the lines, followed by those of the marks."""
+    """Return the labels and colors of the lines, then of the marks."""
     strong = iter(_COLORS * (len(panel.lines) + len(panel.marks)))
     return [
         *((line.label, _FAINT if line.faint else next(strong)) for line in panel.lines),

@@ -82,7 +82,7 @@ def _widened(low: float, high: float, *, log: bool) -> tuple[float, float]:
 
 
 def _draw(axis: Any, panel: Panel, *, color: int) -> None:
-    # Panels with a single line differ in color. Within a panel with several lines, the lines differ.
+    # Panels with a single line get different colors. In a panel with several lines, each line gets a different color.
     shift = color if len(panel.lines) == 1 else 0
     strong = 0
     for line in panel.lines:
