@@ -58,7 +58,7 @@ def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
     own = dict(PLUGINS.get(name, {}))
     if "tp 2" in name and not name.endswith("by plan"):
         # Given by name, because the policy's module can only be imported after the strategy has loaded the library.
-        own["plugin"] = {**own["plugin"], "custom_policy": {"type": "policies.GptPolicy"}}
+        own["plugin"] = {**own["plugin"], "custom_policy": {"type": "tests.engines.colossalai.policies.GptPolicy"}}
     strategy = ColossalAIStrategy(
         work_dir=folder,
         env_kwargs={"randomness": {"seed": 0}},
