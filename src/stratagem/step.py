@@ -200,7 +200,7 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
             f"forward(mode='loss') returned {', '.join(map(repr, losses)) or 'an empty mapping'}, and no name contains "
             "'loss': there is nothing to differentiate. Return the loss under a name such as 'loss'."
         )
-    # In the log "loss" is always the total, even if one of several losses has that name.
+    # In the log, "loss" is always the total, even if one of several losses has that name.
     log_vars = {"loss": total.detach()}
     for name, mean in means.items():
         if name != "loss":

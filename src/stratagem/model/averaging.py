@@ -32,7 +32,7 @@ class AveragedModel(ABC):
 
     Attributes:
         averages: a mapping from parameter names to averaged tensors.
-        steps: the number of calls of ``update``.
+        steps: the number of calls to ``update``.
 
     Raises:
         ConfigTypeError: if ``model`` is not a module.

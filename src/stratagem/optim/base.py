@@ -180,7 +180,7 @@ class BaseOptimWrapper(ABC):
         return {**state, "counts": {key: getattr(self, name) for key, name in _COUNTS.items()}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what ``state_dict`` returned. Tensors are not copied, as in torch.
+        """Restore a state returned by ``state_dict``. Tensors are not copied, as in torch.
 
         The state of an unwrapped optimizer is also accepted. ``fused`` and ``foreach`` keep their values in this
         process. Load the model's state first: the parameters of a schedule-free optimizer become the training weights.

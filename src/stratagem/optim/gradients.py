@@ -103,7 +103,7 @@ def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if all(is_plain(gradient) for gradient in gradients):
         return _norm_of_norms(torch._foreach_norm(gradients, norm_type), norm_type) if gradients else torch.zeros(())
-    # Shards of one mesh that are cut along the same mesh axes are reduced together, with one all-reduce per axis.
+    # Shards of one mesh that are split along the same mesh axes are reduced together, with one all-reduce per axis.
     alike: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
         cut = _cut_axes(gradient)

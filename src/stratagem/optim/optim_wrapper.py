@@ -229,7 +229,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         total = torch.as_tensor(self.weight, dtype=torch.float32, device=device).detach().clone()
         self.reset_weights()
         all_reduce(total)
-        # If all weights are 0, as in a step of padding only, the gradient is 0 instead of 0 / 0.
+        # If all weights are 0, for example in a step with only padding, the gradient is 0 instead of 0 / 0.
         return torch.where(total == 0, total, get_world_size() / total)
 
     def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:

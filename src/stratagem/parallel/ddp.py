@@ -42,7 +42,7 @@ _TWO_PASSES = ("mark a variable ready only once", "undefined, but still allreduc
 class Replica(DistributedDataParallel):
     """A ``DistributedDataParallel`` that trains with the ``train_step`` of its model.
 
-    In the step, calls of ``self(...)`` go through ``DistributedDataParallel``, so gradients are synchronized. Otherwise
+    In the step, calls to ``self(...)`` go through ``DistributedDataParallel``, so gradients are synchronized. Otherwise
     ``self`` is the model. Attributes that the replica does not have are looked up in the model.
     """
 

@@ -15,7 +15,7 @@ __all__ = ["redirect_forward"]
 
 @final
 class redirect_forward:  # noqa: N801 -- a context manager, used like a function
-    """Inside the ``with`` block ``module(...)`` calls ``target``; calls of ``module(...)`` by the target are not redirected.
+    """Inside the ``with`` block ``module(...)`` calls ``target``; calls to ``module(...)`` by the target are not redirected.
 
     The ``train_step`` of a model can then call ``self(...)`` to run the wrapper around the model.
 

@@ -46,7 +46,7 @@ class Placed:
 
 
 class Placement(ABC):
-    """One way to place a model.
+    """Base class of placements.
 
     Attributes:
         sharded: whether the model is sharded across ranks: the forward pass is then collective, so all ranks must run the
@@ -90,7 +90,7 @@ class Placement(ABC):
     def bind(  # noqa: B027 -- most placements have nothing to do
         self, optim: AnyOptim, model: nn.Module
     ) -> None:
-        """Make optimizers that were built before the model was placed update the placed parameters.
+        """Rebind the parameters of optimizers that were built before placement to the placed ones.
 
         Raises:
             PlacementError: if that is not possible.

@@ -16,7 +16,7 @@ __all__ = ["OnDevice"]
 
 @final
 class OnDevice(Placement):
-    """One device, one process: the CPU or an accelerator.
+    """Places the model on one device, the CPU or an accelerator, in a single process.
 
     SyncBatchNorm layers are converted to BatchNorm, since there are no other ranks.
     """

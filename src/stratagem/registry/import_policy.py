@@ -35,7 +35,7 @@ def allow_packages(*names: str) -> None:
 
     Call this once when the program starts; a configuration file cannot call it. The authors of data files can then call
     every function that these packages define, or list in ``__all__``, with any arguments. Objects that the modules only
-    import from elsewhere stay out of reach.
+    import from elsewhere remain inaccessible.
 
     Raises:
         ConfigValueError: if a name is not a valid package name.

@@ -243,7 +243,7 @@ class Registry:
 
     @staticmethod
     def split_scope_key(key: str) -> tuple[str | None, str]:
-        """Split a key at the first dot into its scope, None if there is no dot, and the name."""
+        """Split a key at the first dot into its scope (None if it has no dot) and its name."""
         scope, dot, name = key.partition(".")
         return (scope, name) if dot else (None, key)
 

@@ -51,7 +51,7 @@ class ComposedStrategy(BaseStrategy):
 
     @abstractmethod
     def _make_placement(self) -> Placement:
-        """Return the placement of this strategy, or raise an error if it cannot work in this environment."""
+        """Return the placement of this strategy, or raise an error if this environment does not support it."""
 
     def _require_processes(self) -> None:
         """Require that a launcher started this process.

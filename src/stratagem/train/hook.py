@@ -59,16 +59,16 @@ class Hook:
         """Called after the last epoch."""
 
     def before_val(self, run: Run) -> None:
-        """Called before a validation."""
+        """Called before validation starts."""
 
     def after_val(self, run: Run) -> None:
-        """Called after a validation."""
+        """Called after validation ends."""
 
     def before_test(self, run: Run) -> None:
-        """Called before a test."""
+        """Called before testing starts."""
 
     def after_test(self, run: Run) -> None:
-        """Called after a test."""
+        """Called after testing ends."""
 
     def before_save_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
         """Called on rank 0 before a checkpoint is written; entries added to ``checkpoint`` are saved."""
@@ -81,11 +81,11 @@ class Hook:
         self._before_epoch(run, mode="train")
 
     def before_val_epoch(self, run: Run) -> None:
-        """Called before the first batch of a validation."""
+        """Called before the first validation batch."""
         self._before_epoch(run, mode="val")
 
     def before_test_epoch(self, run: Run) -> None:
-        """Called before the first batch of a test."""
+        """Called before the first test batch."""
         self._before_epoch(run, mode="test")
 
     def after_train_epoch(self, run: Run) -> None:
@@ -93,11 +93,11 @@ class Hook:
         self._after_epoch(run, mode="train")
 
     def after_val_epoch(self, run: Run, metrics: dict[str, Any] | None = None) -> None:
-        """Called after the last batch of a validation, with its metrics."""
+        """Called after the last validation batch, with the metrics."""
         self._after_epoch(run, mode="val")
 
     def after_test_epoch(self, run: Run, metrics: dict[str, Any] | None = None) -> None:
-        """Called after the last batch of a test, with its metrics."""
+        """Called after the last test batch, with the metrics."""
         self._after_epoch(run, mode="test")
 
     def before_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None) -> None:
@@ -105,11 +105,11 @@ class Hook:
         self._before_iter(run, batch_idx=batch_idx, data_batch=data_batch, mode="train")
 
     def before_val_iter(self, run: Run, batch_idx: int, data_batch: Any = None) -> None:
-        """Called before each batch of a validation."""
+        """Called before each validation batch."""
         self._before_iter(run, batch_idx=batch_idx, data_batch=data_batch, mode="val")
 
     def before_test_iter(self, run: Run, batch_idx: int, data_batch: Any = None) -> None:
-        """Called before each batch of a test."""
+        """Called before each test batch."""
         self._before_iter(run, batch_idx=batch_idx, data_batch=data_batch, mode="test")
 
     def after_train_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -117,11 +117,11 @@ class Hook:
         self._after_iter(run, batch_idx=batch_idx, data_batch=data_batch, outputs=outputs, mode="train")
 
     def after_val_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Called after each batch of a validation, with the outputs of ``val_step``."""
+        """Called after each validation batch, with the outputs of ``val_step``."""
         self._after_iter(run, batch_idx=batch_idx, data_batch=data_batch, outputs=outputs, mode="val")
 
     def after_test_iter(self, run: Run, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Called after each batch of a test, with the outputs of ``test_step``."""
+        """Called after each test batch, with the outputs of ``test_step``."""
         self._after_iter(run, batch_idx=batch_idx, data_batch=data_batch, outputs=outputs, mode="test")
 
     def _before_epoch(self, run: Run, mode: str = "train") -> None:
@@ -147,7 +147,7 @@ class Hook:
         return {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned. Called on every rank when a run resumes."""
+        """Restore the state returned by :meth:`state_dict`. Called on every rank when a run resumes."""
 
     def get_triggered_stages(self) -> list[str]:
         """Return the events whose methods are called: by default, the events that the class overrides.

@@ -31,8 +31,8 @@ def is_dotted_name(text: str) -> bool:
 class DataName(str):
     """A key in a data file, or a string in one that could select what is imported: a dotted path, a type or a scope.
 
-    It behaves like any other ``str``. Registries check for this class: they import nothing that such a string names,
-    unless its package is allowed, and restrict the arguments whose keys have this class. The class is preserved by
+    It behaves like any other ``str``. Registries check for this class: they do not import the object that such a string names
+    unless its package is allowed, and they restrict the arguments whose keys have this class. The class is preserved by
     merging, copying and pickling, also in plain dicts, so the restriction stays with the value.
     """
 

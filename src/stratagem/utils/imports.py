@@ -43,7 +43,7 @@ def without_working_directory() -> Iterator[None]:
     try:
         yield
     finally:
-        # Restore the removed entries and keep what imports have added.
+        # Restore the removed entries and keep the entries that imports have added.
         for index, entry in enumerate(before):
             if entry not in kept:
                 sys.path.insert(index, entry)

@@ -46,7 +46,7 @@ class ParameterInfo(NamedTuple):
 
 
 class _Type(NamedTuple):
-    """The properties of a module class."""
+    """The properties of a module class that determine parameter traits."""
 
     is_norm: bool
     is_conv: bool

@@ -40,7 +40,7 @@ class Curve(ABC):
 
     @abstractmethod
     def at(self, position: int, span: int) -> float:
-        """Return the ``shape`` argument of ``apply`` for a position, for most curves a factor."""
+        """Return the ``shape`` argument of ``apply`` for a position; for most curves, it is a factor."""
 
     def apply(self, shape: float, value: float, initial: float) -> float:
         """Return the transformed value; ``initial`` is the group's value at the start of the run."""

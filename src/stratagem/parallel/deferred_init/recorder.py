@@ -30,7 +30,7 @@ from stratagem.utils.torch_private import operator_schema, storage_id
 
 __all__ = ["INIT_FUNCTIONS", "OpRecorder"]
 
-# These functions skip meta tensors, because they read values while they draw.
+# These functions skip meta tensors, because they read tensor values during initialization.
 INIT_FUNCTIONS: Final[Mapping[Any, Callable[..., Any]]] = {
     function.__code__: function
     for function in (init.dirac_, init.orthogonal_, init.sparse_, init._no_grad_trunc_normal_)

@@ -132,7 +132,7 @@ class FSDPPlacement(Placement):
         )
 
     def _set_grad_sync(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
-        # The backward pass, which reads it, comes after this context.
+        # The backward pass reads this flag after the context exits, so the flag is not reset here.
         if sync != self._sync:
             for module in _sharded_modules(model):
                 module.set_requires_gradient_sync(sync, recurse=False)

@@ -23,7 +23,7 @@ def select_modules(model: nn.Module, policy: Any, what: str) -> dict[str, nn.Mod
     """Return a mapping from names to the submodules of ``model`` that a policy selects, in model order.
 
     Args:
-        model: is never selected itself.
+        model: the model to search; it is never selected.
         policy: None for the items of every ``ModuleList``; a class, the name of a class, or a list of them;
             ``dict(classes=...)``, ``dict(modules=[...])`` with patterns of names (``"layers.*"``, where ``*`` matches one
             component of a name) or ``dict(min_params=...)``; a function ``(name, module) -> bool``; or a mapping with the

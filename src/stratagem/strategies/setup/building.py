@@ -1,4 +1,4 @@
-"""Build models and optimizer wrappers from configurations, and compile models. These functions need no strategy."""
+"""Build models and optimizer wrappers from configurations, and compile models. These functions do not require a strategy."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _mapping(env_kwargs: Mapping[str, Any], key: str, *, known: tuple[str, ...] 
 
 
 def _keep_determinism(undo: ExitStack) -> None:
-    """Let ``undo`` restore the settings that ``cudnn_benchmark`` and ``deterministic`` change."""
+    """Register callbacks on ``undo`` that restore the settings changed by ``cudnn_benchmark`` and ``deterministic``."""
     cudnn = torch.backends.cudnn
     undo.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
     undo.callback(setattr, cudnn, "deterministic", cudnn.deterministic)

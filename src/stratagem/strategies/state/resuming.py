@@ -25,7 +25,7 @@ Schedulers = list[ParamScheduler] | dict[str, list[ParamScheduler]]
 
 
 class Resumable(Protocol):
-    """The members of a strategy that resuming uses."""
+    """The strategy interface that resuming requires."""
 
     logger: Logger
     resumed_from: str | None

@@ -65,7 +65,7 @@ class StateAccess(ABC):
 
 @final
 class TorchState(StateAccess):
-    """Accesses state that torch modules and optimizers hold themselves."""
+    """Accesses state that is stored directly in torch modules and optimizers."""
 
     def model_state(self, model: nn.Module) -> StateTree:
         return model.state_dict()

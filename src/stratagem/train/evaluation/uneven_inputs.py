@@ -1,4 +1,4 @@
-"""Make every rank run the same number of forward passes, for models whose forward pass is collective."""
+"""Run the same number of forward passes on every rank, for models whose forward pass is collective."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class CheckpointHook(Hook):
         save_param_scheduler: whether to save the state of the schedulers.
         out_dir: a folder in which a subfolder with the name of the work directory is created for the checkpoints; by
             default, the work directory itself.
-        max_keep_ckpts: the number of most recent checkpoints to keep; -1 for all. Those saved when the run was
+        max_keep_ckpts: the number of most recent checkpoints to keep; -1 for all. Checkpoints that were saved when the run was
             interrupted count as well.
         save_last: whether to save after the last epoch or iteration, regardless of the interval.
         save_best: a metric, or a list of metrics. After a validation with the best value so far, the checkpoint is saved as
@@ -238,7 +238,7 @@ class CheckpointHook(Hook):
             self._timer.restart()
 
     def _clean_up_at_start(self, run: Run) -> list[RetentionTag]:
-        """Remove what a killed run could not remove; return the retention tags of the checkpoints of this run."""
+        """Remove checkpoints that a killed run left behind; return the retention tags of the checkpoints of this run."""
         saved = checkpoints_of_run(run.id, self._folder)
         # The checkpoint that the run resumed from can be the only usable one if newer ones are damaged.
         self._resumed_from = {each.path for each in saved if each.iter == run.iter}
@@ -246,7 +246,7 @@ class CheckpointHook(Hook):
         return [each.retention_tag for each in saved]
 
     def _remove_old(self, run: Run, new: Path | None = None) -> None:
-        """Remove the checkpoints that the retention rules do not keep; ``new`` is the one that was just published."""
+        """Remove the checkpoints that the retention rules do not keep; ``new`` is the checkpoint that was just published."""
         if self._retention.last is None and self._best is None:
             return
         saved = checkpoints_of_run(run.id, self._folder)

@@ -55,15 +55,15 @@ class NonFiniteHook(Hook):
     schedules nor averages advance. On an accelerator, this synchronizes with the device once per step. With
     ``check="interval"``, nothing is synchronized: the results of the checks stay on the device and are read when a log line
     is written, before a checkpoint is saved, and at the end. Fused optimizers skip all steps from the first bad one on, so
-    the weights are the same as with ``"step"``. Other optimizers have already applied the bad step by then, and only a
-    rollback to a checkpoint helps.
+    the weights are the same as with ``"step"``. Other optimizers have already applied the bad step by then, so recovery
+    requires a rollback to a checkpoint.
 
     Optimizer wrappers that skip bad steps on their own, as float16 training does while it searches for the loss scale, are
     not stopped until they have skipped 25 steps in a row.
 
     Args:
         policy: ``"stop"`` raises an error with the iteration, the ranks, the losses or gradients, and the samples;
-            ``"skip"`` skips the step; ``"rollback"`` resumes from the last good checkpoint and skips the data since then.
+            ``"skip"`` skips the step; ``"rollback"`` resumes from the last good checkpoint and skips the data used since then.
         check: ``"step"`` or ``"interval"``; by default ``"step"`` on the CPU and with ``policy="skip"``, otherwise
             ``"interval"``.
         interval: the number of iterations between checks; by default the interval of the log lines.

@@ -1,4 +1,4 @@
-"""Record each session of a run: its checkpoint, the changes of the configuration, and its outcome."""
+"""Record each session of a run: its checkpoint, the configuration changes, and the outcome."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def session_record(run: Run, changes: Sequence[str]) -> Iterator[None]:
 
     Args:
         run: the run, at the position where the session starts.
-        changes: the changes of the configuration since the checkpoint was saved, one line each.
+        changes: the configuration changes since the checkpoint was saved, one line each.
     """
     strategy, folder = run.strategy, Path(run.log_dir)
     session = Session(

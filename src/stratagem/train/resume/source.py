@@ -33,11 +33,11 @@ class ResumeSource:
     Args:
         load_from: a checkpoint to load the weights from, or to resume from if ``resume`` is True.
         resume: False, True (from ``load_from`` or the latest checkpoint of the run, if any), or a path.
-        resume_param_scheduler: whether to restore the schedules and the options of the optimizers.
+        resume_param_scheduler: whether to restore the schedules and the optimizer options.
         new_parameters: regular expressions for the names of parameters that may be missing from the checkpoint.
 
     Attributes:
-        changes: the changes of the configuration since the checkpoint was saved, one line each.
+        changes: the configuration changes since the checkpoint was saved, one line each.
 
     Raises:
         ConfigValueError: if both arguments specify a checkpoint, or a pattern is not a regular expression.

@@ -73,7 +73,7 @@ class Interrupt:
         return self.received is not None
 
     def due_now(self) -> bool:
-        """Return whether any rank has received a signal up to now. Collective; waits for the slowest rank."""
+        """Return whether any rank has received a signal so far. Collective; waits for the slowest rank."""
         self.received = self.received or self._heard_by_now()
         return self.received is not None
 

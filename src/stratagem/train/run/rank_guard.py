@@ -137,7 +137,7 @@ def _is_timeout(error: BaseException) -> bool:
 
 
 def _is_communication_error(error: BaseException) -> bool:
-    """Return whether an error is a communication error, so that its cause is on another rank."""
+    """Return whether an error is a communication error, which means that its cause is on another rank."""
     if isinstance(error, torch_dist.DistError) or _is_timeout(error):
         return True
     return _comes_from_torch(error) and any(words in str(error).lower() for words in _BROKEN)

@@ -31,7 +31,7 @@ class Session:
         epoch: completed epochs at its start.
         iter: completed iterations at its start.
         checkpoint: the checkpoint that it resumed from; None if it started from scratch.
-        changes: the changes of the configuration since that checkpoint was saved, one line each.
+        changes: the configuration changes since that checkpoint was saved, one line each.
         strategy: the name of the strategy class.
         world_size: the number of ranks.
         stratagem: the version of this package.

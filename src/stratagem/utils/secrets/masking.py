@@ -1,7 +1,8 @@
 """Mask secrets in everything that is displayed or saved.
 
-In mappings, secrets are recognized by their keys; see :mod:`stratagem.utils.secrets.names`. In strings, these are masked:
-credentials and signatures in URLs, values that are assigned to the name of a secret, well-known forms of tokens, and the
+In mappings, secrets are recognized by their keys; see :mod:`stratagem.utils.secrets.names`. In strings, the following are
+masked: credentials and signatures in URLs, values that are assigned to the name of a secret, well-known forms of tokens, and
+    the
 secrets that :mod:`stratagem.utils.secrets.values` has recorded. The time is linear in the length of the text.
 """
 

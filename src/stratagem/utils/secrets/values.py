@@ -60,7 +60,7 @@ def remember_placeholder(value: str, variable: str) -> None:
 
 
 def allow_in_texts(text: str) -> None:
-    """Do not mask values that are a part of this text, such as the folder of the run, unless they are known secrets."""
+    """Do not mask values that are substrings of this text, such as the folder of the run, unless they are known secrets."""
     _remember(_allowed, text, None)
 
 
