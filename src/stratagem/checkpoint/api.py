@@ -98,7 +98,7 @@ def load_checkpoint(
 
 
 def get_model_state(checkpoint: Mapping[str, Any], filename: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return the model state of a checkpoint.
+    """Return a checkpoint's model state.
 
     Raises:
         CheckpointError: if the checkpoint has no model state.

@@ -18,7 +18,7 @@ __all__ = ["list_sessions", "show_sessions"]
 
 
 def list_sessions(folder: Path) -> None:
-    """Print a table of the sessions of the runs in a folder.
+    """Print a table of all sessions of the runs in a folder.
 
     Args:
         folder: the folder of a run, or a folder that contains several of them.

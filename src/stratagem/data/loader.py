@@ -129,7 +129,7 @@ class EpochLoader:
 
     @property
     def division(self) -> str:
-        """A phrase for the log: how the data is divided among the data-parallel ranks."""
+        """A phrase for the log that describes how the data is divided among the data-parallel ranks."""
         order = self._order
         fixed = order.share is None if isinstance(order, OpaqueBatches) else self.share is None
         if self._world_size == 1:
@@ -166,7 +166,7 @@ class EpochLoader:
 
     @property
     def positioned(self) -> bool:
-        """Whether the loader starts at any position without iterating to it."""
+        """Whether the loader can start at any position without iterating to it."""
         return self._source is not None
 
     @property

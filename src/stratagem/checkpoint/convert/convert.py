@@ -77,7 +77,7 @@ def convert_checkpoint(source: str | Path, target: Path, target_format: str | No
 
 
 def _without_secrets(tree: StateTree) -> StateTree:
-    """Mask secrets in the stored configuration, which older versions and other tools do not mask."""
+    """Mask secrets in the stored configuration; older versions and other tools do not mask them."""
     meta = tree.get("meta")
     if not isinstance(meta, Mapping):
         return tree
@@ -113,7 +113,7 @@ class _FileAllocator:
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path, *, folder: bool) -> None:
-    """Write only weights: one safetensors file, or a folder as Hugging Face libraries write it.
+    """Write only weights: one safetensors file, or a folder in the layout of Hugging Face libraries.
 
     Raises:
         CheckpointError: if the file system reports an error.

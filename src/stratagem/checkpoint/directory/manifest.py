@@ -33,7 +33,7 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# In bytes. Larger JSON files are neither written nor read, so that a file cannot exhaust the memory.
+# In bytes. Larger JSON files are neither written nor read, so that a file cannot exhaust memory.
 MAX_JSON_BYTES = 1 << 30
 # A file name that is valid on every system and stays inside the directory.
 FILE_NAME = re.compile(r"[^./\\:\x00][^/\\:\x00]*")
@@ -117,7 +117,7 @@ def _save_order(meta: Mapping[str, Any]) -> dict[str, Any]:
     try:
         order = SaveOrder.from_meta(meta.get(SAVE_ORDER))
     except ValueError:
-        # The user stores a value of their own under this key.
+        # Under this key, the user stores an unrelated value.
         return {}
     return {} if order is None else {SAVE_ORDER: order.as_meta()}
 

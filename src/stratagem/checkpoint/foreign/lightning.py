@@ -1,7 +1,7 @@
 """Read checkpoints of Lightning: ``state_dict``, ``optimizer_states``, ``loops``, ``lr_schedulers``, ``callbacks`` and more.
 
 Weights, optimizer state and position are converted. Scheduler states are not, because torch's schedulers store the curve
-in their state; here it belongs to the configuration.
+in their state; in Stratagem, it belongs to the configuration.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_lightning(checkpoint: LazyCheckpoint) -> bool:
 
 
 def lightning_parts(checkpoint: LazyCheckpoint) -> Parts:
-    """Return the parts that can be used, including other entries of the file."""
+    """Return the parts that can be used, including the file's other entries."""
     parts = {key: checkpoint.reader(key) for key in checkpoint.entries if key not in _CONVERTED}
     parts["state_dict"] = checkpoint.reader("state_dict")
     parts["meta"] = lambda: _position(checkpoint)

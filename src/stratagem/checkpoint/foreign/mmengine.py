@@ -1,7 +1,7 @@
 """Read checkpoints of MMEngine: ``meta``, ``state_dict``, ``optimizer``, ``param_schedulers``, ``message_hub``.
 
 Weights, optimizer state, and the positions of the run and its schedulers are converted. MMEngine's scheduler state also
-contains the curve, for OneCycleLR even a function; here the curve belongs to the configuration. The message hub contains
+contains the curve, for OneCycleLR even a function; in Stratagem, it belongs to the configuration. The message hub contains
 log histories as objects and is ignored.
 """
 
@@ -18,7 +18,7 @@ __all__ = ["mmengine_parts", "is_mmengine"]
 logger = logging.getLogger(__name__)
 
 _VERSIONS = ("mmengine_version", "mmengine", "mmcv_version")
-# The position of a scheduler: numbers with the same names as here.
+# The keys of a scheduler's position: numbers whose names are the same in Stratagem.
 _POSITION = ("_global_step", "last_step")
 
 
@@ -28,7 +28,7 @@ def is_mmengine(checkpoint: LazyCheckpoint) -> bool:
 
 
 def mmengine_parts(checkpoint: LazyCheckpoint) -> Parts:
-    """Return the parts that can be used, including other entries of the file."""
+    """Return the parts that can be used, including the file's other entries."""
     parts = {key: checkpoint.reader(key) for key in checkpoint.entries if key != "message_hub"}
     if "ema_state_dict" in parts and "optimizer" in parts:
         logger.warning(
@@ -54,7 +54,7 @@ def _plain_entries(checkpoint: LazyCheckpoint) -> dict[str, Any]:
 
 
 def _positions(node: Any, checkpoint: LazyCheckpoint) -> Any:
-    """Return the position of each scheduler: a list, or name -> list for several optimizers."""
+    """Return the position of each scheduler: a list, or a mapping from name to list for several optimizers."""
     if isinstance(node, list):
         return [
             {

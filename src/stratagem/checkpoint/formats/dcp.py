@@ -26,7 +26,7 @@ from stratagem.utils import import_module
 __all__ = ["DcpDirectory", "is_dcp_directory", "save_dcp"]
 
 _METADATA = ".metadata"
-# Everything that torch writes to the metadata of format version 1.
+# All names that torch's metadata of format version 1 refers to.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -39,7 +39,7 @@ _ALLOWED = {
     "collections": {"OrderedDict"},
 }  # fmt: skip
 
-# Return an uninitialized tensor with the given shape and dtype.
+# A function that returns an uninitialized tensor with the given shape and dtype.
 Allocate = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
@@ -74,7 +74,7 @@ class DcpDirectory:
         }
 
     def load(self, *, parts: Collection[str] | None = None, allocate: Allocate | None = None) -> StateTree:
-        """Read the tree, or only some of its top-level parts. Needs memory for one more chunk of a tensor at a time.
+        """Read the tree, or only some of its top-level parts. Holds at most one additional chunk of a tensor in memory.
 
         Args:
             parts: the names of the parts to read; all by default.

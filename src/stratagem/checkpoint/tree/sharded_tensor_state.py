@@ -19,7 +19,7 @@ __all__ = ["ShardedTensorState", "take_box", "take_range"]
 class ShardedTensorState:
     """The boxes of a tensor that this rank holds, as a leaf in a state tree.
 
-    Every rank of the group that saves passes a ``ShardedTensorState`` with the same dtype and shape. The boxes of all
+    Every rank in the saving group passes a ``ShardedTensorState`` with the same dtype and shape. The boxes of all
     ranks together cover the tensor. If several ranks hold the same box, the lowest rank writes it.
 
     Args:
@@ -89,7 +89,7 @@ class ShardedTensorState:
 
 
 def take_box(value: Tensor | ShardedTensorState, box: TensorBox) -> Tensor:
-    """Return a box of a tensor as a view; of a :class:`ShardedTensorState`, a box that this rank holds.
+    """Return a box of a tensor as a view; for a :class:`ShardedTensorState`, a box that this rank holds.
 
     Raises:
         CheckpointMismatchError: if this rank does not hold the box.
@@ -107,7 +107,7 @@ def take_box(value: Tensor | ShardedTensorState, box: TensorBox) -> Tensor:
 def take_range(value: Tensor | ShardedTensorState, start: int, stop: int) -> Tensor:
     """Return the elements ``start`` to ``stop`` of a row-major tensor as a flat tensor; a view if it is contiguous.
 
-    Of a memory-mapped tensor, only this range is read.
+    Only this range of a memory-mapped tensor is read.
 
     Raises:
         CheckpointMismatchError: if this rank does not hold the range.

@@ -1,4 +1,4 @@
-"""Declare the commands of ``stratagem ckpt``. None of them needs the code of the model."""
+"""Declare the commands of ``stratagem ckpt``. None of them needs the model's code."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def variants(nproc: int, *, accumulates: bool, strategies: Sequence[str] = ("DDP
     Args:
         nproc: the number of processes in the distributed variants.
         accumulates: whether to include gradient accumulation.
-        strategies: the class names of the strategies of the distributed variants.
+        strategies: the class names of the strategies for the distributed variants.
     """
     listed = [
         Variant(key="one", name="one process"),

@@ -17,7 +17,7 @@ _COLORS = ("blue", "red", "green", "magenta", "yellow", "cyan")
 _FAINT = "bright_black"
 # The number of rows; odd, so that one of them is in the middle.
 _HEIGHT = 11
-# The width of the labels of the y axis.
+# The width of the y-axis labels.
 _AXIS = 10
 _MAX_WIDTH = 110
 _BLANK = 0x2800

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 __all__ = ["Chart", "Line", "Mark", "Panel", "wants_log_scale"]
 
-# Use a logarithmic scale if 10 % of the values are smaller than the maximum by at least this factor.
+# Use a logarithmic scale if 10% of the values are smaller than the maximum by at least this factor.
 _MIN_LOG_RATIO = 50.0
 
 

@@ -73,7 +73,7 @@ def write_png(chart: Chart, path: Path) -> None:
 
 
 def _widened(low: float, high: float, *, log: bool) -> tuple[float, float]:
-    """Widen a range by 1 % on both sides, so that points at its ends are fully visible."""
+    """Widen a range by 1% on both sides, so that points at its ends are fully visible."""
     if log:
         factor = (high / low) ** 0.01
         return low / factor, high * factor

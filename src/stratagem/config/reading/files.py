@@ -207,7 +207,7 @@ def _each_once(layers: Iterable[Source]) -> Layers:
 
 
 def _give_alike(these: Layers, those: Layers, key: str) -> bool:
-    """Return whether the same files set a key in both, to the same values."""
+    """Return whether, in both, the same files set a key to the same values."""
     one, other = ([layer for layer in layers if key in layer.data] for layers in (these, those))
     return len(one) == len(other) and all(
         first is second or (first.name == second.name and is_same(first.data[key], second.data[key]))

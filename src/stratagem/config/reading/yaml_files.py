@@ -89,7 +89,7 @@ for _tag, _pattern in _IMPLICIT.items():
     _Loader.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), list("-+.0123456789"))
 
 
-# Programs dump configurations with yaml.dump, which must write a key of a data file as a string.
+# Programs dump configurations with yaml.dump, which must write a key from a data file as a string.
 for _dumper in (yaml.SafeDumper, yaml.Dumper):
     _dumper.add_representer(DataName, lambda dumper, name: dumper.represent_str(str(name)))
 

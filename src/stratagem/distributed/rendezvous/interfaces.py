@@ -71,7 +71,7 @@ def address_towards(address: str) -> str | None:
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the interface with an IPv4 address; None if it is not known."""
+    """Return the name of the interface that has an IPv4 address; None if it is unknown."""
     if sys.platform != "linux" or not _HAS_FCNTL or ":" in address:
         return None
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

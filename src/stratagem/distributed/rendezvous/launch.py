@@ -27,7 +27,7 @@ RAY_JOB_VARIABLE = "STRATAGEM_RAY_JOB"
 _REQUIRED = {
     "ray": (RAY_JOB_VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"),
     "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    # Before SLURM: in a SLURM job, mpirun's ranks inherit the SLURM variables of the task that started them.
+    # MPI comes before SLURM: in a SLURM job, mpirun's ranks inherit the SLURM variables of the task that started them.
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
 }
@@ -35,7 +35,7 @@ _REQUIRED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """This process's ranks and the address of rank 0, as set by a launcher.
+    """The global and local rank of this process and the address of rank 0, as set by a launcher.
 
     If no port is set, ``master_port`` is None, and the ranks find rank 0's port through their common ``job`` name.
     """
@@ -93,7 +93,7 @@ def read_launch(launcher: str, environ: Mapping[str, str] = os.environ) -> Launc
 
 
 def describe_incomplete_launch_env(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a warning if only some of the variables of a multi-process launch are set; None otherwise.
+    """Return a warning if only some variables of a multi-process launch are set; None otherwise.
 
     Several processes in such an environment would each train alone, in the same directory.
     """

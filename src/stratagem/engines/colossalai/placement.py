@@ -98,7 +98,7 @@ class ColossalAIPlacement(Placement):
 
     @property
     def has_master_weights(self) -> bool:
-        """Whether the optimizer updates master weights whose dtype differs from that of the parameters."""
+        """Whether the optimizer updates master weights whose dtype differs from the parameters' dtype."""
         return any(shard.master.dtype != shard.working.dtype for shard in self.param_shards.values())
 
     @property
@@ -225,7 +225,7 @@ class ColossalAIPlacement(Placement):
 def _engine_module(engine: ModelWrapper, unwrapped: nn.Module) -> EngineModule:
     """Return a module that trains the model through ColossalAI but calls the model directly in evaluation.
 
-    Evaluation then needs no communication between replicas, so ranks may have different numbers of batches.
+    As a result, evaluation needs no communication between replicas, and ranks may have different numbers of batches.
     """
     # Casts floating-point inputs to the plugin's dtype.
     convert = getattr(engine, "convert_fn", None)
