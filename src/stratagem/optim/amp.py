@@ -110,7 +110,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
 
 @final
 class _Nested:
-    """Two nested context managers; a class, because ``ExitStack`` makes more calls per step."""
+    """Two nested context managers, implemented as a class because ``ExitStack`` makes more calls per step."""
 
     def __init__(self, outer: AbstractContextManager[object], inner: AbstractContextManager[object]) -> None:
         self._outer = outer

@@ -22,7 +22,7 @@ from stratagem.optim.implementation import IMPLEMENTATION_KEYS
 
 __all__ = ["BaseOptimWrapper", "momentum_of"]
 
-# The keys of a saved state, and the attributes that they store.
+# Maps the keys of a saved state to the attributes that they store.
 _COUNTS: Final = {"inner_count": "inner_count", "attempts": "num_steps_attempted", "updates": "num_steps_applied"}
 # The key of the training weights of a schedule-free optimizer; the model's state contains the evaluation weights.
 _TRAINING_WEIGHT: Final = "training_weight"
@@ -113,7 +113,7 @@ class BaseOptimWrapper(ABC):
 
     @property
     def loss_scale(self) -> float | None:
-        """The factor that gradients are scaled by until the update; None without a loss scaler. Synchronizes with the device."""
+        """The factor by which gradients are scaled until the update; None without a loss scaler. Synchronizes with the device."""
         return None
 
     @property

@@ -148,8 +148,8 @@ class Replicated(Placement):
         self._logger = logger
         self._sync_bn = sync_bn
         self._separate = separate
-        # No broadcast in each forward pass, which would be one more collective: either all ranks update buffers equally, or
-        # each rank updates them from its own samples, like BatchNorm.
+        # Do not broadcast buffers in each forward pass, which would add a collective. Either all ranks update them equally, or
+        # each rank updates them from its own samples, as in BatchNorm.
         self._options = dict(options)
         if _SYNC_BUFFERS not in options:
             self._options[_SYNC_BUFFERS] = self._options.pop("broadcast_buffers", False)

@@ -39,8 +39,7 @@ class FSDPStrategy(ComposedStrategy):
         tp_plan: maps patterns of module names to ``"colwise"``, ``"rowwise"`` etc., see
             :data:`~stratagem.parallel.fsdp.tensor_parallel.STYLES`; by default the model's attribute ``tp_plan``.
         cpu_offload: whether shards, gradients and the optimizer state are stored in CPU memory.
-        forward_prefetch: the number of wrapped modules whose parameters are gathered ahead in the forward pass; 0 for torch's
-            default.
+        forward_prefetch: the number of wrapped modules to prefetch in the forward pass; 0 for torch's default.
         backward_prefetch: the same for the backward pass.
         ignored: patterns of modules or parameters that are not sharded; their gradients are averaged.
         activation_checkpointing: True for the wrapped modules, a policy like ``wrap_policy``, or a mapping with

@@ -67,7 +67,7 @@ def _build_hook(hook: Hook | Mapping[str, Any]) -> Hook:
 def build_train_loop(
     train_cfg: Mapping[str, Any], run: Run, dataloader: EpochLoader, val_loop: Any, *, optim_wrapper: Any = None
 ) -> Any:
-    """Build the training loop. ``type`` specifies its type; by default, ``by_epoch`` or the given length determines it.
+    """Build the training loop. ``type`` specifies its class; by default, ``by_epoch`` or the given length determines the class.
 
     Raises:
         ConfigTypeError: if ``train_cfg`` is not a mapping.

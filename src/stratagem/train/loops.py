@@ -266,7 +266,7 @@ class _EvaluationLoop:
     def run(self) -> dict[str, Any]:
         """Evaluate all data; return the metrics, which are the same on all ranks. Collective.
 
-        If training is interrupted meanwhile, the evaluation is aborted without metrics and without side effects; the
+        If training is interrupted during an evaluation, the evaluation is aborted without metrics and without side effects; the
         resumed run repeats it.
         """
         run, events, mode = self._run, self._run.events, self.mode

@@ -235,7 +235,7 @@ def flatten_description(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unit_of(by: str | None, *, by_epoch: bool) -> Unit:
-    """Return the unit that ``by`` specifies, or ``by_epoch`` if ``by`` is None."""
+    """Return the unit specified by ``by``, or by ``by_epoch`` if ``by`` is None."""
     if by is None:
         return "epoch" if by_epoch else "iter"
     if by not in _UNITS:

@@ -34,7 +34,7 @@ class Layout:
 
     @classmethod
     def divide(cls, world_size: int, *, replicate: int, tp: int) -> Layout:
-        """Return the layout of ``world_size`` ranks; ``shard`` is ``world_size`` divided by ``replicate`` and ``tp``.
+        """Return the layout of ``world_size`` ranks; ``shard`` is ``world_size / (replicate * tp)``.
 
         Raises:
             ConfigTypeError: if a size is not a positive integer.

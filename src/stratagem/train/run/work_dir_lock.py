@@ -46,7 +46,7 @@ class WorkDirLocks:
 
     @contextmanager
     def holding(self, folder: Path) -> Iterator[None]:
-        """Lock a directory; release it and all directories locked meanwhile on exit. Collective on entry."""
+        """Lock a directory; on exit, release it and all directories locked in the meantime. Collective on entry."""
         with ExitStack() as locks:
             self._locks, self._held = locks, set()
             self.acquire(folder)
