@@ -64,7 +64,7 @@ class Config(MutableMapping[str, Any], HasSourcePosition):
         """Read a ``.py``, ``.yaml``, ``.yml``, ``.json`` or ``.toml`` file and the base files that it names.
 
         A ``.py`` file is executed. If it contains ``custom_imports=dict(imports=["my_model"])``, these modules are imported
-        so that they register their classes. For this, the folder of the file is put first on ``sys.path``; it stays there
+        so that they register their classes. For this purpose, the file's folder is put first on ``sys.path``; it stays there
         for worker processes, which import the same modules when they unpickle objects.
 
         The other files are data: they never execute code and cannot have a ``.py`` file or a file outside ``root`` as a

@@ -216,7 +216,7 @@ class EpochLoader:
         """Return the dataset indices of the samples in one of this rank's batches; batches are counted from 0.
 
         Raises:
-            StateError: if the loader has a custom order, which is known only by iterating over it.
+            StateError: if the loader has a custom order, which can only be found by iterating over it.
             ConfigValueError: if the batch is beyond the end of the epoch.
         """
         if self._source is None:

@@ -123,7 +123,7 @@ def _draws_with_first_item(items: Any) -> bool:
 
 @final
 class RankItems(Iterator[Any]):
-    """Iterate over this rank's share of the items of a sampler in one epoch.
+    """Iterate over this rank's share of a sampler's items in one epoch.
 
     With several processes, the first item is collective: the ranks compare their orders, and use the order of rank 0 if
     they differ.

@@ -18,7 +18,7 @@ def per_sample_values(values: Any, dataset: Sized, argument: str) -> NDArray[Any
     """Return an array with one value per sample.
 
     Args:
-        values: a sequence, or the name of an attribute of the dataset that is a sequence or a method that returns one.
+        values: a sequence, or the name of a dataset attribute that is a sequence or a method that returns one.
         dataset: the dataset.
         argument: the name of the argument in error messages.
 

@@ -43,7 +43,7 @@ class WorkerInit:
         self._parent_pipe = ParentPipe()
 
     def prepare(self, epoch: int) -> None:
-        """Prepare to start workers for an epoch, which is a key of their random streams."""
+        """Prepare to start workers for an epoch; the epoch is a key of their random streams."""
         self._epoch = epoch
         self._parent_pipe.open()
 

@@ -55,7 +55,7 @@ def gather_object(data: T, dst: int = 0, group: Group | None = None) -> list[T] 
 
 
 def collect_results(results: list[T], size: int, group: Group | None = None) -> list[T] | None:
-    """Return the results of all ranks in the order of the samples on rank 0; None on the others.
+    """On rank 0, return the results of all ranks in the order of the samples; on other ranks, return None.
 
     Collective. Samples are assumed to be distributed round-robin (rank 0 the first, rank 1 the second, ...), as the
     built-in samplers do. Results beyond ``size``, which samplers pad to give every rank the same number, are removed.

@@ -47,7 +47,7 @@ def open_for_reading(path: Path) -> int:
 
 
 def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """Read from ``offset`` into a buffer; return the number of bytes read, which is smaller at the end of the file."""
+    """Read from ``offset`` into a buffer; return the number of bytes read, which may be smaller at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], offset)
     with _POSITION_LOCK:

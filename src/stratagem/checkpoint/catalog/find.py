@@ -66,7 +66,7 @@ def record_checkpoint_folder(folder: Path, session_folder: Path) -> None:
 
 
 def _recorded_folders(folder: Path) -> list[Path]:
-    """Return other folders that may hold checkpoints of the run: those recorded by its sessions and ``last_checkpoint``."""
+    """Return other folders that may hold the run's checkpoints, as recorded by its sessions and ``last_checkpoint``."""
     recorded = [line for file in sorted(folder.glob(f"*/{_FOLDERS}")) for line in _lines(file)]
     named = _lines(folder / POINTER)[:1]
     return [*map(Path, recorded), *((folder / name).parent for name in named)]

@@ -23,7 +23,7 @@ _MAX_COUNT: Final = (1 << 53) - 1
 @final
 @dataclass(frozen=True, slots=True, order=True)
 class SaveOrder:
-    """The position of a checkpoint among those of its run; a newer one compares as greater.
+    """The position of a checkpoint among its run's checkpoints; a newer one compares as greater.
 
     Attributes:
         session: the number of the session (one start of the run) that saved it, from 1.

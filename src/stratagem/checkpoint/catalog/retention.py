@@ -38,7 +38,7 @@ class Retention:
     def select_removable(
         self, saved: Iterable[SavedCheckpoint], protected: Collection[Path] = ()
     ) -> list[SavedCheckpoint]:
-        """Return the checkpoints that are not kept, given those of a run, oldest first.
+        """Return the checkpoints that are not kept, given a run's checkpoints, oldest first.
 
         A checkpoint with NaN or Inf in its weights does not count toward ``last``, because the run cannot resume from
         it; it becomes removable after the next finite one. Paths in ``protected`` are never returned.

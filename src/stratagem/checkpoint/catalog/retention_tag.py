@@ -51,5 +51,5 @@ class RetentionTag:
         return cls(**{field: meta[key] for key, (field, kind) in _FIELDS.items() if isinstance(meta.get(key), kind)})
 
     def is_better_than(self, other: RetentionTag) -> bool:
-        """Return whether its score is better than that of ``other``, a tag of the same metric."""
+        """Return whether its score is better than the score of ``other``, a tag for the same metric."""
         return self.score > other.score if self.greater else self.score < other.score

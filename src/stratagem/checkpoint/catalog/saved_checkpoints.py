@@ -1,4 +1,4 @@
-"""List the removable checkpoints in a folder by the run that saved them, for retention."""
+"""List the removable checkpoints in a folder, grouped by the run that saved them, for retention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read checkpoints of ColossalAI's Booster: a folder ``model`` and a folder ``optimizer``, each with an index.
+"""Read checkpoints written by ColossalAI's Booster: a folder ``model`` and a folder ``optimizer``, each with an index.
 
 ``ColossalAIStrategy(checkpoint_format="colossalai")`` adds them to a Stratagem checkpoint that holds everything else: the
 parameter names, and float32 weights if the model computes in another dtype. Without it, as saved by MMEngine's strategy or

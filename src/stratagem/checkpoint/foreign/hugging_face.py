@@ -1,7 +1,7 @@
 """Read weights in the formats of Hugging Face libraries: ``.safetensors`` files, shards with an index, and folders of them.
 
 A folder may also be a checkpoint of the Trainer; then ``optimizer.pt`` is the state of a torch optimizer, keyed by index.
-The Trainer records its position in optimizer steps and fractions of epochs, which is not converted.
+The Trainer's position, recorded in optimizer steps and fractions of epochs, is not converted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class HuggingFaceFormat:
 
     @staticmethod
     def can_read(path: Path) -> bool:
-        """Return whether ``path`` contains weights in these formats, by its name or by the files in the folder."""
+        """Return whether ``path`` contains weights in these formats, judging by its name or the files in the folder."""
         if path.is_dir():
             return any((path / name).is_file() for name in WEIGHT_FILES)
         return path.name.endswith((SAFETENSORS, INDEX))

@@ -29,7 +29,7 @@ class ZeroPartition(ABC):
 
     @abstractmethod
     def gather(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, tensor) for each parameter, given the partitions of all ranks in order.
+        """Yield (name, tensor) for each parameter, given all ranks' partitions in order.
 
         Raises:
             CheckpointDamagedError: if the partitions are too short.

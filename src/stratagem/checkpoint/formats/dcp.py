@@ -149,7 +149,7 @@ def save_dcp(tree: StateTree, path: Path) -> None:
     dcp = import_module("torch.distributed.checkpoint")
     try:
         with atomic_directory(path) as temporary, warnings.catch_warnings():
-            # torch warns that only this process saves, which is intended.
+            # Torch warns that only this process saves, but that is intended.
             warnings.simplefilter("ignore", UserWarning)
             dcp.save(tree, storage_writer=dcp.FileSystemWriter(temporary), no_dist=True)
     except (OSError, RuntimeError) as error:

@@ -92,7 +92,7 @@ def _metadata(local: Path) -> dict[str, Any]:
 def find_latest_remote(url: str) -> str | None:
     """Return the URL of the newest checkpoint published in the folder at ``url``, or None if there is none.
 
-    Among the checkpoints of a run, it is the one saved last, regardless of the order of uploads. Otherwise it is the one
+    Among a run's checkpoints, the newest is the one saved last, regardless of the order of uploads. Otherwise, it is the one
     uploaded last. Checkpoints with NaN or Inf in their weights are skipped.
     """
     return next((each.url for each in reversed(_remote_checkpoints(url)) if each.finite), None)

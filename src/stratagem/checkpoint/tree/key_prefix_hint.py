@@ -1,4 +1,4 @@
-"""Suggest a prefix that makes the keys of a checkpoint match those of a model."""
+"""Suggest a prefix that makes a checkpoint's keys match a model's keys."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _match(
     revise_keys: Sequence[tuple[str, str]],
     types: tuple[type, ...] = (Tensor,),
 ) -> tuple[dict[str, Any], ShapeMismatches]:
-    """Return the values by model key, without those of a different shape, and a list of the omitted ones."""
+    """Return the values by model key, without values of a different shape, and a list of the omitted values."""
     names = _model_names(state, own, revise_keys)
     _check_types(state, names, own, types)
     shape_mismatches = tuple(

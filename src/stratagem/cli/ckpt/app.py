@@ -54,7 +54,7 @@ def verify(
     paths: Annotated[list[Path], typer.Argument(metavar="CKPT...", help="Checkpoints, or folders of checkpoints.")],
     traceback: Traceback = False,
 ) -> None:
-    """Verify the digests of all files of checkpoints.
+    """Verify the digests of all files in checkpoints.
 
     Exits with status 1 if a checkpoint is damaged.
     """

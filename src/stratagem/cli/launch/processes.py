@@ -106,7 +106,7 @@ def launch_locally(nproc: int, arguments: Sequence[str], *, max_restarts: int = 
 
 
 def _without_launch_options(arguments: list[str]) -> list[str]:
-    """Return the arguments of a rank: those of this process without the options that start ranks."""
+    """Return the arguments for a rank: this process's arguments without the options that start ranks."""
     kept: list[str] = []
     skip = False
     for argument in arguments:

@@ -69,7 +69,7 @@ class RankMonitor:
 
     Args:
         iteration: returns the number of iterations that this rank has completed.
-        on_failure: called once by the thread with the failure of another rank.
+        on_failure: called once by the thread, with another rank's failure.
     """
 
     _num_created = 0

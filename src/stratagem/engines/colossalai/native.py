@@ -72,7 +72,7 @@ class ColossalAIFormatWriter:
         return any(isinstance(state.get(shard.name), Tensor) for shard in self._placement.param_shards.values())
 
     def _parameter_order(self) -> list[str]:
-        """Return the names of the parameters in the order in which ColossalAI numbers them."""
+        """Return the parameter names in the order in which ColossalAI numbers them."""
         names = [name for group in self._placement.group_names for name in group]
         optimizer = self._placement.boosted.optimizer
         if type(optimizer) is not LowLevelZeroOptimizer:

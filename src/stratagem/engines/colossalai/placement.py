@@ -150,7 +150,7 @@ class ColossalAIPlacement(Placement):
         if traits.zero_stage < 2:
             # In stage 2, each rank keeps only its shard of the gradients, so they are reduced in each micro-batch.
             self._no_sync = partial(booster.no_sync, engine, optimizer)
-            # Gradients in float16 are scaled, and those of tensor-parallel layers are sharded, so they are not saved.
+            # float16 gradients are scaled, and gradients of tensor-parallel layers are sharded, so neither are saved.
             self.has_gradients = traits.precision != "fp16" and traits.tp_size == 1
         optim = BoosterOptimWrapper(
             optimizer,

@@ -30,7 +30,7 @@ class ParamShard:
     row-major order.
 
     Attributes:
-        name: the name of the parameter in the unwrapped model.
+        name: the parameter's name in the unwrapped model.
         working: the model's parameter: this rank's box, in the dtype used for computation.
         master: the tensor that the optimizer updates: the parameter, a float32 copy, or a range of one, which may end with
             padding.

@@ -30,7 +30,7 @@ _CHECKPOINTING: Final = {
     "profile": "profile",
 }
 _LOGGER: Final = "DeepSpeed"
-# DeepSpeed does not broadcast parameters with this attribute, which marks those that differ between ranks.
+# DeepSpeed does not broadcast parameters with this attribute, because it marks parameters that differ between ranks.
 _EXCLUDE_FROM_BROADCAST: Final = "ds_optim_param"
 
 

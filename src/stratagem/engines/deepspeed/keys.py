@@ -1,4 +1,4 @@
-"""The keys of a DeepSpeed configuration: those that are passed to DeepSpeed, and those that are rejected, with reasons."""
+"""The keys of a DeepSpeed configuration that are passed to DeepSpeed, and the rejected keys with reasons."""
 
 from __future__ import annotations
 

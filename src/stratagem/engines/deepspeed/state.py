@@ -212,7 +212,7 @@ def _write_slots(
     owners: Mapping[nn.Parameter, ShardRange],
     saved: Mapping[nn.Parameter, tuple[str, Mapping[str, Any]]],
 ) -> None:
-    """Write the moments of all parameters in one flat tensor; parameters without saved moments get zeros."""
+    """Write the moments of all parameters in a flat tensor; parameters without saved moments get zeros."""
     given = {each: slots for each, (_, slots) in saved.items() if slots}
     if not given:
         state.pop(flat, None)

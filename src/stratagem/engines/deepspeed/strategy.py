@@ -45,10 +45,10 @@ class DeepSpeedStrategy(ComposedStrategy):
         bf16: True, or the options of bfloat16.
         inputs_to_half: the positions and names of the inputs of ``forward`` that are cast to float16 or bfloat16; by default
             all floating-point inputs.
-        amp: options of Apex, which DeepSpeed no longer supports; an error if enabled.
+        amp: options for Apex, which DeepSpeed no longer supports; enabling it raises an error.
         activation_checkpointing: options of ``deepspeed.checkpointing``, for models that call it.
-        aio: options of NVMe offloading, which is not supported; a nonempty value is an error.
-        train_micro_batch_size_per_gpu: the number of samples that a rank processes in an iteration, which is checked.
+        aio: options for NVMe offloading, which is not supported; a nonempty value raises an error.
+        train_micro_batch_size_per_gpu: the number of samples that a rank processes in an iteration; must match the data loader.
         gradient_accumulation_steps: the number of micro-batches in an update, equivalent to ``accumulative_counts`` of the
             wrapper.
         steps_per_print: the number of updates between two log lines of DeepSpeed; by default it logs none.

@@ -78,7 +78,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, including those without trainable parameters."""
+        """The optimizer's parameter groups, including groups without trainable parameters."""
         return [group.options for group in self.groups]
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
