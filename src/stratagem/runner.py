@@ -249,7 +249,7 @@ class Runner:
 
     @property
     def interrupted(self) -> int | None:
-        """The number of the signal that stopped the last call of ``train()`` early; None if no signal did."""
+        """The number of the signal that stopped the last call to ``train()`` early; None if no signal did."""
         return self.run.interrupt.received
 
     def latest_checkpoint(self) -> Path | None:

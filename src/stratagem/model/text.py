@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
         """Return the token ids of a string."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the string that the token ids represent."""
+        """Return the string represented by the token ids."""
 
 
 @runtime_checkable

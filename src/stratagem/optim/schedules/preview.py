@@ -33,7 +33,7 @@ def preview_schedules(
         epoch_length: the iterations per epoch, required for epoch-based schedulers.
 
     Returns:
-        The learning rate, momentum, weight decay and all other scheduled options, each with shape
+        The values of the learning rate, momentum, weight decay and all other scheduled options, each with shape
         ``[iterations, groups]``.
 
     Raises:

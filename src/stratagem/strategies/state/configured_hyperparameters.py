@@ -72,7 +72,7 @@ def _move(schedulers: Sequence[ParamScheduler], optim: BaseOptimWrapper, *, epoc
 
 
 def schedule_differences(schedulers: Any, built: Any) -> Iterator[str]:
-    """Yield a line for each schedule whose options differ from those in the corresponding state of ``built``."""
+    """Yield a line for each schedule whose options differ from the corresponding state in ``built``."""
     if isinstance(schedulers, Mapping):
         for name, some in schedulers.items():
             yield from (f"{name}: {line}" for line in schedule_differences(some, built[name]))

@@ -161,7 +161,7 @@ def _saved_by_this_launch(run: Run) -> list[CheckpointInfo]:
 
 
 def _log_changes(run: Run, meta: Mapping[str, Any], config_text: str) -> tuple[str, ...]:
-    """Log which values of the configuration differ from those in the checkpoint; return one line per value."""
+    """Log the configuration values that differ from the checkpoint; return one line per value."""
     saved = meta.get("cfg")
     changed = changed_values(saved, config_text, ignored=_RESUMING) if isinstance(saved, str) else []
     if changed:

@@ -98,7 +98,7 @@ class Progress:
 @final
 @dataclass(slots=True)
 class StepTimer:
-    """Accumulates the duration of iterations: since the last :meth:`pop_means`, and in total for an estimate of the rest.
+    """Accumulates the duration of iterations: since the last :meth:`pop_means`, and in total for an estimate of the remaining time.
 
     Attributes:
         started: when the current iteration started to wait for data, in seconds of ``time.perf_counter``.
@@ -127,5 +127,5 @@ class StepTimer:
         return means
 
     def eta(self, iterations: int) -> float | None:
-        """Return the estimated seconds for a number of further iterations, or None before the first measurement."""
+        """Return the estimated time in seconds for a number of further iterations, or None before the first measurement."""
         return self.total_seconds / self.total_count * iterations if self.total_count else None

@@ -25,7 +25,7 @@ __all__ = ["SaveCounter"]
 class SaveCounter:
     """Assigns each save of a run a session number and a number within the session.
 
-    A session is one call of ``train()`` in one process. Its number is assigned at its first save: one more than the largest
+    A session is one call to ``train()`` in one process. Its number is assigned at its first save: one more than the largest
     session number in the manifests of the run. The run holds a lock on these directories, so no other process assigns the same
     number. A session without saves gets no number.
 

@@ -37,7 +37,7 @@ _POLL_S = 0.1
 
 @final
 class WorkDirLocks:
-    """The work directories that a run has locked. Rank 0 locks them and removes leftovers of killed runs."""
+    """The work directories that a run has locked. Rank 0 locks them and removes files left behind by killed runs."""
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
