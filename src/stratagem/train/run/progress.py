@@ -98,7 +98,7 @@ class Progress:
 @final
 @dataclass(slots=True)
 class StepTimer:
-    """Accumulates the duration of iterations: since the last :meth:`pop_means`, and in total for an estimate of the remaining time.
+    """Accumulates iteration times: since the last :meth:`pop_means`, and in total, to estimate the remaining time.
 
     Attributes:
         started: when the current iteration started to wait for data, in seconds of ``time.perf_counter``.
