@@ -54,9 +54,9 @@ def build_dataloader(
 
     A mapping contains the arguments of ``torch.utils.data.DataLoader``, where ``dataset``, ``sampler``, ``batch_sampler``,
     ``collate_fn`` and ``worker_init_fn`` are objects or configurations. The default sampler is :class:`DefaultSampler`,
-    with ``shuffle=True`` during training; the default ``collate_fn`` is ``default_collate``. In training, all ranks have the
-    same number of batches: up to one sample, or one batch, per rank is repeated at the end of an epoch. In evaluation,
-    nothing is repeated.
+    with ``shuffle=True`` during training; the default ``collate_fn`` is ``default_collate``. During training, all ranks have the
+    same number of batches: up to one sample, or one batch, per rank is repeated at the end of an epoch. During
+    evaluation, nothing is repeated.
 
     The random numbers that a map-style dataset and ``collate_fn`` draw from the Python, NumPy and torch generators depend
     only on the seed, the epoch and the sample. ``worker_init_fn`` is called, but seeding in it has no effect.

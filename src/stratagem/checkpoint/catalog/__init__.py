@@ -1,1 +1,1 @@
-"""The checkpoints of a run: inspect them, order them, find the newest, and delete those that are not kept."""
+"""Inspect and order a run's checkpoints, find the newest one, and delete the ones that are not kept."""

@@ -46,7 +46,7 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[CheckpointInfo]:
 
 
 def update_last_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Write the path of ``checkpoint`` to the file ``last_checkpoint`` in ``folder``: only its name if it is in ``folder``.
+    """Write the path of ``checkpoint`` to ``folder/last_checkpoint``, or only its name if it is in ``folder``.
 
     Raises:
         OSError: if the file cannot be written; its old contents are kept.

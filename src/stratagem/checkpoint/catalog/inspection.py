@@ -30,8 +30,8 @@ class CheckpointInfo:
     """The recorded facts about one checkpoint.
 
     Attributes:
-        path: path of the checkpoint.
-        saved_at: time of the save in seconds since the epoch; for a single file, its modification time.
+        path: the path of the checkpoint.
+        saved_at: the time of the save in seconds since the epoch; for a single file, its modification time.
         number: the epoch or iteration in its name, otherwise its recorded iteration; 0 if neither is known.
         fault: why a run cannot resume from it, as far as this is known without reading tensors; empty if there is no reason.
         position: the number of finished epochs and iterations, if recorded.

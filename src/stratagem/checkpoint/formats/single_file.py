@@ -118,7 +118,7 @@ def _torch_save(writer: _StorageWriter, tree: Any) -> None:
     try:
         torch.save(tree, cast("Any", writer))
     except RuntimeError as error:
-        # torch reports a failed write only as an unexpected file position.
+        # Torch reports a failed write only as an unexpected file position.
         raise writer.failure or error from error
 
 

@@ -1,1 +1,1 @@
-"""State trees: flatten them, name their tensors, describe and gather shards, and load a state dict into a model."""
+"""Flatten state trees, name their tensors, describe and gather shards, and load a state dict into a model."""

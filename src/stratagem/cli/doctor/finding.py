@@ -23,7 +23,7 @@ class Finding:
     """The result of a check.
 
     Attributes:
-        subject: the subject of the check.
+        subject: the item that was checked.
         verdict: the severity.
         found: the observed values.
         advice: how to fix it; empty if the verdict is ``OK``.
