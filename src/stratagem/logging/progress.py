@@ -1,4 +1,4 @@
-"""A live progress bar whose cost per training step is one assignment."""
+"""A live progress bar that costs one assignment per training step."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class BaseOptimWrapper(ABC):
         inner_count: micro-batches whose gradients were computed.
         num_steps_attempted: completed accumulation windows, including those whose update was skipped.
         num_steps_applied: updates of the parameters.
-        gradient_policy: how gradients are synchronized and checked; set by the strategy when it places the model.
+        gradient_policy: the policy for synchronizing and checking gradients; set by the strategy when it places the model.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

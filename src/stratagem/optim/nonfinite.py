@@ -148,7 +148,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def _are_finite(alike: list[Tensor]) -> bool:
-    """Return whether all values of tensors with one device and dtype are finite."""
+    """Return whether all values are finite in tensors that share a device and dtype."""
     if alike[0].dtype.itemsize == 1:
         # 8-bit types have no arithmetic.
         alike = [tensor.float() for tensor in alike]

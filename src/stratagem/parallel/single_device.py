@@ -1,4 +1,4 @@
-"""The whole model on one device."""
+"""The placement of the whole model on one device."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def choose_strategy(
         experiment_name: the name of the run.
         env_cfg: further ``env_kwargs`` of the strategy.
         randomness: the seed and the other randomness settings.
-        auto_scale_lr: how learning rates are scaled with the batch size.
+        auto_scale_lr: the rule that scales learning rates with the batch size.
         log_level: the level of the logger.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Parameter groups: which options each parameter gets, and the constructors that apply them."""
+"""Parameter groups: the rules for each parameter's options, and the constructors that apply them."""

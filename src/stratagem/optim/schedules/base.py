@@ -39,7 +39,7 @@ class ParamScheduler(ABC):
         begin: the first position of the range.
         end: the end of the range, exclusive.
         last_step: -1 to start from the beginning; otherwise the last completed position, counted from ``begin``.
-        by_epoch: whether positions count epochs rather than iterations (micro-batches, calls of ``train_step``).
+        by_epoch: whether positions count epochs rather than iterations (micro-batches, calls to ``train_step``).
         by: the unit ``"epoch"``, ``"iter"`` or ``"step"`` (optimizer updates); None to use ``by_epoch``.
         verbose: whether to log each change.
 

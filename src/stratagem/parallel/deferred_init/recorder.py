@@ -236,7 +236,7 @@ class _ConstantMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _record_init(self, caller: Any) -> None:
-        """Record the calling function if it is one that checks ``is_meta`` in order to skip meta tensors."""
+        """Record the calling function if it checks ``is_meta`` in order to skip meta tensors."""
         function = INIT_FUNCTIONS.get(caller.f_code)
         if function is None or not _is_meta(caller.f_locals["tensor"]):
             return
@@ -247,7 +247,7 @@ class _ConstantMode(TorchFunctionMode):
 
 
 def _replay(op: RecordedOp, memory: dict[int, torch.UntypedStorage]) -> None:
-    """Execute an operation on the storages in ``memory``, and add the ones that it creates."""
+    """Execute an operation on the storages in ``memory``, and add the storages that it creates."""
 
     def real(value: Any) -> Any:
         if isinstance(value, torch.device):

@@ -142,7 +142,7 @@ class FSDPOptions:
         """Require that every pattern of ``reshard_after_forward`` matches a wrapped module.
 
         Raises:
-            ConfigValueError: if one does not.
+            ConfigValueError: if a pattern matches none.
         """
         reshard = self.reshard_after_forward
         for pattern in reshard if isinstance(reshard, Mapping) else ():
