@@ -254,7 +254,7 @@ def test_a_type_that_does_not_build_an_average_is_refused(make_runner: MakeRunne
 
 def test_the_average_does_not_exist_before_the_run():
     """Before the run, the average does not exist, because the model is not placed on its device yet."""
-    with pytest.raises(StateError, match="before the run starts"):
+    with pytest.raises(StateError, match="until the run starts"):
         EMAHook().average  # noqa: B018
 
 

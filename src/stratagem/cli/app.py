@@ -213,9 +213,9 @@ def parity(
 ) -> None:
     """Compare the results of several ways to train CONFIG.
 
-    Trains a few steps in one process, the same again, stopped and resumed, with gradient accumulation, and in N
-    processes. All variants process the same samples in each step. Shows where two of them first differ, and exits with
-    status 1 if a difference is unexplained. Writes no files.
+    Trains for a few steps in a single process, then repeats the same steps: unchanged, stopped and resumed, with gradient
+    accumulation, and in N processes. All variants process the same samples in each step. Shows where two of them first
+    differ, and exits with status 1 if a difference is unexplained. Writes no files.
     """
     options = RunOptions(config=config, overrides=tuple(overrides or ()))
     settings = lazy_command("stratagem.cli.parity.variants:ParitySettings")(

@@ -151,7 +151,7 @@ def submit(options: RunOptions, allocation: Allocation, *, out: Path | None, now
         return
     file = out or work_dir / f"{options.config.stem}.sbatch"
     file.parent.mkdir(parents=True, exist_ok=True)
-    # SLURM does not create the folder of its log.
+    # SLURM does not create the directory for its log file.
     work_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(file, script)
     typer.echo(f"Wrote {file}")

@@ -1,7 +1,8 @@
 """Divide the data of custom samplers, datasets and loaders among the data-parallel ranks.
 
-Every rank draws the whole order and keeps its share, so all ranks must draw the same order. Therefore custom samplers run
-with separate generator states that depend only on the seed and the epoch, and the ranks compare the resulting orders.
+Every rank generates the full sample order and keeps its share, so the order must be identical on all ranks. Therefore
+custom samplers run with separate generator states that depend only on the seed and the epoch, and the ranks compare the
+resulting orders.
 """
 
 from __future__ import annotations

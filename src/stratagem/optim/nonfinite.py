@@ -150,7 +150,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def _are_finite(alike: list[Tensor]) -> bool:
     """Return whether all values are finite in tensors that share a device and dtype."""
     if alike[0].dtype.itemsize == 1:
-        # 8-bit types have no arithmetic.
+        # Arithmetic is not implemented for 8-bit floating-point types.
         alike = [tensor.float() for tensor in alike]
     # One pass over the values. A norm may overflow although all values are finite, so a bad norm is checked value by value.
     if torch.stack(torch._foreach_norm(alike, 2.0)).isfinite().all().item():

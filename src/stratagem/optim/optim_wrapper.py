@@ -132,7 +132,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         return loss / self._window_length()
 
     def weigh_loss(self, loss: Tensor, weight: float | Tensor) -> Tensor:
-        """Return the loss multiplied by its weight, and add the weight to the sum of the window."""
+        """Return the loss multiplied by its weight, and add the weight to the total weight of the accumulation window."""
         if self.accumulative_counts == 1 and get_world_size() == 1:
             return loss  # loss * weight / weight
         self.weight = weight if self.weight is None else self.weight + weight

@@ -201,7 +201,7 @@ def _check_report(report: LoadReport, *, strict: bool, allow_missing: Sequence[s
 
 
 def _model_names(keys: Iterable[str], own: Collection[str], revise_keys: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return the model's name for each key of the checkpoint; unknown keys get the name that they would have.
+    """Map each checkpoint key to its name in the model; keys that the model lacks map to their revised name.
 
     Raises:
         CheckpointMismatchError: if two keys get the same name.

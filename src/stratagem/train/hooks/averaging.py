@@ -101,7 +101,9 @@ class EMAHook(Hook):
             StateError: if the run has not started.
         """
         if self._built is None:
-            raise StateError("The average is not available before the run starts, because it needs the placed model.")
+            raise StateError(
+                "The averaged model is not available until the run starts: it is created after the model is placed."
+            )
         return self._built
 
     def after_load_checkpoint(self, run: Run, checkpoint: dict[str, Any]) -> None:
