@@ -18,13 +18,14 @@ from stratagem.optim.gradients import NonFinite
 from stratagem.optim.optim_wrapper import AccumulatingOptimWrapper
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["AmpOptimWrapper"]
+__all__ = ["HALF_DTYPES", "AmpOptimWrapper"]
 
-_DTYPES: Final = {
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
+# The names of the 16-bit dtypes in configurations.
+HALF_DTYPES: Final = {
     "float16": torch.float16,
     "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
 }
 _SCALER_OPTIONS: Final = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
 
@@ -141,8 +142,8 @@ def _device_type(optimizer: Optimizer) -> str:
 def _parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dtype:
     if dtype is None:
         dtype = torch.get_autocast_dtype(device_type)
-    parsed = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if parsed is None or parsed not in _DTYPES.values():
+    parsed = HALF_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if parsed is None or parsed not in HALF_DTYPES.values():
         raise ConfigValueError(f'dtype={dtype!r} is not a dtype of autocast. Use "bfloat16" or "float16".')
     return parsed
 

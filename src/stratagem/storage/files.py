@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +32,6 @@ __all__ = [
 # Some network and user-space file systems cannot sync a directory.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
 # For platforms that cannot read at an offset without moving the position, which threads share.
-_POSITION_LOCK = threading.Lock()
 
 
 def read_bytes(path: Path) -> bytes:
@@ -50,7 +48,7 @@ def read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Read from ``offset`` into a buffer; return the number of bytes read, which may be smaller at the end of the file."""
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], offset)
-    with _POSITION_LOCK:
+    with operations.POSITION_LOCK:
         os.lseek(descriptor, offset, os.SEEK_SET)
         data = os.read(descriptor, len(buffer))
     buffer[: len(data)] = data

@@ -11,13 +11,12 @@ from typing import final
 from stratagem.storage import operations
 from stratagem.storage.files import fsync_directory, remove
 from stratagem.storage.temporary import TemporaryName
-from stratagem.utils.processes import process_exists
+from stratagem.utils.processes import process_exists, read_process_stat
 
 __all__ = ["CleanupResult", "clean_temporaries"]
 
-_CLOCK_SLACK_S = (
-    2.0  # Start times of processes are in clock ticks; the resolution of file times depends on the file system.
-)
+# Start times of processes are in clock ticks, and the resolution of file times depends on the file system.
+_CLOCK_SLACK_S = 2.0
 
 
 @final
@@ -64,13 +63,10 @@ def _is_stale(path: Path, name: TemporaryName) -> bool:
 
 
 def _start_time(pid: int) -> float | None:
-    """Return the start time of a process in seconds since the epoch, or None if the platform has no /proc.
-
-    See https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html for the fields.
-    """
+    """Return the start time of a process in seconds since the epoch, or None if the platform has no /proc."""
     try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        start_time = read_process_stat(pid)[1]
         uptime = float(Path("/proc/uptime").read_text().split()[0])
     except OSError:
         return None
-    return time.time() - uptime + int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    return time.time() - uptime + int(start_time) / os.sysconf("SC_CLK_TCK")

@@ -1,12 +1,13 @@
-"""Check whether a process exists on this machine."""
+"""Look up processes on this machine."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
+from pathlib import Path
 
-__all__ = ["process_exists"]
+__all__ = ["process_exists", "read_process_stat"]
 
 _SYNCHRONIZE = 0x00100000  # from winnt.h
 _ERROR_INVALID_PARAMETER = 87  # from winerror.h; OpenProcess fails with it if there is no such process
@@ -25,6 +26,19 @@ def process_exists(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def read_process_stat(pid: int) -> tuple[str, str]:
+    """Return the state of a process, and its start time in clock ticks since the system booted.
+
+    See https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html for the fields.
+
+    Raises:
+        OSError: if there is no such process, or the platform has no /proc.
+    """
+    # The name of the program, in parentheses, may contain spaces and parentheses.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]
 
 
 def _exists_on_windows(pid: int) -> bool:

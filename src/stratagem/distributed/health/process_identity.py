@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, final
 
-from stratagem.utils.processes import process_exists
+from stratagem.utils.processes import process_exists, read_process_stat
 
 __all__ = ["ProcessIdentity"]
 
@@ -60,14 +60,10 @@ def _pid_namespace() -> str:
 
 
 def _stat_of(pid: int) -> tuple[str, str]:
-    """Return the state and the start time of a process; the start time of an ended process is empty.
-
-    See https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html for the fields.
-    """
+    """Return the state and the start time of a process; the start time of an ended process is empty."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return read_process_stat(pid)
     except OSError:
         if Path("/proc/self/stat").exists():
             return "X", ""
         return "R" if process_exists(pid) else "X", ""
-    return fields[0], fields[19]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from stratagem.errors import ConfigTypeError, ConfigValueError
+from stratagem.optim.amp import HALF_DTYPES
 from stratagem.parallel.deferred_init.materialize import INIT_SOURCES, InitSource
 from stratagem.parallel.fsdp.wrap_policy import matches_name
 from stratagem.utils.data_rules import refuse_data_arguments
@@ -17,14 +18,7 @@ from stratagem.utils.names import did_you_mean, refuse_unknown
 
 __all__ = ["Precision", "Reshard", "FSDPOptions"]
 
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "fp32": torch.float32,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-}
+_DTYPES: Final = {"float32": torch.float32, "fp32": torch.float32, **HALF_DTYPES}
 
 Reshard = bool | int | None
 
