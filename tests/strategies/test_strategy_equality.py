@@ -10,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stratagem.data import build_dataloader
 from stratagem.model import BaseModel, SupervisedModel
 from stratagem.strategies import BaseStrategy
-from stratagem.train.hooks import ParamSchedulerHook
 from tests.support.ranks import Ranks
 from tests.support.small_runs import digest, make
+from tests.support.training_loop import iterations
 
 # Both runs sum the same float32 products in a different order. A sum of n terms may then differ by about n roundings
 # of 2**-24 = 6e-8 relative to its size. Here, n is at most 16 samples x 64 pixels, and roundings mostly cancel:
@@ -72,57 +71,22 @@ def prepared(kind: str, folder: str, network_kind: str, optim: Mapping[str, Any]
 
 def run(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     """Train iterations ``start`` to ``stop`` of the run and return all comparable results."""
-    loader = build_dataloader(
-        {
-            "dataset": Patterns(),
-            "batch_size": GLOBAL_BATCH // strategy.world_size,
-            "collate_fn": {"type": "default_collate"},
-        },
-        seed=strategy.seed,
-        rank=strategy.rank,
-        world_size=strategy.world_size,
-        training=True,
-    )
-    follow = ParamSchedulerHook()
-    trained = _Run(strategy, start)
-    follow.before_train(trained)
-    ids, losses, rates, norms = [], [], [], []
     first = digest(strategy.unwrap_model())
     before = {name: tensor.clone() for name, tensor in strategy.model_state_dict().items()}
-    for iteration in range(start, stop):
-        if iteration == start or iteration % EPOCH == 0:
-            batches = loader.batches(iteration // EPOCH, iteration % EPOCH)
-        images, classes, indices = next(batches)
-        rates.append(strategy.optim_wrapper.get_lr()["lr"])
-        outputs = strategy.model.train_step((images, classes), strategy.optim_wrapper)
-        follow.after_train_iter(trained, iteration)
-        trained.progress.iter += 1
-        ids.append(indices.tolist())
-        losses.append(outputs["loss"].item())
-        norm = strategy.optim_wrapper.grad_norm
-        norms += [] if norm is None else [norm.item()]
+    steps = list(
+        iterations(strategy, Patterns(), start, stop, global_batch=GLOBAL_BATCH, inputs=lambda batch: batch[:2])
+    )
     state = {name: tensor.clone() for name, tensor in strategy.model_state_dict().items()}
     return {
         "first": first,
-        "ids": ids,
-        "losses": losses,
-        "rates": rates,
-        "norms": norms,
+        "ids": [step.batch[2].tolist() for step in steps],
+        "losses": [step.outputs["loss"].item() for step in steps],
+        "rates": [step.rates for step in steps],
+        "norms": [step.grad_norm for step in steps if step.grad_norm is not None],
         "state": state,
         "moved": min((state[name] - before[name]).abs().max().item() for name in state),
         "last": digest(strategy.unwrap_model()),
     }
-
-
-class _Run:
-    """The attributes of a run that the schedule hook uses."""
-
-    def __init__(self, strategy: BaseStrategy, start: int) -> None:
-        self.param_schedulers = strategy.param_schedulers
-        self.optim_wrapper = strategy.optim_wrapper
-        self.max_epochs = None
-        self.iter = start
-        self.progress = self
 
 
 def whole_run(kind: str, folder: str, network_kind: str, optim: Mapping[str, Any], iterations: int) -> dict[str, Any]:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stratagem.data import build_dataloader
 from stratagem.model import BaseModel, ExponentialMovingAverage
 from stratagem.strategies import BaseStrategy, DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from stratagem.train.hooks import ParamSchedulerHook
+from tests.support.training_loop import iterations
 
 WORDS, WIDTH, LENGTH, HEADS = 24, 16, 6, 2
 SAMPLES = 96
@@ -158,39 +157,16 @@ def trained(placement: str, folder: str, stop: int = EPOCH, **options: Any) -> d
 
 def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     """Train iterations ``start`` to ``stop``; return all results that strategies must agree on."""
-    loader = build_dataloader(
-        {
-            "dataset": Sentences(),
-            "batch_size": GLOBAL_BATCH // strategy.dp_size,
-            "collate_fn": {"type": "default_collate"},
-        },
-        seed=strategy.seed,
-        rank=strategy.dp_rank,
-        world_size=strategy.dp_size,
-        training=True,
-    )
-    follow = ParamSchedulerHook()
-    run = _Run(strategy, start)
-    follow.before_train(run)
     model, optim = strategy.unwrap_model(), strategy.optim_wrapper
     first = {name: full(parameter) for name, parameter in model.named_parameters()}
     average = ExponentialMovingAverage(model, momentum=0.1)
     seen: dict[str, list[Any]] = {"ids": [], "losses": [], "rates": [], "norms": []}
-    updates = optim.num_steps_applied
-    batches = loader.batches(start // EPOCH, start % EPOCH)
-    for iteration in range(start, stop):
-        if iteration % EPOCH == 0:
-            batches = loader.batches(iteration // EPOCH)
-        batch = next(batches)
-        seen["rates"].append(optim.get_lr()["lr"])
-        outputs = strategy.model.train_step(batch, optim_wrapper=optim)
-        follow.after_train_iter(run, iteration)
-        run.iter += 1
-        seen["ids"].append(batch[1].tolist())
-        seen["losses"].append(outputs["loss"].item())
-        if optim.num_steps_applied != updates:
-            updates = optim.num_steps_applied
-            seen["norms"].append(optim.grad_norm.item())
+    for step in iterations(strategy, Sentences(), start, stop, global_batch=GLOBAL_BATCH):
+        seen["ids"].append(step.batch[1].tolist())
+        seen["losses"].append(step.outputs["loss"].item())
+        seen["rates"].append(step.rates)
+        if step.updated:
+            seen["norms"].append(step.grad_norm)
             average.update()
     names = {parameter: name for name, parameter in model.named_parameters()}
     return {
@@ -206,17 +182,6 @@ def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
         "state": sorted(model.state_dict()),
         "tied": model.head.weight is model.words.weight,
     }
-
-
-class _Run:
-    """The attributes of a run that the schedule hook uses."""
-
-    def __init__(self, strategy: BaseStrategy, start: int) -> None:
-        self.param_schedulers = strategy.param_schedulers
-        self.optim_wrapper = strategy.optim_wrapper
-        self.max_epochs = None
-        self.iter = start
-        self.progress = self
 
 
 def stopped(placement: str, folder: str, checkpoint: str, at: int, **options: Any) -> dict[str, Any]:

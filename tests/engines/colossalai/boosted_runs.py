@@ -8,12 +8,10 @@ from typing import Any
 import torch
 
 from stratagem.checkpoint import ShardedTensorState
-from stratagem.data import build_dataloader
-from stratagem.dist import all_reduce
 from stratagem.strategies import BaseStrategy, ColossalAIStrategy
-from stratagem.train.hooks import ParamSchedulerHook
 from tests.support import sharded_runs
 from tests.support.sharded_runs import EPOCH, GLOBAL_BATCH, SCHEDULE, TP_PLAN, Gpt, Sentences
+from tests.support.training_loop import iterations
 
 # The options of the strategy for each named plugin configuration in the tests.
 PLUGINS: Mapping[str, Mapping[str, Any]] = {
@@ -81,36 +79,13 @@ def prepared(name: str, folder: str, **options: Any) -> BaseStrategy:
 
 def train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
     """Train iterations ``start`` to ``stop``; return the values to compare, with losses averaged over ranks."""
-    loader = build_dataloader(
-        {
-            "dataset": Sentences(),
-            "batch_size": GLOBAL_BATCH // strategy.dp_size,
-            "collate_fn": {"type": "default_collate"},
-        },
-        seed=strategy.seed,
-        rank=strategy.dp_rank,
-        world_size=strategy.dp_size,
-        training=True,
-    )
-    follow = ParamSchedulerHook()
-    run: Any = sharded_runs._Run(strategy, start)
-    follow.before_train(run)
+    seen: dict[str, list[Any]] = {"losses": [], "rates": [], "norms": []}
+    for step in iterations(strategy, Sentences(), start, stop, global_batch=GLOBAL_BATCH):
+        seen["rates"] += step.rates
+        seen["losses"].append(step.mean_loss)
+        if step.updated:
+            seen["norms"].append(step.grad_norm)
     optim = strategy.optim_wrapper
-    seen: dict[str, list[float]] = {"losses": [], "rates": [], "norms": []}
-    updates = optim.num_steps_applied
-    batches = loader.batches(start // EPOCH, start % EPOCH)
-    for iteration in range(start, stop):
-        batch = next(batches)
-        seen["rates"] += optim.get_lr()["lr"]
-        outputs = strategy.model.train_step(batch, optim_wrapper=optim)
-        follow.after_train_iter(run, iteration)
-        run.iter += 1
-        loss = outputs["loss"].detach().float()
-        all_reduce(loss, "mean")
-        seen["losses"].append(loss.item())
-        if optim.num_steps_applied != updates:
-            updates = optim.num_steps_applied
-            seen["norms"].append(float(optim.grad_norm))
     return {**seen, **state_of(strategy), "updates": optim.num_steps_applied, "attempts": optim.num_steps_attempted}
 
 

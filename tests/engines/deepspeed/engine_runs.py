@@ -11,13 +11,11 @@ from typing import Any
 import torch
 
 from stratagem.checkpoint import CheckpointLoader
-from stratagem.data import build_dataloader
-from stratagem.dist import all_reduce
 from stratagem.registry import STRATEGIES
 from stratagem.strategies import BaseStrategy
-from stratagem.train.hooks import ParamSchedulerHook
 from stratagem.utils import import_module
-from tests.support.sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences, _Run
+from tests.support.sharded_runs import EPOCH, GLOBAL_BATCH, OPTIM, SCHEDULE, Gpt, Sentences
+from tests.support.training_loop import iterations
 
 FP32: Mapping[str, Mapping[str, Any]] = {
     "ZeRO-0": {"zero_optimization": {"stage": 0}},
@@ -132,37 +130,14 @@ def go(
 
 
 def _train(strategy: BaseStrategy, start: int, stop: int) -> dict[str, Any]:
-    loader = build_dataloader(
-        {
-            "dataset": Sentences(),
-            "batch_size": GLOBAL_BATCH // strategy.dp_size,
-            "collate_fn": {"type": "default_collate"},
-        },
-        seed=strategy.seed,
-        rank=strategy.dp_rank,
-        world_size=strategy.dp_size,
-        training=True,
-    )
-    follow = ParamSchedulerHook()
-    run = _Run(strategy, start)
-    follow.before_train(run)
-    optim = strategy.optim_wrapper
     seen: dict[str, Any] = {"losses": [], "rates": [], "norms": [], "others": []}
-    updates = optim.num_steps_applied
-    batches = loader.batches(0, start)
-    for iteration in range(start, stop):
-        batch = next(batches)
-        seen["rates"].append(optim.get_lr()["lr"])
-        outputs = strategy.model.train_step(batch, optim_wrapper=optim)
-        follow.after_train_iter(run, iteration)
-        run.iter += 1
-        loss = outputs["loss"].float().clone()
-        all_reduce(loss, "mean")
-        seen["losses"].append(loss.item())
-        seen["others"] += [value.item() for name, value in outputs.items() if name != "loss"]
-        if optim.num_steps_applied != updates:
-            updates = optim.num_steps_applied
-            seen["norms"].append(None if optim.grad_norm is None else optim.grad_norm.item())
+    for step in iterations(strategy, Sentences(), start, stop, global_batch=GLOBAL_BATCH):
+        seen["rates"].append(step.rates)
+        seen["losses"].append(step.mean_loss)
+        seen["others"] += [value.item() for name, value in step.outputs.items() if name != "loss"]
+        if step.updated:
+            seen["norms"].append(step.grad_norm)
+    optim = strategy.optim_wrapper
     return {**seen, "updates": optim.num_steps_applied, "attempts": optim.num_steps_attempted}
 
 
