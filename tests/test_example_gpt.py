@@ -72,6 +72,7 @@ def train(folder: str, **changes: Any) -> tuple[list[tuple[float, int]], dict[st
     return losses.rows, metrics
 
 
+@pytest.mark.slow
 def test_the_whole_text_is_read() -> None:
     """The dataset contains every character from the first verse to the last, split by paragraph."""
     learned, held_out = text(held_out=False), text(held_out=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 # Libraries that only some runs need, imported on first use.
 FOR_SOME_RUNS = (
     "torchmetrics",
@@ -34,6 +36,7 @@ def test_importing_the_package_is_lightweight() -> None:
     assert installed == set()
 
 
+@pytest.mark.slow
 def test_public_names_load_no_library_that_only_some_runs_need() -> None:
     """Importing all public names does not import libraries for metrics, the command line, launchers or sharding."""
     everything = "import stratagem; [getattr(stratagem, name) for name in stratagem.__all__]"

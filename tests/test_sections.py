@@ -162,6 +162,7 @@ def test_the_full_configuration_has_no_problems() -> None:
     assert check(Config(FULL), SECTIONS) == []
 
 
+@pytest.mark.slow
 def test_every_misspelled_key_is_refused_with_the_right_name() -> None:
     """At least 99 % of misspelled keys of the full configuration are rejected with the correct name.
 

@@ -50,6 +50,7 @@ def drawn_runs(draw: Any) -> tuple[Drawn, list[Stop]]:
     return drawn, draw(st.lists(st.builds(Stop, places, st.sampled_from(HOWS)), min_size=1, max_size=4))
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(drawn_runs())
 def test_a_stopped_run_equals_the_uninterrupted_run(case: tuple[Drawn, list[Stop]]) -> None:

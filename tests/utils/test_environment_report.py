@@ -111,6 +111,7 @@ def test_a_machine_without_an_accelerator_reports_none(monkeypatch: pytest.Monke
     assert collect_env()["Accelerator"] == "none"
 
 
+@pytest.mark.slow
 def test_importing_utils_does_not_import_torch() -> None:
     """Importing ``stratagem.utils`` does not import torch or NumPy, and every public name is available."""
     code = (
