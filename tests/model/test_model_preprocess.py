@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
+from stratagem.config import ConfigDict
+from stratagem.errors import ConfigTypeError
 from stratagem.model import BaseDataPreprocessor, to_device
 
 META = torch.device("meta")
@@ -54,6 +61,175 @@ def test_a_tensor_on_the_device_is_not_copied() -> None:
     """A tensor that is already on the device is not copied."""
     tensor = torch.ones(1)
     assert to_device(tensor, torch.device("cpu")) is tensor
+
+
+@dataclass(frozen=True)
+class Labeled:
+    """A batch with a field that its constructor does not accept."""
+
+    image: Any
+    name: str = "x"
+    size: int = field(init=False, default=3)
+
+
+class Bag(MutableMapping[str, Any]):
+    """A mapping whose constructor has other arguments."""
+
+    def __init__(self, size: int, *, unit: str) -> None:
+        self.size, self.unit, self._items = size, unit, dict[str, Any]()
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._items[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class Images(Sequence[Any]):
+    """An immutable sequence."""
+
+    def __init__(self, images: list[Any]) -> None:
+        self.images = images
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+class Tagged(list[Any]):
+    """A list with an attribute."""
+
+    tag = "none"
+
+
+class MovedInPlace:
+    """An object whose ``to`` returns None."""
+
+    def __init__(self) -> None:
+        self.tensor = torch.ones(1)
+
+    def to(self, device: torch.device) -> None:
+        """Move in place."""
+        self.tensor = self.tensor.to(device)
+
+
+def bag() -> Bag:
+    """Return a mapping that holds a tensor and a list of tensors."""
+    result = Bag(2, unit="px")
+    result.update(one=torch.ones(1), two=[torch.ones(1)])
+    return result
+
+
+def tagged() -> Tagged:
+    """Return a list with a tensor and an attribute."""
+    result = Tagged([torch.ones(1)])
+    result.tag = "train"
+    return result
+
+
+CONTAINERS = {
+    "defaultdict": lambda: defaultdict(list, x=torch.ones(1)),
+    "Counter": lambda: Counter({"x": torch.ones(1)}),
+    "UserDict": lambda: UserDict(x=torch.ones(1)),
+    "mapping with another constructor": bag,
+    "mapping proxy": lambda: MappingProxyType({"x": torch.ones(1)}),
+    "ConfigDict": lambda: ConfigDict(x=torch.ones(1), y=dict(z=[torch.ones(1)])),
+    "UserList": lambda: UserList([torch.ones(1)]),
+    "list with an attribute": tagged,
+    "immutable sequence": lambda: Images([torch.ones(1)]),
+    "deque": lambda: deque([torch.ones(1)], maxlen=4),
+    "set": lambda: {torch.ones(1)},
+    "frozenset": lambda: frozenset([torch.ones(1)]),
+    "nested tuple": lambda: ((torch.ones(1), [torch.ones(1)]), "text"),
+    "max of torch": lambda: torch.ones(2, 2).max(0),
+    "dataclass": lambda: Labeled(torch.ones(1)),
+    "packed sequence": lambda: pack_sequence([torch.ones(3, 1), torch.ones(2, 1)]),
+    "sparse": lambda: torch.eye(2).to_sparse(),
+    "moved in place": MovedInPlace,
+}
+
+
+def tensors_of(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yield all tensors that can be reached from ``value``."""
+    if id(value) in seen or isinstance(value, type):
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    parts = list(value.values()) if isinstance(value, Mapping) else []
+    parts += list(value) if isinstance(value, list | tuple | set | frozenset | deque | UserList | Images) else []
+    for part in [*parts, *getattr(value, "__dict__", {}).values()]:
+        yield from tensors_of(part, seen)
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_container_of_a_batch_is_moved(name: str, *, nested: bool) -> None:
+    """All tensors of a container are on the device, in a container of the same type; the batch itself is not changed."""
+    batch = CONTAINERS[name]()
+    attributes = {key: value for key, value in getattr(batch, "__dict__", {}).items() if isinstance(value, int | str)}
+    moved = to_device({"inner": [batch]}, META)["inner"][0] if nested else to_device(batch, META)
+    found = list(tensors_of(moved, set()))
+    devices = {tensor.device.type for tensor in found}
+    if name == "packed sequence":
+        assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
+    else:
+        assert found
+        assert devices == {"meta"}
+    assert isinstance(moved, type(batch)) or (type(batch), type(moved)) == (MappingProxyType, dict)
+    assert {key: getattr(moved, key) for key in attributes} == attributes
+    if name != "moved in place":
+        assert {tensor.device.type for tensor in tensors_of(batch, set())} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "value", ["text", b"bytes", range(3), np.ones(3), None, 1.5, [1, "x"], {"a": (1, 2)}, torch.Size([2])]
+)
+def test_a_value_without_tensors_is_returned_unchanged(value: Any) -> None:
+    """A value without tensors is the same object afterwards."""
+    assert to_device(value, META) is value
+
+
+def test_an_empty_bounded_deque_keeps_its_length() -> None:
+    """A bounded deque keeps its maximum length."""
+    moved = to_device(deque([torch.ones(1)], maxlen=4), META)
+    assert moved.maxlen == 4
+
+
+def test_a_container_that_cannot_be_created_is_named() -> None:
+    """The error names the class of a sequence that cannot be created from its values, and suggests a solution."""
+
+    class Fixed(Images):
+        def __init__(self, one: Any, two: Any) -> None:
+            super().__init__([one, two])
+
+    with pytest.raises(ConfigTypeError, match=r"Fixed, which cannot be moved .* method to\(device\)"):
+        to_device(Fixed(torch.ones(1), 2), META)
+
+
+def test_non_blocking_is_passed_to_objects_that_accept_it() -> None:
+    """An object whose ``to`` accepts ``non_blocking`` receives it; others are called without it."""
+    calls: list[Any] = []
+
+    class Graph:
+        def to(self, device: torch.device, *, non_blocking: bool = False) -> Graph:
+            calls.append((device, non_blocking))
+            return self
+
+    to_device([Graph(), Boxes()], META, non_blocking=True)
+    assert calls == [(META, True)]
 
 
 class Model(nn.Module):

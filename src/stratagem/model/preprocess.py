@@ -2,35 +2,136 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import fields, is_dataclass
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+from stratagem.errors import ConfigTypeError
 
 __all__ = ["BaseDataPreprocessor", "to_device"]
 
 _CPU = torch.device("cpu")
+_WITHOUT_TENSORS = (str, bytes, bytearray, memoryview, range, int, float, complex, np.ndarray, np.generic)
+_BUILT_IN = frozenset({dict, list, tuple})
 
 
 def to_device(data: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
-    """Move all tensors in ``data`` to ``device``.
+    """Move all tensors in ``data`` to ``device``, without changing ``data``.
 
-    Mappings, lists, tuples and objects with a ``to`` method are supported; anything else is returned unchanged.
+    Containers are mappings, sequences, sets and dataclasses, at any depth. A container without anything to move
+    is returned unchanged; any other is replaced by one of the same type with the same other attributes. Objects with a ``to``
+    method, such as packed sequences, are moved by it. Anything else is returned unchanged.
+
+    Raises:
+        ConfigTypeError: if the class of a container cannot be created with the moved values.
     """
+
+    def move(value: Any) -> Any:
+        return to_device(value, device, non_blocking=non_blocking)
+
     if isinstance(data, Tensor):
         return data if data.device == device else data.to(device, non_blocking=non_blocking)
-    if isinstance(data, tuple):
-        moved = [to_device(item, device, non_blocking=non_blocking) for item in data]
-        return type(data)(*moved) if hasattr(data, "_fields") else tuple(moved)
-    if isinstance(data, list):
-        return [to_device(item, device, non_blocking=non_blocking) for item in data]
+    if data is None or isinstance(data, _WITHOUT_TENSORS):
+        return data
+    if type(data) not in _BUILT_IN and callable(getattr(data, "to", None)):
+        return _move_by_method(data, device, non_blocking)
     if isinstance(data, Mapping):
-        return type(data)(  # type: ignore[call-arg]
-            {key: to_device(item, device, non_blocking=non_blocking) for key, item in data.items()}
-        )
-    move = getattr(data, "to", None)
-    return move(device) if callable(move) else data
+        return _with_items(data, move)
+    if isinstance(data, Sequence | AbstractSet | deque):
+        return _with_elements(data, move)
+    if is_dataclass(data) and not isinstance(data, type):
+        names = [field.name for field in fields(data) if hasattr(data, field.name)]
+        return _with_fields(data, {name: move(getattr(data, name)) for name in names})
+    return data
+
+
+def _move_by_method(data: Any, device: torch.device, non_blocking: bool) -> Any:
+    """Return ``data.to(device)``. Not every ``to`` has an argument ``non_blocking``, and some move in place and return None."""
+    kind: Any = type(data)
+    options = {"non_blocking": True} if non_blocking and _accepts_non_blocking(kind) else {}
+    moved = data.to(device, **options)
+    return data if moved is None else moved
+
+
+@functools.cache
+def _accepts_non_blocking(kind: type) -> bool:
+    try:
+        parameters = inspect.signature(kind.to).parameters  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        return False
+    return "non_blocking" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _with_items(data: Mapping[Any, Any], move: Callable[[Any], Any]) -> Any:
+    items = dict(data.items())
+    moved = {key: move(value) for key, value in items.items()}
+    if all(moved[key] is value for key, value in items.items()):
+        return data
+    if type(data) is dict:
+        return moved
+    if isinstance(data, MutableMapping):
+        copied = _copied(data)
+        for key, value in moved.items():
+            copied[key] = value
+        return copied
+    return moved if isinstance(data, MappingProxyType) else _created(data, moved)
+
+
+def _with_elements(data: Collection[Any], move: Callable[[Any], Any]) -> Any:
+    elements = list(data)
+    moved = [move(element) for element in elements]
+    if all(one is other for one, other in zip(elements, moved, strict=True)):
+        return data
+    if type(data) is list:
+        return moved
+    if isinstance(data, tuple) and hasattr(data, "_make"):
+        return data._make(moved)
+    if isinstance(data, MutableSequence):
+        copied = _copied(data)
+        for index, value in enumerate(moved):
+            copied[index] = value
+        return copied
+    return _created(data, moved)
+
+
+def _copied(data: Any) -> Any:
+    """Return a copy that can be changed: its constructor may need more, such as the factory of a defaultdict."""
+    copied = copy.copy(data)
+    for name, value in getattr(copied, "__dict__", {}).items():
+        if type(value) in (dict, list):
+            copied.__dict__[name] = copy.copy(value)
+    return copied
+
+
+def _with_fields(data: Any, values: dict[str, Any]) -> Any:
+    if all(getattr(data, name) is value for name, value in values.items()):
+        return data
+    # The constructor may compute fields or not accept them.
+    copied = copy.copy(data)
+    for name, value in values.items():
+        object.__setattr__(copied, name, value)
+    return copied
+
+
+def _created(data: Any, values: Any) -> Any:
+    try:
+        return type(data)(values)
+    except Exception as error:
+        kind = f"{type(data).__module__}.{type(data).__qualname__}"
+        raise ConfigTypeError(
+            f"The batch contains a {kind}, which cannot be moved to the device: {kind}(values) raised {error!r}. Give "
+            "the class a method to(device), or yield a dict, a list or a dataclass from the collate function."
+        ) from error
 
 
 class BaseDataPreprocessor(nn.Module):
