@@ -193,7 +193,9 @@ class Runner:
             mode="test", dataloader=test_dataloader, cfg=test_cfg, third=test_evaluator, third_name="test_evaluator"
         )
         if param_scheduler is not None and optim_wrapper is None:
-            raise ConfigValueError("param_scheduler requires an optim_wrapper, and none was given.")
+            raise ConfigValueError(
+                "param_scheduler was specified without optim_wrapper. Specify both, or omit param_scheduler."
+            )
         if not isinstance(compile, bool | Mapping):
             raise ConfigTypeError(
                 f"compile must be True, False or a mapping of arguments for torch.compile, got {compile!r}."

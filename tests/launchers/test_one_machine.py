@@ -139,7 +139,7 @@ def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
         (
             {},
             ("--set", "optim_wrapper.optimizer.lr=0.5"),
-            "The configurations of 1 of 2 ranks differ from that of rank 0.",
+            "The configurations of 1 of 2 ranks differ from the configuration of rank 0.",
         ),
     ],
     ids=["world sizes", "configurations"],

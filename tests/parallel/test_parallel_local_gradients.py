@@ -89,7 +89,8 @@ def test_passes_with_different_parameters_are_rejected(ranks: Ranks, tmp_path: P
     """Passes that reach different parameters are an error that suggests adding the losses."""
     for told in ranks.run(refusal, str(tmp_path)):
         assert (
-            "LossOfEachHead.train_step started a backward pass before DDP had the gradients of all parameters" in told
+            "LossOfEachHead.train_step started a backward pass before DDP received the gradients of all parameters"
+            in told
         )
         assert "optim_wrapper.update_params(loss_1 + loss_2)" in told
 

@@ -174,7 +174,7 @@ def past_ddp() -> str:
 def test_a_step_that_bypasses_ddp_is_rejected(ranks: Ranks) -> None:
     """A step that bypasses DDP is an error with the correct code, because ranks would diverge silently."""
     for message in ranks.run(past_ddp):
-        assert "PastDDP.train_step reached the model's parameters without calling self(...)" in message
+        assert "PastDDP.train_step used the model's parameters without calling self(...)" in message
         assert "model_wrapper='separate'" in message
 
 

@@ -75,8 +75,18 @@ def test_the_given_mappings_are_not_modified() -> None:
             "'fp16' and the plugin's precision='bf16' differ",
         ),
         ({"type": "lowlevel-zero", "precision": "fp8"}, None, ConfigValueError, "unknown precision='fp8'"),
-        ({"type": "lowlevel-zero", "use_fp8": True}, None, PlacementError, "8-bit kernels, which only CUDA"),
-        ({"type": "lowlevel-zero", "overlap_allgather": True}, None, PlacementError, "incomplete between steps"),
+        (
+            {"type": "lowlevel-zero", "use_fp8": True},
+            None,
+            PlacementError,
+            "8-bit kernels, which are only available for CUDA",
+        ),
+        (
+            {"type": "lowlevel-zero", "overlap_allgather": True},
+            None,
+            PlacementError,
+            "incomplete weights between steps",
+        ),
         ({"type": "lowlevel-zero", "extra_dp_size": 2}, None, PlacementError, r"FSDPStrategy\(replicate=...\)"),
         (
             {"type": "hybrid-parallel", "pp_size": 2},

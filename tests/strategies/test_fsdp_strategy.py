@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "dropout": (
         Gpt,
         {"tp": 2, "tp_plan": TP_PLAN, "env_kwargs": {"randomness": {"diff_rank_seed": True}}},
-        "PlacementError: randomness: with diff_rank_seed=True, ranks of a tensor-parallel group",
+        "PlacementError: randomness: with diff_rank_seed=True, the ranks of a tensor-parallel group",
     ),
     "SyncBN": (Gpt, {"sync_bn": "torch"}, "PlacementError: torch's SyncBatchNorm requires an accelerator"),
 }

@@ -178,8 +178,8 @@ def test_a_run_can_change_between_one_process_and_two_ranks(ranks: Ranks, tmp_pa
     assert both[0]["last"] == both[1]["last"]
     assert_close(alone["state"], unbroken["state"])
     assert_close(both[0]["state"], unbroken["state"])
-    assert "was saved by 2 ranks and this run has 1" in alone["log"]
-    assert "was saved by 1 ranks and this run has 2" in both[0]["log"]
+    assert "was saved by 2 ranks, but this run has 1" in alone["log"]
+    assert "was saved by 1 ranks, but this run has 2" in both[0]["log"]
 
 
 def test_a_resumed_process_is_bit_identical(tmp_path: Path) -> None:

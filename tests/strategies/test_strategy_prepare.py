@@ -209,7 +209,7 @@ def test_an_invalid_run_length_is_rejected(single: Make) -> None:
 
 def test_schedules_without_an_optimizer_are_rejected(single: Make) -> None:
     """Schedules without an optimizer are an error."""
-    with pytest.raises(ConfigValueError, match="param_scheduler requires an optim_wrapper"):
+    with pytest.raises(ConfigValueError, match="param_scheduler was specified without optim_wrapper"):
         single().prepare(Mlp(), param_scheduler=SCHEDULE)
 
 
@@ -368,7 +368,7 @@ def test_unsupported_uses_of_ddp_are_rejected(ranks: Ranks, tmp_path: Path) -> N
     """A step that bypasses DDP, a compiled step, and other unsupported uses are errors."""
     for errors in ranks.run(misuse_on_a_rank, str(tmp_path)):
         around, compiled, childless, synchronised, unknown, wrapped = errors
-        assert around.startswith("Direct.train_step reached the model's parameters without calling self(...)")
+        assert around.startswith("Direct.train_step used the model's parameters without calling self(...)")
         assert "target='train_step' cannot be used under DDP" in compiled
         assert "Line has trainable parameters outside of them (weight)" in childless
         assert "SyncBatchNorm requires an accelerator" in synchronised

@@ -378,7 +378,7 @@ def test_different_parameter_groups_or_optimizers_are_rejected(single: Make, tmp
     with pytest.raises(CheckpointMismatchError, match=r"this run has \['a', 'b'\]"):
         strategy.resume(tmp_path / "one")
     strategy.save_checkpoint(tmp_path / "several")
-    with pytest.raises(CheckpointMismatchError, match="it belongs to several optimizers, but this run has one"):
+    with pytest.raises(CheckpointMismatchError, match="belongs to several optimizers ("):
         ready(single).resume(tmp_path / "several", resume_param_scheduler=False)
     grouped = single()
     grouped.prepare(Mlp(), optim_wrapper={**ADAMW, "paramwise_cfg": {"bias_lr_mult": 2.0}})
@@ -403,7 +403,7 @@ def test_a_different_seed_causes_a_warning(single: Make, tmp_path: Path) -> None
     for strategy in (given, drawn):
         strategy.resume(tmp_path / "a")
         assert (strategy.seed, strategy.randomness["seed"]) == (3, 3)
-    assert "WARNING The seed of the checkpoint is 3 and the seed of this run is 4." in lines[0].text
+    assert "WARNING The checkpoint was saved with seed 3, but this run was started with seed 4." in lines[0].text
     assert "WARNING" not in lines[1].text
 
 
@@ -411,7 +411,7 @@ def test_a_different_batch_size_is_logged(single: Make, tmp_path: Path) -> None:
     """The log explains the effect of a different batch size."""
     for size, log in (
         (8, None),
-        (4, "with a micro-batch of 8 samples per rank and this run has 4"),
+        (4, "with micro-batches of 8 samples per rank, but this run uses 4"),
     ):
         strategy = single()
         strategy.prepare(Mlp(), dispatch_kwargs={"train_micro_batch_size_per_gpu": size})
@@ -511,7 +511,7 @@ def test_resuming_without_a_checkpoint_starts_from_scratch(single: Make) -> None
     strategy = ready(single)
     lines = Lines(strategy)
     assert strategy.load_or_resume(resume=True) is None
-    assert "Found no checkpoint" in lines.text
+    assert "No checkpoint found" in lines.text
 
 
 def test_an_incomplete_checkpoint_is_not_resumed(single: Make, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_resume_param_scheduler_false_continues_with_the_configured_schedule(mak
         resume_param_scheduler=False,
     )
     assert rates == [cosine(position, 2 * EPOCH, 0.2) for position in range(EPOCH, 2 * EPOCH)]
-    assert "of this run apply from epoch 1, iteration 7" in log
+    assert "of this run's configuration from epoch 1, iteration 7" in log
     assert "go on as the checkpoint has them" not in log
 
 

@@ -24,7 +24,7 @@ def test_a_partial_section_is_refused(make_runner: MakeRunner, missing: str):
 def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
     """Parameter schedulers without an optimizer are refused, because they would have nothing to schedule."""
     nothing = dict.fromkeys(TRAINING)
-    with pytest.raises(ConfigValueError, match="param_scheduler requires an optim_wrapper"):
+    with pytest.raises(ConfigValueError, match="param_scheduler was specified without optim_wrapper"):
         make_runner(**nothing, param_scheduler={"type": "ExponentialLR", "gamma": 0.5})
 
 

@@ -22,10 +22,10 @@ class EngineModule(nn.Module):
 
     Args:
         unwrapped: the model.
-        holder: the model, or the engine's wrapper around it.
+        holder: the model, or the engine's wrapper around the model.
         engine: the name of the engine in error messages.
-        training_forward: called for ``self(...)`` in a training step; calls the model.
-        eval_forward: called for ``self(...)`` in an evaluation step; calls the model.
+        training_forward: runs the forward pass when a training step calls ``self(...)``.
+        eval_forward: runs the forward pass when an evaluation step calls ``self(...)``.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class EngineModule(nn.Module):
         """Train on one micro-batch; see the model's ``train_step``.
 
         Raises:
-            PlacementError: if the step of the model did not call ``self(...)``, so that the engine saw no forward pass.
+            PlacementError: if the model's step did not call ``self(...)``, so the engine did not run the forward pass.
         """
         with redirect_forward(self.unwrapped, self) as redirection:
             outputs: dict[str, Tensor] = self._model.train_step(data, optim_wrapper=optim_wrapper)
         if not redirection.called:
             raise PlacementError(
-                f"{type(self.unwrapped).__name__}.train_step reached the model's parameters without calling self(...), so "
-                f"{self._engine} saw no forward pass. Call self(...) for the forward pass."
+                f"{type(self.unwrapped).__name__}.train_step used the model's parameters without calling self(...), so "
+                f"{self._engine} did not run the forward pass. Call self(...) for the forward pass."
             )
         return outputs
 

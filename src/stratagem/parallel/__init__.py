@@ -1,4 +1,4 @@
-"""Placements, which distribute a model and its gradients over devices and ranks."""
+"""Placements distribute a model and its gradients across devices and ranks."""
 
 from stratagem.parallel.ddp import DDP_OPTIONS, Replica, Replicated
 from stratagem.parallel.placement import AnyOptim, Placed, Placement, Steps

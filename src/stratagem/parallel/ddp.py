@@ -25,7 +25,7 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["DDP_OPTIONS", "Replica", "Replicated"]
 
-# Arguments that the placement sets.
+# Arguments of DistributedDataParallel that the placement sets.
 _OWN_OPTIONS = {"self", "module", "device_ids", "output_device", "process_group", "device_mesh"}
 DDP_OPTIONS = tuple(name for name in inspect.signature(DistributedDataParallel).parameters if name not in _OWN_OPTIONS)
 # Since torch 2.13, broadcast_buffers is its deprecated name.
@@ -42,8 +42,8 @@ _TWO_PASSES = ("mark a variable ready only once", "undefined, but still allreduc
 class Replica(DistributedDataParallel):
     """A ``DistributedDataParallel`` that trains with the ``train_step`` of its model.
 
-    In the step, calls to ``self(...)`` go through ``DistributedDataParallel``, so gradients are synchronized. Otherwise
-    ``self`` is the model. Attributes that the replica does not have are looked up in the model.
+    In the step, calls to ``self(...)`` go through ``DistributedDataParallel``, so that gradients are synchronized.
+    Outside the step, ``self`` is the model. Attributes that the replica lacks are looked up on the model.
     """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
@@ -77,10 +77,10 @@ class Replica(DistributedDataParallel):
             f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else ""
         )
         return (
-            f"{type(self.module).__name__} did not use all its parameters for the loss of the last iteration, and DDP waits "
-            f"for the gradient of each. Unused: {listed} ({len(names)} of {len(trainable)}). If this is intended, set "
-            "strategy=dict(type='DDPStrategy', find_unused_parameters=True); otherwise freeze them with requires_grad_(False), "
-            "or make the loss depend on them."
+            f"{type(self.module).__name__} did not use all its parameters for the loss of the last iteration, but DDP "
+            f"waits for the gradients of all parameters. Unused: {listed} ({len(names)} of {len(trainable)}). If this "
+            "is intended, set strategy=dict(type='DDPStrategy', find_unused_parameters=True); otherwise freeze them "
+            "with requires_grad_(False), or make the loss depend on them."
         )
 
     def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
@@ -99,15 +99,15 @@ class Replica(DistributedDataParallel):
             if not any(text in str(error) for text in _TWO_PASSES):
                 raise
             raise PlacementError(
-                f"{type(self.module).__name__}.train_step started a backward pass before DDP had the gradients of all parameters "
-                "from the previous one. If the step computes several losses and each reaches only some parameters, add them "
-                "and call backward once: optim_wrapper.update_params(loss_1 + loss_2). The error above lists other causes, such "
-                "as reentrant checkpoints."
+                f"{type(self.module).__name__}.train_step started a backward pass before DDP received the gradients of "
+                "all parameters from the previous backward pass. If the step computes several losses and each reaches "
+                "only some parameters, add them and call backward once: optim_wrapper.update_params(loss_1 + loss_2). "
+                "The error above lists other causes, such as reentrant checkpoints."
             ) from error
         if not redirection.called:
             name = type(self.module).__name__
             raise PlacementError(
-                f"{name}.train_step reached the model's parameters without calling self(...), so DDP did not synchronize "
+                f"{name}.train_step used the model's parameters without calling self(...), so DDP did not synchronize "
                 "gradients and the ranks would diverge. Call self(...) for the forward pass, or wrap each submodule "
                 "separately: DDPStrategy(model_wrapper='separate')."
             )
@@ -127,7 +127,7 @@ class Replicated(Placement):
     """Places a replica of the model on each rank.
 
     Args:
-        logger: logs conversions of layers.
+        logger: the logger for conversions of layers.
         sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm; None leaves them unchanged.
         separate: whether each trainable child module is wrapped separately. A model with several optimizers needs this if
             a step uses only some of its parts.
@@ -176,7 +176,8 @@ class Replicated(Placement):
                 "compile: target='train_step' cannot be used under DDP, because it bypasses DDP's forward hooks. Use "
                 "target='forward'."
             )
-        # On the unwrapped model: the rules for parameter groups refer to its parameter names.
+        # Build the optimizer on the unwrapped model, because the rules for parameter groups refer to its parameter
+        # names.
         optim = steps.make_optim(model) if steps.make_optim else None
         return Placed(
             model=self._wrap_children(model, world) if self._separate else self._wrap(model, world), optim=optim
@@ -196,7 +197,7 @@ class Replicated(Placement):
                 f"model_wrapper='separate' wraps each child module, but {type(model).__name__} has trainable parameters "
                 f"outside of them ({', '.join(own[:5])}). Move them into a child module, or their gradients are not synchronized."
             )
-        # A second view of the model contains the replicas as children. The original model keeps its children and parameter
+        # A shallow copy of the model has the replicas as children. The original model keeps its children and parameter
         # names.
         view = copy.copy(model)
         view.__dict__["_modules"] = {name: self._wrap(child, world) for name, child in model.named_children()}
@@ -222,7 +223,7 @@ class Replicated(Placement):
     def _sync_context(self, model: nn.Module, sync: bool) -> AbstractContextManager[object]:
         if sync:
             return NO_CONTEXT
-        # The model's step passes the model itself, not the replica that wraps it.
+        # The model's step passes the model itself instead of the replica that wraps it.
         wrapped = self._replicas.get(model, model)
         if isinstance(wrapped, DistributedDataParallel):
             return cast("AbstractContextManager[object]", wrapped.no_sync())

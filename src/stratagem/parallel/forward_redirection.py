@@ -15,13 +15,13 @@ __all__ = ["redirect_forward"]
 
 @final
 class redirect_forward:  # noqa: N801 -- a context manager, used like a function
-    """Inside the ``with`` block ``module(...)`` calls ``target``; calls to ``module(...)`` by the target are not redirected.
+    """Redirect calls of ``module(...)`` to ``target`` inside the ``with`` block, except calls by the target itself.
 
     The ``train_step`` of a model can then call ``self(...)`` to run the wrapper around the model.
 
     Args:
         module: the model.
-        target: called instead, such as a ``DistributedDataParallel`` around the model.
+        target: the callable to call instead, such as a ``DistributedDataParallel`` around the model.
 
     Attributes:
         called: whether ``module(...)`` was called in the block.

@@ -1,4 +1,4 @@
-"""Gradients that a backward pass left on one rank because DistributedDataParallel did not average them."""
+"""Average gradients that ``DistributedDataParallel`` did not average."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LocalGradients:
     calls ``backward`` for each of two losses, are only added on each rank.
 
     Args:
-        replica: a ``DistributedDataParallel``, in whose ``parameters`` the gradients are.
+        replica: the ``DistributedDataParallel`` whose parameters have the gradients.
 
     Attributes:
         held: whether gradients were held back on purpose (``no_sync``); the next averaging pass includes them.
@@ -103,7 +103,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], group: Any) -> None:
     some = list(parameters)
     if not some:
         return
-    # 0 for none, 1 for a dense and 2 for a sparse gradient.
+    # 0 for no gradient, 1 for a dense gradient and 2 for a sparse gradient.
     kinds = torch.tensor(
         [0 if each.grad is None else 1 + int(each.grad.is_sparse) for each in some], device=some[0].device
     )

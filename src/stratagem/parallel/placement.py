@@ -93,11 +93,11 @@ class Placement(ABC):
         """Rebind the parameters of optimizers that were built before placement to the placed ones.
 
         Raises:
-            PlacementError: if that is not possible.
+            PlacementError: if the optimizers cannot be rebound.
         """
 
     def gradient_policy(self, model: nn.Module, *, accumulates: bool) -> GradientPolicy:
-        """Return how the gradients of the placed model are synchronized; the same for each of its optimizers.
+        """Return the gradient policy of the placed model, which all its optimizers share.
 
         Args:
             model: the placed model.
@@ -111,7 +111,7 @@ class Placement(ABC):
         """Record that a checkpoint restored this rank's gradients of an accumulation window."""
 
     def global_numel(self, parameter: nn.Parameter) -> int:
-        """Return the number of elements of a parameter of the placed model, over all ranks that share it."""
+        """Return the total number of elements of a parameter of the placed model, including shards on other ranks."""
         return parameter.numel()
 
     @abstractmethod

@@ -1,7 +1,8 @@
-"""Strategies, which determine where and how a run executes. Replacing one with another changes nothing else in a configuration.
+"""Strategies: where and how a run executes.
 
-The strategies for engines are defined in :mod:`stratagem.engines`, which depends on this package. They can be imported from
-here as well and are loaded on first use.
+Switching to a different strategy requires no other change to a configuration. The strategies for engines are defined in
+:mod:`stratagem.engines`, which depends on this package. They can be imported from here as well and are loaded on first
+use.
 """
 
 from importlib import import_module

@@ -62,11 +62,12 @@ class BaseStrategy(ABC):
             (``seed``, ``diff_rank_seed``, ``deterministic``).
         log_kwargs: arguments of :meth:`build_logger`.
         auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the ratio of the
-            actual batch size to ``base_batch_size`` (``"linear"``, the default), or by its square root (``"sqrt"``).
+            actual batch size to ``base_batch_size`` (``"linear"``, the default) or by the square root of this ratio
+            (``"sqrt"``).
 
     Raises:
         WorkDirError: if ``work_dir`` cannot be created or written to.
-        ConfigKeyError: if one of the mappings has an unknown key.
+        ConfigKeyError: if one of these mappings contains an unknown key.
         LaunchError: if the given launcher did not start this process.
     """
 
@@ -115,7 +116,7 @@ class BaseStrategy(ABC):
 
     @property
     def experiment_name(self) -> str:
-        """The name of the run followed by the timestamp, or only the timestamp."""
+        """The name of the run followed by the timestamp; only the timestamp if the run has no name."""
         return self._experiment_name
 
     @property
@@ -179,7 +180,7 @@ class BaseStrategy(ABC):
         return True
 
     def global_numel(self, parameter: nn.Parameter) -> int:
-        """Return the number of elements of a parameter of the placed model, over all ranks that share it."""
+        """Return the total number of elements of a parameter of the placed model, including shards on other ranks."""
         return parameter.numel()
 
     @property
@@ -189,7 +190,7 @@ class BaseStrategy(ABC):
 
     @property
     def randomness(self) -> dict[str, Any]:
-        """A copy of the randomness settings, with the seed in use."""
+        """A copy of the randomness settings, including the seed in use."""
         return {**self._env.randomness, "seed": self._seed}
 
     @property
@@ -278,8 +279,9 @@ class BaseStrategy(ABC):
         micro_batch = RunLength.parse(self.dispatch_kwargs).train_micro_batch_size_per_gpu
         if micro_batch is None:
             raise ConfigValueError(
-                "auto_scale_lr requires dispatch_kwargs['train_micro_batch_size_per_gpu'], the number of samples that a rank "
-                "processes in one iteration."
+                "auto_scale_lr requires the batch size per rank. Set "
+                "dispatch_kwargs['train_micro_batch_size_per_gpu'] to the number of samples that a rank processes in "
+                "one iteration."
             )
         for done in self._auto_scale_lr.apply(self.optim_wrapper, world_size=self.dp_size, micro_batch=micro_batch):
             self.logger.info(done)
@@ -288,7 +290,7 @@ class BaseStrategy(ABC):
         """Return the logger of the run. By default it appends to ``<log_dir>/<timestamp>.log``.
 
         Raises:
-            ConfigKeyError: if :class:`~stratagem.logging.Logger` does not have one of the arguments.
+            ConfigKeyError: if :class:`~stratagem.logging.Logger` does not accept one of the arguments.
         """
         refuse_unknown(kwargs, _LOGGER_KEYS, "log_kwargs")
         settings: dict[str, Any] = {
@@ -495,9 +497,9 @@ class BaseStrategy(ABC):
         latest checkpoint under ``work_dir``; without either, do nothing. ``load_from`` without ``resume`` loads the weights
         only.
 
-        With ``resume_param_scheduler=False`` schedules and optimizer options come from this run's configuration and continue
-        from the position of the checkpoint; the optimizer state is restored. See :meth:`load_checkpoint` and :meth:`resume`
-        for ``callback`` and ``new_parameters``.
+        With ``resume_param_scheduler=False``, schedules and optimizer options are taken from this run's configuration
+        and continue from the position of the checkpoint. The optimizer state is restored in both cases. See
+        :meth:`load_checkpoint` and :meth:`resume` for ``callback`` and ``new_parameters``.
         """
         how = Resuming(
             callback=callback,
@@ -513,7 +515,7 @@ class BaseStrategy(ABC):
         return how.resume_latest(self) if load_from is None else how.resume(self, load_from)
 
     def _log_restored(self, differences: Iterable[str]) -> None:
-        """Log which values in the checkpoint replace values in this run's configuration."""
+        """Log the configured values that were overridden by the checkpoint."""
         lines = list(differences)
         if lines:
             self.logger.warning(
@@ -547,8 +549,8 @@ def _make_folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WorkDirError(
-            f"work_dir: {path} cannot be created: {error.strerror}. Choose another with --work-dir."
+            f"work_dir: {path} cannot be created: {error.strerror}. Choose a different directory with --work-dir."
         ) from error
     if not os.access(path, os.W_OK | os.X_OK):
-        raise WorkDirError(f"work_dir: {path} cannot be written to. Choose another with --work-dir.")
+        raise WorkDirError(f"work_dir: {path} is not writable. Choose a different directory with --work-dir.")
     return path

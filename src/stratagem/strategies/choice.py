@@ -33,13 +33,13 @@ def choose_strategy(
         launcher: the launcher that started the processes; inferred if None.
         work_dir: the work directory of the run; ``work_dirs`` by default.
         experiment_name: the name of the run.
-        env_cfg: further ``env_kwargs`` of the strategy.
+        env_cfg: additional ``env_kwargs`` for the strategy.
         randomness: the seed and the other randomness settings.
-        auto_scale_lr: the rule that scales learning rates with the batch size.
-        log_level: the level of the logger.
+        auto_scale_lr: how learning rates are scaled with the batch size; see :class:`BaseStrategy`.
+        log_level: the logging level.
 
     Raises:
-        ConfigValueError: if the strategy is already built, so that other arguments would be ignored.
+        ConfigValueError: if the strategy is already built and other arguments would therefore be ignored.
         ConfigTypeError: if the configuration builds something other than a strategy.
     """
     given = {

@@ -87,7 +87,9 @@ class ComposedStrategy(BaseStrategy):
         if self.param_schedulers_or_none is not None:
             param_scheduler = None
         if param_scheduler is not None and optim_wrapper is None and self.optim_wrapper_or_none is None:
-            raise ConfigValueError("param_scheduler requires an optim_wrapper, and none was given.")
+            raise ConfigValueError(
+                "param_scheduler was specified without optim_wrapper. Specify both, or omit param_scheduler."
+            )
         if self.model_or_none is None:
             self.dispatch_kwargs.update(run_length)
             self._place(model, optim_wrapper, compile)
@@ -133,8 +135,9 @@ class ComposedStrategy(BaseStrategy):
             if wrapper.accumulative_counts > 1:
                 if run_length.max_iters is None:
                     raise ConfigValueError(
-                        f"accumulative_counts={wrapper.accumulative_counts} requires dispatch_kwargs['max_iters'], the number of "
-                        "micro-batches in the run: the last window may be shorter and is averaged over its own length."
+                        f"accumulative_counts={wrapper.accumulative_counts} requires dispatch_kwargs['max_iters'], the "
+                        "number of micro-batches in the run, because the last accumulation window may be shorter than "
+                        "the others."
                     )
                 wrapper.initialize_count_status(self.model, run_length.cur_iter, run_length.max_iters)
             wrapper.gradient_policy = policy
@@ -142,7 +145,7 @@ class ComposedStrategy(BaseStrategy):
         try:
             self._scale_lr()
         except StratagemError:
-            # A second prepare must rebuild the wrapper instead of training with learning rates that were not scaled.
+            # A second call of prepare() must rebuild the wrapper, because its learning rates were not scaled.
             BaseStrategy.optim_wrapper.clear(self)
             raise
 
@@ -232,8 +235,8 @@ class ComposedStrategy(BaseStrategy):
         report = self.load_model_state_dict(state, strict=True, allow_missing=new_parameters)
         if report.missing:
             self.logger.warning(
-                "New parameters keep their initial values and have no optimizer state: %s. All other parameters are restored, "
-                "but losses are not comparable with those of the saved model.", ", ".join(report.missing),
+                "New parameters keep their initial values and have no optimizer state: %s. All other parameters were "
+                "restored, but the loss is not comparable to that of the saved model.", ", ".join(report.missing),
             )  # fmt: skip
         write_per_rank_buffers(checkpoint.get("buffers") or {}, self.unwrap_model(), self.world)
         if "optimizer" in parts:
@@ -249,7 +252,7 @@ class ComposedStrategy(BaseStrategy):
         meta = checkpoint.get("meta") or {}
         self._compare_runs(meta)
         self._resume_accumulation(meta)
-        # Must be last: nothing after it may draw a random number.
+        # Restore the random state last, since no random numbers may be drawn afterwards.
         self._resume_randomness(checkpoint, meta)
         return {key: value for key, value in checkpoint.items() if key not in used}
 
@@ -308,7 +311,7 @@ class ComposedStrategy(BaseStrategy):
         return checkpoint
 
     def _accumulation_part(self, optim: AnyOptim) -> StateTree:
-        """Return the checkpoint part with the gradients of an incomplete accumulation window, if there is one. Collective."""
+        """Return the gradients of an incomplete accumulation window as a part of the checkpoint. Collective."""
         window = (
             gather_accumulation_state(optim, self.unwrap_model(), self.world) if self._placement.has_gradients else None
         )
@@ -334,7 +337,7 @@ class ComposedStrategy(BaseStrategy):
             "seed": self.seed,
             "time": time.strftime("%Y%m%d_%H%M%S"),
             "stratagem": __version__,
-            # torch.load(weights_only=True) refuses the class of torch.__version__, so it is converted to str.
+            # torch.load(weights_only=True) rejects torch.__version__, which is a subclass of str, so convert it to str.
             "torch": str(torch.__version__),
             "strategy": type(self).__name__,
             "world_size": self.world_size,
@@ -359,14 +362,15 @@ class ComposedStrategy(BaseStrategy):
         size, micro = meta.get("world_size"), meta.get("train_micro_batch_size_per_gpu")
         if size is not None and size != self.world_size:
             self.logger.warning(
-                "The checkpoint was saved by %s ranks and this run has %d: parameters, optimizers and schedules are restored "
-                "exactly, but the global batch size and the random numbers of each rank differ.", size, self.world_size,
+                "The checkpoint was saved by %s ranks, but this run has %d. Parameters, optimizers and schedules are "
+                "restored exactly, but the global batch size and the random numbers of each rank differ.", size, self.world_size,
             )  # fmt: skip
         own = self.dispatch_kwargs.get("train_micro_batch_size_per_gpu")
         if None not in (micro, own) and micro != own:
             self.logger.warning(
-                "The checkpoint was saved with a micro-batch of %s samples per rank and this run has %s: epochs have a "
-                "different number of iterations, and schedules by iteration advance differently per sample.", micro, own,
+                "The checkpoint was saved with micro-batches of %s samples per rank, but this run uses %s. The number "
+                "of iterations per epoch changes, and schedules that advance by iteration advance at a different rate "
+                "per sample.", micro, own,
             )  # fmt: skip
 
     def _resume_accumulation(self, meta: Mapping[str, Any]) -> None:
@@ -374,7 +378,8 @@ class ComposedStrategy(BaseStrategy):
         run_length = RunLength.parse(self.dispatch_kwargs)
         optim = self.optim_wrapper_or_none
         for wrapper in optim.each().values() if optim is not None else ():
-            # A run that no longer accumulates must also warn if it cannot complete a saved window.
+            # Also needed if this run does not accumulate gradients, to warn about a saved accumulation window that it
+            # cannot complete.
             resumed_alone = wrapper.accumulative_counts == 1 and wrapper.inner_count > 0
             if resumed_alone or (wrapper.accumulative_counts > 1 and run_length.max_iters is not None):
                 done = wrapper.inner_count or int(meta.get("iter", 0))
@@ -387,22 +392,25 @@ class ComposedStrategy(BaseStrategy):
         if isinstance(seed, int) and seed != self._seed:
             if self._env.seed_given:
                 self.logger.warning(
-                    "The seed of the checkpoint is %d and the seed of this run is %d. The run uses the one of the checkpoint, "
-                    "because the data order depends on it.", seed, self._seed,
+                    "The checkpoint was saved with seed %d, but this run was started with seed %d. Using the seed of "
+                    "the checkpoint, because the data order depends on it.", seed, self._seed,
                 )  # fmt: skip
             self._seed = seed
         generators = checkpoint.get("generators")
         state = generators.get(str(self.rank)) if isinstance(generators, Mapping) else None
         if state is None:
             self.logger.warning(
-                "The checkpoint contains no random generator state for rank %d; its generators are seeded again.",
+                "The checkpoint does not contain the random states of rank %d. Seeding its random number generators "
+                "again.",
                 self.rank,
             )
             return
         unknown = restore_generator_state(state)
         if unknown:
             self.logger.warning(
-                "The checkpoint contains no random generator state for %s; these generators are seeded again.", unknown
+                "The checkpoint does not contain the random states of %s. Seeding these random number generators "
+                "again.",
+                unknown,
             )
 
 
@@ -410,7 +418,7 @@ def _part(checkpoint: StateTree, key: str, filename: str | os.PathLike[str]) -> 
     if key not in checkpoint:
         argument = "resume_optimizer" if key == "optimizer" else "resume_param_scheduler"
         raise CheckpointMismatchError(
-            f"{os.fspath(filename)} has no {key!r}, so the run cannot be resumed exactly. Load only its weights with "
+            f"{os.fspath(filename)} does not contain {key!r}, so the run cannot be resumed exactly. Load only its weights with "
             f"load_from, or resume with {argument}=False."
         )
     return checkpoint[key]

@@ -22,8 +22,9 @@ class DDPStrategy(ComposedStrategy):
     """Trains with ``DistributedDataParallel``: each rank has a replica of the model, and gradients are averaged.
 
     Args:
-        model_wrapper: ``"whole"`` (the default), or ``"separate"`` to wrap each child module separately, for models with
-            several optimizers; or a mapping with one of them as its ``type`` and options of ``DistributedDataParallel``.
+        model_wrapper: ``"whole"`` (the default), or ``"separate"`` to wrap each child module separately, for models
+            with several optimizers; or a mapping with one of these values as ``type`` and options of
+            ``DistributedDataParallel``.
         sync_bn: ``"torch"`` converts BatchNorm layers to SyncBatchNorm.
         ddp_kwargs: options of ``DistributedDataParallel``, such as ``find_unused_parameters``, ``static_graph``,
             ``gradient_as_bucket_view`` and ``broadcast_buffers``, which can also be passed as arguments.

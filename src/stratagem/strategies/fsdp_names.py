@@ -13,7 +13,7 @@ __all__ = ["from_model_wrapper", "state_of"]
 _TYPES: Final = ("MMFullyShardedDataParallel", "FullyShardedDataParallel")
 _SAME: Final = {"mixed_precision": "mixed_precision", "ignored_modules": "ignored", "ignored_parameters": "ignored"}
 _SHARDING: Final = {"FULL_SHARD": None, "SHARD_GRAD_OP": False}
-# Options that are always enabled here, with the values that are accepted.
+# Options that cannot be changed here, with the only accepted values.
 _ALWAYS: Final = {
     "use_orig_params": True,
     "backward_prefetch": "BACKWARD_PRE",
@@ -22,8 +22,7 @@ _ALWAYS: Final = {
     "forward_prefetch": False,
 }
 _REPLACED: Final = {
-    "process_group": "the ranks are arranged by replicate=... and tp=...",
-    "device_mesh": "the ranks are arranged by replicate=... and tp=...",
+    "process_group": "device meshes are configured with replicate=... and tp=...",
     "param_init_fn": "the model initializes its own weights, see initial_weights=...",
     "device_id": "the device is that of the local rank",
     **{name: f"FSDPStrategy always uses {name}={value!r}" for name, value in _ALWAYS.items()},

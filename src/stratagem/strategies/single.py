@@ -25,7 +25,7 @@ class SingleDeviceStrategy(ComposedStrategy):
     def _make_placement(self) -> Placement:
         if self.world_size > 1:
             raise PlacementError(
-                f"SingleDeviceStrategy was started with {self.world_size} processes, each of which would train a separate "
+                f"SingleDeviceStrategy was used with {self.world_size} processes, each of which would train a separate "
                 "model. Use DDPStrategy, or start a single process."
             )
         return OnDevice(self.logger)

@@ -1,11 +1,14 @@
 """Patches that let ColossalAI 0.5.0 train on the CPU.
 
-The library can train on the CPU, but requires an accelerator in four places. These are patched in the current process:
+The library can train on the CPU, but a few places assume an accelerator. The following are patched in the current
+process:
 
-1. ZeRO uses streams, which the library's CPU accelerator does not have: :class:`HostAccelerator` has streams that do nothing.
+1. ZeRO uses streams, which the library's CPU accelerator lacks. :class:`HostAccelerator` provides streams without
+   effect.
 2. ``LowLevelZeroOptimizer`` asserts that the accelerator is CUDA or NPU. Its other check, that all parameters have the same
    dtype, is preserved.
-3. The C++ kernel of CPUAdam and HybridAdam can only be built with CUDA: :class:`TorchAdamKernel` does the same in torch.
+3. The C++ kernel of CPUAdam and HybridAdam can only be built with CUDA. :class:`TorchAdamKernel` implements the same
+   update in torch.
 4. Communication cannot overlap with computation; see ``overlap_communication`` in :mod:`plugins <.plugins>`.
 """
 
@@ -59,7 +62,7 @@ class HostAccelerator(CpuAccelerator):
         """Return immediately."""
 
     def empty_cache(self) -> None:
-        """Do nothing: there is no cache."""
+        """Do nothing, since the CPU has no cache to empty."""
 
     def Stream(self, device: Any = None, priority: int = 0, **kwargs: Any) -> _Stream:  # noqa: N802 -- the name in ColossalAI
         return _Stream()
@@ -109,7 +112,7 @@ class TorchAdamExtension:
         return True
 
     def assert_compatible(self) -> None:
-        """Do nothing: every CPU is supported."""
+        """Do nothing, since every CPU is supported."""
 
     def load(self) -> SimpleNamespace:
         """Return an object with the attributes of the C++ extension module."""

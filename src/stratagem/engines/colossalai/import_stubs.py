@@ -58,12 +58,12 @@ class _Finder(MetaPathFinder, Loader):
         return _Stub(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Do nothing: a stub has no code."""
+        """Do nothing, since a stub has no code."""
 
 
 @final
 class _Stub(ModuleType):
-    """A module whose attributes are empty classes, created on access, so that ``isinstance`` checks are False."""
+    """A module whose attributes are empty classes, created on access. ``isinstance`` checks with them return False."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

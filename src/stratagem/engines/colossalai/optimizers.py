@@ -32,7 +32,7 @@ Lars = library.Lars
 
 
 def _for_accelerators(optimizer: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """Return an optimizer that requires CUDA; without an accelerator, a class that raises an error when it is built."""
+    """Return the optimizer class, or without an accelerator a subclass that raises an error when it is instantiated."""
     if torch.accelerator.is_available():
         return optimizer
 

@@ -25,8 +25,8 @@ _NO_FSDP: Final = (
     "fully_shard."
 )
 _NO_GEMINI: Final = (
-    "Gemini requires a CUDA device, between which and the host it moves chunks of parameters, and is not tested with this "
-    "strategy. Use plugin='lowlevel-zero', or FSDPStrategy(cpu_offload=True)."
+    "Gemini moves chunks of parameters between a CUDA device and the host, and is not tested with this strategy. Use "
+    "plugin='lowlevel-zero', or FSDPStrategy(cpu_offload=True)."
 )
 # ColossalAI plugins that this strategy does not support.
 _UNSUPPORTED: Final = {
@@ -62,7 +62,7 @@ _PIPELINE: Final = (
 _SEQUENCE: Final = (
     "Sequence parallelism works only in ColossalAI's own models, where ranks process parts of one sample. Omit it."
 )
-_FP8: Final = "It needs 8-bit kernels, which only CUDA devices have. Omit it."
+_FP8: Final = "It requires 8-bit kernels, which are only available for CUDA devices. Omit it."
 # Plugin options that this strategy does not support, with the reasons. Values in _HARMLESS are ignored.
 _REFUSED: Final = {
     **dict.fromkeys(
@@ -76,8 +76,8 @@ _REFUSED: Final = {
         ("sp_size", "enable_sequence_parallelism", "sequence_parallelism_mode", "inner_ring_size"), _SEQUENCE
     ),
     **dict.fromkeys(("use_fp8", "fp8_communication"), _FP8),
-    "overlap_allgather": "Weights would be incomplete between steps, when hooks and checkpoints read them. Omit it.",
-    "extra_dp_size": "For replicas of a sharded model, use FSDPStrategy(replicate=...).",
+    "overlap_allgather": "Hooks and checkpoints would read incomplete weights between steps. Omit it.",
+    "extra_dp_size": "To replicate a sharded model, use FSDPStrategy(replicate=...).",
 }  # fmt: skip
 _HARMLESS: Final = {"pp_size": 1, "sp_size": 1, "pp_style": "1f1b", "num_model_chunks": 1, "extra_dp_size": 1}
 _PRECISIONS: Final = ("fp32", "bf16", "fp16")
@@ -118,14 +118,14 @@ def parse_plugin(plugin: Any, mixed_precision: Any) -> Any:
     Raises:
         ConfigTypeError: if ``plugin`` or ``mixed_precision`` has a wrong type.
         ConfigValueError: if the plugin is unknown, or its precision and ``mixed_precision`` differ.
-        ConfigKeyError: if the plugin does not have an option.
+        ConfigKeyError: if the plugin does not have a given option.
         PlacementError: if a plugin or an option is not supported; the message names an alternative.
     """
     if not isinstance(plugin, str | Mapping):
         if mixed_precision is not None:
             raise ConfigValueError(
-                f"mixed_precision={mixed_precision!r} has no effect on a plugin that is already built: {plugin!r}. Build the "
-                "plugin with precision=... instead."
+                f"mixed_precision={mixed_precision!r} has no effect, because this plugin is already built: {plugin!r}. "
+                "Build the plugin with precision=... instead."
             )
         return plugin
     if isinstance(plugin, Mapping):
@@ -167,7 +167,8 @@ def _check_options(kind: str, options: Mapping[str, Any]) -> None:
             )
     if options.get("norm_type", 2.0) != 2.0:
         raise PlacementError(
-            f"plugin: norm_type={options['norm_type']!r} is not supported. ColossalAI clips by the 2-norm. Omit it."
+            f"plugin: norm_type={options['norm_type']!r} is not supported, because ColossalAI only clips by the "
+            "2-norm. Omit it."
         )
 
 

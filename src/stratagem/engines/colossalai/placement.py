@@ -37,7 +37,7 @@ from stratagem.parallel.local_gradients import LocalGradients
 
 __all__ = ["BoostedModel", "ColossalAIPlacement"]
 
-_NO_MODEL: Final = "There is no model yet. Call prepare(model, ...) first."
+_NO_MODEL: Final = "The model has not been prepared yet. Call prepare(model, ...) first."
 
 
 @final
@@ -140,7 +140,7 @@ class ColossalAIPlacement(Placement):
             engine, optimizer, *_ = booster.boost(model, None if settings is None else settings.optimizer)
         self._boosted_model = BoostedModel(booster, model, engine, optimizer)
         self._param_shards = param_shards(model, optimizer)
-        # Hooks that read or write the model's weights need complete master weights there.
+        # Hooks may only read or write the model's weights if these are the complete master weights.
         self.params_are_master_weights = not self.has_master_weights and not self.uses_tensor_parallel
         self.params_accept_writes = all(shard.master is shard.working for shard in self._param_shards.values())
         if isinstance(plugin, HybridParallelPlugin) and traits.tp_size > 1:
@@ -150,7 +150,7 @@ class ColossalAIPlacement(Placement):
         if traits.zero_stage < 2:
             # In stage 2, each rank keeps only its shard of the gradients, so they are reduced in each micro-batch.
             self._no_sync = partial(booster.no_sync, engine, optimizer)
-            # float16 gradients are scaled, and gradients of tensor-parallel layers are sharded, so neither are saved.
+            # float16 gradients are scaled, and gradients of tensor-parallel layers are sharded, so they are not saved.
             self.has_gradients = traits.precision != "fp16" and traits.tp_size == 1
         optim = BoosterOptimWrapper(
             optimizer,

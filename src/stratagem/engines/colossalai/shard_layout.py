@@ -114,9 +114,9 @@ def _box(name: str, parameter: nn.Parameter) -> tuple[torch.Size, TensorBox, int
     world = dist.get_world_size()
     if is_customized_distributed_tensor(parameter) or is_padded_tensor(parameter):
         raise PlacementError(
-            f"The policy shards {name} into interleaved or padded parts, which other strategies could not load. Shard it into "
-            "one block per rank: use separate layers for query, key and value, and a vocabulary size that is divisible by "
-            "tp_size and make_vocab_size_divisible_by."
+            f"The policy shards {name} into interleaved or padded parts, which cannot be loaded with other strategies. "
+            "Shard it into one block per rank: use separate layers for query, key and value, and a vocabulary size "
+            "that is divisible by tp_size and make_vocab_size_divisible_by."
         )
     if not is_distributed_tensor(parameter):
         return parameter.shape, TensorBox.whole(parameter.shape), world

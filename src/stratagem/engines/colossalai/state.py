@@ -27,7 +27,7 @@ from stratagem.strategies.state.state_io import StateAccess
 
 __all__ = ["ColossalAIState"]
 
-# Not elementwise, although it may be a tensor with the shape of a scalar parameter.
+# This value is not elementwise, even if its shape equals that of a scalar parameter.
 _COUNTER: Final = "step"
 
 
@@ -148,9 +148,9 @@ class ColossalAIState(StateAccess):
         if shard.is_full:
             return value
         raise CheckpointError(
-            f"The optimizer's {key} of {shard.name} has shape {list(value.shape)}, and this rank has {shard.count} elements of "
-            f"the parameter's {list(shard.shape)}, so other strategies cannot load it. Use plugin='torch-ddp', or an "
-            "elementwise optimizer such as AdamW."
+            f"The optimizer state {key} of {shard.name} has shape {list(value.shape)}, but this rank has {shard.count} "
+            f"elements of the parameter of shape {list(shard.shape)}. Other strategies cannot load such a state. Use "
+            "plugin='torch-ddp', or an elementwise optimizer such as AdamW."
         )
 
     def _optimizer_shards(self, wrapper: BoosterOptimWrapper) -> list[ParamShard]:

@@ -19,7 +19,7 @@ from stratagem.utils.names import did_you_mean
 
 __all__ = ["PLAN_ATTRIBUTE", "TPPlanPolicy"]
 
-# The attribute that FSDPStrategy(tp=...) uses as well.
+# FSDPStrategy(tp=...) uses the same attribute.
 PLAN_ATTRIBUTE: Final = "tp_plan"
 _LAYERS: Final = {"colwise": Linear1D_Col, "rowwise": Linear1D_Row}
 
@@ -46,7 +46,7 @@ class TPPlanPolicy(Policy):
         self._plan = dict(plan)
 
     def config_sanity_check(self) -> None:
-        """Do nothing: there is no configuration."""
+        """Do nothing, since there is no configuration to check."""
 
     def preprocess(self) -> nn.Module:
         """Return the model unchanged."""

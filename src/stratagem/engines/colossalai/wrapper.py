@@ -33,9 +33,9 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
         param_shards: this rank's shard of each parameter.
         settings: the configured wrapper, whose accumulation and ``nonfinite`` options are adopted.
         no_sync: returns the context manager for a micro-batch whose gradients are not reduced yet.
-        clipping: the clipping for plugins that do not clip themselves.
-        norm_is_logged: whether to compute the gradient norm for the log because the plugin clips.
-        reduces_in_backward: whether the engine only reduces gradients in its own backward pass, as under ZeRO.
+        clipping: the gradient clipping to apply if the plugin does not clip gradients.
+        norm_is_logged: whether to compute the gradient norm only for the log, because the plugin clips the gradients.
+        reduces_in_backward: whether gradients are only reduced if the backward pass is run by the engine, as with ZeRO.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
     def step(self, **kwargs: Any) -> None:
         if self._reduces_in_backward and not self._is_reduced:
             raise StateError(
-                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes of an "
-                "accumulation window, and ColossalAI reduces gradients in the last one. "
-                "Compute them with optim_wrapper.backward(loss) or "
-                "update_params(loss), not loss.backward(), and call step() only if should_update() is True."
+                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes "
+                "of an accumulation window, but ColossalAI only reduces gradients in the last one. Run the backward "
+                "passes with optim_wrapper.backward(loss) or update_params(loss), not loss.backward(), and call "
+                "step() only if should_update() is True."
             )
         if self.gradient_policy.complete is not None:
             self.gradient_policy.complete()
@@ -123,7 +123,8 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
         scaler = self.loss_scaler
-        # A state from a different precision has no loss scale. In that case the configured one is used.
+        # A state that was saved with a different precision contains no loss scale. In that case, the configured loss
+        # scale is kept.
         if scaler is not None and "loss_scaler" in state_dict:
             _load_scaler(scaler, state_dict["loss_scaler"])
 
@@ -132,7 +133,7 @@ class BoosterOptimWrapper(AccumulatingOptimWrapper):
         own = [gradient for _, gradient in gradients]
         if self.weight is not None:
             scale(own, self.weight_factor(micro_batches))
-        # The value is equal on all ranks, so they all make the same decision.
+        # The value is equal on all ranks, so all ranks make the same decision.
         norm = _norm_over_ranks(gradients, own)
         if self._norm_is_logged:
             self.grad_norm = norm if self.loss_scaler is None else norm / self.loss_scaler.scale

@@ -41,7 +41,7 @@ def load_deepspeed(world: World) -> ModuleType:
         MissingDependencyError: if DeepSpeed is not installed.
     """
     if world.device.type == "cpu":
-        # Otherwise DeepSpeed may detect an accelerator that this run does not use.
+        # Without this variable, DeepSpeed may detect an accelerator that this run does not use.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed reads these variables repeatedly, and some launchers do not set them.
     for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.local_rank), ("WORLD_SIZE", world.size)):
@@ -65,7 +65,8 @@ def require_dtype(deepspeed: ModuleType, dtype: torch.dtype | None) -> None:
     """Reject a 16-bit dtype that DeepSpeed does not support on this device.
 
     Raises:
-        ConfigValueError: if the dtype is not supported. On CPUs, DeepSpeed requires float16 instructions for float16.
+        ConfigValueError: if the dtype is not supported. On a CPU, DeepSpeed supports float16 only if the CPU has
+            float16 instructions.
     """
     accelerator = deepspeed.accelerator.get_accelerator()
     is_supported = {torch.float16: accelerator.is_fp16_supported, torch.bfloat16: accelerator.is_bf16_supported}
@@ -92,7 +93,7 @@ def make_engine(
         with _scalars_as_vectors(model) if shards_parameters else _skip_broadcast(model):
             engine = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)[0]
     except (AssertionError, ValueError) as error:
-        raise ConfigValueError(f"DeepSpeed rejects its configuration: {error}") from error
+        raise ConfigValueError(f"DeepSpeed rejected its configuration: {error}") from error
     _refuse_direct_backward(engine)
     return engine
 
@@ -127,7 +128,7 @@ def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
 
 
 def _refuse_direct_backward(engine: Any) -> None:
-    """Make the engine reject backward passes that do not go through it, which would bypass accumulation and loss scaling."""
+    """Make the engine reject backward passes that bypass it, and thus accumulation and loss scaling."""
     begin = engine._backward_prologue
 
     def checked_begin() -> None:

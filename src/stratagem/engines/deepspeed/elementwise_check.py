@@ -30,22 +30,22 @@ _ELEMENTWISE: Final = frozenset(
     }
 )
 _ONE_BIT: Final = (
-    "it compresses gradients to one bit, so that its steps differ from those of a single process, and requires NCCL or MPI. "
-    "Use AdamW, or FusedAdam on accelerators."
+    "it compresses gradients to one bit, so its updates differ from those in a single process, and it requires NCCL "
+    "or MPI. Use AdamW, or FusedAdam on accelerators."
 )
 _REASONS: Final = {
-    "Adagrad": "DeepSpeed builds it again without the options of its groups. Use RMSprop or AdamW, or stage=0.",
-    "Adafactor": "it uses the rows and columns of whole tensors. Use AdamW, stage=0, or FSDPStrategy.",
-    "Muon": "it uses whole matrices. Use AdamW, stage=0, or FSDPStrategy.",
+    "Adagrad": "DeepSpeed rebuilds it without the options of its parameter groups. Use RMSprop or AdamW, or stage=0.",
+    "Adafactor": "its updates depend on whole rows and columns. Use AdamW, stage=0, or FSDPStrategy.",
+    "Muon": "its updates depend on whole matrices. Use AdamW, stage=0, or FSDPStrategy.",
     "LBFGS": "it calls the model several times per update. Use AdamW.",
-    "SparseAdam": "it needs sparse gradients, but those of shards are dense. Use AdamW, or stage=0.",
-    "FusedLamb": "it uses the norms of whole tensors. Use stage=0.",
+    "SparseAdam": "it requires sparse gradients, but the gradients of shards are dense. Use AdamW, or stage=0.",
+    "FusedLamb": "its updates depend on the norms of whole tensors. Use stage=0.",
     "OnebitAdam": _ONE_BIT,
     "OnebitLamb": _ONE_BIT,
     "ZeroOneAdam": _ONE_BIT,
-    "ZeroRedundancyOptimizer": "DeepSpeed already shards the optimizer state. Use the optimizer itself.",
+    "ZeroRedundancyOptimizer": "DeepSpeed already shards the optimizer state. Use the wrapped optimizer directly.",
 }
-# Rejected at every stage.
+# Optimizers that are rejected at every stage.
 _NEVER: Final = frozenset({"LBFGS", "OnebitAdam", "OnebitLamb", "ZeroOneAdam", "ZeroRedundancyOptimizer"})
 
 
@@ -64,7 +64,8 @@ def refuse_by_name(optim_wrapper: Any) -> None:
 def require_elementwise(optimizer: Optimizer, *, stage: int, allow_unknown: bool) -> None:
     """Require that an optimizer computes the same updates under a ZeRO stage as in a single process.
 
-    From stage 1 on, a rank updates parts of tensors in flat buffers, which is only correct for elementwise optimizers.
+    From stage 1 on, each rank updates parts of tensors in flat buffers, which is only correct for elementwise
+    optimizers.
 
     Args:
         optimizer: the optimizer.
@@ -84,6 +85,6 @@ def require_elementwise(optimizer: Optimizer, *, stage: int, allow_unknown: bool
         raise PlacementError(f"{name} cannot be used with DeepSpeed's stage {stage}: {_REASONS[name]}")
     if stage and name not in _ELEMENTWISE and not allow_unknown:
         raise PlacementError(
-            f"{name} is not known to be elementwise, as ZeRO requires from stage 1 on. If it is, set "
-            "config=dict(zero_allow_untested_optimizer=True). Otherwise use stage 0."
+            f"ZeRO requires an elementwise optimizer from stage 1 on, and {name} is not known to be elementwise. If it "
+            "is, set config=dict(zero_allow_untested_optimizer=True). Otherwise use stage 0."
         )

@@ -108,9 +108,9 @@ _REFUSED: Final[Mapping[str, str]] = {
     "sparse_gradients": "gradients are reduced as dense tensors. Omit it.",
     "checkpoint": "use checkpoint_format of DeepSpeedStrategy to select the checkpoint format.",
     "dataloader_drop_last": "use drop_last of train_dataloader.",
-    "aio": "it configures offloading to NVMe, which checkpoints do not support. Use device='cpu'.",
-    "data_efficiency": "the sampler of train_dataloader selects the samples. Omit it.",
-    "curriculum_learning": "the sampler of train_dataloader selects the samples. Omit it.",
+    "aio": "it configures offloading to NVMe, whose state cannot be saved in checkpoints. Use device='cpu'.",
+    "data_efficiency": "samples are selected by the sampler of train_dataloader. Omit it.",
+    "curriculum_learning": "samples are selected by the sampler of train_dataloader. Omit it.",
     "tensorboard": "use the TensorboardHook.",
     "wandb": "use the hooks for logging.",
     "csv_monitor": "logged values are in scalars.json in the log folder. Omit it.",
@@ -119,15 +119,15 @@ _REFUSED: Final[Mapping[str, str]] = {
     "expert_parallel": _PARALLEL,
     "sequence_parallel_size": _PARALLEL,
     "pipeline": _PARALLEL,
-    "hybrid_engine": "it is for inference between steps. Omit it.",
-    "elasticity": "the launcher restarts runs, which can resume on any number of ranks. Omit it.",
-    "autotuning": "it starts separate runs. Omit it.",
+    "hybrid_engine": "it is only used for inference between steps. Omit it.",
+    "elasticity": "Stratagem's launcher restarts runs, which can resume on any number of ranks. Omit it.",
+    "autotuning": "it starts separate runs to tune the configuration. Omit it.",
     "compression_training": "it changes weights outside the optimizer. Omit it.",
     "weight_quantization": "it changes weights outside the optimizer. Omit it.",
     "disable_allgather": "the weights would differ between ranks. Omit it.",
 }
 _REFUSED_INSIDE: Final[Mapping[str, str]] = {
-    "zenflow": "its updates are delayed, so that they differ from those of a single process. Omit it.",
+    "zenflow": "its updates are delayed and therefore differ from those in a single process. Omit it.",
     "zero_hpz_partition_size": "secondary partitions are not saved in checkpoints. Omit it.",
     "zero_quantized_weights": "quantized communication changes the results. Omit it.",
     "zero_quantized_nontrainable_weights": "quantized communication changes the results. Omit it.",
@@ -136,8 +136,8 @@ _REFUSED_INSIDE: Final[Mapping[str, str]] = {
     "legacy_stage1": "DeepSpeed has removed it. Omit it.",
     "cpu_offload": "DeepSpeed has renamed it. Use offload_optimizer=dict(device='cpu').",
     "cpu_offload_params": "DeepSpeed has renamed it. Use offload_param=dict(device='cpu').",
-    "nvme_path": "checkpoints do not support state on NVMe. Use device='cpu'.",
-    "super_offload": "checkpoints do not support its state. Omit it.",
+    "nvme_path": "state on NVMe cannot be saved in checkpoints. Use device='cpu'.",
+    "super_offload": "its state cannot be saved in checkpoints. Omit it.",
     "auto_cast": "use inputs_to_half.",
     "fp16_master_weights_and_grads": "master weights are kept in float32. Omit it.",
     "bf16_master_weights_and_grads": "master weights are kept in float32. Omit it.",
@@ -150,7 +150,7 @@ _OFF: Final[tuple[Any, ...]] = (None, False, {}, {"enabled": False})
 
 
 def check_keys(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the options without unsupported ones that are disabled.
+    """Return the options after removing unsupported options that are disabled.
 
     Raises:
         ConfigKeyError: if DeepSpeed does not have a key; the message suggests the closest one.

@@ -8,7 +8,7 @@ from typing import Any, Final
 __all__ = ["read_loss_scale", "write_loss_scale"]
 
 _FACTOR: Final = 2.0
-# A key that torch's format does not have.
+# This key does not exist in torch's format.
 _HYSTERESIS: Final = "hysteresis"
 
 
@@ -29,7 +29,7 @@ def write_loss_scale(optimizer: Any, state: Mapping[str, Any]) -> None:
     if not _is_dynamic(scaler):
         return
     scaler.cur_scale = float(state["scale"])
-    # Only the difference of the two counters matters.
+    # Only the difference between the two counters matters.
     scaler.last_overflow_iter = -1
     scaler.cur_iter = int(state["_growth_tracker"])
     if _HYSTERESIS in state and _hysteresis(scaler) is not None:

@@ -65,7 +65,10 @@ class MasterWeights(ABC):
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of a complete accumulation window on this rank. If sharded, no element is on two ranks."""
+        """Return this rank's gradients of a complete accumulation window.
+
+        If they are sharded, each element is on a single rank.
+        """
 
     @abstractmethod
     def discard_gradients(self) -> None:
@@ -73,14 +76,14 @@ class MasterWeights(ABC):
 
     @abstractmethod
     def update_model_params(self) -> None:
-        """Copy the master weights to the model's parameters on every rank. Collective."""
+        """Copy the master weights to the model's parameters on all ranks. Collective."""
 
     def needs_forward(self) -> bool:
-        """Return whether the next backward pass requires a forward pass before it."""
+        """Return whether another forward pass is required before the next backward pass."""
         return False
 
     def complete_gradients(self) -> None:  # noqa: B027 -- nothing to do is the usual case
-        """Move the gradients accumulated over several micro-batches to where the step reads them."""
+        """Move the accumulated gradients to the tensors that the step reads."""
 
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply the gradients of a complete accumulation window by a factor."""
@@ -104,7 +107,7 @@ class MasterWeights(ABC):
 
 @final
 class Stage0Params(MasterWeights):
-    """Stage 0 in the dtype of the parameters: the optimizer updates the parameters themselves.
+    """Stage 0 without master weights: the optimizer updates the model's parameters directly.
 
     Args:
         trained: the optimizer's parameters.
@@ -126,7 +129,7 @@ class Stage0Params(MasterWeights):
             each.grad = None
 
     def update_model_params(self) -> None:
-        """Do nothing: the parameters are the master weights."""
+        """Do nothing, since the parameters are the master weights."""
 
 
 @final
@@ -261,7 +264,8 @@ class Stage3MasterWeights(MasterWeights):
     def discard_gradients(self) -> None:
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
-        # Each step reads all partitions, but a partition is only overwritten if its parameter gets a gradient.
+        # Each step reads all partitions, but the backward pass only overwrites the partitions of parameters with
+        # gradients.
         optimizer.grad_partitions_flat_buffer.zero_()
         optimizer._offload_boundary_param_ids = set()
         if optimizer.offload_optimizer:

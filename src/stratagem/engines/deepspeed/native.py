@@ -17,7 +17,7 @@ from stratagem.utils import absolute
 __all__ = ["DeepSpeedFormatWriter"]
 
 _TAG: Final = "state"
-# The parts that DeepSpeed saves itself.
+# The parts of the state tree that DeepSpeed saves.
 _ENGINE_PARTS: Final = frozenset({"state_dict", "optimizer"})
 
 
@@ -35,7 +35,9 @@ class DeepSpeedFormatWriter:
         self._exclude = exclude_frozen_parameters
 
     def __call__(self, tree: StateTree, filename: str | os.PathLike[str], rank_group: RankGroup) -> None:
-        """Write the checkpoint, and publish it by a single rename once every rank has written its part. Collective.
+        """Write the checkpoint, and publish it with a single rename after all ranks have written their parts.
+
+        Collective.
 
         Raises:
             CheckpointError: on every rank, if the checkpoint cannot be written.
@@ -68,7 +70,10 @@ class DeepSpeedFormatWriter:
             rank_group.run_on_rank0(stack.close)
 
     def _describe_optimizer(self, state: StateTree) -> StateTree:
-        """Return the parameter groups, with names for parameters, and the trained parameters' names; DeepSpeed saves neither."""
+        """Return the parameter groups with parameter names, and the names of the trained parameters.
+
+        DeepSpeed saves neither.
+        """
         names = [name for group in state["param_groups"] for name in group["params"]]
         parameters = [each for group in self._optim.groups for each in group.parameters]
         trained = [

@@ -59,8 +59,8 @@ def with_optimizer(optim_wrapper: Any, section: Mapping[str, Any] | None) -> Any
         return optim_wrapper
     if not isinstance(optim_wrapper, Mapping) or "optimizer" in optim_wrapper:
         raise ConfigValueError(
-            f"config specifies an optimizer ({section.get('type')!r}), and so does optim_wrapper. Omit one of them: with "
-            "optim_wrapper=dict(accumulative_counts=...), the one in config is used."
+            f"config specifies an optimizer ({section.get('type')!r}), and so does optim_wrapper. Omit one of them. "
+            "With optim_wrapper=dict(accumulative_counts=...), the optimizer in config is used."
         )
     return {**optim_wrapper, "optimizer": as_optimizer(section)}
 

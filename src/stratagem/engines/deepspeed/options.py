@@ -133,8 +133,8 @@ class Options:
         batch = micro_batch * accumulation * world_size
         if self.global_batch not in (None, batch):
             raise ConfigValueError(
-                f"train_batch_size={self.global_batch}, but that of the run is {batch}: {micro_batch} samples x {accumulation} "
-                f"accumulated x {world_size} ranks. Omit it, or make them equal."
+                f"train_batch_size={self.global_batch}, but the global batch size of the run is {batch}: {micro_batch} "
+                f"samples x {accumulation} accumulated x {world_size} ranks. Omit it, or make them equal."
             )
 
 
@@ -177,7 +177,7 @@ def _read(config: Any) -> Mapping[str, Any]:
         raise ConfigParsingError(f"config: {path}, line {error.lineno}: invalid JSON: {error.msg}.") from error
     if not isinstance(read, Mapping):
         raise ConfigTypeError(f"config: {path} must contain an object with DeepSpeed options, got {read!r}.")
-    # The file is data: the type of its optimizer must not be imported from an arbitrary module.
+    # Mark the values as data, so that an optimizer type cannot import an arbitrary module.
     marked: Mapping[str, Any] = mark_data(read)
     return marked
 

@@ -44,17 +44,18 @@ class DeepSpeedPlacement(Placement):
     """Place a model and its optimizer in DeepSpeed's engine.
 
     Args:
-        logger: logs the ZeRO stage and dtype.
+        logger: the logger for the ZeRO stage and the dtype.
         options: DeepSpeed's options.
         world: this process.
-        micro_batch: returns the number of samples that a rank processes in an iteration, or None if it is unknown.
+        micro_batch: a function that returns the number of samples that a rank processes in an iteration, or None if it
+            is unknown.
 
     Attributes:
         master_weights: the master weights in the engine; None before the engine is created, and without an optimizer.
     """
 
     sharded = True
-    # The engine stores them until the accumulation window is complete.
+    # The engine stores gradients until the accumulation window is complete.
     has_gradients = False
 
     def __init__(
@@ -74,8 +75,8 @@ class DeepSpeedPlacement(Placement):
         model = steps.compile(steps.init_and_sync(model).to(world.device))
         if "train_step" in vars(model):
             raise PlacementError(
-                "compile: target='train_step' cannot be used under DeepSpeed, because it bypasses the hooks of DeepSpeed around "
-                "forward. Use target='forward'."
+                "compile: target='train_step' cannot be used under DeepSpeed, because it bypasses DeepSpeed's forward "
+                "hooks. Use target='forward'."
             )
         if steps.make_optim is None:
             return Placed(model=self._engine_module(self._cast_parameters(model), model))
@@ -99,7 +100,7 @@ class DeepSpeedPlacement(Placement):
         self._restore_originals(originals)
         optim = DeepSpeedEngineOptimWrapper(engine, self.master_weights, settings, groups, dtype=self._options.dtype)
         self._logger.info(
-            "DeepSpeed trains %s: ZeRO stage %d over %d ranks, %s.",
+            "Training %s with DeepSpeed: ZeRO stage %d, %d ranks, %s.",
             type(model).__name__, self._options.stage, world.size, self._options.dtype or "in the dtype of the parameters",
         )  # fmt: skip
         return Placed(model=self._engine_module(model, engine.forward), optim=optim)
@@ -210,5 +211,8 @@ def _remove_frozen(optimizer: Optimizer) -> list[OriginalGroup]:
         group.options["params"] = [each for each in group.parameters if each.requires_grad]
     optimizer.param_groups[:] = [group.options for group in groups if group.options["params"]]
     if not optimizer.param_groups:
-        raise PlacementError("The model has no trainable parameters, so there is nothing to train with DeepSpeed.")
+        raise PlacementError(
+            "The model has no trainable parameters, which DeepSpeed requires. Check requires_grad of the parameters "
+            "and paramwise_cfg."
+        )
     return groups

@@ -162,7 +162,7 @@ class DeepSpeedState(StateAccess):
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return a parameter's full shape; in stage 3, each process holds only a part of it."""
+    """Return the full shape of a parameter, of which each rank has only a shard in stage 3."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -233,7 +233,7 @@ def _write_slots(
         for each, value in values.items():
             shard_range = owners[each]
             part = take_range(value, shard_range.start, shard_range.start + shard_range.count)
-            # An unsharded tensor may have any strides.
+            # The tensor is not sharded and may have any strides.
             target = (
                 flat_slots[key] if shard_range.count == flat_slots[key].numel() else shard_range.of(flat_slots[key])
             )

@@ -34,8 +34,8 @@ _HERE: Final = "stratagem.engines.deepspeed"
 class DeepSpeedStrategy(ComposedStrategy):
     """Trains with DeepSpeed's engine: ZeRO stages 0 to 3, optionally with the optimizer and the parameters offloaded.
 
-    Options can be specified in ``config`` or as arguments. If they are specified in both, they must be equal. The value
-    ``"auto"`` is ignored.
+    Options can be specified in ``config`` or as arguments; if an option is specified in both, the values must be equal.
+    The value ``"auto"`` is treated as if the option was not specified.
 
     Args:
         config: a DeepSpeed configuration: a mapping, or the path of a JSON file.

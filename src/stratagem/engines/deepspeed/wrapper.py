@@ -69,9 +69,9 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         self.engine = engine
         self.clipping = settings.clipping
         self._uses_loss_scale = scales
-        # From stage 1 on, DeepSpeed scales the loss in its backward pass.
+        # From stage 1 on, DeepSpeed multiplies the loss by the loss scale in its backward pass.
         self._scales_loss = scales and not master_weights.sharded
-        # Whether the last backward pass reduced the gradients of the window, so that the step comes next.
+        # Whether the last backward pass reduced the gradients of the accumulation window, so the next call is the step.
         self._is_reduced = False
         self._is_cleared = True
         self._expose_flats()
@@ -99,7 +99,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         if set(options) - {"retain_graph"}:
             raise PlacementError(f"DeepSpeed's backward pass has no option {', '.join(sorted(options))}. Omit it.")
         if self._uses_loss_scale:
-            # In float16, the product with the loss scale would overflow.
+            # Use float32, because the product with the loss scale would overflow in float16.
             loss = loss.float() * (self.engine.optimizer.loss_scale if self._scales_loss else 1.0)
         if not self.pending_micro_batches and not self._is_cleared:
             self.zero_grad()
@@ -115,10 +115,9 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
             raise PlacementError(f"DeepSpeed's step has no option {', '.join(sorted(kwargs))}. Omit it.")
         if not self._is_reduced:
             raise StateError(
-                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes of an "
-                "accumulation window, and DeepSpeed reduces gradients in the last one. "
-                "Call step() only if should_update() is True, as "
-                "update_params(loss) does."
+                f"step() was called after {self.pending_micro_batches} of {self.accumulative_counts} backward passes "
+                "of an accumulation window, but DeepSpeed only reduces gradients in the last one. Call step() only if "
+                "should_update() is True, as update_params(loss) does."
             )
         micro_batches = self.pending_micro_batches
         if micro_batches > 1:
@@ -171,7 +170,10 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
             )
 
     def _check_and_clip(self, micro_batches: int) -> bool:
-        """Scale, check and clip the gradients of the window. Return whether the engine may step with them. Collective."""
+        """Scale, check and clip the gradients of the accumulation window.
+
+        Return whether the engine may step with them. Collective.
+        """
         guard = self.gradient_policy.guard
         if self.weight is not None:
             self.master_weights.scale_gradients(self.weight_factor(micro_batches))
@@ -198,7 +200,7 @@ class DeepSpeedEngineOptimWrapper(AccumulatingOptimWrapper):
         self._expose_flats()
 
     def _expose_flats(self) -> None:
-        """Put the flat tensors into the groups that the engine keeps empty, because other code reads devices from the groups."""
+        """Add the flat tensors to groups that the engine leaves empty, because other code reads devices from the groups."""
         for group in self.groups if self.master_weights.groups_empty_between_steps else ():
             shard_ranges = [
                 self.master_weights.shard_ranges[each]

@@ -33,9 +33,9 @@ class InitialWeights:
 
     Args:
         world: this process.
-        source: the ranks that compute the values. ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every rank
-            computes all values and keeps its shard, without communication. ``"whole"``: every process builds the whole
-            model directly, and rank 0 broadcasts its values; for models that read values while they are built.
+        source: the ranks that compute the values. ``"rank0"``: rank 0 broadcasts them in chunks. ``"per_rank"``: every
+            rank computes all values and keeps its shard, without communication. ``"whole"``: every process builds the
+            whole model directly, and rank 0 broadcasts its values; for models whose constructors read tensor values.
     """
 
     def __init__(self, world: World, source: InitSource) -> None:
@@ -61,13 +61,13 @@ class InitialWeights:
             if "meta" not in str(error).lower():
                 raise
             raise PlacementError(
-                f"The model cannot be built on the meta device: {error}\nFSDPStrategy builds models on torch's meta device, "
-                "where tensors have no values that could be read. Use initial_weights='whole' to build the whole model in "
-                "each process, if it fits in memory."
+                f"The model cannot be built on the meta device: {error}\nFSDPStrategy builds models on torch's meta "
+                "device, where tensors have no values. Use initial_weights='whole' to build the whole model in each "
+                "process, if it fits in memory."
             ) from error
 
     def initialize(self, model: nn.Module, init: Callable[[nn.Module], object]) -> None:
-        """Initialize a model by ``init``; modules on the meta device are first reset with ``reset_parameters()``."""
+        """Initialize a model with ``init``, after calling ``reset_parameters()`` of modules on the meta device."""
         if not any(tensor.is_meta for tensor in model.parameters()):
             init(model)
             return
@@ -85,14 +85,14 @@ class InitialWeights:
         Returns a mapping from names to meta tensors, to pass to :meth:`materialize_into`.
         """
         self._detached = move_to_meta(model)
-        # Detached copies, because the tensors themselves may be given memory in place.
+        # Use detached copies, because memory may be allocated for the tensors in place.
         return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
     def materialize_into(self, model: nn.Module, metas: Mapping[str, Tensor], *, parameters: bool = True) -> None:
         """Write the initial values into the placed model. Collective.
 
         Args:
-            model: has memory for its shards.
+            model: the placed model, with memory allocated for its shards.
             metas: the meta tensors that :meth:`detach_storage` returned.
             parameters: whether to initialize parameters and buffers, or only buffers.
 
@@ -128,8 +128,8 @@ class InitialWeights:
         empty = broadcast_object(empty)
         if empty:
             raise PlacementError(
-                f"{len(empty)} tensors of the model are never initialized: {', '.join(empty[:5])}. Initialize them where the "
-                "model is built or in init_weights(), or load a checkpoint with skip_init_weights=True."
+                f"{len(empty)} tensors of the model are never initialized: {', '.join(empty[:5])}. Initialize them in "
+                "the constructor or in init_weights(), or load a checkpoint with skip_init_weights=True."
             )
 
 

@@ -19,7 +19,7 @@ __all__ = ["checkpoint_activations"]
 
 _KEYS: Final = ("policy", "save_ops", "preserve_rng_state")
 _WHAT: Final = "activation_checkpointing"
-# Operators whose results are expensive to recompute for the memory that they occupy.
+# Operators that are expensive to recompute relative to the memory of their results.
 _COSTLY: Final = (
     "mm",
     "bmm",
@@ -40,7 +40,7 @@ def checkpoint_activations(model: nn.Module, options: Any, default_policy: Any) 
             - ``save_ops``: operators whose results are still stored: names such as ``"mm"``, or ``"costly"`` for
               matrix multiplications and attention;
             - ``preserve_rng_state``: whether dropout draws the same random numbers when it is recomputed (default True).
-        default_policy: the policy by which the model is wrapped.
+        default_policy: the wrap policy of the model.
 
     Raises:
         ConfigKeyError: if an option is unknown.

@@ -50,7 +50,7 @@ class FSDPPlacement(Placement):
     """Shards parameters, gradients and the optimizer state across ranks.
 
     Args:
-        logger: logs what was wrapped.
+        logger: the logger for the names of wrapped modules.
         options: the options of FSDP.
         world: this process.
         diff_rank_rng: whether ranks draw different random numbers in training.
@@ -78,8 +78,8 @@ class FSDPPlacement(Placement):
         self._layout = Layout.divide(world.size, replicate=options.replicate, tp=options.tp)
         if diff_rank_rng and options.tp > 1:
             raise PlacementError(
-                "randomness: with diff_rank_seed=True, ranks of a tensor-parallel group would apply different dropout to the "
-                "same samples. Omit it."
+                "randomness: with diff_rank_seed=True, the ranks of a tensor-parallel group would apply different "
+                "dropout masks to the same samples. Omit it."
             )
         self._diff_rank_rng = diff_rank_rng
         self.full_state = full_state
@@ -151,7 +151,7 @@ class FSDPPlacement(Placement):
                 f"The model is already wrapped, in a {type(model).__name__}. Pass the model itself: the strategy shards it."
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            self._logger.warning("%s has no trainable parameters. It is sharded nevertheless.", type(model).__name__)
+            self._logger.warning("%s has no trainable parameters but will still be sharded.", type(model).__name__)
         if self._options.sync_bn is not None and not torch.accelerator.is_available():
             raise PlacementError(
                 "torch's SyncBatchNorm requires an accelerator, and this run is on the CPU. Omit sync_bn and use BatchNorm, or "
@@ -232,7 +232,7 @@ class FSDPPlacement(Placement):
 
     def _materialize(self, model: nn.Module, metas: Mapping[str, Tensor]) -> None:
         own = generator_state()
-        # Training then continues with the random numbers that follow those drawn for the weights, as in a single process.
+        # As in a single process, training continues from the random state after the weights were drawn.
         restore_generator_state(broadcast_object(own))
         self._weights.materialize_into(model, metas, parameters=not self._options.skip_init_weights)
         restore_generator_state(own if self._diff_rank_rng else broadcast_object(generator_state()))
@@ -247,7 +247,7 @@ class FSDPPlacement(Placement):
                         module._buffers[name] = buffer.to(self._options.precision.buffer_dtype)
 
     def _register_parameters(self, before: Mapping[str, nn.Parameter], model: nn.Module) -> None:
-        """Store the names of the original parameters for :meth:`bind`; add hooks that average unsharded gradients."""
+        """Store the original parameter names for :meth:`bind`, and add hooks that average unsharded gradients."""
         for name, parameter in before.items():
             self._names_before[parameter] = name
         for parameter in model.parameters():
@@ -260,10 +260,10 @@ class FSDPPlacement(Placement):
             all_reduce(parameter.grad, "mean", self.dp_group)
 
     def _reduce_held_gradients(self, model: nn.Module) -> None:
-        """Reduce the gradients that the last backward pass left unreduced. Collective.
+        """Reduce the gradients that the last backward pass did not reduce. Collective.
 
-        This happens if the update comes in the middle of an accumulation window, for example because a step calls
-        ``backward`` without the optimizer wrapper.
+        This is needed if the update takes place in the middle of an accumulation window, for example because a step
+        calls ``backward`` without the optimizer wrapper.
         """
         if self._sync:
             return
@@ -284,7 +284,8 @@ class FSDPPlacement(Placement):
             )
         for path in self._options.forward_methods:
             _register_method(model, path)
-        # torch makes the first module that is called the root. Make it the model, even if a step only calls submodules.
+        # FSDP treats the first module that is called as the root. Make the model the root, even if a step only calls
+        # submodules.
         initialize_fsdp_root(model)
         if self._weights_missing:
             model.register_load_state_dict_post_hook(self._note_loaded)
@@ -307,9 +308,9 @@ class FSDPPlacement(Placement):
                 if "mixed torch.Tensor and DTensor" not in str(error):
                     raise
                 raise PlacementError(
-                    f"{method.__qualname__} used parameters of {unsharded_class(model).__name__} that were not gathered: each "
-                    "rank has only its shard of them. Parameters are gathered when a wrapped module is called. Use "
-                    "self.submodule(...), or list the method in forward_methods=['submodule.method']."
+                    f"{method.__qualname__} used parameters of {unsharded_class(model).__name__} that were not "
+                    "gathered, so each rank only has its shards. Parameters are gathered when a wrapped module is "
+                    "called. Use self.submodule(...), or list the method in forward_methods=['submodule.method']."
                 ) from error
             finally:
                 if not is_training:
@@ -345,8 +346,8 @@ class FSDPPlacement(Placement):
 def _require_fresh(optimizer: Optimizer) -> None:
     if optimizer.state:
         raise PlacementError(
-            f"The {type(optimizer).__name__} has already made steps with the unsharded parameters, and its state cannot be "
-            "sharded. Pass its configuration or a new optimizer, and resume from a checkpoint."
+            f"The {type(optimizer).__name__} has already updated the unsharded parameters, and its state cannot be "
+            "sharded. Pass a configuration or a new optimizer, and resume from a checkpoint."
         )
 
 

@@ -23,7 +23,7 @@ from stratagem.utils.names import did_you_mean
 __all__ = ["PLAN_ATTRIBUTE", "STYLES", "apply_plan"]
 
 PLAN_ATTRIBUTE: Final = "tp_plan"
-# The outputs of a "colwise" layer stay sharded for the "rowwise" layer after it, whose outputs are complete.
+# The outputs of a "colwise" layer stay sharded until the next "rowwise" layer, which returns full outputs.
 STYLES: Final[Mapping[str, Callable[[], ParallelStyle]]] = {
     "colwise": ColwiseParallel,
     "rowwise": RowwiseParallel,
@@ -39,8 +39,8 @@ STYLES: Final[Mapping[str, Callable[[], ParallelStyle]]] = {
 def apply_plan(model: nn.Module, plan: Mapping[str, Any] | None, mesh: DeviceMesh) -> None:
     """Shard the layers that match ``plan`` across the ranks of a one-dimensional mesh.
 
-    Each rank takes its shard from its own values, so these must be equal on all ranks, or not be initialized yet. Not
-    collective.
+    Each rank shards its own values without communication. They must be equal on all ranks, or not be initialized yet.
+    Not collective.
 
     Args:
         model: modified in place. Its attribute ``tp_plan`` is used if ``plan`` is None.

@@ -67,7 +67,7 @@ class AutoScale:
             real = world_size * micro_batch * accumulated
             factor = scale_lr(wrapper, base_batch=self.base_batch, real_batch=real, rule=self.rule)
             whose = f" of {name}" if name else ""
-            root = " (square root)" if self.rule == "sqrt" else ""
+            root = " (the square root of the ratio)" if self.rule == "sqrt" else ""
             done.append(
                 f"Multiplied the learning rates{whose} by {factor:.4g}{root}: the batch size is {real} = {world_size} ranks x "
                 f"{micro_batch} samples x {accumulated} accumulated, and base_batch_size is {self.base_batch}."

@@ -58,13 +58,14 @@ def with_preprocessor(model: Any, data_preprocessor: Any) -> Any:
     """Return the configuration of a model with ``data_preprocessor`` added, unless it is None or the model has one.
 
     Raises:
-        ConfigValueError: if the model is already built, so that the preprocessor would be ignored.
+        ConfigValueError: if the model is already built and the preprocessor would therefore be ignored.
     """
     if data_preprocessor is None:
         return model
     if not isinstance(model, Mapping):
         raise ConfigValueError(
-            "data_preprocessor is added to the configuration of the model, but the model is already built. Pass it to the model."
+            "data_preprocessor cannot be added to a model that is already built. Pass it to the constructor of the "
+            "model."
         )
     return {"data_preprocessor": data_preprocessor, **model}
 
@@ -183,12 +184,14 @@ def load_schedulers(
     """Load one state into each scheduler.
 
     Raises:
-        CheckpointMismatchError: if the number of states differs, or they belong to different optimizers.
+        CheckpointMismatchError: if the number of states differs from the number of schedulers, or the states belong to
+            different optimizers.
     """
     if isinstance(schedulers, dict) != isinstance(states, Mapping):
         here, there = ("several", "one") if isinstance(schedulers, dict) else ("one", "several")
         raise CheckpointMismatchError(
-            f"The schedulers in the checkpoint belong to {there} optimizer(s), those of this run to {here}."
+            f"The schedulers in the checkpoint belong to {there} optimizer(s), but the schedulers of this run belong "
+            f"to {here}."
         )
     if isinstance(schedulers, dict):
         if set(schedulers) != set(states):

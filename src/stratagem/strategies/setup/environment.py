@@ -114,7 +114,7 @@ def set_up_environment(env_kwargs: Mapping[str, Any]) -> Environment:
             randomness=MappingProxyType({**randomness, "seed": seed}),
             notices=settings.notices if stray is None else (*settings.notices, stray),
             seed_given=given is not None,
-            # From here on, close() restores the settings. Before this point, any error does.
+            # From here on, close() restores the settings; up to this point, an exception restores them.
             _undo=undo.pop_all(),
         )
 
@@ -144,7 +144,7 @@ def _keep_determinism(undo: ExitStack) -> None:
 
 
 def _raise_open_files(limit: int, undo: ExitStack) -> None:
-    """Raise the soft limit on open files: data workers and many shards need more than the usual 1,024."""
+    """Raise the soft limit on open files, because data workers and many shards need more than the usual 1,024."""
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise ConfigValueError(f"env_kwargs: resource_limit must be a number of open files, got {limit!r}.")
     if not _HAS_RESOURCE:

@@ -26,7 +26,8 @@ def require_one_config(text: str, shown: str | None = None) -> None:
         shown: the configuration without secrets, for the error message; ``text`` by default.
 
     Raises:
-        LaunchError: on every rank, with the first lines that differ between rank 0 and the first rank that differs.
+        LaunchError: on every rank if the configurations differ. The message shows the first differences between rank 0
+            and the first rank with a different configuration.
     """
     shown = text if shown is None else shown
     text = _ADDRESS.sub("", text)
@@ -36,12 +37,12 @@ def require_one_config(text: str, shown: str | None = None) -> None:
     others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     texts = all_gather_object(_ADDRESS.sub("", shown))
     differences = _difference(texts[0], texts[others[0]]) or (
-        "  They differ in secrets or values from environment variables, which are not shown."
+        "  Only secrets or values from environment variables differ, which are not shown."
     )
     raise LaunchError(
-        f"The configurations of {len(others)} of {len(digests)} ranks differ from that of rank 0. Rank 0 and rank "
-        f"{others[0]}:\n{differences}\n"
-        "Use the same file and the same --set on every rank, without values that depend on the host or the time."
+        f"The configurations of {len(others)} of {len(digests)} ranks differ from the configuration of rank 0. Rank 0 "
+        f"and rank {others[0]}:\n{differences}\nUse the same configuration file and --set options on every rank, and "
+        "avoid values that depend on the host or the time."
     )
 
 

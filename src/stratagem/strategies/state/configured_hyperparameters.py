@@ -12,7 +12,7 @@ from stratagem.parallel import AnyOptim
 
 __all__ = ["ConfiguredHyperparameters", "move_schedulers", "schedule_differences"]
 
-# The options of a group that users configure. Others are internal, or select an implementation.
+# The options of a parameter group that users configure. Other options are internal or select an implementation.
 _CHOSEN: Final = ("lr", "momentum", "betas", "weight_decay", "eps", "nesterov", "amsgrad", "dampening")
 _FIRST: Final = "initial_"
 

@@ -35,7 +35,7 @@ def write_optim(
         allow_missing: patterns of parameter names. Matching parameters may be missing and then start without state.
 
     Raises:
-        CheckpointMismatchError: if it belongs to different optimizers or parameter groups.
+        CheckpointMismatchError: if the state belongs to different optimizers or parameter groups.
     """
     if isinstance(optim, OptimWrapperDict):
         names = list(optim.keys())
@@ -66,15 +66,16 @@ def require_one_optimizer(state: Mapping[str, Any]) -> None:
     """
     if "param_groups" not in state:
         raise CheckpointMismatchError(
-            f"The optimizer state in the checkpoint has {sorted(map(str, state))} and no parameter groups: it belongs to "
-            "several optimizers, but this run has one. Resume with resume_optimizer=False."
+            "The optimizer state in the checkpoint belongs to several optimizers "
+            f"({', '.join(sorted(map(str, state)))}), but this run has one optimizer. Resume with "
+            "resume_optimizer=False."
         )
 
 
 def _own(value: Any, parameter: Tensor) -> Any:
-    """Return a copy of a value, because tensors of a checkpoint are memory-mapped and the optimizer keeps its state.
+    """Return a copy of a value, since the tensors of a checkpoint are memory-mapped and the optimizer keeps the value.
 
-    A moment is sharded like its parameter; each rank reads only its shard.
+    A moment is sharded like its parameter, and each rank reads only its shard.
     """
     if not isinstance(value, Tensor):
         return value

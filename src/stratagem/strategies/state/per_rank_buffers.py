@@ -40,7 +40,7 @@ def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world:
 
 
 def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # Not from the state dict, for which tensor-parallel layers of engines gather their parameters.
+    # Do not use the state dict: tensor-parallel layers of engines would gather their parameters for it.
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and not is_sharded(buffer):

@@ -36,7 +36,7 @@ class Resumable(Protocol):
 
     @property
     def resume(self) -> Callable[..., StateTree]:
-        """Restore everything from a checkpoint."""
+        """Restore the state of the run from a checkpoint."""
 
 
 @final
@@ -66,7 +66,7 @@ class Resuming:
         epoch, iteration = int(meta.get("epoch", 0)), int(meta.get("iter", 0))
         move_schedulers(self.schedulers or [], self.optim, epoch=epoch, iteration=iteration)
         strategy.logger.info(
-            "The configured schedules and optimizer options of this run apply from epoch %d, iteration %d.",
+            "Using the schedules and optimizer options of this run's configuration from epoch %d, iteration %d.",
             epoch,
             iteration,
         )
@@ -83,12 +83,13 @@ class Resuming:
         # Use the list of rank 0, so that all ranks resume from the same checkpoint.
         found = RankGroup.of().run_on_rank0(lambda: list_checkpoints(strategy.work_dir))
         if not found:
-            strategy.logger.info("Found no checkpoint under %s; starting from scratch.", strategy.work_dir)
+            strategy.logger.info("No checkpoint found under %s. Starting from scratch.", strategy.work_dir)
             return None
         runs = {each.run_id for each in found if each.run_id is not None}
         if len(runs) > 1:
             strategy.logger.info(
-                "%s has checkpoints of %d runs. Resuming from the newest, %s; select another with resume=<path>.",
+                "%s has checkpoints of %d runs. Resuming from the newest, %s. To use a different one, set "
+                "resume=<path>.",
                 strategy.work_dir, len(runs), found[0].path.name,
             )  # fmt: skip
         return resume_newest(found, lambda path: self.resume(strategy, path), strategy.logger)
@@ -99,8 +100,8 @@ def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], 
 
     Args:
         found: at least one checkpoint, newest first, the same on every rank.
-        resume: resumes from a path.
-        logger: logs a warning for each skipped checkpoint.
+        resume: a function that resumes from the given path.
+        logger: the logger for warnings about skipped checkpoints.
 
     Raises:
         CheckpointDamagedError: if none is readable.
@@ -115,6 +116,7 @@ def resume_newest(found: Sequence[CheckpointInfo], resume: Callable[[Path], T], 
                 fault = str(error)
         logger.warning("Skipped checkpoint %s: %s", candidate.path, fault)
     raise CheckpointDamagedError(
-        f"None of the {len(found)} checkpoints under {found[0].path.parent} is readable; see the log for the reasons. Specify "
-        "another with resume=<path>, or move them away to start from scratch."
+        f"None of the {len(found)} checkpoints under {found[0].path.parent} is readable; see the log for the reasons. "
+        "Specify a different checkpoint with resume=<path>, or move these checkpoints to another folder to start from "
+        "scratch."
     )
