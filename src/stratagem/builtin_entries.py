@@ -27,7 +27,7 @@ MODELS: Final[Mapping[str, str]] = {
 }
 
 OPTIMIZERS: Final[Mapping[str, str]] = {
-    # Not torch's class, because importing it imports the TorchScript compiler.
+    # Do not use torch's class, because importing it imports the TorchScript compiler.
     "ZeroRedundancyOptimizer": "stratagem.optim.zero_redundancy:ZeroRedundancyOptimizer",
     "DeepSpeedCPUAdam": "deepspeed.ops.adam:DeepSpeedCPUAdam",
     "DeepSpeedCPULion": "deepspeed.ops.lion:DeepSpeedCPULion",
@@ -45,7 +45,7 @@ OPTIMIZERS: Final[Mapping[str, str]] = {
 OPTIM_WRAPPERS: Final[Mapping[str, str]] = {
     "OptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "AmpOptimWrapper": "stratagem.optim.amp:AmpOptimWrapper",
-    # MMEngine's names. The strategy replaces this wrapper with the engine's wrapper.
+    # Aliases for MMEngine's names. The strategy replaces this wrapper with the engine's wrapper.
     "ColossalAIOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
     "DeepSpeedOptimWrapper": "stratagem.optim.optim_wrapper:OptimWrapper",
 }

@@ -31,7 +31,8 @@ _MODEL = Section(registry=MODELS, keys={"data_preprocessor": Section(registry=MO
 _OPTIM_WRAPPER = Section(
     registry=OPTIM_WRAPPERS,
     default_type="OptimWrapper",
-    # Not required here: some strategies create the optimizer themselves. The others report a missing one.
+    # Not required, because some strategies create the optimizer themselves. Other strategies report a missing
+    # optimizer.
     supplied=frozenset({"optimizer"}),
     keys={
         # The ColossalAI and DeepSpeed optimizers name this argument model_params.
@@ -54,7 +55,10 @@ _SCHEDULE = Section(registry=PARAM_SCHEDULERS, supplied=frozenset({"optimizer"})
 
 
 def _is_by_name(value: Any) -> bool:
-    """Return whether a mapping contains named configurations. If it has plain values, it is one misspelled configuration."""
+    """Return whether a mapping contains named configurations.
+
+    A mapping with plain values is a single misspelled configuration.
+    """
     plain = str | int | float | None
     return isinstance(value, Mapping) and "type" not in value and not any(isinstance(v, plain) for v in value.values())
 

@@ -42,7 +42,7 @@ class StratagemError(Exception):
 
 
 class ConfigError(StratagemError):
-    """A configuration, or an argument that takes the same values, is invalid."""
+    """A configuration or an argument is invalid."""
 
     exit_status = 2
 
@@ -82,11 +82,11 @@ class CheckpointError(StratagemError, RuntimeError):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint at the given path."""
+    """No checkpoint exists at the given path."""
 
 
 class CheckpointMismatchError(CheckpointError, ValueError):
-    """A checkpoint is intact but does not fit: its keys, shapes or parameter groups differ."""
+    """A checkpoint is intact but does not match the run: its keys, shapes or parameter groups differ."""
 
 
 class CheckpointDamagedError(CheckpointError):
@@ -96,7 +96,7 @@ class CheckpointDamagedError(CheckpointError):
 
 
 class PlacementError(StratagemError, ValueError):
-    """A strategy does not support what was requested of it."""
+    """A strategy does not support the requested option, model or optimizer."""
 
     exit_status = 2
 
@@ -120,8 +120,8 @@ class WorkDirError(StratagemError, OSError):
 
 
 class TrainingError(StratagemError, RuntimeError):
-    """Training failed: the loss is not a tensor, the model has no parameters, a worker process died."""
+    """Training failed, for example because the loss is not a tensor or a worker process died."""
 
 
 class RankFailedError(StratagemError, RuntimeError):
-    """This rank stops because another rank failed, exited or stopped responding; this rank is healthy."""
+    """This rank was stopped because another rank failed, exited or stopped responding."""

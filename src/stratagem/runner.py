@@ -1,4 +1,4 @@
-"""The runner: connects the parts of a run and is the only module that knows all of them."""
+"""The runner: connects the components of a run and is the only module that imports all of them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class _Phase(Generic[Third]):
         third_name: the name of the third argument.
 
     Raises:
-        ConfigValueError: if only some of them are given.
+        ConfigValueError: if only some of the arguments are given.
     """
 
     mode: str
@@ -92,7 +92,9 @@ class _Phase(Generic[Third]):
         missing = [name for name, value in arguments.items() if value is None]
         if missing and len(missing) < len(arguments):
             given = [name for name in arguments if name not in missing]
-            raise ConfigValueError(f"{', '.join(given)} given without {', '.join(missing)}. Give all of them or none.")
+            raise ConfigValueError(
+                f"{', '.join(given)} was specified without {', '.join(missing)}. Specify all of them or none of them."
+            )
 
     def required(self, what: str) -> tuple[DataLoaderSpec, Mapping[str, Any], Third]:
         """Return the three arguments.
@@ -102,14 +104,15 @@ class _Phase(Generic[Third]):
         """
         if self.dataloader is None or self.cfg is None or self.third is None:
             raise StateError(
-                f"{what} requires {self.mode}_dataloader, {self.mode}_cfg and {self.third_name}, which were not given."
+                f"{what} requires {self.mode}_dataloader, {self.mode}_cfg and {self.third_name}, which were not "
+                "specified."
             )
         return self.dataloader, self.cfg, self.third
 
 
 @final
 class Runner:
-    """Train, validate and test a model from a configuration, under its strategy.
+    """Train, validate and test a model as specified by a configuration.
 
     Args:
         model: a module or its configuration.
@@ -127,7 +130,7 @@ class Runner:
         test_cfg: the arguments of the test loop; may be empty.
         strategy: a strategy or its configuration; by default a single device, or DDP if a launcher started the process.
         auto_scale_lr: see :class:`~stratagem.strategies.BaseStrategy`.
-        default_hooks: maps names of default hooks to their changes; None removes a hook.
+        default_hooks: a mapping from the names of default hooks to changed options; None removes a hook.
         custom_hooks: additional hooks or their configurations.
         data_preprocessor: added to the model's configuration if it has none.
         load_from: a checkpoint whose weights are loaded, or which is resumed if ``resume`` is True.
@@ -138,7 +141,7 @@ class Runner:
             the checkpoint that is resumed. They keep their initial values.
         launcher: the launcher that started the processes; detected by default.
         env_cfg: ``cudnn_benchmark``, ``mp_cfg``, ``dist_cfg``, ``resource_limit``.
-        log_level: the level of the logger.
+        log_level: the logging level.
         randomness: ``seed``, ``diff_rank_seed``, ``deterministic``.
         compile: True, or the arguments of ``torch.compile`` and ``target``, the method of the model to compile.
         default_scope: the registry scope in which names are looked up first.
@@ -297,8 +300,8 @@ class Runner:
     def train(self) -> nn.Module:
         """Train from the current position to the end of the run; return the model. Collective.
 
-        A signal to any rank stops all ranks after the same iteration. The run is saved, the hooks are called as at the end
-        of a run, and the signal is raised as an exception, so that a program with several runs stops too.
+        A signal to any rank stops all ranks after the same iteration. The run is saved, the hooks are called as at the
+        end of a run, and the signal is raised as an exception, which also stops a program with several runs.
 
         Raises:
             KeyboardInterrupt: after saving, if SIGINT (Ctrl-C) was received; immediately on a second signal.
@@ -317,11 +320,12 @@ class Runner:
         ):
             run.save_counter.begin_session()
             loop = self.prepare()
-            # Not earlier: a run that cannot start must not replace the configuration of an earlier run.
+            # Write the configuration only now: a run that cannot start must not replace the configuration of an earlier
+            # run.
             self._keep_config()
             run.events.call("before_run", run)
             if is_complete(run):
-                run.logger.info("The run is already complete, after %d iterations.", run.iter)
+                run.logger.info("The run is already complete after %d iterations.", run.iter)
             run.progress.stop_training = False
             begin = run.iter
             with session_record(run, self._resume_source.changes):
@@ -380,7 +384,7 @@ class Runner:
         return metrics
 
     def _training_data(self) -> EpochLoader:
-        """Return the training loader; if it was used before, it keeps its position."""
+        """Return the training loader, which keeps its position if it was used before."""
         if self.run.train_data is not None:
             return self.run.train_data
         loader = self._loader(self._train)
@@ -418,7 +422,7 @@ class Runner:
         if source is not None and kept.exists() and source.exists() and kept.samefile(source):
             if kept.read_text(encoding="utf-8") == text:
                 return
-            # The file may contain secrets that are masked in the text.
+            # The file may contain secrets, which are masked in the stored text.
             kept = folder / f"{self.strategy.timestamp}{suffix}"
         write_atomic(kept, text)
 
@@ -431,12 +435,15 @@ class Runner:
         return show(self.cfg, self._config_suffix())
 
     def _config_suffix(self) -> str:
-        """Return the suffix of the stored configuration. A data file is not stored as Python, which loading would execute."""
+        """Return the suffix of the stored configuration.
+
+        A data file is never stored as Python, because loading it would execute code.
+        """
         return ".yaml" if self.cfg.is_data else ".py"
 
 
 def _require_samples(loader: EpochLoader, parts: int) -> None:
-    """Raise an error if there are fewer samples than data-parallel ranks, so that ranks would have to repeat samples.
+    """Require at least one sample per data-parallel rank, because ranks would otherwise repeat samples.
 
     Raises:
         ConfigValueError: if there are fewer samples than data-parallel ranks.

@@ -1,4 +1,4 @@
-"""One training step, from a batch on the host to updated parameters, in the order in which it happens.
+"""One training step, from a batch on the host to updated parameters, in execution order.
 
     to device -> forward -> backward -> synchronize the rest -> unscale -> guard -> clip -> optimizer -> zero
 
@@ -26,7 +26,7 @@ _NO_OPTIONS: Final[Mapping[str, Any]] = {}
 
 
 def train_step(model: Any, data: Any, optim_wrapper: AccumulatingOptim) -> dict[str, Tensor]:
-    """Train on one micro-batch: compute the losses and their gradients and, at the end of a window, update.
+    """Train on one micro-batch: compute losses and gradients and, at the end of an accumulation window, update.
 
     A model that overrides this must reach its parameters by calling ``self(...)``: strategies wrap that call.
 
@@ -39,7 +39,7 @@ def train_step(model: Any, data: Any, optim_wrapper: AccumulatingOptim) -> dict[
         The values to log, detached and still on the device: ``loss``, the sum of the entries whose names contain "loss",
         followed by every other entry.
     """
-    # The context is autocast, and decides whether the backward pass synchronizes gradients across ranks.
+    # The context enables autocast, and determines whether the backward pass synchronizes gradients across ranks.
     with optim_wrapper.optim_context(model):
         batch = model.data_preprocessor(data, True)  # to the device
         losses = call_forward(model, batch, "loss")  # under DDP and engines, redirected to the wrapper of the model
@@ -70,7 +70,7 @@ def update_params(
     optim.backward(optim.scale_loss(loss) if weight is None else optim.weigh_loss(loss, weight))
     if optim.should_update():
         optim.step(**(step_kwargs or _NO_OPTIONS))  # apply_gradients
-        optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))  # also if the guard refused the update
+        optim.zero_grad(**(zero_kwargs or _NO_OPTIONS))  # also if the guard prevented the update
 
 
 def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
@@ -92,7 +92,7 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
     if scaler is not None:
         scaler.unscale_(optim.optimizer)
     allowed = True
-    # inspects_grads: clipping or the option nonfinite is set.
+    # inspects_grads is True if clipping or the option nonfinite is set.
     if optim.inspects_grads or optim.weight is not None or policy.guard is not None:
         grads = optim.collect_grads(micro_batches)
         norm = optim.compute_grad_norm(grads) if optim.needs_grad_norm else None
@@ -102,7 +102,7 @@ def apply_gradients(optim: AccumulatingOptim, **kwargs: Any) -> None:
         if allowed and clipping is not None:
             clipping.apply(grads, norm)
     if allowed:
-        # Not scaler.step: the gradients are unscaled and checked.
+        # Do not call scaler.step(), because the gradients are already unscaled and checked.
         optim.optimizer.step(**kwargs)
         optim.num_steps_applied += 1
     if scaler is not None:
@@ -129,10 +129,10 @@ class AccumulatingOptim(Protocol):
         """Return the context of the forward pass."""
 
     def update_params(self, loss: Tensor, *, weight: float | Tensor | None = None) -> None:
-        """Compute the gradients of one micro-batch and, at the end of a window, update."""
+        """Compute the gradients of one micro-batch and, at the end of an accumulation window, update."""
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss divided by the length of its window."""
+        """Return the loss divided by the length of its accumulation window."""
 
     def weigh_loss(self, loss: Tensor, weight: float | Tensor) -> Tensor:
         """Return the loss multiplied by its weight, and record the weight."""
@@ -141,7 +141,7 @@ class AccumulatingOptim(Protocol):
         """Accumulate the gradients of a loss."""
 
     def should_update(self) -> bool:
-        """Return whether the last micro-batch completed its window."""
+        """Return whether the last micro-batch completed its accumulation window."""
 
     def step(self, **kwargs: Any) -> None:
         """Update the parameters."""
@@ -150,7 +150,7 @@ class AccumulatingOptim(Protocol):
         """Discard the gradients."""
 
     def collect_grads(self, micro_batches: int) -> list[Tensor]:
-        """Return the gradients, divided by the sum of the weights if there are any."""
+        """Return the gradients, divided by the sum of the weights if micro-batches have weights."""
 
     def compute_grad_norm(self, grads: list[Tensor]) -> Tensor:
         """Return the norm of all gradients."""
@@ -178,7 +178,7 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
     Raises:
         TrainingError: if there is no loss, or an entry is neither a tensor nor a list of tensors.
     """
-    # Called in every step, and checking for dict is ten times as fast as checking for Mapping.
+    # This runs in every step, and checking for dict is ten times as fast as checking for Mapping.
     if not isinstance(losses, (dict, Mapping)):
         raise TrainingError(
             f"forward(mode='loss') returned a {type(losses).__name__}. Return a mapping from names to losses, such as "
@@ -191,14 +191,14 @@ def parse_losses(losses: Mapping[str, Any]) -> tuple[Tensor, Tensor | float | No
         if name == "weight":
             weight = value
             continue
-        # Most losses are scalars already; for them no function is called.
+        # Most losses are already scalars, for which no function needs to be called.
         means[name] = mean = value if isinstance(value, Tensor) and value.ndim == 0 else _mean(name, value)
         if "loss" in name:
             total = mean if total is None else total + mean
     if total is None:
         raise TrainingError(
-            f"forward(mode='loss') returned {', '.join(map(repr, losses)) or 'an empty mapping'}, and no name contains "
-            "'loss': there is nothing to differentiate. Return the loss under a name such as 'loss'."
+            f"forward(mode='loss') returned {', '.join(map(repr, losses)) or 'an empty mapping'}, but none of the "
+            "names contains 'loss', so there is no loss to differentiate. Return the loss under a name such as 'loss'."
         )
     # In the log, "loss" is always the total, even if one of several losses has that name.
     log_vars = {"loss": total.detach()}

@@ -70,7 +70,7 @@ def test_the_mean_of_integers_is_rejected(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rank", [-1, 1])
 def test_a_rank_outside_the_world_is_rejected(rank: int) -> None:
     """A rank outside the world is an error that states the world size, even in one process."""
-    message = f"Rank {rank} does not exist: the world size is 1"
+    message = f"Rank {rank} does not exist. The world size is 1"
     for collective in (dist.broadcast, dist.gather):
         with pytest.raises(LaunchError, match=message):
             collective(torch.ones(1), rank)
@@ -255,7 +255,7 @@ def refused() -> str:
 
 def test_a_rank_beyond_the_last_is_rejected_on_all_ranks(ranks: Ranks) -> None:
     """A rank that does not exist is an error on all ranks, so none of them waits."""
-    assert ranks.run(refused) == ["Rank 2 does not exist: the world size is 2, so ranks are 0 to 1."] * 2
+    assert ranks.run(refused) == ["Rank 2 does not exist. The world size is 2, so valid ranks are 0 to 1."] * 2
 
 
 def within_one_rank() -> list[Any]:

@@ -116,14 +116,14 @@ def test_an_unknown_backend(alone: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("timeout", ["30", True, [30]])
 def test_a_timeout_of_the_wrong_type(alone: pytest.MonkeyPatch, timeout: Any) -> None:
     """A timeout that is not a number or timedelta is an error."""
-    with pytest.raises(ConfigTypeError, match="timeout is"):
+    with pytest.raises(ConfigTypeError, match="timeout must be"):
         init_dist("pytorch", timeout=timeout)
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), timedelta(0)])
 def test_an_invalid_timeout(alone: pytest.MonkeyPatch, timeout: Any) -> None:
     """A timeout that is not positive and finite is an error."""
-    with pytest.raises(ConfigValueError, match="timeout is"):
+    with pytest.raises(ConfigValueError, match="timeout must be"):
         init_dist("pytorch", timeout=timeout)
 
 

@@ -40,7 +40,9 @@ def test_different_world_sizes(sizes: tuple[int, int]) -> None:
     """Ranks with different world sizes all get an error with both sizes and the option to set."""
     outcomes = call([(0, sizes[0]), (1, sizes[1])])
     assert outcomes[0] == outcomes[1]
-    assert f"Rank 0 has world size {sizes[0]}, and rank 1 has world size {sizes[1]}" in (outcomes[0] or "")
+    assert f"Rank 0 was started with world size {sizes[0]}, but rank 1 was started with world size {sizes[1]}" in (
+        outcomes[0] or ""
+    )
     assert "--nnodes" in (outcomes[0] or "")
 
 

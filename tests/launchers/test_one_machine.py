@@ -135,7 +135,7 @@ def test_a_launcher_that_did_not_start_the_process(jobs: Jobs) -> None:
 @pytest.mark.parametrize(
     ("environ", "more", "told"),
     [
-        ({"WORLD_SIZE": "4"}, (), "Rank 0 has world size 2, and rank 1 has world size 4."),
+        ({"WORLD_SIZE": "4"}, (), "Rank 0 was started with world size 2, but rank 1 was started with world size 4."),
         (
             {},
             ("--set", "optim_wrapper.optimizer.lr=0.5"),

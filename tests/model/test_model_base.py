@@ -157,8 +157,8 @@ def test_integer_tensors_can_be_logged() -> None:
     [
         (torch.tensor(1.0), "returned a Tensor. Return a mapping"),
         (None, "returned a NoneType. Return a mapping"),
-        ({}, "returned an empty mapping, and no name contains 'loss'"),
-        ({"acc": torch.tensor(1.0)}, "returned 'acc', and no name contains 'loss'"),
+        ({}, "returned an empty mapping, but none of the names contains 'loss'"),
+        ({"acc": torch.tensor(1.0)}, "returned 'acc', but none of the names contains 'loss'"),
         ({"loss": 1.0}, "The loss 'loss' must be a tensor or a list of tensors, got 1.0"),
         ({"loss": []}, r"The loss 'loss' must be a tensor or a list of tensors, got \[\]"),
         ({"loss": [torch.tensor(1.0), 2.0]}, "a tensor or a list of tensors"),

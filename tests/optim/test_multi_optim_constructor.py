@@ -39,8 +39,12 @@ def test_each_part_gets_its_optimizer() -> None:
         (dict(generatr=dict(optimizer=dict(type="SGD"))), ConfigKeyError, "Did you mean 'generator'"),
         (dict(generator="SGD"), ConfigTypeError, "must be a mapping"),
         (dict(generator=dict()), ConfigValueError, "has no 'optimizer'"),
-        (dict(), ConfigValueError, "of at least one submodule"),
-        (dict(paramwise_cfg=dict(bias_lr_mult=2.0)), ConfigValueError, "set paramwise_cfg for each submodule"),
+        (dict(), ConfigValueError, "of at least one optimizer"),
+        (
+            dict(paramwise_cfg=dict(bias_lr_mult=2.0)),
+            ConfigValueError,
+            "paramwise_cfg must be specified for each submodule",
+        ),
     ],
 )
 def test_invalid_parts_are_rejected(parts: dict[str, Any], error: type[Exception], text: str) -> None:

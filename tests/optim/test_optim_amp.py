@@ -116,9 +116,9 @@ def test_a_state_of_a_different_precision_can_be_loaded() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        (dict(dtype="float64"), ConfigValueError, "is not a dtype of autocast"),
-        (dict(dtype=torch.int8), ConfigValueError, "is not a dtype of autocast"),
-        (dict(dtype="bfloat16", loss_scale=128.0), ConfigValueError, "applies to float16 only"),
+        (dict(dtype="float64"), ConfigValueError, "is not supported by autocast"),
+        (dict(dtype=torch.int8), ConfigValueError, "is not supported by autocast"),
+        (dict(dtype="bfloat16", loss_scale=128.0), ConfigValueError, "only applies to float16"),
         (dict(dtype="float16", loss_scale="dynamik"), ConfigTypeError, "loss_scale must be"),
         (dict(dtype="float16", loss_scale=True), ConfigTypeError, "loss_scale must be"),
         (dict(dtype="float16", loss_scale=dict(initscale=2.0)), ConfigKeyError, "Did you mean 'init_scale'"),

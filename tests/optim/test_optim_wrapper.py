@@ -60,7 +60,7 @@ def test_a_resume_inside_a_window_averages_the_remaining_micro_batches() -> None
     weight = parameter()
     optimizer = Recorder(weight)
     wrapper = OptimWrapper(optimizer, accumulative_counts=4)
-    with pytest.warns(UserWarning, match="inside an accumulation window"):
+    with pytest.warns(UserWarning, match="in the middle of an accumulation window"):
         wrapper.initialize_count_status(nn.Identity(), 6, 16)
     for _ in range(6):
         wrapper.update_params(weight.sum())
@@ -326,10 +326,10 @@ def test_a_state_with_different_groups_is_rejected() -> None:
     """A state with a different number of groups or parameters is an error."""
     one = OptimWrapper(SGD([parameter()], lr=1.0))
     two = OptimWrapper(SGD([{"params": [parameter()]}, {"params": [parameter()]}], lr=1.0))
-    with pytest.raises(CheckpointMismatchError, match="has 2 parameter groups, this run has 1"):
+    with pytest.raises(CheckpointMismatchError, match="has 2 parameter groups, but this run has 1"):
         one.load_state_dict(two.state_dict())
     wide = OptimWrapper(SGD([parameter(), parameter()], lr=1.0))
-    with pytest.raises(CheckpointMismatchError, match="does not fit SGD"):
+    with pytest.raises(CheckpointMismatchError, match="cannot be loaded into the SGD"):
         one.load_state_dict(wide.state_dict())
 
 

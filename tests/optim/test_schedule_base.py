@@ -232,7 +232,8 @@ def test_a_different_type_of_schedule_is_rejected() -> None:
     """A state of a different type of schedule is an error that contains the option to continue."""
     state = LinearLR(optimizer(), end=5).state_dict()
     with pytest.raises(
-        CheckpointMismatchError, match="'LinearLR', that of this run has 'StepLR'.*resume_param_scheduler=False"
+        CheckpointMismatchError,
+        match="'LinearLR', but the scheduler of this run has 'StepLR'.*resume_param_scheduler=False",
     ):
         StepLR(optimizer(), 1).load_state_dict(state)
 
@@ -286,7 +287,7 @@ def test_a_schedule_needs_one_optimizer() -> None:
     """Several optimizers, or none, are an error."""
     several = OptimWrapperDict(a=OptimWrapper(optimizer()))
     for wrong in (several, None, nn.Linear(1, 1)):
-        with pytest.raises(ConfigTypeError, match="needs one optimizer"):
+        with pytest.raises(ConfigTypeError, match="requires an optimizer"):
             StepLR(wrong, 1)
 
 

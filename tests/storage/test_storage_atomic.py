@@ -104,7 +104,7 @@ def test_a_failure_at_any_operation_leaves_the_old_or_the_new(
             assert raised is not None
             assert [path.name for path in place.rglob("*")] == ["target", "file"]
         elif raised is not None:
-            assert "is in place and complete" in raised.__notes__[0]
+            assert "was published, but could not be synced" in raised.__notes__[0]
     assert outcomes == sorted(outcomes, reverse=True)
     assert outcomes[0] == "old"
     assert outcomes[-1] == "new"

@@ -343,7 +343,7 @@ def test_default_args_replace_missing_values(single: Make) -> None:
     [
         ({"type": "LinearLR"}, ValueError, "max_epochs of the run"),
         ({"type": "LinearLR", "by_epoch": False}, ValueError, "max_iters of the run"),
-        ({"type": "LinearLR", "end": 3, "convert_to_iter_based": True}, ValueError, "needs epoch_length"),
+        ({"type": "LinearLR", "end": 3, "convert_to_iter_based": True}, ValueError, "requires epoch_length"),
         (3, TypeError, "got int: 3"),
         ([None], TypeError, "got NoneType: None"),
         ("LinearLR", TypeError, "got str: 'LinearLR'"),

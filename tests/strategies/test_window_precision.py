@@ -81,7 +81,7 @@ def test_an_overflowed_window_is_discarded_without_a_loss_scale(
     first.save_checkpoint(tmp_path / "inside")
     first.close()
     second = prepared(tmp_path, after)
-    with pytest.warns(UserWarning, match="the gradients of the last 1 are lost"):
+    with pytest.warns(UserWarning, match="The gradients of the last 1 micro-batches are lost"):
         second.resume(tmp_path / "inside")
     micro_batch(second, 2.0)
     assert second.unwrap_model().weight.tolist() == [0.0, 0.0]
@@ -150,7 +150,7 @@ def test_a_discarded_window_causes_a_warning(tmp_path: Path):
     first.save_checkpoint(tmp_path / "inside")
     first.close()
     second = prepared(tmp_path, "float32", counts=1)
-    with pytest.warns(UserWarning, match="the gradients of the last 2 are lost"):
+    with pytest.warns(UserWarning, match="The gradients of the last 2 micro-batches are lost"):
         second.resume(tmp_path / "inside")
     second.close()
 

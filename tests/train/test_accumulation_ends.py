@@ -81,7 +81,7 @@ def test_gradients_of_a_window_of_another_length_are_discarded(make_runner: Make
     saved_inside(make_runner)
     optim_cfg = {**OPTIM["optim_wrapper"], "accumulative_counts": 5}
     runner = make_runner(resume=True, train_cfg={"max_iters": 17}, **{**OPTIM, "optim_wrapper": optim_cfg})
-    with pytest.warns(UserWarning, match="the gradients of the last 2 are lost"):
+    with pytest.warns(UserWarning, match="The gradients of the last 2 micro-batches are lost"):
         runner.prepare()
     optim, model = runner.strategy.optim_wrapper, runner.strategy.model
     assert (optim.inner_count, optim.num_steps_applied, optim.pending_micro_batches) == (6, 1, 0)

@@ -54,7 +54,7 @@ def test_resume_param_scheduler_false_continues_with_the_configured_schedule(mak
     )
     assert rates == [cosine(position, 2 * EPOCH, 0.2) for position in range(EPOCH, 2 * EPOCH)]
     assert "of this run's configuration from epoch 1, iteration 7" in log
-    assert "go on as the checkpoint has them" not in log
+    assert "The checkpoint overrides the configuration" not in log
 
 
 def test_a_different_number_or_type_of_schedules_must_be_requested(make_runner: MakeRunner):

@@ -17,7 +17,7 @@ MakeRunner = Callable[..., Runner]
 def test_a_partial_section_is_refused(make_runner: MakeRunner, missing: str):
     """A section given in part, such as data without a loop, is refused; the message names the missing arguments."""
     group = next(group for group in (TRAINING, VALIDATION, TEST) if missing in group)
-    with pytest.raises(ConfigValueError, match=f"given without {missing}. Give all of them or none"):
+    with pytest.raises(ConfigValueError, match=f"was specified without {missing}. Specify all of them or none"):
         make_runner(**{**group, missing: None})
 
 

@@ -32,7 +32,10 @@ class AsyncMaxReduce:
         return self._work is not None
 
     def start(self, number: int) -> None:
-        """Start a reduction with this rank's number. Collective: every rank starts before any rank waits."""
+        """Start a reduction with this rank's number.
+
+        Collective; all ranks must call ``start`` before any rank calls ``wait``.
+        """
         if not self._connected:
             # With a group that serves only accelerators, waiting for the result would synchronize with the device.
             self._group = None if "cpu" in served_devices() else torch_dist.new_group(backend="gloo")
@@ -41,7 +44,7 @@ class AsyncMaxReduce:
         self._work = torch_dist.all_reduce(self._number, torch_dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def wait(self) -> int:
-        """Return the maximum over all ranks, waiting for ranks that have not started yet; 0 if none is pending."""
+        """Wait until all ranks have called ``start``, and return the maximum; return 0 if no reduction is pending."""
         if self._work is None:
             return 0
         work, self._work = self._work, None

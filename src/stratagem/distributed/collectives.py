@@ -179,13 +179,13 @@ def _fresh_generator() -> torch.Generator:
 def _check_rank(rank: int, group: Group | None) -> None:
     size = get_world_size(group)
     if not 0 <= rank < size:
-        raise LaunchError(f"Rank {rank} does not exist: the world size is {size}, so ranks are 0 to {size - 1}.")
+        raise LaunchError(f"Rank {rank} does not exist. The world size is {size}, so valid ranks are 0 to {size - 1}.")
 
 
 def _to_backend(data: Tensor, group: Group | None) -> Tensor:
     """Return the tensor, contiguous and on a device that the group supports, without a copy if possible."""
     served = served_devices(group)
-    # Backends send the raw memory, which ignores the lazy conjugate and negative bits.
+    # Backends send the raw memory, so lazy conjugation and negation must be resolved first.
     data = data.detach().resolve_conj().resolve_neg()
     if data.device.type in served:
         return data.contiguous()

@@ -58,7 +58,8 @@ def collect_results(results: list[T], size: int, group: Group | None = None) -> 
     """On rank 0, return the results of all ranks in the order of the samples; on other ranks, return None.
 
     Collective. Samples are assumed to be distributed round-robin (rank 0 the first, rank 1 the second, ...), as the
-    built-in samplers do. Results beyond ``size``, which samplers pad to give every rank the same number, are removed.
+    built-in samplers do. Results beyond ``size`` are removed, since samplers pad the data so that every rank has the
+    same number of samples.
     """
     parts = gather_object(results, 0, group)
     if parts is None:

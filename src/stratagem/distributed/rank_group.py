@@ -15,7 +15,7 @@ from stratagem.errors import StratagemError, TrainingError
 __all__ = ["SINGLE_PROCESS", "RankGroup"]
 
 T = TypeVar("T")
-# An error's class and its message.
+# The class and the message of an error.
 _Failure = tuple[type[StratagemError], str]
 
 
@@ -24,8 +24,9 @@ _Failure = tuple[type[StratagemError], str]
 class RankGroup:
     """The ranks of a process group. All methods are collective: every rank calls them, in the same order.
 
-    If the operation fails on one rank, every rank raises: the failing rank raises its own error, the others an error of the
-    same class that quotes it. No rank is left waiting, and the error can be handled in the same way on every rank.
+    If the operation fails on one rank, every rank raises: the failing rank raises the original error, and the other
+    ranks raise an error of the same class that contains its message. No rank hangs, and the error can be handled in the
+    same way on all ranks.
 
     Attributes:
         rank: the rank of this process in the group.
@@ -67,8 +68,8 @@ class RankGroup:
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise TrainingError(
-                f"Rank {self.rank} lost the connection to the other {self.size - 1} rank(s): one of them exited or hangs. "
-                f"Check the last output of each rank. ({reason})"
+                f"Rank {self.rank} lost the connection to the other {self.size - 1} rank(s): one of them exited or "
+                f"hangs. Check the end of the output of each rank. ({reason})"
             ) from error
 
     def run_all(self, act: Callable[[], T]) -> list[T]:
@@ -79,7 +80,7 @@ class RankGroup:
         return [cast("T", other) for other, _ in outcomes]
 
     def run_checked(self, act: Callable[[], T]) -> T:
-        """Call ``act`` on every rank and return this rank's result, which is not sent to the others."""
+        """Call ``act`` on every rank and return this rank's result, which is not sent to the other ranks."""
         result, error = _attempt(act)
         _raise(error, self.gather(_as_failure(error)))
         return cast("T", result)
@@ -89,7 +90,7 @@ class RankGroup:
         return self.run_all(act if self.is_rank0 else cast("Callable[[], T]", _nothing))[0]
 
 
-# This process alone, even if there is a process group.
+# A group with only this process, even if a process group is initialized.
 SINGLE_PROCESS = RankGroup(0, 1)
 
 
@@ -118,6 +119,6 @@ def _raise(error: Exception | None, failures: list[_Failure | None]) -> None:
 
 
 def _error_class(error: Exception) -> type[StratagemError]:
-    """Return the most specific base class in ``stratagem.errors``: every rank has it, and it only takes a message."""
+    """Return the most specific base class in ``stratagem.errors``, which exists on every rank and only takes a message."""
     own = (kind for kind in type(error).__mro__ if kind.__module__ == StratagemError.__module__)
     return next(own, StratagemError)

@@ -34,15 +34,16 @@ _SCALER_OPTIONS: Final = ("init_scale", "growth_factor", "backoff_factor", "grow
 class AmpOptimWrapper(AccumulatingOptimWrapper):
     """Run the forward pass under autocast; with float16, scale the loss so that small gradients do not underflow.
 
-    All devices that autocast supports can be used, including the CPU. bfloat16 has the range of float32 and needs no
-    loss scale. An update whose gradients overflow is skipped: ``num_steps_attempted`` includes it, but ``num_steps_applied``
-    does not, so schedules and averages do not advance. Detecting it synchronizes with the device in each float16 update.
+    All devices that autocast supports can be used, including the CPU. bfloat16 has the same range as float32 and does
+    not need loss scaling. An update whose gradients overflow is skipped: ``num_steps_attempted`` includes it, but
+    ``num_steps_applied`` does not, so schedules and averages do not advance. With float16, each update synchronizes
+    with the device to detect overflows.
 
     Args:
-        optimizer: updates the parameters.
-        loss_scale: for float16: ``"dynamic"``, a constant, or the arguments of ``torch.amp.GradScaler``.
+        optimizer: the optimizer that updates the parameters.
+        loss_scale: the loss scale for float16: ``"dynamic"``, a constant, or the arguments of ``torch.amp.GradScaler``.
         dtype: ``"bfloat16"``, ``"float16"``, the torch dtype, or ``None`` for the default of the device's autocast.
-        accumulative_counts: micro-batches per update.
+        accumulative_counts: the number of micro-batches per update.
         clip_grad: as in ``AccumulatingOptimWrapper``.
         nonfinite: as in ``AccumulatingOptimWrapper``; float16 always skips.
 
@@ -51,8 +52,8 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         dtype: the dtype of autocast.
 
     Raises:
-        ConfigTypeError: if ``loss_scale`` has another type.
-        ConfigValueError: if autocast does not support ``dtype``, or an argument does not apply to it.
+        ConfigTypeError: if ``loss_scale`` has a different type.
+        ConfigValueError: if autocast does not support ``dtype``, or an argument does not apply to this dtype.
     """
 
     def __init__(
@@ -71,8 +72,8 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
         if self.dtype == torch.float16:
             if self.nonfinite == "error":
                 raise ConfigValueError(
-                    'nonfinite="error" would stop at the first overflow, and float16 overflows while it searches for its '
-                    'loss scale. Omit nonfinite, or use dtype="bfloat16".'
+                    'nonfinite="error" would stop at the first overflow, but overflows are normal in float16 while the '
+                    'loss scale is adjusted. Omit nonfinite, or use dtype="bfloat16".'
                 )
             self.fixed_scale, options = _parse_loss_scale(loss_scale)
             self.grad_scaler = GradScaler(self.device_type, **options)
@@ -81,7 +82,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
             self.inspects_grads = self.needs_grad_norm = True
         elif loss_scale != "dynamic":
             raise ConfigValueError(
-                f"loss_scale={loss_scale!r} applies to float16 only, and dtype is {self.dtype}. Omit it."
+                f"loss_scale={loss_scale!r} only applies to float16, but dtype is {self.dtype}. Omit it."
             )
 
     @property
@@ -104,7 +105,7 @@ class AmpOptimWrapper(AccumulatingOptimWrapper):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        # A state without a scaler was saved in a different precision; the scale starts as configured.
+        # A state without a scaler was saved in a different precision. Keep the configured loss scale.
         if self.grad_scaler is not None and "loss_scaler" in state_dict:
             self.grad_scaler.load_state_dict(dict(state_dict["loss_scaler"]))
 
@@ -144,7 +145,7 @@ def _parse_dtype(dtype: str | torch.dtype | None, device_type: str) -> torch.dty
         dtype = torch.get_autocast_dtype(device_type)
     parsed = HALF_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if parsed is None or parsed not in HALF_DTYPES.values():
-        raise ConfigValueError(f'dtype={dtype!r} is not a dtype of autocast. Use "bfloat16" or "float16".')
+        raise ConfigValueError(f'dtype={dtype!r} is not supported by autocast. Use "bfloat16" or "float16".')
     return parsed
 
 

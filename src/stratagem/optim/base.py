@@ -1,7 +1,7 @@
 """The interface that all optimizer wrappers share.
 
-A wrapper owns the arithmetic between a loss and an update: gradient accumulation, weighted means, clipping. It counts
-micro-batches (``inner_count``), completed accumulation windows (``num_steps_attempted``) and updates
+A wrapper implements the computations between a loss and an update: gradient accumulation, weighted means, clipping. It
+counts micro-batches (``inner_count``), completed accumulation windows (``num_steps_attempted``) and updates
 (``num_steps_applied``).
 """
 
@@ -33,10 +33,10 @@ class BaseOptimWrapper(ABC):
 
     Attributes:
         optimizer: the wrapped optimizer.
-        accumulative_counts: micro-batches per update.
-        inner_count: micro-batches whose gradients were computed.
-        num_steps_attempted: completed accumulation windows, including those whose update was skipped.
-        num_steps_applied: updates of the parameters.
+        accumulative_counts: the number of micro-batches per update.
+        inner_count: the number of micro-batches whose gradients were computed.
+        num_steps_attempted: the number of completed accumulation windows, including skipped updates.
+        num_steps_applied: the number of updates that were applied to the parameters.
         gradient_policy: the policy for synchronizing and checking gradients; set by the strategy when it places the model.
     """
 
@@ -68,7 +68,7 @@ class BaseOptimWrapper(ABC):
         step_kwargs: Mapping[str, Any] | None = None,
         zero_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Compute the gradients of one micro-batch and, if it completes its window, update the parameters.
+        """Compute the gradients of one micro-batch and, if it completes its accumulation window, update the parameters.
 
         Args:
             loss: a scalar, the mean over the micro-batch.
@@ -97,19 +97,19 @@ class BaseOptimWrapper(ABC):
 
     @abstractmethod
     def should_update(self) -> bool:
-        """Return whether the last micro-batch completed its window."""
+        """Return whether the last micro-batch completed its accumulation window."""
 
     @abstractmethod
     def should_sync(self) -> bool:
-        """Return whether the next micro-batch completes its window, so that gradients must be synchronized."""
+        """Return whether the next micro-batch completes its accumulation window, so that gradients must be synchronized."""
 
     @abstractmethod
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss divided by the number of micro-batches in its window."""
+        """Return the loss divided by the number of micro-batches in its accumulation window."""
 
     @abstractmethod
     def initialize_count_status(self, model: nn.Module, init_counts: int, max_counts: int) -> None:
-        """Set the number of micro-batches done and of the whole run (-1 if unknown)."""
+        """Set the number of completed micro-batches and the number of micro-batches in the run (-1 if unknown)."""
 
     @property
     def loss_scale(self) -> float | None:
@@ -119,7 +119,7 @@ class BaseOptimWrapper(ABC):
     @property
     @abstractmethod
     def pending_micro_batches(self) -> int:
-        """The number of micro-batches in the current window whose gradients have not been applied yet."""
+        """The number of micro-batches whose gradients are accumulated but have not been applied yet."""
 
     @abstractmethod
     def discard_accumulation(self) -> int:
@@ -154,7 +154,7 @@ class BaseOptimWrapper(ABC):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups, which are not copied."""
+        """The optimizer's parameter groups (not a copy)."""
         return self.optimizer.param_groups
 
     @property
@@ -167,7 +167,7 @@ class BaseOptimWrapper(ABC):
         return {"lr": [group["lr"] for group in self.param_groups]}
 
     def get_momentum(self) -> dict[str, list[float]]:
-        """Return ``{"momentum": [...]}`` per group: ``momentum``, or the first of ``betas``, or 0 if there is neither."""
+        """Return ``{"momentum": [...]}``, the current momentum of each group; see :func:`momentum_of`."""
         return {"momentum": [momentum_of(group) for group in self.param_groups]}
 
     def state_dict(self) -> dict[str, Any]:
@@ -194,7 +194,7 @@ class BaseOptimWrapper(ABC):
         ]
         if len(groups) != len(state_dict["param_groups"]) or len(groups) != len(self.param_groups):
             raise CheckpointMismatchError(
-                f"The saved optimizer has {len(state_dict['param_groups'])} parameter groups, this run has "
+                f"The saved optimizer has {len(state_dict['param_groups'])} parameter groups, but this run has "
                 f"{len(self.param_groups)}. Build the same groups, or resume without the optimizer."
             )
         slots = {
@@ -205,7 +205,7 @@ class BaseOptimWrapper(ABC):
             self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         except ValueError as error:
             raise CheckpointMismatchError(
-                f"The saved state does not fit {type(self.optimizer).__name__} of this run: {error}. "
+                f"The saved state cannot be loaded into the {type(self.optimizer).__name__} of this run: {error}. "
                 "Build the same groups, or resume without the optimizer."
             ) from error
         self.load_counts(state_dict)
@@ -219,7 +219,7 @@ class BaseOptimWrapper(ABC):
         )
 
     def load_counts(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore the counts of a saved state; a count that it lacks keeps its value."""
+        """Restore the counts of a saved state; counts that are missing from it keep their values."""
         counts = state_dict.get("counts", {})
         for key, name in _COUNTS.items():
             setattr(self, name, int(counts.get(key, getattr(self, name))))
@@ -252,7 +252,7 @@ def _switch(optimizer: Optimizer, mode: str) -> None:
 
 
 def momentum_of(group: Mapping[str, Any]) -> float:
-    """Return the momentum of a group: ``momentum``, or the first of ``betas``, or 0 if there is neither."""
+    """Return the momentum of a group: ``momentum``, the first of ``betas``, or 0 if the group has neither."""
     if "momentum" in group:
         return group["momentum"]  # type: ignore[no-any-return]  # groups are untyped
     return group["betas"][0] if "betas" in group else 0.0

@@ -14,7 +14,7 @@ from stratagem.optim.nonfinite import NonFiniteGuard
 
 __all__ = ["NO_CONTEXT", "GradientPolicy", "no_sync_unless_last"]
 
-# One object for every iteration that needs no context: entering it costs almost nothing.
+# Shared by all iterations that do not need a context, since entering it is almost free.
 NO_CONTEXT: Final = nullcontext()
 
 
@@ -26,7 +26,7 @@ def no_sync_unless_last(model: nn.Module, sync: bool) -> AbstractContextManager[
 
 
 def _nothing_pending() -> None:
-    """Do nothing: all gradients are in the parameters' ``grad``."""
+    """Do nothing, since all gradients are stored in the parameters' ``grad``."""
 
 
 @final
@@ -38,15 +38,15 @@ class GradientPolicy:
     ``dataclasses.replace``.
 
     Attributes:
-        sync_context: called with the model and whether this micro-batch synchronizes gradients across ranks; returns the
-            context of its forward pass.
+        sync_context: a function of the model and a bool, whether this micro-batch synchronizes gradients across ranks,
+            that returns the context for the forward pass.
         always_set_grad_sync: whether ``sync_context`` is also entered in windows of a single micro-batch, since another
-            optimizer of the same model may have switched synchronization off.
-        complete: called before each update to average gradients that a backward pass left on this rank. Collective.
-            None if no pass leaves local gradients.
-        discard_pending: called when an accumulation window is discarded, for gradients that are stored for later
-            synchronization outside the parameters' ``grad``.
-        guard: checks losses and gradients for NaN and Inf and may refuse an update; None checks nothing.
+            optimizer of the same model may have disabled synchronization.
+        complete: a function that is called before each update to average gradients that are not synchronized yet.
+            Collective. None if the backward pass synchronizes all gradients.
+        discard_pending: a function that is called when an accumulation window is discarded, and discards gradients that
+            are stored outside the parameters' ``grad`` until they are synchronized.
+        guard: checks losses and gradients for NaN and Inf and may prevent an update; None to disable the check.
     """
 
     sync_context: Callable[[nn.Module, bool], AbstractContextManager[object]] = no_sync_unless_last

@@ -23,7 +23,7 @@ _KNOWN_KEYS: Final = {
     "norm": ("type", "max_norm", "norm_type", "error_if_nonfinite"),
     "value": ("type", "clip_value"),
 }
-# Avoids a division by 0; torch.nn.utils.clip_grad_norm_ adds the same.
+# Avoids a division by zero; torch.nn.utils.clip_grad_norm_ adds the same value.
 _EPSILON: Final = 1e-6
 _LIMIT_KEY: Final = {"norm": "max_norm", "value": "clip_value"}
 
@@ -52,7 +52,7 @@ def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
     """Validate ``clip_grad`` of a configuration without changing it.
 
     Raises:
-        ConfigTypeError: if it is not a mapping, or a limit is not a number.
+        ConfigTypeError: if ``clip_grad`` is not a mapping, or a limit is not a number.
         ConfigValueError: if the ``type`` is unknown, or there is no positive limit.
         ConfigKeyError: for a key that does not apply to this ``type``.
     """
@@ -62,11 +62,11 @@ def parse_clipping(clip_grad: Mapping[str, Any] | None) -> Clipping | None:
         raise ConfigTypeError(f"clip_grad must be a mapping such as dict(max_norm=1.0), got {clip_grad!r}.")
     kind = clip_grad.get("type", "norm")
     if kind not in _KNOWN_KEYS:
-        raise ConfigValueError(f'clip_grad: type={kind!r} is not known. Use "norm" or "value".')
+        raise ConfigValueError(f'clip_grad: type={kind!r} is unknown. Use "norm" or "value".')
     for key in clip_grad:
         if key not in _KNOWN_KEYS[kind]:
             raise ConfigKeyError(
-                f"clip_grad: {key!r} is not known for type={kind!r}. {did_you_mean(key, _KNOWN_KEYS[kind])}"
+                f"clip_grad: {key!r} is not an option of type={kind!r}. {did_you_mean(key, _KNOWN_KEYS[kind])}"
             )
     limit = clip_grad.get(_LIMIT_KEY[kind])
     if limit is None:
@@ -92,18 +92,18 @@ def parse_nonfinite(policy: str | None, clipping: Clipping | None) -> NonFinite 
     if policy is None:
         return "error" if clipping is not None and clipping.error_if_nonfinite else None
     if policy not in ("error", "skip"):
-        raise ConfigValueError(f'nonfinite={policy!r} is not known. Use "error", "skip", or None to disable the check.')
+        raise ConfigValueError(f'nonfinite={policy!r} is unknown. Use "error", "skip", or None to disable the check.')
     return cast("NonFinite", policy)
 
 
 def global_norm(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """Return the norm of all gradients as one vector, a scalar on their device, without synchronizing with it.
 
-    A gradient that is sharded across ranks counts as the whole tensor; the call is collective in that case.
+    For gradients that are sharded across ranks, the norm includes all shards, and the call is collective.
     """
     if all(is_plain(gradient) for gradient in gradients):
         return _norm_of_norms(torch._foreach_norm(gradients, norm_type), norm_type) if gradients else torch.zeros(())
-    # Shards of one mesh that are split along the same mesh axes are reduced together, with one all-reduce per axis.
+    # Reduce shards with the same mesh and mesh axes together, with one all-reduce per axis.
     alike: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for gradient in gradients:
         cut = _cut_axes(gradient)

@@ -25,8 +25,8 @@ _DECIDING_KEYS: Final = ("fused", "foreach", "differentiable", "capturable")
 _FUSED_DEVICES: Final = frozenset({"cpu", "cuda", "xpu", "mps"})
 # The only optimizers with fused kernels for DTensor parameters in torch 2.13.
 _FUSED_ON_SHARDS: Final = (Adam, AdamW)
-# Plain SGD does one addition per tensor: on the CPU, a loop is faster than a fused call up to about this many tensors
-# (4 tensors: 51 us fused, 32 us loop; 20 tensors: 70 and 92; torch 2.13).
+# Plain SGD performs one addition per tensor. On the CPU, a loop is faster than the fused implementation up to about
+# this number of tensors (4 tensors: 51 us fused, 32 us loop; 20 tensors: 70 and 92; torch 2.13).
 _MAX_LOOP_TENSORS: Final = 10
 
 
@@ -61,7 +61,7 @@ def implementation_options(
         fused = fused and not _is_faster_in_a_loop(optimizer_type, options, parameters)
         if fused and (not shards or optimizer_type in _FUSED_ON_SHARDS):
             return {"fused": True}
-        # Each operation on a DTensor has a large dispatch overhead; foreach dispatches once for all tensors.
+        # Operations on a DTensor have a large dispatch overhead, and foreach dispatches once for all tensors.
         return {"foreach": True} if shards and "foreach" in offered else {}
     if decided:
         raise ConfigValueError(
@@ -76,8 +76,8 @@ def implementation_options(
         )
     if shards and implementation == "fused" and optimizer_type not in _FUSED_ON_SHARDS:
         raise ConfigValueError(
-            f"implementation='fused': torch has no fused {getattr(optimizer_type, '__name__', optimizer_type)} for DTensor "
-            "parameters. Use implementation='auto'."
+            "implementation='fused': torch does not support a fused "
+            f"{getattr(optimizer_type, '__name__', optimizer_type)} for DTensor parameters. Use implementation='auto'."
         )
     if implementation not in offered:
         name = getattr(optimizer_type, "__name__", repr(optimizer_type))

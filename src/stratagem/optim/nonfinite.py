@@ -1,8 +1,8 @@
 """Detect NaN and Inf in gradients before they reach the weights.
 
-:func:`propagate_nonfinite` starts the backward pass with ``1 + 0 * loss``, so a loss that is NaN or Inf makes all gradients
-NaN. Gradient synchronization carries the NaN to all ranks, so all of them detect it and make the same decision without
-further communication. Only sharded gradients need one small all-reduce per update.
+:func:`propagate_nonfinite` starts the backward pass with ``1 + 0 * loss``, so a loss that is NaN or Inf makes all
+gradients NaN. Gradient synchronization propagates the NaN to all ranks, so all ranks make the same decision without
+additional communication. Only sharded gradients need one small all-reduce per update.
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ class NonFiniteGuard(Protocol):
         """Return the arguments for ``loss.backward``."""
 
     def allows_step(self, gradients: list[Tensor], norm: Tensor | None) -> bool:
-        """Return whether the update may be applied; ``norm`` is the norm of all gradients if it is known already."""
+        """Return whether the update may be applied; ``norm`` is the norm of all gradients, if it has already been computed."""
 
 
 def propagate_nonfinite(loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the arguments of ``loss.backward`` with which a loss that is NaN or Inf makes all gradients NaN.
+    """Return arguments for ``loss.backward`` that make all gradients NaN if the loss is NaN or Inf.
 
-    The gradients of finite losses keep their bits. If ``options`` has a ``gradient``, they are returned unchanged.
+    The gradients of finite losses are bitwise unchanged. If ``options`` contains ``gradient``, it is returned
+    unchanged.
     """
     return options if "gradient" in options else {**options, "gradient": loss.detach() * 0 + 1}
 
 
 @final
 class SyncNonFiniteCheck:
-    """Refuses an update if a gradient is NaN or Inf, and records the names of the affected parameters.
+    """Prevents updates with gradients that are NaN or Inf, and records the names of the affected parameters.
 
-    Each update synchronizes with the device; on the CPU that costs nothing.
+    Each update synchronizes with the device, which is free on the CPU.
 
     Args:
         optimizer: the optimizer whose gradients are checked.
         names: maps the ``id`` of each parameter to its name.
-        synchronized: whether gradients are synchronized with other ranks, which see a bad loss through them.
+        synchronized: whether gradients are synchronized across ranks, so that a bad loss is propagated to the other
+            ranks.
 
     Attributes:
-        nonfinite_params: the parameters whose gradients were NaN or Inf in the last refused update, in reverse order of
-            registration, so that those closest to the loss come first.
+        nonfinite_params: the parameters whose gradients were NaN or Inf in the last prevented update, in reverse order
+            of registration, so that those closest to the loss come first.
     """
 
     def __init__(self, optimizer: Optimizer, names: Mapping[int, str], *, synchronized: bool = True) -> None:
@@ -61,7 +63,7 @@ class SyncNonFiniteCheck:
         self._optimizer = optimizer
         self._names = names
         self._flag = _Flag(optimizer)
-        # With one process on the CPU, reading the loss is cheaper than propagating its NaN.
+        # In a single process on the CPU, checking the loss is cheaper than propagating NaN through the gradients.
         self._reads_loss = not synchronized and self._flag.found.device.type == "cpu"
 
     def begin(self, loss: Tensor, options: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -89,8 +91,9 @@ class SyncNonFiniteCheck:
 class DeferredNonFiniteCheck:
     """Allows every update and records which gradients were NaN or Inf, without synchronizing with the device.
 
-    If the optimizer's fused kernels accept ``found_inf``, the kernels skip all updates from the first bad one on, so the
-    weights keep their last good values. Otherwise NaN and Inf reach the weights, until :meth:`first_nonfinite` is called.
+    If the optimizer's fused kernels accept ``found_inf``, the kernels skip all updates from the first bad one on, so
+    the weights keep their last good values. Otherwise NaN and Inf may reach the weights before :meth:`first_nonfinite`
+    is called.
 
     Args:
         optimizer: the optimizer whose gradients are checked.
@@ -118,7 +121,7 @@ class DeferredNonFiniteCheck:
         return True
 
     def first_nonfinite(self) -> int | None:
-        """Return the number of good updates since the last call before the first bad one; None if all were good.
+        """Return the number of good updates before the first bad one since the last call; None if all were good.
 
         Synchronizes with the device.
         """
@@ -150,9 +153,10 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 def _are_finite(alike: list[Tensor]) -> bool:
     """Return whether all values are finite in tensors that share a device and dtype."""
     if alike[0].dtype.itemsize == 1:
-        # Arithmetic is not implemented for 8-bit floating-point types.
+        # torch does not implement arithmetic for 8-bit floating-point types.
         alike = [tensor.float() for tensor in alike]
-    # One pass over the values. A norm may overflow although all values are finite, so a bad norm is checked value by value.
+    # The norm takes a single pass but may overflow although all values are finite. If it is not finite, check each
+    # value.
     if torch.stack(torch._foreach_norm(alike, 2.0)).isfinite().all().item():
         return True
     return all(tensor.isfinite().all().item() for tensor in alike)
@@ -172,8 +176,8 @@ class _Flag:
         # The kernel requires float32, regardless of the default dtype.
         self.found = torch.zeros((), dtype=torch.float32, device=device)
         self._one = torch.ones((), dtype=torch.float32, device=device)
-        # Checked once for the parameters, since checking each gradient in every update is slow; the gradients are assumed to be
-        # of the same kind.
+        # Check the parameters once instead of the gradients in each update, which would be slow. Gradients are assumed
+        # to have the same device, dtype and layout.
         kinds = {(is_plain(each), each.dtype.is_complex, each.device, each.dtype) for each in parameters}
         self._alike = len(kinds) == 1 and kinds.pop()[:3] == (True, False, device)
 
@@ -202,7 +206,8 @@ class _Flag:
             # Multiplying by 1 keeps the bits.
             mark_nonfinite(gradients, self.found, self._one)
         except RuntimeError:
-            # The gradients are sparse, which cannot be seen from the parameters, or a group on another device was added later.
+            # Either the gradients are sparse, which does not depend on the parameters, or a group on another device was
+            # added later.
             self._alike = False
         return self._alike
 

@@ -40,24 +40,24 @@ logger = logging.getLogger(__name__)
 class AccumulatingOptimWrapper(BaseOptimWrapper):
     """Gradient accumulation, for all precisions. Windows are counted from the first micro-batch of the run.
 
-    A window may continue across the end of an epoch or a validation. The last window of a run may be shorter, and so
-    may one that starts in the middle because the gradients of its first part are lost; each is averaged over its own
-    length. If a hook stops a run inside a window, the loop calls ``discard_accumulation``, so the weights remain as they were
-    after the last update. A run that is interrupted completes its window first. A strategy saves the gradients of an incomplete
+    A window may continue across the end of an epoch or a validation. A window may be shorter at the end of a run, or if
+    a run resumes in the middle of a window without its gradients. It is averaged over its actual length. If a hook
+    stops a run inside a window, the loop calls ``discard_accumulation``, so the weights remain unchanged since the last
+    update. An interrupted run completes its window before it stops. A strategy saves the gradients of an incomplete
     window in its checkpoints and restores them.
 
     Args:
-        optimizer: updates the parameters.
-        accumulative_counts: micro-batches per update.
+        optimizer: the optimizer that updates the parameters.
+        accumulative_counts: the number of micro-batches per update.
         clip_grad: ``dict(max_norm=..., norm_type=2.0)``, or ``dict(type="value", clip_value=...)``.
         nonfinite: what to do if the norm of the gradients is NaN or Inf: ``"error"``, ``"skip"`` the update, or ``None``
             to disable the check. The check synchronizes with the device once per update.
 
     Attributes:
-        grad_norm: the norm before clipping in the last step, on its device; ``None`` if none is computed.
-        max_counts: micro-batches of the whole run, -1 if unknown.
+        grad_norm: the gradient norm of the last step before clipping, on its device; ``None`` if it is not computed.
+        max_counts: the number of micro-batches in the run; -1 if unknown.
         clipping: the clipping policy; None if gradients are not clipped.
-        nonfinite: what this wrapper does if the norm of the gradients is NaN or Inf; ``"skip"`` with float16.
+        nonfinite: the policy for gradient norms that are NaN or Inf; always ``"skip"`` with float16.
         grad_scaler: scales the loss in float16; None in all other precisions.
         fixed_scale: the loss scale if it is constant.
         window_start: the value of ``inner_count`` at the start of the current accumulation window.
@@ -148,14 +148,16 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         lost = init_counts % self.accumulative_counts if self._saved_pending is None else self._saved_pending
         if lost and not self.pending_micro_batches:
             warnings.warn(
-                f"Resumed after {init_counts} micro-batches, inside an accumulation window (accumulative_counts is now "
-                f"{self.accumulative_counts}): the gradients of the last {lost} are lost, and a new, possibly shorter window "
-                "starts here. To avoid this, save at multiples of accumulative_counts.",
+                f"Resumed after {init_counts} micro-batches, in the middle of an accumulation window "
+                f"(accumulative_counts is now {self.accumulative_counts}). The gradients of the last {lost} "
+                "micro-batches are lost, and a new window starts, which may be shorter. To avoid this, save "
+                "checkpoints at multiples of accumulative_counts.",
                 stacklevel=2,
             )
         if self.accumulative_counts > 1 and any(isinstance(module, _BatchNorm) for module in model.modules()):
             logger.warning(
-                "Batch normalization uses the statistics of micro-batches, not of the %d that an update averages over.",
+                "Batch normalization uses the statistics of each micro-batch, not of all %d micro-batches in an "
+                "update.",
                 self.accumulative_counts,
             )
 
@@ -174,7 +176,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         return discarded
 
     def accumulation_state(self) -> dict[str, Any]:
-        """Return the state of an incomplete window without its gradients, for :meth:`resume_accumulation`."""
+        """Return the state of an incomplete accumulation window without its gradients, for :meth:`resume_accumulation`."""
         weight = self.weight.detach().cpu() if isinstance(self.weight, Tensor) else self.weight
         return {
             "length": self.accumulative_counts,
@@ -184,7 +186,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         }
 
     def resume_accumulation(self, state: Mapping[str, Any]) -> None:
-        """Continue an incomplete window from its state; the caller restores the gradients in the parameters."""
+        """Continue an incomplete accumulation window from its state; the caller restores the gradients in the parameters."""
         self.window_start = self.inner_count - int(state["pending"])
         self._num_weighted = int(state["weighted"])
         weight = state["weight"]
@@ -203,7 +205,7 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         self.reset_weights()
 
     def collect_grads(self, micro_batches: int) -> list[Tensor]:
-        """Return the gradients of the window, divided in place by the sum of the weights if there are any."""
+        """Return the accumulated gradients, divided in place by the sum of the weights if micro-batches have weights."""
         grads = [
             grad
             for group in self.optimizer.param_groups
@@ -217,13 +219,12 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
     def weight_factor(self, micro_batches: int) -> Tensor:
         """Return the factor that turns the mean of ``sum(loss * weight)`` over ranks into the weighted mean. Collective.
 
-        Raises:
-            StateError: if only some micro-batches of the window had a weight.
+        x
         """
         if self._num_weighted != micro_batches:
             raise StateError(
                 f"{self._num_weighted} of the {micro_batches} micro-batches of the accumulation window had a weight. "
-                "Pass a weight to update_params for all of them, or for none."
+                "Pass a weight to update_params for all of these micro-batches or for none of them."
             )
         device = self.optimizer.param_groups[0]["params"][0].device
         total = torch.as_tensor(self.weight, dtype=torch.float32, device=device).detach().clone()
@@ -249,12 +250,12 @@ class AccumulatingOptimWrapper(BaseOptimWrapper):
         return allowed
 
     def reset_weights(self) -> None:
-        """Discard the weights of the current window."""
+        """Discard the weights of the current accumulation window."""
         self.weight = None
         self._num_weighted = 0
 
     def _window_length(self) -> int:
-        """Return the number of micro-batches in the window of the next micro-batch."""
+        """Return the number of micro-batches in the accumulation window of the next micro-batch."""
         end = (self.inner_count // self.accumulative_counts + 1) * self.accumulative_counts
         if self.inner_count < self.max_counts < end:
             end = self.max_counts

@@ -23,13 +23,15 @@ class OptimWrapperDict:
     own micro-batches and updates.
 
     Raises:
-        ConfigValueError: if there is no wrapper.
+        ConfigValueError: if no wrapper is given.
         ConfigTypeError: if a value is not an optimizer wrapper.
     """
 
     def __init__(self, **optim_wrappers: BaseOptimWrapper) -> None:
         if not optim_wrappers:
-            raise ConfigValueError("OptimWrapperDict needs at least one name=wrapper.")
+            raise ConfigValueError(
+                "OptimWrapperDict requires at least one optimizer wrapper: OptimWrapperDict(name=wrapper)."
+            )
         for name, wrapper in optim_wrappers.items():
             if not isinstance(wrapper, BaseOptimWrapper):
                 raise ConfigTypeError(f"{name}={wrapper!r} must be a built optimizer wrapper.")
@@ -44,11 +46,11 @@ class OptimWrapperDict:
         raise self._ambiguous("backward")
 
     def step(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: each optimizer steps separately."""
+        """Raise an error, because each optimizer must be stepped separately."""
         raise self._ambiguous("step")
 
     def optim_context(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise an error: each optimizer has its own precision and accumulation."""
+        """Raise an error, because each optimizer has a separate precision and accumulation."""
         raise self._ambiguous("optim_context")
 
     def zero_grad(self, **kwargs: Any) -> None:
@@ -81,11 +83,11 @@ class OptimWrapperDict:
 
     @property
     def pending_micro_batches(self) -> int:
-        """The number of micro-batches in the incomplete windows of all wrappers."""
+        """The total number of micro-batches in the incomplete accumulation windows of all wrappers."""
         return sum(wrapper.pending_micro_batches for wrapper in self.optim_wrappers.values())
 
     def discard_accumulation(self) -> int:
-        """Discard the incomplete window of each wrapper; return the total number of discarded micro-batches."""
+        """Discard the incomplete accumulation window of each wrapper; return the total number of discarded micro-batches."""
         return sum(wrapper.discard_accumulation() for wrapper in self.optim_wrappers.values())
 
     @property
@@ -118,8 +120,8 @@ class OptimWrapperDict:
         """
         if set(state_dict) != set(self.optim_wrappers):
             raise CheckpointMismatchError(
-                f"The saved optimizers are {sorted(state_dict)}, those of this run {sorted(self.optim_wrappers)}. "
-                "Build the same ones, or resume without the optimizer."
+                f"The checkpoint has optimizers {sorted(state_dict)}, but this run has {sorted(self.optim_wrappers)}. "
+                "Use the same names, or resume without the optimizer."
             )
         for name, state in state_dict.items():
             self.optim_wrappers[name].load_state_dict(state)
@@ -144,7 +146,9 @@ class OptimWrapperDict:
         try:
             return self.optim_wrappers[name]
         except KeyError:
-            raise ConfigKeyError(f"There is no optimizer {name!r}. {did_you_mean(name, self.optim_wrappers)}") from None
+            raise ConfigKeyError(
+                f"OptimWrapperDict has no optimizer {name!r}. {did_you_mean(name, self.optim_wrappers)}"
+            ) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self.optim_wrappers

@@ -1,4 +1,4 @@
-"""An optimizer whose state is sharded over the ranks of a replicated model (ZeRO stage 1)."""
+"""An optimizer whose state is sharded across the ranks of a replicated model (ZeRO stage 1)."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ __all__ = ["ZeroRedundancyOptimizer"]
 
 @final
 class ZeroRedundancyOptimizer(TorchZeroRedundancyOptimizer):
-    """torch's ``ZeroRedundancyOptimizer`` (ZeRO stage 1, arXiv:1910.02054) with a state dict on every rank.
+    """Torch's ``ZeroRedundancyOptimizer`` (ZeRO stage 1, arXiv:1910.02054) with a state dict on every rank.
 
-    Each rank updates its shard of the parameters with the fastest implementation and broadcasts it to the others.
+    Each rank updates its shard of the parameters with the fastest implementation and broadcasts it to the other ranks.
 
     Args:
         params: parameters or parameter groups.
         optimizer_type: the registered name of the local optimizer.
-        options: arguments of the local optimizer and of torch's ``ZeroRedundancyOptimizer``.
+        options: the arguments of the local optimizer and of torch's ``ZeroRedundancyOptimizer``.
 
     Raises:
-        ConfigValueError: if there is no process group.
+        ConfigValueError: if the process group is not initialized.
         ConfigKeyError: if the optimizer is unknown.
     """
 
     def __init__(self, params: Iterable[Any], optimizer_type: str, **options: Any) -> None:
         if not is_distributed():
             raise ConfigValueError(
-                "ZeroRedundancyOptimizer shards its state over the ranks of a process group, but there is none. "
-                f"Use {optimizer_type} in a single process, or start several processes with torchrun."
+                "ZeroRedundancyOptimizer shards its state across the ranks of a process group, but no process group "
+                f"is initialized. Use {optimizer_type} in a single process, or start several processes with torchrun."
             )
         optimizer_class: Any = OPTIMIZERS.get(optimizer_type)
         if optimizer_class is None:

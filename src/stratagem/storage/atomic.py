@@ -88,7 +88,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         old = _publish_directory(temporary, target)
     _make_durable(target)
     if old is not None:
-        with suppress(OSError):  # The new contents are in place; clean_temporaries removes the rest of the old ones.
+        # The new contents are published; clean_temporaries() removes the remaining old contents.
+        with suppress(OSError):
             remove(old)
 
 
@@ -103,8 +104,8 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
             error.add_note(_describe(target, temporary))
             raise
         raise WorkDirError(
-            f"{target.parent}: cannot create {target.name} there ({error.strerror}). "
-            "Create the directory, make it writable, or choose another one."
+            f"{target.parent}: cannot create {target.name} there ({error.strerror}). Create the directory, make it "
+            "writable, or choose a different directory."
         ) from error
     try:
         yield temporary
@@ -114,7 +115,7 @@ def _temporary(target: Path, create: Callable[[Path], object]) -> Iterator[Path]
         try:
             remove(temporary)
         except OSError as failure:
-            error.add_note(f"Could not remove {temporary} ({failure}); clean_temporaries will remove it.")
+            error.add_note(f"Could not remove {temporary} ({failure}); clean_temporaries() will remove it.")
         raise
 
 
@@ -148,13 +149,15 @@ def _make_durable(target: Path) -> None:
     try:
         fsync_directory(target.parent)
     except OSError as error:
-        error.add_note(f"{target} is in place and complete, but a power loss may restore its previous content.")
+        error.add_note(
+            f"{target} was published, but could not be synced. After a power loss, the previous contents may reappear."
+        )
         raise
 
 
 def _describe(target: Path, temporary: Path) -> str:
     written, free = "an unknown number of", "an unknown number of"
-    with suppress(OSError):  # A failure here must not hide the original error.
+    with suppress(OSError):  # A failure in this function must not hide the original error.
         written = str(tree_bytes(temporary))
         free = str(shutil.disk_usage(target.parent).free)
     return f"While writing {target}: {written} bytes were written, {free} bytes are free."

@@ -31,7 +31,7 @@ __all__ = [
 
 # Some network and user-space file systems cannot sync a directory.
 _CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
-# For platforms that cannot read at an offset without moving the position, which threads share.
+# Used on platforms that cannot read at an offset without changing the file position, which threads share.
 
 
 def read_bytes(path: Path) -> bytes:
@@ -78,10 +78,10 @@ def write_fully(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 def begin_writeback(descriptor: int) -> None:
     """Ask the system to start writing cached data to the disk, without waiting. The data may leave the cache.
 
-    Does nothing if the system has no such call.
+    Does nothing if the system does not support this.
     """
     if hasattr(os, "posix_fadvise"):
-        # This is only a hint; if it fails, the data is written later.
+        # This is only a hint; if it fails, the system writes the data later.
         with suppress(OSError):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 

@@ -73,21 +73,23 @@ def publish(local: Path, url: str, metadata: Mapping[str, Any] | None = None) ->
     folder, name = RemoteFolder.parent_of(url)
     existing = _generations(folder)
     previous = [generation for generation in existing if generation.name == name]
-    # Later than generations of all names, so that publications in a folder are ordered without a clock.
+    # The new generation is later than all generations in the folder, so that publications are ordered without a clock.
     generation = Generation.after(name, existing)
     target = folder.subfolder(generation.folder_name)
     try:
         record = _upload(local, target, metadata or {})
     except Exception as error:
-        error.add_note(f"While publishing {target.masked_url}; what was published as {name} before is unchanged.")
-        with suppress(Exception):  # The file system is failing; a later publication cleans up.
+        error.add_note(f"While publishing {target.masked_url}; the previous publication of {name} is unchanged.")
+        with suppress(Exception):  # The file system may be failing; a later publication cleans up.
             _remove(folder, generation)
         raise
     for old in sorted(previous):
         try:
             _remove(folder, old)
         except Exception as error:  # noqa: BLE001 -- the new generation is safe; the class depends on the file system
-            logger.warning("Could not remove %s/%s, which is superseded: %s", folder.masked_url, old.folder_name, error)
+            logger.warning(
+                "Could not remove the superseded publication %s/%s: %s", folder.masked_url, old.folder_name, error
+            )
             break  # Otherwise, an older generation could outlive a newer one.
     return _describe(folder, generation, record)
 
@@ -122,7 +124,7 @@ def fetch_published(url: str, cache: Path) -> Path:
         except FileNotFoundError as error:
             if attempt == _MAX_ATTEMPTS - 1:
                 raise CheckpointDamagedError(f"{source.masked_url}: a file is missing: {error}.") from error
-            continue  # It was replaced in the meantime; look again.
+            continue  # The publication was replaced in the meantime, so list the folder again.
         return copy
     raise AssertionError("the last attempt returns or raises")
 
@@ -177,12 +179,12 @@ def _upload(local: Path, target: RemoteFolder, metadata: Mapping[str, Any]) -> P
         files[path] = _upload_file(file, target, path)
     record = PublicationRecord(files=files, is_folder=local.is_dir(), published_at=time.time(), metadata=metadata)
     data = record.encode()
-    # Check that the record can be parsed: with unsupported file names, the publication could not be found.
+    # Check that the record can be parsed: a publication with unsupported file names could not be found again.
     if PublicationRecord.parse(data) is None:
         raise ValueError(f"{local} contains files with names that cannot be published: {sorted(files)[:5]}.")
     target.write(RECORD, data)
     if target.read(RECORD, _MAX_RECORD_BYTES) != data:
-        raise OSError(f"{target.masked_url}/{RECORD} does not have the content that was written.")
+        raise OSError(f"{target.masked_url}/{RECORD} does not contain the data that was written.")
     return record
 
 

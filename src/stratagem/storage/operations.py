@@ -31,7 +31,7 @@ __all__ = [
 _AT_FDCWD = -100  # Relative paths start at the working directory; from linux/fcntl.h.
 # Windows has no O_CLOEXEC, because its descriptors are not inherited, and translates line ends without O_BINARY.
 OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-# For platforms that cannot write at an offset without moving the position, which threads share.
+# Used on platforms that cannot write at an offset without changing the file position, which threads share.
 POSITION_LOCK = threading.Lock()
 _RENAME_EXCHANGE = 2  # from linux/fs.h
 # The kernel, the C library, a sandbox or the file system does not support the call.

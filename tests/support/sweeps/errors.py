@@ -83,5 +83,5 @@ def _message(saving: Saving, place: Path, act: Act) -> str:
 
 def _judge(message: str, place: Path, code: int) -> None:
     missing = [word for word in (str(place), os.strerror(code), "bytes") if word not in message]
-    if missing and "is in place and complete" not in message:
+    if missing and "was published, but could not be synced" not in message:
         raise Lost(f"the error does not contain {missing}: {message}")

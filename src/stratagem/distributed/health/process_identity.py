@@ -19,9 +19,9 @@ class ProcessIdentity:
     """The identity of a rank's process.
 
     Attributes:
-        pid: the process id.
+        pid: the process ID.
         pid_namespace: the boot and the PID namespace in which ``pid`` is valid.
-        start_time: the start time of the process, which distinguishes it from a later process with the same id.
+        start_time: the start time of the process, which distinguishes it from a later process with the same ID.
     """
 
     pid: int
@@ -44,7 +44,7 @@ class ProcessIdentity:
         return cls(pid, _pid_namespace(), _stat_of(pid)[1])
 
     def has_ended(self) -> bool:
-        """Return whether the process is known to have ended: False for a process on another machine or in another container."""
+        """Return whether the process is known to have ended; False for processes on other machines or in other containers."""
         if self.pid_namespace != _pid_namespace():
             return False
         state, start_time = _stat_of(self.pid)
@@ -52,7 +52,7 @@ class ProcessIdentity:
 
 
 def _pid_namespace() -> str:
-    """Return a name for the boot and the PID namespace of this process."""
+    """Return an identifier of the current boot and the PID namespace of this process."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:

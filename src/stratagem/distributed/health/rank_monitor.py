@@ -1,4 +1,4 @@
-"""Monitor the other ranks from a thread, so that every rank detects a failed rank, even while it is blocked."""
+"""Monitor the other ranks in a thread, so that failed ranks are detected even while the main thread is blocked."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from stratagem.utils.torch_private import default_store
 __all__ = ["Failure", "RankMonitor"]
 
 _POLL_S = 0.5
-# With more ranks, each polls less often: the store serves about ten thousand requests per second.
+# With more ranks, each rank polls less often, because the store serves about 10,000 requests per second.
 _RANKS_AT_FULL_RATE = 256
 _STORE_TIMEOUT = timedelta(seconds=5)
-# After this many failed attempts in a row, the process that serves the store is considered dead.
+# After this number of consecutive failed attempts, the process that serves the store is considered dead.
 _ATTEMPTS = 2
 _RESPONSE_S = 5.0
 
@@ -68,8 +68,8 @@ class RankMonitor:
     ranks, writes a heartbeat, and checks that the ranks' processes on this machine are alive.
 
     Args:
-        iteration: returns the number of iterations that this rank has completed.
-        on_failure: called once by the thread, with another rank's failure.
+        iteration: a function that returns the number of iterations that this rank has completed.
+        on_failure: a function that the thread calls once, with the failure of another rank.
     """
 
     _num_created = 0
@@ -84,7 +84,7 @@ class RankMonitor:
         self._processes: Mapping[int, ProcessIdentity] = dict(enumerate(all_gather_object(ProcessIdentity.here())))
         self._iteration = iteration
         self._on_failure = on_failure
-        # torchrun's agent outlives its ranks unless it is killed. Other launchers may exit before their ranks.
+        # Unless it is killed, torchrun's agent outlives its ranks. Other launchers may exit before their ranks.
         self._agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._acknowledged = False
         self._poll_s = _POLL_S * max(1.0, self.size / _RANKS_AT_FULL_RATE)
@@ -119,7 +119,7 @@ class RankMonitor:
         try:
             first = Failure.from_json(self._request(lambda: self._store.compare_set("failure", "", failure.as_json())))
         except (RuntimeError, torch_dist.DistError):
-            # The store ended with its process; the other ranks detect that on their own.
+            # The store ended together with its process, which the other ranks detect themselves.
             first = failure
         self._failure = self._failure or first
         if first.rank != self.rank:
@@ -162,7 +162,8 @@ class RankMonitor:
         """Return the result of a call to the store.
 
         Raises:
-            DistStoreError: if there is no response in time. If the network is down, the store's own calls block forever.
+            DistStoreError: if there is no response in time. Without this limit, calls to the store would block forever
+                if the network is down.
         """
         if self._unresponsive:
             raise torch_dist.DistStoreError("the store of the process group has stopped responding")

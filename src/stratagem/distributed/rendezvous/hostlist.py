@@ -9,7 +9,7 @@ from stratagem.errors import LaunchError
 
 __all__ = ["expand_hostlist"]
 
-# A comma outside brackets ends a name.
+# Split the list at commas outside of brackets.
 _NAMES = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")
 _PIECES = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -39,7 +39,7 @@ def _expand(name: str, nodelist: str) -> list[str]:
 
 
 def _numbers(ranges: str, nodelist: str) -> list[str]:
-    """Return the numbers of a bracket with their leading zeros."""
+    """Return the numbers of a bracket expression with their leading zeros."""
     numbers: list[str] = []
     for part in ranges.split(","):
         match = _RANGE.fullmatch(part)

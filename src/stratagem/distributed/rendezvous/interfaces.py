@@ -19,7 +19,7 @@ else:
 __all__ = ["address_towards", "interface_of", "is_loopback", "is_own", "resolve"]
 
 _SIOCGIFADDR = 0x8915  # From linux/sockios.h.
-_ANY_PORT = 9  # Connecting a datagram socket sends nothing.
+_ANY_PORT = 9  # Connecting a datagram socket does not send any data.
 
 
 def is_loopback(host: str) -> bool:

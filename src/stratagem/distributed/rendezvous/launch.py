@@ -27,7 +27,8 @@ RAY_JOB_VARIABLE = "STRATAGEM_RAY_JOB"
 _REQUIRED = {
     "ray": (RAY_JOB_VARIABLE, "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"),
     "pytorch": ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    # MPI comes before SLURM: in a SLURM job, mpirun's ranks inherit the SLURM variables of the task that started them.
+    # MPI is checked before SLURM because, in a SLURM job, ranks of mpirun inherit the SLURM variables of the task that
+    # started them.
     "mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
     "slurm": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", "SLURM_STEP_ID"),
 }
@@ -95,7 +96,7 @@ def read_launch(launcher: str, environ: Mapping[str, str] = os.environ) -> Launc
 def describe_incomplete_launch_env(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return a warning if only some variables of a multi-process launch are set; None otherwise.
 
-    Several processes in such an environment would each train alone, in the same directory.
+    Several processes in such an environment would each train independently, in the same directory.
     """
     required = _REQUIRED["pytorch"]
     size = environ.get("WORLD_SIZE", "1")
@@ -104,15 +105,20 @@ def describe_incomplete_launch_env(environ: Mapping[str, str] = os.environ) -> s
         return None
     found = ", ".join(f"{name}={environ[name]}" for name in required if name in environ)
     return (
-        f"This process trains alone: the environment has {found}, but not {', '.join(missing)}. If it is one of {size} "
-        f"processes, set the missing variables or use torchrun; otherwise unset WORLD_SIZE."
+        f"This process trains independently of other processes, because {found} is set in the environment but not "
+        f"{', '.join(missing)}. If it is one of {size} processes, set the missing variables or use torchrun; otherwise "
+        "unset WORLD_SIZE."
     )
 
 
 def _not_started_by(launcher: str, missing: list[str], environ: Mapping[str, str]) -> str:
     found = [f"{name}={environ[name]}" for name in _REQUIRED[launcher] if name in environ]
     by = infer_launcher(environ)
-    actual = f"It was started by launcher {by!r}: specify that launcher, or none." if by != "none" else _HOW[launcher]
+    actual = (
+        f"It was started by launcher {by!r}. Specify this launcher, or omit launcher."
+        if by != "none"
+        else _HOW[launcher]
+    )
     return (
         f"launcher={launcher!r}, but this process was not started by it: {', '.join(missing)} is not set"
         f"{f', only {chr(44).join(found)}' if found else ''}. {actual}"
@@ -154,7 +160,7 @@ def _read_slurm(environ: Mapping[str, str]) -> Launch:
         local_size=size if one_host else (tasks_here or local_rank + 1),
         master_addr=master or ("127.0.0.1" if one_host or not nodes else expand_hostlist(nodes)[0]),
         master_port=_given_port(environ),
-        # A requeued job keeps its id, and its step numbers start again.
+        # A requeued job keeps its ID, and its step numbers start from 0 again.
         job=f"SLURM step {environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}.{environ.get('SLURM_RESTART_COUNT', 0)}",
     )
 

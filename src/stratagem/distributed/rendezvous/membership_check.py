@@ -56,15 +56,16 @@ def _check(store: Store, launch: Launch, limit_s: float) -> str:
         size = int(store.get(f"size/{rank}"))
         if size != launch.size:
             return (
-                f"Rank 0 has world size {launch.size}, and rank {rank} has world size {size}. Give every rank the same "
-                "world size: equal --nnodes and --nproc-per-node for each torchrun, or the same WORLD_SIZE."
+                f"Rank 0 was started with world size {launch.size}, but rank {rank} was started with world size "
+                f"{size}. Use the same --nnodes and --nproc-per-node for each torchrun, or the same WORLD_SIZE for "
+                "each process."
             )
     return store.get("outcome").decode() if store.check(["outcome"]) else ""
 
 
 def _await_outcome(store: Store, limit: timedelta) -> str:
     try:
-        # If rank 0 joins later than this rank, its limit ends later.
+        # If rank 0 joins later than this rank, its time limit ends later.
         store.wait(["outcome"], limit + timedelta(seconds=_LINGER_S))
     except DistError as error:
         raise LaunchError(

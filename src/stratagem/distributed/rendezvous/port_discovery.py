@@ -2,7 +2,7 @@
 
 The job name, which all ranks know, determines a few candidate ports. Rank 0 listens on the first free one and sends the
 job name and the port of its store, which the system chose, to every client. Other jobs and programs on these ports are
-recognized by their response, so several jobs can share a machine.
+recognized by their response, so several jobs can run on the same machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stratagem.errors import LaunchError
 
 __all__ = ["PortAnnouncer", "discover_port", "job_ports"]
 
-# Neither privileged nor ephemeral ports (on Linux, ephemeral ports start at 32,768).
+# These ports are neither privileged nor ephemeral (on Linux, ephemeral ports start at 32,768).
 _FIRST_PORT, _PORTS = 20_000, 12_000
 _NUM_CANDIDATES = 16
 _MAX_RESPONSE_BYTES = 512
@@ -53,7 +53,7 @@ class PortAnnouncer:
     def close(self) -> None:
         """Stop listening. Idempotent."""
         try:
-            # close() alone would not wake the thread.
+            # Calling only close() would not wake the thread.
             self._listener.shutdown(socket.SHUT_RDWR)
         except OSError:  # The listener is already closed.
             return
@@ -112,7 +112,7 @@ def _listen(job: str, address: str) -> socket.socket:
 
 
 def _query(address: str, port: int) -> bytes:
-    """Return the first bytes that a server on a port sends; empty if there is no server, or it sends nothing."""
+    """Return the first bytes that a server on a port sends; empty if there is no response."""
     received = b""
     try:
         with socket.create_connection((address, port), timeout=_PROBE_S) as connection:

@@ -18,7 +18,7 @@ from stratagem.utils.names import did_you_mean, refuse_unknown
 __all__ = ["close_dist", "init_dist"]
 
 _DEFAULT_TIMEOUT_S = 600.0
-# All other arguments of torch.distributed.init_process_group are set here.
+# Other arguments of torch.distributed.init_process_group are set by this module.
 _FORWARDED = ("group_name", "pg_options", "device_id")
 _OWN = ("backend", "timeout", "init_method")
 
@@ -37,8 +37,8 @@ def init_dist(
 
     Args:
         launcher: one of :data:`~stratagem.distributed.LAUNCHERS`; inferred from the environment by default.
-        backend: a ``torch.distributed`` backend; by default the one for the device, plus gloo for CPU tensors.
-        timeout: timeout of collectives in seconds or as a ``timedelta``; 600 seconds by default.
+        backend: a ``torch.distributed`` backend; by default the backend for the device, and gloo for CPU tensors.
+        timeout: the timeout of collectives in seconds or as a ``timedelta``; 600 seconds by default.
         init_method: a URL for ``torch.distributed.init_process_group`` instead of the launcher's address and port.
         kwargs: ``group_name``, ``pg_options`` and ``device_id`` of ``torch.distributed.init_process_group``.
 
@@ -95,10 +95,10 @@ def _as_timedelta(timeout: float | timedelta | None) -> timedelta:
     if timeout is None:
         return timedelta(seconds=_DEFAULT_TIMEOUT_S)
     if isinstance(timeout, bool) or not isinstance(timeout, int | float | timedelta):
-        raise ConfigTypeError(f"dist_cfg: timeout is {timeout!r}; expected seconds or a timedelta.")
+        raise ConfigTypeError(f"dist_cfg: timeout must be a number of seconds or a timedelta, got {timeout!r}.")
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     if not 0 < seconds < math.inf:
-        raise ConfigValueError(f"dist_cfg: timeout is {timeout!r}; expected a positive, finite time.")
+        raise ConfigValueError(f"dist_cfg: timeout must be positive and finite, got {timeout!r}.")
     return timedelta(seconds=seconds)
 
 

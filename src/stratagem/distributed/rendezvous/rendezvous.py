@@ -28,7 +28,7 @@ _stores: dict[Launch, Store] = {}
 
 
 def choose_network_interface(launch: Launch) -> None:
-    """Set gloo's interface to loopback or to the one that reaches rank 0, unless the user has set one."""
+    """Set gloo's interface to loopback or to the interface that reaches rank 0, unless the user has set an interface."""
     if launch.on_one_host:
         names = [name for _, name in socket.if_nameindex() if name in {"lo", "lo0"}]
         name = names[0] if names else None
@@ -61,7 +61,8 @@ def _start_id(launch: Launch, environ: Mapping[str, str] = os.environ) -> str:
     """Return an identifier that distinguishes this start of torchrun's ranks from others that used the same store.
 
     After a membership change, torchrun restarts the ranks with the same restart count and a different world size. Other
-    launchers start ranks once; the size is left out for them, so that ranks with different sizes connect and report it.
+    launchers start ranks only once. Their identifier does not include the world size, so that ranks with different
+    world sizes can connect and report the mismatch.
     """
     if "TORCHELASTIC_RUN_ID" not in environ:
         return "0"
@@ -94,7 +95,7 @@ def _connect(launch: Launch, limit: timedelta, until_joined: ExitStack) -> Store
 
 
 def _listen(launch: Launch, address: str) -> socket.socket:
-    """Listen only on the address of rank 0; TCPStore itself would listen on every interface."""
+    """Listen only on the address of rank 0, whereas TCPStore would listen on all interfaces."""
     if not is_own(address):
         if launch.master_port is None:
             raise LaunchError(
@@ -116,8 +117,9 @@ def _listen(launch: Launch, address: str) -> socket.socket:
         if error.errno != errno.EADDRINUSE:
             raise
         raise LaunchError(
-            f"port {launch.master_port} is in use by another program, perhaps rank 0 of an earlier run. Set MASTER_PORT "
-            "(torchrun: --master-port) to a free port; ranks started by srun and mpirun find one if it is not set."
+            f"port {launch.master_port} is in use by another program, perhaps rank 0 of an earlier run. Set "
+            "MASTER_PORT (torchrun: --master-port) to a free port; with srun and mpirun, a free port is chosen if "
+            "MASTER_PORT is not set."
         ) from error
     listener.setblocking(False)
     return listener

@@ -51,7 +51,7 @@ class DefaultOptimWrapperConstructor:
 
     Raises:
         ConfigTypeError: if an argument is not a mapping.
-        ConfigValueError: if ``optimizer`` is missing, or rules are given for an optimizer object.
+        ConfigValueError: if ``optimizer`` is missing, or there are rules for an optimizer that is already built.
     """
 
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
@@ -70,7 +70,8 @@ class DefaultOptimWrapperConstructor:
         if isinstance(self._optimizer, Optimizer) and (self._has_rules or "implementation" in optim_wrapper_cfg):
             raise ConfigValueError(
                 "paramwise_cfg and implementation require the configuration of an optimizer, but the optimizer is a "
-                f"{type(self._optimizer).__name__} object. Pass its configuration, or remove them."
+                f"{type(self._optimizer).__name__} object. Pass the configuration of the optimizer, or omit these "
+                "options."
             )
 
     def __call__(self, model: nn.Module) -> BaseOptimWrapper:
@@ -144,7 +145,7 @@ def group_parameters(
         ConfigKeyError: if a rule sets an unknown option.
     """
     if not infos:
-        raise ConfigValueError("There are no parameters to train. Check the model and freeze in paramwise_cfg.")
+        raise ConfigValueError("The model has no parameters to train. Check the model, and freeze in paramwise_cfg.")
     depth = {} if rules.layer_decay is None else rules.layer_decay.multipliers([info.name for info in infos])
     base = _base_values(options, signature)
     groups: dict[str, Group] = {}
@@ -166,8 +167,8 @@ def group_parameters(
         elif group is not first_group and not rules.bypass_duplicate:
             raise ConfigValueError(
                 f"{first_name} and {name} are the same parameter, but paramwise_cfg sets different options for them: "
-                f"{first_group.options} and {group.options}. Make them equal, or set bypass_duplicate=True to use those of "
-                "the first name."
+                f"{first_group.options} and {group.options}. Make them equal, or set bypass_duplicate=True to use the "
+                "options of the first name."
             )
     _warn_of_unused_keys(rules, {key for key, _, _ in cache})
     return sorted((group for group in groups.values() if group.parameters), key=lambda group: bool(group.options))
@@ -199,7 +200,7 @@ def describe_groups(groups: Sequence[Group]) -> str:
 def _warn_of_unused_keys(rules: ParamwiseRules, used: set[str | None]) -> None:
     for key in rules.custom_keys:
         if key not in used:
-            logger.warning("paramwise_cfg: custom_keys[%r] does not apply to any parameter.", key)
+            logger.warning("paramwise_cfg: custom_keys[%r] does not match any parameter.", key)
 
 
 def _base_values(options: Mapping[str, Any], signature: Mapping[str, inspect.Parameter]) -> dict[str, Any]:

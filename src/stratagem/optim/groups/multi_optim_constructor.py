@@ -36,10 +36,14 @@ class MultiOptimWrapperConstructor:
     def __init__(self, optim_wrapper_cfg: Mapping[str, Any], paramwise_cfg: Mapping[str, Any] | None = None) -> None:
         if paramwise_cfg is not None:
             raise ConfigValueError(
-                "MultiOptimWrapperConstructor: set paramwise_cfg for each submodule, next to its optimizer."
+                "MultiOptimWrapperConstructor: paramwise_cfg must be specified for each submodule, next to its "
+                "optimizer."
             )
         if not optim_wrapper_cfg:
-            raise ConfigValueError("MultiOptimWrapperConstructor needs the configuration of at least one submodule.")
+            raise ConfigValueError(
+                "MultiOptimWrapperConstructor requires the configuration of at least one optimizer, with the name of "
+                "a submodule as its key."
+            )
         self._constructors: dict[str, DefaultOptimWrapperConstructor] = {}
         for name, cfg in optim_wrapper_cfg.items():
             if not isinstance(cfg, Mapping):
@@ -51,7 +55,7 @@ class MultiOptimWrapperConstructor:
         """Return a wrapper for each configured submodule.
 
         Raises:
-            ConfigKeyError: if the model has no submodule of a name.
+            ConfigKeyError: if the model does not have a submodule with one of these names.
         """
         submodules = dict(unwrap_data_parallel(model).named_modules())
         wrappers: dict[str, BaseOptimWrapper] = {}

@@ -54,10 +54,10 @@ class ParamwiseRules:
     """The rules in ``paramwise_cfg``.
 
     Attributes:
-        custom_keys: options for parameters whose names match a key; ``lr_mult`` and ``decay_mult`` are multipliers, other
-            options are set. The longest matching key is used. Of the other rules, only ``layer_decay`` applies to such a
-            parameter.
-        match: the way in which keys match names: as a substring, as whole components, or as a regular expression.
+        custom_keys: options for parameters whose names match a key; ``lr_mult`` and ``decay_mult`` are multipliers,
+            other options are set. The longest matching key is used. For parameters that match a key, all other rules
+            except ``layer_decay`` are ignored.
+        match: how keys are matched with names: as substrings, as whole components, or as regular expressions.
         bias_lr_mult: the learning rate multiplier for biases, except in normalization layers and deformable convolutions.
         bias_decay_mult: the weight decay multiplier for biases, except in normalization layers with ``norm_decay_mult`` and
             deformable convolutions.
@@ -94,7 +94,7 @@ class ParamwiseRules:
                 )
 
     def key_for(self, name: str) -> str | None:
-        """Return the custom key for a name: the longest that matches, and among those the first in sorted order."""
+        """Return the longest custom key that matches a name; among keys of the same length, the first in sorted order."""
         matching = [key for key in self.custom_keys if _matches(key, name, self.match)]
         return min(matching, key=lambda key: (-len(key), key), default=None)
 
@@ -122,7 +122,7 @@ def parse_paramwise(paramwise_cfg: Mapping[str, Any] | None) -> ParamwiseRules:
     """Validate ``paramwise_cfg`` and return its rules. The argument is not modified.
 
     Raises:
-        ConfigTypeError: if it, ``custom_keys`` or one of its values is not a mapping.
+        ConfigTypeError: if ``paramwise_cfg``, ``custom_keys`` or one of its values is not a mapping.
         ConfigKeyError: if a rule is unknown.
         ConfigValueError: if ``match`` is unknown, or ``layer_decay`` is incomplete.
     """

@@ -28,9 +28,10 @@ _UNITS: Final = ("epoch", "iter", "step")
 class ParamScheduler(ABC):
     """Change one option of all parameter groups during a run. Subclasses implement ``transform``.
 
-    The scheduler is active in the range ``[begin, end)`` of positions. Before it, nothing changes; from ``end`` on, the last
-    transformation stays in effect. Schedulers of the same option of the same optimizer form a chain: each transforms the result
-    of the schedulers that were built before it, starting from the group's initial value.
+    The scheduler is active in the range ``[begin, end)`` of positions. Before ``begin``, nothing changes; from ``end``
+    on, the last transformation stays in effect. Schedulers for the same option of an optimizer form a chain. Each
+    transforms the result of the previous schedulers in the chain, and the first one transforms the group's initial
+    value.
 
     Args:
         optimizer: the optimizer or its wrapper.
@@ -44,7 +45,8 @@ class ParamScheduler(ABC):
         verbose: whether to log each change.
 
     Attributes:
-        unit: ``"epoch"``, ``"iter"`` or ``"step"``: when the training loop calls ``step``.
+        unit: ``"epoch"``, ``"iter"`` or ``"step"``: the unit of positions, after which the training loop calls
+            ``step``.
         position: the number of completed positions of the run.
         started: whether the range has begun.
 
@@ -72,7 +74,7 @@ class ParamScheduler(ABC):
     ) -> None:
         if not isinstance(optimizer, Optimizer | BaseOptimWrapper):
             raise ConfigTypeError(
-                f"{type(self).__name__} needs one optimizer or its wrapper, got {type(optimizer).__name__}."
+                f"{type(self).__name__} requires an optimizer or its wrapper, got {type(optimizer).__name__}."
             )
         if not end > begin >= 0:
             raise ConfigValueError(
@@ -121,7 +123,7 @@ class ParamScheduler(ABC):
         return self._chain.values()
 
     def describe(self) -> dict[str, Any]:
-        """Return everything except the position that determines the values. Subclasses add their settings."""
+        """Return the settings that determine the values, without the position. Subclasses add their settings."""
         return {
             "type": type(self).__name__, "param_name": self.param_name,
             "begin": self.begin, "end": self.end, "by": self.unit,
@@ -164,8 +166,9 @@ class ParamScheduler(ABC):
             own = self.describe()[name]
             if description[name] != own:
                 raise CheckpointMismatchError(
-                    f"The scheduler in the checkpoint has {name}={description[name]!r}, that of this run has {own!r}. Build "
-                    "the same scheduler, or set resume_param_scheduler=False to use the configuration from here on."
+                    f"The scheduler in the checkpoint has {name}={description[name]!r}, but the scheduler of this run "
+                    f"has {own!r}. Build the same scheduler, or set resume_param_scheduler=False to use this run's "
+                    "configuration."
                 )
         self.begin, self.end, self.unit = description["begin"], description["end"], description["by"]
         self.by_epoch = self.unit == "epoch"
@@ -182,7 +185,7 @@ class ParamScheduler(ABC):
             raise ConfigValueError(f"{cls.__name__}: only an epoch-based scheduler can be converted to iterations.")
         if not isinstance(epoch_length, int) or epoch_length < 1:
             raise ConfigValueError(
-                f"{cls.__name__}: converting to iterations needs epoch_length, the iterations of one epoch; "
+                f"{cls.__name__}: converting to iterations requires epoch_length, the number of iterations per epoch, "
                 f"got {epoch_length!r}."
             )
         converted = {key: value for key, value in options.items() if key != "by"}
@@ -216,7 +219,7 @@ class ParamScheduler(ABC):
                 logger.info("%s: %s %d, %s", type(self).__name__, self.unit, position, self.get_last_value())
 
     def _update_shape(self) -> bool:
-        """Compute the value that all groups share at the new position; return whether it changed."""
+        """Update the value that all groups share for the new position; return whether it changed."""
         return True
 
     def __repr__(self) -> str:

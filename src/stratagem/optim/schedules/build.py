@@ -30,23 +30,24 @@ def build_param_schedulers(
 ) -> ParamSchedulers:
     """Build the schedulers of a run: a list for one optimizer, or a dict of lists for an ``OptimWrapperDict``.
 
-    A mapping from optimizer names to specifications sets the schedulers of each optimizer. Otherwise, each configuration
-    is built for every optimizer, and a scheduler object is used for the optimizer that it was built on. A scheduler without
-    ``end`` ends with the run, in its own unit.
+    A mapping from optimizer names to specifications sets the schedulers of each optimizer. Otherwise, each
+    configuration is built for every optimizer, and a scheduler that is already built is used for its optimizer. A
+    scheduler without ``end`` ends at the end of the run.
 
     Args:
         spec: a scheduler, a configuration, or a sequence of them.
         optim: the optimizer wrapper, or an ``OptimWrapperDict``.
-        max_epochs: the epochs of the run.
-        max_iters: the iterations (micro-batches) of the run.
-        epoch_length: the iterations per epoch, for ``convert_to_iter_based=True``.
-        max_steps: the optimizer updates of the run; by default ``max_iters`` divided by the micro-batches per update.
+        max_epochs: the number of epochs in the run.
+        max_iters: the number of iterations (micro-batches) in the run.
+        epoch_length: the number of iterations per epoch, for ``convert_to_iter_based=True``.
+        max_steps: the number of optimizer updates in the run; by default ``max_iters`` divided by the number of
+            micro-batches per update.
 
     Raises:
         ConfigTypeError: if an item is neither a scheduler nor a configuration.
-        ConfigValueError: if a required length is unknown, or a scheduler object belongs to a different optimizer or is
+        ConfigValueError: if a required length is unknown, or a built scheduler belongs to a different optimizer or is
             given twice.
-        ConfigKeyError: if a mapping has unknown optimizer names, or one is missing.
+        ConfigKeyError: if a mapping has an unknown optimizer name or lacks an optimizer.
     """
     run_length = {"epoch": max_epochs, "iter": max_iters, "step": max_steps}
     wrappers = dict(optim.items()) if isinstance(optim, OptimWrapperDict) else {"": optim}
@@ -80,8 +81,8 @@ def _by_optimizer(spec: Any, optim: OptimWrapperDict) -> dict[str, list[Any]]:
     missing = [name for name in optim if name not in spec]
     if missing:
         raise ConfigKeyError(
-            f"param_scheduler: there is no entry for the optimizer {missing[0]!r}. "
-            f"Add a scheduler, or {missing[0]}=[] for none."
+            f"param_scheduler: the optimizer {missing[0]!r} has no entry. Add a scheduler, or {missing[0]}=[] for no "
+            "schedulers."
         )
     return {name: _as_list(spec[name]) for name in optim}
 
@@ -106,7 +107,8 @@ def _check_owners(by_name: Mapping[str, list[Any]], wrappers: Mapping[str, BaseO
                 raise _wrong_optimizer(item, where, _owner_of(item, wrappers))
             if id(item) in seen:
                 raise ConfigValueError(
-                    f"param_scheduler: {item!r} is given twice, so it would advance twice. Remove one, or build a second one."
+                    f"param_scheduler: {item!r} is given twice and would advance twice. Remove one, or build a second "
+                    "scheduler."
                 )
             seen.add(id(item))
 
@@ -124,8 +126,8 @@ def _is_scheduled_by(wrapper: BaseOptimWrapper, schedule: ParamScheduler) -> boo
 def _wrong_optimizer(schedule: ParamScheduler, where: str, owner: str | None) -> ConfigValueError:
     built_on = f"the optimizer {owner!r}" if owner else f"another {type(schedule.optimizer).__name__}"
     return ConfigValueError(
-        f"param_scheduler: {schedule!r} was built on {built_on}, not on {where}, so it would have no effect. Build it on the "
-        "right optimizer, or pass its configuration."
+        f"param_scheduler: {schedule!r} was built on {built_on}, not on {where}, so it would have no effect. Build it "
+        "on the correct optimizer, or pass its configuration."
     )
 
 
@@ -145,7 +147,9 @@ def _build_one(
         options["end"] = _length_of_run(options, optim, run_length)
     if convert:
         if epoch_length is None:
-            raise ConfigValueError(f"{item!r}: convert_to_iter_based needs epoch_length, the iterations of an epoch.")
+            raise ConfigValueError(
+                f"{item!r}: convert_to_iter_based requires epoch_length, the number of iterations per epoch."
+            )
         options = _scheduler_type(options).in_iterations(options, epoch_length)
     built: ParamScheduler = PARAM_SCHEDULERS.build(options, default_args={"optimizer": optim})
     return built
@@ -169,7 +173,7 @@ def _length_of_run(options: Mapping[str, Any], optim: BaseOptimWrapper, run_leng
         length = -(-max_iters // optim.accumulative_counts)
     if length is None:
         raise ConfigValueError(
-            f"{options!r} has no end, and the length of the run in {unit}s is unknown. Set end of the scheduler, or "
-            f"max_{unit}s of the run."
+            f"{options!r} has no end, and the length of the run in {unit}s is unknown. Set end in the scheduler, or "
+            f"max_{unit}s in the run."
         )
     return length

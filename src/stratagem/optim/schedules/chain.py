@@ -1,4 +1,4 @@
-"""Chains of the schedulers that change the same option of an optimizer."""
+"""Chains of schedulers that change the same option of an optimizer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Link(Protocol):
 class Chain:
     """The schedulers of one parameter group option, in order of construction.
 
-    The value of a group is its initial value (``initial_<key>``), transformed by all schedulers whose range has begun. It is
-    computed from the initial value each time, so errors do not accumulate, and the order of steps does not matter.
+    The value of a group is its initial value (``initial_<key>``), transformed by all schedulers whose range has begun.
+    Since each value is computed from the initial value, errors do not accumulate, and the order in which the schedulers
+    advance does not matter.
     """
 
     def __init__(self, optimizer: Optimizer, key: str) -> None:
@@ -56,7 +57,7 @@ class Chain:
         self._is_tensor = any(isinstance(group[self._key], Tensor) for group in groups)
 
     def begin(self, *, resumed: bool) -> None:
-        """Record the current value of each group as its initial value, unless it has one.
+        """Record the current value of each group as its initial value, unless the group already has an initial value.
 
         Raises:
             ConfigKeyError: if ``resumed`` is True and a group has no initial value.
@@ -66,8 +67,8 @@ class Chain:
                 continue
             if resumed:
                 raise ConfigKeyError(
-                    f"last_step is given, but parameter group {number} has no {self.initial_key!r}, the value at the "
-                    "start of the run. Set it, or resume from a state_dict."
+                    f"last_step is specified, but parameter group {number} has no {self.initial_key!r}, the value at "
+                    "the start of the run. Set it in the group, or load a state dict instead."
                 )
             self._record_initial(group)
 
@@ -101,7 +102,7 @@ class Chain:
 
 
 def chain_of(optimizer: Optimizer, key: str) -> Chain:
-    """Return the chain of an option, stored as an attribute of the optimizer so that both have the same lifetime."""
+    """Return the chain of an option, which is stored as an attribute of the optimizer so that both have the same lifetime."""
     chains: dict[str, Any] = vars(optimizer).setdefault(_ATTRIBUTE, {})
     if key not in chains:
         chains[key] = Chain(optimizer, key)

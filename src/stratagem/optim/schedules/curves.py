@@ -33,7 +33,7 @@ class Curve(ABC):
     """Base class of curves; the fields of a curve are its configuration options.
 
     Attributes:
-        counted: the fields that count positions, which are multiplied when epochs are converted to iterations.
+        counted: the fields that are numbers of positions, which are multiplied when epochs are converted to iterations.
     """
 
     counted: ClassVar[tuple[str, ...]] = ()
@@ -57,7 +57,8 @@ class TowardsFloor(Curve, ABC):
     def __post_init__(self) -> None:
         if self.eta_min is not None and self.eta_min_ratio is not None:
             raise ConfigValueError(
-                f"eta_min={self.eta_min!r} and eta_min_ratio={self.eta_min_ratio!r} both set the minimum. Set only one of them."
+                f"eta_min={self.eta_min!r} and eta_min_ratio={self.eta_min_ratio!r} both specify the minimum. Specify "
+                "only one of them."
             )
 
     def apply(self, shape: float, value: float, initial: float) -> float:
@@ -68,7 +69,7 @@ class TowardsFloor(Curve, ABC):
 @final
 @dataclass(frozen=True)
 class Constant(Curve):
-    """``factor`` times the value before the last position; the unscaled value from the last position on."""
+    """The value times ``factor`` before the last position, and the unscaled value from the last position on."""
 
     factor: float = 1 / 3
 
@@ -183,7 +184,7 @@ class CosineRestart(TowardsFloor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eta_min is None and self.eta_min_ratio is None:
-            raise ConfigValueError("A cosine schedule with restarts needs a minimum. Set eta_min or eta_min_ratio.")
+            raise ConfigValueError("A cosine schedule with restarts requires a minimum. Set eta_min or eta_min_ratio.")
         if not self.periods or len(self.periods) != len(self.restart_weights):
             raise ConfigValueError(
                 f"periods={list(self.periods)!r} and restart_weights={list(self.restart_weights)!r} must have the "

@@ -24,10 +24,10 @@ class Plateau:
     Attributes:
         monitor: the name of the validation metric.
         rule: whether ``"less"`` or ``"greater"`` is better.
-        factor: the multiplier of a reduction.
-        patience: the number of validations without improvement after which the next one reduces the value.
+        factor: the factor by which the value is multiplied in a reduction.
+        patience: the number of validations without improvement that are tolerated before a reduction.
         threshold: the minimum improvement.
-        threshold_rule: whether ``threshold`` is relative to the best metric (``"rel"``) or a difference (``"abs"``).
+        threshold_rule: whether ``threshold`` is relative to the best metric (``"rel"``) or absolute (``"abs"``).
         cooldown: the number of validations to ignore after a reduction.
         min_value: the lower bound of the value.
         eps: the minimum change; smaller reductions are skipped.
@@ -52,7 +52,7 @@ class Plateau:
             raise ConfigValueError(f'Unknown threshold_rule={self.threshold_rule!r}. Use "rel" or "abs".')
 
     def is_better(self, metric: float, best: float | None) -> bool:
-        """Return whether a metric improves on the best so far, which is None at first."""
+        """Return whether a metric is better than the best value so far, which is initially None."""
         if best is None:
             return True
         sign = 1.0 if self.rule == "greater" else -1.0
@@ -61,7 +61,7 @@ class Plateau:
         return sign * metric > sign * best + self.threshold
 
     def reduced(self, value: float, times: int) -> float:
-        """Return a value after a number of reductions."""
+        """Return the value after the given number of reductions."""
         for _ in range(times):
             smaller = max(value * self.factor, self.min_value)
             if value - smaller <= self.eps:
@@ -83,7 +83,7 @@ class PlateauScheduler(BoundScheduler, ABC):
         self.reductions = 0
         super().__init__(*args, **kwargs)
         if self.unit != "epoch":
-            raise ConfigValueError(f"{type(self).__name__} is stepped after validation, so it must be epoch-based.")
+            raise ConfigValueError(f"{type(self).__name__} advances after each validation, so it must be epoch-based.")
 
     def transform(self, value: float, initial: float) -> float:
         return self.settings.reduced(value, self.reductions)

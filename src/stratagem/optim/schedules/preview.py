@@ -30,7 +30,7 @@ def preview_schedules(
         optim: the optimizer wrapper; its number of micro-batches per update determines when values can change.
         schedulers: the schedulers of the optimizer.
         iterations: increasing iterations (micro-batches), counted from 0.
-        epoch_length: the iterations per epoch, required for epoch-based schedulers.
+        epoch_length: the number of iterations per epoch, required for epoch-based schedulers.
 
     Returns:
         The values of the learning rate, momentum, weight decay and all other scheduled options, each with shape
@@ -41,7 +41,9 @@ def preview_schedules(
     """
     scheduled = [scheduler for scheduler in schedulers if not scheduler.need_val_args]
     if epoch_length is None and any(scheduler.unit == "epoch" for scheduler in scheduled):
-        raise ConfigValueError("A scheduler is epoch-based, so epoch_length, the iterations per epoch, is required.")
+        raise ConfigValueError(
+            "epoch_length, the number of iterations per epoch, is required because a scheduler is epoch-based."
+        )
     keys = dict.fromkeys(["lr", "momentum", "weight_decay", *(scheduler.param_name for scheduler in scheduled)])
     rows: dict[str, list[list[float]]] = {key: [] for key in keys if _has(optim.param_groups[0], key)}
     states = [scheduler.state_dict() for scheduler in scheduled]
