@@ -192,7 +192,7 @@ def test_a_port_set_by_the_user_is_used(launcher: str, environ: dict[str, str]) 
 )
 def test_an_incomplete_launch_environment_is_reported(environ: dict[str, str], found: str, missing: str) -> None:
     """An incomplete launch environment is reported with the variables that were found and that are missing."""
-    assert f"because {found}, but not {missing}" in (describe_incomplete_launch_env(environ) or "")
+    assert f"the environment has {found}, but not {missing}" in (describe_incomplete_launch_env(environ) or "")
 
 
 @pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, TORCHRUN, {**SRUN, "WORLD_SIZE": "5"}])

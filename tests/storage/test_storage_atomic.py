@@ -214,7 +214,7 @@ def test_a_temporary_that_cannot_be_removed_is_reported(tmp_path: Path, monkeypa
     monkeypatch.setattr(atomic, "remove", refuse)
     with pytest.raises(ValueError, match="first") as caught, atomic_file(tmp_path / "file"):
         raise ValueError("first")
-    assert "clean_temporaries will remove it" in caught.value.__notes__[0]
+    assert "clean_temporaries() will remove it" in caught.value.__notes__[0]
 
 
 def test_every_file_is_synced_before_the_rename(tmp_path: Path) -> None:

@@ -341,8 +341,8 @@ def test_default_args_replace_missing_values(single: Make) -> None:
 @pytest.mark.parametrize(
     ("wrong", "kind", "message"),
     [
-        ({"type": "LinearLR"}, ValueError, "max_epochs of the run"),
-        ({"type": "LinearLR", "by_epoch": False}, ValueError, "max_iters of the run"),
+        ({"type": "LinearLR"}, ValueError, "max_epochs in the run"),
+        ({"type": "LinearLR", "by_epoch": False}, ValueError, "max_iters in the run"),
         ({"type": "LinearLR", "end": 3, "convert_to_iter_based": True}, ValueError, "requires epoch_length"),
         (3, TypeError, "got int: 3"),
         ([None], TypeError, "got NoneType: None"),

@@ -105,7 +105,7 @@ def describe_incomplete_launch_env(environ: Mapping[str, str] = os.environ) -> s
         return None
     found = ", ".join(f"{name}={environ[name]}" for name in required if name in environ)
     return (
-        f"This process trains independently of other processes, because {found} is set in the environment but not "
+        f"This process trains independently of other processes: the environment has {found}, but not "
         f"{', '.join(missing)}. If it is one of {size} processes, set the missing variables or use torchrun; otherwise "
         "unset WORLD_SIZE."
     )
