@@ -19,6 +19,7 @@ from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.groups.parameter_info import ParameterInfo, ParameterTraits, iter_parameters
 from stratagem.optim.groups.paramwise import ParamwiseRules, parse_paramwise
 from stratagem.optim.implementation import implementation_options
+from stratagem.optim.schedules.chain import record_references
 from stratagem.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from stratagem.utils.names import did_you_mean
 
@@ -109,7 +110,10 @@ class DefaultOptimWrapperConstructor:
             sparse_gradients=any(traits.has_sparse_gradient for traits in {info.traits for info in infos}),
         )
         params: Any = [{"params": group.parameters, **group.options} for group in groups]
-        return OPTIMIZERS.build(options, default_args={next(iter(signature)): params})
+        built = OPTIMIZERS.build(options, default_args={next(iter(signature)): params})
+        if isinstance(built, Optimizer):
+            record_references(built)
+        return built
 
     def _freeze(self, infos: list[ParameterInfo]) -> list[ParameterInfo]:
         """Disable the gradients of parameters that match ``freeze``, and return the remaining parameters."""

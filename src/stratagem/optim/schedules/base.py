@@ -109,6 +109,18 @@ class ParamScheduler(ABC):
             initial: the initial value of the group.
         """
 
+    def transform_group(self, value: float, initial: float, ratio: float, number: int) -> float:
+        """Return the value of one group; by default ``transform(value, initial)``.
+
+        Args:
+            value: the result of the previous schedulers in the chain.
+            initial: the initial value of the group.
+            ratio: ``initial`` relative to the optimizer's own value, for example ``lr_mult`` of the group: 0 if it is frozen.
+            number: the index of the group.
+        """
+        del ratio, number
+        return self.transform(value, initial)
+
     @property
     def last_step(self) -> int:
         """The current position counted from ``begin``: -1 before the range, and its last position after the range."""
@@ -157,6 +169,7 @@ class ParamScheduler(ABC):
             self._restore_settings(description)
         self.started = False
         self._in_range = -1
+        self._chain.follow_loaded_values()
         self._move_to(state_dict["_global_step"])
         self._chain.apply()
 

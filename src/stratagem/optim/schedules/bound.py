@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from stratagem.errors import ConfigTypeError
+from stratagem.errors import ConfigTypeError, ConfigValueError
 from stratagem.optim.schedules.base import ParamScheduler
 from stratagem.optim.schedules.curves import Curve
 from stratagem.utils.names import did_you_mean
@@ -53,6 +53,8 @@ class BoundScheduler(ParamScheduler, ABC):
         self.settings = self.settings_type(**{name: value for name, value in given.items() if name in own})
         if self.key is not None:
             given["param_name"] = self.key
+        per_group = {name: given[name] for name in getattr(self.settings_type, "per_group", ()) if name in given}
+        _check_per_group(type(self).__name__, per_group, given["optimizer"])
         super().__init__(**{name: value for name, value in given.items() if name not in own})
 
     def describe(self) -> dict[str, Any]:
@@ -63,6 +65,22 @@ class BoundScheduler(ParamScheduler, ABC):
         self.settings = self.settings_type(**description["settings"])
 
 
+def _check_per_group(scheduler: str, settings: Mapping[str, Any], optimizer: Any) -> None:
+    """Check that each setting that is a list has a value for each parameter group.
+
+    Raises:
+        ConfigValueError: if its length differs from the number of groups.
+    """
+    groups = len(getattr(optimizer, "param_groups", ()))
+    for name, value in settings.items():
+        if isinstance(value, list | tuple) and groups and len(value) != groups:
+            raise ConfigValueError(
+                f"{scheduler}: {name}={list(value)!r} has {len(value)} values, but the optimizer has {groups} parameter "
+                f"groups. Specify one value per group, in the order of param_groups, or a single number, which each group "
+                "scales by its own ratio, such as lr_mult."
+            )
+
+
 class CurveScheduler(BoundScheduler, ABC):
     """A scheduler that follows a curve."""
 
@@ -71,7 +89,10 @@ class CurveScheduler(BoundScheduler, ABC):
     _shape: float = math.nan
 
     def transform(self, value: float, initial: float) -> float:
-        return self.settings.apply(self._shape, value, initial)
+        return self.settings.apply(self._shape, value, initial, 1.0, 0)
+
+    def transform_group(self, value: float, initial: float, ratio: float, number: int) -> float:
+        return self.settings.apply(self._shape, value, initial, ratio, number)
 
     def _update_shape(self) -> bool:
         shape = self.settings.at(self._in_range, self._span)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from stratagem.errors import ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.base import BaseOptimWrapper
 from stratagem.optim.optim_wrapper_dict import OptimWrapperDict
@@ -136,12 +138,16 @@ def _build_one(
 ) -> ParamScheduler:
     if isinstance(item, ParamScheduler):
         return item
+    if isinstance(item, LRScheduler):
+        raise _torch_scheduler(type(item))
     if not isinstance(item, Mapping):
         raise ConfigTypeError(
-            f"A parameter scheduler must be a ParamScheduler or a mapping with a type, got {type(item).__name__}: {item!r}. "
-            "Schedulers of torch.optim.lr_scheduler are not supported; stratagem.optim has schedulers of the same names."
+            f"A parameter scheduler must be a ParamScheduler or a mapping with a type, got {type(item).__name__}: {item!r}."
         )
     options = dict(item)
+    built_type = _type_of(options)
+    if isinstance(built_type, type) and issubclass(built_type, LRScheduler):
+        raise _torch_scheduler(built_type)
     convert = options.pop("convert_to_iter_based", False)
     if options.get("end") is None:
         options["end"] = _length_of_run(options, optim, run_length)
@@ -157,11 +163,28 @@ def _build_one(
 
 def _scheduler_type(options: Mapping[str, Any]) -> type[ParamScheduler]:
     """Return the scheduler class of a configuration."""
-    named = options.get("type")
-    found = PARAM_SCHEDULERS.get(named) if isinstance(named, str) else named
+    found = _type_of(options)
     if isinstance(found, type) and issubclass(found, ParamScheduler):
         return found
-    raise ConfigTypeError(f"convert_to_iter_based requires a parameter scheduler, but type={named!r} is not one.")
+    raise ConfigTypeError(
+        f"convert_to_iter_based requires a parameter scheduler, but type={options.get('type')!r} is not one."
+    )
+
+
+def _type_of(options: Mapping[str, Any]) -> Any:
+    """Return what the ``type`` of a configuration refers to."""
+    named = options.get("type")
+    return PARAM_SCHEDULERS.get(named) if isinstance(named, str) else named
+
+
+def _torch_scheduler(found: type[LRScheduler]) -> ConfigTypeError:
+    name = found.__name__
+    own = f"type={name!r}, without torch's module path" if name in PARAM_SCHEDULERS else "a scheduler of stratagem.optim"
+    renamed = " (its eta_max is torch's max_lr)" if name == "OneCycleLR" else ""
+    return ConfigTypeError(
+        f"param_scheduler: torch's {name} is not supported, because it overwrites the values of other schedules and the ratios "
+        f"of parameter groups. Use {own}{renamed}."
+    )
 
 
 def _length_of_run(options: Mapping[str, Any], optim: BaseOptimWrapper, run_length: Mapping[str, int | None]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, final
 
@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from stratagem.errors import ConfigKeyError, ConfigValueError
 from stratagem.utils.names import did_you_mean
 
-__all__ = ["Chain", "Link", "all_or_none", "chain_of"]
+__all__ = ["Chain", "Link", "all_or_none", "chain_of", "record_references", "scale_option"]
 
+# Attributes of the optimizer.
 _ATTRIBUTE = "_stratagem_chains"
+_REFERENCES = "_stratagem_references"
 
 
 class Link(Protocol):
@@ -22,8 +24,15 @@ class Link(Protocol):
 
     started: bool
 
-    def transform(self, value: float, initial: float) -> float:
-        """Return the transformed value; ``initial`` is the group's value at the start of the run."""
+    def transform_group(self, value: float, initial: float, ratio: float, number: int) -> float:
+        """Return the transformed value of a group.
+
+        Args:
+            value: the result of the previous schedulers in the chain.
+            initial: the group's value at the start of the run.
+            ratio: ``initial`` relative to the optimizer's own value, such as ``lr_mult``.
+            number: the index of the group.
+        """
 
 
 @final
@@ -39,6 +48,10 @@ class Chain:
         groups = optimizer.param_groups
         self.initial_key = f"initial_{key}"
         self.links: list[Link] = []
+        # The optimizer's own value, relative to which settings such as eta_max apply to each group.
+        self._reference = 0.0
+        # The first group that has a value, and its ratio; they determine the reference of loaded values.
+        self._anchor: tuple[int, float] | None = None
         # Loading a state replaces the optimizer's list of groups, so keep a reference to the optimizer.
         self._optimizer = optimizer
         # In the Adam family, the momentum is the first beta.
@@ -71,6 +84,14 @@ class Chain:
                     "the start of the run. Set it in the group, or load a state dict instead."
                 )
             self._record_initial(group)
+        if not self.links:
+            self._choose_reference()
+
+    def follow_loaded_values(self) -> None:
+        """Adapt the reference to initial values that were loaded, such that the ratio of the anchor group is unchanged."""
+        if self._anchor is not None:
+            number, ratio = self._anchor
+            self._reference = self._optimizer.param_groups[number][self.initial_key] / ratio
 
     def values(self) -> list[float]:
         """Return the current value of each group."""
@@ -78,14 +99,16 @@ class Chain:
 
     def apply(self) -> None:
         """Set the value of each group from its initial value and its schedulers."""
-        for group in self._optimizer.param_groups:
+        reference = self._reference
+        for number, group in enumerate(self._optimizer.param_groups):
             try:
                 value = initial = group[self.initial_key]
             except KeyError:  # the group was added later
                 value = initial = self._record_initial(group)
+            ratio = initial / reference if reference else 1.0
             for link in self.links:
                 if link.started:
-                    value = link.transform(value, initial)
+                    value = link.transform_group(value, initial, ratio, number)
             if self._key == "betas":
                 group["betas"] = (value, *group["betas"][1:])
             elif self._is_tensor:
@@ -93,12 +116,54 @@ class Chain:
             else:
                 group[self._key] = value
 
+    def _choose_reference(self) -> None:
+        initial = [float(group[self.initial_key]) for group in self._optimizer.param_groups]
+        self._reference = _reference(self._optimizer, self._key, initial)
+        valued = [number for number, value in enumerate(initial) if value]
+        if valued and self._reference:
+            # Prefer the group whose value is the reference.
+            number = min(valued, key=lambda each: abs(initial[each] / self._reference - 1.0))
+            self._anchor = (number, initial[number] / self._reference)
+
     def _value(self, group: Mapping[str, Any]) -> float:
         return float(group["betas"][0] if self._key == "betas" else group[self._key])
 
     def _record_initial(self, group: dict[str, Any]) -> float:
         group[self.initial_key] = value = self._value(group)
         return value
+
+
+def record_references(optimizer: Optimizer) -> None:
+    """Record the defaults of an optimizer that was built from a configuration: its groups are multiples of them."""
+    vars(optimizer)[_REFERENCES] = {key: value for key, value in optimizer.defaults.items() if _is_number(value)}
+
+
+def scale_option(optimizer: Optimizer, key: str, factor: float) -> None:
+    """Multiply an option of all groups by a factor. The ratios of the groups, to which schedules apply, do not change."""
+    reference = _reference(optimizer, key, [float(group[key]) for group in optimizer.param_groups])
+    for group in optimizer.param_groups:
+        group[key] = group[key] * factor
+    vars(optimizer).setdefault(_REFERENCES, {})[key] = reference * factor
+
+
+def _reference(optimizer: Optimizer, key: str, initial: Sequence[float]) -> float:
+    """Return the optimizer's own value of an option, relative to which a setting such as ``eta_max`` applies to each group.
+
+    That is the recorded value, or the default if one of the groups has it, or the largest initial value. It is 0 if neither
+    the optimizer nor a group has a value.
+    """
+    recorded = vars(optimizer).get(_REFERENCES, {})
+    default: Any = recorded.get(key, getattr(optimizer, "defaults", {}).get(key))
+    if key == "betas" and default is not None:
+        default = default[0]
+    own = float(default) if _is_number(default) else 0.0
+    if own and (key in recorded or own in initial or not any(initial)):
+        return own
+    return max(initial, key=abs)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def chain_of(optimizer: Optimizer, key: str) -> Chain:

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal, TypeAlias, final
 
 from stratagem.errors import ConfigValueError
 
@@ -22,9 +22,11 @@ __all__ = [
     "Linear",
     "MultiStep",
     "OneCycle",
+    "PerGroup",
     "Poly",
     "Step",
     "WarmupStableDecay",
+    "value_of",
 ]
 
 
@@ -34,35 +36,72 @@ class Curve(ABC):
 
     Attributes:
         counted: the fields that are numbers of positions, which are multiplied when epochs are converted to iterations.
+        per_group: the fields that are values of the option. A number is multiplied by the ratio of each group, so that groups
+            keep their ratios; a list contains the value of each group.
     """
 
     counted: ClassVar[tuple[str, ...]] = ()
+    per_group: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def at(self, position: int, span: int) -> float:
         """Return the ``shape`` argument of ``apply`` for a position; for most curves, it is a factor."""
 
-    def apply(self, shape: float, value: float, initial: float) -> float:
-        """Return the transformed value; ``initial`` is the group's value at the start of the run."""
-        del initial
+    def apply(self, shape: float, value: float, initial: float, ratio: float, number: int) -> float:
+        """Return the transformed value of a group.
+
+        Args:
+            shape: the result of ``at``.
+            value: the value to transform.
+            initial: the group's value at the start of the run.
+            ratio: ``initial`` relative to the optimizer's own value, for example ``lr_mult``.
+            number: the index of the group.
+        """
+        del initial, ratio, number
         return value * shape
+
+
+PerGroup: TypeAlias = float | Sequence[float]
+
+
+def value_of(setting: PerGroup, ratio: float, number: int) -> float:
+    """Return the value of a group: an item of a list, or a number multiplied by the group's ratio.
+
+    Raises:
+        ConfigValueError: if a group was added for which the list has no value.
+    """
+    if isinstance(setting, int | float):
+        return setting * ratio
+    if number >= len(setting):
+        raise ConfigValueError(
+            f"Parameter group {number} was added to the optimizer, but a schedule has a list of {len(setting)} values, "
+            f"{list(setting)!r}. Use a single number, which each group scales by its own ratio."
+        )
+    return setting[number]
 
 
 class TowardsFloor(Curve, ABC):
     """A curve that scales the distance to a minimum: ``eta_min``, or ``eta_min_ratio`` times the initial value."""
 
-    eta_min: float | None
+    eta_min: PerGroup | None
     eta_min_ratio: float | None
 
+    per_group = ("eta_min",)
+
     def __post_init__(self) -> None:
+        if isinstance(self.eta_min, list):
+            object.__setattr__(self, "eta_min", tuple(self.eta_min))
         if self.eta_min is not None and self.eta_min_ratio is not None:
             raise ConfigValueError(
                 f"eta_min={self.eta_min!r} and eta_min_ratio={self.eta_min_ratio!r} both specify the minimum. Specify "
                 "only one of them."
             )
 
-    def apply(self, shape: float, value: float, initial: float) -> float:
-        floor = self.eta_min or 0.0 if self.eta_min_ratio is None else self.eta_min_ratio * initial
+    def apply(self, shape: float, value: float, initial: float, ratio: float, number: int) -> float:
+        if self.eta_min_ratio is None:
+            floor = value_of(self.eta_min or 0.0, ratio, number)
+        else:
+            floor = self.eta_min_ratio * initial
         return floor + (value - floor) * shape
 
 
@@ -154,7 +193,7 @@ class CosineAnnealing(TowardsFloor):
     """Half a cosine period over ``T_max`` positions, by default the whole range (arXiv:1608.03983, without restarts)."""
 
     T_max: int | None = None
-    eta_min: float | None = None
+    eta_min: PerGroup | None = None
     eta_min_ratio: float | None = None
 
     counted = ("T_max",)
@@ -176,7 +215,7 @@ class CosineRestart(TowardsFloor):
 
     periods: Sequence[int]
     restart_weights: Sequence[float] = (1.0,)
-    eta_min: float | None = None
+    eta_min: PerGroup | None = None
     eta_min_ratio: float | None = None
 
     counted = ("periods",)
@@ -208,29 +247,39 @@ class CosineRestart(TowardsFloor):
 class Poly(Curve):
     """Polynomial decay from the value at the first position to ``eta_min`` at the last."""
 
-    eta_min: float = 0.0
+    eta_min: PerGroup = 0.0
     power: float = 1.0
+
+    per_group = ("eta_min",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.eta_min, list):
+            object.__setattr__(self, "eta_min", tuple(self.eta_min))
 
     def at(self, position: int, span: int) -> float:
         if position >= span - 1:
             return 0.0
         return float((1.0 - position / (span - 1)) ** self.power)
 
-    def apply(self, shape: float, value: float, initial: float) -> float:
-        return self.eta_min + (value - self.eta_min) * shape
+    def apply(self, shape: float, value: float, initial: float, ratio: float, number: int) -> float:
+        floor = value_of(self.eta_min, ratio, number)
+        return floor + (value - floor) * shape
 
 
 @final
 @dataclass(frozen=True)
 class OneCycle(Curve):
-    """Increase to ``eta_max`` and decrease again, regardless of the group's value (1cycle policy, arXiv:1708.07120).
+    """Increase to ``eta_max`` and decrease again (1cycle policy, arXiv:1708.07120).
+
+    The optimizer's own value does not matter, only the ratio of each group to it: a group with ``lr_mult=0.1`` increases to
+    ``0.1 * eta_max``. If ``eta_max`` is a list, it contains the maximum of each group.
 
     It starts at ``eta_max / div_factor`` and ends at that value divided by ``final_div_factor``. ``pct_start`` is the
     fraction of the range in which it increases. With ``three_phase``, it returns to the start value over an equal fraction of
     the range, and decreases to the end value over the remainder.
     """
 
-    eta_max: float
+    eta_max: PerGroup
     total_steps: int | None = None
     pct_start: float = 0.3
     anneal_strategy: Literal["cos", "linear"] = "cos"
@@ -239,8 +288,11 @@ class OneCycle(Curve):
     three_phase: bool = False
 
     counted = ("total_steps",)
+    per_group = ("eta_max",)
 
     def __post_init__(self) -> None:
+        if isinstance(self.eta_max, list):
+            object.__setattr__(self, "eta_max", tuple(self.eta_max))
         _require_fraction("pct_start", self.pct_start)
         if self.anneal_strategy not in ("cos", "linear"):
             raise ConfigValueError(f'Unknown anneal_strategy={self.anneal_strategy!r}. Use "cos" or "linear".')
@@ -249,14 +301,16 @@ class OneCycle(Curve):
 
     def at(self, position: int, span: int) -> float:
         total = span if self.total_steps is None else self.total_steps
-        first = self.eta_max / self.div_factor
+        # With a list, the shape is a fraction of the maximum.
+        highest = self.eta_max if isinstance(self.eta_max, int | float) else 1.0
+        first = highest / self.div_factor
         last = first / self.final_div_factor
         top = self.pct_start * total - 1
-        ends = [(top, first, self.eta_max)]
+        ends = [(top, first, highest)]
         if self.three_phase:
-            ends += [(2 * top, self.eta_max, first), (total - 1, first, last)]
+            ends += [(2 * top, highest, first), (total - 1, first, last)]
         else:
-            ends += [(total - 1, self.eta_max, last)]
+            ends += [(total - 1, highest, last)]
         start = 0.0
         for end, begin_value, end_value in ends:
             if position <= end:
@@ -265,9 +319,11 @@ class OneCycle(Curve):
             start = end
         return last
 
-    def apply(self, shape: float, value: float, initial: float) -> float:
+    def apply(self, shape: float, value: float, initial: float, ratio: float, number: int) -> float:
         del value, initial
-        return shape
+        if isinstance(self.eta_max, int | float):
+            return shape * ratio
+        return shape * value_of(self.eta_max, ratio, number)
 
     def _between(self, begin_value: float, end_value: float, progress: float) -> float:
         if self.anneal_strategy == "linear":
@@ -288,7 +344,7 @@ class WarmupStableDecay(TowardsFloor):
     warmup: int = 0
     start_factor: float = 0.001
     shape: Literal["linear", "cosine", "sqrt"] = "linear"
-    eta_min: float | None = None
+    eta_min: PerGroup | None = None
     eta_min_ratio: float | None = None
 
     counted = ("decay", "warmup")

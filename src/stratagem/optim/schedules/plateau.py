@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, final
+from typing import Any, ClassVar, Final, Literal, final
 
 from stratagem.errors import CheckpointMismatchError, ConfigKeyError, ConfigTypeError, ConfigValueError
 from stratagem.optim.schedules.bound import BoundScheduler
+from stratagem.optim.schedules.curves import PerGroup, value_of
 from stratagem.utils.names import did_you_mean
 
 __all__ = ["Plateau", "PlateauScheduler"]
@@ -29,9 +30,11 @@ class Plateau:
         threshold: the minimum improvement.
         threshold_rule: whether ``threshold`` is relative to the best metric (``"rel"``) or absolute (``"abs"``).
         cooldown: the number of validations to ignore after a reduction.
-        min_value: the lower bound of the value.
-        eps: the minimum change; smaller reductions are skipped.
+        min_value: the lower bound of the value, multiplied by the ratio of each group; or a list with the bound of each group.
+        eps: the minimum change; smaller reductions are skipped. It is multiplied by the ratio of each group.
     """
+
+    per_group: ClassVar[tuple[str, ...]] = ("min_value",)
 
     monitor: str = "loss"
     rule: Literal["less", "greater"] = "less"
@@ -40,10 +43,12 @@ class Plateau:
     threshold: float = 1e-4
     threshold_rule: Literal["rel", "abs"] = "rel"
     cooldown: int = 0
-    min_value: float = 0.0
+    min_value: PerGroup = 0.0
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
+        if isinstance(self.min_value, list):
+            object.__setattr__(self, "min_value", tuple(self.min_value))
         if not self.factor < 1.0:
             raise ConfigValueError(f"factor must be smaller than 1, got {self.factor!r}.")
         if self.rule not in ("less", "greater"):
@@ -60,11 +65,12 @@ class Plateau:
             return sign * metric > sign * best * (1.0 + sign * self.threshold)
         return sign * metric > sign * best + self.threshold
 
-    def reduced(self, value: float, times: int) -> float:
-        """Return the value after the given number of reductions."""
+    def reduced(self, value: float, times: int, ratio: float, number: int) -> float:
+        """Return the value of a group after the given number of reductions; see ``Curve.apply`` for ``ratio`` and ``number``."""
+        lowest, eps = value_of(self.min_value, ratio, number), self.eps * ratio
         for _ in range(times):
-            smaller = max(value * self.factor, self.min_value)
-            if value - smaller <= self.eps:
+            smaller = max(value * self.factor, lowest)
+            if value - smaller <= eps:
                 break
             value = smaller
         return value
@@ -86,7 +92,10 @@ class PlateauScheduler(BoundScheduler, ABC):
             raise ConfigValueError(f"{type(self).__name__} advances after each validation, so it must be epoch-based.")
 
     def transform(self, value: float, initial: float) -> float:
-        return self.settings.reduced(value, self.reductions)
+        return self.settings.reduced(value, self.reductions, 1.0, 0)
+
+    def transform_group(self, value: float, initial: float, ratio: float, number: int) -> float:
+        return self.settings.reduced(value, self.reductions, ratio, number)
 
     def step(self, metrics: Mapping[str, Any] | None = None) -> None:  # type: ignore[override]  # the signature of MMEngine and torch
         """Advance by one validation with these metrics; with None, only the position advances.

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from stratagem.errors import CheckpointMismatchError, ConfigTypeError, ConfigValueError
 from stratagem.optim import BaseOptimWrapper, OptimWrapper, OptimWrapperDict, ParamScheduler
 from stratagem.optim import build_optim_wrapper as construct_optim_wrapper
+from stratagem.optim.schedules.chain import scale_option
 from stratagem.parallel import AnyOptim
 from stratagem.registry import MODELS, OPTIM_WRAPPERS
 from stratagem.utils import refuse_unknown
@@ -167,8 +168,7 @@ def scale_lr(wrapper: BaseOptimWrapper, *, base_batch: int, real_batch: int, rul
     factor = real_batch / base_batch
     if rule == "sqrt":
         factor = math.sqrt(factor)
-    for group in wrapper.param_groups:
-        group["lr"] = group["lr"] * factor
+    scale_option(wrapper.optimizer, "lr", factor)
     return factor
 
 
