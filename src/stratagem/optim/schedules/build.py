@@ -179,7 +179,9 @@ def _type_of(options: Mapping[str, Any]) -> Any:
 
 def _torch_scheduler(found: type[LRScheduler]) -> ConfigTypeError:
     name = found.__name__
-    own = f"type={name!r}, without torch's module path" if name in PARAM_SCHEDULERS else "a scheduler of stratagem.optim"
+    own = (
+        f"type={name!r}, without torch's module path" if name in PARAM_SCHEDULERS else "a scheduler of stratagem.optim"
+    )
     renamed = " (its eta_max is torch's max_lr)" if name == "OneCycleLR" else ""
     return ConfigTypeError(
         f"param_scheduler: torch's {name} is not supported, because it overwrites the values of other schedules and the ratios "

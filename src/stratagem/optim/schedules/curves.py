@@ -98,10 +98,8 @@ class TowardsFloor(Curve, ABC):
             )
 
     def apply(self, shape: float, value: float, initial: float, ratio: float, number: int) -> float:
-        if self.eta_min_ratio is None:
-            floor = value_of(self.eta_min or 0.0, ratio, number)
-        else:
-            floor = self.eta_min_ratio * initial
+        share = self.eta_min_ratio
+        floor = value_of(self.eta_min or 0.0, ratio, number) if share is None else share * initial
         return floor + (value - floor) * shape
 
 
