@@ -1,7 +1,7 @@
-"""Check that each placement can resume from the checkpoint of each other one.
+"""Check that a checkpoint saved by any placement can be resumed by any other placement.
 
-A small version of the example language model trains for 12 iterations in a single process and under every placement, each of
-which saves a checkpoint halfway. Then every placement resumes from each of these checkpoints and trains the remaining
+A small version of the example language model trains for 12 iterations in a single process and with every other placement, and
+each of these runs saves a checkpoint halfway. Then all placements resume from each of these checkpoints and train the remaining
 iterations. The training uses AdamW without weight decay for some parameters, accumulation over 2 micro-batches, gradient
 clipping, a warm-up and cosine schedule, averaged weights, a tied weight, a frozen layer, and losses weighted by the number of
 tokens, which differs between ranks.
@@ -42,8 +42,8 @@ from stratagem.train.hooks import EMAHook
 
 EXAMPLE: Final = Path(__file__).parent.parent / "examples" / "gpt" / "config.py"
 ITERATIONS, HALF, GLOBAL_BATCH, LENGTH = 12, 6, 8, 32
-# Float32 sums are computed in a different order. The loss is about 4, the mean over 250 tokens; allow some units in the last
-# place (5e-7).
+# Placements compute float32 sums in different orders. The loss, a mean over 250 tokens, is about 4, so one unit in the last place
+# is 5e-7.
 LOSSES_WITHIN: Final = 1e-5
 # AdamW normalizes each gradient by its magnitude. A gradient that is 100 times smaller than the largest one of its tensor
 # therefore has 100 times its relative rounding error of 1e-7, accumulated over 6 updates.
@@ -320,7 +320,7 @@ def page(cells: Mapping[tuple[str, str], Cell], whole_runs: Mapping[str, Cell], 
         f"small version of the [example](examples.md) language model trains for {ITERATIONS} iterations with AdamW,",
         "accumulation over 2 micro-batches, gradient clipping, a warm-up and cosine schedule, averaged weights, a tied",
         "weight, a frozen layer, and losses weighted by the number of tokens. Each placement saves a checkpoint after",
-        f"{HALF} iterations, and each placement resumes from each of these checkpoints.",
+        f"{HALF} iterations, and all placements resume from each of these checkpoints.",
         "",
         f"{good} of {len(cells)} pairs are equivalent: the restored state is bitwise identical to the saved state; learning",
         "rates and samples equal those of a single process; losses differ from those of a single process by at most",
@@ -328,11 +328,11 @@ def page(cells: Mapping[tuple[str, str], Cell], whole_runs: Mapping[str, Cell], 
         "largest value of their tensor. The largest differences over all pairs:",
         ", ".join(f"{kind} {value:.1e}" for kind, value in largest.items()) + ".",
         "",
-        "ZeRO is `DeepSpeedStrategy` with this stage, CAI is `ColossalAIStrategy` with this plugin, and x2 and x4 are the number",
-        "of processes. ZeRO 3 and CAI TP do not support averaged weights; a run that resumes from their checkpoints starts a new",
-        "average, which is not compared.",
+        '"ZeRO 1" stands for `DeepSpeedStrategy` with stage 1, "CAI" for `ColossalAIStrategy` with the given plugin, and "x2" for',
+        "two processes. ZeRO 3 and CAI TP do not support averaged weights; a run that resumes from one of their checkpoints starts",
+        "a new average, which is not compared.",
         "",
-        "Largest difference of the losses after resuming from those of an uninterrupted run in a single process:",
+        "Largest difference between the losses of the resumed run and those of an uninterrupted run in a single process:",
         "",
         _markdown(["saved by \\ resumed by", *names]),
         _markdown(["---"] * (len(names) + 1)),

@@ -27,7 +27,7 @@ def test_the_python_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_configuration_passes_its_check(tmp_path: Path) -> None:
-    """The configuration example has no problems, next to the dataset of the main example."""
+    """The check of the configuration example reports no problems."""
     shutil.copy(ROOT / "examples" / "mnist" / "digits.py", tmp_path)
     file = tmp_path / "config.py"
     file.write_text(BLOCKS[1], encoding="utf-8")
@@ -35,11 +35,15 @@ def test_the_configuration_passes_its_check(tmp_path: Path) -> None:
 
 
 def test_a_strategy_supports_a_custom_training_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example without a Runner trains and saves a checkpoint."""
+    """The example without a Runner is complete: it trains the network and saves a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    network = torch.nn.Linear(2, 2)
-    before = network.weight.detach().clone()
-    loader = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1])) for _ in range(3)]
-    exec(compile(BLOCKS[2], "README.md", "exec"), {"torch": torch, "network": network, "loader": loader})
-    assert not torch.equal(network.weight, before)
+    names: dict[str, object] = {}
+    torch.manual_seed(0)
+    exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    torch.manual_seed(0)
+    torch.rand(512, 2)
+    untrained = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
+    network = names["network"]
+    assert isinstance(network, torch.nn.Sequential)
+    assert not torch.equal(network[0].weight, untrained[0].weight)
     assert (tmp_path / "work_dirs" / "by_hand" / "done" / "model.safetensors").is_file()
