@@ -22,6 +22,7 @@ from stratagem.registry import (
     STRATEGIES,
     TOKENIZERS,
 )
+from stratagem.strategies.state.synced_buffers import BUFFER_SOURCES
 
 __all__ = ["SECTIONS"]
 
@@ -132,7 +133,7 @@ SECTIONS: Mapping[str, Rule] = {
     "test_evaluator": _evaluator,
     "optim_wrapper": _optim_wrapper,
     "param_scheduler": _param_scheduler,
-    "strategy": Section(registry=STRATEGIES, by_name=True),
+    "strategy": Section(registry=STRATEGIES, by_name=True, choices={"buffers": BUFFER_SOURCES}),
     "auto_scale_lr": _keys("enable", "base_batch_size", "rule"),
     "default_hooks": Section(keys={name: _hook(default) for name, default in _DEFAULT_HOOKS.items()}),
     "custom_hooks": _hook(),

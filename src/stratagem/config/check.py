@@ -5,7 +5,7 @@ The caller passes a schema: a ``Section`` for each top-level key. This module de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, final
@@ -52,6 +52,7 @@ class Section:
         partial: Whether the target is a function that is called later with the missing arguments.
         keys: The schemas of further keys of the mapping, and of arguments of the target.
         others: The schema of all other keys; None to reject other keys.
+        choices: The valid values of some arguments of the target.
     """
 
     registry: SupportsLookup | None = None
@@ -62,6 +63,7 @@ class Section:
     partial: bool = False
     keys: Mapping[str, Rule] = field(default_factory=dict)
     others: Rule | None = None
+    choices: Mapping[str, Collection[str]] = field(default_factory=dict)
 
     @property
     def accepts_anything(self) -> bool:
@@ -157,6 +159,7 @@ class _Check:
                 continue
             elif target is not None and taken.accepts(key):
                 yield from self._argument(node, key, section.registry, below)
+                yield from self._choice(node, key, section, below)
             elif section.others is not None:
                 yield from self._below(node, key, section.others, below)
             else:
@@ -192,6 +195,17 @@ class _Check:
             yield from self._typos(value, registry, path)
             for name in value:
                 yield from self._argument(value, name, registry, (*path, name))
+
+    def _choice(self, node: Mapping[str, Any], key: str, section: Section, path: KeyPath) -> Iterator[Problem]:
+        choices = section.choices.get(key)
+        if choices is None:
+            return
+        try:
+            value = node[key]
+        except StratagemError:  # This is reported where arguments are checked.
+            return
+        if not isinstance(value, str) or value not in choices:
+            yield self._problem(path, f"unknown {key}={value!r}. {did_you_mean(str(value), choices)}")
 
     def _typos(self, node: Mapping[str, Any], registry: SupportsLookup | None, path: KeyPath) -> Iterator[Problem]:
         if registry is None:

@@ -6,7 +6,7 @@ import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, overload
 
@@ -41,7 +41,9 @@ from stratagem.strategies.setup.environment import set_up_environment
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.configured_hyperparameters import schedule_differences
 from stratagem.strategies.state.resuming import CheckpointCallback, Resuming, Schedulers
+from stratagem.strategies.state.synced_buffers import BufferSource, SyncedBuffers, require_buffer_source
 from stratagem.utils import absolute, collect_env, refuse_unknown
+from stratagem.utils.torch_private import storage_id
 
 __all__ = ["BaseStrategy", "CheckpointCallback", "CheckpointWriter", "Schedulers"]
 
@@ -64,9 +66,13 @@ class BaseStrategy(ABC):
         auto_scale_lr: ``enable``, ``base_batch_size`` and ``rule``: learning rates are multiplied by the ratio of the
             actual batch size to ``base_batch_size`` (``"linear"``, the default) or by the square root of this ratio
             (``"sqrt"``).
+        buffers: which buffers an evaluation and the weights in a checkpoint use if ranks update them from their own samples,
+            as BatchNorm does: those of rank 0 (``"rank0"``), or, for running means and variances of BatchNorm, the mean over
+            the ranks (``"mean"``). Training continues with the buffers of each rank.
 
     Raises:
         WorkDirError: if ``work_dir`` cannot be created or written to.
+        ConfigValueError: if ``buffers`` is unknown.
         ConfigKeyError: if one of these mappings contains an unknown key.
         LaunchError: if the given launcher did not start this process.
     """
@@ -83,8 +89,10 @@ class BaseStrategy(ABC):
         env_kwargs: Mapping[str, Any] | None = None,
         log_kwargs: Mapping[str, Any] | None = None,
         auto_scale_lr: Mapping[str, Any] | None = None,
+        buffers: BufferSource = "rank0",
     ) -> None:
         self._auto_scale_lr = AutoScale.parse(auto_scale_lr)
+        source = require_buffer_source(buffers)
         self._work_dir = _make_folder(absolute(work_dir))
         self._env_kwargs = dict(env_kwargs or {})
         self.dispatch_kwargs: dict[str, Any] = {}
@@ -97,6 +105,7 @@ class BaseStrategy(ABC):
             self._experiment_name = f"{experiment_name}_{self.timestamp}" if experiment_name else self.timestamp
             self._log_dir = _make_folder(self._work_dir / self.timestamp)
             self.logger = self.build_logger(**(log_kwargs or {}))
+            self._synced_buffers = SyncedBuffers(self.world, self.logger, source)
             self._stop_forwarding = forward_library_logs(self.logger)
             undo.pop_all()
         for notice in self._env.notices:
@@ -409,9 +418,28 @@ class BaseStrategy(ABC):
         """Return the state of the unwrapped model on the CPU. Collective.
 
         A tensor that is sharded across ranks is a ``DTensor`` or a :class:`~stratagem.checkpoint.ShardedTensorState`; its
-        ``full_tensor()`` returns the whole tensor.
+        ``full_tensor()`` returns the whole tensor. Buffers that differ between ranks are synchronized, see
+        :meth:`synchronized_buffers`.
         """
-        return weights_to_cpu(self._model_state())
+        with self.synchronized_buffers() as replaced:
+            state = weights_to_cpu(self._model_state())
+            # After the block, these tensors have the values of this rank again.
+            shared = {storage_id(each) for each in replaced}
+            for name, value in state.items():
+                if isinstance(value, torch.Tensor) and storage_id(value) in shared:
+                    state[name] = value.clone()
+            return state
+
+    def synchronized_buffers(self) -> AbstractContextManager[tuple[torch.Tensor, ...]]:
+        """Return a context in which all ranks have the same buffers, as the option ``buffers`` specifies.
+
+        Evaluations run in it; a training loop that does not use the runner should use it around ``val_step``. It yields the
+        buffers that are replaced. Entering it is collective. On exit, the buffers of this rank are restored bit for bit.
+
+        Raises:
+            StateError: if a persistent buffer has different shapes or dtypes on the ranks.
+        """
+        return self._synced_buffers.applied(self.unwrap_model(), self.dp_group)
 
     def _model_state(self) -> StateTree:
         """Return the state of the unwrapped model on its device."""

@@ -6,7 +6,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from stratagem.strategies.base import BaseStrategy, CheckpointCallback, Checkpoi
 from stratagem.strategies.setup.run_length import RunLength
 from stratagem.strategies.state.accumulation_state import gather_accumulation_state, restore_accumulation_state
 from stratagem.strategies.state.configured_hyperparameters import ConfiguredHyperparameters
-from stratagem.strategies.state.per_rank_buffers import read_per_rank_buffers, write_per_rank_buffers
+from stratagem.strategies.state.per_rank_buffers import stack_per_rank_buffers, write_per_rank_buffers
 from stratagem.strategies.state.state_io import StateAccess, TorchState
 from stratagem.utils import generator_state, mask_text, restore_generator_state
 
@@ -123,6 +123,7 @@ class ComposedStrategy(BaseStrategy):
         self.model = placed.model
         if placed.optim is not None:
             self._adopt_optim(placed.optim)
+            self._synced_buffers.announce(self.unwrap_model())
 
     def _adopt_optim(self, optim: AnyOptim) -> None:
         """Connect an optimizer wrapper to the placed model: gradient policy, accumulation, learning rates."""
@@ -268,17 +269,22 @@ class ComposedStrategy(BaseStrategy):
     ) -> None:
         parts: StateTree = {}
         optim = self.optim_wrapper_or_none
-        # A schedule-free optimizer has separate training weights; the checkpoint contains the evaluation weights.
-        with nullcontext() if optim is None else optim.evaluating():
+        local_buffers = self._synced_buffers.local_values(self.unwrap_model(), self.dp_group)
+        with ExitStack() as evaluating:
+            if local_buffers and self._synced_buffers.changes_rank0:
+                local_buffers = {name: value.clone() for name, value in local_buffers.items()}
+                evaluating.enter_context(self.synchronized_buffers())
+            if optim is not None:
+                # A schedule-free optimizer has separate training weights; the checkpoint contains the evaluation weights.
+                evaluating.enter_context(optim.evaluating())
             # On all ranks: gathering the sharded state of an optimizer is collective.
             if save_optimizer and optim is not None:
                 parts["optimizer"] = self._access.optim_state(optim, self.unwrap_model())
                 parts.update(self._accumulation_part(optim))
             if save_param_scheduler and self.param_schedulers_or_none is not None:
                 parts["param_schedulers"] = self.scheduler_state_dict()
-            buffers = read_per_rank_buffers(self.unwrap_model(), self.world)
-            if buffers:
-                parts["buffers"] = buffers
+            if local_buffers:
+                parts["buffers"] = stack_per_rank_buffers(local_buffers, self.world)
             generators = all_gather_object(generator_state())
             parts["generators"] = {str(rank): state for rank, state in enumerate(generators)}
             finite = self._weights_are_finite()

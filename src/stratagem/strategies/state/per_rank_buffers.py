@@ -1,47 +1,28 @@
-"""Read and write buffers that differ between ranks, such as the running statistics of BatchNorm."""
+"""Save and restore buffers that differ between ranks, such as the running statistics of BatchNorm."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from stratagem.checkpoint import digest_of_tensor
-from stratagem.distributed import World, all_gather_object
+from stratagem.distributed import World
+from stratagem.strategies.state.synced_buffers import iter_buffers
 from stratagem.tensors.dtensor import is_sharded, stack_over_ranks
 
-__all__ = ["read_per_rank_buffers", "write_per_rank_buffers"]
+__all__ = ["stack_per_rank_buffers", "write_per_rank_buffers"]
 
 
-def read_per_rank_buffers(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Return the buffers that differ between ranks as tensors with one row per rank; each rank holds its own row. Collective.
-
-    The model state in a checkpoint contains the buffers of rank 0.
-    """
-    if world.size == 1:
-        return {}
-    buffers = dict(_kept_buffers(model))
-    digests = all_gather_object({name: digest_of_tensor(buffer) for name, buffer in buffers.items()})
-    return {
-        name: stack_over_ranks(buffer, world.size, world.device)
-        for name, buffer in buffers.items()
-        if any(each[name] != digests[0][name] for each in digests)
-    }
+def stack_per_rank_buffers(own: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """Return buffers that differ between ranks as tensors with one row per rank; each rank holds its own row. Collective."""
+    return {name: stack_over_ranks(value, world.size, world.device) for name, value in own.items()}
 
 
 @torch.no_grad()
 def write_per_rank_buffers(saved: Mapping[str, Tensor], model: nn.Module, world: World) -> None:
-    """Restore the buffers of this rank. If the number of ranks has changed, all ranks keep the buffers of rank 0."""
-    buffers = dict(_kept_buffers(model))
+    """Restore the buffers of this rank. If the number of ranks has changed, all ranks keep the buffers of the model state."""
+    buffers = {each.name: each.tensor for each in iter_buffers(model) if each.is_persistent}
     for name, rows in saved.items():
-        if len(rows) == world.size:
+        if len(rows) == world.size and not is_sharded(buffers[name]):
             buffers[name].copy_(rows[world.rank])
-
-
-def _kept_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    # Do not use the state dict: tensor-parallel layers of engines would gather their parameters for it.
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and not is_sharded(buffer):
-                yield f"{prefix}.{name}" if prefix else name, buffer

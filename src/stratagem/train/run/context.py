@@ -186,8 +186,12 @@ class Run:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Switch the model to its evaluation weights, such as averaged ones, for the duration of the context."""
+        """Switch the model to its evaluation weights, such as averaged ones, for the duration of the context.
+
+        Buffers that differ between ranks are synchronized. Entering the context is collective.
+        """
         with ExitStack() as stack:
+            stack.enter_context(self.strategy.synchronized_buffers())
             optim = self.strategy.optim_wrapper_or_none
             if optim is not None:
                 stack.enter_context(optim.evaluating())

@@ -1,0 +1,272 @@
+"""Use the same buffers on all ranks in an evaluation and in the model part of a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Literal, final, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from stratagem.checkpoint import digest_of_tensor
+from stratagem.distributed import World, all_gather_object, all_reduce, broadcast
+from stratagem.errors import ConfigValueError, StateError
+from stratagem.tensors.dtensor import is_sharded, to_local
+from stratagem.utils import did_you_mean
+
+__all__ = ["BUFFER_SOURCES", "Buffer", "BufferSource", "SyncedBuffers", "iter_buffers", "require_buffer_source"]
+
+BufferSource = Literal["rank0", "mean"]
+BUFFER_SOURCES: Final[tuple[str, ...]] = get_args(BufferSource)
+
+_STATISTICS: Final = ("running_mean", "running_var")
+_MOST_NAMES: Final = 8
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A buffer of a model, its full name, and the module and the key under which it is registered."""
+
+    name: str
+    owner: nn.Module
+    key: str
+    tensor: Tensor
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether the buffer is part of the state dict."""
+        return self.key not in self.owner._non_persistent_buffers_set
+
+    @property
+    def is_statistic(self) -> bool:
+        """Whether the buffer is the running mean or variance of one of torch's BatchNorm classes."""
+        return isinstance(self.owner, _BatchNorm) and self.key in _STATISTICS
+
+    @property
+    def can_be_compared(self) -> bool:
+        """Whether the bytes of the buffer can be compared and sent."""
+        tensor = self.tensor
+        return tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+
+
+def require_buffer_source(source: Any) -> BufferSource:
+    """Return the source.
+
+    Raises:
+        ConfigValueError: if it is unknown.
+    """
+    if source not in BUFFER_SOURCES:
+        raise ConfigValueError(f"Unknown buffers={source!r}. {did_you_mean(str(source), BUFFER_SOURCES)}")
+    return source  # type: ignore[no-any-return]  # checked
+
+
+def iter_buffers(model: nn.Module) -> Iterator[Buffer]:
+    """Yield the buffers of all modules; a shared module is visited once.
+
+    They are not read from the state dict, for which tensor-parallel layers of engines gather their parameters.
+    """
+    for prefix, module in model.named_modules():
+        for key, tensor in module.named_buffers(recurse=False):
+            yield Buffer(f"{prefix}.{key}" if prefix else key, module, key, tensor)
+
+
+@final
+class SyncedBuffers:
+    """Replaces buffers that differ between ranks, such as the running statistics of BatchNorm, during an evaluation.
+
+    Training continues with the buffers of each rank, which are restored bit for bit afterwards. If all buffers are equal,
+    only a digest is compared.
+
+    Args:
+        world: this process in the run.
+        logger: logs once which buffers differ between ranks.
+        source: ``"rank0"`` uses the buffers of rank 0. ``"mean"`` uses the mean over the ranks for the running means and
+            variances of torch's BatchNorm classes, and the buffers of rank 0 for all others.
+    """
+
+    def __init__(self, world: World, logger: logging.Logger, source: BufferSource) -> None:
+        self.source: Final = source
+        self._world = world
+        self._logger = logger
+        self._named: set[str] = set()
+        # The buffers that are currently replaced, with this rank's values; None outside an evaluation.
+        self._own: list[tuple[Buffer, Tensor]] | None = None
+
+    def announce(self, model: nn.Module) -> None:
+        """Log which buffers of the model are known to be updated from the samples of each rank."""
+        if self._world.size > 1:
+            layers = (each for each in iter_buffers(model) if isinstance(each.owner, _BatchNorm))
+            self._log_names([each.name for each in layers if not isinstance(each.owner, nn.SyncBatchNorm)])
+
+    def local_values(self, model: nn.Module, group: ProcessGroup | None) -> dict[str, Tensor]:
+        """Return this rank's values of the persistent buffers that differ between ranks. Collective.
+
+        Also in an evaluation, these are the values with which training continues. They are not copied.
+
+        Args:
+            model: the unwrapped model.
+            group: see :meth:`applied`.
+        """
+        differing = [(each, each.tensor) for each in self._differing(model, group)] if self._own is None else self._own
+        return {each.name: own for each, own in differing if each.is_persistent and not is_sharded(each.tensor)}
+
+    @property
+    def changes_rank0(self) -> bool:
+        """Whether the synchronized buffers can differ from those of rank 0."""
+        return self.source == "mean" and self._world.size > 1
+
+    @contextmanager
+    def applied(self, model: nn.Module, group: ProcessGroup | None) -> Iterator[tuple[Tensor, ...]]:
+        """Use the synchronized buffers within a block; yield those that are replaced. Collective, except the end of the block.
+
+        Args:
+            model: the unwrapped model.
+            group: the ranks that together process all data, if others process the same samples with other shards of the
+                layers; None for all ranks.
+
+        Raises:
+            StateError: if a persistent buffer has different shapes or dtypes on the ranks.
+        """
+        if self._own is not None or self._world.size == 1:
+            yield ()
+            return
+        differing = self._differing(model, group)
+        values = self.copies(
+            {each.name: each.tensor for each in differing},
+            statistics=[each.name for each in differing if each.is_statistic],
+            group=group,
+        )
+        self._own = [(each, each.tensor.detach().clone()) for each in differing]
+        try:
+            with torch.no_grad():
+                for each in differing:
+                    to_local(each.tensor).copy_(values[each.name])
+            yield tuple(each.tensor for each in differing)
+        finally:
+            replaced, self._own = self._own, None
+            with torch.no_grad():
+                for each, own in replaced:
+                    to_local(each.tensor).copy_(to_local(own))
+                    # The evaluation may have registered another tensor.
+                    each.owner._buffers[each.key] = each.tensor
+
+    def copies(
+        self, tensors: Mapping[str, Tensor], *, statistics: Iterable[str], group: ProcessGroup | None
+    ) -> dict[str, Tensor]:
+        """Return synchronized copies of tensors, which have the same names, shapes and dtypes on all ranks. Collective.
+
+        Args:
+            tensors: the tensors of this rank. Of a ``DTensor``, the local shard is synchronized.
+            statistics: the names of running means and variances of BatchNorm layers.
+            group: see :meth:`applied`.
+        """
+        averaged = set(statistics) if self.source == "mean" else set()
+        whole = {name: each for name, each in tensors.items() if not is_sharded(each)}
+        shards = {name: to_local(each) for name, each in tensors.items() if is_sharded(each)}
+        means = {name: each for name, each in whole.items() if name in averaged}
+        rest = {name: each for name, each in whole.items() if name not in averaged}
+        return {**_means(means), **_from_first(rest, None), **_from_first(shards, group)}
+
+    def _differing(self, model: nn.Module, group: ProcessGroup | None) -> list[Buffer]:
+        """Return the buffers whose values differ between ranks, in the same order on every rank. Collective."""
+        buffers = [each for each in iter_buffers(model) if each.can_be_compared]
+        whole = [each for each in buffers if not is_sharded(each.tensor)]
+        differing = self._compare(whole, None)
+        if group is not None and any(is_sharded(each.tensor) for each in buffers):
+            # Shards of tensor-parallel layers differ by design, except between ranks that process different samples.
+            differing += self._compare([each for each in buffers if is_sharded(each.tensor)], group)
+        self._log_names([each.name for each in differing])
+        return differing
+
+    def _compare(self, buffers: Sequence[Buffer], group: ProcessGroup | None) -> list[Buffer]:
+        own = {each.name: _describe(each) for each in buffers}
+        if len(set(all_gather_object(_digest_of_all(own), group))) == 1:
+            return []
+        ranks = all_gather_object(own, group)
+        differing = []
+        for each in buffers:
+            theirs = [rank.get(each.name) for rank in ranks]
+            if len({None if one is None else one[:2] for one in theirs}) > 1:
+                if each.is_persistent:
+                    raise StateError(_shape_error(each.name, theirs))
+                # A cache, whose size depends on the samples that the rank has seen.
+                continue
+            if len(set(theirs)) > 1:
+                differing.append(each)
+        return differing
+
+    def _log_names(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._named]
+        if not new:
+            return
+        self._named.update(new)
+        listed = ", ".join(new[:_MOST_NAMES]) + (f" and {len(new) - _MOST_NAMES} more" if new[_MOST_NAMES:] else "")
+        used = "the buffers of rank 0"
+        if self.source == "mean":
+            used = (
+                "the mean over the ranks for running means and variances of BatchNorm, and rank 0's values for the rest"
+            )
+        self._logger.info(
+            "Each rank updates %d buffers from its own samples: %s. Training continues with the values of each rank. "
+            "Evaluations and the weights in checkpoints use %s (strategy option buffers=%r).",
+            len(new), listed, used, self.source,
+        )  # fmt: skip
+
+
+def _digest_of_all(described: Mapping[str, Any]) -> str:
+    """Return one digest for the descriptions of all buffers."""
+    return digest_of_tensor(torch.frombuffer(bytearray(repr(sorted(described.items())), "utf-8"), dtype=torch.uint8))
+
+
+def _describe(buffer: Buffer) -> tuple[tuple[int, ...], str, str]:
+    local = to_local(buffer.tensor)
+    return tuple(local.shape), str(local.dtype), digest_of_tensor(local)
+
+
+def _shape_error(name: str, theirs: Sequence[Any]) -> str:
+    found = [
+        f"rank {rank}: missing" if one is None else f"rank {rank}: {one[1].removeprefix('torch.')}{list(one[0])}"
+        for rank, one in enumerate(theirs)
+    ]
+    return (
+        f"The buffer {name!r} has different shapes or dtypes on the ranks ({', '.join(found[:_MOST_NAMES])}), so an evaluation "
+        "would depend on the rank, and a checkpoint could not restore it. Give it the same shape on all ranks, or register it "
+        "with persistent=False if it is a cache."
+    )
+
+
+def _from_first(tensors: Mapping[str, Tensor], group: ProcessGroup | None) -> dict[str, Tensor]:
+    """Return the values of the first rank of a group, sent as bytes with one collective per device. Collective."""
+    values: dict[str, Tensor] = {}
+    for device in dict.fromkeys(each.device for each in tensors.values()):
+        some = {name: each.detach() for name, each in tensors.items() if each.device == device}
+        sent = torch.cat([each.contiguous().reshape(-1).view(torch.uint8) for each in some.values()])
+        broadcast(sent, 0, group)
+        sizes = [each.numel() * each.element_size() for each in some.values()]
+        for (name, each), part in zip(some.items(), sent.split(sizes), strict=True):
+            # A copy, because the bytes of a tensor must be aligned with its elements.
+            values[name] = part.clone().view(each.dtype).view(each.shape)
+    return values
+
+
+def _means(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the means over all ranks, computed at least in float32, with one collective per device and dtype. Collective."""
+    values: dict[str, Tensor] = {}
+    kinds = dict.fromkeys((each.device, torch.promote_types(each.dtype, torch.float32)) for each in tensors.values())
+    for device, dtype in kinds:
+        some = {
+            name: each.detach()
+            for name, each in tensors.items()
+            if (each.device, torch.promote_types(each.dtype, torch.float32)) == (device, dtype)
+        }
+        mean = torch.cat([each.to(dtype).reshape(-1) for each in some.values()])
+        all_reduce(mean, "mean")
+        for (name, each), part in zip(some.items(), mean.split([each.numel() for each in some.values()]), strict=True):
+            values[name] = part.view(each.shape).to(each.dtype)
+    return values
