@@ -255,7 +255,7 @@ def test_every_import_target_in_a_string_resolves() -> None:
 
 
 def test_an_import_target_that_does_not_exist_is_detected(tmp_path: Path) -> None:
-    """Targets are found in constants, f-strings and next to the file, and a wrong module or name is an error."""
+    """Targets are found in constants, f-strings and next to the file, and a wrong module or name raises an error."""
     (tmp_path / "near.py").touch()
     path = tmp_path / "file.py"
     path.write_text(

@@ -58,7 +58,7 @@ def test_a_checkpoint_of_another_model_is_reported(tmp_path: Path) -> None:
 
 
 def test_a_missing_checkpoint_is_reported(tmp_path: Path) -> None:
-    """Loading a missing checkpoint is an error with the path."""
+    """Loading a missing checkpoint raises an error with the path."""
     with pytest.raises(CheckpointNotFoundError, match=r"epoch_9\.pth: there is no such checkpoint"):
         load_checkpoint(nn.Linear(1, 1), tmp_path / "epoch_9.pth")
 
@@ -75,7 +75,7 @@ def test_a_checkpoint_without_a_model_lists_its_parts(checkpoint: dict[str, obje
 
 
 def test_read_only_urls_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Saving to a read-only URL is an error without its secrets, and creates no folder of that name."""
+    """Saving to a read-only URL raises an error without its secrets, and creates no folder of that name."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"https://\*\*\*@host/c: checkpoints can be saved only to local paths"):
         save_checkpoint({"state_dict": {}}, "https://me:secret@host/c")
@@ -84,7 +84,7 @@ def test_read_only_urls_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["c", "c.pth"])
 def test_a_folder_that_cannot_be_created_is_a_checkpoint_error(tmp_path: Path, name: str) -> None:
-    """A file in place of the parent folder is an error with the path of the checkpoint."""
+    """A file in place of the parent folder raises an error with the path of the checkpoint."""
     (tmp_path / "runs").write_text("x")
     with pytest.raises(CheckpointError, match="could not be written"):
         save_checkpoint({"state_dict": {}}, tmp_path / "runs" / "deep" / name)

@@ -87,7 +87,7 @@ def test_a_small_model_is_one_file_without_an_index(source: Path, tmp_path: Path
 
 
 def test_an_existing_target_is_not_replaced(source: Path, tmp_path: Path) -> None:
-    """An existing target is an error and is not changed."""
+    """An existing target raises an error and is not changed."""
     (tmp_path / "a.pth").write_text("mine")
     with pytest.raises(CheckpointError, match=r"a\.pth already exists"):
         convert_checkpoint(source, tmp_path / "a.pth")

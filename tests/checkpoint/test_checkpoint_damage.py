@@ -65,7 +65,7 @@ def test_a_missing_file_is_named(damaged: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_an_extended_file_is_named(damaged: Path, name: str) -> None:
-    """Extra bytes at the end of a file are damage."""
+    """Extra bytes at the end of a file are reported as damage."""
     with (damaged / name).open("ab") as file:
         file.write(b"x")
     with pytest.raises(CheckpointDamagedError, match=name):
@@ -86,7 +86,7 @@ def flips(name: str, path: Path) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "optimizer.safetensors"])
 def test_a_flipped_bit_is_damage(damaged: Path, name: str) -> None:
-    """A flipped bit anywhere in JSON, a safetensors header or a tensor is damage."""
+    """A flipped bit anywhere in JSON, a safetensors header or a tensor is reported as damage."""
     data = (damaged / name).read_bytes()
     unnoticed: list[tuple[int, int]] = []
     messages: list[str] = []
@@ -182,7 +182,7 @@ def test_a_newer_format_version_is_reported(damaged: Path) -> None:
 
 
 def test_other_folders_and_files_are_reported(tmp_path: Path) -> None:
-    """A folder without a manifest, or an unrelated file, is an error that shows what a checkpoint looks like."""
+    """A folder without a manifest, or an unrelated file, raises an error that shows what a checkpoint looks like."""
     (tmp_path / "notes").write_text("hello")
     (tmp_path / "empty").mkdir()
     for path in (tmp_path, tmp_path / "notes", tmp_path / "empty"):

@@ -84,7 +84,7 @@ class Evil:
 
 
 def test_metadata_that_would_run_code_is_rejected(tmp_path: Path) -> None:
-    """Metadata that refers to anything but torch's classes is an error, and no code is executed."""
+    """Metadata that refers to anything but torch's classes raises an error, and no code is executed."""
     path = saved_by_torch(tmp_path / "d", TREE)
     (path / ".metadata").write_bytes(pickle.dumps(Metadata({}, Evil(tmp_path / "ran"), {})))
     with pytest.raises(CheckpointError, match=r"\.metadata: it refers to posix\.mkdir"):
@@ -93,7 +93,7 @@ def test_metadata_that_would_run_code_is_rejected(tmp_path: Path) -> None:
 
 
 def test_a_value_that_would_run_code_is_rejected(tmp_path: Path) -> None:
-    """A pickled object among the values is an error, and no code is executed, because values use weights_only."""
+    """A pickled object among the values raises an error, and no code is executed, because values use weights_only."""
     path = saved_by_torch(tmp_path / "d", {"evil": Evil(tmp_path / "ran"), "w": torch.ones(1)})
     with pytest.raises(CheckpointError, match="evil contains objects that can only be created by executing code"):
         DcpDirectory(path).load()

@@ -205,7 +205,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, operation: str,
 
 
 def test_a_rejected_value_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    """A value that cannot be stored is an error with its part, and nothing is changed."""
+    """A value that cannot be stored raises an error with its part, and nothing is changed."""
     FORMAT.save(sample(), tmp_path / "c")
     with pytest.raises(CheckpointError, match=r"optimizer/a/0 is set"):
         FORMAT.save({"optimizer": {"a": [{1.5}]}}, tmp_path / "c")
@@ -246,7 +246,7 @@ def test_two_parts_never_share_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["notes.txt", "manifest.json"])
 def test_a_folder_with_other_content_is_not_replaced(tmp_path: Path, content: str) -> None:
-    """Saving to a folder that contains other files is an error, and the content is kept."""
+    """Saving to a folder that contains other files raises an error, and the content is kept."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / content).write_text('{"format": "somebody else\'s"}')
     with pytest.raises(CheckpointError, match=r"work is a folder that contains other files"):

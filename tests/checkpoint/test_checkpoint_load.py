@@ -84,7 +84,7 @@ def test_a_key_can_be_rewritten_away() -> None:
 
 
 def test_two_keys_for_one_name_are_rejected() -> None:
-    """A wrapped and an unwrapped key for the same name are an error, and neither is silently chosen."""
+    """A wrapped and an unwrapped key for the same name raise an error, and neither is silently chosen."""
     model = net()
     before = copied(model)
     with pytest.raises(CheckpointMismatchError, match=r"'0.weight' and 'module.0.weight' both map to '0.weight'"):
@@ -132,7 +132,7 @@ def test_the_first_differing_keys_and_their_number_are_shown() -> None:
     ids=["missing", "unexpected", "shape_mismatches"],
 )
 def test_a_strict_load_that_differs_changes_nothing(change: Any) -> None:
-    """With strict, any difference is an error with the report, and the model is unchanged."""
+    """With strict, any difference raises an error with the report, and the model is unchanged."""
     model = net()
     before, state = copied(model), ones(model)
     change(state)
@@ -142,7 +142,7 @@ def test_a_strict_load_that_differs_changes_nothing(change: Any) -> None:
 
 
 def test_no_matching_key_is_an_error_even_without_strict() -> None:
-    """A checkpoint of a different model is an error that lists keys of both and suggests what to do."""
+    """A checkpoint of a different model raises an error that lists keys of both and suggests what to do."""
     model = net()
     before = copied(model)
     with pytest.raises(CheckpointMismatchError, match=r"(?s)No key .* 0\.weight.* encoder\.a.*revise_keys"):
@@ -160,7 +160,7 @@ def test_a_model_without_state_loads_an_empty_state() -> None:
 
 
 def test_a_value_other_than_a_tensor_is_rejected() -> None:
-    """A number where the model has a tensor is an error before anything is loaded."""
+    """A number where the model has a tensor raises an error before anything is loaded."""
     model = net()
     before = copied(model)
     with pytest.raises(CheckpointMismatchError, match=r"'1.bias' is a float, but the model has a tensor"):

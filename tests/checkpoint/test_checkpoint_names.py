@@ -135,7 +135,7 @@ def test_state_of_torch_is_loaded_by_index() -> None:
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_a_different_number_of_groups_is_reported(by_name: bool) -> None:
-    """A different number of groups is an error with both numbers and a suggestion."""
+    """A different number of groups raises an error with both numbers and a suggestion."""
     net = model()
     saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
     state: dict[str, Any] = saved.state_dict()
@@ -149,7 +149,7 @@ def test_a_different_number_of_groups_is_reported(by_name: bool) -> None:
 
 
 def test_other_parameters_in_a_group_are_named() -> None:
-    """A group with different parameters is an error that lists those of each side."""
+    """A group with different parameters raises an error that lists those of each side."""
     net = model()
     saved = trained(net, [["0.weight"], ["0.bias", "1.weight", "1.bias"]])
     state = optimizer_by_name(saved.state_dict(), parameter_names(saved, net))

@@ -50,7 +50,7 @@ def test_an_empty_tensor_is_written_by_the_first() -> None:
 
 @pytest.mark.parametrize("halves", [[UPPER], [UPPER, TensorBox((1, 0), (3, 2))], [UPPER, TensorBox((2, 0), (3, 2))]])
 def test_gaps_and_overlaps_are_rejected(halves: list[TensorBox]) -> None:
-    """A missing rank or inconsistent sharding is an error."""
+    """A missing rank or inconsistent sharding raises an error."""
     with pytest.raises(
         CheckpointError, match=r"The checkpoint's model/w: the boxes of all ranks.* do not cover a tensor"
     ):

@@ -153,7 +153,7 @@ def test_a_too_large_file_is_rejected(memory: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_failed_upload_is_reported(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failed upload is an error with the URL, and the older checkpoint stays available."""
+    """A failed upload raises an error with the URL, and the older checkpoint stays available."""
     save("iter_3", 1.0)
 
     def fail(*_: Any, **__: Any) -> Any:

@@ -290,7 +290,7 @@ def test_released_parts_are_named_by_their_content(tmp_path: Path, name: str):
 
 
 def test_a_part_that_is_not_there_cannot_be_released(tmp_path: Path):
-    """A missing part is an error that suggests the most similar name."""
+    """A missing part raises an error that suggests the most similar name."""
     with pytest.raises(ConfigKeyError, match=r"'state_dicts'.*state_dict"):
         release_checkpoint(save(tmp_path / "epoch_1"), ["state_dicts"])
 

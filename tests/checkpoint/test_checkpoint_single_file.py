@@ -148,14 +148,14 @@ def test_a_changed_byte_is_never_another_exception(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"hello, world", b"\x80\x02garbage", b"<html>Not found</html>"])
 def test_a_file_with_other_content_is_reported(tmp_path: Path, content: bytes) -> None:
-    """A file with unrelated content is an error."""
+    """A file with unrelated content raises an error."""
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.pth"):
         FORMAT.load(tmp_path / "a.pth")
 
 
 def test_a_file_without_a_dict_is_reported(tmp_path: Path) -> None:
-    """A file that contains only a tensor is an error that says so."""
+    """A file that contains only a tensor raises an error that says so."""
     torch.save(torch.ones(1), tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="contains a Tensor; expected a dict"):
         FORMAT.load(tmp_path / "a.pth")

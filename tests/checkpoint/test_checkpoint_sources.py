@@ -226,7 +226,7 @@ def test_plain_http_needs_the_full_digest(mark: str) -> None:
 
 
 def test_redirects_stay_on_https() -> None:
-    """A redirect from https to plain http is an error."""
+    """A redirect from https to plain http raises an error."""
     handler, request = _SafeRedirects(), urllib.request.Request("https://a.invalid/x?token=secret")
     with pytest.raises(CheckpointError, match="from https to http") as caught:
         handler.redirect_request(request, None, 302, "", {}, "http://b.invalid/x?token=secret")
@@ -260,7 +260,7 @@ def test_a_right_digest_is_accepted(site: Site, mark: str) -> None:
 
 @pytest.mark.parametrize("mark", [f"-{WRONG[:8]}.pth", f".pth#sha256={WRONG}", f"-{DIGEST[:8]}.pth#sha256={WRONG}"])
 def test_a_wrong_digest_keeps_nothing(site: Site, cache: Path, mark: str) -> None:
-    """A wrong digest is damage; the error shows both digests, nothing is kept, and a digest after # has precedence."""
+    """A wrong digest is reported with both digests, nothing is kept, and a digest after # takes precedence."""
     with pytest.raises(CheckpointDamagedError, match=f"its SHA-256 is {DIGEST}, expected {WRONG[:8]}"):
         CheckpointLoader.fetch(f"{site.address}/net{mark}")
     assert kept(cache) == []
@@ -275,14 +275,14 @@ def test_a_digest_given_later_is_checked_too(site: Site) -> None:
 
 @pytest.mark.parametrize("fragment", ["sha256=", "sha256=xyz", "sha256=abc", "md5=0123456789abcdef", "top"])
 def test_an_invalid_fragment_is_rejected(site: Site, fragment: str) -> None:
-    """A malformed digest is an error instead of being ignored."""
+    """A malformed digest raises an error instead of being ignored."""
     with pytest.raises(CheckpointError, match="expected sha256= and 8 to 64"):
         CheckpointLoader.fetch(f"{site.address}/net.pth#{fragment}")
     assert site.requests == []
 
 
 def test_a_truncated_transfer_keeps_nothing(site: Site, cache: Path) -> None:
-    """A truncated transfer is damage, even without a digest."""
+    """A truncated transfer is reported as damage, even without a digest."""
     with pytest.raises(CheckpointDamagedError, match=f"received 100 of {len(CONTENT)}"):
         CheckpointLoader.fetch(f"{site.address}/cut.pth")
     assert kept(cache) == []
@@ -312,7 +312,7 @@ def test_no_response_is_a_checkpoint_error(address: str, cache: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_created_is_a_checkpoint_error(site: Site, tmp_path: Path) -> None:
-    """A file in place of the cache folder is an error with its path."""
+    """A file in place of the cache folder raises an error with its path."""
     (tmp_path / "cache").write_text("x")
     with pytest.raises(CheckpointError, match=r"the download failed: .*cache"):
         CheckpointLoader.fetch(f"{site.address}/net.pth")
@@ -458,7 +458,7 @@ def test_users_can_register_schemes(saved: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("own_schemes")
 def test_a_scheme_is_replaced_only_with_force(saved: Path) -> None:
-    """Registering an existing prefix is an error, and registers none of the others in the call."""
+    """Registering an existing prefix raises an error, and registers none of the others in the call."""
     with pytest.raises(ConfigValueError, match=r"'https://' is already registered; pass force=True"):
         CheckpointLoader.register_scheme(["new://", "https://"])(lambda _: saved)
     with pytest.raises(CheckpointError, match="unknown scheme new://"):

@@ -154,7 +154,7 @@ def test_unsupported_keys_are_rejected_with_their_path(key: Any) -> None:
 
 
 def test_a_tree_that_contains_itself_is_rejected() -> None:
-    """A list that contains itself is an error instead of a RecursionError."""
+    """A list that contains itself raises an error instead of a RecursionError."""
     tree: list[Any] = []
     tree.append(tree)
     with pytest.raises(CheckpointError, match="meta contains itself"):

@@ -81,7 +81,7 @@ def test_partitions_of_stage_3_are_gathered(tmp_path: Path) -> None:
 
 
 def test_a_missing_rank_file_is_an_error(tmp_path: Path) -> None:
-    """A missing file of a rank is an error."""
+    """A missing file of a rank raises an error."""
     folder = save(tmp_path / "saved", flat_partitions())
     (folder / "global_step5" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
     with pytest.raises(CheckpointNotFoundError, match="2 ranks saved it, but it has the files of 1"):

@@ -190,7 +190,7 @@ def test_objects_next_to_the_weights_are_skipped(tmp_path: Path, caplog: pytest.
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_pickled_model_says_how_to_convert_it(tmp_path: Path, whole: bool) -> None:
-    """A pickled module is an error with its class and how to convert it if the file is trusted."""
+    """A pickled module raises an error with its class and how to convert it if the file is trusted."""
     torch.save(PLAIN if whole else {"model": PLAIN, "epoch": 3}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"object of (type )?torch\.nn\.modules\.linear\.Linear.*If you trust"):
         load_checkpoint(nn.Linear(2, 1), tmp_path / "a.pt")

@@ -91,7 +91,7 @@ def test_an_optimizer_next_to_the_weights_is_read(tmp_path: Path) -> None:
 
 
 def test_an_optimizer_with_objects_is_skipped(tmp_path: Path) -> None:
-    """An optimizer file that contains objects is skipped, and is an error only if it is requested."""
+    """An optimizer file that contains objects is skipped, and raises an error only if it is requested."""
     write(tmp_path / "model.safetensors", STATE)
     torch.save({"state": Path("x"), "param_groups": []}, tmp_path / "optimizer.pt")
     check(read_any(tmp_path))
@@ -100,7 +100,7 @@ def test_an_optimizer_with_objects_is_skipped(tmp_path: Path) -> None:
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
-    """A missing file, or a missing key in a file, is damage with its name."""
+    """A missing file, or a missing key in a file, is reported as damage with its name."""
     index = shards(tmp_path, "model.safetensors")
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointDamagedError, match=r"model-00002-of-00002\.safetensors is missing"):

@@ -68,7 +68,7 @@ def test_shards_are_views_of_the_given_memory() -> None:
 
 
 def test_a_box_that_the_rank_does_not_hold_is_rejected() -> None:
-    """Taking a box that this rank does not hold is an error."""
+    """Taking a box that this rank does not hold raises an error."""
     pieces = ShardedTensorState.from_flat_range(torch.zeros(4), 0, (2, 4))
     with pytest.raises(CheckpointMismatchError, match="does not have the box"):
         take_range(pieces, 2, 6)

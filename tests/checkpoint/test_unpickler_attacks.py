@@ -183,7 +183,7 @@ def test_wrong_sizes_and_offsets_are_rejected(tmp_path: Path, case: str) -> None
 
 
 def test_a_container_that_contains_itself_is_rejected(tmp_path: Path) -> None:
-    """A list that contains itself is an error instead of an endless loop."""
+    """A list that contains itself raises an error instead of an endless loop."""
     path = write(tmp_path / "a.pth", {"state_dict": {"w": tensor(), "v": Raw(b"]q\x05h\x05a")}})
     with pytest.raises(CheckpointDamagedError, match="state_dict/v.* contains itself"):
         SingleFileFormat().load(path)

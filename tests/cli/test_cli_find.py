@@ -52,7 +52,7 @@ def test_rates_that_are_too_large_give_no_suggestion(stratagem: Command, config:
     ids=" ".join,
 )
 def test_an_invalid_sweep(stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]):
-    """An impossible sweep is an error without a traceback."""
+    """An impossible sweep raises an error without a traceback."""
     done = stratagem("find", "lr", config, *words)
     assert done.status == 2
     assert "Traceback" not in done.err

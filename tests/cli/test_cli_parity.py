@@ -1,4 +1,4 @@
-"""Compare trainings: what is equal, the first difference, and its cause."""
+"""Compare training runs: what is equal, the first difference, and its cause."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -148,7 +148,7 @@ def test_a_nondeterministic_training_is_detected(stratagem: Command, config: str
 def test_a_training_that_cannot_be_split(
     stratagem: Command, config: str, words: tuple[str, ...], texts: tuple[str, ...]
 ):
-    """A training that cannot be split is an error before any training."""
+    """A training that cannot be split raises an error before any training."""
     done = stratagem("parity", config, *words)
     assert done.status == 2
     for text in texts:

@@ -102,7 +102,7 @@ def test_an_unwritable_path(stratagem: Command, config: str):
 def test_a_missing_matplotlib_is_reported(
     stratagem: Command, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Without matplotlib, `--out` is an error with the install command; the terminal plot still works."""
+    """Without matplotlib, `--out` raises an error with the install command; the terminal plot still works."""
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     assert stratagem("schedule", config).status == 0
     done = stratagem("schedule", config, "--out", "chart.png")

@@ -441,7 +441,7 @@ def test_an_oversized_file_is_rejected_quickly(name):
     ],
 )
 def test_a_repeated_key_is_refused(suffix, text):
-    """A repeated key is an error, because one of its values would be lost silently."""
+    """A repeated key raises an error, because one of its values would be lost silently."""
     with pytest.raises(ConfigParsingError):
         Config.fromstring(text, suffix)
 

@@ -71,7 +71,7 @@ def test_merging_a_dict_into_another_type_is_an_error(write):
 
 
 def test_a_key_in_two_bases_is_an_error(write):
-    """A key that two bases define is an error that names both files and lines."""
+    """A key that two bases define raises an error that names both files and lines."""
     path = write(a_py="x = 1\nlr = 0.1\n", b_yaml="lr: 0.2\n", run_py="_base_ = ['a.py', 'b.yaml']\n")
     with pytest.raises(KeyError, match=r"two bases set the key 'lr': .*a.py:2 and .*b.yaml:1"):
         Config.fromfile(path)
@@ -92,7 +92,7 @@ def test_the_error_for_a_missing_base_names_the_child(write):
 
 @pytest.mark.parametrize("name", ["run.txt", "run"])
 def test_an_unsupported_file_type_is_an_error(tmp_path, name):
-    """A file that is not Python, YAML, JSON or TOML is an OSError."""
+    """A file that is not Python, YAML, JSON or TOML raises an OSError."""
     path = tmp_path / name
     path.write_text("")
     with pytest.raises(OSError, match="Supported suffixes"):
@@ -109,7 +109,7 @@ def test_an_unsupported_file_type_is_an_error(tmp_path, name):
     ],
 )
 def test_an_invalid_file_is_an_error_with_its_line(tmp_path, suffix, text, line):
-    """A file that cannot be parsed or executed is an error with the file and line."""
+    """A file that cannot be parsed or executed raises an error with the file and line."""
     path = tmp_path / f"run.{suffix}"
     path.write_text(text)
     with pytest.raises(ConfigParsingError, match=rf"run.{suffix}:{line} "):
@@ -142,7 +142,7 @@ def test_a_config_is_a_mapping():
 
 
 def test_a_config_requires_a_mapping():
-    """A Config made from anything but a mapping is a TypeError."""
+    """A Config made from anything but a mapping raises a TypeError."""
     with pytest.raises(TypeError, match="expects a mapping, got list"):
         Config([("a", 1)])
 
@@ -171,7 +171,7 @@ def test_custom_imports_finds_modules_next_to_the_file(write, monkeypatch):
 
 
 def test_a_failed_custom_import_is_an_import_error(write, monkeypatch):
-    """A failed custom import is an error, or a warning with ``allow_failed_imports=True``."""
+    """A failed custom import raises an error, or a warning with ``allow_failed_imports=True``."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     path = write(run_py="custom_imports = dict(imports='no_such_module_here')\n")
     with pytest.raises(MissingDependencyError, match=r"no_such_module_here.*Searched: "):

@@ -85,7 +85,7 @@ def test_explain_writes_one_line_per_change(config):
 
 
 def test_explaining_an_unknown_path_suggests_the_closest_key(config):
-    """Explaining a misspelled path is an error with the closest key."""
+    """Explaining a misspelled path raises an error with the closest key."""
     with pytest.raises(KeyError, match="Did you mean 'depth'"):
         explain(config, "model.dept")
 

@@ -113,7 +113,7 @@ def test_a_single_name_of_a_base_can_be_imported(tmp_path):
 
 
 def test_a_key_in_two_pure_python_bases_is_rejected(tmp_path):
-    """A key in two pure-Python bases is an error that names both files and lines."""
+    """A key in two pure-Python bases raises an error that names both files and lines."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.py").write_text("x = 1\n")
     (tmp_path / "run.py").write_text("with read_base():\n    from .a import *\n    from .b import *\n")
@@ -132,7 +132,7 @@ def test_a_key_in_two_pure_python_bases_is_rejected(tmp_path):
     ],
 )
 def test_unsupported_statements_in_a_pure_python_config_are_rejected(text, problem):
-    """An unsupported statement in a pure-Python configuration is a RuntimeError with a reason and a line."""
+    """An unsupported statement in a pure-Python configuration raises a RuntimeError with a reason and a line."""
     with pytest.raises(RuntimeError, match=problem):
         Config.fromstring(text, ".py")
 
@@ -153,7 +153,7 @@ def test_lazy_import_can_be_set_explicitly(tmp_path):
 
 
 def test_a_missing_library_is_an_error_when_it_is_used():
-    """A class from a missing library is an error when it is read, not when the file is loaded."""
+    """A class from a missing library raises an error when it is read, not when the file is loaded."""
     config = Config.fromstring("from no_such_library import Net\nmodel = dict(type=Net)\n", ".py")
     with pytest.raises(MissingDependencyError, match="no_such_library"):
         _ = config.model.type

@@ -49,7 +49,7 @@ def test_values_are_never_evaluated(text):
 
 @pytest.mark.parametrize("pair", ["model.depth", "=3", "a..b=1", "x=[1", "x='a", "x={a}", "x=[1]2"])
 def test_an_invalid_override_is_rejected(pair):
-    """A missing ``=``, an empty key or an unclosed bracket or quote is an error."""
+    """A missing ``=``, an empty key or an unclosed bracket or quote raises an error."""
     with pytest.raises(ConfigParsingError):
         parse_overrides([pair])
 
@@ -62,7 +62,7 @@ def test_overrides_reach_into_lists():
 
 
 def test_an_index_out_of_range_is_a_key_error():
-    """An index beyond the end of a list is a KeyError."""
+    """An index beyond the end of a list raises a KeyError."""
     with pytest.raises(KeyError, match=r"stages.2.*list of 2 items"):
         Config({"stages": [1, 2]}).merge_from_dict({"stages.2": 3})
 
@@ -74,7 +74,7 @@ def test_list_items_cannot_be_set_without_list_keys():
 
 
 def test_overriding_below_a_number_is_rejected():
-    """Setting a key below a value that is not a container is a TypeError."""
+    """Setting a key below a value that is not a container raises a TypeError."""
     with pytest.raises(TypeError, match="model is a dict here, but a int"):
         Config({"model": 3}).merge_from_dict({"model.depth": 1})
 

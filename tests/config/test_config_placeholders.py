@@ -53,7 +53,7 @@ def test_a_placeholder_may_contain_quotes(monkeypatch):
 
 
 def test_an_unset_variable_is_a_key_error_with_its_line(monkeypatch):
-    """A variable that is required, unset and without a default is an error with file and line."""
+    """A variable that is required, unset and without a default raises an error with file and line."""
     monkeypatch.delenv("NOT_SET_HERE", raising=False)
     with pytest.raises(KeyError, match=r"<string>:2: the environment variable NOT_SET_HERE is not set"):
         Config.fromstring("a: 1\nb: {{ $NOT_SET_HERE }}\n", ".yaml")

@@ -92,7 +92,7 @@ def test_secrets_are_saved_as_placeholders(key):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_masked_secret_loads_and_fails_when_used(suffix):
-    """A saved configuration loads, prints and copies; reading a masked value is an error with its key and the fix."""
+    """A saved configuration loads, prints and copies; reading a masked value raises an error with its key and the fix."""
     kept = show(Config({"model": {"type": "X", "password": "hunter2"}, "url": "https://me:pw@host", "lr": 0.1}), suffix)
     config = Config.fromstring(kept, suffix)
     assert config.lr == 0.1

@@ -52,7 +52,7 @@ def test_a_toml_dump_loads_with_the_same_content(tmp_path_factory, data):
 
 
 def test_toml_rejects_none():
-    """Dumping None as TOML is an error that names the key."""
+    """Dumping None as TOML raises an error that names the key."""
     with pytest.raises(ConfigValueError, match=r"model.norm is None"):
         show(Config({"model": {"norm": None}}), ".toml")
 
@@ -95,7 +95,7 @@ def test_dump_without_a_path_uses_the_language_of_the_file(tmp_path):
 
 
 def test_an_unknown_file_type_and_an_unwritable_path_are_file_errors(tmp_path):
-    """Dumping to an unknown file type or to a path that is not writable is an OSError that names the path."""
+    """Dumping to an unknown file type or to a path that is not writable raises an OSError that names the path."""
     with pytest.raises(ConfigFileError, match=r"cannot be written as '\.txt'"):
         Config({"a": 1}).dump(tmp_path / "run.txt")
     with pytest.raises(OSError, match="cannot be written"):

@@ -165,7 +165,7 @@ def test_fewer_batches_than_ranks_give_every_rank_one_in_training() -> None:
 
 
 def test_an_order_from_the_global_generators_is_reproducible() -> None:
-    """The order only depends on the seed and the epoch, does not affect the model's generators, and can be resumed."""
+    """The order depends only on the seed and the epoch, does not affect the model's generators, and can be resumed."""
 
     def loader() -> DataLoader[int]:
         return DataLoader(NUMBERS, batch_size=2, sampler=Drawing())
@@ -230,7 +230,7 @@ def test_a_matching_distributed_sampler_is_used_unchanged(training: bool) -> Non
 
 @pytest.mark.parametrize(("replicas", "rank"), [(3, 0), (2, 0)])
 def test_a_sampler_for_different_ranks_is_rejected(replicas: int, rank: int) -> None:
-    """A sampler for different ranks is an error that contains both, because samples would be missing or repeated."""
+    """A sampler for different ranks raises an error that contains both, because samples would be missing or repeated."""
     sampler = DistributedSampler(NUMBERS, replicas, rank)  # type: ignore[arg-type]
     with pytest.raises(
         ConfigValueError, match=rf"DistributedSampler is divided for rank {rank} of {replicas}.*rank 1 of 2"
@@ -239,7 +239,7 @@ def test_a_sampler_for_different_ranks_is_rejected(replicas: int, rank: int) -> 
 
 
 def test_a_stream_for_different_ranks_is_rejected() -> None:
-    """A stream that declares different ranks is an error."""
+    """A stream that declares different ranks raises an error."""
     stream = Counting(4)
     stream.num_replicas, stream.rank = 4, 0  # type: ignore[attr-defined]
     with pytest.raises(ConfigValueError, match=r"Counting is divided for rank 0 of 4"):

@@ -48,13 +48,13 @@ def test_tensors_are_not_stacked() -> None:
 
 
 def test_samples_with_different_numbers_of_fields_are_rejected() -> None:
-    """Samples with different numbers of fields are an error."""
+    """Samples with different numbers of fields raise an error."""
     with pytest.raises(ConfigTypeError, match=r"different numbers of fields: \[2, 3\]"):
         pseudo_collate([(1, 2), (1, 2, 3)])
 
 
 @pytest.mark.parametrize("samples", [[{"x": 1, "y": 2}, {"x": 1}], [{"x": 1}, {"x": 1, "y": 2}]])
 def test_samples_with_different_keys_are_rejected(samples: list[Any]) -> None:
-    """A key that is missing in one sample is an error."""
+    """A key that is missing in one sample raises an error."""
     with pytest.raises(ConfigTypeError, match=r"\['y'\] are not in all of them"):
         pseudo_collate(samples)

@@ -95,13 +95,13 @@ def test_a_loader_instance_can_be_resumed_at_any_batch() -> None:
     ],
 )
 def test_invalid_groups_are_rejected(options: Any, message: str) -> None:
-    """Invalid groups are an error that shows the values."""
+    """Invalid groups raise an error that shows the values."""
     with pytest.raises(ConfigValueError, match=message):
         build(**options)
 
 
 def test_a_sampler_is_rejected() -> None:
-    """A sampler in addition to the grouping batch sampler is an error."""
+    """A sampler in addition to the grouping batch sampler raises an error."""
     cfg = {
         "dataset": WORDS,
         "sampler": {"type": "DefaultSampler"},

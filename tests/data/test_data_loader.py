@@ -115,7 +115,7 @@ def test_an_epoch_can_start_at_any_batch(workers: int, drop_last: bool) -> None:
 
 
 def test_epochs_can_be_iterated_in_any_order() -> None:
-    """The order only depends on the number of the epoch."""
+    """The order depends only on the number of the epoch."""
     loader = build()
     first, second = list(loader.batches(0)), list(loader.batches(1))
     assert first != second
@@ -308,7 +308,7 @@ def test_a_dataloader_needs_a_dataset() -> None:
 
 @pytest.mark.parametrize("dataset", [3, None, "digits", {"type": dict, "x": 1}])
 def test_a_dataset_of_the_wrong_type_is_rejected(dataset: Any) -> None:
-    """A value that is not a dataset is an error."""
+    """A value that is not a dataset raises an error."""
     with pytest.raises(ConfigTypeError, match="A dataset must be a Dataset, a sequence, or a mapping"):
         build(dataset=dataset)
 
@@ -329,7 +329,7 @@ def test_a_dataset_without_a_length_needs_a_sampler() -> None:
     ],
 )
 def test_conflicting_options_are_rejected(cfg: dict[str, Any]) -> None:
-    """Options that conflict in selecting the samples are an error."""
+    """Options that conflict in selecting the samples raise an error."""
     with pytest.raises(ConfigValueError, match="sampler"):
         build(**cfg)
 

@@ -107,7 +107,7 @@ def test_stream_seeds_depend_on_all_keys() -> None:
 
 
 def test_an_order_is_reproducible() -> None:
-    """The order only depends on the seed, the epoch and the length, not on earlier random numbers."""
+    """The order depends only on the seed, the epoch and the length, not on earlier random numbers."""
     first = epoch_order(50, seed=3, epoch=7, shuffle=True)
     torch.manual_seed(99)
     torch.rand(5)
@@ -161,6 +161,6 @@ def test_an_infinite_order_can_be_restarted() -> None:
 
 
 def test_an_infinite_order_of_an_empty_dataset_is_rejected() -> None:
-    """An empty dataset is an error."""
+    """An empty dataset raises an error."""
     with pytest.raises(ConfigValueError, match="dataset is empty"):
         InfiniteSampler([])

@@ -45,7 +45,7 @@ def test_sampling_without_replacement_prefers_large_weights() -> None:
 
 
 def test_an_order_depends_only_on_the_seed_and_the_epoch() -> None:
-    """The order only depends on the seed and the epoch."""
+    """The order depends only on the seed and the epoch."""
     weights = [1.0] * 30
     for replacement in (True, False):
         drawing = sampler(weights, seed=4, replacement=replacement)
@@ -84,7 +84,7 @@ def test_an_epoch_may_be_smaller_than_the_dataset() -> None:
     ],
 )
 def test_invalid_weights_are_rejected(weights: Any, options: Any, message: str) -> None:
-    """Invalid weights are an error that shows them."""
+    """Invalid weights raise an error that shows them."""
     with pytest.raises(ConfigValueError, match=message):
         sampler(weights, **options)
 

@@ -55,21 +55,21 @@ def test_results_of_one_process_are_truncated_to_the_size() -> None:
 
 
 def test_an_unknown_operation_suggests_the_closest_name() -> None:
-    """A misspelled operation is an error with the closest name, even in one process."""
+    """A misspelled operation raises an error with the closest name, even in one process."""
     with pytest.raises(ConfigValueError, match=r"op='maen'.*Did you mean 'mean'"):
         dist.all_reduce(torch.ones(1), "maen")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
 def test_the_mean_of_integers_is_rejected(dtype: torch.dtype) -> None:
-    """The mean of integers is an error, because the result would have to be rounded."""
+    """The mean of integers raises an error, because the result would have to be rounded."""
     with pytest.raises(ConfigTypeError, match=rf"{dtype}.*convert to float"):
         dist.all_reduce(torch.ones(2).to(dtype), "mean")
 
 
 @pytest.mark.parametrize("rank", [-1, 1])
 def test_a_rank_outside_the_world_is_rejected(rank: int) -> None:
-    """A rank outside the world is an error that states the world size, even in one process."""
+    """A rank outside the world raises an error that states the world size, even in one process."""
     message = f"Rank {rank} does not exist. The world size is 1"
     for collective in (dist.broadcast, dist.gather):
         with pytest.raises(LaunchError, match=message):
@@ -254,7 +254,7 @@ def refused() -> str:
 
 
 def test_a_rank_beyond_the_last_is_rejected_on_all_ranks(ranks: Ranks) -> None:
-    """A rank that does not exist is an error on all ranks, so none of them waits."""
+    """A rank that does not exist raises an error on all ranks, so none of them waits."""
     assert ranks.run(refused) == ["Rank 2 does not exist. The world size is 2, so valid ranks are 0 to 1."] * 2
 
 

@@ -70,7 +70,7 @@ def test_a_group_can_use_a_file_store(alone: pytest.MonkeyPatch, tmp_path: Path)
 
 
 def test_a_process_without_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requesting torchrun's group outside torchrun is an error that contains the command to use."""
+    """Requesting torchrun's group outside torchrun raises an error that contains the command to use."""
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(LaunchError, match="RANK.* not set. Start it with `torchrun"):
         init_dist("pytorch")
@@ -107,7 +107,7 @@ def test_rank_0_on_a_different_host(alone: pytest.MonkeyPatch) -> None:
 
 
 def test_an_unknown_backend(alone: pytest.MonkeyPatch) -> None:
-    """An unknown backend is an error with the closest name, before anything is created."""
+    """An unknown backend raises an error with the closest name, before anything is created."""
     with pytest.raises(ConfigValueError, match=r"'cpu:glooo'.*Did you mean 'gloo'"):
         init_dist("pytorch", "cpu:glooo")
     assert not is_distributed()
@@ -115,20 +115,20 @@ def test_an_unknown_backend(alone: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("timeout", ["30", True, [30]])
 def test_a_timeout_of_the_wrong_type(alone: pytest.MonkeyPatch, timeout: Any) -> None:
-    """A timeout that is not a number or timedelta is an error."""
+    """A timeout that is not a number or timedelta raises an error."""
     with pytest.raises(ConfigTypeError, match="timeout must be"):
         init_dist("pytorch", timeout=timeout)
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf"), timedelta(0)])
 def test_an_invalid_timeout(alone: pytest.MonkeyPatch, timeout: Any) -> None:
-    """A timeout that is not positive and finite is an error."""
+    """A timeout that is not positive and finite raises an error."""
     with pytest.raises(ConfigValueError, match="timeout must be"):
         init_dist("pytorch", timeout=timeout)
 
 
 def test_an_unknown_argument_suggests_the_closest_name(alone: pytest.MonkeyPatch) -> None:
-    """An unknown key in dist_cfg is an error with the closest name, before the rendezvous."""
+    """An unknown key in dist_cfg raises an error with the closest name, before the rendezvous."""
     with pytest.raises(ConfigKeyError, match=r"dist_cfg: 'timeuot' is not known. Did you mean 'timeout'"):
         init_dist("pytorch", timeuot=3)
     assert not is_distributed()

@@ -218,7 +218,7 @@ def test_a_different_launcher_started_the_process() -> None:
 
 
 def test_an_unknown_launcher_suggests_the_closest_name() -> None:
-    """An unknown launcher is an error with the closest name."""
+    """An unknown launcher raises an error with the closest name."""
     assert LAUNCHERS == ("none", "pytorch", "slurm", "mpi", "ray")
     with pytest.raises(LaunchError, match=r"'pytroch'.*Did you mean 'pytorch'"):
         read_launch("pytroch", {})
@@ -235,7 +235,7 @@ def test_an_unknown_launcher_suggests_the_closest_name() -> None:
     ],
 )
 def test_invalid_ranks_are_rejected(change: dict[str, str]) -> None:
-    """A rank outside the world size is an error that suggests variables of an earlier launch as the cause."""
+    """A rank outside the world size raises an error that suggests variables of an earlier launch as the cause."""
     with pytest.raises(LaunchError, match="variables of an earlier launch"):
         read_launch("pytorch", {**TORCHRUN, **change})
 
@@ -250,6 +250,6 @@ def test_invalid_numbers_are_reported(name: str, value: str) -> None:
 
 @pytest.mark.parametrize("port", ["-1", "65536"])
 def test_invalid_ports_are_rejected(port: str) -> None:
-    """A port that does not fit in 16 bits is an error."""
+    """A port that does not fit in 16 bits raises an error."""
     with pytest.raises(LaunchError, match=f"MASTER_PORT is {port}"):
         read_launch("pytorch", {**TORCHRUN, "MASTER_PORT": port})

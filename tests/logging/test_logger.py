@@ -201,7 +201,7 @@ def test_a_formatting_error_does_not_stop_the_run(new_logger: MakeLogger, capsys
 
 
 def test_invalid_options_are_rejected(new_logger: MakeLogger, tmp_path: Path) -> None:
-    """Each invalid option is an error that shows its value."""
+    """Each invalid option raises an error that shows its value."""
     with pytest.raises(ConfigValueError, match=r"'WARNNING'.*Did you mean 'WARNING'"):
         new_logger(log_level="WARNNING")
     with pytest.raises(ConfigTypeError, match=r"not 1\.5 \(float\)"):

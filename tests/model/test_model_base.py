@@ -92,7 +92,7 @@ def test_the_default_preprocessor_is_a_submodule() -> None:
 
 @pytest.mark.parametrize("preprocessor", [3, "norm", print])
 def test_an_invalid_preprocessor_is_rejected(preprocessor: Any) -> None:
-    """A preprocessor that is not a module is an error."""
+    """A preprocessor that is not a module raises an error."""
     with pytest.raises(ConfigTypeError, match="data_preprocessor must be a module or its configuration"):
         Line(data_preprocessor=preprocessor)
 

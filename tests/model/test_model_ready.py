@@ -68,7 +68,7 @@ def test_a_network_can_be_a_configuration_or_a_list_of_layers() -> None:
 
 @pytest.mark.parametrize("network", [3, "Linear", nn.Linear, None])
 def test_a_network_that_is_not_a_module_is_rejected(network: Any) -> None:
-    """A network that is not a module is an error, such as a class instead of an instance."""
+    """A network that is not a module raises an error, such as a class instead of an instance."""
     for make in (lambda: SupervisedModel(network, difference), lambda: ModelWithLoss(network)):
         with pytest.raises(ConfigTypeError, match="network must be a module or its configuration"):
             make()
@@ -126,7 +126,7 @@ def test_prediction_and_target_keys_can_be_chosen() -> None:
 
 
 def test_a_network_that_returns_no_loss_is_reported() -> None:
-    """A network that returns no loss is an error that mentions missing targets."""
+    """A network that returns no loss raises an error that mentions missing targets."""
     model = ModelWithLoss(OwnLoss(dict))
     with pytest.raises(TrainingError, match=r"OwnLoss returned a dict with loss=None.*targets in the batch"):
         model.train_step({"ids": INPUTS}, OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0)))

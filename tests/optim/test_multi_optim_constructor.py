@@ -48,6 +48,6 @@ def test_each_part_gets_its_optimizer() -> None:
     ],
 )
 def test_invalid_parts_are_rejected(parts: dict[str, Any], error: type[Exception], text: str) -> None:
-    """An invalid part is an error with the closest name in the model."""
+    """An invalid part raises an error with the closest name in the model."""
     with pytest.raises(error, match=text):
         build_optim_wrapper(gan(), dict(constructor=MultiOptimWrapperConstructor, **parts))

@@ -236,7 +236,7 @@ def test_the_default_rate_is_that_of_the_optimizer() -> None:
     ],
 )
 def test_invalid_rules_are_rejected(rules: dict[str, Any], error: type[Exception], text: str) -> None:
-    """An invalid or misspelled rule is an error with the closest name."""
+    """An invalid or misspelled rule raises an error with the closest name."""
     with pytest.raises(error, match=text):
         build(Net(), rules, weight_decay=None)
 
@@ -264,7 +264,7 @@ def test_the_configuration_is_not_modified() -> None:
 
 
 def test_an_optimizer_instance_is_used_unchanged() -> None:
-    """An optimizer instance keeps its groups and implementation, and rules for it are an error."""
+    """An optimizer instance keeps its groups and implementation, and rules for it raise an error."""
     model = Net()
     optimizer = SGD(model.parameters(), lr=1.0)
     wrapper = build_optim_wrapper(model, dict(optimizer=optimizer, accumulative_counts=2))
@@ -309,6 +309,6 @@ def test_a_custom_constructor_may_build_several_wrappers() -> None:
     ],
 )
 def test_invalid_configurations_are_rejected(cfg: Any, error: type[Exception], text: str) -> None:
-    """A misspelled or invalid configuration is an error with a suggestion."""
+    """A misspelled or invalid configuration raises an error with a suggestion."""
     with pytest.raises(error, match=text):
         build_optim_wrapper(Net(), cfg)

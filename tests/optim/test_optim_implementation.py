@@ -69,7 +69,7 @@ def test_the_implementation_can_be_chosen(choice: str, expected: dict[str, bool]
     ],
 )
 def test_an_invalid_implementation_is_rejected(choice: str, options: dict[str, Any], text: str) -> None:
-    """An unknown, unsupported or contradictory implementation is an error."""
+    """An unknown, unsupported or contradictory implementation raises an error."""
     with pytest.raises(ConfigValueError, match=text):
         implementation_options(RMSprop, options, MANY, implementation=choice)
 

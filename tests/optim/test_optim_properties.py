@@ -88,7 +88,7 @@ def test_a_chain_can_be_resumed_at_any_position(
 def test_a_step_of_several_positions_equals_single_steps(
     chain: list[tuple[Callable[..., ParamScheduler], int, int]], jumps: list[int]
 ) -> None:
-    """The value only depends on the position, not on the size of the steps."""
+    """The value depends only on the position, not on the size of the steps."""
     optim, schedules = build(chain)
     other, single = build(chain)
     for jump in jumps:

@@ -131,7 +131,7 @@ def test_a_window_with_zero_weight_has_no_gradient() -> None:
 
 
 def test_a_weight_for_only_some_micro_batches_is_rejected() -> None:
-    """A window in which only some micro-batches have a weight is an error with their number."""
+    """A window in which only some micro-batches have a weight raises an error with their number."""
     weight = parameter()
     wrapper = OptimWrapper(Recorder(weight), accumulative_counts=2)
     wrapper.update_params(weight.sum(), weight=2)
@@ -180,7 +180,7 @@ def test_the_clipping_configuration_is_not_modified() -> None:
     ],
 )
 def test_an_invalid_clipping_is_rejected(config: object, error: type[Exception], text: str) -> None:
-    """An invalid clip_grad is an error at construction, with the closest name."""
+    """An invalid clip_grad raises an error at construction, with the closest name."""
     with pytest.raises(error, match=text):
         OptimWrapper(SGD([parameter()], lr=1.0), clip_grad=config)  # type: ignore[arg-type]
 
@@ -221,7 +221,7 @@ def test_accumulative_counts_must_be_a_positive_integer(counts: object) -> None:
 
 
 def test_only_an_optimizer_can_be_wrapped() -> None:
-    """Wrapping a configuration instead of an optimizer is an error that names the function to use."""
+    """Wrapping a configuration instead of an optimizer raises an error that names the function to use."""
     with pytest.raises(ConfigTypeError, match="build_optim_wrapper"):
         OptimWrapper(dict(type="SGD"))  # type: ignore[arg-type]
 
@@ -323,7 +323,7 @@ def test_the_state_of_a_plain_optimizer_can_be_loaded() -> None:
 
 
 def test_a_state_with_different_groups_is_rejected() -> None:
-    """A state with a different number of groups or parameters is an error."""
+    """A state with a different number of groups or parameters raises an error."""
     one = OptimWrapper(SGD([parameter()], lr=1.0))
     two = OptimWrapper(SGD([{"params": [parameter()]}, {"params": [parameter()]}], lr=1.0))
     with pytest.raises(CheckpointMismatchError, match="has 2 parameter groups, but this run has 1"):

@@ -84,7 +84,7 @@ def test_pending_micro_batches_are_discarded_together() -> None:
 
 
 def test_only_wrappers_are_accepted() -> None:
-    """An item that is not a wrapper, or an empty dict, is an error."""
+    """An item that is not a wrapper, or an empty dict, raises an error."""
     with pytest.raises(ConfigTypeError, match="a="):
         OptimWrapperDict(a=dict(type="OptimWrapper"))  # type: ignore[arg-type]
     with pytest.raises(ConfigValueError, match="at least one"):

@@ -114,7 +114,7 @@ def test_momentum_is_the_first_beta() -> None:
 
 
 def test_momentum_of_an_optimizer_without_momentum_is_rejected() -> None:
-    """Scheduling the momentum of an optimizer without momentum or betas is an error."""
+    """Scheduling the momentum of an optimizer without momentum or betas raises an error."""
     with pytest.raises(ConfigValueError, match="neither momentum nor betas"):
         LinearMomentum(torch.optim.Adagrad([nn.Parameter(torch.zeros(1))]))
 
@@ -128,7 +128,7 @@ def test_any_option_of_the_groups_can_be_scheduled() -> None:
 
 
 def test_an_unknown_option_is_rejected() -> None:
-    """An unknown option is an error with the closest name."""
+    """An unknown option raises an error with the closest name."""
     with pytest.raises(ConfigKeyError, match="'weight_decay'"):
         CosineAnnealingParamScheduler(optimizer(), "weight_decai", T_max=4)
 
@@ -229,7 +229,7 @@ def test_a_state_without_a_description_moves_the_configured_schedule() -> None:
 
 
 def test_a_different_type_of_schedule_is_rejected() -> None:
-    """A state of a different type of schedule is an error that contains the option to continue."""
+    """A state of a different type of schedule raises an error that contains the option to continue."""
     state = LinearLR(optimizer(), end=5).state_dict()
     with pytest.raises(
         CheckpointMismatchError,
@@ -284,7 +284,7 @@ def test_invalid_arguments_are_rejected(options: dict[str, object], error: type[
 
 
 def test_a_schedule_needs_one_optimizer() -> None:
-    """Several optimizers, or none, are an error."""
+    """Several optimizers, or none, raise an error."""
     several = OptimWrapperDict(a=OptimWrapper(optimizer()))
     for wrong in (several, None, nn.Linear(1, 1)):
         with pytest.raises(ConfigTypeError, match="requires an optimizer"):

@@ -97,7 +97,7 @@ def test_schedules_can_be_given_by_optimizer() -> None:
 
 
 def test_a_mapping_must_contain_exactly_the_optimizers() -> None:
-    """A misspelled or missing name in the mapping is an error."""
+    """A misspelled or missing name in the mapping raises an error."""
     with pytest.raises(ConfigKeyError, match="Did you mean 'critic'"):
         build_param_schedulers(dict(generator=[], critik=[]), two())
     with pytest.raises(ConfigKeyError, match="the optimizer 'critic' has no entry"):
@@ -121,14 +121,14 @@ def test_conversion_multiplies_by_the_length_of_an_epoch() -> None:
 
 
 def test_conversion_requires_the_length_of_an_epoch() -> None:
-    """Conversion without the length of an epoch is an error."""
+    """Conversion without the length of an epoch raises an error."""
     with pytest.raises(ConfigValueError, match="epoch_length"):
         build_param_schedulers(dict(type="LinearLR", end=2, convert_to_iter_based=True), wrapper())
 
 
 @pytest.mark.parametrize("spec", [None, 3, [None], "LinearLR"])
 def test_other_types_are_rejected(spec: object) -> None:
-    """Anything but schedules and their configurations is an error."""
+    """Anything but schedules and their configurations raises an error."""
     with pytest.raises(ConfigTypeError, match="must be a ParamScheduler or a mapping"):
         build_param_schedulers(spec, wrapper())  # type: ignore[arg-type]
 
@@ -158,7 +158,7 @@ def test_a_single_schedule_instance_does_not_affect_other_optimizers() -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_schedule_of_an_unknown_optimizer_is_rejected(several: bool) -> None:
-    """A schedule of an unknown optimizer is an error, because it would have no effect."""
+    """A schedule of an unknown optimizer raises an error, because it would have no effect."""
     built = LinearLR(SGD([nn.Parameter(torch.zeros(1))], lr=1.0), end=4)
     with pytest.raises(ConfigValueError, match="was built on another SGD"):
         build_param_schedulers([built], two() if several else wrapper())
@@ -174,7 +174,7 @@ def test_a_schedule_under_the_wrong_name_is_rejected() -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_repeated_schedule_is_rejected(several: bool) -> None:
-    """A schedule that is given twice is an error, because it would advance twice."""
+    """A schedule that is given twice raises an error, because it would advance twice."""
     optim = two() if several else wrapper()
     built = LinearLR(optim["critic"] if isinstance(optim, OptimWrapperDict) else optim, end=4)
     with pytest.raises(ConfigValueError, match="is given twice"):

@@ -86,7 +86,7 @@ def refusal(folder: str) -> str:
 
 
 def test_passes_with_different_parameters_are_rejected(ranks: Ranks, tmp_path: Path) -> None:
-    """Passes that reach different parameters are an error that suggests adding the losses."""
+    """Passes that reach different parameters raise an error that suggests adding the losses."""
     for told in ranks.run(refusal, str(tmp_path)):
         assert (
             "LossOfEachHead.train_step started a backward pass before DDP received the gradients of all parameters"

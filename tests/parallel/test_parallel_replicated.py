@@ -172,7 +172,7 @@ def past_ddp() -> str:
 
 
 def test_a_step_that_bypasses_ddp_is_rejected(ranks: Ranks) -> None:
-    """A step that bypasses DDP is an error with the correct code, because ranks would diverge silently."""
+    """A step that bypasses DDP raises an error with the correct code, because ranks would diverge silently."""
     for message in ranks.run(past_ddp):
         assert "PastDDP.train_step used the model's parameters without calling self(...)" in message
         assert "model_wrapper='separate'" in message
@@ -389,26 +389,26 @@ def test_buffers_are_only_broadcast_on_request(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("name", ["find_unused_paramters", "device_ids", "module"])
 def test_invalid_options_are_rejected(name: str) -> None:
-    """An unknown option, or one that the placement sets itself, is an error."""
+    """An unknown option, or one that the placement sets itself, raises an error."""
     with pytest.raises(ConfigKeyError, match=f"DistributedDataParallel has no option '{name}'"):
         Replicated(LOGGER, sync_bn=None, separate=False, options={name: True})
 
 
 def test_an_unknown_option_suggests_the_closest_name() -> None:
-    """An unknown option is an error with the closest option of DistributedDataParallel."""
+    """An unknown option raises an error with the closest option of DistributedDataParallel."""
     with pytest.raises(ConfigKeyError, match="Did you mean 'find_unused_parameters'"):
         Replicated(LOGGER, sync_bn=None, separate=False, options={"find_unused_paramters": True})
     assert {"static_graph", "gradient_as_bucket_view", "broadcast_buffers", "bucket_cap_mb"} <= set(DDP_OPTIONS)
 
 
 def test_a_wrapped_model_is_rejected() -> None:
-    """A wrapped model is an error, because its gradients would be synchronized twice."""
+    """A wrapped model raises an error, because its gradients would be synchronized twice."""
     with pytest.raises(PlacementError, match="already wrapped, in a DataParallel. Pass the model itself"):
         place(nn.DataParallel(Scale()))
 
 
 def test_compiling_the_training_step_is_rejected() -> None:
-    """Compiling the training step is an error, because the compiled step would bypass DDP."""
+    """Compiling the training step raises an error, because the compiled step would bypass DDP."""
 
     def compile_step(model: nn.Module) -> nn.Module:
         model.train_step = lambda *_: None  # type: ignore[assignment]  # as compile_model sets it
@@ -430,13 +430,13 @@ def test_a_frozen_model_is_not_wrapped() -> None:
 
 
 def test_separate_wrapping_rejects_parameters_of_the_model_itself() -> None:
-    """With separate wrapping, direct parameters of the model are an error, because they would not be synchronized."""
+    """With separate wrapping, direct parameters of the model raise an error, because they would not be synchronized."""
     with pytest.raises(PlacementError, match=r"Scale has trainable parameters outside of them \(scale\)"):
         place(Scale(), separate=True)
 
 
 def test_batch_normalization_is_converted_on_request(caplog: pytest.LogCaptureFixture) -> None:
-    """``sync_bn="torch"`` converts layers and logs it; on the CPU, it is an error."""
+    """``sync_bn="torch"`` converts layers and logs it; on the CPU, it raises an error."""
     caplog.set_level(logging.INFO, LOGGER.name)
     with pytest.raises(PlacementError, match="requires an accelerator"):
         place(nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False), None, sync_bn="torch")

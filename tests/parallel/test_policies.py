@@ -79,7 +79,7 @@ def test_a_registered_function_is_a_policy() -> None:
     ],
 )
 def test_a_policy_without_matches_is_rejected(policy: Any, error: type[Exception], message: str) -> None:
-    """A policy that selects no module is an error that lists the alternatives."""
+    """A policy that selects no module raises an error that lists the alternatives."""
     with pytest.raises(error, match=message):
         select_modules(model(), policy, "wrap_policy")
 

@@ -91,7 +91,7 @@ def test_the_classes_of_a_library_are_found_by_prefix(registry):
 
 @pytest.mark.parametrize("library", ["schedulefree", "heavyball", "bitsandbytes"])
 def test_optimizers_of_a_missing_library_suggest_how_to_install_it(library, monkeypatch):
-    """An optimizer from a missing library is an error with the install command, even for a data file."""
+    """An optimizer from a missing library raises an error with the install command, even for a data file."""
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, f"{library}.optim", None)
     with pytest.raises(MissingDependencyError, match=f"pip install {library}"):

@@ -46,7 +46,7 @@ def test_a_class_is_registered_under_one_or_more_names(root):
 
 
 def test_a_duplicate_name_is_rejected_unless_forced(root):
-    """Registering a name twice is an error that shows the existing entry; ``force`` replaces it."""
+    """Registering a name twice raises an error that shows the existing entry; ``force`` replaces it."""
     root.register_module("Cat", module=int)
     with pytest.raises(KeyError, match=r"'Cat' is already in the animal registry: <class 'int'>"):
         root.register_module("Cat", module=float)
@@ -62,7 +62,7 @@ def test_invalid_registrations_are_type_errors(root, arguments):
 
 
 def test_a_name_must_be_a_string(root):
-    """Looking up anything but a string is a TypeError."""
+    """Looking up anything but a string raises a TypeError."""
     with pytest.raises(ConfigTypeError, match="must be a string, got 3"):
         root.get(3)
 
@@ -153,7 +153,7 @@ def test_a_dotted_path_is_imported(root):
 
 
 def test_a_dotted_path_with_a_failing_import_is_a_runtime_error(root, tmp_path, monkeypatch):
-    """A module that exists but cannot be imported is an error, not an unknown name."""
+    """A module that exists but cannot be imported raises an error, not an unknown name."""
     (tmp_path / "broken_module_here.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(TargetImportError, match="broken_module_here failed with ZeroDivisionError"):

@@ -180,7 +180,7 @@ def test_a_missing_parent_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
 def test_an_unwritable_parent_is_reported(tmp_path: Path, code: int) -> None:
-    """A missing permission or a read-only file system is an error about the directory."""
+    """A missing permission or a read-only file system raises an error about the directory."""
     with (
         between(counted(0, failing(code))),
         pytest.raises(WorkDirError, match=f"{tmp_path.name}: cannot create .*{os.strerror(code)}"),

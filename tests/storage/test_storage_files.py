@@ -43,7 +43,7 @@ def test_the_size_of_a_tree_is_the_sum_of_its_files(tmp_path: Path) -> None:
 def test_a_file_system_that_cannot_sync_directories_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some file systems cannot sync directories, which is accepted; every other failure is an error."""
+    """Some file systems cannot sync directories, which is accepted; every other failure raises an error."""
 
     def refuse(code: int) -> None:
         def fsync(descriptor: int) -> None:
@@ -62,7 +62,7 @@ def test_a_file_system_that_cannot_sync_directories_is_accepted(
 
 
 def test_syncing_a_missing_tree_is_an_error(tmp_path: Path) -> None:
-    """Syncing a directory that no longer exists is an error."""
+    """Syncing a directory that no longer exists raises an error."""
     with pytest.raises(FileNotFoundError):
         fsync_tree(tmp_path / "missing")
 
@@ -78,7 +78,7 @@ def test_exchange_swaps_two_names(tmp_path: Path) -> None:
 
 
 def test_exchanging_with_a_missing_name_is_an_error(tmp_path: Path) -> None:
-    """Exchanging with a missing path is an error that contains both paths."""
+    """Exchanging with a missing path raises an error that contains both paths."""
     (tmp_path / "a").mkdir()
     with pytest.raises(FileNotFoundError, match=r"a' -> .*missing'"):
         exchange(tmp_path / "a", tmp_path / "missing")

@@ -223,7 +223,7 @@ def test_a_failed_removal_never_restores_old_contents(sources: dict[str, Path], 
 
 
 def test_a_failed_fetch_leaves_the_cache_intact(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A failed fetch is an error, and the next fetch succeeds."""
+    """A failed fetch raises an error, and the next fetch succeeds."""
     publish(sources["old"], "faulty://place/a")
     for number, kills in faults():
         cache = tmp_path / "cache" / f"{number}{kills}"

@@ -55,6 +55,6 @@ def test_rates_are_not_scaled_unless_enabled(settings: Any):
     ],
 )
 def test_invalid_settings_are_rejected(settings: Any, error: type[Exception], text: str):
-    """Invalid settings are an error with the value and the closest valid one."""
+    """Invalid settings raise an error with the value and the closest valid one."""
     with pytest.raises(error, match=text):
         AutoScale.parse(settings)

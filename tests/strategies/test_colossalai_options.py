@@ -141,7 +141,7 @@ def test_it_requires_a_launcher(tmp_path: Path) -> None:
 
 
 def test_an_unknown_checkpoint_format_is_rejected(tmp_path: Path) -> None:
-    """An unknown checkpoint_format is an error with the closest name."""
+    """An unknown checkpoint_format raises an error with the closest name."""
     with pytest.raises(ConfigValueError, match=r"Unknown checkpoint_format='colosal'. Did you mean 'colossalai'"):
         ColossalAIStrategy(work_dir=tmp_path, checkpoint_format="colosal")  # type: ignore[arg-type]
 

@@ -101,7 +101,7 @@ def test_auto_counts_as_not_set() -> None:
     ],
 )
 def test_an_unknown_key_is_an_error_with_the_closest_name(config: dict[str, Any], said: str) -> None:
-    """An unknown key is an error with the closest name, although DeepSpeed would ignore it."""
+    """An unknown key raises an error with the closest name, although DeepSpeed would ignore it."""
     with pytest.raises(ConfigKeyError, match=said):
         parse(config)
 
@@ -161,7 +161,7 @@ def test_an_option_given_twice_must_agree() -> None:
     ],
 )
 def test_batch_sizes_must_match_the_run(given: dict[str, int], said: str) -> None:
-    """A batch size that differs from the run's is an error."""
+    """A batch size that differs from the run's raises an error."""
     with pytest.raises(ConfigValueError, match=said):
         parse(given).for_engine(micro_batch=4, accumulation=3, clipping=0.0, world_size=2)
 
@@ -185,7 +185,7 @@ def test_an_invalid_file_is_rejected(tmp_path: Path, text: str | None, kind: typ
 
 
 def test_casting_inputs_requires_a_low_precision() -> None:
-    """``inputs_to_half`` without bf16 or fp16 is an error, because it would have no effect."""
+    """``inputs_to_half`` without bf16 or fp16 raises an error, because it would have no effect."""
     with pytest.raises(ConfigValueError, match="bf16 or fp16"):
         parse(inputs_to_half=[0])
     assert parse(inputs_to_half=[0, "mask"], bf16=True).half_inputs == (0, "mask")
@@ -193,7 +193,7 @@ def test_casting_inputs_requires_a_low_precision() -> None:
 
 @pytest.mark.parametrize("name", ["Adafactor", "Adagrad", "SparseAdam", "LBFGS"])
 def test_optimizers_that_need_whole_tensors_are_rejected_under_zero(name: str) -> None:
-    """Under ZeRO, optimizers that need whole tensors are an error, because ranks only have parts of them."""
+    """Under ZeRO, optimizers that need whole tensors raise an error, because ranks only have parts of them."""
     optimizer = getattr(torch.optim, name)(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(PlacementError, match=f"{name} cannot be used"):
         require_elementwise(optimizer, stage=1, allow_unknown=True)
@@ -219,7 +219,7 @@ def test_a_custom_optimizer_must_be_allowed() -> None:
 
 
 def test_other_wrappers_are_rejected() -> None:
-    """A wrapper for mixed precision is an error with the DeepSpeed option to use."""
+    """A wrapper for mixed precision raises an error with the DeepSpeed option to use."""
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     with pytest.raises(PlacementError, match=r"bf16=dict\(enabled=True\)"):
         require_plain_wrapper(AmpOptimWrapper(optimizer, dtype="bfloat16"))
@@ -295,7 +295,7 @@ def test_a_failed_kernel_compilation_is_explained() -> None:
 
 @pytest.mark.parametrize("name", ["OnebitAdam", "OnebitLamb", "ZeroOneAdam"])
 def test_optimizers_that_synchronize_gradients_are_rejected(name: str) -> None:
-    """Optimizers that synchronize gradients themselves are an error with an alternative."""
+    """Optimizers that synchronize gradients themselves raise an error with an alternative."""
     assert name in OPTIMIZERS.names()
     with pytest.raises(PlacementError, match=f"{name} cannot be used .* compresses gradients to one bit"):
         refuse_by_name({"optimizer": {"type": name, "lr": 0.1}})

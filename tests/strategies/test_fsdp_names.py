@@ -69,7 +69,7 @@ def test_options_without_an_equivalent_are_rejected(given: Any, error: type[Conf
 
 
 def test_an_option_under_both_names_is_rejected() -> None:
-    """An option under both names is an error."""
+    """An option under both names raises an error."""
     with pytest.raises(ConfigValueError, match="specify the same option"):
         from_model_wrapper({"cpu_offload": False}, {**OWN, "cpu_offload": True})
 

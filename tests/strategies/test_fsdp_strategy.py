@@ -269,7 +269,7 @@ def encoded(folder: str, methods: list[str]) -> str:
 
 
 def test_methods_that_use_parameters_must_be_listed(ranks: Ranks, tmp_path: Path) -> None:
-    """A method that uses parameters must be listed in ``forward_methods``; otherwise it is an error."""
+    """A method that uses parameters must be listed in ``forward_methods``; otherwise it raises an error."""
     for message in ranks.run(encoded, str(tmp_path), []):
         assert "Encodes.train_step used parameters of Encodes that were not gathered" in message
         assert "forward_methods=" in message
@@ -325,7 +325,7 @@ def without_weights(folder: str) -> tuple[str, float]:
 
 
 def test_training_without_weights_is_an_error(ranks: Ranks, tmp_path: Path) -> None:
-    """With skip_init_weights, a step before any weights are loaded is an error."""
+    """With skip_init_weights, a step before any weights are loaded raises an error."""
     for message, loss in ranks.run(without_weights, str(tmp_path)):
         assert message.startswith("skip_init_weights=True left the model uninitialized")
         assert 0 < loss < 10
@@ -349,7 +349,7 @@ def loaded_wrongly(folder: str) -> tuple[str, bool]:
 
 
 def test_a_state_with_different_shapes_is_rejected(ranks: Ranks, tmp_path: Path) -> None:
-    """A state with different shapes is an error with the unsharded shapes, and the model is not modified."""
+    """A state with different shapes raises an error with the unsharded shapes, and the model is not modified."""
     for message, same in ranks.run(loaded_wrongly, str(tmp_path)):
         assert "layers.0.weight (saved [1, 4], model [8, 4])" in message
         assert same

@@ -56,7 +56,7 @@ def compare_hidden(texts: list[str]) -> str | None:
 
 
 def test_different_secrets_are_rejected_and_not_shown(ranks: Ranks) -> None:
-    """Different secrets or environment variables are an error that does not show them."""
+    """Different secrets or environment variables raise an error that does not show them."""
     told = ranks.run(compare_hidden, ["a = 'first9'\n", "a = 'second9'\n"])
     assert told[0] == told[1]
     assert "secrets or values from environment variables differ, which are not shown" in told[0]

@@ -60,7 +60,7 @@ def test_a_mapping_is_built(single: Make) -> None:
     [(3, "got int 3"), (None, "got NoneType None"), ("Linear", "got str 'Linear'"), ([nn.ReLU()], "got list")],
 )
 def test_an_invalid_model_is_rejected(single: Make, wrong: object, message: str) -> None:
-    """A value that is not a model is a TypeError that shows it."""
+    """A value that is not a model raises a TypeError that shows it."""
     with pytest.raises(ConfigTypeError, match=message) as caught:
         single().build_model(wrong)
     assert isinstance(caught.value, TypeError)
@@ -372,7 +372,7 @@ def test_an_invalid_list_of_schedules_does_not_change_the_optimizer(single: Make
 
 
 def test_schedulers_for_an_unknown_optimizer_are_rejected(single: Make) -> None:
-    """A misspelled optimizer name is an error with the closest name."""
+    """A misspelled optimizer name raises an error with the closest name."""
     with pytest.raises(ConfigKeyError, match=r"unknown optimizer 'frist'. Did you mean 'first'"):
         scheduled(single, {"frist": [], "second": []}, two())
 
@@ -433,7 +433,7 @@ def test_learning_rates_are_not_scaled_by_default(single: Make, auto: Any) -> No
 
 
 def test_scaling_after_building_schedulers_is_rejected(single: Make) -> None:
-    """Scaling after schedulers have stored the initial values is a RuntimeError."""
+    """Scaling after schedulers have stored the initial values raises a RuntimeError."""
     strategy = single(auto_scale_lr=SCALE)
     scaled(strategy, sgd())
     strategy.prepare(Line(), param_scheduler={"type": "ConstantLR", "end": 2})

@@ -73,7 +73,7 @@ def test_ddp_without_a_launcher_is_rejected(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_key_suggests_the_closest_name(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
-    """An unknown key is an error with the closest name."""
+    """An unknown key raises an error with the closest name."""
     with pytest.raises(ConfigKeyError, match=message):
         SingleDeviceStrategy(work_dir=tmp_path, **kwargs)
 
@@ -378,7 +378,7 @@ def test_a_group_created_by_the_strategy_is_destroyed(tmp_path: Path, alone: Non
 
 
 def test_an_unknown_ddp_option_is_rejected(tmp_path: Path, alone: None) -> None:
-    """An unknown DDP option is an error with the closest name, and the created process group is destroyed."""
+    """An unknown DDP option raises an error with the closest name, and the created process group is destroyed."""
     with pytest.raises(ConfigKeyError, match=r"no option 'static_grph'. Did you mean 'static_graph'"):
         DDPStrategy(work_dir=tmp_path, ddp_kwargs={"static_grph": True})
     with pytest.raises(ConfigValueError, match=r"model_wrapper: unknown type 'seperate'. Did you mean 'separate'"):

@@ -138,7 +138,7 @@ def test_sync_batch_norm_is_replaced(single: Make) -> None:
     ],
 )
 def test_reading_an_attribute_before_prepare_is_an_error(single: Make, name: str, hint: str) -> None:
-    """Reading an attribute before ``prepare`` is an error with the strategy, the attribute and the required call."""
+    """Reading an attribute before ``prepare`` raises an error with the strategy, the attribute and the required call."""
     with pytest.raises(NotPreparedError) as caught:
         getattr(single(), name)
     assert str(caught.value) == f"SingleDeviceStrategy has no {name} yet. {hint}"
@@ -190,7 +190,7 @@ def test_a_run_can_start_at_a_later_iteration(single: Make) -> None:
 
 @pytest.mark.parametrize("later", [False, True])
 def test_an_unknown_dispatch_key_is_rejected(single: Make, later: bool) -> None:
-    """An unknown key is an error with the closest name, before anything is built."""
+    """An unknown key raises an error with the closest name, before anything is built."""
     strategy = single()
     if later:
         strategy.prepare(Mlp(), optim_wrapper=OPTIM)
@@ -208,7 +208,7 @@ def test_an_invalid_run_length_is_rejected(single: Make) -> None:
 
 
 def test_schedules_without_an_optimizer_are_rejected(single: Make) -> None:
-    """Schedules without an optimizer are an error."""
+    """Schedules without an optimizer raise an error."""
     with pytest.raises(ConfigValueError, match="param_scheduler was specified without optim_wrapper"):
         single().prepare(Mlp(), param_scheduler=SCHEDULE)
 

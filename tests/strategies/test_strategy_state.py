@@ -117,7 +117,7 @@ def test_several_optimizers_have_state_by_name(single: Make) -> None:
     ],
 )
 def test_a_different_number_of_schedulers_is_rejected(single: Make, kind: str, states: Any, message: str) -> None:
-    """A different number of schedulers is an error."""
+    """A different number of schedulers raises an error."""
     strategy = single()
     model, optim = several() if kind == "several" else (Mlp(), ADAMW)
     strategy.prepare(model, optim_wrapper=optim, param_scheduler=SCHEDULE)
@@ -129,7 +129,7 @@ def test_a_different_number_of_schedulers_is_rejected(single: Make, kind: str, s
 
 
 def test_mismatched_keys_are_reported_once_and_the_rest_is_loaded(single: Make) -> None:
-    """All missing, unexpected and mismatched keys are in one warning; with ``strict``, they are an error."""
+    """All missing, unexpected and mismatched keys are in one warning; with ``strict``, they raise an error."""
     strategy = ready(single)
     lines = Lines(strategy)
     state = {
@@ -166,7 +166,7 @@ def test_a_complete_match_is_not_logged(single: Make) -> None:
 
 
 def test_a_checkpoint_without_matching_keys_is_rejected(single: Make, tmp_path: Path) -> None:
-    """A checkpoint without any matching key is an error, even without ``strict``."""
+    """A checkpoint without any matching key raises an error, even without ``strict``."""
     save_checkpoint({"state_dict": {"backbone.weight": torch.ones(1)}}, tmp_path / "other.pth")
     strategy = ready(single)
     with pytest.raises(CheckpointMismatchError, match="No key of the checkpoint matches the model"):
@@ -232,7 +232,7 @@ def test_loading_a_checkpoint_only_loads_weights(single: Make, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.pth"])
 def test_a_missing_checkpoint_is_reported(single: Make, tmp_path: Path, name: str) -> None:
-    """A missing checkpoint is a FileNotFoundError."""
+    """A missing checkpoint raises a FileNotFoundError."""
     strategy = ready(single)
     for act in (strategy.load_checkpoint, strategy.resume):
         with pytest.raises(CheckpointNotFoundError, match=name):
@@ -370,7 +370,7 @@ def test_a_different_model_cannot_be_resumed(single: Make, tmp_path: Path) -> No
 
 
 def test_different_parameter_groups_or_optimizers_are_rejected(single: Make, tmp_path: Path) -> None:
-    """A different number of parameter groups or optimizers is an error."""
+    """A different number of parameter groups or optimizers raises an error."""
     ready(single).save_checkpoint(tmp_path / "one")
     strategy = single()
     model, optim = several()
@@ -387,7 +387,7 @@ def test_different_parameter_groups_or_optimizers_are_rejected(single: Make, tmp
 
 
 def test_different_schedulers_cannot_be_resumed(single: Make, tmp_path: Path) -> None:
-    """Resuming with a different number of schedulers is an error."""
+    """Resuming with a different number of schedulers raises an error."""
     ready(single).save_checkpoint(tmp_path / "a")
     strategy = single()
     strategy.prepare(Mlp(), optim_wrapper=ADAMW, param_scheduler=SCHEDULE[:1])

@@ -234,7 +234,7 @@ def test_validation_outside_of_training_saves_nothing(make_runner: MakeRunner):
 def test_a_metric_that_cannot_be_compared_is_refused(
     make_runner: MakeRunner, hook: dict, name: str, value: Any, error: type[Exception], text: str
 ):
-    """An unsuitable metric is refused at the first validation, and the message lists the metrics that exist."""
+    """An unsuitable metric is rejected at the first validation, and the message lists the metrics that exist."""
     with pytest.raises(error, match=text):
         train(make_runner, hook, 1, **scored(value, name=name))
 
@@ -254,7 +254,7 @@ def test_a_metric_that_cannot_be_compared_is_refused(
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, error: type[Exception], text: str):
-    """Wrong arguments are refused in the constructor."""
+    """Wrong arguments are rejected in the constructor."""
     with pytest.raises(error, match=text):
         CheckpointHook(**arguments)
 
@@ -317,7 +317,7 @@ def test_an_interrupted_run_waits_for_its_pending_save(make_runner: MakeRunner, 
 
 
 def test_a_strategy_without_background_saving_is_refused(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch):
-    """A strategy that cannot save in the background is refused, and the message names the missing argument."""
+    """A strategy that cannot save in the background is rejected, and the message names the missing argument."""
     runner = make_runner(default_hooks={**QUIET_HOOKS, "checkpoint": {"async_save": True}})
     monkeypatch.setattr(type(runner.strategy), "save_checkpoint", lambda self, filename, **kwargs: None)
     with pytest.raises(ConfigValueError, match="has no argument `write`"):
@@ -361,7 +361,7 @@ def test_all_ranks_keep_the_same_checkpoints(ranks: Ranks, tmp_path: Path, way: 
 
 
 def test_a_run_with_out_dir_resumes_from_it(make_runner: Any, tmp_path: Path):
-    """``resume=True`` finds the checkpoints in ``out_dir``; a URL as ``out_dir`` is refused."""
+    """``resume=True`` finds the checkpoints in ``out_dir``; a URL as ``out_dir`` is rejected."""
     hooks = {**QUIET_HOOKS, "checkpoint": {"interval": 1, "out_dir": tmp_path / "big"}}
     make_runner(default_hooks=hooks, train_cfg={"max_epochs": 1}).train()
     again = make_runner(default_hooks=hooks, train_cfg={"max_epochs": 2}, resume=True)

@@ -223,7 +223,7 @@ def test_inexact_resuming_warns_once_before_training(
 
 
 def test_a_checkpoint_of_another_loader_is_refused(make_runner: MakeRunner) -> None:
-    """A loader state that this run's loader cannot load is refused."""
+    """A loader state that this run's loader cannot load is rejected."""
     train_until_signal(make_runner(train_dataloader=loader(dataset=Numbers()), custom_hooks=[At(2, interrupt)]))
     runner = make_runner(train_dataloader=loader(), resume=True)
     with pytest.raises(ValueError, match="state of a data loader, but the loader of this run has no load_state_dict"):

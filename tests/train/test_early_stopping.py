@@ -77,7 +77,7 @@ def test_a_resumed_run_stops_at_the_same_epoch(make_runner: MakeRunner, tmp_path
 
 @pytest.mark.parametrize(("strict", "error"), [(True, TrainingError), (False, None)])
 def test_a_missing_metric(make_runner: MakeRunner, strict: bool, error: Any):
-    """With ``strict`` a missing metric is an error that suggests the closest name; otherwise training continues."""
+    """With ``strict`` a missing metric raises an error that suggests the closest name; otherwise training continues."""
     if error is None:
         assert epochs_trained(make_runner, [1.0, 2.0], monitor="los", rule="less", strict=strict) == 2
         return
@@ -106,6 +106,6 @@ def test_the_rule_is_inferred_from_known_names(make_runner: MakeRunner, name: st
     ],
 )
 def test_invalid_arguments_are_refused(options: dict[str, Any], text: str):
-    """Each invalid argument is refused with one sentence."""
+    """Each invalid argument is rejected with one sentence."""
     with pytest.raises(ConfigValueError, match=text):
         EarlyStoppingHook(**options)

@@ -241,13 +241,13 @@ def test_epochs_are_refused_in_a_run_by_iteration(make_runner: MakeRunner, argum
 
 
 def test_two_averages_are_refused(make_runner: MakeRunner):
-    """Two averages are refused, because a validation can use only one."""
+    """Two averages are rejected, because a validation can use only one."""
     with pytest.raises(ConfigValueError, match="several EMAHooks"):
         make_runner(custom_hooks=[EMAHook(), EMAHook()]).train()
 
 
 def test_a_type_that_does_not_build_an_average_is_refused(make_runner: MakeRunner):
-    """A type that builds another object, such as a ``dict``, is refused."""
+    """A type that builds another object, such as a ``dict``, is rejected."""
     with pytest.raises(ConfigTypeError, match="made a dict, which is not an AveragedModel"):
         make_runner(custom_hooks=[EMAHook({"type": dict})]).train()
 

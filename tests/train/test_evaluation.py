@@ -94,7 +94,7 @@ def test_two_metrics_of_one_class_need_names():
 
 
 def test_two_values_with_the_same_name_are_rejected():
-    """Two values with the same name are an error."""
+    """Two values with the same name raise an error."""
 
     class Accuracy(Numbers):
         default_prefix = None
@@ -123,7 +123,7 @@ def test_an_invalid_metric_is_rejected(wrong: Any):
 
 
 def test_an_evaluator_without_metrics_is_rejected():
-    """An evaluator without metrics is an error."""
+    """An evaluator without metrics raises an error."""
     with pytest.raises(ConfigValueError, match="no metric"):
         Evaluator({})
 

@@ -284,7 +284,7 @@ def test_several_optimizers_require_a_name(make_runner: MakeRunner):
 
 
 def test_an_optimizer_that_is_never_stepped_is_an_error(make_runner: MakeRunner):
-    """An optimizer that is never stepped is an error instead of an endless loop."""
+    """An optimizer that is never stepped raises an error instead of an endless loop."""
 
     class Lazy(Pair):
         def train_step(self, data: Any, optim_wrapper: Any) -> dict[str, Tensor]:
@@ -296,14 +296,14 @@ def test_an_optimizer_that_is_never_stepped_is_an_error(make_runner: MakeRunner)
 
 
 def test_a_name_for_a_single_optimizer_is_rejected(make_runner: MakeRunner):
-    """With a single optimizer, a name is an error."""
+    """With a single optimizer, a name raises an error."""
     strategy, data = prepared(make_runner)
     with pytest.raises(ConfigKeyError, match="one optimizer"):
         find_learning_rate(strategy, data, optimizer="generator")
 
 
 def test_a_loss_that_is_nan_from_the_start_is_an_error(make_runner: MakeRunner):
-    """A NaN or Inf loss at the first rate is an error."""
+    """A NaN or Inf loss at the first rate raises an error."""
 
     class Broken(Bowl):
         def forward(self, inputs: Tensor, *rest: Any, mode: str = "tensor") -> Any:
@@ -409,7 +409,7 @@ def test_a_dataset_without_a_length_can_have_a_limit(make_runner: MakeRunner):
 
 @pytest.mark.parametrize("arguments", [{"limit": 0}, {"steps": 0}])
 def test_invalid_search_numbers_are_rejected(make_runner: MakeRunner, arguments: dict[str, int]):
-    """A batch size or a number of steps below 1 is an error."""
+    """A batch size or a number of steps below 1 raises an error."""
     strategy, data = prepared(make_runner)
     with pytest.raises(ConfigValueError, match="integer >= 1"):
         find_batch_size(strategy, data, **arguments)

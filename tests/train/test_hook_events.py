@@ -80,7 +80,7 @@ def test_a_priority_is_a_name_in_any_case_or_a_number(given: object, number: int
     ],
 )
 def test_a_wrong_priority_is_refused(given: object, error: type[Exception], text: str):
-    """A wrong priority is refused, and the message shows the value and the valid names."""
+    """A wrong priority is rejected, and the message shows the value and the valid names."""
     with pytest.raises(error, match=text):
         get_priority(given)
 
@@ -115,7 +115,7 @@ def test_another_type_for_a_default_hook_gets_only_its_own_arguments():
 
 
 def test_an_unknown_default_hook_is_refused_with_the_closest_name():
-    """A misspelled name is refused, because the run would otherwise save no checkpoints."""
+    """A misspelled name is rejected, because the run would otherwise save no checkpoints."""
     with pytest.raises(ConfigKeyError, match=r"'checkpoints'.*'checkpoint'") as caught:
         build_events({"checkpoints": {"interval": 2}}, None)
     assert "custom_hooks" in str(caught.value)

@@ -439,6 +439,6 @@ def test_a_run_that_saves_to_another_directory_resumes_without_the_pointer(make_
     ],
 )
 def test_templates_that_could_not_be_found_again_are_refused(template: str, text: str):
-    """A file name template that could not be found again is refused in the constructor."""
+    """A file name template that could not be found again is rejected in the constructor."""
     with pytest.raises(ConfigValueError, match=text):
         CheckpointHook(filename_tmpl=template)

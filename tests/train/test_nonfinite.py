@@ -284,7 +284,7 @@ FP16 = {"type": "AmpOptimWrapper", "dtype": "float16", "optimizer": {"type": "SG
 
 
 def test_float16_can_search_for_its_loss_scale(spoiled: Make):
-    """Twenty skips in a row are allowed under any policy; twenty-five are an error."""
+    """Twenty skips in a row are allowed under any policy; twenty-five raise an error."""
     cfg = {"train_cfg": {"max_epochs": 5}, "optim_wrapper": FP16}
     runner, recorder, _ = spoiled({}, custom_hooks=[Overflows(3, 22)], **cfg)
     runner.train()
@@ -332,6 +332,6 @@ def test_samples_of_a_custom_sampler_are_reported_as_unknown(spoiled: Make):
     ],
 )
 def test_invalid_arguments_are_refused(arguments: dict[str, Any], text: str):
-    """Each invalid argument is refused with one sentence."""
+    """Each invalid argument is rejected with one sentence."""
     with pytest.raises(ConfigValueError, match=text):
         NonFiniteHook(**arguments)

@@ -160,6 +160,6 @@ def test_a_run_of_unknown_length_is_refused():
 
 
 def test_a_built_optimizer_is_refused():
-    """A built optimizer is refused, because its schedules would never be stepped."""
+    """A built optimizer is rejected, because its schedules would never be stepped."""
     with pytest.raises(ConfigTypeError, match="must be a configuration, got SGD"):
         shown(optim_wrapper=torch.optim.SGD(Toy().parameters(), lr=1.0))

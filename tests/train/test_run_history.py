@@ -41,7 +41,7 @@ def test_a_record_keeps_the_outcome_of_a_session(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"lineage": [], "ending": 3}', '{"lineage": 3}'])
 def test_an_unreadable_record_is_reported_with_its_name(tmp_path: Path, text: str) -> None:
-    """A damaged record is an error that names the file."""
+    """A damaged record raises an error that names the file."""
     (tmp_path / RECORD).write_text(text)
     with pytest.raises(CheckpointDamagedError, match=r"start\.json cannot be read"):
         read_record(tmp_path)

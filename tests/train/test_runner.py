@@ -15,14 +15,14 @@ MakeRunner = Callable[..., Runner]
 
 @pytest.mark.parametrize("missing", [*TRAINING, *VALIDATION, *TEST])
 def test_a_partial_section_is_refused(make_runner: MakeRunner, missing: str):
-    """A section given in part, such as data without a loop, is refused; the message names the missing arguments."""
+    """A section given in part, such as data without a loop, is rejected; the message names the missing arguments."""
     group = next(group for group in (TRAINING, VALIDATION, TEST) if missing in group)
     with pytest.raises(ConfigValueError, match=f"was specified without {missing}. Specify all of them or none"):
         make_runner(**{**group, missing: None})
 
 
 def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
-    """Parameter schedulers without an optimizer are refused, because they would have nothing to schedule."""
+    """Parameter schedulers without an optimizer are rejected, because they would have nothing to schedule."""
     nothing = dict.fromkeys(TRAINING)
     with pytest.raises(ConfigValueError, match="param_scheduler was specified without optim_wrapper"):
         make_runner(**nothing, param_scheduler={"type": "ExponentialLR", "gamma": 0.5})
@@ -30,13 +30,13 @@ def test_schedules_without_an_optimizer_are_refused(make_runner: MakeRunner):
 
 @pytest.mark.parametrize("wrong", [3, "true", None, [True]])
 def test_compile_is_true_false_or_a_mapping(make_runner: MakeRunner, wrong: Any):
-    """Any other value of ``compile`` is refused in the constructor, not in the first iteration."""
+    """Any other value of ``compile`` is rejected in the constructor, not in the first iteration."""
     with pytest.raises(ConfigTypeError, match="compile must be True, False or a mapping"):
         make_runner(compile=wrong)
 
 
 def test_a_path_to_resume_and_one_to_load_from_are_refused(make_runner: MakeRunner):
-    """Giving both ``resume`` and ``load_from`` a path is ambiguous and is refused."""
+    """Giving both ``resume`` and ``load_from`` a path is ambiguous and is rejected."""
     with pytest.raises(ConfigValueError, match=r"resume='a' and load_from='b'.*Set only one"):
         make_runner(resume="a", load_from="b")
 
@@ -61,7 +61,7 @@ def test_the_data_preprocessor_is_added_to_the_model_configuration(make_runner: 
 
 
 def test_a_data_preprocessor_for_a_built_model_is_refused(make_runner: MakeRunner):
-    """A ``data_preprocessor`` next to an already built model is refused, because it would be ignored."""
+    """A ``data_preprocessor`` next to an already built model is rejected, because it would be ignored."""
     with pytest.raises(ConfigValueError, match="is already built"):
         make_runner(model=Toy(), data_preprocessor={"type": "BaseDataPreprocessor"})
 
@@ -97,7 +97,7 @@ def test_user_values_are_allowed_below_vars(tmp_path: Path):
 
 
 def test_a_configuration_without_a_model_is_refused(tmp_path: Path):
-    """A configuration without ``model`` is refused, and the message names the file."""
+    """A configuration without ``model`` is rejected, and the message names the file."""
     file = write(tmp_path / "empty.py", f"work_dir = {str(tmp_path)!r}\n")
     with pytest.raises(ConfigKeyError, match=r"empty\.py has no key 'model'"):
         Runner.from_cfg(Config.fromfile(file))
@@ -169,7 +169,7 @@ def test_ddp_is_the_default_with_a_launcher(make_runner: MakeRunner):
 
 
 def test_ddp_without_processes_is_refused(make_runner: MakeRunner):
-    """DDPStrategy in a process that no launcher started is refused, and the message shows the launch command."""
+    """DDPStrategy in a process that no launcher started is rejected, and the message shows the launch command."""
     with pytest.raises(LaunchError, match="--nproc N"):
         make_runner(strategy={"type": DDPStrategy})
 
@@ -191,7 +191,7 @@ def test_a_strategy_can_be_given_by_name(make_runner: MakeRunner):
     ids=lambda argument: next(iter(argument)),
 )
 def test_arguments_that_a_built_strategy_would_ignore_are_refused(tmp_path: Path, argument: dict):
-    """Arguments that belong to the strategy are refused next to a built strategy, because they would be ignored."""
+    """Arguments that belong to the strategy are rejected next to a built strategy, because they would be ignored."""
     strategy = SingleDeviceStrategy(work_dir=tmp_path, log_kwargs={"log_level": "ERROR"})
     rest = {key: value for key, value in settings().items() if key not in ("randomness", "log_level")}
     with pytest.raises(ConfigValueError, match=f"{next(iter(argument))} would be ignored"):
@@ -202,7 +202,7 @@ def test_arguments_that_a_built_strategy_would_ignore_are_refused(tmp_path: Path
 
 
 def test_a_type_that_does_not_build_a_strategy_is_refused(make_runner: MakeRunner):
-    """A ``type`` that does not build a strategy is refused, and the message names the type that it built."""
+    """A ``type`` that does not build a strategy is rejected, and the message names the type that it built."""
 
     def make(**arguments: Any) -> dict[str, Any]:
         return arguments

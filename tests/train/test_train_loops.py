@@ -197,7 +197,7 @@ def test_a_stop_at_the_last_batch_of_an_epoch_ends_the_epoch(make_runner: MakeRu
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, "3"])
 @pytest.mark.parametrize("name", ["max_epochs", "max_iters"])
 def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: object):
-    """Any other length is refused, and the message names the key and the value."""
+    """Any other length is rejected, and the message names the key and the value."""
     runner = make_runner(train_cfg={name: value})
     with pytest.raises(ConfigValueError, match=f"{name} must be a positive integer, got {value!r}"):
         runner.train()
@@ -205,7 +205,7 @@ def test_a_length_is_a_whole_number(make_runner: MakeRunner, name: str, value: o
 
 @pytest.mark.parametrize("key", ["val_interval", "val_begin"])
 def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
-    """An interval of zero, which would divide by zero during the run, is refused."""
+    """An interval of zero, which would divide by zero during the run, is rejected."""
     runner = make_runner(train_cfg={"max_epochs": 2, key: 0})
     with pytest.raises(ConfigValueError, match=f"{key} must be a positive integer, got 0"):
         runner.train()
@@ -213,14 +213,14 @@ def test_an_interval_of_zero_is_refused(make_runner: MakeRunner, key: str):
 
 @pytest.mark.parametrize(("by_epoch", "missing"), [(True, "max_epochs"), (False, "max_iters")])
 def test_a_train_cfg_without_a_length_is_refused(make_runner: MakeRunner, by_epoch: bool, missing: str):
-    """A ``train_cfg`` without a length is refused, and the message names the missing key."""
+    """A ``train_cfg`` without a length is rejected, and the message names the missing key."""
     runner = make_runner(train_cfg={"by_epoch": by_epoch})
     with pytest.raises(ConfigValueError, match=f"the length is missing: set {missing}"):
         runner.train()
 
 
 def test_a_train_cfg_that_is_not_a_mapping_is_refused(make_runner: MakeRunner):
-    """A ``train_cfg`` that is not a mapping is refused, and the message shows the value."""
+    """A ``train_cfg`` that is not a mapping is rejected, and the message shows the value."""
     with pytest.raises(ConfigTypeError, match="Expected train_cfg to be a mapping, got 3"):
         make_runner(train_cfg=3).train()
 

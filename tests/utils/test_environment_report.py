@@ -126,6 +126,6 @@ def test_importing_utils_does_not_import_torch() -> None:
 
 
 def test_utils_has_no_undeclared_names() -> None:
-    """Accessing a misspelled helper is an AttributeError, as for any module."""
+    """Accessing a misspelled helper raises an AttributeError, as for any module."""
     with pytest.raises(AttributeError, match="has no attribute 'collect_envs'"):
         _ = stratagem.utils.collect_envs  # type: ignore[attr-defined]

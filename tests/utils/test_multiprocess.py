@@ -72,7 +72,7 @@ def test_a_start_method_that_is_set_too_late_is_reported() -> None:
 
 
 def test_an_unknown_start_method_is_rejected() -> None:
-    """An unknown start method is an error with the closest name."""
+    """An unknown start method raises an error with the closest name."""
     with pytest.raises(ConfigValueError, match=r"'spwan'.*Did you mean 'spawn'"):
         set_multi_processing("spwan")
 

@@ -113,7 +113,7 @@ def test_a_seed_out_of_range_is_rejected(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [1.5, "1", True])
 def test_the_seed_must_be_an_integer(seed: Any) -> None:
-    """A seed that is not an integer is an error that shows the value."""
+    """A seed that is not an integer raises an error that shows the value."""
     with pytest.raises(ConfigTypeError, match=repr(seed)):
         set_random_seed(seed)
 
@@ -187,13 +187,13 @@ def test_the_state_is_a_copy() -> None:
 
 
 def test_an_unknown_state_is_rejected() -> None:
-    """A state in an unknown format is an error that explains how to resume."""
+    """A state in an unknown format raises an error that explains how to resume."""
     with pytest.raises(CheckpointMismatchError, match=r"KeyError: 'python'.*Resume without it"):
         restore_generator_state({"cuda": 1})
 
 
 def test_a_damaged_state_is_rejected() -> None:
-    """A truncated state is an error and does not start a different random stream."""
+    """A truncated state raises an error and does not start a different random stream."""
     state = generator_state()
     state["numpy"]["key"] = state["numpy"]["key"][:-1]
     with pytest.raises(CheckpointMismatchError):
@@ -201,7 +201,7 @@ def test_a_damaged_state_is_rejected() -> None:
 
 
 def test_an_unsupported_numpy_generator_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unsupported global NumPy generator is an error that names it."""
+    """An unsupported global NumPy generator raises an error that names it."""
     monkeypatch.setattr(np.random, "get_state", lambda **_: {"bit_generator": "PCG64"})
     with pytest.raises(StateError, match="PCG64"):
         generator_state()

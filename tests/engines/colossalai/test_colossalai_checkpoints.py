@@ -135,7 +135,7 @@ def test_a_single_file_contains_unsharded_tensors(two: Ranks, tmp_path: Path) ->
 
 
 def test_weights_of_a_different_model_are_rejected(two: Ranks, tmp_path: Path) -> None:
-    """An unexpected parameter is an error that names it, and nothing is loaded."""
+    """An unexpected parameter raises an error that names it, and nothing is loaded."""
     for refusal in two.run(boosted_cases.refusal, boosted_cases.resumed_with_more, str(tmp_path)):
         assert "1 unexpected in the checkpoint: extra" in refusal
 

@@ -70,7 +70,7 @@ def test_a_model_prepared_without_an_optimizer_cannot_be_trained(two: Ranks, tmp
 
 
 def test_a_built_plugin_is_used(two: Ranks, tmp_path: Path) -> None:
-    """A built plugin clips by its own ``max_norm``; a different ``clip_grad`` is an error that says how to build it."""
+    """A built plugin clips by its own ``max_norm``; a different ``clip_grad`` raises an error that says how to build it."""
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad=None))
     assert all(two.run(boosted_cases.with_built_plugin, str(tmp_path), clip_grad={"max_norm": 0.3}))
     other = {"max_norm": 1.0}

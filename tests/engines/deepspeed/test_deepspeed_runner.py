@@ -207,7 +207,7 @@ def test_learning_rates_are_scaled_with_the_batch_size(two: Ranks, folder: Path)
 def test_contradicting_options_are_rejected(
     two: Ranks, folder: Path, strategy: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    """An option that is given twice with different values is an error that names both."""
+    """An option that is given twice with different values raises an error that names both."""
     own = {"config": strategy} if "train_batch_size" in strategy else strategy
     optim = {
         "type": changes.get("wrapper", "DeepSpeedOptimWrapper"),
